@@ -151,7 +151,7 @@ def test_a_wrong_command_line_is_two_lines_too(
         (["plan", "SRC", "--disk", "0"], "--disk is 0.0."),
         (["plan", "SRC", "--bits", "9"], "--bits of 9."),
         (["plan", "SRC", "--trunk-bits", "16,3"], "--trunk-bits of 3."),
-        (["bench", "kernels", "./DIR", "--bits", "4"], "have the bits that they have"),
+        (["bench", "kernels", "./DIR", "--bits", "4"], "the bits are those of its records"),
         (["plot", "hits", "T", "-o", "a.jpg"], "a.jpg is no picture"),
         (["plot", "resident", "a:b:c", "-o", "a.png"], "'a:b:c' is not the address of a daemon"),
         (["stats", "a:b:c"], "'a:b:c' is not the address of a daemon"),

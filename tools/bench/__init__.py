@@ -1,4 +1,5 @@
 """Benchmarks of this machine: disk, kernels, decoding, prefill and conversion, each beside its upper bound.
 
-The package imports ``cli``, ``lab`` and ``runtime``.
+``plan`` and ``doctor`` use ``bound``, ``disk``, ``output`` and ``rates``. The package imports ``cli``, ``lab``,
+``runtime`` and ``tiers``.
 """

@@ -1,6 +1,6 @@
-"""Least time of a step, computed from rates that are measured on the same machine. Pure functions.
+"""Least time of a step, computed from rates that were measured on the same machine. Pure functions.
 
-No engine that reads missing experts from the disk and multiplies with these kernels can be faster:
+No engine that reads missing experts from the disk and multiplies with these kernels can be faster than this:
 
 seconds = max(bytes missing from the cache / disk rate, bytes of the weights that are used / kernel rate)
 """
@@ -24,8 +24,8 @@ Routing = Sequence[Sequence[Collection[int]]]  # [steps][blocks]: the experts th
 class Need:
     """Bytes that a step reads and multiplies with, on average over the measured steps."""
 
-    missing: float  # records that the cache lacks, to be read from the disk
-    experts: float  # records of the chosen experts, each counted once
+    missing: float  # of records that are not in the cache and must be read from the disk
+    experts: float  # of the records of all chosen experts
     trunk: float
 
 
@@ -45,11 +45,11 @@ class Bound:
 
     disk: float
     kernels: float
-    memory: float  # the kernels' part, if only the rate of memory limited it
+    memory: float  # what ``kernels`` would be if only the rate of memory limited it
 
     @classmethod
     def of(cls, need: Need, rates: Rates) -> Bound:
-        """Divide the bytes of a step by the rates at which they are read or multiplied with."""
+        """Return the bound: the bytes of a step, divided by the rates at which they are read or multiplied with."""
         return cls(
             disk=need.missing / rates.disk,
             kernels=need.experts / rates.experts + need.trunk / rates.trunk,
@@ -72,10 +72,11 @@ class Bound:
 
 
 def misses_of(routing: Routing, groups: Sequence[Group], policy: str = DEFAULT_POLICY) -> list[list[int]]:
-    """Return how many experts a simulated cache has to read, by step and block.
+    """Return how many experts a simulated cache must load: [steps][blocks].
 
-    The cache is empty at the start and evicts by ``policy``, one of ``POLICIES``. All experts of a step and block are
-    looked up before any of them is loaded. Steps of many tokens are treated like others.
+    ``groups`` have the cache's slots. The cache is empty at the start and evicts by ``policy``, one of ``POLICIES``.
+    All experts of a step and block are looked up before any of them is loaded. A step of many tokens is not treated as
+    a scan.
     """
     tier = SimulatedTier(groups, POLICIES[policy])
     return [
@@ -88,14 +89,17 @@ def misses_of(routing: Routing, groups: Sequence[Group], policy: str = DEFAULT_P
 
 
 def groups_of(manifest: Manifest, slots: Mapping[str, int]) -> list[Group]:
-    """Divide the slots of each array (blocks whose records have one layout) among its blocks, as the host tier does."""
+    """Divide slots among blocks as the host tier does.
+
+    ``slots``: number of slots for each zarr array of the store; an array has the blocks whose records have one layout.
+    """
     return [group for array, count in slots.items() for group in plan_groups(count, manifest.members[array])]
 
 
 def need_of(manifest: Manifest, routing: Routing, measured: int, slots: Mapping[str, int], trunk: float) -> Need:
-    """Return the mean bytes of the last ``measured`` steps of ``routing``.
+    """Return the bytes that one of the last ``measured`` steps of ``routing`` needs, on average.
 
-    ``slots``: slots of the cache by array; ``trunk``: bytes of the trunk that a step multiplies with.
+    ``slots``: slots of the cache by zarr array; ``trunk``: bytes of the trunk that a step multiplies with.
     """
     sizes = [manifest.layout(block).slot_bytes for block in range(len(manifest.blocks))]
     payloads = [manifest.layout(block).payload_bytes for block in range(len(manifest.blocks))]
@@ -109,7 +113,10 @@ def need_of(manifest: Manifest, routing: Routing, measured: int, slots: Mapping[
 
 
 def rows_of(manifest: Manifest, routing: Routing, measured: int, tokens: int) -> int:
-    """Return how many rows a chosen expert multiplies, on average over the measured steps of ``tokens`` tokens each."""
+    """Return the mean number of rows that are multiplied with a chosen expert, rounded.
+
+    The mean is over the last ``measured`` steps of ``routing``, which have ``tokens`` tokens each.
+    """
     rows = measured * tokens * sum(block.top_k for block in manifest.blocks)
     wanted = sum(len(set(experts)) for step in routing[-measured:] for experts in step)
     return max(1, round(rows / wanted))

@@ -1,6 +1,7 @@
-"""Process of one measurement: reads what to measure from standard input and prints the result, both as JSON.
+"""Program for one measurement: it reads from standard input what to measure, and prints the result, both as JSON.
 
-``sandbox`` starts it as ``python -m moetier.tools.bench.child``. Its measurements are "idle", "model" and "rates".
+``sandbox`` starts it as ``python -m moetier.tools.bench.child``. The measurement is the function that ``work`` names
+in the input: ``idle``, ``model`` or ``rates``. The function gets the whole input.
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ def idle(work: dict[str, Any]) -> dict[str, Any]:
 
 
 def model(work: dict[str, Any]) -> dict[str, Any]:
-    """Feed ``ids`` [sequences][tokens] to a model in pieces, and time the last ``measured`` of them.
+    """Load a model, feed tokens to it in pieces, and return the times of the last pieces, with counters and sizes.
 
-    ``pieces`` has the number of tokens of each piece. With ``record``, ``used`` in the result has the experts that
-    each piece used, by block; recording makes the run slower.
+    ``work`` has the model's ``directory``, token ``ids`` [sequences][tokens], the numbers of tokens of the ``pieces``,
+    and how many pieces to time (``measured``). If it has ``record``, ``used`` in the result has the experts that each
+    piece used, by block; recording makes the run slower. ``ram``, ``threads`` and ``options`` are options of ``load``.
     """
     from moetier.tools.cli.loading import lean_imports
 
@@ -59,8 +61,8 @@ def model(work: dict[str, Any]) -> dict[str, Any]:
         most = longest_context(found.config)
         if most is not None and ids.shape[1] > most:
             raise ConfigError(
-                f"It would feed {ids.shape[1]:,} tokens, and the model's maximum context is {most:,}.",
-                "Feed fewer: --tokens, --prompt, --warm.",
+                f"The run needs {ids.shape[1]:,} tokens, but the model's maximum context is {most:,}.",
+                "Give less for --tokens, --prompt or --warm.",
             )
         if work.get("record"):
             Gates(found).observe(experts=note)
@@ -91,10 +93,10 @@ def model(work: dict[str, Any]) -> dict[str, Any]:
 
 
 def rates(work: dict[str, Any]) -> dict[str, Any]:
-    """Measure the rates of memory and of kernels, in bytes per second.
+    """Return the rates of memory and of kernels, in bytes per second.
 
-    Kernels multiply each number of ``rows`` with random records that have the layouts of ``directory``. A measurement
-    takes about ``seconds`` and cycles through ``bytes`` of records.
+    Kernels multiply with random records that have the layouts of a model. ``work`` has the model's ``directory``, the
+    numbers of ``rows`` to measure, the ``seconds`` that each of these takes, and the ``bytes`` of records to use.
     """
     import torch
 
@@ -107,7 +109,7 @@ def rates(work: dict[str, Any]) -> dict[str, Any]:
     use_threads(work.get("threads"))
     memory, by = memory_rate(work["bytes"])
     manifest = read_manifest(store_folder(Path(work["directory"])))
-    nbytes, seconds = 0, dict.fromkeys(work["rows"], 0.0)  # for all records, each array at its own rate
+    nbytes, seconds = 0, dict.fromkeys(work["rows"], 0.0)  # sums over all records; each layout has its own rate
     for array, layout in manifest.layouts.items():
         size = sum(block.experts for block in manifest.members[array].values()) * layout.slot_bytes
         products = KernelProbe(kernels_for(torch.device("cpu")), layout, random_records(layout, work["bytes"]))

@@ -51,9 +51,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def measure(arguments: argparse.Namespace, others: Mapping[str, Callable[[], dict[str, Any]]]) -> int:
-    """Run ``moetier convert`` with each of WAYS and each of ``others``, alternating; print and write the results.
+    """Convert a checkpoint in each of WAYS and of ``others``, by turns; print and write the results. Return 0.
 
-    ``others`` maps the name of a further way to a function that returns what ``convert_once`` returns. Returns 0.
+    ``others`` is a dictionary from the names of further ways to functions that return what ``convert_once`` returns.
     Raises MoetierError.
     """
     check_bench(arguments)
@@ -107,7 +107,11 @@ def measure(arguments: argparse.Namespace, others: Mapping[str, Callable[[], dic
 
 
 def convert_once(source: Path, into: Path | None, options: list[str], files: list[Path]) -> dict[str, Any]:
-    """Run ``moetier convert`` into a temporary folder and return its report, whose ``seconds`` leave out imports."""
+    """Run ``moetier convert`` into a temporary folder in ``into``, and return its report as JSON.
+
+    ``options``: options of the command; ``files``: files to drop from the page cache before. The report's ``seconds``
+    do not count imports. Raises CheckpointError if the command fails.
+    """
     page_cache = drop_page_cache(files, whole=False)
     with tempfile.TemporaryDirectory(prefix="moetier-bench-", dir=into) as folder:
         command = [sys.executable, "-m", "moetier.tools.main", "convert", str(source), str(Path(folder) / "out")]
@@ -120,7 +124,7 @@ def convert_once(source: Path, into: Path | None, options: list[str], files: lis
         )
     if result.returncode:
         lines = [line for line in result.stderr.splitlines() if line.startswith(("moetier: ", "  "))][-2:]
-        cause, fix = lines if len(lines) == 2 else (result.stderr[-500:], "See moetier convert.")
+        cause, fix = lines if len(lines) == 2 else (result.stderr[-500:], "Check that moetier convert works with it.")
         raise CheckpointError(cause.removeprefix("moetier: "), fix.strip())
     found: dict[str, Any] = json.loads(result.stdout)
     return found | {"page_cache": page_cache}

@@ -30,15 +30,15 @@ if TYPE_CHECKING:
 
 
 FILE_BLOCK_BYTES = 8 << 20  # size of a read from a file that holds no records
-NO_FIO = "fio is not installed: the disk's rate is that of a plain loop over preadv, in Python"
+NO_FIO = "fio is not installed: the disk's rate is measured with a loop over preadv in Python"
 
 
 @dataclass(frozen=True)
 class RandomReads:
-    """Random reads of ``block_bytes``, at multiples of that size in the first ``data_bytes`` of each of ``files``.
+    """Random reads of ``block_bytes`` each, at multiples of that size in the first ``data_bytes`` of each of ``files``.
 
-    With ``direct`` they bypass the page cache (O_DIRECT). Without, the files are dropped from the page cache before a
-    run, but a block that is read twice within the run may come from it.
+    If ``direct``, they bypass the page cache (O_DIRECT). Otherwise the files are dropped from the page cache before
+    each run, but a block that is read twice in a run may come from the page cache.
     """
 
     files: tuple[Path, ...]
@@ -48,9 +48,9 @@ class RandomReads:
 
     @classmethod
     def of_records(cls, directory: Path) -> RandomReads:
-        """Plan reads of whole records, in the files of the record layout that takes the most bytes.
+        """Plan reads of whole records of a model directory.
 
-        Raises StoreError.
+        If its blocks have several record layouts, only the layout that takes the most bytes is read. Raises StoreError.
         """
         from moetier.tiers.store.reader import ExpertStore
         from moetier.tiers.store.shard import ShardFile
@@ -71,7 +71,10 @@ class RandomReads:
         size = largest.stat().st_size
         block = min(block_bytes, size) // 4096 * 4096
         if not block:
-            raise CheckpointError(f"{largest} is smaller than a page.", "Give a checkpoint with weights.")
+            raise CheckpointError(
+                f"{largest} is too small to measure reads: it has fewer than 4,096 bytes.",
+                "Give a checkpoint with weights.",
+            )
         return cls((largest,), size // block * block, block, direct=takes_direct(largest))
 
     @classmethod
@@ -94,7 +97,10 @@ class RandomReads:
         return "preadv" if shutil.which("fio") is None else "fio"
 
     def rate(self, depth: int, seconds: float) -> float:
-        """Measure the bytes a second with ``depth`` reads in flight. Raises StoreReadError."""
+        """Measure the rate of these reads, in bytes per second, with ``depth`` reads in flight for ``seconds``.
+
+        Raises StoreReadError if a read fails.
+        """
         return self._fio(depth, seconds) if self.by == "fio" else self._plain(depth, seconds)
 
     def _fio(self, depth: int, seconds: float) -> float:
@@ -118,8 +124,8 @@ class RandomReads:
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode:
             raise StoreReadError(
-                f"fio can't read {self.files[0]}: {next(iter(result.stderr.splitlines()), 'it says nothing')}",
-                "Try its command line by hand, or take it out of PATH: a plain loop takes its place.",
+                f"fio can't read {self.files[0]}: {next(iter(result.stderr.splitlines()), 'it gives no reason')}",
+                "Check the file and its disk, or remove fio from PATH: moetier then measures without it.",
             )
         (job,) = json.loads(result.stdout[result.stdout.index("{") :])["jobs"]
         return float(job["read"]["io_bytes"]) * 1000 / float(job["read"]["runtime"])
@@ -142,16 +148,18 @@ class RandomReads:
                 while done < len(buffer):
                     count = os.preadv(descriptor, [buffer[done:]], place + done)
                     if not count:
-                        raise StoreReadError(f"{self.files[0]} was cut.", "Convert the model again.")
+                        raise StoreReadError(
+                            f"{self.files[0]} became shorter while it was read.", "Convert the model again."
+                        )
                     done += count
 
             return read_rate(read, self.block_bytes, depth=depth, seconds=seconds)
 
 
 def read_rate(read: Callable[[memoryview], None], nbytes: int, *, depth: int, seconds: float) -> float:
-    """Measure the bytes per second that ``depth`` threads read together, for about ``seconds``.
+    """Measure how many bytes per second ``depth`` threads read together in about ``seconds``.
 
-    Each thread calls ``read`` at least once, with a page-aligned buffer of ``nbytes`` of its own.
+    Each thread has a page-aligned buffer of ``nbytes``, and calls ``read`` with it at least once.
     """
     began = time.perf_counter()
 
@@ -169,7 +177,7 @@ def read_rate(read: Callable[[memoryview], None], nbytes: int, *, depth: int, se
 
 
 def takes_direct(path: Path) -> bool:
-    """Return whether a file can be opened with O_DIRECT, to read it past the page cache."""
+    """Return whether a file can be opened with O_DIRECT, which bypasses the page cache."""
     try:
         os.close(os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC))
     except OSError:
@@ -178,7 +186,7 @@ def takes_direct(path: Path) -> bool:
 
 
 def fio_version() -> str | None:
-    """Return fio's version, or None where it is not installed."""
+    """Return fio's version, or None if it is not installed."""
     if shutil.which("fio") is None:
         return None
     found = subprocess.run(["fio", "--version"], capture_output=True, text=True, check=False)
@@ -228,16 +236,16 @@ def run(arguments: argparse.Namespace) -> int:
                 "ratio": ratio,
             }
         )
-    page_cache = "avoided (O_DIRECT)" if reads.direct else "dropped before each read; this file system has no O_DIRECT"
+    page_cache = "avoided (O_DIRECT)" if reads.direct else "dropped before each run; this file system has no O_DIRECT"
     notes = [f"page cache {page_cache}", *([] if fio else [NO_FIO])]
     machine = Machine.here(place=arguments.directory, fio=fio)
     return report(arguments, machine, rows, results, notes=notes, by=reads.by, page_cache=page_cache)
 
 
 def store_rate(store: ExpertStore, record_bytes: int, depth: int, seconds: float) -> float:
-    """Measure the bytes per second at which the store reads random records and checks their checksums.
+    """Measure how many bytes per second the store reads of random records, and checks against their checksums.
 
-    Only records of ``record_bytes`` are read, ``depth`` at a time.
+    Only records of ``record_bytes`` are read. ``depth`` threads read for about ``seconds``.
     """
     from moetier.tiers.layout import ExpertKey
 

@@ -24,7 +24,7 @@ EXAMPLES = ("moetier bench kernels --bits 4 --rows 1",)
 
 ROWS = (1, 4, 16, 64, 512)
 GB = 1e9
-MEMORY = ("", 0)  # key of the memory's measurement among those of products
+MEMORY = ("", 0)  # key of the measurement of memory, beside the products' keys (projection, rows)
 EXPERTS = {  # hidden and intermediate size
     "Mixtral-8x7B": (4096, 14336),
     "Qwen3-30B-A3B": (2048, 768),
@@ -102,7 +102,7 @@ def result_of(
     """Return one row of the table as JSON.
 
     A product of ``rows`` rows with the projection ``p`` takes ``seconds`` and reads ``nbytes`` of the record.
-    ``memory``: measured bytes per second of memory, each with the name of the operation.
+    ``memory`` has results of ``memory_rate``, by round.
     """
     rate, bound = Spread.of(nbytes / s for s in seconds.runs), Spread.of(found for found, _ in memory)
     return {
@@ -141,7 +141,7 @@ def _layouts(arguments: argparse.Namespace) -> Iterator[tuple[str, RecordLayout]
         from moetier.tiers.store.folder import read_manifest, store_folder
 
         if arguments.bits:
-            raise UsageError("The records of a directory have the bits that they have.", "Leave out --bits, or DIR.")
+            raise UsageError("With DIR, the bits are those of its records.", "Leave out --bits, or leave out DIR.")
         yield from read_manifest(store_folder(arguments.directory)).layouts.items()
         return
     for title, (hidden, inner) in EXPERTS.items():

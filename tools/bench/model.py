@@ -1,4 +1,4 @@
-"""Measurement that ``bench decode`` and ``bench prefill`` share: a model is fed fixed tokens in fresh processes."""
+"""Measurement that ``bench decode`` and ``bench prefill`` share: fresh processes feed fixed tokens to a model."""
 
 from __future__ import annotations
 
@@ -66,41 +66,44 @@ class Work:
 
     @classmethod
     def of(cls, arguments: argparse.Namespace, pieces: list[int], *, measured: int, sequences: int = 1) -> Work:
-        """Take fixed ids for ``sequences`` sequences, each as long as all ``pieces`` together. Raises ConfigError."""
+        """Make the work from fixed ids: ``sequences`` sequences, each as long as all ``pieces`` together.
+
+        Raises ConfigError if the ids can't be read.
+        """
         ids, source = fixed_ids(arguments, sequences=sequences, length=sum(pieces))
         return cls(ids, source, pieces, measured)
 
     @property
     def step_tokens(self) -> int:
-        """Tokens of a measured piece, all sequences together."""
+        """Number of tokens of a measured piece, in all sequences together."""
         return len(self.ids) * self.pieces[-1]
 
     def to_json(self) -> dict[str, Any]:
-        """Return the part of the measuring process's input that describes the ids and pieces, as JSON."""
+        """Return the ids and pieces as JSON, a part of the input of the process that measures."""
         return {"ids": self.ids, "pieces": self.pieces, "measured": self.measured}
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Memory limits of one run: of its control group, in bytes, and --ram. None where it is not set."""
+    """Memory limits of one run."""
 
-    limit: int | None
-    ram: str | None
+    limit: int | None  # of the run's control group, in bytes; None for no limit
+    ram: str | None  # value of --ram; None if it was not given
 
 
 @dataclass(frozen=True)
 class Floor:
-    """Sizes and routing from which bounds are computed, together with the measured rates."""
+    """Sizes and routing from which, with the measured rates, bounds are computed."""
 
     manifest: Manifest
-    routing: list[list[list[int]]]  # experts used, by piece and block
+    routing: list[list[list[int]]]  # [pieces][blocks]: the experts that were used
     trunk_bytes: int
-    kv_bytes: int
+    kv_bytes: int  # of the keys and values of all tokens
     idle_bytes: int  # memory of a process that has only imported torch and transformers
 
     @property
     def resident_bytes(self) -> int:
-        """Bytes that a process takes without any records, whatever its limit."""
+        """Bytes that a process takes without any records."""
         return self.idle_bytes + self.trunk_bytes + self.kv_bytes
 
     def check(self, settings: Sequence[Setting]) -> None:
@@ -109,13 +112,13 @@ class Floor:
         if any(setting.limit is not None and setting.limit < least for setting in settings):
             raise BudgetError(
                 f"An idle process, the trunk, the context and a token's experts of a block take {format_bytes(least)}.",
-                f"Give a --limit of {least} bytes or more.",
+                f"Give a --limit of {least:,} bytes or more.",
             )
 
     def slots(self, setting: Setting, used: Mapping[str, int]) -> Mapping[str, int]:
-        """Return how many slots, by array, the limit allows beside the trunk, the context and an idle process.
+        """Return how many slots the limit allows beside the trunk, the context and an idle process, by zarr array.
 
-        Without a limit, return ``used``: the slots that the run had.
+        If there is no limit, return ``used``, the slots that the run had.
         """
         if setting.limit is None:
             return used
@@ -123,9 +126,10 @@ class Floor:
 
 
 def measure(arguments: argparse.Namespace, work: Work) -> int:
-    """Measure ``work`` with each setting of the arguments; print and write the results. Returns 0. Raises MoetierError.
+    """Measure ``work`` with every combination of --limit and --ram; print and write the results. Return 0.
 
-    Disk, kernels and memory are measured in the same rounds, for the bounds.
+    The rates of disk, kernels and memory, from which the bounds are computed, are measured in the same rounds. Raises
+    MoetierError.
     """
     from moetier.tiers.source import LOADERS
     from moetier.tiers.store.folder import read_manifest, store_folder
@@ -203,7 +207,10 @@ def measure(arguments: argparse.Namespace, work: Work) -> int:
 
 
 def result_of(setting: Setting, runs: list[dict[str, Any]], work: Work, floor: Floor, rates: Rates) -> dict[str, Any]:
-    """Return the result of one setting as JSON, in bytes and seconds. A step is one of the timed pieces of ``work``."""
+    """Return the result of one setting as JSON, in bytes and seconds. ``runs``: results of ``child.model``, by round.
+
+    A step is one of the timed pieces of ``work``.
+    """
     tokens = work.measured * work.step_tokens
     speed = Spread.of(tokens / sum(run["seconds"]) for run in runs)
     steps = Spread.of(second for run in runs for second in run["seconds"])

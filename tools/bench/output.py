@@ -1,7 +1,7 @@
 """Options, alternating runs and output that all ``moetier bench`` commands share.
 
-Whatever is compared (a "way") runs once in each round. The order changes from round to round, so that fluctuations of
-the machine affect all ways alike.
+Each of the things that are compared (the "ways") runs once in each round. The order changes from round to round, so
+that fluctuations of the machine affect all ways alike.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Spread:
 
 
 def alternate(rounds: int, ways: Mapping[K, Callable[[], T]]) -> dict[K, list[T]]:
-    """Run each way once in each round, and return its results by round.
+    """Run each of ``ways`` once in each round. Return the results of each way, in the order of the rounds.
 
     Each round begins with another way; every second round goes through the ways in reverse.
     """
@@ -83,23 +83,23 @@ FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_in
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """Description of the machine on which something was measured.
-
-    ``threads``: number of torch's threads, None if torch was not used. ``disk``: the one that has the measured files.
-    """
+    """Description of the machine on which something was measured."""
 
     cpu: str
-    features: tuple[str, ...]
+    features: tuple[str, ...]  # those of FEATURES that the CPU has
     cores: int  # on which this process may run
-    threads: int | None
+    threads: int | None  # number of torch's threads; None if torch was not used
     memory_bytes: int
-    kernel: str
-    disk: str
+    kernel: str  # release of Linux
+    disk: str  # the disk with the measured files, as ``place_of`` describes it; "" if there are none
     versions: dict[str, str]
 
     @classmethod
     def here(cls, *, threads: int | None = None, place: Path | None = None, fio: str | None = None) -> Machine:
-        """Describe this machine. ``place``: a file or folder on the disk; ``fio``: version of fio, if it was used."""
+        """Describe this machine.
+
+        ``place``: a file or folder on the measured disk; ``fio``: version of fio, if it was used.
+        """
         model, flags = _cpu()
         found = {"python": platform.python_version()} | ({"fio": fio} if fio else {})
         for name in PACKAGES:
@@ -119,7 +119,7 @@ class Machine:
         )
 
     def text(self) -> str:
-        """Return the description as a line."""
+        """Return the description as one line."""
         parts = [
             f"{self.cpu} ({', '.join(self.features) or platform.machine()})",
             f"{self.cores} cores" + (f", {self.threads} threads" if self.threads is not None else ""),
@@ -166,9 +166,11 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_bench(arguments: argparse.Namespace) -> None:
-    """Check the options before anything is measured. Raises TargetError."""
+    """Raise TargetError if the file of --json is to be in a folder that does not exist. Call this before measuring."""
     if arguments.json is not None and not arguments.json.parent.is_dir():
-        raise TargetError(f"{arguments.json.parent} is no folder.", "Make it, or name another with --json.")
+        raise TargetError(
+            f"There is no folder {arguments.json.parent}.", "Make it, or give --json a path in another folder."
+        )
 
 
 def report(
@@ -180,9 +182,9 @@ def report(
     notes: list[str] | None = None,
     **more: Any,
 ) -> int:
-    """Print the machine, the table ``rows`` and ``notes``; write the file that --json names. Returns 0.
+    """Print the machine, the table ``rows`` and the ``notes``. Write all of it to the file of --json. Return 0.
 
-    ``results``: one JSON object for each row; ``more``: further fields of the file.
+    ``results`` are written to the file in place of the table, as JSON. ``more`` are further fields of the file.
     """
     from moetier.tiers.store.atomic import write_durably
 

@@ -13,7 +13,7 @@ from .model import Work, add_model_arguments, measure
 
 EXAMPLES = ("moetier bench prefill ./mixtral-4bit --tokens 2048",)
 
-WARM = 8  # tokens fed before the prompt, so that work done once in a process is not timed
+WARM = 8  # tokens fed before the prompt, so that work that is done once in a process is not timed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

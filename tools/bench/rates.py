@@ -20,9 +20,10 @@ TIMES = 4  # least number of timed runs
 
 
 def memory_rate(nbytes: int) -> tuple[float, str]:
-    """Measure how fast memory is read: return bytes per second, and the name of torch's fastest operation.
+    """Measure how fast memory is read, with several operations of torch on a buffer of ``nbytes``.
 
-    The operations only read a buffer of ``nbytes``, or copy one half of it into the other.
+    Return the bytes per second of the fastest operation, and its name. An operation either reads the buffer, or copies
+    one half of it to the other.
     """
     import torch
 
@@ -57,10 +58,10 @@ def projection_bytes(layout: RecordLayout, name: str) -> int:
 
 
 def random_records(layout: RecordLayout, least_bytes: int) -> list[torch.Tensor]:
-    """Return copies of one random record, two or more, that take at least ``least_bytes`` together.
+    """Return two or more copies of one random record, which take at least ``least_bytes`` together.
 
-    A loop over them then reads from memory, not from a CPU's cache. Each is uint8 [record_bytes], with random codes
-    and small scales.
+    If they are larger than a CPU's cache, a loop over them reads memory. A record is uint8 [record_bytes], with random
+    codes and small scales.
     """
     import torch
 
@@ -81,7 +82,7 @@ def activation_dtype() -> torch.dtype:
 
 
 class KernelProbe:
-    """Times products with the projections of one layout, cycling through records so that the CPU's caches miss."""
+    """Times products with the projections of ``layout``. It cycles through ``records``, so that CPU caches miss."""
 
     def __init__(self, kernels: Kernels, layout: RecordLayout, records: Sequence[torch.Tensor]) -> None:
         self._kernels, self._layout = kernels, layout
@@ -90,7 +91,7 @@ class KernelProbe:
     def seconds(self, name: str, rows: int, *, at_least: float) -> float:
         """Return the median seconds of a product of x [rows, K] with the projection ``name``.
 
-        Products are repeated until ``at_least`` seconds are over.
+        The product is repeated for at least ``at_least`` seconds.
         """
         import torch
 

@@ -1,4 +1,4 @@
-"""Measurements in a fresh process: the page cache is dropped first, and a control group may limit the memory."""
+"""Run a measurement in a fresh process, with the page cache dropped and, if asked for, its memory limited."""
 
 from __future__ import annotations
 
@@ -48,7 +48,10 @@ class MemoryGroup:
 
 @contextlib.contextmanager
 def memory_group(limit: int) -> Iterator[MemoryGroup]:
-    """Make a control group of at most ``limit`` bytes, without swap. Raises ConfigError where that is not possible."""
+    """Yield a control group whose processes may use at most ``limit`` bytes of memory, and no swap.
+
+    Raises ConfigError if the control group can't be made.
+    """
     first = VERSION_1.is_dir()
     folder = (VERSION_1 if first else VERSION_2) / f"moetier-{os.getpid()}-{time.monotonic_ns()}"
     files = ["memory.limit_in_bytes", "memory.memsw.limit_in_bytes"] if first else ["memory.max", "memory.swap.max"]
@@ -60,7 +63,7 @@ def memory_group(limit: int) -> Iterator[MemoryGroup]:
             folder.rmdir()
         raise ConfigError(
             f"Memory can't be limited by a control group ({error}).",
-            "Run it as root, on a system that has the memory controller of cgroups.",
+            "Run the command as root, on a system that has the memory controller of cgroups, or leave out --limit.",
         ) from error
     with contextlib.suppress(OSError):  # without that file, swap is not counted
         (folder / files[1]).write_text(str(limit if first else 0))
@@ -81,8 +84,8 @@ def memory_group(limit: int) -> Iterator[MemoryGroup]:
 def forget(*paths: Path) -> None:
     """Drop files, and all files in folders, from the page cache.
 
-    A cached page counts only against the limit of the group that read it first, so a limited run could use pages that
-    do not count against its limit.
+    Linux counts a cached page only in the control group that read it first. So a run with a limit could otherwise use
+    cached pages that do not count against its limit.
     """
     for path in paths:
         for file in path.rglob("*") if path.is_dir() else [path]:
@@ -92,23 +95,27 @@ def forget(*paths: Path) -> None:
 
 
 def drop_page_cache(files: Iterable[Path], *, whole: bool) -> str:
-    """Drop ``files`` from the page cache, with ``whole`` everything if that is allowed; say what was dropped."""
+    """Drop ``files`` from the page cache. With ``whole``, drop the whole page cache if that is permitted.
+
+    Return a text that says what was dropped.
+    """
     forget(*files)
     if not whole:
         return "dropped for the model's files"
     try:
         DROP_CACHES.write_text("1")
     except OSError:
-        return "dropped for the model's files, as the machine's can't be"
+        return "dropped only for the model's files: to drop all of it is not permitted"
     return "dropped"
 
 
 def run_limited(
     command: Sequence[str], text: str, limit: int | None
 ) -> tuple[subprocess.CompletedProcess[str], int | None]:
-    """Run a command with ``text`` as its standard input, in a control group where there is a ``limit`` in bytes.
+    """Run a command with ``text`` as its standard input; if ``limit`` is given, in a control group of so many bytes.
 
-    Returns the ended process, and the group's peak in bytes, pages of files included; None without a limit.
+    Returns the ended process, and the peak memory of the group in bytes, with cached pages of files; None if there is
+    no limit. Raises ConfigError if the control group can't be made.
     """
     if limit is None:
         return subprocess.run(command, input=text, capture_output=True, text=True, check=False), None
@@ -119,22 +126,25 @@ def run_limited(
 def fresh(work: dict[str, Any], *, limit: int | None = None, files: Iterable[Path] = ()) -> dict[str, Any]:
     """Drop the page cache, run ``work`` in a process of its own, and return the result that ``child`` prints.
 
-    ``files`` are those of the model. With ``limit``, in bytes, the whole cache is dropped and the process runs in a
-    control group with that limit; ``group_peak_bytes`` in the result is the group's peak, pages of files included.
-    ``page_cache`` says what was dropped. Raises MoetierError.
+    ``files``: files of the model. If ``limit`` is None, only these are dropped. Otherwise the whole page cache is
+    dropped, and the process runs in a control group of ``limit`` bytes; ``group_peak_bytes`` in the result is the peak
+    memory of this group, with cached pages of files. ``page_cache`` in the result says what was dropped. Raises
+    MoetierError if the process fails.
     """
     command = [sys.executable, "-m", "moetier.tools.bench.child"]
     page_cache = drop_page_cache(files, whole=limit is not None)
     result, peak = run_limited(command, json.dumps(work), limit)
     if limit is not None and result.returncode in (KILLED, 128 - KILLED):
         raise BudgetError(
-            f"It was killed for memory in a control group of {format_bytes(limit)}.",
+            f"The process ran out of memory in a control group of {format_bytes(limit)}, and was killed.",
             "Give a greater --limit, or a smaller --ram.",
         )
     lines = result.stdout.splitlines()
     if result.returncode or not lines:
         said = next(reversed(result.stderr.splitlines()), f"exit status {result.returncode}")
-        raise ConfigError(f"What was measured failed: {said}", "Its process said more with MOETIER_DEBUG=1.")
+        raise ConfigError(
+            f"The process that measures failed: {said}", "Check that moetier generate works with the same model."
+        )
     found: dict[str, Any] = json.loads(lines[-1])
     if "error" in found:
         raise MoetierError(*found["error"])

@@ -28,9 +28,9 @@ def add_token_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def fixed_ids(arguments: argparse.Namespace, *, sequences: int, length: int) -> tuple[list[list[int]], str]:
-    """Return token ids [sequences][length], and where they come from. Raises ConfigError.
+    """Return token ids [sequences][length], and a text that says where they come from.
 
-    A source with too few ids is repeated.
+    If the source has too few ids, they are repeated. Raises ConfigError if the source can't be read.
     """
     directory, own = arguments.directory, arguments.directory / TOKENS_FILE
     if arguments.prompt_file is not None:
@@ -46,15 +46,20 @@ def fixed_ids(arguments: argparse.Namespace, *, sequences: int, length: int) -> 
 
 
 def read_ids(path: Path) -> list[int]:
-    """Read a JSON list of ids, or an object that has one as its "token_ids". Raises ConfigError."""
+    """Read token ids from a file with a JSON list, or with an object that has the list as its "token_ids".
+
+    Raises ConfigError if the file can't be read, or has no such list.
+    """
     try:
         found = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} can't be read as JSON ({error}).", "Give a list of token ids.") from error
+        raise ConfigError(
+            f"{path} can't be read as JSON ({error}).", "Give --tokens-file a JSON list of token ids."
+        ) from error
     if isinstance(found, dict):
         found = found.get("token_ids")
     if not isinstance(found, list) or not found or not all(type(number) is int and number >= 0 for number in found):
-        raise ConfigError(f"{path} is no list of token ids.", "Give one: [1, 415, 2936].")
+        raise ConfigError(f"{path} has no list of token ids.", "Give --tokens-file a JSON list such as [1, 415, 2936].")
     return found
 
 
@@ -65,9 +70,11 @@ def _of_text(directory: Path, path: Path) -> list[int]:
         tokenizer = transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
         ids: list[int] = tokenizer(path.read_text("utf-8")).input_ids
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} can't be tokenised: {error}", "Give a text, and a DIR with a tokenizer.") from error
+        raise ConfigError(
+            f"{path} can't be tokenised: {error}", "Give --prompt-file a UTF-8 text, and a DIR that has a tokenizer."
+        ) from error
     if not ids:
-        raise ConfigError(f"{path} has no tokens.", "Give a text.")
+        raise ConfigError(f"The text in {path} gives no tokens.", "Give --prompt-file a file that contains text.")
     return ids
 
 
@@ -77,5 +84,8 @@ def _vocabulary(directory: Path) -> int:
     config: dict[str, Any] = read_config(directory)
     size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
     if not isinstance(size, int):
-        raise ConfigError(f"{directory} does not say how many tokens there are.", "Give --tokens-file.")
+        raise ConfigError(
+            f"config.json in {directory} gives no vocabulary size, so random token ids can't be chosen.",
+            "Give token ids with --tokens-file, or a text with --prompt-file.",
+        )
     return size

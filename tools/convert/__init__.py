@@ -1,5 +1,4 @@
-"""Converting a checkpoint into a tiered store, one block after another, also while it is downloaded.
+"""Conversion of a checkpoint into a model directory, block by block, also while the checkpoint is downloaded.
 
-Others use ``convert``, ``plan`` (a plan without a download), ``conversion``, ``files`` and ``target``. The package
-imports ``cli``, ``runtime`` and ``tiers``.
+Other packages may use every module except ``streaming``. The package imports ``cli``, ``runtime`` and ``tiers``.
 """

@@ -1,4 +1,4 @@
-"""One conversion of a checkpoint: planned before anything is written, then run so that a cut run can be resumed."""
+"""One conversion of a checkpoint: it is planned before anything is written, and can be resumed if it is interrupted."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class Conversion:
     encoder: Encoder
     options: Options
     records: list[MatrixRecord]  # of the trunk's quantised matrices
-    command: list[str]  # words of the command line that resumes a cut run
-    download: Download | None  # files of a hub checkpoint, each here for a while; None: a folder
+    command: list[str]  # words of the command line that resumes the conversion
+    download: Download | None  # of a hub checkpoint; None if the checkpoint is a folder
     quiet: bool  # print nothing on standard error
 
     @classmethod
@@ -60,8 +60,8 @@ class Conversion:
     ) -> Conversion:
         """Plan a conversion into ``folder`` without writing anything.
 
-        Reads the config, the headers of the files and, without a ``download``, samples of them. Raises CheckpointError
-        or ConfigError.
+        Weights are not read, except samples of a checkpoint without ``download``, for its digest. ``download``,
+        ``resuming`` and ``quiet`` are as in ``convert.write``. Raises CheckpointError or ConfigError.
         """
         model, dtype = build_on_meta(checkpoint.config, checkpoint.first_dtype)
         tensors = source_tensors(checkpoint.tensors, checkpoint.quantization, str(dtype).removeprefix("torch."))
@@ -87,7 +87,7 @@ class Conversion:
             print(line, file=sys.stderr, flush=True)
 
     def announce(self) -> list[str]:
-        """Return lines that describe what the conversion is going to do."""
+        """Return lines that describe what the conversion will do."""
         plan, blueprint, trunk = self.target.plan, self.planned.blueprint, sum(file.size for file in self.target.trunk)
         bits = plan.stored_bytes * 8 / self._weights
         peaks = [self.encoder.peak_bytes, *(record.peak_bytes for record in self.records)]
@@ -109,9 +109,9 @@ class Conversion:
                 f"{size * 8 / max(weights, 1):.2f} bits a weight"
             )
         if whole := [block.path for block in blueprint.blocks if not block.apart]:
-            lines.append(f"read block by block, not expert by expert, as this checkpoint mixes them: {whole[0]}, ...")
+            lines.append(f"read as whole blocks, as the checkpoint does not store their experts apart: {whole[0]}, ...")
         if any(dtype == "float32" for block in blueprint.blocks for _, dtype in block.parameters.values()):
-            lines.append("experts are in float32: what stays in 16 bits is rounded to bfloat16")
+            lines.append("experts are in float32: weights that stay in 16 bits are rounded to bfloat16")
         if blueprint.unused:
             size = sum(self.checkpoint.tensors[n].nbytes for n in blueprint.unused if n in self.checkpoint.tensors)
             lines.append(
@@ -121,9 +121,10 @@ class Conversion:
         return lines
 
     def run(self) -> ConversionReport:
-        """Write trunk, blocks and small files, and the manifest last; resume where an earlier run was cut.
+        """Write the trunk, the blocks, the small files and, last, the manifest. Resume where an earlier run stopped.
 
-        The trunk of a hub checkpoint is written after the blocks, as its tensors are spread over all of the files.
+        The trunk of a hub checkpoint is written after the blocks, because its tensors are spread over all files.
+        Raises CheckpointError if the source can't be read, or TargetError if the target can't be written.
         """
         start = time.monotonic()
         self.check_disks()
@@ -131,7 +132,7 @@ class Conversion:
             finished = writer.finished_blocks
             errors = {b: error for b, error in self.target.read_journal().items() if b in finished}
             if finished:
-                self.say(f"resumed: {len(finished)} of {len(self.target.plan.blocks)} blocks are there")
+                self.say(f"resumed: {len(finished)} of {len(self.target.plan.blocks)} blocks are complete")
             with disk_errors(self.target.store, self.target.missing_bytes):
                 self.target.write_journal(self.command, errors)
                 trunk = {} if self.download else self._write_trunk()
@@ -157,14 +158,14 @@ class Conversion:
         self.target.check_disk(here, replacing=replacing)
         if cached > (free := free_bytes(cache)):
             raise DiskSpaceError(
-                f"{cache} is to keep {cached:,} bytes of the checkpoint; {free:,} are free.",
+                f"{cache} needs {cached:,} bytes more for the checkpoint; {free:,} are free.",
                 "Free some space, leave out --keep-source, or name another place with HF_HUB_CACHE.",
             )
 
     def _route(self, finished: Collection[int] | None = None) -> list[Stage]:
-        """Return the missing blocks in stages, in the order in which they are to be written.
+        """Return the blocks that are not written yet, in stages, in the order in which to write them.
 
-        ``finished``: numbers of the blocks that are not missing; None: those that are complete in the target folder.
+        ``finished``: numbers of the blocks that are written already; by default, those whose shards are complete.
         """
         done = self.target.finished_blocks if finished is None else finished
         missing = [block for block in range(len(self.target.plan.blocks)) if block not in done]
@@ -212,7 +213,10 @@ class Conversion:
     def report(
         self, errors: dict[int, float], *, seconds: float, resumed_blocks: int = 0, was_complete: bool = False
     ) -> ConversionReport:
-        """Return the report of the conversion; ``errors`` are the relative errors of blocks, by number."""
+        """Return the report of the conversion. ``errors`` is a dictionary from a block's number to its relative error.
+
+        ``resumed_blocks``: number of blocks that an earlier run finished; ``was_complete``: this run had nothing to do.
+        """
         plan, trunk = self.target.plan, sum((record.error for record in self.records), WeightError())
         return ConversionReport(
             model=plan.model,
@@ -236,7 +240,7 @@ class Conversion:
 
 
 def _words(options: Options, checkpoint: Checkpoint, *, keeps: bool) -> list[str]:
-    """Return the words of a command line that stand for ``options`` and the way in which ``checkpoint`` was opened."""
+    """Return the options of the command line that resumes a conversion. ``keeps``: whether it has --keep-source."""
     words = ["--bits", str(options.bits)]
     if options.trunk_bits != 16:
         words += ["--trunk-bits", str(options.trunk_bits)]
@@ -248,9 +252,12 @@ def _words(options: Options, checkpoint: Checkpoint, *, keeps: bool) -> list[str
 
 
 def _encoder(planned: ConversionPlan, plan: Manifest, options: Options) -> Encoder:
-    """Make an encoder, by default with a worker per thread or CPU, or fewer if memory is short. Raises ConfigError."""
+    """Make an encoder, by default with one worker for each thread or CPU, or fewer if memory is short.
+
+    Raises ConfigError if ``options`` ask for fewer than one.
+    """
     if options.workers is not None and options.workers < 1:
-        raise ConfigError(f"{options.workers} workers can't work.", "Give at least one.")
+        raise ConfigError(f"A conversion with {options.workers} workers is not possible.", "Give --workers 1 or more.")
     workers = options.workers or options.threads or usable_cpus()
     encoder = Encoder(planned.blueprint, plan, workers=workers, fast=options.fast)
     most = min(available_memory().bytes, encoder.promised_bytes - INTERPRETER_BYTES)
@@ -261,9 +268,9 @@ def _encoder(planned: ConversionPlan, plan: Manifest, options: Options) -> Encod
 
 @dataclass(frozen=True)
 class BlockReport:
-    """Result for one Experts module.
+    """Result for one block.
 
-    ``error`` is the relative error of its stored weights; None if an earlier run that converted it did not save it.
+    ``error`` is the relative error of its stored weights; None if it is not known, as when the model was complete.
     """
 
     path: str
@@ -282,14 +289,14 @@ class ConversionReport:
     trunk_bits: int
     source_bytes: int
     trunk_bytes: int
-    trunk_matrices: int  # number of quantised ones
+    trunk_matrices: int  # number of quantised matrices
     trunk_error: float | None  # relative error of their weights; None if this run quantised none
     blocks: tuple[BlockReport, ...]
-    weights: int  # of all experts
+    weights: int  # number of weights of all experts
     seconds: float
-    peak_bytes: int  # of this process, since it began
-    resumed_blocks: int  # that an earlier run had finished
-    was_complete: bool  # there was nothing to do
+    peak_bytes: int  # peak memory of this process since its start
+    resumed_blocks: int  # number of blocks that an earlier run finished
+    was_complete: bool  # whether the model directory was complete, so that nothing was written
 
     @property
     def expert_bytes(self) -> int:
@@ -298,7 +305,7 @@ class ConversionReport:
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits of an expert weight, with scales, padding and checksums."""
+        """Stored bits per expert weight, including scales, padding and checksums."""
         return self.expert_bytes * 8 / self.weights
 
     def to_json(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Make a model directory from a checkpoint, in a folder or on the hub: open it, check the target, and convert it."""
+"""Make a model directory from a checkpoint that is in a folder or on the hub."""
 
 from __future__ import annotations
 
@@ -28,12 +28,20 @@ def convert(
     mirror: Path | None = None,
     **how: Any,
 ) -> ConversionReport:
-    """Make the model directory ``dst`` from the checkpoint ``src``, a folder or a hub id, or resume a cut run.
+    """Make the model directory ``dst`` from the checkpoint ``src``, or resume an interrupted conversion.
 
-    Files of a hub id are downloaded when they are needed and removed when they are converted. Files that are in
-    huggingface_hub's cache already stay there; with ``keep_source`` all files are downloaded into it and stay. With
-    ``mirror`` the experts are copied into that folder too. ``how`` are further parameters of ``write``. Everything that
-    can be checked is checked before anything is written. Raises CheckpointError, TargetError or ConfigError.
+    Files of a hub checkpoint are downloaded when they are needed, and deleted once they are converted. Files that
+    huggingface_hub's cache has already are read there, and not deleted.
+
+    Args:
+        src: folder of the checkpoint, or its id on the hub.
+        revision: branch, tag or commit of a hub checkpoint.
+        keep_source: download all files into huggingface_hub's cache, and delete none.
+        ignore_code: accept a checkpoint that names code of its own. The code is never run.
+        mirror: folder into which the records are copied too.
+        how: further parameters of ``write``.
+
+    Raises CheckpointError, TargetError or ConfigError; StoreError if a record can't be read for the mirror.
     """
     folder = check_source(src)
     if mirror is not None:
@@ -51,7 +59,7 @@ def convert(
         )
     elif revision is not None or keep_source:
         raise ConfigError(
-            f"{src} is a folder, of which nothing is downloaded or removed.",
+            f"{src} is a folder, and its files are neither downloaded nor deleted.",
             "Leave out --revision and --keep-source.",
         )
     else:
@@ -72,10 +80,11 @@ def pull(
     resuming: Sequence[str] | None = None,
     **how: Any,
 ) -> ConversionReport:
-    """Make the model directory ``dst`` from a hub id, or resume a cut run with the commit that it began with.
+    """Make the model directory ``dst`` from the hub checkpoint ``name``, or resume an interrupted conversion.
 
-    ``or_folder``: errors say that ``name`` may have been meant as a folder. Further parameters and errors are as in
-    ``convert``.
+    A conversion is resumed with the commit that it began with, unless ``revision`` is given. If ``or_folder``, errors
+    also say that there is no folder called ``name``. The other parameters, and the errors raised, are those of
+    ``convert`` and ``write``.
     """
     checkpoint, download = open_on_hub(
         name,
@@ -98,14 +107,18 @@ def write(
     resuming: Sequence[str] | None = None,
     **options: Any,
 ) -> ConversionReport:
-    """Make the model directory ``dst`` from an open checkpoint, or resume a cut run.
+    """Make the model directory ``dst`` from an open checkpoint, or resume an interrupted conversion.
 
     Args:
-        overwrite: replace the model directory that is there, if it is another conversion or a complete one.
+        overwrite: replace the model directory ``dst`` if it is complete, or was made from another checkpoint or with
+            other options.
         quiet: print nothing on standard error.
-        download: the files of a hub id, which are downloaded one after the other; None for a folder.
-        resuming: words of the command that resumes a cut run, without its options; by default those of `convert`.
-        options: fields of ``Options``; ``threads`` is the number of threads of this process, as in ``load``.
+        download: download of a hub checkpoint; None if the checkpoint is a folder.
+        resuming: words of the command line that resumes the conversion, from the subcommand to the first option; by
+            default ``convert SRC DST``.
+        options: fields of ``Options``. ``threads`` is set for the whole process, as in ``load``.
+
+    Raises CheckpointError, TargetError or ConfigError.
     """
     how = Options(**options)
     use_threads(how.threads)
@@ -113,7 +126,7 @@ def write(
     conversion = Conversion.plan(checkpoint, dst, how, download=download, resuming=resuming, quiet=quiet)
     try:
         complete = conversion.target.is_complete()
-        replaced = complete and overwrite  # its bytes may be damaged, which is not checked here
+        replaced = complete and overwrite  # is_complete reads no weights: they may be damaged
     except TargetExistsError:
         if not (overwrite and is_ours(dst)):
             raise
@@ -121,7 +134,7 @@ def write(
     if replaced:
         check_unused(str(dst), dst)
         conversion.check_disks(replacing=True)
-        conversion.say(f"{dst}: what is there is removed first")
+        conversion.say(f"{dst}: removing the old conversion first")
         remove(dst)
     elif complete:
         conversion.target.tidy()

@@ -1,9 +1,9 @@
 """Workers that turn weights into records: they quantise experts, or pieces of a matrix of the trunk, in parallel.
 
-Each worker computes on one thread, so the bytes of a record do not depend on the machine. Records of experts come out
-in order. One worker at a time reads weights; the others compute meanwhile, also while a record is written or synced.
-Memory is bounded: there is one record for each worker and one that is being written, or a few more where records are
-small. A block whose experts can't be read one by one is worked on alone.
+Each worker computes on one thread, so the bytes of a record do not depend on the number of workers. Records of experts
+are yielded in order. One worker at a time reads weights; the others compute meanwhile, also while a record is written
+or synced. Memory is bounded: there is one record for each worker and one that is being written, or a few more if
+records are small. A block whose experts can't be read one by one is encoded alone.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from moetier.tiers.quant.codec import WeightError, sections
 from moetier.tiers.quant.packing import band_bytes
 
 INTERPRETER_BYTES = 450 << 20  # torch, transformers, the solver's temporaries
-QUEUED_BYTES, MOST_QUEUED = 16 << 20, 8  # finished records that may wait for the disk; one always may
-PIECE_WEIGHTS = 1 << 20  # of a matrix of the trunk that a worker quantises at a time
+QUEUED_BYTES, MOST_QUEUED = 16 << 20, 8  # of finished records that wait for the disk; one may always wait
+PIECE_WEIGHTS = 1 << 20  # of a trunk matrix, quantised by a worker in one call
 
 
 @contextlib.contextmanager
 def one_thread_each() -> Iterator[None]:
-    """Set torch to one thread within the block, while workers compute. Each worker sets its own number of threads."""
+    """Set the calling thread's number of torch threads to 1 until the context ends. Workers set their own."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -49,7 +49,7 @@ def one_thread_each() -> Iterator[None]:
 
 @contextlib.contextmanager
 def pool_of(workers: int) -> Iterator[ThreadPoolExecutor]:
-    """Yield a pool of worker threads, in each of which torch uses one thread. At the end, cancel tasks not begun."""
+    """Yield a pool of worker threads, in each of which torch uses one thread. At the end, cancel tasks in the queue."""
     with one_thread_each(), ThreadPoolExecutor(workers, "convert", lambda: torch.set_num_threads(1)) as pool:
         try:
             yield pool
@@ -71,9 +71,9 @@ class Encoder:
     def peak_bytes(self) -> int:
         """Approximate peak memory in bytes, without the interpreter's.
 
-        One worker reads, which takes two copies of a projection while it is merged. Each other one holds a projection
-        and its codes. All have temporary memory for a band of rows and a record to fill; some records wait to be
-        written.
+        One worker reads, and holds two copies of a projection while it merges the parts. Each other worker holds a
+        projection and its codes. Every worker also has a record to fill, and temporary memory for a band of rows. Some
+        records wait to be written.
         """
         peak = 0
         for index, block in enumerate(self._blueprint.blocks):
@@ -93,7 +93,7 @@ class Encoder:
 
     @property
     def promised_bytes(self) -> int:
-        """Documented limit of a conversion's memory in bytes, interpreter included: two experts in fp32 and 1 GiB.
+        """Documented limit of a conversion's memory in bytes, with the interpreter's: two experts in fp32, plus 1 GiB.
 
         A block whose experts can't be read one by one may take more.
         """
@@ -104,7 +104,7 @@ class Encoder:
 
         A record is valid until the next one is asked for. Close the generator to stop early.
         """
-        free: SimpleQueue[Bytes] = SimpleQueue()  # for each task under way, and for the record that is yielded
+        free: SimpleQueue[Bytes] = SimpleQueue()  # buffers: one for each task, and one for the record that is yielded
         size = max((self._plan.layout(key.block).record_bytes for key in keys), default=0)
         slots = self._slots(size)
         for _ in range(min(slots, len(keys))):
@@ -124,11 +124,14 @@ class Encoder:
                 free.put(record)
 
     def _slots(self, record_bytes: int) -> int:
-        """Return how many records are in memory at a time: one for each worker, and finished ones."""
+        """Return how many records are in memory at any one time: one for each worker, and finished ones."""
         return self.workers + max(1, min(MOST_QUEUED, QUEUED_BYTES // max(1, record_bytes)))
 
     def _may_start(self, key: ExpertKey, ahead: Sequence[tuple[ExpertKey, object]]) -> bool:
-        """Return whether ``key`` may be encoded beside the keys ``ahead``: a block that is read whole must be alone."""
+        """Return whether ``key`` may be encoded together with the keys ``ahead``.
+
+        A block that is read as a whole must be encoded alone.
+        """
         blocks = self._blueprint.blocks
         return all(k.block == key.block or (blocks[k.block].apart and blocks[key.block].apart) for k, _ in ahead)
 
@@ -166,13 +169,16 @@ class MatrixRecord:
 
     @property
     def peak_bytes(self) -> int:
-        """Approximate bytes that making the record takes: record, matrix if it is read whole, and the workers' own."""
+        """Approximate memory to make the record, in bytes: record, workers, and the matrix if it is read as a whole."""
         (p,) = self.layout.projections
         whole = 0 if self._recipe.direct else 2 * p.rows * p.columns * self._recipe.dtype.itemsize
         return self.layout.payload_bytes + whole + self._workers * 16 * max(PIECE_WEIGHTS, ROW_TILE * p.columns)
 
     def chunks(self) -> Iterator[Bytes]:
-        """Make the record, anew at each call, and yield its bytes in order. Raises CheckpointError."""
+        """Make the record, anew at each call, and yield its bytes in order.
+
+        Raises CheckpointError if a weight is not finite, or if the source can't be read.
+        """
         record = self._made().numpy()
         for start in range(0, len(record), CHUNK_BYTES):
             yield record[start : start + CHUNK_BYTES]
@@ -185,7 +191,10 @@ class MatrixRecord:
         step = max(1, PIECE_WEIGHTS // p.columns // ROW_TILE) * ROW_TILE
 
         def fill(start: int) -> WeightError:
-            """Quantise a piece of rows from ``start`` on, and put it into the record. No group spans several rows."""
+            """Quantise the rows from ``start`` on, ``step`` at most, and put them into the record.
+
+            Rows can be quantised apart, as no group spans several rows.
+            """
             count = min(step, p.rows - start)
             weights = self._recipe.rows(start, count) if whole is None else whole[start : start + count]
             if not all(map(math.isfinite, torch.stack(weights.aminmax()).tolist())):

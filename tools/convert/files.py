@@ -23,19 +23,24 @@ from moetier.tiers.store.folder import GROUP, METADATA
 
 @contextlib.contextmanager
 def locked(name: str, folder: Path) -> Iterator[None]:
-    """Hold the lock of conversions into ``folder``. Raises TargetError where a conversion holds it."""
+    """Hold the lock of the store in ``folder`` until the context ends, so that no conversion writes into it.
+
+    Raises TargetError if a conversion holds the lock. The error calls the model ``name``.
+    """
     lock = os.open(folder / GROUP, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError:
-        raise TargetError(f"{name} is in use: a conversion writes into it.", "End that first.") from None
+        raise TargetError(
+            f"{name} is in use: a conversion is writing into it.", "Wait for the conversion or end it, then try again."
+        ) from None
     finally:
         os.close(lock)
 
 
 def empty(folder: Path, beside: Iterable[Path]) -> None:
-    """Remove what is in the store of ``folder``, and the files ``beside`` it; the store's own folder stays."""
+    """Remove the content of the store in ``folder``, and the files ``beside`` the store. The store's folder stays."""
     store = folder / GROUP
     (store / METADATA).unlink(missing_ok=True)
     sync_folder(store)
@@ -55,16 +60,16 @@ def delete(path: Path) -> None:
 
 
 def check_unused(name: str, folder: Path) -> None:
-    """Raise TargetError where another process uses the model called ``name``."""
+    """Raise TargetError if another process uses the model in ``folder``. The error calls the model ``name``."""
     if users := users_of(folder):
         which = "; ".join(f"process {pid} ({command})" for pid, command in users.items())
-        raise TargetError(f"{name} is in use: {which}.", "End that first.")
+        raise TargetError(f"{name} is in use by {which}.", "End every process that uses it, then try again.")
 
 
 def users_of(folder: Path) -> dict[int, str]:
-    """Return the other processes that have files of a folder open or mapped, as pid -> command line.
+    """Return the other processes that have files below ``folder`` open or mapped: process id -> command line.
 
-    They may be a daemon, a server or a conversion. Processes of other users can't be seen, and are left out.
+    For example a daemon, a server or a conversion. Processes of other users can't be inspected, and are left out.
     """
     prefix = f"{folder.resolve()}/"
     mapped = prefix.replace("\n", r"\012")  # as the kernel writes a path in /proc/PID/maps
@@ -72,7 +77,7 @@ def users_of(folder: Path) -> dict[int, str]:
     for process in Path("/proc").glob("[0-9]*"):
         if process.name == str(os.getpid()):
             continue
-        with contextlib.suppress(OSError):  # the process has ended, or is another user's
+        with contextlib.suppress(OSError):  # the process has ended, or belongs to another user
             opened = any(f"{path}/".startswith(prefix) for path in _opened(process))
             if opened or any(path.startswith(mapped) for _, path in mapped_files(process.name)):
                 words = (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
@@ -82,11 +87,11 @@ def users_of(folder: Path) -> dict[int, str]:
 
 def _opened(process: Path) -> Iterator[str]:
     for link in (process / "fd").iterdir():
-        with contextlib.suppress(OSError):  # closed meanwhile
+        with contextlib.suppress(OSError):  # the file was closed meanwhile
             yield str(link.readlink())
 
 
-# files that describe a tokenizer; and files with its vocabulary, of which it needs one
+# ABOUT: files that describe a tokenizer. VOCABULARY: files that hold its vocabulary; it needs one of them.
 ABOUT = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")
 VOCABULARY = re.compile(
     r"tokenizer\.(json|model(\.v\d+)?)|vocab\.(json|txt)|tekken\.json|(spiece|sentencepiece(\.bpe)?)\.model|\w+\.tiktoken"
@@ -94,9 +99,9 @@ VOCABULARY = re.compile(
 
 
 def small_faults(directory: Path) -> Iterator[MoetierError]:
-    """Yield an error for an invalid config.json, and one for a tokenizer whose vocabulary is missing.
+    """Yield an error if config.json is invalid, and one if the tokenizer's vocabulary is missing.
 
-    A model without any file of a tokenizer is fine.
+    A model directory without a tokenizer has no such fault.
     """
     try:
         read_config(directory)
@@ -105,8 +110,8 @@ def small_faults(directory: Path) -> Iterator[MoetierError]:
     there = [name for name in ABOUT if (directory / name).exists()]
     if there and not has_tokenizer(directory):
         yield StoreFormatError(
-            f"{directory} has {there[0]}, and no vocabulary: tokenizer.json, or tokenizer.model, is missing.",
-            "Copy the source's tokenizer files into it.",
+            f"{directory} has {there[0]}, but no vocabulary: tokenizer.json or tokenizer.model is missing.",
+            "Copy the tokenizer files of the source checkpoint into it.",
         )
 
 
@@ -121,7 +126,7 @@ def nearest_folder(path: Path) -> Path:
 
 
 def free_bytes(folder: Path) -> int:
-    """Return the free bytes of the disk of a folder, which need not exist."""
+    """Return the free bytes of the disk that ``folder`` is on, or would be on if it existed."""
     return shutil.disk_usage(nearest_folder(folder)).free
 
 
@@ -130,6 +135,6 @@ def disk_bytes(folder: Path) -> int:
     taken = 0
     for place, folders, files in os.walk(folder):
         for name in (*folders, *files):
-            with contextlib.suppress(FileNotFoundError):  # renamed or removed meanwhile
+            with contextlib.suppress(FileNotFoundError):  # it was renamed or removed meanwhile
                 taken += os.lstat(Path(place, name)).st_blocks * 512
     return taken

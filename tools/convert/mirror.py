@@ -24,9 +24,11 @@ from .target import check_place
 
 
 def make_mirror(directory: Path, target: Path, *, quiet: bool = True) -> None:
-    """Copy the records of a model directory into ``target``, or those that a cut run has left out; note the mirror.
+    """Copy the records of the model directory ``directory`` into ``target``, and list ``target`` as its mirror.
 
-    Raises StoreError for a record that can't be read, TargetError, TargetExistsError or DiskSpaceError.
+    Shards that an earlier run copied are kept. Raises StoreError if a record can't be read, or if the finished mirror
+    has the records of another conversion; TargetError if ``target`` overlaps with ``directory`` or holds other experts,
+    or if its disk is too small.
     """
     directory = store_folder(directory).parent
     check_place(target, directory)
@@ -36,15 +38,17 @@ def make_mirror(directory: Path, target: Path, *, quiet: bool = True) -> None:
         missing = sum(shard.file_bytes for shard in shards if not is_complete(shard))
         digest, trunk = _found(target)
         if digest not in ("", manifest.digest):
-            raise TargetExistsError(f"{target} holds the experts of another model.", "Choose another folder.")
+            raise TargetExistsError(
+                f"{target} holds the experts of another model.", "Choose another folder for the mirror."
+            )
         if missing or digest != manifest.digest:
             if missing > (free := free_bytes(target)):
                 raise DiskSpaceError(f"{target} needs {missing:,} bytes more; {free:,} are free.", "Free some space.")
             digest = _copy(store, target / GROUP, shards, trunk, Progress("mirror", missing, quiet=quiet))
     if digest != manifest.digest:
         raise ChecksumError(
-            f"{target} has records of another conversion than {directory}.",
-            "Remove that folder, and run the same command again.",
+            f"The records in {target} and in {directory} come from different conversions.",
+            f"Remove {target}, and run the same command again.",
         )
     try:
         listed = read_mirrors(directory)
@@ -56,14 +60,20 @@ def make_mirror(directory: Path, target: Path, *, quiet: bool = True) -> None:
 
 
 def mirror_to(folder: Path, target: Path) -> None:
-    """Make a mirror of the model directory ``folder``, and say if it is on the same disk. Raises as ``make_mirror``."""
+    """Make a mirror of the model directory ``folder`` in ``target``, and warn if both are on the same disk.
+
+    Raises the errors of ``make_mirror``.
+    """
     make_mirror(folder, target, quiet=False)
     if target.stat().st_dev == store_folder(folder).stat().st_dev:
-        print(f"{target} is on the same disk as {folder}: it makes nothing faster.", file=sys.stderr)
+        print(f"{target} is on the same disk as {folder}, so this mirror makes reads no faster.", file=sys.stderr)
 
 
 def _found(target: Path) -> tuple[str, Mapping[str, FileSum]]:
-    """Return digest and trunk of a complete store in ``target``, which may be a whole model directory."""
+    """Return the digest and the trunk's checksums in the manifest of ``target``; "" and {} if there is no manifest.
+
+    ``target`` may be a whole model directory, not only a mirror.
+    """
     try:
         manifest = read_manifest(target / GROUP)
     except StoreError:
@@ -74,7 +84,7 @@ def _found(target: Path) -> tuple[str, Mapping[str, FileSum]]:
 def _copy(
     store: ExpertStore, folder: Path, shards: list[ShardFile], trunk: Mapping[str, FileSum], progress: Progress
 ) -> str:
-    """Copy the shards that are missing in ``folder``, write its manifest, and return its digest."""
+    """Copy the shards that are missing in the store ``folder``, write its manifest, and return its digest."""
     buffer = memoryview(mmap.mmap(-1, max(shard.slot_bytes for shard in shards)))
     with StoreWriter.open(folder, store.manifest.plan) as writer, progress:
         for block in sorted(set(range(len(shards))) - writer.finished_blocks):

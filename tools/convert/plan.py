@@ -1,7 +1,7 @@
-"""Plan of a conversion: what is made and in which order, from a model on the meta device and the checkpoint's headers.
+"""Plan of a conversion: what is made, and in which order. No weights are needed for a plan.
 
 Linear modules of the trunk are quantised, except where that would do harm or not save memory. Blocks of a hub
-checkpoint are made in an order in which few of its files are on the disk at a time.
+checkpoint are made in such an order that few of its files are on the disk at any one time.
 """
 
 from __future__ import annotations
@@ -38,22 +38,22 @@ from .trunk import TrunkFile, TrunkTensor, plan_trunk
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-AT_ONCE = 2  # files on the disk: one is downloaded while blocks are made from the other
+AT_ONCE = 2  # files on the disk at any one time: one is downloaded while blocks are made from the other
 
 
 @dataclass(frozen=True)
 class Options:
     """Options of a conversion. None stands for a default that depends on the bits or on the machine.
 
-    Raises ConfigError for combinations in which no model can be stored.
+    Raises ConfigError if no model can be stored with the combination.
     """
 
-    bits: Bits = 4
-    trunk_bits: Bits = 16  # of the trunk's matrices
-    group_size: int | None = None
-    pairs: str | None = None
-    fast: bool = False  # plain rounding in place of HQQ
-    workers: int | None = None
+    bits: Bits = 4  # per expert weight
+    trunk_bits: Bits = 16  # per weight of the trunk's matrices
+    group_size: int | None = None  # weights that share a pair
+    pairs: str | None = None  # format of the pairs
+    fast: bool = False  # round to the nearest value instead of using HQQ
+    workers: int | None = None  # threads that quantise
     threads: int | None = None
 
     def __post_init__(self) -> None:
@@ -62,30 +62,30 @@ class Options:
         fast = self.fast and self.trunk_bits == 16
         if self.bits == 16 and (self.group_size is not None or self.pairs is not None or fast):
             raise ConfigError(
-                "With 16 bits nothing is rounded: groups, pairs and plain rounding say nothing.",
+                "With 16 bits nothing is quantised, so --group-size, --pairs and --fast have no effect.",
                 "Leave out --group-size, --pairs and --fast, or choose fewer --bits.",
             )
         group_and_pairs(self.bits, self.group_size, self.pairs)
 
 
 def trunk_form(bits: Bits) -> TrunkRecords | None:
-    """Return the default format of the trunk's quantised matrices with ``bits``, or None for 16: none is quantised.
+    """Return the default format of the trunk's matrices with ``bits`` per weight; None for 16, which quantises none.
 
-    Raises ConfigError for unsupported ``bits``.
+    Raises ConfigError if a trunk can't have that many bits.
     """
     if bits not in TRUNK_BITS:
         raise ConfigError(
-            f"A trunk of {bits} bits is not supported.", f"Choose among {', '.join(map(str, TRUNK_BITS))}."
+            f"A trunk of {bits} bits is not supported.", f"Give --trunk-bits {' or '.join(map(str, TRUNK_BITS))}."
         )
     return None if bits == 16 else TrunkRecords(bits, *DEFAULTS[bits])
 
 
 def choose_matrices(model: PreTrainedModel, dtype: torch.dtype, form: TrunkRecords) -> dict[str, RecordLayout]:
-    """Choose the linear modules whose weights are quantised; return the layout of each one's record, by module path.
+    """Choose the linear modules whose weights are quantised. Return the layouts of their records, by module path.
 
-    ``model`` is to be loaded in ``dtype``. All other modules stay as they are: gates; parts without experts, such as
-    encoders of images and sound; weights that the architecture reads by itself, keeps in another dtype or shares; and
-    weights that would not get smaller.
+    ``dtype``: the type in which ``model`` will be loaded. These are not quantised: gates; parts without experts, such
+    as encoders of images and sound; weights that the architecture's code reads directly, keeps in another type or
+    shares between modules; and weights that would not get smaller.
     """
     apart = _gates(model) + _towers(model)
     found = {}
@@ -123,7 +123,7 @@ def _towers(model: PreTrainedModel) -> list[str]:
 
 
 def _stands_alone(model: PreTrainedModel, weight: str) -> bool:
-    """Return whether no other module shares the parameter ``weight``, except an embedding that a head is tied to."""
+    """Return whether no other module shares the parameter ``weight``. A head may share that of its embedding."""
     tied = model.all_tied_weights_keys
     if weight in tied.values():
         return False
@@ -150,7 +150,7 @@ def _names_read(made_by: type) -> frozenset[str]:
 
 @dataclass(frozen=True)
 class ConversionPlan:
-    """Plan of a conversion with one width of the trunk; ``manifest`` takes the width of experts."""
+    """Plan of a conversion with given bits of the trunk. The bits of experts are chosen later, in ``manifest``."""
 
     blueprint: Blueprint
     form: TrunkRecords | None
@@ -160,17 +160,18 @@ class ConversionPlan:
     def of(
         cls, model: PreTrainedModel, dtype: torch.dtype, tensors: Mapping[str, SourceTensor], trunk_bits: Bits
     ) -> ConversionPlan:
-        """Plan the conversion of a ``model`` on the meta device, and cut down its Experts modules to one expert each.
+        """Plan the conversion of ``model``, which is on the meta device. This leaves one expert in its Experts modules.
 
-        Experts that can't be read one by one are not cut down. ``tensors``: the checkpoint's by name, of any shape.
-        Raises UnsupportedModelError or CheckpointError.
+        Modules whose experts can't be read one by one keep all experts. ``tensors``: the tensors of the checkpoint, of
+        any shape, by name. ``dtype``: the type in which the model will be loaded. Raises UnsupportedModelError or
+        CheckpointError.
         """
         form = trunk_form(trunk_bits)
         chosen = choose_matrices(model, dtype, form) if form else ()
         return cls(make_blueprint(model, dtype, tensors, chosen), form, tensors)
 
     def manifest(self, options: Options, *, model: str, digest: str) -> Manifest:
-        """Return the manifest of the store, for a source called ``model`` with the digest ``digest``."""
+        """Return the manifest of the store. ``model`` and ``digest``: name and digest of the source."""
         arrays: dict[tuple[RecordLayout, int], str] = {}
         sizes: dict[str, int] = {}
         blocks = []
@@ -200,7 +201,10 @@ class ConversionPlan:
         )
 
     def records(self, *, workers: int, fast: bool) -> dict[str, MatrixRecord]:
-        """Return the record of each quantised matrix, by module path."""
+        """Return the record of each quantised matrix, by module path, without making it.
+
+        ``workers``: threads that will quantise; ``fast``: round to the nearest value instead of using HQQ.
+        """
         return {
             path: MatrixRecord(path, recipe, self.form, workers=workers, fast=fast)
             for path, recipe in self.blueprint.matrices.items()
@@ -219,19 +223,20 @@ class Stage:
 
     blocks: tuple[int, ...]
     files: frozenset[Path] = frozenset()
-    present: frozenset[Path] = frozenset()  # on the disk: also files of earlier stages that a later one needs
-    ahead: Path | None = None  # first file of the next stage, downloaded meanwhile if AT_ONCE allows it
+    present: frozenset[Path] = frozenset()  # ``files``, and files of earlier stages that later stages need
+    ahead: Path | None = None  # file of the next stage to download meanwhile; None if ``present`` has AT_ONCE or more
 
     @property
     def at_once(self) -> frozenset[Path]:
-        """Files that may be on the disk at the same time during the stage."""
+        """All files that may be on the disk during the stage."""
         return self.present if self.ahead is None else self.present | {self.ahead}
 
 
 def stages(files: Mapping[int, frozenset[Path]]) -> list[Stage]:
-    """Group and order blocks by the files that each is made from, so that few files are on the disk at a time.
+    """Group and order blocks by the files that they are made from, so that few files are on the disk at any one time.
 
-    ``files``: the files by block. Checkpoints distribute blocks over files by number, or by name ("10" before "2").
+    ``files``: the files that each block is made from, by its number. In a checkpoint, blocks are spread over files in
+    the order of their numbers, or of their names ("10" before "2").
     """
     groups: list[tuple[list[int], frozenset[Path]]] = []
     for block in sorted(files, key=lambda block: (max(files[block]), min(files[block]), block)):
@@ -251,9 +256,9 @@ def stages(files: Mapping[int, frozenset[Path]]) -> list[Stage]:
 
 
 def most_bytes(planned: ConversionPlan, tensors: Iterable[StoredTensor]) -> int:
-    """Estimate the most bytes of a hub checkpoint that are on the disk at a time: files, and the trunk's tensors.
+    """Estimate the most bytes of a hub checkpoint on the disk at any one time: its files, and the trunk's tensors.
 
-    ``tensors``: all of the checkpoint's, of any shape.
+    ``tensors``: all tensors of the checkpoint, of any shape.
     """
     sizes = Counter[Path]()
     for tensor in tensors:

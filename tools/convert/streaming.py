@@ -1,14 +1,14 @@
-"""Streaming conversion of a hub checkpoint: download a file, convert its blocks while the next comes, and delete it.
+"""Download of a hub checkpoint during its conversion: a file is deleted once all blocks in it are converted.
 
-The trunk's tensors, and the samples of which the digest is made, are read after all blocks. Those bytes of a file are
-kept in a sparse copy at the same offsets, which replaces the file. Below ``folder``:
+The trunk's tensors, and the samples for the source's digest, are read after all blocks. So each file is replaced by a
+sparse copy, which has these bytes at the same offsets. The download's folder contains:
 
     whole/NAME          the file as huggingface_hub downloads it
-    shards/NAME         where the file is read: a link to whole/NAME or into huggingface_hub's cache, later the sparse
-                        copy
-    shards/NAME.kept    the byte ranges that the sparse copy has; anything else in it reads as zeros
+    shards/NAME         the path at which the file is read: first a link to whole/NAME or into huggingface_hub's cache,
+                        later the sparse copy
+    shards/NAME.kept    the byte ranges that the sparse copy has; all its other bytes read as zeros
 
-Links and sparse copies are renamed into place, so a run that was killed can be resumed.
+Links and sparse copies are made under other names and then renamed, so a run that was killed can be resumed.
 """
 
 from __future__ import annotations
@@ -49,19 +49,19 @@ from moetier.tools.cli.progress import Progress
 
 from .plan import Stage
 
-GRACE = 15.0  # seconds that a download under way has to end: huggingface_hub gives up a silent hub after ten
-MIN_START = 8 + len("{}")  # bytes before a file's tensors: the header's length and an empty header
+GRACE = 15.0  # seconds to wait for a download that was told to stop; huggingface_hub gives up a silent hub after 10
+MIN_START = 8 + len("{}")  # least number of bytes before a file's tensors: the header's length, and an empty header
 
 
 class Halted(BaseException):
-    """Raised in the thread of a download that is to end before it is complete."""
+    """Raised in the thread that downloads, to stop it before the download is complete."""
 
 
 class Download:
-    """Files of a hub checkpoint, each of which is on the disk while blocks are made from it.
+    """Download of a hub checkpoint, each file of which is on the disk only while blocks are made from it.
 
-    Not thread-safe. Its process must hold the lock of the model directory. The next file is downloaded by a further
-    thread.
+    A thread of its own downloads the next file. Not thread-safe. While ``stream`` runs, this process must hold the lock
+    of the store that is written (``StoreWriter`` takes it).
     """
 
     def __init__(
@@ -74,16 +74,21 @@ class Download:
         *,
         keep: bool,
     ) -> None:
-        """Download the ``files`` of the hub's ``name`` at the commit ``revision`` into ``folder``.
+        """Prepare the download of a checkpoint, without starting it.
 
-        ``tensors`` are those of the files, each with the ``shard_path`` of its file. With ``keep``, files are
-        downloaded into huggingface_hub's cache and stay there.
+        Args:
+            name: id of the checkpoint on the hub.
+            revision: the commit.
+            folder: folder of the download.
+            files: size and sha256 of each file with weights, by name.
+            tensors: all tensors of the files, by name; the path in each is the ``shard_path`` of its file.
+            keep: download into huggingface_hub's cache, and delete nothing.
         """
         self.revision = revision
         self.keep = keep
         self._name = name
         self._folder = folder
-        self._whole = folder.resolve() / "whole"  # links are resolved, to compare it with targets of links
+        self._whole = folder.resolve() / "whole"  # resolved, as it is compared with resolved targets of links
         self._names = {shard_path(folder, file): file for file in files}
         self._files = {path: files[file] for path, file in self._names.items()}
         self._tensors: dict[Path, dict[str, StoredTensor]] = {path: {} for path in self._names}
@@ -94,19 +99,19 @@ class Download:
         self._halted = threading.Event()
 
     def keep_tensors(self, names: Collection[str]) -> None:
-        """Set the names of the tensors that are read after all blocks. Must be called before other methods."""
+        """Set which tensors are read after all blocks, by their ``names``. Call this before any other method."""
         self._kept = frozenset(names)
 
     def announce(self, route: Sequence[Stage]) -> str:
-        """Say in a sentence how much is downloaded, and how much of it is on the disk at a time."""
+        """Return a sentence: how many bytes will be downloaded, and how many are on the disk at any one time."""
         coming = sum(self._coming(route).values())
         if self.keep:
-            return f"{format_bytes(coming)} are downloaded, and kept in {hub.cache_folder()}"
+            return f"{format_bytes(coming)} will be downloaded, and kept in {hub.cache_folder()}"
         largest = _most(route, {path: file.size for path, file in self._files.items()})
-        return f"{format_bytes(coming)} are downloaded; at most {format_bytes(largest)} are here at a time"
+        return f"{format_bytes(coming)} will be downloaded; at most {format_bytes(largest)} on the disk at any one time"
 
     def disk_bytes(self, route: Sequence[Stage]) -> tuple[int, int]:
-        """Return by how many bytes, at the peak of a run, ``folder`` and the cache of huggingface_hub grow."""
+        """Return the most bytes by which the download's folder and huggingface_hub's cache grow, as a pair."""
         coming = self._coming(route)
         if self.keep:
             return 0, sum(coming.values())
@@ -115,10 +120,11 @@ class Download:
         return _most(route, coming) + pages, 0
 
     def stream(self, route: Sequence[Stage], quiet: bool) -> Generator[Stage, None, None]:
-        """Yield each stage once its files are here, and remove those that no later stage needs.
+        """Yield each stage of ``route`` once its files are on the disk; delete files that no later stage needs.
 
-        Files that no stage needs are downloaded last, for their sparse copies. Closing the generator ends the download
-        under way. Raises CheckpointError.
+        Files that no stage needs are downloaded last, for their sparse copies. With ``quiet``, no progress is shown.
+        Close the generator to stop the download. Raises CheckpointError if the hub does not give a file, or if the file
+        is not the expected one.
         """
         try:
             for stage, after in zip_longest(route, route[1:]):
@@ -165,7 +171,10 @@ class Download:
         threading.Thread(target=fetch, name="ahead", daemon=True).start()
 
     def _fetch(self, path: Path, quiet: bool) -> None:
-        """Download a file unless it is here, check it, and link to it at ``path``. Raises CheckpointError."""
+        """Make the file readable at ``path``: download it unless it is on this machine, check it, and link to it.
+
+        Raises CheckpointError as in ``stream``.
+        """
         if _is_whole(path):
             return
         name, remote = self._names[path], self._files[path]
@@ -183,14 +192,14 @@ class Download:
                 self._check_sum(found, remote, name)
         if read_tensors(found, path) != self._tensors[path]:
             raise CheckpointError(
-                f"{found} is not what the hub said of it before: it has other tensors.",
-                "Remove it, and run the same command again.",
+                f"{found} does not have the tensors that the hub listed for it earlier.",
+                "Remove this file, and run the same command again.",
             )
         make_folders(path.parent)
         link = path.with_name(path.name + PARTIAL)
         link.unlink(missing_ok=True)
         link.symlink_to(found.absolute())
-        self._check_halted()  # once stream() has waited for GRACE, another conversion may own the folder
+        self._check_halted()  # after GRACE seconds stream() returns, and another conversion may use the folder
         link.rename(path)
         sync_folder(path.parent)
 
@@ -199,33 +208,32 @@ class Download:
             raise Halted
 
     def _check_sum(self, found: Path, remote: RemoteFile, name: str) -> None:
-        """Check the size and sha256 of a downloaded file, and sync it to the disk.
+        """Check the size and sha256 of a downloaded file, and sync it to the disk, so that a link may mark it as whole.
 
-        Afterwards a link may mark it as whole. Removes the file and raises CheckpointError if it differs from the
-        hub's.
+        If they differ from the hub's, delete the file and raise CheckpointError.
         """
         problem = None
         with found.open("rb") as stream:
             if (size := os.fstat(stream.fileno()).st_size) != remote.size:
-                problem = f"it has {size:,} bytes, and should have {remote.size:,}"
+                problem = f"it has {size:,} bytes instead of {remote.size:,}"
             elif remote.sha256 is not None and hashlib.file_digest(stream, "sha256").hexdigest() != remote.sha256:
-                problem = "its sha256 is another than the hub says"
+                problem = "its sha256 is not the one that the hub gives"
             if problem is None:
                 os.fsync(stream.fileno())
                 os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         if problem:
             found.resolve().unlink()
             raise CheckpointError(
-                f"{name} of {self._name} was damaged on its way: {problem}.",
+                f"{name} of {self._name} was damaged during the download: {problem}.",
                 "Run the same command again: it resumes where it stopped.",
             )
-        for folder in {found.parent, found.resolve().parent}:  # of the cache's link, and of what it leads to
+        for folder in {found.parent, found.resolve().parent}:  # the cache has a link, and the file in another folder
             sync_folder(folder)
 
     # replacing files by sparse copies
 
     def _release(self, paths: Iterable[Path]) -> None:
-        """Replace each file by its sparse copy, except those in huggingface_hub's cache."""
+        """Replace the files at ``paths`` by their sparse copies, except those in huggingface_hub's cache."""
         for path in sorted(paths):
             if path.is_symlink() and (whole := path.resolve()).is_relative_to(self._whole):
                 self._write_copy(path)
@@ -235,7 +243,7 @@ class Download:
     def _ranges(self, path: Path) -> list[list[int]]:
         """Return [offset, bytes] of each part of a file that its sparse copy keeps.
 
-        These are the header, the tensors of ``keep_tensors``, and from other tensors the samples that the digest needs.
+        The parts are the header, the tensors of ``keep_tensors``, and the digest's samples of the other tensors.
         """
         tensors = sorted(self._tensors[path].values(), key=lambda tensor: tensor.offset)
         ranges = [[0, tensors[0].offset if tensors else self._files[path].size]]
@@ -278,12 +286,20 @@ def open_on_hub(
     or_folder: bool = False,
     ignore_code: bool = False,
 ) -> tuple[Checkpoint, Download]:
-    """Open a hub checkpoint from its headers alone; return it, and the download of its weights into ``folder``.
+    """Open a hub checkpoint without its weights. Return it, with the download of the weights, which has not begun.
 
-    ``revision`` is a branch, a tag or a commit. With ``keep``, files stay in huggingface_hub's cache; files that the
-    cache has already are read there in any case. ``or_folder``: errors say that ``name`` may have been meant as a
-    folder. Needs no network if all files are on this machine. Raises CheckpointError, also for a model that can't be
-    converted.
+    Small files and the headers of files with weights are downloaded; no network is needed if they are all on this
+    machine.
+
+    Args:
+        name: id of the checkpoint on the hub.
+        folder: the download uses a subfolder of it, named by the commit.
+        revision: branch, tag or commit.
+        keep: download into huggingface_hub's cache, and delete nothing.
+        or_folder: errors also say that there is no folder called ``name``.
+        ignore_code: accept a checkpoint that names code of its own. The code is never run.
+
+    Raises CheckpointError, also if the model can't be converted.
     """
     snapshot = hub.fetch(name, revision=revision, or_folder=or_folder)
     config = read_json(snapshot, "config.json")
@@ -293,7 +309,7 @@ def open_on_hub(
     wanted, named = weights_of(snapshot, config)
     commit = snapshot.name
     place = folder / commit
-    here = {}  # paths of files that are on this machine, or of their sparse copies: both have header and size
+    here = {}  # by name: the path of a file on this machine, or of its sparse copy, which has the same header and size
     for file in wanted:
         path = shard_path(place, file)
         if (found := path if path.exists() else hub.cached(name, file, commit)) is not None:
@@ -323,14 +339,16 @@ def _files(name: str, commit: str, wanted: Sequence[str], here: Mapping[str, Pat
     if missing == [WEIGHTS]:
         raise without_weights(name, listing)
     if missing:
-        raise CheckpointError(f"{name} lacks {some(missing)}, which its index names.", "Choose another revision.")
+        raise CheckpointError(
+            f"{name} lacks {some(missing)}, which its index names.", "Choose another --revision, or another model."
+        )
     return {file: listing[file] for file in wanted}
 
 
 def _headers(
     name: str, commit: str, files: Mapping[str, RemoteFile], here: Mapping[str, Path], place: Path
 ) -> dict[Path, dict[str, StoredTensor]]:
-    """Return the tensors of each file, by the path at which it will be read."""
+    """Return the tensors of each file, by the path at which the file will be read. Raises CheckpointError."""
     fetched = hub.headers(name, [file for file in files if file not in here], commit) if len(here) < len(files) else {}
     found = {}
     for file, remote in files.items():
@@ -341,14 +359,16 @@ def _headers(
         try:
             found[path], start = listed(path, fetched[file], remote.size)
             if start < MIN_START:
-                raise ValueError(f"its tensors take {remote.size - start} bytes, and the file {remote.size}")
+                raise ValueError(f"its tensors take {remote.size - start:,} of the file's {remote.size:,} bytes")
         except ValueError as error:
-            raise CheckpointError(f"{file} of {name} has a malformed header ({error}).", "Choose another.") from error
+            raise CheckpointError(
+                f"{file} of {name} has a malformed header ({error}).", "Choose another --revision, or another model."
+            ) from error
     return found
 
 
 def shard_path(folder: Path, file: str) -> Path:
-    """Return the path in ``folder`` at which a file of the checkpoint is read."""
+    """Return the path in the download's ``folder`` at which a file of the checkpoint is read."""
     return folder / "shards" / file
 
 
@@ -361,6 +381,6 @@ def _kept_path(path: Path) -> Path:
 
 
 def _most(route: Iterable[Stage], sizes: Mapping[Path, int]) -> int:
-    """Return the most bytes of files that are on the disk at a time."""
+    """Return the most bytes of files that are on the disk at any one time. ``sizes``: bytes of each file."""
     together = [stage.at_once for stage in route] + [frozenset([path]) for path in sizes]
     return max((sum(sizes.get(path, 0) for path in files) for files in together), default=0)

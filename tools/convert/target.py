@@ -1,7 +1,7 @@
-"""Model directory that a conversion writes: what is there already, how that differs from the plan, and small files.
+"""Target of a conversion: what the folder holds already, how that differs from the plan, and its small files.
 
-The manifest inside ``experts.zarr`` is written last of all, so a directory without it has an incomplete conversion.
-Until then ``conversion.json`` has the command that resumes it, and the quantisation errors of the finished blocks.
+The manifest in ``experts.zarr`` is written last, so a directory without a manifest holds an incomplete conversion.
+Until then, ``conversion.json`` has the command that resumes the conversion, and the errors of the finished blocks.
 """
 
 from __future__ import annotations
@@ -39,52 +39,53 @@ METHODS = {"hqq": "HQQ", "rounding": "plain rounding (--fast)"}
 
 
 def _of_experts(name: str, manifest: Manifest) -> str:
-    """Return the value of the field ``name`` in the experts' projections, as text; different values are joined."""
+    """Return the value of the field ``name`` of the experts' projections, as text; if they differ, all the values."""
     projections = [each for layout in manifest.layouts.values() for each in layout.projections]
     return " and ".join(sorted({str(getattr(each, name)) for each in projections}))
 
 
-# options that a manifest shows: the fields that an option affects, its description, and a function for its value
+# options that can be told from a manifest: the fields that an option affects, its description, and how to get its value
 OPTIONS: tuple[tuple[set[str], str, Callable[[Manifest], str]], ...] = (
     ({"layouts"}, "experts of {} bits", partial(_of_experts, "bits")),
     ({"layouts"}, "experts in groups of {}", partial(_of_experts, "group")),
     ({"layouts"}, "scales of experts in {}", partial(_of_experts, "pairs")),
     ({"trunk_records", "requires"}, "a trunk of {} bits", lambda manifest: str(manifest.trunk_bits)),
-    ({"method"}, "{}", lambda manifest: METHODS.get(manifest.method, manifest.method)),
+    ({"method"}, "weights quantised by {}", lambda manifest: METHODS.get(manifest.method, manifest.method)),
 )
 
 
 def difference(found: Manifest, asked: Manifest) -> str:
-    """Return a text that says how two plans differ, "" if they are the same.
+    """Return a text that says how the plan that was ``found`` differs from the one ``asked`` for; "" if it does not.
 
-    It names options with their values, and fields that no option sets.
+    The text gives both values of options, and only the names of fields that no option sets.
     """
     if found.model != asked.model:
-        return f"of {found.model}, and {asked.model} was asked for"
+        return f"it is of {found.model}, not of {asked.model}"
     rest = [each.name for each in fields(asked) if getattr(found, each.name) != getattr(asked, each.name)]
     said = []
     for names, option, of in OPTIONS:
         if names & set(rest) and (old := of(found)) != (new := of(asked)):
-            said.append(f"with {option.format(old)}, and {new} {'were' if 'bits' in option else 'was'} asked for")
-            rest = [each for each in rest if each not in names]  # they follow from the option
-    return "; ".join([*said, *([f"they differ in {', '.join(rest)}"] if rest else [])])
+            said.append(f"it has {option.format(old)}, not {new}")
+            rest = [each for each in rest if each not in names]  # the option explains these fields
+    return "; ".join([*said, *([f"its manifest differs in {', '.join(rest)}"] if rest else [])])
 
 
 CONFIG = "config.json"
-DOWNLOAD = "download"  # folder of the download; removed when the conversion is finished
+DOWNLOAD = "download"  # folder of the download; deleted when the conversion is finished
 WRITTEN = re.compile(rf"trunk-[\d-]+of-\d+\.safetensors|{re.escape(INDEX)}|{CONFIG}|{ORIGIN}|{JOURNAL}|{MIRRORS}")
-SLACK_BYTES = 1 << 20  # folders and small files
-COMMIT_LENGTH = 40  # characters of the hub's commits; a digest has more
+SLACK_BYTES = 1 << 20  # allowed for folders and small files
+COMMIT_LENGTH = 40  # characters of a commit on the hub; a digest has more
 
 
 @dataclass(frozen=True)
 class Target:
-    """Model directory that a conversion is to write.
+    """Model directory that a conversion will write.
 
-    ``small`` holds the bytes of every file that is neither trunk nor experts, by relative name.
+    ``small`` has the content of every file that belongs neither to the trunk nor to the store, by its path in
+    ``folder``.
 
-    ``passing``: the source is downloaded during the conversion, so that its digest is known only at the end. Until then
-    ``plan`` has the hub's commit in place of the digest. The file ``ORIGIN`` keeps that commit.
+    ``passing``: whether the source is downloaded during the conversion. Then its digest is known only at the end. Until
+    then, ``plan`` has the commit in place of the digest. The file ``ORIGIN`` keeps the commit.
     """
 
     folder: Path
@@ -99,26 +100,27 @@ class Target:
         return self.folder / GROUP
 
     def is_complete(self) -> bool:
-        """Return whether the folder holds this conversion completely.
+        """Return whether the folder holds the complete result of this conversion.
 
-        Raises TargetExistsError where it holds anything but this conversion or a part of it.
+        If it holds a part of the result, is empty or does not exist, return False. If it holds anything else, raise
+        TargetExistsError. Only names and sizes of files are checked.
         """
         if not self.folder.exists() or (self.folder.is_dir() and not any(self.folder.iterdir())):
             return False
         if not self.folder.is_dir():
-            raise TargetExistsError(f"{self.folder} is not a folder.", "Choose another place.")
+            raise TargetExistsError(f"{self.folder} is not a folder.", "Choose another path for the model directory.")
         if not is_ours(self.folder):
             raise TargetExistsError(
-                f"{self.folder} holds files that are no moetier model.",
-                "Choose another folder, or empty this one; moetier deletes nothing that it did not write.",
+                f"{self.folder} holds files, but is not a model directory of moetier.",
+                "Choose another folder, or empty this one; moetier deletes no files that it did not write.",
             )
         try:
             found = read_plan(self.store)
         except StoreError as error:
-            raise self._differs(f"one that can't be read ({error.cause})") from error
+            raise self._differs(f"its plan can't be read ({error.cause})") from error
         if found is None:
             if any(not path.name.endswith(PARTIAL) for path in self.store.iterdir()):
-                raise self._differs("one without its plan, as when its removal was cut")
+                raise self._differs("its plan is missing, as after an interrupted removal")
             return False
         finished = (self.store / METADATA).exists()
         if finished and self.passing:
@@ -131,8 +133,8 @@ class Target:
             and all((self.folder / name).is_file() for name in self.small)
             and len(self.finished_blocks) == len(self.plan.blocks)
         )
-        if finished and self.passing and not whole:  # its source was removed, so it can't be completed
-            raise self._differs("the same, of which files are missing")
+        if finished and self.passing and not whole:  # the downloaded source was deleted, so it can't be completed
+            raise self._differs("it was complete, and some of its files are missing now")
         return whole
 
     def _differs(self, what: str) -> TargetExistsError:
@@ -143,12 +145,12 @@ class Target:
 
     @property
     def finished_blocks(self) -> frozenset[int]:
-        """Blocks whose shards are complete."""
+        """Numbers of the blocks whose shards are complete."""
         blocks = range(len(self.plan.blocks))
         return frozenset(block for block in blocks if is_complete(ShardFile.of(self.store, self.plan, block)))
 
     def missing_bytes(self, *, replacing: bool = False) -> int:
-        """Bytes that are still to be written; with ``replacing``, all of them."""
+        """Return how many bytes are still to be written; with ``replacing``, the bytes of the whole result."""
         shards = [ShardFile.of(self.store, self.plan, block) for block in range(len(self.plan.blocks))]
         return (
             sum(shard.file_bytes for shard in shards if replacing or not is_complete(shard))
@@ -157,15 +159,15 @@ class Target:
         )
 
     def check_disk(self, beside: int = 0, *, replacing: bool = False) -> None:
-        """Raise DiskSpaceError unless the disk has room for what is still to be written and ``beside`` bytes of source.
+        """Raise DiskSpaceError unless the disk has room for what is still to be written, and for ``beside`` bytes more.
 
-        With ``replacing``, the present content of the folder counts as removed.
+        ``beside``: bytes of downloaded files. With ``replacing``, the folder's present content counts as removed.
         """
         free = free_bytes(self.folder) + (_freed_bytes(self.folder) if replacing else 0)
         needed = self.missing_bytes(replacing=replacing) + beside + SLACK_BYTES
         if needed > free:
             source = f", {beside:,} of them for files of the checkpoint" if beside else ""
-            then = " once what is there is removed" if replacing else ""
+            then = " once the old conversion is removed" if replacing else ""
             raise DiskSpaceError(
                 f"{self.folder} needs {needed:,} bytes more{source}; {free:,} are free{then}.",
                 "Free some space, choose fewer --bits and --trunk-bits, or another disk.",
@@ -178,7 +180,7 @@ class Target:
             write_durably(self.folder / name, data)
 
     def read_journal(self) -> dict[int, float]:
-        """Return the relative error of each block that an earlier run finished."""
+        """Return the relative errors of the blocks that earlier runs finished, by number; {} if they can't be read."""
         try:
             found = read_json(self.folder / JOURNAL)
             return {int(block): float(error) for block, error in found["errors"].items()}
@@ -186,12 +188,12 @@ class Target:
             return {}
 
     def write_journal(self, command: list[str], errors: Mapping[int, float]) -> None:
-        """Write the command that resumes the conversion, and the errors of finished blocks."""
+        """Write the command that resumes the conversion, and the relative errors of finished blocks, by number."""
         journal = {"command": command, "errors": {str(block): error for block, error in sorted(errors.items())}}
         write_durably(self.folder / JOURNAL, json.dumps(journal).encode())
 
     def tidy(self) -> None:
-        """Remove the files that are needed only during a conversion. For after the manifest is written."""
+        """Remove the files that are needed only during a conversion. Call this after the manifest is written."""
         for path in (self.store / PLAN, self.folder / JOURNAL):
             if path.exists():
                 path.unlink()
@@ -202,7 +204,7 @@ class Target:
 
 
 def revision_under_way(folder: Path, name: str) -> str | None:
-    """Return the commit from which a cut conversion of the hub's ``name`` into ``folder`` is made, or None."""
+    """Return the commit of the hub checkpoint ``name`` whose conversion into ``folder`` was interrupted, or None."""
     try:
         plan = read_plan(folder / GROUP)
     except StoreError:
@@ -211,28 +213,30 @@ def revision_under_way(folder: Path, name: str) -> str | None:
 
 
 def is_ours(folder: Path) -> bool:
-    """Return whether a conversion wrote, or began to write, this folder."""
+    """Return whether a conversion wrote, or began to write, the folder: whether it has a store."""
     return (folder / GROUP).is_dir()
 
 
 def check_place(folder: Path, source: Path) -> None:
-    """Raise TargetError if the target ``folder`` is, contains or lies in its own source."""
+    """Raise TargetError if ``folder`` and ``source`` are the same, or if one of them contains the other."""
     target, source = folder.resolve(), source.resolve()
     if target == source or target.is_relative_to(source) or source.is_relative_to(target):
-        raise TargetError(f"{folder} overlaps with the source, {source}.", "Choose a folder outside it.")
+        raise TargetError(
+            f"{folder} and the source {source} overlap.", "Choose a folder that neither contains it nor lies in it."
+        )
 
 
 def remove(folder: Path) -> None:
     """Remove everything that moetier writes into a model directory, except the store's own folder, which is left empty.
 
-    Raises TargetError where another conversion is under way.
+    Raises TargetError if a conversion is writing into the folder.
     """
     with locked(str(folder), folder):
         empty(folder, [*_downloaded(folder), *_beside_store(folder)])
 
 
 def _beside_store(folder: Path) -> Iterator[Path]:
-    """Yield the files that moetier writes into a model directory, but for the store and downloads."""
+    """Yield the paths in ``folder`` of files that moetier writes, except the store's and downloaded files."""
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix().removesuffix(PARTIAL)
         if WRITTEN.fullmatch(name) or COPIED.fullmatch(name):
@@ -240,9 +244,9 @@ def _beside_store(folder: Path) -> Iterator[Path]:
 
 
 def _freed_bytes(folder: Path) -> int:
-    """Return the bytes of the disk that ``remove`` frees, without downloads.
+    """Return how many bytes of the disk ``remove`` frees, without those of downloaded files.
 
-    A file that is downloaded already does not count as needed, so it must not count as freed either.
+    A file that is downloaded already is not counted as needed, so it must not be counted as freed either.
     """
     found = [path.lstat() for path in (*_beside_store(folder), *(folder / GROUP).rglob("*"))]
     return sum(512 * file.st_blocks for file in found if file.st_nlink == 1)  # else another name keeps the data
@@ -256,7 +260,10 @@ def _downloaded(folder: Path) -> list[Path]:
 def small_files(
     checkpoint: Checkpoint, bits: int, trunk_bits: int, dtype: str, trunk: tuple[TrunkFile, ...]
 ) -> dict[str, bytes]:
-    """Return small files by name: config.json, the trunk's index, and copies of tokenizer, chat template, configs."""
+    """Return the content of each small file, by name: config.json, the trunk's index, and files of the checkpoint.
+
+    ``bits`` and ``trunk_bits`` are written into config.json, and ``dtype`` if the checkpoint's config has none.
+    """
     made = {name: _without_code(contained(checkpoint.folder, name)) for name in checkpoint.copied}
     if checkpoint.revision is not None:
         origin = {"id": checkpoint.name, "revision": checkpoint.revision}
@@ -267,12 +274,12 @@ def small_files(
     config["quantization_config"] = {"quant_method": "moetier", "format": FORMAT, "bits": bits}
     if trunk_bits != 16:
         config["quantization_config"]["trunk_bits"] = trunk_bits
-    config["experts_implementation"] = "moetier"  # loading without moetier fails then, and makes no random experts
+    config["experts_implementation"] = "moetier"  # without moetier, loading then fails instead of making random experts
     return {**made, INDEX: index_of(trunk), CONFIG: json.dumps(config, indent=2).encode() + b"\n"}
 
 
 def _without_code(path: Path) -> bytes:
-    """Return a copied file's bytes, without the code (auto_map) that a JSON file names."""
+    """Return the bytes of a file to copy. Of a JSON file, leave out auto_map, which names code."""
     try:
         data = path.read_bytes()
     except OSError as error:

@@ -1,12 +1,14 @@
-"""Files of the trunk: all tensors that do not belong to experts, each on a 64-byte boundary.
+"""Files of the trunk: all tensors that do not belong to experts, with matrices aligned to 64 bytes.
 
-Tensors keep their original names. A quantised matrix is a record, under a name made from its module's path.
+Tensors keep their original names. A quantised matrix is stored as a record; its name is made from its module's path.
 
-Some libraries' fp32 results depend on the alignment of their inputs, and transformers uses the file's bytes in place.
-Safetensors allows no holes, so the order of tensors makes the alignment: tensors whose size is a multiple of 64 bytes
-come first; a matrix of another size ends its file; vectors of other sizes, which no matrix product reads in place, end
-one file. Files are written piece by piece, synced, then renamed, so a file with its final name was complete once. A
-resumed conversion still compares it with its source, because it may have been changed since.
+transformers computes with the file's bytes in place, and fp32 results of some libraries depend on the alignment of
+their inputs. Safetensors allows no gaps between tensors, so alignment depends on their order. Tensors whose size is a
+multiple of 64 bytes come first. A matrix of another size is the last tensor of its file. All vectors of other sizes are
+at the end of one file; they need no alignment, as no matrix product reads them in place.
+
+A file is written in pieces, synced, and then renamed, so a file with its final name was complete once. A resumed
+conversion still compares it with its source, because it may have been changed since.
 """
 
 from __future__ import annotations
@@ -39,14 +41,14 @@ SPELLINGS = {name: spelling for spelling, name in TORCH_NAMES.items()}
 
 @dataclass(frozen=True)
 class TrunkFile:
-    """One file of the trunk that is to be written: its tensors by name, in order."""
+    """One file of the trunk. ``tensors`` has its tensors by name, in the order in which they are written."""
 
     name: str
     tensors: Mapping[str, TrunkTensor]
 
     @property
     def header(self) -> bytes:
-        """Header of the safetensors file, including the 8 bytes of its length."""
+        """Header of the safetensors file, with the 8 bytes before it that give its length."""
         entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
         offset = 0
         for name, tensor in self.tensors.items():
@@ -63,16 +65,19 @@ class TrunkFile:
 
     @property
     def size(self) -> int:
-        """Bytes of the file."""
+        """Size of the file in bytes."""
         return len(self.header) + sum(map(nbytes, self.tensors.values()))
 
     def is_complete(self, folder: Path) -> bool:
-        """Return whether ``folder`` has the file, in its full size."""
+        """Return whether the file exists in ``folder`` and has its full size."""
         path = folder / self.name
         return path.is_file() and path.stat().st_size == self.size
 
     def make(self, folder: Path, advance: Callable[[int], None]) -> FileSum:
-        """Write the file into ``folder``, unless an earlier run did and every byte is still the same."""
+        """Write the file into ``folder``, unless it is there with the right checksum. Return its size and checksum.
+
+        ``advance`` is called with numbers of bytes that are done. Raises CheckpointError if a weight is NaN.
+        """
         path = folder / self.name
         if self.is_complete(folder):
             with path.open("rb", buffering=0) as stream:
@@ -80,13 +85,13 @@ class TrunkFile:
             if stored == _sum(self._pieces()):
                 advance(self.size)
                 return FileSum(self.size, stored)
-            path.unlink()  # a second copy may be more than the disk holds
+            path.unlink()  # before writing: the disk may have no room for both
         return self.write(folder, advance)
 
     def write(self, folder: Path, advance: Callable[[int], None]) -> FileSum:
-        """Write the file into ``folder``; ``advance`` is called with the number of bytes of each piece.
+        """Write the file into ``folder``, and return its size and checksum.
 
-        Raises CheckpointError at a NaN.
+        ``advance`` is called with the number of bytes of each piece. Raises CheckpointError if a weight is NaN.
         """
         crc = 0
         with large_file(folder / self.name, self.size) as file:
@@ -123,10 +128,10 @@ def nbytes(tensor: TrunkTensor) -> int:
 def plan_trunk(
     tensors: Mapping[str, TrunkTensor], stem: str = "trunk", file_bytes: int = FILE_BYTES
 ) -> tuple[TrunkFile, ...]:
-    """Distribute tensors over files of about ``file_bytes``, by names, shapes and types alone.
+    """Distribute ``tensors`` over files of about ``file_bytes`` bytes. The files' names begin with ``stem``.
 
-    Of those whose size is no multiple of ALIGNMENT, a matrix [rows, columns] ends a file or has one of its own, and all
-    vectors [length] end one file.
+    The result depends only on the tensors' names, shapes and types. Tensors whose size is no multiple of ALIGNMENT are
+    placed last: at most one matrix [rows, columns] in each file, and all vectors [length] in one file.
     """
     odd = {name: None for name in tensors if nbytes(tensors[name]) % ALIGNMENT}  # in order
     matrices = [name for name in odd if len(tensors[name].shape) > 1]
@@ -157,7 +162,7 @@ def plan_trunk(
 
 
 def index_of(files: tuple[TrunkFile, ...]) -> bytes:
-    """Make model.safetensors.index.json."""
+    """Return the content of model.safetensors.index.json for the trunk's ``files``."""
     places = {name: file.name for file in files for name in file.tensors}
     total = sum(nbytes(tensor) for file in files for tensor in file.tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}

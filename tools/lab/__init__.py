@@ -1,4 +1,5 @@
-"""Experiments: replays of traces, synthetic models, perplexity, figures.
+"""Experiments: simulated tiers, synthetic models, perplexity, figures.
 
-The package imports ``cli``, ``convert``, ``runtime`` and ``tiers``.
+``bench`` uses ``simulation`` and ``synthetic``; commands use every module. The package imports ``cli``, ``convert``,
+``proto``, ``runtime`` and ``tiers``.
 """

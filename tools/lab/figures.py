@@ -1,6 +1,6 @@
-"""Pictures of a trace, and of a daemon's experts.
+"""Figures of a trace, and of a daemon's experts.
 
-Figures 1 and 2 are those of Eliseev & Mazur 2023 (arXiv 2312.17238).
+Figures 1 and 2 show what Figures 1 and 2 of Eliseev & Mazur 2023 (arXiv 2312.17238) show.
 """
 
 from __future__ import annotations
@@ -34,10 +34,11 @@ Ready = npt.NDArray[np.bool_]
 def draw_use(
     trace: Trace, *, tokens: range, blocks: Sequence[int], cached: int, policy: str = DEFAULT_POLICY
 ) -> Figure:
-    """Draw Figure 1: the experts that each token uses, darker by their weight.
+    """Draw Figure 1: the experts that each token uses, darker if they have more weight.
 
-    A small square marks the experts that a cache holds before the token; it has ``cached`` slots for each block (0: no
-    cache) and evicts by ``policy``. The tokens' text is underneath. A line marks where a sequence begins.
+    Small squares mark the experts that a simulated cache holds before each token. The cache has ``cached`` slots for
+    each block (0: no cache) and evicts by ``policy``. The text of the tokens is below the figure. A line marks where a
+    sequence begins.
     """
     width = min(max(0.22 * len(tokens) + 1.2, 6.0), MOST_WIDTH)
     heights = [min(0.15 * trace.num_experts[block], MOST_HEIGHT / len(blocks)) for block in blocks]  # inches
@@ -79,7 +80,10 @@ def draw_use(
 
 
 def draw_hits(trace: Trace, *, policy: str = DEFAULT_POLICY) -> Figure:
-    """Draw Figure 2, left: hit ratio by experts cached for each block, with ``policy``, Belady's bound, and chance."""
+    """Draw Figure 2, left: the hit ratio by the number of slots that each block has.
+
+    There is a line each for ``policy``, for Belady's bound, and for experts that are cached at random.
+    """
     most = max(trace.num_experts)
     slots = sorted({max(round(number), 1) for number in np.linspace(1, most, min(most, 16))})
     figure, axes = _line_figure()
@@ -98,7 +102,7 @@ def draw_hits(trace: Trace, *, policy: str = DEFAULT_POLICY) -> Figure:
 
 
 def draw_recall(trace: Trace) -> Figure:
-    """Draw Figure 2, right: recall of the experts that were used, by how many blocks ahead gates predicted them."""
+    """Draw Figure 2, right: the recall of predictions, by the look-ahead."""
     compared = compare(trace)
     ahead = [found.lookahead for found in compared]
     gates, previous, popular = (
@@ -124,7 +128,7 @@ def draw_recall(trace: Trace) -> Figure:
 
 
 def draw_heatmap(trace: Trace, *, cached: int, policy: str = DEFAULT_POLICY) -> Figure:
-    """Draw two maps by block and expert: an expert's uses relative to an even share, and its hit ratio in a cache.
+    """Draw two maps of the experts by block: uses relative to an even share, and hit ratio in a simulated cache.
 
     The cache holds ``cached`` experts of each block and evicts by ``policy``.
     """
@@ -147,9 +151,9 @@ def draw_heatmap(trace: Trace, *, cached: int, policy: str = DEFAULT_POLICY) -> 
 
 
 def draw_resident(stats: StatsReply, *, time: str) -> Figure:
-    """Draw which experts a daemon holds and how much they are used, in a part for each model.
+    """Draw which experts a daemon holds and how often they were used, with one map for each model.
 
-    ``stats`` must have details; ``time`` is a text that says when they were taken.
+    ``stats`` must have details. ``time`` is a text for the title: the time at which the daemon sent ``stats``.
     """
     models = [_uses_and_ready(details.blocks) for details in stats.details]
     rows, columns = (max(uses.shape[side] for uses, _ in models) for side in (0, 1))
@@ -181,7 +185,7 @@ def _uses_and_ready(blocks: Sequence[Block]) -> tuple[Uses, Ready]:
 
 
 def _mark_resident(axes: Axes, ready: Ready, *, size: float) -> None:
-    """Mark the experts that are in a slot, with marks of ``size`` points."""
+    """Mark the experts that are in a slot, with marks of ``size`` points. ``ready``: bool [blocks, experts]."""
     y, x = np.nonzero(ready)
     is_round = size >= ROUND
     axes.scatter(
@@ -198,7 +202,7 @@ def _mark_resident(axes: Axes, ready: Ready, *, size: float) -> None:
 
 
 def _summary(uses: Uses, ready: Ready, slots: int) -> str:
-    """Return a line of the title: "16 of 64 experts are resident, in 16 slots; 41% of 5,120 uses were of these"."""
+    """Return a line for the title: "16 of 64 experts are resident, in 16 slots; 41% of 5,120 uses were of these"."""
     experts, total = int(np.isfinite(uses).sum()), float(np.nansum(uses))
     text = f"{int(ready.sum()):,} of {experts:,} experts are resident, in {slots:,} slots"
     return text + (
@@ -207,7 +211,7 @@ def _summary(uses: Uses, ready: Ready, slots: int) -> str:
 
 
 def _draw_map(axes: Axes, values: Uses, *, top: float, label: str = "", colours: str = "Blues", ticks: int = 8) -> None:
-    """Draw ``values`` by block and expert as colours, the darkest from the value ``top`` on, with a colour bar."""
+    """Draw ``values`` [blocks, experts] as colours, with a colour bar. From ``top`` on, the colour is the darkest."""
     shown = axes.imshow(values, cmap=colours, vmin=0, vmax=top, aspect="auto", interpolation="nearest", rasterized=True)
     axes.set_facecolor("#e4e7ea")
     axes.set_xlabel("expert")
@@ -219,15 +223,15 @@ def _draw_map(axes: Axes, values: Uses, *, top: float, label: str = "", colours:
 
 
 def _shown_top(values: Uses, least: float) -> float:
-    """Return the value that is drawn in the darkest colour: the 98th percentile, or ``least`` if that is more.
+    """Return the value for the darkest colour: the 98th percentile of ``values``, or ``least`` if that is more.
 
-    With the maximum, a few experts would make all others pale.
+    If it were the maximum, a few experts would make all others pale.
     """
     return max(float(np.nanpercentile(values, 98)), least)
 
 
 def _shades(trace: Trace, tokens: range, block: int) -> npt.NDArray[np.float32]:
-    """Return shades [experts, tokens]: 0 not used, .25 to 1 by weight, .8 where weights are not known."""
+    """Return shades [experts, tokens]: 0 if unused, 0.25 to 1 depending on the weight, 0.8 if the weight is unknown."""
     shades = np.zeros((trace.num_experts[block], len(tokens)), np.float32)
     for column, token in enumerate(tokens):
         for place, expert in enumerate(trace.experts[token, block]):
@@ -238,7 +242,10 @@ def _shades(trace: Trace, tokens: range, block: int) -> npt.NDArray[np.float32]:
 
 
 def _resident(trace: Trace, tokens: range, block: int, cached: int, policy: str) -> npt.NDArray[np.bool_]:
-    """Return which experts are in the cache before each token: [tokens, experts]. Each sequence begins without any."""
+    """Return which experts are in the simulated cache before each token: [tokens, experts].
+
+    The cache is empty at the beginning of each sequence.
+    """
     experts = trace.num_experts[block]
     found = np.zeros((len(tokens), experts), np.bool_)
     for span in trace.sequences:
@@ -252,9 +259,9 @@ def _resident(trace: Trace, tokens: range, block: int, cached: int, policy: str)
 
 
 def _uses(trace: Trace, cached: int, policy: str) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Return, each as [blocks, experts], the tokens that use an expert, and those that find it in the cache.
+    """Return how many tokens use each expert, and how many of them find it in the cache: each [blocks, experts].
 
-    An expert that a prompt lacks is loaded once: of the prompt's tokens that use it, all but one count as hits.
+    An expert that a prompt misses is loaded once. So all but one of the prompt's tokens that use it count as hits.
     """
     used = np.zeros((trace.block_count, max(trace.num_experts)))
     hits = np.zeros_like(used)

@@ -29,13 +29,17 @@ from moetier.tools.convert.plan import choose_matrices, trunk_form
 
 
 class Trial:
-    """A checkpoint loaded whole by transformers, whose weights are stored and read back in one way after another.
+    """A checkpoint that transformers loads as a whole. Its weights are stored and read back in several ways.
 
-    ``model`` computes in fp32 and eagerly, so that only the weights differ from one way to the next.
+    ``model`` computes in fp32 with transformers' eager experts, so only the weights differ between the ways.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        """Load the experts twice: in fp32, and in the checkpoint's type. Raises UnsupportedModelError."""
+        """Load the model in fp32, and keep its experts in the checkpoint's type too.
+
+        Raises UnsupportedModelError if the checkpoint is quantised, or is not a Mixture-of-Experts model that moetier
+        knows.
+        """
         if "quantization_config" in checkpoint.config:
             raise UnsupportedModelError(
                 f"{checkpoint.name} is quantised already.",
@@ -68,11 +72,10 @@ class Trial:
     def store(
         self, bits: Bits, group: int | None, pairs: str | None, *, fast: bool
     ) -> tuple[list[tuple[RecordLayout, int]], WeightError]:
-        """Replace the weights of every expert by those that are read back from its record.
+        """Encode every expert as a record, and replace its weights by those that are read back from the record.
 
-        With ``fast``, round plainly in place of HQQ.
-
-        Returns each block's layout and number of experts, and the error over all weights.
+        ``group`` and ``pairs`` are as in ``Options``. With ``fast``, weights are rounded to the nearest value instead
+        of using HQQ. Returns the layout and the number of experts of each block, and the error over all weights.
         """
         blocks, total = [], WeightError()
         for module, originals in zip(self._modules, self._originals, strict=True):
@@ -88,9 +91,10 @@ class Trial:
 
     @torch.no_grad()
     def store_trunk(self, form: TrunkRecords | None, *, fast: bool) -> None:
-        """Replace each matrix of the trunk that a conversion would quantise by the one that its record gives back.
+        """Encode each trunk matrix that a conversion would quantise, and replace it by what is read from the record.
 
-        If ``form`` is None, restore all matrices. With ``fast``, round plainly in place of HQQ.
+        If ``form`` is None, restore all matrices. With ``fast``, weights are rounded to the nearest value instead of
+        using HQQ.
         """
         chosen = choose_matrices(self.model, torch.float32, form) if form else {}
         for path in {**self._trunk, **chosen}:
@@ -111,13 +115,13 @@ def _read_back(module: Any, expert: int, record: Tensor, layout: RecordLayout) -
         getattr(module, bias.name)[expert].copy_(sections(record, layout)[bias.name])
 
 
-WINDOW = 512  # tokens of a window, which a model reads without the text before it
-LEAST_WINDOWS = 8  # least number of windows for ranks; with fewer, standard errors are too uncertain
+WINDOW = 512  # tokens of a window; a model reads each window without the text before it
+LEAST_WINDOWS = 8  # least number of windows for ranks; with fewer windows, standard errors are too uncertain
 
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """Sum of the cross entropy, in ``nats``, over ``tokens`` predicted tokens. Losses of several texts can be added."""
+    """Sum of the cross entropy over ``tokens`` predicted tokens, in ``nats``. Losses of several texts can be added."""
 
     tokens: int = 0
     nats: float = 0.0
@@ -160,7 +164,7 @@ class Change:
 
     @property
     def relative_error(self) -> float | None:
-        """Standard error of ``relative``; None where only one window was read."""
+        """Standard error of ``relative``; None if only one window was read."""
         return None if self.log_error is None else math.exp(self.log) * self.log_error
 
     @property
@@ -170,9 +174,9 @@ class Change:
 
 
 def ranks(losses: Sequence[Loss]) -> list[tuple[int, int]] | None:
-    """Return the best and the worst rank by perplexity that each of ``losses`` may have; 1 is the lowest perplexity.
+    """Return the best and the worst rank that each of ``losses`` may have. Rank 1 has the lowest perplexity.
 
-    Losses whose difference is not clear share ranks. Returns None for fewer than two losses, or fewer than
+    Losses whose difference is not clear share ranks. Return None if there are fewer than two losses, or fewer than
     LEAST_WINDOWS windows.
     """
     if len(losses) < 2 or len(losses[0].windows) < LEAST_WINDOWS:
@@ -182,42 +186,45 @@ def ranks(losses: Sequence[Loss]) -> list[tuple[int, int]] | None:
 
 
 def read_texts(paths: Iterable[Path]) -> dict[str, str]:
-    """Read text files, and return their contents; the keys are the file names without suffix.
+    """Read text files. Return their contents, by file name without suffix.
 
-    For a folder in ``paths``, all of its .txt files are read. Raises ConfigError if there is nothing to read, or if two
-    files have the same name without suffix.
+    For a folder in ``paths``, all of its .txt files are read. Raises ConfigError if a path is neither a file nor a
+    folder with .txt files, or if two files have the same name without suffix.
     """
     files: list[Path] = []
     for path in paths:
         found = sorted(path.glob("*.txt")) if path.is_dir() else [path]
         if not found or not all(file.is_file() for file in found):
-            raise ConfigError(f"{path} is no text and no folder with .txt files.", "Give --text other files.")
+            raise ConfigError(
+                f"{path} is neither a file nor a folder with .txt files.", "Give --text a text file, or such a folder."
+            )
         files += found
     texts = {file.stem: file.read_text("utf-8", errors="replace") for file in files}
     if len(texts) != len(files):
-        raise ConfigError("Two texts have the same name.", "Rename one: the names are the table's columns.")
+        raise ConfigError("Two texts have the same name.", "Rename one of them: names are columns of the table.")
     return texts
 
 
 def tokenize(tokenizer: Any, texts: Mapping[str, str], tokens: int) -> dict[str, Tensor]:
-    """Return the first ``tokens`` tokens of each text, int64 [tokens or fewer], without special tokens.
+    """Return the first ``tokens`` token ids of each text, int64 [tokens or fewer], without special tokens.
 
-    Raises ConfigError.
+    Raises ConfigError if a text has fewer than two tokens.
     """
     found = {}
     for name, text in texts.items():
         ids = torch.tensor(first_ids(tokenizer, text, tokens, add_special_tokens=False)[:tokens], dtype=torch.int64)
         if len(ids) < 2:
-            raise ConfigError(f"The text {name} has fewer than two tokens.", "Give --text something longer.")
+            raise ConfigError(f"The text {name} has fewer than two tokens.", "Give --text a longer text.")
         found[name] = ids
     return found
 
 
 @torch.inference_mode()
 def loss(model: Any, ids: Tensor) -> Loss:
-    """Return a causal language model's loss on one text, in windows of WINDOW tokens.
+    """Return the loss of a causal language model on one text. ``ids``: the token ids [tokens].
 
-    If the model's context is shorter than WINDOW, windows have its length. The last window may be shorter.
+    The text is read in windows of WINDOW tokens, or of the model's maximum context if that is less. The last window may
+    be shorter.
     """
     total, size = Loss(), min(WINDOW, longest_context(model.config) or WINDOW)
     for start in range(0, len(ids) - 1, size):
@@ -234,15 +241,15 @@ Way = tuple[Bits, int | None, str | None, Bits, str]  # bits, group size, pairs,
 
 @dataclass(frozen=True)
 class Row:
-    """Size and quality of one way to store experts and trunk. ``error`` is relative, over all weights of experts."""
+    """Size and quality of one way to store experts and trunk."""
 
     bits: int | None  # None: the checkpoint as it is
-    group: str  # "64", or "32, 64" where projections differ; "" where nothing is quantised
+    group: str  # "64", or "32, 64" if projections differ; "" if nothing is quantised
     pairs: str
-    method: str  # "hqq" or "rounding"; "" where nothing is quantised
+    method: str  # "hqq" or "rounding"; "" if nothing is quantised
     stored_bytes: int | None
     bits_per_weight: float | None  # as stored: pairs, padding and checksums included
-    error: float | None
+    error: float | None  # relative error over all weights of experts
     trunk_bits: int
     losses: Mapping[str, Loss]  # by text
 
@@ -263,7 +270,11 @@ class Row:
 
 
 def measure_directory(folder: Path, texts: Mapping[str, str], tokens: int, resources: Mapping[str, Any]) -> Row:
-    """Measure a model directory as it runs, in its own dtype; ``resources`` are keyword arguments of ``load``."""
+    """Measure the quality of a model directory as it runs, in its own type.
+
+    ``tokens``: most tokens of each text; ``resources``: keyword arguments of ``load``. Raises ConfigError or
+    StoreError.
+    """
     manifest = read_manifest(folder / "experts.zarr")
     _check_tokenizer(folder)
     model, tokenizer = load(folder, **resources)
@@ -274,7 +285,10 @@ def measure_directory(folder: Path, texts: Mapping[str, str], tokens: int, resou
 
 
 def measure_checkpoint(source: str, texts: Mapping[str, str], tokens: int, ways: Iterable[Way]) -> Iterator[Row]:
-    """Measure a checkpoint as it is, then with its weights stored in each of the ``ways``. Yields a row for each."""
+    """Measure a checkpoint as it is, and then with its weights stored in each of the ``ways``. Yield the rows.
+
+    ``tokens``: most tokens of each text. Raises ConfigError or CheckpointError.
+    """
     checkpoint = open_checkpoint(source)
     _check_tokenizer(checkpoint.folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
@@ -290,9 +304,9 @@ def measure_checkpoint(source: str, texts: Mapping[str, str], tokens: int, ways:
 
 
 def _check_tokenizer(folder: Path) -> None:
-    """Raise ConfigError if ``folder`` has no tokenizer. Call this before a model is loaded, which takes long."""
+    """Raise ConfigError if ``folder`` has no tokenizer. Call this before loading a model, which takes long."""
     if not any((folder / name).exists() for name in TOKENIZER_FILES):
-        raise ConfigError(f"{folder} has no tokenizer.", "Copy the tokenizer files of its model into it.")
+        raise ConfigError(f"{folder} has no tokenizer.", "Copy the tokenizer files of the model into it.")
 
 
 def _row(
@@ -302,9 +316,9 @@ def _row(
     error: float | None,
     losses: Mapping[str, Loss],
 ) -> Row:
-    """Make the table's row for one way of storing the weights.
+    """Return the table's row for one way to store the weights.
 
-    ``blocks`` has each block's layout and number of experts.
+    ``blocks`` has the layout and the number of experts of each block.
     """
     projections = [p for layout, _ in blocks for p in layout.projections]
     quantised = [p for p in projections if p.bits != 16]

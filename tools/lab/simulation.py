@@ -17,7 +17,7 @@ from moetier.tiers.cache.pool import SlotPool
 from moetier.tiers.host.warmup import HotSet
 from moetier.tiers.layout import ExpertKey
 
-SIMULATED = (*POLICIES, "learned", "belady")  # those of tiers, and two for comparison
+SIMULATED = (*POLICIES, "learned", "belady")  # the policies of real tiers, and two for comparison
 AHEAD = 8  # loads that a host tier of four loaders has in flight for one caller
 
 
@@ -31,7 +31,7 @@ class Demand:
 
 @dataclass(slots=True)
 class Count:
-    """Hits and lookups of experts. All experts of a demand are looked up before any of them is loaded."""
+    """Number of hits and of lookups. All experts of a demand are looked up before any of them is loaded."""
 
     hits: int = 0
     lookups: int = 0
@@ -58,19 +58,19 @@ class Outcome:
 
     policy: str
     slots: int
-    tokens: int  # that were decoded
+    tokens: int  # number of decoded tokens
     decoding: Count
     prompts: Count
-    device: Count  # of the device tier above it, in decoding; no lookups where there is none
-    preloads: int  # loads before sequences (policy "learned"), of the experts used most until then
+    device: Count  # of the device tier above, in decoding; no lookups if there is no device tier
+    preloads: int  # loads before the sequences begin, of the experts used most until then (policy "learned")
 
 
 class Clairvoyant:
-    """Policy that evicts the key whose next use is furthest in the future. None hits more often (Belady 1966)."""
+    """Policy that evicts the key whose next use is furthest in the future. No policy hits more often (Belady 1966)."""
 
     def __init__(self, uses: Mapping[ExpertKey, Sequence[int]]) -> None:
-        """Take the ``uses``: the times at which each key is used, ascending."""
-        self.now = 0  # the simulation sets it before each demand
+        """Make the policy. ``uses``: the times at which each key is used, in ascending order."""
+        self.now = 0  # the current time, which the simulation sets before each demand
         self._uses = uses
         self._next: dict[ExpertKey, float] = {}
 
@@ -81,11 +81,11 @@ class Clairvoyant:
         return iter(self._next)
 
     def victims(self, *, scan: bool) -> Iterator[ExpertKey]:
-        """Return all keys, the one with the furthest next use first."""
+        """Return all keys, those with the furthest next use first."""
         return iter(sorted(self._next, key=self._next.__getitem__, reverse=True))
 
     def add(self, key: ExpertKey, *, scan: bool) -> None:
-        """Add a key with its next use."""
+        """Add a key, and note its next use."""
         self._next[key] = self.next_use(key)
 
     def touch(self, key: ExpertKey, *, scan: bool) -> None:
@@ -118,7 +118,11 @@ class SimulatedTier:
         return cls([Group((block,), quota)], make_policy)
 
     def demand(self, keys: Sequence[ExpertKey], *, is_prompt: bool = False) -> list[ExpertKey]:
-        """Load those of one block's ``keys`` that are missing, and return them. The first key is evicted last."""
+        """Load those of ``keys`` that are missing, and return them. All ``keys`` are of one block.
+
+        The first key is evicted last. A prompt that demands more keys than the block has slots is treated as a scan, as
+        in a host tier.
+        """
         missing = [key for key in keys if self._pool.find(key) is None]
         if is_prompt and len(keys) > self._pool.quota(keys[0].block):
             self._stream(keys, missing)
@@ -130,7 +134,7 @@ class SimulatedTier:
         return missing
 
     def preload(self, keys: Sequence[ExpertKey]) -> int:
-        """Load ``keys`` into EMPTY slots, before any demand; return how many there are."""
+        """Load ``keys`` into EMPTY slots, before any demand, and return the number of keys."""
         for key in reversed(keys):
             self._load(key, keys)
         return len(keys)
@@ -152,7 +156,7 @@ class SimulatedTier:
         self._fill(slot, key, scan=False)
 
     def _stream(self, keys: Sequence[ExpertKey], missing: Sequence[ExpertKey]) -> None:
-        """Use resident experts first, as a host tier does, and load the others up to AHEAD loads before their use."""
+        """Use resident experts first, as a host tier does. Load each other one up to AHEAD loads before it is used."""
         resident = [key for key in keys if key not in set(missing)]
         self._pool.touch(reversed(resident), scan=True)
         waiting = deque(map(self._slot, resident))
@@ -192,10 +196,11 @@ def demands_of(trace: Trace, sequence: int, block: int) -> list[Demand]:
 
 
 def simulate(trace: Trace, policy: str, slots: int, *, device_slots: int = 0) -> Outcome:
-    """Simulate one policy on a trace, with ``slots`` experts of each block cached.
+    """Simulate one policy on a trace, with ``slots`` slots for each block.
 
-    ``device_slots``: slots for each block in a device tier above, whose misses are then the demands on the simulated
-    tier. The device tier evicts by ``policy`` if tiers have that policy, else by the default one.
+    ``device_slots``: slots for each block in a device tier above the simulated tier; 0 for no device tier. The misses
+    of the device tier are then the demands on the simulated tier. The device tier evicts by ``policy`` if that is one
+    of ``POLICIES``, or else by the default policy.
     """
     decoding, prompts, device, preloads = Count(), Count(), Count(), 0
     for block, experts in enumerate(trace.num_experts):
@@ -226,9 +231,9 @@ def simulate(trace: Trace, policy: str, slots: int, *, device_slots: int = 0) ->
 
 
 def _missed(tier: SimulatedTier, demands: Sequence[Demand], count: Count) -> list[Demand]:
-    """Apply ``demands`` to ``tier`` and return its misses: the demands on the tier below.
+    """Apply ``demands`` to ``tier``, and return its misses, which are the demands on the tier below.
 
-    Hits and lookups in decoding are added to ``count``.
+    The hits and lookups in decoding are added to ``count``.
     """
     below = []
     for demand in demands:
@@ -250,7 +255,7 @@ def _foresee(block: int, quota: int, demands: Sequence[Demand]) -> list[list[Exp
     tier = SimulatedTier.of_block(block, quota, lambda quota: policy)
     missed = []
     for policy.now, demand in enumerate(demands):
-        # if not all of them can stay, those whose next use is nearest must be loaded last
+        # if there are not slots for all keys of a prompt, those that are used again soonest must be loaded last
         keys = sorted(demand.keys, key=policy.next_use, reverse=demand.is_prompt)
         missed.append(tier.demand(keys, is_prompt=demand.is_prompt))
     return missed

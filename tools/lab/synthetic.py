@@ -64,7 +64,7 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True,
         "rope_theta": 1000000.0,
     },
-    "fine-4L": {  # many small experts: 512 of 2048 x 512, in the architecture of Qwen3's
+    "fine-4L": {  # many small experts: 512 of 2048 x 512, in the architecture of Qwen3-30B-A3B
         "architectures": ["Qwen3MoeForCausalLM"],
         "model_type": "qwen3_moe",
         "hidden_size": 2048,
@@ -115,7 +115,7 @@ def config_of(geometry: str, blocks: int | None = None, sizes: Mapping[str, Any]
 
 
 def shapes_of(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every tensor of a checkpoint, by its name in published checkpoints of the architecture."""
+    """Return the shape of every tensor of a checkpoint, by name, as in published checkpoints of the architecture."""
     hidden, vocabulary = config["hidden_size"], config["vocab_size"]
     head = config.get("head_dim", hidden // config["num_attention_heads"])
     queries, keys = head * config["num_attention_heads"], head * config["num_key_value_heads"]
@@ -163,7 +163,7 @@ def _of_gpt_oss(prefix: str, config: dict[str, Any], queries: int, keys: int) ->
 
 
 def deviation_of(name: str, shape: tuple[int, ...], config: dict[str, Any]) -> float:
-    """Return the standard deviation of a matrix's weights. Of a vector, return the value that all its elements have."""
+    """Return the standard deviation of a matrix's weights; for a vector, the value that all its elements have."""
     if name.endswith(("bias", "sinks")):
         return 0.0
     if len(shape) == 1:
@@ -191,7 +191,7 @@ class Routing:
 
     share: float  # fraction of an embedding's variance that all tokens of its topic have in common
     stay: float  # probability that the next token has the same topic
-    model: str  # trained model whose hit ratios ``curve`` has
+    model: str  # trained model whose hit ratios ``curve`` gives
     curve: Mapping[int, float]  # hit ratio of an LRU that begins empty, by the number of slots that each block has
 
 
@@ -199,9 +199,8 @@ MIXTRAL = {1: 0.166, 2: 0.327, 3: 0.453, 4: 0.574, 5: 0.689, 6: 0.799, 7: 0.902,
 ROUTINGS = {
     "mixtral-4L": Routing(0.05, 0.85, "Mixtral-8x7B-Instruct", MIXTRAL),
     "qwen3-8L": Routing(0.8, 0.96, "Qwen3-30B-A3B", {8: 0.428, 16: 0.611, 32: 0.807, 64: 0.912}),
-    # no model's trace: Qwen3's curve at the same multiples of the experts that a token uses
+    # no trace exists for these two: their curves are Qwen3's, at the same multiples of the experts that a token uses
     "fine-4L": Routing(0.8, 0.97, "as Qwen3-30B-A3B", {10: 0.428, 20: 0.611, 40: 0.807, 80: 0.912}),
-    # no model's trace
     "gpt-oss-20b": Routing(0.8, 0.96, "as Qwen3-30B-A3B", {4: 0.428, 8: 0.611, 16: 0.807}),
 }
 ROUTINGS["qwen3-30b-a3b"] = ROUTINGS["qwen3-8L"]
@@ -210,7 +209,7 @@ ROUTINGS["qwen3-30b-a3b"] = ROUTINGS["qwen3-8L"]
 def token_ids(geometry: str, vocabulary: int, *, count: int = TOKENS, seed: int = 0) -> list[int]:
     """Return ``count`` token ids that are always the same, so that all measured engines decode the same tokens."""
     numbers = random.Random(f"{geometry} {seed}")
-    ranks = range(1, vocabulary // TOPICS)  # from 1: the first tokens of a vocabulary are no words
+    ranks = range(1, vocabulary // TOPICS)  # from 1, as the first tokens of a vocabulary are not words
     chances = list(itertools.accumulate(1 / rank for rank in ranks))
     topic, found = numbers.randrange(TOPICS), []
     for _ in range(count):
@@ -256,7 +255,7 @@ def lru_curve(trace: Trace, slots: Sequence[int]) -> dict[int, float]:
 
 
 def curve_table(geometry: str, trace: Trace) -> str:
-    """Return a table of a trace's hit ratios, those of the trained model, and those of experts chosen by chance."""
+    """Return a table of three hit ratios: of the trace, of the trained model, and of experts chosen at random."""
     routing = ROUTINGS[geometry]
     found = lru_curve(trace, list(routing.curve))
     chance = trace.num_experts[0]
@@ -294,8 +293,8 @@ def make_synthetic(
 ) -> int:
     """Write a synthetic checkpoint into ``folder``, and return the size of its weights in bytes.
 
-    ``blocks`` and ``sizes`` replace values of the geometry's config.json. Raises ConfigError, TargetExistsError or
-    DiskSpaceError.
+    ``blocks`` and ``sizes`` replace values of the geometry's config.json. Raises TargetExistsError if ``folder`` is not
+    empty, or DiskSpaceError.
     """
     from moetier.runtime.checkpoint.files import INDEX
     from moetier.tiers.store.atomic import disk_errors, make_folders, write_durably
@@ -304,11 +303,13 @@ def make_synthetic(
 
     config = config_of(geometry, blocks, sizes)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise TargetExistsError(f"{folder} exists and is not an empty folder.", "Choose another place.")
+        raise TargetExistsError(f"{folder} exists and is not an empty folder.", "Choose another folder, or empty it.")
     shards = plan_trunk(make_tensors(config, ROUTINGS[geometry].share, seed), "model")
     size = sum(shard.size for shard in shards)
     if size > (free := free_bytes(folder)):
-        raise DiskSpaceError(f"{folder} needs {size:,} bytes; {free:,} are free.", "Free some space.")
+        raise DiskSpaceError(
+            f"{folder} needs {size:,} bytes; {free:,} are free.", "Free some space, or choose another disk."
+        )
     config |= special_tokens()
     make_folders(folder)
     with disk_errors(folder / "model"), Progress("weights", size, quiet=quiet) as progress:
@@ -324,20 +325,21 @@ def make_synthetic(
 
 @dataclass(frozen=True)
 class RandomTensor:
-    """Tensor in bf16 of random normal numbers: those of ``pool``, repeated, from ``start`` on, times ``deviation``.
+    """Random tensor in bf16, whose values are made when they are read.
 
-    All elements of a vector are ``deviation`` itself.
+    The values of a matrix are the random numbers in ``pool``, times ``deviation``. They are taken from position
+    ``start`` on, and from the pool's beginning after its end. All elements of a vector are ``deviation``.
     """
 
     shape: tuple[int, ...]
     start: int
     deviation: float
-    pool: torch.Tensor  # [POOL_WEIGHTS]
+    pool: torch.Tensor  # [POOL_WEIGHTS], normally distributed
     dtype: str = "bfloat16"
     parts: tuple[StoredTensor, ...] = ()  # empty, as the tensor is made and not stored
 
     def read(self, first: int = 0, count: int | None = None) -> torch.Tensor:
-        """Make ``count`` rows from ``first`` on, all by default: bf16 [count, ...]."""
+        """Make ``count`` rows from row ``first`` on, by default all rows: bf16 [count, ...]."""
         import torch
 
         rows = self.shape[0] - first if count is None else count
@@ -371,7 +373,7 @@ class Embeddings:
         return self.tokens.shape
 
     def read(self, first: int = 0, count: int | None = None) -> torch.Tensor:
-        """Make the embeddings of ``count`` tokens from ``first`` on, all by default: bf16 [count, hidden]."""
+        """Make the embeddings of ``count`` tokens from token ``first`` on, by default of all: bf16 [count, hidden]."""
         import torch
 
         own = self.tokens.read(first, count)

@@ -1,6 +1,6 @@
-"""Make a model directory with random weights, of the size of a whole published model, without writing a checkpoint.
+"""Make a model directory with random weights, as large as that of a published model, without writing a checkpoint.
 
-The converter reads tensors whose values are made when they are read. The same command resumes an interrupted run.
+The values of tensors are made when the converter reads them. The same command resumes an interrupted run.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ def make_store(
 ) -> ConversionReport:
     """Make the model directory ``folder``, or resume an interrupted run. All matrices get 4 bits by plain rounding.
 
-    TOKENS_FILE has only ids that the bundled tokenizer knows. Raises TargetError, TargetExistsError or DiskSpaceError.
+    TOKENS_FILE has only ids that the bundled tokenizer knows. Raises TargetError if ``folder`` holds something else, or
+    if its disk is too small.
     """
     use_threads(threads)
     config = config_of(geometry, blocks) | special_tokens()

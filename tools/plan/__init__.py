@@ -1,4 +1,5 @@
-"""Choosing bits and budgets for a machine before anything is downloaded: sizes, memory and expected speed.
+"""Estimates for ``moetier plan``: a model's sizes, memory and speed on this machine, before its weights are downloaded.
 
-The package imports ``bench``, ``convert``, ``cli`` and ``runtime``.
+Others use ``choices``, ``fit``, ``speeds`` and ``estimate``. The package imports ``bench``, ``cli``, ``convert``,
+``runtime`` and ``tiers``.
 """

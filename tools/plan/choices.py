@@ -1,8 +1,8 @@
-"""Choices for a model before it is converted: the sizes of experts and trunk at each width.
+"""Choices for a model before it is converted: the sizes of experts and trunk for each number of bits.
 
-No weights are needed for that. The headers of the checkpoint's files, on this machine or on the hub, give the names,
-dtypes and shapes of tensors. Where only the index is there, it gives the names, and a model on the meta device the
-shapes.
+No weights are needed. The names, types and shapes of tensors come from the headers of the checkpoint's files, on this
+machine or on the hub. If only the checkpoint's index is on this machine, it gives the names, and a model on the meta
+device gives the shapes.
 """
 
 from __future__ import annotations
@@ -46,28 +46,28 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-ON_HUB = ("config.json", INDEX)  # files that are downloaded before headers
+ON_HUB = ("config.json", INDEX)  # files that are downloaded before the headers
 
 
 @dataclass(frozen=True)
 class CheckpointHeaders:
-    """Headers of a checkpoint whose tensors can't be read yet.
+    """Headers of a checkpoint. Its weights need not be on this machine.
 
-    Without ``shaped``, only the names of its tensors are known; their dtypes, shapes and places are made up.
+    If ``shaped`` is false, only the names of its tensors are known; their types, shapes and offsets are placeholders.
     """
 
     checkpoint: Checkpoint
     shaped: bool
-    nbytes: int | None  # of the checkpoint; None where its index does not say
-    names_code: bool  # whether it names Python code: convert then requires --ignore-code
-    on_hub: bool  # whether it must be downloaded
+    nbytes: int | None  # size of the checkpoint; None if its index does not give it
+    names_code: bool  # whether the checkpoint names Python code: convert then requires --ignore-code
+    on_hub: bool  # whether the checkpoint must be downloaded
 
     def tensors(self, model: PreTrainedModel, dtype: torch.dtype) -> dict[str, SourceTensor]:
-        """Return the source tensors by name.
+        """Return the source tensors, by name. ``dtype``: the type in which the model will be loaded.
 
-        With ``shaped``, shapes are those in the headers. Otherwise they are taken from ``model``, on the meta device,
-        whose Experts modules must still have all their experts. Where transformers merges or splits tensors on
-        loading, each source tensor then has the shape [n], with n an equal share of the weights that result.
+        If ``shaped``, the shapes are those in the headers. Otherwise they come from ``model``, which is on the meta
+        device and must still have all its experts. A tensor that transformers merges with others, or splits, on loading
+        then has the shape [n], where n is an equal share of the weights that result.
         """
         name = str(dtype).removeprefix("torch.")
         found = source_tensors(self.checkpoint.tensors, self.checkpoint.quantization, name)
@@ -75,9 +75,10 @@ class CheckpointHeaders:
 
 
 def open_headers(source: str | Path) -> CheckpointHeaders:
-    """Open a folder or a hub id; download config.json, the index and headers at most.
+    """Read the headers of a checkpoint: ``source`` is a folder or a hub id.
 
-    Code that a checkpoint names is no error, as it is not run. Raises CheckpointError or UnsafeCheckpointError.
+    From the hub, only config.json, the index and the headers are downloaded. A checkpoint may name Python code, as the
+    code is not run. Raises CheckpointError or UnsafeCheckpointError.
     """
     on_hub = not Path(source).is_dir()
     name, folder = locate(source, ON_HUB)
@@ -95,7 +96,7 @@ def open_headers(source: str | Path) -> CheckpointHeaders:
     elif (folder / INDEX).is_file():
         raise CheckpointError(
             f"{folder} lacks {some(absent)}, which {INDEX} names.",
-            "Download the checkpoint again, or leave config.json and the index alone in a folder to plan with.",
+            "Download the checkpoint again, or give a folder that holds only config.json and the index.",
         )
     else:
         open_checkpoint(folder, ignore_code=True)  # raises CheckpointError
@@ -111,7 +112,9 @@ def _of_hub(name: str, folder: Path, files: list[str]) -> dict[str, StoredTensor
         try:
             tensors |= listed(folder / file, header, 0)[0]
         except ValueError as error:
-            raise CheckpointError(f"{file} of {name} has a malformed header ({error}).", "Choose another.") from error
+            raise CheckpointError(
+                f"{file} of {name} has a malformed header ({error}).", "Choose another revision, or another model."
+            ) from error
     return tensors
 
 
@@ -122,10 +125,10 @@ def _total(folder: Path) -> int | None:
 
 
 def _shaped(model: PreTrainedModel, names: Iterable[str], dtype: str) -> dict[str, SourceTensor]:
-    """Return the source tensors with shapes from ``model``.
+    """Return the source tensors called ``names``, with shapes from ``model``.
 
-    A tensor that becomes one parameter has that one's shape. Tensors that are merged or split on loading have the shape
-    [n], an equal share of the weights that result.
+    A tensor that becomes one parameter on loading has the parameter's shape. Tensors that are merged or split have the
+    shape [n], where n is an equal share of the weights that result.
     """
     shapes: Mapping[str, Any] = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     made: dict[str, SourceTensor] = {}
@@ -141,14 +144,14 @@ def _shaped(model: PreTrainedModel, names: Iterable[str], dtype: str) -> dict[st
 
 @dataclass(frozen=True)
 class Choice:
-    """Sizes of a model with one width of experts and one of the trunk."""
+    """Sizes of a model with ``bits`` per expert weight and ``trunk_bits`` per weight of the trunk's matrices."""
 
     bits: Bits
     trunk_bits: Bits
     manifest: Manifest
-    trunk_bytes: int  # of the trunk's files; it takes as many in memory
+    trunk_bytes: int  # size of the trunk's files, and of the trunk in memory
     matrices: tuple[RecordLayout, ...]  # of the trunk's quantised matrices
-    plain_bytes: int  # of the trunk's other weights that a token is multiplied with
+    plain_bytes: int  # bytes of the trunk's other weights that are multiplied with for each token
     layers: int
 
     @property
@@ -171,22 +174,22 @@ class ModelChoices:
     headers: CheckpointHeaders | None
     model: Any  # on the meta device, its Experts modules cut down where possible
     choices: tuple[Choice, ...]
-    passing_bytes: int = 0  # most bytes of hub files that are on the disk at a time during a conversion
+    passing_bytes: int = 0  # most bytes of downloaded files that are on the disk at any one time during a conversion
 
     @property
     def source_bytes(self) -> int:
-        """Bytes of the checkpoint; where its index does not say, what it takes at 16 bits."""
+        """Size of the checkpoint in bytes; if its index does not give it, the size of the largest choice."""
         if self.headers is not None and self.headers.nbytes is not None:
             return self.headers.nbytes
         return max(choice.disk_bytes for choice in self.choices)
 
     @property
     def context(self) -> int:
-        """Default context of a plan, in tokens: no more than the model was trained for."""
+        """Default context of a plan, in tokens: not longer than the model's maximum."""
         return context_of(self.model.config, DEFAULT_CONTEXT)
 
     def chosen(self, bits: Collection[int] | None, trunk_bits: Collection[int] | None) -> list[Choice]:
-        """Return the choices of the given widths. Raises ConfigError where there are none."""
+        """Return the choices with the given bits; None stands for any. Raises ConfigError if there are none."""
         found = [
             choice
             for choice in self.choices
@@ -196,16 +199,16 @@ class ModelChoices:
             (only, *_) = self.choices
             raise ConfigError(
                 f"{self.source} is converted already, with experts of {only.bits} bits and a trunk of "
-                f"{only.trunk_bits}.",
-                "Leave out --bits and --trunk-bits, or plan with the checkpoint that it was made from.",
+                f"{only.trunk_bits} bits.",
+                "Leave out --bits and --trunk-bits, or give the checkpoint that the model was converted from.",
             )
         return found
 
 
 def open_choices(source: str | Path) -> ModelChoices:
-    """Return the choices for a model: a checkpoint's folder, with or without weights, a hub id, or a model directory.
+    """Return the choices for the model ``source``, a checkpoint's folder, a hub id or a model directory.
 
-    Raises CheckpointError or StoreError.
+    The folder of a checkpoint may lack the files with weights. Raises CheckpointError or StoreError.
     """
     check_directory(Path(source))
     if is_ours(Path(source)):
@@ -245,9 +248,9 @@ def _converted(folder: Path) -> ModelChoices:
 def _choice(
     bits: Bits, trunk_bits: Bits, manifest: Manifest, size: int, records: Mapping[str, RecordLayout], model: Any
 ) -> Choice:
-    """Return the choice with a trunk of ``size`` bytes, including the quantised matrices with the layouts ``records``.
+    """Return the choice with a trunk of ``size`` bytes. ``records``: layouts of the trunk's quantised matrices.
 
-    An embedding counts as multiplied with only if it is also the head: of another, a token reads one row.
+    The embedding is counted in ``plain_bytes`` only if it is also the head. Otherwise a token reads one row of it.
     """
     quantised = sum(layout.payload_bytes for layout in records.values())
     table, head = model.get_input_embeddings().weight, model.get_output_embeddings()

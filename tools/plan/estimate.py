@@ -1,10 +1,10 @@
-"""Estimate of every choice: sizes, tiers, speed and time. Pure, except that it reads the bundled hit curves.
+"""Estimates of every choice: sizes, tiers, speed and time. Pure functions, but for reading the bundled hit curves.
 
-A step of decoding reads the missing records at the disk's rate, then multiplies at the kernels' rate; other operations
-of Python and torch take time too. A block's demand waits for its records. A prompt's reads and products overlap.
+A step of decoding reads the missing records at the disk's rate, and then multiplies at the kernels' rate, as a block
+waits for its records. Other operations of Python and torch take time too. In a prompt, reads and products overlap.
 
-Hit ratios come from bundled traces: ``tests/measurements/hit_curves.py`` makes ``hit_curves.json``. For another model
-they are an estimate.
+Hit ratios are interpolated in ``hit_curves.json``, which ``tests/measurements/hit_curves.py`` makes from traces of some
+models. For other models they are an estimate.
 """
 
 from __future__ import annotations
@@ -52,7 +52,10 @@ class HitCurve:
         return 1.0 if share >= 1 else float(np.interp(share, (0.0, *self.shares), (0.0, *self.hit_ratios)))
 
     def distance(self, experts: int, top_k: int) -> float:
-        """Return how much the curve's blocks differ from one of ``experts`` and ``top_k``, in doublings of each."""
+        """Return how much the curve's blocks differ from blocks with other numbers of experts and top-k.
+
+        A factor of two in ``experts`` or in ``top_k`` adds 1.
+        """
         return abs(math.log2(experts / self.experts)) + abs(math.log2(top_k / self.top_k))
 
 
@@ -67,7 +70,7 @@ def hit_curves() -> tuple[HitCurve, ...]:
 
 
 def nearest_curve(experts: int, top_k: int) -> HitCurve:
-    """Return the curve of the blocks most like those of ``experts`` experts, ``top_k`` of them per token."""
+    """Return the curve whose blocks are most like blocks of ``experts`` experts, ``top_k`` of which each token uses."""
     return min(hit_curves(), key=lambda curve: curve.distance(experts, top_k))
 
 
@@ -77,10 +80,10 @@ STEP_OPERATIONS = 500.0  # for a token: embedding, masks, the head
 LAYER_OPERATIONS = 800.0  # for a layer, with attention and router
 EXPERT_OPERATIONS = 100.0  # for each expert that a layer calls
 MISS_OPERATIONS = 200.0  # for each record that is read: threads wait for each other
-PASSING_OPERATIONS = 1000.0  # the same where a block has fewer slots than a prompt needs: little is read ahead
+PASSING_OPERATIONS = 1000.0  # the same if a prompt needs more experts than a block has slots: little is read ahead
 PROMPT_LAYER_OPERATIONS, PROMPT_EXPERT_OPERATIONS = 4000.0, 430.0  # in a prompt, where rows are sorted and gathered
 PROMPT_TOKENS = 512  # length of the prompt whose rate is estimated
-MEMORY_BOUND = 0.6  # share of the time without the disk, beyond which reading memory is the limit
+MEMORY_BOUND = 0.6  # if reading memory takes more than this share of the time without the disk, it is the limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,12 +93,12 @@ class Cost:
     disk: float
     kernels: float
     overhead: float
-    memory: float  # what the bytes that kernels read would take at the memory's rate
+    memory: float  # seconds to read the bytes that kernels read, at the memory's rate
     overlaps: bool  # whether reads from the disk overlap with the rest
 
     @property
     def seconds(self) -> float:
-        """Total seconds; where reads overlap with computing, the longer of both."""
+        """Total seconds. If reads overlap with computing, only the longer of the two counts."""
         computing = self.kernels + self.overhead
         return max(self.disk, computing) if self.overlaps else self.disk + computing
 
@@ -168,7 +171,7 @@ def token_cost(choice: Choice, caching: Caching, rates: Rates, cache_bytes: int)
 
 
 def prompt_cost(choice: Choice, caching: Caching, rates: Rates) -> Cost:
-    """Return the cost of the first prompt of a process, of PROMPT_TOKENS.
+    """Return the cost of a process's first prompt, which has PROMPT_TOKENS tokens.
 
     No record is cached, and all tokens are computed together. They are assumed to choose experts evenly.
     """
@@ -206,10 +209,14 @@ def estimate(
     options: Mapping[str, str | int | None],
     pulls: bool = False,
 ) -> dict[str, Any]:
-    """Return what ``moetier plan --json`` prints.
+    """Return the estimates as the JSON object that ``moetier plan --json`` prints.
 
-    ``options``: the given options that `generate` takes too, by name. ``pulls``: the model is to be pulled, and kept by
-    its name.
+    Args:
+        fits: the fits to estimate.
+        best: the recommended one of ``fits``.
+        context: length of the context in tokens.
+        options: given options that `generate` takes too, as a dictionary from names to values.
+        pulls: whether to recommend `moetier pull`, not `moetier convert`.
     """
     manifest, headers = best.choice.manifest, model_choices.headers
     return {
@@ -284,9 +291,9 @@ def _choice(model_choices: ModelChoices, fit: Fit, room: Room, speeds: Speeds) -
 
 
 def _conversion(model_choices: ModelChoices, choice: Choice, speeds: Speeds) -> float | None:
-    """Estimate the seconds of a conversion without the download; None for a model that is converted.
+    """Estimate the seconds of a conversion, without the download. Return None if the model is converted already.
 
-    They are those of reading and writing at the disk's rate, one after the other, or of quantising if that is slower.
+    A conversion takes as long as reading and then writing all bytes, or as long as quantising if that is longer.
     """
     if model_choices.headers is None:
         return None
@@ -306,7 +313,10 @@ def _conversion(model_choices: ModelChoices, choice: Choice, speeds: Speeds) -> 
 def _recommended(
     model_choices: ModelChoices, best: Fit, context: int, options: Mapping[str, str | int | None], into: Path | None
 ) -> dict[str, Any]:
-    """Return widths and command lines: `pull` where ``into`` is None, else `convert`."""
+    """Return the recommended bits, and command lines to make and to run the model.
+
+    ``into``: the folder for `moetier convert`; None to recommend `moetier pull`.
+    """
     headers, choice, directory = model_choices.headers, best.choice, model_choices.source
     pull = convert = None
     if headers is not None:

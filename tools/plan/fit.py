@@ -1,4 +1,7 @@
-"""Fit of a choice on this machine: whether it works, and its slots and bytes in each tier, computed as in loading."""
+"""Fit of a choice on this machine: whether it works, and its slots and bytes in each tier.
+
+They are computed as when a model is loaded.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +25,10 @@ from moetier.tools.convert.target import SLACK_BYTES
 from .choices import Choice, ModelChoices
 
 # Bits of experts and of the trunk, the recommended ones first. If all experts fit in memory at 8 bits,
-# ``by_preference`` puts 8 before this order. A trunk of 8 bits has no measurable loss of quality, one of 4 bits
-# has (docs/quality.md).
+# ``by_preference`` puts 8 bits first. A trunk of 8 bits has no measurable loss of quality; a trunk of 4 bits has
+# (docs/quality.md).
 BITS_ORDER, TRUNK_ORDER = (4, 3, 2, 8, 16), (8, 4, 16)
-LEAST_CONTEXT = 256  # shortest context, in tokens, that is tried where a longer one does not fit
+LEAST_CONTEXT = 256  # shortest context, in tokens, that is tried if a longer one does not fit
 
 
 @dataclass(frozen=True)
@@ -35,13 +38,16 @@ class Room:
     host: Available
     device: torch.device
     on_device: Available | None  # None on a CPU
-    disk_free: int  # on the disk where the model directory is to be
-    idle_bytes: int  # memory of such a process
-    into: Path
+    disk_free: int  # bytes, on the disk of ``into``
+    idle_bytes: int  # memory that such a process takes
+    into: Path  # folder in which the model directory will be
 
     @classmethod
     def here(cls, device: torch.device, into: Path, host: Available, idle_bytes: int) -> Room:
-        """Return the room with the free memory of ``device`` and the free disk space of ``into``; the rest is given."""
+        """Measure the free memory of ``device``, if it is a GPU, and the free disk space of ``into``.
+
+        ``host``: free memory of the host; ``idle_bytes``: memory of a process that has imported what a model needs.
+        """
         there = None
         if device.type == "cuda":
             there = Available(torch.cuda.mem_get_info(device)[0], str(device))
@@ -54,9 +60,9 @@ class Fit:
 
     choice: Choice
     needs: Needs
-    kv_bytes: int
-    slots: Mapping[str, int]  # of the host tier, by array
-    device_slots: Mapping[str, int] | None
+    kv_bytes: int  # of the keys and values of a full context
+    slots: Mapping[str, int]  # of the host tier, by zarr array of the store
+    device_slots: Mapping[str, int] | None  # the same of the device tier; None on a CPU
     arena_bytes: int
     problem: MoetierError | None
 
@@ -77,14 +83,15 @@ class Fit:
 
     @property
     def streams(self) -> bool:
-        """Whether the slots are too few for each block to keep what one token needs."""
+        """Whether there are fewer slots than experts that one token uses in all blocks."""
         return self.works and self.slot_count < sum(block.top_k for block in self.choice.manifest.blocks)
 
 
 def fit_of(model_choices: ModelChoices, choice: Choice, config: TierConfig, room: Room, kernels: Kernels) -> Fit:
     """Compute the slots and memory of a choice, with the budgets that loading it would use.
 
-    A lack of disk or memory is not raised; it is the ``problem`` of the result.
+    ``config``: the options that were given; ``kernels``: those of the room's device. If disk or memory are too small,
+    no error is raised: the result's ``problem`` is the error.
     """
     manifest, model = choice.manifest, model_choices.model
     scratch = max(scratch_numbers(manifest, kernels), largest_decoded(choice.matrices, kernels))
@@ -118,7 +125,7 @@ def _disk_problem(model_choices: ModelChoices, choice: Choice, room: Room) -> Mo
     needed, what = choice.disk_bytes + SLACK_BYTES, f"A model directory with {choice.options} takes"
     if headers.on_hub:
         needed += model_choices.passing_bytes
-        what = f"A model directory with {choice.options}, and files of the checkpoint on their way into it, take"
+        what = f"A model directory with {choice.options}, and files of the checkpoint during the conversion, take"
     if needed <= room.disk_free:
         return None
     return DiskSpaceError(
@@ -130,10 +137,10 @@ def _disk_problem(model_choices: ModelChoices, choice: Choice, room: Room) -> Mo
 def _memory_problem(
     error: BudgetError, choice: Choice, needs: Needs, config: TierConfig, there: Available, room: Room
 ) -> BudgetError:
-    """Return a budget's error with all memory that is needed: the error itself counts only memory beside the trunk.
+    """Return a BudgetError that counts all memory that is needed; ``error`` does not count the trunk.
 
-    ``there`` is the memory that is too small, the host's or the GPU's. With a GPU, trunk and context are in the GPU's
-    memory, and the host's has only experts.
+    ``there`` is the memory that is too small, the host's or the GPU's. If there is a GPU, its memory holds trunk and
+    context, and the host's memory holds only experts. If ``error`` is about a given budget, return it unchanged.
     """
     if (config.ram or config.device_memory) and "Give `" in error.fix:
         return error
@@ -141,7 +148,7 @@ def _memory_problem(
     experts = f"a token's experts of a block ({format_bytes(least)})"
     if room.on_device is not None and there is room.host:
         needed = needed_bytes(least)
-        what = f"{experts} need {format_bytes(needed)} beside the GPU's memory"
+        what = f"{experts} need {format_bytes(needed)} of the host's memory"
     else:
         needed = needed_bytes(needs.reserve + least) + choice.trunk_bytes
         what = (
@@ -156,7 +163,7 @@ def _memory_problem(
 
 
 def needed_bytes(used: int) -> int:
-    """Return the bytes that have to be free for ``used`` bytes, with the margin of ``budget_for``."""
+    """Return how many bytes must be free to use ``used`` bytes, as ``runtime.memory`` leaves a margin."""
     return int((used + MARGIN_BYTES) / (1 - MARGIN_SHARE))
 
 
@@ -171,9 +178,9 @@ def by_preference(fits: Iterable[Fit]) -> list[Fit]:
 
 
 def impossible(asked: Sequence[Fit], evaluate: Callable[[TierConfig], list[Fit]], config: TierConfig) -> MoetierError:
-    """Return an error that says why none of ``asked`` works, and what would: another width, else a shorter context.
+    """Return an error that says why none of the fits ``asked`` works, and which other bits or shorter context would.
 
-    ``evaluate`` returns the fits of all widths with a config.
+    ``evaluate`` returns the fits of all choices with a given config.
     """
     worst = min(asked, key=lambda fit: fit.choice.disk_bytes)
     problem = worst.problem
@@ -187,12 +194,12 @@ def impossible(asked: Sequence[Fit], evaluate: Callable[[TierConfig], list[Fit]]
             context = f" --context {tried.context}" if tried.context != config.context else ""
             return type(problem)(problem.cause, f"{nearest.choice.options}{context} works. {problem.fix}")
         if tried.context <= LEAST_CONTEXT:
-            return type(problem)(problem.cause, f"No width and no shorter context works either. {problem.fix}")
+            return type(problem)(problem.cause, f"Other bits or a shorter context would not help. {problem.fix}")
         tried = replace(tried, context=max(tried.context // 2, LEAST_CONTEXT))
 
 
 def memory_of(fit: Fit, room: Room) -> dict[str, Any]:
-    """Return the memory in bytes of a process that runs ``fit``, by part, when its context and its slots are full."""
+    """Return the memory of a process that runs ``fit``, in bytes by part, once its context and its slots are full."""
     on_cpu = room.device.type == "cpu"
     parts = {
         "idle_bytes": room.idle_bytes,

@@ -27,28 +27,28 @@ from .choices import Choice, ModelChoices
 from .fit import Room
 
 GB = 1e9
-DISK_SECONDS = 2.0  # of random reads, half of them one at a time
+DISK_SECONDS = 2.0  # of random reads; during the first half, one read is in flight
 LEAST_FILE_BYTES = 64 << 20  # of an existing file that is read; in a smaller one, reads would repeat too often
-FILE_BYTES = 256 << 20  # of a temporary file that is read where there is no other; less for a smaller model
+FILE_BYTES = 256 << 20  # of the temporary file that is read if there is no other; less for a smaller model
 LEAST_MADE_BYTES = 16 << 20  # least size of that temporary file
 KERNEL_SECONDS = 0.25
 ROWS = 32  # of a product with many rows
 PROBED_WEIGHTS = 1 << 22  # most weights of a measured matrix: a whole expert may take seconds
 QUANTISED_WEIGHTS = 1 << 19
-DEVIATION = 0.03  # of those weights, as in models: with unusual weights the solver takes longer
+DEVIATION = 0.03  # standard deviation of the quantised weights, as in models: HQQ takes longer with unusual weights
 OPERATIONS = 2000  # of torch, timed together
 
 
 @dataclass(frozen=True, slots=True)
 class DiskRate:
-    """Bytes a second of random reads: with one in flight, and with as many as there are loaders."""
+    """Bytes a second of random reads: with one read in flight, and with as many as there are loaders."""
 
     one: float
     all: float
     loaders: int
 
     def at(self, reads: float) -> float:
-        """Return the rate with a number of ``reads`` in flight, interpolated."""
+        """Return the interpolated rate with ``reads`` in flight."""
         share = (min(max(reads, 1.0), self.loaders) - 1) / max(self.loaders - 1, 1)
         return self.one + (self.all - self.one) * share
 
@@ -70,9 +70,9 @@ class Rates:
 
     @classmethod
     def measure(cls, disk: DiskRate, choices: Sequence[Choice], room: Room) -> Rates:
-        """Measure all rates except the disk's, on the CPU.
+        """Measure all rates on the CPU except that of the disk, which is given.
 
-        Products are with matrices of the experts' shapes, of each width that experts or trunk of ``choices`` have.
+        Products use matrices of the experts' shapes, with all numbers of bits of the experts and trunks in ``choices``.
         """
         import torch
 
@@ -100,16 +100,16 @@ class Speeds:
     """All measured speeds of this machine; ``rates`` is None on a GPU, where no speed is estimated."""
 
     disk: DiskRate
-    disk_by: str
+    disk_by: str  # a text that says how the disk was measured
     rates: Rates | None
-    quantising: Mapping[Bits, float]  # weights a second of a worker, by bits
-    workers: int
+    quantising: Mapping[Bits, float]  # weights a second of one worker, by bits
+    workers: int  # of a conversion
 
     @classmethod
     def measure(
         cls, model_choices: ModelChoices, choices: Sequence[Choice], room: Room, disk: float | None, workers: int
     ) -> Speeds:
-        """Measure for a few seconds; ``disk`` is its rate in GB/s, where it is known."""
+        """Measure all speeds, for a few seconds. ``disk``: the disk's rate in GB/s; None to measure it."""
         if disk is None:
             rate, by = _disk_rate(model_choices, choices, room)
         else:
@@ -121,9 +121,10 @@ class Speeds:
 
 
 def _disk_rate(model_choices: ModelChoices, choices: Sequence[Choice], room: Room) -> tuple[DiskRate, str]:
-    """Measure reads of records, else of the checkpoint's files on the same disk, else of a temporary file.
+    """Measure the disk. Return its rate, and a text that says how it was measured.
 
-    Returns the rate, and a text that says how it was measured.
+    It reads records of a model directory. For a checkpoint, it reads the checkpoint's files if they are on the disk of
+    ``room.into``, or else a temporary file.
     """
     block = min(max(layout.slot_bytes for layout in choices[0].manifest.layouts.values()), PIECE_BYTES)
     with ExitStack() as stack:
@@ -133,7 +134,7 @@ def _disk_rate(model_choices: ModelChoices, choices: Sequence[Choice], room: Roo
             reads, what = RandomReads.of_files(files, block), "the checkpoint's files"
         else:
             size = probe_bytes(max(choice.disk_bytes for choice in choices), room.disk_free)
-            reads, what = stack.enter_context(RandomReads.of_new_file(room.into, size, block)), "a file made for it"
+            reads, what = stack.enter_context(RandomReads.of_new_file(room.into, size, block)), "a temporary file"
         one, several = (reads.rate(depth, DISK_SECONDS / 2) for depth in (1, LOADERS))
         return DiskRate(one, several, LOADERS), f"{reads.by}, on {what}"
 
@@ -146,12 +147,15 @@ def _files_on(folder: Path, tensors: Collection[StoredTensor]) -> list[Path]:
 
 
 def probe_bytes(model_bytes: int, free: int) -> int:
-    """Return the size of a file to measure a disk with: no larger than a model of ``model_bytes`` needs."""
+    """Return the size of the temporary file to measure a disk with, for a model of ``model_bytes``.
+
+    The file takes at most half of the ``free`` bytes.
+    """
     return min(FILE_BYTES, max(LEAST_MADE_BYTES, model_bytes), free // 2)
 
 
 def _probed_layout(layout: RecordLayout, bits: Bits) -> RecordLayout:
-    """Return a layout of ``bits`` with the matrices of ``layout``, of PROBED_WEIGHTS at most."""
+    """Return a layout of ``bits`` with the projections of ``layout``, each cut to about PROBED_WEIGHTS weights."""
     from moetier.tiers.quant.codec import layout_for
 
     shapes = {}
@@ -164,7 +168,7 @@ def _probed_layout(layout: RecordLayout, bits: Bits) -> RecordLayout:
 def _plain_rate(memory: float, nbytes: int) -> float:
     """Measure the bytes a second of a product of one row with a bf16 matrix of about ``nbytes``.
 
-    Where activations are in fp32, return the rate ``memory`` instead.
+    If activations are in fp32 on this CPU, return ``memory``, the rate of memory, instead.
     """
     import torch
 
@@ -184,7 +188,7 @@ def _plain_rate(memory: float, nbytes: int) -> float:
 
 
 def quantising_rates(widths: Collection[Bits]) -> dict[Bits, float]:
-    """Measure how many weights a second one worker quantises, for each of ``widths``, which are below 16 bits."""
+    """Measure how many weights a second one worker quantises, for each number of bits in ``widths``, all below 16."""
     import numpy as np
     import torch
 

@@ -141,7 +141,7 @@ def test_plain_rounding_is_another_conversion(source: Path, uncut: dict[str, byt
         json.loads((tmp_path / "b" / GROUP / "zarr.json").read_text())["attributes"]["moetier"]["method"] == "rounding"
     )
     assert [block.stored_bytes for block in exact.blocks] == [block.stored_bytes for block in quick.blocks]
-    with pytest.raises(TargetExistsError, match=r"with HQQ, and plain rounding \(--fast\) was asked for\."):
+    with pytest.raises(TargetExistsError, match=r"it has weights quantised by HQQ, not plain rounding \(--fast\)\."):
         convert(source, tmp_path / "a", fast=True)
 
 
@@ -158,7 +158,7 @@ def test_group_size_and_pairs_reach_the_store(source: Path, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("option", [{"group_size": 64}, {"pairs": "uint8"}, {"fast": True}])
 def test_what_says_nothing_at_sixteen_bits_is_refused(source: Path, tmp_path: Path, option: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="With 16 bits nothing is rounded"):
+    with pytest.raises(ConfigError, match="With 16 bits nothing is quantised"):
         convert(source, tmp_path / "dst", bits=16, **option)
     assert not (tmp_path / "dst").exists()
 
@@ -214,8 +214,8 @@ def test_a_mistake_is_two_lines(source: Path, tmp_path: Path, capsys: pytest.Cap
             "Groups of 16",
             "256 with pairs of uint8.",
         ),
-        (("--bits", "16", "--pairs", "uint8"), "With 16 bits nothing is rounded", "choose fewer --bits"),
-        (("--bits", "16", "--fast"), "With 16 bits nothing is rounded", "choose fewer --bits"),
+        (("--bits", "16", "--pairs", "uint8"), "With 16 bits nothing is quantised", "choose fewer --bits"),
+        (("--bits", "16", "--fast"), "With 16 bits nothing is quantised", "choose fewer --bits"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
@@ -301,7 +301,7 @@ def test_another_model_is_another_conversion(source: Path, uncut: dict[str, byte
     other = Path(shutil.copytree(source, tmp_path / "other"))
     edit_json(other / "config.json", rms_norm_eps=1e-4)
     convert(other, tmp_path / "dst")
-    with pytest.raises(TargetExistsError, match=r"of other, and tiny-moe was asked for\."):
+    with pytest.raises(TargetExistsError, match=r"it is of other, not of tiny-moe\."):
         convert(source, tmp_path / "dst")
 
 

@@ -234,8 +234,8 @@ def test_a_trunk_that_is_quantised_takes_its_time_too(index_only: Path) -> None:
     ("host", "device", "words", "fix"),
     [
         (8 << 30, 20 << 20, r"trunk \(.*, a context of 4096 .* need .*; cuda:0 leaves 20 MiB", "--device cpu"),
-        (10 << 20, 8 << 30, r"With --bits 4, a token's experts .* beside the GPU's memory; this machine", "raise the"),
-        (10 << 20, 10 << 20, "beside the GPU's memory; this machine leaves 10 MiB", "Free some memory"),
+        (10 << 20, 8 << 30, r"With --bits 4, a token's experts .* of the host's memory; this machine", "raise the"),
+        (10 << 20, 10 << 20, "of the host's memory; this machine leaves 10 MiB", "Free some memory"),
         (8 << 30, 8 << 30, "", ""),
     ],
 )
@@ -313,7 +313,7 @@ def test_the_disk_is_probed_in_a_file_that_goes(
     monkeypatch.setattr(plan_speeds, "FILE_BYTES", 4 << 20)
     found = plan(index_only, bits=[4], trunk_bits=[4], into=tmp_path)
     assert found["machine"]["disk"]["all"] > 0
-    assert found["machine"]["disk_by"].endswith("on a file made for it")
+    assert found["machine"]["disk_by"].endswith("on a temporary file")
     assert not list(tmp_path.iterdir())
 
 

@@ -132,7 +132,7 @@ def test_it_is_what_convert_makes_and_files_go_as_it_does(
     assert json.loads(again.stdout)["was_complete"]
     assert tree(folder) == made
     assert len(begun) == 12
-    assert "55.07 MiB are downloaded; at most 13.89 MiB are here at a time" in result.stderr
+    assert "55.07 MiB will be downloaded; at most 13.89 MiB on the disk at any one time" in result.stderr
 
 
 def test_files_go_where_the_folder_of_models_is_behind_a_link(
@@ -486,7 +486,7 @@ def test_a_commit_stays_what_it_was_begun_with(hub: Hub, scripts: Prepared, smal
     edit_json(models / "acme--moves" / "4bit" / "origin.json", revision="f" * 40)
     result = scripts.run(MAIN, "pull", "acme/moves", "--fast")
     assert result.returncode == 1
-    assert "they differ in source_digest" in result.stderr
+    assert "its manifest differs in source_digest" in result.stderr
     assert "--overwrite" in result.stderr
     before = tree(models / "acme--moves" / "4bit")
     with (models / "acme--moves" / "4bit" / "config.json").open() as stream:
@@ -500,7 +500,7 @@ def test_a_commit_stays_what_it_was_begun_with(hub: Hub, scripts: Prepared, smal
     assert tree(models / "acme--moves" / "4bit") == before
     result = scripts.run(MAIN, "pull", "acme/moves", "--fast", "--overwrite")
     assert result.returncode == 0, result.stderr
-    assert f"{models / 'acme--moves' / '4bit'}: what is there is removed first" in result.stderr
+    assert f"{models / 'acme--moves' / '4bit'}: removing the old conversion first" in result.stderr
 
 
 # faults
@@ -584,7 +584,9 @@ def test_a_file_that_never_comes_whole_can_come_later(
     hub.refused.clear()
     hub.tampered.add(last)
     said = failed(scripts.run(MAIN, "pull", "acme/damaged", "--fast"))
-    assert f"{last} of acme/damaged was damaged on its way: its sha256 is another than the hub says." in said
+    assert (
+        f"{last} of acme/damaged was damaged during the download: its sha256 is not the one that the hub gives." in said
+    )
     assert "run the same command again" in said.lower()
     hub.tampered.clear()
     hub.asked.clear()

@@ -130,9 +130,9 @@ def test_a_server_and_a_daemon_by_name_and_what_is_in_use_stays(
     with running_daemon(Path(NAME), folder=tmp_path / "daemon") as daemon:
         assert main(["rm", NAME]) == 1
         cause, fix = capsys.readouterr().err.splitlines()
-        assert cause.startswith(f"moetier: {NAME} is in use: process {daemon.pid} (")
+        assert cause.startswith(f"moetier: {NAME} is in use by process {daemon.pid} (")
         assert f"daemon {NAME}" in cause
-        assert fix == "  End that first."
+        assert fix == "  End every process that uses it, then try again."
         assert (tinymix_there / GROUP / METADATA).exists()
     (tmp_path / "server").mkdir()
     server = ServerProcess(Path(NAME), tmp_path / "server")
@@ -317,7 +317,7 @@ def test_rm_looks_again_behind_the_answer(models: Path) -> None:
             user = subprocess.Popen(["sleep", "100"], stdin=stream)
         try:
             terminal.type("y\n")
-            terminal.wait_for(rf"acme/a:4bit is in use: process {user.pid} \(sleep 100\)")
+            terminal.wait_for(rf"acme/a:4bit is in use by process {user.pid} \(sleep 100\)")
         finally:
             user.kill()
             user.wait()
@@ -335,7 +335,7 @@ def test_rm_refuses_what_a_conversion_has_locked(models: Path, capsys: pytest.Ca
         assert main(["rm", "acme/a"]) == 1
     finally:
         os.close(lock)
-    assert "acme/a:4bit is in use: a conversion writes into it." in capsys.readouterr().err
+    assert "acme/a:4bit is in use: a conversion is writing into it." in capsys.readouterr().err
     assert (store / METADATA).exists()
     assert main(["rm", "acme/a"]) == 0
 

@@ -84,7 +84,7 @@ def test_what_is_advised_repairs_what_is_damaged(
     assert "or remove them and run the same conversion again: it makes only what is missing." in said.err
     shard.unlink()
     assert main(["convert", str(tinymix), str(model)]) == 0
-    assert "resumed: 7 of 8 blocks are there" in capsys.readouterr().err
+    assert "resumed: 7 of 8 blocks are complete" in capsys.readouterr().err
     assert main(["verify", str(model)]) == 0
 
 
@@ -169,7 +169,7 @@ def test_small_files_that_are_missing(tinymix_4bit: Path, tmp_path: Path, capsys
     """config.json has to be there, and all of a tokenizer or nothing of it; inspect says the same."""
     directory = Path(shutil.copytree(tinymix_4bit, tmp_path / "model"))
     (directory / "tokenizer.json").unlink()
-    causes = ["has tokenizer_config.json, and no vocabulary: tokenizer.json"]
+    causes = ["has tokenizer_config.json, but no vocabulary: tokenizer.json"]
     for more in ("", "config.json"):
         if more:
             (directory / more).unlink()

@@ -42,7 +42,7 @@ def test_one_is_not_taken_for_the_other(fine_tunes: tuple[Path, Path], tmp_path:
     first, second = fine_tunes
     convert(first, tmp_path / "dst", fast=True)
     before = tree(tmp_path / "dst")
-    with pytest.raises(TargetExistsError, match="they differ in source_digest"):
+    with pytest.raises(TargetExistsError, match="its manifest differs in source_digest"):
         convert(second, tmp_path / "dst", fast=True)
     assert tree(tmp_path / "dst") == before
 
@@ -64,7 +64,7 @@ def test_one_does_not_go_on_with_the_other(
     assert not (tmp_path / "dst" / GROUP / METADATA).exists()
     assert len(list((tmp_path / "dst").rglob("c/*/0/0"))) == BEGUN
     before = tree(tmp_path / "dst")
-    with pytest.raises(TargetExistsError, match="they differ in source_digest"):
+    with pytest.raises(TargetExistsError, match="its manifest differs in source_digest"):
         convert(second, tmp_path / "dst", fast=True)
     assert tree(tmp_path / "dst") == before
     assert convert(first, tmp_path / "dst", fast=True).resumed_blocks == BEGUN

@@ -194,6 +194,6 @@ def test_widths_that_no_kernel_has() -> None:
     for bits in (3, 2, 5):
         with pytest.raises(ConfigError, match=f"A trunk of {bits} bits"):
             Options(trunk_bits=bits)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="nothing is rounded"):
+    with pytest.raises(ConfigError, match="nothing is quantised"):
         Options(bits=16, fast=True)
     Options(bits=16, trunk_bits=4, fast=True)

@@ -85,7 +85,7 @@ def test_a_store_without_plan_is_replaced_only_if_told_to(tmp_path: Path) -> Non
     uncut = tree(tmp_path / "dst")
     (tmp_path / "dst" / "experts.zarr" / "zarr.json").unlink()
     before = tree(tmp_path / "dst")
-    with pytest.raises(TargetExistsError, match="without its plan") as caught:
+    with pytest.raises(TargetExistsError, match="its plan is missing") as caught:
         convert(source, tmp_path / "dst", fast=True)
     assert "--overwrite" in caught.value.fix
     assert tree(tmp_path / "dst") == before
@@ -101,7 +101,7 @@ def test_a_conversion_that_is_under_way_is_not_removed(tmp_path: Path) -> None:
     lock = os.open(tmp_path / "dst" / GROUP, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(TargetError, match="is in use: a conversion writes into it"):
+        with pytest.raises(TargetError, match="is in use: a conversion is writing into it"):
             convert(source, tmp_path / "dst", fast=True, overwrite=True)
     finally:
         os.close(lock)
@@ -121,7 +121,7 @@ def test_where_the_new_one_does_not_fit_the_old_one_stays(tmp_path: Path, bits: 
         dst = Path(shutil.copytree(tmp_path / "old", disk / "dst"))
 
         def is_refused() -> None:
-            with pytest.raises(DiskSpaceError, match=r"are free once what is there is removed\.") as caught:
+            with pytest.raises(DiskSpaceError, match=r"are free once the old conversion is removed\.") as caught:
                 convert(source, dst, bits=16, overwrite=True)
             assert str(dst) in caught.value.cause
             assert tree(dst) == old
