@@ -1,6 +1,6 @@
-"""transformers with accelerate's disk offload as a child process: a job as JSON in, what it found as JSON out.
+"""Run transformers with accelerate's disk offload: read a job from standard input and print the result, both as JSON.
 
-``engines.py`` starts it.
+``engines.py`` starts this program.
 """
 
 from __future__ import annotations

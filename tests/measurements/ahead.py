@@ -1,8 +1,9 @@
-"""Products with records, whose code asks memory ahead for codes, for pairs, for both or for nothing.
+"""Measure products with records whose code prefetches codes, pairs, both or neither into the CPU's caches.
 
     python tests/measurements/ahead.py DIR
 
-The four take turns in one process. Prints medians (least to most) of GB/s of records of DIR, one row of inputs.
+The four variants take turns in one process. Products have one row of inputs and random records with a layout of DIR.
+Prints the GB/s of records that they multiply: medians (least to most).
 """
 
 from __future__ import annotations

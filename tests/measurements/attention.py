@@ -1,10 +1,11 @@
-"""One token's attention, moetier's and torch's own, at growing contexts.
+"""Compare moetier's attention of one token with torch's, at several context lengths.
 
     python tests/measurements/attention.py
 
-32 heads of queries of 128 numbers, 8 of keys and values, in bf16, as in a layer of Mixtral-8x7B. Each context length
-has keys and values enough that they come from memory; the two take turns. Prints medians (least to most) of the
-microseconds of a layer, and the rate at which moetier's reads keys and values.
+There are 32 heads of queries and 8 heads of keys and values, of 128 numbers each, in bf16, as in a layer of
+Mixtral-8x7B. So many keys and values are used in turn that they are read from memory, not from a cache. The two
+implementations take turns. Prints the microseconds of a layer, as medians (least to most), and the rate at which
+moetier reads keys and values.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Decoding beside busy processes, with one release or several.
+"""Measure decoding while other processes keep cores busy, with one or several releases of moetier.
 
     python tests/measurements/busy.py DIR [--release NAME=INTERPRETER ...] [--busy 0 1 2] [--tokens 64] [--rounds 5]
 
-One process of each release decodes the same tokens (``decoder.py``), by turns, beside so many processes that only
-count. Without ``--release`` it is the one that runs this. Prints tokens/s: medians (least to most) of the rounds, and
-each as a share of the same release's with nothing beside; and the slowest step as a multiple of the median one with
-nothing beside. Nothing else should run.
+One process of each release decodes the same tokens (``decoder.py``), by turns. ``--busy`` gives the numbers of busy
+processes to try. The default for ``--release`` is the interpreter that runs this script. Prints, for each release and
+number: tokens/s, as median (least to most) of the rounds; this median as a share of the one for the first number; and
+the slowest step as a multiple of the median step for the first number. Nothing else should run on the machine.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Seconds to the first token of a second turn, with the keys and values of the first kept, and computed anew.
+"""Measure the seconds to the first token of a second turn, with keys and values of the first turn kept or not.
 
     python tests/measurements/chat.py DIR --tokens 8000
 
-Loads the model directory, says a message of so many tokens, and then a short one. Each round answers the short one
-twice: as ``moetier chat`` does in its second turn, and with nothing kept. Prints how many tokens were computed each
-time, medians (least to most), and the share of the one in the other.
+The user's first message has ``--tokens`` tokens, and the second message is short. In each round the second message is
+answered twice: with keys and values kept, as in ``moetier chat``, and with none kept. Prints for both the seconds, as
+medians (least to most), and how many tokens were computed; and the ratio of the medians.
 """
 
 from __future__ import annotations

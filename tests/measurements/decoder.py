@@ -1,7 +1,7 @@
-"""One process that decodes, told by its standard input: a helper of sharing.py.
+"""Program that decodes when a line arrives on standard input. ``sharing.py`` and ``busy.py`` start it.
 
-Loads, decodes ``--warm`` tokens, says "ready"; at each "go" decodes ``--tokens`` after the same prompt and says what it
-found as a line of JSON; ends with its input.
+It loads a model, decodes ``--warm`` tokens and prints "ready". For each line of input it decodes ``--tokens`` tokens
+after the same prompt, and prints tokens, times and counters as one line of JSON. It ends when the input ends.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""How far logits are from those of transformers' eager experts: those of its default, grouped_mm, and of moetier.
+"""Compare logits with those of transformers' eager experts: transformers' default (grouped_mm), and moetier.
 
     python tests/measurements/eager.py
 
-For a tiny random Qwen3-MoE and for tinymix, both in bf16 and converted at 16 bits.
+The models are a tiny random Qwen3-MoE and tinymix, in bf16. For moetier they are converted with 16 bits.
 """
 
 from __future__ import annotations

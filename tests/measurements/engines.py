@@ -1,7 +1,7 @@
-"""Other engines, each in a process of its own with a limit on its memory, fed the same tokens.
+"""Run other engines, each in a process of its own whose memory may be limited, and feed the same tokens to all.
 
-llama.cpp reads a GGUF file (``gguf_export.py``) through the package llama-cpp-python; transformers with accelerate's
-disk offload reads the checkpoint itself, in bf16. Both are in the extra ``peers``.
+llama.cpp reads a GGUF file (from ``gguf_export.py``) through the package llama-cpp-python. transformers with
+accelerate's disk offload reads the checkpoint itself, in bf16. The extra ``peers`` installs both.
 """
 
 from __future__ import annotations

@@ -1,14 +1,17 @@
-"""Seconds from the command to the first token, beside what the imports cost that nobody gets round.
+"""Measure the seconds from the start of ``moetier generate`` to the first token, beside those of its imports alone.
 
     python tests/measurements/first_token.py DIR
 
-Starts ``moetier generate DIR "To be" --max-new-tokens 1`` and processes that import torch and transformers and do
-nothing else, by turns, and waits for the first byte that each prints. ``imports`` is what a script begins with, of
-which transformers does most when a name is first used; ``modules`` imports what any model and any generation is made
-of. hqq, where it is installed as this project's tests need it, is hidden from these: transformers imports it, and it
-compiles with torch. ``all imports`` is ``generate`` in a process that has imported transformers as it is, so that
-``runtime.lean`` has no effect. Prints medians (least to most) of the seconds and of the processor's seconds of each,
-and, round by round, the difference to ``modules``. Without a daemon, whatever runs.
+Starts four commands by turns, and waits for the first byte that each prints:
+
+    imports      a script that imports torch and transformers as scripts usually do
+    modules      the same, with the modules of transformers that any model and any generation needs
+    generate     ``moetier generate DIR "To be" --max-new-tokens 1 --daemon none``
+    all imports  the same in a process that has imported all of ``modules``, so that ``runtime.lean`` has no effect
+
+hqq, which this project's tests need, is hidden from all but ``generate``: transformers would import it, which compiles
+code with torch. Prints the seconds and the CPU seconds of each command, as medians (least to most). For the last two it
+also prints by how many seconds they exceed ``modules``, round by round.
 """
 
 from __future__ import annotations

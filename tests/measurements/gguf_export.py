@@ -1,9 +1,9 @@
-"""A checkpoint as one GGUF file, for llama.cpp: what ``peers.py`` measures against.
+"""Write a checkpoint as one GGUF file for llama.cpp, with which ``peers.py`` compares moetier.
 
     python tests/measurements/gguf_export.py SRC FILE
 
-The types are those of ``llama-quantize --pure``: every matrix Q4_0, embeddings and head included; norms and gates F32.
-There is no vocabulary: token ids are fed as they are. One matrix is in memory at a time.
+Types are as after ``llama-quantize --pure``: every matrix is Q4_0, also embeddings and head; norms and gates are F32.
+The file has no vocabulary, as token ids are fed as they are. One matrix is in memory at any one time.
 """
 
 from __future__ import annotations

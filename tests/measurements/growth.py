@@ -1,14 +1,16 @@
-"""What the cost of a token grows with: stores of 2, 4 and 8 layers and 8, 32 and 128 experts, of which two are used.
+"""Measure how the time of a token depends on layers, missing bytes, number of experts and size of the store.
 
-    python tests/measurements/growth.py
+    python tests/measurements/growth.py [FOLDER]
 
-Makes nine stores of random weights, alike but for their layers and experts (0.4 GB, at 4 bits), in a temporary folder
-or in FOLDER, where they stay and are found the next time. Each is loaded with several budgets, all in one process and
-without speculation; every expert is demanded once; then, round by round, each model in turn decodes the same fixed
-tokens, one at a time. Prints for each the bytes that were missing and the time, a token's, the times' medians over the
-rounds; ``ms/missing MiB`` is what it took beyond the largest budget of the same store. Then the least-squares fit
-ms = c + a * layers + b * missing MiB over all of them, and what the number of experts or the stored bytes would add to
-it as a third cause: their part of a token between the least and the most of them, and the fit's R2 with it.
+Makes nine models with random weights, with 2, 4 or 8 layers and 8, 32 or 128 experts, of which a token uses two (0.4 GB
+together, at 4 bits). They are made in a temporary folder, or in FOLDER, where they stay for the next run. Each model is
+loaded with several budgets, all in one process and without speculation, and every expert is demanded once. Then, in
+each round, each model decodes the same tokens, one at a time.
+
+Prints for each model and budget the missing MiB of a token and its time, the median over the rounds. ``ms/missing MiB``
+is the additional time per missing MiB, compared with the largest budget of the same model. Then follows the
+least-squares fit ms = c + a * layers + b * missing MiB over all models and budgets. Last, the number of experts, or the
+stored bytes, is added to the fit as a third cause: it prints how much its range adds to the time, and the new R2.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""Hit ratios by the share of experts that are cached, from traces of real models: what ``moetier plan`` estimates with.
+"""Compute hit ratios by the share of cached experts, from traces of trained models, for ``moetier plan``.
 
     python tests/measurements/hit_curves.py tests/assets/traces/*.npz -o tools/plan/hit_curves.json
 
-Each trace is simulated with the tiers' default policy at several numbers of slots a block (``moetier replay`` shows the
-same ratios). These sequences are short and begin with an empty cache; an expert's first use in one, which no such cache
-could have, counts as a hit by the share of its block's experts that are cached: as if it were drawn at random.
+Each trace is simulated with the default policy and several numbers of slots for each block (as in ``moetier replay``).
+The sequences of a trace are short and begin with an empty cache, which can't hit at the first use of an expert. So the
+first use of an expert in a sequence counts as a part of a hit: the share of the block's experts that are cached, as if
+the cached experts had been drawn at random.
 """
 
 from __future__ import annotations

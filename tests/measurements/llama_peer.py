@@ -1,6 +1,6 @@
-"""llama.cpp as a child process: a job as JSON in, what it found as JSON out. Imports nothing large, which would count.
+"""Run llama.cpp: read a job from standard input and print the result, both as JSON.
 
-``engines.py`` starts it.
+``engines.py`` starts this program. It imports nothing large, as that would count as llama.cpp's memory.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""What a client of a daemon on the same host pays: for a hit, for a miss beyond the read itself, on the socket.
+"""Measure the costs of a client on the daemon's machine: time of hits and misses, and bytes on the socket.
 
     python tests/measurements/mapped.py --rounds 300
 
-Makes a store of random records (32 blocks of 8, top 2), serves it by a daemon, and asks as decoding does: two experts
-of each block in turn. Once with room for all, once with room for one block, so that each is read from the disk. Bytes
-on the socket are counted between daemon and client, gRPC's own included.
+Makes a store of random records (32 blocks of 8 experts) and starts a daemon with it. The client demands records as in
+decoding, two experts of one block after the other. For hits, the daemon has room for all records. For misses, it has
+room for one block's two experts, so each record is read from the disk. All bytes on the socket between daemon and
+client are counted, those of gRPC's protocol too.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Decoding from one disk, and from two of the same rate with a mirror.
+"""Compare decoding from one disk with decoding from two disks of the same rate, one of which has a mirror.
 
     python tests/measurements/mirror.py DIR [--ram 1420MiB] [--rate 0.5] [--rounds 5]
 
-Makes two disks on loop devices in a folder (--into), which deliver --rate GB/s each to a control group, and copies the
-model directory to one and its mirror to the other. Two processes load it, one without the mirror, and decode the same
-tokens by turns. Prints tokens/s: medians (least to most) of the rounds, and the geometric mean of the ratios with its
-95 % interval. Needs root, and control groups of version 1.
+Makes two disks on loop devices, whose files are in the folder --into. A control group limits the rate of each disk to
+--rate GB/s. The model directory is copied to one disk, and a mirror of it is made on the other. Two processes load the
+copy, only one of them with the mirror, and decode the same tokens by turns. Prints tokens/s, as medians (least to most)
+of the rounds, and the geometric mean of the ratios with its 95 % interval. Needs root, and control groups of version 1.
 """
 
 from __future__ import annotations

@@ -1,13 +1,18 @@
-"""Microseconds of our own for each block of a decode step, beyond the products, when all experts are resident.
+"""Measure moetier's overhead in microseconds for each block of a decode step, when all experts are in memory.
 
     python tests/measurements/overhead.py [DIR]
 
-Without DIR a store of random weights is made in a temporary folder: 4 layers of 128 experts of 256 x 128, top 8. Every
-expert is demanded once; then fixed tokens are decoded one at a time. Timed are the forward of each Experts module
-(``forward``), within it the compiled code (``compiled``), and in that the two products (``products``). ``beyond`` is
-the forward without its products: lookup, rounding, activation, weighted sum and Python. ``Python`` is the forward
-without the compiled code. All of them of a block: medians (quartiles) over the steps. Compiled steps are called one by
-one, so that each has its time, which adds some microseconds.
+Without DIR, a model with random weights is made in a temporary folder: 4 layers with 128 experts of 256 x 128, top-8.
+Every expert is demanded once. Then fixed tokens are decoded one at a time. Prints for a block, as medians (quartiles)
+over the steps:
+
+    forward     the forward of an Experts module
+    compiled    the compiled code in it
+    products    the two matrix products in the compiled code
+    beyond      forward without products: lookup, rounding, activation, weighted sum and Python
+    Python      forward without the compiled code
+
+The parts of the compiled code are called one by one to time each of them. This adds some microseconds.
 """
 
 from __future__ import annotations

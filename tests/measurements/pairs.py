@@ -1,12 +1,12 @@
-"""Two releases compared: one command of each, run by turns.
+"""Compare the speed of two releases of moetier, which run the same work by turns.
 
     python tests/measurements/pairs.py OLD/.venv/bin/python NEW/.venv/bin/python --decode DIR --ram 2GiB
     python tests/measurements/pairs.py OLD/.venv/bin/python NEW/.venv/bin/python -- convert SOURCE {new} --bits 4
 
-With ``--decode`` each release loads the model once, in a process of its own, and decodes the same tokens by turns; the
-other process sleeps meanwhile. Otherwise the time of a whole command counts, and ``{new}`` stands for a folder that is
-empty each time. Prints both medians, and the geometric mean of NEW's speed over OLD's with its 95 % interval over the
-rounds.
+With ``--decode``, each release loads the model once, in a process of its own, and both decode the same tokens by turns;
+the other process sleeps meanwhile. Otherwise a whole command is timed, in which ``{new}`` stands for a path that does
+not exist yet. Prints both medians, and how many times as fast NEW is: the geometric mean of the ratios, with its 95 %
+interval over the rounds.
 """
 
 from __future__ import annotations

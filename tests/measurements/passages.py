@@ -1,10 +1,11 @@
-"""What a prefill costs the decoding behind it, in points of hit ratio, by policy of eviction: simulated on a trace.
+"""Simulate how a prefill changes the hit ratio of the decoding that follows it, for each policy.
 
     python tests/measurements/passages.py tests/assets/traces/gptoss_20b_12seq.npz --slots 8,16,24
 
-Puts the sequences of a trace one behind the other. At several places of it: 100 tokens are decoded; the 512 that follow
-come as a prefill, or do not; then 32 or 128 more are decoded. Prints how much more often those hit if the prefill came:
-the mean of all places, and the worst. ``prefill.py`` measures the same on a model, and by the clock.
+The sequences of the trace are joined to one. At several places in it, three parts follow each other: 100 tokens that
+are decoded, 512 tokens of a prefill, and 32 or 128 tokens that are decoded. Each place is simulated with and without
+the prefill. Prints the difference of the last part's hit ratios in percentage points: the mean over all places, and the
+worst. ``prefill.py`` measures hit ratios and times with a model.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""llama.cpp and accelerate's disk offload beside moetier: the same tokens and memory limits, in alternating runs.
+"""Compare moetier with llama.cpp and accelerate's disk offload: same tokens, same memory limits, alternating runs.
 
     python tests/measurements/peers.py DIR --gguf FILE
 
-``gguf_export.py`` makes FILE of the checkpoint that DIR was converted from. Other engines are in the extra ``peers``.
+``gguf_export.py`` makes FILE from the checkpoint that DIR was converted from. The extra ``peers`` installs the other
+engines.
 """
 
 from __future__ import annotations

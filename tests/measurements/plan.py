@@ -1,11 +1,12 @@
-"""What ``moetier plan`` says beside what is measured: memory, hits, prompt and tokens a second.
+"""Compare the estimates of ``moetier plan`` with measurements: memory, hit ratio, decode and prefill rates.
 
     python tests/measurements/plan.py DIR...
 
-For each model directory and each budget (``--ram``, a share of all experts): ``moetier plan DIR --json``, and twice the
-process in which ``moetier bench`` runs a model: once a prompt of 512 tokens, behind 8, and once ``--tokens`` steps,
-behind such a prompt, which fills the slots, and ``--warm`` steps. Tokens are DIR/tokens.json, else random ones. Prints
-both, and their ratio. Memory is to be within 10 %, speed within a factor of 1.5; where one is not, the status is 1.
+``--ram`` gives budgets as shares of all experts. For each model directory and budget this runs ``moetier plan``, and
+twice the process in which ``moetier bench`` measures a model: once for a prompt of 512 tokens, after 8 other tokens;
+once for ``--tokens`` decode steps, after a prompt of 512 tokens and ``--warm`` steps. Tokens are those of
+DIR/tokens.json, or random ones if there is no such file. Prints estimates, measurements and their ratios. The exit
+status is 1 if the memory is off by more than 10 %, or a rate by more than a factor of 1.5.
 """
 
 from __future__ import annotations

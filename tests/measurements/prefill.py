@@ -1,11 +1,11 @@
-"""What a prefill costs the decoding that follows it, by policy of eviction.
+"""Measure how a prefill slows down the decoding that follows it, for each policy.
 
     python tests/measurements/prefill.py DIR --ram 50% --text FILE --rounds 20
 
-Loads the model once for each policy. Each round, for each in turn: decodes a text until the cache knows it, then
-another prompt comes by (``--prompt`` tokens, all at once), then the text goes on. Prints the medians (quartiles) of the
-prefill and of a decode step afterwards, and the hit ratios before and after. ``--disk`` makes reads wait as a disk of
-so many GB/s would.
+Loads the model once for each policy. In each round, each model decodes ``--tokens`` tokens of a text, then gets another
+prompt of ``--prompt`` tokens, all together, and then decodes ``--tokens`` more tokens of the text. Prints the times of
+the prefill and of a decode step after it, as medians (quartiles), and the mean hit ratios before and after it. With
+``--disk``, reads take as long as on a disk of so many GB/s.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""llama.cpp's quantiser beside ``moetier bench convert``: SRC becomes 4 bits in each way, in alternating runs.
+"""Compare llama.cpp's quantiser with ``moetier bench convert``: both convert SRC to 4 bits, in alternating runs.
 
     python tests/measurements/quantiser.py SRC
 
-SRC is exported once to a GGUF file of 16 bits, which takes as much disk as SRC again; llama.cpp makes Q4_0 of it, as
-``llama-quantize --pure`` does. Its weights are those of every matrix but the gates', its time that of
-``llama_model_quantize`` alone. It is in the extra ``peers``.
+For llama.cpp, SRC is first exported to a GGUF file of 16 bits, which takes as much disk space as SRC. llama.cpp
+quantises this file to Q4_0, as ``llama-quantize --pure`` does. It quantises every matrix except the gates; only the
+time of ``llama_model_quantize`` counts. The extra ``peers`` installs llama.cpp.
 """
 
 from __future__ import annotations

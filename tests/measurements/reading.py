@@ -1,9 +1,10 @@
-"""How fast records are read and checked by one thread and by four, and how fast a warm restart checks its slots.
+"""Measure how fast one or four threads read and check records, and how fast a restarted daemon checks its slots.
 
     taskset -c 0,1 python tests/measurements/reading.py [FOLDER]
 
-Writes stores with records of 2.6 MB and of 88 MB into FOLDER, by default /dev/shm: on a tmpfs the disk costs a copy, so
-that checksums show. The restart's check is that of ``HostTier`` on an arena that a killed daemon left.
+Writes stores with records of 2.6 MB and of 88 MB into FOLDER, by default /dev/shm. On such a tmpfs, a read is a copy in
+memory, so the time of checksums is not hidden by the disk. For the restart, ``HostTier`` takes over a filled arena, as
+a daemon takes over the arena of a daemon that was killed.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""How well gates that are asked ahead foretell the routing of texts, against guesses that cost nothing.
+"""Measure the recall of predictions by gates on texts, and compare it with that of simple predictions.
 
     python tests/measurements/recall.py DIR TEXT... --tokens 3072 --look-ahead 3
 
-DIR is a model directory; a TEXT is a file, or a folder of .txt, and is read in windows of 512 tokens, as by `moetier
-quality`. Prints for each text which part of the top-k experts was named, over the blocks that are foretold: by the
-gates; by the block's most used experts of this very text, in hindsight, as many as top-k; by the experts of the token
-before. Chance is top-k / experts.
+DIR is a model directory. A TEXT is a file, or a folder with .txt files; it is read in windows of 512 tokens, as in
+`moetier quality`. Prints for each text and look-ahead the recall of three predictions: by the gates; the experts that
+the previous token used; and the top-k experts that the block used most in the whole text. It also prints the recall of
+experts chosen at random, top-k / experts.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""How fast records come from a daemon on another host: TLS over loopback, and through a network namespace.
+"""Measure how fast records are read from a daemon as if it were on another host, over TLS.
 
     python tests/measurements/remote.py --channels 3 --rounds 20
 
-Makes a store of large random records, starts a daemon with all of them in memory, and reads them one after the other
-into one slot, checksums proved, as a tier with one loader would. Daemon and reader share this machine's cores: prints
-what each of them takes of them, too.
+The connection goes over loopback, and then into a network namespace. The daemon has a store of two large random records
+in memory. They are read by turns into one slot, and their checksums are checked, as a tier with one loader would do.
+Daemon and reader share the cores of this machine, so the CPU seconds of each of them are printed too.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""How soon a killed daemon is warm again, and what it reads for that.
+"""Measure how soon a daemon that was killed serves again with its records in memory, and how much it reads for that.
 
     python tests/measurements/restart.py DIR --ram 100%
 
-Starts a daemon, fills it from one client, which goes on to map it, kills the daemon with SIGKILL and starts another.
-Prints when that one is ready, how many of its slots are, and what it has read.
+Starts a daemon. A client demands every expert, and keeps the arena mapped. Then the daemon is killed with SIGKILL and
+started again. Prints how long the start took, how many slots are READY, and how many bytes were read; and what is read
+when the client demands every expert once more.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""A product of one row with a matrix of bf16, moetier's and torch's own.
+"""Compare moetier's product of one row with a bf16 matrix with torch's.
 
     python tests/measurements/row.py
 
-Matrices as routers, attention and heads have them, enough of each that they come from memory; the two take turns.
-Prints medians (least to most) of the microseconds of a product, and the rate at which moetier's reads the matrix.
+The matrices have the shapes of routers, attention and heads. So many of each are used in turn that they are read from
+memory, not from a cache. The two implementations take turns. Prints the microseconds of a product, as medians (least to
+most), and the rate at which moetier reads the matrix.
 """
 
 from __future__ import annotations

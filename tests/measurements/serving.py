@@ -1,10 +1,10 @@
-"""Requests to `moetier serve`, one after the other and together.
+"""Measure the engines of `moetier serve`, which answer requests one by one, or together as with --parallel.
 
     python tests/measurements/serving.py DIR [--ram SIZE] [--requests 1 2 4 8] [--prompt 64] [--tokens 32]
 
-What stands behind the server's routes is given so many requests at once, as without --parallel and as with it. Prints
-how many tokens came in a second, all requests together, and how many experts were read for each. Prompts are random
-tokens, all different; answers are greedy. Each way has answered before it is measured.
+``--requests`` gives how many requests an engine gets at once. There is no HTTP. Prints the tokens per second of all
+requests together, and how many experts are read per token. Prompts are random tokens, all different; decoding is
+greedy. Each engine answers one request before it is measured.
 """
 
 from __future__ import annotations

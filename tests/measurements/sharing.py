@@ -1,11 +1,12 @@
-"""What a daemon gains and costs: processes that share one against processes that split the same memory.
+"""Compare processes that share a daemon with processes that divide the same memory among themselves.
 
     python tests/measurements/sharing.py DIR --ram 50% --clients 4 --tokens 32
 
-Decodes, in this order and ``--rounds`` times: ``clients`` processes on one daemon of ``--ram``; as many embedded ones
-of a share of it each; one embedded process of ``--ram`` that decodes all prompts as a batch. Prints tokens/s (all
-clients' tokens over the time from the common start to the last end), hit ratios, whether all tokens are the same, and
-the proportional set sizes of the arena's map over all processes. With ``--clients 1``: what a daemon costs one process.
+Three ways decode the same prompts, one way after the other, each for ``--rounds`` rounds: ``--clients`` processes with
+one daemon of ``--ram``; as many processes without a daemon, each with its share of ``--ram``; and one process with
+``--ram`` that decodes all prompts as a batch. Prints tokens/s (all tokens, divided by the time from the common start to
+the last end), hit ratios, whether the first two ways made the same tokens, and the sum of the proportional set sizes of
+the arena in all processes. With ``--clients 1``, it shows what a daemon costs one process.
 """
 
 from __future__ import annotations

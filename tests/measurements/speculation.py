@@ -1,15 +1,18 @@
-"""What speculation gains and costs: decoding with and without, in turns, in one process.
+"""Compare decoding with and without speculation, in one process.
 
     python tests/measurements/speculation.py DIR --ram 50% --disk 0.2 --rounds 20
 
-Feeds fixed token ids, one at a time, to one model for each way: ``off``; ``off again``, which shows the noise;
-``auto``; ``always``; ``asking``, which asks and judges, and wishes for nothing; ``perfect``, whose guesses are the
-routing, recorded beforehand; and ``adversary``: ``auto``, all of whose guesses are wrong, once the first have been
-right.
+One model is loaded for each way, and all get the same token ids, one at a time:
 
-A round is a new sequence, which all ways decode in turns of a few steps, in an order that rotates. Prints the median
-time of a step, and the ratio of the first way to each with the 95 % interval of its mean over the rounds. ``--disk``
-makes reads wait as a disk of so many GB/s would: bytes come one after the other.
+    off, off again  no speculation; the difference between the two shows the noise
+    auto, always    the values of ``speculate``
+    asking          predictions are made and judged, and nothing is prefetched
+    perfect         predictions are the true routing, which was recorded before
+    adversary       ``auto`` with predictions that are all wrong, after the first few
+
+In each round all ways decode a new sequence, by turns of a few steps, in an order that rotates. Prints the median time
+of a step, and how many times as fast each way is as the first: the mean over the rounds, with its 95 % interval. With
+``--disk``, reads take as long as on a disk of so many GB/s that serves one read after the other.
 """
 
 from __future__ import annotations

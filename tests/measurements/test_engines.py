@@ -1,4 +1,4 @@
-"""Other engines in processes of their own, on small models."""
+"""Tests of ``engines.py`` on small models."""
 
 from __future__ import annotations
 

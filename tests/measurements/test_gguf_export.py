@@ -1,4 +1,4 @@
-"""A checkpoint as a GGUF file: what llama.cpp computes with it is what transformers computes with the checkpoint."""
+"""Tests that llama.cpp computes with an exported GGUF file what transformers computes with the checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``peers.py`` and ``quantiser.py`` on tinymix, with the engines that are installed."""
+"""Tests of ``peers.py`` and ``quantiser.py`` on tinymix, with the engines that are installed."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""The picture of ``moetier top`` in docs/watching.md: a real daemon, two conversations that use it, and the screen.
+"""Make the picture of ``moetier top`` for docs/watching.md, with a real daemon and two conversations that use it.
 
     moetier convert tests/assets/tinymix DIR --bits 4 --fast
     python tests/measurements/top.py DIR docs/figures/top.png
 
-The file is an .svg, or a .png where CairoSVG is installed.
+The picture can be an .svg file, or a .png file if CairoSVG is installed.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
-"""What the checksums of a trunk cost beside a load, and beside the smallest load there is.
+"""Compare the time to check a trunk's checksums with the time to load the model.
 
     python tests/measurements/trunk_checksums.py DIR
 
-Loads the model directory, with its files in the page cache and without a daemon, and computes the checksums of its
-trunk's files, by turns. Prints the median seconds (least to most) of both, and the rate of the checksums; and how large
-a trunk may be for its checksums to take a twentieth of this load. ``CHECKED_BYTES`` of tiers/trunk.py must be below
-that for a small model, whose load takes the least time. The load of a trunk that is checked contains the check.
+By turns, loads the model directory, without a daemon, and computes the checksums of its trunk's files; all files are in
+the page cache. Prints the seconds of both, as medians (least to most), and the rate of the checksums. It also prints
+how large a trunk may be if its checksums are to take a twentieth of this load. ``CHECKED_BYTES`` in
+tiers/store/trunk.py must be below this size for small models, which load in the least time. If the trunk is at most
+that large, the load itself includes the check.
 """
 
 from __future__ import annotations

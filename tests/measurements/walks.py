@@ -1,19 +1,19 @@
-"""Functions and modules of moetier that five common operations pass through.
+"""List the functions and modules of moetier that five common operations call.
 
     python tests/measurements/walks.py [--functions]
 
-Converts the bundled model into a temporary folder, runs each operation once and records the calls of moetier's
+Converts the bundled model into a temporary folder, runs each operation once, and records the calls of moetier's
 functions in all threads (``sys.setprofile``):
 
-    hit         one block computes one token; its experts are in memory
-    miss        the same; they are read from the store first
-    prediction  from the question to a gate to the host tier's prefetch queue, in the thread that computes
+    hit         one block computes one token, and its experts are in memory
+    miss        the same, but its experts are read from the store first
+    prediction  from the prediction by a gate to the host tier's prefetch queue, in the thread that computes
     convert     ``moetier convert``, once its command line is read
-    daemon      the miss again, with experts from a daemon: one request, on the side of the client and of the daemon
+    daemon      the miss with experts from a daemon: one request, in the client and in the daemon
 
-Prints for each the number of functions and files, and the modules in the order of their first call. Lambdas,
-comprehensions and code that runs when a module is imported don't count, nor do threads of gRPC's own. ``--functions``
-adds the functions' names.
+Prints for each operation the number of functions and files, and the modules in the order of their first call.
+``--functions`` adds the names of the functions. Lambdas, comprehensions, code that runs when a module is imported, and
+gRPC's own threads are not counted.
 """
 
 from __future__ import annotations
