@@ -222,7 +222,8 @@ def check_place(folder: Path, source: Path) -> None:
     target, source = folder.resolve(), source.resolve()
     if target == source or target.is_relative_to(source) or source.is_relative_to(target):
         raise TargetError(
-            f"{folder} and the source {source} overlap.", "Choose a folder that neither contains it nor lies in it."
+            f"{folder} and the source {source} overlap.",
+            "Choose a folder that neither contains the source nor lies in it.",
         )
 
 

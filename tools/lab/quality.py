@@ -196,7 +196,8 @@ def read_texts(paths: Iterable[Path]) -> dict[str, str]:
         found = sorted(path.glob("*.txt")) if path.is_dir() else [path]
         if not found or not all(file.is_file() for file in found):
             raise ConfigError(
-                f"{path} is neither a file nor a folder with .txt files.", "Give --text a text file, or such a folder."
+                f"{path} is neither a file nor a folder with .txt files.",
+                "Give --text a text file, or a folder with .txt files.",
             )
         files += found
     texts = {file.stem: file.read_text("utf-8", errors="replace") for file in files}

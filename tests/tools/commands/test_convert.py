@@ -288,7 +288,7 @@ def test_another_conversion_is_replaced_only_if_told_to(source: Path, uncut: dic
     dst = tmp_path / "dst"
     convert(source, dst, bits=8)
     before = tree(dst)
-    with pytest.raises(TargetExistsError, match="conversion: with experts of 8 bits, and 4 were asked") as caught:
+    with pytest.raises(TargetExistsError, match="conversion: it has experts of 8 bits, not 4") as caught:
         convert(source, dst)
     assert "--overwrite" in caught.value.fix
     assert tree(dst) == before
