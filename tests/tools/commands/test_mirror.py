@@ -75,7 +75,7 @@ def test_it_is_not_made_where_it_would_overwrite_something(tmp_path: Path, capsy
     make_store(tmp_path / "a")
     make_store(tmp_path / "b", seed=1)
     before = tree(tmp_path / "b")
-    for target, said in (("b", "holds the experts of another model"), ("a/in", "overlaps"), ("a", "overlaps")):
+    for target, said in (("b", "holds the experts of another model"), ("a/in", "overlap"), ("a", "overlap")):
         assert main(["mirror", str(tmp_path / "a"), str(tmp_path / target)]) == 1
         assert said in capsys.readouterr().err
     assert tree(tmp_path / "b") == before
