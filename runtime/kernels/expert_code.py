@@ -109,12 +109,12 @@ def placing_module(dtype: torch.dtype, has_bias: bool) -> ir.Module:
     return module
 
 
-def adding_module(dtype: torch.dtype) -> ir.Module:
+def adding_module(dtype: torch.dtype, weight_dtype: torch.dtype) -> ir.Module:
     """Emit the function ``ADD_UP(context)``, which computes items until none is left. An item is a token.
 
     The context: number of tokens that threads have taken, number of all tokens; pointers to the outputs
-    [tokens, top_k, N] of ``dtype`` and to the weights, fp32 [tokens, top_k]; top_k; a pointer to the sums [tokens, N]
-    of ``dtype``; N.
+    [tokens, top_k, N] of ``dtype`` and to the weights [tokens, top_k] of ``weight_dtype``; top_k; a pointer to the sums
+    [tokens, N] of ``dtype``; N.
     """
     module = new_module()
     emit = Emitter(module, ADD_UP, [POINTER])
@@ -129,7 +129,8 @@ def adding_module(dtype: torch.dtype) -> ir.Module:
         with emit.loop(n(0), row_bytes, LANES * dtype.itemsize) as offset:
             at.store(emit.all(F32, 0.0, LANES), total)
             with emit.loop(first, at.add(first, top_k)) as place:
-                weight = emit.spread(emit.load(weights, at.mul(place, n(4)), F32), LANES)
+                given = emit.load_floats(weights, at.mul(place, n(weight_dtype.itemsize)), weight_dtype, 1)
+                weight = emit.pick(given, given, [0] * LANES)
                 values = emit.load_floats(outputs, at.add(at.mul(place, row_bytes), offset), dtype, LANES)
                 at.store(_multiply_add(emit, weight, values, at.load(total)), total)
             emit.store_floats(at.load(total), target, offset, dtype)

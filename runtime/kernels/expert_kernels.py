@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import threading
 from array import array
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -35,11 +36,12 @@ from .expert_code import (
     placing_module,
     prove_module,
 )
-from .gemm import JOB, GemmPlan, Rounded
+from .gemm import JOB, GemmPlan, Rounded, X
 from .jit import Processor, this_processor
-from .team import Kernel, Scratch, Step, compile_kernel, run_all, threads_for
+from .team import Kernel, Program, Scratch, Step, compile_kernel, run_all, threads_for
 from .team_code import LINE
 
+WEIGHTS, SUMS = 3, 5  # indices of addresses in a context of ADD_UP
 _scratch = Scratch()
 
 
@@ -83,14 +85,11 @@ class ExpertKernels:
         has_bias = bool(biases)
         self._activate = _compiled(processor, activation_module, ACTIVATE, activation, self._down.group, has_bias)
         self._place = _compiled(processor, placing_module, PLACE, dtype, has_bias)
-        self._add_up = _compiled(processor, adding_module, ADD_UP, dtype)
+        self._processor = processor
         self._find = _compiled(processor, find_module, FIND)
         self._prove = _compiled(processor, prove_module, PROVE)
-
-    @property
-    def width(self) -> int:
-        """Number of columns of hidden states."""
-        return self._up.columns
+        self.width = self._up.columns  # of hidden states
+        self._local = threading.local()  # ``token``: the thread's OneToken
 
     # -- experts as they arrive ---------------------------------------------------------------------------------------
 
@@ -104,67 +103,56 @@ class ExpertKernels:
             places: [R], for each row its row in ``outputs``.
             outputs: [tokens * top_k, hidden], in the type of x.
         """
-        run_all(self._steps(x, jobs, len(jobs) // JOB, places, outputs.data_ptr())[0])
+        starts = self._starts(len(x), len(places))
+        steps = self._steps(len(x), jobs, places, _scratch.take(starts[-1]), starts, outputs.data_ptr())
+        steps[0].context[X] = x.data_ptr()
+        run_all(steps)
 
     def add_up(self, outputs: Tensor, weights: Tensor) -> Tensor:
-        """Multiply outputs [tokens * top_k, hidden] by weights, fp32 [tokens, top_k], and add up those of each token.
+        """Multiply outputs [tokens * top_k, hidden] by weights [tokens, top_k], and add up those of each token.
 
-        Returns [tokens, hidden] in the type of the outputs.
+        Weights are fp32 or bf16. Returns [tokens, hidden] in the type of the outputs.
         """
-        out = torch.empty((len(weights), outputs.shape[1]), dtype=self.dtype)
-        run_all([Step(self._add_up, self._adding(outputs.data_ptr(), weights, out), threads_for(outputs.numel()))])
+        tokens, top_k = weights.shape
+        out = torch.empty((tokens, outputs.shape[1]), dtype=self.dtype)
+        step = self._adding(weights.dtype, tokens, top_k, outputs.data_ptr(), threads_for(outputs.numel()))
+        step.context[WEIGHTS], step.context[SUMS] = weights.data_ptr(), out.data_ptr()
+        run_all([step])
         return out
 
-    # -- one token whose experts are all resident ---------------------------------------------------------------------
-
-    def find(self, experts: Sequence[int], residents: Residents) -> array[int] | None:
-        """Look up the experts of one token.
-
-        Returns the jobs of all experts (see ``compute``), then their slots, then the slots' generations; None if one of
-        the records is not resident.
-        """
-        top_k, wanted = len(experts), array("q", experts)
-        found = array("q", bytes(8 * top_k * (JOB + 2)))
-        places = _places_in(found, top_k)
-        context = array("q", (0, top_k, wanted.buffer_info()[0], *residents.numbers, *places))
-        self._find.call_locked(context.buffer_info()[0])
-        return found if context[0] == top_k else None
-
-    def compute_found(self, x: Tensor, weights: Tensor, found: array[int], residents: Residents) -> Tensor | None:
-        """Compute one token, x [1, hidden] with weights fp32 [1, top_k], with the records that ``find`` has found.
-
-        Returns [1, hidden], or None if one of the records was replaced meanwhile.
-        """
-        top_k = weights.shape[1]
-        steps, outputs = self._steps(x, found, top_k, array("q", range(top_k)), 0)
-        out = torch.empty_like(x)
-        _, slots, generations = _places_in(found, top_k)
-        proof = array("q", (0, top_k, residents.generations, slots, generations))
-        run_all([*steps, Step(self._add_up, self._adding(outputs, weights, out), 1), Step(self._prove, proof, 1)])
-        return out if proof[0] == top_k else None
+    def one_token(self, top_k: int, weight_dtype: torch.dtype) -> OneToken:
+        """Return the calling thread's object for tokens with ``top_k`` experts, valid until the thread asks again."""
+        token: OneToken | None = getattr(self._local, "token", None)
+        form = (top_k, weight_dtype, torch.get_num_threads())
+        if token is None or token.form != form or token.scratch != _scratch.take(token.nbytes):
+            token = self._local.token = OneToken(self, form)
+        return token
 
     # -- contexts -----------------------------------------------------------------------------------------------------
 
-    def _steps(
-        self, x: Tensor, jobs: array[int], count: int, places: array[int], outputs: int
-    ) -> tuple[list[Step], int]:
-        """Prepare the steps of ``compute`` for the first ``count`` of ``jobs``.
+    def _starts(self, own: int, rows: int, *, has_outputs: bool = True) -> list[int]:
+        """Return where in scratch memory values begin for ``own`` rows of x and ``rows`` rows after them; and the end.
 
-        Returns the steps and the address of the outputs. If ``outputs`` is 0, they are in scratch memory.
+        The values: x rounded, the first product, the activation rounded, the second product, and unless ``has_outputs``
+        the outputs.
         """
-        up, down, own, rows = self._up, self._down, len(x), len(places)
-        sizes = (  # bytes of x rounded, the first product, the activation rounded, the second product, the outputs
+        up, down = self._up, self._down
+        sizes = (
             own * up.row_bytes,
             4 * rows * up.rows,
             rows * down.row_bytes,
             4 * rows * down.rows,
-            0 if outputs else rows * down.rows * self.dtype.itemsize,
+            0 if has_outputs else rows * down.rows * self.dtype.itemsize,
         )
-        starts = [*itertools.accumulate((-(-nbytes // LINE) * LINE for nbytes in sizes), initial=0)]
-        first = _scratch.take(starts[-1])
-        taken, inner, activated, part, last = (first + start for start in starts[:-1])
+        return [*itertools.accumulate((-(-nbytes // LINE) * LINE for nbytes in sizes), initial=0)]
+
+    def _steps(
+        self, own: int, jobs: array[int], places: array[int], scratch: int, starts: list[int], outputs: int
+    ) -> list[Step]:
+        """Return the steps of ``compute``, whose first context still lacks the address of x [own, hidden]."""
+        up, down, rows, count = self._up, self._down, len(places), len(jobs) // JOB
+        taken, inner, activated, part = (scratch + start for start in starts[:4])
         given, rounded = Rounded(taken, own, up), Rounded(activated, rows, down)
-        outputs = outputs or last
         activation = array(
             "q", (0, count, jobs.buffer_info()[0], inner, *rounded.places, down.columns, self._biases[0])
         )
@@ -173,7 +161,7 @@ class ExpertKernels:
         )
         weights = rows * up.columns * up.rows
         return [
-            Step(up.round, given.context(x.data_ptr()), threads_for(own * up.columns)),
+            Step(up.round, given.context(0), threads_for(own * up.columns)),
             Step(up.kernel, up.context(count, jobs, given, inner, has_own_rows=own == rows), threads_for(weights)),
             Step(self._activate, activation, min(count, threads_for(rows * up.rows))),
             Step(
@@ -182,22 +170,62 @@ class ExpertKernels:
                 threads_for(rows * down.columns * down.rows),
             ),
             Step(self._place, placing, min(count, threads_for(rows * down.rows)), (jobs, places)),
-        ], outputs
+        ]
 
-    def _adding(self, outputs: int, weights: Tensor, out: Tensor) -> array[int]:
-        tokens, top_k = weights.shape
-        return array("q", (0, tokens, outputs, weights.data_ptr(), top_k, out.data_ptr(), self._down.rows))
+    def _adding(self, weight_dtype: torch.dtype, tokens: int, top_k: int, outputs: int, threads: int) -> Step:
+        """Return the step of ``add_up``, whose context still lacks the addresses WEIGHTS and SUMS."""
+        kernel = _compiled(self._processor, adding_module, ADD_UP, self.dtype, weight_dtype)
+        return Step(kernel, array("q", (0, tokens, outputs, 0, top_k, 0, self._down.rows)), threads)
+
+
+class OneToken:
+    """Experts of one token, if all of them are resident. One thread uses it, and no two tokens at the same time.
+
+    Contexts are made once, because making them takes longer than some of the steps.
+    """
+
+    def __init__(self, kernels: ExpertKernels, form: tuple[int, torch.dtype, int]) -> None:
+        """``form``: number of experts, type of the weights, number of threads."""
+        self.form = form
+        self._top_k, weight_dtype, _ = form
+        self._find = kernels._find
+        starts = kernels._starts(1, self._top_k, has_outputs=False)
+        self.nbytes = starts[-1]
+        self.scratch = _scratch.take(self.nbytes)
+        self._jobs, self._slots, self._stamps = (
+            array("q", bytes(8 * self._top_k * numbers)) for numbers in (JOB, 1, 1)
+        )
+        found = [numbers.buffer_info()[0] for numbers in (self._jobs, self._slots, self._stamps)]
+        self._lookup = array("q", (0, self._top_k, *[0] * 8, *found))
+        self._proof = array("q", (0, self._top_k, 0, *found[1:]))
+        outputs = self.scratch + starts[4]
+        steps = kernels._steps(1, self._jobs, array("q", range(self._top_k)), self.scratch, starts, outputs)
+        adding = kernels._adding(weight_dtype, 1, self._top_k, outputs, 1)
+        self._x, self._sums = steps[0].context, adding.context
+        self._program = Program([*steps, adding, Step(kernels._prove, self._proof, 1)])
+
+    def find(self, experts: Sequence[int], residents: Residents) -> bool:
+        """Look up the experts of a token. Return whether all their records are resident."""
+        wanted, lookup = array("q", experts), self._lookup
+        lookup[0], lookup[2], lookup[3:10] = 0, wanted.buffer_info()[0], array("q", residents.numbers)
+        self._proof[2] = residents.generations
+        self._find.call_locked(lookup.buffer_info()[0])
+        return lookup[0] == self._top_k
+
+    def compute(self, x: Tensor, weights: Tensor) -> Tensor | None:
+        """Compute a token, x [1, hidden] with weights [1, top_k], with the records that ``find`` has found.
+
+        Returns [1, hidden], or None if one of the records was replaced meanwhile.
+        """
+        out = torch.empty_like(x)
+        self._x[X], self._sums[WEIGHTS], self._sums[SUMS] = x.data_ptr(), weights.data_ptr(), out.data_ptr()
+        self._program.run()
+        return out if self._proof[0] == self._top_k else None
 
 
 def _first(activation: Activation) -> str:
     """Return the name of the projection before the activation."""
     return "gate_up_proj" if activation.gated else "up_proj"
-
-
-def _places_in(found: array[int], top_k: int) -> tuple[int, int, int]:
-    """Return the addresses of the jobs, slots and generations that ``ExpertKernels.find`` has found."""
-    address = found.buffer_info()[0]
-    return address, address + 8 * JOB * top_k, address + 8 * (JOB + 1) * top_k
 
 
 @functools.cache

@@ -40,6 +40,7 @@ CONTEXT = 16
 # Number of i64 fields in the context of ROUND. In order: number of rows that threads have taken, number of all rows;
 # pointers to x, to n, to t and t * sum of n, and to sum of n; K
 ROUND_CONTEXT = 7
+X, Y = 2, 7  # indices of the address of x in a context of ROUND, and of that of y in a context of WORK
 # names of the compiled functions; they must not be names in the C library
 WORK, ROUND = "moetier_work", "moetier_round"
 
@@ -80,12 +81,9 @@ class PackedKernels(Kernels):
         Returns:
             [R, N] in the type of x.
         """
-        plan = self._plans.get((id(layout), name, x.dtype))
-        if plan is None:
-            if x.dtype not in FLOATS:
-                return self.multiply(x.float(), records, rows, layout, name).to(x.dtype)
-            plan = GemmPlan(layout, name, x.dtype, x.dtype, self.processor)
-            self._plans[id(layout), name, x.dtype] = plan
+        if x.dtype not in FLOATS:
+            return self.multiply(x.float(), records, rows, layout, name).to(x.dtype)
+        plan = self.plan(layout, name, x.dtype)
         own, columns = x.shape
         total = len(rows) if own == 1 else sum(rows)
         assert columns == plan.columns, f"{name} takes {plan.columns} numbers, not {columns}"
@@ -105,6 +103,13 @@ class PackedKernels(Kernels):
         threads = threads_for(plan.rows * columns * total)
         run_all([Step(plan.round, rounding, threads_for(own * columns)), Step(plan.kernel, product, threads)])
         return y
+
+    def plan(self, layout: RecordLayout, name: str, dtype: torch.dtype) -> GemmPlan:
+        """Return the plan for products with the quantised projection ``name``, of x and y of ``dtype``."""
+        plan = self._plans.get((id(layout), name, dtype))
+        if plan is None:
+            plan = self._plans[id(layout), name, dtype] = GemmPlan(layout, name, dtype, dtype, self.processor)
+        return plan
 
 
 class GemmPlan:

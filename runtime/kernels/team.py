@@ -88,13 +88,36 @@ class Step(NamedTuple):
     kept: object = None  # further memory that the context points to, to be kept until the step has run
 
 
+class Program:
+    """Steps that are run one after the other, as often as wanted, in one call.
+
+    One thread may run it at a time. Between two runs numbers in the steps' contexts may be changed.
+    """
+
+    def __init__(self, steps: Sequence[Step], *, locked: bool = False) -> None:
+        """``locked``: keep the GIL, because taking it again can take longer than some small steps."""
+        self._steps = steps
+        self._locked = locked
+        self._words = array("q")
+        self._team: Team | None = None
+
+    def run(self) -> None:
+        """Run the steps. The first number of each context is set to 0 before."""
+        if (team := the_team()) is not self._team:
+            workers = team.prepare(max((step.threads for step in self._steps), default=1) - 1)
+            self._words = array("q")
+            for kernel, context, threads, _ in self._steps:
+                self._words.extend((kernel.address, context.buffer_info()[0], min(threads - 1, workers)))
+            self._team = team
+        for step in self._steps:
+            step.context[0] = 0
+        run = team.run_locked if self._locked else team.run
+        run(team.address, self._words.buffer_info()[0], len(self._steps))
+
+
 def run_all(steps: Sequence[Step]) -> None:
     """Run steps one after the other, without taking the GIL in between."""
-    team, words = the_team(), array("q")
-    workers = team.prepare(max((step.threads for step in steps), default=1) - 1)
-    for kernel, context, threads, _ in steps:
-        words.extend((kernel.address, context.buffer_info()[0], min(threads - 1, workers)))
-    team.run(team.address, words.buffer_info()[0], len(steps))
+    Program(steps).run()
 
 
 def threads_for(weights: int) -> int:
@@ -140,8 +163,8 @@ class Team:
         for word, function in ((SYSCALL, self._library.syscall), (CLOCK, self._library.clock_gettime)):
             self._words[word] = ctypes.cast(function, ctypes.c_void_p).value or 0
         self._words[SPIN] = FIRST_SPIN
-        # RUN_ALL(address of the team, address of the steps, number of steps): see ``run_all``
-        self.run, self._work = compiled(this_processor())
+        # RUN_ALL(address of the team, address of the steps, number of steps), without and with the GIL: see ``Program``
+        self.run, self.run_locked, self._work = compiled(this_processor())
         self._workers: list[threading.Thread] = []
         self._most = MOST_WORKERS if FUTEX is not None else 0
         self._starting = threading.Lock()
@@ -183,11 +206,12 @@ class Team:
 
 
 @functools.cache
-def compiled(processor: Processor) -> tuple[Callable[..., None], Callable[..., None]]:
-    """Compile ``team_module``. Return its functions RUN_ALL and WORK, which run without the GIL."""
+def compiled(processor: Processor) -> tuple[Callable[..., None], Callable[..., None], Callable[..., None]]:
+    """Compile ``team_module``. Return its functions RUN_ALL, without and with the GIL, and WORK, without it."""
     run_all_, work = processor.compile_all(team_module(), [RUN_ALL, WORK])
     arguments = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
-    return ctypes.CFUNCTYPE(None, *arguments)(run_all_), ctypes.CFUNCTYPE(None, ctypes.c_void_p)(work)
+    run, run_locked = (kind(None, *arguments)(run_all_) for kind in (ctypes.CFUNCTYPE, ctypes.PYFUNCTYPE))
+    return run, run_locked, ctypes.CFUNCTYPE(None, ctypes.c_void_p)(work)
 
 
 _team: Team | None = None

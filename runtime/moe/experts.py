@@ -92,13 +92,20 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
         _open.source = None
         with suppress(MoetierError):  # the source may be closed, or belong to another process
             cut.reclaim()
+    if not torch.is_grad_enabled():
+        return _compute(self, here, hidden_states, top_k_index, top_k_weights)
     with torch.no_grad():
-        if (kernels := _kernels_of(self, here, hidden_states.dtype)) is not None:
-            out = _quick(kernels, here, hidden_states, top_k_index, top_k_weights)
-        else:
-            work = partial(_eager, self, here, hidden_states, top_k_index, top_k_weights)
-            out = here.kernels.with_room(work)
+        out = _compute(self, here, hidden_states, top_k_index, top_k_weights)
     return without_gradient(out, hidden_states, top_k_weights)
+
+
+def _compute(
+    module: Any, here: TieredBlock, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    if (kernels := _kernels_of(module, here, hidden_states.dtype)) is not None:
+        return _quick(kernels, here, hidden_states, top_k_index, top_k_weights)
+    work = partial(_eager, module, here, hidden_states, top_k_index, top_k_weights)
+    return here.kernels.with_room(work)
 
 
 def groups(here: TieredBlock, experts: Collection[int]) -> Generator[list[Lease[Tensor]], None, None]:
@@ -247,7 +254,8 @@ def _quick(
     if hidden_states.shape != (shape[0], kernels.width) or top_k_weights.shape != shape:
         given = f"{[*hidden_states.shape]}, {[*shape]} and {[*top_k_weights.shape]}"
         raise ValueError(f"hidden states, experts and weights of shapes {given}, where hidden is {kernels.width}")
-    x, weights = hidden_states.to(kernels.dtype).contiguous(), top_k_weights.float().contiguous()
+    weights = top_k_weights if top_k_weights.dtype in FLOATS else top_k_weights.float()
+    x, weights = hidden_states.to(kernels.dtype).contiguous(), weights.contiguous()
     out = _one_token(kernels, here, x, top_k_index, weights) if len(x) == 1 else None
     return (_tokens(kernels, here, x, top_k_index, weights) if out is None else out).to(hidden_states.dtype)
 
@@ -259,19 +267,21 @@ def _one_token(
 
     If all experts are resident, they are found and used without a lease.
     """
-    experts = top_k_index[0].tolist()
-    places = {expert: place for place, expert in enumerate(experts)}
-    if len(places) < len(experts) or max(experts, default=kernels.experts) >= kernels.experts:
+    (experts,) = top_k_index.tolist()
+    if not experts or len(set(experts)) < len(experts):
         return None
     residents = here.source.residents(here.block)
-    if residents is not None and (found := kernels.find(experts, residents)) is not None:
+    if residents is not None and (token := kernels.one_token(len(experts), weights.dtype)).find(experts, residents):
         here.source.note_uses(here.block, experts)
         if here.demanded is not None:
             here.demanded(here.block, experts)
-        if (out := kernels.compute_found(x, weights, found, residents)) is not None:
+        if (out := token.compute(x, weights)) is not None:
             return out
         here.source.take_back_uses(here.block, experts)
         here = replace(here, demanded=None)  # it was called already
+    if max(experts) >= kernels.experts:
+        return None
+    places = {expert: place for place, expert in enumerate(experts)}
     outputs = torch.empty(len(experts), x.shape[1], dtype=x.dtype)
     with closing(groups(here, places)) as arriving:
         for leases in arriving:
