@@ -1,46 +1,199 @@
-"""Products of one row, y = W @ x, with matrices of a trunk that are not quantised: routers, and 16-bit trunks.
+"""Products of one row with matrices of a trunk. Matrices that the same row is multiplied with share a call.
 
-torch gives such a product of bf16 to oneDNN, which takes up to 2.7 times as long (docs/benchmarks.md, "One row"); with
-fp32 there is nothing to gain. Sums are fp32, and each number of y depends only on its row of W and on x.
+Attention multiplies a row with three matrices in turn, and a gated MLP with two. Each product is a module's, so each
+would be a call of its own, which costs more than the product of a small matrix. Which matrices take the same row is
+observed: those that a thread multiplies with one tensor, one after the other, become a group. Later, the first of them
+computes the products of all, and the others fetch theirs. If one does not come for its product, the group is divided.
+A product depends only on the row and the matrix, so that groups do not change any results.
+
+torch gives a product of one row with a bf16 matrix to oneDNN, which takes up to 2.7 times as long (docs/benchmarks.md,
+"One row").
 """
 
 from __future__ import annotations
 
-import functools
+import threading
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from llvmlite import ir
 from torch import Tensor, nn
 
-from .emitter import F32, FLOATS, I32, LANES, POINTER, Emitter, new_module, vector
-from .jit import refusal, this_processor
-from .team import Kernel, compile_kernel, is_small, threads_for
+from . import gemm, gemv
+from .emitter import FLOATS
+from .gemm import GemmPlan, Rounded
+from .gemv import gemv_step, lies_in_rows
+from .jit import refusal
+from .team import Program, Step, is_small, threads_for
 
-GEMV = "moetier_gemv"  # name of the compiled function
-ROWS = 4  # rows of W that are read together
-# number of i64 fields in the context. In order: items that threads have taken, all items; rows N and columns K of W;
-# pointers to x, W, y
-CONTEXT = 7
+
+class RowMatrix:
+    """A matrix that single rows are multiplied with: quantised, or of bf16."""
+
+    def __init__(
+        self, weight: Tensor, rows: int, columns: int, plan: Callable[[torch.dtype], GemmPlan] | None = None
+    ) -> None:
+        """
+        Args:
+            weight: a record, uint8 [record bytes], or a bf16 matrix [rows, columns].
+            rows: number of rows.
+            columns: number of columns.
+            plan: for a record, gives the plan of its product by the type of x.
+        """
+        self.weight = weight
+        self.rows = rows
+        self.columns = columns
+        self.plan = plan
+        self.group: _Group | None = None  # None: not known yet
+
+    def multiply(self, x: Tensor) -> Tensor | None:
+        """Multiply one row x [1, columns] -> [1, rows] in the type of x; return None for other inputs.
+
+        x may have other leading dimensions.
+        """
+        if x.numel() != self.columns or x.shape[-1] != self.columns or torch.is_grad_enabled():
+            return None
+        group = self.group or _observer.group_of(self, x)
+        with torch._C.DisableTorchFunctionSubclass():  # attributes of a RowWeight are torch functions
+            return group.multiply(self, x)
+
+    def fits(self, dtype: torch.dtype) -> bool:
+        """Return whether the matrix is in memory as compiled code reads it for x of ``dtype``."""
+        if self.plan is not None:
+            return dtype in FLOATS and self.weight.is_cpu
+        return dtype == self.weight.dtype == torch.bfloat16 and lies_in_rows(self.weight)
+
+
+class _Group:
+    """Matrices that take the same row, one after the other."""
+
+    def __init__(self, matrices: Sequence[RowMatrix]) -> None:
+        self._matrices = matrices
+        self._local = threading.local()  # ``products`` of this thread, of ``x`` with matrices that have not asked yet
+
+    def multiply(self, matrix: RowMatrix, x: Tensor) -> Tensor | None:
+        """Multiply one row x with ``matrix``, one of the group."""
+        local = self._local
+        if products := getattr(local, "products", None):
+            if x is local.x and matrix in products:
+                found: Tensor = products.pop(matrix)
+                return found
+            for one in self._matrices:
+                one.group = _Group([one])
+            local.products = local.x = None
+            assert matrix.group is not None
+            return matrix.group.multiply(matrix, x)
+        if not x.is_cpu or not x.is_contiguous() or not all(one.fits(x.dtype) for one in self._matrices):
+            return None
+        program: _Products | None = getattr(local, "program", None)
+        form = (x.dtype, torch.get_num_threads())
+        if program is None or program.form != form:
+            program = local.program = _Products(self._matrices, form)
+        products = program.of(x)
+        y = products.pop(matrix)
+        local.x, local.products = x if products else None, products
+        return y
+
+
+class _Products:
+    """Products of one row with several matrices. Contexts are made once, because making them takes long."""
+
+    def __init__(self, matrices: Sequence[RowMatrix], form: tuple[torch.dtype, int]) -> None:
+        """``form``: type of x, number of threads."""
+        self.form = form
+        steps: list[Step] = []
+        rounded: dict[int, Rounded] = {}  # by the address of the function that rounds x
+        self._inputs: list[tuple[array[int], int]] = []  # where to write the address of x
+        # by matrix: where to write the address of the weight, and that of y
+        self._products: dict[RowMatrix, tuple[array[int], int, array[int], int]] = {}
+        for matrix in matrices:
+            if matrix.plan is None:
+                steps.append(gemv_step(matrix.weight, form[0]))
+                context = steps[-1].context
+                self._inputs.append((context, gemv.X))
+                self._products[matrix] = (context, gemv.W, context, gemv.Y)
+                continue
+            plan = matrix.plan(form[0])
+            given = rounded.get(plan.round.address)
+            if given is None:
+                memory = array("b", bytes(plan.row_bytes))
+                given = rounded[plan.round.address] = Rounded(memory.buffer_info()[0], 1, plan)
+                steps.append(Step(plan.round, given.context(0), 1, memory))
+                self._inputs.append((steps[-1].context, gemm.X))
+            jobs = array("q", (0, 0, 1))
+            context = plan.context(1, jobs, given, 0, has_own_rows=True)
+            steps.append(Step(plan.kernel, context, threads_for(matrix.rows * matrix.columns), jobs))
+            self._products[matrix] = (jobs, 0, context, gemm.Y)
+        self._program = Program(steps, locked=all(is_small(one.rows * one.columns) for one in matrices))
+
+    def of(self, x: Tensor) -> dict[RowMatrix, Tensor]:
+        """Return the product of x with each matrix."""
+        found = {}
+        for context, place in self._inputs:
+            context[place] = x.data_ptr()
+        for matrix, (job, record, context, place) in self._products.items():
+            y = found[matrix] = torch.empty((*x.shape[:-1], matrix.rows), dtype=x.dtype)
+            job[record], context[place] = matrix.weight.data_ptr(), y.data_ptr()
+        self._program.run()
+        return found
+
+
+class _Observer(threading.local):
+    """The matrices that a thread has multiplied with the same row last, and that are in no group yet."""
+
+    def __init__(self) -> None:
+        self._x: Tensor | None = None
+        self._matrices: list[RowMatrix] = []
+
+    def group_of(self, matrix: RowMatrix, x: Tensor) -> _Group:
+        """Note that ``matrix`` is multiplied with x. Return its group, or one for this time."""
+        if x is not self._x or matrix in self._matrices:
+            if not any(one.group for one in self._matrices):  # no other thread was quicker
+                group = _Group(self._matrices)
+                for one in self._matrices:
+                    one.group = group
+            self._x, self._matrices = x, []
+            if matrix.group is not None:
+                return matrix.group
+        self._matrices.append(matrix)
+        return _Group([matrix])
+
+
+_observer = _Observer()
 
 
 class RowWeight(nn.Parameter):
-    """A bf16 matrix with which F.linear multiplies one row by ``linear_row``, on a CPU and without gradients.
+    """A bf16 matrix with which F.linear multiplies one row by a RowMatrix, on a CPU and without gradients.
 
     In all other cases torch computes as with any parameter.
     """
+
+    matrix: RowMatrix | None = None
 
     @classmethod
     def __torch_function__(
         cls, function: Callable[..., Any], types: Any, arguments: Any = (), named: dict[str, Any] | None = None
     ) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
-            if function is F.linear and not named and (y := linear_row(*arguments)) is not None:
+            if function is F.linear and not named and (y := _linear(*arguments)) is not None:
                 return y
             return function(*arguments, **(named or {}))
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    """Multiply as F.linear does, if ``weight`` is a RowWeight and x one row; return None for other inputs.
+
+    The product is rounded to bf16 before the bias is added.
+    """
+    if not isinstance(weight, RowWeight) or not lies_in_rows(weight) or refusal():
+        return None
+    matrix = weight.matrix
+    if matrix is None or (matrix.rows, matrix.columns) != weight.shape:
+        matrix = weight.matrix = RowMatrix(weight, *weight.shape)
+    y = matrix.multiply(x)
+    return y if y is None or bias is None else y.add_(bias)
 
 
 def use_row_weights(model: nn.Module) -> None:
@@ -51,106 +204,13 @@ def use_row_weights(model: nn.Module) -> None:
     found = {}
     for module in model.modules():
         weight = module._parameters.get("weight")
-        if weight is not None and not isinstance(module, nn.Embedding) and _fits(weight):
+        if (
+            weight is not None
+            and not isinstance(module, nn.Embedding)
+            and weight.dtype == torch.bfloat16
+            and lies_in_rows(weight)
+        ):
             found[id(weight)] = RowWeight(weight.data, weight.requires_grad)
     for module in model.modules():
         for name, parameter in module._parameters.items():
             module._parameters[name] = found.get(id(parameter), parameter)
-
-
-def linear_row(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
-    """Multiply one row x [1, columns] with weight [rows, columns] and add bias [rows] -> [1, rows], all bf16.
-
-    x may have other leading dimensions. Returns None for other inputs. Sums are fp32; they are rounded to bf16 before
-    the bias is added.
-    """
-    if x.dtype != torch.bfloat16 or not x.is_cpu or not _fits(weight) or torch.is_grad_enabled() or refusal():
-        return None
-    rows, columns = weight.shape
-    if x.numel() != columns or x.shape[-1] != columns:
-        return None
-    x = x.contiguous()
-    y = torch.empty((*x.shape[:-1], rows), dtype=x.dtype)
-    _multiply(x, weight, y.data_ptr())
-    return y if bias is None else y.add_(bias)
-
-
-class Scores:
-    """An fp32 matrix [N, K] on a CPU that is multiplied with one row at a time, to score experts for a prediction."""
-
-    def __init__(self, weight: Tensor) -> None:
-        assert self.fits(weight)
-        self._weight = weight
-        self._found = array("f", bytes(4 * len(weight)))
-        self._address = self._found.buffer_info()[0]
-
-    @staticmethod
-    def fits(weight: Tensor) -> bool:
-        """Return whether this machine's kernel can multiply with ``weight`` [rows, columns] as it is in memory."""
-        return weight.dtype == torch.float32 and _lies_in_rows(weight) and not refusal()
-
-    def of(self, x: Tensor) -> list[float] | None:
-        """Return ``weight @ x`` for one row x [1, columns] of bf16 or fp32; None for other inputs.
-
-        x may have other leading dimensions. Not thread-safe: threads that call this at once may get one another's
-        results.
-        """
-        if x.dtype not in FLOATS or not x.is_cpu or not x.is_contiguous() or x.numel() != self._weight.shape[1]:
-            return None
-        _multiply(x, self._weight, self._address)
-        return self._found.tolist()
-
-
-def _multiply(x: Tensor, weight: Tensor, y: int) -> None:
-    """Write ``weight @ x`` to the address ``y``, where N numbers of the weight's type fit."""
-    rows, columns = weight.shape
-    items, weights = -(-rows // ROWS), rows * columns
-    context = array("q", (0, items, rows, columns, x.data_ptr(), weight.data_ptr(), y))
-    threads = min(items, threads_for(weights))
-    _kernel(x.dtype, weight.dtype).run(context, threads, locked=is_small(weights))
-
-
-def _lies_in_rows(weight: Tensor) -> bool:
-    return weight.dim() == 2 and weight.shape[1] % LANES == 0 and weight.is_cpu and weight.is_contiguous()
-
-
-def _fits(weight: Tensor) -> bool:
-    return weight.dtype == torch.bfloat16 and _lies_in_rows(weight)
-
-
-@functools.cache
-def _kernel(given: torch.dtype, kept: torch.dtype) -> Kernel:
-    return compile_kernel(this_processor(), gemv_module(given, kept), GEMV)
-
-
-def gemv_module(given: torch.dtype, kept: torch.dtype) -> ir.Module:
-    """Emit the function ``GEMV(context)``, which computes items, of ROWS rows of W each, until none is left.
-
-    x [K] is of type ``given``, W [N, K] and y [N] are of type ``kept``; K is a multiple of LANES.
-    """
-    module = new_module()
-    emit = Emitter(module, GEMV, [POINTER])
-    at, n = emit.at, emit.number
-    begun, (items, rows, columns, *addresses) = emit.fields(CONTEXT)
-    x, matrix, y = (at.inttoptr(address, POINTER) for address in addresses)
-    sums = [at.alloca(vector(F32, LANES)) for _ in range(ROWS)]
-    row_bytes, last = at.mul(columns, n(kept.itemsize)), at.sub(rows, n(1))
-    with emit.items(begun, items) as item:
-        wanted = [at.add(at.mul(item, n(ROWS)), n(i)) for i in range(ROWS)]
-        # if fewer than ROWS rows are left for the last item, it computes the last row again
-        chosen = [at.select(at.icmp_signed("<", row, last), row, last) for row in wanted]
-        sources = [at.gep(matrix, [at.mul(row, row_bytes)]) for row in chosen]
-        for place in sums:
-            at.store(emit.all(F32, 0.0, LANES), place)
-        with emit.loop(n(0), columns, LANES) as column:
-            taken = emit.load_floats(x, at.mul(column, n(given.itemsize)), given, LANES)
-            for source, place in zip(sources, sums, strict=True):
-                weights = emit.load_floats(source, at.mul(column, n(kept.itemsize)), kept, LANES)
-                at.store(emit.multiply_add(weights, taken, at.load(place)), place)
-        for row, place in zip(chosen, sums, strict=True):
-            total = emit.reduce(at.load(place), at.fadd)
-            if kept == torch.bfloat16:
-                total = at.extract_element(emit.narrow(emit.spread(total, LANES), LANES), ir.Constant(I32, 0))
-            emit.store(total, y, at.mul(row, n(kept.itemsize)))
-    at.ret_void()
-    return module

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from moetier.runtime.kernels.api import Kernels, moved_error
+from moetier.runtime.kernels.gemm import PackedKernels
+from moetier.runtime.kernels.row import RowMatrix
 from moetier.tiers.errors import StoreFormatError
 from moetier.tiers.layout import RecordLayout
 from moetier.tiers.manifest import TrunkRecords
@@ -35,6 +37,7 @@ class QuantizedLinear(nn.Module):
 
     record: Tensor  # uint8 [layout.payload_bytes]
     kernels: Kernels
+    matrix: RowMatrix | None = None  # for single rows; None if they are computed as others are
 
     def __init__(self, linear: nn.Linear, layout: RecordLayout) -> None:
         """Make a module that replaces ``linear`` and takes over its bias. The record is on the meta device at first."""
@@ -50,20 +53,27 @@ class QuantizedLinear(nn.Module):
         self.kernels = kernels
         if kernels.arrange is not None:
             kernels.arrange(self.record, self.layout)
+        if isinstance(kernels, PackedKernels) and kernels.packs(self.layout):
+            plan = partial(kernels.plan, self.layout, WEIGHT)
+            self.matrix = RowMatrix(self.record, self.out_features, self.in_features, plan)
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply x [tokens, in_features] -> [tokens, out_features] in the type of x.
 
         x may have other leading dimensions. Raises ConfigError if the module was moved to another device.
         """
-        if not x.device == self.record.device == self.kernels.device:
-            raise moved_error(self.record.device, self.kernels.device)
+        record = self._buffers["record"]
+        assert record is not None
+        if self.matrix is not None and self.matrix.weight is record and (y := self.matrix.multiply(x)) is not None:
+            return y if self.bias is None else y.add_(self.bias)
+        if not x.device == record.device == self.kernels.device:
+            raise moved_error(record.device, self.kernels.device)
         # like torch's own linear, which adds the bias afterwards if x is neither a matrix nor contiguous
         fused = self.bias is not None and (x.dim() == 2 or x.is_contiguous())
         with torch.no_grad():
             rows = x.reshape(-1, self.in_features)
             bias = self.bias if fused else None
-            y = self.kernels.with_room(partial(self.kernels.project, rows, self.record, self.layout, WEIGHT, bias))
+            y = self.kernels.with_room(partial(self.kernels.project, rows, record, self.layout, WEIGHT, bias))
             y = y.view(*x.shape[:-1], self.out_features)
             if self.bias is not None and not fused:
                 y += self.bias

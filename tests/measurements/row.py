@@ -3,7 +3,8 @@
     python tests/measurements/row.py
 
 The matrices have the shapes of routers, attention and heads. So many of each are used in turn that they are read from
-memory, not from a cache. The two implementations take turns. Prints the microseconds of a product, as medians (least to
+memory, not from a cache. The two implementations take turns. Each product has a tensor x of its own, because moetier
+multiplies several matrices with the same tensor in one call. Prints the microseconds of a product, as medians (least to
 most), and the rate at which moetier reads the matrix.
 """
 
@@ -39,7 +40,7 @@ def main() -> None:
         ways = {}
         for name, form in (("moetier", RowWeight), ("torch", torch.nn.Parameter)):
             matrices = cycle([form(weight, requires_grad=False) for weight in weights])
-            ways[name] = partial(microseconds, lambda x=x, matrices=matrices: F.linear(x, next(matrices)))
+            ways[name] = partial(microseconds, lambda x=x, matrices=matrices: F.linear(x[:], next(matrices)))
         with torch.inference_mode():
             found = {name: Spread.of(times) for name, times in alternate(arguments.rounds, ways).items()}
         own, torchs = found["moetier"], found["torch"]

@@ -172,18 +172,15 @@ def _plain_rate(memory: float, nbytes: int) -> float:
     """
     import torch
 
-    from moetier.runtime.kernels.row import linear_row
+    from moetier.runtime.kernels.row import RowWeight
 
     dtype = activation_dtype()
     if dtype != torch.bfloat16:
         return memory
-    weight, x = torch.full((max(1, nbytes // 8192), 4096), 0.01, dtype=dtype), torch.ones((1, 4096), dtype=dtype)
-
-    def run() -> None:
-        if linear_row(x, weight) is None:
-            torch.nn.functional.linear(x, weight)
-
+    weight = RowWeight(torch.full((max(1, nbytes // 8192), 4096), 0.01, dtype=dtype), requires_grad=False)
+    x = torch.ones((1, 4096), dtype=dtype)
     with torch.inference_mode():
+        run = partial(torch.nn.functional.linear, x, weight)
         return weight.nbytes / median_seconds(run, least_runs=TIMES)
 
 

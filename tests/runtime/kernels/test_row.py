@@ -1,18 +1,25 @@
-"""One row with a matrix of bf16, beside the same in fp64; and which of a model's matrices are multiplied so."""
+"""One row with a matrix, beside the same in fp64; which matrices share a call, and which of a model's are such."""
 
 from __future__ import annotations
 
 import copy
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from comparison import convert_tiny
 from torch import Tensor, nn
 
-from moetier.runtime.kernels.row import RowWeight, Scores, linear_row, use_row_weights
+from moetier.runtime.kernels import row
+from moetier.runtime.kernels.gemm import PackedKernels
+from moetier.runtime.kernels.row import RowMatrix, RowWeight, use_row_weights
 from moetier.runtime.model.load import load
+from moetier.tiers.quant.codec import decode, encode, layout_for
 
 
 def numbers(*shape: int) -> Tensor:
@@ -25,31 +32,10 @@ def test_it_is_what_fp64_says(rows: int, columns: int, biased: bool) -> None:
     weight, x = numbers(rows, columns), numbers(1, 1, columns)
     bias = numbers(rows) if biased else None
     with torch.inference_mode():
-        found = linear_row(x, weight, bias)
-    assert found is not None
+        found = F.linear(x, RowWeight(weight, False), bias)
     assert found.shape == (1, 1, rows)
     product = (x.double() @ weight.double().T).bfloat16()  # a bias comes after that
     torch.testing.assert_close(found, product if bias is None else product + bias)
-
-
-@pytest.mark.parametrize("given", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize(("rows", "columns"), [(1, 16), (8, 1024), (513, 272)])
-def test_scores_are_what_fp64_says(rows: int, columns: int, given: torch.dtype) -> None:
-    weight, x = numbers(rows, columns).float() * 1.001, numbers(1, 1, columns).to(given)
-    scores = Scores(weight)
-    for _ in range(2):  # its numbers may change in place
-        expected = (weight.double() @ x.double().flatten()).float()
-        torch.testing.assert_close(torch.tensor(scores.of(x)), expected, rtol=1e-5, atol=1e-4)
-        weight[0] += 1.0
-
-
-@pytest.mark.parametrize(
-    "x",
-    [numbers(2, 32), numbers(1, 48), numbers(1, 64)[:, ::2], numbers(1, 32).half()],
-    ids=["two rows", "48 columns", "with gaps", "fp16"],
-)
-def test_other_scores_are_left_to_torch(x: Tensor) -> None:
-    assert Scores(numbers(8, 32).float()).of(x) is None
 
 
 def test_the_matrix_may_lie_at_any_byte() -> None:
@@ -59,7 +45,7 @@ def test_the_matrix_may_lie_at_any_byte() -> None:
     odd = torch.frombuffer(memory.numpy(), dtype=torch.bfloat16, offset=1, count=5 * 32).view(5, 32)
     x = numbers(1, 32)
     with torch.inference_mode():
-        found, expected = linear_row(x, odd), linear_row(x, weight)
+        found, expected = RowMatrix(odd, 5, 32).multiply(x), RowMatrix(weight, 5, 32).multiply(x)
     assert found is not None
     assert expected is not None
     assert torch.equal(found, expected)
@@ -80,9 +66,147 @@ def test_the_matrix_may_lie_at_any_byte() -> None:
 )
 def test_what_it_does_not_do_is_left_to_torch(x: Tensor, weight: Tensor) -> None:
     with torch.inference_mode():
-        assert linear_row(x, weight) is None
+        assert RowMatrix(weight, *weight.shape).multiply(x) is None
         if x.dtype == weight.dtype and x.shape[-1] == weight.shape[-1]:
             assert torch.equal(F.linear(x, RowWeight(weight, False)), F.linear(x, weight))
+
+
+class Calls:
+    """Counts how often compiled code is called for products."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count = 0
+        of = row._Products.of
+
+        def counted(products: row._Products, x: Tensor) -> dict[RowMatrix, Tensor]:
+            self.count += 1
+            return of(products, x)
+
+        monkeypatch.setattr(row._Products, "of", counted)
+
+    def of(self, work: Callable[[], object]) -> int:
+        before = self.count
+        work()
+        return self.count - before
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Calls]:
+    with torch.inference_mode():
+        yield Calls(monkeypatch)
+
+
+def quantised(rows: int, columns: int, bits: int = 4) -> tuple[RowMatrix, Tensor]:
+    """A matrix, and its decoded weights."""
+    layout = layout_for({"weight": ((rows, columns), "bfloat16")}, bits=bits)  # type: ignore[arg-type]
+    record = np.zeros(layout.record_bytes, np.uint8)
+    encode({"weight": numbers(rows, columns)}, layout, record)
+    stored = torch.from_numpy(record)
+    weights = decode(stored, layout, "weight", torch.empty(rows, columns, dtype=torch.float32))
+    return RowMatrix(stored, rows, columns, partial(PackedKernels().plan, layout, "weight")), weights
+
+
+def step(matrices: list[RowMatrix], x: Tensor) -> list[Tensor]:
+    """Multiply x with one matrix after the other."""
+    found = [matrix.multiply(x) for matrix in matrices]
+    assert all(y is not None for y in found)
+    return found  # type: ignore[return-value]
+
+
+@pytest.fixture
+def three() -> list[RowMatrix]:
+    return [quantised(80, 128)[0], RowMatrix(numbers(5, 128), 5, 128), quantised(513, 128, 8)[0]]
+
+
+def test_matrices_that_take_the_same_row_share_a_call(three: list[RowMatrix], calls: Calls) -> None:
+    x, other = numbers(1, 1, 128), numbers(1, 128)
+    first = step(three, x)
+    last = RowMatrix(numbers(24, 128), 24, 128)
+    alone = step([last], other)
+    assert calls.count == 4
+    for _ in range(2):
+        x = x.clone()
+        assert calls.of(lambda x=x: first.extend(step(three, x))) == 1  # type: ignore[misc]
+        assert calls.of(lambda: alone.extend(step([last], other.clone()))) == 1
+    assert all(torch.equal(found, expected) for found, expected in zip(first[3:], 2 * first[:3], strict=True))
+    assert all(torch.equal(found, alone[0]) for found in alone)
+    assert [y.shape for y in first[:3]] == [(1, 1, 80), (1, 1, 5), (1, 1, 513)]
+
+
+@pytest.mark.parametrize("given", [torch.bfloat16, torch.float32])
+def test_quantised_ones_are_what_fp64_says(given: torch.dtype) -> None:
+    matrix, weights = quantised(80, 128)
+    x = numbers(1, 128).to(given)
+    with torch.inference_mode():
+        (found,) = step([matrix], x)
+    expected = x.double() @ weights.double().T
+    assert found.dtype == given
+    assert float((found.double() - expected).norm() / expected.norm()) < 0.02
+
+
+def test_a_group_whose_products_are_not_all_wanted_is_divided(three: list[RowMatrix], calls: Calls) -> None:
+    expected = step(three, numbers(1, 128))
+    step(three[:2], numbers(1, 128))  # this ends what is observed: the three are a group
+    for _ in range(3):
+        assert torch.equal(step(three[:1], numbers(1, 128))[0], expected[0])
+    assert calls.of(lambda: step(three, numbers(1, 128))) == 3
+    assert all(torch.equal(*pair) for pair in zip(step(three, numbers(1, 128)), expected, strict=True))
+
+
+def test_a_row_is_multiplied_anew_if_its_numbers_have_changed(three: list[RowMatrix], calls: Calls) -> None:
+    x = numbers(1, 128)
+    one, two = numbers(1, 128), numbers(1, 128) * 2
+    expected = [step(three, value) for value in (one, two, one)]
+    for value, wanted in zip((one, two, one), expected, strict=True):
+        x.copy_(value)
+        assert all(torch.equal(*pair) for pair in zip(step(three, x), wanted, strict=True))
+    assert calls.count
+
+
+def test_a_matrix_may_get_another_value_or_type() -> None:
+    weights = [RowWeight(numbers(5, 32), False), RowWeight(numbers(7, 32), False)]
+    with torch.inference_mode():
+        for value in (numbers(5, 32), numbers(5, 32) * 2, numbers(3, 32), numbers(5, 32).float()):
+            x = numbers(1, 32).to(value.dtype)
+            weights[0].data, weights[1].data = value, weights[1].data.to(value.dtype)
+            for _ in range(2):
+                x = x.clone()
+                found = [F.linear(x, weight) for weight in weights]
+                for y, weight in zip(found, weights, strict=True):
+                    torch.testing.assert_close(y, (x.double() @ weight.data.double().T).to(x.dtype))
+
+
+def test_threads_have_products_of_their_own(three: list[RowMatrix]) -> None:
+    rows = [numbers(1, 128) * (1 + number) for number in range(4)]
+    with torch.inference_mode():
+        expected = [step(three, x) for x in rows]
+    wrong = []
+
+    def work(number: int) -> None:
+        with torch.inference_mode():
+            for _ in range(200):
+                found = step(three, rows[number].clone())
+                wrong.extend(y for y, wanted in zip(found, expected[number], strict=True) if not torch.equal(y, wanted))
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_the_number_of_threads_changes_no_bits() -> None:
+    matrices = [quantised(2064, 256)[0], RowMatrix(numbers(1030, 256), 1030, 256)]
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            with torch.inference_mode():
+                found += [step(matrices, numbers(1, 256)) for _ in range(3)]
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(*pair) for products in found for pair in zip(products, found[0], strict=True))
 
 
 def test_gradients_are_torchs() -> None:
@@ -114,7 +238,7 @@ def test_matrices_of_modules_are_replaced_and_tables_are_not() -> None:
     with torch.inference_mode():
         assert torch.equal(model.tied(torch.tensor([3])), before["tied.weight"][3:4])
         x = numbers(1, 32)
-        assert torch.equal(model.head(x), linear_row(x, before["tied.weight"]))
+        assert torch.equal(model.head(x), RowMatrix(before["tied.weight"], 24, 32).multiply(x))
     assert type(model.float().linear.weight.data) is Tensor
     assert model.linear(numbers(1, 32).float()).dtype == torch.float32
 
