@@ -1,5 +1,6 @@
 """Kernels for quantised matrices: compiled by LLVM for this CPU when they are first used, and for CUDA.
 
-Others use ``api``, ``choose``, ``expert_kernels``, ``gemm``, ``norm``, ``quantise`` and ``row``, and for attention
-``attention`` and ``growing_cache``. Kernels run on the threads of ``team``. Only this package imports llvmlite.
+Others use ``api``, ``choose``, ``expert_kernels``, ``gemm``, ``gemv``, ``norm``, ``quantise``, ``routing`` and ``row``,
+and for attention ``attention`` and ``growing_cache``. Kernels run on the threads of ``team``. Only this package imports
+llvmlite.
 """

@@ -38,6 +38,7 @@ from moetier.runtime.memory import mapped_files
 from moetier.runtime.moe.experts import EXPERT_PARAMETERS, TieredBlock, experts_forward, experts_modules
 from moetier.runtime.moe.gates import Gates
 from moetier.runtime.moe.linear import quantized_linears, replace_linears
+from moetier.runtime.moe.routers import use_quick_routers
 from moetier.runtime.speculation.controller import Mode
 from moetier.runtime.speculation.predictor import Shortcuts
 from moetier.runtime.speculation.speculation import Speculation
@@ -232,6 +233,7 @@ class MoetierQuantizer(HfQuantizer):
             use_growing_layers(model)
             use_quick_norms(model)
             use_row_weights(model)
+            use_quick_routers(model)
         tiers.hooks.add(model.register_forward_pre_hook(lambda *_: postpone_interrupts()))
         tiers.hooks.add(model.register_forward_hook(lambda *_: raise_interrupts(), always_call=True))
         modules = experts_modules(model)

@@ -1,0 +1,125 @@
+"""Where the time of a decode step goes, by parts of a model.
+
+    python tests/measurements/step.py DIR [--steps N] [--threads N]
+
+Every expert is demanded once; then fixed tokens are decoded one at a time. Modules are grouped by the last part of
+their paths. Beside modules, the function of attention, the rotation of queries and keys, and the update of the cache
+are timed. For each group: calls a step, microseconds of a call with all that it calls, and microseconds a step of the
+group itself, without the parts that are timed within it. They are medians (least) over the steps. What a part costs
+that calls others includes torch's dispatch to them. A clock adds about a microsecond to each call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import re
+import statistics
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from overhead import load_warm, tokens_of
+from transformers import AttentionInterface, Cache
+
+from moetier.runtime.generation.compat import CACHE
+from moetier.tools.cli.report import table
+
+
+class Clocks:
+    """Nanoseconds of a step's parts."""
+
+    def __init__(self) -> None:
+        self._inside: list[int] = []  # for each open call, nanoseconds of the parts within it
+        self.whole: dict[str, int] = defaultdict(int)
+        self.own: dict[str, int] = defaultdict(int)
+        self.calls: dict[str, int] = defaultdict(int)
+
+    def timed(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(*arguments: Any, **named: Any) -> Any:
+            self._inside.append(0)
+            began = time.perf_counter_ns()
+            try:
+                return call(*arguments, **named)
+            finally:
+                spent = time.perf_counter_ns() - began
+                self.own[name] += spent - self._inside.pop()
+                self.whole[name] += spent
+                self.calls[name] += 1
+                if self._inside:
+                    self._inside[-1] += spent
+
+        return watched
+
+    def take(self) -> list[dict[str, int]]:
+        """Return calls, whole and own time by part since the last time, and begin anew."""
+        found = [dict(counts) for counts in (self.calls, self.whole, self.own)]
+        for counts in (self.calls, self.whole, self.own):
+            counts.clear()
+        return found
+
+
+def watch(model: Any, clocks: Clocks) -> None:
+    for path, module in model.named_modules():
+        name = re.sub(r"\.?\d+$", "", path).rpartition(".")[2]
+        module.forward = clocks.timed(name or "model", module.forward)
+    code = sys.modules[type(model).__module__]
+    if hasattr(code, "apply_rotary_pos_emb"):
+        code.apply_rotary_pos_emb = clocks.timed("(rotation)", code.apply_rotary_pos_emb)
+    Cache.update = clocks.timed("(cache)", Cache.update)
+    name = model.config._attn_implementation
+    AttentionInterface.register(name, clocks.timed("(attention)", AttentionInterface()[name]))
+
+
+@torch.inference_mode()
+def decode(model: Any, ids: list[int], clocks: Clocks | None = None) -> tuple[list[float], list[list[dict[str, int]]]]:
+    cache, steps, parts = None, [], []
+    for token in ids:
+        began = time.perf_counter()
+        output = model(torch.tensor([[token]]), **{CACHE: cache}, use_cache=True)
+        steps.append(time.perf_counter() - began)
+        cache = output.past_key_values
+        if clocks is not None:
+            parts.append(clocks.take())
+    return steps, parts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", type=Path, metavar="DIR")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--warm", type=int, default=40, help="steps that are not counted (default: %(default)s)")
+    parser.add_argument("--threads", type=int)
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    model = load_warm(arguments.directory, ram="100%")
+    ids = tokens_of(arguments.directory, model, arguments.warm + arguments.steps)
+    plain = decode(model, ids)[0][arguments.warm :]
+    clocks = Clocks()
+    watch(model, clocks)
+    steps, parts = (found[arguments.warm :] for found in decode(model, ids, clocks))
+    print(
+        f"machine     {platform.machine()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads; "
+        f"{model.tiers.manifest.model}"
+    )
+    for title, found in (("a step", plain), ("with clocks", steps)):
+        print(f"{title:<12}{1e3 * statistics.median(found):.2f} ({1e3 * min(found):.2f}) ms")
+    lines = [["part", "calls", "us a call", "least", "own us a step", "least"]]
+    rows = []
+    for name, calls in parts[-1][0].items():
+        whole = [part[1][name] / 1e3 / calls for part in parts]
+        own = [part[2][name] / 1e3 for part in parts]
+        rows.append((statistics.median(own), name, calls, statistics.median(whole), min(whole), min(own)))
+    for own, name, calls, whole, least, least_own in sorted(rows, reverse=True):
+        lines.append([name, f"{calls}", f"{whole:.1f}", f"{least:.1f}", f"{own:.0f}", f"{least_own:.0f}"])
+    print(table(lines))
+
+
+if __name__ == "__main__":
+    main()
