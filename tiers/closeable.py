@@ -1,4 +1,4 @@
-"""Base of classes that have ``close``. It is a module of its own because every package of moetier may use it."""
+"""Base class of objects with a method ``close``. It has a module of its own because all packages may use it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Self
 
 
 class Closeable(ABC):
-    """An object that can be used as a context manager: leaving the ``with`` block calls ``close``."""
+    """A context manager that calls ``close`` when the ``with`` block ends."""
 
     def __enter__(self) -> Self:
         return self
@@ -17,4 +17,4 @@ class Closeable(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Release what the object holds. Idempotent."""
+        """Release what the object holds. A second call does nothing."""

@@ -1,37 +1,40 @@
-"""Errors that have a cause outside this project's code. Faults of the code itself are found by ``assert``.
+"""Errors that moetier raises. Their causes lie outside its code; an ``assert`` fails if the code itself has a bug.
 
 MoetierError
 ├── StoreError                 the SSD tier
-│   ├── StoreFormatError       not a store that this version reads
+│   ├── StoreFormatError       not a store that this version can read
 │   ├── IncompleteStoreError   a store whose conversion was interrupted
 │   ├── MissingExpertError     a record that does not exist
 │   ├── ChecksumError          a record whose bytes are not those that were written
-│   └── StoreReadError         the disk answered with an error
+│   └── StoreReadError         the system reported an error when a file was read
 ├── CheckpointError            a source checkpoint that can't be read
 │   ├── UnsafeCheckpointError  pickle, custom code, or paths that lead out of the checkpoint
 │   └── UnsupportedModelError  dense, or without transformers' experts interface
 ├── TargetError                the place that a conversion writes to
-│   ├── TargetExistsError      the target holds something else
-│   └── DiskSpaceError         the disk is too small
-├── BudgetError                memory budgets that can't work
-├── ArenaError                 shared memory that is not safe to map
-├── ExhaustedError             every slot of the host tier stayed leased while a caller waited
+│   ├── TargetExistsError      something else is already there
+│   └── DiskSpaceError         the disk has too little free space
+├── BudgetError                a memory budget that can't work
+├── ArenaError                 shared memory that can't be used
+├── ExhaustedError             no slot became free while a caller waited
 ├── DaemonError                the daemon, or the connection to it
-│   ├── UnavailableError       nothing answers, or not any more
+│   ├── UnavailableError       the daemon does not answer, or no longer does
 │   │   └── NoDaemonError      no daemon runs in this folder
-│   ├── RefusedError           missing or wrong credentials, another user, no TLS
+│   ├── RefusedError           the daemon refused the caller
 │   ├── UnknownModelError      a daemon that does not serve this store
 │   ├── ProtocolError          a message that this version does not understand
 │   └── AlreadyRunningError    another daemon is running in this folder
 ├── ConfigError                an unknown or malformed option
-└── ClosedError                a tier was used after close()
+└── ClosedError                an object was used after close(), or in a forked child
 """
 
 from __future__ import annotations
 
 
 class MoetierError(Exception):
-    """An error with one line of cause and one line that says what to do."""
+    """Base of all errors of moetier.
+
+    ``cause`` is a line that says what is wrong, ``fix`` a line that says what to do about it. The message has both.
+    """
 
     def __init__(self, cause: str, fix: str) -> None:
         super().__init__(f"{cause}\n{fix}")
@@ -43,7 +46,7 @@ class MoetierError(Exception):
 
 
 class StoreError(MoetierError):
-    """An error of the SSD tier."""
+    """Base of the errors of a store."""
 
 
 class StoreFormatError(StoreError):
@@ -51,7 +54,7 @@ class StoreFormatError(StoreError):
 
 
 class IncompleteStoreError(StoreError):
-    """The store's conversion was interrupted; the fix names the command that resumes it."""
+    """The store's conversion was interrupted. The fix names the command that resumes the conversion."""
 
 
 class MissingExpertError(StoreError):
@@ -63,7 +66,7 @@ class ChecksumError(StoreError):
 
 
 class StoreReadError(StoreError):
-    """The disk has answered a read with an error. After EIO the read was tried a second time."""
+    """The system reported an error when a file was read. A record is read a second time after EIO."""
 
 
 class CheckpointError(MoetierError):
@@ -71,11 +74,11 @@ class CheckpointError(MoetierError):
 
 
 class UnsafeCheckpointError(CheckpointError):
-    """The checkpoint has pickled files, custom code, or paths that lead out of its folder."""
+    """The checkpoint has pickled files, code of its own, or paths that lead out of its folder."""
 
 
 class UnsupportedModelError(CheckpointError):
-    """The model is dense, or its architecture lacks the experts interface of transformers."""
+    """The model has no experts, or its architecture does not use the experts interface of transformers."""
 
 
 class TargetError(MoetierError):
@@ -87,31 +90,31 @@ class TargetExistsError(TargetError):
 
 
 class DiskSpaceError(TargetError):
-    """The disk of the target is too small."""
+    """The disk of the target has too little free space."""
 
 
 class BudgetError(MoetierError):
-    """A memory budget can't work; the fix names the smallest and the largest that do."""
+    """A memory budget is too small or too large, or the memory is not available."""
 
 
 class ArenaError(MoetierError):
-    """Shared memory of another process is not safe to map."""
+    """Shared memory is not an arena of the expected store, or not safe to map."""
 
 
 class ExhaustedError(MoetierError):
-    """The caller got no slot of the host tier within the time for which it was willing to wait."""
+    """A caller got no slot of the host tier within the time for which it may wait."""
 
 
 class DaemonError(MoetierError):
-    """An error of the daemon, or of the connection to it."""
+    """An error of the daemon, or of the connection to the daemon."""
 
 
 class UnavailableError(DaemonError):
-    """The daemon does not answer, or no longer does. Another daemon, or the local store, may serve instead."""
+    """The daemon does not answer, or no longer does. Another daemon or the local store may have the records."""
 
 
 class NoDaemonError(UnavailableError):
-    """No daemon runs in the folder that was named."""
+    """No daemon runs in the given folder."""
 
 
 class RefusedError(DaemonError):
@@ -123,7 +126,7 @@ class UnknownModelError(DaemonError):
 
 
 class ProtocolError(DaemonError):
-    """A message over the wire is not one that this version understands."""
+    """The other side sent a message that this version does not understand."""
 
 
 class AlreadyRunningError(DaemonError):
@@ -135,4 +138,4 @@ class ConfigError(MoetierError):
 
 
 class ClosedError(MoetierError):
-    """A tier was used after close()."""
+    """A tier, a store or a connection was used after ``close``, or in a forked child."""

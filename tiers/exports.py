@@ -1,6 +1,6 @@
-"""Lazy exports: names of a package whose modules are imported when a name is first used.
+"""Lazy exports: a package offers names that its modules define, and imports a module only when such a name is used.
 
-This small module stands alone because packages of tiers and of runtime share it.
+The function is in a module of its own because packages of ``tiers`` and of ``runtime`` use it.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from importlib import import_module
 
 
 def exports(package: str, homes: dict[str, str]) -> Callable[[str], object]:
-    """Make the ``__getattr__`` of a package, which imports an exported name from its module.
+    """Return a ``__getattr__`` for a package. When a name is first used, it imports the module that defines the name.
 
     Args:
         package: the package's ``__name__``.
-        homes: the exported names; for each, the name of the module in the package that defines it.
+        homes: a dictionary from each exported name to the package's module that defines the name.
     """
 
     def getattribute(name: str) -> object:

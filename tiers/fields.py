@@ -1,4 +1,4 @@
-"""Checked access to the fields of a JSON document. Each value knows its place, so that errors name the wrong field."""
+"""Checked access to the fields of a JSON document. Errors name the place of the wrong field in the document."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import reprlib
 from collections.abc import Collection, Iterator
 from typing import Any
 
-SHOWN = 80  # most characters of a value in an error message
+SHOWN = 80  # largest number of characters of a value in an error message
 
 _repr = reprlib.Repr()
 _repr.maxlevel = 2
@@ -15,14 +15,14 @@ _repr.maxstring = _repr.maxother = _repr.maxlong = SHOWN
 
 
 def shown(value: object) -> str:
-    """Format a value for an error message. The text is short even if the value is long or deeply nested."""
+    """Return a text for a value in an error message. It is short even if the value is long or deeply nested."""
     return _repr.repr(value)
 
 
 class Fields:
     """A JSON value and its place in the document, for example "blocks[3].experts".
 
-    A method raises ValueError, which names the place, if the value is not of the kind that the method returns.
+    Each method raises ValueError if the value is not of the kind that the method returns. The message names the place.
     """
 
     __slots__ = ("place", "value")
@@ -32,44 +32,48 @@ class Fields:
         self.place = place
 
     def __getitem__(self, name: str) -> Fields:
-        """Return a member of an object. Raises ValueError if it is missing."""
+        """Return the member ``name`` of a JSON object. Raises ValueError if the object has no such member."""
         found = self.get(name)
         if found is None:
             raise ValueError(f"{self._member(name)} is missing")
         return found
 
     def get(self, name: str) -> Fields | None:
-        """Return a member of an object, or None if it does not exist."""
+        """Return the member ``name`` of a JSON object, or None if the object has no such member."""
         members = self._of(dict, "an object")
         return Fields(members[name], self._member(name)) if name in members else None
 
     def members(self) -> Iterator[tuple[str, Fields]]:
-        """Iterate over the names and members of an object."""
+        """Yield the name and the value of each member of a JSON object."""
         return ((name, Fields(value, self._member(name))) for name, value in self._of(dict, "an object").items())
 
     def items(self, most: int | None = None) -> list[Fields]:
-        """Return the items of a list, which may have at most ``most`` items (None: any number)."""
+        """Return the items of a list. Raises ValueError if there are more than ``most``, unless ``most`` is None."""
         values = self._of(list, "a list")
         if most is not None and len(values) > most:
             raise ValueError(f"{self.place} has {len(values):,} items, more than {most}")
         return [Fields(value, f"{self.place}[{i}]") for i, value in enumerate(values)]
 
     def text(self, pattern: str = r"[^\ud800-\udfff]*", what: str = "a text") -> str:
-        """Return a string that matches ``pattern`` as a whole. ``what`` describes it in the error message."""
+        """Return the string. Raises ValueError unless the whole string matches ``pattern``.
+
+        ``what`` describes the expected string in the message. The default pattern matches every string without
+        surrogates.
+        """
         found: str = self._of(str, what)
         return found if re.fullmatch(pattern, found, re.DOTALL) else self._fail(what)
 
     def number(self, least: int, most: int) -> int:
-        """Return a whole number from ``least`` to ``most``."""
+        """Return the whole number. Raises ValueError unless it is from ``least`` to ``most``."""
         fits = type(self.value) is int and least <= self.value <= most
         return int(self.value) if fits else self._fail(f"a whole number from {least:,} to {most:,}")
 
     def flag(self) -> bool:
-        """Return a boolean."""
+        """Return the boolean."""
         return bool(self._of(bool, "true or false"))
 
     def among(self, known: Collection[Any]) -> Any:
-        """Return the value, which must be one of ``known``. Types must be equal too: 1 is not True."""
+        """Return the value. Raises ValueError unless it equals one of ``known`` and has its type: 1 is not True."""
         for value in known:
             if type(value) is type(self.value) and value == self.value:
                 return value
@@ -77,24 +81,24 @@ class Fields:
         raise ValueError(f"{self.place} is {shown(self.value)}, not {names}")
 
     def equals(self, expected: Any, why: str) -> None:
-        """Raise ValueError, which names the first differing field, unless the value equals ``expected``.
+        """Raise ValueError unless the value equals ``expected``.
 
-        ``why`` is added at the end of the error message.
+        The message names the first field that differs, and ends with ``why``.
         """
         if isinstance(expected, dict):
             for name, value in expected.items():
                 self[name].equals(value, why)
             for name, member in self.members():
                 if name not in expected:
-                    raise ValueError(f"{member.place} is not known, {why}")
+                    raise ValueError(f"{member.place} is an unknown field: {why}")
         elif isinstance(expected, list):
             items = self.items()
             for item, value in zip(items, expected, strict=False):
                 item.equals(value, why)
             if len(items) != len(expected):
-                raise ValueError(f"{self.place} has {len(items)} items, not {len(expected)}, {why}")
+                raise ValueError(f"{self.place} has {len(items)} items, not {len(expected)}: {why}")
         elif type(self.value) is not type(expected) or self.value != expected:
-            raise ValueError(f"{self.place} is {shown(self.value)}, not {shown(expected)}, {why}")
+            raise ValueError(f"{self.place} is {shown(self.value)}, not {shown(expected)}: {why}")
 
     def _member(self, name: str) -> str:
         name = name if len(name) <= SHOWN else f"{name[:SHOWN]}..."

@@ -1,19 +1,19 @@
 """Locks of a tier: a monitor that survives interrupts, a guard against use after fork, and postponed interrupts.
 
-A monitor runs *steps*, which are short functions that change shared state, one at a time under its lock.
+A monitor runs *steps*: short functions that change shared state. It runs one step at a time, under its lock.
 
-Finalizers must not wait for the lock. The garbage collector closes unreachable iterators in any thread, even in one
-that is inside a step on the same state. So a finalizer posts its work to the monitor instead (``Monitor.post``).
+Finalizers must not wait for the lock. The garbage collector may close an unreachable iterator in any thread, even in a
+thread that is running a step. So a finalizer hands its work to the monitor instead (``Monitor.post``).
 
 An asynchronous exception can arrive between any two instructions: KeyboardInterrupt, an exception raised by another
-signal handler, or one set by PyThreadState_SetAsyncExc. The lock is always released, because it is only taken by
-``with``, which is atomic for a lock written in C. If such an exception has interrupted a step, the monitor repairs the
-state before it runs the next one.
+signal handler, or an exception set by PyThreadState_SetAsyncExc. The lock is always released, because it is taken only
+with a ``with`` statement, which is atomic for a lock written in C. If such an exception has interrupted a step, the
+monitor repairs the state before it runs the next step.
 
 Ctrl-C is postponed while code runs that must not end halfway. Python runs a signal's handler between any two
-instructions of the main thread. The handler of this module looks at the call stack. If a module of ``UNINTERRUPTIBLE``
-is on it, the handler sends the signal again a little later. Otherwise, or if the thread only waits, the handler raises
-KeyboardInterrupt at once. So code that must not be interrupted needs no marks of its own.
+instructions of the main thread. The handler of this module looks at the call stack. If a function of a module in
+``UNINTERRUPTIBLE`` is on the stack, the handler sends the signal again a little later. Otherwise, or if the thread only
+waits, the handler raises KeyboardInterrupt at once. So the code of these modules needs no further protection.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar, TypeVarTuple
 
 from .errors import ClosedError, MoetierError
 
-# modules that change state shared by several callers
+# modules whose functions change state that several callers share
 UNINTERRUPTIBLE = frozenset(
     f"moetier.{package}.{name}"
     for package, names in (
@@ -45,8 +45,8 @@ UNINTERRUPTIBLE = frozenset(
     )
     for name in names
 )
-POLL_SECONDS = 0.05  # longest single wait, because a signal that comes just before a wait is only seen after it
-MOST_DEFERRED = 32  # number of functions that wait for a step, at most
+POLL_SECONDS = 0.05  # longest single wait: a signal that arrives just before a wait is handled only after the wait
+MOST_DEFERRED = 32  # largest number of deferred functions that wait for the next step
 _AGAIN = 0.001  # seconds until a postponed signal is sent again
 
 _waits: set[CodeType] = set()  # functions that only wait
@@ -58,30 +58,30 @@ Arguments = TypeVarTuple("Arguments")
 
 
 def interruptible(wait: Function) -> Function:
-    """Mark a function that only waits, so that Ctrl-C ends it at once, even if uninterruptible code has called it."""
+    """Mark a function that only waits. Ctrl-C ends its wait at once, even if uninterruptible code has called it."""
     _waits.add(wait.__code__)
     return wait
 
 
 class ForkGuard:
-    """Detect use of an object in a forked child, where its threads don't run and its locks may stay held for ever."""
+    """Detect the use of an object in a forked child: its threads don't run there, and its locks may stay held."""
 
-    present = os.getpid()  # id of the running process, kept here because ``check`` runs at each lease
+    present = os.getpid()  # id of the running process; cached, because ``check`` runs at each lease
 
     def __init__(self) -> None:
         self._process = ForkGuard.present
 
     @property
     def is_owner(self) -> bool:
-        """True if this process made the guard. This is right even in a child whose fork hooks have not run yet."""
+        """True if this process made the guard. The answer is right even before a child's fork hooks have run."""
         return self._process == os.getpid()
 
     def check(self) -> None:
         """Raise ClosedError in a forked child."""
         if self._process != ForkGuard.present:
             raise ClosedError(
-                f"This is another process's tier: it was opened in process {self._process}, and this is a fork of it.",
-                "Load the model in the process that uses it, or start children by spawn.",
+                f"This is another process's tier: it was opened in process {self._process}, of which this is a fork.",
+                'Load the model in the process that uses it, or start processes with the start method "spawn".',
             )
 
 
@@ -101,12 +101,13 @@ class Monitor:
     def __init__(self, repair: Callable[[], None] = lambda: None) -> None:
         """Make a monitor.
 
-        ``repair`` makes the state consistent again after an exception has interrupted a step at any instruction.
+        ``repair`` makes the state consistent again after an exception has interrupted a step. The exception may have
+        come at any instruction of the step.
         """
         self.fork_guard = ForkGuard()
         self._repair = repair
         self._lock = threading.Lock()
-        self._is_torn = False  # a step is running, or an exception has interrupted one
+        self._is_torn = False  # true while a step runs, and after an exception has interrupted a step
         self._sleepers: list[threading.Lock] = []
         self._posted: deque[Callable[[], None]] = deque()
         self._deferred: deque[Callable[[], None]] = deque()
@@ -115,7 +116,7 @@ class Monitor:
     def run(self, step: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
         """Run ``step`` with ``arguments`` and return its result. A step must not run another step of this monitor.
 
-        A step may raise a MoetierError only while the state is consistent, as nothing is repaired after it.
+        A step may raise a MoetierError only while the state is consistent: the state is not repaired after this error.
         """
         self.fork_guard.check()
         try:
@@ -137,7 +138,7 @@ class Monitor:
         return result
 
     def wait_for(self, step: Callable[[*Arguments], Result | None], *arguments: *Arguments) -> Result:
-        """Run a step, and run it again after each ``wake``, until it returns something other than None; return that."""
+        """Run a step, and again after each ``wake``, until it returns something other than None. Return that result."""
         if (found := self.run(step, *arguments)) is not None:
             return found
 
@@ -161,27 +162,27 @@ class Monitor:
         self._sleepers.clear()
 
     def post(self, work: Callable[[], None]) -> None:
-        """Run ``work`` as a step, now or when the running step has ended. Never waits.
+        """Run ``work`` as a step: now, or when the running step has ended. Never waits.
 
-        If an exception interrupts the work, it is run once more, but not a third time: the work itself may be the cause
-        of the exception, and must not block other steps.
+        If an exception interrupts ``work``, it runs once more, but not a third time: it may itself be the cause of the
+        exception, and must not block other steps.
         """
         self._posted.append(work)
         self._settle()
 
     def defer(self, work: Callable[[], None]) -> None:
-        """Run ``work`` when the next step begins, which costs less than a step of its own.
+        """Run ``work`` at the beginning of the next step, which costs less than a step of its own.
 
-        If more than MOST_DEFERRED functions wait, all of them are run now. If an interrupt ends that step, the work may
-        not be done.
+        If more than MOST_DEFERRED functions wait for the next step, all of them run now. If an exception interrupts the
+        step, the work may be lost.
         """
         self._deferred.append(work)
         if len(self._deferred) > MOST_DEFERRED:
             self.run(lambda: None)
 
     def _settle(self) -> None:
-        # A thread that has run a step comes here and finds the work that was posted meanwhile. Another thread may take
-        # the lock between the check and ``with``. Its step is short, and so is this wait.
+        # A thread that has run a step calls this method, and so runs the work that was posted during the step. Another
+        # thread may take the lock between the check and ``with``. Its step is short, and so is the wait for it.
         while self._posted and not self._lock.locked():
             with self._lock:
                 if self._is_torn:
@@ -203,7 +204,7 @@ class Monitor:
 
 
 def step(method: Callable[Concatenate[Owner, Parameters], Result]) -> Callable[Concatenate[Owner, Parameters], Result]:
-    """Decorate a method so that it runs as a step of its object's monitor, the attribute ``_monitor``."""
+    """Decorate a method so that it runs as a step of ``self._monitor``."""
 
     @functools.wraps(method)
     def run(self: Owner, /, *arguments: Parameters.args, **named: Parameters.kwargs) -> Result:
@@ -220,9 +221,9 @@ def _wait(sleeper: threading.Lock) -> None:
 
 
 class UseCount:
-    """Count the running uses of a resource, so that ``close`` can wait until none is left.
+    """Count the uses of a resource that are in progress, so that ``close`` can wait for their end.
 
-    A use is a block ``with use_count:``. Entering it raises ClosedError after ``close`` and in a forked child.
+    A use is a block ``with use_count:``. Entering the block raises ClosedError after ``close``, and in a forked child.
     """
 
     def __init__(self, name: str) -> None:
@@ -250,7 +251,7 @@ class UseCount:
                 self._idle.notify_all()
 
     def close(self) -> None:
-        """Refuse further uses and wait for the present ones to end. Idempotent; does nothing in a forked child."""
+        """Refuse further uses, and wait until those in progress have ended. Does nothing in a forked child."""
         if self._fork_guard.is_owner:
             with self._lock:
                 self._closed = True
@@ -258,7 +259,7 @@ class UseCount:
 
 
 def postpone_interrupts() -> None:
-    """Install this module's handler of SIGINT, which postpones Ctrl-C, until ``raise_interrupts`` is called.
+    """Install this module's handler of SIGINT, which postpones Ctrl-C. ``raise_interrupts`` removes it.
 
     Does nothing outside the main thread, or if SIGINT has another handler than Python's own.
     """
@@ -267,7 +268,7 @@ def postpone_interrupts() -> None:
 
 
 def raise_interrupts() -> None:
-    """Install Python's own handler of SIGINT again if this module's handler is installed."""
+    """Replace this module's handler of SIGINT, if it is installed, by Python's own."""
     if _signal.getsignal(signal.SIGINT) is _on_interrupt and _is_main():
         _signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -281,9 +282,9 @@ def _on_interrupt(number: int, frame: FrameType | None) -> None:
         try:
             _thread.start_new_thread(_send_again, (number,))  # unlike ``Thread.start`` it takes no lock
             return
-        except RuntimeError:  # no thread can be started: raise at once, the tiers repair their state after it
+        except RuntimeError:  # no thread can be started: raise at once, and let the tiers repair their state
             pass
-    raise_interrupts()  # here, as torch calls no hook after a forward pass that KeyboardInterrupt ends
+    raise_interrupts()  # now, because torch calls no hook after a forward pass that KeyboardInterrupt has ended
     signal.default_int_handler(number, frame)
 
 
@@ -300,5 +301,5 @@ def _may_interrupt(frame: FrameType | None) -> bool:
 
 def _send_again(number: int) -> None:
     time.sleep(_AGAIN)
-    # By now the main thread may sleep in a system call, which only a signal to this very thread ends.
+    # By now the main thread may sleep in a system call. Only a signal to that very thread ends the call.
     signal.pthread_kill(threading.main_thread().ident or 0, number)

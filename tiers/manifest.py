@@ -1,4 +1,4 @@
-"""The manifest of a store: the attributes of its zarr group, which are written last."""
+"""The manifest of a store: attributes of its zarr group that say what the store holds. They are written last."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FORMAT = 1
 TRUNK_RECORDS = "trunk-records"
 FEATURES = frozenset({TRUNK_RECORDS})  # features that a store may require and this version supports
 MAX_EXPERTS = 1 << 16  # largest number of experts of a block
-MAX_BYTES = 1 << 50  # largest size of a file
+MAX_BYTES = 1 << 50  # largest size of a file, in bytes
 MAX_NAME_BYTES = 255  # longest name of a file or folder, in bytes (NAME_MAX of Linux)
 MAX_SOLVER = 1 << 16
 SOURCE_DIGEST = "[0-9a-f]{64}|[0-9a-f]{40}"  # a sha256, or the hub's commit during a conversion that streams the source
@@ -30,18 +30,18 @@ TRUNK_NAME = re.compile(r"trunk-[\w-]+(\.[\w-]+)*\.safetensors")  # a trunk file
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """One Experts module: its path in the model, where its records are, and its numbers of experts."""
+    """One block of the model, and the place of its records in the store."""
 
-    path: str  # "model.layers.0.mlp.experts"
-    array: str  # name of the zarr array with its records; an array has records of one layout
+    path: str  # path of its Experts module in the model: "model.layers.0.mlp.experts"
+    array: str  # name of the zarr array that has its records; all records of an array have one layout
     index: int  # index of the block in that array
-    experts: int
-    top_k: int
+    experts: int  # number of its experts
+    top_k: int  # number of experts that it uses for each token
 
 
 @dataclass(frozen=True, slots=True)
 class FileSum:
-    """Size and checksum that a file had when it was written."""
+    """Size in bytes and checksum of a file when it was written."""
 
     bytes: int
     crc32c: int
@@ -49,38 +49,38 @@ class FileSum:
 
 @dataclass(frozen=True, slots=True)
 class TrunkRecords:
-    """How matrices of the trunk are quantised. Each is stored as a record of one projection, "weight"."""
+    """How matrices of the trunk are quantised. Each is stored as a record with one projection, named "weight"."""
 
-    bits: Bits
-    group: int  # largest group size; a matrix whose columns it does not divide has smaller groups
+    bits: Bits  # bits per weight
+    group: int  # largest group size; it is smaller in a matrix whose number of columns is not a multiple of it
     pairs: str  # type of the pairs, one of PAIR_TYPES
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """The manifest of format version 1. Keys with ``ExpertKey.block == b`` are of ``blocks[b]``."""
+    """The manifest, in version 1 of the format. Block b of the model is ``blocks[b]``."""
 
-    model: str  # hub id or folder name of the source
-    source_digest: str  # sha256 over the source's config and its tensors' names, shapes, types, offsets and some bytes
+    model: str  # hub id or folder name of the checkpoint that was converted
+    source_digest: str  # sha256 over its config and its tensors' names, shapes, types, offsets and some of their bytes
     blocks: tuple[Block, ...]
-    layouts: Mapping[str, RecordLayout]  # by array name
+    layouts: Mapping[str, RecordLayout]  # from the name of a zarr array to the layout of its records
     version: str  # version of moetier that wrote the store
-    digest: str = ""  # sha256 over the CRC-32C (LE u32) of every record, block by block; identifies the store
+    digest: str = ""  # identifies the store: sha256 over the CRC-32C (LE u32) of each record, block after block
     requires: tuple[str, ...] = ()  # names of features without which the store can't be read
     method: str = "hqq"  # method of quantisation: "hqq" or "rounding"
-    solver: int = 1  # version of the program that finds codes: another one may find others for the same weights
-    trunk: Mapping[str, FileSum] = field(default_factory=dict)  # by file name; empty until they are written
+    solver: int = 1  # version of the code that finds codes: two versions may find different codes for the same weights
+    trunk: Mapping[str, FileSum] = field(default_factory=dict)  # from file name to its sum; empty until all are written
     trunk_records: TrunkRecords | None = None  # None: no matrix of the trunk is quantised
-    record_checksums: bytes = field(default=b"", repr=False)  # LE u32 each; ``digest`` is their sha256; b"" if old
+    record_checksums: bytes = field(default=b"", repr=False)  # LE u32 each; b"" in the manifest of an older store
 
     @property
     def trunk_bits(self) -> int:
-        """Bits per weight of the trunk's quantised matrices; 16 if there are none."""
+        """Bits per weight of the trunk's quantised matrices; 16 if no matrix is quantised."""
         return self.trunk_records.bits if self.trunk_records else 16
 
     @property
     def bits(self) -> Bits:
-        """Bits per expert weight: the fewest of all projections. Those that no group size divides have 16."""
+        """Bits per expert weight. If projections have different numbers of bits, this is the smallest of them."""
         return min(projection.bits for layout in self.layouts.values() for projection in layout.projections)
 
     @cached_property
@@ -89,55 +89,58 @@ class Manifest:
         return tuple(tuple(next(table)[0] for _ in range(block.experts)) for block in self.blocks)
 
     def checksums(self, block: int) -> tuple[int, ...]:
-        """The CRC-32C of each record of a block; () for an older store, whose manifest has only the digest."""
+        """Return the CRC-32C of each record of a block; () for an older store, whose manifest has only the digest."""
         return self._checksums[block] if self.record_checksums else ()
 
     @property
     def plan(self) -> Manifest:
-        """The manifest without the fields that are known only once the store is written."""
+        """The manifest without the fields that are unknown until the store is written."""
         return replace(self, digest="", trunk={}, record_checksums=b"")
 
     def layout(self, block: int) -> RecordLayout:
-        """The layout of a block's records."""
+        """Return the layout of a block's records."""
         return self.layouts[self.blocks[block].array]
 
     def shape(self, array: str) -> tuple[int, int, int]:
-        """Return the shape of a zarr array: [blocks, experts, record bytes]."""
+        """Return the shape of the zarr array ``array``: [blocks, experts, record bytes]."""
         members = self.members[array]
         return len(members), next(iter(members.values())).experts, self.layouts[array].record_bytes
 
     @cached_property
     def members(self) -> Mapping[str, Mapping[int, Block]]:
-        """The blocks of each array, by block number."""
+        """A dictionary from the name of each zarr array to its blocks, as a dictionary from block number to block."""
         found: dict[str, dict[int, Block]] = {name: {} for name in self.layouts}
         for number, block in enumerate(self.blocks):
             found[block.array][number] = block
         return found
 
     def check_keys(self, block: int, keys: Sequence[ExpertKey]) -> None:
-        """Raise MissingExpertError if the model lacks ``block`` or an expert of ``keys``. All keys are of ``block``."""
+        """Raise MissingExpertError if the model has no block ``block``, or if the block lacks an expert of ``keys``.
+
+        All keys must belong to ``block``.
+        """
         if not 0 <= block < len(self.blocks):
             raise MissingExpertError(
-                f"{self.model} has no block {block}.", f"Its blocks are 0 to {len(self.blocks) - 1}."
+                f"{self.model} has no block {block}.", f"Choose a block from 0 to {len(self.blocks) - 1}."
             )
         experts = self.blocks[block].experts
         for key in keys:
             assert key.block == block, "keys of one block"
             if not 0 <= key.expert < experts:
-                raise MissingExpertError(f"{self.model} has no {key}.", f"Its experts are 0 to {experts - 1}.")
+                raise MissingExpertError(f"{self.model} has no {key}.", f"Choose an expert from 0 to {experts - 1}.")
 
     @property
     def record_count(self) -> int:
-        """The number of records of the store."""
+        """The number of records in the store."""
         return sum(block.experts for block in self.blocks)
 
     @property
     def stored_bytes(self) -> int:
-        """Total size of all records with their checksums, in bytes. A larger budget would be of no use."""
+        """Total size of all records with their checksums, in bytes. A tier has no use for a larger budget."""
         return sum(block.experts * self.layouts[block.array].slot_bytes for block in self.blocks)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the manifest as JSON for the store."""
+        """Return the manifest as a JSON object."""
         return {
             "format": FORMAT,
             "requires": list(self.requires),
@@ -159,10 +162,14 @@ class Manifest:
 
     @classmethod
     def from_json(cls, value: object, where: str) -> Manifest:
-        """Parse a manifest, and ignore unknown fields.
+        """Parse a manifest. Unknown fields are ignored.
+
+        Args:
+            value: the attribute "moetier" of the store's zarr group, or the content of a plan.
+            where: the name of the store in error messages.
 
         Raises:
-            StoreFormatError: ``value`` is not a manifest of format 1. The error names the store by ``where``.
+            StoreFormatError: ``value`` is not a manifest of version 1, or requires a feature that is not supported.
         """
         if not isinstance(value, dict) or "format" not in value:
             raise StoreFormatError(
@@ -171,8 +178,8 @@ class Manifest:
             )
         if type(value["format"]) is not int or value["format"] != FORMAT:
             raise StoreFormatError(
-                f"{where} has format version {shown(value['format'])}; this moetier reads version {FORMAT}.",
-                "Install a moetier that reads it, or convert the model again.",
+                f"{where} has format version {shown(value['format'])}; this version of moetier reads version {FORMAT}.",
+                "Install a version of moetier that reads it, or convert the model again.",
             )
         fields = Fields(value)
         try:
@@ -180,8 +187,8 @@ class Manifest:
             if missing := set(requires) - FEATURES:
                 features = ", ".join(sorted(missing))[:SHOWN]
                 raise StoreFormatError(
-                    f"{where} requires {features}, which this moetier does not have: {_versions(value)}.",
-                    "Install a newer moetier, or convert the model again.",
+                    f"{where} requires {features}, which this version of moetier does not support: {_versions(value)}.",
+                    "Install a newer version of moetier, or convert the model again.",
                 )
             manifest = cls(
                 model=fields["model"].text(),
@@ -203,29 +210,29 @@ class Manifest:
         except ValueError as error:
             raise StoreFormatError(
                 f"{where}: its manifest can't be used: {error} ({_versions(value)}).",
-                "Install the moetier that wrote it, or convert the model again.",
+                "Install the version of moetier that wrote it, or convert the model again.",
             ) from error
         return manifest
 
     def _check(self) -> None:
         """Raise ValueError unless the blocks fill their arrays exactly and the other fields agree with them."""
         if not self.blocks:
-            raise ValueError("blocks: it has no blocks")
+            raise ValueError("blocks is empty")
         if ((form := self.trunk_records) is not None) != (TRUNK_RECORDS in self.requires):
-            raise ValueError(f"trunk_records is {form}, and requires is {shown(list(self.requires))}")
+            raise ValueError(f"trunk_records is {form}, but requires is {shown(list(self.requires))}")
         if strangers := {b.array for b in self.blocks} - set(self.layouts):
-            raise ValueError(f"there are blocks with array {shown(min(strangers))}, which has no layout in layouts")
+            raise ValueError(f"layouts has no layout of array {shown(min(strangers))}, which blocks names")
         for name, members in self.members.items():
             if sorted(b.index for b in members.values()) != list(range(len(members))) or not members:
-                raise ValueError(f"the blocks of array {name} are not numbered from 0 by their index")
+                raise ValueError(f"the blocks of array {name} are not numbered 0, 1, 2 and so on")
             if len({b.experts for b in members.values()}) != 1:
                 raise ValueError(f"the blocks of array {name} differ in their number of experts")
         if len({b.path for b in self.blocks}) != len(self.blocks):
-            raise ValueError("two blocks have one path")
+            raise ValueError("two blocks have the same path")
         if (table := self.record_checksums) and (
             len(table) != 4 * self.record_count or hashlib.sha256(table).hexdigest() != self.digest
         ):
-            raise ValueError("record_checksums are not those that digest is made of")
+            raise ValueError("record_checksums does not match digest")
 
 
 def _blocks(values: Sequence[Fields]) -> tuple[Block, ...]:
@@ -239,16 +246,16 @@ def _blocks(values: Sequence[Fields]) -> tuple[Block, ...]:
 
 
 def _array(name: str, layout: Fields) -> str:
-    """Return an array's name. Raises ValueError if a folder can't have that name."""
+    """Return ``name``, the name of a zarr array. Raises ValueError if a folder can't have that name."""
     if not re.fullmatch(r"[\w-]+", name) or len(name.encode()) > MAX_NAME_BYTES:
-        raise ValueError(f"{layout.place}: {shown(name)} is no name of an array")
+        raise ValueError(f"{layout.place}: {shown(name)} can't be the name of an array")
     return name
 
 
 def _file(member: tuple[str, Fields]) -> tuple[str, FileSum]:
     name, value = member
     if not TRUNK_NAME.fullmatch(name):
-        raise ValueError(f"{value.place}: {shown(name)} is no name of a trunk file")
+        raise ValueError(f"{value.place}: {shown(name)} can't be the name of a trunk file")
     return name, FileSum(value["bytes"].number(1, MAX_BYTES), value["crc32c"].number(0, 2**32 - 1))
 
 
@@ -262,10 +269,12 @@ def _table(value: Fields) -> bytes:
 def _trunk_records(value: Fields) -> TrunkRecords:
     pairs = value["pairs"].among(PAIR_TYPES)
     form = TrunkRecords(value["bits"].among(TRUNK_BITS[1:]), value["group"].among(GROUPS[pairs]), pairs)
-    value.equals(asdict(form), "which this moetier does not have")
+    value.equals(asdict(form), "this version of moetier does not support it")
     return form
 
 
 def _versions(value: Mapping[str, Any]) -> str:
     writer = value.get("version")
-    return f"moetier {writer[:SHOWN] if isinstance(writer, str) else '?'} wrote it, this is {version('moetier')}"
+    return (
+        f"moetier {writer[:SHOWN] if isinstance(writer, str) else '?'} wrote it; this is moetier {version('moetier')}"
+    )

@@ -1,8 +1,8 @@
-"""The interface of every tier and of the daemon's client: a source from which experts are acquired.
+"""The interface of a source of experts, which every tier and the daemon's client implement.
 
-``acquire`` is a *demand*: the caller computes next with the experts that it asks for. A *prefetch* is a request that
-may be ignored. To *borrow* is neither: the tier above copies a record that is already here, for a prefetch of its own.
-A *lease* pins a record for as long as its holder computes on it.
+``acquire`` is a *demand*: the caller is about to compute with the experts that it asks for. A *prefetch* is a request
+that the source may ignore. ``borrow`` is for the tier above, which copies a record that this source already has. This
+is not a demand. A *lease* pins a record while its holder computes with it.
 """
 
 from __future__ import annotations
@@ -19,159 +19,164 @@ from .stats import TierStats
 
 Record = TypeVar("Record", covariant=True)  # memoryview in the host tier, torch.Tensor in the device tier
 
-LOADERS = 4  # records that a host tier reads at a time, by default
-INTERRUPTIBLE_BYTES = 2 << 20  # smallest piece of a read that may be interrupted between pieces
+LOADERS = 4  # number of records that a host tier reads at the same time, by default
+INTERRUPTIBLE_BYTES = 2 << 20  # smallest piece of a record that is read in pieces, in bytes
 
 
 def interruptible_bytes(length: int) -> int:
-    """Return the bytes per piece when a record of ``length`` bytes is read in pieces, between which the read may stop.
+    """Return the size of the pieces in which a prefetch reads a record of ``length`` bytes, in bytes.
 
-    A piece is an eighth of the record, in whole pages, because a demand may have to wait for one piece. It has at least
-    INTERRUPTIBLE_BYTES, so that the system call is worth its cost.
+    Between two pieces the read can pause or stop, so a demand waits for one piece at most. A piece is an eighth of the
+    record, in whole pages. It has at least INTERRUPTIBLE_BYTES, so that the system call is worth its cost.
     """
     return min(length, max(INTERRUPTIBLE_BYTES, -(-length // (8 * PAGE)) * PAGE))
 
 
 class Lease(NamedTuple, Generic[Record]):
-    """A read-only view of one expert's record, ``record_bytes`` long.
+    """A read-only view of one expert's record, ``record_bytes`` long, from the iterator that ``acquire`` returns.
 
-    The lease is valid until the next one is taken from the iterator. If ``more`` is true, the next lease is already
+    The lease is valid until the next lease is taken from the iterator. If ``more`` is true, the next lease is already
     available, and this lease stays valid as long as the next one does.
 
-    Another process may own the record and replace it during the computation. So call ``holds`` after the last use of
-    the record and before any use of the result. If it returns False, discard the result; the iterator will yield the
-    key again.
+    The record may belong to another process, which may replace it during the computation. So call ``holds`` after the
+    last use of the record and before any use of the result. If ``holds`` returns False, discard the result; the
+    iterator will yield a lease of the same key again.
     """
 
     key: ExpertKey
     record: Record
     slot: int  # number of the slot in the tier that gave the lease
-    proof: Callable[[], bool] | None = None  # tells whether the lease still holds; None: the record is pinned
-    more: bool = False  # the next lease is available now and can be computed together with this one
+    proof: Callable[[], bool] | None = None  # returns whether the lease still holds; None: the record is pinned
+    more: bool = False  # the next lease is available now, so the caller can compute with both records together
 
     def holds(self) -> bool:
-        """Return whether the record is still the one that was leased. Call it once."""
+        """Return whether the slot still holds the record that was leased. Call this method only once."""
         return self.proof is None or self.proof()
 
 
 class Residents(NamedTuple):
-    """Place of a block's records in an arena, for compiled code that looks them up."""
+    """Addresses with which compiled code finds the records of one block in an arena."""
 
     experts: int  # number of the block's experts
-    table: int  # address of an array i64 [experts]: the slot of each expert's record, or -1
+    table: int  # address of an array i64 [experts]: for each expert the slot of its record, or -1
     generations: int  # address of an array i64 [slots of the arena]: the generation of each slot
-    first_slot: int  # number of the first slot for records of the block's size
-    slots: int  # number of slots for such records
-    records: int  # address at which the first of these slots begins
-    slot_bytes: int  # size of each of them
-    memory: object  # keeps the arena's memory mapped
+    first_slot: int  # number of the first slot in the block's region of the arena
+    slots: int  # number of slots in that region
+    records: int  # address of the first slot of the region
+    slot_bytes: int  # size of each slot of the region, in bytes
+    memory: object  # the arena's memory, which stays mapped while this object is referenced
 
     @property
     def numbers(self) -> tuple[int, ...]:
-        """All fields except ``memory``."""
+        """All fields except ``memory``, in order."""
         return self[:7]
 
 
 class RecordReader(Protocol):
-    """Interface of a host tier's source: a store, or another object that reads records into slots. Thread-safe."""
+    """Interface of an object that reads records into slots of a host tier, such as a store. Thread-safe."""
 
     @property
     def manifest(self) -> Manifest:
-        """The manifest of the records."""
+        """The manifest of the store that has the records."""
 
     def read_into(self, key: ExpertKey, buffer: memoryview, pause: Callable[[], bool] | None = None) -> None:
-        """Read a record and its checksum into ``buffer``: a writable slot of ``slot_bytes`` that begins on a page.
+        """Read the record of ``key`` and its checksum into ``buffer``.
 
         Args:
             key: the expert.
-            buffer: the slot.
-            pause: if given, a reader that can do so reads in pieces and calls ``pause`` between two of them. ``pause``
-                blocks until the read may go on, and returns whether to call it again between the remaining pieces. An
-                exception from ``pause`` ends the read.
+            buffer: a writable slot of ``slot_bytes``, which begins on a page.
+            pause: if given, and if the reader supports it, the record is read in pieces and ``pause`` is called between
+                two pieces. ``pause`` blocks until the read may go on. It returns whether it is to be called again
+                between the remaining pieces. An exception from ``pause`` ends the read.
 
         Raises:
-            StoreError: the record can't be read. A reader of other hosts may also raise UnavailableError and
-                ExhaustedError.
+            StoreError: the record can't be read.
+            UnavailableError, ExhaustedError: the record can't be had from a daemon. Only readers that ask a daemon
+                raise these.
         """
 
 
 class ExpertSource(Protocol[Record]):
-    """Interface of a source of experts: a tier, or a daemon's client. Thread-safe."""
+    """Interface of a source of experts: a tier, or the client of a daemon. Thread-safe."""
 
     def acquire(self, keys: Sequence[ExpertKey]) -> Generator[Lease[Record], None, None]:
-        """Yield a lease for each distinct key: resident records first, others as they arrive.
+        """Yield a lease for each distinct key: first for the records that the source holds, then for others on arrival.
 
-        All keys are of one block. A key whose lease did not hold is yielded again. A lease ends when the next one is
-        taken, or when the iterator is exhausted or closed. Leases that are available together (see ``Lease.more``) end
-        together, after the last of them. So a block can use more experts than there are slots, and no caller waits
-        while it holds a lease that it has not processed. Two callers therefore can't deadlock, even at the smallest
-        budget. Records of the keys given first are evicted last.
+        All keys must belong to one block. If a lease did not hold, a lease of the same key is yielded again. A lease
+        ends when the next lease is taken, or when the iterator is exhausted or closed. Leases that are available
+        together (see ``Lease.more``) end together, after the last of them. So a block can use more experts than there
+        are slots, and no caller waits while it holds a lease that it has not processed. Therefore two callers can't
+        deadlock, even with the smallest budget. Of these records, the record of the first key is evicted last.
 
         Raises:
-            StoreError: a load has failed. Its record is not cached; other records stay. Every caller that waits for
-                this record gets the error and no further leases.
+            StoreError: the load of a record has failed. Each caller that waits for this record gets the error, and no
+                further leases. The records that the source holds stay cached.
         """
 
     def residents(self, block: int) -> Residents | None:
-        """Return where compiled code finds the block's records without a lease; None if it can't read them here.
+        """Return the addresses with which compiled code finds the block's records without leases.
 
-        A record without a lease may be replaced at any time. So look it up together with its slot's generation,
-        compute, and use the result only if the generation is the same afterwards (``arena/directory.py``).
+        Returns None if compiled code can't read this source's records. A record without a lease may be replaced at any
+        time. So look up its slot and the slot's generation, compute, and use the result only if the generation is still
+        the same (see ``arena/directory.py``).
 
-        Raises ClosedError.
+        Raises:
+            ClosedError: the source was closed.
         """
 
     def note_uses(self, block: int, experts: Sequence[int]) -> None:
-        """Count a demand for ``experts`` of a block that is about to be met through ``residents``, without leases.
+        """Count a demand for ``experts`` of a block. The caller uses their records through ``residents``, unleased.
 
-        The effect is that of a demand that finds all its records: each is a hit, and the block's prefetch requests are
-        cancelled. The order of eviction is updated later, but before the next record is evicted. Returns at once.
+        This has the effect of a demand that finds all its records: each record counts as a hit, and the block's
+        prefetch requests are cancelled. The order of eviction is updated later, but before the next record is evicted.
+        Returns at once.
         """
 
     def take_back_uses(self, block: int, experts: Sequence[int]) -> None:
-        """Count the hits of a ``note_uses`` as discarded: records were replaced before they were used.
+        """Count the hits of an earlier ``note_uses`` as discarded, because records were replaced during their use.
 
-        The caller repeats the demand, which is counted then.
+        The caller then repeats the demand, and the repeated demand is counted.
         """
 
     def reclaim(self) -> None:
-        """End all leases of the calling thread that an exception may have kept from ending in the regular way.
+        """End all leases of the calling thread. Call this after an exception, which may have left leases open.
 
-        The iterators that gave these leases must no longer be used.
+        The iterators that gave these leases must not be used any more.
         """
 
     def prefetch(self, block: int, keys: Sequence[ExpertKey]) -> None:
-        """Request prefetches of records of one block, and return at once.
+        """Request prefetches of ``keys``, which all belong to ``block``. Returns at once.
 
-        The requests replace earlier ones for the block that have not begun. A demand for the block cancels all of its
-        requests that have not begun.
+        The requests replace the block's earlier requests whose reads have not begun. A demand for the block cancels all
+        of the block's requests whose reads have not begun.
         """
 
     def absent(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
-        """Return the keys whose records are not READY here, so that a demand would wait. Never waits for a read."""
+        """Return those of ``keys`` whose records are not READY in this source. Never waits for a read."""
 
     def stats(self) -> TierStats:
-        """Return the counters of this tier since it was opened."""
+        """Return what the source has counted since it was opened, and the state of its slots."""
 
     def close(self) -> None:
-        """Release memory, descriptors and threads, once the loads that have begun are done. Idempotent."""
+        """Release memory, file descriptors and threads, once the loads in progress have ended. Idempotent."""
 
 
 class Lender(ExpertSource[Record], Protocol[Record]):
-    """Interface of a source below another tier, which copies records from it for demands and for prefetches."""
+    """Interface of a source that is below another tier. That tier copies records from the source."""
 
     def borrow(self, key: ExpertKey) -> AbstractContextManager[Lease[Record] | None]:
-        """Lease a record for the duration of the context if it is READY here, else give None. Never waits.
+        """Return a context manager that gives a lease of the record if it is READY in this source, else None.
 
-        This is not a demand: it is not counted as a hit, miss or use, and it changes neither the order of eviction nor
-        prefetch requests. A copy of the record is valid only if the lease still holds after it.
+        The lease ends with the ``with`` block. Never waits. This is not a demand: it is not counted as a hit, miss or
+        use, and it changes neither the order of eviction nor prefetch requests. A copy of the record is valid only if
+        the lease still holds when the copy has ended.
         """
 
     def used(self, keys: Sequence[ExpertKey]) -> None:
-        """Note that demands have found ``keys`` in the tier above, and return at once.
+        """Note that demands have found the records of ``keys`` in the tier above. Returns at once.
 
-        A prefetch of this tier then counts as useful if the tier above copied its record through ``borrow``. The order
-        of eviction does not change.
+        If this source has prefetched one of the records, and the tier above copied it through ``borrow``, the prefetch
+        now counts as useful. The order of eviction does not change.
         """
 
 

@@ -1,5 +1,5 @@
-"""The memory of the host tier: one file with slots for records, and a directory of which record is in which slot.
+"""The memory of the host tier: a memory file with slots for records, and a directory of the record in each slot.
 
-Other processes, the clients of a daemon, can map the file. If its owner dies, a new owner can take it over. The package
-imports the top-level modules of ``tiers``, ``tiers.cache`` and ``tiers.store``.
+Clients of a daemon map the file too. If the process that owns the file dies, another process can take the file over.
+The package imports the top-level modules of ``tiers``, ``tiers.cache`` and ``tiers.store``.
 """

@@ -1,12 +1,12 @@
-"""Arena: slots for the records of one store, and their directory, in one memory file (memfd).
+"""Arena: a memory file (memfd) with slots for the records of one store, and a directory of the slots.
 
-The file is accessible to its user only. It is sealed against shrinking and growing, so a process that maps it is safe
-from SIGBUS. It is not sealed against future writes: a restarted owner of the same user must be able to fill the slots
-that it reclaims. A file under /dev/shm is not used, because the administrator may have limited its size.
+Only processes of the same user can open the file. It is sealed against shrinking and growing, so a process that maps it
+can't get SIGBUS. It is not sealed against writing, because a process that takes the file over must be able to fill its
+slots. A file in /dev/shm would not do, because the administrator may have limited the size of that folder.
 
-The owner holds an exclusive flock(2) on the open file description through which it writes. The kernel releases the lock
-when the owner is dead and all disk reads into the memory that it had begun have ended. The process that gets the lock
-next is then the only one that writes.
+The *owner* of an arena is the process that writes to it. It holds an exclusive flock(2) on the open file description
+through which it writes. After the owner's death the kernel releases the lock, but not before all disk reads into the
+memory have ended. So the process that gets the lock next is the only one that writes.
 """
 
 from __future__ import annotations
@@ -29,26 +29,26 @@ from moetier.tiers.store.checksum import crc32c
 from .directory import Directory, Header
 from .plan import WORD, ArenaPlan
 
-NAME = "moetier-arena"  # /proc/*/fd show "/memfd:moetier-arena (deleted)"
+NAME = "moetier-arena"  # in /proc/PID/fd, the file is shown as "/memfd:moetier-arena (deleted)"
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _TOO_MUCH = (errno.ENOSPC, errno.ENOMEM, errno.EFBIG)
 
 
 class Arena:
-    """A memory file with a directory and ``plan.slots`` slots of whole pages, mapped into this process."""
+    """A memory file with a directory and ``plan.slots`` slots, mapped into this process. Each slot begins on a page."""
 
     @classmethod
     def create(cls, plan: ArenaPlan) -> Arena:
-        """Create an arena and allocate all of its pages, so that later writes can't fail for lack of memory.
+        """Create an arena and allocate all of its pages, so that no later write can fail for lack of memory.
 
         Raises:
-            BudgetError: the system does not have that much memory.
+            BudgetError: the system does not have enough memory.
         """
         descriptor = os.memfd_create(NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             os.fchmod(descriptor, 0o600)
-            os.posix_fallocate(descriptor, 0, plan.nbytes)  # otherwise a lack of memory would cause a SIGBUS later
+            os.posix_fallocate(descriptor, 0, plan.nbytes)  # without this, a later lack of memory would cause SIGBUS
             fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, SEALS)
             mapping = mmap.mmap(descriptor, plan.nbytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
         except BaseException as error:
@@ -56,8 +56,8 @@ class Arena:
             if isinstance(error, OSError) and error.errno in _TOO_MUCH:
                 code = errno.errorcode[error.errno]
                 raise BudgetError(
-                    f"The system does not give {plan.nbytes:,} bytes of shared memory ({code}).",
-                    "Give the host tier less memory, or free some.",
+                    f"The system can't allocate {plan.nbytes:,} bytes of shared memory ({code}).",
+                    "Give the host tier less memory (--ram, in Python `ram`), or free some memory.",
                 ) from error
             raise
         directory = Directory.create(memoryview(mapping)[: plan.directory_bytes], plan)
@@ -65,43 +65,53 @@ class Arena:
 
     @classmethod
     def map(cls, descriptor: int, plan: ArenaPlan) -> Arena:
-        """Map another process's arena for reading. The caller still has to close ``descriptor``.
+        """Map another process's arena read-only. The caller still has to close ``descriptor``.
 
         Raises:
-            ArenaError: the file could shrink while it is mapped, or it is not the planned arena.
+            ArenaError: the file is not sealed against shrinking, or its header does not match ``plan``.
         """
         header = _check_sealed(descriptor)
         if header != Header.of(plan, header.identity):
-            raise ArenaError("The arena is not the one that was announced.", "Connect to it anew.")
-        # Not MAP_PRIVATE: after a stray write, this process would never see later changes to that page.
+            raise ArenaError(
+                "The arena's memory file is not the one that the daemon has described.", "Connect to the daemon again."
+            )
+        # Not MAP_PRIVATE: after a stray write, this process would no longer see the owner's changes to that page.
         mapping = mmap.mmap(descriptor, plan.nbytes, mmap.MAP_SHARED, mmap.PROT_READ)
         return cls(mapping, plan, Directory(memoryview(mapping)[: plan.directory_bytes], plan), None)
 
     @classmethod
     def reclaim(cls, descriptor: int, manifest: Manifest) -> Arena:
-        """Take over the arena of a dead owner.
+        """Take over an arena whose owner is dead. ``intact_slots`` must check its records before they are used.
 
-        ``descriptor`` is any descriptor of the memory file; the caller still has to close it. The arena's records must
-        be checked with ``intact_slots`` before they are used.
+        Args:
+            descriptor: any descriptor of the memory file. The caller still has to close it.
+            manifest: the manifest of the store whose records the arena should hold.
 
         Raises:
-            ArenaError: the owner is alive, or the file is not a sealed arena of this store.
+            ArenaError: the owner is alive, or the file is not a sealed arena of this store, or it can't be opened.
         """
         try:
             own = os.open(f"/proc/self/fd/{descriptor}", os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:
-            raise ArenaError(f"The memory file can't be written to ({error.strerror}).", "Use a new arena.") from error
+            raise ArenaError(
+                f"The arena's memory file can't be opened for writing ({error.strerror}).", "Use a new arena."
+            ) from error
         try:
             try:
                 fcntl.flock(own, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise ArenaError("The arena's owner lives.", "Connect to it, or use a new arena.") from error
+                raise ArenaError(
+                    "The process that owns the arena is still running.", "Connect to its daemon, or use a new arena."
+                ) from error
             except OSError as error:
-                raise ArenaError(f"The arena can't be locked ({error.strerror}).", "Use a new arena.") from error
+                raise ArenaError(
+                    f"The arena's memory file can't be locked ({error.strerror}).", "Use a new arena."
+                ) from error
             plan = _check_sealed(own).plan(manifest)
             if os.fstat(own).st_blocks * 512 < plan.nbytes:
                 raise ArenaError(
-                    "The arena's file has holes: writing to them could fail if memory is full.", "Use a new arena."
+                    "Some pages of the arena's memory file are not allocated: to write to them could fail.",
+                    "Use a new arena.",
                 )
             mapping = mmap.mmap(own, plan.nbytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
         except BaseException:
@@ -117,33 +127,42 @@ class Arena:
         self._descriptor = descriptor  # the owner's descriptor; None in a process that only reads
 
     def slot(self, slot: int) -> memoryview:
-        """Return a view of a whole slot: the record and its checksum. In the owner's process it is writable."""
+        """Return a view of a whole slot: the record and its checksum. The owner's views are writable.
+
+        Raises:
+            ClosedError: the arena was closed.
+        """
         if self._mapping is None:
             raise ClosedError("The arena was closed.", "Open the tier again.")
         start = self.plan.offset(slot)
         return memoryview(self._mapping)[start : start + self.plan.slot_bytes(slot)]
 
     def whole(self, slot: int) -> memoryview:
-        """Return a read-only view of the record in a slot and its checksum."""
+        """Return a read-only view of a whole slot: the record and its checksum."""
         return self.slot(slot).toreadonly()
 
     def view(self, slot: int) -> memoryview:
-        """Return a read-only view of the record in a slot, for leases."""
+        """Return a read-only view of the record in a slot, without its checksum."""
         return self.whole(slot)[:-CHECKSUM_BYTES]
 
     def residents(self, block: int, array: str) -> Residents | None:
-        """Return where compiled code finds the records of a block. ``array`` names the zarr array that they belong to.
+        """Return the addresses with which compiled code finds the records of ``block``.
 
-        The memory stays mapped as long as the result is referenced. Returns None on processors on which a thread may
-        see the directory's words change in another order than they were written in (see ``arena/directory.py``).
+        The memory stays mapped as long as the result is referenced. Returns None unless the processor is an x86-64: on
+        others, a thread may see the directory's words change in another order than the owner wrote them.
 
-        Raises ClosedError.
+        Args:
+            block: number of the block.
+            array: name of the zarr array that has the block's records.
+
+        Raises:
+            ClosedError: the arena was closed.
         """
         if self._mapping is None:
             raise ClosedError("The arena was closed.", "Open the tier again.")
         if platform.machine() != "x86_64":
             return None
-        import numpy as np  # not at the top: most processes that open arenas do not compute
+        import numpy as np  # imported late: of the processes that open arenas, only those that compute need it
 
         memory = np.frombuffer(self._mapping, np.uint8)
         start, plan = int(memory.__array_interface__["data"][0]), self.plan
@@ -164,47 +183,57 @@ class Arena:
     def export(self) -> int:
         """Open a new read-only descriptor of the memory file, to pass to another process. The caller has to close it.
 
-        It has an open file description of its own, so the process that gets it does not share the owner's lock.
+        The descriptor has an open file description of its own. So a process that gets it does not share the owner's
+        lock.
         """
         assert self._descriptor is not None, "closed, or not the owner"
         return os.open(f"/proc/self/fd/{self._descriptor}", os.O_RDONLY | os.O_CLOEXEC)
 
     def close(self) -> None:
-        """Release the memory now, or when the last view of it is gone. Views stay valid. Idempotent."""
+        """Release the memory, and the owner's lock. While views of the memory exist, it stays mapped. Idempotent."""
         mapping, self._mapping = self._mapping, None
         descriptor, self._descriptor = self._descriptor, None
         self.directory.close()
         if descriptor is not None:
-            if self._fork_guard.is_owner:  # a forked child shares the lock and must not release it
-                fcntl.flock(descriptor, fcntl.LOCK_UN)  # the mapping has a duplicate, which views may keep open
+            if self._fork_guard.is_owner:  # not in a forked child, which shares the lock and must not release it
+                # Closing would not release the lock: the mapping has a duplicate of the descriptor, and views may keep
+                # it open.
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
             os.close(descriptor)
         if mapping is not None:
-            # BufferError means that there are still views. They keep the mapping, which is unmapped with the last of
-            # them.
+            # BufferError means that views still exist. The memory is unmapped when the last of them is gone.
             with contextlib.suppress(BufferError):
                 mapping.close()
 
 
 def _check_sealed(descriptor: int) -> Header:
-    """Read the header of an arena. Raises ArenaError if it is not an arena, or could shrink."""
+    """Return the header of an arena. Raises ArenaError if the file is not an arena, or not sealed against shrinking."""
     try:
         seals = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
     except OSError as error:
-        raise ArenaError("The descriptor is no memory file.", "Connect to a moetier daemon.") from error
+        raise ArenaError(
+            "The file descriptor of the arena does not refer to a memory file.", "Connect to a moetier daemon."
+        ) from error
     if seals & SEALS != SEALS:
-        raise ArenaError("The arena is not sealed: its owner could shrink it.", "Connect to a moetier daemon.")
+        raise ArenaError(
+            "The arena's memory file is not sealed: another process could shrink it.", "Connect to a moetier daemon."
+        )
     header = Header.read(descriptor)
     size = os.fstat(descriptor).st_size
     if size != header.nbytes:
-        raise ArenaError(f"The arena has {size:,} bytes, and says {header.nbytes:,}.", "Connect to it anew.")
+        raise ArenaError(
+            f"The arena's memory file has {size:,} bytes; its header says {header.nbytes:,} bytes.",
+            "Connect to the daemon again.",
+        )
     return header
 
 
 def intact_slots(arena: Arena, manifest: Manifest, threads: int) -> dict[int, ExpertKey]:
-    """Check all records of a reclaimed arena, whose owner may have died at any moment.
+    """Check all records of a reclaimed arena. Its previous owner may have died at any moment.
 
-    Returns the key of each slot whose record matches its checksum. Slots with a key that has another record layout are
-    left out, and no key is returned twice. ``threads`` is the number of threads that compute checksums.
+    Returns a dictionary from slot to key, with all slots whose record matches its checksum. If several slots have the
+    same key, the dictionary has one of them at most. A slot is left out if records of its key have another layout than
+    the slot's region. ``threads`` is the number of threads that compute checksums.
     """
     plan = arena.plan
     claimed: dict[ExpertKey, int] = {}
@@ -213,7 +242,7 @@ def intact_slots(arena: Arena, manifest: Manifest, threads: int) -> dict[int, Ex
             key = arena.directory.content(slot)
             if key is not None and manifest.blocks[key.block].array == region.array:
                 claimed.setdefault(key, slot)
-    pending = iter(list(claimed.items()))  # shared by all threads: each takes the next item when it is free
+    pending = iter(list(claimed.items()))  # shared by all threads; each takes the next item when it is free
 
     def check() -> list[int]:
         return [slot for key, slot in pending if _is_whole(arena.whole(slot), key, manifest)]
@@ -227,5 +256,5 @@ def intact_slots(arena: Arena, manifest: Manifest, threads: int) -> dict[int, Ex
 def _is_whole(data: memoryview, key: ExpertKey, manifest: Manifest) -> bool:
     stored = int.from_bytes(data[-CHECKSUM_BYTES:], "little")
     if (known := manifest.checksums(key.block)) and known[key.expert] != stored:
-        return False  # an older moetier may have read it from a shard of another conversion
+        return False  # an older version of moetier may have read the record from a shard of another conversion
     return crc32c(data[:-CHECKSUM_BYTES]) == stored

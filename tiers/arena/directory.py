@@ -1,19 +1,19 @@
-"""Directory of an arena: which record is in which slot. Only the owner writes it; any process may read it.
+"""Directory of an arena: which record is in which slot. Only the arena's owner writes it; any process may read it.
 
-All numbers are 64-bit words, little endian:
+The directory consists of 64-bit words, little endian:
 
-    header    magic, version, bytes of the arena, keys, slots, regions, identity (2), digest of the store (4), 4 unused,
-              and for each region its number of slots and their size in bytes
-    table     for each key the slot that holds it, or -1
-    slots     for each slot its generation, then for each slot the number of its key, or -1
+    header    magic, version, size of the arena in bytes, number of keys, number of slots, number of regions,
+              identity (2 words), digest of the store (4), unused (4); for each region: number of slots, size of a slot
+    table     for each key: the slot that holds the key's record, or -1
+    slots     for each slot: its generation; then for each slot: the number of its key, or -1
 
-The generation of a slot counts changes of its content. It is odd while the slot is being filled. A reader looks up the
-slot and generation of a key, computes with the record in the slot, and then compares the generation again. If it is
-unchanged, the slot held that record all the time and the result may be used. This is a seqlock: no process takes a
-lock or waits, and a dead reader blocks nothing.
+Each change of a slot's content increments the slot's generation, which is odd while the slot is being filled. A reader
+looks up the slot of a key and the slot's generation, computes with the record in the slot, and then reads the
+generation again. If the generation is unchanged, the slot held that record all the time, and the result may be used.
+This is a seqlock: no process takes a lock or waits, and a dead reader blocks no other process.
 
 A seqlock requires that each word is read and written in one piece, and that other processes see loads and stores in
-program order. That holds on x86-64. The owner's order of stores is in ``begin_fill`` and ``publish``, the reader's
+program order. x86-64 guarantees both. The owner's order of stores is in ``begin_fill`` and ``publish``, a reader's
 order of loads is in ``find``.
 """
 
@@ -33,55 +33,55 @@ from .plan import WORD, ArenaPlan
 
 MAGIC = int.from_bytes(b"moetier\0", "little")
 VERSION = 1
-NONE = -1  # stands for "no slot" and for "no key"
-_WORDS = 1 << 64  # number of different values of a word
+NONE = -1  # means "no slot" in the table, and "no key" in the slots
+_WORDS = 1 << 64  # number of values that a word can have
 _FIXED = struct.Struct("<6Q16s32s4Q")
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """Header of an arena. Any process that has a descriptor of the arena can read it."""
+    """Header of an arena. Any process that has a descriptor of the arena can read the header."""
 
-    nbytes: int  # size of the arena
-    keys: int  # number of keys, which are the experts of all blocks
+    nbytes: int  # size of the arena, in bytes
+    keys: int  # number of keys, which is the number of experts of all blocks together
     slots: int  # number of slots
-    identity: bytes  # 16 random bytes, chosen when the arena was made
-    digest: str  # digest of the store, 64 hexadecimal digits; all are 0 if it has none
-    regions: tuple[tuple[int, int], ...]  # by region: number of slots, bytes per slot
+    identity: bytes  # 16 random bytes, chosen when the arena was created
+    digest: str  # digest of the store, 64 hexadecimal digits; all digits are 0 if the store has none
+    regions: tuple[tuple[int, int], ...]  # for each region: the number of its slots, the size of a slot in bytes
 
     @classmethod
     def of(cls, plan: ArenaPlan, identity: bytes) -> Header:
-        """Make the header of a planned arena."""
+        """Make the header of the arena that ``plan`` describes."""
         regions = tuple((region.slots, region.slot_bytes) for region in plan.regions)
         return cls(plan.nbytes, plan.keys, plan.slots, identity, plan.digest.rjust(64, "0"), regions)
 
     @classmethod
     def read(cls, descriptor: int) -> Header:
-        """Read a header. Raises ArenaError if the file is not an arena of this version."""
+        """Read the header of an open arena. Raises ArenaError if the file is not an arena of this version."""
         data = os.pread(descriptor, PAGE, 0)
         if len(data) < PAGE:
             raise _no_arena("it is too short")
         magic, version, nbytes, keys, slots, regions, identity, digest, *_ = _FIXED.unpack_from(data)
         if magic != MAGIC:
-            raise _no_arena("it does not begin as one")
+            raise _no_arena("it does not begin with the magic number")
         if version != VERSION:
-            raise _no_arena(f"it is of version {version}, this moetier knows {VERSION}")
+            raise _no_arena(f"it has version {version}, and this version of moetier supports {VERSION}")
         if _FIXED.size + regions * 2 * WORD > PAGE:
             raise _no_arena(f"it has {regions:,} regions")
         pairs = struct.unpack_from(f"<{2 * regions}Q", data, _FIXED.size)
         return cls(nbytes, keys, slots, identity, digest.hex(), tuple(zip(pairs[::2], pairs[1::2], strict=True)))
 
     def plan(self, manifest: Manifest) -> ArenaPlan:
-        """Derive the plan of the arena. Raises ArenaError if it is not an arena for the store of ``manifest``."""
+        """Return the plan of the arena. Raises ArenaError if the arena is not one for the store of ``manifest``."""
         ranges = slot_ranges(manifest)
         if self.digest != manifest.digest.rjust(64, "0"):
-            raise ArenaError("The arena holds records of another store.", "Use a new one.")
+            raise ArenaError("The arena holds records of another store.", "Use a new arena.")
         slots = {array: count for array, (count, _) in zip(sorted(ranges), self.regions, strict=False)}
         if all(least <= slots.get(array, 0) <= most for array, (least, most) in ranges.items()):
             plan = ArenaPlan.of(manifest, slots)
             if self == Header.of(plan, self.identity):
                 return plan
-        raise ArenaError("The arena's slots are divided as moetier never divides them.", "Use a new one.")
+        raise ArenaError("The sizes of the arena's regions do not fit the store.", "Use a new arena.")
 
     def to_bytes(self) -> bytes:
         """Encode the header as bytes."""
@@ -93,11 +93,11 @@ class Header:
 
 
 class Directory:
-    """The directory in the first ``plan.directory_bytes`` of an arena. The owner makes one change at a time."""
+    """The directory in the first ``plan.directory_bytes`` of an arena. Only one thread may change it at a time."""
 
     @classmethod
     def create(cls, memory: memoryview, plan: ArenaPlan) -> Directory:
-        """Write an empty directory into the ``memory`` of a new arena, whose bytes are all 0."""
+        """Write a directory without records into ``memory``, the beginning of a new arena. All of its bytes are 0."""
         header = Header.of(plan, os.urandom(16)).to_bytes()
         assert len(header) == plan.header_words * WORD <= PAGE
         directory = cls(memory, plan)
@@ -106,11 +106,11 @@ class Directory:
         for slot in range(plan.slots):
             directory._contents[slot] = NONE
         memory[WORD : len(header)] = header[WORD:]
-        memory[:WORD] = header[:WORD]  # the magic comes last, so that an unfinished header is not taken for an arena
+        memory[:WORD] = header[:WORD]  # the magic is written last, so that no reader accepts an unfinished header
         return directory
 
     def __init__(self, memory: memoryview, plan: ArenaPlan) -> None:
-        """Use the directory that exists in ``memory``, which has ``plan.directory_bytes``."""
+        """Use the existing directory in ``memory``, which has ``plan.directory_bytes`` bytes."""
         assert len(memory) == plan.directory_bytes
         self._plan = plan
         self._closed = False
@@ -127,15 +127,15 @@ class Directory:
 
     @property
     def identity(self) -> bytes:
-        """16 bytes that no other arena has."""
+        """The arena's identity: 16 random bytes, which tell it from all other arenas."""
         return struct.pack("<2Q", self._words[6], self._words[7])
 
     # -- readers ------------------------------------------------------------------------------------------------------
 
     def find(self, key: ExpertKey) -> tuple[int, int] | None:
-        """Return the slot and generation of a key's record, or None if the record is not in the arena now.
+        """Return the slot of a key's record and the slot's generation, or None if no slot holds the record now.
 
-        The model must have the key.
+        The model must have the expert. Raises ClosedError after ``close``.
         """
         number = self._first_keys[key[0]] + key[1]  # like ``_number``, but without the call
         try:
@@ -143,8 +143,8 @@ class Directory:
             if slot < 0:
                 return None
             generation = self._generations[slot]
-            # Look up the slot again *after* reading its generation. If it differs, the slot was refilled in between and
-            # the generation is that of another record.
+            # Look the slot up again *after* reading its generation. If the table has another slot by now, the slot was
+            # refilled in between, and the generation belongs to another record.
             if generation & 1 or self._table[number] != slot:
                 return None
         except ValueError:
@@ -152,7 +152,7 @@ class Directory:
         return slot, generation
 
     def generation(self, slot: int) -> int:
-        """Return the generation of a slot."""
+        """Return the generation of a slot. Raises ClosedError after ``close``."""
         try:
             return self._generations[slot]
         except ValueError:
@@ -166,14 +166,17 @@ class Directory:
     # -- the owner ----------------------------------------------------------------------------------------------------
 
     def begin_fill(self, key: ExpertKey | None, slot: int) -> None:
-        """Announce that a slot is about to be filled. Until now it held the record of ``key``, or none (None)."""
+        """Make a slot's generation odd, because the slot is about to be filled.
+
+        ``key`` is the key of the record that the slot holds until now; None if it holds no record.
+        """
         if key is not None:
             self._table[self._number(key)] = NONE
         self._step(slot)
         assert self._generations[slot] & 1, f"slot {slot} was being filled"
 
     def publish(self, key: ExpertKey, slot: int) -> None:
-        """Announce that a slot has been filled and holds the record of ``key``."""
+        """Let readers find the record of ``key`` in a slot, which has been filled."""
         if self._retired:
             return
         number = self._number(key)
@@ -182,12 +185,12 @@ class Directory:
         self._table[number] = slot
 
     def invalidate(self, slot: int) -> None:
-        """Announce that the fill of a slot has failed, so that it holds no record."""
+        """Note that a slot holds no record, because filling it has failed."""
         self._contents[slot] = NONE
         self._step(slot)
 
     def retire(self) -> None:
-        """Invalidate all slots for good. Readers find no records any more, and none of their present leases holds."""
+        """Invalidate all slots for good. Readers find no records from now on, and none of their leases holds."""
         self._retired = True
         for number in range(self._plan.keys):
             self._table[number] = NONE
@@ -201,23 +204,26 @@ class Directory:
     def _step(self, slot: int) -> None:
         if self._retired:
             return
-        # a dead owner may have left any number, so this may overflow
+        # modulo, because a dead owner may have left any number, even the largest
         self._generations[slot] = (self._generations[slot] + 1) % _WORDS
 
-    # -- reclaiming ---------------------------------------------------------------------------------------------------
+    # -- reclaiming the arena -----------------------------------------------------------------------------------------
 
     def content(self, slot: int) -> ExpertKey | None:
-        """Return the key of the record in a slot. None if it is empty or being filled, perhaps by a dead owner."""
+        """Return the key of the record in a slot, or None if the slot holds no whole record.
+
+        If an owner has died while it filled a slot, the slot holds no whole record.
+        """
         number = self._contents[slot]
         if self._generations[slot] & 1 or not 0 <= number < self._plan.keys:
             return None
         return self._plan.key(number)
 
     def repair(self, states: Sequence[tuple[ExpertKey | None, bool]]) -> None:
-        """Make the directory agree with ``states`` after an exception has interrupted a change, or the owner died.
+        """Make the directory agree with ``states``, after an exception has interrupted a change or the owner has died.
 
-        ``states`` has for each slot the key that it holds or is being filled with, and whether it is being filled.
-        Entries that are right already are not changed, so readers can use them meanwhile.
+        ``states`` has for each slot the key that it holds or is being filled with (None if neither), and whether the
+        slot is being filled. Entries that are already right are not changed, so readers can use them during the repair.
         """
         if self._closed:
             return
@@ -237,15 +243,15 @@ class Directory:
             elif is_odd or self.content(slot) != key:
                 if not is_odd:
                     self._step(slot)
-                # This comes before the generation becomes even: if the owner dies in between, a new owner finds this
-                # key.
+                # This is done before the generation becomes even. So if the owner dies in between, the next owner never
+                # finds an even generation with the wrong key.
                 self._contents[slot] = NONE if key is None else self._number(key)
                 self._step(slot)
         for number, slot in held.items():
             self._table[number] = slot
 
     def check_integrity(self, states: list[tuple[ExpertKey | None, bool]]) -> None:
-        """Assert that the directory, unless closed, agrees with ``states`` (see ``repair``). Tests call it."""
+        """For tests: assert that the directory agrees with ``states`` (see ``repair``), unless it was closed."""
         if self._closed:
             return
         table = [NONE] * self._plan.keys
@@ -265,7 +271,7 @@ class Directory:
 
 
 def _no_arena(why: str) -> ArenaError:
-    return ArenaError(f"The memory file is no arena of moetier's: {why}.", "Connect to a moetier daemon.")
+    return ArenaError(f"The memory file is not a moetier arena: {why}.", "Connect to a moetier daemon.")
 
 
 def _closed() -> ClosedError:

@@ -1,9 +1,10 @@
-"""The layout of an arena: first the pages of the directory, then the slots, one region per record layout.
+"""The layout of an arena: first the directory, then the slots, in one region for each record layout.
 
     [directory][slots of layout 1][slots of layout 2]...
 
-Regions are in the order of their zarr arrays' names, blocks in the order of the model. So the owner and all readers
-derive the same offsets from the manifest and the number of slots of each array.
+In the store, each record layout has a zarr array. The regions are in the order of these arrays' names, and keys are in
+the order of the blocks. So the owner and all readers compute the same offsets from the manifest and the number of slots
+in each region.
 """
 
 from __future__ import annotations
@@ -17,17 +18,17 @@ from itertools import accumulate
 from moetier.tiers.layout import PAGE, ExpertKey
 from moetier.tiers.manifest import Manifest
 
-WORD = 8  # bytes of each number in the directory
-_HEADER_WORDS = 16  # of which the first twelve are in use; two more words per region follow
+WORD = 8  # size of each number in the directory, in bytes
+_HEADER_WORDS = 16  # fixed part of the header, of which four words are unused; two words for each region follow
 
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """The slots for records of one layout."""
+    """The slots of an arena for records of one layout."""
 
-    array: str  # name of the zarr array with these records
-    slots: int
-    slot_bytes: int  # a multiple of PAGE
+    array: str  # name of the zarr array that has these records in the store
+    slots: int  # number of slots
+    slot_bytes: int  # size of each slot in bytes, a multiple of PAGE
 
     @property
     def nbytes(self) -> int:
@@ -45,7 +46,10 @@ class ArenaPlan:
 
     @classmethod
     def of(cls, manifest: Manifest, slots: Mapping[str, int]) -> ArenaPlan:
-        """Plan an arena for a store. ``slots`` is the number of slots by zarr array, at least one for each."""
+        """Plan an arena for the store of ``manifest``.
+
+        ``slots`` is a dictionary from the name of each of the store's zarr arrays to a number of slots, at least 1.
+        """
         assert slots.keys() == manifest.layouts.keys(), f"{sorted(slots)} are not {sorted(manifest.layouts)}"
         assert all(count > 0 for count in slots.values()), f"{slots}"
         layouts = sorted(manifest.layouts.items())
@@ -59,7 +63,7 @@ class ArenaPlan:
 
     @property
     def slots_by_array(self) -> dict[str, int]:
-        """The number of slots, by zarr array."""
+        """A dictionary from the name of each zarr array to the number of slots in its region."""
         return {region.array: region.slots for region in self.regions}
 
     @cached_property
@@ -69,11 +73,11 @@ class ArenaPlan:
 
     @cached_property
     def first_slots(self) -> tuple[int, ...]:
-        """The number of each region's first slot."""
+        """For each region, the number of its first slot."""
         return tuple(accumulate((region.slots for region in self.regions), initial=0))[:-1]
 
     def offset(self, slot: int) -> int:
-        """Return the offset of a slot from the arena's start in bytes, a multiple of PAGE."""
+        """Return the offset of a slot from the start of the arena in bytes, a multiple of PAGE."""
         number = self._region_number(slot)
         return self._starts[number] + (slot - self.first_slots[number]) * self.regions[number].slot_bytes
 
@@ -98,16 +102,16 @@ class ArenaPlan:
 
     @cached_property
     def keys(self) -> int:
-        """The number of keys, which is the number of experts of all blocks."""
+        """The number of keys, which is the number of experts of all blocks together."""
         return sum(self.experts)
 
     @cached_property
     def first_keys(self) -> tuple[int, ...]:
-        """By block: the number of its expert 0 among all keys."""
+        """For each block, the number of the key of its expert 0. Keys are numbered block after block."""
         return tuple(accumulate(self.experts, initial=0))[:-1]
 
     def key(self, number: int) -> ExpertKey:
-        """Return the key with a number."""
+        """Return the key with the number ``number``."""
         assert 0 <= number < self.keys, f"key {number} of {self.keys}"
         block = bisect_right(self.first_keys, number) - 1
         return ExpertKey(block, number - self.first_keys[block])

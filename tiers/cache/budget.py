@@ -1,9 +1,10 @@
-"""Budgets: how many slots fit a number of bytes, and how many of them each block keeps. The functions have no state.
+"""Budgets: how many slots fit a number of bytes, and how the slots are divided among the blocks.
 
-With a global LRU and fewer slots than blocks x top-k there are no hits: when a block is computed again, the other
-blocks have just evicted all of its records. So blocks form *groups* that evict only their own records: one block to a
-group where there are enough slots. Otherwise some blocks keep top-k slots each, and all others share one group, whose
-slots hold the records of one block after the other.
+One LRU over all blocks would never hit if it had fewer slots than the number of blocks times top-k: before a block is
+computed again, the other blocks evict all of its records. So blocks form *groups*, and a group evicts only records of
+its own blocks. If there are enough slots, each block is a group of its own. Otherwise some blocks are groups of their
+own, with top-k slots each, and all other blocks share one group. Its slots hold the records of the block that is being
+computed, and then those of the next.
 """
 
 from __future__ import annotations
@@ -17,25 +18,30 @@ from moetier.tiers.manifest import Block, Manifest
 
 
 def smallest_budget(manifest: Manifest) -> int:
-    """Return the smallest budget that works, in bytes: for every record layout, one token's experts of one block."""
+    """Return the smallest budget that works, in bytes.
+
+    For each record layout, it holds the experts that one token uses in one block.
+    """
     return sum(manifest.layouts[name].slot_bytes * least for name, (least, _) in slot_ranges(manifest).items())
 
 
 def slots_for(manifest: Manifest, budget_bytes: int) -> Mapping[str, int]:
-    """Compute how many slots of each record layout fit the budget, by zarr array: at most one slot per record.
+    """Divide a budget into slots. Return a dictionary from the name of each zarr array to the number of its slots.
+
+    An array gets at most one slot for each of its records.
 
     Raises:
-        BudgetError: not even one block's top-k records fit.
+        BudgetError: the budget is smaller than ``smallest_budget``.
     """
     smallest, largest = smallest_budget(manifest), manifest.stored_bytes
     if budget_bytes < smallest:
         raise BudgetError(
-            f"{budget_bytes:,} bytes can't hold the experts that one token needs in one block.",
-            f"Give from {smallest:,} to {largest:,} bytes.",
+            f"A budget of {budget_bytes:,} bytes can't hold the experts that one token needs in one block.",
+            f"Give the tier from {smallest:,} to {largest:,} bytes.",
         )
     ranges = slot_ranges(manifest)
     slots = {name: least for name, (least, _) in ranges.items()}
-    if above := largest - smallest:  # divide the rest in proportion to what each layout can still use
+    if above := largest - smallest:  # divide the rest of the budget in proportion to what each array can still use
         extra = min(budget_bytes, largest) - smallest
         for name, (least, most) in ranges.items():
             slots[name] += (most - least) * extra // above
@@ -49,7 +55,10 @@ def slots_for(manifest: Manifest, budget_bytes: int) -> Mapping[str, int]:
 
 
 def slot_ranges(manifest: Manifest) -> dict[str, tuple[int, int]]:
-    """Return the smallest and the largest useful number of slots, by zarr array."""
+    """Return a dictionary from the name of each zarr array to the smallest and the largest useful number of slots.
+
+    The smallest number is the largest top-k of the array's blocks. The largest number is the number of its records.
+    """
     ranges = {}
     for name, members in manifest.members.items():
         blocks = members.values()
@@ -59,16 +68,21 @@ def slot_ranges(manifest: Manifest) -> dict[str, tuple[int, int]]:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Blocks that evict only one another's records, and the number of slots that they share."""
+    """A group of blocks, which evicts only records of its own blocks."""
 
-    blocks: tuple[int, ...]
-    quota: int
+    blocks: tuple[int, ...]  # numbers of the blocks
+    quota: int  # number of slots that the blocks share
 
 
 def plan_groups(slots: int, blocks: Mapping[int, Block]) -> tuple[Group, ...]:
-    """Divide ``slots`` among the ``blocks`` of one record layout. The quotas of the groups add up to ``slots``.
+    """Divide blocks whose records have one layout into groups, and ``slots`` into the quotas of the groups.
 
-    ``slots`` must be at least the largest top-k and at most the number of records. ``blocks`` is by block number.
+    Args:
+        slots: the number of slots: at least the largest top-k, and at most the number of records.
+        blocks: a dictionary from block number to block.
+
+    Returns:
+        The groups. Their quotas add up to ``slots``.
     """
     least = max(block.top_k for block in blocks.values())
     assert least <= slots <= sum(block.experts for block in blocks.values()), f"{slots} slots"
@@ -86,7 +100,10 @@ def plan_groups(slots: int, blocks: Mapping[int, Block]) -> tuple[Group, ...]:
 
 
 def _even_quotas(slots: int, blocks: Mapping[int, Block]) -> dict[int, int]:
-    """Give each block its top-k slots, and each further slot to the block with the fewest that can use one more."""
+    """Return a quota for each block, which is a group of its own.
+
+    Each block gets top-k slots. Each further slot goes to the block with the fewest slots that can still use one more.
+    """
     quotas = {index: block.top_k for index, block in blocks.items()}
     heap = [(quota, index) for index, quota in quotas.items() if quota < blocks[index].experts]
     heapq.heapify(heap)

@@ -1,7 +1,7 @@
-"""Policies: which record of a group is evicted next. They hold keys only, and have no locks.
+"""Policies: which record of a group of blocks is evicted next. A policy holds only keys, and has no lock.
 
-A demand for more records than its group has slots is a *scan*: the group can't keep all that the demand loads. A
-prefill is a scan if few experts of a block can be cached.
+A demand for more records than its group has slots is a *scan*: the group can't keep all the records that the demand
+loads. The prefill of a long prompt is often a scan.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import Protocol
 
 from moetier.tiers.layout import ExpertKey
 
-HALF_LIFE = 30  # number of uses of the group's records after which an earlier use counts half
+HALF_LIFE = 30  # a use counts half after this many further uses of records of the group
 
 
 class Policy(Protocol):
     """Interface of a policy for the keys of one group. A policy has a key from ``add`` to ``remove``.
 
-    The argument ``scan`` of the methods is true if the demand for the key is a scan.
+    The argument ``scan`` of the methods is true if the demand is a scan.
     """
 
     def __len__(self) -> int: ...
@@ -28,23 +28,23 @@ class Policy(Protocol):
     def __iter__(self) -> Iterator[ExpertKey]: ...
 
     def victims(self, *, scan: bool) -> Iterator[ExpertKey]:
-        """Iterate over keys that may be evicted, the first victim first. For a scan these may be only a part of all."""
+        """Yield the keys whose records may be evicted, the first to be evicted first. A scan may get only some keys."""
 
     def add(self, key: ExpertKey, *, scan: bool) -> None:
-        """Add a key whose record is being loaded. If the load is for a demand, ``touch`` follows."""
+        """Add a key whose record is being loaded. If the load is for a demand, a call of ``touch`` follows."""
 
     def touch(self, key: ExpertKey, *, scan: bool) -> None:
-        """Note that a demand uses the key now, or is about to."""
+        """Note that a demand uses the key's record now, or is about to use it."""
 
     def demote(self, key: ExpertKey) -> None:
-        """Make the key the first victim, as its record was prefetched and is not used yet."""
+        """Let the key's record be evicted first, because it is prefetched and no demand has used it yet."""
 
     def remove(self, key: ExpertKey) -> None:
         """Remove a key whose record has lost its slot."""
 
 
 class Recency:
-    """Evict the least recently used key first. Scans are treated like other demands."""
+    """The policy LRU: evict the least recently used record first. Scans are treated like other demands."""
 
     def __init__(self, quota: int) -> None:
         self._keys: OrderedDict[ExpertKey, None] = OrderedDict()
@@ -56,7 +56,7 @@ class Recency:
         return iter(self._keys)
 
     def victims(self, *, scan: bool) -> Iterator[ExpertKey]:
-        """Iterate over all keys, the least recently used first."""
+        """Yield all keys, the least recently used first."""
         return iter(self._keys)
 
     def add(self, key: ExpertKey, *, scan: bool) -> None:
@@ -77,17 +77,17 @@ class Recency:
 
 
 class ScanResistant:
-    """Evict the least recently used key first, but protect the keys from scans.
+    """The policy "scan": evict the least recently used record first, but keep most records when a scan comes.
 
-    Records that a scan has loaded are evicted before all others. Records that a scan finds in the cache keep their
-    place in the order. While there are ``room`` or more records that scans have loaded, a scan evicts only these. Such
-    a record becomes an ordinary one when a demand that is no scan uses it.
+    *Scanned* records, which a scan has loaded, are evicted before all others. A scan that finds a record in the cache
+    does not change the order. If there are ``room`` or more scanned records, a scan evicts only scanned records. A
+    scanned record becomes an ordinary record when a demand that is not a scan uses it.
     """
 
     def __init__(self, quota: int) -> None:
-        self.room = max(2, quota // 8)  # enough for several reads at a time, few enough to evict little
+        self.room = max(2, quota // 8)  # enough for several reads at the same time, and few enough to evict little
         self._scanned: OrderedDict[ExpertKey, None] = OrderedDict()
-        self._settled: OrderedDict[ExpertKey, float] = OrderedDict()
+        self._settled: OrderedDict[ExpertKey, float] = OrderedDict()  # ordinary records
 
     def __len__(self) -> int:
         return len(self._scanned) + len(self._settled)
@@ -96,32 +96,32 @@ class ScanResistant:
         return chain(self._scanned, self._settled)
 
     def victims(self, *, scan: bool) -> Iterator[ExpertKey]:
-        """Iterate over keys that scans have loaded, then the others.
+        """Yield the keys of scanned records, and then those of ordinary records.
 
-        For a scan, leave the others out while there are ``room`` or more keys that scans have loaded.
+        If ``scan`` is true and there are ``room`` or more scanned records, yield only the keys of scanned records.
         """
         return iter(self._scanned) if scan and len(self._scanned) >= self.room else iter(self)
 
     def add(self, key: ExpertKey, *, scan: bool) -> None:
-        """Add the key to those that scans have loaded, or as the most recently used of the others."""
+        """Add the key: of a scanned record if ``scan`` is true, else of the most recently used ordinary record."""
         if scan:
             self._scanned[key] = None
         else:
             self._settled[key] = 0.0
 
     def touch(self, key: ExpertKey, *, scan: bool) -> None:
-        """Make the key the most recently used ordinary one. A use by a scan changes nothing."""
+        """Make the record an ordinary record, the most recently used one. A use by a scan changes nothing."""
         if not scan:
             self._scanned.pop(key, None)
             self._settled[key] = 0.0
             self._settled.move_to_end(key)
 
     def demote(self, key: ExpertKey) -> None:
-        """Make the key the first victim among those that no scan has loaded."""
+        """Let the record be evicted first of all ordinary records."""
         self._settled.move_to_end(key, last=False)
 
     def remove(self, key: ExpertKey) -> None:
-        """Remove the key, whether or not a scan has loaded it."""
+        """Remove the key of a scanned or an ordinary record."""
         if key in self._scanned:
             del self._scanned[key]
         else:
@@ -129,32 +129,32 @@ class ScanResistant:
 
 
 class Frequency(ScanResistant):
-    """Evict the least frequently used key first, but protect the keys from scans as ``ScanResistant`` does.
+    """The policy LRFU: evict the least frequently used record first, but keep most records when a scan comes.
 
-    A use counts half after ``HALF_LIFE`` further uses of the group's records. The count of an evicted key is kept for
-    the next time that its record is loaded.
+    A use counts half after ``HALF_LIFE`` further uses of records of the group. If a record is evicted, the count of its
+    uses is kept for the next time that it is loaded. Scans are treated as ``ScanResistant`` treats them.
 
-    This is LRFU (Lee et al. 2001, "LRFU: a spectrum of policies that subsumes the least recently used and least
-    frequently used policies", IEEE Transactions on Computers 50(12)). All counts decay at the same rate, so their order
-    changes only by uses. Therefore each count is stored as a logarithm from which the decay is left out.
+    LRFU is from Lee et al. 2001, "LRFU: a spectrum of policies that subsumes the least recently used and least
+    frequently used policies", IEEE Transactions on Computers 50(12). All counts decay at the same rate, so only uses
+    change their order. Therefore each count is stored as a logarithm without the decay.
     """
 
     def __init__(self, quota: int) -> None:
         super().__init__(quota)
         self._uses = 0
-        self._counts: dict[ExpertKey, float] = {}  # log2 of the count of every key that was ever used
+        self._counts: dict[ExpertKey, float] = {}  # log2 of the count of each key that was ever used
 
-    def __iter__(self) -> Iterator[ExpertKey]:  # the order of ``victims``
+    def __iter__(self) -> Iterator[ExpertKey]:  # in the order of eviction
         return chain(self._scanned, sorted(self._settled, key=self._settled.__getitem__))
 
     def add(self, key: ExpertKey, *, scan: bool) -> None:
-        """Add the key, with the count of its earlier uses, or to those that scans have loaded."""
+        """Add the key: of a scanned record if ``scan`` is true, else of an ordinary record with its earlier count."""
         super().add(key, scan=scan)
         if not scan:
             self._settled[key] = self._counts.get(key, -inf)
 
     def touch(self, key: ExpertKey, *, scan: bool) -> None:
-        """Add a use to the key's decayed count. Uses by scans do not count."""
+        """Add a use to the key's count. A use by a scan changes nothing."""
         if not scan:
             self._scanned.pop(key, None)
             self._uses += 1
@@ -163,11 +163,11 @@ class Frequency(ScanResistant):
             self._settled.move_to_end(key)
 
     def demote(self, key: ExpertKey) -> None:
-        """Make the key the first victim among those that no scan has loaded, and keep its count for its next use."""
+        """Let the record be evicted first of all ordinary records. The count of its uses is kept for its next use."""
         super().demote(key)
         self._settled[key] = -inf
 
 
-# by name of the policy: the function that makes a policy from a group's quota
+# from the name of a policy to a function that makes the policy of a group with a given quota
 POLICIES: Mapping[str, Callable[[int], Policy]] = {"lru": Recency, "scan": ScanResistant, "lrfu": Frequency}
 DEFAULT_POLICY = "lrfu"

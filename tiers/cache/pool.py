@@ -1,17 +1,18 @@
 """A pool: the slots of a tier for records of one layout, what each slot holds, and which record is evicted next.
 
-The pool knows keys and slot numbers; it holds no records and has no lock.
+A pool has keys and numbers of slots. It holds no records and has no lock.
 
     EMPTY -- begin_fill --> LOADING -- fill --> READY -- begin_fill (another key) --> LOADING
                                `------ fail --> EMPTY
 
 A *pin* keeps the record of a READY slot from being evicted. A pin on a LOADING slot is a *claim*: a demand waits for
-its record.
+the record that is being loaded.
 
-Blocks form *groups* (``budget.plan_groups``). A group evicts only its own records, by a policy (``policies``). A
-prefetch takes the slot of an earlier prefetch of any block that turned out wrong, or else evicts the next victim of its
-own group. Until it is used, a prefetched record is itself the next victim. So a right prediction evicts what its demand
-would have evicted, and of several wrong predictions in a row only the first evicts a record that was in use.
+Blocks form *groups* (``budget.plan_groups``). A group evicts only records of its own blocks, in the order of a policy
+(``policies``). A prefetch takes the slot of an earlier prefetch of any block if that record was not used and is no
+longer requested. Otherwise it evicts the next record of its own group. Until it is used, a prefetched record is itself
+the next to be evicted. So a right prediction evicts the record that its demand would have evicted. Of several wrong
+predictions in a row, only the first evicts a record that was in use.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ from .policies import DEFAULT_POLICY, POLICIES, Policy
 
 
 class SlotPool:
-    """Slots of ``slot_bytes`` each. They are numbered from 0 here, and from ``first`` on in the tier.
+    """Slots for records of one layout, ``slot_bytes`` each. Slot 0 of the pool is slot ``first`` of the tier.
 
-    With the policy "lru", a group within its quota holds the same records as a least-recently-used cache of that size.
+    With the policy "lru", a group within its quota holds the same records as an LRU cache with that many slots.
     """
 
     def __init__(
@@ -41,18 +42,22 @@ class SlotPool:
     ) -> None:
         """Make as many slots as the quotas of ``groups`` add up to.
 
-        ``make_policy`` makes a policy from the quota of a group.
+        Args:
+            groups: the groups of blocks whose records the pool holds.
+            make_policy: returns a policy for a group with a given quota.
+            first: number of the pool's first slot in the tier.
+            slot_bytes: size of a slot in bytes.
         """
         self.count = sum(group.quota for group in groups)
         self.first = first
         self.slot_bytes = slot_bytes
-        # A slot is READY if it has a key and is not LOADING. Methods change the state in such an order that, wherever
-        # an exception interrupts them, only slots with whole records are READY.
+        # A slot is READY if it has a key and is not LOADING. The methods change the state in such an order that only
+        # slots with whole records are READY, wherever an exception interrupts a method.
         self._keys: list[ExpertKey | None] = [None] * self.count
         self._loading: set[int] = set()
         self._pins = [0] * self.count
         self._slot_of: dict[ExpertKey, int] = {}
-        self._free = dict.fromkeys(reversed(range(self.count)))  # an ordered set; the end is taken first
+        self._free = dict.fromkeys(reversed(range(self.count)))  # an ordered set, of which the last slot is taken first
         self._quotas = [group.quota for group in groups]
         self._group_of = {block: number for number, group in enumerate(groups) for block in group.blocks}
         self._policies = [make_policy(quota) for quota in self._quotas]
@@ -60,11 +65,11 @@ class SlotPool:
     # -- slots --------------------------------------------------------------------------------------------------------
 
     def find(self, key: ExpertKey) -> int | None:
-        """Return the slot that holds the record of ``key`` or is being filled with it; None if there is none."""
+        """Return the slot that holds the record of ``key`` or is being filled with it, or None."""
         return self._slot_of.get(key)
 
     def holds(self, key: ExpertKey) -> bool:
-        """Return whether the record of ``key`` is READY."""
+        """Return whether a READY slot holds the record of ``key``."""
         slot = self._slot_of.get(key)
         return slot is not None and slot not in self._loading
 
@@ -73,13 +78,13 @@ class SlotPool:
         return list(self._slot_of)
 
     def key(self, slot: int) -> ExpertKey:
-        """Return the key whose record a slot holds or is being filled with. The slot must not be EMPTY."""
+        """Return the key of the record that a slot holds or is being filled with. The slot must not be EMPTY."""
         key = self._keys[slot]
         assert key is not None, f"slot {slot} is empty"
         return key
 
     def is_ready(self, slot: int) -> bool:
-        """Return whether the slot holds a whole record."""
+        """Return whether the slot is READY, which means that it holds a whole record."""
         return self._keys[slot] is not None and slot not in self._loading
 
     def is_evictable(self, slot: int) -> bool:
@@ -111,10 +116,10 @@ class SlotPool:
         """Begin to fill a slot that is EMPTY or evictable, which makes it LOADING.
 
         Args:
-            slot: the slot.
-            key: the key of the record that it will hold, which has no slot yet.
+            slot: number of the slot in the pool.
+            key: key of the record that the slot will hold. No other slot may have this key.
             scan: whether the demand for the record is a scan.
-            prefetched: whether this is a prefetch. Then the record is evicted before those that were used.
+            prefetched: whether this is a prefetch. If so, the record is evicted before records that were used.
 
         Returns:
             The key of the record that was evicted, or None.
@@ -137,11 +142,11 @@ class SlotPool:
         return evicted
 
     def fill(self, slot: int) -> None:
-        """Make a LOADING slot READY: its record has arrived. Claims become pins."""
+        """Make a LOADING slot READY, because its record has arrived. Claims on the slot become pins."""
         self._loading.remove(slot)
 
     def fail(self, slot: int) -> None:
-        """Make a LOADING slot EMPTY: its record will not arrive. Claims on it end."""
+        """Make a LOADING slot EMPTY, because its record will not arrive. Claims on the slot end."""
         assert slot in self._loading, f"slot {slot} is not loading"
         key = self.key(slot)
         self._pins[slot] = 0
@@ -152,12 +157,12 @@ class SlotPool:
         self._free[slot] = None
 
     def pin(self, slot: int) -> None:
-        """Add a pin to a READY slot, or a claim to a LOADING one."""
+        """Add a pin to a READY slot, or a claim to a LOADING slot."""
         assert self._keys[slot] is not None, f"slot {slot} is empty"
         self._pins[slot] += 1
 
     def pin_ready(self, key: ExpertKey) -> int | None:
-        """Pin the slot that holds the record of ``key`` and return its number. Return None if there is no READY one."""
+        """Pin the READY slot that holds the record of ``key``, and return the slot; None if there is no such slot."""
         slot = self._slot_of.get(key)
         if slot is None or slot in self._loading:
             return None
@@ -165,7 +170,7 @@ class SlotPool:
         return slot
 
     def unpin(self, slot: int) -> int:
-        """Remove one pin. Return how many are left."""
+        """Remove one pin or claim from a slot. Return how many are left on it."""
         assert self._pins[slot] > 0, f"slot {slot} is not pinned"
         self._pins[slot] -= 1
         return self._pins[slot]
@@ -173,11 +178,11 @@ class SlotPool:
     # -- evictions ----------------------------------------------------------------------------------------------------
 
     def quota(self, block: int) -> int:
-        """Return the quota of the block's group, in slots. A demand for more records than that is a scan."""
+        """Return the quota of the block's group, in slots. A demand for more records than the quota is a scan."""
         return self._quotas[self._group_of[block]]
 
     def vacancy(self, block: int) -> int | None:
-        """Return an EMPTY slot if the block's group is below its quota and there is one, else None."""
+        """Return an EMPTY slot, or None if there is no such slot or the block's group has no room in its quota."""
         return self._empty() if self._surplus(self._group_of[block]) < 0 else None
 
     def choose(
@@ -188,22 +193,22 @@ class SlotPool:
         scan: bool = False,
         keep: Callable[[ExpertKey], bool] = lambda key: False,
     ) -> int | None:
-        """Choose a slot for a record of ``block``: an EMPTY one, or one to evict. Return None if there is none.
+        """Return a slot for a record of ``block``: an EMPTY slot, or a slot whose record is to be evicted.
 
-        A group below its quota takes an EMPTY slot, or takes back a slot that another group has borrowed. A group at
-        its quota evicts one of its own records.
+        If the block's group has fewer slots than its quota, it gets an EMPTY slot, or a slot from a group that has more
+        than its own quota. Otherwise the group evicts one of its own records. Returns None if there is no such slot.
 
         Args:
             block: the block of the record.
-            may_borrow: if the group itself has no slot to offer, take any slot, also of another group, or one that a
-                scan would otherwise not evict. The other group takes a slot back when it needs one.
+            may_borrow: if there is no such slot, take an EMPTY slot or any evictable slot, also from another group or
+                one that a scan would not evict. The other group gets a slot back when it needs one.
             scan: whether the demand for the record is a scan.
-            keep: returns True for keys that must not be evicted.
+            keep: returns True for keys whose records must not be evicted.
         """
         number = self._group_of[block]
         slot: int | None = None
         if self._surplus(number) < 0:
-            # If the group is below its quota and no slot is EMPTY, another group has borrowed one.
+            # If the group is below its quota and no slot is EMPTY, another group is above its quota.
             slot = self._empty()
             if slot is None:
                 borrowers = (number for number in self._by_surplus() if self._surplus(number) > 0)
@@ -217,7 +222,7 @@ class SlotPool:
         return slot
 
     def touch(self, keys: Iterable[ExpertKey], *, scan: bool = False) -> None:
-        """Note that the records of ``keys``, which have slots, are used in this order."""
+        """Note that demands use the records of ``keys``, in this order. All of them must have slots."""
         for key in keys:
             self._policies[self._group_of[key[0]]].touch(key, scan=scan)
 
@@ -230,7 +235,10 @@ class SlotPool:
     def _first_victim(
         self, numbers: Iterable[int], keep: Callable[[ExpertKey], bool], *, scan: bool = False
     ) -> int | None:
-        """Return the first victim of the first group in ``numbers`` that has an evictable one; None if none has."""
+        """Return the slot of the record to evict, from the first of the groups ``numbers`` that has such a record.
+
+        The slot must be evictable, and ``keep`` false for the key. Returns None if no group has such a record.
+        """
         for number in numbers:
             for key in self._policies[number].victims(scan=scan):
                 slot = self._slot_of[key]
@@ -242,22 +250,22 @@ class SlotPool:
         return len(self._policies[number]) - self._quotas[number]
 
     def _by_surplus(self) -> list[int]:
-        """Return all group numbers, beginning with the group that is furthest above its quota."""
+        """Return the numbers of all groups, beginning with the group that is furthest above its quota."""
         return sorted(range(len(self._policies)), key=lambda number: -self._surplus(number))
 
     # -- repair and checks --------------------------------------------------------------------------------------------
 
     def contents(self) -> list[tuple[ExpertKey | None, bool]]:
-        """Return for each slot its key (None if the slot is EMPTY), and whether the slot is LOADING."""
+        """Return for each slot its key (None if the slot is EMPTY) and whether it is LOADING."""
         return [(key, slot in self._loading) for slot, key in enumerate(self._keys)]
 
     def repair(self, pins: Sequence[int], loading: Mapping[int, ExpertKey]) -> None:
-        """Make slots and groups consistent after an exception has interrupted a change.
+        """Make slots and groups consistent again after an exception has interrupted a change.
 
         Args:
-            pins: the true number of pins of each slot.
-            loading: the slots that are being filled, and with which keys. These become LOADING. Other slots stay READY
-                if they are, and else become EMPTY.
+            pins: the right number of pins and claims of each slot.
+            loading: a dictionary from each slot that is being filled to the key of its record. These slots become
+                LOADING. Of the other slots, those that are READY stay so, and the rest become EMPTY.
         """
         self._slot_of.clear()
         self._free.clear()
@@ -283,7 +291,7 @@ class SlotPool:
                 self._policy(key).add(key, scan=False)
 
     def check_integrity(self) -> None:
-        """Assert that each slot has one state, and each key one slot at most and its group. Tests call it."""
+        """For tests: assert that each slot is in one state, and that each key is in one slot and in the right group."""
         held = {key: slot for slot, key in enumerate(self._keys) if key is not None}
         assert held == self._slot_of
         assert sorted([*held.values(), *self._free]) == list(range(self.count))
@@ -296,7 +304,7 @@ class SlotPool:
 
 
 def snapshot(counters: TierCounters, pools: Iterable[SlotPool]) -> TierStats:
-    """Return the statistics of the tier that consists of ``pools``."""
+    """Return the statistics of a tier: its counters, and the state of the slots in its ``pools``."""
     pools = list(pools)
     return counters.snapshot(
         slots=sum(pool.count for pool in pools),

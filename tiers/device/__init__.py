@@ -1,7 +1,7 @@
-"""The device tier: a cache of experts in GPU memory, or on a CPU views of the host tier.
+"""The device tier: on a GPU, a cache of experts in its memory; on a CPU, views of the host tier's memory.
 
 Other packages use ``tier.DeviceTier`` and ``views.HostViews``. The package imports torch, ``cache`` and the top-level
-modules of ``tiers``. It uses the host tier only through the interface in ``tiers.source``.
+modules of ``tiers``. It uses the host tier only through the interfaces in ``tiers.source``.
 """
 
 from typing import TYPE_CHECKING

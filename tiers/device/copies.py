@@ -20,28 +20,29 @@ Arrange = Callable[[torch.Tensor, RecordLayout], None]
 
 
 class PageLocks:
-    """Page locks of host memory, so that copies from it are fast and asynchronous.
+    """Page-locks host memory, so that copies from it are fast and asynchronous.
 
-    The host tier's whole memory is locked when a record is first copied from it. The caller must not unlock memory
-    while a copy from it is in progress.
+    The whole memory of the host tier is locked when a record is first copied from it. The caller must not unlock memory
+    while a copy from this memory is in progress.
     """
 
     def __init__(self, device: Device) -> None:
         self._device = device
-        self._locked: dict[int, torch.Tensor] = {}  # by id of the memory: a tensor over all of it, which keeps it alive
-        self._retired: dict[int, torch.Tensor] = {}  # locked memory that the host has replaced; to be unlocked
-        self._pageable = False  # True once locking has failed
+        # from the id of a memory object to a tensor over all of that memory, which keeps the memory alive
+        self._locked: dict[int, torch.Tensor] = {}
+        self._retired: dict[int, torch.Tensor] = {}  # the same for memory that is still locked, but is to be unlocked
+        self._pageable = False  # true once locking has failed
 
     @property
     def has_retired(self) -> bool:
-        """True if memory that the host has replaced is still locked."""
+        """True if memory that ``retire`` has marked is still locked."""
         return bool(self._retired)
 
     def lock(self, memory: Any) -> None:
-        """Lock the pages of ``memory``. Warn, once, if the system refuses."""
+        """Lock the pages of ``memory``. If the system refuses, warn, and lock nothing from then on."""
         if self._pageable or id(memory) in self._locked:
             return
-        if id(memory) in self._retired:  # a record is copied from the replaced memory once more
+        if id(memory) in self._retired:  # another record is copied from memory that the host tier has replaced
             self._locked[id(memory)] = self._retired.pop(id(memory))
             return
         with warnings.catch_warnings():
@@ -52,22 +53,22 @@ class PageLocks:
             return
         self._pageable = True
         warnings.warn(
-            "The system does not page-lock the host tier: copies to the device will be slower.",
+            "The memory of the host tier can't be page-locked, so copies to the device will be slower.",
             RuntimeWarning,
             stacklevel=2,
         )
 
     def retire(self, memory: Any) -> None:
-        """Mark memory that the host has replaced. ``unlock_retired`` unlocks it once copies from it have ended."""
+        """Mark memory that the host tier has replaced by other memory, so that ``unlock_retired`` unlocks it."""
         if (whole := self._locked.pop(id(memory), None)) is not None:
             self._retired[id(memory)] = whole
 
     def unlock_retired(self) -> None:
-        """Unlock the memory that ``retire`` has marked."""
+        """Unlock the memory that ``retire`` has marked. Copies from this memory must have ended."""
         self._unlock(self._retired)
 
     def unlock(self) -> None:
-        """Unlock all memory that ``retire`` has not marked. Idempotent."""
+        """Unlock all memory that ``retire`` has not marked. Copies from this memory must have ended. Idempotent."""
         self._unlock(self._locked)
 
     def _unlock(self, locked: dict[int, torch.Tensor]) -> None:
@@ -76,21 +77,21 @@ class PageLocks:
 
 
 class Copy(NamedTuple):
-    """A copy that has been queued."""
+    """A queued copy of a record into a slot."""
 
-    ended: Event  # the copy has ended, so the host's record may be released
-    ready: Event  # the record in the slot may be computed on
-    uses: Mapping[Stream, Event]  # end of later work on the slot, by stream; a refill of the slot waits for it
+    ended: Event  # the end of the copy; from then on the host tier's record may be released
+    ready: Event  # the end of all work that prepares the record; from then on it can be computed with
+    uses: Mapping[Stream, Event]  # from each stream that works on the slot after the copy to the end of that work
 
 
 class Copies:
-    """Queues copies of records to one device. Thread-safe, except for ``locks`` (see ``PageLocks``)."""
+    """Queues copies of records to one device. Thread-safe, except for the attribute ``locks`` (see ``PageLocks``)."""
 
     def __init__(self, device: Device, arrange: Arrange | None = None) -> None:
         """Prepare copies to ``device``.
 
-        ``arrange`` queues work on the current stream that brings a copied record into the byte order of the kernels, in
-        place. None: records are computed on as they are.
+        ``arrange``, if given, is called with each copied record and its layout. It queues work on the current stream
+        that brings the record into the byte order of the kernels, in place.
         """
         self._device = device
         self._arrange = arrange
@@ -98,11 +99,11 @@ class Copies:
         self._views = SlotViews(self.locks.lock, self.locks.retire)
 
     def queue(self, lease: Lease[memoryview], pool: DevicePool, slot: int) -> Copy | None:
-        """Queue a copy of the leased record into a slot, to run after all earlier uses of the slot.
+        """Queue a copy of a leased record into a slot. The copy begins after all earlier uses of the slot.
 
-        The slot is LOADING, so no other thread touches it. If the lease has a proof, this method waits for the copy to
-        end and then checks that the lease holds, as another process may replace the record while it is copied. Returns
-        None if the lease does not hold.
+        The slot must be LOADING, so that no other thread uses it. If the lease has a proof, this method waits for the
+        end of the copy and then checks whether the lease still holds, because another process may replace the record
+        during the copy. Returns None if the lease does not hold.
         """
         copies, record = self._device.copy_stream(), pool.records[slot]
         for use in pool.used[slot].values():
@@ -120,15 +121,15 @@ class Copies:
         try:
             self._device.run(arranging, partial(self._arrange, record, pool.layout))
         except BaseException:
-            arranging.record_event().synchronize()  # wait here, as no later event covers what was queued
+            arranging.record_event().synchronize()  # wait for what was queued, since no event of the slot covers it
             raise
         ready = arranging.record_event()
         return Copy(ended, ready, {arranging: ready})
 
     def abandon(self, pool: DevicePool, slot: int) -> Event:
-        """Give up a copy that may or may not have been queued: make refills of the slot wait for it.
+        """Give up a copy into a slot, whether or not the copy was queued. Return an event after its end.
 
-        Returns the end of the copy.
+        Later copies into the slot will wait for this event.
         """
         for stream in (self._device.copy_stream(), *([self._device.arranging_stream()] if self._arrange else ())):
             pool.used[slot][stream] = stream.record_event()
@@ -136,5 +137,5 @@ class Copies:
         return ended
 
     def clear(self) -> None:
-        """Drop the views of the host's memory, which keep it alive."""
+        """Drop the views of the host tier's memory. They would keep that memory alive."""
         self._views.clear()

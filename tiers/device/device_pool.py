@@ -1,4 +1,4 @@
-"""Slots of the device: one pool per record layout, and the memory of the slots."""
+"""The slots of a device tier: a pool of slots for each record layout, and the device memory of the slots."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from .stream import Device, Event, Stream
 
 
 class DevicePool(SlotPool):
-    """The device's slots for records of one layout."""
+    """The slots of a device tier for records of one layout."""
 
     def __init__(self, manifest: Manifest, array: str, first: int, memory: torch.Tensor, policy: str) -> None:
-        """Make the slots of a zarr array's records.
+        """Divide memory into slots for records of one layout.
 
         Args:
             manifest: the store's manifest.
-            array: name of the zarr array.
-            first: number of the first slot in the tier.
-            memory: uint8 [slots * slot_bytes], on the device.
-            policy: a key of ``POLICIES``.
+            array: name of the zarr array that has these records in the store.
+            first: number of the pool's first slot in the tier.
+            memory: the memory, uint8 [slots * slot_bytes] on the device.
+            policy: the policy of eviction, a key of ``POLICIES``.
         """
         layout = manifest.layouts[array]
         slots = memory.view(-1, layout.slot_bytes)
@@ -37,12 +37,13 @@ class DevicePool(SlotPool):
         super().__init__(groups, POLICIES[policy], first=first, slot_bytes=layout.slot_bytes)
         self.layout = layout
         self.records = [slot[: layout.record_bytes] for slot in slots]
-        self.copied: list[Event | None] = [None] * len(slots)  # by slot: the end of the copy into it
-        self.used: list[dict[Stream, Event]] = [{} for _ in slots]  # by slot: the end of its last use, by stream
+        self.copied: list[Event | None] = [None] * len(slots)  # for each slot, when its record can be computed with
+        # for each slot, a dictionary from each stream that has used the slot to the end of the latest use
+        self.used: list[dict[Stream, Event]] = [{} for _ in slots]
 
 
 class DeviceSlots:
-    """The pools of one device tier. Callers of all methods hold the tier's lock."""
+    """The pools of one device tier. Callers of its methods hold the tier's lock."""
 
     def __init__(
         self, manifest: Manifest, memory: Mapping[str, torch.Tensor], policy: str, counters: TierCounters
@@ -50,22 +51,29 @@ class DeviceSlots:
         self._manifest = manifest
         self._policy = policy
         self._counters = counters
-        self.pools: dict[str, DevicePool] = {}  # by zarr array
+        self.pools: dict[str, DevicePool] = {}  # from the name of a zarr array to the pool for its records
         self.use(memory)
 
     def use(self, memory: Mapping[str, torch.Tensor]) -> None:
-        """Divide ``memory`` from ``allocate``, uint8 [slots * slot_bytes] by array, into slots, which are EMPTY."""
+        """Replace the pools by new pools, whose slots are EMPTY.
+
+        ``memory``, which ``allocate`` has returned, is a dictionary from the name of each zarr array to the memory for
+        its slots, uint8 [slots * slot_bytes].
+        """
         first = 0
         for array, slots in memory.items():
             self.pools[array] = DevicePool(self._manifest, array, first, slots, self._policy)
             first += self.pools[array].count
 
     def pool(self, block: int) -> DevicePool:
-        """Return the pool with a block's records."""
+        """Return the pool for the records of a block."""
         return self.pools[self._manifest.blocks[block].array]
 
     def find(self, key: ExpertKey) -> int | None:
-        """Return the slot, in its pool, that holds a record or is being filled with it; None if there is none."""
+        """Return the slot that holds the record of ``key`` or is being filled with it, or None.
+
+        The number is that of the slot in its pool.
+        """
         return self.pool(key.block).find(key)
 
     @property
@@ -75,12 +83,12 @@ class DeviceSlots:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Number of slots, by array."""
+        """A dictionary from the name of each zarr array to the number of slots for its records."""
         return {array: pool.count for array, pool in self.pools.items()}
 
     @property
     def is_dropped(self) -> bool:
-        """True if slots of a pool have no memory, after ``drop`` or ``clear``."""
+        """True after ``drop`` or ``clear``, until ``use``: the slots have no memory."""
         return not all(pool.records for pool in self.pools.values())
 
     def wait_for_copies(self) -> None:
@@ -91,9 +99,9 @@ class DeviceSlots:
                     event.synchronize()
 
     def drop(self) -> list[ExpertKey]:
-        """Evict all records and free the memory, once the device no longer uses it. Return the keys of the records.
+        """Evict all records, and free the memory once the device no longer uses it. Return the keys of the records.
 
-        No slot may be leased or being filled.
+        No slot may be leased or LOADING.
         """
         self.wait_for_copies()
         for pool in self.pools.values():
@@ -105,19 +113,28 @@ class DeviceSlots:
         return held
 
     def clear(self) -> None:
-        """Release the slots' memory. The memory of a leased record is freed only once nothing refers to it."""
+        """Release the memory of the slots. The memory of a leased record is freed only when the lease is gone."""
         for pool in self.pools.values():
             pool.records.clear()
 
     def stats(self) -> TierStats:
-        """Return the tier's counters and the present state of its slots."""
+        """Return the tier's counters, and the present state of its slots."""
         return snapshot(self._counters, self.pools.values())
 
 
 def allocate(device: Device, manifest: Manifest, slots: Mapping[str, int]) -> dict[str, torch.Tensor]:
-    """Allocate memory for ``slots``, by zarr array. If the device has no room for them, warn and allocate fewer.
+    """Allocate device memory for slots. If the device has too little free memory, warn, and allocate fewer slots.
 
-    Returns uint8 [slots * slot_bytes] by array. Raises BudgetError if there is no room for one token's experts.
+    Args:
+        device: the device.
+        manifest: the store's manifest.
+        slots: a dictionary from the name of each of the store's zarr arrays to the number of slots for its records.
+
+    Returns:
+        A dictionary from the name of each zarr array to the memory for its slots, uint8 [slots * slot_bytes].
+
+    Raises:
+        BudgetError: there is not enough memory for the experts that one token uses in one block.
     """
     sizes = {array: layout.slot_bytes for array, layout in manifest.layouts.items()}
     counts = dict(slots)
@@ -130,14 +147,14 @@ def allocate(device: Device, manifest: Manifest, slots: Mapping[str, int]) -> di
                 least = sum(count * sizes[array] for array, count in counts.items())
                 raise BudgetError(
                     f"The device has no room for the {least:,} bytes of the experts that one token needs in one block.",
-                    "Free some of its memory, or run on the CPU.",
+                    "Free some memory of the device, or run on the CPU (--device cpu).",
                 ) from None
             counts = less
         else:
             break
     if counts != slots:
         warnings.warn(
-            f"The device has room for {sum(counts.values())} experts, not for {sum(slots.values())}; it caches fewer.",
+            f"The device has room for {sum(counts.values())} experts, not for {sum(slots.values())}: it caches fewer.",
             RuntimeWarning,
             stacklevel=3,
         )
@@ -145,6 +162,9 @@ def allocate(device: Device, manifest: Manifest, slots: Mapping[str, int]) -> di
 
 
 def fewer(manifest: Manifest, slots: Mapping[str, int]) -> dict[str, int]:
-    """Return three quarters of ``slots``, by zarr array, but at least enough for one token's experts of one block."""
+    """Return three quarters of each number of slots, but at least enough for one token's experts in one block.
+
+    ``slots`` and the result are dictionaries from the name of each zarr array to a number of slots.
+    """
     fewest = {array: least for array, (least, _) in slot_ranges(manifest).items()}
     return {array: max(fewest[array], count * 3 // 4) for array, count in slots.items()}

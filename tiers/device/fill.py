@@ -1,4 +1,7 @@
-"""Fill the device's slots with records that the host has leased, for demands and for promotions."""
+"""Fill the slots of a device tier with records that the host tier has leased, for demands and for promotions.
+
+A *promotion* is a copy of a record to the device that a prefetch request asks for (see ``promoter``).
+"""
 
 from __future__ import annotations
 
@@ -22,32 +25,35 @@ from .stream import Event, Stream
 
 @dataclass(eq=False, slots=True)
 class DeviceDemand:
-    """One call of acquire, or a promotion: the slots that it holds, and the copies that it waits for.
+    """One call of ``acquire``, or a promotion: the slots that it holds, and the copies that it waits for.
 
-    It has no base class in common with the host tier's ``Demand``, as the two have little in common: this one copies
-    one record at a time in the caller's own thread, never waits for a read, and ends its leases by events of the
-    device.
+    This class has no base class in common with ``Demand`` of the host tier, because the two differ too much: a
+    DeviceDemand copies one record at a time, in the caller's own thread, never waits for a read, and ends its leases
+    with events of the device.
     """
 
     pool: DevicePool
     caller: int  # id of the caller's thread
     is_scan: bool = False  # the demand is for more records than its block can keep
-    latest: ExpertKey | None = None  # key of the latest lease
-    misses: bool = False  # it lacks records; promotions wait until it ends
-    ready: deque[int] = field(default_factory=deque)  # slots that are pinned for it, but not leased yet
-    leased: tuple[int, Stream] | None = None  # the slot that is leased, and the stream that computes on it
-    filling: tuple[int, ExpertKey] | None = None  # the slot that is LOADING, and its key, until the copy is queued
-    copied: Event | None = None  # the end of the latest copy, and so of all copies before
+    latest: ExpertKey | None = None  # key of the record that was leased last
+    misses: bool = False  # records of the demand are not on the device; no promotion begins until the demand ends
+    ready: deque[int] = field(default_factory=deque)  # slots that are pinned for the demand, but not leased yet
+    leased: tuple[int, Stream] | None = None  # the slot that is leased, and the stream that computes with its record
+    filling: tuple[int, ExpertKey] | None = None  # the slot that is LOADING and its key, until the copy is queued
+    copied: Event | None = None  # the end of the latest copy, by which all earlier copies have ended too
 
     def end_copies(self) -> None:
-        """Wait until all copies of the demand have ended, so that the host's records may be released."""
+        """Wait until all copies of the demand have ended, so that the host tier's records may be released."""
         if self.copied is not None:
             self.copied.synchronize()
             self.copied = None
 
 
 class DeviceFill:
-    """Fills the slots of one tier. Methods take the tier's lock, except those that are documented as part of a step."""
+    """Fills the slots of one device tier.
+
+    Methods take the tier's lock. But if a docstring ends with "Part of a step", the caller already holds the lock.
+    """
 
     promotion: DeviceDemand | None = None  # the latest promotion
 
@@ -68,25 +74,25 @@ class DeviceFill:
         self._check_open = check_open
 
     def demand(self, demand: DeviceDemand, lease: Lease[memoryview], began: float, *, wait: bool) -> bool:
-        """Copy a record that the host has leased into a slot, for a demand.
+        """Copy a record that the host tier has leased into a slot, for a demand.
 
-        If the lease does not hold, nothing is copied, and the host will lease the record again.
+        If the lease does not hold, the copy is discarded, and the host tier will lease the record again.
 
         Args:
             demand: the demand.
-            lease: the host's lease.
+            lease: the host tier's lease.
             began: time by ``time.perf_counter`` since when the demand has waited for the record.
-            wait: whether to wait for a slot.
+            wait: whether to wait for a slot if no slot is available.
 
         Returns:
-            False if there is no slot now and ``wait`` is false, else True.
+            False if ``wait`` is false and no slot is available, else True.
 
         Raises:
             ClosedError: the tier was closed.
         """
         if not self._monitor.wait_for(self._place, demand, lease.key, began, wait):
             return False
-        if demand.filling is not None:  # otherwise the record was already on the device
+        if demand.filling is not None:  # otherwise the record is already on the device
             copy = self._transfer(demand, lease)
             if copy is not None:
                 demand.copied = copy.ended
@@ -94,14 +100,14 @@ class DeviceFill:
         return True
 
     def _place(self, demand: DeviceDemand, key: ExpertKey, began: float, wait: bool) -> bool | None:
-        """Begin to fill a slot for a demand, or pin the slot that has the record already. Part of a step.
+        """Begin to fill a slot for a demand, or pin the slot that already has the record, and return True.
 
-        Returns True if that succeeded. If there is no slot, returns None to wait for one, or False if not ``wait``.
+        If no slot is available, return None if ``wait`` is true, so that the caller waits, or False. Part of a step.
         """
         self._check_open()
         pool = demand.pool
         slot = pool.find(key)
-        if slot is not None and pool.is_ready(slot):  # another caller has copied it meanwhile
+        if slot is not None and pool.is_ready(slot):  # another caller has copied the record since the demand began
             self._counters.joined += 1
             pool.touch((key,), scan=demand.is_scan)
             self._admit(demand, slot, began)
@@ -113,9 +119,9 @@ class DeviceFill:
         return True
 
     def promote(self, lease: Lease[memoryview]) -> None:
-        """Copy a record leased from the host into a slot, if it is still requested and a slot is available.
+        """Copy a record that the host tier has leased into a slot, if it is still requested and a slot is available.
 
-        Returns when the copy has ended, so that the caller may release the lease.
+        Returns after the end of the copy, so that the caller may release the lease.
         """
         began = time.perf_counter()
         promotion = self._monitor.run(self._place_promotion, lease.key, began)
@@ -146,11 +152,11 @@ class DeviceFill:
         self._counters.loaded(time.perf_counter() - began)
 
     def _choose(self, demand: DeviceDemand, block: int) -> int | None:
-        """Choose a slot for a demand.
+        """Return a slot for a demand; None if no slot is available.
 
-        Two kinds of records are evicted only if there is no other: records that are requested for promotion and, in a
-        scan, the record that the caller leased last. A copy into that record's slot would have to wait until the
-        computation with it ends.
+        Some records are evicted only if no other record can be: records that are requested for a promotion and, in a
+        scan, the record that the caller has leased last. A copy into the slot of that record would have to wait until
+        the computation with it ends.
         """
 
         def keep(key: ExpertKey) -> bool:
@@ -168,7 +174,7 @@ class DeviceFill:
             self._promoter.outcomes.evict(evicted)
 
     def _transfer(self, demand: DeviceDemand, lease: Lease[memoryview]) -> Copy | None:
-        """Queue the copy into the slot that is being filled. Return None if the lease did not hold."""
+        """Queue the copy of a record into the slot that ``demand`` is filling; None if the lease does not hold."""
         assert demand.filling is not None
         try:
             copy = self._copies.queue(lease, demand.pool, demand.filling[0])
@@ -180,9 +186,9 @@ class DeviceFill:
         return copy
 
     def _arrive(self, demand: DeviceDemand, copy: Copy, began: float | None = None) -> None:
-        """Make the slot READY. Computations on it from now on wait for the copy. Part of a step.
+        """Make the slot that ``demand`` is filling READY. Later computations on the slot wait for the end of ``copy``.
 
-        ``began`` is the time since when the demand has waited for the record; None for a promotion.
+        ``began`` is the time since when the demand has waited for the record; None for a promotion. Part of a step.
         """
         assert demand.filling is not None
         pool, (slot, _) = demand.pool, demand.filling
@@ -195,7 +201,7 @@ class DeviceFill:
             self._admit(demand, slot, began)
 
     def leave(self, demand: DeviceDemand) -> None:
-        """Cancel the copy that a demand was about to queue, because the demand ends. Part of a step."""
+        """Stop filling a slot for a demand that ends, if the demand is filling one. Part of a step."""
         if demand.filling is not None:
             demand.copied = self._copies.abandon(demand.pool, demand.filling[0])
             self._cancel(demand)
@@ -212,7 +218,7 @@ class DeviceFill:
     def _end_filling(self, demand: DeviceDemand) -> None:
         demand.filling = None
         locks = self._copies.locks
-        if locks.has_retired and not self._slots.copying:  # no copy begins while the lock is held
+        if locks.has_retired and not self._slots.copying:  # no copy can begin, as this thread holds the tier's lock
             self._slots.wait_for_copies()
             locks.unlock_retired()
         self._monitor.wake()
@@ -223,9 +229,9 @@ class DeviceFill:
         self._counters.waited(time.perf_counter() - began)
 
     def repair(self, demands: Collection[DeviceDemand]) -> None:
-        """Make the slots agree with the demands, after an exception has interrupted a step. Part of a step.
+        """Make the slots agree with ``demands`` after an exception has interrupted a step.
 
-        Leases stay, and so do records that are being copied for demands or for a promotion.
+        Leases stay, and so do slots that are being filled for a demand or a promotion. Part of a step.
         """
         for pool in self._slots.pools.values():
             pins = [0] * pool.count

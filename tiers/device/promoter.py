@@ -1,11 +1,11 @@
-"""Promoter: a background thread that copies requested records from the host to the device, one at a time.
+"""Promoter: a background thread that copies requested records from the host tier to the device, one at a time.
 
-The host tier prefetches a requested record from the disk. Once the record is READY there, the promoter borrows it,
-which the host tier does not count as a demand. If the record is not READY yet, the promoter looks again after a pause,
-which grows each time, until the request is replaced. Demands go first: while a demand lacks records, no promotion
-begins. A promotion that has begun copies one record only.
+Such a copy is a *promotion*. The host tier prefetches a requested record from the disk. Once the record is READY in the
+host tier, the promoter borrows it, which does not count as a demand, and copies it. If the record is not READY yet, the
+promoter looks again after a pause, until the request is replaced. The pause grows each time. Demands go first: while a
+demand lacks records, no promotion begins. A promotion that has begun ends after one record.
 
-The thread can't be in a deadlock, as it waits only for its own copy.
+The thread can't be in a deadlock, because it waits only for its own copy.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from moetier.tiers.locks import Monitor
 from moetier.tiers.source import Lease, Lender
 from moetier.tiers.stats import PrefetchOutcomes, TierCounters
 
-PAUSE = 0.002  # seconds until the promoter looks again for records that are not READY yet; doubled each time
-LONGEST_PAUSE = 0.1  # seconds
+PAUSE = 0.002  # first pause until the promoter looks again for records that are not READY, in seconds; it then doubles
+LONGEST_PAUSE = 0.1  # longest pause, in seconds
 
 _log = logging.getLogger(__name__)
 
 
 class Promoter:
-    """Promotions of one tier. Every method but ``join`` is part of a step: callers hold the tier's lock."""
+    """The promotions of one device tier. Callers of all methods except ``join`` hold the tier's lock."""
 
     def __init__(
         self,
@@ -42,21 +42,22 @@ class Promoter:
         promote: Callable[[Lease[memoryview]], None],
         make_room: Callable[[], object],
     ) -> None:
-        """
+        """Prepare the promoter. Its thread starts with the first request.
+
         Args:
             source: the tier from which records are copied.
             monitor: the device tier's monitor.
             counters: the device tier's counters.
-            promote: called without the lock with a borrowed record. It copies the record if ``may_begin`` allows it,
-                and returns when the lease may end.
-            make_room: called without the lock if the device had no memory left for a promotion.
+            promote: called, without the lock, with a lease of a borrowed record. It copies the record if ``may_begin``
+                allows this, and returns when the lease may end.
+            make_room: called, without the lock, if the device has no memory left for a promotion.
         """
         self._source = source
         self._monitor = monitor
         self._counters = counters
         self._promote = promote
         self._make_room = make_room
-        # the latest requests of each block, in the order of arrival; True: its promotion has yet to begin
+        # from block to its latest requests, in the order of arrival: from key to true if the promotion is yet to begin
         self._requests: dict[int, dict[ExpertKey, bool]] = {}
         self.outcomes = PrefetchOutcomes(counters, time.perf_counter)
         self._missing = 0  # number of demands that lack records
@@ -66,35 +67,38 @@ class Promoter:
         self._has_failed = False  # only the first failure is logged
 
     def __contains__(self, key: ExpertKey) -> bool:
-        """Return whether a record is in the latest requests of its block."""
+        """Return whether a record is among the latest requests of its block."""
         return key in self._requests.get(key.block, ())
 
     @property
     def waiting(self) -> list[ExpertKey]:
-        """Records whose promotion has yet to begin."""
+        """The keys of all requested records whose promotion is yet to begin."""
         return [key for requests in self._requests.values() for key, waits in requests.items() if waits]
 
     # -- requests and demands -----------------------------------------------------------------------------------------
 
     def request(self, block: int, keys: Sequence[ExpertKey], lacking: Sequence[ExpertKey]) -> None:
-        """Replace a block's requests by ``keys``, and promote those in ``lacking``, which are not on the device."""
+        """Replace a block's requests by ``keys``. The thread will promote those of them that are in ``lacking``.
+
+        ``lacking`` are the keys whose records are not on the device.
+        """
         before = self._requests.pop(block, {})
         self._counters.cancelled += sum([waits and key not in keys for key, waits in before.items()])
         if keys:
             self._requests[block] = {key: key in lacking for key in keys}
         if lacking:
-            if self._thread is None or self._thread.ident is None:  # ident is None if its start was interrupted
+            if self._thread is None or self._thread.ident is None:  # ident is None if the start was interrupted
                 self._thread = threading.Thread(target=self._run, name="moetier-promoter", daemon=True)
                 self._thread.start()
             if not self._missing:
                 self._bell.put(None)
 
     def pause(self) -> None:
-        """Begin no promotion until ``resume`` has been called as often as ``pause``, because a demand lacks records."""
+        """Let no promotion begin until ``resume`` is called, because a demand lacks records. Calls can be nested."""
         self._missing += 1
 
     def resume(self) -> None:
-        """End one ``pause``."""
+        """End the effect of one call of ``pause``."""
         self._missing -= 1
         if not self._missing and self.waiting:
             self._bell.put(None)
@@ -102,21 +106,21 @@ class Promoter:
     # -- promotions ---------------------------------------------------------------------------------------------------
 
     def may_begin(self, key: ExpertKey) -> bool:
-        """Return whether a record still waits for its promotion and no demand goes first."""
+        """Return whether the promotion of a record is yet to begin and may begin now, as no demand lacks records."""
         return not self._missing and self._requests.get(key.block, {}).get(key, False)
 
     def note_begun(self, key: ExpertKey, began: float) -> None:
-        """Note that a promotion has begun, at the time ``began`` by ``time.perf_counter``."""
+        """Note that the promotion of a record has begun, at the time ``began`` by ``time.perf_counter``."""
         self.remove(key)
         self._counters.prefetched += 1
         self.outcomes.began[key] = began
 
     def cancel(self, key: ExpertKey) -> None:
-        """Cancel a request, because there is no slot for the record or it can't be copied."""
+        """Cancel the request for a record, because no slot is available or the record can't be copied."""
         self._counters.cancelled += self.remove(key)
 
     def remove(self, key: ExpertKey) -> bool:
-        """Remove a record from those whose promotion has yet to begin. Return whether it was one of them."""
+        """Remove a record from those whose promotion is yet to begin. Return whether it was one of these."""
         requests = self._requests.get(key.block, {})
         waits = requests.get(key, False)
         if waits:
@@ -124,9 +128,9 @@ class Promoter:
         return waits
 
     def repair(self, missing: int, find: Callable[[ExpertKey], int | None]) -> None:
-        """Make the state consistent after an interrupted step: drop all requests.
+        """Make the state consistent again after an interrupted step. All requests are dropped.
 
-        ``missing`` is the number of demands that lack records. ``find`` returns the slot of a key.
+        ``missing`` is the number of demands that lack records. ``find`` returns the slot of a key, or None.
         """
         self._missing = missing
         self._requests.clear()
@@ -135,18 +139,18 @@ class Promoter:
     # -- the end ------------------------------------------------------------------------------------------------------
 
     def stop(self) -> None:
-        """Begin no more promotions, and end the thread."""
+        """Let no promotion begin any more, and let the thread end."""
         self._is_over = True
         self._requests.clear()
         self._bell.put(None)
 
     def join(self) -> None:
-        """Wait until the thread has ended. Called without the lock."""
+        """Wait until the thread has ended. The caller must not hold the tier's lock."""
         if self._thread is not None and self._thread.ident is not None:
             self._thread.join()
 
     def check_integrity(self, find: Callable[[ExpertKey], int | None]) -> None:
-        """Assert that unused promoted records have slots. ``find`` returns the slot of a key. Tests call it."""
+        """For tests: assert that promoted records that are not used yet have slots. ``find`` returns a key's slot."""
         assert self._missing >= 0
         assert all(find(key) is not None for key in self.outcomes.unused)
 
@@ -156,7 +160,7 @@ class Promoter:
         pause = PAUSE
         while (waiting := self._monitor.run(self._due)) is not None:
             try:
-                if any(self._bring(key) for key in waiting):  # then the list of waiting records has changed
+                if any(self._bring(key) for key in waiting):  # ``any`` ends at the first promotion, to get a new list
                     pause = PAUSE
                     continue
             except ClosedError:  # the source or this tier was closed
@@ -168,13 +172,13 @@ class Promoter:
                 pause = min(2 * pause, LONGEST_PAUSE)
 
     def _due(self) -> list[ExpertKey] | None:
-        """Return the records that may be promoted now; None if the thread is to end."""
+        """Return the keys of the records that may be promoted now; None if the thread has to end."""
         if self._is_over:
             return None
         return self.waiting if not self._missing else []
 
     def _bring(self, key: ExpertKey) -> bool:
-        """Promote a record if it is READY in the source. Return False if it is not and should be looked for again."""
+        """Promote a record if it is READY in the source. Return False if it is not READY, so that it is tried again."""
         try:
             with self._source.borrow(key) as lease:
                 if lease is not None:
@@ -183,12 +187,12 @@ class Promoter:
         except ClosedError:
             raise
         except Exception as error:  # go on with other requests: a demand for this record will raise the error again
-            if not self._has_failed:  # logged as text, because the error's frames keep the lease
+            if not self._has_failed:  # log the error as text, because its frames would keep the lease
                 self._has_failed = True
-                _log.warning("not promoted to the device: %s: %s: %s", key, type(error).__name__, str(error))
+                _log.warning("%s was not copied to the device: %s: %s", key, type(error).__name__, str(error))
             self._monitor.run(self.cancel, key)
             is_full = isinstance(error, torch.OutOfMemoryError)
-        if is_full:  # outside the handler, because the error's frames keep slots
-            with contextlib.suppress(BudgetError):  # then the tier is closed, and the next demand raises ClosedError
+        if is_full:  # outside the handler, because the error's frames would keep slots
+            with contextlib.suppress(BudgetError):  # after BudgetError the tier is closed; demands raise ClosedError
                 self._make_room()
         return True

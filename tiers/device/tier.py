@@ -1,20 +1,21 @@
-"""DeviceTier: a cache of records in the memory of the device that computes, copied from the tier below.
+"""DeviceTier: a cache of records in the memory of a device, which are copied from the tier below, the host tier.
 
-A device does queued work later, and its streams run independently. The tier keeps three orders:
+A device does queued work later, and its streams run independently. The tier ensures three orders:
 
-    A computation on a slot starts after the copy into the slot: the stream of the lease waits for the copy's event.
-    The copy that refills a slot starts after every use of the slot: at the end of each lease an event is recorded on
-    the stream that used the slot, and the copy stream waits for it.
-    A lease of the host ends after the copy from its record: the caller waits for the copy's event before it takes a
-    lease that ends this one.
+    A computation on a slot begins after the copy into the slot: the stream that computes waits for the copy's event.
+    A copy into a slot begins after every use of the slot: at the end of each lease, an event is recorded on the stream
+    that has used the slot, and the copy stream waits for this event.
+    A lease of the host tier ends after the copy from its record: the caller waits for the copy's event before it takes
+    the next lease from the host tier.
 
-If records are arranged on the device (see ``Copies``), that is done after the copy, in a stream of its own. It counts
-as a use of the slot, and leases of the slot wait for it.
+If records are arranged on the device (see ``Copies``), this is done after the copy, in a stream of its own. Arranging
+counts as a use of the slot, and computations on the slot wait for its end.
 
-There is no deadlock. A caller that waits for the host holds no slot of this tier, so all leased slots belong to callers
-that are computing. A caller that holds a lease of the host and waits for a slot waits for one of those.
+There is no deadlock. A caller that waits for the host tier holds no slot of this tier, so all leased slots belong to
+callers that are computing. A caller that holds a lease of the host tier and waits for a slot waits for one of these
+callers, which need nothing from it.
 
-If ``promotes`` is true, requested records are copied to the device in the background (``promoter``).
+If ``promotes`` is true, requested records are copied to the device in the background (see ``promoter``).
 """
 
 from __future__ import annotations
@@ -46,9 +47,10 @@ _log = logging.getLogger(__name__)
 
 
 class DeviceTier:
-    """A cache of records on a device, which are copied from leases of the host tier. It has one allocation per layout.
+    """A cache of records in device memory. Records are copied from leases of the host tier.
 
-    A thread that iterates over ``acquire`` must not call it again inside the loop.
+    The tier has one allocation of memory for each record layout. A thread that iterates over ``acquire`` must not call
+    ``acquire`` again inside the loop.
     """
 
     def __init__(
@@ -62,19 +64,19 @@ class DeviceTier:
         policy: str = DEFAULT_POLICY,
         arrange: Arrange | None = None,
     ) -> None:
-        """Allocate the slots. If the device has no room for them, warn and allocate fewer.
+        """Allocate the slots. If the device has too little free memory, warn, and allocate fewer slots.
 
         Args:
-            source: the tier below. It is not closed by this tier.
+            source: the tier below. ``close`` does not close it.
             manifest: the store's manifest.
-            slots: number of slots by zarr array, as ``slots_for`` computes them.
+            slots: a dictionary from the name of each zarr array to a number of slots, as ``slots_for`` returns it.
             device: the device.
-            promotes: whether requested records are copied to the device; otherwise only the source prefetches them.
-            policy: a key of ``POLICIES``.
-            arrange: brings a copied record into the kernels' byte order, see ``Copies``.
+            promotes: whether requested records are copied to the device. If not, only the source prefetches them.
+            policy: the policy of eviction, a key of ``POLICIES``.
+            arrange: brings a copied record into the byte order of the kernels (see ``Copies``).
 
         Raises:
-            BudgetError: the device has no room for one token's experts of one block.
+            BudgetError: the device has not enough memory for the experts that one token uses in one block.
         """
         assert slots.keys() == manifest.layouts.keys()
         self._source = source
@@ -91,17 +93,16 @@ class DeviceTier:
         self._fill = DeviceFill(
             self._monitor, self._slots, self._copies, self._counters, self._promoter, self._check_open
         )
-        self._demands: dict[DeviceDemand, None] = {}  # calls of acquire that have not ended
-        self._shrinking: int | None = None  # id of the thread that shrinks the tier; calls of acquire wait for it
-        self._requested: set[int] = set()  # blocks with requests that were passed on to the source
+        self._demands: dict[DeviceDemand, None] = {}  # calls of ``acquire`` that have not ended
+        self._shrinking: int | None = None  # id of the thread that shrinks the tier, during which ``acquire`` waits
+        self._requested: set[int] = set()  # blocks with prefetch requests that were passed on to the source
         self._closed = False
 
     def acquire(self, keys: Sequence[ExpertKey]) -> Generator[Lease[torch.Tensor], None, None]:
-        """Lease records as ``ExpertSource`` specifies. They are uint8 [record bytes] on the device.
+        """Yield leases as ``ExpertSource`` specifies. Their records are uint8 [record bytes] on the device.
 
-        The caller must compute on a record in the stream that is current when it takes the lease.
-
-        Raises MissingExpertError for a key that the model does not have.
+        The caller must compute with a record in the stream that is current when it takes the lease. Raises
+        MissingExpertError if the model lacks one of the experts.
         """
         if not keys:
             return
@@ -112,7 +113,7 @@ class DeviceTier:
             hits, missing, was_requested = self._monitor.wait_for(self._look, demand, distinct)
             if hits:
                 self._source.used(hits)
-            if was_requested and not missing:  # cancel them; otherwise the demand reaches the host and does that
+            if was_requested and not missing:  # cancel the requests; if records are missing, the source's demand does
                 self._source.prefetch(block, ())
             yield from self._leases(demand)
             if missing:
@@ -121,11 +122,11 @@ class DeviceTier:
             self._monitor.post(partial(self._leave, demand))
 
     def residents(self, block: int) -> Residents | None:
-        """Return None: a device can't look records up by itself."""
+        """Return None, because compiled code can't look records up in a device tier."""
         return None
 
     def note_uses(self, block: int, experts: Sequence[int]) -> None:
-        """Do nothing: nobody has used records through ``residents``, as there are none."""
+        """Do nothing, because ``residents`` returns None, so no caller uses records without leases."""
 
     take_back_uses = note_uses
 
@@ -142,9 +143,10 @@ class DeviceTier:
             demand.end_copies()
 
     def prefetch(self, block: int, keys: Sequence[ExpertKey]) -> None:
-        """Prefetch as ``ExpertSource`` specifies. Records that the device lacks are requested from the host.
+        """Request prefetches as ``ExpertSource`` specifies.
 
-        If the tier promotes, they are copied from there to the device.
+        Records that the device lacks are requested from the source. If the tier promotes, they are then copied from the
+        source to the device.
         """
         self._manifest.check_keys(block, keys)
         self._source.prefetch(block, self._request(block, keys))
@@ -159,9 +161,10 @@ class DeviceTier:
         return lacking
 
     def absent(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
-        """Return absent keys, as ``ExpertSource`` specifies.
+        """Return the absent keys, as ``ExpertSource`` specifies.
 
-        If nothing is promoted these are the keys absent from the host, as prefetches bring records only there.
+        If the tier does not promote, return the keys that are absent from the source, because a prefetch then brings
+        records only to the source.
         """
         if not self._promotes:
             return self._source.absent(keys)
@@ -169,20 +172,21 @@ class DeviceTier:
 
     @step
     def stats(self) -> TierStats:
-        """Return the counters and the state of the slots."""
+        """Return the tier's counters, and the state of its slots."""
         return self._slots.stats()
 
     def shrink(self) -> int:
-        """Evict all records and go on with three quarters of the slots, because the device has no memory left.
+        """Evict all records, and go on with three quarters of the slots, because the device has no memory left.
 
-        The calling thread must hold no lease. The method waits until no other thread holds one.
+        The calling thread must hold no lease. This method waits until no other thread holds a lease.
 
         Returns:
             The number of bytes that were freed; 0 if the tier can't be smaller.
 
         Raises:
             ClosedError: the tier was closed.
-            BudgetError: the device no longer has room for one token's experts. The tier is closed.
+            BudgetError: the device no longer has enough memory for one token's experts in one block. The tier is then
+                closed.
         """
         caller = threading.get_ident()
         try:
@@ -194,14 +198,16 @@ class DeviceTier:
         finally:
             self._monitor.run(self._end_shrinking, caller)
         _log.warning(
-            "the device has no memory left: its tier has %d slots now, no longer %d", stats.slots, sum(before.values())
+            "The device has no memory left, so its tier now has %d slots instead of %d.",
+            stats.slots,
+            sum(before.values()),
         )
         return nbytes - stats.slot_bytes
 
     def close(self) -> None:
         """Close the tier, as ``ExpertSource`` specifies. The source stays open, and leased records stay usable.
 
-        Does nothing in a forked child, as the device can't be used there.
+        Does nothing in a forked child, which can't use the device.
         """
         if not self._monitor.fork_guard.is_owner:
             return
@@ -214,7 +220,7 @@ class DeviceTier:
 
     @step
     def check_integrity(self) -> None:
-        """Assert that slots, groups and promotions agree. Tests call it."""
+        """For tests: assert that slots, groups and promotions agree."""
         for pool in self._slots.pools.values():
             pool.check_integrity()
         self._promoter.check_integrity(self._slots.find)
@@ -225,12 +231,15 @@ class DeviceTier:
         self._closed = True
         self._promoter.stop()
         for demand in self._demands:
-            if demand.caller == caller:  # this thread copies nothing now, so an exception has interrupted it
+            if demand.caller == caller:  # an exception has interrupted this demand, as its thread is in ``close`` now
                 self._fill.leave(demand)
         self._monitor.wake()
 
     def _begin_shrinking(self, caller: int) -> tuple[dict[str, int], dict[str, int]] | None:
-        """Return the present and the new numbers of slots by array; None while another thread shrinks the tier."""
+        """Return the present and the new numbers of slots; None while another thread shrinks the tier.
+
+        Both are dictionaries from the name of each zarr array.
+        """
         self._check_open()
         if self._shrinking is not None:
             return None
@@ -246,13 +255,16 @@ class DeviceTier:
         return None if self._demands or self._slots.copying else True
 
     def _use_fewer(self, less: dict[str, int]) -> tuple[int, TierStats]:
-        """Replace the slots by ``less``. Return the bytes of the old slots, and the statistics of the new ones."""
+        """Replace the slots by as many as ``less`` says, a dictionary from the name of each zarr array.
+
+        Returns the size of the old slots in bytes, and the statistics of the tier with the new slots.
+        """
         nbytes = self._slots.stats().slot_bytes
         for key in self._slots.drop():
             self._promoter.outcomes.evict(key)
         try:
             self._slots.use(allocate(self._device, self._manifest, less))
-        except Exception:  # after a KeyboardInterrupt the next step repairs the state
+        except Exception:  # not KeyboardInterrupt, after which the next step repairs the state
             self._closed = True
             self._promoter.stop()
             raise
@@ -269,10 +281,10 @@ class DeviceTier:
         self._copies.locks.unlock()
 
     def _repair(self) -> None:
-        if self._slots.is_dropped and not self._closed:  # shrinking was interrupted
+        if self._slots.is_dropped and not self._closed:  # an exception has interrupted ``shrink``
             try:
                 self._slots.use(allocate(self._device, self._manifest, self._slots.counts))
-            except MoetierError:  # no memory is left; every caller gets ClosedError
+            except MoetierError:  # no memory is left; all callers get ClosedError
                 self._closed = True
         self._fill.repair(self._demands)
         missing = sum(demand.misses for demand in self._demands) + (self._shrinking is not None)
@@ -284,10 +296,10 @@ class DeviceTier:
     def _look(
         self, demand: DeviceDemand, keys: Sequence[ExpertKey]
     ) -> tuple[list[ExpertKey], list[ExpertKey], bool] | None:
-        """Begin a demand for distinct keys: pin the records that are READY.
+        """Begin a demand for distinct keys: pin the slots of those whose records are READY.
 
-        Returns the keys that are READY, the other keys, and whether prefetches of the block had been requested. Returns
-        None while another thread shrinks the tier.
+        Returns the keys whose records are READY, the other keys, and whether the block had prefetch requests. Returns
+        None while a thread shrinks the tier.
         """
         self._check_open()
         if self._shrinking is not None:
@@ -307,7 +319,7 @@ class DeviceTier:
             else:
                 demand.ready.append(slot)
                 hits.append(key)
-        demand.pool.touch(reversed(hits), scan=demand.is_scan)  # the first of the keys is evicted last
+        demand.pool.touch(reversed(hits), scan=demand.is_scan)  # in reverse, so that the first key is evicted last
         if missing:
             self._promoter.pause()
             demand.misses = True
@@ -318,7 +330,7 @@ class DeviceTier:
         return hits, missing, was_requested
 
     def _bring(self, demand: DeviceDemand, missing: Sequence[ExpertKey]) -> Generator[Lease[torch.Tensor], None, None]:
-        """Copy the records that the device lacks, in the order in which the host leases them, and lease them."""
+        """Copy the records that the device lacks, as the source leases them, and yield leases of the copies."""
         with closing(self._source.acquire(missing)) as leases:
             began = time.perf_counter()
             try:
@@ -326,9 +338,9 @@ class DeviceTier:
                     if not self._fill.demand(demand, lease, began, wait=not demand.ready):
                         yield from self._leases(demand)
                         self._fill.demand(demand, lease, time.perf_counter(), wait=True)
-                    # If the host has the next record too, keep this one back, so that it is computed on while the next
-                    # is copied. A lease with a proof (its record may be replaced meanwhile) is not kept back: the copy
-                    # of its record is waited for in any case.
+                    # If the source already has the next record, lease this record only after the copy of the next is
+                    # queued, so that the copy runs during the computation. This is of no use if the source's leases
+                    # have proofs, because then each copy has ended before its record is leased.
                     yield from self._leases(demand, behind=int(lease.more and lease.proof is None))
                     if not lease.more:
                         demand.end_copies()
@@ -337,7 +349,7 @@ class DeviceTier:
                 demand.end_copies()
 
     def _leases(self, demand: DeviceDemand, behind: int = 0) -> Generator[Lease[torch.Tensor], None, None]:
-        """Lease the records that are ready, except the last ``behind``."""
+        """Yield a lease for each slot that is ready, except the last ``behind`` slots."""
         while len(demand.ready) > behind:
             stream = self._device.current_stream()
             lease, copied = self._monitor.run(self._take, demand, stream)
@@ -365,7 +377,7 @@ class DeviceTier:
             self._monitor.wake()
 
     def _leave(self, demand: DeviceDemand) -> None:
-        """End a demand: release its lease and its slots."""
+        """End a demand: release its lease and all of its slots."""
         self._end_lease(demand)
         if demand.misses:
             demand.misses = False

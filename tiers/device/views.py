@@ -1,4 +1,4 @@
-"""Views: tensors over the host tier's memory, for computing on a CPU and for copying to another device."""
+"""Views: tensors that share the host tier's memory, to compute on a CPU and to copy records to another device."""
 
 from __future__ import annotations
 
@@ -17,26 +17,30 @@ from moetier.tiers.stats import TierStats
 
 
 class SlotViews:
-    """Tensors over the host tier's slots. Each is made only once, so that a decode step allocates nothing."""
+    """Tensors that share the memory of the host tier's slots. They are cached, so that a decode step makes none."""
 
     def __init__(
         self,
         prepare: Callable[[Any], None] = lambda memory: None,
         retire: Callable[[Any], None] = lambda memory: None,
     ) -> None:
-        """
+        """Make an empty cache of views.
+
         Args:
-            prepare: called with the host's whole memory before the first view of it is made.
-            retire: called with the former memory when the host uses another.
+            prepare: called with the whole memory of the host tier before the first view of this memory is made.
+            retire: called with the old memory after the host tier has replaced it.
         """
         self._lock = threading.Lock()
         self._prepare = prepare
         self._retire = retire
-        self._memories: list[object] = []  # memory that has views: one, except while it is being replaced
-        self._views: dict[int, tuple[memoryview, torch.Tensor]] = {}
+        self._memories: list[object] = []  # the memory objects that have views; more than one only during a replacement
+        self._views: dict[int, tuple[memoryview, torch.Tensor]] = {}  # from slot to the leased record and its view
 
     def of(self, lease: Lease[memoryview]) -> torch.Tensor:
-        """Return a read-only tensor, uint8 [record bytes], over a leased record's memory, which it keeps alive."""
+        """Return a tensor uint8 [record bytes] that shares the memory of a leased record, and keeps the memory alive.
+
+        The caller must not write to the tensor.
+        """
         known = self._views.get(lease.slot)
         if known is None or known[0] is not lease.record:
             with self._lock:
@@ -49,26 +53,26 @@ class SlotViews:
 
     def _make(self, record: memoryview) -> torch.Tensor:
         if not any(memory is record.obj for memory in self._memories):
-            self._prepare(record.obj)  # may be called again for the same memory
+            self._prepare(record.obj)  # may be called again for the same memory, after an exception
             self._memories.append(record.obj)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The given buffer is not writable")
             return torch.frombuffer(record, dtype=torch.uint8)
 
     def _drop(self, replaced: object) -> None:
-        """Release all views of memory that the host has replaced, as a single view would keep all of it mapped."""
+        """Release all views of memory that the host tier has replaced. A single view would keep all of it mapped."""
         self._views = {slot: known for slot, known in self._views.items() if known[0].obj is not replaced}
         self._memories = [memory for memory in self._memories if memory is not replaced]
         self._retire(replaced)
 
     def clear(self) -> None:
         """Release all views."""
-        self._views.clear()  # without the lock, which may never be released in a forked child
+        self._views.clear()  # without taking the lock, which may stay held for ever in a forked child
         self._memories.clear()
 
 
 class HostViews:
-    """The device tier of a CPU: it gives views of the host tier's records, and copies and caches nothing."""
+    """The device tier of a CPU. It leases views of the source's records, and neither copies nor caches records."""
 
     def __init__(self, source: ExpertSource[memoryview]) -> None:
         self._source = source
@@ -76,7 +80,7 @@ class HostViews:
         self._closed = False
 
     def acquire(self, keys: Sequence[ExpertKey]) -> Generator[Lease[torch.Tensor], None, None]:
-        """Lease records as ``ExpertSource`` specifies. They are uint8 [record bytes] over the host's memory."""
+        """Yield leases as ``ExpertSource`` specifies. Records are uint8 [record bytes] in the source's memory."""
         self._check_open()
         with closing(self._source.acquire(keys)) as leases:
             for lease in leases:
@@ -85,24 +89,24 @@ class HostViews:
                 yield Lease(lease.key, self._views.of(lease), lease.slot, lease.proof, lease.more)
 
     def residents(self, block: int) -> Residents | None:
-        """Return where compiled code finds the block's records in the source's memory, or None if it can't."""
+        """Return what the source returns: the addresses with which compiled code finds the block's records, or None."""
         self._check_open()
         return self._source.residents(block)
 
     def note_uses(self, block: int, experts: Sequence[int]) -> None:
-        """Tell the source that a demand is about to be met with its records, without leases."""
+        """Pass a demand that uses records without leases on to the source, to be counted."""
         self._source.note_uses(block, experts)
 
     def take_back_uses(self, block: int, experts: Sequence[int]) -> None:
-        """Take back the hits of ``note_uses`` in the source: records were replaced before they were used."""
+        """Let the source count the hits of an earlier ``note_uses`` as discarded."""
         self._source.take_back_uses(block, experts)
 
     def reclaim(self) -> None:
-        """End the calling thread's leases, which are leases of the source."""
+        """End all leases of the calling thread in the source."""
         self._source.reclaim()
 
     def prefetch(self, block: int, keys: Sequence[ExpertKey]) -> None:
-        """Request a prefetch from the source."""
+        """Request prefetches from the source."""
         self._check_open()
         self._source.prefetch(block, keys)
 
@@ -111,7 +115,7 @@ class HostViews:
         return self._source.absent(keys)
 
     def stats(self) -> TierStats:
-        """Return the statistics of the source, as views count nothing themselves."""
+        """Return the statistics of the source, because this object counts nothing itself."""
         return self._source.stats()
 
     def close(self) -> None:

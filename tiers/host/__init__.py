@@ -1,6 +1,6 @@
-"""The host tier: a cache of experts in host memory, filled from a store on demand or by prefetches.
+"""The host tier: a cache of experts in host memory, filled from a store by demands and prefetches.
 
-Other packages use ``tier.HostTier``, the events of ``demands`` and ``warmup``. The tier's state changes only under the
+Other packages use ``tier.HostTier``, ``warmup``, and the events in ``demands``. The tier's state changes only under the
 lock of a ``tiers.locks.Monitor``. The package imports ``arena``, ``cache``, ``store`` and the top-level modules of
 ``tiers``. It does not import torch.
 """

@@ -1,6 +1,6 @@
-"""Demands, what they refer to (pools of slots, loads, asynchronous callers and their events), and where they wait.
+"""Demands, the queues in which they wait, and what they refer to: pools of slots, loads, callers and events.
 
-These classes refer to one another, so they share a module. Callers of their methods hold the host tier's lock.
+These classes refer to one another, so they are in one module. Callers of their methods hold the host tier's lock.
 """
 
 from __future__ import annotations
@@ -24,26 +24,28 @@ class Pool(SlotPool):
         self, groups: Sequence[Group], make_policy: Callable[[int], Policy], *, first: int, slot_bytes: int
     ) -> None:
         super().__init__(groups, make_policy, first=first, slot_bytes=slot_bytes)
-        self.starved: deque[Demand] = deque()  # demands that hold nothing and wait for a slot, in order of arrival
+        self.starved: deque[Demand] = deque()  # demands that hold no slot and wait for one, in order of arrival
 
 
 @dataclass(eq=False, slots=True)
 class Load:
-    """A record on its way into a slot, and the demands that wait for it."""
+    """The load of a record into a slot, and the demands that wait for the record."""
 
     pool: Pool
     key: ExpertKey
-    slot: int
-    is_prefetch: bool  # begun for a prefetch request or for the warm-up, not for a demand
-    is_warmup: bool  # begun for the warm-up
-    is_taken: bool  # a loader reads the record; true at once for a prefetch, which is begun by the loader that reads it
-    has_yielded: bool = False  # the read was paused while records were read for demands
+    slot: int  # number of the slot in the pool
+    is_prefetch: bool  # the load was begun for a prefetch request or for the warm-up, not for a demand
+    is_warmup: bool  # the load was begun for the warm-up
+    is_taken: (
+        bool  # a loader reads the record; a prefetch is begun by the loader that reads it, so this is true at once
+    )
+    has_yielded: bool = False  # the read has paused while records were read for demands
     waiters: list[Demand] = field(default_factory=list)  # demands that wait for the record
 
 
 @dataclass(frozen=True, slots=True)
 class Granted:
-    """Event: a lease was granted. Until it is released, the slot holds the record and keeps this generation."""
+    """Event: a lease was granted. Until the lease is released, the slot holds the record and keeps its generation."""
 
     request: int  # number of the request
     key: ExpertKey
@@ -53,7 +55,7 @@ class Granted:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """Event: a request has failed. It is over, and its leases have ended."""
+    """Event: a request has failed. The request is over, and all of its leases have ended."""
 
     request: int  # number of the request
     error: BaseException
@@ -63,17 +65,17 @@ Event = Granted | Failed
 
 
 class AsyncCaller:
-    """A caller that gets events instead of sleeping until its records are available.
+    """A caller that gets events, instead of sleeping until its records are available.
 
-    ``deliver`` is called with each event, in any thread and with the tier's lock held. It must not wait and must not
-    call the tier. The caller holds at most ``leases`` slots at a time, slots that are still being filled included.
+    ``deliver`` is called with each event, in any thread, with the tier's lock held. It must neither wait nor call the
+    tier. The caller holds or claims at most ``leases`` slots at a time.
     """
 
     def __init__(self, deliver: Callable[[Event], None], leases: int) -> None:
         assert leases > 0
         self.deliver = deliver
         self.leases = leases
-        self.demands: dict[int, Demand] = {}  # the demands that are not over, by number
+        self.demands: dict[int, Demand] = {}  # from the number of each demand that is not over to the demand
 
     @property
     def outstanding(self) -> int:
@@ -82,41 +84,43 @@ class AsyncCaller:
 
     @property
     def is_full(self) -> bool:
-        """True if the caller holds as many slots as it may."""
+        """True if the caller's demands hold or claim ``leases`` slots, so that they may not take more."""
         return self.outstanding >= self.leases
 
 
 @dataclass(eq=False, slots=True)
 class Demand:
-    """One call of acquire. Each key is in one of ``pending``, ``loads``, ``ready`` or ``held``, or its lease has ended.
+    """One call of ``acquire``.
 
-    The class shares no base with the device tier's ``DeviceDemand``, as the two have little in common: a DeviceDemand
-    copies one record at a time in the caller's own thread, and never waits for a read.
+    Until its lease ends, each key goes through ``pending``, ``loads``, ``ready`` and ``held``. A key whose record is
+    READY when the demand comes begins in ``ready``. This class has no base class in common with ``DeviceDemand``,
+    because the two differ too much: a DeviceDemand copies one record at a time, in the caller's own thread, and never
+    waits for a read.
     """
 
     pool: Pool
     block: int
-    caller: Hashable  # id of the caller; loaders serve callers in turn
+    caller: Hashable  # identifies the caller; loaders serve callers in turn
     async_caller: AsyncCaller | None = None  # the caller, if it is asynchronous
-    number: int = 0  # number of the demand, given by an asynchronous caller
-    patience: float = 0.0  # seconds after which an asynchronous demand that holds nothing fails
+    number: int = 0  # the number that an asynchronous caller has given to the demand
+    patience: float = 0.0  # seconds without a slot after which the demand of an asynchronous caller fails
     is_scan: bool = False  # the demand is for more records than its block can keep
-    pending: dict[ExpertKey, None] = field(default_factory=dict)  # keys that have no slot yet
+    pending: dict[ExpertKey, None] = field(default_factory=dict)  # keys for which the demand has no slot yet
     loads: list[Load] = field(default_factory=list)  # loads that the demand waits for; it has claims on their slots
     ready: deque[int] = field(default_factory=deque)  # slots that are pinned for the demand, but not leased yet
-    residents: int = 0  # how many slots in ``ready`` were READY when the demand came
+    residents: int = 0  # how many of the slots in ``ready`` were READY when the demand came
     held: dict[int, None] = field(default_factory=dict)  # slots that are pinned and leased
-    error: BaseException | None = None  # the error of a failed load
-    stands_since: float | None = None  # time since which the caller has had no record to compute with, in seconds
+    error: BaseException | None = None  # the error with which the demand has failed
+    stands_since: float | None = None  # time since when the caller has waited without a lease; None while it has one
 
     @property
     def is_idle(self) -> bool:
-        """True if the demand has no slot: no lease, no record that is ready, and no load that it waits for."""
+        """True if the demand neither holds nor claims a slot."""
         return not self.ready and not self.loads and not self.held
 
     @property
     def is_over(self) -> bool:
-        """True if the demand has no slot and needs none any more."""
+        """True if the demand neither holds nor claims a slot, and needs none any more."""
         return not self.pending and self.is_idle
 
     @property
@@ -126,10 +130,15 @@ class Demand:
 
 
 class Waiting:
-    """Queues of demands: of those that lack a slot, one for each pool; and of asynchronous ones that are to be served.
+    """Queues of demands that wait: for a slot, or to be served. Also the deadlines of asynchronous demands.
 
-    ``wake`` wakes sleeping callers and makes the tier serve asynchronous demands soon. ``ring`` wakes a loader.
-    ``watch`` tells the thread that calls ``expire`` that there is a new deadline.
+    A demand of an asynchronous caller is an *asynchronous demand*.
+
+    Args:
+        wake: wakes sleeping callers, and causes asynchronous demands to be served soon.
+        ring: wakes a loader.
+        watch: tells the thread that calls ``expire`` that there is a new deadline.
+        clock: returns the time in seconds.
     """
 
     def __init__(
@@ -144,13 +153,13 @@ class Waiting:
         self._ring = ring
         self._watch = watch
         self._clock = clock
-        self._rechecks: dict[Demand, None] = {}  # asynchronous demands that may be able to go on
-        self._deadlines: dict[Demand, float] = {}  # time at which each asynchronous demand without a slot fails
+        self._rechecks: dict[Demand, None] = {}  # asynchronous demands that are to be served, since they may go on
+        self._deadlines: dict[Demand, float] = {}  # from each asynchronous demand without a slot to when it fails
 
     # -- starved demands ----------------------------------------------------------------------------------------------
 
     def starve(self, demand: Demand) -> None:
-        """Queue a demand that holds nothing and needs a slot: it is starved. Each pool has one FIFO queue."""
+        """Queue a starved demand in its pool's FIFO queue. A demand is starved if it needs a slot and holds none."""
         caller, starved = demand.async_caller, demand.pool.starved
         if caller is not None and demand not in self._deadlines:
             self._deadlines[demand] = self._clock() + demand.patience
@@ -159,21 +168,21 @@ class Waiting:
             starved.append(demand)
 
     def feed(self, demand: Demand) -> None:
-        """Remove a demand from its pool's queue of starved demands, if it is there."""
+        """Remove a demand from its pool's queue of starved demands, if it is in the queue."""
         starved = demand.pool.starved
         if demand in starved:
             starved.remove(demand)
-            self.wake()  # the next in the queue may find a slot too
-            self._ring()  # prefetches yield while a demand is starved
+            self.wake()  # the next demand in the queue may find a slot too
+            self._ring()  # prefetches that have yielded to the demand may go on
 
     # -- asynchronous demands -----------------------------------------------------------------------------------------
 
     def recheck(self, demand: Demand) -> None:
-        """Mark an asynchronous demand to be served again, since it may be able to go on."""
+        """Mark an asynchronous demand to be served again, because it may be able to go on."""
         self._rechecks[demand] = None
 
     def take_recheck(self) -> Demand | None:
-        """Remove and return the first demand that is marked to be served again; None if there is none."""
+        """Take the first demand that ``recheck`` has marked, and return it. Return None if no demand is marked."""
         demand = next(iter(self._rechecks), None)
         if demand is not None:
             del self._rechecks[demand]
@@ -185,24 +194,24 @@ class Waiting:
         caller = demand.async_caller
         if caller is not None:
             self._deadlines.pop(demand, None)
-            if caller.is_full:  # the caller's starved demands may not take slots, and must not keep others waiting
+            if caller.is_full:  # its starved demands may not take slots, so they must not keep other demands waiting
                 for other in caller.demands.values():
                     self.feed(other)
 
     def gave(self, demand: Demand, slots: int) -> None:
-        """Note that an asynchronous demand has given up ``slots`` slots that it held or claimed."""
+        """Note that an asynchronous demand no longer holds or claims ``slots`` slots."""
         caller = demand.async_caller
         assert caller is not None
         if caller.outstanding < caller.leases <= caller.outstanding + slots:  # the caller was full before
-            # Demands that have nothing are served first, by deadline, so that a demand for many keys can't hold up
-            # others.
+            # Demands without a slot are served first, in the order of their deadlines. Otherwise a demand for many keys
+            # would keep the caller's other demands waiting.
             for other in sorted(caller.demands.values(), key=lambda other: self._deadlines.get(other, math.inf)):
                 if other.pending:
                     self.recheck(other)
             self.wake()
 
     def expire(self) -> float | None:
-        """Fail asynchronous demands whose deadlines have passed. Return the next deadline, or None if there is none."""
+        """Fail asynchronous demands whose deadlines have passed. Return the next deadline, or None."""
         now = self._clock()
         for demand in [demand for demand, deadline in self._deadlines.items() if deadline <= now]:
             del self._deadlines[demand]
@@ -237,13 +246,13 @@ class Waiting:
         self.wake()
 
     def check_integrity(self, demands: Collection[Demand]) -> None:
-        """Assert that no asynchronous demand is lost, and that none waits although it could go on. Tests call it."""
+        """For tests: assert that no asynchronous demand is lost, and that none of them waits although it can go on."""
         for caller in {demand.async_caller for demand in demands if demand.async_caller is not None}:
             assert set(caller.demands.values()) == {demand for demand in demands if demand.async_caller is caller}
             assert caller.outstanding <= caller.leases
             for demand in caller.demands.values():
                 rechecked = demand in self._rechecks
-                assert rechecked or not demand.ready, "what is ready is granted at once"
+                assert rechecked or not demand.ready, "slots that are ready are granted at once"
                 assert rechecked or not demand.is_over
                 waits = bool(demand.pending) and demand.is_idle
                 assert rechecked or waits == (demand in self._deadlines)
@@ -256,10 +265,10 @@ def _exhausted(demand: Demand) -> ExhaustedError:
     caller = demand.async_caller
     if caller is not None and caller.is_full:
         return ExhaustedError(
-            f"The client holds all {caller.leases} leases that it may: none was given back in {demand.patience:g} s.",
-            "Release some, or give it more (moetier daemon --leases).",
+            f"The client holds all of its {caller.leases} leases, and released none for {demand.patience:g} seconds.",
+            "Release leases in the client, or start the daemon with more --leases.",
         )
     return ExhaustedError(
-        f"All slots of the host tier are leased: none came free in {demand.patience:g} seconds.",
-        "Try again, give the daemon more memory, or have fewer clients at a time.",
+        f"All slots of the host tier are leased, and none became free for {demand.patience:g} seconds.",
+        "Try again, give the daemon more memory (--ram), or run fewer clients at the same time.",
     )

@@ -1,19 +1,19 @@
-"""The state of the host tier: the demands of all callers, the loads in progress, and the slots of both.
+"""The ledger: the state of the host tier, which consists of all demands, the loads in progress, and the slots.
 
-The ledger does no I/O and has neither threads nor a lock. The host tier calls each method with its lock held. It is a
-long module because its parts change in the same steps: a reader needs all of them to see that a step is whole.
+The ledger does no I/O, and has neither threads nor a lock. The host tier calls each method with its lock held. The
+module is long because its parts change in the same steps: a reader must see all of them to know that a step is whole.
 
 No caller waits for ever, for these reasons. A caller of ``acquire`` sleeps only while it holds no READY slot, because
-records that are READY are yielded first. While it sleeps it may have claims on LOADING slots, but a loader never waits
-for a slot, so each LOADING slot becomes READY or EMPTY. So each READY slot that is pinned belongs to a caller that is
-computing, and that returns the slot when it takes its next lease. A demand is *starved* if it has neither a slot nor a
-claim and finds no slot. Starved demands get the slots that are returned, first come, first served. While a demand is
-starved, no other demand of its pool begins a load.
+READY records are yielded first. While the caller sleeps, it may have claims on LOADING slots. But a loader never waits
+for a slot, so each LOADING slot becomes READY or EMPTY. Therefore each pinned READY slot belongs to a caller that is
+computing, which returns the slot when it takes its next lease. A demand is *starved* if it neither holds nor claims a
+slot, and finds none. Starved demands get the slots that are returned, in order of arrival. While a demand is starved,
+no other demand of its pool begins a load.
 
-A caller is either a thread that sleeps until it is woken, or *asynchronous*, such as a session of another process.
-``serve`` advances the demands of asynchronous callers and delivers events to them. An asynchronous caller may hold
-several leases at a time, up to a limit. If a demand of it holds nothing for too long, the demand fails. So a process
-that does not return its slots can't block other callers.
+A caller is either a thread, which sleeps until it is woken, or *asynchronous*, such as a session of another process.
+``serve`` advances the demands of asynchronous callers and delivers events to the callers. An asynchronous caller may
+hold several leases at a time, up to a limit. If one of its demands is without a slot for too long, the demand fails. So
+a process that does not return its slots can't block other callers.
 """
 
 from __future__ import annotations
@@ -38,15 +38,20 @@ from .prefetch import PrefetchQueue
 
 
 class Ledger:
-    """All demands and their slots. ``waiting`` has the demands that wait for slots, ``loads`` the loads in progress.
+    """All demands, loads and slots of the host tier.
 
     Args:
+        manifest: the manifest of the store.
+        plan: the plan of the arena that has the slots.
+        directory: the directory of that arena.
+        policy: the policy of eviction, a key of ``POLICIES``.
         wake: wakes sleeping callers, and causes ``serve`` to be called soon.
         ring: wakes a loader.
         watch: tells the thread that calls ``expire`` that there is a new deadline.
-        ahead: the largest number of loads that one demand waits for at a time. A caller's thread gets no further loads
-            while loads and unprocessed arrivals together are twice as many.
-        most_prefetches: the largest number of reads for prefetches in progress.
+        ahead: the largest number of loads that one demand waits for at a time. The demand of a thread begins no load
+            while twice this number of records are being loaded for it or have arrived and are not leased yet.
+        most_prefetches: the largest number of reads for prefetches in progress at a time.
+        clock: returns the time in seconds.
     """
 
     def __init__(
@@ -66,11 +71,11 @@ class Ledger:
         self.manifest = manifest
         self.directory = directory
         self.counters = TierCounters("host")
-        self.pools: dict[str, Pool] = {}  # by zarr array, in the order of their slots
+        self.pools: dict[str, Pool] = {}  # from the name of a zarr array to its pool, in the order of the pools' slots
         for region, first in zip(plan.regions, plan.first_slots, strict=True):
             groups = plan_groups(region.slots, manifest.members[region.array])
             self.pools[region.array] = Pool(groups, POLICIES[policy], first=first, slot_bytes=region.slot_bytes)
-        self.pool_of = [self.pools[block.array] for block in manifest.blocks]  # the pool of each block's records
+        self.pool_of = [self.pools[block.array] for block in manifest.blocks]  # for each block, the pool of its records
         self.prefetches = PrefetchQueue(self.counters, clock)
         self.waiting = Waiting(wake=wake, ring=ring, watch=watch, clock=clock)
         self.loads = Loads(
@@ -80,19 +85,19 @@ class Ledger:
         self._clock = clock
         self._ahead = ahead
         self._demands: set[Demand] = set()
-        self._uses: Counter[ExpertKey] | None = None  # how often demands wanted each record; None: not counted
+        self._uses: Counter[ExpertKey] | None = None  # number of demands for each key; None until this is counted
 
     def check_open(self) -> None:
-        """Raise the error with which the ledger was closed, if it is closed."""
+        """If the ledger was closed, raise the error with which it was closed."""
         if (error := self.loads.closed_by) is not None:
-            raise type(error)(error.cause, error.fix)  # a new object, as the frames of a raised one keep slots
+            raise type(error)(error.cause, error.fix)  # a new object: the frames of a raised error would keep slots
 
     # -- demands ------------------------------------------------------------------------------------------------------
 
     def look(self, demand: Demand, keys: Sequence[ExpertKey]) -> None:
-        """Begin a demand for ``keys``: pin READY records, join loads in progress, and begin loads as far as possible.
+        """Begin a demand for ``keys``. Pin READY records, join loads in progress, and begin other loads if possible.
 
-        Raises ClosedError, or the StoreError with which the tier was condemned (``HostTier.condemn``).
+        Raises ClosedError if the tier was closed, or the StoreError with which it was condemned (``HostTier.condemn``).
         """
         self.check_open()
         self._demands.add(demand)
@@ -119,16 +124,16 @@ class Ledger:
         self.prefetches.use(hits)
         if demand.pending:
             self._advance(demand)
-        # keys given first are evicted last; pending keys are touched later, when they get their slots
+        # in reverse, so that the first of the keys is evicted last; pending keys are touched when they get their slots
         pool.touch([key for key in reversed(distinct) if key not in demand.pending], scan=demand.is_scan)
         if caller is not None:
             self.waiting.recheck(demand)
 
     def next(self, demand: Demand) -> tuple[list[int], bool] | None:
-        """End the demand's leases, and lease the slots that are ready.
+        """End the demand's leases, and lease the slots that are ready for it.
 
-        Returns the leased slots and whether they are the last ones, or None if the caller has to wait. Raises the same
-        errors as ``look``.
+        Returns the leased slots, and whether they are the last of the demand; None if the caller has to wait. If the
+        demand has failed, there are no slots. Raises the same errors as ``look``.
         """
         self.release(demand)
         self.check_open()
@@ -141,19 +146,20 @@ class Ledger:
             demand.stands_since = demand.stands_since or self._clock()
             return None
         self._end_wait(demand)
-        if demand.is_scan:  # one lease at a time, as it needs its slots for the records that it still lacks
+        if demand.is_scan:  # one lease at a time, because the demand needs its slots for further records
             is_last = is_last and len(demand.ready) <= 1
         return self.lease(demand, 1 if demand.is_scan else len(demand.ready)), is_last
 
     def advance(self, demand: Demand) -> None:
-        """Serve the demand's pending keys as far as slots are available.
+        """Serve the demand's pending keys, as long as slots are available.
 
-        A READY record is pinned. For other records the demand joins the load in progress, or begins a load.
+        If the record of a key is READY, its slot is pinned for the demand. Otherwise the demand joins the load of the
+        record that is in progress, or begins a load.
         """
         demand.pool.touch(reversed(self._advance(demand)), scan=demand.is_scan)
 
     def lease(self, demand: Demand, most: int = 1) -> list[int]:
-        """Lease up to ``most`` of the slots that are ready, and return them."""
+        """Lease up to ``most`` of the slots that are ready for the demand, and return these slots."""
         slots: list[int] = []
         while demand.ready and len(slots) < most:
             slot = demand.ready.popleft()
@@ -163,7 +169,10 @@ class Ledger:
         return slots
 
     def release(self, demand: Demand, slots: Iterable[int] | None = None) -> None:
-        """End the demand's leases of ``slots`` (None: all of its leases). Slots that it does not hold are ignored."""
+        """End the demand's leases of ``slots``, or all of its leases if ``slots`` is None.
+
+        Slots that the demand does not hold are ignored.
+        """
         ended = [slot for slot in dict.fromkeys(demand.held if slots is None else slots) if slot in demand.held]
         for slot in ended:
             del demand.held[slot]
@@ -173,9 +182,9 @@ class Ledger:
     def leave(self, demand: Demand) -> None:
         """End a demand: release its leases and claims, and cancel its pending keys.
 
-        Loads that a loader has begun go on, and their records are cached. Loads that no loader has begun are cancelled
-        unless another demand waits for them. Otherwise callers that end their demands early would fill all slots with
-        records that no caller wants.
+        Loads that a loader has begun go on, and their records are cached. A load that no loader has begun is cancelled,
+        unless another demand waits for it. Without this, demands that end early could fill all slots with records that
+        no caller needs.
         """
         self.waiting.remove(demand)
         demand.pending.clear()
@@ -192,14 +201,15 @@ class Ledger:
         self._demands.discard(demand)
 
     def reclaim(self, caller: Hashable) -> None:
-        """End all demands of a caller."""
+        """End all demands of ``caller``."""
         for demand in [demand for demand in self._demands if demand.caller == caller]:
             self.leave(demand)
 
     def lend(self, loan: Demand, key: ExpertKey) -> int | None:
-        """Lease the key's slot to the tier above if it is READY and no demand of its pool is starved.
+        """Lease the slot of a key to the tier above, if the slot is READY and no demand of its pool is starved.
 
-        Returns the slot, or None. This does not count as a use. Raises the same errors as ``look``.
+        Returns the slot, or None. ``loan`` is the demand that holds the lease until ``leave``. This does not count as a
+        use of the record. Raises the same errors as ``look``.
         """
         self.check_open()
         slot = None if loan.pool.starved else loan.pool.pin_ready(key)
@@ -210,7 +220,7 @@ class Ledger:
         return slot
 
     def close(self, error: MoetierError) -> None:
-        """Fail all demands with ``error``, and begin no more loads."""
+        """Close the ledger: fail all demands with ``error``, and begin no more loads."""
         self.loads.close(error)
         for demand in self._demands:
             if demand.async_caller is not None:
@@ -222,22 +232,22 @@ class Ledger:
     # -- prefetches and uses -------------------------------------------------------------------------------------------
 
     def prefetch(self, block: int, keys: Sequence[ExpertKey], caller: AsyncCaller | None = None) -> None:
-        """Replace a caller's prefetch requests for a block. The caller None stands for the tier's own process.
+        """Replace a caller's prefetch requests for a block by ``keys``. ``caller`` is None for the tier's own process.
 
-        While a record is requested, other records are evicted before it, even if it is READY already. Raises the same
-        errors as ``look``.
+        While a record is requested, records that are not requested are evicted before it. This is so even if the record
+        is already READY. Raises the same errors as ``look``.
         """
         self.check_open()
         if self.prefetches.request(self.pool_of[block], block, keys, caller):
             self.loads.ring_for_prefetches()
 
     def used_above(self, keys: Sequence[ExpertKey]) -> None:
-        """Count uses of records that demands have found in the tier above."""
+        """Count uses of the records of ``keys``, which demands have found in the tier above."""
         self.prefetches.use(keys)
         self._count(keys)
 
     def use(self, key: ExpertKey) -> None:
-        """Count a hit of another process: it has found the record of ``key`` in the directory and used it."""
+        """Count a hit of another process, which has found the record of ``key`` in the directory and used it."""
         pool = self.pool_of[key.block]
         self.counters.hits += 1
         self._count((key,))
@@ -246,24 +256,24 @@ class Ledger:
             self.prefetches.use((key,))
 
     def use_found(self, block: int, experts: Sequence[int]) -> None:
-        """Count a demand of this process that has found all its records in the directory: as hits, like ``look``."""
+        """Count a demand of this process that has found all of its records in the directory. Each record is a hit."""
         pool = self.pool_of[block]
         keys = [ExpertKey(block, expert) for expert in dict.fromkeys(experts)]
         self.prefetches.request(pool, block, (), None)
         self._count(keys)
         self.counters.hits += len(keys)
-        here = [key for key in keys if pool.holds(key)]  # the other records were evicted after they were found
+        here = [key for key in keys if pool.holds(key)]  # other records were evicted since the demand found them
         self.prefetches.use(here)
         pool.touch(reversed(here), scan=len(keys) > pool.quota(block))
 
     def take_back(self, experts: Sequence[int]) -> None:
-        """Count the hits of a ``use_found`` as discarded: records were replaced before they were used."""
+        """Count the hits of an earlier ``use_found`` as discarded, because records were replaced during their use."""
         count = len(set(experts))
         self.counters.hits -= count
         self.counters.discarded += count
 
     def counted_uses(self) -> dict[ExpertKey, int]:
-        """Return how often demands wanted each key. Counting begins with the first call."""
+        """Return a dictionary from each key to the number of demands for it. Counting begins with the first call."""
         if self._uses is None:
             self._uses = Counter()
         return dict(self._uses)
@@ -275,14 +285,14 @@ class Ledger:
     # -- asynchronous callers -----------------------------------------------------------------------------------------
 
     def serve(self) -> None:
-        """Advance all asynchronous demands that can go on; other demands are advanced by their callers' threads.
+        """Advance all asynchronous demands that can go on. This must be called after each ``wake``.
 
-        This must be called after each ``wake``.
+        Other demands are advanced by the threads of their callers.
         """
         while True:
             while (demand := self.waiting.take_recheck()) is not None:
                 self._serve(demand)
-            # if the first starved demand is a thread's, the thread was woken and advances it itself
+            # if the first starved demand of a pool is not asynchronous, its thread was woken and advances it
             firsts = [pool.starved[0] for pool in self.pools.values() if pool.starved]
             firsts = [demand for demand in firsts if demand.async_caller is not None]
             for demand in firsts:
@@ -291,13 +301,13 @@ class Ledger:
                 return
 
     def expire(self) -> float | None:
-        """Fail asynchronous demands that have waited too long. Return the next deadline, or None if there is none."""
+        """Fail asynchronous demands whose deadlines have passed. Return the next deadline, or None."""
         until = self.waiting.expire()
         self.serve()
         return until
 
     def _serve(self, demand: Demand) -> None:
-        """Advance an asynchronous demand, and deliver leases of its ready slots or its error to its caller."""
+        """Advance an asynchronous demand, and deliver events to its caller: leases that are ready, or an error."""
         caller = demand.async_caller
         assert caller is not None
         if demand.error is None and demand.pending:
@@ -326,7 +336,7 @@ class Ledger:
     # -- slots --------------------------------------------------------------------------------------------------------
 
     def _advance(self, demand: Demand) -> list[ExpertKey]:
-        """Serve pending keys as ``advance`` does. Return the keys that were served; the caller has to touch them."""
+        """Serve pending keys as ``advance`` does. Return the keys that were served, which the caller has to touch."""
         pool, found = demand.pool, list[ExpertKey]()
         caller = demand.async_caller
         full = False  # no slot is available for a new load
@@ -334,7 +344,7 @@ class Ledger:
             if caller is not None and caller.is_full:
                 break
             slot = pool.find(key)
-            if slot is not None:  # loaded by a prefetch, or by another demand that came later
+            if slot is not None:  # a prefetch or another demand has begun to load the record since this demand came
                 self.counters.joined += 1
                 pool.pin(slot)
                 if pool.is_ready(slot):
@@ -367,13 +377,16 @@ class Ledger:
         return demand.async_caller is not None or len(demand.loads) + arrivals < 2 * self._ahead
 
     def _choose(self, demand: Demand) -> int | None:
-        """Return a slot for a load of the demand. Evict a record that a prefetch requests only if there is no other."""
+        """Return a slot for a load of the demand; None if there is no slot.
+
+        Records that are requested for a prefetch are evicted only if no other record can be.
+        """
         choose = partial(demand.pool.choose, demand.block, may_borrow=demand.is_idle, scan=demand.is_scan)
         slot = choose(keep=self.prefetches.is_requested)
         return choose() if slot is None else slot
 
     def _detach(self, demand: Demand, slots: Sequence[int]) -> None:
-        """Unpin slots that a demand no longer holds or claims, and let other demands use them."""
+        """Unpin slots that a demand no longer holds or claims, so that other demands can use them."""
         pool = demand.pool
         freed = [slot for slot in slots if not pool.unpin(slot)]
         if freed and pool.starved:
@@ -384,10 +397,10 @@ class Ledger:
     # -- repair and checks --------------------------------------------------------------------------------------------
 
     def repair(self) -> None:
-        """Make the whole state consistent after an exception has interrupted a step anywhere.
+        """Make the whole state consistent again after an exception has interrupted a step at any instruction.
 
-        Leases and loads in progress stay. So do cached records, except those of slots whose state is not certain.
-        Prefetch requests are removed.
+        Leases and loads in progress stay. Cached records stay too, except in slots whose state is uncertain. Prefetch
+        requests are removed.
         """
         self.loads.repair(self._demands)
         for pool in self.pools.values():
@@ -396,7 +409,7 @@ class Ledger:
         self.waiting.repair(self._demands, self.pools.values())
 
     def check_integrity(self) -> None:
-        """Assert that slots, groups, loads, demands and the directory agree. Tests call it."""
+        """For tests: assert that slots, groups, loads, demands and the directory agree."""
         for pool in self.pools.values():
             pool.check_integrity()
             assert self._pins(pool) == [pool.pins(slot) for slot in range(pool.count)]
@@ -409,7 +422,7 @@ class Ledger:
         self.waiting.check_integrity(self._demands)
 
     def _pins(self, pool: Pool) -> list[int]:
-        """Return the number of demands that hold or claim each slot of a pool."""
+        """Return for each slot of a pool the number of demands that hold or claim the slot."""
         pins = [0] * pool.count
         for demand in self._demands:
             if demand.pool is pool:
@@ -418,5 +431,5 @@ class Ledger:
         return pins
 
     def _contents(self) -> list[tuple[ExpertKey | None, bool]]:
-        """Return for each slot of the tier its key (None if it is EMPTY), and whether it is LOADING."""
+        """Return for each slot of the tier its key (None if the slot is EMPTY) and whether the slot is LOADING."""
         return [content for pool in self.pools.values() for content in pool.contents()]

@@ -1,4 +1,4 @@
-"""Loaders: a small pool of threads that read records into slots."""
+"""Loaders: the threads of a host tier that read records into slots."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from .loads import Loads
 
 
 def most_prefetches(loaders: int, plan: ArenaPlan) -> int:
-    """Return how many reads for prefetches may be in progress at a time, so that a loader is free for demands.
+    """Return the largest number of reads for prefetches that may be in progress at a time.
 
-    If reads can't be interrupted this is 1, so that a demand waits for at most one of them. ``loaders`` is the number
-    of threads.
+    If records are large enough to be read in pieces, one of the ``loaders`` threads stays free for demands. Otherwise
+    the number is 1, so that a demand waits for one such read at most.
     """
     is_interruptible = all(region.slot_bytes > interruptible_bytes(region.slot_bytes) for region in plan.regions)
     return max(1, loaders - 1) if is_interruptible else 1
 
 
 class Loaders:
-    """Threads that read records. ``Loads`` decides which, under the monitor's lock; the reads take place without it."""
+    """Threads that read records. ``Loads`` decides what they read, under the monitor's lock. They read without it."""
 
     def __init__(
         self,
@@ -38,14 +38,14 @@ class Loaders:
         loads: Loads,
         bell: SimpleQueue[None],
     ) -> None:
-        """Prepare the loaders; ``start`` starts them.
+        """Prepare the loaders. ``start`` starts the threads.
 
         Args:
-            store: what they read from.
-            slots: writable views of the tier's slots, by number.
+            store: reads the records.
+            slots: a writable view of each slot of the tier, in the order of their numbers.
             monitor: the tier's monitor.
             loads: decides what is read next.
-            bell: an item in this queue wakes a loader, which then works until there is nothing to read.
+            bell: each item in this queue wakes a loader, which then works until there is nothing to read.
         """
         self._store = store
         self._slots = slots
@@ -57,13 +57,13 @@ class Loaders:
     def start(self, count: int) -> None:
         """Start ``count`` threads."""
         for number in range(count):
-            # daemon threads, as a tier that is never closed must not keep the interpreter from ending
+            # daemon threads, so that a tier that is never closed does not keep the interpreter from ending
             loader = threading.Thread(target=self._run, name=f"moetier-loader-{number}", daemon=True)
             loader.start()
             self._threads.append(loader)
 
     def close(self) -> None:
-        """Wait for reads that have begun, and end the threads. The ledger must have been closed before."""
+        """Wait for the reads in progress, and end the threads. The caller must have closed the ledger."""
         for _ in self._threads:
             self._bell.put(None)
         for thread in self._threads:
@@ -77,7 +77,7 @@ class Loaders:
 
     def _read(self, load: Load) -> None:
         slot = load.pool.first + load.slot
-        # pausing needs a second loader, which reads for the demands meanwhile
+        # a read may pause only if there is a second loader, which reads for demands during the pause
         pause = partial(self._pause, load) if load.is_prefetch and len(self._threads) > 1 else None
         began = time.monotonic()
         try:
@@ -85,14 +85,15 @@ class Loaders:
             self._monitor.run(self._loads.arrive, load, time.monotonic() - began)
         except _CancelledError:
             pass
-        except BaseException as error:  # of any kind, since the demands that wait must get it
-            traceback.clear_frames(error.__traceback__)  # the frames keep the slot's memory
+        except BaseException as error:  # any exception, because the demands that wait for the record must get it
+            traceback.clear_frames(error.__traceback__)  # the frames would keep the slot's memory
             self._monitor.run(self._loads.fail, load, error)
 
     def _pause(self, load: Load) -> bool:
-        """Sleep while a prefetch has to yield to demands. Return False once a demand waits for the prefetch itself.
+        """Sleep while the read of a prefetch has to yield to demands. Return whether it may have to yield again.
 
-        Raises _CancelledError if the prefetch was cancelled.
+        Once a demand waits for the prefetched record, the read need not yield any more. Raises _CancelledError if the
+        load was cancelled.
         """
         if not self._monitor.wait_for(self._loads.go_on, load):
             raise _CancelledError
@@ -100,4 +101,4 @@ class Loaders:
 
 
 class _CancelledError(Exception):
-    """Exception that ends the read of a load that was cancelled."""
+    """Ends the read of a load that was cancelled."""

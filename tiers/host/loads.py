@@ -1,8 +1,8 @@
-"""Loads: records that are being read into slots, and which of them a loader reads next.
+"""Loads: the records that are being read into slots, and the record that a loader reads next.
 
-This is a part of the ledger: callers hold the tier's lock, and there is no I/O here. Demands are served first. Only
-while no record is read for a demand, records are read for prefetch requests and, after those, for the warm-up. A load
-ends in ``arrive``, ``fail`` or ``go_on``, or in ``leave`` before a loader has taken it.
+This module is a part of the ledger: callers hold the tier's lock, and it does no I/O. Demands are served first. While
+no record is being read for a demand, records are read for prefetch requests, and after these for the warm-up. A load
+ends in ``arrive``, ``fail`` or ``go_on``, or in ``leave`` if no loader has taken it.
 """
 
 from __future__ import annotations
@@ -20,25 +20,26 @@ from .prefetch import PrefetchQueue
 
 
 class FairQueue:
-    """Loads that demands have begun and no loader has taken yet, in one queue per caller.
+    """Loads that demands have begun and no loader has taken yet, in one queue for each caller.
 
-    Callers are served in turn, so many loads of one caller don't delay the few of another.
+    Callers are served in turn, so many loads of one caller don't delay the few loads of another.
     """
 
     def __init__(self) -> None:
-        self._queues: OrderedDict[Hashable, deque[Load]] = OrderedDict()  # the caller that was served last comes last
+        # from caller to queue; the caller that was served last comes last
+        self._queues: OrderedDict[Hashable, deque[Load]] = OrderedDict()
 
     def __iter__(self) -> Iterator[Load]:
-        """Iterate over the loads that are not taken. A load that several callers wait for comes once for each."""
+        """Yield the loads that no loader has taken. A load that several callers wait for is yielded once for each."""
         return (load for queue in self._queues.values() for load in queue if not load.is_taken)
 
     def add(self, caller: Hashable, load: Load) -> None:
-        """Queue a load for a caller. Several callers may queue the same load."""
+        """Add a load to the queue of a caller. The same load may be in the queues of several callers."""
         queue = self._queues.get(caller)
         if queue is None:
-            # Remove callers with empty queues if they were served before all callers that wait: when they come back,
-            # they are first in any case. Keep the place of other callers with empty queues: without it, they would
-            # overtake the callers that wait each time they come back.
+            # Remove a caller with an empty queue if it comes before all callers that wait: when it comes back, it is
+            # first in any case. Other callers with empty queues keep their place: without it, they would overtake the
+            # callers that wait whenever they come back.
             while self._queues and not next(iter(self._queues.values())):
                 self._queues.popitem(last=False)
             queue = self._queues[caller] = deque()
@@ -46,11 +47,11 @@ class FairQueue:
         queue.append(load)
 
     def pop(self) -> Load | None:
-        """Take the first load of the caller that has not been served for the longest time; None if no caller waits."""
+        """Take the first load of the caller whose latest turn is longest ago. Return None if no load is queued."""
         for caller, queue in self._queues.items():
             while queue:
                 load = queue.popleft()
-                if not load.is_taken:  # a load that is taken was taken for another caller, which waits for it too
+                if not load.is_taken:  # it may have been taken for another caller, which waits for the same record
                     load.is_taken = True
                     self._queues.move_to_end(caller)
                     return load
@@ -62,9 +63,15 @@ class FairQueue:
 
 
 class Loads:
-    """The loads in progress, and those that loaders have not begun.
+    """All loads, whether or not a loader has begun to read the record.
 
-    ``ring`` wakes a loader. At most ``most_prefetches`` reads for prefetches are in progress at a time.
+    Args:
+        directory: the directory of the arena that has the slots.
+        counters: the tier's counters.
+        prefetches: the queue of prefetches.
+        waiting: the queues of demands.
+        ring: wakes a loader.
+        most_prefetches: the largest number of reads for prefetches in progress at a time.
     """
 
     def __init__(
@@ -77,7 +84,7 @@ class Loads:
         ring: Callable[[], None],
         most_prefetches: int,
     ) -> None:
-        self.closed_by: MoetierError | None = None  # the error that all further calls get; None while open
+        self.closed_by: MoetierError | None = None  # the error with which the tier was closed; None while it is open
         self._directory = directory
         self._counters = counters
         self._prefetches = prefetches
@@ -102,12 +109,12 @@ class Loads:
         is_scan: bool = False,
         is_warmup: bool = False,
     ) -> Load:
-        """Begin a load of a record into a slot that is EMPTY or evictable."""
+        """Begin to load the record of ``key`` into a slot that is EMPTY or evictable. Return the load."""
         evicted = pool.begin_fill(slot, key, scan=is_scan, prefetched=is_prefetch)
         if evicted is not None:
             self._counters.evictions += 1
             self._prefetches.evict(evicted)
-        self._prefetches.lose(key)  # a copy that the tier above had borrowed is no longer there
+        self._prefetches.lose(key)  # the record is needed again, so the tier above no longer has its copy
         self._directory.begin_fill(evicted, pool.first + slot)
         load = Load(pool, key, slot, is_prefetch, is_warmup, is_taken=is_prefetch)
         self._loads[key] = load
@@ -118,12 +125,12 @@ class Loads:
         return load
 
     def join(self, demand: Demand, key: ExpertKey) -> None:
-        """Let a demand wait for the load of ``key``, which has begun. The demand has a claim on the load's slot."""
+        """Let a demand wait for the load of ``key``, which exists. The demand has a claim on the load's slot."""
         load = self._loads[key]
         if load.is_prefetch:
             self._prefetches.use((key,))
-            # The loader may sleep in ``go_on``. Wake it whenever a waiter comes, as earlier ones may have left before
-            # it looked.
+            # The loader of this record may have paused (``go_on``). Wake it for every demand that joins, not only for
+            # the first: the first may have left before the loader looked.
             self._waiting.wake()
         load.waiters.append(demand)
         demand.loads.append(load)
@@ -131,9 +138,9 @@ class Loads:
             self._queue.add(demand.caller, load)
 
     def leave(self, demand: Demand, load: Load) -> None:
-        """End the wait of a demand for a load. The demand has no claim on the slot any more.
+        """End the wait of a demand for a load. The caller has already removed the demand's claim on the slot.
 
-        The load is cancelled if no loader has begun it and no other demand waits for it.
+        The load is cancelled if no loader has taken it and no other demand waits for it.
         """
         load.waiters.remove(demand)
         if load.waiters:
@@ -148,16 +155,16 @@ class Loads:
     # -- prefetches ---------------------------------------------------------------------------------------------------
 
     def warm(self, pool: Pool, keys: Sequence[ExpertKey]) -> None:
-        """Queue records for the warm-up. They are read after all requests, and only into EMPTY slots of their group."""
+        """Queue records for the warm-up. They are read after all prefetch requests, and only into EMPTY slots."""
         self._prefetches.warmup.extend((pool, key) for key in keys)
         self.ring_for_prefetches()
 
     def go_on(self, load: Load) -> bool | None:
         """Decide whether the read of a prefetch goes on.
 
-        Returns True if it does, None while it has to yield to reads for demands, and False if it is cancelled. It is
-        cancelled if it is no longer requested, or if it is for the warm-up and a demand is starved. The decision and
-        the cancellation are one step, so that no demand can join the load in between.
+        Returns True if the read goes on, None while it has to yield to reads for demands, and False if the load is
+        cancelled. A load is cancelled if its record is no longer requested, or if the load is for the warm-up and a
+        demand is starved. The decision and the cancellation are one step, so no demand can join the load in between.
         """
         if load.waiters:
             return True
@@ -175,7 +182,11 @@ class Loads:
         return is_wanted
 
     def _begin_prefetch(self) -> Load | None:
-        """Begin a load for a prefetch and return it; None if no record is to be read, or one is read for a demand."""
+        """Begin the load of the next prefetch, and return it.
+
+        Returns None if there is no prefetch, if a record is being read for a demand, or if enough prefetches are being
+        read.
+        """
         if self._is_for_demands or self._prefetching >= self._most_prefetches:
             return None
         if (place := self._prefetches.next_place()) is None:
@@ -183,7 +194,7 @@ class Loads:
         return self.begin_load(place.pool, place.key, place.slot, is_prefetch=True, is_warmup=place.is_warmup)
 
     def ring_for_prefetches(self) -> None:
-        """Wake as many loaders as can now read something for prefetches."""
+        """Wake as many loaders as there are prefetches that can now be read."""
         unbegun = self._prefetches.unbegun
         if unbegun and not self._is_for_demands:
             for _ in range(min(unbegun, self._most_prefetches - self._prefetching)):
@@ -202,7 +213,7 @@ class Loads:
     # -- loaders ------------------------------------------------------------------------------------------------------
 
     def next_read(self) -> Load | None:
-        """Return the load whose record a loader reads next; None if there is nothing to read now."""
+        """Return the load whose record the calling loader reads next; None if there is nothing to read now."""
         return self._queue.pop() or self._begin_prefetch()
 
     def arrive(self, load: Load, seconds: float | None = None) -> None:
@@ -217,7 +228,7 @@ class Loads:
         if load.is_prefetch:
             self._prefetches.outcomes.arrive(load.key)
         for demand in load.waiters:
-            demand.ready.append(load.slot)  # before ``remove``: if an exception comes here, it is in one of the lists
+            demand.ready.append(load.slot)  # before ``remove``, so that an exception in between loses nothing
             demand.loads.remove(load)
             if demand.async_caller is not None:
                 self._waiting.recheck(demand)
@@ -226,12 +237,13 @@ class Loads:
             self.ring_for_prefetches()  # this may have been the last read for a demand
 
     def fail(self, load: Load, error: BaseException) -> None:
-        """Note that a load has failed. Its slot becomes EMPTY, and all demands that wait for the record get the error.
+        """Note that a load has failed. Its slot becomes EMPTY, and all demands that wait for the record get ``error``.
 
-        The error is not kept, so the next demand tries to read again. If no demand waits, the failure is only counted.
+        The error is not kept, so the next demand reads the record again. If no demand waits, the failure is only
+        counted.
         """
         if self._loads.get(load.key) is not load:
-            return  # ``arrive`` was interrupted, and ``repair`` has made the demands pending again
+            return  # ``arrive`` was interrupted, and ``repair`` has made the key pending again in all demands
         self._counters.failures += self.closed_by is None
         self._invalidate(load)
         for demand in load.waiters:
@@ -243,7 +255,7 @@ class Loads:
         self._waiting.wake()
 
     def close(self, error: MoetierError) -> None:
-        """Begin no more reads, and fail the loads that no loader has taken with ``error``."""
+        """Begin no more reads. The loads that no loader has taken fail with ``error``."""
         self.closed_by = error
         self._prefetches.repair()
         self._prefetches.warmup.clear()
@@ -251,7 +263,7 @@ class Loads:
             self.fail(load, error)
 
     def _invalidate(self, load: Load) -> None:
-        """Remove a load whose record will not arrive. Its slot becomes EMPTY."""
+        """Remove a load, because its record will not arrive. The slot becomes EMPTY."""
         del self._loads[load.key]
         self._prefetches.fail(load.key)
         load.pool.fail(load.slot)
@@ -262,12 +274,15 @@ class Loads:
     def repair(self, demands: Collection[Demand]) -> None:
         """Make the loads agree with ``demands`` after an interrupted step.
 
-        Loads that a loader reads or that a demand waits for stay. Others are removed.
+        A load stays if a loader has taken it or a demand waits for it. Other loads are removed, and so are all prefetch
+        requests.
         """
         self._prefetches.repair()
         for demand in demands:
             for load in [load for load in demand.loads if self._loads.get(load.key) is not load]:
-                if load.slot not in demand.ready:  # ``arrive`` was interrupted: the demand looks for the record again
+                if (
+                    load.slot not in demand.ready
+                ):  # ``arrive`` was interrupted: let the demand look for the record again
                     demand.pending[load.key] = None
                 demand.loads.remove(load)
         self._queue.clear()
@@ -281,7 +296,7 @@ class Loads:
                 self._ring()
 
     def check_integrity(self) -> None:
-        """Assert that loads, the demands that wait for them and the queue agree. Tests call it."""
+        """For tests: assert that the loads, the demands that wait for them, and the queue agree."""
         for key, load in self._loads.items():
             assert load.key == key
             assert load.waiters == [demand for demand in load.waiters if load in demand.loads]

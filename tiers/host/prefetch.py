@@ -1,6 +1,6 @@
-"""Prefetch queue: records to be read before demands come, for prefetch requests and for the warm-up.
+"""The prefetch queue: records that are to be read before a demand comes, for prefetch requests and for the warm-up.
 
-This is a part of the ledger: callers hold the tier's lock, and there is no I/O here.
+This module is a part of the ledger: callers hold the tier's lock, and it does no I/O.
 """
 
 from __future__ import annotations
@@ -16,49 +16,49 @@ from .demands import AsyncCaller, Pool
 
 
 class Place(NamedTuple):
-    """A record to read, and the slot for it."""
+    """A record that is to be read, and the slot for it."""
 
     pool: Pool
     key: ExpertKey
-    slot: int
-    is_warmup: bool
+    slot: int  # number of the slot in the pool
+    is_warmup: bool  # the record is read for the warm-up, not for a prefetch request
 
 
 class Request(NamedTuple):
-    """The latest prefetch request of a caller for a block."""
+    """The latest prefetch requests of a caller for a block."""
 
     pool: Pool
-    keys: frozenset[ExpertKey]  # all requested keys, also those that are READY or being read
-    unbegun: deque[ExpertKey]  # keys whose reads have not begun
+    keys: frozenset[ExpertKey]  # all requested keys, even if their records are READY or being read
+    unbegun: deque[ExpertKey]  # the requested keys whose reads have not begun
 
 
 class PrefetchQueue:
-    """The latest requests of each caller for each block. The caller None stands for the tier's own process."""
+    """The latest prefetch requests of each caller for each block. The caller None is the tier's own process."""
 
     def __init__(self, counters: TierCounters, clock: Callable[[], float]) -> None:
         self.outcomes = PrefetchOutcomes(counters, clock)
         self._counters = counters
-        # by caller and block; the caller that was served last comes last
+        # from caller to a dictionary from block to requests; the caller that was served last comes last
         self._requests: dict[AsyncCaller | None, dict[int, Request]] = {}
         self.warmup: deque[tuple[Pool, ExpertKey]] = deque()  # records for the warm-up whose reads have not begun
-        self.warmed: set[ExpertKey] = set()  # records that the warm-up reads or has read, and that are not used yet
-        self.lent: set[ExpertKey] = set()  # records that the tier above borrowed and may keep longer
+        self.warmed: set[ExpertKey] = set()  # records that the warm-up has begun to read and no demand has used yet
+        self.lent: set[ExpertKey] = set()  # records that the tier above has copied, and may keep longer than this tier
 
     # -- requests -----------------------------------------------------------------------------------------------------
 
     @property
     def unbegun(self) -> int:
-        """Number of requested reads and reads for the warm-up that have not begun."""
+        """Number of records whose reads, for requests or for the warm-up, have not begun."""
         requests = [request for blocks in self._requests.values() for request in blocks.values()]
         return sum([len(request.unbegun) for request in requests]) + len(self.warmup)
 
     def is_requested(self, key: ExpertKey) -> bool:
-        """Return whether a record is in a caller's latest requests, whether or not it is READY or being read."""
+        """Return whether a record is among the latest requests of a caller, even if it is READY or being read."""
         found = [blocks[key.block] for blocks in self._requests.values() if key.block in blocks]
         return any(key in request.keys for request in found)
 
     def request(self, pool: Pool, block: int, keys: Sequence[ExpertKey], caller: AsyncCaller | None) -> bool:
-        """Replace a caller's requests for a block by ``keys``. Return whether any of these records has no slot."""
+        """Replace a caller's requests for a block by ``keys``. Return whether a requested record has no slot."""
         blocks = self._requests.setdefault(caller, {})
         if (before := blocks.pop(block, None)) is not None:
             self._counters.cancelled += sum([key not in keys for key in before.unbegun])
@@ -74,20 +74,20 @@ class PrefetchQueue:
         self._counters.cancelled += sum([len(request.unbegun) for request in requests])
 
     def repair(self) -> None:
-        """Remove all requests, after an interrupted step."""
+        """Remove all requests, because a step was interrupted or the tier is closed."""
         self._requests.clear()
 
     def next_place(self) -> Place | None:
-        """Take the next record to read, and a place for it. Return None if there is none.
+        """Choose the next record to read, and the slot for it. Return None if there is nothing to read.
 
-        Requests come before the warm-up. A requested record gets the first of these that exists:
+        Requests come before the warm-up. A requested record gets the first of these slots that exists:
 
         1. an EMPTY slot;
-        2. the slot of an earlier prefetch, of any block, that was not used and is no longer requested;
-        3. a slot of its own group that is neither pinned nor requested.
+        2. the slot of a prefetched record, of any block, that was not used and is no longer requested;
+        3. the slot of a record of its own group that is neither pinned nor requested.
 
-        Without such a slot the request is cancelled. A record of the warm-up gets an EMPTY slot only. Nothing is read
-        for a pool in which a demand waits for a slot.
+        If there is no such slot, the request is cancelled. A record of the warm-up gets only an EMPTY slot. Nothing is
+        read into a pool in which a demand waits for a slot.
         """
         for caller, pool, key in self._take_requests():
             if pool.find(key) is None:
@@ -105,14 +105,14 @@ class PrefetchQueue:
         return None
 
     def _take_requests(self) -> Iterator[tuple[AsyncCaller | None, Pool, ExpertKey]]:
-        """Take requests one by one, from the callers in turn, and from a caller's blocks in the order of arrival."""
+        """Take requests one by one, and yield them: by the turn of the caller, then by the arrival of the request."""
         for caller, blocks in list(self._requests.items()):
             for request in blocks.values():
                 while request.unbegun and not request.pool.starved:
                     yield caller, request.pool, request.unbegun.popleft()
 
     def _slot_for(self, pool: Pool, key: ExpertKey) -> int | None:
-        """Return a slot for a requested record, as ``next_place`` specifies; None if there is none."""
+        """Return a slot for a requested record, as ``next_place`` specifies; None if there is no such slot."""
         if (slot := pool.vacancy(key.block)) is not None:
             return slot
         for unused in self.outcomes.unused:
@@ -124,12 +124,12 @@ class PrefetchQueue:
     # -- outcomes -----------------------------------------------------------------------------------------------------
 
     def fail(self, key: ExpertKey) -> None:
-        """Note that the record will not arrive, as its read has failed or was cancelled."""
+        """Note that a record will not arrive, because its read has failed or was cancelled."""
         self.warmed.discard(key)
         self.outcomes.began.pop(key, None)
 
     def use(self, keys: Iterable[ExpertKey]) -> None:
-        """Count the use of records by demands of this tier or of the tier above."""
+        """Note that demands of this tier, or of the tier above, use the records of ``keys``."""
         for key in keys:
             self.lent.discard(key)
             if key in self.warmed:
@@ -139,12 +139,12 @@ class PrefetchQueue:
                 self.outcomes.use(key)
 
     def evict(self, key: ExpertKey) -> None:
-        """Note that a record is evicted from this tier. If the tier above borrowed it, it may still be used there."""
+        """Note that a record is evicted from this tier. The tier above may still use its copy, if it has made one."""
         if key not in self.lent:
             self.lose(key)
 
     def lose(self, key: ExpertKey) -> None:
-        """Note that a record is neither in this tier nor in the tier above any more."""
+        """Note that a record is in neither this tier nor the tier above any more. If it was not used, it was wasted."""
         self.lent.discard(key)
         self.warmed.discard(key)
         self.outcomes.evict(key)

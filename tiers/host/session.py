@@ -1,7 +1,7 @@
-"""Session: the interface of the host tier to another process, and the thread that fails demands at their deadlines.
+"""Session: the interface through which another process uses the host tier; and a thread that enforces deadlines.
 
-A session has no thread of its own. Any thread that changes the ledger's state also advances the sessions' demands that
-can go on, and delivers their events.
+A session has no thread of its own. Each thread that changes the ledger's state also advances the demands of sessions
+that can go on, and delivers their events.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from .ledger import Ledger
 
 
 class Session(AsyncCaller):
-    """An asynchronous caller of the host tier, made by ``HostTier.session``.
+    """An asynchronous caller of the host tier. ``HostTier.session`` makes it.
 
-    Thread-safe. Every method returns at once. Events are delivered in the order in which they happen.
+    Thread-safe. No method waits for a record. Events are delivered in the order in which they happen.
     """
 
     def __init__(
@@ -37,19 +37,20 @@ class Session(AsyncCaller):
 
     @step
     def acquire(self, request: int, keys: Sequence[ExpertKey], patience: float | None = None) -> None:
-        """Demand the records of distinct keys of one block.
+        """Demand the records of ``keys``.
 
-        A Granted event is delivered for each key, or a Failed event that ends the request.
+        A Granted event is delivered for each key. If the request fails, a Failed event is delivered instead of those
+        that are missing.
 
         Args:
-            request: number of the request, which no request in progress has.
-            keys: the keys.
-            patience: the request fails with ExhaustedError if it holds no lease and no record is being read for it for
-                this many seconds; None for the session's own value.
+            request: a number for the request. No request that is not over may have it.
+            keys: distinct keys of one block.
+            patience: seconds after which the request fails with ExhaustedError if during this time it holds no lease
+                and no record is read for it; None for the session's own value.
 
         Raises:
-            MissingExpertError: the model does not have one of the keys.
-            ProtocolError: a request with this number is not over.
+            MissingExpertError: the model does not have one of the experts.
+            ProtocolError: another request has the same number and is not over.
             ClosedError: the session or the tier was closed.
             StoreError: the tier was condemned (``HostTier.condemn``).
         """
@@ -59,16 +60,18 @@ class Session(AsyncCaller):
         self._ledger.manifest.check_keys(block, keys)
         self._check_open()
         if request in self.demands:
-            raise ProtocolError(f"Request {request} is not over yet.", "Number requests one by one.")
+            raise ProtocolError(
+                f"A request with the number {request} is not over yet.", "Give each request a number of its own."
+            )
         patience = self._patience if patience is None else patience
         self._ledger.look(Demand(self._ledger.pool_of[block], block, self, self, request, patience), keys)
         self._ledger.serve()
 
     @step
     def release(self, request: int, keys: Sequence[ExpertKey] = ()) -> None:
-        """End the leases of ``keys``. Without ``keys``, end the request: its leases, and its wait for other records.
+        """End the leases of ``keys`` that a request holds. If there are no ``keys``, end the whole request.
 
-        Keys without a lease are ignored, since their request may have failed in the meantime.
+        Keys without a lease are ignored, because the request may have failed since the caller decided to release them.
         """
         demand = self.demands.get(request)
         if demand is None:
@@ -83,9 +86,9 @@ class Session(AsyncCaller):
 
     @step
     def used(self, keys: Sequence[ExpertKey]) -> None:
-        """Count hits of the other process: it has found ``keys`` in the directory and used them, the latest last.
+        """Count hits of the other process, which has found ``keys`` in the directory and used their records.
 
-        Raises MissingExpertError for a key that the model does not have.
+        ``keys`` are in the order of use. Raises MissingExpertError if the model does not have one of the experts.
         """
         for key in keys:
             self._ledger.manifest.check_keys(key.block, (key,))
@@ -95,16 +98,19 @@ class Session(AsyncCaller):
 
     @step
     def prefetch(self, block: int, keys: Sequence[ExpertKey]) -> None:
-        """Prefetch as ``ExpertSource`` specifies. Only requests of this session are replaced."""
+        """Request prefetches as ``ExpertSource`` specifies. Only requests of the same session are replaced.
+
+        Raises MissingExpertError if the model does not have one of the experts.
+        """
         self._ledger.manifest.check_keys(block, keys)
         if self._takes_hints():
             self._ledger.prefetch(block, keys, self)
 
     @step
     def close(self) -> None:
-        """End all demands with their leases, and cancel all prefetch requests. Loads that have begun go on. Idempotent.
+        """End all demands and their leases, and cancel all prefetch requests. Idempotent.
 
-        No more events are delivered.
+        Loads that a loader has begun go on. No more events are delivered.
         """
         self._closed = True
         for demand in list(self.demands.values()):
@@ -118,7 +124,10 @@ class Session(AsyncCaller):
         self._ledger.check_open()
 
     def _takes_hints(self) -> bool:
-        """Return False if the tier was condemned, which the next ``acquire`` reports. Raises ClosedError."""
+        """Return False if the tier was condemned: uses and requests are then ignored, and ``acquire`` raises the error.
+
+        Raises ClosedError if the session or the tier was closed.
+        """
         if isinstance(self._ledger.loads.closed_by, StoreError):
             return False
         self._check_open()
@@ -126,7 +135,7 @@ class Session(AsyncCaller):
 
 
 class Timekeeper:
-    """A thread that fails asynchronous demands at their deadlines. ``runs`` is true once it was started."""
+    """A thread that fails asynchronous demands at their deadlines. ``runs`` is true once the thread was started."""
 
     def __init__(self, monitor: Monitor) -> None:
         self.runs = False
@@ -138,7 +147,7 @@ class Timekeeper:
     def start(self, ledger: Ledger) -> None:
         """Start the thread. The caller holds the tier's lock. Idempotent.
 
-        Raises ClosedError, or StoreError if the tier was condemned.
+        Raises ClosedError if the tier was closed, StoreError if it was condemned.
         """
         ledger.check_open()
         if not self.runs:
@@ -147,7 +156,7 @@ class Timekeeper:
             self._thread, self.runs = thread, True
 
     def watch(self) -> None:
-        """Make the thread look at the deadlines again."""
+        """Make the thread look at the deadlines again, because there is a new one."""
         self._alarm.put(None)
 
     def close(self) -> None:

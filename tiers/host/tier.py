@@ -1,6 +1,6 @@
-"""HostTier: a cache of records in shared memory, into which a few loader threads read.
+"""HostTier: a cache of records in shared memory. A few threads, the loaders, read records into it.
 
-The ledger decides what is read and evicted, under the monitor's lock. Records are read without the lock.
+The ledger decides, under the monitor's lock, which records are read and evicted. Records are read without the lock.
 """
 
 from __future__ import annotations
@@ -29,14 +29,15 @@ from .ledger import Ledger
 from .loaders import Loaders, most_prefetches
 from .session import Session, Timekeeper
 
-HANDOVER = 1e-5  # seconds to sleep so that a loader can take the GIL and begin its read; the system adds about 6e-5
+# seconds to sleep so that a loader can take the GIL and begin its read; the system makes the sleep about 6e-5 longer
+HANDOVER = 1e-5
 
 
 class HostTier(Closeable):
-    """The tier in host memory: a Lender that caches the records of ``store``, a RecordReader, which it does not close.
+    """The tier in host memory: a ``Lender`` that caches the records of a store. ``close`` does not close the store.
 
-    A thread that iterates over ``acquire`` must not call it again inside the loop: with the smallest budget the inner
-    call would wait for slots that the outer one holds.
+    A thread that iterates over ``acquire`` must not call ``acquire`` again inside the loop: with the smallest budget,
+    the inner call would wait for slots that the outer call holds.
     """
 
     def __init__(
@@ -52,37 +53,37 @@ class HostTier(Closeable):
 
         Args:
             store: reads the records.
-            slots: number of slots by zarr array, as ``slots_for`` computes them.
+            slots: a dictionary from the name of each zarr array to a number of slots, as ``slots_for`` returns it.
             loaders: number of threads that read records.
-            arena: a reclaimed arena with these slots, which the tier takes over. Its intact records are READY without a
-                read, and processes that have mapped it can go on.
-            policy: a key of ``POLICIES``.
+            arena: a reclaimed arena with the same numbers of slots; None to create an arena. The intact records of a
+                reclaimed arena are READY without a read, and processes that have mapped the arena can go on using it.
+            policy: the policy of eviction, a key of ``POLICIES``.
 
         Raises:
-            BudgetError: the system does not give that much memory.
+            BudgetError: the system does not have enough memory.
         """
         assert loaders > 0
         self.manifest = store.manifest
         self.plan = ArenaPlan.of(self.manifest, slots)
         assert arena is None or arena.plan == self.plan
-        self.recovered = 0  # number of intact records in the arena that was taken over
+        self.recovered = 0  # number of intact records in the reclaimed arena
         self._monitor = Monitor(lambda: self._ledger.repair())
         with contextlib.ExitStack() as undo:
             self._arena = arena or Arena.create(self.plan)
             undo.callback(self._arena.close)
             bell: SimpleQueue[None] = SimpleQueue()
             self._timekeeper = Timekeeper(self._monitor)
-            self._slots = [self._arena.slot(slot) for slot in range(self.plan.slots)]  # writable, to fill them
-            # by slot: always the same object, so that code that keeps data about it can recognise it
+            self._slots = [self._arena.slot(slot) for slot in range(self.plan.slots)]  # writable views, for the loaders
+            # a read-only view of each slot; always the same objects, for which the device tier can cache tensors
             self._records = [self._arena.view(slot) for slot in range(self.plan.slots)]
-            self._residents: dict[int, Residents | None] = {}  # by block
+            self._residents: dict[int, Residents | None] = {}  # from block to what ``residents`` returns
             self._ledger = Ledger(
                 self.manifest,
                 self.plan,
                 self._arena.directory,
                 policy=policy,
                 wake=self._wake,
-                ring=partial(bell.put, None),  # reentrant by its documentation, as a finalizer may call it
+                ring=partial(bell.put, None),  # documented to be reentrant, which matters as a finalizer may call it
                 watch=self._timekeeper.watch,
                 ahead=2 * loaders,  # enough to keep every loader busy
                 most_prefetches=most_prefetches(loaders, self.plan),
@@ -95,7 +96,10 @@ class HostTier(Closeable):
             undo.pop_all()
 
     def acquire(self, keys: Sequence[ExpertKey]) -> Generator[Lease[memoryview], None, None]:
-        """Acquire as ``ExpertSource`` specifies. Raises MissingExpertError for a key that the model does not have."""
+        """Yield leases as ``ExpertSource`` specifies.
+
+        Raises MissingExpertError if the model lacks one of the experts.
+        """
         if not keys:
             return
         block = keys[0].block
@@ -109,29 +113,29 @@ class HostTier(Closeable):
             while not is_last:
                 leases, is_last = found or self._monitor.wait_for(self._next, demand)
                 found = None
-                while leases:  # popped, so that no lease is kept while the caller waits for the next
+                while leases:  # popped one by one, so that this generator keeps no lease alive
                     yield leases.popleft()
                     self._check_open()
             if demand.error is not None:
                 raise demand.error
         finally:
-            # a forked child shares the directory, and must not write it
+            # not in a forked child, which shares the directory and must not write to it
             if self._monitor.fork_guard.is_owner:
                 self._monitor.post(partial(self._ledger.leave, demand))
 
     def residents(self, block: int) -> Residents | None:
-        """Return where the block's records are, as ``ExpertSource`` specifies."""
+        """Return the addresses of the block's records, as ``ExpertSource`` specifies."""
         self._check_open()
         if block not in self._residents:
             self._residents[block] = self._arena.residents(block, self.manifest.blocks[block].array)
         return self._residents[block]
 
     def note_uses(self, block: int, experts: Sequence[int]) -> None:
-        """Count a demand, as ``ExpertSource`` specifies. It is counted when the monitor's next step begins."""
+        """Count a demand, as ``ExpertSource`` specifies, when the next step of the monitor begins."""
         self._monitor.defer(partial(self._ledger.use_found, block, experts))
 
     def take_back_uses(self, block: int, experts: Sequence[int]) -> None:
-        """Count the hits of a ``note_uses`` as discarded, as ``ExpertSource`` specifies."""
+        """Count the hits of an earlier ``note_uses`` as discarded, as ``ExpertSource`` specifies."""
         self._monitor.defer(partial(self._ledger.take_back, experts))
 
     @step
@@ -140,29 +144,28 @@ class HostTier(Closeable):
         self._ledger.reclaim(threading.get_ident())
 
     def prefetch(self, block: int, keys: Sequence[ExpertKey]) -> None:
-        """Prefetch as ``ExpertSource`` specifies.
+        """Request prefetches as ``ExpertSource`` specifies. ``PrefetchQueue.next_place`` says which slots they take.
 
-        A record takes an EMPTY slot or evicts a record: one that an earlier prefetch has loaded and no demand has used,
-        or else one of its own group that is neither pinned nor requested.
+        Raises MissingExpertError if the model lacks one of the experts.
         """
         self.manifest.check_keys(block, keys)
         self._monitor.run(self._ledger.prefetch, block, keys)
 
     def warm(self, hottest: Callable[[int, int], Sequence[ExpertKey]]) -> None:
-        """Read each block's most used records into EMPTY slots, in the background. Returns at once.
+        """Begin the warm-up: read the most used records of each block into EMPTY slots, in the background.
 
-        ``hottest`` is called with a block and a number, and returns at most that many keys of the block. Nothing is
-        read for the warm-up while there is anything to read for demands or prefetch requests. Nothing is evicted for
-        it, and records with a slot are not read again.
+        ``hottest`` is called with a block and a number, and returns at most that many keys of the block. Demands and
+        prefetch requests go first. The warm-up evicts no record, and does not read a record that already has a slot.
+        Returns at once.
         """
         pools = list(enumerate(self._ledger.pool_of))
         self._monitor.run(self._warm, [(pool, hottest(block, pool.quota(block))) for block, pool in pools])
 
     @contextlib.contextmanager
     def borrow(self, key: ExpertKey) -> Iterator[Lease[memoryview] | None]:
-        """Lend a record as ``Lender`` specifies. While a demand waits for a slot, None is given instead.
+        """Lend a record as ``Lender`` specifies. While a demand of the same pool waits for a slot, give None instead.
 
-        Raises MissingExpertError if the model does not have the key.
+        Raises MissingExpertError if the model does not have the expert.
         """
         self.manifest.check_keys(key.block, [key])
         loan = Demand(self._ledger.pool_of[key.block], key.block, threading.get_ident())
@@ -174,77 +177,77 @@ class HostTier(Closeable):
 
     @step
     def used(self, keys: Sequence[ExpertKey]) -> None:
-        """Note uses in the tier above, as ``Lender`` specifies. They are part of what ``uses`` returns."""
+        """Note uses in the tier above, as ``Lender`` specifies. The result of ``uses`` includes them."""
         self._ledger.used_above(keys)
 
     @step
     def uses(self) -> dict[ExpertKey, int]:
-        """Return how often demands wanted each record. Counting begins with the first call."""
+        """Return a dictionary from each key to the number of demands for it. Counting begins with the first call."""
         return self._ledger.counted_uses()
 
     def ready(self, block: int) -> list[int]:
-        """Return the experts of a block whose records are in slots now."""
+        """Return the experts of a block whose records are READY now."""
         find, experts = self._arena.directory.find, self.manifest.blocks[block].experts
         return [expert for expert in range(experts) if find(ExpertKey(block, expert)) is not None]
 
     def absent(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
         """Return the absent keys, as ``ExpertSource`` specifies.
 
-        No lock is taken, so the result may be outdated at once.
+        This takes no lock, so the result may be out of date when the caller gets it.
         """
         self._monitor.fork_guard.check()
         pool_of = self._ledger.pool_of
         return [key for key in keys if not pool_of[key.block].holds(key)]
 
     def session(self, deliver: Callable[[Event], None], *, leases: int = 8, patience: float = 10.0) -> Session:
-        """Open a session for another process. The caller has to close it.
+        """Open a session for another process. The caller has to close the session.
 
         Args:
             deliver: called with each event, as ``AsyncCaller`` specifies.
-            leases: the largest number of slots that the session may hold at a time.
-            patience: seconds after which a request that holds no slot fails.
+            leases: the largest number of slots that the session may hold or claim at a time.
+            patience: seconds without a slot after which a request fails.
 
         Raises:
             ClosedError: the tier was closed.
-            StoreError: the tier was condemned.
+            StoreError: the tier was condemned (see ``condemn``).
         """
-        # start the thread now: if that fails, there are no requests yet
+        # start the thread before there are requests, in case it can't be started
         self._monitor.run(self._timekeeper.start, self._ledger)
         return Session(deliver, self._monitor, self._ledger, leases=leases, patience=patience)
 
     def export(self) -> int:
-        """Return a new read-only descriptor of the arena, which the caller has to close. Its layout is ``plan``.
+        """Return a new read-only file descriptor of the arena, which the caller has to close.
 
-        Raises ClosedError, or the StoreError that condemned the tier.
+        The arena has the layout ``plan``. Raises ClosedError if the tier was closed, StoreError if it was condemned.
         """
         self._check_open()
         return self._arena.export()
 
     def whole(self, slot: int) -> memoryview:
-        """Return a read-only view of a leased record and its checksum, to send to another host."""
+        """Return a read-only view of the record in a leased slot and its checksum, to send to another host."""
         return self._arena.whole(slot)
 
     @step
     def stats(self) -> TierStats:
-        """Return a snapshot of the counters."""
+        """Return a snapshot of the counters and of the state of the slots."""
         return snapshot(self._ledger.counters, self._ledger.pools.values())
 
     @step
     def count_failure(self) -> None:
-        """Count a failed read that the store has recovered from a mirror."""
+        """Count a read that failed, but succeeded from a mirror."""
         self._ledger.counters.failures += 1
 
     @property
     def fault(self) -> StoreError | None:
-        """The error that condemned the tier, or None."""
+        """The error with which the tier was condemned, or None."""
         error = self._ledger.loads.closed_by
         return error if isinstance(error, StoreError) else None
 
     @step
     def condemn(self, error: StoreError) -> None:
-        """Stop serving, since the slots don't hold the records that the manifest promises.
+        """Stop serving for good, because the records are not those of the manifest.
 
-        All callers and sessions get ``error``, and processes that have mapped the arena find no records in it.
+        All callers and sessions get ``error``. Processes that have mapped the arena find no records in it any more.
         """
         if self._ledger.loads.closed_by is None:
             self._ledger.close(error)
@@ -253,8 +256,8 @@ class HostTier(Closeable):
     def close(self) -> None:
         """Close the tier, as ``ExpertSource`` specifies.
 
-        Callers that sleep in ``acquire`` wake and get ClosedError. The record of a lease stays readable while the lease
-        is held. In a forked child, only the child's mappings and descriptors are closed.
+        Callers that sleep in ``acquire`` wake up and get ClosedError. The record of a lease stays readable as long as
+        the lease object exists. In a forked child, this only closes the child's mappings and file descriptors.
         """
         if self._monitor.fork_guard.is_owner:
             self._monitor.run(self._ledger.close, ClosedError("The host tier was closed.", "Load the model again."))
@@ -267,7 +270,7 @@ class HostTier(Closeable):
 
     @step
     def check_integrity(self) -> None:
-        """Assert that slots, groups, loads, callers and the directory agree. Tests call it."""
+        """For tests: assert that slots, groups, loads, callers and the directory agree."""
         self._ledger.check_integrity()
 
     # -- steps --------------------------------------------------------------------------------------------------------
@@ -277,7 +280,7 @@ class HostTier(Closeable):
         return self._next(demand)
 
     def _next(self, demand: Demand) -> tuple[deque[Lease[memoryview]], bool] | None:
-        """End the present leases. Return the next ones and whether they are the last; None if the caller must wait."""
+        """End the demand's leases. Return the next leases, and whether they are the last; None if the caller waits."""
         found = self._ledger.next(demand)
         if found is None:
             return None
@@ -312,7 +315,7 @@ class HostTier(Closeable):
     def _wake(self) -> None:
         self._monitor.wake()
         if self._timekeeper.runs:
-            self._monitor.post(self._ledger.serve)  # the thread that holds the lock now runs it as a step
+            self._monitor.post(self._ledger.serve)  # the thread that holds the lock will run this as a step
 
     def _check_open(self) -> None:
         self._monitor.fork_guard.check()

@@ -1,7 +1,7 @@
-"""Warm-up: count how often experts are used, save the counts, and load the most used experts when a tier is opened.
+"""Warm-up: count how often each expert is used, save the counts, and load the most used experts when a tier is opened.
 
-The counts are saved in ``$XDG_CACHE_HOME/moetier`` (XDG Base Directory Specification 0.8). They are only a hint: if the
-file can't be used for any reason, the tier begins without a warm-up.
+The counts are saved in ``$XDG_CACHE_HOME/moetier`` (XDG Base Directory Specification 0.8). If the file can't be used,
+for whatever reason, the tier begins without a warm-up.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from moetier.tiers.store.atomic import make_folders, write_durably
 
 from .tier import HostTier
 
-EVERY = 300.0  # seconds between writes; a process that is killed loses the uses since the latest write
-FORMAT = 1  # version of the file format
-HALF_LIFE = 512  # a use in an earlier run counts half after 512 uses per expert of its block
-MOST_BYTES = 16 << 20  # largest file that is read
+EVERY = 300.0  # seconds between two writes of the file; a process that is killed loses the uses since the latest write
+FORMAT = 1  # version of the file's format
+HALF_LIFE = 512  # a use in an earlier run counts half after this many further uses, times the block's number of experts
+MOST_BYTES = 16 << 20  # size of the largest file that is read
 
 _log = logging.getLogger(__name__)
 
 
 class HotSet(dict[ExpertKey, float]):
-    """How often each key was used. Uses in earlier runs count less than those in the latest run."""
+    """A dictionary from each key to the number of its uses, in which uses in earlier runs count less."""
 
     def use(self, keys: Iterable[ExpertKey]) -> None:
         """Count one use of each key."""
@@ -43,14 +43,18 @@ class HotSet(dict[ExpertKey, float]):
             self[key] = self.get(key, 0) + 1
 
     def hottest(self, block: int, most: int) -> list[ExpertKey]:
-        """Return the ``most`` most used experts of a block, or fewer. Equally used ones are in ascending order."""
+        """Return the ``most`` most used experts of a block, the most used first, or fewer if fewer were used.
+
+        Experts with the same count are in ascending order.
+        """
         keys = [key for key in self if key.block == block]
         return sorted(keys, key=lambda key: (-self[key], key))[:most]
 
     def after(self, earlier: HotSet, experts: Mapping[int, int]) -> HotSet:
-        """Return the sum of these counts and those of ``earlier`` runs, which decay with each use of their block since.
+        """Return the sum of these counts and those of ``earlier`` runs. Earlier counts decay with each use in this run.
 
-        ``experts`` is the number of experts by block.
+        Only uses of experts of the same block make a count decay. ``experts`` is a dictionary from block to its number
+        of experts.
         """
         uses = dict.fromkeys(experts, 0.0)
         for key, count in self.items():
@@ -63,9 +67,9 @@ class HotSet(dict[ExpertKey, float]):
 
 
 class Learner:
-    """Thread that warms up an open tier, and saves its counts of uses until ``close``.
+    """A thread that warms up a tier, and then saves the counts of uses from time to time until ``close``.
 
-    Nothing waits for the thread but ``close``, and its errors don't affect the tier.
+    Only ``close`` waits for the thread. Errors of the thread don't affect the tier.
     """
 
     def __init__(self, host: HostTier, *, every: float = EVERY) -> None:
@@ -80,7 +84,7 @@ class Learner:
         self._thread.start()
 
     def close(self) -> None:
-        """Save the counts and end the thread. The tier may be closed before or after. Idempotent.
+        """Save the counts, and end the thread. The tier may be closed before or after. Idempotent.
 
         Does nothing in a forked child.
         """
@@ -107,22 +111,26 @@ class Learner:
 
 
 def hot_set_path(digest: str) -> Path:
-    """Return the path of the counts for the store with ``digest``. Raises FileNotFoundError if the user has no home."""
+    """Return the path of the file with the counts for the store with ``digest``.
+
+    Raises FileNotFoundError if the user has no home directory.
+    """
     folder = Path(os.environ.get("XDG_CACHE_HOME", ""))
     if not folder.is_absolute():  # the specification says to ignore relative paths
         try:
             folder = Path.home() / ".cache"
         except RuntimeError:
-            raise FileNotFoundError(errno.ENOENT, "the user has no home", "~/.cache") from None
+            raise FileNotFoundError(errno.ENOENT, "the user has no home directory", "~/.cache") from None
     assert re.fullmatch(r"[0-9a-f]+", digest), digest
     return folder / "moetier" / f"hot-{digest}.json"
 
 
 def load_hot_set(digest: str, experts: Mapping[int, int]) -> HotSet:
-    """Read the counts that earlier runs have saved for the store with ``digest``.
+    """Return the counts that earlier runs have saved for the store with ``digest``.
 
-    They are empty if there is no file. They are also empty, with a warning, if the file is damaged, or of another
-    version, store or user. ``experts`` is the number of experts by block.
+    The result is empty if there is no file. It is also empty, and a warning is logged, if the file is damaged, or if it
+    has another version or belongs to another store or user. ``experts`` is a dictionary from block to its number of
+    experts.
     """
     try:
         path = hot_set_path(digest)
@@ -132,15 +140,15 @@ def load_hot_set(digest: str, experts: Mapping[int, int]) -> HotSet:
         return HotSet()
     except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         cause = (error.strerror if isinstance(error, OSError) else str(error)) or type(error).__name__
-        _log.warning("The counts of experts in %s are not used (%s). They begin anew.", path, cause)
+        _log.warning("The counts of experts in %s are ignored (%s). Counting begins again.", path, cause)
         return HotSet()
 
 
 def keep_hot_set(digest: str, experts: Mapping[int, int], used: HotSet) -> None:
-    """Add the uses of one run to the saved counts, in one atomic write.
+    """Add the uses of one run to the saved counts. The file is replaced atomically.
 
-    A lock makes sure that no counts are lost if other processes save theirs at the same time. If the file can't be
-    written, a warning is logged. ``experts`` is the number of experts by block.
+    A lock makes sure that no counts are lost if another process saves its counts at the same time. If the file can't be
+    written, a warning is logged. ``experts`` is a dictionary from block to its number of experts.
     """
     where: Path | str = "$XDG_CACHE_HOME"
     try:
@@ -148,17 +156,17 @@ def keep_hot_set(digest: str, experts: Mapping[int, int], used: HotSet) -> None:
         make_folders(path.parent)
         lock = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # the lock ends with the descriptor, or with the process
+            fcntl.flock(lock, fcntl.LOCK_EX)  # released when the descriptor is closed, or when the process ends
             found = used.after(load_hot_set(digest, experts), experts)
             write_durably(path, _text(found, digest).encode())
         finally:
             os.close(lock)
     except OSError as error:
-        _log.warning("The counts of experts in %s are not kept (%s).", where, error.strerror)
+        _log.warning("The counts of experts in %s can't be saved (%s).", where, error.strerror)
 
 
 def _open(path: Path) -> Any:
-    """Open a regular file of this user for reading. Raises OSError or ValueError for anything else, such as a link."""
+    """Open a regular file of this user for reading. Raises OSError or ValueError if it is something else, or a link."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
@@ -175,14 +183,14 @@ def _text(found: HotSet, digest: str) -> str:
 
 
 def _parse(value: Any, digest: str, experts: Mapping[int, int]) -> HotSet:
-    """Return the counts in the JSON ``value`` of a file.
+    """Return the counts in ``value``, the JSON of a file.
 
-    Raises ValueError, or for a value of another form TypeError, KeyError, AttributeError or OverflowError.
+    Raises ValueError, TypeError, KeyError, AttributeError or OverflowError if ``value`` is malformed.
     """
     if value["format"] != FORMAT:
-        raise ValueError(f"format {value['format']!r}, not {FORMAT}")
+        raise ValueError(f"it has version {value['format']!r} of the format, not {FORMAT}")
     if value["digest"] != digest:
-        raise ValueError("it is of another store")
+        raise ValueError("it belongs to another store")
     counts = HotSet()
     for block, of in value["counts"].items():
         for expert, count in of.items():

@@ -1,17 +1,18 @@
-"""Codec: encodes the weights of one expert as the bytes of its record, and decodes them.
+"""Codec: encode the weights of one expert as the bytes of its record, and decode a record.
 
-A quantised weight is w = (c - 2^(bits-1)) * s + b, where c is its code of ``bits`` bits and (s, b) is the bf16 pair of
-its group. It is computed in fp32, where the product is exact and the sum is rounded once, and then rounded to the
-requested type. ``decode`` does this. All other code that dequantises weights must give the same result, bit for bit.
+A quantised weight is w = (c - 2^(bits-1)) * s + b, where c is the weight's code, of ``bits`` bits, and (s, b) is the
+bf16 pair of its group. ``decode`` computes w in fp32, where the product is exact and the sum is rounded once, and then
+rounds w to the requested type. All other code that dequantises weights must give the same result, bit for bit.
 
-Torch's int4 kernel computes w = (q - 8) * s + b with q from 0 to 15. Codes of each width are expanded to q:
+Torch's int4 kernel computes w = (q - 8) * s + b with q from 0 to 15. So every code c is expanded to q:
 
     4 bits   q = c
     3 bits   q = c + 4; the two low bits of c are stored folded in 2 parts, the third bit is a plane folded in 4 parts
     2 bits   q = c + 6; c is stored folded in 2 parts (``packing`` explains folding)
-    8 bits   w is a sum of two matrices: high nibbles q = c >> 4 with pairs (16 s, b), low ones q = c & 15 with (s, 8 s)
+    8 bits   w is a sum of two weights: one has q = c >> 4 and the pair (16 s, b), the other q = c & 15 and (s, 8 s)
 
-So b is the same number for each width. It is near the middle of its group's range, where rounding to bf16 costs little.
+With these formulas, b is the same number for each number of bits. It is near the middle of the group's range, where
+rounding to bf16 costs little.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ from moetier.tiers.layout import BITS, GROUPS, PAIR_TYPES, ROW_TILE, Bias, Bits,
 from . import hqq
 from .packing import HALF, Bands, fold, from_kernel_order, load_pairs, store_pairs, to_kernel_order, unfold
 
-# Default group size and type of pairs of each width: those with the best perplexity per stored byte on a real model
-# (docs/quality.md), except that 8 and 4 bits have bf16 pairs, so that torch's int4 kernel can multiply a record in
-# place.
+# From bits per weight to the default group size and type of pairs. These gave the best perplexity per stored byte on a
+# real model (docs/quality.md), with one exception: with 8 and 4 bits, pairs are bf16, so that torch's int4 kernel can
+# multiply a record in place.
 DEFAULTS: dict[Bits, tuple[int, str]] = {
     8: (64, "bfloat16"),
     4: (64, "bfloat16"),
@@ -40,13 +41,13 @@ DEFAULTS: dict[Bits, tuple[int, str]] = {
 }
 STORED_AS = {"bfloat16": "bfloat16", "float16": "float16", "float32": "bfloat16"}
 TORCH_TYPES = {"uint8": torch.uint8, "bfloat16": torch.bfloat16, "float16": torch.float16}
-CENTRING = {4: 0, 3: 0x44, 2: 0x66}  # by bits: what ``expand`` adds to both nibbles of a byte to get q from c
-TILE_WEIGHTS = 2**19  # number of weights decoded at a time: 2 MiB in fp32
+CENTRING = {4: 0, 3: 0x44, 2: 0x66}  # from bits to what ``expand`` adds to a byte, which has two codes c, to get two q
+TILE_WEIGHTS = 2**19  # number of weights that are decoded at a time: 2 MiB in fp32
 
 
 @dataclass(frozen=True, slots=True)
 class WeightError:
-    """Error of stored weights. It consists of sums over weights, so errors of several matrices can be added."""
+    """Error of stored weights. The fields are sums over weights, so the errors of several matrices can be added."""
 
     squared: float = 0.0  # sum of (stored - original)^2
     squared_norm: float = 0.0  # sum of original^2
@@ -56,7 +57,7 @@ class WeightError:
 
     @property
     def relative(self) -> float:
-        """Frobenius norm of the error divided by the norm of the original weights; 0 if all weights are 0."""
+        """Frobenius norm of the error, divided by that of the original weights; 0 if all original weights are 0."""
         return (self.squared / self.squared_norm) ** 0.5 if self.squared_norm else 0.0
 
 
@@ -68,29 +69,33 @@ def layout_for(
     pairs: str | None = None,
     transposed: bool = False,
 ) -> RecordLayout:
-    """Plan the layout of an expert's record.
+    """Return the layout of an expert's record.
 
-    A projection's group size is the largest supported one up to ``group`` that divides its number of columns. If there
-    is none, the projection stays at 16 bits. Parameters that are not quantised keep their type, except that fp32
-    becomes bf16.
+    The group size of a projection is the largest supported size that is at most ``group`` and divides the number of
+    columns. If there is no such size, the projection is stored with 16 bits. Parameters that are not quantised keep
+    their type, except that fp32 becomes bf16.
 
     Args:
-        parameters: shape and dtype name of each parameter of one expert, by name. The shape is that in the module,
-            without the dimension of experts. A parameter with two dimensions is a projection, one with one is a bias.
+        parameters: a dictionary from the name of each parameter of one expert to its shape and the name of its type.
+            The shape is that in the module, without the dimension of experts. A parameter with two dimensions is a
+            projection; a parameter with one dimension is a bias.
         bits: bits per weight.
         group: number of weights that share a pair; None for the default of ``bits``.
-        pairs: type of the pairs; None for the default of ``bits``.
+        pairs: type of the pairs, one of PAIR_TYPES; None for the default of ``bits``.
         transposed: whether the module holds projections as [columns, rows].
 
     Raises:
-        ConfigError: the settings are not supported.
-        CheckpointError: a parameter can't be stored.
+        ConfigError: ``bits``, ``group`` or ``pairs`` has a value that is not supported.
+        CheckpointError: the type or the shape of a parameter is not supported.
     """
     group, pairs = group_and_pairs(bits, group, pairs)
     projections, biases = [], []
     for name, (shape, dtype) in parameters.items():
         if dtype not in STORED_AS:
-            raise CheckpointError(f"{name} has type {dtype}.", f"moetier stores {', '.join(STORED_AS)}.")
+            raise CheckpointError(
+                f"{name} has type {dtype}, which is not supported.",
+                f"Convert a checkpoint whose experts have type {' or '.join(STORED_AS)}.",
+            )
         if len(shape) == 1:
             biases.append(Bias(name, shape[0], STORED_AS[dtype]))
         elif len(shape) == 2:
@@ -102,15 +107,16 @@ def layout_for(
                 projections.append(Projection(name, rows, columns, 16, STORED_AS[dtype], transposed))
         else:
             raise CheckpointError(
-                f"{name} of one expert has shape {list(shape)}.", "One or two dimensions can be stored."
+                f"{name} of one expert has shape {list(shape)}, which is not supported.",
+                "Convert a model whose experts have parameters with one or two dimensions.",
             )
     return RecordLayout(tuple(projections), tuple(biases))
 
 
 def group_and_pairs(bits: Bits, group: int | None, pairs: str | None) -> tuple[int, str]:
-    """Return group size and type of pairs, with the defaults of ``bits`` for those that are None.
+    """Return the group size and the type of pairs. An argument that is None is replaced by the default of ``bits``.
 
-    At 16 bits neither has a meaning. Raises ConfigError for settings that are not supported.
+    With 16 bits, neither result has a meaning. Raises ConfigError if an argument has a value that is not supported.
     """
     if bits not in BITS:
         raise ConfigError(f"{bits} bits are not supported.", f"Choose among {', '.join(map(str, BITS))}.")
@@ -129,16 +135,19 @@ def group_and_pairs(bits: Bits, group: int | None, pairs: str | None) -> tuple[i
 
 
 def sections(record: Tensor, layout: RecordLayout, of: str = "") -> dict[str, Tensor]:
-    """Return views of a record's sections by name, in their types and shapes. Nothing is copied.
+    """Return a dictionary from the name of each section of a record to a tensor. The tensors are views of ``record``.
 
-    ``record`` is uint8 [n], with n at least payload_bytes, and aligned to 64 bytes. ``of`` is the name of a quantised
-    projection; if it is given, only the sections of that projection are returned.
+    Args:
+        record: uint8 [n], aligned to 64 bytes, where n is at least ``layout.payload_bytes``.
+        layout: the layout of the record.
+        of: the name of a quantised projection, to get only the sections of that projection; "" for all sections.
     """
     wanted = [s for s in layout.sections if s.name.startswith(f"{of}.")] if of else layout.sections
     return {s.name: record[s.offset : s.offset + s.nbytes].view(TORCH_TYPES[s.dtype]).view(s.shape) for s in wanted}
 
 
-# quantises weights [rows, columns] into the sections of a projection; the last argument is ``fast``
+# type of a function that quantises weights [rows, columns] into the sections of a projection; its last argument is
+# ``fast``, as in ``encode``
 Quantise = Callable[[Tensor, Projection, Mapping[str, Tensor], bool], WeightError]
 
 
@@ -154,18 +163,19 @@ def encode(
     """Encode one expert. The bytes depend only on the weights, the layout and ``fast``, not on the number of threads.
 
     Args:
-        tensors: the expert's parameters by name, in the module's shapes: [rows, columns], or [columns, rows] if
-            transposed; a bias is [size].
+        tensors: a dictionary from the name of each parameter of the expert to a tensor in the shape that the module
+            has: [rows, columns], or [columns, rows] if the projection is transposed. A bias is [size].
         layout: the layout of the record.
-        out: buffer of record_bytes, to which the record is written.
+        out: buffer of ``layout.record_bytes``, to which the record is written.
         fast: use plain rounding instead of HQQ.
-        quantise: what quantises a projection; None for torch. All that do must make the same bytes.
+        quantise: the function that quantises a projection; None for the function of this module, which uses torch. All
+            such functions must make the same bytes.
 
     Returns:
-        The error of each projection and bias, by name.
+        A dictionary from the name of each projection and bias to its error.
 
     Raises:
-        CheckpointError: weights that are to be quantised are not finite.
+        CheckpointError: a weight that is to be quantised is not a finite number.
     """
     record = torch.frombuffer(out, dtype=torch.uint8)
     assert len(record) == layout.record_bytes, f"a record has {layout.record_bytes} bytes, not {len(record)}"
@@ -195,7 +205,7 @@ def _copy(values: Tensor, section: Tensor) -> WeightError:
 
 
 def _square(values: Tensor) -> float:
-    """Return the sum of squares. It is computed in fp32 unless the squares may overflow or underflow there."""
+    """Return the sum of the squares of ``values``. Squares that overflow or underflow in fp32 are added in fp64."""
     norm = float(torch.linalg.vector_norm(values))
     if not 1e-12 < norm < 1e12:
         norm = float(torch.linalg.vector_norm(values, dtype=torch.float64))
@@ -205,16 +215,18 @@ def _square(values: Tensor) -> float:
 def _quantise(weights: Tensor, p: Projection, views: Mapping[str, Tensor], fast: bool) -> WeightError:
     """Quantise ``weights`` [rows, columns] into the sections of one projection, a band at a time."""
     bands = Bands(weights, p)
-    # 8-bit pairs are quantised in runs that cross bands, so each pass covers all bands before the next one begins.
+    # Pairs in 8 bits are quantised in runs that cross bands, so all bands are in one batch: s of all bands is stored
+    # before b of the first. bf16 pairs are stored band by band.
     batches = [[band] for band in bands] if p.pairs == "bfloat16" else [list(bands)]
-    # ``low`` gets the codes in kernel order: a section itself, or a buffer that is folded into the sections at the end.
+    # ``low`` gets the codes in kernel order. It is a section itself, or a buffer that is folded into sections at the
+    # end.
     if p.bits in (3, 2):
         low = torch.empty(p.padded_rows * p.columns // 2, dtype=torch.uint8)
     else:
         low = views[f"{p.name}.low" if p.bits == 8 else f"{p.name}.codes"].view(-1)
     error = WeightError()
     for batch in batches:
-        # compute with the stored values, as they will be read
+        # codes are computed with the values of s and b that are stored, as they will be read
         steps = _store(0, lambda band: hqq.steps(bands.transpose(band), p.bits), bands, batch, p, views)
 
         def find_offsets(band: range, steps: Mapping[range, Tensor] = steps) -> Tensor:
@@ -227,7 +239,7 @@ def _quantise(weights: Tensor, p: Projection, views: Mapping[str, Tensor], fast:
             centred, difference, _ = bands.scratch(band)
             hqq.centred_codes(w, step, offset, p.bits, out=centred)
             error += WeightError(_square(torch.addcmul(offset, centred, step, out=difference).sub_(w)), _square(w))
-            # Cast to int16 first: torch's direct cast from fp32 to uint8 is six times slower than these two.
+            # Cast to int16 first: torch's direct cast from fp32 to uint8 is six times slower than these two casts.
             codes = centred.add_(2 ** (p.bits - 1)).to(torch.int16).to(torch.uint8).view(len(band), -1, ROW_TILE)
             if band.stop * ROW_TILE > p.rows:
                 codes[-1, :, p.rows % ROW_TILE :] = 0
@@ -250,10 +262,10 @@ def _store(
     p: Projection,
     views: Mapping[str, Tensor],
 ) -> dict[range, Tensor]:
-    """Store s (``which`` 0) or b (``which`` 1) of a batch of bands.
+    """Store s (if ``which`` is 0) or b (if ``which`` is 1) of all groups in a batch of bands.
 
-    ``find`` computes the values of a band, fp32 [n, 1, ROW_TILE]. Returns them by band as they were stored, with the
-    same shape. Raises CheckpointError if some are not finite.
+    ``find`` computes the values of a band, fp32 [n, 1, ROW_TILE]. Returns a dictionary from each band to its values as
+    they were stored, in the same shape. Raises CheckpointError if a value is not a finite number.
     """
     found = torch.cat([bands.by_rows(find(band)) for band in batch], 1)
     read = store_pairs(found, which, p, views, batch[0].start * ROW_TILE)
@@ -264,18 +276,19 @@ def _store(
 
 
 def not_finite(p: Projection) -> CheckpointError:
-    """Return the error for weights that can't be quantised, as they or their range are not finite numbers."""
+    """Return the error for a projection that can't be quantised: a weight or a group's range is not a finite number."""
     return CheckpointError(
         f"{p.name} has weights that are not finite numbers.",
-        "Get an intact copy of the checkpoint; 16 bits would keep such weights as they are.",
+        "Get an intact copy of the checkpoint, or convert with --bits 16, which keeps such weights as they are.",
     )
 
 
 def expand(views: Mapping[str, Tensor], p: Projection, start: int, stop: int) -> Tensor:
-    """Expand the codes of rows ``start`` to ``stop`` (multiples of 64) to the 4-bit codes q of torch's int4 kernel.
+    """Expand the codes of rows ``start`` to ``stop`` to the 4-bit codes q of torch's int4 kernel.
 
-    ``views`` has the sections of a projection of at most 4 bits: codes [rows, columns / 2] at 4 bits, folded [n] at
-    fewer. Returns uint8 [(stop - start) * columns / 2] in kernel order; at 4 bits it is a view.
+    ``start`` and ``stop`` are multiples of 64. ``views`` has the sections of a projection with at most 4 bits: codes
+    [rows, columns / 2] with 4 bits, folded codes [n] with fewer. Returns uint8 [(stop - start) * columns / 2] in kernel
+    order. With 4 bits, the result is a view of the section.
     """
     first, last = start * p.columns // 2, stop * p.columns // 2
     codes = views[f"{p.name}.codes"].view(-1)
@@ -290,8 +303,8 @@ def expand(views: Mapping[str, Tensor], p: Projection, start: int, stop: int) ->
 def decode(record: Tensor, layout: RecordLayout, name: str, out: Tensor) -> Tensor:
     """Dequantise the projection ``name`` of ``record`` into ``out``, and return ``out``.
 
-    ``record`` is uint8 [record bytes]. ``out`` has the module's shape: [rows, columns], or [columns, rows] if
-    transposed. Weights are computed in fp32, tile by tile, and rounded to the type of ``out``.
+    ``record`` is uint8 [record bytes]. ``out`` has the shape of the projection in the module: [rows, columns], or
+    [columns, rows] if transposed. Weights are computed in fp32, and rounded to the type of ``out``.
     """
     p = next(p for p in layout.projections if p.name == name)
     assert out.shape == p.shape, f"{name} is {p.shape}, not {tuple(out.shape)}"
@@ -307,7 +320,7 @@ def decode(record: Tensor, layout: RecordLayout, name: str, out: Tensor) -> Tens
 
 
 def _decode(views: Mapping[str, Tensor], p: Projection, start: int, stop: int) -> Tensor:
-    """Dequantise rows ``start`` to ``stop``, padding rows included: fp32 [stop - start, columns]."""
+    """Return the weights of rows ``start`` to ``stop``, fp32 [stop - start, columns]. Padding rows are included."""
     if p.bits == 8:
         high, low = (views[f"{p.name}.{plane}"][start:stop].view(-1) for plane in ("high", "low"))
         codes = (from_kernel_order(high, p.columns) << 4) | from_kernel_order(low, p.columns)

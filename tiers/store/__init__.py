@@ -1,4 +1,4 @@
-"""A store on disk: a zarr v3 group with one shard of records per block, and the files of the trunk beside it.
+"""A store on disk: a zarr v3 group with one shard of records for each block. The trunk's files are beside the store.
 
 Other packages use ``mirror.open_store``, ``reader.ExpertStore``, ``writer.StoreWriter``, ``folder``, ``trunk``,
 ``scrub`` and ``atomic``. The package imports only the top-level modules of ``tiers``. Only ``writer`` imports zarr.

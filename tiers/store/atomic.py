@@ -1,4 +1,4 @@
-"""Write files durably: under a temporary name, synced, then renamed. Disk errors become errors that say what to do."""
+"""Write files durably: under a temporary name, then synced, then renamed. Turn OSErrors into errors of moetier."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from types import TracebackType
 
 from moetier.tiers.errors import DiskSpaceError, StoreReadError, TargetError
 
-PARTIAL = ".partial"  # suffix of files that are being written; zarr never opens files with this suffix
-FLUSH_BYTES = 64 << 20  # limit of a large file's dirty pages: more would stall writes in a small cgroup
+PARTIAL = ".partial"  # suffix of the temporary names of files; zarr does not open files with this suffix
+FLUSH_BYTES = 64 << 20  # a large file is flushed after this many bytes: more dirty pages would stall in a small cgroup
 
 
 @contextlib.contextmanager
 def disk_errors(folder: Path, needed: Callable[[], int] = lambda: 0) -> Iterator[None]:
-    """Turn OSErrors of writes into ``folder`` into DiskSpaceError or TargetError.
+    """Turn OSErrors in the ``with`` block, which writes files in ``folder``, into DiskSpaceError or TargetError.
 
-    ``needed`` returns the number of bytes that are still to be written.
+    ``needed`` returns the number of bytes that are still to be written. The message of DiskSpaceError has the number.
     """
     try:
         yield
-    except BrokenPipeError:  # not an error of the disk: the process that reads this program's output has ended
+    except BrokenPipeError:  # not an error of the disk: a process that reads this program's output has ended
         raise
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -34,13 +34,13 @@ def disk_errors(folder: Path, needed: Callable[[], int] = lambda: 0) -> Iterator
                 "Free some space and run the same command again: it resumes where it stopped.",
             ) from error
         raise TargetError(
-            f"{error.filename or folder}: can't be written ({error.strerror}).",
+            f"{error.filename or folder} can't be written ({error.strerror}).",
             "Check the folder's permissions and its disk, then run the same command again.",
         ) from error
 
 
 class read_errors:
-    """Turn OSErrors of reads of ``path`` into StoreReadError, except FileNotFoundError, which is raised as it is."""
+    """Turn OSErrors in the ``with`` block, which reads ``path``, into StoreReadError, except FileNotFoundError."""
 
     __slots__ = ("_path",)
 
@@ -56,12 +56,15 @@ class read_errors:
         if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
             raise StoreReadError(
                 f"{self._path} can't be read: {error.strerror} (errno {error.errno}).",
-                "Check the disk and the file's permissions; if it is lost, convert the model again.",
+                "Check the disk and the file's permissions. If the file is lost, convert the model again.",
             ) from error
 
 
 def write_all(descriptor: int, data: memoryview | bytes, position: int) -> None:
-    """Write all of ``data`` at ``position``. A single system call may write less, and only the next one reports why."""
+    """Write all of ``data`` to a file, beginning at the offset ``position``. Raises OSError.
+
+    A system call may write only a part of the data. The next call then reports the reason, such as a full disk.
+    """
     view = memoryview(data)
     while view:
         count = os.pwrite(descriptor, view, position)
@@ -72,7 +75,7 @@ def write_all(descriptor: int, data: memoryview | bytes, position: int) -> None:
 
 
 def make_folders(folder: Path) -> None:
-    """Create a folder and its parents as ``mkdir -p`` does, and sync each parent so that the names are durable."""
+    """Create a folder and its missing parents. Sync the parent of each new folder, so that the new name is durable."""
     if not folder.is_dir():
         make_folders(folder.parent)
         with contextlib.suppress(FileExistsError):
@@ -81,7 +84,7 @@ def make_folders(folder: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable with fsync."""
+    """Make new and changed names in a folder durable, with fsync."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -90,11 +93,11 @@ def sync_folder(folder: Path) -> None:
 
 
 class LargeFile:
-    """The file that ``large_file`` opens. About FLUSH_BYTES are dirty at most; flushed pages leave the page cache."""
+    """A file that ``large_file`` has opened. After each FLUSH_BYTES, its pages are flushed and leave the page cache."""
 
     def __init__(self, descriptor: int, errors: Callable[[], contextlib.AbstractContextManager[None]]) -> None:
-        self.written = 0  # bytes
-        self._flushed = 0  # bytes that are on the disk and no longer in the page cache
+        self.written = 0  # number of bytes written so far
+        self._flushed = 0  # number of bytes that are on the disk and no longer in the page cache
         self._descriptor = descriptor
         self._errors = errors
 
@@ -117,11 +120,12 @@ class LargeFile:
 def large_file(
     path: Path, size: int, errors: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
 ) -> Iterator[LargeFile]:
-    """Open a new file of ``size`` bytes, to be written piece by piece. It replaces ``path`` on a clean exit.
+    """Open a new file of ``size`` bytes, to be written piece by piece. At the end, it replaces ``path``.
 
-    Until then it has a temporary name; after an exception it is removed. The disk space is allocated first, so that a
-    full disk is detected before the caller's work. ``errors`` makes context managers that translate errors of writing.
-    They don't enclose the caller's work.
+    In the ``with`` block, the file has a temporary name. If the block raises an exception, the file is removed. The
+    disk space is allocated before the block begins, so that a full disk is detected before the caller's work.
+    ``errors`` returns a context manager that translates errors of writing. It encloses each write, but not the whole
+    block.
     """
     partial = path.with_name(path.name + PARTIAL)
     try:
@@ -149,12 +153,12 @@ def _allocate(descriptor: int, size: int) -> None:
     try:
         os.posix_fallocate(descriptor, 0, size)
     except OSError:
-        os.ftruncate(descriptor, 0)  # a part may have been allocated
+        os.ftruncate(descriptor, 0)  # free what may have been allocated
         raise
 
 
 def write_durably(path: Path, data: bytes) -> None:
-    """Write a whole file atomically. After a crash at any moment it has either its former content or ``data``."""
+    """Write a whole file atomically. After a crash at any moment, the file has either its old content or ``data``."""
     partial = path.with_name(path.name + PARTIAL)
     with partial.open("wb") as stream:
         stream.write(data)

@@ -1,6 +1,6 @@
-"""The checksum of records, shard indexes and trunk files: CRC-32C (Castagnoli), zarr's codec ``crc32c``.
+"""The checksum of records, shard indexes and trunk files: CRC-32C (Castagnoli), as in zarr's codec ``crc32c``.
 
-This is a module of its own so that only one place depends on the library that computes the checksum.
+Only this module imports the library that computes the checksum.
 """
 
 from __future__ import annotations
@@ -9,17 +9,17 @@ import crc32c as _library
 
 from moetier.tiers.layout import CHECKSUM_BYTES
 
-PIECE_BYTES = 8 << 20  # bytes that are read or written and checksummed at a time, as a piece of a file or record
+PIECE_BYTES = 8 << 20  # size of the pieces in which a file or a record is read or written, and checksummed
 
 
 def crc32c(data: memoryview | bytes, before: int = 0) -> int:
-    """Compute the CRC-32C of contiguous ``data``, continuing from ``before``, the CRC-32C of the bytes that precede it.
+    """Return the CRC-32C of contiguous bytes. ``before`` is the CRC-32C of the bytes that precede ``data``, if any do.
 
-    The GIL is released for data of 32 KiB or more, so several threads can check records while another one decodes.
+    For 32 KiB or more, the GIL is released during the computation.
     """
     return _library.crc32c(data, before)
 
 
 def checksum_bytes(crc: int) -> bytes:
-    """Encode a checksum as a store holds it: 4 bytes, little endian."""
+    """Return a checksum as it is stored: 4 bytes, little endian."""
     return crc.to_bytes(CHECKSUM_BYTES, "little")

@@ -1,4 +1,4 @@
-"""Read and check the folder of a store: its manifest and the metadata of its arrays."""
+"""Find the folder of a store, and read and check its JSON files: the manifest and the metadata of its zarr arrays."""
 
 from __future__ import annotations
 
@@ -15,23 +15,26 @@ from moetier.tiers.manifest import Manifest
 from .atomic import read_errors
 from .shard import ShardFile
 
-GROUP = "experts.zarr"  # the store's folder in a model directory
-METADATA = "zarr.json"  # metadata of the group, which holds the manifest and is written last, and of each array
-PLAN = "plan.json"  # the plan of an unfinished conversion (``Manifest.plan``)
-JOURNAL = "conversion.json"  # beside the store during a conversion: its state, and the command that resumes it
-ORIGIN = "origin.json"  # beside a store whose source is on the Hugging Face hub: the source's id and commit
-MIRRORS = "mirrors.json"  # beside a store: the folders of its mirrors
-MAX_JSON_BYTES = 2 << 20  # largest JSON file or header that is read: ten times the largest known one
-MAX_LEVELS = 100  # deepest nesting of JSON values
+GROUP = "experts.zarr"  # name of the store's folder in a model directory
+METADATA = "zarr.json"  # zarr's metadata of the group, which has the manifest and is written last, and of each array
+PLAN = "plan.json"  # in the store until the conversion ends: the plan (``Manifest.plan``)
+JOURNAL = "conversion.json"  # in the model directory until the conversion ends: its state, and how to resume it
+ORIGIN = "origin.json"  # in the model directory, if the checkpoint is from the Hugging Face hub: its id and commit
+MIRRORS = "mirrors.json"  # in the model directory: the folders of the mirrors
+MAX_JSON_BYTES = 2 << 20  # size of the largest JSON file or header that is read: ten times the largest known one
+MAX_LEVELS = 100  # deepest nesting of JSON values that is accepted
 
 
 def command(name: str, *arguments: str | Path) -> str:
-    """Format the command line ``moetier NAME ARGUMENTS``, quoted for a shell."""
+    """Return the command line ``moetier NAME ARGUMENTS``, quoted for a shell."""
     return shlex.join(["moetier", name, *map(str, arguments)])
 
 
 def store_folder(folder: Path) -> Path:
-    """Return the folder ``experts.zarr``, given it or its model directory. Raises StoreFormatError for any other."""
+    """Return the store's folder ``experts.zarr``. ``folder`` is that folder itself, or the model directory.
+
+    Raises StoreFormatError if ``folder`` is neither.
+    """
     if (folder / GROUP).is_dir():
         return folder / GROUP
     if folder.name == GROUP and folder.is_dir():
@@ -41,10 +44,10 @@ def store_folder(folder: Path) -> Path:
             f"There is no folder {folder.absolute()}.", f"Convert a model: {command('convert', 'SRC', folder)}"
         )
     if not folder.is_dir():
-        raise StoreFormatError(f"{folder} is not a folder.", "Name the model directory that it is in.")
+        raise StoreFormatError(f"{folder} is not a folder.", "Give a model directory.")
     if (folder / "config.json").exists():
         raise StoreFormatError(
-            f"{folder} is not a model directory: it is a checkpoint, which is not converted.",
+            f"{folder} is a checkpoint, and not a model directory.",
             f"Convert it: {command('convert', folder, 'DST')}",
         )
     raise StoreFormatError(
@@ -54,17 +57,20 @@ def store_folder(folder: Path) -> Path:
 
 
 def check_directory(folder: Path) -> None:
-    """Raise StoreFormatError if ``folder`` is a store itself. Its model directory is expected."""
+    """Raise StoreFormatError if ``folder`` is a store, and not the model directory that has the store."""
     if folder.name == GROUP and folder.is_dir():
         raise StoreFormatError(
-            f"{folder} holds the experts of a model directory, and not the model.", f"Give its folder: {folder.parent}"
+            f"{folder} has only the experts of a model.", f"Give the model directory: {folder.parent}"
         )
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read the manifest of the store in ``folder``, an ``experts.zarr``.
+    """Read the manifest of a store. ``folder`` is the folder ``experts.zarr``.
 
-    Raises IncompleteStoreError if the store's conversion was interrupted, StoreFormatError or StoreReadError.
+    Raises:
+        IncompleteStoreError: the conversion was interrupted.
+        StoreFormatError: the folder is not a store that this version can read.
+        StoreReadError: the system reported an error when the manifest was read.
     """
     path = folder / METADATA
     if not path.exists():
@@ -76,12 +82,15 @@ def read_manifest(folder: Path) -> Manifest:
     )
     _compare(path, group, {"zarr_format": 3, "node_type": "group"})
     if not manifest.digest:
-        raise StoreFormatError(f"{path}: its manifest has no digest.", "Convert the model again.")
+        raise StoreFormatError(f"The manifest in {path} has no digest.", "Convert the model again.")
     return manifest
 
 
 def read_plan(folder: Path) -> Manifest | None:
-    """Read the plan (``Manifest.plan``) of a finished or unfinished store; None if there is none. Raises StoreError."""
+    """Read the plan (``Manifest.plan``) of a finished or unfinished store. Return None if the folder has no plan.
+
+    Raises StoreError if the manifest or the plan can't be read.
+    """
     if (folder / METADATA).exists():
         return read_manifest(folder).plan
     if (folder / PLAN).exists():
@@ -90,7 +99,10 @@ def read_plan(folder: Path) -> Manifest | None:
 
 
 def read_origin(folder: Path) -> dict[str, str]:
-    """Read which hub ``id`` and ``revision`` (a commit) a model directory was made from; {} if that is not known."""
+    """Return the ``id`` and ``revision`` (a commit) on the hub of the checkpoint from which a model directory was made.
+
+    The result is a dictionary with these two names. It is empty if they are not known.
+    """
     try:
         found = Fields(read_json(folder / ORIGIN))
         return {name: found[name].text() for name in ("id", "revision")}
@@ -108,13 +120,13 @@ def _incomplete(folder: Path) -> IncompleteStoreError:
     blocks = range(len(plan.blocks))
     there = sum(ShardFile.of(folder, plan, block).path.exists() for block in blocks)
     return IncompleteStoreError(
-        f"{target} is incomplete: its conversion was cut; {there} of {len(blocks)} blocks are there.",
+        f"{target} is incomplete: its conversion was interrupted; {there} of {len(blocks)} blocks are done.",
         f"Resume it: {resuming(target, plan)}",
     )
 
 
 def resuming(target: Path, plan: Manifest) -> str:
-    """Format the command that resumes the conversion into ``target``, as the converter has saved it there."""
+    """Return the command that resumes the conversion into ``target``, which the converter has saved in that folder."""
     try:
         return shlex.join(word.text() for word in Fields(read_json(target / JOURNAL))["command"].items())
     except (StoreError, ValueError):
@@ -122,9 +134,11 @@ def resuming(target: Path, plan: Manifest) -> str:
 
 
 def read_json(path: Path, fix: str = "Convert the model again.") -> dict[str, Any]:
-    """Read a JSON object from a file of an untrusted model directory. Raises StoreFormatError or StoreReadError.
+    """Return the JSON object in a file of a model directory, which is not trusted.
 
-    ``fix`` is the advice in a StoreFormatError.
+    Raises:
+        StoreFormatError: the file is missing, too large, or not a JSON object. The error has ``fix`` as its advice.
+        StoreReadError: the system reported an error when the file was read.
     """
     try:
         with read_errors(path), path.open("rb") as stream:
@@ -133,13 +147,17 @@ def read_json(path: Path, fix: str = "Convert the model again.") -> dict[str, An
         raise StoreFormatError(f"{path} is missing.", fix) from None
     if len(data) > MAX_JSON_BYTES:
         raise StoreFormatError(
-            f"{path} has {path.stat().st_size:,} bytes; what moetier writes has at most {MAX_JSON_BYTES:,}.", fix
+            f"{path} has {path.stat().st_size:,} bytes, but moetier writes at most {MAX_JSON_BYTES:,} bytes.", fix
         )
     return parse_json(data, str(path), fix)
 
 
 def parse_json(data: bytes, where: str, fix: str) -> dict[str, Any]:
-    """Parse a JSON object of at most ``MAX_JSON_BYTES``. Raises StoreFormatError with ``where`` and ``fix`` in it."""
+    """Parse a JSON object of at most MAX_JSON_BYTES.
+
+    Raises StoreFormatError if ``data`` is not a JSON object, or nested too deeply. The error begins with ``where``, the
+    name of the data, and has ``fix`` as its advice.
+    """
     try:
         found = json.loads(data, parse_int=_whole)
         deep = _is_deep(found)
@@ -155,7 +173,7 @@ def parse_json(data: bytes, where: str, fix: str) -> dict[str, Any]:
 
 
 def _is_deep(value: object) -> bool:
-    """Return whether a value has more than MAX_LEVELS levels. A recursive check could overflow the stack."""
+    """Return whether a value has more than MAX_LEVELS levels. A recursive function could overflow the stack."""
     level: list[Any] = [[value]]
     for _ in range(MAX_LEVELS + 2):
         if not level:
@@ -166,12 +184,15 @@ def _is_deep(value: object) -> bool:
 
 
 def _whole(digits: str) -> float:
-    """Parse an integer. If it has too many digits for Python to convert, return infinity, which no field accepts."""
+    """Parse an integer. If it has 100 digits or more, return infinity, which no field accepts."""
     return int(digits) if len(digits) < 100 else math.inf
 
 
 def check_array(path: Path, manifest: Manifest, array: str) -> None:
-    """Raise StoreFormatError unless the zarr metadata of an array agrees with the manifest."""
+    """Raise StoreFormatError unless zarr's metadata of ``array``, in the file ``path``, agree with the manifest.
+
+    Raises StoreReadError if the system reports an error when the file is read.
+    """
     found = read_json(path)
     shape = manifest.shape(array)
     inner, outer = [1, 1, shape[2]], [1, shape[1], shape[2]]
@@ -202,6 +223,6 @@ def check_array(path: Path, manifest: Manifest, array: str) -> None:
 def _compare(path: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
     for name, value in expected.items():
         try:
-            Fields(found)[name].equals(value, "which the manifest says")
+            Fields(found)[name].equals(value, "the file does not match the manifest")
         except ValueError as error:
             raise StoreFormatError(f"{path}: {error}.", "Convert the model again.") from error

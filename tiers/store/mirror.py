@@ -1,8 +1,8 @@
 """Mirrors: complete copies of a store's records on other disks, which are read at the same time as the store itself.
 
-The file MIRRORS beside the store lists the copies' folders. Each record is read in two parts, from the two disks that
-should finish soonest, judging by their recent rates. If all other copies fail, one is enough. ``open_store`` opens a
-store with its mirrors, or one that has none.
+The file MIRRORS in the model directory lists the folders of the mirrors. A *copy* is the store itself or a mirror. Each
+record is read in two parts, from the two copies that should finish first, judging by the recent rates of their disks.
+If only one copy can be read, that copy is enough. ``open_store`` opens a store with its mirrors, if it has any.
 """
 
 from __future__ import annotations
@@ -26,21 +26,25 @@ from moetier.tiers.manifest import Manifest
 from .folder import MIRRORS, read_json, read_manifest, store_folder
 from .reader import ExpertStore, Read, as_bytes, read_in_steps, run_reads
 
-LEAST_BYTES = 256 << 10  # least part of a record that is worth a read of its own
-MEMORY = 1.0  # seconds of reading over which a disk's rate is averaged
-FAILURES = 3  # failures in a row after which a copy is set aside
-REST = 60.0  # seconds for which such a copy is set aside
-STALE = 10.0  # seconds without a read after which a disk's rate is measured again
+LEAST_BYTES = 256 << 10  # smallest part of a record that is worth a read of its own
+MEMORY = 1.0  # seconds of reading over which the rate of a disk is averaged
+FAILURES = 3  # number of failures in a row after which a copy is set aside
+REST = 60.0  # seconds for which a copy is set aside
+STALE = 10.0  # seconds without a read after which the rate of a disk is measured again
 
 _log = logging.getLogger(__name__)
 
 
 def read_mirrors(directory: Path) -> list[Path]:
-    """Return the folders of the mirrors that a model directory names. Raises StoreFormatError or StoreReadError."""
+    """Return the folders of the mirrors that the file MIRRORS of a model directory lists.
+
+    Returns [] if there is no such file. Raises StoreFormatError if the file is malformed, StoreReadError if it can't be
+    read.
+    """
     path = directory / MIRRORS
     if not path.exists():
         return []
-    fix = f"Remove it, and run `moetier mirror {directory} FOLDER` again."
+    fix = f"Remove this file, and run `moetier mirror {directory} FOLDER` again."
     try:
         return [directory / folder.text() for folder in Fields(read_json(path, fix))["mirrors"].items()]
     except ValueError as error:
@@ -48,23 +52,24 @@ def read_mirrors(directory: Path) -> list[Path]:
 
 
 def open_mirror(folder: Path, digest: str, *, readers: int = 4) -> ExpertStore:
-    """Open the mirror in ``folder`` of the store with ``digest``. The result's ``faults`` has the errors of bad shards.
+    """Open the mirror in ``folder``, even if shards are bad: the property ``faults`` of the result has their errors.
 
-    Raises StoreError if the mirror is missing, incomplete, or the copy of another store.
+    Raises StoreError if there is no complete mirror in the folder, or if its digest is not ``digest``.
     """
     if (found := read_manifest(store_folder(folder)).digest) != digest:
         raise StoreFormatError(
             f"{folder} is the copy of another store: its digest is {found}, and not {digest}.",
-            "Remove that folder, and make the mirror again.",
+            "Remove this folder, and make the mirror again with moetier mirror.",
         )
     return ExpertStore.open(folder, readers=readers, damaged=True)
 
 
 def open_store(folder: Path) -> ExpertStore | MirroredStore:
-    """Open a model directory or its ``experts.zarr``, with its mirrors.
+    """Open the store of ``folder``, a model directory or its ``experts.zarr``, with its mirrors.
 
-    Mirrors that can't be used are named in the log. If any mirror can be used, a shard that is bad in one copy is read
-    from another. If there is none, this does the same as ``ExpertStore.open``, and raises the same errors.
+    For each mirror that can't be used, a warning is logged. If at least one mirror can be used, records of a bad shard
+    are read from another copy. Otherwise this does the same as ``ExpertStore.open``. Raises the same errors as
+    ``ExpertStore.open``, but errors of a shard only if the shard is bad in all copies.
     """
     directory = store_folder(folder).parent
     try:
@@ -92,7 +97,10 @@ def open_store(folder: Path) -> ExpertStore | MirroredStore:
 
 
 def _check(store: ExpertStore) -> None:
-    """Log each bad shard of a store that was opened with ``damaged``. If there is none, check the digest."""
+    """Log a warning for each bad shard of a store that was opened with ``damaged``. If none is bad, check the digest.
+
+    Raises ChecksumError if the digest is wrong.
+    """
     for _, fault in sorted(store.faults.items()):
         _log.warning("%s Another copy is read.", fault.cause)
     if not store.faults:
@@ -100,12 +108,12 @@ def _check(store: ExpertStore) -> None:
 
 
 class MirroredStore(Closeable):
-    """The records of a model directory and of its mirrors. Thread-safe."""
+    """The records of a model directory, read from the directory and from its mirrors. Thread-safe."""
 
     def __init__(self, stores: Sequence[ExpertStore]) -> None:
-        """Read from ``stores``, which are closed with this one: the model directory's, and its mirrors.
+        """Combine ``stores``: first the model directory's own store, then its mirrors. ``close`` closes all of them.
 
-        Raises the StoreError of a shard that is bad in all of them.
+        Raises a StoreError if a shard is bad in all of them.
         """
         for block, fault in sorted(stores[0].faults.items()):
             if all(block in store.faults for store in stores):
@@ -118,15 +126,15 @@ class MirroredStore(Closeable):
         self._use = UseCount(f"The store {self.folder}")
 
     def on_fault(self, watcher: Callable[[ChecksumError], None]) -> None:
-        """Register a watcher of the model directory's own records, as ``ExpertStore.on_fault`` does."""
+        """Register ``watcher`` with the model directory's own store (see ``ExpertStore.on_fault``)."""
         self._copies[0].store.on_fault(watcher)
 
     def on_recovery(self, watcher: Callable[[], None]) -> None:
-        """Register ``watcher``. It is called in any thread after each record that one copy failed and another gave."""
+        """Register ``watcher``. It is called, in any thread, each time a read fails but succeeds from another copy."""
         self._watchers.append(watcher)
 
     def read_into(self, key: ExpertKey, buffer: memoryview, pause: Callable[[], bool] | None = None) -> None:
-        """Read a record, as ``RecordReader`` specifies. After an error, the whole record is read from a single copy.
+        """Read a record as ``RecordReader`` specifies. After an error, read the whole record again from a single copy.
 
         Raises the same errors as ``ExpertStore.read_into``.
         """
@@ -143,7 +151,7 @@ class MirroredStore(Closeable):
                     copy.failures = 0
 
     def close(self) -> None:
-        """Wait for running reads, and close all copies. Idempotent."""
+        """Wait for the reads in progress, and close all copies. Idempotent."""
         self._use.close()
         for copy in self._copies:
             copy.store.close()
@@ -158,7 +166,7 @@ class MirroredStore(Closeable):
         piece: int,
         crc: int,
     ) -> int:
-        """Read a part of a record, as a ``Fill`` for ``read_in_steps``. Add the copies that are read to ``used``."""
+        """Read a part of a record, and add the copies from which it was read to ``used``. See ``Fill``."""
         shares = self._share(key, len(part))
         used.update(copy for copy, _ in shares)
         reads, first = [], 0
@@ -176,12 +184,11 @@ class MirroredStore(Closeable):
                     copy.queued -= length
 
     def _share(self, key: ExpertKey, length: int) -> list[tuple[_Copy, int]]:
-        """Divide ``length`` bytes between two copies so that both finish at the same time.
+        """Divide ``length`` bytes between the two copies that would finish first, so that both finish at the same time.
 
-        Return each copy and its number of bytes. The copies are the two that would finish soonest. If the second of
-        them would get less than LEAST_BYTES, the first gets all, as so little is not worth a read. But a copy that was
-        not read for STALE seconds takes the place of the second, and gets at least LEAST_BYTES (or all if ``length`` is
-        less). So its rate is measured again.
+        Returns each copy with its number of bytes. If the second copy would get less than LEAST_BYTES, the first copy
+        gets all bytes. A copy that was not read for STALE seconds takes the place of the second, so that its rate is
+        measured again. Such a copy gets at least LEAST_BYTES, or all bytes if ``length`` is less than that.
         """
         with self._lock:
             now = time.monotonic()
@@ -203,7 +210,10 @@ class MirroredStore(Closeable):
             return shares
 
     def _read(self, copy: _Copy, key: ExpertKey, start: int, part: memoryview) -> None:
-        """Read ``part`` from one copy, and note how long the read took or that it failed."""
+        """Fill ``part`` with bytes of a record from one copy, beginning ``start`` bytes after the start of the record.
+
+        The duration of the read, or its failure, is noted in ``copy``. Raises StoreError.
+        """
         try:
             shard, record = copy.store.locate(key)
             with self._lock:
@@ -228,9 +238,9 @@ class MirroredStore(Closeable):
         used: Collection[_Copy],
         error: StoreError,
     ) -> None:
-        """Read a record from one copy after another until one succeeds. Raises the last error if none does.
+        """Read a whole record from one copy after another, until a read succeeds. Raises the last error if none does.
 
-        ``error`` was raised by the read of the record from the copies ``used``.
+        ``error`` is the error of an earlier read of the record, in parts, from the copies ``used``.
         """
         now, failed, last = time.monotonic(), [], error
         with self._lock:
@@ -244,18 +254,18 @@ class MirroredStore(Closeable):
                 last = again
                 continue
             cause = (last if failed else error).cause
-            if isinstance(error, ChecksumError):  # this copy is good, so the part of another one was wrong
+            if isinstance(error, ChecksumError):  # ``copy`` is good, so the part from another copy was wrong
                 for other in {*used} - {copy, *failed}:
                     self._fail(other, key, error)
                     cause = f"{key}: checksum mismatch in {other.store.path(key.block)}."
-            _log.warning("%s It was read from %s instead.", cause, copy.store.folder.parent)
+            _log.warning("%s The record was read from %s instead.", cause, copy.store.folder.parent)
             for watcher in self._watchers:
                 watcher()
             return
         raise last
 
     def _fail(self, copy: _Copy, key: ExpertKey, error: StoreError) -> None:
-        """Note that a copy failed a read. After FAILURES failures in a row, set the copy aside for REST seconds."""
+        """Note that a read from a copy has failed. After FAILURES failures in a row, set the copy aside for a while."""
         with self._lock:
             if isinstance(error, ChecksumError):
                 copy.damaged.add(key)
@@ -269,18 +279,19 @@ class MirroredStore(Closeable):
 
 
 class _Copy:
-    """One copy of the records, the recent rate of its disk, and the number of bytes still to be read from it."""
+    """One copy of the records, the recent rate of its disk, and the number of bytes that are yet to be read from it."""
 
     def __init__(self, store: ExpertStore) -> None:
         self.store = store
-        self.queued = 0  # bytes of parts that are not read yet
+        self.queued = 0  # number of bytes of parts that are not read yet
         self.damaged: set[ExpertKey] = set()  # records with a wrong checksum
-        self.failures = 0  # failed reads since the last good one
-        self.rests_until = 0.0  # time until which the copy is set aside
-        # bytes that were read recently, and the seconds that it took; they begin with a guess of little weight
+        self.failures = 0  # number of failed reads since the last read that succeeded
+        self.rests_until = 0.0  # time by ``time.monotonic`` until which the copy is set aside
+        # number of bytes that were read recently, and the seconds that the reads took; the first values are a guess,
+        # which has little weight
         self._bytes, self._seconds = 1e6, 1e-3
         self._reading = 0  # number of reads in progress
-        self._since = 0.0  # when the latest read ended or, if that is later, the first of those in progress began
+        self._since = 0.0  # time by ``time.monotonic`` up to which the duration of reads has been counted
 
     @property
     def rate(self) -> float:
@@ -288,17 +299,17 @@ class _Copy:
         return self._bytes / self._seconds
 
     def seconds(self, length: int) -> float:
-        """Return the seconds until the queued bytes and ``length`` more would be read."""
+        """Return how many seconds it would take to read the queued bytes and ``length`` more bytes."""
         return (self.queued + length) / self.rate
 
     def begin(self, now: float) -> None:
-        """Note that a read begins."""
+        """Note that a read begins at the time ``now``."""
         if not self._reading:
             self._since = now
         self._reading += 1
 
     def end(self, now: float, length: int) -> None:
-        """Note that a read of ``length`` bytes has ended. Time that several reads share counts once."""
+        """Note that a read of ``length`` bytes ends at the time ``now``. Time that several reads share counts once."""
         passed, self._since = now - self._since, now
         fades = math.exp(-passed / MEMORY)
         self._bytes = fades * self._bytes + length
@@ -306,9 +317,9 @@ class _Copy:
         self._reading -= 1
 
     def is_stale(self, now: float) -> bool:
-        """Return whether the copy was not read for so long that its rate may have changed."""
+        """Return whether the copy was not read for STALE seconds, so that its rate may have changed."""
         return not self._reading and now - self._since > STALE
 
     def may_read(self, key: ExpertKey, now: float) -> bool:
-        """Return whether a record should be read from this copy if another copy has it too."""
+        """Return whether the copy is not set aside, and neither the record nor its shard is known to be bad in it."""
         return now >= self.rests_until and key not in self.damaged and key.block not in self.store.faults

@@ -1,7 +1,7 @@
-"""ExpertStore, the SSD tier: opens and checks a store, and reads one record at a time into a slot.
+"""ExpertStore, the SSD tier: open and check a store, and read records into slots.
 
-Opening a store checks the sizes and indexes of all shards. A read is a ``preadv`` straight into the slot, with O_DIRECT
-if the file system supports it.
+When a store is opened, the sizes and indexes of all shards are checked. A record is read by ``preadv`` straight into
+the slot, with O_DIRECT if the file system supports it.
 """
 
 from __future__ import annotations
@@ -36,48 +36,49 @@ from .shard import (
     store_digest,
 )
 
-# The check of an older store's digest:
-DIGEST_SECONDS = 0.1  # time for which ``open`` waits for it, enough for a quick disk or a small store
-DIGEST_SHARE = 0.1  # part of the time for which it reads afterwards, in the background
+# for the check of the digest of an older store, see ``ExpertStore.check_digest``
+DIGEST_SECONDS = 0.1  # seconds for which ``open`` waits for the check: enough for a quick disk or a small store
+DIGEST_SHARE = 0.1  # share of the time that the check spends reading, once it runs in the background
 
 Fill = Callable[[int, memoryview, memoryview, int, int], int]
-"""Reads a part of a record.
+"""Type of a function that reads a part of a record.
 
-Called with the part's start in the record, the memory for it, the part of that memory that counts for the checksum, the
-most bytes of a single read, and the CRC-32C of what is before the part. Returns the CRC-32C with the part.
+Its arguments are: the offset of the part in the record; the memory for the part; the same memory without the record's
+checksum, if the part includes that; the largest size of a single read; the CRC-32C of the record before the part. It
+returns the CRC-32C of the record up to the end of the part.
 """
 
 
 class Read(NamedTuple):
-    """The read of a piece of a record."""
+    """The read of one piece of a record."""
 
-    pool: ThreadPoolExecutor  # of the disk that it is read from
-    call: Callable[[], None]
-    payload: memoryview  # where the piece is read to, without the record's checksum
+    pool: ThreadPoolExecutor  # threads that read from the disk that has the piece
+    call: Callable[[], None]  # reads the piece
+    payload: memoryview  # the memory for the piece, without the record's checksum
 
 
 _log = logging.getLogger(__name__)
 
 
 class ExpertStore:
-    """The records of one model directory. Thread-safe. One file descriptor is open for each block."""
+    """The records of one model directory, with an open file for each block. Thread-safe."""
 
     @classmethod
     def open(cls, folder: Path, *, readers: int = 4, damaged: bool = False) -> ExpertStore:
-        """Open a model directory or its ``experts.zarr``, and check everything except the bytes of the records.
+        """Open a store, and check everything except the bytes of the records.
 
         Args:
-            folder: the directory.
+            folder: a model directory, or its ``experts.zarr``.
             readers: number of threads that read pieces of large records.
-            damaged: open the store even if shards are bad, to scrub it. The errors of bad shards are in ``faults``, and
-                reads of their records raise them. The digest of an older store is not checked.
+            damaged: open the store even if shards are bad. The property ``faults`` then has the errors of bad shards,
+                and a read of a record in a bad shard raises the shard's error. The digest is not checked.
 
         Raises:
             IncompleteStoreError: the conversion was interrupted.
-            StoreFormatError: the directory is not a store that this version can read.
+            StoreFormatError: the folder is not a store that this version can read.
             MissingExpertError: a shard is missing.
             ChecksumError: a shard belongs to another conversion.
-            StoreReadError: the disk has answered with an error.
+            StoreReadError: the system reported an error when a file was read.
         """
         folder = store_folder(folder)
         manifest = read_manifest(folder)
@@ -109,16 +110,17 @@ class ExpertStore:
         self._faults: dict[int, StoreError] = {}
         self._digest_check: threading.Thread | None = None
         self._closing = threading.Event()  # ends the thread ``_digest_check``
-        self._fault = Future[ChecksumError]()  # done if the records turn out to have another digest than the manifest
-        self._use = UseCount(f"The store {folder}")  # a descriptor closed during a read could be reused
+        self._fault = Future[ChecksumError]()  # gets a result if the records have another digest than the manifest
+        # ``close`` waits for reads: another file could get the number of a descriptor that is closed during a read
+        self._use = UseCount(f"The store {folder}")
         self.pool = ThreadPoolExecutor(readers, thread_name_prefix="moetier-store")  # starts no thread yet
 
     def check_digest(self) -> None:
-        """Compare the digest of the stored checksums with the manifest's, if the manifest has no table of checksums.
+        """Compare the digest of the checksums in the shards with that in the manifest of an older store.
 
-        Manifests of older stores have none. If the check takes longer than DIGEST_SECONDS it goes on in the background.
-        Raises ChecksumError if a mismatch is found before that; if it is found later, all further reads raise the
-        error.
+        If the manifest has the checksums themselves, nothing is done. After DIGEST_SECONDS, the check goes on in the
+        background. If the digests differ, raises ChecksumError. If this is found only in the background, all further
+        reads raise the error instead.
         """
         if self.manifest.record_checksums:
             return
@@ -136,27 +138,30 @@ class ExpertStore:
                 with read_errors(shard.file.path):
                     for crc in shard.file.stored_checksums(shard.descriptor):
                         checksums.append(crc)
-                        if (seconds := time.monotonic() - began) > DIGEST_SECONDS:  # leave the disk to reads of records
+                        if (seconds := time.monotonic() - began) > DIGEST_SECONDS:  # let records be read meanwhile
                             self._closing.wait(seconds * (1 / DIGEST_SHARE - 1))
                             began = time.monotonic()
                         if self._closing.is_set():
                             return
-        except StoreError as error:  # a read of these records will raise it
+        except StoreError as error:  # reads of the same records will raise an error too
             _log.warning("The digest of %s is not checked: %s", self.manifest.model, error.cause)
             return
         if (digest := store_digest(checksums)) != self.manifest.digest and not self._closing.is_set():
             self._fault.set_result(foreign_shards(self.manifest, digest, self.folder))
 
     def on_fault(self, watcher: Callable[[ChecksumError], None]) -> None:
-        """Register ``watcher``, which is called in any thread if the records have another digest than the manifest."""
+        """Register ``watcher``. It is called, in any thread, if ``check_digest`` finds that the digests differ."""
         self._fault.add_done_callback(lambda fault: watcher(fault.result()))
 
     def on_recovery(self, watcher: Callable[[], None]) -> None:
-        """Do nothing: a store of one copy recovers no read. See ``MirroredStore``."""
+        """Do nothing, because a store without mirrors has no second copy of a record. See ``MirroredStore``."""
 
     @property
     def faults(self) -> Mapping[int, StoreError]:
-        """The errors of bad shards, by block. It is empty unless the store was opened with ``damaged``."""
+        """A dictionary from the block of each bad shard to the error of the shard.
+
+        It is empty unless the store was opened with ``damaged``.
+        """
         return self._faults
 
     @property
@@ -165,25 +170,25 @@ class ExpertStore:
         return all(shard.direct for shard in self._shards.values())
 
     def layout(self, block: int) -> RecordLayout:
-        """The layout of a block's records."""
+        """Return the layout of a block's records."""
         return self.manifest.layout(block)
 
     def path(self, block: int) -> Path:
-        """The file of a block's records."""
+        """Return the path of a block's shard."""
         return ShardFile.of(self.folder, self.manifest, block).path
 
     def read_into(self, key: ExpertKey, buffer: memoryview, pause: Callable[[], bool] | None = None) -> None:
-        """Read a record and its checksum into ``buffer``: writable, ``slot_bytes`` long, beginning on a page.
+        """Read a record and its checksum into ``buffer``.
 
         Args:
             key: the expert.
-            buffer: the slot. After an error its content is undefined.
-            pause: if given, the record is read in pieces, and ``pause`` is called between two of them. Once it returns
-                False, the rest is read without further calls.
+            buffer: a writable slot of ``slot_bytes``, which begins on a page. After an error its content is undefined.
+            pause: if given, the record is read in pieces, and ``pause`` is called between two pieces. Once ``pause``
+                returns False, the rest is read without further calls.
 
         Raises:
             MissingExpertError: the model does not have the expert.
-            StoreReadError: the disk has answered with an error. EIO is raised only if a second try fails too.
+            StoreReadError: the system reported an error; if the error is EIO, a second try has failed too.
             ChecksumError: the bytes are not those that were written.
         """
         with self._use:
@@ -199,20 +204,24 @@ class ExpertStore:
             self.check_record(key, view, crc)
 
     def check_record(self, key: ExpertKey, view: memoryview, crc: int) -> None:
-        """Raise ChecksumError unless ``crc``, that of the payload in ``view``, is the stored one and the manifest's."""
+        """Compare the checksum of a record with the stored checksum, and with the manifest's if the manifest has it.
+
+        ``view`` has the record and the stored checksum; ``crc`` is the CRC-32C of the record. Raises ChecksumError if
+        they differ.
+        """
         if crc != int.from_bytes(view[-CHECKSUM_BYTES:], "little"):
             raise ChecksumError(
                 f"{_expert(self.manifest, key)}: checksum mismatch in {self.path(key.block)}.",
-                f"{REPAIR} {command('verify', self.folder.parent)} lists all that is damaged.",
+                f"{REPAIR} {command('verify', self.folder.parent)} lists everything that is damaged.",
             )
         if (known := self.manifest.checksums(key.block)) and crc != known[key.expert]:
             path = self.path(key.block)
             raise foreign_record(f"{_expert(self.manifest, key)}: its record in {path}", path)
 
     def close(self) -> None:
-        """Wait for running reads, then end all threads and close all descriptors. Idempotent.
+        """Wait for the reads in progress, then end all threads and close all file descriptors. Idempotent.
 
-        In a forked child, only the child's copies of the descriptors are closed.
+        In a forked child, this only closes the child's copies of the file descriptors.
         """
         self._closing.set()
         check = self._digest_check
@@ -234,7 +243,10 @@ class ExpertStore:
         self.close()
 
     def locate(self, key: ExpertKey) -> tuple[OpenShard, int]:
-        """Return the shard that has the record of ``key``, and the offset of the record in it. Raises StoreError."""
+        """Return the shard that has the record of ``key``, and the offset of the record in the shard.
+
+        Raises StoreError if there is no such record, if the shard is bad, or if ``check_digest`` has found an error.
+        """
         block, expert = key
         self.manifest.check_keys(block, (key,))
         if self._fault.done():
@@ -247,7 +259,7 @@ class ExpertStore:
     def _fill(
         self, shard: OpenShard, record: int, start: int, part: memoryview, payload: memoryview, piece: int, crc: int
     ) -> int:
-        """Read a part of the record at offset ``record``, as a ``Fill`` for ``read_in_steps``."""
+        """Read a part of the record that begins at the offset ``record`` of a shard. See ``Fill``."""
         reads = [
             Read(self.pool, partial(shard.read, record + start + at, part[at : at + piece]), payload[at : at + piece])
             for at in range(0, len(part), piece)
@@ -256,9 +268,9 @@ class ExpertStore:
 
 
 def read_in_steps(view: memoryview, pause: Callable[[], bool] | None, fill: Fill) -> int:
-    """Read a record into ``view`` with ``fill``. Return the CRC-32C of the payload.
+    """Read a record and its checksum into ``view``, in parts, with ``fill``. Return the CRC-32C of the record.
 
-    ``pause`` is called as ``RecordReader`` specifies.
+    ``pause`` is called between two parts, as ``RecordReader.read_into`` specifies. If it is None, there is one part.
     """
     payload = view[:-CHECKSUM_BYTES]
     start, step, crc = 0, interruptible_bytes(len(view)), 0
@@ -267,21 +279,22 @@ def read_in_steps(view: memoryview, pause: Callable[[], bool] | None, fill: Fill
         crc = fill(start, view[start:stop], payload[start:stop], step, crc)
         start = stop
         if start < len(view) and not pause():
-            pause = None  # read the rest without interruption
+            pause = None  # read the rest in one part
     return fill(start, view[start:], payload[start:], PIECE_BYTES, crc) if start < len(view) else crc
 
 
 def run_reads(reads: Sequence[Read], crc: int) -> int:
-    """Run reads of consecutive pieces side by side. Return the CRC-32C of the payload, pieces before them included.
+    """Read consecutive pieces of a record at the same time. Return the CRC-32C of the record up to their end.
 
-    ``crc`` is the CRC-32C of what is before them.
+    ``crc`` is the CRC-32C of the record before these pieces.
     """
     if len(reads) == 1:
         reads[0].call()
         return crc32c(reads[0].payload, crc)
     futures = [read.pool.submit(read.call) for read in reads]
     try:
-        # Checksum the pieces in order, while later ones are read. This thread reads pieces that no other has begun.
+        # Checksum the pieces in order, while later pieces are read. This thread reads pieces that no other thread has
+        # begun to read.
         for read, future in zip(reads, futures, strict=True):
             if future.cancel():
                 read.call()
@@ -289,14 +302,14 @@ def run_reads(reads: Sequence[Read], crc: int) -> int:
                 future.result()
             crc = crc32c(read.payload, crc)
     finally:
-        for future in futures:  # no thread may write to the slot after this function has returned
+        for future in futures:  # wait for all: no thread may write to the slot after this function has returned
             if not future.cancel():
                 future.exception()
     return crc
 
 
 def as_bytes(buffer: memoryview) -> memoryview:
-    """Return a buffer as a memoryview of bytes [n]."""
+    """Return a view of the same memory with one dimension and items of one byte."""
     return buffer.cast("B") if buffer.format != "B" or buffer.ndim != 1 else buffer
 
 

@@ -1,4 +1,4 @@
-"""Read the header of an untrusted safetensors file: the type, shape and offset of each tensor.
+"""Read the header of a safetensors file, which is not trusted: the type, shape and offset of each tensor.
 
 The format is specified at https://github.com/huggingface/safetensors#format
 """
@@ -22,30 +22,31 @@ MAX_DIMENSIONS = 16
 
 
 class Entry(NamedTuple):
-    """One tensor in a header. ``begin`` is the offset of its bytes, counted from the end of the header."""
+    """What a header says about one tensor."""
 
-    dtype: str  # as the file spells it: "BF16"
+    dtype: str  # name of its type in the file, such as "BF16"
     shape: tuple[int, ...]
-    begin: int
+    begin: int  # offset of its first byte from the end of the header
 
 
 def read_header(path: Path, most: int) -> tuple[bytes, int]:
-    """Read the header of a file. Return its JSON and the number of bytes of data after the header.
+    """Return the JSON of a file's header, and the number of bytes after the header.
 
-    Raises ValueError if the header has more than ``most`` bytes or the file is too short for it, and OSError.
+    Raises ValueError if the header has more than ``most`` bytes, or if the file ends before the header does. Raises
+    OSError if the file can't be read.
     """
     with path.open("rb", buffering=0) as stream:
         size = os.fstat(stream.fileno()).st_size
         length = int.from_bytes(os.pread(stream.fileno(), 8, 0), "little")
         if not 2 <= length <= min(size - 8, most):
-            raise ValueError(f"truncated: {size} bytes, with a header of {length}")
+            raise ValueError(f"it has {size:,} bytes, and its header should have {length:,}")
         return os.pread(stream.fileno(), length, 8), size - 8 - length
 
 
 def parse_header(header: Mapping[str, object]) -> tuple[dict[str, Entry], int]:
-    """Return the tensors by name, and the total number of their bytes.
+    """Return a dictionary from the name of each tensor to its entry, and the number of bytes of all tensors together.
 
-    Raises ValueError, which names the field, if the header is malformed or tensors overlap or leave gaps.
+    Raises ValueError, which names the field, if the header is malformed, or if tensors overlap or leave gaps.
     """
     found: dict[str, Entry] = {}
     ranges = []
@@ -59,7 +60,7 @@ def parse_header(header: Mapping[str, object]) -> tuple[dict[str, Entry], int]:
         shape = tuple(size.number(0, MAX_BYTES) for size in sizes)
         begin, end = (offset.number(0, MAX_BYTES) for offset in offsets) if len(offsets) == 2 else (0, -1)
         if end - begin != math.prod(shape) * ITEM_BYTES[dtype]:
-            raise ValueError(f"{entry.place}: shape and dtype are not those of data_offsets {begin:,} to {end:,}")
+            raise ValueError(f"{entry.place}: shape and dtype do not match data_offsets {begin:,} to {end:,}")
         found[name] = Entry(dtype, shape, begin)
         ranges.append((begin, end, entry.place))
     at = 0

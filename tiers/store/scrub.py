@@ -1,4 +1,4 @@
-"""Scrub: compare every record of a store and every file of its trunk with their checksums."""
+"""Scrub: read every record of a store and every file of the trunk, and compare them with their checksums."""
 
 from __future__ import annotations
 
@@ -17,27 +17,25 @@ from .reader import ExpertStore
 from .shard import foreign_shards, store_digest
 from .trunk import check_sum
 
-READS = 8  # parallel reads, enough to keep a disk busy
-BUFFER_BYTES = 256 << 20  # memory for all parallel reads, unless a single record is larger
+READS = 8  # number of parallel reads, enough to keep a disk busy
+BUFFER_BYTES = 256 << 20  # memory for all parallel reads together, unless a single record is larger
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """A fault that was found.
+    """A fault of a store or of the trunk."""
 
-    ``block`` is None if the fault is of the whole store or of the trunk. ``expert`` is None if it is of a whole file.
-    """
-
-    block: int | None
-    expert: int | None
-    file: str
-    cause: str
+    block: int | None  # number of the block; None if the fault is not in one block
+    expert: int | None  # number of the expert in its block; None if the fault is not in one record
+    file: str  # path of the file or folder
+    cause: str  # what is wrong, as a sentence
 
 
 def scrub_trunk(directory: Path, manifest: Manifest, faults: Mapping[str, StoreError]) -> Iterator[int | Problem]:
-    """Check the trunk's files. Yield each problem that is found and, to show progress, the size in bytes of each read.
+    """Check the trunk's files. Yield each problem that is found. To show progress, also yield the size of each read.
 
-    ``faults`` are the errors that ``trunk_faults`` has found, by file name. They are yielded first.
+    ``faults`` is a dictionary from file name to error, as ``trunk_faults`` returns it. These errors are yielded first,
+    and their files are not read. Sizes are in bytes.
     """
     for name, fault in faults.items():
         yield Problem(None, None, str(directory / name), fault.cause)
@@ -52,9 +50,9 @@ def scrub_trunk(directory: Path, manifest: Manifest, faults: Mapping[str, StoreE
 
 
 def scrub(store: ExpertStore) -> Iterator[int | Problem]:
-    """Check all records. Yield each problem that is found and, to show progress, the size in bytes of each record read.
+    """Check all records. Yield each problem that is found. To show progress, also yield the size of each record read.
 
-    Several records are read in parallel, in their order on the disk, into a fixed set of buffers.
+    Several records are read at the same time, in their order on the disk. Sizes are in bytes.
     """
     manifest = store.manifest
     largest = max(layout.slot_bytes for layout in manifest.layouts.values())
@@ -64,7 +62,7 @@ def scrub(store: ExpertStore) -> Iterator[int | Problem]:
         buffers.put(memoryview(mmap.mmap(-1, largest)))
 
     def check(key: ExpertKey) -> tuple[int, Problem | None]:
-        """Return the stored checksum of a record, and its problem if it has one."""
+        """Read a record. Return its stored checksum and None, or 0 and a problem."""
         buffer = buffers.get()
         try:
             slot = buffer[: store.layout(key.block).slot_bytes]

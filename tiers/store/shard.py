@@ -1,7 +1,7 @@
-"""Shard: the file with the records of one block. This module computes its sizes and its index, and reads from it.
+"""Shard: the file with the records of one block. This module computes a shard's sizes and index, and reads shards.
 
-A shard holds one record of ``slot_bytes`` for each expert, its CRC-32C included, and then the index of zarr's
-``sharding_indexed`` codec: an (offset, size) pair of LE u64 for each record, then the CRC-32C of these pairs as LE u32.
+A shard has ``slot_bytes`` for each expert: the record and its CRC-32C. After the records comes the index of zarr's
+codec ``sharding_indexed``: the offset and size of each record as LE u64, then the CRC-32C of the index as LE u32. See
 https://zarr-specs.readthedocs.io/en/latest/v3/codecs/sharding-indexed/index.html
 """
 
@@ -26,7 +26,7 @@ from moetier.tiers.manifest import Manifest
 from .atomic import read_errors
 from .checksum import checksum_bytes, crc32c
 
-REPAIR = "Restore the file, or remove it and run the same conversion again: it makes only what is missing."
+REPAIR = "Restore this file, or remove it and run the same conversion again, which writes only missing files."
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +35,11 @@ class ShardFile:
 
     path: Path
     experts: int  # number of records
-    slot_bytes: int  # size of a record with its checksum
+    slot_bytes: int  # size of a record with its checksum, in bytes
 
     @classmethod
     def of(cls, folder: Path, manifest: Manifest, block: int) -> ShardFile:
-        """Describe the shard of a block in the store at ``folder``."""
+        """Return path and sizes of the shard of ``block``. ``folder`` is the store's folder ``experts.zarr``."""
         entry = manifest.blocks[block]
         path = folder / entry.array / "c" / str(entry.index) / "0" / "0"
         return cls(path, entry.experts, manifest.layout(block).slot_bytes)
@@ -60,7 +60,7 @@ class ShardFile:
         return self.data_bytes + self.index_bytes
 
     def make_index(self) -> bytes:
-        """Encode the index, with its checksum. Records are in the order of their experts."""
+        """Return the bytes of the index and its checksum. Records are in the order of their experts."""
         pairs = np.empty((self.experts, 2), "<u8")
         pairs[:, 0] = range(0, self.data_bytes, self.slot_bytes)
         pairs[:, 1] = self.slot_bytes
@@ -70,58 +70,60 @@ class ShardFile:
     def stored_checksums(self, descriptor: int | None = None) -> Iterator[int]:
         """Yield the checksum that is stored after each record.
 
-        If ``descriptor`` is given, read the file that it has open, even if the path now names another file.
+        ``descriptor`` is an open file descriptor of the shard, or None to open ``path``. The descriptor still refers to
+        the same shard if ``path`` was replaced.
         """
         place = self.path if descriptor is None else f"/proc/self/fd/{descriptor}"
         with open(place, "rb", buffering=0) as stream:  # noqa: PTH123 - a new open file description, without O_DIRECT
-            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # four bytes a record: no read-ahead
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # no read-ahead: only 4 bytes per record
             for offset in range(self.slot_bytes - CHECKSUM_BYTES, self.data_bytes, self.slot_bytes):
                 yield int.from_bytes(os.pread(stream.fileno(), CHECKSUM_BYTES, offset), "little")
 
 
 def store_digest(checksums: Iterable[int]) -> str:
-    """Compute the digest that identifies a store: sha256 over the CRC-32C (LE u32) of every record, block by block."""
+    """Return the digest of a store: the sha256 of the CRC-32C (LE u32) of every record, block after block."""
     return hashlib.sha256(b"".join(map(checksum_bytes, checksums))).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
 class OpenShard:
-    """An open shard whose index has been checked. Thread-safe, except for ``close``."""
+    """An open shard whose size and index were checked. Thread-safe, except for ``close``."""
 
     file: ShardFile
     descriptor: int
-    direct: bool  # opened with O_DIRECT: buffers, offsets and lengths must be multiples of a page
+    direct: bool  # true with O_DIRECT: addresses, offsets and lengths of reads must be multiples of PAGE
 
     @classmethod
     def open(cls, file: ShardFile, name: str, checksums: Sequence[int] = ()) -> OpenShard:
-        """Open a shard, check its size and its index, and use O_DIRECT if a trial read with it succeeds.
+        """Open a shard, and check its size and its index. Use O_DIRECT if a trial read with O_DIRECT succeeds.
 
         Args:
             file: path and expected sizes.
-            name: the block's name in errors.
-            checksums: the records' checksums, if the manifest has them. The last record's, which is stored right before
-                the index, is compared. If it differs, all are compared, as the shard may be of another conversion.
+            name: name of the block in error messages.
+            checksums: the checksums of the block's records in the manifest; () if the manifest has none. The stored
+                checksum of the last record is compared. If it differs, all are compared: the shard may belong to
+                another conversion.
 
         Raises:
             MissingExpertError: the file is missing.
             StoreFormatError: the file has another size, or a wrong index.
-            ChecksumError: the records are of another conversion.
-            StoreReadError: the disk has answered with an error.
+            ChecksumError: the records belong to another conversion.
+            StoreReadError: the system reported an error when the file was read.
         """
         try:
             with read_errors(file.path):
                 descriptor = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             raise MissingExpertError(
-                f"{name}: its shard {file.path} is missing, {file.file_bytes:,} bytes were expected.",
-                REPAIR,
+                f"{name}: its shard {file.path} is missing; it should have {file.file_bytes:,} bytes.",
+                "Restore this file, or run the same conversion again, which writes only missing files.",
             ) from None
         try:
             with read_errors(file.path):
                 size = os.fstat(descriptor).st_size
                 if size != file.file_bytes:
                     raise StoreFormatError(
-                        f"{name}: its shard {file.path} has {size:,} bytes, {file.file_bytes:,} were expected.",
+                        f"{name}: its shard {file.path} has {size:,} bytes; {file.file_bytes:,} were expected.",
                         REPAIR,
                     )
                 end = os.pread(descriptor, CHECKSUM_BYTES + file.index_bytes, file.data_bytes - CHECKSUM_BYTES)
@@ -132,7 +134,7 @@ class OpenShard:
             if checksums and checksums[-1] != int.from_bytes(end[:CHECKSUM_BYTES], "little"):
                 with read_errors(file.path):
                     differing = sum(map(operator.ne, file.stored_checksums(descriptor), checksums))
-                if differing > 1:  # a single difference may be a flipped bit, which a read of that record detects
+                if differing > 1:  # a single difference may be a flipped bit, which a read of the record detects
                     raise foreign_record(f"{name}: its shard {file.path}", file.path)
             return cls(file, descriptor, _try_direct(descriptor))
         except BaseException:
@@ -140,9 +142,9 @@ class OpenShard:
             raise
 
     def read(self, offset: int, view: memoryview) -> None:
-        """Fill ``view`` with the bytes from ``offset`` on. Continues after short reads, and retries once after EIO.
+        """Fill ``view`` with the bytes of the file from ``offset`` on. After the first EIO, try once more.
 
-        Raises StoreReadError.
+        Raises StoreReadError if the system reports another error, or if the file ends too early.
         """
         done, retried = 0, False
         with read_errors(self.file.path):
@@ -155,49 +157,49 @@ class OpenShard:
                     retried = True
                     continue
                 if self.direct:
-                    count -= count % PAGE  # the next read must begin on a page again
+                    count -= count % PAGE  # after a short read, the next read must begin at a multiple of PAGE again
                 if not count:
                     raise StoreReadError(
-                        f"{self.file.path} ends before byte {offset + len(view):,}: it was cut while it was in use.",
+                        f"{self.file.path} ends before byte {offset + len(view):,}: it was truncated while in use.",
                         REPAIR,
                     )
                 done += count
 
     def uncache(self, offset: int, length: int) -> None:
-        """Drop a range of bytes from the page cache, as the host tier is the cache. Does nothing with O_DIRECT."""
+        """Drop a range of bytes from the page cache, since the host tier caches them. Does nothing with O_DIRECT."""
         if not self.direct:
             os.posix_fadvise(self.descriptor, offset, length, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
-        """Close the descriptor."""
+        """Close the file."""
         os.close(self.descriptor)
 
 
 def foreign_record(what: str, path: Path) -> ChecksumError:
-    """Make the error for intact records of another conversion, of another model or with other options.
+    """Return the error for records that are intact but belong to another conversion than the manifest.
 
-    ``what`` is the subject of the error message.
+    ``what`` is the subject of the error message: a record, or the shard ``path``.
     """
     return ChecksumError(
-        f"{what} is not the one that the manifest knows: it is of another conversion.",
-        f"Copy {path} again from where the model directory came from, or convert the model again with --overwrite.",
+        f"{what} belongs to another conversion than the manifest.",
+        f"Copy {path} from the original of this model directory, or convert the model again with --overwrite.",
     )
 
 
 def foreign_shards(manifest: Manifest, digest: str, folder: Path) -> ChecksumError:
-    """Make the error for a store whose records have another ``digest`` than its manifest.
+    """Return the error for a store whose records have the digest ``digest``, and not that of the manifest.
 
-    The digest is of all records together, so it does not tell which shards are wrong.
+    A digest covers all records together, so it does not show which shards are wrong.
     """
     return ChecksumError(
-        f"{manifest.model}: the shards in {folder} are not all of one conversion: which of them, this manifest of an "
-        f"older moetier does not say. The digest of their records is {digest}, the manifest says {manifest.digest}.",
-        "Copy the shards again from where the model directory came from, or convert the model again with --overwrite.",
+        f"{manifest.model}: the shards in {folder} are not all of one conversion. Their records have the digest "
+        f"{digest}; the manifest says {manifest.digest}. The store is too old to tell which shards are wrong.",
+        "Copy the shards from the original of this model directory, or convert the model again with --overwrite.",
     )
 
 
 def _try_direct(descriptor: int) -> bool:
-    """Switch a descriptor to O_DIRECT if a trial read with it succeeds. Return whether it is switched."""
+    """Switch an open file to O_DIRECT if a trial read with O_DIRECT succeeds. Return whether it succeeded."""
     flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
     with mmap.mmap(-1, PAGE) as page:
         try:

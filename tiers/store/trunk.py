@@ -1,4 +1,4 @@
-"""Check the files of the trunk: their index, sizes, headers and checksums."""
+"""Check the trunk of a model directory: the index, and the sizes, headers and checksums of the files."""
 
 from __future__ import annotations
 
@@ -16,25 +16,30 @@ from .folder import MAX_JSON_BYTES, parse_json, read_json
 from .safetensors import Entry, parse_header, read_header
 
 INDEX = "model.safetensors.index.json"
-RECORD = ".record"  # suffix, in place of ".weight", of the name of a matrix that is stored as a record
-# largest trunk whose checksums are compared on loading, where this takes less than a twentieth of the time
-# (tests/measurements/trunk_checksums.py)
+RECORD = ".record"  # a matrix that is stored as a record has this suffix to its name, in place of ".weight"
+# size of the largest trunk whose checksums are compared when a model is loaded; this takes less than a twentieth of the
+# time of loading (tests/measurements/trunk_checksums.py)
 CHECKED_BYTES = 64 << 20
-AHEAD_BYTES = 64 << 20  # size of the read-ahead that the kernel is asked for
+AHEAD_BYTES = 64 << 20  # number of bytes that the kernel is asked to read ahead
 
-FIX = "Get that file again from where the directory came from, or remove it and run the same conversion again."
+MISSING = "Copy this file from the original of this model directory, or run the same conversion again."
+FIX = "Copy this file from the original of this model directory, or remove it and run the same conversion again."
 
 
 def check_trunk(directory: Path, manifest: Manifest) -> None:
-    """Check the trunk's index and the sizes and headers of its files. Raises the first error of ``trunk_faults``."""
+    """Check the index of the trunk, and the sizes and headers of its files.
+
+    If ``trunk_faults`` finds errors, raises the first of them.
+    """
     for fault in trunk_faults(directory, manifest).values():
         raise fault
 
 
 def trunk_faults(directory: Path, manifest: Manifest) -> dict[str, StoreError]:
-    """Find a wrong index, and missing, truncated or unreadable files of the trunk. Return the errors by file name.
+    """Check the index and the files of the trunk. Return a dictionary from the name of each bad file to its error.
 
-    The manifest of an older store does not list the trunk's files. Then the files that the index names are checked.
+    A file is bad if it is missing, unreadable, of the wrong size, or does not match the index. If the manifest, that of
+    an older store, does not list the trunk's files, the files in the index are checked.
     """
     faults: dict[str, StoreError] = {}
     places: dict[str, str] = {}
@@ -42,12 +47,12 @@ def trunk_faults(directory: Path, manifest: Manifest) -> dict[str, StoreError]:
         places = _places(directory)
     except StoreError as error:
         faults[INDEX] = error
-    named: dict[str, set[str]] = {}  # by file: its tensors
+    named: dict[str, set[str]] = {}  # from file name to the names of the tensors that the index says are in the file
     for tensor, file in places.items():
         named.setdefault(file, set()).add(tensor)
     if manifest.trunk and (strangers := sorted(named.keys() - manifest.trunk.keys())):
         faults[INDEX] = StoreFormatError(
-            f"{directory / INDEX} names {strangers[0]}, which the manifest does not know.", FIX
+            f"{directory / INDEX} names the file {strangers[0]}, which is not in the manifest.", FIX
         )
     for name, entry in (manifest.trunk or dict.fromkeys(sorted(named))).items():
         try:
@@ -58,29 +63,32 @@ def trunk_faults(directory: Path, manifest: Manifest) -> dict[str, StoreError]:
 
 
 def _check_file(path: Path, entry: FileSum | None, tensors: set[str] | None) -> None:
-    """Raise StoreError if a file is missing or unreadable, or has not the size of ``entry`` or just ``tensors``.
+    """Raise StoreError if a file of the trunk is missing, unreadable, of the wrong size, or has the wrong tensors.
 
-    ``tensors`` are the names of its tensors by the index. Either argument is None if it is not known.
+    Args:
+        path: the file.
+        entry: the size that the file should have; None to accept any.
+        tensors: the names of the tensors that should be in the file; None to accept any.
     """
     try:
         size = path.stat().st_size if path.is_file() else None
     except OSError:
         size = None
     if size is None:
-        expected = f"; it has {entry.bytes:,} bytes" if entry else ""
-        raise StoreFormatError(f"{path}, a file of the trunk, is missing{expected}.", FIX)
+        expected = f"; it should have {entry.bytes:,} bytes" if entry else ""
+        raise StoreFormatError(f"{path}, a file of the trunk, is missing{expected}.", MISSING)
     if entry and size != entry.bytes:
         raise StoreFormatError(f"{path}, a file of the trunk, has {size:,} bytes; {entry.bytes:,} were written.", FIX)
     found = _header(path).keys()
     if tensors is not None and found != tensors:
-        raise StoreFormatError(f"{path} and {INDEX} differ in {shown(min(found ^ tensors))}.", FIX)
+        raise StoreFormatError(f"Only one of {path} and {INDEX} has the tensor {shown(min(found ^ tensors))}.", FIX)
 
 
 def trunk_records(directory: Path, manifest: Manifest) -> dict[str, int]:
-    """Find the matrices that are stored as records. Return the size of each in bytes, by module path.
+    """Find the trunk's matrices that are stored as records. Return a dictionary from module path to the size in bytes.
 
-    Reads the index, and the headers of the files with records. Raises StoreFormatError if a record has a wrong type or
-    shape, or if the manifest does not mention records.
+    Raises StoreFormatError if the index or a header is malformed, if a record has a wrong type or shape, or if the
+    manifest says that no matrix of the trunk is quantised. Raises StoreReadError if a file can't be read.
     """
     found: dict[str, int] = {}
     headers: dict[str, dict[str, Entry]] = {}
@@ -88,56 +96,69 @@ def trunk_records(directory: Path, manifest: Manifest) -> dict[str, int]:
         if not tensor.endswith(RECORD):
             continue
         if manifest.trunk_records is None:
-            raise StoreFormatError(f"{directory / INDEX} names {tensor}, which the manifest does not know.", FIX)
+            raise StoreFormatError(
+                f"{directory / INDEX} names {tensor}, a quantised matrix, "
+                "but the manifest says that the trunk has none.",
+                FIX,
+            )
         path = directory / name
         if name not in headers:
             headers[name] = _header(path)
         entry = headers[name].get(tensor)
         if entry is None or entry.dtype != "U8" or len(entry.shape) != 1:
-            what = f"is of {entry.dtype} {list(entry.shape)}" if entry else "is not there"
-            raise StoreFormatError(f"{path}, a file of the trunk: {tensor} {what}; it is to be a record.", FIX)
+            what = f"has type {entry.dtype} and shape {list(entry.shape)}" if entry else "is missing"
+            raise StoreFormatError(f"{path}, a file of the trunk: {tensor} {what}; it should be a record.", FIX)
         found[tensor.removesuffix(RECORD)] = entry.shape[0]
     return found
 
 
 def _places(directory: Path) -> dict[str, str]:
-    """Read the index. Return the file name of each tensor. Raises StoreFormatError if one is no trunk file's name."""
+    """Read the trunk's index. Return a dictionary from the name of each tensor to the name of its file.
+
+    Raises StoreFormatError if the index is malformed, or if it names a file that can't be a file of the trunk. Raises
+    StoreReadError if the index can't be read.
+    """
     path = directory / INDEX
-    index = Fields(read_json(path, FIX))
+    index = Fields(read_json(path, FIX if path.exists() else MISSING))
     places: dict[str, str] = {}
     try:
         if metadata := index.get("metadata"):
             for _, value in metadata.members():  # transformers adds these numbers up
                 value.number(0, MAX_BYTES)
         for tensor, file in index["weight_map"].members():
-            places[tensor] = file.text(TRUNK_NAME.pattern, "the name of a trunk file of its own folder")
+            places[tensor] = file.text(TRUNK_NAME.pattern, "the name of a trunk file in the model directory")
         if not places:
             raise ValueError("its weight_map is empty")
     except ValueError as error:
-        raise StoreFormatError(f"{path}: {error}.", "Use another directory, or convert the model again.") from error
+        raise StoreFormatError(
+            f"{path}: {error}.", "Use another model directory, or convert the model again."
+        ) from error
     return places
 
 
 def _header(path: Path) -> dict[str, Entry]:
-    """Read the header of a trunk file. Return its tensors by name. Raises StoreFormatError or StoreReadError."""
+    """Read the header of a file of the trunk. Return a dictionary from the name of each tensor to its entry.
+
+    Raises StoreFormatError if the file is missing or malformed, StoreReadError if it can't be read.
+    """
     try:
         with read_errors(path):
             data, size = read_header(path, MAX_JSON_BYTES)
         entries, end = parse_header(parse_json(data, f"The header of {path}", FIX))
         if end != size:
-            raise ValueError(f"its data_offsets end at {end:,}, its data at {size:,}")
+            raise ValueError(f"its header describes {end:,} bytes of data, but it has {size:,}")
         return entries
     except FileNotFoundError:
-        raise StoreFormatError(f"{path}, a file of the trunk, is missing.", FIX) from None
+        raise StoreFormatError(f"{path}, a file of the trunk, is missing.", MISSING) from None
     except ValueError as error:
         raise StoreFormatError(f"{path}, a file of the trunk, can't be read: {error}.", FIX) from error
 
 
 def check_small(directory: Path, manifest: Manifest) -> None:
-    """Compare the checksums of the trunk's files if they have at most ``CHECKED_BYTES`` together.
+    """Compare the checksums of the trunk's files, if all files together have at most CHECKED_BYTES.
 
-    Call ``check_trunk`` before. Larger trunks are checked by ``moetier verify`` and by a daemon. Raises ChecksumError
-    or StoreReadError.
+    The caller must have called ``check_trunk``. Larger trunks are checked by ``moetier verify`` and by a daemon. Raises
+    ChecksumError if a checksum is wrong, StoreReadError if a file can't be read.
     """
     if sum(entry.bytes for entry in manifest.trunk.values()) <= CHECKED_BYTES:
         for name, entry in manifest.trunk.items():
@@ -146,9 +167,10 @@ def check_small(directory: Path, manifest: Manifest) -> None:
 
 
 def check_sum(path: Path, entry: FileSum, *, cached: bool = False) -> Iterator[int]:
-    """Read a file and compare its checksum at the end. Yield the number of bytes of each read as progress.
+    """Read a file piece by piece, and compare its checksum at the end. Yield the size of each piece in bytes.
 
-    The file is read from the disk, or through the page cache if ``cached``. Raises ChecksumError or StoreReadError.
+    The file is read from the disk, or from the page cache if ``cached`` is true. Raises ChecksumError if the checksum
+    is wrong, StoreReadError if the file can't be read.
     """
     crc = 0
     with read_errors(path), path.open("rb", buffering=0) as stream:
@@ -157,14 +179,15 @@ def check_sum(path: Path, entry: FileSum, *, cached: bool = False) -> Iterator[i
             yield len(piece)
     if crc != entry.crc32c:
         raise ChecksumError(
-            f"{path}, a file of the trunk: checksum mismatch: crc32c {crc:08x}, {entry.crc32c:08x} was written.", FIX
+            f"{path}, a file of the trunk: checksum mismatch: CRC-32C {crc:08x}, but {entry.crc32c:08x} was written.",
+            FIX,
         )
 
 
 def read_pieces(descriptor: int, *, cached: bool = False) -> Iterator[memoryview]:
-    """Read a file and yield it in pieces. All pieces are views of one buffer, so each is valid until the next.
+    """Yield a file in pieces. All pieces are views of one buffer, so a piece is valid only until the next is taken.
 
-    Unless ``cached``, the file is dropped from the page cache first, so that it is read from the disk.
+    Unless ``cached`` is true, the file is first dropped from the page cache, so that it is read from the disk.
     """
     buffer = memoryview(bytearray(min(PIECE_BYTES, max(os.fstat(descriptor).st_size, 1))))
     if not cached:

@@ -1,9 +1,9 @@
-"""StoreWriter: writes a store record by record. It can be interrupted at any moment and resumed later.
+"""StoreWriter: write a store record by record. A conversion can be interrupted at any moment and resumed later.
 
-The order of writes makes this safe. A shard is written under a name that no reader opens, synced and then renamed. Once
-all shards exist, the manifest is written in the same way. A finished shard is never changed. The block that was being
-written when the process died is written again. The bytes depend neither on time nor on interruptions, so a store whose
-conversion was resumed is equal to one that was written in one go.
+The order of writes makes this safe. A shard is written under a temporary name, which no reader opens, then synced and
+renamed. Once all shards exist, the manifest is written in the same way. A finished shard is never changed. If the
+process dies, the block that it was writing is written again. The bytes depend neither on the time nor on interruptions.
+So a store whose conversion was resumed is equal to a store that was written without interruption.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ Bytes = npt.NDArray[np.uint8]
 
 
 class StoreWriter:
-    """Writes the blocks of one plan, each once, in any order. Several threads may write different blocks in parallel.
+    """Writes the blocks of one plan, in any order. Several threads may write different blocks at the same time.
 
-    The writer holds a lock on the folder until ``finish`` or ``close``. A second writer on the folder is refused.
+    The writer holds a lock on the folder until ``finish`` or ``close``, so the folder has one writer at a time.
     """
 
     @classmethod
     def open(cls, folder: Path, plan: Manifest) -> StoreWriter:
-        """Create a store, or resume the conversion with the same plan.
+        """Create a store, or resume the conversion that began with the same plan.
 
         Args:
-            folder: ``experts.zarr`` of a model directory.
-            plan: the manifest without the fields that are not known yet (``Manifest.plan``).
+            folder: the folder ``experts.zarr`` in the model directory. It is created if it does not exist.
+            plan: the manifest without the fields that are unknown until the store is written (``Manifest.plan``).
 
         Raises:
-            TargetExistsError: the folder holds something else, or another process is writing to it.
+            TargetExistsError: something else is in the folder, or another process is writing to it.
             DiskSpaceError: the disk is full.
             TargetError: the folder can't be written.
         """
@@ -67,7 +67,7 @@ class StoreWriter:
             except BlockingIOError:
                 raise TargetExistsError(
                     f"Another process is converting into {folder.parent}.",
-                    "Wait until it has ended, or choose another folder.",
+                    "Wait until that process has ended, or choose another folder.",
                 ) from None
             _check_target(folder, plan)
             with disk_errors(folder):
@@ -91,28 +91,29 @@ class StoreWriter:
 
     @property
     def finished_blocks(self) -> frozenset[int]:
-        """Blocks whose shards are complete. The others must be written."""
+        """The blocks whose shards are complete. All other blocks must be written before ``finish``."""
         return frozenset(self._finished)
 
     @property
     def missing_bytes(self) -> int:
-        """Number of bytes that the unfinished blocks will take on the disk."""
+        """Total size of the shards that are not complete, in bytes."""
         finished = self.finished_blocks
         return sum(file.file_bytes for block, file in enumerate(self._files) if block not in finished)
 
     @contextlib.contextmanager
     def block(self, block: int) -> Iterator[ShardWriter]:
-        """Open the shard of a block for writing. All experts of the block must be written, in order.
+        """Open the shard of a block for writing. The ``with`` block must write all experts of the block, in order.
 
-        The shard gets its final name on a clean exit, and is removed on an exception. Raises DiskSpaceError on entry if
-        the disk has no room for the whole shard, and TargetError.
+        At the end of the ``with`` block, the shard gets its final name. If the block raises an exception, the shard is
+        removed. Raises DiskSpaceError, before the block begins, if the disk has no room for the whole shard. Raises
+        TargetError if the shard can't be written.
         """
         assert not self._closed
         assert block not in self.finished_blocks, f"block {block} is written twice"
         file = self._files[block]
         with self._disk_errors():
             make_folders(file.path.parent)
-            file.path.unlink(missing_ok=True)  # remove a shard that is not complete
+            file.path.unlink(missing_ok=True)  # a shard that exists here is not complete
         with large_file(file.path, file.file_bytes, self._disk_errors) as stream:
             shard = ShardWriter(stream, file)
             yield shard
@@ -124,11 +125,15 @@ class StoreWriter:
         return disk_errors(self.folder, lambda: self.missing_bytes)
 
     def finish(self, trunk: Mapping[str, FileSum] | None = None, source_digest: str | None = None) -> Manifest:
-        """Write the manifest, which makes the store complete, and close the writer.
+        """Write the manifest, which makes the store complete, and close the writer. Return the manifest.
 
         Args:
-            trunk: size and checksum of each trunk file, by name.
-            source_digest: replaces the source digest of the plan, if it was not known before.
+            trunk: a dictionary from the name of each trunk file to its size and checksum.
+            source_digest: digest of the checkpoint, if the plan does not have the final one; else None.
+
+        Raises:
+            DiskSpaceError: the disk is full.
+            TargetError: the manifest can't be written.
         """
         assert len(self._finished) == len(self._files), "blocks are missing"
         with self._disk_errors():
@@ -140,7 +145,7 @@ class StoreWriter:
                 trunk=trunk or {},
                 record_checksums=b"".join(map(checksum_bytes, crcs)),
             )
-            # An earlier process may have renamed shards without making their names durable.
+            # An earlier process may have died after it renamed a shard and before it made the name durable.
             for name in sorted({parent for file in self._files for parent in list(file.path.parents)[:4]}):
                 sync_folder(name)
             group = {"zarr_format": 3, "node_type": "group", "attributes": {"moetier": manifest.to_json()}}
@@ -151,7 +156,7 @@ class StoreWriter:
         return manifest
 
     def close(self) -> None:
-        """Release the lock of the folder. Finished blocks stay. Idempotent."""
+        """Release the lock on the folder. Finished shards stay. Idempotent."""
         if not self._closed:
             self._closed = True
             os.close(self._folder_lock)
@@ -174,11 +179,11 @@ class ShardWriter:
 
     @property
     def written(self) -> int:
-        """The number of records written so far. It is the index of the next expert."""
+        """The number of records written so far, which is the index of the next expert."""
         return self._stream.written // self._file.slot_bytes
 
     def write(self, payload: memoryview | Bytes | bytes) -> None:
-        """Append the record of the next expert, ``record_bytes`` long, and its checksum."""
+        """Append ``payload``, the record of the next expert, and its checksum. A record has ``record_bytes`` bytes."""
         data = np.frombuffer(payload, np.uint8).data
         assert self.written < self._file.experts
         assert len(data) == self._file.slot_bytes - CHECKSUM_BYTES, f"{len(data)} bytes are no record"
@@ -191,7 +196,7 @@ class ShardWriter:
 
 
 def array_metadata(plan: Manifest, array: str) -> bytes:
-    """Make the content of an array's ``zarr.json``, using zarr itself."""
+    """Return the content of the file ``zarr.json`` of a zarr array. It is made by zarr itself."""
     shape = plan.shape(array)
     made = zarr.create_array(
         MemoryStore(),
@@ -209,7 +214,7 @@ def array_metadata(plan: Manifest, array: str) -> bytes:
 
 
 def is_complete(file: ShardFile) -> bool:
-    """Return whether a shard exists with its full size and its index."""
+    """Return whether a shard exists and has the right size and the right index."""
     try:
         with file.path.open("rb") as stream:
             if os.fstat(stream.fileno()).st_size != file.file_bytes:
@@ -220,7 +225,7 @@ def is_complete(file: ShardFile) -> bool:
 
 
 def _check_target(folder: Path, plan: Manifest) -> None:
-    """Raise TargetExistsError unless the folder is empty or holds a store of this plan, finished or not."""
+    """Raise TargetExistsError unless the folder is empty, or holds a finished or unfinished store of this plan."""
     strangers = sorted(path.name for path in folder.iterdir() if not path.name.endswith(PARTIAL))
     try:
         found = read_plan(folder)
@@ -229,11 +234,11 @@ def _check_target(folder: Path, plan: Manifest) -> None:
     if found == plan or not strangers:
         return
     if found is None:
-        cause = f"{folder} holds something that is not a moetier store: {strangers[0]}."
+        cause = f"{folder} holds {strangers[0]}, and is not a moetier store."
     else:
         differing = [each.name for each in fields(plan) if getattr(found, each.name) != getattr(plan, each.name)]
-        cause = f"{folder.parent} holds another conversion, of {found.model}: it differs in {', '.join(differing)}."
-    raise TargetExistsError(cause, "Choose another folder, or remove this one first.")
+        cause = f"{folder.parent} holds another conversion, of {found.model}, which differs in {', '.join(differing)}."
+    raise TargetExistsError(cause, "Choose another folder, or remove this folder first.")
 
 
 def _to_json(value: object) -> bytes:

@@ -64,7 +64,7 @@ def test_a_daemon_does_not_start(swapped: Path, tmp_path: Path, table: bool) -> 
         running_daemon(swapped, ram=8 * SLOT, folder=tmp_path / "daemon"),
     ):
         pass
-    assert "of another conversion" in str(caught.value) or "not all of one conversion" in str(caught.value)
+    assert "to another conversion" in str(caught.value) or "not all of one conversion" in str(caught.value)
 
 
 def test_records_that_an_older_daemon_left_in_memory_are_compared(tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def test_an_index_that_leads_out(directory: Path, tmp_path: Path, place: str, su
     if not summed:
         without_sums(directory)
     point_index(directory, place.format(other=other))
-    with pytest.raises(StoreFormatError, match="not the name of a trunk file of its own folder"):
+    with pytest.raises(StoreFormatError, match="not the name of a trunk file in the model directory"):
         moetier.load(directory)
     moetier.register()
     with pytest.raises(MoetierError, match="trunk file of its own folder"):

@@ -226,12 +226,12 @@ def test_an_arena_that_no_daemon_makes_is_not_taken() -> None:
         arena = Arena.create(ArenaPlan.of(MANIFEST, {"records": count}))
         descriptor = arena.export()
         arena.close()
-        with pytest.raises(ArenaError, match="divided as moetier never divides"):
+        with pytest.raises(ArenaError, match="do not fit the store"):
             Arena.reclaim(descriptor, MANIFEST)
         os.close(descriptor)
     descriptor = left(life([])[0][: PLAN.directory_bytes], 0)
     os.ftruncate(descriptor, PLAN.nbytes)
     fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, SEALS)
-    with pytest.raises(ArenaError, match="holes"):
+    with pytest.raises(ArenaError, match="are not allocated"):
         Arena.reclaim(descriptor, MANIFEST)
     os.close(descriptor)

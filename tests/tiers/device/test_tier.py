@@ -808,7 +808,7 @@ def test_cuda_copies_out_of_what_is_mapped_read_only(host: HostTier) -> None:
     views = SlotViews(locks.lock, locks.retire)
     target = cuda.allocate(PLAN.layouts["records"].record_bytes)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The system does not page-lock")
+        warnings.filterwarnings("ignore", message="The memory of the host tier can't be page-locked")
         for lease in host.acquire(keys(0, 0, 1)):
             cuda.copy(target, views.of(Lease(lease.key, arena.view(lease.slot), lease.slot)))
             cuda.copy_stream().record_event().synchronize()

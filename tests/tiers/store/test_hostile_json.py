@@ -273,7 +273,7 @@ def test_many_arrays_and_long_names(directory: Path, tmp_path: Path) -> None:
         assert len(caught.value.cause) < 1000
     (copy / GROUP / METADATA).unlink()
     _write(copy / GROUP / PLAN, json.dumps(manifest | long | {"digest": ""}).encode())
-    with pytest.raises(StoreFormatError, match="is no name of an array"):
+    with pytest.raises(StoreFormatError, match="can't be the name of an array"):
         use_experts(copy)
 
 

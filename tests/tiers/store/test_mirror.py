@@ -192,7 +192,7 @@ def test_a_damaged_record_is_read_from_the_other_copy(
                 assert read(store, key) == records[key]
         (said,) = caplog.messages
         assert f"{tmp_path / bad}/" in said, "once: it is remembered"
-        assert said.endswith(f"It was read from {tmp_path / other} instead.")
+        assert said.endswith(f"The record was read from {tmp_path / other} instead.")
         assert len(recovered) == 1
     flip_bit(path_of(tmp_path / other, layout=layout), layout.slot_bytes + 200)
     with open_both(tmp_path) as store:

@@ -31,11 +31,11 @@ def swapped(tmp_path: Path) -> Path:
 
 
 def test_it_is_refused_when_the_store_is_opened(swapped: Path) -> None:
-    with pytest.raises(ChecksumError, match="of another conversion") as caught:
+    with pytest.raises(ChecksumError, match="to another conversion than the manifest") as caught:
         ExpertStore.open(swapped)
     path = shard(swapped, 1)
     assert f"block 1 (model.layers.1.mlp.experts): its shard {path}" in caught.value.cause
-    assert f"Copy {path} again" in caught.value.fix
+    assert f"Copy {path} from the original" in caught.value.fix
 
 
 def test_a_record_of_another_conversion_is_refused_when_it_is_read(tmp_path: Path) -> None:
@@ -51,7 +51,7 @@ def test_a_record_of_another_conversion_is_refused_when_it_is_read(tmp_path: Pat
         for each in records:
             if each != key:
                 assert read_record(store, each) == records[each]
-        with pytest.raises(ChecksumError, match="of another conversion") as caught:
+        with pytest.raises(ChecksumError, match="to another conversion than the manifest") as caught:
             read_record(store, key)
     assert "block 1 (model.layers.1.mlp.experts), expert 2: its record in" in caught.value.cause
     assert str(shard(tmp_path, 1)) in caught.value.cause
@@ -70,6 +70,6 @@ def test_the_table_is_that_of_the_digest(tmp_path: Path) -> None:
 
 def test_an_older_store_of_small_size_is_refused_when_it_is_opened(swapped: Path) -> None:
     without_table(swapped)
-    with pytest.raises(ChecksumError, match="not all of one conversion: which of them, this manifest") as caught:
+    with pytest.raises(ChecksumError, match=r"not all of one conversion.* too old to tell which") as caught:
         ExpertStore.open(swapped)
-    assert "Copy the shards again" in caught.value.fix
+    assert "Copy the shards" in caught.value.fix

@@ -232,7 +232,7 @@ def test_another_plan_is_refused(tmp_path: Path, finished: bool) -> None:
     else:
         StoreWriter.open(tmp_path / GROUP, plan).close()
     before = tree(tmp_path)
-    with pytest.raises(TargetExistsError, match="acme/tiny-moe: it differs in model, blocks"):
+    with pytest.raises(TargetExistsError, match="acme/tiny-moe, which differs in model, blocks"):
         StoreWriter.open(tmp_path / GROUP, make_plan(model="acme/other", blocks=2))
     assert tree(tmp_path) == before
 

@@ -117,7 +117,7 @@ def test_a_shard_of_the_other_is_never_computed_with(
     shutil.copy(newer / shard, model / shard)
     with pytest.raises(ChecksumError, match=str(model / shard) if table else "not all of one conversion") as caught:
         moetier.load(model)
-    assert "again from where the model directory came from" in caught.value.fix
+    assert "from the original of this model directory" in caught.value.fix
     for command in (["generate", str(model), "a"], ["daemon", str(model)], ["verify", str(model)]):
         capsys.readouterr()
         assert main(command) == 1

@@ -121,5 +121,5 @@ def test_a_bit_of_a_record_that_flipped_is_found(made: Path, tmp_path: Path) -> 
 
 def test_an_older_reader_is_told(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moetier.tiers.manifest.FEATURES", frozenset())
-    with pytest.raises(StoreFormatError, match="requires trunk-records, which this moetier does not have"):
+    with pytest.raises(StoreFormatError, match="requires trunk-records, which this version"):
         read_manifest(store_folder(made))
