@@ -26,7 +26,7 @@ os._exit(code)
 # what is written in place of what differs
 _WORDS = (
     (r"port \d+", "port PORT"),
-    (r"this is \d+(\.\w+)+", "this is VERSION"),
+    (r"this is (moetier )?\d+(\.\w+)+", r"this is \1VERSION"),
     (r"process \d+", "process PID"),
     (r"kill \d+", "kill PID"),
     (r"127\.0\.0\.1:\d+", "127.0.0.1:PORT"),
