@@ -224,7 +224,7 @@ class Manifest:
             raise ValueError(f"layouts has no layout of array {shown(min(strangers))}, which blocks names")
         for name, members in self.members.items():
             if sorted(b.index for b in members.values()) != list(range(len(members))) or not members:
-                raise ValueError(f"the blocks of array {name} are not numbered 0, 1, 2 and so on")
+                raise ValueError(f"the blocks of array {name} do not have the indexes 0, 1, 2 and so on")
             if len({b.experts for b in members.values()}) != 1:
                 raise ValueError(f"the blocks of array {name} differ in their number of experts")
         if len({b.path for b in self.blocks}) != len(self.blocks):

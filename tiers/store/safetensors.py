@@ -39,7 +39,7 @@ def read_header(path: Path, most: int) -> tuple[bytes, int]:
         size = os.fstat(stream.fileno()).st_size
         length = int.from_bytes(os.pread(stream.fileno(), 8, 0), "little")
         if not 2 <= length <= min(size - 8, most):
-            raise ValueError(f"it has {size:,} bytes, and its header should have {length:,}")
+            raise ValueError(f"a header of {length:,} bytes is not valid in a file of {size:,} bytes")
         return os.pread(stream.fileno(), length, 8), size - 8 - length
 
 

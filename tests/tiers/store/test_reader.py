@@ -401,7 +401,7 @@ FIRST = (*MANIFEST, "layouts", "records", "projections", 0)
         ((*MANIFEST, "layouts", "records", "record_bytes"), 4092, "another kernel layout"),
         ((*MANIFEST, "layouts"), {}, "no layout"),
         ((*MANIFEST, "blocks"), [], "blocks is empty"),
-        ((*MANIFEST, "blocks", 1, "index"), 0, "not numbered"),
+        ((*MANIFEST, "blocks", 1, "index"), 0, "do not have the indexes"),
         ((*MANIFEST, "blocks", 1, "experts"), 5, "differ in their number of experts"),
         ((*MANIFEST, "blocks", 1, "top_k"), 5, r"blocks\[1\].top_k is 5, not a whole number from 1 to 4"),
         ((*MANIFEST, "blocks", 1, "array"), "../elsewhere", "no layout"),

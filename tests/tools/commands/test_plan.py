@@ -261,7 +261,7 @@ def test_with_a_gpu_it_is_said_whose_memory_is_too_little(
 def test_the_store_alone_is_no_model_directory(tinymix_4bit: Path) -> None:
     with pytest.raises(StoreFormatError, match="has only the experts of a model") as caught:
         plan(tinymix_4bit / "experts.zarr", disk=GB_PER_S)
-    assert caught.value.fix == f"Give its folder: {tinymix_4bit}"
+    assert caught.value.fix == f"Give the model directory: {tinymix_4bit}"
 
 
 def test_a_budget_out_of_bounds_says_its_bounds(tinymix_4bit: Path) -> None:
