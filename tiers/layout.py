@@ -207,7 +207,7 @@ class RecordLayout:
         names = [p.name for p in projections] + [b.name for b in biases]
         if not projections or len(set(names)) != len(names):
             raise ValueError(
-                f"{value.place}: a layout needs a projection, and its parts need different names; "
+                f"{value.place}.projections must not be empty, and no name may be in projections and biases twice: "
                 f"they are named {shown(names)}"
             )
         layout = cls(projections, biases)
