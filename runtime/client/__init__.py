@@ -1,7 +1,7 @@
 """Clients of the storage daemon: a host tier in the memory of a daemon on this host, and readers of remote daemons.
 
-Others use ``tier.DaemonTier`` and ``spread.SpreadReader``. While the daemon is away, ``fallback`` reads from the local
-store. The package imports ``runtime.wire`` and ``tiers``.
+Other packages use ``tier.DaemonTier`` and ``spread.SpreadReader``. While the daemon is away, ``fallback`` reads from
+the local store. The package imports ``runtime.wire`` and ``tiers``.
 """
 
 from typing import TYPE_CHECKING

@@ -15,7 +15,7 @@ from moetier.tiers.store.mirror import open_store
 
 
 class Fallback:
-    """Host tier of the smallest budget over the store in a model directory, opened when it is first needed."""
+    """Host tier with the smallest budget over the store in a model directory, opened when it is first needed."""
 
     def __init__(self, directory: Path, manifest: Manifest) -> None:
         self._directory = directory
@@ -28,22 +28,23 @@ class Fallback:
         self.error = ""  # why the tier could not be opened; once this is set to "", the next ``open`` tries again
 
     def open(self) -> HostTier | None:
-        """Return the tier, or None if it can't be opened: no such store, or no memory for it.
+        """Return the host tier, and open it first if it is not open yet.
 
-        Then ``error`` says why.
+        Returns None if the store can't be opened or the memory is too small; ``error`` then says why. Raises
+        ClosedError after ``close``.
         """
         self._fork_guard.check()
         with self._lock:
             if self._closed:
                 raise ClosedError("The tier was closed.", "Load the model again.")
             if self.host is None and not self.error:
-                self._closing.close()  # opened by an attempt that an exception has interrupted
+                self._closing.close()  # what an earlier attempt has opened that an exception interrupted
                 with contextlib.ExitStack() as opening:
                     try:
                         store = open_store(self._directory)
                         opening.callback(store.close)
                         if store.manifest.digest != self._manifest.digest:
-                            raise StoreError(f"{self._directory} holds another store by now.", "Load the model again.")
+                            raise StoreError(f"{self._directory} holds a different store now.", "Load the model again.")
                         slots = slots_for(self._manifest, smallest_budget(self._manifest))
                         host = opening.enter_context(HostTier(store, slots=slots))
                         store.on_fault(host.condemn)

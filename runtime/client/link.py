@@ -1,4 +1,4 @@
-"""Link to a daemon on this host: its mapped arena and a stream of messages, reconnected whenever it breaks.
+"""Link to a daemon on this host: the daemon's mapped arena, and a stream of messages that is reopened when it breaks.
 
 The link uses two threads. Its own thread reads the daemon's messages and reconnects; a thread of gRPC sends. A caller
 that finds its record in the arena's directory waits for neither.
@@ -34,17 +34,18 @@ from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.source import Lease, Residents
 
-REPORT_KEPT = 65_536  # latest hits that wait to be reported; older ones are dropped while the daemon is away
-REPORT_SECONDS = 0.5  # longest time until the daemon is told of hits
-FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0  # seconds between attempts to connect; each is twice the one before
-_ANSWER = 2.0  # seconds for answers that a working daemon gives at once
-_STEADY = 1.0  # seconds after which a connection counts as made, even without a message
+REPORT_KEPT = 65_536  # most hits that wait to be reported; the oldest are dropped while the daemon is away
+REPORT_SECONDS = 0.5  # longest time until a hit is reported to the daemon
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0  # seconds between attempts to connect; each pause is twice the last
+_ANSWER = 2.0  # seconds to wait for an answer that a working daemon gives at once
+_STEADY = 1.0  # seconds after which a connection counts as established, even without a message
 
 
 class Proof:
     """Check that a slot has not been refilled since a lease on it began.
 
-    A call returns whether the slot's generation is unchanged. ``held`` is the last answer; None before the first call.
+    A call returns whether the slot's generation is unchanged. ``held`` is what the last call returned; None before the
+    first call.
     """
 
     __slots__ = ("_generation", "_generation_of", "_slot", "held")
@@ -61,20 +62,24 @@ class Proof:
 
 
 class MappedArena:
-    """An arena, mapped read-only for as long as it or one of its records is referenced, even after the daemon's death.
+    """A daemon's arena, mapped read-only into this process.
 
-    The map keeps a descriptor of the memory file open, through which a restarted daemon finds the arena again.
+    It stays mapped while this object or one of its records is referenced, even if the daemon dies. The mapping keeps a
+    descriptor of the memory file open, through which a restarted daemon finds the arena again.
     """
 
     @classmethod
     def of(cls, control: ControlConnection, manifest: Manifest, known: MappedArena | None = None) -> MappedArena:
-        """Map the arena of a new connection; return ``known`` if it is the same one, which the daemon has reclaimed.
+        """Map the arena that a new connection gives, or return ``known`` if that is the same arena.
 
-        Raises ArenaError, ProtocolError.
+        It is the same if a restarted daemon has taken over the memory of the previous one. Raises ArenaError if the
+        arena can't be mapped, and ProtocolError if its slots don't fit ``manifest``.
         """
         slots = control.slots
         if control.descriptor is None or slots.keys() != manifest.layouts.keys() or min(slots.values()) < 1:
-            raise ProtocolError("The daemon's arena is not of this store.", "Use moetier in one version.")
+            raise ProtocolError(
+                "The daemon's arena does not fit this store.", "Use the same version of moetier on both sides."
+            )
         plan = ArenaPlan.of(manifest, slots)
         if known and known.plan == plan and Header.read(control.descriptor).identity == known.directory.identity:
             return known
@@ -83,7 +88,7 @@ class MappedArena:
         except OSError as error:
             raise ArenaError(
                 f"The {plan.nbytes:,} bytes of the daemon's arena can't be mapped ({error.strerror}).",
-                "Raise this process's limit of address space (ulimit -v).",
+                "Raise the limit of this process's address space (ulimit -v).",
             ) from None
 
     def __init__(self, arena: Arena) -> None:
@@ -103,10 +108,10 @@ class MappedArena:
     def lease(
         self, key: ExpertKey, slot: int, generation: int, *, more: bool = False
     ) -> tuple[Lease[memoryview], Proof]:
-        """Lease the record in a slot.
+        """Return a lease of the record in ``slot``, and the lease's proof.
 
-        The lease is valid while the slot's generation is the same, which its proof checks. ``more``: whether the next
-        lease is available already. Raises ClosedError, and ProtocolError if there is no such slot.
+        The lease is valid while the slot has this ``generation``, which the proof checks. ``more``: whether the next
+        lease is available already. Raises ClosedError after ``close``, and ProtocolError if there is no such slot.
         """
         proof = Proof(self.directory.generation, slot, generation)
         try:
@@ -114,12 +119,14 @@ class MappedArena:
         except IndexError:
             if slot < self.plan.slots:
                 raise ClosedError("The tier was closed.", "Load the model again.") from None
-            raise ProtocolError(f"The arena has no slot {slot}.", "Use moetier in one version.") from None
+            raise ProtocolError(
+                f"The arena has no slot {slot}.", "Use the same version of moetier on both sides."
+            ) from None
 
     def close(self) -> None:
-        """Release the records. A record that is still referenced stays readable, but can't be proved any more.
+        """Release the records. Idempotent.
 
-        Idempotent.
+        A record that is still referenced stays readable, but its proof raises ClosedError.
         """
         self._records.clear()
         self._residents.clear()
@@ -128,7 +135,7 @@ class MappedArena:
 
 @dataclass(frozen=True, slots=True)
 class SlotGranted:
-    """Event: the daemon leases a slot of ``arena``, in which it holds the expert's record."""
+    """Event: the daemon has leased to this client the slot of ``arena`` that holds the expert's record."""
 
     request: SlotRequest
     expert: int
@@ -151,7 +158,7 @@ LinkEvent = SlotGranted | RequestFailed | None  # None: the daemon has gone away
 
 @dataclass(eq=False, slots=True)
 class SlotRequest:
-    """Request to the daemon for experts of one block. The link's thread delivers its ``events``."""
+    """Request to the daemon for experts of one block. The link's thread puts the answers into ``events``."""
 
     block: int
     awaited: dict[int, None]  # experts not granted yet; only the link's thread removes them
@@ -166,9 +173,9 @@ class SlotRequest:
 
 
 class Link:
-    """Connection to a daemon, kept until it is closed. When it breaks, open requests are sent again on the next one.
+    """Connection to a daemon. When it breaks, the link reconnects and sends open requests again, until ``close``.
 
-    ``arrive`` is called by the link's thread with each new control connection, and returns the arena that it gives.
+    The link's thread calls ``arrive`` with each new control connection. ``arrive`` returns that connection's arena.
     """
 
     def __init__(
@@ -205,7 +212,7 @@ class Link:
     # -- callers ------------------------------------------------------------------------------------------------------
 
     def request(self, request: SlotRequest) -> None:
-        """Send a request, now or when the daemon is back. Raises ClosedError."""
+        """Send a request now, or once the daemon is back. Raises ClosedError after ``close``."""
         with self._lock:
             if self._closed.is_set():
                 raise ClosedError("The connection to the daemon was closed.", "Load the model again.")
@@ -214,9 +221,9 @@ class Link:
                 self._outbox.put(request.message())
 
     def cancel(self, request: SlotRequest) -> None:
-        """Cancel a request: release its leases and stop waiting for the rest.
+        """Cancel a request: release its leases, and no longer wait for its other records.
 
-        Never waits, as a finalizer may call it. If an exception interrupts it, it can be called again.
+        It never waits, because a finalizer may call it. If an exception has interrupted it, it can be called again.
         """
         self._requests.pop(request.number, None)
         if not request.is_over:
@@ -232,9 +239,9 @@ class Link:
         self._send(wire.ClientMessage(prefetch=wire.Prefetch(wishes=wire.Experts(block=block, experts=experts))))
 
     def report(self, keys: Iterable[ExpertKey]) -> None:
-        """Report hits in the directory, least recently used first.
+        """Report hits: records that were found in the arena's directory, the least recently used first.
 
-        They are sent before the next request, and after half a second at the latest.
+        The report is sent before the next request, and after half a second at the latest.
         """
         self._used.extend(keys)
 
@@ -263,14 +270,17 @@ class Link:
             try:
                 if control is None:
                     control = ControlConnection.open(self._folder, self._digest, patience=_ANSWER)
-                    began = time.monotonic()  # time spent on an attempt to connect is no time of a connection
+                    began = time.monotonic()  # leave out the time that connecting took
                 with control:
                     self._error = self._run_connection(control)
             except MoetierError as error:
                 # a copy without the traceback, whose frames refer to the arena
                 self._error = type(error)(error.cause, error.fix)
             except (OSError, RuntimeError) as error:  # out of descriptors, memory or threads
-                self._error = UnavailableError(f"The daemon can't be reached: {error}.", "Free what is short.")
+                self._error = UnavailableError(
+                    f"The daemon can't be reached: {error}.",
+                    "Free memory, or raise the limits of open files and threads (ulimit -n, ulimit -u).",
+                )
             control = None
             self._tried.set()
             lasted = time.monotonic() - began
@@ -281,7 +291,7 @@ class Link:
                 self.away_since = began
             for request in list(self._requests.values()):
                 request.events.put(None)
-            # random, because all clients of a daemon that was restarted reconnect at this time
+            # random, so that the clients of a restarted daemon do not all reconnect at the same time
             self._closed.wait(pause * random.uniform(0.5, 1.0))
             pause = min(2 * pause, LONGEST_PAUSE)
 
@@ -297,7 +307,7 @@ class Link:
                 # a stream may break by accident; if the next one ends without a message, the daemon ended it on purpose
                 if error is None or self._closed.is_set() or self._messages == messages or not control.is_alive():
                     return error
-                # ask whether it answers: a daemon that was stopped (SIGSTOP) keeps its sockets open
+                # check that the daemon answers: one that was stopped (SIGSTOP) keeps its sockets open
                 if stub.Describe.future(wire.DescribeRequest(), timeout=_ANSWER).code() is not grpc.StatusCode.OK:
                     return error
                 self._closed.wait(FIRST_PAUSE)  # a pause, as streams may break again and again
@@ -315,7 +325,7 @@ class Link:
             for message in call:
                 self._handle(message, arena)
         except grpc.RpcError as error:
-            error.__traceback__ = None  # the error is the call itself: a cycle through this frame would keep the arena
+            error.__traceback__ = None  # error and call are one object: a cycle with this frame would keep the arena
             return error_of(error)
         finally:
             with self._lock:
@@ -358,7 +368,7 @@ class Link:
     # -- gRPC's thread ------------------------------------------------------------------------------------------------
 
     def _outgoing(self, outbox: Outbox, sent: threading.Event) -> Iterator[wire.ClientMessage]:
-        """Yield the messages to send on one stream, and reports of hits between them; set ``sent`` when it ends."""
+        """Yield the messages to send on one stream, and reports of hits between them; at the end, set ``sent``."""
         try:
             while True:
                 message: wire.ClientMessage | None = wire.ClientMessage()
@@ -366,7 +376,7 @@ class Link:
                     message = outbox.get(timeout=REPORT_SECONDS)
                 if message is None:
                     return
-                # sent before a request, which might otherwise evict the records that were used last
+                # reported first, because the request might otherwise evict the records that were used last
                 if self._used and not message.HasField("release"):
                     yield self._report()
                 if message.WhichOneof("message"):

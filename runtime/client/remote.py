@@ -33,8 +33,8 @@ from moetier.tiers.locks import ForkGuard
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.store.checksum import crc32c
 
-CHANNELS = 3  # connections: TLS of a single one is limited by one core
-SPLIT_BYTES = 8 << 20  # larger records come over all channels at once
+CHANNELS = 3  # number of connections, as one core limits the speed of TLS on a single connection
+SPLIT_BYTES = 8 << 20  # larger records are read over all channels at once
 SLOWEST = 4_000_000  # bytes per second of one call; slower calls are cut off
 _ANSWER = 5.0  # seconds for a daemon to answer which models it serves
 _MAX_NAMES = 200  # longest list of a daemon's models in an error, in characters
@@ -42,9 +42,9 @@ _AGAIN = (UnavailableError, ChecksumError, ProtocolError)
 
 
 class RemoteReader(Closeable):
-    """RecordReader over one daemon. Thread-safe. A record whose checksum is wrong is never returned.
+    """RecordReader that reads from one daemon. Thread-safe. It never returns a record with a wrong checksum.
 
-    Every call has a deadline: ``patience`` seconds, plus the time that its bytes take at ``SLOWEST``.
+    Every call has a deadline: ``patience`` seconds, plus the time that its bytes take at SLOWEST bytes per second.
     """
 
     def __init__(
@@ -56,9 +56,9 @@ class RemoteReader(Closeable):
         channels: int = CHANNELS,
         patience: float = 10.0,
     ) -> None:
-        """Use ``channels`` connections, which are made by the first read or check.
+        """Prepare ``channels`` connections to the daemon at ``address``.
 
-        That read or check raises ConfigError for credentials that can't be used.
+        The first read or check makes the connections. It raises ConfigError if the credentials can't be used.
         """
         self.manifest = manifest
         self.address = address
@@ -72,9 +72,10 @@ class RemoteReader(Closeable):
         self._pool = ThreadPoolExecutor(channels, thread_name_prefix="moetier-remote")
 
     def check(self, patience: float = _ANSWER) -> None:
-        """Reconnect, and check that the daemon serves this store.
+        """Reconnect, and check that the daemon serves this store. ``patience``: seconds for the daemon to answer.
 
-        Raises UnavailableError, RefusedError, UnknownModelError, ProtocolError.
+        Raises UnavailableError if the daemon does not answer, RefusedError if it refuses the credentials or is not
+        trusted, UnknownModelError if it does not serve the store, and ProtocolError if its version does not fit.
         """
         self._fork_guard.check()
         channels = self._connected(again=True)
@@ -86,16 +87,23 @@ class RemoteReader(Closeable):
             served = (" ".join(f"{model.name} ({model.digest[:DIGEST_CHARS]})".split()) for model in reply.models)
             names = ", ".join(served)[:_MAX_NAMES] or "nothing"
             raise UnknownModelError(
-                f"The daemon does not serve the store of {self.manifest.model} that is here "
+                f"The daemon does not serve this machine's store of {self.manifest.model} "
                 f"({self.manifest.digest[:DIGEST_CHARS]}); it serves {names}.",
-                "Start it on a copy of this model directory; start it again if that was converted again meanwhile.",
+                "Start the daemon on a copy of this model directory. If this directory was converted again, copy it "
+                "again and restart the daemon.",
             )
 
     def read_into(self, key: ExpertKey, buffer: memoryview, pause: Callable[[], bool] | None = None) -> None:
-        """Read a record as ``RecordReader`` says, without calling ``pause``.
+        """Read a record into ``buffer``, as ``RecordReader`` says. ``pause`` is never called.
 
-        Raises MissingExpertError, ChecksumError, a DaemonError, and errors of the daemon's own tier: StoreError,
-        ExhaustedError. After an error the content of the buffer is undefined.
+        After an error the content of ``buffer`` is undefined.
+
+        Raises:
+            MissingExpertError: the model has no such expert.
+            ChecksumError: the daemon sent a damaged record, twice.
+            StoreError: the daemon can't read the record.
+            ExhaustedError: the daemon has no free slot.
+            DaemonError: the daemon can't be reached, or failed.
         """
         self._fork_guard.check()
         self.manifest.check_keys(key.block, [key])
@@ -108,7 +116,7 @@ class RemoteReader(Closeable):
             # try again after a quick failure; after a slow one the caller should ask another daemon
             if time.monotonic() - began > self.patience / 2 or self._closed:
                 raise
-        # outside the handler: else its error would refer to the first one, whose frames hold the slot
+        # not in the handler: an error there would refer to the first one, whose frames hold the slot
         return self._read(key, view)
 
     def close(self) -> None:
@@ -122,7 +130,7 @@ class RemoteReader(Closeable):
         self._pool.shutdown()
 
     def _connected(self, *, again: bool = False) -> _Channels:
-        """Return the channels. Open them if there are none yet, or, with ``again``, in place of the old ones."""
+        """Return the channels, opened now if there are none yet. With ``again``, replace the old channels."""
         with self._state:
             if self._closed:
                 raise ClosedError(f"The connection to the daemon {self.address} was closed.", "Load the model again.")
@@ -138,20 +146,20 @@ class RemoteReader(Closeable):
         crc = crc32c(view[:-CHECKSUM_BYTES])
         if crc != int.from_bytes(view[-CHECKSUM_BYTES:], "little"):
             raise ChecksumError(
-                f"{self.manifest.model}, {key}: checksum mismatch in what the daemon {self.address} sent.",
-                "Check its store (moetier verify) and the network.",
+                f"{self.manifest.model}, {key}: checksum mismatch in the record that the daemon {self.address} sent.",
+                "Check the daemon's store (moetier verify) and the network.",
             )
         if (known := self.manifest.checksums(key.block)) and crc != known[key.expert]:
             raise ChecksumError(
                 f"{self.manifest.model}, {key}: the daemon {self.address} sent a record of another conversion.",
-                "On its host, check the store (moetier verify) and copy the shards again; then start it again.",
+                "On the daemon's host, check the store (moetier verify), copy its shards again, restart the daemon.",
             )
 
 
 class _Channels:
-    """Channels to one daemon. ``fetches`` yields the callables for Fetch of all channels in turn, for ever.
+    """Channels to one daemon. ``fetches`` is an endless iterator of callables for Fetch, one channel after another.
 
-    Over a Unix socket, a control connection is kept open with them, because it issued their credential.
+    Over a Unix socket, the control connection that gave the session id stays open as long as the channels.
     """
 
     def __init__(self, address: Address, credentials: Credentials, count: int) -> None:
@@ -169,7 +177,7 @@ class _Channels:
 
 
 class _Transfer:
-    """Transfer of one record, in parts with a call each. An error of one call ends all of them."""
+    """Transfer of one record in several parts, with a call for each part. An error in one call ends all calls."""
 
     def __init__(self, reader: RemoteReader, key: ExpertKey, view: memoryview) -> None:
         self._reader = reader
@@ -180,9 +188,9 @@ class _Transfer:
         self._error: MoetierError | None = None
 
     def run(self, channels: _Channels, pool: ThreadPoolExecutor) -> None:
-        """Read the record in parts over all ``channels``, with the threads of ``pool`` and this one.
+        """Read the record in parts over all ``channels``, with the threads of ``pool`` and the calling thread.
 
-        Raises the first error of a part. When it returns or raises, no thread writes to the view any more.
+        Raises the error of the part that fails first. Afterwards no thread writes to the record's buffer.
         """
         fetches, parts = channels.fetches, list(_parts(len(self._view), self._reader.count))
         others: list[Future[None]] = []
@@ -196,9 +204,14 @@ class _Transfer:
                 else:
                     other.result()
         except RuntimeError as error:  # the pool was closed, or can start no thread
-            self._end(UnavailableError(f"The record can't be read: {error}.", "Free what is short."))
+            self._end(
+                UnavailableError(
+                    f"The record can't be read: {error}.",
+                    "Free memory, or raise the limit of threads (ulimit -u).",
+                )
+            )
         except BaseException:
-            self._end(UnavailableError("The read was cancelled.", "Ask again."))
+            self._end(UnavailableError("The read was cancelled.", "Try again."))
             raise
         finally:
             for other in others:
@@ -208,7 +221,7 @@ class _Transfer:
             raise self._error
 
     def _bring(self, fetch: Any, start: int, end: int) -> None:
-        """Fetch the bytes from ``start`` to ``end`` into the view.
+        """Fetch the record's bytes from ``start`` to ``end``.
 
         An error of the network or the daemon ends the transfer.
         """
@@ -227,7 +240,8 @@ class _Transfer:
                 piece = decode_piece(message)
                 if len(piece) > min(PIECE_BYTES, end - at):
                     raise ProtocolError(
-                        f"A daemon sent more of {key} than it was asked for.", "Use moetier in one version."
+                        f"A daemon sent more bytes of {key} than were requested.",
+                        "Use the same version of moetier on both sides.",
                     )
                 self._view[at : at + len(piece)] = piece
                 at += len(piece)
@@ -241,7 +255,7 @@ class _Transfer:
             self._end(error_of(error, reader.address.target))
 
     def _end(self, error: MoetierError) -> None:
-        """Keep the first error, and cancel all calls."""
+        """Cancel all calls. ``run`` then raises the first ``error``."""
         with self._state:
             if self._error is None:
                 self._error = error

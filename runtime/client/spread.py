@@ -1,8 +1,8 @@
 """SpreadReader: reads a store from several daemons, each of which holds a share of the records in its memory.
 
-Each key has its own order in which the daemons are asked, that of rendezvous hashing (Thaler and Ravishankar 1998,
-"Using name-based mappings to increase hit rates"). All clients compute the same order. If a daemon comes or goes, only
-the keys for which it is the first move to another daemon.
+Rendezvous hashing (Thaler and Ravishankar 1998, "Using name-based mappings to increase hit rates") gives each key its
+own order in which the daemons are asked. All clients compute the same order. If a daemon is added or removed, only the
+keys for which that daemon comes first move to another daemon.
 """
 
 from __future__ import annotations
@@ -63,24 +63,24 @@ class Peer:
 
 
 class SpreadReader(Closeable):
-    """RecordReader over several daemons, and over ``local`` as the last resort. Thread-safe. Closes all of them.
+    """RecordReader that reads from several daemons, and from the store ``local`` if no daemon gives a record.
 
     A read asks the daemons that are not away, in the order of its key. A daemon that fails counts as away until a
-    background check finds it again, so no other read waits for it.
+    background check finds it again, so no other read waits for it. Thread-safe. ``close`` closes all readers.
     """
 
     @classmethod
     def open(
         cls, addresses: Sequence[Address], credentials: Credentials, manifest: Manifest, folder: Path | None = None
     ) -> SpreadReader:
-        """Connect to the daemons. The shards in the model directory ``folder``, if any, are the last resort.
+        """Connect to the daemons. Shards in the model directory ``folder`` are read if no daemon gives a record.
 
-        Raises ConfigError for credentials that can't be used, and RefusedError if a daemon refuses them or is not
-        trusted, as waiting would not help. If all daemons are away and there is no shard, raises the error of the first
-        one.
+        Raises ConfigError if the credentials can't be used or an address is given twice, and RefusedError if a daemon
+        refuses the credentials or is not trusted. If all daemons are away and there is no shard, raises the error of
+        the first daemon.
         """
         if len(set(addresses)) != len(addresses):
-            raise ConfigError("A daemon is named twice.", "Name each once.")
+            raise ConfigError("A daemon is named twice.", "Name each daemon once.")
         peers = [Peer(str(address), RemoteReader(address, credentials, manifest)) for address in addresses]
         reader = cls(manifest, peers, _open_shards(folder) if folder is not None else None)
         try:
@@ -104,10 +104,11 @@ class SpreadReader(Closeable):
         self._closed = False
 
     def read_into(self, key: ExpertKey, buffer: memoryview, pause: Callable[[], bool] | None = None) -> None:
-        """Read a record as ``RecordReader`` says. ``pause`` is called only while it reads from the local store.
+        """Read a record into ``buffer``, as ``RecordReader`` says. Only the local store calls ``pause``.
 
-        Raises MissingExpertError. Without local shards it also raises StoreError or ExhaustedError of a daemon, and
-        UnavailableError if no daemon answers for ``patience`` seconds.
+        Raises MissingExpertError if the model has no such expert. If the local store has no intact shard of the block,
+        it also raises StoreError if the daemons can't read the record, and the last error, such as ExhaustedError or
+        UnavailableError, if no daemon gives the record for ``patience`` seconds.
         """
         self._fork_guard.check()
         self.manifest.check_keys(key.block, [key])
@@ -151,9 +152,9 @@ class SpreadReader(Closeable):
             self.local.close()
 
     def _read_from_peers(self, key: ExpertKey, buffer: memoryview) -> MoetierError | None:
-        """Read a record from the first daemon, in the order of its key, that gives it. Return None if one did.
+        """Ask the daemons for a record, in the order of its key, until one gives it. Return None if one did.
 
-        Otherwise return the error of the last daemon that was asked, or why the first one is away if none was asked.
+        Otherwise return the error of the last daemon that was asked. If all are away, return why the first one is.
         """
         error: MoetierError | None = None
         order = [self._peers[name] for name in rendezvous(self._peers, key)]
@@ -172,7 +173,7 @@ class SpreadReader(Closeable):
             except ClosedError:
                 if self._closed:
                     raise
-                error = UnavailableError(f"The connection to {peer.name} was closed.", "Ask again.")
+                error = UnavailableError(f"The connection to {peer.name} was closed.", "Try again.")
             except MoetierError as failure:
                 error = failure.with_traceback(None)
                 self._lose(peer, error, failures)
@@ -182,7 +183,7 @@ class SpreadReader(Closeable):
                     peer.bytes += len(buffer)
                     peer.backoff = 0.0
                 return None
-        return error or order[0].away or UnavailableError("Every daemon is away.", "Start one.")
+        return error or order[0].away or UnavailableError("Every daemon is away.", "Start one: moetier daemon DIR")
 
     def _wait(self, deadline: float, error: MoetierError) -> None:
         """Wait until a daemon comes back or may have a free slot.
@@ -203,7 +204,7 @@ class SpreadReader(Closeable):
 
     def _check_open(self) -> None:
         if self._closed:
-            raise ClosedError("The daemons' reader was closed.", "Load the model again.")
+            raise ClosedError("The connections to the daemons were closed.", "Load the model again.")
 
     # -- daemons that are away ----------------------------------------------------------------------------------------
 
@@ -226,7 +227,8 @@ class SpreadReader(Closeable):
     def _lose(self, peer: Peer, error: MoetierError, failures: int) -> None:
         """Note that a peer is away, after a request to it failed with ``error``.
 
-        ``failures`` is ``peer.failures`` from before the request. If it has changed, this failure was noted already.
+        ``failures`` is the value of ``peer.failures`` before the request. If the value has changed since, the failure
+        was noted already.
         """
         with self._state:
             if peer.away is not None or peer.failures != failures or self._closed:
@@ -258,7 +260,7 @@ class SpreadReader(Closeable):
                     self._state.notify_all()
 
     def _next_to_check(self) -> Peer | None:
-        """Wait until a peer is to be checked, and return it; None once the reader is closed."""
+        """Wait until it is time to check a peer, and return that peer; None once the reader is closed."""
         with self._state:
             while not self._closed:
                 away = [peer for peer in self._peers.values() if peer.away is not None]
@@ -279,19 +281,21 @@ def _check(peer: Peer) -> MoetierError | None:
     except MoetierError as error:
         return error.with_traceback(None)
     except (OSError, RuntimeError) as error:  # out of descriptors, memory or threads
-        return UnavailableError(f"{peer.name} can't be reached: {error}.", "Free what is short.")
+        return UnavailableError(
+            f"{peer.name} can't be reached: {error}.", "Free memory, or raise the limit of open files (ulimit -n)."
+        )
     return None
 
 
 def _open_shards(folder: Path) -> ExpertStore | None:
-    """Open the store of a model directory; None unless it has at least some shards."""
+    """Return the store of a model directory, opened; None if it can't be opened or has no intact shard."""
     with contextlib.ExitStack() as closing:
         try:
             store = closing.enter_context(ExpertStore.open(folder, damaged=True))
             if not store.faults:
                 store.check_digest()
         except StoreError as error:
-            _log.info("%s is not read from: %s", folder, error.cause)
+            _log.info("No records are read from %s: %s", folder, error.cause)
             return None
         if len(store.faults) == len(store.manifest.blocks):
             return None

@@ -1,9 +1,9 @@
 """DaemonTier: the host tier of a daemon on this machine, used like a tier of this process.
 
 The daemon's arena is mapped read-only. A hit is found in the arena's directory, without a message to the daemon; the
-slot's generation proves afterwards that the record was not replaced meanwhile. The misses of a block are one request.
-While the daemon is away or full, misses are read from the local store. The tier and its misses are in one long module,
-because each changes the state of the other.
+slot's generation proves afterwards that the record was not replaced meanwhile. All misses of a block are sent in one
+request. While the daemon is away or full, misses are read from the local store. DaemonTier and Misses are in one
+module, because each changes the state of the other.
 """
 
 from __future__ import annotations
@@ -33,20 +33,28 @@ from .fallback import Fallback
 from .link import Link, LinkEvent, MappedArena, RequestFailed, SlotGranted, SlotRequest
 
 GRACE = 1.0  # seconds that a daemon may be away before the local store is read
-_RETRY = 0.1  # seconds until a daemon that ended a request because it was ending is asked again
+_RETRY = 0.1  # seconds before a request that failed because the daemon was ending is sent again
 
 
 class DaemonTier(Closeable):
-    """Lender over a daemon of this host. Thread-safe; a forked child must open its own."""
+    """Source of experts in the memory of a daemon on this host; a ``Lender``.
+
+    Thread-safe. A forked child must open a tier of its own.
+    """
 
     @classmethod
     def open(cls, folder: Path, directory: Path, manifest: Manifest, *, patience: float = 30.0) -> DaemonTier:
-        """Connect to the daemon in ``folder`` for the store of ``manifest``.
+        """Connect to the daemon in ``folder``, as a client of the store with ``manifest``.
 
         The model directory ``directory`` is read only while the daemon is away or full. If it holds no records, a miss
         waits ``patience`` seconds for the daemon.
 
-        Raises UnavailableError, UnknownModelError, RefusedError, ArenaError, ProtocolError.
+        Raises:
+            UnavailableError: no daemon answers, or it accepts no more clients.
+            UnknownModelError: the daemon does not serve the store.
+            RefusedError: another user runs the daemon, or could enter or replace its folder.
+            ArenaError: the daemon's arena can't be mapped.
+            ProtocolError: the daemon has another version.
         """
         control = ControlConnection.open(folder, manifest.digest)
         try:
@@ -66,7 +74,7 @@ class DaemonTier(Closeable):
         self._fork_guard = ForkGuard()
         self._closed_error: ClosedError | None = None
         self._prefetching: set[int] = set()  # blocks whose prefetch requests the daemon may still have to serve
-        self._borrowed: set[ExpertKey] = set()  # keys that were lent for a copy, and not reported as used since
+        self._borrowed: set[ExpertKey] = set()  # keys lent for a copy, and not reported as used since then
         self._misses: dict[int, Misses] = {}  # misses that hold or await leases, by thread
         self._counting = threading.Lock()  # guards the counters; finalizers don't take it
         self._counters = TierCounters("daemon")
@@ -74,10 +82,10 @@ class DaemonTier(Closeable):
         _opened_here.add(self)
 
     def acquire(self, keys: Sequence[ExpertKey]) -> Generator[Lease[memoryview], None, None]:
-        """Yield leases as ``ExpertSource`` says; each has a proof, except those of records in the local store.
+        """Yield leases as ``ExpertSource`` says. Each has a proof, unless its record is from the local store.
 
-        Raises MissingExpertError for a key that the model does not have. If the local store can't be read either,
-        raises UnavailableError if the daemon does not answer in time, and ExhaustedError if all its slots are leased.
+        Raises MissingExpertError for a key that the model does not have. If the local store can't be read, also raises
+        UnavailableError if the daemon does not answer in time, and ExhaustedError if all its slots are leased.
         """
         if not keys:
             return
@@ -85,7 +93,7 @@ class DaemonTier(Closeable):
         self._manifest.check_keys(block, keys)
         self._check_open()
         arena = self._arena
-        self._borrowed.difference_update(keys)  # the daemon hears of this demand in any case
+        self._borrowed.difference_update(keys)  # this demand is reported to the daemon in any case
         found, missing = [], []
         for key in dict.fromkeys(keys):
             place = arena.directory.find(key)
@@ -149,7 +157,7 @@ class DaemonTier(Closeable):
             self._counters.discarded += count
 
     def reclaim(self) -> None:
-        """End this thread's leases as ``ExpertSource`` says."""
+        """End the leases of this thread that an exception has left open, as ``ExpertSource`` says."""
         self._fork_guard.check()
         if (misses := self._misses.get(threading.get_ident())) is not None:
             misses.close()
@@ -159,7 +167,7 @@ class DaemonTier(Closeable):
     def prefetch(self, block: int, keys: Sequence[ExpertKey]) -> None:
         """Request prefetches as ``ExpertSource`` says, unless the daemon is away.
 
-        No message is sent if all records are in the directory.
+        No message is sent if all records are in the directory and no earlier request for the block may be open.
         """
         self._manifest.check_keys(block, keys)
         self._check_open()
@@ -179,9 +187,10 @@ class DaemonTier(Closeable):
 
     @contextmanager
     def borrow(self, key: ExpertKey) -> Iterator[Lease[memoryview] | None]:
-        """Yield a lease of a record in the arena, to copy it, as ``Lender`` says; None if the arena does not have it.
+        """Yield a lease of a record to copy, as ``Lender`` says; None if the arena does not have the record.
 
-        The lease has a proof. No message is sent to the daemon. Raises MissingExpertError.
+        The lease has a proof. No message is sent to the daemon. Raises MissingExpertError if the model has no such
+        expert.
         """
         self._manifest.check_keys(key.block, [key])
         self._check_open()
@@ -197,9 +206,9 @@ class DaemonTier(Closeable):
             self._borrowed.discard(key)
 
     def used(self, keys: Sequence[ExpertKey]) -> None:
-        """Report uses as ``Lender`` says: each key once after it was lent for a copy.
+        """Report uses of copies, as ``Lender`` says: each key once after its record was lent for a copy.
 
-        The daemon counts them as hits.
+        The daemon counts the reported uses as hits.
         """
         told = [key for key in keys if key in self._borrowed]
         self._borrowed.difference_update(told)
@@ -209,7 +218,7 @@ class DaemonTier(Closeable):
     def stats(self) -> TierStats:
         """Return the counters.
 
-        The slots are the daemon's, shared by all its clients. Loads are only the reads from the local store.
+        The slots are those of the daemon, for all its clients. The loads are only those from the local store.
         """
         self._fork_guard.check()
         plan, fallback = self._arena.plan, self._fallback.host
@@ -239,9 +248,9 @@ class DaemonTier(Closeable):
         return self._link.connections
 
     def close(self) -> None:
-        """Close as ``ExpertSource`` says. A record stays readable while it is referenced, but can't be proved any more.
+        """Close as ``ExpertSource`` says. A referenced record stays readable, but its proof raises ClosedError.
 
-        In a forked child only the child's own maps and descriptors are closed.
+        In a forked child, only the child's own mappings and descriptors are closed.
         """
         if self._fork_guard.is_owner:
             self._closed_error = self._closed_error or ClosedError("The tier was closed.", "Load the model again.")
@@ -251,7 +260,7 @@ class DaemonTier(Closeable):
         _opened_here.discard(self)
 
     def _arrive(self, control: ControlConnection) -> MappedArena:
-        """Map the arena of a new connection. The old one is unmapped when its last lease ends."""
+        """Map the arena of a new connection. The old arena is unmapped when its last lease ends."""
         self._arena = MappedArena.of(control, self._manifest, self._arena)
         self._fallback.error = ""
         return self._arena
@@ -283,7 +292,7 @@ class Misses:
         self._tier._link.request(request)
 
     def close(self) -> None:
-        """Cancel all requests. Never waits; if an exception interrupts it, it can be called again."""
+        """Cancel all requests. Never waits. After an interruption by an exception, it can be called again."""
         for request in self._requests:
             self._tier._link.cancel(request)
         if self._tier._misses.get(self._thread) is self:
@@ -340,9 +349,9 @@ class Misses:
                 tier._counters.waited(time.monotonic() - began)
 
     def _fail(self, event: RequestFailed, limit: float) -> HostTier | None:
-        """Handle a failed request: return the fallback's tier if that can help, or None after asking the daemon again.
+        """Handle a failed request: return the fallback's tier, or None after the request was sent to the daemon again.
 
-        Raises the request's error if neither is possible. ``limit`` is on the monotonic clock.
+        Raises the request's error if neither is possible. After ``limit`` (monotonic clock), no request is sent again.
         """
         tier, error = self._tier, event.error
         if isinstance(error, StoreError):
@@ -373,8 +382,8 @@ class Misses:
         if link.away_since is None:
             cause = f"The daemon has not answered for {tier._patience:g} seconds."
         else:
-            cause = f"The daemon has been away for {tier._patience:g} seconds and more: {link.error.cause}"
-        return UnavailableError(f"{cause} {tier._fallback.error}".rstrip(), "Start it again: moetier daemon DIR")
+            cause = f"The daemon has been away for {tier._patience:g} seconds or more: {link.error.cause}"
+        return UnavailableError(f"{cause} {tier._fallback.error}".rstrip(), "Restart the daemon: moetier daemon DIR")
 
 
 @interruptible
@@ -402,7 +411,7 @@ def _close_in_child() -> None:
     for tier in list(_opened_here):
         tier._closed_error = tier._closed_error or ClosedError(
             "This is another process's tier: it was opened before this process was forked.",
-            "Load the model in the process that uses it, or start children by spawn.",
+            "Load the model in the process that uses it, or start child processes by spawn.",
         )
 
 

@@ -1,7 +1,7 @@
-"""Wire protocol between the daemon and its clients: addresses, channels, the control socket, pieces and errors.
+"""Wire protocol of daemon and clients: addresses, channels, the control socket, errors, pieces of records.
 
-Others use ``address``, ``channel`` and ``probe``, which asks a running daemon for its models and counters. The package
-imports ``proto``, grpc, and of ``tiers`` the modules that define terms, such as ``errors``.
+Other packages use ``address``, ``channel`` and ``probe``, which asks a running daemon for its models and counters. The
+package imports ``proto``, grpc and, from ``tiers``, only modules that define shared terms, such as ``errors``.
 """
 
 from typing import TYPE_CHECKING

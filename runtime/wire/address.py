@@ -1,7 +1,7 @@
-"""Addresses of daemons, the credentials that clients show them, and the cards by which local daemons are found.
+"""Addresses of daemons, credentials of clients, and cards, by which processes find the daemons of this host.
 
-A daemon on this host is addressed by its folder of Unix sockets, which only its user may enter; one on another host by
-HOST:PORT. The folder also holds the daemon's card, daemon.json.
+The address of a daemon on this host is the folder of its Unix sockets, which only the daemon's user may enter. The
+address of a daemon on another host is HOST:PORT. The folder also holds the daemon's card, daemon.json.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from moetier.tiers.errors import ConfigError, RefusedError
 
 DEFAULT_NAME = "default"
 SOCKET = "grpc.sock"  # the gRPC service
-CONTROL_SOCKET = "side.sock"  # credentials, and the arena's descriptor
+CONTROL_SOCKET = "side.sock"  # gives clients a session id and the arena's descriptor
 CARD = "daemon.json"
-DIGEST_CHARS = 12  # shown of a digest: enough to tell two stores of one model apart
+DIGEST_CHARS = 12  # characters of a digest that are shown: enough to tell two stores of one model apart
 _NAME = re.compile(r"[\w-][\w.-]*")
 _HOST_PORT = re.compile(r"(\[[0-9a-fA-F:.%\w]+\]|[^\s:/\[\]]+):(\d{1,5})")
 _LOOPBACK = re.compile(r"localhost|127(\.\d{1,3}){3}|\[::1\]")
@@ -39,9 +39,9 @@ class Address:
     def parse(cls, text: str) -> Address:
         """Parse the address of a daemon.
 
-        ``"NAME"`` is the folder of that name beneath ``runtime_folder()``. A path of a folder has a slash:
-        ``"/a/folder"``, ``"./a/folder"``. Another host's daemon is ``"HOST:PORT"`` or ``"[IPV6]:PORT"``. Raises
-        ConfigError.
+        ``"NAME"`` means the folder NAME in ``runtime_folder()``. A text with a slash is the path of a folder:
+        ``"/a/folder"``, ``"./a/folder"``. A daemon on another host is ``"HOST:PORT"`` or ``"[IPV6]:PORT"``. Raises
+        ConfigError for any other text, and for a path that is too long for a Unix socket.
         """
         if "/" in text:
             return cls.of(Path(text))
@@ -57,7 +57,7 @@ class Address:
 
     @classmethod
     def of(cls, folder: Path) -> Address:
-        """Return the address of a daemon's folder.
+        """Return the address of the daemon in ``folder``.
 
         Raises ConfigError if the path is too long for a Unix socket.
         """
@@ -65,7 +65,7 @@ class Address:
         if len(os.fsencode(folder / CONTROL_SOCKET)) > _MAX_PATH_BYTES:
             raise ConfigError(
                 f"The path {folder} is too long for a Unix socket.",
-                f"Choose a folder of at most {_MAX_PATH_BYTES - len(CONTROL_SOCKET) - 1} bytes.",
+                f"Choose a folder whose path has at most {_MAX_PATH_BYTES - len(CONTROL_SOCKET) - 1} bytes.",
             )
         return cls(folder=folder)
 
@@ -101,9 +101,9 @@ def runtime_folder() -> Path:
 
 
 def check_folder(folder: Path) -> None:
-    """Check that a daemon's folder belongs to this user and that no other user can enter or replace it.
+    """Check that a daemon's folder belongs to this user, and that no other user can enter or replace it.
 
-    Raises RefusedError, and FileNotFoundError if there is no such folder.
+    Raises RefusedError if the check fails, and FileNotFoundError if the folder does not exist.
     """
     for part in (folder, *folder.parents):
         try:
@@ -120,9 +120,14 @@ def check_folder(folder: Path) -> None:
             if found.st_mode & 0o077:
                 raise RefusedError(f"{folder} is open to other users.", f"Close it: chmod 700 {folder}")
         elif stat.S_ISLNK(found.st_mode) and found.st_uid not in (0, os.getuid()):
-            raise RefusedError(f"{part} is a symbolic link of another user.", "Use a folder without it.")
+            raise RefusedError(
+                f"{part} is a symbolic link of another user.", "Use a folder whose path does not contain this link."
+            )
         elif found.st_uid not in (0, os.getuid()) and not found.st_mode & stat.S_ISVTX:
-            raise RefusedError(f"{part} belongs to another user, who could exchange what is in it.", "Use another.")
+            raise RefusedError(
+                f"{part} belongs to another user, who could replace what is in it.",
+                "Use a folder whose parent folders belong to you or to root.",
+            )
 
 
 def make_folder(folder: Path) -> None:
@@ -135,7 +140,9 @@ def make_folder(folder: Path) -> None:
         with contextlib.suppress(FileExistsError):  # whatever is there is checked below
             folder.mkdir(mode=0o700)
     except OSError as error:
-        raise ConfigError(f"The folder {folder} can't be made: {error.strerror}.", "Name another: --folder.") from None
+        raise ConfigError(
+            f"The folder {folder} can't be created: {error.strerror}.", "Name another folder with --folder."
+        ) from None
     check_folder(folder)
 
 
@@ -151,21 +158,21 @@ class ServedModel:
 
 @dataclass(frozen=True, slots=True)
 class DaemonCard:
-    """A daemon's card: the file from which others learn that it runs and what it serves.
+    """A daemon's card: a file from which other processes learn that the daemon runs, and what it serves.
 
-    The daemon writes it when it is ready and removes it when it ends. A daemon that was killed leaves its card, so only
-    a connection shows whether it still runs.
+    The daemon writes the card when it is ready and removes it when it ends. A daemon that was killed leaves its card
+    behind, so only a connection shows whether the daemon still runs.
     """
 
     pid: int
-    version: str  # the daemon's version of moetier
+    version: str  # version of moetier that the daemon runs
     started_unix: float
     models: tuple[ServedModel, ...]
-    listen: str = ""  # HOST:PORT; "" without TCP
-    metrics: str = ""  # HOST:PORT; "" without metrics
+    listen: str = ""  # HOST:PORT; "" if the daemon does not listen on TCP
+    metrics: str = ""  # HOST:PORT; "" if the daemon serves no metrics
 
     def write(self, folder: Path) -> None:
-        """Write the card atomically: a reader sees all of it or nothing."""
+        """Write the card into ``folder`` atomically: no reader sees a part of it."""
         new = folder / f"{CARD}.{os.getpid()}"
         new.write_text(json.dumps(asdict(self)))
         new.chmod(0o600)
@@ -173,9 +180,9 @@ class DaemonCard:
 
     @classmethod
     def read(cls, folder: Path) -> DaemonCard | None:
-        """Read the card in a folder; None if there is none, or if another version wrote it.
+        """Return the card in ``folder``; None if there is none, or if another version wrote it.
 
-        Raises RefusedError if the folder is not safe.
+        Raises RefusedError if ``check_folder`` does.
         """
         try:
             check_folder(folder)
@@ -187,7 +194,7 @@ class DaemonCard:
 
 
 def known_daemons() -> dict[Address, DaemonCard]:
-    """Return the cards beneath ``runtime_folder()`` by the addresses of their daemons."""
+    """Return a dictionary from addresses of daemons to their cards, for all folders in ``runtime_folder()``."""
     found = {}
     for folder in sorted(path for path in runtime_folder().glob("*") if path.is_dir()):
         with contextlib.suppress(RefusedError):  # another user's folder
@@ -198,5 +205,5 @@ def known_daemons() -> dict[Address, DaemonCard]:
 
 
 def daemons_serving(digest: str) -> list[Address]:
-    """Return the addresses of the daemons whose card lists the store with this digest. They may have been killed."""
+    """Return the addresses of the daemons whose card lists the store ``digest``. A listed daemon may be dead."""
     return [a for a, card in known_daemons().items() if any(model.digest == digest for model in card.models)]

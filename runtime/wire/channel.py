@@ -1,6 +1,6 @@
 """gRPC channels to a daemon: over its Unix socket, or over TCP with TLS and a token.
 
-Reading of tokens, certificates and keys, which clients and daemons share.
+The module also reads tokens, certificates and keys from files, for clients and for daemons.
 """
 
 from __future__ import annotations
@@ -28,39 +28,41 @@ _log = logging.getLogger(__name__)
 SERVICE = "moetier.v1.ExpertStore"
 
 OPTIONS: tuple[tuple[str, int], ...] = (
-    # notice a peer that vanished or hangs, on an idle connection too
+    # so that a peer that has vanished or hangs is noticed, even on an idle connection
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 10_000),
-    # also for gRPC's pings that measure bandwidth: only one ping is sent at a time
+    # the same timeout for gRPC's pings that measure bandwidth, as only one ping is sent at a time
     ("grpc.http2.ping_timeout_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 1_000),  # least timeout of an attempt to connect: the network may be slow
+    ("grpc.min_reconnect_backoff_ms", 1_000),  # shortest timeout of an attempt to connect, as the network may be slow
     ("grpc.max_reconnect_backoff_ms", 2_000),
-    ("grpc.enable_http_proxy", 0),  # never send a daemon's bytes through a proxy
-    ("grpc.enable_retries", 0),  # the callers of this project repeat calls themselves
+    ("grpc.enable_http_proxy", 0),  # never reach a daemon through a proxy
+    ("grpc.enable_retries", 0),  # moetier repeats calls itself
     ("grpc.use_local_subchannel_pool", 1),  # one connection for each channel
     ("grpc.max_receive_message_length", 4 << 20),
 )
 
 
 def open_channel(address: Address, credentials: Credentials, *, bearer: str | None = None) -> grpc.Channel:
-    """Return a channel to a daemon, which connects when it is first used.
+    """Return a channel to the daemon at ``address``. The channel connects when it is first used.
 
-    Every call on it carries ``bearer`` or, over TCP, the token in the credentials' file.
+    Every call on the channel carries the bearer token ``bearer``. If that is None, a call over TCP carries the token in
+    ``credentials.token_file``, if there is one.
 
-    Raises ConfigError for credentials that can't be used, RefusedError for a folder that is not safe, and
-    UnavailableError for a folder that is missing.
+    Raises ConfigError if the credentials can't be used, RefusedError if ``check_folder`` refuses the daemon's folder,
+    and UnavailableError if that folder does not exist.
     """
     # A forked child does not use its parent's channels. gRPC's own fork handlers would only print warnings.
-    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # read when the first channel is made
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # gRPC reads this for the first channel
     if address.folder is not None:
         try:
             check_folder(address.folder)
         except FileNotFoundError:
             raise UnavailableError(
-                f"No daemon runs in {address.folder}.", "Start one: moetier daemon DIR; or name another."
+                f"No daemon runs in {address.folder}.",
+                "Start one: moetier daemon DIR; or name another (moetier ps lists them).",
             ) from None
         # the target is a URI: quote characters that have a meaning there
         target = "unix:" + quote(str(address.folder / SOCKET))
@@ -68,12 +70,12 @@ def open_channel(address: Address, credentials: Credentials, *, bearer: str | No
     else:
         if bearer is None and credentials.token_file is not None:
             bearer = read_token(credentials.token_file)
-        target = f"dns:///{address.target}"  # with its scheme: a host's name might be taken for one
+        target = f"dns:///{address.target}"  # with a scheme, as gRPC might take the host's name for one
         if credentials.insecure:
             if given := [name for name in ("ca", "cert", "key") if getattr(credentials, name) is not None]:
                 raise ConfigError(
-                    f"`credentials.insecure` turns TLS off, and `credentials.{given[0]}` is for TLS.",
-                    "Give one or the other.",
+                    f"`credentials.insecure` turns TLS off, but `credentials.{given[0]}` is for TLS.",
+                    "Give only one of the two.",
                 )
             channel = grpc.insecure_channel(target, options=OPTIONS)
         else:
@@ -82,7 +84,10 @@ def open_channel(address: Address, credentials: Credentials, *, bearer: str | No
 
 
 def speaks_tls(target: str, patience: float) -> bool:
-    """Return whether HOST:PORT answers a TLS handshake within ``patience`` seconds. The certificate is not checked."""
+    """Return whether ``target``, a HOST:PORT, answers a TLS handshake within ``patience`` seconds.
+
+    The certificate is not checked.
+    """
     host, _, port = target.rpartition(":")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
@@ -94,10 +99,10 @@ def speaks_tls(target: str, patience: float) -> bool:
 
 
 def read_token(path: Path, what: str = "token") -> str:
-    """Read a secret from a file that holds it as one line, and warn if every user can read the file.
+    """Return the secret that a file holds as its only line. Log a warning if every user can read the file.
 
-    ``what`` names the secret in errors. Raises ConfigError if the file can't be read or does not hold one line of
-    printable ASCII.
+    ``what`` names the secret in errors. Raises ConfigError if the file can't be read, or does not hold one line of
+    printable ASCII characters without spaces.
     """
     text = _read(path, f"{what}'s file")
     _warn_if_world_readable(path, what)
@@ -107,56 +112,65 @@ def read_token(path: Path, what: str = "token") -> str:
         token = ""
     if not token or not token.isprintable() or " " in token:
         raise ConfigError(
-            f"The {what}'s file {path} does not hold one line of printable ASCII characters.",
+            f"The {what}'s file {path} does not hold one line of printable ASCII characters without spaces.",
             f"Make a {what.split()[-1]}: openssl rand -hex 32",
         )
     return token
 
 
 def read_pem(path: Path, what: str) -> bytes:
-    """Read a file of certificates in PEM form. Raises ConfigError, which calls the file ``what``.
+    """Return the content of a file of certificates in PEM form.
 
-    The certificates are checked to be well-formed here, because gRPC would fail without naming the file.
+    Raises ConfigError, which calls the file ``what``, if the file can't be read or holds no certificates. The
+    certificates are checked here because gRPC's own error would not name the file.
     """
     pem = _read(path, what)
     try:
-        # by path: the file may also hold text in any encoding
+        # loaded by path, because the file may also hold text in any encoding
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
     except OSError as error:
-        raise ConfigError(f"The {what} {path} holds no certificates in PEM form ({error}).", "Name another.") from None
+        raise ConfigError(
+            f"The {what} {path} holds no certificates in PEM form ({error}).", "Name another file."
+        ) from None
     return pem
 
 
 def read_identity(cert: Path, key: Path) -> tuple[bytes, bytes]:
-    """Read a certificate chain and its private key, and check that they belong together. Raises ConfigError."""
+    """Return the contents of a certificate chain's file and of its private key's file, both in PEM form.
+
+    Raises ConfigError if a file can't be read, if the key is encrypted, or if key and certificate don't match.
+    """
     pems = _read(cert, "certificate"), _read(key, "key")
     try:
-        # empty password: without one, OpenSSL would ask on the terminal for that of an encrypted key
+        # without a password, OpenSSL would ask for one on the terminal if the key is encrypted
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_cert_chain(cert, key, password="")
     except (ssl.SSLError, ValueError, OSError) as error:
         raise ConfigError(
             f"{cert} and {key} are not a certificate and its private key, in PEM form and not encrypted ({error}).",
-            "Name another pair.",
+            "Name the files of another pair.",
         ) from None
     return pems
 
 
 def _tls(credentials: Credentials) -> grpc.ChannelCredentials:
     if (credentials.cert is None) != (credentials.key is None):
-        raise ConfigError("A client certificate needs its key, and a key its certificate.", "Give both.")
+        raise ConfigError(
+            "A client certificate needs its key, and a key its certificate.",
+            "Give both `credentials.cert` and `credentials.key`.",
+        )
     key, cert = None, None
     if credentials.cert is not None and credentials.key is not None:
         cert, key = read_identity(credentials.cert, credentials.key)
-    # the system's roots by default: SSL_CERT_FILE, or OpenSSL's; gRPC's own if there are none
+    # by default the system's roots: SSL_CERT_FILE, or OpenSSL's; without these, gRPC's own
     ca = credentials.ca or ssl.get_default_verify_paths().cafile
     roots = read_pem(Path(ca), "CA" if credentials.ca else "system's CA") if ca else None
     return grpc.ssl_channel_credentials(root_certificates=roots, private_key=key, certificate_chain=cert)
 
 
-@functools.cache  # warns once for each file, which a client reads for each connection
+@functools.cache  # cached to warn only once for each file, as a client reads the file for each connection
 def _warn_if_world_readable(path: Path, what: str) -> None:
     if path.stat().st_mode & stat.S_IROTH:
-        _log.warning("Every user can read the %s in %s: chmod 600 %s", what, path, path)
+        _log.warning("Every user can read the %s in %s. Close the file: chmod 600 %s", what, path, path)
 
 
 def _read(path: Path, what: str) -> bytes:

@@ -1,9 +1,9 @@
-"""Control socket of a daemon: the client's connection, and the packets that both ends exchange. Does not use gRPC.
+"""Control socket of a daemon: the client's connection, and the packets that both ends exchange. gRPC is not used.
 
-A client sends one packet, ``{"protocol": 1, "digest": ...}``, and gets one packet back. If it named a store by its
-digest, a read-only descriptor of the arena comes along as SCM_RIGHTS. The connection then stays open and silent for as
-long as the client lives. The kernel closes it when the process ends, and the daemon then releases the client's leases
-and its credential.
+A client sends one packet, ``{"protocol": 1, "digest": ...}``, and gets one packet back. The answer contains a session
+id, which is the client's credential for gRPC calls. If the client named a store by its digest, a read-only descriptor
+of that store's arena comes with the answer (SCM_RIGHTS). The connection then stays open and silent. The kernel closes
+it when the client's process ends. Then the daemon releases the client's leases and rejects its session id.
 """
 
 from __future__ import annotations
@@ -34,17 +34,24 @@ _POLL = 0.01  # seconds between attempts to connect while the kernel's queue is 
 
 
 class ControlConnection(Closeable):
-    """A client's connection to a daemon on this host, open until ``close`` or the end of the process.
+    """A client's connection to the control socket of a daemon, open until ``close`` or the end of the process.
 
-    A forked child closes its copy at once.
+    A forked child closes its copy of the connection at once.
     """
 
     @classmethod
     def open(cls, folder: Path, digest: str | None, *, patience: float = PATIENCE) -> ControlConnection:
-        """Connect to the daemon in ``folder``: as a client of the store ``digest``, or with None for a credential only.
+        """Connect to the daemon in ``folder``.
 
-        Raises NoDaemonError if no daemon listens, UnavailableError if it does not answer within ``patience`` seconds,
-        RefusedError if it is another user's, UnknownModelError if it does not serve the store, and ProtocolError.
+        With the ``digest`` of a store, the daemon also passes the descriptor of that store's arena. With None it gives
+        only a session id, which is the credential for its gRPC calls.
+
+        Raises:
+            NoDaemonError: no daemon runs in ``folder``.
+            UnavailableError: the daemon does not answer within ``patience`` seconds, or accepts no more clients.
+            RefusedError: another user runs the daemon, or could enter or replace its folder.
+            UnknownModelError: the daemon does not serve the store.
+            ProtocolError: the daemon's answer is malformed.
         """
         try:
             check_folder(folder)
@@ -55,7 +62,7 @@ class ControlConnection(Closeable):
         except OSError as error:
             raise UnavailableError(
                 f"This process can't connect to the daemon in {folder}: {error.strerror}.",
-                "Raise its limit of open files (ulimit -n), or free what is short.",
+                "Raise the limit of open files (ulimit -n), or free memory.",
             ) from None
         _opened_here.add(end)  # before it is connected, as another thread may fork while this one waits
         descriptors: list[int] = []
@@ -69,7 +76,7 @@ class ControlConnection(Closeable):
                 packet, descriptors = _receive(end)
             except TimeoutError:
                 raise UnavailableError(
-                    f"The daemon in {folder} does not answer.", "See whether it is stopped; or start it again."
+                    f"The daemon in {folder} does not answer.", "Check whether it is stopped, or restart it."
                 ) from None
             except OSError as error:
                 raise _no_daemon(folder, error.strerror or "") from None
@@ -79,7 +86,10 @@ class ControlConnection(Closeable):
             if "error" in reply:
                 raise error_from(reply["error"])
             if len(descriptors) != (digest is not None):
-                raise ProtocolError(f"The daemon in {folder} passed no arena.", "Use a daemon of this version.")
+                raise ProtocolError(
+                    f"The daemon in {folder} passed no arena.",
+                    "Use the same version of moetier on both sides.",
+                )
             return cls(end, reply, descriptors[0] if descriptors else None)
         except BaseException:
             end.close()
@@ -93,14 +103,15 @@ class ControlConnection(Closeable):
             self.slots = {str(array): int(count) for array, count in reply["slots"].items()}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ProtocolError(
-                f"The daemon's greeting is malformed ({type(error).__name__}: {error}).", "Use one of this version."
+                f"The daemon's answer on the control socket is malformed ({type(error).__name__}: {error}).",
+                "Use the same version of moetier on both sides.",
             ) from None
         self.descriptor = descriptor  # descriptor of the arena, read-only; closed together with the connection
         self._end = end
         _opened_here.add(self)
 
     def is_alive(self) -> bool:
-        """Return whether the daemon still has its end of the connection open; False once this end is closed."""
+        """Return whether the daemon still has its end of the connection open. False after ``close``."""
         if self._end.fileno() < 0:
             return False
         poll = select.poll()
@@ -108,7 +119,7 @@ class ControlConnection(Closeable):
         return not poll.poll(0)
 
     def close(self) -> None:
-        """Close the connection; the daemon then releases all leases and the credential. Idempotent."""
+        """Close the connection. The daemon then releases the client's leases and rejects its session id. Idempotent."""
         descriptor, self.descriptor = self.descriptor, None
         if descriptor is not None:
             os.close(descriptor)
@@ -148,14 +159,14 @@ def _no_daemon(folder: Path, why: str = "") -> NoDaemonError:
 
 
 def _receive(end: socket.socket) -> tuple[bytes, list[int]]:
-    """Receive a packet and its descriptors, which are closed on exec.
+    """Receive a packet and the descriptors that come with it, which are closed on exec.
 
     ``socket.recv_fds`` is not used, because in Python 3.11 it ignores its flags.
     """
     arguments = (_MAX_PACKET, socket.CMSG_LEN(array("i", [0]).itemsize), socket.MSG_CMSG_CLOEXEC)
     try:
         packet, ancillary, flags, _ = end.recvmsg(*arguments)
-    except ConnectionResetError:  # refused before the greeting was read; the answer is still there
+    except ConnectionResetError:  # the daemon refused before it read the packet; its answer is still there
         packet, ancillary, flags, _ = end.recvmsg(*arguments)
     descriptors = array("i")
     for level, kind, data in ancillary:
@@ -163,20 +174,22 @@ def _receive(end: socket.socket) -> tuple[bytes, list[int]]:
             descriptors.frombytes(data[: len(data) - len(data) % descriptors.itemsize])
     if flags & socket.MSG_CTRUNC and not descriptors:
         raise UnavailableError(
-            "This process can open no more files: it can't get the daemon's arena.", "Raise its limit (ulimit -n)."
+            "This process can't open the daemon's arena, because it has too many open files.",
+            "Raise the limit of open files (ulimit -n).",
         )
     return packet, list(descriptors)
 
 
 def parse(packet: bytes, sender: str) -> dict[str, Any]:
-    """Parse a packet, which is a JSON object. Raises ProtocolError, which names the ``sender``."""
+    """Return the JSON object in ``packet``. Raises ProtocolError, which names the ``sender``, if there is none."""
     try:
         value = json.loads(packet)
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
         raise ProtocolError(
-            f"What {sender} sent on the control socket is not what this version speaks.", "Use moetier in one version."
+            f"The packet that {sender} sent on the control socket is not a JSON object.",
+            "Use the same version of moetier on both sides.",
         )
     return value
 
@@ -194,23 +207,28 @@ def check_peer(end: socket.socket, peer: str) -> int:
     """Return the id of the process at the other end of a Unix socket. Raises RefusedError if another user runs it."""
     pid, uid, _ = struct.unpack("3i", end.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
     if uid != os.getuid():
-        raise RefusedError(f"User {uid} runs {peer}, and user {os.getuid()} this process.", "Use a daemon of your own.")
+        raise RefusedError(
+            f"User {uid} runs {peer}, but user {os.getuid()} runs this process.", "Use a daemon of your own."
+        )
     return int(pid)
 
 
 def error_json(error: MoetierError) -> dict[str, str]:
-    """Describe an error as a JSON object, which ``error_from`` reads."""
+    """Return a JSON object that describes an error. ``error_from`` turns it back into the error."""
     return {"kind": type(error).__name__, "cause": error.cause, "fix": error.fix}
 
 
 def error_from(value: object, otherwise: type[MoetierError] = errors.DaemonError) -> MoetierError:
-    """Return the error that ``error_json`` described.
+    """Return the error that the JSON object ``value`` describes, which ``error_json`` made.
 
-    ``value`` comes from another process and may be anything. ``otherwise`` is the error's class if this version does
-    not have one of its name.
+    ``value`` comes from another process and may be any JSON value. ``otherwise`` is the class of the returned error if
+    this version has no error class with the name in ``value``.
     """
     if not isinstance(value, dict):
-        return ProtocolError("The daemon sent an error that can't be read.", "Use moetier in one version.")
+        return ProtocolError(
+            "The daemon sent an error that can't be read.",
+            "Use the same version of moetier on both sides.",
+        )
     kind, cause, fix = (" ".join(str(value.get(name, "")).split()) for name in ("kind", "cause", "fix"))
     named = getattr(errors, kind, None)
     known = named if isinstance(named, type) and issubclass(named, MoetierError) else otherwise

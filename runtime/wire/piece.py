@@ -1,7 +1,8 @@
 """Serialisation of the message Piece (proto/expert_store.proto) with fewer copies than protobuf makes.
 
-Protobuf for Python copies a bytes field when it serialises and parses; for a large record that takes longer than
-sending it. ``encode_piece`` writes the same bytes as protobuf, and ``decode_piece`` reads all that protobuf can write.
+Protobuf for Python copies a bytes field when it serialises and when it parses a message. For a large record that takes
+longer than sending it. ``encode_piece`` writes the same bytes as protobuf, and ``decode_piece`` reads whatever protobuf
+may write.
 Source: https://protobuf.dev/programming-guides/encoding/
 """
 
@@ -28,7 +29,10 @@ def encode_piece(data: memoryview) -> bytes:
 
 
 def decode_piece(message: bytes) -> memoryview:
-    """Return the data of a serialised Piece, without a copy if ``encode_piece`` wrote it. Raises ProtocolError."""
+    """Return the data of a serialised Piece, without a copy if ``encode_piece`` wrote it.
+
+    Raises ProtocolError if ``message`` is not a Piece.
+    """
     if len(message) > 1 and message[0] == _TAG:
         length, at = 0, 1
         while at < min(len(message), 6):
@@ -43,5 +47,5 @@ def decode_piece(message: bytes) -> memoryview:
         return memoryview(Piece.FromString(message).data)
     except DecodeError:
         raise ProtocolError(
-            "A daemon sent a message that is not a piece of a record.", "Update moetier on both hosts."
+            "A daemon sent a message that is not a piece of a record.", "Use the same version of moetier on both sides."
         ) from None

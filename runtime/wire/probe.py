@@ -19,13 +19,13 @@ from .channel import open_channel
 from .control import PATIENCE, ControlConnection
 from .status_codes import error_of
 
-PS_PATIENCE = 2.0  # seconds for each daemon to answer where several are listed
+PS_PATIENCE = 2.0  # seconds for each daemon to answer when all daemons are listed
 
 
 class DaemonProbe:
     """A connection to a daemon, made by ``probe``.
 
-    Every method raises DaemonError if the daemon does not answer within ``patience`` seconds.
+    Every method raises DaemonError if the daemon refuses the call or does not answer within ``patience`` seconds.
     """
 
     def __init__(self, channel: grpc.Channel, address: Address, patience: float) -> None:
@@ -39,7 +39,7 @@ class DaemonProbe:
         return reply
 
     def stats(self, *, details: bool = False) -> pb.StatsReply:
-        """Return the daemon's counters, with ``details`` also its clients and blocks."""
+        """Return the daemon's counters. With ``details``, the reply also describes its clients and blocks."""
         reply: pb.StatsReply = self._ask(self._stub.Stats, pb.StatsRequest(details=details))
         return reply
 
@@ -54,7 +54,11 @@ class DaemonProbe:
 def probe(
     address: Address, credentials: Credentials | None = None, *, patience: float = PATIENCE
 ) -> Iterator[DaemonProbe]:
-    """Connect to a daemon. Raises ConfigError for credentials that can't be used, UnavailableError, RefusedError."""
+    """Connect to a daemon for the duration of the context. ``patience``: seconds to wait for each answer.
+
+    Raises ConfigError if the credentials can't be used, UnavailableError if no daemon answers, and RefusedError if
+    another user runs the daemon.
+    """
     with contextlib.ExitStack() as closing:
         bearer = None
         if address.folder is not None:
@@ -66,7 +70,7 @@ def probe(
 
 @dataclass(frozen=True, slots=True)
 class RunningDaemon:
-    """A running daemon of this user. ``stats`` is None if it does not answer."""
+    """A running daemon of this user. ``stats`` is None if the daemon does not answer."""
 
     folder: Path
     card: DaemonCard
@@ -83,7 +87,7 @@ class RunningDaemon:
 
 
 def running_daemons() -> list[RunningDaemon]:
-    """Probe the daemons beneath ``runtime_folder()``, and return those that still run."""
+    """Probe the daemons in ``runtime_folder()``, and return those that still run."""
     found = []
     for address, card in known_daemons().items():
         assert address.folder is not None
@@ -97,7 +101,7 @@ def running_daemons() -> list[RunningDaemon]:
 
 
 def _is_running(card: DaemonCard, folder: Path) -> bool:
-    """Return whether the card's process has the folder's lock file open. Then it runs, but is stopped or busy."""
+    """Return whether the daemon of a card still runs: its process has the folder's lock file open."""
     try:
         links = list(Path(f"/proc/{card.pid}/fd").iterdir())
         return any(link.exists() and link.samefile(folder / "lock") for link in links)

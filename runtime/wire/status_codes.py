@@ -1,7 +1,7 @@
-"""Errors on the wire: a table of this project's errors and gRPC's status codes, and the conversion both ways.
+"""Errors on the wire: conversion between this project's errors and gRPC's status codes.
 
-A call that fails carries the message ``Error`` in its trailing metadata, beside the code. If gRPC itself or a proxy
-ended the call, there is no ``Error``, and the code and its details have to say what happened.
+A call that fails carries the message ``Error`` in its trailing metadata, beside the status code. If gRPC itself or a
+proxy ended the call, there is no ``Error``, and only the code and its details say what happened.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from .channel import speaks_tls
 from .control import error_from
 
 METADATA = "moetier-error-bin"
-_MAX_LINE = 1_000  # bytes: all metadata together may take 8 KiB
+_MAX_LINE = 1_000  # bytes of a cause or a fix, as all metadata of a call may take 8 KiB
 
 Code = grpc.StatusCode
 
-# an error has the code of the most derived of its classes that is listed
+# an error has the code of its own class or, if that is not listed, of the nearest base class that is
 CODES: dict[type[MoetierError], grpc.StatusCode] = {
     errors.ChecksumError: Code.DATA_LOSS,
     errors.MissingExpertError: Code.NOT_FOUND,
@@ -43,7 +43,7 @@ CODES: dict[type[MoetierError], grpc.StatusCode] = {
     errors.MoetierError: Code.INTERNAL,
 }
 
-# the error for a code that comes without an Error; codes that are not listed give DaemonError
+# class of the error for a code that comes without the message Error; DaemonError for codes that are not listed
 ERRORS: dict[grpc.StatusCode, type[MoetierError]] = {
     Code.DATA_LOSS: errors.ChecksumError,
     Code.NOT_FOUND: errors.UnknownModelError,
@@ -66,17 +66,19 @@ def code_of(error: BaseException) -> grpc.StatusCode:
 
 
 def message_of(error: BaseException) -> Error:
-    """Return the message that carries an error.
+    """Return the message ``Error`` for an error.
 
-    An error that is no MoetierError is a bug in the daemon; of this only the class is told.
+    An error that is not a MoetierError is a bug in the daemon. The message then names only the error's class.
     """
     if not isinstance(error, MoetierError):
-        error = DaemonError(f"The daemon failed ({type(error).__name__}).", "See the daemon's log, and report it.")
+        error = DaemonError(
+            f"The daemon failed ({type(error).__name__}).", "See the daemon's log, and report this bug."
+        )
     return Error(kind=type(error).__name__, cause=_cut(error.cause), fix=_cut(error.fix))
 
 
 def error_from_message(message: Error, code: grpc.StatusCode = Code.INTERNAL) -> MoetierError:
-    """Return the error that a message carries. If this version does not know its name, ``code`` gives the class."""
+    """Return the error that ``message`` describes. If this version lacks its class, ``code`` decides the class."""
     value = {"kind": message.kind, "cause": message.cause, "fix": message.fix}
     return error_from(value, ERRORS.get(code, DaemonError))
 
@@ -86,7 +88,7 @@ def _cut(line: str) -> str:
 
 
 def abort(context: grpc.ServicerContext, error: BaseException) -> NoReturn:
-    """End a call with an error, by raising gRPC's exception for that."""
+    """End a call with the status code and the message of ``error``. Raises gRPC's own exception."""
     message = message_of(error)
     context.set_trailing_metadata(((METADATA, message.SerializeToString()),))
     context.abort(code_of(error), message.cause)
@@ -94,9 +96,10 @@ def abort(context: grpc.ServicerContext, error: BaseException) -> NoReturn:
 
 
 def error_of(error: grpc.RpcError | ValueError, target: str = "") -> MoetierError:
-    """Return the error that a failed call stands for. ``target`` is the daemon's HOST:PORT over TCP, else "".
+    """Return this project's error for ``error``, which a gRPC call has raised.
 
-    gRPC raises ValueError for a call on a channel that was closed.
+    gRPC raises ValueError for a call on a closed channel. ``target`` is the daemon's HOST:PORT, or "" for a call over a
+    Unix socket.
     """
     if isinstance(error, ValueError):
         return UnavailableError("The connection to the daemon was closed.", "Connect again.")
@@ -113,45 +116,47 @@ def error_of(error: grpc.RpcError | ValueError, target: str = "") -> MoetierErro
         if (transport := _transport_error(code, details, target)) is not None:
             return transport
     kind = ERRORS.get(code, DaemonError)
-    return kind(f"The daemon did not answer as asked: {details} ({code.name}).", _FIXES.get(kind, "See its log."))
+    return kind(f"The call to the daemon failed: {details} ({code.name}).", _FIXES.get(kind, "See the daemon's log."))
 
 
 def _transport_error(code: grpc.StatusCode, details: str, target: str) -> MoetierError | None:
-    """Return the error that a failure of gRPC's own names in its details; None if they name none that is known."""
+    """Return the error for a failure of the connection that ``details`` describes; None for any other failure."""
     said = details.lower()
     if code is Code.RESOURCE_EXHAUSTED and _TOO_LARGE in said:
-        return ProtocolError(f"A message is too large: {details}", "Use moetier in one version.")
+        return ProtocolError(f"A message is too large: {details}", "Use the same version of moetier on both sides.")
     if code is not Code.UNAVAILABLE:
         return None
     if _PLAIN in said:
         return RefusedError(
-            "The daemon does not speak TLS, and this client speaks nothing else.",
-            "Give `credentials.insecure` if that daemon has no TLS.",
+            "The daemon does not use TLS, but this client does.",
+            "Give `credentials.insecure` to connect without TLS.",
         )
     if any(sign in said for sign in _NO_TRUST):
         return RefusedError(
             f"The daemon and this client do not trust each other: {details}",
-            "Give the authority that signed its certificate (`credentials.ca`), and the host's name as it is in there.",
+            "Give the authority that signed the daemon's certificate (`credentials.ca`), and use a host name from that "
+            "certificate in the daemon's address.",
         )
     if target and all(sign in said for sign in _CUT_OFF) and speaks_tls(target, _HANDSHAKE):
         return RefusedError(
-            "The daemon wants TLS, and a certificate of the client's if it was started with --tls-client-ca.",
-            "Give its authority (`credentials.ca`), and not `credentials.insecure`; with `credentials.cert` and "
-            "`credentials.key`, if it wants them.",
+            "The daemon requires TLS. If it was started with --tls-client-ca, it also requires a client certificate.",
+            "Give the daemon's authority (`credentials.ca`), and leave out `credentials.insecure`. If the daemon "
+            "requires a client certificate, give `credentials.cert` and `credentials.key` too.",
         )
     return None
 
 
-_TOO_LARGE = "larger than max"  # of a message; without these words the code means that the daemon takes no more calls
+_TOO_LARGE = "larger than max"  # of a message; without these words, the code means that the daemon is full
 # the last one is from older versions of gRPC: "Peer name localhost is not in peer certificate"
 _NO_TRUST = ("handshake failed", "certificate_verify_failed", "hostname verification", "not in peer certificate")
 _PLAIN = "wrong_version_number"  # the peer answered a TLS handshake without TLS
 _CUT_OFF = ("failed to connect", "socket closed")  # both together: the connection broke while it was being made
 _HANDSHAKE = 2.0  # seconds
 _FIXES: dict[type[MoetierError], str] = {
-    errors.UnavailableError: "See whether it runs (moetier ps); over TCP also whether it wants TLS "
-    "(`credentials.ca`, `credentials.cert`), or none (`credentials.insecure`).",
-    errors.RefusedError: "Give its token and certificate.",
-    errors.ProtocolError: "Use moetier in one version.",
-    errors.UnknownModelError: "See what it serves (moetier ps).",
+    errors.UnavailableError: "Check that the daemon runs (moetier ps). Over TCP, check also whether it requires TLS "
+    "(`credentials.ca`, `credentials.cert`) or does not use it (`credentials.insecure`).",
+    errors.RefusedError: "Give the daemon's token (`credentials.token_file`) and, if the daemon requires one, a client "
+    "certificate (`credentials.cert`).",
+    errors.ProtocolError: "Use the same version of moetier on both sides.",
+    errors.UnknownModelError: "See which models the daemon serves (moetier ps).",
 }

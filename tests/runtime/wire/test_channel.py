@@ -199,7 +199,7 @@ def test_another_hosts_certificate(with_tls: DaemonProcess, files: Files, manife
 
 
 def test_tls_to_one_who_has_none(without_tls: DaemonProcess, files: Files, manifest: Manifest) -> None:
-    with pytest.raises(RefusedError, match="not speak TLS") as caught:
+    with pytest.raises(RefusedError, match="not use TLS") as caught:
         read(without_tls.card.listen, Credentials(token_file=files.token, ca=files.ca), manifest)
     assert "`credentials.insecure`" in caught.value.fix
 
@@ -326,7 +326,7 @@ def test_a_token_that_every_user_can_read_is_said_once(tmp_path: Path, caplog: p
     other.chmod(0o644)
     for _ in range(2):
         read_token(other)
-    assert caplog.messages == [f"Every user can read the token in {other}: chmod 600 {other}"]
+    assert caplog.messages == [f"Every user can read the token in {other}. Close the file: chmod 600 {other}"]
 
 
 def test_files_that_are_not_there(tmp_path: Path, files: Files) -> None:

@@ -319,7 +319,7 @@ def test_between_two_looks_another_daemon_may_have_begun() -> None:
 
 def test_mistakes_are_said(daemon: DaemonProcess, runtime: Path) -> None:
     assert "No daemon runs" in refused(runtime, "stats", "nobody")
-    assert "did not answer" in refused(runtime, "stats", "127.0.0.1:1", "--insecure")
+    assert "The call to the daemon failed" in refused(runtime, "stats", "127.0.0.1:1", "--insecure")
     assert "can't be read" in refused(runtime, "stats", "127.0.0.1:1", "--token-file", "/nonexistent")
     assert "can't be reached" in refused(runtime, "stats", f"{__file__}/d")
     for words in (["--watch", "0"], ["--watch", "often"], ["--watch", "nan"], ["a", "b"], ["a b"]):
