@@ -1,4 +1,4 @@
-"""Clients of the daemon: each is registered by its control connection, and has at most one stream of requests."""
+"""Clients of the daemon. A control connection registers a client, which then has at most one stream of requests."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(slots=True, eq=False)
 class Client:
-    """A client, registered by its control connection. ``model`` is None if it only wants a credential."""
+    """A client that its control connection has registered. ``model`` is None if it wants only a session id."""
 
     pid: int
     model: HostedModel | None
@@ -51,7 +51,7 @@ class Client:
 
     def describe(self) -> pb.Client:
         """Return the message that describes the client in ``Stats``."""
-        call = self.call  # the thread of the stream sets it to None
+        call = self.call  # read only once, as the thread of the stream sets it to None
         return pb.Client(
             number=self.number,
             pid=self.pid,
@@ -66,9 +66,9 @@ class Clients:
     """Registry of clients by session id, which the control socket issues. Thread-safe."""
 
     def __init__(self, models: Mapping[str, HostedModel], *, leases: int, patience: float) -> None:
-        """Serve ``models``, by digest.
+        """Serve ``models``, a dictionary from digests to models.
 
-        A client may hold ``leases`` slots at a time. Its requests wait ``patience`` seconds for one.
+        A client may hold ``leases`` slots at a time. A request waits at most ``patience`` seconds for a slot.
         """
         self.models = models
         self.started = time.time()
@@ -81,12 +81,14 @@ class Clients:
         self._fetching = 0
         self._stopping = False
 
-    # -- the control socket's -----------------------------------------------------------------------------------------
+    # -- for the control socket ---------------------------------------------------------------------------------------
 
     def admit(self, session: str, digest: str | None, pid: int) -> Welcome:
-        """Register a client of process ``pid``, and return the answer to it. ``digest`` is None for a credential only.
+        """Register the client in process ``pid`` under the id ``session``, and return the answer to it.
 
-        Raises UnknownModelError, and UnavailableError once the daemon is ending.
+        ``digest`` names the store that the client will use; with None, the client gets only the session id. With a
+        digest, raises UnknownModelError if the daemon does not serve the store, UnavailableError once the daemon is
+        ending, and OSError if the process has no descriptor left.
         """
         with self._changed:
             if digest is None:
@@ -102,13 +104,13 @@ class Clients:
         """Remove a client whose control connection has ended, and end its stream."""
         with self._changed:
             client = self._clients.pop(session)
-            call = client.call  # the thread of the stream sets it to None
+            call = client.call  # read only once, as the thread of the stream sets it to None
         if call is not None:
             call.end(_no_client())
         if client.model is not None:
             log_event(_log, "client-gone", pid=client.pid, model=client.model.name)
 
-    # -- the service's ------------------------------------------------------------------------------------------------
+    # -- for the gRPC service -----------------------------------------------------------------------------------------
 
     def knows(self, session: str | None) -> bool:
         """Return whether ``session`` is the id of a registered client."""
@@ -116,21 +118,24 @@ class Clients:
 
     @property
     def is_serving(self) -> bool:
-        """Whether the daemon serves: it is not ending, and at least one model was not condemned."""
+        """Whether the daemon serves: it is not ending, and at least one model is not condemned (``HostedModel``)."""
         return not self._stopping and any(model.host.fault is None for model in self.models.values())
 
     @contextlib.contextmanager
     def stream(self, session: str) -> Iterator[SessionCall]:
-        """Begin a stream of a client, and end its former one. The new stream ends with the context.
+        """Begin a stream of a client, and end the client's former stream. The new stream ends with the context.
 
-        Raises RefusedError, UnknownModelError, UnavailableError.
+        Raises RefusedError if no client has the id ``session``, UnknownModelError if the client has named no store, and
+        UnavailableError once the daemon is ending.
         """
         with self._changed:
             client = self._clients.get(session)
             if client is None:
                 raise _no_client()
             if client.model is None:
-                raise UnknownModelError("The credential is for no model.", "Name its digest on the control socket.")
+                raise UnknownModelError(
+                    "This session id is not for a model.", "Send the digest of a store on the control socket."
+                )
             if self._stopping:
                 raise _stopping()
             former = client.call
@@ -138,7 +143,7 @@ class Clients:
                 client, client.model, leases=self._leases, patience=self._patience, settled=self._settled
             )
         if former is not None:
-            former.end(UnavailableError("The client has opened another stream.", "Use that."))
+            former.end(UnavailableError("The client has opened another stream.", "Use the new stream."))
         try:
             yield call
         finally:
@@ -149,9 +154,9 @@ class Clients:
 
     @contextlib.contextmanager
     def fetching(self, digest: str) -> Iterator[HostedModel]:
-        """Count a fetch by another host while it is under way, and yield its model.
+        """Count a fetch of another host for the duration of the context, and yield the model with ``digest``.
 
-        Raises UnknownModelError, UnavailableError.
+        Raises UnknownModelError if the daemon does not serve it, and UnavailableError once the daemon is ending.
         """
         with self._changed:
             model = self._model(digest)
@@ -192,7 +197,7 @@ class Clients:
                 call.refusal = _stopping()
 
     def wait(self, seconds: float) -> bool:
-        """Wait, for at most ``seconds``, until no request is open; return whether that is so."""
+        """Wait until no request is open, for at most ``seconds``. Return whether none is open."""
         with self._changed:
             return self._changed.wait_for(
                 lambda: not self._fetching and all(call.is_settled for call in self._calls()),
@@ -214,7 +219,7 @@ class Clients:
         names = ", ".join(f"{model.name} ({model.digest[:DIGEST_CHARS]})" for model in self.models.values())
         raise UnknownModelError(
             f"This daemon does not serve the store {digest[:DIGEST_CHARS]!r}; it serves {names}.",
-            "If the model was converted again meanwhile, start the daemon again; or name another (moetier ps).",
+            "If the model was converted again, restart the daemon. Or name another daemon (moetier ps lists them).",
         )
 
     def _by_model(self) -> list[tuple[HostedModel, list[Client]]]:
@@ -231,10 +236,10 @@ class Clients:
 
 
 class SessionCall:
-    """A client's stream, which is one Session call. One thread reads its messages, another one sends the answers.
+    """A client's stream, which is one Session call. One thread reads the client's messages, another sends the answers.
 
-    ``settled`` is called, by any thread, whenever a request has ended. Once ``refusal`` is set, new requests fail with
-    it; earlier ones are still answered.
+    ``settled`` is called whenever a request has ended, in any thread. Once ``refusal`` is set, new requests fail with
+    that error. Earlier requests are still answered.
     """
 
     def __init__(
@@ -289,7 +294,12 @@ class SessionCall:
                 try:
                     self._handle(pb.ClientMessage.FromString(message))
                 except DecodeError:
-                    self.end(ProtocolError("A message of the session can't be parsed.", "Use moetier in one version."))
+                    self.end(
+                        ProtocolError(
+                            "A message of the session can't be parsed.",
+                            "Use the same version of moetier on both sides.",
+                        )
+                    )
                 except Exception as error:  # the client's error, or a bug of the daemon
                     self.end(error)
                 if self._ended:
@@ -328,9 +338,12 @@ class SessionCall:
         request = message.request
         keys = [ExpertKey(message.block, expert) for expert in message.experts]
         if not keys or len(set(keys)) != len(keys):
-            raise ProtocolError(f"Request {request} names no expert, or one twice.", "Use moetier in one version.")
+            raise ProtocolError(
+                f"Request {request} names no expert, or an expert twice.",
+                "Use the same version of moetier on both sides.",
+            )
         if self._events.qsize() > MAX_UNREAD:
-            raise ProtocolError("The client does not read the answers.", "Read the stream.")
+            raise ProtocolError("The client does not read the answers.", "Read the answers from the stream.")
         if len(self._session.demands) >= MAX_REQUESTS:
             raise ProtocolError(
                 f"The client has {MAX_REQUESTS} open requests, the most that it may have.",
@@ -349,7 +362,7 @@ class SessionCall:
 
     def _release(self, message: pb.Release) -> None:
         demand = self._session.demands.get(message.request)
-        if demand is None:  # the request has failed meanwhile
+        if demand is None:  # the request has failed since the client sent this
             return
         self._session.release(message.request, [ExpertKey(demand.block, expert) for expert in message.experts])
         if message.request not in self._session.demands:
@@ -362,8 +375,8 @@ class SessionCall:
 
 
 def _stopping() -> UnavailableError:
-    return UnavailableError("The daemon is ending.", "Use another one, or the store itself.")
+    return UnavailableError("The daemon is ending.", 'Use another daemon, or set `daemon` to "none".')
 
 
 def _no_client() -> RefusedError:
-    return RefusedError("The control connection of this credential has ended.", "Connect to the control socket again.")
+    return RefusedError("The control connection of this session id has ended.", "Connect to the control socket again.")

@@ -1,6 +1,6 @@
-"""The daemon's end of its control socket: gives clients a credential and the descriptor of an arena.
+"""The daemon's end of its control socket, which gives clients a session id and the descriptor of an arena.
 
-Does not use gRPC.
+The session id is the client's credential for gRPC calls. This module does not use gRPC.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .log import RateLimitedLog, log_event
 
 _MAX_GREETING = 4_096  # largest packet of a client, in bytes
 _BACKLOG = 64
-_OTHERS = 16  # connections besides those of clients: without a greeting yet, or for a credential only
+_OTHERS = 16  # connections besides those of a store's clients: for a session id only, or without a packet yet
 _PAUSE = 0.2  # seconds without accepting after the process has run out of descriptors
 
 _log = logging.getLogger(__name__)
@@ -32,19 +32,19 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Welcome:
-    """Answer to a client that is admitted. ``descriptor`` is the arena's; the server closes it once it is sent."""
+    """Answer to a client that is admitted. ``descriptor`` is that of the arena; the server closes it after sending."""
 
     model: str
-    slots: Mapping[str, int]  # by record geometry
+    slots: Mapping[str, int]  # number of slots for each record geometry
     descriptor: int | None = None
 
 
 class ControlServer:
     """Server of the control socket in a daemon's folder, with a thread for each connection.
 
-    ``admit(session, digest, pid)`` returns the answer to a client. It may raise a MoetierError, which is then sent to
-    the client instead, or OSError if the process is out of descriptors. ``leave(session)`` is called when a client's
-    connection has ended.
+    ``admit(session, digest, pid)`` returns the answer to a client. If it raises a MoetierError, that is sent to the
+    client instead. ``admit`` raises OSError if the process has no descriptor left. ``leave(session)`` is called when a
+    client's connection has ended.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class ControlServer:
         max_clients: int,
         version: str,
     ) -> None:
-        """Listen on the socket, in place of a stale one. Raises OSError if the socket can't be made."""
+        """Listen on the control socket, and replace a stale one. Raises OSError if the socket can't be created."""
         self._admit = admit
         self._leave = leave
         self._max_clients = max_clients
@@ -115,15 +115,18 @@ class ControlServer:
             except MoetierError as error:
                 self._refuse(end, pid, error)
             except RuntimeError as error:
-                full = UnavailableError(f"The daemon has no thread left: {error}.", "Raise its limit (ulimit -u).")
+                full = UnavailableError(
+                    f"The daemon can't start another thread: {error}.",
+                    "Raise the daemon's limit of threads (ulimit -u).",
+                )
                 self._refuse(end, pid, full)
 
     def _serve(self, end: socket.socket, pid: int) -> None:
-        """Greet a client and wait for the end of its connection. Any further packet ends it too."""
+        """Answer a client's packet, and wait for the end of its connection. Any further packet ends it too."""
         session = ""
         try:
             end.settimeout(PATIENCE)
-            # leaves no room for descriptors, so any that are sent are dropped
+            # without room for descriptors, so that the kernel drops any that are sent
             packet, _, flags, _ = end.recvmsg(_MAX_GREETING)
             if packet:
                 session = self._greet(end, pid, b"" if flags & socket.MSG_TRUNC else packet)
@@ -140,14 +143,14 @@ class ControlServer:
                 self._leave(session)
 
     def _greet(self, end: socket.socket, pid: int, packet: bytes) -> str:
-        """Answer a greeting, and return the client's session id. Raises the MoetierError to answer with instead."""
+        """Answer a client's first packet, and return its session id. Raises the MoetierError to send instead."""
         session = secrets.token_hex(16)
         greeting = parse(packet, "the client")
         digest = greeting.get("digest")
         if greeting.get("protocol") != PROTOCOL or not (digest is None or isinstance(digest, str)):
             raise ProtocolError(
-                f"This daemon ({self._version}) speaks protocol {PROTOCOL} on its control socket, the client not.",
-                "Use moetier in one version.",
+                f"This daemon ({self._version}) speaks protocol {PROTOCOL} on its control socket; the client does not.",
+                "Use the same version of moetier on both sides.",
             )
         if digest is not None:
             with self._state:
@@ -158,7 +161,8 @@ class ControlServer:
             welcome = self._admit(session, digest, pid)
         except OSError as error:  # out of descriptors: other clients are still served
             raise UnavailableError(
-                f"The daemon can't pass its arena on: {error.strerror}.", "Raise its limit of open files (ulimit -n)."
+                f"The daemon can't pass on its arena's descriptor: {error.strerror}.",
+                "Raise the daemon's limit of open files (ulimit -n).",
             ) from None
         reply = {
             "session": session,
@@ -169,15 +173,15 @@ class ControlServer:
         }
         if not answer(end, reply, welcome.descriptor):
             with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)  # frees the client's place at once
+                end.shutdown(socket.SHUT_RDWR)  # makes room for another client at once
         if welcome.descriptor is not None:
             os.close(welcome.descriptor)
         return session
 
     def _refuse(self, end: socket.socket, pid: int | str, error: MoetierError) -> None:
-        self._remove(end)  # before the answer, after which the client may connect again at once
+        self._remove(end)  # removed before the answer, after which the client may connect again
         self._refusals.log(pid=pid, cause=error.cause)
-        # closing with an unread greeting would give the peer an error instead of the answer
+        # if the socket were closed with an unread packet, the peer would get an error instead of the answer
         with contextlib.suppress(OSError):
             end.shutdown(socket.SHUT_RD)
             while end.recv(_MAX_GREETING):
@@ -191,6 +195,6 @@ class ControlServer:
 
     def _full(self) -> UnavailableError:
         return UnavailableError(
-            f"The daemon has {self._max_clients} client{'s' * (self._max_clients != 1)}, as many as it takes.",
-            "Start it with more --max-clients.",
+            f"The daemon has {self._max_clients} client{'s' * (self._max_clients != 1)}, the most that it accepts.",
+            "Restart it with a higher --max-clients.",
         )

@@ -1,7 +1,7 @@
 """Entry point of the daemon's process.
 
-It is a module of its own because signals must be blocked before any library that starts threads is imported. So they
-are blocked in all threads, and the thread that waits for the daemon's end takes them one by one.
+This is a module of its own, because signals must be blocked before a library is imported that starts threads. They are
+then blocked in all threads, and the thread that waits for the daemon's end takes them one by one.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def serve(config: DaemonConfig) -> int:
         from .process import run
 
         run(config)
-        while signal.sigtimedwait(SIGNALS, 0) is not None:  # discard repeated signals: the daemon has ended already
+        while signal.sigtimedwait(SIGNALS, 0) is not None:  # discard repeated signals, as the daemon has ended
             pass
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, former)

@@ -1,4 +1,4 @@
-"""The daemon's part of Fetch: sends a record, or a part of it, to another host, piece by piece from its slot."""
+"""The daemon's end of the call Fetch: sends a record, or a part of it, to another host, piece by piece."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Manifest
 
 MAX_DEADLINE = 3600.0  # seconds; a later deadline counts as none
-CALLS = 24  # most calls at once, also waiting ones: each takes a thread of the server
+CALLS = 24  # most calls at once, including those that wait: each takes a thread of the server
 
 
 class Fetches:
-    """Fetch calls of other hosts on one host tier. A call holds a slot for as long as its client takes pieces.
+    """Fetch calls of other hosts on one host tier. A call holds a slot while its client takes the pieces.
 
-    All calls together hold at most a quarter of the slots of each record geometry, but at least one, so that sessions
-    of this host go on. A client that takes no piece for ``stall`` seconds is cut off, whatever its deadline.
+    All calls together may hold a quarter of the slots of each record geometry, and at least one slot. The other slots
+    are left to sessions of this host. A call waits at most ``patience`` seconds for a slot. A client that takes no
+    piece for ``stall`` seconds is cut off, whatever its deadline.
     """
 
     def __init__(
@@ -46,13 +47,13 @@ class Fetches:
         # one session for all calls: loaders serve sessions in turn, so all fetches together weigh as much as one client
         self._session = host.session(self._deliver, leases=CALLS, patience=patience)
         self._numbers = itertools.count(1)
-        self._answers: dict[int, SimpleQueue[Event | None]] = {}  # of each call, by the number of its request
+        self._answers: dict[int, SimpleQueue[Event | None]] = {}  # keys: the numbers of the calls' requests
         self._manifest = manifest
         self._limits = {array: max(1, count // 4) for array, count in slots.items()}
         self._stall = stall
         self._patience = patience
         self._state = threading.Condition()  # guards all fields below
-        # by call under way: when the piece was offered (monotonic clock) that its client has not taken yet
+        # for each call under way: when (monotonic clock) the piece was offered that its client has yet to take
         self._offered: dict[grpc.ServicerContext, float] = {}
         self._held: dict[str, Counter[ExpertKey]] = {array: Counter() for array in slots}
         self._closed = False
@@ -64,12 +65,13 @@ class Fetches:
     def serve(self, request: pb.FetchRequest, context: grpc.ServicerContext) -> Generator[bytes, None, None]:
         """Yield the requested bytes of a record as serialised pieces.
 
-        Raises MissingExpertError, ProtocolError for a call without a deadline or a range outside the record,
-        ExhaustedError if fetches hold all slots that they may, and the errors of the record's load.
+        Raises MissingExpertError if the model has no such expert, ProtocolError if the call has no deadline or asks for
+        bytes outside the record, ExhaustedError if fetches hold all slots that they may, and the error of a failed
+        load.
         """
         remaining = context.time_remaining()
         if remaining is None or remaining > MAX_DEADLINE:
-            raise ProtocolError("A fetch needs a deadline.", f"Set one of at most {MAX_DEADLINE:.0f} seconds.")
+            raise ProtocolError("A fetch needs a deadline.", f"Set a deadline of at most {MAX_DEADLINE:.0f} seconds.")
         key = ExpertKey(request.block, request.expert)
         self._manifest.check_keys(key.block, [key])
         entry = self._manifest.blocks[key.block]
@@ -77,9 +79,9 @@ class Fetches:
         start, end = request.offset, request.offset + (request.length or size - request.offset)
         if not 0 <= start < end <= size:
             raise ProtocolError(
-                f"Bytes {start} to {end} are not a part of a record of {size}.", "Ask for a part of the record."
+                f"Bytes {start} to {end} are not a part of a record of {size} bytes.", "Ask for a part of the record."
             )
-        # answer before the client's deadline, after which the client would take this daemon for gone
+        # answer before the client's deadline, after which the client would consider this daemon gone
         patience = min(remaining / 2, self._patience)
         until = time.monotonic() + patience
         with self._admitted(key, entry.array, context, patience), self._lease(key, context, until) as slot:
@@ -109,26 +111,29 @@ class Fetches:
     def _admitted(self, key: ExpertKey, array: str, context: grpc.ServicerContext, patience: float) -> Iterator[None]:
         """Register a call, wait until fetches may hold its record, and count the record as held until the context ends.
 
-        The number of distinct records that fetches hold is limited for each array. Raises ExhaustedError if too many
-        calls are under way, or if the limit is still reached after ``patience`` seconds. Raises ClosedError if the call
-        or the daemon has ended.
+        The number of distinct records that fetches hold is limited for each record geometry (``array``). Raises
+        ExhaustedError if too many calls are under way, or if the limit does not allow the record for ``patience``
+        seconds. Raises ClosedError if the call or the daemon has ended.
         """
         held = self._held[array]
 
         def free() -> bool:
             return self._closed or not context.is_active() or key in held or len(held) < self._limits[array]
 
-        context.add_callback(self._wake)  # the wait for a slot ends with the client
+        context.add_callback(self._wake)  # so that the wait for a slot ends when the client is gone
         with self._state:
             if len(self._offered) == CALLS:
-                raise ExhaustedError(f"{CALLS} fetches are under way.", "Ask another daemon, or later.")
+                raise ExhaustedError(
+                    f"{CALLS} fetches are under way, the most that the daemon allows.",
+                    "Ask another daemon, or try again later.",
+                )
             self._offered[context] = math.inf
         try:
             with self._state:
                 if not self._state.wait_for(free, patience):
                     raise ExhaustedError(
-                        f"Fetches of other records have held all slots that they may for {patience:.1f} seconds.",
-                        "Ask another daemon, or later.",
+                        f"Fetches of other records have held all slots that they may hold for {patience:.1f} seconds.",
+                        "Ask another daemon, or try again later.",
                     )
                 if self._closed or not context.is_active():
                     raise _no_caller()
@@ -148,7 +153,7 @@ class Fetches:
 
     @contextlib.contextmanager
     def _lease(self, key: ExpertKey, context: grpc.ServicerContext, until: float) -> Iterator[memoryview]:
-        """Lease a record with its checksum.
+        """Lease the record of ``key`` for the duration of the context, and yield the slot: the record and its checksum.
 
         Raises ExhaustedError if no slot is free before ``until`` (monotonic clock).
         """
@@ -178,9 +183,9 @@ class Fetches:
             self._state.notify_all()
 
     def _watch(self) -> None:
-        """Cancel calls whose clients have taken no piece for too long.
+        """Cancel calls whose clients have taken no piece for too long, until ``close``.
 
-        Their threads then wake and release their leases.
+        The threads of these calls then wake and release their leases.
         """
         with self._state:
             while not self._closed:
@@ -192,4 +197,4 @@ class Fetches:
 
 
 def _no_caller() -> ClosedError:
-    return ClosedError("The daemon ends, or the call has ended.", "Ask another daemon.")
+    return ClosedError("The daemon is ending, or the call has ended.", "Ask another daemon.")

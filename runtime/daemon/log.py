@@ -13,9 +13,9 @@ _PLAIN = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz01234567
 
 
 class Logfmt(logging.Formatter):
-    """Formatter of log records as logfmt lines. A record's message is the name of the event.
+    """Formatter of log records as logfmt lines. A log record's message is the name of the event.
 
-    Records of ``log_event`` have further fields.
+    Log records of ``log_event`` have further fields.
     """
 
     def format(self, record: logging.LogRecord) -> str:
@@ -43,9 +43,9 @@ def log_event(log: logging.Logger, event: str, level: int = logging.INFO, **fiel
 
 
 class RateLimitedLog:
-    """Log of one event that clients can cause any number of times: at most one line in ``pause`` seconds. Thread-safe.
+    """Log of an event that clients can cause any number of times: at most one line in ``pause`` seconds. Thread-safe.
 
-    The field ``unsaid`` of the next line counts the events that were not logged in between.
+    Events in between are only counted. The field ``unsaid`` of the next line is their number.
     """
 
     def __init__(self, log: logging.Logger, event: str, level: int = logging.WARNING, *, pause: float = 1.0) -> None:
@@ -58,7 +58,7 @@ class RateLimitedLog:
         self._unsaid = 0
 
     def log(self, **fields: object) -> None:
-        """Log the event now, or only count it if the last line is too recent."""
+        """Log the event, or only count it if the last line is less than ``pause`` seconds old."""
         now = time.monotonic()
         with self._lock:
             if now < self._next:

@@ -39,26 +39,26 @@ LABELS = ("model", "tier")
 
 # metric: (field, meaning)
 GAUGES = {
-    "slots": ("slots", "Slots that the budget pays for."),
+    "slots": ("slots", "Slots that the memory budget allows."),
     "ready_slots": ("ready", "Slots that hold a record."),
     "leased_slots": ("leased", "Slots whose record is leased."),
     "slot_bytes": ("slot_bytes", "Memory of all slots."),
 }
 COUNTERS = {
-    "hits": ("hits", "Demands whose record was there."),
-    "misses": ("misses", "Demands whose record was not there."),
-    "joined": ("joined", "Misses whose load was under way already."),
-    "evictions": ("evictions", "Records that made room for others."),
+    "hits": ("hits", "Demands whose record was in the tier."),
+    "misses": ("misses", "Demands whose record was not in the tier."),
+    "joined": ("joined", "Misses whose record was already being loaded."),
+    "evictions": ("evictions", "Records that were evicted to make room for others."),
     "load_failures": ("failures", "Loads that ended in an error, and reads that a mirror made good."),
-    "discarded": ("discarded", "Results thrown away, as their record had been replaced meanwhile."),
+    "discarded": ("discarded", "Results that were discarded because their record had been replaced meanwhile."),
     "loaded_bytes": ("bytes_in", "Bytes of records that came into the tier."),
     "prefetches": ("prefetched", "Loads that a prefetch request began."),
     "prefetch_saved_seconds": (
         "saved_seconds",
-        "Seconds that useful and late prefetches have saved at most.",
+        "Seconds that useful and late prefetches have saved, at most.",
     ),
     "warmed": ("warmed", "Records that the warm-up read, from the list of earlier runs."),
-    "recalled": ("recalled", "Records that the warm-up read and that were demanded since."),
+    "recalled": ("recalled", "Records that the warm-up read and that were demanded afterwards."),
 }
 OUTCOMES = ("useful", "late", "wasted", "cancelled")
 
@@ -68,7 +68,7 @@ OF_CLIENTS_NOW = {
     "leases": ("leases", "Slots held for clients of this host, or on their way to them."),
     "recovered_slots": ("recovered", "Slots that were reclaimed with their records when the daemon started."),
 }
-FAULTY = "1 if the model is not served any more, as its shards are not all of one conversion."
+FAULTY = "1 if the model is no longer served, because its shards are not all of one conversion; else 0."
 OF_CLIENTS = {
     "requests": ("requests", "Requests of clients for the missing experts of a block."),
     "reported_hits": ("used", "Hits in the directory, as clients report them."),
@@ -131,9 +131,10 @@ def _families(
     labels: Sequence[str],
     rows: Sequence[tuple[list[str], object]],
 ) -> Iterator[Metric]:
-    """Yield a metric for each of ``fields``, with a sample for each of ``rows``.
+    """Yield a metric of type ``family`` for each of ``fields``, with a sample for each of ``rows``.
 
-    A row is the values of the labels and an object with the counters.
+    ``fields`` is a dictionary from metrics to pairs (field, meaning). A row is a pair: the values of the ``labels``,
+    and an object that has the fields.
     """
     for metric, (field, meaning) in fields.items():
         found = family(f"{prefix}_{metric}", meaning, labels=labels)
@@ -144,21 +145,22 @@ def _families(
 
 
 def registry_of(collector: Collector) -> CollectorRegistry:
-    """Return a registry of ``collector``, of the metrics of the process, and of moetier's version."""
+    """Return a registry with ``collector``, the metrics of this process, and moetier's version."""
     registry = CollectorRegistry()
     registry.register(collector)
-    Info("moetier_build", "Which moetier this is.", registry=registry).info({"version": version("moetier")})
+    Info("moetier_build", "Version of moetier.", registry=registry).info({"version": version("moetier")})
     ProcessCollector(registry=registry)
     return registry
 
 
 class MetricsServer:
-    """HTTP server of metrics and of /healthz, which runs until it is closed. ``address`` is its HOST:PORT."""
+    """HTTP server for metrics and /healthz, which runs until ``close``. ``address`` is its HOST:PORT."""
 
     def __init__(self, address: str, registry: CollectorRegistry, is_serving: Callable[[], bool]) -> None:
-        """Listen on ``address``. /healthz is 200 while ``is_serving``, else 503; every other path has the metrics.
+        """Listen on ``address``, a HOST:PORT. Raises ConfigError if that is not possible.
 
-        Raises ConfigError if it can't listen there.
+        /healthz answers with status 200 while ``is_serving()`` is true, else with 503. Every other path answers with
+        the metrics.
         """
         host, _, port = address.rpartition(":")
         try:
@@ -167,7 +169,7 @@ class MetricsServer:
         except (OSError, UnicodeError) as error:
             raise ConfigError(
                 f"Metrics can't be served on {address}: {getattr(error, 'strerror', None) or error}.",
-                "See who listens there, or name another: --metrics HOST:PORT.",
+                "Check which process listens there, or choose another address with --metrics.",
             ) from None
         metrics: Any = make_wsgi_app(registry)
 
@@ -191,7 +193,7 @@ class MetricsServer:
 
 
 class _Server(ThreadingMixIn, WSGIServer):
-    """Serves each connection in a thread. Beyond CONNECTIONS, a new connection closes the oldest."""
+    """HTTP server with a thread for each connection. Beyond CONNECTIONS, a new connection closes the oldest one."""
 
     daemon_threads = True
     request_queue_size = 128  # with the default of 5, further connections are delayed by a second

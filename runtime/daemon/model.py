@@ -1,4 +1,4 @@
-"""One model that the daemon hosts: its host tier, its counters, and the log of damage in its files."""
+"""One model that the daemon serves: its host tier, its counters, and the log of damage in its files."""
 
 from __future__ import annotations
 
@@ -20,16 +20,19 @@ from moetier.tiers.store.trunk import check_sum
 from .fetch import Fetches
 from .log import RateLimitedLog, log_event
 
-TRUNK_SHARE = 0.1  # share of the time for the trunk's check, so that reads of records come first
+TRUNK_SHARE = 0.1  # share of the time in which the trunk is checked; the rest is left to reads of records
 
 _log = logging.getLogger(__name__)
 
 
 class HostedModel:
-    """A model's host tier, and the counts of what clients have asked of it.
+    """A model's host tier, and counters of the requests of its clients.
 
-    ``close`` closes the tier, but not the store. A background thread compares the checksums of the trunk's files once,
-    and logs files that are damaged. The daemon itself does not use the trunk; processes that load the model do.
+    A fetch waits at most ``patience`` seconds for a slot. With ``learn``, the most used experts are recorded and loaded
+    at the next start. ``close`` closes the tier, but not the store.
+
+    A background thread checks the checksums of the trunk's files once, and logs files that are damaged. The daemon
+    itself does not use the trunk; processes that load the model do.
     """
 
     def __init__(
@@ -53,15 +56,15 @@ class HostedModel:
         self._trunk_check.start()
 
     def condemn(self, error: StoreError) -> None:
-        """Stop serving the model, because its store is not the one that its digest names.
+        """Stop serving the model, because its store does not have the digest in its manifest.
 
-        Other models are still served.
+        Clients get ``error`` from now on. Other models are still served.
         """
         log_event(_log, "condemned", logging.ERROR, model=self.name, cause=error.cause, fix=error.fix)
         self.host.condemn(error)
 
     def log_failure(self, error: BaseException) -> None:
-        """Log the error of a request if it is that of a failed read."""
+        """Log ``error``, with which a request has failed, if a failed read is its cause."""
         if isinstance(error, StoreError) and not isinstance(error, MissingExpertError) and self.host.fault is None:
             self._failures.log(model=self.name, cause=error.cause)
 
@@ -81,7 +84,7 @@ class HostedModel:
         )
 
     def stats(self, *, clients: int, sessions: int, leases: int) -> pb.ModelStats:
-        """Return all counters. ``clients``, ``sessions`` and ``leases`` are the present numbers, from ``Clients``."""
+        """Return all counters. ``clients``, ``sessions`` and ``leases`` are the present numbers of each."""
         stats = self.host.stats()
         with self._lock:
             return pb.ModelStats(
@@ -110,7 +113,7 @@ class HostedModel:
         ]
 
     def close(self) -> None:
-        """Close the tier, and the fetches, the learner and the trunk's check before it."""
+        """End the trunk's check, the fetches and the learner, and then close the tier."""
         self._closing.set()
         self._trunk_check.join()
         self.fetches.close()

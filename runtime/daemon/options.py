@@ -23,18 +23,18 @@ class DaemonConfig:
     policy: str = DEFAULT_POLICY  # a key of POLICIES
     learn: bool = False
     loaders: int = LOADERS
-    listen: str = ""  # HOST:PORT; port 0 for any
+    listen: str = ""  # HOST:PORT; port 0 for any free port
     tls_cert: Path | None = None
     tls_key: Path | None = None
     tls_client_ca: Path | None = None
     token_file: Path | None = None
     insecure: bool = False
     wait: float = 10.0  # seconds that a request waits for a slot
-    leases: int = 8  # slots that one client may hold
+    leases: int = 8  # slots that one client may hold at a time
     max_clients: int = 64
-    drain: float = 10.0  # seconds for requests under way when the daemon ends
+    drain: float = 10.0  # seconds that requests under way may take when the daemon ends
     reflection: bool = False
-    metrics: str = ""  # [HOST:]PORT for Prometheus; 127.0.0.1 by default; port 0 for any
+    metrics: str = ""  # [HOST:]PORT for Prometheus; 127.0.0.1 by default; port 0 for any free port
     ready_fd: int | None = None  # descriptor to which the daemon writes a line when it is ready
 
     @property
@@ -45,11 +45,11 @@ class DaemonConfig:
 
     @property
     def metrics_address(self) -> str:
-        """HOST:PORT of the metrics."""
+        """HOST:PORT on which metrics are served; "" if they are not served."""
         return f"127.0.0.1:{self.metrics}" if self.metrics.isdecimal() else self.metrics
 
     def check(self) -> None:
-        """Raise ConfigError for options that contradict each other, or a TCP address that is not protected."""
+        """Raise ConfigError for options that contradict each other, and for a TCP address that is not protected."""
         OPTIONS["policy"].read("policy", self.policy)
         OPTIONS["loaders"].read("loaders", self.loaders)
         if self.metrics:
@@ -73,12 +73,12 @@ class DaemonConfig:
             return
         if self.token_file is None:
             raise ConfigError(
-                f"{self.listen} has no token: everybody who reaches it would be served.",
+                f"There is no token for {self.listen}: the daemon would serve everybody who can reach it.",
                 "Give --token-file (make a token: openssl rand -hex 32), or --insecure.",
             )
         if not tls and not address.is_loopback:
             raise ConfigError(
-                f"{self.listen} has no TLS, and other hosts can reach it.",
+                f"There is no TLS for {self.listen}, which other hosts can reach.",
                 "Give --tls-cert and --tls-key, or --insecure.",
             )
 
@@ -90,4 +90,4 @@ def _tcp(address: str, said: str) -> Address:
         parsed = Address.parse(f"{host}:{'1' if port == '0' else port}")
         if parsed.target:
             return parsed
-    raise ConfigError(f"{said!r} is not HOST:PORT.", "Give one, such as 127.0.0.1:7070.")
+    raise ConfigError(f"{said!r} is not HOST:PORT.", "Give a host and a port, such as 127.0.0.1:7070.")

@@ -40,7 +40,7 @@ _log = logging.getLogger(__name__)
 
 def run(config: DaemonConfig) -> None:
     """Run a daemon until SIGTERM or SIGINT. The signals must be blocked. Raises MoetierError if it can't start."""
-    # it logs clients' malformed messages, which are no fault of the daemon
+    # this logger reports malformed messages of clients, which are not faults of the daemon
     logging.getLogger("grpc._common").setLevel(logging.CRITICAL)
     manager = ServiceManager()
     try:
@@ -51,11 +51,11 @@ def run(config: DaemonConfig) -> None:
                 where = f" ({error.filename})" if error.filename else ""
                 raise ConfigError(
                     f"The daemon can't start in {config.folder}: {error.strerror or error}{where}.",
-                    "Mend that, or name another folder: --folder.",
+                    "Remove the cause, or name another folder with --folder.",
                 ) from error
             _announce(config, manager, card, clients)
             while (name := signal.Signals(signal.sigwait({*_STOP, signal.SIGHUP})).name) == "SIGHUP":
-                log_event(_log, "signal", name=name, note="nothing is reloaded: end it and start it again")
+                log_event(_log, "signal", name=name, note="nothing is reloaded: restart the daemon for other options")
             log_event(_log, "signal", name=name)
             manager.stopping()
             _drain(clients, config.drain)
@@ -67,9 +67,10 @@ def run(config: DaemonConfig) -> None:
 
 @contextlib.contextmanager
 def locked_folder(folder: Path) -> Iterator[bool]:
-    """Lock the folder of a daemon and remove what a killed one has left there. Yield whether there was something.
+    """Lock a daemon's folder, and remove the files that a killed daemon has left there. Yield whether there were any.
 
-    The kernel releases the lock when the process dies. Raises AlreadyRunningError, which names the running daemon.
+    The kernel releases the lock when the process dies. Raises AlreadyRunningError, which names the running daemon, if
+    the folder is locked.
     """
     path = folder / LOCK
     while True:
@@ -83,7 +84,7 @@ def locked_folder(folder: Path) -> Iterator[bool]:
             serves = f" and serves {', '.join(model.name for model in card.models)}" if card is not None else ""
             raise AlreadyRunningError(
                 f"A daemon already runs in {folder}: it is process {pid or '?'}{serves}.",
-                f"Use it, end it (kill {pid or 'PID'}), or start another: --folder NAME.",
+                f"Use it, end it (kill {pid or 'PID'}), or start another daemon with --folder NAME.",
             ) from None
         with contextlib.suppress(FileNotFoundError):
             if path.stat().st_ino == os.fstat(descriptor).st_ino:
@@ -97,7 +98,7 @@ def locked_folder(folder: Path) -> Iterator[bool]:
             stale.unlink()
         yield bool(left)
     finally:
-        # before the lock is released, so that a daemon that waits with this file open tries again
+        # removed before the lock is released, so that a daemon that has just opened this file tries again
         path.unlink(missing_ok=True)
         os.close(descriptor)
 
@@ -105,7 +106,7 @@ def locked_folder(folder: Path) -> Iterator[bool]:
 def _start(
     config: DaemonConfig, manager: ServiceManager, closing: contextlib.ExitStack
 ) -> tuple[Clients, list[grpc.Server], DaemonCard]:
-    """Start serving. ``closing`` will close everything that is opened here."""
+    """Open the models, and start all servers. ``closing`` will close everything that is opened here."""
     token = read_token(config.token_file) if config.token_file is not None else None
     credentials = server_credentials(config.tls_cert, config.tls_key, config.tls_client_ca)
     make_folder(config.folder)
@@ -155,7 +156,7 @@ def _start(
 
 
 def _announce(config: DaemonConfig, manager: ServiceManager, card: DaemonCard, clients: Clients) -> None:
-    """Tell systemd, the log and the process that started this one that the daemon is ready."""
+    """Report to systemd, to the log and to the process that started the daemon that it is ready."""
     models = ", ".join(model.name for model in card.models)
     budget = format_bytes(sum(model.budget_bytes for model in card.models))
     manager.ready(f"{models}: {budget}")
@@ -184,9 +185,9 @@ def _announce(config: DaemonConfig, manager: ServiceManager, card: DaemonCard, c
 
 
 def _tell_ready(descriptor: int) -> None:
-    """Write a line to ``descriptor`` and close it. If it is a standard stream, it leads to /dev/null afterwards.
+    """Write a line to ``descriptor`` and close it. A standard stream is redirected to /dev/null instead of closed.
 
-    Otherwise the next file that is opened would get the stream's number, and what is printed would go into that file.
+    If a standard stream were closed, the next file would get its number, and printed text would go to that file.
     """
     with contextlib.suppress(OSError):  # the reader may be gone
         os.write(descriptor, b"ready\n")
@@ -199,7 +200,7 @@ def _tell_ready(descriptor: int) -> None:
 
 
 def _drain(clients: Clients, seconds: float) -> None:
-    """Wait until open requests are finished, for ``seconds`` or until a second signal; then end all streams."""
+    """Wait until no request is open, ``seconds`` are over or a second signal comes; then end all streams."""
     deadline = time.monotonic() + seconds
     clients.stop()  # refuses new calls from now on
     while not (settled := clients.wait(min(_POLL, deadline - time.monotonic()))):

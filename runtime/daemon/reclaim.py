@@ -1,4 +1,7 @@
-"""Reclaiming of arenas that a dead daemon has left, with their records, from its clients or from systemd."""
+"""Reclaim arenas: take over the memory files that a dead daemon has left, with the records in them.
+
+A daemon's memory file outlives the daemon if a client or systemd has it open.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +23,7 @@ _POLL = 0.02  # seconds
 
 @dataclass(frozen=True, slots=True)
 class ReclaimedArena:
-    """An arena that this process has taken over and has to close.
-
-    ``holder`` says, for the log, what had kept the arena open.
-    """
+    """An arena that this process has taken over and has to close. ``holder`` says, for the log, what kept it open."""
 
     arena: Arena
     holder: str
@@ -32,11 +32,11 @@ class ReclaimedArena:
 def reclaim_arenas(
     manifests: Mapping[str, Manifest], passed: Iterable[tuple[str, int]] = (), *, patience: float = 0.0
 ) -> dict[str, list[ReclaimedArena]]:
-    """Reclaim the arenas of the stores in ``manifests``. Return them by digest, the fullest first.
+    """Reclaim arenas of the stores in ``manifests``, a dictionary from digests to manifests.
 
-    They are searched among the descriptors of this user's other processes and in ``passed``: pairs of a holder's name
-    and a descriptor, which the caller has to close. A daemon that is being killed may still lock its arenas, so these
-    are tried again for ``patience`` seconds.
+    Returns a dictionary from digests to arenas, the fullest first. Arenas are looked for among the open files of this
+    user's other processes and in ``passed``: pairs of a holder's name and a descriptor, which the caller has to close.
+    A daemon that is being killed may still lock its arenas, so locked arenas are tried again for ``patience`` seconds.
     """
     deadline = time.monotonic() + patience
     found: dict[str, list[ReclaimedArena]] = {}
@@ -55,7 +55,7 @@ def reclaim_arenas(
                 if digest in manifests:
                     try:
                         arena = Arena.reclaim(descriptor, manifests[digest])
-                    except ArenaError:  # its daemon still lives, or its slots are laid out in another way
+                    except ArenaError:  # its daemon still runs, or its slots are laid out in another way
                         locked = True
                         seen.discard(file)
                     else:
@@ -69,14 +69,14 @@ def reclaim_arenas(
 
 
 def _identity(found: os.stat_result) -> tuple[int, int] | None:
-    """Return the device and inode of a file; None if it is another user's."""
+    """Return the device and inode of a file; None if another user owns the file."""
     return (found.st_dev, found.st_ino) if found.st_uid == os.getuid() else None
 
 
 def _held_by_processes(closing: contextlib.ExitStack) -> Iterator[tuple[str, int]]:
     """Yield (holder's name, descriptor) for each arena that another process of this user has open.
 
-    ``closing`` closes the descriptors.
+    ``closing`` will close the descriptors.
     """
     for process in Path("/proc").iterdir():
         if not process.name.isdecimal() or int(process.name) == os.getpid():

@@ -1,4 +1,4 @@
-"""The daemon's gRPC service, which answers calls from the daemon's host tiers."""
+"""The daemon's gRPC service, through which clients use the daemon's host tiers."""
 
 from __future__ import annotations
 
@@ -27,10 +27,7 @@ _log = logging.getLogger(__name__)
 
 
 class Service(ExpertStoreServicer):
-    """The service for processes of this host.
-
-    With ``is_remote``, it is the one for other hosts, which get no sessions.
-    """
+    """The gRPC service for processes of this host; with ``is_remote``, for other hosts, which get no sessions."""
 
     def __init__(self, clients: Clients, *, is_remote: bool = False) -> None:
         self._clients = clients
@@ -50,10 +47,13 @@ class Service(ExpertStoreServicer):
         )
 
     def Session(self, request_iterator: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[pb.ServerMessage]:
-        """Serve the stream of a client on this host."""
+        """Serve the stream of a client on this host: read its serialised messages, and yield the answers."""
         with _errors_as_codes(context):
             if self._is_remote:
-                raise ArenaError("A session is about an arena, and that is on the daemon's own host.", "Use Fetch.")
+                raise ArenaError(
+                    "Sessions are only for clients on the daemon's host, because they use its arena.",
+                    "Use Fetch instead.",
+                )
             with self._clients.stream(bearer_of(context.invocation_metadata()) or "") as call:
                 if context.add_callback(call.end):
                     reader = threading.Thread(
@@ -81,7 +81,7 @@ class Service(ExpertStoreServicer):
 
 @contextlib.contextmanager
 def _errors_as_codes(context: grpc.ServicerContext) -> Iterator[None]:
-    """End the call with the status code of an error that is raised in the context."""
+    """If an error is raised in the context, end the call with that error's status code."""
     try:
         yield
     except MoetierError as error:
@@ -94,7 +94,7 @@ def _errors_as_codes(context: grpc.ServicerContext) -> Iterator[None]:
 
 
 def add_service(servicer: ExpertStoreServicer, server: grpc.Server) -> None:
-    """Add the service to a server as protobuf's generated function does, but leave serialised what streams carry.
+    """Add the service to a server. Unlike protobuf's generated function, leave some messages of streams serialised.
 
     ``Fetch`` yields serialised pieces. ``Session`` gets serialised messages, because gRPC's server would keep a stream
     open for ever once it could not parse one of its messages.

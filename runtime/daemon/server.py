@@ -1,4 +1,4 @@
-"""gRPC servers of a daemon, on its Unix socket and on TCP: their limits, credentials, and the check of each call."""
+"""gRPC servers of a daemon, on its Unix socket and on TCP: limits, TLS, the check of bearer tokens, and health."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .log import RateLimitedLog
 from .rpc import Service, add_service, bearer_of, peer_of
 
 OPTIONS: tuple[tuple[str, int], ...] = (
-    ("grpc.so_reuseport", 0),  # a second daemon on the same port is an error
+    ("grpc.so_reuseport", 0),  # so that a second daemon can't listen on the same port
     # keepalive pings both ways on idle connections
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
     ("grpc.http2.max_ping_strikes", 0),
@@ -41,7 +41,7 @@ HEALTH: str = DESCRIPTOR.services_by_name["Health"].full_name
 WATCHERS = 8  # most health watches at once: each takes a thread of its server
 # Anybody can reach a TCP port. Each connection takes memory (50 KB with TLS) and a descriptor.
 _HANDSHAKE = 10_000  # milliseconds for the handshakes of TLS and HTTP/2
-_CONNECTIONS = 4_096  # and at most half of the descriptors: shards and this host's clients need the rest
+_CONNECTIONS = 4_096  # but at most half of the descriptors, as shards and local clients need the rest
 _CALLS = 100  # most calls at once on a connection: a client that reads no answers could start any number
 _SHORT_CALLS = 8  # threads for calls that end at once
 _QUEUED = 64  # most calls that wait for a thread; further calls are refused
@@ -54,14 +54,15 @@ _log = logging.getLogger(__name__)
 def local_server(clients: Clients, *, sessions: int) -> grpc.Server:
     """Return the gRPC server of the Unix socket.
 
-    Every call except a health check must carry the id of an open control connection. The pool has ``sessions`` threads,
-    one for each possible session, in addition to those for fetches. So fetches can't keep a session waiting.
+    Every call except a health check must carry the session id of an open control connection as its bearer token. The
+    server has a thread for each of ``sessions`` possible sessions, besides the threads for fetches. So fetches can't
+    keep a session waiting.
     """
     return _server(Service(clients), clients, AuthInterceptor(clients.knows, exempt=HEALTH), sessions)
 
 
 def remote_server(clients: Clients, *, token: str | None) -> grpc.Server:
-    """Return the server for TCP, where every call carries ``token``, also a health check; with None, none is needed."""
+    """Return the gRPC server for TCP. Every call, even a health check, must carry ``token``, unless that is None."""
 
     def is_token(bearer: str | None) -> bool:
         return token is None or (bearer is not None and hmac.compare_digest(bearer.encode(), token.encode()))
@@ -100,15 +101,15 @@ def reflect(server: grpc.Server) -> None:
 
 
 def bind(server: grpc.Server, address: str, credentials: grpc.ServerCredentials | None = None) -> int:
-    """Listen on an address: a URI of a Unix socket, or HOST:PORT. Return the port. Raises ConfigError."""
+    """Listen on an address: a URI of a Unix socket, or HOST:PORT. Return the port. Raises ConfigError if that fails."""
     try:
         if credentials is None:
             return server.add_insecure_port(address)
         return server.add_secure_port(address, credentials)
     except RuntimeError as error:
         raise ConfigError(
-            f"The daemon can't listen on {address}: it is taken, or not an address of this host.",
-            "See who listens there, or name another.",
+            f"The daemon can't listen on {address}: it is in use, or not an address of this host.",
+            "Check which process listens there, or choose another address with --listen.",
         ) from error
 
 
@@ -122,7 +123,7 @@ def server_credentials(cert: Path | None, key: Path | None, client_ca: Path | No
 
 
 def stop(servers: Sequence[grpc.Server], grace: float = 0.0) -> None:
-    """Stop the servers: no call begins, and calls under way end within ``grace`` seconds."""
+    """Stop the servers. No new call begins, and calls under way are cancelled after ``grace`` seconds."""
     for stopped in [server.stop(grace) for server in servers]:
         stopped.wait(_PATIENCE)
 
@@ -138,7 +139,7 @@ class AuthInterceptor(grpc.ServerInterceptor):
     """
 
     def __init__(self, accepts: Callable[[str | None], bool], *, exempt: str | None = None) -> None:
-        """Accept a call if ``accepts`` returns True for its bearer token, which is None if there is none.
+        """Accept a call if ``accepts`` returns True for its bearer token, or for None if it has no token.
 
         Calls of the service ``exempt`` need no token.
         """
@@ -147,7 +148,7 @@ class AuthInterceptor(grpc.ServerInterceptor):
         self._refusals = RateLimitedLog(_log, "client-refused")
 
     def intercept_service(self, continuation: Callable[..., Any], handler_call_details: Any) -> Any:
-        """Return the handler of an accepted or exempt call; for any other call, one that refuses it."""
+        """Return the handler of an accepted or exempt call; for any other call, a handler that refuses it."""
         bearer = bearer_of(handler_call_details.invocation_metadata)
         if self._accepts(bearer) or handler_call_details.method.startswith(self._exempt):
             return continuation(handler_call_details)
@@ -158,9 +159,9 @@ class AuthInterceptor(grpc.ServerInterceptor):
             abort(
                 context,
                 RefusedError(
-                    "The call shows no credential that this daemon has issued or knows.",
-                    "Give its token (`credentials.token_file`); over a Unix socket, connect to its control socket "
-                    "first.",
+                    "The call has no token or session id that this daemon accepts.",
+                    "Give the daemon's token (`credentials.token_file`). Over a Unix socket, first connect to the "
+                    "daemon's control socket.",
                 ),
             )
 
@@ -182,9 +183,9 @@ _INLINE = _InlineExecutor()
 
 
 def _run_inline(handler: Callable[[Any, grpc.ServicerContext], Any]) -> Callable[[Any, grpc.ServicerContext], Any]:
-    """Return ``handler``, marked to be run by the thread that accepts calls. It must neither wait nor yield.
+    """Return ``handler``, marked to be run by the thread that accepts calls. The handler must neither wait nor yield.
 
-    As it needs no thread of the pool, the call is over before the next one is counted.
+    Such a call needs no thread of the pool, and is over before the next call is counted.
     """
     handler.experimental_thread_pool = _INLINE  # type: ignore[attr-defined]
     return handler
@@ -197,8 +198,9 @@ def _add_health(server: grpc.Server, is_serving: Callable[[], bool]) -> None:
     """Add gRPC's standard health service. It reports on the daemon as a whole, whichever service a request names.
 
     It does not wait for the request, so a call of which only the headers have come takes no thread. The servicer of
-    grpcio-health-checking is not used: it sends while it holds a lock, which the end of a call needs too, on the thread
-    that has to complete the sending. A Watch that begins while another one ends can then stop the server for good.
+    grpcio-health-checking is not used, because it can deadlock: it sends while it holds a lock, and the thread that has
+    to complete the sending needs that lock when a call ends. A Watch that begins while another one ends can then stop
+    the server for good.
     """
     watchers = threading.BoundedSemaphore(WATCHERS)
 
@@ -207,7 +209,13 @@ def _add_health(server: grpc.Server, is_serving: Callable[[], bool]) -> None:
 
     def watch(requests: object, context: grpc.ServicerContext) -> Iterator[HealthCheckResponse]:
         if not watchers.acquire(blocking=False):
-            abort(context, ExhaustedError(f"{WATCHERS} calls watch already.", "Use Check, or end one of them."))
+            abort(
+                context,
+                ExhaustedError(
+                    f"{WATCHERS} calls of Watch are open, the most that the daemon allows.",
+                    "Use Check, or end one of them.",
+                ),
+            )
         try:
             over = threading.Event()
             context.add_callback(over.set)

@@ -1,4 +1,7 @@
-"""Opening of the daemon's models: divides the memory, reclaims arenas of a dead daemon, opens stores and host tiers."""
+"""Open the daemon's models: divide the memory, reclaim arenas, open stores and host tiers.
+
+A *reclaimed arena* is one that a dead daemon has left, and that this daemon takes over with the records in it.
+"""
 
 from __future__ import annotations
 
@@ -37,10 +40,13 @@ def open_models(
     *,
     was_killed: bool,
 ) -> dict[str, HostedModel]:
-    """Open the models. Return them by digest; ``closing`` will close everything that is opened here.
+    """Open the models that ``config`` names, and return a dictionary from digests to models.
 
-    ``was_killed``: whether the last daemon in this folder was killed. It may still be dying and lock its arenas for a
-    moment.
+    ``closing`` will close everything that is opened here. ``was_killed``: whether the last daemon in this folder was
+    killed. If so, that daemon may not have ended yet, and may lock its arenas for a moment.
+
+    Raises StoreError if a store can't be opened, ConfigError if two stores hold the same experts, and BudgetError if
+    the memory is too small.
     """
     stores = _open_stores(config.directories, closing)
     manifests = {digest: store.manifest for digest, store in stores.items()}
@@ -77,14 +83,17 @@ def open_models(
             of = taken.arena.plan.slots
             log_event(_log, "recovered", model=model.name, slots=host.recovered, of=of, seconds=seconds)
     for name in {name for name, _ in manager.passed} - set(map(_arena_name, models)):
-        # an arena of a model that is not served any more, whose memory systemd would keep for ever
+        # the arena of a model that is no longer served: systemd would keep its memory for ever
         manager.remove(name)
     manager.close()
     return models
 
 
 def _open_stores(directories: Sequence[Path], closing: contextlib.ExitStack) -> dict[str, ExpertStore | MirroredStore]:
-    """Open the stores of the model directories, by digest. Raises ConfigError if two hold the same experts."""
+    """Open the stores of model directories, and return a dictionary from digests to stores.
+
+    Raises StoreError if one can't be opened, and ConfigError if two hold the same experts.
+    """
     stores: dict[str, ExpertStore | MirroredStore] = {}
     for directory in directories:
         store = open_store(directory.resolve())  # absolute, for the log
@@ -106,9 +115,10 @@ def _systemd_holder(name: str) -> str:
 
 
 def _give_to_systemd(model: HostedModel, taken: ReclaimedArena | None, manager: ServiceManager) -> None:
-    """Let systemd keep the model's arena for the next start.
+    """Let systemd keep the model's arena open for the next start of the daemon.
 
-    Does nothing if the arena came from systemd, which still has it.
+    ``taken`` is the reclaimed arena that the model uses, or None. Does nothing if that arena came from systemd,
+    which still has it open.
     """
     name = _arena_name(model.digest)
     if taken is not None and taken.holder == _systemd_holder(name):
@@ -127,13 +137,15 @@ def plan_slots(
     available: Available,
     reclaimed: Mapping[str, Sequence[ReclaimedArena]],
 ) -> tuple[dict[str, Mapping[str, int]], dict[str, ReclaimedArena]]:
-    """Return how many slots each model gets, and which reclaimed arena it uses. Both are by digest.
+    """Return two dictionaries from digests: to each model's number of slots, and to the reclaimed arena that it uses.
 
-    If ``ram`` is a number of bytes, it is divided among all models in proportion to what they can use, and a reclaimed
-    arena is used only if it has just these slots. If ``ram`` is None or a share of free memory, reclaimed arenas are
-    used as they are, and the other models get slots for that share of free memory.
+    Slots are counted for each record geometry. If ``ram`` is a number of bytes, it is divided among all models. A model
+    then uses a reclaimed arena only if the arena has exactly the number of slots that the model gets.
 
-    Raises BudgetError.
+    If ``ram`` is None or a share of free memory, a model with reclaimed arenas uses the fullest of them, with the slots
+    that it has. The other models divide that share of the ``available`` memory.
+
+    Raises BudgetError if ``ram`` is too small for the models, or more than is available.
     """
     slots: dict[str, Mapping[str, int]] = {}
     if ram is not None and ram.bytes is not None:
@@ -147,7 +159,7 @@ def plan_slots(
     else:
         kept = {digest: arenas[0] for digest, arenas in reclaimed.items()}
     others = {digest: manifest for digest, manifest in manifests.items() if digest not in kept}
-    if others and slots:  # the budget of models without an arena, whose memory has yet to be allocated
+    if others and slots:  # check the memory of models without a reclaimed arena, as it has yet to be allocated
         ram = Size(
             bytes=sum(
                 manifest.layouts[array].slot_bytes * count
@@ -160,7 +172,10 @@ def plan_slots(
 
 
 def _divide(manifests: Mapping[str, Manifest], ram: Size | None, available: Available) -> dict[str, Mapping[str, int]]:
-    """Give each model its smallest budget, and divide the rest in proportion to what each can still use."""
+    """Divide a budget among models, and return a dictionary from digests to numbers of slots.
+
+    Each model gets its smallest budget. The rest is divided in proportion to what each model can use beyond that.
+    """
     smallest = {digest: smallest_budget(manifest) for digest, manifest in manifests.items()}
     largest = {digest: manifest.stored_bytes for digest, manifest in manifests.items()}
     least, most = sum(smallest.values()), sum(largest.values())

@@ -14,15 +14,15 @@ _FIRST = 3  # number of the first descriptor that systemd passes
 
 
 class ServiceManager:
-    """Connection to the service manager that the environment names.
+    """Connection to the service manager that the environment variable NOTIFY_SOCKET names.
 
-    The variables are removed from the environment, as they are not meant for child processes.
+    This variable and those of passed descriptors are removed from ``environment``, as they are not for child processes.
     """
 
     def __init__(self, environment: MutableMapping[str, str] = os.environ) -> None:
         self._socket = environment.pop("NOTIFY_SOCKET", "")
         pid, count, names = (environment.pop(name, "") for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"))
-        self.passed: list[tuple[str, int]] = []  # (name, descriptor), until ``close``
+        self.passed: list[tuple[str, int]] = []  # (name, descriptor) of each passed descriptor that is open
         if pid == str(os.getpid()) and count.isdecimal():
             named = names.split(":") if names else []
             named += ["unknown"] * (int(count) - len(named))

@@ -236,7 +236,7 @@ def test_a_client_without_a_descriptor_is_told_so(store: Store, tmp_path: Path) 
         os.close(last)
         resource.setrlimit(resource.RLIMIT_NOFILE, (last + 1, limits[1]))
         try:
-            with pytest.raises(UnavailableError, match="no more files"):
+            with pytest.raises(UnavailableError, match="too many open files"):
                 ControlConnection.open(daemon.folder, store[1].digest)
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, limits)

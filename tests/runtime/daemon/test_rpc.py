@@ -387,7 +387,7 @@ def test_another_models_digest_is_unknown(daemon: DaemonProcess, store: Store) -
         with pytest.raises(UnknownModelError, match="does not serve") as caught:
             ControlConnection.open(daemon.folder, digest)
         assert f"it serves {store[1].model} ({store[1].digest[:12]})" in caught.value.cause
-        assert "start the daemon again" in caught.value.fix
+        assert "restart the daemon" in caught.value.fix
     with daemon.stub() as stub, pytest.raises(grpc.RpcError) as unknown:
         list(stub.Fetch(pb.FetchRequest(digest="0" * 64), timeout=PATIENCE))
     assert unknown.value.code() is grpc.StatusCode.NOT_FOUND
@@ -400,7 +400,9 @@ def test_clients_are_bounded(store: Store, tmp_path: Path) -> None:
             with pytest.raises(UnavailableError, match="2 clients"):
                 ControlConnection.open(daemon.folder, store[1].digest)
             assert daemon.stats().clients == 2  # who only looks is not one
-            refused = f'event=client-refused pid={os.getpid()} cause="The daemon has 2 clients, as many as it takes."'
+            refused = (
+                f'event=client-refused pid={os.getpid()} cause="The daemon has 2 clients, the most that it accepts."'
+            )
             assert refused in daemon.log
         daemon.wait_for("clients == 0")
         with RawClient(daemon.folder, store[1]) as client:
