@@ -38,9 +38,12 @@ TOP_K = ("top_k", "num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k", "
 def build_on_meta(config: Mapping[str, Any], first_dtype: str | None) -> tuple[PreTrainedModel, torch.dtype]:
     """Build the model that ``config`` describes, on the meta device; return it and the type in which it is loaded.
 
-    The class is the one that ``architectures`` names. The type is that of from_pretrained: the config's, or else
-    ``first_dtype``, which is that of the checkpoint's first floating-point tensor. Code that the checkpoint brings is
-    never run. Raises UnsupportedModelError or CheckpointError.
+    The class is the one that ``architectures`` names. The type is the one that from_pretrained would choose: the
+    config's, or else ``first_dtype``, the type of the checkpoint's first floating-point tensor. Code in the checkpoint
+    is never run.
+
+    Raises UnsupportedModelError if transformers lacks the class or does not know its experts, and CheckpointError if
+    the model can't be built from ``config``.
     """
     model_type = str(config.get("model_type"))
     architecture = str((config.get("architectures") or [None])[0])
@@ -79,15 +82,15 @@ def build_on_meta(config: Mapping[str, Any], first_dtype: str | None) -> tuple[P
 
 
 def _with_floats(config: Mapping[str, Any]) -> Any:
-    """Return the config with infinities and NaNs as floats; transformers writes them as {"__float__": "Infinity"}."""
+    """Return the config with floats for infinities and NaNs, which transformers writes as {"__float__": "Infinity"}."""
     tag = {"__float__"}
     return json.loads(json.dumps(config), object_hook=lambda d: float(d["__float__"]) if d.keys() == tag else d)
 
 
 def _supported() -> str:
     return (
-        f"moetier runs Mixture-of-Experts models of {len(supported_types())} types, mixtral, qwen3_moe and gpt_oss "
-        "among them; docs/architectures.md lists all."
+        f"Choose another model. moetier runs models of {len(supported_types())} types, such as mixtral, qwen3_moe and "
+        "gpt_oss; docs/architectures.md lists them."
     )
 
 
@@ -103,8 +106,8 @@ def supported_types() -> list[str]:
 class Blueprint:
     """Blocks and trunk of a checkpoint.
 
-    ``trunk`` and ``unused`` name the tensors outside blocks: those that the model has, and those that it ignores.
-    ``matrices`` has, by module path, the recipes of trunk weights that become records instead of trunk tensors.
+    ``trunk`` names the tensors of the trunk, and ``unused`` the tensors that the model ignores. ``matrices`` is a
+    dictionary from modules' paths to the recipes of the trunk's weights that become records instead of trunk tensors.
     """
 
     dtype: str  # of the model, by torch's name
@@ -121,8 +124,15 @@ def make_blueprint(
 
     Parameters of its Experts modules that can be made for one expert at a time are cut down to one expert, [1, ...].
 
-    ``wanted``: paths of linear modules whose weights become records, where that is possible. Raises
-    UnsupportedModelError or CheckpointError.
+    Args:
+        model: the model.
+        dtype: the type in which it is loaded.
+        tensors: a dictionary from names to the checkpoint's tensors.
+        wanted: paths of linear modules whose weights become records, where that is possible.
+
+    Raises:
+        UnsupportedModelError: the experts have parameters that moetier does not know.
+        CheckpointError: the checkpoint lacks tensors of experts.
     """
     modules = experts_modules(model)
     parameters = {
@@ -161,14 +171,15 @@ def make_blueprint(
             continue
         if len(made) != len(targets):
             raise UnsupportedModelError(
-                f"{members[0]} holds weights of experts and others at once.", "moetier can't take these apart yet."
+                f"{members[0]} holds weights of experts and of the trunk.", "This architecture is not supported yet."
             )
         for target in made:
             recipes[target] = recipe(key, target, dtypes[target], parameters[target].shape[0])
     if missing := sorted(parameters.keys() - recipes.keys()):
         raise CheckpointError(
-            f"The checkpoint has nothing for {missing[0]}" + (f" and {len(missing) - 1} more." if missing[1:] else "."),
-            "Download it again, or check that config.json belongs to these weights.",
+            f"The checkpoint has no tensor for {missing[0]}"
+            + (f" and {len(missing) - 1} more." if missing[1:] else "."),
+            "Download the checkpoint again, or check that config.json belongs to these weights.",
         )
     blocks = tuple(
         BlockBlueprint(
@@ -193,7 +204,7 @@ def make_blueprint(
 
 
 def destinations(model: PreTrainedModel, names: Iterable[str]) -> Iterator[tuple[list[str], list[str]]]:
-    """Yield groups of tensor names, each with the keys that are made from it.
+    """Yield pairs: names of tensors that transformers reads together, and the model's keys that it makes from them.
 
     The model may not have all of these keys.
     """
@@ -204,9 +215,9 @@ def destinations(model: PreTrainedModel, names: Iterable[str]) -> Iterator[tuple
 
 
 def _loadable(wanted: Collection[str], mapping: list[Any], state: dict[str, Any], prefix: str) -> dict[str, str]:
-    """Return, by weight, the paths of the ``wanted`` modules whose record transformers will load under its own name.
+    """Return a dictionary from weights to the paths of the ``wanted`` modules whose weights may become records.
 
-    A record's name must not be changed by the renamings that transformers applies to a checkpoint's keys.
+    A weight may become a record only if transformers, which renames a checkpoint's keys, keeps the record's key.
     """
     records = {f"{path}{RECORD}": path for path in wanted}
     there = {name: tensor for name, tensor in state.items() if name not in {f"{path}.weight" for path in wanted}}
@@ -225,14 +236,17 @@ def _is_plain(group: tuple[loading.WeightConverter | None, dict[str, list[str]]]
 
 
 def _own(path: str, module: Any) -> list[tuple[str, torch.nn.Parameter]]:
-    """Return the parameters of an Experts module that hold a slice for each expert. Raises UnsupportedModelError."""
+    """Return the parameters of an Experts module that hold a slice for each expert.
+
+    Raises UnsupportedModelError if moetier does not know one of them.
+    """
     found = []
     for name, parameter in module.named_parameters(recurse=False):
         if name in EXPERT_PARAMETERS:
             found.append((name, parameter))
         elif parameter.shape[:1] == (module.num_experts,):
             raise UnsupportedModelError(
-                f"{path} keeps {name} for each expert, which moetier does not know.",
+                f"{path} has a parameter {name} for each expert, which moetier does not know.",
                 "This architecture is not supported yet.",
             )
     return found
@@ -243,7 +257,8 @@ def _group(
 ) -> dict[str, tuple[loading.WeightConverter | None, dict[str, list[str]]]]:
     """Group the checkpoint's tensors by the model's key that they make, as transformers.core_model_loading does.
 
-    The result is key -> (converter, source pattern -> checkpoint names), also for keys that the model does not have.
+    Returns a dictionary from keys to pairs: the converter, and a dictionary from its source patterns to names of
+    tensors. Keys that the model does not have are included.
     """
     renamings = [entry for entry in mapping if isinstance(entry, loading.WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, loading.WeightConverter)]
@@ -267,7 +282,7 @@ def _targets(key: str, converter: loading.WeightConverter | None) -> list[str]:
 
 
 def loaded_dtype(model: PreTrainedModel, name: str, own: torch.dtype, dtype: torch.dtype) -> torch.dtype:
-    """Return the type in which from_pretrained loads a parameter; some models keep a few in fp32."""
+    """Return the type in which from_pretrained loads a parameter. Some models keep a few parameters in fp32."""
     plan = model._get_dtype_plan(dtype)
     if plan:
         pattern, by_group, _ = loading.build_glob_alternation(list(plan))
@@ -279,7 +294,7 @@ def loaded_dtype(model: PreTrainedModel, name: str, own: torch.dtype, dtype: tor
 
 
 def _top_k(model: PreTrainedModel, path: str, module: Any) -> int:
-    """Return the number of experts that a token is sent to, by the modules beside the experts or by the config."""
+    """Return the number of experts for each token, as a module beside the experts or the config states it."""
     parent = model.get_submodule(path.rpartition(".")[0])
     for owner in (parent, *(child for child in parent.children() if child is not module), module.config):
         for name in TOP_K:
@@ -287,5 +302,5 @@ def _top_k(model: PreTrainedModel, path: str, module: Any) -> int:
             if isinstance(value, int) and 1 <= value <= module.num_experts:
                 return value
     raise UnsupportedModelError(
-        f"{path}: its config does not say how many experts a token is sent to.", "This architecture is not supported."
+        f"The config does not say how many experts of {path} a token uses.", "This architecture is not supported."
     )

@@ -9,9 +9,9 @@ from typing import Any
 from moetier.tiers.errors import StoreFormatError, UnsafeCheckpointError
 from moetier.tiers.store.folder import read_json
 
-NAME = "moetier"  # of moetier's quantisation method and experts implementation in config.json
+NAME = "moetier"  # in config.json, the name of moetier's quantisation method and experts implementation
 
-# Keys that make transformers run code, fetch kernels, or read other files or another quantisation.
+# Keys that make transformers run code, fetch kernels, read other files, or expect another quantisation.
 NOT_CARRIED = (
     "auto_map", "attn_implementation", "_attn_implementation", "_attn_implementation_internal",
     "experts_implementation", "_experts_implementation", "_experts_implementation_internal", "fusion_config",
@@ -22,8 +22,8 @@ NOT_CARRIED = (
 def read_config(folder: Path) -> dict[str, Any]:
     """Return the config of a model directory.
 
-    Raises StoreFormatError if moetier did not make the folder, and UnsafeCheckpointError for keys that moetier never
-    writes.
+    Raises StoreFormatError if moetier did not make the folder. Raises UnsafeCheckpointError for a key in NOT_CARRIED,
+    which moetier never writes, and for an adapter_config.json.
     """
     path = folder / "config.json"
     if not path.exists():
@@ -38,12 +38,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     if name := next(_not_carried(others), None):
         raise UnsafeCheckpointError(
             f"{path} has {name}, which can make transformers run code or read files from elsewhere.",
-            "Don't use this directory; convert the model again: moetier writes no such key.",
+            "Don't use this directory, as moetier writes no such key. Convert the model again.",
         )
     if (folder / "adapter_config.json").exists():
         raise UnsafeCheckpointError(
             f"{folder} has an adapter_config.json, which can make transformers load another model in its place.",
-            "Use another directory, or move that file out of this one.",
+            "Remove adapter_config.json from this directory, or use another directory.",
         )
     return config
 

@@ -1,6 +1,6 @@
 """Open a source checkpoint: find it, check it, and list its tensors.
 
-None of its code is run, and nothing is written.
+Code in the checkpoint is never run, and the checkpoint is not changed.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ COPIED = re.compile(
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A source checkpoint that passed all checks.
+    """A source checkpoint that has passed all checks.
 
-    ``tensors`` are by name, from all of its files. ``copied`` are the names, relative to ``folder``, of the files that
-    a model directory copies.
+    ``tensors`` is a dictionary from names to tensors, of all files. ``copied`` lists the files that a model
+    directory copies, by names relative to ``folder``.
     """
 
     name: str  # hub id, or the name of the folder
     folder: Path
     source: str  # hub id, or absolute path of the folder; opens the checkpoint again from any directory
-    ignored_code: bool
+    ignored_code: bool  # whether it was opened with ``ignore_code``
     config: Mapping[str, Any]  # config.json
     tensors: Mapping[str, StoredTensor]
     copied: tuple[str, ...]
@@ -73,7 +73,8 @@ class Checkpoint:
     def digest(self) -> str:
         """sha256 over the config and over each tensor's name, type, shape, file, offset, and samples of its bytes.
 
-        The samples, which are read now, tell fine-tunes apart. Tensors fill their file, so the file's size counts too.
+        The samples tell fine-tuned models apart, and are read from the files at each call. The size of a file counts
+        too, as its tensors fill it.
         """
         state = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         for tensor in sorted(self.tensors.values(), key=lambda t: (t.file.name, t.offset, t.name)):
@@ -87,10 +88,11 @@ class Checkpoint:
 
 
 def open_checkpoint(source: str | Path, *, ignore_code: bool = False) -> Checkpoint:
-    """Open the checkpoint in a folder, or of a hub id, which is downloaded.
+    """Open the checkpoint ``source``: a folder, or a hub id, whose files are downloaded first.
 
-    Raises CheckpointError or UnsafeCheckpointError. ``ignore_code``: accept a checkpoint that names code of its own.
-    The code is never run.
+    ``ignore_code``: accept a checkpoint that names code of its own. The code is never run. Raises CheckpointError if
+    the checkpoint is missing or damaged, and UnsafeCheckpointError if it names code of its own, holds pickles, or
+    names files outside its folder.
     """
     name, folder = locate(source)
     of_hub = not Path(source).is_dir()
@@ -119,7 +121,7 @@ def copied_files(folder: Path) -> tuple[str, ...]:
 
 
 def carried(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config without keys that name code, kernels, files to load or a quantisation, at any depth."""
+    """Return a config without the keys NOT_CARRIED, at any depth of nested dictionaries."""
     return {
         name: carried(value) if isinstance(value, Mapping) else value
         for name, value in config.items()
@@ -128,7 +130,7 @@ def carried(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def locate(source: str | Path, files: Sequence[str] = hub.SMALL_FILES) -> tuple[str, Path]:
-    """Return the name and the folder of a checkpoint. For a hub id, only the small ``files`` are downloaded."""
+    """Return the name and the folder of a checkpoint. For a hub id, only ``files`` (names, patterns) are downloaded."""
     folder = check_source(source)
     if folder is None:
         return str(source), hub.fetch(str(source), files, or_folder=True)
@@ -174,7 +176,11 @@ def contained(folder: Path, name: str) -> Path:
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
-    """Return the object in a checkpoint's JSON file. Raises CheckpointError or UnsafeCheckpointError."""
+    """Return the object in a checkpoint's JSON file.
+
+    Raises CheckpointError if the file can't be read or is not a JSON object, and UnsafeCheckpointError if ``name``
+    leads out of ``folder``.
+    """
     path = contained(folder, name)
     try:
         found = json.loads(path.read_bytes())
@@ -190,14 +196,14 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
 
 
 def refuse_code(folder: Path, config: Mapping[str, Any]) -> None:
-    """Raise UnsafeCheckpointError if a config names code of the checkpoint's own."""
+    """Raise UnsafeCheckpointError if a config of the checkpoint names code of the checkpoint's own."""
     others = ("tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
     found = {name: read_json(folder, name) for name in others if contained(folder, name).exists()}
     for name, value in {"config.json": config, **found}.items():
         if names_code(value):
             raise UnsafeCheckpointError(
                 f"{folder / name} names code of the checkpoint's own (auto_map), which moetier never runs.",
-                "If transformers has this architecture itself, --ignore-code converts it with transformers' class.",
+                "If transformers supports this architecture, --ignore-code converts it with transformers' own class.",
             )
 
 
@@ -209,10 +215,10 @@ def names_code(value: object) -> bool:
 
 
 def weights_of(folder: Path, config: Mapping[str, Any]) -> tuple[list[str], dict[str, str]]:
-    """Return the names of the files with weights, and by tensor the file that an index names ({} without an index).
+    """Return the names of the files with weights, and the index's dictionary from tensors to files.
 
-    The files are those that transformers reads: ``transformers_weights`` of the config, else model.safetensors, else
-    those that the index names. The index must have been downloaded.
+    The dictionary is empty if there is no index. The files are those that transformers reads: ``transformers_weights``
+    of the config, else model.safetensors, else those that the index names. The index must have been downloaded.
     """
     weights = config.get("transformers_weights")
     if not isinstance(weights, str):
@@ -223,7 +229,11 @@ def weights_of(folder: Path, config: Mapping[str, Any]) -> tuple[list[str], dict
 
 
 def read_places(folder: Path, index: str) -> dict[str, str]:
-    """Return the weight_map of an index: tensor -> file. Raises CheckpointError or UnsafeCheckpointError."""
+    """Return the weight_map of an index, a dictionary from tensors to files.
+
+    Raises CheckpointError if it is malformed, and UnsafeCheckpointError if it names a file that is not safetensors or
+    not in the checkpoint.
+    """
     places = read_json(folder, index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
         raise CheckpointError(f"{folder / index} has no weight_map.", "Download the checkpoint again.")
@@ -231,7 +241,8 @@ def read_places(folder: Path, index: str) -> dict[str, str]:
         contained(folder, name)
         if not name.endswith(".safetensors"):
             raise UnsafeCheckpointError(
-                f"{folder / index} names weights that are not safetensors: {name}.", "Get it as safetensors."
+                f"{folder / index} names weights that are not safetensors: {name}.",
+                "Get the checkpoint as safetensors.",
             )
     return places
 
@@ -253,10 +264,10 @@ def _read_tensors(folder: Path, config: Mapping[str, Any]) -> dict[str, StoredTe
 def gathered(
     headers: Mapping[Path, Mapping[str, StoredTensor]], places: Mapping[str, Path], index: Path
 ) -> dict[str, StoredTensor]:
-    """Return the tensors of all files, by name. ``headers`` has the tensors of each file.
+    """Merge the tensors of all files into one dictionary from names to tensors. ``headers`` has one for each file.
 
-    Raises CheckpointError for a tensor in two files, or one that is not in the file that ``places`` names. ``places``
-    comes from the file ``index``.
+    ``places`` is a dictionary from tensors to files, as the file ``index`` names them. Raises CheckpointError if a
+    tensor is in two files, or not in the file that ``places`` names.
     """
     tensors: dict[str, StoredTensor] = {}
     for path, found in headers.items():
@@ -271,7 +282,7 @@ def gathered(
 
 
 def without_weights(place: str | Path, names: Iterable[str]) -> CheckpointError:
-    """Return the error for a checkpoint whose files ``names`` have no weights that can be read."""
+    """Return the error for a checkpoint that has no weights in safetensors. ``names`` are those of its files."""
     if pickles := [name for name in names if name.endswith(PICKLES)]:
         return UnsafeCheckpointError(
             f"{place} holds its weights as pickle ({some(pickles)}), which can run code when it is read.",
@@ -293,6 +304,6 @@ def samples(tensor: StoredTensor) -> list[tuple[int, int]]:
 
 
 def some(names: Iterable[str]) -> str:
-    """Format at most three of ``names`` for people, and the number of the others."""
+    """Format ``names`` for a user: at most three of them, and the number of the others."""
     listed = sorted(names)
     return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")

@@ -1,7 +1,7 @@
-"""Download a checkpoint from the Hugging Face hub: small files first, and weights only after these were checked.
+"""Download a checkpoint from the Hugging Face hub.
 
-Code and pickles are never downloaded. huggingface_hub does all of HTTP: tokens, mirrors (HF_ENDPOINT), retries, offline
-mode. Small files are kept in its cache, where they are found later without a network.
+Code and pickles are never downloaded. The library huggingface_hub does all of HTTP: tokens, mirrors (HF_ENDPOINT),
+retries, offline mode. Small files are kept in its cache, where they are found later without a network.
 """
 
 from __future__ import annotations
@@ -46,16 +46,18 @@ def check_id(name: str) -> None:
         validate_repo_id(name)
     except HFValidationError as error:
         raise CheckpointError(
-            f"{name!r} is no id of the Hugging Face hub.", "Give one, such as ORG/NAME; a width is chosen with --bits."
+            f"{name!r} is not an id on the Hugging Face hub.",
+            "Give an id such as ORG/NAME. Choose the number of bits with --bits, not in the name.",
         ) from error
 
 
 def fetch(
     name: str, files: Sequence[str] = SMALL_FILES, revision: str | None = None, *, or_folder: bool = False
 ) -> Path:
-    """Download those of ``files`` (names or patterns) that exist, and return the snapshot's folder.
+    """Download those of ``files`` (names or patterns) that the model ``name`` has. Return the snapshot's folder.
 
-    Raises CheckpointError. ``or_folder``: whether errors should say that ``name`` may have been meant as a folder.
+    Raises CheckpointError if the hub can't be reached or refuses. ``or_folder``: whether the error also says that there
+    is no folder called ``name``.
     """
     from huggingface_hub import snapshot_download
 
@@ -64,7 +66,10 @@ def fetch(
 
 
 def listing(name: str, revision: str) -> dict[str, RemoteFile]:
-    """Return all files of a revision, by name. Raises CheckpointError."""
+    """Return a dictionary from the names of all files of a revision to their sizes and hashes.
+
+    Raises CheckpointError if the hub can't be reached or refuses.
+    """
     from huggingface_hub import HfApi
 
     with _errors(name, "the list of files"):
@@ -77,7 +82,7 @@ def listing(name: str, revision: str) -> dict[str, RemoteFile]:
 
 
 def cached(name: str, file: str, revision: str) -> Path | None:
-    """Return the file's path in huggingface_hub's cache; None if it was not downloaded there."""
+    """Return the path of ``file`` in huggingface_hub's cache; None if it is not there."""
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(name, file, revision=revision)
@@ -85,9 +90,10 @@ def cached(name: str, file: str, revision: str) -> Path | None:
 
 
 def download(name: str, file: str, revision: str, into: Path | None, advance: Callable[[int], None]) -> Path:
-    """Download one file into the folder ``into``, or into the cache if that is None, and return its path.
+    """Download one file into the folder ``into``, or into the cache if ``into`` is None, and return its path.
 
-    ``advance`` is called repeatedly with the number of bytes that have come since. Raises CheckpointError.
+    ``advance`` is called repeatedly with the number of bytes that have arrived since the last call. Raises
+    CheckpointError if the hub can't be reached or refuses.
     """
     from huggingface_hub import hf_hub_download
     from tqdm import tqdm
@@ -111,9 +117,10 @@ def download(name: str, file: str, revision: str, into: Path | None, advance: Ca
 
 
 def headers(name: str, files: Sequence[str], revision: str) -> dict[str, dict[str, Any]]:
-    """Return, by file, the tensors that the header of each safetensors file lists. Raises CheckpointError.
+    """Return a dictionary from safetensors files to their headers, which are dictionaries from tensors to entries.
 
-    Only the headers, at the beginning of the files, are downloaded.
+    An entry has the keys dtype, shape and data_offsets. Only the headers are downloaded. Raises CheckpointError if the
+    hub can't be reached or refuses, and for a malformed header.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import SafetensorsParsingError
@@ -146,9 +153,10 @@ def cache_folder() -> Path:
 
 @contextmanager
 def _errors(name: str, what: str | None = None, *, or_folder: bool = False) -> Iterator[None]:
-    """Turn errors of the network and the hub into a CheckpointError, which says that the hub did not give ``what``.
+    """Turn errors of the network and of the hub into a CheckpointError. Errors of the local disk stay as they are.
 
-    Without ``what``, it says that of the model ``name``. Errors of the local disk are not turned.
+    The CheckpointError says that the hub did not give ``what`` of the model ``name``; without ``what``, that it did not
+    give the model.
     """
     from huggingface_hub import constants
     from huggingface_hub.errors import (
@@ -171,18 +179,18 @@ def _errors(name: str, what: str | None = None, *, or_folder: bool = False) -> I
         causes = (error, error.__cause__)
         fix = "Check the name and the network; for a model behind a licence, log in with `hf auth login`."
         if "/" not in name:  # more likely a folder than an id
-            fix = "Check the folder's name; of a model on the hub its name (ORG/NAME) and the network."
+            fix = "Check the name of the folder, or, for a model on the hub, the id (ORG/NAME) and the network."
         if any(isinstance(each, GatedRepoError) for each in causes):
-            reason = "it is behind a licence, or asks who you are."
+            reason = "it is open only to users who log in or accept its licence."
             fix = f"Accept its terms at {constants.ENDPOINT}/{name}, then log in with `hf auth login`."
         elif any(isinstance(each, RevisionNotFoundError) for each in causes):
-            reason, fix = "it has no such revision.", "Name a branch, a tag or a commit of it with --revision."
+            reason, fix = "it has no such revision.", "Name one of its branches, tags or commits with --revision."
         elif any(isinstance(each, OfflineModeIsEnabled) for each in causes):
-            fix = "Unset HF_HUB_OFFLINE, and see that there is a network."
+            fix = "Unset HF_HUB_OFFLINE, and check the network."
         elif what is not None:
             fix = "Check the network, and run the same command again: it resumes where it stopped."
         answered = isinstance(error, HFValidationError) or any(getattr(each, "response", None) for each in causes)
-        wanted = f"{what} of {name}" if what is not None else f"a model of the id {name}"
+        wanted = f"{what} of {name}" if what is not None else f"a model with the id {name}"
         cause = f"The hub did not give {wanted}" if answered else f"The hub could not be reached for {wanted}"
         if or_folder:
             cause += ", and there is no such folder"

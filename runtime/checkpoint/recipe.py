@@ -1,9 +1,10 @@
 """Recipes: how parameters of an Experts module are made from a checkpoint's tensors, one expert at a time or whole.
 
-Matrices of the trunk that become records are made likewise, a few rows at a time or whole.
+Matrices of the trunk that become records are made in the same way, a few rows at a time or whole.
 
-If transformers' operations treat each expert alike (merging, stacking, transposing), they are run on the tensors of one
-expert. The module on the meta device is cut down to one expert, because operations look up the result's shape there.
+If transformers' operations treat each expert by itself (merging, stacking, transposing), they are run on the tensors of
+one expert. The Experts module on the meta device is then cut down to one expert, because the operations look up the
+result's shape there.
 """
 
 from __future__ import annotations
@@ -29,10 +30,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Recipe of one parameter: the checkpoint's tensors by source pattern, and the operations on them."""
+    """Recipe of one parameter: tensors of the checkpoint, and transformers' operations on them.
+
+    ``sources`` is a dictionary from the patterns of transformers' conversion to the tensors that match them.
+    """
 
     model: PreTrainedModel  # on the meta device; operations look up the shape and type of their result there
-    key: str  # transformers' name of the result, or of the first of several
+    key: str  # transformers' name of the result, or of the first of several results
     target: str  # the parameter's full name
     dtype: torch.dtype
     experts: int
@@ -59,7 +63,7 @@ class Recipe:
         return (part for tensors in self.sources.values() for tensor in tensors for part in tensor.parts)
 
     def rows(self, first: int, count: int) -> torch.Tensor:
-        """Read ``count`` rows of a parameter that is ``direct``, from row ``first`` on -> [count, columns]."""
+        """Read ``count`` rows of a parameter that is ``direct``, from row ``first`` on, as [count, columns]."""
         ((tensor,),) = self.sources.values()
         self._check_shape(tensor.shape)
         return tensor.read(first, count).to(self.dtype)
@@ -74,7 +78,7 @@ class Recipe:
         wanted = self.model.get_parameter(self.target).shape
         if made != wanted:
             raise CheckpointError(
-                f"{self.target} comes out as {list(made)} from this checkpoint; the model has {list(wanted)}.",
+                f"{self.target} has the shape {list(made)} in this checkpoint, but {list(wanted)} in the model.",
                 "Check that config.json belongs to these weights.",
             )
 
@@ -88,9 +92,9 @@ class Recipe:
         return [tensor.to(self.dtype) if tensor.is_floating_point() else tensor for tensor in read]
 
     def _convert(self, read: dict[str, list[torch.Tensor]]) -> torch.Tensor:
-        """Apply the operations to the tensors ``read``.
+        """Return the result of the operations on the tensors ``read``.
 
-        Empties ``read``, so that no tensor stays in memory longer than needed.
+        This empties ``read``, so that no tensor stays in memory longer than needed.
         """
         if self.converter is None:
             (tensors,) = read.values()
@@ -110,7 +114,7 @@ class Recipe:
 
 
 def _keeps_experts_apart(operation: loading.ConversionOps) -> bool:
-    """Return whether an operation handles each expert by itself: the experts are dimension 0 of its result, unmixed.
+    """Return whether an operation handles each expert by itself, and puts the experts into dimension 0 of its result.
 
     Only then can a parameter [experts, ...] be made for one expert at a time. False for an unknown operation.
     """
@@ -129,7 +133,8 @@ def _keeps_experts_apart(operation: loading.ConversionOps) -> bool:
 class BlockBlueprint:
     """Recipes for the experts of one Experts module.
 
-    ``parameters`` has by name, in module order, the shape of one expert's slice and torch's name of its type.
+    ``parameters`` is a dictionary from the parameters' names, in module order, to pairs: the shape of one expert's
+    slice, and torch's name of its type.
     """
 
     path: str
@@ -151,7 +156,10 @@ class BlockBlueprint:
         return frozenset(part.file for recipe in self.recipes.values() for part in recipe.parts)
 
     def make(self, name: str, expert: int) -> torch.Tensor:
-        """Return one expert's slice of a parameter, [rows, columns], or [columns, rows] if transposed, or [size]."""
+        """Return one expert's slice of the parameter ``name``.
+
+        It is [rows, columns], or [columns, rows] if the block is ``transposed``; for a bias, it is [size].
+        """
         recipe = self.recipes[name]
         if recipe.apart:
             return recipe.make(expert)
@@ -166,10 +174,10 @@ class BlockBlueprint:
 
 @dataclass(frozen=True, eq=False)
 class Expert(Mapping[str, torch.Tensor]):
-    """Weights of one expert by parameter. Each is made when it is looked up, and not kept.
+    """Dictionary from the parameters of one expert to their weights. A look-up makes the weights anew.
 
-    They are [rows, columns], or [columns, rows] if transposed; a bias is [size]. The lock ``turn`` is held while one is
-    made. A look-up raises CheckpointError for weights that are not finite.
+    Weights are [rows, columns], or [columns, rows] if the block is transposed; a bias is [size]. The lock ``turn`` is
+    held while they are made. A look-up raises CheckpointError if some are not finite numbers.
     """
 
     block: BlockBlueprint

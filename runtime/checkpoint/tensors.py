@@ -82,7 +82,7 @@ class StoredTensor:
 
     @property
     def parts(self) -> tuple[StoredTensor, ...]:
-        """The tensor itself: it is read from no other."""
+        """A tuple of only this tensor."""
         return (self,)
 
     @property
@@ -142,10 +142,10 @@ def read_at(path: Path, offset: int, out: Bytes) -> None:
 
 
 def read_tensors(path: Path, place: Path | None = None) -> dict[str, StoredTensor]:
-    """Return the tensors of the safetensors file at ``path`` by name.
+    """Return a dictionary from names to tensors of the safetensors file at ``path``.
 
-    They are read there later, or from a copy at ``place``. Raises CheckpointError for a file that is not a whole
-    safetensors file.
+    The bytes of the tensors are read later: from ``place``, a copy of the file, if it is given, else from ``path``.
+    Raises CheckpointError for a file that is not a whole safetensors file.
     """
     fix = "Download the checkpoint again."
     try:
@@ -161,15 +161,15 @@ def read_tensors(path: Path, place: Path | None = None) -> dict[str, StoredTenso
         raise CheckpointError(f"{path} has a malformed header ({error}).", fix) from error
     if start != begin:
         what = "is truncated" if start < begin else "is longer than its header says"
-        raise CheckpointError(f"{path} {what}: {size} bytes where its header names {size - start + begin}.", fix)
+        raise CheckpointError(f"{path} {what}: it has {size} bytes, but its header names {size - start + begin}.", fix)
     return tensors
 
 
 def listed(path: Path, header: Mapping[str, Any], size: int) -> tuple[dict[str, StoredTensor], int]:
-    """Return the tensors that a header lists, and the offset in the file where their bytes begin.
+    """Return a dictionary from names to the tensors that a header lists, and the offset in the file of their bytes.
 
-    ``path`` is the file that they will be read from, and ``size`` its size in bytes. Raises ValueError for a malformed
-    header.
+    ``path`` is the file from which the tensors will be read, and ``size`` its size in bytes. Raises ValueError for a
+    malformed header.
     """
     entries, data = parse_header(header)
     start = size - data
@@ -189,7 +189,7 @@ class Scaled:
 
     weight: StoredTensor
     scale: StoredTensor
-    # rows, columns; if the grid does not have ceil(size / block) cells, its cells divide the weight evenly
+    # rows, columns; ignored if the grid does not have ceil(size / block) cells, which then divide the weight evenly
     block: tuple[int, int]
     dtype: str
 
@@ -205,7 +205,7 @@ class Scaled:
         return (self.weight, self.scale)
 
     def read(self, first: int = 0, count: int | None = None) -> torch.Tensor:
-        """Read and dequantise ``count`` rows of the leading dimension, from row ``first`` on -> [count, ...]."""
+        """Read and dequantise ``count`` rows of the leading dimension, from row ``first`` on, as [count, ...]."""
         import torch
 
         count = self.shape[0] - first if count is None else count
@@ -238,7 +238,7 @@ class Scaled:
     def _read_rows(self, first: int, out: torch.Tensor) -> None:
         """Fill ``out`` with dequantised rows from ``first`` on.
 
-        It works in tiles of whole blocks, so that a large matrix is never in fp32 as a whole.
+        Tiles of whole blocks are dequantised one after another, so that a large matrix is never in fp32 as a whole.
         """
         scale = self.scale.read()
         rows, columns = self._steps(scale)
@@ -255,11 +255,11 @@ class Scaled:
 def dequantise_into(
     out: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int], skipped: int = 0
 ) -> None:
-    """Set out [rows, columns] to weight [rows, columns], each value times the scale of its block, in fp32.
+    """Write the dequantised weight to ``out`` [rows, columns]: each value times the scale of its block, in fp32.
 
-    ``weight`` is FP8, or int8 [rows, columns / 2] with two FP4 values in a byte. ``scale`` is [row blocks, column
-    blocks], or a single number. ``block`` is the rows and columns of a block. The weight begins ``skipped`` rows after
-    the beginning of its first block.
+    ``weight`` is FP8 [rows, columns], or int8 [rows, columns / 2] with two FP4 values in a byte. ``scale`` is [row
+    blocks, column blocks], or a single number. ``block`` is the number of rows and of columns of a block. The first row
+    of ``weight`` is row ``skipped`` of its block.
     """
     import torch
 
@@ -305,7 +305,7 @@ class Mxfp4:
         return (self.blocks, self.scales)
 
     def read(self, first: int = 0, count: int | None = None) -> torch.Tensor:
-        """Read and dequantise ``count`` experts from ``first`` on -> [count, columns, rows]."""
+        """Read and dequantise ``count`` experts from expert ``first`` on, as [count, columns, rows]."""
         import torch
         from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
@@ -318,10 +318,10 @@ class Mxfp4:
 def source_tensors(
     tensors: Mapping[str, StoredTensor], quantization: Mapping[str, Any] | None, dtype: str
 ) -> dict[str, SourceTensor]:
-    """Return the source tensors by name. Quantised ones are read as ``dtype``.
+    """Return a dictionary from names to source tensors. Quantised tensors are read as ``dtype``, by torch's name.
 
-    ``quantization`` is the checkpoint's own quantization_config. Raises UnsupportedModelError for methods other than
-    FP8 and MXFP4.
+    ``quantization`` is the checkpoint's own quantization_config, or None. Raises UnsupportedModelError for methods
+    other than FP8 and MXFP4, and CheckpointError if an FP8 tensor has no scale.
     """
     method = quantization.get("quant_method") if quantization else None
     match method:
@@ -335,8 +335,8 @@ def source_tensors(
             return dict(_mxfp4(tensors, dtype))
         case _:
             raise UnsupportedModelError(
-                f"The checkpoint is quantised with {method}.",
-                "Give one in 16 or 32 bits; FP8 (in blocks) and MXFP4 are dequantised on the way.",
+                f"The checkpoint is quantised with {method}, which moetier can't read.",
+                "Give a checkpoint in 16 or 32 bits, in FP8 with a scale for each block, or in MXFP4.",
             )
 
 

@@ -240,17 +240,21 @@ def test_a_hub_id_is_found_in_the_cache_without_a_network(original: Path, tmp_pa
     result = open_in_process("acme/tiny-moe", **offline)
     assert result.stdout.split()[:2] == ["acme/tiny-moe", str(len(open_checkpoint(original).tensors))], result.stderr
     result = open_in_process("acme/nothing", **offline)
-    assert "CheckpointError: The hub could not be reached for a model of the id acme/nothing" in result.stderr
+    assert "CheckpointError: The hub could not be reached for a model with the id acme/nothing" in result.stderr
 
 
-@pytest.mark.parametrize(("name", "fix"), [("nowhere", "Check the folder's name; "), ("acme/x", "Check the name and ")])
+@pytest.mark.parametrize(
+    ("name", "fix"), [("nowhere", "Check the name of the folder"), ("acme/x", "Check the name and ")]
+)
 def test_a_hub_that_is_not_reached(tmp_path: Path, name: str, fix: str) -> None:
     """What is likely to be a folder that is not there is said to be one."""
     nobody = {"HF_ENDPOINT": "http://127.0.0.1:1", "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "0"}
     command = [sys.executable, "-m", "moetier.tools.main", "convert", name, str(tmp_path / "dst")]
     result = subprocess.run(command, env=os.environ | nobody, capture_output=True, text=True, check=False)
     cause, advice = result.stderr.splitlines()[-2:]
-    reached = f"The hub could not be reached for a model of the id {name}, and there is no such folder: ConnectError: "
+    reached = (
+        f"The hub could not be reached for a model with the id {name}, and there is no such folder: ConnectError: "
+    )
     assert reached in cause
     assert advice.strip().startswith(fix)
 
@@ -287,7 +291,7 @@ def test_a_hub_id_is_downloaded_but_for_code_and_pickle(hub: Hub, original: Path
     wanted = {path.name for path in original.iterdir()} | {"tokenizer.json", "LICENSE"}
     assert hub.downloaded() == wanted
     assert (
-        "CheckpointError: The hub did not give a model of the id acme/nothing, and"
+        "CheckpointError: The hub did not give a model with the id acme/nothing, and"
         in open_in_process("acme/nothing", **hub.settings).stderr
     )
 

@@ -178,7 +178,7 @@ def test_what_is_kept_is_in_the_cache_and_read_there(
     assert hub.asked == []
     assert tree(models / "acme--kept" / "2bit") == converted("acme/kept", small, tmp_path, bits=2)
     assert {path.name for path in snapshot.glob("*.safetensors")} == set(shards)
-    assert "The hub could not be reached for a model of the id acme/never-seen: " in failed(refused)
+    assert "The hub could not be reached for a model with the id acme/never-seen: " in failed(refused)
 
 
 # ahead
@@ -524,10 +524,10 @@ def test_a_connection_that_breaks_is_taken_up_again(
             "acme/unknown",
             "/api/models/",
             (404, "RepoNotFound"),
-            "The hub did not give a model of the id acme/unknown: ",
+            "The hub did not give a model with the id acme/unknown: ",
         ),
         ("acme/asks", "/api/models/", (401, "GatedRepo"), "log in with `hf auth login`"),
-        ("acme/licence", f"/acme/licence/resolve/{REVISION}/model-00002", (403, "GatedRepo"), "behind a licence"),
+        ("acme/licence", f"/acme/licence/resolve/{REVISION}/model-00002", (403, "GatedRepo"), "accept its licence"),
         ("acme/lacks", f"/acme/lacks/resolve/{REVISION}/model-00002", (404, "EntryNotFound"), "404 Client Error"),
         (
             "acme/ails",
@@ -569,7 +569,7 @@ def test_a_revision_that_there_is_not_and_ids_that_are_none(
     offer(hub, "acme/revised", small)
     assert "it has no such revision" in failed(scripts.run(MAIN, "pull", "acme/revised", "--revision", "v9"))
     for name in ("..", "../../x", "a/b/c", "a--b/c", "acme/revised:4bit", "/etc"):
-        assert "is no id of the Hugging Face hub" in failed(scripts.run(MAIN, "pull", name))
+        assert "is not an id on the Hugging Face hub" in failed(scripts.run(MAIN, "pull", name))
     assert not (place / "data" / "moetier" / "x").exists()
 
 

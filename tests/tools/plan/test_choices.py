@@ -111,7 +111,7 @@ def test_of_a_hub_only_headers_are_fetched(tmp_path: Path) -> None:
             *("acme/tiny-moe", "True", str(expected.source_bytes)),
             *(str(choice.disk_bytes) for choice in expected.choices),
         ], result.stderr
-        assert "The hub did not give a model of the id acme/nothing, and there is no such folder" in result.stdout
+        assert "The hub did not give a model with the id acme/nothing, and there is no such folder" in result.stdout
         assert hub.downloaded() == {"config.json", INDEX, *weights}
         assert all(hub.sent[name] <= 100_001 for name in weights)
     assert not list((tmp_path / "hub").rglob("*.safetensors"))
