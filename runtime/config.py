@@ -1,6 +1,6 @@
 """Options of the tiers of one process, declared once and checked once."""
 
-# ruff: noqa: RUF009 - _option gives each field its own
+# ruff: noqa: RUF009 - each call of _option returns a new field
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from moetier.tiers.source import LOADERS
 
 SPECULATE = ("auto", "off", "always")
 DEFAULT_CONTEXT = 4096  # tokens
-NONE = "none"  # as the option `daemon`: means None, where a value must be a text
-AUTO = "auto"  # as the option `daemon`: use a running daemon that serves this very store, if there is one
+NONE = "none"  # value of the option `daemon` that means None where only a text can be given
+AUTO = "auto"  # value of the option `daemon`: use a running daemon that serves this store, if there is one
 
 _UNITS = {"": 1, "b": 1} | {
     f"{letter}{suffix}": base**power
@@ -32,7 +32,7 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*|%)\s*", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Number:
-    """Range of a numeric option. As argparse's ``type`` it parses and checks a value.
+    """Type and range of a numeric option. As argparse's ``type``, it parses and checks a value.
 
     ``fix`` is the advice in the error for a number out of range.
     """
@@ -58,27 +58,27 @@ class Number:
 MOST = (1 << 31) - 1  # largest count: a far larger number could overflow, or take for ever to compute with
 TINY = math.ulp(0.0)  # the least float above 0
 COUNT = Number(int, 1, MOST, "Give 1 to 2^31 - 1.")
-SECONDS = Number(float, TINY, 86_400, "Give more than 0, to 86,400 at most.")
+SECONDS = Number(float, TINY, 86_400, "Give a number greater than 0 and at most 86,400.")
 
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """Amount of memory: a number of bytes, or a share of the memory that there is."""
+    """Amount of memory: either a number of ``bytes``, or a ``share`` (0 to 1) of the memory that is available."""
 
     bytes: int | None = None
     share: Fraction | None = None
 
     @classmethod
     def parse(cls, text: str | int) -> Size:
-        """Read ``"6GiB"`` (1024-based, as is a bare ``"6G"``), ``"6GB"`` (1000-based), ``"50%"``, or a number of bytes.
+        """Parse ``"6GiB"`` or ``"6G"`` (both 1024-based), ``"6GB"`` (1000-based), ``"50%"``, or a number of bytes.
 
-        Raises ConfigError.
+        Raises ConfigError for any other text, for 0 and for a share of more than 100 %.
         """
         match = _SIZE.fullmatch(str(text))
         unit = match.group(2).lower() if match else "?"
         number = Fraction(match.group(1)) if match else Fraction(0)
         if unit == "%" and number > 100:
-            raise ConfigError(f"{text!r} is more than there is.", 'Give a share of at most 100%, or a size: "6GiB".')
+            raise ConfigError(f"{text!r} is more than 100%.", 'Give a share of at most 100%, or a size: "6GiB".')
         if unit == "%" and number > 0:
             return cls(share=number / 100)
         if unit not in _UNITS or number <= 0:
@@ -86,7 +86,7 @@ class Size:
         return cls(bytes=int(number * _UNITS[unit]))
 
     def of(self, total: int) -> int:
-        """Return the size in bytes; a share is taken of ``total`` bytes."""
+        """Return the size in bytes. A share is a share of ``total`` bytes."""
         return self.bytes if self.bytes is not None else int((self.share or 0) * total)
 
 
@@ -99,16 +99,16 @@ class DaemonChoice:
 
     @classmethod
     def parse(cls, text: str | None) -> DaemonChoice:
-        """Read "auto", "none" (or None), or addresses separated by commas. Raises ConfigError."""
+        """Parse "auto", "none" (or None), or addresses separated by commas. Raises ConfigError for any other text."""
         if text in (None, NONE, AUTO):
             return cls(find=text == AUTO)
         assert text is not None
         names = text.split(",")
         if len(names) > 1 and not all(names):
-            raise ConfigError(f"{text!r} has a comma too many.", "Name daemons with one comma between two.")
+            raise ConfigError(f"{text!r} has a comma too many.", "Separate the daemons by single commas.")
         addresses = tuple(map(Address.parse, names))
         if len(set(addresses)) != len(addresses):
-            raise ConfigError(f"{text!r} names a daemon twice.", "Name each once.")
+            raise ConfigError(f"{text!r} names a daemon twice.", "Name each daemon once.")
         return cls(addresses=addresses)
 
 
@@ -119,13 +119,13 @@ class Option:
     Attributes:
         help: the text of ``--help``, without the default.
         kind: the types that Python code may give.
-        wanted: what to give instead of a value of a wrong type, as the object of "Give" in the error.
+        wanted: what to give instead of a value of a wrong type; the error says "Give" before it.
         group: the title under which ``--help`` lists the option.
         metavar: the word for the value in ``--help``.
         choices: the only allowed values; empty if there is no such list.
         numbers: the allowed range of a number.
         parse: converts a value, or raises ConfigError.
-        default: the default as a person would write it.
+        default: the default as a user would write it.
     """
 
     default: Any
@@ -139,7 +139,7 @@ class Option:
     parse: Callable[[Any], Any] | None = None
 
     def read(self, name: str, value: Any) -> Any:
-        """Return the checked and converted value of the option called ``name``. Raises ConfigError."""
+        """Check and convert the value of the option called ``name``. Raises ConfigError if it is not allowed."""
         if not isinstance(value, self.kind) or (isinstance(value, bool) and self.kind is not bool):
             raise ConfigError(f"`{name}` is {value!r}.", f"Give {self.wanted}.")
         if self.choices and value not in self.choices:
@@ -169,13 +169,14 @@ class TierConfig:
 
     The command line, settings files, ``load``, ``register`` and the ``quantization_config`` of a model directory take
     names, defaults, ranges and help from here. The daemon takes the options of its host tier from here. ``of`` makes a
-    checked TierConfig from values as a person writes them.
+    checked TierConfig from values as a user writes them.
     """
 
     ram: Size | None = _option(
         None,
-        'host memory for experts: "6GiB", or "50%%" of what is left after trunk and context (default: 80%%). Ignored '
-        "when a local daemon holds the experts (set it on the daemon); so are --policy and --learn",
+        'host memory for experts: a size such as "6GiB", or a share such as "50%%" of what trunk and context leave '
+        "(default: 80%%). If a local daemon holds the experts, --ram, --policy, --learn and --loaders have no effect "
+        "here: give them to the daemon",
         int | str | None,
         'a size such as "6GiB", a share: "50%", or a number of bytes',
         metavar="SIZE",
@@ -192,21 +193,21 @@ class TierConfig:
     device: str = _option("auto", '"auto", "cpu", "cuda" or "cuda:N"', str, "a text", parse=_device)
     policy: str = _option(
         DEFAULT_POLICY,
-        "which experts are evicted first: lru, the least recently used; scan, the same, but a long prompt leaves what "
-        "is cached in place; lrfu, as scan, but the least often used of late",
+        "which experts are evicted first. lru: the least recently used. scan: as lru, but a long prompt leaves most "
+        "cached experts in place. lrfu: as scan, but the experts used least often of late",
         str,
         "a text",
         choices=tuple(POLICIES),
     )
     learn: bool = _option(
         False,
-        "keep which experts are used most ($XDG_CACHE_HOME/moetier), and begin with those of earlier runs",
+        "keep a list of the most used experts in $XDG_CACHE_HOME/moetier, and load those of earlier runs at the start",
         bool,
         "True or False",
     )
     loaders: int = _option(
         LOADERS,
-        "experts to read from the disk at a time",
+        "number of experts to read from the disk at the same time",
         int,
         "a whole number",
         metavar="N",
@@ -214,8 +215,8 @@ class TierConfig:
     )
     context: int = _option(
         DEFAULT_CONTEXT,
-        "tokens of context that budgets leave room for; a longer one takes more. No effect with a daemon of this "
-        "machine on a CPU",
+        "tokens of context that memory budgets leave room for; a longer context takes more memory. No effect on a CPU "
+        "if a local daemon holds the experts",
         int,
         "a whole number",
         metavar="TOKENS",
@@ -223,8 +224,8 @@ class TierConfig:
     )
     threads: int | None = _option(
         None,
-        "threads to compute with (default: OMP_NUM_THREADS; else as many as there are CPUs for this process, a "
-        "control group's quota counted)",
+        "number of threads to compute with (default: OMP_NUM_THREADS, else the number of CPUs that this process may "
+        "use by its affinity and its control group's quota)",
         int | None,
         f"a whole number from 1 to {_CPUS}, the CPUs of this machine",
         metavar="N",
@@ -238,8 +239,8 @@ class TierConfig:
     )
     daemon: DaemonChoice = _option(
         AUTO,
-        "whose experts: auto, those of a local daemon if it serves this model, else this process's own; none, its own; "
-        "NAME, FOLDER or HOST:PORT, those of that daemon; A,B,C, each has a share",
+        "where experts come from. auto: a local daemon if one serves this model, else this process's own tier. none: "
+        "this process's own tier. NAME, FOLDER or HOST:PORT: that daemon. A,B,C: several daemons, a share from each",
         str | None,
         '"auto", None, or addresses separated by commas',
         group="daemon",
@@ -251,7 +252,8 @@ class TierConfig:
     )
     speculate: str = _option(
         "auto",
-        "load experts ahead that the next layers' routers will probably choose: auto, while it is measured to pay",
+        "load experts early that the routers of the next layers will probably choose (auto: while measurements show "
+        "that this is faster)",
         str,
         "a text",
         group="speculation",
@@ -259,7 +261,7 @@ class TierConfig:
     )
     look_ahead: int = _option(  # predictions for later layers fail more often (tests/measurements/speculation.py)
         1,
-        "layers to predict",
+        "number of layers ahead whose experts are predicted",
         int,
         "a whole number",
         group="speculation",
@@ -268,7 +270,7 @@ class TierConfig:
     )
     prefetch: int | None = _option(
         None,
-        "most experts of a block to load on a prediction (default: as many as are worth it)",
+        "most experts of a block to load on a prediction (default: all that are predicted)",
         int | None,
         "a whole number",
         group="speculation",
@@ -278,21 +280,24 @@ class TierConfig:
 
     @classmethod
     def of(cls, **options: Unpack[LoadOptions]) -> TierConfig:
-        """Check and convert options as a person writes them. Raises ConfigError; TypeError for an unknown option."""
+        """Check and convert options as a user writes them.
+
+        Raises ConfigError for a value that is not allowed, and TypeError for an unknown option.
+        """
         given: dict[str, Any] = {**options}
         if unknown := given.keys() - OPTIONS.keys():
             raise TypeError(f"unexpected keyword argument {min(unknown)!r}")
         found = cls(**{name: OPTIONS[name].read(name, value) for name, value in given.items()})
         if found.mapped is not None and (asked := found.of_own_tier):
             raise ConfigError(
-                f"The experts are the daemon's, {found.mapped}: its memory is what holds them.",
-                f"Give {' and '.join(asked)} to the daemon, and not here.",
+                f"The daemon {found.mapped} holds the experts in its own memory.",
+                f"Give {' and '.join(asked)} to the daemon, not here.",
             )
         if found.credentials != Credentials() and not found.remote:
             raise ConfigError(
-                "A token, certificates and `credentials.insecure` are only for a daemon on another host, and `daemon` "
+                "A token, certificates and `credentials.insecure` are only for a daemon on another host, but `daemon` "
                 "names none.",
-                "Give `daemon` as HOST:PORT, or leave them out.",
+                "Give `daemon` as HOST:PORT, or leave out the credentials.",
             )
         return found
 

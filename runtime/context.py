@@ -9,17 +9,17 @@ from .config import DEFAULT_CONTEXT
 
 STRETCHING = {"linear", "dynamic", "yarn"}  # rope types whose factor multiplies the original length
 _CHARACTERS = 16  # length of the first prefix that is tokenised, in characters for each allowed token
-_LEAST = 1 << 16  # characters of that prefix, at least
+_LEAST = 1 << 16  # least length of that prefix, in characters
 _GROWTH = 4  # each prefix is this many times as long as the one before
 _MARGIN = 2  # a prefix with more than this many times the allowed tokens proves that the text has too many
 
 
 def longest_context(config: Any) -> int | None:
-    """Return the most tokens, prompt and answer together, that a model was made for; None if its config has no maximum.
+    """Return a model's maximum context in tokens, prompt and answer together; None if its config has no maximum.
 
-    ``config`` is the model's config in transformers; of a multimodal model, the text model's part counts. A sliding
-    window does not limit the context. Scaled rotary embeddings may reach further than ``max_position_embeddings``,
-    which some checkpoints leave at the original length.
+    ``config`` is the model's config in transformers. For a multimodal model, the part of the text model counts. A
+    sliding window does not limit the context. Scaled rotary embeddings may reach further than
+    ``max_position_embeddings``, which some checkpoints leave at the original length.
     """
     text = config.get_text_config(decoder=True)
     stated = getattr(text, "max_position_embeddings", None)
@@ -40,9 +40,9 @@ def _reaches(rope: Any, stated: int) -> Iterator[float]:
 
 
 def context_of(config: Any, tokens: int) -> int:
-    """Return the context to keep memory for, in tokens.
+    """Return the context that memory is reserved for, in tokens.
 
-    That is ``tokens``, but at most ``longest_context`` if ``tokens`` is the default.
+    That is ``tokens``, the option's value. If it is the default, it is at most ``longest_context(config)``.
     """
     longest = longest_context(config)
     return min(tokens, longest) if longest and tokens == DEFAULT_CONTEXT else tokens
@@ -51,8 +51,9 @@ def context_of(config: Any, tokens: int) -> int:
 def first_ids(tokenizer: Any, text: str, most: int | None, **options: Any) -> list[int]:
     """Return the token ids of ``text``, or of a prefix of it that has far more than ``most`` tokens.
 
-    The result has more than ``most`` ids exactly if the whole text has. So a text of any size is refused in the time
-    that a few times ``most`` tokens take. ``options`` are keyword arguments of the tokenizer.
+    The result has more than ``most`` ids if and only if the whole text has. So a text of any size can be refused in the
+    time that a few times ``most`` tokens take. With ``most`` None, the whole text is tokenised. ``options`` are keyword
+    arguments of the tokenizer.
 
     A token may stand for any number of characters (runs of blanks, unknown words), so the size of a text does not prove
     that it has too many tokens. The tokens of a prefix do: cutting a text changes only the tokens near the cut.
@@ -68,10 +69,10 @@ def first_ids(tokenizer: Any, text: str, most: int | None, **options: Any) -> li
 
 
 def counted(tokens: int, most: int) -> str:
-    """Format the number of ids that ``first_ids`` returned: "3,005", or "more than 4,096" if not all were counted."""
+    """Format the number of ids that ``first_ids`` returned for ``most``: "3,005", or "more than 8,192" for a prefix."""
     return f"{tokens:,}" if tokens <= _MARGIN * most else f"more than {_MARGIN * most:,}"
 
 
 def _ids(tokenizer: Any, text: str, options: Mapping[str, Any]) -> list[int]:
-    found: list[int] = tokenizer(text, verbose=False, **options)["input_ids"]  # verbose: would warn of long texts
+    found: list[int] = tokenizer(text, verbose=False, **options)["input_ids"]  # verbose=True would warn of long texts
     return found

@@ -1,7 +1,7 @@
 """Control groups of this process, of versions 1 and 2.
 
-``root`` is the folder that holds ``proc/self/cgroup`` and ``sys/fs/cgroup``. Kernel documentation:
-admin-guide/cgroup-v1, admin-guide/cgroup-v2.rst.
+The parameter ``root`` is the folder that holds ``proc/self/cgroup`` and ``sys/fs/cgroup``. It is "/" except in tests.
+Kernel documentation: admin-guide/cgroup-v1, admin-guide/cgroup-v2.rst.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 class ControlGroup:
     """Control group that limits this process: its own group, or a parent of it.
 
-    ``name`` is always that of the process's own group, for people.
+    ``name`` is text for a user, and always names the process's own group. ``folder`` is the group's folder.
     """
 
     name: str
@@ -33,14 +33,14 @@ def control_groups(controller: str, root: Path = Path("/")) -> Iterator[ControlG
         _, controllers, path = line.split(":", 2)
         if controller in controllers.split(","):
             top, version = root / "sys/fs/cgroup" / controller, 1
-            if not top.is_dir():  # mounted together, as "cpu,cpuacct"; most systems link each name to that folder
+            if not top.is_dir():  # mounted together as "cpu,cpuacct"; most systems have links from "cpu" and "cpuacct"
                 top = top.with_name(controllers)
         elif not controllers:
             top, version = root / "sys/fs/cgroup", 2
         else:
             continue
         group = top / path.lstrip("/")
-        # in a container the path is that on the host, and the group itself is mounted as the top
+        # in a container, the path is the one on the host, and the group itself is mounted as ``top``
         if not group.is_dir():
             group = top
         for folder in (group, *group.parents):

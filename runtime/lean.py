@@ -1,9 +1,9 @@
-"""Imports and loading of models without what moetier never uses of torch, transformers and other libraries.
+"""Import transformers and load models without the parts of torch and other libraries that moetier never uses.
 
 A third of the time and of the memory of importing a model's class goes to torch's compiler, distributed tensors and
-libraries that transformers imports wherever they are installed (docs/benchmarks.md, First token). Afterwards
-transformers can neither compile nor distribute a model in this process. So this is for the processes of our own
-commands; ``moetier.load`` in a user's program takes transformers as it is.
+libraries that transformers imports wherever they are installed (docs/benchmarks.md, First token). Without them,
+transformers can neither compile nor distribute a model in this process. So only moetier's own commands use this module;
+``moetier.load`` in a user's program imports transformers unchanged.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-# probes of transformers.utils.import_utils, which shall find nothing
+# functions of transformers.utils.import_utils that are made to return False
 UNUSED = (
     "is_hqq_available",  # imports torch's compiler
     "is_peft_available",
@@ -36,9 +36,9 @@ _COMPILER = "torch._dynamo"
 
 @contextlib.contextmanager
 def lean_loading() -> Iterator[None]:
-    """Let transformers be imported, and models be made and loaded, with little in this block.
+    """Context in which transformers is imported, and models are built and loaded, without the unused parts.
 
-    What has been imported before stays as it is.
+    Modules that were imported before stay as they are.
     """
     if "transformers" not in sys.modules:
         sys.meta_path.insert(0, _After("transformers.utils.import_utils", _lighten))
@@ -50,20 +50,20 @@ def lean_loading() -> Iterator[None]:
 
 
 def _lighten(utils: Any) -> None:
-    """Let probes find nothing, and speed up the search of transformers' folders for the names that it has."""
+    """Make the functions UNUSED return False, and speed up transformers' search for the names in its own folders."""
     for name in UNUSED:
         setattr(utils, name, lambda *_, **__: False)
-    with contextlib.suppress(AttributeError):  # another patch release may do without these functions
-        # it searches 560 folders twice, and has a cache for 128
+    with contextlib.suppress(AttributeError):  # another patch release may lack these functions
+        # transformers searches 560 folders twice, with a cache for 128
         search = utils.create_import_structure_from_path.__wrapped__
         utils.create_import_structure_from_path = functools.cache(search)
-        # it looks at every line of every file for the last one that begins with __all__
+        # transformers searches all lines of a file; only the last that begins with __all__ counts
         fetch = utils.fetch__all__
         utils.fetch__all__ = lambda text: fetch(text[text.rfind("\n__all__") + 1 :])
 
 
 class _After(MetaPathFinder):
-    """Finder that lets ``then`` be called with the module ``name`` as soon as it has been imported."""
+    """Finder that calls ``then`` with the module called ``name`` once that module has been imported."""
 
     def __init__(self, name: str, then: Callable[[ModuleType], None]) -> None:
         self._name = name
@@ -87,9 +87,9 @@ class _After(MetaPathFinder):
 
 
 class _StandIn(ModuleType):
-    """Stand-in for a module of torch's compiler, with some of its names. Any other name imports the module itself.
+    """Stand-in for a module of torch's compiler, with the few names that transformers uses while it is imported.
 
-    transformers marks functions for the compiler, and takes a class from it.
+    These are decorators that mark functions for the compiler, and a class. Any other name imports the real module.
     """
 
     def __init__(self, name: str, **known: Any) -> None:
@@ -99,7 +99,7 @@ class _StandIn(ModuleType):
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") and (name, self.__name__) != ("__path__", _COMPILER):
-            raise AttributeError(name)  # who looks at all modules, or asks whether it is a package, does not use it
+            raise AttributeError(name)  # code that only inspects all modules does not need the real one
         _remove_stand_ins()
         return getattr(importlib.import_module(self.__name__), name)
 
@@ -110,7 +110,7 @@ def _remove_stand_ins() -> None:
 
 
 def _same(function: Any = None, *_: Any, **__: Any) -> Any:
-    """Return ``function``; as a decorator with arguments, this function."""
+    """Return ``function`` unchanged. If it is None, as in ``@_same(option=1)``, return this decorator."""
     return _same if function is None else function
 
 
@@ -123,10 +123,10 @@ def _indexing() -> Any:
 
 
 class _MadeOnMeta(TorchFunctionMode):
-    """Make models on the meta device without torch's Python code for that device, which imports sympy.
+    """Build models on the meta device without torch's Python code for that device, because it imports sympy.
 
-    Numbers are not drawn there. Shapes and types of arithmetic with a few numbers, the angles of positions, are
-    computed on the CPU.
+    Random initialisation is skipped on the meta device. Arithmetic on small tensors there, such as the angles of
+    positions, is done on the CPU with ones, only to find the shape and type of the result.
     """
 
     DRAWN = frozenset(("kaiming_uniform_", "normal_", "uniform_"))
@@ -136,7 +136,7 @@ class _MadeOnMeta(TorchFunctionMode):
     FEW = 1 << 20
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call ``function`` where torch does not compute on the meta device in Python."""
+        """Call ``function``, or do its work in a way that needs no Python code of torch for the meta device."""
         given = kwargs or {}
         name = getattr(function, "__name__", "")
         first: Any = args[0] if args else given.get("tensor")

@@ -1,4 +1,4 @@
-"""Memory that this process may use, and the budgets that fit into it.
+"""Memory that this process may use, and the memory budgets of tiers.
 
 psutil sees the machine, but not the control group in which a container or a service runs. So the limits of control
 groups, versions 1 and 2, are read here.
@@ -19,14 +19,14 @@ from moetier.tiers.errors import BudgetError
 from .config import Size, format_bytes
 from .control_groups import ControlGroup, control_groups
 
-DEFAULT_SHARE = 0.8  # of the free memory: a page cache, other programs and a longer context need the rest
-MARGIN_SHARE = 1 / 64  # of the free memory: page tables and the kernel's index of shared memory grow with the maps
-MARGIN_BYTES = 16 << 20  # the kernel charges memory to a group in batches for each core, and loader threads have stacks
+DEFAULT_SHARE = 0.8  # share of the free memory: the page cache, other programs and a longer context need the rest
+MARGIN_SHARE = 1 / 64  # share of the free memory: page tables and the kernel's index grow with the mapped memory
+MARGIN_BYTES = 16 << 20  # for memory that the kernel charges in batches for each core, and stacks of loader threads
 PROCESS_BYTES = 250 << 20  # anonymous memory of a command: Python, torch, transformers and a tokenizer, without a model
 LEAST_BYTES = 10_000  # a smaller budget was probably given without its unit: "6" for "6GiB"
 _NO_LIMIT = 1 << 60  # version 1 of control groups writes a huge number for "no limit"
-# by version of control groups: the files of a group's limit and usage, and the prefix of those entries of memory.stat
-# that include the group's children
+# for each version of control groups: the files with a group's limit and usage, and the prefix of the entries of
+# memory.stat that include the group's children
 _FILES = {
     1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
     2: ("memory.max", "memory.current", ""),
@@ -35,7 +35,7 @@ _FILES = {
 
 @dataclass(frozen=True, slots=True)
 class Available:
-    """Amount of memory in bytes. ``limiter`` names, for people, the machine, control group or device that limits it."""
+    """Amount of memory in bytes. ``limiter`` tells a user which machine, control group or device limits it."""
 
     bytes: int
     limiter: str
@@ -49,27 +49,26 @@ def machine_memory() -> int:
 def available_memory(root: Path = Path("/")) -> Available:
     """Return how much more memory this process can allocate: the least that the machine or a control group leaves.
 
-    ``root`` holds ``proc/self/cgroup`` and ``sys/fs/cgroup``. The page cache counts as free, because the kernel can
-    drop it.
+    The page cache counts as free, because the kernel can drop it. ``root`` is as in ``control_groups``.
     """
     return _least(int(psutil.virtual_memory().available), _left, root)
 
 
 def memory_for_model(root: Path = Path("/")) -> Available:
-    """Return the memory left for a model after the libraries that compute with it (PROCESS_BYTES) are loaded."""
+    """Return the memory that is left for a model once Python, torch and transformers (PROCESS_BYTES) are loaded."""
     left = available_memory(root)
     missing = max(PROCESS_BYTES - _own_bytes("RssAnon"), 0)
     return Available(max(left.bytes - missing, 0), left.limiter)
 
 
 def shortage(root: Path = Path("/")) -> str:
-    """Return a warning if the libraries that compute with a model do not fit into what is left, else ""."""
+    """Return a warning if Python, torch and transformers do not fit into the memory that is left; else ""."""
     left = available_memory(root)
     if left.bytes >= PROCESS_BYTES - _own_bytes("RssAnon"):
         return ""
     return (
-        f"Only {format_bytes(left.bytes)} of memory are left by {left.limiter}, and Python, torch and transformers "
-        f"alone take {format_bytes(PROCESS_BYTES)}: the process may be killed."
+        f"Only {format_bytes(left.bytes)} of the memory of {left.limiter} are free, but Python, torch and transformers "
+        f"alone take {format_bytes(PROCESS_BYTES)}. The process may be killed."
     )
 
 
@@ -95,13 +94,16 @@ def whole_memory(root: Path = Path("/")) -> Available:
 
 
 def exceeded(asked: Size | None) -> Available | None:
-    """Return ``whole_memory()`` if ``asked`` is more than that; else None."""
+    """Return ``whole_memory()`` if the size ``asked`` is more than that; else None."""
     there = whole_memory()
     return there if asked is not None and asked.of(there.bytes) > there.bytes else None
 
 
 def _least(of_machine: int, of_group: Callable[[ControlGroup], int | None], root: Path) -> Available:
-    """Return the least of ``of_machine`` (bytes) and of ``of_group`` for each control group above this process."""
+    """Return the smallest of ``of_machine`` and of the results of ``of_group`` for the control groups of this process.
+
+    Both are in bytes. ``of_group`` returns None for a group without a limit.
+    """
     found = [Available(of_machine, "this machine")]
     for group in control_groups("memory", root):
         with contextlib.suppress(OSError, ValueError):  # a file is missing, or not as the kernel writes it
@@ -138,9 +140,9 @@ def budget_for(
     """Return the budget of the host tier or of the device tier, in bytes.
 
     Args:
-        asked: what the user wants: a size, a share of the most that can be allocated, or None for the default share.
-        smallest: the least bytes with which the tier works.
-        largest: the most bytes that the tier can use.
+        asked: what the user has given: a size, a share of the most that can be allocated, or None for the default.
+        smallest: the smallest number of bytes with which the tier works.
+        largest: the largest number of bytes that the tier can use.
         reserve: bytes of ``available`` to leave for the KV cache and for computing. The rest, less a margin, is the
             most that can be allocated.
         available: the memory that is free now.
@@ -155,8 +157,8 @@ def budget_for(
         shorter = "shorten `context`, " if reserve else ""
         raise BudgetError(
             f"Of the {format_bytes(available.bytes)} that {available.limiter} leaves, "
-            f"{format_bytes(available.bytes - most)} are for the KV cache, computing and the kernel: "
-            f"too little for the {format_bytes(smallest)} of a token's experts of a block.",
+            f"{format_bytes(available.bytes - most)} are needed for the KV cache, computing and the kernel. The rest "
+            f"is less than the {format_bytes(smallest)} that the experts of one token in one block take.",
             f"Free some memory, raise the limit, {shorter}or convert the model to fewer bits.",
         )
     if asked is None:
@@ -173,7 +175,10 @@ def budget_for(
 
 
 def mapped_files(process: str = "self") -> Iterator[tuple[range, str]]:
-    """Yield the addresses and the path of each mapped file of a process, as the kernel writes paths (proc(5))."""
+    """Yield the addresses and the path of each mapped file of ``process``, a process id or "self".
+
+    A path is written as in /proc/PID/maps (proc(5)).
+    """
     for line in os.fsdecode(Path("/proc", process, "maps").read_bytes()).split("\n"):
         fields = line.split(maxsplit=5)  # address, permissions, offset, device, inode, path
         if len(fields) == 6 and fields[4] != "0":

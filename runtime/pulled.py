@@ -1,8 +1,8 @@
 """Pulled models: their folders, and the names by which commands accept them.
 
-``moetier pull`` makes the hub's model ORG/NAME into a model directory in the folder ORG--NAME/TAG of
-``$XDG_DATA_HOME/moetier/models`` (XDG Base Directory Specification 0.8). Its name is then ORG/NAME:TAG. An id on the
-hub never contains "--".
+``moetier pull`` converts the hub's model ORG/NAME to a model directory: the folder ORG--NAME/TAG in
+``$XDG_DATA_HOME/moetier/models`` (XDG Base Directory Specification 0.8). The name of the pulled model is ORG/NAME:TAG.
+An id on the hub never contains "--".
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from pathlib import Path
 from moetier.tiers.errors import ConfigError, StoreFormatError
 from moetier.tiers.layout import Bits
 
-GROUP = "experts.zarr"  # as in tiers/store/folder.py; a daemon resolves names before it imports numpy
+GROUP = "experts.zarr"  # repeated from tiers/store/folder.py, as a daemon resolves names before it imports numpy
 NAME = re.compile(r"(?P<id>[\w.-]+(/[\w.-]+)?)(:(?P<tag>[\w.-]+))?")
 WIDTH = re.compile(r"(\d+)bit(?:-trunk(\d+)bit)?")
 
 
 def models_folder() -> Path:
-    """Return the folder of all pulled models. Raises ConfigError for a user without a home."""
+    """Return the folder of all pulled models. Raises ConfigError if the user has no home folder."""
     folder = Path(os.environ.get("XDG_DATA_HOME", ""))
     if not folder.is_absolute():  # the specification says to ignore such a value
         try:
@@ -38,12 +38,12 @@ def tag_of(bits: Bits, trunk_bits: Bits) -> str:
 
 
 def place_of(hub_id: str, tag: str) -> Path:
-    """Return the folder that a model is pulled to."""
+    """Return the folder to which the model ``hub_id`` is pulled with the tag ``tag``."""
     return models_folder() / hub_id.replace("/", "--") / tag
 
 
 def pulled() -> dict[str, Path]:
-    """Return the folders of all pulled models by name, also of those whose pull is incomplete.
+    """Return a dictionary from the names of all pulled models to their folders. Incomplete models are included.
 
     Folders with a name that ``moetier pull`` would not give are left out.
     """
@@ -57,7 +57,7 @@ def model_directory(name: str | os.PathLike[str]) -> Path:
 
     The tag may be left out if the model was pulled with one tag only. A text that can't be a name is taken for the path
     of a folder, which need not exist. Raises StoreFormatError if there is neither such a folder nor such a pulled
-    model.
+    model, or if ``name`` has no tag and the model was pulled with several tags.
     """
     text, folder = os.fspath(name), Path(name)
     if not may_be_name(text) or folder.exists():
@@ -78,7 +78,9 @@ def pulled_model(name: str) -> tuple[str, Path]:
     Raises StoreFormatError if there is none, or if ``name`` has no tag and the model was pulled with several tags.
     """
     if (found := _named(name)) is None:
-        raise StoreFormatError(f"There is no pulled model {name}.", "moetier list says what there is.")
+        raise StoreFormatError(
+            f"There is no pulled model {name}.", "Run moetier list to see the names of all pulled models."
+        )
     return found
 
 
@@ -94,17 +96,20 @@ def _named(name: str) -> tuple[str, Path] | None:
     if len(widths) == 1:
         return widths[0], there[widths[0]]
     if widths:
-        raise StoreFormatError(f"{name} was pulled more than once.", f"Say which: {' or '.join(widths)}.")
+        raise StoreFormatError(f"{name} was pulled with several tags.", f"Give one of them: {' or '.join(widths)}.")
     return None
 
 
 def checkpoint_or_model(source: str) -> str:
-    """Resolve the source of a command that also takes ids of the hub: only a name with a tag means a pulled model."""
+    """Return the model directory that ``source`` names, if it has a tag (NAME:TAG); otherwise ``source`` itself.
+
+    This is for commands that also take an id on the hub, which has no tag.
+    """
     return str(model_directory(source)) if ":" in source else source
 
 
 def name_of(folder: Path) -> str:
-    """Return the name of a pulled model by its folder; the folder's own name if it was not pulled."""
+    """Return the name of the pulled model in ``folder``; the folder's own name if the model was not pulled."""
     real = folder.resolve()
     names = [name for name, path in pulled().items() if path.resolve() == real]
     return names[0] if names else real.name
@@ -124,7 +129,7 @@ def _advice(name: str) -> str:
 
 
 def pulling(name: str) -> list[str]:
-    """Return the arguments of ``moetier pull`` that give a model the name ``name``."""
+    """Return the arguments of ``moetier pull`` that pull the model called ``name``."""
     parts = NAME.fullmatch(name)
     assert parts is not None
     words, width = [parts["id"]], WIDTH.fullmatch(parts["tag"] or "")

@@ -14,11 +14,11 @@ import moetier
 
 from .control_groups import control_groups
 
-VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # with these a user sets torch's number
+VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # with these variables a user sets torch's number of threads
 
 
 def usable_cpus(root: Path = Path("/")) -> int:
-    """Return the number of CPUs that this process may use, by its affinity and its control groups' quotas; at least 1.
+    """Return how many CPUs this process may use, as limited by CPU affinity and control groups' quotas; at least 1.
 
     A quota is rounded to the nearest whole number. With more threads than the quota, the kernel stops all of them for a
     part of each period; with fewer, a part of the quota is never used. Rounding costs at most half a CPU either way.
@@ -44,7 +44,8 @@ def _quota(folder: Path, version: int) -> float | None:
 def use_threads(threads: int | None = None) -> int:
     """Set the number of threads that torch and moetier's kernels compute with, and return it.
 
-    None keeps torch's number, but at most ``usable_cpus()``. If one of VARIABLES is set, None changes nothing.
+    With None, torch's number is reduced to ``usable_cpus()`` if it is larger. If one of VARIABLES is set, None changes
+    nothing.
     """
     import torch  # imported late: commands call ``usable_cpus`` before they import torch
 
@@ -58,9 +59,9 @@ def use_threads(threads: int | None = None) -> int:
 
 
 def spin_as_others_do() -> None:
-    """Remove the OpenMP setting GOMP_SPINCOUNT that ``import moetier`` made. Call it before OpenMP is loaded.
+    """Remove the OpenMP setting GOMP_SPINCOUNT that ``import moetier`` has made. Call this before OpenMP is loaded.
 
-    A measurement of another engine calls it, so that the engine runs as its own users run it.
+    It is for measurements of other engines, which then run as they do for their own users.
     """
     if os.environ.get("GOMP_SPINCOUNT") == moetier._SPIN:
         del os.environ["GOMP_SPINCOUNT"]

@@ -1,6 +1,6 @@
 """Names that changed between the versions of transformers that moetier supports.
 
-They have a module of their own, so that support of a new version is a change in one place.
+All of them are in this module, so that only this module changes when a new version is to be supported.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from moetier.tiers.errors import ConfigError
 
 Message = dict[str, str]
 
-# for models without a chat template: like the text of a play
+# for models without a chat template; it looks like the text of a play
 PLAIN_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message.role not in ('system', 'developer') %}{{ message.role | capitalize }}:\n{% endif %}"
@@ -18,16 +18,16 @@ PLAIN_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}Assistant:\n{% endif %}"
 )
-PLAIN_STOP = "\n\nUser:"  # where such a model begins to write the user's part
+PLAIN_STOP = "\n\nUser:"  # where a model with this template begins to write the user's part
 
 
 class Conversation:
     """Messages of a system, a user and an assistant, as transformers' chat templates take them.
 
     A prompt has fewer than ``context`` tokens. If the next prompt would leave fewer than ``room`` tokens for an answer,
-    its oldest turns are left out until half of the context is free. So turns are seldom left out, and in between each
-    prompt begins with the one before, which is in the prompt cache. The system prompt stays, and ``messages`` keeps all
-    turns.
+    its oldest turns are left out until half of the context is free. So turns are seldom left out. At all other times, a
+    prompt begins with the previous prompt and its answer, which are in the prompt cache. The system prompt is never
+    left out, and ``messages`` keeps all turns.
     """
 
     def __init__(self, tokenizer: Any, *, system: str | None, context: int, room: int) -> None:
@@ -51,9 +51,10 @@ class Conversation:
         return self._out // 2
 
     def prompt(self, text: str) -> list[int]:
-        """Return token ids for an answer to ``text``, which becomes part of the conversation only by ``add``.
+        """Return the token ids of a prompt for an answer to the user's ``text``.
 
-        Raises ConfigError for a text that does not fit, or that the template refuses.
+        The text becomes a part of the conversation only if ``add`` is called with it and the answer. Raises ConfigError
+        if the text does not fit into the context, or if the chat template refuses it.
         """
         said: Message = {"role": "user", "content": text}
         out, ids = self._out, self._encode([*self._turns[self._out :], said])
@@ -63,14 +64,15 @@ class Conversation:
                 ids = self._encode([*self._turns[out:], said])
         if len(ids) >= self.context:
             raise ConfigError(
-                f"That takes {counted(len(ids), self.context)} tokens, and the context is {self.context:,}.",
-                "Say it in fewer words, or give a longer --context, where the model has one.",
+                f"The prompt takes {counted(len(ids), self.context)} tokens, "
+                f"but the context has only {self.context:,}.",
+                "Shorten the message, or give a longer --context, if the model supports it.",
             )
         self._out = out
         return ids
 
     def add(self, text: str, answer: str) -> None:
-        """Append an exchange."""
+        """Append the user's ``text`` and the model's ``answer`` to the conversation."""
         self._turns += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
 
     def reset(self) -> None:
@@ -89,7 +91,7 @@ class Conversation:
         except (jinja2.TemplateError, ValueError, TypeError, LookupError, AttributeError) as error:
             raise ConfigError(
                 f"The model's chat template refuses this conversation: {_first_line(error)}",
-                "Leave out --system." if self._system else "See chat_template.jinja of the model directory.",
+                "Leave out --system." if self._system else "See chat_template.jinja in the model directory.",
             ) from error
         return first_ids(self._tokenizer, text, self.context, add_special_tokens=self.is_plain)
 

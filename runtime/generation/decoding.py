@@ -21,9 +21,9 @@ ONE_SEQUENCE = {  # overrides generation_config.json, because streamed text is o
     "dola_layers": None,
 }
 
-TEMPERATURE = Number(float, 0, math.inf, "Give 0, to decode greedily, or more.")
-TOP_K = Number(int, 0, MOST, "Give 1 or more, or 0 for all tokens.")
-TOP_P = Number(float, TINY, 1, "Give more than 0, and 1 at most.")
+TEMPERATURE = Number(float, 0, math.inf, "Give 0 to decode greedily, or a greater number.")
+TOP_K = Number(int, 0, MOST, "Give the number of tokens to choose from, or 0 for all tokens.")
+TOP_P = Number(float, TINY, 1, "Give a number greater than 0 and at most 1.")
 MIN_P = Number(float, 0, 1, "Give 0 to 1.")
 REPETITION_PENALTY = Number(float, 0.01, 100, "Give 0.01 to 100; 1 changes nothing.")
 OCCURRENCE_PENALTY = Number(float, -2, 2, "Give -2 to 2; 0 changes nothing.")
@@ -38,8 +38,8 @@ def sampling_of(asked: Mapping[str, float]) -> dict[str, Any]:
     """Return the keyword arguments of ``generate()`` for the sampling options in ``asked``, whose keys are in SAMPLING.
 
     PENALTIES are ignored here, because transformers has no such arguments; see ``penalties_of``. A temperature of 0
-    decodes greedily. A higher one turns sampling on, and so does a top_k, top_p or min_p that excludes tokens. If
-    ``asked`` has none of these, the model's generation_config.json decides.
+    decodes greedily. A higher temperature turns sampling on, and so does a top_k, top_p or min_p that excludes tokens.
+    If ``asked`` has none of these options, the model's generation_config.json decides.
     """
     temperature = asked.get("temperature")
     given: dict[str, Any] = {name: asked[name] for name in ("repetition_penalty",) if name in asked}
@@ -52,14 +52,14 @@ def sampling_of(asked: Mapping[str, float]) -> dict[str, Any]:
 
 
 def penalties_of(asked: Mapping[str, float]) -> dict[str, float]:
-    """Return the PENALTIES in ``asked`` that are not 0."""
+    """Return a dictionary of those PENALTIES in ``asked`` that are not 0."""
     return {name: asked[name] for name in PENALTIES if asked.get(name)}
 
 
 def behind(prompt: int, decoding: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``decoding`` with its PENALTIES turned into a logits processor, which counts the tokens after the prompt.
+    """Return the options ``decoding`` with a logits processor in place of PENALTIES, as ``generate()`` takes them.
 
-    ``prompt``: length of the prompt in tokens.
+    The processor counts only tokens after the prompt. ``prompt`` is the length of the prompt in tokens.
     """
     presence, frequency = (decoding.get(name, 0.0) for name in PENALTIES)
     given = {name: value for name, value in decoding.items() if name not in PENALTIES}
@@ -71,7 +71,7 @@ def behind(prompt: int, decoding: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def chunks_of(model: Any, tokens: int, chunk: int) -> dict[str, Any]:
-    """Return arguments of ``generate()`` that compute a prompt of ``tokens`` in chunks of ``chunk`` tokens.
+    """Return arguments that make ``generate()`` compute a prompt of ``tokens`` in chunks of ``chunk`` tokens.
 
     They are empty if the prompt is no longer than a chunk, or if the model can't resume in the middle of a prompt.
     """
@@ -79,9 +79,9 @@ def chunks_of(model: Any, tokens: int, chunk: int) -> dict[str, Any]:
 
 
 def can_resume(model: Any) -> bool:
-    """Return whether a model can resume in the middle of a prompt, from what it kept of the tokens before.
+    """Return whether a model can resume in the middle of a prompt, from the states that it has kept of earlier tokens.
 
-    That is certain only if every layer keeps keys and values. Some models with other states can't resume from them.
+    That is certain only if the state of every layer is keys and values. Some models with other states can't resume.
     """
     if not model._supports_default_dynamic_cache() or model.generation_config.use_cache is False:
         return False
@@ -95,10 +95,10 @@ def can_resume(model: Any) -> bool:
 
 
 def encode(model: Any, tokenizer: Any, prompt: str, name: str = "The prompt") -> dict[str, Any]:
-    """Return input_ids and attention_mask [1, tokens] of one prompt, without token types.
+    """Return a dictionary of the input_ids and the attention_mask of one prompt, [1, tokens] each.
 
-    ``name``: the prompt's name in errors. Raises ConfigError if the prompt leaves no room in the model's context for an
-    answer.
+    ``name`` is the prompt's name in errors. Raises ConfigError if the prompt leaves no room for an answer in the
+    model's context.
     """
     import torch
 
@@ -108,14 +108,14 @@ def encode(model: Any, tokenizer: Any, prompt: str, name: str = "The prompt") ->
         raise ConfigError(
             f"{name} has {counted(len(ids), most)} tokens, and the model's maximum context is {most:,}, prompt and "
             "answer together.",
-            "Shorten it, or take a model with a longer context.",
+            "Shorten it, or use a model with a longer context.",
         )
     given = torch.tensor([ids], dtype=torch.int64, device=model.device)
     return {"input_ids": given, "attention_mask": torch.ones_like(given)}
 
 
 def within_context(model: Any, tokens: int, decoding: dict[str, Any]) -> dict[str, Any]:
-    """Return ``decoding`` for a prompt of ``tokens``, with no more new tokens than fit the model's context."""
+    """Return ``decoding`` with max_new_tokens limited to what a prompt of ``tokens`` leaves of the model's context."""
     most = longest_context(model.config)
     if most is None or tokens + decoding["max_new_tokens"] <= most:
         return decoding

@@ -1,6 +1,6 @@
 """Presence and frequency penalties, which transformers lacks.
 
-They have a module of their own because it imports transformers, which ``decoding`` must not do.
+They are not in ``decoding``, because that module must not import transformers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class OccurrencePenalties(LogitsProcessor):
         self._frequency = frequency
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Return the new scores: ``input_ids`` [1, tokens], ``scores`` [1, vocabulary]."""
+        """Return the new scores. ``input_ids`` is [1, tokens], ``scores`` and the result are [1, vocabulary]."""
         generated = input_ids[:, self._prompt :]
         counts = torch.zeros_like(scores).scatter_add_(1, generated, torch.ones_like(generated, dtype=scores.dtype))
         return scores - self._frequency * counts - self._presence * (counts > 0)

@@ -10,10 +10,10 @@ from .decoding import can_resume, chunks_of
 
 
 class PromptCache:
-    """Keys and values of the last sequence, so that the next one computes only the tokens after their common prefix.
+    """Keys and values of the last sequence. For the next sequence, only tokens after the common prefix are computed.
 
-    Call ``begin``, then ``generate``. Nothing is kept for a model that can't resume in the middle of a prompt. Once a
-    layer's sliding window is full it can't be cut back to a shorter prefix; then the whole prompt is computed again.
+    Call ``begin``, then ``generate``. Nothing is kept for a model that can't resume in the middle of a prompt. A layer
+    whose sliding window is full can't be cut back to a shorter prefix. The whole prompt is then computed again.
     """
 
     def __init__(self, model: Any) -> None:
@@ -32,9 +32,9 @@ class PromptCache:
         return {CACHE: self._cache, "use_cache": True, "cache_implementation": None} if self._keeps else {}
 
     def begin(self, ids: Sequence[int]) -> int:
-        """Cut the cache to what it has of ``ids``, and return how many of the first ``ids`` need not be computed.
+        """Cut the cache to the longest prefix of ``ids`` that it holds, and return that prefix's length in tokens.
 
-        At least one has to be computed.
+        The last of ``ids`` is never included, because at least one token has to be computed.
         """
         if not self._keeps:
             return 0
@@ -99,9 +99,9 @@ class PromptCache:
         return sequence
 
     def end(self, ids: Sequence[int]) -> None:
-        """Note that the cache holds ``ids``, cut to the tokens that every layer has.
+        """Note which tokens the cache holds: the first of ``ids``, as many as every layer has keys and values for.
 
-        ``ids``: the sequence that was computed since ``begin``; for a generation that was interrupted, its prompt.
+        ``ids`` is the sequence that was computed since ``begin``, or, if the generation was interrupted, its prompt.
         """
         if self._cache is not None:
             self._ids = list(ids)
@@ -109,14 +109,11 @@ class PromptCache:
 
     @property
     def length(self) -> int:
-        """Number of tokens whose keys and values every layer has.
-
-        While ``generate`` runs, it is what ``begin`` returned.
-        """
+        """Number of tokens whose keys and values every layer has. While ``generate`` runs, it does not change."""
         return len(self._ids)
 
     def clear(self) -> None:
-        """Remove the cached keys and values of all tokens."""
+        """Remove the keys and values of all tokens."""
         self._cache, self._ids = None, []
 
     def _cut(self, length: int) -> None:
@@ -138,14 +135,14 @@ class _Stopped(Exception):
 
 
 def _can_lose(layer: Any, tokens: int) -> bool:
-    """Return whether a layer can be cut by its last ``tokens``.
+    """Return whether the last ``tokens`` can be removed from a layer.
 
-    A full sliding window can't: it has dropped older tokens that would be inside the window again.
+    They can't be removed from a full sliding window, which no longer has the tokens that would move into it again.
     """
     return not tokens or not layer.is_sliding or layer.get_seq_length() < layer.sliding_window
 
 
 def _common(some: Sequence[int], others: Sequence[int]) -> int:
-    """Return the length of the common prefix."""
+    """Return the length of the common prefix of two sequences."""
     pairs = zip(some, others, strict=False)
     return next((at for at, (one, other) in enumerate(pairs) if one != other), min(len(some), len(others)))

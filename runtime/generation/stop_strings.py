@@ -7,9 +7,9 @@ from typing import Any
 
 
 class StopStrings:
-    """Cut a text that comes in pieces where a stop string begins.
+    """Cut a text at its first stop string. The text comes in pieces.
 
-    The end of a piece that may be the beginning of a stop string is held back until more text decides.
+    If the end of a piece may be the beginning of a stop string, it is held back until later text decides.
     """
 
     def __init__(self, strings: Sequence[str]) -> None:
@@ -18,9 +18,10 @@ class StopStrings:
         self.ended = False
 
     def feed(self, item: Any) -> list[Any]:
-        """Return what to pass on after ``item`` has come: a piece of text, None at the end, or anything else unchanged.
+        """Return the items to pass on after ``item``, which is a piece of text, None for the end, or another object.
 
-        The result ends with None where a stop string was found. After the end, nothing is passed on.
+        Another object is passed on unchanged. If a stop string is found, the result ends with None. After the end, the
+        result is empty.
         """
         if self.ended:
             return []

@@ -12,9 +12,9 @@ from .stop_strings import StopStrings
 
 
 class TimedStreamer(TextStreamer):
-    """Pass new text to ``echo``, collect it in ``text``, count tokens, and time the first and the last.
+    """Pass new text to ``echo``, collect it in ``text``, count the tokens, and time the first and the last token.
 
-    ``echo`` gets one newline at the end that is not part of the text. The text ends where ``stop`` begins.
+    At the end, ``echo`` also gets a newline, which is not part of the text. The text ends where ``stop`` begins.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class TimedStreamer(TextStreamer):
         self._start = time.perf_counter()
 
     def put(self, value: torch.Tensor) -> None:
-        """Take token ids from ``generate()``: the prompt [1, tokens] first, and then token after token, [1] each."""
+        """Take token ids from ``generate()``: first the prompt, [1, tokens]; then one token at a time, [1] each."""
         if not (self.skip_prompt and self.next_tokens_are_prompt):
             self._moments.append(time.perf_counter())
         super().put(value)
@@ -57,6 +57,6 @@ class TimedStreamer(TextStreamer):
 
     @property
     def seconds(self) -> tuple[float, float]:
-        """Seconds from construction to the first new token and to the last one; both to now if there is none yet."""
+        """Seconds from construction to the first and to the last new token; up to now if there is no token yet."""
         moments = self._moments or [time.perf_counter()]
         return moments[0] - self._start, moments[-1] - self._start

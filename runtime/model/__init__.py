@@ -1,7 +1,7 @@
 """Loading a model over the tiers: ``moetier.load``, and ``register`` for transformers' ``from_pretrained``.
 
-Others use ``load``, ``registration`` and ``tiers``. The package imports ``client``, ``moe``, ``speculation`` and
-``trace``.
+Other packages use ``load``, ``registration`` and ``tiers``. The package imports ``checkpoint``, ``client``,
+``kernels``, ``moe`` and ``speculation`` of ``runtime``, and ``tiers``.
 """
 
 from typing import TYPE_CHECKING

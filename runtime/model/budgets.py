@@ -1,6 +1,6 @@
-"""Memory that a model needs besides its experts, and the budgets that are left for experts.
+"""Memory that a model needs besides its experts, and the memory budgets that are left for experts.
 
-Loading and planning both use it.
+Both loading and planning use this module.
 """
 
 from __future__ import annotations
@@ -19,17 +19,20 @@ from moetier.tiers.cache.budget import smallest_budget
 from moetier.tiers.layout import RecordLayout
 from moetier.tiers.manifest import Manifest
 
-# parts of the names of layer types whose state does not grow with the context
+# layer types whose names contain one of these have a state that does not grow with the context
 NOTHING_PER_TOKEN = ("linear", "mamba", "conv", "moe", "mlp")
 WINDOWED = ("sliding", "chunked")
 
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """Bytes needed besides the experts. With a GPU, cache and scratch are on the GPU, and not on the host."""
+    """Bytes of memory that a model needs besides its experts.
 
-    trunk: int  # of the trunk, as far as its memory still counts as free
-    cache: int  # keys and values of a context, and outputs of experts that are computed early
+    If the model is computed on a GPU, ``cache`` and ``scratch`` are bytes of the GPU's memory, not of the host's.
+    """
+
+    trunk: int  # the part of the trunk whose memory still counts as free
+    cache: int  # keys and values of a context, and outputs of experts that wait to be added up
     scratch: int  # scratch memory of computations
 
     @property
@@ -38,7 +41,11 @@ class Needs:
         return self.cache + self.scratch
 
     def host_budget(self, manifest: Manifest, asked: Size | None, available: Available, device: torch.device) -> int:
-        """Return the bytes for the host tier's slots, given what is ``available`` on the host. Raises BudgetError."""
+        """Return the bytes for the host tier's slots.
+
+        ``asked`` is the user's option, ``available`` the free memory of the host, and ``device`` the device that
+        computes. Raises BudgetError as ``budget_for`` does.
+        """
         return budget_for(
             asked,
             smallest=smallest_budget(manifest),
@@ -48,9 +55,10 @@ class Needs:
         )
 
     def device_budget(self, manifest: Manifest, asked: Size | None, available: Available) -> int:
-        """Return the bytes for the device tier, given what is ``available`` there once the trunk is loaded.
+        """Return the bytes for the device tier's slots.
 
-        Raises BudgetError.
+        ``asked`` is the user's option, and ``available`` the memory of the device that is free once the trunk is
+        loaded. Raises BudgetError as ``budget_for`` does.
         """
         return budget_for(
             asked,
@@ -63,11 +71,11 @@ class Needs:
 
 
 def context_bytes(model: Any, manifest: Manifest, tokens: int) -> int:
-    """Return the bytes for a context of ``tokens``: keys and values, and outputs of experts that are not yet added up.
+    """Return the bytes for a context of ``tokens``: keys and values, and outputs of experts that wait to be added up.
 
-    Experts compute as their records arrive, and their outputs are added up in a fixed order, so early outputs are kept.
-    Memory for these is counted for a prefill of DEFAULT_CONTEXT tokens at most, and for one block, as blocks compute
-    one after another.
+    Experts are computed in the order in which their records arrive, but their outputs are added up in a fixed order, so
+    some outputs have to wait. Memory for them is counted for one block, as blocks are computed one after another, and
+    for a prefill of at most DEFAULT_CONTEXT tokens.
     """
     modules = experts_modules(model)
     early = max(
@@ -80,15 +88,15 @@ def context_bytes(model: Any, manifest: Manifest, tokens: int) -> int:
 
 
 def largest_decoded(matrices: Iterable[RecordLayout], kernels: Kernels) -> int:
-    """Return the number of weights of the largest of the trunk's ``matrices`` that has to be decoded; 0 if none has."""
+    """Return the number of weights of the largest of ``matrices`` that ``kernels`` must decode; 0 if there is none."""
     return max((layout.weights for layout in matrices if not kernels.packs(layout)), default=0)
 
 
 def scratch_numbers(manifest: Manifest, kernels: Kernels) -> int:
-    """Return the size of the scratch memory for computing with experts, in numbers.
+    """Return how many numbers the scratch memory for computing with experts has to hold.
 
-    It holds the largest projection that has to be decoded, or what compiled code keeps between products for ROWS
-    tokens: less than three times the inputs and outputs of the widest projection.
+    The scratch memory holds the largest projection that has to be decoded, or what compiled code keeps between products
+    for ROWS tokens. The latter is less than three times the inputs and outputs of the widest projection.
     """
     layouts = manifest.layouts.values()
     decoded = [p.rows * p.columns for layout in layouts for p in layout.projections if not kernels.packs(layout)]

@@ -1,4 +1,4 @@
-"""Load a model directory."""
+"""``load``: the model and the tokenizer of a model directory."""
 
 from __future__ import annotations
 
@@ -45,50 +45,51 @@ def load(
     attn_implementation: str | None = None,
     **options: Unpack[LoadOptions],
 ) -> tuple[Any, PreTrainedTokenizerBase | None]:
-    """Load a model directory: the model, of the class that its config.json names, and its tokenizer.
+    """Load the model and the tokenizer of a model directory. The model's class is the one that its config.json names.
 
-    The trunk is read at once, experts when they are first needed. Code that a directory brings is never run, and
-    nothing outside the directory is read.
+    The trunk is read at once, experts when they are first needed. Code in the directory is never run, and nothing
+    outside the directory is read.
 
     Args:
         directory: the folder of the model, or the name of a pulled model.
-        ram: host memory for experts: "6GiB", "50%" of what trunk and context leave, or a number of bytes. Default:
-            "80%".
-        device_memory: likewise, GPU memory for experts.
+        ram: host memory for experts: a size ("6GiB"), a share of what trunk and context leave ("50%"), or a number of
+            bytes. Default: "80%".
+        device_memory: GPU memory for experts, in the same form.
         device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N".
-        daemon: where experts come from: "auto": from a storage daemon of this user that serves this very store, else
-            from this process's own tier; None or "none": from its own tier; a daemon's name, folder or HOST:PORT: from
-            that daemon; several, separated by commas: each daemon has a share of the experts.
+        daemon: where experts come from. "auto": from a storage daemon of this user that serves this store, if there is
+            one, else from this process's own tier. None or "none": from this process's own tier. A daemon's name,
+            folder or HOST:PORT: from that daemon. Several of these, separated by commas: a share from each daemon.
         credentials: token and certificates for daemons at HOST:PORT.
-        policy: which experts are evicted first: "lru", the least recently used of a block; "scan", the same, but a long
-            prompt leaves what is cached in place; "lrfu", as "scan", but the experts least often used recently.
-        speculate: whether experts are loaded before they are needed, as the routers of the next layers predict from the
-            present hidden state: "auto" (while it is measured to pay), "off" or "always". It does not change the text
-            that a model generates.
+        policy: which experts of a block are evicted first. "lru": the least recently used. "scan": as "lru", but a long
+            prompt leaves most cached experts in place. "lrfu": as "scan", but the experts used least often of late.
+        speculate: whether experts are loaded before they are needed, as predicted by the routers of the next layers
+            from the present hidden state: "auto" (while measurements show that this is faster), "off" or "always". It
+            does not change the text that a model generates.
         look_ahead: number of layers, after the present one, whose experts are predicted.
-        prefetch: most experts of a block to load on a prediction. Default: as many as are worth it.
-        learn: keep which experts are used most, in $XDG_CACHE_HOME/moetier, and read those of earlier runs at the
+        prefetch: most experts of a block to load on a prediction. Default: all that are predicted.
+        learn: keep a list of the most used experts in $XDG_CACHE_HOME/moetier, and load those of earlier runs at the
             start, in the background.
-        loaders: number of experts that are read from the disk at a time.
-        context: tokens of context that budgets leave room for. A longer context works where there is more memory.
-        exact: compute bit for bit as the ordinary model does with the decoded weights and
+        loaders: number of experts that are read from the disk at the same time.
+        context: tokens of context that memory budgets leave room for. A longer context works if there is more memory.
+        exact: compute bit for bit what the ordinary model computes with the decoded weights and
             ``experts_implementation="eager"``, which is slower. Otherwise quantised experts are multiplied as they are
             stored, on a CPU with activations rounded to 8 bits. (transformers' default, "grouped_mm", rounds
             differently.)
-        threads: number of threads to compute with, as in torch.set_num_threads: one number for the process. Default:
-            OMP_NUM_THREADS, else torch's number, but at most the CPUs that this process may use, by affinity and by the
-            quota of its control group.
-        dtype: the type in which the trunk is computed: torch.bfloat16, float16 or float32, or the name of one; "auto":
-            the type that config.json names.
-        attn_implementation: as in from_pretrained. Without it, moetier's own function computes attention of single
-            tokens on a CPU where the model would use "sdpa".
+        threads: number of threads to compute with. It applies to the whole process, as in torch.set_num_threads.
+            Default: OMP_NUM_THREADS, else torch's number, but at most the number of CPUs that this process may use by
+            its CPU affinity and its control group's quota.
+        dtype: the type in which the trunk is computed: torch.bfloat16, float16 or float32, or the name of one of these;
+            "auto": the type that config.json names.
+        attn_implementation: as in from_pretrained. Without it, if the model would use "sdpa", attention of single
+            tokens on a CPU is computed by moetier's own function.
 
     Returns:
-        The model and its tokenizer (None if it has none). ``model.tiers`` has the statistics, ``where`` the experts
-        come from, and ``close()``, which happens by itself when the model is garbage-collected.
+        The model and its tokenizer (None if it has none). The tiers are ``model.tiers``: ``stats()`` returns their
+        counters, ``where`` says where the experts come from, and ``close()`` closes them, which also happens when the
+        model is garbage-collected.
 
     Raises:
-        MoetierError: for options, directories and machines that cannot be used.
+        MoetierError: an option, the directory or the machine can't be used.
     """
     folder = model_directory(directory)
     asked = TierConfig.of(**options)
@@ -130,7 +131,7 @@ def _dtype(dtype: object) -> str | torch.dtype:
         if named is found:
             return found
     names = ", ".join(str(each).removeprefix("torch.") for each in DTYPES)
-    raise ConfigError(f"`dtype` is {dtype!r}.", f'Give "auto" or one of {names}, as a text or of torch.')
+    raise ConfigError(f"`dtype` is {dtype!r}.", f'Give "auto" or one of {names}, as a text or as a torch.dtype.')
 
 
 def _attention(name: object) -> str | None:
@@ -143,7 +144,7 @@ def _attention(name: object) -> str | None:
 
 @contextlib.contextmanager
 def _bar_on_a_terminal_alone() -> Iterator[None]:
-    """Disable transformers' progress bar where standard error is a file or a pipe."""
+    """Disable transformers' progress bar if standard error is not a terminal."""
     log = transformers.utils.logging
     if not log.is_progress_bar_enabled() or (sys.stderr is not None and sys.stderr.isatty()):
         yield
@@ -157,20 +158,21 @@ def _bar_on_a_terminal_alone() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _load_errors(folder: Path) -> Iterator[None]:
-    """Turn transformers' errors into errors of this project.
+    """Turn errors of transformers into errors of this project.
 
-    Files that can't be read, or that don't fit, raise StoreFormatError; a missing library raises ConfigError.
+    These are StoreFormatError if files can't be read or don't match, and ConfigError if a library is missing.
     """
     try:
         yield
     except ImportError as error:
         raise ConfigError(
-            f"{folder} can't be loaded so: {_said(error)}", "Install that, or load it otherwise."
+            f"{folder} can't be loaded in this way: {_said(error)}",
+            "Install what is missing, or choose another `attn_implementation`.",
         ) from error
     except (OSError, ValueError, SafetensorError, StrictDataclassError) as error:
         raise StoreFormatError(
             f"{folder} can't be loaded: {_said(error)}",
-            f"See what is wrong with it: {command('verify', folder)}; or convert the model again.",
+            f"Check the directory: {command('verify', folder)}; or convert the model again.",
         ) from error
 
 
@@ -185,13 +187,13 @@ def _model_class(config: dict[str, Any]) -> Any:
     if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
         raise UnsupportedModelError(
             f"config.json names the architecture {name!r}; transformers {transformers.__version__} does not have it.",
-            "Install a moetier that is made for a transformers that has it.",
+            "Install a version of moetier that supports a version of transformers with this architecture.",
         )
     return found
 
 
 def place_of(device: str) -> str:
-    """Resolve the option ``device`` to "cpu", "cuda" or "cuda:N". Raises ConfigError if torch has no CUDA device."""
+    """Return "cpu", "cuda" or "cuda:N" for the option ``device``. Raises ConfigError if torch lacks a CUDA device."""
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():

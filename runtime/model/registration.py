@@ -70,15 +70,15 @@ def asked_for(config: TierConfig) -> Iterator[None]:
 
 
 def register(**options: Unpack[TierOptions]) -> None:
-    """Let plain ``AutoModelForCausalLM.from_pretrained(DIR)``, and what is built on it, load a model directory.
+    """Let ``AutoModelForCausalLM.from_pretrained(DIR)`` of transformers, and what calls it, load model directories.
 
     Args:
         options: those of ``load`` except ``device``, ``dtype`` and ``attn_implementation``. They apply to all models
-            that are loaded in this way from then on, and override those in a config.json. A later call replaces them.
+            that are loaded in this way from now on, and override those in a config.json. A later call replaces them.
             The ``device_map`` of ``from_pretrained`` says where a model is computed.
 
     Raises:
-        ConfigError: for options that cannot be used.
+        ConfigError: an option can't be used.
     """
     global _options
     TierConfig.of(**options)
@@ -105,19 +105,20 @@ class MoetierConfig(QuantizationConfigMixin):
         self,
         quant_method: str = NAME,
         format: int = FORMAT,
-        bits: int | None = None,  # written by the converter, for people
-        trunk_bits: int | None = None,  # likewise
+        bits: int | None = None,  # written by the converter, for users to see
+        trunk_bits: int | None = None,  # as ``bits``
         **options: Any,
     ) -> None:
         if format != FORMAT:
             raise StoreFormatError(
                 f"The model directory has format version {format}; this moetier reads version {FORMAT}.",
-                "Install a moetier that reads it, or convert the model again.",
+                "Install a version of moetier that reads it, or convert the model again.",
             )
         if unknown := options.keys() - set(IN_CONFIG):
             raise ConfigError(
-                f"moetier's quantization_config has no {', '.join(map(repr, sorted(unknown)))}.",
-                f"What can be added is {', '.join(IN_CONFIG)}; what the converter wrote must stay.",
+                f"quantization_config in config.json has keys that moetier does not know: "
+                f"{', '.join(map(repr, sorted(unknown)))}.",
+                f"Add only {', '.join(IN_CONFIG)}, and keep the keys that the converter wrote.",
             )
         self.quant_method: Any = quant_method
         self.format = format
@@ -130,7 +131,7 @@ class MoetierConfig(QuantizationConfigMixin):
 class MoetierQuantizer(HfQuantizer):
     """Remove the experts' parameters before the weights are loaded, and attach the tiers afterwards."""
 
-    requires_calibration = True  # it loads models that were converted before, and can't convert one
+    requires_calibration = True  # it loads only models that moetier has converted
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
@@ -160,9 +161,9 @@ class MoetierQuantizer(HfQuantizer):
             setattr(model, plan, kept)
 
     def _check(self, model: PreTrainedModel, modules: dict[str, Any], manifest: Manifest) -> None:
-        """Raise unless the model's Experts modules match the store's blocks: the same paths, experts and shapes.
+        """Check that the model's Experts modules match the store's blocks: the same paths, experts and shapes.
 
-        Raises UnsupportedModelError if the model has none, else StoreFormatError.
+        Raises UnsupportedModelError if the model has no Experts modules, and StoreFormatError if they don't match.
         """
         if not modules:
             raise UnsupportedModelError(
@@ -198,7 +199,7 @@ class MoetierQuantizer(HfQuantizer):
         linears = quantized_linears(model)
         for linear in linears:
             linear.compute_with(kernels)
-        shortcuts = _shortcuts(model, asked)  # before the tiers: shortcuts take memory that budgets must not count on
+        shortcuts = _shortcuts(model, asked)  # before the tiers, as this memory is then not free
         tiers = Tiers.open(
             self._folder,
             asked,
@@ -258,17 +259,18 @@ class MoetierQuantizer(HfQuantizer):
 
 
 def _folder_of(model: PreTrainedModel, files: list[str]) -> Path:
-    """Return the model directory, or the snapshot of a hub id.
+    """Return the folder of the model: its model directory, or the snapshot of a hub id.
 
-    Raises UnsafeCheckpointError for a trunk that is not in the directory, or not in safetensors.
+    Raises UnsafeCheckpointError if ``files``, from which transformers will load the trunk, are not the trunk's files in
+    that folder.
     """
     asked = model.config.name_or_path
     folder = Path(asked) if asked and Path(asked).is_dir() else Path(files[0]).parent
     for file in map(Path, files):
         if file.parent.resolve() != folder.resolve() or not TRUNK_NAME.fullmatch(file.name):
             raise UnsafeCheckpointError(
-                f"{folder} would load its trunk from {file}, which is no trunk file of its own folder.",
-                "Use another directory, or convert the model again.",
+                f"{folder} would load its trunk from {file}, which is not a trunk file in {folder}.",
+                "Don't use this model directory. Convert the model again.",
             )
     return folder
 
@@ -284,18 +286,18 @@ def _shortcuts(model: PreTrainedModel, asked: TierConfig) -> Shortcuts | None:
 
 
 def _device_of(model: PreTrainedModel) -> torch.device:
-    """Return the trunk's device. Raises ConfigError if it is on several."""
+    """Return the trunk's device. Raises ConfigError if the trunk is on several devices."""
     devices = {parameter.device for parameter in model.parameters()}
     if len(devices) != 1:
         raise ConfigError(
             f"The trunk is spread over {', '.join(sorted(map(str, devices)))}.",
-            'Load it on one device: device_map={"": "cuda:0"}, or none for the CPU.',
+            'Load it on one device: give device_map={"": "cuda:0"}, or no device_map for the CPU.',
         )
     return devices.pop()
 
 
 def _mapped_bytes(model: PreTrainedModel) -> int:
-    """Return the bytes of the model's tensors in mapped files. They stay in memory, but still count as free memory."""
+    """Return the bytes of the model's tensors that are in mapped files. Their memory still counts as free."""
     maps = [addresses for addresses, _ in mapped_files()]
     tensors = chain(model.parameters(), model.buffers())
     return sum(t.nbytes for t in tensors if any(t.data_ptr() in addresses for addresses in maps))

@@ -1,4 +1,4 @@
-"""Choose where a process's experts come from: its own host tier, or that of a daemon on this host.
+"""Choose where a process's experts come from: its own host tier, or the host tier of a daemon on this host.
 
 A process's own host tier reads from the store, or from daemons on other hosts and the store.
 """
@@ -31,10 +31,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Origin:
-    """Host tier that a process computes from. ``close`` closes the tier and what it reads from; idempotent."""
+    """The host tier that a process uses. ``close`` closes the tier and the store that it reads; it is idempotent."""
 
     host: Lender[memoryview]
-    where: str  # description of the tier for people
+    where: str  # description of the tier for a user
     close: Callable[[], None]
     learner: Learner | None = None  # only of a tier of this process, with the option `learn`
     shares: Callable[[], list[Share]] = list  # returns what came from daemons of other hosts and from the store
@@ -44,9 +44,9 @@ class Origin:
 def open_origin(folder: Path, manifest: Manifest, config: TierConfig, slots: Callable[[], Mapping[str, int]]) -> Origin:
     """Open the host tier for the model directory ``folder``.
 
-    ``slots`` returns the number of slots, by record geometry, for a tier of this process. It is called only if there
-    will be such a tier, and may raise BudgetError. Raises StoreError, and DaemonError if a daemon was asked for and
-    can't be used.
+    ``slots`` returns the number of slots for each record geometry, for a tier of this process. It is called only if
+    there will be such a tier, and may raise BudgetError. Raises StoreError if the store can't be opened, and
+    DaemonError if ``config`` names a daemon that can't be used.
     """
     if config.mapped is not None:
         return _mapped(config.mapped, folder, manifest)
@@ -57,21 +57,21 @@ def open_origin(folder: Path, manifest: Manifest, config: TierConfig, slots: Cal
         for daemon in daemons_serving(manifest.digest):
             try:
                 found = _mapped(daemon, folder, manifest)
-            except (NoDaemonError, UnknownModelError) as error:  # it has ended and left its card behind
-                _log.info("not used: the daemon %s: %s", daemon, error.cause)
-            except MoetierError as error:  # it is full, or of another version
+            except (NoDaemonError, UnknownModelError) as error:  # the daemon has ended, and has left its card behind
+                _log.info("The daemon %s is not used: %s", daemon, error.cause)
+            except MoetierError as error:  # the daemon is full, or has another version
                 refusals[daemon] = error
             else:
-                if config.of_own_tier:  # with a named daemon it is an error (``TierConfig.of``); this one was found
+                if config.of_own_tier:  # an error only for a daemon that the user names (``TierConfig.of``)
                     _log.warning(
-                        "Without effect: %s, as the experts are those of the daemon %s. Give this to the daemon, or "
-                        'set `daemon` to "none".',
+                        "Without effect: %s, because the experts are those of the daemon %s. Give these options to the "
+                        'daemon, or set `daemon` to "none".',
                         " and ".join(config.of_own_tier),
                         daemon,
                     )
                 return found
         for daemon, refusal in refusals.items():
-            _log.warning("The daemon %s serves this store, and is not used: %s %s", daemon, refusal.cause, refusal.fix)
+            _log.warning("The daemon %s serves this store, but is not used: %s %s", daemon, refusal.cause, refusal.fix)
     return _own(folder, manifest, slots(), config)
 
 
@@ -84,7 +84,7 @@ def _mapped(daemon: Address, folder: Path, manifest: Manifest) -> Origin:
 
 
 def _own(folder: Path, manifest: Manifest, slots: Mapping[str, int], config: TierConfig) -> Origin:
-    """Open a host tier of this process, which reads from its store, or from daemons of other hosts and the store."""
+    """Open a host tier of this process. It reads from the store, or from daemons of other hosts and the store."""
     reader: RecordReader
     store: ExpertStore | MirroredStore | None
     shares: Callable[[], list[Share]] = list
@@ -105,6 +105,6 @@ def _own(folder: Path, manifest: Manifest, slots: Mapping[str, int], config: Tie
             store.on_fault(host.condemn)
             store.on_recovery(host.count_failure)
         if config.daemon.addresses:
-            # closed first: the tier's close() waits for reads, which may wait for daemons
+            # closed before the tier, whose close() waits for reads, which may wait for daemons
             closing.callback(spread.close)
         return Origin(host, where, closing.pop_all().close, learner, shares)

@@ -63,11 +63,13 @@ class Tiers:
 
         ``largest``: number of weights of the trunk's largest matrix that is decoded for each product.
 
-        Raises StoreError, BudgetError if no budget works, and DaemonError if the daemon asked for can't be used.
+        Raises StoreError if the store can't be opened, BudgetError if no memory budget is possible, DaemonError if
+        ``config`` names a daemon that can't be used, and ConfigError for ``device_memory`` on a CPU.
         """
         if config.device_memory is not None and device.type == "cpu":
             raise ConfigError(
-                "On a CPU there is no device memory: experts are computed on in `ram`.", "Give `ram` alone."
+                "On a CPU there is no device memory: experts stay in host memory.",
+                "Leave out `device_memory`; `ram` is the memory for experts.",
             )
         manifest = read_manifest(store_folder(folder))
         kernels = kernels or kernels_for(device, exact=config.exact)
@@ -100,22 +102,22 @@ class Tiers:
     def __init__(self, manifest: Manifest, origin: Origin, device: HostViews | DeviceTier, kernels: Kernels) -> None:
         self.manifest = manifest
         self.host = origin.host
-        self.where = origin.where  # where the experts come from, for people
-        self.daemon = origin.daemon  # the host tier, if it is a daemon's of this host
+        self.where = origin.where  # text for a user: where the experts come from
+        self.daemon = origin.daemon  # the host tier, if it belongs to a daemon on this host
         self.learns = origin.learner is not None
         self.shares = origin.shares  # returns what came from each daemon of another host, and from the store
         self.device = device
         self.kernels = kernels
         self.speculation: Speculation | None = None
         self.hooks = Observation()  # hooks on the model, besides those of the speculation
-        self.close_sources = partial(_close_sources, device, origin)  # must not refer to the model
+        self.close_sources = partial(_close_sources, device, origin)  # without a reference to the model
 
     def stats(self) -> list[TierStats]:
-        """Return the counters of each tier that holds records, from the lowest up."""
+        """Return the counters of the host tier and, on a GPU, of the device tier."""
         return [self.host.stats(), *([self.device.stats()] if isinstance(self.device, DeviceTier) else [])]
 
     def snapshot(self) -> dict[str, Any]:
-        """Return the counters as JSON by tier: "host", or "daemon" for a daemon's; and "device" with a GPU."""
+        """Return a dictionary from the tiers' names ("host" or "daemon", and "device") to their counters, for JSON."""
         return {stats.name: stats.to_json() for stats in self.stats()}
 
     def close(self) -> None:
@@ -144,10 +146,10 @@ def close_later(close_sources: Callable[[], None], tiers: weakref.ref[Tiers]) ->
 
     The garbage collector may call this in any thread, even in a loader or in a thread that holds a tier's lock. Closing
     waits for both, so another thread has to do it. It is a daemon thread, as starting one waits for nothing that the
-    calling thread may hold. At the interpreter's end a new thread would not finish, and the call interrupts no other
-    work: then it closes the tiers itself.
+    calling thread may hold. At the interpreter's end a new thread would not finish, but this call then interrupts no
+    other work, so it closes the tiers itself.
 
-    ``tiers`` must be weak, because a speculation refers to the model.
+    The reference to ``tiers`` must be weak, because ``tiers.speculation`` refers to the model.
     """
     here = tiers()
     if here is not None and here.speculation is not None:
@@ -169,7 +171,7 @@ def close_later(close_sources: Callable[[], None], tiers: weakref.ref[Tiers]) ->
 
 @atexit.register
 def _wait_for_closers() -> None:
-    """Wait for threads that close tiers.
+    """At the interpreter's end, wait for threads that close tiers.
 
     A thread inside torch's C++ code can't be unwound, and may crash the ending process.
     """

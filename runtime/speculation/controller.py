@@ -26,7 +26,7 @@ class Mode(Enum):
 
 @dataclass(slots=True)
 class Controller:
-    """Turn speculation on and off. ``is_on`` applies to the next step; ``step`` takes the duration of each step.
+    """Turn speculation on and off. ``is_on`` says whether the next step speculates; ``step`` takes its duration.
 
     A step decodes one token. A *trial* alternates windows of steps with and without speculation, in the order on, off,
     off, on, so that a drift affects both kinds equally. The trial's verdict is the kind with the smaller mean time. A
@@ -39,9 +39,9 @@ class Controller:
     steps_on: int = field(init=False, default=0)  # number of steps with speculation
     steps_off: int = field(init=False, default=0)  # number of steps without speculation
     _window: list[float] = field(init=False, default_factory=list)  # durations of the present window's steps in seconds
-    _means: dict[bool, list[float]] = field(init=False)  # mean step of each window of the trial, with and without
+    _means: dict[bool, list[float]] = field(init=False)  # mean step of each window, with and without speculation
     _left: int = field(init=False, default=0)  # steps for which the verdict still holds; 0 during a trial
-    _held: int = field(init=False, default=0)  # all steps for which the latest verdict holds, from its trial on
+    _held: int = field(init=False, default=0)  # number of steps for which the latest verdict holds in all
     _verdict: bool | None = field(init=False, default=None)  # whether speculation pays; None before the first verdict
 
     def __post_init__(self) -> None:
@@ -49,7 +49,7 @@ class Controller:
         self.is_on = self.mode is not Mode.OFF
 
     def step(self, seconds: float) -> None:
-        """Report the duration of a step that was done with or without speculation according to ``is_on``."""
+        """Take the duration of the last step, which was done with or without speculation as ``is_on`` said."""
         if self.is_on:
             self.steps_on += 1
         else:
@@ -66,7 +66,7 @@ class Controller:
             self._end_window()
 
     def interrupt(self) -> None:
-        """Restart the present window, because the last step is not comparable with others."""
+        """Restart the present window, because the last step can't be compared with others."""
         self._window.clear()
 
     def reject(self) -> None:

@@ -2,8 +2,8 @@
 
 Most gates rank experts by a projection of the normalised residual stream. For one token, the norm multiplies the scores
 of all experts by the same factor, so the projection alone ranks them. That takes two operations, while the model's
-modules take about twenty. If experts are small, these operations are most of the cost of speculation. A shortcut is
-used only if it chooses the same experts as the gate, which is tested when it is made.
+modules take about twenty. If experts are small, the gates' operations are most of the cost of speculation. A shortcut
+is used only if it chooses the same experts as the gate, which is tested when the shortcut is made.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from moetier.runtime.kernels.gemv import Scores
 from moetier.runtime.moe.gates import Gate, Gates
 
 TRIED_ROWS = 64  # number of random states with which a shortcut is compared with its gate
-AGREE = 0.95  # share of states that must agree; not all can, as rounding decides between nearly equal scores
+AGREE = 0.95  # least share of states with the same experts; rounding decides between nearly equal scores
 
 
 class Prediction(NamedTuple):
-    """Experts predicted for a block, best first. With several tokens, the best of each come before the second best."""
+    """Experts predicted for a block, best first. With several tokens, the best of each token come first."""
 
     likely: list[int]  # for each token, as many as the gate chooses
     near: list[int]  # the next best experts
@@ -36,7 +36,7 @@ class Ranking(NamedTuple):
     top_k: int
 
     def on_cpu(self) -> Ranking:
-        """Queue a copy to the CPU and return it. It can be read once the caller has waited for the device."""
+        """Queue a copy to the CPU, and return the copy. It may be read once the caller has waited for the device."""
         return Ranking(self.experts.to("cpu", non_blocking=True), self.top_k)
 
     def prediction(self) -> Prediction:
@@ -47,22 +47,26 @@ class Ranking(NamedTuple):
 
 
 class Shortcuts:
-    """Shortcuts of a model's gates. A gate without a shortcut is called itself."""
+    """Shortcuts of a model's gates. If a gate has no shortcut, the gate itself is called."""
 
     def __init__(self, gates: Gates) -> None:
         self.gates = gates
         self._of = [None if gate.refusal else shortcut_of(gate) for gate in gates.blocks]
 
     def rank(self, block: int, hidden: Tensor) -> Ranking:
-        """Rank a block's experts by the residual stream ``hidden`` at the block's own layer or at an earlier one.
+        """Rank the experts of ``block`` for each token.
 
-        ``hidden`` is [batch, tokens, hidden], or has other leading dimensions.
+        ``hidden`` is the residual stream at the block's own layer or at an earlier one. Its shape is [tokens, hidden
+        size], or has more leading dimensions, which are flattened.
         """
         shortcut = self._of[block]
         return shortcut.rank(hidden) if shortcut is not None else ask(self.gates.blocks[block], hidden)
 
     def predict(self, block: int, hidden: Tensor) -> Prediction:
-        """Return ``rank(...).prediction()``, in less time for a single token, such as [1, 1, hidden], on a CPU."""
+        """Return ``rank(block, hidden).prediction()``.
+
+        For a single token, [1, hidden size], on a CPU, this takes less time than ``rank``.
+        """
         shortcut = self._of[block]
         if shortcut is not None and hidden.numel() == hidden.shape[-1]:
             return shortcut.predict(hidden)
@@ -76,7 +80,7 @@ class Shortcut:
         """Make a shortcut.
 
         Args:
-            weight: [experts, hidden], fp32.
+            weight: [experts, hidden size], fp32.
             bias: [experts], fp32, or None.
             top_k: number of experts that the gate chooses for a token.
         """
@@ -90,7 +94,10 @@ class Shortcut:
 
     @torch.no_grad()
     def rank(self, hidden: Tensor) -> Ranking:
-        """Rank the experts for ``hidden`` [batch, tokens, hidden], or with other leading dimensions."""
+        """Rank the experts for each token.
+
+        ``hidden`` has the shape [tokens, hidden size], or more leading dimensions, which are flattened.
+        """
         states = hidden.reshape(-1, hidden.shape[-1]).float()
         if self._bias is not None:
             states = states / (torch.linalg.vector_norm(states, dim=-1, keepdim=True) / self._root)
@@ -98,7 +105,7 @@ class Shortcut:
         return Ranking(scores.topk(self._ranked, -1).indices, self._top_k)
 
     def predict(self, hidden: Tensor) -> Prediction:
-        """Return ``rank(hidden).prediction()`` for a single token, such as [1, 1, hidden], on a CPU."""
+        """Return ``rank(hidden).prediction()`` for a single token on a CPU: ``hidden`` is [1, hidden size]."""
         scores = None if self._scores is None else self._scores.of(hidden)
         if scores is None:
             return self.rank(hidden).prediction()
@@ -111,7 +118,7 @@ class Shortcut:
 
 @torch.no_grad()
 def ask(gate: Gate, hidden: Tensor) -> Ranking:
-    """Rank the experts by calling the gate with ``hidden``, such as [batch, tokens, hidden] (see ``Gate.ask``)."""
+    """Rank the experts by calling the gate with ``hidden`` [batch, tokens, hidden size]; see ``Gate.ask``."""
     output = gate.ask(hidden)
     probabilities, experts = gate.probabilities(output), output[2]
     top_k = experts.shape[-1]
@@ -120,13 +127,13 @@ def ask(gate: Gate, hidden: Tensor) -> Ranking:
 
 
 def _ranked(top_k: int, experts: int) -> int:
-    """Return how many experts of a block are ranked: twice ``top_k``, or all."""
+    """Return how many experts of a block are ranked: twice ``top_k``, but at most all ``experts``."""
     return min(2 * top_k, experts)
 
 
 @torch.no_grad()
 def shortcut_of(gate: Gate) -> Shortcut | None:
-    """Return a gate's shortcut, or None if the shortcut would choose other experts than the gate."""
+    """Return a shortcut of the gate, or None if no shortcut would choose the same experts as the gate."""
     weight = getattr(gate.gate, "weight", None)
     if gate.mixer is not None or not isinstance(weight, Tensor) or weight.ndim != 2:
         return None

@@ -1,10 +1,10 @@
 """Speculative gating: ask the gates of the next layers with the present hidden state, and prefetch what they choose.
 
 The method is from Eliseev & Mazur 2023 (arXiv 2312.17238), section 3.2. The blocks of the next layers are predicted
-from the hidden state at the entry of a block's MoE part. On a GPU the predictions are computed there at once. On a CPU,
-where they take time of the caller, they are computed after the block's own demand, while its records are being read. If
-predictions look more than one layer ahead, a block is predicted once more at the entry of its own layer. Prefetches
-from a block are requested only after the block's own demand, so that the demand's reads come first.
+from the hidden state at the entry of a block's MoE part. On a GPU, predictions are computed at the entry. On a CPU,
+where they take the caller's time, they are computed after the block's own demand, while its records are being read. If
+predictions look more than one layer ahead, a block is predicted once more at the entry of its own layer. Predicted
+records are requested only after the present block's own demand, so that the demand's reads come first.
 """
 
 from __future__ import annotations
@@ -46,21 +46,21 @@ class SpeculationStats:
     seconds: float  # the caller's time for predictions, requests and judgements
 
     def to_json(self) -> dict[str, Any]:
-        """Return all fields, by name."""
+        """Return a dictionary from the names of all fields to their values."""
         return asdict(self)
 
 
 class Admission:
     """Request prefetches of the predicted experts that ``source`` lacks.
 
-    A request also names the predicted and next best experts that are READY, because no prefetch evicts a requested
-    record. The next best experts are included because many wrong predictions are nearly right.
+    A request also names the predicted and the next best experts whose records are READY, because no prefetch evicts a
+    requested record. The next best experts are included because many wrong predictions are nearly right.
     """
 
     def __init__(self, source: ExpertSource[Any], experts: Sequence[int], *, most: int | None = None) -> None:
-        """Make an object that requests prefetches from ``source``.
+        """Request prefetches from ``source``.
 
-        ``experts`` is the number of experts of each block. ``most`` is the largest number of absent records in a
+        ``experts`` has the number of experts of each block. ``most`` is the largest number of absent records in one
         request; None for any number.
         """
         self._source = source
@@ -69,7 +69,7 @@ class Admission:
         self.requested: set[int] = set()  # blocks for which prefetches were requested since their latest demand
 
     def admit(self, block: int, prediction: Prediction) -> list[int]:
-        """Request prefetches for a block. Return the predicted experts, each once for every token that wants it."""
+        """Request prefetches for a block. Return the predicted experts, each once for each token that may use it."""
         keys = self._keys[block]
         likely = [expert for expert in prediction.likely if expert < len(keys)]  # larger indices have no record
         near = [expert for expert in prediction.near if expert < len(keys)]
@@ -130,9 +130,9 @@ class Speculation:
         self._first = gates.first
         self._entered: Tensor | None = None  # hidden state at the present block's entry, until it is used
         self._pending: list[_Asked] = []  # rankings that are to be read after the present block's demand
-        # by block, until the block's demand: for each prediction, how many layers it looked ahead, and the experts
+        # for each block, until its demand: how many layers each prediction looked ahead, and the predicted experts
         self._predicted: dict[int, list[tuple[int, list[int]]]] = {}
-        self._judged: deque[float] = deque(maxlen=JUDGED)  # share of experts that was right, by prediction
+        self._judged: deque[float] = deque(maxlen=JUDGED)  # share of right experts of each prediction
         self._is_poor = False  # the latest predictions were too often wrong
         self._began = 0.0  # time at which the present step began; 0 if it is not timed
         self._rows = 0  # number of tokens of the present step
@@ -151,9 +151,10 @@ class Speculation:
             self._first_observation = shortcuts.gates.observe(entry=self._at_first, blocks=[self._first])
 
     def detach(self) -> None:
-        """Remove the hooks and all references to the model and its tensors. ``attach`` must not follow. Idempotent.
+        """Remove the hooks and all references to the model and its tensors. Idempotent.
 
-        Waits for nothing. Any thread may call this, even while another thread computes.
+        ``attach`` must not be called afterwards. Any thread may call this, even while another thread computes. It waits
+        for nothing.
         """
         self._shortcuts = None
         observation, self._first_observation = self._first_observation, None
@@ -212,7 +213,7 @@ class Speculation:
             self._observation = None
 
     def _at_entry(self, block: int, hidden: Tensor) -> None:
-        is_of_step = self._is_predicting and _tokens(hidden) == self._rows  # else of another model part or thread
+        is_of_step = self._is_predicting and _tokens(hidden) == self._rows  # else of another part of the model
         self._entered = hidden if is_of_step else None
         if hidden.device.type != "cpu":
             began = time.perf_counter()
@@ -220,7 +221,7 @@ class Speculation:
             self._seconds += time.perf_counter() - began
 
     def _at_layer(self, block: int, hidden: Tensor) -> None:
-        """Predict the block of the layer that begins, if it runs on a CPU. For a GPU, this would have to wait."""
+        """Predict the block of the layer that begins, if it is on a CPU. On a GPU, this would wait for the device."""
         if self._is_predicting and hidden.device.type == "cpu" and block in self._admission.requested:
             began = time.perf_counter()
             self._predict(block, 0, hidden)
@@ -258,7 +259,7 @@ class Speculation:
             return
         if hidden.device.type == "cpu":
             self._admit(target, distance, shortcuts.predict(target, hidden))
-        else:  # don't wait for the device: the result is read after ``block`` has waited for it
+        else:  # don't wait for the device: ``demanded`` reads the result after the block has waited
             self._pending.append(_Asked(target, distance, shortcuts.rank(target, hidden).on_cpu()))
 
     def _admit(self, block: int, distance: int, prediction: Prediction) -> None:

@@ -1,6 +1,7 @@
 """Recall of predictions: the share of the experts used that a rule had predicted.
 
-A rule is to ask gates with hidden states of earlier layers, or one of two simpler rules.
+There are three rules: the gates, asked with hidden states of earlier layers; the most popular experts of each block;
+the experts of the previous token.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ Counts = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class Recall:
-    """Counts of experts by block [B], over all tokens with a prediction."""
+    """Counts of experts for each block, [B], over all tokens with a prediction."""
 
     named: Counts  # experts that were predicted and used
     wanted: Counts  # experts that were used
@@ -38,7 +39,7 @@ class Recall:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Recall of each rule, over the blocks that gates predict ``lookahead`` layers before. None: no prediction."""
+    """Recall of each rule, over the blocks that gates predict ``lookahead`` layers ahead; None without a prediction."""
 
     lookahead: int
     gates: float | None
@@ -46,7 +47,7 @@ class Comparison:
     previous_token: float | None
 
     def cells(self) -> list[str]:
-        """Return the cells of a table row with the headings ``RULES``."""
+        """Return the cells of a table row, in the order of ``RULES``."""
         return [
             "-" if ratio is None else f"{ratio:.3f}" for ratio in (self.gates, self.popularity, self.previous_token)
         ]
@@ -69,7 +70,7 @@ def compare(trace: Trace) -> list[Comparison]:
 
 
 def of_predictions(trace: Trace, lookahead: int) -> Recall:
-    """Return the recall of gates asked ``lookahead`` layers before the block, a number in ``trace.lookaheads``."""
+    """Return the recall of gates that are asked ``lookahead`` layers ahead, a number in ``trace.lookaheads``."""
     assert trace.predictions is not None, "a trace with predictions"
     return _recall(trace.experts, trace.predictions[trace.lookaheads.index(lookahead)])
 
@@ -86,7 +87,7 @@ def of_popularity(trace: Trace) -> Recall:
 
 
 def of_previous_token(trace: Trace) -> Recall:
-    """Return the recall of predicting the experts that the previous token of the sequence used."""
+    """Return the recall of the rule that predicts the experts of the previous token of the sequence."""
     predicted = np.full_like(trace.experts, NONE)
     for tokens in trace.sequences:
         predicted[tokens.start + 1 : tokens.stop] = trace.experts[tokens.start : tokens.stop - 1]
@@ -94,7 +95,7 @@ def of_previous_token(trace: Trace) -> Recall:
 
 
 def _recall(experts: Ints, predicted: npt.NDArray[Any]) -> Recall:
-    """Return the recall of ``predicted`` [T, B, P] for ``experts`` [T, B, K]."""
+    """Return the recall of P predicted experts, [T, B, P], for the K used ones, [T, B, K], of each token and block."""
     counted = (experts != NONE) & (predicted != NONE).any(-1, keepdims=True)
     named = np.zeros_like(counted)
     for choice in np.moveaxis(predicted, -1, 0):  # [T, B]

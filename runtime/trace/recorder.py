@@ -19,7 +19,7 @@ from .trace import NONE, Trace
 
 Array = npt.NDArray[Any]
 
-UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # ends the text of tokens that end within a character
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # ends a text whose last tokens are only a part of a character
 MOST_TOKENS = 4  # largest number of tokens of one character, as UTF-8 has at most 4 bytes a character
 
 
@@ -39,7 +39,7 @@ class Recorder(Closeable):
             for distance in range(1, look_ahead + 1)
             if any(self._gates.ahead(block, distance) is not None for block in blocks)
         )
-        self._columns: dict[tuple[str, int, int], _Column] = {}  # by name of the numbers, look-ahead and block
+        self._columns: dict[tuple[str, int, int], _Column] = {}  # keys: name of the numbers, look-ahead, block
         self._offsets = [0]
         self._n_prefill: list[int] = []
         self._token_ids: list[int] = []
@@ -48,7 +48,7 @@ class Recorder(Closeable):
 
     @property
     def refusals(self) -> str | None:
-        """A line on the blocks without probabilities and predictions, and why they have none; None if all have them."""
+        """Text that says which blocks have no probabilities and predictions, and why; None if all blocks have them."""
         return self._gates.refusals()
 
     def _at_entry(self, block: int, hidden: Tensor) -> None:
@@ -86,13 +86,13 @@ class Recorder(Closeable):
         before, tokens = self._offsets[-1], len(token_ids)
         assert 0 <= n_prefill <= tokens > 0
         assert len(pieces) in (0, tokens)
-        for (_, _, block), column in sorted(self._columns.items()):  # "experts" are first: they are the cause
+        for (_, _, block), column in sorted(self._columns.items()):  # "experts" first, as they cause other errors
             if column.rows == before:
                 column.rows += tokens
             elif column.rows != before + tokens:
                 raise UnsupportedModelError(
-                    f"{self._gates.blocks[block].path} was given {column.rows - before} rows for {tokens} tokens.",
-                    "Trace a model that sends each token once through a block, a sequence at a time, with a KV cache.",
+                    f"{self._gates.blocks[block].path} got {column.rows - before} rows for {tokens} tokens.",
+                    "Trace one sequence at a time, with a KV cache. A model must send each token through a block once.",
                 )
         self._offsets.append(before + tokens)
         self._n_prefill.append(n_prefill)
@@ -128,9 +128,9 @@ class Recorder(Closeable):
         )
 
     def _gathered(self, name: str, distance: int, nothing: float, width: int = 0) -> Array:
-        """Return the recorded numbers of all tokens and blocks, [T, B, at least ``width``].
+        """Return the recorded numbers of all tokens and blocks, [tokens, blocks, ``width`` or more].
 
-        ``nothing`` takes the place of missing numbers.
+        Missing numbers have the value ``nothing``.
         """
         tokens, blocks = self._offsets[-1], len(self._gates.blocks)
         columns = {b: c for b in range(blocks) if (c := self._columns.get((name, distance, b))) is not None}
@@ -150,9 +150,9 @@ class Recorder(Closeable):
 class _Column:
     """The recorded numbers of one block: a row for each token."""
 
-    rows: int  # number of tokens so far, those without numbers included
+    rows: int  # number of tokens so far, including those without numbers
     width: int = 0  # largest number of columns of a part
-    parts: dict[int, Array] = field(default_factory=dict)  # arrays [tokens, numbers], by their first token
+    parts: dict[int, Array] = field(default_factory=dict)  # arrays [tokens, numbers]; keys: their first token
 
     def add(self, part: Array) -> None:
         """Append the rows of the next tokens: ``part`` is [tokens, numbers]."""

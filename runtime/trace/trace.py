@@ -18,7 +18,7 @@ from moetier.tiers.errors import ConfigError, TargetError
 from moetier.tiers.store.atomic import write_durably
 
 NONE = -1  # stands for "no expert"
-NONE_BYTE = 255  # the same in an array of bytes, which is used only if no block has an expert of that number
+NONE_BYTE = 255  # the same in an array of bytes, which is used only if no block has an expert with this number
 MOST_EXPERTS = 2**15 - 1
 
 Ints = npt.NDArray[np.int16]
@@ -35,24 +35,24 @@ class Trace:
     experts: Ints  # [T, B, K], NONE if a token has fewer than K; without ``weights`` their order has no meaning
     offsets: tuple[int, ...]  # sequence i is the tokens offsets[i]:offsets[i + 1]
     num_experts: tuple[int, ...]  # number of experts of each block
-    n_prefill: tuple[int, ...] = ()  # by sequence: number of tokens of the prompt; () if unknown
+    n_prefill: tuple[int, ...] = ()  # for each sequence, the number of tokens of its prompt; () if unknown
     weights: Halves | None = None  # [T, B, K], factors of the experts' outputs
     probabilities: Halves | None = None  # [T, B, E], the gates' scores of all experts; E is the largest of num_experts
     token_ids: npt.NDArray[np.int32] | None = None  # [T]
-    pieces: tuple[str, ...] = ()  # by token: its text
-    lookaheads: tuple[int, ...] = ()  # [A], by how many blocks predictions were made ahead
+    pieces: tuple[str, ...] = ()  # for each token, its text
+    lookaheads: tuple[int, ...] = ()  # [A], how many blocks ahead predictions were made
     predictions: Ints | None = None  # [A, T, B, P], P experts predicted for block b at block b - lookahead, best first
     prediction_probabilities: Halves | None = None  # [A, T, B, P]
     model: str = ""  # hub id or folder name
     digest: str = ""  # digest of the store
-    blocks: tuple[str, ...] = ()  # by block: the path of the Experts module
+    blocks: tuple[str, ...] = ()  # for each block, the path of its Experts module
 
     def __post_init__(self) -> None:
         for name, dtype in _ARRAYS.items():
             value = getattr(self, name)
             if value is not None:
                 value = np.asarray(value)
-                _require(value.dtype.kind in ("iu" if np.dtype(dtype).kind == "i" else "f"), f"{name} has another type")
+                _require(value.dtype.kind in ("iu" if np.dtype(dtype).kind == "i" else "f"), f"{name} has a wrong type")
                 if np.dtype(dtype).kind == "i" and value.size:
                     limits = np.iinfo(dtype)
                     _require(value.min() >= limits.min and value.max() <= limits.max, f"{name} is out of range")
@@ -87,38 +87,39 @@ class Trace:
         tokens, blocks, _ = experts.shape
         ascend = all(a < b for a, b in itertools.pairwise(offsets))
         _require(ascend and offsets[:1] == (0,) and offsets[-1] == tokens, "offsets do not divide the tokens")
-        _require(len(counts) == blocks, "num_experts is not one for each block")
+        _require(len(counts) == blocks, "num_experts does not have one number for each block")
         _require(min(counts) > 0 and max(counts) <= MOST_EXPERTS, "num_experts is out of range")
         self._check_ids("experts", experts)
         self._check_shape("weights", experts.shape)
         self._check_shape("probabilities", (tokens, blocks, max(counts)))
         self._check_shape("token_ids", (tokens,))
-        _require(len(self.pieces) in (0, tokens), "pieces is not one for each token")
-        _require(len(self.blocks) in (0, blocks), "blocks is not one path for each block")
-        _require(len(self.n_prefill) in (0, len(offsets) - 1), "n_prefill is not one for each sequence")
+        _require(len(self.pieces) in (0, tokens), "pieces does not have one text for each token")
+        _require(len(self.blocks) in (0, blocks), "blocks does not have one path for each block")
+        _require(len(self.n_prefill) in (0, len(offsets) - 1), "n_prefill does not have one number for each sequence")
         inside = all(0 <= n <= len(span) for n, span in zip(self.n_prefill, self.sequences, strict=False))
-        _require(inside, "n_prefill is more than a sequence has")
+        _require(inside, "n_prefill is more than the tokens of a sequence")
         ahead = self.lookaheads
-        _require(len(set(ahead)) == len(ahead) and min(ahead, default=0) >= 0, "lookaheads are not different numbers")
-        _require((self.predictions is None) == (not ahead), "predictions and lookaheads belong together")
+        _require(
+            len(set(ahead)) == len(ahead) and min(ahead, default=0) >= 0,
+            "lookaheads has a negative number or one twice",
+        )
+        _require((self.predictions is None) == (not ahead), "only one of predictions and lookaheads is given")
         if self.predictions is not None:
             shape = self.predictions.shape
             _require(len(shape) == 4 and shape[3] > 0, "predictions is not [lookaheads, tokens, blocks, guesses]")
             self._check_shape("predictions", (len(ahead), tokens, blocks, shape[3]))
             self._check_ids("predictions", self.predictions)
             self._check_shape("prediction_probabilities", shape)
-        _require(
-            ahead != () or self.prediction_probabilities is None, "probabilities of predictions that are not there"
-        )
+        _require(ahead != () or self.prediction_probabilities is None, "prediction_probabilities without predictions")
 
     def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
         value = getattr(self, name)
-        _require(value is None or value.shape == shape, f"{name} has not the shape {list(shape)}")
+        _require(value is None or value.shape == shape, f"{name} does not have the shape {list(shape)}")
         _require(value is None or bool(np.isfinite(value).all()), f"{name} has numbers that are not finite")
 
     def _check_ids(self, name: str, ids: Ints) -> None:
         most = np.asarray(self.num_experts)[:, None]
-        _require(bool(((ids >= NONE) & (ids < most)).all()), f"{name} names experts that the model has not")
+        _require(bool(((ids >= NONE) & (ids < most)).all()), f"{name} names experts that the model does not have")
         ordered = np.sort(ids, axis=-1)
         twice = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] != NONE)
         _require(not twice.any(), f"{name} names an expert twice for one token")
@@ -131,7 +132,8 @@ class Trace:
             write_durably(path, buffer.getvalue())
         except OSError as error:
             raise TargetError(
-                f"{path}: can't be written ({error.strerror}).", "Name a file in a folder that exists and has room."
+                f"{path}: can't be written ({error.strerror}).",
+                "Give a path in a folder that exists, on a disk with free space.",
             ) from error
 
     def _to_arrays(self) -> dict[str, Any]:
@@ -158,7 +160,7 @@ class Trace:
 
     @classmethod
     def load(cls, path: Path) -> Trace:
-        """Read a trace from a file; unknown keys are ignored. Raises ConfigError if it can't be read as a trace."""
+        """Read a trace from a file, and ignore unknown keys. Raises ConfigError if the file is not a readable trace."""
         try:
             with path.open("rb") as stream:
                 _require(zipfile.is_zipfile(stream), "it is not an npz archive")
@@ -166,7 +168,7 @@ class Trace:
                 with np.load(stream, allow_pickle=False) as arrays:
                     found = {name: arrays[name] for name in arrays.files if name in _KEYS}
             strange = [name for name, value in found.items() if not isinstance(value, np.ndarray)]
-            _require(not strange, f"{', '.join(strange)}: no numpy array")
+            _require(not strange, f"{', '.join(strange)}: not a numpy array")
             return cls._of(found)
         except _NO_TRACE as error:
             cause = " ".join(str(error).split()) or type(error).__name__
@@ -175,7 +177,7 @@ class Trace:
             raise ConfigError(f"{path}: not a trace ({cause}).", "Record one with moetier trace.") from error
         except OSError as error:
             raise ConfigError(
-                f"{path}: can't be read ({error.strerror or error}).", "Name a trace: an npz file."
+                f"{path}: can't be read ({error.strerror or error}).", "Give a trace, which is an npz file."
             ) from error
 
     @classmethod
@@ -184,7 +186,7 @@ class Trace:
         _require(not missing, f"it lacks {', '.join(missing)}")
         experts, offsets = found["experts"], _ints("offsets", found["offsets"])
         _require(experts.ndim == 3, "experts is not [tokens, blocks, top_k]")
-        _require(_ints("top_k", found["top_k"]) == (experts.shape[2],), "top_k is not what experts says")
+        _require(_ints("top_k", found["top_k"]) == (experts.shape[2],), "top_k is not the last dimension of experts")
         counts = _ints("num_experts", found["num_experts"])
         prefill = _ints("n_prefill", found["n_prefill"]) if "n_prefill" in found else ()
         if prefill and found["n_prefill"].ndim == 0:
@@ -243,7 +245,7 @@ def _widen(ids: npt.NDArray[Any], experts: int) -> npt.NDArray[Any]:
 
 
 def _ints(name: str, value: npt.NDArray[Any]) -> tuple[int, ...]:
-    _require(value.dtype.kind in "iu" and value.ndim < 2, f"{name} is not made of whole numbers")
+    _require(value.dtype.kind in "iu" and value.ndim < 2, f"{name} does not consist of whole numbers")
     return tuple(int(number) for number in value.reshape(-1))
 
 

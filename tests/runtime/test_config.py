@@ -45,7 +45,7 @@ def test_malformed_sizes_are_refused_with_an_example(text: str) -> None:
 
 
 def test_a_share_of_more_than_all_is_said() -> None:
-    with pytest.raises(ConfigError, match="'150%' is more than there is") as caught:
+    with pytest.raises(ConfigError, match="'150%' is more than 100%") as caught:
         Size.parse("150%")
     assert "at most 100%" in caught.value.fix
 
@@ -71,7 +71,7 @@ def test_policies_are_checked() -> None:
     with pytest.raises(ConfigError, match="`policy` is 'fifo'"):
         TierConfig.of(policy="fifo")
     assert TierConfig.of(policy="lrfu", daemon="night").mapped is not None
-    with pytest.raises(ConfigError, match="its memory is what holds them") as caught:
+    with pytest.raises(ConfigError, match="holds the experts in its own memory") as caught:
         TierConfig.of(policy="lru", daemon="night")
     assert "`policy`" in caught.value.fix
 
@@ -119,9 +119,9 @@ def test_options_are_declared_once() -> None:
 
 def test_a_daemon_learns_by_itself() -> None:
     assert TierConfig.of(learn=True, daemon="auto").learn
-    with pytest.raises(ConfigError, match="The experts are the daemon's") as caught:
+    with pytest.raises(ConfigError, match="holds the experts in its own memory") as caught:
         TierConfig.of(learn=True, ram="1GiB", daemon="night")
-    assert caught.value.fix == "Give `ram` and `learn` to the daemon, and not here."
+    assert caught.value.fix == "Give `ram` and `learn` to the daemon, not here."
 
 
 @pytest.mark.parametrize(

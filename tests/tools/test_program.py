@@ -46,7 +46,7 @@ def test_a_program_gets_the_budget(program: str, tinymix_4bit: Path, capsys: pyt
     ("words", "cause"),
     [
         (["--ram", "much", "-m", "json.tool"], "'much' is not an amount of memory"),
-        (["--ram", "1GiB", "--daemon", "work", "-m", "json.tool"], "The experts are the daemon's"),
+        (["--ram", "1GiB", "--daemon", "work", "-m", "json.tool"], "holds the experts in its own memory"),
         (["--device", "cpu", "-m", "json.tool"], "chooses the device"),
         (["--rma", "1GiB", "-m", "json.tool"], "has no option --rma"),
         (["--ram", "1GiB", "-m"], "-m MODULE is missing."),

@@ -83,7 +83,7 @@ def test_the_oldest_turns_go_when_the_context_is_full(tokenizer: Any) -> None:
 def test_a_message_longer_than_the_context_is_refused(tokenizer: Any) -> None:
     talk = conversation(tokenizer)
     talk.add("Hello?", "Yes.")
-    with pytest.raises(ConfigError, match="the context is 200") as caught:
+    with pytest.raises(ConfigError, match="the context has only 200") as caught:
         talk.prompt("no " * 200)
     assert "--context" in caught.value.fix
     assert talk.left_out == 0  # what was said before is still there
@@ -96,7 +96,7 @@ def test_a_message_of_any_size_is_refused_at_once(tokenizer: Any) -> None:
     conversation.add("Who is there?", "A friend.")
     conversation.add("What friend?", "Yours.")
     began = time.process_time()
-    with pytest.raises(ConfigError, match="takes more than 200 tokens, and the context is 100"):
+    with pytest.raises(ConfigError, match="takes more than 200 tokens, but the context has only 100"):
         conversation.prompt("To be, or not to be: " * 600_000)
     assert time.process_time() - began < 2
     assert conversation.left_out == 0

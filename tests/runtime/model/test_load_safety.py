@@ -113,7 +113,7 @@ def test_a_trunk_in_pickle(directory: Path, tmp_path: Path) -> None:
     with pytest.raises(StoreFormatError, match="is missing"):
         moetier.load(directory)
     moetier.register()
-    with pytest.raises(UnsafeCheckpointError, match=r"pytorch_model\.bin, which is no trunk file"):
+    with pytest.raises(UnsafeCheckpointError, match=r"pytorch_model\.bin, which is not a trunk file"):
         AutoModelForCausalLM.from_pretrained(directory)
     (directory / "pytorch_model.bin").write_bytes(pickle.dumps(Witness(tmp_path / "witness")))
     for load in (moetier.load, AutoModelForCausalLM.from_pretrained):
@@ -124,7 +124,7 @@ def test_a_trunk_in_pickle(directory: Path, tmp_path: Path) -> None:
 
 def test_weights_that_transformers_prefers_to_the_index(directory: Path) -> None:
     (directory / "model.safetensors").write_bytes((directory / TRUNK).read_bytes())
-    refused(directory, UnsafeCheckpointError, r"model\.safetensors, which is no trunk file")
+    refused(directory, UnsafeCheckpointError, r"model\.safetensors, which is not a trunk file")
 
 
 def test_an_adapter_with_a_base_elsewhere(directory: Path) -> None:

@@ -102,8 +102,8 @@ def test_what_has_no_effect_where_a_daemon_is_found_is_said_once(
     result = scripts.run(code, directory)
     said = [line for line in result.stderr.splitlines() if "effect" in line]
     assert said == [
-        f"Without effect: `ram` and `policy` and `learn`, as the experts are those of the daemon {daemon.folder}. "
-        'Give this to the daemon, or set `daemon` to "none".'
+        f"Without effect: `ram` and `policy` and `learn`, because the experts are those of the daemon {daemon.folder}. "
+        'Give these options to the daemon, or set `daemon` to "none".'
     ]
     for options, expected in (({"learn": True}, ["`learn`"]), ({"policy": "lrfu"}, []), ({"device_memory": None}, [])):
         caplog.clear()
@@ -158,8 +158,8 @@ def test_one_that_is_full_is_said_and_one_that_is_gone_not(
             second = scripts.run(code, directory)
             assert second.stdout == "this process\n"
             assert second.stderr.splitlines()[-1] == (
-                f"The daemon {daemon.folder} serves this store, and is not used: "
-                "The daemon has 1 client, as many as it takes. Start it with more --max-clients."
+                f"The daemon {daemon.folder} serves this store, but is not used: "
+                "The daemon has 1 client, the most that it accepts. Restart it with a higher --max-clients."
             )
             with running_daemon(directory, folder=runtime / "other") as other:  # another one does
                 third = scripts.run(code, directory)
@@ -221,7 +221,7 @@ def test_one_that_is_named_must_serve_it(directory: Path, other: Path, daemon: D
 def test_a_mapped_daemon_needs_no_budget_here(
     directory: Path, daemon: DaemonProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ConfigError, match="the daemon's"):
+    with pytest.raises(ConfigError, match="holds the experts in its own memory"):
         moetier.load(directory, ram="1MiB", daemon=DEFAULT_NAME)
 
     def refuse(*_: object, **__: object) -> None:
@@ -262,7 +262,7 @@ def test_a_config_can_name_no_daemon(directory: Path, tmp_path: Path) -> None:
     config["quantization_config"]["daemon"] = "elsewhere:7070"
     (copy / "config.json").write_text(json.dumps(config))
     moetier.register()
-    with pytest.raises(ConfigError, match="has no 'daemon'"):
+    with pytest.raises(ConfigError, match="does not know: 'daemon'"):
         AutoModelForCausalLM.from_pretrained(copy)
 
 

@@ -51,7 +51,7 @@ def test_closing_ends_every_tier(directory: Path) -> None:
 
 @pytest.mark.parametrize("taken", ["trunk", "cache"])
 def test_memory_that_is_spoken_for_is_no_budget(directory: Path, taken: str) -> None:
-    with pytest.raises(BudgetError, match="too little for"):
+    with pytest.raises(BudgetError, match="The rest is less than"):
         Tiers.open(directory, TierConfig.of(), CPU, **{taken: 2 * available_memory().bytes})
 
 

@@ -128,27 +128,27 @@ def test_it_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
 
 FAULTS: dict[str, dict[str, Any]] = {
     "experts is not": {"experts": np.zeros((3, 2), int)},
-    "experts has another type": {"experts": np.zeros((3, 2, 1))},
+    "experts has a wrong type": {"experts": np.zeros((3, 2, 1))},
     "experts is out of range": {"experts": np.full((3, 2, 1), 1 << 15)},
-    "experts names experts that the model has not": {"experts": np.full((3, 2, 1), 3)},
+    "experts names experts that the model does not have": {"experts": np.full((3, 2, 1), 3)},
     "experts names an expert twice": {"experts": np.zeros((3, 2, 2), int)},
     "offsets do not divide": {"offsets": (0, 2)},
-    "num_experts is not one for each": {"num_experts": (4,)},
+    "num_experts does not have one number for each": {"num_experts": (4,)},
     "num_experts is out of range": {"num_experts": (0, 4)},
-    "weights has not the shape": {"weights": np.zeros((3, 2, 1), np.float16)},
+    "weights does not have the shape": {"weights": np.zeros((3, 2, 1), np.float16)},
     "weights has numbers that are not finite": {"weights": np.full((3, 2, 2), np.inf)},
-    "probabilities has not the shape": {"probabilities": np.zeros((3, 2, 3))},
-    "token_ids has not the shape": {"token_ids": np.zeros(2, int)},
-    "pieces is not one": {"pieces": ("a",)},
-    "blocks is not one path": {"blocks": ("a",)},
-    "n_prefill is not one": {"n_prefill": (1,)},
+    "probabilities does not have the shape": {"probabilities": np.zeros((3, 2, 3))},
+    "token_ids does not have the shape": {"token_ids": np.zeros(2, int)},
+    "pieces does not have one": {"pieces": ("a",)},
+    "blocks does not have one path": {"blocks": ("a",)},
+    "n_prefill does not have one": {"n_prefill": (1,)},
     "n_prefill is more": {"n_prefill": (1, 2)},
-    "lookaheads are not different": {"lookaheads": (1, 1)},
-    "predictions and lookaheads": {"lookaheads": ()},
-    "predictions has not the shape": {"lookaheads": (1, 2)},
+    "lookaheads has a negative number or one twice": {"lookaheads": (1, 1)},
+    "only one of predictions and lookaheads": {"lookaheads": ()},
+    "predictions does not have the shape": {"lookaheads": (1, 2)},
     "predictions names experts": {"predictions": np.full((1, 3, 2, 1), 3)},
-    "prediction_probabilities has not the shape": {"prediction_probabilities": np.zeros((1, 3, 2, 2))},
-    "probabilities of predictions that are not": {
+    "prediction_probabilities does not have the shape": {"prediction_probabilities": np.zeros((1, 3, 2, 2))},
+    "prediction_probabilities without": {
         "lookaheads": (),
         "predictions": None,
         "prediction_probabilities": np.zeros((1, 3, 2, 1)),
@@ -176,15 +176,15 @@ def write(path: Path, **changes: Any) -> Path:
     ("changes", "why"),
     [
         ({"experts": None}, "lacks experts"),
-        ({"top_k": np.int64(3)}, "top_k is not what experts says"),
-        ({"offsets": np.array([0.0, 3.0])}, "offsets is not made of whole numbers"),
-        ({"offsets": np.array([[0, 3]])}, "offsets is not made of whole numbers"),
+        ({"top_k": np.int64(3)}, "top_k is not the last dimension of experts"),
+        ({"offsets": np.array([0.0, 3.0])}, "offsets does not consist of whole numbers"),
+        ({"offsets": np.array([[0, 3]])}, "offsets does not consist of whole numbers"),
         ({"blocks": np.array([1, 2])}, "blocks is not text"),
-        ({"n_prefill": np.array([1])}, "n_prefill is not one for each"),
-        ({"n_prefill": np.int64(2)}, "n_prefill is more than a sequence has"),
+        ({"n_prefill": np.array([1])}, "n_prefill does not have one number for each"),
+        ({"n_prefill": np.int64(2)}, "n_prefill is more than the tokens of a sequence"),
         ({"n_prefill": np.int64(1), "offsets": np.zeros(0, np.int64)}, "offsets do not divide"),
         ({"experts": np.zeros((3, 2, 2), np.uint8)}, "twice"),
-        ({"experts": np.full((3, 2, 2), 254, np.uint8)}, "that the model has not"),
+        ({"experts": np.full((3, 2, 2), 254, np.uint8)}, "that the model does not have"),
         ({"weights": np.array([{}], object)}, "not a trace"),  # pickled
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -208,7 +208,7 @@ def test_a_part_that_is_no_array_is_refused(tmp_path: Path, name: str, suffix: s
     path = write(tmp_path / "T.npz", **{name: None})
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr(name + suffix, b"\x93NUMPX plain bytes")
-    with pytest.raises(ConfigError, match=f"not a trace .{name}: no numpy array"):
+    with pytest.raises(ConfigError, match=f"not a trace .{name}: not a numpy array"):
         Trace.load(path)
 
 

@@ -148,7 +148,7 @@ def test_a_directory_says_how_it_talks_and_samples_and_the_seed_what(
         ("/save ~nobody-of-this-name/file\n", ["~nobody-of-this-name/file", "can't be written"]),
         ('"""no\nend\n', ["not closed", '"""']),
         (b"\xff\xfe\n", ["not UTF-8"]),
-        ("many words " * 300 + "\n", ["the context is 200", "--context"]),
+        ("many words " * 300 + "\n", ["the context has only 200", "--context"]),
     ],
     ids=["command", "no file", "no folder", "there", "no home", "block", "bytes", "length"],
 )

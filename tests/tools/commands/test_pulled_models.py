@@ -74,9 +74,9 @@ def test_a_name_is_a_folder_and_a_folder_that_is_there_goes_before(
     assert name_of(tmp_path / "else") == "else"
     assert checkpoint_or_model("acme/a:4bit") == str(models / "acme--a" / "4bit")  # of plan and quality
     assert checkpoint_or_model("acme/a") == "acme/a"  # which is the hub's
-    with pytest.raises(StoreFormatError, match="more than once") as caught:
+    with pytest.raises(StoreFormatError, match="with several tags") as caught:
         model_directory("acme/b")
-    assert caught.value.fix == "Say which: acme/b:3bit-trunk8bit or acme/b:4bit."
+    assert caught.value.fix == "Give one of them: acme/b:3bit-trunk8bit or acme/b:4bit."
     for path in ("/not/there", "./acme/a", "../x", "a/b/c", str(tmp_path / "nothing")):
         assert model_directory(path) == Path(path)
     monkeypatch.chdir(tmp_path)
@@ -249,11 +249,14 @@ def test_rm_removes_all_that_is_named_or_nothing(models: Path, capsys: pytest.Ca
     partial.parent.mkdir(parents=True)
     partial.write_bytes(b"1" * 5000)
     assert main(["rm", "acme/b", "acme/c"]) == 1
-    assert capsys.readouterr().err == "moetier: There is no pulled model acme/c.\n  moetier list says what there is.\n"
+    assert (
+        capsys.readouterr().err
+        == "moetier: There is no pulled model acme/c.\n  Run moetier list to see the names of all pulled models.\n"
+    )
     assert main(["rm", "./acme/b"]) == 1
     assert "There is no pulled model ./acme/b." in capsys.readouterr().err
     assert main(["rm", "acme/a"]) == 1
-    assert "Say which" in capsys.readouterr().err
+    assert "Give one of them" in capsys.readouterr().err
     assert len(pulled()) == 3
     assert main(["rm", "acme/b", "acme/a:3bit"]) == 0
     assert capsys.readouterr().out.startswith("acme/b:4bit: removed, ")
