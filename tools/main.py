@@ -1,4 +1,4 @@
-"""The ``moetier`` command: find the subcommand, run it, and print errors in two lines."""
+"""The ``moetier`` command: find the subcommand, run it, and print an error as two lines, its cause and its fix."""
 
 from __future__ import annotations
 
@@ -22,31 +22,31 @@ from moetier.tools.cli.parser import (
 )
 from moetier.tools.cli.settings import Setting, Settings, is_anything_set, mentioned
 
-COMMANDS = {  # name -> its line in --help
-    "plan": "say whether a model will run here, and how fast, before it is downloaded",
-    "pull": "download a model and convert it on the way, file by file",
-    "list": "list the models that were pulled",
+COMMANDS = {  # name of a command -> its line in --help
+    "plan": "estimate whether a model will run on this machine, and how fast, before downloading it",
+    "pull": "download a model, converting it file by file",
+    "list": "list the pulled models",
     "rm": "remove pulled models",
     "convert": "turn a Hugging Face checkpoint into a model directory with quantised experts",
-    "mirror": "copy the experts to another disk, and read from both disks at once",
+    "mirror": "copy the experts to another disk, so that both disks are read at once",
     "generate": "generate text from a prompt",
-    "chat": "talk with a model",
-    "serve": "serve a model over HTTP, with the OpenAI API",
+    "chat": "chat with a model",
+    "serve": "serve a model over HTTP, with OpenAI's API",
     "verify": "check all weights against their checksums",
     "inspect": "show what a model directory holds",
-    "quality": "measure what quantised weights cost: bytes, error, perplexity",
-    "synthetic": "make a model of a large geometry with random weights",
+    "quality": "measure the size, the error and the perplexity of quantised weights",
+    "synthetic": "make a model with the shapes of a large model and random weights",
     "trace": "record which experts the routers choose and predict",
-    "replay": "simulate tiers on traces: hit ratios by policy, recall of predictions, bytes and speed",
-    "plot": "draw a trace, or which experts a daemon holds",
+    "replay": "simulate tiers on traces: hit ratios of policies, recall of predictions, bytes and speed",
+    "plot": "draw a trace, or the experts that a daemon holds",
     "daemon": "hold the experts of models in memory for all processes of this machine",
-    "ps": "list the daemons that run on this machine",
+    "ps": "list your running daemons on this machine",
     "stats": "show the counters of a daemon",
     "top": "watch a daemon on a full screen",
-    "bench": "measure the disk, the kernels, decoding, prefill and conversion, each beside its bound",
-    "doctor": "check this machine and, if one is named, a model directory",
-    "config": "show what is set for commands, by a file or in the environment",
-    "completion": "print a script that completes commands in a shell",
+    "bench": "measure the disk, the kernels, decoding, prefill and conversion, each with its upper bound",
+    "doctor": "check this machine and, optionally, a model directory",
+    "config": "show the settings from the settings file and the environment",
+    "completion": "print a script for tab completion in a shell",
 }
 
 _log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 FIRST = """\
 first steps:
   moetier doctor           # check this machine
-  moetier plan ORG/NAME    # will this model of the Hugging Face hub run here, and how fast?
+  moetier plan ORG/NAME    # will this model from the Hugging Face hub run here, and how fast?
   moetier pull ORG/NAME    # download and convert it
   moetier generate ORG/NAME "To be, or not to be"
 
@@ -66,7 +66,7 @@ moetier COMMAND --help shows the options of a command."""
 
 
 class _Version(argparse.Action):
-    """Print the version. Only this imports importlib.metadata, as that takes a while."""
+    """Print the version. The slow import of importlib.metadata happens only if ``--version`` is given."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         from importlib.metadata import version
@@ -78,7 +78,8 @@ class _Version(argparse.Action):
 def build_parser() -> CommandParser:
     """Return the parser of the whole command line.
 
-    A command's module is imported when the command is named; torch, transformers and zarr only when it runs.
+    The module of a command is imported only if the command line names the command. torch, transformers and zarr are
+    imported only when a command runs.
     """
     parser = CommandParser(
         prog="moetier",
@@ -91,11 +92,12 @@ def build_parser() -> CommandParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line ``argv``, by default sys.argv's, and return the exit code.
+    """Run the command line ``argv``, which defaults to ``sys.argv[1:]``, and return the exit code.
 
-    Errors are printed in two lines, or raised with MOETIER_DEBUG=1. Raises SystemExit as argparse does.
+    An error is printed as two lines; with MOETIER_DEBUG=1 in the environment it is raised instead. Raises SystemExit
+    for --help, --version and a wrong command line, as argparse does.
     """
-    # turns off gRPC's own messages; it reads this variable when it is imported
+    # turns off gRPC's own messages; gRPC reads this variable when it is imported
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # the stream was closed when the process began
@@ -106,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for stream in (sys.stdout, sys.stderr):
             try:
                 stream.flush()
-            except BrokenPipeError:  # Python flushes again when it ends
+            except BrokenPipeError:  # Python flushes the stream again when it exits: let it write to /dev/null
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return EXIT_PIPE_CLOSED
 
@@ -119,7 +121,7 @@ def _run(argv: Sequence[str] | None) -> int:
         arguments, settings = parse(argv)
         status: int = arguments.run(by_name(arguments))
         sys.stdout.flush()
-    except SystemExit:  # raised by --help
+    except SystemExit:  # raised by --help, for example
         sys.stdout.flush()
         raise
     except KeyboardInterrupt:
@@ -135,10 +137,10 @@ def _run(argv: Sequence[str] | None) -> int:
 
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[Setting]]:
-    """Return the parsed arguments, in which the command line overrides the settings, and the settings of the command.
+    """Return the parsed arguments, and the settings that the file or the environment gives for the command.
 
-    ``arguments.configured`` has the values from the settings, by name of the attribute. Raises ConfigError, and
-    SystemExit as argparse does.
+    The command line overrides the settings. ``arguments.configured`` is a dictionary from the names of attributes to
+    their values in the settings. Raises ConfigError for an invalid setting, and SystemExit as argparse does.
     """
     parser = build_parser()
     arguments = parser.parse_args(argv)
@@ -159,15 +161,18 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[Setting]
 
 
 def _set_up_log() -> None:
-    """Set up the log: warnings, or from the level of MOETIER_LOG on, in printable characters. Raises ConfigError.
+    """Log warnings, or messages from the level in MOETIER_LOG up, in printable characters only.
 
-    Messages may quote a daemon of another host, which could send characters that control the terminal.
+    A message may quote a daemon on another host, which could send characters that control the terminal. Raises
+    ConfigError if MOETIER_LOG is not one of LOG_LEVELS.
     """
     from moetier.tools.cli.failure import PlainFormatter
 
     level = os.environ.get("MOETIER_LOG", "")
     if level and level not in LOG_LEVELS:
-        raise ConfigError(f"MOETIER_LOG is {level!r}.", f"Set it to one of {', '.join(LOG_LEVELS)}.")
+        raise ConfigError(
+            f"MOETIER_LOG is {level!r}, which is not a log level.", f"Set it to one of {', '.join(LOG_LEVELS)}."
+        )
     if logging.lastResort is not None:
         logging.lastResort.setFormatter(PlainFormatter())
     if level:
@@ -177,7 +182,10 @@ def _set_up_log() -> None:
 
 
 def say(error: Exception, settings: Sequence[Setting] = ()) -> int:
-    """Print an error in two lines, and return the exit code."""
+    """Print an error as two lines, and return the exit code.
+
+    ``settings`` are those of the command. If the error names some of them, the message says where they are set.
+    """
     from moetier.tools.cli.failure import EXIT_ERROR, as_options, failure_of, plain
 
     said, code = (error, EXIT_ERROR) if isinstance(error, MoetierError) else failure_of(error)

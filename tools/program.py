@@ -1,7 +1,7 @@
-"""``python -m moetier [options] -m MODULE [argument ...]``: run a Python program, with budgets for its models.
+"""``python -m moetier [options] -m MODULE [argument ...]``: run a Python program, and set the budgets of its models.
 
-The program loads models with transformers' ``from_pretrained`` and need not know of moetier. Without ``-m``, or with
-the name of a command as the first word, this is the same as the ``moetier`` command.
+The program loads models with transformers' ``from_pretrained``, and needs no code for moetier. If the first word is
+the name of a command, this is the same as the ``moetier`` command.
 """
 
 from __future__ import annotations
@@ -18,11 +18,14 @@ from moetier.tools.cli.parser import CommandParser, UsageError
 from .main import COMMANDS, say
 from .main import main as run_command
 
-EPILOG = "Arguments after -m MODULE are the program's. Example: python -m moetier --ram 6GiB -m lm_eval --model hf ..."
+EPILOG = "Arguments after -m MODULE go to the program. Example: python -m moetier --ram 6GiB -m lm_eval --model hf ..."
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run a command line or a program, and return the exit status. Raises what the program raises, also SystemExit."""
+    """Run a ``moetier`` command or a Python program, and return the exit status.
+
+    ``argv`` has the words after ``python -m moetier``. Exceptions of the program, such as SystemExit, are not caught.
+    """
     words = list(argv)
     if not words or words[0] in COMMANDS or words[0] in ("-h", "--help", "--version"):
         return run_command(words)
@@ -31,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
     parser = CommandParser(
         prog="python -m moetier",
         usage="%(prog)s [options] -m MODULE [argument ...]",
-        description="Run a Python program. The model directories that it loads with from_pretrained get these budgets.",
+        description="Run a Python program. The options apply to model directories that it loads with from_pretrained.",
         epilog=EPILOG,
     )
     add_resource_arguments(parser)
@@ -46,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
             )
         budgets = resources_of(arguments)
         if budgets.pop("device") != "auto":
-            raise UsageError("The program itself chooses the device.", "Leave out --device.")
+            raise UsageError("The program chooses the device itself, so --device has no effect.", "Leave out --device.")
         from moetier.runtime.model.registration import register
 
         register(**budgets)
@@ -59,7 +62,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _check_module(name: str) -> None:
-    """Check that a module can be run as a program, without running it. Raises UsageError."""
+    """Check that the module ``name`` can be run as a program, without running it. Raises UsageError if it can't."""
     try:
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.submodule_search_locations is not None:
@@ -67,4 +70,7 @@ def _check_module(name: str) -> None:
     except (ImportError, ValueError):
         spec = None
     if spec is None:
-        raise UsageError(f"There is no program {name!r} to run.", "Name an installed module, as with python -m MODULE.")
+        raise UsageError(
+            f"There is no module {name!r} that can be run as a program.",
+            "Name an installed module that python -m MODULE can run.",
+        )

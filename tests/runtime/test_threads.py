@@ -139,7 +139,7 @@ print(torch.get_num_threads())
     with group_below(CPU, cpu__cfs_period_us="100000", cpu__cfs_quota_us="100000") as group:
         found = run_in(group, code, tinymix_4bit)
         doctor = "from moetier.tools.doctor.machine import processor; print(*(each.found for each in processor()))"
-        assert " ".join(run_in(group, doctor)).endswith("cores, and a control group's quota leaves 1")
+        assert " ".join(run_in(group, doctor)).endswith("cores, of which a control group's quota allows 1")
     assert found == [str(len(os.sched_getaffinity(0))), "2", "1", "2"]
 
 

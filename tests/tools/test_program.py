@@ -51,9 +51,9 @@ def test_a_program_gets_the_budget(program: str, tinymix_4bit: Path, capsys: pyt
         (["--rma", "1GiB", "-m", "json.tool"], "has no option --rma"),
         (["--ram", "1GiB", "-m"], "-m MODULE is missing."),
         (["--ram", "1GiB"], "-m MODULE is missing."),
-        (["-m", "nosuch"], "There is no program 'nosuch' to run."),
-        (["-m", "moetier.nosuch.thing"], "There is no program 'moetier.nosuch.thing' to run."),
-        (["-m", "email"], "There is no program 'email' to run."),  # a package without __main__
+        (["-m", "nosuch"], "There is no module 'nosuch' that can be run as a program."),
+        (["-m", "moetier.nosuch.thing"], "There is no module 'moetier.nosuch.thing' that can be run as a program."),
+        (["-m", "email"], "There is no module 'email' that can be run as a program."),  # a package without __main__
     ],
 )
 def test_a_wrong_command_line(words: list[str], cause: str, capsys: pytest.CaptureFixture[str]) -> None:

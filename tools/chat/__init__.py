@@ -1,4 +1,5 @@
 """A conversation on the terminal.
 
-The package imports ``cli``, ``runtime.generation`` and ``runtime.model``.
+``dialogue`` reads messages and commands, and ``answer`` computes one answer. The package imports ``cli``,
+``runtime.generation`` and ``runtime.model``.
 """

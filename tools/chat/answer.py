@@ -19,14 +19,14 @@ END, CUT, INTERRUPTED = "stop", "length", "interrupted"
 
 
 class Leave(KeyboardInterrupt):
-    """Second Ctrl-C, which came before the answer had stopped for the first."""
+    """Raised by a second Ctrl-C that comes before the answer has stopped after the first."""
 
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
-    """Yield a function that says whether Ctrl-C was pressed within the block; a second Ctrl-C raises Leave at once.
+    """Yield a function that returns whether Ctrl-C was pressed within the block. A second Ctrl-C raises Leave at once.
 
-    Must be called on the main thread, which alone may handle signals.
+    Must be called on the main thread, because Python handles signals only there.
     """
     pressed = False
 
@@ -45,23 +45,23 @@ def interruptible() -> Iterator[Callable[[], bool]]:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Text of one answer, why it ended, and what it took."""
+    """One answer: its text, the reason why it ended, and its counts and times."""
 
     text: str
-    finish_reason: str  # END, CUT (at the largest number of tokens) or INTERRUPTED
+    finish_reason: str  # END, CUT (the limit of tokens was reached) or INTERRUPTED
     prompt_tokens: int
-    kept_tokens: int  # tokens of the prompt that were cached
-    timing: Timing  # counts only prompt tokens that were computed; if interrupted, those that are newly cached
-    hits: int  # demands that found their expert in the uppermost tier
-    misses: int  # demands that did not
+    kept_tokens: int  # prompt tokens that were in the prompt cache
+    timing: Timing  # its prompt tokens are those computed or, after an interruption, those added to the cache
+    hits: int  # demands that found their record in the fastest tier
+    misses: int  # all other demands
 
     @property
     def hit_ratio(self) -> float:
-        """Share of the demands for experts that were hits."""
+        """Hits divided by demands; 0 without demands."""
         return self.hits / ((self.hits + self.misses) or 1)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the answer as a message of the assistant, with its figures."""
+        """Return the answer as a JSON object: a message of the assistant, with its counts and times."""
         return {
             "role": "assistant",
             "content": self.text,
@@ -74,7 +74,7 @@ class Answer:
         }
 
     def line(self) -> str:
-        """Return the answer's figures as text."""
+        """Return the answer's counts, speed and hit ratio as a line of text."""
         timing = self.timing
         why = {END: "", CUT: ", cut short", INTERRUPTED: ", interrupted"}[self.finish_reason]
         if not timing.new_tokens:
@@ -94,9 +94,10 @@ class Answering:
     """A loaded model that answers the prompts of one conversation, one after the other."""
 
     def __init__(self, model: Any, tokenizer: Any, decoding: dict[str, Any], *, chunk: int, is_plain: bool) -> None:
-        """Decode with ``decoding``, as ``decoding_of`` returns it, and compute prompts ``chunk`` tokens at a time.
+        """Answer with ``decoding``, which ``decoding_of`` returned, and compute prompts in chunks of ``chunk`` tokens.
 
-        ``is_plain``: the model has no chat template. It may then go on with the user's part, where its text is cut.
+        ``is_plain`` means that the model has no chat template. Such a model may go on to write the user's next message,
+        so its text is cut at PLAIN_STOP.
         """
         self._model = model
         self._tokenizer = tokenizer
@@ -106,9 +107,10 @@ class Answering:
         self.kept = PromptCache(model)
 
     def answer(self, ids: list[int], *, most: int, is_interrupted: Callable[[], bool], echo: bool) -> Answer:
-        """Answer the prompt ``ids`` with at most ``most`` tokens, printed as they come if ``echo``.
+        """Return an answer of at most ``most`` tokens to the prompt ``ids``, a list of token ids.
 
-        ``is_interrupted`` is called between layers of the prompt and between tokens; True ends the answer there.
+        If ``echo``, print the text while it is generated. ``is_interrupted`` is called between two layers while the
+        prompt is computed, and after each token. The answer ends when it returns True.
         """
         from moetier.runtime.generation.streamer import TimedStreamer
 
@@ -128,7 +130,7 @@ class Answering:
                 **behind(len(ids), self._decoding) | {"max_new_tokens": most},
             )
         finally:
-            if echo and len(sequence) == len(ids):  # an error or Ctrl-C came before the end of the line
+            if echo and len(sequence) == len(ids):  # an error or Ctrl-C may have come within a line of text
                 print(flush=True)
         after = self._model.tiers.stats()[-1]
         computed = len(ids) - known if streamer.tokens else max(self.kept.length - known, 0)

@@ -1,4 +1,4 @@
-"""The dialogue of a person and a model: input, commands, and turns."""
+"""The dialogue between a person and a model: input, commands and answers."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ if TYPE_CHECKING:
 QUOTES = '"""'
 PROMPT, MORE = ">>> ", "... "
 EXIT = ("/exit", "/bye", "/quit")
-ALIASES = {"/clear": "/reset", "/?": "/help"}  # names that ollama and llama.cpp use
+ALIASES = {"/clear": "/reset", "/?": "/help"}  # names of commands in ollama and llama.cpp
 KEYS = f"""\
-/stats      print what each tier did since the start
+/stats      print the counters of each tier since the start
 /reset      forget all messages but the system prompt (also /clear)
 /save FILE  write the messages to a file, as a JSON list
 /help       print this text (also /?)
-/exit       leave, as Ctrl-D does (also /bye and /quit)
+/exit       end the chat, as Ctrl-D does (also /bye and /quit)
 
 {QUOTES} begins a message of several lines, and {QUOTES} at the end of a line ends it.
-A space before / makes it part of a message.
-Ctrl-C stops an answer. At the prompt it clears the line, and twice on an empty one leaves."""
+If a message begins with /, type a space before it.
+Ctrl-C stops an answer. At the prompt it clears the line; on an empty line, pressing it twice ends the chat."""
 
 
 class ChatInput:
-    """Reader of standard input. On a terminal it shows a prompt, and lines can be edited if Python has readline."""
+    """Reader of standard input. On a terminal it shows a prompt and, if Python has readline, lets lines be edited."""
 
     def __init__(self) -> None:
         self.is_terminal = sys.stdin.isatty()
@@ -47,15 +47,16 @@ class ChatInput:
         self._buffer: Callable[[], str] = str  # returns the text typed so far
         if self.is_terminal and sys.stdout.isatty():
             with suppress(ImportError):
-                import readline  # turns editing on
+                import readline  # importing it turns editing on
 
                 self._buffer = readline.get_line_buffer
 
     def read(self) -> tuple[str, bool]:
-        """Return the next entry, and whether it is a command: a line that begins with /.
+        """Return the next message or command, and whether it is a command: a line that begins with /.
 
-        A line that begins with triple quotes begins a block; a line that ends with triple quotes ends it. Raises
-        EOFError at the end of the input, KeyboardInterrupt for Ctrl-C, ConfigError for input that is not text.
+        Triple quotes at the beginning of a line begin a block, a message of several lines. Triple quotes at the end of
+        a line end the block. Raises EOFError at the end of the input, KeyboardInterrupt for Ctrl-C, and ConfigError if
+        the input is not UTF-8 text or ends within a block.
         """
         first, more = self._prompts
         self._in_block = False
@@ -68,31 +69,33 @@ class ChatInput:
             try:
                 line += "\n" + _line(more)
             except EOFError:
-                raise ConfigError(f"{QUOTES} was opened, and not closed.", f"End the block with {QUOTES}.") from None
+                raise ConfigError(
+                    f"A message that began with {QUOTES} did not end.", f"End its last line with {QUOTES}."
+                ) from None
         return line.rstrip().removesuffix(QUOTES).strip("\n"), False
 
     def was_empty(self) -> bool:
-        """Whether Ctrl-C came on an empty line, outside of a block."""
+        """Whether the line that Ctrl-C interrupted was empty, and not in a block."""
         return not self._in_block and not self._buffer()
 
 
 def _line(prompt: str) -> str:
-    if prompt and not sys.stdout.isatty():  # answers alone go to standard output
+    if prompt and not sys.stdout.isatty():  # only answers go to standard output
         print(prompt, end="", file=sys.stderr, flush=True)
         prompt = ""
     try:
         line = input(prompt)
-        line.encode()  # in the locale C, bytes that are not text are read as surrogates, which raise here
+        line.encode()  # in the C locale, Python reads bytes that are not UTF-8 as surrogates, which raise here
         return line
     except UnicodeError:
-        raise ConfigError("Standard input is not UTF-8.", "Give a text.") from None
+        raise ConfigError("Standard input is not UTF-8 text.", "Convert it, for example with iconv -t UTF-8.") from None
 
 
 class Dialogue:
-    """Loop of a conversation that reads the user's entries, and answers them or runs their commands.
+    """Loop of a conversation, which reads messages and commands, answers the messages and runs the commands.
 
-    Answers have at most ``most`` tokens. With ``as_json`` each answer, and /stats, is one line of JSON. With ``status``
-    a line on standard error tells each answer's tokens, speed and hit ratio.
+    Answers have at most ``most`` tokens. If ``as_json``, print each answer, and the output of /stats, as one line of
+    JSON. If ``status``, report each answer's tokens, speed and hit ratio in a line on standard error.
     """
 
     def __init__(
@@ -122,12 +125,15 @@ class Dialogue:
         }
 
     def say(self, text: str) -> None:
-        """Print a line to standard error, if status lines are wanted."""
+        """Print a line to standard error if ``status`` is True."""
         if self._status:
             print(plain(text), file=sys.stderr, flush=True)
 
     def talk(self, source: ChatInput) -> None:
-        """Handle entries until the input ends. On a terminal errors are printed, otherwise they are raised."""
+        """Answer messages and run commands until the input ends or the user leaves.
+
+        Errors are printed if the input is a terminal; otherwise they are raised.
+        """
         warned = False
         while True:
             try:
@@ -152,7 +158,7 @@ class Dialogue:
                     if warned:
                         return
                     warned = True
-                    print("Ctrl-C again, Ctrl-D or /exit leaves.", file=sys.stderr)
+                    print("Press Ctrl-C again or Ctrl-D, or type /exit, to end the chat.", file=sys.stderr)
             except MoetierError as error:
                 if not source.is_terminal:
                     raise
@@ -162,7 +168,9 @@ class Dialogue:
         name, _, rest = line.partition(" ")
         command = self._commands.get(ALIASES.get(name, name))
         if command is None:
-            raise ConfigError(f"There is no {name}.", "/help lists the commands; a message may begin with a space.")
+            raise ConfigError(
+                f"There is no command {name}.", "/help lists the commands. If this is a message, begin it with a space."
+            )
         command(rest.strip())
 
     def _turn(self, text: str, is_interrupted: Callable[[], bool]) -> None:
@@ -176,7 +184,7 @@ class Dialogue:
         if self._json:
             print(json.dumps(answer.to_json()), flush=True)
         self.say(answer.line())
-        if answer.text:  # an empty answer is left out with its question, as templates want messages in turns
+        if answer.text:  # else leave out the question, too: templates require that questions and answers alternate
             self._conversation.add(text, answer.text)
 
     def _stats(self, _: str) -> None:
@@ -194,11 +202,11 @@ class Dialogue:
 
         if not name:
             raise ConfigError("/save needs the name of a file.", "Name one: /save FILE.")
-        path = Path(os.path.expanduser(name))  # noqa: PTH111 - Path raises where there is no home
+        path = Path(os.path.expanduser(name))  # noqa: PTH111 - Path raises if there is no home folder
         if path.exists():
-            raise TargetError(f"{path} exists already.", "Name another file, or remove it.")
+            raise TargetError(f"{path} exists already.", "Name another file, or remove this one.")
         try:
             write_durably(path, json.dumps(self._conversation.messages, ensure_ascii=False, indent=1).encode() + b"\n")
         except OSError as error:
             raise TargetError(f"{path} can't be written ({error.strerror}).", "Name another file.") from error
-        self.say(f"{path}: {len(self._conversation.messages)} messages")
+        self.say(f"{path}: {len(self._conversation.messages)} messages saved")

@@ -1,4 +1,4 @@
-"""Groups of arguments that several commands have: resources of a model, credentials for daemons, and decoding."""
+"""Groups of options that several commands have: resources of a model, credentials for daemons, and decoding."""
 
 from __future__ import annotations
 
@@ -25,28 +25,28 @@ from moetier.runtime.wire.address import Credentials
 
 from .parser import checked
 
-SPECULATION = ("speculate", "look_ahead", "prefetch")  # options of commands that only decode
+SPECULATION = ("speculate", "look_ahead", "prefetch")  # options that only commands for generating text have
 RESOURCES = tuple(name for name in OPTIONS if name not in ("credentials", *SPECULATION))
 
 
 def size(text: str) -> str:
-    """Return ``text`` unchanged: an argument that is an amount of memory. Raises ConfigError for any other text."""
+    """Return ``text`` unchanged if it is an amount of memory, such as "6GiB". Raises ConfigError if it is not."""
     Size.parse(text)
     return text
 
 
 def numbers(text: str) -> list[int]:
-    """Parse numbers that are separated by commas."""
+    """Parse whole numbers that are separated by commas. Raises ValueError for any other text."""
     return [int(part) for part in text.split(",")]
 
 
 def add_option(parser: argparse._ActionsContainer, name: str, *, help: str = "") -> None:
-    """Add the option of TierConfig that is called ``name``; ``help`` replaces its own help text."""
+    """Add the option of TierConfig that is called ``name``. ``help`` replaces the option's own help text."""
     option = OPTIONS[name]
     flag, text = f"--{name.replace('_', '-')}", help or option.help
     if option.kind is bool:
         parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
-        parser.set_defaults(**{name: option.default})  # with default=, argparse would add it to the help
+        parser.set_defaults(**{name: option.default})  # with default=, argparse would add the default to the help
         return
     if option.default is not None and "default:" not in text:
         text += " (default: %(default)s)"
@@ -64,7 +64,7 @@ def add_option(parser: argparse._ActionsContainer, name: str, *, help: str = "")
 def add_resource_arguments(
     parser: argparse.ArgumentParser, *, names: Iterable[str] = RESOURCES, context: str = ""
 ) -> None:
-    """Add the options ``names`` of a command that runs a model, and those for credentials.
+    """Add options for a command that runs a model: those called ``names``, and those for credentials.
 
     ``context`` replaces the help text of --context.
     """
@@ -74,16 +74,17 @@ def add_resource_arguments(
 
 
 def add_speculation_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options SPECULATION."""
+    """Add the options whose names are in SPECULATION."""
     for name in SPECULATION:
         add_option(_group(parser, OPTIONS[name].group), name)
 
 
 def resources_of(arguments: argparse.Namespace, **more: Any) -> dict[str, Any]:
-    """Return the checked keyword arguments of ``load``; ``more`` replaces values of the command line.
+    """Return checked keyword arguments for ``load``. ``more`` replaces values of the command line.
 
-    Budgets have no effect with a daemon whose memory is mapped, and credentials have one only with a daemon of another
-    host. Such an option is an error on the command line, and is ignored in the settings. Raises UsageError.
+    Budgets have no effect if --daemon names a daemon of this machine, and credentials have an effect only if it names
+    one of another host. An option without effect is ignored if it comes from the settings. Raises UsageError if the
+    command line gives such an option, or if a value is invalid.
     """
     where = TierConfig.of(daemon=arguments.daemon)
     unused: dict[str, Any] = {}
@@ -102,7 +103,7 @@ def resources_of(arguments: argparse.Namespace, **more: Any) -> dict[str, Any]:
 
 
 def asked(arguments: argparse.Namespace, name: str) -> bool:
-    """Whether the command line itself gives the option called ``name``, and not only the settings."""
+    """Whether the command line, and not only a setting, gives the option called ``name``."""
     value, configured = getattr(arguments, name), getattr(arguments, "configured", {})
     return value is not None and value is not False and configured.get(name) != value
 
@@ -111,14 +112,17 @@ CREDENTIALS = ("token_file", "tls_ca", "tls_cert", "tls_key", "insecure")
 
 
 def add_credentials(parser: argparse.ArgumentParser) -> None:
-    """Add the options CREDENTIALS, which are for daemons of other hosts."""
-    group = _group(parser, "daemons of other hosts")
-    group.add_argument("--token-file", type=Path, metavar="FILE", help="file with the daemon's token, in one line")
+    """Add the options whose names are in CREDENTIALS. They are for daemons on other hosts."""
+    group = _group(parser, "daemons on other hosts")
+    group.add_argument("--token-file", type=Path, metavar="FILE", help="file that holds the daemon's token in one line")
     group.add_argument(
-        "--tls-ca", type=Path, metavar="FILE", help="CA that signed its certificate, PEM (default: the system's CAs)"
+        "--tls-ca",
+        type=Path,
+        metavar="FILE",
+        help="PEM file of the CA that signed the daemon's certificate (default: the system's CAs)",
     )
-    group.add_argument("--tls-cert", type=Path, metavar="FILE", help="certificate to show, PEM")
-    group.add_argument("--tls-key", type=Path, metavar="FILE", help="private key of that certificate, PEM")
+    group.add_argument("--tls-cert", type=Path, metavar="FILE", help="PEM file of this client's certificate")
+    group.add_argument("--tls-key", type=Path, metavar="FILE", help="PEM file of the private key of --tls-cert")
     group.add_argument("--insecure", action="store_true", help="connect without TLS")
 
 
@@ -133,12 +137,12 @@ def credentials(arguments: argparse.Namespace) -> Credentials:
     )
 
 
-# the same for every budget, because the last bits of a result depend on which tokens are computed together
+# does not depend on the budget, because the last bits of a result depend on which tokens are computed together
 PREFILL_CHUNK = 1024
 
 
 def add_decoding_arguments(parser: argparse.ArgumentParser, *, new_tokens: int) -> None:
-    """Add the options of sampling, and --max-new-tokens with the default ``new_tokens``."""
+    """Add the options for sampling, and --max-new-tokens with the default ``new_tokens``."""
     group = _group(parser, "generation")
     group.add_argument(
         "--max-new-tokens",
@@ -158,14 +162,14 @@ def add_decoding_arguments(parser: argparse.ArgumentParser, *, new_tokens: int) 
         "--top-k",
         type=TOP_K,
         metavar="K",
-        help="sample from the K most likely tokens; 0: from all (default of this and the next three: from "
-        "generation_config.json)",
+        help="sample only from the K most likely tokens; 0: from all tokens (default, as for the next three options: "
+        "from generation_config.json)",
     )
     group.add_argument(
         "--top-p",
         type=TOP_P,
         metavar="P",
-        help="sample from the most likely tokens whose probabilities add up to P",
+        help="sample only from the most likely tokens, as many as have a total probability of P",
     )
     group.add_argument(
         "--min-p",
@@ -177,16 +181,16 @@ def add_decoding_arguments(parser: argparse.ArgumentParser, *, new_tokens: int) 
         "--repetition-penalty",
         type=REPETITION_PENALTY,
         metavar="X",
-        help="divide the scores of tokens that the prompt or the answer already has; 1 changes nothing",
+        help="divide by X the scores of tokens that are already in the prompt or the answer; 1 changes nothing",
     )
-    for name, times in ("presence", ""), ("frequency", " for each occurrence"):
+    for name, times in ("presence", ""), ("frequency", ", once for each occurrence"):
         group.add_argument(
             f"--{name}-penalty",
             type=OCCURRENCE_PENALTY,
             metavar="X",
-            help=f"lower the scores of tokens that the answer already has by X{times}; 0 changes nothing",
+            help=f"lower by X the scores of tokens that are already in the answer{times}; 0 changes nothing",
         )
-    group.add_argument("--seed", type=SEED, default=0, metavar="N", help="seed of the sampling (default: %(default)s)")
+    group.add_argument("--seed", type=SEED, default=0, metavar="N", help="seed for sampling (default: %(default)s)")
 
 
 def add_prefill_argument(parser: argparse.ArgumentParser) -> None:
@@ -196,21 +200,22 @@ def add_prefill_argument(parser: argparse.ArgumentParser) -> None:
         type=COUNT,
         default=PREFILL_CHUNK,
         metavar="N",
-        help="tokens of a prompt that are computed together, if the model supports it; each expert is read once for "
-        "all of them (default: %(default)s)",
+        help="number of prompt tokens to compute together, if the model supports it; they share each expert that is "
+        "read (default: %(default)s)",
     )
 
 
 def decoding_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the keyword arguments of ``generate()`` that decoding options give, without the seed.
+    """Return keyword arguments for ``generate()`` from the decoding options, without the seed.
 
-    They include ``decoding.PENALTIES``, which ``generate()`` does not know: pass the result through ``behind``.
+    They may include ``decoding.PENALTIES``, which ``generate()`` does not accept. ``behind`` replaces these by a logits
+    processor.
     """
     asked = {name: value for name in SAMPLING if (value := getattr(arguments, name)) is not None}
     return {**sampling_of(asked), **penalties_of(asked), **ONE_SEQUENCE, "max_new_tokens": arguments.max_new_tokens}
 
 
 def _group(parser: argparse.ArgumentParser, title: str) -> argparse._ArgumentGroup:
-    """Return the parser's group with this title; make the group if it is missing."""
+    """Return the parser's group called ``title``, which is added if the parser has none."""
     found = (group for group in parser._action_groups if group.title == title)
     return next(found, None) or parser.add_argument_group(title)

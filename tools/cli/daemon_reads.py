@@ -1,4 +1,4 @@
-"""Counters of a daemon over a run of one of its clients: bytes read, and connections lost."""
+"""What a daemon did during a run of one of its clients: bytes that it read, connections that were lost."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ PATIENCE = 2.0  # longest wait for the daemon's counters, in seconds; a report c
 
 @dataclass(frozen=True, slots=True)
 class DaemonReads:
-    """Work of a daemon during a run, for all its clients together."""
+    """Reads of a daemon during a run, for all its clients together, and its connection to this process."""
 
-    place: str
-    bytes_read: int | None  # since the beginning of the run, or since a restart; None: unknown
-    clients: int  # number at the beginning or at the end, whichever is greater
+    place: str  # address of the daemon
+    bytes_read: int | None  # since the beginning of the run, or since the daemon was restarted; None: unknown
+    clients: int  # number of clients at the beginning or at the end of the run, whichever is greater
     restarted: bool
-    lost: int  # how often the connection ended
+    lost: int  # how often the connection was lost
     away: str  # why the daemon can't be reached now, or ""
     local_bytes: int  # bytes that this process read from the store instead
 
     def text(self) -> str:
-        """Return a line of a report."""
+        """Return a line of a report as text."""
         parts = [self.place]
         if self.bytes_read is not None:
             whose = "for this run" if self.clients <= 1 else f"for its {self.clients} clients"
             since = " since it was restarted" if self.restarted else ""
             parts = [f"{self.place} read {format_bytes(self.bytes_read)} {whose}{since}"]
         if self.away:
-            parts.append(f"it is away: {plain(self.away).removesuffix('.')}")
+            parts.append(f"it can't be reached: {plain(self.away).removesuffix('.')}")
         elif self.lost:
-            parts.append("it was lost and came back" + (f" {self.lost} times" if self.lost > 1 else ""))
+            parts.append("the connection was lost and restored" + (f" {self.lost} times" if self.lost > 1 else ""))
         if self.local_bytes:
             parts.append(f"{format_bytes(self.local_bytes)} were read from the local store instead")
         return "; ".join(parts)
@@ -55,7 +55,7 @@ class DaemonWatch:
         self._connections = tiers.daemon.connections if tiers.daemon is not None else 0
 
     def end(self) -> DaemonReads | None:
-        """Return what the daemon did since construction, or None without a mapped daemon."""
+        """Return what the daemon did since construction, or None if this process maps no daemon's memory."""
         daemon = self._tiers.daemon
         if daemon is None:
             return None
@@ -74,9 +74,9 @@ class DaemonWatch:
 
 
 def _look(tiers: Tiers) -> tuple[tuple[int, ...], int, int]:
-    """Return a mapped daemon's identity, the bytes that it has read, and its number of clients.
+    """Return the mapped daemon's identity, the bytes that it has read for this model, and its number of clients.
 
-    The identity is (pid, start in ms since 1970). Returns (), 0, 0 if no daemon answers.
+    The identity is (process id, start in ms since 1970). Returns (), 0, 0 if no daemon answers.
     """
     if tiers.daemon is not None:
         from moetier.runtime.wire.probe import probe

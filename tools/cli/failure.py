@@ -1,4 +1,4 @@
-"""Texts for a terminal: a cause and a fix for each error, and text from elsewhere without control characters."""
+"""Text for a terminal: cause and fix of any error, and text from outside with its control characters replaced."""
 
 from __future__ import annotations
 
@@ -18,26 +18,29 @@ from moetier.tiers.errors import MoetierError
 EXIT_ERROR = 1
 EXIT_FAULT = os.EX_SOFTWARE  # 70: a bug
 
-MORE = "MOETIER_DEBUG=1 shows where it happened."
+MORE = "Set MOETIER_DEBUG=1 to see where the error arose."
 _FIXES = {
-    errno.ENOENT: "Check the path, or make what is missing.",
-    errno.ENOTDIR: "Check the path: what stands before the last slash is no folder.",
-    errno.EISDIR: "Name a file: this is a folder.",
-    errno.EACCES: "Get the permission, or name another place.",
-    errno.EPERM: "Get the permission, or name another place.",
-    errno.EROFS: "Name a place that can be written to.",
-    errno.ENOSPC: "Free some space, or name another place.",
-    errno.EDQUOT: "Free some of the quota, or name another place.",
+    errno.ENOENT: "Check the path, or create what is missing.",
+    errno.ENOTDIR: "Check the path: one of its folders is a file.",
+    errno.EISDIR: "Name a file instead of a folder.",
+    errno.EACCES: "Change the permissions, or name another file or folder.",
+    errno.EPERM: "Change the permissions, or name another file or folder.",
+    errno.EROFS: "Name a file or folder that can be written to.",
+    errno.ENOSPC: "Free some space, or name a folder on another disk.",
+    errno.EDQUOT: "Delete some of your files, or name a folder on another disk.",
     errno.ENAMETOOLONG: "Choose a shorter name.",
-    errno.ELOOP: "Check the symbolic links on the way.",
+    errno.ELOOP: "Check the symbolic links in the path.",
     errno.EMFILE: "Raise the limit on open files: ulimit -n 4096",
-    errno.EIO: "Check the disk.",
-    errno.ENOMEM: "Free some memory, or give less: --ram, --context.",
+    errno.EIO: "Check the disk for errors.",
+    errno.ENOMEM: "Free some memory, or give smaller values of --ram and --context.",
 }
 
 
 def failure_of(error: Exception) -> tuple[MoetierError, int]:
-    """Return cause and fix of any exception, and the exit code. If it is unexpected, the cause tells where it arose."""
+    """Return the cause and the fix of any exception as a MoetierError, and the exit code.
+
+    For an unexpected exception the cause names the line of code that raised it.
+    """
     said = next(iter(str(error).splitlines()), "") or type(error).__name__
     match error:
         case OSError(errno=int() as number, strerror=str()):
@@ -49,7 +52,7 @@ def failure_of(error: Exception) -> tuple[MoetierError, int]:
         case OSError():  # raised by a library, about a file
             cause, fix = said, f"Check the path. {MORE}"
         case MemoryError():
-            cause, fix = "The memory is full.", _FIXES[errno.ENOMEM]
+            cause, fix = "There is not enough memory.", _FIXES[errno.ENOMEM]
         case UnicodeDecodeError():
             cause, fix = f"The input is not UTF-8 text: {said}.", "Convert it (iconv -t UTF-8), or name another file."
         case _:
@@ -79,25 +82,26 @@ _READABLE = dict.fromkeys(_CONTROLS, "?") | {ord("\t"): "\t", ord("\n"): "\n", o
 
 
 def plain(text: str) -> str:
-    """Return ``text`` in one line, with "?" for each character that is not printable."""
+    """Return ``text`` with "?" for each character that is not printable, line breaks among them."""
     return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def readable(text: str) -> str:
-    """Return ``text`` without carriage returns, with "?" for other control characters and for marks of direction.
+    """Return ``text`` with "?" for control characters, and for characters that change the direction of text.
 
-    Newlines and tabs stay. The result for a character does not depend on others, so a text may come in pieces.
+    Newlines and tabs stay; carriage returns are removed. Each character is treated by itself, so a long text may be
+    passed in pieces.
     """
     return text.translate(_READABLE)
 
 
 def show(text: str) -> None:
-    """Print a piece of generated text at once: readable on a terminal, unchanged in a file or a pipe."""
+    """Print a piece of generated text at once. It is made ``readable`` on a terminal, and unchanged elsewhere."""
     print(readable(text) if sys.stdout.isatty() else text, end="", flush=True)
 
 
 def as_options(text: str) -> str:
-    """Replace each parameter of ``load`` in an error's text by its option: `device_memory` by --device-memory."""
+    """Return an error's text with options in place of parameters of ``load``: --device-memory for `device_memory`."""
 
     def option(found: re.Match[str]) -> str:
         name = found[1] or _TLS.get(found[2], found[2])
@@ -108,7 +112,7 @@ def as_options(text: str) -> str:
 
 @cache
 def _parameters() -> re.Pattern[str]:
-    """Return a pattern that matches the parameters of ``load`` in the form in which errors name them."""
+    """Return a pattern that matches the parameters of ``load`` as errors write them, such as `device_memory`."""
     from moetier.runtime.config import OPTIONS
     from moetier.runtime.wire.address import Credentials
 

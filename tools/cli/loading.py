@@ -1,4 +1,4 @@
-"""Loading a model directory for a command that generates."""
+"""Loading of a model directory, for commands that generate text."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ _log = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def loaded(directory: Path, resources: dict[str, Any], *, sequences: int = 1) -> Iterator[tuple[Any, Any, float]]:
-    """Yield the model, its tokenizer and the seconds that loading took, and close the tiers at the end.
+    """Load a model. Yield it with its tokenizer and the seconds that loading took. Close its tiers after the block.
 
-    ``resources`` are keyword arguments of ``load``; ``sequences`` share their context. Logs a warning where memory is
-    short, the budget is more than the machine has, or the context is longer than the model was trained for. Raises
-    MoetierError, also for a directory without a tokenizer.
+    ``resources`` are the keyword arguments of ``load``. Their ``context`` is the total for all ``sequences`` that run
+    at a time. A warning is logged if memory is short, if the budget exceeds the machine's memory, or if the context
+    exceeds the one that the model was trained for. Raises MoetierError if the model can't be loaded, or has no
+    tokenizer.
     """
     if short := shortage():
         _log.warning("%s", short)
@@ -42,7 +43,9 @@ def loaded(directory: Path, resources: dict[str, Any], *, sequences: int = 1) ->
         seconds = time.perf_counter() - start
     with model.tiers:
         if tokenizer is None:
-            raise ConfigError(f"{directory} has no tokenizer.", "Copy the source's tokenizer files into it.")
+            raise ConfigError(
+                f"{directory} has no tokenizer.", "Copy the tokenizer's files from the original checkpoint into it."
+            )
         _warn(model, resources["ram"], resources["context"] // sequences)
         yield model, tokenizer, seconds
 
@@ -55,7 +58,7 @@ def _warn(model: Any, ram: str | None, context: int) -> None:
     there = exceeded(None if ram is None else Size.parse(ram))
     if there is not None and model.tiers.host.stats().name == "host":
         _log.warning(
-            "--ram %s is more than the %s of %s. All experts fit, and they need less.",
+            "--ram %s is more than the %s of %s. Only as much as all experts need is used.",
             ram,
             format_bytes(there.bytes),
             there.limiter,
@@ -67,10 +70,10 @@ def _warn(model: Any, ram: str | None, context: int) -> None:
 
 @contextlib.contextmanager
 def lean_imports() -> Iterator[None]:
-    """Import and load in this block with as little time and memory as can be (docs/benchmarks.md, First token).
+    """Make imports and loading in the block take less time and memory (docs/benchmarks.md, First token).
 
-    Python's garbage collector is off, because imports make half a million objects that stay in memory, and it would
-    visit them again and again.
+    Python's garbage collector is off in the block, because imports create half a million objects that stay in memory,
+    and the collector would visit them again and again.
     """
     was_enabled = gc.isenabled()
     gc.disable()
@@ -82,5 +85,5 @@ def lean_imports() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
-        with contextlib.suppress(AttributeError):  # only glibc has it
-            ctypes.CDLL(None).malloc_trim(0)  # returns to the kernel what was freed
+        with contextlib.suppress(AttributeError):  # only glibc has malloc_trim
+            ctypes.CDLL(None).malloc_trim(0)  # returns freed memory to the kernel

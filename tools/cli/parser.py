@@ -1,4 +1,4 @@
-"""Parser of the command line: imports a command's module when the command is named, and formats help and errors."""
+"""Parser of the command line. It imports the module of the command that is named, and formats help and errors."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from typing import Any, NoReturn
 from moetier.tiers.errors import ConfigError, MoetierError
 
 EXIT_USAGE = 2  # the status that argparse uses
-WIDTH = 100  # columns of a help text, at most
+WIDTH = 100  # maximum number of columns of a help text
 NUMBERS = {int: "a whole number", float: "a number"}
 
 
 class UsageError(ConfigError):
-    """Error in the command line whatever the model, such as options that exclude each other."""
+    """Error in a command line that is wrong for every model and machine, such as options that exclude each other."""
 
 
 @contextlib.contextmanager
 def checked() -> Iterator[None]:
-    """Turn a ConfigError of the block into a UsageError. For blocks that only check options."""
+    """Turn a ConfigError of the block into a UsageError. The block must do nothing but check options."""
     try:
         yield
     except ConfigError as error:
@@ -41,7 +41,7 @@ class HelpFormatter(argparse.HelpFormatter):
         super().__init__(prog, max_help_position=26, width=min(shutil.get_terminal_size().columns - 2, WIDTH))
 
     def add_usage(self, usage, actions, groups, prefix=None):  # type: ignore[no-untyped-def]  # as argparse declares it
-        """Add the usage line, where "[options]" stands for all that are not required."""
+        """Add the usage line, in which "[options]" stands for all options that are not required."""
         words = ["%(prog)s", "[options]"]
         for action in actions:
             if not action.option_strings:
@@ -53,7 +53,7 @@ class HelpFormatter(argparse.HelpFormatter):
     def add_argument(self, action: argparse.Action) -> None:
         """Add an argument, and make the first column wide enough for commands."""
         super().add_argument(action)
-        if isinstance(action, argparse._SubParsersAction):  # argparse does not count their indentation
+        if isinstance(action, argparse._SubParsersAction):  # argparse does not count the indentation of commands
             self._action_max_length += self._indent_increment
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
@@ -62,11 +62,12 @@ class HelpFormatter(argparse.HelpFormatter):
 
 
 class CommandParser(argparse.ArgumentParser):
-    """Parser that takes positional arguments on both sides of options: ``generate DIR --ram 6GiB PROMPT``.
+    """Parser that accepts positional arguments before and after options: ``generate DIR --ram 6GiB PROMPT``.
 
-    An unknown option is refused before any other mistake, as the word after it may be its value. A command's parser is
-    empty until its arguments are needed. Then ``module`` is imported, which has ``add_arguments(parser)``, EXAMPLES
-    (command lines for the end of --help) and ``run(arguments)``.
+    An unknown option is reported before any other mistake, because the word after it may be its value.
+
+    A command's parser has no arguments until they are needed. Then it imports ``module``, which defines
+    ``add_arguments(parser)``, ``run(arguments)`` and EXAMPLES, the command lines at the end of --help.
     """
 
     def __init__(self, *args: Any, module: str = "", **kwargs: Any) -> None:
@@ -86,7 +87,10 @@ class CommandParser(argparse.ArgumentParser):
             self.set_defaults(run=module.run, configured={}, by_name=arguments_by_name(self))
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]  # as argparse declares it
-        """Parse the command line; refuse unknown commands and options first. Raises SystemExit."""
+        """Parse the command line. Unknown commands and options are reported before other mistakes.
+
+        Raises SystemExit for a mistake. If no command is named, prints the help and raises SystemExit.
+        """
         self.fill()
         if self._inside:  # argparse calls this method again for its own passes
             return super().parse_known_args(args, namespace)
@@ -109,11 +113,14 @@ class CommandParser(argparse.ArgumentParser):
         finally:
             self._inside = False
         if more:
-            self._refuse(f"{self._name()} has no place for {more[0]!r}.", "Quote a text of several words; ")
+            self._refuse(
+                f"{self._name()} takes no further argument, but there is {more[0]!r}.",
+                "If a text has several words, put it in quotes. ",
+            )
         return found, more
 
     def _get_value(self, action, arg_string):  # type: ignore[no-untyped-def]  # as argparse declares it
-        """Return the value of an argument, or refuse a text that its type does not accept."""
+        """Return the value of an argument. Exit with a message if the argument's type does not accept the text."""
         kind = getattr(action.type, "kind", action.type)
         try:
             return super()._get_value(action, arg_string)
@@ -128,11 +135,11 @@ class CommandParser(argparse.ArgumentParser):
     def _check_value(self, action, value):  # type: ignore[no-untyped-def]  # as argparse declares it
         if action.choices is not None and value not in action.choices:
             self._refuse(
-                f"{_name_of(action)} can't be {value}.", f"Choose from {', '.join(map(str, action.choices))}; "
+                f"{_name_of(action)} can't be {value}.", f"Choose from {', '.join(map(str, action.choices))}. "
             )
 
     def error(self, message: str) -> NoReturn:
-        """Exit for a mistake that argparse found, without printing the usage, which may have twenty lines."""
+        """Exit with a message for a mistake that argparse found. The usage is not printed: it may have twenty lines."""
         if missing := re.fullmatch("the following arguments are required: (.*)", message):
             self._refuse(f"{self._name()} needs {missing[1]}.")
         if empty := re.fullmatch("argument (.*): expected (one|at least one) argument", message):
@@ -147,18 +154,21 @@ class CommandParser(argparse.ArgumentParser):
         known = [name for name in self._option_string_actions if name.startswith("--")]
         for word in takewhile("--".__ne__, words):
             name = word.partition("=")[0]
-            # argparse takes a word with a space for a value, and an unambiguous beginning for the whole option
+            # argparse takes a word with a space for a value, and accepts an unambiguous beginning of an option
             if name.startswith("--") and " " not in word and not any(each.startswith(name) for each in known):
                 argument = next((a for a in self._actions if not a.option_strings and f"--{a.dest}" == name), None)
-                advice = _nearest(name, known) if argument is None else f"Give {_name_of(argument)} without a name; "
+                advice = _nearest(name, known) if argument is None else f"Give {_name_of(argument)} without {name}. "
                 self._refuse(f"{self._name('moetier')} has no option {name}.", advice)
 
     def _refuse(self, cause: str, advice: str = "") -> NoReturn:
-        self.exit(EXIT_USAGE, f"moetier: {cause}\n  {advice}{self.prog} --help says what there is.\n")
+        self.exit(EXIT_USAGE, f"moetier: {cause}\n  {advice}{self.prog} --help shows the usage.\n")
 
 
 def add_commands(parser: argparse.ArgumentParser, commands: Mapping[str, str], package: str, metavar: str) -> None:
-    """Add ``commands``, which maps each name to its line of help; ``package`` has a module for each."""
+    """Add ``commands``, a dictionary from the name of a command to its line in --help.
+
+    ``package`` has a module for each command. ``metavar`` stands for the command in the usage.
+    """
     subparsers = parser.add_subparsers(dest=metavar.lower(), metavar=metavar, prog=parser.prog)
     for name, line in commands.items():
         description = f"{line[0].upper()}{line[1:]}."
@@ -166,12 +176,12 @@ def add_commands(parser: argparse.ArgumentParser, commands: Mapping[str, str], p
 
 
 def examples(lines: Iterable[str]) -> str:
-    """Return the end of a help text: example command lines."""
+    """Return example command lines as the end of a help text."""
     return "\n  ".join(("examples:", *lines))
 
 
 def show_first(parser: argparse.ArgumentParser, *names: str) -> None:
-    """Move these options from their groups to the beginning of --help."""
+    """Move the options ``names`` from their groups to the beginning of --help."""
     actions = [parser._option_string_actions[name] for name in names]
     for group in parser._action_groups:
         group._group_actions = [action for action in group._group_actions if action not in actions]
@@ -189,13 +199,14 @@ def _nearest(word: str, known: Iterable[str]) -> str:
     return f"Did you mean {found[0]}? " if found else ""
 
 
-DIRECTORY = "a model directory, made by moetier convert, or the name of a pulled model"  # help of such an argument
+# help text of an argument that is a model directory
+DIRECTORY = "a model directory, made by moetier convert, or the name of a pulled model"
 
 
 def directory(text: str) -> str | Path:
-    """Return a path, or ``text`` if it may be the name of a pulled model, which ``by_name`` resolves.
+    """Return ``text`` as a path, or unchanged if it may be the name of a pulled model, which ``by_name`` resolves.
 
-    This is the type of an argument that is a model directory.
+    Arguments that are model directories have this function as their argparse type.
     """
     from moetier.runtime.pulled import may_be_name
 
@@ -203,23 +214,26 @@ def directory(text: str) -> str | Path:
 
 
 def file_or_address(text: str) -> str:
-    """Return ``text`` unchanged. This is the type of an argument that is a file or the address of a daemon."""
+    """Return ``text`` unchanged. As an argparse type it marks an argument that is a file or a daemon's address."""
     return text
 
 
 def source(text: str) -> str:
-    """Return ``text`` unchanged. This is the type of an argument that is a model directory, checkpoint or hub id."""
+    """Return ``text`` unchanged. As an argparse type it marks an argument that is a model directory or checkpoint."""
     return text
 
 
 def parsers_of(parser: argparse.ArgumentParser) -> Mapping[str, argparse.ArgumentParser]:
-    """Return the parsers of a parser's commands by name, {} if it has none. Their arguments may not be declared yet."""
+    """Return a dictionary from the names of a parser's commands to their parsers, which may have no arguments yet."""
     actions = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
     return next((action.choices for action in actions), {})
 
 
 def commands_of(parser: argparse.ArgumentParser) -> Mapping[str, argparse.ArgumentParser]:
-    """Return the parsers of a parser's commands by name, with all arguments: each command's module is imported."""
+    """Return a dictionary from the names of a parser's commands to their parsers, with all arguments.
+
+    Imports the module of each command.
+    """
     commands = parsers_of(parser)
     for command in commands.values():
         command.fill()  # type: ignore[attr-defined]  # a CommandParser
@@ -227,17 +241,17 @@ def commands_of(parser: argparse.ArgumentParser) -> Mapping[str, argparse.Argume
 
 
 def walk(parser: argparse.ArgumentParser, *path: str) -> Iterator[tuple[tuple[str, ...], argparse.ArgumentParser]]:
-    """Yield the parser and, depth first, those of its commands, each with the words that lead to it."""
+    """Yield the parser and, depth first, the parsers of its commands, each with the words that name the command."""
     yield path, parser
     for name, command in commands_of(parser).items():
         yield from walk(command, *path, name)
 
 
 def settable(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
-    """Return the options of a command that settings may give, by key ("prefill-chunk").
+    """Return the options of a command that settings may give: a dictionary from key ("prefill-chunk") to action.
 
-    These take a value or have a --no- form, so that the command line can override a setting. A command with
-    subcommands has none.
+    These options take a value or have a --no- form, so the command line can override a setting. Required options are
+    left out. A command with subcommands has no such options.
     """
     if parsers_of(parser):
         return {}
@@ -252,14 +266,14 @@ def settable(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
 
 
 def arguments_by_name(parser: argparse.ArgumentParser) -> dict[str, object]:
-    """Return the types of those arguments of a command that may be names of pulled models, by attribute name."""
+    """Return the arguments that may be names of pulled models: a dictionary from attribute name to argparse type."""
     return {action.dest: action.type for action in parser._actions if action.type in (directory, source)}
 
 
 def by_name(arguments: argparse.Namespace) -> argparse.Namespace:
-    """Return ``arguments`` with the names of pulled models replaced by folders.
+    """Return ``arguments`` with the names of pulled models replaced by the models' folders.
 
-    Raises StoreFormatError for an unknown name.
+    Raises StoreFormatError if there is no pulled model of that name.
     """
     from moetier.runtime.pulled import checkpoint_or_model, model_directory
 

@@ -1,4 +1,4 @@
-"""Progress of a long command on standard error: a bar on a terminal, else a plain line every LINE_SECONDS."""
+"""Progress of a long command on standard error: a bar on a terminal, otherwise a line every LINE_SECONDS."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from moetier.runtime.config import format_bytes
 
 from .failure import plain
 
-LINE_SECONDS = 10.0  # seconds between two plain lines
+LINE_SECONDS = 10.0
 
 
 class Progress:
@@ -50,7 +50,7 @@ class Progress:
             )
 
     def say(self, line: str) -> None:
-        """Print a line on standard output, above the bar if there is one."""
+        """Print a line on standard output, above the progress bar if there is one."""
         tqdm.write(plain(line), file=sys.stdout)
 
     def __enter__(self) -> Progress:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class Timing:
     """Token counts and times of one generation, or the sum of several."""
 
-    prompt_tokens: int  # that were computed, not taken from a cache
+    prompt_tokens: int  # prompt tokens that were computed, not taken from a cache
     new_tokens: int
     first_token: float  # seconds from the start to the first new token
     total: float  # seconds from the start to the last new token
@@ -39,12 +39,12 @@ class Timing:
 
     @property
     def prefill_rate(self) -> float:
-        """Prompt tokens per second, until the first new token."""
+        """Prompt tokens divided by the seconds to the first new token."""
         return self.prompt_tokens / self.first_token if self.first_token else 0.0
 
     @property
     def decode_rate(self) -> float:
-        """New tokens per second after the first; 0 if there is only one."""
+        """New tokens per second after the first one; 0 if there are no further tokens."""
         more, seconds = self.new_tokens - self.generations, self.total - self.first_token
         return more / seconds if more > 0 and seconds > 0 else 0.0
 
@@ -61,7 +61,7 @@ class Timing:
 
 
 def tier_json(stats: TierStats, timing: Timing) -> dict[str, Any]:
-    """Return a tier's counters as JSON, with its bytes per token and the share of the time that callers waited."""
+    """Return a tier's counters as JSON, with the bytes loaded per token and the share of time spent waiting."""
     tokens = timing.prompt_tokens + timing.new_tokens
     return stats.to_json() | {
         "bytes_per_token": stats.bytes_in / tokens if tokens else 0.0,
@@ -70,7 +70,7 @@ def tier_json(stats: TierStats, timing: Timing) -> dict[str, Any]:
 
 
 def table(rows: list[list[str]]) -> str:
-    """Return rows as lines with aligned columns: the first to the left, the others to the right."""
+    """Return rows as lines of text with aligned columns: the first to the left, all others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
     return "\n".join(line.rstrip() for line in lines)
@@ -79,7 +79,7 @@ def table(rows: list[list[str]]) -> str:
 def summary(timing: Timing, tiers: Tiers, reads: DaemonReads | None, *, load: float, peak_bytes: int) -> str:
     """Return the short report of one generation; docs/reading-the-report.md explains its lines.
 
-    ``load`` is in seconds; ``peak_bytes`` is the most memory that the process had.
+    ``load`` is the time of loading in seconds; ``peak_bytes`` is the largest memory use of the process.
     """
     stats = tiers.stats()
     hits = ", ".join(f"{tier.name} {tier.hit_ratio:.1%} of {tier.hits + tier.misses:,}" for tier in reversed(stats))
@@ -112,7 +112,7 @@ def details(timing: Timing, tiers: Tiers) -> str:
 
 
 def run_json(timing: Timing, tiers: Tiers, reads: DaemonReads | None = None) -> dict[str, Any]:
-    """Return what ``summary`` and ``details`` report as JSON."""
+    """Return the content of ``summary`` and ``details`` as JSON."""
     return {
         "experts": tiers.where,
         "daemon": None if reads is None else asdict(reads),
@@ -124,7 +124,7 @@ def run_json(timing: Timing, tiers: Tiers, reads: DaemonReads | None = None) -> 
 
 
 def line(label: str, text: str) -> str:
-    """Return a line of a report: label and text, in printable characters."""
+    """Return a line of a report: a label and a text, in printable characters."""
     return f"{label:<9} {plain(text)}"
 
 
@@ -180,20 +180,20 @@ def _rates(timing: Timing) -> list[str]:
 
 
 def _sources(tiers: Tiers, reads: DaemonReads | None) -> list[str]:
-    """Return lines on the daemons that records came from, and on lost connections to them."""
+    """Return lines about the daemons that records came from, and about lost connections to them."""
     lines = [] if reads is None else [line("daemon", reads.text())]
     for share in tiers.shares():
         text = f"{share.records} records, {format_bytes(share.bytes)}, from {share.place}"
         if share.away:
-            text += f", which is away: {share.away.removesuffix('.')}"
+            text += f", which can't be reached: {share.away.removesuffix('.')}"
         elif share.lost:
-            text += ", which was lost and came back" + (f" {share.lost} times" if share.lost > 1 else "")
+            text += "; the connection was lost and restored" + (f" {share.lost} times" if share.lost > 1 else "")
         lines.append(line("fetched", text))
     return lines
 
 
 def _predictions(stats: SpeculationStats, tiers: list[TierStats]) -> list[str]:
-    """Return lines on how well routing was predicted, what that cost, and the outcomes of prefetch requests."""
+    """Return lines about how often predictions were right, their cost, and the outcomes of prefetch requests."""
     further = [f"{distance} layers ahead" for distance in range(2, len(stats.guesses))]
     names = ["at the layer itself", "one layer ahead", *further]
     rates = [
@@ -206,7 +206,7 @@ def _predictions(stats: SpeculationStats, tiers: list[TierStats]) -> list[str]:
     return [
         line("predicted", f"in {steps}, {state} at the end; {', '.join(rates) or 'nothing'}"),
         line("", f"predicting costs {1e3 * stats.seconds / max(stats.steps_on, 1):.2f} ms a step"),
-        # without those of a daemon, as it counts the prefetches of all its clients together (``moetier stats``)
+        # a daemon's prefetches are left out: they are for all its clients together (``moetier stats`` shows them)
         *(line("prefetch", f"{t.name}: {prefetch_text(t)}") for t in tiers if t.prefetched or t.cancelled),
     ]
 

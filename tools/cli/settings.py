@@ -1,7 +1,7 @@
 """Settings: values of options from the environment and from a TOML file.
 
-The command line overrides the environment, the environment the file, and the file an option's default. Within the
-environment and within the file, a setting for one command overrides a setting for all.
+An option's value comes from the first of these that has one: the command line, the environment, the file, the
+option's default. In the environment and in the file, a setting for one command overrides a setting for all commands.
 """
 
 from __future__ import annotations
@@ -22,16 +22,17 @@ from .parser import NUMBERS, settable
 
 PREFIX = "MOETIER_"
 GENERAL = "general"  # the section for all commands
-# GENERAL has options of this command. It sets options of other commands that have the same name, type and choices.
+# The keys of GENERAL are options of this command. They also apply to options of other commands that have the same name,
+# type and choices.
 REFERENCE = "generate"
 GENERAL_KEYS = (*(name.replace("_", "-") for name in OPTIONS if name != "credentials"), "prefill-chunk")
 CONFIG = "MOETIER_CONFIG"
-OWN = ("MOETIER_API_KEY", CONFIG, "MOETIER_DEBUG", "MOETIER_LOG")  # variables of moetier that are no options
-# variables that are no settings: OWN, those of the tests, and those that Kubernetes sets for a service of this name
+OWN = ("MOETIER_API_KEY", CONFIG, "MOETIER_DEBUG", "MOETIER_LOG")  # variables of moetier that are not settings
+# variables that are not settings: OWN, those of the tests, and those that Kubernetes sets for a service called moetier
 OTHERS = re.compile(
     rf"{'|'.join(OWN)}|{PREFIX}((TEST|SOAK)_.*|SERVICE_HOST|SERVICE_PORT(_.*)?|PORT(_.*)?)",
 )
-CLOSE = 0.85  # difflib's least similarity (0 to 1) of a suggested variable; high, because all begin with PREFIX
+CLOSE = 0.85  # least similarity (difflib, 0 to 1) of a suggested variable; high, because all begin with PREFIX
 SWITCH = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
 
@@ -42,8 +43,8 @@ class Setting:
     key: str
     value: object
     source: str  # "default", "file" or "environment"
-    where: str = ""  # "MOETIER_RAM", "/path/config.toml, [generate] ram"; "" for a default
-    fault: ConfigError | None = None  # why ``value`` is invalid; ``value`` is then as it was written
+    where: str = ""  # such as "MOETIER_RAM" or "/path/config.toml, [generate] ram"; "" for a default
+    fault: ConfigError | None = None  # why ``value`` is invalid, if it is; ``value`` is then as it was written
 
     @property
     def is_default(self) -> bool:
@@ -52,9 +53,9 @@ class Setting:
 
 
 class Settings:
-    """Settings from the file and the environment for the options of ``commands``: parsers by name.
+    """Settings from the file and the environment for the options of ``commands``, a dictionary from name to parser.
 
-    Mistakes are collected in ``faults``: unknown keys on construction, invalid values when ``of`` reads them.
+    ``faults`` is a list of mistakes. Construction adds unknown sections and keys; ``of`` adds invalid values.
     """
 
     def __init__(
@@ -74,27 +75,28 @@ class Settings:
 
     @property
     def sections(self) -> dict[str, list[str]]:
-        """The keys of each section that has any, GENERAL first."""
+        """Dictionary from section to the keys that it may have, GENERAL first. Sections without keys are left out."""
         return {section: list(options) for section, options in self._options.items() if options}
 
     @property
     def unknown_variables(self) -> list[str]:
-        """A sentence on each environment variable that begins with PREFIX but is not known.
+        """A warning for each environment variable that begins with PREFIX but is not known.
 
-        These are not in ``faults``, because a container image or a service manager may set such variables.
+        These variables are not in ``faults``, because a container image or a service manager may have set them.
         """
         known = [*(variable(section, key) for section, keys in self.sections.items() for key in keys), *OWN]
         said = []
         for name in self._variables:
             if name not in known and not OTHERS.fullmatch(name):
-                own = [each for each in known if each.endswith(name.removeprefix(PREFIX))]  # of one command
+                # settings of one command: MOETIER_GENERATE_SEED for MOETIER_SEED
+                own = [each for each in known if each.endswith(name.removeprefix(PREFIX))]
                 near = own or difflib.get_close_matches(name, known, n=1, cutoff=CLOSE)
                 meant = f" Did you mean {' or '.join(near)}?" if near else ""
                 said.append(f"{name} in the environment is not a setting of moetier, and is ignored.{meant}")
         return said
 
     def of(self, section: str) -> list[Setting]:
-        """Return the settings of all options of a command, or of GENERAL, in the order of the options."""
+        """Return the settings of all options of ``section``, a command or GENERAL, in the order of the options."""
         general = self._options[GENERAL]
         return [
             self._setting(
@@ -108,12 +110,12 @@ class Settings:
         ]
 
     def check(self) -> None:
-        """Raise the first of ``faults``."""
+        """Raise the first of ``faults``, if there is any."""
         if self.faults:
             raise self.faults[0]
 
     def _setting(self, key: str, action: argparse.Action, sections: list[str]) -> Setting:
-        """Return the setting of an option from the first of ``sections`` that has it, or its default."""
+        """Return the setting of an option from the first of ``sections`` that has it, or the option's default."""
         for section in sections:
             if text := self._variables.get(name := variable(section, key)):
                 return self._typed(action, Setting(key, text, "environment", name), Path())
@@ -125,7 +127,10 @@ class Settings:
         return Setting(key, action.default, "default")
 
     def _typed(self, action: argparse.Action, written: Setting, base: Path) -> Setting:
-        """Return ``written`` with its value in the option's type, or with a fault. Relative paths start at ``base``."""
+        """Return ``written`` with its value in the option's type, or with a fault if the value is invalid.
+
+        A relative path is taken from the folder ``base``.
+        """
         try:
             return replace(written, value=_value(action, written, base))
         except ConfigError as fault:
@@ -140,19 +145,21 @@ class Settings:
         known = self.sections
         if not isinstance(keys, dict):
             places = _homes(section, known) or [f"[{_nearest(section, known)}]"]
-            self._found(
-                f"{self.file}: {section} stands outside of a section.", f"Put it beneath {' or '.join(places)}."
-            )
+            self._found(f"{self.file}: {section} stands outside of a section.", f"Put it below {' or '.join(places)}.")
         elif section not in self._options:
             nearest = _nearest(section, known)
-            self._found(f"{self.file}: there is no section [{section}].", f"The nearest is [{nearest}].")
+            self._found(f"{self.file}: there is no section [{section}].", f"The most similar section is [{nearest}].")
         elif keys and section not in known:
-            self._found(f"{self.file}: moetier {section} has no settings.", f"Leave out the section [{section}].")
+            self._found(f"{self.file}: moetier {section} has no settings.", f"Remove the section [{section}].")
         else:
             for key in keys:
                 if key not in self._options[section]:
                     homes = " or ".join(_homes(key, known))
-                    fix = f"Put it beneath {homes}." if homes else f"The nearest is {_nearest(key, known[section])}."
+                    fix = (
+                        f"Put it below {homes}."
+                        if homes
+                        else f"The most similar key is {_nearest(key, known[section])}."
+                    )
                     self._found(f"{self.file}: [{section}] has no key {key!r}.", fix)
 
 
@@ -163,63 +170,68 @@ def is_anything_set(environment: Mapping[str, str] = os.environ) -> bool:
 
 
 def config_file(environment: Mapping[str, str] = os.environ) -> Path:
-    """Return $MOETIER_CONFIG, or moetier/config.toml in $XDG_CONFIG_HOME (XDG Base Directory Specification 0.8)."""
+    """Return the path of the settings file, which need not exist: $MOETIER_CONFIG, or else the default path.
+
+    The default is moetier/config.toml in $XDG_CONFIG_HOME or, if that is not an absolute path, in ~/.config (XDG Base
+    Directory Specification 0.8).
+    """
     if named := environment.get(CONFIG):
-        return Path(os.path.expanduser(named))  # noqa: PTH111 - Path raises where there is no home
+        return Path(os.path.expanduser(named))  # noqa: PTH111 - Path raises if there is no home folder
     base = environment.get("XDG_CONFIG_HOME", "")
     home = Path(os.path.expanduser("~/.config"))  # noqa: PTH111
     return (Path(base) if Path(base).is_absolute() else home) / "moetier" / "config.toml"
 
 
 def variable(section: str, key: str) -> str:
-    """Return the environment variable of a key: ("generate", "look-ahead") -> "MOETIER_GENERATE_LOOK_AHEAD".
+    """Return the environment variable for a key: ("generate", "look-ahead") -> "MOETIER_GENERATE_LOOK_AHEAD".
 
-    Variables of GENERAL do not name the section.
+    Variables for keys of GENERAL do not name the section.
     """
     words = [key] if section == GENERAL else [section, key]
     return PREFIX + "_".join(words).replace("-", "_").upper()
 
 
 def without_settings(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return a copy of ``environment`` without settings, in which a command follows its command line alone."""
+    """Return a copy of ``environment`` without settings: a command that runs in it reads only its command line."""
     kept = {name: text for name, text in environment.items() if not name.startswith(PREFIX) or OTHERS.fullmatch(name)}
     return kept | {CONFIG: os.devnull}
 
 
 def mentioned(settings: Iterable[Setting], error: MoetierError) -> str:
-    """Return a sentence on where those settings come from that ``error`` names, or "" if it names none."""
+    """Return a sentence that says where each setting named in ``error`` is set, or "" if ``error`` names none."""
     text = f"{error.cause} {error.fix}"
     found = []
     for each in settings:
-        words = [each.key, each.value] if isinstance(each.value, str) else [each.key]  # other values are too common
+        # values that are not text, such as 4, may occur in any error
+        words = [each.key, each.value] if isinstance(each.value, str) else [each.key]
         if any(re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text) for word in words):
             found.append(f"{each.key} is set by {each.where}")
     return f" ({'; '.join(found)}.)" if found else ""
 
 
 def _read_file(path: Path, *, must_be: bool) -> dict[str, Any]:
-    """Return the content of the settings file. Raises ConfigError.
+    """Return the content of the settings file. Raises ConfigError if it can't be read, or is not TOML.
 
-    A missing file is an error only with ``must_be``; otherwise the content is {}.
+    If the file is missing, return {} unless ``must_be`` is True.
     """
     try:
         content = path.read_bytes()
     except FileNotFoundError as error:
         if not must_be:
             return {}
-        raise ConfigError(f"{path} is missing, which {CONFIG} names.", f"Make it, or unset {CONFIG}.") from error
+        raise ConfigError(f"{path}, which {CONFIG} names, is missing.", f"Create it, or unset {CONFIG}.") from error
     except OSError as error:
         if not must_be and not os.access(path.parent, os.X_OK):  # the folder is another user's, or is missing
             return {}
         raise ConfigError(
-            f"{path} can't be read: {error.strerror}.", f"Correct that, or name another file in {CONFIG}."
+            f"{path} can't be read: {error.strerror}.", f"Make it readable, or name another file in {CONFIG}."
         ) from error
     import tomllib
 
     try:
         return tomllib.loads(content.decode())
     except ValueError as error:
-        raise ConfigError(f"{path} is not TOML: {error}.", "Correct that place, or remove the file.") from error
+        raise ConfigError(f"{path} is not TOML: {error}.", "Correct the file, or remove it.") from error
 
 
 def _value(action: argparse.Action, written: Setting, base: Path) -> object:
@@ -242,7 +254,7 @@ def _value(action: argparse.Action, written: Setting, base: Path) -> object:
         raise ConfigError(f"{written.where}: {error}.", _advice(action, written.key)) from error
     except (LookupError, ValueError, TypeError) as error:
         shown = str(raw).lower() if isinstance(raw, bool) else repr(raw)
-        raise ConfigError(f"{written.where} is {shown}.", _advice(action, written.key)) from error
+        raise ConfigError(f"{written.where} is {shown}, which is invalid.", _advice(action, written.key)) from error
 
 
 def _advice(action: argparse.Action, key: str) -> str:
@@ -252,11 +264,11 @@ def _advice(action: argparse.Action, key: str) -> str:
         return f"Set {key} to one of {', '.join(map(str, action.choices))}."
     if (kind := getattr(action.type, "kind", action.type)) in NUMBERS:
         return f"Set {key} to {NUMBERS[kind]}."
-    return f"Set {key} as {max(action.option_strings, key=len)} takes it."
+    return f"Set {key} to a value that {max(action.option_strings, key=len)} accepts."
 
 
 def _homes(key: str, known: Mapping[str, list[str]]) -> list[str]:
-    """Return the sections that know a key, as text; GENERAL alone, if it knows the key."""
+    """Return the sections that may have ``key``, such as "[generate]"; only "[general]" if GENERAL may have it."""
     if key in known[GENERAL]:
         return [f"[{GENERAL}]"]
     return [f"[{section}]" for section, keys in known.items() if key in keys]

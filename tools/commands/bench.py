@@ -1,4 +1,4 @@
-"""``moetier bench``: measured speeds beside the upper bounds that this machine allows, both from one run."""
+"""``moetier bench``: measure speeds and, in the same run, the upper bounds that this machine allows."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import argparse
 from moetier.tools.cli.parser import add_commands
 
 NOUNS = {
-    "disk": "read a store's records at random, beside fio",
-    "kernels": "multiply with records, beside the rate at which memory is read",
-    "decode": "decode fixed tokens, beside the bound of a token",
-    "prefill": "compute a prompt, beside its bound",
-    "convert": "convert with HQQ and with --fast, beside the rate at which the source can be read",
+    "disk": "read a store's records in random order; compare with fio",
+    "kernels": "multiply with records; compare with the speed of reading memory",
+    "decode": "decode given tokens; compare with the upper bound",
+    "prefill": "compute a prompt; compare with the upper bound",
+    "convert": "convert with HQQ and with --fast; compare with the speed of reading the source",
 }
 EXAMPLES = ("moetier bench disk ./mixtral-4bit", "moetier bench decode --help")
 

@@ -1,4 +1,4 @@
-"""``moetier chat DIR``: talk with a model, on a terminal or through a pipe."""
+"""``moetier chat DIR``: chat with a model, on a terminal or through a pipe."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ EXAMPLES = (
     'moetier chat Qwen/Qwen3-30B-A3B:4bit --system "Answer in one sentence." --context 8192',
 )
 NEW_TOKENS = 1024
-ROOM = 4  # a prompt leaves 1/ROOM of the context to the answer, or less if --max-new-tokens is less
+ROOM = 4  # a prompt leaves 1/ROOM of the context to the answer, or --max-new-tokens if that is less
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,13 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--status",
         action=argparse.BooleanOptionalAction,
-        help="report each answer's tokens, speed and hits on standard error (default: on a terminal)",
+        help="report each answer's tokens, speed and hits on standard error (default: only if that is a terminal)",
     )
     parser.add_argument("--json", action="store_true", help="print each answer, and /stats, as one line of JSON")
     add_decoding_arguments(parser, new_tokens=NEW_TOKENS)
     add_prefill_argument(parser)
     add_speculation_arguments(parser)
-    add_resource_arguments(parser, context="longest conversation, in tokens; memory is reserved for it")
+    add_resource_arguments(parser, context="maximum length of the conversation, in tokens; memory is reserved for it")
     show_first(parser, "--ram", "--context", "--system", "--max-new-tokens", "--temperature")
 
 
@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
         dialogue.say(f"{arguments.directory}, experts of {model.tiers.where}; a context of {context:,} tokens")
         if conversation.is_plain:
-            dialogue.say("it has no chat template, so it is given a plain one, and may not know what to do with it")
-        dialogue.say("/help says what there is")
+            dialogue.say("the model has no chat template: a plain one is used, which the model may not understand")
+        dialogue.say("/help lists the commands")
         dialogue.talk(ChatInput())
     return 0

@@ -13,7 +13,7 @@ FOLDERS = ("DIR", "DST", "FOLDER")  # metavars of arguments that are folders
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `moetier completion`."""
-    parser.add_argument("shell", choices=SHELLS, metavar="SHELL", help=f"{' or '.join(SHELLS)}")
+    parser.add_argument("shell", choices=SHELLS, metavar="SHELL", help=f"the shell: {' or '.join(SHELLS)}")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -23,7 +23,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def script(shell: str) -> str:
-    """Return a script for the whole command line, in which paths are completed as files or folders."""
+    """Return a script with which ``shell`` completes commands, options, and the names of files and folders."""
     import shtab
 
     from moetier.tools.cli.parser import commands_of, directory, file_or_address, settable, walk
@@ -37,6 +37,6 @@ def script(shell: str) -> str:
                 action.choices = with_settings
             if action.type in (Path, directory, file_or_address):
                 folder = isinstance(action.metavar, str) and action.metavar in FOLDERS
-                action.complete = shtab.DIRECTORY if folder else shtab.FILE  # type: ignore[attr-defined]  # shtab's
+                action.complete = shtab.DIRECTORY if folder else shtab.FILE  # type: ignore[attr-defined]  # for shtab
     found: str = shtab.complete(parser, shell=shell)
     return found

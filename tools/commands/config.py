@@ -20,14 +20,14 @@ EXAMPLES = ("moetier config show", "moetier config show generate")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the commands of `moetier config`, and their options."""
     subparsers = parser.add_subparsers(dest="what", metavar="WHAT", prog=parser.prog)
-    line = "show each value that can be set, and where it comes from"
+    line = "show each setting, its value and where the value comes from"
     show = subparsers.add_parser("show", help=line, description=f"{line.capitalize()}.", epilog=examples(EXAMPLES))
     show.add_argument(
         "of",
         nargs="?",
         type=_command,
         metavar="COMMAND",
-        help="show all settings of this command (default: those of all commands, and what differs for each)",
+        help="show all settings of COMMAND (default: general settings, and for each command those that differ)",
     )
     show.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -40,14 +40,14 @@ def _command(text: str) -> str:
 
     known = [name for name, command in commands_of(build_parser()).items() if settable(command)]
     if text not in known:
-        raise ConfigError(f"{text!r} is not a command with settings.", f"These have settings: {', '.join(known)}.")
+        raise ConfigError(f"{text!r} is not a command with settings.", f"Name one of {', '.join(known)}.")
     return text
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the settings and their mistakes; return 1 if there is a mistake, else 0.
+    """Print the settings and the mistakes in them; return 1 if there is a mistake, else 0.
 
-    Raises ConfigError for a file that can't be read.
+    Raises ConfigError if the settings file can't be read.
     """
     from moetier.tools.cli.failure import EXIT_ERROR
     from moetier.tools.cli.parser import commands_of
@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         general = {setting.key: setting for setting in settings.of(GENERAL)}
         shown = {GENERAL: [*general.values()]}
-        for command in settings.sections:  # of a command, only settings that differ from the general ones
+        for command in settings.sections:  # show only those settings of a command that differ from the general ones
             found = [each for each in settings.of(command) if not _same(each, general.get(each.key))]
             shown |= {command: found} if found else {}
     if arguments.json:
@@ -103,7 +103,7 @@ def _json(settings: Settings, shown: dict[str, list[Setting]]) -> dict[str, Any]
 
 
 def _plain(value: object) -> object:
-    """Return ``value`` in a form that JSON can hold: it has no paths and no infinite numbers."""
+    """Return ``value`` in a form that JSON can hold: paths and infinite numbers become text."""
     is_plain = isinstance(value, bool | int | list | tuple | None) or (
         isinstance(value, float) and math.isfinite(value)
     )
@@ -111,14 +111,14 @@ def _plain(value: object) -> object:
 
 
 def _text(settings: Settings, shown: dict[str, list[Setting]]) -> str:
-    there = "" if settings.file.exists() else " (there is none)"
+    there = "" if settings.file.exists() else " (does not exist)"
     lines = [f"file  {settings.file}{there}"]
     every = [each for found in shown.values() for each in found]
     width, wide = max(len(each.key) for each in every), max(len(_word(each.value)) for each in every)
     for name, found in shown.items():
         lines.append(f"\n[{name}]")
         for each in found:
-            origin = f"{each.where}: this can't be" if each.fault else each.where or "default"
+            origin = f"{each.where}: invalid" if each.fault else each.where or "default"
             lines.append(f"{each.key:<{width}}  {_word(each.value):<{wide}}  {origin}")
     return "\n".join(lines)
 

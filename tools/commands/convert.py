@@ -31,18 +31,18 @@ EXAMPLES = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `moetier convert`."""
     parser.add_argument("source", metavar="SRC", help="folder of the checkpoint, or its id on the Hugging Face hub")
-    parser.add_argument("target", metavar="DST", type=Path, help="folder of the new model directory")
+    parser.add_argument("target", metavar="DST", type=Path, help="folder for the new model directory")
     parser.add_argument(
         "--mirror",
         type=Path,
         metavar="FOLDER",
-        help="also copy the experts into this folder on another disk, and read from both (as moetier mirror)",
+        help="also copy the experts into FOLDER on another disk, so that both are read (as moetier mirror does)",
     )
     add_options(parser)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that `moetier pull` has too."""
+    """Add the options that `moetier convert` and `moetier pull` share."""
     parser.add_argument(
         "--bits", type=int, choices=BITS, default=4, help="bits per expert weight (default: %(default)s)"
     )
@@ -51,7 +51,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         choices=TRUNK_BITS,
         default=16,
-        help="bits per weight of everything else; embeddings, norms and routers stay as they are "
+        help="bits per weight of everything else, except embeddings, norms and routers, which stay as they are "
         "(default: %(default)s)",
     )
     parser.add_argument(
@@ -59,37 +59,38 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         choices=sorted(set().union(*GROUPS.values())),
         metavar="N",
-        help="weights that share a scale (default: depends on --bits)",
+        help="number of weights that share a scale (default: depends on --bits)",
     )
     parser.add_argument("--pairs", choices=PAIR_TYPES, help="format of the scales (default: depends on --bits)")
     parser.add_argument(
         "--fast",
         action=argparse.BooleanOptionalAction,
-        help="round plainly instead of optimising with HQQ: faster, less accurate",
+        help="round to the nearest value instead of optimising with HQQ: faster, but less accurate",
     )
     parser.set_defaults(fast=False)
     parser.add_argument(
         "--workers",
         type=COUNT,
         metavar="N",
-        help="experts that are quantised at a time, each on a thread (default: --threads, fewer where memory is short)",
+        help="number of experts to quantise at a time, each on a thread (default: as --threads, or fewer if memory is "
+        "short)",
     )
     add_option(parser, "threads")
-    parser.add_argument("--overwrite", action="store_true", help="replace a different model directory")
+    parser.add_argument("--overwrite", action="store_true", help="replace the result of a different conversion")
     parser.add_argument(
-        "--ignore-code", action="store_true", help="accept a checkpoint that names code of its own, which is never run"
+        "--ignore-code", action="store_true", help="accept a checkpoint with code of its own, which moetier never runs"
     )
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit on the hub (default: main)")
     parser.add_argument(
         "--keep-source",
         action="store_true",
-        help="keep downloaded files in huggingface_hub's cache (default: delete each one when it is converted)",
+        help="keep downloaded files in huggingface_hub's cache (default: delete each file once it is converted)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object on standard output")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the command; return 0, or 128 plus the signal's number if one stopped it.
+    """Run the command; return 0, or 128 plus the signal's number if a signal stopped it.
 
     Raises UsageError, CheckpointError, TargetError or ConfigError.
     """
@@ -100,7 +101,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def options_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the options of ``add_options`` as keyword arguments of ``convert``. Raises UsageError."""
+    """Return the options of ``add_options`` as keyword arguments of ``convert``.
+
+    Raises UsageError if they can't be combined.
+    """
     from moetier.tools.convert.plan import Options
 
     how = {field.name: getattr(arguments, field.name) for field in fields(Options)}
@@ -111,7 +115,7 @@ def options_of(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def report_of(work: Callable[[], ConversionReport], as_json: bool) -> int:
-    """Call ``work``, which converts; print its report and return the exit code."""
+    """Call ``work``, which converts a model. Print its report, and return the exit code."""
     import transformers
 
     logging.getLogger(transformers.__name__).setLevel(logging.ERROR)
@@ -119,7 +123,7 @@ def report_of(work: Callable[[], ConversionReport], as_json: bool) -> int:
         with _stopped_by_signals():
             report = work()
     except Stopped as stop:
-        print("moetier: stopped; run the same command again: it resumes where it stopped", file=sys.stderr)
+        print("moetier: stopped. Run the same command again: it resumes where it stopped.", file=sys.stderr)
         return 128 + stop.number
     print(json.dumps(report.to_json()) if as_json else report.table())
     return 0

@@ -1,4 +1,4 @@
-"""``moetier daemon DIR``: hold the experts of models in memory, for every process of this machine and for others."""
+"""``moetier daemon DIR``: hold the experts of models in memory, for this machine's processes and for other hosts."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="model directories, made by moetier convert, or names of pulled models",
     )
-    add_option(parser, "ram", help='host memory for all of them: "8GiB", "50%%" (default: 80%% of what is free)')
+    add_option(parser, "ram", help='host memory for all experts: "8GiB", or "50%%" of what is free (default: 80%%)')
     add_option(parser, "policy")
     add_option(parser, "learn")
     add_option(parser, "loaders")
@@ -40,63 +40,71 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--folder",
         metavar="NAME|PATH",
         default="default",
-        help="folder of its sockets: a path, or a name within $XDG_RUNTIME_DIR/moetier (without that variable "
-        "/tmp/moetier-UID), where clients find it by themselves (default: %(default)s)",
+        help="folder for the daemon's sockets: a path, or a name in $XDG_RUNTIME_DIR/moetier (/tmp/moetier-UID without "
+        "that variable), where clients find the daemon by themselves (default: %(default)s)",
     )
     parser.add_argument(
         "--leases",
         type=SEVERAL,
         metavar="N",
         default=DEFAULTS["leases"],
-        help="most slots that a client may hold at once (default: %(default)s)",
+        help="maximum number of slots that a client may hold at once (default: %(default)s)",
     )
     parser.add_argument(
         "--max-clients",
         type=SEVERAL,
         metavar="N",
         default=DEFAULTS["max_clients"],
-        help="most clients at once (default: %(default)s)",
+        help="maximum number of clients at once (default: %(default)s)",
     )
     parser.add_argument(
         "--wait",
         type=WAIT,
         metavar="SECONDS",
         default=DEFAULTS["wait"],
-        help="longest wait for a free slot, before a request fails (default: %(default)g)",
+        help="longest time that a request waits for a free slot before it fails (default: %(default)g)",
     )
     parser.add_argument(
         "--drain",
         type=WAIT,
         metavar="SECONDS",
         default=DEFAULTS["drain"],
-        help="time to finish running requests at shutdown (default: %(default)g)",
+        help="time for running requests to finish at shutdown (default: %(default)g)",
     )
     parser.add_argument(
         "--metrics",
         metavar="[HOST:]PORT",
         default="",
-        help="answer Prometheus (/metrics) and probes (/healthz) on this port, without TLS or a token; on 127.0.0.1 "
-        "unless HOST is given (port 0: any)",
+        help="answer Prometheus (/metrics) and health probes (/healthz) on this port, without TLS or a token; the "
+        "default HOST is 127.0.0.1, and port 0 means any free port",
     )
     parser.add_argument("--reflection", action="store_true", help="answer gRPC server reflection")
     parser.add_argument(
         "--ready-fd",
         type=int,
         metavar="N",
-        help='descriptor to write "ready" to once it serves; it is closed afterwards',
+        help='file descriptor to which the daemon writes "ready" when it begins to serve, and which it then closes',
     )
     remote = parser.add_argument_group("other hosts")
-    remote.add_argument("--listen", metavar="HOST:PORT", default="", help="serve on TCP too (port 0: any)")
-    remote.add_argument("--tls-cert", type=Path, metavar="FILE", help="certificate and its chain, PEM")
-    remote.add_argument("--tls-key", type=Path, metavar="FILE", help="its private key, PEM")
+    remote.add_argument("--listen", metavar="HOST:PORT", default="", help="serve on TCP, too (port 0: any free port)")
     remote.add_argument(
-        "--tls-client-ca", type=Path, metavar="FILE", help="the CA that must have signed clients' certificates, PEM"
+        "--tls-cert", type=Path, metavar="FILE", help="PEM file of the daemon's certificate and its chain"
+    )
+    remote.add_argument("--tls-key", type=Path, metavar="FILE", help="PEM file of the private key of --tls-cert")
+    remote.add_argument(
+        "--tls-client-ca",
+        type=Path,
+        metavar="FILE",
+        help="PEM file of the CA that must have signed the certificates of clients",
     )
     remote.add_argument(
-        "--token-file", type=Path, metavar="FILE", help="file with the token that clients must show, in one line"
+        "--token-file",
+        type=Path,
+        metavar="FILE",
+        help="file that holds, in one line, the token that clients must send",
     )
     remote.add_argument(
-        "--insecure", action="store_true", help="serve on TCP without a token or TLS, whichever is not given"
+        "--insecure", action="store_true", help="permit serving on TCP without a token, without TLS, or without both"
     )
 
 
@@ -110,17 +118,22 @@ def run(arguments: argparse.Namespace) -> int:
     with checked():
         folder = Address.parse(arguments.folder).folder
     if folder is None:
-        raise UsageError(f"{arguments.folder!r} is not a folder.", "Give a name or a path; for TCP there is --listen.")
+        raise UsageError(
+            f"--folder: {arguments.folder!r} is not a folder.", "Give a name or a path. To serve on TCP, use --listen."
+        )
     if arguments.metrics and importlib.util.find_spec("prometheus_client") is None:
         raise ConfigError(
             "moetier daemon --metrics needs prometheus_client, which is not installed.",
-            'Install it: pip install ".[metrics]" in the repository.',
+            "In the repository of moetier, run: pip install '.[metrics]'",
         )
     if arguments.ready_fd is not None:
         try:
             os.set_inheritable(arguments.ready_fd, False)
         except (OSError, OverflowError):
-            raise ConfigError(f"Descriptor {arguments.ready_fd} is not open.", "Give --ready-fd an open one.") from None
+            raise ConfigError(
+                f"--ready-fd: the file descriptor {arguments.ready_fd} is not open.",
+                "Give the number of a descriptor that the daemon inherits.",
+            ) from None
     given = {name: getattr(arguments, name) for name in DEFAULTS if hasattr(arguments, name)}
     ram = None if arguments.ram is None else Size.parse(arguments.ram)
     config = DaemonConfig(**given | {"directories": tuple(arguments.directories), "folder": folder, "ram": ram})

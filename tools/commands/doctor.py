@@ -1,4 +1,4 @@
-"""``moetier doctor [DIR]``: check whether this machine and a model directory are fit, and say what to do if not."""
+"""``moetier doctor [DIR]``: check this machine and a model directory, and say how to correct what is wrong."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=directory,
         nargs="?",
         metavar="DIR",
-        help="a model directory or pulled model, whose files and disk are checked too (default: the current "
-        "folder's disk)",
+        help="a model directory or pulled model to check, with its disk (default: check the disk of the current "
+        "folder)",
     )
     parser.add_argument("--checksums", action="store_true", help="read every byte of DIR, as moetier verify does")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the findings; return 1 when anything fails, else 0. Raises ConfigError for --checksums without DIR."""
+    """Print the findings; return 1 if a check fails, else 0. Raises ConfigError for --checksums without DIR."""
     from moetier.tiers.errors import ConfigError
     from moetier.tools.doctor.machine import State, lines_of
 
     if arguments.checksums and arguments.directory is None:
-        raise ConfigError("--checksums has nothing to read.", "Name a model directory: moetier doctor DIR --checksums")
+        raise ConfigError("--checksums needs a model directory.", "Name one: moetier doctor DIR --checksums")
     found = []
     width = min(shutil.get_terminal_size((100, 24)).columns, 120)
     for finding in findings(arguments.directory, checksums=arguments.checksums):
@@ -58,10 +58,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def findings(directory: Path | None, *, checksums: bool = False, seconds: float = PROBE_SECONDS) -> Iterator[Finding]:
-    """Check one thing after the other and yield the findings.
+    """Run the checks one after the other, and yield their findings.
 
-    ``directory``: model directory to check too; ``checksums``: read all its bytes; ``seconds``: how long to measure the
-    disk.
+    ``directory`` is a model directory to check, too; None: check only the machine. ``checksums`` means to read all
+    bytes of the directory. The disk is measured for ``seconds``.
     """
     from moetier.runtime.memory import shortage
     from moetier.tools.doctor import machine, store
@@ -81,9 +81,9 @@ def findings(directory: Path | None, *, checksums: bool = False, seconds: float 
     for name, at in light.items():
         yield from look(name, at)
     if short := shortage():
-        yield fail("memory", short, "Free some, or raise the control group's limit. Nothing else is looked at.")
+        yield fail("memory", short, "Free some memory, or raise the control group's limit. Other checks were skipped.")
         return
-    for name, at in others.items():  # they import torch
+    for name, at in others.items():  # these import torch, which takes memory
         yield from look(name, at)
     if directory is not None:
         found = list(look("store", partial(store.health, directory, checksums=checksums)))

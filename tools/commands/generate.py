@@ -30,7 +30,7 @@ EXAMPLES = (
     "moetier generate Qwen/Qwen3-30B-A3B:4bit --max-new-tokens 100 < prompt.txt",
 )
 
-AT_FIRST = 1 << 20  # most characters of standard input that are read before loading; few prompts have more
+AT_FIRST = 1 << 20  # characters of standard input that are read before loading; few prompts have more
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
     decoding = decoding_of(arguments)
     prompt = sys.stdin.read(AT_FIRST) if arguments.prompt is None else arguments.prompt
     if not prompt:
-        raise ConfigError("The prompt is empty.", "Give it as an argument, or on standard input.")
+        raise ConfigError("The prompt is empty.", "Give a prompt as an argument, or on standard input.")
 
     with loaded(arguments.directory, resources) as (model, tokenizer, load_seconds):
         import torch
@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
             model.generate(**inputs, **given, **chunks_of(model, tokens, arguments.prefill_chunk), streamer=streamer)
         except BaseException:
             if streamer.text and not arguments.json:
-                print(flush=True)  # so that the message of the error begins a line
+                print(flush=True)  # so that the error message begins on a line of its own
             raise
         timing = Timing(tokens, streamer.tokens, *streamer.seconds)
         warn_if_cut(model, tokens, streamer.tokens, decoding)
@@ -94,7 +94,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def read_on(prompt: str, model: Any, tokenizer: Any) -> str:
-    """Return ``prompt`` with the rest of standard input, or with enough of it to show that it is too long."""
+    """Return ``prompt`` with the rest of standard input. Stop reading once the prompt exceeds the model's context."""
     most = longest_context(model.config)
     while most is None or len(first_ids(tokenizer, prompt, most)) < most:
         piece = sys.stdin.read(3 * len(prompt))

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the directory; return 1 if a shard or a trunk file is missing or malformed.
+    """Print what the model directory holds; return 1 if a shard or a trunk file is missing or malformed.
 
     Raises StoreError if there is no complete store.
     """

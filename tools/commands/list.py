@@ -26,7 +26,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     found = []
     for name, folder in pulled().items():
-        for _ in range(LOOKS):  # the end of a conversion, or a removal, may delete a file between two reads: look again
+        for _ in range(LOOKS):  # try again if a conversion that ends, or a removal, deletes a file between two reads
             with contextlib.suppress(FileNotFoundError):
                 found.append(_look(name, folder))
                 break
@@ -35,14 +35,16 @@ def run(arguments: argparse.Namespace) -> int:
     elif found:
         print(_text(found))
     else:
-        print(f"No model was pulled into {models_folder()}.")
+        print(f"There are no pulled models in {models_folder()}.")
     return 0
 
 
 def _look(name: str, folder: Path) -> dict[str, Any]:
-    """Describe a pulled model, complete or not, from its manifest or from the plan of its conversion.
+    """Return a description of a pulled model as JSON.
 
-    ``resume`` is the command that completes it, or replaces it if its plan can't be read; None if it is complete.
+    It is from the model's manifest or, if the model is incomplete, from the plan of the conversion. The value of
+    ``resume`` is None for a complete model. Otherwise it is the command that completes the model, or replaces it if the
+    plan can't be read.
     """
     from moetier.runtime.pulled import pulling
     from moetier.tiers.errors import StoreError
@@ -82,7 +84,7 @@ def _look(name: str, folder: Path) -> dict[str, Any]:
         "blocks": None if manifest is None else len(manifest.blocks),
         "experts": None if manifest is None else manifest.record_count,
         "bytes": disk_bytes(folder),  # including an incomplete download
-        "pulled_unix": last.stat().st_mtime,  # when it was completed, or last worked on
+        "pulled_unix": last.stat().st_mtime,  # time when the model was completed, or last worked on
         "revision": read_origin(folder).get("revision"),
         "mirrors": [*map(str, mirrors)],
         "resume": resume,

@@ -1,4 +1,4 @@
-"""``moetier mirror DIR FOLDER``: copy a model directory's records to another disk, and read from both from then on."""
+"""``moetier mirror DIR FOLDER``: copy a model directory's records to another disk, so that both disks are read."""
 
 from __future__ import annotations
 

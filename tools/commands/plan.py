@@ -35,15 +35,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "source",
         type=source,
         metavar="SRC",
-        help="a checkpoint's folder, where config.json and the index suffice; its id on the Hugging Face hub, whose "
-        "weights are not downloaded; or a model directory or pulled model (ID:TAG)",
+        help="a checkpoint's folder, which needs only config.json and the index of its weights; the checkpoint's id on "
+        "the Hugging Face hub (no weights are downloaded); a model directory; or a pulled model (ID:TAG)",
     )
     parser.add_argument("--bits", type=numbers, metavar="N,...", help="bits per expert weight (default: 16,8,4,3,2)")
     parser.add_argument(
         "--trunk-bits", type=numbers, metavar="N,...", help="bits per weight of everything else (default: 16,8,4)"
     )
     parser.add_argument(
-        "--ram", type=size, metavar="SIZE", help="memory for experts (default: as much as generate takes)"
+        "--ram", type=size, metavar="SIZE", help="host memory for experts (default: as much as generate would use)"
     )
     for name in ("device_memory", "device", "threads"):
         add_option(parser, name)
@@ -51,20 +51,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--context",
         type=COUNT,
         metavar="TOKENS",
-        help=f"length of the context (default: {DEFAULT_CONTEXT}, or the model's maximum where that is less)",
+        help=f"length of the context (default: {DEFAULT_CONTEXT}, or the model's maximum if that is less)",
     )
     parser.add_argument(
         "--into",
         type=Path,
         metavar="FOLDER",
-        help="folder whose disk is measured (default: this one; for an id on the hub, where `pull` puts the model)",
+        help="folder whose disk is measured (default: the current folder; for an id on the hub, the folder into which "
+        "moetier pull puts models)",
     )
-    parser.add_argument("--disk", type=float, metavar="GB/S", help="disk speed to assume instead of measuring")
+    parser.add_argument("--disk", type=float, metavar="GB/S", help="speed of the disk, instead of measuring it")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Plan, print and return 0. Raises MoetierError where nothing that was asked for can work."""
+    """Print the plan and return 0. Raises MoetierError if no choice that was asked for can work."""
     found = plan(
         arguments.source,
         bits=arguments.bits,
@@ -105,12 +106,12 @@ def plan(
 
     Args:
         source: a checkpoint's folder, a hub id or a model directory.
-        bits: widths of experts to plan with; None: all.
-        trunk_bits: widths of the trunk to plan with; None: all.
+        bits: bits per expert weight to choose from; None: all.
+        trunk_bits: bits per weight of the trunk to choose from; None: all.
         context: tokens; None: ``ModelChoices.context``.
-        into: folder for the model directory; None: where `pull` puts a hub's model, or else the current folder.
-        disk: rate of the disk in GB/s; None: measure it.
-        say: called with a line before each step that takes long.
+        into: folder whose disk is measured; None: for a hub id the folder of pulled models, else the current folder.
+        disk: speed of the disk in GB/s; None: measure it.
+        say: called with a line of progress before each step that takes long.
 
     ``ram``, ``device_memory``, ``device`` and ``threads`` are as in ``load``.
     """
@@ -123,15 +124,15 @@ def plan(
 
     for name, given, known in (("--bits", bits, BITS), ("--trunk-bits", trunk_bits, TRUNK_BITS)):
         if strange := [number for number in given or () if number not in known]:
-            raise UsageError(f"{name} of {strange[0]}.", f"Choose among {', '.join(map(str, known))}.")
+            raise UsageError(f"{name} can't be {strange[0]}.", f"Choose from {', '.join(map(str, known))}.")
     if disk is not None and not 0 < disk < float("inf"):
-        raise UsageError(f"--disk is {disk}.", "Give GB a second, more than 0.")
+        raise UsageError(f"--disk can't be {disk}.", "Give a speed in GB/s that is more than 0.")
     pulls = into is None and not Path(source).is_dir()
     place = Path() if into is None else into
     if pulls:
         place = nearest_folder(models_folder())
     if not place.is_dir():
-        raise TargetError(f"{place} is no folder.", "Make it, or name another with --into.")
+        raise TargetError(f"{place} is not a folder.", "Create it, or name another folder with --into.")
     config = TierConfig.of(
         ram=ram,
         device_memory=device_memory,
@@ -144,7 +145,7 @@ def plan(
 
     if short := shortage():
         _log.warning("%s", short)
-    say(f"reading what {source} says of itself")
+    say(f"reading the configuration of {source}")
     with lean_imports():
         import torch
         import transformers
@@ -163,7 +164,10 @@ def plan(
     device_place = torch.device(place_of(config.device))
     kernels = kernels_for(device_place)
     if device_place.type == "cpu" and device_memory is not None:
-        raise ConfigError("On a CPU there is no device memory: experts are computed on in --ram.", "Give --ram alone.")
+        raise ConfigError(
+            "On a CPU there is no device memory: the CPU computes with the experts in host memory.",
+            "Give --ram without --device-memory.",
+        )
     room = Room.here(device_place, place, memory_for_model(), resident_bytes())
     model_choices = open_choices(source)
     chosen = model_choices.chosen(bits, trunk_bits)
@@ -177,7 +181,7 @@ def plan(
     working = by_preference(asked)
     if not working:
         raise impossible(asked, evaluate, config)
-    say("measuring this machine, for some seconds")
+    say("measuring this machine for some seconds")
     speeds = Speeds.measure(model_choices, [fit.choice for fit in working], room, disk, threads or usable_cpus())
     options = {"--ram": ram, "--device-memory": device_memory, "--device": None if device == "auto" else device}
     options |= {"--threads": threads}
@@ -243,15 +247,15 @@ def _sentences(found: dict[str, Any], best: dict[str, Any]) -> list[str]:
         f"{what}: {best['slots']:,} of {count:,} experts in memory, {format_bytes(memory['process_bytes'])} in all."
     ]
     if best["device_slots"] is not None:
-        lines.append(f"{best['device_slots']:,} of them fit the GPU, where speed is not forecast.")
+        lines.append(f"{best['device_slots']:,} of them fit into the GPU's memory. Speed on a GPU is not estimated.")
     else:
-        lines.append(f"Hits are an estimate, from the trace {best['hit_curve']}; rates are those of this moment.")
+        lines.append(f"Hits are estimated from the trace {best['hit_curve']}. Speeds are those of this moment.")
     if best["all_resident"]:
-        lines.append("Everything stays in memory once it was read: caching is not needed, nor more memory.")
+        lines.append("Everything stays in memory once it has been read. More memory would not help.")
     elif best["streams"]:
         lines.append(
             f"Caching hardly helps: {best['slots']:,} slots are fewer than the {found['blocks'] * found['top_k']:,} "
-            "experts of one token, so that most are read again for each."
+            "experts that one token uses, so most experts are read again for each token."
         )
     return lines + [command for name in ("pull", "convert", "generate") if (command := recommended[name])]
 

@@ -11,7 +11,7 @@ EXAMPLES = ("moetier pull Qwen/Qwen3-30B-A3B", "moetier pull mistralai/Mixtral-8
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `moetier pull`."""
-    parser.add_argument("id", metavar="ID", help="id of a model on the Hugging Face hub; the result is called ID:4bit")
+    parser.add_argument("id", metavar="ID", help="hub id of a model; the result is named ID:TAG, such as ID:4bit")
     add_options(parser)
 
 

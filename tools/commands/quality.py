@@ -1,4 +1,4 @@
-"""``moetier quality SRC --text FILE...``: measure the bytes and the perplexity of each way to store weights."""
+"""``moetier quality SRC --text FILE...``: measure the size and the perplexity for each way of storing weights."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ EXAMPLES = (
     "moetier quality ./mixtral-4bit --text texts/ --json",
 )
 
-TOKENS = Number(int, 2, MOST, "Give 2, of which one foretells the other, to 2^31 - 1.")
+TOKENS = Number(int, 2, MOST, "Give 2 to 2^31 - 1: a perplexity needs at least two tokens.")
 METHODS = ("hqq", "rounding")
 WAYS = ("bits", "group_size", "pairs", "trunk_bits", "method")  # options whose combinations are measured
 
@@ -40,31 +40,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "source",
         type=source,
         metavar="SRC",
-        help="a checkpoint, which is quantised in memory in each way; or a model directory or pulled model (ID:TAG), "
-        "as it is",
+        help="a checkpoint, which is quantised in memory in each of the given ways; or a model directory or pulled "
+        "model (ID:TAG), which is measured as it is",
     )
     parser.add_argument(
-        "--text", nargs="+", type=Path, required=True, metavar="PATH", help="texts, or folders of .txt files"
+        "--text", nargs="+", type=Path, required=True, metavar="PATH", help="text files, or folders with .txt files"
     )
     parser.add_argument(
         "--tokens",
         type=TOKENS,
         default=3072,
         metavar="N",
-        help="tokens from the beginning of each text (default: %(default)s)",
+        help="number of tokens to measure from the beginning of each text (default: %(default)s)",
     )
     parser.add_argument("--bits", type=numbers, metavar="N,...", help="bits per expert weight (default: 16,8,4,3,2)")
     parser.add_argument(
         "--trunk-bits", type=numbers, metavar="N,...", help="bits per weight of everything else (default: 16)"
     )
     parser.add_argument(
-        "--group-size", type=numbers, metavar="N,...", help="weights that share a scale (default: depends on --bits)"
+        "--group-size",
+        type=numbers,
+        metavar="N,...",
+        help="number of weights that share a scale (default: depends on --bits)",
     )
     parser.add_argument(
         "--pairs", type=_names, metavar="TYPE,...", help="formats of the scales (default: depends on --bits)"
     )
     parser.add_argument("--method", type=_methods, metavar="NAME,...", help="hqq, rounding, or both (default: hqq)")
-    parser.add_argument("--fast", action="store_true", help="the same as --method rounding; called so in convert")
+    parser.add_argument("--fast", action="store_true", help="the same as --method rounding, as in moetier convert")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_resource_arguments(parser)
 
@@ -76,7 +79,7 @@ def _names(value: str) -> list[str]:
 def _methods(value: str) -> list[str]:
     found = list(dict.fromkeys(_names(value)))
     if not set(found) <= set(METHODS):
-        raise ConfigError(f"{value!r} names what is no method.", f"Give one or both of {', '.join(METHODS)}.")
+        raise ConfigError(f"{value!r} has an unknown method.", f"Give one or both of {', '.join(METHODS)}.")
     return found
 
 
@@ -84,17 +87,17 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the command and return 0. Raises MoetierError."""
     converted = (Path(arguments.source) / "experts.zarr").is_dir()
     if arguments.fast and arguments.method not in (None, ["rounding"]):
-        raise UsageError("--fast is --method rounding, and --method says otherwise.", "Leave out --fast.")
+        raise UsageError("--fast means --method rounding, but --method names another.", "Leave out --fast or --method.")
     if converted and any(asked(arguments, name) for name in (*WAYS, "fast")):
         raise ConfigError(
-            f"{arguments.source} is converted already: it is measured as it is.",
-            "Leave out --bits, --trunk-bits, --group-size, --pairs, --method and --fast, or give its checkpoint.",
+            f"{arguments.source} is converted already: it can only be measured as it is.",
+            "Leave out --bits, --trunk-bits, --group-size, --pairs, --method and --fast, or name the checkpoint.",
         )
     resources = resources_of(arguments)
     if not converted and resources != resources_of(_defaults(arguments)) | {"threads": arguments.threads}:
         raise ConfigError(
-            f"{arguments.source} is a checkpoint: it is measured in memory, and uses no tiers.",
-            "Leave out --ram, --device, --daemon and what belongs to them, or give a model directory.",
+            f"{arguments.source} is a checkpoint: it is measured in memory, without tiers.",
+            "Leave out --ram, --device, --daemon and other options of tiers, or name a model directory.",
         )
     if short := shortage():
         _log.warning("%s", short)
@@ -137,7 +140,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _check_ways(ways: Iterable[Way]) -> None:
-    """Raise ConfigError, before anything is measured, for a combination with which weights can't be stored."""
+    """Check that weights can be stored in each of ``ways``. Raises ConfigError, before anything is measured."""
     from moetier.tiers.quant.codec import group_and_pairs
     from moetier.tools.convert.plan import trunk_form
 
@@ -147,14 +150,14 @@ def _check_ways(ways: Iterable[Way]) -> None:
 
 
 def _defaults(arguments: argparse.Namespace) -> argparse.Namespace:
-    """Return the resource options as they are if the command line gives none: from the settings, else the defaults."""
+    """Return the resource options of an empty command line: values from the settings, or else the built-in defaults."""
     parser = argparse.ArgumentParser()
     add_resource_arguments(parser)
     return argparse.Namespace(**vars(parser.parse_args([])) | arguments.configured)
 
 
 def to_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Return the rows as JSON, each with its rank and its change from the first."""
+    """Return the rows as JSON, each with its rank and the change of its perplexity from the first row."""
     from moetier.tools.lab.quality import Change, ranks
 
     places = ranks([row.loss for row in rows])
@@ -167,7 +170,7 @@ def to_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def report(rows: Sequence[Row]) -> str:
-    """Format rows as a table: perplexity over all texts, its change from the first row, its rank, and by text."""
+    """Return the rows as a table: perplexity of all texts, its change from the first row, rank, perplexity of each."""
     from moetier.tools.lab.quality import LEAST_WINDOWS, Change, ranks
 
     names = list(rows[0].losses)
@@ -200,12 +203,12 @@ def report(rows: Sequence[Row]) -> str:
     notes = []
     if windows > 1:
         notes += [
-            f"±: standard error of the change, of {windows} windows, each compared with the same of the first row."
+            f"±: standard error of the change, of {windows} windows, each compared with the same one in the first row."
         ]
     if places:
         notes += [
-            "rank: the places that a row may have. Two rows that differ by less than two standard errors share some."
+            "rank: the places that a row may have. Two rows that differ by less than two standard errors share places."
         ]
     else:
-        notes += [f"No ranks: of fewer than {LEAST_WINDOWS} windows the standard error itself is uncertain."]
+        notes += [f"No ranks: with fewer than {LEAST_WINDOWS} windows the standard error itself is uncertain."]
     return "\n".join([table(lines), *notes])

@@ -1,4 +1,4 @@
-"""``moetier replay T.npz``: simulate tiers on the routing of a trace, with the eviction policies that tiers use."""
+"""``moetier replay T.npz``: simulate tiers on a trace, with the eviction policies that tiers use."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ EXAMPLES = (
 )
 
 SLOTS = Number(int, 1, 32_767, "Give 1 to 32,767.")
-RATE = Number(float, TINY, 1e6, "Give GB a second, more than 0, to 1,000,000 at most.")
-MILLISECONDS = Number(float, 0, 1e6, "Give milliseconds, 0 to 1,000,000.")
+RATE = Number(float, TINY, 1e6, "Give a speed in GB/s: more than 0, and 1,000,000 at most.")
+MILLISECONDS = Number(float, 0, 1e6, "Give 0 to 1,000,000 milliseconds.")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,33 +35,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--slots",
         type=_numbers,
         metavar="N,M-P",
-        help="experts of each block that are cached (default: each number up to 8; eighths of larger blocks)",
+        help="numbers of experts of each block to cache (default: all numbers up to 8, or eighths of a block that has "
+        "more than 8 experts)",
     )
     parser.add_argument(
         "--policy",
         type=_policies,
         metavar="NAMES",
-        help="lru, scan and lrfu: as in tiers; learned: lru that begins with what was used most in earlier sequences; "
-        "belady: the bound (default: all)",
+        help="lru, scan, lrfu: policies of tiers; learned: lru that begins with the experts used most in earlier "
+        "sequences; belady: the upper bound (default: all)",
     )
     parser.add_argument(
         "--device-slots",
         type=SLOTS,
         default=0,
         metavar="N",
-        help="experts of each block in a device tier above, with the same policy "
-        f"({DEFAULT_POLICY} with learned and belady)",
+        help="number of experts of each block in a device tier, which is then simulated, too, with the same policy "
+        f"({DEFAULT_POLICY} instead of learned and belady)",
     )
     speed = parser.add_argument_group("speed")
-    speed.add_argument("--record", type=size, metavar="SIZE", help="size of an expert, as inspect shows it")
-    speed.add_argument("--disk", type=RATE, metavar="GB/S", help="rate at which misses are read")
-    speed.add_argument("--link", type=RATE, metavar="GB/S", help="rate at which the device tier's misses are copied")
+    speed.add_argument("--record", type=size, metavar="SIZE", help="size of an expert, as moetier inspect shows it")
+    speed.add_argument("--disk", type=RATE, metavar="GB/S", help="speed at which misses are read")
+    speed.add_argument("--link", type=RATE, metavar="GB/S", help="speed at which the device tier's misses are copied")
     speed.add_argument(
         "--compute",
         type=MILLISECONDS,
         default=0.0,
         metavar="MS",
-        help="time to compute a token with all experts resident (default: 0)",
+        help="time to compute a token if all experts are in memory (default: 0)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -69,17 +70,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Simulate tiers on the traces, print the results and return 0.
 
-    Raises ConfigError for a file that is no trace, UsageError for options that contradict each other.
+    Raises ConfigError for a file that is not a trace, UsageError for options that contradict each other.
     """
     from moetier.runtime.trace.trace import Trace
 
     record = Size.parse(arguments.record).bytes if arguments.record is not None else None
     if arguments.record is not None and record is None:
-        raise UsageError(f"{arguments.record!r} is no size of an expert.", "Give it in bytes, MB or MiB.")
+        raise UsageError(f"--record can't be {arguments.record!r}.", "Give the size of an expert, such as 84MiB.")
     if (arguments.disk or arguments.link) and record is None:
-        raise UsageError("How long a read takes depends on an expert's size.", "Give --record too.")
+        raise UsageError("--disk and --link have no effect without the size of an expert.", "Give --record, too.")
     if arguments.link and not arguments.device_slots:
-        raise UsageError("--link is the rate at which a device tier's misses are copied.", "Give --device-slots too.")
+        raise UsageError("--link has no effect without a device tier.", "Give --device-slots, too.")
     reports = [{"trace": str(path)} | _report(path, Trace.load(path), arguments, record) for path in arguments.traces]
     print(json.dumps({"traces": reports}, indent=2) if arguments.json else "\n\n".join(map(_text, reports)))
     return 0
@@ -153,7 +154,7 @@ def _text(report: dict[str, Any]) -> str:
     ]
 
     if report["tokens"] == report["prompt_tokens"]:
-        lines.append("Nothing was decoded: there are only prompts.")
+        lines.append("Nothing was decoded: the trace has only prompts.")
 
     def show(title: str, name: str, form: str) -> None:
         if report["tokens"] == report["prompt_tokens"] or not all(name in result for result in results):
@@ -164,11 +165,11 @@ def _text(report: dict[str, Any]) -> str:
             rows.append([str(number), *(format_bytes(v) if form == "bytes" else format(v, form) for v in values)])
         lines.append(f"\n{title}\n{table(rows)}")
 
-    show("hit ratio while decoding, by experts of each block that are cached", "hit_ratio", ".3f")
-    show("hit ratio of the device tier above", "device_hit_ratio", ".3f")
-    show("experts loaded for a token", "loads_per_token", ".1f")
-    show("bytes read for a token", "bytes_per_token", "bytes")
-    show("tokens a second, nothing overlapped", "tokens_per_s", ".2f")
+    show("hit ratio while decoding, for numbers of cached experts of each block", "hit_ratio", ".3f")
+    show("hit ratio of the device tier", "device_hit_ratio", ".3f")
+    show("experts loaded per token", "loads_per_token", ".1f")
+    show("bytes read per token", "bytes_per_token", "bytes")
+    show("tokens per second, without overlap of reading and computing", "tokens_per_s", ".2f")
     if report["recall"]:
         compared = [Comparison(**entry) for entry in report["recall"]]
         rows = [["look-ahead", *RULES], *([str(found.lookahead), *found.cells()] for found in compared)]
@@ -177,7 +178,7 @@ def _text(report: dict[str, Any]) -> str:
 
 
 def _numbers(text: str) -> list[int]:
-    """Parse numbers and ranges: "1-4,8" is [1, 2, 3, 4, 8]."""
+    """Parse numbers and ranges: "1-4,8" becomes [1, 2, 3, 4, 8]."""
     found = set()
     for part in text.split(","):
         first, dash, last = part.partition("-")

@@ -1,6 +1,6 @@
 """``moetier rm NAME...``: remove pulled models, complete or not.
 
-After an interrupted removal ``list`` still shows the model, and ``rm`` with its name completes the removal.
+If a removal is interrupted, `moetier list` still shows the model, and a second `moetier rm` completes the removal.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ EXAMPLES = ("moetier rm Qwen/Qwen3-30B-A3B:4bit",)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `moetier rm`."""
     parser.add_argument("names", nargs="+", metavar="NAME", help="a name that moetier list shows")
-    parser.add_argument("--yes", action="store_true", help="remove without asking; only a terminal is asked")
+    parser.add_argument("--yes", action="store_true", help="do not ask; without a terminal, rm never asks")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Remove the models and return 0. Raises StoreFormatError or TargetError.
+    """Remove the models and return 0.
 
-    If a name is wrong, or a model is in use when the command begins, nothing is removed. If a model is used by the time
-    the user has answered the question, the command ends there.
+    Raises StoreFormatError for an unknown name, and TargetError if a model is in use. In both cases nothing is removed.
+    If a model comes into use later, while the user is asked about it, TargetError is raised after the models before it
+    were removed.
     """
     from moetier.runtime.config import format_bytes
     from moetier.runtime.pulled import pulled_model
@@ -43,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
         _remove(name, folder)
         print(f"{name}: removed, {size}")
         for mirror in mirrors:
-            print(f"{plain(str(mirror))}: its mirror, which is not removed")
+            print(f"{plain(str(mirror))}: mirror of {name}, which is not removed")
     return 0
 
 
@@ -58,7 +59,7 @@ def _mirrors(folder: Path) -> list[Path]:
 
 
 def _check(name: str, folder: Path) -> None:
-    """Check that a model may be removed. Raises TargetError if it lies elsewhere, or is in use."""
+    """Check that a model may be removed. Raises TargetError if it is outside of ``models_folder()``, or is in use."""
     from moetier.runtime.pulled import models_folder
     from moetier.tiers.errors import TargetError
     from moetier.tools.convert.files import check_unused
@@ -66,8 +67,8 @@ def _check(name: str, folder: Path) -> None:
     root = models_folder().resolve()
     if folder.resolve() != root / folder.parent.name / folder.name:
         raise TargetError(
-            f"{folder} is a link, or in one, to {folder.resolve()}: moetier removes nothing outside of {root}.",
-            "Remove link and folder yourself.",
+            f"{folder} leads through a link to {folder.resolve()}: moetier removes nothing outside of {root}.",
+            "Remove the link and the folder yourself.",
         )
     check_unused(name, folder)
 
@@ -88,5 +89,5 @@ def _remove(name: str, folder: Path) -> None:
         else:
             empty(folder, beside)
         delete(folder)
-    with contextlib.suppress(OSError):  # not empty: it has models of other widths
+    with contextlib.suppress(OSError):  # raised if the folder still has conversions of the model to other bits
         folder.parent.rmdir()

@@ -1,4 +1,4 @@
-"""``moetier serve DIR``: run an HTTP server of a model, with OpenAI's API."""
+"""``moetier serve DIR``: serve a model over HTTP, with OpenAI's API."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ EXAMPLES = (
 )
 
 KEY = "MOETIER_API_KEY"
-PORT = Number(int, 0, 65535, "Give 1 to 65535, or 0 for any that is free.")
-QUEUE = Number(int, 0, MOST, "Give 0, to refuse whatever can't be computed at once, or more.")
-SPARE_CONNECTIONS = 128  # further connections: for health checks, metrics, and clients between two requests
+PORT = Number(int, 0, 65535, "Give 1 to 65535, or 0 for any free port.")
+QUEUE = Number(int, 0, MOST, "Give 0 or more; with 0, a request that can't be computed at once is refused.")
+SPARE_CONNECTIONS = 128  # connections for health checks, metrics, and clients between two requests
 NEEDED = ("starlette", "uvicorn", "pydantic", "prometheus_client")
 
 
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=PORT,
         default=8000,
         metavar="PORT",
-        help="the port to listen on; 0: any that is free (default: %(default)s)",
+        help="the port to listen on; 0: any free port (default: %(default)s)",
     )
     parser.add_argument(
         "--name", metavar="NAME", help="name of the model in requests (default: the folder's, or the pulled model's)"
@@ -52,16 +52,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--api-key-file",
         type=Path,
         metavar="FILE",
-        help=f"file with the key that requests must show, in one line (default: ${KEY}). Without a key, the server "
-        "answers programs of this machine only",
+        help=f"file that holds, in one line, the key that requests must send (default: the key in ${KEY}). Without a "
+        "key, the server answers only programs on this machine",
     )
     parser.add_argument(
         "--parallel",
         type=COUNT,
         default=1,
         metavar="N",
-        help="number of requests that are computed together and share the experts that they load; each takes memory "
-        "for a context (default: %(default)s)",
+        help="number of requests to compute together, so that they share loaded experts; each needs memory for its "
+        "own context (default: %(default)s)",
     )
     parser.add_argument(
         "--queue",
@@ -72,7 +72,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_prefill_argument(parser)
     add_speculation_arguments(parser)
-    add_resource_arguments(parser, context="longest prompt with its answer, in tokens; memory is reserved for it")
+    add_resource_arguments(
+        parser, context="maximum length of a prompt with its answer, in tokens; memory is reserved for it"
+    )
     show_first(parser, "--ram", "--context", "--host", "--port", "--api-key-file", "--parallel")
 
 
@@ -86,7 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
     if missing := [package for package in NEEDED if importlib.util.find_spec(package) is None]:
         raise ConfigError(
             f"moetier serve needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed.",
-            'Install it: pip install ".[serve]" in the repository.',
+            "In the repository of moetier, run: pip install '.[serve]'",
         )
     from moetier.tools.serve.listen import Server, bind, is_loopback, url_of
 
@@ -99,7 +101,7 @@ def run(arguments: argparse.Namespace) -> int:
         with loaded(arguments.directory, resources, sequences=arguments.parallel) as (model, tokenizer, _):
             import transformers
 
-            transformers.utils.logging.set_verbosity_error()  # else it warns at each request
+            transformers.utils.logging.set_verbosity_error()  # otherwise transformers warns at each request
 
             from moetier.tools.serve.app import application
             from moetier.tools.serve.batched import Together
@@ -107,8 +109,8 @@ def run(arguments: argparse.Namespace) -> int:
 
             if not hasattr(tokenizer, "_tokenizer"):
                 raise ConfigError(
-                    f"{type(tokenizer).__name__} can't decode text piece by piece.",
-                    "Add a tokenizer.json to the directory.",
+                    f"The model's tokenizer ({type(tokenizer).__name__}) can't decode text piece by piece.",
+                    "Add a tokenizer.json to the model directory.",
                 )
             context = min(arguments.context, longest_context(model.config) or arguments.context)
             parts = model, tokenizer, context, arguments.prefill_chunk
@@ -130,12 +132,15 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _key(file: Path | None) -> str | None:
-    """Return the API key from ``file`` or else from the environment, or None. Raises ConfigError."""
+    """Return the API key from ``file`` or else from the environment, or None if there is none.
+
+    Raises ConfigError if the key can't be read, or is not one word.
+    """
     from moetier.runtime.wire.channel import read_token
 
     if file is not None:
         return read_token(file, "API key")
     key = os.environ.get(KEY)
     if key and not (key.isascii() and key.isprintable() and " " not in key):
-        raise ConfigError(f"{KEY} is not one word of printable ASCII characters.", "Make one: openssl rand -hex 32")
+        raise ConfigError(f"{KEY} is not one word of printable ASCII characters.", "Make a key: openssl rand -hex 32")
     return key or None

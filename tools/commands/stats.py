@@ -27,16 +27,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "address",
         nargs="?",
         metavar="ADDRESS",
-        help='a name, a folder or HOST:PORT (default: the only daemon that runs here, or "default")',
+        help='the daemon\'s name, folder or HOST:PORT (default: the only daemon that runs here, or "default")',
     )
-    parser.add_argument("--json", action="store_true", help="print JSON: one object, with --watch one a line")
+    parser.add_argument("--json", action="store_true", help="print one JSON object; with --watch, one in each line")
     parser.add_argument(
         "--watch",
         type=INTERVAL,
         nargs="?",
         const=1.0,
         metavar="SECONDS",
-        help="print what changes, again and again (default: every second)",
+        help="print the changes every SECONDS (default: 1), until Ctrl-C",
     )
     add_credentials(parser)
 
@@ -83,7 +83,10 @@ def _tier(host: Tier) -> dict[str, Any]:
 
 
 def address_of(text: str | None) -> Address:
-    """Return the address ``text``; without one, that of the only daemon that runs here, or else the default."""
+    """Return ``text`` as an address; for None, that of the only running daemon, or of "default" if there is not one.
+
+    Raises UsageError if ``text`` is not an address.
+    """
     from moetier.runtime.wire.address import DEFAULT_NAME, Address
     from moetier.runtime.wire.probe import running_daemons
 
@@ -132,7 +135,7 @@ def changes(before: tuple[DescribeReply, StatsReply], now: tuple[DescribeReply, 
     (daemon, stats), (was_daemon, was) = now, before
     started = (daemon.pid, daemon.started_unix_ms)
     if started != (was_daemon.pid, was_daemon.started_unix_ms) or stats.uptime_s < was.uptime_s:
-        was = StatsReply()  # another daemon at the same address, which may have started between the two replies
+        was = StatsReply()  # a new daemon has taken the address, possibly between the two replies: count from 0
     seconds = max(stats.uptime_s - was.uptime_s, 1e-9)
     former = {model.digest: model for model in was.models}
     return "\n".join(_line(former.get(model.digest, ModelStats()), model, seconds) for model in stats.models)

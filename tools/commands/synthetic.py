@@ -1,4 +1,4 @@
-"""``moetier synthetic``: make a model with a large model's shapes and random weights, to try a machine with."""
+"""``moetier synthetic``: make a model with a large model's shapes and random weights, to try out a machine."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "target",
         metavar="DST",
         type=Path,
-        help="folder of the new checkpoint; of the new model directory with a geometry of a whole model",
+        help="folder for the new checkpoint or, if --geometry is a whole model, for the new model directory",
     )
     parser.add_argument(
         "--geometry",
         choices=GEOMETRIES,
         default="mixtral-4L",
-        help=f"which model's geometry; {' and '.join(WHOLE)} are whole models, of which no checkpoint is written "
+        help=f"model whose shapes to use; {' and '.join(WHOLE)} are whole models, written without a checkpoint "
         "(default: %(default)s)",
     )
     parser.add_argument("--blocks", type=COUNT, metavar="N", help="number of blocks (default: the geometry's own)")
@@ -55,7 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--store",
         type=Path,
         metavar="DIR",
-        help="also convert it, to 4 bits by plain rounding, and compare its routing with a trained model's",
+        help="also convert the checkpoint to 4 bits, by rounding, into DIR; compare its routing with that of a trained "
+        "model",
     )
     add_option(parser, "threads")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -91,7 +92,10 @@ def _run_whole(arguments: argparse.Namespace) -> int:
     from .convert import report_of
 
     if arguments.store is not None:
-        raise UsageError(f"{arguments.geometry} is made as a model directory at once.", "Leave out --store.")
+        raise UsageError(
+            f"{arguments.geometry} is written as a model directory, without a checkpoint to convert.",
+            "Leave out --store.",
+        )
 
     def make() -> ConversionReport:
         from moetier.tools.lab.synthetic_store import make_store
@@ -109,7 +113,7 @@ def _run_whole(arguments: argparse.Namespace) -> int:
 
 
 def convert_synthetic(source: Path, target: Path, *, threads: int | None = None, quiet: bool = True) -> None:
-    """Convert a synthetic checkpoint to 4 bits, and copy its TOKENS_FILE.
+    """Convert a synthetic checkpoint to 4 bits, and copy its TOKENS_FILE into the result.
 
     Raises CheckpointError, TargetError or ConfigError.
     """
@@ -121,7 +125,7 @@ def convert_synthetic(source: Path, target: Path, *, threads: int | None = None,
 
 
 def routing_of(directory: Path, *, threads: int | None = None) -> Trace:
-    """Return a trace of the experts that a directory from ``convert_synthetic`` uses for its first TRACED token ids."""
+    """Return a trace of the first TRACED token ids of a model directory that ``convert_synthetic`` made."""
     from moetier.runtime.model.load import load
 
     model, _ = load(directory, daemon=None, speculate="off", threads=threads)

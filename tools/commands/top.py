@@ -1,4 +1,4 @@
-"""``moetier top``: show a working daemon's counters and experts on the full screen."""
+"""``moetier top``: show the counters and experts of a running daemon on a full screen."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the description and the options of `moetier top`."""
     parser.description = (
         "Watch a daemon on a full screen: slots, hits and reads, clients, outcomes of prefetches, and which experts "
-        "are there and used. The key ? lists the keys. For programs, and where there is no terminal, moetier stats has "
-        "the same counters (--json, --watch)."
+        "are in memory and how often they are used. The key ? lists the keys. Without a terminal, and for programs, "
+        "moetier stats prints the same counters (--watch, --json)."
     )
     parser.add_argument(
         "address",
         nargs="?",
         metavar="ADDRESS",
-        help="a name, a folder or HOST:PORT (default: the daemon that runs here, or a list to choose from)",
+        help="the daemon's name, folder or HOST:PORT (default: the daemon that runs here, or a list to choose from)",
     )
     parser.add_argument(
         "--interval",
         type=INTERVAL,
         default=EVERY,
         metavar="SECONDS",
-        help="time between two looks (default: %(default)g)",
+        help="time between two queries (default: %(default)g)",
     )
     add_credentials(parser)
 
@@ -44,16 +44,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Show the daemon until the user ends it, and return 0.
 
-    Raises ConfigError without a terminal or without textual, DaemonError where no daemon answers.
+    Raises ConfigError without a terminal or without textual, DaemonError if no daemon answers.
     """
     if not all(os.isatty(number) for number in (0, 1, 2)) or os.environ.get("TERM", "dumb") == "dumb":
         raise ConfigError(
-            "moetier top needs a terminal that it can draw on, and there is none here.",
-            "Use moetier stats. It prints the counters once. --watch prints what changes, --json is for programs.",
+            "moetier top needs an interactive terminal, and there is none here.",
+            "Use moetier stats, which prints the counters once. With --watch it prints what changes; with --json it "
+            "prints JSON for programs.",
         )
     if importlib.util.find_spec("textual") is None:
         raise ConfigError(
-            "moetier top needs textual, which is not installed.", 'Install it: pip install ".[tui]" in the repository.'
+            "moetier top needs textual, which is not installed.",
+            "In the repository of moetier, run: pip install '.[tui]'",
         )
     from moetier.runtime.wire.probe import running_daemons
     from moetier.tools.top.watch import Watch, look
@@ -63,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
     address = None
     if len(found) < 2:  # with several, the user chooses one on the screen
         address = address_of(arguments.address)
-        look(address, shown)  # raises before anything is drawn
+        look(address, shown)  # raises here, before anything is drawn, if the daemon can't be reached
 
     from moetier.tools.top.app import Top
 

@@ -1,4 +1,4 @@
-"""``moetier trace DIR --prompts FILE -o T.npz``: generate, and record which experts were used."""
+"""``moetier trace DIR --prompts FILE -o T.npz``: generate text, and record which experts are used."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from moetier.tools.cli.report import table
 if TYPE_CHECKING:
     from moetier.runtime.trace.trace import Trace
 
-LAYERS = Number(int, 0, MOST, "Give 0, for no predictions, to 2^31 - 1.")
-PROMPT_KEYS = ("prompt", "turns", "text")  # keys of a JSON line that may hold the prompt; of "turns" the first is taken
+LAYERS = Number(int, 0, MOST, "Give 0 to 2^31 - 1; with 0, no predictions are recorded.")
+PROMPT_KEYS = ("prompt", "turns", "text")  # keys of a JSON line that may hold the prompt, or a list that begins with it
 EXAMPLES = ("moetier trace ./mixtral-4bit --prompts prompts.txt -o trace.npz",)
 
 
@@ -33,25 +33,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="FILE",
-        help='one prompt a line; from a .jsonl file each line\'s "prompt", "text" or first of "turns"',
+        help='file with a prompt in each line; in a .jsonl file the prompt is "prompt", "text" or the first of "turns"',
     )
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="T.npz", help="file of the new trace")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="T.npz", help="trace file to write")
     parser.add_argument("--force", action="store_true", help="replace the file if it exists")
     parser.add_argument(
         "--look-ahead",
         type=LAYERS,
         default=2,
         metavar="N",
-        help="how many layers ahead routers are asked for predictions (default: %(default)s)",
+        help="number of layers ahead for which predictions of the routers are recorded (default: %(default)s)",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object: what was recorded")
+    parser.add_argument("--json", action="store_true", help="print one JSON object that describes the trace")
     add_decoding_arguments(parser, new_tokens=128)
     add_resource_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command and return 0. Raises MoetierError."""
-    # no speculation: each forward pass is recorded, and need not be fast. --look-ahead is for the recorder
+    # without speculation, because a recording need not be fast; --look-ahead is an option of the recorder
     resources = resources_of(arguments, speculate="off", look_ahead=OPTIONS["look_ahead"].default)
     decoding = decoding_of(arguments)
     prompts = read_prompts(arguments.prompts)
@@ -69,15 +69,18 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Read the prompts of a file, one in each line of text or .jsonl; skip empty lines. Raises ConfigError."""
+    """Return the prompts of a file: one in each line of text or of .jsonl. Empty lines are skipped.
+
+    Raises ConfigError if the file can't be read, has no prompts, or has a line of JSON without a prompt.
+    """
     try:
         lines = path.read_text("utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise ConfigError(f"{path}: can't be read ({why}).", "Give a text, or a .jsonl file.") from error
+        raise ConfigError(f"{path} can't be read ({why}).", "Name a text file or a .jsonl file.") from error
     filled = [(number, line.removesuffix("\r")) for number, line in enumerate(lines, 1) if line.strip()]
     if not filled:
-        raise ConfigError(f"{path} has no prompts.", "Write one into each line.")
+        raise ConfigError(f"{path} has no prompts.", "Write one prompt into each line.")
     is_json = path.suffix == ".jsonl"
     return [_prompt_of(line, f"{path}:{number}") if is_json else line for number, line in filled]
 
@@ -87,37 +90,38 @@ def _prompt_of(line: str, place: str) -> str:
     try:
         found = json.loads(line)
     except ValueError as error:
-        raise ConfigError(f"{place} is not JSON.", "Write one object into each line.") from error
+        raise ConfigError(f"{place} is not JSON.", "Write one JSON object into each line.") from error
     value = next((found[key] for key in PROMPT_KEYS if key in found), None) if isinstance(found, dict) else None
     if isinstance(value, list) and value:
         value = value[0]
     if not isinstance(value, str) or not value:
-        raise ConfigError(f"{place} has no prompt.", f"Write it as one of {', '.join(PROMPT_KEYS)}.")
+        raise ConfigError(f"{place} has no prompt.", f"Give it as the value of one of {', '.join(PROMPT_KEYS)}.")
     return value
 
 
 def _check_target(path: Path, *, force: bool) -> None:
-    """Raise TargetError where the trace can't be written. Called before hours of work, and again before writing."""
+    """Check that the trace can be written, before hours of work and again before writing. Raises TargetError."""
     if not path.parent.is_dir():
-        raise TargetError(f"{path.parent} is no folder.", "Make it, or name another with -o.")
+        raise TargetError(f"{path.parent} is not a folder.", "Create it, or name a file in another folder with -o.")
     if path.is_dir():
-        raise TargetExistsError(f"{path} is a folder.", "Name a file in it with -o.")
+        raise TargetExistsError(f"{path} is a folder.", "Name a file in this folder with -o.")
     if path.exists() and not force:
-        raise TargetExistsError(f"{path} exists.", "Name another file with -o, or replace it with --force.")
+        raise TargetExistsError(f"{path} exists.", "Name another file with -o, or replace this one with --force.")
 
 
 def record(model: Any, tokenizer: Any, prompts: list[str], decoding: dict[str, Any], *, look_ahead: int) -> Trace:
-    """Generate from each prompt, and record which experts each sequence uses.
+    """Generate text from each prompt, and return a trace of the experts that each sequence uses.
 
-    The last new token of a sequence is not recorded, as it is not fed to the model. ``decoding`` is as ``decoding_of``
-    returns it; ``model`` is from ``load``. Raises ConfigError, before anything is recorded, for a prompt without tokens
-    or with more than fit the model's context.
+    The last new token of a sequence is not recorded, because it is not fed to the model. ``model`` is from ``load``,
+    and ``decoding`` from ``decoding_of``. ``look_ahead`` is the number of layers ahead for which the predictions of
+    gates are recorded. Raises ConfigError, before anything is recorded, if a prompt has no tokens, or more than fit
+    into the model's context.
     """
     from moetier.runtime.trace.recorder import Recorder, pieces_of
 
     encoded = [encode(model, tokenizer, prompt, f"Prompt {number}") for number, prompt in enumerate(prompts, 1)]
     if nothing := [str(number) for number, inputs in enumerate(encoded, 1) if not inputs["input_ids"].numel()]:
-        raise ConfigError(f"There are no tokens in prompt {', '.join(nothing)}.", "Leave it out.")
+        raise ConfigError(f"There are no tokens in prompt {', '.join(nothing)}.", "Remove such prompts from the file.")
     with Recorder(model, look_ahead=look_ahead) as recorder:
         if recorder.refusals is not None:
             print(f"trace: {recorder.refusals}", file=sys.stderr)
@@ -133,7 +137,7 @@ def record(model: Any, tokenizer: Any, prompts: list[str], decoding: dict[str, A
 
 
 def to_json(path: Path, trace: Trace) -> dict[str, Any]:
-    """Return the sizes of a trace and the recall of its predictions as JSON."""
+    """Return the file, the sizes and the recall of the predictions of a trace as JSON."""
     from moetier.runtime.trace.recall import compare
 
     return {
@@ -148,7 +152,7 @@ def to_json(path: Path, trace: Trace) -> dict[str, Any]:
 
 
 def summary(trace: Trace) -> str:
-    """Describe a trace as text: its sizes, and the recall of the experts that gates predicted."""
+    """Return a description of a trace as text: its sizes, and the recall of the gates' predictions."""
     from moetier.runtime.trace.recall import RULES, compare
 
     head = f"{len(trace.sequences)} sequences, {trace.tokens:,} tokens, {trace.block_count} blocks, top {trace.top_k}"

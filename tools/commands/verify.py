@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Check the directory; return 1 if anything is bad. Raises StoreError if nothing can be checked."""
+    """Check the model directory; return 1 if a record or a file is bad. Raises StoreError if it can't be opened."""
     from moetier.tiers.store.reader import ExpertStore
     from moetier.tiers.store.scrub import READS, Problem, scrub, scrub_trunk
     from moetier.tiers.store.trunk import trunk_faults
@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
         faults = trunk_faults(folder, manifest) if manifest.trunk else {}
         total += sum(entry.bytes for name, entry in manifest.trunk.items() if name not in faults)
-        small = small_faults(folder) if manifest.trunk else ()  # faults of small files, which have no checksums
+        small = small_faults(folder) if manifest.trunk else ()  # small files, such as config.json, have no checksums
         tokenizer = not manifest.trunk or has_tokenizer(folder)
         of_small = (Problem(None, None, str(folder), fault.cause) for fault in small)
         bad: list[Problem] = []
@@ -91,16 +91,17 @@ def run(arguments: argparse.Namespace) -> int:
         if not tokenizer:
             print(f"tokenizer: {NO_TOKENIZER}")
         for path in absent:
-            print(f"mirror {path}: not there, and not checked")
+            print(f"mirror {path}: missing, so it was not checked")
         if bad:
             print(MEND, file=sys.stderr)
     return EXIT_ERROR if bad else 0
 
 
 def _open_mirrors(folder: Path, digest: str, opened: ExitStack) -> tuple[list[ExpertStore], list[Path], list[Problem]]:
-    """Open the mirrors of a store that has this digest; ``opened`` closes them.
+    """Open the mirrors of the store in ``folder``, whose digest is ``digest``; ``opened`` will close them.
 
-    Returns also the folders that are not there, as a disk may be away, and the problems of mirrors that can't be used.
+    Return the mirrors, the folders of mirrors that are missing, because their disk may not be mounted, and the problems
+    of mirrors that can't be used.
     """
     from moetier.tiers.errors import StoreError
     from moetier.tiers.store.mirror import open_mirror, read_mirrors

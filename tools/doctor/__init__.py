@@ -1,4 +1,4 @@
-"""Checking a machine and a model directory, and naming the fix for what is wrong.
+"""Checks of a machine and a model directory, with a remedy for what is wrong.
 
 The package imports ``cli``, ``runtime`` and ``tiers``.
 """

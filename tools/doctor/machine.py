@@ -1,4 +1,4 @@
-"""Findings about a machine: whether it has what moetier needs, and what to do where it has not."""
+"""Findings about a machine: whether it has what moetier needs, and what to do if it has not."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class State(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """State of one thing that was looked at; ``advice`` is "" where there is nothing to do."""
+    """Result of a check: its state, a description, and ``advice``, which is "" if there is nothing to do."""
 
     name: str
     state: State
@@ -50,33 +50,33 @@ class Finding:
 
 
 def ok(name: str, found: str) -> Finding:
-    """Return a finding with nothing to do."""
+    """Return the finding that something works."""
     return Finding(name, State.OK, found)
 
 
 def warn(name: str, found: str, advice: str) -> Finding:
-    """Return a finding of something that works but could work better, and how."""
+    """Return the finding that something works but could work better; ``advice`` says how."""
     return Finding(name, State.WARN, as_options(found), as_options(advice))
 
 
 def fail(name: str, found: str, advice: str) -> Finding:
-    """Return a finding of something that does not work, and its remedy."""
+    """Return the finding that something does not work; ``advice`` is the remedy."""
     return Finding(name, State.FAIL, as_options(found), as_options(advice))
 
 
 def look(name: str, at: Callable[[], Iterable[Finding]]) -> Iterator[Finding]:
-    """Yield the findings of ``at``. An error becomes a finding called ``name``, so that other checks can go on."""
+    """Yield the findings of the check ``at``. An error becomes a finding called ``name``, so other checks can go on."""
     try:
         yield from at()
     except MoetierError as error:
         yield fail(name, error.cause, error.fix)
-    except Exception as error:  # a library that is broken, a kernel that has no such file
+    except Exception as error:  # such as a broken library, or a file that this kernel does not have
         said = " ".join(str(error).split())
-        yield fail(name, f"{type(error).__name__}: {said}", "See what is wrong with that; it could not be looked at.")
+        yield fail(name, f"{type(error).__name__}: {said}", "Correct the error: this check could not be completed.")
 
 
 def lines_of(findings: Iterable[Finding], width: int) -> Iterator[str]:
-    """Yield findings as text, in lines of up to ``width`` characters; advice stands below what was found."""
+    """Yield findings as text, in lines of up to ``width`` characters, each finding followed by its advice."""
     for each in findings:
         head = f"{each.state:<4}  {each.name:<12}  "
         indent = " " * len(head)
@@ -95,17 +95,17 @@ def python() -> Iterator[Finding]:
     wanted = SpecifierSet(metadata("moetier")["Requires-Python"] or "")
     found = f"{platform.python_version()} ({sys.executable}), Linux {platform.release()}"
     if sys.platform != "linux":
-        yield fail("python", f"{platform.python_version()} on {sys.platform}", "Use Linux: nothing else has memfd.")
+        yield fail("python", f"{platform.python_version()} on {sys.platform}", "Use Linux: moetier needs memfd.")
     elif platform.python_version() not in wanted:
-        yield fail("python", found, f"Install a Python that is {wanted}, and moetier in it.")
+        yield fail("python", found, f"Install Python {wanted}, and install moetier in it.")
     else:
         yield ok("python", found)
 
 
 def libraries() -> Iterator[Finding]:
-    """Check the versions of libraries: a finding for each that is out of range or missing, and one for all others.
+    """Check the versions of libraries: one finding for each that is out of range or missing, and one for all others.
 
-    A library of an extra may be missing.
+    A library that only an extra of moetier needs may be missing.
     """
     from packaging.requirements import Requirement
 
@@ -124,7 +124,7 @@ def libraries() -> Iterator[Finding]:
                 extras.setdefault(_extra(wanted) or "", []).append(wanted.name)
         elif not wanted.specifier.contains(found, prereleases=True):
             say = fail if needed else warn
-            yield say("libraries", f"{wanted.name} is {found}; moetier is made for {wanted.specifier}.", install)
+            yield say("libraries", f"{wanted.name} is {found}; moetier needs {wanted.specifier}.", install)
         elif needed:
             good.append(f"{wanted.name} {found}")
     missing = "; ".join(f"{', '.join(names)} (the extra {extra})" for extra, names in extras.items())
@@ -135,7 +135,7 @@ def libraries() -> Iterator[Finding]:
 
 
 def configuration() -> Iterator[Finding]:
-    """Check the settings of the file and the environment. Raises ConfigError for a mistake in any section."""
+    """Check the settings in the file and in the environment. Raises ConfigError for a mistake in any section."""
     from moetier.tools.cli.parser import commands_of
     from moetier.tools.cli.settings import Settings
     from moetier.tools.main import build_parser
@@ -145,7 +145,7 @@ def configuration() -> Iterator[Finding]:
     found = [each for name in settings.sections for each in settings.of(name)]
     settings.check()
     places = sorted({each.where for each in found if not each.is_default})
-    there = "" if settings.file.exists() else " (there is none)"
+    there = "" if settings.file.exists() else " (does not exist)"
     yield ok("config", f"{settings.file}{there}; set: {'; '.join(places) or 'nothing'}")
 
 
@@ -154,12 +154,12 @@ def processor() -> Iterator[Finding]:
     from moetier.tools.bench.output import Machine
 
     here, usable = Machine.here(), usable_cpus()
-    quota = f", and a control group's quota leaves {usable}" if usable < here.cores else ""
+    quota = f", of which a control group's quota allows {usable}" if usable < here.cores else ""
     yield ok("cpu", f"{here.cpu} ({', '.join(here.features) or platform.machine()}), {here.cores} cores{quota}")
 
 
 def kernel() -> Iterator[Finding]:
-    """Check how products with quantised experts are computed on the CPU."""
+    """Check which code computes products with quantised experts on the CPU."""
     from moetier.runtime.kernels.choose import PROTECTED, WITHOUT_ONEDNN
     from moetier.runtime.kernels.executable import can_become_executable
     from moetier.runtime.kernels.jit import refusal, this_processor
@@ -169,21 +169,21 @@ def kernel() -> Iterator[Finding]:
         yield warn(
             "kernel",
             f"No kernels can be compiled here ({why}): experts are decoded for each product, which is slow.",
-            "Permit it: MemoryDenyWriteExecute=no in a systemd unit, or whatever else forbids it."
+            "Permit executable memory: set MemoryDenyWriteExecute=no in a systemd unit, or change what else forbids it."
             if protected
-            else "Install llvmlite anew, in the range of moetier's: pip install --force-reinstall llvmlite",
+            else "Reinstall llvmlite, in a version that moetier supports: pip install --force-reinstall llvmlite",
         )
         return
     processor, threads = this_processor(), use_threads()
     form = "AVX-512 VNNI" if processor.has_vnni else "AVX2" if processor.has_avx2 else "no AVX2"
-    found = f"quantised experts are multiplied where they lie, by code compiled for {form}, in {threads} threads"
+    found = f"products with quantised experts are computed by code compiled for {form}, in {threads} threads"
     if form == "no AVX2":
-        yield warn("kernel", found, "Expect few tokens a second: it is made for processors with AVX2 or AVX-512 VNNI.")
+        yield warn("kernel", found, "Expect few tokens a second: fast code needs AVX2 or AVX-512 VNNI.")
     elif protected:
         yield warn(
             "kernel",
             f"{found}. As {PROTECTED}, {WITHOUT_ONEDNN}.",
-            "Permit it (MemoryDenyWriteExecute=no in a systemd unit), or convert with --trunk-bits 8.",
+            "Permit executable memory (MemoryDenyWriteExecute=no in a systemd unit), or convert with --trunk-bits 8.",
         )
     else:
         yield ok("kernel", found)
@@ -200,11 +200,11 @@ def gpus() -> Iterator[Finding]:
         if NVIDIA.exists():
             yield warn(
                 "gpu",
-                f"There is an NVIDIA driver, and torch {torch.__version__} can't use it.",
-                "Install a torch for CUDA, of a version that the driver knows (nvidia-smi says which).",
+                f"There is an NVIDIA driver, but torch {torch.__version__} can't use it.",
+                "Install torch for a version of CUDA that the driver supports (nvidia-smi shows it).",
             )
         else:
-            yield ok("gpu", "none that torch can use: all is computed on the CPU")
+            yield ok("gpu", "none that torch can use: everything is computed on the CPU")
         return
     for number in range(torch.cuda.device_count()):
         device = torch.device("cuda", number)
@@ -223,7 +223,7 @@ def gpus() -> Iterator[Finding]:
 
 
 def memory_files() -> Iterator[Finding]:
-    """Check that the memory file of an arena (a sealed memfd) can be made, by making one of a page."""
+    """Check that the memory file of an arena (a sealed memfd) can be made: make a file of one page."""
     from moetier.tiers.arena.arena import NAME, SEALS
 
     descriptor = os.memfd_create(NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -232,7 +232,7 @@ def memory_files() -> Iterator[Finding]:
         fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, SEALS)
         mmap.mmap(descriptor, mmap.PAGESIZE, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE).close()
     except OSError as error:
-        yield fail("memfd", f"No sealed memory file can be made: {error.strerror}.", "Allow memfd_create(2) (seccomp).")
+        yield fail("memfd", f"No sealed memory file can be made: {error.strerror}.", "Permit memfd_create (seccomp).")
     else:
         yield ok("memfd", "sealed memory files can be made and shared")
     finally:
@@ -245,15 +245,15 @@ def page_locks() -> Iterator[Finding]:
 
     soft, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     has_gpu = torch.cuda.is_available()
-    found = f"{_limit(soft)} may be locked, at most {_limit(hard)}"
+    found = f"{_limit(soft)} of memory may be locked (hard limit: {_limit(hard)})"
     if has_gpu and soft != resource.RLIM_INFINITY and soft < ENOUGH_LOCKED:
         yield warn(
             "memlock",
             f"{found}: copies to the GPU may have to be made from pageable memory, which is slower.",
-            "Raise it: ulimit -l unlimited; of a systemd unit LimitMEMLOCK=infinity.",
+            "Raise the limit: ulimit -l unlimited, or LimitMEMLOCK=infinity in a systemd unit.",
         )
     else:
-        yield ok("memlock", found + ("" if has_gpu else "; only a GPU has use for that"))
+        yield ok("memlock", found + ("" if has_gpu else "; only copies to a GPU need it"))
 
 
 def shared_memory() -> Iterator[Finding]:
@@ -261,9 +261,9 @@ def shared_memory() -> Iterator[Finding]:
     place = Path("/dev/shm")
     if place.is_dir():
         free = shutil.disk_usage(place).free
-        yield ok("/dev/shm", f"{format_bytes(free)} free; experts are in memory files, and need none of it")
+        yield ok("/dev/shm", f"{format_bytes(free)} free; experts do not need it, as they are in memory files")
     else:
-        yield ok("/dev/shm", "there is none, and experts need none")
+        yield ok("/dev/shm", "does not exist; experts do not need it")
 
 
 def daemons() -> Iterator[Finding]:
@@ -278,17 +278,19 @@ def daemons() -> Iterator[Finding]:
         models = ", ".join(f"{model.name} ({format_bytes(model.budget_bytes)})" for model in each.card.models)
         what = f"{each.folder}: process {each.card.pid}, {models}"
         if each.stats is None:
-            yield warn("daemons", f"{what}, does not answer", f"If it stays so, end it: kill {each.card.pid}")
+            yield warn("daemons", f"{what}, does not answer", f"If it still does not answer: kill {each.card.pid}")
         elif each.card.version != version("moetier"):
             yield warn(
-                "daemons", f"{what}, is moetier {each.card.version}", "End it and start it again, with this version."
+                "daemons",
+                f"{what}, is moetier {each.card.version}",
+                "End the daemon, and start it again with this version of moetier.",
             )
         else:
             yield ok("daemons", what)
 
 
 def _extra(wanted: Requirement) -> str | None:
-    """Return the extra that a requirement belongs to, without those for moetier's own development."""
+    """Return the extra of moetier that has the requirement, or None; the extra for development does not count."""
     names = metadata("moetier").get_all("Provides-Extra") or []
     return next((e for e in names if e != "dev" and wanted.marker and wanted.marker.evaluate({"extra": e})), None)
 

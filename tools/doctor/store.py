@@ -16,21 +16,21 @@ if TYPE_CHECKING:
     from moetier.runtime.memory import Available
 
 SLOW = 0.3e9  # bytes a second; hard disks and network disks are slower
-LEAST_MEMORY = 1536 << 20  # that should be left for a model
-SAMPLE_BYTES = 128 << 20  # of a temporary file that is read where there is no store
-BLOCK_BYTES = 4 << 20
+LEAST_MEMORY = 1536 << 20  # bytes that should be left for a model
+SAMPLE_BYTES = 128 << 20  # size of the temporary file that is read if there is no store
+BLOCK_BYTES = 4 << 20  # size of a read from the temporary file
 
 
 def memory(directory: Path | None, root: Path = Path("/")) -> Iterator[Finding]:
     """Check how much memory is available, and whether it is enough for the model in ``directory``, or for any model.
 
-    The machine and its control groups limit it; ``root`` is as in ``available_memory``.
+    The machine and its control groups limit the memory. ``root`` is the folder that contains /proc and /sys.
     """
     from moetier.runtime.memory import machine_memory, memory_for_model
     from moetier.tiers.errors import MoetierError
 
     left = memory_for_model(root)
-    found = f"{format_bytes(left.bytes)} are left for a model by {left.limiter}, of {format_bytes(machine_memory())}"
+    found = f"of {format_bytes(machine_memory())}, {left.limiter} leaves {format_bytes(left.bytes)} for a model"
     if directory is not None:
         try:
             yield _memory_for(directory, left, found)
@@ -40,11 +40,11 @@ def memory(directory: Path | None, root: Path = Path("/")) -> Iterator[Finding]:
     if left.bytes >= LEAST_MEMORY:
         yield ok("memory", found)
     else:
-        yield warn("memory", found, "Free some, or raise the control group's limit.")
+        yield warn("memory", found, "Free some memory, or raise the control group's limit.")
 
 
 def _memory_for(directory: Path, left: Available, found: str) -> Finding:
-    """Compare memory with the budgets that the model would load with, as ``moetier plan`` does. Raises MoetierError."""
+    """Compare the memory that is left with what the model needs, as ``moetier plan`` does. Raises MoetierError."""
     from moetier.tools.cli.loading import lean_imports
 
     with lean_imports():
@@ -63,7 +63,7 @@ def _memory_for(directory: Path, left: Available, found: str) -> Finding:
     (choice,) = model_choices.choices
     fit = fit_of(model_choices, choice, config, Room.here(device, directory, left, 0), kernels_for(device))
     if fit.problem is not None:
-        return fail("memory", f"{found}. {fit.problem.cause}", f"{fit.problem.fix} Or convert it to fewer bits.")
+        return fail("memory", f"{found}. {fit.problem.cause}", f"{fit.problem.fix} Or convert the model to fewer bits.")
     smallest, largest = map(format_bytes, (smallest_budget(choice.manifest), choice.manifest.stored_bytes))
     text = (
         f"{found}; the trunk takes {format_bytes(choice.trunk_bytes)}, a context of {config.context} tokens and "
@@ -71,12 +71,14 @@ def _memory_for(directory: Path, left: Available, found: str) -> Finding:
         f"{format_bytes(fit.arena_bytes)}, {fit.slot_count} of {choice.manifest.record_count}"
     )
     if fit.streams:
-        return warn("memory", f"{text}: fewer than one token uses", "Free some memory, or convert it to fewer bits.")
+        return warn(
+            "memory", f"{text}: fewer than one token uses", "Free some memory, or convert the model to fewer bits."
+        )
     return ok("memory", text)
 
 
 def health(directory: Path, *, checksums: bool) -> Iterator[Finding]:
-    """Check manifest, sizes and indexes; all bytes with ``checksums``. Raises StoreError without a finished store."""
+    """Check manifest, sizes and indexes and, if ``checksums``, all bytes. Raises StoreError if there is no store."""
     from moetier.tiers.store.folder import command
     from moetier.tiers.store.reader import ExpertStore
     from moetier.tiers.store.scrub import READS, scrub, scrub_trunk
@@ -94,7 +96,7 @@ def health(directory: Path, *, checksums: bool) -> Iterator[Finding]:
         )
         if not checksums:
             verify = command("verify", directory)
-            yield ok("store", f"{what}; every file is there in its size, bytes were not read ({verify} does)")
+            yield ok("store", f"{what}; every file has its size; the bytes were not read ({verify} reads them)")
             return
         bad = [
             problem
@@ -110,7 +112,8 @@ def health(directory: Path, *, checksums: bool) -> Iterator[Finding]:
 def disk(directory: Path | None, seconds: float) -> Iterator[Finding]:
     """Check whether files can be read past the page cache, and measure random reads for ``seconds``.
 
-    Reads records of ``directory``, else a temporary file in the current folder. Raises StoreError, OSError.
+    The reads are from the records of ``directory`` or, if it is None, from a temporary file in the current folder.
+    Raises StoreError if there are no records, and OSError if a file can't be read or written.
     """
     from moetier.tiers.errors import TargetError
     from moetier.tiers.source import LOADERS
@@ -118,16 +121,16 @@ def disk(directory: Path | None, seconds: float) -> Iterator[Finding]:
     from moetier.tools.bench.output import place_of
 
     place = directory if directory is not None else Path.cwd()
-    other = "Name a model directory, moetier doctor DIR, or run it in another folder."
+    other = "Name a model directory (moetier doctor DIR), or run the command in another folder."
     if directory is None and (free := shutil.disk_usage(place).free) < 4 * SAMPLE_BYTES:
-        yield warn("disk", f"The disk of {place} has {format_bytes(free)} free: its rate is not measured.", other)
+        yield warn("disk", f"The disk of {place} has only {format_bytes(free)} free: it was not measured.", other)
         return
     try:
         sample = RandomReads.of_new_file(place, SAMPLE_BYTES, BLOCK_BYTES)
         with sample if directory is None else nullcontext(RandomReads.of_records(directory)) as reads:
             rate = reads.rate(LOADERS, seconds)
     except TargetError as error:
-        yield warn("disk", f"{error.cause} The disk's rate is not measured.", other)
+        yield warn("disk", f"{error.cause} The speed of the disk was not measured.", other)
         return
     name = place_of(place)
     if reads.direct:

@@ -11,14 +11,14 @@ if TYPE_CHECKING:
     from moetier.tiers.manifest import Manifest
     from moetier.tiers.store.reader import ExpertStore
 
-MEND = (  # verify prints it too
+MEND = (  # inspect, verify and doctor print it
     "Restore the files named, or remove them and run the same conversion again: it makes only what is missing."
 )
-NO_TOKENIZER = "none: generate, chat and serve want one; if its source has one, copy the files of it"
+NO_TOKENIZER = "none: generate, chat and serve need one; copy the files of the original checkpoint's tokenizer"
 
 
 def survey(store: ExpertStore) -> dict[str, Any]:
-    """Return what ``moetier inspect --json`` prints. Sizes are in bytes; no record is read."""
+    """Return the JSON that ``moetier inspect --json`` prints. Sizes are in bytes. No record is read."""
     from moetier.tiers.errors import StoreError
     from moetier.tiers.manifest import FORMAT
     from moetier.tiers.store.mirror import read_mirrors

@@ -1,6 +1,6 @@
 """An HTTP server that speaks the OpenAI API.
 
-A request passes ``listen``, ``middleware``, ``app`` and ``completions``, which checks its body (``request``) and
-submits a job to the engine: ``sequential`` or ``batched``. The package imports ``cli``, ``runtime.generation`` and
-``runtime.model``; Starlette is imported only here.
+A request passes through ``listen``, ``middleware``, ``app`` and ``completions``. ``completions`` checks the request's
+body (``request``) and submits a job to the server's engine, which is in ``sequential`` or ``batched``. The package
+imports ``cli``, ``runtime.generation`` and ``runtime.model``. No other package imports Starlette.
 """

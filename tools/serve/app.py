@@ -1,4 +1,4 @@
-"""The ASGI application of one model: its routes, and the errors that they raise in OpenAI's form."""
+"""The ASGI application of one model: its routes, and the responses for errors, in OpenAI's form."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from .request import unknown_model
 
 
 def application(name: str, engine: Engine, key: str | None, most: int) -> App:
-    """Return the application that serves the engine's model as ``name``.
+    """Return an ASGI application that serves the engine's model under ``name``.
 
-    ``key`` is the API key that requests must show, if any; ``most`` the most POST requests at a time.
+    ``key`` is the API key that requests must send; None: they need no key. ``most`` is the maximum number of POST
+    requests at a time.
     """
     tiers = engine.model.tiers
     registry = registry_of(ServeCollector(tiers.manifest.model, tiers.stats, engine.tally))
@@ -41,7 +42,7 @@ def application(name: str, engine: Engine, key: str | None, most: int) -> App:
             return JSONResponse({"status": "ok"})
         return JSONResponse({"status": "unhealthy", "reason": "cb_worker_dead"}, status_code=503)
 
-    def metrics(request: Request) -> Response:  # runs on a thread, as all functions here, because it waits for locks
+    def metrics(request: Request) -> Response:  # no coroutine, so Starlette runs it on a thread: it waits for locks
         encode, content_type = choose_encoder(request.headers.get("accept", ""))
         return Response(encode(registry), media_type=content_type)
 
@@ -65,9 +66,9 @@ async def _refused(request: Request, error: Exception) -> Response:
         case Refusal():
             return error.response()
         case HTTPException():  # 404 or 405
-            message = f"There is no {request.method} {request.scope['path']} here."
+            message = f"This server does not answer {request.method} {request.scope['path']}."
             return Refusal(404, message, code="unknown_url").response()
         case RecursionError():
-            return Refusal(400, "The body is nested too deeply.").response()
-        case _:  # raised again by Starlette, and logged by AccessControl
+            return Refusal(400, "The JSON of the body is nested too deeply.").response()
+        case _:  # Starlette raises the error again, and AccessControl logs it
             return Refusal(500, "The request failed; the server's log says why.").response()

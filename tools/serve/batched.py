@@ -1,4 +1,4 @@
-"""Engine that answers requests in one batch, by transformers' continuous batching, to share loaded experts."""
+"""Engine that computes several requests as one batch, so that they share the experts that are loaded."""
 
 from __future__ import annotations
 
@@ -15,18 +15,21 @@ from .engine import Answer, Engine, Job
 from .refusal import FAILED, Refusal, log_failure
 
 PAGE = 32  # tokens in a page of keys and values; prompts that begin alike share whole pages
-GREEDY = {"temperature": 1.0, "top_p": 0.0, "top_k": 1}  # only the most likely token is left
-FIXED = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}  # the same for all requests
-PATIENCE = 10.0  # longest wait at the end for the step that is being computed, in seconds
+GREEDY = {"temperature": 1.0, "top_p": 0.0, "top_k": 1}  # leaves only the most likely token
+FIXED = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}  # values of all requests
+PATIENCE = 10.0  # longest time, in seconds, that ``stop`` waits for the step that is being computed
 
 
 class Together(Engine):
-    """Compute up to ``requests`` answers at a time, each in a context of its own; further ones wait."""
+    """Engine that computes up to ``requests`` answers at a time, with transformers' continuous batching.
+
+    Each answer has a context of its own. Further requests wait.
+    """
 
     def __init__(self, model: Any, tokenizer: Any, context: int, chunk: int, requests: int) -> None:
-        """Compute at most ``chunk`` tokens of prompts in a step.
+        """Start the batch, which computes at most ``chunk`` tokens in a step, and try it on one token.
 
-        Raises ConfigError for a model with layers that transformers can't batch.
+        Raises ConfigError if transformers can't batch the model.
         """
         super().__init__(model, tokenizer, context)
         if not can_resume(model):
@@ -34,9 +37,10 @@ class Together(Engine):
         if model.config._attn_implementation != "eager":
             model.set_attn_implementation("sdpa")
         config = copy.deepcopy(model.generation_config)
-        # transformers lets requests set a sampling option only if its value here is one that has an effect
+        # transformers accepts a sampling option from a request only if the option has an effect in this configuration.
+        # The values are arbitrary: each request replaces them.
         config.update(**ONE_SEQUENCE, do_sample=True, temperature=0.5, top_p=0.5, top_k=1, use_cache=False)
-        # the largest top_k that transformers 5.23 takes
+        # transformers 5.23 accepts no larger top_k
         self._vocabulary = model.config.get_text_config(decoder=True).vocab_size
         self._fixed = {**FIXED, "min_p": config.min_p or 0.0}
         self._batching = model.init_continuous_batching(
@@ -51,7 +55,7 @@ class Together(Engine):
             ),
         )
         self._batching.start()
-        self._batching.add_request([0], max_new_tokens=1, **GREEDY)  # tries the model before the first request
+        self._batching.add_request([0], max_new_tokens=1, **GREEDY)  # shows whether the model can be batched
         while (output := self._batching.get_result(timeout=1.0)) is None and self._batching.is_running():
             pass
         if output is None or output.error is not None:
@@ -62,7 +66,7 @@ class Together(Engine):
     def _unable(self, why: str) -> ConfigError:
         return ConfigError(
             f"{type(self.model).__name__} can't compute several requests together: {why}",
-            "Leave out --parallel: then requests wait for each other.",
+            "Leave out --parallel: then requests are computed one after the other.",
         )
 
     @property
@@ -72,20 +76,23 @@ class Together(Engine):
 
     @property
     def is_alive(self) -> bool:
-        """Whether the thread that computes has had no fatal error."""
+        """Whether the computing thread has had no fatal error."""
         return self._fatal_error is None
 
     def submit(self, job: Job) -> Answer:
         """Add a job to the batch and return its answer.
 
-        Raises Refusal for sampling options that can't differ by request, and if the computing thread has failed.
+        Raises Refusal if the job sets an option that must be the same for all requests, if it samples and has a seed,
+        or if the computing thread has failed.
         """
         if (error := self._fatal_error) is not None:
-            log_failure("Computing together", error)
+            log_failure("The computing thread", error)
             raise Refusal(503, FAILED)
         for name, value in self._fixed.items():
             if job.asked.get(name, value) != value:
-                raise Refusal(400, f"{name}: with --parallel it is {value:g} for all requests.", param=name)
+                raise Refusal(
+                    400, f"{name}: a server that was started with --parallel accepts only {value:g}.", param=name
+                )
         sampling = self._sampling(job)
         answer = self._begin(job)
         self.tally.add(prompt_tokens=len(job.ids))
@@ -101,19 +108,19 @@ class Together(Engine):
         return answer
 
     def drop(self, answer: Answer) -> None:
-        """Remove an answer that has ended, and stop computing it."""
+        """Remove a finished answer from the engine, and from the batch."""
         super().drop(answer)
         self._batching.cancel_request(answer.id)
-        router = self._batching.output_router  # it would keep the handler of a cancelled request
+        router = self._batching.output_router  # transformers does not remove the handler of a cancelled request
         with router._lock:
             router.result_handlers.pop(answer.id, None)
 
     def stop(self) -> None:
-        """Wait for the step that is being computed, and stop."""
+        """Stop computing after the present step. Wait for that step for at most PATIENCE seconds."""
         self._batching.stop(block=True, timeout=PATIENCE, hard_stop=True)
 
     def _sampling(self, job: Job) -> dict[str, float]:
-        """Return temperature, top_p and top_k of a job. Raises Refusal if it samples with a seed."""
+        """Return a job's temperature, top_p and top_k. Raises Refusal if the job samples and has a seed."""
         given, default = sampling_of(job.asked), self.model.generation_config
         do_sample, temperature, top_p, top_k = (
             given.get(name, getattr(default, name)) for name in ("do_sample", "temperature", "top_p", "top_k")
@@ -121,7 +128,9 @@ class Together(Engine):
         if not do_sample:
             return GREEDY
         if job.seed is not None:
-            raise Refusal(400, "seed: with --parallel only greedy requests may have one.", param="seed")
+            raise Refusal(
+                400, "seed: a server that was started with --parallel accepts it only with temperature 0.", param="seed"
+            )
         return {
             "temperature": 1.0 if temperature is None else float(temperature),
             "top_p": 1.0 if top_p is None else float(top_p),
@@ -129,7 +138,7 @@ class Together(Engine):
         }
 
     def _take(self, answer: Answer, output: Any) -> None:
-        """Take an output of the batch, which has all tokens so far. Runs on the event loop."""
+        """Add the new tokens of ``output``, which has all tokens of the answer so far. Runs on the event loop."""
         answer.add(output.generated_tokens[answer.new_tokens :])
         if output.error is not None:
             answer.fail(RuntimeError(output.error))

@@ -23,8 +23,8 @@ from .middleware import Message, Receive, Send
 from .refusal import Refusal
 from .request import Body, ChatBody, TextBody, checked, parsed
 
-DONE = "data: [DONE]\n\n"  # ends a stream that is complete
-NEW_TOKENS = 1024  # most tokens of an answer, unless the request says otherwise or generation_config.json more
+DONE = "data: [DONE]\n\n"  # ends a complete stream
+NEW_TOKENS = 1024  # limit of an answer's tokens if the request has none; generation_config.json may raise it
 
 
 class Completions(ABC):
@@ -43,9 +43,9 @@ class Completions(ABC):
         self._engine = engine
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Answer a request. The computation ends with it, also when the client goes away. Raises Refusal."""
+        """Answer a request. Stop computing if the client disconnects. Raises Refusal if the request is invalid."""
         request = Request(scope, receive)
-        job, is_stream = await asyncio.to_thread(  # a long prompt takes seconds
+        job, is_stream = await asyncio.to_thread(  # because turning a long prompt into tokens takes seconds
             self._job, await request.body(), request.headers.get("content-type", "")
         )
         answer = self._engine.submit(job)
@@ -61,18 +61,21 @@ class Completions(ABC):
             answer.cancel()
 
     def _job(self, content: bytes, content_type: str) -> tuple[Job, bool]:
-        """Return the job of a request's body, and whether its answer is to be streamed. Raises Refusal."""
+        """Return the job that a request's body asks for, and whether to stream its answer.
+
+        Raises Refusal if the body is invalid, or the prompt is empty or exceeds the context.
+        """
         body = checked(parsed(content, content_type), self.body, self._name)
         model, context = self._engine.model, self._engine.context
         ids = self._ids(body)
         if not ids:
-            raise Refusal(400, f"{self.prompt}: there is not one token in it.", param=self.prompt)
+            raise Refusal(400, f"{self.prompt}: the prompt has no tokens.", param=self.prompt)
         if len(ids) >= context:
             is_models = context == longest_context(model.config)
             whose = "the model's maximum context" if is_models else "the context of this server (--context)"
             raise Refusal(
                 400,
-                f"The prompt has {counted(len(ids), context)} tokens, and {whose} is {context:,}, prompt and answer "
+                f"The prompt has {counted(len(ids), context)} tokens, but {whose} is {context:,} for prompt and answer "
                 "together.",
                 param=self.prompt,
                 code="context_length_exceeded",
@@ -89,7 +92,7 @@ class Completions(ABC):
         return job, body.get("stream", False)
 
     async def _events(self, answer: Answer, job: Job) -> AsyncIterator[str]:
-        """Yield an answer as server-sent events: its chunks, then DONE, or an error."""
+        """Yield an answer as server-sent events: its chunks, then DONE. If the answer fails, its error comes last."""
         try:
             async for chunk in self._chunks(answer, job):
                 yield f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
@@ -98,7 +101,10 @@ class Completions(ABC):
             yield f"data: {json.dumps(refusal.body())}\n\n"
 
     async def _chunks(self, answer: Answer, job: Job) -> AsyncIterator[dict[str, Any]]:
-        """Yield an answer piece by piece in OpenAI's form; the last chunk has the usage. Raises Refusal."""
+        """Yield an answer as chunks in OpenAI's form; the last one has the token counts.
+
+        Raises Refusal if the answer fails.
+        """
         head = {"id": answer.id, "object": self.chunk, "created": int(time.time()), "model": self._name}
 
         def chunk(choice: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
@@ -119,32 +125,35 @@ class Completions(ABC):
 
     @abstractmethod
     def _ids(self, body: dict[str, Any]) -> list[int]:
-        """Return the prompt's tokens; of a prompt that exceeds the context, only some of the first. Raises Refusal."""
+        """Return the token ids of the prompt. Raises Refusal if the chat template refuses the messages.
+
+        For a prompt that is far longer than the context, return only its first ids; these, too, exceed the context.
+        """
 
     @abstractmethod
     def _parser(self, body: dict[str, Any], ids: list[int]) -> Any:
-        """Return transformers' parser of the model's tool calls and reasoning, or None."""
+        """Return transformers' parser for the model's tool calls and reasoning, or None if there is no such parser."""
 
     @abstractmethod
     def _choice(self, piece: Any, calls: int) -> dict[str, Any]:
-        """Return the part of OpenAI's "choice" that holds a ``piece`` of the answer, which is "" at its end.
+        """Return the fields of OpenAI's "choice" object that hold ``piece``, a part of the answer.
 
-        ``calls``: number of tool calls that came before.
+        ``piece`` is "" in the last chunk. ``calls`` is the number of earlier tool calls in the answer.
         """
 
     @abstractmethod
     def _whole(self, chunks: list[dict[str, Any]]) -> dict[str, Any]:
-        """Return all chunks of an answer as one object."""
+        """Return OpenAI's object for a whole answer, made from all ``chunks`` of the answer."""
 
 
 class ChatCompletions(Completions):
-    """Endpoint of chat completions. The model's chat template makes the prompt from the messages."""
+    """Endpoint of chat completions. The model's chat template turns the messages into the prompt."""
 
     body, prompt, object, chunk = ChatBody, "messages", "chat.completion", "chat.completion.chunk"
     opening = ({"delta": {"role": "assistant"}},)
 
     def __init__(self, name: str, engine: Engine) -> None:
-        """Use a plain chat template if the model has none."""
+        """Serve the engine's model under ``name``, with PLAIN_TEMPLATE if the model has no chat template."""
         super().__init__(name, engine)
         self._is_plain = not engine.tokenizer.chat_template
         if self._is_plain:
@@ -153,7 +162,7 @@ class ChatCompletions(Completions):
     def _ids(self, body: dict[str, Any]) -> list[int]:
         text = self._rendered(body, body.get("tools"))
         if body.get("tools") and text == self._rendered(body, None):
-            raise Refusal(400, "tools: the model's chat template does not use them.", param="tools")
+            raise Refusal(400, "tools: the model's chat template does not support tools.", param="tools")
         return first_ids(self._engine.tokenizer, text, self._engine.context, add_special_tokens=self._is_plain)
 
     def _rendered(self, body: dict[str, Any], tools: list[Any] | None) -> str:
@@ -167,7 +176,7 @@ class ChatCompletions(Completions):
                 tokenize=False,
                 **body.get("chat_template_kwargs", {}),
             )
-        except Exception as error:  # a template may raise anything
+        except Exception as error:  # a template may raise any exception
             message = f"The model's chat template refuses these messages: {str(error).partition(chr(10))[0]}"
             raise Refusal(400, message, param="messages") from None
         return text
@@ -197,7 +206,7 @@ class ChatCompletions(Completions):
 
 
 class TextCompletions(Completions):
-    """Endpoint of text completions. The request's text is the prompt."""
+    """Endpoint of text completions. The request gives the prompt as text."""
 
     body, prompt, object, chunk = TextBody, "prompt", "text_completion", "text_completion"
 

@@ -1,4 +1,4 @@
-"""Engines compute answers to jobs; an answer carries its text from an engine to the client that waits for it."""
+"""Base class of engines, which compute answers; the jobs that an engine gets; the answers that clients wait for."""
 
 from __future__ import annotations
 
@@ -24,28 +24,29 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """Prompt of a request, and the options with which an engine continues it."""
+    """Prompt of a request, and the options for generating its answer."""
 
-    ids: list[int]  # tokens of the prompt: one or more, and fewer than the engine's context
-    most: int  # most tokens of the answer
+    ids: list[int]  # token ids of the prompt: at least one, and fewer than the engine's context
+    most: int  # maximum number of tokens of the answer
     asked: dict[str, float] = field(default_factory=dict)  # sampling options (SAMPLING) that the request gives
     seed: int | None = None
-    stop: Sequence[str] = ()
-    parser: Any = None  # transformers' ResponseParser, for models whose tool calls and reasoning it knows
+    stop: Sequence[str] = ()  # strings that end the answer
+    parser: Any = None  # transformers' ResponseParser if it knows the model's tool calls and reasoning, else None
 
 
 class Answer:
-    """Text of one answer, piece by piece.
+    """Queue that carries the text of one answer from the engine to the request that waits for it.
 
-    An engine adds tokens on any thread. The client's coroutine takes pieces, in the event loop in which the answer was
-    made. An answer ends once, as answered, cancelled or failed; tokens that come later are ignored.
+    The engine adds tokens, on any thread. The request's coroutine takes pieces of the text, in the event loop in which
+    the answer was made. An answer ends once, with one of OUTCOMES: answered, cancelled or failed. Tokens that are added
+    after the end are ignored.
     """
 
     def __init__(self, job: Job, engine: Engine) -> None:
         self.id = str(uuid.uuid4())
-        self.job: Job | None = job  # None after the end, to free the prompt: a queue may hold the answer for longer
+        self.job: Job | None = job  # None after the end: this frees the prompt while a queue still holds the answer
         self.new_tokens = 0
-        self.kept_tokens: int | None = None  # tokens of the prompt that were not computed again; None: unknown
+        self.kept_tokens: int | None = None  # prompt tokens that were in the prompt cache; None: unknown
         self._prompt_tokens = len(job.ids)
         self._engine = engine
         self._decoder = DecodeStream([], skip_special_tokens=job.parser is None)
@@ -53,28 +54,31 @@ class Answer:
         self._stops = StopStrings(job.stop)
         self._queue: asyncio.Queue[Any] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
-        self._lock = threading.Lock()  # held to end the answer, which happens once
+        self._lock = threading.Lock()  # makes sure that the answer ends only once
         engine.tally.add(under_way=1)
         if job.parser is not None:
             self._pass_on(response_events_to_chunks(job.parser.initial_events))
 
     @property
     def ended(self) -> bool:
-        """Whether the answer is answered, cancelled or failed."""
+        """Whether the answer has ended, with any outcome."""
         return self.job is None
 
     async def pieces(self) -> AsyncIterator[Any]:
-        """Yield text, transformers' ReasoningText and ToolCall. Raises Refusal if the answer failed."""
+        """Yield the answer as pieces of text, and as transformers' ReasoningText and ToolCall objects.
+
+        Raises Refusal if the answer fails, or the server shuts down before the answer is complete.
+        """
         while (piece := await self._queue.get()) is not None:
             if isinstance(piece, Refusal):
                 raise piece
             yield piece
 
     def add(self, tokens: Sequence[int]) -> None:
-        """Add new tokens, and pass on their text. A stop string ends the answer."""
+        """Add new token ids, and pass on their text. End the answer if its text contains a stop string."""
         if self.ended:
             return
-        self._engine.tally.add(new_tokens=len(tokens))  # before a client has the text, as it may read the count
+        self._engine.tally.add(new_tokens=len(tokens))  # before the text is sent: a client that has it may read counts
         self.new_tokens += len(tokens)
         for token in tokens:
             text = self._decoder.step(self._engine.tokenizer._tokenizer, token)
@@ -82,24 +86,24 @@ class Answer:
                 self._pass_on([text] if self._parser is None else response_events_to_chunks(self._parser.feed(text)))
 
     def close(self) -> None:
-        """End a complete answer."""
+        """End the answer because it is complete."""
         if self.ended:
             return
         if self._parser is not None:
             try:
                 self._pass_on(response_events_to_chunks(self._parser.finalize()[1]))
-            except (ValueError, RuntimeError):  # the last token is within a tool call
-                _log.info("the answer ends within a tool call")
+            except (ValueError, RuntimeError):
+                _log.info("the answer ended within a tool call")
         self._pass_on([None])
 
     def fail(self, error: BaseException) -> None:
-        """End the answer because its computation failed."""
+        """End the answer because its computation failed with ``error``."""
         if self._end("failed"):
             log_failure("An answer", error)
             self._send(Refusal(500, FAILED))
 
     def cut(self) -> None:
-        """End the answer because the server ends."""
+        """End the answer because the server shuts down."""
         if self._end("cancelled"):
             self._send(Refusal(503, ENDING))
 
@@ -118,49 +122,55 @@ class Answer:
         self._loop.call_soon_threadsafe(self._queue.put_nowait, piece)
 
     def _end(self, outcome: str) -> bool:
-        """End the answer with one of OUTCOMES; return False if it has ended already."""
+        """End the answer with ``outcome``, one of OUTCOMES. Return False if the answer had ended before."""
         with self._lock:
             if self.ended:
                 return False
             self.job = None
         self._engine.tally.add(under_way=-1, **{outcome: 1})
-        kept = "" if self.kept_tokens is None else f" ({self.kept_tokens} kept)"
-        _log.info("%s: prompt %d%s, new %d", outcome, self._prompt_tokens, kept, self.new_tokens)
+        kept = "" if self.kept_tokens is None else f" ({self.kept_tokens} of them cached)"
+        _log.info("%s: %d prompt tokens%s, %d new tokens", outcome, self._prompt_tokens, kept, self.new_tokens)
         self._engine.drop(self)
         return True
 
 
 class Engine(ABC):
-    """Compute answers with one model. ``context`` is the most tokens of a prompt with its answer."""
+    """Base class of engines, which compute answers with one model.
+
+    ``context`` is the maximum number of tokens of a prompt and its answer together.
+    """
 
     def __init__(self, model: Any, tokenizer: Any, context: int) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.context = context
         self.tally = Tally()
-        self._answers: set[Answer] = set()  # those that have not ended
+        self._answers: set[Answer] = set()  # answers that have not ended
 
     @property
     def is_alive(self) -> bool:
-        """Whether the engine still computes."""
+        """Whether the engine can still compute answers."""
         return True
 
     @abstractmethod
     def submit(self, job: Job) -> Answer:
-        """Queue a job and return its answer. Must be called in the event loop. Raises Refusal."""
+        """Queue a job, and return its answer, which has no text yet. Must be called in the event loop.
+
+        Raises Refusal if the engine can't compute the job.
+        """
 
     def drop(self, answer: Answer) -> None:
-        """Remove an answer that has ended from the engine."""
+        """Remove a finished answer from the engine."""
         self._answers.discard(answer)
 
     def cut(self) -> None:
-        """End all answers because the server ends."""
+        """End all answers because the server shuts down."""
         for answer in list(self._answers):
             answer.cut()
 
     @abstractmethod
     def stop(self) -> None:
-        """Stop computing, once the step or answer that is being computed is done."""
+        """Stop computing after the present step or answer."""
 
     def _begin(self, job: Job) -> Answer:
         answer = Answer(job, self)

@@ -15,17 +15,17 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from moetier.tiers.errors import ConfigError
 
-GRACE = 5  # seconds that clients have at the server's end to take the last answers
-HEADER_SECONDS = 20.0  # until all headers of a request have arrived, counted from the connection or the previous answer
+GRACE = 5  # seconds in which clients can receive their last answers when the server shuts down
+HEADER_SECONDS = 20.0  # longest wait for all headers of a request, from the connection or the previous answer on
 ANSWER_SECONDS = 60.0  # longest time in which a client may read nothing of its answer
-BACKLOG = 128  # connections that are accepted in one go
+BACKLOG = 128  # maximum number of connections that wait in the kernel until the server accepts them
 TOO_MANY = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 5\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Return a socket that is bound but does not listen, so that no client connects while the model loads.
+    """Return a socket that is bound to ``host`` and ``port``, but does not listen yet.
 
-    Raises ConfigError.
+    So no client can connect while the model loads. Raises ConfigError if the address can't be used.
     """
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -39,7 +39,7 @@ def bind(host: str, port: int) -> socket.socket:
     except (OSError, UnicodeError) as error:
         said = getattr(error, "strerror", None) or error
         raise ConfigError(
-            f"{host} port {port} can't be listened on: {said}.", "Give another --host or --port."
+            f"The server can't listen on {host} port {port}: {said}.", "Give another --host or --port."
         ) from None
     return bound
 
@@ -56,22 +56,25 @@ def url_of(bound: socket.socket) -> str:
 
 
 class BoundedProtocol(H11Protocol):
-    """Connection with limits that no ASGI application can set: on idle connections, and on clients that do not read.
+    """HTTP connection with limits that no ASGI application can set: on idle connections and on clients that don't read.
 
-    A connection is idle until all headers of a request have arrived, and again once the request is answered. It is
-    closed when it was idle for ``header_seconds``. Beyond ``most_connections``, the connection that has been idle
-    longest is closed for a new one; if none is idle, the new one is refused. A connection is aborted when its client
-    has read nothing of an answer, or of an error, for ``answer_seconds``.
+    A connection is idle until all headers of a request have arrived, and again after the request was answered. It is
+    closed once it has been idle for ``header_seconds``. If there are already ``most_connections``, a new connection
+    replaces the one that has been idle longest; if none is idle, the new connection is refused. A connection is aborted
+    if its client reads nothing of a response for ``answer_seconds``.
     """
 
     most_connections: int
     header_seconds = HEADER_SECONDS
     answer_seconds = ANSWER_SECONDS
-    idle: asyncio.TimerHandle | None = None  # runs while no request is under way
-    _untaken: asyncio.TimerHandle | None = None  # runs while the buffer of an answer is full
+    idle: asyncio.TimerHandle | None = None  # timer that runs while the connection is idle
+    _untaken: asyncio.TimerHandle | None = None  # timer that runs while the write buffer is full
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Start the header timer. Above the limit, abort the connection idle longest first, or refuse this one."""
+        """Start the idle timer. If there are too many connections, first abort the one that has been idle longest.
+
+        If no connection is idle, refuse this one.
+        """
         super().connection_made(transport)
         if len(self.connections) > self.most_connections:
             others = (each for each in self.connections if isinstance(each, BoundedProtocol))
@@ -85,24 +88,24 @@ class BoundedProtocol(H11Protocol):
         self._rest()
 
     def data_received(self, data: bytes) -> None:
-        """Handle data from the client, and stop the header timer once all headers of a request have arrived."""
+        """Handle data from the client, and stop the idle timer once all headers of a request have arrived."""
         super().data_received(data)
         if self.cycle is not None and not self.cycle.response_complete:
             self._work()
 
     def on_response_complete(self) -> None:
-        """Start the header timer again, unless the next request has arrived already."""
+        """Start the idle timer again, unless the next request has already arrived."""
         super().on_response_complete()
         if self.cycle.response_complete:
             self._rest()
 
     def pause_writing(self) -> None:
-        """Start the timer that aborts the connection if the client reads nothing of its answer."""
+        """Start the timer that aborts the connection if the client reads nothing more of its answer."""
         super().pause_writing()
         self._untaken = self.loop.call_later(self.answer_seconds, self.drop)
 
     def resume_writing(self) -> None:
-        """Stop the timer of ``pause_writing``, as the client reads again."""
+        """Stop the timer that ``pause_writing`` started, because the client reads again."""
         if self._untaken is not None:
             self._untaken.cancel()
             self._untaken = None
@@ -132,10 +135,10 @@ class BoundedProtocol(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """HTTP server with at most ``connections`` at a time.
+    """HTTP server with at most ``connections`` connections at a time.
 
-    It calls ``ready`` when it listens and ``ending`` when a signal ends it; then it sends the last answers, for at most
-    GRACE seconds.
+    It calls ``ready`` when it listens, and ``ending`` when a signal shuts it down. Afterwards it sends the last
+    answers, for at most GRACE seconds.
     """
 
     def __init__(
@@ -147,7 +150,7 @@ class Server(uvicorn.Server):
         ending: Callable[[], None],
         **seconds: float,
     ) -> None:
-        """Serve ``app``; ``seconds`` replace those of BoundedProtocol."""
+        """Serve ``app``. ``seconds`` replaces ``header_seconds`` and ``answer_seconds`` of BoundedProtocol."""
         protocol = type("Protocol", (BoundedProtocol,), {"most_connections": connections, **seconds})
         super().__init__(
             uvicorn.Config(
@@ -165,9 +168,10 @@ class Server(uvicorn.Server):
         self._ending = ending
 
     def serve_until_told(self, bound: socket.socket) -> None:
-        """Serve until SIGTERM or SIGINT; a second SIGINT ends at once."""
+        """Serve until SIGTERM or SIGINT. A second SIGINT ends the server without waiting for answers."""
         with contextlib.ExitStack() as former:
-            # uvicorn restores these handlers at its end and raises the signal again, which must not end the process
+            # uvicorn finally restores the handlers that it found and raises the signal again: with the default
+            # handlers that would end the process
             for number in (signal.SIGTERM, signal.SIGINT):
                 former.callback(signal.signal, number, signal.signal(number, self.handle_exit))
             self.run([bound])

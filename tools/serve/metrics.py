@@ -1,4 +1,4 @@
-"""Counters of a server's requests, and their Prometheus metrics with those of the model's tiers."""
+"""Counters of a server's requests and tokens, and the Prometheus metrics of these and of the model's tiers."""
 
 from __future__ import annotations
 
@@ -12,40 +12,43 @@ from moetier.runtime.daemon.metrics import tier_metrics
 from moetier.tiers.stats import TierStats
 
 OUTCOMES = ("answered", "cancelled", "failed")
-# count: (kind of metric, its name, its meaning)
+# name of a count -> (kind of metric, name of the metric without its prefix, help text)
 METRICS: dict[str, tuple[type[GaugeMetricFamily | CounterMetricFamily], str, str]] = {
-    "under_way": (GaugeMetricFamily, "requests_under_way", "Requests that are computed, or wait for their turn."),
+    "under_way": (GaugeMetricFamily, "requests_under_way", "Requests that are being computed or wait for their turn."),
     "prompt_tokens": (CounterMetricFamily, "prompt_tokens", "Tokens of prompts."),
     "kept_tokens": (
         CounterMetricFamily,
         "kept_tokens",
-        "Tokens of prompts that an earlier request had computed.",
+        "Tokens of prompts that were cached from an earlier request.",
     ),
     "new_tokens": (CounterMetricFamily, "new_tokens", "Tokens that were generated."),
 }
 
 
 class Tally:
-    """Counts of requests and tokens since the server's start, without refused requests. Thread-safe."""
+    """Counts of requests and tokens since the server started. Refused requests are not counted. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._counts = dict.fromkeys((*OUTCOMES, *METRICS), 0)
 
     def add(self, **more: int) -> None:
-        """Add to counts by name: those of METRICS, and for requests that ended those of OUTCOMES."""
+        """Increase each of the named counts, which are the keys of METRICS and the names in OUTCOMES."""
         with self._lock:
             for name, count in more.items():
                 self._counts[name] += count
 
     def counts(self) -> dict[str, int]:
-        """Return all counts as of one moment."""
+        """Return a dictionary from the name of each count to its value, all read at one moment."""
         with self._lock:
             return dict(self._counts)
 
 
 class ServeCollector(Collector):
-    """Metrics of the tiers of ``model`` (the store's name for it, as a daemon has it), of requests and of tokens."""
+    """Prometheus collector for a model's tiers, and for requests and tokens.
+
+    ``model`` is the name in the store's manifest. A daemon labels its metrics with the same name.
+    """
 
     def __init__(self, model: str, stats: Callable[[], list[TierStats]], tally: Tally) -> None:
         self._model = model
@@ -57,7 +60,7 @@ class ServeCollector(Collector):
         yield from tier_metrics([(self._model, tier) for tier in self._stats()])
         counts = self._tally.counts()
         requests = CounterMetricFamily(
-            "moetier_serve_requests", "Requests for an answer that are over.", labels=["model", "outcome"]
+            "moetier_serve_requests", "Requests for an answer that have ended.", labels=["model", "outcome"]
         )
         for outcome in OUTCOMES:
             requests.add_metric([self._model, outcome], counts[outcome])

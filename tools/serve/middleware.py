@@ -1,4 +1,4 @@
-"""ASGI middleware in front of the application: control of access, and limits on requests and their bodies."""
+"""ASGI middleware in front of the application: access control, and limits on requests and their bodies."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 
-HEALTH = "/health"  # the one path that needs no key
+HEALTH = "/health"  # the only path that needs no key
 JSON = b"application/json"
 NAME_OF_THIS_HOST = re.compile(rb"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d+)?", re.IGNORECASE)
 
-MOST_BYTES = 16 << 20  # of a request's body
-BODY_SECONDS = 60.0  # for a whole body to arrive
-RETRY_SECONDS = 5
+MOST_BYTES = 16 << 20  # maximum size of a request's body
+BODY_SECONDS = 60.0  # longest time until a whole body has arrived
+RETRY_SECONDS = 5  # time after which a client that was refused may try again
 
 
 class AccessControl:
-    """Pass on requests that show ``key``, and log errors of the application.
+    """Pass on the requests that may use the server, refuse all others, and log errors of the application.
 
-    Without a key (None), pass on only requests whose Host header names this machine as local. Otherwise a web page
-    could reach the server by a host name of its own that resolves to this machine (DNS rebinding).
+    A request must send ``key`` as its bearer token, except for the path HEALTH. If ``key`` is None, no request needs a
+    key, but its Host header must be localhost, 127.x.x.x or [::1]. Without this check a web page could reach the server
+    through a host name of its own that resolves to this machine (DNS rebinding).
     """
 
     def __init__(self, app: App, key: str | None) -> None:
@@ -50,28 +51,29 @@ class AccessControl:
         headers[b"content-type"] = headers.get(b"content-type") or JSON
         try:
             await self._app({**scope, "headers": [*headers.items()]}, receive, send)
-        except Exception as error:  # the client has got an error
+        except Exception as error:  # the client has received an error response
             log_failure(f"{scope['method']} {scope['path']}", error)
 
     def _check(self, scope: Message, headers: dict[bytes, bytes]) -> None:
-        """Check host, key and content type. Raises Refusal."""
+        """Check host, key and content type. Raises Refusal if one of them does not permit the request."""
         if self._key is None and not NAME_OF_THIS_HOST.fullmatch(headers.get(b"host", b"")):
             raise Refusal(
                 400,
-                "Without an API key this server answers to names of its own machine alone: ask localhost, 127.0.0.1 or "
-                "[::1], or give it a key (--api-key-file).",
+                "This server has no API key, so it accepts only requests to localhost, 127.0.0.1 or [::1]. Use one of "
+                "these as the host, or start the server with a key (--api-key-file).",
                 code="invalid_host",
             )
         if scope["path"] != HEALTH and not self._knows(headers.get(b"authorization", b"")):
             raise Refusal(
                 401,
-                "The API key is missing or wrong.",
+                "The API key is missing or wrong. Send it in the header 'Authorization: Bearer KEY'.",
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
         if scope["method"] == "POST" and not headers.get(b"content-type") and b"origin" in headers:
-            # without a preflight request, a browser sends a page's POST to another site only if it does not say JSON
-            raise Refusal(400, "A request of a web page needs the Content-Type application/json.")
+            # a web page can send a POST to another site without that site's consent (a preflight request), unless its
+            # Content-Type is application/json
+            raise Refusal(400, "A request from a web page needs the header 'Content-Type: application/json'.")
 
     def _knows(self, authorization: bytes) -> bool:
         if self._key is None:
@@ -81,15 +83,16 @@ class AccessControl:
 
 
 def _digest(key: bytes) -> bytes:
-    """Return a digest of a key. All have the same length, so that the time of a comparison tells nothing of the key."""
+    """Return a digest of a key. As all digests have the same length, the time of a comparison reveals nothing."""
     return hashlib.sha256(key).digest()
 
 
 class RequestLimits:
-    """Read the body of a POST request, pass it on as one message, and end the request when its client goes away.
+    """Pass on a POST request once its whole body has arrived, and cancel it if its client disconnects.
 
-    Up to ``most`` POST requests are served at a time, including those that wait for their turn; further ones are
-    refused with 429. The bytes of a body are counted as they arrive, whatever the headers say.
+    Up to ``most`` POST requests are accepted at a time, including those that wait for their turn. Further requests are
+    refused with status 429. A body of more than MOST_BYTES is refused with 413, whatever its Content-Length says, and a
+    body that does not arrive within ``body_seconds`` with 408. Other requests than POST are passed on unchanged.
     """
 
     def __init__(self, app: App, most: int, *, body_seconds: float = BODY_SECONDS) -> None:
@@ -106,7 +109,7 @@ class RequestLimits:
             if self._under_way >= self._most:
                 raise Refusal(
                     429,
-                    f"{self._most} requests are computed or wait for their turn already. Try again later.",
+                    f"The queue is full: {self._most} requests are being computed or wait. Try again later.",
                     code="queue_full",
                     headers={"Retry-After": str(RETRY_SECONDS)},
                 )
@@ -121,7 +124,10 @@ class RequestLimits:
             await refusal.response()(scope, receive, send)
 
     async def _body(self, headers: dict[bytes, bytes], receive: Receive) -> bytes | None:
-        """Return the body, or None if the client went away before all of it came. Raises Refusal."""
+        """Return the body, or None if the client disconnects before the body is complete.
+
+        Raises Refusal if the body is too large, or takes too long to arrive.
+        """
         body, more = bytearray(), True
         stated = headers.get(b"content-length", b"")
         size = int(stated[:20]) if stated.isdigit() else 0
@@ -139,11 +145,11 @@ class RequestLimits:
                 408, f"The body did not arrive within {self._body_seconds:g} s.", headers={"Connection": "close"}
             ) from None
         if size > MOST_BYTES:
-            raise Refusal(413, f"The request has more than {MOST_BYTES} bytes.", headers={"Connection": "close"})
+            raise Refusal(413, f"The body has more than {MOST_BYTES} bytes.", headers={"Connection": "close"})
         return bytes(body)
 
     async def _serve(self, body: bytes, scope: Message, receive: Receive, send: Send) -> None:
-        """Run the application, and cancel it when the client goes away."""
+        """Run the application on a request with ``body``, and cancel it if the client disconnects."""
         messages: asyncio.Queue[Message] = asyncio.Queue()
         messages.put_nowait({"type": "http.request", "body": body, "more_body": False})
 
@@ -158,7 +164,7 @@ class RequestLimits:
                 work.cancel()
             await work
         except asyncio.CancelledError:
-            pass  # the client is gone, or the server ends and has waited for long enough
+            pass  # the client is gone, or the server shuts down and GRACE is over
         finally:
             for task in (work, watching):
                 task.cancel()

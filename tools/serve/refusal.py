@@ -1,4 +1,4 @@
-"""Errors of requests, in the form of OpenAI's API, and how they are logged."""
+"""Errors of requests in the form of OpenAI's API, and the log lines of failures."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ from starlette.responses import JSONResponse
 from moetier.tiers.errors import MoetierError
 
 FAILED = "The answer failed; the server's log says why."
-ENDING = "The server is ending."
+ENDING = "The server is shutting down."
 
 _log = logging.getLogger(__name__)
 
 
 class Refusal(HTTPException):
-    """Error of a request, raised before its answer or within it."""
+    """Error that a client gets in place of its answer, or in the middle of a stream.
+
+    ``param`` is the name of the field that is wrong, and ``code`` is OpenAI's code for the error. Both may be None.
+    """
 
     def __init__(
         self,
@@ -33,17 +36,21 @@ class Refusal(HTTPException):
         self.param, self.code = param, code
 
     def body(self) -> dict[str, Any]:
-        """Return the JSON object of the error."""
+        """Return the error as OpenAI's JSON object."""
         kind = "invalid_request_error" if self.status_code < 500 else "server_error"
         return {"error": {"message": self.detail, "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> JSONResponse:
-        """Return the HTTP response."""
+        """Return the error as an HTTP response."""
         return JSONResponse(self.body(), status_code=self.status_code, headers=self.headers)
 
 
 def log_failure(what: str, error: BaseException) -> None:
-    """Log that ``what`` failed. Only the kind of a library's error is logged, as its text may quote a prompt."""
+    """Log that ``what`` failed with ``error``.
+
+    The message of the error is logged only if it is moetier's own: a library's may quote a prompt. With MOETIER_DEBUG=1
+    the traceback is logged, too.
+    """
     said = f": {error.cause}" if isinstance(error, MoetierError) else ""
     debug = error if os.environ.get("MOETIER_DEBUG") == "1" else None
     _log.error("%s failed with %s%s", what, type(error).__name__, said, exc_info=debug)

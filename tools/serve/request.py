@@ -15,9 +15,9 @@ from moetier.runtime.generation.decoding import MIN_P, OCCURRENCE_PENALTY, REPET
 
 from .refusal import Refusal
 
-# fields that no answer depends on; usage always comes with the last piece of a stream
+# fields that are ignored because no answer depends on them. Every stream ends with the usage, for any stream_options
 IGNORED = ("user", "safety_identifier", "prompt_cache_key", "metadata", "store", "service_tier", "stream_options")
-NEUTRAL = {  # fields that are not honoured, and the value of each that changes nothing
+NEUTRAL = {  # unsupported fields: each is accepted only with this value, which changes nothing
     "n": 1,
     "best_of": 1,
     "echo": False,
@@ -29,7 +29,7 @@ NEUTRAL = {  # fields that are not honoured, and the value of each that changes 
 }
 MOST_TOKENS = 1 << 31
 MOST_MESSAGES = 1 << 16  # checking more would take seconds, and few contexts have room for more
-NOT_OF_TEMPLATES = {  # names that no variable of a template may have: parameters of the functions that render it
+NOT_OF_TEMPLATES = {  # names refused in chat_template_kwargs: parameters of the functions that render a template
     *("messages", "load_audio_from_video", "compiled_template"),
     *(
         name
@@ -51,28 +51,34 @@ def _as_list(given: Any) -> Any:
 
 
 def _text(given: Any) -> Any:
-    """Return the content of a message unchanged, if it is a string, a list of text parts, or None."""
+    """Return ``given`` unchanged if it is a message's content: a string, a list of text parts, or None.
+
+    Raises PydanticCustomError if it is not.
+    """
     parts = given if isinstance(given, list) else [{"type": "text", "text": "" if given is None else given}]
     if not all(isinstance(part, dict) and part.get("type") == "text" for part in parts):
-        raise PydanticCustomError("content", "text only, no images or sound")
+        raise PydanticCustomError("content", "only text is supported, no images or sound")
     if not all(isinstance(part.get("text"), str) for part in parts):
-        raise PydanticCustomError("content", "a string, or a list of parts with a text")
+        raise PydanticCustomError("content", "it must be a string, or a list of parts that each have a text")
     return given
 
 
 def _arguments(given: Any) -> Any:
-    """Return the arguments of a tool call as an object, as templates expect them. OpenAI's API has a JSON string."""
+    """Return the arguments of a tool call as a dictionary, which chat templates expect; OpenAI's API has a JSON string.
+
+    Raises PydanticCustomError if they are not a JSON object.
+    """
     try:
         found = json.loads(given) if isinstance(given, str) else given
     except ValueError:
         found = None
     if not isinstance(found, dict) or not _is_unicode(found):
-        raise PydanticCustomError("arguments", "a JSON object in a string")
+        raise PydanticCustomError("arguments", "it must be a string that holds a JSON object")
     return found
 
 
 def _is_unicode(given: Any) -> bool:
-    """Whether a text can be encoded: JSON may have half of a surrogate pair."""
+    """Whether all strings in ``given`` can be encoded. Half of a surrogate pair, which JSON may contain, can't."""
     try:
         json.dumps(given, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -81,14 +87,18 @@ def _is_unicode(given: Any) -> bool:
 
 
 def _of_template(given: dict[str, Any]) -> dict[str, Any]:
-    """Return variables for the model's chat template, unless one would choose the template or how it is applied."""
+    """Return ``given``, variables for the model's chat template, unchanged.
+
+    Raises PydanticCustomError if a name is in NOT_OF_TEMPLATES. Such a variable would replace the template, or change
+    how it is rendered.
+    """
     if taken := sorted(given.keys() & NOT_OF_TEMPLATES):
-        raise PydanticCustomError("template", "{name} is not supported here", {"name": taken[0]})
+        raise PydanticCustomError("template", "the variable {name} is not supported", {"name": taken[0]})
     return given
 
 
 class Body(BaseModel):
-    """Fields of both kinds of completions that an answer depends on."""
+    """Fields that the bodies of chat and text completion requests have in common."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -107,7 +117,7 @@ class Body(BaseModel):
 
 
 class _Open(BaseModel):
-    model_config = ConfigDict(extra="allow")  # further fields go to the template
+    model_config = ConfigDict(extra="allow")  # further fields are passed to the chat template
 
 
 class FunctionCall(_Open):
@@ -165,11 +175,14 @@ class TextBody(Body):
 
 
 def parsed(content: bytes, content_type: str) -> dict[str, Any]:
-    """Return a body's JSON object. Raises Refusal."""
+    """Return the JSON object in ``content``, a request's body.
+
+    Raises Refusal if ``content_type`` is not application/json, or the body is not a JSON object.
+    """
     if content_type.partition(";")[0].strip().lower() != "application/json":
         raise Refusal(
             400,
-            f"The Content-Type is {content_type or 'missing'}, not application/json: with curl, give "
+            f"The Content-Type is {content_type or 'missing'}; it must be application/json. With curl, add "
             "-H 'Content-Type: application/json'.",
         )
     try:
@@ -182,22 +195,22 @@ def parsed(content: bytes, content_type: str) -> dict[str, Any]:
 
 
 def checked(body: dict[str, Any], kind: type[Body], model: str) -> dict[str, Any]:
-    """Return the fields of a body that its answer depends on, without those that are null.
+    """Return the validated fields of ``body``, without ignored fields and fields that are null.
 
-    Raises Refusal, also for another model than the one called ``model``.
+    Raises Refusal if a field is invalid or unsupported, or if the body names a model other than ``model``.
     """
     if not _is_unicode(body):
-        raise Refusal(400, "The body has text that is not Unicode.")
+        raise Refusal(400, "The body contains text that is not valid Unicode.")
     given = {name: value for name, value in body.items() if value is not None and name not in IGNORED}
     for name in given.keys() & NEUTRAL.keys():
         value, neutral = given.pop(name), NEUTRAL[name]
-        if type(value) is not type(neutral) or value != neutral:  # 0 is not false
-            raise Refusal(400, f"{name}: only {json.dumps(neutral)} is supported here.", param=name)
+        if type(value) is not type(neutral) or value != neutral:  # == alone would take 0 for false
+            raise Refusal(400, f"{name}: only {json.dumps(neutral)} is supported.", param=name)
     try:
         asked = kind.model_validate(given)
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
-        what = "not supported here" if first["type"] == "extra_forbidden" else first["msg"]
+        what = "this field is not supported" if first["type"] == "extra_forbidden" else first["msg"]
         raise Refusal(400, f"{_place(first['loc'])}: {what}.", param=str(first["loc"][0])) from None
     if asked.model not in (None, model):
         raise unknown_model(str(asked.model), model)
@@ -205,10 +218,12 @@ def checked(body: dict[str, Any], kind: type[Body], model: str) -> dict[str, Any
 
 
 def unknown_model(asked: str, served: str) -> Refusal:
-    """Return the refusal of a request for a model that is not served."""
-    return Refusal(404, f"There is no model {asked!r} here, but {served!r}.", param="model", code="model_not_found")
+    """Return the refusal of a request for the model ``asked``, which is not the one that is ``served``."""
+    return Refusal(
+        404, f"This server has no model {asked!r}. It serves {served!r}.", param="model", code="model_not_found"
+    )
 
 
 def _place(path: tuple[int | str, ...]) -> str:
-    """Return a place in a body: ("messages", 0, "role") -> "messages[0].role"."""
+    """Return the path of a field in a body as text: ("messages", 0, "role") -> "messages[0].role"."""
     return "".join(f"[{each}]" if isinstance(each, int) else f".{each}" for each in path).removeprefix(".")

@@ -1,4 +1,4 @@
-"""Engine that computes answers one after the other by ``generate()``, as `moetier generate` does."""
+"""Engine that computes answers one after the other with ``generate()``, as `moetier generate` does."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .engine import Answer, Engine, Job
 
 
 class OneByOne(Engine):
-    """Compute one answer at a time, and keep keys and values of the latest conversation for the next request."""
+    """Engine that computes one answer at a time, and caches the latest keys and values for the next request."""
 
     def __init__(self, model: Any, tokenizer: Any, context: int, chunk: int) -> None:
         """Compute prompts in chunks of at most ``chunk`` tokens."""
@@ -30,7 +30,7 @@ class OneByOne(Engine):
         return answer
 
     def stop(self) -> None:
-        """Wait for the answer that is being computed; those in the queue are skipped if they have ended."""
+        """Wait until all queued answers are computed or skipped, and stop. Answers that have ended are skipped."""
         self._thread.shutdown()
 
     def _generate(self, answer: Answer) -> None:
@@ -41,7 +41,7 @@ class OneByOne(Engine):
             torch.seed()
         else:
             torch.manual_seed(job.seed)
-            self._cache.clear()  # the last bits depend on which tokens are computed together
+            self._cache.clear()  # cached values may differ in their last bits, which depend on how prompts were chunked
         decoding = {**sampling_of(job.asked), **penalties_of(job.asked), **ONE_SEQUENCE, "max_new_tokens": job.most}
         try:
             answer.kept_tokens = self._cache.begin(job.ids)

@@ -1,4 +1,4 @@
-"""``moetier top``: a live view of the daemons on this machine. Textual is imported only here.
+"""``moetier top``: a live view of a daemon.
 
-The package imports ``cli`` and ``runtime.wire``.
+The package imports ``cli`` and ``runtime.wire``. No other package imports Textual.
 """

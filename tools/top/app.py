@@ -1,4 +1,4 @@
-"""Application of ``moetier top``. Only this module and ``widgets`` need textual."""
+"""Application of ``moetier top``. Only this module and ``widgets`` import Textual."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from .widgets import Choice, Help, Part
 
 INTERVALS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)  # seconds
 TERMINATED = 128 + signal.SIGTERM
-NARROW_HEAT = 20  # lines of the map of experts on a narrow screen, where parts are below each other
+NARROW_HEAT = 20  # lines of the map of experts on a narrow screen, on which the parts are below each other
 
 
 class Told(Message):
@@ -41,7 +41,7 @@ class Told(Message):
 
 
 class Top(App[None]):
-    """Application that shows the daemon at ``address``, or a list of the ``found`` daemons to choose from.
+    """Application that shows the daemon at ``address``; if that is None, first a list of the daemons in ``found``.
 
     It starts and ends ``watch``, which queries the daemon.
     """
@@ -89,7 +89,7 @@ class Top(App[None]):
         self.history = History()
         self._model = 0
         self._is_lately = False
-        # kept here, as they can't be queried if a message comes while the screen is being removed
+        # kept in attributes: a message may come while the screen is being removed, when queries no longer find widgets
         self._heading = Static(id="head")
         self._away = Static(id="away")
         self._parts = {name: Part(name) for name in ("tiers", "history", "prefetches", "clients", "experts")}
@@ -105,7 +105,7 @@ class Top(App[None]):
         yield Footer()
 
     def on_mount(self) -> None:
-        """Handle SIGTERM, and start to watch the daemon or let one be chosen."""
+        """Handle SIGTERM, and start to watch the daemon, or let the user choose one."""
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self._terminate)
         if self._address is None:
             self.push_screen(Choice(self._found))
@@ -122,7 +122,7 @@ class Top(App[None]):
         self._begin(made.address)
 
     def on_told(self, told: Told) -> None:
-        """Show the daemon's new state, or the error that prevents it."""
+        """Show the daemon's new state, or the error of the query."""
         if isinstance(told.seen, MoetierError):
             self._error = told.seen
         else:
@@ -131,7 +131,7 @@ class Top(App[None]):
         self._show()
 
     def on_part_sized(self) -> None:
-        """Draw all parts anew, for their new sizes."""
+        """Redraw all parts, for their new sizes."""
         self._show()
 
     def action_pause(self) -> None:
@@ -140,7 +140,7 @@ class Top(App[None]):
         self._show()
 
     def action_interval(self, step: int) -> None:
-        """Change the interval to the next longer (``step`` 1) or shorter (-1) one of INTERVALS."""
+        """Change the interval to the next longer one (``step`` 1) or the next shorter one (-1) in INTERVALS."""
         now = self._watch.interval
         others = [value for value in INTERVALS if (value - now) * step > 0]
         if others:
@@ -148,7 +148,7 @@ class Top(App[None]):
         self._show()
 
     def action_uses(self) -> None:
-        """Switch between uses of experts since the daemon's start and recent ones."""
+        """Switch between the uses of experts since the daemon's start and recent uses."""
         self._is_lately = not self._is_lately
         self._show()
 
@@ -228,7 +228,7 @@ def _width(part: Part) -> int:
 
 
 def _name(address: Address) -> str:
-    """Return an address as short as it can be typed."""
+    """Return the shortest text that names the address on a command line."""
     folder = address.folder
     return folder.name if folder is not None and folder.parent == runtime_folder() else str(address)
 

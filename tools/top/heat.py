@@ -1,4 +1,4 @@
-"""Map of a model's experts on a terminal, block by expert: which are in slots, and how much they are used."""
+"""Map of a model's experts on a terminal, a row for each block: which experts are in slots, and how often used."""
 
 from __future__ import annotations
 
@@ -13,25 +13,28 @@ from moetier.proto.expert_store_pb2 import Block
 Colour = tuple[int, int, int]
 Cell = tuple[float, float]  # share of the cell's experts that are in slots, mean uses of an expert
 
-ABSENT: tuple[Colour, Colour] = (44, 48, 55), (232, 140, 45)  # not used, used most
+ABSENT: tuple[Colour, Colour] = (44, 48, 55), (232, 140, 45)  # colour of an unused expert, and of the most used one
 READY: tuple[Colour, Colour] = (25, 62, 112), (128, 194, 255)
-TALLEST = 3  # lines of a block at most
-TICK = 8  # columns between two numbers of the axis, at least
+TALLEST = 3  # maximum number of lines of a block
+TICK = 8  # minimum number of columns between two numbers of the axis
 
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Layout of a model's map. Where the map does not fit, several experts or blocks share a cell."""
+    """Layout of a model's map. If the map would not fit the screen, several experts or blocks share a cell."""
 
     label: int  # characters before each line
     width: int  # characters of a cell
-    lines: int  # of a cell; 0: two rows of cells share a line, as upper and lower half
-    experts: int  # of a cell
-    blocks: int  # of a cell
+    lines: int  # lines of a cell; 0: two rows of cells share a line, as its upper and lower half
+    experts: int  # experts of each block in a cell
+    blocks: int  # blocks in a cell
 
     @classmethod
     def of(cls, blocks: int, experts: int, width: int, height: int) -> Grid:
-        """Lay out a map of ``width`` columns and ``height`` lines; the first is the axis, the last the legend."""
+        """Return the layout of a map of ``width`` columns and ``height`` lines, for blocks of at most ``experts``.
+
+        The first line is the axis, the last one the legend.
+        """
         label = len(str(max(blocks - 1, 0))) + 1
         columns, left = max(width - label, 1), max(height - 2, 1)
         lines = min(left // max(blocks, 1), TALLEST)
@@ -45,10 +48,13 @@ class Grid:
 
 
 def heatmap(blocks: Sequence[Block], uses: Sequence[Sequence[float]], width: int, height: int) -> Text:
-    """Draw the map, in ``width`` columns and ``height`` lines. ``uses``: of every expert, by block."""
+    """Return the map of ``blocks`` in ``width`` columns and ``height`` lines.
+
+    ``uses[block][expert]`` is the number of uses of an expert, in which older uses may count less.
+    """
     most = max((len(row) for row in uses), default=0)
     if not most:
-        return Text("The daemon, of an earlier version, tells nothing of experts.", "dim")
+        return Text("The daemon is of an earlier version, which does not report its experts.", "dim")
     grid = Grid.of(len(blocks), most, width, height)
     cells = [
         _cells(blocks[at : at + grid.blocks], uses[at : at + grid.blocks], grid.experts, most)
@@ -70,19 +76,20 @@ def heatmap(blocks: Sequence[Block], uses: Sequence[Sequence[float]], width: int
 
 
 def colour(ready: float, heat: float) -> str:
-    """Return the colour, "#rrggbb", of experts of which the share ``ready`` is in slots.
+    """Return the colour of a cell, as "#rrggbb".
 
-    ``heat``: how much they are used, as a share of the most used.
+    ``ready`` is the share of the cell's experts that are in slots, 0 to 1. ``heat`` is the mean uses of these experts,
+    divided by those of the most used cell, 0 to 1.
     """
-    heat = math.sqrt(max(heat, 0.0))  # the root, so that a few experts do not make all others pale
+    heat = math.sqrt(max(heat, 0.0))  # the square root keeps a few much used experts from making all others pale
     red, green, blue = _mix(_mix(*ABSENT, heat), _mix(*READY, heat), ready)
     return f"#{red:02x}{green:02x}{blue:02x}"
 
 
 def _cells(blocks: Sequence[Block], uses: Sequence[Sequence[float]], together: int, most: int) -> list[Cell | None]:
-    """Return one row of cells for ``blocks``, each of ``together`` experts; None for a cell without experts.
+    """Return a row of cells, each of ``together`` experts of each of ``blocks``; None for a cell without experts.
 
-    ``most``: number of experts in the largest block.
+    ``uses`` are those of ``blocks``. ``most`` is the number of experts in the largest block of the model.
     """
     ready = [set(block.ready) for block in blocks]
     found: list[Cell | None] = []
@@ -98,14 +105,14 @@ def _cells(blocks: Sequence[Block], uses: Sequence[Sequence[float]], together: i
 
 
 def _append(text: Text, row: Sequence[str | None], width: int, mark: str) -> None:
-    """Append a line of cells, with a gap between those that are wide enough."""
+    """Append a line of cells to ``text``, with gaps between the cells if they are wide enough."""
     gap = " " if width > 2 else ""
     for value in row:
         text.append((" " if value is None else mark) * (width - len(gap)) + gap, value or "")
 
 
 def _append_pairs(text: Text, upper: Sequence[str | None], lower: Sequence[str | None], width: int) -> None:
-    """Append two rows as one line of half blocks: foreground colour for the upper row, background for the lower."""
+    """Append two rows of cells as one line: half blocks have the upper row's colour, their background the lower's."""
     for above, below in zip(upper, lower, strict=True):
         if above is not None:
             text.append("▀" * width, above if below is None else f"{above} on {below}")
@@ -114,7 +121,7 @@ def _append_pairs(text: Text, upper: Sequence[str | None], lower: Sequence[str |
 
 
 def _axis(grid: Grid, cells: int, width: int) -> str:
-    """Return the axis: numbers of experts above their cells, without those that would not fit into ``width``."""
+    """Return the axis: numbers of experts above their cells, as many as fit into ``width`` columns."""
     line = " " * grid.label
     step = 1 if grid.width > 3 else max(TICK // grid.width, 1)
     for at in range(0, cells, step):

@@ -1,4 +1,4 @@
-"""Changes of the counters of a daemon's models from one query ("look") to the next. Pure."""
+"""Changes of the counters of a daemon's models from one query to the next. This module does no I/O."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from dataclasses import dataclass, field
 
 from moetier.proto.expert_store_pb2 import Client, DescribeReply, Details, ModelStats, StatsReply, Tier
 
-KEPT = 600  # most changes that are kept
+KEPT = 600  # maximum number of changes that are kept
 HALF_LIFE = 30.0  # seconds after which a use counts half in ``lately``
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """Change of one model's counters between two looks. All values but ``hit_ratio`` are per second."""
+    """Change of one model's counters between two queries. All values but ``hit_ratio`` are per second."""
 
     hits: float
     misses: float
-    reads: float  # loads that began
+    reads: float  # loads that have begun
     bytes_read: float
     evictions: float
     waiting: float  # seconds that callers waited
@@ -27,37 +27,40 @@ class Change:
 
     @property
     def demands(self) -> float:
-        """Hits and misses a second."""
+        """Hits and misses per second."""
         return self.hits + self.misses
 
     @property
     def hit_ratio(self) -> float | None:
-        """Share of demands that hit; None without demands."""
+        """Hits divided by demands; None without demands."""
         return self.hits / self.demands if self.demands else None
 
 
 def reads_of(host: Tier) -> int:
-    """Count the loads that were begun: for demands, for prefetches, and to warm up."""
+    """Return the number of loads that have begun: for demands, for prefetches, and for learned experts at the start."""
     return host.misses - host.joined + host.prefetched + host.warmed
 
 
 @dataclass(slots=True)
 class ModelHistory:
-    """Latest state of a model, and its changes until then. ``lately`` has the recent uses of each expert, by block."""
+    """Latest state of a model, and the changes that led to it.
+
+    ``lately[block][expert]`` is the number of recent uses of an expert, in which a use counts half after HALF_LIFE.
+    """
 
     stats: ModelStats
     details: Details
     changes: deque[Change] = field(default_factory=lambda: deque(maxlen=KEPT))
-    rates: dict[int, tuple[float, float]] = field(default_factory=dict)  # by client: hits and misses a second
+    rates: dict[int, tuple[float, float]] = field(default_factory=dict)  # client's number -> (hits, misses) per second
     lately: list[list[float]] = field(default_factory=list)
 
     @property
     def last(self) -> Change | None:
-        """Latest change, or None where there is none yet."""
+        """Latest change, or None if there is none yet."""
         return self.changes[-1] if self.changes else None
 
     def go_on(self, stats: ModelStats, details: Details, seconds: float) -> None:
-        """Add the change to a new state, ``seconds`` after the last one."""
+        """Replace the state by a new one, ``seconds`` later, and add the change between the two."""
         self.changes.append(_change(self.stats, stats, seconds))
         former = {client.number: client for client in self.details.clients}
         self.rates = {
@@ -75,7 +78,10 @@ class ModelHistory:
 
 
 class History:
-    """Histories of a daemon's models, by digest, in the daemon's order. Cleared when another daemon takes its place."""
+    """Histories of a daemon's models. They are cleared when another daemon takes its place.
+
+    ``models`` is a dictionary from the digest of a store to the history of its model, in the daemon's order.
+    """
 
     def __init__(self) -> None:
         self.models: dict[str, ModelHistory] = {}
@@ -83,12 +89,12 @@ class History:
         self._uptime = 0.0
 
     def add(self, described: DescribeReply, stats: StatsReply) -> None:
-        """Add the state of all models; clear the history if it is another daemon's or a counter has fallen."""
+        """Add the present state of all models. Clear the history first if the state is that of another daemon."""
         daemon = described.pid, described.started_unix_ms
         # a daemon of an earlier version sends no details
         every = list(stats.details) or [Details() for _ in stats.models]
         found = list(zip(stats.models, every, strict=True))
-        # a new daemon may have started between the two replies: counters of one daemon never fall
+        # a new daemon may have started between the two replies: a counter that has fallen shows that
         if daemon != self._daemon or stats.uptime_s < self._uptime or any(self._falls(*one) for one in found):
             self.models = {}
         seconds = max(stats.uptime_s - self._uptime, 1e-9)
@@ -100,7 +106,7 @@ class History:
                 self.models[model.digest] = ModelHistory(model, details)
 
     def _falls(self, stats: ModelStats, details: Details) -> bool:
-        """Whether a counter is less than before, or the numbers of experts have changed."""
+        """Whether a counter of a model is less than before, or the number of experts of a block has changed."""
         known = self.models.get(stats.digest)
         if known is None:
             return False
@@ -121,7 +127,7 @@ def _change(before: ModelStats, now: ModelStats, seconds: float) -> Change:
     return Change(
         hits=(host.hits - was.hits) / seconds,
         misses=(host.misses - was.misses) / seconds,
-        reads=max(reads_of(host) - reads_of(was), 0) / seconds,  # a sum of counters may seem to fall
+        reads=max(reads_of(host) - reads_of(was), 0) / seconds,  # unlike a counter, such a sum may fall
         bytes_read=(host.bytes_in - was.bytes_in) / seconds,
         evictions=(host.evictions - was.evictions) / seconds,
         waiting=(host.wait_seconds - was.wait_seconds) / seconds,

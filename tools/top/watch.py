@@ -11,26 +11,29 @@ from moetier.runtime.wire.address import Address, Credentials
 from moetier.runtime.wire.probe import DaemonProbe, probe
 from moetier.tiers.errors import MoetierError
 
-PATIENCE = 2.0  # longest wait for a reply, in seconds, and so the longest wait of ``end``
+PATIENCE = 2.0  # longest wait for a reply, in seconds; ``end`` may take as long
 RETRY = 1.0  # longest time, in seconds, until a daemon that can't be reached is tried again
 
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """Description and counters of a daemon, at one moment."""
+    """Description and counters of a daemon, from one query."""
 
     described: DescribeReply
     stats: StatsReply
 
 
 def look(address: Address, credentials: Credentials) -> Look:
-    """Query a daemon once. Raises DaemonError, ConfigError."""
+    """Query a daemon once. Raises DaemonError if it does not answer, ConfigError if the credentials can't be used."""
     with probe(address, credentials, patience=PATIENCE) as daemon:
         return _look(daemon)
 
 
 def _look(daemon: DaemonProbe) -> Look:
-    """Query description and counters together: gRPC reconnects by itself, so that another daemon may answer."""
+    """Query description and counters one right after the other.
+
+    gRPC reconnects by itself, so a new daemon may answer; the description shows whether it is the same one.
+    """
     return Look(daemon.describe(), daemon.stats(details=True))
 
 
@@ -46,13 +49,13 @@ class Watch:
         self._thread: threading.Thread | None = None
 
     def begin(self, address: Address, tell: Callable[[Look | MoetierError], object]) -> None:
-        """Start the thread, which calls ``tell`` with each look, or with the error of a query. Call this only once."""
+        """Start the thread. It calls ``tell`` with the result or the error of each query. Must be called only once."""
         assert self._thread is None
         self._thread = threading.Thread(target=self._run, args=(address, tell), name="moetier-watch", daemon=True)
         self._thread.start()
 
     def change(self, *, interval: float | None = None, paused: bool | None = None) -> None:
-        """Set the interval in seconds, or pause or continue, with immediate effect."""
+        """Set the interval in seconds, pause the thread, or let it continue, with immediate effect."""
         with self._changed:
             self.interval = self.interval if interval is None else interval
             self.paused = self.paused if paused is None else paused
@@ -80,7 +83,7 @@ class Watch:
                 return
 
     def _wait(self, seconds: float) -> bool:
-        """Wait until the next look is due, and return True; return False once ``end`` is called.
+        """Wait until the next query is due, and return True; return False once ``end`` is called.
 
         A change of the interval starts the wait again.
         """
@@ -88,7 +91,7 @@ class Watch:
             while not self._ending:
                 if self.paused:
                     self._changed.wait()
-                    seconds = 0.0  # look at once when the pause ends
+                    seconds = 0.0  # query at once when the pause ends
                 elif self._changed.wait(seconds):
                     seconds = self.interval
                 else:

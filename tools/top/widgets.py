@@ -1,4 +1,4 @@
-"""Widgets of ``moetier top``: a part with a border, the help, the choice among daemons; and the contents of parts."""
+"""Widgets of ``moetier top``: parts of the screen and their contents, the help, and the choice among daemons."""
 
 from __future__ import annotations
 
@@ -28,25 +28,25 @@ from moetier.tools.cli.report import format_seconds
 from .history import ModelHistory, reads_of
 
 BAR = 16  # characters
-WIDTH = 68  # columns that every part must fit into, on a screen of 120 or of 80 columns, without borders
+WIDTH = 68  # columns, without borders, into which every part must fit on a screen of 80 or 120 columns
 LEVELS = " ▁▂▃▄▅▆▇█"
 BLUE, ORANGE, GREEN, RED = "#5aa9ff", "#e0862b", "#57b894", "#d9534f"
 
 HELP = """\
 q        end
-p        pause, and go on
-+  -      look less often, more often
-tab  ->  the next part, shift+tab  <- the one before
-up down  scroll what does not fit
+p        pause, or continue
++  -      query the daemon less often, more often
+tab  ->  select the next part (back: shift+tab  <-)
+up down  scroll a part that does not fit
 u        uses of experts: since the daemon was started, or lately
          (a use counts half after 30 seconds)
-m        the next model, where the daemon has several
-?        this
+m        show the next model, if the daemon has several
+?        show this help
 
-A second's rates are those between the last two looks. Waits are of
-those who ask the daemon and hold nothing to compute with meanwhile.
-Hits of a client are what it found by itself in the daemon's memory,
-misses what it asked for."""
+Rates per second are those between the last two queries. Waits are
+the times in which callers had nothing to compute with. Hits of a
+client are records that it found in the daemon's memory by itself;
+misses are records that it asked for."""
 
 
 class Part(VerticalScroll, can_focus=True):
@@ -63,10 +63,10 @@ class Part(VerticalScroll, can_focus=True):
         self._body = Static()
 
     class Sized(Message):
-        """Message that a part has another size, so that its content must be drawn anew."""
+        """Message that the size of a part has changed, so that its content must be redrawn."""
 
     def on_resize(self) -> None:
-        """Ask for the part to be drawn anew."""
+        """Ask the application to redraw the part."""
         self.post_message(self.Sized())
 
     def compose(self) -> ComposeResult:
@@ -74,7 +74,7 @@ class Part(VerticalScroll, can_focus=True):
         yield self._body
 
     def show(self, content: RenderableType, title: str = "") -> None:
-        """Replace the content and, unless it is empty, the title."""
+        """Replace the content and, unless ``title`` is "", the title."""
         self._body.update(content)
         if title:
             self.border_title = Text(title)  # a Text, as a str would be read as markup
@@ -95,7 +95,7 @@ class Help(ModalScreen[None]):
 
 
 class Choice(Screen[None]):
-    """Screen that lets one of several daemons be chosen."""
+    """Screen on which the user chooses one of several daemons."""
 
     class Made(Message):
         """Message with the address of the chosen daemon."""
@@ -131,7 +131,7 @@ def _line(daemon: RunningDaemon) -> Text:
 
 
 def tiers(model: ModelHistory) -> Table:
-    """Draw a table of the tiers' counters: their present rates, and their totals since the daemon was started."""
+    """Return a table of the tiers' counters: their present rates, and their totals since the daemon was started."""
     host, last = model.stats.host, model.last
     demands = host.hits + host.misses
 
@@ -176,7 +176,7 @@ def tiers(model: ModelHistory) -> Table:
 
 
 def history(model: ModelHistory, width: int) -> Text:
-    """Draw each rate over time, in a line of ``width`` columns with the latest value at the right."""
+    """Return a line of ``width`` columns for each rate, with the rate over time, the latest value at the right."""
     changes = list(model.changes)
     rows = (
         ("hit ratio", [change.hit_ratio for change in changes], 1.0, "{:.0%}".format, GREEN),
@@ -196,7 +196,7 @@ def history(model: ModelHistory, width: int) -> Text:
 
 
 def sparkline(values: Iterable[float | None], width: int, top: float) -> str:
-    """Draw the last ``width`` values as bars, of which ``top`` is the highest; None is a space.
+    """Return the last ``width`` values as a line of bars. The value ``top`` has the highest bar; None is a space.
 
     Any value above 0 has a higher bar than 0.
     """
@@ -206,7 +206,7 @@ def sparkline(values: Iterable[float | None], width: int, top: float) -> str:
 
 
 def clients(model: ModelHistory, *, local: bool) -> Table:
-    """Draw the table of a daemon's clients; with their programs if they are ``local``, processes of this machine."""
+    """Return the table of a daemon's clients. If ``local``, they are processes of this machine: show their programs."""
     table = Table.grid(padding=(0, 1, 0, 0))
     numbers = ("leases", "hits/s", "miss/s", "hits")
     head = ["pid", *(["program"] if local else []), "for", *numbers]
@@ -238,9 +238,9 @@ def clients(model: ModelHistory, *, local: bool) -> Table:
 
 
 def program_of(pid: int) -> str:
-    """Return the command line of a process of this machine; of moetier's own processes, only the command's name.
+    """Return the command line of a process of this machine; for moetier's own processes, only the command's name.
 
-    "?" if there is no such process, or its command line can't be read.
+    Return "?" if there is no such process, or if its command line can't be read.
     """
     try:
         words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
@@ -256,7 +256,7 @@ def program_of(pid: int) -> str:
 
 
 def prefetches(host: Tier) -> Text:
-    """Draw the outcomes of prefetches."""
+    """Return a bar and the counts of the outcomes of prefetches."""
     found = (
         ("useful", host.useful, GREEN),
         ("late", host.late, BLUE),
@@ -275,7 +275,7 @@ def prefetches(host: Tier) -> Text:
 
 
 def _bar(parts: Iterable[tuple[float, str]], width: int = BAR) -> Text:
-    """Draw shares of a whole in their colours. A share above 0 has at least one character."""
+    """Return a bar of ``width`` characters. ``parts`` are (share, colour); a share above 0 has one or more of them."""
     text = Text()
     for share, colour in parts:
         text.append("█" * min(max(round(share * width), share > 0), width - len(text)), colour)

@@ -70,18 +70,22 @@ def test_a_general_key_is_for_options_of_its_kind(config: Path) -> None:
     ("text", "cause", "fix"),
     [
         ("[general", "is not TOML", "Correct"),
-        ("ram = '1'", "ram stands outside of a section", "beneath [general]"),
+        ("ram = '1'", "ram stands outside of a section", "below [general]"),
         ("[genrate]", "no section [genrate]", "[generate]"),
-        ("[generate]\nmax-new-token = 1", "[generate] has no key 'max-new-token'", "The nearest is max-new-tokens."),
-        ("[general]\nbits = 3", "[general] has no key 'bits'", "beneath [plan] or [pull] or [convert] or [quality]"),
-        ("[convert]\nram = '1'", "[convert] has no key 'ram'", "beneath [general]"),
+        (
+            "[generate]\nmax-new-token = 1",
+            "[generate] has no key 'max-new-token'",
+            "The most similar key is max-new-tokens.",
+        ),
+        ("[general]\nbits = 3", "[general] has no key 'bits'", "below [plan] or [pull] or [convert] or [quality]"),
+        ("[convert]\nram = '1'", "[convert] has no key 'ram'", "below [general]"),
         ("[ps]\njson = true", "moetier ps has no settings", "[ps]"),
         ("[bench]\nrounds = 1", "moetier bench has no settings", "[bench]"),
         ("[general]\ncontext = 'many'", "[general] context is 'many'", "Set context to a whole number."),
         ("[general]\nspeculate = 'on'", "[general] speculate is 'on'", "to one of auto, off, always"),
         ("[general]\nspeculate = false", "[general] speculate is false", "to one of auto, off, always"),
         ("[general]\nlearn = 'perhaps'", "[general] learn is 'perhaps'", "true or false"),
-        ("[general]\nram = 2020-01-01", "[general] ram is ", "as --ram takes it"),
+        ("[general]\nram = 2020-01-01", "[general] ram is ", "to a value that --ram accepts"),
         ("[general]\nram = '6GX'", "[general] ram: '6GX' is not an amount of memory", "Give a size"),
         ("[general]\ncontext = 0", "[general] context: 0 is out of range.", "Give 1 to 2^31 - 1."),
         (f"[general]\ncontext = '{'9' * 400}'", "9 is out of range.", "Give 1 to 2^31 - 1."),
@@ -105,8 +109,18 @@ def test_mistakes_name_the_file_the_key_and_the_fix(
         ("MOETIER_CONTEXT", "x", "MOETIER_CONTEXT is 'x'", "whole number"),
         ("MOETIER_RAM", "6GX", "MOETIER_RAM: '6GX' is not an amount of memory", '"6GiB"'),
         ("MOETIER_DEVICE", "gpu", "MOETIER_DEVICE: 'gpu' is not a device", '"cuda"'),
+<<<<<<< HEAD
         ("MOETIER_DAEMON", "a,,b", "MOETIER_DAEMON: 'a,,b' has a comma too many", "single commas"),
         ("MOETIER_CONFIG", "/nonexistent/c.toml", "/nonexistent/c.toml is missing", "unset MOETIER_CONFIG"),
+=======
+        ("MOETIER_DAEMON", "a,,b", "MOETIER_DAEMON: 'a,,b' has a comma too many", "one comma"),
+        (
+            "MOETIER_CONFIG",
+            "/nonexistent/c.toml",
+            "/nonexistent/c.toml, which MOETIER_CONFIG names, is missing",
+            "unset MOETIER_CONFIG",
+        ),
+>>>>>>> ff9c84f (Say plainly what the commands, the server, the chat and the checks do and report)
         ("MOETIER_CONFIG", "/", "/ can't be read", "MOETIER_CONFIG"),
         ("MOETIER_LOG", "loud", "MOETIER_LOG is 'loud'", "debug, info"),
     ],
@@ -188,7 +202,7 @@ def test_what_is_set_is_no_wish_of_quality(config: Path, tinymix: Path, capsys: 
     assert main(["quality", str(tinymix), "--text", "/nonexistent"]) == 1
     assert "/nonexistent" in capsys.readouterr().err
     assert main(["quality", str(tinymix), "--text", "/nonexistent", "--ram", "5GiB"]) == 1
-    assert "uses no tiers" in capsys.readouterr().err
+    assert "without tiers" in capsys.readouterr().err
 
 
 def test_the_file_is_where_xdg_has_it() -> None:

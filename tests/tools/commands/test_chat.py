@@ -141,12 +141,12 @@ def test_a_directory_says_how_it_talks_and_samples_and_the_seed_what(
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("/nothing\n", ["no /nothing", "/help"]),
+        ("/nothing\n", ["no command /nothing", "/help"]),
         ("/save\n", ["needs the name of a file", "/save FILE"]),
         ("/save /nonexistent/file\n", ["/nonexistent/file", "can't be written"]),
         ("/save /\n", ["exists already", "another file"]),
         ("/save ~nobody-of-this-name/file\n", ["~nobody-of-this-name/file", "can't be written"]),
-        ('"""no\nend\n', ["not closed", '"""']),
+        ('"""no\nend\n', ["did not end", '"""']),
         (b"\xff\xfe\n", ["not UTF-8"]),
         ("many words " * 300 + "\n", ["the context has only 200", "--context"]),
     ],
@@ -235,7 +235,7 @@ def test_ctrl_c_leaves_the_second_time() -> None:
     with Terminal("-c", LOOP) as terminal:
         terminal.wait_for(">>> ")
         terminal.interrupt()
-        terminal.wait_for("Ctrl-C again, Ctrl-D or /exit leaves.\n.*>>> ")
+        terminal.wait_for("Press Ctrl-C again or Ctrl-D, or type /exit, to end the chat.\n.*>>> ")
         terminal.interrupt()
         terminal.wait_for("left\n")
         assert terminal.status() == 0
@@ -251,11 +251,11 @@ def test_lines_are_edited_cleared_and_come_back() -> None:
             terminal.interrupt()
             terminal.wait_for("\n.*>>> ")
         terminal.type("/hlp\x02\x02e\n")  # two characters back, and one in between
-        terminal.wait_for("what each tier did.*>>> ")
+        terminal.wait_for("the counters of each tier.*>>> ")
         terminal.type(UP)
         terminal.wait_for("/help")
         terminal.type("\n")
-        terminal.wait_for("what each tier did.*>>> ")
+        terminal.wait_for("the counters of each tier.*>>> ")
         terminal.type('"""one\n')
         terminal.wait_for(r"\.\.\. ")
         terminal.interrupt()
@@ -287,7 +287,7 @@ def test_a_person_talks_in_a_terminal(endless: Path, tmp_path: Path) -> None:
         terminal.type("/stats\n")
         terminal.wait_for("first token after.*hit ratio.*host.*>>> ")
         terminal.type(f"/save {saved}\n")
-        terminal.wait_for("4 messages\n.*>>> ")
+        terminal.wait_for("4 messages saved\n.*>>> ")
         terminal.type(CTRL_D)
         assert terminal.status() == 0
         assert "Traceback" not in terminal.screen

@@ -172,7 +172,7 @@ def test_libraries_out_of_range_and_missing(tmp_path: Path, monkeypatch: pytest.
         (tmp_path / f"{name}-{number}.dist-info/METADATA").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
     old, missing, good = doctor_machine.libraries()
-    assert (old.state, old.found) == (State.FAIL, "tqdm is 9.0; moetier is made for <5.")
+    assert (old.state, old.found) == (State.FAIL, "tqdm is 9.0; moetier needs <5.")
     assert missing.found == "no-such-library is missing."
     assert missing.advice == 'Install it: pip install "no-such-library>=1"'
     assert (good.state, "without no-such-plotter (the extra plots)" in good.found) == (State.OK, True)

@@ -109,7 +109,7 @@ def test_where_records_came_from_is_said(
         ]
     assert main(["generate", *options]) == 0
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fetched")]
-    assert lines[0].startswith(f"fetched   0 records, 0 B, from {listen}, which is away: ")
+    assert lines[0].startswith(f"fetched   0 records, 0 B, from {listen}, which can't be reached: ")
     # how many there were is a matter of the order in which they came
     assert re.fullmatch(r"fetched   [1-9]\d* records, [\d.]+ MiB, from the local store", lines[1])
 
@@ -134,7 +134,7 @@ def test_a_daemon_that_reads_and_is_lost_and_comes_back_is_reported(tinymix_4bit
             assert reads is not None
             assert (reads.bytes_read, reads.lost, reads.local_bytes > 0) == (None, 1, True)
             assert re.fullmatch(
-                r"\S+/d; it is away: .*; [\d.]+ MiB were read from the local store instead", reads.text()
+                r"\S+/d; it can't be reached: .*; [\d.]+ MiB were read from the local store instead", reads.text()
             )
             daemon.restart()
             wait_until(lambda: not model.tiers.daemon.away)
@@ -143,7 +143,7 @@ def test_a_daemon_that_reads_and_is_lost_and_comes_back_is_reported(tinymix_4bit
             assert reads is not None
             assert (reads.bytes_read, reads.restarted, reads.lost) == (daemon.stats().host.bytes_in, True, 1)
             assert re.fullmatch(
-                r"\S+/d read [\d.]+ MiB for this run since it was restarted; it was lost and came back; "
+                r"\S+/d read [\d.]+ MiB for this run since it was restarted; the connection was lost and restored; "
                 r"[\d.]+ MiB were read from the local store instead",
                 reads.text(),
             )
@@ -397,7 +397,8 @@ def test_an_error_begins_a_line(
 def test_a_daemon_that_is_away_is_a_sentence() -> None:
     reads = DaemonReads("/run/d", 0, 1, False, 1, "No daemon runs in /run/d (Connection refused).", 1 << 30)
     assert reads.text().endswith(
-        "; it is away: No daemon runs in /run/d (Connection refused); 1 GiB were read from the local store instead"
+        "; it can't be reached: No daemon runs in /run/d (Connection refused); 1 GiB were read from the local store "
+        "instead"
     )
 
 

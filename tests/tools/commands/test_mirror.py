@@ -98,7 +98,7 @@ def test_verify_checks_mirrors(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert report["bytes_read"] == 2 * manifest.stored_bytes
     (tmp_path / "b").rename(tmp_path / "away")
     assert main(["verify", str(tmp_path / "a")]) == 0, "its disk may be away"
-    assert f"mirror {tmp_path / 'b'}: not there, and not checked" in capsys.readouterr().out
+    assert f"mirror {tmp_path / 'b'}: missing, so it was not checked" in capsys.readouterr().out
     make_store(tmp_path / "b", seed=1)
     assert main(["verify", str(tmp_path / "a")]) == 1
     assert "is the copy of another store" in capsys.readouterr().out
@@ -150,5 +150,5 @@ def test_a_pulled_model_and_its_mirror(
     assert main(["list"]) == 0
     assert f"complete, mirror {tmp_path / 'b'}" in capsys.readouterr().out
     assert main(["rm", "acme/tiny:4bit", "--yes"]) == 0
-    assert f"{tmp_path / 'b'}: its mirror, which is not removed" in capsys.readouterr().out
+    assert f"{tmp_path / 'b'}: mirror of acme/tiny:4bit, which is not removed" in capsys.readouterr().out
     assert (tmp_path / "b" / GROUP / METADATA).exists()

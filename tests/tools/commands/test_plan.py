@@ -331,7 +331,7 @@ def test_what_is_written_for_a_probe_is_no_larger_than_the_model(
 def test_a_terminal_is_told_what_takes_its_time(index_only: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said: list[str] = []
     plan(index_only, bits=[4], trunk_bits=[16], disk=GB_PER_S, say=said.append)
-    assert said == [f"reading what {index_only} says of itself", "measuring this machine, for some seconds"]
+    assert said == [f"reading the configuration of {index_only}", "measuring this machine for some seconds"]
     assert main(["plan", str(index_only), "--bits", "4", "--trunk-bits", "16", "--disk", "1"]) == 0
     assert capsys.readouterr().err == ""
 

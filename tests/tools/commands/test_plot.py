@@ -196,7 +196,7 @@ def test_models_whose_blocks_differ(tmp_path: Path) -> None:
     ("words", "cause"),
     [
         (["recall", MIXTRAL, "-o", "a.png"], "has no predictions"),
-        (["hits", MIXTRAL, "-o", "a.jpeg"], "no picture that can be made"),
+        (["hits", MIXTRAL, "-o", "a.jpeg"], "not a .png or .svg file"),
         (["figure1", MIXTRAL, "-o", "a.png", "--tokens", "770-773"], "can't be drawn"),
         (["figure1", MIXTRAL, "-o", "a.png", "--tokens", "9-8"], "can't be drawn"),
         (["figure1", MIXTRAL, "-o", "a.png", "--tokens", "0-300"], "can't be drawn"),
@@ -217,12 +217,12 @@ def test_what_can_not_be_drawn(
 @pytest.mark.parametrize(
     ("kind", "option", "fix"),
     [
-        ("hits", ("--tokens", "1-5"), "figure1 has it"),
-        ("heatmap", ("--blocks", "1"), "figure1 has it"),
+        ("hits", ("--tokens", "1-5"), "for plot figure1."),
+        ("heatmap", ("--blocks", "1"), "for plot figure1."),
         ("recall", ("--cached", "0"), "figure1 and heatmap"),
         ("resident", ("--cached", "2"), "figure1 and heatmap"),
-        ("figure1", ("--insecure",), "resident has it"),
-        ("hits", ("--token-file", "/nonexistent"), "resident has it"),
+        ("figure1", ("--insecure",), "for plot resident."),
+        ("hits", ("--token-file", "/nonexistent"), "for plot resident."),
     ],
 )
 def test_an_option_of_another_picture_is_a_wrong_command_line(
@@ -230,7 +230,7 @@ def test_an_option_of_another_picture_is_a_wrong_command_line(
 ) -> None:
     assert main(["plot", kind, str(MIXTRAL), "-o", "a.png", *option]) == 2
     said = capsys.readouterr().err.splitlines()
-    assert said[0] == f"moetier: plot {kind} has no {option[0]}."
+    assert said[0] == f"moetier: plot {kind} has no option {option[0]}."
     assert fix in said[1]
 
 
@@ -254,8 +254,8 @@ def test_without_matplotlib_it_says_what_to_install(tmp_path: Path, picture: lis
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 1
     assert result.stderr.splitlines() == [
-        "moetier: Pictures need matplotlib, which is not installed.",
-        '  Install it: pip install ".[plots]" in the repository.',
+        "moetier: moetier plot needs matplotlib, which is not installed.",
+        "  In the repository of moetier, run: pip install '.[plots]'",
     ]
 
 

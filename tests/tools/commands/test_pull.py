@@ -331,7 +331,7 @@ def test_interrupted_in_a_download_ahead_it_goes_on(
     hub.watched.append(interrupt)
     result = scripts.run(NOTED, tmp_path / "pid", "pull", "acme/stopped", "--fast")
     assert (result.returncode, "Traceback" in result.stderr) == (128 + signal.SIGINT, False), result.stderr
-    assert "stopped; run the same command again" in result.stderr
+    assert "stopped. Run the same command again" in result.stderr
     result = scripts.run(MAIN, "pull", "acme/stopped", "--fast")
     assert result.returncode == 0, result.stderr
     assert begun.count(begun[0]) == 1

@@ -235,7 +235,7 @@ def test_list_while_a_conversion_ends(tinymix_there: Path, scripts: Prepared) ->
 
 def test_list_of_nothing(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list"]) == 0
-    assert capsys.readouterr().out == f"No model was pulled into {models}.\n"
+    assert capsys.readouterr().out == f"There are no pulled models in {models}.\n"
     assert main(["list", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == []
 

@@ -71,7 +71,7 @@ def test_fast_means_what_it_means_in_convert(tinymix: Path, capsys: pytest.Captu
 def test_there_is_no_other_method(tinymix: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["quality", str(tinymix), "--text", str(TEXTS), "--method", "hqq,best"])
-    assert "'hqq,best' names what is no method" in capsys.readouterr().err
+    assert "'hqq,best' has an unknown method" in capsys.readouterr().err
 
 
 def test_changes_have_standard_errors_and_places(
@@ -185,7 +185,7 @@ def test_the_table_for_people(tinymix: Path, capsys: pytest.CaptureFixture[str])
     assert first.startswith("as it is")
     *others, note = others
     assert [line.split()[:2] for line in others] == [["2", "64"], ["2", "32"]]
-    assert note.startswith("No ranks: of fewer than 8 windows")
+    assert note.startswith("No ranks: with fewer than 8 windows")
     assert "rank" not in head
 
 
@@ -230,7 +230,7 @@ def test_a_way_to_store_a_model_that_is_stored_already_is_refused(
 
 def test_fast_contradicts_another_method(tinymix: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["quality", str(tinymix), "--text", str(TEXTS / "it.txt"), "--fast", "--method", "hqq"]) == 2
-    assert "--fast is --method rounding, and --method says otherwise." in capsys.readouterr().err
+    assert "--fast means --method rounding, but --method names another." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["tinymix", "tinymix_4bit"])

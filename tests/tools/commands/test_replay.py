@@ -57,7 +57,7 @@ def test_hit_ratios_bytes_and_speed(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert "773 tokens (0 of prompts) in 1 sequences; 32 blocks of 8 experts, top-2" in text
     assert "4      0.574   0.720" in text
-    assert "tokens a second, nothing overlapped" in text
+    assert "tokens per second, without overlap" in text
 
 
 def test_a_device_tier_and_a_link(capsys: pytest.CaptureFixture[str]) -> None:
@@ -136,8 +136,8 @@ def test_a_trace_of_prompts_has_no_hit_ratios(tmp_path: Path, capsys: pytest.Cap
 @pytest.mark.parametrize(
     ("words", "cause"),
     [
-        (["--disk", "2"], "expert's size"),
-        (["--record", "50%", "--disk", "2"], "no size"),
+        (["--disk", "2"], "size of an expert"),
+        (["--record", "50%", "--disk", "2"], "can't be '50%'"),
         (["--record", "1MB", "--link", "2"], "device tier"),
     ],
 )

@@ -429,7 +429,7 @@ def test_a_signal_ends_streams_and_then_the_server(request: pytest.FixtureReques
             with pytest.raises(openai.APIError) as told:
                 list(pieces)
             events = [line for line in other.iter_lines() if line]
-    error = {"message": "The server is ending.", "type": "server_error", "param": None, "code": None}
+    error = {"message": "The server is shutting down.", "type": "server_error", "param": None, "code": None}
     assert (told.value.message, told.value.body) == (error["message"], error)
     assert json.loads(events[-1].removeprefix("data: ")) == {"error": error}
     assert not any("[DONE]" in event for event in events)
@@ -448,7 +448,7 @@ def test_it_does_not_serve_others_without_a_key(
 def test_a_port_that_is_taken_is_said(tinymix_4bit: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert main(["serve", str(tinymix_4bit), "--port", str(taken.getsockname()[1])]) == 1
-    assert "can't be listened on" in capsys.readouterr().err
+    assert "can't listen on" in capsys.readouterr().err
 
 
 def test_a_key_that_is_none_is_said(

@@ -170,7 +170,7 @@ def test_without_textual_it_says_what_to_install(runtime: Path) -> None:
         assert terminal.status() == 1
         assert terminal.written.split("\r\n")[:2] == [
             "moetier: moetier top needs textual, which is not installed.",
-            '  Install it: pip install ".[tui]" in the repository.',
+            "  In the repository of moetier, run: pip install '.[tui]'",
         ]
 
 
@@ -247,7 +247,7 @@ def test_parts_and_help(daemon: DaemonProcess) -> None:
         assert "lately" in str(app.query_one("#experts", Part).border_title)
         await pilot.press("question_mark")
         assert len(app.screen_stack) == 2
-        assert "pause, and go on" in "".join(str(one.content) for one in app.screen.query(Static))
+        assert "pause, or continue" in "".join(str(one.content) for one in app.screen.query(Static))
         await pilot.press("x")
         assert len(app.screen_stack) == 1
 

@@ -165,7 +165,7 @@ def test_a_run_that_is_cut_leaves_the_old_file(
     ("options", "words"),
     [
         (["--ram", "1KiB"], ["too small", "--ram"]),
-        (["-o", "/nonexistent/T.npz"], ["/nonexistent is no folder"]),
+        (["-o", "/nonexistent/T.npz"], ["/nonexistent is not a folder"]),
         (["-o", "/"], ["/ is a folder"]),
         (["--prompts", "/nonexistent"], ["/nonexistent", "No such file"]),
     ],

@@ -173,7 +173,7 @@ def test_a_daemon_that_tells_nothing_of_experts(tmp_path: Path) -> None:
         port = server.add_insecure_port("127.0.0.1:0")
         server.start()
         try:
-            with pytest.raises(DaemonError, match="tells nothing of experts"):
+            with pytest.raises(DaemonError, match="does not report its experts"):
                 run(f"127.0.0.1:{port}", "--insecure", "-o", tmp_path / "a.png")
         finally:
             server.stop(None).wait()

@@ -57,7 +57,11 @@ def refused(app: Any, path: str, body: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("kind", "body", "message"),
     [
-        ("application/x-www-form-urlencoded", "{}", "The Content-Type is application/x-www-form-urlencoded, not "),
+        (
+            "application/x-www-form-urlencoded",
+            "{}",
+            "The Content-Type is application/x-www-form-urlencoded; it must be ",
+        ),
         ("application/json", "[1]", "The body is not a JSON object."),
         ("application/json; charset=utf-8", "{", "The body is not a JSON object."),
     ],
@@ -80,7 +84,7 @@ def test_a_body_that_is_no_json_object(app: Any, kind: str, body: str, message: 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_prompt_without_a_token(app: Any, stream: bool) -> None:
     error = refused(app, TEXT, {"prompt": "", "stream": stream})
-    assert (error["message"], error["param"]) == ("prompt: there is not one token in it.", "prompt")
+    assert (error["message"], error["param"]) == ("prompt: the prompt has no tokens.", "prompt")
 
 
 @pytest.mark.parametrize("temperature", [1e-300, 1e-40, 1e-10, 1e-5])
@@ -134,7 +138,7 @@ def test_chats_that_make_no_sense(app: Any, body: dict[str, Any], param: str | N
 
 @pytest.mark.parametrize("body", [{"prompt": HALF}, {"prompt": "Due", HALF: 1}, {"prompt": "Due", "stop": HALF}])
 def test_half_a_character(app: Any, body: dict[str, Any]) -> None:
-    assert refused(app, TEXT, body)["message"] == "The body has text that is not Unicode."
+    assert refused(app, TEXT, body)["message"] == "The body contains text that is not valid Unicode."
 
 
 TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
@@ -154,7 +158,7 @@ def test_tools_that_were_called(app: Any) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 def test_tools_that_the_template_does_not_use(app: Any, stream: bool) -> None:
     error = refused(app, CHAT, {"messages": [USER], "tools": TOOLS, "stream": stream})
-    assert (error["message"], error["param"]) == ("tools: the model's chat template does not use them.", "tools")
+    assert (error["message"], error["param"]) == ("tools: the model's chat template does not support tools.", "tools")
     assert answer_of(app, CHAT, {"messages": [USER], "tools": []}).status_code == 200
 
 
@@ -229,7 +233,7 @@ def test_a_prompt_beyond_the_models_own_context(tinymix_4bit: Path) -> None:
                 if context == 100 and tokens == "3,005":
                     tokens = "more than 200"
                 assert said["message"] == (
-                    f"The prompt has {tokens} tokens, and {whose} is {most}, prompt and answer together."
+                    f"The prompt has {tokens} tokens, but {whose} is {most} for prompt and answer together."
                 )
                 assert (said["param"], said["code"]) == ("prompt", "context_length_exceeded")
 

@@ -29,12 +29,12 @@ ROLES = "'system', 'developer', 'user', 'assistant' or 'tool'"
         ({"messages": [{"role": "bogus"}]}, f"messages[0].role: Input should be {ROLES}.", "messages"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
-            "messages[0].content: text only, no images or sound.",
+            "messages[0].content: only text is supported, no images or sound.",
             "messages",
         ),
         (
             {"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]},
-            "messages[0].content: a string, or a list of parts with a text.",
+            "messages[0].content: it must be a string, or a list of parts that each have a text.",
             "messages",
         ),
         (
@@ -47,10 +47,10 @@ ROLES = "'system', 'developer', 'user', 'assistant' or 'tool'"
         ({"messages": [USER], "stop": [1]}, "stop[0]: Input should be a valid string.", "stop"),
         (
             {"messages": [USER], "response_format": {"type": "json_object"}},
-            'response_format: only {"type": "text"} is supported here.',
+            'response_format: only {"type": "text"} is supported.',
             "response_format",
         ),
-        ({"messages": [USER], "audio": {}}, "audio: not supported here.", "audio"),
+        ({"messages": [USER], "audio": {}}, "audio: this field is not supported.", "audio"),
     ],
 )
 def test_what_can_not_be_is_named_where_it_stands(body: dict[str, Any], said: str, param: str) -> None:
@@ -116,7 +116,7 @@ def test_a_request_has_no_say_in_how_its_template_is_applied(name: str, value: o
         checked(
             {"messages": [USER], "chat_template_kwargs": {"enable_thinking": False, name: value}}, ChatBody, "small"
         )
-    assert refused.value.detail == f"chat_template_kwargs: {name} is not supported here."
+    assert refused.value.detail == f"chat_template_kwargs: the variable {name} is not supported."
     assert (refused.value.param, refused.value.status_code) == ("chat_template_kwargs", 400)
 
 
