@@ -112,7 +112,7 @@ class Floor:
         if any(setting.limit is not None and setting.limit < least for setting in settings):
             raise BudgetError(
                 f"An idle process, the trunk, the context and a token's experts of a block take {format_bytes(least)}.",
-                f"Give a --limit of {least:,} bytes or more.",
+                f"Give a --limit of {least} bytes or more.",
             )
 
     def slots(self, setting: Setting, used: Mapping[str, int]) -> Mapping[str, int]:

@@ -193,7 +193,7 @@ def test_decode(tinymix_4bit: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def test_more_tokens_than_the_context_has_are_not_measured(tinymix_4bit: Path) -> None:
     work = {"directory": str(tinymix_4bit), "ids": [[5] * 2049], "pieces": [2049], "measured": 1}
-    with pytest.raises(ConfigError, match=r"feed 2,049 tokens, and the model's maximum context is 2,048"):
+    with pytest.raises(ConfigError, match=r"needs 2,049 tokens, but the model's maximum context is 2,048"):
         bench_child.model(work)
 
 
