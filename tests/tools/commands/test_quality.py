@@ -193,7 +193,7 @@ def test_the_table_for_people(tinymix: Path, capsys: pytest.CaptureFixture[str])
     ("arguments", "cause", "code"),
     [
         (("--text", "nowhere.txt"), "nowhere.txt is neither a file nor a folder", 1),
-        (("--text", str(Path(__file__).parent)), "no folder with .txt files", 1),
+        (("--text", str(Path(__file__).parent)), "nor a folder with .txt files", 1),
         (("--text", str(TEXTS / "it.txt"), str(TEXTS / "it.txt")), "same name", 1),
         (("--text", str(TEXTS), "--tokens", "4", "--bits", "5"), "5 bits are not supported", 2),
         (("--text", str(TEXTS), "--tokens", "4", "--bits", "4", "--group-size", "48"), "Groups of 48", 2),
