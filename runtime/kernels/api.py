@@ -1,7 +1,4 @@
-"""The interface of kernels, which multiply with the projections of records on one device, and kernels by torch alone.
-
-``choose.py`` chooses the kernels of a device.
-"""
+"""Interface of kernels, which multiply with the projections of records on one device. ``choose.py`` chooses them."""
 
 from __future__ import annotations
 
@@ -26,17 +23,18 @@ def moved_error(where: torch.device, device: torch.device) -> ConfigError:
 
 
 class Kernels:
-    """Kernels that compute y = x @ W.T with W in a record. This base class uses torch's own operations.
+    """Kernels that compute y = x @ W.T for a matrix W that is stored in a record.
 
-    Its result is bit for bit that of the ordinary module whose weights are the decoded ones in the type of x.
-    Thread-safe: each thread keeps scratch memory of its own.
+    This base class decodes W into the type of x, and multiplies with torch's own operations. So y has the same bits as
+    the output of an ordinary linear module with the decoded weights. Thread-safe: each thread has its own scratch
+    memory.
     """
 
     # prepares a record (uint8 [record bytes], on the device) of the given layout in place, once, before its first use;
     # None if records need no preparation
     arrange: Callable[[Tensor, RecordLayout], None] | None = None
 
-    # makes the device's tier give memory back, and returns the number of bytes; the caller must hold no lease
+    # makes the device tier give memory back, and returns how many bytes; the caller must hold no lease
     make_room: Callable[[], int] = staticmethod(lambda: 0)
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
@@ -44,7 +42,7 @@ class Kernels:
         self._local = threading.local()
 
     def packs(self, layout: RecordLayout) -> bool:
-        """Return whether all projections of a layout are multiplied as they are stored, without being decoded."""
+        """Return whether these kernels multiply with all projections of a layout as they are stored, undecoded."""
         return False
 
     def project(self, x: Tensor, record: Tensor, layout: RecordLayout, name: str, bias: Tensor | None = None) -> Tensor:
@@ -72,16 +70,16 @@ class Kernels:
         return F.linear(x, stored, bias)
 
     def with_room(self, work: Callable[[], Tensor]) -> Tensor:
-        """Return ``work()``, [tokens, ...].
+        """Call ``work``, and return its result [tokens, ...].
 
-        If the device runs out of memory, make its tier give some back and try once more. Raises BudgetError if that
-        does not help.
+        If the device runs out of memory, make the device tier give some back, and call ``work`` once more. Raises
+        BudgetError if that does not help.
         """
         try:
             return work()
         except torch.OutOfMemoryError as error:
             said = str(error)
-        # outside the handler, because the error's frames hold what was allocated
+        # outside the handler, because the error's frames keep tensors of the failed call alive
         freed = self.make_room()
         if freed:
             try:
@@ -97,7 +95,7 @@ class Kernels:
         )
 
     def _scratch(self, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        """Return a tensor over this thread's scratch memory, which is as large as the largest one asked for so far."""
+        """Return a tensor in this thread's scratch memory. The memory is as large as the largest tensor so far."""
         nbytes = math.prod(shape) * dtype.itemsize
         memory: Tensor | None = getattr(self._local, "memory", None)
         if memory is None or len(memory) < nbytes:

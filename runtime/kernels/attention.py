@@ -36,7 +36,7 @@ _scratch = Scratch()
 
 
 def use_decode_attention(model: PreTrainedModel) -> None:
-    """Replace SDPA by ``decode_attention``, if the whole model uses SDPA and none of its code checks for it."""
+    """Replace SDPA by ``decode_attention``, if the whole model uses SDPA and its code does not depend on that."""
     parts = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     if all(part.config._attn_implementation == "sdpa" for part in parts) and not any(map(_asks_for_sdpa, parts)):
         AttentionInterface.register(NAME, decode_attention)

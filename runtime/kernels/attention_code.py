@@ -116,9 +116,9 @@ class _Attention(Emitter):
             self._keep(value, target, i)
 
     def _some(self, count: Value, together: int, body: Callable[[int, Value], None]) -> None:
-        """Emit a loop over ``count`` indices, ``together`` at a time, and one over the rest, one at a time.
+        """Emit a loop over ``count`` indices, ``together`` at a time, and a loop over the rest, one at a time.
 
-        They call ``body(number of indices, first index)``.
+        ``body(number of indices, first index)`` emits the body of each loop.
         """
         at, n = self.at, self.number
         whole = at.mul(at.udiv(count, n(together)), n(together))

@@ -18,7 +18,7 @@ WITHOUT_ONEDNN = "torch computes without oneDNN, which is slow for prompts where
 
 
 def kernels_for(device: torch.device, *, exact: bool = False) -> Kernels:
-    """Return the fastest kernels of a device, or with ``exact`` those whose results are bit for bit the eager model's.
+    """Return the fastest kernels of a device. With ``exact``, return kernels with the same bits as the eager model.
 
     Warns once in a process if faster kernels can't be used.
     """
@@ -37,7 +37,7 @@ def kernels_for(device: torch.device, *, exact: bool = False) -> Kernels:
 def without_onednn() -> bool:
     """Turn oneDNN off in torch if memory that was written can't be made executable; return whether it was turned off.
 
-    oneDNN compiles code of its own, and raises "could not create a primitive" where it can't.
+    oneDNN compiles code of its own. If that code can't be executed, it raises "could not create a primitive".
     """
     if can_become_executable():
         return False

@@ -38,7 +38,7 @@ class LinkError(RuntimeError):
 
 @functools.cache
 def can_become_executable() -> bool:
-    """Return whether memory that was written may be made executable, which LLVM and oneDNN need. Runs no code in it."""
+    """Return whether memory that was written may be made executable, as LLVM and oneDNN need. Runs no code in it."""
     writable, private = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     page = _LIBRARY.mmap(None, mmap.PAGESIZE, writable, private, -1, 0)
     if page == _FAILED:
@@ -82,9 +82,8 @@ _Section = namedtuple("_Section", "name type flags address offset size link info
 def link(object_file: bytes) -> tuple[bytes, dict[str, int]]:
     """Lay out the sections of an ELF object for x86-64, and resolve its references.
 
-    Returns an image that works at any address, and the offset in it of each function by name. Raises LinkError for
-    references to what is not in the object, and for kinds of references that compilers of position-independent code
-    don't make.
+    Returns an image that works at any address, and the offset of each function in it, by name. Raises LinkError if a
+    reference leads out of the object, or is of a kind that compilers don't make in position-independent code.
     """
     if object_file[:6] != _ELF or struct.unpack_from("<H", object_file, 18)[0] != _X86_64:
         raise LinkError("the object file is not of x86-64")

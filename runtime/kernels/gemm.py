@@ -59,9 +59,9 @@ class PackedKernels(Kernels):
         return all(p.bits != 16 for p in layout.projections)
 
     def project(self, x: Tensor, record: Tensor, layout: RecordLayout, name: str, bias: Tensor | None = None) -> Tensor:
-        """Multiply as ``Kernels.project`` does, [tokens, columns] -> [tokens, rows], but with other bits.
+        """Multiply as ``Kernels.project`` does, [tokens, columns] -> [tokens, rows], but with x rounded to 8 bits.
 
-        A row of the result depends on that row of x alone.
+        A row of the result depends only on the same row of x and on the matrix.
         """
         if projection_of(layout, name).bits == 16:
             return super().project(x, record, layout, name, bias)
@@ -143,8 +143,8 @@ class GemmPlan:
     def context(self, count: int, jobs: array[int], x: Rounded, y: int, *, has_own_rows: bool) -> array[int]:
         """Make the context of a product of ``count`` jobs, whose result is written to the address ``y``.
 
-        ``jobs`` has JOB numbers for each job. With ``has_own_rows``, each job has rows of x of its own, otherwise all
-        jobs have the same row.
+        ``jobs`` has JOB numbers for each job. With ``has_own_rows``, each job has its own rows of x. Otherwise all jobs
+        use the same row.
         """
         items = (0, count * self.tiles, self.tiles, jobs.buffer_info()[0])
         return array("q", (*items, *x.places, y, *self._shape, int(has_own_rows), *self._offsets))
@@ -160,7 +160,7 @@ class Rounded:
         self._columns = plan.columns
 
     def context(self, x: int) -> array[int]:
-        """Make the context for rounding the rows of x at an address."""
+        """Make the context for rounding the rows of x. ``x`` is their address."""
         return array("q", (0, self.rows, x, *self.places, self._columns))
 
 

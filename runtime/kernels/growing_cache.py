@@ -19,8 +19,8 @@ TOKENS = 256  # memory is allocated for a multiple of this many tokens
 class GrowingBuffer:
     """Memory for keys or values [batch, heads, capacity, width], of which the first ``used`` tokens are filled.
 
-    Filled memory is never written again. A cache that continues from fewer tokens, or that is the second to continue
-    from the same ones, gets a buffer of its own.
+    Filled memory is never written again. So several caches may share their first tokens. A cache that continues after
+    fewer tokens than are filled gets a new buffer.
     """
 
     def __init__(self, seen: Tensor, more: Tensor) -> None:

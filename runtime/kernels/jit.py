@@ -1,7 +1,7 @@
 """The just-in-time compiler of kernels, for this processor.
 
-LLVM (llvmlite) compiles a kernel in some hundredths of a second. ``executable.py`` loads the code where it can,
-otherwise LLVM's own engine does.
+LLVM (llvmlite) compiles a kernel in some hundredths of a second. ``executable.py`` loads the code if it can. Otherwise
+LLVM's own engine loads it.
 """
 
 from __future__ import annotations
@@ -38,13 +38,16 @@ class Processor:
         self._owners: list[Any] = []  # objects that keep the compiled code in memory
 
     def function(self, module: ir.Module, name: str, *arguments: Any) -> Callable[..., None]:
-        """Compile the function ``name`` of ``module``, which takes ``arguments`` (types of ctypes). Raises OSError."""
+        """Compile the function ``name`` of ``module`` as ``compile`` does, and return a Python function that calls it.
+
+        ``arguments``: types of its arguments, from ctypes.
+        """
         return ctypes.CFUNCTYPE(None, *arguments)(self.compile(module, name))
 
     def compile(self, module: ir.Module, name: str, *, unroll: bool = True) -> int:
-        """Compile a module; return the address of its function ``name``, which stays valid as long as this object.
+        """Compile a module, and return the address of its function ``name``. It is valid as long as this object lives.
 
-        With ``unroll``, LLVM may unroll loops. Raises OSError where no memory can be made executable.
+        With ``unroll``, LLVM may unroll loops. Raises OSError if no memory can be made executable.
         """
         (address,) = self.compile_all(module, [name], unroll=unroll)
         return address
@@ -70,7 +73,7 @@ class Processor:
             return [int(engine.get_function_address(name)) for name in names]
 
     def _optimised(self, module: ir.Module, unroll: bool, **options: str) -> tuple[Any, Any]:
-        """Return ``module`` as an optimised module of LLVM, and its target machine."""
+        """Return ``module`` as an optimised module of LLVM, and the target machine. ``options``: of the machine."""
         code = llvm.parse_assembly(str(module))
         code.verify()
         machine = llvm.Target.from_default_triple().create_target_machine(**self._cpu, opt=3, **options)
@@ -82,7 +85,7 @@ class Processor:
 
 
 def this_processor() -> Processor:
-    """Return the processor of this machine, the same one in all threads: it owns the code that it compiles."""
+    """Return the processor of this machine: the same object in all threads, which owns the code that it compiles."""
     with compile_lock:
         return _this_processor()
 
@@ -94,7 +97,7 @@ def _this_processor() -> Processor:
 
 @functools.cache
 def refusal() -> str:
-    """Compile and call a small function; return why no code can be compiled and run here, or ""."""
+    """Compile and call a small function. Return why no code can be compiled and run here; "" if it can."""
     module = ir.Module()
     function = ir.Function(module, ir.FunctionType(ir.IntType(32), []), "moetier_trial")
     ir.IRBuilder(function.append_basic_block()).ret(ir.Constant(ir.IntType(32), _TRIAL_RESULT))

@@ -1,8 +1,8 @@
-"""RMS norms on a CPU in one pass.
+"""RMS norms on a CPU in one call of compiled code.
 
-With torch a norm takes seven operations, each of which costs more than its arithmetic. The norm is y = x / sqrt(mean of
-x * x + eps) * weight (Zhang & Sennrich 2019, arXiv 1910.07467). Each number of y depends only on its row and on the
-weight; sums are fp32.
+With torch, a norm takes seven operations, and calling each of them costs more than its arithmetic. The norm is
+y = x / sqrt(mean of x * x + eps) * weight (Zhang & Sennrich 2019, arXiv 1910.07467). Each number of y depends only on
+its row of x and on the weight. Sums are fp32.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class Scale(Enum):
 
 
 class QuickNorm:
-    """Class that is put before the class of an RMS norm among the base classes, so that its ``forward`` comes first.
+    """Mixin that is put before the class of an RMS norm, so that its ``forward`` is called first.
 
-    With gradients, or for inputs that ``rms_norm`` refuses, the module computes as before.
+    If gradients are computed, or for inputs that ``rms_norm`` does not take, the module computes as before.
     """
 
     quick_scale: Scale

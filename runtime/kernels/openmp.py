@@ -38,8 +38,8 @@ def openmp() -> ctypes.CDLL | None:
 def end_threads() -> None:
     """End the threads that GNU's OpenMP keeps for the calling thread; its next parallel operation starts new ones.
 
-    Call it before a fork. A forked child would inherit a record of these threads without the threads, and wait for them
-    for ever. Other OpenMP libraries handle forks themselves.
+    Call this before a fork. Otherwise the forked child would inherit the list of these threads without the threads, and
+    wait for them for ever. Other OpenMP libraries handle forks themselves.
     """
     library = openmp()
     if library is not None and hasattr(library, _PAUSE) and not hasattr(library, _NOT_GNU):

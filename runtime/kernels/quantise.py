@@ -540,7 +540,7 @@ class _Quantiser(_Vectors):
     def _round(self, step: Value, inverse: Value, offset: Value, codes: Value) -> None:
         """Emit the rounding of a slice to codes, and the addition to the sums of squares for the error.
 
-        Each code becomes a byte, from the offset ``codes`` on in the memory for codes.
+        Each code becomes a byte in the memory for codes, from the offset ``codes`` on.
         """
         at, n, form = self.at, self.number, self._form
         half = self.all(I32, 2 ** (form.bits - 1), LANES)

@@ -94,7 +94,7 @@ class _TeamEmitter(Emitter):
         self.at.call(self.at.inttoptr(function, kind), [context])
 
     def now(self) -> Value:
-        """Emit the time of the monotonic clock, in nanoseconds."""
+        """Emit a reading of the monotonic clock, in nanoseconds."""
         kind = ir.FunctionType(I32, [I32, POINTER]).as_pointer()
         clock = self.at.inttoptr(self.at.load(self.word(CLOCK)), kind)
         time = self.at.bitcast(self._time, POINTER)

@@ -19,9 +19,10 @@ _QUICK_GELU = 1.702  # alpha with which x * sigmoid(alpha * x) approximates GELU
 
 
 def activation_of(module: Any) -> Activation | None:
-    """Return the activation that gives the same results for random numbers as the module's own code; None if none does.
+    """Return the activation that gives the same results for random numbers as the module's own code, or None.
 
-    Returns None also if the module normalises the outputs of its experts, which compiled code can't do.
+    None means that no known activation does, or that the module normalises its experts' outputs, which compiled code
+    can't do.
     """
     if getattr(module, "has_post_expert_norm", False):
         return None

@@ -174,7 +174,7 @@ def arithmetic(module: Any, hidden_states: Tensor, top_k_weights: Tensor) -> tup
 
 
 def output_bytes(module: Any, layout: RecordLayout, tokens: int, top_k: int, dtype: torch.dtype) -> int:
-    """Return how many bytes the experts' outputs take at most in a prefill of ``tokens``, in a model of ``dtype``."""
+    """Return the most bytes that experts' outputs take in a prefill of ``tokens`` tokens, in a model of ``dtype``."""
     width = next(projection.rows for projection in layout.projections if projection.name == "down_proj")
     numbers = torch.empty(0, dtype=dtype)
     _, accumulate = arithmetic(module, numbers, numbers.float())  # some routers compute weights in fp32
@@ -194,7 +194,10 @@ def _activate(module: Any, inner: Tensor) -> Tensor:
 
 
 def _kernels_of(module: Any, here: TieredBlock, dtype: torch.dtype) -> ExpertKernels | None:
-    """Return the kernels for the quick way with hidden states of ``dtype``; None if only the exact way is possible."""
+    """Return compiled code for a block's experts, with hidden states of ``dtype``; None if they can't be compiled.
+
+    Without it, experts are computed one after the other (``_eager``).
+    """
     if dtype not in here.compiled:
         found = None
         if isinstance(here.kernels, PackedKernels):
@@ -210,7 +213,10 @@ def _kernels_of(module: Any, here: TieredBlock, dtype: torch.dtype) -> ExpertKer
 
 
 def _eager(module: Any, here: TieredBlock, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """Compute ``experts_forward`` in the exact way. Outputs are added up in ascending order of experts."""
+    """Compute ``experts_forward`` one expert after the other, and add up outputs in ascending order of experts.
+
+    If ``here.kernels`` are exact, this is the exact way that the module's docstring describes.
+    """
     compute, accumulate = arithmetic(module, hidden_states, top_k_weights)
     rows = rows_of_experts(top_k_index, module.num_experts)
     waiting, computed = deque(rows), dict[int, Tensor]()
@@ -249,7 +255,10 @@ def _expert(module: Any, here: TieredBlock, record: Tensor, x: Tensor) -> Tensor
 def _quick(
     kernels: ExpertKernels, here: TieredBlock, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    """Compute ``experts_forward`` in the quick way."""
+    """Compute ``experts_forward`` with compiled code, all experts that are available in one call.
+
+    This is the quick way that the module's docstring describes.
+    """
     shape = top_k_index.shape
     if hidden_states.shape != (shape[0], kernels.width) or top_k_weights.shape != shape:
         given = f"{[*hidden_states.shape]}, {[*shape]} and {[*top_k_weights.shape]}"

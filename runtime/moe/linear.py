@@ -29,10 +29,10 @@ def matrix_layout(rows: int, columns: int, form: TrunkRecords) -> RecordLayout:
 
 
 class QuantizedLinear(nn.Module):
-    """y = x @ W.T + bias, with W in a record, which is used in the memory to which the checkpoint is mapped.
+    """Linear module y = x @ W.T + bias, with W in a record. On a CPU the record stays in the mapped file.
 
     With exact kernels the result has the same bits as that of nn.Linear with the decoded weights. There is no attribute
-    ``weight``, so that code that wants to multiply with it fails instead of using wrong numbers.
+    ``weight``, so that code that multiplies with ``weight`` itself fails instead of using wrong numbers.
     """
 
     record: Tensor  # uint8 [layout.payload_bytes]
@@ -49,7 +49,7 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("record", torch.empty(layout.payload_bytes, dtype=torch.uint8, device="meta"))
 
     def compute_with(self, kernels: Kernels) -> None:
-        """Set the kernels. The record must be on their device by now."""
+        """Set the kernels that multiply. The record must be on their device already."""
         self.kernels = kernels
         if kernels.arrange is not None:
             kernels.arrange(self.record, self.layout)
