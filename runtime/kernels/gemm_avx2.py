@@ -78,9 +78,6 @@ class Avx2Tile(TileEmitter):
         count = self._planes * REGISTERS
         codes = at.bitcast(self._array(group // STEP * count * BYTES), I8.as_pointer())
         totals = at.bitcast(self._array(MOST_ROWS * VECTORS * LANES * 4), I8.as_pointer())
-        zero = self.all(F32, 0.0, LANES)
-        with self.loop(n(0), at.mul(rows, n(VECTORS))) as number:
-            self.store(zero, totals, at.mul(number, n(4 * LANES)))
         with self.loop(n(0), self._groups) as g:
             self._prefetch_pairs(at.add(g, n(PAIRS_AHEAD)))
             first = at.mul(g, n(group))
@@ -195,8 +192,9 @@ class Avx2Tile(TileEmitter):
     def _add_group(
         self, g: Value, sums: Sequence[Value], pairs: list[tuple[Value, Value]], row: Value, totals: Sequence[Value]
     ) -> None:
-        """Add a group's products, scaled, to ``totals``: addresses of fp32 [LANES]."""
+        """Add a group's products, scaled, to ``totals``: addresses of fp32 [LANES]. Group 0 ignores what is there."""
         at, n = self.at, self.number
+        is_first = at.icmp_signed("==", g, n(0))
         values = [at.load(place) for place in sums]
         if self._planes == 2:
             four = self.all(I32, 4, 8)
@@ -209,5 +207,7 @@ class Avx2Tile(TileEmitter):
         t_sum = self.spread(self.load(self._xt, at.add(place, n(4)), F32), LANES)
         for (s, b), whole, total in zip(pairs, self._in_order(values), totals, strict=True):
             part = at.sitofp(at.add(whole, self.spread(centre, LANES)), vector(F32, LANES))
-            value = at.fadd(at.load(total, align=4), at.fmul(part, at.fmul(s, t)))
+            # not zeros that a loop has stored: LLVM would call memset, which ``executable.py`` does not link
+            before = at.select(is_first, self.all(F32, 0.0, LANES), at.load(total, align=4))
+            value = at.fadd(before, at.fmul(part, at.fmul(s, t)))
             at.store(at.fadd(value, at.fmul(b, t_sum)), total, align=4)

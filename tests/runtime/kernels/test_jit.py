@@ -37,10 +37,10 @@ class Slow(Processor):
         super().__init__()
         self.begun, self.go = threading.Event(), threading.Event()
 
-    def compile(self, module: ir.Module, name: str) -> int:
+    def compile(self, module: ir.Module, name: str, *, unroll: bool = True) -> int:
         self.begun.set()
         assert self.go.wait(PATIENCE)
-        return super().compile(module, name)
+        return super().compile(module, name, unroll=unroll)
 
 
 def test_a_child_that_is_forked_while_another_thread_compiles_can_compile() -> None:
@@ -58,9 +58,9 @@ def test_who_compiles_may_fork() -> None:
     """As a handler of signals might, or a finalizer."""
 
     class Forking(Processor):
-        def compile(self, module: ir.Module, name: str) -> int:
+        def compile(self, module: ir.Module, name: str, *, unroll: bool = True) -> int:
             found.append(in_fork(lambda: "here"))
-            return super().compile(module, name)
+            return super().compile(module, name, unroll=unroll)
 
     found: list[str] = []
     assert product_kernel(Forking(), FORM).address
