@@ -1,8 +1,9 @@
-"""Code for tiles of a product on processors with registers of 256 bits: AVX2 without VNNI.
+"""Code for tiles of a product on processors with registers of 256 bits: AVX2, with or without AVX-VNNI.
 
-The instruction VPMADDUBSW multiplies 32 codes with 32 numbers n and adds up pairs of products to sums of 16 bits. A
-code is at most 15 here, as 8-bit codes are multiplied in halves, and n is at most 127. So eight pairs fit in 16 bits,
-and sums are widened to 32 bits only after SPAN columns.
+With AVX2 alone, the instruction VPMADDUBSW multiplies 32 codes with 32 numbers n and adds up pairs of products to sums
+of 16 bits. A code is at most 15 then, as 8-bit codes are multiplied in halves, and n is at most 127. So eight pairs fit
+in 16 bits, and sums are widened to 32 bits only after SPAN columns. The instruction VPDPBUSD of AVX-VNNI multiplies
+8-bit codes whole, and adds four products to a sum of 32 bits at once.
 
 Codes of one column are in the order of the rows (``tiers/quant/packing.py``). Four columns are interleaved within each
 half of a register, so that the sums of eight rows, not all of them neighbours, share a register. ``_in_order`` puts
@@ -17,7 +18,7 @@ from llvmlite import ir
 
 from .emitter import F32, I8, I16, I32, LANES, Value, vector
 from .gemm_tile import CENTRES, COLUMN, PAIRS_AHEAD, STEP, VECTORS, Form, TileEmitter
-from .jit import Processor
+from .jit import Dot, Processor
 
 BYTES = 32  # of a register
 SPAN = 32  # columns whose products are added up in 16 bits
@@ -28,7 +29,7 @@ _SUMS, _PAIRS, _WORDS = vector(I32, 8), vector(I16, 16), vector(I8, BYTES)
 
 def is_narrow(processor: Processor) -> bool:
     """Return whether the code of this module is for ``processor``."""
-    return processor.has_avx2 and not processor.has_vnni
+    return processor.dot in (Dot.AVX2, Dot.AVX_VNNI)
 
 
 class Avx2Tile(TileEmitter):
@@ -40,8 +41,9 @@ class Avx2Tile(TileEmitter):
 
     def __init__(self, module: ir.Module, form: Form, processor: Processor, *, several: bool) -> None:
         super().__init__(module, "tile_rows" if several else "tile_1", form, processor, 5 if several else 4)
-        self._planes = 2 if form.bits == 8 else 1
-        self._span = min(form.group, SPAN)
+        self._has_vnni = processor.dot is Dot.AVX_VNNI
+        self._planes = 2 if form.bits == 8 and not self._has_vnni else 1
+        self._span = form.group if self._has_vnni else min(form.group, SPAN)
         self._ones = self.all(I16, 1, 16)
         if several:
             self._emit_rows(self.function.args[-1])
@@ -59,13 +61,13 @@ class Avx2Tile(TileEmitter):
             sums = self._variables(_SUMS, self._planes * REGISTERS)
             first = at.mul(g, n(group))
             with self.loop(n(0), n(group), self._span) as span:
-                short = self._variables(_PAIRS, len(sums))
+                short = self._short_sums(sums)
                 with self.loop(n(0), n(self._span), STEP) as step:
                     column = at.add(first, at.add(span, step))
                     x = self._four(column)
                     codes = self._unpacked(at.add(self._start, at.mul(column, n(COLUMN))))
                     for place, q in zip(short, codes, strict=True):
-                        at.store(at.add(at.load(place), self._products(q, x)), place)
+                        at.store(self._added(at.load(place), q, x), place)
                 self._widen_sums(sums, short)
             self._add_group(g, sums, self._load_pairs(g), n(0), totals)
         for number, place in enumerate(totals):
@@ -108,7 +110,7 @@ class Avx2Tile(TileEmitter):
         starts = [at.add(at.mul(row, self._columns), at.mul(g, n(group))) for row in rows]
         for first in range(0, count, 2):  # so few registers at a time that the sums of all rows stay in registers
             with self.loop(n(0), n(group), self._span) as span:
-                short = [self._variables(_PAIRS, 2) for _ in rows]
+                short = [self._short_sums(own[first : first + 2]) for own in sums]
                 with self.loop(n(0), n(self._span), STEP) as step:
                     column = at.add(span, step)
                     place = at.mul(column, n(count * BYTES // STEP))
@@ -116,7 +118,7 @@ class Avx2Tile(TileEmitter):
                     for start, places in zip(starts, short, strict=True):
                         x = self._four(at.add(start, column))
                         for q, target in zip(both, places, strict=True):
-                            at.store(at.add(at.load(target), self._products(q, x)), target)
+                            at.store(self._added(at.load(target), q, x), target)
                 for own, places in zip(sums, short, strict=True):
                     self._widen_sums(own[first : first + 2], places)
         for row, own in zip(rows, sums, strict=True):
@@ -144,11 +146,20 @@ class Avx2Tile(TileEmitter):
         """Load four numbers n, beginning at ``index``, and repeat them in a register."""
         return self.at.bitcast(self.spread(self.load(self._xn, index, I32), 8), _WORDS)
 
-    def _products(self, q: Value, x: Value) -> Value:
-        return self.intrinsic("llvm.x86.avx2.pmadd.ub.sw", _PAIRS, q, x)
+    def _short_sums(self, sums: Sequence[Value]) -> Sequence[Value]:
+        """Emit sums of 16 bits, which will be added to ``sums``; with VNNI they are ``sums`` themselves."""
+        return sums if self._has_vnni else self._variables(_PAIRS, len(sums))
+
+    def _added(self, total: Value, q: Value, x: Value) -> Value:
+        """Emit the addition of products of codes and numbers to a register of short sums."""
+        if self._has_vnni:
+            return self.intrinsic("llvm.x86.avx512.vpdpbusd.256", _SUMS, total, q, x)
+        return self.at.add(total, self.intrinsic("llvm.x86.avx2.pmadd.ub.sw", _PAIRS, q, x))
 
     def _widen_sums(self, sums: Sequence[Value], short: Sequence[Value]) -> None:
-        """Add sums of 16 bits to those of 32 bits."""
+        """Add short sums to those of 32 bits."""
+        if self._has_vnni:
+            return
         for total, part in zip(sums, short, strict=True):
             wide = self.intrinsic("llvm.x86.avx2.pmadd.wd", _SUMS, self.at.load(part), self._ones)
             self.at.store(self.at.add(self.at.load(total), wide), total)
@@ -156,14 +167,17 @@ class Avx2Tile(TileEmitter):
     def _unpacked(self, place: Value) -> list[Value]:
         """Load the codes of STEP columns, beginning at byte ``place`` of a plane of 4-bit codes.
 
-        Returns registers of codes, each with four codes of eight rows; those of the high halves of 8-bit codes first.
+        Returns registers of codes, each with four codes of eight rows. Without VNNI, those of the high halves of 8-bit
+        codes come first, then those of the low halves.
         """
         low, four = self.all(I8, 15, BYTES), self.all(I8, 4, BYTES)
-        found = []
+        found: list[list[Value]] = []
         for columns in self._planes_at(place):
             united = self._interleaved(columns)
-            found += [*(self.at.and_(v, low) for v in united), *(self.at.lshr(v, four) for v in united)]
-        return found
+            found.append([*(self.at.and_(v, low) for v in united), *(self.at.lshr(v, four) for v in united)])
+        if len(found) > self._planes:
+            return [self.at.or_(self.at.shl(high, four), part) for high, part in zip(*found, strict=True)]
+        return [v for plane in found for v in plane]
 
     def _interleaved(self, columns: Sequence[Value]) -> list[Value]:
         """Interleave four columns. The halves of register i have rows 4i to 4i + 3, and rows 4i + 16 to 4i + 19."""

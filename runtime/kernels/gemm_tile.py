@@ -1,8 +1,9 @@
 """Code for one tile of a product: ROW_TILE rows of a matrix, as they are stored in its record, times a few rows of x.
 
 One step multiplies four codes q of a row with four numbers n and adds them up, as the instruction VPDPBUSD (AVX-512
-VNNI) does; other processors need several instructions. The codes are in the byte order of ``tiers/quant/packing.py``:
-32 bytes are one column of 64 rows. Codes of fewer than 4 bits, which are folded, are unfolded when they are loaded.
+VNNI) does; other processors need several instructions (``gemm_avx2.py``). The codes are in the byte order of
+``tiers/quant/packing.py``: 32 bytes are one column of 64 rows. Codes of fewer than 4 bits, which are folded, are
+unfolded when they are loaded.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from llvmlite import ir
 from moetier.tiers.layout import PAIR_BLOCK, ROW_TILE, Bits
 
 from .emitter import F32, I8, I16, I32, I64, LANES, POINTER, Emitter, Value, vector
-from .jit import Processor
+from .jit import Dot, Processor
 
 STEP = 4  # columns that one step multiplies
 # how far ahead memory is prefetched: the hardware prefetchers of most processors stop at the end of a page
@@ -195,7 +196,7 @@ class Tile(TileEmitter):
         if not second:
             return first
         pairs = list(zip(first, *second, strict=True))
-        if self._processor.has_vnni:
+        if self._processor.dot.takes_bytes:
             shift = self.all(I8, 4, 4 * LANES)
             return [self.at.or_(self.at.shl(high, shift), low) for high, low in pairs]
         return pairs  # codes of 8 bits would overflow the 16-bit sums in _dot
@@ -219,18 +220,8 @@ class Tile(TileEmitter):
             high, low = q
             four = self.all(I32, 4, LANES)
             return self._dot(at.add(total, at.shl(self._dot(self.all(I32, 0, LANES), high, x), four)), low, x)
-        if self._processor.has_vnni:
+        if self._processor.dot is Dot.AVX512_VNNI:
             return self.intrinsic("llvm.x86.avx512.vpdpbusd.512", integers, total, q, x)
-        if self._processor.has_avx2:
-            halves = []
-            for first in (0, 2 * LANES):
-                part = list(range(first, first + 2 * LANES))
-                pairs = self.intrinsic(
-                    "llvm.x86.avx2.pmadd.ub.sw", vector(I16, LANES), self.pick(q, q, part), self.pick(x, x, part)
-                )
-                ones = self.all(I16, 1, LANES)
-                halves.append(self.intrinsic("llvm.x86.avx2.pmadd.wd", vector(I32, LANES // 2), pairs, ones))
-            return at.add(total, self.pick(halves[0], halves[1], range(LANES)))
         wide = vector(I16, 4 * LANES)
         products = at.mul(at.zext(q, wide), at.sext(x, wide))
         pairs = at.add(*(self.pick(products, products, range(i, 4 * LANES, 2)) for i in range(2)))

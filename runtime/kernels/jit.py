@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Callable, Sequence
+from enum import Enum
 from typing import Any
 
 import llvmlite.binding as llvm
@@ -20,21 +21,43 @@ from .executable import Executable, LinkError, can_become_executable
 _TRIAL_RESULT = 42
 
 
-class Processor:
-    """A target of the compiler: this machine's processor, or the one that LLVM calls ``name`` (such as ``haswell``)."""
+class Dot(Enum):
+    """Instructions that multiply codes of weights with rounded activations and add the products up."""
 
-    def __init__(self, name: str | None = None) -> None:
+    AVX512_VNNI = "AVX-512 VNNI"
+    AVX_VNNI = "AVX-VNNI"
+    AVX2 = "AVX2"
+    PLAIN = "any processor"
+
+    @property
+    def takes_bytes(self) -> bool:
+        """Whether codes of 8 bits are multiplied whole. Otherwise sums of 16 bits would overflow."""
+        return self in (Dot.AVX512_VNNI, Dot.AVX_VNNI)
+
+
+# LLVM's names of the features of a processor that each needs, the fastest first
+_NEEDED = {Dot.AVX512_VNNI: {"+avx512vnni", "+avx512bw"}, Dot.AVX_VNNI: {"+avxvnni"}, Dot.AVX2: {"+avx2"}}
+
+
+class Processor:
+    """A target of the compiler: this machine's processor, or one of its kind with other ``features``.
+
+    ``features`` are LLVM's names, such as ``+avx2,+fma``.
+    """
+
+    def __init__(self, features: str | None = None) -> None:
         with compile_lock:
             llvm.initialize_native_target()
             llvm.initialize_native_asmprinter()
-            features = llvm.get_host_cpu_features().flatten() if name is None else ""
-            self._cpu = {"cpu": name or llvm.get_host_cpu_name(), "features": features}
-        known = set(features.split(","))
-        self.has_vnni = known >= {"+avx512vnni", "+avx512bw"}
+            if features is None:
+                self._cpu = {"cpu": llvm.get_host_cpu_name(), "features": llvm.get_host_cpu_features().flatten()}
+            else:
+                self._cpu = {"cpu": "", "features": features}
+        known = set(self._cpu["features"].split(","))
+        self.dot = next((dot for dot, needed in _NEEDED.items() if needed <= known), Dot.PLAIN)
         # Zen 4's hardware prefetchers load a long run of memory in time; software prefetches would cost 15 % there. On
         # Zen 3 they gain 14 to 21 %.
         self.has_stream_prefetch = self._cpu["cpu"] in ("znver4", "znver5")
-        self.has_avx2 = "+avx2" in known or name == "haswell"
         self._owners: list[Any] = []  # objects that keep the compiled code in memory
 
     def function(self, module: ir.Module, name: str, *arguments: Any) -> Callable[..., None]:
@@ -58,7 +81,7 @@ class Processor:
             why = "the code is linked by LLVM"
             if llvm.Target.from_default_triple().name == "x86-64":
                 try:
-                    code, machine = self._optimised(module, unroll, reloc="pic", codemodel="small")
+                    code, machine = self.optimised(module, unroll, reloc="pic", codemodel="small")
                     executable = Executable(machine.emit_object(code))
                 except (LinkError, OSError) as error:
                     why = str(error)
@@ -67,12 +90,12 @@ class Processor:
                     return [executable.address(name) for name in names]
             if not can_become_executable():  # LLVM would not notice, and its code would end the process
                 raise OSError(f"memory that was written can't be made executable, and {why}")
-            engine = llvm.create_mcjit_compiler(*self._optimised(module, unroll))
+            engine = llvm.create_mcjit_compiler(*self.optimised(module, unroll))
             engine.finalize_object()
             self._owners.append(engine)
             return [int(engine.get_function_address(name)) for name in names]
 
-    def _optimised(self, module: ir.Module, unroll: bool, **options: str) -> tuple[Any, Any]:
+    def optimised(self, module: ir.Module, unroll: bool = True, **options: str) -> tuple[Any, Any]:
         """Return ``module`` as an optimised module of LLVM, and the target machine. ``options``: of the machine."""
         code = llvm.parse_assembly(str(module))
         code.verify()

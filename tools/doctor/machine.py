@@ -162,7 +162,7 @@ def kernel() -> Iterator[Finding]:
     """Check which code computes products with quantised experts on the CPU."""
     from moetier.runtime.kernels.choose import PROTECTED, WITHOUT_ONEDNN
     from moetier.runtime.kernels.executable import can_become_executable
-    from moetier.runtime.kernels.jit import refusal, this_processor
+    from moetier.runtime.kernels.jit import Dot, refusal, this_processor
 
     protected = not can_become_executable()
     if why := refusal():
@@ -175,10 +175,10 @@ def kernel() -> Iterator[Finding]:
         )
         return
     processor, threads = this_processor(), use_threads()
-    form = "AVX-512 VNNI" if processor.has_vnni else "AVX2" if processor.has_avx2 else "no AVX2"
+    form = processor.dot.value
     found = f"products with quantised experts are computed by code compiled for {form}, in {threads} threads"
-    if form == "no AVX2":
-        yield warn("kernel", found, "Expect few tokens a second: fast code needs AVX2 or AVX-512 VNNI.")
+    if processor.dot is Dot.PLAIN:
+        yield warn("kernel", found, "Expect few tokens a second: fast code needs AVX2, AVX-VNNI or AVX-512 VNNI.")
     elif protected:
         yield warn(
             "kernel",

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from quantised_records import quantised
 
 from moetier.runtime.kernels.api import Kernels
 from moetier.runtime.kernels.choose import kernels_for
@@ -121,20 +122,12 @@ def test_several_threads_share_one_kernels() -> None:
 # -- records where they lie --------------------------------------------------------------------------------------------
 
 SLOWLY_COMPILED = ((64, "bfloat16", (65, 768)), (16, "uint8", (17, 512)))
-CPUS = [None, "haswell", "x86-64"]  # this one; AVX2; neither
+CPUS = [None, "+avx2,+fma", ""]  # features of LLVM; None: this processor
 
 
 @functools.cache
 def packed_for(cpu: str | None) -> PackedKernels:
-    return PackedKernels(Processor(cpu)) if cpu else PackedKernels()
-
-
-def quantised(bits: Bits, rows: int, columns: int, group: int, pairs: str) -> tuple[RecordLayout, torch.Tensor]:
-    layout = layout_for({"up_proj": ((rows, columns), "bfloat16")}, bits=bits, group=group, pairs=pairs)
-    weights = torch.randn(rows, columns, generator=torch.Generator().manual_seed(bits)) * 0.02
-    out = np.empty(layout.record_bytes, np.uint8)
-    encode({"up_proj": weights}, layout, out, fast=True)
-    return layout, torch.from_numpy(out)
+    return PackedKernels() if cpu is None else PackedKernels(Processor(cpu))
 
 
 PAIRS = [

@@ -147,7 +147,7 @@ def test_the_same_bits_on_every_processor(activation: Activation) -> None:
     layout, records = records_of(activation, bias=True)
     x = torch.randn(4, HIDDEN, generator=torch.Generator().manual_seed(5))
     weights, found = torch.rand(2, 2, generator=torch.Generator().manual_seed(6)), []
-    for processor in (None, Processor("haswell"), Processor("x86-64")):
+    for processor in (None, Processor("+avx2,+fma"), Processor("")):
         kernels = ExpertKernels(layout, activation, torch.float32, EXPERTS, processor)
         found.append(kernels.add_up(computed(kernels, records[:1], x, [4]), weights))
     assert torch.equal(found[0], found[1])
