@@ -124,7 +124,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.metrics and importlib.util.find_spec("prometheus_client") is None:
         raise ConfigError(
             "moetier daemon --metrics needs prometheus_client, which is not installed.",
-            "In the repository of moetier, run: pip install '.[metrics]'",
+            'In the repository of moetier, run: pip install ".[metrics]"',
         )
     if arguments.ready_fd is not None:
         try:

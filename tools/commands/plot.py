@@ -86,7 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
     except ImportError as error:
         raise ConfigError(
             "moetier plot needs matplotlib, which is not installed.",
-            "In the repository of moetier, run: pip install '.[plots]'",
+            'In the repository of moetier, run: pip install ".[plots]"',
         ) from error
     figure = _draw_daemon(arguments) if arguments.kind == "resident" else _draw_trace(arguments)
     is_svg = arguments.output.suffix.lower() == ".svg"

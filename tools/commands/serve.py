@@ -88,7 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
     if missing := [package for package in NEEDED if importlib.util.find_spec(package) is None]:
         raise ConfigError(
             f"moetier serve needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed.",
-            "In the repository of moetier, run: pip install '.[serve]'",
+            'In the repository of moetier, run: pip install ".[serve]"',
         )
     from moetier.tools.serve.listen import Server, bind, is_loopback, url_of
 

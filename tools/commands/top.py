@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
     if importlib.util.find_spec("textual") is None:
         raise ConfigError(
             "moetier top needs textual, which is not installed.",
-            "In the repository of moetier, run: pip install '.[tui]'",
+            'In the repository of moetier, run: pip install ".[tui]"',
         )
     from moetier.runtime.wire.probe import running_daemons
     from moetier.tools.top.watch import Watch, look

@@ -255,7 +255,7 @@ def test_without_matplotlib_it_says_what_to_install(tmp_path: Path, picture: lis
     assert result.returncode == 1
     assert result.stderr.splitlines() == [
         "moetier: moetier plot needs matplotlib, which is not installed.",
-        "  In the repository of moetier, run: pip install '.[plots]'",
+        '  In the repository of moetier, run: pip install ".[plots]"',
     ]
 
 

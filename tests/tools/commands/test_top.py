@@ -170,7 +170,7 @@ def test_without_textual_it_says_what_to_install(runtime: Path) -> None:
         assert terminal.status() == 1
         assert terminal.written.split("\r\n")[:2] == [
             "moetier: moetier top needs textual, which is not installed.",
-            "  In the repository of moetier, run: pip install '.[tui]'",
+            '  In the repository of moetier, run: pip install ".[tui]"',
         ]
 
 
