@@ -185,5 +185,5 @@ if not TYPE_CHECKING:
     def __getattr__(name: str) -> object:
         if name != "Pace":
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        warnings.warn(f"{__name__}.Pace has no use any more; it goes with the next release.", DeprecationWarning, 2)
+        warnings.warn(f"{__name__}.Pace is no longer used; the next release removes it.", DeprecationWarning, 2)
         return namedtuple("Pace", ("read", "grain", "saved", "beside"), defaults=(0.0,))

@@ -94,24 +94,24 @@ class Arena:
             own = os.open(f"/proc/self/fd/{descriptor}", os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:
             raise ArenaError(
-                f"The arena's memory file can't be opened for writing ({error.strerror}).", "Use a new arena."
+                f"The arena's memory file can't be opened for writing ({error.strerror}).", "Create a new arena."
             ) from error
         try:
             try:
                 fcntl.flock(own, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise ArenaError(
-                    "The process that owns the arena is still running.", "Connect to its daemon, or use a new arena."
+                    "The process that owns the arena is still running.", "Connect to the daemon that owns the arena, or create a new arena."
                 ) from error
             except OSError as error:
                 raise ArenaError(
-                    f"The arena's memory file can't be locked ({error.strerror}).", "Use a new arena."
+                    f"The arena's memory file can't be locked ({error.strerror}).", "Create a new arena."
                 ) from error
             plan = _check_sealed(own).plan(manifest)
             if os.fstat(own).st_blocks * 512 < plan.nbytes:
                 raise ArenaError(
                     "Some pages of the arena's memory file are not allocated: to write to them could fail.",
-                    "Use a new arena.",
+                    "Create a new arena.",
                 )
             mapping = mmap.mmap(own, plan.nbytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
         except BaseException:

@@ -75,13 +75,13 @@ class Header:
         """Return the plan of the arena. Raises ArenaError if the arena is not one for the store of ``manifest``."""
         ranges = slot_ranges(manifest)
         if self.digest != manifest.digest.rjust(64, "0"):
-            raise ArenaError("The arena holds records of another store.", "Use a new arena.")
+            raise ArenaError("The arena holds records of another store.", "Create a new arena.")
         slots = {array: count for array, (count, _) in zip(sorted(ranges), self.regions, strict=False)}
         if all(least <= slots.get(array, 0) <= most for array, (least, most) in ranges.items()):
             plan = ArenaPlan.of(manifest, slots)
             if self == Header.of(plan, self.identity):
                 return plan
-        raise ArenaError("The sizes of the arena's regions do not fit the store.", "Use a new arena.")
+        raise ArenaError("The sizes of the arena's regions do not fit the store.", "Create a new arena.")
 
     def to_bytes(self) -> bytes:
         """Encode the header as bytes."""

@@ -198,7 +198,7 @@ class DeviceTier:
         finally:
             self._monitor.run(self._end_shrinking, caller)
         _log.warning(
-            "The device has no memory left, so its tier now has %d slots instead of %d.",
+            "The device has no memory left, so the device tier now has %d slots instead of %d.",
             stats.slots,
             sum(before.values()),
         )

@@ -120,7 +120,7 @@ class Session(AsyncCaller):
 
     def _check_open(self) -> None:
         if self._closed:
-            raise ClosedError("The session was closed.", "Open a new one.")
+            raise ClosedError("The session was closed.", "Open a new session.")
         self._ledger.check_open()
 
     def _takes_hints(self) -> bool:

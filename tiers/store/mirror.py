@@ -102,7 +102,7 @@ def _check(store: ExpertStore) -> None:
     Raises ChecksumError if the digest is wrong.
     """
     for _, fault in sorted(store.faults.items()):
-        _log.warning("%s Another copy is read.", fault.cause)
+        _log.warning("%s Another copy is read instead.", fault.cause)
     if not store.faults:
         store.check_digest()
 

@@ -66,7 +66,7 @@ class StoreWriter:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise TargetExistsError(
-                    f"Another process is converting into {folder.parent}.",
+                    f"Another process is converting a model into {folder.parent}.",
                     "Wait until that process has ended, or choose another folder.",
                 ) from None
             _check_target(folder, plan)

@@ -113,7 +113,7 @@ def test_a_promotion_without_memory_shrinks_it(host: HostTier, caplog: pytest.Lo
         consumer = Consumer(tier, device)
         consumer.run(0, [1, 2])
         assert consumer.wrong() == 0
-        assert "its tier now has 9 slots instead of 12" in caplog.text
+        assert "the device tier now has 9 slots instead of 12" in caplog.text
 
 
 def test_one_that_is_closed_does_not_wait(host: HostTier) -> None:

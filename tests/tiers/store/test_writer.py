@@ -249,7 +249,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path, name: str) -> Non
 def test_two_conversions_into_one_folder_are_refused(tmp_path: Path) -> None:
     with (
         StoreWriter.open(tmp_path / GROUP, make_plan()),
-        pytest.raises(TargetExistsError, match="Another process is converting into"),
+        pytest.raises(TargetExistsError, match="Another process is converting a model into"),
     ):
         StoreWriter.open(tmp_path / GROUP, make_plan())
     StoreWriter.open(tmp_path / GROUP, make_plan()).close()  # the lock went with the first
