@@ -30,7 +30,7 @@ MAX_SIZE = 1 << 24  # the largest number of rows or columns of a projection, or 
 GROUPS = {
     "bfloat16": (32, 64, 128, 256),
     "uint8": (16, 32, 64, 128, 256),
-}  # from the type of pairs to the supported group sizes
+}  # a dictionary from the type of pairs to the supported group sizes
 PAIR_TYPES = tuple(GROUPS)
 ITEM_BYTES = {"uint8": 1, "bfloat16": 2, "float16": 2}
 

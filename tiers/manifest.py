@@ -63,7 +63,7 @@ class Manifest:
     model: str  # hub id or folder name of the checkpoint that was converted
     source_digest: str  # sha256 over its config and its tensors' names, shapes, types, offsets and some of their bytes
     blocks: tuple[Block, ...]
-    layouts: Mapping[str, RecordLayout]  # from the name of a zarr array to the layout of its records
+    layouts: Mapping[str, RecordLayout]  # a dictionary from the name of a zarr array to the layout of its records
     version: str  # version of moetier that wrote the store
     digest: str = ""  # identifies the store: sha256 over the CRC-32C (LE u32) of each record, block after block
     requires: tuple[str, ...] = ()  # names of features without which the store can't be read

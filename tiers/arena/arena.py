@@ -101,7 +101,8 @@ class Arena:
                 fcntl.flock(own, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise ArenaError(
-                    "The process that owns the arena is still running.", "Connect to the daemon that owns the arena, or create a new arena."
+                    "The process that owns the arena is still running.",
+                    "Connect to the daemon that owns the arena, or create a new arena.",
                 ) from error
             except OSError as error:
                 raise ArenaError(

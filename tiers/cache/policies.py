@@ -168,6 +168,6 @@ class Frequency(ScanResistant):
         self._settled[key] = -inf
 
 
-# from the name of a policy to a function that makes the policy of a group with a given quota
+# a dictionary from the name of a policy to a function that makes the policy of a group with a given quota
 POLICIES: Mapping[str, Callable[[int], Policy]] = {"lru": Recency, "scan": ScanResistant, "lrfu": Frequency}
 DEFAULT_POLICY = "lrfu"

@@ -28,7 +28,7 @@ class PageLocks:
 
     def __init__(self, device: Device) -> None:
         self._device = device
-        # from the id of a memory object to a tensor over all of that memory, which keeps the memory alive
+        # a dictionary from the id of a memory object to a tensor over all of that memory, which keeps the memory alive
         self._locked: dict[int, torch.Tensor] = {}
         self._retired: dict[int, torch.Tensor] = {}  # the same for memory that is still locked, but is to be unlocked
         self._pageable = False  # true once locking has failed

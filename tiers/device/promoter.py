@@ -57,7 +57,8 @@ class Promoter:
         self._counters = counters
         self._promote = promote
         self._make_room = make_room
-        # from block to its latest requests, in the order of arrival: from key to true if the promotion is yet to begin
+        # a dictionary from block to its latest requests, in the order of arrival. The requests are a dictionary from
+        # key to True if the promotion is yet to begin.
         self._requests: dict[int, dict[ExpertKey, bool]] = {}
         self.outcomes = PrefetchOutcomes(counters, time.perf_counter)
         self._missing = 0  # number of demands that lack records

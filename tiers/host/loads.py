@@ -26,7 +26,7 @@ class FairQueue:
     """
 
     def __init__(self) -> None:
-        # from caller to queue; the caller that was served last comes last
+        # a dictionary from caller to queue; the caller that was served last comes last
         self._queues: OrderedDict[Hashable, deque[Load]] = OrderedDict()
 
     def __iter__(self) -> Iterator[Load]:

@@ -38,7 +38,7 @@ class PrefetchQueue:
     def __init__(self, counters: TierCounters, clock: Callable[[], float]) -> None:
         self.outcomes = PrefetchOutcomes(counters, clock)
         self._counters = counters
-        # from caller to a dictionary from block to requests; the caller that was served last comes last
+        # a dictionary from caller to a dictionary from block to requests; the caller that was served last comes last
         self._requests: dict[AsyncCaller | None, dict[int, Request]] = {}
         self.warmup: deque[tuple[Pool, ExpertKey]] = deque()  # records for the warm-up whose reads have not begun
         self.warmed: set[ExpertKey] = set()  # records that the warm-up has begun to read and no demand has used yet

@@ -76,7 +76,7 @@ class HostTier(Closeable):
             self._slots = [self._arena.slot(slot) for slot in range(self.plan.slots)]  # writable views, for the loaders
             # a read-only view of each slot; always the same objects, for which the device tier can cache tensors
             self._records = [self._arena.view(slot) for slot in range(self.plan.slots)]
-            self._residents: dict[int, Residents | None] = {}  # from block to what ``residents`` returns
+            self._residents: dict[int, Residents | None] = {}  # a dictionary from block to what ``residents`` returns
             self._ledger = Ledger(
                 self.manifest,
                 self.plan,

@@ -30,9 +30,9 @@ from moetier.tiers.layout import BITS, GROUPS, PAIR_TYPES, ROW_TILE, Bias, Bits,
 from . import hqq
 from .packing import HALF, Bands, fold, from_kernel_order, load_pairs, store_pairs, to_kernel_order, unfold
 
-# From bits per weight to the default group size and type of pairs. These gave the best perplexity per stored byte on a
-# real model (docs/quality.md), with one exception: with 8 and 4 bits, pairs are bf16, so that torch's int4 kernel can
-# multiply a record in place.
+# A dictionary from bits per weight to the default group size and type of pairs. These gave the best perplexity per
+# stored byte on a real model (docs/quality.md), with one exception: with 8 and 4 bits, pairs are bf16, so that torch's
+# int4 kernel can multiply a record in place.
 DEFAULTS: dict[Bits, tuple[int, str]] = {
     8: (64, "bfloat16"),
     4: (64, "bfloat16"),
