@@ -21,6 +21,7 @@ from transformers import core_model_loading as loading
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from moetier.runtime.meta import MadeOnMeta
 from moetier.runtime.moe.experts import EXPERT_PARAMETERS, experts_modules
 from moetier.tiers.errors import CheckpointError, UnsupportedModelError
 from moetier.tiers.store.trunk import RECORD
@@ -63,6 +64,7 @@ def build_on_meta(config: Mapping[str, Any], first_dtype: str | None) -> tuple[P
             if (part := getattr(made, name)) is not None:
                 part.dtype = dtype
         with contextlib.ExitStack() as stack:
+            stack.enter_context(MadeOnMeta())
             for context in made_by.get_init_context(dtype, False, False, False):
                 stack.enter_context(context)
             model = made_by(made)

@@ -10,14 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 from architectures import FURTHER, REQUIRED, model_class, tiny_config
+from places import HELPERS
 
 import moetier
-from moetier.runtime.lean import _MadeOnMeta
+from moetier.runtime.stand_ins import TRIED
 
 UNUSED = {
     *("hqq", "networkx", "pandas", "peft", "scipy", "sklearn", "sympy", "torchvision", "triton"),
     *("torch._dynamo.utils", "torch._inductor.utils", "torch.distributed.tensor", "torch.nn.attention.flex_attention"),
     *("torch.fx.experimental.symbolic_shapes", "grpc", "zarr"),
+    *(("torch._prims",) if torch.__version__.startswith(TRIED) else ()),
 }
 MOST = 250 << 20  # bytes; 209 MiB on an EPYC with torch 2.13 and transformers 5.24
 
@@ -69,15 +71,35 @@ print(found.tolist(), torch._dynamo.config.disable, torch.compile(lambda x: 2 * 
     assert run(code) == "[2, 0] False tensor([2.])\n"
 
 
-@pytest.mark.parametrize("model_type", sorted(REQUIRED | FURTHER))
-def test_models_are_made_alike(model_type: str) -> None:
-    def made() -> dict[str, tuple[torch.Size, torch.dtype, torch.device]]:
+MADE = f"""
+import json, sys
+sys.path.insert(0, {str(HELPERS)!r})
+from moetier.runtime.lean import lean_loading
+with lean_loading():
+    import torch
+    from architectures import model_class, tiny_config
+    made = {{}}
+    for model_type in sys.argv[1:]:
+        of = model_class(model_type)
         with torch.device("meta"):
             model = of._from_config(tiny_config(of.config_class))
-        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        return {name: (tensor.shape, tensor.dtype, tensor.device) for name, tensor in tensors.items()}
+        tensors = {{**dict(model.named_parameters()), **dict(model.named_buffers())}}
+        made[model_type] = {{name: f"{{[*t.shape]}} {{t.dtype}} {{t.device}}" for name, t in tensors.items()}}
+print(json.dumps(made))
+"""
 
+
+@pytest.fixture(scope="module")
+def lean() -> dict[str, dict[str, str]]:
+    """Tensors of models by type and name, in a process that has imported little."""
+    found: dict[str, dict[str, str]] = json.loads(run(MADE, *sorted(REQUIRED | FURTHER)))
+    return found
+
+
+@pytest.mark.parametrize("model_type", sorted(REQUIRED | FURTHER))
+def test_models_are_made_alike(model_type: str, lean: dict[str, dict[str, str]]) -> None:
     of = model_class(model_type)
-    with _MadeOnMeta():
-        lean = made()
-    assert lean == made()
+    with torch.device("meta"):
+        model = of._from_config(tiny_config(of.config_class))
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    assert lean[model_type] == {name: f"{[*t.shape]} {t.dtype} {t.device}" for name, t in tensors.items()}

@@ -105,7 +105,13 @@ def options_of(arguments: argparse.Namespace) -> dict[str, Any]:
 
     Raises UsageError if they can't be combined.
     """
-    from moetier.tools.convert.plan import Options
+    from moetier.tools.cli.loading import lean_imports
+
+    with lean_imports():
+        import transformers.modeling_utils  # noqa: F401 - transformers imports its parts only when they are named
+
+        import moetier.tools.convert.convert  # noqa: F401
+        from moetier.tools.convert.plan import Options
 
     how = {field.name: getattr(arguments, field.name) for field in fields(Options)}
     with checked():

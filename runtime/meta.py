@@ -1,0 +1,58 @@
+"""Making of models on torch's meta device, where tensors have shapes and types but no numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from .stand_ins import remove_stand_ins
+
+
+class MadeOnMeta(TorchFunctionMode):
+    """Make models on the meta device without torch's Python code for that device, which imports sympy.
+
+    Numbers are not drawn there. Shapes and types of arithmetic with a few numbers, the angles of positions, are
+    computed on the CPU.
+    """
+
+    DRAWN = frozenset(("kaiming_uniform_", "normal_", "uniform_"))
+    ARITHMETIC = frozenset(
+        ("add", "clamp", "div", "mul", "neg", "outer", "pow", "reciprocal", "sub", "__rdiv__", "__rpow__", "__rsub__")
+    )
+    FEW = 1 << 20
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call ``function`` where torch does not compute on the meta device in Python."""
+        given = kwargs or {}
+        name = getattr(function, "__name__", "")
+        first: Any = args[0] if args else given.get("tensor")
+        on_meta = isinstance(first, torch.Tensor) and first.is_meta
+        if on_meta and name in self.DRAWN:
+            return first
+        if on_meta and function is torch.empty_like and given.keys() <= {"device", "dtype"}:
+            return torch.empty(first.shape, **{"dtype": first.dtype, "device": "meta"} | given)
+        if on_meta and name in self.ARITHMETIC and not given and all(map(self._is_small, args)):
+            return self._meta(function(*map(self._ones, args)))
+        if function is torch.arange:
+            device = given.get("device") or torch.get_default_device()
+            if torch.device(device).type == "meta":
+                return self._meta(function(*args, **given | {"device": "cpu"}))
+        try:
+            return function(*args, **given)
+        except NotImplementedError:  # torch has this operation for that device in Python only
+            if not remove_stand_ins():
+                raise
+            return function(*args, **given)
+
+    def _is_small(self, value: Any) -> bool:
+        return not isinstance(value, torch.Tensor) or (value.is_meta and value.numel() <= self.FEW)
+
+    def _ones(self, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        return torch.ones(value.shape, dtype=value.dtype, device="cpu")
+
+    def _meta(self, value: torch.Tensor) -> torch.Tensor:
+        return torch.empty(value.shape, dtype=value.dtype, device="meta")

@@ -1,0 +1,64 @@
+"""Stand-ins for modules of torch that are seldom used and take long to import. The first use imports them."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from importlib.metadata import version
+from types import ModuleType
+from typing import Any
+
+COMPILER = "torch._dynamo"
+META = "torch._meta_registrations"  # operations on the meta device that torch has in Python only
+TRIED = ("2.13.",)  # releases of torch that were found to do without META
+
+
+def put_stand_ins() -> None:
+    """Import torch, and put stand-ins in place of what was not imported yet of it and is not needed."""
+    if "torch" not in sys.modules and version("torch").startswith(TRIED):
+        _StandIn(META)
+        import torch
+        from torch._opaque_base import OpaqueBaseMeta
+
+        torch._C._set_generator_metaclass(OpaqueBaseMeta)  # done by META, and needed by torch.Generator
+    if COMPILER not in sys.modules:  # transformers marks functions for it, and takes a class from it
+        _StandIn(COMPILER, allow_in_graph=_same, assume_constant_result=_same, disable=_same)
+        _StandIn(f"{COMPILER}._trace_wrapped_higher_order_op", TransformGetItemToIndex=_indexing)
+
+
+def remove_stand_ins() -> bool:
+    """Import META, and let the compiler be imported when it is next used. Returns whether there were stand-ins."""
+    found = [name for name, module in sys.modules.items() if isinstance(module, _StandIn)]
+    for name in found:
+        del sys.modules[name]
+    if META in found:
+        importlib.import_module(META)
+    return bool(found)
+
+
+class _StandIn(ModuleType):
+    """Stand-in for a module, with some of its names. Any other name imports the module itself."""
+
+    def __init__(self, name: str, **known: Any) -> None:
+        super().__init__(name)
+        vars(self).update(known)
+        sys.modules[name] = self
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") and (name, self.__name__) != ("__path__", COMPILER):
+            raise AttributeError(name)  # code that only inspects all modules does not need the real one
+        remove_stand_ins()
+        return getattr(importlib.import_module(self.__name__), name)
+
+
+def _same(function: Any = None, *_: Any, **__: Any) -> Any:
+    """Return ``function`` unchanged. If it is None, as in ``@_same(option=1)``, return this decorator."""
+    return _same if function is None else function
+
+
+def _indexing() -> Any:
+    """Return the context manager in which vmap may index with a scalar, as only masks of unusual models do."""
+    remove_stand_ins()
+    from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
+
+    return TransformGetItemToIndex()
