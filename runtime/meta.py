@@ -1,4 +1,4 @@
-"""Making of models on torch's meta device, where tensors have shapes and types but no numbers."""
+"""Building of models on torch's meta device, where tensors have a shape and a type but no numbers."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from .stand_ins import remove_stand_ins
 
 
 class MadeOnMeta(TorchFunctionMode):
-    """Make models on the meta device without torch's Python code for that device, which imports sympy.
+    """Build models on the meta device without torch's Python code for that device, because it imports sympy.
 
-    Numbers are not drawn there. Shapes and types of arithmetic with a few numbers, the angles of positions, are
-    computed on the CPU.
+    Random initialisation is skipped on the meta device. Arithmetic on small tensors there, such as the angles of
+    positions, is done on the CPU with ones, only to find the shape and type of the result.
     """
 
     DRAWN = frozenset(("kaiming_uniform_", "normal_", "uniform_"))
@@ -24,7 +24,7 @@ class MadeOnMeta(TorchFunctionMode):
     FEW = 1 << 20
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call ``function`` where torch does not compute on the meta device in Python."""
+        """Call ``function``, or do its work in a way that needs no Python code of torch for the meta device."""
         given = kwargs or {}
         name = getattr(function, "__name__", "")
         first: Any = args[0] if args else given.get("tensor")
@@ -41,7 +41,7 @@ class MadeOnMeta(TorchFunctionMode):
                 return self._meta(function(*args, **given | {"device": "cpu"}))
         try:
             return function(*args, **given)
-        except NotImplementedError:  # torch has this operation for that device in Python only
+        except NotImplementedError:  # only Python code of torch does this on the meta device
             if not remove_stand_ins():
                 raise
             return function(*args, **given)

@@ -1,4 +1,4 @@
-"""Stand-ins for modules of torch that are seldom used and take long to import. The first use imports them."""
+"""Stand-ins for modules of torch that are seldom used and take long to import. The first use imports the module."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from types import ModuleType
 from typing import Any
 
 COMPILER = "torch._dynamo"
-META = "torch._meta_registrations"  # operations on the meta device that torch has in Python only
-TRIED = ("2.13.",)  # releases of torch that were found to do without META
+META = "torch._meta_registrations"  # the meta device's operations that are Python code
+TRIED = ("2.13.",)  # releases of torch that were found to work without META
 
 
 def put_stand_ins() -> None:
-    """Import torch, and put stand-ins in place of what was not imported yet of it and is not needed."""
+    """Import torch with a stand-in for META, and put stand-ins for the compiler, unless these were imported before."""
     if "torch" not in sys.modules and version("torch").startswith(TRIED):
         _StandIn(META)
         import torch
         from torch._opaque_base import OpaqueBaseMeta
 
-        torch._C._set_generator_metaclass(OpaqueBaseMeta)  # done by META, and needed by torch.Generator
-    if COMPILER not in sys.modules:  # transformers marks functions for it, and takes a class from it
+        torch._C._set_generator_metaclass(OpaqueBaseMeta)  # torch.Generator needs it, and META would do it
+    if COMPILER not in sys.modules:
         _StandIn(COMPILER, allow_in_graph=_same, assume_constant_result=_same, disable=_same)
         _StandIn(f"{COMPILER}._trace_wrapped_higher_order_op", TransformGetItemToIndex=_indexing)
 
 
 def remove_stand_ins() -> bool:
-    """Import META, and let the compiler be imported when it is next used. Returns whether there were stand-ins."""
+    """Import META, and let the next use of the compiler import it. Return whether there were stand-ins."""
     found = [name for name, module in sys.modules.items() if isinstance(module, _StandIn)]
     for name in found:
         del sys.modules[name]
@@ -37,7 +37,10 @@ def remove_stand_ins() -> bool:
 
 
 class _StandIn(ModuleType):
-    """Stand-in for a module, with some of its names. Any other name imports the module itself."""
+    """Stand-in for a module of torch, with the few names that transformers uses while it is imported.
+
+    These are decorators that mark functions for the compiler, and a class. Any other name imports the real module.
+    """
 
     def __init__(self, name: str, **known: Any) -> None:
         super().__init__(name)

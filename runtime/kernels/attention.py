@@ -10,7 +10,6 @@ heads can use many threads. The result does not depend on other sequences or on 
 
 from __future__ import annotations
 
-import functools
 import inspect
 import re
 import struct
@@ -26,7 +25,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from .attention_code import ATTEND, PIECE, attention_module, scratch_numbers
-from .emitter import FLOATS, LANES
+from .emitter import FLOATS, LANES, once
 from .jit import this_processor
 from .team import Kernel, Scratch, compile_kernel, threads_for
 
@@ -139,6 +138,6 @@ def _added(mask: Tensor, batch: int) -> Tensor:
     return found.expand(batch, -1).contiguous()
 
 
-@functools.cache
+@once
 def _kernel(dtype: torch.dtype) -> Kernel:
     return compile_kernel(this_processor(), attention_module(dtype), ATTEND)

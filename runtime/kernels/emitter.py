@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import llvmlite.binding as llvm
 import torch
@@ -20,6 +21,23 @@ compile_lock = threading.RLock()
 os.register_at_fork(
     before=compile_lock.acquire, after_in_parent=compile_lock.release, after_in_child=compile_lock.release
 )
+
+Parameters = ParamSpec("Parameters")
+Made = TypeVar("Made")
+
+
+def once(make: Callable[Parameters, Made]) -> Callable[Parameters, Made]:
+    """Cache what ``make`` compiles, by its arguments. A thread that needs what another one compiles waits for it."""
+    cached: Any = functools.cache(make)
+
+    @functools.wraps(make)
+    def found(*arguments: Parameters.args, **named: Parameters.kwargs) -> Made:
+        with compile_lock:
+            made: Made = cached(*arguments, **named)
+            return made
+
+    return found
+
 
 I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 POINTER = I8.as_pointer()

@@ -8,7 +8,6 @@ not on other tokens, on the order in which experts arrive, or on the number of t
 
 from __future__ import annotations
 
-import functools
 import itertools
 import threading
 from array import array
@@ -22,7 +21,7 @@ from torch import Tensor
 from moetier.tiers.layout import RecordLayout
 from moetier.tiers.source import Residents
 
-from .emitter import FLOATS, LANES
+from .emitter import FLOATS, LANES, once
 from .expert_code import (
     ACTIVATE,
     ADD_UP,
@@ -228,6 +227,6 @@ def _first(activation: Activation) -> str:
     return "gate_up_proj" if activation.gated else "up_proj"
 
 
-@functools.cache
+@once
 def _compiled(processor: Processor, emit: Callable[..., ir.Module], name: str, *arguments: Any) -> Kernel:
     return compile_kernel(processor, emit(*arguments), name)

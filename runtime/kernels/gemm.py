@@ -14,7 +14,6 @@ the processor.
 
 from __future__ import annotations
 
-import functools
 from array import array
 from collections.abc import Sequence
 
@@ -25,7 +24,7 @@ from torch import Tensor
 from moetier.tiers.layout import ROW_TILE, RecordLayout
 
 from .api import Kernels, projection_of
-from .emitter import F32, FLOATS, I8, I32, I64, POINTER, Emitter, Value, new_module, vector
+from .emitter import F32, FLOATS, I8, I32, I64, POINTER, Emitter, Value, new_module, once, vector
 from .gemm_avx2 import MOST_ROWS, Avx2Tile, is_narrow
 from .gemm_tile import Form, Tile
 from .jit import Processor, this_processor
@@ -164,14 +163,14 @@ class Rounded:
         return array("q", (0, self.rows, x, *self.places, self._columns))
 
 
-@functools.cache
+@once
 def product_kernel(processor: Processor, form: Form) -> Kernel:
     """Compile ``product_module``, once for each form and processor."""
     # unrolled loops would need more registers than AVX2 has
     return compile_kernel(processor, product_module(form, processor), WORK, unroll=not is_narrow(processor))
 
 
-@functools.cache
+@once
 def rounding_kernel(processor: Processor, group: int, dtype: torch.dtype) -> Kernel:
     """Compile ``rounding_module``, once for each group size, type and processor."""
     return compile_kernel(processor, rounding_module(group, dtype), ROUND)

@@ -5,14 +5,13 @@ Sums are fp32, and each number of y depends only on its row of W and on x.
 
 from __future__ import annotations
 
-import functools
 from array import array
 
 import torch
 from llvmlite import ir
 from torch import Tensor
 
-from .emitter import F32, FLOATS, I32, LANES, POINTER, Emitter, new_module, vector
+from .emitter import F32, FLOATS, I32, LANES, POINTER, Emitter, new_module, once, vector
 from .jit import refusal, this_processor
 from .team import Kernel, Step, compile_kernel, is_small, threads_for
 
@@ -37,7 +36,7 @@ def gemv_step(weight: Tensor, given: torch.dtype) -> Step:
     rows, columns = weight.shape
     items = -(-rows // ROWS)
     context = array("q", (0, items, 0, rows, columns, 0, 0))
-    return Step(_kernel(given, weight.dtype), context, min(items, threads_for(rows * columns)))
+    return Step(gemv_kernel(given, weight.dtype), context, min(items, threads_for(rows * columns)))
 
 
 class Scores:
@@ -68,8 +67,8 @@ class Scores:
         return self._found.tolist()
 
 
-@functools.cache
-def _kernel(given: torch.dtype, kept: torch.dtype) -> Kernel:
+@once
+def gemv_kernel(given: torch.dtype, kept: torch.dtype) -> Kernel:
     return compile_kernel(this_processor(), gemv_module(given, kept), GEMV)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import llvmlite.binding as llvm
 from llvmlite import ir
 
-from .emitter import compile_lock
+from .emitter import compile_lock, once
 from .executable import Executable, LinkError, can_become_executable
 
 _TRIAL_RESULT = 42
@@ -107,14 +107,9 @@ class Processor:
         return code, machine
 
 
+@once
 def this_processor() -> Processor:
     """Return the processor of this machine: the same object in all threads, which owns the code that it compiles."""
-    with compile_lock:
-        return _this_processor()
-
-
-@functools.cache
-def _this_processor() -> Processor:
     return Processor()
 
 

@@ -18,7 +18,7 @@ import torch
 from llvmlite import ir
 from torch import Tensor, nn
 
-from .emitter import F32, FLOATS, I64, LANES, POINTER, Emitter, new_module, vector
+from .emitter import F32, FLOATS, I64, LANES, POINTER, Emitter, new_module, once, vector
 from .jit import this_processor
 
 NORM = "moetier_norm"  # name of the compiled function
@@ -76,7 +76,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, scale: Scale) -> Tensor | No
     ):
         return None
     y = torch.empty_like(x)
-    code = _compiled(x.dtype, scale)
+    code = norm_kernel(x.dtype, scale)
     code(x.data_ptr(), weight.data_ptr(), y.data_ptr(), x.numel() // columns if columns else 0, columns, eps)
     return y
 
@@ -114,8 +114,8 @@ def _quick(kind: type, scale: Scale, eps: str) -> type:
     return type(kind.__name__, (QuickNorm, kind), own)
 
 
-@functools.cache
-def _compiled(dtype: torch.dtype, scale: Scale) -> Callable[..., None]:
+@once
+def norm_kernel(dtype: torch.dtype, scale: Scale) -> Callable[..., None]:
     arguments = (*[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 2, ctypes.c_float)
     return this_processor().function(norm_module(dtype, scale), NORM, *arguments)
 

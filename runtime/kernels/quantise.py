@@ -12,7 +12,6 @@ The module is long because most of it emits a single function, whose parts share
 
 from __future__ import annotations
 
-import functools
 import math
 from array import array
 from collections.abc import Mapping
@@ -29,7 +28,7 @@ from moetier.tiers.quant import codec, hqq
 from moetier.tiers.quant.codec import WeightError
 from moetier.tiers.quant.packing import HALF, fold, load_pairs
 
-from .emitter import F32, I8, I16, I32, LANES, POINTER, Emitter, Value, compile_lock, new_module, vector
+from .emitter import F32, I8, I16, I32, LANES, POINTER, Emitter, Value, new_module, once, vector
 from .jit import Processor, refusal, this_processor
 from .team import Kernel, compile_kernel
 
@@ -169,9 +168,7 @@ class _Work:
             scales.data_ptr() + 4 * which,
         )
         context = array("q", fields)
-        with compile_lock:
-            kernel = _pairs_kernel(self._processor)
-        kernel.run(context, 1)
+        _pairs_kernel(self._processor).run(context, 1)
         found[:, p.rows :] = 0
         pairs[:, p.rows :, which] = 0
 
@@ -198,14 +195,9 @@ class _Work:
             fold(self._low.view(-1) >> 2, 4, self._views[f"{p.name}.plane"])
 
 
+@once
 def quantising_kernel(processor: Processor, form: QuantiserForm) -> Kernel:
-    """Compile ``quantising_module``, once for each form and processor, also if several threads need it at once."""
-    with compile_lock:
-        return _compiled(processor, form)
-
-
-@functools.cache
-def _compiled(processor: Processor, form: QuantiserForm) -> Kernel:
+    """Compile ``quantising_module``, once for each form and processor."""
     return compile_kernel(processor, quantising_module(form), QUANTISE)
 
 
@@ -234,7 +226,7 @@ class _Vectors(Emitter):
         return shifted, self.at.fsub(shifted, self.numbers(ROUNDING))
 
 
-@functools.cache
+@once
 def _pairs_kernel(processor: Processor) -> Kernel:
     return compile_kernel(processor, pairs_module(), PAIRS)
 

@@ -8,7 +8,6 @@ to their types.
 
 from __future__ import annotations
 
-import functools
 import math
 import struct
 import threading
@@ -19,7 +18,7 @@ import torch
 from llvmlite import ir
 from torch import Tensor
 
-from .emitter import F32, FLOATS, I32, I64, LANES, POINTER, Emitter, Value, new_module, vector
+from .emitter import F32, FLOATS, I32, I64, LANES, POINTER, Emitter, Value, new_module, once, vector
 from .gemv import W, X, Y, gemv_step, lies_in_rows
 from .jit import refusal, this_processor
 from .team import Kernel, Program, Step, compile_kernel, is_small
@@ -103,7 +102,7 @@ class _Call:
         return logits.to(self._routing.logit_dtype), weights, experts
 
 
-@functools.cache
+@once
 def _kernel(dtype: torch.dtype, weight_dtype: torch.dtype, normalised: bool, has_bias: bool) -> Kernel:
     module = routing_module(dtype, weight_dtype, normalised=normalised, has_bias=has_bias)
     return compile_kernel(this_processor(), module, ROUTE)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import atexit
 import ctypes
-import functools
 import os
 import signal
 import threading
@@ -25,7 +24,7 @@ from typing import NamedTuple
 import torch
 from llvmlite import ir
 
-from .emitter import compile_lock
+from .emitter import once
 from .jit import Processor, this_processor
 from .openmp import end_threads
 from .team_code import (
@@ -73,8 +72,7 @@ class Kernel(NamedTuple):
 
 def compile_kernel(processor: Processor, module: ir.Module, name: str, *, unroll: bool = True) -> Kernel:
     """Compile the function ``name`` of ``module``, which takes a context. Raises OSError as ``compile`` does."""
-    with compile_lock:
-        address = processor.compile(module, name, unroll=unroll)
+    address = processor.compile(module, name, unroll=unroll)
     call, call_locked = (kind(None, ctypes.c_void_p)(address) for kind in (ctypes.CFUNCTYPE, ctypes.PYFUNCTYPE))
     return Kernel(address, call, call_locked)
 
@@ -205,7 +203,7 @@ class Team:
                 thread.join(0.01)
 
 
-@functools.cache
+@once
 def compiled(processor: Processor) -> tuple[Callable[..., None], Callable[..., None], Callable[..., None]]:
     """Compile ``team_module``. Return its functions RUN_ALL, without and with the GIL, and WORK, without it."""
     run_all_, work = processor.compile_all(team_module(), [RUN_ALL, WORK])

@@ -31,6 +31,14 @@ def loaded(directory: Path, resources: dict[str, Any], *, sequences: int = 1) ->
     if short := shortage():
         _log.warning("%s", short)
     with lean_imports():
+        import torch
+
+        from moetier.runtime.kernels.ahead import compile_ahead
+        from moetier.runtime.pulled import model_directory
+
+        if resources["device"] == "cpu" or not torch.cuda.is_available():
+            compile_ahead(model_directory(directory))
+
         import transformers
 
         from moetier.runtime.model.load import load

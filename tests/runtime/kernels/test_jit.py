@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
 import os
 import shutil
 import subprocess
@@ -21,7 +20,7 @@ from prepared import Prepared
 from readers import PATIENCE
 from threads import Task
 
-from moetier.runtime.kernels import jit
+from moetier.runtime.kernels.emitter import once
 from moetier.runtime.kernels.gemm import product_kernel
 from moetier.runtime.kernels.gemm_tile import Form
 from moetier.runtime.kernels.jit import Processor
@@ -67,17 +66,17 @@ def test_who_compiles_may_fork() -> None:
     assert found == ["returned here"]
 
 
-def test_all_threads_get_one_processor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The code of a second one would be unmapped with it, perhaps while it runs."""
+def test_threads_that_need_the_same_wait_for_one_of_them() -> None:
+    """Each would have a processor of its own, which owns the code that it compiles, or compile the same code again."""
     waiting = threading.Barrier(2)
 
-    def make() -> Processor:
+    @once
+    def make() -> object:
         with contextlib.suppress(threading.BrokenBarrierError):
             waiting.wait(0.2)
-        return Processor()
+        return object()
 
-    monkeypatch.setattr(jit, "_this_processor", functools.cache(make))
-    tasks = [Task(jit.this_processor) for _ in range(2)]
+    tasks = [Task(make) for _ in range(2)]
     assert tasks[0].result() is tasks[1].result()
 
 
