@@ -386,7 +386,7 @@ def test_who_goes_away_ends_a_stream(either: ServerProcess) -> None:
             assert [next(iter(pieces)) for _ in range(3)]
         assert cancelled_since(either, before) == 1
         assert text_of(client)
-    assert re.search(r"cancelled: prompt \d+( \(\d+ kept\))?, new \d{1,3}\n", either.log)
+    assert re.search(r"cancelled: \d+ prompt tokens( \(\d+ of them cached\))?, \d{1,3} new tokens\n", either.log)
 
 
 def test_who_goes_away_ends_an_answer_that_does_not_stream(server: ServerProcess) -> None:
