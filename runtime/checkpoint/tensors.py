@@ -236,9 +236,10 @@ class Scaled:
         return steps[0], steps[1]
 
     def _read_rows(self, first: int, out: torch.Tensor) -> None:
-        """Fill ``out`` with dequantised rows from ``first`` on.
+        """Fill ``out`` with dequantised rows of the weight, from row ``first`` on.
 
-        Tiles of whole blocks are dequantised one after another, so that a large matrix is never in fp32 as a whole.
+        A limited number of rows is dequantised at a time, so that a large matrix is never in fp32 as a whole. All but
+        the last of these parts end where a block of weights with a common scale ends.
         """
         scale = self.scale.read()
         rows, columns = self._steps(scale)

@@ -123,7 +123,7 @@ class Clients:
 
     @contextlib.contextmanager
     def stream(self, session: str) -> Iterator[SessionCall]:
-        """Begin a stream of a client, and end the client's former stream. The new stream ends with the context.
+        """Begin a stream of a client, and end the client's former one. The new stream ends with the ``with`` block.
 
         Raises RefusedError if no client has the id ``session``, UnknownModelError if the client has named no store, and
         UnavailableError once the daemon is ending.
@@ -154,7 +154,7 @@ class Clients:
 
     @contextlib.contextmanager
     def fetching(self, digest: str) -> Iterator[HostedModel]:
-        """Count a fetch of another host for the duration of the context, and yield the model with ``digest``.
+        """Count a fetch of another host for the duration of the ``with`` block, and yield the model with ``digest``.
 
         Raises UnknownModelError if the daemon does not serve it, and UnavailableError once the daemon is ending.
         """

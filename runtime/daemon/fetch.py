@@ -153,7 +153,7 @@ class Fetches:
 
     @contextlib.contextmanager
     def _lease(self, key: ExpertKey, context: grpc.ServicerContext, until: float) -> Iterator[memoryview]:
-        """Lease the record of ``key`` for the duration of the context, and yield the slot: the record and its checksum.
+        """Lease the record of ``key`` until the ``with`` block ends, and yield the slot: the record and its checksum.
 
         Raises ExhaustedError if no slot is free before ``until`` (monotonic clock).
         """

@@ -42,7 +42,10 @@ class GrowingBuffer:
         return self._memory[..., : self.used, :]
 
     def takes(self, seen: Tensor, more: Tensor) -> bool:
-        """Return whether ``seen`` is all that is filled, and ``more`` [batch, heads, tokens, width] fits after it."""
+        """Return whether ``append`` may append ``more`` [batch, heads, tokens, width] to ``seen``.
+
+        It may if ``seen`` is a view of the whole filled part of this buffer, and the buffer has room for ``more``.
+        """
         memory = self._memory
         return (
             seen.data_ptr() == memory.data_ptr()

@@ -1,9 +1,9 @@
 """A router's choice of experts for one token in one call: logits, the top-k of them, and the weights of these.
 
-Weights are the softmax of the logits: over all experts, or over those chosen, which is the same as dividing the former
-by their sum. With torch it takes five to seven operations, each of which costs more than its arithmetic. Of experts
-with equal logits, those with the smallest numbers are chosen. All is computed in fp32; logits and weights are rounded
-to their types.
+Weights are the softmax of the logits, either over all experts or over the chosen ones only. The latter are the weights
+over all experts, divided by the sum of those of the chosen experts. With torch the choice takes five to seven
+operations, each of which costs more than its arithmetic. Of experts with equal logits, those with the smallest numbers
+are chosen. All is computed in fp32; logits and weights are rounded to their types.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class RoutingForm(NamedTuple):
 
 
 class Routing:
-    """The choice of experts by a matrix of one row for each expert. Threads may use it at the same time."""
+    """Chooses experts with a router's matrix, which has a row for each expert. Threads may use it at the same time."""
 
     def __init__(self, form: RoutingForm) -> None:
         self.form = form

@@ -141,14 +141,17 @@ class _Products:
 
 
 class _Observer(threading.local):
-    """The matrices that a thread has multiplied with the same row last, and that are in no group yet."""
+    """For each thread: the last row, and the matrices without a ``_Group`` that it has multiplied with that row."""
 
     def __init__(self) -> None:
         self._x: Tensor | None = None
         self._matrices: list[RowMatrix] = []
 
     def group_of(self, matrix: RowMatrix, x: Tensor) -> _Group:
-        """Note that ``matrix`` is multiplied with x. Return its group, or one for this time."""
+        """Note that this thread multiplies ``matrix`` with x. Return the matrix's group.
+
+        If it has none yet, return a new group of only this matrix, for this one product.
+        """
         if x is not self._x or matrix in self._matrices:
             if not any(one.group for one in self._matrices):  # no other thread was quicker
                 group = _Group(self._matrices)

@@ -83,7 +83,7 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
 
     Raises:
         ConfigError: the hidden states are not on the device of the records.
-        ValueError: the shapes do not fit each other, or not the records.
+        ValueError: the shapes do not fit each other, or do not fit the records.
     """
     here: TieredBlock = self.tiered
     if hidden_states.device != here.device:

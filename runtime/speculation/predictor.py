@@ -40,7 +40,7 @@ class Ranking(NamedTuple):
         return Ranking(self.experts.to("cpu", non_blocking=True), self.top_k)
 
     def prediction(self) -> Prediction:
-        """Return the ranking as lists. Waits for the device if the tensor is on one."""
+        """Return the ranked experts as lists. If ``experts`` is on a device, wait until the device has computed it."""
         flat = self.experts.T.flatten().tolist()
         chosen = self.top_k * len(self.experts)
         return Prediction(flat[:chosen], flat[chosen:])

@@ -54,7 +54,7 @@ class DaemonProbe:
 def probe(
     address: Address, credentials: Credentials | None = None, *, patience: float = PATIENCE
 ) -> Iterator[DaemonProbe]:
-    """Connect to a daemon for the duration of the context. ``patience``: seconds to wait for each answer.
+    """Connect to a daemon for the duration of the ``with`` block. ``patience``: seconds to wait for each answer.
 
     Raises ConfigError if the credentials can't be used, UnavailableError if no daemon answers, and RefusedError if
     another user runs the daemon.

@@ -102,7 +102,8 @@ class DeviceFill:
     def _place(self, demand: DeviceDemand, key: ExpertKey, began: float, wait: bool) -> bool | None:
         """Begin to fill a slot for a demand, or pin the slot that already has the record, and return True.
 
-        If no slot is available, return None if ``wait`` is true, so that the caller waits, or False. Part of a step.
+        If neither is possible now, return None if ``wait`` is true, which makes the caller wait, and False otherwise.
+        Part of a step.
         """
         self._check_open()
         pool = demand.pool

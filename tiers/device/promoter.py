@@ -68,7 +68,7 @@ class Promoter:
         self._has_failed = False  # only the first failure is logged
 
     def __contains__(self, key: ExpertKey) -> bool:
-        """Return whether a record is among the latest requests of its block."""
+        """Return whether the latest prefetch request for the record's block includes the record."""
         return key in self._requests.get(key.block, ())
 
     @property

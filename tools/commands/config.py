@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _command(text: str) -> str:
-    """Return the name of a command that has settings. Raises ConfigError for any other text."""
+    """Return ``text`` if it is the name of a command that has settings. Raises ConfigError if it is not."""
     from moetier.tiers.errors import ConfigError
     from moetier.tools.cli.parser import commands_of, settable
     from moetier.tools.main import build_parser

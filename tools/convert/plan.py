@@ -201,7 +201,7 @@ class ConversionPlan:
         )
 
     def records(self, *, workers: int, fast: bool) -> dict[str, MatrixRecord]:
-        """Return the record of each quantised matrix, by module path, without making it.
+        """Return a MatrixRecord for each quantised matrix, by module path. Its ``chunks`` makes the bytes later.
 
         ``workers``: threads that will quantise; ``fast``: round to the nearest value instead of using HQQ.
         """

@@ -241,9 +241,10 @@ class Download:
                 sync_folder(whole.parent)
 
     def _ranges(self, path: Path) -> list[list[int]]:
-        """Return [offset, bytes] of each part of a file that its sparse copy keeps.
+        """Return [offset, number of bytes] of each part of a file that its sparse copy keeps.
 
-        The parts are the header, the tensors of ``keep_tensors``, and the digest's samples of the other tensors.
+        The parts are the header, the tensors given to ``keep_tensors``, and of each other tensor the samples (see
+        ``samples``) from which the digest of the checkpoint is computed.
         """
         tensors = sorted(self._tensors[path].values(), key=lambda tensor: tensor.offset)
         ranges = [[0, tensors[0].offset if tensors else self._files[path].size]]

@@ -212,8 +212,8 @@ def estimate(
     """Return the estimates as the JSON object that ``moetier plan --json`` prints.
 
     Args:
-        fits: the fits to estimate.
-        best: the recommended one of ``fits``.
+        fits: the choices to estimate, each with its slots and bytes on this machine (see ``Fit``).
+        best: the one of ``fits`` that is recommended.
         context: length of the context in tokens.
         options: given options that `generate` takes too, as a dictionary from names to values.
         pulls: whether to recommend `moetier pull`, not `moetier convert`.

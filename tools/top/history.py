@@ -60,7 +60,10 @@ class ModelHistory:
         return self.changes[-1] if self.changes else None
 
     def go_on(self, stats: ModelStats, details: Details, seconds: float) -> None:
-        """Replace the state by a new one, ``seconds`` later, and add the change between the two."""
+        """Replace the state by a newer one, and append the change between the two to ``changes``.
+
+        ``seconds``: the time between the two states.
+        """
         self.changes.append(_change(self.stats, stats, seconds))
         former = {client.number: client for client in self.details.clients}
         self.rates = {
