@@ -29,9 +29,10 @@ def lies_in_rows(weight: Tensor) -> bool:
 
 
 def gemv_step(weight: Tensor, given: torch.dtype) -> Step:
-    """Return a step that multiplies ``weight`` [N, K] with a row of type ``given``.
+    """Return a step that multiplies ``weight`` [rows, columns] with a row of type ``given``.
 
-    Its context still lacks the addresses X, W and Y: of x [K], of the weight, and of y [N] in the weight's type.
+    Its context still lacks the addresses X, W and Y: of x [columns], of the weight, and of y [rows] in the weight's
+    type.
     """
     rows, columns = weight.shape
     items = -(-rows // ROWS)
