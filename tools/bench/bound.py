@@ -74,9 +74,9 @@ class Bound:
 def misses_of(routing: Routing, groups: Sequence[Group], policy: str = DEFAULT_POLICY) -> list[list[int]]:
     """Return how many experts a simulated cache must load: [steps][blocks].
 
-    ``groups`` have the cache's slots. The cache is empty at the start and evicts by ``policy``, one of ``POLICIES``.
-    All experts of a step and block are looked up before any of them is loaded. A step of many tokens is not treated as
-    a scan.
+    ``groups``: the slots of the cache, divided among blocks. The cache is empty at the start and evicts by ``policy``,
+    one of ``POLICIES``. All experts of a step and block are looked up before any of them is loaded. A step of many
+    tokens is not treated as a scan.
     """
     tier = SimulatedTier(groups, POLICIES[policy])
     return [

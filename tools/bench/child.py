@@ -1,7 +1,7 @@
 """Program for one measurement: it reads from standard input what to measure, and prints the result, both as JSON.
 
-``sandbox`` starts it as ``python -m moetier.tools.bench.child``. The measurement is the function that ``work`` names
-in the input: ``idle``, ``model`` or ``rates``. The function gets the whole input.
+``sandbox`` starts it as ``python -m moetier.tools.bench.child``. The field ``work`` of the input names the function
+that measures: ``idle``, ``model`` or ``rates``. The function gets the whole input.
 """
 
 from __future__ import annotations

@@ -93,7 +93,7 @@ class RandomReads:
 
     @property
     def by(self) -> str:
-        """Name of the tool that measures: "fio" where it is installed, else "preadv"."""
+        """Name of the tool that measures: "fio" if it is installed, else "preadv"."""
         return "preadv" if shutil.which("fio") is None else "fio"
 
     def rate(self, depth: int, seconds: float) -> float:

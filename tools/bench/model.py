@@ -93,7 +93,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Floor:
-    """Sizes and routing from which, with the measured rates, bounds are computed."""
+    """Sizes and routing of a model. Bounds are computed from these and from measured rates."""
 
     manifest: Manifest
     routing: list[list[list[int]]]  # [pieces][blocks]: the experts that were used
@@ -111,7 +111,8 @@ class Floor:
         least = self.resident_bytes + smallest_budget(self.manifest)
         if any(setting.limit is not None and setting.limit < least for setting in settings):
             raise BudgetError(
-                f"An idle process, the trunk, the context and a token's experts of a block take {format_bytes(least)}.",
+                "An idle process, the trunk, the context and the experts that a token uses in a block take "
+                f"{format_bytes(least)}.",
                 f"Give a --limit of {least} bytes or more.",
             )
 

@@ -1,7 +1,7 @@
 """Options, alternating runs and output that all ``moetier bench`` commands share.
 
-Each of the things that are compared (the "ways") runs once in each round. The order changes from round to round, so
-that fluctuations of the machine affect all ways alike.
+The things that are compared are called ways. Each way runs once in each round. The order changes from round to round,
+so that fluctuations of the machine affect all ways alike.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_bench(arguments: argparse.Namespace) -> None:
-    """Raise TargetError if the file of --json is to be in a folder that does not exist. Call this before measuring."""
+    """Raise TargetError if the folder of the --json file does not exist. Call this before measuring."""
     if arguments.json is not None and not arguments.json.parent.is_dir():
         raise TargetError(
             f"There is no folder {arguments.json.parent}.", "Make it, or give --json a path in another folder."
@@ -182,9 +182,9 @@ def report(
     notes: list[str] | None = None,
     **more: Any,
 ) -> int:
-    """Print the machine, the table ``rows`` and the ``notes``. Write all of it to the file of --json. Return 0.
+    """Print the machine, the table ``rows`` and the ``notes``. With --json, write the results to a file too. Return 0.
 
-    ``results`` are written to the file in place of the table, as JSON. ``more`` are further fields of the file.
+    The file has the machine, the notes, ``results`` (a JSON object for each row of the table) and the fields ``more``.
     """
     from moetier.tiers.store.atomic import write_durably
 

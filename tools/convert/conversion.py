@@ -60,8 +60,8 @@ class Conversion:
     ) -> Conversion:
         """Plan a conversion into ``folder`` without writing anything.
 
-        Weights are not read, except samples of a checkpoint without ``download``, for its digest. ``download``,
-        ``resuming`` and ``quiet`` are as in ``convert.write``. Raises CheckpointError or ConfigError.
+        No weights are read, except samples for the digest if the checkpoint is a folder. ``download``, ``resuming`` and
+        ``quiet`` are as in ``convert.write``. Raises CheckpointError or ConfigError.
         """
         model, dtype = build_on_meta(checkpoint.config, checkpoint.first_dtype)
         tensors = source_tensors(checkpoint.tensors, checkpoint.quantization, str(dtype).removeprefix("torch."))
@@ -270,7 +270,8 @@ def _encoder(planned: ConversionPlan, plan: Manifest, options: Options) -> Encod
 class BlockReport:
     """Result for one block.
 
-    ``error`` is the relative error of its stored weights; None if it is not known, as when the model was complete.
+    ``error`` is the relative error of its stored weights. It is None if an earlier run made the block and its error was
+    not kept.
     """
 
     path: str

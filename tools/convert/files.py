@@ -67,9 +67,10 @@ def check_unused(name: str, folder: Path) -> None:
 
 
 def users_of(folder: Path) -> dict[int, str]:
-    """Return the other processes that have files below ``folder`` open or mapped: process id -> command line.
+    """Return the other processes that have files in ``folder`` open or mapped, as a dictionary: id -> command line.
 
-    For example a daemon, a server or a conversion. Processes of other users can't be inspected, and are left out.
+    Such a process may be a daemon, a server or a conversion. Processes of other users can't be inspected, and are left
+    out. Command lines are cut to 100 characters.
     """
     prefix = f"{folder.resolve()}/"
     mapped = prefix.replace("\n", r"\012")  # as the kernel writes a path in /proc/PID/maps

@@ -69,7 +69,7 @@ class Options:
 
 
 def trunk_form(bits: Bits) -> TrunkRecords | None:
-    """Return the default format of the trunk's matrices with ``bits`` per weight; None for 16, which quantises none.
+    """Return the default format of the trunk's matrices with ``bits`` per weight; None for 16, if none is quantised.
 
     Raises ConfigError if a trunk can't have that many bits.
     """
@@ -160,9 +160,9 @@ class ConversionPlan:
     def of(
         cls, model: PreTrainedModel, dtype: torch.dtype, tensors: Mapping[str, SourceTensor], trunk_bits: Bits
     ) -> ConversionPlan:
-        """Plan the conversion of ``model``, which is on the meta device. This leaves one expert in its Experts modules.
+        """Plan the conversion of ``model``, which is on the meta device. Remove all experts of each block but one.
 
-        Modules whose experts can't be read one by one keep all experts. ``tensors``: the tensors of the checkpoint, of
+        Blocks whose experts can't be read one by one keep all experts. ``tensors``: the tensors of the checkpoint, of
         any shape, by name. ``dtype``: the type in which the model will be loaded. Raises UnsupportedModelError or
         CheckpointError.
         """
@@ -203,7 +203,7 @@ class ConversionPlan:
     def records(self, *, workers: int, fast: bool) -> dict[str, MatrixRecord]:
         """Return a MatrixRecord for each quantised matrix, by module path. Its ``chunks`` makes the bytes later.
 
-        ``workers``: threads that will quantise; ``fast``: round to the nearest value instead of using HQQ.
+        ``workers``: number of threads that quantise; ``fast``: round to the nearest value instead of using HQQ.
         """
         return {
             path: MatrixRecord(path, recipe, self.form, workers=workers, fast=fast)

@@ -99,7 +99,7 @@ class Download:
         self._halted = threading.Event()
 
     def keep_tensors(self, names: Collection[str]) -> None:
-        """Set which tensors are read after all blocks, by their ``names``. Call this before any other method."""
+        """Set the ``names`` of the tensors that are read after all blocks. Call this before any other method."""
         self._kept = frozenset(names)
 
     def announce(self, route: Sequence[Stage]) -> str:
@@ -111,7 +111,7 @@ class Download:
         return f"{format_bytes(coming)} will be downloaded; at most {format_bytes(largest)} on the disk at any one time"
 
     def disk_bytes(self, route: Sequence[Stage]) -> tuple[int, int]:
-        """Return the most bytes by which the download's folder and huggingface_hub's cache grow, as a pair."""
+        """Return two numbers: the most bytes that the download takes in its folder, and in huggingface_hub's cache."""
         coming = self._coming(route)
         if self.keep:
             return 0, sum(coming.values())

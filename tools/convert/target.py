@@ -84,8 +84,8 @@ class Target:
     ``small`` has the content of every file that belongs neither to the trunk nor to the store, by its path in
     ``folder``.
 
-    ``passing``: whether the source is downloaded during the conversion. Then its digest is known only at the end. Until
-    then, ``plan`` has the commit in place of the digest. The file ``ORIGIN`` keeps the commit.
+    ``passing``: whether the source is downloaded during the conversion. If so, its digest is known only at the end.
+    Until then, ``plan`` has the commit in place of the digest. The file ``ORIGIN`` keeps the commit.
     """
 
     folder: Path

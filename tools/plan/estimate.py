@@ -61,7 +61,7 @@ class HitCurve:
 
 @cache
 def hit_curves() -> tuple[HitCurve, ...]:
-    """Read the bundled curves."""
+    """Return the bundled curves, which are read once."""
     found = json.loads((files(__package__) / FILE).read_text())
     return tuple(
         HitCurve(c["trace"], c["experts"], c["top_k"], tuple(c["shares"]), tuple(c["hit_ratios"]))
@@ -125,7 +125,10 @@ class Caching:
 
     @classmethod
     def of(cls, manifest: Manifest, slots: Mapping[str, int]) -> Caching:
-        """Estimate hit ratios from the host tier's ``slots`` by array, divided among blocks as the host tier does."""
+        """Estimate hit ratios from the host tier's slots, which are divided among blocks as the host tier does.
+
+        ``slots``: number of slots for each zarr array of the store.
+        """
         own = [0.0] * len(manifest.blocks)
         for group in groups_of(manifest, slots):
             if len(group.blocks) == 1:
@@ -190,7 +193,7 @@ def prompt_cost(choice: Choice, caching: Caching, rates: Rates) -> Cost:
 
 
 def _trunk_cost(choice: Choice, rates: Rates, rows: float) -> tuple[int, float]:
-    """Return the bytes of the trunk that are multiplied with, and the seconds of products of ``rows`` rows."""
+    """Return how many bytes of the trunk are multiplied with, and how many seconds this takes with ``rows`` rows."""
     plain, records = choice.plain_bytes, sum(layout.payload_bytes for layout in choice.matrices)
     seconds = max(plain / rates.plain, plain * rows / rates.many_rows[16])
     if records:

@@ -90,8 +90,8 @@ class Fit:
 def fit_of(model_choices: ModelChoices, choice: Choice, config: TierConfig, room: Room, kernels: Kernels) -> Fit:
     """Compute the slots and memory of a choice, with the budgets that loading it would use.
 
-    ``config``: the options that were given; ``kernels``: those of the room's device. If disk or memory are too small,
-    no error is raised: the result's ``problem`` is the error.
+    ``config``: the options that were given; ``kernels``: the kernels of ``room.device``. If disk or memory is too
+    small, no error is raised: the error is the ``problem`` of the result.
     """
     manifest, model = choice.manifest, model_choices.model
     scratch = max(scratch_numbers(manifest, kernels), largest_decoded(choice.matrices, kernels))
@@ -145,25 +145,25 @@ def _memory_problem(
     if (config.ram or config.device_memory) and "Give `" in error.fix:
         return error
     least = smallest_budget(choice.manifest)
-    experts = f"a token's experts of a block ({format_bytes(least)})"
+    experts = f"the experts that a token uses in a block ({format_bytes(least)})"
     if room.on_device is not None and there is room.host:
         needed = needed_bytes(least)
         what = f"{experts} need {format_bytes(needed)} of the host's memory"
     else:
         needed = needed_bytes(needs.reserve + least) + choice.trunk_bytes
         what = (
-            f"trunk ({format_bytes(choice.trunk_bytes)}), a context of {config.context} tokens "
+            f"the trunk ({format_bytes(choice.trunk_bytes)}), a context of {config.context} tokens "
             f"({format_bytes(needs.reserve)}) and {experts} need {format_bytes(needed)}"
         )
     on_gpu = there is room.on_device
     return BudgetError(
         f"With {choice.options}, {what}; {there.limiter} leaves {format_bytes(there.bytes)}.",
-        "Free some of its memory, or give --device cpu." if on_gpu else "Free some memory, or raise the limit.",
+        "Free some memory of the GPU, or give --device cpu." if on_gpu else "Free some memory, or raise the limit.",
     )
 
 
 def needed_bytes(used: int) -> int:
-    """Return how many bytes must be free to use ``used`` bytes, as ``runtime.memory`` leaves a margin."""
+    """Return how many bytes must be free so that ``used`` bytes can be used beside the margin of ``runtime.memory``."""
     return int((used + MARGIN_BYTES) / (1 - MARGIN_SHARE))
 
 
@@ -178,7 +178,7 @@ def by_preference(fits: Iterable[Fit]) -> list[Fit]:
 
 
 def impossible(asked: Sequence[Fit], evaluate: Callable[[TierConfig], list[Fit]], config: TierConfig) -> MoetierError:
-    """Return an error that says why none of the fits ``asked`` works, and which other bits or shorter context would.
+    """Return an error that says why none of the fits ``asked`` works, and which other bits or context would work.
 
     ``evaluate`` returns the fits of all choices with a given config.
     """

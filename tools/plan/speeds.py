@@ -65,7 +65,7 @@ class Rates:
     operation: float  # seconds of an operation of torch on a few numbers
 
     def seconds(self, nbytes: float, bits: Bits, rows: float) -> float:
-        """Return the seconds of products of ``rows`` rows with ``nbytes`` of records or matrices."""
+        """Return the seconds of products of ``rows`` rows with ``nbytes`` of weights that are stored in ``bits``."""
         return max(nbytes / self.one_row[bits], nbytes * rows / self.many_rows[bits])
 
     @classmethod

@@ -234,7 +234,7 @@ def test_a_trunk_that_is_quantised_takes_its_time_too(index_only: Path) -> None:
     ("host", "device", "words", "fix"),
     [
         (8 << 30, 20 << 20, r"trunk \(.*, a context of 4096 .* need .*; cuda:0 leaves 20 MiB", "--device cpu"),
-        (10 << 20, 8 << 30, r"With --bits 4, a token's experts .* of the host's memory; this machine", "raise the"),
+        (10 << 20, 8 << 30, r"With --bits 4, the experts .* of the host's memory; this machine", "raise the"),
         (10 << 20, 10 << 20, "of the host's memory; this machine leaves 10 MiB", "Free some memory"),
         (8 << 30, 8 << 30, "", ""),
     ],
