@@ -70,6 +70,7 @@ class Scores:
 
 @once
 def gemv_kernel(given: torch.dtype, kept: torch.dtype) -> Kernel:
+    """Compile ``gemv_module``, once for each pair of types and processor."""
     return compile_kernel(this_processor(), gemv_module(given, kept), GEMV)
 
 

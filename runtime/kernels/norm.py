@@ -116,6 +116,7 @@ def _quick(kind: type, scale: Scale, eps: str) -> type:
 
 @once
 def norm_kernel(dtype: torch.dtype, scale: Scale) -> Callable[..., None]:
+    """Compile ``norm_module``, once for each type, scale and processor."""
     arguments = (*[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 2, ctypes.c_float)
     return this_processor().function(norm_module(dtype, scale), NORM, *arguments)
 
