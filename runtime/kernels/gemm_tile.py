@@ -1,9 +1,9 @@
 """Code for one tile of a product: ROW_TILE rows of a matrix, as they are stored in its record, times a few rows of x.
 
-One step multiplies four codes q of a row with four numbers n and adds them up, as the instruction VPDPBUSD (AVX-512
-VNNI) does; other processors need several instructions (``gemm_avx2.py``). The codes are in the byte order of
-``tiers/quant/packing.py``: 32 bytes are one column of 64 rows. Codes of fewer than 4 bits, which are folded, are
-unfolded when they are loaded.
+One step multiplies four codes q of a row with four numbers n and adds them up, as the instructions VPDPBUSD (AVX-512
+VNNI), SDOT and USDOT (Arm) do; other processors need several instructions (``gemm_avx2.py``). The codes are in the byte
+order of ``tiers/quant/packing.py``: 32 bytes are one column of 64 rows. Codes of fewer than 4 bits, which are folded,
+are unfolded when they are loaded.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ PAIRS_AHEAD = 2  # groups
 COLUMN = ROW_TILE // 2  # bytes of one column of 4-bit codes
 VECTORS = ROW_TILE // LANES
 CENTRES = {8: 128, 4: 8, 3: 4, 2: 2}
+_NEON = {Dot.I8MM: "usdot", Dot.DOTPROD: "sdot"}  # names in LLVM's intrinsic functions; codes are at most 15 for sdot
 
 
 @dataclass(frozen=True)
@@ -215,15 +216,27 @@ class Tile(TileEmitter):
         ``q`` is unsigned and ``x`` signed, i8 [4 * LANES] each; or ``q`` is a pair, the high and the low halves of
         8-bit codes.
         """
-        at, integers = self.at, vector(I32, LANES)
+        at = self.at
         if isinstance(q, tuple):
             high, low = q
             four = self.all(I32, 4, LANES)
             return self._dot(at.add(total, at.shl(self._dot(self.all(I32, 0, LANES), high, x), four)), low, x)
         if self._processor.dot is Dot.AVX512_VNNI:
-            return self.intrinsic("llvm.x86.avx512.vpdpbusd.512", integers, total, q, x)
+            return self.intrinsic("llvm.x86.avx512.vpdpbusd.512", total.type, total, q, x)
+        if self._processor.dot in _NEON:
+            return self._in_quarters(f"llvm.aarch64.neon.{_NEON[self._processor.dot]}.v4i32.v16i8", total, q, x)
         wide = vector(I16, 4 * LANES)
         products = at.mul(at.zext(q, wide), at.sext(x, wide))
         pairs = at.add(*(self.pick(products, products, range(i, 4 * LANES, 2)) for i in range(2)))
         pairs = at.sext(pairs, vector(I32, 2 * LANES))
         return at.add(total, at.add(*(self.pick(pairs, pairs, range(i, 2 * LANES, 2)) for i in range(2))))
+
+    def _in_quarters(self, name: str, total: Value, q: Value, x: Value) -> Value:
+        """Emit calls of an intrinsic function for each quarter of the vectors: a register of 128 bits."""
+        parts = []
+        for quarter in range(4):
+            words, codes = (range(quarter * count, (quarter + 1) * count) for count in (LANES // 4, LANES))
+            arguments = (self.pick(value, value, order) for value, order in ((total, words), (q, codes), (x, codes)))
+            parts.append(self.intrinsic(name, vector(I32, LANES // 4), *arguments))
+        low, high = (self.pick(parts[first], parts[first + 1], range(LANES // 2)) for first in (0, 2))
+        return self.pick(low, high, range(LANES))

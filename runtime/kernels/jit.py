@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import platform
 from collections.abc import Callable, Sequence
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 import llvmlite.binding as llvm
@@ -27,30 +29,47 @@ class Dot(Enum):
     AVX512_VNNI = "AVX-512 VNNI"
     AVX_VNNI = "AVX-VNNI"
     AVX2 = "AVX2"
+    I8MM = "Arm I8MM"
+    DOTPROD = "Arm DotProd"
     PLAIN = "any processor"
 
     @property
     def takes_bytes(self) -> bool:
-        """Whether codes of 8 bits are multiplied whole. Otherwise sums of 16 bits would overflow."""
-        return self in (Dot.AVX512_VNNI, Dot.AVX_VNNI)
+        """Whether codes of 8 bits are multiplied whole. Otherwise they are too large, or sums of 16 bits overflow."""
+        return self in (Dot.AVX512_VNNI, Dot.AVX_VNNI, Dot.I8MM)
 
 
 # LLVM's names of the features of a processor that each needs, the fastest first
-_NEEDED = {Dot.AVX512_VNNI: {"+avx512vnni", "+avx512bw"}, Dot.AVX_VNNI: {"+avxvnni"}, Dot.AVX2: {"+avx2"}}
+_NEEDED = {
+    Dot.AVX512_VNNI: {"+avx512vnni", "+avx512bw"},
+    Dot.AVX_VNNI: {"+avxvnni"},
+    Dot.AVX2: {"+avx2"},
+    Dot.I8MM: {"+i8mm"},
+    Dot.DOTPROD: {"+dotprod"},
+}
+_ARM_FEATURES = {"asimddp": "+dotprod", "i8mm": "+i8mm"}  # by their names in /proc/cpuinfo
 
 
 class Processor:
-    """A target of the compiler: this machine's processor, or one of its kind with other ``features``.
+    """A target of the compiler: this machine's processor, or another one.
 
-    ``features`` are LLVM's names, such as ``+avx2,+fma``.
+    Args:
+        features: LLVM's names of the features of another processor, such as ``+avx2,+fma``.
+        triple: LLVM's name of another kind of machine, whose code can't be run here, such as ``aarch64-linux-gnu``.
     """
 
-    def __init__(self, features: str | None = None) -> None:
+    def __init__(self, features: str | None = None, triple: str | None = None) -> None:
         with compile_lock:
-            llvm.initialize_native_target()
-            llvm.initialize_native_asmprinter()
+            if triple is None:
+                llvm.initialize_native_target()
+                llvm.initialize_native_asmprinter()
+                self._target = llvm.Target.from_default_triple()
+            else:
+                llvm.initialize_all_targets()
+                llvm.initialize_all_asmprinters()
+                self._target = llvm.Target.from_triple(triple)
             if features is None:
-                self._cpu = {"cpu": llvm.get_host_cpu_name(), "features": llvm.get_host_cpu_features().flatten()}
+                self._cpu = {"cpu": llvm.get_host_cpu_name(), "features": _host_features()}
             else:
                 self._cpu = {"cpu": "", "features": features}
         known = set(self._cpu["features"].split(","))
@@ -79,7 +98,7 @@ class Processor:
         """Compile a module as ``compile`` does; return the addresses of several of its functions."""
         with compile_lock:
             why = "the code is linked by LLVM"
-            if llvm.Target.from_default_triple().name == "x86-64":
+            if self._target.name == "x86-64":
                 try:
                     code, machine = self.optimised(module, unroll, reloc="pic", codemodel="small")
                     executable = Executable(machine.emit_object(code))
@@ -99,12 +118,26 @@ class Processor:
         """Return ``module`` as an optimised module of LLVM, and the target machine. ``options``: of the machine."""
         code = llvm.parse_assembly(str(module))
         code.verify()
-        machine = llvm.Target.from_default_triple().create_target_machine(**self._cpu, opt=3, **options)
+        machine = self._target.create_target_machine(**self._cpu, opt=3, **options)
+        code.triple = machine.triple
         tuning = llvm.create_pipeline_tuning_options(speed_level=3)
         tuning.loop_unrolling = unroll
         passes = llvm.create_pass_builder(machine, tuning)
         passes.getModulePassManager().run(code, passes)
         return code, machine
+
+
+def arm_features(cpuinfo: str) -> list[str]:
+    """Return the features of a processor that LLVM does not look for on AArch64, from the text of /proc/cpuinfo."""
+    found = next((line.split() for line in cpuinfo.splitlines() if line.startswith("Features")), [])
+    return [feature for name, feature in _ARM_FEATURES.items() if name in found]
+
+
+def _host_features() -> str:
+    found = [llvm.get_host_cpu_features().flatten()]
+    if platform.machine() == "aarch64":
+        found += arm_features(Path("/proc/cpuinfo").read_text())
+    return ",".join(found)
 
 
 @once

@@ -178,7 +178,11 @@ def kernel() -> Iterator[Finding]:
     form = processor.dot.value
     found = f"products with quantised experts are computed by code compiled for {form}, in {threads} threads"
     if processor.dot is Dot.PLAIN:
-        yield warn("kernel", found, "Expect few tokens a second: fast code needs AVX2, AVX-VNNI or AVX-512 VNNI.")
+        yield warn(
+            "kernel",
+            found,
+            "Expect few tokens a second: fast code needs AVX2, AVX-VNNI, AVX-512 VNNI or Arm's DotProd.",
+        )
     elif protected:
         yield warn(
             "kernel",
