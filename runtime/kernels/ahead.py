@@ -14,11 +14,13 @@ import torch
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.store.folder import read_json, read_manifest, store_folder
 
+from .attention import attention_kernel
 from .expert_code import Activation
 from .expert_kernels import ExpertKernels
 from .gemm import product_kernel, rounding_kernel
 from .gemm_tile import Form
 from .gemv import gemv_kernel
+from .heads import heads_kernel
 from .jit import refusal, this_processor
 from .norm import Scale, norm_kernel
 from .team import compiled
@@ -42,6 +44,8 @@ def compile_ahead(folder: Path) -> None:
 def _compile(manifest: Manifest, dtype: torch.dtype) -> None:
     processor = this_processor()
     norm_kernel(dtype, Scale.ROUNDED)
+    attention_kernel(dtype)
+    heads_kernel(dtype, Scale.ROUNDED)
     for layout in manifest.layouts.values():
         activation = Activation()
         if ExpertKernels.fit(layout, activation):

@@ -108,7 +108,7 @@ def decode_attention(
     memory = (out.data_ptr(), scratch, scratch + 4 * threads * of_thread)
     strides = (*key.stride()[:3], *value.stride()[:3])
     context = array("q", (*shape, *places, *memory, *strides, scale, *bytes(groups)))
-    _kernel(query.dtype).run(context, threads)
+    attention_kernel(query.dtype).run(context, threads)
     return out, None
 
 
@@ -139,5 +139,6 @@ def _added(mask: Tensor, batch: int) -> Tensor:
 
 
 @once
-def _kernel(dtype: torch.dtype) -> Kernel:
+def attention_kernel(dtype: torch.dtype) -> Kernel:
+    """Compile ``attention_module``, once for each type."""
     return compile_kernel(this_processor(), attention_module(dtype), ATTEND)

@@ -25,6 +25,9 @@ HEADS, POSITIONS = 4, 4  # heads for which scores are computed together, positio
 # results of items; strides of K, then of V, over sequences, heads and positions, in elements; the bits of the fp32
 # scale. Then follows, for each group, the number of its items that are finished.
 CONTEXT = 23
+# indices in a context: of the threads that have begun, all items, L, items of a group, the address of K, that of the
+# scratch memory, and the strides
+BEGUN, ITEMS, LENGTH, PIECES, CACHE, SCRATCH, STRIDES = 1, 2, 5, 8, 10, 14, 16
 
 
 def scratch_numbers(heads: int, width: int, values: int) -> tuple[int, int]:

@@ -31,22 +31,22 @@ class GrowingBuffer:
         before = seen.shape[-2] if seen.numel() else 0
         self.used = before + more.shape[-2]
         capacity = -(-self.used // TOKENS) * TOKENS
-        self._memory = more.new_empty((*more.shape[:-2], capacity, more.shape[-1]))
+        self.memory = more.new_empty((*more.shape[:-2], capacity, more.shape[-1]))
         if before:
-            self._memory[..., :before, :] = seen
-        self._memory[..., before : self.used, :] = more
+            self.memory[..., :before, :] = seen
+        self.memory[..., before : self.used, :] = more
 
     @property
     def view(self) -> Tensor:
         """The filled part [batch, heads, used, width]."""
-        return self._memory[..., : self.used, :]
+        return self.memory.narrow(-2, 0, self.used)
 
     def takes(self, seen: Tensor, more: Tensor) -> bool:
         """Return whether ``append`` may append ``more`` [batch, heads, tokens, width] to ``seen``.
 
         It may if ``seen`` is a view of the whole filled part of this buffer, and the buffer has room for ``more``.
         """
-        memory = self._memory
+        memory = self.memory
         return (
             seen.data_ptr() == memory.data_ptr()
             and seen.dim() == memory.dim()
@@ -61,13 +61,14 @@ class GrowingBuffer:
     def append(self, more: Tensor) -> None:
         """Append ``more`` [batch, heads, tokens, width], which ``takes`` has accepted."""
         before, self.used = self.used, self.used + more.shape[-2]
-        self._memory[..., before : self.used, :] = more
+        self.memory[..., before : self.used, :] = more
 
 
 class GrowingLayer(DynamicLayer):
     """A DynamicLayer that grows in place where no gradients are computed."""
 
     _buffers: tuple[GrowingBuffer, GrowingBuffer] | None = None
+    _views: tuple[Tensor, Tensor] | None = None  # keys and values as they were set last
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append keys and values of new tokens [batch, heads, tokens, width]; return those of all tokens.
@@ -85,12 +86,37 @@ class GrowingLayer(DynamicLayer):
             buffers[0].append(key_states)
             buffers[1].append(value_states)
         else:
-            buffers = self._buffers = None  # the old keys are freed as soon as they are copied, then the values
+            # the old keys are freed as soon as they are copied, then the values
+            buffers = self._buffers = self._views = None
             keys = GrowingBuffer(self.keys, key_states)
             self.keys = keys.view
             buffers = self._buffers = keys, GrowingBuffer(self.values, value_states)
-        self.keys, self.values = buffers[0].view, buffers[1].view
-        return self.keys, self.values
+        return self._show(buffers)
+
+    def _show(self, buffers: tuple[GrowingBuffer, GrowingBuffer]) -> tuple[Tensor, Tensor]:
+        self.keys, self.values = self._views = buffers[0].view, buffers[1].view
+        return self._views
+
+    def room(self) -> tuple[Tensor, Tensor] | None:
+        """Return the memory of keys and values, [batch, heads, capacity, width] each, if a token fits after them.
+
+        None if keys or values are not all that is filled, so that ``update`` has to copy them.
+        """
+        buffers, views = self._buffers, self._views
+        if buffers is None or views is None or self.keys is not views[0] or self.values is not views[1]:
+            return None
+        if any(
+            b.used != view.shape[-2] or b.used >= b.memory.shape[-2] for b, view in zip(buffers, views, strict=True)
+        ):
+            return None
+        return buffers[0].memory, buffers[1].memory
+
+    def extend(self) -> None:
+        """Take over a token whose key and value were written into the memory that ``room`` has returned."""
+        assert self._buffers is not None
+        for buffer in self._buffers:
+            buffer.used += 1
+        self._show(self._buffers)
 
 
 def use_growing_layers(model: PreTrainedModel) -> None:

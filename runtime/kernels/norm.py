@@ -18,7 +18,7 @@ import torch
 from llvmlite import ir
 from torch import Tensor, nn
 
-from .emitter import F32, FLOATS, I64, LANES, POINTER, Emitter, new_module, once, vector
+from .emitter import F32, FLOATS, I64, LANES, POINTER, Emitter, Value, new_module, once, vector
 from .jit import this_processor
 
 NORM = "moetier_norm"  # name of the compiled function
@@ -130,26 +130,43 @@ def norm_module(dtype: torch.dtype, scale: Scale) -> ir.Module:
     emit = Emitter(module, NORM, [POINTER] * 3 + [I64] * 2 + [F32])
     at, n = emit.at, emit.number
     x, weight, y, rows, columns, eps = emit.function.args
-    step, row_bytes = LANES * dtype.itemsize, at.mul(columns, n(dtype.itemsize))
+    row_bytes = at.mul(columns, n(dtype.itemsize))
     squares = at.alloca(vector(F32, LANES))
-    one = emit.all(F32, 1.0, LANES)
     with emit.loop(n(0), rows) as row:
         first = at.mul(row, row_bytes)
         source, target = at.gep(x, [first]), at.gep(y, [first])
-        at.store(emit.all(F32, 0.0, LANES), squares)
-        with emit.loop(n(0), row_bytes, step) as offset:
-            given = emit.load_floats(source, offset, dtype, LANES)
-            at.store(emit.multiply_add(given, given, at.load(squares)), squares)
-        mean = at.fdiv(emit.reduce(at.load(squares), at.fadd), at.uitofp(columns, F32))
-        root = emit.intrinsic("llvm.sqrt.f32", F32, at.fadd(mean, eps))
-        inverse = emit.spread(at.fdiv(ir.Constant(F32, 1.0), root), LANES)
-        with emit.loop(n(0), row_bytes, step) as offset:
-            normed = at.fmul(emit.load_floats(source, offset, dtype, LANES), inverse)
-            factor = emit.load_floats(weight, offset, dtype, LANES)
-            if scale is Scale.ROUNDED and dtype == torch.bfloat16:
-                normed = emit.widen(emit.narrow(normed, LANES), LANES)
-            if scale is Scale.BEYOND_ONE:
-                factor = at.fadd(factor, one)
-            emit.store_floats(at.fmul(normed, factor), target, offset, dtype)
+        emit_norm(emit, source, weight, target, columns, eps, squares, dtype, scale)
     at.ret_void()
     return module
+
+
+def emit_norm(
+    emit: Emitter,
+    source: Value,
+    weight: Value,
+    target: Value,
+    columns: Value,
+    eps: Value,
+    squares: Value,
+    dtype: torch.dtype,
+    scale: Scale,
+) -> None:
+    """Emit the norm of a row, which may be changed in place. ``squares`` points to an fp32 vector of LANES numbers."""
+    at, n = emit.at, emit.number
+    step, row_bytes = LANES * dtype.itemsize, at.mul(columns, n(dtype.itemsize))
+    one = emit.all(F32, 1.0, LANES)
+    at.store(emit.all(F32, 0.0, LANES), squares)
+    with emit.loop(n(0), row_bytes, step) as offset:
+        given = emit.load_floats(source, offset, dtype, LANES)
+        at.store(emit.multiply_add(given, given, at.load(squares)), squares)
+    mean = at.fdiv(emit.reduce(at.load(squares), at.fadd), at.uitofp(columns, F32))
+    root = emit.intrinsic("llvm.sqrt.f32", F32, at.fadd(mean, eps))
+    inverse = emit.spread(at.fdiv(ir.Constant(F32, 1.0), root), LANES)
+    with emit.loop(n(0), row_bytes, step) as offset:
+        normed = at.fmul(emit.load_floats(source, offset, dtype, LANES), inverse)
+        factor = emit.load_floats(weight, offset, dtype, LANES)
+        if scale is Scale.ROUNDED and dtype == torch.bfloat16:
+            normed = emit.widen(emit.narrow(normed, LANES), LANES)
+        if scale is Scale.BEYOND_ONE:
+            factor = at.fadd(factor, one)
+        emit.store_floats(at.fmul(normed, factor), target, offset, dtype)

@@ -63,7 +63,12 @@ class RowMatrix:
         """Return whether the matrix is in memory as compiled code reads it for x of ``dtype``."""
         if self.plan is not None:
             return dtype in FLOATS and self.weight.is_cpu
-        return dtype == self.weight.dtype == torch.bfloat16 and lies_in_rows(self.weight)
+        weight = self.weight
+        return (
+            dtype == weight.dtype == torch.bfloat16
+            and weight.shape == (self.rows, self.columns)
+            and lies_in_rows(weight)
+        )
 
 
 class _Group:
@@ -97,45 +102,67 @@ class _Group:
         return y
 
 
-class _Products:
-    """Products of one row with several matrices. Contexts are made once, because making them takes long."""
+class ProductSteps:
+    """Steps that multiply one row with several matrices.
 
-    def __init__(self, matrices: Sequence[RowMatrix], form: tuple[torch.dtype, int]) -> None:
-        """``form``: type of x, number of threads."""
-        self.form = form
-        steps: list[Step] = []
+    Their contexts are made once, because making them takes long.
+    """
+
+    def __init__(self, matrices: Sequence[RowMatrix], dtype: torch.dtype) -> None:
+        """``dtype``: type of x and of the products."""
+        self.steps: list[Step] = []
         rounded: dict[int, Rounded] = {}  # by the address of the function that rounds x
         self._inputs: list[tuple[array[int], int]] = []  # where to write the address of x
         # by matrix: where to write the address of the weight, and that of y
         self._products: dict[RowMatrix, tuple[array[int], int, array[int], int]] = {}
         for matrix in matrices:
             if matrix.plan is None:
-                steps.append(gemv_step(matrix.weight, form[0]))
-                context = steps[-1].context
-                self._inputs.append((context, gemv.X))
-                self._products[matrix] = (context, gemv.W, context, gemv.Y)
+                step = gemv_step(matrix.weight, dtype)
+                self._inputs.append((step.context, gemv.X))
+                self._products[matrix] = (step.context, gemv.W, step.context, gemv.Y)
+                self.steps.append(step)
                 continue
-            plan = matrix.plan(form[0])
+            plan = matrix.plan(dtype)
             given = rounded.get(plan.round.address)
             if given is None:
                 memory = array("b", bytes(plan.row_bytes))
                 given = rounded[plan.round.address] = Rounded(memory.buffer_info()[0], 1, plan)
-                steps.append(Step(plan.round, given.context(0), 1, memory))
-                self._inputs.append((steps[-1].context, gemm.X))
+                self.steps.append(Step(plan.round, given.context(0), 1, memory))
+                self._inputs.append((self.steps[-1].context, gemm.X))
             jobs = array("q", (0, 0, 1))
             context = plan.context(1, jobs, given, 0, has_own_rows=True)
-            steps.append(Step(plan.kernel, context, threads_for(matrix.rows * matrix.columns), jobs))
+            self.steps.append(Step(plan.kernel, context, threads_for(matrix.rows * matrix.columns), jobs))
             self._products[matrix] = (jobs, 0, context, gemm.Y)
-        self._program = Program(steps, locked=all(is_small(one.rows * one.columns) for one in matrices))
+
+    def read(self, x: int) -> None:
+        """Let the steps read x from an address."""
+        for context, place in self._inputs:
+            context[place] = x
+
+    def write(self, matrix: RowMatrix, y: int) -> None:
+        """Let the steps write the product with a matrix to an address. To be called before each run."""
+        job, record, context, place = self._products[matrix]
+        job[record], context[place] = matrix.weight.data_ptr(), y
+
+
+class _Products:
+    """Products of one row with several matrices."""
+
+    def __init__(self, matrices: Sequence[RowMatrix], form: tuple[torch.dtype, int]) -> None:
+        """``form``: type of x, number of threads."""
+        self.form = form
+        self._matrices = matrices
+        self._steps = ProductSteps(matrices, form[0])
+        is_quick = all(is_small(one.rows * one.columns) for one in matrices)
+        self._program = Program(self._steps.steps, locked=is_quick)
 
     def of(self, x: Tensor) -> dict[RowMatrix, Tensor]:
         """Return the product of x with each matrix."""
+        self._steps.read(x.data_ptr())
         found = {}
-        for context, place in self._inputs:
-            context[place] = x.data_ptr()
-        for matrix, (job, record, context, place) in self._products.items():
+        for matrix in self._matrices:
             y = found[matrix] = torch.empty((*x.shape[:-1], matrix.rows), dtype=x.dtype)
-            job[record], context[place] = matrix.weight.data_ptr(), y.data_ptr()
+            self._steps.write(matrix, y.data_ptr())
         self._program.run()
         return found
 
@@ -213,7 +240,8 @@ def use_row_weights(model: nn.Module) -> None:
             and weight.dtype == torch.bfloat16
             and lies_in_rows(weight)
         ):
-            found[id(weight)] = RowWeight(weight.data, weight.requires_grad)
+            found[id(weight)] = row_weight = RowWeight(weight.data, weight.requires_grad)
+            row_weight.matrix = RowMatrix(row_weight, *weight.shape)
     for module in model.modules():
         for name, parameter in module._parameters.items():
             module._parameters[name] = found.get(id(parameter), parameter)

@@ -33,6 +33,7 @@ from moetier.runtime.kernels.attention import use_decode_attention
 from moetier.runtime.kernels.choose import kernels_for
 from moetier.runtime.kernels.growing_cache import use_growing_layers
 from moetier.runtime.kernels.norm import use_quick_norms
+from moetier.runtime.kernels.quick_attention import use_quick_attention
 from moetier.runtime.kernels.row import use_row_weights
 from moetier.runtime.memory import mapped_files
 from moetier.runtime.moe.experts import EXPERT_PARAMETERS, TieredBlock, experts_forward, experts_modules
@@ -235,6 +236,7 @@ class MoetierQuantizer(HfQuantizer):
             use_quick_norms(model)
             use_row_weights(model)
             use_quick_routers(model)
+            use_quick_attention(model)
         tiers.hooks.add(model.register_forward_pre_hook(lambda *_: postpone_interrupts()))
         tiers.hooks.add(model.register_forward_hook(lambda *_: raise_interrupts(), always_call=True))
         modules = experts_modules(model)

@@ -35,7 +35,7 @@ import moetier
 from moetier.runtime.config import Size
 from moetier.runtime.generation.compat import CACHE
 from moetier.runtime.kernels import expert_kernels as kernels
-from moetier.runtime.kernels.team import Step
+from moetier.runtime.kernels.team import Program, Step
 from moetier.runtime.moe.experts import experts_modules
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.store.folder import read_manifest, store_folder
@@ -53,18 +53,23 @@ class Clocks:
     def __init__(self, experts: type) -> None:
         self.seconds: dict[str, float] = {}
         self.calls = 0  # of a block
-        compiled, forward = kernels.run_all, experts.forward
+        forward, clocks = experts.forward, self
 
-        def run(steps: Sequence[Step]) -> None:
-            for number, step in enumerate(steps):
-                began = time.perf_counter()
-                compiled([step])
-                seconds = time.perf_counter() - began
-                self.seconds["compiled"] += seconds
-                if number in (1, 3):  # the order: rounding, product, activation, product, placing, ...
-                    self.seconds["products"] += seconds
+        class Watched(Program):
+            def __init__(self, steps: Sequence[Step]) -> None:
+                super().__init__(steps)
+                self._alone = [Program([step]) for step in steps]
 
-        kernels.run_all = run
+            def run(self) -> None:
+                for number, step in enumerate(self._alone):
+                    began = time.perf_counter()
+                    step.run()
+                    seconds = time.perf_counter() - began
+                    clocks.seconds["compiled"] += seconds
+                    if number in (1, 3):  # the order: rounding, product, activation, product, placing, ...
+                        clocks.seconds["products"] += seconds
+
+        kernels.Program = Watched  # type: ignore[misc]
 
         def watched(module: Any, *arguments: Any) -> Any:
             began = time.perf_counter()

@@ -1,17 +1,22 @@
-"""Where the time of a decode step goes, by parts of a model.
+"""Where the time of a decode step goes, by parts of a model, and what each kernel saves.
 
     python tests/measurements/step.py DIR [--steps N] [--threads N]
 
-Every expert is demanded once; then fixed tokens are decoded one at a time. Modules are grouped by the last part of
-their paths. Beside modules, the function of attention, the rotation of queries and keys, and the update of the cache
-are timed. For each group: calls a step, microseconds of a call with all that it calls, and microseconds a step of the
-group itself, without the parts that are timed within it. They are medians (least) over the steps. What a part costs
-that calls others includes torch's dispatch to them. A clock adds about a microsecond to each call.
+Every expert is demanded once. Then fixed tokens are decoded one at a time: by turns with all kernels, and without some
+of them (WAYS). Printed are medians (quartiles) of the milliseconds of a step, and of the ratio to the step with all
+kernels in the same round.
+
+Then the parts of a step are timed. Modules are grouped by the last part of their paths. Beside modules, the function of
+attention, the rotation of queries and keys, and the update of the cache are timed. For each group: calls a step,
+microseconds of a call with all that it calls, and microseconds a step of the group itself, without the parts that are
+timed within it. They are medians (least) over the steps. The time of a part that calls others includes torch's dispatch
+to them. A clock adds about a microsecond to each call.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import platform
 import re
@@ -22,13 +27,42 @@ from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from overhead import load_warm, tokens_of
 from transformers import AttentionInterface, Cache
 
 from moetier.runtime.generation.compat import CACHE
+from moetier.runtime.kernels import attention, norm
+from moetier.runtime.kernels.quick_attention import OneTokenAttention
+from moetier.runtime.kernels.routing import Routing
+from moetier.runtime.kernels.row import RowMatrix, _Group
 from moetier.tools.cli.report import table
+
+
+def alone(matrix: RowMatrix) -> _Group:
+    """A group of one matrix, the same each time."""
+    if "alone" not in vars(matrix):
+        vars(matrix)["alone"] = _Group([matrix])
+    return vars(matrix)["alone"]  # type: ignore[no-any-return]
+
+
+def never(*_: Any, **__: Any) -> None:
+    """Refuse all inputs."""
+
+
+# way -> what is replaced: an object, the name of its attribute, and the value
+APART = (OneTokenAttention, "of", never)  # attention is computed by several modules
+WAYS: dict[str, list[tuple[Any, str, Any]]] = {
+    "all": [],
+    "no routing": [(Routing, "of", never)],
+    "no norm": [(norm, "rms_norm", never)],
+    "no quick attention": [APART],
+    "nor groups of matrices": [APART, (RowMatrix, "group", property(alone, never))],
+    "nor row": [APART, (RowMatrix, "multiply", never)],
+    "nor attention": [APART, (attention, "_fits", never)],
+}
 
 
 class Clocks:
@@ -77,16 +111,39 @@ def watch(model: Any, clocks: Clocks) -> None:
 
 
 @torch.inference_mode()
-def decode(model: Any, ids: list[int], clocks: Clocks | None = None) -> tuple[list[float], list[list[dict[str, int]]]]:
+def decode(model: Any, ids: list[int], clocks: Clocks) -> tuple[list[float], list[list[dict[str, int]]]]:
     cache, steps, parts = None, [], []
     for token in ids:
         began = time.perf_counter()
         output = model(torch.tensor([[token]]), **{CACHE: cache}, use_cache=True)
         steps.append(time.perf_counter() - began)
-        cache = output.past_key_values
-        if clocks is not None:
-            parts.append(clocks.take())
+        cache = output[CACHE]
+        parts.append(clocks.take())
     return steps, parts
+
+
+@torch.inference_mode()
+def compare(model: Any, ids: list[int]) -> list[dict[str, float]]:
+    """Return the milliseconds of a step in each way, for each round."""
+    cache, rounds = None, []
+    ways = [*WAYS]
+    for number, token in enumerate(ids):
+        found = {}
+        for way in [*ways[number % len(ways) :], *ways[: number % len(ways)]]:
+            with contextlib.ExitStack() as stack:
+                for target, name, value in WAYS[way]:
+                    stack.enter_context(patch.object(target, name, value, create=True))
+                began = time.perf_counter()
+                output = model(torch.tensor([[token]]), **{CACHE: cache}, use_cache=True)
+                found[way] = 1e3 * (time.perf_counter() - began)
+            cache = output[CACHE]
+        rounds.append(found)
+    return rounds
+
+
+def quartiles(numbers: list[float], digits: int) -> str:
+    low, middle, high = statistics.quantiles(numbers, n=4)
+    return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 def main() -> None:
@@ -100,7 +157,7 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     model = load_warm(arguments.directory, ram="100%")
     ids = tokens_of(arguments.directory, model, arguments.warm + arguments.steps)
-    plain = decode(model, ids)[0][arguments.warm :]
+    rounds = compare(model, ids)[arguments.warm :]
     clocks = Clocks()
     watch(model, clocks)
     steps, parts = (found[arguments.warm :] for found in decode(model, ids, clocks))
@@ -108,8 +165,13 @@ def main() -> None:
         f"machine     {platform.machine()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads; "
         f"{model.tiers.manifest.model}"
     )
-    for title, found in (("a step", plain), ("with clocks", steps)):
-        print(f"{title:<12}{1e3 * statistics.median(found):.2f} ({1e3 * min(found):.2f}) ms")
+    lines = [["kernels", "ms a step", "ratio"]]
+    for way in WAYS:
+        times = [found[way] for found in rounds]
+        ratios = [found[way] / found["all"] for found in rounds]
+        lines.append([way, quartiles(times, 2), quartiles(ratios, 3)])
+    print(table(lines))
+    print(f"with clocks {1e3 * statistics.median(steps):.2f} ({1e3 * min(steps):.2f}) ms")
     lines = [["part", "calls", "us a call", "least", "own us a step", "least"]]
     rows = []
     for name, calls in parts[-1][0].items():
