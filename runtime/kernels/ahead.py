@@ -45,7 +45,8 @@ def _compile(manifest: Manifest, dtype: torch.dtype) -> None:
     processor = this_processor()
     norm_kernel(dtype, Scale.ROUNDED)
     attention_kernel(dtype)
-    heads_kernel(dtype, Scale.ROUNDED)
+    for scale in (None, Scale.ROUNDED):
+        heads_kernel(dtype, scale)
     for layout in manifest.layouts.values():
         activation = Activation()
         if ExpertKernels.fit(layout, activation):

@@ -41,7 +41,7 @@ def test_little_is_left_to_compile_for_the_first_token(tinymix_4bit: Path) -> No
     found = subprocess.run(command, capture_output=True, text=True, check=True)
     first, later = (line.split() for line in found.stdout.split("\n")[:2])
     assert set(first) <= {"moetier_add_up"}  # its form depends on the router
-    assert "moetier_attend" in later
+    assert "moetier_route" in later
 
 
 def test_a_folder_that_is_no_model_is_left_to_whoever_loads_it(tmp_path: Path) -> None:
