@@ -132,7 +132,7 @@ def test_what_is_no_finished_store_is_said(tmp_path: Path) -> None:
         run(tmp_path)
     with StoreWriter.open(tmp_path / GROUP, make_plan()):
         pass
-    with pytest.raises(IncompleteStoreError, match="0 of 3 blocks are there"):
+    with pytest.raises(IncompleteStoreError, match="0 of 3 blocks are done"):
         run(tmp_path)
 
 
