@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,9 +69,14 @@ class Recipe:
         self._check_shape(tensor.shape)
         return tensor.read(first, count).to(self.dtype)
 
-    def make(self, expert: int | None) -> torch.Tensor:
-        """Return the slice of one expert, or, with None, the whole parameter [experts, ...]."""
-        made = self._convert({pattern: self._read(tensors, expert) for pattern, tensors in self.sources.items()})
+    def make(self, expert: int | None, turn: threading.Lock | None = None) -> torch.Tensor:
+        """Return the slice of one expert, or, with None, the whole parameter [experts, ...].
+
+        ``turn`` is held while what was read is merged, which takes a second copy of it.
+        """
+        read = {pattern: self._read(tensors, expert) for pattern, tensors in self.sources.items()}
+        with turn or nullcontext():
+            made = self._convert(read)
         self._check_shape(made.shape)
         return (made if expert is None else made[0]).detach()
 
@@ -155,17 +161,19 @@ class BlockBlueprint:
         """Files of the checkpoint that the block's experts are made from."""
         return frozenset(part.file for recipe in self.recipes.values() for part in recipe.parts)
 
-    def make(self, name: str, expert: int) -> torch.Tensor:
+    def make(self, name: str, expert: int, turn: threading.Lock) -> torch.Tensor:
         """Return one expert's slice of the parameter ``name``.
 
-        It is [rows, columns], or [columns, rows] if the block is ``transposed``; for a bias, it is [size].
+        It is [rows, columns], or [columns, rows] if the block is ``transposed``; for a bias, it is [size]. ``turn`` is
+        held while it is merged, or while the whole parameter is made.
         """
         recipe = self.recipes[name]
         if recipe.apart:
-            return recipe.make(expert)
-        if name not in self._whole:
-            self._whole[name] = recipe.make(None)
-        return self._whole[name][expert]
+            return recipe.make(expert, turn)
+        with turn:
+            if name not in self._whole:
+                self._whole[name] = recipe.make(None)
+            return self._whole[name][expert]
 
     def release(self) -> None:
         """Release the parameters that were read whole."""
@@ -177,7 +185,7 @@ class Expert(Mapping[str, torch.Tensor]):
     """Dictionary from the parameters of one expert to their weights. A look-up makes the weights anew.
 
     Weights are [rows, columns], or [columns, rows] if the block is transposed; a bias is [size]. The lock ``turn`` is
-    held while they are made. A look-up raises CheckpointError if some are not finite numbers.
+    held while they are merged. A look-up raises CheckpointError if some are not finite numbers.
     """
 
     block: BlockBlueprint
@@ -185,8 +193,7 @@ class Expert(Mapping[str, torch.Tensor]):
     turn: threading.Lock
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        with self.turn:
-            made = self.block.make(name, self.index)
+        made = self.block.make(name, self.index, self.turn)
         if not all(map(math.isfinite, torch.stack(made.aminmax()).tolist())):
             raise CheckpointError(
                 f"{self.block.path} expert {self.index}: {name} has weights that are not finite numbers.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
 import shutil
@@ -13,7 +14,12 @@ from types import TracebackType
 from moetier.tiers.errors import DiskSpaceError, StoreReadError, TargetError
 
 PARTIAL = ".partial"  # suffix of the temporary names of files; zarr does not open files with this suffix
-FLUSH_BYTES = 64 << 20  # a large file is flushed after this many bytes: more dirty pages would stall in a small cgroup
+FLUSH_BYTES = 64 << 20  # most dirty bytes of a large file: more dirty pages would stall in a small cgroup
+BEGIN_BYTES = 8 << 20  # the disk begins to write a large file after each of so many bytes
+
+_LIBRARY = ctypes.CDLL(None, use_errno=True)
+_LIBRARY.sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+_BEGIN, _FINISH = 2, 7  # SYNC_FILE_RANGE_WRITE, and that with WAIT_BEFORE and WAIT_AFTER
 
 
 @contextlib.contextmanager
@@ -93,11 +99,15 @@ def sync_folder(folder: Path) -> None:
 
 
 class LargeFile:
-    """A file that ``large_file`` has opened. After each FLUSH_BYTES, its pages are flushed and leave the page cache."""
+    """A file that ``large_file`` has opened. At most FLUSH_BYTES are dirty; flushed pages leave the page cache.
+
+    The disk writes while the caller works on. ``write`` waits only for what was written FLUSH_BYTES earlier.
+    """
 
     def __init__(self, descriptor: int, errors: Callable[[], contextlib.AbstractContextManager[None]]) -> None:
         self.written = 0  # number of bytes written so far
-        self._flushed = 0  # number of bytes that are on the disk and no longer in the page cache
+        self._begun = 0  # number of bytes that the disk has written or is writing
+        self._flushed = 0  # number of bytes that the disk has written, and that are no longer in the page cache
         self._descriptor = descriptor
         self._errors = errors
 
@@ -106,14 +116,27 @@ class LargeFile:
         with self._errors():
             write_all(self._descriptor, data, self.written)
             self.written += len(data)
-            if self.written - self._flushed >= FLUSH_BYTES:
-                self.flush()
+            if self.written - self._begun >= BEGIN_BYTES:
+                self._sync(self._begun, self.written, _BEGIN)
+                self._begun = self.written
+                if self.written - self._flushed >= FLUSH_BYTES:
+                    self._flush(self.written - FLUSH_BYTES + BEGIN_BYTES)
 
-    def flush(self) -> None:
-        """Write dirty pages to the disk and drop them from the page cache."""
-        os.fdatasync(self._descriptor)
-        os.posix_fadvise(self._descriptor, self._flushed, self.written - self._flushed, os.POSIX_FADV_DONTNEED)
-        self._flushed = self.written
+    def finish(self) -> None:
+        """Make all that was written durable, and drop it from the page cache."""
+        os.fsync(self._descriptor)
+        self._flush(self.written)
+
+    def _flush(self, stop: int) -> None:
+        self._sync(self._flushed, stop, _FINISH)
+        os.posix_fadvise(self._descriptor, self._flushed, stop - self._flushed, os.POSIX_FADV_DONTNEED)
+        self._flushed = stop
+
+    def _sync(self, start: int, stop: int, how: int) -> None:
+        """Call sync_file_range, which promises nothing after a crash, unlike ``finish``."""
+        if _LIBRARY.sync_file_range(self._descriptor, start, stop - start, how):
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
 
 
 @contextlib.contextmanager
@@ -138,8 +161,7 @@ def large_file(
             yield file
             assert file.written == size, f"{file.written:,} of {size:,} bytes were written"
             with errors():
-                file.flush()
-                os.fsync(stream.fileno())
+                file.finish()
         with errors():
             partial.rename(path)
             sync_folder(path.parent)

@@ -1,9 +1,9 @@
 """Workers that turn weights into records: they quantise experts, or pieces of a matrix of the trunk, in parallel.
 
 Each worker computes on one thread, so the bytes of a record do not depend on the number of workers. Records of experts
-are yielded in order. One worker at a time reads weights; the others compute meanwhile, also while a record is written
-or synced. Memory is bounded: there is one record for each worker and one that is being written, or a few more if
-records are small. A block whose experts can't be read one by one is encoded alone.
+are yielded in order. Workers read and compute at the same time, also while a record is written. One worker at a time
+merges what it has read, which takes a second copy. Memory is bounded: there is one record for each worker and one that
+is being written, or a few more if records are small. A block whose experts can't be read one by one is encoded alone.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from moetier.tiers.quant.codec import WeightError, sections
 from moetier.tiers.quant.packing import band_bytes
 
 INTERPRETER_BYTES = 450 << 20  # torch, transformers, the solver's temporaries
-QUEUED_BYTES, MOST_QUEUED = 16 << 20, 8  # of finished records that wait for the disk; one may always wait
+QUEUED_BYTES, MOST_QUEUED = 64 << 20, 32  # of finished records that wait for the disk; one may always wait
 PIECE_WEIGHTS = 1 << 20  # of a trunk matrix, quantised by a worker in one call
 
 
@@ -65,13 +65,13 @@ class Encoder:
         self._blueprint = blueprint
         self._plan = plan
         self._fast = fast
-        self._turn = threading.Lock()  # one worker at a time reads and merges, as that takes two copies of a projection
+        self._turn = threading.Lock()  # one worker at a time merges what it has read, as that takes a second copy
 
     @property
     def peak_bytes(self) -> int:
         """Approximate peak memory in bytes, without the interpreter's.
 
-        One worker reads, and holds two copies of a projection while it merges the parts. Each other worker holds a
+        One worker holds two copies of a projection while it merges the parts. Each other worker holds a
         projection and its codes. Every worker also has a record to fill, and temporary memory for a band of rows. Some
         records wait to be written.
         """

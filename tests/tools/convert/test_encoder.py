@@ -81,11 +81,11 @@ def test_reading_overlaps_with_quantising(tmp_path: Path, monkeypatch: pytest.Mo
     conversion = Conversion.plan(open_checkpoint(source), tmp_path / "dst", Options(workers=2, fast=True))
     make, encode, readers, overlapped = Recipe.make, records.encode, set[int](), threading.Event()
 
-    def note(recipe: Recipe, expert: int | None) -> Any:
+    def note(recipe: Recipe, expert: int | None, *turn: Any) -> Any:
         readers.add(threading.get_ident())
         if len(readers) == 2:
             overlapped.set()
-        return make(recipe, expert)
+        return make(recipe, expert, *turn)
 
     def hold(tensors: Any, *arguments: Any, **options: Any) -> Any:
         read = dict(tensors)
