@@ -82,7 +82,7 @@ class _Group:
         """Multiply one row x with ``matrix``, one of the group."""
         local = self._local
         if products := getattr(local, "products", None):
-            if x is local.x and matrix in products:
+            if x is local.x and _version(x) == local.version and matrix in products:
                 found: Tensor = products.pop(matrix)
                 return found
             for one in self._matrices:
@@ -98,8 +98,13 @@ class _Group:
             program = local.program = _Products(self._matrices, form)
         products = program.of(x)
         y = products.pop(matrix)
-        local.x, local.products = x if products else None, products
+        local.x, local.version, local.products = x if products else None, _version(x), products
         return y
+
+
+def _version(x: Tensor) -> int | None:
+    """Return a number that changes when x is changed in place. Tensors made in inference mode have none."""
+    return None if x.is_inference() else x._version
 
 
 class ProductSteps:

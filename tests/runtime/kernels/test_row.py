@@ -163,6 +163,19 @@ def test_a_row_is_multiplied_anew_if_its_numbers_have_changed(three: list[RowMat
     assert calls.count
 
 
+def test_a_row_that_changes_between_two_products(three: list[RowMatrix]) -> None:
+    with torch.no_grad():  # tensors made in inference mode do not count their changes
+        for _ in range(3):
+            step(three, numbers(1, 128))  # a group
+        x = numbers(1, 128)
+        expected = RowMatrix(three[1].weight, 5, 128).multiply(x * 2)
+        three[0].multiply(x)
+        found = three[1].multiply(x.mul_(2))
+    assert found is not None
+    assert expected is not None
+    assert torch.equal(found, expected)
+
+
 def test_a_matrix_may_get_another_value_or_type() -> None:
     weights = [RowWeight(numbers(5, 32), False), RowWeight(numbers(7, 32), False)]
     with torch.inference_mode():
