@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 ORDER = (
     {"proto", "tiers"},
     {"tiers.cache", "tiers.quant", "tiers.store"},
-    {"tiers.arena", "tiers.device", "runtime.wire"},
+    {"tiers.arena", "tiers.device", "tiers.extents", "runtime.wire"},
     {"tiers.host", "runtime"},
     {"runtime.kernels"},
     {"runtime.moe"},

@@ -10,7 +10,6 @@ and a type, and rows of its leading dimension can be read.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -22,7 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from moetier.tiers.errors import CheckpointError, UnsupportedModelError
-from moetier.tiers.store.safetensors import ITEM_BYTES, parse_header, read_header
+from moetier.tiers.fields import shown
+from moetier.tiers.store.safetensors import ITEM_BYTES, MAX_HEADER_BYTES, load_header, parse_header, read_header
 
 if TYPE_CHECKING:
     import torch
@@ -34,8 +34,8 @@ TORCH_NAMES = {
     "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32", "I32": "int32",
     "U64": "uint64", "I64": "int64", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
 }  # fmt: skip
-MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 CHUNK_BYTES = 8 << 20
+MAX_NAME = 1000  # longest name of a tensor; transformers takes parts of names for numbers
 READ_AHEAD_BYTES = 64 << 10
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 # names of the scales of a "weight": in DeepSeek-V3, DeepSeek-V4, Mistral
@@ -153,11 +153,11 @@ def read_tensors(path: Path, place: Path | None = None) -> dict[str, StoredTenso
     except OSError as error:
         raise CheckpointError(f"{path} can't be read: {error.strerror}.", "Check the file and its disk.") from error
     except ValueError as error:
-        raise CheckpointError(f"{path} is {error}.", fix) from error
+        raise CheckpointError(f"{path} is truncated, or no safetensors file: {error}.", fix) from error
     size, begin = 8 + len(raw) + data, 8 + len(raw)
     try:
-        tensors, start = listed(place or path, json.loads(raw), size)
-    except (ValueError, RecursionError) as error:
+        tensors, start = listed(place or path, load_header(raw), size)
+    except ValueError as error:
         raise CheckpointError(f"{path} has a malformed header ({error}).", fix) from error
     if start != begin:
         what = "is truncated" if start < begin else "is longer than its header says"
@@ -172,6 +172,8 @@ def listed(path: Path, header: Mapping[str, Any], size: int) -> tuple[dict[str, 
     malformed header.
     """
     entries, data = parse_header(header)
+    if strange := [name for name in entries if len(name) > MAX_NAME or not name.isascii()]:
+        raise ValueError(f"{shown(strange[0])} is no name of a tensor")
     start = size - data
     tensors = {
         name: StoredTensor(name, entry.dtype, entry.shape, path, start + entry.begin) for name, entry in entries.items()

@@ -9,16 +9,18 @@ from pathlib import Path
 
 import google_crc32c
 import pytest
+from extent_files import open_extents, write_extents
 from faults import flip_bit
 from forks import in_fork
 from outlets import PLAIN, served
-from stores import layout_of, make_plan, make_records, manifest_of, read_record, slot_of, write_store
+from stores import layout_of, make_plan, make_records, manifest_of, read_record, read_records, slot_of, write_store
 from threads import run_all
 
 from moetier.runtime.client.remote import RemoteReader
 from moetier.runtime.client.spread import SpreadReader
 from moetier.runtime.wire.address import Address
 from moetier.tiers.errors import ChecksumError, ClosedError, MissingExpertError
+from moetier.tiers.extents.reader import ExtentStore
 from moetier.tiers.host.tier import HostTier
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.source import RecordReader
@@ -51,6 +53,10 @@ def open_reader(kind: str, folder: Path) -> Iterator[RecordReader]:
         if kind == "store":
             yield store
             return
+        if kind == "extents":
+            table = write_extents(folder / "extents", store.manifest, read_records(store))
+            yield closing.enter_context(open_extents(folder / "extents", table))
+            return
         if kind == "mirrored":
             second = closing.enter_context(ExpertStore.open(folder))
             yield closing.enter_context(MirroredStore([store, second]))
@@ -68,7 +74,7 @@ def open_reader(kind: str, folder: Path) -> Iterator[RecordReader]:
             yield closing.enter_context(SpreadReader.open([address, other], PLAIN, store.manifest))
 
 
-@pytest.fixture(params=["store", "mirrored", "remote", "spread", "spread over none"])
+@pytest.fixture(params=["store", "extents", "mirrored", "remote", "spread", "spread over none"])
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -133,15 +139,18 @@ def test_what_the_model_does_not_have_is_an_error(kind: str, folder: Path) -> No
 def test_a_bad_record_is_an_error_and_others_are_read(kind: str, tmp_path: Path) -> None:
     write_store(tmp_path, SMALL, RECORDS["small"])
     bad, slot_bytes = ExpertKey(1, 2), SMALL.layout(1).slot_bytes
-    path = ShardFile.of(tmp_path / GROUP, SMALL, 1).path
+    path, position = ShardFile.of(tmp_path / GROUP, SMALL, 1).path, 2 * slot_bytes + 1000
     with open_reader(kind, tmp_path) as reader:
-        flip_bit(path, 2 * slot_bytes + 1000)
+        if isinstance(reader, ExtentStore):
+            extent = reader.table.extents(bad)[1]
+            path, position = reader.paths[extent.shard], extent.offset
+        flip_bit(path, position)
         for _ in range(2):
             with pytest.raises(ChecksumError, match="expert 2"):
                 read_record(reader, bad)
             for key in (KEY, ExpertKey(1, 1), ExpertKey(1, 3)):
                 assert read_record(reader, key) == RECORDS["small"][key]
-        flip_bit(path, 2 * slot_bytes + 1000)
+        flip_bit(path, position)
         assert read_record(reader, bad) == RECORDS["small"][bad], "an error is not remembered"
 
 

@@ -125,6 +125,11 @@ class MirroredStore(Closeable):
         self._watchers: list[Callable[[], None]] = []
         self._use = UseCount(f"The store {self.folder}")
 
+    @property
+    def directory(self) -> Path:
+        """The model directory."""
+        return self.folder.parent
+
     def on_fault(self, watcher: Callable[[ChecksumError], None]) -> None:
         """Register ``watcher`` with the model directory's own store (see ``ExpertStore.on_fault``)."""
         self._copies[0].store.on_fault(watcher)

@@ -146,8 +146,11 @@ class ExpertStore:
         except StoreError as error:  # reads of the same records will raise an error too
             _log.warning("The digest of %s is not checked: %s", self.manifest.model, error.cause)
             return
-        if (digest := store_digest(checksums)) != self.manifest.digest and not self._closing.is_set():
-            self._fault.set_result(foreign_shards(self.manifest, digest, self.folder))
+        try:
+            self.compare_digest(checksums)
+        except ChecksumError as error:
+            if not self._closing.is_set():
+                self._fault.set_result(error)
 
     def on_fault(self, watcher: Callable[[ChecksumError], None]) -> None:
         """Register ``watcher``. It is called, in any thread, if ``check_digest`` finds that the digests differ."""
@@ -155,6 +158,11 @@ class ExpertStore:
 
     def on_recovery(self, watcher: Callable[[], None]) -> None:
         """Do nothing, because a store without mirrors has no second copy of a record. See ``MirroredStore``."""
+
+    @property
+    def directory(self) -> Path:
+        """The model directory."""
+        return self.folder.parent
 
     @property
     def faults(self) -> Mapping[int, StoreError]:
@@ -212,11 +220,16 @@ class ExpertStore:
         if crc != int.from_bytes(view[-CHECKSUM_BYTES:], "little"):
             raise ChecksumError(
                 f"{_expert(self.manifest, key)}: checksum mismatch in {self.path(key.block)}.",
-                f"{REPAIR} {command('verify', self.folder.parent)} lists everything that is damaged.",
+                f"{REPAIR} {command('verify', self.directory)} lists everything that is damaged.",
             )
         if (known := self.manifest.checksums(key.block)) and crc != known[key.expert]:
             path = self.path(key.block)
             raise foreign_record(f"{_expert(self.manifest, key)}: its record in {path}", path)
+
+    def compare_digest(self, checksums: Sequence[int]) -> None:
+        """Raise ChecksumError unless the store's digest is that of ``checksums``, one for each record."""
+        if (digest := store_digest(checksums)) != self.manifest.digest:
+            raise foreign_shards(self.manifest, digest, self.folder)
 
     def close(self) -> None:
         """Wait for the reads in progress, then end all threads and close all file descriptors. Idempotent.

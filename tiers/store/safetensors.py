@@ -5,13 +5,14 @@ The format is specified at https://github.com/huggingface/safetensors#format
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from moetier.tiers.fields import Fields
+from moetier.tiers.fields import Fields, shown
 from moetier.tiers.manifest import MAX_BYTES
 
 ITEM_BYTES = {
@@ -19,6 +20,7 @@ ITEM_BYTES = {
     "U16": 2, "I16": 2, "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,
 }  # fmt: skip
 MAX_DIMENSIONS = 16
+MAX_HEADER_BYTES = 32 << 20  # largest header of a checkpoint that is read: 200,000 tensors
 
 
 class Entry(NamedTuple):
@@ -41,6 +43,26 @@ def read_header(path: Path, most: int) -> tuple[bytes, int]:
         if not 2 <= length <= min(size - 8, most):
             raise ValueError(f"a header of {length:,} bytes is not valid in a file of {size:,} bytes")
         return os.pread(stream.fileno(), length, 8), size - 8 - length
+
+
+def load_header(data: bytes) -> Mapping[str, object]:
+    """Parse the JSON of a header. Raises ValueError if it is not an object, or has a name twice."""
+    try:
+        found = json.loads(data, object_pairs_hook=_object)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if not isinstance(found, dict):
+        raise ValueError("it is not a JSON object")
+    return found
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"it has {shown(name)} twice")
+        found[name] = value
+    return found
 
 
 def parse_header(header: Mapping[str, object]) -> tuple[dict[str, Entry], int]:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
+from typing import Protocol
 
-from moetier.tiers.errors import StoreError
-from moetier.tiers.layout import CHECKSUM_BYTES, ExpertKey
+from moetier.tiers.errors import ChecksumError, StoreError
+from moetier.tiers.layout import CHECKSUM_BYTES, ExpertKey, RecordLayout
 from moetier.tiers.manifest import Manifest
+from moetier.tiers.source import RecordReader
 
-from .reader import ExpertStore
-from .shard import foreign_shards, store_digest
 from .trunk import check_sum
 
 READS = 8  # number of parallel reads, enough to keep a disk busy
@@ -29,6 +29,27 @@ class Problem:
     expert: int | None  # number of the expert in its block; None if the fault is not in one record
     file: str  # path of the file or folder
     cause: str  # what is wrong, as a sentence
+
+
+class Records(RecordReader, Protocol):
+    """Interface of what is scrubbed: the records of a store, or of a checkpoint."""
+
+    @property
+    def faults(self) -> Mapping[int, StoreError]:
+        """The errors of bad files, by block."""
+
+    @property
+    def directory(self) -> Path:
+        """The model directory."""
+
+    def layout(self, block: int) -> RecordLayout:
+        """The layout of a block's records."""
+
+    def path(self, block: int) -> Path:
+        """The file of a block's records."""
+
+    def compare_digest(self, checksums: Sequence[int]) -> None:
+        """Raise ChecksumError if all records together, with these checksums, are not those of the manifest."""
 
 
 def scrub_trunk(directory: Path, manifest: Manifest, faults: Mapping[str, StoreError]) -> Iterator[int | Problem]:
@@ -49,7 +70,7 @@ def scrub_trunk(directory: Path, manifest: Manifest, faults: Mapping[str, StoreE
             yield Problem(None, None, str(path), error.cause)
 
 
-def scrub(store: ExpertStore) -> Iterator[int | Problem]:
+def scrub(store: Records) -> Iterator[int | Problem]:
     """Check all records. Yield each problem that is found. To show progress, also yield the size of each record read.
 
     Several records are read at the same time, in their order on the disk. Sizes are in bytes.
@@ -93,5 +114,8 @@ def scrub(store: ExpertStore) -> Iterator[int | Problem]:
                 yield store.layout(key.block).slot_bytes
         finally:
             pool.shutdown(cancel_futures=True)
-    if good and (digest := store_digest(crcs)) != manifest.digest:
-        yield Problem(None, None, str(store.folder), foreign_shards(manifest, digest, store.folder).cause)
+    if good:
+        try:
+            store.compare_digest(crcs)
+        except ChecksumError as error:
+            yield Problem(None, None, str(store.directory), error.cause)

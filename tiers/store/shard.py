@@ -136,34 +136,14 @@ class OpenShard:
                     differing = sum(map(operator.ne, file.stored_checksums(descriptor), checksums))
                 if differing > 1:  # a single difference may be a flipped bit, which a read of the record detects
                     raise foreign_record(f"{name}: its shard {file.path}", file.path)
-            return cls(file, descriptor, _try_direct(descriptor))
+            return cls(file, descriptor, try_direct(descriptor))
         except BaseException:
             os.close(descriptor)
             raise
 
     def read(self, offset: int, view: memoryview) -> None:
-        """Fill ``view`` with the bytes of the file from ``offset`` on. After the first EIO, try once more.
-
-        Raises StoreReadError if the system reports another error, or if the file ends too early.
-        """
-        done, retried = 0, False
-        with read_errors(self.file.path):
-            while done < len(view):
-                try:
-                    count = os.preadv(self.descriptor, [view[done:]], offset + done)
-                except OSError as error:
-                    if error.errno != errno.EIO or retried:
-                        raise
-                    retried = True
-                    continue
-                if self.direct:
-                    count -= count % PAGE  # after a short read, the next read must begin at a multiple of PAGE again
-                if not count:
-                    raise StoreReadError(
-                        f"{self.file.path} ends before byte {offset + len(view):,}: it was truncated while in use.",
-                        REPAIR,
-                    )
-                done += count
+        """Fill ``view`` with the bytes from ``offset`` on, as ``read_at`` does. Raises StoreReadError."""
+        read_at(self.file.path, self.descriptor, offset, view, direct=self.direct)
 
     def uncache(self, offset: int, length: int) -> None:
         """Drop a range of bytes from the page cache, since the host tier caches them. Does nothing with O_DIRECT."""
@@ -173,6 +153,44 @@ class OpenShard:
     def close(self) -> None:
         """Close the file."""
         os.close(self.descriptor)
+
+
+def read_at(
+    path: Path, descriptor: int, offset: int, view: memoryview, *, direct: bool, least: int | None = None
+) -> None:
+    """Fill ``view`` with bytes of a file. Continues after short reads, and retries once after EIO.
+
+    Args:
+        path: the file's name in errors.
+        descriptor: the open file.
+        offset: of the first byte in the file.
+        view: memory for the bytes; with ``direct``, it fills whole pages, and so does what is before it in the file.
+        direct: whether the descriptor has O_DIRECT.
+        least: number of bytes that the file must have from ``offset`` on; None: all of ``view``.
+
+    Raises:
+        StoreReadError: the disk has answered with an error, or the file ends too early.
+    """
+    done, retried, least = 0, False, len(view) if least is None else least
+    with read_errors(path):
+        while done < least:
+            try:
+                count = os.preadv(descriptor, [view[done:]], offset + done)
+            except OSError as error:
+                if error.errno != errno.EIO or retried:
+                    raise
+                retried = True
+                continue
+            if done + count >= least:
+                return
+            if direct:
+                count -= count % PAGE  # after a short read, the next read must begin at a multiple of PAGE again
+            if not count:
+                raise StoreReadError(
+                    f"{path} ends before byte {offset + least:,}: it was truncated while in use.",
+                    REPAIR,
+                )
+            done += count
 
 
 def foreign_record(what: str, path: Path) -> ChecksumError:
@@ -198,7 +216,7 @@ def foreign_shards(manifest: Manifest, digest: str, folder: Path) -> ChecksumErr
     )
 
 
-def _try_direct(descriptor: int) -> bool:
+def try_direct(descriptor: int) -> bool:
     """Switch an open file to O_DIRECT if a trial read with O_DIRECT succeeds. Return whether it succeeded."""
     flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
     with mmap.mmap(-1, PAGE) as page:

@@ -1,0 +1,180 @@
+"""Records that are assembled from the files of a checkpoint."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import google_crc32c
+import pytest
+from extent_files import open_extents, write_extents
+from faults import flip_bit
+from stores import layout_of, make_plan, make_records, read_record, slot_of
+
+from moetier.tiers.errors import ChecksumError, MissingExpertError, StoreFormatError, StoreReadError
+from moetier.tiers.extents import reader
+from moetier.tiers.extents.link import link, scrub_rest
+from moetier.tiers.extents.table import ExtentTable
+from moetier.tiers.layout import Bias, ExpertKey, Projection, RecordLayout
+from moetier.tiers.store.scrub import Problem, scrub
+
+GAPS = RecordLayout(  # sections that end between multiples of 64
+    (Projection("gate_up_proj", 33, 17, bits=16), Projection("down_proj", 17, 33, bits=16)),
+    (Bias("down_proj_bias", 5),),
+)
+PLANS = {
+    "small": make_plan(),
+    "gaps": make_plan(layout=GAPS),
+    "large": make_plan(blocks=1, experts=2, layout=layout_of(2048, 780)),
+}
+
+
+def zeroed(record: bytes, layout: RecordLayout) -> bytes:
+    """With zeros between sections, as a record has them."""
+    made = bytearray(len(record))
+    for section in layout.sections:
+        made[section.offset : section.offset + section.nbytes] = record[
+            section.offset : section.offset + section.nbytes
+        ]
+    return bytes(made)
+
+
+RECORDS = {
+    name: {key: zeroed(record, plan.layout(key.block)) for key, record in make_records(plan).items()}
+    for name, plan in PLANS.items()
+}
+
+
+@pytest.mark.parametrize("direct", [True, False])
+@pytest.mark.parametrize("name", PLANS)
+def test_records_are_those_of_a_store(name: str, direct: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large ones in several pieces and buffers, with a pause between them; with and without O_DIRECT."""
+    if not direct:
+        monkeypatch.setattr(reader, "try_direct", lambda descriptor: False)
+    table = write_extents(tmp_path, PLANS[name], RECORDS[name])
+    with open_extents(tmp_path, table) as store:
+        assert store.direct == (direct and store.direct)
+        for key, record in RECORDS[name].items():
+            slot = slot_of(store.manifest, key)
+            slot[:] = b"\xff" * len(slot)
+            store.read_into(key, slot, lambda: True)
+            assert slot == record + google_crc32c.value(record).to_bytes(4, "little")
+
+
+@pytest.mark.parametrize("size", [4096, 8192, 1 << 20])
+def test_buffers_of_any_size_give_the_same(size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader, "BUFFER_BYTES", size)
+    table = write_extents(tmp_path, PLANS["gaps"], RECORDS["gaps"])
+    with open_extents(tmp_path, table) as store:
+        assert {key: read_record(store, key) for key in RECORDS["gaps"]} == RECORDS["gaps"]
+
+
+def test_an_edited_extent_is_named(tmp_path: Path) -> None:
+    table = write_extents(tmp_path, PLANS["small"], RECORDS["small"])
+    bad = ExpertKey(1, 2)
+    with open_extents(tmp_path, table) as store:
+        flip_bit(tmp_path / "model-1.safetensors", table.extents(bad)[-1].offset)
+        with pytest.raises(ChecksumError, match=r"block 1 .*expert 2: checksum mismatch in .*model-1\.safetensors"):
+            read_record(store, bad)
+        assert read_record(store, ExpertKey(1, 1)) == RECORDS["small"][1, 1]
+
+
+def test_without_checksums_an_edit_is_not_noticed(tmp_path: Path) -> None:
+    """So there is a warning where such a checkpoint is used (runtime.checkpoint.experts)."""
+    table = write_extents(tmp_path, PLANS["small"], RECORDS["small"], linked=False)
+    with open_extents(tmp_path, table) as store:
+        flip_bit(tmp_path / "model-1.safetensors", table.extents(ExpertKey(1, 2))[0].offset)
+        assert read_record(store, ExpertKey(1, 2)) != RECORDS["small"][1, 2]
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def edit(path: Path) -> None:
+    flip_bit(path, path.stat().st_size - 1)
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+
+
+def swap(path: Path) -> None:
+    """With another file of the same size and time."""
+    found = path.stat()
+    path.write_bytes(path.read_bytes().replace(b'"0.0"', b'"9.0"', 1))
+    os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (cut, StoreFormatError, "cut or replaced"),
+        (edit, StoreFormatError, "was changed or replaced"),
+        (swap, StoreFormatError, "another header"),
+        (Path.unlink, MissingExpertError, "is missing"),
+    ],
+)
+def test_a_shard_that_is_not_the_one_of_before_is_refused_by_name(
+    change, error: type[Exception], words: str, tmp_path: Path
+) -> None:  # type: ignore[no-untyped-def]
+    table = write_extents(tmp_path, PLANS["small"], RECORDS["small"])
+    change(tmp_path / "model-2.safetensors")
+    with pytest.raises(error, match=rf"model-2\.safetensors.*{words}") as caught:
+        open_extents(tmp_path, table)
+    assert "moetier link" in caught.value.fix  # type: ignore[attr-defined]
+    with open_extents(tmp_path, table, damaged=True) as store:
+        assert store.faults.keys() == {2}
+        assert store.file_faults.keys() == {2}
+        assert read_record(store, ExpertKey(0, 0)) == RECORDS["small"][0, 0]
+        with pytest.raises(error, match=words):
+            read_record(store, ExpertKey(2, 0))
+        problems = [found for found in scrub(store) if isinstance(found, Problem)]
+        assert [(problem.block, problem.expert) for problem in problems] == [(2, None)]
+
+
+def test_a_shard_that_is_cut_while_it_is_in_use_is_an_error(tmp_path: Path) -> None:
+    table = write_extents(tmp_path, PLANS["small"], RECORDS["small"])
+    with open_extents(tmp_path, table) as store:
+        last = ExpertKey(0, 3)
+        cut(tmp_path / "model-0.safetensors")
+        with pytest.raises(StoreReadError, match=r"expert 3: .*model-0\.safetensors ends before byte"):
+            read_record(store, last)
+        assert read_record(store, ExpertKey(0, 2)) == RECORDS["small"][0, 2]
+
+
+def linked(folder: Path, table: ExtentTable) -> tuple[ExtentTable, int]:
+    """The linked table, and how many bytes were read for it."""
+    with open_extents(folder, table) as store:
+        *sizes, found = link(store)
+    assert isinstance(found, ExtentTable)
+    return found, sum(size for size in sizes if isinstance(size, int))
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_linking_reads_each_byte_once_and_makes_the_checksums(name: str, tmp_path: Path) -> None:
+    proved = write_extents(tmp_path, PLANS[name], RECORDS[name])
+    bare = replace(proved, manifest=replace(proved.manifest, record_checksums=b""))
+    found, read = linked(tmp_path, bare)
+    assert found.manifest == proved.manifest
+    gaps = sum(plan_gaps(PLANS[name].layout(key.block)) for key in RECORDS[name])
+    assert read - gaps == sum(shard.bytes for shard in proved.shards)
+    assert [(a.name, a.bytes, a.header) for a in found.shards] == [(b.name, b.bytes, b.header) for b in proved.shards]
+    with open_extents(tmp_path, found) as store:
+        assert not [problem for problem in scrub(store) if isinstance(problem, Problem)]
+        assert not [problem for problem in scrub_rest(store) if isinstance(problem, Problem)]
+        flip_bit(tmp_path / "model-0.safetensors", 20)  # in the header
+        (problem,) = (problem for problem in scrub_rest(store) if isinstance(problem, Problem))
+        assert "model-0.safetensors: checksum mismatch" in problem.cause
+
+
+def plan_gaps(layout: RecordLayout) -> int:
+    return layout.payload_bytes - sum(section.nbytes for section in layout.sections)
+
+
+def test_a_shard_that_changes_while_it_is_linked_is_refused(tmp_path: Path) -> None:
+    table = write_extents(tmp_path, PLANS["small"], RECORDS["small"], linked=False)
+    with open_extents(tmp_path, table) as store:
+        steps = link(store)
+        next(steps)
+        edit(tmp_path / "model-0.safetensors")
+        with pytest.raises(StoreFormatError, match="was changed or replaced"):
+            list(steps)

@@ -1,0 +1,284 @@
+"""ExtentStore, the SSD tier of a checkpoint: assembles records from extents of its files, and writes nothing.
+
+Pages that cover an extent are read with O_DIRECT into a buffer that begins on a page, and the bytes are copied into the
+slot. A record then has the layout and checksum of a record in a store, so nothing above can tell them apart. On a file
+system without O_DIRECT, extents are read straight into the slot.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import mmap
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from types import TracebackType
+
+import numpy as np
+
+from moetier.tiers.errors import ChecksumError, MissingExpertError, StoreError, StoreFormatError, StoreReadError
+from moetier.tiers.layout import CHECKSUM_BYTES, PAGE, ExpertKey, RecordLayout
+from moetier.tiers.locks import ForkGuard, UseCount
+from moetier.tiers.manifest import Manifest
+from moetier.tiers.store.atomic import read_errors
+from moetier.tiers.store.checksum import checksum_bytes
+from moetier.tiers.store.folder import command
+from moetier.tiers.store.reader import Read, as_bytes, read_in_steps, run_reads
+from moetier.tiers.store.safetensors import MAX_HEADER_BYTES, read_header
+from moetier.tiers.store.shard import read_at, try_direct
+
+from .table import Extent, ExtentTable, Shard
+
+BUFFER_BYTES = 1 << 20  # of pages that are read at a time, and copied while they are in the processor's cache
+
+
+class OpenFile:
+    """A shard of a checkpoint, open and compared with the table. Thread-safe, except for ``close``."""
+
+    def __init__(self, path: Path, shard: Shard, advice: str) -> None:
+        """Open a shard. ``advice`` is what errors advise.
+
+        Raises MissingExpertError, StoreFormatError if it is not the file that the table describes, or StoreReadError.
+        """
+        self.path = path
+        self.advice = advice
+        with read_errors(path):
+            try:
+                self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                raise MissingExpertError(f"{path}, a file of the checkpoint, is missing.", advice) from None
+        try:
+            if header_digest(path) != shard.header:
+                raise StoreFormatError(f"{path} has another header than before: it was replaced.", advice)
+            self.check(shard)
+            self.direct = try_direct(self.descriptor)
+        except BaseException:
+            os.close(self.descriptor)
+            raise
+
+    def check(self, shard: Shard) -> None:
+        """Raise StoreFormatError if the file's size, or the time of its last change, is not that of ``shard``."""
+        found = os.fstat(self.descriptor)
+        if found.st_size != shard.bytes:
+            raise StoreFormatError(
+                f"{self.path} has {found.st_size:,} bytes, and had {shard.bytes:,}: it was cut or replaced.",
+                self.advice,
+            )
+        if found.st_mtime_ns != shard.mtime_ns:
+            raise StoreFormatError(f"{self.path} was changed or replaced, by the time of its last change.", self.advice)
+
+    def read(self, offset: int, view: memoryview, buffers: SimpleQueue[mmap.mmap]) -> None:
+        """Fill ``view`` with the bytes from ``offset`` on. Raises StoreReadError."""
+        try:
+            if not self.direct:
+                read_at(self.path, self.descriptor, offset, view, direct=False)
+                os.posix_fadvise(self.descriptor, offset, len(view), os.POSIX_FADV_DONTNEED)
+                return
+            target = np.frombuffer(view, np.uint8)
+            with _borrowed(buffers) as buffer:
+                source, end = np.frombuffer(buffer, np.uint8), offset + len(view)
+                for first in range(offset - offset % PAGE, end, BUFFER_BYTES):
+                    least = min(end - first, BUFFER_BYTES)
+                    pages = memoryview(buffer)[: -(-least // PAGE) * PAGE]
+                    read_at(self.path, self.descriptor, first, pages, direct=True, least=least)
+                    begin = max(offset - first, 0)
+                    target[first + begin - offset : first + least - offset] = source[begin:least]  # releases the GIL
+        except StoreReadError as error:
+            raise StoreReadError(error.cause, self.advice) from error
+
+    def close(self) -> None:
+        """Close the descriptor."""
+        os.close(self.descriptor)
+
+
+def header_digest(path: Path) -> str:
+    """Return the sha256 of a safetensors file's header. Raises StoreFormatError if it has none, or StoreReadError."""
+    try:
+        with read_errors(path):
+            return hashlib.sha256(read_header(path, MAX_HEADER_BYTES)[0]).hexdigest()
+    except ValueError as error:
+        cause = f"{path} is truncated, or no safetensors file: {error}."
+        raise StoreFormatError(cause, "Download the checkpoint again.") from error
+
+
+@contextlib.contextmanager
+def _borrowed(buffers: SimpleQueue[mmap.mmap]) -> Iterator[mmap.mmap]:
+    try:
+        buffer = buffers.get_nowait()
+    except Empty:
+        buffer = mmap.mmap(-1, BUFFER_BYTES)
+    try:
+        yield buffer
+    finally:
+        buffers.put(buffer)
+
+
+class ExtentStore:
+    """The records of one checkpoint. Thread-safe. One file descriptor is open for each shard that has experts."""
+
+    @classmethod
+    def open(
+        cls, folder: Path, table: ExtentTable, paths: Mapping[str, Path], *, readers: int = 4, damaged: bool = False
+    ) -> ExtentStore:
+        """Open the shards, and compare sizes, times and headers with the table.
+
+        Args:
+            folder: the checkpoint.
+            table: its extents.
+            paths: the path of each shard, by name. The caller has made sure that they belong to the checkpoint.
+            readers: number of threads that read pieces of large records.
+            damaged: open the store even if shards are bad. The errors are in ``faults``, by block.
+
+        Raises:
+            MissingExpertError: a shard is missing.
+            StoreFormatError: a shard is not the one that the table describes.
+            StoreReadError: the disk has answered with an error.
+        """
+        store = cls(folder, table, paths, readers)
+        try:
+            store._open(damaged)
+        except BaseException:
+            store.close()
+            raise
+        return store
+
+    def __init__(self, folder: Path, table: ExtentTable, paths: Mapping[str, Path], readers: int) -> None:
+        self.directory = folder
+        self.table = table
+        self.manifest: Manifest = table.manifest
+        self.paths = [paths[shard.name] for shard in table.shards]  # of the shards, in the order of the table
+        self._fork_guard = ForkGuard()
+        self._files: dict[int, OpenFile] = {}
+        self._faults: dict[int, StoreError] = {}
+        self.file_faults: dict[
+            int, StoreError
+        ] = {}  # errors of bad shards, by number; empty unless opened with ``damaged``
+        self._use = UseCount(f"The checkpoint {folder}")
+        self._buffers: SimpleQueue[mmap.mmap] = SimpleQueue()  # one for each read that was in progress at a time
+        self.pool = ThreadPoolExecutor(readers, thread_name_prefix="moetier-store")  # starts no thread yet
+
+    def _open(self, damaged: bool) -> None:
+        advice = f"Get the checkpoint's own file again. If it was changed on purpose: {command('link', self.directory)}"
+        faults = self.file_faults
+        for number, shard in enumerate(self.table.shards):
+            try:
+                self._files[number] = OpenFile(self.paths[number], shard, advice)
+            except StoreError as error:
+                if not damaged:
+                    raise
+                faults[number] = error
+        for block, extents in enumerate(self.table.blocks):
+            if bad := faults.keys() & set(np.unique(extents.places[..., 0]).tolist()):
+                self._faults[block] = faults[min(bad)]
+
+    def check_unchanged(self) -> None:
+        """Raise StoreFormatError if a shard's size or time has changed since it was opened."""
+        for number, file in self._files.items():
+            file.check(self.table.shards[number])
+
+    def on_fault(self, watcher: Callable[[ChecksumError], None]) -> None:
+        """Do nothing: each read is compared with a checksum of its own, or with none."""
+
+    def on_recovery(self, watcher: Callable[[], None]) -> None:
+        """Do nothing: a checkpoint has one copy. See ``MirroredStore``."""
+
+    def compare_digest(self, checksums: Sequence[int]) -> None:
+        """Do nothing: the digest of a checkpoint is not made of its records' checksums."""
+
+    @property
+    def faults(self) -> Mapping[int, StoreError]:
+        """The errors of bad shards, by each block that needs them. It is empty unless opened with ``damaged``."""
+        return self._faults
+
+    @property
+    def direct(self) -> bool:
+        """True if all shards are read with O_DIRECT."""
+        return all(file.direct for file in self._files.values())
+
+    def layout(self, block: int) -> RecordLayout:
+        """The layout of a block's records."""
+        return self.manifest.layout(block)
+
+    def path(self, block: int) -> Path:
+        """The first of the files that a block's records are read from."""
+        return self.paths[int(self.table.blocks[block].places[..., 0].min())]
+
+    def read_into(self, key: ExpertKey, buffer: memoryview, pause: Callable[[], bool] | None = None) -> None:
+        """Assemble a record and its checksum in ``buffer``, as ``RecordReader`` specifies.
+
+        Raises:
+            MissingExpertError: the model does not have the expert.
+            StoreReadError: the disk has answered with an error. EIO is raised only if a second try fails too.
+            ChecksumError: the bytes are not those that were there when the checkpoint was linked.
+        """
+        with self._use:
+            self.manifest.check_keys(key.block, (key,))
+            if key.block in self._faults:
+                raise self._faults[key.block].with_traceback(None)
+            view, extents = as_bytes(buffer), self.table.extents(key)
+            assert len(view) == self.layout(key.block).slot_bytes, f"{len(view)} bytes are no slot"
+            try:
+                crc = read_in_steps(view, pause, partial(self._fill, extents))
+            except StoreReadError as error:
+                raise StoreReadError(f"{self._expert(key)}: {error.cause}", error.fix) from error
+            known = self.manifest.checksums(key.block)
+            if known and crc != known[key.expert]:
+                files = sorted({str(self.paths[extent.shard]) for extent in extents})
+                raise ChecksumError(
+                    f"{self._expert(key)}: checksum mismatch in {' or '.join(files)}.",
+                    f"Get the checkpoint's own files again: {command('verify', self.directory)} lists what differs.",
+                )
+            view[-CHECKSUM_BYTES:] = checksum_bytes(crc)
+
+    def _fill(
+        self, extents: list[Extent], start: int, part: memoryview, payload: memoryview, piece: int, crc: int
+    ) -> int:
+        """Read a part of a record, as a ``Fill`` for ``read_in_steps``."""
+        reads = [
+            Read(
+                self.pool, partial(self._assemble, extents, start + at, part[at : at + piece]), payload[at : at + piece]
+            )
+            for at in range(0, len(part), piece)
+        ]
+        return run_reads(reads, crc)
+
+    def _assemble(self, extents: list[Extent], start: int, part: memoryview) -> None:
+        """Fill ``part``, which begins at ``start`` in the record: extents, and zeros between and behind them."""
+        done, stop = start, start + len(part)
+        for extent in extents:
+            first, end = max(extent.start, start), min(extent.start + extent.length, stop)
+            if first >= end:
+                continue
+            part[done - start : first - start] = bytes(first - done)
+            offset = extent.offset + first - extent.start
+            self._files[extent.shard].read(offset, part[first - start : end - start], self._buffers)
+            done = end
+        part[done - start :] = bytes(stop - done)
+
+    def _expert(self, key: ExpertKey) -> str:
+        path = self.manifest.blocks[key.block].path
+        return f"{self.manifest.model}, block {key.block} ({path}), expert {key.expert}"
+
+    def close(self) -> None:
+        """Wait for running reads, then end all threads and close all descriptors. Idempotent.
+
+        In a forked child, only the child's copies of the descriptors are closed.
+        """
+        self._use.close()
+        files, self._files = self._files, {}
+        if self._fork_guard.is_owner:
+            self.pool.shutdown()
+        for file in files.values():
+            file.close()
+
+    def __enter__(self) -> ExtentStore:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()

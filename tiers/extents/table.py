@@ -1,0 +1,270 @@
+"""The table of extents: which bytes of a checkpoint's files make the record of each expert.
+
+An *extent* is a run of bytes of a file that lies unchanged in a section of the record. ``moetier link`` writes a table
+of a checkpoint, with a checksum for each record, beside the checkpoint or into ``$XDG_CACHE_HOME/moetier/extents`` (XDG
+Base Directory Specification 0.8). docs/format.md describes the file.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from moetier.tiers.errors import StoreFormatError, TargetError
+from moetier.tiers.fields import Fields
+from moetier.tiers.layout import CHECKSUM_BYTES, ExpertKey, RecordLayout
+from moetier.tiers.manifest import MAX_BYTES, Manifest
+from moetier.tiers.store.atomic import make_folders, read_errors, write_durably
+from moetier.tiers.store.folder import command, parse_json
+
+NAME = "moetier-extents.json"
+FORMAT = 1
+MAX_TABLE_BYTES = 64 << 20  # largest file that is read: six times that of 100,000 experts with three extents each
+MAX_SHARDS = 10_000
+MAX_PIECES = 64  # extents of a record
+
+
+class Piece(NamedTuple):
+    """A part of a record that is one extent in each expert of a block."""
+
+    section: str  # name of the section that it is in, after earlier pieces of the same section
+    length: int  # bytes
+
+
+class Extent(NamedTuple):
+    """Bytes of a file, and where they lie in the record."""
+
+    start: int  # in the record
+    length: int
+    shard: int  # number of the file
+    offset: int  # in the file
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A file of the checkpoint, as it was when the table was made."""
+
+    name: str  # relative to the checkpoint's folder
+    bytes: int
+    mtime_ns: int
+    header: str  # sha256 of the JSON that begins the file
+    rest: int | None = None  # CRC-32C of all its bytes that are in no extent, in order; None if they were not read
+
+
+@dataclass(frozen=True)
+class BlockExtents:
+    """The extents of one block's records."""
+
+    pieces: tuple[Piece, ...]  # in the order of the record; together they fill its sections
+    places: npt.NDArray[np.int64]  # [experts, pieces, 2]: number of the shard, offset in the file
+
+    def of(self, layout: RecordLayout, expert: int) -> list[Extent]:
+        """Return the extents of an expert's record, in the order of the record."""
+        starts = {section.name: section.offset for section in layout.sections}
+        found = []
+        for piece, (shard, offset) in zip(self.pieces, self.places[expert].tolist(), strict=True):
+            found.append(Extent(starts[piece.section], piece.length, shard, offset))
+            starts[piece.section] += piece.length
+        return found
+
+
+@dataclass(frozen=True)
+class ExtentTable:
+    """The manifest of a checkpoint's experts, and where their bytes are.
+
+    ``manifest.record_checksums`` is empty until the checkpoint is linked. ``manifest.digest`` does not depend on that.
+    """
+
+    manifest: Manifest
+    shards: tuple[Shard, ...]
+    blocks: tuple[BlockExtents, ...]
+
+    @property
+    def is_linked(self) -> bool:
+        """Whether the table has the checksums of all records, so that a read can be proved."""
+        return bool(self.manifest.record_checksums)
+
+    def extents(self, key: ExpertKey) -> list[Extent]:
+        """Return the extents of an expert's record, in the order of the record."""
+        return self.blocks[key.block].of(self.manifest.layout(key.block), key.expert)
+
+    def rest(self) -> list[list[tuple[int, int]]]:
+        """Return, for each shard, the ranges (first byte, end) that are in no extent, in order."""
+        taken: list[list[tuple[int, int]]] = [[] for _ in self.shards]
+        for block in self.blocks:
+            for number, piece in enumerate(block.pieces):
+                for shard, offset in block.places[:, number].tolist():
+                    taken[shard].append((offset, offset + piece.length))
+        return [list(_between(sorted(ranges), shard.bytes)) for ranges, shard in zip(taken, self.shards, strict=True)]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the table as JSON."""
+        return {
+            "format": FORMAT,
+            "manifest": replace(self.manifest, record_checksums=b"").to_json(),
+            "record_checksums": base64.b64encode(self.manifest.record_checksums).decode(),
+            "shards": [asdict(shard) for shard in self.shards],
+            "blocks": [
+                {
+                    "pieces": [list(piece) for piece in block.pieces],
+                    "places": base64.b64encode(block.places.astype("<i8").tobytes()).decode(),
+                }
+                for block in self.blocks
+            ],
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any], where: str) -> ExtentTable:
+        """Parse a table. Raises StoreFormatError, which names it by ``where``, unless each extent lies in its file."""
+        try:
+            fields = Fields(value)
+            fields["format"].among((FORMAT,))
+            manifest = Manifest.from_json(fields["manifest"].value, where)
+            checksums = _decoded(fields["record_checksums"])
+            if len(checksums) not in (0, CHECKSUM_BYTES * manifest.record_count):
+                raise ValueError(f"record_checksums has {len(checksums):,} bytes")
+            shards = tuple(map(_shard, fields["shards"].items(MAX_SHARDS)))
+            values = fields["blocks"].items(len(manifest.blocks))
+            if len(values) != len(manifest.blocks):
+                raise ValueError(f"blocks has {len(values)} items, and the manifest {len(manifest.blocks)} blocks")
+            blocks = tuple(_block(each, manifest, number, shards) for number, each in enumerate(values))
+        except ValueError as error:
+            raise StoreFormatError(f"{where} can't be used: {error}.", "Make it again: moetier link DIR") from error
+        return cls(replace(manifest, record_checksums=checksums), shards, blocks)
+
+
+def _between(taken: list[tuple[int, int]], size: int) -> Iterator[tuple[int, int]]:
+    at = 0
+    for first, end in (*taken, (size, size)):
+        if first > at:
+            yield at, first
+        at = max(at, end)
+
+
+def _decoded(value: Fields) -> bytes:
+    try:
+        return base64.b64decode(value.text(), validate=True)
+    except binascii.Error as error:
+        raise ValueError(f"{value.place} is not base64") from error
+
+
+def _shard(value: Fields) -> Shard:
+    rest = value.get("rest")
+    return Shard(
+        value["name"].text("[^/\0][^\0]*", "the name of a file"),
+        value["bytes"].number(0, MAX_BYTES),
+        value["mtime_ns"].number(-(1 << 63), (1 << 63) - 1),
+        value["header"].text("[0-9a-f]{64}", "a sha256"),
+        None if rest is None or rest.value is None else rest.number(0, 2**32 - 1),
+    )
+
+
+def _block(value: Fields, manifest: Manifest, number: int, shards: tuple[Shard, ...]) -> BlockExtents:
+    layout, experts = manifest.layout(number), manifest.blocks[number].experts
+    pieces = []
+    for item in value["pieces"].items(MAX_PIECES):
+        name, length = item.items(2)
+        pieces.append(Piece(name.text(), length.number(1, MAX_BYTES)))
+    filled = [(section.name, section.nbytes) for section in layout.sections]
+    if list(_sums(pieces)) != filled:
+        raise ValueError(f"{value.place}.pieces do not fill the sections of the record")
+    data = _decoded(value["places"])
+    if len(data) != 16 * experts * len(pieces):
+        raise ValueError(f"{value.place}.places has {len(data):,} bytes")
+    places = np.frombuffer(data, "<i8").reshape(experts, len(pieces), 2)
+    shard, offset = places[..., 0], places[..., 1]
+    sizes = np.array([each.bytes for each in shards], np.int64)
+    if (shard < 0).any() or (shard >= len(shards)).any():
+        raise ValueError(f"{value.place}.places name a shard that is not listed")
+    room = sizes[shard] - np.array([piece.length for piece in pieces], np.int64)  # negative if the file is too small
+    if (offset < 0).any() or (offset > room).any():
+        raise ValueError(f"{value.place}.places lead out of a shard")
+    return BlockExtents(tuple(pieces), places)
+
+
+def _sums(pieces: list[Piece]) -> Iterator[tuple[str, int]]:
+    """Yield the name and total size of each run of pieces of one section."""
+    name, size = "", 0
+    for piece in pieces:
+        if piece.section != name:
+            if name:
+                yield name, size
+            name, size = piece.section, 0
+        size += piece.length
+    yield name, size
+
+
+def beside(folder: Path) -> Path:
+    """Return the path of a table beside its checkpoint."""
+    return folder / NAME
+
+
+def cached(folder: Path) -> Path:
+    """Return the path of a checkpoint's table in the user's cache. Raises TargetError for a user without a home."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not cache.is_absolute():  # the specification says to ignore such a value
+        try:
+            cache = Path.home() / ".cache"
+        except RuntimeError:
+            raise TargetError("There is no home folder for a cache.", "Set XDG_CACHE_HOME to a folder.") from None
+    name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:32]
+    return cache / "moetier" / "extents" / f"{name}.json"
+
+
+def read_table(folder: Path) -> ExtentTable | None:
+    """Read the table of a linked checkpoint, that of the user's cache first; None if it is not linked.
+
+    Raises StoreFormatError or StoreReadError.
+    """
+    paths = [beside(folder)]
+    with contextlib.suppress(TargetError):
+        paths.insert(0, cached(folder))
+    for path in paths:
+        try:
+            with read_errors(path), path.open("rb") as stream:
+                data = stream.read(MAX_TABLE_BYTES + 1)
+        except FileNotFoundError:
+            continue
+        fix = f"Make it again: {command('link', folder)}"
+        if len(data) > MAX_TABLE_BYTES:
+            raise StoreFormatError(f"{path} has more than {MAX_TABLE_BYTES:,} bytes.", fix)
+        return ExtentTable.from_json(parse_json(data, str(path), fix), str(path))
+    return None
+
+
+def write_table(folder: Path, table: ExtentTable, *, into_cache: bool) -> Path:
+    """Write the table of the checkpoint in ``folder``, and return its path. Raises TargetError.
+
+    It is written into the user's cache if that is asked for, or if the folder can't be written to. An older table in
+    the other place is removed.
+    """
+    data = json.dumps(table.to_json()).encode()
+    if not into_cache:
+        try:
+            write_durably(beside(folder), data)
+        except OSError:
+            into_cache = True
+        else:
+            with contextlib.suppress(TargetError, OSError):
+                cached(folder).unlink()
+            return beside(folder)
+    path = cached(folder)
+    try:
+        make_folders(path.parent)
+        write_durably(path, data)
+    except OSError as error:
+        raise TargetError(
+            f"{path} can't be written ({error.strerror}).", "Set XDG_CACHE_HOME to a folder that can."
+        ) from error
+    return path
