@@ -28,6 +28,7 @@ COMMANDS = {  # name of a command -> its line in --help
     "list": "list the pulled models",
     "rm": "remove pulled models",
     "convert": "turn a Hugging Face checkpoint into a model directory with quantised experts",
+    "link": "make checksums of a checkpoint that is used as it is, without a conversion",
     "mirror": "copy the experts to another disk, so that both disks are read at once",
     "generate": "generate text from a prompt",
     "chat": "chat with a model",

@@ -8,7 +8,6 @@ its trunk.
 from __future__ import annotations
 
 import contextlib
-import json
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -24,9 +23,12 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from moetier.runtime.meta import MadeOnMeta
 from moetier.runtime.moe.experts import EXPERT_PARAMETERS, experts_modules
 from moetier.tiers.errors import CheckpointError, UnsupportedModelError
+from moetier.tiers.layout import Bits, RecordLayout
+from moetier.tiers.manifest import Block
+from moetier.tiers.quant.codec import layout_for
 from moetier.tiers.store.trunk import RECORD
 
-from .files import carried
+from .files import carried, with_floats
 from .recipe import BlockBlueprint, Recipe
 from .tensors import SourceTensor
 
@@ -56,7 +58,7 @@ def build_on_meta(config: Mapping[str, Any], first_dtype: str | None) -> tuple[P
             _supported(),
         )
     try:
-        made = CONFIG_MAPPING[model_type].from_dict(_with_floats(carried(config)))
+        made = CONFIG_MAPPING[model_type].from_dict(with_floats(carried(config)))
         dtype = getattr(made, "dtype", None) or first_dtype or "float32"
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         made.dtype = dtype
@@ -81,12 +83,6 @@ def build_on_meta(config: Mapping[str, Any], first_dtype: str | None) -> tuple[P
             _supported(),
         )
     return model, dtype
-
-
-def _with_floats(config: Mapping[str, Any]) -> Any:
-    """Return the config with floats for infinities and NaNs, which transformers writes as {"__float__": "Infinity"}."""
-    tag = {"__float__"}
-    return json.loads(json.dumps(config), object_hook=lambda d: float(d["__float__"]) if d.keys() == tag else d)
 
 
 def _supported() -> str:
@@ -203,6 +199,23 @@ def make_blueprint(
                 one = torch.empty((1, *parameter.shape[1:]), dtype=parameter.dtype, device="meta")
                 setattr(module, name, torch.nn.Parameter(one, requires_grad=False))
     return Blueprint(str(dtype).removeprefix("torch."), blocks, tuple(trunk), tuple(unused), matrices)
+
+
+def records_of(
+    blueprint: Blueprint, *, bits: Bits, group: int | None = None, pairs: str | None = None
+) -> tuple[tuple[Block, ...], dict[str, RecordLayout]]:
+    """Return the blocks of a manifest, and the layout of each array of records; further arguments as ``layout_for``."""
+    arrays: dict[tuple[RecordLayout, int], str] = {}
+    sizes: dict[str, int] = {}
+    blocks = []
+    for block in blueprint.blocks:
+        layout = layout_for(block.parameters, bits=bits, group=group, pairs=pairs, transposed=block.transposed)
+        name = f"records-{len(arrays) + 1}" if arrays else "records"
+        array = arrays.setdefault((layout, block.experts), name)
+        index = sizes.get(array, 0)
+        sizes[array] = index + 1
+        blocks.append(Block(block.path, array, index, block.experts, block.top_k))
+    return tuple(blocks), {name: layout for (layout, _), name in arrays.items()}
 
 
 def destinations(model: PreTrainedModel, names: Iterable[str]) -> Iterator[tuple[list[str], list[str]]]:

@@ -9,6 +9,7 @@ from typing import Any
 from moetier.tiers.errors import StoreFormatError, UnsafeCheckpointError
 from moetier.tiers.store.folder import read_json
 
+ADAPTER = "adapter_config.json"  # makes transformers load another model
 NAME = "moetier"  # in config.json, the name of moetier's quantisation method and experts implementation
 
 # Keys that make transformers run code, fetch kernels, read other files, or expect another quantisation.
@@ -40,10 +41,10 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{path} has {name}, which can make transformers run code or read files from elsewhere.",
             "Don't use this directory, as moetier writes no such key. Convert the model again.",
         )
-    if (folder / "adapter_config.json").exists():
+    if (folder / ADAPTER).exists():
         raise UnsafeCheckpointError(
-            f"{folder} has an adapter_config.json, which can make transformers load another model in its place.",
-            "Remove adapter_config.json from this directory, or use another directory.",
+            f"{folder} has an {ADAPTER}, which can make transformers load another model in its place.",
+            f"Remove {ADAPTER} from this directory, or use another directory.",
         )
     return config
 

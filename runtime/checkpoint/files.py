@@ -129,6 +129,12 @@ def carried(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def with_floats(config: Mapping[str, Any]) -> Any:
+    """Return the config with infinities and NaNs as floats; transformers writes them as {"__float__": "Infinity"}."""
+    tag = {"__float__"}
+    return json.loads(json.dumps(config), object_hook=lambda d: float(d["__float__"]) if d.keys() == tag else d)
+
+
 def locate(source: str | Path, files: Sequence[str] = hub.SMALL_FILES) -> tuple[str, Path]:
     """Return the name and the folder of a checkpoint. For a hub id, only ``files`` (names, patterns) are downloaded."""
     folder = check_source(source)

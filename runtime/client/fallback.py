@@ -6,12 +6,12 @@ import contextlib
 import threading
 from pathlib import Path
 
+from moetier.runtime.checkpoint.experts import open_experts
 from moetier.tiers.cache.budget import slots_for, smallest_budget
-from moetier.tiers.errors import BudgetError, ClosedError, StoreError
+from moetier.tiers.errors import BudgetError, CheckpointError, ClosedError, StoreError
 from moetier.tiers.host.tier import HostTier
 from moetier.tiers.locks import ForkGuard
 from moetier.tiers.manifest import Manifest
-from moetier.tiers.store.mirror import open_store
 
 
 class Fallback:
@@ -41,7 +41,7 @@ class Fallback:
                 self._closing.close()  # what an earlier attempt has opened that an exception interrupted
                 with contextlib.ExitStack() as opening:
                     try:
-                        store = open_store(self._directory)
+                        store = open_experts(self._directory)
                         opening.callback(store.close)
                         if store.manifest.digest != self._manifest.digest:
                             raise StoreError(f"{self._directory} holds a different store now.", "Load the model again.")
@@ -49,7 +49,7 @@ class Fallback:
                         host = opening.enter_context(HostTier(store, slots=slots))
                         store.on_fault(host.condemn)
                         store.on_recovery(host.count_failure)
-                    except (StoreError, BudgetError) as error:
+                    except (StoreError, CheckpointError, BudgetError) as error:
                         self.error = error.cause
                     else:
                         self._closing = opening.pop_all()

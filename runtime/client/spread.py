@@ -16,9 +16,11 @@ from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
 from pathlib import Path
 
+from moetier.runtime.checkpoint.experts import open_copy
 from moetier.runtime.wire.address import Address, Credentials
 from moetier.tiers.closeable import Closeable
 from moetier.tiers.errors import (
+    CheckpointError,
     ClosedError,
     ConfigError,
     ExhaustedError,
@@ -27,6 +29,7 @@ from moetier.tiers.errors import (
     StoreError,
     UnavailableError,
 )
+from moetier.tiers.extents.reader import ExtentStore
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.locks import ForkGuard
 from moetier.tiers.manifest import Manifest
@@ -91,7 +94,12 @@ class SpreadReader(Closeable):
         return reader
 
     def __init__(
-        self, manifest: Manifest, peers: Sequence[Peer], local: ExpertStore | None = None, *, patience: float = PATIENCE
+        self,
+        manifest: Manifest,
+        peers: Sequence[Peer],
+        local: ExpertStore | ExtentStore | None = None,
+        *,
+        patience: float = PATIENCE,
     ) -> None:
         self.manifest = manifest
         self.local = local
@@ -287,14 +295,15 @@ def _check(peer: Peer) -> MoetierError | None:
     return None
 
 
-def _open_shards(folder: Path) -> ExpertStore | None:
-    """Return the store of a model directory, opened; None if it can't be opened or has no intact shard."""
+def _open_shards(folder: Path) -> ExpertStore | ExtentStore | None:
+    """Return the experts of a directory, opened; None if they can't be opened or no shard is intact."""
     with contextlib.ExitStack() as closing:
         try:
-            store = closing.enter_context(ExpertStore.open(folder, damaged=True))
-            if not store.faults:
+            store: ExpertStore | ExtentStore = open_copy(folder, damaged=True)
+            closing.callback(store.close)
+            if not store.faults and isinstance(store, ExpertStore):
                 store.check_digest()
-        except StoreError as error:
+        except (StoreError, CheckpointError) as error:
             _log.info("No records are read from %s: %s", folder, error.cause)
             return None
         if len(store.faults) == len(store.manifest.blocks):

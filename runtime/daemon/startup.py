@@ -12,13 +12,15 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from moetier.runtime.checkpoint.experts import open_experts
 from moetier.runtime.config import Size
 from moetier.runtime.memory import Available, available_memory, budget_for
 from moetier.tiers.cache.budget import slots_for, smallest_budget
 from moetier.tiers.errors import ConfigError
+from moetier.tiers.extents.reader import ExtentStore
 from moetier.tiers.host.tier import HostTier
 from moetier.tiers.manifest import Manifest
-from moetier.tiers.store.mirror import MirroredStore, open_store
+from moetier.tiers.store.mirror import MirroredStore
 from moetier.tiers.store.reader import ExpertStore
 
 from .log import log_event
@@ -72,7 +74,7 @@ def open_models(
         taken = kept.get(digest)
         arena = None if taken is None else taken.arena
         host = HostTier(store, slots=slots[digest], loaders=config.loaders, arena=arena, policy=config.policy)
-        model = HostedModel(store.manifest, host, store.folder.parent, patience=config.wait, learn=config.learn)
+        model = HostedModel(store.manifest, host, store.directory, patience=config.wait, learn=config.learn)
         closing.callback(model.close)
         models[digest] = model
         store.on_fault(model.condemn)
@@ -89,18 +91,20 @@ def open_models(
     return models
 
 
-def _open_stores(directories: Sequence[Path], closing: contextlib.ExitStack) -> dict[str, ExpertStore | MirroredStore]:
-    """Open the stores of model directories, and return a dictionary from digests to stores.
+def _open_stores(
+    directories: Sequence[Path], closing: contextlib.ExitStack
+) -> dict[str, ExpertStore | MirroredStore | ExtentStore]:
+    """Open the experts of directories, and return a dictionary from digests to stores.
 
-    Raises StoreError if one can't be opened, and ConfigError if two hold the same experts.
+    Raises StoreError or CheckpointError if one can't be opened, and ConfigError if two hold the same experts.
     """
-    stores: dict[str, ExpertStore | MirroredStore] = {}
+    stores: dict[str, ExpertStore | MirroredStore | ExtentStore] = {}
     for directory in directories:
-        store = open_store(directory.resolve())  # absolute, for the log
+        store = open_experts(directory.resolve(), apart=True)  # absolute, for the log
         closing.callback(store.close)
         if (other := stores.get(store.manifest.digest)) is not None:
             raise ConfigError(
-                f"{other.folder.parent} and {directory} hold the same experts.", "Name one of the directories."
+                f"{other.directory} and {directory} hold the same experts.", "Name one of the directories."
             )
         stores[store.manifest.digest] = store
     return stores

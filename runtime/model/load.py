@@ -17,12 +17,12 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from moetier.runtime.checkpoint.config_json import read_config
+from moetier.runtime.checkpoint.experts import check_shards, config_of, is_checkpoint, read_manifest
 from moetier.runtime.config import OPTIONS, LoadOptions, TierConfig
 from moetier.runtime.context import longest_context
 from moetier.runtime.pulled import model_directory
 from moetier.tiers.errors import ConfigError, StoreFormatError, UnsupportedModelError
-from moetier.tiers.store.folder import check_directory, command, read_manifest, store_folder
+from moetier.tiers.store.folder import check_directory, command
 from moetier.tiers.store.trunk import check_trunk
 
 from .registration import asked_for, install
@@ -95,14 +95,19 @@ def load(
     asked = TierConfig.of(**options)
     as_loaded = {"dtype": _dtype(dtype), "attn_implementation": _attention(attn_implementation)}
     check_directory(folder)
-    manifest = read_manifest(store_folder(folder))
-    model_class = _model_class(read_config(folder))
-    check_trunk(folder, manifest)
+    manifest, found = read_manifest(folder), config_of(folder)
+    model_class = _model_class(found)
+    if is_checkpoint(folder):
+        check_shards(folder)
+    else:
+        check_trunk(folder, manifest)
     place = place_of(asked.device)
     install()
     tokenizer = _tokenizer(folder)
     with _load_errors(folder):
-        config = model_class.config_class.from_pretrained(folder)
+        config_class = model_class.config_class
+        as_it_is = is_checkpoint(folder)
+        config = config_class.from_dict(found) if as_it_is else config_class.from_pretrained(folder)
     if tokenizer is not None and (most := longest_context(config)) is not None:
         # many tokenizers state no maximum length; with one, transformers warns of longer texts
         tokenizer.model_max_length = min(tokenizer.model_max_length, most)

@@ -6,10 +6,11 @@ transformers builds a model on the meta device, calls the quantiser, and loads t
 from __future__ import annotations
 
 import contextlib
+import re
 import threading
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
 from itertools import chain
 from pathlib import Path
@@ -26,7 +27,8 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from moetier.runtime.checkpoint.config_json import NAME, read_config
+from moetier.runtime.checkpoint.config_json import NAME
+from moetier.runtime.checkpoint.experts import config_of, is_checkpoint, read_manifest
 from moetier.runtime.config import OPTIONS, TierConfig, TierOptions
 from moetier.runtime.context import context_of
 from moetier.runtime.kernels.attention import use_decode_attention
@@ -47,7 +49,6 @@ from moetier.runtime.threads import use_threads
 from moetier.tiers.errors import ConfigError, StoreFormatError, UnsafeCheckpointError, UnsupportedModelError
 from moetier.tiers.locks import postpone_interrupts, raise_interrupts
 from moetier.tiers.manifest import FORMAT, TRUNK_NAME, Manifest
-from moetier.tiers.store.folder import read_manifest, store_folder
 from moetier.tiers.store.trunk import check_small, check_trunk, trunk_records
 
 from .budgets import context_bytes, largest_decoded
@@ -139,13 +140,16 @@ class MoetierQuantizer(HfQuantizer):
     ) -> None:
         assert checkpoint_files, "weights given as a state dict have no store"
         self._folder = _folder_of(model, checkpoint_files)
-        read_config(self._folder)
+        config_of(self._folder)
         modules = experts_modules(model)
-        manifest = read_manifest(store_folder(self._folder))
-        check_trunk(self._folder, manifest)
-        check_small(self._folder, manifest)
+        manifest, records = read_manifest(self._folder), dict[str, int]()
+        if is_checkpoint(self._folder):
+            _ignore_experts(model, modules)
+        else:
+            check_trunk(self._folder, manifest)
+            check_small(self._folder, manifest)
+            records = trunk_records(self._folder, manifest)
         self._check(model, modules, manifest)
-        records = trunk_records(self._folder, manifest)
         for path, module in modules.items():
             for name in EXPERT_PARAMETERS:
                 module._parameters.pop(name, None)  # on the meta device, so nothing was allocated
@@ -206,9 +210,7 @@ class MoetierQuantizer(HfQuantizer):
             asked,
             device,
             trunk=_mapped_bytes(model),
-            cache=context_bytes(
-                model, read_manifest(store_folder(self._folder)), context_of(model.config, asked.context)
-            ),
+            cache=context_bytes(model, read_manifest(self._folder), context_of(model.config, asked.context)),
             width=model.dtype.itemsize,
             kernels=kernels,
             largest=largest_decoded((linear.layout for linear in linears), kernels),
@@ -268,13 +270,25 @@ def _folder_of(model: PreTrainedModel, files: list[str]) -> Path:
     """
     asked = model.config.name_or_path
     folder = Path(asked) if asked and Path(asked).is_dir() else Path(files[0]).parent
+    as_it_is = is_checkpoint(folder)
     for file in map(Path, files):
-        if file.parent.resolve() != folder.resolve() or not TRUNK_NAME.fullmatch(file.name):
+        fits = file.suffix == ".safetensors" if as_it_is else TRUNK_NAME.fullmatch(file.name)
+        if file.parent.resolve() != folder.resolve() or not fits:
             raise UnsafeCheckpointError(
                 f"{folder} would load its trunk from {file}, which is not a trunk file in {folder}.",
                 "Don't use this model directory. Convert the model again.",
             )
     return folder
+
+
+def _ignore_experts(model: PreTrainedModel, modules: Iterable[str]) -> None:
+    """Keep transformers from listing a checkpoint's experts as weights that the model does not use."""
+    prefix, names = f"{model.base_model_prefix}.", "|".join(EXPERT_PARAMETERS)
+    paths = "|".join(re.escape(path.removeprefix(prefix)) for path in modules)
+    model._keys_to_ignore_on_load_unexpected = {
+        *(model._keys_to_ignore_on_load_unexpected or ()),
+        rf"(^|\.)({paths})\.({names})$",
+    }
 
 
 def _shortcuts(model: PreTrainedModel, asked: TierConfig) -> Shortcuts | None:

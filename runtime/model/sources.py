@@ -12,15 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moetier.runtime.checkpoint.experts import open_experts
 from moetier.runtime.config import TierConfig
 from moetier.runtime.wire.address import Address
 from moetier.tiers.errors import MoetierError, NoDaemonError, UnknownModelError
+from moetier.tiers.extents.reader import ExtentStore
 from moetier.tiers.host.tier import HostTier
 from moetier.tiers.host.warmup import Learner
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.source import Lender, RecordReader
 from moetier.tiers.stats import Share
-from moetier.tiers.store.mirror import MirroredStore, open_store
+from moetier.tiers.store.mirror import MirroredStore
 from moetier.tiers.store.reader import ExpertStore
 
 if TYPE_CHECKING:
@@ -86,7 +88,7 @@ def _mapped(daemon: Address, folder: Path, manifest: Manifest) -> Origin:
 def _own(folder: Path, manifest: Manifest, slots: Mapping[str, int], config: TierConfig) -> Origin:
     """Open a host tier of this process. It reads from the store, or from daemons of other hosts and the store."""
     reader: RecordReader
-    store: ExpertStore | MirroredStore | None
+    store: ExpertStore | MirroredStore | ExtentStore | None
     shares: Callable[[], list[Share]] = list
     where = "this process"
     with contextlib.ExitStack() as closing:
@@ -97,7 +99,7 @@ def _own(folder: Path, manifest: Manifest, slots: Mapping[str, int], config: Tie
             reader, store, shares = closing.enter_context(spread), spread.local, spread.shares
             where = f"the daemons {', '.join(map(str, config.daemon.addresses))}"
         else:
-            reader = store = open_store(folder)
+            reader = store = open_experts(folder)
             closing.callback(store.close)
         host = closing.enter_context(HostTier(reader, slots=slots, loaders=config.loaders, policy=config.policy))
         learner = closing.enter_context(contextlib.closing(Learner(host))) if config.learn else None

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from moetier.runtime.checkpoint.experts import read_manifest
 from moetier.runtime.config import TierConfig
 from moetier.runtime.kernels.api import Kernels
 from moetier.runtime.kernels.choose import kernels_for
@@ -27,7 +28,6 @@ from moetier.tiers.device.views import HostViews
 from moetier.tiers.errors import ConfigError
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.stats import TierStats
-from moetier.tiers.store.folder import read_manifest, store_folder
 
 from .budgets import Needs, scratch_numbers
 from .sources import Origin, open_origin
@@ -71,7 +71,7 @@ class Tiers:
                 "On a CPU there is no device memory: experts stay in host memory.",
                 "Leave out `device_memory`; `ram` is the memory for experts.",
             )
-        manifest = read_manifest(store_folder(folder))
+        manifest = read_manifest(folder)
         kernels = kernels or kernels_for(device, exact=config.exact)
         needs = Needs(trunk, cache, scratch=max(scratch_numbers(manifest, kernels), largest) * width)
 

@@ -13,12 +13,12 @@ from architectures import tiny_model
 from torch import Tensor
 
 import moetier
+from moetier.runtime.checkpoint.experts import read_manifest
 from moetier.runtime.moe.experts import experts_modules
 from moetier.runtime.moe.linear import WEIGHT, QuantizedLinear
 from moetier.tiers.cache.budget import smallest_budget
 from moetier.tiers.layout import Bits
 from moetier.tiers.quant.codec import decode
-from moetier.tiers.store.folder import read_manifest, store_folder
 from moetier.tools.convert.convert import convert
 
 stores.make_plan()  # its import starts zarr's thread, which stays, before a test looks for threads
@@ -39,7 +39,7 @@ class Comparison:
 
 def smallest_ram(directory: Path) -> int:
     """Bytes of one block's top-k records."""
-    return smallest_budget(read_manifest(store_folder(directory)))
+    return smallest_budget(read_manifest(directory))
 
 
 def convert_tiny(
@@ -65,10 +65,17 @@ def read_back(ordinary: Any, tiered: Any) -> list[str]:
     return paths
 
 
-def compare(model_type: str, dtype: torch.dtype, folder: Path, *, trunk_bits: Bits = 16) -> Comparison:
+def compare(
+    model_type: str, dtype: torch.dtype, folder: Path, *, trunk_bits: Bits = 16, converts: bool = True
+) -> Comparison:
     """Converts at 16 bits into ``folder``, and loads with room for one block's top-k records; every gate is asked ahead
-    in each decode step. The ordinary model gets the weights of a trunk of fewer bits."""
-    ordinary, converted = convert_tiny(model_type, dtype, folder, trunk_bits=trunk_bits)
+    in each decode step. The ordinary model gets the weights of a trunk of fewer bits. If not ``converts``, the
+    checkpoint is loaded as it is."""
+    if converts:
+        ordinary, converted = convert_tiny(model_type, dtype, folder, trunk_bits=trunk_bits)
+    else:
+        ordinary, converted = tiny_model(model_type, dtype), folder / "source"
+        ordinary.save_pretrained(converted)
     tiered, _ = moetier.load(converted, ram=smallest_ram(converted), speculate="always", exact=trunk_bits != 16)
     with tiered.tiers:
         quantised = read_back(ordinary, tiered)

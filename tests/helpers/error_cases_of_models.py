@@ -200,7 +200,23 @@ def a_store_for_a_model(bench: Bench) -> Said:
 
 @case
 def a_checkpoint_for_a_model(bench: Bench) -> Said:
-    return bench.run("serve", bench.source())
+    return bench.run("mirror", bench.source(), bench.folder / "copy")
+
+
+@case
+def a_checkpoint_that_has_to_be_converted(bench: Bench) -> Said:
+    path = (source := bench.source()) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": {"quant_method": "fp8"}}))
+    return bench.run("generate", source, "To be")
+
+
+@case
+def a_linked_checkpoint_edited(bench: Bench) -> Said:
+    source = bench.source()
+    assert bench.run("link", source).code == 0
+    victim = sorted(source.glob("*.safetensors"))[1]
+    os.utime(victim, (0, 0))
+    return bench.run("generate", source, "To be")
 
 
 @case

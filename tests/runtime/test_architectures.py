@@ -11,6 +11,7 @@ from architectures import FURTHER, REQUIRED, TINY, model_types
 from comparison import apart, compare, convert_tiny, farthest
 
 import moetier
+from moetier.tiers.errors import UnsupportedModelError
 from moetier.tiers.layout import Bits
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -31,6 +32,24 @@ def test_the_table_in_the_documentation_has_them_all() -> None:
 @pytest.mark.parametrize("model_type", sorted(REQUIRED))
 def test_required(model_type: str, dtype: torch.dtype, tmp_path: Path) -> None:
     assert compare(model_type, dtype, tmp_path).differing == ()
+
+
+@pytest.mark.parametrize("model_type", sorted(REQUIRED))
+def test_required_without_a_conversion(model_type: str, tmp_path: Path) -> None:
+    assert compare(model_type, BF16, tmp_path, converts=False).differing == ()
+
+
+REARRANGED = {"ernie4_5_vl_moe", "inkling", "inkling2", "inkling2_loop", "qwen3_vl_moe"}  # on loading
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", sorted(FURTHER))
+def test_further_without_a_conversion(model_type: str, tmp_path: Path) -> None:
+    if model_type in REARRANGED:
+        with pytest.raises(UnsupportedModelError, match="can't be used as they are"):
+            compare(model_type, BF16, tmp_path, converts=False)
+    else:
+        assert compare(model_type, BF16, tmp_path, converts=False).differing == ()
 
 
 @pytest.mark.parametrize("model_type", sorted(REQUIRED))

@@ -100,15 +100,15 @@ def rates(work: dict[str, Any]) -> dict[str, Any]:
     """
     import torch
 
+    from moetier.runtime.checkpoint.experts import read_manifest
     from moetier.runtime.kernels.choose import kernels_for
     from moetier.runtime.threads import use_threads
-    from moetier.tiers.store.folder import read_manifest, store_folder
 
     from .rates import KernelProbe, memory_rate, random_records
 
     use_threads(work.get("threads"))
     memory, by = memory_rate(work["bytes"])
-    manifest = read_manifest(store_folder(Path(work["directory"])))
+    manifest = read_manifest(Path(work["directory"]))
     nbytes, seconds = 0, dict.fromkeys(work["rows"], 0.0)  # sums over all records; each layout has its own rate
     for array, layout in manifest.layouts.items():
         size = sum(block.experts for block in manifest.members[array].values()) * layout.slot_bytes

@@ -26,6 +26,7 @@ from moetier.tools.cli.parser import DIRECTORY, directory
 from .output import Machine, Spread, add_bench_arguments, alternate, check_bench, report
 
 if TYPE_CHECKING:
+    from moetier.tiers.extents.reader import ExtentStore
     from moetier.tiers.store.reader import ExpertStore
 
 
@@ -52,11 +53,16 @@ class RandomReads:
 
         If its blocks have several record layouts, only the layout that takes the most bytes is read. Raises StoreError.
         """
+        from moetier.runtime.checkpoint.experts import open_copy
         from moetier.tiers.store.reader import ExpertStore
         from moetier.tiers.store.shard import ShardFile
 
-        with ExpertStore.open(directory) as store:
-            manifest, folder, direct = store.manifest, store.folder, store.direct
+        with open_copy(directory) as store:
+            manifest, direct = store.manifest, store.direct
+            if not isinstance(store, ExpertStore):
+                array = max(manifest.members, key=lambda name: len(manifest.members[name]))
+                return cls.of_files(store.paths, manifest.layouts[array].slot_bytes)
+        folder = store.folder
         arrays = [[ShardFile.of(folder, manifest, block) for block in blocks] for blocks in manifest.members.values()]
         chosen = max(arrays, key=lambda shards: sum(shard.data_bytes for shard in shards))
         return cls(tuple(shard.path for shard in chosen), chosen[0].data_bytes, chosen[0].slot_bytes, direct)
@@ -209,12 +215,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command and return 0. Raises MoetierError."""
+    from moetier.runtime.checkpoint.experts import open_copy
     from moetier.tiers.source import LOADERS
-    from moetier.tiers.store.reader import ExpertStore
 
     check_bench(arguments)
     fio = fio_version()
-    with ExpertStore.open(arguments.directory) as store:
+    with open_copy(arguments.directory) as store:
         reads = RandomReads.of_records(arguments.directory)
         depths = (1, LOADERS)
         ways = {}
@@ -242,7 +248,7 @@ def run(arguments: argparse.Namespace) -> int:
     return report(arguments, machine, rows, results, notes=notes, by=reads.by, page_cache=page_cache)
 
 
-def store_rate(store: ExpertStore, record_bytes: int, depth: int, seconds: float) -> float:
+def store_rate(store: ExpertStore | ExtentStore, record_bytes: int, depth: int, seconds: float) -> float:
     """Measure how many bytes per second the store reads of random records, and checks against their checksums.
 
     Only records of ``record_bytes`` are read. ``depth`` threads read for about ``seconds``.

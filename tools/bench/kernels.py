@@ -138,11 +138,11 @@ def _row(result: dict[str, Any]) -> list[str]:
 def _layouts(arguments: argparse.Namespace) -> Iterator[tuple[str, RecordLayout]]:
     """Yield the title and the record layout of everything to measure."""
     if arguments.directory is not None:
-        from moetier.tiers.store.folder import read_manifest, store_folder
+        from moetier.runtime.checkpoint.experts import read_manifest
 
         if arguments.bits:
             raise UsageError("With DIR, the bits are those of its records.", "Leave out --bits, or leave out DIR.")
-        yield from read_manifest(store_folder(arguments.directory)).layouts.items()
+        yield from read_manifest(arguments.directory).layouts.items()
         return
     for title, (hidden, inner) in EXPERTS.items():
         for bits in arguments.bits or BITS:

@@ -132,8 +132,8 @@ def measure(arguments: argparse.Namespace, work: Work) -> int:
     The rates of disk, kernels and memory, from which the bounds are computed, are measured in the same rounds. Raises
     MoetierError.
     """
+    from moetier.runtime.checkpoint.experts import read_manifest
     from moetier.tiers.source import LOADERS
-    from moetier.tiers.store.folder import read_manifest, store_folder
 
     check_bench(arguments)
     settings = [
@@ -143,7 +143,7 @@ def measure(arguments: argparse.Namespace, work: Work) -> int:
     ]
     folder = arguments.directory
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    manifest, fio = read_manifest(store_folder(folder)), fio_version()
+    manifest, fio = read_manifest(folder), fio_version()
     child = {"directory": str(folder.resolve()), "threads": arguments.threads}
     feed = child | {"work": "model"} | work.to_json()
 

@@ -79,9 +79,9 @@ def _of_text(directory: Path, path: Path) -> list[int]:
 
 
 def _vocabulary(directory: Path) -> int:
-    from moetier.runtime.checkpoint.config_json import read_config
+    from moetier.runtime.checkpoint.experts import config_of
 
-    config: dict[str, Any] = read_config(directory)
+    config: dict[str, Any] = config_of(directory)
     size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
     if not isinstance(size, int):
         raise ConfigError(

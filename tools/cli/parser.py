@@ -199,8 +199,8 @@ def _nearest(word: str, known: Iterable[str]) -> str:
     return f"Did you mean {found[0]}? " if found else ""
 
 
-# help text of an argument that is a model directory
-DIRECTORY = "a model directory, made by moetier convert, or the name of a pulled model"
+# help of an argument that names a directory
+DIRECTORY = "a model directory, the name of a pulled model, or the folder of a checkpoint in 16 bits"
 
 
 def directory(text: str) -> str | Path:

@@ -28,13 +28,13 @@ def run(arguments: argparse.Namespace) -> int:
 
     Raises StoreError if there is no complete store.
     """
-    from moetier.tiers.store.reader import ExpertStore
+    from moetier.runtime.checkpoint.experts import open_copy
 
-    with ExpertStore.open(arguments.directory, damaged=True) as store:
+    with open_copy(arguments.directory, damaged=True) as store:
         found = survey(store)
     print(json.dumps(found, indent=2) if arguments.json else _text(found))
     if found["faults"] and not arguments.json:
-        print(MEND, file=sys.stderr)
+        print(MEND[found["checkpoint"]], file=sys.stderr)
     return EXIT_ERROR if found["faults"] else 0
 
 
@@ -45,7 +45,7 @@ def _text(found: dict[str, Any]) -> str:
         trunk += f", {form['pairs']} pairs"
     lines = [
         f"model            {found['model']}",
-        f"format           {found['format']}, written by moetier {found['version']}"
+        f"format           {_format(found)}"
         + (f", requires {', '.join(found['requires'])}" if found["requires"] else ""),
         f"source digest    {found['source_digest']}",
         f"store digest     {found['digest']}",
@@ -78,3 +78,9 @@ def _projection(projection: dict[str, Any]) -> str:
             f"{projection['bits']} bits, groups of {projection['group']}, {projection['pairs']} pairs, from {stored}"
         )
     return f"{name:<16} [{rows}, {columns}] {stored}"
+
+
+def _format(found: dict[str, Any]) -> str:
+    if found["checkpoint"]:
+        return "a checkpoint, " + ("linked" if found["linked"] else "without checksums: moetier link makes them")
+    return f"{found['format']}, written by moetier {found['version']}"

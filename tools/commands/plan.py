@@ -250,6 +250,8 @@ def _sentences(found: dict[str, Any], best: dict[str, Any]) -> list[str]:
         lines.append(f"{best['device_slots']:,} of them fit into the GPU's memory. Speed on a GPU is not estimated.")
     else:
         lines.append(f"Hits are estimated from the trace {best['hit_curve']}. Speeds are those of this moment.")
+    if any(choice["as_it_is"] for choice in found["choices"]) and best["bits"] != 16:
+        lines.append("With experts of 16 bits no conversion is needed: generate, serve and daemon take the checkpoint.")
     if best["all_resident"]:
         lines.append("Everything stays in memory once it has been read. More memory would not help.")
     elif best["streams"]:

@@ -30,16 +30,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Check the model directory; return 1 if a record or a file is bad. Raises StoreError if it can't be opened."""
-    from moetier.tiers.store.reader import ExpertStore
+    """Check the directory; return 1 if a record or a file is bad. Raises StoreError if nothing can be checked."""
+    from moetier.runtime.checkpoint.experts import open_copy
+    from moetier.tiers.errors import StoreFormatError
+    from moetier.tiers.extents.link import scrub_rest
+    from moetier.tiers.extents.reader import ExtentStore
+    from moetier.tiers.store.folder import command
     from moetier.tiers.store.scrub import READS, Problem, scrub, scrub_trunk
     from moetier.tiers.store.trunk import trunk_faults
     from moetier.tools.cli.progress import Progress
     from moetier.tools.convert.files import has_tokenizer, small_faults
 
     with ExitStack() as opened:
-        store = opened.enter_context(ExpertStore.open(arguments.directory, readers=READS, damaged=True))
-        manifest, folder = store.manifest, store.folder.parent
+        store: ExpertStore | ExtentStore = open_copy(arguments.directory, readers=READS, damaged=True)
+        opened.callback(store.close)
+        manifest, folder = store.manifest, store.directory
+        checkpoint = store if isinstance(store, ExtentStore) else None
+        if checkpoint is not None and not checkpoint.table.is_linked:
+            raise StoreFormatError(
+                f"{folder} is a checkpoint without checksums to compare with.", f"Make them: {command('link', folder)}"
+            )
         mirrors, absent, problems = _open_mirrors(folder, manifest.digest, opened)
         stores = [store, *mirrors]
         total = sum(
@@ -52,10 +62,13 @@ def run(arguments: argparse.Namespace) -> int:
         total += sum(entry.bytes for name, entry in manifest.trunk.items() if name not in faults)
         small = small_faults(folder) if manifest.trunk else ()  # small files, such as config.json, have no checksums
         tokenizer = not manifest.trunk or has_tokenizer(folder)
+        rest = () if checkpoint is None else scrub_rest(checkpoint)
+        if checkpoint is not None:
+            total += sum(end - first for ranges in checkpoint.table.rest() for first, end in ranges)
         of_small = (Problem(None, None, str(folder), fault.cause) for fault in small)
         bad: list[Problem] = []
         with Progress("verify", total) as progress:
-            for found in chain(problems, *map(scrub, stores), scrub_trunk(folder, manifest, faults), of_small):
+            for found in chain(problems, *map(scrub, stores), rest, scrub_trunk(folder, manifest, faults), of_small):
                 if isinstance(found, int):
                     progress.advance(found)
                 else:
@@ -74,7 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
             "seconds": seconds,
             "tokenizer": tokenizer,
             "direct": store.direct,
-            "mirrors": [str(mirror.folder.parent) for mirror in mirrors],
+            "mirrors": [str(mirror.directory) for mirror in mirrors],
             "absent_mirrors": [*map(str, absent)],
             "bad": [asdict(problem) for problem in bad],
         }
@@ -82,6 +95,8 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         files = len(manifest.trunk)
         trunk = f"{files} file{'s' * (files > 1)} of the trunk" if files else "no checksums of the trunk"
+        if checkpoint is not None:
+            trunk = f"the other bytes of {len(checkpoint.paths)} files"
         copies = f" in {len(stores)} copies" if mirrors else ""
         print(
             f"{plain(manifest.model)}: {manifest.record_count:,} records in {len(manifest.blocks)} blocks{copies}, "
@@ -93,7 +108,7 @@ def run(arguments: argparse.Namespace) -> int:
         for path in absent:
             print(f"mirror {path}: missing, so it was not checked")
         if bad:
-            print(MEND, file=sys.stderr)
+            print(MEND[checkpoint is not None], file=sys.stderr)
     return EXIT_ERROR if bad else 0
 
 

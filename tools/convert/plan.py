@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from moetier.runtime.checkpoint.blueprint import Blueprint, loaded_dtype, make_blueprint
+from moetier.runtime.checkpoint.blueprint import Blueprint, loaded_dtype, make_blueprint, records_of
 from moetier.runtime.checkpoint.tensors import SourceTensor, StoredTensor
 from moetier.runtime.config import OPTIONS
 from moetier.runtime.moe.experts import experts_modules
@@ -27,8 +27,8 @@ from moetier.runtime.moe.gates import GATE_NAMES
 from moetier.runtime.moe.linear import matrix_layout
 from moetier.tiers.errors import ConfigError
 from moetier.tiers.layout import TRUNK_BITS, Bits, RecordLayout
-from moetier.tiers.manifest import TRUNK_RECORDS, Block, Manifest, TrunkRecords
-from moetier.tiers.quant.codec import DEFAULTS, group_and_pairs, layout_for
+from moetier.tiers.manifest import TRUNK_RECORDS, Manifest, TrunkRecords
+from moetier.tiers.quant.codec import DEFAULTS, group_and_pairs
 from moetier.tiers.quant.hqq import SOLVER
 from moetier.tiers.store.trunk import RECORD
 
@@ -172,27 +172,12 @@ class ConversionPlan:
 
     def manifest(self, options: Options, *, model: str, digest: str) -> Manifest:
         """Return the manifest of the store. ``model`` and ``digest``: name and digest of the source."""
-        arrays: dict[tuple[RecordLayout, int], str] = {}
-        sizes: dict[str, int] = {}
-        blocks = []
-        for block in self.blueprint.blocks:
-            layout = layout_for(
-                block.parameters,
-                bits=options.bits,
-                group=options.group_size,
-                pairs=options.pairs,
-                transposed=block.transposed,
-            )
-            name = f"records-{len(arrays) + 1}" if arrays else "records"
-            array = arrays.setdefault((layout, block.experts), name)
-            index = sizes.get(array, 0)
-            sizes[array] = index + 1
-            blocks.append(Block(block.path, array, index, block.experts, block.top_k))
+        blocks, layouts = records_of(self.blueprint, bits=options.bits, group=options.group_size, pairs=options.pairs)
         return Manifest(
             model=model,
             source_digest=digest,
-            blocks=tuple(blocks),
-            layouts={name: layout for (layout, _), name in arrays.items()},
+            blocks=blocks,
+            layouts=layouts,
             version=version("moetier"),
             requires=(TRUNK_RECORDS,) if self.form else (),
             method="rounding" if options.fast else "hqq",

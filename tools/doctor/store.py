@@ -60,7 +60,7 @@ def _memory_for(directory: Path, left: Available, found: str) -> Finding:
         device = torch.device(place_of("auto"))
         model_choices = open_choices(directory)
     config = TierConfig.of(context=model_choices.context)
-    (choice,) = model_choices.choices
+    choice = next((each for each in model_choices.choices if each.as_it_is), model_choices.choices[0])
     fit = fit_of(model_choices, choice, config, Room.here(device, directory, left, 0), kernels_for(device))
     if fit.problem is not None:
         return fail("memory", f"{found}. {fit.problem.cause}", f"{fit.problem.fix} Or convert the model to fewer bits.")
@@ -79,32 +79,33 @@ def _memory_for(directory: Path, left: Available, found: str) -> Finding:
 
 def health(directory: Path, *, checksums: bool) -> Iterator[Finding]:
     """Check manifest, sizes and indexes and, if ``checksums``, all bytes. Raises StoreError if there is no store."""
+    from moetier.runtime.checkpoint.experts import open_copy
+    from moetier.tiers.extents.link import scrub_rest
+    from moetier.tiers.extents.reader import ExtentStore
     from moetier.tiers.store.folder import command
-    from moetier.tiers.store.reader import ExpertStore
     from moetier.tiers.store.scrub import READS, scrub, scrub_trunk
 
     from .survey import MEND, survey
 
-    with ExpertStore.open(directory, readers=READS, damaged=True) as store:
+    with open_copy(directory, readers=READS, damaged=True) as store:
         found = survey(store)
-        yield from (fail("store", fault, MEND) for fault in found["faults"])
+        yield from (fail("store", fault, MEND[found["checkpoint"]]) for fault in found["faults"])
         if found["faults"]:
             return
         what = (
             f"{found['model']}: {found['records']:,} experts in {len(found['blocks'])} blocks, "
             f"{format_bytes(found['expert_bytes'])}, trunk {format_bytes(found['trunk_bytes'])}"
         )
+        if found["linked"] is False:
+            yield warn("store", f"{what}; without checksums", f"Make them: {command('link', directory)}")
+            return
         if not checksums:
             verify = command("verify", directory)
             yield ok("store", f"{what}; every file has its size; the bytes were not read ({verify} reads them)")
             return
-        bad = [
-            problem
-            for scrubbed in (scrub(store), scrub_trunk(directory, store.manifest, {}))
-            for problem in scrubbed
-            if not isinstance(problem, int)
-        ]
-        yield from (fail("store", problem.cause, MEND) for problem in bad)
+        others = scrub_rest(store) if isinstance(store, ExtentStore) else scrub_trunk(directory, store.manifest, {})
+        bad = [problem for scrubbed in (scrub(store), others) for problem in scrubbed if not isinstance(problem, int)]
+        yield from (fail("store", problem.cause, MEND[found["checkpoint"]]) for problem in bad)
         if not bad:
             yield ok("store", f"{what}; every byte is as it was written")
 

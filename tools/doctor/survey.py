@@ -7,28 +7,34 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from moetier.tiers.extents.reader import ExtentStore
     from moetier.tiers.layout import RecordLayout
     from moetier.tiers.manifest import Manifest
     from moetier.tiers.store.reader import ExpertStore
 
-MEND = (  # inspect, verify and doctor print it
-    "Restore the files named, or remove them and run the same conversion again: it makes only what is missing."
-)
+MEND = {  # what verify and doctor print too, by whether it is a checkpoint
+    False: "Restore the files named, or remove them and run the same conversion again: it makes only what is missing.",
+    True: "Get the checkpoint's own files again. If they were changed on purpose, run moetier link again.",
+}
 NO_TOKENIZER = "none: generate, chat and serve need one; copy the files of the original checkpoint's tokenizer"
 
 
-def survey(store: ExpertStore) -> dict[str, Any]:
+def survey(store: ExpertStore | ExtentStore) -> dict[str, Any]:
     """Return the JSON that ``moetier inspect --json`` prints. Sizes are in bytes. No record is read."""
     from moetier.tiers.errors import StoreError
+    from moetier.tiers.extents.reader import ExtentStore
     from moetier.tiers.manifest import FORMAT
     from moetier.tiers.store.mirror import read_mirrors
     from moetier.tiers.store.trunk import trunk_faults, trunk_records
     from moetier.tools.convert.files import has_tokenizer, small_faults
 
     manifest = store.manifest
-    directory = store.folder.parent
+    directory = store.directory
     trunk = sum(file.stat().st_size for file in directory.glob("*.safetensors") if file.is_file())
-    faults = [fault for _, fault in sorted(store.faults.items())]
+    faults, linked = [fault for _, fault in sorted(store.faults.items())], None
+    if isinstance(store, ExtentStore):  # the experts are in the same files
+        trunk -= sum(block.experts * manifest.layouts[block.array].payload_bytes for block in manifest.blocks)
+        faults, linked = list(store.file_faults.values()), store.table.is_linked
     if manifest.trunk:  # else it is a store without a trunk, or from before trunk files had checksums
         faults += trunk_faults(directory, manifest).values()
     matrices = 0
@@ -50,6 +56,8 @@ def survey(store: ExpertStore) -> dict[str, Any]:
         "format": FORMAT,
         "version": manifest.version,
         "requires": list(manifest.requires),
+        "checkpoint": linked is not None,
+        "linked": linked,
         "source_digest": manifest.source_digest,
         "digest": manifest.digest,
         "blocks": [

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moetier.runtime.checkpoint import hub
 from moetier.runtime.checkpoint.blueprint import build_on_meta, destinations
 from moetier.runtime.checkpoint.config_json import read_config
+from moetier.runtime.checkpoint.experts import is_checkpoint, table_of
 from moetier.runtime.checkpoint.files import (
     INDEX,
     WEIGHTS,
@@ -32,7 +33,7 @@ from moetier.runtime.checkpoint.tensors import SourceTensor, StoredTensor, liste
 from moetier.runtime.config import DEFAULT_CONTEXT
 from moetier.runtime.context import context_of
 from moetier.runtime.moe.linear import matrix_layout
-from moetier.tiers.errors import CheckpointError, ConfigError
+from moetier.tiers.errors import CheckpointError, ConfigError, StoreError
 from moetier.tiers.layout import BITS, TRUNK_BITS, Bits, RecordLayout
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.store.folder import check_directory, read_manifest, store_folder
@@ -153,6 +154,7 @@ class Choice:
     matrices: tuple[RecordLayout, ...]  # of the trunk's quantised matrices
     plain_bytes: int  # bytes of the trunk's other weights that are multiplied with for each token
     layers: int
+    as_it_is: bool = False  # the experts are those of the checkpoint itself, and nothing is converted
 
     @property
     def disk_bytes(self) -> int:
@@ -213,7 +215,7 @@ def open_choices(source: str | Path) -> ModelChoices:
     check_directory(Path(source))
     if is_ours(Path(source)):
         return _converted(Path(source))
-    headers = open_headers(source)
+    headers, as_it_is = open_headers(source), _is_usable(Path(source))
     checkpoint, choices, model, passing = headers.checkpoint, list[Choice](), None, 0
     for trunk_bits in TRUNK_BITS:
         model, dtype = build_on_meta(checkpoint.config, checkpoint.first_dtype if headers.shaped else None)
@@ -225,8 +227,17 @@ def open_choices(source: str | Path) -> ModelChoices:
         size = sum(file.size for file in planned.trunk(records))
         for bits in BITS:
             manifest = planned.manifest(Options(bits, trunk_bits), model=checkpoint.name, digest="")
-            choices.append(_choice(bits, trunk_bits, manifest, size, layouts, model))
+            choice = _choice(bits, trunk_bits, manifest, size, layouts, model)
+            choices.append(replace(choice, as_it_is=as_it_is and bits == trunk_bits == 16))
     return ModelChoices(checkpoint.name, str(source), headers, model, tuple(choices), passing)
+
+
+def _is_usable(folder: Path) -> bool:
+    """Return whether a folder holds a checkpoint that can be used as it is."""
+    try:
+        return is_checkpoint(folder) and bool(table_of(folder).blocks)
+    except (CheckpointError, StoreError):
+        return False
 
 
 def _converted(folder: Path) -> ModelChoices:

@@ -264,6 +264,7 @@ def _choice(model_choices: ModelChoices, fit: Fit, room: Room, speeds: Speeds) -
     found: dict[str, Any] = {
         "bits": choice.bits,
         "trunk_bits": choice.trunk_bits,
+        "as_it_is": choice.as_it_is,
         "disk_bytes": choice.disk_bytes,
         "experts_bytes": choice.manifest.stored_bytes,
         "trunk_bytes": choice.trunk_bytes,
@@ -294,11 +295,11 @@ def _choice(model_choices: ModelChoices, fit: Fit, room: Room, speeds: Speeds) -
 
 
 def _conversion(model_choices: ModelChoices, choice: Choice, speeds: Speeds) -> float | None:
-    """Estimate the seconds of a conversion, without the download. Return None if the model is converted already.
+    """Estimate the seconds of a conversion, without the download. Return None if nothing is converted.
 
     A conversion takes as long as reading and then writing all bytes, or as long as quantising if that is longer.
     """
-    if model_choices.headers is None:
+    if model_choices.headers is None or choice.as_it_is:
         return None
     moved = (model_choices.source_bytes + choice.disk_bytes) / speeds.disk.all
     experts = sum(
@@ -322,7 +323,7 @@ def _recommended(
     """
     headers, choice, directory = model_choices.headers, best.choice, model_choices.source
     pull = convert = None
-    if headers is not None:
+    if headers is not None and not choice.as_it_is:
         source, code = shlex.quote(model_choices.source), " --ignore-code" if headers.names_code else ""
         if into is None:
             directory = f"{model_choices.source}:{tag_of(choice.bits, choice.trunk_bits)}"

@@ -1,0 +1,127 @@
+"""Commands that are given a checkpoint: they use it as it is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from shutil import copytree
+from typing import Any
+
+import pytest
+from checkpoints import ordinary_model
+from daemons import running_daemon
+
+import moetier
+from moetier.runtime.checkpoint.experts import read_manifest
+from moetier.runtime.model.load import load
+from moetier.tiers.extents.table import NAME, cached
+from moetier.tools.commands.plan import plan, text
+from moetier.tools.main import main
+from moetier.tools.plan import speeds
+
+PROMPT = "def read_lines(path):"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def sums(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def generated(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    capsys.readouterr()
+    assert main(["generate", *arguments, "--json", "--max-new-tokens", "12", "--temperature", "0"]) == 0
+    answer: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return answer
+
+
+def test_generate_gives_the_text_of_transformers_and_writes_nothing(
+    tinymix: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing without a link, and one table of less than a hundredth with it."""
+    model, tokenizer = load(tinymix)
+    model.tiers.close()
+    assert tokenizer is not None
+    inputs = tokenizer(PROMPT, return_tensors="pt")
+    ids = ordinary_model(tinymix).generate(**inputs, max_new_tokens=12, do_sample=False)
+    expected = tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :])
+    before = sums(tinymix)
+    found = generated(capsys, str(tinymix), PROMPT, "--exact", "--ram", "8MiB")
+    assert found["text"] == expected
+    assert sums(tinymix) == before
+    assert main(["link", str(tinymix), "--cache"]) == 0
+    assert sums(tinymix) == before
+    assert cached(tinymix).stat().st_size < 0.01 * sum(path.stat().st_size for path in tinymix.glob("*.safetensors"))
+    assert generated(capsys, str(tinymix), PROMPT, "--exact", "--ram", "8MiB")["text"] == expected
+
+
+def test_a_daemon_serves_it_by_its_digest(tinymix: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """To a client that has it linked, too; the daemon itself does not import torch."""
+    with running_daemon(tinymix, ram="8MiB", folder=tmp_path / "daemon") as daemon:
+        assert "without a check" in daemon.log
+        maps = Path(f"/proc/{daemon.pid}/maps").read_text()
+        assert "libtorch" not in maps
+        alone = generated(capsys, str(tinymix), PROMPT, "--exact", "--ram", "8MiB", "--daemon", "none")
+        served = generated(capsys, str(tinymix), PROMPT, "--exact", "--daemon", str(daemon.folder))
+        assert served["text"] == alone["text"]
+        assert "daemon" in served["tiers"]
+        assert main(["link", str(tinymix), "--cache"]) == 0
+        assert (
+            generated(capsys, str(tinymix), PROMPT, "--exact", "--daemon", str(daemon.folder))["text"] == alone["text"]
+        )
+    with running_daemon(tinymix, ram="8MiB", folder=tmp_path / "second") as daemon:
+        assert "without a check" not in daemon.log
+        assert (
+            generated(capsys, str(tinymix), PROMPT, "--exact", "--daemon", str(daemon.folder))["text"] == alone["text"]
+        )
+
+
+def test_a_daemon_says_what_is_wrong_with_it(tinymix: Path, tmp_path: Path) -> None:
+    folder = Path(copytree(tinymix, tmp_path / "cut"))
+    victim = folder / "model-00002-of-00004.safetensors"
+    victim.write_bytes(victim.read_bytes()[:-1])
+    with (
+        pytest.raises(AssertionError, match=f"{victim.name} is truncated"),
+        running_daemon(folder, folder=tmp_path / "d"),
+    ):
+        pass
+
+
+def test_a_plan_offers_it_as_it_is(tinymix: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"KERNEL_SECONDS": 0.0, "UNCACHED_BYTES": 1 << 20, "QUANTISED_WEIGHTS": 1 << 16}.items():
+        monkeypatch.setattr(speeds, name, value)
+    found = plan(tinymix, bits=[16], trunk_bits=[16], disk=1.0)
+    (choice,) = found["choices"]
+    assert choice["as_it_is"]
+    assert choice["convert_s"] is None
+    assert found["recommended"]["convert"] is None
+    assert found["recommended"]["generate"].startswith(f"moetier generate {tinymix} ")
+    assert f"moetier generate {tinymix}" in text(found)
+    found = plan(tinymix, bits=[16, 4], trunk_bits=[16], disk=1.0)
+    assert [each["as_it_is"] for each in found["choices"]] == [each["bits"] == 16 for each in found["choices"]]
+
+
+def test_what_is_no_checkpoint_is_refused(
+    tmp_path: Path, tinymix_4bit: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder in (tmp_path, tinymix_4bit):
+        assert main(["link", str(folder)]) == 1
+        assert f"{folder} is no checkpoint in safetensors." in capsys.readouterr().err
+
+
+def test_the_table_lies_beside_the_checkpoint(
+    tinymix: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(copytree(tinymix, tmp_path / "tinymix"))
+    assert main(["link", str(folder)]) == 0
+    assert capsys.readouterr().out.startswith(
+        f"{folder / NAME}: {read_manifest(folder).record_count} experts in 4 files"
+    )
+    model, _ = moetier.load(folder)
+    model.tiers.close()

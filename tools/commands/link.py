@@ -1,0 +1,52 @@
+"""``moetier link DIR``: make checksums of a checkpoint that is used as it is, so that reads of experts are proved."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from moetier.runtime.config import format_bytes
+from moetier.tools.cli.parser import directory
+
+EXAMPLES = ("moetier link ./Qwen3-30B-A3B", "moetier link ./Qwen3-30B-A3B --cache")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `moetier link`."""
+    parser.add_argument("directory", type=directory, metavar="DIR", help="a checkpoint's folder")
+    parser.add_argument(
+        "--cache",
+        action="store_true",
+        help="write into the user's cache ($XDG_CACHE_HOME/moetier/extents) even if DIR can be written to",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Read the checkpoint once, write the table and return 0. Raises MoetierError."""
+    from moetier.runtime.checkpoint.experts import is_checkpoint, make_table, open_table
+    from moetier.runtime.checkpoint.files import open_checkpoint
+    from moetier.tiers.errors import ConfigError
+    from moetier.tiers.extents.link import link
+    from moetier.tiers.extents.table import write_table
+    from moetier.tools.cli.loading import lean_imports
+    from moetier.tools.cli.progress import Progress
+
+    folder = Path(arguments.directory)
+    if not is_checkpoint(folder):
+        raise ConfigError(f"{folder} is no checkpoint in safetensors.", "Name the folder of its config.json.")
+    with lean_imports():
+        table = make_table(open_checkpoint(folder))
+    total = sum(shard.bytes for shard in table.shards)
+    with open_table(folder, table) as store, Progress("link", total) as progress:
+        for found in link(store):
+            if isinstance(found, int):
+                progress.advance(found)
+            else:
+                table = found
+        seconds = progress.seconds
+    path = write_table(folder, table, into_cache=arguments.cache)
+    print(
+        f"{path}: {table.manifest.record_count:,} experts in {len(table.shards)} files, {format_bytes(total)} read in "
+        f"{seconds:.1f} s ({total / seconds / 1e9:.2f} GB/s)"
+    )
+    return 0
