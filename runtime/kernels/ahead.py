@@ -14,7 +14,7 @@ import torch
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.store.folder import read_json, read_manifest, store_folder
 
-from .attention import attention_kernel
+from .attention_code import attention_kernel
 from .expert_code import Activation
 from .expert_kernels import ExpertKernels
 from .gemm import product_kernel, rounding_kernel

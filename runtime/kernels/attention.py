@@ -24,10 +24,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from .attention_code import ATTEND, PIECE, attention_module, scratch_numbers
-from .emitter import FLOATS, LANES, once
-from .jit import this_processor
-from .team import Kernel, Scratch, compile_kernel, threads_for
+from .attention_code import PIECE, attention_kernel, scratch_numbers
+from .emitter import FLOATS, LANES
+from .team import Scratch, threads_for
 
 _ASKS = re.compile(r'_attn_implementation\s*(?:==|!=|in|not in)\s[^\n]*"sdpa"')
 NAME = "moetier_sdpa"  # among transformers' attention functions
@@ -136,9 +135,3 @@ def _added(mask: Tensor, batch: int) -> Tensor:
         found = torch.zeros(found.shape).masked_fill_(~found, torch.finfo(torch.float32).min)
     found = F.pad(found.float(), (0, -found.shape[1] % LANES))
     return found.expand(batch, -1).contiguous()
-
-
-@once
-def attention_kernel(dtype: torch.dtype) -> Kernel:
-    """Compile ``attention_module``, once for each type."""
-    return compile_kernel(this_processor(), attention_module(dtype), ATTEND)

@@ -14,7 +14,9 @@ from collections.abc import Callable
 import torch
 from llvmlite import ir
 
-from .emitter import F32, I32, I64, LANES, POINTER, Emitter, Value, new_module, vector
+from .emitter import F32, I32, I64, LANES, POINTER, Emitter, Value, new_module, once, vector
+from .jit import this_processor
+from .team import Kernel, compile_kernel
 
 ATTEND = "moetier_attend"  # name of the compiled function
 PIECE = 512  # positions; a multiple of LANES. Each piece begins to read from memory anew, which takes time
@@ -37,6 +39,12 @@ def scratch_numbers(heads: int, width: int, values: int) -> tuple[int, int]:
     z. ``heads`` are those of queries that share a key head.
     """
     return heads * (width + PIECE) + POSITIONS * max(width, values), heads * (values + 2)
+
+
+@once
+def attention_kernel(dtype: torch.dtype) -> Kernel:
+    """Compile ``attention_module``, once for each type."""
+    return compile_kernel(this_processor(), attention_module(dtype), ATTEND)
 
 
 def attention_module(dtype: torch.dtype) -> ir.Module:

@@ -22,7 +22,8 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from . import attention_code as attend
 from . import heads
-from .attention import NAME, attention_kernel, decode_attention
+from .attention import NAME, decode_attention
+from .attention_code import attention_kernel
 from .emitter import FLOATS, LANES
 from .growing_cache import GrowingLayer
 from .heads import heads_kernel

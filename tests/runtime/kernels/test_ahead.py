@@ -15,6 +15,7 @@ from pathlib import Path
 from moetier.runtime.kernels.ahead import compile_ahead
 from moetier.runtime.kernels.jit import Processor
 
+assert "transformers" not in sys.modules  # it is to be imported while kernels are compiled
 compile_ahead(Path(sys.argv[1]))
 (compiler,) = [thread for thread in threading.enumerate() if thread.name == "moetier-compiler"]
 compiler.join()
