@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import re
 import struct
 import threading
 from array import array
@@ -259,13 +260,42 @@ def use_quick_attention(model: PreTrainedModel) -> None:
     """
     frequencies = [module._buffers.get("inv_freq") for module in model.modules()]
     rotated = {2 * len(buffer) for buffer in frequencies if buffer is not None}
+    known: dict[Any, Form | None] = {}  # modules that differ only in their weights are tried once
     for module in model.modules():
         if module._modules.keys() >= {*PROJECTIONS} and hasattr(module, "layer_idx"):
-            for columns in rotated:
-                if (found := _trial(module, columns, model.dtype)) is not None:
-                    module.__dict__["quick"] = found
-                    module.__class__ = _quick(type(module))  # type: ignore[arg-type] # classes have a hash
-                    break
+            key = _key(module)
+            if key not in known:
+                forms = (_trial(module, columns, model.dtype) for columns in rotated)
+                known[key] = next((form for form in forms if form is not None), None)
+            if (form := known[key]) is not None:
+                module.__dict__["quick"] = OneTokenAttention(form)
+                module.__class__ = _quick(type(module))  # type: ignore[arg-type] # classes have a hash
+
+
+def _key(module: Any) -> Any:
+    """Return what a module's forward may depend on besides its inputs and weights."""
+    numbers = {name: value for name, value in vars(module).items() if isinstance(value, int | float | str)}
+    if not _names_layer(type(module)):  # type: ignore[arg-type] # classes have a hash
+        del numbers["layer_idx"]
+    parts = [(name, type(part)) for name, part in module.named_modules()]
+    norm = _norm_of([part for name in NORMS if (part := module._modules.get(name)) is not None])
+    sizes = [(name, tensor.shape) for name, tensor in (*module.named_parameters(), *module.named_buffers())]
+    return (
+        type(module),
+        id(getattr(module, "config", None)),
+        norm,
+        *(tuple(each) for each in (numbers.items(), parts, sizes)),
+    )
+
+
+@functools.cache
+def _names_layer(kind: type) -> bool:
+    """Return whether the code of a forward uses the number of the layer other than as an argument."""
+    try:
+        source = inspect.getsource(kind.forward)  # type: ignore[attr-defined]
+        return re.search(r"self\.layer_idx(?!\s*[,)])", source) is not None
+    except (OSError, TypeError):  # the source can't be read, so it might
+        return True
 
 
 @functools.cache
@@ -274,8 +304,8 @@ def _quick(kind: type) -> type:
 
 
 @torch.no_grad()
-def _trial(module: Any, rotated: int, dtype: torch.dtype) -> OneTokenAttention | None:
-    """Compute a token with the module and with OneTokenAttention; return the latter if results agree."""
+def _trial(module: Any, rotated: int, dtype: torch.dtype) -> Form | None:
+    """Compute a token with the module and with OneTokenAttention; return the latter's form if results agree."""
     norm = _norm_of([module._modules[name] for name in NORMS if module._modules.get(name) is not None])
     first = _matrix_of(module._modules[PROJECTIONS[0]])
     name = next((name for name in CACHES if name in inspect.signature(type(module).forward).parameters), None)
@@ -317,7 +347,7 @@ def _trial(module: Any, rotated: int, dtype: torch.dtype) -> OneTokenAttention |
             config._attn_implementation_internal = NAME
     layer, own = (each.layers[module.layer_idx] for each in (other, cache))
     pairs = [(y, wanted), (layer.keys, own.keys), (layer.values, own.values)]
-    return found if y is not None and nothing is None and all(torch.equal(*pair) for pair in pairs) else None
+    return sizes if y is not None and nothing is None and all(torch.equal(*pair) for pair in pairs) else None
 
 
 def _grow(cache: Any) -> None:

@@ -41,12 +41,18 @@ class QuickRouter:
 
 def use_quick_routers(model: PreTrainedModel) -> None:
     """Add QuickRouter to the class of each router whose results for random states are those of a ``Routing``."""
+    known: dict[Any, RoutingForm | None] = {}  # routers that differ only in their weights are tried once
     for path, experts in experts_modules(model).items():
         for module in model.get_submodule(path.rpartition(".")[0]).children():
             weight = module._parameters.get("weight")
             if weight is None or weight.dim() != 2 or len(weight) != experts.num_experts:
                 continue
-            if (form := _trial(module, model.dtype)) is not None:
+            numbers = [(name, value) for name, value in vars(module).items() if isinstance(value, int | float | str)]
+            sizes = [(name, tensor.shape, tensor.dtype) for name, tensor in module.state_dict().items()]
+            key = (type(module), id(getattr(module, "config", None)), *numbers, *sizes)
+            if key not in known:
+                known[key] = _trial(module, model.dtype)
+            if (form := known[key]) is not None:
                 kind = type(module)
                 own = {"__module__": kind.__module__, "quick_routing": Routing(form)}
                 module.__class__ = type(kind.__name__, (QuickRouter, kind), own)
