@@ -33,7 +33,7 @@ from moetier.tiers.store.shard import read_at, try_direct
 
 from .table import Extent, ExtentTable, Shard
 
-BUFFER_BYTES = 1 << 20  # of pages that are read at a time, and copied while they are in the processor's cache
+BUFFER_BYTES = (4 << 20) + PAGE  # of pages that are read at a time; with 1 MiB, the disk waits for copies
 
 
 class OpenFile:
