@@ -176,6 +176,6 @@ def test_a_child_of_a_process_that_computed_is_told_or_computes(scripts: Prepare
     before, loaded, long, short, trunk, own, expected = result.stdout.splitlines()
     assert before == own == expected
     for said in (loaded, long, short):
-        assert said.startswith("ClosedError("), said
-        assert "This is another process" in said
+        assert said.startswith("ClosedError: "), said
+        assert "another process's tier" in said
     assert trunk == "returned False False"

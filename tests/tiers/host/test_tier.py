@@ -669,7 +669,7 @@ def test_a_forked_child_is_told_and_does_not_wait(locked: bool) -> None:
     ]
     with held_lock(tier, ExpertKey(0, 0)) if locked else contextlib.nullcontext():
         for use in uses:
-            assert re.match(r"ClosedError\(.*another process's tier.*spawn", in_fork(use), re.DOTALL)
+            assert re.match(r"ClosedError: .*another process's tier.*spawn", in_fork(use), re.DOTALL)
     leases.close()
     assert set(take(tier, 1, 0, 1)) == set(keys(1, 0, 1)), "the parent goes on"
     tier.close()
