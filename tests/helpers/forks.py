@@ -21,7 +21,7 @@ def in_fork(work: Callable[[], object]) -> str:
         try:
             said = f"returned {work()}"
         except BaseException as error:
-            said = f"{type(error).__name__}: {error}"
+            said = f"{type(error).__name__}: {' '.join(str(error).splitlines())}"
         os.write(writing, said.encode())
         os._exit(0)
     os.close(writing)
