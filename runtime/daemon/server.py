@@ -109,7 +109,7 @@ def bind(server: grpc.Server, address: str, credentials: grpc.ServerCredentials 
     except RuntimeError as error:
         raise ConfigError(
             f"The daemon can't listen on {address}: it is in use, or not an address of this host.",
-            "Check which process listens there, or choose another address with --listen.",
+            "Check which process listens there, or give the daemon another address with --listen.",
         ) from error
 
 

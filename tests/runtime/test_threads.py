@@ -175,8 +175,8 @@ def test_a_number_that_can_not_be_on_a_command_line(threads: str, capsys: pytest
 
 def test_commands_that_compute_have_the_option() -> None:
     without = {
-        *("list", "rm", "verify", "inspect", "mirror", "replay", "plot", "daemon", "ps", "stats", "top", "bench"),
-        "bench disk",
+        *("list", "rm", "verify", "inspect", "link", "mirror", "replay", "plot"),
+        *("daemon", "ps", "stats", "top", "bench", "bench disk"),
         *("doctor", "config", "config show", "completion", ""),
     }
     found = {" ".join(path) for path, parser in walk(build_parser()) if not _has_threads(parser)}

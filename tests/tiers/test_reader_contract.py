@@ -131,7 +131,7 @@ def test_what_the_model_does_not_have_is_an_error(kind: str, folder: Path) -> No
         for key in (ExpertKey(-1, 0), ExpertKey(2, 0), ExpertKey(0, -1), ExpertKey(0, 4), ExpertKey(0, 10**9)):
             with pytest.raises(MissingExpertError, match="acme/tiny-moe") as caught:
                 reader.read_into(key, slot)
-            assert "are 0 to" in caught.value.fix
+            assert "from 0 to" in caught.value.fix
         assert not any(slot)
         assert read_record(reader, KEY) == RECORDS["small"][KEY]
 

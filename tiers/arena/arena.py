@@ -57,7 +57,7 @@ class Arena:
                 code = errno.errorcode[error.errno]
                 raise BudgetError(
                     f"The system can't allocate {plan.nbytes:,} bytes of shared memory ({code}).",
-                    "Give the host tier less memory (--ram, in Python `ram`), or free some memory.",
+                    "Give the host tier less memory (`ram`), or free some memory.",
                 ) from error
             raise
         directory = Directory.create(memoryview(mapping)[: plan.directory_bytes], plan)

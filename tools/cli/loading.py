@@ -36,7 +36,7 @@ def loaded(directory: Path, resources: dict[str, Any], *, sequences: int = 1) ->
         from moetier.runtime.kernels.ahead import compile_ahead
         from moetier.runtime.pulled import model_directory
 
-        if resources["device"] == "cpu" or not torch.cuda.is_available():
+        if resources.get("device") == "cpu" or not torch.cuda.is_available():
             compile_ahead(model_directory(directory))
 
         import transformers

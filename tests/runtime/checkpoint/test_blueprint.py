@@ -70,9 +70,9 @@ def test_each_expert_is_what_transformers_loads(model_type: str, tmp_path: Path)
 
 def test_a_block_that_is_read_whole_is_said_before(tmp_path: Path) -> None:
     whole = plan(save_checkpoint(tmp_path / "a" / "src", "ernie4_5_vl_moe"))
-    assert any("block by block" in line for line in whole.announce())
+    assert any("as whole blocks" in line for line in whole.announce())
     apart = plan(save_checkpoint(tmp_path / "b" / "src", "mixtral"))
-    assert not any("block by block" in line for line in apart.announce())
+    assert not any("as whole blocks" in line for line in apart.announce())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

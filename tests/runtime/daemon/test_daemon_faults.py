@@ -277,9 +277,9 @@ def starting(store: Store, folder: Path) -> list[str]:
     ("place", "says"),
     [
         ("file", "is not a folder"),
-        ("file/below", "can't be made"),
+        ("file/below", "can't be created"),
         ("loop", "is not a folder"),
-        ("/proc/nothing/d", "can't be made"),
+        ("/proc/nothing/d", "can't be created"),
         ("symlinked lock", "lock"),
         ("lock that is a folder", "lock"),
         ("socket that is a folder", "grpc.sock"),

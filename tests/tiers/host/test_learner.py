@@ -106,7 +106,7 @@ def test_a_damaged_file_is_a_warning_and_nothing_else(store: ExpertStore, caplog
         wait_until(lambda: bool(caplog.records))
         take(tier, 0, 1)
         assert tier.stats().warmed == 0
-    assert all("are not used" in record.getMessage() for record in caplog.records)
+    assert all("are ignored" in record.getMessage() for record in caplog.records)
     assert kept(store) == {(0, 1): 1}
 
 

@@ -200,7 +200,7 @@ def test_who_holds_all_that_he_may_is_told_so() -> None:
         client.session.acquire(2, keys(0, 1), patience=0.01)
         error = client.failed(2)
         assert isinstance(error, ExhaustedError)
-        assert "holds all 1 leases" in error.cause
+        assert "holds all of its 1 leases" in error.cause
         client.session.release(1)
         client.take(3, keys(0, 1))
 

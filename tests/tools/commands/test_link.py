@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from pathlib import Path
 from shutil import copytree
 from typing import Any
@@ -101,8 +102,8 @@ def test_a_plan_offers_it_as_it_is(tinymix: Path, monkeypatch: pytest.MonkeyPatc
     assert choice["as_it_is"]
     assert choice["convert_s"] is None
     assert found["recommended"]["convert"] is None
-    assert found["recommended"]["generate"].startswith(f"moetier generate {tinymix} ")
-    assert f"moetier generate {tinymix}" in text(found)
+    assert found["recommended"]["generate"].startswith(f"moetier generate {shlex.quote(str(tinymix))} ")
+    assert f"moetier generate {shlex.quote(str(tinymix))}" in text(found)
     found = plan(tinymix, bits=[16, 4], trunk_bits=[16], disk=1.0)
     assert [each["as_it_is"] for each in found["choices"]] == [each["bits"] == 16 for each in found["choices"]]
 
