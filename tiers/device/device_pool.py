@@ -147,7 +147,7 @@ def allocate(device: Device, manifest: Manifest, slots: Mapping[str, int]) -> di
                 least = sum(count * sizes[array] for array, count in counts.items())
                 raise BudgetError(
                     f"The device has no room for the {least:,} bytes of the experts that one token needs in one block.",
-                    "Free some memory of the device, or run on the CPU (--device cpu).",
+                    "Free some memory of the device, or run on the CPU: `device` cpu.",
                 ) from None
             counts = less
         else:
