@@ -150,7 +150,7 @@ class DaemonTier(Closeable):
             self._counters.hits += len(distinct)
 
     def take_back_uses(self, block: int, experts: Sequence[int]) -> None:
-        """Take back uses, as ``ExpertSource`` says. The daemon is not told, as it counts the demand that follows."""
+        """Take back uses in this client's counters, as ``ExpertSource`` says. The daemon goes on counting them."""
         count = len(set(experts))
         with self._counting:
             self._counters.hits -= count

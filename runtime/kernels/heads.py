@@ -17,7 +17,7 @@ from .team import Kernel, compile_kernel
 HEADS = "moetier_heads"  # name of the compiled function
 # Number of i64 fields in the context. In order: unused; number of query heads, of key heads; D (width of a query or
 # key), V (width of a value), R (number of rotated numbers in each head); pointers to q, k, v, to the weights of both
-# norms, to cos and to sin; numbers that the norms of q and of k take together; the bits of the fp32 eps; pointers to
+# norms, to cos and to sin; how many numbers one norm of q covers, and one of k; the bits of the fp32 eps; pointers to
 # the places of key and value in the cache's first head; strides of heads there, in bytes
 CONTEXT = 20
 # indices in a context: of the norms' weights, of cos and sin, of the places in the cache, and of the strides

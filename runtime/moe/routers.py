@@ -40,7 +40,10 @@ class QuickRouter:
 
 
 def use_quick_routers(model: PreTrainedModel) -> None:
-    """Add QuickRouter to the class of each router whose results for random states are those of a ``Routing``."""
+    """Put QuickRouter before the class of each router whose results for random states are those of a ``Routing``.
+
+    Each such module gets a new class of its own.
+    """
     known: dict[Any, RoutingForm | None] = {}  # routers that differ only in their weights are tried once
     for path, experts in experts_modules(model).items():
         for module in model.get_submodule(path.rpartition(".")[0]).children():

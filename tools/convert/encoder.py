@@ -143,7 +143,10 @@ class Encoder:
 
 
 class MatrixRecord:
-    """Record of one quantised matrix, as a tensor of the trunk. ``error`` is set when ``chunks`` makes the record."""
+    """Record of one quantised matrix, as a tensor of the trunk.
+
+    ``chunks`` makes the record, and sets ``error``, the WeightError of its weights.
+    """
 
     dtype = "uint8"
 
