@@ -18,7 +18,7 @@ LOAD_BOUNDS = (1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0
 
 @dataclass(slots=True)
 class Counts:
-    """What a tier has counted since it was opened.
+    """The counters of a tier, which are 0 when it is opened.
 
     A wait is a time during which a caller was blocked in ``acquire``, or during which a request of another process
     waited for records and held no lease.

@@ -29,7 +29,7 @@ from .team import compiled
 def compile_ahead(folder: Path) -> None:
     """Begin to compile what the model in ``folder`` probably needs on a CPU for its first token, and return.
 
-    The process ends only when all is compiled. Errors are ignored: whoever needs a kernel then meets them again.
+    The process ends only when all is compiled. Errors are ignored here: they are raised again where a kernel is needed.
     """
 
     def work() -> None:

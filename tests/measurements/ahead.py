@@ -18,7 +18,7 @@ from unittest.mock import patch
 import torch
 
 from moetier.runtime.kernels.gemm import PackedKernels
-from moetier.runtime.kernels.gemm_tile import Tile
+from moetier.runtime.kernels.gemm_tile import TileEmitter
 from moetier.runtime.kernels.jit import Processor
 from moetier.tiers.layout import RecordLayout
 from moetier.tiers.store.folder import read_manifest, store_folder
@@ -57,8 +57,8 @@ def kernels_that(ask_for_codes: bool, ask_for_pairs: bool, layout: RecordLayout)
     processor = Processor()
     processor.has_stream_prefetch = not ask_for_codes
     kernels = PackedKernels(processor)
-    pairs = Tile._prefetch_pairs if ask_for_pairs else lambda *_: None
-    with patch.object(Tile, "_prefetch_pairs", pairs):
+    pairs = TileEmitter._prefetch_pairs if ask_for_pairs else lambda *_: None
+    with patch.object(TileEmitter, "_prefetch_pairs", pairs):
         for p in layout.projections:
             row = torch.zeros(1, p.columns, dtype=torch.bfloat16)
             kernels.project(row, torch.zeros(layout.record_bytes, dtype=torch.uint8), layout, p.name)

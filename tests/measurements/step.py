@@ -1,4 +1,4 @@
-"""Where the time of a decode step goes, by parts of a model, and what each kernel saves.
+"""Measure what each kernel saves of a decode step, and how long each part of the model takes.
 
     python tests/measurements/step.py DIR [--steps N] [--threads N]
 

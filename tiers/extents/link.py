@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from queue import SimpleQueue
 
 from moetier.tiers.errors import StoreError
-from moetier.tiers.layout import CHECKSUM_BYTES, ExpertKey
 from moetier.tiers.store.atomic import read_errors
-from moetier.tiers.store.checksum import PIECE_BYTES, crc32c
-from moetier.tiers.store.scrub import BUFFER_BYTES, READS, Problem
+from moetier.tiers.store.checksum import PIECE_BYTES, checksum_bytes, crc32c
+from moetier.tiers.store.scrub import Problem, checksums
 from moetier.tiers.store.shard import read_at
 
 from .reader import ExtentStore
@@ -26,32 +22,12 @@ def link(store: ExtentStore) -> Iterator[int | ExtentTable]:
 
     ``store`` is open over all shards. Raises StoreReadError.
     """
-    manifest = store.manifest
-    largest = max(layout.slot_bytes for layout in manifest.layouts.values())
-    reads = max(1, min(READS, BUFFER_BYTES // largest))
-    buffers: SimpleQueue[memoryview] = SimpleQueue()
-    for _ in range(reads):
-        buffers.put(memoryview(mmap.mmap(-1, largest)))
-
-    def read(key: ExpertKey) -> bytes:
-        """Return the checksum of a record."""
-        buffer = buffers.get()
-        try:
-            slot = buffer[: store.layout(key.block).slot_bytes]
-            store.read_into(key, slot)
-            return bytes(slot[-CHECKSUM_BYTES:])
-        finally:
-            buffers.put(buffer)
-
-    keys = [ExpertKey(block, expert) for block, entry in enumerate(manifest.blocks) for expert in range(entry.experts)]
-    checksums = []
-    with ThreadPoolExecutor(reads, thread_name_prefix="moetier-link") as pool:
-        try:
-            for key, checksum in zip(keys, pool.map(read, keys), strict=True):
-                checksums.append(checksum)
-                yield store.layout(key.block).payload_bytes
-        finally:
-            pool.shutdown(cancel_futures=True)
+    found = []
+    for key, crc in checksums(store):
+        if isinstance(crc, StoreError):
+            raise crc
+        found.append(checksum_bytes(crc))
+        yield store.layout(key.block).payload_bytes
     sums = []
     for path, ranges in zip(store.paths, store.table.rest(), strict=True):
         crc = 0
@@ -61,7 +37,7 @@ def link(store: ExtentStore) -> Iterator[int | ExtentTable]:
         sums.append(crc)
     store.check_unchanged()
     shards = (replace(shard, rest=crc) for shard, crc in zip(store.table.shards, sums, strict=True))
-    linked = replace(manifest, record_checksums=b"".join(checksums))
+    linked = replace(store.manifest, record_checksums=b"".join(found))
     yield ExtentTable(linked, tuple(shards), store.table.blocks)
 
 

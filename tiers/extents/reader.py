@@ -16,10 +16,10 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from types import TracebackType
 
 import numpy as np
 
+from moetier.tiers.closeable import Closeable
 from moetier.tiers.errors import ChecksumError, MissingExpertError, StoreError, StoreFormatError, StoreReadError
 from moetier.tiers.layout import CHECKSUM_BYTES, PAGE, ExpertKey, RecordLayout
 from moetier.tiers.locks import ForkGuard, UseCount
@@ -117,7 +117,7 @@ def _borrowed(buffers: SimpleQueue[mmap.mmap]) -> Iterator[mmap.mmap]:
         buffers.put(buffer)
 
 
-class ExtentStore:
+class ExtentStore(Closeable):
     """The records of one checkpoint. Thread-safe. One file descriptor is open for each shard that has experts."""
 
     @classmethod
@@ -154,9 +154,8 @@ class ExtentStore:
         self._fork_guard = ForkGuard()
         self._files: dict[int, OpenFile] = {}
         self._faults: dict[int, StoreError] = {}
-        self.file_faults: dict[
-            int, StoreError
-        ] = {}  # errors of bad shards, by number; empty unless opened with ``damaged``
+        # errors of bad shards, by number; empty unless opened with ``damaged``
+        self.file_faults: dict[int, StoreError] = {}
         self._use = UseCount(f"The checkpoint {folder}")
         self._buffers: SimpleQueue[mmap.mmap] = SimpleQueue()  # one for each read that was in progress at a time
         self.pool = ThreadPoolExecutor(readers, thread_name_prefix="moetier-store")  # starts no thread yet
@@ -274,11 +273,3 @@ class ExtentStore:
             self.pool.shutdown()
         for file in files.values():
             file.close()
-
-    def __enter__(self) -> ExtentStore:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()

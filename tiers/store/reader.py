@@ -13,11 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import NamedTuple
 
 import numpy as np
 
+from moetier.tiers.closeable import Closeable
 from moetier.tiers.errors import ChecksumError, StoreError, StoreReadError
 from moetier.tiers.layout import CHECKSUM_BYTES, PAGE, ExpertKey, RecordLayout
 from moetier.tiers.locks import ForkGuard, UseCount
@@ -60,7 +60,7 @@ class Read(NamedTuple):
 _log = logging.getLogger(__name__)
 
 
-class ExpertStore:
+class ExpertStore(Closeable):
     """The records of one model directory, with an open file for each block. Thread-safe."""
 
     @classmethod
@@ -246,14 +246,6 @@ class ExpertStore:
             self.pool.shutdown()
         for shard in shards.values():
             shard.close()
-
-    def __enter__(self) -> ExpertStore:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
     def locate(self, key: ExpertKey) -> tuple[OpenShard, int]:
         """Return the shard that has the record of ``key``, and the offset of the record in the shard.

@@ -24,7 +24,7 @@ MAX_HEADER_BYTES = 32 << 20  # largest header of a checkpoint that is read: 200,
 
 
 class Entry(NamedTuple):
-    """What a header says about one tensor."""
+    """The entry of one tensor in a header."""
 
     dtype: str  # name of its type in the file, such as "BF16"
     shape: tuple[int, ...]

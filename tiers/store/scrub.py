@@ -75,47 +75,54 @@ def scrub(store: Records) -> Iterator[int | Problem]:
 
     Several records are read at the same time, in their order on the disk. Sizes are in bytes.
     """
-    manifest = store.manifest
-    largest = max(layout.slot_bytes for layout in manifest.layouts.values())
-    reads = max(1, min(READS, BUFFER_BYTES // largest))
-    buffers: SimpleQueue[memoryview] = SimpleQueue()
-    for _ in range(reads):
-        buffers.put(memoryview(mmap.mmap(-1, largest)))
-
-    def check(key: ExpertKey) -> tuple[int, Problem | None]:
-        """Read a record. Return its stored checksum and None, or 0 and a problem."""
-        buffer = buffers.get()
-        try:
-            slot = buffer[: store.layout(key.block).slot_bytes]
-            store.read_into(key, slot)
-            return int.from_bytes(slot[-CHECKSUM_BYTES:], "little"), None
-        except StoreError as error:
-            return 0, Problem(key.block, key.expert, str(store.path(key.block)), error.cause)
-        finally:
-            buffers.put(buffer)
-
     for block, fault in store.faults.items():
         yield Problem(block, None, str(store.path(block)), fault.cause)
     good = not store.faults
     crcs = []
-    keys = [
-        ExpertKey(block, expert)
-        for block, entry in enumerate(manifest.blocks)
-        if block not in store.faults
-        for expert in range(entry.experts)
-    ]
-    with ThreadPoolExecutor(reads, thread_name_prefix="moetier-verify") as pool:
-        try:
-            for key, (crc, problem) in zip(keys, pool.map(check, keys), strict=True):
-                crcs.append(crc)
-                if problem is not None:
-                    good = False
-                    yield problem
-                yield store.layout(key.block).slot_bytes
-        finally:
-            pool.shutdown(cancel_futures=True)
+    for key, found in checksums(store):
+        if isinstance(found, StoreError):
+            good = False
+            yield Problem(key.block, key.expert, str(store.path(key.block)), found.cause)
+        else:
+            crcs.append(found)
+        yield store.layout(key.block).slot_bytes
     if good:
         try:
             store.compare_digest(crcs)
         except ChecksumError as error:
             yield Problem(None, None, str(store.directory), error.cause)
+
+
+def checksums(store: Records) -> Iterator[tuple[ExpertKey, int | StoreError]]:
+    """Read all records but those of blocks with a fault. Yield each key with the record's checksum, or with the error.
+
+    Several records are read at the same time, in their order on the disk.
+    """
+    largest = max(layout.slot_bytes for layout in store.manifest.layouts.values())
+    reads = max(1, min(READS, BUFFER_BYTES // largest))
+    buffers: SimpleQueue[memoryview] = SimpleQueue()
+    for _ in range(reads):
+        buffers.put(memoryview(mmap.mmap(-1, largest)))
+
+    def read(key: ExpertKey) -> int | StoreError:
+        buffer = buffers.get()
+        try:
+            slot = buffer[: store.layout(key.block).slot_bytes]
+            store.read_into(key, slot)
+            return int.from_bytes(slot[-CHECKSUM_BYTES:], "little")
+        except StoreError as error:
+            return error
+        finally:
+            buffers.put(buffer)
+
+    keys = [
+        ExpertKey(block, expert)
+        for block, entry in enumerate(store.manifest.blocks)
+        if block not in store.faults
+        for expert in range(entry.experts)
+    ]
+    with ThreadPoolExecutor(reads, thread_name_prefix="moetier-verify") as pool:
+        try:
+            yield from zip(keys, pool.map(read, keys), strict=True)
+        finally:
+            pool.shutdown(cancel_futures=True)

@@ -1,4 +1,4 @@
-"""What a daemon did during a run of one of its clients: bytes that it read, connections that were lost."""
+"""Count the bytes that a daemon read, and the connections that were lost, while one of its clients ran."""
 
 from __future__ import annotations
 

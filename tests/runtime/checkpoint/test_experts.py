@@ -233,7 +233,7 @@ def test_verify_wants_checksums(folder: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_fine_tunes_have_other_digests(folder: Path, tmp_path: Path) -> None:
-    """Whose files have the same headers and sizes."""
+    """The two checkpoints have files with the same headers and sizes."""
     other = Path(copytree(folder, tmp_path / "other"))
     assert read_manifest(folder).digest == read_manifest(other).digest
     flip_bit(shards(other)[1], -1)
