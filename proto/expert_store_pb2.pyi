@@ -23,7 +23,7 @@ class DescribeReply(_message.Message):
     def __init__(self, version: _Optional[str] = ..., pid: _Optional[int] = ..., started_unix_ms: _Optional[int] = ..., models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "digest", "budget_bytes", "slots", "directory")
+    __slots__ = ("name", "digest", "budget_bytes", "slots", "directory", "computes")
     class SlotsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -36,12 +36,14 @@ class Model(_message.Message):
     BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
     SLOTS_FIELD_NUMBER: _ClassVar[int]
     DIRECTORY_FIELD_NUMBER: _ClassVar[int]
+    COMPUTES_FIELD_NUMBER: _ClassVar[int]
     name: str
     digest: str
     budget_bytes: int
     slots: _containers.ScalarMap[str, int]
     directory: str
-    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., budget_bytes: _Optional[int] = ..., slots: _Optional[_Mapping[str, int]] = ..., directory: _Optional[str] = ...) -> None: ...
+    computes: bool
+    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., budget_bytes: _Optional[int] = ..., slots: _Optional[_Mapping[str, int]] = ..., directory: _Optional[str] = ..., computes: bool = ...) -> None: ...
 
 class ClientMessage(_message.Message):
     __slots__ = ("acquire", "release", "used", "prefetch")
@@ -159,6 +161,42 @@ class Piece(_message.Message):
     data: bytes
     def __init__(self, data: _Optional[bytes] = ...) -> None: ...
 
+class ComputeRequest(_message.Message):
+    __slots__ = ("digest", "block", "experts", "rows", "dtype", "counts", "picked", "activation")
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    COUNTS_FIELD_NUMBER: _ClassVar[int]
+    PICKED_FIELD_NUMBER: _ClassVar[int]
+    ACTIVATION_FIELD_NUMBER: _ClassVar[int]
+    digest: str
+    block: int
+    experts: _containers.RepeatedScalarFieldContainer[int]
+    rows: bytes
+    dtype: str
+    counts: _containers.RepeatedScalarFieldContainer[int]
+    picked: _containers.RepeatedScalarFieldContainer[int]
+    activation: Activation
+    def __init__(self, digest: _Optional[str] = ..., block: _Optional[int] = ..., experts: _Optional[_Iterable[int]] = ..., rows: _Optional[bytes] = ..., dtype: _Optional[str] = ..., counts: _Optional[_Iterable[int]] = ..., picked: _Optional[_Iterable[int]] = ..., activation: _Optional[_Union[Activation, _Mapping]] = ...) -> None: ...
+
+class Activation(_message.Message):
+    __slots__ = ("function", "interleaved", "alpha", "limit", "shift", "gated")
+    FUNCTION_FIELD_NUMBER: _ClassVar[int]
+    INTERLEAVED_FIELD_NUMBER: _ClassVar[int]
+    ALPHA_FIELD_NUMBER: _ClassVar[int]
+    LIMIT_FIELD_NUMBER: _ClassVar[int]
+    SHIFT_FIELD_NUMBER: _ClassVar[int]
+    GATED_FIELD_NUMBER: _ClassVar[int]
+    function: str
+    interleaved: bool
+    alpha: float
+    limit: float
+    shift: float
+    gated: bool
+    def __init__(self, function: _Optional[str] = ..., interleaved: bool = ..., alpha: _Optional[float] = ..., limit: _Optional[float] = ..., shift: _Optional[float] = ..., gated: bool = ...) -> None: ...
+
 class StatsRequest(_message.Message):
     __slots__ = ("details",)
     DETAILS_FIELD_NUMBER: _ClassVar[int]
@@ -176,7 +214,7 @@ class StatsReply(_message.Message):
     def __init__(self, models: _Optional[_Iterable[_Union[ModelStats, _Mapping]]] = ..., uptime_s: _Optional[float] = ..., details: _Optional[_Iterable[_Union[Details, _Mapping]]] = ...) -> None: ...
 
 class ModelStats(_message.Message):
-    __slots__ = ("name", "digest", "host", "clients", "sessions", "leases", "requests", "used", "fetches", "fetched_bytes", "session_bytes_in", "session_bytes_out", "recovered", "fault")
+    __slots__ = ("name", "digest", "host", "clients", "sessions", "leases", "requests", "used", "fetches", "fetched_bytes", "computed", "session_bytes_in", "session_bytes_out", "recovered", "fault")
     NAME_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     HOST_FIELD_NUMBER: _ClassVar[int]
@@ -187,6 +225,7 @@ class ModelStats(_message.Message):
     USED_FIELD_NUMBER: _ClassVar[int]
     FETCHES_FIELD_NUMBER: _ClassVar[int]
     FETCHED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    COMPUTED_FIELD_NUMBER: _ClassVar[int]
     SESSION_BYTES_IN_FIELD_NUMBER: _ClassVar[int]
     SESSION_BYTES_OUT_FIELD_NUMBER: _ClassVar[int]
     RECOVERED_FIELD_NUMBER: _ClassVar[int]
@@ -201,11 +240,12 @@ class ModelStats(_message.Message):
     used: int
     fetches: int
     fetched_bytes: int
+    computed: int
     session_bytes_in: int
     session_bytes_out: int
     recovered: int
     fault: str
-    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., host: _Optional[_Union[Tier, _Mapping]] = ..., clients: _Optional[int] = ..., sessions: _Optional[int] = ..., leases: _Optional[int] = ..., requests: _Optional[int] = ..., used: _Optional[int] = ..., fetches: _Optional[int] = ..., fetched_bytes: _Optional[int] = ..., session_bytes_in: _Optional[int] = ..., session_bytes_out: _Optional[int] = ..., recovered: _Optional[int] = ..., fault: _Optional[str] = ...) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., host: _Optional[_Union[Tier, _Mapping]] = ..., clients: _Optional[int] = ..., sessions: _Optional[int] = ..., leases: _Optional[int] = ..., requests: _Optional[int] = ..., used: _Optional[int] = ..., fetches: _Optional[int] = ..., fetched_bytes: _Optional[int] = ..., computed: _Optional[int] = ..., session_bytes_in: _Optional[int] = ..., session_bytes_out: _Optional[int] = ..., recovered: _Optional[int] = ..., fault: _Optional[str] = ...) -> None: ...
 
 class Details(_message.Message):
     __slots__ = ("clients", "blocks")

@@ -49,6 +49,11 @@ class ExpertStoreStub(object):
                 request_serializer=moetier_dot_proto_dot_expert__store__pb2.FetchRequest.SerializeToString,
                 response_deserializer=moetier_dot_proto_dot_expert__store__pb2.Piece.FromString,
                 _registered_method=True)
+        self.Compute = channel.unary_stream(
+                '/moetier.v1.ExpertStore/Compute',
+                request_serializer=moetier_dot_proto_dot_expert__store__pb2.ComputeRequest.SerializeToString,
+                response_deserializer=moetier_dot_proto_dot_expert__store__pb2.Piece.FromString,
+                _registered_method=True)
         self.Stats = channel.unary_unary(
                 '/moetier.v1.ExpertStore/Stats',
                 request_serializer=moetier_dot_proto_dot_expert__store__pb2.StatsRequest.SerializeToString,
@@ -82,6 +87,13 @@ class ExpertStoreServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Compute(self, request, context):
+        """Outputs of experts for hidden states of another host. Needs a deadline. A model says whether it is served (computes).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Stats(self, request, context):
         """Counters, and on request details.
         """
@@ -105,6 +117,11 @@ def add_ExpertStoreServicer_to_server(servicer, server):
             'Fetch': grpc.unary_stream_rpc_method_handler(
                     servicer.Fetch,
                     request_deserializer=moetier_dot_proto_dot_expert__store__pb2.FetchRequest.FromString,
+                    response_serializer=moetier_dot_proto_dot_expert__store__pb2.Piece.SerializeToString,
+            ),
+            'Compute': grpc.unary_stream_rpc_method_handler(
+                    servicer.Compute,
+                    request_deserializer=moetier_dot_proto_dot_expert__store__pb2.ComputeRequest.FromString,
                     response_serializer=moetier_dot_proto_dot_expert__store__pb2.Piece.SerializeToString,
             ),
             'Stats': grpc.unary_unary_rpc_method_handler(
@@ -193,6 +210,33 @@ class ExpertStore(object):
             target,
             '/moetier.v1.ExpertStore/Fetch',
             moetier_dot_proto_dot_expert__store__pb2.FetchRequest.SerializeToString,
+            moetier_dot_proto_dot_expert__store__pb2.Piece.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Compute(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/moetier.v1.ExpertStore/Compute',
+            moetier_dot_proto_dot_expert__store__pb2.ComputeRequest.SerializeToString,
             moetier_dot_proto_dot_expert__store__pb2.Piece.FromString,
             options,
             channel_credentials,

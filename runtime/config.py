@@ -18,6 +18,7 @@ from moetier.tiers.errors import ConfigError
 from moetier.tiers.source import LOADERS
 
 SPECULATE = ("auto", "off", "always")
+REMOTE_COMPUTE = ("auto", "off")
 DEFAULT_CONTEXT = 4096  # tokens
 NONE = "none"  # value of the option `daemon` that means None where only a text can be given
 AUTO = "auto"  # value of the option `daemon`: use a running daemon that serves this store, if there is one
@@ -175,8 +176,8 @@ class TierConfig:
     ram: Size | None = _option(
         None,
         'host memory for experts: a size such as "6GiB", or a share such as "50%%" of what trunk and context leave '
-        "(default: 80%%). If a local daemon holds the experts, --ram, --policy, --learn and --loaders have no effect "
-        "here: give them to the daemon",
+        "(default: 80%%; 95%% in a control group with a limit). If a local daemon holds the experts, --ram, --policy, "
+        "--learn and --loaders have no effect here: give them to the daemon",
         int | str | None,
         'a size such as "6GiB", a share: "50%", or a number of bytes',
         metavar="SIZE",
@@ -240,12 +241,22 @@ class TierConfig:
     daemon: DaemonChoice = _option(
         AUTO,
         "where experts come from. auto: a local daemon if one serves this model, else this process's own tier. none: "
-        "this process's own tier. NAME, FOLDER or HOST:PORT: that daemon. A,B,C: several daemons, a share from each",
+        "this process's own tier. NAME, FOLDER or HOST:PORT: that daemon. A,B,C: several daemons, a share from each. "
+        "dns:///HOST:PORT: the daemons at all IP addresses of HOST, a share from each",
         str | None,
         '"auto", None, or addresses separated by commas',
         group="daemon",
         metavar="WHOSE",
         parse=DaemonChoice.parse,
+    )
+    remote_compute: str = _option(
+        "auto",
+        "whether daemons on other hosts may compute experts that are not in memory here, in place of sending them "
+        "(auto: where measurements show that this is faster)",
+        str,
+        "a text",
+        group="daemon",
+        choices=REMOTE_COMPUTE,
     )
     credentials: Credentials = _option(
         None, "", Credentials | None, "moetier's Credentials", parse=lambda given: given or Credentials()
@@ -336,6 +347,7 @@ class TierOptions(TypedDict, total=False):
     ram: str | int | None
     device_memory: str | int | None
     daemon: str | None
+    remote_compute: str
     credentials: Credentials | None
     policy: str
     speculate: str

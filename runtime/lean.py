@@ -9,12 +9,13 @@ transformers can neither compile nor distribute a model in this process. So only
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Iterator
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -29,6 +30,7 @@ UNUSED = (
     "is_torch_distributed_available",  # imports torch.distributed.tensor, and with it sympy
     "is_torch_flex_attn_available",  # imports torch's compiler
 )
+WITHOUT_GPU = ("is_accelerate_available",)  # as UNUSED, if there is no GPU to put a model on
 
 
 @contextlib.contextmanager
@@ -47,16 +49,75 @@ def lean_loading() -> Iterator[None]:
 
 
 def _lighten(utils: Any) -> None:
-    """Make the functions UNUSED return False, and speed up transformers' search for the names in its own folders."""
-    for name in UNUSED:
+    """Make the functions UNUSED return False, and let transformers search its folders only for names that are used."""
+    import torch
+
+    for name in (*UNUSED, *(() if torch.cuda.is_available() else WITHOUT_GPU)):
         setattr(utils, name, lambda *_, **__: False)
-    with contextlib.suppress(AttributeError):  # another patch release may lack these functions
-        # transformers searches 560 folders twice, with a cache for 128
-        search = utils.create_import_structure_from_path.__wrapped__
-        utils.create_import_structure_from_path = functools.cache(search)
-        # transformers searches all lines of a file; only the last that begins with __all__ counts
-        fetch = utils.fetch__all__
-        utils.fetch__all__ = lambda text: fetch(text[text.rfind("\n__all__") + 1 :])
+    with contextlib.suppress(AttributeError):  # another patch release may lack these
+        _search_later(utils, utils.define_import_structure, utils._LazyModule)
+
+
+def _search_later(utils: Any, search: Callable[..., Any], lazy_module: Any) -> None:
+    """Search the folder of a model when a name is used that begins with the folder's, and all for any other name.
+
+    transformers would search 560 folders, twice, whenever it is imported.
+
+    Args:
+        utils: the module that transformers takes ``search`` and ``lazy_module`` from.
+        search: returns the names in a folder, for an object of ``lazy_module``.
+        lazy_module: the class of transformers and of its packages.
+    """
+
+    class Structure(dict[Any, Any]):
+        """No names yet. ``left`` has a prefix for modules, and the folders in which there are names."""
+
+        left: tuple[str, list[Path]] = "", []
+
+    def search_later(path: str | Path, prefix: str | None = None) -> Any:
+        folder = Path(path) if Path(path).is_dir() else Path(path).parent
+        if folder.name != "models":
+            return search(path, prefix=prefix)
+        found = Structure({frozenset(): {prefix: set()} if prefix else {}})
+        folders = [each for each in folder.iterdir() if each.suffix != ".py" and each.name != "__pycache__"]
+        found.left = f"{prefix}." if prefix else "", folders
+        return found
+
+    class LazyModule(lazy_module):  # type: ignore[misc]
+        def __init__(self, name: str, file: str, structure: Any, *more: Any, **named: Any) -> None:
+            super().__init__(name, file, structure, *more, **named)
+            self._prefix, self._left = structure.left if isinstance(structure, Structure) else ("", [])
+
+        def __getattr__(self, name: str) -> Any:
+            if self._left and not name.startswith("_") and not self._knows(name):
+                plain = name.lower().replace("_", "")
+                self._search([each for each in self._left if plain.startswith(each.name.replace("_", ""))])
+                # a module beside this one may be yet to be imported
+                if not self._knows(name) and f"{name}.py" not in os.listdir(Path(self.__file__).parent):  # noqa: PTH208
+                    self._search(self._left)
+            return super().__getattr__(name)
+
+        def _knows(self, name: str) -> bool:
+            """Return whether a name has been found, or the tokenizer for which it is another name."""
+            known = (self._class_to_module, self._modules, self._objects, self._object_missing_backend)
+            return any(each in names for each in (name, name.removesuffix("Fast")) for names in known)
+
+        def __dir__(self) -> list[str]:
+            self._search(self._left)
+            return [*super().__dir__()]
+
+        def _search(self, folders: list[Path]) -> None:
+            for folder in folders:
+                found = search(folder, prefix=f"{self._prefix}{folder.name}")
+                other = vars(lazy_module(self.__name__, self.__file__, found))
+                self.__all__ += other["__all__"]
+                self._modules |= other["_modules"]
+                for kind in ("_class_to_module", "_object_missing_backend", "_import_structure"):
+                    vars(self)[kind].update(other[kind])
+            searched = {*folders}  # another thread may have searched some, too
+            self._left = [folder for folder in self._left if folder not in searched]
+
+    utils.define_import_structure, utils._LazyModule = search_later, LazyModule
 
 
 class _After(MetaPathFinder):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -20,6 +20,7 @@ from .config import Size, format_bytes
 from .control_groups import ControlGroup, control_groups
 
 DEFAULT_SHARE = 0.8  # share of the free memory: the page cache, other programs and a longer context need the rest
+GROUP_SHARE = 0.95  # the share in a control group with a limit: other programs are few, and experts need no page cache
 MARGIN_SHARE = 1 / 64  # share of the free memory: page tables and the kernel's index grow with the mapped memory
 MARGIN_BYTES = 16 << 20  # for memory that the kernel charges in batches for each core, and stacks of loader threads
 PROCESS_BYTES = 250 << 20  # anonymous memory of a command: Python, torch, transformers and a tokenizer, without a model
@@ -35,10 +36,14 @@ _FILES = {
 
 @dataclass(frozen=True, slots=True)
 class Available:
-    """Amount of memory in bytes. ``limiter`` tells a user which machine, control group or device limits it."""
+    """Amount of memory in bytes. ``limiter`` tells a user which machine, control group or device limits it.
+
+    ``share`` is the part of it, from 0 to 1, that a budget takes by default.
+    """
 
     bytes: int
     limiter: str
+    share: float = DEFAULT_SHARE
 
 
 def machine_memory() -> int:
@@ -58,7 +63,7 @@ def memory_for_model(root: Path = Path("/")) -> Available:
     """Return the memory that is left for a model once Python, torch and transformers (PROCESS_BYTES) are loaded."""
     left = available_memory(root)
     missing = max(PROCESS_BYTES - _own_bytes("RssAnon"), 0)
-    return Available(max(left.bytes - missing, 0), left.limiter)
+    return replace(left, bytes=max(left.bytes - missing, 0))
 
 
 def shortage(root: Path = Path("/")) -> str:
@@ -108,7 +113,7 @@ def _least(of_machine: int, of_group: Callable[[ControlGroup], int | None], root
     for group in control_groups("memory", root):
         with contextlib.suppress(OSError, ValueError):  # a file is missing, or not as the kernel writes it
             if (count := of_group(group)) is not None:
-                found.append(Available(max(count, 0), group.name))
+                found.append(Available(max(count, 0), group.name, GROUP_SHARE))
     return min(found, key=lambda available: available.bytes)
 
 
@@ -162,7 +167,7 @@ def budget_for(
             f"Free some memory, raise the limit, {shorter}or convert the model to fewer bits.",
         )
     if asked is None:
-        return min(largest, max(smallest, int(most * DEFAULT_SHARE)))
+        return min(largest, max(smallest, int(most * available.share)))
     budget = min(asked.of(most), largest)
     if not smallest <= budget <= most:
         what = "too small" if budget < smallest else f"more than {available.limiter} leaves for experts"

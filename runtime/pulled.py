@@ -1,4 +1,4 @@
-"""Pulled models: their folders, and the names by which commands accept them.
+"""Names of models: those of pulled models, and addresses in object stores. Each is resolved to a folder.
 
 ``moetier pull`` converts the hub's model ORG/NAME to a model directory: the folder ORG--NAME/TAG in
 ``$XDG_DATA_HOME/moetier/models`` (XDG Base Directory Specification 0.8). The name of the pulled model is ORG/NAME:TAG.
@@ -12,13 +12,18 @@ import os
 import re
 import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from moetier.tiers.errors import ConfigError, StoreFormatError
 from moetier.tiers.layout import Bits
 
+if TYPE_CHECKING:
+    from moetier.tiers.objects.fetch import Progress
+
 GROUP = "experts.zarr"  # repeated from tiers/store/folder.py, as a daemon resolves names before it imports numpy
 NAME = re.compile(r"(?P<id>[\w.-]+(/[\w.-]+)?)(:(?P<tag>[\w.-]+))?")
-WIDTH = re.compile(r"(\d+)bit(?:-trunk(\d+)bit)?")
+WIDTH = re.compile(r"(?:(\d+)bit|(native))(?:-trunk(\d+)bit)?")
+ADDRESS = re.compile(r"(s3|gs|az|https?|file)://\S+")
 
 
 def models_folder() -> Path:
@@ -32,9 +37,9 @@ def models_folder() -> Path:
     return folder / "moetier" / "models"
 
 
-def tag_of(bits: Bits, trunk_bits: Bits) -> str:
-    """Return the tag of a pulled model: ``4bit``, or ``4bit-trunk8bit`` if its trunk is quantised too."""
-    return f"{bits}bit" + (f"-trunk{trunk_bits}bit" if trunk_bits != 16 else "")
+def tag_of(bits: Bits | Literal["native"], trunk_bits: Bits) -> str:
+    """Return the tag of a pulled model: ``4bit`` or ``native``, or ``4bit-trunk8bit`` if its trunk is quantised too."""
+    return ("native" if bits == "native" else f"{bits}bit") + (f"-trunk{trunk_bits}bit" if trunk_bits != 16 else "")
 
 
 def place_of(hub_id: str, tag: str) -> Path:
@@ -56,10 +61,14 @@ def model_directory(name: str | os.PathLike[str]) -> Path:
     """Return the model directory for ``name``: the folder ``name`` if it exists, else that of a pulled model.
 
     The tag may be left out if the model was pulled with one tag only. A text that can't be a name is taken for the path
-    of a folder, which need not exist. Raises StoreFormatError if there is neither such a folder nor such a pulled
-    model, or if ``name`` has no tag and the model was pulled with several tags.
+    of a folder, which need not exist. An address means the folder that ``directory_at`` returns for it.
+
+    Raises StoreFormatError if there is neither such a folder nor such a pulled model, or if ``name`` has no tag and the
+    model was pulled with several tags; and as ``directory_at``.
     """
     text, folder = os.fspath(name), Path(name)
+    if is_address(text):
+        return directory_at(text)
     if not may_be_name(text) or folder.exists():
         return folder
     if (found := _named(text)) is None:
@@ -70,6 +79,40 @@ def model_directory(name: str | os.PathLike[str]) -> Path:
 def may_be_name(text: str) -> bool:
     """Return whether a text can be the name of a model. A text that begins with a dot or a slash is a path."""
     return NAME.fullmatch(text) is not None and not text.startswith(".")
+
+
+def is_address(text: str) -> bool:
+    """Return whether a text is the address of a model in an object store, such as s3://bucket/model."""
+    return ADDRESS.fullmatch(text) is not None
+
+
+def directory_at(
+    address: str,
+    cache: Path | None = None,
+    size: str | int | None = None,
+    *,
+    progress: Progress | None = None,
+    outline: bool = False,
+) -> Path:
+    """Return the model directory of an address: its folder in a cache, to which experts come when they are needed.
+
+    Args:
+        cache: folder of all caches; None: ``$XDG_CACHE_HOME/moetier/objects``.
+        size: most bytes of the model's experts in the cache, such as "50GiB"; None: the size given last, or all.
+        progress: shows the progress of the trunk's download.
+        outline: do without the weights of the trunk if they are not in the cache (see ``tiers.objects.fetch.outline``).
+
+    Raises ConfigError if ``size`` is no size, and as ``tiers.objects.fetch.fetch``.
+    """
+    from moetier.runtime.config import Size
+    from moetier.tiers.objects import fetch
+
+    limit = None if size is None else Size.parse(size).bytes
+    if size is not None and not limit:
+        raise ConfigError(f"`store_cache_size` is {size!r}.", 'Give a size, such as "50GiB".')
+    if outline:
+        return fetch.outline(address, cache)
+    return fetch.fetch(address, cache, limit, *([progress] if progress else []))
 
 
 def pulled_model(name: str) -> tuple[str, Path]:
@@ -134,5 +177,5 @@ def pulling(name: str) -> list[str]:
     assert parts is not None
     words, width = [parts["id"]], WIDTH.fullmatch(parts["tag"] or "")
     if width is not None:
-        words += ["--bits", width[1]] + (["--trunk-bits", width[2]] if width[2] else [])
+        words += ["--bits", width[1] or width[2]] + (["--trunk-bits", width[3]] if width[3] else [])
     return words

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import gc
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -16,7 +19,7 @@ from typing import TYPE_CHECKING
 import pytest
 import tqdm
 from hypothesis import HealthCheck, settings
-from prepared import Prepared, prepared
+from prepared import Prepared, for_daemons, prepared
 
 if TYPE_CHECKING:
     from moetier.tiers.manifest import Manifest
@@ -48,19 +51,19 @@ GRACE = 5.0  # seconds for what is ending already
 
 
 def _descriptors() -> Counter[str]:
-    """What this process has open, by where it leads."""
+    """Return what this process has open, by its target. What a process keeps until its end is left out."""
     targets: Counter[str] = Counter()
-    for descriptor in Path("/proc/self/fd").iterdir():
-        try:
-            targets[str(descriptor.readlink())] += 1
-        except OSError:  # the listing's own
-            continue
+    kept = {str(for_daemons().socket.fileno())} if for_daemons.cache_info().currsize else set()
+    for name in os.listdir("/proc/self/fd"):  # noqa: PTH208  # a path for each takes longer than most tests
+        if name not in kept:
+            with contextlib.suppress(OSError):  # the listing's own
+                targets[os.readlink(f"/proc/self/fd/{name}")] += 1  # noqa: PTH115
     return targets
 
 
 def _arenas() -> int:
     """Maps of arenas."""
-    return sum("/memfd:moetier-arena" in line for line in Path("/proc/self/maps").read_text().splitlines())
+    return Path("/proc/self/maps").read_bytes().count(b"/memfd:moetier-arena")
 
 
 def _threads() -> set[threading.Thread]:
@@ -121,11 +124,20 @@ def tinymix() -> Path:
 
 @pytest.fixture(scope="session")
 def tinymix_4bit(tinymix: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Its model directory at 4 bits, made once. Tests must not change it."""
-    from moetier.tools.convert.convert import convert
-
+    """Its model directory at 4 bits. Tests must not change it. It is made by the first of pytest's processes that needs
+    it; the others copy it."""
     folder = tmp_path_factory.mktemp("tinymix") / "4bit"
-    convert(tinymix, folder, bits=4)
+    is_one_of_many = "PYTEST_XDIST_WORKER" in os.environ
+    common = (tmp_path_factory.getbasetemp().parent if is_one_of_many else folder.parent) / "made"
+    common.mkdir(exist_ok=True)
+    with (common / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (common / "4bit").exists():
+            from moetier.tools.convert.convert import convert
+
+            convert(tinymix, common / "partial", bits=4)
+            (common / "partial").rename(common / "4bit")
+    shutil.copytree(common / "4bit", folder)
     return folder
 
 

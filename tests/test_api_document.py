@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from importlib import import_module
 from pathlib import Path
 
 import pytest
+from prepared import for_daemons
 
 TEXT = (Path(__file__).parent.parent / "docs" / "api.md").read_text()
 NAMED = sorted(set(re.findall(r"(?:auto\w+::|`)\s*(moetier\.[\w.]+)", TEXT)))
@@ -53,7 +52,8 @@ def test_what_it_names_can_be_imported(name: str) -> None:
 
 @pytest.mark.parametrize("module", FORMER)
 def test_former_paths_can_be_imported(module: str) -> None:
-    """In a fresh process: a warning comes with the first import alone."""
+    """In a process of its own: a warning comes with the first import alone."""
     code = f"from {module} import {', '.join(FORMER[module])}"
-    done = subprocess.run([sys.executable, "-W", "always", "-c", code], capture_output=True, text=True, check=True)
+    done = for_daemons().run(f"import warnings; warnings.simplefilter('always'); {code}")
+    assert done.returncode == 0, done.stderr
     assert (f"DeprecationWarning: {module} is now" in done.stderr) == (module in MOVED)

@@ -120,6 +120,7 @@ def test_the_first_program_runs(
 
 SOURCES = [path for name in ("tools", "runtime", "tiers", "tests") for path in sorted((ROOT / name).rglob("*.py"))]
 SOURCES.remove(Path(__file__))
+EXTRAS = {*tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]}
 
 
 @pytest.mark.parametrize("path", [*PAGES, *SOURCES, ROOT / "pyproject.toml"], ids=name_of)
@@ -127,13 +128,14 @@ def test_extras_are_installed_from_the_repository(path: Path) -> None:
     """There is no moetier on an index."""
     text = path.read_text()
     assert "moetier[" not in text
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    assert set(re.findall(r"pip install [^\n]*?\"\.\[(\w+)\]\"", text)) <= set(extras)
+    assert set(re.findall(r"pip install [^\n]*?\"\.\[(\w+)\]\"", text)) <= EXTRAS
 
 
-def test_the_drawing_is_what_its_script_draws() -> None:
-    drawn = runpy.run_path(str(DOCS / "figures" / "tiers.py"))["picture"]()
-    assert (DOCS / "figures" / "tiers.svg").read_text() == drawn
+@pytest.mark.parametrize("name", ["tiers", "kubernetes", "ray_serve"])
+def test_a_drawing_is_what_its_script_draws(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(DOCS / "figures")
+    drawn = runpy.run_path(str(DOCS / "figures" / f"{name}.py"))["picture"]()
+    assert (DOCS / "figures" / f"{name}.svg").read_text() == drawn
 
 
 def test_dependencies_are_all_explained_and_no_others() -> None:

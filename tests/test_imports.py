@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 ORDER = (
     {"proto", "tiers"},
     {"tiers.cache", "tiers.quant", "tiers.store"},
-    {"tiers.arena", "tiers.device", "tiers.extents", "runtime.wire"},
+    {"tiers.arena", "tiers.device", "tiers.extents", "tiers.objects", "runtime.wire"},
     {"tiers.host", "runtime"},
     {"runtime.kernels"},
     {"runtime.moe"},
@@ -25,6 +25,7 @@ ORDER = (
     {"runtime.generation"},
     {"tools.cli"},
     {"tools", "tools.chat", "tools.convert", "tools.serve", "tools.top"},
+    {"tools.ray"},
     {"tools.lab"},
     {"tools.bench"},
     {"tools.plan"},
@@ -38,17 +39,20 @@ HOMES = {
     "transformers": {"runtime", "tools"},
     "zarr": {"tiers.store.writer"},
     "crc32c": {"tiers.store.checksum"},
+    "gguf": {"runtime.checkpoint"},
     "google_crc32c": set(),  # it holds the GIL
     "matplotlib": {"tools.lab", "tools.commands.plot"},
     "textual": {"tools.top"},
     "rich": {"tools.top"},
     "psutil": {"runtime.memory"},
-    "starlette": {"tools.serve"},
+    "starlette": {"tools.serve", "tools.ray.conversation"},
+    "ray": {"tools.ray"},
     "uvicorn": {"tools.serve"},
     "pydantic": {"tools.serve"},
     "pydantic_core": {"tools.serve"},
     "prometheus_client": {"runtime.daemon", "tools.serve"},
     "llvmlite": {"runtime.kernels"},
+    "obstore": {"tiers.objects.client"},
     "grpc": {"proto", "runtime.wire", "runtime.client", "runtime.daemon"},
 }
 
@@ -125,6 +129,16 @@ def test_a_daemon_blocks_signals_before_a_library_begins_threads() -> None:
 
     names = "moetier.tools.commands.daemon, moetier.runtime.daemon.entry"
     code = f"import {names}, sys; print({{'numpy', 'grpc'}} & sys.modules.keys())"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "set()"
+
+
+def test_a_daemon_does_without_torch() -> None:
+    import subprocess
+    import sys
+
+    names = "moetier.runtime.daemon.process, moetier.runtime.daemon.compute"
+    code = f"import {names}, sys; print({{'torch', 'transformers'}} & sys.modules.keys())"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "set()"
 

@@ -240,6 +240,7 @@ def test_a_settings_file_is_read_by_the_other_release(
     common = {
         section: {key: value for key, value in keys.items() if is_known(section, key) and (value or value is False)}
         for section, keys in written.items()
+        if section in read
     }
     lines = []
     for section, keys in common.items():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
@@ -20,7 +20,7 @@ CHECKSUM_BYTES = 4  # size of the CRC-32C, little endian, after each record
 ALIGNMENT = 64  # each section begins at a multiple of this many bytes
 ROW_TILE = 64  # quantised projections are padded to a multiple of this many rows, as torch's int4 kernel takes them
 
-Bits = Literal[16, 8, 4, 3, 2]
+Bits = Literal[16, 8, 6, 5, 4, 3, 2]  # 6 and 5 only in blocks of GGUF files
 BITS: tuple[Bits, ...] = (16, 8, 4, 3, 2)
 TRUNK_BITS: tuple[Bits, ...] = (16, 8, 4)  # supported for matrices of the trunk: kernels multiply these in place
 PAIR_BLOCK = 128  # if pairs are stored in 8 bits: the number of groups whose pairs are quantised together
@@ -32,7 +32,40 @@ GROUPS = {
     "uint8": (16, 32, 64, 128, 256),
 }  # a dictionary from the type of pairs to the supported group sizes
 PAIR_TYPES = tuple(GROUPS)
-ITEM_BYTES = {"uint8": 1, "bfloat16": 2, "float16": 2}
+# kinds of pairs (s, z) of a scale and a zero point, which only records of weights have that HQQ, AWQ or GPTQ quantised:
+# a dictionary from the kind to the type in which s and z are stored and w = (c - z) * s is computed
+ZERO_POINTS = {"float16_zeros": "float16", "bfloat16_zeros": "bfloat16", "float32_zeros": "float32"}
+ZERO_POINT_GROUPS = (16, 32, 64, 128, 256)
+ITEM_BYTES = {"uint8": 1, "bfloat16": 2, "float16": 2, "float32": 4}
+SCALE_TYPES = {
+    "e8m0": "uint8",
+    "e4m3": "uint8",
+    "bfloat16": "bfloat16",
+    "float16": "float16",
+    "float32": "float32",
+}  # a dictionary from the type of a coding's scales to the item type of the section that holds them
+
+
+class BlockForm(NamedTuple):
+    """Form of a block of a GGUF file: consecutive weights of a row, with their scales."""
+
+    weights: int  # number of weights in a block
+    nbytes: int  # size of a block
+    bits: Bits  # of a weight's code
+    group: int  # number of weights that share a scale
+
+
+CODINGS: dict[str, Bits] = {"e2m1": 4, "int4": 4, "e4m3": 8}  # a dictionary from codings to their bits per weight
+BLOCKS: dict[str, BlockForm] = {  # a dictionary from codings of GGUF files to their blocks
+    "q4_0": BlockForm(32, 18, 4, 32),
+    "q8_0": BlockForm(32, 34, 8, 32),
+    "q4_k": BlockForm(256, 144, 4, 32),
+    "q5_k": BlockForm(256, 176, 5, 32),
+    "q6_k": BlockForm(256, 210, 6, 16),
+    "mxfp4": BlockForm(32, 17, 4, 32),
+}
+CODING_GROUPS = (16, 32, 64, 128)  # supported group sizes of the codings in CODINGS that have 4 bits
+GLOBALS = ("multiply", "divide")  # what is done to scales with the number of their part
 
 
 class ExpertKey(NamedTuple):
@@ -67,7 +100,14 @@ class Projection:
     A record with 16 bits holds the matrix in the module's own shape: [rows, columns], or [columns, rows] if
     ``transposed``. A quantised matrix is always stored as [padded_rows, columns]. In each row, every ``group``
     consecutive weights share a pair (s, b) of scale and offset. A weight is (q - 8) * s + b, where q is the weight's
-    code after expansion to 4 bits (see ``quant.codec``).
+    code after expansion to 4 bits (see ``quant.codec``). Or they share a pair (s, z) of scale and zero point, and a
+    weight is (c - z) * s, where c is its code as it is.
+
+    With a ``coding``, the matrix is stored as in the checkpoint that it comes from: [rows, columns], row after row,
+    without padding and without pairs. Each rectangle of ``block_rows`` rows and ``group`` columns shares a scale. A
+    matrix may consist of ``parts`` of equal shape, one below the other, each with its own grid of scales. If the coding
+    is one of BLOCKS, a row is a run of the blocks of a GGUF file, which contain the scales, and the fields that follow
+    ``coding`` have their defaults. ``quant.codings`` decodes all codings.
     """
 
     name: str
@@ -76,18 +116,45 @@ class Projection:
     bits: Bits
     dtype: str = "bfloat16"  # with 16 bits the type of the stored weights; with fewer, their type before quantisation
     transposed: bool = False  # true if the module's own shape is [columns, rows]
-    group: int = 0  # number of weights in a group; 0 with 16 bits
-    pairs: str = ""  # type of the stored pairs, one of PAIR_TYPES; "" with 16 bits
+    group: int = 0  # number of weights of a row that share a pair or a scale; 0 with 16 bits
+    pairs: str = ""  # kind of the stored pairs, one of PAIR_TYPES or ZERO_POINTS; "" with 16 bits, or with a coding
+    # The fields below are left out of a manifest where they have these values.
+    coding: str = ""  # form in which the checkpoint stores weights, one of CODINGS or BLOCKS; "" for moetier's own
+    scales: str = ""  # type of the scales of a coding in CODINGS, one of SCALE_TYPES
+    block_rows: int = 1  # number of rows that share a scale
+    parts: int = 1  # number of matrices of equal shape, one below the other, each with its own grid of scales
+    globals: str = ""  # if each part has an fp32 number for all its scales: what is done with it, one of GLOBALS; or ""
 
     @property
     def padded_rows(self) -> int:
-        """``rows`` rounded up to a multiple of ROW_TILE."""
-        return -(-self.rows // ROW_TILE) * ROW_TILE
+        """Number of stored rows: ``rows``, which is rounded up to a multiple of ROW_TILE unless there is a coding."""
+        return self.rows if self.coding else -(-self.rows // ROW_TILE) * ROW_TILE
+
+    @property
+    def row_bytes(self) -> int:
+        """Size of the codes of a row in bytes. Only for a projection with a coding."""
+        if (block := BLOCKS.get(self.coding)) is not None:
+            return self.columns // block.weights * block.nbytes
+        return self.columns * self.bits // 8
+
+    @property
+    def part_rows(self) -> int:
+        """Number of rows of each part."""
+        return self.rows // self.parts
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the grid of scales of each part. Only for a coding in CODINGS."""
+        return -(-self.part_rows // self.block_rows), -(-self.columns // self.group)
 
     @property
     def shape(self) -> tuple[int, int]:
         """The shape of the matrix in the module: [rows, columns], or [columns, rows] if ``transposed``."""
         return (self.columns, self.rows) if self.transposed else (self.rows, self.columns)
+
+
+# values that fields of a projection have without a coding
+_DEFAULTS = {"coding": "", "scales": "", "block_rows": 1, "parts": 1, "globals": ""}
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +166,20 @@ class Bias:
     dtype: str = "bfloat16"
 
 
+def _coded_pieces(p: Projection) -> Iterable[tuple[str, str, tuple[int, ...]]]:
+    yield f"{p.name}.codes", "uint8", (p.rows, p.row_bytes)
+    if p.coding in BLOCKS:
+        return
+    down, across = p.grid
+    yield f"{p.name}.scales", SCALE_TYPES[p.scales], (p.parts * down, across)
+    if p.globals:
+        yield f"{p.name}.globals", "float32", (p.parts,)
+
+
 def _pair_pieces(p: Projection) -> list[tuple[str, str, tuple[int, ...]]]:
     groups, rows = p.columns // p.group, p.padded_rows
-    if p.pairs == "bfloat16":
-        return [(f"{p.name}.pairs", "bfloat16", (groups, rows, 2))]
+    if p.pairs != "uint8":
+        return [(f"{p.name}.pairs", ZERO_POINTS.get(p.pairs, p.pairs), (groups, rows, 2))]
     # Pairs in 8 bits: each group has a code for s and a code for b. The groups, in [group, row] order, are cut into
     # runs of PAIR_BLOCK. Each run has a scale and a minimum for its codes of s, and others for its codes of b.
     blocks = -(-groups * rows // PAIR_BLOCK)
@@ -114,6 +191,9 @@ def _pieces(projections: Iterable[Projection], biases: Iterable[Bias]) -> Iterab
     last: list[tuple[str, str, tuple[int, ...]]] = []  # the low nibbles of 8-bit codes
     middle: list[tuple[str, str, tuple[int, ...]]] = []
     for p in projections:
+        if p.coding:
+            yield from _coded_pieces(p)
+            continue
         rows, half = p.padded_rows, p.columns // 2
         match p.bits:
             case 16:
@@ -171,6 +251,10 @@ class RecordLayout:
         """Size of a slot for the record and its checksum, in bytes. It is a multiple of PAGE."""
         return -(-(self.payload_bytes + CHECKSUM_BYTES) // PAGE) * PAGE
 
+    def projection(self, name: str) -> Projection:
+        """Return the projection ``name``."""
+        return next(p for p in self.projections if p.name == name)
+
     def section(self, name: str) -> Section:
         """Return the section ``name``. Raises KeyError if the layout has no such section."""
         for section in self.sections:
@@ -191,7 +275,10 @@ class RecordLayout:
         """
         return {
             "record_bytes": self.record_bytes,
-            "projections": [asdict(p) for p in self.projections],
+            "projections": [
+                {name: value for name, value in asdict(p).items() if _DEFAULTS.get(name) != value}
+                for p in self.projections
+            ],
             "biases": [asdict(b) for b in self.biases],
             "sections": [asdict(s) | {"shape": list(s.shape)} for s in self.sections],
         }
@@ -217,19 +304,49 @@ class RecordLayout:
 
 def _projection(value: Fields) -> Projection:
     """Parse a projection. Raises ValueError if it is malformed, or if the kernels do not support it."""
-    bits: Bits = value["bits"].among(BITS)
+    is_coded = value.get("coding") is not None
+    bits: Bits = value["bits"].among((*BITS, 6, 5) if is_coded else BITS)
     rows, columns = (value[name].number(1, MAX_SIZE) for name in ("rows", "columns"))
     name, transposed = _name(value), value["transposed"].flag()
+    if is_coded:
+        return _coded(Projection(name, rows, columns, bits, value["dtype"].among(SOURCE_TYPES), transposed), value)
     if bits == 16:
         dtype = value["dtype"].among(WEIGHT_TYPES)
         return Projection(
             name, rows, columns, bits, dtype, transposed, value["group"].among((0,)), value["pairs"].among(("",))
         )
-    pairs = value["pairs"].among(PAIR_TYPES)
-    group = value["group"].among(GROUPS[pairs])
+    pairs = value["pairs"].among((*PAIR_TYPES, *ZERO_POINTS))
+    group = value["group"].among(GROUPS.get(pairs, ZERO_POINT_GROUPS))
     if columns % group:
         raise ValueError(f"{value.place}.group is {group}, which does not divide the {columns} columns")
     return Projection(name, rows, columns, bits, value["dtype"].among(SOURCE_TYPES), transposed, group, pairs)
+
+
+def _coded(p: Projection, value: Fields) -> Projection:
+    """Parse the fields of a projection that belong to its coding. Raises ValueError as ``_projection`` does."""
+    coding = value["coding"].among((*CODINGS, *BLOCKS))
+    if (block := BLOCKS.get(coding)) is not None:
+        value["bits"].among((block.bits,))
+        value["group"].among((block.group,))
+        value["pairs"].among(("",))
+        if p.columns % block.weights:
+            raise ValueError(f"{value.place}.columns is {p.columns}, no multiple of {block.weights}")
+        return replace(p, coding=coding, group=block.group)
+    value["bits"].among((CODINGS[coding],))
+    value["pairs"].among(("",))
+    group = value["group"].number(1, MAX_SIZE) if p.bits == 8 else value["group"].among(CODING_GROUPS)
+    if p.bits == 4 and p.columns % group:
+        raise ValueError(f"{value.place}.group is {group}, which does not divide the {p.columns} columns")
+    p = replace(p, coding=coding, group=group, scales=value["scales"].among(tuple(SCALE_TYPES)))
+    if (parts := value.get("parts")) is not None:
+        p = replace(p, parts=parts.number(2, p.rows))
+        if p.rows % p.parts:
+            raise ValueError(f"{parts.place} is {p.parts}, which does not divide the {p.rows} rows")
+    if (block_rows := value.get("block_rows")) is not None:
+        p = replace(p, block_rows=block_rows.number(2, MAX_SIZE))
+    if (globals_ := value.get("globals")) is not None:
+        p = replace(p, globals=globals_.among(GLOBALS))
+    return p
 
 
 def _name(value: Fields) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 from .errors import MissingExpertError, StoreFormatError
 from .fields import SHOWN, Fields, shown
-from .layout import GROUPS, PAIR_TYPES, TRUNK_BITS, Bits, ExpertKey, RecordLayout
+from .layout import GROUPS, PAIR_TYPES, TRUNK_BITS, ZERO_POINTS, Bits, ExpertKey, RecordLayout
 
 FORMAT = 1
 TRUNK_RECORDS = "trunk-records"
@@ -67,7 +67,7 @@ class Manifest:
     version: str  # version of moetier that wrote the store
     digest: str = ""  # identifies the store: sha256 over the CRC-32C (LE u32) of each record, block after block
     requires: tuple[str, ...] = ()  # names of features without which the store can't be read
-    method: str = "hqq"  # method of quantisation: "hqq" or "rounding"
+    method: str = "hqq"  # method of quantisation: "hqq" or "rounding"; "native": the checkpoint's own codes were kept
     solver: int = 1  # version of the code that finds codes: two versions may find different codes for the same weights
     trunk: Mapping[str, FileSum] = field(default_factory=dict)  # from file name to its sum; empty until all are written
     trunk_records: TrunkRecords | None = None  # None: no matrix of the trunk is quantised
@@ -206,6 +206,7 @@ class Manifest:
                 trunk_records=_trunk_records(form) if (form := fields.get("trunk_records")) else None,
                 record_checksums=_table(table) if (table := fields.get("record_checksums")) else b"",
             )
+            manifest = replace(manifest, method=method_of(manifest.method, manifest.layouts, manifest.trunk_records))
             manifest._check()
         except ValueError as error:
             raise StoreFormatError(
@@ -233,6 +234,16 @@ class Manifest:
             len(table) != 4 * self.record_count or hashlib.sha256(table).hexdigest() != self.digest
         ):
             raise ValueError("record_checksums does not match digest")
+
+
+def method_of(quantised: str, layouts: Mapping[str, RecordLayout], trunk: TrunkRecords | None) -> str:
+    """Return "native" if all codes of a store are a checkpoint's own, and else the method that has ``quantised``.
+
+    Earlier versions wrote "hqq" for native codes too.
+    """
+    projections = [p for layout in layouts.values() for p in layout.projections]
+    own = [bool(p.coding) or p.pairs in ZERO_POINTS for p in projections if p.bits != 16]
+    return "native" if own and all(own) and trunk is None else quantised
 
 
 def _blocks(values: Sequence[Fields]) -> tuple[Block, ...]:

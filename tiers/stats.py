@@ -34,7 +34,7 @@ class Counts:
     wasted: int = 0  # the record was evicted before any demand; one lent to the tier above counts when it is read again
     cancelled: int = 0  # prefetch requests that were replaced or got no slot, before their read or during it
     saved_seconds: float = 0.0  # how much longer demands would have waited without useful and late prefetches
-    warmed: int = 0  # records that the warm-up has loaded
+    warmed: int = 0  # records that the warm-up has loaded: the most used of earlier runs, or the rest where all fit
     recalled: int = 0  # records that the warm-up has loaded and a demand has used since
     evictions: int = 0
     failures: int = 0  # loads that ended with an error, and reads that failed but succeeded from a mirror
@@ -160,3 +160,5 @@ class Share:
     bytes: int  # total size of these records
     away: str = ""  # why the daemon is unavailable now; "" if it is available, or if the place is the local store
     lost: int = 0  # how often the daemon has become unavailable
+    computed: int = 0  # rows of experts' outputs that the daemon has computed
+    computed_bytes: int = 0  # hidden states and outputs that were sent for that, both ways

@@ -2,41 +2,12 @@
 
 from __future__ import annotations
 
-from html import escape
 from pathlib import Path
+
+from drawing import DEVICE, DISK, GREY, HOST, HOT, PAPER, TRUNK, arrow, box, svg, text
 
 WIDTH, HEIGHT = 960, 424
 FIRST, PITCH = 590, 42  # of a row of slots
-INK, GREY, PAPER = "#1f2933", "#616e7c", "#ffffff"
-TRUNK, DEVICE, HOST, DISK, HOT = "#e4e7eb", "#f5d9a8", "#b8dbd9", "#c5cee8", "#c2410c"
-
-
-def box(x: int, y: int, width: int, height: int, fill: str, *, dashed: bool = False) -> str:
-    edge = ' stroke-dasharray="5 4"' if dashed else ""
-    return f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="7" fill="{fill}" stroke="{GREY}"{edge}/>'
-
-
-def text(
-    x: float, y: float, words: str, *, size: int = 14, fill: str = INK, bold: bool = False, at: str = "start"
-) -> str:
-    weight = ' font-weight="bold"' if bold else ""
-    return f'<text x="{x}" y="{y}" font-size="{size}" fill="{fill}" text-anchor="{at}"{weight}>{escape(words)}</text>'
-
-
-def arrow(*points: tuple[int, int], dashed: bool = False, colour: str = HOT) -> str:
-    edge = ' stroke-dasharray="5 4"' if dashed else ""
-    path = " L ".join(f"{x} {y}" for x, y in points)
-    return (
-        f'<path d="M {path}" fill="none" stroke="{colour}" stroke-width="2.2"{edge} marker-end="url(#{colour[1:]})"/>'
-    )
-
-
-def marker(colour: str) -> str:
-    return (
-        f'<marker id="{colour[1:]}" viewBox="0 0 10 10" refX="9" refY="5" markerWidth="7" markerHeight="7" '
-        'orient="auto">'
-        f'<path d="M 0 0 L 10 5 L 0 10 z" fill="{colour}"/></marker>'
-    )
 
 
 def slots(y: int, numbers: range, full: dict[int, str], fill: str) -> list[str]:
@@ -52,11 +23,6 @@ def slots(y: int, numbers: range, full: dict[int, str], fill: str) -> list[str]:
 
 def picture() -> str:
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}" '
-        'font-family="Helvetica, Arial, DejaVu Sans, sans-serif" role="img">',
-        "<title>The trunk stays in memory; experts move from the SSD to the host and to the device</title>",
-        f"<defs>{marker(HOT)}{marker(GREY)}</defs>",
-        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="{PAPER}"/>',
         # the model
         box(24, 24, 236, 376, TRUNK),
         text(142, 52, "The model without experts", bold=True, at="middle"),
@@ -110,13 +76,13 @@ def picture() -> str:
         text(column - 12, 289, "6: a miss, read at once past the page cache", fill=HOT, size=13, at="end"),
         arrow((column, 195), (column, 85)),
         text(column - 12, 143, "then copied to the GPU; on a CPU there is no copy", fill=HOT, size=13, at="end"),
-        # a wish
+        # a prefetch
         arrow((236, 320), (330, 320), (330, 358), (402, 358), dashed=True, colour=GREY),
-        text(268, 310, "guessed: early", fill=GREY, size=13),
-        "</svg>",
-        "",
+        text(268, 310, "predicted: early", fill=GREY, size=13),
     ]
-    return "\n".join(parts)
+    return svg(
+        WIDTH, HEIGHT, "The trunk stays in memory; experts move from the SSD to the host and to the device", parts
+    )
 
 
 if __name__ == "__main__":

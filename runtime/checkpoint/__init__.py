@@ -1,5 +1,6 @@
-"""Read a Hugging Face checkpoint: its files, its weights (never all at once), and which weights are experts.
+"""Read a Hugging Face checkpoint or GGUF file: its files, its weights (never all at once), and which are experts.
 
-The converter uses this package, and ``runtime.model`` uses ``config_json``. The package imports ``runtime.moe`` and
-``tiers``. Its modules ``blueprint`` and ``recipe`` import torch and transformers at once, the others when needed.
+The converter, ``moetier plan`` and ``runtime.model`` use this package. Daemons and commands open the experts of any
+directory with ``experts``. The package imports ``runtime.moe`` and ``tiers``. Of its modules, ``config_json``, ``hub``
+and ``tensors`` import torch only when needed.
 """

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,9 +23,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from moetier.runtime.meta import MadeOnMeta
 from moetier.runtime.moe.experts import EXPERT_PARAMETERS, experts_modules
 from moetier.tiers.errors import CheckpointError, UnsupportedModelError
-from moetier.tiers.layout import Bits, RecordLayout
+from moetier.tiers.layout import RecordLayout
 from moetier.tiers.manifest import Block
-from moetier.tiers.quant.codec import layout_for
 from moetier.tiers.store.trunk import RECORD
 
 from .files import carried, with_floats
@@ -202,14 +201,17 @@ def make_blueprint(
 
 
 def records_of(
-    blueprint: Blueprint, *, bits: Bits, group: int | None = None, pairs: str | None = None
+    blueprint: Blueprint, layout_of: Callable[[BlockBlueprint], RecordLayout]
 ) -> tuple[tuple[Block, ...], dict[str, RecordLayout]]:
-    """Return the blocks of a manifest, and the layout of each array of records; further arguments as ``layout_for``."""
+    """Return the blocks of a manifest, and a dictionary from the names of zarr arrays to their record layouts.
+
+    ``layout_of`` returns the layout of a block's records.
+    """
     arrays: dict[tuple[RecordLayout, int], str] = {}
     sizes: dict[str, int] = {}
     blocks = []
     for block in blueprint.blocks:
-        layout = layout_for(block.parameters, bits=bits, group=group, pairs=pairs, transposed=block.transposed)
+        layout = layout_of(block)
         name = f"records-{len(arrays) + 1}" if arrays else "records"
         array = arrays.setdefault((layout, block.experts), name)
         index = sizes.get(array, 0)

@@ -1,4 +1,4 @@
-"""The experts of a directory, whatever it is: a model directory with a store, or a checkpoint, which is used as it is.
+"""The experts of a directory: a model directory with a store, the cache of an object store, or a checkpoint as it is.
 
 A checkpoint's experts are read from its own files (``tiers.extents``). Their table is that of ``moetier link``, or is
 made from the headers, and kept in this process for the next look at the same files.
@@ -19,7 +19,7 @@ from moetier.tiers.errors import CheckpointError, UnsafeCheckpointError
 from moetier.tiers.extents.reader import ExtentStore
 from moetier.tiers.extents.table import ExtentTable, read_table
 from moetier.tiers.manifest import FORMAT, Manifest
-from moetier.tiers.store.folder import GROUP, command, store_folder
+from moetier.tiers.store.folder import GROUP, command, is_cache, store_folder
 from moetier.tiers.store.folder import read_manifest as read_store_manifest
 from moetier.tiers.store.mirror import MirroredStore, open_store
 from moetier.tiers.store.reader import ExpertStore
@@ -31,12 +31,13 @@ from .files import (
     Checkpoint,
     carried,
     contained,
-    open_checkpoint,
+    is_gguf,
     read_json,
     refuse_code,
     weights_of,
     with_floats,
 )
+from .gguf import open_source
 
 _APART = """
 import json, sys
@@ -55,10 +56,14 @@ _made: dict[Path, ExtentTable] = {}  # the last table that was made, by folder
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Return whether a folder holds a checkpoint in safetensors, and no store nor what is left of a model directory.
+    """Return whether a path is a GGUF file, or a folder that holds a checkpoint in safetensors, and no store.
+
+    A model directory whose store is missing is no checkpoint.
 
     Raises CheckpointError or UnsafeCheckpointError for a config.json that can't be read.
     """
+    if is_gguf(folder):
+        return True
     there = (folder / "config.json").is_file() and any((folder / name).is_file() for name in (WEIGHTS, INDEX))
     if not there or (folder / GROUP).is_dir():
         return False
@@ -77,7 +82,7 @@ def open_experts(folder: Path, *, apart: bool = False) -> ExpertStore | Mirrored
     Logs if the records of a checkpoint can't be proved. Raises as ``read_manifest``.
     """
     if not is_checkpoint(folder):
-        return open_store(folder)
+        return _open_cache(folder) or open_store(folder)
     store = open_table(folder, table_of(folder, apart=apart))
     if not store.table.is_linked:
         _log.warning(
@@ -95,14 +100,27 @@ def open_copy(folder: Path, *, readers: int = 4, damaged: bool = False) -> Exper
     """
     if is_checkpoint(folder):
         return open_table(folder, table_of(folder), readers=readers, damaged=damaged)
-    return ExpertStore.open(folder, readers=readers, damaged=damaged)
+    return _open_cache(folder) or ExpertStore.open(folder, readers=readers, damaged=damaged)
+
+
+def _open_cache(folder: Path) -> ExpertStore | None:
+    """Open the cache of a model in an object store, if it lacks records. Return None for any other folder."""
+    if not is_cache(store_folder(folder)):
+        return None
+    from moetier.tiers.objects.cache import CachedStore
+
+    return CachedStore.open(folder)
 
 
 def open_table(folder: Path, table: ExtentTable, *, readers: int = 4, damaged: bool = False) -> ExtentStore:
     """Open the shards that a table names. Raises UnsafeCheckpointError if one of them lies outside the checkpoint."""
-    folder = folder.resolve()
-    paths = {shard.name: contained(folder, shard.name) for shard in table.shards}
+    paths = {shard.name: contained(_home(folder), shard.name) for shard in table.shards}
     return ExtentStore.open(folder, table, paths, readers=readers, damaged=damaged)
+
+
+def _home(folder: Path) -> Path:
+    """Return the folder of a checkpoint's files. A table's names of shards are relative to it."""
+    return (folder.parent if is_gguf(folder) else folder).resolve()
 
 
 def check_shards(folder: Path) -> None:
@@ -117,8 +135,12 @@ def config_of(folder: Path) -> dict[str, Any]:
     """
     if not is_checkpoint(folder):
         return read_config(folder)
+    as_it_is = {"quantization_config": {"quant_method": NAME, "format": FORMAT, "bits": 16}}
+    if is_gguf(folder):
+        return dict(open_source(folder).config) | as_it_is
     config = read_json(folder, "config.json")
-    refuse_code(folder, config)
+    if not ((table := read_table(folder)) and table.ignored_code):
+        refuse_code(folder, config)
     weights_of(folder, config)  # refuses an index that names files elsewhere, or other kinds of files
     for name, there in (("transformers_weights", config), (ADAPTER, [path.name for path in folder.iterdir()])):
         if name in there:
@@ -126,7 +148,7 @@ def config_of(folder: Path) -> dict[str, Any]:
                 f"{folder} has {name}, which makes transformers load other weights.", "Use another checkpoint."
             )
     found: dict[str, Any] = with_floats(carried(config))
-    return found | {"quantization_config": {"quant_method": NAME, "format": FORMAT, "bits": 16}}
+    return found | as_it_is
 
 
 def table_of(folder: Path, *, apart: bool = False) -> ExtentTable:
@@ -139,19 +161,19 @@ def table_of(folder: Path, *, apart: bool = False) -> ExtentTable:
 
 
 def _table_made(folder: Path, apart: bool) -> ExtentTable:
-    folder = folder.resolve()
+    folder = folder.absolute()
     with _lock:
         if (known := _made.get(folder)) is not None and _is_current(folder, known):
             return known
         _made.clear()
-        table = _made_apart(folder) if apart else make_table(open_checkpoint(folder))
+        table = _made_apart(folder) if apart else make_table(open_source(folder))
         _made[folder] = table
         return table
 
 
 def _is_current(folder: Path, table: ExtentTable) -> bool:
     with contextlib.suppress(OSError):
-        found = [(folder / shard.name).stat() for shard in table.shards]
+        found = [(_home(folder) / shard.name).stat() for shard in table.shards]
         return all(
             (stat.st_size, stat.st_mtime_ns) == (shard.bytes, shard.mtime_ns)
             for stat, shard in zip(found, table.shards, strict=True)

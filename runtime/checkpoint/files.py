@@ -11,15 +11,19 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from moetier.tiers.errors import CheckpointError, UnsafeCheckpointError
+from moetier.tiers.store.gguf import SUFFIX
 
 from . import hub
 from .config_json import NOT_CARRIED
-from .tensors import StoredTensor, read_at, read_tensors
+from .tensors import MAX_NAME, SourceTensor, StoredTensor, read_at, read_tensors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -69,6 +73,23 @@ class Checkpoint:
         """torch's name for the type of the first floating-point tensor; None if there is none."""
         return next((t.dtype for t in self.tensors.values() if t.dtype in FLOATS), None)
 
+    def sources(self, model: PreTrainedModel, dtype: str) -> dict[str, SourceTensor]:
+        """Return a dictionary from the names of the checkpoint's tensors to source tensors.
+
+        ``model`` is the model, on the meta device. ``dtype`` is torch's name of the type to which quantised tensors are
+        decoded. Raises as ``source_tensors``.
+        """
+        from .packed import source_tensors  # imports torch, which a daemon does without
+
+        return source_tensors(self.tensors, self.quantization, dtype, self.config)
+
+    def made_files(self) -> dict[str, bytes]:
+        """Return a dictionary from names to contents of a model directory's small files that are no files here.
+
+        A checkpoint in safetensors has them all as files, so the dictionary is empty.
+        """
+        return {}
+
     @property
     def digest(self) -> str:
         """sha256 over the config and over each tensor's name, type, shape, file, offset, and samples of its bytes.
@@ -85,6 +106,11 @@ class Checkpoint:
                 read_at(tensor.file, offset, sample)
                 state.update(sample.data)
         return state.hexdigest()
+
+
+def is_gguf(path: Path) -> bool:
+    """Return whether a path is that of a GGUF file."""
+    return path.suffix == SUFFIX and path.is_file()
 
 
 def open_checkpoint(source: str | Path, *, ignore_code: bool = False) -> Checkpoint:
@@ -146,12 +172,19 @@ def locate(source: str | Path, files: Sequence[str] = hub.SMALL_FILES) -> tuple[
 
 
 def check_source(source: str | Path) -> Path | None:
-    """Return the folder that ``source`` names; None if it is a hub id. Raises CheckpointError if it is neither."""
+    """Return the path of the folder or GGUF file that ``source`` names; None if ``source`` is a hub id.
+
+    Raises CheckpointError if it is neither.
+    """
     folder = Path(source)
+    if is_gguf(folder):
+        return folder.absolute()
     if folder.is_dir():
         return folder.resolve()
     if folder.exists():
-        raise CheckpointError(f"{source} is not a folder.", "Give the folder that holds config.json, or a hub id.")
+        raise CheckpointError(
+            f"{source} is not a folder.", "Give the folder that holds config.json, a .gguf file, or a hub id."
+        )
     if not hub.HUB_ID.fullmatch(str(source)) or str(source).startswith("."):
         raise CheckpointError(f"There is no folder {source}.", "Give a folder that holds config.json, or a hub id.")
     return None
@@ -209,7 +242,8 @@ def refuse_code(folder: Path, config: Mapping[str, Any]) -> None:
         if names_code(value):
             raise UnsafeCheckpointError(
                 f"{folder / name} names code of the checkpoint's own (auto_map), which moetier never runs.",
-                "If transformers supports this architecture, --ignore-code converts it with transformers' own class.",
+                "If transformers supports this architecture, its own class can be used: give --ignore-code to "
+                "moetier link, or to moetier convert.",
             )
 
 
@@ -275,8 +309,12 @@ def gathered(
     ``places`` is a dictionary from tensors to files, as the file ``index`` names them. Raises CheckpointError if a
     tensor is in two files, or not in the file that ``places`` names.
     """
+    named: dict[Path, list[str]] = {}
+    for name, path in places.items():
+        named.setdefault(path, []).append(name)
     tensors: dict[str, StoredTensor] = {}
-    for path, found in headers.items():
+    for path, own in headers.items():
+        found = _with_whole_names(own, named.get(path, []))
         if doubled := tensors.keys() & found.keys():
             raise CheckpointError(f"{path} holds {some(doubled)} a second time.", "Download the checkpoint again.")
         tensors |= found
@@ -285,6 +323,20 @@ def gathered(
             f"{index} names tensors that are not in their files: {some(absent)}.", "Download the checkpoint again."
         )
     return tensors
+
+
+def _with_whole_names(own: Mapping[str, StoredTensor], names: list[str]) -> Mapping[str, StoredTensor]:
+    """Return the tensors of a file, ``own``, by the names that the index has for them, ``names``.
+
+    In the checkpoint of mixtral-offloading, each file holds one expert, and its names lack the prefix that all of them
+    have in the index. The tensors of any other file are returned as they are.
+    """
+    first, last = min(names, default=""), max(names, default="")
+    common = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    prefix = first[: first.rfind(".", 0, common) + 1]
+    whole = {f"{prefix}{name}": tensor for name, tensor in own.items()}
+    is_whole = not prefix or not own.keys().isdisjoint(names) or not whole.keys() >= set(names)
+    return own if is_whole or max(map(len, whole)) > MAX_NAME else whole
 
 
 def without_weights(place: str | Path, names: Iterable[str]) -> CheckpointError:

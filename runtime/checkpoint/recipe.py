@@ -23,7 +23,10 @@ from transformers import core_model_loading as loading
 
 from moetier.tiers.errors import CheckpointError
 
+from .gguf_tensors import GgufExperts
+from .packed import Packed
 from .tensors import SourceTensor, StoredTensor
+from .zero_points import Grouped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,13 +58,46 @@ class Recipe:
 
     @property
     def direct(self) -> bool:
-        """True if the parameter is one unchanged tensor of the checkpoint, so that a few rows can be read at a time."""
-        return self.converter is None and sum(map(len, self.sources.values())) == 1
+        """True if the parameter is one unchanged tensor of the checkpoint, whose rows can be read a few at a time."""
+        tensors = [tensor for found in self.sources.values() for tensor in found]
+        return self.converter is None and len(tensors) == 1 and not isinstance(tensors[0], Grouped)
 
     @property
     def parts(self) -> Iterator[StoredTensor]:
         """Stored tensors that the parameter is made from."""
         return (part for tensors in self.sources.values() for tensor in tensors for part in tensor.parts)
+
+    def by_expert(self) -> list[list[SourceTensor]]:
+        """Return the tensors whose rows, one below the other, make the parameter of each expert.
+
+        The result has one list for each run of rows, in order. The list has one tensor for each expert, all of one
+        shape and type. Nothing is read. Raises ValueError, which says why, if the parameter is not made of unchanged
+        rows.
+        """
+        operations = self.converter.operations if self.converter else []
+        for operation in operations:
+            if not _keeps_rows(operation):
+                raise ValueError(f"transformers changes {self.target} on loading ({operation})")
+        merged = any(isinstance(operation, loading.MergeModulelist) for operation in operations)
+        patterns = self.converter.source_patterns if self.converter else self.sources
+        found: list[list[SourceTensor]] = []
+        for tensors in (self.sources[pattern] for pattern in patterns if pattern in self.sources):
+            first = tensors[0]
+            if isinstance(first, GgufExperts):
+                found += [[part.slice(expert) for expert in range(self.experts)] for part in first.tensors]
+            elif (
+                not merged
+                and len(tensors) == 1
+                and isinstance(first, StoredTensor | Packed)
+                and first.shape[:1] == (self.experts,)
+            ):
+                found.append([first.slice(expert) for expert in range(self.experts)])
+            elif merged and len(tensors) == self.experts and len({(each.shape, each.dtype) for each in tensors}) == 1:
+                found.append(tensors)
+            else:
+                name = next(self.parts).name
+                raise ValueError(f"{self.target} is made of tensors that are not alike, such as {name}")
+        return found
 
     def rows(self, first: int, count: int) -> torch.Tensor:
         """Read ``count`` rows of a parameter that is ``direct``, from row ``first`` on, as [count, columns]."""
@@ -131,6 +167,17 @@ def _keeps_experts_apart(operation: loading.ConversionOps) -> bool:
             return operation.dim > 0
         case loading.Transpose():
             return operation.dim0 > 0 and operation.dim1 > 0
+        case _:
+            return False
+
+
+def _keeps_rows(operation: loading.ConversionOps) -> bool:
+    """Return whether an operation keeps each row of an expert's weights, and puts them one after the other."""
+    match operation:
+        case loading.MergeModulelist():
+            return operation.dim == 0
+        case loading.Concatenate():
+            return operation.dim == 1
         case _:
             return False
 

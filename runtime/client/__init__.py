@@ -1,7 +1,8 @@
 """Clients of the storage daemon: a host tier in the memory of a daemon on this host, and readers of remote daemons.
 
-Other packages use ``tier.DaemonTier`` and ``spread.SpreadReader``. While the daemon is away, ``fallback`` reads from
-the local store. The package imports ``runtime.wire`` and ``tiers``.
+Other packages use ``tier.DaemonTier``, ``spread.SpreadReader`` and ``elsewhere.Elsewhere``. While the daemon is away,
+``fallback`` reads from the local store. The package imports ``runtime.wire``, ``tiers``, and types of
+``runtime.kernels``.
 """
 
 from typing import TYPE_CHECKING

@@ -1,4 +1,7 @@
-"""RemoteReader: reads records from a daemon on another host, over the network, into slots of this process."""
+"""RemoteReader: reads records from a daemon on another host, over the network, into slots of this process.
+
+It also sends computations to the daemon (``elsewhere.py``).
+"""
 
 from __future__ import annotations
 
@@ -10,15 +13,13 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-import grpc
-
 from moetier.proto import expert_store_pb2 as pb
 from moetier.proto.expert_store_pb2_grpc import ExpertStoreStub
 from moetier.runtime.wire.address import DIGEST_CHARS, Address, Credentials
 from moetier.runtime.wire.channel import SERVICE, open_channel
 from moetier.runtime.wire.control import ControlConnection
 from moetier.runtime.wire.piece import PIECE_BYTES, decode_piece
-from moetier.runtime.wire.status_codes import error_of
+from moetier.runtime.wire.status_codes import CALL_ERRORS, error_of
 from moetier.tiers.closeable import Closeable
 from moetier.tiers.errors import (
     ChecksumError,
@@ -69,21 +70,26 @@ class RemoteReader(Closeable):
         self._state = threading.Lock()  # guards the two fields below
         self._channels: _Channels | None = None
         self._closed = False
+        self.computes: bool | None = None  # whether the daemon serves Compute; None before the first check
         self._pool = ThreadPoolExecutor(channels, thread_name_prefix="moetier-remote")
 
-    def check(self, patience: float = _ANSWER) -> None:
-        """Reconnect, and check that the daemon serves this store. ``patience``: seconds for the daemon to answer.
+    def check(self, patience: float = _ANSWER, *, again: bool = True) -> None:
+        """Check that the daemon serves this store, over new connections if ``again``.
+
+        ``patience``: seconds for the daemon to answer.
 
         Raises UnavailableError if the daemon does not answer, RefusedError if it refuses the credentials or is not
         trusted, UnknownModelError if it does not serve the store, and ProtocolError if its version does not fit.
         """
         self._fork_guard.check()
-        channels = self._connected(again=True)
+        channels = self._connected(again=again)
         try:
             reply = ExpertStoreStub(channels.first).Describe(pb.DescribeRequest(), timeout=patience)
-        except (grpc.RpcError, ValueError) as error:
+        except CALL_ERRORS as error:
             raise error_of(error, self.address.target) from None
-        if self.manifest.digest not in {model.digest for model in reply.models}:
+        found = next((model for model in reply.models if model.digest == self.manifest.digest), None)
+        self.computes = found is not None and found.computes
+        if found is None:
             served = (" ".join(f"{model.name} ({model.digest[:DIGEST_CHARS]})".split()) for model in reply.models)
             names = ", ".join(served)[:_MAX_NAMES] or "nothing"
             raise UnknownModelError(
@@ -119,6 +125,19 @@ class RemoteReader(Closeable):
         # not in the handler: an error there would refer to the first one, whose frames hold the slot
         return self._read(key, view)
 
+    def compute(self, request: pb.ComputeRequest, nbytes: int) -> Any:
+        """Send a computation, and return the call: an iterator of serialised pieces, ``nbytes`` in all.
+
+        Raises DaemonError if the daemon can't be reached. The call raises one of CALL_ERRORS, by its deadline at
+        the latest.
+        """
+        self._fork_guard.check()
+        seconds = self.patience + (len(request.rows) + nbytes) / SLOWEST
+        try:
+            return self._connected().compute(request, timeout=seconds)
+        except CALL_ERRORS as error:
+            raise error_of(error, self.address.target) from None
+
     def close(self) -> None:
         """Close the connections; reads under way end with an error. Idempotent. Does nothing in a forked child."""
         if not self._fork_guard.is_owner:
@@ -135,7 +154,10 @@ class RemoteReader(Closeable):
             if self._closed:
                 raise ClosedError(f"The connection to the daemon {self.address} was closed.", "Load the model again.")
             if self._channels is None or again:
-                opened = _Channels(self.address, self._credentials, self.count)
+                try:
+                    opened = _Channels(self.address, self._credentials, self.count)
+                except (OSError, RuntimeError) as error:
+                    raise error_of(error, self.address.target) from None
                 if self._channels is not None:
                     self._channels.close()
                 self._channels = opened
@@ -159,6 +181,8 @@ class RemoteReader(Closeable):
 class _Channels:
     """Channels to one daemon. ``fetches`` is an endless iterator of callables for Fetch, one channel after another.
 
+    ``compute`` is the callable for Compute, on a channel of its own, where rows don't wait behind records.
+
     Over a Unix socket, the control connection that gave the session id stays open as long as the channels.
     """
 
@@ -167,13 +191,16 @@ class _Channels:
             bearer = None
             if address.folder is not None:
                 bearer = opened.enter_context(ControlConnection.open(address.folder, None)).session_id
-            channels = [opened.enter_context(open_channel(address, credentials, bearer=bearer)) for _ in range(count)]
+            channels = [
+                opened.enter_context(open_channel(address, credentials, bearer=bearer)) for _ in range(count + 1)
+            ]
             self.close = opened.pop_all().close
         self.first = channels[0]
         # no deserialiser: decode_piece takes the bytes, without a copy
         self.fetches: Iterator[Any] = itertools.cycle(
-            [channel.unary_stream(f"/{SERVICE}/Fetch", pb.FetchRequest.SerializeToString) for channel in channels]
+            [channel.unary_stream(f"/{SERVICE}/Fetch", pb.FetchRequest.SerializeToString) for channel in channels[:-1]]
         )
+        self.compute: Any = channels[-1].unary_stream(f"/{SERVICE}/Compute", pb.ComputeRequest.SerializeToString)
 
 
 class _Transfer:
@@ -204,12 +231,7 @@ class _Transfer:
                 else:
                     other.result()
         except RuntimeError as error:  # the pool was closed, or can start no thread
-            self._end(
-                UnavailableError(
-                    f"The record can't be read: {error}.",
-                    "Free memory, or raise the limit of threads (ulimit -u).",
-                )
-            )
+            self._end(error_of(error, self._reader.address.target))
         except BaseException:
             self._end(UnavailableError("The read was cancelled.", "Try again."))
             raise
@@ -251,7 +273,7 @@ class _Transfer:
                 )
         except MoetierError as error:
             self._end(error)
-        except (grpc.RpcError, ValueError) as error:
+        except CALL_ERRORS as error:
             self._end(error_of(error, reader.address.target))
 
     def _end(self, error: MoetierError) -> None:

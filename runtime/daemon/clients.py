@@ -154,7 +154,7 @@ class Clients:
 
     @contextlib.contextmanager
     def fetching(self, digest: str) -> Iterator[HostedModel]:
-        """Count a fetch of another host for the duration of the ``with`` block, and yield the model with ``digest``.
+        """Count a call of another host for the duration of the ``with`` block, and yield the model with ``digest``.
 
         Raises UnknownModelError if the daemon does not serve it, and UnavailableError once the daemon is ending.
         """

@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 import threading
 import time
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping
-from functools import partial
-from queue import SimpleQueue
 
 import grpc
 
 from moetier.proto import expert_store_pb2 as pb
 from moetier.runtime.wire.piece import PIECE_BYTES, encode_piece
-from moetier.tiers.errors import ClosedError, ExhaustedError, ProtocolError
-from moetier.tiers.host.demands import Event, Failed, Granted
+from moetier.tiers.errors import ExhaustedError, ProtocolError
 from moetier.tiers.host.tier import HostTier
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Manifest
 
-MAX_DEADLINE = 3600.0  # seconds; a later deadline counts as none
-CALLS = 24  # most calls at once, including those that wait: each takes a thread of the server
+from .leases import CALLS, CallLeases, no_caller, patience_of
 
 
 class Fetches:
@@ -44,10 +39,7 @@ class Fetches:
         patience: float = 10.0,
     ) -> None:
         self._host = host
-        # one session for all calls: loaders serve sessions in turn, so all fetches together weigh as much as one client
-        self._session = host.session(self._deliver, leases=CALLS, patience=patience)
-        self._numbers = itertools.count(1)
-        self._answers: dict[int, SimpleQueue[Event | None]] = {}  # keys: the numbers of the calls' requests
+        self._leases = CallLeases(host, patience=patience)
         self._manifest = manifest
         self._limits = {array: max(1, count // 4) for array, count in slots.items()}
         self._stall = stall
@@ -69,9 +61,7 @@ class Fetches:
         bytes outside the record, ExhaustedError if fetches hold all slots that they may, and the error of a failed
         load.
         """
-        remaining = context.time_remaining()
-        if remaining is None or remaining > MAX_DEADLINE:
-            raise ProtocolError("A fetch needs a deadline.", f"Set a deadline of at most {MAX_DEADLINE:.0f} seconds.")
+        patience = patience_of(context, self._patience, "A fetch")
         key = ExpertKey(request.block, request.expert)
         self._manifest.check_keys(key.block, [key])
         entry = self._manifest.blocks[key.block]
@@ -81,8 +71,6 @@ class Fetches:
             raise ProtocolError(
                 f"Bytes {start} to {end} are not a part of a record of {size} bytes.", "Ask for a part of the record."
             )
-        # answer before the client's deadline, after which the client would consider this daemon gone
-        patience = min(remaining / 2, self._patience)
         until = time.monotonic() + patience
         with self._admitted(key, entry.array, context, patience), self._lease(key, context, until) as slot:
             for at in range(start, end, PIECE_BYTES):
@@ -103,9 +91,7 @@ class Fetches:
         for call in calls:
             call.cancel()
         self._watcher.join()
-        self._session.close()
-        for answers in list(self._answers.values()):
-            answers.put(None)
+        self._leases.close()
 
     @contextlib.contextmanager
     def _admitted(self, key: ExpertKey, array: str, context: grpc.ServicerContext, patience: float) -> Iterator[None]:
@@ -136,7 +122,7 @@ class Fetches:
                         "Ask another daemon, or try again later.",
                     )
                 if self._closed or not context.is_active():
-                    raise _no_caller()
+                    raise no_caller()
                 held[key] += 1
                 self._state.notify_all()  # wakes the watcher
             try:
@@ -157,26 +143,9 @@ class Fetches:
 
         Raises ExhaustedError if no slot is free before ``until`` (monotonic clock).
         """
-        number = next(self._numbers)
-        answers = self._answers[number] = SimpleQueue[Event | None]()  # None: the call has ended
-        try:
-            self._session.acquire(number, [key], max(until - time.monotonic(), 0.0))
-            if not context.add_callback(partial(answers.put, None)):
-                raise _no_caller()
-            match answers.get():
-                case Granted(slot=slot):
-                    yield self._host.whole(slot)
-                case Failed(error=error):
-                    raise error
-                case None:
-                    raise _no_caller()
-        finally:
-            self._session.release(number)
-            del self._answers[number]
-
-    def _deliver(self, event: Event) -> None:
-        if (answers := self._answers.get(event.request)) is not None:
-            answers.put(event)
+        with contextlib.closing(self._leases.groups([key], context, until)) as groups:
+            (granted,) = next(groups)
+            yield self._host.whole(granted.slot)
 
     def _wake(self) -> None:
         with self._state:
@@ -194,7 +163,3 @@ class Fetches:
                     if offered < late:
                         call.cancel()
                 self._state.wait(self._stall / 4 if self._offered else None)
-
-
-def _no_caller() -> ClosedError:
-    return ClosedError("The daemon is ending, or the call has ended.", "Ask another daemon.")

@@ -57,8 +57,11 @@ COUNTERS = {
         "saved_seconds",
         "Seconds that useful and late prefetches have saved, at most.",
     ),
-    "warmed": ("warmed", "Records that the warm-up read, from the list of earlier runs."),
-    "recalled": ("recalled", "Records that the warm-up read and that were demanded afterwards."),
+    "warmed": (
+        "warmed",
+        "Records that were read beforehand: the most used of earlier runs, and the rest of a model that fits.",
+    ),
+    "recalled": ("recalled", "Records that were read beforehand and demanded afterwards."),
 }
 OUTCOMES = ("useful", "late", "wasted", "cancelled")
 
@@ -74,6 +77,7 @@ OF_CLIENTS = {
     "reported_hits": ("used", "Hits in the directory, as clients report them."),
     "fetches": ("fetches", "Records, or parts of them, sent to other hosts."),
     "fetched_bytes": ("fetched_bytes", "Bytes of records sent to other hosts."),
+    "computed_rows": ("computed", "Rows of experts' outputs computed for other hosts."),
     "received_bytes": ("session_bytes_in", "Bytes of messages from clients of this host."),
     "sent_bytes": ("session_bytes_out", "Bytes of messages to clients of this host."),
 }

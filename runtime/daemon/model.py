@@ -8,9 +8,10 @@ import time
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moetier.proto import expert_store_pb2 as pb
-from moetier.tiers.errors import MissingExpertError, StoreError
+from moetier.tiers.errors import ExhaustedError, MissingExpertError, MoetierError, StoreError
 from moetier.tiers.host.tier import HostTier
 from moetier.tiers.host.warmup import Learner
 from moetier.tiers.layout import ExpertKey
@@ -19,6 +20,9 @@ from moetier.tiers.store.trunk import check_sum
 
 from .fetch import Fetches
 from .log import RateLimitedLog, log_event
+
+if TYPE_CHECKING:
+    from .compute import Computes
 
 TRUNK_SHARE = 0.1  # share of the time in which the trunk is checked; the rest is left to reads of records
 
@@ -46,6 +50,10 @@ class HostedModel:
         self.slots = host.plan.slots_by_array
         self.budget_bytes = host.stats().slot_bytes
         self.fetches = Fetches(host, manifest, self.slots, patience=patience)
+        self._patience = patience
+        self._opening = threading.Lock()
+        self._opener: threading.Thread | None = None
+        self._computes: Computes | MoetierError | None = None  # None until the opener has run
         host.uses()  # uses are counted from this first call on
         self._failures = RateLimitedLog(_log, "read-failed")
         self._learner = Learner(host) if learn else None
@@ -54,6 +62,23 @@ class HostedModel:
         self._closing = threading.Event()
         self._trunk_check = threading.Thread(target=self._check_trunk, name="moetier-trunk", daemon=True)
         self._trunk_check.start()
+
+    @property
+    def computes(self) -> Computes:
+        """Compute calls of other hosts.
+
+        The first use imports the compiler, in the background. Raises ExhaustedError until that is done, ConfigError if
+        no code can be compiled here, and StoreError if the tier was condemned before.
+        """
+        with self._opening:
+            if self._opener is None and not self._closing.is_set():
+                self._opener = threading.Thread(target=self._open_computes, name="moetier-compiler")
+                self._opener.start()
+        if self._computes is None:
+            raise ExhaustedError("The daemon loads its compiler.", "Fetch records meanwhile.")
+        if isinstance(self._computes, MoetierError):
+            raise type(self._computes)(self._computes.cause, self._computes.fix)
+        return self._computes
 
     def condemn(self, error: StoreError) -> None:
         """Stop serving the model, because its store does not have the digest in its manifest.
@@ -81,6 +106,7 @@ class HostedModel:
             budget_bytes=self.budget_bytes,
             slots=self.slots,
             directory=str(self.directory),
+            computes=True,
         )
 
     def stats(self, *, clients: int, sessions: int, leases: int) -> pb.ModelStats:
@@ -96,6 +122,7 @@ class HostedModel:
                 leases=leases,
                 fetches=self.fetches.count,
                 fetched_bytes=self.fetches.bytes,
+                computed=getattr(self._computes, "rows", 0),
                 recovered=self.host.recovered,
                 fault="" if self.host.fault is None else self.host.fault.cause,
                 **self._counts,
@@ -113,13 +140,27 @@ class HostedModel:
         ]
 
     def close(self) -> None:
-        """End the trunk's check, the fetches and the learner, and then close the tier."""
+        """End the trunk's check, the calls of other hosts and the learner, and then close the tier."""
         self._closing.set()
         self._trunk_check.join()
         self.fetches.close()
+        with self._opening:  # none is started any more
+            opener = self._opener
+        if opener is not None:
+            opener.join()
+        if self._computes is not None and not isinstance(self._computes, MoetierError):
+            self._computes.close()
         if self._learner is not None:
             self._learner.close()
         self.host.close()
+
+    def _open_computes(self) -> None:
+        from .compute import Computes
+
+        try:
+            self._computes = Computes(self.host, self.manifest, patience=self._patience)
+        except MoetierError as error:
+            self._computes = error.with_traceback(None)
 
     def _check_trunk(self) -> None:
         for name, entry in self.manifest.trunk.items():

@@ -69,6 +69,11 @@ class Service(ExpertStoreServicer):
         with _errors_as_codes(context), self._clients.fetching(request.digest) as model:
             yield from model.fetches.serve(request, context)
 
+    def Compute(self, request: pb.ComputeRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
+        """Compute experts for rows of hidden states, and send the outputs as serialised pieces."""
+        with _errors_as_codes(context), self._clients.fetching(request.digest) as model:
+            yield from model.computes.serve(request, context)
+
     def Stats(self, request: pb.StatsRequest, context: grpc.ServicerContext) -> pb.StatsReply:
         """Return the counters of all models."""
         with _errors_as_codes(context):
@@ -96,8 +101,8 @@ def _errors_as_codes(context: grpc.ServicerContext) -> Iterator[None]:
 def add_service(servicer: ExpertStoreServicer, server: grpc.Server) -> None:
     """Add the service to a server. Unlike protobuf's generated function, leave some messages of streams serialised.
 
-    ``Fetch`` yields serialised pieces. ``Session`` gets serialised messages, because gRPC's server would keep a stream
-    open for ever once it could not parse one of its messages.
+    ``Fetch`` and ``Compute`` yield serialised pieces. ``Session`` gets serialised messages, because gRPC's server would
+    keep a stream open for ever once it could not parse one of its messages.
     """
     handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
         "Describe": grpc.unary_unary_rpc_method_handler(
@@ -107,6 +112,7 @@ def add_service(servicer: ExpertStoreServicer, server: grpc.Server) -> None:
             servicer.Session, response_serializer=pb.ServerMessage.SerializeToString
         ),
         "Fetch": grpc.unary_stream_rpc_method_handler(servicer.Fetch, pb.FetchRequest.FromString),
+        "Compute": grpc.unary_stream_rpc_method_handler(servicer.Compute, pb.ComputeRequest.FromString),
         "Stats": grpc.unary_unary_rpc_method_handler(
             servicer.Stats, pb.StatsRequest.FromString, pb.StatsReply.SerializeToString
         ),

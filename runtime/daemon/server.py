@@ -15,12 +15,12 @@ import grpc
 from grpc_health.v1.health_pb2 import DESCRIPTOR, HealthCheckResponse
 from grpc_reflection.v1alpha import reflection
 
-from moetier.runtime.wire.channel import SERVICE, read_identity, read_pem
+from moetier.runtime.wire.channel import MESSAGE_BYTES, SERVICE, read_identity, read_pem
 from moetier.runtime.wire.status_codes import abort
 from moetier.tiers.errors import ConfigError, ExhaustedError, RefusedError
 
 from .clients import Clients
-from .fetch import CALLS
+from .leases import CALLS
 from .log import RateLimitedLog
 from .rpc import Service, add_service, bearer_of, peer_of
 
@@ -32,7 +32,7 @@ OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.max_receive_message_length", 1 << 20),
+    ("grpc.max_receive_message_length", MESSAGE_BYTES),
     # calls that wait to be accepted; beyond this number (gRPC's default: 1,000) gRPC drops calls of any client
     ("grpc.server.max_pending_requests", 10_000),
     ("grpc.server.max_pending_requests_hard_limit", 10_000),
@@ -83,7 +83,7 @@ def _server(
     sessions: int,
     bounds: tuple[tuple[str, int], ...] = (),
 ) -> grpc.Server:
-    threads = sessions + CALLS * len(clients.models) + WATCHERS + _SHORT_CALLS
+    threads = sessions + 2 * CALLS * len(clients.models) + WATCHERS + _SHORT_CALLS
     server = grpc.server(
         ThreadPoolExecutor(threads, thread_name_prefix="moetier-grpc"),
         interceptors=[auth],

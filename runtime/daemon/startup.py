@@ -10,11 +10,12 @@ import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from moetier.runtime.checkpoint.experts import open_experts
 from moetier.runtime.config import Size
-from moetier.runtime.memory import Available, available_memory, budget_for
+from moetier.runtime.memory import DEFAULT_SHARE, Available, available_memory, budget_for
 from moetier.tiers.cache.budget import slots_for, smallest_budget
 from moetier.tiers.errors import ConfigError
 from moetier.tiers.extents.reader import ExtentStore
@@ -73,7 +74,14 @@ def open_models(
         began = time.monotonic()
         taken = kept.get(digest)
         arena = None if taken is None else taken.arena
-        host = HostTier(store, slots=slots[digest], loaders=config.loaders, arena=arena, policy=config.policy)
+        host = HostTier(
+            store,
+            slots=slots[digest],
+            loaders=config.loaders,
+            arena=arena,
+            policy=config.policy,
+            fills=store.is_local,
+        )
         model = HostedModel(store.manifest, host, store.directory, patience=config.wait, learn=config.learn)
         closing.callback(model.close)
         models[digest] = model
@@ -100,7 +108,7 @@ def _open_stores(
     """
     stores: dict[str, ExpertStore | MirroredStore | ExtentStore] = {}
     for directory in directories:
-        store = open_experts(directory.resolve(), apart=True)  # absolute, for the log
+        store = open_experts(Path(os.path.normpath(directory.absolute())), apart=True)  # for the log
         closing.callback(store.close)
         if (other := stores.get(store.manifest.digest)) is not None:
             raise ConfigError(
@@ -183,7 +191,8 @@ def _divide(manifests: Mapping[str, Manifest], ram: Size | None, available: Avai
     smallest = {digest: smallest_budget(manifest) for digest, manifest in manifests.items()}
     largest = {digest: manifest.stored_bytes for digest, manifest in manifests.items()}
     least, most = sum(smallest.values()), sum(largest.values())
-    budget = budget_for(ram, smallest=least, largest=most, reserve=0, available=available)
+    whole = replace(available, share=DEFAULT_SHARE)  # clients may be in the same control group, and need memory, too
+    budget = budget_for(ram, smallest=least, largest=most, reserve=0, available=whole)
     slots = {}
     for digest, manifest in manifests.items():
         more = (budget - least) * (largest[digest] - smallest[digest]) // max(most - least, 1)

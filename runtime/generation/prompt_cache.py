@@ -67,21 +67,22 @@ class PromptCache:
 
         from moetier.runtime.moe.experts import experts_modules
 
-        sequence, hooks, has_begun = list(ids), [], False
+        sequence, hooks = list(ids), list[Any]()
 
         def between_layers(*_: object) -> None:
-            if not has_begun and should_stop():
+            if should_stop():
                 raise _Stopped
 
         def between_tokens(token_ids: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
-            nonlocal has_begun
-            has_begun = True
+            for hook in hooks:  # a module with a hook is not computed together with others
+                hook.remove()
+            hooks.clear()
             on_token(int(token_ids[0, -1]))
             return torch.full((1,), should_stop(), dtype=torch.bool, device=token_ids.device)
 
         prompt = torch.tensor([sequence], device=self._model.device)
         try:
-            hooks = [m.register_forward_pre_hook(between_layers) for m in experts_modules(self._model).values()]
+            hooks += [m.register_forward_pre_hook(between_layers) for m in experts_modules(self._model).values()]
             sequence = self._model.generate(
                 input_ids=prompt,
                 attention_mask=torch.ones_like(prompt),

@@ -7,53 +7,83 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
 
+from moetier.tiers.extents.table import read_table
+from moetier.tiers.layout import BLOCKS, Projection
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.store.folder import read_json, read_manifest, store_folder
+from moetier.tiers.store.gguf import SUFFIX, read_gguf
 
 from .attention_code import attention_kernel
+from .emitter import FloatType
 from .expert_code import Activation
 from .expert_kernels import ExpertKernels
-from .gemm import product_kernel, rounding_kernel
+from .gemm import form_of, multiplies, product_kernel
 from .gemm_tile import Form
 from .gemv import gemv_kernel
 from .heads import heads_kernel
 from .jit import refusal, this_processor
-from .norm import Scale, norm_kernel
+from .norm import Scale, norm_kernel, norm_step_kernel
+from .rounding import Rounding, rounding_kernel
 from .team import compiled
 
 
 def compile_ahead(folder: Path) -> None:
     """Begin to compile what the model in ``folder`` probably needs on a CPU for its first token, and return.
 
+    ``folder`` may be a GGUF file.
+
     The process ends only when all is compiled. Errors are ignored here: they are raised again where a kernel is needed.
     """
 
     def work() -> None:
         with contextlib.suppress(Exception):
-            if not refusal():
+            if refusal():
+                return
+            if folder.suffix == SUFFIX:
+                table = read_table(folder)
+                _compile(table.manifest if table else None, torch.bfloat16, _matrices(folder))
+            else:
                 is_bf16 = read_json(folder / "config.json").get("dtype") == "bfloat16"
                 _compile(read_manifest(store_folder(folder)), torch.bfloat16 if is_bf16 else torch.float32)
 
     threading.Thread(target=work, name="moetier-compiler").start()
 
 
-def _compile(manifest: Manifest, dtype: torch.dtype) -> None:
+def _matrices(path: Path) -> set[Projection]:
+    """Return projections like the matrices in a GGUF file that belong to the trunk."""
+    found = set()
+    for entry in read_gguf(path).tensors.values():
+        form = BLOCKS.get(coding := entry.kind.lower())
+        if form is not None and len(entry.shape) == 2:
+            rows, columns = entry.shape
+            found.add(Projection("", rows, columns, form.bits, group=form.group, coding=coding))
+    return found
+
+
+def _compile(manifest: Manifest | None, dtype: torch.dtype, matrices: Collection[Projection] = ()) -> None:
     processor = this_processor()
     norm_kernel(dtype, Scale.ROUNDED)
+    for adds in (False, True):
+        norm_step_kernel(dtype, Scale.ROUNDED, adds)
     attention_kernel(dtype)
     for scale in (None, Scale.ROUNDED):
         heads_kernel(dtype, scale)
-    for layout in manifest.layouts.values():
+    for p in matrices:
+        if multiplies(p):
+            product_kernel(processor, form_of(p, FloatType.of(dtype)))
+            rounding_kernel(processor, Rounding.of(p), FloatType.of(dtype))
+    for layout in manifest.layouts.values() if manifest else ():
         activation = Activation()
         if ExpertKernels.fit(layout, activation):
             ExpertKernels(layout, activation, dtype, 0, processor)
-    if (form := manifest.trunk_records) is not None:
-        product_kernel(processor, Form(form.bits, form.group, form.pairs, dtype))
-        rounding_kernel(processor, form.group, dtype)
+    if manifest and (form := manifest.trunk_records) is not None:
+        product_kernel(processor, Form(form.bits, form.group, form.pairs, FloatType.of(dtype)))
+        rounding_kernel(processor, Rounding(form.group), FloatType.of(dtype))
     compiled(processor)
     for kept in {dtype, torch.float32}:  # of weights of the trunk, and of routers that predict
-        gemv_kernel(dtype, kept)
+        gemv_kernel(dtype, kept, kept)

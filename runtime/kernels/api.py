@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moetier.tiers.errors import BudgetError, ConfigError
-from moetier.tiers.layout import Projection, RecordLayout
+from moetier.tiers.layout import RecordLayout
 from moetier.tiers.quant.codec import decode, sections
+
+FLOATS = frozenset({torch.float32, torch.bfloat16})  # types of numbers that compiled kernels read and write
 
 
 def moved_error(where: torch.device, device: torch.device) -> ConfigError:
@@ -60,7 +62,7 @@ class Kernels:
         Returns:
             [tokens, rows] in the type of x.
         """
-        p = projection_of(layout, name)
+        p = layout.projection(name)
         stored = sections(record, layout).get(name)
         if stored is None or stored.dtype != x.dtype:
             stored = decode(record, layout, name, self._scratch(p.shape, x.dtype))
@@ -105,8 +107,3 @@ class Kernels:
                 memory = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
             self._local.memory = memory
         return memory[:nbytes].view(dtype).view(shape)
-
-
-def projection_of(layout: RecordLayout, name: str) -> Projection:
-    """Return the projection ``name`` of a layout."""
-    return next(p for p in layout.projections if p.name == name)

@@ -1,7 +1,8 @@
 """Attention of one new token on a CPU: softmax(q @ K.T * scale + mask) @ V, in fp32.
 
 torch's scaled_dot_product_attention takes many times as long as it takes to read keys and values, and compiles its
-matrix products anew for each length of a context (docs/benchmarks.md, Attention).
+matrix products anew for each length of a context (docs/benchmarks.md, Attention). Architectures with attention sinks,
+which SDPA does not have, compute with a function of their own, which is replaced for one token too.
 
 The compiled code divides its work into items, which threads take one by one. An item is at most PIECE positions of one
 head of keys and values with all the heads of queries that share it, so that keys and values are read once, and a few
@@ -10,11 +11,13 @@ heads can use many threads. The result does not depend on other sequences or on 
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
 import struct
 import sys
 from array import array
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -22,35 +25,134 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import eager_mask, sdpa_mask
 
+from .api import FLOATS
 from .attention_code import PIECE, attention_kernel, scratch_numbers
-from .emitter import FLOATS, LANES
+from .emitter import LANES
 from .team import Scratch, threads_for
 
-_ASKS = re.compile(r'_attn_implementation\s*(?:==|!=|in|not in)\s[^\n]*"sdpa"')
-NAME = "moetier_sdpa"  # among transformers' attention functions
+_ASKS = r'_attn_implementation\s*(?:==|!=|in|not in)\s[^\n]*"{}"'  # for the attention function of this name
+# what code does with a mask other than give it on, such as to extend it
+_USES_MASK = re.compile(r"\battention_mask\b(?!\s*[,:)]|=[^=])")
+NAME, WITH_SINKS = "moetier_sdpa", "moetier_sinks"  # among transformers' attention functions
+SINKS = "sinks"  # name of the parameter [heads] of an attention that has them
+# arguments that change no results: positions are in cos and sin, windows in the mask, and hooks take what is output
+HARMLESS = {"position_ids", "sliding_window", "use_cache", "output_router_logits", "output_hidden_states"}
 _scratch = Scratch()
 
 
 def use_decode_attention(model: PreTrainedModel) -> None:
-    """Replace SDPA by ``decode_attention``, if the whole model uses SDPA and its code does not depend on that."""
+    """Replace the attention function of a model for single tokens.
+
+    This requires that the whole model uses one function, and that its code does not depend on the function's name. SDPA
+    is replaced by ``decode_attention``. The function of an architecture with sinks is replaced by ``sink_attention``,
+    if the architecture can't use SDPA, its function computes the same for a trial token, and the configuration asks for
+    no attention weights.
+    """
     parts = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
-    if all(part.config._attn_implementation == "sdpa" for part in parts) and not any(map(_asks_for_sdpa, parts)):
+    used = {part.config._attn_implementation for part in parts}
+    if len(used) != 1 or any(_asks_for(part.config._attn_implementation, part) for part in parts):
+        return
+    if used == {"sdpa"}:
         AttentionInterface.register(NAME, decode_attention)
-        AttentionMaskInterface.register(NAME, sdpa_mask)
+        AttentionMaskInterface.register(NAME, one_token_mask)
         model.set_attn_implementation(NAME)
+    elif used == {"eager"} and not model._supports_sdpa and not any(part.config.output_attentions for part in parts):
+        modules = [module for module in model.modules() if SINKS in module._parameters]
+        if modules and all(map(_has_plain_sinks, modules)):
+            AttentionInterface.register(WITH_SINKS, sink_attention)
+            AttentionMaskInterface.register(WITH_SINKS, sink_mask)
+            model.set_attn_implementation(WITH_SINKS)
 
 
-def _asks_for_sdpa(model: PreTrainedModel) -> bool:
-    """Return whether the code of a model's class, or of a base class, depends on the attention function being SDPA."""
+def _asks_for(name: str, model: PreTrainedModel) -> bool:
+    """Return whether the code of a model's class, or of a base class, depends on its attention function's name."""
     classes = [
         kind for kind in type(model).__mro__ if issubclass(kind, PreTrainedModel) and kind is not PreTrainedModel
     ]
     try:
-        return any(_ASKS.search(inspect.getsource(sys.modules[kind.__module__])) for kind in classes)
+        return any(re.search(_ASKS.format(name), inspect.getsource(sys.modules[kind.__module__])) for kind in classes)
     except (OSError, TypeError):  # the source can't be read, so it might
         return True
+
+
+def one_token_mask(**given: Any) -> Tensor | None:
+    """Return transformers' mask [batch, 1, tokens, cached] for SDPA, or None for a single token that may see all.
+
+    transformers makes such a mask for a token that attends to a whole sliding window.
+    """
+    mask: Tensor | None = sdpa_mask(**given)
+    if mask is not None and given["q_length"] == 1 and given.get("allow_is_causal_skip", True) and bool(mask.all()):
+        return None
+    return mask
+
+
+def sink_mask(**given: Any) -> Tensor | None:
+    """Return transformers' mask [batch, 1, tokens, cached] for an architecture's own function, or None as
+    ``one_token_mask`` does.
+    """
+    if given["q_length"] == 1 and one_token_mask(**given) is None:
+        return None
+    mask: Tensor | None = eager_mask(**given)
+    return mask
+
+
+def sink_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **named: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Compute as ``decode_attention``, with sinks. Other inputs go to the architecture's own function.
+
+    ``named`` are ``s_aux``, the sinks [heads], and further arguments of transformers' attention functions.
+    """
+    sinks, scaling = named.get("s_aux"), named.get("scaling")
+    if sinks is not None and not asks_more(named, {"s_aux", "scaling"}):
+        y = _attend(query, key, value, attention_mask, scaling, sinks)
+        if y is not None:
+            return y, None
+    found: tuple[Tensor, Tensor | None] = _own_function(module)(module, query, key, value, attention_mask, **named)
+    return found
+
+
+def asks_more(named: dict[str, Any], known: Collection[str] = ()) -> bool:
+    """Return whether there are arguments that change results, besides those in ``known``."""
+    others = [value for name, value in named.items() if name not in HARMLESS and name not in known]
+    return any(isinstance(value, Tensor) or bool(value) for value in others)
+
+
+def _own_function(module: nn.Module) -> Any:
+    """Return the attention function that transformers has in the file of a module's class; None if it has none."""
+    return getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+
+
+@torch.no_grad()
+def _has_plain_sinks(module: nn.Module) -> bool:
+    """Return whether an architecture's own function computes as ``sink_attention`` does for a trial token.
+
+    The module must give it the mask as it is, because there may be none (``sink_mask``).
+    """
+    try:
+        if _USES_MASK.search(inspect.getsource(type(module).forward)):
+            return False
+    except (OSError, TypeError):  # the source can't be read, so it might
+        return False
+    sinks, share = module._parameters[SINKS], getattr(module, "num_key_value_groups", 1)
+    if sinks is None or sinks.dim() != 1 or sinks.dtype not in FLOATS or share < 1 or len(sinks) % share:
+        return False
+    random = torch.Generator().manual_seed(0)
+    twin: Any = copy.copy(module)
+    heads, length = len(sinks), 24
+    shapes = (heads,), (1, heads, 1, LANES), *[(1, heads // share, length, LANES)] * 2
+    other, query, key, value = (torch.randn(shape, generator=random).to(sinks.dtype) for shape in shapes)
+    twin._parameters = {**module._parameters, SINKS: other}
+    try:
+        given = {"scaling": 0.5, "dropout": 0.0, "s_aux": other}
+        wanted, _ = _own_function(twin)(twin, query, key, value, None, **given)
+    except Exception:  # it needs or gives something else
+        return False
+    found = _attend(query, key, value, None, 0.5, other)
+    near = 1e-5 if sinks.dtype == torch.float32 else 3e-2
+    return found is not None and found.shape == wanted.shape and torch.allclose(found, wanted, rtol=near, atol=near)
 
 
 def decode_attention(
@@ -77,24 +179,36 @@ def decode_attention(
     Returns:
         [batch, tokens, heads, values], and None in place of the attention weights.
     """
-    is_plain = dropout == 0.0 and position_bias is None and kwargs.get("softcap") is None
-    if not is_plain or torch.is_grad_enabled() or not _fits(query, key, value, attention_mask):
-        return sdpa_attention_forward(
-            module,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=dropout,
-            scaling=scaling,
-            position_bias=position_bias,
-            **kwargs,
-        )
+    if dropout == 0.0 and position_bias is None and kwargs.get("softcap") is None:
+        y = _attend(query, key, value, attention_mask, scaling, kwargs.get("s_aux"))
+        if y is not None:
+            return y, None
+    return sdpa_attention_forward(
+        module,
+        query,
+        key,
+        value,
+        attention_mask,
+        dropout=dropout,
+        scaling=scaling,
+        position_bias=position_bias,
+        **kwargs,
+    )
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None, sinks: Tensor | None
+) -> Tensor | None:
+    """Compute ``decode_attention`` with ``sinks`` [heads]. Return None for inputs that compiled code does not take."""
+    if torch.is_grad_enabled() or not _fits(query, key, value, mask):
+        return None
+    if sinks is not None and (sinks.dtype, sinks.shape) != (query.dtype, query.shape[1:2]):
+        return None
     batch, heads, _, width = query.shape
     key_heads, length, values = key.shape[1], key.shape[2], value.shape[3]
-    query = query.contiguous()
+    query, sinks = query.contiguous(), None if sinks is None else sinks.contiguous()
     out = torch.empty((batch, 1, heads, values), dtype=query.dtype)
-    mask = None if attention_mask is None else _added(attention_mask, batch)
+    added = None if mask is None else _added(mask, batch)
     share, groups, pieces = heads // key_heads, batch * key_heads, -(-length // PIECE)
     items = groups * pieces
     threads = min(items, threads_for(batch * heads * length * (width + values)))
@@ -103,12 +217,13 @@ def decode_attention(
     scratch = _scratch.take(nbytes, spare=nbytes // 4)  # spare memory, because the context grows with each token
     scale = struct.unpack("I", struct.pack("f", width**-0.5 if scaling is None else scaling))[0]
     shape = (0, 0, items, key_heads, share, length, width, values, pieces)
-    places = (query.data_ptr(), key.data_ptr(), value.data_ptr(), 0 if mask is None else mask.data_ptr())
+    places = (query.data_ptr(), key.data_ptr(), value.data_ptr(), 0 if added is None else added.data_ptr())
     memory = (out.data_ptr(), scratch, scratch + 4 * threads * of_thread)
     strides = (*key.stride()[:3], *value.stride()[:3])
-    context = array("q", (*shape, *places, *memory, *strides, scale, *bytes(groups)))
+    sink_place = 0 if sinks is None else sinks.data_ptr()
+    context = array("q", (*shape, *places, *memory, *strides, scale, sink_place, *bytes(groups)))
     attention_kernel(query.dtype).run(context, threads)
-    return out, None
+    return out
 
 
 def _fits(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:

@@ -4,6 +4,9 @@ A *group* is one head of keys and values of a sequence, with all the heads of qu
 of a group: at most PIECE positions. For each head of queries it has three results: the largest score m, the sum z of
 exp(score - m), and the sum s of the values, each multiplied by its exp(score - m). The thread that computes the last
 item of a group merges the group's items, in the order of their positions (Milakov & Gimelshein 2018, arXiv 1805.02867).
+
+A *sink* is a score of a head of queries that belongs to no position: it takes part in the softmax, but has no value
+(Xiao et al. 2023, arXiv 2309.17453).
 """
 
 from __future__ import annotations
@@ -25,11 +28,12 @@ HEADS, POSITIONS = 4, 4  # heads for which scores are computed together, positio
 # have begun, all items; key heads, query heads per key head; L (positions), D (width of a key), V (width of a value);
 # items of a group; pointers to q, K, V, the mask (0 if there is none), the output, the threads' scratch memory and the
 # results of items; strides of K, then of V, over sequences, heads and positions, in elements; the bits of the fp32
-# scale. Then follows, for each group, the number of its items that are finished.
-CONTEXT = 23
-# indices in a context: of the threads that have begun, all items, L, items of a group, the address of K, that of the
-# scratch memory, and the strides
-BEGUN, ITEMS, LENGTH, PIECES, CACHE, SCRATCH, STRIDES = 1, 2, 5, 8, 10, 14, 16
+# scale; a pointer to the sinks (0 if there are none). Then follows, for each group, the number of its items that are
+# finished.
+CONTEXT = 24
+# indices in a context: of the threads that have begun, all items, L, items of a group, the addresses of K and V, that
+# of the scratch memory, the strides, and the address of the sinks
+BEGUN, ITEMS, LENGTH, PIECES, CACHE, SCRATCH, STRIDES, SINKS = 1, 2, 5, 8, 10, 14, 16, 23
 
 
 def scratch_numbers(heads: int, width: int, values: int) -> tuple[int, int]:
@@ -50,8 +54,8 @@ def attention_kernel(dtype: torch.dtype) -> Kernel:
 def attention_module(dtype: torch.dtype) -> ir.Module:
     """Emit the function ``ATTEND(context)``, which computes items until none is left.
 
-    q [groups, heads, D], keys, values and out [groups, heads, V] are of ``dtype``. The mask is fp32 [B, L rounded up to
-    LANES]. D and V are multiples of LANES.
+    q [groups, heads, D], keys, values, sinks [all heads] and out [groups, heads, V] are of ``dtype``. The mask is fp32
+    [B, L rounded up to LANES]. D and V are multiples of LANES.
     """
     return _Attention(new_module(), dtype).module
 
@@ -66,8 +70,9 @@ class _Attention(Emitter):
         items, key_heads, self._heads, length, self._width, self._values, self._pieces = fields[1:8]
         q, k, v, mask, out, scratch, results = fields[8:15]
         k_strides, v_strides = fields[15:18], fields[18:21]
-        scale = at.bitcast(at.trunc(fields[21], I32), F32)
+        scale, self._sinks = at.bitcast(at.trunc(fields[21], I32), F32), fields[22]
         self._accumulators = [at.alloca(vector(F32, LANES)) for _ in range(HEADS)]
+        self._sink = at.alloca(vector(F32, LANES))
         wide = at.select(at.icmp_signed(">", self._width, self._values), self._width, self._values)
         numbers = at.add(at.mul(self._heads, at.add(self._width, n(PIECE))), at.mul(n(POSITIONS), wide))
         thread = at.atomic_rmw("add", self.place(context, n(8), I64), n(1), "monotonic")
@@ -95,7 +100,7 @@ class _Attention(Emitter):
             with at.if_then(at.icmp_signed("==", at.add(others, n(1)), self._pieces)):
                 start = at.mul(at.mul(group, self._pieces), at.mul(self._result_numbers, n(4)))
                 start = at.inttoptr(at.add(results, start), POINTER)
-                self._merge(start, self._address(out, at.mul(group, sums)))
+                self._merge(start, self._address(out, at.mul(group, sums)), at.mul(head, self._heads))
         at.ret_void()
 
     def _padded(self, count: Value) -> Value:
@@ -213,10 +218,14 @@ class _Attention(Emitter):
 
         self._some(count, POSITIONS, add)
 
-    def _merge(self, results: Value, out: Value) -> None:
-        """Emit the output of a group: the sum of all s / the sum of all z, each multiplied by exp(m - largest m)."""
+    def _merge(self, results: Value, out: Value, first: Value) -> None:
+        """Emit the output of a group: the sum of all s / the sum of all z, each multiplied by exp(m - largest m).
+
+        A sink counts as an m, with z = 1 and s = 0. ``first`` is the number of the group's first head of queries.
+        """
         at, n = self.at, self.number
         accumulator, total = self._accumulators[:2]
+        has_sinks = at.icmp_signed("!=", self._sinks, n(0))
 
         def index(piece: Value, number: Value) -> Value:
             return at.add(at.mul(piece, self._result_numbers), number)
@@ -224,10 +233,15 @@ class _Attention(Emitter):
         with self.loop(n(0), self._heads) as head:
             m, z = self._index_of_m(head), self._index_of_z(head)
             at.store(self._lowest(), accumulator)
+            with at.if_then(has_sinks):
+                sink = self.load_floats(self._address(self._sinks, at.add(first, head)), n(0), self._dtype, 1)
+                at.store(self.pick(sink, sink, [0] * LANES), accumulator)
+            at.store(at.load(accumulator), self._sink)
             with self.loop(n(0), self._pieces) as piece:
                 at.store(self._larger(self._number(results, index(piece, m)), at.load(accumulator)), accumulator)
             top = at.load(accumulator)
-            at.store(self.all(F32, 0.0, LANES), total)
+            share = self.exp(at.fsub(at.load(self._sink), top))
+            at.store(at.select(has_sinks, share, self.all(F32, 0.0, LANES)), total)
             with self.loop(n(0), self._pieces) as piece:
                 share = self.exp(at.fsub(self._number(results, index(piece, m)), top))
                 at.store(self.multiply_add(share, self._number(results, index(piece, z)), at.load(total)), total)

@@ -10,8 +10,8 @@ import torch
 from .api import Kernels
 from .cuda_int4 import CudaInt4, fused_or_plain
 from .executable import can_become_executable
-from .gemm import PackedKernels
 from .jit import refusal
+from .packed import PackedKernels
 
 PROTECTED = "memory that was written can't be made executable here"
 WITHOUT_ONEDNN = "torch computes without oneDNN, which is slow for prompts where the trunk has 16 bits"

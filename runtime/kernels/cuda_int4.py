@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moetier.tiers.layout import ROW_TILE, Projection, RecordLayout
+from moetier.tiers.layout import PAIR_TYPES, ROW_TILE, Projection, RecordLayout
 from moetier.tiers.quant.codec import decode, encode, expand, layout_for, sections
 from moetier.tiers.quant.packing import load_pairs, pair_columns
 
-from .api import Kernels, projection_of
+from .api import Kernels
 
 GROUPS = (32, 64, 128, 256)  # group sizes that torch's int4 product supports
 TILE_WEIGHTS = 2**24  # most weights arranged at a time, which takes some tens of MiB of temporary memory
@@ -72,9 +72,10 @@ class _Int4Plan:
 
     def __init__(self, layout: RecordLayout, name: str) -> None:
         self.layout = layout  # kept alive, because plans are found by its id()
-        self.projection = p = projection_of(layout, name)
+        self.projection = p = layout.projection(name)
         self.fused = _is_fused(p)
-        self.codes = [layout.section(f"{name}.{plane}") for plane in _PLANES.get(p.bits, ())]
+        planes = _PLANES.get(p.bits, ()) if self.fused else ()
+        self.codes = [layout.section(f"{name}.{plane}") for plane in planes]
         # None: pairs are stored in 8 bits and decoded for each product, or the product is not used
         self.pairs = layout.section(f"{name}.pairs") if self.fused and p.pairs == "bfloat16" else None
 
@@ -89,7 +90,8 @@ class _Int4Plan:
 class FusedKernels(Kernels):
     """Kernels of a device with an int4 product. x is rounded to bf16.
 
-    Projections whose group size the product does not support are decoded instead.
+    Projections in the coding of a checkpoint, with zero points, or with a group size that the product does not support,
+    are decoded.
     """
 
     def __init__(self, device: torch.device | str, int4: Int4) -> None:
@@ -144,7 +146,7 @@ class FusedKernels(Kernels):
 
 
 def _is_fused(p: Projection) -> bool:
-    return p.bits != 16 and p.group in GROUPS
+    return p.bits != 16 and p.pairs in PAIR_TYPES and p.group in GROUPS
 
 
 def _tiles(p: Projection) -> list[slice]:

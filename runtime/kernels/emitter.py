@@ -8,13 +8,10 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import llvmlite.binding as llvm
-import torch
 from llvmlite import ir
-
-FLOATS = frozenset({torch.float32, torch.bfloat16})  # types that kernels read and write; they compute in fp32
 
 # A fork waits for this lock: a child must not inherit LLVM's state, or llvmlite's own lock, in the middle of a step.
 compile_lock = threading.RLock()
@@ -45,6 +42,28 @@ LANES = 16  # fp32 numbers in a vector, as many as a register of AVX-512 has
 _POWERS = [math.log(2) ** k / math.factorial(k) for k in range(7)]  # Taylor coefficients of 2^f, for f in -.5 .. .5
 
 Value = Any  # llvmlite has no types
+
+
+class Dtype(Protocol):
+    """Type of numbers, such as a torch.dtype. Only its size is used."""
+
+    @property
+    def itemsize(self) -> int:
+        """Size of a number in bytes."""
+
+
+class FloatType(NamedTuple):
+    """Type of the numbers that kernels read and write: fp32 (4 bytes) or bf16 (2 bytes). They compute in fp32."""
+
+    itemsize: int
+
+    @classmethod
+    def of(cls, dtype: Dtype) -> FloatType:
+        """Return the type for torch.float32 or torch.bfloat16."""
+        return cls(dtype.itemsize)
+
+
+FP32, BF16 = FloatType(4), FloatType(2)
 
 
 def vector(kind: Any, count: int) -> Any:
@@ -152,11 +171,35 @@ class Emitter:
         """Emit a vector of the elements at ``indices``, which count the elements of ``first``, then of ``second``."""
         return self.at.shuffle_vector(first, second, ir.Constant(vector(I32, len(indices)), list(indices)))
 
+    def concatenate(self, parts: Sequence[Value]) -> Value:
+        """Emit a vector of the elements of several vectors; their number must be a power of two."""
+        parts = list(parts)
+        while len(parts) > 1:
+            count = 2 * parts[0].type.count
+            parts = [self.pick(one, other, range(count)) for one, other in zip(parts[::2], parts[1::2], strict=True)]
+        return parts[0]
+
     def widen(self, bf16: Value, count: int) -> Value:
         """Emit the conversion of ``count`` bf16 numbers, given as i16, to fp32."""
         at = self.at
         bits = at.shl(at.zext(bf16, vector(I32, count)), self.all(I32, 16, count))
         return at.bitcast(bits, vector(F32, count))
+
+    def widen_half(self, half: Value, count: int) -> Value:
+        """Emit the conversion of ``count`` finite fp16 numbers, given as i16, to fp32.
+
+        LLVM's own conversion calls a library function on processors that have no instruction for it.
+        """
+        at, wide = self.at, vector(I32, count)
+        bits = at.zext(half, wide)
+        size = at.and_(bits, self.all(I32, 0x7FFF, count))
+        normal = at.bitcast(
+            at.add(at.shl(size, self.all(I32, 13, count)), self.all(I32, 112 << 23, count)), vector(F32, count)
+        )
+        denormal = at.fmul(at.sitofp(size, vector(F32, count)), self.all(F32, 2.0**-24, count))
+        is_denormal = at.icmp_signed("<", size, self.all(I32, 0x400, count))
+        sign = at.shl(at.xor(bits, size), self.all(I32, 16, count))
+        return at.bitcast(at.or_(at.bitcast(at.select(is_denormal, denormal, normal), wide), sign), vector(F32, count))
 
     def narrow(self, value: Value, count: int) -> Value:
         """Emit the conversion of ``count`` fp32 numbers to bf16, given as i16, rounded to the nearest, ties to even."""
@@ -189,15 +232,15 @@ class Emitter:
             known = ir.Function(self.module, ir.FunctionType(result, [a.type for a in arguments]), name)
         return self.at.call(known, arguments)
 
-    def load_floats(self, pointer: Value, offset: Value, dtype: torch.dtype, count: int) -> Value:
+    def load_floats(self, pointer: Value, offset: Value, dtype: Dtype, count: int) -> Value:
         """Emit a load of ``count`` numbers of ``dtype`` from ``pointer`` + ``offset`` bytes, as an fp32 vector."""
-        if dtype == torch.float32:
+        if dtype.itemsize == FP32.itemsize:
             return self.load(pointer, offset, vector(F32, count))
         return self.widen(self.load(pointer, offset, vector(I16, count)), count)
 
-    def store_floats(self, value: Value, pointer: Value, offset: Value, dtype: torch.dtype) -> None:
+    def store_floats(self, value: Value, pointer: Value, offset: Value, dtype: Dtype) -> None:
         """Emit a store of an fp32 vector as numbers of ``dtype``, at ``pointer`` + ``offset`` bytes."""
-        self.store(value if dtype == torch.float32 else self.narrow(value, value.type.count), pointer, offset)
+        self.store(value if dtype.itemsize == FP32.itemsize else self.narrow(value, value.type.count), pointer, offset)
 
     def exp(self, x: Value) -> Value:
         """Emit e^x of an fp32 vector for x <= 0, with a relative error of about 1e-7. Below -87 it is 0.

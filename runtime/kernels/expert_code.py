@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
+from array import array
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-import torch
 from llvmlite import ir
 
-from .emitter import F32, I64, LANES, POINTER, Emitter, Value, new_module, vector
-from .gemm import JOB, emit_rounding
+from .emitter import BF16, F32, I32, I64, LANES, POINTER, Dtype, Emitter, Value, new_module, vector
+from .gemm import JOB
+from .rounding import Rounding, emit_rounding
 
 # names of the compiled functions
 ACTIVATE, PLACE, ADD_UP, FIND, PROVE = (f"moetier_{name}" for name in ("activate", "place", "add_up", "find", "prove"))
 # Numbers of i64 fields in their contexts. The docstring of the function that emits each lists them.
-ACTIVATE_CONTEXT, PLACE_CONTEXT, ADD_UP_CONTEXT, FIND_CONTEXT, PROVE_CONTEXT = 9, 8, 7, 13, 5
+ACTIVATE_CONTEXT, PLACE_CONTEXT, ADD_UP_CONTEXT, FIND_CONTEXT, PROVE_CONTEXT = 12, 8, 8, 13, 5
 
 
 Function = Literal["silu", "gelu", "gelu_tanh", "relu2"]
@@ -38,49 +39,60 @@ class Activation:
     shift: float = 0.0
     gated: bool = True
 
+    @property
+    def kind(self) -> Activation:
+        """The activation with the default numbers. Code is compiled for it, and gets the numbers when it runs."""
+        return Activation(self.function, self.interleaved, gated=self.gated)
 
-def activation_module(activation: Activation, group: int, has_bias: bool) -> ir.Module:
+    @property
+    def numbers(self) -> array[int]:
+        """The bits of alpha, limit and shift as fp32 numbers."""
+        return array("I", array("f", (self.alpha, self.limit, self.shift)).tobytes())
+
+
+def activation_module(kind: Activation, rounding: Rounding, has_bias: bool) -> ir.Module:
     """Emit the function ``ACTIVATE(context)``, which computes items until none is left. An item is the rows of a job.
 
     The context: number of jobs that threads have taken, number of all jobs; pointers to the jobs, to the first product,
     fp32 [R, 2 * K] or without gates [R, K], and to n, t and sums as ``rounding_module`` writes them; K; the offset in a
-    record of the bias, bf16 [2 * K] or [K].
+    record of the bias, bf16 [2 * K] or [K]; ``Activation.numbers``. Those of ``kind`` are not used.
     """
     module = new_module()
     emit = Emitter(module, ACTIVATE, [POINTER])
-    at, n = emit.at, emit.number
-    begun, (count, jobs, inner, *rounded, columns, bias) = emit.fields(ACTIVATE_CONTEXT)
+    at, n, group = emit.at, emit.number, rounding.group
+    begun, (count, jobs, inner, *rounded, columns, bias, alpha, limit, shift) = emit.fields(ACTIVATE_CONTEXT)
     jobs, inner, out, scales, sums = (at.inttoptr(address, POINTER) for address in (jobs, inner, *rounded))
     groups = at.udiv(columns, n(group))
+    numbers = [emit.spread(at.bitcast(at.trunc(bits, I32), F32), group) for bits in (alpha, limit, shift)]
 
     def load(row: Value, biases: Value, first: Value, count: int) -> Value:
         """Emit a load of ``count`` elements of a row, from element ``first`` on, and the addition of their biases."""
         values = emit.load(row, at.mul(first, n(4)), vector(F32, count))
         if has_bias:
-            values = at.fadd(values, emit.load_floats(biases, at.mul(first, n(2)), torch.bfloat16, count))
+            values = at.fadd(values, emit.load_floats(biases, at.mul(first, n(2)), BF16, count))
         return values
 
     with emit.items(begun, count) as item:
         record, first, rows = _job(emit, jobs, item)
         biases = at.gep(record, [bias])
         with emit.loop(first, at.add(first, rows)) as row:
-            numbers = at.gep(inner, [at.mul(at.mul(row, columns), n(8 if activation.gated else 4))])
+            products = at.gep(inner, [at.mul(at.mul(row, columns), n(8 if kind.gated else 4))])
             with emit.loop(n(0), groups) as g:
                 start = at.mul(g, n(group))
-                if activation.interleaved:
+                if kind.interleaved:
                     start = at.mul(start, n(2))
-                    left, right = (load(numbers, biases, at.add(start, n(skip)), group) for skip in (0, group))
+                    left, right = (load(products, biases, at.add(start, n(skip)), group) for skip in (0, group))
                     gate, up = (emit.pick(left, right, range(first, 2 * group, 2)) for first in (0, 1))
                 else:
-                    gate = load(numbers, biases, start, group)
-                    up = load(numbers, biases, at.add(columns, start), group) if activation.gated else None
-                values = _activated(emit, activation, gate, up)
-                emit_rounding(emit, values, at.add(at.mul(row, groups), g), out, scales, sums)
+                    gate = load(products, biases, start, group)
+                    up = load(products, biases, at.add(columns, start), group) if kind.gated else None
+                values = _activated(emit, kind.function, gate, up, *numbers)
+                emit_rounding(emit, rounding, values, at.add(at.mul(row, groups), g), out, scales, sums)
     at.ret_void()
     return module
 
 
-def placing_module(dtype: torch.dtype, has_bias: bool) -> ir.Module:
+def placing_module(dtype: Dtype, has_bias: bool) -> ir.Module:
     """Emit the function ``PLACE(context)``, which computes items until none is left. An item is the rows of a job.
 
     PLACE adds biases to the rows of the last product, and writes each row to its row of the outputs. The context:
@@ -103,24 +115,25 @@ def placing_module(dtype: torch.dtype, has_bias: bool) -> ir.Module:
             with emit.loop(n(0), columns, LANES) as column:
                 values = emit.load(source, at.mul(column, n(4)), vector(F32, LANES))
                 if has_bias:
-                    values = at.fadd(values, emit.load_floats(biases, at.mul(column, n(2)), torch.bfloat16, LANES))
+                    values = at.fadd(values, emit.load_floats(biases, at.mul(column, n(2)), BF16, LANES))
                 emit.store_floats(values, target, at.mul(column, n(dtype.itemsize)), dtype)
     at.ret_void()
     return module
 
 
-def adding_module(dtype: torch.dtype, weight_dtype: torch.dtype) -> ir.Module:
+def adding_module(dtype: Dtype, weight_dtype: Dtype, has_residual: bool) -> ir.Module:
     """Emit the function ``ADD_UP(context)``, which computes items until none is left. An item is a token.
 
     The context: number of tokens that threads have taken, number of all tokens; pointers to the outputs
     [tokens, top_k, N] of ``dtype`` and to the weights [tokens, top_k] of ``weight_dtype``; top_k; a pointer to the sums
-    [tokens, N] of ``dtype``; N.
+    [tokens, N] of ``dtype``; N; if ``has_residual``, a pointer to numbers [tokens, N] of ``dtype``, which are added to
+    the rounded sums.
     """
     module = new_module()
     emit = Emitter(module, ADD_UP, [POINTER])
     at, n = emit.at, emit.number
-    begun, (tokens, outputs, weights, top_k, sums, columns) = emit.fields(ADD_UP_CONTEXT)
-    outputs, weights, sums = (at.inttoptr(address, POINTER) for address in (outputs, weights, sums))
+    begun, (tokens, outputs, weights, top_k, sums, columns, residual) = emit.fields(ADD_UP_CONTEXT)
+    outputs, weights, sums, residual = (at.inttoptr(address, POINTER) for address in (outputs, weights, sums, residual))
     total = at.alloca(vector(F32, LANES))
     row_bytes = at.mul(columns, n(dtype.itemsize))
     with emit.items(begun, tokens) as token:
@@ -134,6 +147,10 @@ def adding_module(dtype: torch.dtype, weight_dtype: torch.dtype) -> ir.Module:
                 values = emit.load_floats(outputs, at.add(at.mul(place, row_bytes), offset), dtype, LANES)
                 at.store(_multiply_add(emit, weight, values, at.load(total)), total)
             emit.store_floats(at.load(total), target, offset, dtype)
+            if has_residual:
+                place = at.add(at.mul(token, row_bytes), offset)
+                parts = (emit.load_floats(*part, dtype, LANES) for part in ((target, offset), (residual, place)))
+                emit.store_floats(at.fadd(*parts), target, offset, dtype)
     at.ret_void()
     return module
 
@@ -213,7 +230,9 @@ def _job(emit: Emitter, jobs: Value, item: Value) -> tuple[Value, Value, Value]:
     return at.inttoptr(record, POINTER), first, rows
 
 
-def _activated(emit: Emitter, activation: Activation, gate: Value, up: Value | None) -> Value:
+def _activated(
+    emit: Emitter, function: Function, gate: Value, up: Value | None, alpha: Value, limit: Value, shift: Value
+) -> Value:
     """Emit the activation of vectors of gates and ups; ``up`` is None if there are no gates."""
     at, count = emit.at, gate.type.count
 
@@ -223,28 +242,22 @@ def _activated(emit: Emitter, activation: Activation, gate: Value, up: Value | N
     def least(a: Value, b: Value) -> Value:  # NaN stays
         return at.select(at.fcmp_ordered(">", a, b), b, a)
 
-    if activation.limit < math.inf and up is not None:
-        top, bottom = all_(activation.limit), all_(-activation.limit)
-        gate = least(gate, top)
-        up = least(up, top)
+    if up is not None:
+        gate, up, bottom = least(gate, limit), least(up, limit), at.fneg(limit)
         up = at.select(at.fcmp_ordered("<", up, bottom), bottom, up)
-    match activation.function:
+    match function:
         case "silu":
-            value = _times_sigmoid(emit, gate, at.fmul(gate, all_(activation.alpha)))
+            value = times_sigmoid(emit, gate, at.fmul(gate, alpha))
         case "gelu_tanh":  # (1 + tanh(u)) / 2 is the sigmoid of 2 * u
             cube = at.fmul(at.fmul(gate, gate), gate)
             inside = _multiply_add(emit, cube, all_(0.044715), gate)
-            value = _times_sigmoid(emit, gate, at.fmul(inside, all_(2 * math.sqrt(2 / math.pi))))
+            value = times_sigmoid(emit, gate, at.fmul(inside, all_(2 * math.sqrt(2 / math.pi))))
         case "gelu":
             value = at.fmul(gate, _normal(emit, gate))
         case "relu2":
             positive = at.select(at.fcmp_ordered("<", gate, all_(0.0)), all_(0.0), gate)  # NaN stays
             value = at.fmul(positive, positive)
-    if up is None:
-        return value
-    if activation.shift:
-        up = at.fadd(up, all_(activation.shift))
-    return at.fmul(value, up)
+    return value if up is None else at.fmul(value, at.fadd(up, shift))
 
 
 def _multiply_add(emit: Emitter, a: Value, b: Value, c: Value) -> Value:
@@ -256,7 +269,7 @@ def _size(emit: Emitter, x: Value) -> Value:
     return emit.intrinsic(f"llvm.fabs.v{x.type.count}f32", x.type, x)
 
 
-def _times_sigmoid(emit: Emitter, x: Value, u: Value) -> Value:
+def times_sigmoid(emit: Emitter, x: Value, u: Value) -> Value:
     """Emit x / (1 + e^-u), without an exponential that overflows."""
     at, count = emit.at, x.type.count
     small = emit.exp(at.fneg(_size(emit, u)))  # e^-|u|

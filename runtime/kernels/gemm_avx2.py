@@ -22,7 +22,7 @@ from .jit import Dot, Processor
 
 BYTES = 32  # of a register
 SPAN = 32  # columns whose products are added up in 16 bits
-MOST_ROWS = 32  # rows of x that one call multiplies
+MOST_ROWS = 64  # rows of x that one call multiplies
 REGISTERS = 8  # sums of 32 bits of ROW_TILE rows
 _SUMS, _PAIRS, _WORDS = vector(I32, 8), vector(I16, 16), vector(I8, BYTES)
 

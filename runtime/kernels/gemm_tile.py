@@ -10,12 +10,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from llvmlite import ir
 
-from moetier.tiers.layout import PAIR_BLOCK, ROW_TILE, Bits
+from moetier.tiers.layout import ITEM_BYTES, PAIR_BLOCK, ROW_TILE, ZERO_POINTS, Bits
 
-from .emitter import F32, I8, I16, I32, I64, LANES, POINTER, Emitter, Value, vector
+from .emitter import BF16, F32, FP32, I8, I16, I32, I64, LANES, POINTER, Emitter, FloatType, Value, vector
 from .jit import Dot, Processor
 
 STEP = 4  # columns that one step multiplies
@@ -35,7 +34,7 @@ class Form:
     bits: Bits
     group: int
     pairs: str
-    out: torch.dtype
+    out: FloatType
 
 
 class TileEmitter(Emitter):
@@ -97,12 +96,15 @@ class TileEmitter(Emitter):
     def _prefetch_pairs(self, g: Value) -> None:
         """Prefetch the pairs of group ``g``. They are not in the page of the codes."""
         at, n = self.at, self.number
-        nbytes = 4 if self._form.pairs == "bfloat16" else 2
+        nbytes = 2 * ITEM_BYTES[ZERO_POINTS.get(self._form.pairs, self._form.pairs)]
         first = at.add(at.mul(g, self._padded), at.mul(self._tile, n(ROW_TILE)))
         self.prefetch(self._pairs, at.mul(first, n(nbytes)), nbytes * ROW_TILE)
 
     def _load_pairs(self, g: Value) -> list[tuple[Value, Value]]:
-        """Load the pairs (s, b) of group ``g`` in fp32: for each vector of LANES rows, one vector of s and one of b."""
+        """Load the pairs (s, b) of group ``g`` in fp32: for each vector of LANES rows, one vector of s and one of b.
+
+        A pair (s, z) with a zero point becomes (s, (centre - z) * s).
+        """
         at, n = self.at, self.number
         first = at.add(at.mul(g, self._padded), at.mul(self._tile, n(ROW_TILE)))  # index of the tile's first pair
         even, odd = range(0, 2 * LANES, 2), range(1, 2 * LANES, 2)
@@ -112,6 +114,13 @@ class TileEmitter(Emitter):
                 place = at.mul(at.add(first, n(number * LANES)), n(4))
                 both = self.widen(self.load(self._pairs, place, vector(I16, 2 * LANES)), 2 * LANES)
                 found.append((self.pick(both, both, even), self.pick(both, both, odd)))
+            return found
+        if self._form.pairs in ZERO_POINTS:
+            centre = self.all(F32, float(CENTRES[self._form.bits]), LANES)
+            for number in range(VECTORS):
+                both = self._stored_pairs(at.add(first, n(number * LANES)))
+                s, z = self.pick(both, both, even), self.pick(both, both, odd)
+                found.append((s, at.fmul(at.fsub(centre, z), s)))
             return found
         run = at.mul(at.udiv(first, n(PAIR_BLOCK)), n(8))
         four = [self.widen(self.load(self._scales, at.add(run, n(2 * i)), vector(I16, 1)), 1) for i in range(4)]
@@ -128,6 +137,14 @@ class TileEmitter(Emitter):
             found.append((pair[0], pair[1]))
         return found
 
+    def _stored_pairs(self, first: Value) -> Value:
+        """Load LANES pairs with zero points, from the one with index ``first`` on, as an fp32 vector [2 * LANES]."""
+        kind = ZERO_POINTS[self._form.pairs]
+        place = self.at.mul(first, self.number(2 * ITEM_BYTES[kind]))
+        if kind == "float16":
+            return self.widen_half(self.load(self._pairs, place, vector(I16, 2 * LANES)), 2 * LANES)
+        return self.load_floats(self._pairs, place, FP32 if kind == "float32" else BF16, 2 * LANES)
+
     def _write(self, value: Value, row: Value, first: int) -> None:
         """Write LANES numbers of a row of y, except those beyond the row's end."""
         at, n, form = self.at, self.number, self._form
@@ -135,7 +152,7 @@ class TileEmitter(Emitter):
         left = self.spread(at.sub(self._out_rows, column), LANES)
         mask = at.icmp_signed(">", left, ir.Constant(vector(I64, LANES), list(range(LANES))))
         code = "f32"
-        if form.out == torch.bfloat16:
+        if form.out == BF16:
             value, code = self.narrow(value, LANES), "i16"
         place = at.mul(at.add(at.mul(row, self._out_rows), column), n(form.out.itemsize))
         target = self.place(self._y, place, value.type)
@@ -221,22 +238,30 @@ class Tile(TileEmitter):
             high, low = q
             four = self.all(I32, 4, LANES)
             return self._dot(at.add(total, at.shl(self._dot(self.all(I32, 0, LANES), high, x), four)), low, x)
-        if self._processor.dot is Dot.AVX512_VNNI:
-            return self.intrinsic("llvm.x86.avx512.vpdpbusd.512", total.type, total, q, x)
-        if self._processor.dot in _NEON:
-            return self._in_quarters(f"llvm.aarch64.neon.{_NEON[self._processor.dot]}.v4i32.v16i8", total, q, x)
-        wide = vector(I16, 4 * LANES)
-        products = at.mul(at.zext(q, wide), at.sext(x, wide))
-        pairs = at.add(*(self.pick(products, products, range(i, 4 * LANES, 2)) for i in range(2)))
-        pairs = at.sext(pairs, vector(I32, 2 * LANES))
-        return at.add(total, at.add(*(self.pick(pairs, pairs, range(i, 2 * LANES, 2)) for i in range(2))))
+        return dot(self, self._processor, total, q, x)
 
-    def _in_quarters(self, name: str, total: Value, q: Value, x: Value) -> Value:
-        """Emit calls of an intrinsic function for each quarter of the vectors: a register of 128 bits."""
-        parts = []
-        for quarter in range(4):
-            words, codes = (range(quarter * count, (quarter + 1) * count) for count in (LANES // 4, LANES))
-            arguments = (self.pick(value, value, order) for value, order in ((total, words), (q, codes), (x, codes)))
-            parts.append(self.intrinsic(name, vector(I32, LANES // 4), *arguments))
-        low, high = (self.pick(parts[first], parts[first + 1], range(LANES // 2)) for first in (0, 2))
-        return self.pick(low, high, range(LANES))
+
+def dot(emit: Emitter, processor: Processor, total: Value, q: Value, x: Value, *, is_signed: bool = False) -> Value:
+    """Emit the addition of four products to each number of ``total``, i32 [n]: of unsigned q and signed x, i8 [4 * n].
+
+    n is the number of i32 in a register, on Arm a multiple of it. ``Dot.AVX2`` has no instruction for this, and gets
+    the code for any processor. ``is_signed``: q is signed; not on processors that ``takes_bytes``.
+    """
+    at, count = emit.at, total.type.count
+    match processor.dot:
+        case Dot.AVX512_VNNI | Dot.AVX_VNNI:
+            return emit.intrinsic(f"llvm.x86.avx512.vpdpbusd.{32 * count}", total.type, total, q, x)
+        case Dot.I8MM | Dot.DOTPROD as arm:
+            name, parts = f"llvm.aarch64.neon.{_NEON[arm]}.v4i32.v16i8", []
+            for first in range(0, count, 4):
+                words, codes = range(first, first + 4), range(4 * first, 4 * first + 16)
+                arguments = (
+                    emit.pick(value, value, order) for value, order in ((total, words), (q, codes), (x, codes))
+                )
+                parts.append(emit.intrinsic(name, vector(I32, 4), *arguments))
+            return emit.concatenate(parts)
+    wide = vector(I16, 4 * count)
+    products = at.mul(at.sext(q, wide) if is_signed else at.zext(q, wide), at.sext(x, wide))
+    pairs = at.add(*(emit.pick(products, products, range(i, 4 * count, 2)) for i in range(2)))
+    pairs = at.sext(pairs, vector(I32, 2 * count))
+    return at.add(total, at.add(*(emit.pick(pairs, pairs, range(i, 2 * count, 2)) for i in range(2))))

@@ -11,7 +11,8 @@ import torch
 from llvmlite import ir
 from torch import Tensor
 
-from .emitter import F32, FLOATS, I32, LANES, POINTER, Emitter, new_module, once, vector
+from .api import FLOATS
+from .emitter import F32, I32, LANES, POINTER, Emitter, new_module, once, vector
 from .jit import refusal, this_processor
 from .team import Kernel, Step, compile_kernel, is_small, threads_for
 
@@ -28,16 +29,17 @@ def lies_in_rows(weight: Tensor) -> bool:
     return weight.dim() == 2 and weight.shape[1] % LANES == 0 and weight.is_cpu and weight.is_contiguous()
 
 
-def gemv_step(weight: Tensor, given: torch.dtype) -> Step:
+def gemv_step(weight: Tensor, given: torch.dtype, made: torch.dtype | None = None) -> Step:
     """Return a step that multiplies ``weight`` [rows, columns] with a row of type ``given``.
 
-    Its context still lacks the addresses X, W and Y: of x [columns], of the weight, and of y [rows] in the weight's
-    type.
+    Its context still lacks the addresses X, W and Y: of x [columns], of the weight, and of y [rows], which is of type
+    ``made``, or else of the weight's.
     """
     rows, columns = weight.shape
     items = -(-rows // ROWS)
     context = array("q", (0, items, 0, rows, columns, 0, 0))
-    return Step(gemv_kernel(given, weight.dtype), context, min(items, threads_for(rows * columns)))
+    kernel = gemv_kernel(given, weight.dtype, made or weight.dtype)
+    return Step(kernel, context, min(items, threads_for(rows * columns)))
 
 
 class Scores:
@@ -69,15 +71,15 @@ class Scores:
 
 
 @once
-def gemv_kernel(given: torch.dtype, kept: torch.dtype) -> Kernel:
-    """Compile ``gemv_module``, once for each pair of types and processor."""
-    return compile_kernel(this_processor(), gemv_module(given, kept), GEMV)
+def gemv_kernel(given: torch.dtype, kept: torch.dtype, made: torch.dtype) -> Kernel:
+    """Compile ``gemv_module``, once for these types and each processor."""
+    return compile_kernel(this_processor(), gemv_module(given, kept, made), GEMV)
 
 
-def gemv_module(given: torch.dtype, kept: torch.dtype) -> ir.Module:
+def gemv_module(given: torch.dtype, kept: torch.dtype, made: torch.dtype) -> ir.Module:
     """Emit the function ``GEMV(context)``, which computes items, of ROWS rows of W each, until none is left.
 
-    x [K] is of type ``given``, W [N, K] and y [N] are of type ``kept``; K is a multiple of LANES.
+    x [K] is of type ``given``, W [N, K] of type ``kept``, and y [N] of type ``made``; K is a multiple of LANES.
     """
     module = new_module()
     emit = Emitter(module, GEMV, [POINTER])
@@ -100,8 +102,8 @@ def gemv_module(given: torch.dtype, kept: torch.dtype) -> ir.Module:
                 at.store(emit.multiply_add(weights, taken, at.load(place)), place)
         for row, place in zip(chosen, sums, strict=True):
             total = emit.reduce(at.load(place), at.fadd)
-            if kept == torch.bfloat16:
+            if made == torch.bfloat16:
                 total = at.extract_element(emit.narrow(emit.spread(total, LANES), LANES), ir.Constant(I32, 0))
-            emit.store(total, y, at.mul(row, n(kept.itemsize)))
+            emit.store(total, y, at.mul(row, n(made.itemsize)))
     at.ret_void()
     return module

@@ -1,17 +1,18 @@
 """KV cache that grows in place.
 
-transformers' DynamicLayer copies all keys and values for each new token (``torch.cat``). Here memory is allocated for
-more tokens than there are, and the keys and values of new tokens are written into it.
+transformers' DynamicLayer copies all keys and values for each new token (``torch.cat``), and its layer with a sliding
+window those of the window. Here memory is allocated for more tokens than there are, and the keys and values of new
+tokens are written into it.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 TOKENS = 256  # memory is allocated for a multiple of this many tokens
 
@@ -23,14 +24,14 @@ class GrowingBuffer:
     fewer tokens than are filled gets a new buffer.
     """
 
-    def __init__(self, seen: Tensor, more: Tensor) -> None:
-        """Copy ``seen`` and append ``more``.
+    def __init__(self, seen: Tensor, more: Tensor, spare: int = 0) -> None:
+        """Copy ``seen`` and append ``more``. Leave room for at least ``spare`` further tokens.
 
         ``seen`` is [batch, heads, length, width], or nothing [0]; ``more`` is [batch, heads, tokens, width].
         """
         before = seen.shape[-2] if seen.numel() else 0
         self.used = before + more.shape[-2]
-        capacity = -(-self.used // TOKENS) * TOKENS
+        capacity = -(-(self.used + spare) // TOKENS) * TOKENS
         self.memory = more.new_empty((*more.shape[:-2], capacity, more.shape[-1]))
         if before:
             self.memory[..., :before, :] = seen
@@ -41,16 +42,17 @@ class GrowingBuffer:
         """The filled part [batch, heads, used, width]."""
         return self.memory.narrow(-2, 0, self.used)
 
-    def takes(self, seen: Tensor, more: Tensor) -> bool:
+    def takes(self, seen: Tensor, more: Tensor, begin: int = 0) -> bool:
         """Return whether ``append`` may append ``more`` [batch, heads, tokens, width] to ``seen``.
 
-        It may if ``seen`` is a view of the whole filled part of this buffer, and the buffer has room for ``more``.
+        It may if ``seen`` is a view of the filled part of this buffer from place ``begin`` on, and the buffer has room
+        for ``more``.
         """
         memory = self.memory
         return (
-            seen.data_ptr() == memory.data_ptr()
-            and seen.dim() == memory.dim()
-            and seen.shape[-2] == self.used <= memory.shape[-2] - more.shape[-2]
+            seen.dim() == memory.dim()
+            and seen.data_ptr() == memory.data_ptr() + begin * memory.stride(-2) * memory.itemsize
+            and seen.shape[-2] + begin == self.used <= memory.shape[-2] - more.shape[-2]
             and seen.stride() == memory.stride()
             and seen.shape[:-2] == more.shape[:-2] == memory.shape[:-2]
             and seen.shape[-1] == more.shape[-1] == memory.shape[-1]
@@ -64,11 +66,130 @@ class GrowingBuffer:
         self.memory[..., before : self.used, :] = more
 
 
-class GrowingLayer(DynamicLayer):
-    """A DynamicLayer that grows in place where no gradients are computed."""
+class Room(NamedTuple):
+    """Memory of the keys and values of one sequence, which has room for more tokens, as compiled code needs it."""
+
+    form: tuple[torch.dtype, int, int, int]  # type, number of heads, width of keys, width of values
+    addresses: tuple[int, int]  # of keys and values
+    strides: tuple[int, ...]  # of keys, then of values: of sequences, heads and positions, in items
+
+
+class _InPlace(DynamicLayer):
+    """Base class of layers that grow in place where no gradients are computed."""
 
     _buffers: tuple[GrowingBuffer, GrowingBuffer] | None = None
     _views: tuple[Tensor, Tensor] | None = None  # keys and values as they were set last
+    _begin = _end = 0  # places in the buffers: of this layer's first token, and behind its last
+    _is_longer = False  # whether ``extend`` has added tokens since ``_views`` were made
+    _room: Room | None = None  # what ``room`` has returned last
+
+    # ``keys`` and ``values`` are views of the buffers, and are made only when they are read, because that takes long.
+    # ``vars(self)`` has those that were made or set last.
+
+    @property
+    def keys(self) -> Tensor | None:
+        """Keys of all tokens [batch, heads, length, width]; None at first."""
+        return self._shown("keys")
+
+    @keys.setter
+    def keys(self, keys: Tensor | None) -> None:  # [batch, heads, length, width]
+        self._shown("keys")
+        vars(self)["keys"] = keys
+
+    @property
+    def values(self) -> Tensor | None:
+        """Values of all tokens [batch, heads, length, width]; None at first."""
+        return self._shown("values")
+
+    @values.setter
+    def values(self, values: Tensor | None) -> None:  # [batch, heads, length, width]
+        self._shown("values")
+        vars(self)["values"] = values
+
+    def _shown(self, name: str) -> Tensor | None:
+        if self._is_longer:
+            self._show()
+        return vars(self).get(name)
+
+    def _show(self) -> None:
+        assert self._buffers is not None
+        length = self._end - self._begin
+        keys, values = (buffer.memory.narrow(-2, self._begin, length) for buffer in self._buffers)
+        self._views = vars(self)["keys"], vars(self)["values"] = keys, values
+        self._is_longer = False
+
+    def _append(self, key_states: Tensor, value_states: Tensor, spare: int) -> tuple[Tensor, Tensor]:
+        """Append keys and values of new tokens [batch, heads, tokens, width]; return those of all tokens.
+
+        If memory is allocated for them, it has room for at least ``spare`` further tokens.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None
+        assert self.values is not None
+        buffers, begin = self._buffers, self._begin
+        if (
+            buffers
+            and buffers[0].takes(self.keys, key_states, begin)
+            and buffers[1].takes(self.values, value_states, begin)
+        ):
+            buffers[0].append(key_states)
+            buffers[1].append(value_states)
+        else:
+            # the old keys are freed as soon as they are copied, then the values
+            buffers = self._buffers = self._views = self._room = None
+            key_buffer = GrowingBuffer(self.keys, key_states, spare)
+            self.keys = key_buffer.view
+            buffers = self._buffers = key_buffer, GrowingBuffer(self.values, value_states, spare)
+            begin = self._begin = 0
+        self._end = buffers[0].used
+        keys, values = (buffer.memory.narrow(-2, begin, self._end - begin) for buffer in buffers)
+        self._advance()
+        self._show()
+        return keys, values
+
+    def _advance(self) -> None:
+        """Drop tokens that the layer does not keep."""
+
+    def room(self) -> Room | None:
+        """Return the memory of keys and values of one sequence on a CPU, if another token fits into it.
+
+        Return None otherwise, and if ``update`` has to copy keys or values because they are not all of the tokens in
+        the buffers.
+        """
+        buffers, views, own = self._buffers, self._views, vars(self)
+        if buffers is None or views is None or own["keys"] is not views[0] or own["values"] is not views[1]:
+            return None
+        keys, values = buffers
+        if not keys.used == values.used == self._end < min(keys.memory.shape[-2], values.memory.shape[-2]):
+            return None
+        addresses = keys.memory.data_ptr(), values.memory.data_ptr()
+        room = self._room
+        if room is None or room.addresses != addresses:
+            room = self._room = _room(keys.memory, values.memory)
+        return room
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Places in ``room``: of the first token that a new one attends to, and of the new one."""
+        return self._begin, self._end
+
+    def extend(self) -> None:
+        """Take over a token whose key and value were written into the memory that ``room`` has returned."""
+        assert self._buffers is not None
+        self._end += 1
+        self._is_longer = True
+        for buffer in self._buffers:
+            buffer.used += 1
+        self._advance()
+
+
+class GrowingLayer(_InPlace):
+    """A DynamicLayer that grows in place where no gradients are computed."""
+
+    def get_seq_length(self) -> int:
+        """Return the number of tokens."""
+        return self._end if self._is_longer else super().get_seq_length()
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append keys and values of new tokens [batch, heads, tokens, width]; return those of all tokens.
@@ -77,55 +198,56 @@ class GrowingLayer(DynamicLayer):
         """
         if torch.is_grad_enabled():
             return super().update(key_states, value_states, *args, **kwargs)
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        assert self.keys is not None
-        assert self.values is not None
-        buffers = self._buffers
-        if buffers and buffers[0].takes(self.keys, key_states) and buffers[1].takes(self.values, value_states):
-            buffers[0].append(key_states)
-            buffers[1].append(value_states)
-        else:
-            # the old keys are freed as soon as they are copied, then the values
-            buffers = self._buffers = self._views = None
-            keys = GrowingBuffer(self.keys, key_states)
-            self.keys = keys.view
-            buffers = self._buffers = keys, GrowingBuffer(self.values, value_states)
-        return self._show(buffers)
+        return self._append(key_states, value_states, 0)
 
-    def _show(self, buffers: tuple[GrowingBuffer, GrowingBuffer]) -> tuple[Tensor, Tensor]:
-        self.keys, self.values = self._views = buffers[0].view, buffers[1].view
-        return self._views
 
-    def room(self) -> tuple[Tensor, Tensor] | None:
-        """Return the memory of keys and values, [batch, heads, capacity, width] each, if a token fits after them.
+class GrowingWindow(_InPlace, DynamicSlidingWindowLayer):
+    """A DynamicSlidingWindowLayer that grows in place where no gradients are computed.
 
-        None if keys or values are not all that is filled, so that ``update`` has to copy them.
-        """
-        buffers, views = self._buffers, self._views
-        if buffers is None or views is None or self.keys is not views[0] or self.values is not views[1]:
-            return None
-        if any(
-            b.used != view.shape[-2] or b.used >= b.memory.shape[-2] for b, view in zip(buffers, views, strict=True)
-        ):
-            return None
-        return buffers[0].memory, buffers[1].memory
+    Tokens that have left the window stay in memory until it is full. Then those of the window are copied.
+    """
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append keys and values of new tokens [batch, heads, tokens, width]; return those of the window before too."""
+        if torch.is_grad_enabled() or self.record_past or key_states.shape[-2] > TOKENS:
+            return super().update(key_states, value_states, *args, **kwargs)
+        self.cumulative_length += key_states.shape[-2]
+        return self._append(key_states, value_states, TOKENS // 2)
+
+    def _advance(self) -> None:
+        self._begin = max(self._begin, self._end - self.sliding_window + 1)
+
+    def room(self) -> Room | None:
+        """Return the memory as ``_InPlace.room`` does; None if tokens that leave the window have to be kept."""
+        return None if self.record_past else super().room()
 
     def extend(self) -> None:
         """Take over a token whose key and value were written into the memory that ``room`` has returned."""
-        assert self._buffers is not None
-        for buffer in self._buffers:
-            buffer.used += 1
-        self._show(self._buffers)
+        super().extend()
+        self.cumulative_length += 1
+
+
+_GROWING: dict[Any, Any] = {DynamicLayer: GrowingLayer, DynamicSlidingWindowLayer: GrowingWindow}
+
+
+def _room(keys: Tensor, values: Tensor) -> Room | None:
+    if keys.shape[:2] != values.shape[:2] or keys.shape[0] != 1 or keys.dtype != values.dtype or not keys.is_cpu:
+        return None
+    form = (keys.dtype, keys.shape[1], keys.shape[3], values.shape[3])
+    return Room(form, (keys.data_ptr(), values.data_ptr()), (*keys.stride()[:3], *values.stride()[:3]))
+
+
+def grow(cache: Any) -> None:
+    """Turn the layers of a cache into layers that grow in place, if they are DynamicLayers or sliding windows."""
+    for layer in getattr(cache, "layers", ()):
+        if (kind := _GROWING.get(type(layer))) is not None:
+            layer.__class__ = kind
 
 
 def use_growing_layers(model: PreTrainedModel) -> None:
-    """Turn the DynamicLayers of every cache that the model is called with into GrowingLayers."""
+    """Let every cache that the model is called with grow in place (``grow``)."""
     model.base_model.register_forward_pre_hook(_grow, with_kwargs=True)
 
 
 def _grow(module: Any, positional: Any, named: dict[str, Any]) -> None:
-    cache = named.get("cache") if named.get("cache") is not None else named.get("past_key_values")
-    for layer in getattr(cache, "layers", ()):
-        if type(layer) is DynamicLayer:
-            layer.__class__ = GrowingLayer
+    grow(named.get("cache") if named.get("cache") is not None else named.get("past_key_values"))

@@ -18,8 +18,9 @@ HEADS = "moetier_heads"  # name of the compiled function
 # Number of i64 fields in the context. In order: unused; number of query heads, of key heads; D (width of a query or
 # key), V (width of a value), R (number of rotated numbers in each head); pointers to q, k, v, to the weights of both
 # norms, to cos and to sin; how many numbers one norm of q covers, and one of k; the bits of the fp32 eps; pointers to
-# the places of key and value in the cache's first head; strides of heads there, in bytes
-CONTEXT = 20
+# the places of key and value in the cache's first head; strides of heads there, in bytes; how far apart cos and sin of
+# a pair's two numbers are: R / 2, or 0 if they share theirs
+CONTEXT = 21
 # indices in a context: of the norms' weights, of cos and sin, of the places in the cache, and of the strides
 WEIGHTS, COS, SIN, CACHE, STRIDES = 9, 11, 12, 16, 18
 
@@ -33,9 +34,10 @@ def heads_kernel(dtype: torch.dtype, scale: Scale | None) -> Kernel:
 def heads_module(dtype: torch.dtype, scale: Scale | None) -> ir.Module:
     """Emit the function ``HEADS(context)``.
 
-    q [heads, D], k [key heads, D], v [key heads, V], the norms' weights, cos [R] and sin [R] are of ``dtype``. q is
-    changed in place; k, which is changed too, and v are copied to the cache. Without ``scale`` there are no norms. D, V
-    and R / 2 are multiples of LANES, and so are the numbers that a norm takes together.
+    q [heads, D], k [key heads, D], v [key heads, V], the norms' weights, cos [R] and sin [R] are of ``dtype``. Where
+    pairs share cos and sin, these are [R / 2]. q is changed in place; k, which is changed too, and v are copied to the
+    cache. Without ``scale`` there are no norms. D, V and R / 2 are multiples of LANES, and so are the numbers that a
+    norm takes together.
     """
     module = new_module()
     emit = Emitter(module, HEADS, [POINTER])
@@ -46,7 +48,7 @@ def heads_module(dtype: torch.dtype, scale: Scale | None) -> ir.Module:
     q, k, v, q_weight, k_weight, cos, sin = (at.inttoptr(address, POINTER) for address in fields[5:12])
     q_columns, k_columns, eps = fields[12:15]
     to_keys, to_values = (at.inttoptr(address, POINTER) for address in fields[15:17])
-    key_stride, value_stride = fields[17:]
+    key_stride, value_stride, apart = fields[17:]
     half = at.udiv(rotated, n(2))
 
     if scale is not None:
@@ -63,8 +65,11 @@ def heads_module(dtype: torch.dtype, scale: Scale | None) -> ir.Module:
         with emit.loop(n(0), half, LANES) as i:
             j = at.add(i, half)
             left, right = numbers(head, i), numbers(head, j)
-            for place, own, other, unite in ((i, left, right, at.fsub), (j, right, left, at.fadd)):
-                parts = [at.fmul(own, numbers(cos, place)), at.fmul(other, numbers(sin, place))]
+            for place, angle, own, other, unite in (
+                (i, i, left, right, at.fsub),
+                (j, at.add(i, apart), right, left, at.fadd),
+            ):
+                parts = [at.fmul(own, numbers(cos, angle)), at.fmul(other, numbers(sin, angle))]
                 if dtype == torch.bfloat16:  # torch rounds here too
                     parts = [emit.widen(emit.narrow(part, LANES), LANES) for part in parts]
                 emit.store_floats(unite(*parts), head, at.mul(place, n(size)), dtype)

@@ -7,9 +7,12 @@ its row of x and on the weight. Sums are fp32.
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import functools
 import inspect
+import struct
+from array import array
 from collections.abc import Callable
 from enum import Enum
 from typing import Any
@@ -18,10 +21,16 @@ import torch
 from llvmlite import ir
 from torch import Tensor, nn
 
-from .emitter import F32, FLOATS, I64, LANES, POINTER, Emitter, Value, new_module, once, vector
+from .api import FLOATS
+from .emitter import F32, I32, I64, LANES, POINTER, Emitter, Value, new_module, once, vector
 from .jit import this_processor
+from .team import Kernel, Step, compile_kernel
 
-NORM = "moetier_norm"  # name of the compiled function
+NORM, NORM_STEP = "moetier_norm", "moetier_norm_step"  # names of the compiled functions
+# Number of i64 fields in the context of NORM_STEP. In order: unused; pointers to x, more, the sum, the weight, and y;
+# K; the bits of the fp32 eps, and of the fp32 factor
+CONTEXT = 9
+X, MORE, SUM, Y = 1, 2, 3, 5  # indices of addresses in a context
 _EPS = ("variance_epsilon", "eps")  # names that modules give to eps
 # by type: the least share of results that must be equal, and the tolerance for the others. Sums are in another order
 # than torch's, so that one result in some hundreds is rounded differently
@@ -61,6 +70,11 @@ def use_quick_norms(model: nn.Module) -> None:
             module.__class__ = _quick(type(module), *found)  # type: ignore[arg-type] # classes have a hash
 
 
+def is_quick_norm(module: Any) -> bool:
+    """Return whether a module is a QuickNorm without other tensors: by chance they may do nothing in a trial."""
+    return type(module).forward is QuickNorm.forward and [*module._parameters] == ["weight"] and not module._buffers
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float, scale: Scale) -> Tensor | None:
     """Normalise x [tokens, columns] with weight [columns], both fp32 or both bf16; return None for other inputs.
 
@@ -81,31 +95,55 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, scale: Scale) -> Tensor | No
     return y
 
 
+def norm_step(module: Any, *, adds: bool, factor: float = 1.0) -> Step:
+    """Return a step that computes a QuickNorm of one row; if ``adds``, of one row + ``factor`` * another.
+
+    The caller has to write all addresses but the weight's into its context before a run.
+    """
+    weight, eps = module.weight, getattr(module, module.quick_eps)
+    numbers = (0, 0, 0, 0, weight.data_ptr(), 0, weight.numel(), float_bits(eps), float_bits(factor))
+    return Step(norm_step_kernel(weight.dtype, module.quick_scale, adds), array("q", numbers), 1)
+
+
+def float_bits(number: float) -> int:
+    """Return the bits of a number as fp32."""
+    (found,) = struct.unpack("I", struct.pack("f", number))
+    return int(found)
+
+
 def _trial(module: Any) -> tuple[Scale, str] | None:
-    """Compare a module with ``rms_norm`` on a few numbers; return its scale and its name for eps if they agree."""
+    """Compare a module with ``rms_norm`` on a few numbers; return its scale and its name for eps if they agree.
+
+    That is tried in bf16 too, because ways differ in rounding.
+    """
     if len(inspect.signature(type(module).forward).parameters) != 2:  # a norm with a gate is another function
         return None
     eps = next((name for name in _EPS if isinstance(getattr(module, name, None), float)), None)
     weight = module._parameters.get("weight")
     if eps is None or weight is None or len(module._parameters) != 1 or weight.dtype not in _EQUAL or weight.dim() != 1:
         return None
-    x = torch.randn(4, len(weight), generator=torch.Generator().manual_seed(0)).to(weight.dtype)
-    share, near = _EQUAL[weight.dtype]
+    random, twin, trials = torch.Generator().manual_seed(0), copy.copy(module), []
+    x, factors = torch.randn(4, len(weight), generator=random), 0.5 + torch.rand(len(weight), generator=random)
     with torch.no_grad():
-        try:
-            wanted = module(x)
-        except Exception:  # it needs other arguments: it stays as it is
-            return None
-        for scale in Scale:
-            found = rms_norm(x, weight, getattr(module, eps), scale)
-            if (
-                found is not None
-                and found.dtype == wanted.dtype
-                and torch.allclose(found, wanted, rtol=near, atol=near / 10)
-                and (found == wanted).float().mean() >= share
-            ):
+        for dtype in {weight.dtype, torch.bfloat16}:
+            given = (x.to(dtype), factors.to(dtype), getattr(module, eps))
+            twin.__dict__["_parameters"] = {"weight": given[1]}
+            try:
+                trials.append((given, twin(given[0])))
+            except Exception:  # it needs other arguments: it stays as it is
+                return None
+        for scale in Scale:  # each of them has to be compiled
+            if all(_agree(rms_norm(*given, scale), wanted) for given, wanted in trials):
                 return scale, eps
     return None
+
+
+def _agree(found: Tensor | None, wanted: Tensor) -> bool:
+    if found is None or found.dtype != wanted.dtype:
+        return False
+    share, near = _EQUAL[wanted.dtype]
+    is_near = torch.allclose(found, wanted, rtol=near, atol=near / 10)
+    return is_near and bool((found == wanted).float().mean() >= share)
 
 
 @functools.cache
@@ -136,6 +174,38 @@ def norm_module(dtype: torch.dtype, scale: Scale) -> ir.Module:
         first = at.mul(row, row_bytes)
         source, target = at.gep(x, [first]), at.gep(y, [first])
         emit_norm(emit, source, weight, target, columns, eps, squares, dtype, scale)
+    at.ret_void()
+    return module
+
+
+@once
+def norm_step_kernel(dtype: torch.dtype, scale: Scale, adds: bool) -> Kernel:
+    """Compile ``norm_step_module``, once for each type, scale and processor."""
+    return compile_kernel(this_processor(), norm_step_module(dtype, scale, adds=adds), NORM_STEP)
+
+
+def norm_step_module(dtype: torch.dtype, scale: Scale, *, adds: bool) -> ir.Module:
+    """Emit the function ``NORM_STEP(context)``, which normalises the row x [K] to y [K].
+
+    If ``adds``, the row ``more`` [K], multiplied by the factor, is added to x before, and the sum [K] is written too.
+    All are of ``dtype``, the product too; K is a multiple of LANES.
+    """
+    module = new_module()
+    emit = Emitter(module, NORM_STEP, [POINTER])
+    at, n, size = emit.at, emit.number, dtype.itemsize
+    squares = at.alloca(vector(F32, LANES))
+    _, (*addresses, columns, eps, factor) = emit.fields(CONTEXT)
+    x, more, total, weight, y = (at.inttoptr(address, POINTER) for address in addresses)
+    if adds:
+        factor = emit.spread(at.bitcast(at.trunc(factor, I32), F32), LANES)
+        with emit.loop(n(0), at.mul(columns, n(size)), LANES * size) as offset:
+            own, other = (emit.load_floats(part, offset, dtype, LANES) for part in (x, more))
+            other = at.fmul(other, factor)
+            if dtype == torch.bfloat16:
+                other = emit.widen(emit.narrow(other, LANES), LANES)
+            emit.store_floats(at.fadd(own, other), total, offset, dtype)
+        x = total
+    emit_norm(emit, x, weight, y, columns, at.bitcast(at.trunc(eps, I32), F32), squares, dtype, scale)
     at.ret_void()
     return module
 

@@ -27,6 +27,7 @@ from moetier.tiers.layout import PAIR_BLOCK, ROW_TILE, Bits, Projection, RecordL
 from moetier.tiers.quant import codec, hqq
 from moetier.tiers.quant.codec import WeightError
 from moetier.tiers.quant.packing import HALF, fold, load_pairs
+from moetier.tiers.quant.zero_points import Levels
 
 from .emitter import F32, I8, I16, I32, LANES, POINTER, Emitter, Value, new_module, once, vector
 from .jit import Processor, refusal, this_processor
@@ -65,11 +66,11 @@ class QuantiserForm(NamedTuple):
 
 
 def encode(
-    tensors: Mapping[str, Tensor], layout: RecordLayout, out: memoryview | np.ndarray, *, fast: bool = False
+    tensors: Mapping[str, Tensor | Levels], layout: RecordLayout, out: memoryview | np.ndarray, *, fast: bool = False
 ) -> dict[str, WeightError]:
     """Encode one expert as ``codec.encode`` does, in compiled code if this machine can compile it.
 
-    ``tensors`` has matrices [rows, columns], or [columns, rows] if transposed, and biases [size].
+    ``tensors`` has matrices [rows, columns], or [columns, rows] if transposed, or Levels, and biases [size].
     """
     return codec.encode(tensors, layout, out, fast=fast, quantise=None if refusal() else quantise)
 

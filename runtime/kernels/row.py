@@ -1,10 +1,4 @@
-"""Products of one row with matrices of a trunk. Matrices that the same row is multiplied with share a call.
-
-Attention multiplies a row with three matrices in turn, and a gated MLP with two. Each product is a module's, so each
-would be a call of its own, which costs more than the product of a small matrix. Which matrices take the same row is
-observed: those that a thread multiplies with one tensor, one after the other, become a group. Later, the first of them
-computes the products of all, and the others fetch theirs. If one does not come for its product, the group is divided.
-A product depends only on the row and the matrix, so that groups do not change any results.
+"""Products of one row with matrices of a trunk.
 
 torch gives a product of one row with a bf16 matrix to oneDNN, which takes up to 2.7 times as long (docs/benchmarks.md,
 "One row").
@@ -12,6 +6,7 @@ torch gives a product of one row with a bf16 matrix to oneDNN, which takes up to
 
 from __future__ import annotations
 
+import copy
 import threading
 from array import array
 from collections.abc import Callable, Sequence
@@ -19,14 +14,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from llvmlite import ir
 from torch import Tensor, nn
 
-from . import gemm, gemv
-from .emitter import FLOATS
+from . import gemm, gemv, rounding
+from .api import FLOATS
+from .emitter import LANES, POINTER, Emitter, new_module, once
 from .gemm import GemmPlan, Rounded
 from .gemv import gemv_step, lies_in_rows
-from .jit import refusal
-from .team import Program, Step, is_small, threads_for
+from .jit import refusal, this_processor
+from .team import Kernel, Program, Step, compile_kernel, is_small, threads_for
+
+BIAS = "moetier_bias"  # name of the compiled function
 
 
 class RowMatrix:
@@ -46,7 +45,10 @@ class RowMatrix:
         self.rows = rows
         self.columns = columns
         self.plan = plan
-        self.group: _Group | None = None  # None: not known yet
+        self._local = threading.local()  # ``product``: the thread's _Product
+
+    def __deepcopy__(self, memo: Any) -> RowMatrix:
+        return RowMatrix(copy.deepcopy(self.weight, memo), self.rows, self.columns, self.plan)
 
     def multiply(self, x: Tensor) -> Tensor | None:
         """Multiply one row x [1, columns] -> [1, rows] in the type of x; return None for other inputs.
@@ -55,9 +57,14 @@ class RowMatrix:
         """
         if x.numel() != self.columns or x.shape[-1] != self.columns or torch.is_grad_enabled():
             return None
-        group = self.group or _observer.group_of(self, x)
         with torch._C.DisableTorchFunctionSubclass():  # attributes of a RowWeight are torch functions
-            return group.multiply(self, x)
+            if not x.is_cpu or not x.is_contiguous() or not self.fits(x.dtype):
+                return None
+            form = (x.dtype, torch.get_num_threads())
+            product: _Product | None = getattr(self._local, "product", None)
+            if product is None or product.form != form:
+                product = self._local.product = _Product(self, form)
+            return product.of(self, x)
 
     def fits(self, dtype: torch.dtype) -> bool:
         """Return whether the matrix is in memory as compiled code reads it for x of ``dtype``."""
@@ -71,51 +78,23 @@ class RowMatrix:
         )
 
 
-class _Group:
-    """Matrices that take the same row, one after the other."""
-
-    def __init__(self, matrices: Sequence[RowMatrix]) -> None:
-        self._matrices = matrices
-        self._local = threading.local()  # ``products`` of this thread, of ``x`` with matrices that have not asked yet
-
-    def multiply(self, matrix: RowMatrix, x: Tensor) -> Tensor | None:
-        """Multiply one row x with ``matrix``, one of the group."""
-        local = self._local
-        if products := getattr(local, "products", None):
-            if x is local.x and _version(x) == local.version and matrix in products:
-                found: Tensor = products.pop(matrix)
-                return found
-            for one in self._matrices:
-                one.group = _Group([one])
-            local.products = local.x = None
-            assert matrix.group is not None
-            return matrix.group.multiply(matrix, x)
-        if not x.is_cpu or not x.is_contiguous() or not all(one.fits(x.dtype) for one in self._matrices):
-            return None
-        program: _Products | None = getattr(local, "program", None)
-        form = (x.dtype, torch.get_num_threads())
-        if program is None or program.form != form:
-            program = local.program = _Products(self._matrices, form)
-        products = program.of(x)
-        y = products.pop(matrix)
-        local.x, local.version, local.products = x if products else None, _version(x), products
-        return y
-
-
-def _version(x: Tensor) -> int | None:
-    """Return a number that changes when x is changed in place. Tensors made in inference mode have none."""
-    return None if x.is_inference() else x._version
-
-
 class ProductSteps:
     """Steps that multiply one row with several matrices.
 
     Their contexts are made once, because making them takes long.
     """
 
-    def __init__(self, matrices: Sequence[RowMatrix], dtype: torch.dtype) -> None:
-        """``dtype``: type of x and of the products."""
+    def __init__(
+        self, matrices: Sequence[RowMatrix], dtype: torch.dtype, biases: Sequence[Tensor | None] | None = None
+    ) -> None:
+        """
+        Args:
+            matrices: the matrices.
+            dtype: type of x and of the products.
+            biases: for each matrix, [rows] of ``dtype``, which is added to the product; or None.
+        """
         self.steps: list[Step] = []
+        self._sums: dict[RowMatrix, array[int]] = {}  # contexts of the steps that add biases
         rounded: dict[int, Rounded] = {}  # by the address of the function that rounds x
         self._inputs: list[tuple[array[int], int]] = []  # where to write the address of x
         # by matrix: where to write the address of the weight, and that of y
@@ -133,11 +112,15 @@ class ProductSteps:
                 memory = array("b", bytes(plan.row_bytes))
                 given = rounded[plan.round.address] = Rounded(memory.buffer_info()[0], 1, plan)
                 self.steps.append(Step(plan.round, given.context(0), 1, memory))
-                self._inputs.append((self.steps[-1].context, gemm.X))
+                self._inputs.append((self.steps[-1].context, rounding.X))
             jobs = array("q", (0, 0, 1))
             context = plan.context(1, jobs, given, 0, has_own_rows=True)
             self.steps.append(Step(plan.kernel, context, threads_for(matrix.rows * matrix.columns), jobs))
             self._products[matrix] = (jobs, 0, context, gemm.Y)
+        for matrix, bias in zip(matrices, biases or (), strict=False):
+            if bias is not None:
+                self._sums[matrix] = array("q", (0, 0, bias.data_ptr(), matrix.rows))
+                self.steps.append(Step(bias_kernel(dtype), self._sums[matrix], 1, bias))
 
     def read(self, x: int) -> None:
         """Let the steps read x from an address."""
@@ -148,55 +131,49 @@ class ProductSteps:
         """Let the steps write the product with a matrix to an address. To be called before each run."""
         job, record, context, place = self._products[matrix]
         job[record], context[place] = matrix.weight.data_ptr(), y
+        if matrix in self._sums:
+            self._sums[matrix][1] = y
 
 
-class _Products:
-    """Products of one row with several matrices."""
+@once
+def bias_kernel(dtype: torch.dtype) -> Kernel:
+    """Compile ``bias_module``, once for each type."""
+    return compile_kernel(this_processor(), bias_module(dtype), BIAS)
 
-    def __init__(self, matrices: Sequence[RowMatrix], form: tuple[torch.dtype, int]) -> None:
+
+def bias_module(dtype: torch.dtype) -> ir.Module:
+    """Emit the function ``BIAS(context)``, which adds a bias [N] to y [N], both of ``dtype``.
+
+    N is a multiple of LANES. The context: unused; pointers to y and to the bias; N.
+    """
+    module = new_module()
+    emit = Emitter(module, BIAS, [POINTER])
+    at, n = emit.at, emit.number
+    _, (y, bias, rows) = emit.fields(4)
+    y, bias = (at.inttoptr(address, POINTER) for address in (y, bias))
+    with emit.loop(n(0), at.mul(rows, n(dtype.itemsize)), LANES * dtype.itemsize) as offset:
+        parts = [emit.load_floats(part, offset, dtype, LANES) for part in (y, bias)]
+        emit.store_floats(at.fadd(*parts), y, offset, dtype)
+    at.ret_void()
+    return module
+
+
+class _Product:
+    """The product of one row with a matrix, which is made once for each thread."""
+
+    def __init__(self, matrix: RowMatrix, form: tuple[torch.dtype, int]) -> None:
         """``form``: type of x, number of threads."""
         self.form = form
-        self._matrices = matrices
-        self._steps = ProductSteps(matrices, form[0])
-        is_quick = all(is_small(one.rows * one.columns) for one in matrices)
-        self._program = Program(self._steps.steps, locked=is_quick)
+        self._steps = ProductSteps([matrix], form[0])
+        self._program = Program(self._steps.steps, locked=is_small(matrix.rows * matrix.columns))
 
-    def of(self, x: Tensor) -> dict[RowMatrix, Tensor]:
-        """Return the product of x with each matrix."""
+    def of(self, matrix: RowMatrix, x: Tensor) -> Tensor:
+        """Return the product of x with the matrix."""
+        y = torch.empty((*x.shape[:-1], matrix.rows), dtype=x.dtype)
         self._steps.read(x.data_ptr())
-        found = {}
-        for matrix in self._matrices:
-            y = found[matrix] = torch.empty((*x.shape[:-1], matrix.rows), dtype=x.dtype)
-            self._steps.write(matrix, y.data_ptr())
+        self._steps.write(matrix, y.data_ptr())
         self._program.run()
-        return found
-
-
-class _Observer(threading.local):
-    """For each thread: the last row, and the matrices without a ``_Group`` that it has multiplied with that row."""
-
-    def __init__(self) -> None:
-        self._x: Tensor | None = None
-        self._matrices: list[RowMatrix] = []
-
-    def group_of(self, matrix: RowMatrix, x: Tensor) -> _Group:
-        """Note that this thread multiplies ``matrix`` with x. Return the matrix's group.
-
-        If it has none yet, return a new group of only this matrix, for this one product.
-        """
-        if x is not self._x or matrix in self._matrices:
-            if not any(one.group for one in self._matrices):  # no other thread was quicker
-                group = _Group(self._matrices)
-                for one in self._matrices:
-                    one.group = group
-            self._x, self._matrices = x, []
-            if matrix.group is not None:
-                return matrix.group
-        self._matrices.append(matrix)
-        return _Group([matrix])
-
-
-_observer = _Observer()
+        return y
 
 
 class RowWeight(nn.Parameter):

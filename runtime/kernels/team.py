@@ -14,15 +14,19 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import functools
 import os
 import signal
+import sys
 import threading
 from array import array
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import torch
+import numpy as np
 from llvmlite import ir
+
+from moetier.runtime.threads import usable_cpus
 
 from .emitter import once
 from .jit import Processor, this_processor
@@ -47,6 +51,7 @@ from .team_code import (
 
 # signals that a fault in the thread itself causes, which faulthandler reports
 _FATAL = {signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT}
+_cpus = functools.cache(usable_cpus)
 
 
 class Kernel(NamedTuple):
@@ -97,6 +102,7 @@ class Program:
         self._steps = steps
         self._locked = locked
         self._words = array("q")
+        self._address = 0  # of ``_words``
         self._team: Team | None = None
 
     def run(self) -> None:
@@ -106,11 +112,10 @@ class Program:
             self._words = array("q")
             for kernel, context, threads, _ in self._steps:
                 self._words.extend((kernel.address, context.buffer_info()[0], min(threads - 1, workers)))
+            self._address = self._words.buffer_info()[0]
             self._team = team
-        for step in self._steps:
-            step.context[0] = 0
         run = team.run_locked if self._locked else team.run
-        run(team.address, self._words.buffer_info()[0], len(self._steps))
+        run(team.address, self._address, len(self._steps))
 
 
 def run_all(steps: Sequence[Step]) -> None:
@@ -120,7 +125,14 @@ def run_all(steps: Sequence[Step]) -> None:
 
 def threads_for(weights: int) -> int:
     """Return the number of threads for a product with ``weights`` weights."""
-    return 1 if is_small(weights) else torch.get_num_threads()
+    return 1 if is_small(weights) else thread_count()
+
+
+def thread_count() -> int:
+    """Return the number of threads to compute with: torch's; in a process without torch, the CPUs that it may use."""
+    torch = sys.modules.get("torch")
+    count: int = _cpus() if torch is None else torch.get_num_threads()
+    return count
 
 
 def is_small(weights: int) -> bool:
@@ -128,22 +140,27 @@ def is_small(weights: int) -> bool:
     return weights < 1 << 17
 
 
-class Scratch(threading.local):
-    """Scratch memory of a kernel. Each thread has its own."""
+class Memory:
+    """Scratch memory of a kernel, for one thread at a time. It grows as needed."""
 
     _nbytes = _address = 0
-    _memory: torch.Tensor | None = None
+    _memory: object = None
 
     def take(self, nbytes: int, *, spare: int = 0) -> int:
-        """Return the address of ``nbytes`` bytes, valid until the thread calls this again.
+        """Return the address of ``nbytes`` bytes, valid until the next call.
 
         If memory has to be allocated for them, ``spare`` more bytes are allocated.
         """
         if self._nbytes < nbytes:
             self._nbytes, self._memory = 0, None  # free the old memory before allocating the new
-            self._memory = torch.empty(nbytes + spare, dtype=torch.uint8)
-            self._nbytes, self._address = nbytes + spare, self._memory.data_ptr()
+            memory = np.empty(nbytes + spare + LINE, np.uint8)
+            self._nbytes, self._address = nbytes + spare, -(-memory.ctypes.data // LINE) * LINE
+            self._memory = memory
         return self._address
+
+
+class Scratch(Memory, threading.local):
+    """Scratch memory of a kernel. Each thread has its own."""
 
 
 class Team:

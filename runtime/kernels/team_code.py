@@ -43,8 +43,9 @@ RUN, RUN_ALL, WORK = "moetier_team_run", "moetier_team_run_all", "moetier_team_w
 def team_module() -> ir.Module:
     """Emit ``RUN(team, function, context, workers)``, ``RUN_ALL(team, steps, count)`` and ``WORK(team)``.
 
-    RUN_ALL calls RUN for each step. A step is three words: the address of a function, the address of its context, and
-    the most workers. Workers execute WORK until the team is stopped.
+    RUN_ALL sets the first number of each step's context to 0, and calls RUN for the step. A step is three words: the
+    address of a function, the address of its context, and the most workers. Workers execute WORK until the team is
+    stopped.
     """
     module = new_module()
     run = _TeamEmitter(module, RUN, [POINTER, I64, I64, I64])
@@ -54,6 +55,7 @@ def team_module() -> ir.Module:
     with emit.loop(emit.number(0), count) as step:
         first = emit.at.mul(step, emit.number(24))
         words = [emit.load(steps, emit.at.add(first, emit.number(8 * word)), I64) for word in range(3)]
+        emit.at.store(emit.number(0), emit.at.inttoptr(words[1], I64.as_pointer()))
         emit.at.call(run.function, [team, *words])
     emit.at.ret_void()
     _emit_work(_TeamEmitter(module, WORK, [POINTER]))

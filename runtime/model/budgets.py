@@ -6,7 +6,7 @@ Both loading and planning use this module.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -51,7 +51,7 @@ class Needs:
             smallest=smallest_budget(manifest),
             largest=manifest.stored_bytes,
             reserve=self.reserve if device.type == "cpu" else 0,
-            available=Available(max(available.bytes - self.trunk, 0), available.limiter),
+            available=replace(available, bytes=max(available.bytes - self.trunk, 0)),
         )
 
     def device_budget(self, manifest: Manifest, asked: Size | None, available: Available) -> int:

@@ -18,13 +18,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from moetier.runtime.checkpoint.experts import check_shards, config_of, is_checkpoint, read_manifest
+from moetier.runtime.checkpoint.files import is_gguf
+from moetier.runtime.checkpoint.gguf import tokenizer_of
+from moetier.runtime.checkpoint.gguf_trunk import trunk_of
 from moetier.runtime.config import OPTIONS, LoadOptions, TierConfig
 from moetier.runtime.context import longest_context
-from moetier.runtime.pulled import model_directory
+from moetier.runtime.pulled import directory_at, is_address, model_directory
 from moetier.tiers.errors import ConfigError, StoreFormatError, UnsupportedModelError
 from moetier.tiers.store.folder import check_directory, command
 from moetier.tiers.store.trunk import check_trunk
 
+from .decoded import decoded_weights, name_after
 from .registration import asked_for, install
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -43,6 +47,8 @@ def load(
     *,
     dtype: str | torch.dtype = "auto",
     attn_implementation: str | None = None,
+    store_cache: str | os.PathLike[str] | None = None,
+    store_cache_size: str | int | None = None,
     **options: Unpack[LoadOptions],
 ) -> tuple[Any, PreTrainedTokenizerBase | None]:
     """Load the model and the tokenizer of a model directory. The model's class is the one that its config.json names.
@@ -51,14 +57,20 @@ def load(
     outside the directory is read.
 
     Args:
-        directory: the folder of the model, or the name of a pulled model.
+        directory: the folder of the model, a GGUF file, the name of a pulled model, or the address of a model in an
+            object store: s3://, gs://, az://, https:// or file://. The experts of a model at an address are fetched
+            when they are first needed.
         ram: host memory for experts: a size ("6GiB"), a share of what trunk and context leave ("50%"), or a number of
-            bytes. Default: "80%".
+            bytes. Default: "80%", or "95%" in a control group with a memory limit.
         device_memory: GPU memory for experts, in the same form.
         device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N".
         daemon: where experts come from. "auto": from a storage daemon of this user that serves this store, if there is
             one, else from this process's own tier. None or "none": from this process's own tier. A daemon's name,
             folder or HOST:PORT: from that daemon. Several of these, separated by commas: a share from each daemon.
+            "dns:///HOST:PORT": a share from the daemon at each IP address of HOST.
+        remote_compute: whether daemons at HOST:PORT may compute experts that are not in memory here, instead of
+            sending them: "auto" (where measurements show that this is faster) or "off". Hidden states then go to the
+            daemons. The results have the same bits, if the daemon is honest: they can't be checked, as records are.
         credentials: token and certificates for daemons at HOST:PORT.
         policy: which experts of a block are evicted first. "lru": the least recently used. "scan": as "lru", but a long
             prompt leaves most cached experts in place. "lrfu": as "scan", but the experts used least often of late.
@@ -80,8 +92,11 @@ def load(
             its CPU affinity and its control group's quota.
         dtype: the type in which the trunk is computed: torch.bfloat16, float16 or float32, or the name of one of these;
             "auto": the type that config.json names.
-        attn_implementation: as in from_pretrained. Without it, if the model would use "sdpa", attention of single
-            tokens on a CPU is computed by moetier's own function.
+        attn_implementation: as in from_pretrained. Without it, if the model would use "sdpa", or a function of its own
+            because it has attention sinks, attention of single tokens on a CPU is computed by moetier's own function.
+        store_cache: folder in which models at an address are cached. Default: $XDG_CACHE_HOME/moetier/objects.
+        store_cache_size: most bytes of this model's experts in that cache, such as "50GiB" or a number. Default: the
+            size that was given last for this model, or all.
 
     Returns:
         The model and its tokenizer (None if it has none). The tiers are ``model.tiers``: ``stats()`` returns their
@@ -91,9 +106,13 @@ def load(
     Raises:
         MoetierError: an option, the directory or the machine can't be used.
     """
-    folder = model_directory(directory)
+    if is_address(name := os.fspath(directory)):
+        folder = directory_at(name, None if store_cache is None else Path(store_cache), store_cache_size)
+    else:
+        folder = model_directory(directory)
     asked = TierConfig.of(**options)
-    as_loaded = {"dtype": _dtype(dtype), "attn_implementation": _attention(attn_implementation)}
+    chosen = _dtype(dtype)
+    as_loaded = {"dtype": chosen, "attn_implementation": _attention(attn_implementation)}
     check_directory(folder)
     manifest, found = read_manifest(folder), config_of(folder)
     model_class = _model_class(found)
@@ -103,7 +122,7 @@ def load(
         check_trunk(folder, manifest)
     place = place_of(asked.device)
     install()
-    tokenizer = _tokenizer(folder)
+    tokenizer = tokenizer_in(folder)
     with _load_errors(folder):
         config_class = model_class.config_class
         as_it_is = is_checkpoint(folder)
@@ -112,10 +131,22 @@ def load(
         # many tokenizers state no maximum length; with one, transformers warns of longer texts
         tokenizer.model_max_length = min(tokenizer.model_max_length, most)
     device_map = None if place == "cpu" else {"": place}
-    with _load_errors(folder), asked_for(asked), _bar_on_a_terminal_alone():
+    trunk = trunk_of(folder, chosen) if is_gguf(folder) else None
+    with _load_errors(folder), asked_for(asked, folder, trunk), _bar_on_a_terminal_alone():
+        given = trunk.tensors if trunk else decoded_weights(folder, config, chosen) if as_it_is else None
+        source = {} if given is None else {"state_dict": given}
         model = model_class.from_pretrained(
-            folder, config=config, device_map=device_map, use_safetensors=True, **as_loaded
+            folder if given is None else None,
+            config=config,
+            device_map=device_map,
+            use_safetensors=True,
+            **source,
+            **as_loaded,
         )
+        if given is not None and trunk is None:
+            name_after(model, folder)
+        if attn_implementation is not None:  # not what has replaced it
+            model.set_attn_implementation(attn_implementation)
     return model, tokenizer
 
 
@@ -206,7 +237,13 @@ def place_of(device: str) -> str:
     return device
 
 
-def _tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+def tokenizer_in(folder: Path) -> PreTrainedTokenizerBase | None:
+    """Return the tokenizer of a model's folder or GGUF file; None if it has none.
+
+    Raises StoreFormatError or CheckpointError if it can't be loaded.
+    """
+    if is_gguf(folder):
+        return tokenizer_of(folder)
     if not any((folder / name).exists() for name in TOKENIZER_FILES):
         return None
     try:

@@ -10,7 +10,7 @@ import re
 import threading
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from itertools import chain
 from pathlib import Path
@@ -29,18 +29,25 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from moetier.runtime.checkpoint.config_json import NAME
 from moetier.runtime.checkpoint.experts import config_of, is_checkpoint, read_manifest
+from moetier.runtime.checkpoint.gguf_trunk import GgufTrunk
 from moetier.runtime.config import OPTIONS, TierConfig, TierOptions
 from moetier.runtime.context import context_of
 from moetier.runtime.kernels.attention import use_decode_attention
 from moetier.runtime.kernels.choose import kernels_for
 from moetier.runtime.kernels.growing_cache import use_growing_layers
 from moetier.runtime.kernels.norm import use_quick_norms
-from moetier.runtime.kernels.quick_attention import use_quick_attention
 from moetier.runtime.kernels.row import use_row_weights
 from moetier.runtime.memory import mapped_files
-from moetier.runtime.moe.experts import EXPERT_PARAMETERS, TieredBlock, experts_forward, experts_modules
+from moetier.runtime.moe.experts import (
+    EXPERT_PARAMETERS,
+    TieredBlock,
+    experts_forward,
+    experts_modules,
+    quick_activation,
+)
 from moetier.runtime.moe.gates import Gates
-from moetier.runtime.moe.linear import quantized_linears, replace_linears
+from moetier.runtime.moe.layers import use_quick_layers
+from moetier.runtime.moe.linear import quantized_linears, replace_linears, replace_modules
 from moetier.runtime.moe.routers import use_quick_routers
 from moetier.runtime.speculation.controller import Mode
 from moetier.runtime.speculation.predictor import Shortcuts
@@ -58,13 +65,18 @@ _lock = threading.Lock()
 IN_CONFIG = ("ram", "device_memory", "context", "exact")  # what a model directory's config.json may set
 
 _options: TierOptions = {}  # set by register(), for models that are loaded without load()
-_asked: ContextVar[TierConfig | None] = ContextVar("asked", default=None)  # set by load(), for the model that it loads
+# set by load(), for the model that it loads: its options, its folder or GGUF file, and the trunk of a GGUF file
+_asked: ContextVar[tuple[TierConfig, Path, GgufTrunk | None] | None] = ContextVar("asked", default=None)
 
 
 @contextlib.contextmanager
-def asked_for(config: TierConfig) -> Iterator[None]:
-    """Use the options ``config`` for models that are loaded in this context, instead of those in their config.json."""
-    token = _asked.set(config)
+def asked_for(config: TierConfig, folder: Path, trunk: GgufTrunk | None = None) -> Iterator[None]:
+    """In this context, load the model of ``folder`` with the options ``config`` instead of those in its config.json.
+
+    ``folder`` may be a GGUF file. ``trunk`` is then its trunk, whose tensors are given to from_pretrained as a state
+    dict. For a model in a folder, ``trunk`` is None.
+    """
+    token = _asked.set((config, folder, trunk))
     try:
         yield
     finally:
@@ -138,7 +150,6 @@ class MoetierQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
-        assert checkpoint_files, "weights given as a state dict have no store"
         self._folder = _folder_of(model, checkpoint_files)
         config_of(self._folder)
         modules = experts_modules(model)
@@ -160,6 +171,8 @@ class MoetierQuantizer(HfQuantizer):
             module.config._experts_implementation_internal = NAME
         if manifest.trunk_records is not None:
             replace_linears(model, records, manifest.trunk_records)
+        if (given := _asked.get()) is not None and given[2] is not None:
+            replace_modules(model, given[2].layouts)
         model.config._experts_implementation = NAME
         for plan in ("_tp_plan", "_ep_plan"):
             kept = {key: style for key, style in (getattr(model, plan) or {}).items() if ".experts" not in key}
@@ -198,7 +211,8 @@ class MoetierQuantizer(HfQuantizer):
         given: Any = self.quantization_config
         device = _device_of(model)
         in_config: Any = {name: getattr(given, name) for name in IN_CONFIG}
-        asked = _asked.get() or TierConfig.of(**(in_config | _options))
+        given_to_load = _asked.get()
+        asked = given_to_load[0] if given_to_load else TierConfig.of(**(in_config | _options))
         use_threads(asked.threads)
         kernels = kernels_for(device, exact=asked.exact)
         linears = quantized_linears(model)
@@ -226,7 +240,7 @@ class MoetierQuantizer(HfQuantizer):
                 shortcuts,
                 tiers.device,
                 look_ahead=asked.look_ahead,
-                mode=Mode(asked.speculate),
+                mode=_mode(asked, tiers, experts_modules(model)),
                 most=asked.prefetch,
             )
             speculation.attach()
@@ -238,13 +252,15 @@ class MoetierQuantizer(HfQuantizer):
             use_quick_norms(model)
             use_row_weights(model)
             use_quick_routers(model)
-            use_quick_attention(model)
+            use_quick_layers(model)
         tiers.hooks.add(model.register_forward_pre_hook(lambda *_: postpone_interrupts()))
         tiers.hooks.add(model.register_forward_hook(lambda *_: raise_interrupts(), always_call=True))
         modules = experts_modules(model)
         for number, block in enumerate(tiers.manifest.blocks):
             layout = tiers.manifest.layout(number)
-            modules[block.path].tiered = TieredBlock(number, layout, tiers.device, tiers.kernels, device, demanded)
+            modules[block.path].tiered = TieredBlock(
+                number, layout, tiers.device, tiers.kernels, device, demanded, elsewhere=tiers.elsewhere
+            )
         return model
 
     def is_serializable(self) -> bool:
@@ -262,12 +278,29 @@ class MoetierQuantizer(HfQuantizer):
         return False
 
 
-def _folder_of(model: PreTrainedModel, files: list[str]) -> Path:
+def _mode(asked: TierConfig, tiers: Tiers, modules: Mapping[str, Any]) -> Mode:
+    """Return when to speculate. A prefetch is a whole record, which a daemon that computes need not send.
+
+    ``modules``: the Experts modules by path.
+    """
+    mode = Mode(asked.speculate)
+    if mode is Mode.AUTO and tiers.elsewhere is not None and tiers.elsewhere.is_possible:
+        for number, block in enumerate(tiers.manifest.blocks):
+            if quick_activation(modules[block.path], tiers.manifest.layout(number), tiers.kernels) is not None:
+                return Mode.OFF
+    return mode
+
+
+def _folder_of(model: PreTrainedModel, files: list[str] | None) -> Path:
     """Return the folder of the model: its model directory, or the snapshot of a hub id.
 
-    Raises UnsafeCheckpointError if ``files``, from which transformers will load the trunk, are not the trunk's files in
-    that folder.
+    ``files`` is None if load() has given the trunk as a state dict. Raises UnsafeCheckpointError if ``files``, from
+    which transformers will load the trunk, are not the trunk's files in that folder.
     """
+    if files is None:
+        given = _asked.get()
+        assert given is not None, "weights given as a state dict have no store"
+        return given[1]
     asked = model.config.name_or_path
     folder = Path(asked) if asked and Path(asked).is_dir() else Path(files[0]).parent
     as_it_is = is_checkpoint(folder)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moetier.runtime.checkpoint.experts import open_experts
+from moetier.runtime.checkpoint.experts import is_checkpoint, open_experts
 from moetier.runtime.config import TierConfig
 from moetier.runtime.wire.address import Address
 from moetier.tiers.errors import MoetierError, NoDaemonError, UnknownModelError
@@ -22,10 +22,12 @@ from moetier.tiers.host.warmup import Learner
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.source import Lender, RecordReader
 from moetier.tiers.stats import Share
+from moetier.tiers.store.folder import is_cache, store_folder
 from moetier.tiers.store.mirror import MirroredStore
 from moetier.tiers.store.reader import ExpertStore
 
 if TYPE_CHECKING:
+    from moetier.runtime.client.elsewhere import Elsewhere
     from moetier.runtime.client.tier import DaemonTier
 
 _log = logging.getLogger(__name__)
@@ -41,14 +43,18 @@ class Origin:
     learner: Learner | None = None  # only of a tier of this process, with the option `learn`
     shares: Callable[[], list[Share]] = list  # returns what came from daemons of other hosts and from the store
     daemon: DaemonTier | None = None  # ``host``, if it is the mapped tier of a daemon on this host
+    elsewhere: Elsewhere | None = None  # computes experts at daemons of other hosts
 
 
-def open_origin(folder: Path, manifest: Manifest, config: TierConfig, slots: Callable[[], Mapping[str, int]]) -> Origin:
+def open_origin(
+    folder: Path, manifest: Manifest, config: TierConfig, slots: Callable[[], Mapping[str, int]], *, computes: bool
+) -> Origin:
     """Open the host tier for the model directory ``folder``.
 
     ``slots`` returns the number of slots for each record geometry, for a tier of this process. It is called only if
-    there will be such a tier, and may raise BudgetError. Raises StoreError if the store can't be opened, and
-    DaemonError if ``config`` names a daemon that can't be used.
+    there will be such a tier, and may raise BudgetError. ``computes``: whether compiled
+    code of this machine computes experts, so that daemons of other hosts may do it, too. Raises StoreError if the store
+    can't be opened, and DaemonError if ``config`` names a daemon that can't be used.
     """
     if config.mapped is not None:
         return _mapped(config.mapped, folder, manifest)
@@ -74,7 +80,7 @@ def open_origin(folder: Path, manifest: Manifest, config: TierConfig, slots: Cal
                 return found
         for daemon, refusal in refusals.items():
             _log.warning("The daemon %s serves this store, but is not used: %s %s", daemon, refusal.cause, refusal.fix)
-    return _own(folder, manifest, slots(), config)
+    return _own(folder, manifest, slots(), config, computes=computes)
 
 
 def _mapped(daemon: Address, folder: Path, manifest: Manifest) -> Origin:
@@ -85,7 +91,7 @@ def _mapped(daemon: Address, folder: Path, manifest: Manifest) -> Origin:
     return Origin(host, f"the daemon {daemon}", host.close, daemon=host)
 
 
-def _own(folder: Path, manifest: Manifest, slots: Mapping[str, int], config: TierConfig) -> Origin:
+def _own(folder: Path, manifest: Manifest, slots: Mapping[str, int], config: TierConfig, *, computes: bool) -> Origin:
     """Open a host tier of this process. It reads from the store, or from daemons of other hosts and the store."""
     reader: RecordReader
     store: ExpertStore | MirroredStore | ExtentStore | None
@@ -101,12 +107,25 @@ def _own(folder: Path, manifest: Manifest, slots: Mapping[str, int], config: Tie
         else:
             reader = store = open_experts(folder)
             closing.callback(store.close)
-        host = closing.enter_context(HostTier(reader, slots=slots, loaders=config.loaders, policy=config.policy))
+            if not is_checkpoint(folder) and is_cache(store_folder(folder)):
+                from moetier.tiers.objects.cache import CachedStore
+
+                assert isinstance(store, CachedStore)
+                shares, where = store.shares, f"this process, from {store.address}"
+        fills = not config.daemon.addresses and store is not None and store.is_local
+        host = closing.enter_context(
+            HostTier(reader, slots=slots, loaders=config.loaders, policy=config.policy, fills=fills)
+        )
         learner = closing.enter_context(contextlib.closing(Learner(host))) if config.learn else None
         if store is not None:
             store.on_fault(host.condemn)
             store.on_recovery(host.count_failure)
+        elsewhere = None
         if config.daemon.addresses:
+            if computes and config.remote_compute != "off":
+                from moetier.runtime.client.elsewhere import Elsewhere
+
+                elsewhere = Elsewhere(spread, host)
             # closed before the tier, whose close() waits for reads, which may wait for daemons
             closing.callback(spread.close)
-        return Origin(host, where, closing.pop_all().close, learner, shares)
+        return Origin(host, where, closing.pop_all().close, learner, shares, elsewhere=elsewhere)

@@ -18,6 +18,7 @@ from moetier.runtime.checkpoint.experts import read_manifest
 from moetier.runtime.config import TierConfig
 from moetier.runtime.kernels.api import Kernels
 from moetier.runtime.kernels.choose import kernels_for
+from moetier.runtime.kernels.packed import PackedKernels
 from moetier.runtime.memory import Available, memory_for_model
 from moetier.runtime.moe.gates import Observation
 from moetier.runtime.speculation.speculation import Speculation
@@ -79,7 +80,8 @@ class Tiers:
             return slots_for(manifest, needs.host_budget(manifest, config.ram, memory_for_model(), device))
 
         with contextlib.ExitStack() as undo:
-            origin = open_origin(folder, manifest, config, host_slots)
+            on_cpu = isinstance(kernels, PackedKernels)
+            origin = open_origin(folder, manifest, config, host_slots, computes=on_cpu)
             undo.callback(origin.close)
             source: HostViews | DeviceTier = HostViews(origin.host)
             if device.type == "cuda":
@@ -106,6 +108,7 @@ class Tiers:
         self.daemon = origin.daemon  # the host tier, if it belongs to a daemon on this host
         self.learns = origin.learner is not None
         self.shares = origin.shares  # returns what came from each daemon of another host, and from the store
+        self.elsewhere = origin.elsewhere  # computes experts at daemons of other hosts; None if there are none
         self.device = device
         self.kernels = kernels
         self.speculation: Speculation | None = None

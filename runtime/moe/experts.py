@@ -8,7 +8,7 @@ together in one call of compiled code, directly from their records (``kernels/ex
 single token are resident, it takes no lease: compiled code looks the records up, and proves afterwards that none of
 them was replaced. The result of the quick way does not depend on which experts are available together. A module whose
 activation compiled code does not have (``activation.py``), or which norms its outputs, is computed one expert after the
-other too, but with products from records (``kernels/gemm.py``).
+other too, but with products from records (``kernels/packed.py``).
 """
 
 from __future__ import annotations
@@ -16,19 +16,20 @@ from __future__ import annotations
 import threading
 from array import array
 from collections import deque
-from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
-from moetier.runtime.kernels.api import Kernels, moved_error
-from moetier.runtime.kernels.emitter import FLOATS
+from moetier.runtime.kernels.api import FLOATS, Kernels, moved_error
+from moetier.runtime.kernels.expert_code import Activation
 from moetier.runtime.kernels.expert_kernels import ExpertKernels
-from moetier.runtime.kernels.gemm import PackedKernels
+from moetier.runtime.kernels.packed import PackedKernels
+from moetier.runtime.kernels.snapshot import numbers_of
 from moetier.tiers.errors import ConfigError, MoetierError
 from moetier.tiers.layout import ExpertKey, RecordLayout
 from moetier.tiers.quant.codec import sections
@@ -42,6 +43,40 @@ ROWS = 256  # largest number of rows computed together in the quick way, which l
 _open = threading.local()  # ``source``: the source of this thread's leases that have not ended regularly
 
 
+# for each expert: the numbers of the rows of x that it computes, and the row of the outputs for each
+Rows = Mapping[int, tuple[Sequence[int], Sequence[int]]]
+
+
+class Sent(Protocol):
+    """Interface of computations that other hosts do."""
+
+    @property
+    def experts(self) -> Collection[int]:
+        """The experts that are computed elsewhere."""
+
+    def collect(self, outputs: int) -> list[int]:
+        """Wait for the outputs, and write them to their rows of ``outputs``, an address.
+
+        Return the experts that no host has computed.
+        """
+
+    def close(self) -> None:
+        """Cancel what is not collected. Idempotent."""
+
+
+class Elsewhere(Protocol):
+    """Interface of an object that has experts computed on other hosts."""
+
+    def note(self, block: int, experts: Sequence[int]) -> None:
+        """Note that one token has used experts of a block, which are all here."""
+
+    def send(self, products: ExpertKernels, block: int, x: int, tokens: int, rows: Rows) -> Sent:
+        """Begin to compute those experts of ``rows`` that are better computed elsewhere.
+
+        ``x`` is the address of the hidden states [tokens, hidden]. The caller closes the result.
+        """
+
+
 @dataclass(frozen=True, slots=True)
 class TieredBlock:
     """State of an experts module whose parameters were removed, stored as the module's attribute ``tiered``."""
@@ -53,8 +88,10 @@ class TieredBlock:
     device: torch.device  # device of the records
     # called once for each demand with the block and the experts
     demanded: Callable[[int, Collection[int]], None] | None = None
-    # kernels for the quick way, by type of the hidden states; None: the block is computed in the exact way
-    compiled: dict[torch.dtype, ExpertKernels | None] = field(default_factory=dict)
+    # by type of the hidden states and parts of the module: the module's numbers, and kernels for the quick way. Without
+    # kernels (None) the block is computed in the exact way
+    compiled: dict[Any, tuple[dict[str, Any], ExpertKernels | None]] = field(default_factory=dict)
+    elsewhere: Elsewhere | None = None  # computes absent experts on other hosts, if the quick way is used
 
 
 def experts_modules(model: nn.Module) -> dict[str, Any]:
@@ -88,15 +125,44 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     here: TieredBlock = self.tiered
     if hidden_states.device != here.device:
         raise moved_error(hidden_states.device, here.device)
-    if (cut := getattr(_open, "source", None)) is not None:
-        _open.source = None
-        with suppress(MoetierError):  # the source may be closed, or belong to another process
-            cut.reclaim()
+    _end_open_leases()
     if not torch.is_grad_enabled():
         return _compute(self, here, hidden_states, top_k_index, top_k_weights)
     with torch.no_grad():
         out = _compute(self, here, hidden_states, top_k_index, top_k_weights)
     return without_gradient(out, hidden_states, top_k_weights)
+
+
+def one_token(
+    module: Any, x: Tensor, experts: Sequence[int], weights: Tensor, residual: Tensor | None
+) -> Tensor | None:
+    """Compute ``experts_forward`` of one token without gradients, and add the residual if there is one.
+
+    Args:
+        module: the Experts module.
+        x: [1, hidden] on a CPU.
+        experts: [top_k].
+        weights: [1, top_k].
+        residual: [1, hidden], in the type of x; it may have more leading dimensions of size 1.
+
+    Returns:
+        The sum, in the shape of ``residual``, else [1, hidden]; None if the compiled code can't compute these inputs.
+    """
+    here: TieredBlock | None = getattr(module, "tiered", None)
+    if here is None or here.device != x.device or weights.dtype not in FLOATS:
+        return None
+    kernels = _kernels_of(module, here, x.dtype)
+    if kernels is None or kernels.dtype != x.dtype or x.shape[1] != kernels.width:
+        return None
+    _end_open_leases()
+    return _one_token(kernels, here, x, experts, weights, residual)
+
+
+def _end_open_leases() -> None:
+    if (cut := getattr(_open, "source", None)) is not None:
+        _open.source = None
+        with suppress(MoetierError):  # the source may be closed, or belong to another process
+            cut.reclaim()
 
 
 def _compute(
@@ -198,15 +264,22 @@ def _kernels_of(module: Any, here: TieredBlock, dtype: torch.dtype) -> ExpertKer
 
     Without it, experts are computed one after the other (``_eager``).
     """
-    if dtype not in here.compiled:
+    kind = (dtype, *module._modules.values())
+    numbers, found = here.compiled.get(kind, (None, None))
+    if numbers is None or not numbers.items() <= vars(module).items():
         found = None
-        if isinstance(here.kernels, PackedKernels):
-            activation = activation_of(module)
-            if activation is not None and ExpertKernels.fit(here.layout, activation):
-                kind = dtype if dtype in FLOATS else torch.float32
-                found = ExpertKernels(here.layout, activation, kind, module.num_experts, here.kernels.processor)
-        here.compiled[dtype] = found
-    return here.compiled[dtype]
+        activation = quick_activation(module, here.layout, here.kernels)
+        if activation is not None and isinstance(here.kernels, PackedKernels):
+            computed = dtype if dtype in FLOATS else torch.float32
+            found = ExpertKernels(here.layout, activation, computed, module.num_experts, here.kernels.processor)
+        here.compiled[kind] = (numbers_of(module), found)
+    return found
+
+
+def quick_activation(module: Any, layout: RecordLayout, kernels: Kernels) -> Activation | None:
+    """Return the activation with which a block's experts are computed in the quick way; None if they can't be."""
+    activation = activation_of(module) if isinstance(kernels, PackedKernels) else None
+    return activation if activation is not None and ExpertKernels.fit(layout, activation) else None
 
 
 # -- exactly -----------------------------------------------------------------------------------------------------------
@@ -265,26 +338,34 @@ def _quick(
         raise ValueError(f"hidden states, experts and weights of shapes {given}, where hidden is {kernels.width}")
     weights = top_k_weights if top_k_weights.dtype in FLOATS else top_k_weights.float()
     x, weights = hidden_states.to(kernels.dtype).contiguous(), weights.contiguous()
-    out = _one_token(kernels, here, x, top_k_index, weights) if len(x) == 1 else None
+    out = _one_token(kernels, here, x, top_k_index.tolist()[0], weights) if len(x) == 1 else None
     return (_tokens(kernels, here, x, top_k_index, weights) if out is None else out).to(hidden_states.dtype)
 
 
 def _one_token(
-    kernels: ExpertKernels, here: TieredBlock, x: Tensor, top_k_index: Tensor, weights: Tensor
+    kernels: ExpertKernels,
+    here: TieredBlock,
+    x: Tensor,
+    experts: Sequence[int],
+    weights: Tensor,
+    residual: Tensor | None = None,
 ) -> Tensor | None:
-    """Compute a single token, x [1, hidden]. Returns None if the router names an expert twice, or one not of the block.
+    """Compute a single token, x [1, hidden], and add ``residual`` if there is one.
 
-    If all experts are resident, they are found and used without a lease.
+    If all experts are resident, they are found and used without a lease. Returns [1, hidden], or the shape of
+    ``residual``; None if the router names an expert twice, or an expert that the block does not have.
     """
-    (experts,) = top_k_index.tolist()
     if not experts or len(set(experts)) < len(experts):
         return None
     residents = here.source.residents(here.block)
-    if residents is not None and (token := kernels.one_token(len(experts), weights.dtype)).find(experts, residents):
+    token = kernels.one_token(len(experts), weights.dtype, has_residual=residual is not None)
+    if residents is not None and token.find(experts, residents):
         here.source.note_uses(here.block, experts)
+        if here.elsewhere is not None:
+            here.elsewhere.note(here.block, experts)
         if here.demanded is not None:
             here.demanded(here.block, experts)
-        if (out := token.compute(x, weights)) is not None:
+        if (out := token.compute(x, weights, residual)) is not None:
             return out
         here.source.take_back_uses(here.block, experts)
         here = replace(here, demanded=None)  # it was called already
@@ -292,14 +373,18 @@ def _one_token(
         return None
     places = {expert: place for place, expert in enumerate(experts)}
     outputs = torch.empty(len(experts), x.shape[1], dtype=x.dtype)
-    with closing(groups(here, places)) as arriving:
-        for leases in arriving:
-            jobs = [number for row, lease in enumerate(leases) for number in (lease.record.data_ptr(), row, 1)]
-            at = array("q", [places[lease.key.expert] for lease in leases])
-            kernels.compute(x, array("q", jobs), at, outputs)
-            for lease in leases:
-                lease.holds()  # if a lease does not hold, its expert is leased and computed again
-    return kernels.add_up(outputs, weights)
+
+    def compute(leases: Sequence[Lease[Tensor]]) -> None:
+        jobs = [number for row, lease in enumerate(leases) for number in (lease.record.data_ptr(), row, 1)]
+        at = array("q", [places[lease.key.expert] for lease in leases])
+        kernels.compute(x, array("q", jobs), at, outputs)
+
+    def placed() -> Rows:
+        return {expert: ([0], [place]) for expert, place in places.items()}
+
+    _experts(kernels, here, x, places, placed, compute, outputs)
+    out = kernels.add_up(outputs, weights)
+    return out if residual is None else residual + out
 
 
 def _tokens(kernels: ExpertKernels, here: TieredBlock, x: Tensor, top_k_index: Tensor, weights: Tensor) -> Tensor:
@@ -307,19 +392,57 @@ def _tokens(kernels: ExpertKernels, here: TieredBlock, x: Tensor, top_k_index: T
     tokens, k = top_k_index.shape
     rows = rows_of_experts(top_k_index, kernels.experts)
     outputs = x.new_zeros(tokens * k, x.shape[1])
-    with closing(groups(here, rows)) as arriving:
-        for leases in arriving:
-            for batch in _batches(leases, rows):
-                jobs, first = array("q"), 0
-                for lease, token, _ in batch:
-                    jobs.extend((lease.record.data_ptr(), first, len(token)))
-                    first += len(token)
-                gathered = torch.cat([token for _, token, _ in batch])
-                places = gathered * k + torch.cat([position for _, _, position in batch])
-                kernels.compute(x.index_select(0, gathered), jobs, array("q", places.tolist()), outputs)
-            for lease in leases:
-                lease.holds()  # as in ``_one_token``
+
+    def compute(leases: Sequence[Lease[Tensor]]) -> None:
+        for batch in _batches(leases, rows):
+            jobs, first = array("q"), 0
+            for lease, token, _ in batch:
+                jobs.extend((lease.record.data_ptr(), first, len(token)))
+                first += len(token)
+            gathered = torch.cat([token for _, token, _ in batch])
+            places = gathered * k + torch.cat([position for _, _, position in batch])
+            kernels.compute(x.index_select(0, gathered), jobs, array("q", places.tolist()), outputs)
+
+    def placed() -> Rows:
+        return {expert: (own.tolist(), (own * k + position).tolist()) for expert, (own, position) in rows.items()}
+
+    _experts(kernels, here, x, rows, placed, compute, outputs)
     return kernels.add_up(outputs, weights)
+
+
+def _experts(
+    kernels: ExpertKernels,
+    here: TieredBlock,
+    x: Tensor,
+    experts: Collection[int],
+    rows: Callable[[], Rows],
+    compute: Callable[[Sequence[Lease[Tensor]]], None],
+    outputs: Tensor,
+) -> None:
+    """Compute all ``experts`` of x [tokens, hidden], some of them on other hosts, and fill their rows of ``outputs``.
+
+    ``compute`` computes experts that are leased together. ``rows`` returns what each expert computes.
+    """
+    left = experts
+    if here.elsewhere is not None:
+        with closing(here.elsewhere.send(kernels, here.block, x.data_ptr(), len(x), rows())) as sent:
+            if sent.experts and here.demanded is not None:
+                here.demanded(here.block, experts)
+                here = replace(here, demanded=None)
+            _arriving(here, [expert for expert in experts if expert not in sent.experts], compute)
+            left = sent.collect(outputs.data_ptr())
+    _arriving(here, left, compute)
+
+
+def _arriving(here: TieredBlock, experts: Collection[int], compute: Callable[[Sequence[Lease[Tensor]]], None]) -> None:
+    """Call ``compute`` with the leases of experts that are available together, until all were computed."""
+    if not experts:
+        return
+    with closing(groups(here, experts)) as arriving:
+        for leases in arriving:
+            compute(leases)
+            for lease in leases:
+                lease.holds()  # if a lease does not hold, its expert is leased and computed again
 
 
 Batch = list[tuple[Lease[Tensor], Tensor, Tensor]]  # (lease, tokens that use it, their positions in the top-k)

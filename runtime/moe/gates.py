@@ -7,7 +7,6 @@ called by ``forward``, which bypasses hooks and recorders on them.
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from moetier.tiers.closeable import Closeable
 
 from .experts import experts_modules
+from .routers import argument_names
 
 GATE_NAMES = ("gate", "router")
 # names of the norm before the gate; the first that the decoder layer has is used
@@ -200,24 +200,33 @@ class Observation(Closeable):
             handle.remove()
 
 
+class Observer:
+    """Hook of torch that changes nothing. Code that computes a module's result by other means can call it, too."""
+
+    def __init__(self, call: Callable[..., None], see: Callable[..., tuple[Any, ...]]) -> None:
+        """``see`` takes the arguments that torch gives to the hook, and returns those with which ``call`` is called."""
+        self._call = call
+        self._see = see
+
+    def __call__(self, *given: Any) -> None:  # a value returned here would replace the module's input or output
+        self._call(*self._see(*given))
+
+
 def _before(module: nn.Module, block: int, call: Callable[..., None], *places: int) -> RemovableHandle:
     """Register a hook that calls ``call`` with the block and some of the module's arguments before the module runs.
 
     ``places`` are the indices of these arguments. Keyword arguments are counted after the positional ones.
     """
 
-    def hook(_: nn.Module, positional: tuple[Any, ...], named: dict[str, Any] | None = None) -> None:
+    def see(_: nn.Module, positional: tuple[Any, ...], named: dict[str, Any] | None = None) -> tuple[Any, ...]:
         given = [*positional, *(named or {}).values()]  # None if the hook was removed while torch was about to call it
-        call(block, *(given[place] for place in places))
+        return block, *(given[place] for place in places)
 
-    return module.register_forward_pre_hook(hook, with_kwargs=True)
+    return module.register_forward_pre_hook(Observer(call, see), with_kwargs=True)
 
 
-def _at_gate(call: Callable[[int, Tensor], None], gate: Gate) -> Callable[[nn.Module, Any, Any], None]:
-    def hook(_: nn.Module, given: Any, output: Any) -> None:  # a value returned here would replace the output
-        call(gate.block, gate.probabilities(output))
-
-    return hook
+def _at_gate(call: Callable[[int, Tensor], None], gate: Gate) -> Observer:
+    return Observer(call, lambda module, given, output: (gate.block, gate.probabilities(output)))
 
 
 def _gate(model: Any, block: int, path: str, paths: list[str]) -> Gate:
@@ -253,7 +262,7 @@ def _gate(model: Any, block: int, path: str, paths: list[str]) -> Gate:
         return replace(found, refusal=f"{type(parent).__name__} has no {' and no '.join(GATE_NAMES)}.")
     if entry is None:
         return replace(found, refusal=f"{type(layer).__name__} has no norm of a known name.")
-    arguments = tuple(inspect.signature(gate.forward).parameters)[1:]
+    arguments = tuple(argument_names(gate))
     if unknown := [name for name in arguments if not hasattr(parent, name)]:
         why = f"{type(gate).__name__} wants {' and '.join(unknown)}, known only at its turn."
         return replace(found, refusal=why)

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from moetier.runtime.kernels.api import Kernels, moved_error
-from moetier.runtime.kernels.gemm import PackedKernels
+from moetier.runtime.kernels.packed import PackedKernels
 from moetier.runtime.kernels.row import RowMatrix
 from moetier.tiers.errors import StoreFormatError
 from moetier.tiers.layout import RecordLayout
 from moetier.tiers.manifest import TrunkRecords
 from moetier.tiers.quant.codec import layout_for
+from moetier.tiers.quant.gguf import decode_blocks
 
 from .experts import without_gradient
 
@@ -90,6 +91,42 @@ def quantized_linears(model: nn.Module) -> list[QuantizedLinear]:
     return [module for module in model.modules() if isinstance(module, QuantizedLinear)]
 
 
+class QuantizedEmbedding(nn.Module):
+    """Embedding whose table is in a record, in the coding of a checkpoint. Rows are decoded when they are looked up."""
+
+    record: Tensor  # uint8 [layout.payload_bytes]
+
+    def __init__(self, layout: RecordLayout, dtype: torch.dtype) -> None:
+        """``dtype``: the type of the numbers that are looked up. The record is on the meta device at first."""
+        super().__init__()
+        (self.projection,) = layout.projections
+        self.dtype = dtype
+        self.register_buffer("record", torch.empty(layout.payload_bytes, dtype=torch.uint8, device="meta"))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Look up token ids: [tokens] -> [tokens, columns]. There may be other leading dimensions."""
+        rows = self.record.view(self.projection.rows, -1)[ids.reshape(-1)]
+        return decode_blocks(rows, self.projection.coding).to(self.dtype).view(*ids.shape, -1)
+
+    def extra_repr(self) -> str:
+        """Return sizes and coding for the module's repr."""
+        return f"{self.projection.rows}, {self.projection.columns}, coding={self.projection.coding}"
+
+
+def replace_modules(model: Any, layouts: Mapping[str, RecordLayout]) -> None:
+    """Replace linear modules and embeddings by modules whose weights are in records, on the meta device.
+
+    ``layouts`` has the layout of each module's record, by the module's path.
+    """
+    for path, layout in layouts.items():
+        module = model.get_submodule(path)
+        is_linear = type(module) is nn.Linear
+        made = QuantizedLinear(module, layout) if is_linear else QuantizedEmbedding(layout, module.weight.dtype)
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, made)
+        model.all_tied_weights_keys.pop(f"{path}.{WEIGHT}", None)
+
+
 def replace_linears(model: Any, records: Mapping[str, int], form: TrunkRecords) -> None:
     """Replace the linear modules at the paths in ``records`` by QuantizedLinear modules on the meta device.
 
@@ -98,6 +135,7 @@ def replace_linears(model: Any, records: Mapping[str, int], form: TrunkRecords) 
     path, or one of another size.
     """
     linears = {path: module for path, module in model.named_modules() if type(module) is nn.Linear}
+    layouts = {}
     for path, nbytes in records.items():
         linear = linears.get(path)
         layout = None if linear is None else matrix_layout(linear.out_features, linear.in_features, form)
@@ -107,6 +145,5 @@ def replace_linears(model: Any, records: Mapping[str, int], form: TrunkRecords) 
                 f"The trunk has a record of {nbytes:,} bytes for {path}, which in {type(model).__name__} is {what}.",
                 "Check that config.json belongs to this directory, or convert the model again.",
             )
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, QuantizedLinear(linear, layout))
-        model.all_tied_weights_keys.pop(f"{path}.{WEIGHT}", None)
+        layouts[path] = layout
+    replace_modules(model, layouts)

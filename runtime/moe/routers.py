@@ -1,24 +1,31 @@
 """Compute a router's choice of experts in one call.
 
-Whether this can be done is found by a trial, because architectures write routers in many ways.
+Whether this can be done is found by a trial with the first row of each type, because architectures write routers in
+many ways.
 """
 
 from __future__ import annotations
 
+import copy
+import functools
 import inspect
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moetier.runtime.kernels.routing import Routing, RoutingForm
+from moetier.runtime.kernels.snapshot import numbers_of
 
 from .experts import experts_modules
 
 _TRIED_ROWS = 64  # random states with which a router is tried
-_FACTORS = ("routed_scaling_factor",)  # attributes of routers that multiply weights
+# attributes of routers: by which weights are multiplied; numbers of groups, and of groups to choose from
+_FACTORS, _GROUPS = ("routed_scaling_factor", "router_scaling_factor"), ("num_group", "topk_group")
 # relative difference between a router's weights and ours, by their type
 _SAME = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
@@ -26,69 +33,204 @@ _SAME = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 class QuickRouter:
     """Class that is put before the class of a router among the base classes, so that its ``forward`` comes first.
 
-    With gradients, or for inputs that ``Routing`` refuses, the module computes as before.
+    With gradients, or for inputs that ``OneRowRouter`` refuses, the module computes as before.
     """
 
-    quick_routing: Routing
+    quick_router: OneRowRouter
     weight: Tensor
-    bias: Tensor | None
 
-    def forward(self, hidden_states: Tensor) -> Any:
-        """Return logits [tokens, experts], weights [tokens, top_k] and experts [tokens, top_k] of a row."""
-        found = self.quick_routing.of(hidden_states, self.weight, getattr(self, "bias", None))
-        return super().forward(hidden_states) if found is None else found  # type: ignore[misc]
+    def forward(self, hidden_states: Tensor, *more: Any) -> Any:
+        """Return logits [tokens, experts], weights [tokens, top_k] and experts [tokens, top_k] of a row.
+
+        ``more`` has the router's further arguments: none, or a correction [experts].
+        """
+        found = self.quick_router.of(self, hidden_states, *more)
+        return super().forward(hidden_states, *more) if found is None else found  # type: ignore[misc]
+
+
+class OneRowRouter:
+    """A router for single rows. Threads may use it at the same time."""
+
+    def __init__(self, known: dict[Any, RoutingForm | None]) -> None:
+        """``known``: forms of routers that were tried. Routers that differ only in their weights are tried once."""
+        self._known = known
+        # by type of rows: the numbers of the router's module, and its choice with them
+        self._routings: dict[torch.dtype, tuple[dict[str, Any], Routing | None]] = {}
+
+    def __deepcopy__(self, _: Any) -> OneRowRouter:
+        return OneRowRouter(self._known)
+
+    def routing(self, router: Any, dtype: torch.dtype) -> Routing | None:
+        """Return the choice of a router for rows of a type; None if compiled code does not have it."""
+        numbers, found = self._routings.get(dtype, (None, None))
+        if numbers is None or not numbers.items() <= vars(router).items():
+            numbers = numbers_of(router)
+            sizes = [(name, tensor.shape, tensor.dtype) for name, tensor in router.state_dict().items()]
+            key = (dtype, plain_class(router), id(getattr(router, "config", None)), *numbers.items(), *sizes)
+            if key not in self._known:
+                self._known[key] = _trial(router, dtype)
+            form = self._known[key]
+            found = None if form is None else Routing(form)
+            self._routings[dtype] = (numbers, found)
+        return found
+
+    def of(self, router: Any, x: Tensor, *more: Any) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Return logits [1, experts], weights [1, top_k] and experts [1, top_k] of one row x [1, columns].
+
+        x may have other leading dimensions. Returns None for other inputs.
+        """
+        with torch._C.DisableTorchFunctionSubclass():  # attributes of a RowWeight are torch functions
+            weight = router._parameters["weight"]
+            if x.numel() != weight.shape[-1] or torch.is_grad_enabled() or len(more) > 1:
+                return None
+            routing = self.routing(router, x.dtype)
+            if routing is None:
+                return None
+            (correction,) = more or _buffers(router)
+            return routing.of(x, weight, router._parameters.get("bias"), correction)
+
+
+def tensors_of(router: Any, parent: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return matrix [experts, hidden], bias [experts] and correction [experts] of a router that ``parent`` calls."""
+    (correction,) = _buffers(router)
+    for name in argument_names(router):
+        correction = getattr(parent, name, None)
+    return router._parameters["weight"], router._parameters.get("bias"), correction
+
+
+def _buffers(router: Any) -> list[Tensor | None]:
+    return [*router._buffers.values()] or [None]
+
+
+def argument_names(router: Any) -> list[str]:
+    """Return the names of the arguments of a router's own forward, without the hidden states.
+
+    They are those of the attributes of the router's parent that are given.
+    """
+    return [*inspect.signature(plain_class(router).forward).parameters][2:]  # type: ignore[attr-defined]
+
+
+def plain_class(module: Any) -> type:
+    """Return the class of a module without QuickRouter."""
+    kinds = type(module).__mro__
+    return kinds[kinds.index(QuickRouter) + 1] if isinstance(module, QuickRouter) else kinds[0]
+
+
+@functools.cache
+def quick_class(quick: type, kind: type) -> type:
+    """Return a class like ``kind``, with ``quick`` before it among the base classes."""
+    return type(kind.__name__, (quick, kind), {"__module__": kind.__module__})
 
 
 def use_quick_routers(model: PreTrainedModel) -> None:
-    """Put QuickRouter before the class of each router whose results for random states are those of a ``Routing``.
-
-    Each such module gets a new class of its own.
-    """
-    known: dict[Any, RoutingForm | None] = {}  # routers that differ only in their weights are tried once
+    """Put QuickRouter before the class of each module that may be a router with a RoutingForm."""
+    known: dict[Any, RoutingForm | None] = {}
     for path, experts in experts_modules(model).items():
         for module in model.get_submodule(path.rpartition(".")[0]).children():
             weight = module._parameters.get("weight")
-            if weight is None or weight.dim() != 2 or len(weight) != experts.num_experts:
-                continue
-            numbers = [(name, value) for name, value in vars(module).items() if isinstance(value, int | float | str)]
-            sizes = [(name, tensor.shape, tensor.dtype) for name, tensor in module.state_dict().items()]
-            key = (type(module), id(getattr(module, "config", None)), *numbers, *sizes)
-            if key not in known:
-                known[key] = _trial(module, model.dtype)
-            if (form := known[key]) is not None:
-                kind = type(module)
-                own = {"__module__": kind.__module__, "quick_routing": Routing(form)}
-                module.__class__ = type(kind.__name__, (QuickRouter, kind), own)
+            if (
+                weight is not None
+                and weight.dim() == 2
+                and len(weight) == experts.num_experts
+                and not isinstance(module, nn.Linear)
+                and is_router(module)
+            ):
+                module.__dict__["quick_router"] = OneRowRouter(known)
+                module.__class__ = quick_class(QuickRouter, type(module))  # type: ignore[arg-type] # classes have a hash
+
+
+def is_router(module: Any) -> bool:
+    """Return whether a module has no other tensors than a router: by chance they may do nothing in a trial."""
+    return (
+        module._parameters.keys() <= {"weight", "bias"}
+        and not module._modules
+        and len(module._buffers) + len(argument_names(module)) <= 1
+    )
 
 
 @torch.no_grad()
-def _trial(module: Any, dtype: torch.dtype) -> RoutingForm | None:
-    """Compare a router with ``Routing`` on a few states; return its form if they agree."""
-    weight, bias = module._parameters["weight"], module._parameters.get("bias")
-    others = module._parameters.keys() | module._buffers.keys() | module._modules.keys()
-    if others - {"weight", "bias"} or len(inspect.signature(type(module).forward).parameters) != 2:
-        return None
-    if not Routing.fits(weight, bias):
-        return None
-    x = torch.randn(_TRIED_ROWS, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(dtype)
-    try:
-        logits, weights, experts = module(x)
-    except Exception:  # it needs or gives something else
-        return None
-    if logits.shape != (_TRIED_ROWS, len(weight)) or weights.dtype not in _SAME or experts.dtype != torch.int64:
-        return None
-    near = _SAME[weights.dtype]
-    own = F.linear(x.to(weight.dtype), weight, bias)
-    top_k = experts.shape[-1]
-    if not torch.allclose(own, logits.to(own.dtype), rtol=0.05, atol=0.05) or not torch.equal(
-        logits.gather(-1, experts), logits.topk(top_k).values
+def _trial(router: Any, dtype: torch.dtype) -> RoutingForm | None:
+    """Compare a router with the forms that it may have, on states of a type. Return the one that agrees."""
+    twin = copy.copy(router)
+    twin.__class__ = plain_class(router)
+    weight, bias = twin._parameters["weight"], twin._parameters.get("bias")
+    experts, columns = weight.shape
+    random = torch.Generator().manual_seed(0)
+
+    def numbers(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=random)
+
+    # A correction that shows, and logits of all signs; then such logits that what is added to their sum shows. Their
+    # scores are negative with the correction, so that another choice than the best of some groups shows.
+    correction = 0.1 * numbers(experts) - 0.5
+    if twin._buffers:
+        ((name, buffer),) = twin._buffers.items()
+        correction = correction.to(buffer.dtype)
+        twin.__dict__["_buffers"] = {name: correction}
+    given = [correction] if argument_names(router) else []
+    matrices = weight, (numbers(experts, columns) / columns - 20 / columns).to(weight.dtype)
+    states = numbers(_TRIED_ROWS, columns).to(dtype), torch.ones(_TRIED_ROWS, columns, dtype=dtype)
+    found = [*_forms(twin, has_correction=bool(twin._buffers or given))]
+    for matrix, x in zip(matrices, states, strict=True):
+        twin.__dict__["_parameters"] = twin._parameters | {"weight": matrix}
+        try:
+            logits, weights, chosen = twin(x, *given)
+        except Exception:  # it needs or gives something else
+            return None
+        if logits.shape != (_TRIED_ROWS, experts) or weights.dtype not in _SAME or chosen.dtype != torch.int64:
+            return None
+        is_rounded = torch.equal(logits, logits.to(weight.dtype).to(logits.dtype))
+        product = weight.dtype if is_rounded else torch.float32
+        own = F.linear(x.to(product), matrix.to(product), None if bias is None else bias.to(product))
+        if not torch.allclose(own, logits.to(own.dtype), rtol=0.05, atol=0.05):
+            return None
+        kinds = {"logit_dtype": logits.dtype, "weight_dtype": weights.dtype, "product_dtype": product}
+        found = [form._replace(top_k=chosen.shape[-1], **kinds) for form in found]
+        found = [form for form in found if _agrees(form, logits, weights, chosen, correction)]
+    return next((form for form in found if Routing(form).fits(weight, bias, _like(form, correction))), None)
+
+
+def _like(form: RoutingForm, correction: Tensor) -> Tensor | None:
+    return correction if form.has_correction else None
+
+
+def _forms(router: Any, *, has_correction: bool) -> Iterator[RoutingForm]:
+    """Yield the forms that a router may have. Types and top_k are still to be set."""
+    attributes = vars(router)
+    factors = [float(value) for name in _FACTORS if isinstance(value := attributes.get(name), float | int)]
+    groups, best_groups = (attributes.get(name) for name in _GROUPS)
+    divided = [(1, 1, 0)]
+    if isinstance(groups, int) and isinstance(best_groups, int) and groups > best_groups > 0:
+        divided += [(groups, best_groups, best) for best in (1, 2)]
+    for is_sigmoid, normalised, factor, division in itertools.product(
+        [True] if has_correction else [False, True], [False, True], [1.0, *factors], divided
     ):
-        return None
-    shares = logits.float().softmax(-1).gather(-1, experts)
-    factors = [1.0, *(float(value) for name in _FACTORS if isinstance(value := getattr(module, name, None), float))]
-    for normalised in (False, True):
-        for factor in factors:
-            wanted = factor * (shares / shares.sum(-1, keepdim=True) if normalised else shares)
-            if torch.allclose(weights.float(), wanted, rtol=near, atol=near / 100):
-                return RoutingForm(top_k, normalised, factor, logits.dtype, weights.dtype)
-    return None
+        if is_sigmoid or division[2] < 2:  # scores of a softmax are not at hand when experts are chosen
+            kinds = (torch.float32, torch.float32, None)
+            yield RoutingForm(0, normalised, factor, *kinds, is_sigmoid, has_correction, *division)
+
+
+def _agrees(form: RoutingForm, logits: Tensor, weights: Tensor, chosen: Tensor, correction: Tensor) -> bool:
+    """Return whether a router with a form makes this choice from ``logits`` [rows, experts].
+
+    ``weights`` and ``chosen`` are [rows, top_k], ``correction`` [experts].
+    """
+    logits = logits.float()
+    scores = logits.sigmoid() if form.is_sigmoid else logits.softmax(-1)
+    ranks = scores if form.is_sigmoid else logits
+    if form.has_correction:
+        ranks = ranks + correction
+    if form.best_of_group:
+        by_group = ranks.view(len(ranks), form.groups, -1)
+        if by_group.shape[-1] < form.best_of_group:
+            return False
+        best = by_group.topk(form.best_of_group).values.sum(-1).topk(form.best_groups).indices
+        is_best = torch.zeros(by_group.shape[:-1], dtype=torch.bool).scatter(-1, best, value=True)
+        ranks = by_group.masked_fill(~is_best[..., None], -torch.inf).flatten(-2)
+    if not torch.equal(ranks.gather(-1, chosen).sort().values, ranks.topk(form.top_k).values.sort().values):
+        return False
+    shares = scores.gather(-1, chosen)
+    if form.normalised:
+        shares = shares / shares.sum(-1, keepdim=True)
+    near = _SAME[weights.dtype]
+    return torch.allclose(weights.float(), form.factor * shares, rtol=near, atol=near / 1000)

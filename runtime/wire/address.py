@@ -1,7 +1,8 @@
 """Addresses of daemons, credentials of clients, and cards, by which processes find the daemons of this host.
 
 The address of a daemon on this host is the folder of its Unix sockets, which only the daemon's user may enter. The
-address of a daemon on another host is HOST:PORT. The folder also holds the daemon's card, daemon.json.
+address of a daemon on another host is HOST:PORT. dns:///HOST:PORT means several daemons: one at each IP address of the
+name HOST. The folder also holds the daemon's card, daemon.json.
 """
 
 from __future__ import annotations
@@ -10,18 +11,20 @@ import contextlib
 import json
 import os
 import re
+import socket
 import stat
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from moetier.tiers.errors import ConfigError, RefusedError
+from moetier.tiers.errors import ConfigError, RefusedError, UnavailableError
 
 DEFAULT_NAME = "default"
 SOCKET = "grpc.sock"  # the gRPC service
 CONTROL_SOCKET = "side.sock"  # gives clients a session id and the arena's descriptor
 CARD = "daemon.json"
 DIGEST_CHARS = 12  # characters of a digest that are shown: enough to tell two stores of one model apart
+_DNS = "dns:///"
 _NAME = re.compile(r"[\w-][\w.-]*")
 _HOST_PORT = re.compile(r"(\[[0-9a-fA-F:.%\w]+\]|[^\s:/\[\]]+):(\d{1,5})")
 _LOOPBACK = re.compile(r"localhost|127(\.\d{1,3}){3}|\[::1\]")
@@ -30,29 +33,36 @@ _MAX_PATH_BYTES = 107  # longest path of a Unix socket (unix(7))
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Address of one daemon: a ``folder`` of Unix sockets on this host, or a ``target`` HOST:PORT."""
+    """Address of a daemon: a ``folder`` of Unix sockets on this host, or a ``target`` HOST:PORT.
+
+    With ``is_group`` it is the address of several daemons: one at each IP address of the target's host, at that port.
+    ``tls_name`` is the name that the daemon's certificate must have, if it is not the target's host.
+    """
 
     folder: Path | None = None
     target: str = ""
+    is_group: bool = False
+    tls_name: str = ""
 
     @classmethod
     def parse(cls, text: str) -> Address:
         """Parse the address of a daemon.
 
         ``"NAME"`` means the folder NAME in ``runtime_folder()``. A text with a slash is the path of a folder:
-        ``"/a/folder"``, ``"./a/folder"``. A daemon on another host is ``"HOST:PORT"`` or ``"[IPV6]:PORT"``. Raises
-        ConfigError for any other text, and for a path that is too long for a Unix socket.
+        ``"/a/folder"``, ``"./a/folder"``. A daemon on another host is ``"HOST:PORT"`` or ``"[IPV6]:PORT"``, and
+        ``"dns:///HOST:PORT"`` a group of them. Raises ConfigError for any other text, and for a path that is too long
+        for a Unix socket.
         """
-        if "/" in text:
+        if "/" in text and not text.startswith("dns://"):
             return cls.of(Path(text))
         if _NAME.fullmatch(text):
             return cls.of(runtime_folder() / text)
-        match = _HOST_PORT.fullmatch(text)
+        match = _HOST_PORT.fullmatch(text.removeprefix(_DNS))
         if match and 0 < int(match.group(2)) < 65536:
-            return cls(target=text)
+            return cls(target=match.group(), is_group=text.startswith(_DNS))
         raise ConfigError(
             f"{text!r} is not the address of a daemon.",
-            'Give a name ("default"), the path of a daemon\'s folder, or "HOST:PORT".',
+            'Give a name ("default"), the path of a daemon\'s folder, "HOST:PORT", or "dns:///HOST:PORT".',
         )
 
     @classmethod
@@ -69,13 +79,31 @@ class Address:
             )
         return cls(folder=folder)
 
+    def resolve(self) -> list[Address]:
+        """Return the address of each daemon of a group, sorted by IP address as text.
+
+        Asks the system's resolver, which may take seconds. Raises UnavailableError if it can't resolve the name now.
+        """
+        host, _, port = self.target.rpartition(":")
+        host = host.strip("[]")
+        try:
+            found = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
+        except (OSError, ValueError) as error:
+            raise UnavailableError(
+                f"The name {host} can't be resolved: {getattr(error, 'strerror', None) or error}.",
+                "Check the name, and the DNS server of this machine.",
+            ) from None
+        ips = sorted({str(place[0]) for *_, place in found})
+        targets = [f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}" for ip in ips]
+        return [Address(target=target, tls_name=host.removesuffix(".")) for target in targets]
+
     @property
     def is_loopback(self) -> bool:
         """Whether packets to this TCP address stay on this host."""
         return _LOOPBACK.fullmatch(self.target.rpartition(":")[0]) is not None
 
     def __str__(self) -> str:
-        return self.target or str(self.folder)
+        return f"{_DNS if self.is_group else ''}{self.target}" or str(self.folder)
 
 
 @dataclass(frozen=True, slots=True)

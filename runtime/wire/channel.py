@@ -1,6 +1,7 @@
 """gRPC channels to a daemon: over its Unix socket, or over TCP with TLS and a token.
 
-The module also reads tokens, certificates and keys from files, for clients and for daemons.
+The module also has the limits of messages, and reads tokens, certificates and keys from files, for clients and
+for daemons.
 """
 
 from __future__ import annotations
@@ -26,6 +27,10 @@ from .address import SOCKET, Address, Credentials, check_folder
 _log = logging.getLogger(__name__)
 
 SERVICE = "moetier.v1.ExpertStore"
+
+MESSAGE_BYTES = 1 << 20  # largest message that a daemon takes
+# most of a call of Compute: rows and bytes of outputs, and bytes of hidden states, which fit one message
+OUTPUT_ROWS, OUTPUT_BYTES, INPUT_BYTES = 1024, 4 << 20, MESSAGE_BYTES - (16 << 10)
 
 OPTIONS: tuple[tuple[str, int], ...] = (
     # so that a peer that has vanished or hangs is noticed, even on an idle connection
@@ -79,7 +84,8 @@ def open_channel(address: Address, credentials: Credentials, *, bearer: str | No
                 )
             channel = grpc.insecure_channel(target, options=OPTIONS)
         else:
-            channel = grpc.secure_channel(target, _tls(credentials), options=OPTIONS)
+            name = (("grpc.ssl_target_name_override", address.tls_name),) if address.tls_name else ()
+            channel = grpc.secure_channel(target, _tls(credentials), options=(*OPTIONS, *name))
     return channel if bearer is None else grpc.intercept_channel(channel, _Bearer(bearer))
 
 

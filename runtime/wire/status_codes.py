@@ -59,6 +59,9 @@ ERRORS: dict[grpc.StatusCode, type[MoetierError]] = {
     Code.ALREADY_EXISTS: errors.AlreadyRunningError,
 }
 
+# what a gRPC call raises; ValueError: on a closed channel; the last two: no descriptor, memory or thread is left
+CALL_ERRORS = (grpc.RpcError, ValueError, OSError, RuntimeError)
+
 
 def code_of(error: BaseException) -> grpc.StatusCode:
     """Return the status code of an error."""
@@ -95,14 +98,18 @@ def abort(context: grpc.ServicerContext, error: BaseException) -> NoReturn:
     raise AssertionError  # abort has raised
 
 
-def error_of(error: grpc.RpcError | ValueError, target: str = "") -> MoetierError:
-    """Return this project's error for ``error``, which a gRPC call has raised.
+def error_of(error: grpc.RpcError | ValueError | OSError | RuntimeError, target: str = "") -> MoetierError:
+    """Return this project's error for ``error``, one of CALL_ERRORS, which a gRPC call has raised.
 
-    gRPC raises ValueError for a call on a closed channel. ``target`` is the daemon's HOST:PORT, or "" for a call over a
-    Unix socket.
+    ``target`` is the daemon's HOST:PORT, or "" for a call over a Unix socket.
     """
     if isinstance(error, ValueError):
         return UnavailableError("The connection to the daemon was closed.", "Connect again.")
+    if isinstance(error, OSError | RuntimeError):
+        return UnavailableError(
+            f"The daemon can't be called: {error}.",
+            "Free memory, or raise the limits of open files and threads (ulimit -n, ulimit -u).",
+        )
     call: Any = error  # every RpcError that a call raises is a grpc.Call too
     code: grpc.StatusCode = call.code()
     details = " ".join((call.details() or code.name).split())

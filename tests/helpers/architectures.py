@@ -37,6 +37,9 @@ FURTHER = {
 SINCE_5_24 = {"hy_v4_vl", "inkling2_loop", "lara_mini"}  # of FURTHER; transformers 5.23 has not got them
 FURTHER -= {name for name in SINCE_5_24 if not (MODELS / name).exists()}
 
+# values of a parameter, where a test of all types takes long and those of REQUIRED say most
+TYPES = [*sorted(REQUIRED), *(pytest.param(each, marks=pytest.mark.slow) for each in sorted(FURTHER))]
+
 TINY: dict[str, Any] = {
     "vocab_size": 256, "max_position_embeddings": 256, "hidden_size": 64, "num_hidden_layers": 3,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "sliding_window": 16,

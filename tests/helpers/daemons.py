@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from prepared import MAIN, Process, for_daemons
 from readers import PATIENCE
 
 from moetier.proto import expert_store_pb2 as pb
@@ -20,6 +21,8 @@ from moetier.proto.expert_store_pb2_grpc import ExpertStoreStub
 from moetier.runtime.wire.address import Address, Credentials, DaemonCard
 from moetier.runtime.wire.channel import open_channel
 from moetier.runtime.wire.control import ControlConnection
+
+PROGRAM = [sys.executable, "-m", "moetier.tools.main"]
 
 
 class DaemonProcess:
@@ -48,14 +51,7 @@ class DaemonProcess:
         os.close(low)
         try:
             with self._log.open("ab") as log:
-                self.process = subprocess.Popen(
-                    [*self.command, "--ready-fd", str(writing)],
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    pass_fds=[writing, *self._descriptors],
-                    env=self._environment,
-                )
+                self.process = self._started(writing, log.fileno())
             os.close(writing)
             writing = -1
             assert select.select([reading], [], [], PATIENCE)[0], f"it does not get ready:\n{self.log}"
@@ -70,6 +66,21 @@ class DaemonProcess:
             os.close(reading)
             if writing >= 0:
                 os.close(writing)
+
+    def _started(self, ready: int, log: int) -> subprocess.Popen[bytes] | Process:
+        """The process, which has ``ready`` open, and writes to ``log``. In tests, a fork of a prepared one where it is
+        to have our environment."""
+        command = [*self.command, "--ready-fd", str(ready)]
+        kept = [ready, *self._descriptors]
+        with Path(os.devnull).open() as nothing:
+            is_ours = command[: len(PROGRAM)] == PROGRAM and self._environment == os.environ
+            if is_ours and "PYTEST_CURRENT_TEST" in os.environ:
+                words = command[len(PROGRAM) :]
+                streams = {"stdin": nothing.fileno(), "stdout": log, "stderr": log}
+                return for_daemons().start(MAIN, *words, **streams, pass_fds=kept)
+            return subprocess.Popen(
+                command, stdin=nothing, stdout=log, stderr=log, pass_fds=kept, env=self._environment
+            )
 
     @property
     def pid(self) -> int:
@@ -113,19 +124,20 @@ class DaemonProcess:
     def stats(self, digest: str | None = None) -> pb.ModelStats:
         """Of one model; of the only one by default."""
         with self.stub() as stub:
-            models = stub.Stats(pb.StatsRequest(), timeout=PATIENCE).models
-        return next(model for model in models if digest in (None, model.digest))
+            return _stats(stub, digest)
 
     def wait_for(self, condition: str) -> pb.ModelStats:
         """Until a statement about its statistics (``"leases == 0"``) is true."""
-        deadline = time.monotonic() + PATIENCE
-        while True:
-            stats = self.stats()
-            names = {field.name: getattr(stats, field.name) for field in stats.DESCRIPTOR.fields}
-            if eval(condition, names):
-                return stats
-            assert time.monotonic() < deadline, f"never {condition}:\n{stats}\n{self.log}"
-            time.sleep(0.005)
+        deadline, pause = time.monotonic() + PATIENCE, 0.005
+        with self.stub() as stub:
+            while True:
+                stats = _stats(stub)
+                names = {field.name: getattr(stats, field.name) for field in stats.DESCRIPTOR.fields}
+                if eval(condition, names):
+                    return stats
+                assert time.monotonic() < deadline, f"never {condition}:\n{stats}\n{self.log}"
+                time.sleep(pause)
+                pause = min(1.1 * pause, 0.1)
 
     def end(self) -> None:
         """Whatever state it is in."""
@@ -135,9 +147,14 @@ class DaemonProcess:
         self.process.wait(PATIENCE)
 
 
+def _stats(stub: ExpertStoreStub, digest: str | None = None) -> pb.ModelStats:
+    models = stub.Stats(pb.StatsRequest(), timeout=PATIENCE).models
+    return next(model for model in models if digest in (None, model.digest))
+
+
 def daemon_command(directories: Path | Sequence[Path], *options: str | Path) -> list[str]:
     names = [directories] if isinstance(directories, Path) else directories
-    return [sys.executable, "-m", "moetier.tools.main", "daemon", *map(str, [*names, *options])]
+    return [*PROGRAM, "daemon", *map(str, [*names, *options])]
 
 
 @contextlib.contextmanager

@@ -1,8 +1,10 @@
-"""Disks of their own, on loop devices, that are read at a bounded rate."""
+"""Disks of their own, on loop devices, that are read at a bounded rate, and what of a file is in the page cache."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import mmap
 import os
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -10,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 BLKIO = Path("/sys/fs/cgroup/blkio")  # version 1 of control groups
+_LIBRARY = ctypes.CDLL(None, use_errno=True)
+_LIBRARY.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,21 @@ def throttled_disks(place: Path, count: int, *, size: int, rate: int) -> Iterato
             (group / "blkio.throttle.read_bps_device").write_text(f"{os.major(node)}:{os.minor(node)} {rate}")
             disks.folders.append(folder)
         yield disks
+
+
+def cached_part(path: Path) -> float:
+    """Return the part of a file that is in the page cache, from 0 to 1.
+
+    A read with RWF_NOWAIT can't say this: the kernel begins to read what is missing, and may be done before it answers.
+    """
+    with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, mmap.MAP_PRIVATE) as pages:
+        resident = (ctypes.c_ubyte * (-(-len(pages) // mmap.PAGESIZE)))()
+        start = (ctypes.c_char * len(pages)).from_buffer(pages)
+        status = _LIBRARY.mincore(ctypes.byref(start), len(pages), resident)
+        del start  # pages can't be closed while it is exported
+    if status:
+        raise OSError(ctypes.get_errno(), f"mincore can't say what of {path} is in the page cache")
+    return sum(page & 1 for page in resident) / len(resident)
 
 
 def _run(*words: str | Path) -> str:

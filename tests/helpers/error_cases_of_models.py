@@ -206,7 +206,9 @@ def a_checkpoint_for_a_model(bench: Bench) -> Said:
 @case
 def a_checkpoint_that_has_to_be_converted(bench: Bench) -> Said:
     path = (source := bench.source()) / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": {"quant_method": "fp8"}}))
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | {"quantization_config": {"quant_method": "bitsandbytes"}})
+    )
     return bench.run("generate", source, "To be")
 
 

@@ -107,7 +107,7 @@ def pieces_of(projection: dict[str, Any]) -> Iterator[tuple[str, str, list[int]]
 
 def view(record: Bytes, offset: int, dtype: str, shape: list[int]) -> npt.NDArray[Any]:
     """bfloat16 as uint16, which numpy has."""
-    item = np.dtype({"uint8": "u1", "bfloat16": "<u2", "float16": "<f2"}[dtype])
+    item = np.dtype({"uint8": "u1", "bfloat16": "<u2", "float16": "<f2", "float32": "<f4"}[dtype])
     return record[offset:][: int(np.prod(shape)) * item.itemsize].view(item).reshape(shape)
 
 
@@ -123,6 +123,12 @@ def round_to_bfloat16(values: Weights) -> Weights:
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
 
 
+def round_to(values: Weights, dtype: str) -> Weights:
+    if dtype == "bfloat16":
+        return round_to_bfloat16(values)
+    return values.astype(dtype).astype(np.float32)
+
+
 def decode(projection: dict[str, Any], sections: dict[str, npt.NDArray[Any]]) -> Weights:
     name, bits, columns = projection["name"], projection["bits"], projection["columns"]
     if bits == 16:
@@ -130,7 +136,12 @@ def decode(projection: dict[str, Any], sections: dict[str, npt.NDArray[Any]]) ->
     codes = codes_of(name, bits, columns, sections).astype(np.float32)
     pairs = pairs_of(name, projection["pairs"], sections)  # [K / group, N, 2]
     step, offset = (np.repeat(pairs[:, :, which].T, projection["group"], axis=1) for which in (0, 1))  # [N, K]
-    weights = ((codes - np.float32(2 ** (bits - 1))) * step + offset)[: projection["rows"]]
+    kind, _, zeros = projection["pairs"].partition("_")
+    if zeros:
+        weights = round_to(round_to(codes - offset, kind) * step, kind)
+    else:
+        weights = (codes - np.float32(2 ** (bits - 1))) * step + offset
+    weights = weights[: projection["rows"]]
     return weights.T if projection["transposed"] else weights
 
 
@@ -157,8 +168,8 @@ def rows_of(kernel_order: Bytes, columns: int) -> Bytes:
 
 def pairs_of(name: str, dtype: str, sections: dict[str, npt.NDArray[Any]]) -> Weights:
     pairs = sections[f"{name}.pairs"]
-    if dtype == "bfloat16":
-        return to_float(pairs, dtype)
+    if dtype != "uint8":
+        return to_float(pairs, dtype.partition("_")[0])
     scales = to_float(sections[f"{name}.pair_scales"], "bfloat16")  # [runs, 2, 2]
     run = np.arange(pairs.shape[0] * pairs.shape[1]).reshape(pairs.shape[:2]) // 128
     return round_to_bfloat16(pairs.astype(np.float32) * scales[run, :, 0] + scales[run, :, 1])

@@ -10,8 +10,10 @@ import itertools
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -25,7 +27,7 @@ class Network:
     name: str
     here: str  # this side's IPv4 address
     there: str
-    _device: str
+    device: str
 
     @property
     def prefix(self) -> list[str]:
@@ -47,11 +49,12 @@ class Network:
             _ip("tc", inside, self.name, "qdisc", "del", "dev", self._end(inside), "root")
 
     def _end(self, inside: bool) -> str:
-        return f"{self._device}{'n' if inside else 'h'}"
+        return f"{self.device}{'n' if inside else 'h'}"
 
 
 @contextlib.contextmanager
-def network() -> Iterator[Network]:
+def network(*, slow: bool = False) -> Iterator[Network]:
+    """With ``slow``, over a link of 1 Gbit/s and .3 ms there and back (slow_link.py)."""
     for tool in ("ip", "tc"):
         if shutil.which(tool) is None:
             pytest.skip(f"{tool} is not installed (Debian: iproute2)")
@@ -61,22 +64,42 @@ def network() -> Iterator[Network]:
     made = Network(name, f"{block}.{number % 64 * 4 + 1}", f"{block}.{number % 64 * 4 + 2}", device)
     if error := _ip("ip", False, name, "netns", "add", name):
         pytest.skip(f"no network namespace can be made: {error}")
+    link = None
     try:
+        veth = (False, "link", "add", f"{device}h", "type", "veth", "peer", "name", f"{device}n", "netns", name)
         steps = (
-            (False, "link", "add", f"{device}h", "type", "veth", "peer", "name", f"{device}n", "netns", name),
+            *(() if slow else (veth,)),
             (False, "addr", "add", f"{made.here}/30", "dev", f"{device}h"),
             (False, "link", "set", f"{device}h", "up"),
             (True, "addr", "add", f"{made.there}/30", "dev", f"{device}n"),
             (True, "link", "set", f"{device}n", "up"),
             (True, "link", "set", "lo", "up"),
         )
+        if slow:
+            link = _start_link(name, device)
         for inside, *step in steps:
             if error := _ip("ip", inside, name, *step):
                 pytest.skip(f"no virtual network can be made: {error}")
         yield made
     finally:
+        if link is not None:
+            link.communicate()
         _ip("ip", False, name, "link", "del", f"{device}h")
         _ip("ip", False, name, "netns", "del", name)
+
+
+def _start_link(name: str, device: str) -> subprocess.Popen[bytes]:
+    if not os.access("/dev/net/tun", os.R_OK | os.W_OK):
+        pytest.skip("no TUN device can be made")
+    command = [sys.executable, Path(__file__).with_name("slow_link.py"), name, f"{device}h", f"{device}n"]
+    link = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert link.stdout is not None
+    if link.stdout.readline() != b"ready\n":
+        link.communicate()
+        pytest.skip("no slow link can be made")
+    for inside, end in ((False, "h"), (True, "n")):
+        _ip("ip", inside, name, "link", "set", f"{device}{end}", "mtu", "9000")
+    return link
 
 
 def _ip(tool: str, inside: bool, namespace: str, *arguments: str) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from moetier.tiers.layout import CHECKSUM_BYTES, ExpertKey, Projection, RecordLayout
-from moetier.tiers.manifest import Block, Manifest
+from moetier.tiers.manifest import Block, Manifest, method_of
 from moetier.tiers.source import RecordReader
 from moetier.tiers.store.folder import GROUP, METADATA, read_manifest, store_folder
 from moetier.tiers.store.writer import StoreWriter, array_metadata
@@ -48,12 +48,14 @@ def make_plan(
     layout: RecordLayout | None = None,
     model: str = "acme/tiny-moe",
 ) -> Manifest:
+    layouts = {"records": layout or layout_of()}
     return Manifest(
         model=model,
         source_digest=SOURCE_DIGEST,
         blocks=tuple(Block(f"model.layers.{b}.mlp.experts", "records", b, experts, top_k) for b in range(blocks)),
-        layouts={"records": layout or layout_of()},
+        layouts=layouts,
         version="0.1.0",
+        method=method_of("hqq", layouts, None),
     )
 
 

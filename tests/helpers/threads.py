@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable
+from types import FrameType
 from typing import Generic, TypeVar
 
 from readers import PATIENCE
@@ -34,7 +36,7 @@ class Task(Generic[Result]):
         """What it returned; raises what it raised."""
         self.thread.join(timeout)
         if self.thread.is_alive():
-            frames = sys._current_frames()
+            frames = current_frames()
             stacks = (
                 f"{thread.name}:\n{''.join(traceback.format_stack(frames[thread.ident]))}"
                 for thread in threading.enumerate()
@@ -47,9 +49,24 @@ class Task(Generic[Result]):
         return self._result  # type: ignore[return-value]  # None only if the function says so
 
 
+def current_frames() -> dict[int, FrameType]:
+    """Return the frame that each thread is in, by the thread's identifier.
+
+    Without garbage collection: Python 3.11 holds a lock of its own in this call, and a collection that begins in it
+    can wait for a thread that wants the same lock (cpython issue 106883).
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        return sys._current_frames()
+    finally:
+        if collects:
+            gc.enable()
+
+
 def sleeps(thread: threading.Thread) -> bool:
     """Whether it sleeps in a tier's monitor (``Monitor.wait_for``)."""
-    frame = sys._current_frames().get(thread.ident or 0)
+    frame = current_frames().get(thread.ident or 0)
     return frame is not None and (frame.f_globals["__name__"], frame.f_code.co_name) == ("moetier.tiers.locks", "_wait")
 
 

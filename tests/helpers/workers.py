@@ -7,13 +7,12 @@ import json
 import os
 import select
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import google_crc32c
+from prepared import for_daemons
 from readers import PATIENCE
 
 from moetier.tiers.layout import ExpertKey
@@ -34,10 +33,14 @@ class WorkerProcess:
 
     def __init__(self, folder: Path, directory: Path, truth: Path, fallback: Path, patience: float) -> None:
         arguments = [folder, directory, truth, fallback, patience]
-        self.process = subprocess.Popen(
-            [sys.executable, str(PROGRAM), *map(str, arguments)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
-        self.commands = 0
+        stdin, writing = os.pipe()
+        reading, stdout = os.pipe()
+        try:
+            self.process = for_daemons().start(PROGRAM.read_text(), *arguments, stdin=stdin, stdout=stdout)
+        finally:
+            os.close(stdin)
+            os.close(stdout)
+        self._stdin, self._stdout = os.fdopen(writing, "wb"), os.fdopen(reading, "rb")
 
     def wait_started(self) -> None:
         self._line()
@@ -47,9 +50,8 @@ class WorkerProcess:
         return self.process.pid
 
     def tell(self, name: str, *arguments: object) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps([name, *arguments]).encode() + b"\n")
-        self.process.stdin.flush()
+        self._stdin.write(json.dumps([name, *arguments]).encode() + b"\n")
+        self._stdin.flush()
 
     def hear(self, timeout: float = PATIENCE) -> Any:
         answer = self._line(timeout)
@@ -75,8 +77,7 @@ class WorkerProcess:
 
     def finish(self) -> int:
         """Lets it close and end by itself; its exit status."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
+        self._stdin.close()
         return self.process.wait(PATIENCE)
 
     def end(self) -> None:
@@ -84,16 +85,14 @@ class WorkerProcess:
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait(PATIENCE)
-        for stream in (self.process.stdin, self.process.stdout):
-            assert stream is not None
+        for stream in (self._stdin, self._stdout):
             with contextlib.suppress(BrokenPipeError):
                 stream.close()
 
     def _line(self, timeout: float = PATIENCE) -> Any:
-        assert self.process.stdout is not None
         # lines come one for each command: nothing is left in the buffer
-        assert select.select([self.process.stdout], [], [], timeout)[0], "the client does not answer"
-        line = self.process.stdout.readline()
+        assert select.select([self._stdout], [], [], timeout)[0], "the client does not answer"
+        line = self._stdout.readline()
         assert line, f"the client ended with {self.process.wait(PATIENCE)}"
         return json.loads(line)
 

@@ -10,7 +10,7 @@ Then the parts of a step are timed. Modules are grouped by the last part of thei
 attention, the rotation of queries and keys, and the update of the cache are timed. For each group: calls a step,
 microseconds of a call with all that it calls, and microseconds a step of the group itself, without the parts that are
 timed within it. They are medians (least) over the steps. The time of a part that calls others includes torch's dispatch
-to them. A clock adds about a microsecond to each call.
+to them. A clock adds about a microsecond to each call, and a layer with clocks is computed by its modules.
 """
 
 from __future__ import annotations
@@ -35,17 +35,10 @@ from transformers import AttentionInterface, Cache
 
 from moetier.runtime.generation.compat import CACHE
 from moetier.runtime.kernels import attention, norm
-from moetier.runtime.kernels.quick_attention import OneTokenAttention
 from moetier.runtime.kernels.routing import Routing
-from moetier.runtime.kernels.row import RowMatrix, _Group
+from moetier.runtime.kernels.row import RowMatrix
+from moetier.runtime.moe.layers import OneTokenLayer
 from moetier.tools.cli.report import table
-
-
-def alone(matrix: RowMatrix) -> _Group:
-    """A group of one matrix, the same each time."""
-    if "alone" not in vars(matrix):
-        vars(matrix)["alone"] = _Group([matrix])
-    return vars(matrix)["alone"]  # type: ignore[no-any-return]
 
 
 def never(*_: Any, **__: Any) -> None:
@@ -53,15 +46,14 @@ def never(*_: Any, **__: Any) -> None:
 
 
 # way -> what is replaced: an object, the name of its attribute, and the value
-APART = (OneTokenAttention, "of", never)  # attention is computed by several modules
+LAYERS = (OneTokenLayer, "of", never)  # a layer is computed by several modules
 WAYS: dict[str, list[tuple[Any, str, Any]]] = {
     "all": [],
-    "no routing": [(Routing, "of", never)],
-    "no norm": [(norm, "rms_norm", never)],
-    "no quick attention": [APART],
-    "nor groups of matrices": [APART, (RowMatrix, "group", property(alone, never))],
-    "nor row": [APART, (RowMatrix, "multiply", never)],
-    "nor attention": [APART, (attention, "_fits", never)],
+    "no layers": [LAYERS],
+    "nor routing": [LAYERS, (Routing, "of", never)],
+    "nor norm": [LAYERS, (norm, "rms_norm", never)],
+    "nor row": [LAYERS, (RowMatrix, "multiply", never)],
+    "nor attention": [LAYERS, (attention, "_fits", never)],
 }
 
 

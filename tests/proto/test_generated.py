@@ -64,8 +64,8 @@ def test_the_modules_run_with_the_lowest_versions_of_the_project() -> None:
     assert f"Protobuf Python Version: {lowest['protobuf']}\n" in (PROTO / "expert_store_pb2.py").read_text()
 
 
-def test_weights_cross_the_wire_in_pieces_of_fetch_alone() -> None:
-    """No other message has a field of bytes."""
+def test_bytes_cross_the_wire_in_pieces_and_rows_alone() -> None:
+    """No other message has a field of bytes: no weights cross it but those of Fetch."""
     messages = expert_store_pb2.DESCRIPTOR.message_types_by_name
     with_bytes = {
         name
@@ -73,4 +73,4 @@ def test_weights_cross_the_wire_in_pieces_of_fetch_alone() -> None:
         for field in message.fields
         if field.type == field.TYPE_BYTES  # nested ones are messages of the file too, but for the map's entries
     }
-    assert with_bytes == {"Piece"}
+    assert with_bytes == {"Piece", "ComputeRequest"}

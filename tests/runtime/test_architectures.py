@@ -63,6 +63,7 @@ def test_further_with_records_where_they_lie(model_type: str, tmp_path: Path) ->
     assert 0 < farthest(model_type, BF16, tmp_path) < 0.03
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", sorted(FURTHER))
 def test_further(model_type: str, tmp_path: Path) -> None:
     assert compare(model_type, BF16, tmp_path).differing == ()

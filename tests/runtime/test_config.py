@@ -113,7 +113,7 @@ def test_options_are_declared_once() -> None:
     assert LoadOptions.__annotations__.keys() == OPTIONS.keys()
     parameters = inspect.signature(moetier.load).parameters
     assert {name: parameters[name].default for name in OPTIONS} == {name: OPTIONS[name].default for name in OPTIONS}
-    assert list(parameters)[-2:] == ["dtype", "attn_implementation"]
+    assert list(parameters)[-4:] == ["dtype", "attn_implementation", "store_cache", "store_cache_size"]
     assert all(f"\n        {name}: " in (moetier.load.__doc__ or "") for name in parameters)
 
 

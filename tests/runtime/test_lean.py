@@ -17,11 +17,14 @@ from moetier.runtime.stand_ins import TRIED
 
 UNUSED = {
     *("hqq", "networkx", "pandas", "peft", "scipy", "sklearn", "sympy", "torchvision", "triton"),
+    *(() if torch.cuda.is_available() else ("accelerate", "boto3")),
     *("torch._dynamo.utils", "torch._inductor.utils", "torch.distributed.tensor", "torch.nn.attention.flex_attention"),
     *("torch.fx.experimental.symbolic_shapes", "grpc", "zarr"),
     *(("torch._prims",) if torch.__version__.startswith(TRIED) else ()),
 }
 MOST = 250 << 20  # bytes; 209 MiB on an EPYC with torch 2.13 and transformers 5.24
+
+LEAN = "from moetier.runtime.lean import lean_loading\nlean_loading().__enter__()\n"
 
 
 def run(code: str, *words: str) -> str:
@@ -38,10 +41,15 @@ assert main(["generate", sys.argv[1], "Il vecchio", "--max-new-tokens", "8", "--
 rollup = Path("/proc/self/smaps_rollup").read_text()
 print(int(re.search(r"Anonymous: +(\\d+) kB", rollup)[1]) * 1024)
 print(*sys.modules)
+import transformers
+from moetier.runtime.model.load import load
+both = transformers, load.__globals__["transformers"]  # transformers imports itself again
+print(*(len(package._left) for package in (*both, transformers.models)))
 """
-    said, anonymous, modules = run(code, str(tinymix_4bit)).splitlines()
+    said, anonymous, modules, left = run(code, str(tinymix_4bit)).splitlines()
     assert UNUSED & set(modules.split()) == set()
     assert int(anonymous) < MOST
+    assert min(map(int, left.split())) > 500  # folders of transformers that were not searched
     model, tokenizer = moetier.load(tinymix_4bit, daemon=None)
     with model.tiers:
         ids = tokenizer("Il vecchio", return_tensors="pt").input_ids
@@ -50,9 +58,25 @@ print(*sys.modules)
 
 
 def test_transformers_has_all_its_names() -> None:
-    names = "import transformers; print(*sorted(dir(transformers)))"
-    lean = "from moetier.runtime.lean import lean_loading\nwith lean_loading():\n    "
-    assert run(lean + names) == run(names)
+    """They are in the same modules, and need the same libraries."""
+    code = """
+import json, transformers
+for part in (transformers, transformers.models):
+    print(*sorted(name for name in dir(part) if not name.startswith("_")))
+    print(*sorted(part._modules), *sorted(part._object_missing_backend))
+    print(json.dumps(part._class_to_module, sort_keys=True))
+"""
+    assert run(LEAN + code) == run(code)
+
+
+def test_names_are_the_same_without_a_look_at_all() -> None:
+    """transformers guesses a tokenizer that it has not found, such as CodeLlama's for DeepSeek's."""
+    code = """
+import transformers
+for name in ("LlamaTokenizerFast", "CodeLlamaTokenizer", "LayoutXLMTokenizer", "Phi3Tokenizer", "no/name", 300 * "n"):
+    print(getattr(transformers, name, None))
+"""
+    assert run(LEAN + code) == run(code)
 
 
 def test_the_compiler_is_there_when_it_is_used() -> None:

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 from cgroups import memory_limit
 
 from moetier.runtime.config import Size
-from moetier.runtime.memory import Available, available_memory, budget_for, whole_memory
+from moetier.runtime.memory import GROUP_SHARE, Available, available_memory, budget_for, whole_memory
 from moetier.tiers.errors import BudgetError
 
 GIB = 1 << 30
@@ -41,7 +42,9 @@ def test_without_groups_it_is_what_the_machine_has(tmp_path: Path) -> None:
 
 def test_version_2_counts_file_pages_as_free(tmp_path: Path) -> None:
     fake_v2(tmp_path, limit=str(1 << 20), current=900_000, inactive_file=500_000)
-    assert available_memory(tmp_path) == Available((1 << 20) - 400_000, "the control group /user.slice/job")
+    assert available_memory(tmp_path) == Available(
+        (1 << 20) - 400_000, "the control group /user.slice/job", GROUP_SHARE
+    )
 
 
 def test_version_2_without_a_limit(tmp_path: Path) -> None:
@@ -53,7 +56,7 @@ def test_version_2_a_parent_limits_too(tmp_path: Path) -> None:
     top = fake_v2(tmp_path, limit="max", current=10)
     write(top / "user.slice", memory__max="4096", memory__current="1096", memory__stat="anon 1")
     assert available_memory(tmp_path).bytes == 3000
-    assert whole_memory(tmp_path) == Available(4096, "the control group /user.slice/job")
+    assert whole_memory(tmp_path) == Available(4096, "the control group /user.slice/job", GROUP_SHARE)
 
 
 def test_what_there_is_in_all_is_the_machines_where_no_group_has_a_limit(tmp_path: Path) -> None:
@@ -105,6 +108,10 @@ def most(left: int) -> int:
 def test_the_default_is_four_fifths_of_what_is_left() -> None:
     given = budget_for(None, smallest=GIB, largest=100 * GIB, reserve=GIB, available=HERE)
     assert given == int(most(7 * GIB) * 0.8)
+    of_group = replace(HERE, share=GROUP_SHARE)
+    assert budget_for(None, smallest=GIB, largest=100 * GIB, reserve=GIB, available=of_group) == int(
+        most(7 * GIB) * 0.95
+    )
 
 
 def test_the_default_is_no_more_than_all_experts_and_no_less_than_the_smallest() -> None:

@@ -175,7 +175,7 @@ def test_a_number_that_can_not_be_on_a_command_line(threads: str, capsys: pytest
 
 def test_commands_that_compute_have_the_option() -> None:
     without = {
-        *("list", "rm", "verify", "inspect", "link", "mirror", "replay", "plot"),
+        *("list", "rm", "verify", "inspect", "link", "mirror", "push", "replay", "plot"),
         *("daemon", "ps", "stats", "top", "bench", "bench disk"),
         *("doctor", "config", "config show", "completion", ""),
     }

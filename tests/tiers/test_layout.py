@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import json
 from typing import Any
 
 import pytest
 
 from moetier.tiers.fields import Fields
-from moetier.tiers.layout import ALIGNMENT, BITS, PAGE, Bias, Bits, Projection, RecordLayout
+from moetier.tiers.layout import ALIGNMENT, BITS, PAGE, PAIR_TYPES, ZERO_POINTS, Bias, Bits, Projection, RecordLayout
 
 
 def layout_of(bits: Bits, pairs: str = "bfloat16") -> RecordLayout:
@@ -18,7 +19,7 @@ def layout_of(bits: Bits, pairs: str = "bfloat16") -> RecordLayout:
 
 
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("pairs", ["bfloat16", "uint8"])
+@pytest.mark.parametrize("pairs", [*PAIR_TYPES, *ZERO_POINTS])
 def test_sections_are_aligned_apart_and_within_the_record(bits: Bits, pairs: str) -> None:
     layout = layout_of(bits, pairs)
     assert all(section.offset % ALIGNMENT == 0 for section in layout.sections)
@@ -44,9 +45,87 @@ def test_low_planes_of_eight_bits_are_behind_all_else() -> None:
     ]
 
 
-def forged(part: str, **changes: Any) -> dict[str, Any]:
+NVFP4: dict[str, Any] = {"bits": 4, "coding": "e2m1", "group": 16, "scales": "e4m3", "parts": 2, "globals": "divide"}
+FP8: dict[str, Any] = {"bits": 8, "coding": "e4m3", "group": 128, "scales": "float32", "block_rows": 128}
+
+
+def coded_layout() -> RecordLayout:
+    return RecordLayout((Projection("up_proj", 600, 48, **NVFP4), Projection("down_proj", 150, 300, **FP8)))
+
+
+def test_codings_keep_a_checkpoints_own_rows_and_scales() -> None:
+    layout = coded_layout()
+    assert [(s.name, s.dtype, s.shape) for s in layout.sections] == [
+        ("up_proj.codes", "uint8", (600, 24)),
+        ("up_proj.scales", "uint8", (600, 3)),
+        ("up_proj.globals", "float32", (2,)),
+        ("down_proj.codes", "uint8", (150, 300)),
+        ("down_proj.scales", "float32", (2, 3)),
+    ]
+    assert RecordLayout.from_json(Fields(json.loads(json.dumps(layout.to_json())))) == layout
+
+
+def test_fields_of_codings_are_in_no_other_manifest() -> None:
+    """So manifests are what they were before there were codings."""
+    for p in (*layout_of(4).to_json()["projections"], *layout_of(16).to_json()["projections"]):
+        assert list(p) == ["name", "rows", "columns", "bits", "dtype", "transposed", "group", "pairs"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"bits": 8},
+        {"bits": 16},
+        {"pairs": "bfloat16"},
+        {"coding": ""},
+        {"coding": "e5m2"},
+        {"coding": "e4m3"},
+        {"coding": 4},
+        {"dtype": "e2m1"},
+        {"group": 0},
+        {"group": 8},
+        {"group": 32},
+        {"group": 48},
+        {"group": 16.0},
+        {"scales": ""},
+        {"scales": "float64"},
+        {"parts": 0},
+        {"parts": -2},
+        {"parts": 7},
+        {"parts": 601},
+        {"parts": 1 << 62},
+        {"block_rows": 0},
+        {"block_rows": 1 << 40},
+        {"globals": "add"},
+        {"rows": 601},
+        {"columns": 40},
+        {"unknown": 1},
+    ],
+    ids=str,
+)
+def test_codings_that_are_not_of_this_format(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="projections"):
+        RecordLayout.from_json(Fields(forged("projections", coded_layout(), **changes)))
+
+
+@pytest.mark.parametrize("field", [{"parts": 1}, {"block_rows": 1}, {"globals": ""}, {"coding": ""}], ids=str)
+def test_fields_with_their_defaults_are_left_out(field: dict[str, Any]) -> None:
+    value = coded_layout().to_json()
+    value["projections"][0] |= field
+    with pytest.raises(ValueError, match="projections"):
+        RecordLayout.from_json(Fields(value))
+
+
+@pytest.mark.parametrize("changes", [{"group": 0}, {"group": 1 << 25}, {"bits": 4}, {"block_rows": -128}], ids=str)
+def test_grids_that_do_not_fit_the_matrix(changes: dict[str, Any]) -> None:
+    layout = RecordLayout((Projection("up_proj", 150, 48, **FP8 | {"group": 48}),))
+    with pytest.raises(ValueError, match="projections"):
+        RecordLayout.from_json(Fields(forged("projections", layout, **changes)))
+
+
+def forged(part: str, layout: RecordLayout, **changes: Any) -> dict[str, Any]:
     """Change the first projection or bias of a layout, and fit its sections to it where possible."""
-    value = layout_of(4).to_json()
+    value = layout.to_json()
     value[part][0] |= changes
     try:
         made = RecordLayout(
@@ -70,6 +149,8 @@ def forged(part: str, **changes: Any) -> dict[str, Any]:
         {"group": 48},
         {"group": 32.0},
         {"pairs": "float8"},
+        {"pairs": "float64_zeros"},
+        {"pairs": "float16_zeros", "group": 8},
         {"pairs": ""},
         {"rows": 0},
         {"rows": -64},
@@ -84,7 +165,7 @@ def forged(part: str, **changes: Any) -> dict[str, Any]:
 )
 def test_projections_that_are_not_of_this_format(changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"projections|biases|are named"):
-        RecordLayout.from_json(Fields(forged("projections", **changes)))
+        RecordLayout.from_json(Fields(forged("projections", layout_of(4), **changes)))
 
 
 @pytest.mark.parametrize(
@@ -92,7 +173,7 @@ def test_projections_that_are_not_of_this_format(changes: dict[str, Any]) -> Non
 )
 def test_biases_that_are_not_of_this_format(changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"projections|biases|are named"):
-        RecordLayout.from_json(Fields(forged("biases", **changes)))
+        RecordLayout.from_json(Fields(forged("biases", layout_of(4), **changes)))
 
 
 def test_sections_must_follow_from_the_projections() -> None:

@@ -17,6 +17,8 @@ import fcntl
 import mmap
 import os
 import platform
+import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from moetier.tiers.errors import ArenaError, BudgetError, ClosedError
@@ -32,6 +34,8 @@ from .plan import WORD, ArenaPlan
 NAME = "moetier-arena"  # in /proc/PID/fd, the file is shown as "/memfd:moetier-arena (deleted)"
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _TOO_MUCH = (errno.ENOSPC, errno.ENOMEM, errno.EFBIG)
+FIRST_BYTES = 256 << 20  # that are allocated at once; some gigabytes take seconds
+PIECE_BYTES = 32 << 20  # that are allocated at a time in the background
 
 
 class Arena:
@@ -39,29 +43,35 @@ class Arena:
 
     @classmethod
     def create(cls, plan: ArenaPlan) -> Arena:
-        """Create an arena and allocate all of its pages, so that no later write can fail for lack of memory.
+        """Create an arena, and allocate its pages: the first of them at once, the others in the background.
+
+        So a lack of memory does not show up in the middle of a run. A write to a page that can't be allocated would end
+        the process: call ``allocate`` before the first write to a slot.
 
         Raises:
             BudgetError: the system does not have enough memory.
         """
         descriptor = os.memfd_create(NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        first = min(plan.nbytes, max(plan.directory_bytes, FIRST_BYTES))
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             os.fchmod(descriptor, 0o600)
-            os.posix_fallocate(descriptor, 0, plan.nbytes)  # without this, a later lack of memory would cause SIGBUS
-            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, SEALS)
-            mapping = mmap.mmap(descriptor, plan.nbytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
-        except BaseException as error:
+            with _enough_memory(plan):
+                os.ftruncate(descriptor, plan.nbytes)
+                os.posix_fallocate(descriptor, 0, first)
+                fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, SEALS)
+                mapping = mmap.mmap(descriptor, plan.nbytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+        except BaseException:
             os.close(descriptor)
-            if isinstance(error, OSError) and error.errno in _TOO_MUCH:
-                code = errno.errorcode[error.errno]
-                raise BudgetError(
-                    f"The system can't allocate {plan.nbytes:,} bytes of shared memory ({code}).",
-                    "Give the host tier less memory (`ram`), or free some memory.",
-                ) from error
             raise
         directory = Directory.create(memoryview(mapping)[: plan.directory_bytes], plan)
-        return cls(mapping, plan, directory, descriptor)
+        arena = cls(mapping, plan, directory, descriptor, allocated=first)
+        if first < plan.nbytes:
+            allocator = threading.Thread(target=arena._allocate_all, name="moetier-arena", daemon=True)
+            with contextlib.suppress(RuntimeError):  # without a thread, slots are allocated when they are used
+                allocator.start()
+                arena._allocator = allocator
+        return arena
 
     @classmethod
     def map(cls, descriptor: int, plan: ArenaPlan) -> Arena:
@@ -120,12 +130,22 @@ class Arena:
             raise
         return cls(mapping, plan, Directory(memoryview(mapping)[: plan.directory_bytes], plan), own)
 
-    def __init__(self, mapping: mmap.mmap, plan: ArenaPlan, directory: Directory, descriptor: int | None) -> None:
+    def __init__(
+        self,
+        mapping: mmap.mmap,
+        plan: ArenaPlan,
+        directory: Directory,
+        descriptor: int | None,
+        allocated: int | None = None,
+    ) -> None:
         self.plan = plan
         self.directory = directory
         self._fork_guard = ForkGuard()
         self._mapping: mmap.mmap | None = mapping
         self._descriptor = descriptor  # the owner's descriptor; None in a process that only reads
+        self._allocated = plan.nbytes if allocated is None else allocated  # bytes of pages that are allocated in order
+        self._allocator: threading.Thread | None = None
+        self._closing = False
 
     def slot(self, slot: int) -> memoryview:
         """Return a view of a whole slot: the record and its checksum. The owner's views are writable.
@@ -137,6 +157,28 @@ class Arena:
             raise ClosedError("The arena was closed.", "Open the tier again.")
         start = self.plan.offset(slot)
         return memoryview(self._mapping)[start : start + self.plan.slot_bytes(slot)]
+
+    def allocate(self, slot: int) -> None:
+        """Allocate the pages of a slot, unless that is done. Only for the owner, before it writes to the slot.
+
+        Raises:
+            BudgetError: the system does not have enough memory.
+        """
+        start, size = self.plan.offset(slot), self.plan.slot_bytes(slot)
+        if start + size > self._allocated:
+            assert self._descriptor is not None, "closed, or not the owner"
+            with _enough_memory(self.plan):
+                os.posix_fallocate(self._descriptor, start, size)
+
+    def _allocate_all(self) -> None:
+        """Allocate pages piece by piece, until ``close``. Without memory, end: ``allocate`` says so."""
+        descriptor, whole = self._descriptor, self.plan.nbytes
+        assert descriptor is not None
+        with contextlib.suppress(OSError):
+            while self._allocated < whole and not self._closing:
+                size = min(whole - self._allocated, PIECE_BYTES)
+                os.posix_fallocate(descriptor, self._allocated, size)
+                self._allocated += size
 
     def whole(self, slot: int) -> memoryview:
         """Return a read-only view of a whole slot: the record and its checksum."""
@@ -192,6 +234,9 @@ class Arena:
 
     def close(self) -> None:
         """Release the memory, and the owner's lock. While views of the memory exist, it stays mapped. Idempotent."""
+        self._closing = True
+        if self._allocator is not None and self._fork_guard.is_owner:
+            self._allocator.join()
         mapping, self._mapping = self._mapping, None
         descriptor, self._descriptor = self._descriptor, None
         self.directory.close()
@@ -205,6 +250,20 @@ class Arena:
             # BufferError means that views still exist. The memory is unmapped when the last of them is gone.
             with contextlib.suppress(BufferError):
                 mapping.close()
+
+
+@contextlib.contextmanager
+def _enough_memory(plan: ArenaPlan) -> Iterator[None]:
+    """Turn errors of the system for lack of memory into BudgetError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _TOO_MUCH:
+            raise
+        raise BudgetError(
+            f"The system can't allocate {plan.nbytes:,} bytes of shared memory ({errno.errorcode[error.errno]}).",
+            "Give the host tier less memory (`ram`), or free some memory.",
+        ) from error
 
 
 def _check_sealed(descriptor: int) -> Header:

@@ -38,7 +38,7 @@ def link(store: ExtentStore) -> Iterator[int | ExtentTable]:
     store.check_unchanged()
     shards = (replace(shard, rest=crc) for shard, crc in zip(store.table.shards, sums, strict=True))
     linked = replace(store.manifest, record_checksums=b"".join(found))
-    yield ExtentTable(linked, tuple(shards), store.table.blocks)
+    yield replace(store.table, manifest=linked, shards=tuple(shards))
 
 
 def scrub_rest(store: ExtentStore) -> Iterator[int | Problem]:

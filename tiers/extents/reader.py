@@ -18,6 +18,7 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 
 import numpy as np
+import numpy.typing as npt
 
 from moetier.tiers.closeable import Closeable
 from moetier.tiers.errors import ChecksumError, MissingExpertError, StoreError, StoreFormatError, StoreReadError
@@ -27,6 +28,7 @@ from moetier.tiers.manifest import Manifest
 from moetier.tiers.store.atomic import read_errors
 from moetier.tiers.store.checksum import checksum_bytes
 from moetier.tiers.store.folder import command
+from moetier.tiers.store.gguf import SUFFIX, digest_of
 from moetier.tiers.store.reader import Read, as_bytes, read_in_steps, run_reads
 from moetier.tiers.store.safetensors import MAX_HEADER_BYTES, read_header
 from moetier.tiers.store.shard import read_at, try_direct
@@ -96,12 +98,18 @@ class OpenFile:
 
 
 def header_digest(path: Path) -> str:
-    """Return the sha256 of a safetensors file's header. Raises StoreFormatError if it has none, or StoreReadError."""
+    """Return the sha256 of the header of a file in safetensors or GGUF.
+
+    Raises StoreFormatError if it has no valid header, or StoreReadError.
+    """
     try:
         with read_errors(path):
+            is_gguf = path.suffix == SUFFIX
+            if is_gguf:
+                return digest_of(path)
             return hashlib.sha256(read_header(path, MAX_HEADER_BYTES)[0]).hexdigest()
     except ValueError as error:
-        cause = f"{path} is truncated, or no safetensors file: {error}."
+        cause = f"{path} is truncated, or no {'GGUF' if is_gguf else 'safetensors'} file: {error}."
         raise StoreFormatError(cause, "Download the checkpoint again.") from error
 
 
@@ -117,8 +125,35 @@ def _borrowed(buffers: SimpleQueue[mmap.mmap]) -> Iterator[mmap.mmap]:
         buffers.put(buffer)
 
 
+def _narrowed(numbers: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """Convert the bytes of fp32 numbers to those of bf16 numbers, rounded to the nearest, ties to even."""
+    bits = numbers.view("<u4")
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.frombuffer(rounded.astype("<u2").tobytes(), np.uint8)
+
+
+def _place(rows: npt.NDArray[np.uint8], stride: int, begin: int, target: npt.NDArray[np.uint8]) -> None:
+    """Copy rows [n, bytes] to every ``stride`` bytes of ``target`` [bytes], from ``begin`` on.
+
+    ``begin`` may be negative. Bytes outside of ``target`` are left out.
+    """
+    count, row = rows.shape
+    first = -(begin // stride)  # of the rows that lie inside
+    end = max(first, min(count, (len(target) - begin - row) // stride + 1))
+    if first < end:
+        inside = target[begin + first * stride :]
+        np.lib.stride_tricks.as_strided(inside, (end - first, row), (stride, 1))[:] = rows[first:end]
+    for number in (*range(first), *range(end, count)):
+        at = begin + number * stride
+        low, high = max(at, 0), min(at + row, len(target))
+        if low < high:
+            target[low:high] = rows[number, low - at : high - at]
+
+
 class ExtentStore(Closeable):
     """The records of one checkpoint. Thread-safe. One file descriptor is open for each shard that has experts."""
+
+    is_local = True  # as in ``ExpertStore``
 
     @classmethod
     def open(
@@ -252,11 +287,24 @@ class ExtentStore(Closeable):
             first, end = max(extent.start, start), min(extent.start + extent.length, stop)
             if first >= end:
                 continue
-            part[done - start : first - start] = bytes(first - done)
-            offset = extent.offset + first - extent.start
-            self._files[extent.shard].read(offset, part[first - start : end - start], self._buffers)
-            done = end
+            if done < first:
+                part[done - start : first - start] = bytes(first - done)
+            self._fill_from(extent, first - extent.start, part[first - start : end - start])
+            done = max(done, end)
         part[done - start :] = bytes(stop - done)
+
+    def _fill_from(self, extent: Extent, skipped: int, part: memoryview) -> None:
+        """Fill ``part``, which begins ``skipped`` bytes behind the extent's first byte in the record."""
+        if not extent.row_bytes and not extent.is_wide:
+            self._files[extent.shard].read(extent.offset + skipped, part, self._buffers)
+            return
+        row, stride = (extent.row_bytes, extent.stride) if extent.row_bytes else (2, 2)
+        first, last = skipped // stride, -(-(skipped + len(part)) // stride)  # rows that overlap with the part
+        read = np.empty((last - first) * row * (2 if extent.is_wide else 1), np.uint8)
+        offset = extent.offset + first * row * (2 if extent.is_wide else 1)
+        self._files[extent.shard].read(offset, read.data, self._buffers)
+        rows = (_narrowed(read) if extent.is_wide else read).reshape(-1, row)
+        _place(rows, stride, first * stride - skipped, np.frombuffer(part, np.uint8))
 
     def _expert(self, key: ExpertKey) -> str:
         path = self.manifest.blocks[key.block].path

@@ -1,6 +1,7 @@
 """The table of extents: which bytes of a checkpoint's files make the record of each expert.
 
-An *extent* is a run of bytes of a file that lies unchanged in a section of the record. ``moetier link`` writes a table
+An *extent* is a run of bytes of a file that lies in a section of the record: unchanged, or as ``Piece`` says.
+``moetier link`` writes a table
 of a checkpoint, with a checksum for each record, beside the checkpoint or into ``$XDG_CACHE_HOME/moetier/extents`` (XDG
 Base Directory Specification 0.8). docs/format.md describes the file.
 """
@@ -10,9 +11,11 @@ from __future__ import annotations
 import base64
 import binascii
 import contextlib
+import functools
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,11 +25,11 @@ import numpy as np
 import numpy.typing as npt
 
 from moetier.tiers.errors import StoreFormatError, TargetError
-from moetier.tiers.fields import Fields
+from moetier.tiers.fields import Fields, shown
 from moetier.tiers.layout import CHECKSUM_BYTES, ExpertKey, RecordLayout
 from moetier.tiers.manifest import MAX_BYTES, Manifest
 from moetier.tiers.store.atomic import make_folders, read_errors, write_durably
-from moetier.tiers.store.folder import command, parse_json
+from moetier.tiers.store.folder import command, parse_json, user_cache
 
 NAME = "moetier-extents.json"
 FORMAT = 1
@@ -39,16 +42,26 @@ class Piece(NamedTuple):
     """A part of a record that is one extent in each expert of a block."""
 
     section: str  # name of the section that it is in, after earlier pieces of the same section
-    length: int  # bytes
+    length: int  # bytes in the record
+    row_bytes: int = 0  # if not 0: rows of that size alternate with those of the section's other pieces
+    is_wide: bool = False  # numbers are fp32 in the file, and bf16 in the record
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes in the file."""
+        return self.length * (2 if self.is_wide else 1)
 
 
 class Extent(NamedTuple):
     """Bytes of a file, and where they lie in the record."""
 
     start: int  # in the record
-    length: int
+    length: int  # from the first to the last byte in the record
     shard: int  # number of the file
     offset: int  # in the file
+    row_bytes: int = 0  # 0: all bytes follow each other; else they are rows of that size
+    stride: int = 0  # distance of two rows in the record
+    is_wide: bool = False  # numbers are fp32 in the file, and bf16 in the record
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +85,15 @@ class BlockExtents:
     def of(self, layout: RecordLayout, expert: int) -> list[Extent]:
         """Return the extents of an expert's record, in the order of the record."""
         starts = {section.name: section.offset for section in layout.sections}
+        strides = Counter[str]()  # of sections whose pieces alternate
+        for piece in self.pieces:
+            strides[piece.section] += piece.row_bytes
         found = []
         for piece, (shard, offset) in zip(self.pieces, self.places[expert].tolist(), strict=True):
-            found.append(Extent(starts[piece.section], piece.length, shard, offset))
-            starts[piece.section] += piece.length
+            row, stride = piece.row_bytes, strides[piece.section]
+            length = piece.length // row * stride - stride + row if row else piece.length
+            found.append(Extent(starts[piece.section], length, shard, offset, row, stride, piece.is_wide))
+            starts[piece.section] += row or piece.length
         return found
 
 
@@ -89,6 +107,7 @@ class ExtentTable:
     manifest: Manifest
     shards: tuple[Shard, ...]
     blocks: tuple[BlockExtents, ...]
+    ignored_code: bool = False  # linked although the checkpoint names code of its own, which is never run
 
     @property
     def is_linked(self) -> bool:
@@ -105,7 +124,7 @@ class ExtentTable:
         for block in self.blocks:
             for number, piece in enumerate(block.pieces):
                 for shard, offset in block.places[:, number].tolist():
-                    taken[shard].append((offset, offset + piece.length))
+                    taken[shard].append((offset, offset + piece.file_bytes))
         return [list(_between(sorted(ranges), shard.bytes)) for ranges, shard in zip(taken, self.shards, strict=True)]
 
     def to_json(self) -> dict[str, Any]:
@@ -117,11 +136,12 @@ class ExtentTable:
             "shards": [asdict(shard) for shard in self.shards],
             "blocks": [
                 {
-                    "pieces": [list(piece) for piece in block.pieces],
+                    "pieces": [list(piece[: 4 if piece.row_bytes or piece.is_wide else 2]) for piece in block.pieces],
                     "places": base64.b64encode(block.places.astype("<i8").tobytes()).decode(),
                 }
                 for block in self.blocks
             ],
+            **({"ignored_code": True} if self.ignored_code else {}),
         }
 
     @classmethod
@@ -139,9 +159,11 @@ class ExtentTable:
             if len(values) != len(manifest.blocks):
                 raise ValueError(f"blocks has {len(values)} items, and the manifest {len(manifest.blocks)} blocks")
             blocks = tuple(_block(each, manifest, number, shards) for number, each in enumerate(values))
+            ignored = fields.get("ignored_code")
+            ignored_code = ignored is not None and ignored.flag()
         except ValueError as error:
             raise StoreFormatError(f"{where} can't be used: {error}.", "Make it again: moetier link DIR") from error
-        return cls(replace(manifest, record_checksums=checksums), shards, blocks)
+        return cls(replace(manifest, record_checksums=checksums), shards, blocks, ignored_code)
 
 
 def _between(taken: list[tuple[int, int]], size: int) -> Iterator[tuple[int, int]]:
@@ -174,8 +196,13 @@ def _block(value: Fields, manifest: Manifest, number: int, shards: tuple[Shard, 
     layout, experts = manifest.layout(number), manifest.blocks[number].experts
     pieces = []
     for item in value["pieces"].items(MAX_PIECES):
-        name, length = item.items(2)
-        pieces.append(Piece(name.text(), length.number(1, MAX_BYTES)))
+        name, length, *more = item.items(4)
+        piece = Piece(name.text(), length.number(1, MAX_BYTES))
+        if more:
+            row_bytes, is_wide = more
+            piece = piece._replace(row_bytes=row_bytes.number(0, piece.length), is_wide=is_wide.flag())
+        pieces.append(piece)
+    _check_rows(pieces)
     filled = [(section.name, section.nbytes) for section in layout.sections]
     if list(_sums(pieces)) != filled:
         raise ValueError(f"{value.place}.pieces do not fill the sections of the record")
@@ -187,10 +214,21 @@ def _block(value: Fields, manifest: Manifest, number: int, shards: tuple[Shard, 
     sizes = np.array([each.bytes for each in shards], np.int64)
     if (shard < 0).any() or (shard >= len(shards)).any():
         raise ValueError(f"{value.place}.places name a shard that is not listed")
-    room = sizes[shard] - np.array([piece.length for piece in pieces], np.int64)  # negative if the file is too small
+    # negative if the file is too small
+    room = sizes[shard] - np.array([piece.file_bytes for piece in pieces], np.int64)
     if (offset < 0).any() or (offset > room).any():
         raise ValueError(f"{value.place}.places lead out of a shard")
     return BlockExtents(tuple(pieces), places)
+
+
+def _check_rows(pieces: list[Piece]) -> None:
+    """Raise ValueError unless the pieces of each section whose rows alternate have rows alike, and as many."""
+    for name in {piece.section for piece in pieces if piece.row_bytes}:
+        alike = {(piece.length, piece.row_bytes) for piece in pieces if piece.section == name}
+        if len(alike) > 1 or any(length % row for length, row in alike):
+            raise ValueError(f"the pieces of {shown(name)} have rows that do not alternate")
+    if any(piece.is_wide and piece.length % 2 for piece in pieces):
+        raise ValueError("a piece of fp32 numbers has half a number")
 
 
 def _sums(pieces: list[Piece]) -> Iterator[tuple[str, int]]:
@@ -206,20 +244,14 @@ def _sums(pieces: list[Piece]) -> Iterator[tuple[str, int]]:
 
 
 def beside(folder: Path) -> Path:
-    """Return the path of a table beside its checkpoint."""
-    return folder / NAME
+    """Return the path of a table beside its checkpoint: in the folder, or for a GGUF file beside it."""
+    return folder / NAME if folder.is_dir() else folder.with_name(f"{folder.name}.{NAME}")
 
 
 def cached(folder: Path) -> Path:
     """Return the path of a checkpoint's table in the user's cache. Raises TargetError for a user without a home."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if not cache.is_absolute():  # the specification says to ignore such a value
-        try:
-            cache = Path.home() / ".cache"
-        except RuntimeError:
-            raise TargetError("There is no home folder for a cache.", "Set XDG_CACHE_HOME to a folder.") from None
     name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:32]
-    return cache / "moetier" / "extents" / f"{name}.json"
+    return user_cache("extents") / f"{name}.json"
 
 
 def read_table(folder: Path) -> ExtentTable | None:
@@ -239,8 +271,14 @@ def read_table(folder: Path) -> ExtentTable | None:
         fix = f"Make it again: {command('link', folder)}"
         if len(data) > MAX_TABLE_BYTES:
             raise StoreFormatError(f"{path} has more than {MAX_TABLE_BYTES:,} bytes.", fix)
-        return ExtentTable.from_json(parse_json(data, str(path), fix), str(path))
+        return _parsed(data, str(path), fix)
     return None
+
+
+@functools.lru_cache(maxsize=1)
+def _parsed(data: bytes, where: str, fix: str) -> ExtentTable:
+    """Parse the content of a table. The last one is kept, as loading a model reads the table several times."""
+    return ExtentTable.from_json(parse_json(data, where, fix), where)
 
 
 def write_table(folder: Path, table: ExtentTable, *, into_cache: bool) -> Path:

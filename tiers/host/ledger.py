@@ -45,6 +45,7 @@ class Ledger:
         plan: the plan of the arena that has the slots.
         directory: the directory of that arena.
         policy: the policy of eviction, a key of ``POLICIES``.
+        fills: whether pools with room for all of their records are filled in the background (``_fill``).
         wake: wakes sleeping callers, and causes ``serve`` to be called soon.
         ring: wakes a loader.
         watch: tells the thread that calls ``expire`` that there is a new deadline.
@@ -61,6 +62,7 @@ class Ledger:
         directory: Directory,
         *,
         policy: str = DEFAULT_POLICY,
+        fills: bool = False,
         wake: Callable[[], None],
         ring: Callable[[], None],
         watch: Callable[[], None],
@@ -84,6 +86,11 @@ class Ledger:
         self._ring = ring
         self._clock = clock
         self._ahead = ahead
+        self._unfilled = {  # from each pool that is to be filled to the blocks of its records
+            self.pools[array]: blocks
+            for array, blocks in manifest.members.items()
+            if fills and self.pools[array].count == sum(block.experts for block in blocks.values())
+        }
         self._demands: set[Demand] = set()
         self._uses: Counter[ExpertKey] | None = None  # number of demands for each key; None until this is counted
 
@@ -359,6 +366,7 @@ class Ledger:
                 pool.pin(slot)
                 self.loads.join(demand, key)
                 self._ring()
+                self._fill(pool)
             else:
                 full = True
                 continue
@@ -368,6 +376,17 @@ class Ledger:
         if demand.pending and demand.is_idle:
             self.waiting.starve(demand)
         return found
+
+    def _fill(self, pool: Pool) -> None:
+        """Read the other records of a pool with room for all, as the warm-up does, once half of its slots are taken.
+
+        After so many demands, the others will soon be needed, too. If a model is hardly used, only demands are read; of
+        any other, at most as much again.
+        """
+        if pool in self._unfilled and 2 * (pool.ready + pool.loading) >= pool.count:
+            blocks = self._unfilled.pop(pool)
+            keys = [ExpertKey(number, expert) for number, block in blocks.items() for expert in range(block.experts)]
+            self.loads.warm(pool, keys)
 
     def _may_begin(self, demand: Demand) -> bool:
         starved = demand.pool.starved

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from queue import SimpleQueue
 
@@ -33,6 +33,7 @@ class Loaders:
     def __init__(
         self,
         store: RecordReader,
+        allocate: Callable[[int], None],
         slots: Sequence[memoryview],
         monitor: Monitor,
         loads: Loads,
@@ -42,12 +43,14 @@ class Loaders:
 
         Args:
             store: reads the records.
+            allocate: called with the number of a slot before its memory is used; may raise BudgetError.
             slots: a writable view of each slot of the tier, in the order of their numbers.
             monitor: the tier's monitor.
             loads: decides what is read next.
             bell: each item in this queue wakes a loader, which then works until there is nothing to read.
         """
         self._store = store
+        self._allocate = allocate
         self._slots = slots
         self._monitor = monitor
         self._loads = loads
@@ -81,6 +84,7 @@ class Loaders:
         pause = partial(self._pause, load) if load.is_prefetch and len(self._threads) > 1 else None
         began = time.monotonic()
         try:
+            self._allocate(slot)
             self._store.read_into(load.key, self._slots[slot], pause)
             self._monitor.run(self._loads.arrive, load, time.monotonic() - began)
         except _CancelledError:

@@ -48,6 +48,7 @@ class HostTier(Closeable):
         loaders: int = LOADERS,
         arena: Arena | None = None,
         policy: str = DEFAULT_POLICY,
+        fills: bool = False,
     ) -> None:
         """Allocate the memory, and start the loaders.
 
@@ -58,6 +59,8 @@ class HostTier(Closeable):
             arena: a reclaimed arena with the same numbers of slots; None to create an arena. The intact records of a
                 reclaimed arena are READY without a read, and processes that have mapped the arena can go on using it.
             policy: the policy of eviction, a key of ``POLICIES``.
+            fills: whether a tier with room for all records of one layout reads them all, in the background, once half
+                of them are there or on their way.
 
         Raises:
             BudgetError: the system does not have enough memory.
@@ -82,13 +85,14 @@ class HostTier(Closeable):
                 self.plan,
                 self._arena.directory,
                 policy=policy,
+                fills=fills,
                 wake=self._wake,
                 ring=partial(bell.put, None),  # documented to be reentrant, which matters as a finalizer may call it
                 watch=self._timekeeper.watch,
                 ahead=2 * loaders,  # enough to keep every loader busy
                 most_prefetches=most_prefetches(loaders, self.plan),
             )
-            self._loaders = Loaders(store, self._slots, self._monitor, self._ledger.loads, bell)
+            self._loaders = Loaders(store, self._arena.allocate, self._slots, self._monitor, self._ledger.loads, bell)
             undo.callback(self.close)
             if arena is not None:
                 self._recover(arena, loaders)

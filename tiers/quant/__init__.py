@@ -1,5 +1,6 @@
 """Quantisation of weights: HQQ, the packing of codes and pairs, and the encoding and decoding of whole records.
 
-Other packages use ``codec``; ``runtime.kernels`` also uses ``hqq`` and ``packing``. The package imports torch and the
-top-level modules of ``tiers``.
+Matrices in the coding of a checkpoint are only decoded (``codings``). Other packages use ``codec``, and for checkpoints
+``codings``, ``gguf`` and ``zero_points``; ``runtime.kernels`` also uses ``hqq`` and ``packing``. The package imports
+torch and the top-level modules of ``tiers``.
 """

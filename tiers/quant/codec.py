@@ -13,6 +13,9 @@ Torch's int4 kernel computes w = (q - 8) * s + b with q from 0 to 15. So every c
 
 With these formulas, b is the same number for each number of bits. It is near the middle of the group's range, where
 rounding to bf16 costs little.
+
+Records of checkpoints that HQQ, AWQ or GPTQ quantised have pairs (s, z) in place of (s, b), as the checkpoint has them:
+w = (c - z) * s, where each operation is rounded to the type of s and z (``zero_points`` makes such records).
 """
 
 from __future__ import annotations
@@ -25,10 +28,12 @@ import torch
 from torch import Tensor
 
 from moetier.tiers.errors import CheckpointError, ConfigError
-from moetier.tiers.layout import BITS, GROUPS, PAIR_TYPES, ROW_TILE, Bias, Bits, Projection, RecordLayout
+from moetier.tiers.layout import BITS, GROUPS, PAIR_TYPES, ROW_TILE, ZERO_POINTS, Bias, Bits, Projection, RecordLayout
 
 from . import hqq
+from .codings import decode_rows
 from .packing import HALF, Bands, fold, from_kernel_order, load_pairs, store_pairs, to_kernel_order, unfold
+from .zero_points import Levels, store
 
 # A dictionary from bits per weight to the default group size and type of pairs. These gave the best perplexity per
 # stored byte on a real model (docs/quality.md), with one exception: with 8 and 4 bits, pairs are bf16, so that torch's
@@ -40,7 +45,7 @@ DEFAULTS: dict[Bits, tuple[int, str]] = {
     2: (32, "uint8"),
 }
 STORED_AS = {"bfloat16": "bfloat16", "float16": "float16", "float32": "bfloat16"}
-TORCH_TYPES = {"uint8": torch.uint8, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TORCH_TYPES = {"uint8": torch.uint8, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 CENTRING = {4: 0, 3: 0x44, 2: 0x66}  # from bits to what ``expand`` adds to a byte, which has two codes c, to get two q
 TILE_WEIGHTS = 2**19  # number of weights that are decoded at a time: 2 MiB in fp32
 
@@ -153,7 +158,7 @@ Quantise = Callable[[Tensor, Projection, Mapping[str, Tensor], bool], WeightErro
 
 @torch.no_grad()
 def encode(
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor | Levels],
     layout: RecordLayout,
     out: memoryview | np.ndarray,
     *,
@@ -164,7 +169,8 @@ def encode(
 
     Args:
         tensors: a dictionary from the name of each parameter of the expert to a tensor in the shape that the module
-            has: [rows, columns], or [columns, rows] if the projection is transposed. A bias is [size].
+            has: [rows, columns], or [columns, rows] if the projection is transposed. A bias is [size]. A projection
+            with zero points gets Levels, which are stored as they are.
         layout: the layout of the record.
         out: buffer of ``layout.record_bytes``, to which the record is written.
         fast: use plain rounding instead of HQQ.
@@ -184,13 +190,21 @@ def encode(
     errors = {}
     for p in layout.projections:
         weights = tensors[p.name]
+        if isinstance(weights, Levels):
+            assert p.pairs in ZERO_POINTS, f"{p.name} has no zero points"
+            assert weights.codes.shape == (p.rows, p.columns), f"{p.name} is {tuple(weights.codes.shape)}"
+            store(weights, p, views)
+            errors[p.name] = WeightError()
+            continue
         assert tuple(weights.shape) == p.shape, f"{p.name} is {tuple(weights.shape)}, not {p.shape}"
         if p.bits == 16:
             errors[p.name] = _copy(weights, views[p.name])
         else:
             errors[p.name] = (quantise or _quantise)(weights.T if p.transposed else weights, p, views, fast)
     for b in layout.biases:
-        errors[b.name] = _copy(tensors[b.name], views[b.name])
+        bias = tensors[b.name]
+        assert isinstance(bias, Tensor)
+        errors[b.name] = _copy(bias, views[b.name])
     return errors
 
 
@@ -304,7 +318,8 @@ def decode(record: Tensor, layout: RecordLayout, name: str, out: Tensor) -> Tens
     """Dequantise the projection ``name`` of ``record`` into ``out``, and return ``out``.
 
     ``record`` is uint8 [record bytes]. ``out`` has the shape of the projection in the module: [rows, columns], or
-    [columns, rows] if transposed. Weights are computed in fp32, and rounded to the type of ``out``.
+    [columns, rows] if transposed. Weights are computed in fp32, or with zero points in their type, and then rounded to
+    the type of ``out``.
     """
     p = next(p for p in layout.projections if p.name == name)
     assert out.shape == p.shape, f"{name} is {p.shape}, not {tuple(out.shape)}"
@@ -313,21 +328,29 @@ def decode(record: Tensor, layout: RecordLayout, name: str, out: Tensor) -> Tens
         return out.copy_(views[name])
     by_rows = out.T if p.transposed else out
     tile = max(1, TILE_WEIGHTS // p.columns // ROW_TILE) * ROW_TILE
+    decode_tile = decode_rows if p.coding else _decode
     for start in range(0, p.rows, tile):
         rows = min(tile, p.rows - start)
-        by_rows[start : start + rows] = _decode(views, p, start, min(start + tile, p.padded_rows))[:rows]
+        by_rows[start : start + rows] = decode_tile(views, p, start, min(start + tile, p.padded_rows))[:rows]
     return out
 
 
 def _decode(views: Mapping[str, Tensor], p: Projection, start: int, stop: int) -> Tensor:
-    """Return the weights of rows ``start`` to ``stop``, fp32 [stop - start, columns]. Padding rows are included."""
+    """Return the weights of rows ``start`` to ``stop``, [stop - start, columns]. Padding rows are included.
+
+    Their type is fp32, or with zero points that of the zero points.
+    """
     if p.bits == 8:
         high, low = (views[f"{p.name}.{plane}"][start:stop].view(-1) for plane in ("high", "low"))
         codes = (from_kernel_order(high, p.columns) << 4) | from_kernel_order(low, p.columns)
         centre = 128
     else:
         codes, centre = from_kernel_order(expand(views, p, start, stop), p.columns), 8
+    codes = codes.view(stop - start, -1, p.group)
+    if p.pairs in ZERO_POINTS:
+        pairs = views[f"{p.name}.pairs"][:, start:stop]
+        codes = codes - (CENTRING.get(p.bits, 0) & 0xF)  # q -> c
+        return Levels(codes.view(stop - start, -1), *pairs.transpose(0, 1).unbind(2)).weights()
     # step and offset: [rows, columns / group, 1] each
     step, offset = load_pairs(p, views, start, stop).float().transpose(0, 1).unsqueeze(3).unbind(2)
-    w = codes.view(stop - start, -1, p.group).float()
-    return w.sub_(centre).mul_(step).add_(offset).view(stop - start, -1)
+    return codes.float().sub_(centre).mul_(step).add_(offset).view(stop - start, -1)

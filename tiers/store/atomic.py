@@ -156,7 +156,7 @@ def large_file(
             stream = partial.open("wb", buffering=0)
         with stream:
             with errors():
-                _allocate(stream.fileno(), size)
+                allocate(stream.fileno(), size)
             file = LargeFile(stream.fileno(), errors)
             yield file
             assert file.written == size, f"{file.written:,} of {size:,} bytes were written"
@@ -171,7 +171,8 @@ def large_file(
         raise
 
 
-def _allocate(descriptor: int, size: int) -> None:
+def allocate(descriptor: int, size: int) -> None:
+    """Allocate the disk space of a new file. If that fails, the file is left empty. Raises OSError."""
     try:
         os.posix_fallocate(descriptor, 0, size)
     except OSError:

@@ -1,18 +1,23 @@
-"""Find the folder of a store, and read and check its JSON files: the manifest and the metadata of its zarr arrays."""
+"""Find the folder of a store, and read and check its JSON files: the manifest and the metadata of its zarr arrays.
+
+A folder with the file CACHE is the cache of a model in an object store (``tiers.objects``). Until it has all records,
+its manifest has the name FETCHED, so that it is not taken for a complete store.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import shlex
 from pathlib import Path
 from typing import Any
 
-from moetier.tiers.errors import IncompleteStoreError, StoreError, StoreFormatError
+from moetier.tiers.errors import IncompleteStoreError, StoreError, StoreFormatError, TargetError
 from moetier.tiers.fields import Fields
 from moetier.tiers.manifest import Manifest
 
-from .atomic import read_errors
+from .atomic import PARTIAL, read_errors
 from .shard import ShardFile
 
 GROUP = "experts.zarr"  # name of the store's folder in a model directory
@@ -21,6 +26,8 @@ PLAN = "plan.json"  # in the store until the conversion ends: the plan (``Manife
 JOURNAL = "conversion.json"  # in the model directory until the conversion ends: its state, and how to resume it
 ORIGIN = "origin.json"  # in the model directory, if the checkpoint is from the Hugging Face hub: its id and commit
 MIRRORS = "mirrors.json"  # in the model directory: the folders of the mirrors
+CACHE = "store-cache.json"  # in a cache of a model in an object store: the model's address, and the cache's limit
+FETCHED = METADATA + PARTIAL  # in a cache: the manifest until all records are there
 MAX_JSON_BYTES = 2 << 20  # size of the largest JSON file or header that is read: ten times the largest known one
 MAX_LEVELS = 100  # deepest nesting of JSON values that is accepted
 
@@ -64,15 +71,39 @@ def check_directory(folder: Path) -> None:
         )
 
 
+def is_cache(folder: Path) -> bool:
+    """Return whether a store is the cache of a model in an object store, and lacks records.
+
+    ``folder`` is the folder ``experts.zarr``.
+    """
+    return (folder.parent / CACHE).exists() and not (folder / METADATA).exists()
+
+
+def user_cache(name: str) -> Path:
+    """Return the folder ``name`` in ``$XDG_CACHE_HOME/moetier`` (XDG Base Directory Specification 0.8).
+
+    Raises TargetError if the user has no home folder.
+    """
+    folder = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not folder.is_absolute():  # the specification says to ignore such a value
+        try:
+            folder = Path.home() / ".cache"
+        except RuntimeError:
+            raise TargetError("There is no home folder for a cache.", "Set XDG_CACHE_HOME to a folder.") from None
+    return folder / "moetier" / name
+
+
 def read_manifest(folder: Path) -> Manifest:
-    """Read the manifest of a store. ``folder`` is the folder ``experts.zarr``.
+    """Read the manifest of a store, or of a cache of one. ``folder`` is the folder ``experts.zarr``.
 
     Raises:
         IncompleteStoreError: the conversion was interrupted.
         StoreFormatError: the folder is not a store that this version can read.
         StoreReadError: the system reported an error when the manifest was read.
     """
-    path = folder / METADATA
+    path = folder / (FETCHED if is_cache(folder) else METADATA)
+    if not path.exists():
+        path = folder / METADATA  # another process has just completed the cache
     if not path.exists():
         raise _incomplete(folder)
     group = read_json(path)

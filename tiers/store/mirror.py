@@ -110,6 +110,8 @@ def _check(store: ExpertStore) -> None:
 class MirroredStore(Closeable):
     """The records of a model directory, read from the directory and from its mirrors. Thread-safe."""
 
+    is_local = True  # as in ``ExpertStore``
+
     def __init__(self, stores: Sequence[ExpertStore]) -> None:
         """Combine ``stores``: first the model directory's own store, then its mirrors. ``close`` closes all of them.
 

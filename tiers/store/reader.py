@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moetier.tiers.closeable import Closeable
-from moetier.tiers.errors import ChecksumError, StoreError, StoreReadError
+from moetier.tiers.errors import ChecksumError, IncompleteStoreError, StoreError, StoreReadError
 from moetier.tiers.layout import CHECKSUM_BYTES, PAGE, ExpertKey, RecordLayout
 from moetier.tiers.locks import ForkGuard, UseCount
 from moetier.tiers.manifest import Manifest
@@ -26,7 +26,7 @@ from moetier.tiers.source import interruptible_bytes
 
 from .atomic import read_errors
 from .checksum import PIECE_BYTES, crc32c
-from .folder import METADATA, check_array, command, read_manifest, store_folder
+from .folder import METADATA, check_array, command, is_cache, read_manifest, store_folder
 from .shard import (
     REPAIR,
     OpenShard,
@@ -63,6 +63,8 @@ _log = logging.getLogger(__name__)
 class ExpertStore(Closeable):
     """The records of one model directory, with an open file for each block. Thread-safe."""
 
+    is_local = True  # all records are in files
+
     @classmethod
     def open(cls, folder: Path, *, readers: int = 4, damaged: bool = False) -> ExpertStore:
         """Open a store, and check everything except the bytes of the records.
@@ -74,13 +76,18 @@ class ExpertStore(Closeable):
                 and a read of a record in a bad shard raises the shard's error. The digest is not checked.
 
         Raises:
-            IncompleteStoreError: the conversion was interrupted.
+            IncompleteStoreError: the conversion was interrupted, or the folder is a cache that lacks records.
             StoreFormatError: the folder is not a store that this version can read.
             MissingExpertError: a shard is missing.
             ChecksumError: a shard belongs to another conversion.
             StoreReadError: the system reported an error when a file was read.
         """
         folder = store_folder(folder)
+        if is_cache(folder):
+            raise IncompleteStoreError(
+                f"{folder.parent} is the cache of a model in an object store, and does not have all experts.",
+                "Give the address of the model instead of this folder, or fetch all experts: moetier verify ADDRESS",
+            )
         manifest = read_manifest(folder)
         for array in manifest.layouts:
             check_array(folder / array / METADATA, manifest, array)

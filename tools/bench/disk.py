@@ -49,11 +49,13 @@ class RandomReads:
 
     @classmethod
     def of_records(cls, directory: Path) -> RandomReads:
-        """Plan reads of whole records of a model directory.
+        """Plan reads of whole records of a model directory; for a cache that lacks records, plan reads of its trunk.
 
-        If its blocks have several record layouts, only the layout that takes the most bytes is read. Raises StoreError.
+        If the blocks have several record layouts, only records of the layout that takes the most bytes are read. Raises
+        StoreError.
         """
         from moetier.runtime.checkpoint.experts import open_copy
+        from moetier.tiers.store.folder import is_cache
         from moetier.tiers.store.reader import ExpertStore
         from moetier.tiers.store.shard import ShardFile
 
@@ -62,6 +64,8 @@ class RandomReads:
             if not isinstance(store, ExpertStore):
                 array = max(manifest.members, key=lambda name: len(manifest.members[name]))
                 return cls.of_files(store.paths, manifest.layouts[array].slot_bytes)
+            if is_cache(store.folder):  # its shards have holes
+                return cls.of_files([store.directory / name for name in manifest.trunk])
         folder = store.folder
         arrays = [[ShardFile.of(folder, manifest, block) for block in blocks] for blocks in manifest.members.values()]
         chosen = max(arrays, key=lambda shards: sum(shard.data_bytes for shard in shards))

@@ -133,6 +133,8 @@ def measure(arguments: argparse.Namespace, work: Work) -> int:
     MoetierError.
     """
     from moetier.runtime.checkpoint.experts import read_manifest
+    from moetier.runtime.checkpoint.files import is_gguf
+    from moetier.runtime.checkpoint.gguf import parts
     from moetier.tiers.source import LOADERS
 
     check_bench(arguments)
@@ -142,9 +144,9 @@ def measure(arguments: argparse.Namespace, work: Work) -> int:
         for ram in arguments.ram or [None]
     ]
     folder = arguments.directory
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = parts(folder) if is_gguf(folder) else sorted(path for path in folder.rglob("*") if path.is_file())
     manifest, fio = read_manifest(folder), fio_version()
-    child = {"directory": str(folder.resolve()), "threads": arguments.threads}
+    child = {"directory": str(folder.absolute()), "threads": arguments.threads}
     feed = child | {"work": "model"} | work.to_json()
 
     idle = fresh(child | {"work": "idle"})

@@ -64,10 +64,11 @@ def read_ids(path: Path) -> list[int]:
 
 
 def _of_text(directory: Path, path: Path) -> list[int]:
-    import transformers
+    from moetier.runtime.model.load import tokenizer_in
 
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        if (tokenizer := tokenizer_in(directory)) is None:
+            raise ValueError("there is no tokenizer")
         ids: list[int] = tokenizer(path.read_text("utf-8")).input_ids
     except (OSError, ValueError) as error:
         raise ConfigError(

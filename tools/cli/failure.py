@@ -116,9 +116,8 @@ def _parameters() -> re.Pattern[str]:
     from moetier.runtime.config import OPTIONS
     from moetier.runtime.wire.address import Credentials
 
-    return re.compile(
-        rf"`(?:({'|'.join(OPTIONS)})|credentials\.({'|'.join(each.name for each in fields(Credentials))}))`"
-    )
+    names = "|".join([*OPTIONS, "store_cache", "store_cache_size"])
+    return re.compile(rf"`(?:({names})|credentials\.({'|'.join(each.name for each in fields(Credentials))}))`")
 
 
 class PlainFormatter(logging.Formatter):

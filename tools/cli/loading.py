@@ -52,7 +52,10 @@ def loaded(directory: Path, resources: dict[str, Any], *, sequences: int = 1) ->
     with model.tiers:
         if tokenizer is None:
             raise ConfigError(
-                f"{directory} has no tokenizer.", "Copy the tokenizer's files from the original checkpoint into it."
+                f"{directory} has no tokenizer.",
+                "Give a GGUF file that has one."
+                if directory.is_file()
+                else "Copy the tokenizer's files from the original checkpoint into it.",
             )
         _warn(model, resources["ram"], resources["context"] // sequences)
         yield model, tokenizer, seconds

@@ -9,6 +9,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from importlib import import_module
 from itertools import takewhile
 from pathlib import Path
@@ -82,6 +83,8 @@ class CommandParser(argparse.ArgumentParser):
         module = import_module(self._module)
         self._module = ""
         module.add_arguments(self)
+        if arguments_by_name(self):
+            add_cache_arguments(self)
         self.epilog = examples(module.EXAMPLES)
         if hasattr(module, "run"):
             self.set_defaults(run=module.run, configured={}, by_name=arguments_by_name(self))
@@ -200,17 +203,20 @@ def _nearest(word: str, known: Iterable[str]) -> str:
 
 
 # help of an argument that names a directory
-DIRECTORY = "a model directory, the name of a pulled model, or the folder of a checkpoint in 16 bits"
+DIRECTORY = (
+    "a model directory, the name of a pulled model, the folder of a checkpoint, a GGUF file, or an address in an "
+    "object store: s3://bucket/model"
+)
 
 
 def directory(text: str) -> str | Path:
-    """Return ``text`` as a path, or unchanged if it may be the name of a pulled model, which ``by_name`` resolves.
+    """Return ``text`` as a path, or unchanged if it may be a model's name or address, which ``by_name`` resolves.
 
     Arguments that are model directories have this function as their argparse type.
     """
-    from moetier.runtime.pulled import may_be_name
+    from moetier.runtime.pulled import is_address, may_be_name
 
-    return text if may_be_name(text) else Path(text)
+    return text if may_be_name(text) or is_address(text) else Path(text)
 
 
 def file_or_address(text: str) -> str:
@@ -270,16 +276,43 @@ def arguments_by_name(parser: argparse.ArgumentParser) -> dict[str, object]:
     return {action.dest: action.type for action in parser._actions if action.type in (directory, source)}
 
 
-def by_name(arguments: argparse.Namespace) -> argparse.Namespace:
-    """Return ``arguments`` with the names of pulled models replaced by the models' folders.
+def add_cache_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options for models in an object store to a command that takes model directories."""
+    group = parser.add_argument_group("object store")
+    group.add_argument(
+        "--store-cache",
+        type=Path,
+        metavar="FOLDER",
+        help="folder in which models at an address are cached (default: $XDG_CACHE_HOME/moetier/objects)",
+    )
+    group.add_argument(
+        "--store-cache-size",
+        metavar="SIZE",
+        help='most bytes of experts of a model in that cache, such as "50GiB" (default: the size given last, or all)',
+    )
 
-    Raises StoreFormatError if there is no pulled model of that name.
+
+def by_name(arguments: argparse.Namespace) -> argparse.Namespace:
+    """Return ``arguments`` with names of pulled models, and addresses of models, replaced by the models' folders.
+
+    The trunk of a model at an address is fetched, unless ``arguments.outline`` is true: then only headers are. Raises
+    StoreFormatError if there is no pulled model of that name, and as ``directory_at``.
     """
-    from moetier.runtime.pulled import checkpoint_or_model, model_directory
+    from moetier.runtime.pulled import checkpoint_or_model, directory_at, is_address, model_directory
 
     found = dict(vars(arguments))
+
+    def folder(text: str, *, of_source: bool) -> str | Path:
+        if not is_address(text):
+            return checkpoint_or_model(text) if of_source else model_directory(text)
+        from .progress import shown
+
+        outline, progress = found.get("outline", False), shown("fetch")
+        at = directory_at(text, found["store_cache"], found["store_cache_size"], progress=progress, outline=outline)
+        return str(at) if of_source else at
+
     for name in arguments.by_name.keys() & found.keys():
-        find = checkpoint_or_model if arguments.by_name[name] is source else model_directory
+        find = partial(folder, of_source=arguments.by_name[name] is source)
         match found[name]:
             case str() as text:
                 found[name] = find(text)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
+from collections.abc import Callable, Iterator
 from types import TracebackType
 
 from tqdm import tqdm
@@ -61,3 +63,17 @@ class Progress:
     ) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+def shown(label: str) -> Callable[[int], contextlib.AbstractContextManager[Callable[[int], None]]]:
+    """Return a function that takes the bytes of a whole transfer, and shows its progress under ``label``.
+
+    The function returns a context manager, which yields a function: this is called with the bytes of each piece.
+    """
+
+    @contextlib.contextmanager
+    def begin(total: int) -> Iterator[Callable[[int], None]]:
+        with Progress(label, total) as progress:
+            yield progress.advance
+
+    return begin

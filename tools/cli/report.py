@@ -189,6 +189,9 @@ def _sources(tiers: Tiers, reads: DaemonReads | None) -> list[str]:
         elif share.lost:
             text += "; the connection was lost and restored" + (f" {share.lost} times" if share.lost > 1 else "")
         lines.append(line("fetched", text))
+        if share.computed:
+            sent = f"{share.computed:,} rows of experts, {format_bytes(share.computed_bytes)} sent, by {share.place}"
+            lines.append(line("computed", sent))
     return lines
 
 

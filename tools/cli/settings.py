@@ -25,7 +25,10 @@ GENERAL = "general"  # the section for all commands
 # The keys of GENERAL are options of this command. They also apply to options of other commands that have the same name,
 # type and choices.
 REFERENCE = "generate"
-GENERAL_KEYS = (*(name.replace("_", "-") for name in OPTIONS if name != "credentials"), "prefill-chunk")
+GENERAL_KEYS = (
+    *(name.replace("_", "-") for name in OPTIONS if name != "credentials"),
+    *("prefill-chunk", "store-cache", "store-cache-size"),
+)
 CONFIG = "MOETIER_CONFIG"
 OWN = ("MOETIER_API_KEY", CONFIG, "MOETIER_DEBUG", "MOETIER_LOG")  # variables of moetier that are not settings
 # variables that are not settings: OWN, those of the tests, and those that Kubernetes sets for a service called moetier

@@ -30,7 +30,9 @@ EXAMPLES = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `moetier convert`."""
-    parser.add_argument("source", metavar="SRC", help="folder of the checkpoint, or its id on the Hugging Face hub")
+    parser.add_argument(
+        "source", metavar="SRC", help="folder of the checkpoint, GGUF file, or id on the Hugging Face hub"
+    )
     parser.add_argument("target", metavar="DST", type=Path, help="folder for the new model directory")
     parser.add_argument(
         "--mirror",
@@ -41,10 +43,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(parser)
 
 
+def bits(text: str) -> int | str:
+    """Parse the value of --bits: "native", or a number. Raises ArgumentTypeError for other texts."""
+    try:
+        return text if text == "native" else int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number, and not native") from error
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that `moetier convert` and `moetier pull` share."""
     parser.add_argument(
-        "--bits", type=int, choices=BITS, default=4, help="bits per expert weight (default: %(default)s)"
+        "--bits",
+        type=bits,
+        choices=(*BITS, "native"),
+        help="bits per expert weight; native: keep weights as the checkpoint stores them (default: 4, or native for a "
+        "checkpoint of HQQ, AWQ or GPTQ)",
     )
     parser.add_argument(
         "--trunk-bits",

@@ -30,7 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=directory,
         nargs="+",
         metavar="DIR",
-        help="model directories, names of pulled models, or folders of checkpoints in 16 bits",
+        help="model directories, names of pulled models, folders of checkpoints, GGUF files, or addresses in an object "
+        "store",
     )
     add_option(parser, "ram", help='host memory for all experts: "8GiB", or "50%%" of what is free (default: 80%%)')
     add_option(parser, "policy")

@@ -21,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `moetier inspect`."""
     parser.add_argument("directory", type=directory, metavar="DIR", help=DIRECTORY)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(outline=True)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -73,7 +74,11 @@ def _text(found: dict[str, Any]) -> str:
 def _projection(projection: dict[str, Any]) -> str:
     name, (rows, columns) = projection["name"], projection["shape"]
     stored = projection["dtype"]
-    if projection["bits"] != 16:
+    if coding := projection.get("coding"):
+        stored = f"{projection['bits']} bits ({coding}), groups of {projection['group']}"
+        if projection["scales"]:
+            stored += f", {projection['scales']} scales"
+    elif projection["bits"] != 16:
         stored = (
             f"{projection['bits']} bits, groups of {projection['group']}, {projection['pairs']} pairs, from {stored}"
         )

@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from moetier.runtime.config import format_bytes
 from moetier.tools.cli.parser import directory
 
-EXAMPLES = ("moetier link ./Qwen3-30B-A3B", "moetier link ./Qwen3-30B-A3B --cache")
+EXAMPLES = ("moetier link ./Qwen3-30B-A3B", "moetier link ./Qwen3-30B-A3B-Q4_K_M.gguf --cache")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `moetier link`."""
-    parser.add_argument("directory", type=directory, metavar="DIR", help="a checkpoint's folder")
+    parser.add_argument("directory", type=directory, metavar="DIR", help="a checkpoint's folder, or a GGUF file")
     parser.add_argument(
         "--cache",
         action="store_true",
         help="write into the user's cache ($XDG_CACHE_HOME/moetier/extents) even if DIR can be written to",
+    )
+    parser.add_argument(
+        "--ignore-code", action="store_true", help="accept a checkpoint with code of its own, which moetier never runs"
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Read the checkpoint once, write the table and return 0. Raises MoetierError."""
     from moetier.runtime.checkpoint.experts import is_checkpoint, make_table, open_table
-    from moetier.runtime.checkpoint.files import open_checkpoint
+    from moetier.runtime.checkpoint.gguf import open_source
     from moetier.tiers.errors import ConfigError
     from moetier.tiers.extents.link import link
     from moetier.tiers.extents.table import write_table
@@ -33,9 +37,13 @@ def run(arguments: argparse.Namespace) -> int:
 
     folder = Path(arguments.directory)
     if not is_checkpoint(folder):
-        raise ConfigError(f"{folder} is no checkpoint in safetensors.", "Name the folder of its config.json.")
+        raise ConfigError(
+            f"{folder} is neither a checkpoint in safetensors nor a GGUF file.",
+            "Name the folder of its config.json, or a .gguf file.",
+        )
     with lean_imports():
-        table = make_table(open_checkpoint(folder))
+        table = make_table(open_source(folder, ignore_code=arguments.ignore_code))
+    table = replace(table, ignored_code=arguments.ignore_code)
     total = sum(shard.bytes for shard in table.shards)
     with open_table(folder, table) as store, Progress("link", total) as progress:
         for found in link(store):

@@ -6,14 +6,16 @@ import argparse
 from pathlib import Path
 
 from moetier.runtime.config import format_bytes
-from moetier.tools.cli.parser import DIRECTORY, directory
+from moetier.tools.cli.parser import directory
 
 EXAMPLES = ("moetier mirror ./mixtral-4bit /mnt/second/mixtral-4bit",)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `moetier mirror`."""
-    parser.add_argument("directory", type=directory, metavar="DIR", help=DIRECTORY)
+    parser.add_argument(
+        "directory", type=directory, metavar="DIR", help="a model directory, or the name of a pulled model"
+    )
     parser.add_argument("target", type=Path, metavar="FOLDER", help="folder of the copy, on another disk")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -36,7 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=source,
         metavar="SRC",
         help="a checkpoint's folder, which needs only config.json and the index of its weights; the checkpoint's id on "
-        "the Hugging Face hub (no weights are downloaded); a model directory; or a pulled model (ID:TAG)",
+        "the Hugging Face hub (no weights are downloaded); a GGUF file; a model directory; a pulled model (ID:TAG); or "
+        "an address in an object store",
     )
     parser.add_argument("--bits", type=numbers, metavar="N,...", help="bits per expert weight (default: 16,8,4,3,2)")
     parser.add_argument(
@@ -62,6 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--disk", type=float, metavar="GB/S", help="speed of the disk, instead of measuring it")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(outline=True)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -105,7 +108,7 @@ def plan(
     """Return the plan as JSON, as ``--json`` prints it (docs/plan.md). Raises MoetierError.
 
     Args:
-        source: a checkpoint's folder, a hub id or a model directory.
+        source: a checkpoint's folder, a hub id, a GGUF file or a model directory.
         bits: bits per expert weight to choose from; None: all.
         trunk_bits: bits per weight of the trunk to choose from; None: all.
         context: tokens; None: ``ModelChoices.context``.
@@ -127,7 +130,7 @@ def plan(
             raise UsageError(f"{name} can't be {strange[0]}.", f"Choose from {', '.join(map(str, known))}.")
     if disk is not None and not 0 < disk < float("inf"):
         raise UsageError(f"--disk can't be {disk}.", "Give a speed in GB/s that is more than 0.")
-    pulls = into is None and not Path(source).is_dir()
+    pulls = into is None and not Path(source).exists()
     place = Path() if into is None else into
     if pulls:
         place = nearest_folder(models_folder())
@@ -155,6 +158,7 @@ def plan(
         from moetier.runtime.model.load import place_of
         from moetier.runtime.threads import usable_cpus, use_threads
         from moetier.tools.plan.choices import open_choices
+        from moetier.tools.plan.cold import cold_start
         from moetier.tools.plan.estimate import estimate
         from moetier.tools.plan.fit import Room, by_preference, fit_of, impossible
         from moetier.tools.plan.speeds import Speeds
@@ -185,9 +189,15 @@ def plan(
     speeds = Speeds.measure(model_choices, [fit.choice for fit in working], room, disk, threads or usable_cpus())
     options = {"--ram": ram, "--device-memory": device_memory, "--device": None if device == "auto" else device}
     options |= {"--threads": threads}
-    return estimate(
+    found = estimate(
         model_choices, asked, working[0], room, speeds, context=config.context, options=options, pulls=pulls
     )
+    cold = cold_start(Path(source)) if model_choices.headers is None else None
+    if cold is not None:
+        address, recommended = cold["address"], found["recommended"]
+        found["source"] = address
+        recommended["generate"] = recommended["generate"].replace(shlex.quote(str(source)), shlex.quote(address))
+    return found | {"cold_start": cold}
 
 
 HEAD = [
@@ -200,7 +210,7 @@ def text(found: dict[str, Any]) -> str:
     """Return a plan as text: model and machine, a table of choices with the recommended trunk, and commands to run."""
     recommended = found["recommended"]
     same = [choice for choice in found["choices"] if choice["trunk_bits"] == recommended["trunk_bits"]]
-    best = next(choice for choice in same if choice["bits"] == recommended["bits"])
+    best = next(choice for choice in same if all(choice[key] == recommended[key] for key in ("bits", "native")))
     rows = [_row(found, choice) for choice in sorted(same, key=lambda choice: -choice["bits"])]
     lines = [*_heading(found, best), "", table([HEAD, *rows]), "", *_sentences(found, best)]
     return "\n".join(line.rstrip() for line in lines)
@@ -222,12 +232,25 @@ def _heading(found: dict[str, Any], best: dict[str, Any]) -> list[str]:
         f"disk     {format_bytes(machine['disk_free_bytes'])} free, {disk:.2f} GB/s ({machine['disk_by']})",
         f"trunk    {sizes}",
         f"context  {found['context']} tokens: {format_bytes(memory['kv_cache_bytes'])} of keys and values",
+        *_cold_start(found["cold_start"]),
     ]
+
+
+def _cold_start(cold: dict[str, Any] | None) -> list[str]:
+    if cold is None:
+        return []
+    parts = [
+        f"{what} ({format_bytes(cold[f'{name}_bytes'])}) in {_time(cold[f'{name}_s'])}"
+        for name, what in (("trunk", "the trunk"), ("experts", "all experts"))
+        if cold[f"{name}_bytes"]
+    ]
+    return [f"cold     {plain(cold['address'])}, {cold['bytes_per_s'] / 1e6:.0f} MB/s: {', '.join(parts)}"]
 
 
 def _row(found: dict[str, Any], choice: dict[str, Any]) -> list[str]:
     convert = "-" if choice["convert_s"] is None else _time(choice["convert_s"])
-    head = [f"{choice['bits']} bits", str(choice["trunk_bits"]), format_bytes(choice["disk_bytes"]), convert]
+    name = f"{choice['bits']} bits" + (", native" if choice["native"] else "")
+    head = [name, str(choice["trunk_bits"]), format_bytes(choice["disk_bytes"]), convert]
     if not choice["works"]:
         return [*head, "no", "-", "-", "-", "-", "-", "-"]
     share = f"{choice['slots'] / found['records']:.0%}"
@@ -243,6 +266,8 @@ def _sentences(found: dict[str, Any], best: dict[str, Any]) -> list[str]:
     recommended, memory = found["recommended"], best["memory"]
     count, bits, trunk_bits = found["records"], best["bits"], best["trunk_bits"]
     what = "It runs" if found["converted"] else f"With experts of {bits} bits and a trunk of {trunk_bits} it runs"
+    if best["native"]:
+        what = "It runs with experts as the checkpoint stores them"
     lines = [
         f"{what}: {best['slots']:,} of {count:,} experts in memory, {format_bytes(memory['process_bytes'])} in all."
     ]
@@ -250,7 +275,9 @@ def _sentences(found: dict[str, Any], best: dict[str, Any]) -> list[str]:
         lines.append(f"{best['device_slots']:,} of them fit into the GPU's memory. Speed on a GPU is not estimated.")
     else:
         lines.append(f"Hits are estimated from the trace {best['hit_curve']}. Speeds are those of this moment.")
-    if any(choice["as_it_is"] for choice in found["choices"]) and best["bits"] != 16:
+    if best["as_it_is"]:
+        lines.append("No conversion is needed: generate, serve and daemon take the checkpoint.")
+    elif any(choice["as_it_is"] for choice in found["choices"]):
         lines.append("With experts of 16 bits no conversion is needed: generate, serve and daemon take the checkpoint.")
     if best["all_resident"]:
         lines.append("Everything stays in memory once it has been read. More memory would not help.")

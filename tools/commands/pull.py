@@ -21,7 +21,9 @@ def run(arguments: argparse.Namespace) -> int:
     from moetier.runtime.checkpoint import hub
     from moetier.runtime.pulled import place_of, tag_of
     from moetier.tools.convert.convert import pull
+    from moetier.tools.convert.plan import DEFAULT_BITS
 
     hub.check_id(arguments.id)
-    folder = place_of(arguments.id, tag_of(arguments.bits, arguments.trunk_bits))
+    options["bits"] = arguments.bits or DEFAULT_BITS  # of every checkpoint, as the folder is named by it
+    folder = place_of(arguments.id, tag_of(options["bits"], arguments.trunk_bits))
     return report_of(lambda: pull(arguments.id, folder, resuming=("pull", arguments.id), **options), arguments.json)

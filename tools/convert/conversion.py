@@ -13,7 +13,6 @@ from typing import Any
 from moetier.runtime.checkpoint import hub
 from moetier.runtime.checkpoint.blueprint import build_on_meta
 from moetier.runtime.checkpoint.files import Checkpoint
-from moetier.runtime.checkpoint.tensors import source_tensors
 from moetier.runtime.config import format_bytes
 from moetier.runtime.memory import available_memory, peak_bytes
 from moetier.runtime.threads import usable_cpus
@@ -64,8 +63,9 @@ class Conversion:
         ``quiet`` are as in ``convert.write``. Raises CheckpointError or ConfigError.
         """
         model, dtype = build_on_meta(checkpoint.config, checkpoint.first_dtype)
-        tensors = source_tensors(checkpoint.tensors, checkpoint.quantization, str(dtype).removeprefix("torch."))
+        tensors = checkpoint.sources(model, str(dtype).removeprefix("torch."))
         planned = ConversionPlan.of(model, dtype, tensors, options.trunk_bits)
+        options = planned.with_bits(options)
         digest = checkpoint.digest if download is None else download.revision
         plan = planned.manifest(options, model=checkpoint.name, digest=digest)
         encoder = _encoder(planned, plan, options)
@@ -75,7 +75,7 @@ class Conversion:
             download.keep_tensors(
                 [part.name for file in trunk for tensor in file.tensors.values() for part in tensor.parts]
             )
-        small = small_files(checkpoint, options.bits, options.trunk_bits, planned.blueprint.dtype, trunk)
+        small = small_files(checkpoint, plan.bits, options.trunk_bits, planned.blueprint.dtype, trunk)
         target = Target(folder, plan, trunk, small, passing=download is not None)
         command = ["moetier", *(resuming or ("convert", checkpoint.source, str(folder.resolve())))]
         command += _words(options, checkpoint, keeps=download is not None and download.keep)
@@ -221,7 +221,7 @@ class Conversion:
         return ConversionReport(
             model=plan.model,
             target=str(self.target.folder),
-            bits=self.options.bits,
+            bits=plan.bits,
             trunk_bits=self.options.trunk_bits,
             source_bytes=self.checkpoint.nbytes,
             trunk_bytes=sum(file.size for file in self.target.trunk),

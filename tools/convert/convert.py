@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moetier.runtime.checkpoint.files import Checkpoint, check_source, open_checkpoint
+from moetier.runtime.checkpoint.files import Checkpoint, check_source
+from moetier.runtime.checkpoint.gguf import open_source
 from moetier.runtime.threads import use_threads
 from moetier.tiers.errors import ConfigError, TargetExistsError
 
@@ -63,7 +64,7 @@ def convert(
             "Leave out --revision and --keep-source.",
         )
     else:
-        report = write(open_checkpoint(src, ignore_code=ignore_code), Path(dst), **how)
+        report = write(open_source(src, ignore_code=ignore_code), Path(dst), **how)
     if mirror is not None:
         mirror_to(Path(dst), mirror)
     return report

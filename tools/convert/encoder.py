@@ -21,12 +21,13 @@ import numpy as np
 import torch
 
 from moetier.runtime.checkpoint.blueprint import Blueprint
+from moetier.runtime.checkpoint.native import Kept, stored_in
 from moetier.runtime.checkpoint.recipe import Expert, Recipe
-from moetier.runtime.checkpoint.tensors import CHUNK_BYTES, Bytes, StoredTensor
+from moetier.runtime.checkpoint.tensors import CHUNK_BYTES, Bytes, StoredTensor, read_at
 from moetier.runtime.kernels.quantise import encode
 from moetier.runtime.moe.linear import WEIGHT, matrix_layout
 from moetier.tiers.errors import CheckpointError
-from moetier.tiers.layout import ROW_TILE, ExpertKey, RecordLayout
+from moetier.tiers.layout import ROW_TILE, ZERO_POINTS, ExpertKey, RecordLayout
 from moetier.tiers.manifest import Manifest, TrunkRecords
 from moetier.tiers.quant.codec import WeightError, sections
 from moetier.tiers.quant.packing import band_bytes
@@ -80,7 +81,7 @@ class Encoder:
             layout = self._plan.layout(index)
             itemsize = max(getattr(torch, dtype).itemsize for _, dtype in block.parameters.values())
             sizes = [math.prod(shape) for shape, _ in block.parameters.values()]
-            quantised = [p for p in layout.projections if p.bits != 16]
+            quantised = [p for p in layout.projections if p.bits != 16 and not p.coding]
             codes = max(sizes) if quantised else 0
             band = max((band_bytes(p, itemsize) for p in quantised), default=0)
             if block.apart:
@@ -138,8 +139,26 @@ class Encoder:
     def _encode(self, key: ExpertKey, free: SimpleQueue[Bytes]) -> tuple[Bytes, WeightError]:
         layout, expert = self._plan.layout(key.block), Expert(self._blueprint.blocks[key.block], key.expert, self._turn)
         record = free.get()
-        errors = encode(expert, layout, record[: layout.record_bytes], fast=self._fast)
+        if any(p.coding for p in layout.projections):
+            _copy(expert, layout, record[: layout.record_bytes])
+            return record, WeightError()
+        given = Kept(expert, layout) if any(p.pairs in ZERO_POINTS for p in layout.projections) else expert
+        errors = encode(given, layout, record[: layout.record_bytes], fast=self._fast)
         return record, sum(errors.values(), WeightError())
+
+
+def _copy(expert: Expert, layout: RecordLayout, record: Bytes) -> None:
+    """Fill ``record`` with an expert's bytes as the checkpoint stores them. Raises CheckpointError if a read fails."""
+    record[:] = 0
+    for name, view in sections(torch.from_numpy(record), layout).items():
+        if "." not in name:
+            view.copy_(expert[name])
+            continue
+        bytes_, at = view.view(-1).view(torch.uint8).numpy(), 0
+        for stored in stored_in(expert.block, layout.section(name)):
+            one = stored[expert.index]
+            read_at(one.file, one.offset, bytes_[at : at + one.nbytes])
+            at += one.nbytes
 
 
 class MatrixRecord:

@@ -15,6 +15,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from moetier.runtime.checkpoint.config_json import read_config
+from moetier.runtime.checkpoint.files import is_gguf
+from moetier.runtime.checkpoint.gguf import has_vocabulary
 from moetier.runtime.memory import mapped_files
 from moetier.tiers.errors import MoetierError, StoreFormatError, TargetError
 from moetier.tiers.store.atomic import sync_folder
@@ -117,7 +119,9 @@ def small_faults(directory: Path) -> Iterator[MoetierError]:
 
 
 def has_tokenizer(directory: Path) -> bool:
-    """Return whether a folder has the vocabulary of a tokenizer."""
+    """Return whether a folder, or a GGUF file, has the vocabulary of a tokenizer."""
+    if is_gguf(directory):
+        return has_vocabulary(directory)
     return any(VOCABULARY.fullmatch(path.name) for path in directory.iterdir())
 
 

@@ -6,29 +6,27 @@ checkpoint are made in such an order that few of its files are on the disk at an
 
 from __future__ import annotations
 
-import inspect
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import nn
 
-from moetier.runtime.checkpoint.blueprint import Blueprint, loaded_dtype, make_blueprint, records_of
+from moetier.runtime.checkpoint.blueprint import Blueprint, make_blueprint, records_of
+from moetier.runtime.checkpoint.matrices import standing_alone
+from moetier.runtime.checkpoint.native import native_layout
+from moetier.runtime.checkpoint.recipe import BlockBlueprint
 from moetier.runtime.checkpoint.tensors import SourceTensor, StoredTensor
+from moetier.runtime.checkpoint.zero_points import NEEDS_BITS, Grouped
 from moetier.runtime.config import OPTIONS
-from moetier.runtime.moe.experts import experts_modules
-from moetier.runtime.moe.gates import GATE_NAMES
 from moetier.runtime.moe.linear import matrix_layout
-from moetier.tiers.errors import ConfigError
-from moetier.tiers.layout import TRUNK_BITS, Bits, RecordLayout
-from moetier.tiers.manifest import TRUNK_RECORDS, Manifest, TrunkRecords
-from moetier.tiers.quant.codec import DEFAULTS, group_and_pairs
+from moetier.tiers.errors import ConfigError, UnsupportedModelError
+from moetier.tiers.layout import TRUNK_BITS, ZERO_POINTS, Bits, RecordLayout
+from moetier.tiers.manifest import TRUNK_RECORDS, Manifest, TrunkRecords, method_of
+from moetier.tiers.quant.codec import DEFAULTS, group_and_pairs, layout_for
 from moetier.tiers.quant.hqq import SOLVER
 from moetier.tiers.store.trunk import RECORD
 
@@ -38,6 +36,8 @@ from .trunk import TrunkFile, TrunkTensor, plan_trunk
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+NATIVE: Literal["native"] = "native"
+DEFAULT_BITS: Bits = 4
 AT_ONCE = 2  # files on the disk at any one time: one is downloaded while blocks are made from the other
 
 
@@ -48,7 +48,8 @@ class Options:
     Raises ConfigError if no model can be stored with the combination.
     """
 
-    bits: Bits = 4  # per expert weight
+    # per expert weight; "native": as the checkpoint stores it; None: "native" if HQQ, AWQ or GPTQ quantised it, else 4
+    bits: Bits | Literal["native"] | None = None
     trunk_bits: Bits = 16  # per weight of the trunk's matrices
     group_size: int | None = None  # weights that share a pair
     pairs: str | None = None  # format of the pairs
@@ -60,12 +61,25 @@ class Options:
         OPTIONS["threads"].read("threads", self.threads)
         trunk_form(self.trunk_bits)
         fast = self.fast and self.trunk_bits == 16
-        if self.bits == 16 and (self.group_size is not None or self.pairs is not None or fast):
+        bits = 16 if self.bits == NATIVE else self.bits or DEFAULT_BITS
+        if bits == 16 and (self.group_size is not None or self.pairs is not None or fast):
             raise ConfigError(
-                "With 16 bits nothing is quantised, so --group-size, --pairs and --fast have no effect.",
+                f"With --bits {self.bits} nothing is quantised, so --group-size, --pairs and --fast have no effect.",
                 "Leave out --group-size, --pairs and --fast, or choose fewer --bits.",
             )
-        group_and_pairs(self.bits, self.group_size, self.pairs)
+        group_and_pairs(bits, self.group_size, self.pairs)
+
+    def layout_of(self, block: BlockBlueprint) -> RecordLayout:
+        """Return the layout of a block's records. Raises UnsupportedModelError or CheckpointError."""
+        if self.bits != NATIVE:
+            how: Any = {"bits": self.bits or DEFAULT_BITS, "group": self.group_size, "pairs": self.pairs}
+            return layout_for(block.parameters, **how, transposed=block.transposed)
+        try:
+            return native_layout(block)
+        except ValueError as error:
+            raise UnsupportedModelError(
+                f"Experts can't be stored as in this checkpoint: {error}.", NEEDS_BITS
+            ) from error
 
 
 def trunk_form(bits: Bits) -> TrunkRecords | None:
@@ -83,69 +97,15 @@ def trunk_form(bits: Bits) -> TrunkRecords | None:
 def choose_matrices(model: PreTrainedModel, dtype: torch.dtype, form: TrunkRecords) -> dict[str, RecordLayout]:
     """Choose the linear modules whose weights are quantised. Return the layouts of their records, by module path.
 
-    ``dtype``: the type in which ``model`` will be loaded. These are not quantised: gates; parts without experts, such
-    as encoders of images and sound; weights that the architecture's code reads directly, keeps in another type or
-    shares between modules; and weights that would not get smaller.
+    ``dtype``: the type in which ``model`` will be loaded. Not quantised are the modules that ``standing_alone`` leaves
+    out, and those whose weights would not get smaller.
     """
-    apart = _gates(model) + _towers(model)
     found = {}
-    for path, module in model.named_modules():
-        if type(module) is not nn.Linear or _within(path, apart):  # a subclass may do more than multiply
-            continue
-        weight, layout = f"{path}.weight", matrix_layout(module.out_features, module.in_features, form)
-        if (
-            layout.projections[0].bits != 16
-            and layout.payload_bytes < 2 * layout.weights
-            and path.rpartition(".")[2] not in _read_by(model, path)
-            and loaded_dtype(model, weight, module.weight.dtype, dtype) == dtype
-            and _stands_alone(model, weight)
-        ):
+    for path, module in standing_alone(model, dtype).items():
+        layout = matrix_layout(module.out_features, module.in_features, form)
+        if layout.projections[0].bits != 16 and layout.payload_bytes < 2 * layout.weights:
             found[path] = layout
     return found
-
-
-def _within(path: str, places: list[str]) -> bool:
-    return any(path == place or path.startswith(f"{place}.") for place in places)
-
-
-def _gates(model: PreTrainedModel) -> list[str]:
-    """Return the module paths that a router beside an Experts module may have."""
-    parents = [path.rpartition(".")[0] for path in experts_modules(model)]
-    return [f"{parent}.{name}".removeprefix(".") for parent in parents for name in GATE_NAMES]
-
-
-def _towers(model: PreTrainedModel) -> list[str]:
-    from transformers import PreTrainedModel
-
-    experts = list(experts_modules(model))
-    parts = [path for path, module in model.named_modules() if path and isinstance(module, PreTrainedModel)]
-    return [part for part in parts if not any(_within(path, [part]) for path in experts)]
-
-
-def _stands_alone(model: PreTrainedModel, weight: str) -> bool:
-    """Return whether no other module shares the parameter ``weight``. A head may share that of its embedding."""
-    tied = model.all_tied_weights_keys
-    if weight in tied.values():
-        return False
-    source = tied.get(weight)
-    return source is None or isinstance(model.get_submodule(source.rpartition(".")[0]), nn.Embedding)
-
-
-def _read_by(model: PreTrainedModel, path: str) -> set[str]:
-    """Return the names of modules whose ``weight`` is read by the classes that contain the module at ``path``.
-
-    Such classes, with fused kernels for example, read the weights instead of calling the module.
-    """
-    parts = path.split(".")
-    around = [type(model.get_submodule(".".join(parts[:depth]))) for depth in range(len(parts))]
-    return {name for made_by in around for base in made_by.__mro__ for name in _names_read(base)}
-
-
-@cache
-def _names_read(made_by: type) -> frozenset[str]:
-    if not made_by.__module__.startswith("transformers.models."):
-        return frozenset()
-    return frozenset(re.findall(r"\bself(?:\.\w+)*\.(\w+)\.weight\b", inspect.getsource(made_by)))
 
 
 @dataclass(frozen=True)
@@ -172,7 +132,7 @@ class ConversionPlan:
 
     def manifest(self, options: Options, *, model: str, digest: str) -> Manifest:
         """Return the manifest of the store. ``model`` and ``digest``: name and digest of the source."""
-        blocks, layouts = records_of(self.blueprint, bits=options.bits, group=options.group_size, pairs=options.pairs)
+        blocks, layouts = records_of(self.blueprint, options.layout_of)
         return Manifest(
             model=model,
             source_digest=digest,
@@ -180,10 +140,27 @@ class ConversionPlan:
             layouts=layouts,
             version=version("moetier"),
             requires=(TRUNK_RECORDS,) if self.form else (),
-            method="rounding" if options.fast else "hqq",
+            method=method_of("rounding" if options.fast else "hqq", layouts, self.form),
             solver=SOLVER,
             trunk_records=self.form,
         )
+
+    @property
+    def keeps(self) -> bool:
+        """Whether the checkpoint's experts are quantised, and records can hold them as they are stored."""
+        try:
+            layouts = [native_layout(block) for block in self.blueprint.blocks]
+        except ValueError:
+            return False
+        return any(p.coding or p.pairs in ZERO_POINTS for layout in layouts for p in layout.projections)
+
+    def with_bits(self, options: Options) -> Options:
+        """Return the options. If ``bits`` is None, it is replaced by its default for this checkpoint."""
+        if options.bits is not None:
+            return options
+        recipes = [recipe for block in self.blueprint.blocks for recipe in block.recipes.values()]
+        sources = (tensor for recipe in recipes for tensors in recipe.sources.values() for tensor in tensors)
+        return replace(options, bits=NATIVE if any(isinstance(each, Grouped) for each in sources) else DEFAULT_BITS)
 
     def records(self, *, workers: int, fast: bool) -> dict[str, MatrixRecord]:
         """Return a MatrixRecord for each quantised matrix, by module path. Its ``chunks`` makes the bytes later.

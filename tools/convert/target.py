@@ -35,7 +35,7 @@ from moetier.tools.convert.files import free_bytes
 from .files import delete, empty, locked
 from .trunk import TrunkFile, index_of
 
-METHODS = {"hqq": "HQQ", "rounding": "plain rounding (--fast)"}
+METHODS = {"hqq": "HQQ", "rounding": "plain rounding (--fast)", "native": "their checkpoint"}
 
 
 def _of_experts(name: str, manifest: Manifest) -> str:
@@ -266,6 +266,7 @@ def small_files(
     ``bits`` and ``trunk_bits`` are written into config.json, and ``dtype`` if the checkpoint's config has none.
     """
     made = {name: _without_code(contained(checkpoint.folder, name)) for name in checkpoint.copied}
+    made |= checkpoint.made_files()
     if checkpoint.revision is not None:
         origin = {"id": checkpoint.name, "revision": checkpoint.revision}
         made[ORIGIN] = json.dumps(origin, indent=2).encode() + b"\n"

@@ -16,7 +16,7 @@ MEND = {  # what verify and doctor print too, by whether it is a checkpoint
     False: "Restore the files named, or remove them and run the same conversion again: it makes only what is missing.",
     True: "Get the checkpoint's own files again. If they were changed on purpose, run moetier link again.",
 }
-NO_TOKENIZER = "none: generate, chat and serve need one; copy the files of the original checkpoint's tokenizer"
+NO_TOKENIZER = "none: generate, chat and serve need one, such as that of the original checkpoint"
 
 
 def survey(store: ExpertStore | ExtentStore) -> dict[str, Any]:
@@ -30,7 +30,8 @@ def survey(store: ExpertStore | ExtentStore) -> dict[str, Any]:
 
     manifest = store.manifest
     directory = store.directory
-    trunk = sum(file.stat().st_size for file in directory.glob("*.safetensors") if file.is_file())
+    files = store.paths if isinstance(store, ExtentStore) else list(directory.glob("*.safetensors"))
+    trunk = sum(file.stat().st_size for file in files if file.is_file())
     faults, linked = [fault for _, fault in sorted(store.faults.items())], None
     if isinstance(store, ExtentStore):  # the experts are in the same files
         trunk -= sum(block.experts * manifest.layouts[block.array].payload_bytes for block in manifest.blocks)
@@ -93,6 +94,7 @@ def _layout(layout: RecordLayout, manifest: Manifest, array: str) -> dict[str, A
                 "group": p.group,
                 "pairs": p.pairs,
                 "dtype": p.dtype,
+                **({"coding": p.coding, "scales": p.scales} if p.coding else {}),
             }
             for p in layout.projections
         ],

@@ -8,10 +8,11 @@ device gives the shapes.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from moetier.runtime.checkpoint import hub
 from moetier.runtime.checkpoint.blueprint import build_on_meta, destinations
@@ -21,6 +22,7 @@ from moetier.runtime.checkpoint.files import (
     INDEX,
     WEIGHTS,
     Checkpoint,
+    is_gguf,
     locate,
     names_code,
     open_checkpoint,
@@ -29,7 +31,9 @@ from moetier.runtime.checkpoint.files import (
     some,
     weights_of,
 )
-from moetier.runtime.checkpoint.tensors import SourceTensor, StoredTensor, listed, source_tensors
+from moetier.runtime.checkpoint.gguf import open_gguf
+from moetier.runtime.checkpoint.gguf_trunk import trunk_records as trunk_records_of
+from moetier.runtime.checkpoint.tensors import SourceTensor, StoredTensor, listed
 from moetier.runtime.config import DEFAULT_CONTEXT
 from moetier.runtime.context import context_of
 from moetier.runtime.moe.linear import matrix_layout
@@ -38,7 +42,7 @@ from moetier.tiers.layout import BITS, TRUNK_BITS, Bits, RecordLayout
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.store.folder import check_directory, read_manifest, store_folder
 from moetier.tiers.store.trunk import check_trunk, trunk_records
-from moetier.tools.convert.plan import ConversionPlan, Options, most_bytes
+from moetier.tools.convert.plan import NATIVE, ConversionPlan, Options, most_bytes
 from moetier.tools.convert.target import is_ours
 from moetier.tools.convert.trunk import SPELLINGS
 
@@ -71,7 +75,7 @@ class CheckpointHeaders:
         then has the shape [n], where n is an equal share of the weights that result.
         """
         name = str(dtype).removeprefix("torch.")
-        found = source_tensors(self.checkpoint.tensors, self.checkpoint.quantization, name)
+        found = self.checkpoint.sources(model, name)
         return found if self.shaped else _shaped(model, found, name)
 
 
@@ -155,6 +159,7 @@ class Choice:
     plain_bytes: int  # bytes of the trunk's other weights that are multiplied with for each token
     layers: int
     as_it_is: bool = False  # the experts are those of the checkpoint itself, and nothing is converted
+    native: bool = False  # the experts are quantised in the checkpoint, and stay so (``--bits native``)
 
     @property
     def disk_bytes(self) -> int:
@@ -164,7 +169,9 @@ class Choice:
     @property
     def options(self) -> str:
         """Options of `moetier convert` for this choice."""
-        return f"--bits {self.bits}" + (f" --trunk-bits {self.trunk_bits}" if self.trunk_bits != 16 else "")
+        return f"--bits {NATIVE if self.native else self.bits}" + (
+            f" --trunk-bits {self.trunk_bits}" if self.trunk_bits != 16 else ""
+        )
 
 
 @dataclass(frozen=True)
@@ -200,9 +207,9 @@ class ModelChoices:
         if not found:
             (only, *_) = self.choices
             raise ConfigError(
-                f"{self.source} is converted already, with experts of {only.bits} bits and a trunk of "
-                f"{only.trunk_bits} bits.",
-                "Leave out --bits and --trunk-bits, or give the checkpoint that the model was converted from.",
+                f"{self.source} is {'used as it is' if only.as_it_is else 'converted already'}, with experts of "
+                f"{only.bits} bits and a trunk of {only.trunk_bits} bits.",
+                "Leave out --bits and --trunk-bits, or give the checkpoint that the model was made from.",
             )
         return found
 
@@ -215,6 +222,8 @@ def open_choices(source: str | Path) -> ModelChoices:
     check_directory(Path(source))
     if is_ours(Path(source)):
         return _converted(Path(source))
+    if is_gguf(Path(source)):
+        return _in_blocks(Path(source))
     headers, as_it_is = open_headers(source), _is_usable(Path(source))
     checkpoint, choices, model, passing = headers.checkpoint, list[Choice](), None, 0
     for trunk_bits in TRUNK_BITS:
@@ -225,10 +234,12 @@ def open_choices(source: str | Path) -> ModelChoices:
         records = planned.records(workers=1, fast=False)
         layouts = {path: record.layout for path, record in records.items()}
         size = sum(file.size for file in planned.trunk(records))
-        for bits in BITS:
+        own: Literal["native", 16] = NATIVE if headers.shaped and planned.keeps else 16  # the checkpoint's own form
+        for bits in (*BITS, own) if own == NATIVE else BITS:
             manifest = planned.manifest(Options(bits, trunk_bits), model=checkpoint.name, digest="")
-            choice = _choice(bits, trunk_bits, manifest, size, layouts, model)
-            choices.append(replace(choice, as_it_is=as_it_is and bits == trunk_bits == 16))
+            choice = _choice(manifest.bits, trunk_bits, manifest, size, layouts, model)
+            usable = as_it_is and bits == own and trunk_bits == 16
+            choices.append(replace(choice, as_it_is=usable, native=bits == NATIVE))
     return ModelChoices(checkpoint.name, str(source), headers, model, tuple(choices), passing)
 
 
@@ -241,7 +252,7 @@ def _is_usable(folder: Path) -> bool:
 
 
 def _converted(folder: Path) -> ModelChoices:
-    manifest = read_manifest(store_folder(folder))
+    manifest = read_manifest(store_folder(folder))  # a cache that lacks records has one, too
     check_trunk(folder, manifest)
     model, _ = build_on_meta(read_config(folder), None)
     layouts = {}
@@ -254,6 +265,41 @@ def _converted(folder: Path) -> ModelChoices:
     trunk_bits: Any = manifest.trunk_bits
     choice = _choice(manifest.bits, trunk_bits, manifest, size, layouts, model)
     return ModelChoices(manifest.model, str(folder), None, model, (choice,))
+
+
+def _in_blocks(path: Path) -> ModelChoices:
+    """Return the one choice for a GGUF file, which is used as it is."""
+    checkpoint, manifest = open_gguf(path), table_of(path).manifest
+    model, dtype = build_on_meta(checkpoint.config, None)
+    tensors = checkpoint.sources(model, str(dtype).removeprefix("torch."))
+    records = dict(trunk_records_of(model, dtype, tensors).values())
+    experts = {f"{block.path}." for block in manifest.blocks}
+    plain = [
+        math.prod(tensor.shape) * dtype.itemsize
+        for name, tensor in tensors.items()
+        if name not in records and not any(map(name.startswith, experts))
+    ]
+    table = f"{next(path for path, part in model.named_modules() if part is model.get_input_embeddings())}.weight"
+    head = model.get_output_embeddings()
+    multiplied = [
+        layout
+        for name, layout in records.items()
+        if name != table or (head is not None and head.weight is model.get_input_embeddings().weight)
+    ]
+    size = sum(plain) + sum(layout.payload_bytes for layout in records.values())
+    layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    bits: Bits = min(each for each in BITS if each >= manifest.bits)
+    trunk_bits = _most_common(records.values())
+    choice = Choice(bits, trunk_bits, manifest, size, tuple(multiplied), sum(plain), layers, as_it_is=True)
+    return ModelChoices(checkpoint.name, str(path), None, model, (choice,))
+
+
+def _most_common(matrices: Iterable[RecordLayout]) -> Bits:
+    """Return the bits of most weights of a trunk's quantised ``matrices``, rounded up to TRUNK_BITS; 16 without any."""
+    weights = Counter[int]()
+    for layout in matrices:
+        weights[layout.projections[0].bits] += layout.weights
+    return min(each for each in TRUNK_BITS if each >= max(weights, key=weights.__getitem__, default=16))
 
 
 def _choice(

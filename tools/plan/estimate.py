@@ -77,8 +77,7 @@ def nearest_curve(experts: int, top_k: int) -> HitCurve:
 # Cost of everything except products and reads. The unit is one operation of torch on a few numbers, called from Python,
 # which ``speeds.py`` times. The numbers are fitted to measurements of ``tests/measurements/plan.py``.
 STEP_OPERATIONS = 500.0  # for a token: embedding, masks, the head
-LAYER_OPERATIONS = 800.0  # for a layer, with attention and router
-EXPERT_OPERATIONS = 100.0  # for each expert that a layer calls
+LAYER_OPERATIONS = 100.0  # for a layer, which compiled code computes in two calls
 MISS_OPERATIONS = 200.0  # for each record that is read: threads wait for each other
 PASSING_OPERATIONS = 1000.0  # the same if a prompt needs more experts than a block has slots: little is read ahead
 PROMPT_LAYER_OPERATIONS, PROMPT_EXPERT_OPERATIONS = 4000.0, 430.0  # in a prompt, where rows are sorted and gathered
@@ -160,9 +159,7 @@ def token_cost(choice: Choice, caching: Caching, rates: Rates, cache_bytes: int)
         missing += absent * layout.slot_bytes
         disk += absent * layout.slot_bytes / rates.disk.at(absent * pieces)
         experts += block.top_k * layout.payload_bytes
-    calls = sum(block.top_k for block in choice.manifest.blocks)
-    operations = STEP_OPERATIONS + LAYER_OPERATIONS * choice.layers + EXPERT_OPERATIONS * calls
-    operations += MISS_OPERATIONS * misses
+    operations = STEP_OPERATIONS + LAYER_OPERATIONS * choice.layers + MISS_OPERATIONS * misses
     trunk_bytes, trunk_seconds = _trunk_cost(choice, rates, 1)
     return Cost(
         disk=disk,
@@ -265,6 +262,7 @@ def _choice(model_choices: ModelChoices, fit: Fit, room: Room, speeds: Speeds) -
         "bits": choice.bits,
         "trunk_bits": choice.trunk_bits,
         "as_it_is": choice.as_it_is,
+        "native": choice.native,
         "disk_bytes": choice.disk_bytes,
         "experts_bytes": choice.manifest.stored_bytes,
         "trunk_bytes": choice.trunk_bytes,
@@ -308,7 +306,7 @@ def _conversion(model_choices: ModelChoices, choice: Choice, speeds: Speeds) -> 
     trunk = sum(layout.weights for layout in choice.matrices)
     quantised = sum(
         weights / (speeds.quantising[bits] * speeds.workers)
-        for weights, bits in ((experts, choice.bits), (trunk, choice.trunk_bits))
+        for weights, bits in ((experts, 16 if choice.native else choice.bits), (trunk, choice.trunk_bits))
         if bits != 16
     )
     return max(moved, quantised)
@@ -326,16 +324,20 @@ def _recommended(
     if headers is not None and not choice.as_it_is:
         source, code = shlex.quote(model_choices.source), " --ignore-code" if headers.names_code else ""
         if into is None:
-            directory = f"{model_choices.source}:{tag_of(choice.bits, choice.trunk_bits)}"
+            directory = (
+                f"{model_choices.source}:{tag_of('native' if choice.native else choice.bits, choice.trunk_bits)}"
+            )
             pull = f"moetier pull {source} {choice.options}{code}"
         else:
-            directory = str(into / f"{model_choices.name.rpartition('/')[2]}-{choice.bits}bit")
+            stem = model_choices.name.rpartition("/")[2]
+            directory = str(into / (f"{stem}-native" if choice.native else f"{stem}-{choice.bits}bit"))
             convert = f"moetier convert {source} {shlex.quote(directory)} {choice.options}{code}"
     given = [f"{option} {shlex.quote(str(size))}" for option, size in options.items() if size is not None]
     words = ["moetier generate", shlex.quote(directory), *given, f"--context {context}", "'Once upon a time'"]
     return {
         "bits": choice.bits,
         "trunk_bits": choice.trunk_bits,
+        "native": choice.native,
         "pull": pull,
         "convert": convert,
         "generate": " ".join(words),

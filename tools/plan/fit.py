@@ -108,7 +108,7 @@ def fit_of(model_choices: ModelChoices, choice: Choice, config: TierConfig, room
         slots = slots_for(manifest, needs.host_budget(manifest, config.ram, room.host, room.device))
         if room.on_device is not None:
             there = room.on_device
-            left = Available(max(there.bytes - choice.trunk_bytes, 0), there.limiter)
+            left = replace(there, bytes=max(there.bytes - choice.trunk_bytes, 0))
             device_slots = slots_for(manifest, needs.device_budget(manifest, config.device_memory, left))
         arena = ArenaPlan.of(manifest, slots).nbytes
     except BudgetError as error:
@@ -170,9 +170,13 @@ def needed_bytes(used: int) -> int:
 def by_preference(fits: Iterable[Fit]) -> list[Fit]:
     """Return the fits that work, the recommended one first."""
 
-    def rank(fit: Fit) -> tuple[int, int]:
-        bits = -1 if fit.choice.bits == 8 and fit.all_resident else BITS_ORDER.index(fit.choice.bits)
-        return bits, TRUNK_ORDER.index(fit.choice.trunk_bits)
+    def rank(fit: Fit) -> tuple[int, bool, bool, int]:
+        choice = fit.choice
+        if choice.native and choice.bits == 4:
+            bits = -2  # its weights were trained in 4 bits, or quantised with data that moetier does not have
+        else:
+            bits = -1 if choice.bits == 8 and fit.all_resident else BITS_ORDER.index(choice.bits)
+        return bits, not choice.native, not choice.as_it_is, TRUNK_ORDER.index(choice.trunk_bits)
 
     return sorted((fit for fit in fits if fit.works), key=rank)
 

@@ -12,6 +12,7 @@ from moetier.runtime.checkpoint.tensors import StoredTensor
 from moetier.tiers.layout import ROW_TILE, Bits, RecordLayout
 from moetier.tiers.source import LOADERS
 from moetier.tiers.store.checksum import PIECE_BYTES
+from moetier.tiers.store.folder import GROUP, is_cache
 from moetier.tools.bench.disk import RandomReads
 from moetier.tools.bench.rates import (
     TIMES,
@@ -128,9 +129,10 @@ def _disk_rate(model_choices: ModelChoices, choices: Sequence[Choice], room: Roo
     """
     block = min(max(layout.slot_bytes for layout in choices[0].manifest.layouts.values()), PIECE_BYTES)
     with ExitStack() as stack:
-        if model_choices.headers is None:
-            reads, what = RandomReads.of_records(Path(model_choices.source)), "its records"
-        elif files := _files_on(room.into, model_choices.headers.checkpoint.tensors.values()):
+        folder, headers = Path(model_choices.source), model_choices.headers
+        if headers is None and not is_cache(folder / GROUP):
+            reads, what = RandomReads.of_records(folder), "its records"
+        elif headers is not None and (files := _files_on(room.into, headers.checkpoint.tensors.values())):
             reads, what = RandomReads.of_files(files, block), "the checkpoint's files"
         else:
             size = probe_bytes(max(choice.disk_bytes for choice in choices), room.disk_free)

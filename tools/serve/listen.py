@@ -156,6 +156,7 @@ class Server(uvicorn.Server):
             uvicorn.Config(
                 app,
                 http=protocol,
+                loop="asyncio",  # the same loop whether uvloop is installed or not
                 backlog=BACKLOG,
                 log_config=None,
                 lifespan="on",

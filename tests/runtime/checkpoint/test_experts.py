@@ -114,8 +114,8 @@ def test_other_types_and_quantised_weights(tmp_path: Path) -> None:
     refused(folder, UnsupportedModelError, r"experts.*weight is in float32, and a record holds bfloat16")
     edit_json(folder / "config.json", dtype="float16")
     refused(folder, UnsupportedModelError, r"is in float32, and a record holds float16")
-    edit_json(folder / "config.json", quantization_config={"quant_method": "awq"})
-    refused(folder, UnsupportedModelError, r"its weights are quantised \(awq\)")
+    edit_json(folder / "config.json", quantization_config={"quant_method": "aqlm"})
+    refused(folder, UnsupportedModelError, "quantised with aqlm, which moetier can't read")
 
 
 def test_weights_of_another_size(tmp_path: Path) -> None:
@@ -147,6 +147,18 @@ def test_code_adapters_and_files_elsewhere(folder: Path, tmp_path: Path) -> None
         first.symlink_to(tmp_path / first.name)
         refused(place, UnsafeCheckpointError, "leads out of the checkpoint")
         first.unlink()
+
+
+def test_code_is_ignored_if_it_was_linked_so(folder: Path) -> None:
+    expected = read_manifest(folder).digest
+    edit_json(folder / "config.json", auto_map={"AutoModel": "code.Model"})
+    (folder / "code.py").write_text("raise AssertionError")
+    assert main(["link", str(folder)]) != 0
+    assert main(["link", str(folder), "--ignore-code"]) == 0
+    model, _ = moetier.load(folder)
+    with model.tiers:
+        assert model.tiers.manifest.digest == expected
+    assert main(["link", str(folder)]) != 0
 
 
 def cut(path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -323,7 +325,7 @@ def test_a_part_that_nobody_can_be_found_for(large: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(remote, "ThreadPoolExecutor", WithoutThreads)
     with served(large) as (address, _, _), RemoteReader(address, PLAIN, manifest_of(large)) as reader:
         slot = slot_of(reader.manifest, key)
-        with pytest.raises(UnavailableError, match="can't be read"):
+        with pytest.raises(UnavailableError, match="can't be called"):
             reader.read_into(key, slot)
         assert not any(slot), "the transfer ended before its first byte"
 
@@ -359,6 +361,26 @@ def test_nobody_there(small: Path) -> None:
             reader.check()
         with pytest.raises(UnavailableError):
             reader.read_into(ExpertKey(0, 0), slot_of(reader.manifest, ExpertKey(0, 0)))
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EMFILE, "Too many open files"), RuntimeError("can't start new thread")]
+)
+def test_a_process_that_can_not_connect_says_so(small: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(remote, "open_channel", fails)
+    with RemoteReader(Address(target="127.0.0.1:1"), PLAIN, manifest_of(small)) as reader:
+        slot = slot_of(reader.manifest, ExpertKey(0, 0))
+        calls: list[Callable[[], object]] = [
+            reader.check,
+            lambda: reader.read_into(ExpertKey(0, 0), slot),
+            lambda: reader.compute(pb.ComputeRequest(), 1),
+        ]
+        for call in calls:
+            with pytest.raises(UnavailableError, match=re.escape(str(error))):
+                call()
 
 
 def test_a_check_in_a_fork_or_after_close_is_an_error(small: Path) -> None:

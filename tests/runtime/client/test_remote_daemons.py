@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import shutil
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -18,6 +22,7 @@ import pytest
 import trustme
 from daemons import DaemonProcess, running_daemon
 from networks import network
+from places import HELPERS
 from stores import layout_of, make_plan, make_records, manifest_of, read_record, without_shards, write_store
 from threads import Task, wait_until
 
@@ -164,6 +169,76 @@ def test_one_that_is_frozen_is_not_waited_for_twice(
         assert [peer.failures for peer in peers] == [0, 1, 0]
 
 
+# for each line of addresses: waits until the daemons are those, reads all records, and says how many came from each
+CLIENT = """
+import json, sys, time
+from pathlib import Path
+from stores import manifest_of, read_record
+from moetier.runtime.client import spread
+from moetier.runtime.wire.address import Address, Credentials
+from moetier.tiers.layout import ExpertKey
+spread.RESOLVE_SECONDS = 0.1
+group, store, token, ca = sys.argv[1:]
+manifest = manifest_of(Path(store))
+with spread.SpreadReader.open([Address.parse(group)], Credentials(Path(token), Path(ca)), manifest) as reader:
+    for line in sys.stdin:
+        while {share.place for share in reader.shares()} - {"former daemons"} != set(line.split()):
+            time.sleep(0.01)
+        for block, entry in enumerate(manifest.blocks):
+            for expert in range(entry.experts):
+                read_record(reader, ExpertKey(block, expert))
+        print(json.dumps({share.place: share.records for share in reader.shares()}), flush=True)
+"""
+
+
+def test_a_name_of_the_system_s_own_resolver(small: Path, tmp_path: Path, token: Path) -> None:
+    """In /etc/hosts, which is another file for the client, and changes under it. TLS is for the name."""
+    hosts = tmp_path / "hosts"
+    hosts.write_text("127.0.0.1 daemons.test\n")
+    script = f'mount --bind {hosts} /etc/hosts && exec "$@"'
+    within = ["unshare", "--mount", "sh", "-c", script, "sh"]
+    if os.geteuid() != 0 or shutil.which("unshare") is None:
+        pytest.skip("another /etc/hosts needs root and unshare")
+    if subprocess.run([*within, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("no mount namespace can be made")
+    ca, port = trustme.CA(), free_port()
+    issued = ca.issue_cert("daemons.test")
+    ca.cert_pem.write_to_path(str(tmp_path / "ca"))
+    issued.private_key_pem.write_to_path(str(tmp_path / "key"))
+    issued.cert_chain_pems[0].write_to_path(str(tmp_path / "cert"))
+    tls = ["--tls-cert", tmp_path / "cert", "--tls-key", tmp_path / "key", "--token-file", token]
+    first, second = (f"127.0.0.{number}:{port}" for number in (1, 2))
+    with ExitStack() as stack:
+        for address in (first, second):
+            folder = tmp_path / address.partition(":")[0]
+            stack.enter_context(running_daemon(small, folder=folder, extra=["--listen", address, *tls]))
+        words = [sys.executable, "-c", CLIENT, f"dns:///daemons.test:{port}", small, token, tmp_path / "ca"]
+        client = subprocess.Popen(
+            [*within, *words],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": str(HELPERS)},
+        )
+        stack.callback(client.communicate)
+        stack.callback(client.kill)
+        assert client.stdin is not None
+        assert client.stdout is not None
+
+        def ask(*addresses: str) -> dict[str, int]:
+            print(*addresses, file=client.stdin, flush=True)
+            counts: dict[str, int] = json.loads(Task(client.stdout.readline).result())  # type: ignore[union-attr]
+            return counts
+
+        total = len(KEYS)
+        own = Counter(rendezvous([first, second], key)[0] for key in KEYS)
+        assert ask(first) == {first: total}
+        hosts.write_text("127.0.0.1 daemons.test\n127.0.0.2 daemons.test\n")
+        assert ask(first, second) == {first: total + own[first], second: own[second]}
+        hosts.write_text("127.0.0.2 daemons.test\n")
+        assert ask(second) == {second: own[second] + total, "former daemons": total + own[first]}
+
+
 def test_packets_that_are_lost_in_the_middle_of_a_record(large: Path, tmp_path: Path, token: Path) -> None:
     """TLS across a network of its own. With another daemon nothing is missed; alone it is an error by the deadline, and
     right again when packets flow."""
@@ -205,12 +280,12 @@ def test_packets_that_are_lost_in_the_middle_of_a_record(large: Path, tmp_path: 
             tasks = [Task(lambda: load(reader)) for _ in range(2)]
             try:
                 for _ in range(2):
-                    given = peers[0].records
-                    wait_until(lambda given=given: peers[0].records > given + 5)  # type: ignore[misc]
+                    given = peers[0].counts["records"]
+                    wait_until(lambda given=given: peers[0].counts["records"] > given + 5)  # type: ignore[misc]
                     net.drop()
                     wait_until(lambda: peers[0].away is not None)
-                    others = peers[1].records
-                    wait_until(lambda others=others: peers[1].records > others + 5)  # type: ignore[misc]
+                    others = peers[1].counts["records"]
+                    wait_until(lambda others=others: peers[1].counts["records"] > others + 5)  # type: ignore[misc]
                     net.flow()
                     wait_until(lambda: peers[0].away is None)
             finally:

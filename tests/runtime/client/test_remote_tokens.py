@@ -89,6 +89,7 @@ def test_no_token_is_lost_or_wrong(
         bare,
         ram=ram,
         daemon=",".join(daemon.card.listen for daemon in three),
+        remote_compute="off",
         credentials=Credentials(token_file=tmp_path / "token", insecure=True),
     )
     with model.tiers:

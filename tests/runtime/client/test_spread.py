@@ -6,12 +6,15 @@ import errno
 import logging
 import random
 import shutil
+import socket
 import threading
 import time
+import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import google_crc32c
 import pytest
@@ -22,6 +25,7 @@ from stores import make_plan, make_records, manifest_of, read_record, without_sh
 from threads import Task, run_all, wait_until
 
 from moetier.proto import expert_store_pb2 as pb
+from moetier.runtime.client import remote
 from moetier.runtime.client.remote import RemoteReader
 from moetier.runtime.client.spread import Peer, SpreadReader, rendezvous
 from moetier.runtime.daemon.fetch import Fetches
@@ -100,7 +104,7 @@ def manifest(folder: Path) -> Manifest:
 class Daemon:
     """The remote half of one, in this process: goes, and comes back to the same port."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, address: str = "127.0.0.1:0") -> None:
         self.stack = ExitStack()
         store = self.stack.enter_context(ExpertStore.open(folder))
         slots = {"records": len(KEYS)}
@@ -109,7 +113,7 @@ class Daemon:
         self.stack.callback(fetches.close)
         self.outlet = outlet_of(fetches, store.manifest)
         self.running = ExitStack()
-        self.address = self.running.enter_context(serving(self.outlet))
+        self.address = self.running.enter_context(serving(self.outlet, address=address))
 
     def go(self) -> None:
         self.running.close()
@@ -295,6 +299,166 @@ def test_nobody_at_all_is_an_error_at_once(bare: Path, manifest: Manifest) -> No
         SpreadReader.open(addresses[:1] * 2, PLAIN, manifest, bare)
 
 
+# -- behind one name --------------------------------------------------------------------------------------------------
+
+
+class Names:
+    """Stands in for the system's resolver. It knows only the names that it was given."""
+
+    def __init__(self, port: int) -> None:
+        self.ips: dict[str, list[str]] = {}
+        self.port = port
+        self.asked = 0
+
+    def getaddrinfo(self, host: str, port: int, **_: Any) -> list[tuple[Any, ...]]:
+        self.asked += 1
+        if not self.ips.get(host):
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (ip, port)) for ip in self.ips[host]]
+
+    @property
+    def group(self) -> Address:
+        return Address.parse(f"dns:///daemons.test:{self.port}")
+
+    def lead_to(self, *ips: str) -> None:
+        self.ips["daemons.test"] = list(ips)
+
+
+IPS = ["127.0.0.1", "127.0.0.2", "127.0.0.3"]
+
+
+@pytest.fixture
+def pods(folder: Path) -> Iterator[list[Daemon]]:
+    """Three on one port of three addresses."""
+    with ExitStack() as stack:
+        daemons: list[Daemon] = []
+        for ip in IPS:
+            port = daemons[0].address.target.rpartition(":")[2] if daemons else "0"
+            daemon = Daemon(folder, f"{ip}:{port}")
+            stack.callback(daemon.close)
+            daemons.append(daemon)
+        yield daemons
+
+
+@pytest.fixture
+def resolver(pods: list[Daemon], monkeypatch: pytest.MonkeyPatch) -> Names:
+    found = Names(int(pods[0].address.target.rpartition(":")[2]))
+    monkeypatch.setattr(socket, "getaddrinfo", found.getaddrinfo)
+    return found
+
+
+def places(reader: SpreadReader) -> list[str]:
+    return sorted(share.place.partition(":")[0] for share in peers(reader))
+
+
+def test_a_name_means_a_daemon_at_each_of_its_addresses(
+    pods: list[Daemon], resolver: Names, bare: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They come and go with it, and no others."""
+    monkeypatch.setattr("moetier.runtime.client.spread.RESOLVE_SECONDS", 0.05)
+    resolver.lead_to(*IPS[:2])
+    with SpreadReader.open([resolver.group], PLAIN, manifest, bare) as reader:
+        for key in KEYS:
+            read(reader, key)
+        assert places(reader) == IPS[:2]
+        assert [pod.host.stats().ready for pod in pods] == [*shares(reader), 0]
+        assert sum(shares(reader)) == len(KEYS)
+
+        resolver.lead_to(*IPS)
+        wait_until(lambda: places(reader) == IPS)
+        for key in KEYS:
+            read(reader, key)
+        own = Counter(rendezvous([str(pod.address) for pod in pods], key)[0] for key in KEYS)
+        assert pods[2].host.stats().ready == own[str(pods[2].address)], "its share, and nothing else has moved"
+
+        resolver.lead_to(*IPS[1:])  # the first still runs
+        wait_until(lambda: places(reader) == [*IPS[1:], "former daemons"])
+        requests = len(pods[0].outlet.requests)
+        for key in KEYS:
+            read(reader, key)
+        assert len(pods[0].outlet.requests) == requests
+        assert sum(shares(reader)) == 3 * len(KEYS)
+
+
+def test_what_a_daemon_has_computed_counts_after_it_has_gone(
+    pods: list[Daemon], resolver: Names, bare: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moetier.runtime.client.spread.RESOLVE_SECONDS", 0.05)
+    resolver.lead_to(*IPS[:2])
+    with SpreadReader.open([resolver.group], PLAIN, manifest, bare) as reader:
+        gone = next(peer for peer in reader.peers if peer.name.startswith(IPS[0]))
+        reader.order(KEYS[0])
+        reader.count_computed(gone, 5, 100)
+        resolver.lead_to(IPS[1])
+        wait_until(lambda: places(reader) == [IPS[1], "former daemons"])
+        reader.count_computed(gone, 3, 60)  # by a call that was under way
+        (former,) = (share for share in peers(reader) if share.place == "former daemons")
+        assert (former.computed, former.computed_bytes) == (8, 160)
+        with pytest.raises(ClosedError):
+            gone.reader.compute(pb.ComputeRequest(), 1)
+        held = weakref.ref(gone)
+        del gone
+        wait_until(lambda: held() is None)
+
+
+def test_a_failure_has_the_name_resolved_again(
+    pods: list[Daemon], resolver: Names, bare: Path, manifest: Manifest
+) -> None:
+    """A daemon that is started again elsewhere is found long before its name's turn; there is no other here."""
+    resolver.lead_to(IPS[0])
+    with SpreadReader.open([resolver.group], PLAIN, manifest, bare) as reader:
+        read(reader, KEYS[0])
+        asked = resolver.asked
+        assert asked == 1
+        pods[0].go()
+        task = Task(lambda: read(reader, KEYS[1]))
+        wait_until(lambda: resolver.asked > asked)
+        resolver.lead_to(IPS[1])
+        task.result(15)
+        assert places(reader) == [IPS[1], "former daemons"]
+        assert none_away(reader)
+
+
+def test_a_name_that_is_not_known(
+    pods: list[Daemon],
+    resolver: Names,
+    folder: Path,
+    bare: Path,
+    manifest: Manifest,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("moetier.runtime.client.spread.RESOLVE_AGAIN", 0.05)
+    with pytest.raises(UnavailableError, match=r"daemons\.test can't be resolved: Name or service not known"):
+        SpreadReader.open([resolver.group], PLAIN, manifest, bare)
+    with SpreadReader.open([resolver.group, pods[2].address], PLAIN, manifest, bare) as reader:
+        read(reader, KEYS[0])
+        assert places(reader) == IPS[2:]
+    with SpreadReader.open([resolver.group], PLAIN, manifest, folder) as reader:  # no daemon yet: it reads the store
+        assert "can't be resolved" in caplog.text
+        read(reader, KEYS[0])
+        assert local_records(reader) == 1
+        resolver.lead_to(IPS[0])
+        wait_until(lambda: places(reader) == IPS[:1])
+        read(reader, KEYS[0])
+        assert shares(reader) == [1]
+
+
+def test_daemons_stay_while_their_name_is_not_known(
+    pods: list[Daemon], resolver: Names, bare: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for pause in ("RESOLVE_SECONDS", "RESOLVE_AGAIN"):
+        monkeypatch.setattr(f"moetier.runtime.client.spread.{pause}", 0.02)
+    resolver.lead_to(*IPS)
+    with SpreadReader.open([resolver.group], PLAIN, manifest, bare) as reader:
+        resolver.lead_to()
+        asked = resolver.asked
+        wait_until(lambda: resolver.asked > asked + 3)
+        for key in KEYS:
+            read(reader, key)
+        assert places(reader) == IPS
+
+
 def test_one_that_serves_another_store_is_not_used(
     three: list[Daemon], bare: Path, tmp_path: Path, manifest: Manifest, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -387,32 +551,23 @@ def test_whatever_one_says_another_is_asked(three: list[Daemon], manifest: Manif
         assert peers(reader)[0].lost > 0
 
 
-def test_one_that_can_not_be_looked_at_is_looked_at_again(manifest: Manifest) -> None:
+def test_one_that_can_not_be_looked_at_is_looked_at_again(
+    three: list[Daemon], manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Where this process has no descriptor left, for now."""
+    errors = [OSError(errno.EMFILE, "Too many open files")] * 3  # a read, its second try, and the first look
+    opens = remote.open_channel
 
-    class Reader:
-        manifest: Manifest
-        looks = 0
+    def limited(*arguments: Any, **options: Any) -> Any:
+        if errors:
+            raise errors.pop()
+        return opens(*arguments, **options)
 
-        def check(self) -> None:
-            self.looks += 1
-            if self.looks == 1:
-                raise OSError(errno.EMFILE, "Too many open files")
-
-        def read_into(self, key: ExpertKey, buffer: memoryview, pause: Callable[[], bool] | None = None) -> None:
-            if not self.looks:
-                raise UnavailableError("It is away.", "Wait.")
-            record = RECORDS[key]
-            buffer[:] = record + checksum_bytes(google_crc32c.value(record))
-
-        def close(self) -> None:
-            pass
-
-    peer = Peer("a", Reader())
-    peer.reader.manifest = manifest  # type: ignore[misc]
-    with SpreadReader(manifest, [peer]) as reader:
+    monkeypatch.setattr(remote, "open_channel", limited)
+    with spread_over(three[:1], manifest) as reader:
         read(reader, KEYS[0])
-        assert (peer.failures, peer.records) == (1, 1)
+        assert not errors
+        assert [(peer.lost, peer.records) for peer in peers(reader)] == [(1, 1)]
 
 
 def test_a_host_tier_on_three_daemons(three: list[Daemon], bare: Path, manifest: Manifest) -> None:

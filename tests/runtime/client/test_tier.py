@@ -18,7 +18,8 @@ from daemons import running_daemon
 from faults import strace
 from local_daemons import local_daemon
 from mapped_store import MappedStore
-from readers import PATIENCE, GatedReader
+from prepared import for_daemons
+from readers import GatedReader
 from relays import relay
 from stores import keys, layout_of, make_plan, make_records, write_store
 from threads import Task, run_all, wait_until
@@ -43,7 +44,7 @@ def test_bytes_are_right_at_every_budget(store: MappedStore, tmp_path: Path, slo
     with store.daemon(slots, tmp_path / "daemon") as daemon, store.crew(daemon) as crew:
         workers = crew.start(4, fallback=False)
         for worker in workers:
-            worker.tell("work", 1.0)
+            worker.tell("work", 0.4)
         for worker in workers:
             worker.hear()
         found = [worker.do("stats") for worker in workers]
@@ -370,8 +371,7 @@ def test_no_room_to_map_the_arena(tmp_path: Path) -> None:
     plan = make_plan(blocks=1, experts=4, top_k=1, layout=layout_of(rows=1024, columns=2304))
     write_store(tmp_path / "model", plan, make_records(plan))
     with running_daemon(tmp_path / "model", folder=tmp_path / "daemon"):
-        command = [sys.executable, "-c", LIMITED, str(tmp_path / "daemon"), str(tmp_path / "model")]
-        result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=PATIENCE)
+        result = for_daemons().run(LIMITED, tmp_path / "daemon", tmp_path / "model")
         assert "can't be mapped (Cannot allocate memory)" in result.stdout, result.stderr
 
 
@@ -411,12 +411,6 @@ print(lease.key.block, flush=True)
 def test_a_process_that_closes_nothing_ends_all_the_same(store: MappedStore, tmp_path: Path) -> None:
     with store.daemon(2, tmp_path / "daemon") as daemon:
         for _ in range(5):
-            result = subprocess.run(
-                [sys.executable, "-c", UNCLOSED, str(daemon.folder), str(store.directory)],
-                capture_output=True,
-                text=True,
-                timeout=PATIENCE,
-                check=False,
-            )
+            result = for_daemons().run(UNCLOSED, daemon.folder, store.directory)
             assert (result.returncode, result.stdout, result.stderr) == (0, "0\n", "")
         daemon.wait_for("leases == 0 and clients == 0")

@@ -20,6 +20,7 @@ import pytest
 from cgroups import memory_limit
 from daemons import DaemonProcess, daemon_command, running_daemon
 from faults import flip_bit, mounted, need_strace
+from prepared import MAIN, for_daemons
 from raw_client import RawClient
 from readers import PATIENCE
 from stores import layout_of, make_store
@@ -27,7 +28,7 @@ from threads import wait_until
 
 from moetier.proto import expert_store_pb2 as pb
 from moetier.proto.expert_store_pb2_grpc import ExpertStoreStub
-from moetier.runtime.daemon.fetch import CALLS
+from moetier.runtime.daemon.leases import CALLS
 from moetier.runtime.wire.address import Address, Credentials
 from moetier.runtime.wire.channel import open_channel
 from moetier.runtime.wire.control import ControlConnection
@@ -264,8 +265,7 @@ def test_as_many_clients_as_are_said_whatever_the_soft_limit_of_descriptors(stor
 
 def starting(store: Store, folder: Path) -> list[str]:
     """What a daemon says that does not start: the cause, and what to do."""
-    command = daemon_command(store[0], "--folder", folder)
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE)
+    result = for_daemons().run(MAIN, "daemon", store[0], "--folder", folder)
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
     lines = result.stderr.splitlines()

@@ -64,6 +64,18 @@ def test_a_damaged_file_is_a_warning_and_nothing_else(manifest: Manifest, tmp_pa
         assert load_hot_set(manifest.digest, EXPERTS) == {ExpertKey(0, 1): 1, ExpertKey(0, 2): 3}
 
 
+def test_where_all_fit_the_last_half_is_read_without_being_asked_for(manifest: Manifest, tmp_path: Path) -> None:
+    with running_daemon(tmp_path / "model", folder=tmp_path / "d") as daemon:
+        with RawClient(daemon.folder, manifest) as client:
+            for block in range(3):
+                client.acquire(block + 1, block, [0, 1, 2, 3])
+                for _ in range(4):
+                    client.granted()
+                client.release(block + 1)
+        found = daemon.wait_for("host.ready == 24").host
+        assert (found.misses, found.warmed) == (12, 12)
+
+
 def test_without_it_nothing_is_kept(manifest: Manifest, tmp_path: Path) -> None:
     with running_daemon(tmp_path / "model", folder=tmp_path / "d") as daemon:
         use(daemon, manifest)

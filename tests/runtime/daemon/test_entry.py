@@ -9,7 +9,6 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ import pytest
 from daemons import DaemonProcess, daemon_command, running_daemon
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from places import HELPERS
+from prepared import MAIN, for_daemons
 from raw_client import RawClient
 from readers import PATIENCE
 from stores import layout_of, make_plan, make_records, make_store, write_store
@@ -49,8 +49,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 def starting(directories: Path | list[Path], *options: str | Path) -> subprocess.CompletedProcess[str]:
     """A daemon that is not to start."""
-    command = daemon_command(directories, *options)
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE)
+    names = [directories] if isinstance(directories, Path) else directories
+    return for_daemons().run(MAIN, "daemon", *names, *options)
 
 
 def is_served(daemon: DaemonProcess, store: Store, block: int = 0, expert: int = 1) -> None:
@@ -186,6 +186,7 @@ def test_what_a_killed_one_leaves_is_in_nobodys_way(store: Store, tmp_path: Path
         (["--listen", "nonsense"], "HOST:PORT"),
         (["--listen", "7171"], "'7171' is only a port"),
         (["--listen", "127.0.0.1:99999"], "is not HOST:PORT"),
+        (["--listen", "dns:///localhost:7070"], "is not HOST:PORT"),
         (["--metrics", "/folder"], "'/folder' is not HOST:PORT"),
         (["--metrics", ":9400"], "':9400' is not HOST:PORT"),
         (["--metrics", "99999"], "'99999' is not HOST:PORT"),
@@ -439,7 +440,7 @@ def test_a_fetch_under_way_is_finished(store: Store, tmp_path: Path) -> None:
 
 
 CLIENT = """
-import sys
+import signal, sys
 sys.path.insert(0, sys.argv[3])
 from pathlib import Path
 from moetier.tiers.store.folder import read_manifest
@@ -450,23 +451,24 @@ client.acquire(2, 1, [0])
 for _ in range(3):
     client.granted()
 print("holds", flush=True)
-sys.stdin.read()
+signal.pause()
 """
 
 
 def test_a_killed_clients_leases_are_back_within_a_second(store: Store, tmp_path: Path) -> None:
-    helpers = HELPERS
     with running_daemon(store[0], ram=12 * SLOT, folder=tmp_path / "d") as daemon:
-        command = [sys.executable, "-c", CLIENT, str(daemon.folder), str(store[0] / "experts.zarr"), str(helpers)]
         before: tuple[int, int] | None = None
         taken = []
         for _ in range(6):
-            clients = [
-                subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(3)
-            ]
-            for client in clients:
-                assert client.stdout is not None
-                assert client.stdout.readline() == "holds\n"
+            reading, writing = os.pipe()
+            with os.fdopen(reading) as said, os.fdopen(writing) as stdout:
+                clients = [
+                    for_daemons().start(
+                        CLIENT, daemon.folder, store[0] / "experts.zarr", HELPERS, stdin=0, stdout=stdout.fileno()
+                    )
+                    for _ in range(3)
+                ]
+                assert [said.readline() for _ in clients] == ["holds\n"] * 3
             assert daemon.stats().leases == 9
             for client in clients:
                 client.kill()
@@ -474,7 +476,7 @@ def test_a_killed_clients_leases_are_back_within_a_second(store: Store, tmp_path
             daemon.wait_for("leases == 0 and clients == 0")
             taken.append(time.monotonic() - began)
             for client in clients:
-                client.communicate()
+                client.wait(PATIENCE)
             resources = resources_of(daemon.pid)
             before = before or resources
         assert before is not None

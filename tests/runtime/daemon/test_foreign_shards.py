@@ -116,10 +116,10 @@ def test_a_damaged_trunk_is_named_by_its_daemon_and_by_a_load(tinymix_4bit: Path
 
 @contextlib.contextmanager
 def daemon_of_slow_disk(folder: Path, place: Path) -> Iterator[DaemonProcess]:
-    """A disk takes 300 ms for a small read, so that the check of the digest outlasts the start."""
+    """A disk takes 100 ms for a small read, so that the check of the digest outlasts the start."""
     need_strace()
     shards = [word for block in range(3) for word in ("-P", str(shard(folder, block)))]
-    inject = ["-e", "inject=pread64:delay_exit=300000"]
+    inject = ["-e", "inject=pread64:delay_exit=100000"]
     prefix = ["strace", "-D", "-f", "-qq", "-o", os.devnull, *only("pread64"), *shards, *inject]
     with running_daemon(
         folder, ram=12 * SLOT, folder=place, prefix=prefix, extra=["--metrics", "127.0.0.1:0"]

@@ -17,7 +17,8 @@ import pytest
 
 pytest.importorskip("prometheus_client", reason='pip install ".[metrics]"')
 
-from daemons import DaemonProcess, daemon_command, running_daemon
+from daemons import DaemonProcess, running_daemon
+from prepared import MAIN, for_daemons
 from prometheus import scrape
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parsed_open
 from prometheus_client.parser import text_string_to_metric_families as parsed
@@ -100,6 +101,7 @@ def test_they_are_the_counters(store: Store, tmp_path: Path) -> None:
             "reported_hits_total": 0,
             "fetches_total": 0,
             "fetched_bytes_total": 0,
+            "computed_rows_total": 0,
             "received_bytes_total": stats.session_bytes_in,
             "sent_bytes_total": stats.session_bytes_out,
         }
@@ -164,8 +166,8 @@ def test_where_it_is_said(store: Store, tmp_path: Path, where: str, is_said: boo
 def test_a_port_that_is_taken_is_said_and_nothing_is_left(store: Store, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        command = daemon_command(store[0], "--folder", tmp_path / "d", "--ram", str(3 * SLOT), "--metrics", port)
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE)
+        words = ("daemon", store[0], "--folder", tmp_path / "d", "--ram", 3 * SLOT, "--metrics", port)
+        done = for_daemons().run(MAIN, *words)
     assert done.returncode == 1
     cause, fix = [line for line in done.stderr.splitlines() if "event=" not in line]
     assert cause.endswith(f"Metrics can't be served on 127.0.0.1:{port}: Address already in use.")

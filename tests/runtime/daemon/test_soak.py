@@ -18,7 +18,7 @@ from threads import Task, wait_until
 from workers import Crew, WorkerError
 
 SEATS = 6
-SHORT = 12.0  # seconds
+SHORT = 5.0  # seconds
 LONG = float(os.environ.get("SOAK_SECONDS", "600"))
 
 

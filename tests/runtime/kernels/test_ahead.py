@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
+import pytest
+from prepared import Prepared, for_daemons
+
 from moetier.runtime.kernels.ahead import compile_ahead
+from moetier.tools.main import main
 
 CODE = """
 import sys, threading
@@ -15,7 +17,6 @@ from pathlib import Path
 from moetier.runtime.kernels.ahead import compile_ahead
 from moetier.runtime.kernels.jit import Processor
 
-assert "transformers" not in sys.modules  # it is to be imported while kernels are compiled
 compile_ahead(Path(sys.argv[1]))
 (compiler,) = [thread for thread in threading.enumerate() if thread.name == "moetier-compiler"]
 compiler.join()
@@ -37,11 +38,36 @@ with model.tiers:
 """
 
 
-def test_little_is_left_to_compile_for_the_first_token(tinymix_4bit: Path) -> None:
-    command = [sys.executable, "-W", "ignore", "-c", CODE, str(tinymix_4bit)]
-    found = subprocess.run(command, capture_output=True, text=True, check=True)
-    first, later = (line.split() for line in found.stdout.split("\n")[:2])
+def compiled_late(scripts: Prepared, model: Path) -> list[list[str]]:
+    """The functions that are compiled for the first token, and until the fourth."""
+    found = scripts.run(CODE, model)
+    assert found.returncode == 0, found.stderr
+    return [line.split() for line in found.stdout.split("\n")[:2]]
+
+
+def test_transformers_can_be_imported_meanwhile() -> None:
+    code = "import moetier.runtime.kernels.ahead, sys; assert 'transformers' not in sys.modules"
+    found = for_daemons().run(code)
+    assert found.returncode == 0, found.stderr
+
+
+def test_little_is_left_to_compile_for_the_first_token(scripts: Prepared, tinymix_4bit: Path) -> None:
+    first, later = compiled_late(scripts, tinymix_4bit)
     assert set(first) <= {"moetier_add_up"}  # its form depends on the router
+    assert "moetier_route" in later
+
+
+def test_little_is_left_to_compile_for_a_gguf_file(
+    scripts: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    pytest.importorskip("gguf")
+    from gguf_files import mostly, tiny_weights, write_gguf
+
+    path = write_gguf(tmp_path / "model.gguf", tiny_weights("qwen3moe"), mostly("Q4_0", "Q6_K"))
+    assert main(["link", str(path)]) == 0
+    first, later = compiled_late(scripts, path)
+    assert set(first) <= {"moetier_add_up"}
     assert "moetier_route" in later
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,14 +12,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from quantised_records import quantised
+from quantised_records import levels_at_random, quantised, with_zero_points
 
 from moetier.runtime.kernels.api import Kernels
 from moetier.runtime.kernels.choose import kernels_for
-from moetier.runtime.kernels.gemm import PackedKernels
 from moetier.runtime.kernels.jit import Processor
+from moetier.runtime.kernels.packed import PackedKernels
 from moetier.tiers.layout import BITS, Bits, RecordLayout
 from moetier.tiers.quant.codec import decode, encode, layout_for
+from moetier.tiers.quant.zero_points import Levels
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -121,7 +123,13 @@ def test_several_threads_share_one_kernels() -> None:
 
 # -- records where they lie --------------------------------------------------------------------------------------------
 
-SLOWLY_COMPILED = ((64, "bfloat16", (65, 768)), (16, "uint8", (17, 512)))
+SLOWLY_COMPILED = (
+    (64, "bfloat16", (65, 768)),
+    (16, "uint8", (17, 512)),
+    (16, "float16_zeros", (17, 512)),
+    (128, "bfloat16_zeros", (65, 768)),
+    (64, "float32_zeros", (17, 512)),
+)
 CPUS = [None, "+avx2,+fma", ""]  # features of LLVM; None: this processor
 
 
@@ -133,20 +141,35 @@ def packed_for(cpu: str | None) -> PackedKernels:
 PAIRS = [
     *((group, "bfloat16") for group in (32, 64, 128, 256)),
     *((group, "uint8") for group in (16, 32, 64, 128, 256)),
+    (16, "float16_zeros"),
+    (64, "float16_zeros"),
+    (128, "bfloat16_zeros"),
+    (64, "float32_zeros"),
 ]
 WIDTHS: list[Bits] = [8, 4, 3, 2]
 SHAPES = [(17, 512), (65, 768)]
+DEFAULT = (64, "bfloat16")
 
 
-@pytest.mark.parametrize("bits", WIDTHS)
-@pytest.mark.parametrize(("group", "pairs"), PAIRS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_products_where_records_lie(bits: Bits, group: int, pairs: str, shape: tuple[int, int]) -> None:
-    """Every type with every width, and with every kind of pairs, but not with every two of them, as each is compiled
-    anew; of the records that there are by default, all."""
-    turn = (WIDTHS.index(bits) + PAIRS.index((group, pairs))) % len(TYPES)
-    one = TYPES[turn : turn + 1]
-    products_where_records_lie(bits, group, pairs, shape, TYPES if (group, pairs) == (64, "bfloat16") else one, one)
+def some_records() -> Iterator[tuple[Bits, int, str]]:
+    """Yield every width with every kind of pairs, every size of groups with some width, and what is the default."""
+    for group, pairs in PAIRS:
+        sizes = [size for size, kind in PAIRS if kind == pairs]
+        at = sizes.index(group)
+        some = WIDTHS if (group, pairs) == DEFAULT else WIDTHS[at :: len(sizes)] or WIDTHS[:1]
+        yield from ((bits, group, pairs) for bits in some)
+
+
+@pytest.mark.parametrize(("bits", "group", "pairs"), [*some_records()])
+def test_products_where_records_lie(bits: Bits, group: int, pairs: str) -> None:
+    """Every type and shape with every width, and with every kind of pairs, but not with every two of them, as each is
+    compiled anew; of the records that there are by default, all. On other processors, with some kinds of pairs."""
+    number = WIDTHS.index(bits) + PAIRS.index((group, pairs))
+    one = TYPES[number % len(TYPES) :][:1]
+    default = (group, pairs) == DEFAULT
+    for shape in SHAPES if default else SHAPES[number % len(SHAPES) :][:1]:
+        elsewhere = one if default or pairs == "uint8" else ()
+        products_where_records_lie(bits, group, pairs, shape, TYPES if default else one, elsewhere)
 
 
 @pytest.mark.slow
@@ -194,17 +217,31 @@ def test_what_is_rounded_of_a_product_is_its_input() -> None:
     assert float((y - ideal).abs().max() / ideal.abs().max()) < 1e-6
 
 
+@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("dtype", TYPES)
+def test_zero_points_are_taken_in_fp32(bits: Bits, dtype: torch.dtype) -> None:
+    """As (c - centre) * s + (centre - z) * s; denormal scales are no others."""
+    levels = levels_at_random(bits, 128, 512, 64, dtype)
+    layout, record = with_zero_points(levels, bits)
+    x = torch.randint(-127, 128, (5, 512), generator=torch.Generator().manual_seed(1)).float()
+    x[:, ::64] = 127.0
+    ideal = x.double() @ Levels(levels.codes, levels.scales.double(), levels.zeros.double()).weights().T
+    y = packed_for(None).project(x, record, layout, "up_proj")
+    assert float((y - ideal).abs().max() / ideal.abs().max()) < 1e-6
+
+
 def test_several_records_at_once() -> None:
     """With rows of their own, and with one row for all; also more of them than one thread takes."""
     made = [quantised(4, 1000, 256, 64, "bfloat16") for _ in range(3)]
     layout, kernels = made[0][0], packed_for(None)
     records = [record.roll(64 * number) for number, (_, record) in enumerate(made)]
-    x = torch.randn(12, 256).bfloat16()
-    counts = [5, 1, 6]
+    x = torch.randn(151, 256).bfloat16()
+    counts = [5, 1, 145]  # the last are more than one call of a tile takes
     expected = [
         kernels.project(part, r, layout, "up_proj") for part, r in zip(torch.split(x, counts), records, strict=True)
     ]
     assert torch.equal(kernels.multiply(x, records, counts, layout, "up_proj"), torch.cat(expected))
+    assert torch.equal(kernels.project(x[-1:], records[-1], layout, "up_proj"), expected[-1][-1:])
     one = [kernels.project(x[:1], record, layout, "up_proj") for record in records]
     assert torch.equal(kernels.multiply(x[:1], records, [1] * 3, layout, "up_proj"), torch.cat(one))
 

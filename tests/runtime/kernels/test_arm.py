@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from arm import TRIPLE, ArmProgram, SharedMemory
+from coded_records import blocks, coded, projection
 from llvmlite import ir
 from quantised_records import quantised
 from torch import Tensor
 
 from moetier.runtime.kernels.attention_code import ATTEND, PIECE, attention_module, scratch_numbers
+from moetier.runtime.kernels.emitter import BF16, FP32
 from moetier.runtime.kernels.expert_code import (
     ACTIVATE,
     ADD_UP,
@@ -25,12 +27,13 @@ from moetier.runtime.kernels.expert_code import (
     adding_module,
     placing_module,
 )
-from moetier.runtime.kernels.gemm import ROUND, WORK, GemmPlan, Rounded, product_module, rounding_module
+from moetier.runtime.kernels.gemm import WORK, GemmPlan, Rounded, form_of, product_module
 from moetier.runtime.kernels.gemm_tile import Form
 from moetier.runtime.kernels.gemv import GEMV, gemv_module
 from moetier.runtime.kernels.jit import Dot, Processor, arm_features, this_processor
+from moetier.runtime.kernels.rounding import ROUND, Rounding, rounding_module
 from moetier.runtime.kernels.team import compile_kernel
-from moetier.tiers.layout import Bits
+from moetier.tiers.layout import BLOCKS, Bits, RecordLayout
 
 FEATURES = {Dot.PLAIN: "", Dot.DOTPROD: "+dotprod", Dot.I8MM: "+dotprod,+i8mm"}
 Steps = list[tuple[str, Sequence[int]]]
@@ -71,7 +74,7 @@ def compare(
 def test_the_instructions_for_integer_products_are_used(dot: Dot, instruction: str) -> None:
     processor = Processor(FEATURES[dot], TRIPLE)
     assert processor.dot is dot
-    code, machine = processor.optimised(product_module(Form(8, 64, "bfloat16", torch.bfloat16), processor))
+    code, machine = processor.optimised(product_module(Form(8, 64, "bfloat16", BF16), processor))
     assert re.search(rf"\b{instruction}\s+v\d+\.4s, v\d+\.16b", machine.emit_assembly(code))
 
 
@@ -89,10 +92,31 @@ def test_features_are_found_in_the_list_of_linux() -> None:
     [(8, 64, "bfloat16"), (4, 64, "bfloat16"), (3, 64, "bfloat16"), (2, 16, "uint8"), (8, 128, "uint8")],
 )
 def test_products(tmp_path: Path, memory: SharedMemory, bits: Bits, group: int, pairs: str, dot: Dot) -> None:
-    layout, record = quantised(bits, 70, 512, group, pairs)
-    plan = GemmPlan(layout, "up_proj", torch.bfloat16, torch.float32, this_processor())
-    record, rows = memory.copy(record), 7
-    x = memory.copy(torch.randn(rows, 512, generator=torch.Generator().manual_seed(1)).bfloat16())
+    products(tmp_path, memory, *quantised(bits, 70, 512, group, pairs), dot)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dot", FEATURES)
+@pytest.mark.parametrize(
+    ("coding", "scales"), [("e2m1", "e8m0"), ("e2m1", "e4m3"), ("int4", "float16"), ("e4m3", "e8m0")]
+)
+def test_products_with_codings(tmp_path: Path, memory: SharedMemory, coding: str, scales: str, dot: Dot) -> None:
+    products(tmp_path, memory, *coded(projection(coding, 70, 480, group=32, scales=scales)), dot)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dot", FEATURES)
+@pytest.mark.parametrize("coding", BLOCKS)
+def test_products_with_blocks(tmp_path: Path, memory: SharedMemory, coding: str, dot: Dot) -> None:
+    products(tmp_path, memory, *blocks(coding, 70, 512 if BLOCKS[coding].weights == 256 else 288), dot)
+
+
+def products(folder: Path, memory: SharedMemory, layout: RecordLayout, record: Tensor, dot: Dot) -> None:
+    """Compare products of seven rows."""
+    (p,), rows = layout.projections, 7
+    plan = GemmPlan(layout, p.name, torch.bfloat16, torch.float32, this_processor())
+    record = memory.copy(record)
+    x = memory.copy(torch.randn(rows, p.columns, generator=torch.Generator().manual_seed(1)).bfloat16())
     y = memory.empty(rows, plan.rows, dtype=torch.float32)
     taken = memory.empty(rows * plan.row_bytes, dtype=torch.uint8)
     jobs = memory.context(array("q", (record.data_ptr(), 0, rows)))
@@ -102,10 +126,10 @@ def test_products(tmp_path: Path, memory: SharedMemory, bits: Bits, group: int, 
     steps = [(ROUND, rounded.context(x.data_ptr())), (WORK, product)]
 
     def emit(processor: Processor) -> dict[str, ir.Module]:
-        form = Form(bits, group, pairs, torch.float32)
-        return {ROUND: rounding_module(group, torch.bfloat16), WORK: product_module(form, processor)}
+        product = product_module(form_of(p, FP32), processor)
+        return {ROUND: rounding_module(plan.rounding, BF16), WORK: product}
 
-    compare(tmp_path, memory, Processor(FEATURES[dot], TRIPLE), emit, steps, [taken, y])
+    compare(folder, memory, Processor(FEATURES[dot], TRIPLE), emit, steps, [taken, y])
 
 
 @pytest.mark.slow
@@ -126,19 +150,24 @@ def test_what_is_between_and_after_products(tmp_path: Path, memory: SharedMemory
     outputs, out = (memory.empty(count, columns, dtype=torch.bfloat16) for count in (rows, 1))
     weights = memory.copy(torch.rand(1, rows, generator=random))
     steps = [
-        (ACTIVATE, array("q", (0, 1, jobs.data_ptr(), inner.data_ptr(), numbers, scales, sums, columns, 0))),
+        (
+            ACTIVATE,
+            array(
+                "q", (0, 1, jobs.data_ptr(), inner.data_ptr(), numbers, scales, sums, columns, 0, *activation.numbers)
+            ),
+        ),
         (
             PLACE,
             array("q", (0, 1, jobs.data_ptr(), part.data_ptr(), places.data_ptr(), outputs.data_ptr(), columns, 0)),
         ),
-        (ADD_UP, array("q", (0, 1, outputs.data_ptr(), weights.data_ptr(), rows, out.data_ptr(), columns))),
+        (ADD_UP, array("q", (0, 1, outputs.data_ptr(), weights.data_ptr(), rows, out.data_ptr(), columns, 0))),
     ]
 
     def emit(processor: Processor) -> dict[str, ir.Module]:
         return {
-            ACTIVATE: activation_module(activation, group, True),
+            ACTIVATE: activation_module(activation.kind, Rounding(group), True),
             PLACE: placing_module(torch.bfloat16, True),
-            ADD_UP: adding_module(torch.bfloat16, torch.float32),
+            ADD_UP: adding_module(torch.bfloat16, torch.float32, False),
         }
 
     compare(tmp_path, memory, Processor("", TRIPLE), emit, steps, [rounded, outputs, out])
@@ -186,6 +215,6 @@ def test_one_row_with_a_matrix(tmp_path: Path, memory: SharedMemory) -> None:
     context = array("q", (0, 13, x.data_ptr(), 50, 96, matrix.data_ptr(), y.data_ptr()))
 
     def emit(processor: Processor) -> dict[str, ir.Module]:
-        return {GEMV: gemv_module(torch.bfloat16, torch.bfloat16)}
+        return {GEMV: gemv_module(torch.bfloat16, torch.bfloat16, torch.bfloat16)}
 
     compare(tmp_path, memory, Processor("", TRIPLE), emit, [(GEMV, context)], [y])

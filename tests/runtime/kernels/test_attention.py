@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from architectures import tiny_model
 from comparison import convert_tiny
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma4ForCausalLM
 
-from moetier.runtime.kernels.attention import NAME, _fits, decode_attention, use_decode_attention
+from moetier.runtime.generation.compat import CACHE
+from moetier.runtime.kernels.attention import NAME, WITH_SINKS, _fits, decode_attention, use_decode_attention
 from moetier.runtime.kernels.attention_code import PIECE
+from moetier.runtime.kernels.growing_cache import use_growing_layers
 from moetier.runtime.kernels.team import Kernel
 from moetier.runtime.model.load import load
 
@@ -77,6 +82,81 @@ def test_long_contexts_are_divided_into_pieces(dtype: torch.dtype, length: int, 
     )
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
     torch.testing.assert_close(found.double(), expected.transpose(1, 2), atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("sink", [-40.0, 0.0, 3.0, 40.0, math.nan])
+@pytest.mark.parametrize("length", [1, 17, PIECE + 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sinks_take_their_share(dtype: torch.dtype, length: int, sink: float) -> None:
+    """Three heads share a head of keys. ``sink``: of every second head; NaN: it has none, as -inf says."""
+    query, key, value = attended(length, dtype)
+    sinks = torch.randn(6).to(dtype)
+    sinks[::2] = -math.inf if math.isnan(sink) else sink
+    with torch.inference_mode():
+        found, _ = decode_attention(nn.Module(), query, key, value, None, scaling=0.25, s_aux=sinks)
+    keys, values = (tensor.double().repeat_interleave(3, dim=1) for tensor in (key, value))
+    scores = 0.25 * query.double() @ keys.transpose(2, 3)
+    scores = torch.cat([scores, sinks.double().view(1, 6, 1, 1).expand(2, 6, 1, 1)], -1)
+    expected = scores.softmax(-1)[..., :-1] @ values
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(found.double(), expected.transpose(1, 2), atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("gpt_oss", WITH_SINKS),
+        ("granitemoe_swa", WITH_SINKS),
+        ("deepseek_v4", "eager"),
+    ],
+)
+def test_an_architectures_own_function_is_replaced_if_it_has_sinks(kind: str, expected: str) -> None:
+    """And if its code gives the mask on as it is: DeepSeek-V4 hides compressed tokens by extending it."""
+    model = _tiny(kind, "cpu")
+    use_decode_attention(model)
+    assert model.config._attn_implementation == expected
+
+
+def test_an_own_function_that_is_asked_for_by_name_stays() -> None:
+    """hy_v4 hides tokens that its indexer does not choose, if it computes so."""
+    model = tiny_model("hy_v4", torch.float32)
+    use_decode_attention(model)
+    assert model.config._attn_implementation == "eager"
+
+
+@torch.inference_mode()
+def test_a_model_with_sinks_says_the_same_as_with_its_own_function() -> None:
+    """A prompt and single tokens, beyond a window of 16."""
+    own = tiny_model("gpt_oss", torch.float32, head_dim=32)
+    model = copy.deepcopy(own)
+    use_decode_attention(model)
+    use_growing_layers(model)
+    caches: list[Any] = [None, None]
+    for ids in ([5, 6, 7, 8, 9], *([token] for token in range(40, 70)), [3, 4, 5], [6]):
+        found = []
+        for number, one in enumerate((own, model)):
+            output = one(torch.tensor([ids]), **{CACHE: caches[number]}, use_cache=True)
+            caches[number] = output[CACHE]
+            found.append(output.logits)
+        torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3)
+
+
+def test_an_own_function_that_shall_return_weights_stays() -> None:
+    model = tiny_model("gpt_oss", torch.float32)
+    model.config.output_attentions = True
+    use_decode_attention(model)
+    with torch.inference_mode():
+        weights = model(torch.tensor([[5]])).attentions
+    assert len(weights) == model.config.num_hidden_layers
+
+
+def test_an_own_function_that_does_more_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _tiny("gpt_oss", "cpu")
+    code = sys.modules[type(model).__module__]
+    own = code.eager_attention_forward  # type: ignore[attr-defined]
+    monkeypatch.setattr(code, "eager_attention_forward", lambda *given, **named: (own(*given, **named)[0] * 1.2, None))
+    use_decode_attention(model)
+    assert model.config._attn_implementation == "eager"
 
 
 @pytest.mark.parametrize("length", [*LENGTHS, 20 * PIECE + 9])
@@ -216,6 +296,7 @@ def test_a_class_of_the_users_own_is_what_it_is_made_of() -> None:
     assert model.config._attn_implementation == "sdpa"
 
 
-def _tiny(kind: str) -> Any:
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, num_hidden_layers=1))
+def _tiny(kind: str, device: str = "meta") -> Any:
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "vocab_size": 99} if device == "cpu" else {}
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, num_hidden_layers=1, **sizes))

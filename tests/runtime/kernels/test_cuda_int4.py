@@ -10,7 +10,9 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+from coded_records import coded, projection
 from int4 import CpuInt4, cuda_operators
+from quantised_records import levels_at_random, with_zero_points
 from torch._subclasses import FakeTensorMode
 
 from moetier.runtime.kernels import cuda_int4 as fused
@@ -63,6 +65,16 @@ def arranged(kernels: Kernels, record: torch.Tensor, layout: RecordLayout) -> to
     assert kernels.arrange is not None
     kernels.arrange(copy, layout)
     return copy
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+def test_matrices_with_zero_points_are_decoded(kernels: FusedKernels, bits: Bits) -> None:
+    layout, record = with_zero_points(levels_at_random(bits, 70, 256, 64, torch.float16), bits)
+    x = torch.randn(3, 256, generator=torch.Generator().manual_seed(1)).to(kernels.device, torch.bfloat16)
+    there = arranged(kernels, record, layout)
+    assert torch.equal(there.cpu(), record)
+    plain = Kernels(kernels.device).project(x, there, layout, "up_proj")
+    assert torch.equal(kernels.project(x, there, layout, "up_proj"), plain)
 
 
 @pytest.mark.parametrize("bits", [8, 4, 3, 2])
@@ -130,6 +142,18 @@ def test_what_has_no_groups_that_fit_is_decoded_and_bit_for_bit_torchs_own(kerne
         assert torch.equal(there.cpu(), record)
         y = kernels.project(x, there, layout, "up_proj")
         assert torch.equal(y, Kernels(kernels.device).project(x, there, layout, "up_proj"))
+
+
+@pytest.mark.parametrize("coding", ["e2m1", "int4", "e4m3"])
+def test_codings_of_checkpoints_are_decoded(kernels: FusedKernels, coding: str) -> None:
+    """So records are left as they are, though torch's product has their group size."""
+    layout, record = coded(projection(coding, 48, 128, group=32, scales="bfloat16"))
+    there = arranged(kernels, record, layout)
+    assert torch.equal(there.cpu(), record)
+    x = torch.randn(3, 128).to(kernels.device)
+    y = kernels.project(x, there, layout, "up_proj")
+    assert torch.equal(y, Kernels(kernels.device).project(x, there, layout, "up_proj"))
+    assert not kernels.packs(layout)
 
 
 @pytest.mark.parametrize("columns", [32, 96, 256])

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from architectures import tiny_model
+from coded_records import coded, projection
 from torch import Tensor
 
 from moetier.runtime.kernels.expert_code import FUNCTIONS, Activation
@@ -19,7 +20,7 @@ from moetier.runtime.kernels.expert_kernels import ExpertKernels
 from moetier.runtime.kernels.jit import Processor
 from moetier.runtime.moe.activation import activation_of
 from moetier.runtime.moe.experts import experts_modules
-from moetier.tiers.layout import RecordLayout
+from moetier.tiers.layout import Bias, RecordLayout
 from moetier.tiers.quant.codec import decode, encode, layout_for, sections
 
 HIDDEN, INNER, EXPERTS = 64, 128, 5
@@ -96,9 +97,10 @@ WAYS = [
 ]
 
 
-@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("activation", WAYS, ids=str)
-def test_every_activation(activation: Activation, bias: bool) -> None:
+def test_every_activation(activation: Activation) -> None:
+    """With biases or without: with every other one of them."""
+    bias = WAYS.index(activation) % 2 == 0
     layout, records = records_of(activation, bias=bias)
     kernels = ExpertKernels(layout, activation, torch.float32, EXPERTS)
     x = torch.randn(EXPERTS, HIDDEN, generator=torch.Generator().manual_seed(1))
@@ -126,6 +128,37 @@ def test_every_form_and_unequal_numbers_of_rows(form: dict[str, Any], dtype: tor
         assert_near(found[part], expected(activation, layout, record, x[part], bias=False))
         assert torch.equal(computed(kernels, [record], x[part], [count]), found[part])
         first += count
+
+
+CODED: list[tuple[str, dict[str, Any]]] = [
+    ("e2m1", {"group": 32, "scales": "e8m0"}),
+    ("e2m1", {"group": 16, "scales": "e4m3", "globals": "divide"}),
+    ("int4", {"group": 32, "scales": "bfloat16"}),
+    ("e4m3", {"group": 64, "block_rows": 64, "scales": "float32"}),
+]
+
+
+@pytest.mark.parametrize("number", range(len(CODED)))
+@pytest.mark.parametrize("activation", [WAYS[0], WAYS[4], WAYS[8]], ids=str)
+def test_records_in_the_coding_of_a_checkpoint(activation: Activation, number: int) -> None:
+    """Gates and ups are rows of one part, as gpt-oss has them, or of two parts. Every coding and activation is there
+    with biases and without."""
+    (coding, fields), bias = CODED[number], (number + WAYS.index(activation) // 4) % 2 == 0
+    first, rows = ("gate_up_proj", 2 * INNER) if activation.gated else ("up_proj", INNER)
+    parts = 2 if activation.gated and not activation.interleaved else 1
+    up = projection(coding, rows, HIDDEN, first, parts=parts, **fields)
+    down = projection(coding, HIDDEN, INNER, "down_proj", **fields)
+    biases = tuple(Bias(f"{p.name}_bias", p.rows) for p in (up, down)) if bias else ()
+    made = [coded(up, down, biases=biases, seed=seed) for seed in range(EXPERTS)]
+    layout, records = made[0][0], [record for _, record in made]
+    assert ExpertKernels.fit(layout, activation)
+    kernels = ExpertKernels(layout, activation, torch.float32, EXPERTS)
+    counts = [1, 3, 1, 6, 1]
+    x = torch.randn(sum(counts), HIDDEN, generator=torch.Generator().manual_seed(1))
+    found = torch.split(computed(kernels, records, x, counts), counts)
+    for record, own, rows_of_x in zip(records, found, torch.split(x, counts), strict=True):
+        assert_near(own, expected(activation, layout, record, rows_of_x, bias=bias))
+        assert torch.equal(computed(kernels, [record], rows_of_x[:1], [1]), own[:1])
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
@@ -195,3 +228,6 @@ def test_what_does_not_fit_is_refused() -> None:
     biased, _ = records_of(Activation(), bias=True)
     assert ExpertKernels.fit(biased, Activation())
     assert not ExpertKernels.fit(replace(biased, biases=biased.biases[:1]), Activation())
+    ungated, _ = records_of(Activation("relu2", gated=False))
+    assert ExpertKernels.fit(ungated, Activation("relu2", gated=False))
+    assert not ExpertKernels.fit(ungated, Activation("relu2", interleaved=True, gated=False))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from moetier.runtime.generation.compat import CACHE
-from moetier.runtime.kernels.growing_cache import TOKENS, GrowingLayer
+from moetier.runtime.kernels.growing_cache import TOKENS, GrowingLayer, GrowingWindow
 from moetier.runtime.model.load import load
 
 Pair = tuple[Tensor, Tensor]
@@ -39,19 +41,25 @@ STEPS = st.one_of(
 )
 
 
-@settings(max_examples=150, deadline=None)
+WINDOWS = [None, 9, TOKENS + 5]
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@settings(max_examples=100, deadline=None)
 @given(steps=st.lists(STEPS, max_size=14))
 @torch.inference_mode()
-def test_whatever_is_done_it_holds_what_a_copied_one_holds(steps: list[tuple[str, int]]) -> None:
+def test_whatever_is_done_it_holds_what_a_copied_one_holds(window: int | None, steps: list[tuple[str, int]]) -> None:
     """Of the layers that were put aside as well: a fork that shares memory writes into none of them."""
     now: tuple[Any, Any] = GrowingLayer(), DynamicLayer()
+    if window is not None:
+        now = GrowingWindow(window), DynamicSlidingWindowLayer(window)
     aside: list[tuple[Any, Any]] = []
     for number, (step, count) in enumerate(steps):
         length = now[1].get_seq_length()
         if step == "update":
             results = [layer.update(*pair(count, number)) for layer in now]
             assert all(map(torch.equal, *results))
-        elif step == "crop" and count < length:
+        elif step == "crop" and count < length and not (window and length >= window):
             for layer in now:
                 layer.crop(-count)
         elif step == "reorder" and length:
@@ -67,6 +75,54 @@ def test_whatever_is_done_it_holds_what_a_copied_one_holds(steps: list[tuple[str
         assert all(same(*layers) for layers in (now, *aside) if layers[1].get_seq_length())
 
 
+@pytest.mark.parametrize("window", [9, TOKENS - 1, TOKENS + 1])
+@torch.inference_mode()
+def test_a_window_is_copied_seldom(window: int) -> None:
+    layer, other, memories = GrowingWindow(window), DynamicSlidingWindowLayer(window), set()
+    for number in range(3 * TOKENS):
+        for one, two in zip(layer.update(*pair(1, number)), other.update(*pair(1, number)), strict=True):
+            assert torch.equal(one, two)
+        assert same(layer, other)
+        memories.add(layer.keys.untyped_storage().data_ptr())
+    assert layer.get_seq_length() == 3 * TOKENS
+    assert len(memories) <= 7
+
+
+@torch.inference_mode()
+def test_what_is_written_into_a_windows_room_is_taken_over() -> None:
+    layer, other = GrowingWindow(9), DynamicSlidingWindowLayer(9)
+    for one in (layer, other):
+        one.update(*pair(5, 0, batch=1))
+    for number in range(TOKENS // 2):
+        room, more = layer.room(), pair(1, number, batch=1)
+        assert room is not None
+        assert layer._buffers is not None
+        first, last = layer.place
+        assert last + 1 - first == min(other.get_seq_length() + 1, 9)
+        for buffer, new in zip(layer._buffers, more, strict=True):
+            buffer.memory[..., last : last + 1, :] = new
+        layer.extend()
+        other.update(*more)
+        assert layer.get_mask_sizes(1) == other.get_mask_sizes(1)
+        if number % 3 == 0:
+            assert same(layer, other)
+
+
+@torch.inference_mode()
+def test_a_window_that_records_the_past_keeps_what_leaves_it() -> None:
+    """A token that is taken back needs the token that has left the window for it."""
+    layer, other = GrowingWindow(9), DynamicSlidingWindowLayer(9)
+    for one in (layer, other):
+        for number in range(2):
+            one.update(*pair(8, number, batch=1))
+        one.activate_past_recording()
+    assert layer.room() is None
+    for one in (layer, other):
+        one.update(*pair(1, 2, batch=1))
+        one.crop(-1)
+    assert same(layer, other)
+
+
 @torch.inference_mode()
 def test_a_token_is_put_behind_the_others() -> None:
     layer = GrowingLayer()
@@ -78,6 +134,36 @@ def test_a_token_is_put_behind_the_others() -> None:
     layer.update(*pair(1, 99))
     assert layer.keys.data_ptr() != place
     assert layer.keys.untyped_storage().nbytes() == 2 * TOKENS * 2 * 3 * 8 * 4
+
+
+class SameMemory(TorchFunctionMode):
+    """Lets new keys and values have the addresses of those before, as an allocator may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._memory = {width: torch.empty(3 * 2 * TOKENS * width) for width in (8, 4)}
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is not Tensor.new_empty:
+            return function(*args, **(kwargs or {}))
+        _, shape = args
+        return self._memory[shape[-1]][: math.prod(shape)].view(shape)
+
+
+@torch.inference_mode()
+def test_room_is_that_of_the_new_memory() -> None:
+    layer = GrowingLayer()
+    with SameMemory():
+        layer.update(*pair(TOKENS + 1, 0, batch=1))
+        before = layer.room()
+        layer.reorder_cache(torch.tensor([0]))
+        layer.crop(-TOKENS)
+        layer.update(*pair(1, 1, batch=1))
+        after = layer.room()
+    assert before is not None
+    assert after is not None
+    assert before.addresses == after.addresses
+    assert [before.strides[1], after.strides[1]] == [2 * TOKENS * 8, TOKENS * 8]
 
 
 def test_what_was_made_in_inference_mode_grows_outside_of_it() -> None:
@@ -109,4 +195,4 @@ def test_a_models_cache_grows_in_place(tinymix_4bit: Path, exact: bool) -> None:
         model(torch.tensor([[5, 6, 7]]), **{CACHE: cache}, use_cache=True)
         kinds = [type(layer) for layer in cache.layers]
         assert set(kinds[:-1]) == {DynamicLayer if exact else GrowingLayer}
-        assert kinds[-1] is DynamicSlidingWindowLayer
+        assert kinds[-1] is (DynamicSlidingWindowLayer if exact else GrowingWindow)

@@ -20,13 +20,13 @@ from prepared import Prepared
 from readers import PATIENCE
 from threads import Task
 
-from moetier.runtime.kernels.emitter import once
+from moetier.runtime.kernels.emitter import BF16, once
 from moetier.runtime.kernels.gemm import product_kernel
 from moetier.runtime.kernels.gemm_tile import Form
 from moetier.runtime.kernels.jit import Processor
 from moetier.tools.convert.convert import convert
 
-FORM, OTHER = Form(4, 64, "bfloat16", torch.bfloat16), Form(8, 64, "bfloat16", torch.bfloat16)
+FORM, OTHER = Form(4, 64, "bfloat16", BF16), Form(8, 64, "bfloat16", BF16)
 
 
 class Slow(Processor):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -25,11 +26,17 @@ def route(x: Tensor, weight: Tensor, bias: Tensor | None = None, **form: object)
     return found
 
 
-@pytest.mark.parametrize("normalised", [False, True])
-@pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("kept", [BF16, FP32])
-@pytest.mark.parametrize("given", [BF16, FP32])
-@pytest.mark.parametrize(("experts", "top_k"), [(1, 1), (8, 2), (16, 16), (60, 4), (128, 8), (513, 20)])
+WAYS = [*itertools.product([BF16, FP32], [BF16, FP32], [False, True], [False, True])]  # each is compiled anew
+SIZES = [(1, 1), (16, 16), (60, 4), (128, 8), (513, 20)]
+
+
+@pytest.mark.parametrize(
+    ("experts", "top_k", "given", "kept", "biased", "normalised"),
+    [
+        *((8, 2, *way) for way in WAYS),
+        *((*size, *way) for number, size in enumerate(SIZES) for way in (WAYS[number], WAYS[-1 - number])),
+    ],
+)
 def test_it_is_what_fp64_says(
     experts: int, top_k: int, given: torch.dtype, kept: torch.dtype, biased: bool, normalised: bool
 ) -> None:

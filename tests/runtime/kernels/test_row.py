@@ -1,10 +1,9 @@
-"""One row with a matrix, beside the same in fp64; which matrices share a call, and which of a model's are such."""
+"""One row with a matrix, beside the same in fp64; and which of a model's matrices are such."""
 
 from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -15,8 +14,7 @@ import torch.nn.functional as F
 from comparison import convert_tiny
 from torch import Tensor, nn
 
-from moetier.runtime.kernels import row
-from moetier.runtime.kernels.gemm import PackedKernels
+from moetier.runtime.kernels.packed import PackedKernels
 from moetier.runtime.kernels.row import RowMatrix, RowWeight, use_row_weights
 from moetier.runtime.model.load import load
 from moetier.tiers.quant.codec import decode, encode, layout_for
@@ -71,31 +69,6 @@ def test_what_it_does_not_do_is_left_to_torch(x: Tensor, weight: Tensor) -> None
             assert torch.equal(F.linear(x, RowWeight(weight, False)), F.linear(x, weight))
 
 
-class Calls:
-    """Counts how often compiled code is called for products."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.count = 0
-        of = row._Products.of
-
-        def counted(products: row._Products, x: Tensor) -> dict[RowMatrix, Tensor]:
-            self.count += 1
-            return of(products, x)
-
-        monkeypatch.setattr(row._Products, "of", counted)
-
-    def of(self, work: Callable[[], object]) -> int:
-        before = self.count
-        work()
-        return self.count - before
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Calls]:
-    with torch.inference_mode():
-        yield Calls(monkeypatch)
-
-
 def quantised(rows: int, columns: int, bits: int = 4) -> tuple[RowMatrix, Tensor]:
     """A matrix, and its decoded weights."""
     layout = layout_for({"weight": ((rows, columns), "bfloat16")}, bits=bits)  # type: ignore[arg-type]
@@ -118,21 +91,6 @@ def three() -> list[RowMatrix]:
     return [quantised(80, 128)[0], RowMatrix(numbers(5, 128), 5, 128), quantised(513, 128, 8)[0]]
 
 
-def test_matrices_that_take_the_same_row_share_a_call(three: list[RowMatrix], calls: Calls) -> None:
-    x, other = numbers(1, 1, 128), numbers(1, 128)
-    first = step(three, x)
-    last = RowMatrix(numbers(24, 128), 24, 128)
-    alone = step([last], other)
-    assert calls.count == 4
-    for _ in range(2):
-        x = x.clone()
-        assert calls.of(lambda x=x: first.extend(step(three, x))) == 1  # type: ignore[misc]
-        assert calls.of(lambda: alone.extend(step([last], other.clone()))) == 1
-    assert all(torch.equal(found, expected) for found, expected in zip(first[3:], 2 * first[:3], strict=True))
-    assert all(torch.equal(found, alone[0]) for found in alone)
-    assert [y.shape for y in first[:3]] == [(1, 1, 80), (1, 1, 5), (1, 1, 513)]
-
-
 @pytest.mark.parametrize("given", [torch.bfloat16, torch.float32])
 def test_quantised_ones_are_what_fp64_says(given: torch.dtype) -> None:
     matrix, weights = quantised(80, 128)
@@ -142,38 +100,6 @@ def test_quantised_ones_are_what_fp64_says(given: torch.dtype) -> None:
     expected = x.double() @ weights.double().T
     assert found.dtype == given
     assert float((found.double() - expected).norm() / expected.norm()) < 0.02
-
-
-def test_a_group_whose_products_are_not_all_wanted_is_divided(three: list[RowMatrix], calls: Calls) -> None:
-    expected = step(three, numbers(1, 128))
-    step(three[:2], numbers(1, 128))  # this ends what is observed: the three are a group
-    for _ in range(3):
-        assert torch.equal(step(three[:1], numbers(1, 128))[0], expected[0])
-    assert calls.of(lambda: step(three, numbers(1, 128))) == 3
-    assert all(torch.equal(*pair) for pair in zip(step(three, numbers(1, 128)), expected, strict=True))
-
-
-def test_a_row_is_multiplied_anew_if_its_numbers_have_changed(three: list[RowMatrix], calls: Calls) -> None:
-    x = numbers(1, 128)
-    one, two = numbers(1, 128), numbers(1, 128) * 2
-    expected = [step(three, value) for value in (one, two, one)]
-    for value, wanted in zip((one, two, one), expected, strict=True):
-        x.copy_(value)
-        assert all(torch.equal(*pair) for pair in zip(step(three, x), wanted, strict=True))
-    assert calls.count
-
-
-def test_a_row_that_changes_between_two_products(three: list[RowMatrix]) -> None:
-    with torch.no_grad():  # tensors made in inference mode do not count their changes
-        for _ in range(3):
-            step(three, numbers(1, 128))  # a group
-        x = numbers(1, 128)
-        expected = RowMatrix(three[1].weight, 5, 128).multiply(x * 2)
-        three[0].multiply(x)
-        found = three[1].multiply(x.mul_(2))
-    assert found is not None
-    assert expected is not None
-    assert torch.equal(found, expected)
 
 
 def test_a_matrix_may_get_another_value_or_type() -> None:

@@ -33,7 +33,8 @@ def team() -> Iterator[Team]:
 
 def run(team: Team, job: Job, threads: int, times: int = 1) -> None:
     made, called = kernel(job)
-    words = array("q", [number for _ in range(times) for number in (made.address, 0, threads - 1)])
+    context = array("q", [0])
+    words = array("q", [made.address, context.buffer_info()[0], threads - 1] * times)
     team.prepare(threads - 1)
     team.run(team.address, words.buffer_info()[0], times)
     del called

@@ -156,7 +156,7 @@ def test_a_damaged_expert_is_an_error_and_never_a_wrong_token(tmp_path: Path) ->
         for _ in range(2):  # the failure is not cached either
             with pytest.raises(ChecksumError, match="expert 3"):
                 generate(tiered, prompt(tokens=200))
-        assert tiered.tiers.host.stats().failures == 2
+        assert tiered.tiers.host.stats().failures >= 2, "the rest of the model is read in the background, too"
         _flip_bit(shard.path, 3 * shard.slot_bytes + 1000)
         ids = prompt(tokens=200)
         assert torch.equal(generate(tiered, ids), generate(ordinary, ids))

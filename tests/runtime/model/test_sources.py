@@ -138,6 +138,19 @@ def test_without_a_daemon_of_this_store_the_experts_are_this_process_s(
                 assert isinstance(model.tiers.host, HostTier)
 
 
+def test_where_all_experts_fit_the_last_half_is_read_without_being_asked_for(directory: Path) -> None:
+    model, _ = moetier.load(directory, daemon=None)
+    with model.tiers as tiers:
+        asked = 0
+        for number, block in enumerate(tiers.manifest.blocks):
+            keys = [ExpertKey(number, expert) for expert in range(-(-block.experts // 2))]
+            asked += len(list(tiers.host.acquire(keys)))
+        wait_until(lambda: tiers.host.stats().ready == tiers.manifest.record_count)
+        found = tiers.host.stats()
+        assert (found.misses, found.warmed) == (asked, tiers.manifest.record_count - asked)
+        assert found.bytes_in == tiers.manifest.stored_bytes
+
+
 def test_a_killed_daemon_s_files_lead_nowhere(directory: Path, daemon: DaemonProcess) -> None:
     daemon.kill()
     model, _ = moetier.load(directory)

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import FURTHER, REQUIRED, model_class, tiny_config, tiny_model
+from architectures import FURTHER, REQUIRED, TYPES, model_class, tiny_config, tiny_model
 from foretelling import foretell, run
 from torch import Tensor, nn
 
@@ -33,8 +33,14 @@ SCORES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("model_type", sorted(REQUIRED | FURTHER))
+@pytest.mark.parametrize(
+    ("model_type", "dtype"),
+    [
+        pytest.param(each, dtype, marks=[pytest.mark.slow] * (each in FURTHER and dtype == FP32))
+        for each in sorted(REQUIRED | FURTHER)
+        for dtype in (FP32, BF16)
+    ],
+)
 def test_a_gate_foretells_its_own_turn(model_type: str, dtype: torch.dtype) -> None:
     """Experts in the gate's order and probabilities, bit for bit; and the model computes as if nobody had asked."""
     found = foretell(model_type, dtype)
@@ -70,7 +76,7 @@ def test_a_layer_that_is_passed_three_times_is_foretold_each_time() -> None:
     assert (found.blocks, found.wrong, found.unchanged) == (3, frozenset(), True)
 
 
-@pytest.mark.parametrize("model_type", sorted(REQUIRED | FURTHER))
+@pytest.mark.parametrize("model_type", TYPES)
 def test_asking_waits_for_no_device(model_type: str) -> None:
     """Tensors without data raise wherever the host would have to know a number in them."""
     model = tiny_model(model_type, BF16)

@@ -15,7 +15,7 @@ from torch import Tensor
 from twins import BLOCK, CPU, inputs, pair
 
 from moetier.runtime.kernels.api import Kernels
-from moetier.runtime.kernels.gemm import PackedKernels
+from moetier.runtime.kernels.packed import PackedKernels
 from moetier.runtime.moe.experts import ROWS, TieredBlock, experts_forward
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.source import Lease

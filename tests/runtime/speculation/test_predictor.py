@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from architectures import FURTHER, REQUIRED, tiny_model
+from architectures import TYPES, tiny_model
 from foretelling import run
 from torch import Tensor
 
@@ -22,7 +22,7 @@ def entries(model_type: str) -> tuple[Gates, dict[int, Tensor]]:
     return gates, found
 
 
-@pytest.mark.parametrize("model_type", sorted(REQUIRED | FURTHER))
+@pytest.mark.parametrize("model_type", TYPES)
 def test_it_names_what_the_gate_names(model_type: str) -> None:
     gates, found = entries(model_type)
     shortcuts = Shortcuts(gates)

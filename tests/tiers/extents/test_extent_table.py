@@ -50,6 +50,15 @@ def test_it_comes_back_from_beside_the_checkpoint(folder: Path, table: ExtentTab
     assert same(table, read_table(folder))
 
 
+def test_it_is_parsed_once_until_it_changes(folder: Path, table: ExtentTable) -> None:
+    write_table(folder, table, into_cache=False)
+    first = read_table(folder)
+    assert read_table(folder) is first
+    path = folder / NAME
+    path.write_bytes(path.read_bytes().replace(b"model-0", b"model-9"))  # in its place, of the same size
+    assert not same(table, read_table(folder))
+
+
 def test_it_goes_into_the_cache_where_the_checkpoint_can_not_be_written_to(
     folder: Path, table: ExtentTable, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -79,6 +88,8 @@ WRONG: dict[str, Callable[[dict[str, Any]], object]] = {
     "a negative shard": lambda value: place(value, lambda p: p.__setitem__((0, 0), -1)),
     "a piece too few": lambda value: value["blocks"][0]["pieces"].pop(),
     "a piece of nothing": lambda value: value["blocks"][0]["pieces"].insert(0, ["gate_up_proj", 0]),
+    "rows that do not alternate": lambda value: value["blocks"][0]["pieces"][0].extend([64, False]),
+    "half a number": lambda value: value["blocks"][0]["pieces"].__setitem__(0, ["gate_up_proj", 5, 0, True]),
     "pieces in another order": lambda value: value["blocks"][0]["pieces"].reverse(),
     "a place too few": lambda value: value["blocks"][0].update(places=value["blocks"][0]["places"][:-64]),
     "a block too few": lambda value: value["blocks"].pop(),

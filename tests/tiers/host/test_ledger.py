@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import replace
 
+import pytest
 from cuts import cut
 from geometries import two_geometries
 from hypothesis import settings
@@ -139,6 +140,7 @@ class LedgerMachine(RuleBasedStateMachine):
             plan,
             self.directory,
             policy=data.draw(st.sampled_from(sorted(POLICIES)), "policy"),
+            fills=data.draw(st.booleans(), "fills"),
             wake=self.wake,
             ring=lambda: None,
             watch=lambda: None,
@@ -423,12 +425,13 @@ class LedgerMachine(RuleBasedStateMachine):
 
 
 TestLedger = LedgerMachine.TestCase
-TestLedger.settings = settings(max_examples=200, stateful_step_count=60, deadline=None)
+TestLedger.settings = settings(max_examples=100, stateful_step_count=60, deadline=None)
 
 
 def ledger_of(
     count: int,
     ahead: int = 4,
+    fills: bool = False,
     wake: Callable[[], None] = lambda: None,
     clock: Callable[[], float] = time.monotonic,
 ) -> tuple[Ledger, Pool]:
@@ -438,6 +441,7 @@ def ledger_of(
         MANIFEST,
         plan,
         directory,
+        fills=fills,
         wake=wake,
         ring=lambda: None,
         watch=lambda: None,
@@ -809,6 +813,32 @@ def test_a_warm_up_that_yields_goes_when_somebody_finds_no_slot() -> None:
     assert ledger.loads.next_read() is None, "the slot is for the demand that is starved"
     ledger.advance(starved)
     assert starved.loads
+
+
+def test_a_pool_with_room_for_all_is_filled_once_half_of_it_is_taken() -> None:
+    ledger, pool = ledger_of(12, ahead=9, fills=True)
+    first = demand(ledger, pool, 1, 0, 1, 2)
+    arrive_all(ledger)
+    second = demand(ledger, pool, 3, 0, 1)
+    arrive_all(ledger)
+    assert pool.ready == 5, "and nothing more, as long as so little is used"
+    third = demand(ledger, pool, 4, 3, 0)
+    assert [read_next(ledger) for _ in range(8)] == [(4, 3), (4, 0), (1, 3), (3, 2), (3, 3), (4, 1), (4, 2), None]
+    found = ledger.counters
+    assert (pool.ready, found.misses, found.warmed, found.evictions) == (12, 7, 5, 0)
+    for made in (first, second, third):
+        ledger.leave(made)
+    ledger.check_integrity()
+
+
+@pytest.mark.parametrize(("count", "fills"), [(11, True), (12, False)])
+def test_a_pool_is_not_filled_without_room_for_all_or_if_records_are_far_away(count: int, fills: bool) -> None:
+    ledger, pool = ledger_of(count, ahead=9, fills=fills)
+    for block in (1, 3, 4):
+        made = demand(ledger, pool, block, 0, 1, 2)
+        arrive_all(ledger)
+        ledger.leave(made)
+    assert (pool.ready, ledger.counters.warmed) == (9, 0)
 
 
 def test_uses_are_counted_of_demands_and_of_what_clients_found() -> None:

@@ -186,7 +186,7 @@ def digest() -> str:
     return state.hexdigest()
 
 
-@pytest.mark.parametrize("capability", ["default", "avx2"])
+@pytest.mark.parametrize("capability", ["default", pytest.param("avx2", marks=pytest.mark.slow)])
 def test_bytes_do_not_depend_on_the_processor(capability: str) -> None:
     """A variable tells torch to use other instructions; it is read when torch is imported."""
     code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_codec as t; print(t.digest())"

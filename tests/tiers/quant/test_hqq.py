@@ -137,7 +137,7 @@ def offsets() -> bytes:
     return b"".join(found)
 
 
-@pytest.mark.parametrize("capability", ["default", "avx2"])
+@pytest.mark.parametrize("capability", ["default", pytest.param("avx2", marks=pytest.mark.slow)])
 def test_offsets_do_not_depend_on_the_processor(capability: str) -> None:
     """To the last bit, before they are rounded. torch is told to use other instructions; it reads the variable when it
     is imported."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from dataclasses import replace
 from pathlib import Path
 
 import format_reader
@@ -12,12 +13,14 @@ import torch
 from checkpoints import save_checkpoint
 from faults import flip_bit
 from format_reader import Reader
+from quantised_records import levels_at_random
 from stores import make_plan, make_records, write_store
 
 from moetier.runtime.moe.linear import matrix_layout
-from moetier.tiers.layout import BITS, Bits, ExpertKey, RecordLayout
+from moetier.tiers.layout import BITS, PAIR_TYPES, ZERO_POINTS, Bits, ExpertKey, RecordLayout
 from moetier.tiers.manifest import TrunkRecords
 from moetier.tiers.quant.codec import decode, encode, layout_for, sections
+from moetier.tiers.quant.zero_points import Levels
 from moetier.tiers.store.reader import ExpertStore
 from moetier.tiers.store.shard import ShardFile
 from moetier.tools.convert.convert import convert
@@ -31,8 +34,13 @@ SHAPES = {  # as modules hold them: rows that are no multiple of 64, one of a gr
 
 def record_of(layout: RecordLayout) -> bytes:
     shapes = [(p.name, p.shape) for p in layout.projections] + [(b.name, (b.size,)) for b in layout.biases]
+    given: dict[str, torch.Tensor | Levels] = {name: torch.randn(shape, generator=GENERATOR) for name, shape in shapes}
+    for p in layout.projections:
+        if p.pairs in ZERO_POINTS:
+            kind = getattr(torch, ZERO_POINTS[p.pairs])
+            given[p.name] = levels_at_random(p.bits, p.rows, p.columns, p.group, kind)
     record = np.zeros(layout.record_bytes, np.uint8)
-    encode({name: torch.randn(shape, generator=GENERATOR) for name, shape in shapes}, layout, record, fast=True)
+    encode(given, layout, record, fast=True)
     return record.tobytes()
 
 
@@ -55,11 +63,13 @@ def test_it_has_nothing_of_moetier_s() -> None:
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize(
     ("bits", "pairs"),
-    [(bits, pairs) for bits in BITS for pairs in ("bfloat16", "uint8") if (bits, pairs) != (16, "uint8")],
+    [(16, ""), *((bits, pairs) for bits in BITS[1:] for pairs in (*PAIR_TYPES, *ZERO_POINTS))],
 )
 def test_records_and_weights_of_every_width(bits: Bits, pairs: str, transposed: bool, tmp_path: Path) -> None:
     shapes = {name: (shape, "bfloat16" if name == "bias" else "float16") for name, shape in SHAPES[transposed].items()}
-    layout = layout_for(shapes, bits=bits, group=None if bits == 16 else 64, pairs=pairs, transposed=transposed)
+    layout = layout_for(shapes, bits=bits, group=None if bits == 16 else 64, transposed=transposed)
+    quantised = (replace(p, pairs=pairs) if p.bits != 16 else p for p in layout.projections)
+    layout = RecordLayout(tuple(quantised), layout.biases)
     plan = make_plan(blocks=1, experts=2, layout=layout)
     records = {key: record_of(layout) for key in make_records(plan)}
     manifest = write_store(tmp_path, plan, records)

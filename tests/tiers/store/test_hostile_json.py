@@ -290,4 +290,4 @@ def test_a_trunk_of_many_files(directory: Path, tmp_path: Path) -> None:
     manifest = replace(read_manifest(copy / GROUP), trunk=sums)
     began = time.process_time()
     assert not trunk_faults(copy, manifest)
-    assert time.process_time() - began < 1.5
+    assert time.process_time() - began < 5, "minutes, if each file were compared with all others"

@@ -59,7 +59,7 @@ def test_a_command_without_settings(name: str, capsys: pytest.CaptureFixture[str
     with pytest.raises(SystemExit) as stop:
         main(["config", "show", name])
     assert stop.value.code == 2
-    assert "convert, generate" in capsys.readouterr().err
+    assert "pull, convert" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

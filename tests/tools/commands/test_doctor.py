@@ -130,6 +130,7 @@ def test_a_control_group_that_is_too_small(tinymix_4bit: Path, tmp_path: Path) -
     assert found.state is State.WARN
 
 
+@pytest.mark.slow
 def test_doctor_plan_and_generate_agree_in_a_control_group(tinymix_4bit: Path) -> None:
     """All of them see what is left once the libraries are loaded, whichever of them are loaded by then."""
     for more, code in ((16 << 20, 1), (160 << 20, 0)):

@@ -10,8 +10,10 @@ from shutil import copytree
 from typing import Any
 
 import pytest
+import torch
 from checkpoints import ordinary_model
 from daemons import running_daemon
+from native_checkpoints import save_native
 
 import moetier
 from moetier.runtime.checkpoint.experts import read_manifest
@@ -108,12 +110,39 @@ def test_a_plan_offers_it_as_it_is(tinymix: Path, monkeypatch: pytest.MonkeyPatc
     assert [each["as_it_is"] for each in found["choices"]] == [each["bits"] == 16 for each in found["choices"]]
 
 
+def test_a_plan_for_weights_of_4_bits_keeps_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No other width is recommended, and nothing is converted. What it recommends works."""
+    for name, value in {"KERNEL_SECONDS": 0.0, "UNCACHED_BYTES": 1 << 20, "QUANTISED_WEIGHTS": 1 << 16}.items():
+        monkeypatch.setattr(speeds, name, value)
+    folder, _ = save_native(tmp_path, "gpt-oss")
+    before = sums(folder)
+    found = plan(folder, disk=1.0)
+    best = found["recommended"]
+    assert (best["bits"], best["trunk_bits"], best["native"], best["convert"]) == (4, 16, True, None)
+    (choice,) = [each for each in found["choices"] if each["as_it_is"]]
+    assert choice["native"]
+    assert choice["convert_s"] is None
+    assert choice["experts_bytes"] < 1.5 * sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    assert "No conversion is needed" in text(found)
+    assert main(["inspect", str(folder)]) == 0
+    assert "4 bits (e2m1), groups of 32, e8m0 scales" in capsys.readouterr().out
+    with running_daemon(folder, ram="8MiB", folder=tmp_path / "daemon") as daemon:
+        ids = torch.arange(2, 20)[None]
+        model, _ = load(folder, exact=True, daemon="none")
+        served, _ = load(folder, exact=True, daemon=str(daemon.folder))
+        with model.tiers, served.tiers:
+            assert torch.equal(model(input_ids=ids).logits, served(input_ids=ids).logits)
+    assert sums(folder) == before
+
+
 def test_what_is_no_checkpoint_is_refused(
     tmp_path: Path, tinymix_4bit: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for folder in (tmp_path, tinymix_4bit):
         assert main(["link", str(folder)]) == 1
-        assert f"{folder} is no checkpoint in safetensors." in capsys.readouterr().err
+        assert f"{folder} is neither a checkpoint in safetensors nor a GGUF file." in capsys.readouterr().err
 
 
 def test_the_table_lies_beside_the_checkpoint(

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import trustme
 from daemons import DaemonProcess, running_daemon
+from prepared import MAIN, for_daemons
 from raw_client import RawClient
 from readers import PATIENCE
 from stores import layout_of, make_plan, make_records, write_store
@@ -43,10 +44,7 @@ def running_daemon_in(folder: Path, directory: Path | list[Path], *extra: str) -
 
 
 def moetier(runtime: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"XDG_RUNTIME_DIR": str(runtime)}
-    return subprocess.run(
-        [*COMMAND, *words], capture_output=True, text=True, check=False, timeout=PATIENCE, env=environment
-    )
+    return for_daemons().run(MAIN, *words, environment={"XDG_RUNTIME_DIR": str(runtime)})
 
 
 def said(runtime: Path, *words: str) -> str:

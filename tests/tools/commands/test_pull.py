@@ -469,7 +469,7 @@ def test_killed_at_any_step_it_goes_on(hub: Hub, scripts: Prepared, small: Path,
     offer(hub, "acme/steps", small)
     work = tmp_path / "work"
     work.mkdir()
-    result = scripts.run(STEPS, "acme/steps", work, 9)
+    result = scripts.run(STEPS, "acme/steps", work, 15)
     assert result.returncode == 0, result.stderr
     steps, *runs = map(json.loads, result.stdout.splitlines())
     assert steps > 30

@@ -53,7 +53,7 @@ def test_hit_ratios_bytes_and_speed(capsys: pytest.CaptureFixture[str]) -> None:
     assert lru["tokens_per_s"] == pytest.approx(1 / (0.005 + lru["bytes_per_token"] / 2e9))
     assert found["belady", 4]["tokens_per_s"] > lru["tokens_per_s"]
 
-    assert run(MIXTRAL, *words) == 0
+    assert run(MIXTRAL, "--slots", "4", *words[2:]) == 0
     text = capsys.readouterr().out
     assert "773 tokens (0 of prompts) in 1 sequences; 32 blocks of 8 experts, top-2" in text
     assert "4      0.574   0.720" in text

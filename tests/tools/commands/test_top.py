@@ -228,7 +228,7 @@ def asked(daemon: DaemonProcess, manifest: Manifest) -> None:
 
 
 def test_parts_and_help(daemon: DaemonProcess) -> None:
-    app = Top([], daemon.address, Watch(Credentials(), 0.05))
+    app = Top([], daemon.address, Watch(Credentials(), 1))  # a key takes as long as what is drawn meanwhile
 
     async def person(pilot: Pilot[None]) -> None:
         await until(pilot, lambda: "0 of 12" in shown(app, "#tiers"))
@@ -274,7 +274,7 @@ def test_one_of_several_daemons_and_of_several_models(
     plan = make_plan(model="acme/other")
     write_store(tmp_path / "other", plan, make_records(plan, 1))
     with running_daemon([tmp_path / "other", store[0]], ram=16 * SLOT, folder=runtime / "moetier/second") as second:
-        app = Top(running_daemons(), None, Watch(Credentials(), 0.05))
+        app = Top(running_daemons(), None, Watch(Credentials(), 1))
 
         async def person(pilot: Pilot[None]) -> None:
             listed = app.screen.query_one(OptionList)

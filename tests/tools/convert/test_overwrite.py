@@ -1,4 +1,4 @@
-"""--overwrite, killed at every step of the removal: it goes on, and nobody takes what is left for a model."""
+"""--overwrite is killed while it removes files. It resumes, and no reader takes what is left for a model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from pathlib import Path
 import moetier.tools.convert.conversion, transformers.models.mixtral.modeling_mixtral
 from moetier.tiers.errors import TargetExistsError
 from moetier.tools.convert.convert import convert
-source, old, work = sys.argv[1:]
+source, old, work, every = sys.argv[1:]
 
 def converted(target, kill_at=None, overwrite=True):
     'Counts what is removed before anything is made.'
@@ -43,7 +43,7 @@ def copy(name):
 
 _, steps = converted(copy('count'))
 print(steps)
-for step in range(1, steps + 1):
+for step in range(1, steps + 1, int(every)):
     target = copy(str(step))
     died, _ = converted(target, step)
     plainly, _ = converted(shutil.copytree(target, Path(work) / f'{step}-plain'), overwrite=False)
@@ -52,8 +52,15 @@ for step in range(1, steps + 1):
 """
 
 
-@pytest.mark.parametrize("cut", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_a_removal_that_is_killed_is_gone_on_with(scripts: Prepared, tmp_path: Path, cut: bool) -> None:
+@pytest.mark.parametrize(
+    ("cut", "every"),
+    [
+        pytest.param(False, 4, id="some steps"),
+        pytest.param(False, 1, id="every step", marks=pytest.mark.slow),
+        pytest.param(True, 1, id="every step, cut", marks=pytest.mark.slow),
+    ],
+)
+def test_a_removal_that_is_killed_is_gone_on_with(scripts: Prepared, tmp_path: Path, cut: bool, every: int) -> None:
     """The old directory is a whole one, or a conversion that was cut; it holds somebody's file too."""
     source = save_checkpoint(tmp_path / "src")
     convert(source, tmp_path / "new", fast=True)
@@ -65,10 +72,11 @@ def test_a_removal_that_is_killed_is_gone_on_with(scripts: Prepared, tmp_path: P
         (manifest := old / "experts.zarr" / "zarr.json").unlink()
         plan = json.loads((tmp_path / "new" / "experts.zarr" / "zarr.json").read_bytes())["attributes"]["moetier"]
         manifest.with_name("plan.json").write_text(json.dumps(plan | {"digest": "", "model": "another"}))
-    result = scripts.run(IN_CHILD + KILLED, source, old, tmp_path / "work")
+    result = scripts.run(IN_CHILD + KILLED, source, old, tmp_path / "work", every)
     assert result.returncode == 0, result.stderr
     count, *lines = result.stdout.splitlines()
-    assert int(count) == len(lines) > 8
+    assert int(count) > 8
+    assert [json.loads(line)[0] for line in lines] == list(range(1, int(count) + 1, every))
     for step, died, plainly, again in map(json.loads, lines):
         assert (died, again) == (-9, 0), (step, result.stderr)
         assert tree(tmp_path / "work" / str(step)) == uncut, step

@@ -56,7 +56,9 @@ def test_of_a_quantised_checkpoint_too(form: str, tmp_path: Path) -> None:
         (source / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(file.keys(), WEIGHTS)}))
     whole, named = open_choices(source), open_choices(small_files(source, tmp_path / "small"))
     assert whole.source_bytes < plain.source_bytes
-    for expected, choice, same in zip(plain.choices, whole.choices, named.choices, strict=True):
+    kept, quantised = ([each for each in whole.choices if each.native is kept] for kept in (True, False))
+    assert [(each.trunk_bits, each.as_it_is) for each in kept] == [(16, True), (8, False), (4, False)]
+    for expected, choice, same in zip(plain.choices, quantised, named.choices, strict=True):
         assert expected.manifest.layouts == choice.manifest.layouts == same.manifest.layouts
         assert expected.manifest.blocks == choice.manifest.blocks == same.manifest.blocks
         assert expected.matrices == choice.matrices == same.matrices

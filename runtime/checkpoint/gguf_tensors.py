@@ -1,0 +1,303 @@
+"""Tensors of a GGUF file, dequantised, under the names and in the order of rows that transformers' model has.
+
+transformers' own tables map the names. They also undo what llama.cpp changes in some weights: it puts rows of queries
+and keys in another order, and adds 1 to the weights of some norms.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from moetier.runtime.moe.experts import experts_modules
+from moetier.tiers.errors import CheckpointError, UnsupportedModelError
+from moetier.tiers.layout import BLOCKS, Projection
+
+from .packed import TILE_WEIGHTS
+from .tensors import SourceTensor, StoredTensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+EXPERTS = re.compile(r"blk\.(?P<layer>\d+)\.ffn_(?P<part>gate|up|down|gate_up)_exps\.(?P<kind>weight|bias)")
+FLOATS = {"BF16": "bfloat16", "F16": "float16"}  # types of weights that records hold as they are
+
+
+class GgufFile(NamedTuple):
+    """Tensors of a GGUF file, or of several parts, and what is needed to name them."""
+
+    folder: Path  # path of the file, or of the first part
+    architecture: str
+    config: Mapping[str, Any]  # as config.json would have it
+    tensors: Mapping[str, StoredTensor]  # by GGUF's names
+    kinds: Mapping[str, str]  # ggml's types, such as "Q4_K", by GGUF's names
+
+
+Change = Callable[[torch.Tensor], torch.Tensor]  # makes a tensor of the model from one of the file, in fp32
+
+
+@dataclass(frozen=True)
+class GgufTensor:
+    """Tensor of a GGUF file. ``read`` dequantises it, and undoes what llama.cpp has changed in it."""
+
+    stored: StoredTensor
+    kind: str  # name of ggml's type
+    shape: tuple[int, ...]
+    dtype: str
+    change: Change | None = None
+    order: npt.NDArray[np.int64] | None = None  # for each row, its number in the file, if only the order has changed
+
+    @property
+    def parts(self) -> tuple[StoredTensor, ...]:
+        """A tuple of only the stored tensor."""
+        return (self.stored,)
+
+    def slice(self, index: int) -> GgufTensor:
+        """Return a slice of the leading dimension as a tensor of its own, without that dimension. Nothing is read."""
+        return replace(self, stored=self.stored.slice(index), shape=self.shape[1:])
+
+    def read(self, first: int = 0, count: int | None = None) -> torch.Tensor:
+        """Read ``count`` rows of the leading dimension, from row ``first`` on, into a new tensor [count, ...]."""
+        count = self.shape[0] - first if count is None else count
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        if self.order is not None:
+            rows = self.order[first : first + count]
+            begin = int(rows.min()) if count else 0
+            raw = self.stored.read(begin, int(rows.max()) + 1 - begin if count else 0)
+            return dequantised(raw[torch.from_numpy(rows - begin)], self.kind, dtype)
+        if self.change is not None:
+            whole = self.change(dequantised(self.stored.read(), self.kind, torch.float32))
+            return whole[first : first + count].to(dtype).contiguous()
+        return dequantised(self.stored.read(first, count), self.kind, dtype)
+
+
+@dataclass(frozen=True)
+class GgufExperts:
+    """A parameter of all experts of a block, made of tensors [experts, rows, columns], or [experts, rows] of a bias."""
+
+    tensors: tuple[GgufTensor, ...]
+    transposed: bool
+    alternate: bool = False  # rows of the tensors alternate, instead of following one another
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the parameter."""
+        experts, rows, *columns = self.tensors[0].shape
+        rows *= len(self.tensors)
+        return (experts, *columns, rows) if self.transposed else (experts, rows, *columns)
+
+    @property
+    def dtype(self) -> str:
+        """torch's name of the type that ``read`` returns."""
+        return self.tensors[0].dtype
+
+    @property
+    def parts(self) -> tuple[StoredTensor, ...]:
+        """The stored tensors, in the order of the rows."""
+        return tuple(tensor.stored for tensor in self.tensors)
+
+    def projection(self, plain: Projection) -> Projection:
+        """Return the projection that holds one expert's weights as the file does; ``plain`` is that of 16 bits.
+
+        Raises ValueError, which says why, if records can't hold them so.
+        """
+        kind = " and ".join(sorted({tensor.kind for tensor in self.tensors}))
+        if kind in FLOATS and not self.transposed:
+            return replace(plain, dtype=FLOATS[kind])
+        if (form := BLOCKS.get(coding := kind.lower())) is None:
+            raise ValueError(f"{self.tensors[0].stored.name} is stored in {kind}")
+        return replace(plain, bits=form.bits, group=form.group, dtype=self.dtype, coding=coding)
+
+    def read(self, first: int = 0, count: int | None = None) -> torch.Tensor:
+        """Read and dequantise ``count`` experts from expert ``first`` on, as [count, ...]."""
+        read = [tensor.read(first, count) for tensor in self.tensors]
+        made = torch.stack(read, 2).flatten(1, 2) if self.alternate else torch.cat(read, 1)
+        return made.transpose(1, 2).contiguous() if self.transposed else made
+
+
+def dequantised(raw: torch.Tensor, kind: str, dtype: torch.dtype) -> torch.Tensor:
+    """Return the weights of stored rows, by the decoder of the package gguf.
+
+    ``raw`` is uint8 [rows, bytes], or has more leading dimensions; the result is [rows, columns] in ``dtype``. If
+    ``raw`` has another type, its weights are not quantised, and are only converted. ``kind`` is ggml's type. A limited
+    number of weights is in fp32 at a time.
+    """
+    if raw.dtype != torch.uint8:
+        return raw.to(dtype)
+    import gguf
+
+    number = gguf.GGMLQuantizationType[kind]
+    weights, size = gguf.GGML_QUANT_SIZES[number]
+    columns = raw.shape[-1] // size * weights
+    rows = raw.view(-1, raw.shape[-1]).numpy()
+    out = torch.empty((len(rows), columns), dtype=dtype)
+    tile = max(1, TILE_WEIGHTS // columns)
+    for start in range(0, len(rows), tile):
+        out[start : start + tile] = torch.from_numpy(gguf.quants.dequantize(rows[start : start + tile], number))
+    return out.view(*raw.shape[:-1], columns)
+
+
+def sources_of(checkpoint: GgufFile, model: PreTrainedModel, dtype: str) -> dict[str, SourceTensor]:
+    """Return a dictionary from the names of ``model``'s tensors to those that the checkpoint has, decoded to ``dtype``.
+
+    ``model`` is on the meta device, and has all its experts. Raises CheckpointError if a tensor is missing or of
+    another shape, and UnsupportedModelError for a type of weights that the package gguf does not decode.
+    """
+    state = model.state_dict()
+    modules = {_layer(path): (path, module) for path, module in experts_modules(model).items()}
+    experts: dict[str, dict[str, GgufTensor]] = {}
+    found: dict[str, SourceTensor] = {}
+    trunk: dict[str, StoredTensor] = {}
+    for name, stored in checkpoint.tensors.items():
+        if (named := EXPERTS.fullmatch(name)) is None:
+            trunk[name] = stored
+        elif (there := modules.get(int(named["layer"]))) is not None:
+            leaf = "down_proj" if named["part"] == "down" else "gate_up_proj"
+            target = f"{there[0]}.{leaf}" + ("_bias" if named["kind"] == "bias" else "")
+            experts.setdefault(target, {})[named["part"]] = _tensor(checkpoint, name, stored, dtype)
+    for target, parts in experts.items():
+        module = model.get_submodule(target.rpartition(".")[0])
+        if parts.keys() not in ({"gate", "up"}, {"gate_up"}, {"down"}) or len({t.shape for t in parts.values()}) > 1:
+            raise CheckpointError(
+                f"{checkpoint.folder} has no pair of gate and up of one shape for {target}.", "Download the file again."
+            )
+        turned = bool(module.is_transposed) and not target.endswith("_bias")
+        ordered = tuple(parts[part] for part in ("gate", "up", "gate_up", "down") if part in parts)
+        found[target] = GgufExperts(ordered, turned, bool(ordered[1:]) and not module.is_concatenated)
+    for name, (target, change) in _names(checkpoint, model, trunk).items():
+        if target in state:
+            found[target] = _changed(_tensor(checkpoint, name, trunk[name], dtype), change, tuple(state[target].shape))
+    _check(checkpoint, model, state, found)
+    return found
+
+
+def _check(
+    checkpoint: GgufFile, model: PreTrainedModel, state: Mapping[str, Any], found: Mapping[str, SourceTensor]
+) -> None:
+    """Raise CheckpointError unless ``found`` has all tensors of the model in their shapes."""
+    tied = model.all_tied_weights_keys
+    if missing := [name for name in state if name not in found and name not in tied]:
+        raise CheckpointError(
+            f"{checkpoint.folder} has no tensor for {missing[0]}"
+            + (f" and {len(missing) - 1} more." if missing[1:] else "."),
+            "Download the file again, or use the model's checkpoint in safetensors.",
+        )
+    for name, tensor in found.items():
+        if name in state and tensor.shape != tuple(state[name].shape):
+            raise CheckpointError(
+                f"{checkpoint.folder}: {tensor.parts[0].name} has the shape {list(tensor.shape)}, and {name} "
+                f"{list(state[name].shape)}.",
+                "Download the file again, or use the model's checkpoint in safetensors.",
+            )
+
+
+def _layer(path: str) -> int:
+    return next(int(each) for each in path.split(".") if each.isdigit())
+
+
+def _tensor(checkpoint: GgufFile, name: str, stored: StoredTensor, dtype: str) -> GgufTensor:
+    kind, shape = checkpoint.kinds[name], stored.shape
+    if stored.spelling == "U8":
+        import gguf
+
+        number = gguf.GGMLQuantizationType.__members__.get(kind)
+        if number is None or number not in gguf.quants._type_traits:
+            raise UnsupportedModelError(
+                f"{checkpoint.folder}: {name} has the type {kind}, which the package gguf does not decode.",
+                "Use a file of another type, such as Q4_K_M, or a newer version of the package gguf.",
+            )
+        weights, size = gguf.GGML_QUANT_SIZES[number]
+        shape = (*shape[:-1], shape[-1] // size * weights)
+    return GgufTensor(stored, kind, shape, dtype)
+
+
+def _changed(tensor: GgufTensor, change: Change | None, shape: tuple[int, ...]) -> GgufTensor:
+    """Return a tensor of ``shape`` to which ``change`` is applied when it is read.
+
+    If ``change`` only reorders rows, the result has the ``order``: then some rows can be read without the others.
+    """
+    if change is None:
+        return tensor
+    if len(tensor.shape) == 2:
+        rows = torch.arange(tensor.shape[0], dtype=torch.float32)[:, None]
+        try:
+            moved = change(rows)
+        except (IndexError, ValueError, RuntimeError):  # it needs all columns
+            moved = torch.empty(0)
+        if torch.equal(moved, rows):
+            return tensor
+        if moved.shape == rows.shape and torch.equal(moved.sort(0).values, rows):
+            order = moved.flatten().long().numpy()
+            return GgufTensor(tensor.stored, tensor.kind, tensor.shape, tensor.dtype, change, order)
+    elif math.prod(tensor.shape) == 0:
+        return tensor
+    return GgufTensor(tensor.stored, tensor.kind, shape, tensor.dtype, change)
+
+
+def _names(
+    checkpoint: GgufFile, model: PreTrainedModel, trunk: Mapping[str, StoredTensor]
+) -> dict[str, tuple[str, Change | None]]:
+    """Return a dictionary from GGUF's names of the trunk's tensors to their names in the model and their changes.
+
+    A change is None if transformers loads the tensor as it is. Tensors that transformers does not know are left out.
+    """
+    if (mapping := _transforms(checkpoint, model)) is not None:
+        return {name: _transformed(name, mapping) for name in trunk}
+    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+
+    made_by: Any = TENSOR_PROCESSORS.get(checkpoint.architecture, TensorProcessor)
+    processor = made_by(config=dict(checkpoint.config))
+    model_type = "llama" if checkpoint.architecture == "llama" else None
+    # without its parts: transformers would look for the names in each of them again, one after the other
+    flat: Any = SimpleNamespace(config=model.config, state_dict=model.state_dict, named_children=list)
+    targets = get_gguf_hf_weights_map(flat, processor, model_type, model.config.num_hidden_layers)
+    found: dict[str, tuple[str, Change | None]] = {}
+    for name in trunk:
+        target = targets.get(name) or targets.get(name.removesuffix(".weight"))
+        if target is not None:
+            found[name] = target, partial(_processed, processor, name)
+    return found
+
+
+def _processed(processor: Any, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    weights = processor.process(tensor.numpy(), name, tensor_key_mapping={}, parsed_parameters={}).weights
+    return torch.from_numpy(np.ascontiguousarray(weights))
+
+
+def _transforms(checkpoint: GgufFile, model: PreTrainedModel) -> list[Any] | None:
+    """Return transformers' list of renamings and conversions for the architecture; None if it has none."""
+    try:
+        from transformers.integrations.gguf.utils import get_gguf_conversion_mapping, is_gguf_arch_supported
+    except ImportError:
+        return None
+    if not is_gguf_arch_supported(checkpoint.architecture):
+        return None
+    return list(get_gguf_conversion_mapping(checkpoint.architecture, model.config))
+
+
+def _transformed(name: str, mapping: list[Any]) -> tuple[str, Change | None]:
+    from transformers import core_model_loading as loading
+
+    mapping = deepcopy(mapping)  # a transform notes what it has matched
+    renamings = [entry for entry in mapping if isinstance(entry, loading.WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, loading.WeightConverter)]
+    key, pattern = loading.rename_source_key(name, renamings, converters)
+    converter = next((each for each in converters if pattern is not None and pattern in each.source_patterns), None)
+    return key, None if converter is None else partial(_operated, converter.operations)
+
+
+def _operated(operations: list[Any], tensor: torch.Tensor) -> torch.Tensor:
+    for operation in operations:
+        (tensor,) = operation.convert({"": [tensor]}, source_patterns=[""], target_patterns=[""]).values()
+    return tensor

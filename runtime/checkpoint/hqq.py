@@ -1,0 +1,249 @@
+"""Matrices that HQQ has quantised, as hqq's ``HQQLinear`` saves them; hqq itself unpacks their codes.
+
+A group of hqq is a run of neighbouring weights, row after row (axis 1), or every n-th weight of the whole matrix, where
+n is the number of groups (axis 0). Records can't have groups of axis 0.
+
+mixtral-offloading published a checkpoint of Mixtral in a form of its own: its groups are of axis 0, its scales and zero
+points are quantised too, and the tensors that describe a matrix (DESCRIBING) are missing. The model's config and the
+sizes of the other tensors replace them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from moetier.tiers.errors import CheckpointError, UnsupportedModelError
+from moetier.tiers.layout import Bits
+
+from .tensors import SourceTensor, StoredTensor
+from .zero_points import DAMAGED, SCALES, Grouped, Numbers, with_weights
+
+if TYPE_CHECKING:
+    import torch
+
+    from moetier.tiers.quant.zero_points import Levels
+
+MAIN = "W_q"  # name of a module's packed codes
+DESCRIBING = ("shape", "nbits", "group_size", "axis")  # names of the tensors that describe a matrix
+OTHERS = (
+    "packing", "unpack_view_dtype", "view_as_float", "quant_scale", "quant_zero", "compute_dtype", "offload_meta",
+    "encoded_state_dict", "stores_quant_config", "channel_wise", "optimize", "round_zero",
+)  # fmt: skip
+STORED_BITS: dict[float, Bits] = {8: 8, 6: 8, 5: 8, 4: 4, 3: 3, 2: 2, 1.58: 2}  # from hqq's bits to those of a code
+PER_WORD = 10  # codes of 3 bits in a word of 32
+# the names of mixtral-offloading: codes of a scale or zero point, and the scale and zero point of these
+OFFLOADED = {
+    name: (f"meta.{name}_q", f"meta.meta_{name}.scale", f"meta.meta_{name}.zero") for name in ("scale", "zero")
+}
+
+
+@dataclass(frozen=True)
+class Requantised:
+    """Scales or zero points of a matrix that HQQ has quantised to 8 bits, too. ``shape`` is that of the numbers."""
+
+    codes: StoredTensor
+    scale: StoredTensor
+    zero: StoredTensor
+    shape: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """Name of the stored codes."""
+        return self.codes.name
+
+    @property
+    def dtype(self) -> str:
+        """torch's name of the type that ``read`` returns."""
+        return self.scale.dtype
+
+    @property
+    def parts(self) -> tuple[StoredTensor, ...]:
+        """Codes, their scales and their zero points."""
+        return (self.codes, self.scale, self.zero)
+
+    def read(self) -> torch.Tensor:
+        """Read and dequantise the numbers, in ``shape``: [1, groups]."""
+        scale, zero = self.scale.read().view(-1), self.zero.read().view(-1)  # one for each column of codes, or for all
+        return self.codes.read().to(scale.dtype).sub_(zero).mul_(scale).view(self.shape)
+
+
+@dataclass(frozen=True)
+class Hqq(Grouped):
+    """Matrix of HQQ. ``size`` is its number of rows and of columns; ``nbits`` are hqq's bits, a key of STORED_BITS."""
+
+    name: str
+    dtype: str
+    packed: StoredTensor
+    scale: Numbers
+    zero: Numbers
+    size: tuple[int, int]
+    nbits: float
+    group_size: int
+    axis: int
+
+    def __post_init__(self) -> None:
+        if self.nbits not in STORED_BITS:
+            raise UnsupportedModelError(
+                f"{self.name} is quantised with HQQ to {self.nbits:g} bits, which moetier can't read.",
+                f"Give a checkpoint with {', '.join(f'{bits:g}' for bits in STORED_BITS)} bits.",
+            )
+        if self.axis not in (0, 1) or min(*self.size, self.group_size) < 1 or math.prod(self.size) % self.group_size:
+            raise self.damaged(f"groups of {self.group_size} along axis {self.axis} do not fit {list(self.size)}")
+        long, wide = self._grid
+        rows, unit = (-(-long // PER_WORD), 4) if self.bits == 3 else (long * self.bits // 8, 1)
+        if len(self.packed.shape) != 2 or self.packed.shape[0] != rows or self.packed.nbytes != rows * wide * unit:
+            raise self.damaged(
+                f"{self.packed.name} is {self.packed.dtype} {list(self.packed.shape)}, which does not fit "
+                f"{list(self.size)} with {self.nbits:g} bits"
+            )
+        groups = (long, 1) if self.axis == 1 else (1, wide)
+        self.check(self.scale, groups, *SCALES)
+        self.check(self.zero, groups, self.scale.dtype)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Rows and columns."""
+        return self.size
+
+    @property
+    def parts(self) -> tuple[StoredTensor, ...]:
+        """Packed codes, scales and zero points."""
+        return (self.packed, *self.scale.parts, *self.zero.parts)
+
+    @property
+    def bits(self) -> Bits:
+        """Bits of a code."""
+        return STORED_BITS[self.nbits]
+
+    @property
+    def kind(self) -> str:
+        """torch's name of the type of scales and zero points, in which weights are computed."""
+        return self.scale.dtype
+
+    @property
+    def per_group(self) -> int:
+        """Number of neighbouring weights of a row that share a scale; 0 if groups do not lie along rows."""
+        return self.group_size if self.axis == 1 and self.size[1] % self.group_size == 0 else 0
+
+    @property
+    def groups_as_text(self) -> str:
+        """A few words about its groups, for a message."""
+        return f"of {self.group_size} weights along axis {self.axis}"
+
+    def probe(self, group: int) -> None:
+        """Do nothing: how groups lie follows from ``axis``."""
+
+    @property
+    def _grid(self) -> tuple[int, int]:
+        """The shape in which hqq stores the codes: a group is a row of it, or with axis 0 a column."""
+        groups = math.prod(self.size) // self.group_size
+        return (groups, self.group_size) if self.axis == 1 else (self.group_size, groups)
+
+    def levels(self, group: int) -> Levels:
+        """Read what is stored, with a scale and zero point for each ``group`` weights, a divisor of ``self.group``."""
+        from moetier.tiers.quant.zero_points import Levels
+
+        scales, zeros = (
+            self.finite(tensor).view(self.size[0], -1).repeat_interleave(self.group_size // group, 1)
+            for tensor in (self.scale, self.zero)
+        )
+        return Levels(self._codes().view(self.size), scales, zeros)
+
+    def weights(self) -> torch.Tensor:
+        """Read and dequantise the matrix [rows, columns], in the type of its scales. Raises CheckpointError."""
+        scales, zeros = self.finite(self.scale), self.finite(self.zero)
+        return self._codes().to(scales.dtype).sub_(zeros).mul_(scales).view(self.size)
+
+    def _codes(self) -> torch.Tensor:
+        """Read the codes, uint8, in the shape ``_grid``."""
+        import torch
+        from hqq.core.bitpack import BitPack
+
+        unpack = {8: BitPack.unpack_8bit_u8, 4: BitPack.unpack_4bit_u8, 3: BitPack.unpack_3bit_32}
+        # hqq may have saved the bytes as if they were floating-point numbers
+        packed = self.packed.read().view(torch.int32 if self.bits == 3 else torch.uint8)
+        codes: torch.Tensor = unpack.get(self.bits, BitPack.unpack_2bit_u8)(packed)
+        return codes[: self._grid[0]].contiguous()
+
+
+def hqq_tensors(tensors: Mapping[str, StoredTensor], config: Mapping[str, Any], dtype: str) -> dict[str, SourceTensor]:
+    """Return a dictionary from names to the source tensors of a checkpoint of HQQ. Its matrices are read as ``dtype``.
+
+    Reads the numbers that describe each of them. ``config`` is the checkpoint's. Raises CheckpointError or
+    UnsupportedModelError.
+    """
+
+    def make(weight: str, own: dict[str, StoredTensor]) -> Hqq:
+        (rows, columns), (nbits,), (group,), (axis,) = (_numbers(weight, own[name]) for name in DESCRIBING)
+        size, nbits = (int(rows), int(columns)), round(nbits, 2)
+        return Hqq(weight, dtype, own[MAIN], own["scale"], own["zero"], size, nbits, int(group), int(axis))
+
+    if not any(name.endswith(f".{OFFLOADED['scale'][0]}") for name in tensors):
+        return with_weights(tensors, MAIN, ("scale", "zero", *DESCRIBING), OTHERS, make)
+    sizes = _sizes_of_mixtral(config)
+
+    def make_offloaded(weight: str, own: dict[str, StoredTensor]) -> Hqq:
+        size = sizes.get(weight.split(".")[-2], (0, 0))
+        weights, groups = math.prod(size), math.prod(own[OFFLOADED["scale"][0]].shape)
+        if not weights or not groups:
+            raise CheckpointError(
+                f"{weight} is quantised, but a model with this config ({config.get('model_type')}) has no such matrix.",
+                "Check that config.json belongs to these weights.",
+            )
+        scale, zero = (_requantised(weight, groups, *(own[each] for each in names)) for names in OFFLOADED.values())
+        nbits = 8 * own[MAIN].nbytes / weights
+        return Hqq(weight, dtype, own[MAIN], scale, zero, size, nbits, weights // groups, 0)
+
+    return with_weights(tensors, MAIN, OFFLOADED["scale"] + OFFLOADED["zero"], (), make_offloaded)
+
+
+def _numbers(weight: str, tensor: StoredTensor) -> list[float]:
+    """Read one of the tensors DESCRIBING: two numbers of "shape", one of any other. Raises CheckpointError."""
+    count = 2 if tensor.name.endswith(".shape") else 1
+    types = ("int32", "int64", *(("float32",) if tensor.name.endswith(".nbits") else ()))
+    if math.prod(tensor.shape) != count or tensor.dtype not in types:
+        raise CheckpointError(
+            f"{weight}: {tensor.name} is {tensor.dtype} {list(tensor.shape)}, not {' or '.join(types)} [{count}].",
+            DAMAGED,
+        )
+    if not tensor.file.exists():
+        raise CheckpointError(
+            f"{weight} is quantised with HQQ, and only its file says how. That file is not here yet.",
+            "Download the whole checkpoint first (hf download ID --local-dir FOLDER), then use the folder.",
+        )
+    found: list[float] = tensor.read().double().view(-1).tolist()
+    return found
+
+
+def _requantised(weight: str, groups: int, codes: StoredTensor, scale: StoredTensor, zero: StoredTensor) -> Requantised:
+    if (
+        not codes.shape
+        or math.prod(codes.shape) != groups
+        or codes.dtype != "uint8"
+        or math.prod(scale.shape) not in (1, codes.shape[-1])
+        or (scale.shape, scale.dtype) != (zero.shape, zero.dtype)
+    ):
+        raise CheckpointError(f"{weight}: {codes.name}, {scale.name} and {zero.name} do not fit.", DAMAGED)
+    return Requantised(codes, scale, zero, (1, groups))
+
+
+def _sizes_of_mixtral(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """Return the rows and columns of Mixtral's matrices, by the last parts of their paths; {} for another model."""
+    if config.get("model_type") != "mixtral":
+        return {}
+    names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+    hidden, inner, heads, shared = (int(config[name]) for name in names)
+    head = int(config.get("head_dim") or hidden // heads)
+    queries, keys = heads * head, shared * head
+    return {
+        "w1": (inner, hidden),
+        "w2": (hidden, inner),
+        "w3": (inner, hidden),
+        "q_proj": (queries, hidden),
+        "k_proj": (keys, hidden),
+        "v_proj": (keys, hidden),
+        "o_proj": (hidden, queries),
+    }

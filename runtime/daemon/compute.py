@@ -1,0 +1,253 @@
+"""The daemon's end of the call Compute: computes experts for rows of hidden states that another host sends.
+
+Clients compute with the same compiled code, whose results depend only on the row and the record. So they get the bits
+that they would compute themselves. This module imports compiled kernels, so it is imported with the first call.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import threading
+import time
+from array import array
+from collections.abc import Generator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import grpc
+import numpy as np
+import numpy.typing as npt
+
+from moetier.proto import expert_store_pb2 as pb
+from moetier.runtime.kernels.emitter import BF16, FP32
+from moetier.runtime.kernels.expert_code import FUNCTIONS, Activation
+from moetier.runtime.kernels.expert_products import ExpertProducts
+from moetier.runtime.kernels.jit import refusal
+from moetier.runtime.kernels.team import Memory
+from moetier.runtime.wire.channel import OUTPUT_BYTES, OUTPUT_ROWS
+from moetier.runtime.wire.piece import PIECE_BYTES, encode_piece
+from moetier.tiers.errors import ConfigError, ExhaustedError, ProtocolError
+from moetier.tiers.host.demands import Granted
+from moetier.tiers.host.tier import HostTier
+from moetier.tiers.layout import ExpertKey
+from moetier.tiers.manifest import Manifest
+
+from .leases import CALLS, CallLeases, patience_of
+
+STALL = 10.0  # seconds for which a client may take no piece while other clients wait
+BATCH_ROWS = 256  # rows that are computed together, which limits scratch memory
+_TYPES = {"bfloat16": BF16, "float32": FP32}
+_SAME = "Use the same version of moetier on both sides."
+
+# all threads of the team compute one call after the other
+_computing = threading.Lock()
+_memory = Memory()
+
+
+class Part(NamedTuple):
+    """Rows of one expert that are computed together."""
+
+    first: int  # number of the first row of the outputs
+    rows: npt.NDArray[Any]  # numbers of the rows of the hidden states, [n]
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """The checked request of one call."""
+
+    keys: list[ExpertKey]
+    products: ExpertProducts
+    rows: npt.NDArray[Any]  # hidden states as bytes, [n, row bytes]
+    parts: dict[int, list[Part]]  # by expert
+    count: int  # number of rows of the outputs
+
+
+class Computes:
+    """Compute calls of other hosts on one host tier. A call waits at most ``patience`` seconds for a slot.
+
+    A call holds slots while it computes, and while it waits for other calls to compute or for its other records. While
+    its client takes the answer, it holds none.
+    """
+
+    def __init__(self, host: HostTier, manifest: Manifest, *, patience: float = 10.0) -> None:
+        """Raises ConfigError if no code can be compiled here."""
+        if why := refusal():
+            raise ConfigError(f"This daemon can't compute experts ({why}).", "Fetch records instead.")
+        self._host = host
+        self._manifest = manifest
+        self._patience = patience
+        self._leases = CallLeases(host, patience=patience)
+        self._state = threading.Lock()  # guards the fields below
+        # by layout, kind of activation and type: None while code is compiled; an error if it can't be compiled
+        self._products: dict[tuple[str, Activation, str], ExpertProducts | ConfigError | None] = {}
+        self._compilers: list[threading.Thread] = []
+        # for each call under way: when (monotonic clock) the piece was offered that its client has yet to take
+        self._calls: dict[grpc.ServicerContext, float] = {}
+        self.rows = 0  # rows of outputs that were computed
+
+    def serve(self, request: pb.ComputeRequest, context: grpc.ServicerContext) -> Generator[bytes, None, None]:
+        """Yield the outputs as serialised pieces, once all are computed.
+
+        If too many calls are under way, those whose clients have taken no piece for STALL seconds are cancelled.
+
+        Raises MissingExpertError if the model has no such expert; ProtocolError if the call has no deadline or asks for
+        what can't be computed; ExhaustedError if it asks for too much, too many calls are under way, or there is no
+        slot; and the error of a failed load.
+        """
+        patience = patience_of(context, self._patience, "A computation")
+        until = time.monotonic() + patience
+        with self._state:
+            if len(self._calls) == CALLS:
+                late = time.monotonic() - STALL
+                for call, offered in self._calls.items():
+                    if offered < late:
+                        call.cancel()
+                raise ExhaustedError(
+                    f"{CALLS} computations are under way, the most that the daemon allows.",
+                    "Ask another daemon, or try again later.",
+                )
+            self._calls[context] = math.inf
+        try:
+            task = self._check(request)
+            outputs = np.empty((task.count, task.rows.shape[1]), np.uint8)
+            with closing(self._leases.groups(task.keys, context, until, waits_for_reads=False)) as groups:
+                for group in groups:
+                    self._compute(task, group, outputs, until)
+            with self._state:
+                self.rows += task.count
+            data = outputs.reshape(-1).data
+            for at in range(0, len(data), PIECE_BYTES):
+                self._calls[context] = time.monotonic()
+                yield encode_piece(data[at : at + PIECE_BYTES])
+        finally:
+            with self._state:
+                del self._calls[context]
+
+    def close(self) -> None:
+        """End the calls' requests, and wait for compilers. Idempotent."""
+        self._leases.close()
+        for compiler in self._compilers:
+            compiler.join()
+
+    def _check(self, request: pb.ComputeRequest) -> Task:
+        """Check a request. Raises as ``serve`` does."""
+        if (asked := max(len(request.experts), len(request.picked))) > OUTPUT_ROWS:  # before they become large lists
+            raise _too_much(asked)
+        experts = list(request.experts)
+        keys = [ExpertKey(request.block, expert) for expert in experts]
+        if not keys or len(set(keys)) < len(keys):
+            raise ProtocolError("A computation names no expert, or an expert twice.", _SAME)
+        self._manifest.check_keys(request.block, keys)
+        products = self._products_for(request)
+        row_bytes = products.width * _TYPES[request.dtype].itemsize
+        count, rest = divmod(len(request.rows), row_bytes)
+        if rest or not count:
+            raise ProtocolError(
+                f"{len(request.rows):,} bytes are no rows of {products.width} numbers of {request.dtype}.", _SAME
+            )
+        if not request.counts:
+            picked = [np.arange(count)] * len(keys)
+        else:
+            indices = np.array(request.picked, np.int64)
+            if len(request.counts) != len(keys) or sum(request.counts) != len(indices):
+                raise ProtocolError("The numbers of rows do not fit the experts.", _SAME)
+            picked = np.split(indices, np.cumsum(np.array(request.counts[:-1], np.int64)))
+            if not all(request.counts) or indices.max() >= count:
+                raise ProtocolError("An expert computes no row, or one that the request does not have.", _SAME)
+        total = sum(map(len, picked))
+        if total > OUTPUT_ROWS or total * row_bytes > OUTPUT_BYTES:
+            raise _too_much(total)
+        firsts = itertools.accumulate(map(len, picked), initial=0)
+        parts = {
+            expert: [Part(first + at, rows[at : at + BATCH_ROWS]) for at in range(0, len(rows), BATCH_ROWS)]
+            for expert, first, rows in zip(experts, firsts, picked, strict=False)
+        }
+        rows = np.frombuffer(request.rows, np.uint8).reshape(count, row_bytes)
+        return Task(keys, products, rows, parts, total)
+
+    def _products_for(self, request: pb.ComputeRequest) -> ExpertProducts:
+        """Return compiled code for a request.
+
+        Raises ProtocolError or ConfigError if there is none, ExhaustedError if not yet.
+        """
+        array_name = self._manifest.blocks[request.block].array
+        asked = request.activation
+        if request.dtype not in _TYPES or asked.function not in FUNCTIONS:
+            raise ProtocolError("The type of the rows or the activation is not known here.", _SAME)
+        if not (math.isfinite(asked.alpha) and math.isfinite(asked.shift) and asked.limit > 0):
+            raise ProtocolError("The numbers of the activation are not finite, or its limit is not above 0.", _SAME)
+        activation = Activation(asked.function, asked.interleaved, asked.alpha, asked.limit, asked.shift, asked.gated)
+        form = (array_name, activation.kind, request.dtype)
+        with self._state:
+            if form not in self._products:
+                self._compile(form)
+            products = self._products[form]
+        if products is None:
+            raise ExhaustedError("The daemon compiles code for these experts.", "Fetch records meanwhile.")
+        if isinstance(products, ConfigError):
+            raise ConfigError(products.cause, products.fix)
+        return products.with_activation(activation)
+
+    def _compile(self, form: tuple[str, Activation, str]) -> None:
+        """Begin to compile code in the background: a client would take a daemon that does not answer for lost.
+
+        Raises ProtocolError if it can't be compiled.
+        """
+        array_name, kind, dtype = form
+        layout = self._manifest.layouts[array_name]
+        if not ExpertProducts.fit(layout, kind):
+            raise ProtocolError("The experts of this model are not computed by compiled code.", "Fetch records.")
+        self._products[form] = None
+
+        def work() -> None:
+            try:
+                self._products[form] = ExpertProducts(layout, kind, _TYPES[dtype])
+            except Exception as error:  # as there is no memory that can be made executable
+                self._products[form] = ConfigError(
+                    f"This daemon can't compile code for these experts ({error}).", "Fetch records instead."
+                )
+
+        self._compilers.append(threading.Thread(target=work, name="moetier-compiler"))
+        self._compilers[-1].start()
+
+    def _compute(self, task: Task, group: Sequence[Granted], outputs: npt.NDArray[Any], until: float) -> None:
+        """Compute experts whose records are leased. Raises ExhaustedError if other calls compute until ``until``."""
+        if not _computing.acquire(timeout=max(until - time.monotonic(), 0.0)):
+            raise ExhaustedError("Other computations take all the time.", "Ask another daemon, or try again later.")
+        try:
+            batch: list[tuple[int, Part]] = []
+            left = BATCH_ROWS
+            # referenced while their addresses are used, so that the arena is not unmapped
+            records = [np.frombuffer(self._host.whole(granted.slot), np.uint8) for granted in group]
+            for granted, record in zip(group, records, strict=True):
+                for part in task.parts[granted.key.expert]:
+                    if batch and len(part.rows) > left:
+                        _compute_batch(task, batch, outputs)
+                        batch, left = [], BATCH_ROWS
+                    batch.append((record.ctypes.data, part))
+                    left -= len(part.rows)
+            _compute_batch(task, batch, outputs)
+        finally:
+            _computing.release()
+
+
+def _too_much(rows: int) -> ExhaustedError:
+    return ExhaustedError(
+        f"A computation of {rows:,} rows is more than the {OUTPUT_ROWS:,} rows or {OUTPUT_BYTES:,} bytes that the "
+        "daemon allows.",
+        "Ask for fewer rows at a time, or fetch the records.",
+    )
+
+
+def _compute_batch(task: Task, batch: Sequence[tuple[int, Part]], outputs: npt.NDArray[Any]) -> None:
+    """Compute at most BATCH_ROWS rows; ``batch`` has the address of a record for each part."""
+    jobs, places = array("q"), array("q")
+    for address, part in batch:
+        jobs.extend((address, len(places), len(part.rows)))
+        places.extend(range(part.first, part.first + len(part.rows)))
+    # one row goes through every expert once; if an expert computes it several times, it is repeated
+    is_shared = len(task.rows) == 1 and len(places) == len(batch)
+    x = task.rows if is_shared else task.rows[np.concatenate([part.rows for _, part in batch])]
+    task.products.compute_at(x.ctypes.data, len(x), jobs, places, outputs.ctypes.data, _memory)

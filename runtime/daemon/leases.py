@@ -1,0 +1,101 @@
+"""Leases for calls of other hosts: a caller of the host tier that waits in the call's own thread."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import time
+from collections.abc import Generator, Sequence
+from functools import partial
+from queue import Empty, SimpleQueue
+
+import grpc
+
+from moetier.tiers.errors import ClosedError, ExhaustedError, ProtocolError
+from moetier.tiers.host.demands import Event, Failed, Granted
+from moetier.tiers.host.tier import HostTier
+from moetier.tiers.layout import ExpertKey
+
+CALLS = 24  # most calls of each kind at once, including those that wait: each takes a thread of the server
+MAX_DEADLINE = 3600.0  # seconds; a later deadline counts as none
+
+
+class CallLeases:
+    """Leases of the calls of one kind. Together the calls weigh as much as one client, as they share one session."""
+
+    def __init__(self, host: HostTier, *, patience: float) -> None:
+        """A call waits at most ``patience`` seconds for a slot."""
+        self._patience = patience
+        self._session = host.session(self._deliver, leases=CALLS, patience=patience)
+        self._numbers = itertools.count(1)
+        self._answers: dict[int, SimpleQueue[Event | None]] = {}  # keys: the numbers of the calls' requests
+
+    def groups(
+        self, keys: Sequence[ExpertKey], context: grpc.ServicerContext, until: float, *, waits_for_reads: bool = True
+    ) -> Generator[list[Granted], None, None]:
+        """Lease records of one block for a call, and yield those that are there together, in lists.
+
+        The leases of a list end when the next list is taken, or when the iterator is closed. Raises ExhaustedError if
+        the call has no slot before ``until`` (monotonic clock), or, unless it ``waits_for_reads``, not all records;
+        ClosedError if the call or the daemon has ended; and the error of a failed load. Reads that have begun go on.
+        """
+        number = next(self._numbers)
+        answers = self._answers[number] = SimpleQueue[Event | None]()  # None: the call has ended
+        try:
+            self._session.acquire(number, keys, max(until - time.monotonic(), 0.0))
+            if not context.add_callback(partial(answers.put, None)):
+                raise no_caller()
+            left = len(keys)
+            while left:
+                patience = None if waits_for_reads else max(until - time.monotonic(), 0.0)
+                try:
+                    group = [_granted(answers.get(timeout=patience))]
+                except Empty:
+                    raise ExhaustedError("The daemon did not have the records in time.", "Fetch them.") from None
+                with contextlib.suppress(Empty):
+                    while True:
+                        group.append(_granted(answers.get_nowait()))
+                yield group
+                left -= len(group)
+                if left:
+                    self._session.release(number, [granted.key for granted in group])
+        finally:
+            self._session.release(number)
+            del self._answers[number]
+
+    def close(self) -> None:
+        """End all calls' requests. Idempotent."""
+        self._session.close()
+        for answers in list(self._answers.values()):
+            answers.put(None)
+
+    def _deliver(self, event: Event) -> None:
+        if (answers := self._answers.get(event.request)) is not None:
+            answers.put(event)
+
+
+def _granted(event: Event | None) -> Granted:
+    match event:
+        case Granted():
+            return event
+        case Failed(error=error):
+            raise error
+        case None:
+            raise no_caller()
+
+
+def no_caller() -> ClosedError:
+    """Return the error for a call that has ended."""
+    return ClosedError("The daemon is ending, or the call has ended.", "Ask another daemon.")
+
+
+def patience_of(context: grpc.ServicerContext, most: float, what: str) -> float:
+    """Return for how many seconds a call waits for a slot: half of its time, and at most ``most``.
+
+    So it is answered before the client's deadline, after which the client would consider this daemon gone. Raises
+    ProtocolError if the call has no deadline; ``what`` names the call.
+    """
+    remaining = context.time_remaining()
+    if remaining is None or remaining > MAX_DEADLINE:
+        raise ProtocolError(f"{what} needs a deadline.", f"Set a deadline of at most {MAX_DEADLINE:.0f} seconds.")
+    return min(remaining / 2, most)

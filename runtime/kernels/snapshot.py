@@ -1,0 +1,69 @@
+"""Snapshot of the parts of a module. It tells whether the contexts that compiled code has for them still apply."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from operator import is_
+from typing import Any
+
+from torch import Tensor
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
+
+
+class Snapshot:
+    """List of a module's parts at some time: the modules within it, their classes, attributes and tensors.
+
+    It has the numbers of the module itself and of configurations, too. It has references to the parts, but none to the
+    module.
+    """
+
+    def __init__(self, module: Any, *, without: Sequence[Any] = (), watched: Sequence[Any] = ()) -> None:
+        """
+        Args:
+            module: the module.
+            without: parts that are ignored with all their own parts, because the caller calls them as modules.
+            watched: dictionaries of hooks that are ignored, because the caller calls these hooks.
+        """
+        left_out = [inner for part in without for inner in part.modules()]
+        parts = [part for part in module.modules() if not any(part is other for other in (module, *left_out))]
+        found = [(module._modules, *pair) for pair in module._modules.items()]
+        for inner in (vars(part)[kind] for part in parts for kind in ("_modules", "_parameters", "_buffers")):
+            found += [(inner, *pair) for pair in inner.items()]
+        configs = {id(config): vars(config) for part in parts if (config := vars(part).get("config")) is not None}
+        self._modules, self._parts, self._numbers = module._modules, parts, numbers_of(module)
+        self._attributes = [*map(vars, parts), *configs.values()]
+        # a part that has a ``forward`` of its own is never as it was
+        self._copies = [{name: own[name] for name in own if name != "forward"} for own in self._attributes]
+        self._kinds = [*map(type, parts)]
+        self._dictionaries, self._names, self._values = zip(*found, strict=True)
+        self._tensors = [value for value in self._values if isinstance(value, Tensor)]
+        self._addresses = [tensor.data_ptr() for tensor in self._tensors]
+        hooks = [hooks for part in parts for hooks in (part._forward_hooks, part._forward_pre_hooks)]
+        hooks += [_global_forward_hooks, _global_forward_pre_hooks]
+        self._hooks = [each for each in hooks if not any(each is other for other in watched)]
+
+    def holds(self, module: Any) -> bool:
+        """Return whether a module's parts are as they were, and have no hooks and no ``forward`` of their own."""
+        return (
+            module._modules is self._modules
+            and not self.has_hooks()
+            and [*map(type, self._parts)] == self._kinds
+            and all(map(is_, map(dict.get, self._dictionaries, self._names), self._values))
+            and [tensor.data_ptr() for tensor in self._tensors] == self._addresses
+            and self._has_same_attributes(module)
+        )
+
+    def _has_same_attributes(self, module: Any) -> bool:
+        try:  # values that are the same objects are equal
+            return self._numbers.items() <= vars(module).items() and self._attributes == self._copies
+        except Exception:  # others may be tensors, which can't be compared so
+            return False
+
+    def has_hooks(self) -> bool:
+        """Return whether the parts have hooks now."""
+        return any(self._hooks)
+
+
+def numbers_of(part: Any) -> dict[str, Any]:
+    """Return the attributes of a module or a configuration that are numbers, strings or None."""
+    return {name: value for name, value in vars(part).items() if value is None or isinstance(value, int | float | str)}

@@ -1,0 +1,242 @@
+"""Compute a decoder layer for one token in two calls of compiled code: up to the choice of experts, and the experts.
+
+Python and torch between the modules take longer than norms, router and additions themselves. A trial with a layer's
+first token shows whether the layer can be computed so: its result, its cache, and the inputs of its experts must be the
+same, bit for bit, as those of the architecture's own code, which calls the modules one by one.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from moetier.runtime.kernels.attention_steps import AttentionSteps, Token, token_of
+from moetier.runtime.kernels.norm import MORE, SUM, X, Y, norm_step
+from moetier.runtime.kernels.routing import RoutingSteps
+from moetier.runtime.kernels.snapshot import Snapshot
+from moetier.runtime.kernels.team import Program
+
+from .experts import one_token
+from .gates import Observer
+from .layer_forms import LayerForm, find_form, key_of, parts_of
+from .routers import quick_class, tensors_of
+
+
+class QuickLayer:
+    """Base class that is put before a decoder layer's own class, so that its ``forward`` is called first.
+
+    For inputs that ``OneTokenLayer`` refuses, the module computes as before.
+    """
+
+    quick_layer: OneTokenLayer
+
+    def forward(self, *arguments: Any, **named: Any) -> Any:
+        """Compute as the architecture does: [batch, tokens, hidden]."""
+        y = self.quick_layer.of(self, *arguments, **named)
+        return super().forward(*arguments, **named) if y is None else y  # type: ignore[misc]
+
+
+class OneTokenLayer:
+    """A decoder layer for one token of one sequence. Threads may use it at the same time, for different caches."""
+
+    def __init__(self, known: dict[Any, LayerForm | None]) -> None:
+        """``known``: forms of layers that were tried. Layers that differ only in their weights are tried once."""
+        self._known = known
+        # ``call``: the thread's _Call. ``refused``: kind of inputs for which the layer has no form
+        self._local = threading.local()
+
+    def __deepcopy__(self, _: Any) -> OneTokenLayer:
+        return OneTokenLayer(self._known)
+
+    def of(
+        self, layer: Any, hidden_states: Tensor | None = None, *more: Any, position_embeddings: Any = None, **named: Any
+    ) -> Tensor | None:
+        """Compute a layer for hidden_states [1, 1, hidden], and append the token's key and value to the cache.
+
+        Returns [1, 1, hidden]. Returns None, and changes nothing, for inputs that can't be computed so.
+        """
+        x, angles = hidden_states, position_embeddings
+        if x is None or more or layer.training or x.shape[:-1] != (1, 1) or torch.is_grad_enabled():
+            return None
+        if not isinstance(angles, tuple) or not isinstance(angles[0], Tensor):
+            return None
+        kind = (x.dtype, angles[0].numel())
+        if getattr(self._local, "refused", None) == kind:
+            return None
+        call: _Call | None = getattr(self._local, "call", None)
+        with torch._C.DisableTorchFunctionSubclass():  # attributes of a RowWeight are torch functions
+            holds = call is not None and call.kind == kind and call.snapshot.holds(layer)
+        if call is None or not holds:
+            if call is not None and call.snapshot.has_hooks():  # they may stay, and a new snapshot takes long
+                return None
+            if (call := self._new_call(layer, kind)) is None:
+                return None
+            self._local.call = call
+        token = token_of(call.attention, call.form.sizes, x, angles, **named)
+        if token is None or x.shape[-1] != call.columns or (any(call.observed) and not call.is_only_observed()):
+            return None
+        if (states := call.run(x, token)) is None:
+            return None
+        token.layer.extend()
+        return self._rest(call, *states)
+
+    def _new_call(self, layer: Any, kind: tuple[torch.dtype, int]) -> _Call | None:
+        """Return the steps of a layer; None if it has hooks that must be called, or no form."""
+        with torch._C.DisableTorchFunctionSubclass():
+            key = (*kind, *key_of(layer))
+        if key not in self._known:
+            self._known[key] = find_form(layer, *kind, lambda form: _Tried(form).of)
+        form = self._known[key]
+        if form is None:
+            self._local.refused = kind
+            return None
+        call = _Call(layer, form, kind)
+        return call if call.snapshot.holds(layer) else None
+
+    def _rest(self, call: _Call, total: Tensor, normed: Tensor) -> Tensor:
+        """Compute the block, and return its result plus ``total``, [1, 1, hidden].
+
+        ``total`` is the residual stream before the second norm, and ``normed`` the norm's result.
+        """
+        is_observed = any(call.observed)
+        if is_observed:
+            call.tell(0, call.second, (total,), {})
+        if call.routing is None:
+            y = call.block(normed)
+        else:
+            logits, weights, experts = call.routing
+            if is_observed:
+                call.tell(1, call.router, (call.row,), (logits.to(call.logit_dtype), weights, experts))
+                call.tell(2, call.experts, (call.row, experts, weights), {})
+            if call.shared is None and call.form.factor == 1.0:
+                return self._mix(call, total)
+            y = self._mix(call, None if call.shared is None else call.shared(normed))
+        found: Tensor = total + (y if call.form.factor == 1.0 else y * call.form.factor)
+        return found
+
+    def _mix(self, call: _Call, more: Tensor | None) -> Tensor:
+        """Compute the experts, and add ``more`` [1, 1, hidden] if it is given. Return the sum, or [1, hidden]."""
+        _, weights, experts = call.routing
+        y = one_token(call.experts, call.row, call.chosen.tolist(), weights, more)
+        if y is not None:
+            return y
+        mixed: Tensor = call.experts.forward(call.row, experts, weights)
+        return mixed if more is None else more + mixed
+
+
+class _Call:
+    """The steps of a layer up to its block, which are made once for each thread."""
+
+    def __init__(self, layer: Any, form: LayerForm, kind: tuple[torch.dtype, int]) -> None:
+        """``kind``: type of x, number of angles."""
+        self.form, self.kind = form, kind
+        self.attention, self._first, self.second, self.block = (layer._modules[name] for name in form[:4])
+        inner = self.block._modules
+        self.router, self.experts, self.shared = (inner.get(name) for name in (form.router, form.experts, form.shared))
+        # hooks by id, of the second norm, and of the router and the Experts module if there are these
+        self.observed = [self.second._forward_pre_hooks]
+        if self.router is not None and self.experts is not None:
+            self.observed += [self.router._forward_hooks, self.experts._forward_pre_hooks]
+        called = self.block if self.router is None else self.shared
+        self.snapshot = Snapshot(layer, without=[] if called is None else [called], watched=self.observed)
+        self.columns = len(self.second.weight)
+        self._states = [torch.empty(1, 1, self.columns, dtype=kind[0]) for _ in range(4)]
+        self._before = norm_step(self._first, adds=False)
+        self._between = norm_step(self.second, adds=True, factor=form.factor)
+        self._before.context[Y], self._between.context[MORE] = (self._states[i].data_ptr() for i in (2, 3))
+        self.routing: Any = None  # logits, weights and experts, which each run overwrites; None without a router
+        self._threads: tuple[int, int] | None = None  # to compute with, and of the attention kernel
+
+    def _prepare(self, threads: tuple[int, int]) -> bool:
+        """Make the program for a number of threads to compute with, and of threads of the attention kernel.
+
+        Returns whether it could be made: parts may have been replaced by some that only the architecture's code takes.
+        """
+        for weight in (self._first.weight, self.second.weight):
+            if (weight.dtype, weight.shape) != (self.kind[0], (self.columns,)) or not weight.is_contiguous():
+                return False
+        steps = AttentionSteps.of(self.attention, self.form.sizes, self.kind[0], threads[1])
+        if steps is None or steps.columns != self.columns:
+            return False
+        steps.place(*(self._states[i].data_ptr() for i in (2, 3)))
+        all_ = [self._before, *steps.steps, self._between]
+        if self.router is not None:
+            routing = self.router.quick_router.routing(self.router, self.kind[0])
+            tensors = tensors_of(self.router, self.block)
+            if routing is None or not routing.fits(*tensors) or tensors[0].shape[1] != self.columns:
+                return False
+            choice = RoutingSteps(routing.form, self.kind[0], *tensors)
+            self.routing = choice.place(self._states[1], *tensors)
+            self.logit_dtype = routing.form.logit_dtype
+            self._write(*self._states[:2])
+            self.row, self.chosen = self._states[1][0], self.routing[2][0].numpy()
+            all_ += choice.steps
+        self._program = Program(all_)
+        self._attention, self._threads = steps, threads
+        return True
+
+    def _write(self, total: Tensor, normed: Tensor) -> None:
+        self._between.context[SUM], self._between.context[Y] = total.data_ptr(), normed.data_ptr()
+
+    def tell(self, place: int, *given: Any) -> None:
+        """Call the hooks on the second norm (0), the router (1) or the Experts module (2)."""
+        for hook in [*self.observed[place].values()]:  # a hook may remove others
+            hook(*given)
+
+    def is_only_observed(self) -> bool:
+        """Return whether all hooks on these modules are Observers, which change nothing."""
+        return all(isinstance(hook, Observer) for hooks in self.observed for hook in hooks.values())
+
+    def run(self, x: Tensor, token: Token) -> tuple[Tensor, Tensor] | None:
+        """Compute x [1, 1, hidden]. Return the residual stream before and after the second norm, [1, 1, hidden] each.
+
+        If the steps include the router, the next token overwrites both. Returns None, and changes nothing, if the
+        layer's parts don't fit the form.
+        """
+        if (threads := (torch.get_num_threads(), token.threads)) != self._threads:
+            with torch._C.DisableTorchFunctionSubclass():
+                if not self._prepare(threads):
+                    return None
+        total, normed = self._states[:2]
+        if self.router is None:
+            total, normed = torch.empty_like(x), torch.empty_like(x)
+            self._write(total, normed)
+        self._before.context[X] = self._between.context[X] = x.data_ptr()
+        self._attention.at(token)
+        self._program.run()
+        return total, normed
+
+
+# -- which layers ------------------------------------------------------------------------------------------------------
+
+
+def use_quick_layers(model: PreTrainedModel) -> None:
+    """Add QuickLayer to the class of each module that may have a LayerForm. The first token tries each of them.
+
+    The classes of norms and routers must have QuickNorm and QuickRouter already.
+    """
+    known: dict[Any, LayerForm | None] = {}
+    for module in [*model.modules()]:
+        if parts_of(module) is not None:
+            module.__dict__["quick_layer"] = OneTokenLayer(known)
+            module.__class__ = quick_class(QuickLayer, type(module))  # type: ignore[arg-type] # classes have a hash
+
+
+class _Tried(OneTokenLayer):
+    """A layer in a trial, with a form that may be wrong."""
+
+    def __init__(self, form: LayerForm) -> None:
+        super().__init__({})
+        self._form = form
+
+    def _new_call(self, layer: Any, kind: tuple[torch.dtype, int]) -> _Call | None:
+        return _Call(layer, self._form, kind)
+
+    def _mix(self, call: _Call, more: Tensor | None) -> Tensor:
+        _, weights, experts = call.routing
+        y: Tensor = call.experts(call.row, experts, weights)
+        return y if more is None else more + y

@@ -1,0 +1,234 @@
+"""GGUF files as models: experts by reference, everything else by transformers' own tables."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+pytest.importorskip("gguf")
+
+import gguf
+from gguf_files import MODELS, Kind, mostly, reference, tiny_weights, write_gguf
+
+from moetier.runtime.checkpoint.experts import check_shards, open_experts, table_of
+from moetier.runtime.checkpoint.gguf import open_gguf
+from moetier.runtime.model.load import load
+from moetier.tiers.errors import CheckpointError, MoetierError, UnsupportedModelError
+from moetier.tiers.extents.reader import ExtentStore
+from moetier.tiers.layout import ExpertKey
+from moetier.tiers.store import gguf as store_gguf
+from moetier.tools.main import main
+
+IDS = torch.tensor([[5, 17, 200, 3, 99, 250, 42]])
+KINDS: dict[str, Kind] = {
+    "BF16": mostly("BF16"),
+    "F16": mostly("F16"),
+    "Q4_0": mostly("Q4_0"),
+    "Q8_0": mostly("Q8_0"),
+    "MXFP4": mostly("MXFP4"),
+    "Q4_K": mostly("Q4_K", trunk="Q4_K"),
+    "Q5_K": mostly("Q5_K"),
+    "Q6_K": mostly("Q6_K", trunk="Q6_K"),
+    "Q4_K_M": mostly("Q4_K", "Q6_K", "Q4_K"),
+}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.inference_mode():
+        found: torch.Tensor = model(IDS).logits
+    return found
+
+
+def exact_logits(path: Path, dtype: torch.dtype, attention: str = "sdpa") -> torch.Tensor:
+    model, _ = load(path, exact=True, ram="1MiB", dtype=dtype, attn_implementation=attention)
+    with model.tiers:
+        return logits(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_are_those_of_the_decoded_weights(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = tiny_weights("qwen3moe")
+    path = write_gguf(tmp_path / "model.gguf", model, KINDS[kind])
+    before = hashlib.sha256(path.read_bytes()).digest()
+    found = exact_logits(path, dtype)
+    assert torch.equal(found, logits(reference(path, model, dtype)))
+    assert hashlib.sha256(path.read_bytes()).digest() == before
+    assert [each.name for each in tmp_path.iterdir()] == ["model.gguf"]
+
+
+@pytest.mark.parametrize("architecture", MODELS)
+def test_architectures_that_transformers_reads(architecture: str, tmp_path: Path) -> None:
+    """And Mixtral, whose rows of queries and keys llama.cpp has in another order."""
+    if architecture == "qwen35moe":
+        pytest.importorskip("transformers.integrations.gguf.gguf_config_mapping")  # of 5.24
+    model = tiny_weights(architecture)
+    path = write_gguf(tmp_path / "model.gguf", model, mostly("Q8_0", "Q4_0"))
+    attention = "eager" if architecture == "gpt-oss" else "sdpa"
+    for dtype in (torch.float32, torch.bfloat16):
+        ordinary = reference(path, model, dtype)
+        ordinary.set_attn_implementation(attention)
+        assert torch.equal(exact_logits(path, dtype, attention), logits(ordinary))
+
+
+def test_rows_that_alternate_are_read_in_parts(tmp_path: Path) -> None:
+    """Gate and up of gpt-oss, and their biases, which are fp32 in the file. Any part of a record can be read."""
+    path = write_gguf(tmp_path / "model.gguf", tiny_weights("gpt-oss"), mostly("MXFP4", trunk="Q8_0"))
+    assert main(["link", str(path)]) == 0
+    assert main(["verify", str(path)]) == 0
+    chance, key = random.Random(0), ExpertKey(1, 2)
+    with open_experts(path) as store:
+        assert isinstance(store, ExtentStore)
+        layout, extents = store.layout(1), store.table.extents(key)
+        record = bytearray(layout.slot_bytes)
+        store.read_into(key, memoryview(record))
+        for _ in range(200):
+            start, end = sorted(chance.sample(range(layout.payload_bytes), 2))
+            part = bytearray(b"?" * (end - start))
+            store._assemble(extents, start, memoryview(part))
+            assert part == record[start:end]
+    exact, quick = (
+        load(path, exact=exact, ram="1MiB", attn_implementation="eager", dtype=torch.float32)[0]
+        for exact in (True, False)
+    )
+    with exact.tiers, quick.tiers:
+        wanted, found = logits(exact), logits(quick)
+    assert float((found - wanted).norm() / wanted.norm()) < 0.02
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_transformers_loads_the_same_file_to_the_same(dtype: torch.dtype, tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "model.gguf", tiny_weights("qwen3moe"), mostly("Q4_K", "Q6_K"))
+    config = transformers.Qwen3MoeConfig(**open_gguf(path).config)
+    ordinary = transformers.Qwen3MoeForCausalLM.from_pretrained(
+        tmp_path, gguf_file=path.name, config=config, dtype=dtype, experts_implementation="eager"
+    )
+    assert torch.equal(exact_logits(path, dtype), logits(ordinary))
+
+
+def test_several_parts_are_one_model(tmp_path: Path) -> None:
+    model = tiny_weights("qwen3moe")
+    whole = write_gguf(tmp_path / "whole.gguf", model, mostly("Q4_0"))
+    first = write_gguf(tmp_path / "parts.gguf", model, mostly("Q4_0"), tensors_of_a_part=7)
+    names = sorted(path.name for path in tmp_path.glob("parts-*"))
+    assert first.name == names[0]
+    assert len(names) > 2
+    assert torch.equal(exact_logits(first, torch.float32), exact_logits(whole, torch.float32))
+    with pytest.raises(CheckpointError, match=f"part 2 of {len(names)}") as caught:
+        load(tmp_path / names[1])
+    assert str(first) in caught.value.fix
+    (tmp_path / names[1]).rename(tmp_path / "away")
+    with pytest.raises(CheckpointError, match=f"{names[1]} can't be read"):
+        load(first)
+    (tmp_path / names[2]).rename(tmp_path / names[1])
+    (tmp_path / "away").rename(tmp_path / names[2])
+    with pytest.raises(CheckpointError, match=f"{names[1]} says that it is part 2"):
+        load(first)
+
+
+def test_tokenizer_and_chat_template_are_in_the_file(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "model.gguf", tiny_weights("qwen3moe"), mostly("Q4_0"))
+    model, tokenizer = load(path, ram="1MiB")
+    with model.tiers:
+        assert tokenizer is not None
+        ids = tokenizer("he said")["input_ids"]
+        assert tokenizer.decode(ids) == "he said"
+        assert len(ids) == len("he said") - 1
+        ordinary = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file=path.name)
+        assert type(tokenizer) is type(ordinary)
+        assert tokenizer.backend_tokenizer.to_str() == ordinary.backend_tokenizer.to_str()
+        assert tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False) == "hello"
+        assert model.config.eos_token_id == tokenizer.eos_token_id == tokenizer.convert_tokens_to_ids("<|end|>")
+    path = write_gguf(tmp_path / "without.gguf", tiny_weights("qwen3moe"), mostly("Q4_0"), vocabulary=False)
+    model, tokenizer = load(path, ram="1MiB")
+    model.tiers.close()
+    assert tokenizer is None
+
+
+def test_a_header_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, seen = store_gguf._read, []
+
+    def counted(state: Any) -> Any:
+        seen.append(state)
+        return read(state)
+
+    monkeypatch.setattr(store_gguf, "_read", counted)
+    path = write_gguf(tmp_path / "model.gguf", tiny_weights("qwen3moe"), mostly("Q4_0"))
+    model, _ = load(path, ram="1MiB")
+    with model.tiers:
+        assert len(seen) == 1
+
+
+def test_the_table_depends_on_the_bytes(tmp_path: Path) -> None:
+    one = write_gguf(tmp_path / "model.gguf", tiny_weights("qwen3moe"), mostly("Q4_K", "Q6_K"))
+    table = table_of(one)
+    (tmp_path / "other").mkdir()
+    other = write_gguf(
+        tmp_path / "other" / "model.gguf", tiny_weights("qwen3moe", seed=1), mostly("Q4_K", "Q6_K"), seed=1
+    )
+    assert table_of(other).manifest.digest != table.manifest.digest
+    assert table_of(one).manifest.digest == table.manifest.digest
+    check_shards(one)
+    with open_experts(one) as store:
+        assert store.direct in (True, False)
+
+
+def test_what_can_t_be_used_is_refused_by_name(tmp_path: Path) -> None:
+    model = tiny_weights("qwen3moe")
+    path = write_gguf(tmp_path / "model.gguf", model, mostly("Q4_0"))
+    data = path.read_bytes()
+    cases: list[tuple[bytes, type[MoetierError], str]] = [
+        (b"GGML" + data[4:], CheckpointError, "is no whole GGUF file: it begins with"),
+        (data[:-5000], CheckpointError, "the file at"),
+        (data[:200], CheckpointError, "truncated"),
+        (data.replace(b"qwen3moe", b"deepseek"), UnsupportedModelError, "architecture 'deepseek'"),
+        (data.replace(b"blk.1.ffn_up_exps", b"blk.1.ffn_xx_exps"), CheckpointError, "no pair of gate and up"),
+        (data.replace(b"blk.1.attn_q.", b"blk.1.attn_x."), CheckpointError, "no tensor for model.layers.1.self_attn"),
+        (data.replace(b"token_embd", b"token_xxxx"), CheckpointError, "has no token_embd.weight"),
+    ]
+    for number, (damaged, error, words) in enumerate(cases):
+        bad = tmp_path / f"bad-{number}.gguf"
+        bad.write_bytes(damaged)
+        with pytest.raises(error, match=words) as caught:
+            load(bad)
+        assert bad.name in caught.value.cause or "pair" in words
+        assert caught.value.fix
+    dense = write_gguf(tmp_path / "q2.gguf", model, mostly("Q5_1"))
+    with pytest.raises(UnsupportedModelError, match="stored in Q5_1") as caught:
+        load(dense)
+    assert "moetier convert" in caught.value.fix
+
+
+def test_without_the_package_it_says_how_to_install_it(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "model.gguf", tiny_weights("qwen3moe"), mostly("Q4_0"))
+    code = f"""
+import sys
+sys.modules["gguf"] = None
+from moetier.tools.main import main
+sys.exit(main(["generate", {str(path)!r}, "he"]))
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert "need the package gguf" in ended.stderr
+    assert 'pip install ".[gguf]"' in ended.stderr
+
+
+def test_the_types_are_those_of_gguf() -> None:
+    from moetier.tiers.store.gguf import BLOCKS
+
+    for number, (name, weights, size) in BLOCKS.items():
+        kind = gguf.GGMLQuantizationType(number)
+        assert (kind.name, gguf.GGML_QUANT_SIZES[kind]) == (name, (weights, size))

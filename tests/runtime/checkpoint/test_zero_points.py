@@ -1,0 +1,275 @@
+"""Matrices of HQQ, AWQ and GPTQ are read as what these mean, bit for bit; what is damaged is refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from zero_point_checkpoints import AWQ, GPTQ, HQQ, awq, gptq, hqq
+
+from moetier.runtime.checkpoint.packed import source_tensors
+from moetier.runtime.checkpoint.tensors import read_tensors
+from moetier.runtime.checkpoint.zero_points import Grouped
+from moetier.tiers.errors import CheckpointError, UnsupportedModelError
+
+ROWS, COLUMNS = 96, 128
+
+
+def weight(rows: int = ROWS, columns: int = COLUMNS) -> Tensor:
+    made = torch.randn(rows, columns, generator=torch.Generator().manual_seed(7)) * 0.02
+    made[3] *= 1e-4  # scales that are denormal in fp16
+    return made
+
+
+def source(folder: Path, tensors: dict[str, Tensor], quantization: dict[str, Any], dtype: str) -> Grouped:
+    save_file({f"a.{name}": tensor for name, tensor in tensors.items()}, folder / "x.safetensors")
+    found = source_tensors(read_tensors(folder / "x.safetensors"), quantization, dtype)
+    assert list(found) == ["a.weight"]
+    assert isinstance(found["a.weight"], Grouped)
+    return found["a.weight"]
+
+
+def same(folder: Path, made: tuple[dict[str, Tensor], Tensor], quantization: dict[str, Any], group: int) -> Grouped:
+    """It reads as what was meant, whole and in rows, in other types too, and keeps it in groups of a record."""
+    tensors, meant = made
+    own = str(meant.dtype).removeprefix("torch.")
+    for dtype in {own, "bfloat16", "float16"}:
+        found = source(folder, tensors, quantization, dtype)
+        assert found.shape == meant.shape
+        assert torch.equal(found.read(), meant.to(getattr(torch, dtype)))
+        assert torch.equal(found.read(5, 20), found.read()[5:25])
+    found = source(folder, tensors, quantization, own)
+    assert found.group == group
+    while group >= 16:
+        assert torch.equal(found.levels(group).weights(), meant)
+        assert found.levels(group).scales.shape == (meant.shape[0], meant.shape[1] // group)
+        group //= 2
+    return found
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+@pytest.mark.parametrize(("group", "kept"), [(32, 32), (64, 64), (-1, 128), (48, 16), (96, 32)])
+@pytest.mark.parametrize("form", ["gptq", "gptq_v2"])
+def test_gptq(tmp_path: Path, bits: int, group: int, kept: int, form: str) -> None:
+    config = GPTQ | {"bits": bits, "group_size": group, "checkpoint_format": form}
+    same(tmp_path, gptq(weight(), bits, group, form=form), config, kept)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_gptq_with_other_scales(tmp_path: Path, dtype: torch.dtype) -> None:
+    same(tmp_path, gptq(weight(), dtype=dtype), GPTQ, 32)
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+@pytest.mark.parametrize("form", ["gptq", "gptq_v2"])
+def test_symmetric_gptq_whatever_its_config_says(tmp_path: Path, bits: int, form: str) -> None:
+    """Some checkpoints say "gptq", and have the zero points of "gptq_v2"."""
+    config = GPTQ | {"bits": bits, "sym": True, "checkpoint_format": "gptq"}
+    same(tmp_path, gptq(weight(), bits, form=form, symmetric=True), config, 32)
+
+
+def test_gptq_without_groups_of_columns(tmp_path: Path) -> None:
+    tensors, meant = gptq(weight())
+    del tensors["g_idx"]
+    same(tmp_path, (tensors, meant), GPTQ, 32)
+
+
+def test_a_module_of_gptq_with_other_bits_than_the_rest(tmp_path: Path) -> None:
+    """GPTQModel's "dynamic"."""
+    same(tmp_path, gptq(weight(), 8, 64), GPTQ, 64)
+
+
+# the numbers by which GPTQModel makes "gptq" of the packed zero points of "gptq_v2", and once did with 3 bits
+LESS = {
+    2: [0b01010101010101010101010101010101],
+    3: [0b00100100100100100100100100100100, 0b10010010010010010010010010010010, 0b01001001001001001001001001001001],
+    4: [0b00010001000100010001000100010001],
+    8: [0b00000001000000010000000100000001],
+}
+
+
+def as_gptqmodel_stores(zeros: Tensor, bits: int) -> Tensor:
+    zeros = zeros.clone()
+    for i, number in enumerate(LESS[bits]):
+        zeros[:, i :: len(LESS[bits])] -= torch.tensor(number).to(torch.int32)
+    return zeros
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_zero_points_of_which_some_are_0(tmp_path: Path, bits: int) -> None:
+    """GPTQ v1 stores a zero point less 1. For 0 the subtraction borrows from the next zero point of the same word."""
+    tensors, _ = gptq(weight(), bits, form="gptq_v2")
+    tensors["qzeros"] &= 0x5A5A5A5A
+    meant = source(tmp_path, tensors, GPTQ | {"bits": bits, "checkpoint_format": "gptq_v2"}, "float16").read()
+    tensors["qzeros"] = as_gptqmodel_stores(tensors["qzeros"], bits)
+    found = source(tmp_path, tensors, GPTQ | {"bits": bits, "checkpoint_format": "gptq"}, "float16")
+    assert torch.equal(found.read(), meant)
+
+
+def test_symmetric_zero_points_of_3_bits_that_gptqmodel_packed_wrongly(tmp_path: Path) -> None:
+    tensors, meant = gptq(weight(), 3, form="gptq_v2", symmetric=True)
+    tensors["qzeros"] = as_gptqmodel_stores(tensors["qzeros"], 3)
+    same(tmp_path, (tensors, meant), GPTQ | {"bits": 3, "sym": True}, 32)
+
+
+def shuffled() -> Tensor:
+    return torch.arange(COLUMNS)[torch.randperm(COLUMNS, generator=torch.Generator().manual_seed(1))] // 32
+
+
+def test_gptq_in_the_order_of_activations(tmp_path: Path) -> None:
+    """It is dequantised, but a record can't have it."""
+    tensors, meant = gptq(weight(), order=shuffled())
+    found = source(tmp_path, tensors, GPTQ | {"desc_act": True}, "float16")
+    assert torch.equal(found.read(), meant)
+    with pytest.raises(CheckpointError, match=r"a\.weight has groups of columns from all over the matrix \(desc_act\)"):
+        found.levels(32)
+
+
+def test_gptq_with_groups_in_another_order(tmp_path: Path) -> None:
+    same(tmp_path, gptq(weight(), order=torch.tensor([2, 0, 3, 1]).repeat_interleave(32)), GPTQ, 32)
+
+
+@pytest.mark.parametrize(("group", "kept"), [(32, 32), (64, 64), (128, 128), (-1, 128)])
+def test_awq(tmp_path: Path, group: int, kept: int) -> None:
+    same(tmp_path, awq(weight(), group), AWQ | {"group_size": group}, kept)
+
+
+@pytest.mark.parametrize("nbits", [8, 6, 5, 4, 3, 2, 1.58])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("group", "kept"), [(16, 16), (64, 64), (128, 128), (8, 0), (256, 0)])
+def test_hqq(tmp_path: Path, nbits: float, dtype: torch.dtype, group: int, kept: int) -> None:
+    same(tmp_path, hqq(weight(), nbits, group, dtype=dtype), HQQ, kept)
+
+
+@pytest.mark.parametrize("nbits", [8, 4, 3, 2])
+def test_hqq_with_groups_across_rows(tmp_path: Path, nbits: float) -> None:
+    same(tmp_path, hqq(weight(), nbits, 64, axis=0), HQQ, 0)
+
+
+@pytest.mark.parametrize("nbits", [8, 4, 3, 2])
+def test_hqq_whose_bytes_are_called_floats(tmp_path: Path, nbits: float) -> None:
+    same(tmp_path, hqq(weight(), nbits, 64, view_as_float=True), HQQ, 64)
+
+
+def test_what_is_not_quantised_stays(tmp_path: Path) -> None:
+    """A tensor that only has such a name, and a bias."""
+    tensors, _ = gptq(weight())
+    others = {"b.scales": torch.ones(3), "a.bias": torch.ones(ROWS), "c.weight": torch.ones(2, 2)}
+    save_file({f"a.{name}": tensor for name, tensor in tensors.items()} | others, tmp_path / "x.safetensors")
+    found = source_tensors(read_tensors(tmp_path / "x.safetensors"), GPTQ, "float16")
+    assert found.keys() == {"a.weight", *others}
+    assert torch.equal(found["b.scales"].read(), others["b.scales"])
+
+
+# what is damaged
+
+Edit = Callable[[dict[str, Tensor]], Any]
+
+
+def without(name: str) -> Edit:
+    return lambda tensors: tensors.pop(name)
+
+
+def changed(name: str, change: Callable[[Tensor], Tensor]) -> Edit:
+    return lambda tensors: tensors.update({name: change(tensors[name]).contiguous()})
+
+
+def with_value(name: str, value: float) -> Edit:
+    def edit(tensors: dict[str, Tensor]) -> None:
+        tensors[name].view(-1)[1] = value
+
+    return edit
+
+
+NAN = float("nan")
+OF_WORDS: list[tuple[Edit, str]] = [
+    (without("scales"), r"a\.weight is quantised, but a\.scales is missing"),
+    (without("qzeros"), r"a\.weight is quantised, but a\.qzeros is missing"),
+    (changed("scales", lambda t: t[:, :-1]), r"a\.scales is float16 \[4, 95\], not .* \[4, 96\]"),
+    (changed("scales", lambda t: t[:3]), r"a\.qzeros is int32 \[4, 12\], not int32 \[3, 12\]"),
+    (changed("scales", lambda t: t[:0]), r"a\.scales is float16 \[0, 96\]"),
+    (changed("scales", lambda t: t.int()), r"a\.scales is int32"),
+    (changed("qzeros", lambda t: t[:, :-1]), r"a\.qzeros is int32 \[4, 11\]"),
+    (changed("qzeros", lambda t: t.float()), r"a\.qzeros is float32"),
+    (changed("qweight", lambda t: t.short()), r"a\.qweight is int16"),
+    (changed("qweight", lambda t: t.view(-1)), r"a\.qweight is \[1536\]"),
+    (changed("qweight", lambda t: t[:, :-1]), r"a\.(scales|qzeros) is"),
+    (with_value("scales", NAN), r"a\.weight: a\.scales has numbers that are not finite"),
+    (with_value("scales", float("inf")), r"a\.weight: a\.scales has numbers that are not finite"),
+]
+OF_GPTQ: list[tuple[Edit, str]] = [
+    (with_value("g_idx", 4), r"a\.weight: a\.g_idx names groups that a\.scales does not have"),
+    (with_value("g_idx", -1), r"a\.weight: a\.g_idx names groups that a\.scales does not have"),
+    (changed("g_idx", lambda t: t[:-1]), r"to 4\.03\d+ bits, which moetier can't read"),
+    (changed("g_idx", lambda t: t.float()), r"a\.g_idx is float32"),
+    (changed("g_idx", lambda t: t.view(2, 64)), r"a\.g_idx is int32 \[2, 64\], not int32 or int64 \[128\]"),
+]
+OF_HQQ: list[tuple[Edit, str]] = [
+    (without("scale"), r"a\.weight is quantised, but a\.scale is missing"),
+    (without("zero"), r"a\.weight is quantised, but a\.zero is missing"),
+    (without("shape"), r"a\.weight is quantised, but a\.shape is missing"),
+    (changed("scale", lambda t: t[:-1]), r"a\.scale is bfloat16 \[191, 1\], not .* \[192, 1\]"),
+    (changed("zero", lambda t: t.float()), r"a\.zero is float32 \[192, 1\], not bfloat16"),
+    (changed("W_q", lambda t: t[:-1]), r"a\.W_q is uint8 \[95, 64\], which does not fit \[96, 128\] with 4 bits"),
+    (changed("W_q", lambda t: t[:, :-1]), r"a\.W_q is uint8 \[96, 63\], which does not fit"),
+    (changed("W_q", lambda t: t.view(-1)), r"a\.W_q is uint8 \[6144\], which does not fit"),
+    (changed("shape", lambda t: t * 2), r"a\.W_q .* does not fit \[192, 256\]"),
+    (changed("shape", lambda t: -t), r"groups of 64 along axis 1 do not fit \[-96, -128\]"),
+    (changed("shape", lambda t: t + 2**62), r"does not fit|do not fit"),
+    (changed("shape", lambda t: t[:1]), r"a\.weight: a\.shape is int64 \[1\]"),
+    (changed("nbits", lambda t: t.new_tensor([4, 4])), r"a\.weight: a\.nbits is int32 \[2\]"),
+    (with_value("zero", NAN), r"a\.weight: a\.zero has numbers that are not finite"),
+    (with_value("scale", float("-inf")), r"a\.weight: a\.scale has numbers that are not finite"),
+    (lambda t: t.update(axis=torch.tensor(2, dtype=torch.int32)), r"groups of 64 along axis 2 do not fit"),
+    (lambda t: t.update(group_size=torch.tensor(0, dtype=torch.int32)), r"groups of 0 along axis 1 do not fit"),
+    (lambda t: t.update(nbits=torch.tensor(7, dtype=torch.int32)), r"with HQQ to 7 bits, which moetier can't read"),
+    (lambda t: t.update(nbits=torch.tensor(1, dtype=torch.int32)), r"with HQQ to 1 bits, which moetier can't read"),
+    (lambda t: t.update(nbits=torch.tensor(float("nan"))), r"with HQQ to nan bits, which moetier can't read"),
+]
+
+
+@pytest.mark.parametrize(
+    ("form", "edit", "said"),
+    [
+        *(("awq", *case) for case in OF_WORDS),
+        *(("gptq", *case) for case in [*OF_WORDS, *OF_GPTQ]),
+        *(("hqq", *case) for case in OF_HQQ),
+    ],
+)
+def test_damage_is_refused_by_name(tmp_path: Path, form: str, edit: Edit, said: str) -> None:
+    made, config = {"awq": (awq(weight()), AWQ), "gptq": (gptq(weight()), GPTQ), "hqq": (hqq(weight(), 4, 64), HQQ)}[
+        form
+    ]
+    tensors = made[0]
+    edit(tensors)
+    with pytest.raises(CheckpointError, match=said):
+        source(tmp_path, tensors, config, "float16").read()
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (GPTQ | {"checkpoint_format": "gptq_p"}, r"GPTQ's format 'gptq_p'"),
+        (GPTQ | {"checkpoint_format": "marlin"}, r"GPTQ's format 'marlin'"),
+        (AWQ | {"version": "gemv"}, r"AWQ's format 'gemv'"),
+        (AWQ | {"bits": 8}, r"AWQ's format 'gemm' with 8 bits"),
+        ({"quant_method": "aqlm"}, r"quantised with aqlm"),
+    ],
+)
+def test_other_formats_are_refused(tmp_path: Path, config: dict[str, Any], said: str) -> None:
+    tensors, _ = gptq(weight())
+    with pytest.raises(UnsupportedModelError, match=said):
+        source(tmp_path, tensors, config, "float16")
+
+
+@pytest.mark.parametrize(("bits", "known"), [(5, False), ("4", False), (True, False)])
+def test_bits_that_no_g_idx_tells(tmp_path: Path, bits: Any, known: bool) -> None:
+    tensors, _ = gptq(weight())
+    del tensors["g_idx"]
+    with pytest.raises(UnsupportedModelError, match="bits, which moetier can't read"):
+        source(tmp_path, tensors, GPTQ | {"bits": bits}, "float16")

@@ -1,0 +1,457 @@
+"""Experts that daemons compute: bits, failures, and what is fetched in place of that; with real daemons and sockets."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+
+import grpc
+import outlets
+import pytest
+import torch
+import trustme
+from comparison import smallest_ram
+from daemons import DaemonProcess, running_daemon
+from networks import network
+from threads import Task, wait_until
+from torch import Tensor
+
+import moetier
+from moetier.proto import expert_store_pb2 as pb
+from moetier.runtime.client.costs import FetchRate, RowSeconds, Uses
+from moetier.runtime.client.elsewhere import ROWS, Elsewhere
+from moetier.runtime.generation.compat import CACHE
+from moetier.runtime.kernels.expert_code import Activation
+from moetier.runtime.kernels.expert_kernels import ExpertKernels
+from moetier.runtime.moe import experts
+from moetier.runtime.wire.address import Credentials
+from moetier.runtime.wire.piece import encode_piece
+from moetier.tiers.stats import Share
+from moetier.tiers.store.folder import read_manifest, store_folder
+from moetier.tiers.store.reader import ExpertStore
+
+SLOW = 1e3  # bytes per second: no fetch pays until an expert is used often
+STEPS = 40
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FetchRate, "value", SLOW)
+
+
+@pytest.fixture
+def bare(tinymix_4bit: Path, tmp_path: Path) -> Path:
+    """A model directory without shards."""
+    return Path(shutil.copytree(tinymix_4bit, tmp_path / "bare", ignore=shutil.ignore_patterns("c")))
+
+
+@pytest.fixture
+def token(tmp_path: Path) -> Path:
+    path = tmp_path / "token"
+    path.write_text("s3cret")
+    path.chmod(0o600)
+    return path
+
+
+@contextlib.contextmanager
+def daemons(folder: Path, directory: Path, token: Path, count: int = 3) -> Iterator[list[DaemonProcess]]:
+    """Each with room for all, on a port that it keeps when it is started again."""
+    with ExitStack() as stack:
+        started = []
+        for number in range(count):
+            with socket.create_server(("127.0.0.1", 0)) as server:
+                port = server.getsockname()[1]
+            options = ["--listen", f"127.0.0.1:{port}", "--token-file", token]
+            started.append(
+                stack.enter_context(running_daemon(directory, ram="100MiB", folder=folder / str(number), extra=options))
+            )
+        yield started
+
+
+@torch.inference_mode()
+def logits(model: Any, actions: dict[int, Callable[[], object]] | None = None, *, steps: int = STEPS) -> Tensor:
+    """Return logits of a prompt, of single tokens, and, if these are STEPS, of eight at once. ``actions`` run before
+    their steps."""
+    ids = torch.randint(3, 250, (1, 12 + STEPS + 8), generator=torch.Generator().manual_seed(0))
+    output = model(ids[:, :12], use_cache=True)
+    found = [output.logits[0]]
+    for step in range(12, 12 + steps):
+        if actions is not None and (action := actions.pop(step - 12, None)):
+            action()
+        output = model(ids[:, step : step + 1], **{CACHE: output.past_key_values}, use_cache=True)
+        found.append(output.logits[0])
+    if steps < STEPS:
+        return torch.cat(found)
+    output = model(ids[:, 12 + STEPS :], **{CACHE: output.past_key_values}, use_cache=True)
+    return torch.cat([*found, output.logits[0]])
+
+
+@pytest.fixture(scope="module")
+def expected(tinymix_4bit: Path) -> Tensor:
+    model, _ = moetier.load(tinymix_4bit, daemon=None)
+    with model.tiers:
+        return logits(model)
+
+
+def load(directory: Path, addresses: list[str], token: Path, ram: int, **options: Any) -> Any:
+    credentials = options.pop("credentials", Credentials(token_file=token, insecure=True))
+    model, _ = moetier.load(directory, ram=ram, daemon=",".join(addresses), credentials=credentials, **options)
+    return model
+
+
+def shares_of(model: Any) -> list[Share]:
+    return [share for share in model.tiers.shares() if share.place != "the local store"]
+
+
+@pytest.mark.usefixtures("slow")
+def test_the_logits_are_those_of_local_computing(
+    tinymix_4bit: Path, bare: Path, tmp_path: Path, token: Path, expected: Tensor
+) -> None:
+    with daemons(tmp_path, tinymix_4bit, token) as three:
+        model = load(bare, [daemon.card.listen for daemon in three], token, smallest_ram(tinymix_4bit))
+        with model.tiers:
+            assert torch.equal(logits(model), expected)
+            shares = shares_of(model)
+            assert min(share.computed for share in shares) > 0
+            assert all(share.computed_bytes > share.computed * 128 for share in shares)
+            assert model.tiers.elsewhere._rows == 0, "nothing is waited for any more"
+        assert [daemon.stats().computed for daemon in three] == [share.computed for share in shares]
+        assert [daemon.stats().host.leased for daemon in three] == [0, 0, 0]
+
+
+@pytest.mark.usefixtures("slow")
+def test_daemons_that_compute_at_the_same_time_are_timed_once(
+    tinymix_4bit: Path, bare: Path, tmp_path: Path, token: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If each was timed by itself, a row would seem to take as many times as long as there are daemons."""
+    timed: list[int] = []
+    monkeypatch.setattr(RowSeconds, "add", lambda self, seconds, rows: timed.append(rows))
+    blocks = len(read_manifest(store_folder(tinymix_4bit)).blocks)
+    with daemons(tmp_path, tinymix_4bit, token) as three:
+        model = load(bare, [daemon.card.listen for daemon in three], token, smallest_ram(tinymix_4bit))
+        with model.tiers:
+            logits(model)
+            assert sum(timed) > 0.8 * sum(share.computed for share in shares_of(model)), "all but what failed"
+    assert 0 < len(timed) <= blocks * (STEPS + 2)
+
+
+@pytest.mark.usefixtures("slow")
+@pytest.mark.parametrize("has_shards", [False, True])
+def test_daemons_are_killed_frozen_and_started_again(
+    tinymix_4bit: Path,
+    bare: Path,
+    tmp_path: Path,
+    token: Path,
+    expected: Tensor,
+    has_shards: bool,
+) -> None:
+    """Without shards one stays, with shards none does."""
+    with daemons(tmp_path, tinymix_4bit, token) as three:
+        directory = tinymix_4bit if has_shards else bare
+        model = load(directory, [daemon.card.listen for daemon in three], token, smallest_ram(tinymix_4bit))
+        with model.tiers:
+
+            def restart() -> None:
+                three[0].restart()
+                wait_until(lambda: not shares_of(model)[0].away)
+
+            actions = {
+                3: three[0].kill,
+                10: lambda: os.kill(three[1].pid, signal.SIGSTOP),
+                20: restart,
+                25: three[2].kill if has_shards else lambda: None,
+                30: three[0].kill if has_shards else lambda: None,
+            }
+            assert torch.equal(logits(model, actions), expected)
+            assert [share.lost > 0 for share in shares_of(model)] == [True, True, has_shards]
+            local = [share for share in model.tiers.shares() if share.place == "the local store"]
+            assert bool(local and local[0].records) == has_shards
+
+
+@pytest.mark.usefixtures("slow")
+def test_a_daemon_is_killed_while_it_computes(
+    tinymix_4bit: Path, bare: Path, tmp_path: Path, token: Path, expected: Tensor
+) -> None:
+    with daemons(tmp_path, tinymix_4bit, token, 2) as two:
+        model = load(bare, [daemon.card.listen for daemon in two], token, smallest_ram(tinymix_4bit))
+        with model.tiers:
+
+            def kill() -> None:
+                for _ in range(2):
+                    before = shares_of(model)[0].computed
+                    wait_until(lambda before=before: shares_of(model)[0].computed > before + 20)  # type: ignore[misc]
+                    two[0].kill()
+                    wait_until(lambda: bool(shares_of(model)[0].away))
+                    two[0].restart()
+                    wait_until(lambda: not shares_of(model)[0].away)
+
+            task = Task(kill)
+            while task.thread.is_alive():
+                assert torch.equal(logits(model), expected)
+            task.result()
+            assert shares_of(model)[0].lost >= 2
+
+
+@pytest.mark.usefixtures("slow")
+@pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_over_networks_with_tls(
+    tinymix_4bit: Path, bare: Path, tmp_path: Path, token: Path, expected: Tensor, count: int
+) -> None:
+    """Daemons in namespaces of their own, at 1 Gbit/s and .3 ms there and back."""
+    ca = trustme.CA()
+    ca.cert_pem.write_to_path(str(tmp_path / "ca"))
+    with ExitStack() as stack:
+        addresses = []
+        for number in range(count):
+            net = stack.enter_context(network(slow=True))
+            issued = ca.issue_cert(net.there)
+            folder = tmp_path / str(number)
+            folder.mkdir()
+            issued.private_key_pem.write_to_path(str(folder / "key"))
+            issued.cert_chain_pems[0].write_to_path(str(folder / "cert"))
+            options = ["--listen", f"{net.there}:0", "--token-file", token]
+            options += ["--tls-cert", folder / "cert", "--tls-key", folder / "key"]
+            daemon = stack.enter_context(
+                running_daemon(tinymix_4bit, folder=folder / "daemon", extra=options, prefix=net.prefix)
+            )
+            addresses.append(daemon.card.listen)
+        credentials = Credentials(token_file=token, ca=tmp_path / "ca")
+        model = load(bare, addresses, token, smallest_ram(tinymix_4bit), credentials=credentials)
+        with model.tiers:
+            assert torch.equal(logits(model), expected)
+            assert min(share.computed for share in shares_of(model)) > 0
+
+
+@pytest.mark.usefixtures("slow")
+def test_it_can_be_turned_off(tinymix_4bit: Path, bare: Path, tmp_path: Path, token: Path, expected: Tensor) -> None:
+    with daemons(tmp_path, tinymix_4bit, token, 1) as (daemon,):
+        model = load(bare, [daemon.card.listen], token, smallest_ram(tinymix_4bit), remote_compute="off")
+        with model.tiers:
+            assert torch.equal(logits(model, steps=5), expected[: 12 + 5])
+            (share,) = shares_of(model)
+            assert share.records > 0
+            assert share.computed == 0
+        assert daemon.stats().computed == 0
+
+
+def test_what_stays_cached_is_fetched(
+    tinymix_4bit: Path, bare: Path, tmp_path: Path, token: Path, expected: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With room for all, each expert is fetched once it has been used often enough, and then is here."""
+    manifest = read_manifest(store_folder(tinymix_4bit))
+    # a fetch pays after about 40 uses
+    monkeypatch.setattr(FetchRate, "value", SLOW)
+    that_pay = manifest.layout(0).slot_bytes / (2 * 2 * manifest.layout(0).projection("down_proj").rows)
+    monkeypatch.setattr(Uses, "of", lambda self, expert, of=Uses.of: of(self, expert) * that_pay / 10)
+    with daemons(tmp_path, tinymix_4bit, token, 1) as (daemon,):
+        model = load(bare, [daemon.card.listen], token, smallest_ram(tinymix_4bit))
+        with model.tiers:
+            while not shares_of(model)[0].computed:  # the daemon compiles code meanwhile
+                logits(model)
+        model = load(bare, [daemon.card.listen], token, manifest.stored_bytes)
+        with model.tiers:
+            for _ in range(12):
+                assert torch.equal(logits(model), expected)
+            (share,) = shares_of(model)
+            assert share.computed > 0
+            assert share.records > 0.8 * sum(block.experts for block in manifest.blocks)
+            computed = share.computed
+            assert torch.equal(logits(model), expected)
+            assert shares_of(model)[0].computed - computed < 0.1 * computed
+
+
+def test_fast_networks_send_records(
+    tinymix_4bit: Path, bare: Path, tmp_path: Path, token: Path, expected: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the first computations, whose time is measured. From then on, the estimate fades once for each block."""
+    faded: list[None] = []
+    fade = RowSeconds.fade
+
+    def counted(self: RowSeconds) -> None:
+        faded.append(None)
+        fade(self)
+
+    monkeypatch.setattr(RowSeconds, "fade", counted)
+    monkeypatch.setattr(FetchRate, "value", 1e12)
+    with daemons(tmp_path, tinymix_4bit, token, 1) as (daemon,):
+        model = load(bare, [daemon.card.listen], token, smallest_ram(tinymix_4bit))
+        with model.tiers:
+            assert torch.equal(logits(model), expected)
+            (share,) = shares_of(model)
+            assert share.records > share.computed
+            faded.clear()
+            with torch.inference_mode():
+                model(torch.arange(3, 103)[None])
+            assert 0 < len(faded) <= len(model.tiers.manifest.blocks)
+
+
+def test_a_token_may_name_an_expert_twice(
+    tinymix_4bit: Path, bare: Path, tmp_path: Path, token: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Elsewhere, "_fetches", lambda *_: False)
+    with daemons(tmp_path, tinymix_4bit, token, 1) as (daemon,):
+        model = load(bare, [daemon.card.listen], token, smallest_ram(tinymix_4bit))
+        with model.tiers:
+            manifest = model.tiers.manifest
+            kernels = ExpertKernels(manifest.layout(1), Activation(), torch.bfloat16, manifest.blocks[1].experts)
+            x = torch.randn(1, kernels.width, generator=torch.Generator().manual_seed(0)).bfloat16()
+            outputs = torch.zeros(3, kernels.width, dtype=torch.bfloat16)
+
+            def is_computed() -> bool:  # once code is compiled
+                rows = {2: ([0, 0], [2, 0])}
+                with closing(model.tiers.elsewhere.send(kernels, 1, x.data_ptr(), 1, rows)) as sent:
+                    return bool(sent.experts) and not sent.collect(outputs.data_ptr())
+
+            wait_until(is_computed)
+            assert torch.equal(outputs[0], outputs[2])
+            assert outputs[0].any()
+            assert not outputs[1].any()
+
+
+def test_a_daemon_is_not_lost_if_its_answer_is_read_too_late(
+    tinymix_4bit: Path, bare: Path, tmp_path: Path, token: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As other experts of the block take long."""
+    monkeypatch.setattr(Elsewhere, "_fetches", lambda *_: False)
+    with daemons(tmp_path, tinymix_4bit, token, 1) as (daemon,):
+        model = load(bare, [daemon.card.listen], token, smallest_ram(tinymix_4bit))
+        with model.tiers:
+            manifest = model.tiers.manifest
+            kernels = ExpertKernels(manifest.layout(1), Activation(), torch.bfloat16, manifest.blocks[1].experts)
+            x = torch.randn(1, kernels.width, generator=torch.Generator().manual_seed(0)).bfloat16()
+            outputs = torch.zeros(1, kernels.width, dtype=torch.bfloat16)
+
+            def is_computed(pause: float = 0.0) -> bool:
+                outputs.zero_()
+                with closing(model.tiers.elsewhere.send(kernels, 1, x.data_ptr(), 1, {2: ([0], [0])})) as sent:
+                    time.sleep(pause)
+                    return bool(sent.experts) and not sent.collect(outputs.data_ptr())
+
+            wait_until(is_computed)  # once code is compiled
+            wanted = outputs.clone()
+            (peer,) = model.tiers.elsewhere._reader.peers
+            peer.reader.patience = 2.0
+            assert is_computed(3.0)
+            assert torch.equal(outputs, wanted)
+            assert shares_of(model)[0].lost == 0
+
+
+def test_records_are_prefetched_where_no_daemon_can_compute_the_experts(
+    tinymix_4bit: Path, bare: Path, tmp_path: Path, token: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As their activation is not known."""
+    modes = []
+    with daemons(tmp_path, tinymix_4bit, token, 1) as (daemon,):
+        for _ in range(2):
+            model = load(bare, [daemon.card.listen], token, smallest_ram(tinymix_4bit))
+            with model.tiers:
+                modes.append(model.tiers.speculation.stats().mode)
+            monkeypatch.setattr(experts, "activation_of", lambda module: None)
+    assert modes == ["off", "auto"]
+
+
+# -- daemons that are not as they should be ---------------------------------------------------------------------------
+
+
+class Stranger(outlets.Outlet):
+    """An honest outlet whose answers to Compute are ``answer``'s; None: it is of a version without Compute."""
+
+    def __init__(self, manifest: Any, behaviour: Any, answer: Any) -> None:
+        super().__init__(manifest, behaviour)
+        self.answer = answer
+        self.calls = 0
+
+    def Describe(self, request: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.DescribeReply:
+        reply = super().Describe(request, context)
+        reply.models[0].computes = self.answer is not None
+        return reply
+
+    def Compute(self, request: pb.ComputeRequest, context: grpc.ServicerContext) -> Iterator[bytes]:  # type: ignore[override]  # serialised pieces
+        self.calls += 1
+        yield from self.answer(request, context)
+
+
+def too_short(request: pb.ComputeRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
+    yield encode_piece(memoryview(b"12"))
+
+
+def too_long(request: pb.ComputeRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
+    while True:
+        yield encode_piece(memoryview(bytes(1 << 20)))
+
+
+def no_piece(request: pb.ComputeRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
+    yield b"\xff\xff"
+
+
+def unknown(request: pb.ComputeRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
+    context.abort(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
+    yield b""
+
+
+def full(request: pb.ComputeRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
+    context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "no slot")
+    yield b""
+
+
+@pytest.mark.usefixtures("slow")
+@pytest.mark.parametrize("answer", [None, too_short, too_long, no_piece, unknown, full])
+def test_strangers(tinymix_4bit: Path, bare: Path, expected: Tensor, token: Path, answer: Any) -> None:
+    """Records are fetched from daemons that don't compute, or wrongly. Only one that is full is asked again."""
+    from moetier.runtime.daemon.fetch import Fetches
+    from moetier.tiers.cache.budget import slots_for
+    from moetier.tiers.host.tier import HostTier
+
+    with ExitStack() as stack:
+        store = stack.enter_context(ExpertStore.open(tinymix_4bit))
+        slots = slots_for(store.manifest, store.manifest.stored_bytes)
+        host = stack.enter_context(HostTier(store, slots=slots))
+        fetches = Fetches(host, store.manifest, slots)
+        stack.callback(fetches.close)
+        stranger = Stranger(store.manifest, fetches.serve, answer)
+        address = stack.enter_context(outlets.serving(stranger))
+        model = load(bare, [address.target], token, smallest_ram(tinymix_4bit), credentials=Credentials(insecure=True))
+        with model.tiers:
+            assert torch.equal(logits(model, steps=5), expected[: 12 + 5])
+            (share,) = shares_of(model)
+            assert share.records > 0
+            assert (share.computed, share.lost) == (0, 0)
+        if answer is None:
+            assert stranger.calls == 0
+        elif answer is full:
+            assert stranger.calls > 10
+        else:
+            assert stranger.calls == 1
+
+
+@pytest.mark.usefixtures("slow")
+def test_rows_in_flight_are_bounded(
+    tinymix_4bit: Path, bare: Path, tmp_path: Path, token: Path, expected: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    most = 0
+    take = Elsewhere._take
+
+    def watched(self: Elsewhere, rows: int) -> bool:
+        nonlocal most
+        taken = take(self, rows)
+        most = max(most, self._rows)
+        return taken
+
+    monkeypatch.setattr(Elsewhere, "_take", watched)
+    with daemons(tmp_path, tinymix_4bit, token, 1) as (daemon,):
+        model = load(bare, [daemon.card.listen], token, smallest_ram(tinymix_4bit))
+        with model.tiers, torch.inference_mode():
+            ids = torch.randint(3, 250, (1, 3000), generator=torch.Generator().manual_seed(0))
+            found = model(ids).logits
+        assert 0 < most <= ROWS
+        own, _ = moetier.load(tinymix_4bit, daemon=None)
+        with own.tiers, torch.inference_mode():
+            assert torch.equal(own(ids).logits, found)

@@ -1,0 +1,345 @@
+"""Computing on a daemon: the bits of local computing, and requests that it refuses, over a real socket."""
+
+from __future__ import annotations
+
+import math
+import time
+from array import array
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import grpc
+import outlets
+import pytest
+import torch
+from daemons import DaemonProcess, running_daemon
+from readers import PATIENCE, GatedReader
+from stores import read_records
+from threads import wait_until
+from torch import Tensor
+
+from moetier.proto import expert_store_pb2 as pb
+from moetier.proto.expert_store_pb2_grpc import ExpertStoreStub
+from moetier.runtime.daemon import compute
+from moetier.runtime.daemon.compute import Computes
+from moetier.runtime.daemon.leases import CALLS
+from moetier.runtime.daemon.model import HostedModel
+from moetier.runtime.kernels.expert_code import Activation
+from moetier.runtime.kernels.expert_kernels import ExpertKernels
+from moetier.runtime.kernels.expert_products import ExpertProducts
+from moetier.runtime.wire.address import Address, Credentials
+from moetier.runtime.wire.channel import OUTPUT_ROWS, open_channel
+from moetier.runtime.wire.status_codes import abort, error_of
+from moetier.tiers.cache.budget import slots_for
+from moetier.tiers.errors import (
+    ConfigError,
+    ExhaustedError,
+    MissingExpertError,
+    MoetierError,
+    ProtocolError,
+    StoreError,
+    UnknownModelError,
+)
+from moetier.tiers.host.tier import HostTier
+from moetier.tiers.layout import ExpertKey
+from moetier.tiers.manifest import Manifest
+from moetier.tiers.store.folder import read_manifest, store_folder
+from moetier.tiers.store.reader import ExpertStore
+
+SILU = pb.Activation(function="silu", alpha=1.0, limit=math.inf, gated=True)
+
+
+@pytest.fixture(scope="module")
+def daemon(tinymix_4bit: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
+    folder = tmp_path_factory.mktemp("daemon") / "one"
+    with running_daemon(tinymix_4bit, folder=folder, extra=["--listen", "127.0.0.1:0", "--insecure"]) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def manifest(tinymix_4bit: Path) -> Manifest:
+    return read_manifest(store_folder(tinymix_4bit))
+
+
+@pytest.fixture
+def stub(daemon: DaemonProcess) -> Iterator[ExpertStoreStub]:
+    with open_channel(Address.parse(daemon.card.listen), Credentials(insecure=True)) as channel:
+        yield ExpertStoreStub(channel)
+
+
+def width_of(manifest: Manifest) -> int:
+    return manifest.layout(0).projection("down_proj").rows
+
+
+def hidden_states(manifest: Manifest, rows: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(rows, width_of(manifest), generator=torch.Generator().manual_seed(rows)).to(dtype)
+
+
+def message(manifest: Manifest, x: Tensor, named: list[int], **fields: object) -> pb.ComputeRequest:
+    given = {
+        "digest": manifest.digest,
+        "block": 1,
+        "experts": named,
+        "rows": x.view(torch.uint8).numpy().tobytes(),
+        "dtype": str(x.dtype).removeprefix("torch."),
+        "activation": SILU,
+    }
+    return pb.ComputeRequest(**(given | fields))  # type: ignore[arg-type]
+
+
+def answer(stub: ExpertStoreStub, request: pb.ComputeRequest, *, timeout: float | None = PATIENCE) -> bytes:
+    """Once code is compiled."""
+    while True:
+        try:
+            return b"".join(piece.data for piece in stub.Compute(request, timeout=timeout))
+        except grpc.RpcError as error:
+            said = error_of(error)
+        if said.fix != "Fetch records meanwhile.":
+            raise said
+        time.sleep(0.05)
+
+
+def locally(
+    folder: Path,
+    manifest: Manifest,
+    x: Tensor,
+    wanted: list[tuple[int, list[int]]],
+    activation: Activation | None = None,
+) -> Tensor:
+    """Rows of x, each expert by itself."""
+    kernels = ExpertKernels(manifest.layout(1), activation or Activation(), x.dtype, manifest.blocks[1].experts)
+    parts = []
+    with ExpertStore.open(folder) as store:
+        for expert, rows in wanted:
+            slot = torch.empty(manifest.layout(1).slot_bytes + 4096, dtype=torch.uint8)
+            first = -slot.data_ptr() % 4096
+            record = slot[first : first + manifest.layout(1).slot_bytes]
+            store.read_into(ExpertKey(1, expert), memoryview(record.numpy()))
+            out = torch.empty(len(rows), x.shape[1], dtype=x.dtype)
+            jobs = array("q", (record.data_ptr(), 0, len(rows)))
+            kernels.compute(x[rows].contiguous(), jobs, array("q", range(len(rows))), out)
+            parts.append(out)
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_bits_are_those_of_local_computing(
+    stub: ExpertStoreStub, manifest: Manifest, tinymix_4bit: Path, dtype: torch.dtype
+) -> None:
+    x = hidden_states(manifest, 1, dtype)
+    found = answer(stub, message(manifest, x, [3, 0, 2]))
+    wanted = locally(tinymix_4bit, manifest, x, [(3, [0]), (0, [0]), (2, [0])])
+    assert found == wanted.view(torch.uint8).numpy().tobytes()
+
+    x = hidden_states(manifest, 300, dtype)  # more than are computed together
+    rows = [(2, [5, 1, 299]), (1, list(range(300))), (0, [7])]
+    request = message(
+        manifest, x, [expert for expert, _ in rows], counts=[len(own) for _, own in rows],
+        picked=[row for _, own in rows for row in own],
+    )  # fmt: skip
+    found = answer(stub, request)
+    assert found == locally(tinymix_4bit, manifest, x, rows).view(torch.uint8).numpy().tobytes()
+
+
+def test_an_expert_may_compute_the_only_row_several_times(
+    stub: ExpertStoreStub, manifest: Manifest, tinymix_4bit: Path
+) -> None:
+    x = hidden_states(manifest, 1, torch.float32)
+    found = answer(stub, message(manifest, x, [3, 0], counts=[5, 1], picked=[0] * 6))
+    wanted = locally(tinymix_4bit, manifest, x, [(3, [0] * 5), (0, [0])])
+    assert found == wanted.view(torch.uint8).numpy().tobytes()
+
+
+def test_rows_that_are_not_numbers_are_computed(stub: ExpertStoreStub, manifest: Manifest) -> None:
+    x = torch.full((1, width_of(manifest)), math.nan, dtype=torch.bfloat16)
+    numbers = torch.frombuffer(bytearray(answer(stub, message(manifest, x, [1]))), dtype=torch.bfloat16)
+    assert numbers.shape == (width_of(manifest),)
+    assert numbers.isnan().all()
+
+
+BAD: list[tuple[dict[str, object], type[MoetierError], str]] = [
+    ({"digest": "0" * 64}, UnknownModelError, "does not serve"),
+    ({"block": 9}, MissingExpertError, "no block 9"),
+    ({"block": 2**32 - 1}, MissingExpertError, "no block"),
+    ({"experts": [99]}, MissingExpertError, "no block 1 expert 99"),
+    ({"experts": [2**32 - 1]}, MissingExpertError, "no block 1"),
+    ({"experts": []}, ProtocolError, "no expert"),
+    ({"experts": [1, 1]}, ProtocolError, "twice"),
+    ({"experts": [1] * (OUTPUT_ROWS + 1)}, ExhaustedError, "more than the"),
+    ({"rows": b""}, ProtocolError, "0 bytes are no rows"),
+    ({"rows": b"123"}, ProtocolError, "3 bytes are no rows"),
+    ({"dtype": "float64"}, ProtocolError, "not known here"),
+    ({"activation": pb.Activation()}, ProtocolError, "not known here"),
+    ({"activation": pb.Activation(function="silu", alpha=math.nan, limit=1.0)}, ProtocolError, "not finite"),
+    ({"activation": pb.Activation(function="silu", alpha=1.0, limit=-1.0)}, ProtocolError, "above 0"),
+    ({"activation": pb.Activation(function="silu", alpha=1.0, limit=1.0)}, ProtocolError, "not computed"),  # no gate
+    ({"counts": [1], "picked": [1]}, ProtocolError, "that the request does not have"),
+    ({"counts": [1], "picked": [2**32 - 1]}, ProtocolError, "that the request does not have"),
+    ({"counts": [0], "picked": []}, ProtocolError, "no row"),
+    ({"counts": [2], "picked": [0]}, ProtocolError, "do not fit"),
+    ({"counts": [1, 1], "picked": [0, 0]}, ProtocolError, "do not fit"),
+    ({"counts": [2**32 - 1], "picked": [0]}, ProtocolError, "do not fit"),
+    ({"counts": [OUTPUT_ROWS + 1], "picked": [0] * (OUTPUT_ROWS + 1)}, ExhaustedError, "more than the"),
+]
+
+
+@pytest.mark.parametrize(("fields", "kind", "words"), BAD, ids=str)
+def test_what_can_t_be_computed_is_refused(
+    stub: ExpertStoreStub, manifest: Manifest, fields: dict[str, object], kind: type[MoetierError], words: str
+) -> None:
+    x = hidden_states(manifest, 1)
+    with pytest.raises(kind, match=words) as caught:
+        answer(stub, message(manifest, x, [1], **fields))
+    assert type(caught.value) is kind
+    assert answer(stub, message(manifest, x, [1])), "it serves as before"
+
+
+def test_a_call_needs_a_deadline(stub: ExpertStoreStub, manifest: Manifest) -> None:
+    with pytest.raises(ProtocolError, match="A computation needs a deadline"):
+        answer(stub, message(manifest, hidden_states(manifest, 1), [1]), timeout=None)
+
+
+def test_it_is_counted_and_said(daemon: DaemonProcess, stub: ExpertStoreStub, manifest: Manifest) -> None:
+    (model,) = stub.Describe(pb.DescribeRequest(), timeout=PATIENCE).models
+    assert model.computes
+    before = daemon.stats().computed
+    answer(stub, message(manifest, hidden_states(manifest, 4), [0, 1]))
+    stats = daemon.stats()
+    assert stats.computed == before + 8
+    assert stats.host.leased == 0
+
+
+# -- in this process --------------------------------------------------------------------------------------------------
+
+
+class Computing(outlets.Outlet):
+    def __init__(self, manifest: Manifest, computes: Computes) -> None:
+        super().__init__(manifest, lambda request, context: iter(()))
+        self.computes = computes
+
+    def Compute(self, request: pb.ComputeRequest, context: grpc.ServicerContext) -> Iterator[bytes]:  # type: ignore[override]  # serialised pieces
+        try:
+            yield from self.computes.serve(request, context)
+        except MoetierError as error:
+            abort(context, error)
+
+
+@pytest.fixture
+def host(tinymix_4bit: Path) -> Iterator[HostTier]:
+    with (
+        ExpertStore.open(tinymix_4bit) as store,
+        HostTier(store, slots=slots_for(store.manifest, store.manifest.stored_bytes)) as tier,
+    ):
+        yield tier
+
+
+@pytest.fixture
+def served(host: HostTier) -> Iterator[tuple[Computes, Address]]:
+    with ExitStack() as stack:
+        computes = Computes(host, host.manifest)
+        stack.callback(computes.close)
+        yield computes, stack.enter_context(outlets.serving(Computing(host.manifest, computes)))
+
+
+def test_any_number_of_activations_shares_the_code(
+    served: tuple[Computes, Address], manifest: Manifest, tinymix_4bit: Path
+) -> None:
+    computes, address = served
+    x = hidden_states(manifest, 1)
+    limits = [math.inf, *(0.01 * (limit + 1) for limit in range(20))]
+    with open_channel(address, Credentials(insecure=True)) as channel:
+        for limit in limits:
+            asked = pb.Activation(function="silu", alpha=1.702, limit=limit, shift=1.0, gated=True)
+            found = answer(ExpertStoreStub(channel), message(manifest, x, [1], activation=asked))
+            activation = Activation("silu", alpha=1.702, limit=limit, shift=1.0)
+            wanted = locally(tinymix_4bit, manifest, x, [(1, [0])], activation)
+            assert found == wanted.view(torch.uint8).numpy().tobytes()
+    assert len(computes._products) == 1
+
+
+def test_clients_that_read_nothing_make_room_for_others(
+    served: tuple[Computes, Address], manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each takes a thread of the server."""
+    computes, address = served
+    x = hidden_states(manifest, 1, torch.float32)
+    long = message(manifest, x, [1], counts=[OUTPUT_ROWS], picked=[0] * OUTPUT_ROWS)
+    narrow = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1 << 16)]
+    with (
+        open_channel(address, Credentials(insecure=True)) as channel,
+        grpc.insecure_channel(address.target, narrow) as other,
+    ):
+        stub = ExpertStoreStub(channel)
+        answer(stub, long)
+        wait_until(lambda: not computes._calls)
+        calls = [ExpertStoreStub(other).Compute(long, timeout=600) for _ in range(CALLS)]
+        wait_until(lambda: len(computes._calls) == CALLS and max(computes._calls.values()) < math.inf)
+        time.sleep(1.0)
+        with pytest.raises(ExhaustedError, match="under way"):
+            answer(stub, long)
+        monkeypatch.setattr(compute, "STALL", 0.5)
+
+        def is_computed() -> bool:
+            try:
+                return bool(answer(stub, long))
+            except ExhaustedError:
+                return False
+
+        wait_until(is_computed)
+        for call in calls:
+            call.cancel()
+        wait_until(lambda: not computes._calls)
+
+
+def test_records_that_are_read_too_slowly_are_said_in_time(manifest: Manifest, tinymix_4bit: Path) -> None:
+    """Before the client takes the daemon for lost. What is being read is there for the next call."""
+    with ExpertStore.open(tinymix_4bit) as store:
+        gate = GatedReader(manifest, read_records(store))
+    with ExitStack() as stack:
+        host = stack.enter_context(HostTier(gate, slots=slots_for(manifest, manifest.stored_bytes)))
+        stack.callback(gate.open)
+        computes = Computes(host, manifest)
+        stack.callback(computes.close)
+        address = stack.enter_context(outlets.serving(Computing(manifest, computes)))
+        stub = ExpertStoreStub(stack.enter_context(open_channel(address, Credentials(insecure=True))))
+        x = hidden_states(manifest, 1)
+        request = message(manifest, x, [1, 2])
+        with pytest.raises(ExhaustedError, match="records in time"):
+            answer(stub, request, timeout=1.0)
+        gate.open()
+        wanted = locally(tinymix_4bit, manifest, x, [(1, [0]), (2, [0])])
+        assert answer(stub, request) == wanted.view(torch.uint8).numpy().tobytes()
+        assert set(gate.reads.values()) == {1}
+
+
+def test_code_that_can_not_be_compiled_is_not_waited_for(
+    served: tuple[Computes, Address], manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("no memory can be made executable")
+
+    monkeypatch.setattr(ExpertProducts, "__init__", fail)
+    with (
+        open_channel(served[1], Credentials(insecure=True)) as channel,
+        pytest.raises(ConfigError, match="no memory can be made executable"),
+    ):
+        answer(ExpertStoreStub(channel), message(manifest, hidden_states(manifest, 1), [1]))
+
+
+def test_a_condemned_model_says_so(host: HostTier, manifest: Manifest, tinymix_4bit: Path) -> None:
+    model = HostedModel(manifest, host, tinymix_4bit, patience=1.0)
+    try:
+        model.condemn(StoreError("The shards are of two conversions.", "Convert the model again."))
+
+        def is_said() -> bool:
+            try:
+                return not model.computes
+            except StoreError as error:
+                return error.cause == "The shards are of two conversions."
+            except ExhaustedError:
+                return False
+
+        wait_until(is_said)
+    finally:
+        model.close()

@@ -1,0 +1,428 @@
+"""Records of an object store through the cache: counts of requests, hostile and dead servers, eviction, crashes."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from faults import flip_bit, mounted
+from object_servers import FolderServer, served_folder
+from stores import keys, layout_of, make_store, read_record, read_records, without_table
+from threads import run_all
+
+from moetier.tiers.errors import (
+    ChecksumError,
+    IncompleteStoreError,
+    MissingExpertError,
+    StoreError,
+    StoreFormatError,
+    StoreReadError,
+    TargetError,
+)
+from moetier.tiers.layout import ExpertKey
+from moetier.tiers.objects import cache, client, uses
+from moetier.tiers.objects.cache import CachedStore
+from moetier.tiers.objects.fetch import fetch
+from moetier.tiers.store.checksum import PIECE_BYTES
+from moetier.tiers.store.folder import is_cache
+from moetier.tiers.store.reader import ExpertStore
+from moetier.tiers.store.shard import ShardFile
+
+pytest.importorskip("obstore")
+
+KEY = ExpertKey(1, 2)
+NAME = "experts.zarr/records/c/1/0/0"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with 3 blocks of 4 experts, 16 KiB each."""
+    made = tmp_path_factory.mktemp("origin")
+    make_store(made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def records(folder: Path) -> dict[ExpertKey, bytes]:
+    with ExpertStore.open(folder) as store:
+        return read_records(store)
+
+
+@pytest.fixture
+def server(folder: Path) -> Iterator[FolderServer]:
+    with served_folder(folder) as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "BACKOFF_SECONDS", 0.01)
+
+
+def opened(server: FolderServer, root: Path, limit: int | None = None) -> CachedStore:
+    return CachedStore.open(fetch(server.address, root, limit))
+
+
+def test_each_record_is_fetched_once_and_then_never(
+    server: FolderServer, tmp_path: Path, records: dict[ExpertKey, bytes]
+) -> None:
+    with opened(server, tmp_path) as store:
+        some = keys(1, 0, 2)
+        assert [read_record(store, key) for key in some] == [records[key] for key in some]
+        assert [read_record(store, key) for key in some] == [records[key] for key in some]
+        assert server.records == [NAME] * 2
+        assert store.objects.gets == 2
+        assert [(share.records, share.bytes) for share in store.shares()] == [(2, 32768)] * 2
+        assert is_cache(store.folder)
+    server.gets.clear()
+    with opened(server, tmp_path) as store:
+        assert read_record(store, KEY) == records[KEY]
+        assert not server.gets, "nothing at all is asked"
+        assert read_records(store) == records
+        assert len(server.records) == len(records) - 2
+    server.stop()
+    with ExpertStore.open(store.directory) as store:
+        assert read_records(store) == records, "an ordinary store"
+
+
+def test_an_incomplete_cache_is_not_taken_for_a_store(server: FolderServer, tmp_path: Path) -> None:
+    with opened(server, tmp_path) as store:
+        read_record(store, KEY)
+    with pytest.raises(IncompleteStoreError, match="does not have all experts"):
+        ExpertStore.open(store.directory)
+
+
+def test_large_records_come_in_parallel_pieces(tmp_path: Path) -> None:
+    expected = make_store(tmp_path / "large", blocks=1, experts=2, layout=layout_of(2048, 1560))
+    with served_folder(tmp_path / "large") as server, opened(server, tmp_path / "cache") as store:
+        pieces = -(-store.layout(0).slot_bytes // PIECE_BYTES)
+        assert pieces == 3
+        assert read_record(store, ExpertKey(0, 1)) == expected[ExpertKey(0, 1)]
+        assert len(server.records) == pieces
+        asked = 0
+
+        def pause() -> bool:
+            nonlocal asked
+            asked += 1
+            return True
+
+        slot = memoryview(bytearray(store.layout(0).slot_bytes))
+        store.read_into(ExpertKey(0, 0), slot, pause)
+        assert slot[:-4] == expected[ExpertKey(0, 0)]
+        assert len(server.records) == 2 * pieces
+        assert asked == pieces - 1
+
+
+@pytest.mark.parametrize("fault", ["short", "little", "range", "whole", "endless", "error", "drop"])
+def test_a_wrong_answer_is_an_error_that_names_key_and_endpoint(
+    fault: str, server: FolderServer, tmp_path: Path, records: dict[ExpertKey, bytes]
+) -> None:
+    with opened(server, tmp_path) as store:
+        server.fault = lambda name: fault if name == NAME else ""
+        with pytest.raises(StoreReadError) as error:
+            read_record(store, KEY)
+        assert NAME in error.value.cause
+        assert server.address in error.value.cause
+        assert "block 1 expert 2" in error.value.cause
+        assert (store.objects.gets, store.objects.retries) == (1, client.RETRIES)
+        assert read_record(store, ExpertKey(0, 0)) == records[ExpertKey(0, 0)], "others are served"
+        server.fault = lambda name: ""
+        assert read_record(store, KEY) == records[KEY]
+
+
+def test_what_passes_is_tried_again_and_counted_apart(
+    server: FolderServer, tmp_path: Path, records: dict[ExpertKey, bytes]
+) -> None:
+    with opened(server, tmp_path) as store:
+        server.fault = lambda name: "error" if server.gets.count(NAME) == 1 else ""
+        assert read_record(store, KEY) == records[KEY]
+        assert (store.objects.gets, store.objects.retries) == (1, 1)
+
+
+def test_an_altered_byte_is_found_and_never_cached(
+    server: FolderServer, tmp_path: Path, records: dict[ExpertKey, bytes]
+) -> None:
+    with opened(server, tmp_path) as store:
+        server.fault = lambda name: "altered"
+        for _ in range(2):
+            with pytest.raises(ChecksumError) as error:
+                read_record(store, KEY)
+            assert NAME in error.value.cause
+            assert server.address in error.value.cause
+        assert server.records == [NAME] * 2, "no retry, and not cached"
+        server.fault = lambda name: ""
+        assert read_record(store, KEY) == records[KEY]
+
+
+def test_the_cache_is_served_when_the_server_is_dead(
+    server: FolderServer, tmp_path: Path, records: dict[ExpertKey, bytes]
+) -> None:
+    with opened(server, tmp_path) as store:
+        read_record(store, KEY)
+        server.stop()
+        began = time.monotonic()
+        with pytest.raises(StoreReadError, match=server.address):
+            read_record(store, ExpertKey(0, 0))
+        assert time.monotonic() - began < 10
+        assert read_record(store, KEY) == records[KEY]
+    with opened(server, tmp_path) as store:  # and in another process
+        assert read_record(store, KEY) == records[KEY]
+
+
+def test_a_slow_server_ends_by_the_deadline(
+    server: FolderServer, tmp_path: Path, records: dict[ExpertKey, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.fault = lambda name: "slow"
+    server.seconds = 0.3
+    with opened(server, tmp_path) as store:
+        assert read_record(store, KEY) == records[KEY], "slow, but in time"
+    server.seconds = 2.0
+    monkeypatch.setattr(client, "ATTEMPT_SECONDS", 0.3)
+    monkeypatch.setattr(client, "DEADLINE", 0.8)
+    with opened(server, tmp_path) as store:
+        began = time.monotonic()
+        with pytest.raises(StoreReadError, match="records/c/0/0/0"):
+            read_record(store, ExpertKey(0, 0))
+        assert time.monotonic() - began < 2.0
+
+
+def test_a_redirect_elsewhere_is_no_record(folder: Path, server: FolderServer, tmp_path: Path) -> None:
+    other = shutil.copytree(folder, tmp_path / "other")
+    for shard in other.rglob("c/*/0/0"):
+        flip_bit(shard, 10)
+    with served_folder(other) as elsewhere, opened(server, tmp_path / "cache") as store:
+        server.elsewhere = elsewhere.address
+        server.fault = lambda name: "redirect"
+        with pytest.raises(StoreError, match=NAME):
+            read_record(store, ExpertKey(1, 0))
+
+
+def test_an_object_that_is_missing_is_named(server: FolderServer, tmp_path: Path) -> None:
+    with opened(server, tmp_path / "cache") as store:
+        server.folder = tmp_path
+        with pytest.raises(MissingExpertError, match=NAME):
+            read_record(store, KEY)
+
+
+def test_a_damaged_record_of_the_cache_is_fetched_again(
+    server: FolderServer, tmp_path: Path, records: dict[ExpertKey, bytes], caplog: pytest.LogCaptureFixture
+) -> None:
+    with opened(server, tmp_path) as store:
+        read_record(store, KEY)
+    flip_bit(ShardFile.of(store.folder, store.manifest, 1).path, KEY.expert * 16384 + 7)
+    with opened(server, tmp_path) as store:
+        assert read_record(store, KEY) == records[KEY]
+        assert "fetched again" in caplog.text
+        assert len(server.records) == 2
+    with opened(server, tmp_path) as store:
+        read_record(store, KEY)
+        assert len(server.records) == 2
+
+
+def test_the_least_recently_used_records_go(
+    server: FolderServer, tmp_path: Path, records: dict[ExpertKey, bytes]
+) -> None:
+    limit = 4 * 16384 + 100
+    with opened(server, tmp_path, limit) as store:
+        for expert in range(4):
+            read_record(store, ExpertKey(0, expert))
+    with opened(server, tmp_path) as store:  # the size is kept
+        read_record(store, ExpertKey(0, 0))
+        read_record(store, ExpertKey(1, 0))
+    server.gets.clear()
+    with opened(server, tmp_path) as store:
+        assert store.cached_bytes == 4 * 16384
+        used = [*keys(0, 2, 3, 0), ExpertKey(1, 0)]
+        assert [read_record(store, key) for key in used] == [records[key] for key in used]
+        assert not server.records
+        taken = sum(shard.stat().st_blocks for shard in store.folder.rglob("c/*/0/0")) * 512
+        assert taken < limit + 3 * 4096, "and their space is given back"
+        assert read_records(store) == records
+        assert is_cache(store.folder)
+
+
+def test_a_full_disk_ends_the_caching_and_not_the_work(
+    server: FolderServer, tmp_path: Path, records: dict[ExpertKey, bytes], caplog: pytest.LogCaptureFixture
+) -> None:
+    with mounted("tmpfs", tmp_path / "small", "size=160k") as root:
+        with opened(server, root) as store:
+            assert read_records(store) == records
+            assert read_records(store) == records
+        assert "are no longer kept" in caplog.text
+        with opened(server, root) as store:
+            check(store, records)
+
+
+def test_threads_and_stores_share_a_cache(
+    server: FolderServer, tmp_path: Path, records: dict[ExpertKey, bytes]
+) -> None:
+    def work(store: CachedStore, seed: int) -> bool:
+        order = list(records) * 3
+        random.Random(seed).shuffle(order)
+        return all(read_record(store, key) == records[key] for key in order)
+
+    with opened(server, tmp_path, 5 * 16384) as one, opened(server, tmp_path) as other:
+        stores = (one, other)
+        assert all(run_all([lambda seed=seed: work(stores[seed % 2], seed) for seed in range(4)]))
+    with opened(server, tmp_path) as store:
+        assert store.cached_bytes <= 5 * 16384
+        check(store, records)
+
+
+def test_a_record_that_is_evicted_while_it_is_read_is_not_noted(
+    server: FolderServer, tmp_path: Path, records: dict[ExpertKey, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = ExpertStore.read_into
+
+    def read_slowly(store: ExpertStore, key: ExpertKey, *rest: Any) -> None:
+        read(store, key, *rest)
+        for expert in range(4):  # of another block, by another process
+            read_record(other, ExpertKey(0, expert))
+        deadline = time.monotonic() + 30
+        while key in other._used and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    with opened(server, tmp_path, 4 * 16384) as other, opened(server, tmp_path) as store:
+        read_record(store, KEY)
+        while store._unsettled:
+            time.sleep(0.01)
+        monkeypatch.setattr(ExpertStore, "read_into", read_slowly)
+        assert read_record(store, KEY) == records[KEY]
+        assert KEY not in store._used
+
+
+def test_a_cache_is_complete_only_with_the_bytes_of_all(
+    server: FolderServer, tmp_path: Path, records: dict[ExpertKey, bytes]
+) -> None:
+    with opened(server, tmp_path) as store:
+        store._used.set(KEY)  # as a reader that races with an eviction might
+        for key in records.keys() - {KEY}:
+            read_record(store, key)
+    with opened(server, tmp_path) as store:
+        assert is_cache(store.folder)
+        assert read_record(store, KEY) == records[KEY]
+    assert not is_cache(store.folder)
+    with ExpertStore.open(store.directory) as complete:
+        assert read_records(complete) == records
+
+
+def test_a_record_that_two_threads_fetch_is_kept_once(
+    server: FolderServer, tmp_path: Path, records: dict[ExpertKey, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together, copy = threading.Barrier(2), cache.copy_bytes
+
+    def copy_together(target: memoryview, source: memoryview) -> None:
+        copy(target, source)
+        together.wait(30)
+
+    with opened(server, tmp_path) as store:
+        monkeypatch.setattr(cache, "copy_bytes", copy_together)
+        assert run_all([lambda: read_record(store, KEY)] * 2) == [records[KEY]] * 2
+        while store._unsettled:
+            time.sleep(0.01)
+        assert store._waiting == 0, "room for others"
+        assert store.cached_bytes == 16384
+
+
+def test_a_stopped_process_with_the_lock_does_not_hold_up_reads(
+    server: FolderServer, tmp_path: Path, records: dict[ExpertKey, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "QUEUE_BYTES", 16384)
+    monkeypatch.setattr(cache, "PATIENCE", 0.5)
+    with opened(server, tmp_path) as store, (store.folder / uses.USES).open("rb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        began = time.monotonic()
+        assert read_records(store) == records
+        assert time.monotonic() - began < 0.5 * len(records) / 2, "only the first waits"
+        fcntl.flock(held, fcntl.LOCK_UN)
+        while store._unsettled:
+            time.sleep(0.01)
+        assert read_records(store) == records
+    with opened(server, tmp_path) as store:
+        assert check(store, records) > 1, "then records are kept again"
+
+
+def test_a_stopped_process_with_the_lock_is_said_when_a_cache_is_opened(
+    server: FolderServer, tmp_path: Path, records: dict[ExpertKey, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(uses, "WAIT", 0.1)
+    with opened(server, tmp_path) as store:
+        path = store.folder / uses.USES
+    with path.open("rb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(TargetError, match=f"Another process has locked {path}"):
+            opened(server, tmp_path)
+    with opened(server, tmp_path) as store:
+        assert read_records(store) == records
+
+
+def check(store: CachedStore, records: dict[ExpertKey, bytes]) -> int:
+    """Read all records that the cache says it has, past the fetching; return their number."""
+    there = [key for key in records if key in store._used]
+    for key in there:
+        slot = memoryview(bytearray(16384))
+        shard, offset = store.locate(key)
+        with shard.file.path.open("rb") as stream:
+            stream.seek(offset)
+            stream.readinto(slot)
+        assert slot[:-4] == records[key], key
+        store.check_record(key, slot, int.from_bytes(slot[-4:], "little"))
+    return len(there)
+
+
+READER = """
+import random, sys
+from pathlib import Path
+from typing import Any
+from moetier.tiers.layout import ExpertKey
+from moetier.tiers.objects.cache import CachedStore
+from moetier.tiers.objects.fetch import fetch
+store = CachedStore.open(fetch(sys.argv[1], Path(sys.argv[2]), 6 * 16384))
+chosen = random.Random(int(sys.argv[3]))
+print("ready", flush=True)
+while True:
+    store.read_into(ExpertKey(chosen.randrange(3), chosen.randrange(4)), memoryview(bytearray(16384)))
+"""
+
+
+def test_a_cache_is_consistent_after_each_kill(
+    server: FolderServer, tmp_path: Path, records: dict[ExpertKey, bytes]
+) -> None:
+    """20 times, at a random moment of fetching, writing and evicting."""
+    chosen, found = random.Random(0), 0
+    for seed in range(20):
+        command = [sys.executable, "-c", READER, server.address, str(tmp_path), str(seed)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            time.sleep(0.2 * chosen.random())
+            os.kill(process.pid, signal.SIGKILL)
+        with opened(server, tmp_path) as store:
+            found += check(store, records)
+            assert store.cached_bytes <= 6 * 16384 + 4 * 16384, "at most what was being settled is more"
+    assert found > 20
+    with opened(server, tmp_path) as store:
+        assert read_records(store) == records
+
+
+def test_a_store_without_a_table_of_checksums_is_refused(folder: Path, tmp_path: Path) -> None:
+    without_table(shutil.copytree(folder, tmp_path / "old"))
+    with served_folder(tmp_path / "old") as server, pytest.raises(StoreFormatError, match="no checksums of records"):
+        opened(server, tmp_path / "cache")
+
+
+def test_an_address_without_a_model_is_said(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with served_folder(tmp_path / "empty") as server, pytest.raises(StoreFormatError, match="no model at http"):
+        opened(server, tmp_path / "cache")

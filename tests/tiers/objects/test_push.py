@@ -1,0 +1,254 @@
+"""Pushing a model directory, and using it from there: from S3 and from folders."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+import pytest
+from faults import flip_bit
+from object_servers import moto_bucket, served_bucket, weed_bucket
+from stores import make_store, read_records
+
+from moetier.tiers.errors import (
+    ChecksumError,
+    ConfigError,
+    StoreFormatError,
+    StoreReadError,
+    TargetError,
+    TargetExistsError,
+)
+from moetier.tiers.objects import client
+from moetier.tiers.objects import push as module
+from moetier.tiers.objects.cache import CachedStore
+from moetier.tiers.objects.client import Objects
+from moetier.tiers.objects.fetch import Advance, fetch, folder_of, outline
+from moetier.tiers.objects.push import push
+from moetier.tiers.store.checksum import crc32c
+from moetier.tiers.store.folder import CACHE, GROUP, METADATA
+from moetier.tiers.store.reader import ExpertStore
+
+pytest.importorskip("obstore")
+
+
+@contextmanager
+def silent(_: int) -> Iterator[Advance]:
+    yield lambda count: None
+
+
+@pytest.fixture(params=["file", "moto", "weed"])
+def bucket(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    opening: AbstractContextManager[str]
+    if request.param == "file":
+        (tmp_path / "bucket" / "model").mkdir(parents=True)
+        yield f"file://{tmp_path / 'bucket'}"
+        return
+    opening = moto_bucket(monkeypatch) if request.param == "moto" else weed_bucket(tmp_path / "weed", monkeypatch)
+    with opening as address:
+        yield address
+
+
+def test_what_was_pushed_is_the_same_model(bucket: str, tinymix_4bit: Path, tmp_path: Path) -> None:
+    address = f"{bucket}/model"
+    push(tinymix_4bit, address, silent)
+    folder = fetch(address, tmp_path / "cache")
+    with ExpertStore.open(tinymix_4bit) as origin, CachedStore.open(folder) as store:
+        assert read_records(store) == read_records(origin)
+        assert store.objects.gets == origin.manifest.record_count
+        assert store.objects.retries == 0
+    there = {path.relative_to(tinymix_4bit) for path in tinymix_4bit.rglob("*") if path.is_file()}
+    assert all((folder / name).read_bytes() == (tinymix_4bit / name).read_bytes() for name in there)
+    assert push(tinymix_4bit, address, silent) < 1 << 20, "only small files again"
+
+
+def test_an_outline_has_headers_alone(bucket: str, tinymix_4bit: Path, tmp_path: Path) -> None:
+    push(tinymix_4bit, f"{bucket}/model", silent)
+    folder = outline(f"{bucket}/model", tmp_path / "cache")
+    for path in tinymix_4bit.glob("trunk-*"):
+        assert (folder / path.name).stat().st_size == path.stat().st_size
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_push_resumes_and_writes_its_manifest_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    address, written = f"file://{tmp_path / 'there'}", []
+    make_store(tmp_path / "one")
+    put = Objects.put
+
+    def fails(self: Objects, name: str, data: object) -> None:
+        if len(written) == 3:
+            raise TargetError("cut", "")
+        written.append(name)
+        put(self, name, data)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Objects, "put", fails)
+    with pytest.raises(TargetError, match="cut"):
+        push(tmp_path / "one", address, silent)
+    assert not (tmp_path / "there" / GROUP / METADATA).exists()
+    with pytest.raises(StoreFormatError, match="no model"):
+        fetch(address, tmp_path / "cache")
+    make_store(tmp_path / "two", seed=1)
+    with pytest.raises(TargetExistsError, match="another model"):
+        push(tmp_path / "two", address, silent)
+    written.clear()
+    monkeypatch.setattr(Objects, "put", lambda self, name, data: written.append(name) or put(self, name, data))
+    push(tmp_path / "one", address, silent)
+    assert written[-1] == module.MANIFEST
+    assert sum("/c/" in name for name in written) < 3, "shards that were there stay"
+    assert not (tmp_path / "there" / module.PUSH).exists()
+    with ExpertStore.open(tmp_path / "there") as there, ExpertStore.open(tmp_path / "one") as one:
+        assert read_records(there) == read_records(one)
+    with pytest.raises(TargetExistsError, match="another model"):
+        push(tmp_path / "two", address, silent)
+    push(tmp_path / "two", address, silent, overwrite=True)
+    with ExpertStore.open(tmp_path / "there") as there, ExpertStore.open(tmp_path / "two") as two:
+        assert read_records(there) == read_records(two)
+
+
+def test_a_damaged_trunk_is_refused_and_not_kept(tinymix_4bit: Path, tmp_path: Path) -> None:
+    address = f"file://{tmp_path / 'there'}"
+    push(tinymix_4bit, address, silent)
+    trunk = next((tmp_path / "there").glob("trunk-*"))
+    flip_bit(trunk, -100)
+    with pytest.raises(ChecksumError, match=trunk.name):
+        fetch(address, tmp_path / "cache")
+    assert not list((tmp_path / "cache").rglob("trunk-*"))
+    flip_bit(trunk, -100)
+    assert (fetch(address, tmp_path / "cache") / trunk.name).read_bytes() == trunk.read_bytes()
+
+
+def test_a_trunk_that_an_interrupted_fetch_left_is_checked(tinymix_4bit: Path, tmp_path: Path) -> None:
+    address = f"file://{tmp_path / 'there'}"
+    push(tinymix_4bit, address, silent)
+    folder = fetch(address, tmp_path / "cache")
+    trunk = next(folder.glob("trunk-*"))
+    (folder / CACHE).unlink()
+    flip_bit(trunk, -100)
+    assert fetch(address, tmp_path / "cache") == folder
+    assert trunk.read_bytes() == (tinymix_4bit / trunk.name).read_bytes()
+
+
+def test_an_address_that_can_not_be_used_is_said() -> None:
+    with pytest.raises(ConfigError, match="can't be used"):
+        Objects("s3://")
+
+
+@pytest.mark.parametrize("name_of_the_cut", [module.PUSH, "/c/"])
+def test_a_push_that_replaces_another_model_keeps_nothing_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name_of_the_cut: str
+) -> None:
+    """Also where it was cut, and goes on without --overwrite."""
+    address, put = f"file://{tmp_path / 'there'}", Objects.put
+    one, two = make_store(tmp_path / "one"), make_store(tmp_path / "two", seed=1)
+    template = "chat_template.jinja"
+    (tmp_path / "one" / template).write_text("of one")
+    push(tmp_path / "one", address, silent)
+
+    def fails(self: Objects, name: str, data: object) -> None:
+        if name_of_the_cut in name:
+            raise TargetError("cut", "")
+        put(self, name, data)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Objects, "put", fails)
+        with pytest.raises(TargetError, match="cut"):
+            push(tmp_path / "two", address, silent, overwrite=True)
+    push(tmp_path / "two", address, silent)
+    assert not (tmp_path / "there" / template).exists()
+    with ExpertStore.open(tmp_path / "there") as there:
+        assert read_records(there) == two
+    push(tmp_path / "one", address, silent, overwrite=True)
+    with ExpertStore.open(tmp_path / "there") as there:
+        assert read_records(there) == one
+
+
+def test_a_replaced_model_leaves_nothing_of_its_own(bucket: str, tinymix_4bit: Path, tmp_path: Path) -> None:
+    address = f"{bucket}/model"
+    make_store(tmp_path / "two", blocks=1, seed=1)
+    others = {"README.md", "other/config.json", "photos.zip"}
+    with Objects(address, uploads=True) as objects:
+        for name in (*others, "notes.txt"):
+            objects.put(name, b"{}")
+        push(tinymix_4bit, address, silent, overwrite=True)
+        assert {*others, "notes.txt"} < {*(objects.sizes() or ())}, "no model was replaced"
+        with pytest.raises(TargetExistsError):
+            push(tmp_path / "two", address, silent)
+        push(tmp_path / "two", address, silent, overwrite=True)
+        own = {
+            path.relative_to(tmp_path / "two").as_posix() for path in (tmp_path / "two").rglob("*") if path.is_file()
+        }
+        assert {*(objects.sizes() or ())} == own | others
+
+
+def test_a_damaged_copy_is_written_again_with_overwrite(tmp_path: Path) -> None:
+    address, records = f"file://{tmp_path / 'there'}", make_store(tmp_path / "one")
+    push(tmp_path / "one", address, silent)
+    flip_bit(next((tmp_path / "there").rglob("c/1/0/0")), 10)
+    push(tmp_path / "one", address, silent, overwrite=True)
+    with ExpertStore.open(tmp_path / "there") as there:
+        assert read_records(there) == records
+
+
+def test_a_trunk_of_the_same_size_is_another_model(tinymix_4bit: Path, tmp_path: Path) -> None:
+    address, changed = f"file://{tmp_path / 'there'}", shutil.copytree(tinymix_4bit, tmp_path / "changed")
+    trunk, manifest = next(changed.glob("trunk-*")), changed / GROUP / METADATA
+    flip_bit(trunk, -100)
+    found = json.loads(manifest.read_text())
+    found["attributes"]["moetier"]["trunk"][trunk.name]["crc32c"] = crc32c(trunk.read_bytes())
+    manifest.write_text(json.dumps(found))
+    push(tinymix_4bit, address, silent)
+    with pytest.raises(TargetExistsError, match="another model"):
+        push(changed, address, silent)
+    push(changed, address, silent, overwrite=True)
+    assert (fetch(address, tmp_path / "cache") / trunk.name).read_bytes() == trunk.read_bytes()
+
+
+@pytest.mark.parametrize("fault", ["error", "refused", "all refused"])
+def test_another_model_is_kept_where_it_can_not_be_listed(
+    fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "BACKOFF_SECONDS", 0.01)
+    monkeypatch.setattr(client, "UPLOAD_RETRIES", 0)
+    make_store(tmp_path / "bucket/model")
+    make_store(tmp_path / "two", seed=1)
+    with served_bucket(tmp_path, monkeypatch) as server:
+        server.fault = lambda name: fault.split()[-1] if "list-type" in name or "all" in fault else ""
+        with pytest.raises(StoreReadError if fault == "error" else TargetExistsError):
+            push(tmp_path / "two", "s3://bucket/model", silent)
+        assert not server.puts
+
+
+def test_a_model_that_can_not_be_listed_is_fetched_by_usual_names(
+    tinymix_4bit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """S3 refuses what does not exist to those who may not list."""
+    shutil.copytree(tinymix_4bit, tmp_path / "bucket/model")
+    with served_bucket(tmp_path, monkeypatch) as server:
+        server.fault = lambda name: "" if (tmp_path / name).is_file() else "refused"
+        folder = fetch("s3://bucket/model", tmp_path / "one")
+        assert (folder / "tokenizer.json").read_bytes() == (tinymix_4bit / "tokenizer.json").read_bytes()
+        server.fault = lambda name: "refused" if name.endswith("tokenizer.json") else ""
+        with pytest.raises(StoreReadError, match=r"tokenizer\.json"):
+            fetch("s3://bucket/model", tmp_path / "two")
+
+
+def test_a_failed_listing_does_not_leave_a_cache_without_its_tokenizer(
+    tinymix_4bit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "BACKOFF_SECONDS", 0.01)
+    (shutil.copytree(tinymix_4bit, tmp_path / "bucket/model") / "unusual.json").write_text("{}")
+    with served_bucket(tmp_path, monkeypatch) as server:
+        server.fault = lambda name: "error" if "list-type" in name else ""
+        with pytest.raises(StoreReadError, match="list of objects"):
+            fetch("s3://bucket/model", tmp_path / "cache")
+        server.fault = lambda name: "error" if "list-type" in name and "list-type" not in server.gets[-2] else ""
+        assert (fetch("s3://bucket/model", tmp_path / "cache") / "unusual.json").exists()
+
+
+def test_another_endpoint_has_another_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://one")
+    one = folder_of("s3://bucket/model", tmp_path)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://two")
+    assert folder_of("s3://bucket/model", tmp_path) != one

@@ -1,0 +1,92 @@
+"""Commands on addresses in an object store."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from object_servers import FolderServer, served_folder
+
+from moetier.tools.main import main
+
+pytest.importorskip("obstore")
+
+
+@pytest.fixture
+def server(tinymix_4bit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FolderServer]:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with served_folder(tinymix_4bit) as running:
+        yield running
+
+
+def test_inspect_needs_no_weights(server: FolderServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", server.address, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["records"] > 0
+    assert not server.records
+    assert not (tmp_path / "cache").exists()
+
+
+def test_verify_reads_all_and_fills_the_cache(
+    server: FolderServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["verify", server.address, "--store-cache", str(tmp_path / "own")]
+    assert main(arguments) == 0
+    assert "all good" in capsys.readouterr().out
+    count = len(server.gets)
+    assert main(arguments) == 0, "now it is an ordinary model directory"
+    assert len(server.gets) == count
+    assert not (tmp_path / "cache").exists()
+
+
+def test_verify_names_what_is_altered(server: FolderServer, capsys: pytest.CaptureFixture[str]) -> None:
+    server.fault = lambda name: "altered" if "/c/1/" in name and server.gets.count(name) == 1 else ""
+    assert main(["verify", server.address]) == 1
+    said = capsys.readouterr().out
+    assert "/c/1/0/0" in said
+    assert "1 bad" in said
+
+
+def test_plan_says_how_long_a_cold_start_takes(
+    server: FolderServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["plan", server.address, "--disk", "1", "--into", str(tmp_path), "--json"]
+    assert main(arguments) == 0
+    cold = json.loads(capsys.readouterr().out)["cold_start"]
+    assert cold["address"] == server.address
+    assert cold["experts_s"] == pytest.approx(cold["experts_bytes"] / cold["bytes_per_s"])
+    assert cold["trunk_bytes"] > 0
+    assert main(["verify", server.address]) == 0
+    capsys.readouterr()
+    assert main(arguments) == 0
+    assert json.loads(capsys.readouterr().out)["cold_start"] is None, "it is all here"
+
+
+def test_push_copies_to_an_address(
+    tinymix_4bit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    address = f"file://{tmp_path / 'there'}"
+    assert main(["push", str(tinymix_4bit), address]) == 0
+    assert main(["generate", address, "Once upon a time", "--max-new-tokens", "4", "--daemon", "none"]) == 0
+    assert main(["push", str(tinymix_4bit), "nowhere"]) == 2
+    assert "is not an address" in capsys.readouterr().err
+
+
+def test_a_server_that_is_not_there_is_an_error(
+    server: FolderServer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moetier.tiers.objects.client.BACKOFF_SECONDS", 0.01)
+    server.stop()
+    assert main(["inspect", server.address]) == 1
+    cause, fix = capsys.readouterr().err.splitlines()
+    assert server.address in cause
+    assert "Check the address" in fix
+
+
+def test_a_trunk_that_is_altered_is_refused(server: FolderServer, capsys: pytest.CaptureFixture[str]) -> None:
+    server.fault = lambda name: "altered" if name.startswith("trunk-") else ""
+    assert main(["verify", server.address]) == 1
+    assert "checksum mismatch" in capsys.readouterr().err

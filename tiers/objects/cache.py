@@ -1,0 +1,352 @@
+"""CachedStore, the SSD tier of a model in an object store: reads records from its cache, and fetches the absent ones.
+
+The cache has the shards of a store, as sparse files. USES says which records are there. When a record has arrived and
+its checksum is right, a copy of it is written into its shard in the background; the shard is synced, and then the
+record's entry in USES is set. When the cache is full, the least recently used records are evicted: their entries are
+cleared and synced, and then their bytes are given back to the file system. So after a crash each entry that is set
+belongs to a record that is on the disk. If a record is damaged later, its checksum is wrong when it is read, and it is
+fetched again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import mmap
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from moetier.tiers.errors import ChecksumError, StoreError, TargetError
+from moetier.tiers.layout import CHECKSUM_BYTES, ExpertKey
+from moetier.tiers.manifest import Manifest
+from moetier.tiers.stats import Share
+from moetier.tiers.store.atomic import PARTIAL, disk_errors, make_folders, sync_folder, write_all
+from moetier.tiers.store.checksum import PIECE_BYTES
+from moetier.tiers.store.folder import FETCHED, METADATA, check_array, is_cache, read_manifest, store_folder
+from moetier.tiers.store.reader import ExpertStore, Read, as_bytes, run_reads
+from moetier.tiers.store.shard import OpenShard, ShardFile
+
+from .client import Objects, copy_bytes
+from .fetch import cache_of
+from .uses import USES, Uses
+
+QUEUE_BYTES = 32 << 20  # most bytes of records that wait to be written, unless it is a single one
+PATIENCE = 10.0  # most seconds that a read waits for room among these
+READS = 16  # GETs of pieces of large records at the same time
+
+_LIBRARY = ctypes.CDLL(None, use_errno=True)
+_LIBRARY.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+_PUNCH_HOLE = 3  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
+
+_log = logging.getLogger(__name__)
+
+
+class CachedStore(ExpertStore):
+    """The records of a model in an object store, through its cache. Thread-safe."""
+
+    is_local = False  # to read a record may cost a request
+
+    @classmethod
+    def open(cls, folder: Path, *, readers: int = READS, damaged: bool = False) -> CachedStore:
+        """Open the cache in ``folder``, which ``fetch`` has made. No request is sent.
+
+        ``readers``: number of threads that fetch or read pieces of large records. ``damaged`` has no effect, as bad
+        records are fetched again. Raises StoreError, and TargetError if shards can't be made or another process
+        keeps the cache locked.
+        """
+        folder = store_folder(folder)
+        manifest = read_manifest(folder)
+        for array in manifest.layouts:
+            check_array(folder / array / METADATA, manifest, array)
+        with disk_errors(folder):
+            store = cls(folder, manifest, readers)
+        try:
+            files = [ShardFile.of(folder, manifest, block) for block in range(len(manifest.blocks))]
+            with store._used.locked(), disk_errors(folder):
+                for file in files:
+                    _make_sparse(file)
+            for block, file in enumerate(files):
+                store._shards[block] = OpenShard.open(file, f"block {block}", ())
+        except BaseException:
+            store.close()
+            raise
+        return store
+
+    def __init__(self, folder: Path, manifest: Manifest, readers: int) -> None:
+        super().__init__(folder, manifest, readers)
+        self.address, self._limit = cache_of(folder.parent)
+        self._objects: Objects | None = None  # opened when the first record is fetched
+        self._lock = threading.Lock()  # guards ``_objects`` and the counts
+        self._fetched, self._found = [0, 0], [0, 0]  # numbers of records, and of bytes
+        self._uses: Uses | None = Uses(folder / USES, manifest)
+        self._room = threading.Condition()  # guards the next three, and is notified when records are durable
+        self._unsettled: dict[ExpertKey, memoryview] = {}  # copies of records that are not yet durable
+        self._waiting = 0  # bytes of these copies
+        self._buffers: dict[int, list[memoryview]] = {}  # memory for further copies, by size
+        self._settler = ThreadPoolExecutor(1, thread_name_prefix="moetier-cache")  # starts no thread yet
+        self._patience = PATIENCE  # 0 after a read has waited in vain
+        self._full = False  # whether a write has failed, so that nothing is cached any more
+
+    @property
+    def objects(self) -> Objects:
+        """The objects that records are fetched from. Raises ConfigError if obstore is not installed."""
+        with self._lock:
+            if self._objects is None:
+                self._objects = Objects(self.address)
+            return self._objects
+
+    @property
+    def cached_bytes(self) -> int:
+        """Bytes of the records in the cache, with their checksums."""
+        return self._used.cached_bytes
+
+    def shares(self) -> list[Share]:
+        """Return how many records were fetched, and how many came from the cache, since the store was opened."""
+        retries = 0 if self._objects is None else self._objects.retries
+        place = f"{self.address} ({retries} retries)" if retries else self.address
+        (fetched, nbytes), (found, bytes_found) = self._fetched, self._found
+        return [Share(place, fetched, nbytes), Share(f"its cache {self.directory}", found, bytes_found)]
+
+    def _count(self, counts: list[int], nbytes: int) -> None:
+        with self._lock:
+            counts[0] += 1
+            counts[1] += nbytes
+
+    @property
+    def _used(self) -> Uses:
+        assert self._uses is not None, "closed"
+        return self._uses
+
+    def read_into(self, key: ExpertKey, buffer: memoryview, pause: Callable[[], bool] | None = None) -> None:
+        """Read a record and its checksum into ``buffer``, as ``RecordReader`` specifies: from the cache, or fetch it.
+
+        Raises:
+            MissingExpertError: the model or the object store does not have it.
+            StoreReadError: it could not be fetched; the error names the object and the endpoint.
+            ChecksumError: the bytes that came are not those that were written. They are not cached.
+        """
+        with self._use:
+            self.manifest.check_keys(key.block, (key,))
+            if self._is_waiting(key, buffer):
+                return
+            if key in self._used:
+                try:
+                    super().read_into(key, buffer, pause)
+                except StoreError as error:
+                    if self.is_complete:  # it is an ordinary store now
+                        raise
+                    if key in self._used:  # else it was evicted meanwhile
+                        _log.warning("%s It is fetched again.", error.cause)
+                        self._used.clear(key)
+                else:
+                    if key in self._used:  # else it was evicted meanwhile
+                        self._used.set(key)
+                    self._count(self._found, buffer.nbytes)
+                    return
+            self._fetch(key, as_bytes(buffer), pause)
+            self._count(self._fetched, buffer.nbytes)
+
+    def _is_waiting(self, key: ExpertKey, buffer: memoryview) -> bool:
+        """Return whether a record waits to be written into its shard, and if so, copy it."""
+        with self._room:
+            if (copy := self._unsettled.get(key)) is None:
+                return False
+            copy_bytes(as_bytes(buffer), copy)
+        self._count(self._found, buffer.nbytes)
+        return True
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all records are in the cache, so that it is an ordinary store."""
+        return not is_cache(self.folder)
+
+    def _fetch(self, key: ExpertKey, view: memoryview, pause: Callable[[], bool] | None) -> None:
+        """Fetch a record and its checksum into ``view``, check it, and queue a copy for its shard.
+
+        Each 8 MiB are one GET. With ``pause``, pieces are fetched one after the other, and ``pause`` is called between
+        two of them; once it returns false, the rest is fetched at once. Raises as ``read_into``.
+        """
+        shard, offset = self.locate(key)
+        assert len(view) == shard.file.slot_bytes, f"{len(view)} bytes are no slot"
+        objects, payload = self.objects, view[:-CHECKSUM_BYTES]
+        name = shard.file.path.relative_to(self.directory).as_posix()
+        reads = [
+            Read(
+                self.pool,
+                partial(objects.read, name, offset + at, view[at : at + PIECE_BYTES]),
+                payload[at : at + PIECE_BYTES],
+            )
+            for at in range(0, len(view), PIECE_BYTES)
+        ]
+        crc, done = 0, 0
+        what = f"{self.manifest.model}, {key}: {name} at {objects.where}"
+        try:
+            while pause is not None and done < len(reads) - 1:
+                crc = run_reads(reads[done : done + 1], crc)
+                done += 1
+                if not pause():
+                    break
+            crc = run_reads(reads[done:], crc)
+        except StoreError as error:
+            raise type(error)(f"{self.manifest.model}, {key}: {error.cause}", error.fix) from error
+        known = self.manifest.checksums(key.block)[key.expert]
+        if crc != known or crc != int.from_bytes(view[-CHECKSUM_BYTES:], "little"):
+            raise ChecksumError(
+                f"{what} has other bytes than the manifest says.",
+                f"If the model there was replaced, remove {self.directory}. Else push its original there again with "
+                "`moetier push --overwrite`.",
+            )
+        self._keep(key, view)
+
+    def _keep(self, key: ExpertKey, view: memoryview) -> None:
+        """Copy a record, to be written into its shard in the background.
+
+        Waits while too many wait for the disk, but not if it stalls, or a stopped process holds the lock: then the
+        record is not kept.
+        """
+        with self._room:
+            room = self._room.wait_for(
+                lambda: not self._waiting or self._waiting + len(view) <= QUEUE_BYTES or self._full, self._patience
+            )
+            self._patience = PATIENCE if room else 0.0
+            if not room or self._full or key in self._unsettled:
+                return
+            spare = self._buffers.setdefault(len(view), [])
+            copy = spare.pop() if spare else memoryview(mmap.mmap(-1, len(view)))
+            self._waiting += len(view)
+        copy_bytes(copy, view)  # without the lock, as other threads copy too
+        with self._room:
+            if key in self._unsettled:  # another thread has fetched it too
+                self._release(copy)
+                return
+            self._unsettled[key] = copy
+        self._settler.submit(self._settle)
+
+    def _release(self, copy: memoryview) -> None:
+        """Give back the memory of a copy. The caller holds ``_room``."""
+        self._waiting -= len(copy)
+        self._buffers[len(copy)].append(copy)
+        self._room.notify_all()
+
+    def _settle(self) -> None:
+        """Write the records that have arrived, sync them, set their entries, and evict others if there are too many."""
+        with self._room:
+            arrived = dict(self._unsettled)
+        if not arrived:
+            return
+        try:
+            with self._used.locked():  # no other process evicts what is being written
+                for block in {key.block for key in arrived}:
+                    self._write(block, {key.expert: copy for key, copy in arrived.items() if key.block == block})
+                for key in arrived:
+                    self._used.set(key)
+                if not self.is_complete:
+                    self._evict()
+                    self._complete()
+        except TargetError as error:  # the records are not kept
+            _log.info("%s", error.cause)
+        except OSError as error:
+            self._full = True
+            _log.warning(
+                "Records of %s are no longer kept in %s (%s): free some space, or set --store-cache-size.",
+                self.address,
+                self.directory,
+                error.strerror,
+            )
+        finally:
+            with self._room:
+                for key, copy in arrived.items():
+                    del self._unsettled[key]
+                    self._release(copy)
+
+    def _write(self, block: int, records: Mapping[int, memoryview]) -> None:
+        """Write records of one block, a dictionary from experts to records, into its shard, and make them durable."""
+        shard = self._shards[block]
+        direct = os.O_DIRECT if shard.direct else 0
+        with _opened(shard.file.path, os.O_WRONLY | direct) as descriptor:
+            for expert, record in records.items():
+                write_all(descriptor, record, expert * shard.file.slot_bytes)
+            os.fdatasync(descriptor)
+            if not direct:
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)  # the host tier caches them
+
+    def _evict(self) -> None:
+        """Evict the least recently used records until the cache is within its limit. The caller holds ``locked``."""
+        if self._limit is None or (excess := self.cached_bytes - self._limit) <= 0:
+            return
+        uses, gone = self._used, []
+        times = uses.times.copy()
+        for index in map(int, np.argsort(times, kind="stable")):
+            if excess <= 0:
+                break
+            if times[index]:
+                gone.append(uses.key(index))
+                excess -= int(uses.sizes[index])
+        for key in gone:
+            uses.clear(key)
+        uses.sync()
+        for key in gone:
+            shard, offset = self.locate(key)
+            with _opened(shard.file.path, os.O_RDWR) as descriptor:
+                if _LIBRARY.fallocate(descriptor, _PUNCH_HOLE, offset, shard.file.slot_bytes):
+                    number = ctypes.get_errno()
+                    raise OSError(number, os.strerror(number))
+
+    def _complete(self) -> None:
+        """If all records are there, make the folder an ordinary store. The caller has the lock."""
+        uses = self._used
+        if not uses.times.all():
+            return
+        for block, shard in self._shards.items():
+            known = self.manifest.checksums(block)
+            for expert, (found, right) in enumerate(zip(shard.file.stored_checksums(), known, strict=True)):
+                if found != right:  # a reader has set its entry just when it was evicted
+                    uses.clear(ExpertKey(block, expert))
+        if uses.times.all():
+            uses.sync()
+            (self.folder / FETCHED).rename(self.folder / METADATA)
+            sync_folder(self.folder)
+            _log.info("%s has all records of %s now.", self.directory, self.address)
+
+    def close(self) -> None:
+        """Wait for reads in progress and for records to become durable, then close all. Idempotent."""
+        if self._objects is not None:
+            self._objects.close()
+        if self._fork_guard.is_owner:
+            self._use.close()
+            self._settler.shutdown()
+        super().close()
+        uses, self._uses = self._uses, None
+        if uses is not None:
+            uses.close()
+
+
+@contextlib.contextmanager
+def _opened(path: Path, flags: int) -> Iterator[int]:
+    descriptor = os.open(path, flags | os.O_CLOEXEC)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _make_sparse(file: ShardFile) -> None:
+    """Make a shard that has its whole size and its index, but no record, unless it exists."""
+    if file.path.exists():
+        return
+    make_folders(file.path.parent)
+    partial = file.path.with_name(file.path.name + PARTIAL)
+    with partial.open("wb") as stream:
+        stream.seek(file.data_bytes)
+        stream.write(file.make_index())
+        stream.flush()
+        os.fsync(stream.fileno())
+    partial.rename(file.path)
+    sync_folder(file.path.parent)

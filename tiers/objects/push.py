@@ -1,0 +1,125 @@
+"""Push a model directory to an object store: shards and trunk first, the manifest last.
+
+Until the end, the manifest has the name PUSH. So a push of the same model can resume: objects of the right size stay,
+as an object exists only once its last part has arrived.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
+
+from moetier.tiers.errors import MissingExpertError, TargetExistsError
+from moetier.tiers.manifest import TRUNK_NAME
+from moetier.tiers.store.atomic import read_errors
+from moetier.tiers.store.checksum import PIECE_BYTES
+from moetier.tiers.store.folder import GROUP, MAX_JSON_BYTES, METADATA, check_directory
+from moetier.tiers.store.reader import ExpertStore
+from moetier.tiers.store.shard import ShardFile
+from moetier.tiers.store.trunk import check_trunk
+
+from .client import Objects, RefusedReadError
+from .fetch import Advance, Progress, is_small
+
+MANIFEST = f"{GROUP}/{METADATA}"
+PUSH = f"{GROUP}/push.json"  # the manifest until all else is there
+
+
+def push(directory: Path, address: str, progress: Progress, *, overwrite: bool = False) -> int:
+    """Copy a model directory to ``address``, and return the number of bytes that were written.
+
+    Args:
+        directory: a model directory with all its records.
+        address: a URL, such as s3://bucket/model.
+        progress: shows the progress.
+        overwrite: replace another model that is there, and write all of the same one again. What a former model has
+            left is removed, if objects can be listed.
+
+    Raises StoreError if the directory can't be read, TargetExistsError if another model is there, TargetError if an
+    object can't be written, and ConfigError if the address can't be used.
+    """
+    check_directory(directory)
+    with ExpertStore.open(directory) as store, Objects(address, uploads=True) as objects:
+        manifest = store.manifest
+        if manifest.trunk:
+            check_trunk(directory, manifest)
+        names = [f"{GROUP}/{array}/{METADATA}" for array in manifest.layouts]
+        names += [path.relative_to(directory).as_posix() for path in sorted(directory.rglob("*")) if path.is_file()]
+        small = [name for name in names if "/zarr.json" in name or is_small(name)]
+        shards = [ShardFile.of(Path(GROUP), manifest, block).path.as_posix() for block in range(len(manifest.blocks))]
+        wanted = [*dict.fromkeys([*small, *manifest.trunk, *shards])]
+        wanted.remove(MANIFEST)
+        with read_errors(directory / MANIFEST):
+            data = (directory / MANIFEST).read_bytes()
+        listed = objects.sizes()
+        if overwrite:  # before PUSH is written, as a push that goes on later need not be told so
+            for name in _leftovers(listed or {}, wanted):
+                objects.delete(name)
+        there = _begin(objects, listed, data, wanted, overwrite)
+        sizes = {name: (directory / name).stat().st_size for name in wanted}
+        missing = [name for name in wanted if name in small or there.get(name) != sizes[name]]
+        total = sum(sizes[name] for name in missing)
+        with progress(total) as advance:
+            for name in missing:
+                pieces = _pieces(directory / name, advance)
+                objects.put(name, b"".join(pieces) if sizes[name] <= PIECE_BYTES else pieces)
+        objects.put(MANIFEST, data)
+        objects.delete(PUSH)
+        return total
+
+
+def _begin(
+    objects: Objects, sizes: dict[str, int] | None, manifest: bytes, wanted: Iterable[str], overwrite: bool
+) -> dict[str, int]:
+    """Begin or resume a push of a store. Return the sizes of its objects that are there and need not be written again.
+
+    ``sizes``: those of all objects that are there; None if they can't be listed.
+
+    Any other model's objects of the names ``wanted`` are removed before PUSH says whose the objects are. Raises
+    TargetExistsError if another model is there, unless it is to be replaced.
+    """
+    for name in (MANIFEST, PUSH):
+        if sizes is not None and name not in sizes:
+            continue
+        try:
+            found = objects.read_whole(name, MAX_JSON_BYTES)
+        except MissingExpertError:
+            continue
+        except RefusedReadError as error:
+            if not overwrite:
+                raise TargetExistsError(
+                    f"{error.cause} So another model may be there.",
+                    "Use credentials that may list and read, or replace what is there with `moetier push --overwrite`.",
+                ) from error
+            found = b""
+        if found == manifest:
+            return {} if overwrite and name == MANIFEST else sizes or {}
+        if not overwrite:
+            raise TargetExistsError(
+                f"{objects.where} holds another model.",
+                "Choose another address, or replace it: moetier push --overwrite DIR ADDRESS",
+            )
+        objects.delete(name)
+    for name in wanted:
+        if sizes is None or name in sizes:
+            objects.delete(name)
+    objects.put(PUSH, manifest)
+    return {}
+
+
+def _leftovers(there: Collection[str], wanted: Iterable[str]) -> set[str]:
+    """Return the names of objects that a former model has left: those that a model may have, and this one lacks.
+
+    ``fetch`` would take small files among them, such as a chat template, for files of this model.
+    """
+    if MANIFEST not in there and PUSH not in there:
+        return set()
+    others = set(there) - {*wanted, MANIFEST, PUSH}
+    return {name for name in others if name.startswith(f"{GROUP}/") or TRUNK_NAME.fullmatch(name) or is_small(name)}
+
+
+def _pieces(path: Path, advance: Advance) -> Iterator[bytes]:
+    with read_errors(path), path.open("rb", buffering=0) as stream:
+        while piece := stream.read(PIECE_BYTES):
+            yield piece
+            advance(len(piece))

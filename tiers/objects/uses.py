@@ -1,0 +1,111 @@
+"""The file of a cache that says which records it has, and when each was used."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import mmap
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from moetier.tiers.errors import StoreFormatError, TargetError
+from moetier.tiers.layout import ExpertKey
+from moetier.tiers.manifest import Manifest
+from moetier.tiers.store.atomic import allocate
+
+USES = "uses.bin"  # in the store's folder: for each record a u64, the time of its last use in ns, or 0 if it is absent
+WAIT = 20.0  # most seconds to wait for the lock
+
+
+class Uses:
+    """Which records are in a cache, and when each was used last. Processes that share the cache share it. Thread-safe.
+
+    An entry is read and set without a lock. ``locked`` is for changes that belong together.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        """Open the file ``path``, or make it with all records absent. Raises StoreFormatError if its size is wrong,
+        and as ``locked``.
+        """
+        self.path = path
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            size = 8 * manifest.record_count
+            with self.locked():
+                if os.fstat(self._descriptor).st_size == 0:
+                    allocate(self._descriptor, size)  # writing a hole of a mapped file is SIGBUS if the disk is full
+            if (found := os.fstat(self._descriptor).st_size) != size:
+                raise StoreFormatError(
+                    f"{path} has {found:,} bytes; {size:,} were expected.", f"Remove {path.parent.parent}."
+                )
+            self._memory = mmap.mmap(self._descriptor, size)
+        except BaseException:
+            os.close(self._descriptor)
+            raise
+        self.times = np.frombuffer(self._memory, np.uint64)
+        experts = [block.experts for block in manifest.blocks]
+        self._first = np.cumsum([0, *experts])  # number of the first record of each block
+        self.sizes = np.repeat([manifest.layout(block).slot_bytes for block in range(len(experts))], experts)
+
+    def index(self, key: ExpertKey) -> int:
+        """Return the number of a record, from 0 on, block after block."""
+        return int(self._first[key.block]) + key.expert
+
+    def key(self, index: int) -> ExpertKey:
+        """Return the key of a record from its number."""
+        block = int(np.searchsorted(self._first, index, "right")) - 1
+        return ExpertKey(block, index - int(self._first[block]))
+
+    def __contains__(self, key: ExpertKey) -> bool:
+        return bool(self.times[self.index(key)])
+
+    def set(self, key: ExpertKey) -> None:
+        """Note that a record is in the cache, and is used now."""
+        self.times[self.index(key)] = time.time_ns()
+
+    def clear(self, key: ExpertKey) -> None:
+        """Note that a record is not in the cache."""
+        self.times[self.index(key)] = 0
+
+    @property
+    def cached_bytes(self) -> int:
+        """Bytes of the records in the cache, with their checksums."""
+        return int(self.sizes[self.times != 0].sum())
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the file's lock. It excludes other processes, but not other threads of this one.
+
+        Raises TargetError if another process, one that is stopped for instance, has not released it after ``WAIT``
+        seconds.
+        """
+        end = time.monotonic() + WAIT
+        while True:
+            try:
+                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    raise TargetError(
+                        f"Another process has locked {self.path} for {WAIT:.0f} s.",
+                        f"If it is stopped (`fuser -v {self.path}`), continue or end it.",
+                    ) from None
+                time.sleep(0.01)
+        try:
+            yield
+        finally:
+            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+
+    def sync(self) -> None:
+        """Make all entries durable."""
+        self._memory.flush()
+
+    def close(self) -> None:
+        """Unmap and close the file."""
+        del self.times
+        self._memory.close()
+        os.close(self._descriptor)

@@ -1,0 +1,41 @@
+"""``moetier push DIR ADDRESS``: copy a model directory to an object store, from which any machine can use it."""
+
+from __future__ import annotations
+
+import argparse
+
+from moetier.runtime.config import format_bytes
+from moetier.tools.cli.parser import UsageError, directory
+
+EXAMPLES = (
+    "moetier push ./mixtral-4bit s3://bucket/mixtral-4bit",
+    "moetier push Qwen/Qwen3-30B-A3B:4bit gs://bucket/qwen3",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `moetier push`."""
+    parser.add_argument(
+        "directory", type=directory, metavar="DIR", help="a model directory, or the name of a pulled model"
+    )
+    parser.add_argument(
+        "address", metavar="ADDRESS", help="where to: s3://BUCKET/NAME, gs://, az://ACCOUNT/CONTAINER/NAME or file://"
+    )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace what is at ADDRESS, a damaged copy or another model; its files that DIR lacks are removed",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Copy the directory and return 0. Raises MoetierError."""
+    from moetier.runtime.pulled import is_address
+    from moetier.tiers.objects.push import push
+    from moetier.tools.cli.progress import shown
+
+    if not is_address(arguments.address):
+        raise UsageError(f"{arguments.address!r} is not an address.", "Give one such as s3://bucket/model.")
+    written = push(arguments.directory, arguments.address, shown("push"), overwrite=arguments.overwrite)
+    print(f"{arguments.address}: the model of {arguments.directory}, {format_bytes(written)} written")
+    return 0

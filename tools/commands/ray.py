@@ -1,0 +1,53 @@
+"""``moetier ray DIR``: serve a model with Ray Serve, on the nodes of a Ray cluster."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from moetier.runtime.config import Number
+from moetier.runtime.threads import usable_cpus
+from moetier.tools.cli.failure import plain
+from moetier.tools.cli.parser import show_first
+from moetier.tools.ray.app import application
+from moetier.tools.ray.options import add_application_arguments
+from moetier.tools.serve.options import api_key
+
+EXAMPLES = (
+    "moetier ray ./mixtral-4bit --ram 64GiB",
+    "moetier ray s3://bucket/mixtral-4bit --ram 64GiB --threads 16 --max-replicas 4",
+)
+
+PORT = Number(int, 1, 65535, "Give 1 to 65535.")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `moetier ray`."""
+    add_application_arguments(parser)
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        metavar="HOST",
+        help="the address on which each node listens, if Ray Serve does not run yet (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--port",
+        type=PORT,
+        default=8000,
+        metavar="PORT",
+        help="the port on which each node listens, if Ray Serve does not run yet (default: %(default)s)",
+    )
+    show_first(parser, "--ram", "--threads", "--context", "--max-replicas", "--host", "--port", "--api-key-file")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Deploy the model, or replace the one that is deployed, and return 0 once it is ready. Raises MoetierError."""
+    arguments.threads = arguments.threads or usable_cpus()
+    built = application(arguments)
+    from moetier.tools.ray.deploy import deploy
+
+    key = api_key(arguments.api_key_file)
+    waited = f"replicas of {plain(arguments.model)} run"
+    print(f"ray: waiting until {waited}, which may take minutes ...", file=sys.stderr, flush=True)
+    print(f"http://{deploy(built, arguments.host, arguments.port, cpus=arguments.threads, key=key)}/v1")
+    return 0

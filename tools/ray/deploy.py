@@ -1,0 +1,72 @@
+"""Deploy an application to a running Ray cluster."""
+
+from __future__ import annotations
+
+import logging
+import re
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve.context import _get_global_client
+
+from moetier.runtime.wire.address import Address
+from moetier.tiers.errors import ConfigError, MoetierError
+from moetier.tools.serve.options import KEY
+
+NAME = "moetier"  # of the application; deploying again replaces it
+PROXIES = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "moetier.ray.session_ids"}  # proxies inherit the controller's
+
+
+def deploy(application: Any, host: str, port: int, *, cpus: int, key: str | None) -> Address:
+    """Deploy the application, or replace the one that an earlier call has deployed, and wait until it runs.
+
+    Args:
+        application: what ``application`` returns.
+        host: address on which Ray Serve listens if it does not run yet.
+        port: its port.
+        cpus: number of CPUs that each replica needs.
+        key: the API key; None: there is none.
+
+    Returns:
+        The address on which Ray Serve listens.
+
+    Raises:
+        MoetierError: there is no cluster, no node has so many CPUs, other machines can reach Ray Serve and there is no
+            key, or the application can't run.
+    """
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    try:
+        ray.init("auto", log_to_driver=False, logging_level=logging.ERROR)
+    except ConnectionError:
+        raise ConfigError(
+            "There is no Ray cluster on this machine.",
+            "Start one (ray start --head --object-store-memory=200000000), or set RAY_ADDRESS.",
+        ) from None
+    most = int(max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]))
+    if cpus > most:
+        raise ConfigError(
+            f"A replica needs {cpus} CPUs, and no node of the cluster has more than {most}.", f"Give --threads {most}."
+        )
+    serve.start(http_options={"host": host, "port": port}, controller_options={"runtime_env": {"env_vars": PROXIES}})
+    found = _get_global_client().http_config  # if Ray Serve has run before, it stays where it is
+    host = f"[{found.host}]" if ":" in found.host else found.host
+    address = Address(target=f"{host}:{found.port}")
+    if key is None and not address.is_loopback:
+        raise ConfigError(
+            f"Other machines can reach Ray Serve at {address}, and there is no API key.",
+            f"Give --api-key-file, or set {KEY} here and for ray start; or end Ray Serve (serve shutdown), and leave "
+            "out --host.",
+        )
+    try:
+        serve.run(application, name=NAME)
+    except RuntimeError as error:  # says only which deployments have failed
+        states = serve.status().applications[NAME].deployments.values()
+        cause = next((cause_in(each.message) for each in states if each.message), str(error))
+        raise MoetierError(f"The replicas do not start. {cause}", "serve status shows the whole error.") from None
+    return address
+
+
+def cause_in(message: str) -> str:
+    """Return what the last exception says in ``message``, which holds several tracebacks, in one line."""
+    return " ".join(re.split(r"^[\w.]+(?:Error|Exception)(?:\(\w+\))?: ", message, flags=re.MULTILINE)[-1].split())

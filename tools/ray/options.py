@@ -1,0 +1,100 @@
+"""Options of the application: those of its replicas, and those of the daemons of its nodes."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+from moetier.runtime.config import COUNT, OPTIONS
+from moetier.tiers.errors import ConfigError
+from moetier.tools.cli.arguments import SPECULATION, add_option
+from moetier.tools.cli.parser import DIRECTORY, CommandParser, add_cache_arguments
+from moetier.tools.cli.settings import SWITCH
+from moetier.tools.serve.options import add_serving_arguments
+
+DAEMON = ("ram", "policy", "learn", "loaders")  # options of TierConfig that the daemons get
+REPLICA = ("context", "device", "device_memory", "exact")  # options of TierConfig that the replicas get
+HELP = {
+    "ram": 'host memory of each node for experts: "64GiB", which Ray then counts as used, or "50%%" of what is free '
+    "(default: 80%%)",
+    "context": "maximum length of a prompt with its answer, in tokens",
+}
+
+
+def add_application_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the model and the options of the application."""
+    parser.add_argument("model", type=model, metavar="DIR", help=f"{DIRECTORY}. Each node must have the model there")
+    parser.add_argument(
+        "--min-replicas",
+        type=COUNT,
+        default=1,
+        metavar="N",
+        help="number of replicas that run even if there are no requests (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-replicas",
+        type=COUNT,
+        metavar="N",
+        help="maximum number of replicas; they are started as requests wait (default: --min-replicas)",
+    )
+    parser.add_argument(
+        "--threads",
+        type=COUNT,
+        metavar="N",
+        help="number of threads that a replica computes with, and of CPUs that Ray reserves for it (default: the CPUs "
+        "of the machine on which the application is built)",
+    )
+    add_serving_arguments(parser)
+    group = parser.add_argument_group("memory and device")
+    for name in (*DAEMON, *REPLICA):
+        add_option(group, name, help=HELP.get(name, ""))
+    add_cache_arguments(parser)
+
+
+def model(text: str) -> str:
+    """Return ``text``, as an absolute path if there is such a path here. This is the argparse type of the model."""
+    return str(Path(text).absolute()) if Path(text).exists() else text
+
+
+class OptionsParser(CommandParser):
+    """Parser that raises ConfigError where a command would print a message and exit."""
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        """Raise ConfigError with the two lines of ``message``."""
+        cause, _, fix = (message or "").removeprefix("moetier: ").strip().partition("\n")
+        raise ConfigError(cause, fix.strip())
+
+
+def parsed(options: Mapping[str, Any]) -> argparse.Namespace:
+    """Return the options of an application, which are given by name, as the command line returns them.
+
+    Values may be texts, as `serve run` gives them. Raises ConfigError for an unknown option and an invalid value.
+    """
+    parser = OptionsParser(prog="moetier ray")
+    add_application_arguments(parser)
+    words = []
+    for name, value in options.items():
+        flag = name.replace("_", "-")
+        if name == "model":
+            words.append(str(value))
+        elif name in OPTIONS and OPTIONS[name].kind is bool:
+            words.append(f"--{flag}" if SWITCH.get(str(value).lower(), value) else f"--no-{flag}")
+        elif value is not None:
+            words.append(f"--{flag}={value}")
+    return parser.parse_args(words)
+
+
+def daemon_words(arguments: argparse.Namespace) -> list[str]:
+    """Return the words after `moetier daemon`, without the daemon's folder."""
+    given = {name: getattr(arguments, name) for name in (*DAEMON, "store_cache", "store_cache_size")}
+    learn = given.pop("learn")
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in given.items() if value is not None]
+    return [arguments.model, *words, *(["--learn"] if learn else [])]
+
+
+def replica_resources(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Return keyword arguments of ``load`` for a replica, which uses the daemon in ``folder``."""
+    given = {name: getattr(arguments, name) for name in ("threads", *REPLICA, *SPECULATION)}
+    return given | {"ram": None, "context": arguments.context * arguments.parallel, "daemon": str(folder)}

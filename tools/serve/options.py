@@ -1,0 +1,80 @@
+"""Options of a server that do not depend on how its requests arrive, and the API key."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+from pathlib import Path
+
+from moetier.runtime import pulled as models
+from moetier.runtime.config import COUNT, MOST, Number
+from moetier.tiers.errors import ConfigError
+from moetier.tools.cli.arguments import add_prefill_argument, add_speculation_arguments
+
+KEY = "MOETIER_API_KEY"
+QUEUE = Number(int, 0, MOST, "Give 0 or more; with 0, a request that can't be computed at once is refused.")
+NEEDED = ("starlette", "uvicorn", "pydantic", "prometheus_client")
+
+
+def add_serving_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a server that do not depend on how its requests arrive."""
+    parser.add_argument(
+        "--name", metavar="NAME", help="name of the model in requests (default: the folder's, or the pulled model's)"
+    )
+    parser.add_argument(
+        "--api-key-file",
+        type=Path,
+        metavar="FILE",
+        help=f"file that holds, in one line, the key that requests must send (default: the key in ${KEY}). Without a "
+        "key, the server answers only programs on this machine",
+    )
+    parser.add_argument(
+        "--parallel",
+        type=COUNT,
+        default=1,
+        metavar="N",
+        help="number of requests to compute together, so that they share loaded experts; each needs memory for its "
+        "own context (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--queue",
+        type=QUEUE,
+        default=64,
+        metavar="N",
+        help="number of requests that may wait; further ones are refused with status 429 (default: %(default)s)",
+    )
+    add_prefill_argument(parser)
+    add_speculation_arguments(parser)
+
+
+def check_packages(command: str) -> None:
+    """Raise ConfigError, which names ``command``, if packages that a server needs are not installed."""
+    if missing := [package for package in NEEDED if importlib.util.find_spec(package) is None]:
+        raise ConfigError(
+            f"{command} needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed.",
+            'In the repository of moetier, run: pip install ".[serve]"',
+        )
+
+
+def served_name(directory: Path, name: str | None) -> str:
+    """Return the name of the model in requests: ``name`` if it is given. Raises ConfigError if it is not printable."""
+    found = models.name_of(directory) if name is None else name
+    if not found or not found.isprintable():
+        raise ConfigError(f"{found!r} can't be the name of a model.", "Give a printable name: --name NAME.")
+    return found
+
+
+def api_key(file: Path | None) -> str | None:
+    """Return the API key from ``file`` or else from the environment, or None if there is none.
+
+    Raises ConfigError if the key can't be read, or is not one word.
+    """
+    from moetier.runtime.wire.channel import read_token
+
+    if file is not None:
+        return read_token(file, "API key")
+    key = os.environ.get(KEY)
+    if key and not (key.isascii() and key.isprintable() and " " not in key):
+        raise ConfigError(f"{KEY} is not one word of printable ASCII characters.", "Make a key: openssl rand -hex 32")
+    return key or None

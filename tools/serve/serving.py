@@ -1,0 +1,55 @@
+"""A model that is loaded to be served: its engine, and the ASGI application that answers requests with it."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moetier.runtime.context import longest_context
+from moetier.tiers.errors import ConfigError
+from moetier.tools.cli.loading import loaded
+
+if TYPE_CHECKING:  # transformers is imported by ``loaded``, which takes less time and memory
+    from .engine import Engine
+    from .middleware import App
+
+
+@contextlib.contextmanager
+def serving(
+    directory: Path, resources: dict[str, Any], arguments: argparse.Namespace, *, name: str, key: str | None
+) -> Iterator[tuple[App, Engine]]:
+    """Load a model, and yield the application that serves it with its engine. Stop the engine after the block.
+
+    Args:
+        directory: the model directory.
+        resources: keyword arguments of ``load``.
+        arguments: the options of ``add_serving_arguments``, and ``context``: most tokens of a prompt and its answer.
+        name: name of the model in requests.
+        key: API key that requests must send; None: they need no key.
+
+    Raises MoetierError if the model can't be loaded, or its tokenizer can't decode text piece by piece.
+    """
+    with loaded(directory, resources, sequences=arguments.parallel) as (model, tokenizer, _):
+        import transformers
+
+        transformers.utils.logging.set_verbosity_error()  # otherwise transformers warns at each request
+
+        from .app import application
+        from .batched import Together
+        from .sequential import OneByOne
+
+        if not hasattr(tokenizer, "_tokenizer"):
+            raise ConfigError(
+                f"The model's tokenizer ({type(tokenizer).__name__}) can't decode text piece by piece.",
+                "Add a tokenizer.json to the model directory.",
+            )
+        context = min(arguments.context, longest_context(model.config) or arguments.context)
+        parts = model, tokenizer, context, arguments.prefill_chunk
+        engine = OneByOne(*parts) if arguments.parallel == 1 else Together(*parts, arguments.parallel)
+        try:
+            yield application(name, engine, key, arguments.parallel + arguments.queue), engine
+        finally:
+            engine.stop()
