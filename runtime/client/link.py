@@ -246,10 +246,17 @@ class Link:
         self._used.extend(keys)
 
     def close(self) -> None:
-        """End the connection and both threads, and wake all callers that wait for a request. Idempotent."""
+        """End the connection and both threads, and wake all callers that wait for a request. Idempotent.
+
+        Hits that wait are reported first. If the daemon does not take the report for two seconds, they are lost.
+        """
         with self._lock:
             self._closed.set()
+            outbox = self._outbox
         call = self._call
+        if outbox is not None and self._used:
+            outbox.put(None)  # the stream ends after a last report, and so does the link's thread
+            self._thread.join(_ANSWER)
         if call is not None:
             call.cancel()
         self._thread.join()
@@ -374,11 +381,13 @@ class Link:
                 message: wire.ClientMessage | None = wire.ClientMessage()
                 with contextlib.suppress(Empty):
                     message = outbox.get(timeout=REPORT_SECONDS)
+                if message is None and not self._closed.is_set():
+                    return  # the stream is broken: hits are reported on the next one
+                # reported first, because the request might otherwise evict the records that were used last
+                if self._used and (message is None or not message.HasField("release")):
+                    yield self._report()
                 if message is None:
                     return
-                # reported first, because the request might otherwise evict the records that were used last
-                if self._used and not message.HasField("release"):
-                    yield self._report()
                 if message.WhichOneof("message"):
                     yield message
         finally:

@@ -232,6 +232,19 @@ def test_a_daemon_that_stands_still(store: MappedStore, tmp_path: Path) -> None:
         daemon.wait_for("leases == 0")
 
 
+def test_a_tier_closes_beside_a_daemon_that_stands_still(store: MappedStore, tmp_path: Path) -> None:
+    """Its last report is not taken."""
+    with store.daemon(4, tmp_path / "daemon") as daemon:
+        with store.tier(daemon) as tier:
+            store.take(tier, 0, 0, 1)
+            daemon.process.send_signal(signal.SIGSTOP)
+            store.take(tier, 0, 0, 1)
+            began = time.monotonic()
+        assert time.monotonic() - began < 10
+        daemon.process.send_signal(signal.SIGCONT)
+        daemon.wait_for("clients == 0")
+
+
 @pytest.mark.slow
 def test_a_daemon_that_stands_still_counts_as_gone(store: MappedStore, tmp_path: Path) -> None:
     """After a ping that is not answered; then nobody waits for it any more."""

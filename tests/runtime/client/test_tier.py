@@ -75,6 +75,16 @@ def test_a_hit_is_no_message(store: MappedStore, tmp_path: Path) -> None:
         assert (stats.waits > 0, sum(stats.loads)) == (True, 0), "it has waited, and read nothing itself"
 
 
+def test_hits_are_reported_before_a_tier_closes(store: MappedStore, tmp_path: Path) -> None:
+    """A short run's too, which ends before the next report is due."""
+    with store.daemon(18, tmp_path / "daemon") as daemon:
+        with store.tier(daemon) as tier:
+            store.take(tier, 1, 0, 3, 4)
+            for _ in range(5):
+                store.take(tier, 1, 4, 0, 3)
+        assert daemon.wait_for("clients == 0").used == 15
+
+
 HITS = """
 import os, sys
 from pathlib import Path
