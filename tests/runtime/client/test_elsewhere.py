@@ -293,55 +293,51 @@ def test_fast_networks_send_records(
             assert 0 < len(faded) <= len(model.tiers.manifest.blocks)
 
 
-def test_a_token_may_name_an_expert_twice(
-    tinymix_4bit: Path, bare: Path, tmp_path: Path, token: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@contextlib.contextmanager
+def one_daemon_computes(
+    folder: Path, directory: Path, bare: Path, token: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[Any, Callable[..., Any]]]:
+    """Yield a model, and a function that has its daemon compute an expert for one row, and reads the answer after
+    ``pause`` seconds. It returns the outputs [max(places) + 1, hidden], with the row's at ``places``, or None."""
     monkeypatch.setattr(Elsewhere, "_fetches", lambda *_: False)
-    with daemons(tmp_path, tinymix_4bit, token, 1) as (daemon,):
-        model = load(bare, [daemon.card.listen], token, smallest_ram(tinymix_4bit))
+    with daemons(folder, directory, token, 1) as (daemon,):
+        model = load(bare, [daemon.card.listen], token, smallest_ram(directory))
         with model.tiers:
             manifest = model.tiers.manifest
             kernels = ExpertKernels(manifest.layout(1), Activation(), torch.bfloat16, manifest.blocks[1].experts)
             x = torch.randn(1, kernels.width, generator=torch.Generator().manual_seed(0)).bfloat16()
-            outputs = torch.zeros(3, kernels.width, dtype=torch.bfloat16)
 
-            def is_computed() -> bool:  # once code is compiled
-                rows = {2: ([0, 0], [2, 0])}
+            def compute(places: list[int], pause: float = 0.0) -> Tensor | None:
+                outputs = torch.zeros(max(places) + 1, kernels.width, dtype=torch.bfloat16)
+                rows = {2: ([0] * len(places), places)}
                 with closing(model.tiers.elsewhere.send(kernels, 1, x.data_ptr(), 1, rows)) as sent:
-                    return bool(sent.experts) and not sent.collect(outputs.data_ptr())
+                    time.sleep(pause)
+                    return outputs if sent.experts and not sent.collect(outputs.data_ptr()) else None
 
-            wait_until(is_computed)
-            assert torch.equal(outputs[0], outputs[2])
-            assert outputs[0].any()
-            assert not outputs[1].any()
+            wait_until(lambda: compute([0]) is not None)  # the daemon has compiled its code
+            yield model, compute
+
+
+def test_a_token_may_name_an_expert_twice(
+    tinymix_4bit: Path, bare: Path, tmp_path: Path, token: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with one_daemon_computes(tmp_path, tinymix_4bit, bare, token, monkeypatch) as (_, compute):
+        outputs = compute([2, 0])
+        assert torch.equal(outputs[0], outputs[2])
+        assert outputs[0].any()
+        assert not outputs[1].any()
 
 
 def test_a_daemon_is_not_lost_if_its_answer_is_read_too_late(
     tinymix_4bit: Path, bare: Path, tmp_path: Path, token: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As other experts of the block take long."""
-    monkeypatch.setattr(Elsewhere, "_fetches", lambda *_: False)
-    with daemons(tmp_path, tinymix_4bit, token, 1) as (daemon,):
-        model = load(bare, [daemon.card.listen], token, smallest_ram(tinymix_4bit))
-        with model.tiers:
-            manifest = model.tiers.manifest
-            kernels = ExpertKernels(manifest.layout(1), Activation(), torch.bfloat16, manifest.blocks[1].experts)
-            x = torch.randn(1, kernels.width, generator=torch.Generator().manual_seed(0)).bfloat16()
-            outputs = torch.zeros(1, kernels.width, dtype=torch.bfloat16)
-
-            def is_computed(pause: float = 0.0) -> bool:
-                outputs.zero_()
-                with closing(model.tiers.elsewhere.send(kernels, 1, x.data_ptr(), 1, {2: ([0], [0])})) as sent:
-                    time.sleep(pause)
-                    return bool(sent.experts) and not sent.collect(outputs.data_ptr())
-
-            wait_until(is_computed)  # once code is compiled
-            wanted = outputs.clone()
-            (peer,) = model.tiers.elsewhere._reader.peers
-            peer.reader.patience = 2.0
-            assert is_computed(3.0)
-            assert torch.equal(outputs, wanted)
-            assert shares_of(model)[0].lost == 0
+    with one_daemon_computes(tmp_path, tinymix_4bit, bare, token, monkeypatch) as (model, compute):
+        wanted = compute([0])
+        (peer,) = model.tiers.elsewhere._reader.peers
+        peer.reader.patience = 2.0
+        assert torch.equal(compute([0], pause=3.0), wanted)
+        assert shares_of(model)[0].lost == 0
 
 
 def test_records_are_prefetched_where_no_daemon_can_compute_the_experts(
