@@ -22,6 +22,7 @@ from moetier.runtime.wire.channel import INPUT_BYTES, OUTPUT_BYTES, OUTPUT_ROWS
 from moetier.runtime.wire.piece import decode_piece
 from moetier.runtime.wire.status_codes import CALL_ERRORS, error_of
 from moetier.tiers.errors import (
+    BudgetError,
     ClosedError,
     ExhaustedError,
     MoetierError,
@@ -302,7 +303,8 @@ class Sent:
         self._tried.add(part.peer.name)
         if isinstance(error, _AWAY):
             self._reader.lose(part.peer, error, part.failures)
-        elif isinstance(error, ExhaustedError):  # it has no time, or compiles: it is asked again for the next block
+        elif isinstance(error, ExhaustedError | BudgetError):
+            # it has no time or no memory, or compiles: it is asked again for the next block
             _log.info("%s: %s", part.peer.name, error.cause)
         elif isinstance(error, StoreError):
             _log.warning("%s: %s", part.peer.name, error.cause)

@@ -25,6 +25,7 @@ from moetier.runtime.checkpoint.experts import open_copy
 from moetier.runtime.wire.address import Address, Credentials
 from moetier.tiers.closeable import Closeable
 from moetier.tiers.errors import (
+    BudgetError,
     CheckpointError,
     ClosedError,
     ConfigError,
@@ -221,7 +222,7 @@ class SpreadReader(Closeable):
             try:
                 peer.reader.read_into(key, buffer)
                 brought = len(buffer)
-            except (StoreError, ExhaustedError) as failure:  # the daemon answered, so it is not away
+            except (StoreError, ExhaustedError, BudgetError) as failure:  # the daemon answered, so it is not away
                 # without the traceback: the error is kept, and its frames hold the slot
                 error = failure.with_traceback(None)
                 _log.warning("%s: %s", peer.name, error.cause)

@@ -34,6 +34,8 @@ from moetier.runtime.kernels.expert_kernels import ExpertKernels
 from moetier.runtime.moe import experts
 from moetier.runtime.wire.address import Credentials
 from moetier.runtime.wire.piece import encode_piece
+from moetier.runtime.wire.status_codes import abort
+from moetier.tiers.errors import BudgetError
 from moetier.tiers.stats import Share
 from moetier.tiers.store.folder import read_manifest, store_folder
 from moetier.tiers.store.reader import ExpertStore
@@ -398,10 +400,15 @@ def full(request: pb.ComputeRequest, context: grpc.ServicerContext) -> Iterator[
     yield b""
 
 
+def without_memory(request: pb.ComputeRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
+    abort(context, BudgetError("The system can't allocate memory.", "Free some memory."))
+    yield b""
+
+
 @pytest.mark.usefixtures("slow")
-@pytest.mark.parametrize("answer", [None, too_short, too_long, no_piece, unknown, full])
+@pytest.mark.parametrize("answer", [None, too_short, too_long, no_piece, unknown, full, without_memory])
 def test_strangers(tinymix_4bit: Path, bare: Path, expected: Tensor, token: Path, answer: Any) -> None:
-    """Records are fetched from daemons that don't compute, or wrongly. Only one that is full is asked again."""
+    """Records are fetched from daemons that don't compute, or wrongly. Only one without room is asked again."""
     from moetier.runtime.daemon.fetch import Fetches
     from moetier.tiers.cache.budget import slots_for
     from moetier.tiers.host.tier import HostTier
@@ -422,7 +429,7 @@ def test_strangers(tinymix_4bit: Path, bare: Path, expected: Tensor, token: Path
             assert (share.computed, share.lost) == (0, 0)
         if answer is None:
             assert stranger.calls == 0
-        elif answer is full:
+        elif answer in (full, without_memory):
             assert stranger.calls > 10
         else:
             assert stranger.calls == 1

@@ -512,14 +512,15 @@ def test_a_bad_record_of_one_is_had_from_another(
         bad.close()
 
 
-def test_a_daemon_without_slots_to_spare_is_asked_again(manifest: Manifest) -> None:
+@pytest.mark.parametrize("kind", [ExhaustedError, BudgetError])
+def test_a_daemon_without_room_is_asked_again(manifest: Manifest, kind: type[MoetierError]) -> None:
     """It has not gone away either."""
     busy = threading.Event()
 
     def behaviour(request: object, context: object) -> Iterator[bytes]:
         if not busy.is_set():
             busy.set()
-            raise ExhaustedError("All slots are leased.", "Later.")
+            raise kind("There is no room.", "Later.")
         yield from answer(request)
 
     def answer(request: object) -> Iterator[bytes]:
@@ -533,7 +534,7 @@ def test_a_daemon_without_slots_to_spare_is_asked_again(manifest: Manifest) -> N
         assert peers(reader)[0].lost == 0
 
 
-@pytest.mark.parametrize("kind", [ConfigError, BudgetError, ArenaError, MoetierError])
+@pytest.mark.parametrize("kind", [ConfigError, ArenaError, MoetierError])
 def test_whatever_one_says_another_is_asked(three: list[Daemon], manifest: Manifest, kind: type[MoetierError]) -> None:
     """An error of any name may come over the wire."""
 
