@@ -1,13 +1,19 @@
-"""Snapshot of the parts of a module. It tells whether the contexts that compiled code has for them still apply."""
+"""Whether what compiled code has for a module still applies: snapshots of its parts, and trials by its numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from operator import is_
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
+
+# Most trials of one module with different numbers. A number may change at every call, such as a counter in a user's own
+# class, and trials take long. So a module keeps its own code once it would be tried again.
+MOST_TRIALS = 4
+
+Result = TypeVar("Result")
 
 
 class Snapshot:
@@ -55,13 +61,46 @@ class Snapshot:
 
     def _has_same_attributes(self, module: Any) -> bool:
         try:  # values that are the same objects are equal
-            return self._numbers.items() <= vars(module).items() and self._attributes == self._copies
+            return has_numbers(module, self._numbers) and self._attributes == self._copies
         except Exception:  # others may be tensors, which can't be compared so
             return False
 
     def has_hooks(self) -> bool:
         """Return whether the parts have hooks now."""
         return any(self._hooks)
+
+
+class Trials(Generic[Result]):
+    """Results of trials of one module, by its numbers. Threads may use it at the same time."""
+
+    def __init__(self) -> None:
+        self._results: dict[Any, Result | None] = {}
+        self._last: tuple[dict[str, Any], Result | None] | None = None  # numbers, and the result for them
+
+    def result(self, module: Any, trial: Callable[[], Result | None]) -> Result | None:
+        """Return the result of ``trial`` with the module's present numbers. It is called if there is none yet.
+
+        After MOST_TRIALS trials, returns None for any other numbers, and from then on.
+        """
+        last = self._last
+        if last is None or not has_numbers(module, last[0]):
+            numbers = frozenset(numbers_of(module).items())
+            if numbers in self._results or len(self._results) < MOST_TRIALS:
+                if numbers not in self._results:
+                    self._results[numbers] = trial()
+                last = numbers_of(module), self._results[numbers]  # a trial may count calls, too
+            else:
+                last = {}, None
+            self._last = last
+        return last[1]
+
+
+def has_numbers(part: Any, numbers: Mapping[str, Any]) -> bool:
+    """Return whether a module or a configuration has these attributes, as ``numbers_of`` returns them."""
+    try:
+        return bool(numbers.items() <= vars(part).items())
+    except Exception:  # one is now a tensor, which can't be compared so
+        return False
 
 
 def numbers_of(part: Any) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from moetier.runtime.kernels.api import FLOATS, Kernels, moved_error
 from moetier.runtime.kernels.expert_code import Activation
 from moetier.runtime.kernels.expert_kernels import ExpertKernels
 from moetier.runtime.kernels.packed import PackedKernels
-from moetier.runtime.kernels.snapshot import numbers_of
+from moetier.runtime.kernels.snapshot import Trials
 from moetier.tiers.errors import ConfigError, MoetierError
 from moetier.tiers.layout import ExpertKey, RecordLayout
 from moetier.tiers.quant.codec import sections
@@ -88,9 +88,9 @@ class TieredBlock:
     device: torch.device  # device of the records
     # called once for each demand with the block and the experts
     demanded: Callable[[int, Collection[int]], None] | None = None
-    # by type of the hidden states and parts of the module: the module's numbers, and kernels for the quick way. Without
-    # kernels (None) the block is computed in the exact way
-    compiled: dict[Any, tuple[dict[str, Any], ExpertKernels | None]] = field(default_factory=dict)
+    # by type of the hidden states and parts of the module: kernels for the quick way. Without kernels (None) the block
+    # is computed in the exact way
+    compiled: dict[Any, Trials[ExpertKernels]] = field(default_factory=dict)
     elsewhere: Elsewhere | None = None  # computes absent experts on other hosts, if the quick way is used
 
 
@@ -265,15 +265,17 @@ def _kernels_of(module: Any, here: TieredBlock, dtype: torch.dtype) -> ExpertKer
     Without it, experts are computed one after the other (``_eager``).
     """
     kind = (dtype, *module._modules.values())
-    numbers, found = here.compiled.get(kind, (None, None))
-    if numbers is None or not numbers.items() <= vars(module).items():
-        found = None
-        activation = quick_activation(module, here.layout, here.kernels)
-        if activation is not None and isinstance(here.kernels, PackedKernels):
-            computed = dtype if dtype in FLOATS else torch.float32
-            found = ExpertKernels(here.layout, activation, computed, module.num_experts, here.kernels.processor)
-        here.compiled[kind] = (numbers_of(module), found)
-    return found
+    if (trials := here.compiled.get(kind)) is None:
+        trials = here.compiled.setdefault(kind, Trials())
+    return trials.result(module, partial(_compile, module, here, dtype))
+
+
+def _compile(module: Any, here: TieredBlock, dtype: torch.dtype) -> ExpertKernels | None:
+    activation = quick_activation(module, here.layout, here.kernels)
+    if activation is None or not isinstance(here.kernels, PackedKernels):
+        return None
+    computed = dtype if dtype in FLOATS else torch.float32
+    return ExpertKernels(here.layout, activation, computed, module.num_experts, here.kernels.processor)
 
 
 def quick_activation(module: Any, layout: RecordLayout, kernels: Kernels) -> Activation | None:

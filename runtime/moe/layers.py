@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from moetier.runtime.kernels.attention_steps import AttentionSteps, Token, token_of
 from moetier.runtime.kernels.norm import MORE, SUM, X, Y, norm_step
 from moetier.runtime.kernels.routing import RoutingSteps
-from moetier.runtime.kernels.snapshot import Snapshot
+from moetier.runtime.kernels.snapshot import MOST_TRIALS, Snapshot
 from moetier.runtime.kernels.team import Program
 
 from .experts import one_token
@@ -46,6 +46,7 @@ class OneTokenLayer:
     def __init__(self, known: dict[Any, LayerForm | None]) -> None:
         """``known``: forms of layers that were tried. Layers that differ only in their weights are tried once."""
         self._known = known
+        self._keys: set[Any] = set()  # of the trials whose results this layer has used
         # ``call``: the thread's _Call. ``refused``: kind of inputs for which the layer has no form
         self._local = threading.local()
 
@@ -88,9 +89,12 @@ class OneTokenLayer:
         """Return the steps of a layer; None if it has hooks that must be called, or no form."""
         with torch._C.DisableTorchFunctionSubclass():
             key = (*kind, *key_of(layer))
-        if key not in self._known:
-            self._known[key] = find_form(layer, *kind, lambda form: _Tried(form).of)
-        form = self._known[key]
+        form = None
+        if key in self._keys or len(self._keys) < MOST_TRIALS:
+            self._keys.add(key)
+            if key not in self._known:
+                self._known[key] = find_form(layer, *kind, lambda form: _Tried(form).of)
+            form = self._known[key]
         if form is None:
             self._local.refused = kind
             return None

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moetier.runtime.kernels.routing import Routing, RoutingForm
-from moetier.runtime.kernels.snapshot import numbers_of
+from moetier.runtime.kernels.snapshot import Trials, numbers_of
 
 from .experts import experts_modules
 
@@ -54,25 +54,25 @@ class OneRowRouter:
     def __init__(self, known: dict[Any, RoutingForm | None]) -> None:
         """``known``: forms of routers that were tried. Routers that differ only in their weights are tried once."""
         self._known = known
-        # by type of rows: the numbers of the router's module, and its choice with them
-        self._routings: dict[torch.dtype, tuple[dict[str, Any], Routing | None]] = {}
+        self._routings: dict[torch.dtype, Trials[Routing]] = {}  # by type of rows
 
     def __deepcopy__(self, _: Any) -> OneRowRouter:
         return OneRowRouter(self._known)
 
     def routing(self, router: Any, dtype: torch.dtype) -> Routing | None:
         """Return the choice of a router for rows of a type; None if compiled code does not have it."""
-        numbers, found = self._routings.get(dtype, (None, None))
-        if numbers is None or not numbers.items() <= vars(router).items():
-            numbers = numbers_of(router)
-            sizes = [(name, tensor.shape, tensor.dtype) for name, tensor in router.state_dict().items()]
-            key = (dtype, plain_class(router), id(getattr(router, "config", None)), *numbers.items(), *sizes)
-            if key not in self._known:
-                self._known[key] = _trial(router, dtype)
-            form = self._known[key]
-            found = None if form is None else Routing(form)
-            self._routings[dtype] = (numbers, found)
-        return found
+        if (trials := self._routings.get(dtype)) is None:
+            trials = self._routings.setdefault(dtype, Trials())
+        return trials.result(router, functools.partial(self._tried, router, dtype))
+
+    def _tried(self, router: Any, dtype: torch.dtype) -> Routing | None:
+        sizes = [(name, tensor.shape, tensor.dtype) for name, tensor in router.state_dict().items()]
+        numbers = numbers_of(router).items()
+        key = (dtype, plain_class(router), id(getattr(router, "config", None)), *numbers, *sizes)
+        if key not in self._known:
+            self._known[key] = _trial(router, dtype)
+        form = self._known[key]
+        return None if form is None else Routing(form)
 
     def of(self, router: Any, x: Tensor, *more: Any) -> tuple[Tensor, Tensor, Tensor] | None:
         """Return logits [1, experts], weights [1, top_k] and experts [1, top_k] of one row x [1, columns].

@@ -8,7 +8,7 @@ from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -23,6 +23,8 @@ from moetier.runtime.kernels.attention import use_decode_attention
 from moetier.runtime.kernels.growing_cache import TOKENS, use_growing_layers
 from moetier.runtime.kernels.norm import use_quick_norms
 from moetier.runtime.kernels.row import use_row_weights
+from moetier.runtime.kernels.snapshot import MOST_TRIALS
+from moetier.runtime.moe import experts, layers
 from moetier.runtime.moe.experts import experts_modules
 from moetier.runtime.moe.layer_forms import LayerForm
 from moetier.runtime.moe.layers import OneTokenLayer, QuickLayer, use_quick_layers
@@ -272,6 +274,42 @@ def test_numbers_that_are_changed_count(model_type: str, part: str, name: str, v
     assert torch.equal(after, wanted)
     assert all(torch.equal(one.values, two.values) for one, two in zip(own.layers, others.layers, strict=True))
     assert torch.equal(after, before) is (name == "num_experts_per_tok")
+
+
+@pytest.mark.parametrize("part", ["mlp.gate", "mlp.experts"])
+def test_a_number_that_becomes_a_tensor_counts(model: Any, part: str, calls: Calls) -> None:
+    holder = model.model.layers[1].get_submodule(part)
+    holder.factor = 2.0
+    before, count = both(model, calls)
+    holder.factor = torch.ones(2)
+    after, again = both(model, calls)
+    assert torch.equal(before, after)
+    assert again == count
+
+
+@pytest.mark.parametrize("part", ["", "mlp.gate", "mlp.experts"])
+def test_a_number_that_changes_with_each_token_ends_trials(
+    model: Any, part: str, calls: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as a counter of calls: else each token would wait for a trial."""
+    spies = Mock(wraps=layers.find_form), Mock(wraps=experts.activation_of)
+    monkeypatch.setattr(layers, "find_form", spies[0])
+    monkeypatch.setattr(experts, "activation_of", spies[1])
+
+    def trials() -> int:
+        return sum(spy.call_count for spy in spies)
+
+    layer = model.model.layers[1]
+    holder = layer.get_submodule(part)
+    holder.count = 0
+    both(model, calls)
+    layer.register_forward_pre_hook(lambda *_: setattr(holder, "count", holder.count + 1))
+    before = trials()
+    decode(model, IDS * 3)
+    after = trials()
+    assert before < after <= before + 2 * MOST_TRIALS
+    assert both(model, calls)[1] == STEPS * (model.config.num_hidden_layers - 1)
+    assert trials() == after
 
 
 @pytest.mark.parametrize(("name", "value"), [("limit", 0.1), ("alpha", 0.5), ("act_fn", torch.nn.GELU())])

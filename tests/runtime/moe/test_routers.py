@@ -11,9 +11,10 @@ import torch
 from architectures import FURTHER, REQUIRED, TYPES, tiny_model
 from torch import Tensor
 
+from moetier.runtime.kernels.snapshot import MOST_TRIALS
 from moetier.runtime.model.load import load
 from moetier.runtime.moe.experts import experts_modules
-from moetier.runtime.moe.routers import QuickRouter, argument_names, use_quick_routers
+from moetier.runtime.moe.routers import OneRowRouter, QuickRouter, argument_names, use_quick_routers
 
 # types whose routers are not computed so: they have more parts, or other functions
 OTHERS = {
@@ -153,6 +154,23 @@ def test_a_router_that_does_more_is_not_taken_for_another() -> None:
     use_quick_routers(model)
     assert router not in routers(model)
     assert len(routers(model)) == len(experts_modules(model)) - 1
+
+
+def test_a_router_whose_numbers_keep_changing_is_tried_no_more() -> None:
+    """It keeps its own code, also with numbers that were tried."""
+    model = tiny_model("qwen3_moe", torch.float32)
+    use_quick_routers(model)
+    router, known = routers(model)[0], dict[Any, Any]()
+    quick = OneRowRouter(known)
+    for count in range(100):
+        router.count = count % MOST_TRIALS
+        assert quick.routing(router, torch.float32) is not None
+    for count in range(100):
+        router.count = count + MOST_TRIALS
+        assert quick.routing(router, torch.float32) is None
+    assert len(known) == MOST_TRIALS
+    router.count = 0
+    assert quick.routing(router, torch.float32) is None
 
 
 def test_a_type_is_tried_when_it_comes() -> None:
