@@ -107,7 +107,7 @@ def details(timing: Timing, tiers: Tiers) -> str:
         lines += _predictions(tiers.speculation.stats(), stats)
     if tiers.learns:
         host = stats[0]
-        lines.append(line("learned", f"{host.warmed} experts read beforehand, {host.recalled} of them used"))
+        lines.append(line("preloaded", f"{host.warmed} experts, {host.recalled} of them used"))
     return "\n".join(lines)
 
 

@@ -115,7 +115,7 @@ def _text(address: Address, described: DescribeReply, stats: StatsReply) -> str:
             f"{host.misses:,} misses, {host.joined:,} waited for a read already under way",
             f"  reads     {format_bytes(host.bytes_in)}, {host.evictions:,} evictions, {host.failures:,} failures",
             f"  prefetch  {prefetch_text(host)}",
-            *([f"  learned   {host.warmed:,} read beforehand, {host.recalled:,} of them used"] if host.warmed else []),
+            *([f"  preloaded {host.warmed:,} experts, {host.recalled:,} of them used"] if host.warmed else []),
             f"  clients   {model.clients}, {model.sessions} with a session, {model.leases} slots leased",
             f"  sessions  {model.requests:,} requests, {model.used:,} hits reported, "
             f"{format_bytes(model.session_bytes_in)} in, {format_bytes(model.session_bytes_out)} out",

@@ -270,7 +270,7 @@ def prefetches(host: Tier) -> Text:
         text.append("■ ", colour).append(f"{name} ", "dim").append(f"{count:,}  ")
     text.append(f"\n{host.prefetched:,} read, {host.saved_seconds:.1f} s of waiting saved", "dim")
     if host.warmed:
-        text.append(f"\n{host.warmed:,} read beforehand, {host.recalled:,} of them used", "dim")
+        text.append(f"\n{host.warmed:,} preloaded, {host.recalled:,} of them used", "dim")
     return text
 
 

@@ -204,7 +204,7 @@ def test_the_next_run_begins_with_what_was_used_most(scripts: Prepared, tinymix_
     assert hits + misses == host["hits"] + host["misses"]
     assert misses < host["misses"]  # how many fewer: how far the warm-up got before the first demand came
     last = result.stderr.splitlines()[-1]
-    said = re.fullmatch(r"learned   (\d+) experts read beforehand, (\d+) of them used", last)
+    said = re.fullmatch(r"preloaded (\d+) experts, (\d+) of them used", last)
     assert said is not None
     assert int(said[1]) >= int(said[2]) > 0
 

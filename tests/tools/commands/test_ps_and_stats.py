@@ -229,6 +229,20 @@ def test_the_outcomes_of_prefetches(daemon: DaemonProcess, store: tuple[Path, Ma
         assert "prefetch 2 read, 1 useful, 0 late, 0 wasted; 0 cancelled;" in " ".join(said(runtime, "stats").split())
 
 
+def test_experts_that_were_read_as_all_fit(store: tuple[Path, Manifest], runtime: Path) -> None:
+    with (
+        running_daemon(store[0], ram=24 * SLOT, folder=runtime / "moetier/default") as daemon,
+        RawClient(daemon.folder, store[1]) as client,
+    ):
+        for block in range(3):
+            client.acquire(block + 1, block, [0, 1, 2, 3])
+            for _ in range(4):
+                client.granted()
+            client.release(block + 1)
+        daemon.wait_for("host.ready == 24")
+        assert "  preloaded 12 experts, 0 of them used\n" in said(runtime, "stats")
+
+
 def test_every_counter_of_the_contract_is_in_the_json(daemon: DaemonProcess, runtime: Path) -> None:
     model = daemon.stats()
     (found,) = json.loads(said(runtime, "stats", "--json"))["models"]
