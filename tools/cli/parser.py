@@ -220,7 +220,7 @@ def directory(text: str) -> str | Path:
 
 
 def file_or_address(text: str) -> str:
-    """Return ``text`` unchanged. As an argparse type it marks an argument that is a file or a daemon's address."""
+    """Return ``text`` unchanged. As an argparse type it marks an argument that is a file, a folder or an address."""
     return text
 
 

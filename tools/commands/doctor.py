@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moetier.tools.cli.parser import directory
+from moetier.tools.cli.parser import DIRECTORY, directory
 
 if TYPE_CHECKING:
     from moetier.tools.doctor.machine import Finding
@@ -29,8 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=directory,
         nargs="?",
         metavar="DIR",
-        help="a model directory or pulled model to check, with its disk (default: check the disk of the current "
-        "folder)",
+        help=f"what to check, with its disk: {DIRECTORY} (default: check the disk of the current folder)",
     )
     parser.add_argument("--checksums", action="store_true", help="read every byte of DIR, as moetier verify does")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

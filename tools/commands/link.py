@@ -7,14 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from moetier.runtime.config import format_bytes
-from moetier.tools.cli.parser import directory
+from moetier.tools.cli.parser import file_or_address
 
 EXAMPLES = ("moetier link ./Qwen3-30B-A3B", "moetier link ./Qwen3-30B-A3B-Q4_K_M.gguf --cache")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `moetier link`."""
-    parser.add_argument("directory", type=directory, metavar="DIR", help="a checkpoint's folder, or a GGUF file")
+    parser.add_argument("directory", type=file_or_address, metavar="DIR", help="a checkpoint's folder, or a GGUF file")
     parser.add_argument(
         "--cache",
         action="store_true",
@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     folder = Path(arguments.directory)
     if not is_checkpoint(folder):
         raise ConfigError(
-            f"{folder} is neither a checkpoint in safetensors nor a GGUF file.",
+            f"{arguments.directory} is neither the folder of a checkpoint in safetensors nor a GGUF file.",
             "Name the folder of its config.json, or a .gguf file.",
         )
     with lean_imports():

@@ -82,7 +82,8 @@ def health(directory: Path, *, checksums: bool) -> Iterator[Finding]:
     from moetier.runtime.checkpoint.experts import open_copy
     from moetier.tiers.extents.link import scrub_rest
     from moetier.tiers.extents.reader import ExtentStore
-    from moetier.tiers.store.folder import command
+    from moetier.tiers.objects.fetch import cache_of
+    from moetier.tiers.store.folder import CACHE, command
     from moetier.tiers.store.scrub import READS, scrub, scrub_trunk
 
     from .survey import MEND, survey
@@ -100,7 +101,8 @@ def health(directory: Path, *, checksums: bool) -> Iterator[Finding]:
             yield warn("store", f"{what}; without checksums", f"Make them: {command('link', directory)}")
             return
         if not checksums:
-            verify = command("verify", directory)
+            is_fetched = (directory / CACHE).exists()  # from an address in an object store
+            verify = command("verify", cache_of(directory)[0] if is_fetched else directory)
             yield ok("store", f"{what}; every file has its size; the bytes were not read ({verify} reads them)")
             return
         others = scrub_rest(store) if isinstance(store, ExtentStore) else scrub_trunk(directory, store.manifest, {})

@@ -140,9 +140,12 @@ def test_a_plan_for_weights_of_4_bits_keeps_them(
 def test_what_is_no_checkpoint_is_refused(
     tmp_path: Path, tinymix_4bit: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for folder in (tmp_path, tinymix_4bit):
-        assert main(["link", str(folder)]) == 1
-        assert f"{folder} is neither a checkpoint in safetensors nor a GGUF file." in capsys.readouterr().err
+    """An address is named as it was given, and nothing is fetched from it."""
+    for source in (str(tmp_path), str(tinymix_4bit), f"file://{tinymix_4bit}", "no-such-model"):
+        assert main(["link", source]) == 1
+        said = f"{source} is neither the folder of a checkpoint in safetensors nor a GGUF file."
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "cache").exists()
 
 
 def test_the_table_lies_beside_the_checkpoint(

@@ -49,6 +49,16 @@ def test_verify_names_what_is_altered(server: FolderServer, capsys: pytest.Captu
     assert "1 bad" in said
 
 
+def test_doctor_names_the_address(server: FolderServer, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whether experts are still to be fetched or not."""
+    for _ in range(2):
+        assert main(["doctor", server.address, "--json"]) == 0
+        (found,) = [each for each in json.loads(capsys.readouterr().out)["findings"] if each["name"] == "store"]
+        assert f"(moetier verify {server.address} reads them)" in found["found"]
+        assert main(["verify", server.address]) == 0
+        capsys.readouterr()
+
+
 def test_plan_says_how_long_a_cold_start_takes(
     server: FolderServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
