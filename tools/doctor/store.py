@@ -14,6 +14,7 @@ from .machine import Finding, fail, ok, warn
 
 if TYPE_CHECKING:
     from moetier.runtime.memory import Available
+    from moetier.tools.plan.fit import Fit
 
 SLOW = 0.3e9  # bytes a second; hard disks and network disks are slower
 LEAST_MEMORY = 1536 << 20  # bytes that should be left for a model
@@ -43,8 +44,11 @@ def memory(directory: Path | None, root: Path = Path("/")) -> Iterator[Finding]:
         yield warn("memory", found, "Free some memory, or raise the control group's limit.")
 
 
-def _memory_for(directory: Path, left: Available, found: str) -> Finding:
-    """Compare the memory that is left with what the model needs, as ``moetier plan`` does. Raises MoetierError."""
+def _fit(directory: Path, left: Available) -> tuple[Fit, int]:
+    """Return how the model fits into the memory that is left, and the tokens of its context, as ``moetier plan`` does.
+
+    Raises MoetierError.
+    """
     from moetier.tools.cli.loading import lean_imports
 
     with lean_imports():
@@ -53,7 +57,6 @@ def _memory_for(directory: Path, left: Available, found: str) -> Finding:
         from moetier.runtime.config import TierConfig
         from moetier.runtime.kernels.choose import kernels_for
         from moetier.runtime.model.load import place_of
-        from moetier.tiers.cache.budget import smallest_budget
         from moetier.tools.plan.choices import open_choices
         from moetier.tools.plan.fit import Room, fit_of
 
@@ -61,12 +64,32 @@ def _memory_for(directory: Path, left: Available, found: str) -> Finding:
         model_choices = open_choices(directory)
     config = TierConfig.of(context=model_choices.context)
     choice = next((each for each in model_choices.choices if each.as_it_is), model_choices.choices[0])
-    fit = fit_of(model_choices, choice, config, Room.here(device, directory, left, 0), kernels_for(device))
+    room = Room.here(device, directory, left, 0)
+    return fit_of(model_choices, choice, config, room, kernels_for(device)), config.context
+
+
+def _all_fit(directory: Path, root: Path) -> bool:
+    """Return whether all experts fit into memory by default."""
+    from moetier.runtime.memory import memory_for_model
+    from moetier.tiers.errors import MoetierError
+
+    try:
+        return _fit(directory, memory_for_model(root))[0].all_resident
+    except (MoetierError, OSError):  # the check of the store reports it
+        return False
+
+
+def _memory_for(directory: Path, left: Available, found: str) -> Finding:
+    """Compare the memory that is left with what the model needs. Raises MoetierError."""
+    from moetier.tiers.cache.budget import smallest_budget
+
+    fit, context = _fit(directory, left)
+    choice = fit.choice
     if fit.problem is not None:
         return fail("memory", f"{found}. {fit.problem.cause}", f"{fit.problem.fix} Or convert the model to fewer bits.")
     smallest, largest = map(format_bytes, (smallest_budget(choice.manifest), choice.manifest.stored_bytes))
     text = (
-        f"{found}; the trunk takes {format_bytes(choice.trunk_bytes)}, a context of {config.context} tokens and "
+        f"{found}; the trunk takes {format_bytes(choice.trunk_bytes)}, a context of {context} tokens and "
         f"computing {format_bytes(fit.needs.reserve)}, experts {smallest} to {largest}: by default "
         f"{format_bytes(fit.arena_bytes)}, {fit.slot_count} of {choice.manifest.record_count}"
     )
@@ -112,11 +135,12 @@ def health(directory: Path, *, checksums: bool) -> Iterator[Finding]:
             yield ok("store", f"{what}; every byte is as it was written")
 
 
-def disk(directory: Path | None, seconds: float) -> Iterator[Finding]:
+def disk(directory: Path | None, seconds: float, root: Path = Path("/")) -> Iterator[Finding]:
     """Check whether files can be read past the page cache, and measure random reads for ``seconds``.
 
     The reads are from the records of ``directory`` or, if it is None, from a temporary file in the current folder.
-    Raises StoreError if there are no records, and OSError if a file can't be read or written.
+    ``root`` is as in ``memory``. Raises StoreError if there are no records, and OSError if a file can't be read or
+    written.
     """
     from moetier.tiers.errors import TargetError
     from moetier.tiers.source import LOADERS
@@ -144,6 +168,7 @@ def disk(directory: Path | None, seconds: float) -> Iterator[Finding]:
     size = format_bytes(reads.block_bytes)
     found = f"{rate / 1e9:.2f} GB/s, random reads of {size}, {LOADERS} at a time, by {reads.by}"
     if rate < SLOW:
-        yield warn("disk", found, "Put model directories on an SSD, or give experts more memory: --ram.")
+        more = "" if directory is not None and _all_fit(directory, root) else ", or give experts more memory: --ram"
+        yield warn("disk", found, f"Put model directories on an SSD{more}.")
     else:
         yield ok("disk", found)

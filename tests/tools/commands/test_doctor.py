@@ -105,29 +105,46 @@ def test_a_byte_that_was_flipped_is_found_by_checksums(store: Path) -> None:
     assert (found.state, "checksum" in found.found) == (State.FAIL, True)
 
 
-def test_a_control_group_that_is_too_small(tinymix_4bit: Path, tmp_path: Path) -> None:
-    """Of version 2, as the kernel shows it. The trunk and the fewest experts would fit twice: keys and values, what is
-    computed in, and margins do not."""
-    group = tmp_path / "root/sys/fs/cgroup/job"
-    group.mkdir(parents=True)
-    (tmp_path / "root/proc/self").mkdir(parents=True)
-    (tmp_path / "root/proc/self/cgroup").write_text("0::/job\n")
-    for name, text in (("memory.max", "15000000"), ("memory.current", "0"), ("memory.stat", "anon 0")):
+def control_group(folder: Path, memory: int) -> Path:
+    """The root of a file system in which the kernel shows a control group (version 2) of so many bytes."""
+    group = folder / "root/sys/fs/cgroup/job"
+    for made in (group, folder / "root/proc/self"):
+        made.mkdir(parents=True, exist_ok=True)
+    (folder / "root/proc/self/cgroup").write_text("0::/job\n")
+    for name, text in (("memory.max", str(memory)), ("memory.current", "0"), ("memory.stat", "anon 0")):
         (group / name).write_text(text)
-    (found,) = doctor_store.memory(tinymix_4bit, tmp_path / "root")
+    return folder / "root"
+
+
+def test_a_control_group_that_is_too_small(tinymix_4bit: Path, tmp_path: Path) -> None:
+    """The trunk and the fewest experts would fit twice: keys and values, what is computed in, and margins do not."""
+    root = control_group(tmp_path, 15_000_000)
+    (found,) = doctor_store.memory(tinymix_4bit, root)
     assert (found.state, "the control group /job" in found.found) == (State.FAIL, True)
     assert re.search(
         r"a context of 2048 tokens .* the experts that a token uses in a block \(440 KiB\) need", found.found
     )
-    (group / "memory.max").write_text("80000000")
-    (found,) = doctor_store.memory(tinymix_4bit, tmp_path / "root")
+    (found,) = doctor_store.memory(tinymix_4bit, control_group(tmp_path, 80_000_000))
     assert (found.state, "experts 440 KiB to 13.75 MiB: by default 13.75 MiB, 64 of 64" in found.found) == (
         State.OK,
         True,
     )
-    (group / "memory.max").write_text("1024")
-    (found,) = doctor_store.memory(None, tmp_path / "root")
+    (found,) = doctor_store.memory(None, control_group(tmp_path, 1024))
     assert found.state is State.WARN
+
+
+@pytest.mark.parametrize(("memory", "advised"), [(80_000_000, False), (45_000_000, True)])
+def test_more_memory_is_advised_for_a_slow_disk_only_if_it_helps(
+    tinymix_4bit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: int, advised: bool
+) -> None:
+    monkeypatch.setattr(doctor_store, "SLOW", 1e15)
+    monkeypatch.setattr("moetier.runtime.memory.PROCESS_BYTES", 0)  # whatever this process has imported
+    root = control_group(tmp_path, memory)
+    (about_memory,) = doctor_store.memory(tinymix_4bit, root)
+    assert ("64 of 64" not in about_memory.found) is advised
+    *_, found = doctor_store.disk(tinymix_4bit, SECONDS, root)
+    assert (found.name, found.state) == ("disk", State.WARN)
+    assert ("--ram" in found.advice) is advised
 
 
 @pytest.mark.slow
