@@ -44,10 +44,11 @@ def run(arguments: argparse.Namespace) -> int:
     """Deploy the model, or replace the one that is deployed, and return 0 once it is ready. Raises MoetierError."""
     arguments.threads = arguments.threads or usable_cpus()
     built = application(arguments)
-    from moetier.tools.ray.deploy import deploy
+    from moetier.tools.ray.deploy import connect, deploy
 
     key = api_key(arguments.api_key_file)
+    connect(arguments.threads)
     waited = f"replicas of {plain(arguments.model)} run"
     print(f"ray: waiting until {waited}, which may take minutes ...", file=sys.stderr, flush=True)
-    print(f"http://{deploy(built, arguments.host, arguments.port, cpus=arguments.threads, key=key)}/v1")
+    print(f"http://{deploy(built, arguments.host, arguments.port, key=key)}/v1")
     return 0

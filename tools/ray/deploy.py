@@ -18,23 +18,8 @@ NAME = "moetier"  # of the application; deploying again replaces it
 PROXIES = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "moetier.ray.session_ids"}  # proxies inherit the controller's
 
 
-def deploy(application: Any, host: str, port: int, *, cpus: int, key: str | None) -> Address:
-    """Deploy the application, or replace the one that an earlier call has deployed, and wait until it runs.
-
-    Args:
-        application: what ``application`` returns.
-        host: address on which Ray Serve listens if it does not run yet.
-        port: its port.
-        cpus: number of CPUs that each replica needs.
-        key: the API key; None: there is none.
-
-    Returns:
-        The address on which Ray Serve listens.
-
-    Raises:
-        MoetierError: there is no cluster, no node has so many CPUs, other machines can reach Ray Serve and there is no
-            key, or the application can't run.
-    """
+def connect(cpus: int) -> None:
+    """Connect this process to the cluster. Raises ConfigError if there is none, or no node has ``cpus`` CPUs."""
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
         ray.init("auto", log_to_driver=False, logging_level=logging.ERROR)
@@ -48,6 +33,25 @@ def deploy(application: Any, host: str, port: int, *, cpus: int, key: str | None
         raise ConfigError(
             f"A replica needs {cpus} CPUs, and no node of the cluster has more than {most}.", f"Give --threads {most}."
         )
+
+
+def deploy(application: Any, host: str, port: int, *, key: str | None) -> Address:
+    """Deploy the application, or replace the one that an earlier call has deployed, and wait until it runs.
+
+    Call ``connect`` first.
+
+    Args:
+        application: what ``application`` returns.
+        host: address on which Ray Serve listens if it does not run yet.
+        port: its port.
+        key: the API key; None: there is none.
+
+    Returns:
+        The address on which Ray Serve listens.
+
+    Raises:
+        MoetierError: other machines can reach Ray Serve and there is no key, or the application can't run.
+    """
     serve.start(http_options={"host": host, "port": port}, controller_options={"runtime_env": {"env_vars": PROXIES}})
     found = _get_global_client().http_config  # if Ray Serve has run before, it stays where it is
     host = f"[{found.host}]" if ":" in found.host else found.host
