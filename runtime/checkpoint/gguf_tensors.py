@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 EXPERTS = re.compile(r"blk\.(?P<layer>\d+)\.ffn_(?P<part>gate|up|down|gate_up)_exps\.(?P<kind>weight|bias)")
+DAMAGED = "Download the file again, or use the model's checkpoint in safetensors."
 FLOATS = {"BF16": "bfloat16", "F16": "float16"}  # types of weights that records hold as they are
 
 
@@ -68,7 +69,10 @@ class GgufTensor:
         return replace(self, stored=self.stored.slice(index), shape=self.shape[1:])
 
     def read(self, first: int = 0, count: int | None = None) -> torch.Tensor:
-        """Read ``count`` rows of the leading dimension, from row ``first`` on, into a new tensor [count, ...]."""
+        """Read ``count`` rows of the leading dimension, from row ``first`` on, into a new tensor [count, ...].
+
+        Raises CheckpointError if the tensor's shape in the file does not fit the model.
+        """
         count = self.shape[0] - first if count is None else count
         dtype: torch.dtype = getattr(torch, self.dtype)
         if self.order is not None:
@@ -77,9 +81,24 @@ class GgufTensor:
             raw = self.stored.read(begin, int(rows.max()) + 1 - begin if count else 0)
             return dequantised(raw[torch.from_numpy(rows - begin)], self.kind, dtype)
         if self.change is not None:
-            whole = self.change(dequantised(self.stored.read(), self.kind, torch.float32))
+            whole = self._whole(self.change)
             return whole[first : first + count].to(dtype).contiguous()
         return dequantised(self.stored.read(first, count), self.kind, dtype)
+
+    def _whole(self, change: Change) -> torch.Tensor:
+        """Read the whole tensor, changed, in fp32. Raises CheckpointError as ``read``."""
+        weights = dequantised(self.stored.read(), self.kind, torch.float32)
+        try:
+            if (changed := change(weights)).shape == self.shape:
+                return changed
+            why = f"it becomes {list(changed.shape)}"
+        except (IndexError, ValueError, RuntimeError) as error:
+            why = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{self.stored.file}: {self.stored.name} of shape {list(weights.shape)} can't be made the model's "
+            f"{list(self.shape)} ({why}).",
+            DAMAGED,
+        )
 
 
 @dataclass(frozen=True)
@@ -92,7 +111,9 @@ class GgufExperts:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the parameter."""
+        """Shape of the parameter, or of a tensor that has only one dimension, which no parameter has."""
+        if len(self.tensors[0].shape) < 2:
+            return self.tensors[0].shape
         experts, rows, *columns = self.tensors[0].shape
         rows *= len(self.tensors)
         return (experts, *columns, rows) if self.transposed else (experts, rows, *columns)
@@ -191,14 +212,14 @@ def _check(
         raise CheckpointError(
             f"{checkpoint.folder} has no tensor for {missing[0]}"
             + (f" and {len(missing) - 1} more." if missing[1:] else "."),
-            "Download the file again, or use the model's checkpoint in safetensors.",
+            DAMAGED,
         )
     for name, tensor in found.items():
         if name in state and tensor.shape != tuple(state[name].shape):
             raise CheckpointError(
                 f"{checkpoint.folder}: {tensor.parts[0].name} has the shape {list(tensor.shape)}, and {name} "
                 f"{list(state[name].shape)}.",
-                "Download the file again, or use the model's checkpoint in safetensors.",
+                DAMAGED,
             )
 
 
@@ -225,9 +246,10 @@ def _tensor(checkpoint: GgufFile, name: str, stored: StoredTensor, dtype: str) -
 def _changed(tensor: GgufTensor, change: Change | None, shape: tuple[int, ...]) -> GgufTensor:
     """Return a tensor of ``shape`` to which ``change`` is applied when it is read.
 
-    If ``change`` only reorders rows, the result has the ``order``: then some rows can be read without the others.
+    If ``change`` only reorders rows, the result has the ``order``: then some rows can be read without the others. If
+    the tensor has more or fewer numbers than ``shape``, it is returned as it is.
     """
-    if change is None:
+    if change is None or math.prod(tensor.shape) != math.prod(shape):
         return tensor
     if len(tensor.shape) == 2:
         rows = torch.arange(tensor.shape[0], dtype=torch.float32)[:, None]
@@ -240,8 +262,6 @@ def _changed(tensor: GgufTensor, change: Change | None, shape: tuple[int, ...]) 
         if moved.shape == rows.shape and torch.equal(moved.sort(0).values, rows):
             order = moved.flatten().long().numpy()
             return GgufTensor(tensor.stored, tensor.kind, tensor.shape, tensor.dtype, change, order)
-    elif math.prod(tensor.shape) == 0:
-        return tensor
     return GgufTensor(tensor.stored, tensor.kind, shape, tensor.dtype, change)
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import random
+import re
+import struct
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +213,31 @@ def test_what_can_t_be_used_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match="stored in Q5_1") as caught:
         load(dense)
     assert "moetier convert" in caught.value.fix
+
+
+Shapes = Callable[[tuple[int, ...]], tuple[int, ...]]
+OTHERS: list[tuple[str, Shapes]] = [
+    ("blk.0.attn_norm.weight", lambda shape: (shape[0] // 2,)),
+    ("blk.0.attn_q.weight", lambda shape: (shape[1],)),
+    ("blk.0.attn_q.weight", lambda shape: (1, *shape)),
+    ("blk.0.ffn_gate_inp.weight", lambda shape: (shape[0] - 1, shape[1])),
+    ("blk.1.ffn_down_exps.weight", lambda shape: (shape[2],)),
+    ("blk.1.ffn_down_exps.weight", lambda shape: shape[1:]),
+]
+
+
+@pytest.mark.parametrize(("name", "shaped"), OTHERS)
+def test_a_tensor_of_another_shape_is_refused_by_name(name: str, shaped: Shapes, tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "model.gguf", tiny_weights("qwen3moe"), mostly("Q8_0", "Q4_0"))
+    data, written = path.read_bytes(), struct.pack("<Q", len(name)) + name.encode()
+    end = store_gguf.read_gguf(path).nbytes
+    at = data.index(written) + len(written)
+    (count,) = struct.unpack_from("<I", data, at)
+    other = shaped(struct.unpack_from(f"<{count}Q", data, at + 4)[::-1])
+    header = data[:at] + struct.pack(f"<I{len(other)}Q", len(other), *other[::-1]) + data[at + 4 + 8 * count : end]
+    path.write_bytes(header + bytes(-len(header) % 32) + data[end + -end % 32 :])
+    with pytest.raises(CheckpointError, match=re.escape(name)):
+        load(path)
 
 
 def test_without_the_package_it_says_how_to_install_it(tmp_path: Path) -> None:
