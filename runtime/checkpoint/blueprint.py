@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TOP_K = ("top_k", "num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k", "num_experts_per_token")
+MAX_LAYERS = 1000  # most layers of a model or of a part of it; Llama 3.1 405B has 126
 
 
 def build_on_meta(config: Mapping[str, Any], first_dtype: str | None) -> tuple[PreTrainedModel, torch.dtype]:
@@ -47,6 +48,7 @@ def build_on_meta(config: Mapping[str, Any], first_dtype: str | None) -> tuple[P
     Raises UnsupportedModelError if transformers lacks the class or does not know its experts, and CheckpointError if
     the model can't be built from ``config``.
     """
+    _check_depth(config)
     model_type = str(config.get("model_type"))
     architecture = str((config.get("architectures") or [None])[0])
     made_by = getattr(transformers, architecture, None)
@@ -82,6 +84,18 @@ def build_on_meta(config: Mapping[str, Any], first_dtype: str | None) -> tuple[P
             _supported(),
         )
     return model, dtype
+
+
+def _check_depth(config: Mapping[str, Any]) -> None:
+    """Raise CheckpointError if a model or a part of it would have more than MAX_LAYERS layers: each takes memory."""
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            _check_depth(value)
+        elif name.endswith("layers") and isinstance(value, int) and value > MAX_LAYERS:
+            raise CheckpointError(
+                f"By its config, the model has {value:,} layers ({name}). moetier reads at most {MAX_LAYERS:,}.",
+                "Download the checkpoint again.",
+            )
 
 
 def _supported() -> str:

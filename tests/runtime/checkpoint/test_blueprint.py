@@ -201,6 +201,14 @@ def test_a_config_that_transformers_can_not_build_is_refused(tmp_path: Path) -> 
         convert(source, tmp_path / "dst")
 
 
+@pytest.mark.parametrize("place", ["num_hidden_layers", "vision_config"])
+def test_a_config_with_endless_layers_is_refused(tmp_path: Path, place: str) -> None:
+    source = save_checkpoint(tmp_path / "src")
+    edit_json(source / "config.json", **{place: 1 << 40 if place == "num_hidden_layers" else {"num_layers": 1 << 40}})
+    with pytest.raises(CheckpointError, match="1,099,511,627,776 layers"):
+        convert(source, tmp_path / "dst")
+
+
 def test_what_is_kept_for_each_expert_and_unknown_is_refused(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(save_checkpoint(tmp_path / "src"))
     model, dtype = build_on_meta(checkpoint.config, None)
