@@ -64,9 +64,17 @@ class Checkpoint:
 
     @property
     def quantization(self) -> Mapping[str, Any] | None:
-        """The quantization_config in the config or in its text_config; None if there is none."""
+        """The quantization_config in the config or in its text_config; None if there is none.
+
+        Raises CheckpointError if it is no JSON object.
+        """
         places = (self.config, self.config.get("text_config") or {})
-        return next((found for place in places if (found := place.get("quantization_config"))), None)
+        found = next((found for place in places if (found := place.get("quantization_config"))), None)
+        if not isinstance(found, Mapping | None):
+            raise CheckpointError(
+                f"The quantization_config of {self.name} is not a JSON object.", "Download the checkpoint again."
+            )
+        return found
 
     @property
     def first_dtype(self) -> str | None:

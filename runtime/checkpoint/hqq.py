@@ -231,12 +231,16 @@ def _requantised(weight: str, groups: int, codes: StoredTensor, scale: StoredTen
 
 
 def _sizes_of_mixtral(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
-    """Return the rows and columns of Mixtral's matrices, by the last parts of their paths; {} for another model."""
-    if config.get("model_type") != "mixtral":
-        return {}
+    """Return the rows and columns of Mixtral's matrices, by the last parts of their paths.
+
+    Return {} if the config is of another model, or does not name all sizes.
+    """
     names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
-    hidden, inner, heads, shared = (int(config[name]) for name in names)
-    head = int(config.get("head_dim") or hidden // heads)
+    sizes = [size for name in names if isinstance(size := config.get(name), int) and size > 0]
+    if config.get("model_type") != "mixtral" or len(sizes) < len(names):
+        return {}
+    hidden, inner, heads, shared = sizes
+    head = config.get("head_dim") or hidden // heads
     queries, keys = heads * head, shared * head
     return {
         "w1": (inner, hidden),

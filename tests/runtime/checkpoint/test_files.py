@@ -179,6 +179,13 @@ def test_a_config_that_is_none_is_refused(source: Path, text: str) -> None:
         open_checkpoint(source)
 
 
+@pytest.mark.parametrize("value", ["fp8", 3, [{"quant_method": "fp8"}]])
+def test_a_quantization_config_that_is_none_is_refused(source: Path, tmp_path: Path, value: object) -> None:
+    edit_json(source / "config.json", quantization_config=value)
+    with pytest.raises(CheckpointError, match=r"quantization_config of .* is not a JSON object"):
+        convert(source, tmp_path / "dst")
+
+
 def test_a_folder_without_config_or_weights_is_refused(source: Path, tmp_path: Path) -> None:
     for path in source.glob("*.safetensors*"):
         path.unlink()

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import ordinary_model, save_checkpoint, stored_experts, trunk_tensors
+from checkpoints import edit_json, ordinary_model, save_checkpoint, stored_experts, trunk_tensors
 from zero_point_checkpoints import AWQ, GPTQ, HQQ, awq, gptq, hqq, quantise, quantise_as_mixtral_offloading
 
 import moetier
 from moetier.runtime.moe.experts import experts_modules
-from moetier.tiers.errors import UnsupportedModelError
+from moetier.tiers.errors import CheckpointError, UnsupportedModelError
 from moetier.tiers.layout import ZERO_POINTS, ExpertKey
 from moetier.tiers.quant.codec import decode
 from moetier.tiers.store.reader import ExpertStore
@@ -84,6 +84,14 @@ def test_mixtral_offloading(tmp_path: Path) -> None:
     source = save_checkpoint(tmp_path / "src", shards=1)
     quantise_as_mixtral_offloading(source, tmp_path / "plain")
     same_as_plain(source, tmp_path / "plain", tmp_path)
+
+
+def test_a_config_of_mixtral_offloading_without_a_size_is_refused(tmp_path: Path) -> None:
+    source = save_checkpoint(tmp_path / "src", shards=1)
+    quantise_as_mixtral_offloading(source, tmp_path / "plain")
+    edit_json(source / "config.json", num_key_value_heads=None)
+    with pytest.raises(CheckpointError, match="no such matrix"):
+        convert(source, tmp_path / "dst")
 
 
 def logits(model: Any) -> torch.Tensor:
