@@ -34,9 +34,9 @@ class FolderServer:
     """Serves ``folder`` as http://127.0.0.1:PORT/, with ranges. ``fault`` says how it answers a GET of a name:
 
     "short": closes the connection after half of the body; "little": a range of half the length; "range": another range;
-    "whole": 200 and the whole file; "endless": a body without end; "redirect": to ``elsewhere``; "altered": with a bit
-    flipped; "error": 503, to a PUT too; "refused": 403; "slow": after ``seconds``; "drop": closes the connection.
-    "": as it should.
+    "whole": 200 and the whole file; "endless": a body, or a list, without end; "redirect": to ``elsewhere``; "altered":
+    with a bit flipped; "error": 503, to a PUT too; "refused": 403; "slow": after ``seconds``; "drop": closes the
+    connection. "": as it should.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -151,7 +151,16 @@ class FolderServer:
             for key, size in sizes.items()
             if key.startswith(prefix)
         )
-        data = f"<ListBucketResult>{entries}<IsTruncated>false</IsTruncated></ListBucketResult>".encode()
+        more = "false</IsTruncated>"
+        if self.fault(asked.geturl()) == "endless":
+            number = len(self.gets)
+            more = f"true</IsTruncated><NextContinuationToken>{number}</NextContinuationToken>"
+            entries = "".join(
+                f"<Contents><Key>{prefix}{number}-{each}</Key><Size>1</Size>"
+                "<LastModified>2026-01-01T00:00:00Z</LastModified></Contents>"
+                for each in range(1000)
+            )
+        data = f"<ListBucketResult>{entries}<IsTruncated>{more}</ListBucketResult>".encode()
         handler.send_response(200)
         handler.send_header("Content-Length", str(len(data)))
         handler.end_headers()

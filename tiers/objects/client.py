@@ -29,6 +29,7 @@ DEADLINE = 120.0  # seconds after which a read has failed, with all its retries
 RETRIES = 3  # after errors that may pass
 UPLOAD_RETRIES = 6  # of obstore, which waits 0.1 s and more before each
 BACKOFF_SECONDS = 0.2  # before the first retry; doubled before each further one
+MAX_OBJECTS = 100_000  # most objects that are listed; a model has a few for each of its layers
 CHUNK_BYTES = 1 << 20  # least size of the chunks in which an answer arrives
 # variables that name another endpoint than the provider's own
 ENDPOINTS = {
@@ -136,6 +137,8 @@ class Objects(Closeable):
     def _try(self, name: str, attempt: Callable[[], Result]) -> Result:
         last, delay = time.monotonic() + DEADLINE - ATTEMPT_SECONDS, BACKOFF_SECONDS
         for tries in range(RETRIES + 1):
+            if self._closing.is_set():
+                break
             with self._lock:
                 if tries:
                     self.retries += 1
@@ -153,23 +156,33 @@ class Objects(Closeable):
                     ) from error
                 if tries == RETRIES or time.monotonic() + delay > last:
                     raise StoreReadError(f"{name} at {self.where} can't be read: {_said(error)}.", FIX) from error
-            if self._closing.wait(delay):
-                break
+            self._closing.wait(delay)
             delay *= 2
         raise ClosedError(f"{self.where} was closed.", "Open it again.")
 
     def sizes(self) -> dict[str, int] | None:
         """Return a dictionary from the name of each object to its size in bytes; None if they can't be listed.
 
-        HTTP servers don't list, and credentials may not permit it. Other errors are raised as by ``read``.
+        HTTP servers don't list, and credentials may not permit it. Other errors are raised as by ``read``, and
+        StoreReadError if there are more than MAX_OBJECTS.
         """
+
+        def attempt() -> dict[str, int]:
+            found: dict[str, int] = {}
+            for chunk in self._obstore.list(self._store):
+                found |= {each["path"]: each["size"] for each in chunk}
+                if len(found) > MAX_OBJECTS:
+                    raise StoreReadError(
+                        f"There are more than {MAX_OBJECTS:,} objects at {self.where}.", "Give the address of a model."
+                    )
+            return found
+
         if self.address.startswith("http"):
             return None
         try:
-            listed = self._try("The list of objects", lambda: self._obstore.list(self._store).collect())
+            return self._try("The list of objects", attempt)
         except RefusedReadError:
             return None
-        return {each["path"]: each["size"] for each in listed}
 
     def put(self, name: str, data: bytes | Iterable[bytes]) -> None:
         """Write a whole object: bytes, or pieces, which are uploaded as parts. Until the end the object does not exist.
@@ -191,7 +204,7 @@ class Objects(Closeable):
             raise TargetError(f"{name} at {self.where} can't be removed: {_said(error)}.", FIX) from error
 
     def close(self) -> None:
-        """Let reads that wait for a retry end with ClosedError."""
+        """Let reads that wait for a retry, and later ones, end with ClosedError."""
         self._closing.set()
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from object_servers import served_bucket, served_folder
 
-from moetier.tiers.errors import ConfigError, StoreReadError
+from moetier.tiers.errors import ClosedError, ConfigError, StoreReadError
 from moetier.tiers.objects.client import Objects, _profile
 
 pytest.importorskip("obstore")
@@ -81,3 +81,23 @@ def test_listing_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         server.fault, asked = lambda name: "refused", len(server.gets)
         assert objects.sizes() is None
         assert len(server.gets) == asked + 1
+
+
+def test_a_list_has_at_most_what_is_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moetier.tiers.objects.client.MAX_OBJECTS", 2500)
+    with served_bucket(tmp_path, monkeypatch) as server, Objects("s3://bucket/model") as objects:
+        server.fault = lambda name: "endless"
+        with pytest.raises(StoreReadError, match="more than 2,500 objects at s3://bucket/model"):
+            objects.sizes()
+        assert len(server.gets) < 10
+
+
+def test_what_is_closed_sends_no_request(tmp_path: Path) -> None:
+    (tmp_path / "some").write_bytes(b"here")
+    with served_folder(tmp_path) as server:
+        objects = Objects(server.address)
+        assert objects.read_whole("some", 4) == b"here"
+        objects.close()
+        with pytest.raises(ClosedError):
+            objects.read_whole("some", 4)
+        assert len(server.gets) == 1
