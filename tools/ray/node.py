@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import select
 import subprocess
 import sys
 import threading
@@ -24,6 +25,7 @@ NAMESPACE = "moetier"  # Ray's namespace of the actors
 POLL = 0.5  # seconds between two looks of a replica at a daemon that starts
 BEAT = 10.0  # seconds between two calls of a replica that keeps the daemon
 LINGER = 60.0  # seconds without a call after which the daemon ends
+END = 60.0  # longest time in seconds in which a daemon may end by itself
 RETRY = 2.0  # seconds before a daemon that could not start is started again
 
 # Python with this code and the id of its parent runs Python with the words after them. When the thread that started it
@@ -61,9 +63,12 @@ class Node:
         return fault is not None
 
     def _supervise(self) -> None:
-        while time.monotonic() < self._held_until:
+        while self._is_held:
             self._fault = None
-            self._fault = self._run()
+            try:
+                self._fault = self._run()
+            except (OSError, RuntimeError) as error:  # no descriptor, memory or thread is left
+                self._fault = f"moetier daemon can't be started: {error}"
             if self._fault:
                 time.sleep(RETRY)
         while True:
@@ -71,8 +76,12 @@ class Node:
                 ray.kill(self._actor)
             time.sleep(RETRY)
 
+    @property
+    def _is_held(self) -> bool:
+        return time.monotonic() < self._held_until
+
     def _run(self) -> str | None:
-        """Run a daemon until it dies or is not held. Return why it could not start, or None if it did."""
+        """Run a daemon until it dies or is not held. Return why it ended before it was ready; None if it did not."""
         last: deque[str] = deque(maxlen=2)
         words = [str(os.getpid()), "-m", "moetier", "daemon", *self._words, "--ready-fd", "1"]
         with subprocess.Popen(
@@ -86,19 +95,28 @@ class Node:
             assert daemon.stdout is not None
             assert daemon.stderr is not None
             log = threading.Thread(target=_copy, args=(daemon.stderr, last), name="moetier-daemon-log", daemon=True)
-            log.start()
-            is_ready = bool(daemon.stdout.readline())
-            if is_ready:
-                self._fault = ""
-            while is_ready and time.monotonic() < self._held_until:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    daemon.wait(1.0)
-                    break
-            self._fault = None  # from now on, replicas wait for the next daemon
-            daemon.terminate()
-            status = daemon.wait()
+            try:
+                log.start()
+                has_said = False  # whether there is something to read: that it is ready, or that it has ended
+                while self._is_held and not has_said:
+                    has_said = bool(select.select([daemon.stdout], [], [], 1.0)[0])
+                is_ready = has_said and bool(daemon.stdout.readline())
+                if is_ready:
+                    self._fault = ""
+                while is_ready and self._is_held:
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        daemon.wait(1.0)
+                        break
+                self._fault = None  # from now on, replicas wait for the next daemon
+            finally:
+                daemon.terminate()
+                try:
+                    status = daemon.wait(END)
+                except subprocess.TimeoutExpired:
+                    daemon.kill()
+                    status = daemon.wait()
             log.join()
-        return None if is_ready else f"moetier daemon ended with status {status}: {' '.join(last)}"
+        return None if is_ready or not has_said else f"moetier daemon ended with status {status}: {' '.join(last)}"
 
 
 def _copy(log: IO[str], last: deque[str]) -> None:

@@ -29,7 +29,8 @@ def kill(actor):
 ray.kill = kill
 ray.get_runtime_context = lambda: types.SimpleNamespace(current_actor=None)
 node.LINGER, node.RETRY = 0.2, 0.1  # less than any daemon needs to start
-folder, *words = sys.argv[1:]
+folder, change, *words = sys.argv[1:]
+exec(change)
 actor = node.Node([*words, "--folder", folder])
 try:
     while not actor.hold():
@@ -44,8 +45,8 @@ print("left behind" if card and Path(f"/proc/{card.pid}").exists() else "ended")
 """
 
 
-def actor(*words: str | Path) -> list[str]:
-    command = [sys.executable, "-c", ACTOR, *map(str, words)]
+def actor(folder: Path, *words: str | Path, change: str = "") -> list[str]:
+    command = [sys.executable, "-c", ACTOR, str(folder), change, *map(str, words)]
     return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=PATIENCE).stdout.splitlines()
 
 
@@ -58,6 +59,26 @@ def test_a_daemon_that_can_not_start_is_an_error(tmp_path: Path) -> None:
     assert "ended with status" in fault
     assert "no-model" in fault
     assert end == "ended"
+
+
+def test_a_daemon_for_which_there_is_no_process_is_an_error(tmp_path: Path) -> None:
+    change = "node.sys = types.SimpleNamespace(executable='/nonexistent', stderr=sys.stderr)"
+    fault, end = actor(tmp_path / "daemon", tmp_path / "no-model", change=change)
+    assert "can't be started" in fault
+    assert end == "ended"
+
+
+CHILDREN = """
+node.BOUND = "import time; time.sleep(600)"
+node.Node(words)
+killed.wait()
+print("left behind" if any(each.read_text() for each in Path("/proc/self/task").glob("*/children")) else "ended")
+sys.exit()
+"""
+
+
+def test_a_daemon_that_is_not_held_while_it_starts_ends(tmp_path: Path) -> None:
+    assert actor(tmp_path / "daemon", "model", change=CHILDREN) == ["ended"]
 
 
 @pytest.mark.parametrize("is_parent", [True, False])
