@@ -70,7 +70,8 @@ class OptionsParser(CommandParser):
 def parsed(options: Mapping[str, Any]) -> argparse.Namespace:
     """Return the options of an application, which are given by name, as the command line returns them.
 
-    Values may be texts, as `serve run` gives them. Raises ConfigError for an unknown option and an invalid value.
+    Values may be texts, as `serve run` gives them; None stands for the default. Raises ConfigError for an unknown
+    option and an invalid value.
     """
     parser = OptionsParser(prog="moetier ray")
     add_application_arguments(parser)
@@ -79,9 +80,13 @@ def parsed(options: Mapping[str, Any]) -> argparse.Namespace:
         flag = name.replace("_", "-")
         if name == "model":
             words.append(str(value))
+        elif value is None:
+            continue
         elif name in OPTIONS and OPTIONS[name].kind is bool:
-            words.append(f"--{flag}" if SWITCH.get(str(value).lower(), value) else f"--no-{flag}")
-        elif value is not None:
+            if (chosen := SWITCH.get(str(value).lower())) is None:
+                raise ConfigError(f"{name} can't be {value!r}.", "Give true or false.")
+            words.append(f"--{flag}" if chosen else f"--no-{flag}")
+        else:
             words.append(f"--{flag}={value}")
     return parser.parse_args(words)
 

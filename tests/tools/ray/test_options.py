@@ -46,6 +46,8 @@ def test_values_are_texts_or_numbers() -> None:
         ({"model": "m", "min_replicas": 0}, "out of range"),
         ({"model": "m", "policy": "none"}, "--policy can't be none"),
         ({"model": "m", "daemon": "work"}, "no option --daemon"),
+        ({"model": "m", "learn": "nonsense"}, "learn can't be 'nonsense'"),
+        ({"model": "m", "exact": 2}, "exact can't be 2"),
     ],
 )
 def test_what_is_wrong_is_an_error(options: dict[str, Any], cause: str) -> None:
