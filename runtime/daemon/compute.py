@@ -34,7 +34,7 @@ from moetier.tiers.host.tier import HostTier
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Manifest
 
-from .leases import CALLS, CallLeases, patience_of
+from .leases import CALLS, CallLeases, no_thread, patience_of
 
 STALL = 10.0  # seconds for which a client may take no piece while other clients wait
 BATCH_ROWS = 256  # rows that are computed together, which limits scratch memory
@@ -128,7 +128,9 @@ class Computes:
     def close(self) -> None:
         """End the calls' requests, and wait for compilers. Idempotent."""
         self._leases.close()
-        for compiler in self._compilers:
+        with self._state:
+            compilers = [*self._compilers]
+        for compiler in compilers:
             compiler.join()
 
     def _check(self, request: pb.ComputeRequest) -> Task:
@@ -193,7 +195,7 @@ class Computes:
     def _compile(self, form: tuple[str, Activation, str]) -> None:
         """Begin to compile code in the background: a client would take a daemon that does not answer for lost.
 
-        Raises ProtocolError if it can't be compiled.
+        Raises ProtocolError if it can't be compiled, ExhaustedError if there is no thread for it.
         """
         array_name, kind, dtype = form
         layout = self._manifest.layouts[array_name]
@@ -209,8 +211,13 @@ class Computes:
                     f"This daemon can't compile code for these experts ({error}).", "Fetch records instead."
                 )
 
-        self._compilers.append(threading.Thread(target=work, name="moetier-compiler"))
-        self._compilers[-1].start()
+        compiler = threading.Thread(target=work, name="moetier-compiler")
+        try:
+            compiler.start()
+        except RuntimeError as error:  # the system gives no thread: the next call tries again
+            del self._products[form]
+            raise no_thread(error) from None
+        self._compilers.append(compiler)
 
     def _compute(self, task: Task, group: Sequence[Granted], outputs: npt.NDArray[Any], until: float) -> None:
         """Compute experts whose records are leased. Raises ExhaustedError if other calls compute until ``until``."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moetier.proto import expert_store_pb2 as pb
-from moetier.tiers.errors import ExhaustedError, MissingExpertError, MoetierError, StoreError
+from moetier.tiers.errors import ConfigError, ExhaustedError, MissingExpertError, MoetierError, StoreError
 from moetier.tiers.host.tier import HostTier
 from moetier.tiers.host.warmup import Learner
 from moetier.tiers.layout import ExpertKey
@@ -19,6 +19,7 @@ from moetier.tiers.manifest import Manifest
 from moetier.tiers.store.trunk import check_sum
 
 from .fetch import Fetches
+from .leases import no_thread
 from .log import RateLimitedLog, log_event
 
 if TYPE_CHECKING:
@@ -67,13 +68,17 @@ class HostedModel:
     def computes(self) -> Computes:
         """Compute calls of other hosts.
 
-        The first use imports the compiler, in the background. Raises ExhaustedError until that is done, ConfigError if
-        no code can be compiled here, and StoreError if the tier was condemned before.
+        The first use imports the compiler, in the background. Raises ExhaustedError until that is done, or if there is
+        no thread for it; ConfigError if no code can be compiled here; and StoreError if the tier was condemned before.
         """
         with self._opening:
             if self._opener is None and not self._closing.is_set():
-                self._opener = threading.Thread(target=self._open_computes, name="moetier-compiler")
-                self._opener.start()
+                opener = threading.Thread(target=self._open_computes, name="moetier-compiler")
+                try:
+                    opener.start()
+                except RuntimeError as error:
+                    raise no_thread(error) from None
+                self._opener = opener  # only now, as a thread that did not start can't be joined
         if self._computes is None:
             raise ExhaustedError("The daemon loads its compiler.", "Fetch records meanwhile.")
         if isinstance(self._computes, MoetierError):
@@ -155,12 +160,15 @@ class HostedModel:
         self.host.close()
 
     def _open_computes(self) -> None:
-        from .compute import Computes
-
         try:
+            from .compute import Computes
+
             self._computes = Computes(self.host, self.manifest, patience=self._patience)
         except MoetierError as error:
             self._computes = error.with_traceback(None)
+        except Exception as error:  # llvmlite can't be imported, or there is no memory: callers must not wait for more
+            _log.exception("Nothing can be computed for other hosts.")
+            self._computes = ConfigError(f"This daemon can't compute experts ({error}).", "Fetch records instead.")
 
     def _check_trunk(self) -> None:
         for name, entry in self.manifest.trunk.items():

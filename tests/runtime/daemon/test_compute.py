@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import sys
+import threading
 import time
 from array import array
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import grpc
@@ -325,6 +327,57 @@ def test_code_that_can_not_be_compiled_is_not_waited_for(
         pytest.raises(ConfigError, match="no memory can be made executable"),
     ):
         answer(ExpertStoreStub(channel), message(manifest, hidden_states(manifest, 1), [1]))
+
+
+def test_a_compiler_that_can_not_be_imported_is_said(
+    host: HostTier, manifest: Manifest, tinymix_4bit: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "moetier.runtime.daemon.compute", None)
+    model = HostedModel(manifest, host, tinymix_4bit, patience=1.0)
+    try:
+
+        def is_said() -> bool:
+            try:
+                return not model.computes
+            except ConfigError as error:
+                return "can't compute experts" in error.cause
+            except ExhaustedError:
+                return False
+
+        wait_until(is_said)
+    finally:
+        model.close()
+
+
+@contextmanager
+def without_compilers() -> Iterator[None]:
+    """The system gives no more threads."""
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == "moetier-compiler":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with pytest.MonkeyPatch.context() as change:
+        change.setattr(threading.Thread, "start", refuse)
+        yield
+
+
+def test_without_a_thread_a_call_fails_and_the_next_one_computes(
+    served: tuple[Computes, Address], host: HostTier, manifest: Manifest, tinymix_4bit: Path
+) -> None:
+    model = HostedModel(manifest, host, tinymix_4bit, patience=1.0)
+    try:
+        with without_compilers(), pytest.raises(ExhaustedError, match="can't start new thread"):
+            _ = model.computes
+        request = message(manifest, hidden_states(manifest, 1), [1])
+        with open_channel(served[1], Credentials(insecure=True)) as channel:
+            with without_compilers(), pytest.raises(ExhaustedError, match="can't start new thread"):
+                answer(ExpertStoreStub(channel), request)
+            assert answer(ExpertStoreStub(channel), request)
+    finally:
+        model.close()
 
 
 def test_a_condemned_model_says_so(host: HostTier, manifest: Manifest, tinymix_4bit: Path) -> None:
