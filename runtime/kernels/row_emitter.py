@@ -152,7 +152,8 @@ class Coding(ABC):
     A weight is ((c - centre) * scale + low) * unit, with a code c from 0 to ``largest``, which is at most 127, and
     with ``scale`` and ``low`` of its Group. If ``is_exact``, codes are fp32 numbers instead, and x is not rounded.
 
-    If ``is_signed``, codes are c - centre, from -128 to 127, unless the processor ``takes_bytes``: then they are c.
+    If ``is_signed``, ``centre`` and ``largest`` are 128. Codes are c - centre, from -128 to 127, unless the processor
+    ``takes_bytes``: then they are c, from 0 to 255.
     """
 
     centre: int = 0

@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import re
 import signal
@@ -59,6 +60,8 @@ Progress = Callable[[int], contextlib.AbstractContextManager[Advance]]
 It returns a context manager, which yields a function: this is called with the bytes of each piece.
 """
 
+_log = logging.getLogger(__name__)
+
 _outlines: list[tempfile.TemporaryDirectory[str]] = []  # removed when the process ends
 
 
@@ -97,7 +100,11 @@ def fetch(address: str, root: Path | None = None, limit: int | None = None, prog
         make_folders(folder / GROUP)
         lock = os.open(folder / GROUP, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be fetching the same
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                _log.warning("Waiting for another process, which fetches %s into %s.", address, folder)
+                fcntl.flock(lock, fcntl.LOCK_EX)
             if (folder / CACHE).exists():
                 if limit is not None and limit != cache_of(folder)[1]:
                     _write_cache(folder, address, limit)

@@ -19,7 +19,7 @@ import pytest
 from faults import flip_bit, mounted
 from object_servers import FolderServer, served_folder
 from stores import keys, layout_of, make_store, read_record, read_records, without_table
-from threads import run_all
+from threads import run_all, wait_until
 
 from moetier.tiers.errors import (
     ChecksumError,
@@ -426,3 +426,20 @@ def test_an_address_without_a_model_is_said(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with served_folder(tmp_path / "empty") as server, pytest.raises(StoreFormatError, match="no model at http"):
         opened(server, tmp_path / "cache")
+
+
+def test_a_process_that_waits_for_another_one_says_so(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    address = f"file://{folder}"
+    made = fetch(address, tmp_path)
+    other = os.open(made / "experts.zarr", os.O_RDONLY)
+    waiting = threading.Thread(target=fetch, args=(address, tmp_path))
+    try:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        waiting.start()
+        wait_until(lambda: f"Waiting for another process, which fetches {address} into {made}." in caplog.messages)
+        assert waiting.is_alive()
+    finally:
+        os.close(other)
+        waiting.join()
