@@ -12,7 +12,7 @@ from typing import Any
 from moetier.runtime.config import format_bytes
 from moetier.tools.cli.failure import EXIT_ERROR, plain
 from moetier.tools.cli.parser import DIRECTORY, directory
-from moetier.tools.doctor.survey import MEND, NO_TOKENIZER, survey
+from moetier.tools.doctor.survey import NO_TOKENIZER, remedy, survey
 
 EXAMPLES = ("moetier inspect ./mixtral-4bit", "moetier inspect Qwen/Qwen3-30B-A3B:4bit --json")
 
@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
         found = survey(store)
     print(json.dumps(found, indent=2) if arguments.json else _text(found))
     if found["faults"] and not arguments.json:
-        print(MEND[found["checkpoint"]], file=sys.stderr)
+        print(remedy(store), file=sys.stderr)
     return EXIT_ERROR if found["faults"] else 0
 
 

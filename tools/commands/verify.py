@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from moetier.runtime.config import format_bytes
 from moetier.tools.cli.failure import EXIT_ERROR, plain
 from moetier.tools.cli.parser import DIRECTORY, directory
-from moetier.tools.doctor.survey import MEND, NO_TOKENIZER
+from moetier.tools.doctor.survey import NO_TOKENIZER, remedy
 
 if TYPE_CHECKING:
     from moetier.tiers.store.reader import ExpertStore
@@ -108,7 +108,7 @@ def run(arguments: argparse.Namespace) -> int:
         for path in absent:
             print(f"mirror {path}: missing, so it was not checked")
         if bad:
-            print(MEND[checkpoint is not None], file=sys.stderr)
+            print(remedy(store), file=sys.stderr)
     return EXIT_ERROR if bad else 0
 
 

@@ -109,11 +109,11 @@ def health(directory: Path, *, checksums: bool) -> Iterator[Finding]:
     from moetier.tiers.store.folder import CACHE, command
     from moetier.tiers.store.scrub import READS, scrub, scrub_trunk
 
-    from .survey import MEND, survey
+    from .survey import remedy, survey
 
     with open_copy(directory, readers=READS, damaged=True) as store:
         found = survey(store)
-        yield from (fail("store", fault, MEND[found["checkpoint"]]) for fault in found["faults"])
+        yield from (fail("store", fault, remedy(store)) for fault in found["faults"])
         if found["faults"]:
             return
         what = (
@@ -130,7 +130,7 @@ def health(directory: Path, *, checksums: bool) -> Iterator[Finding]:
             return
         others = scrub_rest(store) if isinstance(store, ExtentStore) else scrub_trunk(directory, store.manifest, {})
         bad = [problem for scrubbed in (scrub(store), others) for problem in scrubbed if not isinstance(problem, int)]
-        yield from (fail("store", problem.cause, MEND[found["checkpoint"]]) for problem in bad)
+        yield from (fail("store", problem.cause, remedy(store)) for problem in bad)
         if not bad:
             yield ok("store", f"{what}; every byte is as it was written")
 

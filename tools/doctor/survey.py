@@ -12,11 +12,22 @@ if TYPE_CHECKING:
     from moetier.tiers.manifest import Manifest
     from moetier.tiers.store.reader import ExpertStore
 
-MEND = {  # what verify and doctor print too, by whether it is a checkpoint
-    False: "Restore the files named, or remove them and run the same conversion again: it makes only what is missing.",
-    True: "Get the checkpoint's own files again. If they were changed on purpose, run moetier link again.",
-}
 NO_TOKENIZER = "none: generate, chat and serve need one, such as that of the original checkpoint"
+
+
+def remedy(store: ExpertStore | ExtentStore) -> str:
+    """Return what to do about damaged files, as inspect, verify and doctor print it."""
+    from moetier.tiers.extents.reader import ExtentStore
+    from moetier.tiers.store.folder import CACHE
+
+    if isinstance(store, ExtentStore):
+        return "Get the checkpoint's own files again. If they were changed on purpose, run moetier link again."
+    if (store.directory / CACHE).exists():
+        return (
+            f"Remove {store.directory}, and give the address again. If that does not help, push the original there "
+            "again with `moetier push --overwrite`."
+        )
+    return "Restore the files named, or remove them and run the same conversion again: it makes only what is missing."
 
 
 def survey(store: ExpertStore | ExtentStore) -> dict[str, Any]:

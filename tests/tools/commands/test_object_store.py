@@ -44,9 +44,11 @@ def test_verify_reads_all_and_fills_the_cache(
 def test_verify_names_what_is_altered(server: FolderServer, capsys: pytest.CaptureFixture[str]) -> None:
     server.fault = lambda name: "altered" if "/c/1/" in name and server.gets.count(name) == 1 else ""
     assert main(["verify", server.address]) == 1
-    said = capsys.readouterr().out
+    said, advice = capsys.readouterr()
     assert "/c/1/0/0" in said
     assert "1 bad" in said
+    assert "push the original there again" in advice
+    assert "conversion" not in advice
 
 
 def test_doctor_names_the_address(server: FolderServer, capsys: pytest.CaptureFixture[str]) -> None:
