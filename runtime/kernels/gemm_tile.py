@@ -93,6 +93,29 @@ class TileEmitter(Emitter):
             found.append(at.and_(at.bitcast(moved, vector(I8, 2 * COLUMN)), self.all(I8, mask, 2 * COLUMN)))
         return found
 
+    def _unpack(self, place: Value) -> list[Value]:
+        """Load the codes of STEP columns, beginning at byte ``place`` of a plane of 4-bit codes.
+
+        Returns, for each vector of LANES rows, i8 [4 * LANES] with four codes of each row. Without VNNI, codes of 8
+        bits are returned as two such vectors, of their high and their low halves.
+        """
+        first, *second = (self._nibbles(columns) for columns in self._planes_at(place))
+        if not second:
+            return first
+        pairs = list(zip(first, *second, strict=True))
+        if self._processor.dot.takes_bytes:
+            shift = self.all(I8, 4, 4 * LANES)
+            return [self.at.or_(self.at.shl(high, shift), low) for high, low in pairs]
+        return pairs  # codes of 8 bits would overflow the 16-bit sums in _dot
+
+    def _nibbles(self, columns: list[Value]) -> list[Value]:
+        """Regroup STEP columns of 64 rows into vectors of LANES rows, with four codes of each row."""
+        at, length = self.at, 4 * LANES
+        order = [[COLUMN * k + row for row in range(first, first + LANES) for k in range(STEP)] for first in (0, LANES)]
+        united = [self.pick(columns[0], columns[1], indices) for indices in order]
+        low, four = self.all(I8, 15, length), self.all(I8, 4, length)
+        return [*(at.and_(v, low) for v in united), *(at.lshr(v, four) for v in united)]
+
     def _prefetch_pairs(self, g: Value) -> None:
         """Prefetch the pairs of group ``g``. They are not in the page of the codes."""
         at, n = self.at, self.number
@@ -203,29 +226,6 @@ class Tile(TileEmitter):
             for number, place in enumerate(sums[row]):
                 self._write(at.load(place), n(row), number * LANES)
         at.ret_void()
-
-    def _unpack(self, place: Value) -> list[Value]:
-        """Load the codes of STEP columns, beginning at byte ``place`` of a plane of 4-bit codes.
-
-        Returns, for each vector of LANES rows, i8 [4 * LANES] with four codes of each row. Without VNNI, codes of 8
-        bits are returned as two such vectors, of their high and their low halves.
-        """
-        first, *second = (self._nibbles(columns) for columns in self._planes_at(place))
-        if not second:
-            return first
-        pairs = list(zip(first, *second, strict=True))
-        if self._processor.dot.takes_bytes:
-            shift = self.all(I8, 4, 4 * LANES)
-            return [self.at.or_(self.at.shl(high, shift), low) for high, low in pairs]
-        return pairs  # codes of 8 bits would overflow the 16-bit sums in _dot
-
-    def _nibbles(self, columns: list[Value]) -> list[Value]:
-        """Regroup STEP columns of 64 rows into vectors of LANES rows, with four codes of each row."""
-        at, length = self.at, 4 * LANES
-        order = [[COLUMN * k + row for row in range(first, first + LANES) for k in range(STEP)] for first in (0, LANES)]
-        united = [self.pick(columns[0], columns[1], indices) for indices in order]
-        low, four = self.all(I8, 15, length), self.all(I8, 4, length)
-        return [*(at.and_(v, low) for v in united), *(at.lshr(v, four) for v in united)]
 
     def _dot(self, total: Value, q: Value, x: Value) -> Value:
         """Add to each number of ``total``, i32 [LANES], four products of a code in ``q`` and a number in ``x``.
