@@ -21,6 +21,7 @@ from llvmlite import ir
 from moetier.tiers.layout import ROW_TILE, Projection, RecordLayout
 
 from .emitter import I64, POINTER, Dtype, Emitter, FloatType, Value, new_module, once
+from .gemm_amx import LEAST_ROWS, MOST_AMX_ROWS, AmxTile
 from .gemm_avx2 import MOST_ROWS, Avx2Tile, is_narrow
 from .gemm_tile import Form, Tile
 from .jit import Processor
@@ -127,6 +128,7 @@ def product_module(form: Form | RowForm, processor: Processor) -> ir.Module:
             one, several = (Avx2Tile(module, form, processor, several=several).function for several in (False, True))
         else:
             tiles = {rows: Tile(module, form, processor, rows).function for rows in (4, 2, 1)}
+            many = AmxTile(module, form, processor).function if processor.has_amx else None
     emit = Emitter(module, WORK, [POINTER])
     at, n = emit.at, emit.number
     begun, fields = emit.fields(CONTEXT)
@@ -168,9 +170,17 @@ def product_module(form: Form | RowForm, processor: Processor) -> ir.Module:
                         few = at.icmp_signed("<", left, n(MOST_ROWS))
                         call(several, row, at.select(few, left, n(MOST_ROWS)))
         else:
-            begin = n(0)
+            begin, left = n(0), rows
+            if many is not None:
+                rest = at.urem(rows, n(MOST_AMX_ROWS))
+                left = at.select(at.icmp_signed("<", rest, n(LEAST_ROWS)), rest, n(0))
+                begin = at.sub(rows, left)
+                with emit.loop(n(0), begin, MOST_AMX_ROWS) as row:
+                    after = at.sub(begin, row)
+                    few = at.icmp_signed("<", after, n(MOST_AMX_ROWS))
+                    call(many, row, at.select(few, after, n(MOST_AMX_ROWS)))
             for height in (4, 2, 1):
-                whole = at.and_(rows, n(-height))
+                whole = at.sub(rows, at.and_(left, n(height - 1)))
                 with emit.loop(begin, whole, height) as row:
                     call(tiles[height], row)
                 begin = whole

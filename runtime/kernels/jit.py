@@ -21,6 +21,7 @@ from .emitter import compile_lock, once
 from .executable import Executable, LinkError, can_become_executable
 
 _TRIAL_RESULT = 42
+_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18  # numbers of a system call on x86-64, and its arguments
 
 
 class Dot(Enum):
@@ -47,6 +48,7 @@ _NEEDED = {
     Dot.I8MM: {"+i8mm"},
     Dot.DOTPROD: {"+dotprod"},
 }
+_AMX = {"+amx-tile", "+amx-int8"}
 _ARM_FEATURES = {"asimddp": "+dotprod", "i8mm": "+i8mm"}  # by their names in /proc/cpuinfo
 
 
@@ -74,6 +76,7 @@ class Processor:
                 self._cpu = {"cpu": "", "features": features}
         known = set(self._cpu["features"].split(","))
         self.dot = next((dot for dot, needed in _NEEDED.items() if needed <= known), Dot.PLAIN)
+        self.has_amx = self.dot is Dot.AVX512_VNNI and known >= _AMX  # for products with many rows
         # Zen 4's hardware prefetchers load a long run of memory in time; software prefetches would cost 15 % there. On
         # Zen 3 they gain 14 to 21 %.
         self.has_stream_prefetch = self._cpu["cpu"] in ("znver4", "znver5")
@@ -133,8 +136,19 @@ def arm_features(cpuinfo: str) -> list[str]:
     return [feature for name, feature in _ARM_FEATURES.items() if name in found]
 
 
+def _permits_amx() -> bool:
+    """Ask the system to let this process use AMX, whose registers need memory in every thread.
+
+    Threads that exist already may use it, too, and so may forked children.
+    """
+    return bool(ctypes.CDLL(None).syscall(_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA) == 0)
+
+
 def _host_features() -> str:
-    found = [llvm.get_host_cpu_features().flatten()]
+    features = llvm.get_host_cpu_features()
+    if features.get("amx-int8") and not _permits_amx():
+        features["amx-int8"] = False
+    found = [features.flatten()]
     if platform.machine() == "aarch64":
         found += arm_features(Path("/proc/cpuinfo").read_text())
     return ",".join(found)

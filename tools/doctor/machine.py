@@ -175,7 +175,7 @@ def kernel() -> Iterator[Finding]:
         )
         return
     processor, threads = this_processor(), use_threads()
-    form = processor.dot.value
+    form = f"{processor.dot.value} and AMX" if processor.has_amx else processor.dot.value
     found = f"products with quantised experts are computed by code compiled for {form}, in {threads} threads"
     if processor.dot is Dot.PLAIN:
         yield warn(
