@@ -79,6 +79,19 @@ def test_several_records_with_few_and_many_rows(amx: PackedKernels) -> None:
     assert torch.equal(*products)
 
 
+def test_torchs_own_products_between_ours_stay_as_they_are(amx: PackedKernels) -> None:
+    """oneDNN, which multiplies bf16 matrices for torch, configures the same tile registers in the same thread."""
+    layout, record = quantised(4, 64, 512, 64, "bfloat16")
+    x = torch.randn(64, 512, generator=torch.Generator().manual_seed(2)).bfloat16()
+    w = torch.randn(512, 512, generator=torch.Generator().manual_seed(3)).bfloat16()
+    ours, theirs = amx.project(x, record, layout, "up_proj"), x @ w
+    for rows in (64, 33, 16, 64, 9, 48) * 20:
+        assert torch.equal(amx.project(x[:rows], record, layout, "up_proj"), ours[:rows])
+        assert torch.equal(x @ w, theirs)
+        assert torch.equal(amx.project(x, record, layout, "up_proj"), ours)
+        assert (x[:rows] @ w - theirs[:rows]).abs().max() < 1
+
+
 def test_a_forked_child_multiplies(amx: PackedKernels) -> None:
     layout, record = quantised(4, 128, 256, 64, "bfloat16")
     x = torch.randn(16, 256)
