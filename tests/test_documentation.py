@@ -131,7 +131,7 @@ def test_extras_are_installed_from_the_repository(path: Path) -> None:
     assert set(re.findall(r"pip install [^\n]*?\"\.\[(\w+)\]\"", text)) <= EXTRAS
 
 
-@pytest.mark.parametrize("name", ["tiers", "kubernetes", "ray_serve"])
+@pytest.mark.parametrize("name", ["tiers", "kubernetes", "ray_serve", "object_store", "daemons"])
 def test_a_drawing_is_what_its_script_draws(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(DOCS / "figures")
     drawn = runpy.run_path(str(DOCS / "figures" / f"{name}.py"))["picture"]()
