@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "directory", type=directory, metavar="DIR", help="a model directory, or the name of a pulled model"
     )
     parser.add_argument(
-        "address", metavar="ADDRESS", help="where to: s3://BUCKET/NAME, gs://, az://ACCOUNT/CONTAINER/NAME or file://"
+        "address", metavar="ADDRESS", help="where to: s3://BUCKET/NAME, gs://, az://CONTAINER/NAME or file://"
     )
     parser.add_argument(
         "--overwrite",
