@@ -47,7 +47,7 @@ def picture() -> str:
         text(550, 192, "a copy,", at="end", fill=GREY, size=13),
         text(550, 210, "written later", at="end", fill=GREY, size=13),
     ]
-    return svg(WIDTH, HEIGHT, "Records are fetched from an object store into memory, and kept in a cache on the disk", parts)
+    return svg(WIDTH, HEIGHT, "Records are fetched from an object store, and kept in a cache on the disk", parts)
 
 
 if __name__ == "__main__":
