@@ -148,7 +148,7 @@ class _Attention(Emitter):
         at, n = self.at, self.number
         last = at.sub(self._padded(count), n(LANES))
         with self.loop(n(0), self._heads) as head:
-            self._keep(self.all(F32, -math.inf, LANES), self._scores, at.add(at.mul(head, n(PIECE)), last))
+            self._keep(self.floats(-math.inf), self._scores, at.add(at.mul(head, n(PIECE)), last))
         with self.loop(n(0), count) as position:
             key = at.gep(keys, [at.mul(at.mul(position, stride), n(self._dtype.itemsize))])
             self._take(key, self._rows, self._width)
@@ -156,7 +156,7 @@ class _Attention(Emitter):
             def dots(count: int, head: Value, position: Value = position) -> None:
                 heads = [at.add(head, n(i)) for i in range(count)]
                 for place in self._accumulators[:count]:
-                    at.store(self.all(F32, 0.0, LANES), place)
+                    at.store(self.floats(0.0), place)
                 with self.loop(n(0), self._width, LANES) as i:
                     row = self._floats(self._rows, i)
                     for h, place in zip(heads, self._accumulators, strict=False):
@@ -184,9 +184,9 @@ class _Attention(Emitter):
             begin = at.mul(head, n(PIECE))
             at.store(self._lowest(), largest)
             with self.loop(n(0), count, LANES) as i:
-                at.store(self._larger(self._floats(self._scores, at.add(begin, i)), at.load(largest)), largest)
-            top = self.reduce(at.load(largest), self._larger)
-            at.store(self.all(F32, 0.0, LANES), total)
+                at.store(self.larger(self._floats(self._scores, at.add(begin, i)), at.load(largest)), largest)
+            top = self.reduce(at.load(largest), self.larger)
+            at.store(self.floats(0.0), total)
             with self.loop(n(0), count, LANES) as i:
                 place = at.add(begin, i)
                 share = self.exp(at.fsub(self._floats(self._scores, place), self.spread(top, LANES)))
@@ -199,7 +199,7 @@ class _Attention(Emitter):
         """Emit all s of an item: the sums of ``count`` values, weighted by what ``_soften`` has left."""
         at, n = self.at, self.number
         with self.loop(n(0), at.mul(self._heads, self._values), LANES) as i:
-            self._keep(self.all(F32, 0.0, LANES), result, i)
+            self._keep(self.floats(0.0), result, i)
 
         def add(count: int, position: Value) -> None:
             positions = [at.add(position, n(i)) for i in range(count)]
@@ -238,19 +238,19 @@ class _Attention(Emitter):
                 at.store(self.pick(sink, sink, [0] * LANES), accumulator)
             at.store(at.load(accumulator), self._sink)
             with self.loop(n(0), self._pieces) as piece:
-                at.store(self._larger(self._number(results, index(piece, m)), at.load(accumulator)), accumulator)
+                at.store(self.larger(self._number(results, index(piece, m)), at.load(accumulator)), accumulator)
             top = at.load(accumulator)
             share = self.exp(at.fsub(at.load(self._sink), top))
-            at.store(at.select(has_sinks, share, self.all(F32, 0.0, LANES)), total)
+            at.store(at.select(has_sinks, share, self.floats(0.0)), total)
             with self.loop(n(0), self._pieces) as piece:
                 share = self.exp(at.fsub(self._number(results, index(piece, m)), top))
                 at.store(self.multiply_add(share, self._number(results, index(piece, z)), at.load(total)), total)
                 # the share takes the place of m, which is not needed any more
                 self._keep(at.extract_element(share, ir.Constant(I32, 0)), results, index(piece, m))
-            inverse = at.fdiv(self.all(F32, 1.0, LANES), at.load(total))
+            inverse = at.fdiv(self.floats(1.0), at.load(total))
             with self.loop(n(0), self._values, LANES) as i:
                 place = at.add(at.mul(head, self._values), i)
-                at.store(self.all(F32, 0.0, LANES), accumulator)
+                at.store(self.floats(0.0), accumulator)
                 with self.loop(n(0), self._pieces) as piece:
                     share, value = self._number(results, index(piece, m)), self._floats(results, index(piece, place))
                     at.store(self.multiply_add(share, value, at.load(accumulator)), accumulator)
@@ -269,7 +269,4 @@ class _Attention(Emitter):
 
     def _lowest(self) -> Value:
         """Return the least finite numbers. As no m is less, there is no NaN where all scores of an item are -inf."""
-        return self.all(F32, torch.finfo(torch.float32).min, LANES)
-
-    def _larger(self, a: Value, b: Value) -> Value:
-        return self.at.select(self.at.fcmp_ordered(">", a, b), a, b)
+        return self.floats(torch.finfo(torch.float32).min)

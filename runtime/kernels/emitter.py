@@ -39,6 +39,7 @@ def once(make: Callable[Parameters, Made]) -> Callable[Parameters, Made]:
 I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 POINTER = I8.as_pointer()
 LANES = 16  # fp32 numbers in a vector, as many as a register of AVX-512 has
+ROUNDING = 1.5 * 2**23  # x + ROUNDING - ROUNDING is x rounded to an integer, ties to even
 _POWERS = [math.log(2) ** k / math.factorial(k) for k in range(7)]  # Taylor coefficients of 2^f, for f in -.5 .. .5
 
 Value = Any  # llvmlite has no types
@@ -97,6 +98,17 @@ class Emitter:
     def all(self, kind: Any, value: float, count: int) -> Value:
         """Return a constant vector of ``count`` elements of type ``kind``, which all are ``value``."""
         return ir.Constant(vector(kind, count), [value] * count)
+
+    def floats(self, value: float) -> Value:
+        """Return a constant vector of LANES fp32 numbers, which all are ``value``."""
+        return self.all(F32, float(value), LANES)
+
+    def memory(self, nbytes: int) -> Value:
+        """Emit ``nbytes`` bytes of memory of the function's own, aligned to 64 bytes. Return a pointer to them."""
+        with self.at.goto_entry_block():
+            place = self.at.alloca(ir.ArrayType(I8, nbytes))
+        place.align = 64
+        return self.at.bitcast(place, POINTER)
 
     def fields(self, count: int) -> tuple[Value, list[Value]]:
         """Return a pointer to the first of ``count`` i64 fields in the function's context, and the others' values.
@@ -210,6 +222,23 @@ class Emitter:
         rounded = at.select(at.fcmp_unordered("uno", value, value), self.all(I32, 0x7FC00000, count), rounded)
         return at.trunc(at.lshr(rounded, self.all(I32, 16, count)), vector(I16, count))
 
+    def smaller(self, a: Value, b: Value) -> Value:
+        """Emit the smaller of ``a`` and ``b`` for each element; ``b`` where either is NaN."""
+        return self.at.select(self.at.fcmp_ordered("<", a, b), a, b)
+
+    def larger(self, a: Value, b: Value) -> Value:
+        """Emit the larger of ``a`` and ``b`` for each element; ``b`` where either is NaN."""
+        return self.at.select(self.at.fcmp_ordered(">", a, b), a, b)
+
+    def nearest(self, values: Value, low: int, high: int) -> tuple[Value, Value]:
+        """Emit the integers from ``low`` to ``high`` that are nearest to LANES values, ties to even.
+
+        Return fp32 numbers whose lowest bits are these integers, and the integers as fp32 numbers.
+        """
+        clamped = self.smaller(self.larger(values, self.floats(low)), self.floats(high))
+        shifted = self.at.fadd(clamped, self.floats(ROUNDING))
+        return shifted, self.at.fsub(shifted, self.floats(ROUNDING))
+
     def multiply_add(self, a: Value, b: Value, c: Value) -> Value:
         """Emit a * b + c of fp32 vectors."""
         return self.intrinsic(f"llvm.fmuladd.v{a.type.count}f32", a.type, a, b, c)
@@ -251,7 +280,7 @@ class Emitter:
         lowest = self.all(F32, -87.0, count)
         is_nothing = at.fcmp_ordered("<", x, lowest)
         powers = at.fmul(at.select(is_nothing, lowest, x), self.all(F32, 1 / math.log(2), count))
-        shift = self.all(F32, 1.5 * 2**23, count)
+        shift = self.all(F32, ROUNDING, count)
         whole = at.fsub(at.fadd(powers, shift), shift)
         rest = at.fsub(powers, whole)
         value = self.all(F32, _POWERS[-1], count)

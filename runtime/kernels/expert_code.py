@@ -140,7 +140,7 @@ def adding_module(dtype: Dtype, weight_dtype: Dtype, has_residual: bool) -> ir.M
         first = at.mul(token, top_k)
         target = at.gep(sums, [at.mul(token, row_bytes)])
         with emit.loop(n(0), row_bytes, LANES * dtype.itemsize) as offset:
-            at.store(emit.all(F32, 0.0, LANES), total)
+            at.store(emit.floats(0.0), total)
             with emit.loop(first, at.add(first, top_k)) as place:
                 given = emit.load_floats(weights, at.mul(place, n(weight_dtype.itemsize)), weight_dtype, 1)
                 weight = emit.pick(given, given, [0] * LANES)

@@ -222,6 +222,6 @@ class Avx2Tile(TileEmitter):
         for (s, b), whole, total in zip(pairs, self._in_order(values), totals, strict=True):
             part = at.sitofp(at.add(whole, self.spread(centre, LANES)), vector(F32, LANES))
             # not zeros that a loop has stored: LLVM would call memset, which ``executable.py`` does not link
-            before = at.select(is_first, self.all(F32, 0.0, LANES), at.load(total, align=4))
+            before = at.select(is_first, self.floats(0.0), at.load(total, align=4))
             value = at.fadd(before, at.fmul(part, at.fmul(s, t)))
             at.store(at.fadd(value, at.fmul(b, t_sum)), total, align=4)

@@ -139,7 +139,7 @@ class TileEmitter(Emitter):
                 found.append((self.pick(both, both, even), self.pick(both, both, odd)))
             return found
         if self._form.pairs in ZERO_POINTS:
-            centre = self.all(F32, float(CENTRES[self._form.bits]), LANES)
+            centre = self.floats(CENTRES[self._form.bits])
             for number in range(VECTORS):
                 both = self._stored_pairs(at.add(first, n(number * LANES)))
                 s, z = self.pick(both, both, even), self.pick(both, both, odd)
@@ -191,7 +191,7 @@ class Tile(TileEmitter):
         group = form.group
         integers = [[at.alloca(vector(I32, LANES)) for _ in range(VECTORS)] for _ in range(height)]
         sums = [[at.alloca(vector(F32, LANES)) for _ in range(VECTORS)] for _ in range(height)]
-        zero = self.all(F32, 0.0, LANES)
+        zero = self.floats(0.0)
         for places in sums:
             for place in places:
                 at.store(zero, place)

@@ -94,7 +94,7 @@ def gemv_module(given: torch.dtype, kept: torch.dtype, made: torch.dtype) -> ir.
         chosen = [at.select(at.icmp_signed("<", row, last), row, last) for row in wanted]
         sources = [at.gep(matrix, [at.mul(row, row_bytes)]) for row in chosen]
         for place in sums:
-            at.store(emit.all(F32, 0.0, LANES), place)
+            at.store(emit.floats(0.0), place)
         with emit.loop(n(0), columns, LANES) as column:
             taken = emit.load_floats(x, at.mul(column, n(given.itemsize)), given, LANES)
             for source, place in zip(sources, sums, strict=True):

@@ -224,8 +224,8 @@ def emit_norm(
     """Emit the norm of a row, which may be changed in place. ``squares`` points to an fp32 vector of LANES numbers."""
     at, n = emit.at, emit.number
     step, row_bytes = LANES * dtype.itemsize, at.mul(columns, n(dtype.itemsize))
-    one = emit.all(F32, 1.0, LANES)
-    at.store(emit.all(F32, 0.0, LANES), squares)
+    one = emit.floats(1.0)
+    at.store(emit.floats(0.0), squares)
     with emit.loop(n(0), row_bytes, step) as offset:
         given = emit.load_floats(source, offset, dtype, LANES)
         at.store(emit.multiply_add(given, given, at.load(squares)), squares)

@@ -40,7 +40,6 @@ QUANTISE, PAIRS = "moetier_quantise", "moetier_pairs"  # names of the compiled f
 # low nibbles of codes, high nibbles of codes, errors, and the table of ``hqq.shrinking``
 CONTEXT = 13
 SUM_RUN = 16  # numbers that torch's cascade sum adds up from the left, before it adds up the sums of such runs
-ROUNDING = 1.5 * 2**23  # x + ROUNDING - ROUNDING is x rounded to an integer, ties to even
 F64 = ir.DoubleType()
 BYTES = LANES * 4  # bytes of an fp32 vector
 
@@ -202,31 +201,6 @@ def quantising_kernel(processor: Processor, form: QuantiserForm) -> Kernel:
     return compile_kernel(processor, quantising_module(form), QUANTISE)
 
 
-class _Vectors(Emitter):
-    """Emitter of operations on vectors of LANES fp32 numbers."""
-
-    def numbers(self, value: float) -> Value:
-        """Return a constant vector whose elements all are ``value``."""
-        return self.all(F32, float(value), LANES)
-
-    def least(self, a: Value, b: Value) -> Value:
-        """Emit the lesser of ``a`` and ``b`` for each element; ``b`` where either is NaN."""
-        return self.at.select(self.at.fcmp_ordered("<", a, b), a, b)
-
-    def most(self, a: Value, b: Value) -> Value:
-        """Emit the greater of ``a`` and ``b`` for each element; ``b`` where either is NaN."""
-        return self.at.select(self.at.fcmp_ordered(">", a, b), a, b)
-
-    def nearest(self, values: Value, low: int, high: int) -> tuple[Value, Value]:
-        """Emit the integers from ``low`` to ``high`` that are nearest to ``values``, ties to even.
-
-        Return fp32 numbers whose lowest bits are these integers, and the integers as fp32 numbers.
-        """
-        clamped = self.least(self.most(values, self.numbers(low)), self.numbers(high))
-        shifted = self.at.fadd(clamped, self.numbers(ROUNDING))
-        return shifted, self.at.fsub(shifted, self.numbers(ROUNDING))
-
-
 @once
 def _pairs_kernel(processor: Processor) -> Kernel:
     return compile_kernel(processor, pairs_module(), PAIRS)
@@ -240,7 +214,7 @@ def pairs_module() -> ir.Module:
     these numbers), and to the scale and minimum of the first run, bf16.
     """
     module = new_module()
-    emit = _Vectors(module, PAIRS, [POINTER])
+    emit = Emitter(module, PAIRS, [POINTER])
     at, n, wide = emit.at, emit.number, vector(F32, LANES)
     begun, (runs, count, *addresses) = emit.fields(6)
     numbers, codes, scales = (at.inttoptr(address, POINTER) for address in addresses)
@@ -250,23 +224,23 @@ def pairs_module() -> ir.Module:
         first = at.mul(run, n(PAIR_BLOCK))
         last = at.add(first, n(PAIR_BLOCK))
         last = at.select(at.icmp_signed("<", last, count), last, count)  # a multiple of LANES
-        at.store(emit.numbers(math.inf), low)
-        at.store(emit.numbers(-math.inf), high)
+        at.store(emit.floats(math.inf), low)
+        at.store(emit.floats(-math.inf), high)
         with emit.loop(first, last, LANES) as place:
             values = emit.load(numbers, at.mul(place, n(4)), wide)
-            at.store(emit.least(values, at.load(low)), low)
-            at.store(emit.most(values, at.load(high)), high)
-        bottom = emit.spread(emit.reduce(at.load(low), emit.least), LANES)
-        top = emit.spread(emit.reduce(at.load(high), emit.most), LANES)
-        stored = [emit.narrow(v, LANES) for v in (at.fdiv(at.fsub(top, bottom), emit.numbers(255)), bottom)]
+            at.store(emit.smaller(values, at.load(low)), low)
+            at.store(emit.larger(values, at.load(high)), high)
+        bottom = emit.spread(emit.reduce(at.load(low), emit.smaller), LANES)
+        top = emit.spread(emit.reduce(at.load(high), emit.larger), LANES)
+        stored = [emit.narrow(v, LANES) for v in (at.fdiv(at.fsub(top, bottom), emit.floats(255)), bottom)]
         for number, value in enumerate(stored):
             one = at.extract_element(value, ir.Constant(I32, 0))
             emit.store(one, scales, at.add(at.mul(run, n(8)), n(2 * number)))
         scale, minimum = (emit.widen(value, LANES) for value in stored)
-        some = at.fcmp_ordered(">", scale, emit.numbers(0))
+        some = at.fcmp_ordered(">", scale, emit.floats(0))
         with emit.loop(first, last, LANES) as place:
             values = emit.load(numbers, at.mul(place, n(4)), wide)
-            scaled = at.select(some, at.fdiv(at.fsub(values, minimum), scale), emit.numbers(0))
+            scaled = at.select(some, at.fdiv(at.fsub(values, minimum), scale), emit.floats(0))
             shifted, code = emit.nearest(scaled, 0, 255)
             read = at.fadd(at.fmul(code, scale), minimum)
             emit.store(emit.widen(emit.narrow(read, LANES), LANES), numbers, at.mul(place, n(4)))
@@ -285,7 +259,7 @@ def quantising_module(form: QuantiserForm) -> ir.Module:
     return module
 
 
-class _Quantiser(_Vectors):
+class _Quantiser(Emitter):
     """Emitter of the function QUANTISE: loops over row blocks, groups and slices, and the work on a slice."""
 
     def __init__(self, module: ir.Module, form: QuantiserForm) -> None:
@@ -299,8 +273,8 @@ class _Quantiser(_Vectors):
             at.inttoptr(address, POINTER) for address in addresses
         )
         # memory for the weights of a slice, for its weights in units of a step, and for the codes of two slices
-        self._slice, self._scaled = (self._memory(form.group * BYTES) for _ in range(2))
-        self._codes = self._memory(2 * form.group * LANES)
+        self._slice, self._scaled = (self.memory(form.group * BYTES) for _ in range(2))
+        self._codes = self.memory(2 * form.group * LANES)
         self._variables = {name: at.alloca(vector(F32, LANES)) for name in _VARIABLES}
         self._sums = [at.alloca(vector(F64, LANES)) for _ in range(2)]
         with self.items(begun, blocks) as block:
@@ -319,11 +293,6 @@ class _Quantiser(_Vectors):
                     self.store(total, errors, at.add(at.mul(block, n(16)), n(8 * number)))
         at.ret_void()
 
-    def _memory(self, nbytes: int) -> Value:
-        place = self.at.alloca(ir.ArrayType(I8, nbytes))
-        place.align = 64
-        return self.at.bitcast(place, POINTER)
-
     def _set(self, name: str, value: Value) -> None:
         self.at.store(value, self._variables[name])
 
@@ -340,8 +309,8 @@ class _Quantiser(_Vectors):
         place = at.mul(at.add(at.mul(group, self._rows), row), n(4))  # byte offset of pairs, steps and offsets
         self._load(row, column)
         if form.stage in (Stage.ALL, Stage.STEPS):
-            step = at.fdiv(at.fsub(self._get("high"), self._get("low")), self.numbers(2**form.bits - 1))
-            step = at.select(at.fcmp_ordered("<", step, self.numbers(hqq.TINY)), self.numbers(0.0), step)
+            step = at.fdiv(at.fsub(self._get("high"), self._get("low")), self.floats(2**form.bits - 1))
+            step = at.select(at.fcmp_ordered("<", step, self.floats(hqq.TINY)), self.floats(0.0), step)
             if form.stage is Stage.STEPS:
                 self.store(step, self._steps, place)
                 return
@@ -349,12 +318,12 @@ class _Quantiser(_Vectors):
             step = self.widen(stored_step, LANES)
         else:
             step = self.load(self._steps, place, vector(F32, LANES))
-        inverse = at.fdiv(self.numbers(1.0), step)
-        inverse = at.select(at.fcmp_ordered("<", step, self.numbers(hqq.TINY)), self.numbers(0.0), inverse)
+        inverse = at.fdiv(self.floats(1.0), step)
+        inverse = at.select(at.fcmp_ordered("<", step, self.floats(hqq.TINY)), self.floats(0.0), inverse)
         if form.stage is Stage.CODES:
             offset = self.load(self._offsets, place, vector(F32, LANES))
         else:
-            low, two = self._get("low"), self.numbers(2.0)
+            low, two = self._get("low"), self.floats(2.0)
             centre = at.fadd(low, at.fdiv(at.fsub(self._get("high"), low), two))
             offset = at.fadd(centre, at.fdiv(step, two))
             if not form.fast:
@@ -375,8 +344,8 @@ class _Quantiser(_Vectors):
         """Emit the loading of a slice into its memory, and the search for the lowest and highest weight of each row."""
         at, n, form = self.at, self.number, self._form
         itemsize = form.dtype.itemsize
-        self._set("low", self.numbers(math.inf))
-        self._set("high", self.numbers(-math.inf))
+        self._set("low", self.floats(math.inf))
+        self._set("high", self.floats(-math.inf))
         if not form.turned:  # hardware prefetchers can't follow so many rows
             following = at.mul(at.add(column, n(form.group)), n(itemsize))
             with self.loop(n(0), n(LANES)) as each:
@@ -397,7 +366,7 @@ class _Quantiser(_Vectors):
                 columns = self._transposed(columns)
             low, high = self._get("low"), self._get("high")
             for number, values in enumerate(columns):
-                low, high = self.least(values, low), self.most(values, high)
+                low, high = self.smaller(values, low), self.larger(values, high)
                 self.store(values, self._slice, at.add(at.mul(tile, n(BYTES)), n(number * BYTES)))
             self._set("low", low)
             self._set("high", high)
@@ -406,17 +375,10 @@ class _Quantiser(_Vectors):
         """Emit a load of LANES weights as fp32."""
         if self._form.dtype != torch.float16:
             return self.load_floats(self._weights, offset, self._form.dtype, LANES)
-        # in integers, because not every processor has instructions for fp16
-        at, wide = self.at, vector(I32, LANES)
-        bits = at.zext(self.load(self._weights, offset, vector(I16, LANES)), wide)
-        number = at.bitcast(
-            at.shl(at.and_(bits, self.all(I32, 0x7FFF, LANES)), self.all(I32, 13, LANES)), vector(F32, LANES)
-        )
-        number = at.fmul(number, self.numbers(2.0**112))  # exact, also for denormal numbers
-        finite = at.fcmp_ordered("<", number, self.numbers(2.0**16))
-        number = at.select(finite, number, self.numbers(math.nan))
-        sign = at.shl(at.and_(bits, self.all(I32, 0x8000, LANES)), self.all(I32, 16, LANES))
-        return at.bitcast(at.or_(at.bitcast(number, wide), sign), vector(F32, LANES))
+        at = self.at
+        half = self.load(self._weights, offset, vector(I16, LANES))
+        is_finite = at.icmp_signed("<", at.and_(half, self.all(I16, 0x7FFF, LANES)), self.all(I16, 0x7C00, LANES))
+        return at.select(is_finite, self.widen_half(half, LANES), self.floats(math.nan))
 
     def _transposed(self, rows: list[Value]) -> list[Value]:
         """Emit the transposition of a square of LANES vectors, by exchanges of ever smaller blocks."""
@@ -445,12 +407,12 @@ class _Quantiser(_Vectors):
             weight = self.load(self._slice, place, vector(F32, LANES))
             self.store(at.fmul(at.fsub(weight, plain), inverse), self._scaled, place)
         for name, value in (("offset", 0.0), ("best", 0.0), ("least", math.inf)):
-            self._set(name, self.numbers(value))
+            self._set(name, self.floats(value))
         with self.loop(n(0), n(8 * hqq.ITERATIONS), 8) as row:
             threshold, beta = (self.spread(self.load(self._table, at.add(row, n(4 * i)), F32), LANES) for i in range(2))
             offset = self._get("offset")
             for name in ("sizes", "errors", "largest"):
-                self._set(name, self.numbers(0.0))
+                self._set(name, self.floats(0.0))
             with self.loop(n(0), size, SUM_RUN * BYTES) as run:
                 self._sum(run, offset)
             better = at.fcmp_ordered("<", self._get("sizes"), self._get("least"))
@@ -459,10 +421,10 @@ class _Quantiser(_Vectors):
             large = at.fcmp_ordered(">", at.fmul(self._get("largest"), step), threshold)
             some = at.icmp_unsigned("!=", at.bitcast(large, ir.IntType(LANES)), ir.Constant(ir.IntType(LANES), 0))
             with at.if_then(some, likely=False):  # not if the weights are of usual size: their errors are smaller
-                self._set("errors", self.numbers(0.0))
+                self._set("errors", self.floats(0.0))
                 with self.loop(n(0), size, SUM_RUN * BYTES) as run:
                     self._sum_shrunk(run, offset, step, inverse, threshold, beta)
-            mean = at.fmul(self._get("errors"), self.numbers(1 / form.group))
+            mean = at.fmul(self._get("errors"), self.floats(1 / form.group))
             self._set("offset", at.fadd(offset, mean))
         return at.fadd(at.fmul(self._get("best"), step), plain)
 
@@ -476,7 +438,7 @@ class _Quantiser(_Vectors):
             size = self.intrinsic(f"llvm.fabs.v{LANES}f32", error.type, error)
             errors = error if errors is None else at.fadd(errors, error)
             sizes = size if sizes is None else at.fadd(sizes, size)
-            largest = self.most(size, largest)
+            largest = self.larger(size, largest)
         self._set("largest", largest)
         self._set("errors", at.fadd(self._get("errors"), errors))
         self._set("sizes", at.fadd(self._get("sizes"), sizes))
@@ -496,12 +458,12 @@ class _Quantiser(_Vectors):
     ) -> None:
         """Emit the addition of a run's errors, less the result of the proximal step where they exceed ``threshold``."""
         at = self.at
-        self._set("run", self.numbers(0.0))
+        self._set("run", self.floats(0.0))
         with self.loop(run, at.add(run, self.number(SUM_RUN * BYTES)), BYTES) as place:
             error = self._error(place, offset)
             product = at.fmul(error, step)
             size = self.intrinsic(f"llvm.fabs.v{LANES}f32", product.type, product)
-            shrunk = self.most(at.fsub(size, at.fdiv(self._power(size), beta)), self.numbers(0.0))
+            shrunk = self.larger(at.fsub(size, at.fdiv(self._power(size), beta)), self.floats(0.0))
             shrunk = self.intrinsic(f"llvm.copysign.v{LANES}f32", shrunk.type, shrunk, product)
             smaller = at.fsub(error, at.fmul(shrunk, inverse))
             large = at.fcmp_ordered(">", size, threshold)

@@ -13,7 +13,7 @@ from llvmlite import ir
 
 from moetier.tiers.layout import Projection
 
-from .emitter import F32, I8, I32, POINTER, Emitter, FloatType, Value, new_module, once, vector
+from .emitter import F32, I8, I32, POINTER, ROUNDING, Emitter, FloatType, Value, new_module, once, vector
 from .jit import Processor
 from .row_codings import FLOAT_SCALE, coding_of
 from .row_emitter import UNIT
@@ -100,7 +100,7 @@ def emit_rounding(
     some = at.fcmp_ordered(">", step, ir.Constant(F32, 0.0))
     inverse = at.select(some, at.fdiv(ir.Constant(F32, 1.0), step), ir.Constant(F32, 0.0))
     scaled = at.fmul(values, emit.spread(inverse, group))
-    shift, zero = emit.all(F32, 1.5 * 2**23, group), emit.all(F32, 0.0, group)
+    shift, zero = emit.all(F32, ROUNDING, group), emit.all(F32, 0.0, group)
     rounded = at.fsub(at.fadd(scaled, shift), shift)  # to the nearest, ties to even
     top, bottom = emit.all(F32, 127.0, group), emit.all(F32, -127.0, group)
     fits = at.and_(at.fcmp_ordered("<=", rounded, top), at.fcmp_ordered(">=", rounded, bottom))

@@ -92,7 +92,7 @@ def routing_module(code: RoutingCode) -> ir.Module:
     keys = at.gep(scratch, [at.mul(padded(experts), n(4))])
     group_keys = at.gep(keys, [at.mul(padded(experts), n(4))])
     picked = at.gep(group_keys, [at.mul(padded(experts), n(4))])
-    nothing = emit.all(F32, 0.0 if code.is_sigmoid else -math.inf, LANES)
+    nothing = emit.floats(0.0 if code.is_sigmoid else -math.inf)
     for values, count in ((scratch, experts), (picked, top_k)):  # the padding adds nothing to sums
         emit.store(nothing, values, at.mul(at.sub(padded(count), n(LANES)), n(4)))
 
@@ -106,7 +106,7 @@ def routing_module(code: RoutingCode) -> ir.Module:
     if code.is_sigmoid:
         with emit.loop(n(0), padded(experts), LANES) as i:
             value = emit.load(scratch, at.mul(i, n(4)), vector(F32, LANES))
-            emit.store(times_sigmoid(emit, emit.all(F32, 1.0, LANES), value), scratch, at.mul(i, n(4)))
+            emit.store(times_sigmoid(emit, emit.floats(1.0), value), scratch, at.mul(i, n(4)))
     with emit.loop(n(0), experts) as expert:
         value = emit.load(scratch, at.mul(expert, n(4)), one)
         if (kind := code.correction_dtype) is not None:
@@ -134,13 +134,13 @@ def routing_module(code: RoutingCode) -> ir.Module:
         value = emit.load(values, at.mul(i, n(4)), vector(F32, LANES))
         return value if code.is_sigmoid else emit.exp(at.fsub(value, largest))
 
-    at.store(emit.all(F32, 0.0, LANES), total)
+    at.store(emit.floats(0.0), total)
     values, count = (picked, top_k) if code.normalised else (scratch, experts)
     with emit.loop(n(0), padded(count), LANES) as i:
         at.store(at.fadd(at.load(total), share_of(values, i)), total)
     whole = emit.spread(emit.reduce(at.load(total), at.fadd), LANES)
     if code.is_sigmoid:
-        whole = at.fadd(whole, emit.all(F32, _TINY, LANES))
+        whole = at.fadd(whole, emit.floats(_TINY))
     with emit.loop(n(0), padded(top_k), LANES) as i:
         share = share_of(picked, i)
         if code.normalised or not code.is_sigmoid:

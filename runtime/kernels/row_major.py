@@ -97,9 +97,9 @@ class RowTile(RowEmitter):
         offsets = self._scale_offsets(row)
         of_codes = 4 * self.lanes  # bytes of a vector
         columns_of_vector = 1 if coding.is_exact else 4
-        codes = self._memory(coding.chunk * coding.group // columns_of_vector * of_codes)
-        scales, lows = (self._memory(coding.chunk * of_codes) for _ in range(2))
-        totals = self._memory(MOST_ROWS * of_codes)
+        codes = self.memory(coding.chunk * coding.group // columns_of_vector * of_codes)
+        scales, lows = (self.memory(coding.chunk * of_codes) for _ in range(2))
+        totals = self.memory(MOST_ROWS * of_codes)
         numbers = vector(F32, self.lanes)
 
         def add(first: Value, columns: int) -> None:
@@ -266,9 +266,3 @@ class RowTile(RowEmitter):
     def _variable(self, kind: ir.VectorType) -> Value:
         with self.at.goto_entry_block():
             return self.at.alloca(kind)
-
-    def _memory(self, nbytes: int) -> Value:
-        with self.at.goto_entry_block():
-            place = self.at.alloca(ir.ArrayType(I8, nbytes))
-        place.align = 64
-        return self.at.bitcast(place, POINTER)
