@@ -19,7 +19,6 @@ a process that does not return its slots can't block other callers.
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import partial
 
@@ -35,6 +34,7 @@ from moetier.tiers.stats import TierCounters
 from .demands import AsyncCaller, Demand, Failed, Granted, Pool, Waiting
 from .loads import Loads
 from .prefetch import PrefetchQueue
+from .uses import Uses
 
 
 class Ledger:
@@ -79,6 +79,7 @@ class Ledger:
             self.pools[region.array] = Pool(groups, POLICIES[policy], first=first, slot_bytes=region.slot_bytes)
         self.pool_of = [self.pools[block.array] for block in manifest.blocks]  # for each block, the pool of its records
         self.prefetches = PrefetchQueue(self.counters, clock)
+        self.uses = Uses(self.pool_of, self.counters, self.prefetches)
         self.waiting = Waiting(wake=wake, ring=ring, watch=watch, clock=clock)
         self.loads = Loads(
             directory, self.counters, self.prefetches, self.waiting, ring=ring, most_prefetches=most_prefetches
@@ -92,7 +93,6 @@ class Ledger:
             if fills and self.pools[array].count == sum(block.experts for block in blocks.values())
         }
         self._demands: set[Demand] = set()
-        self._uses: Counter[ExpertKey] | None = None  # number of demands for each key; None until this is counted
 
     def check_open(self) -> None:
         """If the ledger was closed, raise the error with which it was closed."""
@@ -113,7 +113,7 @@ class Ledger:
             caller.demands[demand.number] = demand
         self.prefetches.request(pool, demand.block, (), caller)
         distinct = dict.fromkeys(keys)
-        self._count(distinct)
+        self.uses.count(distinct)
         demand.is_scan = len(distinct) > pool.quota(demand.block)
         hits = []
         for key in distinct:
@@ -236,7 +236,7 @@ class Ledger:
         self.waiting.wake()
         self.serve()
 
-    # -- prefetches and uses -------------------------------------------------------------------------------------------
+    # -- prefetches ---------------------------------------------------------------------------------------------------
 
     def prefetch(self, block: int, keys: Sequence[ExpertKey], caller: AsyncCaller | None = None) -> None:
         """Replace a caller's prefetch requests for a block by ``keys``. ``caller`` is None for the tier's own process.
@@ -247,47 +247,6 @@ class Ledger:
         self.check_open()
         if self.prefetches.request(self.pool_of[block], block, keys, caller):
             self.loads.ring_for_prefetches()
-
-    def used_above(self, keys: Sequence[ExpertKey]) -> None:
-        """Count uses of the records of ``keys``, which demands have found in the tier above."""
-        self.prefetches.use(keys)
-        self._count(keys)
-
-    def use(self, key: ExpertKey) -> None:
-        """Count a hit of another process, which has found the record of ``key`` in the directory and used it."""
-        pool = self.pool_of[key.block]
-        self.counters.hits += 1
-        self._count((key,))
-        if pool.find(key) is not None:
-            pool.touch((key,))
-            self.prefetches.use((key,))
-
-    def use_found(self, block: int, experts: Sequence[int]) -> None:
-        """Count a demand of this process that has found all of its records in the directory. Each record is a hit."""
-        pool = self.pool_of[block]
-        keys = [ExpertKey(block, expert) for expert in dict.fromkeys(experts)]
-        self.prefetches.request(pool, block, (), None)
-        self._count(keys)
-        self.counters.hits += len(keys)
-        here = [key for key in keys if pool.holds(key)]  # other records were evicted since the demand found them
-        self.prefetches.use(here)
-        pool.touch(reversed(here), scan=len(keys) > pool.quota(block))
-
-    def take_back(self, experts: Sequence[int]) -> None:
-        """Count the hits of an earlier ``use_found`` as discarded, because records were replaced during their use."""
-        count = len(set(experts))
-        self.counters.hits -= count
-        self.counters.discarded += count
-
-    def counted_uses(self) -> dict[ExpertKey, int]:
-        """Return a dictionary from each key to the number of demands for it. Counting begins with the first call."""
-        if self._uses is None:
-            self._uses = Counter()
-        return dict(self._uses)
-
-    def _count(self, keys: Iterable[ExpertKey]) -> None:
-        if self._uses is not None:
-            self._uses.update(list(keys))
 
     # -- asynchronous callers -----------------------------------------------------------------------------------------
 

@@ -94,7 +94,7 @@ class Session(AsyncCaller):
             self._ledger.manifest.check_keys(key.block, (key,))
         if self._takes_hints():
             for key in keys:
-                self._ledger.use(key)
+                self._ledger.uses.found_elsewhere(key)
 
     @step
     def prefetch(self, block: int, keys: Sequence[ExpertKey]) -> None:

@@ -136,11 +136,11 @@ class HostTier(Closeable):
 
     def note_uses(self, block: int, experts: Sequence[int]) -> None:
         """Count a demand, as ``ExpertSource`` specifies, when the next step of the monitor begins."""
-        self._monitor.defer(partial(self._ledger.use_found, block, experts))
+        self._monitor.defer(partial(self._ledger.uses.found, block, experts))
 
     def take_back_uses(self, block: int, experts: Sequence[int]) -> None:
         """Count the hits of an earlier ``note_uses`` as discarded, as ``ExpertSource`` specifies."""
-        self._monitor.defer(partial(self._ledger.take_back, experts))
+        self._monitor.defer(partial(self._ledger.uses.take_back, experts))
 
     @step
     def reclaim(self) -> None:
@@ -182,12 +182,12 @@ class HostTier(Closeable):
     @step
     def used(self, keys: Sequence[ExpertKey]) -> None:
         """Note uses in the tier above, as ``Lender`` specifies. The result of ``uses`` includes them."""
-        self._ledger.used_above(keys)
+        self._ledger.uses.above(keys)
 
     @step
     def uses(self) -> dict[ExpertKey, int]:
         """Return a dictionary from each key to the number of demands for it. Counting begins with the first call."""
-        return self._ledger.counted_uses()
+        return self._ledger.uses.by_key()
 
     def ready(self, block: int) -> list[int]:
         """Return the experts of a block whose records are READY now."""

@@ -224,7 +224,7 @@ class LedgerMachine(RuleBasedStateMachine):
                 self.callers.append(caller)
             assert self.ledger.counters == before
             if used:
-                self.ledger.used_above([key])
+                self.ledger.uses.above([key])
 
     @rule(block=BLOCKS, experts=st.lists(st.integers(0, EXPERTS - 1), max_size=5))
     def prefetch(self, block: int, experts: list[int]) -> None:
@@ -738,7 +738,7 @@ def test_a_record_that_a_client_finds_in_the_directory_was_requested_rightly() -
     load = ledger.loads.next_read()
     assert load is not None
     ledger.loads.arrive(load)
-    ledger.use(ExpertKey(1, 0))
+    ledger.uses.found_elsewhere(ExpertKey(1, 0))
     assert (ledger.counters.useful, ledger.counters.late) == (1, 0)
 
 
@@ -844,11 +844,11 @@ def test_a_pool_is_not_filled_without_room_for_all_or_if_records_are_far_away(co
 def test_uses_are_counted_of_demands_and_of_what_clients_found() -> None:
     ledger, pool = ledger_of(6)
     ledger.leave(demand(ledger, pool, 1, 3))
-    assert not ledger.counted_uses()
+    assert not ledger.uses.by_key()
     demand(ledger, pool, 1, 0, 1, 0)
-    ledger.use(ExpertKey(1, 0))
-    ledger.used_above([ExpertKey(0, 2)])
-    assert ledger.counted_uses() == {(1, 0): 2, (1, 1): 1, (0, 2): 1}
+    ledger.uses.found_elsewhere(ExpertKey(1, 0))
+    ledger.uses.above([ExpertKey(0, 2)])
+    assert ledger.uses.by_key() == {(1, 0): 2, (1, 1): 1, (0, 2): 1}
 
 
 def test_callers_who_come_again_and_again_overtake_nobody_for_ever() -> None:
