@@ -20,6 +20,10 @@ from moetier.tiers.quant.codec import decode
 COLUMNS = {32: (288, 320, 96), 256: (512, 256)}
 CPUS = ["", "+avx2,+fma", "+avx2,+fma,+avxvnni", "+avx512f,+avx512bw,+avx512vl,+avx512dq,+avx512vnni,+avx2,+fma"]
 CASES = [(coding, columns) for coding, form in BLOCKS.items() for columns in COLUMNS[form.weights]]
+FIRST_CASES = [  # with one number of columns of each coding; the others are slow
+    pytest.param(coding, columns, marks=[pytest.mark.slow] * (columns != COLUMNS[BLOCKS[coding].weights][0]))
+    for coding, columns in CASES
+]
 PROT_NONE = 0
 
 
@@ -45,7 +49,7 @@ def ideal(x: torch.Tensor, record: torch.Tensor, layout: RecordLayout) -> torch.
     ("coding", "columns", "dtype"),
     [
         *((coding, columns, torch.float32) for coding, columns in CASES),
-        *((coding, COLUMNS[form.weights][0], torch.bfloat16) for coding, form in BLOCKS.items()),
+        *(pytest.param(*case.values, torch.bfloat16, marks=case.marks) for case in FIRST_CASES),
     ],
 )
 def test_products_are_those_with_decoded_weights(coding: str, columns: int, dtype: torch.dtype) -> None:
@@ -59,13 +63,7 @@ def test_products_are_those_with_decoded_weights(coding: str, columns: int, dtyp
         assert torch.equal(kernels_for(None).project(x[first:last], record, layout, "up_proj"), y[first:last])
 
 
-@pytest.mark.parametrize(
-    ("coding", "columns"),
-    [
-        pytest.param(coding, columns, marks=[pytest.mark.slow] * (columns != COLUMNS[BLOCKS[coding].weights][0]))
-        for coding, columns in CASES
-    ],
-)
+@pytest.mark.parametrize(("coding", "columns"), FIRST_CASES)
 def test_every_processor_gives_the_same_bits(coding: str, columns: int) -> None:
     layout, record = blocks(coding, 70, columns)
     x = torch.randn(5, columns, generator=torch.Generator().manual_seed(1))

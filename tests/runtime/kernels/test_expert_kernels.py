@@ -97,10 +97,16 @@ WAYS = [
 ]
 
 
-@pytest.mark.parametrize("activation", WAYS, ids=str)
-def test_every_activation(activation: Activation) -> None:
-    """With biases or without: with every other one of them."""
-    bias = WAYS.index(activation) % 2 == 0
+@pytest.mark.parametrize(
+    ("activation", "bias"),
+    [  # with biases or without, in turn; the rest is slow
+        pytest.param(activation, bias, marks=[pytest.mark.slow] * (bias != (number % 2 == 0)))
+        for number, activation in enumerate(WAYS)
+        for bias in (False, True)
+    ],
+    ids=str,
+)
+def test_every_activation(activation: Activation, bias: bool) -> None:
     layout, records = records_of(activation, bias=bias)
     kernels = ExpertKernels(layout, activation, torch.float32, EXPERTS)
     x = torch.randn(EXPERTS, HIDDEN, generator=torch.Generator().manual_seed(1))
