@@ -70,6 +70,16 @@ def sleeps(thread: threading.Thread) -> bool:
     return frame is not None and (frame.f_globals["__name__"], frame.f_code.co_name) == ("moetier.tiers.locks", "_wait")
 
 
+def joins(thread: threading.Thread) -> bool:
+    """Whether it waits for the end of another thread."""
+    frame = current_frames().get(thread.ident or 0)
+    while frame is not None:
+        if frame.f_code is threading.Thread.join.__code__:
+            return True
+        frame = frame.f_back
+    return False
+
+
 def run_all(functions: Iterable[Callable[[], Result]]) -> list[Result]:
     """All at the same time."""
     tasks = [Task(function, f"caller {number}") for number, function in enumerate(functions)]

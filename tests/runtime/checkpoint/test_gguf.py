@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 import re
 import struct
@@ -22,12 +23,14 @@ import gguf
 from gguf_files import MODELS, Kind, mostly, reference, tiny_weights, write_gguf
 
 from moetier.runtime.checkpoint.experts import check_shards, open_experts, table_of
+from moetier.runtime.checkpoint.files import SAMPLE_BYTES
 from moetier.runtime.checkpoint.gguf import open_gguf
 from moetier.runtime.model.load import load
 from moetier.tiers.errors import CheckpointError, MoetierError, UnsupportedModelError
 from moetier.tiers.extents.reader import ExtentStore
 from moetier.tiers.layout import ExpertKey
-from moetier.tiers.store import gguf as store_gguf
+from moetier.tiers.store import reader as store_reader
+from moetier.tiers.store.gguf import read_gguf
 from moetier.tools.main import main
 
 IDS = torch.tensor([[5, 17, 200, 3, 99, 250, 42]])
@@ -87,22 +90,22 @@ def test_architectures_that_transformers_reads(architecture: str, tmp_path: Path
         assert torch.equal(exact_logits(path, dtype, attention), logits(ordinary))
 
 
-def test_rows_that_alternate_are_read_in_parts(tmp_path: Path) -> None:
-    """Gate and up of gpt-oss, and their biases, which are fp32 in the file. Any part of a record can be read."""
+def test_rows_that_alternate_are_read_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gate and up of gpt-oss, and their biases, which are fp32 in the file. Parts may have any size."""
     path = write_gguf(tmp_path / "model.gguf", tiny_weights("gpt-oss"), mostly("MXFP4", trunk="Q8_0"))
     assert main(["link", str(path)]) == 0
     assert main(["verify", str(path)]) == 0
-    chance, key = random.Random(0), ExpertKey(1, 2)
+    key = ExpertKey(1, 2)
     with open_experts(path) as store:
         assert isinstance(store, ExtentStore)
-        layout, extents = store.layout(1), store.table.extents(key)
+        layout = store.layout(1)
         record = bytearray(layout.slot_bytes)
         store.read_into(key, memoryview(record))
-        for _ in range(200):
-            start, end = sorted(chance.sample(range(layout.payload_bytes), 2))
-            part = bytearray(b"?" * (end - start))
-            store._assemble(extents, start, memoryview(part))
-            assert part == record[start:end]
+        for size in random.Random(0).sample(range(50, layout.payload_bytes), 50):
+            monkeypatch.setattr(store_reader, "PIECE_BYTES", size)
+            again = bytearray(b"?" * layout.slot_bytes)
+            store.read_into(key, memoryview(again))
+            assert again == record, size
     exact, quick = (
         load(path, exact=exact, ram="1MiB", attn_implementation="eager", dtype=torch.float32)[0]
         for exact in (True, False)
@@ -162,17 +165,20 @@ def test_tokenizer_and_chat_template_are_in_the_file(tmp_path: Path) -> None:
 
 
 def test_a_header_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read, seen = store_gguf._read, []
+    """A header is read from the first byte on. Otherwise at most a sample is."""
+    pread, begun = os.pread, []
 
-    def counted(state: Any) -> Any:
-        seen.append(state)
-        return read(state)
+    def counted(descriptor: int, count: int, offset: int) -> bytes:
+        if offset == 0 and count > SAMPLE_BYTES:
+            begun.append(descriptor)
+        return pread(descriptor, count, offset)
 
-    monkeypatch.setattr(store_gguf, "_read", counted)
+    monkeypatch.setattr(os, "pread", counted)
     path = write_gguf(tmp_path / "model.gguf", tiny_weights("qwen3moe"), mostly("Q4_0"))
+    assert path.stat().st_size > SAMPLE_BYTES
     model, _ = load(path, ram="1MiB")
     with model.tiers:
-        assert len(seen) == 1
+        assert len(begun) == 1
 
 
 def test_the_table_depends_on_the_bytes(tmp_path: Path) -> None:
@@ -230,7 +236,7 @@ OTHERS: list[tuple[str, Shapes]] = [
 def test_a_tensor_of_another_shape_is_refused_by_name(name: str, shaped: Shapes, tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "model.gguf", tiny_weights("qwen3moe"), mostly("Q8_0", "Q4_0"))
     data, written = path.read_bytes(), struct.pack("<Q", len(name)) + name.encode()
-    end = store_gguf.read_gguf(path).nbytes
+    end = read_gguf(path).nbytes
     at = data.index(written) + len(written)
     (count,) = struct.unpack_from("<I", data, at)
     other = shaped(struct.unpack_from(f"<{count}Q", data, at + 4)[::-1])

@@ -10,6 +10,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,10 @@ from torch import Tensor
 
 import moetier
 from moetier.proto import expert_store_pb2 as pb
+from moetier.runtime.client import elsewhere, spread
 from moetier.runtime.client.costs import FetchRate, RowSeconds, Uses
-from moetier.runtime.client.elsewhere import ROWS, Elsewhere
+from moetier.runtime.client.elsewhere import Elsewhere
+from moetier.runtime.client.remote import RemoteReader
 from moetier.runtime.generation.compat import CACHE
 from moetier.runtime.kernels.expert_code import Activation
 from moetier.runtime.kernels.expert_kernels import ExpertKernels
@@ -124,7 +127,6 @@ def test_the_logits_are_those_of_local_computing(
             shares = shares_of(model)
             assert min(share.computed for share in shares) > 0
             assert all(share.computed_bytes > share.computed * 128 for share in shares)
-            assert model.tiers.elsewhere._rows == 0, "nothing is waited for any more"
         assert [daemon.stats().computed for daemon in three] == [share.computed for share in shares]
         assert [daemon.stats().host.leased for daemon in three] == [0, 0, 0]
 
@@ -334,10 +336,9 @@ def test_a_daemon_is_not_lost_if_its_answer_is_read_too_late(
     tinymix_4bit: Path, bare: Path, tmp_path: Path, token: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As other experts of the block take long."""
+    monkeypatch.setattr(spread, "RemoteReader", partial(RemoteReader, patience=2.0))
     with one_daemon_computes(tmp_path, tinymix_4bit, bare, token, monkeypatch) as (model, compute):
         wanted = compute([0])
-        (peer,) = model.tiers.elsewhere._reader.peers
-        peer.reader.patience = 2.0
         assert torch.equal(compute([0], pause=3.0), wanted)
         assert shares_of(model)[0].lost == 0
 
@@ -439,22 +440,20 @@ def test_strangers(tinymix_4bit: Path, bare: Path, expected: Tensor, token: Path
 def test_rows_in_flight_are_bounded(
     tinymix_4bit: Path, bare: Path, tmp_path: Path, token: Path, expected: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    most = 0
-    take = Elsewhere._take
+    """If one is allowed, of a token's experts one is computed, by one of two daemons. Then the next may be."""
+    calls: list[Any] = []
+    compute = RemoteReader.compute
 
-    def watched(self: Elsewhere, rows: int) -> bool:
-        nonlocal most
-        taken = take(self, rows)
-        most = max(most, self._rows)
-        return taken
+    def watched(self: RemoteReader, request: pb.ComputeRequest, nbytes: int) -> Any:
+        assert len(request.experts) == 1
+        assert all(call.done() for call in calls)
+        calls.append(compute(self, request, nbytes))
+        return calls[-1]
 
-    monkeypatch.setattr(Elsewhere, "_take", watched)
-    with daemons(tmp_path, tinymix_4bit, token, 1) as (daemon,):
-        model = load(bare, [daemon.card.listen], token, smallest_ram(tinymix_4bit))
-        with model.tiers, torch.inference_mode():
-            ids = torch.randint(3, 250, (1, 3000), generator=torch.Generator().manual_seed(0))
-            found = model(ids).logits
-        assert 0 < most <= ROWS
-        own, _ = moetier.load(tinymix_4bit, daemon=None)
-        with own.tiers, torch.inference_mode():
-            assert torch.equal(own(ids).logits, found)
+    monkeypatch.setattr(elsewhere, "ROWS", 1)
+    monkeypatch.setattr(RemoteReader, "compute", watched)
+    with daemons(tmp_path, tinymix_4bit, token, 2) as two:
+        model = load(bare, [daemon.card.listen for daemon in two], token, smallest_ram(tinymix_4bit))
+        with model.tiers:
+            assert torch.equal(logits(model), expected)
+            assert sum(share.computed for share in shares_of(model)) > STEPS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import math
 from pathlib import Path
 from typing import Any
@@ -96,11 +97,13 @@ def test_what_is_written_into_a_windows_room_is_taken_over() -> None:
     for number in range(TOKENS // 2):
         room, more = layer.room(), pair(1, number, batch=1)
         assert room is not None
-        assert layer._buffers is not None
         first, last = layer.place
         assert last + 1 - first == min(other.get_seq_length() + 1, 9)
-        for buffer, new in zip(layer._buffers, more, strict=True):
-            buffer.memory[..., last : last + 1, :] = new
+        for address, (_, head, position), new in zip(
+            room.addresses, (room.strides[:3], room.strides[3:]), more, strict=True
+        ):
+            for number, row in enumerate(new[0, :, 0]):
+                ctypes.memmove(address + 4 * (number * head + last * position), row.data_ptr(), 4 * len(row))
         layer.extend()
         other.update(*more)
         assert layer.get_mask_sizes(1) == other.get_mask_sizes(1)

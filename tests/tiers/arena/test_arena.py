@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from threads import Task, wait_until
+from threads import Task, joins, wait_until
 
 from moetier.tiers.arena import arena as arena_module
 from moetier.tiers.arena.arena import SEALS, Arena
@@ -275,7 +275,7 @@ def test_closing_ends_the_allocation(slow_pages: threading.Event) -> None:
     arena = Arena.create(plan_of(100))
     descriptor = arena.export()
     closing = Task(arena.close)
-    wait_until(lambda: arena._closing)
+    wait_until(lambda: joins(closing.thread))
     slow_pages.set()
     closing.result()
     assert os.fstat(descriptor).st_blocks * 512 < 100 * PAGE

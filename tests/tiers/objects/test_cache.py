@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -287,26 +288,30 @@ def test_a_record_that_is_evicted_while_it_is_read_is_not_noted(
 
     def read_slowly(store: ExpertStore, key: ExpertKey, *rest: Any) -> None:
         read(store, key, *rest)
+        kept = blocks_of(store, KEY)
         for expert in range(4):  # of another block, by another process
             read_record(other, ExpertKey(0, expert))
-        deadline = time.monotonic() + 30
-        while key in other._used and time.monotonic() < deadline:
-            time.sleep(0.01)
+        wait_until(lambda: blocks_of(store, KEY) < kept)
 
-    with opened(server, tmp_path, 4 * 16384) as other, opened(server, tmp_path) as store:
+    with opened(server, tmp_path) as store:
         read_record(store, KEY)
-        while store._unsettled:
-            time.sleep(0.01)
+    with opened(server, tmp_path, 4 * 16384) as other, opened(server, tmp_path) as store:
         monkeypatch.setattr(ExpertStore, "read_into", read_slowly)
         assert read_record(store, KEY) == records[KEY]
-        assert KEY not in store._used
+        assert store.cached_bytes == 4 * 16384, "those of the other block"
+
+
+def blocks_of(store: ExpertStore, key: ExpertKey) -> int:
+    """Blocks on the disk of the shard with a record."""
+    return ShardFile.of(store.folder, store.manifest, key.block).path.stat().st_blocks
 
 
 def test_a_cache_is_complete_only_with_the_bytes_of_all(
     server: FolderServer, tmp_path: Path, records: dict[ExpertKey, bytes]
 ) -> None:
     with opened(server, tmp_path) as store:
-        store._used.set(KEY)  # as a reader that races with an eviction might
+        with closing(uses.Uses(store.folder / uses.USES, store.manifest)) as used:
+            used.set(KEY)  # as a reader that races with an eviction might
         for key in records.keys() - {KEY}:
             read_record(store, key)
     with opened(server, tmp_path) as store:
@@ -327,12 +332,16 @@ def test_a_record_that_two_threads_fetch_is_kept_once(
         together.wait(30)
 
     with opened(server, tmp_path) as store:
-        monkeypatch.setattr(cache, "copy_bytes", copy_together)
-        assert run_all([lambda: read_record(store, KEY)] * 2) == [records[KEY]] * 2
-        while store._unsettled:
-            time.sleep(0.01)
-        assert store._waiting == 0, "room for others"
-        assert store.cached_bytes == 16384
+        with monkeypatch.context() as patched:
+            patched.setattr(cache, "copy_bytes", copy_together)
+            assert run_all([lambda: read_record(store, KEY)] * 2) == [records[KEY]] * 2
+        wait_until(lambda: store.cached_bytes == 16384)
+        monkeypatch.setattr(cache, "QUEUE_BYTES", 16384)
+        began = time.monotonic()
+        read_record(store, ExpertKey(0, 0))
+        assert time.monotonic() - began < cache.PATIENCE / 2, "there is room for others"
+    with opened(server, tmp_path) as store:
+        assert check(store, records) == 2
 
 
 def test_a_stopped_process_with_the_lock_does_not_hold_up_reads(
@@ -346,8 +355,7 @@ def test_a_stopped_process_with_the_lock_does_not_hold_up_reads(
         assert read_records(store) == records
         assert time.monotonic() - began < 0.5 * len(records) / 2, "only the first waits"
         fcntl.flock(held, fcntl.LOCK_UN)
-        while store._unsettled:
-            time.sleep(0.01)
+        wait_until(lambda: store.cached_bytes > 0)
         assert read_records(store) == records
     with opened(server, tmp_path) as store:
         assert check(store, records) > 1, "then records are kept again"
@@ -369,7 +377,8 @@ def test_a_stopped_process_with_the_lock_is_said_when_a_cache_is_opened(
 
 def check(store: CachedStore, records: dict[ExpertKey, bytes]) -> int:
     """Read all records that the cache says it has, past the fetching; return their number."""
-    there = [key for key in records if key in store._used]
+    with closing(uses.Uses(store.folder / uses.USES, store.manifest)) as used:
+        there = [key for key in records if key in used]
     for key in there:
         slot = memoryview(bytearray(16384))
         shard, offset = store.locate(key)
