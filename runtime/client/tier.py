@@ -30,7 +30,8 @@ from moetier.tiers.source import Lease, Residents
 from moetier.tiers.stats import TierCounters, TierStats
 
 from .fallback import Fallback
-from .link import Link, LinkEvent, MappedArena, RequestFailed, SlotGranted, SlotRequest
+from .link import Link, LinkEvent, RequestFailed, SlotGranted, SlotRequest
+from .mapped_arena import MappedArena
 
 GRACE = 1.0  # seconds that a daemon may be away before the local store is read
 _RETRY = 0.1  # seconds before a request that failed because the daemon was ending is sent again

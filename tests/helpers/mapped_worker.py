@@ -21,7 +21,7 @@ from typing import Any
 
 import google_crc32c
 
-from moetier.runtime.client.link import Proof
+from moetier.runtime.client.mapped_arena import Proof
 from moetier.runtime.client.tier import DaemonTier
 from moetier.tiers.errors import MoetierError
 from moetier.tiers.layout import ExpertKey

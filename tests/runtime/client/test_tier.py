@@ -25,7 +25,7 @@ from stores import keys, layout_of, make_plan, make_records, write_store
 from threads import Task, run_all, wait_until
 from workers import WorkerError
 
-from moetier.runtime.client.link import MappedArena
+from moetier.runtime.client.mapped_arena import MappedArena
 from moetier.runtime.client.tier import DaemonTier, Misses
 from moetier.runtime.wire.control import ControlConnection
 from moetier.tiers.errors import ClosedError, ProtocolError, UnavailableError, UnknownModelError
