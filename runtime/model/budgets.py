@@ -14,7 +14,8 @@ import torch
 from moetier.runtime.config import DEFAULT_CONTEXT, Size
 from moetier.runtime.kernels.api import Kernels
 from moetier.runtime.memory import Available, budget_for
-from moetier.runtime.moe.experts import ROWS, experts_modules, output_bytes
+from moetier.runtime.moe.experts import experts_modules, output_bytes
+from moetier.runtime.moe.grouped import ROWS
 from moetier.tiers.cache.budget import smallest_budget
 from moetier.tiers.layout import RecordLayout
 from moetier.tiers.manifest import Manifest

@@ -38,14 +38,10 @@ from moetier.runtime.kernels.growing_cache import use_growing_layers
 from moetier.runtime.kernels.norm import use_quick_norms
 from moetier.runtime.kernels.row import use_row_weights
 from moetier.runtime.memory import mapped_files
-from moetier.runtime.moe.experts import (
-    EXPERT_PARAMETERS,
-    TieredBlock,
-    experts_forward,
-    experts_modules,
-    quick_activation,
-)
+from moetier.runtime.moe.block import TieredBlock
+from moetier.runtime.moe.experts import EXPERT_PARAMETERS, experts_forward, experts_modules
 from moetier.runtime.moe.gates import Gates
+from moetier.runtime.moe.grouped import quick_activation
 from moetier.runtime.moe.layers import use_quick_layers
 from moetier.runtime.moe.linear import quantized_linears, replace_linears, replace_modules
 from moetier.runtime.moe.routers import use_quick_routers

@@ -20,8 +20,8 @@ from moetier.runtime.kernels.routing import RoutingSteps
 from moetier.runtime.kernels.snapshot import MOST_TRIALS, Snapshot
 from moetier.runtime.kernels.team import Program
 
-from .experts import one_token
 from .gates import Observer
+from .grouped import one_token
 from .layer_forms import LayerForm, find_form, key_of, parts_of
 from .routers import quick_class, tensors_of
 

@@ -18,7 +18,7 @@ from moetier.tiers.manifest import TrunkRecords
 from moetier.tiers.quant.codec import layout_for
 from moetier.tiers.quant.gguf import decode_blocks
 
-from .experts import without_gradient
+from .gradients import without_gradient
 
 WEIGHT = "weight"  # name of the only projection in a trunk record
 

@@ -12,7 +12,8 @@ from architectures import tiny_model
 from torch import Tensor
 
 from moetier.runtime.kernels.api import Kernels
-from moetier.runtime.moe.experts import EXPERT_PARAMETERS, TieredBlock, experts_modules
+from moetier.runtime.moe.block import TieredBlock
+from moetier.runtime.moe.experts import EXPERT_PARAMETERS, experts_modules
 from moetier.tiers.layout import Bits, ExpertKey, RecordLayout
 from moetier.tiers.quant.codec import encode, layout_for
 from moetier.tiers.source import Lease

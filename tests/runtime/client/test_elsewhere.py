@@ -34,7 +34,7 @@ from moetier.runtime.client.remote import RemoteReader
 from moetier.runtime.generation.compat import CACHE
 from moetier.runtime.kernels.expert_code import Activation
 from moetier.runtime.kernels.expert_kernels import ExpertKernels
-from moetier.runtime.moe import experts
+from moetier.runtime.moe import grouped
 from moetier.runtime.wire.address import Credentials
 from moetier.runtime.wire.piece import encode_piece
 from moetier.runtime.wire.status_codes import abort
@@ -353,7 +353,7 @@ def test_records_are_prefetched_where_no_daemon_can_compute_the_experts(
             model = load(bare, [daemon.card.listen], token, smallest_ram(tinymix_4bit))
             with model.tiers:
                 modes.append(model.tiers.speculation.stats().mode)
-            monkeypatch.setattr(experts, "activation_of", lambda module: None)
+            monkeypatch.setattr(grouped, "activation_of", lambda module: None)
     assert modes == ["off", "auto"]
 
 

@@ -16,7 +16,9 @@ from twins import BLOCK, CPU, inputs, pair
 
 from moetier.runtime.kernels.api import Kernels
 from moetier.runtime.kernels.packed import PackedKernels
-from moetier.runtime.moe.experts import ROWS, TieredBlock, experts_forward
+from moetier.runtime.moe.block import TieredBlock
+from moetier.runtime.moe.experts import experts_forward
+from moetier.runtime.moe.grouped import ROWS
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.source import Lease
 

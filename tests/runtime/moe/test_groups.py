@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 import moetier
-from moetier.runtime.moe.experts import experts_modules, groups
+from moetier.runtime.moe.block import groups
+from moetier.runtime.moe.experts import experts_modules
 
 RAM = 4 << 20  # 18 of 64 experts: two or three of a block
 Events = list[set[int] | list[int]]  # a demand; experts that came together

@@ -24,7 +24,8 @@ from twins import inputs, pair
 import moetier
 from moetier.runtime.kernels.api import Kernels
 from moetier.runtime.kernels.cuda_int4 import CudaInt4, FusedKernels
-from moetier.runtime.moe.experts import TieredBlock, experts_forward, experts_modules, rows_of_experts
+from moetier.runtime.moe.block import TieredBlock, rows_of_experts
+from moetier.runtime.moe.experts import experts_forward, experts_modules
 from moetier.runtime.moe.linear import QuantizedLinear
 from moetier.tiers.cache.budget import slots_for
 from moetier.tiers.device.stream import CudaDevice, Device

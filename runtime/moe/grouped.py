@@ -1,0 +1,217 @@
+"""The quick way to compute a block: groups of experts that are available together, each in one call of compiled code.
+
+If all experts of a single token are resident, it takes no lease: compiled code looks the records up, and proves
+afterwards that none of them was replaced. The result does not depend on which experts are available together.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import closing
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moetier.runtime.kernels.api import FLOATS, Kernels
+from moetier.runtime.kernels.expert_code import Activation
+from moetier.runtime.kernels.expert_kernels import ExpertKernels
+from moetier.runtime.kernels.packed import PackedKernels
+from moetier.runtime.kernels.snapshot import Trials
+from moetier.tiers.layout import RecordLayout
+from moetier.tiers.source import Lease
+
+from .activation import activation_of
+from .block import Rows, TieredBlock, end_open_leases, groups, rows_of_experts
+
+ROWS = 256  # largest number of rows computed together in the quick way, which limits memory for intermediate values
+
+
+def one_token(
+    module: Any, x: Tensor, experts: Sequence[int], weights: Tensor, residual: Tensor | None
+) -> Tensor | None:
+    """Compute ``experts_forward`` of one token without gradients, and add the residual if there is one.
+
+    Args:
+        module: the Experts module.
+        x: [1, hidden] on a CPU.
+        experts: [top_k].
+        weights: [1, top_k].
+        residual: [1, hidden], in the type of x; it may have more leading dimensions of size 1.
+
+    Returns:
+        The sum, in the shape of ``residual``, else [1, hidden]; None if the compiled code can't compute these inputs.
+    """
+    here: TieredBlock | None = getattr(module, "tiered", None)
+    if here is None or here.device != x.device or weights.dtype not in FLOATS:
+        return None
+    kernels = kernels_of(module, here, x.dtype)
+    if kernels is None or kernels.dtype != x.dtype or x.shape[1] != kernels.width:
+        return None
+    end_open_leases()
+    return _one_token(kernels, here, x, experts, weights, residual)
+
+
+def kernels_of(module: Any, here: TieredBlock, dtype: torch.dtype) -> ExpertKernels | None:
+    """Return compiled code for a block's experts, with hidden states of ``dtype``; None if they can't be compiled.
+
+    Without it, experts are computed one after the other (``experts.py``).
+    """
+    kind = (dtype, *module._modules.values())
+    if (trials := here.compiled.get(kind)) is None:
+        trials = here.compiled.setdefault(kind, Trials())
+    return trials.result(module, partial(_compile, module, here, dtype))
+
+
+def _compile(module: Any, here: TieredBlock, dtype: torch.dtype) -> ExpertKernels | None:
+    activation = quick_activation(module, here.layout, here.kernels)
+    if activation is None or not isinstance(here.kernels, PackedKernels):
+        return None
+    computed = dtype if dtype in FLOATS else torch.float32
+    return ExpertKernels(here.layout, activation, computed, module.num_experts, here.kernels.processor)
+
+
+def quick_activation(module: Any, layout: RecordLayout, kernels: Kernels) -> Activation | None:
+    """Return the activation with which a block's experts are computed in the quick way; None if they can't be."""
+    activation = activation_of(module) if isinstance(kernels, PackedKernels) else None
+    return activation if activation is not None and ExpertKernels.fit(layout, activation) else None
+
+
+def compute_grouped(
+    kernels: ExpertKernels, here: TieredBlock, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """Compute ``experts_forward`` with compiled code, all experts that are available in one call.
+
+    [tokens, hidden] -> [tokens, hidden].
+    """
+    shape = top_k_index.shape
+    if hidden_states.shape != (shape[0], kernels.width) or top_k_weights.shape != shape:
+        given = f"{[*hidden_states.shape]}, {[*shape]} and {[*top_k_weights.shape]}"
+        raise ValueError(f"hidden states, experts and weights of shapes {given}, where hidden is {kernels.width}")
+    weights = top_k_weights if top_k_weights.dtype in FLOATS else top_k_weights.float()
+    x, weights = hidden_states.to(kernels.dtype).contiguous(), weights.contiguous()
+    out = _one_token(kernels, here, x, top_k_index.tolist()[0], weights) if len(x) == 1 else None
+    return (_tokens(kernels, here, x, top_k_index, weights) if out is None else out).to(hidden_states.dtype)
+
+
+def _one_token(
+    kernels: ExpertKernels,
+    here: TieredBlock,
+    x: Tensor,
+    experts: Sequence[int],
+    weights: Tensor,
+    residual: Tensor | None = None,
+) -> Tensor | None:
+    """Compute a single token, x [1, hidden], and add ``residual`` if there is one.
+
+    If all experts are resident, they are found and used without a lease. Returns [1, hidden], or the shape of
+    ``residual``; None if the router names an expert twice, or an expert that the block does not have.
+    """
+    if not experts or len(set(experts)) < len(experts):
+        return None
+    residents = here.source.residents(here.block)
+    token = kernels.one_token(len(experts), weights.dtype, has_residual=residual is not None)
+    if residents is not None and token.find(experts, residents):
+        here.source.note_uses(here.block, experts)
+        if here.elsewhere is not None:
+            here.elsewhere.note(here.block, experts)
+        if here.demanded is not None:
+            here.demanded(here.block, experts)
+        if (out := token.compute(x, weights, residual)) is not None:
+            return out
+        here.source.take_back_uses(here.block, experts)
+        here = replace(here, demanded=None)  # it was called already
+    if max(experts) >= kernels.experts:
+        return None
+    places = {expert: place for place, expert in enumerate(experts)}
+    outputs = torch.empty(len(experts), x.shape[1], dtype=x.dtype)
+
+    def compute(leases: Sequence[Lease[Tensor]]) -> None:
+        jobs = [number for row, lease in enumerate(leases) for number in (lease.record.data_ptr(), row, 1)]
+        at = array("q", [places[lease.key.expert] for lease in leases])
+        kernels.compute(x, array("q", jobs), at, outputs)
+
+    def placed() -> Rows:
+        return {expert: ([0], [place]) for expert, place in places.items()}
+
+    _experts(kernels, here, x, places, placed, compute, outputs)
+    out = kernels.add_up(outputs, weights)
+    return out if residual is None else residual + out
+
+
+def _tokens(kernels: ExpertKernels, here: TieredBlock, x: Tensor, top_k_index: Tensor, weights: Tensor) -> Tensor:
+    """Compute several tokens, x [tokens, hidden]. An expert is leased once for all tokens that use it."""
+    tokens, k = top_k_index.shape
+    rows = rows_of_experts(top_k_index, kernels.experts)
+    outputs = x.new_zeros(tokens * k, x.shape[1])
+
+    def compute(leases: Sequence[Lease[Tensor]]) -> None:
+        for batch in _batches(leases, rows):
+            jobs, first = array("q"), 0
+            for lease, token, _ in batch:
+                jobs.extend((lease.record.data_ptr(), first, len(token)))
+                first += len(token)
+            gathered = torch.cat([token for _, token, _ in batch])
+            places = gathered * k + torch.cat([position for _, _, position in batch])
+            kernels.compute(x.index_select(0, gathered), jobs, array("q", places.tolist()), outputs)
+
+    def placed() -> Rows:
+        return {expert: (own.tolist(), (own * k + position).tolist()) for expert, (own, position) in rows.items()}
+
+    _experts(kernels, here, x, rows, placed, compute, outputs)
+    return kernels.add_up(outputs, weights)
+
+
+def _experts(
+    kernels: ExpertKernels,
+    here: TieredBlock,
+    x: Tensor,
+    experts: Collection[int],
+    rows: Callable[[], Rows],
+    compute: Callable[[Sequence[Lease[Tensor]]], None],
+    outputs: Tensor,
+) -> None:
+    """Compute all ``experts`` of x [tokens, hidden], some of them on other hosts, and fill their rows of ``outputs``.
+
+    ``compute`` computes experts that are leased together. ``rows`` returns what each expert computes.
+    """
+    left = experts
+    if here.elsewhere is not None:
+        with closing(here.elsewhere.send(kernels, here.block, x.data_ptr(), len(x), rows())) as sent:
+            if sent.experts and here.demanded is not None:
+                here.demanded(here.block, experts)
+                here = replace(here, demanded=None)
+            _arriving(here, [expert for expert in experts if expert not in sent.experts], compute)
+            left = sent.collect(outputs.data_ptr())
+    _arriving(here, left, compute)
+
+
+def _arriving(here: TieredBlock, experts: Collection[int], compute: Callable[[Sequence[Lease[Tensor]]], None]) -> None:
+    """Call ``compute`` with the leases of experts that are available together, until all were computed."""
+    if not experts:
+        return
+    with closing(groups(here, experts)) as arriving:
+        for leases in arriving:
+            compute(leases)
+            for lease in leases:
+                lease.holds()  # if a lease does not hold, its expert is leased and computed again
+
+
+Batch = list[tuple[Lease[Tensor], Tensor, Tensor]]  # (lease, tokens that use it, their positions in the top-k)
+
+
+def _batches(leases: Sequence[Lease[Tensor]], rows: dict[int, tuple[Tensor, Tensor]]) -> Iterator[Batch]:
+    """Divide the rows of leased experts into batches of at most ROWS rows. ``rows`` is from ``rows_of_experts``."""
+    batch: Batch = []
+    left = ROWS
+    for lease in leases:
+        for tokens, positions in zip(*(torch.split(index, ROWS) for index in rows[lease.key.expert]), strict=True):
+            if batch and len(tokens) > left:
+                yield batch
+                batch, left = [], ROWS
+            batch.append((lease, tokens, positions))
+            left -= len(tokens)
+    yield batch
