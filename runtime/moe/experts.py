@@ -104,20 +104,6 @@ def output_bytes(module: Any, layout: RecordLayout, tokens: int, top_k: int, dty
     return tokens * top_k * width * kept.itemsize
 
 
-def _first(module: Any) -> str:
-    """Return the name of the projection before the activation."""
-    return "gate_up_proj" if module.has_gate else "up_proj"
-
-
-def _activate(module: Any, inner: Tensor) -> Tensor:
-    """Apply the module's own activation to ``inner``, the result of the first projection: [rows, *] -> [rows, *]."""
-    out: Tensor = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
-    return out
-
-
-# -- exactly -----------------------------------------------------------------------------------------------------------
-
-
 def _eager(module: Any, here: TieredBlock, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Compute ``experts_forward`` one expert after the other, and add up outputs in ascending order of experts.
 
@@ -151,5 +137,6 @@ def _expert(module: Any, here: TieredBlock, record: Tensor, x: Tensor) -> Tensor
         y = here.kernels.project(x, record, here.layout, name)
         return y + sections(record, here.layout)[f"{name}_bias"].to(y.dtype) if module.has_bias else y
 
-    x = project(_activate(module, project(x, _first(module))), "down_proj")
-    return module.post_expert_norm(x) if module.has_post_expert_norm else x
+    y = project(x, "gate_up_proj" if module.has_gate else "up_proj")
+    y = project(module._apply_gate(y) if module.has_gate else module.act_fn(y), "down_proj")
+    return module.post_expert_norm(y) if module.has_post_expert_norm else y
