@@ -36,7 +36,8 @@ from moetier.tiers.host.tier import HostTier
 from moetier.tiers.layout import ExpertKey
 
 from .costs import RowSeconds, Uses, earns_slot
-from .spread import Peer, SpreadReader
+from .peers import Peer
+from .spread import SpreadReader
 
 if TYPE_CHECKING:
     from moetier.runtime.kernels.expert_products import ExpertProducts
@@ -178,7 +179,7 @@ class Sent:
             peer = next(
                 (
                     peer
-                    for peer in self._reader.order(ExpertKey(self._block, expert))
+                    for peer in self._reader.peers.order(ExpertKey(self._block, expert))
                     if peer.away is None and peer.reader.computes and peer.name not in self._tried
                 ),
                 None,
@@ -288,7 +289,7 @@ class Sent:
                 f"The daemon {part.peer.name} did not send outputs of {size:,} bytes.",
                 "Use the same version of moetier on both sides.",
             )
-        self._reader.count_computed(part.peer, part.count, len(part.picked) * self._products.row_bytes + size)
+        self._reader.peers.count_computed(part.peer, part.count, len(part.picked) * self._products.row_bytes + size)
         return data
 
     def _place(self, part: _Part, data: bytearray, outputs: int) -> None:
@@ -302,7 +303,7 @@ class Sent:
         """Note that a daemon has failed, so that it is not asked again for this block, or not at all."""
         self._tried.add(part.peer.name)
         if isinstance(error, _AWAY):
-            self._reader.lose(part.peer, error, part.failures)
+            self._reader.peers.lose(part.peer, error, part.failures)
         elif isinstance(error, ExhaustedError | BudgetError):
             # it has no time or no memory, or compiles: it is asked again for the next block
             _log.info("%s: %s", part.peer.name, error.cause)

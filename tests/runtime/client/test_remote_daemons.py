@@ -26,8 +26,9 @@ from places import HELPERS
 from stores import layout_of, make_plan, make_records, manifest_of, read_record, without_shards, write_store
 from threads import Task, wait_until
 
+from moetier.runtime.client.peers import Peer, rendezvous
 from moetier.runtime.client.remote import RemoteReader
-from moetier.runtime.client.spread import Peer, SpreadReader, rendezvous
+from moetier.runtime.client.spread import SpreadReader
 from moetier.runtime.wire.address import Address, Credentials
 from moetier.tiers.errors import UnavailableError
 from moetier.tiers.host.tier import HostTier
@@ -174,10 +175,10 @@ CLIENT = """
 import json, sys, time
 from pathlib import Path
 from stores import manifest_of, read_record
-from moetier.runtime.client import spread
+from moetier.runtime.client import peers, spread
 from moetier.runtime.wire.address import Address, Credentials
 from moetier.tiers.layout import ExpertKey
-spread.RESOLVE_SECONDS = 0.1
+peers.RESOLVE_SECONDS = 0.1
 group, store, token, ca = sys.argv[1:]
 manifest = manifest_of(Path(store))
 with spread.SpreadReader.open([Address.parse(group)], Credentials(Path(token), Path(ca)), manifest) as reader:

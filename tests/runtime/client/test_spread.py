@@ -26,8 +26,9 @@ from threads import Task, run_all, wait_until
 
 from moetier.proto import expert_store_pb2 as pb
 from moetier.runtime.client import remote
+from moetier.runtime.client.peers import Peer, rendezvous
 from moetier.runtime.client.remote import RemoteReader
-from moetier.runtime.client.spread import Peer, SpreadReader, rendezvous
+from moetier.runtime.client.spread import SpreadReader
 from moetier.runtime.daemon.fetch import Fetches
 from moetier.runtime.wire.address import Address, Credentials
 from moetier.runtime.wire.piece import encode_piece
@@ -355,7 +356,7 @@ def test_a_name_means_a_daemon_at_each_of_its_addresses(
     pods: list[Daemon], resolver: Names, bare: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They come and go with it, and no others."""
-    monkeypatch.setattr("moetier.runtime.client.spread.RESOLVE_SECONDS", 0.05)
+    monkeypatch.setattr("moetier.runtime.client.peers.RESOLVE_SECONDS", 0.05)
     resolver.lead_to(*IPS[:2])
     with SpreadReader.open([resolver.group], PLAIN, manifest, bare) as reader:
         for key in KEYS:
@@ -383,15 +384,15 @@ def test_a_name_means_a_daemon_at_each_of_its_addresses(
 def test_what_a_daemon_has_computed_counts_after_it_has_gone(
     pods: list[Daemon], resolver: Names, bare: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("moetier.runtime.client.spread.RESOLVE_SECONDS", 0.05)
+    monkeypatch.setattr("moetier.runtime.client.peers.RESOLVE_SECONDS", 0.05)
     resolver.lead_to(*IPS[:2])
     with SpreadReader.open([resolver.group], PLAIN, manifest, bare) as reader:
         gone = next(peer for peer in reader.peers if peer.name.startswith(IPS[0]))
-        reader.order(KEYS[0])
-        reader.count_computed(gone, 5, 100)
+        reader.peers.order(KEYS[0])
+        reader.peers.count_computed(gone, 5, 100)
         resolver.lead_to(IPS[1])
         wait_until(lambda: places(reader) == [IPS[1], "former daemons"])
-        reader.count_computed(gone, 3, 60)  # by a call that was under way
+        reader.peers.count_computed(gone, 3, 60)  # by a call that was under way
         (former,) = (share for share in peers(reader) if share.place == "former daemons")
         assert (former.computed, former.computed_bytes) == (8, 160)
         with pytest.raises(ClosedError):
@@ -428,7 +429,7 @@ def test_a_name_that_is_not_known(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr("moetier.runtime.client.spread.RESOLVE_AGAIN", 0.05)
+    monkeypatch.setattr("moetier.runtime.client.peers.RESOLVE_AGAIN", 0.05)
     with pytest.raises(UnavailableError, match=r"daemons\.test can't be resolved: Name or service not known"):
         SpreadReader.open([resolver.group], PLAIN, manifest, bare)
     with SpreadReader.open([resolver.group, pods[2].address], PLAIN, manifest, bare) as reader:
@@ -448,7 +449,7 @@ def test_daemons_stay_while_their_name_is_not_known(
     pods: list[Daemon], resolver: Names, bare: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for pause in ("RESOLVE_SECONDS", "RESOLVE_AGAIN"):
-        monkeypatch.setattr(f"moetier.runtime.client.spread.{pause}", 0.02)
+        monkeypatch.setattr(f"moetier.runtime.client.peers.{pause}", 0.02)
     resolver.lead_to(*IPS)
     with SpreadReader.open([resolver.group], PLAIN, manifest, bare) as reader:
         resolver.lead_to()

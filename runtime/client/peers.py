@@ -1,0 +1,292 @@
+"""Peers: the daemons that hold a share of the records each, their order for a key, and which of them are away.
+
+Rendezvous hashing (Thaler and Ravishankar 1998, "Using name-based mappings to increase hit rates") gives each key its
+own order in which the daemons are asked. All clients compute the same order. If a daemon is added or removed, only the
+keys for which that daemon comes first move to another daemon.
+
+The daemons are named one by one, or by a host name that stands for a daemon at each of its IP addresses. Such names are
+resolved again every RESOLVE_SECONDS, and whenever a daemon fails.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from hashlib import blake2b
+
+from moetier.runtime.wire.address import Address, Credentials
+from moetier.tiers.errors import ClosedError, ConfigError, MoetierError, RefusedError, UnavailableError
+from moetier.tiers.layout import ExpertKey
+from moetier.tiers.manifest import Manifest
+from moetier.tiers.stats import Share
+
+from .remote import RemoteReader
+
+SHORTEST, LONGEST = 0.5, 30.0  # seconds between checks of a daemon that is away
+RESOLVE_SECONDS = 30.0  # between two resolutions of a name while no daemon fails
+RESOLVE_AGAIN = 2.0  # seconds after a resolution that failed
+_PAUSE = 0.2  # seconds before daemons that had no free slot are asked again
+_RESOLVER = 5.0  # longest time in seconds that ``close`` waits for the system's resolver, which can't be interrupted
+
+_log = logging.getLogger(__name__)
+
+
+def rendezvous(names: Iterable[str], key: ExpertKey) -> list[str]:
+    """Sort the names of daemons into the order in which they are asked for ``key``."""
+    prefix = b"%d/%d/" % key
+    return sorted(names, key=lambda name: blake2b(prefix + name.encode(), digest_size=8).digest())
+
+
+class Peer:
+    """One of several daemons, and whether it is away."""
+
+    def __init__(self, name: str, reader: RemoteReader) -> None:
+        self.name = name
+        self.reader = reader
+        self.counts = Counter[str]()  # fields of Share; those of all former daemons once it is one of them
+        self.failures = 0  # number of times it went away
+        self.away: MoetierError | None = None  # the reason while it is away
+        self.backoff = 0.0  # seconds between checks while it is away; 0 once it has given a record
+        self.next_check = 0.0  # on the monotonic clock
+
+
+class Peers:
+    """All daemons, also those that are away. Thread-safe. ``close`` closes their readers.
+
+    A daemon that fails counts as away until a background check finds it again, so no other call waits for it.
+    """
+
+    def __init__(
+        self, manifest: Manifest, peers: Sequence[Peer], groups: Sequence[Address], credentials: Credentials
+    ) -> None:
+        """``groups`` are addresses that stand for daemons. This object connects to them, with ``credentials``."""
+        self._manifest = manifest
+        self._peers = {peer.name: peer for peer in peers}  # replaced, never changed
+        self._orders: dict[ExpertKey, list[Peer]] = {}  # what ``order`` has returned; replaced after ``_peers``
+        self._single = frozenset(self._peers)
+        self._groups: dict[Address, list[Address]] = {group: [] for group in groups}  # from groups to their daemons
+        self._credentials = credentials
+        self._state = threading.Condition()  # guards the peers' fields and all fields below
+        self._from_former = Counter[str]()  # of daemons that their group no longer has
+        self._next_resolve = 0.0  # on the monotonic clock
+        self._watcher: threading.Thread | None = None
+        self._closed = False
+
+    def __iter__(self) -> Iterator[Peer]:
+        return iter(self._peers.values())
+
+    def order(self, key: ExpertKey) -> list[Peer]:
+        """Return the daemons in the order in which they are asked for ``key``, also those that are away."""
+        orders, peers = self._orders, self._peers
+        if (found := orders.get(key)) is None:
+            found = orders[key] = [peers[name] for name in rendezvous(peers, key)]
+        return found
+
+    def count_record(self, peer: Peer, nbytes: int) -> None:
+        """Count a record that a daemon has given."""
+        with self._state:
+            peer.counts.update(records=1, bytes=nbytes)
+            peer.backoff = 0.0
+
+    def count_computed(self, peer: Peer, rows: int, nbytes: int) -> None:
+        """Count a computation of a daemon: rows of outputs, and the bytes that were sent for it both ways."""
+        with self._state:
+            peer.counts.update(computed=rows, computed_bytes=nbytes)
+
+    def shares(self) -> list[Share]:
+        """Return what came from each daemon, in the order in which they were named, and from former ones."""
+        with self._state:
+            found = [
+                share_of(peer.name, peer.counts, peer.away.cause if peer.away else "", peer.failures) for peer in self
+            ]
+            if self._from_former:
+                found.append(share_of("former daemons", self._from_former))
+        return found
+
+    def check_open(self) -> None:
+        """Raise ClosedError once the connections were closed."""
+        if self._closed:
+            raise ClosedError("The connections to the daemons were closed.", "Load the model again.")
+
+    def close(self) -> None:
+        """Close all readers; calls under way end with an error. Idempotent."""
+        with self._state:
+            self._closed = True
+            self._state.notify_all()
+        for peer in self:
+            peer.reader.close()
+        if self._watcher is not None:
+            self._watcher.join(_RESOLVER)
+
+    def wait(self, deadline: float, error: MoetierError) -> None:
+        """Wait until a daemon comes back or may have a free slot.
+
+        Raises ``error`` at the deadline (monotonic clock), and ClosedError once the reader is closed.
+        """
+        with self._state:
+            self.check_open()
+            if (pause := deadline - time.monotonic()) <= 0:
+                raise error
+            if not self._any_here():
+                self._state.wait_for(lambda: self._closed or self._any_here(), pause)
+            else:
+                self._state.wait(min(_PAUSE, pause))
+
+    def _any_here(self) -> bool:
+        return any(peer.away is None for peer in self)
+
+    # -- daemons that are away ----------------------------------------------------------------------------------------
+
+    def check_all(self, *, needed: bool) -> None:
+        """Resolve the groups, check all daemons at once, and note those that are away.
+
+        Raises ConfigError or RefusedError as ``SpreadReader.open``. If all are away and ``needed``, raises the error of
+        the first.
+        """
+        unknown = self._resolve()
+        peers = list(self)
+        with ThreadPoolExecutor(max(len(peers), 1), thread_name_prefix="moetier-check") as pool:
+            errors = list(pool.map(_check, peers))
+        for peer, error in zip(peers, errors, strict=True):
+            if isinstance(error, ConfigError):
+                raise error
+            if isinstance(error, RefusedError):
+                raise RefusedError(f"{peer.name}: {error.cause}", error.fix)
+        failed = [error for error in (*errors, *unknown) if error is not None]
+        if needed and len(failed) == len(errors) + len(unknown):
+            raise failed[0]
+        for error in unknown:
+            _log.warning("%s", error.cause)
+        for peer, error in zip(peers, errors, strict=True):
+            if error is not None:
+                self.lose(peer, error, peer.failures)
+        if self._groups:
+            self._start_watcher()
+
+    def lose(self, peer: Peer, error: MoetierError, failures: int) -> None:
+        """Note that a peer is away, after a request to it failed with ``error``.
+
+        ``failures`` is the value of ``peer.failures`` before the request. If the value has changed since, the failure
+        was noted already.
+        """
+        with self._state:
+            is_former = self._peers.get(peer.name) is not peer
+            if peer.away is not None or peer.failures != failures or self._closed or is_former:
+                return
+            _log.warning("the daemon %s is away: %s", peer.name, error.cause)
+            peer.failures += 1
+            self._note_away(peer, error)
+            self._start_watcher()
+
+    def _note_away(self, peer: Peer, error: MoetierError) -> None:
+        peer.away = error
+        peer.backoff = min(max(SHORTEST, 2 * peer.backoff), LONGEST)
+        peer.next_check = time.monotonic() + peer.backoff
+        self._next_resolve = 0.0  # another daemon may have taken its place
+        self._state.notify_all()
+
+    def _start_watcher(self) -> None:
+        with self._state:
+            if self._watcher is None and not self._closed:
+                watcher = threading.Thread(target=self._watch, name="moetier-peers", daemon=True)
+                watcher.start()
+                self._watcher = watcher
+
+    def _watch(self) -> None:
+        """Check peers that are away, at growing intervals, and resolve groups, until the reader is closed."""
+        while (task := self._next_task()) is not None:
+            task()
+
+    def _next_task(self) -> Callable[[], object] | None:
+        """Wait until it is time to check a peer or to resolve the groups, and return that task; None once closed."""
+        with self._state:
+            while not self._closed:
+                tasks: list[tuple[float, Callable[[], object]]] = [
+                    (peer.next_check, partial(self._check_again, peer)) for peer in self if peer.away is not None
+                ]
+                if self._groups:
+                    tasks.append((self._next_resolve, self._resolve_again))
+                if not tasks:
+                    self._state.wait()
+                    continue
+                due, task = min(tasks, key=lambda task: task[0])
+                if (pause := due - time.monotonic()) <= 0:
+                    return task
+                self._state.wait(pause)
+        return None
+
+    def _check_again(self, peer: Peer) -> None:
+        error = _check(peer)
+        with self._state:
+            if error is not None:
+                self._note_away(peer, error)
+            else:
+                _log.warning("the daemon %s is back", peer.name)
+                peer.away = None
+                self._state.notify_all()
+
+    # -- daemons that come and go -------------------------------------------------------------------------------------
+
+    def _resolve_again(self) -> None:
+        """Resolve the groups, and check daemons that have come."""
+        self._resolve()
+        for peer in self:
+            if peer.reader.computes is None and peer.away is None:
+                with contextlib.suppress(MoetierError):  # the next read will notice it
+                    peer.reader.check(again=False)
+
+    def _resolve(self) -> list[UnavailableError]:
+        """Resolve the groups: connect to daemons that have come, and disconnect from those that have gone.
+
+        A group that can't be resolved keeps its daemons. Return the errors of such groups.
+        """
+        errors = []
+        for group in self._groups:
+            try:
+                self._groups[group] = group.resolve()
+            except UnavailableError as error:
+                errors.append(error.with_traceback(None))
+        listed = {str(address): address for found in self._groups.values() for address in found}
+        with self._state:
+            self._next_resolve = time.monotonic() + (RESOLVE_AGAIN if errors else RESOLVE_SECONDS)
+            if self._closed:
+                return errors
+            peers = {name: peer for name, peer in self._peers.items() if name in self._single or name in listed}
+            former = [peer for name, peer in self._peers.items() if name not in peers]
+            new = {
+                name: Peer(name, RemoteReader(address, self._credentials, self._manifest))
+                for name, address in listed.items()
+                if name not in peers
+            }
+            self._peers = peers | new
+            self._orders = {}
+            for peer in former:
+                self._from_former.update(peer.counts)
+                peer.counts = self._from_former  # calls may be under way
+            self._state.notify_all()
+        for peer in former:
+            _log.info("the daemon %s has gone", peer.name)
+            peer.reader.close()
+        for name in new:
+            _log.info("the daemon %s has come", name)
+        return errors
+
+
+def share_of(place: str, counts: Counter[str], away: str = "", lost: int = 0) -> Share:
+    """Return the share of ``place`` from its counts, a dictionary from the fields of Share."""
+    return Share(place, counts["records"], counts["bytes"], away, lost, counts["computed"], counts["computed_bytes"])
+
+
+def _check(peer: Peer) -> MoetierError | None:
+    """Return why a daemon is away; None if it serves the store."""
+    try:
+        peer.reader.check()
+    except MoetierError as error:
+        return error.with_traceback(None)
+    return None
