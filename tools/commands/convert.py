@@ -57,8 +57,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--bits",
         type=bits,
         choices=(*BITS, "native"),
-        help="bits per expert weight; native: keep weights as the checkpoint stores them (default: 4, or native for a "
-        "checkpoint of HQQ, AWQ or GPTQ)",
+        help="bits per expert weight; native: keep weights as the checkpoint stores them (default: 4; convert takes "
+        "native if they are quantised to fewer than 8 bits, or by HQQ, AWQ or GPTQ)",
     )
     parser.add_argument(
         "--trunk-bits",

@@ -17,7 +17,7 @@ from moetier.runtime.config import format_bytes
 from moetier.runtime.memory import available_memory, peak_bytes
 from moetier.runtime.threads import usable_cpus
 from moetier.tiers.errors import ConfigError, DiskSpaceError
-from moetier.tiers.layout import ExpertKey
+from moetier.tiers.layout import ExpertKey, Projection
 from moetier.tiers.manifest import FileSum, Manifest
 from moetier.tiers.quant.codec import WeightError
 from moetier.tiers.store.atomic import disk_errors
@@ -27,7 +27,7 @@ from moetier.tools.cli.report import table
 from moetier.tools.convert.files import free_bytes, nearest_folder
 
 from .encoder import INTERPRETER_BYTES, Encoder, MatrixRecord
-from .plan import ConversionPlan, Options, Stage, stages
+from .plan import NATIVE, ConversionPlan, Options, Stage, stages
 from .streaming import Download
 from .target import Target, small_files
 
@@ -99,6 +99,14 @@ class Conversion:
             f"(trunk {format_bytes(trunk)}, experts {format_bytes(plan.stored_bytes)} at {bits:.2f} bits a weight)",
             f"{workers} worker{'s' * (workers > 1)}, about {format_bytes(memory)} of memory",
         ]
+        if self.options.bits == NATIVE:
+            forms = {_form(p) for layout in plan.layouts.values() for p in layout.projections}
+            lines.append(f"experts stay as the checkpoint has them: {' and '.join(sorted(forms))}")
+        elif plan.bits < 16 and self.planned.has_few_bits:
+            lines.append(
+                f"experts are quantised already, and lose quality when they are quantised again, to {plan.bits} bits: "
+                "--bits native keeps them as they are"
+            )
         if self.download is not None:
             lines.append(self.download.announce(self._route()))
         if self.options.trunk_bits != 16:
@@ -237,6 +245,13 @@ class Conversion:
             resumed_blocks=resumed_blocks,
             was_complete=was_complete,
         )
+
+
+def _form(projection: Projection) -> str:
+    if projection.coding:
+        name = {"e2m1": "FP4", "int4": "INT4", "e4m3": "FP8"}.get(projection.coding, projection.coding.upper())
+        return f"{name} in groups of {projection.group}"
+    return f"{projection.bits} bits" + (f" in groups of {projection.group}" if projection.group else "")
 
 
 def _words(options: Options, checkpoint: Checkpoint, *, keeps: bool) -> list[str]:

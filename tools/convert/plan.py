@@ -24,7 +24,7 @@ from moetier.runtime.checkpoint.zero_points import NEEDS_BITS, Grouped
 from moetier.runtime.config import OPTIONS
 from moetier.runtime.moe.linear import matrix_layout
 from moetier.tiers.errors import ConfigError, UnsupportedModelError
-from moetier.tiers.layout import TRUNK_BITS, ZERO_POINTS, Bits, RecordLayout
+from moetier.tiers.layout import TRUNK_BITS, ZERO_POINTS, Bits, Projection, RecordLayout
 from moetier.tiers.manifest import TRUNK_RECORDS, Manifest, TrunkRecords, method_of
 from moetier.tiers.quant.codec import DEFAULTS, group_and_pairs, layout_for
 from moetier.tiers.quant.hqq import SOLVER
@@ -48,7 +48,7 @@ class Options:
     Raises ConfigError if no model can be stored with the combination.
     """
 
-    # per expert weight; "native": as the checkpoint stores it; None: "native" if HQQ, AWQ or GPTQ quantised it, else 4
+    # per expert weight; "native": as the checkpoint stores it; None: as ``ConversionPlan.with_bits`` chooses
     bits: Bits | Literal["native"] | None = None
     trunk_bits: Bits = 16  # per weight of the trunk's matrices
     group_size: int | None = None  # weights that share a pair
@@ -146,21 +146,30 @@ class ConversionPlan:
         )
 
     @property
-    def keeps(self) -> bool:
-        """Whether the checkpoint's experts are quantised, and records can hold them as they are stored."""
+    def kept(self) -> list[Projection]:
+        """Projections whose weights the checkpoint has quantised, as records can hold them; none if they can't."""
         try:
             layouts = [native_layout(block) for block in self.blueprint.blocks]
         except ValueError:
-            return False
-        return any(p.coding or p.pairs in ZERO_POINTS for layout in layouts for p in layout.projections)
+            return []
+        return [p for layout in layouts for p in layout.projections if p.coding or p.pairs in ZERO_POINTS]
+
+    @property
+    def has_few_bits(self) -> bool:
+        """Whether records can hold weights as the checkpoint has quantised them, and some have fewer than 8 bits."""
+        return any(p.bits < 8 for p in self.kept)
 
     def with_bits(self, options: Options) -> Options:
-        """Return the options. If ``bits`` is None, it is replaced by its default for this checkpoint."""
+        """Return the options. If ``bits`` is None, it is replaced by its default for this checkpoint.
+
+        That is "native" for weights of HQQ, AWQ or GPTQ, and for others that have fewer than 8 bits and can be kept.
+        """
         if options.bits is not None:
             return options
         recipes = [recipe for block in self.blueprint.blocks for recipe in block.recipes.values()]
         sources = (tensor for recipe in recipes for tensors in recipe.sources.values() for tensor in tensors)
-        return replace(options, bits=NATIVE if any(isinstance(each, Grouped) for each in sources) else DEFAULT_BITS)
+        native = self.has_few_bits or any(isinstance(each, Grouped) for each in sources)
+        return replace(options, bits=NATIVE if native else DEFAULT_BITS)
 
     def records(self, *, workers: int, fast: bool) -> dict[str, MatrixRecord]:
         """Return a MatrixRecord for each quantised matrix, by module path. Its ``chunks`` makes the bytes later.

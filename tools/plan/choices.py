@@ -234,7 +234,7 @@ def open_choices(source: str | Path) -> ModelChoices:
         records = planned.records(workers=1, fast=False)
         layouts = {path: record.layout for path, record in records.items()}
         size = sum(file.size for file in planned.trunk(records))
-        own: Literal["native", 16] = NATIVE if headers.shaped and planned.keeps else 16  # the checkpoint's own form
+        own: Literal["native", 16] = NATIVE if headers.shaped and planned.kept else 16  # the checkpoint's own form
         for bits in (*BITS, own) if own == NATIVE else BITS:
             manifest = planned.manifest(Options(bits, trunk_bits), model=checkpoint.name, digest="")
             choice = _choice(manifest.bits, trunk_bits, manifest, size, layouts, model)

@@ -112,6 +112,27 @@ def test_a_conversion_keeps_the_form_or_decodes_it(made: tuple[str, Path, Path],
             assert torch.equal(tensor, getattr(modules[path], name)[expert]), (path, expert, name)
 
 
+def test_by_default_a_conversion_keeps_what_has_few_bits(
+    made: tuple[str, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """FP8 is quantised to 4 bits, the other forms are kept. The output says so, and how to keep them."""
+    form, native, _ = made
+    assert main(["convert", str(native), str(tmp_path / "default")]) == 0
+    said = capsys.readouterr().err
+    with open_copy(native) as extents, open_copy(tmp_path / "default") as store:
+        coding = CODINGS[form][0]
+        assert (store.manifest.method == "native") is (coding != "e4m3")
+        if coding == "e4m3":
+            assert {p.bits for p in store.manifest.layout(0).projections} == {4}
+            assert "as the checkpoint has them" not in said
+            assert "--bits native" not in said
+            return
+        assert read_records(store) == read_records(extents)
+    assert f"experts stay as the checkpoint has them: {'INT4' if coding == 'int4' else 'FP4'} in groups of" in said
+    assert main(["convert", str(native), str(tmp_path / "4 bits"), "--bits", "4"]) == 0
+    assert "--bits native keeps them as they are" in capsys.readouterr().err
+
+
 def test_no_disk_is_used_for_experts(made: tuple[str, Path, Path]) -> None:
     _, native, _ = made
     manifest = read_manifest(native)

@@ -137,6 +137,16 @@ def test_it_is_converted(bits: str, path: Path, tmp_path: Path, capsys: pytest.C
     assert "is complete" in capsys.readouterr().out
 
 
+def test_by_default_a_conversion_keeps_its_form(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Q8_0 alone, of 8 bits, is quantised to 4."""
+    assert main(["convert", str(path), str(tmp_path / "kept")]) == 0
+    assert "as the checkpoint has them: Q4_K in groups of 32 and Q6_K in groups of 16" in capsys.readouterr().err
+    assert read_manifest(tmp_path / "kept").layouts == table_of(path).manifest.layouts
+    large = write_gguf(tmp_path / "large.gguf", tiny_weights("qwen3moe"), mostly("Q8_0", "Q8_0"))
+    assert main(["convert", str(large), str(tmp_path / "made")]) == 0
+    assert read_manifest(tmp_path / "made").bits == 4
+
+
 def load_template(path: Path) -> Any:
     model, tokenizer = load(path, ram="1MiB")
     model.tiers.close()
