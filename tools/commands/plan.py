@@ -80,6 +80,8 @@ def run(arguments: argparse.Namespace) -> int:
         context=arguments.context,
         into=arguments.into,
         disk=arguments.disk,
+        store_cache=arguments.store_cache,
+        store_cache_size=arguments.store_cache_size,
         say=_to_a_terminal,
     )
     print(json.dumps(found, indent=2) if arguments.json else text(found))
@@ -103,6 +105,8 @@ def plan(
     context: int | None = None,
     into: Path | None = None,
     disk: float | None = None,
+    store_cache: Path | None = None,
+    store_cache_size: str | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Return the plan as JSON, as ``--json`` prints it (docs/plan.md). Raises MoetierError.
@@ -114,6 +118,7 @@ def plan(
         context: tokens; None: ``ModelChoices.context``.
         into: folder whose disk is measured; None: for a hub id the folder of pulled models, else the current folder.
         disk: speed of the disk in GB/s; None: measure it.
+        store_cache: as in ``load``, as is ``store_cache_size``; for the command line of a model in an object store.
         say: called with a line of progress before each step that takes long.
 
     ``ram``, ``device_memory``, ``device`` and ``threads`` are as in ``load``.
@@ -196,7 +201,10 @@ def plan(
     if cold is not None:
         address, recommended = cold["address"], found["recommended"]
         found["source"] = address
-        recommended["generate"] = recommended["generate"].replace(shlex.quote(str(source)), shlex.quote(address))
+        words = [address]
+        for option, value in (("--store-cache", store_cache), ("--store-cache-size", store_cache_size)):
+            words += [] if value is None else [option, str(value)]
+        recommended["generate"] = recommended["generate"].replace(shlex.quote(str(source)), shlex.join(words))
     return found | {"cold_start": cold}
 
 
@@ -276,9 +284,9 @@ def _sentences(found: dict[str, Any], best: dict[str, Any]) -> list[str]:
     else:
         lines.append(f"Hits are estimated from the trace {best['hit_curve']}. Speeds are those of this moment.")
     if best["as_it_is"]:
-        lines.append("No conversion is needed: generate, serve and daemon take the checkpoint.")
+        lines.append("No conversion is needed: the files of the checkpoint, as downloaded, are the store.")
     elif any(choice["as_it_is"] for choice in found["choices"]):
-        lines.append("With experts of 16 bits no conversion is needed: generate, serve and daemon take the checkpoint.")
+        lines.append("With experts of 16 bits no conversion is needed: the files, as downloaded, are the store.")
     if best["all_resident"]:
         lines.append("Everything stays in memory once it has been read. More memory would not help.")
     elif best["streams"]:

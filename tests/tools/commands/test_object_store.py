@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -65,8 +66,13 @@ def test_plan_says_how_long_a_cold_start_takes(
     server: FolderServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["plan", server.address, "--disk", "1", "--into", str(tmp_path), "--json"]
+    assert main([*arguments, "--store-cache", "my cache", "--store-cache-size", "1GiB"]) == 0
+    words = shlex.split(json.loads(capsys.readouterr().out)["recommended"]["generate"])
+    assert words[2:7] == [server.address, "--store-cache", "my cache", "--store-cache-size", "1GiB"]
     assert main(arguments) == 0
-    cold = json.loads(capsys.readouterr().out)["cold_start"]
+    plan = json.loads(capsys.readouterr().out)
+    assert "--store-cache" not in plan["recommended"]["generate"]
+    cold = plan["cold_start"]
     assert cold["address"] == server.address
     assert cold["experts_s"] == pytest.approx(cold["experts_bytes"] / cold["bytes_per_s"])
     assert cold["trunk_bytes"] > 0
@@ -74,6 +80,15 @@ def test_plan_says_how_long_a_cold_start_takes(
     capsys.readouterr()
     assert main(arguments) == 0
     assert json.loads(capsys.readouterr().out)["cold_start"] is None, "it is all here"
+
+
+@pytest.mark.parametrize("address", ["s3:/bucket/model", "s3://", "https://", "ftp://host/model"])
+@pytest.mark.parametrize("command", ["inspect", "plan"])
+def test_an_address_of_another_kind_is_refused(command: str, address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, address]) == 1
+    cause, fix = capsys.readouterr().err.splitlines()
+    assert cause == f"moetier: {address} is not an address that moetier knows."
+    assert "s3://BUCKET/NAME" in fix
 
 
 def test_push_copies_to_an_address(
