@@ -25,6 +25,8 @@ NAME = re.compile(r"(?P<id>[\w.-]+(/[\w.-]+)?)(:(?P<tag>[\w.-]+))?")
 WIDTH = re.compile(r"(?:(\d+)bit|(native))(?:-trunk(\d+)bit)?")
 ADDRESS = re.compile(r"(s3|gs|az|https?|file)://\S+")
 
+SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")  # of an address, be it right or wrong
+
 
 def models_folder() -> Path:
     """Return the folder of all pulled models. Raises ConfigError if the user has no home folder."""
@@ -63,12 +65,17 @@ def model_directory(name: str | os.PathLike[str]) -> Path:
     The tag may be left out if the model was pulled with one tag only. A text that can't be a name is taken for the path
     of a folder, which need not exist. An address means the folder that ``directory_at`` returns for it.
 
-    Raises StoreFormatError if there is neither such a folder nor such a pulled model, or if ``name`` has no tag and the
-    model was pulled with several tags; and as ``directory_at``.
+    Raises StoreFormatError if there is neither such a folder nor such a pulled model, if ``name`` has no tag and the
+    model was pulled with several tags, or if it is an address of another kind; and as ``directory_at``.
     """
     text, folder = os.fspath(name), Path(name)
     if is_address(text):
         return directory_at(text)
+    if SCHEME.match(text) and not folder.exists():
+        raise StoreFormatError(
+            f"{text} is not an address that moetier knows.",
+            "Give s3://BUCKET/NAME, or an address that begins with gs://, az://, https://, http:// or file://.",
+        )
     if not may_be_name(text) or folder.exists():
         return folder
     if (found := _named(text)) is None:

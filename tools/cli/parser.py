@@ -210,13 +210,13 @@ DIRECTORY = (
 
 
 def directory(text: str) -> str | Path:
-    """Return ``text`` as a path, or unchanged if it may be a model's name or address, which ``by_name`` resolves.
+    """Return ``text`` as a path, or unchanged if it may be a model's name or an address, which ``by_name`` resolves.
 
     Arguments that are model directories have this function as their argparse type.
     """
-    from moetier.runtime.pulled import is_address, may_be_name
+    from moetier.runtime.pulled import SCHEME, may_be_name
 
-    return text if may_be_name(text) or is_address(text) else Path(text)
+    return text if may_be_name(text) or SCHEME.match(text) else Path(text)
 
 
 def file_or_address(text: str) -> str:
