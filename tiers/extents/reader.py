@@ -71,7 +71,7 @@ class OpenFile:
                 self.advice,
             )
         if found.st_mtime_ns != shard.mtime_ns:
-            raise StoreFormatError(f"{self.path} was changed or replaced, by the time of its last change.", self.advice)
+            raise StoreFormatError(f"{self.path} was changed or replaced: its modification time differs.", self.advice)
 
     def read(self, offset: int, view: memoryview, buffers: SimpleQueue[mmap.mmap]) -> None:
         """Fill ``view`` with the bytes from ``offset`` on. Raises StoreReadError."""

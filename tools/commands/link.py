@@ -53,8 +53,9 @@ def run(arguments: argparse.Namespace) -> int:
                 table = found
         seconds = progress.seconds
     path = write_table(folder, table, into_cache=arguments.cache)
+    files = len(table.shards)
     print(
-        f"{path}: {table.manifest.record_count:,} experts in {len(table.shards)} files, {format_bytes(total)} read in "
-        f"{seconds:.1f} s ({total / seconds / 1e9:.2f} GB/s)"
+        f"{path}: {table.manifest.record_count:,} experts in {files} file{'s' * (files > 1)}, {format_bytes(total)} "
+        f"read in {seconds:.1f} s ({total / seconds / 1e9:.2f} GB/s)"
     )
     return 0

@@ -66,16 +66,15 @@ def run(arguments: argparse.Namespace) -> int:
         if checkpoint is not None:
             total += sum(end - first for ranges in checkpoint.table.rest() for first, end in ranges)
         of_small = (Problem(None, None, str(folder), fault.cause) for fault in small)
-        bad: list[Problem] = []
+        found_bad: dict[str, Problem] = {}  # by cause: blocks of a checkpoint share files
         with Progress("verify", total) as progress:
-            for found in chain(problems, *map(scrub, stores), rest, scrub_trunk(folder, manifest, faults), of_small):
+            for found in chain(problems, rest, *map(scrub, stores), scrub_trunk(folder, manifest, faults), of_small):
                 if isinstance(found, int):
                     progress.advance(found)
-                else:
-                    bad.append(found)
-                    if not arguments.json:
-                        progress.say(f"bad: {found.cause}")
+                elif found_bad.setdefault(found.cause, found) is found and not arguments.json:
+                    progress.say(f"bad: {found.cause}")
             seconds = progress.seconds
+    bad = [*found_bad.values()]
     if arguments.json:
         report = {
             "model": manifest.model,
@@ -96,7 +95,8 @@ def run(arguments: argparse.Namespace) -> int:
         files = len(manifest.trunk)
         trunk = f"{files} file{'s' * (files > 1)} of the trunk" if files else "no checksums of the trunk"
         if checkpoint is not None:
-            trunk = f"the other bytes of {len(checkpoint.paths)} files"
+            files = len(checkpoint.paths)
+            trunk = f"the other bytes of {files} file{'s' * (files > 1)}"
         copies = f" in {len(stores)} copies" if mirrors else ""
         print(
             f"{plain(manifest.model)}: {manifest.record_count:,} records in {len(manifest.blocks)} blocks{copies}, "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shlex
 from pathlib import Path
 from shutil import copytree
@@ -108,6 +109,7 @@ def test_a_plan_offers_it_as_it_is(tinymix: Path, monkeypatch: pytest.MonkeyPatc
     assert f"moetier generate {shlex.quote(str(tinymix))}" in text(found)
     found = plan(tinymix, bits=[16, 4], trunk_bits=[16], disk=1.0)
     assert [each["as_it_is"] for each in found["choices"]] == [each["bits"] == 16 for each in found["choices"]]
+    assert "With experts of 16 bits no conversion is needed: the files, as downloaded, are the store." in text(found)
 
 
 def test_a_plan_for_weights_of_4_bits_keeps_them(
@@ -125,7 +127,7 @@ def test_a_plan_for_weights_of_4_bits_keeps_them(
     assert choice["native"]
     assert choice["convert_s"] is None
     assert choice["experts_bytes"] < 1.5 * sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    assert "No conversion is needed" in text(found)
+    assert "No conversion is needed: the files of the checkpoint, as downloaded, are the store." in text(found)
     assert main(["inspect", str(folder)]) == 0
     assert "4 bits (e2m1), groups of 32, e8m0 scales" in capsys.readouterr().out
     with running_daemon(folder, ram="8MiB", folder=tmp_path / "daemon") as daemon:
@@ -135,6 +137,26 @@ def test_a_plan_for_weights_of_4_bits_keeps_them(
         with model.tiers, served.tiers:
             assert torch.equal(model(input_ids=ids).logits, served(input_ids=ids).logits)
     assert sums(folder) == before
+
+
+def test_a_changed_file_is_one_line_of_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Though experts of all blocks are in it."""
+    folder, _ = save_native(tmp_path, "mxfp4")
+    (file,) = folder.glob("*.safetensors")
+    assert main(["link", str(folder)]) == 0
+    assert f"{read_manifest(folder).record_count} experts in 1 file, " in capsys.readouterr().out
+    assert main(["verify", str(folder)]) == 0
+    assert "the other bytes of 1 file, " in capsys.readouterr().out
+    os.utime(file, ns=(0, 0))
+    cause = f"{file} was changed or replaced: its modification time differs."
+    assert main(["verify", str(folder), "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["bad"] == [
+        {"block": None, "expert": None, "file": str(file), "cause": cause}
+    ]
+    assert main(["verify", str(folder)]) == 1
+    said = capsys.readouterr().out
+    assert said.endswith("1 bad\n")
+    assert said.count(cause) == 1
 
 
 def test_what_is_no_checkpoint_is_refused(
