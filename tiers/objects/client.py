@@ -39,6 +39,7 @@ ENDPOINTS = {
 }
 # in the text of errors of listing, which have no types of their own
 REFUSAL = re.compile(r"status code: (401|403|405|501)\b")
+NO_BUCKET = re.compile(r"<Code>(NoSuchBucket|ContainerNotFound)</Code>")  # of Amazon and Google, and of Azure
 FIX = "Check the address, the network and the server, then try again."
 
 Result = TypeVar("Result")
@@ -153,6 +154,10 @@ class Objects(Closeable):
                     raise RefusedReadError(
                         f"{name} at {self.where} can't be read: {_said(error)}.",
                         "Check the credentials: they are found as by the provider's own tools.",
+                    ) from error
+                if NO_BUCKET.search(str(error)):
+                    raise StoreReadError(
+                        f"The bucket of {self.where} does not exist.", "Create it, or correct the address."
                     ) from error
                 if tries == RETRIES or time.monotonic() + delay > last:
                     raise StoreReadError(f"{name} at {self.where} can't be read: {_said(error)}.", FIX) from error

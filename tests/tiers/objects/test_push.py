@@ -64,6 +64,14 @@ def test_what_was_pushed_is_the_same_model(bucket: str, tinymix_4bit: Path, tmp_
     assert push(tinymix_4bit, address, silent) < 1 << 20, "only small files again"
 
 
+@pytest.mark.parametrize("bucket", ["moto", "weed"], indirect=True)
+def test_a_bucket_that_does_not_exist_is_named(bucket: str, tmp_path: Path) -> None:
+    make_store(tmp_path / "store")
+    address = f"{bucket}-of-nobody/model"
+    with pytest.raises(StoreReadError, match=rf"^The bucket of {address} \(http.*\) does not exist\."):
+        push(tmp_path / "store", address, silent)
+
+
 def test_an_outline_has_headers_alone(bucket: str, tinymix_4bit: Path, tmp_path: Path) -> None:
     push(tinymix_4bit, f"{bucket}/model", silent)
     folder = outline(f"{bucket}/model", tmp_path / "cache")
