@@ -55,7 +55,7 @@ def loaded(directory: Path, resources: dict[str, Any], *, sequences: int = 1) ->
                 f"{directory} has no tokenizer.",
                 "Give a GGUF file that has one."
                 if directory.is_file()
-                else "Copy the tokenizer's files from the original checkpoint into it.",
+                else "Copy the tokenizer files of the model into it.",
             )
         _warn(model, resources["ram"], resources["context"] // sequences)
         yield model, tokenizer, seconds

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from moetier.tiers.manifest import Manifest
     from moetier.tiers.store.reader import ExpertStore
 
-NO_TOKENIZER = "none: generate, chat and serve need one, such as that of the original checkpoint"
+NO_TOKENIZER = "none: generate, chat and serve need the tokenizer files of the model"
 
 
 def remedy(store: ExpertStore | ExtentStore) -> str:
