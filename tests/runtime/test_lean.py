@@ -19,7 +19,7 @@ UNUSED = {
     *("hqq", "networkx", "pandas", "peft", "scipy", "sklearn", "sympy", "torchvision", "triton"),
     *(() if torch.cuda.is_available() else ("accelerate", "boto3")),
     *("torch._dynamo.utils", "torch._inductor.utils", "torch.distributed.tensor", "torch.nn.attention.flex_attention"),
-    *("torch.fx.experimental.symbolic_shapes", "grpc", "zarr"),
+    *("torch.fx.experimental.symbolic_shapes", "grpc", "zarr", "obstore", "ray"),
     *(("torch._prims",) if torch.__version__.startswith(TRIED) else ()),
 }
 MOST = 250 << 20  # bytes; 209 MiB on an EPYC with torch 2.13 and transformers 5.24
