@@ -22,7 +22,7 @@ import moetier
 from moetier.runtime.pulled import checkpoint_or_model, model_directory, models_folder, name_of, pulled
 from moetier.tiers.errors import IncompleteStoreError, StoreFormatError
 from moetier.tiers.store.folder import GROUP, METADATA, PLAN, read_manifest
-from moetier.tools.cli.parser import directory, walk
+from moetier.tools.cli.parser import directory, file_or_address, walk
 from moetier.tools.convert.files import disk_bytes
 from moetier.tools.main import build_parser, main
 from moetier.tools.ray.options import model
@@ -58,8 +58,9 @@ def test_every_command_that_takes_a_directory_takes_a_name() -> None:
     for path, parser in walk(build_parser()):
         for action in parser._actions:
             if action.metavar == "DIR" and not action.option_strings:
-                # on Ray each node looks for the model itself
-                assert action.type is (model if path == ("ray",) else directory), path
+                # on Ray each node looks for the model itself, and a pulled model can't be linked
+                other = {("ray",): model, ("link",): file_or_address}
+                assert action.type is other.get(path, directory), path
                 found += 1
     assert found >= 12
 
