@@ -1,7 +1,7 @@
 """Tiny checkpoints in the quantised forms in which models are published, each with one of the decoded weights.
 
-compressed-tensors and transformers write and decode their own forms. What no tool writes here, on a machine without a
-GPU, is made byte by byte.
+compressed-tensors and transformers write and decode their own forms, DeepSeek's and FP8 blocks among the latter. FP4 of
+DeepSeek-V4 and NVFP4 of ModelOpt are made byte by byte; ``own_tools.py`` lets ModelOpt itself write the latter.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from architectures import tiny_config, tiny_model
 from checkpoints import edit_json, edit_tensors
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-from quantised_checkpoints import quantise_mxfp4, to_fp8
+from quantised_checkpoints import quantise_mxfp4
 from torch import Tensor
-from transformers import DeepseekV3Config
-from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+from transformers import DeepseekV3Config, FineGrainedFP8Config
+from transformers.integrations.finegrained_fp8 import Fp8Dequantize, Fp8Quantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+from transformers.quantizers import AutoHfQuantizer
 
 Form = Callable[[Tensor], tuple[dict[str, Tensor], Tensor]]  # weight [N, K] -> stored tensors by suffix, decoded weight
 E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
@@ -47,26 +48,22 @@ def deepseek_fp4(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     return stored, Fp8Dequantize(None)._dequantize_one(codes, stored["scale"], torch.bfloat16)
 
 
-def deepseek_fp8(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """DeepSeek-V4's dense matrices: 128 x 128, here one block."""
-    power = (weight.float().abs().amax() / 448).log2().ceil()
-    codes = (weight.float() / power.exp2()).to(torch.float8_e4m3fn)
-    scale = (power + 127).to(torch.uint8).view(1, 1).view(torch.float8_e8m0fnu)
-    return {"weight": codes, "scale": scale}, Fp8Dequantize(None)._dequantize_one(codes, scale, torch.bfloat16)
+def fp8(block: tuple[int, int] | None, *, powers: bool, scale: str = "weight_scale_inv") -> Form:
+    """FP8 in blocks, or in one, as transformers writes it. ``powers``: scales are powers of two."""
+    config = FineGrainedFP8Config(weight_block_size=block, scale_fmt="ue8m0" if powers else "float")
+    quantizer = AutoHfQuantizer.from_config(config)
 
+    def form(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        codes, scales = Fp8Quantize(quantizer).convert({"weight": weight}).values()
+        return {"weight": codes, scale: scales}, Fp8Dequantize(quantizer)._dequantize_one(codes, scales, torch.bfloat16)
 
-def block_fp8(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """Qwen3's and DeepSeek-V3's, in blocks of 16 x 32."""
-    codes, scale = to_fp8(weight, 16, 32)
-    stored = {"weight": codes, "weight_scale_inv": scale}
-    return stored, Fp8Dequantize(None)._dequantize_one(codes, scale, torch.bfloat16)
+    return form
 
 
 def mxfp8(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    scale, values = exponents(weight, 32, 448.0)
-    codes = values.to(torch.float8_e4m3fn)
-    stored = {"weight": codes, "weight_scale_inv": scale}
-    return stored, Fp8Dequantize(None)._dequantize_one(codes, scale, torch.bfloat16)
+    """With scales as bytes."""
+    stored, made = fp8((1, 32), powers=True)(weight)
+    return stored | {"weight_scale_inv": stored["weight_scale_inv"].view(torch.uint8)}, made
 
 
 def modelopt_nvfp4(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
@@ -125,9 +122,14 @@ FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3"}
 # model type, form of experts, form of other matrices (None: 16 bits), quantization_config
 FORMS: dict[str, tuple[str, Form | None, Form | None, dict[str, Any]]] = {
     "gpt-oss": ("gpt_oss", None, None, {}),
-    "deepseek-v4": ("deepseek_v4", deepseek_fp4, deepseek_fp8, FP8 | {"weight_block_size": [128, 128]}),
+    "deepseek-v4": (
+        "deepseek_v4",
+        deepseek_fp4,
+        fp8(None, powers=True, scale="scale"),
+        FP8 | {"weight_block_size": [128, 128]},
+    ),
     "kimi-k2.5": ("kimi_k25", compressed("pack-quantized", **INT4), None, config_of("pack-quantized", **INT4)),
-    "fp8-block": ("qwen3_moe", block_fp8, block_fp8, FP8 | {"weight_block_size": [16, 32]}),
+    "fp8-block": ("qwen3_moe", *(fp8((16, 32), powers=False),) * 2, FP8 | {"weight_block_size": [16, 32]}),
     "fp8-channel": (
         "qwen3_moe",
         *(compressed("float-quantized", **CHANNEL),) * 2,
