@@ -1,5 +1,5 @@
-"""Checkpoints as HQQ, AWQ and GPTQ write them, made of tiny ones of one shard. hqq writes its own; codes of the others
-are packed bit by bit."""
+"""Checkpoints as HQQ, AWQ and GPTQ write them, made of tiny ones of one shard. hqq writes its own. Codes of the others
+are packed bit by bit; ``own_tools.py`` lets AutoAWQ and GPTQModel pack them."""
 
 from __future__ import annotations
 

@@ -31,9 +31,10 @@ def main() -> None:
 
 
 def _quantize(llama_cpp: Any, job: dict[str, Any]) -> dict[str, Any]:
-    """What ``llama-quantize --pure FILE TARGET Q4_0`` does."""
+    """What ``llama-quantize --pure FILE TARGET Q4_0`` does, or with a kind ``llama-quantize FILE TARGET KIND``."""
     how = llama_cpp.llama_model_quantize_default_params()
-    how.nthread, how.ftype, how.pure = job["threads"], llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0, True
+    how.nthread, how.pure = job["threads"], "kind" not in job
+    how.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{job.get('kind', 'Q4_0')}")
     start = time.perf_counter()
     status = llama_cpp.llama_model_quantize(job["gguf"].encode(), job["target"].encode(), ctypes.byref(how))
     seconds = time.perf_counter() - start
