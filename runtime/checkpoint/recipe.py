@@ -95,7 +95,7 @@ class Recipe:
             elif merged and len(tensors) == self.experts and len({(each.shape, each.dtype) for each in tensors}) == 1:
                 found.append(tensors)
             else:
-                name = next(self.parts).name
+                name = next((part.name for part in self.parts), self.target)  # made weights have no parts
                 raise ValueError(f"{self.target} is made of tensors that are not alike, such as {name}")
         return found
 
