@@ -41,7 +41,7 @@ class MadeOnMeta(TorchFunctionMode):
                 return self._meta(function(*args, **given | {"device": "cpu"}))
         try:
             return function(*args, **given)
-        except NotImplementedError:  # only Python code of torch does this on the meta device
+        except NotImplementedError:  # torch lacks the operation: its Python code has it, which was left out
             if not remove_stand_ins():
                 raise
             return function(*args, **given)

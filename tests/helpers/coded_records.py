@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import mmap
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -73,3 +77,20 @@ def random_blocks(shape: tuple[int, ...], kind: str, random: np.random.Generator
         case "Q6_K":
             blocks[:, 208:210] = (scale * np.float16(0.00005)).view(np.uint8)
     return blocks.reshape(*shape[:-1], -1)
+
+
+@contextlib.contextmanager
+def before_a_fence(payload: Tensor) -> Iterator[list[Tensor]]:
+    """Yield a copy of ``payload``, as the one tensor of a list, that ends where memory begins that can't be read."""
+    pages = -(-len(payload) // mmap.PAGESIZE) * mmap.PAGESIZE
+    with mmap.mmap(-1, pages + mmap.PAGESIZE) as memory:
+        whole = torch.frombuffer(memory, dtype=torch.uint8)
+        fence, nothing = ctypes.c_void_p(whole.data_ptr() + pages), 0
+        assert ctypes.CDLL(None, use_errno=True).mprotect(fence, mmap.PAGESIZE, nothing) == 0
+        moved = [whole[pages - len(payload) : pages]]
+        moved[0].copy_(payload)
+        try:
+            yield moved
+        finally:
+            moved.clear()  # no tensor may be left when the memory is unmapped
+            del whole

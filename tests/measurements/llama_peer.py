@@ -31,7 +31,7 @@ def main() -> None:
 
 
 def _quantize(llama_cpp: Any, job: dict[str, Any]) -> dict[str, Any]:
-    """What ``llama-quantize --pure FILE TARGET Q4_0`` does, or with a kind ``llama-quantize FILE TARGET KIND``."""
+    """Quantise a GGUF file as ``llama-quantize`` does: with ``--pure`` to Q4_0, or without it to the job's kind."""
     how = llama_cpp.llama_model_quantize_default_params()
     how.nthread, how.pure = job["threads"], "kind" not in job
     how.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{job.get('kind', 'Q4_0')}")

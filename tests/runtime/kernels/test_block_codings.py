@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
-import mmap
 
 import llvmlite.binding as llvm
 import pytest
 import torch
-from coded_records import blocks
+from coded_records import before_a_fence, blocks
 
 from moetier.runtime.kernels import row_emitter
 from moetier.runtime.kernels.jit import Dot, Processor
@@ -25,7 +23,6 @@ FIRST_CASES = [  # with one number of columns of each coding; the others are slo
     pytest.param(coding, columns, marks=[pytest.mark.slow] * (columns != COLUMNS[BLOCKS[coding].weights][0]))
     for coding, columns in CASES
 ]
-PROT_NONE = 0
 
 
 @functools.cache
@@ -107,17 +104,9 @@ def test_sums_of_the_largest_codes_and_numbers_do_not_overflow(coding: str, byte
 def test_no_byte_behind_a_record_is_read(coding: str, columns: int) -> None:
     layout, record = blocks(coding, 20, columns)
     x = torch.randn(3, columns)
-    pages = -(-layout.payload_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
-    with mmap.mmap(-1, pages + mmap.PAGESIZE) as memory:
-        whole = torch.frombuffer(memory, dtype=torch.uint8)
-        library = ctypes.CDLL(None, use_errno=True)
-        fence = ctypes.c_void_p(whole.data_ptr() + pages)
-        assert library.mprotect(fence, mmap.PAGESIZE, PROT_NONE) == 0
-        moved = whole[pages - layout.payload_bytes : pages]
-        moved.copy_(record[: layout.payload_bytes])
-        y = kernels_for(None).multiply(x, [moved], [3], layout, "up_proj")
-        one = kernels_for(None).multiply(x[:1], [moved], [1], layout, "up_proj")
-        del whole, moved
+    with before_a_fence(record[: layout.payload_bytes]) as moved:
+        y = kernels_for(None).multiply(x, moved, [3], layout, "up_proj")
+        one = kernels_for(None).multiply(x[:1], moved, [1], layout, "up_proj")
     assert torch.equal(y, kernels_for(None).project(x, record, layout, "up_proj"))
     assert torch.equal(one, y[:1])
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
-import mmap
 from typing import Any
 
 import pytest
 import torch
-from coded_records import coded, projection
+from coded_records import before_a_fence, coded, projection
 
 from moetier.runtime.kernels import row_emitter
 from moetier.runtime.kernels.jit import Dot, Processor
@@ -19,7 +17,6 @@ from moetier.tiers.quant.codec import decode
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 CPUS = [None, "+avx2,+fma", ""]  # features of LLVM; None: this processor
-PROT_NONE = 0
 
 
 @functools.cache
@@ -182,17 +179,9 @@ def test_no_byte_behind_a_record_is_read(coding: str, shape: tuple[int, int], fi
     p = projection(coding, *shape, **fields)
     layout, record = coded(p)
     x = torch.randn(3, shape[1])
-    pages = -(-layout.payload_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
-    with mmap.mmap(-1, pages + mmap.PAGESIZE) as memory:
-        whole = torch.frombuffer(memory, dtype=torch.uint8)
-        library = ctypes.CDLL(None, use_errno=True)
-        fence = ctypes.c_void_p(whole.data_ptr() + pages)
-        assert library.mprotect(fence, mmap.PAGESIZE, PROT_NONE) == 0
-        moved = whole[pages - layout.payload_bytes : pages]
-        moved.copy_(record[: layout.payload_bytes])
-        y = kernels_for(None).multiply(x, [moved], [3], layout, p.name)
-        one = kernels_for(None).multiply(x[:1], [moved], [1], layout, p.name)
-        del whole, moved
+    with before_a_fence(record[: layout.payload_bytes]) as moved:
+        y = kernels_for(None).multiply(x, moved, [3], layout, p.name)
+        one = kernels_for(None).multiply(x[:1], moved, [1], layout, p.name)
     assert torch.equal(y, kernels_for(None).project(x, record, layout, p.name))
     assert torch.equal(one, y[:1])
 

@@ -76,7 +76,7 @@ def test_fp8_and_the_fp4_of_deepseek(
 
 
 def written(form: str, weight: Tensor, group: int, scale_type: torch.dtype) -> tuple[dict[str, Tensor], Tensor]:
-    """What compressed-tensors stores for a weight, and what it reads back."""
+    """Return what compressed-tensors stores for a weight, and the weight that it decodes from that."""
     strategy, number = {"nvfp4": ("tensor_group", "float"), "mxfp4": ("group", "float"), "int4": ("group", "int")}[form]
     args = QuantizationArgs(
         num_bits=4, type=number, symmetric=True, strategy=strategy, group_size=group,
