@@ -37,6 +37,7 @@ QUEUED = ["--context", "1500", "--queue", "8"]
 SHOWN = {"Authorization": f"Bearer {KEY}"}
 LONG = "la mattina " * 100_000
 SAMPLED = {"temperature": 1.0, "max_tokens": 16}
+CERTAIN = "Agnese e Luc"  # the score of "ia" leads by 4.3, and company moves it by less
 
 
 @pytest.fixture(scope="module")
@@ -149,11 +150,10 @@ def test_a_seed_says_what_is_sampled(client: OpenAI) -> None:
 
 def test_together_each_samples_in_its_own_way_but_without_a_seed(together: ServerProcess) -> None:
     with together.client() as client, ThreadPoolExecutor(8) as pool:
-        alone = text_of(client, temperature=0)
         warm = pool.map(lambda _: text_of(client, **SAMPLED), range(4))
-        cold = pool.map(lambda _: text_of(client, temperature=0), range(4))
+        cold = pool.map(lambda _: text_of(client, CERTAIN, temperature=0, max_tokens=1), range(4))
         assert len(set(warm)) > 1
-        assert {text[:8] for text in cold} == {alone[:8]}  # in other company last bits differ
+        assert set(cold) == {"ia"}
         with pytest.raises(openai.BadRequestError, match="seed") as refused:
             text_of(client, seed=1, **SAMPLED)
     assert refused.value.param == "seed"
