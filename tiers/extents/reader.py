@@ -32,6 +32,7 @@ from moetier.tiers.store.gguf import SUFFIX, digest_of
 from moetier.tiers.store.reader import Read, as_bytes, read_in_steps, run_reads
 from moetier.tiers.store.safetensors import MAX_HEADER_BYTES, read_header
 from moetier.tiers.store.shard import read_at, try_direct
+from moetier.tiers.store.unchanged import Unchanged
 
 from .table import Extent, ExtentTable, Shard
 
@@ -56,13 +57,14 @@ class OpenFile:
         try:
             if header_digest(path) != shard.header:
                 raise StoreFormatError(f"{path} has another header than before: it was replaced.", advice)
-            self.check(shard)
+            self._compare(shard)
+            self._unchanged = Unchanged(path, self.descriptor, advice)
             self.direct = try_direct(self.descriptor)
         except BaseException:
             os.close(self.descriptor)
             raise
 
-    def check(self, shard: Shard) -> None:
+    def _compare(self, shard: Shard) -> None:
         """Raise StoreFormatError if the file's size, or the time of its last change, is not that of ``shard``."""
         found = os.fstat(self.descriptor)
         if found.st_size != shard.bytes:
@@ -72,6 +74,10 @@ class OpenFile:
             )
         if found.st_mtime_ns != shard.mtime_ns:
             raise StoreFormatError(f"{self.path} was changed or replaced: its modification time differs.", self.advice)
+
+    def check_unchanged(self) -> None:
+        """Raise StoreFormatError if the file was written to since it was opened."""
+        self._unchanged.check()
 
     def read(self, offset: int, view: memoryview, buffers: SimpleQueue[mmap.mmap]) -> None:
         """Fill ``view`` with the bytes from ``offset`` on. Raises StoreReadError."""
@@ -210,9 +216,9 @@ class ExtentStore(Closeable):
                 self._faults[block] = faults[min(bad)]
 
     def check_unchanged(self) -> None:
-        """Raise StoreFormatError if a shard's size or time has changed since it was opened."""
-        for number, file in self._files.items():
-            file.check(self.table.shards[number])
+        """Raise StoreFormatError if a shard was written to since it was opened."""
+        for file in self._files.values():
+            file.check_unchanged()
 
     def on_fault(self, watcher: Callable[[ChecksumError], None]) -> None:
         """Do nothing: each read is compared with a checksum of its own, or with none."""
@@ -247,6 +253,7 @@ class ExtentStore(Closeable):
         Raises:
             MissingExpertError: the model does not have the expert.
             StoreReadError: the disk has answered with an error. EIO is raised only if a second try fails too.
+            StoreFormatError: there are no checksums, and a file was written to since it was opened.
             ChecksumError: the bytes are not those that were there when the checkpoint was linked.
         """
         with self._use:
@@ -257,6 +264,9 @@ class ExtentStore(Closeable):
             assert len(view) == self.layout(key.block).slot_bytes, f"{len(view)} bytes are no slot"
             try:
                 crc = read_in_steps(view, pause, partial(self._fill, extents))
+                if not self.table.is_linked:  # else the checksum proves the bytes
+                    for shard in {extent.shard for extent in extents}:
+                        self._files[shard].check_unchanged()
             except StoreReadError as error:
                 raise StoreReadError(f"{self._expert(key)}: {error.cause}", error.fix) from error
             known = self.manifest.checksums(key.block)

@@ -96,7 +96,9 @@ class ExpertStore(Closeable):
             for block in range(len(manifest.blocks)):
                 try:
                     file, name = ShardFile.of(folder, manifest, block), _name(manifest, block)
-                    store._shards[block] = OpenShard.open(file, name, manifest.checksums(block))
+                    store._shards[block] = OpenShard.open(
+                        file, name, manifest.checksums(block), is_proved=bool(manifest.record_checksums)
+                    )
                 except StoreError as error:
                     if not damaged:
                         raise
@@ -204,6 +206,7 @@ class ExpertStore(Closeable):
         Raises:
             MissingExpertError: the model does not have the expert.
             StoreReadError: the system reported an error; if the error is EIO, a second try has failed too.
+            StoreFormatError: the manifest has no checksums, and the shard was written to since it was opened.
             ChecksumError: the bytes are not those that were written.
         """
         with self._use:
