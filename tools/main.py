@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import faulthandler
 import logging
 import os
 import signal
@@ -105,6 +107,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # the stream was closed when the process began
             setattr(sys, name, open(os.devnull, mode))  # noqa: PTH123, SIM115 - open until the process ends
+    if not faulthandler.is_enabled():
+        # a fault, such as a SIGBUS of a mapped file that was cut, prints the line of code at which the process ends
+        with contextlib.suppress(
+            OSError, ValueError, AttributeError
+        ):  # a stream of another program, with no descriptor
+            faulthandler.enable()
     try:
         return _run(argv)
     except BrokenPipeError:  # the reader of our output went away, as `head` does

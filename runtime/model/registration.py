@@ -12,7 +12,6 @@ import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextvars import ContextVar
-from itertools import chain
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -37,7 +36,6 @@ from moetier.runtime.kernels.choose import kernels_for
 from moetier.runtime.kernels.growing_cache import use_growing_layers
 from moetier.runtime.kernels.norm import use_quick_norms
 from moetier.runtime.kernels.row import use_row_weights
-from moetier.runtime.memory import mapped_files
 from moetier.runtime.moe.block import TieredBlock
 from moetier.runtime.moe.experts import EXPERT_PARAMETERS, experts_forward, experts_modules
 from moetier.runtime.moe.gates import Gates
@@ -56,6 +54,7 @@ from moetier.tiers.store.trunk import check_small, check_trunk, trunk_records
 
 from .budgets import context_bytes, largest_decoded
 from .tiers import Tiers, close_later
+from .trunk_files import TrunkFiles, mapped_bytes, trunk_paths
 
 _lock = threading.Lock()
 IN_CONFIG = ("ram", "device_memory", "context", "exact")  # what a model directory's config.json may set
@@ -147,7 +146,8 @@ class MoetierQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
         self._folder = _folder_of(model, checkpoint_files)
-        config_of(self._folder)
+        config = config_of(self._folder)
+        self._files = TrunkFiles(self._folder, trunk_paths(self._folder, config, checkpoint_files))
         modules = experts_modules(model)
         manifest, records = read_manifest(self._folder), dict[str, int]()
         if is_checkpoint(self._folder):
@@ -219,13 +219,19 @@ class MoetierQuantizer(HfQuantizer):
             self._folder,
             asked,
             device,
-            trunk=_mapped_bytes(model),
+            trunk=mapped_bytes(model),
             cache=context_bytes(model, read_manifest(self._folder), context_of(model.config, asked.context)),
             width=model.dtype.itemsize,
             kernels=kernels,
             largest=largest_decoded((linear.layout for linear in linears), kernels),
         )
         weakref.finalize(model, close_later, tiers.close_sources, weakref.ref(tiers))
+        tiers.trunk_files = self._files
+        try:
+            self._files.settle(model, is_shared=tiers.daemon is not None)
+        except BaseException:
+            tiers.close()
+            raise
         model.__dict__["tiers"] = tiers  # bypasses nn.Module.__setattr__: neither a submodule nor a parameter
         for module in model.modules():
             if isinstance(module, PreTrainedModel):  # some layers compute in another order if this is set
@@ -249,7 +255,13 @@ class MoetierQuantizer(HfQuantizer):
             use_row_weights(model)
             use_quick_routers(model)
             use_quick_layers(model)
-        tiers.hooks.add(model.register_forward_pre_hook(lambda *_: postpone_interrupts()))
+        check_trunk_files = self._files.check
+
+        def before(*_: Any) -> None:
+            check_trunk_files()
+            postpone_interrupts()
+
+        tiers.hooks.add(model.register_forward_pre_hook(before))
         tiers.hooks.add(model.register_forward_hook(lambda *_: raise_interrupts(), always_call=True))
         modules = experts_modules(model)
         for number, block in enumerate(tiers.manifest.blocks):
@@ -339,10 +351,3 @@ def _device_of(model: PreTrainedModel) -> torch.device:
             'Load it on one device: give device_map={"": "cuda:0"}, or no device_map for the CPU.',
         )
     return devices.pop()
-
-
-def _mapped_bytes(model: PreTrainedModel) -> int:
-    """Return the bytes of the model's tensors that are in mapped files. Their memory still counts as free."""
-    maps = [addresses for addresses, _ in mapped_files()]
-    tensors = chain(model.parameters(), model.buffers())
-    return sum(t.nbytes for t in tensors if any(t.data_ptr() in addresses for addresses in maps))

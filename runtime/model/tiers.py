@@ -32,6 +32,7 @@ from moetier.tiers.stats import TierStats
 
 from .budgets import Needs, scratch_numbers
 from .sources import Origin, open_origin
+from .trunk_files import TrunkFiles
 
 _closers: set[threading.Thread] = set()
 
@@ -113,6 +114,7 @@ class Tiers:
         self.kernels = kernels
         self.speculation: Speculation | None = None
         self.hooks = Observation()  # hooks on the model, besides those of the speculation
+        self.trunk_files: TrunkFiles | None = None  # the files of the model's trunk
         self.close_sources = partial(_close_sources, device, origin)  # without a reference to the model
 
     def stats(self) -> list[TierStats]:
@@ -128,6 +130,8 @@ class Tiers:
         if self.speculation is not None:
             self.speculation.detach()
         self.hooks.close()
+        if self.trunk_files is not None:
+            self.trunk_files.close()
         self.close_sources()
 
     def __enter__(self) -> Tiers:

@@ -251,3 +251,23 @@ def test_nobody_reads_the_one_stream_that_is_open() -> None:
     done = subprocess.run(["/bin/sh", "-c", script], stderr=writer, check=False)
     os.close(writer)
     assert done.returncode == 128 + signal.SIGPIPE
+
+
+CUT = """
+import mmap, os, sys
+from moetier.tools.main import main
+assert main(["completion", "bash"]) == 0
+with open(sys.argv[1], "r+b") as stream:
+    mapped = mmap.mmap(stream.fileno(), 1 << 16, access=mmap.ACCESS_READ)
+    stream.truncate(0)
+    print(mapped[1 << 15])
+"""
+
+
+def test_a_fault_in_a_mapped_file_that_is_cut_names_the_place(tmp_path: Path) -> None:
+    path = tmp_path / "trunk"
+    path.write_bytes(bytes(1 << 16))
+    ended = subprocess.run([sys.executable, "-c", CUT, path], capture_output=True, text=True, check=False)
+    assert ended.returncode == -signal.SIGBUS
+    assert "Fatal Python error: Bus error" in ended.stderr
+    assert 'File "<string>", line 8 in <module>' in ended.stderr

@@ -22,8 +22,8 @@ from moetier.runtime.kernels.api import Kernels
 from moetier.runtime.kernels.choose import kernels_for
 from moetier.runtime.kernels.cuda_int4 import CudaInt4, FusedKernels
 from moetier.runtime.memory import mapped_files
-from moetier.runtime.model import budgets, tiers
-from moetier.runtime.model.registration import _mapped_bytes
+from moetier.runtime.model import budgets, tiers, trunk_files
+from moetier.runtime.model.trunk_files import mapped_bytes
 from moetier.runtime.moe.linear import WEIGHT, QuantizedLinear, matrix_layout, quantized_linears, replace_linears
 from moetier.tiers.errors import ChecksumError, ConfigError, StoreFormatError
 from moetier.tiers.layout import Bits
@@ -144,7 +144,10 @@ def logits(model: Any) -> Tensor:
     return found
 
 
-def test_plain_from_pretrained_takes_the_records_where_they_are_mapped(tiny: tuple[Any, Path]) -> None:
+def test_plain_from_pretrained_takes_the_records_where_they_are_mapped(
+    tiny: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trunk_files, "COPIED_BYTES", 0)
     moetier.register()
     model, found = AutoModelForCausalLM.from_pretrained(tiny[1], output_loading_info=True)
     with model.tiers:
@@ -156,7 +159,7 @@ def test_plain_from_pretrained_takes_the_records_where_they_are_mapped(tiny: tup
             assert any(linear.record.data_ptr() in addresses for addresses in maps)
             assert linear.record.data_ptr() % 64 == 0
             assert linear.kernels is model.tiers.kernels
-        assert _mapped_bytes(model) == sum(t.nbytes for t in model.state_dict().values())
+        assert mapped_bytes(model) == sum(t.nbytes for t in model.state_dict().values())
 
 
 @pytest.mark.parametrize("tied", [False, True])

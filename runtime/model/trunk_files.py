@@ -1,0 +1,112 @@
+"""Files of a trunk: whether they stay mapped, and whether they were written to.
+
+A mapped trunk is computed from the file's pages, which processes share and the kernel may drop. So a program that
+writes into the file changes the model, and one that truncates it causes a SIGBUS. A small trunk is copied instead. The
+files of any other trunk stay open, and are compared with what they were before each forward pass.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from moetier.runtime.checkpoint.files import contained, is_gguf, weights_of
+from moetier.runtime.memory import mapped_files
+from moetier.tiers.errors import StoreFormatError
+from moetier.tiers.store.atomic import read_errors
+from moetier.tiers.store.folder import command
+from moetier.tiers.store.unchanged import Unchanged
+
+COPIED_BYTES = 256 << 20  # size of the largest trunk that is copied, in about a tenth of a second
+
+
+class TrunkFiles:
+    """The files of a trunk, opened before they are read, and compared with what they were then. Thread-safe."""
+
+    def __init__(self, folder: Path, paths: Sequence[Path]) -> None:
+        """Open the files ``paths`` of the model in ``folder``.
+
+        Raises StoreReadError, and StoreFormatError if a file is missing.
+        """
+        self._advice = (
+            "If it was changed on purpose, load the model again. Otherwise restore the file: "
+            f"{command('verify', folder)} says what differs."
+        )
+        self._paths = paths
+        self._files: list[Unchanged] = []
+        self._descriptors: list[int] = []
+        self.close = weakref.finalize(self, _close, self._files, self._descriptors)  # can be repeated
+        for path in paths:
+            try:
+                with read_errors(path):
+                    self._descriptors.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+            except FileNotFoundError:
+                raise StoreFormatError(f"{path}, a file of the trunk, is missing.", self._advice) from None
+            self._files.append(Unchanged(path, self._descriptors[-1], self._advice))
+
+    def check(self) -> None:
+        """Raise StoreFormatError if a file was written to since it was opened."""
+        for file in self._files:
+            file.check()
+
+    def settle(self, model: nn.Module, *, is_shared: bool) -> None:
+        """Copy a small trunk of a loaded model out of its files, unless it ``is_shared``. Close files without a use.
+
+        Raises StoreFormatError if a file was written to, or replaced, while the model was loaded.
+        """
+        if not is_shared and mapped_bytes(model) <= COPIED_BYTES:
+            _copy_mapped(model)
+        self.check()
+        for path, descriptor in zip(self._paths, self._descriptors, strict=True):
+            try:
+                is_same = os.path.samestat(path.stat(), os.fstat(descriptor))
+            except OSError:
+                is_same = False
+            if not is_same:
+                raise StoreFormatError(f"{path} was replaced while it was being read.", "Load the model again.")
+        if not mapped_bytes(model):
+            self.close()
+
+
+def _close(files: list[Unchanged], descriptors: list[int]) -> None:
+    files.clear()
+    for descriptor in descriptors:
+        os.close(descriptor)
+
+
+def trunk_paths(folder: Path, config: Mapping[str, Any], files: Sequence[str] | None) -> list[Path]:
+    """Return the files that the trunk of ``folder`` is read from, which may be a GGUF file.
+
+    ``config`` is its config, and ``files`` what transformers reads; None if it gets tensors.
+    """
+    if files is not None:
+        return list(map(Path, files))
+    return [folder] if is_gguf(folder) else [contained(folder, name) for name in weights_of(folder, config)[0]]
+
+
+def mapped_bytes(model: nn.Module) -> int:
+    """Return the bytes of the model's tensors that are in mapped files. Their memory still counts as free."""
+    return sum(tensor.nbytes for tensor in _mapped(model))
+
+
+def _copy_mapped(model: nn.Module) -> None:
+    """Copy the model's tensors out of mapped files."""
+    copies: dict[tuple[int, int], Tensor] = {}  # by address and size: the head may be the embedding
+    for tensor in _mapped(model):
+        place = tensor.data_ptr(), tensor.nbytes
+        if place not in copies:
+            copies[place] = tensor.detach().clone()
+        tensor.data = copies[place].view_as(tensor)
+
+
+def _mapped(model: nn.Module) -> Iterator[Tensor]:
+    """Yield the model's parameters and buffers that are in mapped files."""
+    maps = [addresses for addresses, _ in mapped_files()]
+    tensors: Iterable[Tensor] = chain(model.parameters(), model.buffers())
+    return (tensor for tensor in tensors if any(tensor.data_ptr() in addresses for addresses in maps))

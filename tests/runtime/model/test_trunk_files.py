@@ -1,0 +1,138 @@
+"""Files of a trunk that change under a loaded model: a small trunk is copied, a mapped one is watched."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from architectures import tiny_model
+from comparison import convert_tiny
+from daemons import running_daemon
+from gguf_files import mostly, tiny_weights, write_gguf
+
+import moetier
+from moetier.runtime.model import trunk_files
+from moetier.runtime.model.trunk_files import mapped_bytes
+from moetier.tiers.errors import StoreFormatError
+
+IDS = torch.arange(8)[None]
+TICK = 0.02  # seconds, more than the steps of a file's times
+
+
+def store(folder: Path) -> tuple[Path, Path]:
+    """A model, and the file of its trunk."""
+    made = convert_tiny("mixtral", torch.bfloat16, folder, bits=8, trunk_bits=8)[1]
+    (file,) = made.glob("trunk-*.safetensors")
+    return made, file
+
+
+def checkpoint(folder: Path) -> tuple[Path, Path]:
+    tiny_model("mixtral", torch.bfloat16).save_pretrained(folder / "source")
+    return folder / "source", folder / "source" / "model.safetensors"
+
+
+def gguf_file(folder: Path) -> tuple[Path, Path]:
+    path = write_gguf(folder / "model.gguf", tiny_weights("qwen3moe"), mostly("Q8_0"))
+    return path, path
+
+
+@pytest.fixture(scope="module", params=[store, checkpoint, gguf_file])
+def original(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    if request.param is gguf_file:
+        pytest.importorskip("gguf")
+    found: tuple[Path, Path] = request.param(tmp_path_factory.mktemp("original"))
+    return found
+
+
+@pytest.fixture
+def places(original: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """A copy that a test may damage: the model, and the file of its trunk."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    model, file = original
+    if model.is_file():
+        shutil.copy(model, tmp_path / model.name)
+    else:
+        shutil.copytree(model, tmp_path / model.name)
+    time.sleep(TICK)
+    return tmp_path / model.name, tmp_path / model.name / file.name if model.is_dir() else tmp_path / model.name
+
+
+@contextmanager
+def loaded(directory: Path, **options: Any) -> Iterator[Any]:
+    model, _ = moetier.load(directory, daemon="none", **options)
+    with model.tiers:
+        yield model
+
+
+@torch.inference_mode()
+def logits(model: Any) -> torch.Tensor:
+    found: torch.Tensor = model(IDS).logits
+    return found
+
+
+def overwrite(file: Path) -> None:
+    """All but the header, with other numbers."""
+    with file.open("r+b") as stream:
+        stream.seek(-file.stat().st_size // 2, os.SEEK_END)
+        stream.write(bytes([1]) * (file.stat().st_size // 2))
+
+
+def cut(file: Path) -> None:
+    os.truncate(file, 4096)
+
+
+@pytest.mark.parametrize("change", [overwrite, cut])
+def test_a_small_trunk_is_computed_from_memory_of_its_own(
+    places: tuple[Path, Path], change: Callable[[Path], None]
+) -> None:
+    with loaded(places[0]) as model:
+        assert mapped_bytes(model) == 0
+        expected = logits(model)  # has loaded all experts that it needs
+        change(places[1])
+        assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("change", [overwrite, cut])
+def test_a_mapped_trunk_whose_file_changes_is_refused_by_name(
+    places: tuple[Path, Path], change: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trunk_files, "COPIED_BYTES", 0)
+    with loaded(places[0]) as model:
+        assert mapped_bytes(model) > 0
+        logits(model)
+        change(places[1])
+        for compute in (logits, lambda model: model.generate(IDS, max_new_tokens=2)):
+            with pytest.raises(StoreFormatError, match=f"{places[1]} was changed while it was in use") as caught:
+                compute(model)
+        assert f"moetier verify {places[0]}" in caught.value.fix
+
+
+@pytest.mark.parametrize("most", [0, trunk_files.COPIED_BYTES])
+def test_a_file_that_another_one_replaces_goes_on(
+    places: tuple[Path, Path], most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trunk and experts are those of the old file: experts that were not in memory yet, too."""
+    monkeypatch.setattr(trunk_files, "COPIED_BYTES", most)
+    with loaded(places[0]) as model:
+        expected = logits(model)
+    with loaded(places[0]) as model:
+        other = places[1].with_name("other")
+        shutil.copy(places[1], other)
+        overwrite(other)
+        other.replace(places[1])
+        assert torch.equal(logits(model), expected)
+
+
+def test_clients_of_a_daemon_share_the_mapping(tmp_path: Path) -> None:
+    directory, _ = store(tmp_path)
+    with running_daemon(directory, folder=tmp_path / "daemon"):
+        model, _ = moetier.load(directory, daemon=str(tmp_path / "daemon"))
+        with model.tiers:
+            assert mapped_bytes(model) > 0
