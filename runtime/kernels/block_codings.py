@@ -114,7 +114,7 @@ class _Mxfp4(_Blocks):
 
     def _of_block(self, emit: RowEmitter, stored: _Bytes, place: int) -> Iterator[Group]:
         at, lanes = emit.at, emit.lanes
-        scale = at.bitcast(at.shl(stored.byte(place), emit.all(I32, 23, lanes)), vector(F32, lanes))
+        scale = emit.powers(at.shl(stored.byte(place), emit.all(I32, 23, lanes)))
         codes = _nibbles(emit, [stored.word(place + 1 + 4 * i) for i in range(4)])
         yield Group([emit.lookup(each, DOUBLED_E2M1) for each in codes], scale)
 

@@ -198,7 +198,7 @@ class Emitter:
         return at.bitcast(bits, vector(F32, count))
 
     def widen_half(self, half: Value, count: int) -> Value:
-        """Emit the conversion of ``count`` finite fp16 numbers, given as i16, to fp32.
+        """Emit the conversion of ``count`` fp16 numbers, given as i16, to fp32.
 
         LLVM's own conversion calls a library function on processors that have no instruction for it.
         """
@@ -211,7 +211,10 @@ class Emitter:
         denormal = at.fmul(at.sitofp(size, vector(F32, count)), self.all(F32, 2.0**-24, count))
         is_denormal = at.icmp_signed("<", size, self.all(I32, 0x400, count))
         sign = at.shl(at.xor(bits, size), self.all(I32, 16, count))
-        return at.bitcast(at.or_(at.bitcast(at.select(is_denormal, denormal, normal), wide), sign), vector(F32, count))
+        is_finite = at.icmp_signed("<", size, self.all(I32, 0x7C00, count))
+        more = at.select(is_finite, self.all(I32, 0, count), self.all(I32, 0xFF << 23, count))
+        bits = at.or_(at.bitcast(at.select(is_denormal, denormal, normal), wide), at.or_(sign, more))
+        return at.bitcast(bits, vector(F32, count))
 
     def narrow(self, value: Value, count: int) -> Value:
         """Emit the conversion of ``count`` fp32 numbers to bf16, given as i16, rounded to the nearest, ties to even."""

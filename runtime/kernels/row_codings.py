@@ -38,9 +38,8 @@ class _Scaled(Coding):
         if left := 32 - bits * (number + 1):
             words = at.shl(words, emit.all(I32, left, lanes))
         match self._p.scales:
-            case "e8m0":  # a scale of 2^-127 becomes 0
-                exponents = at.and_(at.lshr(words, emit.all(I32, 1, lanes)), emit.all(I32, 0xFF << 23, lanes))
-                return at.bitcast(exponents, vector(F32, lanes))
+            case "e8m0":
+                return emit.powers(at.and_(at.lshr(words, emit.all(I32, 1, lanes)), emit.all(I32, 0xFF << 23, lanes)))
             case "e4m3":
                 return emit.small_floats(words, 8, 4)
             case "float16":
@@ -117,11 +116,12 @@ class _E4m3(_Scaled):
         column = at.mul(first, n(self.group))
         (scale,) = self._scales(emit, offsets, at.udiv(column, n(p.group)), 1)
         start = at.add(at.mul(row, n(p.columns)), column)
-        codes = []
+        codes, nan_bits = [], emit.all(I32, 0, emit.lanes)
         for skipped in range(0, columns, UNIT):
             for four in emit.transposed(emit.codes, at.add(start, n(skipped)), p.columns, UNIT):
                 codes += emit.fp8(four)
-        yield Group(codes, scale)
+                nan_bits = at.or_(nan_bits, emit.nan_bits(four))
+        yield Group(codes, emit.nan_where(nan_bits, scale))  # a NaN makes all products of its row NaN
 
 
 _KINDS: dict[str, type[Coding]] = {"int4": _Int4, "e2m1": _E2m1, "e4m3": _E4m3, **BLOCK_CODINGS}

@@ -7,6 +7,7 @@ vector i has bytes 4i to 4i + 3 of each row. A ``Coding`` turns these vectors in
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from .jit import Dot, Processor
 
 WIDE = frozenset({Dot.AVX512_VNNI})  # values of Processor.dot with registers of 512 bits; others are taken for 256
 UNIT = 16  # bytes of a row that are transposed at a time
+NAN_BITS = -0x7F7F7F80  # 0x80808080: the highest bit of each byte
 # 2 * v + 12 for the values v of the codes of FP4 numbers
 DOUBLED_E2M1 = (12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0)
 
@@ -120,7 +122,8 @@ class RowEmitter(Emitter):
     def fp8(self, four: Value) -> list[Value]:
         """Convert four FP8 numbers in each element of an i32 vector to fp32 numbers that are 2^120 times smaller.
 
-        The format has no infinities. A NaN, in which all bits but the sign are set, is taken for 480.
+        The format has no infinities. A NaN, in which all bits but the sign are set, is taken for 480: the caller looks
+        for NaNs (``nan_bits``), which takes fewer instructions.
         """
         at, lanes = self.at, self.lanes
         kept = self.all(I32, -(1 << 31) | 0x7F << 20, lanes)
@@ -132,18 +135,41 @@ class RowEmitter(Emitter):
                 found[place] = at.bitcast(at.and_(word, kept), vector(F32, lanes))
         return found
 
-    def small_floats(self, words: Value, bits: int, exponent_bits: int) -> Value:
-        """Convert the floats in the top bits of ``words``, i32 [lanes], to fp32 without their infinities and NaNs.
+    def nan_bits(self, four: Value) -> Value:
+        """Return a vector whose bits NAN_BITS show which of four FP8 numbers in each element are NaN, i32 [lanes]."""
+        sizes = self.at.and_(four, self.all(I32, 0x7F7F7F7F, self.lanes))
+        return self.at.add(sizes, self.all(I32, 0x01010101, self.lanes))
 
-        A float has ``bits`` bits, ``exponent_bits`` of them for its exponent. Its bits are moved to where fp32 has them
-        and scaled by a power of two, which is exact for subnormal numbers too.
+    def nan_where(self, bits: Value, scale: Value) -> Value:
+        """Return ``scale``, fp32 [lanes], with NaN where one of NAN_BITS is set in ``bits``, i32 [lanes]."""
+        at, zero = self.at, self.all(I32, 0, self.lanes)
+        is_nan = at.icmp_signed("!=", at.and_(bits, self.all(I32, NAN_BITS, self.lanes)), zero)
+        return at.select(is_nan, self.all(F32, math.nan, self.lanes), scale)
+
+    def powers(self, exponents: Value) -> Value:
+        """Convert numbers in e8m0, in bits 23 to 30 of i32 [lanes], to fp32. 0xFF is NaN, and 2^-127 becomes 0."""
+        at, nothing = self.at, self.all(I32, 0xFF << 23, self.lanes)
+        bits = at.select(at.icmp_signed("==", exponents, nothing), self.all(I32, 0x7FC00000, self.lanes), exponents)
+        return at.bitcast(bits, vector(F32, self.lanes))
+
+    def small_floats(self, words: Value, bits: int, exponent_bits: int) -> Value:
+        """Convert the floats in the top bits of ``words``, i32 [lanes], to fp32.
+
+        A float has ``bits`` bits, ``exponent_bits`` of them for its exponent: fp16, or FP8 (e4m3), which has no
+        infinities, and one NaN of each sign. Its bits are moved to where fp32 has them and scaled by a power of two,
+        which is exact for subnormal numbers too.
         """
-        at, skipped = self.at, 8 - exponent_bits
-        moved = at.ashr(words, self.all(I32, skipped, self.lanes))
-        kept = ((1 << (bits - 1)) - 1) << (32 - bits - skipped) | -(1 << 31)
-        moved = at.and_(moved, self.all(I32, kept, self.lanes))
+        at, lanes, skipped = self.at, self.lanes, 8 - exponent_bits
+        moved = at.ashr(words, self.all(I32, skipped, lanes))
+        place, all_set = 32 - bits - skipped, (1 << (bits - 1)) - 1
+        moved = at.and_(moved, self.all(I32, all_set << place | -(1 << 31), lanes))
         scale = 2.0 ** (127 - (2 ** (exponent_bits - 1) - 1))
-        return at.fmul(at.bitcast(moved, vector(F32, self.lanes)), self.all(F32, scale, self.lanes))
+        scaled = at.fmul(at.bitcast(moved, vector(F32, lanes)), self.all(F32, scale, lanes))
+        largest = 0x7E if bits == 8 else 0x7BFF  # the bits of the largest finite number
+        sizes = at.and_(moved, self.all(I32, 0x7FFFFFFF, lanes))
+        is_finite = at.icmp_signed("<=", sizes, self.all(I32, largest << place, lanes))
+        other = at.bitcast(at.or_(moved, self.all(I32, 0xFF << 23, lanes)), vector(F32, lanes))
+        return at.select(is_finite, scaled, other)
 
 
 class Coding(ABC):

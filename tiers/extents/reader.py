@@ -132,9 +132,9 @@ def _borrowed(buffers: SimpleQueue[mmap.mmap]) -> Iterator[mmap.mmap]:
 
 
 def _narrowed(numbers: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """Convert the bytes of fp32 numbers to those of bf16 numbers, rounded to the nearest, ties to even."""
+    """Convert the bytes of fp32 numbers to those of bf16 numbers, rounded to the nearest, ties to even. NaN stays."""
     bits = numbers.view("<u4")
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    rounded = np.where(np.isnan(numbers.view("<f4")), 0x7FC00000, bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     return np.frombuffer(rounded.astype("<u2").tobytes(), np.uint8)
 
 

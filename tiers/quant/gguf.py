@@ -1,5 +1,7 @@
 """Decode weights that lie in the blocks of GGUF files, bit for bit as the package gguf's ``dequantize`` does.
 
+Only a scale of MXFP4 that is NaN stays NaN.
+
 A block has 32 or 256 consecutive weights of a row, and their scales. The layouts are those of ggml-common.h in
 https://github.com/ggml-org/ggml. Each operation is rounded to fp32.
 """
@@ -39,6 +41,7 @@ def _mxfp4(blocks: Tensor) -> Tensor:
     exponent = blocks[:, :1].int()
     # half of 2^(exponent - 127), with the two smallest as subnormal numbers
     bits = torch.where(exponent < 2, torch.full_like(exponent, 0x00200000) << exponent, (exponent - 1) << 23)
+    bits.masked_fill_(exponent == 255, 0x7FC00000)  # NaN (OCP Microscaling Formats 1.0); gguf reads a number
     codes = _nibbles(blocks[:, 1:].contiguous(), 16).flatten(1)
     return bits.view(torch.float32) * torch.tensor(DOUBLED_E2M1, device=blocks.device)[codes.int()]
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 import google_crc32c
+import numpy as np
 import pytest
+import torch
 from extent_files import open_extents, write_extents
 from faults import flip_bit
 from stores import layout_of, make_plan, make_records, read_record, slot_of
@@ -16,7 +19,8 @@ from stores import layout_of, make_plan, make_records, read_record, slot_of
 from moetier.tiers.errors import ChecksumError, MissingExpertError, StoreFormatError, StoreReadError
 from moetier.tiers.extents import reader
 from moetier.tiers.extents.link import link, scrub_rest
-from moetier.tiers.extents.table import ExtentTable
+from moetier.tiers.extents.reader import header_digest
+from moetier.tiers.extents.table import BlockExtents, ExtentTable, Piece, Shard
 from moetier.tiers.layout import Bias, ExpertKey, Projection, RecordLayout
 from moetier.tiers.store.scrub import Problem, scrub
 
@@ -177,3 +181,26 @@ def test_a_shard_that_changes_while_it_is_linked_is_refused(tmp_path: Path) -> N
         edit(tmp_path / "model-0.safetensors")
         with pytest.raises(StoreFormatError, match="was changed while it was in use"):
             list(steps)
+
+
+def test_fp32_numbers_become_those_of_torch(tmp_path: Path) -> None:
+    """All that differ in their upper halves, with lower halves on each side of a tie; NaN stays NaN."""
+    upper = np.arange(1 << 16, dtype=np.uint32) << 16
+    given = np.concatenate([upper | low for low in (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF)]).astype("<u4")
+    layout = RecordLayout((Projection("up_proj", 8, 8, bits=16),), (Bias("up_proj_bias", len(given)),))
+    plan = make_plan(blocks=1, experts=1, top_k=1, layout=layout)
+    header = json.dumps({"up": {"dtype": "F32", "shape": [len(given)], "data_offsets": [0, given.nbytes]}}).encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + given.tobytes())
+    places = np.array([[[0, 8 + len(header)], [0, 8 + len(header)]]], np.int64)
+    pieces = Piece("up_proj", 128), Piece("up_proj_bias", 2 * len(given), 0, True)
+    found = path.stat()
+    shard = Shard(path.name, found.st_size, found.st_mtime_ns, header_digest(path))
+    with open_extents(tmp_path, ExtentTable(plan, (shard,), (BlockExtents(pieces, places),))) as store:
+        section = layout.sections[1]
+        record = read_record(store, ExpertKey(0, 0))
+    made = np.frombuffer(record[section.offset : section.offset + section.nbytes], "<u2")
+    wanted = torch.from_numpy(given.view(np.float32)).bfloat16()
+    assert np.array_equal((made & 0x7FFF) > 0x7F80, wanted.isnan().numpy())
+    whole = ~wanted.isnan().numpy()
+    assert np.array_equal(made[whole], wanted.view(torch.int16).numpy().view(np.uint16)[whole])
