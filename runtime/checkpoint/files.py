@@ -155,12 +155,14 @@ def copied_files(folder: Path) -> tuple[str, ...]:
 
 
 def carried(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config without the keys NOT_CARRIED, at any depth of nested dictionaries."""
-    return {
-        name: carried(value) if isinstance(value, Mapping) else value
-        for name, value in config.items()
-        if name not in NOT_CARRIED
-    }
+    """Return a config without the keys NOT_CARRIED, at any depth of dictionaries and lists."""
+    return {name: _carried_in(value) for name, value in config.items() if name not in NOT_CARRIED}
+
+
+def _carried_in(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return list(map(_carried_in, value))
+    return carried(value) if isinstance(value, Mapping) else value
 
 
 def with_floats(config: Mapping[str, Any]) -> Any:

@@ -227,8 +227,8 @@ def _check_rows(pieces: list[Piece]) -> None:
         alike = {(piece.length, piece.row_bytes) for piece in pieces if piece.section == name}
         if len(alike) > 1 or any(length % row for length, row in alike):
             raise ValueError(f"the pieces of {shown(name)} have rows that do not alternate")
-    if any(piece.is_wide and piece.length % 2 for piece in pieces):
-        raise ValueError("a piece of fp32 numbers has half a number")
+    if any(piece.is_wide and (piece.length % 2 or piece.row_bytes % 2) for piece in pieces):
+        raise ValueError("a piece of fp32 numbers, or a row of it, has half a number")
 
 
 def _sums(pieces: list[Piece]) -> Iterator[tuple[str, int]]:

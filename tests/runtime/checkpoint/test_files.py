@@ -16,6 +16,7 @@ from checkpoints import edit_json, save_checkpoint, tree
 from hubs import REVISION, Hub, serve_hub
 from prepared import MAIN, Prepared, prepared
 
+from moetier.runtime.checkpoint.config_json import read_config
 from moetier.runtime.checkpoint.files import INDEX, WEIGHTS, open_checkpoint
 from moetier.tiers.errors import CheckpointError, UnsafeCheckpointError
 from moetier.tools.convert.convert import convert
@@ -46,6 +47,17 @@ def test_what_the_digest_knows(source: Path) -> None:
     before = open_checkpoint(source).digest
     edit_json(source / "config.json", rms_norm_eps=1e-3)
     assert open_checkpoint(source).digest != before
+
+
+def test_a_conversion_leaves_out_settings_at_any_depth(source: Path, tmp_path: Path) -> None:
+    """Those that a model directory may not have, in lists of lists too."""
+    kept = {"name": "one"}
+    edit_json(
+        source / "config.json",
+        parts=[kept | {"attn_implementation": "flash"}, [{"kernel_config": {}, "deep": [kept | {"fusion_config": 1}]}]],
+    )
+    convert(source, tmp_path / "made", bits=16)
+    assert read_config(tmp_path / "made")["parts"] == [kept, [{"deep": [kept]}]]
 
 
 class Trap:

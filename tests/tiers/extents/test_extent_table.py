@@ -90,6 +90,10 @@ WRONG: dict[str, Callable[[dict[str, Any]], object]] = {
     "a piece of nothing": lambda value: value["blocks"][0]["pieces"].insert(0, ["gate_up_proj", 0]),
     "rows that do not alternate": lambda value: value["blocks"][0]["pieces"][0].extend([64, False]),
     "half a number": lambda value: value["blocks"][0]["pieces"].__setitem__(0, ["gate_up_proj", 5, 0, True]),
+    "rows of half a number": lambda value: (
+        value["blocks"][0].update(pieces=[[name, size, 1, True] for name, size in value["blocks"][0]["pieces"]]),
+        value["shards"][0].update(bytes=1 << 30),  # room for twice the bytes
+    ),
     "pieces in another order": lambda value: value["blocks"][0]["pieces"].reverse(),
     "a place too few": lambda value: value["blocks"][0].update(places=value["blocks"][0]["places"][:-64]),
     "a block too few": lambda value: value["blocks"].pop(),
