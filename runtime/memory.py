@@ -7,14 +7,17 @@ groups, versions 1 and 2, are read here.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import re
+import resource
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
 
-from moetier.tiers.errors import BudgetError
+from moetier.tiers.errors import BudgetError, MoetierError
 
 from .config import Size, format_bytes
 from .control_groups import ControlGroup, control_groups
@@ -25,6 +28,10 @@ MARGIN_SHARE = 1 / 64  # share of the free memory: page tables and the kernel's 
 MARGIN_BYTES = 16 << 20  # for memory that the kernel charges in batches for each core, and stacks of loader threads
 PROCESS_BYTES = 250 << 20  # anonymous memory of a command: Python, torch, transformers and a tokenizer, without a model
 LEAST_BYTES = 10_000  # a smaller budget was probably given without its unit: "6" for "6GiB"
+# what libraries and Python say when memory, address space or a thread can't be allocated
+_ALLOCATES = re.compile(
+    r"allocate memory|failed to map segment|start new thread|std::bad_alloc|out of memory", re.IGNORECASE
+)
 _NO_LIMIT = 1 << 60  # version 1 of control groups writes a huge number for "no limit"
 # for each version of control groups: the files with a group's limit and usage, and the prefix of the entries of
 # memory.stat that include the group's children
@@ -75,6 +82,31 @@ def shortage(root: Path = Path("/")) -> str:
         f"Only {format_bytes(left.bytes)} of the memory of {left.limiter} are free, but Python, torch and transformers "
         f"alone take {format_bytes(PROCESS_BYTES)}. The process may be killed."
     )
+
+
+def shortage_in(error: BaseException) -> BudgetError | None:
+    """Return an error that says that memory, or a thread, could not be allocated, if that has caused ``error``."""
+    found: BaseException | None = error
+    while found is not None and not _is_shortage(found):
+        found = found.__cause__ or found.__context__
+    if found is None:
+        return None
+    said = next((f": {line.strip().rstrip('.')}" for line in str(found).splitlines() if _ALLOCATES.search(line)), "")
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    raised = "raise the limits of this process or its control group"
+    if limit != resource.RLIM_INFINITY:
+        raised = f"raise the limit on the process's address space (ulimit -v), which is {format_bytes(limit)}"
+    return BudgetError(
+        f"Memory could not be allocated{said}.",
+        f"Free some memory, {raised}, or give smaller values of `ram` and `context`.",
+    )
+
+
+def _is_shortage(error: BaseException) -> bool:
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
+    # libraries raise OSError without a number, ImportError, RuntimeError, or errors of their own
+    return not isinstance(error, MoetierError) and _ALLOCATES.search(str(error)) is not None
 
 
 def peak_bytes() -> int:

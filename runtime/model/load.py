@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import logging
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Unpack
@@ -23,8 +25,9 @@ from moetier.runtime.checkpoint.gguf import tokenizer_of
 from moetier.runtime.checkpoint.gguf_trunk import trunk_of
 from moetier.runtime.config import OPTIONS, LoadOptions, TierConfig
 from moetier.runtime.context import longest_context
+from moetier.runtime.memory import shortage_in
 from moetier.runtime.pulled import directory_at, is_address, model_directory
-from moetier.tiers.errors import ConfigError, StoreFormatError, UnsupportedModelError
+from moetier.tiers.errors import ConfigError, MoetierError, StoreFormatError, UnsupportedModelError
 from moetier.tiers.store.folder import check_directory, command
 from moetier.tiers.store.trunk import check_trunk
 
@@ -132,7 +135,7 @@ def load(
         tokenizer.model_max_length = min(tokenizer.model_max_length, most)
     device_map = None if place == "cpu" else {"": place}
     trunk = trunk_of(folder, chosen) if is_gguf(folder) else None
-    with _load_errors(folder), asked_for(asked, folder, trunk), _bar_on_a_terminal_alone():
+    with _load_errors(folder), _report_held_back(), asked_for(asked, folder, trunk), _bar_on_a_terminal_alone():
         given = trunk.tensors if trunk else decoded_weights(folder, config, chosen) if as_it_is else None
         source = {} if given is None else {"state_dict": given}
         model = model_class.from_pretrained(
@@ -196,20 +199,74 @@ def _bar_on_a_terminal_alone() -> Iterator[None]:
 def _load_errors(folder: Path) -> Iterator[None]:
     """Turn errors of transformers into errors of this project.
 
-    These are StoreFormatError if files can't be read or don't match, and ConfigError if a library is missing.
+    These are StoreFormatError if files can't be read or don't match, ConfigError if a library is missing, and
+    BudgetError if memory can't be allocated.
     """
     try:
         yield
-    except ImportError as error:
+    except MoetierError:
+        raise
+    except Exception as error:
+        if (shortage := shortage_in(error)) is not None:
+            raise shortage from error
+        _raise_known(error, folder)
+        raise
+
+
+def _raise_known(error: Exception, folder: Path) -> None:
+    """Raise the error of this project for an error of transformers while ``folder`` was loaded, if there is one."""
+    if isinstance(error, ImportError):
         raise ConfigError(
             f"{folder} can't be loaded in this way: {_said(error)}",
             "Install what is missing, or choose another `attn_implementation`.",
         ) from error
-    except (OSError, ValueError, SafetensorError, StrictDataclassError) as error:
+    if isinstance(error, OSError | ValueError | SafetensorError | StrictDataclassError):
         raise StoreFormatError(
             f"{folder} can't be loaded: {_said(error)}",
             f"Check the directory: {command('verify', folder)}; or convert the model again.",
         ) from error
+    if (misfit := _misfit(error)) is not None:
+        raise StoreFormatError(
+            f"{folder} can't be loaded: {misfit}.",
+            "Check that config.json belongs to these weights. If it does, get the checkpoint or convert it again.",
+        ) from error
+
+
+def _misfit(error: Exception) -> str | None:
+    """Return which weight of a checkpoint does not fit its config, by an error of transformers; None for another error.
+
+    The error itself refers to the report that transformers has logged.
+    """
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        found = frame.f_locals.get("loading_info")
+        if shapes := sorted(getattr(found, "mismatched_keys", ())):
+            name, stored, wanted = shapes[0]
+            more = f", and {len(shapes) - 1} more do not fit" if shapes[1:] else ""
+            return f"{name} has shape {list(stored)}, and by config.json {list(wanted)}{more}"
+        if failed := sorted(getattr(found, "conversion_errors", {})):
+            return f"the weights that {failed[0]} is made of do not fit together"
+    return None
+
+
+@contextlib.contextmanager
+def _report_held_back() -> Iterator[None]:
+    """Hold transformers' report of a loaded model's weights back, and log it unless an exception says it better."""
+    held: list[logging.LogRecord] = []
+
+    def passes(record: logging.LogRecord) -> bool:
+        is_report = "LOAD REPORT" in record.getMessage()
+        if is_report:
+            held.append(record)
+        return not is_report
+
+    log = logging.getLogger(PreTrainedModel.__module__)
+    log.addFilter(passes)
+    try:
+        yield
+    finally:
+        log.removeFilter(passes)
+    for record in held:
+        log.handle(record)
 
 
 def _said(error: Exception) -> str:

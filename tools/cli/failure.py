@@ -32,7 +32,6 @@ _FIXES = {
     errno.ELOOP: "Check the symbolic links in the path.",
     errno.EMFILE: "Raise the limit on open files: ulimit -n 4096",
     errno.EIO: "Check the disk for errors.",
-    errno.ENOMEM: "Free some memory, or give smaller values of --ram and --context.",
 }
 
 
@@ -41,6 +40,10 @@ def failure_of(error: Exception) -> tuple[MoetierError, int]:
 
     For an unexpected exception the cause names the line of code that raised it.
     """
+    from moetier.runtime.memory import shortage_in
+
+    if (shortage := shortage_in(error)) is not None:
+        return shortage, EXIT_ERROR
     said = next(iter(str(error).splitlines()), "") or type(error).__name__
     match error:
         case OSError(errno=int() as number, strerror=str()):
@@ -51,8 +54,6 @@ def failure_of(error: Exception) -> tuple[MoetierError, int]:
             cause, fix = f"{said}.", "Run moetier doctor, and install the packages that it names."
         case OSError():  # raised by a library, about a file
             cause, fix = said, f"Check the path. {MORE}"
-        case MemoryError():
-            cause, fix = "There is not enough memory.", _FIXES[errno.ENOMEM]
         case UnicodeDecodeError():
             cause, fix = f"The input is not UTF-8 text: {said}.", "Convert it (iconv -t UTF-8), or name another file."
         case _:

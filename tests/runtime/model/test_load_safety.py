@@ -222,3 +222,18 @@ def test_a_broken_file(
     lines = capsys.readouterr().err.splitlines()
     assert len([line for line in lines if line.startswith("moetier: ")]) == 1
     assert not any("Traceback" in line for line in lines)
+
+
+@pytest.mark.parametrize("as_it_is", [True, False])
+def test_sizes_that_do_not_fit_the_weights(
+    as_it_is: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The error names the weight and both shapes, and stands alone."""
+    directory = convert_tiny("mixtral", torch.bfloat16, tmp_path)[1]
+    directory = tmp_path / "source" if as_it_is else directory
+    edit(directory / "config.json", lambda config: config.update(num_key_value_heads=4))
+    shapes = r"k_proj\.weight has shape \[32, 64\], and by config\.json \[64, 64\], and 5 more do not fit\.\n"
+    with pytest.raises(StoreFormatError, match=shapes) as caught:
+        moetier.load(directory, daemon="none")
+    assert "config.json" in caught.value.fix
+    assert "LOAD REPORT" not in caplog.text + capsys.readouterr().err

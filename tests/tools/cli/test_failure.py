@@ -2,8 +2,12 @@ from __future__ import annotations
 
 import ast
 import errno
+import importlib.util
+import json
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -59,7 +63,7 @@ def test_others_that_a_user_can_mend() -> None:
     for work, words in (
         (lambda: __import__("no_such_library"), "no_such_library"),
         (lambda: b"\xff".decode(), "UTF-8"),
-        (lambda: bytearray(1 << 62), "memory"),
+        (lambda: bytearray(1 << 62), "Memory could not be allocated."),
     ):
         said, code = failure_of(raised(work))
         assert (code, words in said.cause) == (EXIT_ERROR, True)
@@ -157,3 +161,67 @@ def test_no_error_of_load_names_an_option(folder: str) -> None:
         for text in (ast.unparse(part) for node in raised for part in node.args):
             options = re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)
             assert not options or re.search(r"moetier|command\(|daemon|convert", text), f"{path.name}: {text}"
+
+
+SHORTAGES = """
+import ctypes, json, mmap, os, resource, sys, threading
+import torch
+from moetier.runtime.memory import shortage_in
+from moetier.tools.cli.failure import failure_of
+
+def load_library():
+    try:
+        ctypes.CDLL(sys.argv[1])
+    except OSError as error:
+        raise OSError("Could not find the library.") from error
+
+attempts = [
+    lambda: bytes(1 << 30),
+    lambda: mmap.mmap(-1, 1 << 30),
+    lambda: torch.empty(1 << 28),
+    lambda: torch.from_file(sys.argv[2], size=1 << 28, dtype=torch.float32),
+    lambda: threading.Thread(target=print).start(),
+    load_library,
+]
+with open("/proc/self/statm") as file:
+    taken = int(file.read().split()[0]) * mmap.PAGESIZE
+threading.stack_size(512 << 20)
+resource.setrlimit(resource.RLIMIT_AS, (taken + (64 << 20),) * 2)
+for attempt in attempts:
+    try:
+        attempt()
+    except Exception as error:
+        said, code = failure_of(error)
+        print(json.dumps([code, said.cause, said.fix]))
+    else:
+        print(json.dumps([0, "", ""]))
+"""
+
+
+def test_memory_that_can_not_be_allocated_is_no_bug(tmp_path: Path) -> None:
+    """Whatever reports it: Python, the system, torch, a thread's start or the loader of a library."""
+    large = tmp_path / "large"
+    with large.open("wb") as stream:
+        stream.truncate(1 << 30)
+    place = importlib.util.find_spec("llvmlite")
+    assert place is not None
+    assert place.origin is not None
+    library = Path(place.origin).parent / "binding" / "libllvmlite.so"  # larger than the room that is left
+    command = [sys.executable, "-c", SHORTAGES, library, large]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = [json.loads(line) for line in ended.stdout.splitlines()]
+    assert len(found) == 6
+    for code, cause, fix in found:
+        assert code == EXIT_ERROR
+        assert cause.startswith("Memory could not be allocated")
+        assert "ulimit -v" in fix
+
+
+def test_a_command_under_a_limit_on_address_space(tinymix_4bit: Path) -> None:
+    command = [sys.executable, "-m", "moetier.tools.main", "generate", str(tinymix_4bit), "To be", "--daemon", "none"]
+    limit = 300 << 20  # less than torch's library has
+    ended = subprocess.run(["prlimit", f"--as={limit}", *command], capture_output=True, text=True, check=False)
+    assert ended.returncode == EXIT_ERROR
+    cause, fix = ended.stderr.splitlines()
+    assert cause.startswith("moetier: Memory could not be allocated: lib")
+    assert "(ulimit -v), which is 300 MiB" in fix
