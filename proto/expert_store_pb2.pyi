@@ -23,7 +23,7 @@ class DescribeReply(_message.Message):
     def __init__(self, version: _Optional[str] = ..., pid: _Optional[int] = ..., started_unix_ms: _Optional[int] = ..., models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "digest", "budget_bytes", "slots", "directory", "computes")
+    __slots__ = ("name", "digest", "budget_bytes", "slots", "directory", "computes", "checks")
     class SlotsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -37,13 +37,15 @@ class Model(_message.Message):
     SLOTS_FIELD_NUMBER: _ClassVar[int]
     DIRECTORY_FIELD_NUMBER: _ClassVar[int]
     COMPUTES_FIELD_NUMBER: _ClassVar[int]
+    CHECKS_FIELD_NUMBER: _ClassVar[int]
     name: str
     digest: str
     budget_bytes: int
     slots: _containers.ScalarMap[str, int]
     directory: str
     computes: bool
-    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., budget_bytes: _Optional[int] = ..., slots: _Optional[_Mapping[str, int]] = ..., directory: _Optional[str] = ..., computes: bool = ...) -> None: ...
+    checks: bool
+    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., budget_bytes: _Optional[int] = ..., slots: _Optional[_Mapping[str, int]] = ..., directory: _Optional[str] = ..., computes: bool = ..., checks: bool = ...) -> None: ...
 
 class ClientMessage(_message.Message):
     __slots__ = ("acquire", "release", "used", "prefetch")
@@ -142,27 +144,31 @@ class Pace(_message.Message):
     def __init__(self, array: _Optional[str] = ..., read: _Optional[float] = ..., grain: _Optional[float] = ..., saved: _Optional[float] = ..., beside: _Optional[float] = ...) -> None: ...
 
 class FetchRequest(_message.Message):
-    __slots__ = ("digest", "block", "expert", "offset", "length")
+    __slots__ = ("digest", "block", "expert", "offset", "length", "crc32c")
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     BLOCK_FIELD_NUMBER: _ClassVar[int]
     EXPERT_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
     LENGTH_FIELD_NUMBER: _ClassVar[int]
+    CRC32C_FIELD_NUMBER: _ClassVar[int]
     digest: str
     block: int
     expert: int
     offset: int
     length: int
-    def __init__(self, digest: _Optional[str] = ..., block: _Optional[int] = ..., expert: _Optional[int] = ..., offset: _Optional[int] = ..., length: _Optional[int] = ...) -> None: ...
+    crc32c: int
+    def __init__(self, digest: _Optional[str] = ..., block: _Optional[int] = ..., expert: _Optional[int] = ..., offset: _Optional[int] = ..., length: _Optional[int] = ..., crc32c: _Optional[int] = ...) -> None: ...
 
 class Piece(_message.Message):
-    __slots__ = ("data",)
+    __slots__ = ("data", "crc32c")
     DATA_FIELD_NUMBER: _ClassVar[int]
+    CRC32C_FIELD_NUMBER: _ClassVar[int]
     data: bytes
-    def __init__(self, data: _Optional[bytes] = ...) -> None: ...
+    crc32c: int
+    def __init__(self, data: _Optional[bytes] = ..., crc32c: _Optional[int] = ...) -> None: ...
 
 class ComputeRequest(_message.Message):
-    __slots__ = ("digest", "block", "experts", "rows", "dtype", "counts", "picked", "activation")
+    __slots__ = ("digest", "block", "experts", "rows", "dtype", "counts", "picked", "activation", "crc32c")
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     BLOCK_FIELD_NUMBER: _ClassVar[int]
     EXPERTS_FIELD_NUMBER: _ClassVar[int]
@@ -171,6 +177,7 @@ class ComputeRequest(_message.Message):
     COUNTS_FIELD_NUMBER: _ClassVar[int]
     PICKED_FIELD_NUMBER: _ClassVar[int]
     ACTIVATION_FIELD_NUMBER: _ClassVar[int]
+    CRC32C_FIELD_NUMBER: _ClassVar[int]
     digest: str
     block: int
     experts: _containers.RepeatedScalarFieldContainer[int]
@@ -179,7 +186,8 @@ class ComputeRequest(_message.Message):
     counts: _containers.RepeatedScalarFieldContainer[int]
     picked: _containers.RepeatedScalarFieldContainer[int]
     activation: Activation
-    def __init__(self, digest: _Optional[str] = ..., block: _Optional[int] = ..., experts: _Optional[_Iterable[int]] = ..., rows: _Optional[bytes] = ..., dtype: _Optional[str] = ..., counts: _Optional[_Iterable[int]] = ..., picked: _Optional[_Iterable[int]] = ..., activation: _Optional[_Union[Activation, _Mapping]] = ...) -> None: ...
+    crc32c: int
+    def __init__(self, digest: _Optional[str] = ..., block: _Optional[int] = ..., experts: _Optional[_Iterable[int]] = ..., rows: _Optional[bytes] = ..., dtype: _Optional[str] = ..., counts: _Optional[_Iterable[int]] = ..., picked: _Optional[_Iterable[int]] = ..., activation: _Optional[_Union[Activation, _Mapping]] = ..., crc32c: _Optional[int] = ...) -> None: ...
 
 class Activation(_message.Message):
     __slots__ = ("function", "interleaved", "alpha", "limit", "shift", "gated")

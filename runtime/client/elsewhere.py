@@ -13,6 +13,7 @@ import ctypes
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from moetier.runtime.wire.piece import decode_piece
 from moetier.runtime.wire.status_codes import CALL_ERRORS, error_of
 from moetier.tiers.errors import (
     BudgetError,
+    ChecksumError,
     ClosedError,
     ExhaustedError,
     MoetierError,
@@ -34,6 +36,7 @@ from moetier.tiers.errors import (
 )
 from moetier.tiers.host.tier import HostTier
 from moetier.tiers.layout import ExpertKey
+from moetier.tiers.store.checksum import crc32c
 
 from .costs import RowSeconds, Uses, earns_slot
 from .peers import Peer
@@ -43,6 +46,7 @@ if TYPE_CHECKING:
     from moetier.runtime.kernels.expert_products import ExpertProducts
 
 ROWS = 4 * OUTPUT_ROWS  # most rows of outputs that a process waits for at a time
+ATTEMPTS = 2  # calls to one daemon for a block, as a request or an answer may have been changed on its way
 STEPS = 64  # steps of a block for which the use of its least used cached expert is not looked up again
 _TYPES = {2: "bfloat16", 4: "float32"}  # by the size of a number
 _AWAY = (UnavailableError, RefusedError, UnknownModelError, ClosedError)
@@ -148,6 +152,7 @@ class _Part:
     picked: dict[int, None]  # numbers of rows of x
     count: int  # of rows of outputs
     call: Any = None  # gRPC's, or the MoetierError with which it could not begin
+    crc: int = 0  # checksum of the request
     began: float = 0.0
 
     @property
@@ -166,7 +171,7 @@ class Sent:
         self._block = block
         self._x = x
         self._rows = rows
-        self._tried: set[str] = set()  # names of daemons that have failed
+        self._failures = Counter[str]()  # by name of a daemon: how many of its calls have failed
         self._parts: list[_Part] = []
         self.experts: Collection[int] = ()  # experts that were sent
         self.is_timed = False  # false if records are fetched meanwhile, for which this thread waits first
@@ -180,7 +185,7 @@ class Sent:
                 (
                     peer
                     for peer in self._reader.peers.order(ExpertKey(self._block, expert))
-                    if peer.away is None and peer.reader.computes and peer.name not in self._tried
+                    if peer.away is None and peer.reader.computes and self._failures[peer.name] < ATTEMPTS
                 ),
                 None,
             )
@@ -205,8 +210,9 @@ class Sent:
     def collect(self, outputs: int) -> list[int]:
         """Wait for all outputs, and write them to the rows of ``outputs``, an address.
 
-        What a daemon fails to compute is sent to the next one. If a call has ended because this process came late, it
-        is sent again. Return the experts that no daemon has computed.
+        What a daemon fails to compute is sent to it once more, unless it is busy or away, and then to the next one. If
+        a call has ended because this process came late, it is sent again. Return the experts that no daemon has
+        computed.
         """
         left: list[int] = []
         while self._parts:
@@ -264,7 +270,7 @@ class Sent:
                 request.picked.extend([numbers[row] for row in own])
         part.began = time.monotonic()
         try:
-            part.call = part.peer.reader.compute(request, part.count * size)
+            part.call, part.crc = part.peer.reader.compute(request, part.count * size)
         except MoetierError as error:
             part.call = error.with_traceback(None)
 
@@ -273,10 +279,11 @@ class Sent:
         if isinstance(part.call, MoetierError):
             return part.call
         size = part.count * self._products.row_bytes
-        data = bytearray()
+        data, crc = bytearray(), None
         try:
             for message in part.call:
-                data += decode_piece(message)
+                piece, crc = decode_piece(message)
+                data += piece
                 if len(data) > size:
                     break
         except CALL_ERRORS as error:
@@ -289,6 +296,10 @@ class Sent:
                 f"The daemon {part.peer.name} did not send outputs of {size:,} bytes.",
                 "Use the same version of moetier on both sides.",
             )
+        if crc != crc32c(memoryview(data), part.crc):
+            return ChecksumError(
+                f"Checksum mismatch in a computation by the daemon {part.peer.name}.", "Check the network, or use TLS."
+            )
         self._reader.peers.count_computed(part.peer, part.count, len(part.picked) * self._products.row_bytes + size)
         return data
 
@@ -300,15 +311,22 @@ class Sent:
             ctypes.memmove(outputs + place * size, source + number * size, size)
 
     def _note_failure(self, part: _Part, error: MoetierError) -> None:
-        """Note that a daemon has failed, so that it is not asked again for this block, or not at all."""
-        self._tried.add(part.peer.name)
+        """Note that a call has failed. After ATTEMPTS the daemon is not asked again for this block, or not at all."""
+        name = part.peer.name
         if isinstance(error, _AWAY):
+            self._failures[name] = ATTEMPTS
             self._reader.peers.lose(part.peer, error, part.failures)
         elif isinstance(error, ExhaustedError | BudgetError):
             # it has no time or no memory, or compiles: it is asked again for the next block
-            _log.info("%s: %s", part.peer.name, error.cause)
-        elif isinstance(error, StoreError):
-            _log.warning("%s: %s", part.peer.name, error.cause)
+            self._failures[name] = ATTEMPTS
+            _log.info("%s: %s", name, error.cause)
         else:
-            part.peer.reader.computes = False  # until it is checked again
-            _log.warning("The daemon %s is not asked to compute any more: %s", part.peer.name, error.cause)
+            self._failures[name] += 1
+            _log.warning("%s: %s", name, error.cause)
+            if isinstance(error, StoreError):
+                return
+            if self._failures[name] < ATTEMPTS:
+                part.peer.reader.renew()
+            else:
+                part.peer.reader.computes = False  # until it is checked again
+                _log.warning("The daemon %s is not asked to compute any more.", name)

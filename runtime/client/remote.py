@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 from moetier.proto import expert_store_pb2 as pb
@@ -19,13 +20,17 @@ from moetier.runtime.wire.address import DIGEST_CHARS, Address, Credentials
 from moetier.runtime.wire.channel import SERVICE, open_channel
 from moetier.runtime.wire.control import ControlConnection
 from moetier.runtime.wire.piece import PIECE_BYTES, decode_piece
+from moetier.runtime.wire.request import encode_request
 from moetier.runtime.wire.status_codes import CALL_ERRORS, error_of
 from moetier.tiers.closeable import Closeable
 from moetier.tiers.errors import (
+    BudgetError,
     ChecksumError,
     ClosedError,
+    ExhaustedError,
     MoetierError,
     ProtocolError,
+    RefusedError,
     UnavailableError,
     UnknownModelError,
 )
@@ -39,7 +44,9 @@ SPLIT_BYTES = 8 << 20  # larger records are read over all channels at once
 SLOWEST = 4_000_000  # bytes per second of one call; slower calls are cut off
 _ANSWER = 5.0  # seconds for a daemon to answer which models it serves
 _MAX_NAMES = 200  # longest list of a daemon's models in an error, in characters
-_AGAIN = (UnavailableError, ChecksumError, ProtocolError)
+# Errors after which a read is not tried again here. Any other may come from a request or an answer that was changed on
+# its way: there is no block 70, or the call has no deadline.
+_FINAL = (ClosedError, ExhaustedError, BudgetError, RefusedError, UnknownModelError)
 
 
 class RemoteReader(Closeable):
@@ -71,6 +78,7 @@ class RemoteReader(Closeable):
         self._channels: _Channels | None = None
         self._closed = False
         self.computes: bool | None = None  # whether the daemon serves Compute; None before the first check
+        self.checks = False  # whether its answers repeat the checksums of requests: those of older daemons don't
         self._pool = ThreadPoolExecutor(channels, thread_name_prefix="moetier-remote")
 
     def check(self, patience: float = _ANSWER, *, again: bool = True) -> None:
@@ -88,7 +96,8 @@ class RemoteReader(Closeable):
         except CALL_ERRORS as error:
             raise error_of(error, self.address.target) from None
         found = next((model for model in reply.models if model.digest == self.manifest.digest), None)
-        self.computes = found is not None and found.computes
+        self.checks = found is not None and found.checks
+        self.computes = found is not None and found.computes and found.checks
         if found is None:
             served = (" ".join(f"{model.name} ({model.digest[:DIGEST_CHARS]})".split()) for model in reply.models)
             names = ", ".join(served)[:_MAX_NAMES] or "nothing"
@@ -118,25 +127,36 @@ class RemoteReader(Closeable):
         began = time.monotonic()
         try:
             return self._read(key, view)
-        except _AGAIN:
+        except MoetierError as error:
             # try again after a quick failure; after a slow one the caller should ask another daemon
-            if time.monotonic() - began > self.patience / 2 or self._closed:
+            if isinstance(error, _FINAL) or time.monotonic() - began > self.patience / 2 or self._closed:
                 raise
         # not in the handler: an error there would refer to the first one, whose frames hold the slot
         return self._read(key, view)
 
-    def compute(self, request: pb.ComputeRequest, nbytes: int) -> Any:
-        """Send a computation, and return the call: an iterator of serialised pieces, ``nbytes`` in all.
+    def compute(self, request: pb.ComputeRequest, nbytes: int) -> tuple[Any, int]:
+        """Send a computation. Return the call, an iterator of serialised pieces, and the checksum of the request.
+
+        ``nbytes`` is the size of the outputs. The last piece has the checksum of the request and the outputs.
 
         Raises DaemonError if the daemon can't be reached. The call raises one of CALL_ERRORS, by its deadline at
         the latest.
         """
         self._fork_guard.check()
-        seconds = self.patience + (len(request.rows) + nbytes) / SLOWEST
+        data, crc = encode_request(request)
         try:
-            return self._connected().compute(request, timeout=seconds)
+            return self._connected().compute(data, timeout=self.patience + (len(data) + nbytes) / SLOWEST), crc
         except CALL_ERRORS as error:
             raise error_of(error, self.address.target) from None
+
+    def renew(self) -> None:
+        """Use a new connection for computations, because headers that were changed on their way confuse the old one.
+
+        HTTP/2 compresses headers by what it has sent before on the connection. The old one is closed with the others.
+        """
+        with self._state, contextlib.suppress(MoetierError, *CALL_ERRORS):  # the next call raises these
+            if self._channels is not None and not self._closed:
+                self._channels.renew()
 
     def close(self) -> None:
         """Close the connections; reads under way end with an error. Idempotent. Does nothing in a forked child."""
@@ -191,16 +211,20 @@ class _Channels:
             bearer = None
             if address.folder is not None:
                 bearer = opened.enter_context(ControlConnection.open(address.folder, None)).session_id
-            channels = [
-                opened.enter_context(open_channel(address, credentials, bearer=bearer)) for _ in range(count + 1)
-            ]
-            self.close = opened.pop_all().close
+            self._open = partial(open_channel, address, credentials, bearer=bearer)
+            channels = [opened.enter_context(self._open()) for _ in range(count + 1)]
+            self._opened = opened.pop_all()
+        self.close = self._opened.close
         self.first = channels[0]
-        # no deserialiser: decode_piece takes the bytes, without a copy
+        # they take and yield serialised messages: see ``encode_request`` and ``decode_piece``
         self.fetches: Iterator[Any] = itertools.cycle(
-            [channel.unary_stream(f"/{SERVICE}/Fetch", pb.FetchRequest.SerializeToString) for channel in channels[:-1]]
+            [channel.unary_stream(f"/{SERVICE}/Fetch") for channel in channels[:-1]]
         )
-        self.compute: Any = channels[-1].unary_stream(f"/{SERVICE}/Compute", pb.ComputeRequest.SerializeToString)
+        self.compute: Any = channels[-1].unary_stream(f"/{SERVICE}/Compute")
+
+    def renew(self) -> None:
+        """Open another channel for computations. Calls on the old one go on."""
+        self.compute = self._opened.enter_context(self._open()).unary_stream(f"/{SERVICE}/Compute")
 
 
 class _Transfer:
@@ -252,14 +276,15 @@ class _Transfer:
             digest=reader.manifest.digest, block=key.block, expert=key.expert, offset=start, length=end - start
         )
         try:
-            call = fetch(request, timeout=reader.patience + (end - start) / SLOWEST)
+            data, crc = encode_request(request)
+            call = fetch(data, timeout=reader.patience + (end - start) / SLOWEST)
             with self._state:
                 if self._error is not None:
                     call.cancel()
                 self._calls.append(call)
-            at = start
+            at, repeated = start, None
             for message in call:
-                piece = decode_piece(message)
+                piece, repeated = decode_piece(message)
                 if len(piece) > min(PIECE_BYTES, end - at):
                     raise ProtocolError(
                         f"A daemon sent more bytes of {key} than were requested.",
@@ -270,6 +295,11 @@ class _Transfer:
             if at != end:
                 raise ProtocolError(
                     f"A daemon sent {at - start:,} of {end - start:,} bytes of {key}.", "See the daemon's log."
+                )
+            if reader.checks and repeated != crc:  # a store without a table of checksums would not show it
+                raise ChecksumError(
+                    f"The daemon {reader.address} has answered another request than that for {key}.",
+                    "Check the network, or use TLS.",
                 )
         except MoetierError as error:
             self._end(error)

@@ -33,6 +33,7 @@ from moetier.tiers.host.demands import Granted
 from moetier.tiers.host.tier import HostTier
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Manifest
+from moetier.tiers.store.checksum import crc32c
 
 from .leases import CALLS, CallLeases, no_thread, patience_of
 
@@ -90,6 +91,8 @@ class Computes:
     def serve(self, request: pb.ComputeRequest, context: grpc.ServicerContext) -> Generator[bytes, None, None]:
         """Yield the outputs as serialised pieces, once all are computed.
 
+        The last has a checksum of request and outputs, if the request has one.
+
         If too many calls are under way, those whose clients have taken no piece for STALL seconds are cancelled.
 
         Raises MissingExpertError if the model has no such expert; ProtocolError if the call has no deadline or asks for
@@ -118,9 +121,12 @@ class Computes:
             with self._state:
                 self.rows += task.count
             data = outputs.reshape(-1).data
+            # the client thereby knows that these are the outputs for what it has sent
+            crc = crc32c(data, request.crc32c) if request.HasField("crc32c") else None
             for at in range(0, len(data), PIECE_BYTES):
                 self._calls[context] = time.monotonic()
-                yield encode_piece(data[at : at + PIECE_BYTES])
+                is_last = at + PIECE_BYTES >= len(data)
+                yield encode_piece(data[at : at + PIECE_BYTES], crc if is_last else None)
         finally:
             with self._state:
                 del self._calls[context]

@@ -55,7 +55,7 @@ class Fetches:
         self._watcher.start()
 
     def serve(self, request: pb.FetchRequest, context: grpc.ServicerContext) -> Generator[bytes, None, None]:
-        """Yield the requested bytes of a record as serialised pieces.
+        """Yield the requested bytes of a record as serialised pieces. The last repeats the request's checksum, if any.
 
         Raises MissingExpertError if the model has no such expert, ProtocolError if the call has no deadline or asks for
         bytes outside the record, ExhaustedError if fetches hold all slots that they may, and the error of a failed
@@ -76,7 +76,8 @@ class Fetches:
             for at in range(start, end, PIECE_BYTES):
                 piece = slot[at : min(at + PIECE_BYTES, end)]
                 self._offered[context] = time.monotonic()
-                yield encode_piece(piece)
+                is_last = at + PIECE_BYTES >= end
+                yield encode_piece(piece, request.crc32c if is_last and request.HasField("crc32c") else None)
                 with self._state:
                     self.bytes += len(piece)
         with self._state:

@@ -112,6 +112,7 @@ class HostedModel:
             slots=self.slots,
             directory=str(self.directory),
             computes=True,
+            checks=True,
         )
 
     def stats(self, *, clients: int, sessions: int, leases: int) -> pb.ModelStats:

@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from typing import Any
 from urllib.parse import unquote
@@ -17,6 +17,7 @@ import grpc
 from moetier.proto import expert_store_pb2 as pb
 from moetier.proto.expert_store_pb2_grpc import ExpertStoreServicer
 from moetier.runtime.wire.channel import SERVICE
+from moetier.runtime.wire.request import Request, decode_request
 from moetier.runtime.wire.status_codes import abort
 from moetier.tiers.errors import ArenaError, MoetierError
 
@@ -101,8 +102,8 @@ def _errors_as_codes(context: grpc.ServicerContext) -> Iterator[None]:
 def add_service(servicer: ExpertStoreServicer, server: grpc.Server) -> None:
     """Add the service to a server. Unlike protobuf's generated function, leave some messages of streams serialised.
 
-    ``Fetch`` and ``Compute`` yield serialised pieces. ``Session`` gets serialised messages, because gRPC's server would
-    keep a stream open for ever once it could not parse one of its messages.
+    ``Fetch`` and ``Compute`` get checked requests, and yield serialised pieces. ``Session`` gets serialised messages,
+    because gRPC's server would keep a stream open for ever once it could not parse one of its messages.
     """
     handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
         "Describe": grpc.unary_unary_rpc_method_handler(
@@ -111,13 +112,28 @@ def add_service(servicer: ExpertStoreServicer, server: grpc.Server) -> None:
         "Session": grpc.stream_stream_rpc_method_handler(
             servicer.Session, response_serializer=pb.ServerMessage.SerializeToString
         ),
-        "Fetch": grpc.unary_stream_rpc_method_handler(servicer.Fetch, pb.FetchRequest.FromString),
-        "Compute": grpc.unary_stream_rpc_method_handler(servicer.Compute, pb.ComputeRequest.FromString),
+        "Fetch": grpc.unary_stream_rpc_method_handler(_checked(servicer.Fetch, pb.FetchRequest)),
+        "Compute": grpc.unary_stream_rpc_method_handler(_checked(servicer.Compute, pb.ComputeRequest)),
         "Stats": grpc.unary_unary_rpc_method_handler(
             servicer.Stats, pb.StatsRequest.FromString, pb.StatsReply.SerializeToString
         ),
     }
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+
+
+def _checked(
+    call: Callable[[Request, grpc.ServicerContext], Any], kind: type[Request]
+) -> Callable[[bytes, grpc.ServicerContext], Any]:
+    """Return a handler of serialised requests, which parses and checks them before it calls ``call``."""
+
+    def handle(data: bytes, context: grpc.ServicerContext) -> Any:
+        try:
+            request = decode_request(kind, data)
+        except MoetierError as error:
+            abort(context, error)
+        return call(request, context)
+
+    return handle
 
 
 def peer_of(context: grpc.ServicerContext) -> str:

@@ -1,7 +1,8 @@
-"""Wire protocol of daemon and clients: addresses, channels, the control socket, errors, pieces of records.
+"""Wire protocol of daemon and clients: addresses, channels, the control socket, errors, requests, pieces of records.
 
 Other packages use ``address``, ``channel`` and ``probe``, which asks a running daemon for its models and counters. The
-package imports ``proto``, grpc and, from ``tiers``, only modules that define shared terms, such as ``errors``.
+package imports ``proto``, grpc and, from ``tiers``, only the checksum and modules that define shared terms, such as
+``errors``.
 """
 
 from typing import TYPE_CHECKING

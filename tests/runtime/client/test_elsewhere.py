@@ -40,6 +40,7 @@ from moetier.runtime.wire.piece import encode_piece
 from moetier.runtime.wire.status_codes import abort
 from moetier.tiers.errors import BudgetError
 from moetier.tiers.stats import Share
+from moetier.tiers.store.checksum import crc32c
 from moetier.tiers.store.folder import read_manifest, store_folder
 from moetier.tiers.store.reader import ExpertStore
 
@@ -361,7 +362,10 @@ def test_records_are_prefetched_where_no_daemon_can_compute_the_experts(
 
 
 class Stranger(outlets.Outlet):
-    """An honest outlet whose answers to Compute are ``answer``'s; None: it is of a version without Compute."""
+    """An honest outlet whose answers to Compute are ``answer``'s; None: it is of a version without Compute.
+
+    ``unchecked``: it is of a version without checksums of computations.
+    """
 
     def __init__(self, manifest: Any, behaviour: Any, answer: Any) -> None:
         super().__init__(manifest, behaviour)
@@ -371,6 +375,7 @@ class Stranger(outlets.Outlet):
     def Describe(self, request: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.DescribeReply:
         reply = super().Describe(request, context)
         reply.models[0].computes = self.answer is not None
+        reply.models[0].checks = self.answer is not unchecked
         return reply
 
     def Compute(self, request: pb.ComputeRequest, context: grpc.ServicerContext) -> Iterator[bytes]:  # type: ignore[override]  # serialised pieces
@@ -391,6 +396,17 @@ def no_piece(request: pb.ComputeRequest, context: grpc.ServicerContext) -> Itera
     yield b"\xff\xff"
 
 
+def unchecked(request: pb.ComputeRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
+    yield encode_piece(memoryview(bytes(256)))
+
+
+def another(request: pb.ComputeRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
+    """The right number of outputs, of another request."""
+    rows = max(request.picked, default=0) + 1
+    data = bytes(len(request.rows) // rows * (len(request.picked) or len(request.experts)))
+    yield encode_piece(memoryview(data), crc32c(data, request.crc32c ^ 1))
+
+
 def unknown(request: pb.ComputeRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
     context.abort(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
     yield b""
@@ -407,9 +423,11 @@ def without_memory(request: pb.ComputeRequest, context: grpc.ServicerContext) ->
 
 
 @pytest.mark.usefixtures("slow")
-@pytest.mark.parametrize("answer", [None, too_short, too_long, no_piece, unknown, full, without_memory])
+@pytest.mark.parametrize(
+    "answer", [None, unchecked, another, too_short, too_long, no_piece, unknown, full, without_memory]
+)
 def test_strangers(tinymix_4bit: Path, bare: Path, expected: Tensor, token: Path, answer: Any) -> None:
-    """Records are fetched from daemons that don't compute, or wrongly. Only one without room is asked again."""
+    """Records are fetched from daemons that don't compute, or wrongly. Some are asked again later."""
     from moetier.runtime.daemon.fetch import Fetches
     from moetier.tiers.cache.budget import slots_for
     from moetier.tiers.host.tier import HostTier
@@ -428,12 +446,12 @@ def test_strangers(tinymix_4bit: Path, bare: Path, expected: Tensor, token: Path
             (share,) = shares_of(model)
             assert share.records > 0
             assert (share.computed, share.lost) == (0, 0)
-        if answer is None:
+        if answer in (None, unchecked):
             assert stranger.calls == 0
-        elif answer in (full, without_memory):
+        elif answer in (full, without_memory, another):
             assert stranger.calls > 10
         else:
-            assert stranger.calls == 1
+            assert stranger.calls == 2, "as the first answer may have been changed on its way"
 
 
 @pytest.mark.usefixtures("slow")
@@ -444,11 +462,12 @@ def test_rows_in_flight_are_bounded(
     calls: list[Any] = []
     compute = RemoteReader.compute
 
-    def watched(self: RemoteReader, request: pb.ComputeRequest, nbytes: int) -> Any:
+    def watched(self: RemoteReader, request: pb.ComputeRequest, nbytes: int) -> tuple[Any, int]:
         assert len(request.experts) == 1
         assert all(call.done() for call in calls)
-        calls.append(compute(self, request, nbytes))
-        return calls[-1]
+        call, crc = compute(self, request, nbytes)
+        calls.append(call)
+        return call, crc
 
     monkeypatch.setattr(elsewhere, "ROWS", 1)
     monkeypatch.setattr(RemoteReader, "compute", watched)
