@@ -166,7 +166,11 @@ class Monitor:
 
         If an exception interrupts ``work``, it runs once more, but not a third time: it may itself be the cause of the
         exception, and must not block other steps.
+
+        Does nothing in a forked child, where finalizers run too: the state, shared memory and devices are its parent's.
         """
+        if not self.fork_guard.is_owner:
+            return
         self._posted.append(work)
         self._settle()
 

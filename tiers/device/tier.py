@@ -346,7 +346,8 @@ class DeviceTier:
                         demand.end_copies()
                     began = time.perf_counter()
             finally:
-                demand.end_copies()
+                if self._monitor.fork_guard.is_owner:  # a forked child can't use the device
+                    demand.end_copies()
 
     def _leases(self, demand: DeviceDemand, behind: int = 0) -> Generator[Lease[torch.Tensor], None, None]:
         """Yield a lease for each slot that is ready, except the last ``behind`` slots."""

@@ -123,9 +123,7 @@ class HostTier(Closeable):
             if demand.error is not None:
                 raise demand.error
         finally:
-            # not in a forked child, which shares the directory and must not write to it
-            if self._monitor.fork_guard.is_owner:
-                self._monitor.post(partial(self._ledger.leave, demand))
+            self._monitor.post(partial(self._ledger.leave, demand))
 
     def residents(self, block: int) -> Residents | None:
         """Return the addresses of the block's records, as ``ExpertSource`` specifies."""
@@ -176,8 +174,7 @@ class HostTier(Closeable):
         try:
             yield self._monitor.run(self._lend, loan, key)
         finally:
-            if self._monitor.fork_guard.is_owner:
-                self._monitor.post(partial(self._ledger.leave, loan))
+            self._monitor.post(partial(self._ledger.leave, loan))
 
     @step
     def used(self, keys: Sequence[ExpertKey]) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from consumers import PLAN, RECORDS, SMALLEST, Consumer, device_of, record_bytes
 from fake_device import Locked, Order
+from forks import in_fork
 from geometries import two_geometries
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -832,3 +833,19 @@ def test_a_record_that_was_replaced_while_it_was_copied_is_copied_again(host: Ho
     assert tier.stats().discarded == unsteady.broken > 0
     assert unsteady.unasked == 0
     tier.close()
+
+
+def test_a_forked_child_leaves_the_device_and_the_state_alone(host: HostTier) -> None:
+    """Where an iterator is closed that was open at the fork, as the garbage collector does."""
+    device = device_of()
+    tier = DeviceTier(host, PLAN, slots=SMALLEST, device=device)
+    with contextlib.closing(tier), contextlib.closing(tier.acquire(keys(0, 0, 1))) as leases:
+        next(leases)
+        stream = device.current_stream()
+
+        def close() -> bool:
+            before = len(stream.queue), len(device.copies.queue), device.waits_of_the_host
+            leases.close()
+            return (len(stream.queue), len(device.copies.queue), device.waits_of_the_host) == before
+
+        assert in_fork(close) == "returned True"
