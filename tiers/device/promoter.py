@@ -14,7 +14,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from queue import Empty, SimpleQueue
 
 import torch
@@ -78,15 +78,16 @@ class Promoter:
 
     # -- requests and demands -----------------------------------------------------------------------------------------
 
-    def request(self, block: int, keys: Sequence[ExpertKey], lacking: Sequence[ExpertKey]) -> None:
+    def request(self, block: int, keys: Iterable[ExpertKey], lacking: Sequence[ExpertKey]) -> None:
         """Replace a block's requests by ``keys``. The thread will promote those of them that are in ``lacking``.
 
-        ``lacking`` are the keys whose records are not on the device.
+        ``lacking`` are the keys whose records are not on the device, in the order of ``keys``.
         """
         before = self._requests.pop(block, {})
-        self._counters.cancelled += sum([waits and key not in keys for key, waits in before.items()])
-        if keys:
-            self._requests[block] = {key: key in lacking for key in keys}
+        requests = dict.fromkeys(keys, False) | dict.fromkeys(lacking, True)
+        self._counters.cancelled += sum([waits and key not in requests for key, waits in before.items()])
+        if requests:
+            self._requests[block] = requests
         if lacking:
             if self._thread is None or self._thread.ident is None:  # ident is None if the start was interrupted
                 self._thread = threading.Thread(target=self._run, name="moetier-promoter", daemon=True)

@@ -23,7 +23,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 
@@ -149,10 +149,10 @@ class DeviceTier:
         source to the device.
         """
         self._manifest.check_keys(block, keys)
-        self._source.prefetch(block, self._request(block, keys))
+        self._source.prefetch(block, self._request(block, dict.fromkeys(keys)))
 
     @step
-    def _request(self, block: int, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
+    def _request(self, block: int, keys: Collection[ExpertKey]) -> list[ExpertKey]:
         self._check_open()
         lacking = [key for key in keys if self._slots.find(key) is None]
         self._requested.add(block)

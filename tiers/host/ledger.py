@@ -19,7 +19,7 @@ a process that does not return its slots can't block other callers.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from functools import partial
 
 from moetier.tiers.arena.directory import Directory
@@ -238,8 +238,8 @@ class Ledger:
 
     # -- prefetches ---------------------------------------------------------------------------------------------------
 
-    def prefetch(self, block: int, keys: Sequence[ExpertKey], caller: AsyncCaller | None = None) -> None:
-        """Replace a caller's prefetch requests for a block by ``keys``. ``caller`` is None for the tier's own process.
+    def prefetch(self, block: int, keys: Collection[ExpertKey], caller: AsyncCaller | None = None) -> None:
+        """Replace a caller's prefetch requests for a block by distinct ``keys``. ``caller`` is None for this process.
 
         While a record is requested, records that are not requested are evicted before it. This is so even if the record
         is already READY. Raises the same errors as ``look``.

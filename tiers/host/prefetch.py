@@ -6,7 +6,7 @@ This module is a part of the ledger: callers hold the tier's lock, and it does n
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import NamedTuple
 
 from moetier.tiers.layout import ExpertKey
@@ -57,15 +57,18 @@ class PrefetchQueue:
         found = [blocks[key.block] for blocks in self._requests.values() if key.block in blocks]
         return any(key in request.keys for request in found)
 
-    def request(self, pool: Pool, block: int, keys: Sequence[ExpertKey], caller: AsyncCaller | None) -> bool:
-        """Replace a caller's requests for a block by ``keys``. Return whether a requested record has no slot."""
-        blocks = self._requests.setdefault(caller, {})
+    def request(self, pool: Pool, block: int, keys: Collection[ExpertKey], caller: AsyncCaller | None) -> bool:
+        """Replace a caller's requests for a block by ``keys``, which are distinct.
+
+        Return whether a requested record has no slot.
+        """
+        blocks, requested = self._requests.setdefault(caller, {}), frozenset(keys)
         if (before := blocks.pop(block, None)) is not None:
-            self._counters.cancelled += sum([key not in keys for key in before.unbegun])
-        if not keys:
+            self._counters.cancelled += sum([key not in requested for key in before.unbegun])
+        if not requested:
             return False
-        lacking = dict.fromkeys(key for key in keys if pool.find(key) is None)
-        blocks[block] = Request(pool, frozenset(keys), deque(lacking))
+        lacking = deque([key for key in keys if pool.find(key) is None])
+        blocks[block] = Request(pool, requested, lacking)
         return bool(lacking)
 
     def cancel(self, caller: AsyncCaller) -> None:

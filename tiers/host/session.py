@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from queue import Empty, SimpleQueue
 
 from moetier.tiers.errors import ClosedError, ProtocolError, StoreError
@@ -18,6 +18,8 @@ from moetier.tiers.locks import Monitor, step
 
 from .demands import AsyncCaller, Demand, Event
 from .ledger import Ledger
+
+STEP_USES = 1024  # most uses that are counted in one step: one message of another process may have a million
 
 
 class Session(AsyncCaller):
@@ -84,7 +86,6 @@ class Session(AsyncCaller):
             self._ledger.leave(demand)
         self._ledger.serve()
 
-    @step
     def used(self, keys: Sequence[ExpertKey]) -> None:
         """Count hits of the other process, which has found ``keys`` in the directory and used their records.
 
@@ -92,17 +93,23 @@ class Session(AsyncCaller):
         """
         for key in keys:
             self._ledger.manifest.check_keys(key.block, (key,))
+        for at in range(0, len(keys), STEP_USES):
+            self._monitor.run(self._used, keys[at : at + STEP_USES])
+
+    def _used(self, keys: Sequence[ExpertKey]) -> None:
         if self._takes_hints():
             for key in keys:
                 self._ledger.uses.found_elsewhere(key)
 
-    @step
     def prefetch(self, block: int, keys: Sequence[ExpertKey]) -> None:
         """Request prefetches as ``ExpertSource`` specifies. Only requests of the same session are replaced.
 
         Raises MissingExpertError if the model does not have one of the experts.
         """
         self._ledger.manifest.check_keys(block, keys)
+        self._monitor.run(self._prefetch, block, dict.fromkeys(keys))  # the other process may name a key many times
+
+    def _prefetch(self, block: int, keys: Collection[ExpertKey]) -> None:
         if self._takes_hints():
             self._ledger.prefetch(block, keys, self)
 

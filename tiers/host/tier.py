@@ -151,7 +151,7 @@ class HostTier(Closeable):
         Raises MissingExpertError if the model lacks one of the experts.
         """
         self.manifest.check_keys(block, keys)
-        self._monitor.run(self._ledger.prefetch, block, keys)
+        self._monitor.run(self._ledger.prefetch, block, dict.fromkeys(keys))
 
     def warm(self, hottest: Callable[[int, int], Sequence[ExpertKey]]) -> None:
         """Begin the warm-up: read the most used records of each block into EMPTY slots, in the background.

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import time
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from stores import keys
@@ -78,6 +79,28 @@ def test_requests_wait_while_a_demand_of_their_pool_is_starved() -> None:
     assert queue.queue.unbegun == 1
     queue.pool.starved.clear()
     assert queue.take() == keys(1, 5)
+
+
+class Counting(ExpertKey):
+    """A key that counts how often any is compared."""
+
+    compared = 0
+
+    def __eq__(self, other: object) -> bool:
+        Counting.compared += 1
+        return tuple.__eq__(self, other)
+
+    __hash__ = ExpertKey.__hash__
+
+
+def test_many_requests_are_replaced_in_few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Counting, "compared", 0)
+    queue = Queue()
+    queue.pool = Pool([Group((1,), 4000)], POLICIES["lru"], first=0, slot_bytes=1)
+    wanted: list[ExpertKey] = [Counting(1, expert) for expert in range(3000)]
+    queue.request(FIRST, 1, wanted[:2000])
+    assert queue.request(FIRST, 1, wanted[1000:]) == 1000
+    assert Counting.compared < 20_000, "not each with each"
 
 
 ACTIONS = st.lists(
