@@ -125,4 +125,4 @@ class HostViews:
 
     def _check_open(self) -> None:
         if self._closed:
-            raise ClosedError("The device tier was closed.", "Load the model again.")
+            raise ClosedError("The tiers of the model were closed.", "Load the model again.")

@@ -46,8 +46,9 @@ def test_closing_ends_every_tier(directory: Path) -> None:
     tiers.close()
     tiers.close()
     for source in (tiers.device, tiers.host):
-        with pytest.raises(ClosedError):
+        with pytest.raises(ClosedError) as caught:
             list(source.acquire([ExpertKey(0, 0)]))
+        assert "device" not in caught.value.cause, "a CPU's user has none"
 
 
 @pytest.mark.parametrize("taken", ["trunk", "cache"])
