@@ -36,7 +36,7 @@ from moetier.runtime.kernels.choose import kernels_for
 from moetier.runtime.kernels.growing_cache import use_growing_layers
 from moetier.runtime.kernels.norm import use_quick_norms
 from moetier.runtime.kernels.row import use_row_weights
-from moetier.runtime.moe.block import TieredBlock
+from moetier.runtime.moe.block import TieredBlock, refuse_copy
 from moetier.runtime.moe.experts import EXPERT_PARAMETERS, experts_forward, experts_modules
 from moetier.runtime.moe.gates import Gates
 from moetier.runtime.moe.grouped import quick_activation
@@ -233,6 +233,7 @@ class MoetierQuantizer(HfQuantizer):
             tiers.close()
             raise
         model.__dict__["tiers"] = tiers  # bypasses nn.Module.__setattr__: neither a submodule nor a parameter
+        model.__dict__["__reduce_ex__"] = refuse_copy  # copy and pickle call it
         for module in model.modules():
             if isinstance(module, PreTrainedModel):  # some layers compute in another order if this is set
                 module.config.__dict__.pop("_is_quantized", None)

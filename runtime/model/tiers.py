@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -20,6 +20,7 @@ from moetier.runtime.kernels.api import Kernels
 from moetier.runtime.kernels.choose import kernels_for
 from moetier.runtime.kernels.packed import PackedKernels
 from moetier.runtime.memory import Available, memory_for_model
+from moetier.runtime.moe.block import refuse_copy
 from moetier.runtime.moe.gates import Observation
 from moetier.runtime.speculation.speculation import Speculation
 from moetier.tiers.cache.budget import slots_for
@@ -124,6 +125,9 @@ class Tiers:
     def snapshot(self) -> dict[str, Any]:
         """Return a dictionary from the tiers' names ("host" or "daemon", and "device") to their counters, for JSON."""
         return {stats.name: stats.to_json() for stats in self.stats()}
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        refuse_copy()
 
     def close(self) -> None:
         """Detach from the model, and close the tiers. Idempotent; waits for loads that have begun."""

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor
@@ -72,6 +72,17 @@ class TieredBlock:
     # is computed in the exact way
     compiled: dict[Any, Trials[ExpertKernels]] = field(default_factory=dict)
     elsewhere: Elsewhere | None = None  # computes absent experts on other hosts, if the quick way is used
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        refuse_copy()
+
+
+def refuse_copy(*_: object) -> NoReturn:
+    """Refuse to copy or pickle a model with tiers, or a part of it. Raises MoetierError."""
+    raise MoetierError(
+        "A model with tiers can't be copied or pickled, because its experts belong to this process.",
+        "Load the model again, in the process that uses it; to keep it, copy its model directory.",
+    )
 
 
 def end_open_leases() -> None:
