@@ -291,9 +291,9 @@ class Sent:
             return error_of(error.with_traceback(None), part.peer.reader.address.target)
         except ProtocolError as error:
             return error.with_traceback(None)
-        if len(data) != size:
+        if len(data) != size or crc is None:
             return ProtocolError(
-                f"The daemon {part.peer.name} did not send outputs of {size:,} bytes.",
+                f"The daemon {part.peer.name} did not send outputs of {size:,} bytes with a checksum.",
                 "Use the same version of moetier on both sides.",
             )
         if crc != crc32c(memoryview(data), part.crc):

@@ -297,7 +297,8 @@ class _Transfer:
                     f"A daemon sent {at - start:,} of {end - start:,} bytes of {key}.", "See the daemon's log."
                 )
             if reader.checks and repeated != crc:  # a store without a table of checksums would not show it
-                raise ChecksumError(
+                # not a ChecksumError: an older daemon may have taken its place, which the next check finds out
+                raise ProtocolError(
                     f"The daemon {reader.address} has answered another request than that for {key}.",
                     "Check the network, or use TLS.",
                 )

@@ -177,7 +177,8 @@ class SessionCall:
         demand = self._session.demands.get(message.request)
         if demand is None:  # the request has failed since the client sent this
             return
-        self._session.release(message.request, [ExpertKey(demand.block, expert) for expert in message.experts])
+        keys = [ExpertKey(demand.block, expert) for expert in dict.fromkeys(message.experts)]
+        self._session.release(message.request, keys)
         if message.request not in self._session.demands:
             self._settled()
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import google_crc32c
+import grpc
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -533,6 +534,29 @@ def test_a_daemon_without_room_is_asked_again(manifest: Manifest, kind: type[Moe
         read(reader, KEYS[0])
         assert busy.is_set()
         assert peers(reader)[0].lost == 0
+
+
+class Replaced(Outlet):
+    """Repeats no checksums of requests, as an older daemon that has taken the place of one that does."""
+
+    is_known = False
+
+    def Describe(self, request: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.DescribeReply:
+        reply = super().Describe(request, context)
+        reply.models[0].checks = not self.is_known
+        return reply
+
+
+def test_a_daemon_is_replaced_by_an_older_one(three: list[Daemon], manifest: Manifest) -> None:
+    def behaviour(request: pb.FetchRequest, context: object) -> Iterator[bytes]:
+        record = RECORDS[ExpertKey(request.block, request.expert)]
+        yield encode_piece(memoryview(record + checksum_bytes(google_crc32c.value(record))))
+
+    outlet = Replaced(manifest, behaviour)
+    with serving(outlet) as address, SpreadReader.open([address], PLAIN, manifest) as reader:
+        outlet.is_known = True  # from the next check on
+        read(reader, KEYS[0])
+        assert peers(reader)[0].lost == 1
 
 
 @pytest.mark.parametrize("kind", [ConfigError, ArenaError, MoetierError])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import math
 import sys
 import threading
@@ -263,6 +265,20 @@ def test_any_number_of_activations_shares_the_code(
             activation = Activation("silu", alpha=1.702, limit=limit, shift=1.0)
             wanted = locally(tinymix_4bit, manifest, x, [(1, [0])], activation)
             assert found == wanted.view(torch.uint8).numpy().tobytes()
+
+
+def test_few_forms_of_activations_are_compiled(served: tuple[Computes, Address], manifest: Manifest) -> None:
+    """Whatever clients ask for: four functions, with gate and up in two orders, as the records have a gate."""
+    x = hidden_states(manifest, 1)
+    computed = 0
+    with open_channel(served[1], Credentials(insecure=True)) as channel:
+        for function, interleaved, gated in itertools.product(
+            ("silu", "gelu", "gelu_tanh", "relu2"), *[(False, True)] * 2
+        ):
+            asked = pb.Activation(function=function, interleaved=interleaved, alpha=1, limit=math.inf, gated=gated)
+            with contextlib.suppress(ProtocolError):
+                computed += bool(answer(ExpertStoreStub(channel), message(manifest, x, [1], activation=asked)))
+    assert computed == 8
 
 
 def test_clients_that_read_nothing_make_room_for_others(
