@@ -111,7 +111,7 @@ def flipped_everywhere(wire: Flips, call: Callable[[], bool], steps: tuple[int, 
     return found
 
 
-STEPS = [pytest.param((41, 67), id="some"), pytest.param((1, 1), id="all", marks=pytest.mark.slow)]
+STEPS = [pytest.param((41, 67), id="some"), pytest.param((5, 7), id="many", marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("steps", STEPS)

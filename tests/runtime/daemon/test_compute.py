@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import google_crc32c
 import grpc
 import outlets
 import pytest
@@ -199,6 +200,25 @@ def test_what_can_t_be_computed_is_refused(
         answer(stub, message(manifest, x, [1], **fields))
     assert type(caught.value) is kind
     assert answer(stub, message(manifest, x, [1])), "it serves as before"
+
+
+def test_requests_with_a_checksum_are_checked_and_their_answers_have_one(
+    stub: ExpertStoreStub, manifest: Manifest
+) -> None:
+    """As any client may write it: the checksum is of the serialised request without it. Older clients send none."""
+    x = hidden_states(manifest, 1)
+    asked = message(manifest, x, [1, 2])
+    outputs = answer(stub, asked)
+    fetch = pb.FetchRequest(digest=manifest.digest, block=1, expert=2)
+    for call, request, covered in ((stub.Compute, asked, outputs), (stub.Fetch, fetch, b"")):
+        assert not any(piece.HasField("crc32c") for piece in call(request, timeout=PATIENCE))
+        request.crc32c = google_crc32c.value(request.SerializeToString())
+        pieces = list(call(request, timeout=PATIENCE))
+        assert pieces[-1].crc32c == google_crc32c.extend(request.crc32c, covered)
+        request.block = 0
+        with pytest.raises(grpc.RpcError) as caught:
+            list(call(request, timeout=PATIENCE))
+        assert caught.value.code() is grpc.StatusCode.DATA_LOSS
 
 
 def test_a_call_needs_a_deadline(stub: ExpertStoreStub, manifest: Manifest) -> None:
