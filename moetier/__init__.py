@@ -13,7 +13,6 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from .moved import Moved
 from .tiers.exports import exports
 
 if TYPE_CHECKING:
@@ -32,7 +31,6 @@ _exported = exports(
     __name__,
     {"MoetierError": "tiers.errors", "load": "runtime.model.load", "register": "runtime.model.registration"},
 )
-sys.meta_path.append(Moved)
 
 __all__ = ["MoetierError", "__version__", "load", "register"]
 

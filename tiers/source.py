@@ -7,11 +7,9 @@ is not a demand. A *lease* pins a record while its holder computes with it.
 
 from __future__ import annotations
 
-import warnings
-from collections import namedtuple
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Generic, NamedTuple, Protocol, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from .layout import PAGE, ExpertKey
 from .manifest import Manifest
@@ -178,12 +176,3 @@ class Lender(ExpertSource[Record], Protocol[Record]):
         If this source has prefetched one of the records, and the tier above copied it through ``borrow``, the prefetch
         now counts as useful. The order of eviction does not change.
         """
-
-
-if not TYPE_CHECKING:
-
-    def __getattr__(name: str) -> object:
-        if name != "Pace":
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        warnings.warn(f"{__name__}.Pace is no longer used; the next release removes it.", DeprecationWarning, 2)
-        return namedtuple("Pace", ("read", "grain", "saved", "beside"), defaults=(0.0,))
