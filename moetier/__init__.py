@@ -18,7 +18,7 @@ from .tiers.exports import exports
 if TYPE_CHECKING:
     __version__: str
     from .runtime.model.load import load as load
-    from .runtime.model.registration import register as register
+    from .runtime.model.register import register as register
     from .tiers.errors import MoetierError as MoetierError
 
 # OpenMP reads this when torch is loaded. Its threads wait for the next product by spinning; beside another busy process
@@ -29,7 +29,7 @@ if "torch" not in sys.modules and not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os
 
 _exported = exports(
     __name__,
-    {"MoetierError": "tiers.errors", "load": "runtime.model.load", "register": "runtime.model.registration"},
+    {"MoetierError": "tiers.errors", "load": "runtime.model.load", "register": "runtime.model.register"},
 )
 
 __all__ = ["MoetierError", "__version__", "load", "register"]

@@ -1,9 +1,9 @@
-"""``python -m moetier``: the command line, or with ``-m MODULE`` a program whose models get budgets."""
+"""``python -m moetier`` is the ``moetier`` command."""
 
 from __future__ import annotations
 
 import sys
 
-from moetier.tools.program import main
+from moetier.tools.main import main
 
-sys.exit(main(sys.argv[1:]))
+sys.exit(main())

@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -115,7 +115,7 @@ def load(
         folder = model_directory(directory)
     asked = TierConfig.of(**options)
     chosen = _dtype(dtype)
-    as_loaded = {"dtype": chosen, "attn_implementation": _attention(attn_implementation)}
+    attention = _attention(attn_implementation)
     check_directory(folder)
     manifest, found = read_manifest(folder), config_of(folder)
     model_class = _model_class(found)
@@ -134,23 +134,44 @@ def load(
         # many tokenizers state no maximum length; with one, transformers warns of longer texts
         tokenizer.model_max_length = min(tokenizer.model_max_length, most)
     device_map = None if place == "cpu" else {"": place}
-    trunk = trunk_of(folder, chosen) if is_gguf(folder) else None
-    with _load_errors(folder), _report_held_back(), asked_for(asked, folder, trunk), _bar_on_a_terminal_alone():
-        given = trunk.tensors if trunk else decoded_weights(folder, config, chosen) if as_it_is else None
-        source = {} if given is None else {"state_dict": given}
-        model = model_class.from_pretrained(
-            folder if given is None else None,
-            config=config,
+    with _load_errors(folder), _report_held_back(), _bar_on_a_terminal_alone():
+        model = model_of(
+            folder,
+            config,
+            asked,
+            chosen,
+            model_class.from_pretrained,
             device_map=device_map,
-            use_safetensors=True,
-            **source,
-            **as_loaded,
+            attn_implementation=attention,
         )
-        if given is not None and trunk is None:
-            name_after(model, folder)
         if attn_implementation is not None:  # not what has replaced it
             model.set_attn_implementation(attn_implementation)
     return model, tokenizer
+
+
+def model_of(
+    folder: Path, config: Any, asked: TierConfig, dtype: Any, load: Callable[..., Any], *arguments: Any, **named: Any
+) -> Any:
+    """Return the model of a model directory, or of a checkpoint as it is, with the tiers that ``asked`` describes.
+
+    Args:
+        folder: the model directory, the checkpoint's folder, or a GGUF file.
+        config: transformers' config, made of ``config_of(folder)``.
+        dtype: the type in which the trunk is computed, or "auto".
+        load: from_pretrained of the model's class, which gets the ``arguments`` and ``named`` too.
+
+    Raises the errors of transformers, and those of ``decoded_weights`` and ``trunk_of``.
+    """
+    chosen = _dtype(dtype)
+    trunk = trunk_of(folder, chosen) if is_gguf(folder) else None
+    with asked_for(asked, folder, trunk):
+        given = trunk.tensors if trunk else decoded_weights(folder, config, chosen) if is_checkpoint(folder) else None
+        source = {} if given is None else {"state_dict": given}
+        named = named | {"config": config, "dtype": chosen, "use_safetensors": True} | source
+        model = load(folder if given is None else None, *arguments, **named)
+        if given is not None and trunk is None:
+            name_after(model, folder)
+    return model
 
 
 # the signature that editors and the documentation show: all options with their defaults

@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -78,21 +78,20 @@ def asked_for(config: TierConfig, folder: Path, trunk: GgufTrunk | None = None) 
         _asked.reset(token)
 
 
-def register(**options: Unpack[TierOptions]) -> None:
-    """Let ``AutoModelForCausalLM.from_pretrained(DIR)`` of transformers, and what calls it, load model directories.
-
-    Args:
-        options: those of ``load`` except ``device``, ``dtype`` and ``attn_implementation``. They apply to all models
-            that are loaded in this way from now on, and override those in a config.json. A later call replaces them.
-            The ``device_map`` of ``from_pretrained`` says where a model is computed.
-
-    Raises:
-        ConfigError: an option can't be used.
-    """
+def set_options(options: TierOptions) -> None:
+    """Set the options of models that are loaded without load()."""
     global _options
-    TierConfig.of(**options)
-    install()
     _options = options
+
+
+def options() -> TierOptions:
+    """Return the options of models that are loaded without load()."""
+    return _options
+
+
+def is_loading() -> bool:
+    """Return whether load() is loading a model in this context."""
+    return _asked.get() is not None
 
 
 def install() -> None:

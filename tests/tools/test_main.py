@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,12 @@ from checkpoints import save_checkpoint
 from stores import NASTY
 
 from moetier.tools.main import COMMANDS, build_parser, main
+
+
+def test_it_is_a_module_too() -> None:
+    run = subprocess.run([sys.executable, "-m", "moetier", "--version"], capture_output=True, text=True, check=True)
+    assert run.stdout == f"moetier {version('moetier')}\n"
+
 
 HEAVY = ("torch", "transformers", "zarr", "hqq", "numpy", "matplotlib", "starlette", "uvicorn", "textual")
 
