@@ -65,8 +65,8 @@ def model_directory(name: str | os.PathLike[str]) -> Path:
     The tag may be left out if the model was pulled with one tag only. A text that can't be a name is taken for the path
     of a folder, which need not exist. An address means the folder that ``directory_at`` returns for it.
 
-    Raises StoreFormatError if there is neither such a folder nor such a pulled model, if ``name`` has no tag and the
-    model was pulled with several tags, or if it is an address of another kind; and as ``directory_at``.
+    Raises StoreFormatError if there is neither such a folder or GGUF file nor such a pulled model, if ``name`` has no
+    tag and the model was pulled with several tags, or if it is an address of another kind; and as ``directory_at``.
     """
     text, folder = os.fspath(name), Path(name)
     if is_address(text):
@@ -76,6 +76,8 @@ def model_directory(name: str | os.PathLike[str]) -> Path:
             f"{text} is not an address that moetier knows.",
             "Give s3://BUCKET/NAME, or an address that begins with gs://, az://, https://, http:// or file://.",
         )
+    if text.endswith(".gguf") and not folder.exists():
+        raise StoreFormatError(f"There is no file {folder.absolute()}.", "Check the path of the GGUF file.")
     if not may_be_name(text) or folder.exists():
         return folder
     if (found := _named(text)) is None:

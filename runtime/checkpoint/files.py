@@ -195,6 +195,8 @@ def check_source(source: str | Path) -> Path | None:
         raise CheckpointError(
             f"{source} is not a folder.", "Give the folder that holds config.json, a .gguf file, or a hub id."
         )
+    if folder.suffix == SUFFIX:
+        raise CheckpointError(f"There is no file {source}.", "Check the path of the GGUF file.")
     if not hub.HUB_ID.fullmatch(str(source)) or str(source).startswith("."):
         raise CheckpointError(f"There is no folder {source}.", "Give a folder that holds config.json, or a hub id.")
     return None

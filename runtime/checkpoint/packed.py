@@ -17,6 +17,7 @@ from moetier.tiers.errors import CheckpointError, UnsupportedModelError
 from moetier.tiers.layout import CODINGS, Projection
 from moetier.tiers.quant.codings import decode_rows
 
+from .config_json import NAME
 from .gptq import awq_tensors, gptq_tensors
 from .hqq import MAIN, hqq_tensors
 from .tensors import SourceTensor, StoredTensor
@@ -243,6 +244,11 @@ def source_tensors(
             return gptq_tensors(tensors, quantization, dtype)
         case "hqq":
             return hqq_tensors(tensors, config or {}, dtype)
+        case _ if method == NAME:
+            raise UnsupportedModelError(
+                "This is a model directory of moetier: it is converted already.",
+                "Use it as it is, or give the checkpoint that it was made from.",
+            )
         case _:
             raise UnsupportedModelError(
                 f"The checkpoint is quantised with {method}, which moetier can't read.",

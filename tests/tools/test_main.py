@@ -92,6 +92,11 @@ def test_options_stand_on_either_side_of_the_prompt() -> None:
         (["generate", "DIR", "--seed", "x"], "--seed: 'x' is not a whole number.", "--help"),
         (["plan", "SRC", "--bits", "few"], "--bits: 'few' is not of the form N,...", "--help"),
         (["generate", "DIR", "to", "be"], "generate takes no further argument, but there is 'be'.", "quotes"),
+        (["generate", "DIR", "-n", "x"], "-n/--max-new-tokens: 'x' is not a whole number.", "moetier generate --help"),
+        (["generate", "DIR", "to", "-t", "4"], "generate has no option -t.", "moetier generate --help"),
+        (["serve", "DIR", "-n", "4"], "serve has no option -n.", "moetier serve --help"),
+        (["generate", "DIR", "a\udcff"], "PROMPT: The value is not UTF-8 text.", "iconv"),
+        (["chat", "DIR", "--system", "a\udcff"], "--system: The value is not UTF-8 text.", "iconv"),
         (
             ["generate", "DIR", "--max-new-tokens", "x"],
             "--max-new-tokens: 'x' is not a whole number.",

@@ -47,6 +47,8 @@ def store_folder(folder: Path) -> Path:
     if folder.name == GROUP and folder.is_dir():
         return folder
     if not folder.exists():
+        if folder.suffix == ".gguf":
+            raise StoreFormatError(f"There is no file {folder.absolute()}.", "Check the path of the GGUF file.")
         raise StoreFormatError(
             f"There is no folder {folder.absolute()}.", f"Convert a model: {command('convert', 'SRC', folder)}"
         )

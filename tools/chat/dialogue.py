@@ -14,6 +14,7 @@ from moetier.runtime.generation.conversation import Conversation
 from moetier.tiers.errors import ConfigError, MoetierError, TargetError
 from moetier.tools.cli.daemon_reads import DaemonWatch
 from moetier.tools.cli.failure import as_options, plain
+from moetier.tools.cli.parser import check_utf8
 from moetier.tools.cli.report import Timing, run_json, run_report
 
 from .answer import Answering, Leave, interruptible
@@ -84,10 +85,8 @@ def _line(prompt: str) -> str:
         print(prompt, end="", file=sys.stderr, flush=True)
         prompt = ""
     try:
-        line = input(prompt)
-        line.encode()  # in the C locale, Python reads bytes that are not UTF-8 as surrogates, which raise here
-        return line
-    except UnicodeError:
+        return check_utf8(input(prompt), "Standard input")  # in the C locale, Python accepts any bytes
+    except UnicodeDecodeError:
         raise ConfigError("Standard input is not UTF-8 text.", "Convert it, for example with iconv -t UTF-8.") from None
 
 

@@ -145,6 +145,7 @@ def add_decoding_arguments(parser: argparse.ArgumentParser, *, new_tokens: int) 
     """Add the options for sampling, and --max-new-tokens with the default ``new_tokens``."""
     group = _group(parser, "generation")
     group.add_argument(
+        "-n",
         "--max-new-tokens",
         type=COUNT,
         default=new_tokens,

@@ -116,6 +116,8 @@ class CommandParser(argparse.ArgumentParser):
         finally:
             self._inside = False
         if more:
+            if more[0].startswith("-") and " " not in more[0]:
+                self._refuse(f"{self._name('moetier')} has no option {more[0]}.")
             self._refuse(
                 f"{self._name()} takes no further argument, but there is {more[0]!r}.",
                 "If a text has several words, put it in quotes. ",
@@ -207,6 +209,20 @@ DIRECTORY = (
     "a model directory, the name of a pulled model, the folder of a checkpoint, a GGUF file, or an address in an "
     "object store: s3://bucket/model"
 )
+
+
+def check_utf8(text: str, name: str) -> str:
+    """Return ``text``, which errors call ``name``. Raise ConfigError if it was read from bytes that are not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"{name} is not UTF-8 text.", "Convert it, for example with iconv -t UTF-8.") from None
+    return text
+
+
+def utf8(text: str) -> str:
+    """Return ``text`` unchanged, as the argparse type of a text for the model. Raises ConfigError as ``check_utf8``."""
+    return check_utf8(text, "The value")
 
 
 def directory(text: str) -> str | Path:

@@ -22,7 +22,7 @@ from moetier.tools.cli.arguments import (
 from moetier.tools.cli.daemon_reads import DaemonWatch
 from moetier.tools.cli.failure import show
 from moetier.tools.cli.loading import loaded
-from moetier.tools.cli.parser import DIRECTORY, directory, show_first
+from moetier.tools.cli.parser import DIRECTORY, check_utf8, directory, show_first, utf8
 from moetier.tools.cli.report import Timing, details, run_json, summary
 
 EXAMPLES = (
@@ -36,7 +36,9 @@ AT_FIRST = 1 << 20  # characters of standard input that are read before loading;
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `moetier generate`."""
     parser.add_argument("directory", type=directory, metavar="DIR", help=DIRECTORY)
-    parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="the text to continue (default: standard input)")
+    parser.add_argument(
+        "prompt", nargs="?", type=utf8, metavar="PROMPT", help="the text to continue (default: standard input)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object: text, timing and tiers")
     parser.add_argument("--verbose", action="store_true", help="report all counters, not only the main figures")
     add_decoding_arguments(parser, new_tokens=256)
@@ -50,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the command and return 0. Raises MoetierError."""
     resources = resources_of(arguments)
     decoding = decoding_of(arguments)
-    prompt = sys.stdin.read(AT_FIRST) if arguments.prompt is None else arguments.prompt
+    prompt = _text_of_input(AT_FIRST) if arguments.prompt is None else arguments.prompt
     if not prompt:
         raise ConfigError("The prompt is empty.", "Give a prompt as an argument, or on standard input.")
 
@@ -93,11 +95,16 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _text_of_input(most: int) -> str:
+    """Read up to ``most`` characters from standard input. Raises ConfigError if they are not UTF-8."""
+    return check_utf8(sys.stdin.read(most), "Standard input")  # in the C locale, Python accepts any bytes
+
+
 def read_on(prompt: str, model: Any, tokenizer: Any) -> str:
     """Return ``prompt`` with the rest of standard input. Stop reading once the prompt exceeds the model's context."""
     most = longest_context(model.config)
     while most is None or len(first_ids(tokenizer, prompt, most)) < most:
-        piece = sys.stdin.read(3 * len(prompt))
+        piece = _text_of_input(3 * len(prompt))
         if not piece:
             break
         prompt += piece

@@ -32,10 +32,17 @@ def run(arguments: argparse.Namespace) -> int:
     from moetier.tiers.errors import ConfigError
     from moetier.tiers.extents.link import link
     from moetier.tiers.extents.table import write_table
+    from moetier.tiers.store.folder import GROUP, command
     from moetier.tools.cli.loading import lean_imports
     from moetier.tools.cli.progress import Progress
 
     folder = Path(arguments.directory)
+    if folder.suffix == ".gguf" and not folder.exists():
+        raise ConfigError(f"There is no file {folder.absolute()}.", "Check the path of the GGUF file.")
+    if (folder / GROUP).is_dir():
+        raise ConfigError(
+            f"{folder} is a model directory: its experts have checksums.", f"Check them: {command('verify', folder)}"
+        )
     if not is_checkpoint(folder):
         raise ConfigError(
             f"{arguments.directory} is neither the folder of a checkpoint in safetensors nor a GGUF file.",

@@ -14,7 +14,7 @@ from moetier.runtime.generation.decoding import behind, encode, warn_if_cut, wit
 from moetier.tiers.errors import ConfigError, TargetError, TargetExistsError
 from moetier.tools.cli.arguments import add_decoding_arguments, add_resource_arguments, decoding_of, resources_of
 from moetier.tools.cli.loading import loaded
-from moetier.tools.cli.parser import DIRECTORY, directory
+from moetier.tools.cli.parser import DIRECTORY, check_utf8, directory
 from moetier.tools.cli.report import table
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def _prompt_of(line: str, place: str) -> str:
         value = value[0]
     if not isinstance(value, str) or not value:
         raise ConfigError(f"{place} has no prompt.", f"Give it as the value of one of {', '.join(PROMPT_KEYS)}.")
-    return value
+    return check_utf8(value, f"The prompt of {place}")  # JSON may contain half of a surrogate pair
 
 
 def _check_target(path: Path, *, force: bool) -> None:

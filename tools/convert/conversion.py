@@ -24,7 +24,7 @@ from moetier.tiers.store.atomic import disk_errors
 from moetier.tiers.store.writer import StoreWriter
 from moetier.tools.cli.progress import Progress
 from moetier.tools.cli.report import table
-from moetier.tools.convert.files import free_bytes, nearest_folder
+from moetier.tools.convert.files import VOCABULARY, free_bytes, nearest_folder
 
 from .encoder import INTERPRETER_BYTES, Encoder, MatrixRecord
 from .plan import NATIVE, ConversionPlan, Options, Stage, stages
@@ -120,6 +120,11 @@ class Conversion:
             lines.append(f"read as whole blocks, as the checkpoint does not store their experts apart: {whole[0]}, ...")
         if any(dtype == "float32" for block in blueprint.blocks for _, dtype in block.parameters.values()):
             lines.append("experts are in float32: weights that stay in 16 bits are rounded to bfloat16")
+        if not any(VOCABULARY.fullmatch(name) for name in self.target.small):
+            lines.append(
+                "the checkpoint has no tokenizer, without which generate, chat and serve can't use the model: copy its "
+                "tokenizer.json or tokenizer.model, and tokenizer_config.json, into the model directory"
+            )
         if blueprint.unused:
             size = sum(self.checkpoint.tensors[n].nbytes for n in blueprint.unused if n in self.checkpoint.tensors)
             lines.append(

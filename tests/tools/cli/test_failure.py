@@ -79,6 +79,21 @@ def test_a_fault_says_where_it_was_raised() -> None:
 PLACES = ("nothing", "file/below", "loop", "x" * 300)
 
 
+@pytest.mark.parametrize("name", ["x.gguf", "no/x.gguf", "/no/x.gguf"])
+@pytest.mark.parametrize(
+    "words", [["generate"], ["serve"], ["daemon"], ["verify"], ["inspect"], ["link"], ["plan"], ["convert"], ["doctor"]]
+)
+def test_a_gguf_file_that_is_missing_is_no_folder(
+    words: list[str], name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([*words, name, *(["DST"] if words == ["convert"] else [])]) == 1
+    said = "".join(capsys.readouterr())
+    assert re.search(rf"There is no file \S*{name}\.", said), said
+    assert "Check the path of the GGUF file." in said
+    assert "folder" not in said.partition("There is no file")[2]
+
+
 @pytest.mark.parametrize("place", PLACES, ids=lambda place: place[:10])
 def test_no_command_shows_a_traceback_for_a_wrong_path(
     place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -343,6 +343,28 @@ def test_source_and_target_may_not_overlap(source: Path, tmp_path: Path) -> None
     assert tree(src) == tree(source)
 
 
+def test_a_model_directory_is_no_source(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    convert(source, tmp_path / "dst")
+    assert main(["convert", str(tmp_path / "dst"), str(tmp_path / "again")]) == 1
+    cause, fix = capsys.readouterr().err.splitlines()
+    assert cause == "moetier: This is a model directory of moetier: it is converted already."
+    assert "Use it as it is" in fix
+    assert main(["link", str(tmp_path / "dst")]) == 1
+    assert f"{tmp_path / 'dst'} is a model directory: its experts have checksums." in capsys.readouterr().err
+
+
+def test_a_checkpoint_without_a_tokenizer_is_said(
+    source: Path, tinymix: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = []
+    for checkpoint in (source, tinymix):
+        assert main(["convert", str(checkpoint), str(tmp_path / checkpoint.name), "--fast"]) == 0
+        said.append(capsys.readouterr().err)
+    assert "the checkpoint has no tokenizer" in said[0]
+    assert "copy its tokenizer.json" in said[0]
+    assert "tokenizer" not in said[1]
+
+
 # what may happen to it
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -273,6 +274,23 @@ def test_the_prompt_may_come_from_standard_input(scripts: Prepared, tinymix_4bit
     result = scripts.run(MAIN, "generate", tinymix_4bit, "--max-new-tokens", "2", "--json", input=PROMPT)
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["prompt"] == PROMPT
+
+
+@pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
+def test_standard_input_that_is_not_utf8_is_refused(scripts: Prepared, tinymix_4bit: Path, locale: str) -> None:
+    """In the C locale Python reads any bytes; in others it raises an error."""
+    words = [sys.executable, "-m", "moetier", "generate", str(tinymix_4bit)]
+    environment = {**os.environ, "LC_ALL": locale, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    result = subprocess.run(words, input=b"to \xff be", capture_output=True, env=environment, check=False)
+    assert result.returncode == 1, result.stderr
+    cause, fix = result.stderr.decode().splitlines()
+    assert re.match(r"moetier: (Standard|The) input is not UTF-8 text", cause)
+    assert "iconv" in fix
+
+
+def test_the_number_of_tokens_has_a_short_name(tinymix_4bit: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", str(tinymix_4bit), PROMPT, "-n", "3", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["new_tokens"] == 3
 
 
 @pytest.mark.parametrize(

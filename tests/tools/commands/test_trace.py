@@ -240,6 +240,7 @@ def test_prompts_of_a_text(tmp_path: Path) -> None:
         ("p.jsonl", b'{"turns": []}', "has no prompt"),
         ("p.jsonl", b'{"prompt": ""}', "has no prompt"),
         ("p.jsonl", b'["a"]', "has no prompt"),
+        ("p.jsonl", b'{"prompt": "a\\udcff"}', r"prompt of \S+p\.jsonl:1 is not UTF-8"),
     ],
 )
 def test_what_is_no_prompt_is_refused(tmp_path: Path, name: str, data: bytes, words: str) -> None:
