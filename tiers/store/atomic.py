@@ -19,6 +19,8 @@ BEGIN_BYTES = 8 << 20  # the disk begins to write a large file after each of so 
 
 _LIBRARY = ctypes.CDLL(None, use_errno=True)
 _LIBRARY.sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+_LIBRARY.renameat2.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
+_HERE, _EXCHANGE = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
 _BEGIN, _FINISH = 2, 7  # SYNC_FILE_RANGE_WRITE, and that with WAIT_BEFORE and WAIT_AFTER
 
 
@@ -189,3 +191,25 @@ def write_durably(path: Path, data: bytes) -> None:
         os.fsync(stream.fileno())
     partial.rename(path)
     sync_folder(path.parent)
+
+
+def rename_durably(path: Path, goal: Path) -> None:
+    """Rename a file or a folder, and make both names durable. An empty folder at ``goal`` is replaced."""
+    path.rename(goal)
+    for folder in {path.parent, goal.parent}:
+        sync_folder(folder)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Exchange the names of two files or folders in one step, durably. Return False if the file system can't.
+
+    Neither may contain the other. Raises OSError for any other failure.
+    """
+    if _LIBRARY.renameat2(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE):
+        number = ctypes.get_errno()
+        if number in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+            return False
+        raise OSError(number, os.strerror(number), str(other))
+    for folder in {one.parent, other.parent}:
+        sync_folder(folder)
+    return True

@@ -27,6 +27,8 @@ JOURNAL = "conversion.json"  # in the model directory until the conversion ends:
 ORIGIN = "origin.json"  # in the model directory, if the checkpoint is from the Hugging Face hub: its id and commit
 MIRRORS = "mirrors.json"  # in the model directory: the folders of the mirrors
 CACHE = "store-cache.json"  # in a cache of a model in an object store: the model's address, and the cache's limit
+NEW = "~new"  # suffix of the folder beside a model directory in which the model is made that will replace it
+REPLACED = "replaced~"  # in a model directory that has just replaced another: the folder of the old one
 FETCHED = METADATA + PARTIAL  # in a cache: the manifest until all records are there
 MAX_JSON_BYTES = 2 << 20  # size of the largest JSON file or header that is read: ten times the largest known one
 MAX_LEVELS = 100  # deepest nesting of JSON values that is accepted
@@ -35,6 +37,12 @@ MAX_LEVELS = 100  # deepest nesting of JSON values that is accepted
 def command(name: str, *arguments: str | Path) -> str:
     """Return the command line ``moetier NAME ARGUMENTS``, quoted for a shell."""
     return shlex.join(["moetier", name, *map(str, arguments)])
+
+
+def beside(folder: Path) -> Path:
+    """Return the folder in which the model is made that will replace the one in ``folder``."""
+    place = folder.resolve()
+    return place.parent / f"{place.name}{NEW}"
 
 
 def store_folder(folder: Path) -> Path:
@@ -49,6 +57,11 @@ def store_folder(folder: Path) -> Path:
     if not folder.exists():
         if folder.suffix == ".gguf":
             raise StoreFormatError(f"There is no file {folder.absolute()}.", "Check the path of the GGUF file.")
+        if (new := beside(folder)).joinpath(REPLACED, GROUP).exists():
+            raise StoreFormatError(
+                f"There is no folder {folder.absolute()}: its replacement was interrupted.",
+                f"Put the new model in its place: {shlex.join(['mv', str(new), str(folder.resolve())])}",
+            )
         raise StoreFormatError(
             f"There is no folder {folder.absolute()}.", f"Convert a model: {command('convert', 'SRC', folder)}"
         )

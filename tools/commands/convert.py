@@ -90,7 +90,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "short)",
     )
     add_option(parser, "threads")
-    parser.add_argument("--overwrite", action="store_true", help="replace the result of a different conversion")
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace a model that is there already. It stays in place until the new one, made beside it, is complete",
+    )
+    parser.add_argument(
+        "--replace-first",
+        action="store_true",
+        help="as --overwrite, but remove the old model before the new one is made, where the disk has no room for "
+        "both: it is lost even if the conversion fails",
+    )
     parser.add_argument(
         "--ignore-code", action="store_true", help="accept a checkpoint with code of its own, which moetier never runs"
     )
@@ -130,7 +140,7 @@ def options_of(arguments: argparse.Namespace) -> dict[str, Any]:
     how = {field.name: getattr(arguments, field.name) for field in fields(Options)}
     with checked():
         Options(**how)
-    others = ("overwrite", "ignore_code", "revision", "keep_source")
+    others = ("overwrite", "replace_first", "ignore_code", "revision", "keep_source")
     return how | {name: getattr(arguments, name) for name in others} | {"quiet": False}
 
 

@@ -24,7 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--overwrite",
         action="store_true",
-        help="replace what is at ADDRESS, a damaged copy or another model; its files that DIR lacks are removed",
+        help="replace what is at ADDRESS, a damaged copy or another model; its files that DIR lacks are removed. Until "
+        "the new copy is complete there is no usable model at ADDRESS; an interrupted push is resumed",
     )
 
 

@@ -75,19 +75,25 @@ def _check(name: str, folder: Path) -> None:
 
 def _remove(name: str, folder: Path) -> None:
     """Remove a model's folder without following links. Raises TargetError if it is in use."""
-    from moetier.tiers.store.folder import GROUP
+    from moetier.tiers.store.folder import GROUP, beside
     from moetier.tools.convert.files import check_unused, delete, empty, locked
 
+    if beside(folder).exists():  # first: a conversion that writes there would put a new model in the place of this one
+        from moetier.tools.convert.replacement import discard, settle
+
+        check_unused(name, folder)
+        settle(folder)
+        discard(folder)
     store = folder / GROUP
     linked = store.is_symlink()  # needs no lock, as no conversion writes through a link
     with contextlib.nullcontext() if linked else locked(name, folder):
         check_unused(name, folder)  # again: answering the question may have taken long
-        beside = [path for path in folder.iterdir() if path != store]
+        others = [path for path in folder.iterdir() if path != store]
         if linked:
-            for path in beside:
+            for path in others:
                 delete(path)
         else:
-            empty(folder, beside)
+            empty(folder, others)
         delete(folder)
     with contextlib.suppress(OSError):  # raised if the folder still has conversions of the model to other bits
         folder.parent.rmdir()

@@ -134,6 +134,12 @@ class Conversion:
         return lines
 
     def run(self) -> ConversionReport:
+        """Make the model directory, and remove what only its conversion needs. Raises as ``make``."""
+        report = self.make()
+        self.target.tidy()
+        return report
+
+    def make(self) -> ConversionReport:
         """Write the trunk, the blocks, the small files and, last, the manifest. Resume where an earlier run stopped.
 
         The trunk of a hub checkpoint is written after the blocks, because its tensors are spread over all files.
@@ -153,7 +159,6 @@ class Conversion:
                 trunk = trunk or self._write_trunk()
                 self.target.write_small()
             writer.finish(trunk, self.checkpoint.digest if self.download else None)
-        self.target.tidy()
         return self.report(errors, seconds=time.monotonic() - start, resumed_blocks=len(finished))
 
     def check_disks(self, *, replacing: bool = False) -> None:

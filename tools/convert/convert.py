@@ -10,11 +10,13 @@ from moetier.runtime.checkpoint.files import Checkpoint, check_source
 from moetier.runtime.checkpoint.gguf import open_source
 from moetier.runtime.threads import use_threads
 from moetier.tiers.errors import ConfigError, TargetExistsError
+from moetier.tiers.store.folder import JOURNAL, beside
 
 from .conversion import Conversion, ConversionReport
 from .files import check_unused
 from .mirror import mirror_to
 from .plan import Options
+from .replacement import discard, has_manifest, mirror_of_old, mirrors_of, replace_model, settle
 from .streaming import Download, open_on_hub
 from .target import DOWNLOAD, check_place, is_ours, remove, revision_under_way
 
@@ -66,7 +68,7 @@ def convert(
     else:
         report = write(open_source(src, ignore_code=ignore_code), Path(dst), **how)
     if mirror is not None:
-        mirror_to(Path(dst), mirror)
+        mirror_to(Path(dst), mirror, overwrite=how.get("overwrite", False) or how.get("replace_first", False))
     return report
 
 
@@ -87,10 +89,11 @@ def pull(
     also say that there is no folder called ``name``. The other parameters, and the errors raised, are those of
     ``convert`` and ``write``.
     """
+    replacing = how.get("overwrite") and revision_under_way(beside(dst), name)
     checkpoint, download = open_on_hub(
         name,
         dst / DOWNLOAD,
-        revision=revision or revision_under_way(dst, name),
+        revision=revision or replacing or revision_under_way(dst, name),
         keep=keep_source,
         or_folder=or_folder,
         ignore_code=ignore_code,
@@ -103,6 +106,7 @@ def write(
     dst: Path,
     *,
     overwrite: bool = False,
+    replace_first: bool = False,
     quiet: bool = True,
     download: Download | None = None,
     resuming: Sequence[str] | None = None,
@@ -112,7 +116,8 @@ def write(
 
     Args:
         overwrite: replace the model directory ``dst`` if it is complete, or was made from another checkpoint or with
-            other options.
+            other options. A complete one stays in place until the new one is complete.
+        replace_first: as ``overwrite``, but remove what is in ``dst`` before the new model is made.
         quiet: print nothing on standard error.
         download: download of a hub checkpoint; None if the checkpoint is a folder.
         resuming: words of the command line that resumes the conversion, from the subcommand to the first option; by
@@ -123,23 +128,39 @@ def write(
     """
     how = Options(**options)
     use_threads(how.threads)
-    check_place(dst, checkpoint.folder)
+    for place in (dst, beside(dst)):
+        check_place(place, checkpoint.folder)
     conversion = Conversion.plan(checkpoint, dst, how, download=download, resuming=resuming, quiet=quiet)
+    ending = settle(dst) or (has_manifest(dst) and (dst / JOURNAL).exists())  # an earlier run stopped at its very end
     try:
         complete = conversion.target.is_complete()
-        replaced = complete and overwrite  # is_complete reads no weights: they may be damaged
+        replaced = complete and not ending and (overwrite or replace_first)  # reads no weights: they may be damaged
     except TargetExistsError:
-        if not (overwrite and is_ours(dst)):
+        if not ((overwrite or replace_first) and is_ours(dst)):
             raise
         replaced = True
+    if replaced and has_manifest(dst) and not replace_first:
+        return replace_model(conversion)
     if replaced:
-        check_unused(str(dst), dst)
-        conversion.check_disks(replacing=True)
-        conversion.say(f"{dst}: removing the old conversion first")
-        remove(dst)
+        _remove_first(conversion)
     elif complete:
         conversion.target.tidy()
         return conversion.report({}, seconds=0.0, was_complete=True)
     for line in conversion.announce():
         conversion.say(line)
     return conversion.run()
+
+
+def _remove_first(conversion: Conversion) -> None:
+    """Remove what is in the target folder, and what was begun beside it, if there is room for the new model then.
+
+    Raises TargetError.
+    """
+    dst = conversion.target.folder
+    check_unused(str(dst), dst)
+    conversion.check_disks(replacing=True)
+    conversion.say(f"{dst}: removing the old conversion first")
+    for mirror in mirrors_of(dst):
+        conversion.say(mirror_of_old(mirror))
+    remove(dst)
+    discard(dst)

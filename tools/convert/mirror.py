@@ -10,25 +10,26 @@ from pathlib import Path
 
 from moetier.tiers.errors import ChecksumError, DiskSpaceError, StoreError, TargetExistsError
 from moetier.tiers.layout import CHECKSUM_BYTES, ExpertKey
-from moetier.tiers.manifest import FileSum
+from moetier.tiers.manifest import FileSum, Manifest
 from moetier.tiers.store.atomic import disk_errors, write_durably
-from moetier.tiers.store.folder import GROUP, MIRRORS, read_manifest, store_folder
+from moetier.tiers.store.folder import GROUP, MIRRORS, read_manifest, read_plan, store_folder
 from moetier.tiers.store.mirror import read_mirrors
 from moetier.tiers.store.reader import ExpertStore
 from moetier.tiers.store.shard import ShardFile
 from moetier.tiers.store.writer import StoreWriter, is_complete
 from moetier.tools.cli.progress import Progress
 
-from .files import free_bytes
-from .target import check_place
+from .files import empty, free_bytes, locked
+from .target import CONFIG, check_place, is_ours
 
 
-def make_mirror(directory: Path, target: Path, *, quiet: bool = True) -> None:
+def make_mirror(directory: Path, target: Path, *, quiet: bool = True, overwrite: bool = False) -> None:
     """Copy the records of the model directory ``directory`` into ``target``, and list ``target`` as its mirror.
 
-    Shards that an earlier run copied are kept. Raises StoreError if a record can't be read, or if the finished mirror
-    has the records of another conversion; TargetError if ``target`` overlaps with ``directory`` or holds other experts,
-    or if its disk is too small.
+    Shards that an earlier run copied are kept. ``overwrite``: replace the mirror of another model.
+
+    Raises StoreError if a record can't be read, or if the finished mirror has the records of another conversion;
+    TargetError if ``target`` overlaps with ``directory`` or holds other experts, or if its disk is too small.
     """
     directory = store_folder(directory).parent
     check_place(target, directory)
@@ -36,6 +37,10 @@ def make_mirror(directory: Path, target: Path, *, quiet: bool = True) -> None:
         manifest = store.manifest
         shards = [ShardFile.of(target / GROUP, manifest, block) for block in range(len(manifest.blocks))]
         missing = sum(shard.file_bytes for shard in shards if not is_complete(shard))
+        if overwrite and _is_mirror_of_another(target, manifest):
+            with locked(str(target), target):
+                empty(target, [])
+            missing = sum(shard.file_bytes for shard in shards)
         digest, trunk = _found(target)
         if digest not in ("", manifest.digest):
             raise TargetExistsError(
@@ -59,14 +64,25 @@ def make_mirror(directory: Path, target: Path, *, quiet: bool = True) -> None:
         write_durably(directory / MIRRORS, json.dumps({"mirrors": folders}, indent=2).encode() + b"\n")
 
 
-def mirror_to(folder: Path, target: Path) -> None:
+def mirror_to(folder: Path, target: Path, *, overwrite: bool = False) -> None:
     """Make a mirror of the model directory ``folder`` in ``target``, and warn if both are on the same disk.
 
-    Raises the errors of ``make_mirror``.
+    ``overwrite`` is as in ``make_mirror``. Raises the errors of ``make_mirror``.
     """
-    make_mirror(folder, target, quiet=False)
+    make_mirror(folder, target, quiet=False, overwrite=overwrite)
     if target.stat().st_dev == store_folder(folder).stat().st_dev:
         print(f"{target} is on the same disk as {folder}, so this mirror makes reads no faster.", file=sys.stderr)
+
+
+def _is_mirror_of_another(target: Path, manifest: Manifest) -> bool:
+    """Return whether ``target`` has nothing but records, complete or not, and these are of another model."""
+    if not is_ours(target) or (target / CONFIG).exists():
+        return False
+    try:
+        plan = read_plan(target / GROUP)
+        return plan is not None and (plan != manifest.plan or _found(target)[0] not in ("", manifest.digest))
+    except StoreError:
+        return False
 
 
 def _found(target: Path) -> tuple[str, Mapping[str, FileSum]]:

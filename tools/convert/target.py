@@ -236,6 +236,17 @@ def remove(folder: Path) -> None:
         empty(folder, [*_downloaded(folder), *_beside_store(folder)])
 
 
+def files_of_users(folder: Path) -> list[Path]:
+    """Return the files and links in a model directory that moetier did not write and would not remove."""
+    ours = {*_beside_store(folder)}
+    apart = {folder / GROUP, *_downloaded(folder)}
+    return [
+        path
+        for path in sorted(folder.rglob("*"))
+        if (path.is_symlink() or not path.is_dir()) and path not in ours and not apart & {path, *path.parents}
+    ]
+
+
 def _beside_store(folder: Path) -> Iterator[Path]:
     """Yield the paths in ``folder`` of files that moetier writes, except the store's and downloaded files."""
     for path in sorted(folder.rglob("*")):

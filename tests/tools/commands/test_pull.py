@@ -492,15 +492,46 @@ def test_a_commit_stays_what_it_was_begun_with(hub: Hub, scripts: Prepared, smal
     with (models / "acme--moves" / "4bit" / "config.json").open() as stream:
         user = subprocess.Popen(["sleep", "100"], stdin=stream)
         try:
-            said = failed(scripts.run(MAIN, "pull", "acme/moves", "--fast", "--overwrite"))
+            said = failed(scripts.run(MAIN, "pull", "acme/moves", "--fast", "--replace-first"))
         finally:
             user.kill()
             user.wait()
     assert f"process {user.pid} (sleep 100)" in said
     assert tree(models / "acme--moves" / "4bit") == before
-    result = scripts.run(MAIN, "pull", "acme/moves", "--fast", "--overwrite")
+    result = scripts.run(MAIN, "pull", "acme/moves", "--fast", "--replace-first")
     assert result.returncode == 0, result.stderr
     assert f"{models / 'acme--moves' / '4bit'}: removing the old conversion first" in result.stderr
+
+
+def test_a_replacement_is_resumed_with_its_commit_and_listed_under_its_name(
+    hub: Hub, scripts: Prepared, small: Path, models: Path, tmp_path: Path
+) -> None:
+    """Until it is complete, the old model stays. A resumed run does not ask where the branch is now."""
+    files = offer(hub, "acme/again", small)
+    assert scripts.run(MAIN, "pull", "acme/again", "--fast").returncode == 0
+    folder = models / "acme--again" / "4bit"
+    edit_json(folder / "origin.json", revision="f" * 40)
+    before = tree(folder)
+    last = max(file for file in files if file.endswith(".safetensors"))
+
+    def kill(file: str) -> None:
+        if file == last:
+            os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+
+    hub.watched.append(kill)
+    result = scripts.run(NOTED, tmp_path / "pid", "pull", "acme/again", "--fast", "--overwrite")
+    assert result.returncode == -signal.SIGKILL
+    hub.watched.clear()
+    listed = json.loads(scripts.run(MAIN, "list", "--json").stdout)
+    assert [(model["name"], model["complete"]) for model in listed] == [("acme/again:4bit", True)]
+    assert {name: data for name, data in tree(folder).items() if not name.startswith("download/")} == before
+    hub.asked.clear()
+    result = scripts.run(MAIN, "pull", "acme/again", "--fast", "--overwrite")
+    assert result.returncode == 0, result.stderr
+    assert hub.asked
+    assert not [path for path in hub.asked if "/main" in path]
+    assert tree(folder) == converted("acme/again", small, tmp_path, fast=True)
+    assert [path.name for path in folder.parent.iterdir()] == ["4bit"]
 
 
 # faults

@@ -21,7 +21,7 @@ from terminals import Terminal
 import moetier
 from moetier.runtime.pulled import checkpoint_or_model, model_directory, models_folder, name_of, pulled
 from moetier.tiers.errors import IncompleteStoreError, StoreFormatError
-from moetier.tiers.store.folder import GROUP, METADATA, PLAN, read_manifest
+from moetier.tiers.store.folder import GROUP, METADATA, PLAN, beside, read_manifest
 from moetier.tools.cli.parser import directory, file_or_address, walk
 from moetier.tools.convert.files import disk_bytes
 from moetier.tools.main import build_parser, main
@@ -215,6 +215,7 @@ def test_what_it_takes_is_said_while_files_come_and_go(tmp_path: Path) -> None:
 
 FINISHED = """
 import os, sys
+from moetier.tools.convert.files import beside
 from moetier.tools.main import main
 def hook(event, arguments):
     if event == 'open' and str(arguments[0]).endswith('plan.json') and os.path.exists(arguments[0]):
@@ -347,9 +348,28 @@ def test_rm_refuses_what_a_conversion_has_locked(models: Path, capsys: pytest.Ca
     assert main(["rm", "acme/a"]) == 0
 
 
+def test_rm_removes_what_would_replace_the_model_too(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Unless a conversion is writing it."""
+    place(models, "acme/a:4bit")
+    new = beside(models / "acme--a" / "4bit") / GROUP
+    new.mkdir(parents=True)
+    assert list(pulled()) == ["acme/a:4bit"]
+    lock = os.open(new, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert main(["rm", "acme/a"]) == 1
+    finally:
+        os.close(lock)
+    assert "a conversion is writing into it" in capsys.readouterr().err
+    assert list(pulled()) == ["acme/a:4bit"]
+    assert main(["rm", "acme/a"]) == 0
+    assert not (models / "acme--a").exists()
+
+
 REMOVED = """
 import json, shutil
 from moetier.runtime.pulled import models_folder, pulled
+from moetier.tools.convert.files import beside
 from moetier.tools.main import main
 old, folder = sys.argv[1], models_folder() / 'acme--a' / '4bit'
 

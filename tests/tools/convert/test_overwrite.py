@@ -1,24 +1,246 @@
-"""--overwrite is killed while it removes files. It resumes, and no reader takes what is left for a model."""
+"""--overwrite and --replace-first: killed at any step, without room, and with a source that can't be converted."""
 
 from __future__ import annotations
 
 import fcntl
 import json
+import mmap
 import os
 import shutil
 from pathlib import Path
 
 import pytest
-from checkpoints import save_checkpoint, tree
+import torch
+from checkpoints import edit_tensors, save_checkpoint, tree
+from comparison import smallest_ram
 from faults import mounted
 from prepared import Prepared
 from removals import IN_CHILD
 
-from moetier.tiers.errors import DiskSpaceError, TargetError, TargetExistsError
-from moetier.tiers.layout import PAGE, Bits
-from moetier.tiers.store.folder import GROUP
+import moetier
+from moetier.tiers.errors import CheckpointError, DiskSpaceError, StoreFormatError, TargetError, TargetExistsError
+from moetier.tiers.layout import PAGE, Bits, ExpertKey
+from moetier.tiers.store.folder import GROUP, beside
+from moetier.tiers.store.mirror import read_mirrors
+from moetier.tiers.store.reader import ExpertStore
+from moetier.tiers.store.trunk import check_trunk
 from moetier.tools.convert.convert import convert
+from moetier.tools.convert.mirror import make_mirror
 from moetier.tools.convert.target import SLACK_BYTES
+
+REPLACING = """
+import json, os, shutil, signal, sys
+from pathlib import Path
+import moetier.tools.convert.conversion, transformers.models.mixtral.modeling_mixtral
+from moetier.tools.convert.convert import convert
+source, old, work, every = sys.argv[1:]
+CHANGES = ("os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.truncate")
+
+def replaced(folder, kill_at=None):
+    'Exit status, and what was changed below the folder; killed before the change of a number.'
+    receive, send = os.pipe()
+    if not (pid := os.fork()):
+        os.close(receive)
+        changes = []
+        def hook(event, arguments):
+            writes = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+            if (writes or event in CHANGES) and any(str(each).startswith(str(folder)) for each in arguments):
+                changes.append(f"{event} {arguments[:2]}")
+                if len(changes) == kill_at: os.kill(os.getpid(), signal.SIGKILL)
+        sys.addaudithook(hook)
+        convert(source, folder / "dst", fast=True, overwrite=True)
+        with open(send, "w") as stream: json.dump(changes, stream)
+        os._exit(0)
+    os.close(send)
+    with open(receive) as stream: said = stream.read()
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), json.loads(said) if said else None
+
+def fresh(name):
+    shutil.copytree(old, (folder := Path(work, str(name))) / "dst")
+    return folder
+
+_, changes = replaced(fresh("count"))
+first = next(number for number, change in enumerate(changes, 1) if "replaced~" in change)
+steps = sorted({*range(1, first, int(every)), *range(first, len(changes) + 1)})
+print(json.dumps([first, steps]))
+for step in steps:
+    died, _ = replaced(folder := fresh(step), step)
+    shutil.copytree(folder, f"{folder}-killed")
+    again, _ = replaced(folder)
+    print(json.dumps([step, died, again]))
+"""
+
+
+# the kernel then refuses renameat2, as some file systems do; Python's own renames are other system calls
+WITHOUT_EXCHANGE = """
+import ctypes, platform, struct
+number = {"x86_64": 316, "aarch64": 276}[platform.machine()]
+rules = [(0x20, 0, 0, 0), (0x15, 0, 1, number), (0x06, 0, 0, 0x50000 | 22), (0x06, 0, 0, 0x7FFF0000)]
+code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *rule) for rule in rules))
+class Filter(ctypes.Structure): _fields_ = [("length", ctypes.c_ushort), ("rules", ctypes.c_void_p)]
+libc = ctypes.CDLL(None)
+assert libc.prctl(38, 1, 0, 0, 0) == 0  # PR_SET_NO_NEW_PRIVS
+assert libc.prctl(22, 2, ctypes.byref(Filter(len(rules), ctypes.addressof(code))), 0, 0) == 0  # PR_SET_SECCOMP
+"""
+
+
+def opened(folder: Path) -> str:
+    """The digest of a model directory, all of which is read: experts, trunk and config."""
+    with ExpertStore.open(folder) as store:
+        check_trunk(folder, store.manifest)
+        bits = json.loads((folder / "config.json").read_bytes())["quantization_config"]["bits"]
+        assert bits == store.manifest.bits
+        for block, entry in enumerate(store.manifest.blocks):
+            slot = memoryview(mmap.mmap(-1, store.layout(block).slot_bytes))
+            for expert in range(entry.experts):
+                store.read_into(ExpertKey(block, expert), slot)
+        return store.manifest.digest
+
+
+def check_killed(tmp_path: Path, lines: list[tuple[int, int, int]]) -> None:
+    """The old directory, of 8 bits, held somebody's file too."""
+    old, new = opened(tmp_path / "old"), opened(tmp_path / "new")
+    found = []
+    for step, died, again in lines:
+        assert (died, again) == (-9, 0), step
+        if (killed := tmp_path / "work" / f"{step}-killed" / "dst").exists():
+            found.append(opened(killed))
+        assert {path.name for path in (tmp_path / "work" / str(step)).iterdir()} == {"dst"}, step
+        assert tree(tmp_path / "work" / str(step) / "dst") == tree(tmp_path / "new") | {"notes/a.txt": b"mine"}, step
+    assert {*found} == {old, new}
+    assert found == sorted(found, key=lambda digest: digest == new), "once the new one is in place, it stays there"
+
+
+@pytest.fixture
+def both(tmp_path: Path) -> Path:
+    """A checkpoint; beside it are a model of 8 bits, with somebody's file, and one of 4."""
+    source = save_checkpoint(tmp_path / "src")
+    convert(source, tmp_path / "new", fast=True)
+    convert(source, tmp_path / "old", bits=8, fast=True)
+    (tmp_path / "old" / "notes").mkdir()
+    (tmp_path / "old" / "notes" / "a.txt").write_text("mine")
+    return source
+
+
+@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 9])
+def test_a_replacement_that_is_killed_leaves_the_old_or_the_new_one(
+    scripts: Prepared, both: Path, tmp_path: Path, every: int
+) -> None:
+    result = scripts.run(REPLACING, both, tmp_path / "old", tmp_path / "work", every)
+    assert result.returncode == 0, result.stderr
+    (first, steps), *lines = map(json.loads, result.stdout.splitlines())
+    assert first > 20
+    assert [step for step, _, _ in lines] == steps
+    assert all((tmp_path / "work" / f"{step}-killed" / "dst").exists() for step in steps)
+    check_killed(tmp_path, lines)
+
+
+def test_where_names_can_not_be_exchanged_it_goes_on_too(scripts: Prepared, both: Path, tmp_path: Path) -> None:
+    """Killed between two renames it leaves no model in its place, but both beside it."""
+    result = scripts.run(WITHOUT_EXCHANGE + REPLACING, both, tmp_path / "old", tmp_path / "work", "1000")
+    assert result.returncode == 0, result.stderr
+    (_, steps), *lines = map(json.loads, result.stdout.splitlines())
+    (gone,) = [path for step in steps if not (path := tmp_path / "work" / f"{step}-killed" / "dst").exists()]
+    with pytest.raises(StoreFormatError, match="its replacement was interrupted") as caught:
+        ExpertStore.open(gone)
+    assert caught.value.fix == f"Put the new model in its place: mv '{gone}~new' {gone}"
+    check_killed(tmp_path, lines)
+
+
+def test_a_source_that_can_not_be_converted_leaves_the_old_one(tmp_path: Path) -> None:
+    """Its last block has a NaN. What was begun does not stay when another source is converted."""
+    source = save_checkpoint(tmp_path / "src", shards=1)
+    convert(source, tmp_path / "dst", bits=8, fast=True)
+    old = tree(tmp_path / "dst")
+    broken = Path(shutil.copytree(source, tmp_path / "broken" / "src"))
+
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        last = max(name for name in tensors if ".experts." in name)
+        tensors[last].view(-1)[-1] = torch.nan
+
+    edit_tensors(broken, spoil)
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match="are not finite numbers"):
+            convert(broken, tmp_path / "dst", fast=True, overwrite=True)
+        assert tree(tmp_path / "dst") == old
+    begun = tree(beside(tmp_path / "dst"))
+    assert any("/c/0/0/0" in name for name in begun), "the first block is complete"
+    assert convert(source, tmp_path / "dst", bits=8, fast=True).was_complete
+    assert not convert(source, tmp_path / "dst", fast=True, overwrite=True).resumed_blocks
+    convert(source, tmp_path / "new", fast=True)
+    assert tree(tmp_path / "dst") == tree(tmp_path / "new")
+    assert not beside(tmp_path / "dst").exists()
+
+
+def test_a_model_that_is_loaded_goes_on(both: Path, tmp_path: Path) -> None:
+    """Its experts do not fit into its memory, so it still reads the old ones."""
+    tokens = torch.tensor([[5, 6, 7, 8]])
+    model, _ = moetier.load(tmp_path / "old", daemon=None, ram=smallest_ram(tmp_path / "old"))
+    with model.tiers, torch.inference_mode():
+        before = model(tokens).logits
+        convert(both, tmp_path / "old", fast=True, overwrite=True)
+        misses = model.tiers.snapshot()["host"]["misses"]
+        assert torch.equal(model(tokens).logits, before)
+        assert model.tiers.snapshot()["host"]["misses"] > misses
+    assert opened(tmp_path / "old") == opened(tmp_path / "new")
+
+
+def test_another_model_beside_it_is_not_touched(both: Path, tmp_path: Path) -> None:
+    shutil.copytree(tmp_path / "new", beside(tmp_path / "old"))
+    before = tree(tmp_path)
+    with pytest.raises(TargetExistsError, match="old~new holds a model"):
+        convert(both, tmp_path / "old", fast=True, overwrite=True)
+    assert tree(tmp_path) == before
+
+
+def test_through_a_link_the_model_is_replaced_and_not_the_link(both: Path, tmp_path: Path) -> None:
+    (link := tmp_path / "link").symlink_to(tmp_path / "old")
+    convert(both, link, fast=True, overwrite=True)
+    assert link.is_symlink()
+    assert opened(tmp_path / "old") == opened(tmp_path / "new")
+
+
+def test_what_can_not_be_exchanged_is_said_before(both: Path, tmp_path: Path) -> None:
+    """The root of a file system, and a store that is a link to another disk."""
+    shutil.move(tmp_path / "old" / GROUP, tmp_path / "store")
+    (tmp_path / "old" / GROUP).symlink_to(tmp_path / "store")
+    with mounted("tmpfs", tmp_path / "disk", "size=64m") as disk:
+        shutil.copytree(tmp_path / "new", disk, dirs_exist_ok=True)
+        for folder, bits, said in ((disk, 8, "is the root of a file system"), (tmp_path / "old", 4, "is a link")):
+            before = tree(folder)
+            with pytest.raises(TargetError, match=said) as caught:
+                convert(both, folder, bits=bits, fast=True, overwrite=True)
+            assert "--replace-first" in caught.value.fix
+            assert tree(folder) == before
+            convert(both, folder, bits=bits, fast=True, replace_first=True)
+            with ExpertStore.open(folder) as store:
+                assert store.manifest.bits == bits
+    assert (tmp_path / "old" / GROUP).is_symlink()
+
+
+def test_mirrors_stay_with_their_records(both: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A model that is made again keeps its mirror. That of another model is named, or replaced if it is asked for."""
+    dst, mirror = tmp_path / "old", tmp_path / "mirror"
+    make_mirror(dst, mirror)
+    old = tree(mirror)
+    convert(both, dst, bits=8, fast=True, overwrite=True, quiet=False)
+    assert read_mirrors(dst) == [mirror]
+    assert "mirror of the old model" not in capfd.readouterr().err
+    convert(both, dst, fast=True, overwrite=True, quiet=False)
+    assert f"{mirror}: mirror of the old model, which is not removed\n" in capfd.readouterr().err
+    assert (read_mirrors(dst), tree(mirror)) == ([], old)
+    with pytest.raises(TargetExistsError, match="another model"):
+        convert(both, dst, fast=True, mirror=mirror)
+    convert(both, dst, fast=True, mirror=mirror, overwrite=True)
+    assert read_mirrors(dst) == [mirror]
+    with ExpertStore.open(mirror) as store:
+        assert store.manifest.digest == opened(dst)
+    before = tree(tmp_path / "new")
+    convert(both, dst, bits=8, fast=True, overwrite=True)
+    with pytest.raises(TargetExistsError, match="another model"):  # a whole model, and not only a mirror
+        convert(both, dst, bits=8, fast=True, mirror=tmp_path / "new", overwrite=True)
+    assert tree(tmp_path / "new") == before
+
 
 KILLED = """
 import json, shutil
@@ -28,11 +250,11 @@ from moetier.tiers.errors import TargetExistsError
 from moetier.tools.convert.convert import convert
 source, old, work, every = sys.argv[1:]
 
-def converted(target, kill_at=None, overwrite=True):
+def converted(target, kill_at=None, replace_first=True):
     'Counts what is removed before anything is made.'
     def converting():
         try:
-            convert(source, target, fast=True, overwrite=overwrite)
+            convert(source, target, fast=True, replace_first=replace_first)
         except TargetExistsError as error:
             return 3 if '--overwrite' in error.fix else 4
         return 0
@@ -46,7 +268,7 @@ print(steps)
 for step in range(1, steps + 1, int(every)):
     target = copy(str(step))
     died, _ = converted(target, step)
-    plainly, _ = converted(shutil.copytree(target, Path(work) / f'{step}-plain'), overwrite=False)
+    plainly, _ = converted(shutil.copytree(target, Path(work) / f'{step}-plain'), replace_first=False)
     again, _ = converted(target)
     print(json.dumps([step, died, plainly, again]))
 """
@@ -128,19 +350,25 @@ def test_where_the_new_one_does_not_fit_the_old_one_stays(tmp_path: Path, bits: 
     with mounted("tmpfs", tmp_path / "disk", f"size={room + (1 << 16)}") as disk:
         dst = Path(shutil.copytree(tmp_path / "old", disk / "dst"))
 
-        def is_refused() -> None:
-            with pytest.raises(DiskSpaceError, match=r"are free once the old conversion is removed\.") as caught:
-                convert(source, dst, bits=16, overwrite=True)
+        def is_refused(said: str, **how: bool) -> str:
+            with pytest.raises(DiskSpaceError, match=said) as caught:
+                convert(source, dst, bits=16, **how)
             assert str(dst) in caught.value.cause
             assert tree(dst) == old
+            return caught.value.fix
 
         (disk / "ballast").write_bytes(bytes(1 << 18))
-        is_refused()
+        for option in ("overwrite", "replace_first"):
+            is_refused(r"are free once the old conversion is removed\.", **{option: True})
         (disk / "ballast").unlink()
         (links := disk / "links").mkdir()
         for number, shard in enumerate((dst / GROUP).glob("*/c/*/0/0")):
             os.link(shard, links / str(number))
-        is_refused()
+        is_refused(r"are free once the old conversion is removed\.", replace_first=True)
         shutil.rmtree(links)
-        convert(source, dst, bits=16, overwrite=True)
+        fix = is_refused("the disk has no room for both", overwrite=True)
+        assert "--replace-first" in fix
+        assert "it is lost then" in fix
+        assert not beside(dst).exists()
+        convert(source, dst, bits=16, replace_first=True)
         assert tree(dst) == new

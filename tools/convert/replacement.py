@@ -1,0 +1,211 @@
+"""Replace a complete model directory: the new model is made beside the old one, and then takes its place.
+
+The new model is made in the folder NAME~new. When it is complete, both folders exchange their names in one step. The
+old one becomes the folder REPLACED in the new one, gives back the files that moetier did not write, and is removed. So
+a process that dies at any moment leaves the old or the new model in place, and the next conversion finishes or resumes
+what it began. A process that has files of the old model open can still read them.
+
+The folder REPLACED, which is made before the exchange, shows that the names were exchanged. Until the end the new model
+has the journal of its conversion, which shows that moetier made it.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from moetier.tiers.errors import DiskSpaceError, StoreError, TargetError, TargetExistsError
+from moetier.tiers.store.atomic import exchange, rename_durably, sync_folder, write_durably
+from moetier.tiers.store.folder import GROUP, JOURNAL, METADATA, MIRRORS, REPLACED, beside, read_manifest
+from moetier.tiers.store.mirror import read_mirrors
+
+from .conversion import Conversion, ConversionReport
+from .files import delete, locked
+from .target import files_of_users, is_ours, remove
+
+FIRST = (
+    "Give --replace-first to remove the old model before the new one is made: it is lost then, even if the conversion "
+    "fails."
+)
+
+
+def has_manifest(folder: Path) -> bool:
+    """Return whether a folder has a store's manifest, which is written last, so that the model may be complete."""
+    return (folder / GROUP / METADATA).exists()
+
+
+def settle(folder: Path) -> bool:
+    """Finish a replacement of the model in ``folder`` whose new model was complete when its process died.
+
+    Return whether the new model is in place thereby. Raises TargetError if another process is at it.
+    """
+    place, new = folder.resolve(), beside(folder)
+    old = place / REPLACED
+    if not place.exists() and is_ours(new / REPLACED):
+        with locked(str(folder), new):
+            rename_durably(new, place)
+    if not old.is_dir():
+        return False
+    with locked(str(folder), place):
+        if is_ours(new) and not any(old.iterdir()):
+            rename_durably(new, old)
+        _remove_replaced(place)
+    return True
+
+
+def _remove_replaced(place: Path) -> None:
+    """Remove the old model of the model directory ``place``. Its other files move into ``place``."""
+    old = place / REPLACED
+    for path in files_of_users(old):
+        goal = place / path.relative_to(old)
+        if not os.path.lexists(goal):
+            goal.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(goal)
+    if is_ours(old):
+        remove(old)
+        delete(old / GROUP)
+    for path in sorted((path for path in old.rglob("*") if path.is_dir() and not path.is_symlink()), reverse=True):
+        if not any(path.iterdir()):
+            path.rmdir()
+    if not any(old.iterdir()):
+        old.rmdir()
+    sync_folder(place)
+
+
+def discard(folder: Path) -> None:
+    """Remove what an unfinished replacement of the model in ``folder`` has left beside it.
+
+    Raises TargetError if a conversion is writing into it.
+    """
+    new = beside(folder)
+    if is_ours(new) and ((new / JOURNAL).exists() or not has_manifest(new)):
+        remove(new)
+        delete(new)
+
+
+def check_replaceable(folder: Path) -> None:
+    """Raise TargetError if ``folder`` can't exchange its name with one beside it, or if a conversion writes into it."""
+    place = folder.resolve()
+    reason = None
+    if place.stat().st_dev != place.parent.stat().st_dev:
+        reason = "it is the root of a file system"
+    elif (place / GROUP).is_symlink():
+        reason = f"its {GROUP} is a link"
+    elif not os.access(place.parent, os.W_OK | os.X_OK):
+        reason = f"{place.parent} can't be written"
+    if reason:
+        raise TargetError(f"{folder} can't be replaced in one step, as {reason}.", FIRST)
+    with locked(str(folder), folder):
+        pass
+
+
+def replace_model(conversion: Conversion) -> ConversionReport:
+    """Make the model of ``conversion`` beside the complete one in its target folder, and let it take its place.
+
+    Resume what an earlier run began, if it had the same plan. Raises CheckpointError or TargetError; the old model is
+    then still in place.
+    """
+    folder, new = conversion.target.folder, beside(conversion.target.folder)
+    check_replaceable(folder)
+    making = replace(
+        conversion,
+        target=replace(conversion.target, folder=new),
+        command=[*conversion.command, "--overwrite"],
+    )
+    if has_manifest(new) and not (new / JOURNAL).exists():
+        raise TargetExistsError(f"{new} holds a model.", f"Move it elsewhere: the model for {folder} is made there.")
+    try:
+        complete = making.target.is_complete()
+    except TargetExistsError:
+        if not is_ours(new):
+            raise
+        remove(new)  # it was begun with another plan
+        complete = False
+    if complete:
+        report = making.report(making.target.read_journal(), seconds=0.0, resumed_blocks=len(making.target.plan.blocks))
+    else:
+        _check_room(conversion, making)
+        for line in making.announce():
+            conversion.say(line)
+        conversion.say(f"{folder} stays as it is until the new model is complete")
+        report = making.make()
+    mirrors = _keep_mirrors(folder, new)
+    _take_place(new, folder)
+    conversion.target.tidy()
+    for mirror in mirrors:
+        conversion.say(mirror_of_old(mirror))
+    return replace(report, target=str(folder))
+
+
+def _check_room(conversion: Conversion, making: Conversion) -> None:
+    """Raise DiskSpaceError if there is no room for the new model beside the old one."""
+    try:
+        making.check_disks()
+    except DiskSpaceError as error:
+        conversion.check_disks(replacing=True)
+        raise DiskSpaceError(
+            f"The old model stays until the new one is complete, and the disk has no room for both: {error.cause}",
+            f"Free some space. Or g{FIRST[1:]}",
+        ) from error
+
+
+def mirror_of_old(mirror: Path) -> str:
+    """Return the sentence that says that a mirror is no longer used."""
+    return f"{mirror}: mirror of the old model, which is not removed"
+
+
+def mirrors_of(folder: Path) -> list[Path]:
+    """Return the folders of a model's mirrors that exist; [] if they can't be read."""
+    try:
+        return [mirror for mirror in read_mirrors(folder) if mirror.exists()]
+    except StoreError:
+        return []
+
+
+def _keep_mirrors(folder: Path, new: Path) -> list[Path]:
+    """Give the mirrors of the old model to the new one if it has the same records; else return their folders."""
+    if not (mirrors := mirrors_of(folder)):
+        return []
+    try:
+        same = read_manifest(folder / GROUP).digest == read_manifest(new / GROUP).digest
+    except StoreError:
+        same = False
+    if not same:
+        return mirrors
+    write_durably(new / MIRRORS, (folder / MIRRORS).read_bytes())
+    return []
+
+
+def _take_place(new: Path, folder: Path) -> None:
+    """Let the complete model in ``new`` take the place of the one in ``folder``, which is removed.
+
+    Raises TargetError if that is not possible. Both are then as they were.
+    """
+    place = folder.resolve()
+    if not place.exists():  # it was removed meanwhile
+        rename_durably(new, place)
+        return
+    with locked(str(folder), folder), locked(str(new), new):
+        try:
+            (new / REPLACED).mkdir(exist_ok=True)
+            sync_folder(new)
+            if not exchange(new, place):
+                _rename_both(new, place)
+        except OSError as error:
+            raise TargetError(
+                f"The new model in {new} is complete, but can't take the place of {folder} ({error.strerror}).", FIRST
+            ) from error
+    settle(folder)
+
+
+def _rename_both(new: Path, place: Path) -> None:
+    """Rename ``place``, then ``new``, where a file system can't exchange names. Between both, no model is in place."""
+    place.rename(new / REPLACED)
+    try:
+        new.rename(place)
+    except OSError:
+        (new / REPLACED).rename(place)
+        raise
+    sync_folder(place)
+    sync_folder(place.parent)
