@@ -5,16 +5,32 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from moetier.tiers.errors import BudgetError, ConfigError
 from moetier.tiers.layout import RecordLayout
 from moetier.tiers.quant.codec import decode, sections
 
 FLOATS = frozenset({torch.float32, torch.bfloat16})  # types of numbers that compiled kernels read and write
+CPU = torch.device("cpu")  # where they write. Without it, torch's default device would be used
+_ORDINARY = frozenset({Tensor, nn.Parameter})
+
+
+def is_readable(x: Any) -> bool:
+    """Return whether compiled code can take x from a module: an ordinary tensor on a CPU, one number after the other.
+
+    Subclasses of Tensor have operations of their own, and some have no memory.
+    """
+    return type(x) in _ORDINARY and x.is_cpu and x.is_contiguous()
+
+
+def has_memory(x: Tensor) -> bool:
+    """Return whether the numbers of a tensor are in memory of a CPU. Some subclasses have none, such as FakeTensor."""
+    return x.is_cpu and type(x).__torch_dispatch__ is Tensor.__torch_dispatch__
 
 
 def moved_error(where: torch.device, device: torch.device) -> ConfigError:

@@ -27,7 +27,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
-from .api import FLOATS
+from .api import CPU, FLOATS, has_memory
 from .attention_code import PIECE, attention_kernel, scratch_numbers
 from .emitter import LANES
 from .team import Scratch, threads_for
@@ -202,12 +202,12 @@ def _attend(
     """Compute ``decode_attention`` with ``sinks`` [heads]. Return None for inputs that compiled code does not take."""
     if torch.is_grad_enabled() or not _fits(query, key, value, mask):
         return None
-    if sinks is not None and (sinks.dtype, sinks.shape) != (query.dtype, query.shape[1:2]):
+    if sinks is not None and not (has_memory(sinks) and (sinks.dtype, sinks.shape) == (query.dtype, query.shape[1:2])):
         return None
     batch, heads, _, width = query.shape
     key_heads, length, values = key.shape[1], key.shape[2], value.shape[3]
     query, sinks = query.contiguous(), None if sinks is None else sinks.contiguous()
-    out = torch.empty((batch, 1, heads, values), dtype=query.dtype)
+    out = torch.empty((batch, 1, heads, values), dtype=query.dtype, device=CPU)
     added = None if mask is None else _added(mask, batch)
     share, groups, pieces = heads // key_heads, batch * key_heads, -(-length // PIECE)
     items = groups * pieces
@@ -231,7 +231,8 @@ def _fits(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> boo
         query.shape[2] == 1
         and query.shape[3] == key.shape[3]
         and key.shape[1:3] == value.shape[1:3]
-        and query.device.type == "cpu"
+        and type(query) is type(key) is type(value) is Tensor
+        and (query.is_cpu and key.is_cpu and value.is_cpu)
         and query.dtype == key.dtype == value.dtype
         and query.dtype in FLOATS
         and query.shape[3] % LANES == value.shape[3] % LANES == 0
@@ -239,7 +240,21 @@ def _fits(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> boo
         and query.shape[0] == key.shape[0] == value.shape[0]
         and key.stride(3) == value.stride(3) == 1
         and key.shape[2] > 0
-        and (mask is None or (mask.dim() == 4 and mask.shape[1:] == (1, 1, key.shape[2])))
+        and (mask is None or _is_row_of(mask, key, query.dtype))
+    )
+
+
+def _is_row_of(mask: Tensor, key: Tensor, dtype: torch.dtype) -> bool:
+    """Return whether a mask is one that SDPA takes for one token and queries of ``dtype``, the same for all heads.
+
+    ``key`` is [batch, key heads, length, width].
+    """
+    return (
+        has_memory(mask)
+        and mask.dtype in (torch.bool, torch.float32, dtype)
+        and mask.dim() == 4
+        and mask.shape[0] in (1, key.shape[0])
+        and mask.shape[1:] == (1, 1, key.shape[2])
     )
 
 
@@ -247,6 +262,7 @@ def _added(mask: Tensor, batch: int) -> Tensor:
     """Convert a mask to fp32 [batch, length rounded up to LANES], to be added to scores."""
     found = mask[:, 0, 0]
     if mask.dtype == torch.bool:
-        found = torch.zeros(found.shape).masked_fill_(~found, torch.finfo(torch.float32).min)
+        lowest = torch.finfo(torch.float32).min
+        found = torch.zeros(found.shape, dtype=torch.float32, device=CPU).masked_fill_(~found, lowest)
     found = F.pad(found.float(), (0, -found.shape[1] % LANES))
     return found.expand(batch, -1).contiguous()

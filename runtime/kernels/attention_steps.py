@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache
 
 from . import attention_code as attend
 from . import heads
-from .api import FLOATS
+from .api import CPU, FLOATS, is_readable
 from .attention import NAME, SINKS, WITH_SINKS, asks_more, decode_attention
 from .attention_code import attention_kernel
 from .emitter import LANES
@@ -109,11 +109,10 @@ def token_of(
 
 def _fits(form: Form, x: Tensor, cos: Tensor, sin: Tensor) -> bool:
     return (
-        x.dtype in FLOATS
+        (is_readable(x) and is_readable(cos) and is_readable(sin))
+        and x.dtype in FLOATS
         and x.dtype == cos.dtype == sin.dtype
-        and cos.numel() == sin.numel() == form.angles
-        and (x.is_cpu and cos.is_cpu and sin.is_cpu)
-        and (x.is_contiguous() and cos.is_contiguous() and sin.is_contiguous())
+        and cos.shape == sin.shape == (1, 1, form.angles)
     )
 
 
@@ -121,8 +120,11 @@ def _layer_of(cache: Any, number: int) -> GrowingLayer | GrowingWindow | None:
     """Return layer ``number`` of a cache if nothing but the layer has to be updated; else None."""
     if getattr(type(cache), "update", None) is not Cache.update or cache.offloading or number >= len(cache.layers):
         return None
-    layer = cache.layers[number]
-    return layer if type(layer) in (GrowingLayer, GrowingWindow) else None
+    layer: Any = cache.layers[number]
+    if type(layer) not in (GrowingLayer, GrowingWindow) or "update" in vars(layer) or "update" in vars(cache):
+        return None
+    found: GrowingLayer | GrowingWindow = layer
+    return found
 
 
 class AttentionSteps:
@@ -138,14 +140,19 @@ class AttentionSteps:
         matrices, biases = [*map(_matrix_of, linears)], [linear._parameters.get("bias") for linear in linears]
         norms = [part for name in NORMS if (part := module._modules.get(name)) is not None]
         sinks = module._parameters[SINKS] if form.has_sinks else None
-        vectors = [each for each in (*biases, *(norm.weight for norm in norms), sinks) if each is not None]
         if any(matrix is None or not matrix.fits(dtype) for matrix in matrices) or _norm_of(norms) != form.norm:
             return None
         hidden, (q, k, v, attended) = matrices[0].columns, form.rows  # type: ignore[union-attr]
         shapes = [(q, hidden), (k, hidden), (v, hidden), (hidden, attended)]
         if [(matrix.rows, matrix.columns) for matrix in matrices] != shapes:  # type: ignore[union-attr]
             return None
-        if any(each.dtype != dtype or not each.is_contiguous() or not each.is_cpu for each in vectors):
+        weights = [norm.weight for norm in norms]
+        vectors = [(bias, rows) for bias, (rows, _) in zip(biases, shapes, strict=True) if bias is not None]
+        vectors += [(weight, weight.numel()) for weight in weights] + [(sinks, form.heads)] * form.has_sinks
+        if any(not is_readable(each) or (each.dtype, each.shape) != (dtype, (size,)) for each, size in vectors):
+            return None
+        covered = [(len(weight), rows) for weight, rows in zip(weights, (q, k), strict=False)]
+        if any(not size or size % LANES or rows % size for size, rows in covered):
             return None
         return cls(form, dtype, threads, matrices, biases, norms, sinks)  # type: ignore[arg-type] # no matrix is None
 
@@ -163,7 +170,7 @@ class AttentionSteps:
         self._room: Room | None = None
         self.columns, self._output = matrices[0].columns, matrices[3]
         count, key_count, width, values = form[:4]
-        self._memory = [torch.empty(size, dtype=dtype) for size in form.rows]
+        self._memory = [torch.empty(size, dtype=dtype, device=CPU) for size in form.rows]
         q, k, v, attended = (part.data_ptr() for part in self._memory)
         self._first, self._last = (
             ProductSteps(matrices[part], dtype, biases[part]) for part in (slice(3), slice(3, 4))

@@ -17,7 +17,7 @@ from torch import Tensor
 from moetier.tiers.layout import RecordLayout
 from moetier.tiers.source import Residents
 
-from .api import FLOATS
+from .api import CPU, FLOATS
 from .expert_code import ADD_UP, FIND, PROVE, Activation, adding_module, find_module, prove_module
 from .expert_products import ExpertProducts, compiled
 from .gemm import JOB
@@ -69,7 +69,7 @@ class ExpertKernels(ExpertProducts):
         Weights are fp32 or bf16. Returns [tokens, hidden] in the type of the outputs.
         """
         tokens, top_k = weights.shape
-        out = torch.empty((tokens, outputs.shape[1]), dtype=self.dtype)
+        out = torch.empty((tokens, outputs.shape[1]), dtype=self.dtype, device=CPU)
         step = self._adding(weights.dtype, tokens, top_k, outputs.data_ptr(), threads_for(outputs.numel()))
         step.context[WEIGHTS], step.context[SUMS] = weights.data_ptr(), out.data_ptr()
         run_all([step])

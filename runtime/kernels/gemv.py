@@ -11,7 +11,7 @@ import torch
 from llvmlite import ir
 from torch import Tensor
 
-from .api import FLOATS
+from .api import FLOATS, has_memory, is_readable
 from .emitter import F32, I32, LANES, POINTER, Emitter, new_module, once, vector
 from .jit import refusal, this_processor
 from .team import Kernel, Step, compile_kernel, is_small, threads_for
@@ -26,7 +26,7 @@ X, W, Y = 2, 5, 6  # indices of the addresses in a context
 
 def lies_in_rows(weight: Tensor) -> bool:
     """Return whether ``weight`` is in memory as the compiled code reads it: [rows, columns], row after row."""
-    return weight.dim() == 2 and weight.shape[1] % LANES == 0 and weight.is_cpu and weight.is_contiguous()
+    return weight.dim() == 2 and weight.shape[1] % LANES == 0 and has_memory(weight) and weight.is_contiguous()
 
 
 def gemv_step(weight: Tensor, given: torch.dtype, made: torch.dtype | None = None) -> Step:
@@ -62,7 +62,7 @@ class Scores:
         results.
         """
         weight = self._weight
-        if x.dtype not in FLOATS or not x.is_cpu or not x.is_contiguous() or x.numel() != weight.shape[1]:
+        if not is_readable(x) or x.dtype not in FLOATS or x.numel() != weight.shape[1]:
             return None
         kernel, context, threads, _ = gemv_step(weight, x.dtype)
         context[X], context[W], context[Y] = x.data_ptr(), weight.data_ptr(), self._found.buffer_info()[0]

@@ -14,6 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from .api import is_readable
+
 TOKENS = 256  # memory is allocated for a multiple of this many tokens
 
 
@@ -118,6 +120,23 @@ class _InPlace(DynamicLayer):
         self._views = vars(self)["keys"], vars(self)["values"] = keys, values
         self._is_longer = False
 
+    def _joins(self, key_states: Tensor, value_states: Tensor) -> bool:
+        """Return whether ``_append`` may join tokens [batch, heads, tokens, width] to those that the layer has.
+
+        Those may be a user's. torch refuses others, or changes the type of all.
+        """
+        pairs = (self.keys, key_states), (self.values, value_states)
+        return all(
+            seen is None
+            or not seen.numel()
+            or (
+                type(seen) is type(more)
+                and (seen.dtype, seen.device) == (more.dtype, more.device)
+                and (seen.shape[:-2], seen.shape[-1]) == (more.shape[:-2], more.shape[-1])
+            )
+            for seen, more in pairs
+        )
+
     def _append(self, key_states: Tensor, value_states: Tensor, spare: int) -> tuple[Tensor, Tensor]:
         """Append keys and values of new tokens [batch, heads, tokens, width]; return those of all tokens.
 
@@ -196,7 +215,7 @@ class GrowingLayer(_InPlace):
 
         These are [batch, heads, length + tokens, width].
         """
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or not self._joins(key_states, value_states):
             return super().update(key_states, value_states, *args, **kwargs)
         return self._append(key_states, value_states, 0)
 
@@ -209,7 +228,8 @@ class GrowingWindow(_InPlace, DynamicSlidingWindowLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append keys and values of new tokens [batch, heads, tokens, width]; return those of the window before too."""
-        if torch.is_grad_enabled() or self.record_past or key_states.shape[-2] > TOKENS:
+        is_usual = not self.record_past and key_states.shape[-2] <= TOKENS
+        if torch.is_grad_enabled() or not is_usual or not self._joins(key_states, value_states):
             return super().update(key_states, value_states, *args, **kwargs)
         self.cumulative_length += key_states.shape[-2]
         return self._append(key_states, value_states, TOKENS // 2)
@@ -231,7 +251,9 @@ _GROWING: dict[Any, Any] = {DynamicLayer: GrowingLayer, DynamicSlidingWindowLaye
 
 
 def _room(keys: Tensor, values: Tensor) -> Room | None:
-    if keys.shape[:2] != values.shape[:2] or keys.shape[0] != 1 or keys.dtype != values.dtype or not keys.is_cpu:
+    if keys.shape[:2] != values.shape[:2] or keys.shape[0] != 1 or keys.dtype != values.dtype:
+        return None
+    if not is_readable(keys) or not is_readable(values):
         return None
     form = (keys.dtype, keys.shape[1], keys.shape[3], values.shape[3])
     return Room(form, (keys.data_ptr(), values.data_ptr()), (*keys.stride()[:3], *values.stride()[:3]))

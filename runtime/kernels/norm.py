@@ -21,7 +21,7 @@ import torch
 from llvmlite import ir
 from torch import Tensor, nn
 
-from .api import FLOATS
+from .api import FLOATS, is_readable
 from .emitter import F32, I32, I64, LANES, POINTER, Emitter, Value, new_module, once, vector
 from .jit import this_processor
 from .team import Kernel, Step, compile_kernel
@@ -55,12 +55,12 @@ class QuickNorm:
     quick_eps: str
     weight: Tensor
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise x [tokens, columns] in its type; it may have other leading dimensions."""
+    def forward(self, *arguments: Any, **named: Any) -> Any:
+        """Normalise x [tokens, columns], the only argument, in its type; it may have other leading dimensions."""
         y = None
-        if not torch.is_grad_enabled():
-            y = rms_norm(x, self.weight, getattr(self, self.quick_eps), self.quick_scale)
-        return super().forward(x) if y is None else y  # type: ignore[misc]
+        if len(arguments) == 1 and not named and not torch.is_grad_enabled():
+            y = rms_norm(arguments[0], self.weight, getattr(self, self.quick_eps), self.quick_scale)
+        return super().forward(*arguments, **named) if y is None else y  # type: ignore[misc]
 
 
 def use_quick_norms(model: nn.Module) -> None:
@@ -80,13 +80,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, scale: Scale) -> Tensor | No
 
     x may have other leading dimensions; the result has its shape.
     """
-    columns = x.shape[-1]
     if (
-        x.dtype != weight.dtype
+        not (is_readable(x) and is_readable(weight))
+        or x.dtype != weight.dtype
         or x.dtype not in FLOATS
-        or weight.shape != (columns,)
-        or columns % LANES
-        or not (x.is_cpu and weight.is_cpu and x.is_contiguous() and weight.is_contiguous())
+        or weight.shape != x.shape[-1:]
+        or (columns := len(weight)) % LANES
     ):
         return None
     y = torch.empty_like(x)
@@ -129,7 +128,7 @@ def _trial(module: Any) -> tuple[Scale, str] | None:
             given = (x.to(dtype), factors.to(dtype), getattr(module, eps))
             twin.__dict__["_parameters"] = {"weight": given[1]}
             try:
-                trials.append((given, twin(given[0])))
+                trials.append((given, twin.forward(given[0])))
             except Exception:  # it needs other arguments: it stays as it is
                 return None
         for scale in Scale:  # each of them has to be compiled

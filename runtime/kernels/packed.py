@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moetier.tiers.layout import RecordLayout
 
-from .api import FLOATS, Kernels
+from .api import CPU, FLOATS, Kernels, has_memory
 from .gemm import GemmPlan, Rounded, multiplies
 from .jit import Processor, this_processor
 from .team import Scratch, Step, run_all, threads_for
@@ -32,11 +32,12 @@ class PackedKernels(Kernels):
     def project(self, x: Tensor, record: Tensor, layout: RecordLayout, name: str, bias: Tensor | None = None) -> Tensor:
         """Multiply as ``Kernels.project`` does, [tokens, columns] -> [tokens, rows], but round x to 8 bits.
 
-        With FP8 weights, x is not rounded. Projections that these kernels can't multiply with are decoded.
+        With FP8 weights, x is not rounded. Projections that these kernels can't multiply with are decoded, as they are
+        for an x without memory.
 
         A row of the result depends only on the same row of x and on the matrix.
         """
-        if not multiplies(layout.projection(name)):
+        if not multiplies(layout.projection(name)) or not has_memory(x):
             return super().project(x, record, layout, name, bias)
         y = self.multiply(x, (record,), (len(x),), layout, name)
         return y if bias is None else y.add_(bias)
@@ -63,7 +64,7 @@ class PackedKernels(Kernels):
         assert own in (total, 1), f"{own} rows of x for {total} rows"
         if not x.is_contiguous():
             x = x.contiguous()
-        y = torch.empty((total, plan.rows), dtype=x.dtype)
+        y = torch.empty((total, plan.rows), dtype=x.dtype, device=CPU)
         jobs: list[int] = []
         first = 0
         for record, count in zip(records, rows, strict=True):

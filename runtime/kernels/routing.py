@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .api import FLOATS
+from .api import CPU, FLOATS, is_readable
 from .gemv import W, X, Y, gemv_step, lies_in_rows
 from .jit import refusal
 from .norm import float_bits
@@ -66,7 +66,7 @@ class Routing:
         return (
             weight.dtype in FLOATS
             and lies_in_rows(weight)
-            and all(each.is_cpu and each.is_contiguous() and each.shape == weight.shape[:1] for each in vectors)
+            and all(is_readable(each) and each.shape == weight.shape[:1] for each in vectors)
             and (bias is None or bias.dtype == product)
             and (correction is not None) == self.form.has_correction
             and (correction is None or correction.dtype in FLOATS)
@@ -81,11 +81,9 @@ class Routing:
         x may have other leading dimensions. Returns None for other inputs.
         """
         with torch._C.DisableTorchFunctionSubclass():
-            if x.numel() != weight.shape[-1] or x.shape[-1] != x.numel() or torch.is_grad_enabled():
+            if not is_readable(x) or x.dtype not in FLOATS or torch.is_grad_enabled():
                 return None
-            if x.dtype not in FLOATS or not x.is_cpu or not x.is_contiguous():
-                return None
-            if not self.fits(weight, bias, correction):
+            if not self.fits(weight, bias, correction) or not x.numel() == x.shape[-1] == weight.shape[1]:
                 return None
             call: _Call | None = getattr(self._local, "call", None)
             added = None if correction is None else correction.dtype
@@ -121,8 +119,8 @@ class RoutingSteps:
         Returns the new tensors that each run fills: logits [1, experts]; weights and experts, [1, top_k] each.
         """
         top_k, dtype = self._form.top_k, self._form.weight_dtype
-        logits = torch.empty((1, len(weight)), dtype=self._product)
-        weights, experts = torch.empty((1, top_k), dtype=dtype), torch.empty((1, top_k), dtype=torch.int64)
+        sizes = (len(weight), self._product), (top_k, dtype), (top_k, torch.int64)
+        logits, weights, experts = (torch.empty((1, size), dtype=kind, device=CPU) for size, kind in sizes)
         product, choice = (step.context for step in self.steps)
         product[X], product[W], product[Y] = x.data_ptr(), weight.data_ptr(), logits.data_ptr()
         choice[LOGITS], choice[WEIGHTS], choice[EXPERTS] = (one.data_ptr() for one in (logits, weights, experts))

@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from llvmlite import ir
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from . import gemm, gemv, rounding
-from .api import FLOATS
+from .api import CPU, FLOATS, is_readable
 from .emitter import LANES, POINTER, Emitter, new_module, once
 from .gemm import GemmPlan, Rounded
 from .gemv import gemv_step, lies_in_rows
@@ -55,10 +56,10 @@ class RowMatrix:
 
         x may have other leading dimensions.
         """
-        if x.numel() != self.columns or x.shape[-1] != self.columns or torch.is_grad_enabled():
+        if x.numel() != self.columns or x.shape[-1] != self.columns or torch.is_grad_enabled() or not is_readable(x):
             return None
         with torch._C.DisableTorchFunctionSubclass():  # attributes of a RowWeight are torch functions
-            if not x.is_cpu or not x.is_contiguous() or not self.fits(x.dtype):
+            if not self.fits(x.dtype):
                 return None
             form = (x.dtype, torch.get_num_threads())
             product: _Product | None = getattr(self._local, "product", None)
@@ -169,7 +170,7 @@ class _Product:
 
     def of(self, matrix: RowMatrix, x: Tensor) -> Tensor:
         """Return the product of x with the matrix."""
-        y = torch.empty((*x.shape[:-1], matrix.rows), dtype=x.dtype)
+        y = torch.empty((*x.shape[:-1], matrix.rows), dtype=x.dtype, device=CPU)
         self._steps.read(x.data_ptr())
         self._steps.write(matrix, y.data_ptr())
         self._program.run()
@@ -189,9 +190,17 @@ class RowWeight(nn.Parameter):
         cls, function: Callable[..., Any], types: Any, arguments: Any = (), named: dict[str, Any] | None = None
     ) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
-            if function is F.linear and not named and (y := _linear(*arguments)) is not None:
+            if len(types) > 1:  # another subclass, which has its operations beside any parameter
+                arguments, named = tree_map_only(RowWeight, _plain, (arguments, named))
+            elif function is F.linear and not named and (y := _linear(*arguments)) is not None:
                 return y
-            return function(*arguments, **(named or {}))
+            else:
+                return function(*arguments, **(named or {}))
+        return function(*arguments, **(named or {}))
+
+
+def _plain(weight: RowWeight) -> Tensor:
+    return weight.as_subclass(Tensor)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
@@ -204,6 +213,8 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | N
     matrix = weight.matrix
     if matrix is None or (matrix.rows, matrix.columns) != weight.shape:
         matrix = weight.matrix = RowMatrix(weight, *weight.shape)
+    if bias is not None and (bias.dtype, bias.shape) != (weight.dtype, weight.shape[:1]):
+        return None
     y = matrix.multiply(x)
     return y if y is None or bias is None else y.add_(bias)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import is_
 from typing import Any, Generic, TypeVar
 
@@ -43,9 +43,8 @@ class Snapshot:
         self._kinds = [*map(type, parts)]
         self._dictionaries, self._names, self._values = zip(*found, strict=True)
         self._tensors = [value for value in self._values if isinstance(value, Tensor)]
-        self._addresses = [tensor.data_ptr() for tensor in self._tensors]
-        hooks = [hooks for part in parts for hooks in (part._forward_hooks, part._forward_pre_hooks)]
-        hooks += [_global_forward_hooks, _global_forward_pre_hooks]
+        self._places = _places(self._tensors)
+        hooks = [*hooks_of(parts), _global_forward_hooks, _global_forward_pre_hooks]
         self._hooks = [each for each in hooks if not any(each is other for other in watched)]
 
     def holds(self, module: Any) -> bool:
@@ -55,7 +54,7 @@ class Snapshot:
             and not self.has_hooks()
             and [*map(type, self._parts)] == self._kinds
             and all(map(is_, map(dict.get, self._dictionaries, self._names), self._values))
-            and [tensor.data_ptr() for tensor in self._tensors] == self._addresses
+            and _places(self._tensors) == self._places
             and self._has_same_attributes(module)
         )
 
@@ -68,6 +67,21 @@ class Snapshot:
     def has_hooks(self) -> bool:
         """Return whether the parts have hooks now."""
         return any(self._hooks)
+
+
+def _places(tensors: Sequence[Tensor]) -> tuple[list[Any], ...]:
+    """Return where tensors lie in memory, and how. ``tensor.data = other`` may change the one or the other."""
+    return [*map(Tensor.data_ptr, tensors)], [*map(Tensor.stride, tensors)], [*map(Tensor.numel, tensors)]
+
+
+def hooks_of(modules: Iterable[Any]) -> list[Mapping[int, Any]]:
+    """Return the dictionaries of the hooks that torch calls before and after each module."""
+    return [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+
+
+def has_global_hooks() -> bool:
+    """Return whether there are hooks that torch calls before or after every module."""
+    return bool(_global_forward_hooks or _global_forward_pre_hooks)
 
 
 class Trials(Generic[Result]):

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moetier.runtime.kernels.api import moved_error
+from moetier.runtime.kernels.api import has_memory, moved_error
 from moetier.tiers.layout import RecordLayout
 from moetier.tiers.quant.codec import sections
 
@@ -72,7 +72,8 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
 def _compute(
     module: Any, here: TieredBlock, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    if (kernels := kernels_of(module, here, hidden_states.dtype)) is not None:
+    kernels = kernels_of(module, here, hidden_states.dtype)
+    if kernels is not None and has_memory(hidden_states) and has_memory(top_k_weights):
         return compute_grouped(kernels, here, hidden_states, top_k_index, top_k_weights)
     work = partial(_eager, module, here, hidden_states, top_k_index, top_k_weights)
     return here.kernels.with_room(work)

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moetier.runtime.kernels.api import FLOATS, Kernels
+from moetier.runtime.kernels.api import CPU, FLOATS, Kernels, is_readable
 from moetier.runtime.kernels.expert_code import Activation
 from moetier.runtime.kernels.expert_kernels import ExpertKernels
 from moetier.runtime.kernels.packed import PackedKernels
-from moetier.runtime.kernels.snapshot import Trials
+from moetier.runtime.kernels.snapshot import Trials, has_global_hooks, hooks_of
 from moetier.tiers.layout import RecordLayout
 from moetier.tiers.source import Lease
 
@@ -40,10 +40,10 @@ def one_token(
         x: [1, hidden] on a CPU.
         experts: [top_k].
         weights: [1, top_k].
-        residual: [1, hidden], in the type of x; it may have more leading dimensions of size 1.
+        residual: [1, hidden] in the type of x; or any other tensor that torch adds to [1, hidden].
 
     Returns:
-        The sum, in the shape of ``residual``, else [1, hidden]; None if the compiled code can't compute these inputs.
+        The sum, or [1, hidden]; None if the compiled code can't compute these inputs.
     """
     here: TieredBlock | None = getattr(module, "tiered", None)
     if here is None or here.device != x.device or weights.dtype not in FLOATS:
@@ -52,7 +52,15 @@ def one_token(
     if kernels is None or kernels.dtype != x.dtype or x.shape[1] != kernels.width:
         return None
     end_open_leases()
-    return _one_token(kernels, here, x, experts, weights, residual)
+    if residual is None or _is_row_like(residual, x):
+        return _one_token(kernels, here, x, experts, weights, residual)
+    y = _one_token(kernels, here, x, experts, weights)
+    return None if y is None else residual + y
+
+
+def _is_row_like(other: Tensor, x: Tensor) -> bool:
+    """Return whether compiled code can add ``other``, which a module has returned, to a row in the form of x [1, K]."""
+    return is_readable(other) and other.dtype == x.dtype and other.numel() == x.numel() == other.shape[-1]
 
 
 def kernels_of(module: Any, here: TieredBlock, dtype: torch.dtype) -> ExpertKernels | None:
@@ -60,7 +68,10 @@ def kernels_of(module: Any, here: TieredBlock, dtype: torch.dtype) -> ExpertKern
 
     Without it, experts are computed one after the other (``experts.py``).
     """
-    kind = (dtype, *module._modules.values())
+    parts = module._modules.values()
+    if has_global_hooks() or any(hooks_of(part for part in parts if part is not None)):
+        return None  # such as hooks on the activation, which compiled code does not call
+    kind = (dtype, *parts)
     if (trials := here.compiled.get(kind)) is None:
         trials = here.compiled.setdefault(kind, Trials())
     return trials.result(module, partial(_compile, module, here, dtype))
@@ -124,10 +135,10 @@ def _one_token(
             return out
         here.source.take_back_uses(here.block, experts)
         here = replace(here, demanded=None)  # it was called already
-    if max(experts) >= kernels.experts:
+    if max(experts) >= kernels.experts or min(experts) < 0:
         return None
     places = {expert: place for place, expert in enumerate(experts)}
-    outputs = torch.empty(len(experts), x.shape[1], dtype=x.dtype)
+    outputs = torch.empty(len(experts), x.shape[1], dtype=x.dtype, device=CPU)
 
     def compute(leases: Sequence[Lease[Tensor]]) -> None:
         jobs = [number for row, lease in enumerate(leases) for number in (lease.record.data_ptr(), row, 1)]

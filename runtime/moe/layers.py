@@ -8,16 +8,18 @@ same, bit for bit, as those of the architecture's own code, which calls the modu
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from moetier.runtime.kernels.api import CPU, is_readable
 from moetier.runtime.kernels.attention_steps import AttentionSteps, Token, token_of
 from moetier.runtime.kernels.norm import MORE, SUM, X, Y, norm_step
 from moetier.runtime.kernels.routing import RoutingSteps
-from moetier.runtime.kernels.snapshot import MOST_TRIALS, Snapshot
+from moetier.runtime.kernels.snapshot import MOST_TRIALS, Snapshot, has_global_hooks, hooks_of
 from moetier.runtime.kernels.team import Program
 
 from .gates import Observer
@@ -61,9 +63,9 @@ class OneTokenLayer:
         Returns [1, 1, hidden]. Returns None, and changes nothing, for inputs that can't be computed so.
         """
         x, angles = hidden_states, position_embeddings
-        if x is None or more or layer.training or x.shape[:-1] != (1, 1) or torch.is_grad_enabled():
+        if type(x) is not Tensor or more or layer.training or x.shape[:-1] != (1, 1) or torch.is_grad_enabled():
             return None
-        if not isinstance(angles, tuple) or not isinstance(angles[0], Tensor):
+        if not isinstance(angles, tuple) or not angles or not isinstance(angles[0], Tensor):
             return None
         kind = (x.dtype, angles[0].numel())
         if getattr(self._local, "refused", None) == kind:
@@ -87,13 +89,16 @@ class OneTokenLayer:
 
     def _new_call(self, layer: Any, kind: tuple[torch.dtype, int]) -> _Call | None:
         """Return the steps of a layer; None if it has hooks that must be called, or no form."""
+        if has_global_hooks():  # they would be called in a trial, too
+            return None
         with torch._C.DisableTorchFunctionSubclass():
             key = (*kind, *key_of(layer))
         form = None
         if key in self._keys or len(self._keys) < MOST_TRIALS:
             self._keys.add(key)
             if key not in self._known:
-                self._known[key] = find_form(layer, *kind, lambda form: _Tried(form).of)
+                with CPU:
+                    self._known[key] = find_form(layer, *kind, lambda form: _Tried(form).of)
             form = self._known[key]
         if form is None:
             self._local.refused = kind
@@ -118,7 +123,8 @@ class OneTokenLayer:
                 call.tell(2, call.experts, (call.row, experts, weights), {})
             if call.shared is None and call.form.factor == 1.0:
                 return self._mix(call, total)
-            y = self._mix(call, None if call.shared is None else call.shared(normed))
+            # a module may keep or change what it gets, and the next token overwrites ``normed``
+            y = self._mix(call, None if call.shared is None else call.shared(normed.clone()))
         found: Tensor = total + (y if call.form.factor == 1.0 else y * call.form.factor)
         return found
 
@@ -142,13 +148,15 @@ class _Call:
         inner = self.block._modules
         self.router, self.experts, self.shared = (inner.get(name) for name in (form.router, form.experts, form.shared))
         # hooks by id, of the second norm, and of the router and the Experts module if there are these
-        self.observed = [self.second._forward_pre_hooks]
+        self.observed: list[Mapping[int, Any]] = [self.second._forward_pre_hooks]
         if self.router is not None and self.experts is not None:
             self.observed += [self.router._forward_hooks, self.experts._forward_pre_hooks]
         called = self.block if self.router is None else self.shared
         self.snapshot = Snapshot(layer, without=[] if called is None else [called], watched=self.observed)
+        # torch calls hooks in what is called, but the layer's own code may give it other shapes, or in another order
+        self.observed += [] if called is None else hooks_of(called.modules())
         self.columns = len(self.second.weight)
-        self._states = [torch.empty(1, 1, self.columns, dtype=kind[0]) for _ in range(4)]
+        self._states = [torch.empty(1, 1, self.columns, dtype=kind[0], device=CPU) for _ in range(4)]
         self._before = norm_step(self._first, adds=False)
         self._between = norm_step(self.second, adds=True, factor=form.factor)
         self._before.context[Y], self._between.context[MORE] = (self._states[i].data_ptr() for i in (2, 3))
@@ -161,7 +169,7 @@ class _Call:
         Returns whether it could be made: parts may have been replaced by some that only the architecture's code takes.
         """
         for weight in (self._first.weight, self.second.weight):
-            if (weight.dtype, weight.shape) != (self.kind[0], (self.columns,)) or not weight.is_contiguous():
+            if (weight.dtype, weight.shape) != (self.kind[0], (self.columns,)) or not is_readable(weight):
                 return False
         steps = AttentionSteps.of(self.attention, self.form.sizes, self.kind[0], threads[1])
         if steps is None or steps.columns != self.columns:
@@ -192,7 +200,7 @@ class _Call:
             hook(*given)
 
     def is_only_observed(self) -> bool:
-        """Return whether all hooks on these modules are Observers, which change nothing."""
+        """Return whether all hooks on these modules, and in what is called, are Observers, which change nothing."""
         return all(isinstance(hook, Observer) for hooks in self.observed for hook in hooks.values())
 
     def run(self, x: Tensor, token: Token) -> tuple[Tensor, Tensor] | None:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from moetier.runtime.kernels.api import CPU
 from moetier.runtime.kernels.routing import Routing, RoutingForm
 from moetier.runtime.kernels.snapshot import Trials, numbers_of
 
@@ -39,13 +40,13 @@ class QuickRouter:
     quick_router: OneRowRouter
     weight: Tensor
 
-    def forward(self, hidden_states: Tensor, *more: Any) -> Any:
+    def forward(self, *arguments: Any, **named: Any) -> Any:
         """Return logits [tokens, experts], weights [tokens, top_k] and experts [tokens, top_k] of a row.
 
-        ``more`` has the router's further arguments: none, or a correction [experts].
+        ``arguments``: the hidden states, and the router's further arguments: none, or a correction [experts].
         """
-        found = self.quick_router.of(self, hidden_states, *more)
-        return super().forward(hidden_states, *more) if found is None else found  # type: ignore[misc]
+        found = None if named or not arguments else self.quick_router.of(self, *arguments)
+        return super().forward(*arguments, **named) if found is None else found  # type: ignore[misc]
 
 
 class OneRowRouter:
@@ -70,7 +71,8 @@ class OneRowRouter:
         numbers = numbers_of(router).items()
         key = (dtype, plain_class(router), id(getattr(router, "config", None)), *numbers, *sizes)
         if key not in self._known:
-            self._known[key] = _trial(router, dtype)
+            with CPU:
+                self._known[key] = _trial(router, dtype)
         form = self._known[key]
         return None if form is None else Routing(form)
 
@@ -80,8 +82,8 @@ class OneRowRouter:
         x may have other leading dimensions. Returns None for other inputs.
         """
         with torch._C.DisableTorchFunctionSubclass():  # attributes of a RowWeight are torch functions
-            weight = router._parameters["weight"]
-            if x.numel() != weight.shape[-1] or torch.is_grad_enabled() or len(more) > 1:
+            weight = router._parameters.get("weight")  # None if its class computes it from others
+            if weight is None or x.numel() != weight.shape[-1] or torch.is_grad_enabled() or len(more) > 1:
                 return None
             routing = self.routing(router, x.dtype)
             if routing is None:
@@ -174,7 +176,7 @@ def _trial(router: Any, dtype: torch.dtype) -> RoutingForm | None:
     for matrix, x in zip(matrices, states, strict=True):
         twin.__dict__["_parameters"] = twin._parameters | {"weight": matrix}
         try:
-            logits, weights, chosen = twin(x, *given)
+            logits, weights, chosen = twin.forward(x, *given)  # without hooks
         except Exception:  # it needs or gives something else
             return None
         if logits.shape != (_TRIED_ROWS, experts) or weights.dtype not in _SAME or chosen.dtype != torch.int64:
