@@ -97,9 +97,9 @@ def mapped_bytes(model: nn.Module) -> int:
 
 def _copy_mapped(model: nn.Module) -> None:
     """Copy the model's tensors out of mapped files."""
-    copies: dict[tuple[int, int], Tensor] = {}  # by address and size: the head may be the embedding
+    copies: dict[tuple[object, ...], Tensor] = {}  # by address, size and type: the head may be the embedding
     for tensor in _mapped(model):
-        place = tensor.data_ptr(), tensor.nbytes
+        place = tensor.data_ptr(), tensor.nbytes, tensor.dtype
         if place not in copies:
             copies[place] = tensor.detach().clone()
         tensor.data = copies[place].view_as(tensor)
