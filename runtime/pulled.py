@@ -14,6 +14,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from moetier.tiers.addresses import ADDRESS, check_address, redacted
 from moetier.tiers.errors import ConfigError, StoreFormatError
 from moetier.tiers.layout import Bits
 
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
 GROUP = "experts.zarr"  # repeated from tiers/store/folder.py, as a daemon resolves names before it imports numpy
 NAME = re.compile(r"(?P<id>[\w.-]+(/[\w.-]+)?)(:(?P<tag>[\w.-]+))?")
 WIDTH = re.compile(r"(?:(\d+)bit|(native))(?:-trunk(\d+)bit)?")
-ADDRESS = re.compile(r"(s3|gs|az|https?|file)://\S+")
-
 SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")  # of an address, be it right or wrong
 
 
@@ -73,7 +72,7 @@ def model_directory(name: str | os.PathLike[str]) -> Path:
         return directory_at(text)
     if SCHEME.match(text) and not folder.exists():
         raise StoreFormatError(
-            f"{text} is not an address that moetier knows.",
+            f"{redacted(text.replace(' ', '%20'))} is not an address that moetier knows.",
             "Give s3://BUCKET/NAME, or an address that begins with gs://, az://, https://, http:// or file://.",
         )
     if text.endswith(".gguf") and not folder.exists():
@@ -113,6 +112,7 @@ def directory_at(
 
     Raises ConfigError if ``size`` is no size, and as ``tiers.objects.fetch.fetch``.
     """
+    check_address(address)  # before anything is imported
     from moetier.runtime.config import Size
     from moetier.tiers.objects import fetch
 

@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from moetier.tiers.addresses import redacted
 from moetier.tiers.errors import ConfigError, MoetierError
 from moetier.tools.cli.parser import (
     EXIT_USAGE,
@@ -201,7 +202,7 @@ def say(error: Exception, settings: Sequence[Setting] = ()) -> int:
 
     said, code = (error, EXIT_ERROR) if isinstance(error, MoetierError) else failure_of(error)
     code = EXIT_USAGE if isinstance(error, UsageError) else code
-    said = MoetierError(as_options(said.cause), as_options(said.fix))
+    said = MoetierError(redacted(as_options(said.cause)), redacted(as_options(said.fix)))
     print(f"moetier: {plain(said.cause)}\n  {plain(said.fix)}{mentioned(settings, said)}", file=sys.stderr)
     return code
 

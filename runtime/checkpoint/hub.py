@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moetier.tiers.addresses import redacted, redacted_error
 from moetier.tiers.errors import CheckpointError
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w.-]+")
@@ -46,9 +47,9 @@ def check_id(name: str) -> None:
         validate_repo_id(name)
     except HFValidationError as error:
         raise CheckpointError(
-            f"{name!r} is not an id on the Hugging Face hub.",
+            f"{redacted(name)!r} is not an id on the Hugging Face hub.",
             "Give an id such as ORG/NAME. Choose the number of bits with --bits, not in the name.",
-        ) from error
+        ) from redacted_error(error)
 
 
 def fetch(
@@ -174,7 +175,7 @@ def _errors(name: str, what: str | None = None, *, or_folder: bool = False) -> I
     except known as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise  # the disk's error, not the hub's
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = redacted(str(error)).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         reason = reason.removeprefix("Got: ")  # huggingface_hub puts this before messages of its HTTP library
         causes = (error, error.__cause__)
         fix = "Check the name and the network; for a model behind a licence, log in with `hf auth login`."
@@ -182,7 +183,7 @@ def _errors(name: str, what: str | None = None, *, or_folder: bool = False) -> I
             fix = "Check the name of the folder, or, for a model on the hub, the id (ORG/NAME) and the network."
         if any(isinstance(each, GatedRepoError) for each in causes):
             reason = "it is open only to users who log in or accept its licence."
-            fix = f"Accept its terms at {constants.ENDPOINT}/{name}, then log in with `hf auth login`."
+            fix = f"Accept its terms at {redacted(constants.ENDPOINT)}/{name}, then log in with `hf auth login`."
         elif any(isinstance(each, RevisionNotFoundError) for each in causes):
             reason, fix = "it has no such revision.", "Name one of its branches, tags or commits with --revision."
         elif any(isinstance(each, OfflineModeIsEnabled) for each in causes):
@@ -190,8 +191,9 @@ def _errors(name: str, what: str | None = None, *, or_folder: bool = False) -> I
         elif what is not None:
             fix = "Check the network, and run the same command again: it resumes where it stopped."
         answered = isinstance(error, HFValidationError) or any(getattr(each, "response", None) for each in causes)
+        name = redacted(name)
         wanted = f"{what} of {name}" if what is not None else f"a model with the id {name}"
         cause = f"The hub did not give {wanted}" if answered else f"The hub could not be reached for {wanted}"
         if or_folder:
             cause += ", and there is no such folder"
-        raise CheckpointError(f"{cause}: {reason}", fix) from error
+        raise CheckpointError(f"{cause}: {reason}", fix) from redacted_error(error)

@@ -17,7 +17,9 @@ import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from moetier.tiers.addresses import redacted
 from moetier.tiers.errors import ConfigError, RefusedError, UnavailableError
+from moetier.tiers.ownership import parent_fault
 
 DEFAULT_NAME = "default"
 SOCKET = "grpc.sock"  # the gRPC service
@@ -26,7 +28,7 @@ CARD = "daemon.json"
 DIGEST_CHARS = 12  # characters of a digest that are shown: enough to tell two stores of one model apart
 _DNS = "dns:///"
 _NAME = re.compile(r"[\w-][\w.-]*")
-_HOST_PORT = re.compile(r"(\[[0-9a-fA-F:.%\w]+\]|[^\s:/\[\]]+):(\d{1,5})")
+_HOST_PORT = re.compile(r"(\[[0-9a-fA-F:.%\w]+\]|[^\s:/@\[\]]+):(\d{1,5})")
 _LOOPBACK = re.compile(r"localhost|127(\.\d{1,3}){3}|\[::1\]")
 _MAX_PATH_BYTES = 107  # longest path of a Unix socket (unix(7))
 
@@ -53,15 +55,20 @@ class Address:
         ``"dns:///HOST:PORT"`` a group of them. Raises ConfigError for any other text, and for a path that is too long
         for a Unix socket.
         """
-        if "/" in text and not text.startswith("dns://"):
+        if "/" in text and "://" not in text:
             return cls.of(Path(text))
         if _NAME.fullmatch(text):
             return cls.of(runtime_folder() / text)
         match = _HOST_PORT.fullmatch(text.removeprefix(_DNS))
         if match and 0 < int(match.group(2)) < 65536:
             return cls(target=match.group(), is_group=text.startswith(_DNS))
+        if "@" in text:  # what stands before it may be a password
+            raise ConfigError(
+                "The address of a daemon has user information (such as USER:PASSWORD@), which moetier does not accept.",
+                "Give HOST:PORT, and the file of a token with `credentials.token_file`.",
+            )
         raise ConfigError(
-            f"{text!r} is not the address of a daemon.",
+            f"{redacted(text)!r} is not the address of a daemon.",
             'Give a name ("default"), the path of a daemon\'s folder, "HOST:PORT", or "dns:///HOST:PORT".',
         )
 
@@ -147,15 +154,8 @@ def check_folder(folder: Path) -> None:
                 raise RefusedError(f"{folder} belongs to another user.", "Use a folder of your own.")
             if found.st_mode & 0o077:
                 raise RefusedError(f"{folder} is open to other users.", f"Close it: chmod 700 {folder}")
-        elif stat.S_ISLNK(found.st_mode) and found.st_uid not in (0, os.getuid()):
-            raise RefusedError(
-                f"{part} is a symbolic link of another user.", "Use a folder whose path does not contain this link."
-            )
-        elif found.st_uid not in (0, os.getuid()) and not found.st_mode & stat.S_ISVTX:
-            raise RefusedError(
-                f"{part} belongs to another user, who could replace what is in it.",
-                "Use a folder whose parent folders belong to you or to root.",
-            )
+        elif fault := parent_fault(part, found):
+            raise RefusedError(*fault)
 
 
 def make_folder(folder: Path) -> None:

@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from moetier.tiers.addresses import redacted
 from moetier.tiers.errors import MoetierError
 
 EXIT_ERROR = 1
@@ -126,11 +127,11 @@ class PlainFormatter(logging.Formatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         """Return the message in one line of printable characters."""
-        return plain(as_options(super().formatMessage(record)))
+        return plain(redacted(as_options(super().formatMessage(record))))
 
     def formatException(self, ei: Any) -> str:
         """Return a traceback whose lines are printable."""
-        return "\n".join(map(plain, super().formatException(ei).split("\n")))
+        return "\n".join(plain(redacted(line)) for line in super().formatException(ei).split("\n"))
 
 
 class ReadableFormatter(logging.Formatter):

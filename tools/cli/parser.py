@@ -15,6 +15,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, NoReturn
 
+from moetier.tiers.addresses import redacted
 from moetier.tiers.errors import ConfigError, MoetierError
 
 EXIT_USAGE = 2  # the status that argparse uses
@@ -130,7 +131,7 @@ class CommandParser(argparse.ArgumentParser):
         try:
             return super()._get_value(action, arg_string)
         except MoetierError as error:
-            self.exit(EXIT_USAGE, f"moetier: {_name_of(action)}: {error.cause}\n  {error.fix}\n")
+            self.exit(EXIT_USAGE, f"moetier: {_name_of(action)}: {redacted(error.cause)}\n  {error.fix}\n")
         except argparse.ArgumentError as error:
             said = f"{arg_string!r} is not {NUMBERS.get(kind, f'of the form {action.metavar}')}"
             if isinstance(error.__context__, argparse.ArgumentTypeError):
@@ -166,7 +167,7 @@ class CommandParser(argparse.ArgumentParser):
                 self._refuse(f"{self._name('moetier')} has no option {name}.", advice)
 
     def _refuse(self, cause: str, advice: str = "") -> NoReturn:
-        self.exit(EXIT_USAGE, f"moetier: {cause}\n  {advice}{self.prog} --help shows the usage.\n")
+        self.exit(EXIT_USAGE, f"moetier: {redacted(cause)}\n  {advice}{self.prog} --help shows the usage.\n")
 
 
 def add_commands(parser: argparse.ArgumentParser, commands: Mapping[str, str], package: str, metavar: str) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from moetier.runtime.config import OPTIONS
+from moetier.tiers.addresses import HTTP_AUTHORIZATION
 from moetier.tiers.errors import ConfigError, MoetierError
 
 from .parser import NUMBERS, settable
@@ -30,7 +31,7 @@ GENERAL_KEYS = (
     *("prefill-chunk", "store-cache", "store-cache-size"),
 )
 CONFIG = "MOETIER_CONFIG"
-OWN = ("MOETIER_API_KEY", CONFIG, "MOETIER_DEBUG", "MOETIER_LOG")  # variables of moetier that are not settings
+OWN = ("MOETIER_API_KEY", CONFIG, "MOETIER_DEBUG", HTTP_AUTHORIZATION, "MOETIER_LOG")  # of moetier, and no settings
 # variables that are not settings: OWN, those of the tests, and those that Kubernetes sets for a service called moetier
 OTHERS = re.compile(
     rf"{'|'.join(OWN)}|{PREFIX}((TEST|SOAK)_.*|SERVICE_HOST|SERVICE_PORT(_.*)?|PORT(_.*)?)",

@@ -32,11 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Copy the directory and return 0. Raises MoetierError."""
     from moetier.runtime.pulled import is_address
+    from moetier.tiers.addresses import redacted
     from moetier.tiers.objects.push import push
     from moetier.tools.cli.progress import shown
 
     if not is_address(arguments.address):
-        raise UsageError(f"{arguments.address!r} is not an address.", "Give one such as s3://bucket/model.")
+        raise UsageError(f"{redacted(arguments.address)!r} is not an address.", "Give one such as s3://bucket/model.")
     written = push(arguments.directory, arguments.address, shown("push"), overwrite=arguments.overwrite)
     print(f"{arguments.address}: the model of {arguments.directory}, {format_bytes(written)} written")
     return 0

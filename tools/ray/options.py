@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from moetier.runtime.config import COUNT, OPTIONS
+from moetier.runtime.pulled import is_address
+from moetier.tiers.addresses import check_address
 from moetier.tiers.errors import ConfigError
 from moetier.tools.cli.arguments import SPECULATION, add_option
 from moetier.tools.cli.parser import DIRECTORY, CommandParser, add_cache_arguments
@@ -54,7 +56,12 @@ def add_application_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def model(text: str) -> str:
-    """Return ``text``, as an absolute path if there is such a path here. This is the argparse type of the model."""
+    """Return ``text``, as an absolute path if there is such a path here. This is the argparse type of the model.
+
+    Raises ConfigError for an address with secrets: it becomes an argument of daemons.
+    """
+    if is_address(text):
+        check_address(text)
     return str(Path(text).absolute()) if Path(text).exists() else text
 
 

@@ -348,3 +348,15 @@ def test_a_hub_id_is_converted(hub: Hub, scripts: Prepared, original: Path, tmp_
     manifest = made.pop("experts.zarr/zarr.json")
     assert json.loads(manifest)["attributes"]["moetier"]["model"] == "acme/converted"
     assert made == {name: data for name, data in local.items() if name != "experts.zarr/zarr.json"}
+
+
+@pytest.mark.parametrize(("start", "refusal"), [("/api", (403, "GatedRepo")), ("/api", (404, ""))])
+def test_secrets_in_the_hubs_endpoint_are_not_printed(tmp_path: Path, start: str, refusal: tuple[int, str]) -> None:
+    with serve_hub({}, tmp_path / "cache") as hub:
+        hub.refused[start] = refusal
+        secret = hub.settings | {"HF_ENDPOINT": hub.settings["HF_ENDPOINT"].replace("://", "://user:SECRET@")}
+        command = [sys.executable, "-m", "moetier.tools.main", "plan", "acme/x"]
+        result = subprocess.run(command, env=os.environ | secret, capture_output=True, text=True, check=False)
+        assert hub.asked
+    assert "acme/x" in result.stderr
+    assert "SECRET" not in result.stdout + result.stderr
