@@ -52,7 +52,8 @@ HOMES = {
     "pydantic_core": {"tools.serve"},
     "prometheus_client": {"runtime.daemon", "tools.serve"},
     "llvmlite": {"runtime.kernels"},
-    "obstore": {"tiers.objects.client"},
+    "obstore": {"tiers.objects.client", "tiers.objects.profile"},
+    "boto3": {"tiers.objects.profile"},
     "grpc": {"proto", "runtime.wire", "runtime.client", "runtime.daemon"},
 }
 

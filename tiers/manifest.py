@@ -25,6 +25,7 @@ MAX_BYTES = 1 << 50  # largest size of a file, in bytes
 MAX_NAME_BYTES = 255  # longest name of a file or folder, in bytes (NAME_MAX of Linux)
 MAX_SOLVER = 1 << 16
 SOURCE_DIGEST = "[0-9a-f]{64}|[0-9a-f]{40}"  # a sha256, or the hub's commit during a conversion that streams the source
+FILE_NAME = re.compile(r"(\w[\w.-]*/){0,2}\w[\w.-]*")  # a file below a model directory
 TRUNK_NAME = re.compile(r"trunk-[\w-]+(\.[\w-]+)*\.safetensors")  # a trunk file, which lies beside experts.zarr
 
 
@@ -72,6 +73,8 @@ class Manifest:
     trunk: Mapping[str, FileSum] = field(default_factory=dict)  # from file name to its sum; empty until all are written
     trunk_records: TrunkRecords | None = None  # None: no matrix of the trunk is quantised
     record_checksums: bytes = field(default=b"", repr=False)  # LE u32 each; b"" in the manifest of an older store
+    # in an object store: the config, the tokenizer's files and so on, from file name to sum; empty if they are unproved
+    files: Mapping[str, FileSum] = field(default_factory=dict)
 
     @property
     def trunk_bits(self) -> int:
@@ -95,7 +98,7 @@ class Manifest:
     @property
     def plan(self) -> Manifest:
         """The manifest without the fields that are unknown until the store is written."""
-        return replace(self, digest="", trunk={}, record_checksums=b"")
+        return replace(self, digest="", trunk={}, record_checksums=b"", files={})
 
     def layout(self, block: int) -> RecordLayout:
         """Return the layout of a block's records."""
@@ -158,6 +161,7 @@ class Manifest:
             **({"trunk_records": asdict(self.trunk_records)} if self.trunk_records else {}),
             **({"record_checksums": base64.b64encode(self.record_checksums).decode()} if self.record_checksums else {}),
             **({"trunk": {name: asdict(entry) for name, entry in sorted(self.trunk.items())}} if self.trunk else {}),
+            **({"files": {name: asdict(entry) for name, entry in sorted(self.files.items())}} if self.files else {}),
         }
 
     @classmethod
@@ -202,8 +206,9 @@ class Manifest:
                 requires=requires,
                 method=method.text() if (method := fields.get("method")) else "hqq",
                 solver=solver.number(1, MAX_SOLVER) if (solver := fields.get("solver")) else 1,
-                trunk=dict(map(_file, trunk.members())) if (trunk := fields.get("trunk")) else {},
+                trunk=_sums(trunk, TRUNK_NAME, "a trunk file", 1) if (trunk := fields.get("trunk")) else {},
                 trunk_records=_trunk_records(form) if (form := fields.get("trunk_records")) else None,
+                files=_sums(files, FILE_NAME, "a file", 0) if (files := fields.get("files")) else {},
                 record_checksums=_table(table) if (table := fields.get("record_checksums")) else b"",
             )
             manifest = replace(manifest, method=method_of(manifest.method, manifest.layouts, manifest.trunk_records))
@@ -263,11 +268,14 @@ def _array(name: str, layout: Fields) -> str:
     return name
 
 
-def _file(member: tuple[str, Fields]) -> tuple[str, FileSum]:
-    name, value = member
-    if not TRUNK_NAME.fullmatch(name):
-        raise ValueError(f"{value.place}: {shown(name)} can't be the name of a trunk file")
-    return name, FileSum(value["bytes"].number(1, MAX_BYTES), value["crc32c"].number(0, 2**32 - 1))
+def _sums(value: Fields, names: re.Pattern[str], what: str, least: int) -> dict[str, FileSum]:
+    """Parse a dictionary from the names of files, which match ``names``, to their sums, of ``least`` bytes or more."""
+    found = {}
+    for name, entry in value.members():
+        if not names.fullmatch(name):
+            raise ValueError(f"{entry.place}: {shown(name)} can't be the name of {what}")
+        found[name] = FileSum(entry["bytes"].number(least, MAX_BYTES), entry["crc32c"].number(0, 2**32 - 1))
+    return found
 
 
 def _table(value: Fields) -> bytes:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moetier.tiers.errors import StoreFormatError, UnsafeCheckpointError
-from moetier.tiers.store.folder import read_json
+from moetier.tiers.store.folder import read_json, remaking
 
 ADAPTER = "adapter_config.json"  # makes transformers load another model
 NAME = "moetier"  # in config.json, the name of moetier's quantisation method and experts implementation
@@ -28,11 +28,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.json"
     if not path.exists():
-        raise StoreFormatError(f"{folder} has no config.json.", "Convert the model again.")
+        raise StoreFormatError(f"{folder} has no config.json.", remaking(path))
     config = read_json(path)
     quantization = config.get("quantization_config")
     if not isinstance(quantization, dict) or quantization.get("quant_method") != NAME:
-        raise StoreFormatError(f"{path} does not name moetier as its quantisation method.", "Convert the model again.")
+        raise StoreFormatError(f"{path} does not name moetier as its quantisation method.", remaking(path))
     others = {name: value for name, value in config.items() if name != "quantization_config"}
     if others.get("experts_implementation") == NAME:
         del others["experts_implementation"]

@@ -28,7 +28,7 @@ from moetier.runtime.context import longest_context
 from moetier.runtime.memory import shortage_in
 from moetier.runtime.pulled import directory_at, is_address, model_directory
 from moetier.tiers.errors import ConfigError, MoetierError, StoreFormatError, UnsupportedModelError
-from moetier.tiers.store.folder import check_directory, command
+from moetier.tiers.store.folder import check_directory, command, remaking
 from moetier.tiers.store.trunk import check_trunk
 
 from .decoded import decoded_weights, name_after
@@ -329,6 +329,9 @@ def tokenizer_in(folder: Path) -> PreTrainedTokenizerBase | None:
     except Exception as error:  # the tokenizers library raises plain Exception
         raise StoreFormatError(
             f"The tokenizer of {folder} can't be loaded: {_said(error)}",
-            "Copy the tokenizer's files from the source again, or convert the model again.",
+            remaking(
+                folder / TOKENIZER_FILES[0],
+                "Copy the tokenizer's files from the source again, or convert the model again.",
+            ),
         ) from error
     return tokenizer

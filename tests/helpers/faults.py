@@ -38,6 +38,16 @@ def mounted(kind: str, folder: Path, options: str = "", source: str | Path = "mo
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
+@contextlib.contextmanager
+def remounted(folder: Path, options: str) -> Iterator[None]:
+    """A file system of ``mounted`` with other options meanwhile, such as "ro"."""
+    subprocess.run(["mount", "-o", f"remount,{options}", str(folder)], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["mount", "-o", "remount,rw", str(folder)], check=True)
+
+
 def only(calls: str) -> list[str]:
     """strace's options for system calls by name: the process stops at no others, which would take many times longer."""
     return ["--seccomp-bpf", "-e", f"trace={calls}"]

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -35,14 +36,20 @@ class FolderServer:
 
     "short": closes the connection after half of the body; "little": a range of half the length; "range": another range;
     "whole": 200 and the whole file; "endless": a body, or a list, without end; "redirect": to ``elsewhere``; "altered":
-    with a bit flipped; "error": 503, to a PUT too; "refused": 403; "slow": after ``seconds``; "drop": closes the
-    connection. "": as it should.
+    with a bit flipped; "page": 200 and a web page; "error": 503, to a PUT too; "refused": 403; "slow": after
+    ``seconds``, a PUT too; "drip": over ``seconds``, a bit at a time; "drop": closes the connection. "": as it should.
+
+    ``fresh`` says of each GET whether it asks for no cached copy, ``keys`` whose credentials each one shows.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, certificate: Any = None) -> None:
+        """``certificate``: of trustme, to serve https."""
         self.folder = folder
+        self._scheme = "https" if certificate else "http"
         self.gets: list[str] = []  # names, in order
         self.puts: list[str] = []
+        self.fresh: list[bool] = []
+        self.keys: list[str] = []
         self.fault: Callable[[str], str] = lambda name: ""
         self.elsewhere = ""
         self.seconds = 2.0
@@ -60,6 +67,8 @@ class FolderServer:
                 outer.puts.append(name)
                 if outer.fault(name) == "error":
                     return self.send_error(503)
+                if outer.fault(name) == "slow":
+                    time.sleep(outer.seconds)
                 (outer.folder / name).parent.mkdir(parents=True, exist_ok=True)
                 (outer.folder / name).write_bytes(data)
                 self.send_response(200)
@@ -72,6 +81,10 @@ class FolderServer:
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
+        if certificate:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            certificate.configure_cert(context)
+            self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
         self._connections: set[Any] = set()
         finish, begin = self._server.shutdown_request, self._server.process_request
 
@@ -89,7 +102,7 @@ class FolderServer:
 
     @property
     def address(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_address[1]}"
+        return f"{self._scheme}://127.0.0.1:{self._server.server_address[1]}"
 
     @property
     def records(self) -> list[str]:
@@ -99,6 +112,9 @@ class FolderServer:
     def _answer(self, handler: BaseHTTPRequestHandler) -> None:
         name = handler.path.lstrip("/")
         self.gets.append(name)
+        self.fresh.append("no-cache" in handler.headers.get("Cache-Control", ""))
+        shown = handler.headers.get("Authorization", "")
+        self.keys.append(key[1] if (key := re.search(r"Credential=(\w+)/", shown)) else shown)
         fault, path = self.fault(name), self.folder / name
         if fault == "error":
             return handler.send_error(503)
@@ -114,6 +130,8 @@ class FolderServer:
             handler.send_header("Location", f"{self.elsewhere}/{name}")
             handler.send_header("Content-Length", "0")
             return handler.end_headers()
+        if fault == "page":
+            return self._send(handler, 200, b"<!DOCTYPE html>\n<html><body>Sign in</body></html>")
         if "list-type=2" in name:
             return self._list(handler, urlsplit(name))
         if not path.is_file():
@@ -137,7 +155,10 @@ class FolderServer:
         if fault == "short":
             handler.close_connection = True
             data = data[: len(data) // 2]
-        handler.wfile.write(data)
+        for at in range(0, len(data), pace := max(len(data) // 10, 1) if fault == "drip" else len(data) or 1):
+            handler.wfile.write(data[at : at + pace])
+            if fault == "drip":
+                time.sleep(self.seconds / 10)
         while fault == "endless":
             handler.wfile.write(bytes(1 << 20))
         return None
@@ -160,8 +181,10 @@ class FolderServer:
                 "<LastModified>2026-01-01T00:00:00Z</LastModified></Contents>"
                 for each in range(1000)
             )
-        data = f"<ListBucketResult>{entries}<IsTruncated>{more}</ListBucketResult>".encode()
-        handler.send_response(200)
+        self._send(handler, 200, f"<ListBucketResult>{entries}<IsTruncated>{more}</ListBucketResult>".encode())
+
+    def _send(self, handler: BaseHTTPRequestHandler, status: int, data: bytes) -> None:
+        handler.send_response(status)
         handler.send_header("Content-Length", str(len(data)))
         handler.end_headers()
         handler.wfile.write(data)
@@ -178,8 +201,8 @@ class FolderServer:
 
 
 @contextlib.contextmanager
-def served_folder(folder: Path) -> Iterator[FolderServer]:
-    server = FolderServer(folder)
+def served_folder(folder: Path, certificate: Any = None) -> Iterator[FolderServer]:
+    server = FolderServer(folder, certificate)
     try:
         yield server
     finally:

@@ -33,7 +33,7 @@ from moetier.tiers.store.folder import FETCHED, METADATA, check_array, is_cache,
 from moetier.tiers.store.reader import ExpertStore, Read, as_bytes, run_reads
 from moetier.tiers.store.shard import OpenShard, ShardFile
 
-from .client import Objects, copy_bytes
+from .client import RETRIES, Objects, copy_bytes, until_right
 from .fetch import cache_of
 from .uses import USES, Uses
 
@@ -92,7 +92,9 @@ class CachedStore(ExpertStore):
         self._buffers: dict[int, list[memoryview]] = {}  # memory for further copies, by size
         self._settler = ThreadPoolExecutor(1, thread_name_prefix="moetier-cache")  # starts no thread yet
         self._patience = PATIENCE  # 0 after a read has waited in vain
-        self._full = False  # whether a write has failed, so that nothing is cached any more
+        self._full = not self._used.is_durable  # whether a write has failed, so that nothing is cached any more
+        if self._full and not self.is_complete:
+            _log.warning("%s can't be written: experts that it lacks are fetched at each use.", self.directory)
 
     @property
     def objects(self) -> Objects:
@@ -171,8 +173,21 @@ class CachedStore(ExpertStore):
         """Fetch a record and its checksum into ``view``, check it, and queue a copy for its shard.
 
         Each 8 MiB are one GET. With ``pause``, pieces are fetched one after the other, and ``pause`` is called between
-        two of them; once it returns false, the rest is fetched at once. Raises as ``read_into``.
+        two of them; once it returns false, the rest is fetched at once. A record with a wrong checksum is fetched
+        again, past caches on the way. Raises as ``read_into``.
         """
+        try:
+            until_right(partial(self._fetch_once, key, view, pause))
+        except ChecksumError as error:
+            raise ChecksumError(
+                f"{error.cause} It came {1 + RETRIES} times, and not from a cache on the way.",
+                f"If the model there was replaced, remove {self.directory}. If other machines read it well, see what "
+                "the network or a proxy does. Else write it again: moetier push --overwrite DIR ADDRESS",
+            ) from None
+        self._keep(key, view)
+
+    def _fetch_once(self, key: ExpertKey, view: memoryview, pause: Callable[[], bool] | None, fresh: bool) -> None:
+        """Fetch a record and its checksum into ``view``, and check it. ``fresh`` is as in ``Objects.read``."""
         shard, offset = self.locate(key)
         assert len(view) == shard.file.slot_bytes, f"{len(view)} bytes are no slot"
         objects, payload = self.objects, view[:-CHECKSUM_BYTES]
@@ -180,13 +195,12 @@ class CachedStore(ExpertStore):
         reads = [
             Read(
                 self.pool,
-                partial(objects.read, name, offset + at, view[at : at + PIECE_BYTES]),
+                partial(objects.read, name, offset + at, view[at : at + PIECE_BYTES], fresh=fresh),
                 payload[at : at + PIECE_BYTES],
             )
             for at in range(0, len(view), PIECE_BYTES)
         ]
         crc, done = 0, 0
-        what = f"{self.manifest.model}, {key}: {name} at {objects.where}"
         try:
             while pause is not None and done < len(reads) - 1:
                 crc = run_reads(reads[done : done + 1], crc)
@@ -198,12 +212,8 @@ class CachedStore(ExpertStore):
             raise type(error)(f"{self.manifest.model}, {key}: {error.cause}", error.fix) from error
         known = self.manifest.checksums(key.block)[key.expert]
         if crc != known or crc != int.from_bytes(view[-CHECKSUM_BYTES:], "little"):
-            raise ChecksumError(
-                f"{what} has other bytes than the manifest says.",
-                f"If the model there was replaced, remove {self.directory}. Else push its original there again with "
-                "`moetier push --overwrite`.",
-            )
-        self._keep(key, view)
+            where = f"{self.manifest.model}, {key}: {name} at {objects.where}"
+            raise ChecksumError(f"{where} has other bytes than the manifest says.", "")
 
     def _keep(self, key: ExpertKey, view: memoryview) -> None:
         """Copy a record, to be written into its shard in the background.

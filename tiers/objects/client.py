@@ -1,48 +1,65 @@
-"""Objects at one address: GETs of ranges with retries and a deadline, listing and uploads.
+"""Objects at one address: GETs of ranges with retries and a patience, listing and uploads.
 
 obstore speaks to Amazon S3 and what is like it, Google Cloud Storage, Azure, HTTP servers and local folders. It finds
-credentials in the variables and files that the providers' own tools read. Its own retries are off but for uploads, so
-that every request for a record is counted here.
+credentials in the variables and files that the providers' own tools read; profiles of Amazon's tools need boto3. Its
+own retries are off but for uploads, so that every request for a record is counted here.
 """
 
 from __future__ import annotations
 
-import configparser
+import logging
+import math
 import os
+import random
 import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
-from pathlib import Path
+from functools import cached_property
 from typing import Any, TypeVar
 
 import numpy as np
 
+from moetier.tiers.addresses import HTTP_AUTHORIZATION, check_address, endpoint_of, redacted, redacted_error
 from moetier.tiers.closeable import Closeable
-from moetier.tiers.errors import ClosedError, ConfigError, MissingExpertError, StoreReadError, TargetError
+from moetier.tiers.errors import (
+    ChecksumError,
+    ClosedError,
+    ConfigError,
+    MissingExpertError,
+    StoreFormatError,
+    StoreReadError,
+    TargetError,
+)
+
+from .profile import profile
 
 CONNECT_SECONDS = 5.0  # longest time to connect
-STALL_SECONDS = 15.0  # longest time without a byte
-ATTEMPT_SECONDS = 60.0  # longest time of a request with its answer, which has at most 8 MiB
-DEADLINE = 120.0  # seconds after which a read has failed, with all its retries
-RETRIES = 3  # after errors that may pass
-UPLOAD_RETRIES = 6  # of obstore, which waits 0.1 s and more before each
-BACKOFF_SECONDS = 0.2  # before the first retry; doubled before each further one
+STALL_SECONDS = 15.0  # longest time without a byte of an answer
+UPLOAD_SECONDS = 600.0  # longest time of the upload of a part, during which no byte of an answer comes
+PATIENCE = 120.0  # seconds of failures after which a request has failed, with all its retries
+RETRIES = 2  # after a wrong answer, such as one of another length
+BACKOFF_SECONDS = 0.2  # before the first retry, at most; doubled before each further one
+MAX_BACKOFF_SECONDS = 10.0
 MAX_OBJECTS = 100_000  # most objects that are listed; a model has a few for each of its layers
 CHUNK_BYTES = 1 << 20  # least size of the chunks in which an answer arrives
-# variables that name another endpoint than the provider's own
-ENDPOINTS = {
-    "s3": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"),
-    "gs": ("GOOGLE_BASE_URL",),
-    "az": ("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT"),
-}
-# in the text of errors of listing, which have no types of their own
+_DAY = timedelta(days=1)
+# in the text of errors of obstore, most of which have no types of their own
 REFUSAL = re.compile(r"status code: (401|403|405|501)\b")
 NO_BUCKET = re.compile(r"<Code>(NoSuchBucket|ContainerNotFound)</Code>")  # of Amazon and Google, and of Azure
+# what the server will answer in the same way soon: errors of the request, and answers to another request
+WRONG = re.compile(r"status code: 4(?!08|25|29)\d\d\b|Requested \d+\.\.\d+, got|non-partial")
+METADATA = re.compile(r"//(169\.254\.|metadata\.google)")  # services that give an instance its credentials
+PROVIDER_OUTAGE = re.compile(r"credential provider: (EndpointConnection|ConnectionClosed|HTTPClient|\w*Timeout)")
 FIX = "Check the address, the network and the server, then try again."
+CREDENTIALS_FIX = (
+    "Check the credentials: they are found as by the provider's own tools (profiles of ~/.aws need boto3)."
+)
 
 Result = TypeVar("Result")
+
+_log = logging.getLogger(__name__)
 
 
 class RefusedReadError(StoreReadError):
@@ -59,56 +76,87 @@ class Objects(Closeable):
     def __init__(self, address: str, *, uploads: bool = False) -> None:
         """``address`` is a URL, such as s3://bucket/model. No request is sent.
 
-        ``uploads``: for ``put``. The folder of file:// is made, and obstore's own retries are on.
+        ``uploads``: for ``put``. The folder of file:// is made.
 
         Raises ConfigError if obstore is not installed, or can't use the address.
         """
+        check_address(address)
         try:
             import obstore
             from obstore import exceptions
-            from obstore.store import from_url
         except ImportError:
             raise ConfigError(
                 f"{address} needs obstore, which is not installed.",
                 'In the repository of moetier, run: pip install ".[objects]"',
             ) from None
         self.address = address.rstrip("/")
-        scheme, endpoint = address.partition(":")[0], endpoint_of(address)
+        endpoint = endpoint_of(address)
         self.where = f"{self.address} ({endpoint})" if endpoint else self.address  # for errors
         self.gets = 0  # number of GETs, without retries
         self.retries = 0
-        self._lock = threading.Lock()  # guards the counters
+        self._lock = threading.Lock()  # guards the counters and ``_silent_until``
+        self._silent_until = 0.0  # time before which failures are not logged
         self._closing = threading.Event()
         self._obstore: Any = obstore
         self._errors = (exceptions.BaseError, _BadAnswerError, OSError)
         self._refusals = (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError)
-        options: dict[str, Any] = {"mkdir": uploads}
+        self._uploads = uploads
+        self._options = profile(self.address) if self.address.startswith("s3:") else {}
+        self._store: Any = self._opened()
+
+    def _opened(self, *, fresh: bool = False, uploads: bool = False) -> Any:
+        """Return obstore's store of the address. ``fresh``: requests ask caches on the way for nothing.
+
+        ``uploads``: an upload has UPLOAD_SECONDS, and obstore's own retries.
+        """
+        from obstore.exceptions import BaseError
+        from obstore.store import from_url
+
+        scheme = self.address.partition(":")[0]
+        headers = {"cache-control": "no-cache", "pragma": "no-cache"} if fresh else {}
+        if scheme == "https" and (authorization := os.environ.get(HTTP_AUTHORIZATION)):
+            headers["authorization"] = authorization
+        options: dict[str, Any] = {"mkdir": self._uploads}
         if scheme != "file":
             client_options = {
                 "connect_timeout": timedelta(seconds=CONNECT_SECONDS),
-                "read_timeout": timedelta(seconds=STALL_SECONDS),
-                "timeout": timedelta(seconds=ATTEMPT_SECONDS),
-                "allow_http": "http" in (scheme, endpoint.partition(":")[0]),
+                "read_timeout": timedelta(seconds=UPLOAD_SECONDS if uploads else STALL_SECONDS),
+                "timeout": _DAY,  # an answer that moves may take long
+                "allow_http": "http" in (scheme, endpoint_of(self.address).partition(":")[0]),
+                "default_headers": headers,
             }
-            retries = {"max_retries": UPLOAD_RETRIES if uploads else 0}
-            options = {"client_options": client_options, "retry_config": retries}
-        if scheme == "s3":
-            options |= _profile()
+            retries = {
+                "max_retries": 1000 if uploads else 0,
+                "retry_timeout": timedelta(seconds=PATIENCE),
+                "backoff": {"max_backoff": timedelta(seconds=MAX_BACKOFF_SECONDS)},
+            }
+            options = {"client_options": client_options, "retry_config": retries, **self._options}
         try:
-            self._store: Any = from_url(self.address, **options)
-        except (exceptions.BaseError, ValueError) as error:
-            raise ConfigError(f"{self.where} can't be used: {_said(error)}.", "Check the address.") from error
+            return from_url(self.address, **options)
+        except (BaseError, ValueError) as error:
+            cause = f"{self.where} can't be used: {_said(error)}."
+            raise ConfigError(cause, "Check the address.") from redacted_error(error)
 
-    def read(self, name: str, start: int, view: memoryview) -> None:
+    @cached_property
+    def _fresh(self) -> Any:
+        return self._opened(fresh=True)
+
+    @cached_property
+    def _uploading(self) -> Any:
+        return self._opened(uploads=True)
+
+    def read(self, name: str, start: int, view: memoryview, *, fresh: bool = False) -> None:
         """Fill ``view`` with the bytes of the object ``name`` from ``start`` on, by one GET with a range.
 
-        Raises MissingExpertError if there is no such object, StoreReadError if it can't be read within DEADLINE, and
+        ``fresh``: not from a cache on the way, as bytes that have come before were wrong. It counts as a retry.
+
+        Raises MissingExpertError if there is no such object, StoreReadError if it can't be read within PATIENCE, and
         ClosedError after ``close``.
         """
 
-        def attempt() -> None:
+        def attempt(fresh: bool) -> None:
             done = 0
-            for chunk in self._answer(name, {"range": (start, start + len(view))}):
+            for chunk in self._answer(name, {"range": (start, start + len(view))}, fresh=fresh):
                 if done + len(chunk) > len(view):
                     raise _BadAnswerError(f"the answer has more than the {len(view):,} bytes that were asked for")
                 copy_bytes(view[done : done + len(chunk)], chunk)
@@ -116,54 +164,89 @@ class Objects(Closeable):
             if done < len(view):
                 raise _BadAnswerError(f"the answer ended after {done:,} of {len(view):,} bytes")
 
-        self._try(name, attempt)
+        self._try(name, attempt, fresh=fresh)
 
-    def read_whole(self, name: str, most: int) -> bytes:
+    def read_whole(self, name: str, most: int, *, fresh: bool = False) -> bytes:
         """Return a whole object, which may have at most ``most`` bytes. Raises as ``read``."""
 
-        def attempt() -> bytes:
+        def attempt(fresh: bool) -> bytes:
             found = bytearray()
-            for chunk in self._answer(name, {}):
+            for chunk in self._answer(name, {}, fresh=fresh):
                 found += chunk
                 if len(found) > most:
                     raise _BadAnswerError(f"the answer has more than {most:,} bytes")
             return bytes(found)
 
-        return self._try(name, attempt)
+        return self._try(name, attempt, fresh=fresh)
 
-    def _answer(self, name: str, options: dict[str, Any]) -> Iterator[memoryview]:
-        answer = self._obstore.get(self._store, name, options=options)
-        return map(memoryview, answer.stream(min_chunk_size=CHUNK_BYTES))
-
-    def _try(self, name: str, attempt: Callable[[], Result]) -> Result:
-        last, delay = time.monotonic() + DEADLINE - ATTEMPT_SECONDS, BACKOFF_SECONDS
-        for tries in range(RETRIES + 1):
+    def _answer(self, name: str, options: dict[str, Any], *, fresh: bool) -> Iterator[memoryview]:
+        answer = self._obstore.get(self._fresh if fresh else self._store, name, options=options)
+        for chunk in answer.stream(min_chunk_size=CHUNK_BYTES):
             if self._closing.is_set():
-                break
+                raise self._closed()
+            yield memoryview(chunk)
+
+    def _try(self, name: str, attempt: Callable[[bool], Result], *, fresh: bool = False) -> Result:
+        """Call ``attempt`` until it succeeds: after failures that may pass for PATIENCE, after wrong answers RETRIES
+        times.
+
+        ``attempt`` gets whether to ask past caches on the way: if ``fresh``, and after a wrong answer. ``fresh`` also
+        makes the first call count as a retry.
+        """
+        end, delay, wrong, retry = math.inf, BACKOFF_SECONDS, 0, fresh
+        while not self._closing.is_set():
             with self._lock:
-                if tries:
+                if retry:
                     self.retries += 1
                 else:
                     self.gets += 1
             try:
-                return attempt()
+                return attempt(fresh)
             except FileNotFoundError:
                 raise MissingExpertError(f"There is no object {name} at {self.where}.", FIX) from None
             except self._errors as error:
-                if isinstance(error, self._refusals) or REFUSAL.search(str(error)):
-                    raise RefusedReadError(
-                        f"{name} at {self.where} can't be read: {_said(error)}.",
-                        "Check the credentials: they are found as by the provider's own tools.",
-                    ) from error
-                if NO_BUCKET.search(str(error)):
-                    raise StoreReadError(
-                        f"The bucket of {self.where} does not exist.", "Create it, or correct the address."
-                    ) from error
-                if tries == RETRIES or time.monotonic() + delay > last:
-                    raise StoreReadError(f"{name} at {self.where} can't be read: {_said(error)}.", FIX) from error
-            self._closing.wait(delay)
-            delay *= 2
-        raise ClosedError(f"{self.where} was closed.", "Open it again.")
+                fault, most = self._fault(name, error)
+                wrong += most < math.inf
+                fresh = fresh or wrong > 0
+                now = time.monotonic()
+                end = min(end, now + PATIENCE)
+                if wrong > most or now + delay > end:
+                    raise fault from redacted_error(error)
+                if most == math.inf:
+                    self._say(fault)
+            # obstore does not tell the header Retry-After: longer and longer pauses serve its purpose
+            self._closing.wait(delay * random.uniform(0.5, 1.0))
+            delay, retry = min(2 * delay, MAX_BACKOFF_SECONDS), True
+        raise self._closed()
+
+    def _closed(self) -> ClosedError:
+        return ClosedError(f"{self.where} was closed.", "Open it again.")
+
+    def _fault(self, name: str, error: BaseException) -> tuple[StoreReadError, float]:
+        """Return the error to raise for one of obstore's, and how many retries it is worth; inf: those in PATIENCE."""
+        text, said = str(error), f"{name} at {self.where} can't be read: {_said(error)}."
+        if METADATA.search(text):
+            return StoreReadError(
+                f"No credentials were found for {self.where}: {_said(error)}.", CREDENTIALS_FIX
+            ), RETRIES
+        if PROVIDER_OUTAGE.search(text):
+            return StoreReadError(said, FIX), math.inf
+        if isinstance(error, self._refusals) or REFUSAL.search(text):
+            return RefusedReadError(said, CREDENTIALS_FIX), 0
+        if NO_BUCKET.search(text):
+            cause = f"The bucket of {self.where} does not exist."
+            return StoreReadError(cause, "Create it, or correct the address."), 0
+        is_wrong = isinstance(error, _BadAnswerError) or WRONG.search(text.partition("\n")[0])
+        return StoreReadError(said, FIX), RETRIES if is_wrong else math.inf
+
+    def _say(self, fault: StoreReadError) -> None:
+        """Log that a request fails and is tried again, at most once within PATIENCE."""
+        now = time.monotonic()
+        with self._lock:
+            is_due = now >= self._silent_until
+            self._silent_until = now + PATIENCE if is_due else self._silent_until
+        if is_due:
+            _log.warning("%s It is tried again, for up to %.0f s.", fault.cause, PATIENCE)
 
     def sizes(self) -> dict[str, int] | None:
         """Return a dictionary from the name of each object to its size in bytes; None if they can't be listed.
@@ -172,9 +255,9 @@ class Objects(Closeable):
         StoreReadError if there are more than MAX_OBJECTS.
         """
 
-        def attempt() -> dict[str, int]:
+        def attempt(fresh: bool) -> dict[str, int]:
             found: dict[str, int] = {}
-            for chunk in self._obstore.list(self._store):
+            for chunk in self._obstore.list(self._fresh if fresh else self._store):
                 found |= {each["path"]: each["size"] for each in chunk}
                 if len(found) > MAX_OBJECTS:
                     raise StoreReadError(
@@ -195,22 +278,37 @@ class Objects(Closeable):
         Raises TargetError if it can't be written.
         """
         try:
-            self._obstore.put(self._store, name, data, chunk_size=8 << 20, max_concurrency=4)
+            self._obstore.put(self._uploading, name, data, chunk_size=8 << 20, max_concurrency=4)
         except self._errors as error:
-            raise TargetError(f"{name} at {self.where} can't be written: {_said(error)}.", FIX) from error
+            raise TargetError(f"{name} at {self.where} can't be written: {_said(error)}.", FIX) from redacted_error(
+                error
+            )
 
     def delete(self, name: str) -> None:
         """Remove an object, if it exists. Raises TargetError if it can't be removed."""
         try:
-            self._obstore.delete(self._store, name)
-        except FileNotFoundError:
+            self._try(name, lambda fresh: self._obstore.delete(self._store, name))
+        except MissingExpertError:
             pass
-        except self._errors as error:
-            raise TargetError(f"{name} at {self.where} can't be removed: {_said(error)}.", FIX) from error
+        except StoreReadError as error:
+            raise TargetError(error.cause.replace("can't be read", "can't be removed"), error.fix) from error
 
     def close(self) -> None:
-        """Let reads that wait for a retry, and later ones, end with ClosedError."""
+        """Let reads that wait for a retry or for bytes, and later ones, end with ClosedError."""
         self._closing.set()
+
+
+def until_right(read: Callable[[bool], Result]) -> Result:
+    """Call ``read``, and if what has come is damaged, again, past caches on the way (with True), RETRIES times.
+
+    Raises as ``read``: ChecksumError or StoreFormatError at the last time.
+    """
+    for tried in range(RETRIES):
+        try:
+            return read(tried > 0)
+        except (ChecksumError, StoreFormatError) as error:
+            _log.info("%s It is fetched again.", error.cause)
+    return read(True)
 
 
 def copy_bytes(target: memoryview, source: memoryview) -> None:
@@ -218,40 +316,7 @@ def copy_bytes(target: memoryview, source: memoryview) -> None:
     np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8))
 
 
-def endpoint_of(address: str) -> str:
-    """Return the endpoint that the environment names for an address; "" for the provider's own."""
-    named = (os.environ.get(name) for name in ENDPOINTS.get(address.partition(":")[0], ()))
-    return next(filter(None, named), "")
-
-
-def _profile() -> dict[str, str]:
-    """Return options for S3 from the files of Amazon's own tools, where the environment has no credentials.
-
-    Only keys in a file are used: obstore finds the other kinds of credentials itself. Raises ConfigError if a file
-    can't be read.
-    """
-    if any(name.startswith(("AWS_ACCESS_KEY", "AWS_WEB_IDENTITY", "AWS_CONTAINER")) for name in os.environ):
-        return {}
-    home, name = Path(os.path.expanduser("~/.aws")), os.environ.get("AWS_PROFILE", "default")  # noqa: PTH111
-    found = configparser.ConfigParser(interpolation=None)
-    try:
-        found.read(os.environ.get("AWS_SHARED_CREDENTIALS_FILE", home / "credentials"))
-        config = configparser.ConfigParser(interpolation=None)
-        config.read(os.environ.get("AWS_CONFIG_FILE", home / "config"))
-    except (configparser.Error, UnicodeDecodeError) as error:
-        raise ConfigError(f"A file of credentials can't be read: {_said(error)}.", "Correct the file.") from error
-    if not found.has_section(name):
-        return {}
-    kept = ("aws_access_key_id", "aws_secret_access_key", "aws_session_token")
-    options = {key: found[name][key] for key in kept if key in found[name]}
-    section = name if name == "default" else f"profile {name}"
-    region = config.get(section, "region", fallback="")
-    if region and "AWS_REGION" not in os.environ and "AWS_DEFAULT_REGION" not in os.environ:
-        options["region"] = region
-    return options
-
-
 def _said(error: BaseException) -> str:
-    """Return an error of obstore in one line, without its Rust structures."""
+    """Return an error of obstore in one line, without its Rust structures and without secrets."""
     text = next(iter(str(error).splitlines()), "") or type(error).__name__
-    return text.strip().removesuffix(".")[:300]
+    return redacted(text).strip().removesuffix(".")[:300]

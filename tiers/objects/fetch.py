@@ -1,7 +1,9 @@
 """The cache of an address: a folder like a model directory, whose records are fetched when they are needed.
 
-The manifest and the trunk are fetched once. Until all records are in the cache, its manifest has the name FETCHED, and
-the file CACHE says where the rest is. Once all are there, the folder is an ordinary model directory.
+The manifest, small files and the trunk are fetched once. If the manifest has sums of the small files, as `moetier push`
+writes them, a file whose bytes are others is not cached, and one that was damaged in the cache is fetched again. Until
+all records are in the cache, its manifest has the name FETCHED, and the file CACHE says where the rest is. Once all are
+there, the folder is an ordinary model directory.
 """
 
 from __future__ import annotations
@@ -15,15 +17,18 @@ import os
 import re
 import signal
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
+from functools import partial
 from pathlib import Path
 
+from moetier.tiers.addresses import check_address, endpoint_of
 from moetier.tiers.errors import ChecksumError, MissingExpertError, StoreFormatError
 from moetier.tiers.fields import Fields
 from moetier.tiers.manifest import FileSum, Manifest
+from moetier.tiers.ownership import check_cache_folder
 from moetier.tiers.store.atomic import PARTIAL, disk_errors, make_folders, sync_folder, write_all, write_durably
-from moetier.tiers.store.checksum import PIECE_BYTES
+from moetier.tiers.store.checksum import PIECE_BYTES, crc32c
 from moetier.tiers.store.folder import (
     CACHE,
     FETCHED,
@@ -32,16 +37,23 @@ from moetier.tiers.store.folder import (
     METADATA,
     parse_json,
     read_json,
+    read_manifest,
     user_cache,
 )
 from moetier.tiers.store.safetensors import MAX_HEADER_BYTES
 from moetier.tiers.store.trunk import INDEX, check_sum
 
-from .client import Objects, RefusedReadError, endpoint_of
+from .client import Objects, RefusedReadError, until_right
 
 READS = 8  # GETs of the trunk at the same time
-MAX_SMALL_BYTES = 256 << 20  # largest small file, such as the tokenizer's
+MAX_SMALL_BYTES = 256 << 20  # most bytes of all small files, such as the tokenizer's
 MAX_SMALL_FILES = 100
+SLACK_BYTES = 1 << 20  # by which an answer may be longer than the small file, so that it can be said what it is
+PAGE = re.compile(rb"\s*<(!doctype html|html)\b", re.IGNORECASE)
+DAMAGED = (
+    "Nothing of it was cached. See what the server sends (a proxy or a sign-in page may answer in its place). If the "
+    "object itself is damaged, write it again: moetier push --overwrite DIR ADDRESS"
+)
 HEADER_BYTES = 1 << 20  # first bytes of a trunk file that are fetched for its header
 # names of the small files that are fetched, if objects can be listed
 SMALL = re.compile(r"(additional_chat_templates/)?\w[\w.-]*\.(json|jinja|txt|tiktoken|model(\.v\d+)?)")
@@ -74,8 +86,9 @@ def folder_of(address: str, root: Path | None) -> Path:
     """Return the folder of an address in the cache ``root``; None: ``$XDG_CACHE_HOME/moetier/objects``.
 
     Its own name is the last part of the address. The folder depends on the endpoint, too, if the environment names one.
-    Raises TargetError if the user has no home folder.
+    Raises TargetError if the user has no home folder, and as ``check_address``.
     """
+    check_address(address)
     address = address.rstrip("/")
     name = re.sub(r"[^\w.-]", "-", address.rpartition("/")[2]).strip(".") or "model"
     root = user_cache("objects") if root is None else root
@@ -92,29 +105,55 @@ def fetch(address: str, root: Path | None = None, limit: int | None = None, prog
         limit: bytes of records that the cache may hold; None: as before, and no limit for a new cache.
         progress: shows the progress of the trunk's download.
 
+    A cache that needs no change is not written to, so it may be on a disk that is read only.
+
     Raises StoreError if something is missing, damaged or can't be read, TargetError if the cache can't be written, and
-    ConfigError if the address can't be used.
+    ConfigError if the address can't be used, or if other users may write to the cache.
     """
     folder = folder_of(address, root)
+    top = folder.parent
     with disk_errors(folder):
+        make_folders(top.parent, 0o755)
+        if not top.exists():
+            top.mkdir(0o700, exist_ok=True)  # other users can't enter it, whatever the modes of its files are
+        check_cache_folder(top.parent, top)
+        if (folder / CACHE).exists() and limit in (None, cache_of(folder)[1]) and not _damaged(folder):
+            return folder
         make_folders(folder / GROUP)
-        lock = os.open(folder / GROUP, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                _log.warning("Waiting for another process, which fetches %s into %s.", address, folder)
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            if (folder / CACHE).exists():
-                if limit is not None and limit != cache_of(folder)[1]:
-                    _write_cache(folder, address, limit)
-            else:
+        with _locked(folder, address):
+            if not (folder / CACHE).exists():
                 with _fetching(address) as source:
                     _fetch_all(*source, folder, progress)
                 _write_cache(folder, address, limit)
-        finally:
-            os.close(lock)
+                return folder
+            if damaged := _damaged(folder):
+                _log.warning("Files of %s are damaged, and are fetched again: %s.", folder, ", ".join(damaged))
+                with _fetching(address) as source:
+                    _fetch_small(*source, folder, read_manifest(folder / GROUP), damaged)
+            if limit not in (None, cache_of(folder)[1]):
+                _write_cache(folder, address, limit)
     return folder
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, address: str) -> Iterator[None]:
+    """Hold the lock of a cache's folder: one process fetches into it."""
+    lock = os.open(folder / GROUP, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            _log.warning("Waiting for another process, which fetches %s into %s.", address, folder)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _damaged(folder: Path) -> list[str]:
+    """Return the names of a cache's small files that are missing or damaged, as far as its manifest has their sums."""
+    files = read_manifest(folder / GROUP).files
+    return [name for name, entry in files.items() if not _is_there(folder / name, entry)]
 
 
 def outline(address: str, root: Path | None = None) -> Path:
@@ -125,6 +164,7 @@ def outline(address: str, root: Path | None = None) -> Path:
     """
     folder = folder_of(address, root)
     if (folder / CACHE).exists():
+        check_cache_folder(folder.parent.parent, folder.parent)
         return folder
     temporary = tempfile.TemporaryDirectory(prefix="moetier-")
     _outlines.append(temporary)
@@ -178,22 +218,7 @@ def _fetch_all(
 
     Raises as ``fetch``.
     """
-    key = f"{GROUP}/{METADATA}"
-    try:
-        data = pool.submit(objects.read_whole, key, MAX_JSON_BYTES).result()
-    except MissingExpertError as error:
-        raise StoreFormatError(
-            f"There is no model at {objects.where}: it has no {key}.",
-            "Check the address. If `moetier push` was interrupted, run it again.",
-        ) from error
-    fix = "Push the model again."
-    attributes = parse_json(data, f"{key} at {objects.where}", fix).get("attributes")
-    manifest = Manifest.from_json(attributes.get("moetier") if isinstance(attributes, dict) else None, objects.where)
-    if not manifest.record_checksums:
-        raise StoreFormatError(
-            f"The manifest at {objects.where} has no checksums of records: an old version of moetier wrote it.",
-            "Convert the model again, and push it.",
-        )
+    data, manifest = pool.submit(until_right, partial(_read_manifest, objects)).result()
     _fetch_small(objects, pool, folder, manifest)
     absent = {name: entry for name, entry in manifest.trunk.items() if not _is_there(folder / name, entry)}
     with progress(sum(entry.bytes for entry in absent.values())) as advance:
@@ -202,38 +227,99 @@ def _fetch_all(
     write_durably(folder / GROUP / FETCHED, data)
 
 
+def _read_manifest(objects: Objects, fresh: bool) -> tuple[bytes, Manifest]:
+    """Return the manifest's file, and the manifest. Raises as ``fetch``."""
+    key = f"{GROUP}/{METADATA}"
+    try:
+        data = objects.read_whole(key, MAX_JSON_BYTES, fresh=fresh)
+    except MissingExpertError as error:
+        raise StoreFormatError(
+            f"There is no model at {objects.where}: it has no {key}.",
+            "Check the address. If `moetier push` was interrupted, run it again.",
+        ) from error
+    attributes = parse_json(data, f"{key} at {objects.where}", DAMAGED).get("attributes")
+    manifest = Manifest.from_json(attributes.get("moetier") if isinstance(attributes, dict) else None, objects.where)
+    if not manifest.record_checksums:
+        raise StoreFormatError(
+            f"The manifest at {objects.where} has no checksums of records: an old version of moetier wrote it.",
+            "Convert the model again, and push it.",
+        )
+    return data, manifest
+
+
 def is_small(name: str) -> bool:
     """Return whether an object or file of this name is fetched with a model, as the tokenizer's files are."""
     return SMALL.fullmatch(name) is not None and name not in NOT_SMALL
 
 
-def _fetch_small(objects: Objects, pool: ThreadPoolExecutor, folder: Path, manifest: Manifest) -> None:
-    listed, required = pool.submit(objects.sizes).result(), [f"{GROUP}/{name}/{METADATA}" for name in manifest.layouts]
+def _fetch_small(
+    objects: Objects, pool: ThreadPoolExecutor, folder: Path, manifest: Manifest, names: Iterable[str] = ()
+) -> None:
+    """Fetch and check the small files of a model, or only those of ``names``. Raises StoreError."""
+    required = [f"{GROUP}/{name}/{METADATA}" for name in manifest.layouts]
     if manifest.trunk:
         required += REQUIRED
-    if listed is None:
-        names = list(GUESSED if manifest.trunk else ())
+    sizes: dict[str, int] | None
+    if manifest.files:
+        sizes = {name: entry.bytes for name, entry in manifest.files.items()}
+        if strangers := [name for name in sizes if not is_small(name) and name not in required]:
+            raise StoreFormatError(f"The manifest at {objects.where} has the file {strangers[0]}.", DAMAGED)
     else:
-        names = [name for name in listed if is_small(name) and name not in REQUIRED]
-    if len(names) > MAX_SMALL_FILES:
-        raise StoreFormatError(f"{objects.where} has {len(names)} small files.", "Check the address.")
+        _log.warning(
+            "%s has no checksums of its config and tokenizer, so they are used without a check: `moetier push` of this "
+            "version writes them.",
+            objects.where,
+        )
+        sizes = pool.submit(objects.sizes).result()
+    there = GUESSED if sizes is None and manifest.trunk else sizes or ()
+    wanted = list(names) or list(dict.fromkeys([*required, *filter(is_small, there)]))
+    if len(wanted) > MAX_SMALL_FILES or sum((sizes or {}).get(name, 0) for name in wanted) > MAX_SMALL_BYTES:
+        raise StoreFormatError(
+            f"The small files at {objects.where} are more than {MAX_SMALL_FILES}, or more than {MAX_SMALL_BYTES:,} "
+            "bytes.",
+            "Check the address.",
+        )
 
-    def copy(name: str) -> None:
+    def copy(name: str, most: int) -> int:
         try:
-            data = objects.read_whole(name, MAX_SMALL_BYTES)
+            data = until_right(partial(_read_small, objects, name, manifest.files.get(name), most))
         except MissingExpertError:
-            if name in required:
+            if name in required or name in manifest.files:
                 raise
-            return
+            return 0
         except RefusedReadError:  # S3 answers so for what does not exist, where it may not be listed
-            if name in required or listed is not None:
+            if name in required or sizes is not None:
                 raise
-            return
+            return 0
         make_folders((folder / name).parent)
         write_durably(folder / name, data)
+        return len(data)
 
-    for _ in pool.map(copy, [*required, *names]):
-        pass
+    if sizes is not None:  # of all of them
+        for _ in pool.map(copy, wanted, [sizes.get(name, 0) + SLACK_BYTES for name in wanted]):
+            pass
+        return
+    left = MAX_SMALL_BYTES
+    for name in wanted:
+        left -= pool.submit(copy, name, left).result()
+
+
+def _read_small(objects: Objects, name: str, entry: FileSum | None, most: int, fresh: bool) -> bytes:
+    """Return a small file, of at most ``most`` bytes. Raises ChecksumError or StoreFormatError if it is damaged.
+
+    Without a sum (``entry`` is None), a file is damaged if it is a web page, or is called .json and is not JSON.
+    """
+    data, where = objects.read_whole(name, most, fresh=fresh), f"{name} at {objects.where}"
+    if PAGE.match(data):
+        raise StoreFormatError(f"{where} is a web page, and not the file of a model.", DAMAGED)
+    if entry is not None and entry != FileSum(len(data), crc32c(data)):
+        raise ChecksumError(f"{where} has other bytes than the manifest says.", DAMAGED)
+    if entry is None and name.endswith(".json"):
+        try:
+            json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise StoreFormatError(f"{where} is not JSON ({error}).", DAMAGED) from error
+    return data
 
 
 def _is_there(path: Path, entry: FileSum) -> bool:
@@ -248,23 +334,24 @@ def _is_there(path: Path, entry: FileSum) -> bool:
 
 def _fetch_trunk(objects: Objects, pool: ThreadPoolExecutor, path: Path, entry: FileSum, advance: Advance) -> None:
     """Fetch a file of the trunk in parallel pieces, check it, and give it its name. Raises ChecksumError."""
-    partial = path.with_name(path.name + PARTIAL)
+    partial_path = path.with_name(path.name + PARTIAL)
+
+    def read(fresh: bool) -> None:
+        _fetch_pieces(objects, pool, path.name, partial_path, entry, (lambda count: None) if fresh else advance, fresh)
+        if not _is_there(partial_path, entry):
+            raise ChecksumError(f"{path.name} at {objects.where}: checksum mismatch.", DAMAGED)
+
     try:
-        _fetch_pieces(objects, pool, path.name, partial, entry, advance)
-        if not _is_there(partial, entry):
-            raise ChecksumError(
-                f"{path.name} at {objects.where}: checksum mismatch.",
-                "Push the original again with `moetier push --overwrite`.",
-            )
+        until_right(read)
     except BaseException:
-        partial.unlink(missing_ok=True)  # it may have its whole size
+        partial_path.unlink(missing_ok=True)  # it may have its whole size
         raise
-    partial.rename(path)
+    partial_path.rename(path)
     sync_folder(path.parent)
 
 
 def _fetch_pieces(
-    objects: Objects, pool: ThreadPoolExecutor, name: str, path: Path, entry: FileSum, advance: Advance
+    objects: Objects, pool: ThreadPoolExecutor, name: str, path: Path, entry: FileSum, advance: Advance, fresh: bool
 ) -> None:
     """Write the object ``name`` to a new file, in parallel pieces. If it fails, ``objects`` is closed."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
@@ -273,7 +360,7 @@ def _fetch_pieces(
 
         def piece(start: int) -> int:
             view = memoryview(bytearray(min(PIECE_BYTES, entry.bytes - start)))
-            objects.read(name, start, view)
+            objects.read(name, start, view, fresh=fresh)
             write_all(descriptor, view, start)
             return len(view)
 

@@ -6,14 +6,16 @@ as an object exists only once its last part has arrived.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
-from moetier.tiers.errors import MissingExpertError, TargetExistsError
+from moetier.tiers.errors import MissingExpertError, StoreError, TargetExistsError
 from moetier.tiers.manifest import TRUNK_NAME
 from moetier.tiers.store.atomic import read_errors
-from moetier.tiers.store.checksum import PIECE_BYTES
-from moetier.tiers.store.folder import GROUP, MAX_JSON_BYTES, METADATA, check_directory
+from moetier.tiers.store.checksum import PIECE_BYTES, crc32c
+from moetier.tiers.store.folder import GROUP, MAX_JSON_BYTES, METADATA, check_directory, parse_json, read_json
 from moetier.tiers.store.reader import ExpertStore
 from moetier.tiers.store.shard import ShardFile
 from moetier.tiers.store.trunk import check_trunk
@@ -49,8 +51,7 @@ def push(directory: Path, address: str, progress: Progress, *, overwrite: bool =
         shards = [ShardFile.of(Path(GROUP), manifest, block).path.as_posix() for block in range(len(manifest.blocks))]
         wanted = [*dict.fromkeys([*small, *manifest.trunk, *shards])]
         wanted.remove(MANIFEST)
-        with read_errors(directory / MANIFEST):
-            data = (directory / MANIFEST).read_bytes()
+        data = _with_sums(directory, [name for name in small if name in wanted])
         listed = objects.sizes()
         if overwrite:  # before PUSH is written, as a push that goes on later need not be told so
             for name in _leftovers(listed or {}, wanted):
@@ -66,6 +67,28 @@ def push(directory: Path, address: str, progress: Progress, *, overwrite: bool =
         objects.put(MANIFEST, data)
         objects.delete(PUSH)
         return total
+
+
+def _with_sums(directory: Path, small: Iterable[str]) -> bytes:
+    """Return the manifest's file with the sums of small files, which ``fetch`` compares. Raises StoreError."""
+    sums = {}
+    for name in small:
+        with read_errors(directory / name):
+            data = (directory / name).read_bytes()
+        sums[name] = {"bytes": len(data), "crc32c": crc32c(data)}
+    group = read_json(directory / MANIFEST)
+    group["attributes"]["moetier"]["files"] = dict(sorted(sums.items()))
+    return json.dumps(group, indent=2).encode()
+
+
+def _without_sums(data: bytes) -> Any:
+    """Return a manifest's file as JSON without the sums of small files; ``data`` itself if it is no such file."""
+    try:
+        group = parse_json(data, "", "")
+        group["attributes"]["moetier"].pop("files", None)
+    except (StoreError, KeyError, TypeError, AttributeError):
+        return data
+    return group
 
 
 def _begin(
@@ -92,7 +115,7 @@ def _begin(
                     "Use credentials that may list and read, or replace what is there with `moetier push --overwrite`.",
                 ) from error
             found = b""
-        if found == manifest:
+        if _without_sums(found) == _without_sums(manifest):  # small files may change
             return {} if overwrite and name == MANIFEST else sizes or {}
         if not overwrite:
             raise TargetExistsError(

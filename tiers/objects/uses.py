@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import mmap
 import os
@@ -28,11 +29,20 @@ class Uses:
     """
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
-        """Open the file ``path``, or make it with all records absent. Raises StoreFormatError if its size is wrong,
-        and as ``locked``.
+        """Open the file ``path``, or make it with all records absent.
+
+        If the file can't be written, changes are known to this process only. Raises StoreFormatError if its size is
+        wrong, and as ``locked``.
         """
         self.path = path
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self.is_durable = True  # whether changes are written to the file
+        try:
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+                raise
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self.is_durable = False
         try:
             size = 8 * manifest.record_count
             with self.locked():
@@ -42,7 +52,9 @@ class Uses:
                 raise StoreFormatError(
                     f"{path} has {found:,} bytes; {size:,} were expected.", f"Remove {path.parent.parent}."
                 )
-            self._memory = mmap.mmap(self._descriptor, size)
+            self._memory = mmap.mmap(
+                self._descriptor, size, access=mmap.ACCESS_WRITE if self.is_durable else mmap.ACCESS_COPY
+            )
         except BaseException:
             os.close(self._descriptor)
             raise
@@ -84,7 +96,7 @@ class Uses:
         seconds.
         """
         end = time.monotonic() + WAIT
-        while True:
+        while self.is_durable:
             try:
                 fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
@@ -98,7 +110,8 @@ class Uses:
         try:
             yield
         finally:
-            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+            if self.is_durable:
+                fcntl.flock(self._descriptor, fcntl.LOCK_UN)
 
     def sync(self) -> None:
         """Make all entries durable."""

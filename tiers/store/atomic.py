@@ -82,12 +82,15 @@ def write_all(descriptor: int, data: memoryview | bytes, position: int) -> None:
         position += count
 
 
-def make_folders(folder: Path) -> None:
-    """Create a folder and its missing parents. Sync the parent of each new folder, so that the new name is durable."""
+def make_folders(folder: Path, mode: int = 0o777) -> None:
+    """Create a folder and its missing parents, with ``mode`` less the umask.
+
+    The parent of each new folder is synced, so that the new name is durable.
+    """
     if not folder.is_dir():
-        make_folders(folder.parent)
+        make_folders(folder.parent, mode)
         with contextlib.suppress(FileExistsError):
-            folder.mkdir()
+            folder.mkdir(mode)
         sync_folder(folder.parent)
 
 

@@ -128,7 +128,7 @@ def read_manifest(folder: Path) -> Manifest:
     )
     _compare(path, group, {"zarr_format": 3, "node_type": "group"})
     if not manifest.digest:
-        raise StoreFormatError(f"The manifest in {path} has no digest.", "Convert the model again.")
+        raise StoreFormatError(f"The manifest in {path} has no digest.", remaking(path))
     return manifest
 
 
@@ -179,13 +179,23 @@ def resuming(target: Path, plan: Manifest) -> str:
         return command("convert", plan.model, target)
 
 
-def read_json(path: Path, fix: str = "Convert the model again.") -> dict[str, Any]:
+def remaking(path: Path, otherwise: str = "Convert the model again.") -> str:
+    """Return what to do about a damaged file: if it is in a cache, fetch the model again; else ``otherwise``."""
+    for folder in list(path.parents)[:3]:
+        if (folder / CACHE).exists():
+            return f"Remove the folder {folder}, and give the address of the model again."
+    return otherwise
+
+
+def read_json(path: Path, fix: str = "") -> dict[str, Any]:
     """Return the JSON object in a file of a model directory, which is not trusted.
 
     Raises:
-        StoreFormatError: the file is missing, too large, or not a JSON object. The error has ``fix`` as its advice.
+        StoreFormatError: the file is missing, too large, or not a JSON object. The error has ``fix`` as its advice,
+            or ``remaking``.
         StoreReadError: the system reported an error when the file was read.
     """
+    fix = fix or remaking(path)
     try:
         with read_errors(path), path.open("rb") as stream:
             data = stream.read(MAX_JSON_BYTES + 1)
@@ -271,4 +281,4 @@ def _compare(path: Path, found: dict[str, Any], expected: dict[str, Any]) -> Non
         try:
             Fields(found)[name].equals(value, "the file does not match the manifest")
         except ValueError as error:
-            raise StoreFormatError(f"{path}: {error}.", "Convert the model again.") from error
+            raise StoreFormatError(f"{path}: {error}.", remaking(path)) from error

@@ -12,7 +12,7 @@ from moetier.tiers.manifest import MAX_BYTES, TRUNK_NAME, FileSum, Manifest
 
 from .atomic import read_errors
 from .checksum import PIECE_BYTES, crc32c
-from .folder import MAX_JSON_BYTES, parse_json, read_json
+from .folder import MAX_JSON_BYTES, parse_json, read_json, remaking
 from .safetensors import Entry, parse_header, read_header
 
 INDEX = "model.safetensors.index.json"
@@ -52,7 +52,8 @@ def trunk_faults(directory: Path, manifest: Manifest) -> dict[str, StoreError]:
         named.setdefault(file, set()).add(tensor)
     if manifest.trunk and (strangers := sorted(named.keys() - manifest.trunk.keys())):
         faults[INDEX] = StoreFormatError(
-            f"{directory / INDEX} names the file {strangers[0]}, which is not in the manifest.", FIX
+            f"{directory / INDEX} names the file {strangers[0]}, which is not in the manifest.",
+            remaking(directory / INDEX, FIX),
         )
     for name, entry in (manifest.trunk or dict.fromkeys(sorted(named))).items():
         try:
@@ -76,12 +77,14 @@ def _check_file(path: Path, entry: FileSum | None, tensors: set[str] | None) -> 
         size = None
     if size is None:
         expected = f"; it should have {entry.bytes:,} bytes" if entry else ""
-        raise StoreFormatError(f"{path}, a file of the trunk, is missing{expected}.", MISSING)
+        raise StoreFormatError(f"{path}, a file of the trunk, is missing{expected}.", remaking(path, MISSING))
     if entry and size != entry.bytes:
-        raise StoreFormatError(f"{path}, a file of the trunk, has {size:,} bytes; {entry.bytes:,} were written.", FIX)
+        cause = f"{path}, a file of the trunk, has {size:,} bytes; {entry.bytes:,} were written."
+        raise StoreFormatError(cause, remaking(path, FIX))
     found = _header(path).keys()
     if tensors is not None and found != tensors:
-        raise StoreFormatError(f"Only one of {path} and {INDEX} has the tensor {shown(min(found ^ tensors))}.", FIX)
+        cause = f"Only one of {path} and {INDEX} has the tensor {shown(min(found ^ tensors))}."
+        raise StoreFormatError(cause, remaking(path, FIX))
 
 
 def trunk_records(directory: Path, manifest: Manifest) -> dict[str, int]:
@@ -99,7 +102,7 @@ def trunk_records(directory: Path, manifest: Manifest) -> dict[str, int]:
             raise StoreFormatError(
                 f"{directory / INDEX} names {tensor}, a quantised matrix, "
                 "but the manifest says that the trunk has none.",
-                FIX,
+                remaking(directory / INDEX, FIX),
             )
         path = directory / name
         if name not in headers:
@@ -107,7 +110,8 @@ def trunk_records(directory: Path, manifest: Manifest) -> dict[str, int]:
         entry = headers[name].get(tensor)
         if entry is None or entry.dtype != "U8" or len(entry.shape) != 1:
             what = f"has type {entry.dtype} and shape {list(entry.shape)}" if entry else "is missing"
-            raise StoreFormatError(f"{path}, a file of the trunk: {tensor} {what}; it should be a record.", FIX)
+            cause = f"{path}, a file of the trunk: {tensor} {what}; it should be a record."
+            raise StoreFormatError(cause, remaking(path, FIX))
         found[tensor.removesuffix(RECORD)] = entry.shape[0]
     return found
 
@@ -119,7 +123,7 @@ def _places(directory: Path) -> dict[str, str]:
     StoreReadError if the index can't be read.
     """
     path = directory / INDEX
-    index = Fields(read_json(path, FIX if path.exists() else MISSING))
+    index = Fields(read_json(path, remaking(path, FIX if path.exists() else MISSING)))
     places: dict[str, str] = {}
     try:
         if metadata := index.get("metadata"):
@@ -144,14 +148,14 @@ def _header(path: Path) -> dict[str, Entry]:
     try:
         with read_errors(path):
             data, size = read_header(path, MAX_JSON_BYTES)
-        entries, end = parse_header(parse_json(data, f"The header of {path}", FIX))
+        entries, end = parse_header(parse_json(data, f"The header of {path}", remaking(path, FIX)))
         if end != size:
             raise ValueError(f"its header describes {end:,} bytes of data, but it has {size:,}")
         return entries
     except FileNotFoundError:
-        raise StoreFormatError(f"{path}, a file of the trunk, is missing.", MISSING) from None
+        raise StoreFormatError(f"{path}, a file of the trunk, is missing.", remaking(path, MISSING)) from None
     except ValueError as error:
-        raise StoreFormatError(f"{path}, a file of the trunk, can't be read: {error}.", FIX) from error
+        raise StoreFormatError(f"{path}, a file of the trunk, can't be read: {error}.", remaking(path, FIX)) from error
 
 
 def check_small(directory: Path, manifest: Manifest) -> None:
@@ -180,7 +184,7 @@ def check_sum(path: Path, entry: FileSum, *, cached: bool = False) -> Iterator[i
     if crc != entry.crc32c:
         raise ChecksumError(
             f"{path}, a file of the trunk: checksum mismatch: CRC-32C {crc:08x}, but {entry.crc32c:08x} was written.",
-            FIX,
+            remaking(path, FIX),
         )
 
 

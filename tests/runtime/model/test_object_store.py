@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ from object_servers import served_folder
 from prepared import Prepared
 
 import moetier
-from moetier.tiers.errors import ConfigError
+from moetier.runtime.pulled import directory_at
+from moetier.tiers.errors import ConfigError, MoetierError
 from moetier.tiers.store.folder import GROUP
 
 IDS = torch.randint(3, 250, (1, 12), generator=torch.Generator().manual_seed(0))
@@ -95,3 +98,27 @@ def test_a_daemon_holds_a_model_of_an_object_store(tinymix_4bit: Path, tmp_path:
             assert server.records
             daemon.process.terminate()
             assert daemon.process.wait(30) == 0
+
+
+@pytest.mark.parametrize("address", ["s3://KEY:SECRET@bucket/model", "https://host/model?sig=SECRET"])
+def test_an_address_with_secrets_is_refused(address: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="which moetier does not accept") as error:
+        moetier.load(address, store_cache=tmp_path)
+    assert "SECRET" not in "".join(traceback.format_exception(error.value)).replace("AWS_SECRET_ACCESS_KEY", "")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "model.safetensors.index.json"])
+def test_a_file_that_is_damaged_in_a_cache_without_sums_is_said_with_what_to_remove(
+    name: str, tinymix_4bit: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("obstore")
+    with served_folder(tinymix_4bit) as server:
+        folder = directory_at(server.address, tmp_path)
+        (folder / name).write_text("<html>Sign in</html>")
+        with pytest.raises(MoetierError) as error:
+            moetier.load(server.address, store_cache=tmp_path, daemon=None)
+        assert str(folder) in error.value.cause
+        assert error.value.fix == f"Remove the folder {folder}, and give the address of the model again."
+        shutil.rmtree(folder)
+        moetier.load(server.address, store_cache=tmp_path, daemon=None)[0].tiers.close()

@@ -1,46 +1,22 @@
-"""Credentials from the files of Amazon's tools, and names that can't be listed."""
+"""Requests at one address: retries, limits, lists, and texts without secrets."""
 
 from __future__ import annotations
 
-import os
+import traceback
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import trustme
 from object_servers import served_bucket, served_folder
+from threads import wait_until
 
-from moetier.tiers.errors import ClosedError, ConfigError, StoreReadError
-from moetier.tiers.objects.client import Objects, _profile
+from moetier.tiers.addresses import HTTP_AUTHORIZATION
+from moetier.tiers.errors import ClosedError, ConfigError, MissingExpertError, StoreReadError
+from moetier.tiers.objects import client
+from moetier.tiers.objects.client import Objects
 
 pytest.importorskip("obstore")
-
-
-@pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / ".aws").mkdir()
-    (tmp_path / ".aws/credentials").write_text(
-        "[default]\naws_access_key_id = one\naws_secret_access_key = a%b\n[work]\naws_access_key_id = two\n"
-    )
-    (tmp_path / ".aws/config").write_text("[profile work]\nregion = eu-north-1\n")
-    return tmp_path
-
-
-def test_a_profile_is_found_as_amazons_tools_find_it(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert _profile() == {"aws_access_key_id": "one", "aws_secret_access_key": "a%b"}
-    monkeypatch.setenv("AWS_PROFILE", "work")
-    assert _profile() == {"aws_access_key_id": "two", "region": "eu-north-1"}
-    monkeypatch.setenv("AWS_REGION", "us-west-2")
-    assert _profile() == {"aws_access_key_id": "two"}
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "three")
-    assert _profile() == {}
-
-
-def test_a_file_of_credentials_that_is_malformed_is_said(home: Path) -> None:
-    (home / ".aws/credentials").write_text("nonsense")
-    with pytest.raises(ConfigError, match="credentials"):
-        _profile()
 
 
 def test_an_http_server_can_not_list(tmp_path: Path) -> None:
@@ -49,7 +25,8 @@ def test_an_http_server_can_not_list(tmp_path: Path) -> None:
 
 
 def test_an_object_has_at_most_what_is_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moetier.tiers.objects.client.BACKOFF_SECONDS", 0.01)
+    monkeypatch.setattr(client, "BACKOFF_SECONDS", 0.01)
+    monkeypatch.setattr(client, "PATIENCE", 0.1)
     (tmp_path / "large").write_bytes(bytes(100))
     with served_folder(tmp_path) as server, Objects(server.address) as objects:
         assert objects.read_whole("large", 100) == bytes(100)
@@ -69,7 +46,8 @@ def test_an_upload_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_listing_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moetier.tiers.objects.client.BACKOFF_SECONDS", 0.01)
+    monkeypatch.setattr(client, "BACKOFF_SECONDS", 0.01)
+    monkeypatch.setattr(client, "PATIENCE", 0.1)
     (tmp_path / "bucket/model").mkdir(parents=True)
     (tmp_path / "bucket/model/some").write_bytes(bytes(100))
     with served_bucket(tmp_path, monkeypatch) as server, Objects("s3://bucket/model") as objects:
@@ -101,3 +79,66 @@ def test_what_is_closed_sends_no_request(tmp_path: Path) -> None:
         with pytest.raises(ClosedError):
             objects.read_whole("some", 4)
         assert len(server.gets) == 1
+
+
+def test_a_signature_is_not_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Azure's, which obstore puts into the address of each request, and its errors into their texts."""
+    monkeypatch.setattr(client, "PATIENCE", 0.1)
+    with served_folder(tmp_path) as server:
+        server.fault = lambda name: "error"
+        monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "account")
+        monkeypatch.setenv("AZURE_STORAGE_SAS_TOKEN", "sv=1&sig=SECRET")
+        monkeypatch.setenv("AZURE_STORAGE_ENDPOINT", server.address)
+        with Objects("az://container/model") as objects:
+            for call in (lambda: objects.read_whole("some", 4), objects.sizes):
+                with pytest.raises(StoreReadError) as error:
+                    call()
+                assert "503" in error.value.cause
+                assert "SECRET" not in "".join(traceback.format_exception(error.value))
+        assert any("SECRET" in name for name in server.gets), "it was sent"
+
+
+@pytest.mark.parametrize("variable", ["AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"])
+@pytest.mark.parametrize("endpoint", ["http://user:SECRET@127.0.0.1:1", "http://127.0.0.1:1/?sig=SECRET"])
+def test_secrets_in_an_endpoint_are_refused(variable: str, endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(variable, endpoint)
+    with pytest.raises(ConfigError, match=f"endpoint in {variable}") as error:
+        Objects("s3://bucket/model")
+    assert "AWS_SECRET_ACCESS_KEY" in error.value.fix
+    assert "SECRET@" not in str(error.value)
+    assert "sig=" not in str(error.value)
+
+
+def test_a_missing_object_is_not_asked_for_again(tmp_path: Path) -> None:
+    with served_folder(tmp_path) as server, Objects(server.address) as objects:
+        with pytest.raises(MissingExpertError, match="no object some"):
+            objects.read_whole("some", 4)
+        assert len(server.gets) == 1
+
+
+def test_closing_ends_an_answer_that_is_slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "CHUNK_BYTES", 1)
+    (tmp_path / "some").write_bytes(bytes(1000))
+    with served_folder(tmp_path) as server, Objects(server.address) as objects:
+        server.fault, server.seconds = lambda name: "drip", 3.0
+        with ThreadPoolExecutor(1) as pool:
+            reading = pool.submit(objects.read_whole, "some", 1000)
+            wait_until(lambda: bool(server.gets))
+            objects.close()
+            with pytest.raises(ClosedError):
+                reading.result(50)
+
+
+def test_http_servers_get_the_authorization_of_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By TLS only."""
+    (tmp_path / "some").write_bytes(b"here")
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
+    monkeypatch.setenv(HTTP_AUTHORIZATION, "Bearer SECRET")
+    with served_folder(tmp_path) as server, Objects(server.address) as objects:
+        assert objects.read_whole("some", 4) == b"here"
+        assert server.keys == [""]
+    with served_folder(tmp_path, authority.issue_cert("127.0.0.1")) as server, Objects(server.address) as objects:
+        assert objects.read_whole("some", 4) == b"here"
+        assert server.keys == ["Bearer SECRET"]

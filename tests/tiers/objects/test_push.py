@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 from faults import flip_bit
-from object_servers import moto_bucket, served_bucket, weed_bucket
+from object_servers import moto_bucket, served_bucket, served_folder, weed_bucket
 from stores import make_store, read_records
 
 from moetier.tiers.errors import (
     ChecksumError,
     ConfigError,
+    StoreError,
     StoreFormatError,
     StoreReadError,
     TargetError,
@@ -28,10 +29,12 @@ from moetier.tiers.objects.client import Objects
 from moetier.tiers.objects.fetch import Advance, fetch, folder_of, outline
 from moetier.tiers.objects.push import push
 from moetier.tiers.store.checksum import crc32c
-from moetier.tiers.store.folder import CACHE, GROUP, METADATA
+from moetier.tiers.store.folder import CACHE, GROUP, METADATA, read_manifest
 from moetier.tiers.store.reader import ExpertStore
 
 pytest.importorskip("obstore")
+
+ARRAY = f"{GROUP}/records/{METADATA}"
 
 
 @contextmanager
@@ -60,7 +63,11 @@ def test_what_was_pushed_is_the_same_model(bucket: str, tinymix_4bit: Path, tmp_
         assert store.objects.gets == origin.manifest.record_count
         assert store.objects.retries == 0
     there = {path.relative_to(tinymix_4bit) for path in tinymix_4bit.rglob("*") if path.is_file()}
+    there.remove(Path(module.MANIFEST))  # it has got the sums of small files
     assert all((folder / name).read_bytes() == (tinymix_4bit / name).read_bytes() for name in there)
+    files = read_manifest(folder / GROUP).files
+    others = {str(name) for name in there if name.suffix == ".safetensors" or "c" in name.parts}
+    assert set(map(str, there)) - others == {*files}
     assert push(tinymix_4bit, address, silent) < 1 << 20, "only small files again"
 
 
@@ -218,7 +225,7 @@ def test_another_model_is_kept_where_it_can_not_be_listed(
     fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(client, "BACKOFF_SECONDS", 0.01)
-    monkeypatch.setattr(client, "UPLOAD_RETRIES", 0)
+    monkeypatch.setattr(client, "PATIENCE", 0.1)
     make_store(tmp_path / "bucket/model")
     make_store(tmp_path / "two", seed=1)
     with served_bucket(tmp_path, monkeypatch) as server:
@@ -246,6 +253,7 @@ def test_a_failed_listing_does_not_leave_a_cache_without_its_tokenizer(
     tinymix_4bit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(client, "BACKOFF_SECONDS", 0.01)
+    monkeypatch.setattr(client, "PATIENCE", 0.1)
     (shutil.copytree(tinymix_4bit, tmp_path / "bucket/model") / "unusual.json").write_text("{}")
     with served_bucket(tmp_path, monkeypatch) as server:
         server.fault = lambda name: "error" if "list-type" in name else ""
@@ -260,3 +268,90 @@ def test_another_endpoint_has_another_cache(monkeypatch: pytest.MonkeyPatch, tmp
     one = folder_of("s3://bucket/model", tmp_path)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://two")
     assert folder_of("s3://bucket/model", tmp_path) != one
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "config.json", ARRAY])
+def test_a_damaged_small_file_is_refused_and_not_kept(
+    name: str, tinymix_4bit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    push(tinymix_4bit, f"file://{tmp_path}/bucket/model", silent)
+    with served_bucket(tmp_path, monkeypatch) as server:
+        for fault, said in (("altered", "other bytes than the manifest says"), ("page", "is a web page")):
+            server.gets.clear()
+            server.fault = lambda asked, fault=fault: fault if asked.endswith(f"/{name}") else ""  # type: ignore[misc]
+            with pytest.raises(StoreError, match=f"{name} at s3://bucket/model .* {said}") as error:
+                fetch("s3://bucket/model", tmp_path / "cache")
+            assert "Convert" not in error.value.fix
+            assert sum(asked.endswith(f"/{name}") for asked in server.gets) == 1 + client.RETRIES
+            assert not list((tmp_path / "cache").glob(f"*/*/{name}"))
+        server.fault = lambda asked: "" if server.fresh[-1] else "page"  # as a proxy does that keeps a wrong answer
+        assert (fetch("s3://bucket/model", tmp_path / "cache") / name).read_bytes() == (
+            tinymix_4bit / name
+        ).read_bytes()
+
+
+def test_a_small_file_that_is_damaged_in_the_cache_is_fetched_again(
+    tinymix_4bit: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    push(tinymix_4bit, f"file://{tmp_path / 'there'}", silent)
+    folder = fetch(f"file://{tmp_path / 'there'}", tmp_path / "cache")
+    flip_bit(folder / "tokenizer.json", 100)
+    (folder / "config.json").unlink()
+    assert fetch(f"file://{tmp_path / 'there'}", tmp_path / "cache") == folder
+    for name in ("tokenizer.json", "config.json"):
+        assert (folder / name).read_bytes() == (tinymix_4bit / name).read_bytes()
+    assert f"Files of {folder} are damaged, and are fetched again: config.json, tokenizer.json." in caplog.messages
+    caplog.clear()
+    fetch(f"file://{tmp_path / 'there'}", tmp_path / "cache")
+    assert not caplog.messages
+
+
+def test_a_model_without_sums_is_used_with_a_warning(
+    tinymix_4bit: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As other tools copy it, and earlier versions push it."""
+    with served_folder(tinymix_4bit) as server:
+        folder = fetch(server.address, tmp_path / "one")
+        assert (folder / "tokenizer.json").read_bytes() == (tinymix_4bit / "tokenizer.json").read_bytes()
+        assert f"{server.address} has no checksums of its config and tokenizer" in caplog.text
+        server.fault = lambda name: "page" if name == "tokenizer.json" else ""
+        with pytest.raises(StoreFormatError, match=r"tokenizer\.json at http.* is a web page"):
+            fetch(server.address, tmp_path / "two")
+        server.fault = lambda name: "altered" if name == "config.json" else ""
+        with pytest.raises(StoreFormatError, match=r"config\.json at http.* is not JSON"):
+            fetch(server.address, tmp_path / "two")
+
+
+def test_a_changed_small_file_is_pushed_with_its_sum(tinymix_4bit: Path, tmp_path: Path) -> None:
+    """The model stays the same one. So does one that was pushed without sums."""
+    address, changed = f"file://{tmp_path / 'there'}", shutil.copytree(tinymix_4bit, tmp_path / "changed")
+    shutil.copytree(tinymix_4bit, tmp_path / "there")
+    push(tinymix_4bit, address, silent)
+    (changed / "generation_config.json").write_text('{"top_k": 7}')
+    push(changed, address, silent)
+    folder = fetch(address, tmp_path / "cache")
+    assert (folder / "generation_config.json").read_text() == '{"top_k": 7}'
+
+
+def test_small_files_have_at_most_what_is_accepted_in_all(
+    tinymix_4bit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    most = (tinymix_4bit / "tokenizer.json").stat().st_size + 1000
+    monkeypatch.setattr("moetier.tiers.objects.fetch.MAX_SMALL_BYTES", most)
+    with served_folder(tinymix_4bit) as server:  # one that does not list
+        with pytest.raises(StoreReadError, match="the answer has more than"):
+            fetch(server.address, tmp_path / "one")
+        push(tinymix_4bit, f"file://{tmp_path / 'there'}", silent)
+        server.folder = tmp_path / "there"
+        server.gets.clear()
+        with pytest.raises(StoreFormatError, match="The small files at http"):
+            fetch(server.address, tmp_path / "two")
+        assert {*server.gets} == {module.MANIFEST}, "said by their sums"
+
+
+def test_a_slow_upload_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "STALL_SECONDS", 0.3)
+    with served_bucket(tmp_path, monkeypatch) as server, Objects("s3://bucket/model", uploads=True) as objects:
+        server.fault, server.seconds = lambda name: "slow", 1.0
+        objects.put("small", b"here")
+        assert len(server.puts) == 1
