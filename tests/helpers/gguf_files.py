@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,24 @@ MODELS: dict[str, tuple[str, Callable[[], Any]]] = {  # by architecture of llama
 Kind = Callable[[str], str]  # returns the type of a tensor, by its name in the file
 
 
+@dataclass(frozen=True)
+class Vocabulary:
+    """Tokens of a byte-level tokenizer, with their types (1: ordinary, 3: control, 4: the user's, 5: unused)."""
+
+    tokens: list[str]
+    types: list[int]
+    end: str  # token that ends an answer
+    template: str
+
+
+def plain_vocabulary() -> Vocabulary:
+    """Bytes, a merge of two, and a token that ends an answer."""
+    tokens = [*bytes_to_unicode().values(), "he", "<|end|>"]
+    tokens += [f"[PAD{each}]" for each in range(len(tokens), VOCABULARY)]
+    types = [3 if each == "<|end|>" else 5 if each.startswith("[PAD") else 1 for each in tokens]
+    return Vocabulary(tokens, types, "<|end|>", "{% for message in messages %}{{ message.content }}{% endfor %}")
+
+
 def mostly(experts: str, down: str | None = None, trunk: str = "Q8_0") -> Kind:
     """Experts' matrices of one type, or of another for those of ``down``; other matrices of a third."""
 
@@ -118,7 +137,13 @@ def tiny_weights(architecture: str, seed: int = 0) -> Any:
 
 
 def write_gguf(
-    path: Path, model: Any, kind: Kind, *, vocabulary: bool = True, tensors_of_a_part: int = 0, seed: int = 0
+    path: Path,
+    model: Any,
+    kind: Kind,
+    *,
+    vocabulary: bool | Vocabulary = True,
+    tensors_of_a_part: int = 0,
+    seed: int = 0,
 ) -> Path:
     """Writes the model; returns the path of the file, or of the first part."""
     config = model.config
@@ -263,7 +288,7 @@ def _of_qwen35(key: str, weights: torch.Tensor, config: Any) -> tuple[torch.Tens
     return weights, _same
 
 
-def _describe(writer: Any, config: Any, vocabulary: bool) -> None:
+def _describe(writer: Any, config: Any, vocabulary: bool | Vocabulary) -> None:
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
@@ -303,14 +328,13 @@ def _describe(writer: Any, config: Any, vocabulary: bool) -> None:
         writer.add_tokenizer_model("none")
         writer.add_vocab_size(config.vocab_size)
         return
-    tokens = [*bytes_to_unicode().values(), "he", "<|end|>"]
-    tokens += [f"[PAD{each}]" for each in range(len(tokens), VOCABULARY)]
+    given = vocabulary if isinstance(vocabulary, Vocabulary) else plain_vocabulary()
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("qwen2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([3 if each == "<|end|>" else 5 if each.startswith("[PAD") else 1 for each in tokens])
+    writer.add_token_list(given.tokens)
+    writer.add_token_types(given.types)
     writer.add_token_merges(["h e"])
-    writer.add_eos_token_id(tokens.index("<|end|>"))
-    writer.add_bos_token_id(tokens.index("<|end|>"))
+    writer.add_eos_token_id(given.tokens.index(given.end))
+    writer.add_bos_token_id(given.tokens.index(given.end))
     writer.add_add_bos_token(False)
-    writer.add_chat_template("{% for message in messages %}{{ message.content }}{% endfor %}")
+    writer.add_chat_template(given.template)

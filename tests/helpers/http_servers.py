@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -40,6 +41,25 @@ def serving(
             yield application("small", engine, None, most), engine
         finally:
             engine.stop()
+
+
+@contextmanager
+def listening(app: Any) -> Iterator[str]:
+    """The address of an application that the server's own listener serves from a thread of this process."""
+    from moetier.tools.serve.listen import Server, bind
+
+    ready = threading.Event()
+    with bind("127.0.0.1", 0) as bound:
+        server = Server(app, connections=64, ready=ready.set, ending=lambda: None)
+        thread = threading.Thread(target=server.run, args=([bound],))
+        thread.start()
+        try:
+            assert ready.wait(PATIENCE)
+            yield f"http://127.0.0.1:{bound.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join(PATIENCE)
+            assert not thread.is_alive()
 
 
 class ServerProcess:

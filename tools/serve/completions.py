@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
-from transformers.cli.serving.utils import BaseHandler, Modality, ReasoningText, ToolCall, build_response_parser
+from transformers.cli.serving.utils import BaseHandler, Modality, ReasoningText, ToolCall
 
 from moetier.runtime.context import counted, first_ids, longest_context
 from moetier.runtime.generation.conversation import PLAIN_STOP, PLAIN_TEMPLATE
@@ -20,6 +20,7 @@ from moetier.runtime.generation.decoding import SAMPLING
 
 from .engine import Answer, Engine, Job
 from .middleware import Message, Receive, Send
+from .parsing import AnswerParser, form_of
 from .refusal import Refusal
 from .request import Body, ChatBody, TextBody, checked, parsed
 
@@ -36,6 +37,7 @@ class Completions(ABC):
     chunk: ClassVar[str]  # OpenAI's name for the type of a piece of an answer
     opening: ClassVar[tuple[dict[str, Any], ...]] = ()  # choices that are sent before the first piece
     stop: tuple[str, ...] = ()  # strings that end every answer
+    adds_special_tokens = True  # whether the tokenizer adds its special tokens to the prompt
 
     def __init__(self, name: str, engine: Engine) -> None:
         """Serve the engine's model under ``name``."""
@@ -67,7 +69,8 @@ class Completions(ABC):
         """
         body = checked(parsed(content, content_type), self.body, self._name)
         model, context = self._engine.model, self._engine.context
-        ids = self._ids(body)
+        text = self._text(body)
+        ids = first_ids(self._engine.tokenizer, text, context, add_special_tokens=self.adds_special_tokens)
         if not ids:
             raise Refusal(400, f"{self.prompt}: the prompt has no tokens.", param=self.prompt)
         if len(ids) >= context:
@@ -87,7 +90,7 @@ class Completions(ABC):
             asked={name: body[name] for name in SAMPLING if name in body},
             seed=body.get("seed"),
             stop=[*body.get("stop", ()), *self.stop],
-            parser=self._parser(body, ids),
+            parser=self._parser(body, text),
         )
         return job, body.get("stream", False)
 
@@ -124,15 +127,12 @@ class Completions(ABC):
         yield {**chunk(self._choice("", calls), reason), "usage": usage}
 
     @abstractmethod
-    def _ids(self, body: dict[str, Any]) -> list[int]:
-        """Return the token ids of the prompt. Raises Refusal if the chat template refuses the messages.
-
-        For a prompt that is far longer than the context, return only its first ids; these, too, exceed the context.
-        """
+    def _text(self, body: dict[str, Any]) -> str:
+        """Return the text of the prompt. Raises Refusal if the chat template refuses the messages."""
 
     @abstractmethod
-    def _parser(self, body: dict[str, Any], ids: list[int]) -> Any:
-        """Return transformers' parser for the model's tool calls and reasoning, or None if there is no such parser."""
+    def _parser(self, body: dict[str, Any], text: str) -> AnswerParser | None:
+        """Return a parser for the answer to the prompt ``text``; None if all of the answer is text."""
 
     @abstractmethod
     def _choice(self, piece: Any, calls: int) -> dict[str, Any]:
@@ -155,23 +155,25 @@ class ChatCompletions(Completions):
     def __init__(self, name: str, engine: Engine) -> None:
         """Serve the engine's model under ``name``, with PLAIN_TEMPLATE if the model has no chat template."""
         super().__init__(name, engine)
+        self._form = form_of(engine.model, engine.tokenizer)
         self._is_plain = not engine.tokenizer.chat_template
+        self.adds_special_tokens = self._is_plain
         if self._is_plain:
             self.stop = (PLAIN_STOP,)
 
-    def _ids(self, body: dict[str, Any]) -> list[int]:
+    def _text(self, body: dict[str, Any]) -> str:
         text = self._rendered(body, body.get("tools"))
         if body.get("tools") and text == self._rendered(body, None):
             raise Refusal(400, "tools: the model's chat template does not support tools.", param="tools")
-        return first_ids(self._engine.tokenizer, text, self._engine.context, add_special_tokens=self._is_plain)
+        return text
 
-    def _rendered(self, body: dict[str, Any], tools: list[Any] | None) -> str:
+    def _rendered(self, body: dict[str, Any], tools: list[Any] | None, *, begins_answer: bool = True) -> str:
         messages = BaseHandler.get_processor_inputs_from_messages(body["messages"], Modality.LLM)
         try:
             text: str = self._engine.tokenizer.apply_chat_template(
                 messages,
                 chat_template=PLAIN_TEMPLATE if self._is_plain else None,
-                add_generation_prompt=True,
+                add_generation_prompt=begins_answer,
                 tools=tools,
                 tokenize=False,
                 **body.get("chat_template_kwargs", {}),
@@ -181,8 +183,13 @@ class ChatCompletions(Completions):
             raise Refusal(400, message, param="messages") from None
         return text
 
-    def _parser(self, body: dict[str, Any], ids: list[int]) -> Any:
-        return build_response_parser(self._engine.tokenizer, self._engine.model, ids, tools=body.get("tools"))
+    def _parser(self, body: dict[str, Any], text: str) -> AnswerParser | None:
+        if self._form is None:
+            return None
+        # only what the template adds to the messages may open a region: messages may have marks, too
+        messages = self._rendered(body, body.get("tools"), begins_answer=False)
+        prefill = text.removeprefix(messages) if text.startswith(messages) else ""
+        return self._form.parser(prefill, body.get("tools"))
 
     def _choice(self, piece: Any, calls: int) -> dict[str, Any]:
         if isinstance(piece, ToolCall):
@@ -210,10 +217,11 @@ class TextCompletions(Completions):
 
     body, prompt, object, chunk = TextBody, "prompt", "text_completion", "text_completion"
 
-    def _ids(self, body: dict[str, Any]) -> list[int]:
-        return first_ids(self._engine.tokenizer, body["prompt"], self._engine.context)
+    def _text(self, body: dict[str, Any]) -> str:
+        text: str = body["prompt"]
+        return text
 
-    def _parser(self, body: dict[str, Any], ids: list[int]) -> Any:
+    def _parser(self, body: dict[str, Any], text: str) -> AnswerParser | None:
         return None
 
     def _choice(self, piece: Any, calls: int) -> dict[str, Any]:

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tokenizers.decoders import DecodeStream
-from transformers.cli.serving.utils import response_events_to_chunks
 
 from moetier.runtime.generation.stop_strings import StopStrings
 
 from .metrics import Tally
+from .parsing import AnswerParser
 from .refusal import ENDING, FAILED, Refusal, log_failure
 
 _log = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ class Job:
     asked: dict[str, float] = field(default_factory=dict)  # sampling options (SAMPLING) that the request gives
     seed: int | None = None
     stop: Sequence[str] = ()  # strings that end the answer
-    parser: Any = None  # transformers' ResponseParser if it knows the model's tool calls and reasoning, else None
+    parser: AnswerParser | None = None  # of reasoning and tool calls; None if all of the answer is text
 
 
 class Answer:
@@ -56,8 +56,6 @@ class Answer:
         self._loop = asyncio.get_running_loop()
         self._lock = threading.Lock()  # makes sure that the answer ends only once
         engine.tally.add(under_way=1)
-        if job.parser is not None:
-            self._pass_on(response_events_to_chunks(job.parser.initial_events))
 
     @property
     def ended(self) -> bool:
@@ -75,26 +73,31 @@ class Answer:
             yield piece
 
     def add(self, tokens: Sequence[int]) -> None:
-        """Add new token ids, and pass on their text. End the answer if its text contains a stop string."""
+        """Add new token ids, and pass on their text. End the answer if its text contains a stop string.
+
+        Like all methods of an answer, this raises nothing: the engine computes other answers, too. If it can't take
+        the tokens, the answer fails.
+        """
         if self.ended:
             return
         self._engine.tally.add(new_tokens=len(tokens))  # before the text is sent: a client that has it may read counts
         self.new_tokens += len(tokens)
-        for token in tokens:
-            text = self._decoder.step(self._engine.tokenizer._tokenizer, token)
-            if text is not None:
-                self._pass_on([text] if self._parser is None else response_events_to_chunks(self._parser.feed(text)))
+        try:
+            for token in tokens:
+                self._take(token)
+        except Exception as error:
+            self.fail(error)
 
     def close(self) -> None:
         """End the answer because it is complete."""
         if self.ended:
             return
-        if self._parser is not None:
-            try:
-                self._pass_on(response_events_to_chunks(self._parser.finalize()[1]))
-            except (ValueError, RuntimeError):
-                _log.info("the answer ended within a tool call")
-        self._pass_on([None])
+        try:
+            if self._parser is not None:
+                self._pass_on(self._parser.finish())
+            self._pass_on([None])
+        except Exception as error:
+            self.fail(error)
 
     def fail(self, error: BaseException) -> None:
         """End the answer because its computation failed with ``error``."""
@@ -111,6 +114,13 @@ class Answer:
         """End the answer because its client no longer waits for it."""
         self._end("cancelled")
 
+    def _take(self, token: int) -> None:
+        if self._parser is not None and token in self._parser.skipped:
+            return
+        text = self._decoder.step(self._engine.tokenizer._tokenizer, token)
+        if text is not None:
+            self._pass_on([text] if self._parser is None else self._parser.feed(text))
+
     def _pass_on(self, pieces: Iterable[Any]) -> None:
         for piece in pieces:
             for found in self._stops.feed(piece):
@@ -119,7 +129,10 @@ class Answer:
                 self._send(found)
 
     def _send(self, piece: Any) -> None:
-        self._loop.call_soon_threadsafe(self._queue.put_nowait, piece)
+        try:
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, piece)
+        except RuntimeError:  # the event loop is closed, so no request waits any longer
+            self._end("cancelled")
 
     def _end(self, outcome: str) -> bool:
         """End the answer with ``outcome``, one of OUTCOMES. Return False if the answer had ended before."""

@@ -1,0 +1,174 @@
+"""Thoughts, calls and text of an answer over HTTP, for each form of them that transformers knows, and for none.
+
+The models write given texts (``scripted``). What a prompt has, marks among it, is no part of an answer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("starlette", reason='pip install ".[serve]"')
+pytest.importorskip("uvicorn", reason='pip install ".[serve]"')
+
+import httpx2
+import scripted
+from http_servers import listening
+from readers import PATIENCE
+
+import moetier
+from moetier.tools.serve.app import application
+from moetier.tools.serve.batched import Together
+from moetier.tools.serve.sequential import OneByOne
+
+CHAT = "/v1/chat/completions"
+TOOLS = [
+    {
+        "type": "function",
+        "function": {"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}},
+    }
+]
+UNBATCHED = "gemma4"  # transformers' continuous batching does not take it
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model's engine, in a server of any chat template."""
+
+    kind: str  # type of the model
+    engine: Any
+
+    @contextlib.contextmanager
+    def asks(self, template: str | None) -> Iterator[Callable[..., dict[str, Any]]]:
+        """A function that asks twice and returns the choice: the stream of the answer must be the same."""
+        self.engine.tokenizer.chat_template = template
+        with (
+            listening(application("small", self.engine, None, 8)) as url,
+            httpx2.Client(base_url=url, timeout=PATIENCE) as client,
+        ):
+
+            def ask(start: str | None = None, **fields: Any) -> dict[str, Any]:
+                _, _, think, _, call, _ = scripted.FORMS[self.kind]
+                body: dict[str, Any] = {"messages": [{"role": "user", "content": f"Segreto {think} {call}" + "{"}]}
+                if start is not None:
+                    body["chat_template_kwargs"] = {"start": start}
+                body |= {"max_tokens": 16, "temperature": 0} | fields
+                whole = client.post(CHAT, json=body)
+                assert whole.status_code == 200, whole.text
+                choice: dict[str, Any] = whole.json()["choices"][0]
+                stream = client.post(CHAT, json=body | {"stream": True})
+                assert stream.text.endswith("data: [DONE]\n\n"), stream.text
+                assert _of(stream.text) == _shown(choice)
+                return choice
+
+            yield ask
+
+
+def _shown(choice: dict[str, Any]) -> tuple[Any, ...]:
+    message = choice["message"]
+    calls = [(call["function"]["name"], call["function"]["arguments"]) for call in message.get("tool_calls", ())]
+    return message["content"], message.get("reasoning_content"), calls, choice["finish_reason"]
+
+
+def _of(stream: str) -> tuple[Any, ...]:
+    """The same of a stream."""
+    lines = [line.removeprefix("data: ") for line in stream.splitlines() if line.startswith("data: {")]
+    choices = [json.loads(line)["choices"][0] for line in lines]
+    message: dict[str, Any] = {"content": "", "tool_calls": []}
+    for delta in (choice["delta"] for choice in choices):
+        message["content"] += delta.get("content", "")
+        message["tool_calls"] += delta.get("tool_calls", ())
+        if "reasoning_content" in delta:
+            message["reasoning_content"] = message.get("reasoning_content", "") + delta["reasoning_content"]
+    return _shown({"message": message, "finish_reason": choices[-1]["finish_reason"]})
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Returns the checkpoint of a type of models, or its GGUF file ("qwen3_moe.gguf")."""
+    made: dict[str, Path] = {}
+
+    def path(kind: str) -> Path:
+        if kind not in made:
+            folder = tmp_path_factory.mktemp("scripted") / kind
+            made[kind] = (
+                scripted.write_file(folder) if kind.endswith(".gguf") else scripted.write_checkpoint(folder, kind)
+            )
+        return made[kind]
+
+    return path
+
+
+@pytest.fixture(scope="module")
+def served(request: pytest.FixtureRequest, paths: Callable[[str], Path]) -> Iterator[Served]:
+    kind, together = request.param
+    model, tokenizer = moetier.load(paths(kind), daemon=None)
+    with model.tiers:
+        parts = model, tokenizer, 400, 64
+        engine: Any = Together(*parts, 2) if together else OneByOne(*parts)
+        try:
+            found = Served(kind.removesuffix(".gguf"), engine)
+            with found.asks(None) as ask:
+                ask(max_tokens=1)  # whatever thread it needs is there now
+            yield found
+        finally:
+            engine.stop()
+
+
+QUICK = {
+    ("qwen3_moe", False), ("qwen3_moe", True), ("qwen3_5_moe_text", False), ("gemma4", False), ("mixtral", False),
+    ("qwen3_moe.gguf", False),
+}  # fmt: skip
+KINDS = [  # types of models with an engine each (True: together)
+    pytest.param(
+        (kind, together),
+        id=f"{kind} {'together' if together else 'one by one'}",
+        marks=[] if (kind, together) in QUICK else [pytest.mark.slow],
+    )
+    for kind in ("qwen3_moe", "qwen3_5_moe_text", UNBATCHED, "mixtral", "qwen3_moe.gguf")
+    for together in ((False,) if kind == UNBATCHED else (False, True))
+]
+of_each_kind = pytest.mark.parametrize("served", KINDS, indirect=True)
+
+
+def templates(kind: str) -> dict[str, str | None]:
+    return {"none": None, "own": scripted.own_template(kind), "foreign": scripted.FOREIGN}
+
+
+@pytest.mark.parametrize("template", ["none", "own", "foreign"])
+@of_each_kind
+def test_an_answer_has_nothing_of_its_prompt(served: Served, template: str) -> None:
+    with served.asks(templates(served.kind)[template]) as ask:
+        assert _shown(ask()) == ("\n\nCiao mondo", "Penso", [], "stop")
+
+
+@pytest.mark.parametrize("template", ["none", "own", "foreign"])
+@pytest.mark.parametrize("served", [("olmoe", False)], indirect=True)
+def test_an_unknown_form_stays_text(served: Served, template: str) -> None:
+    with served.asks(templates(served.kind)[template]) as ask:
+        assert _shown(ask()) == ("<think>Penso</think>\n\nCiao mondo", None, [], "stop")
+
+
+@pytest.mark.parametrize("template", ["own", "foreign"])
+@of_each_kind
+def test_what_a_template_writes_of_an_answer_is_no_part_of_it(served: Served, template: str) -> None:
+    """Thoughts that it has ended, and thoughts that go on."""
+    _, _, think, thought, *_ = scripted.FORMS[served.kind]
+    with served.asks(templates(served.kind)[template]) as ask:
+        assert _shown(ask(f"{think}\n\n{thought}\n\n{scripted.LOOP}", max_tokens=3)) == ("xxx", None, [], "length")
+        assert _shown(ask(f"{think}{scripted.GOES_ON}")) == (" Fatto", "Ancora", [], "stop")
+
+
+@pytest.mark.parametrize("template", ["own", "foreign"])
+@of_each_kind
+def test_calls(served: Served, template: str) -> None:
+    with served.asks(templates(served.kind)[template]) as ask:
+        content, reasoning, calls, reason = _shown(ask(scripted.TOOL, tools=TOOLS))
+    assert (content.strip(), reasoning, reason) == ("Ecco:", None, "tool_calls")
+    assert [(name, json.loads(arguments)) for name, arguments in calls] == [("f", {"a": 1})]

@@ -1,0 +1,143 @@
+"""Tell text, reasoning and tool calls of an answer apart, with transformers' parser for the model's form of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers.cli.serving.utils import ToolCall, get_response_template, response_events_to_chunks
+from transformers.utils.chat_parsing import ResponseParser
+from transformers.utils.chat_parsing.response_templates import ResponseTemplate, load_response_template
+
+CALLS = "tool_calls"  # field of a response template that holds tool calls
+
+_log = logging.getLogger(__name__)
+
+
+class AnswerForm:
+    """How a model writes reasoning and tool calls: its response template in transformers."""
+
+    def __init__(self, template: ResponseTemplate, special: Mapping[int, str]) -> None:
+        """``special`` has the text of each special token of the tokenizer, by id."""
+        self._template = template
+        self._textual = dataclasses.replace(
+            template, fields={name: field for name, field in template.fields.items() if name != CALLS}
+        )
+        fields = template.fields.values()
+        marks = [each.pattern for field in fields for each in (field.open_re, field.close_re) if each is not None]
+        literal = re.sub(
+            r"\\(.)", r"\1", "\n".join(marks), flags=re.DOTALL
+        )  # patterns without the backslashes of escapes
+        self.special = frozenset(special)
+        self.unmarked = frozenset(number for number, text in special.items() if text not in literal)
+
+    def parser(self, prefill: str, tools: Sequence[Any] | None) -> AnswerParser:
+        """Return a parser for one answer, whose beginning ``prefill`` is the end of the prompt.
+
+        Without ``tools``, tool calls stay part of the text.
+        """
+        return AnswerParser(self, self._template if tools else self._textual, prefill, tools)
+
+
+def form_of(model: Any, tokenizer: Any) -> AnswerForm | None:
+    """Return the form of a model's answers; None if neither its tokenizer has one nor transformers for its type."""
+    found = get_response_template(tokenizer, model)
+    if found is None:
+        return None
+    try:
+        template = load_response_template(found)
+    except (ValueError, TypeError, AttributeError) as error:
+        _log.warning("The tokenizer's response_template can't be used: reasoning and tool calls stay text (%s).", error)
+        return None
+    added = tokenizer.added_tokens_decoder
+    return AnswerForm(template, {number: token.content for number, token in added.items() if token.special})
+
+
+class AnswerParser:
+    """Parser of one answer. Its parts are strings, and transformers' ReasoningText and ToolCall objects.
+
+    If transformers' parser fails, as for a malformed tool call, the rest of the answer is plain text, from the last
+    text that was parsed on.
+    """
+
+    def __init__(self, form: AnswerForm, template: ResponseTemplate, prefill: str, tools: Sequence[Any] | None) -> None:
+        tools = list(tools or ())
+        parser = ResponseParser(template, prefix=prefill, tools=tools)
+        changes = [event for event in parser.initial_events if event["type"] in ("region_open", "region_close")]
+        last = changes[-1] if changes else {"type": "region_close"}
+        if last["type"] == "region_close" or last["field"] == template.implicit:
+            # the answer begins outside of all marks; a new parser holds no text of the prompt back
+            parser = ResponseParser(template, prefix="", tools=tools)
+        self._parser: ResponseParser | None = parser
+        self._form = form
+        self._template = template
+        self._unparsed = ""  # text since the last part: marks, a tool call, and what may be the beginning of a mark
+
+    @property
+    def skipped(self) -> frozenset[int]:
+        """Ids of special tokens that are no part of the answer's text."""
+        return self._form.special if self._parser is None else self._form.unmarked
+
+    def feed(self, text: str) -> list[Any]:
+        """Return the parts that are complete with ``text``, the next text of the answer."""
+        if self._parser is None:
+            return [text]
+        self._unparsed += text
+        try:
+            return self._parts(self._parser.feed(text))
+        except Exception as error:  # any, as the parser evaluates what a model wrote
+            return self._rest(error)
+
+    def finish(self) -> list[Any]:
+        """Return the last parts, after the last text. A tool call that has no end is plain text."""
+        if self._parser is None:
+            return []
+        try:
+            events = self._parser.finalize()[1]
+            if any(event["type"] == "region_close" and not self._is_ended(event["field"]) for event in events):
+                raise ValueError("a tool call has no end")
+            return self._parts(events)
+        except Exception as error:
+            return self._rest(error)
+
+    def _is_ended(self, name: str) -> bool:
+        """Whether the last text ends the field; True for fields other than CALLS, and for those without an end mark."""
+        end = self._template.fields[name].close_re
+        return name != CALLS or end is None or end.search(self._unparsed) is not None
+
+    def _parts(self, events: Sequence[Mapping[str, Any]]) -> list[Any]:
+        parts, unparsed = list[Any](), self._unparsed
+        for event in events:
+            parts += _parts_of(event)
+            if event["type"] == "region_chunk" and not event["dirty"]:
+                unparsed = unparsed.rpartition(event["text"])[2]
+            elif event["type"] == "region_close" and event["field"] != self._template.implicit:
+                unparsed = ""
+        self._unparsed = unparsed
+        return parts
+
+    def _rest(self, error: Exception) -> list[str]:
+        _log.info("the rest of an answer is plain text: its parser failed with %s", type(error).__name__)
+        rest, self._parser, self._unparsed = self._unparsed, None, ""
+        return [rest] if rest else []
+
+
+def _parts_of(event: Mapping[str, Any]) -> list[Any]:
+    if event["type"] == "region_close" and event["field"] == CALLS:
+        value = event["value"]
+        return [_call(each) for each in (value if isinstance(value, list) else [value])]
+    found: list[Any] = response_events_to_chunks([dict(event)])
+    return found
+
+
+def _call(value: Any) -> ToolCall:
+    """Return a parsed tool call. Raises an exception if it has no name, or its arguments are not a JSON object."""
+    name, arguments = value["function"]["name"], value["function"]["arguments"]
+    text = arguments if isinstance(arguments, str) else json.dumps(arguments, allow_nan=False)
+    if not isinstance(name, str) or not isinstance(json.loads(text), dict):
+        raise TypeError("not a name and an object")
+    return ToolCall(name, text)
