@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,17 @@ PAGE = 32  # tokens in a page of keys and values; prompts that begin alike share
 GREEDY = {"temperature": 1.0, "top_p": 0.0, "top_k": 1}  # leaves only the most likely token
 FIXED = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}  # values of all requests
 PATIENCE = 10.0  # longest time, in seconds, that ``stop`` waits for the step that is being computed
+
+
+class AtOnce:
+    """Stand-in for an event loop that runs callbacks at once, on the thread that computes.
+
+    transformers runs the callbacks of all requests of a step in the event loop of one of them, which may be closed.
+    """
+
+    def call_soon_threadsafe(self, callback: Callable[..., object], *arguments: Any) -> None:
+        """Call ``callback`` with ``arguments``."""
+        callback(*arguments)
 
 
 class Together(Engine):
@@ -94,24 +106,29 @@ class Together(Engine):
                     400, f"{name}: a server that was started with --parallel accepts only {value:g}.", param=name
                 )
         sampling = self._sampling(job)
-        answer = self._begin(job)
-        self.tally.add(prompt_tokens=len(job.ids))
-        self._batching.register_result_handler(answer.id, partial(self._take, answer))
-        self._batching.add_request(
-            job.ids,
-            request_id=answer.id,
-            streaming=True,
-            max_new_tokens=job.most,
-            eos_token_id=self.model.generation_config.eos_token_id,
-            **sampling,
-        )
+        with self._begun(job) as answer:
+            router = self._batching.output_router
+            with router._lock:
+                # register_result_handler would call _take in the event loop, in one call for all answers of a step
+                router.result_handlers[answer.id] = partial(self._take, answer), AtOnce()
+            added = self._batching.add_request(
+                job.ids,
+                request_id=answer.id,
+                streaming=True,
+                max_new_tokens=job.most,
+                eos_token_id=self.model.generation_config.eos_token_id,
+                **sampling,
+            )
+            if added is None:  # the computing thread ends
+                raise Refusal(503, FAILED)
+            self.tally.add(prompt_tokens=len(job.ids))
         return answer
 
     def drop(self, answer: Answer) -> None:
         """Remove a finished answer from the engine, and from the batch."""
         super().drop(answer)
         self._batching.cancel_request(answer.id)
-        router = self._batching.output_router  # transformers does not remove the handler of a cancelled request
+        router = self._batching.output_router
         with router._lock:
             router.result_handlers.pop(answer.id, None)
 
@@ -138,7 +155,7 @@ class Together(Engine):
         }
 
     def _take(self, answer: Answer, output: Any) -> None:
-        """Add the new tokens of ``output``, which has all tokens of the answer so far. Runs on the event loop."""
+        """Add the new tokens of ``output``, which has all tokens of the answer so far."""
         answer.add(output.generated_tokens[answer.new_tokens :])
         if output.error is not None:
             answer.fail(RuntimeError(output.error))

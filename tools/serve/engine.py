@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -185,7 +186,13 @@ class Engine(ABC):
     def stop(self) -> None:
         """Stop computing after the present step or answer."""
 
-    def _begin(self, job: Job) -> Answer:
+    @contextlib.contextmanager
+    def _begun(self, job: Job) -> Iterator[Answer]:
+        """Yield the answer of a job. Cancel the answer if the block raises an exception."""
         answer = Answer(job, self)
         self._answers.add(answer)
-        return answer
+        try:
+            yield answer
+        except BaseException:
+            answer.cancel()
+            raise

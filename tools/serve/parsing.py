@@ -6,7 +6,7 @@ import dataclasses
 import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 from transformers.cli.serving.utils import ToolCall, get_response_template, response_events_to_chunks
@@ -32,7 +32,7 @@ class AnswerForm:
         literal = re.sub(
             r"\\(.)", r"\1", "\n".join(marks), flags=re.DOTALL
         )  # patterns without the backslashes of escapes
-        self.special = frozenset(special)
+        self.special = special
         self.unmarked = frozenset(number for number, text in special.items() if text not in literal)
 
     def parser(self, prefill: str, tools: Sequence[Any] | None) -> AnswerParser:
@@ -78,7 +78,7 @@ class AnswerParser:
         self._unparsed = ""  # text since the last part: marks, a tool call, and what may be the beginning of a mark
 
     @property
-    def skipped(self) -> frozenset[int]:
+    def skipped(self) -> Container[int]:
         """Ids of special tokens that are no part of the answer's text."""
         return self._form.special if self._parser is None else self._form.unmarked
 
@@ -102,10 +102,12 @@ class AnswerParser:
                 raise ValueError("a tool call has no end")
             return self._parts(events)
         except Exception as error:
+            for mark in self._form.special.values():  # a mark that ended the answer within the call
+                self._unparsed = self._unparsed.removesuffix(mark)
             return self._rest(error)
 
     def _is_ended(self, name: str) -> bool:
-        """Whether the last text ends the field; True for fields other than CALLS, and for those without an end mark."""
+        """Return whether the answer has the end mark of a field. True if it is not CALLS, or has no end mark."""
         end = self._template.fields[name].close_re
         return name != CALLS or end is None or end.search(self._unparsed) is not None
 

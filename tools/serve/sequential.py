@@ -25,8 +25,8 @@ class OneByOne(Engine):
 
     def submit(self, job: Job) -> Answer:
         """Queue a job for the generating thread, and return its answer."""
-        answer = self._begin(job)
-        self._thread.submit(self._generate, answer)
+        with self._begun(job) as answer:
+            self._thread.submit(self._generate, answer)
         return answer
 
     def stop(self) -> None:
@@ -37,13 +37,13 @@ class OneByOne(Engine):
         job = answer.job
         if job is None:  # the answer ended while it was queued
             return
-        if job.seed is None:
-            torch.seed()
-        else:
-            torch.manual_seed(job.seed)
-            self._cache.clear()  # cached values may differ in their last bits, which depend on how prompts were chunked
         decoding = {**sampling_of(job.asked), **penalties_of(job.asked), **ONE_SEQUENCE, "max_new_tokens": job.most}
         try:
+            if job.seed is None:
+                torch.seed()
+            else:
+                torch.manual_seed(job.seed)
+                self._cache.clear()  # cached values may differ in their last bits, by how prompts were chunked
             answer.kept_tokens = self._cache.begin(job.ids)
             self.tally.add(prompt_tokens=len(job.ids), kept_tokens=answer.kept_tokens)
             self._cache.generate(

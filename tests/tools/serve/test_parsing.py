@@ -172,3 +172,23 @@ def test_calls(served: Served, template: str) -> None:
         content, reasoning, calls, reason = _shown(ask(scripted.TOOL, tools=TOOLS))
     assert (content.strip(), reasoning, reason) == ("Ecco:", None, "tool_calls")
     assert [(name, json.loads(arguments)) for name, arguments in calls] == [("f", {"a": 1})]
+
+
+@pytest.mark.parametrize("mark", [scripted.NO_JSON, scripted.NO_NAME])
+@pytest.mark.parametrize("served", [("qwen3_moe", False), ("gemma4", False), ("mixtral", False)], indirect=True)
+def test_a_malformed_call_is_text(served: Served, mark: str) -> None:
+    """So is what follows, without special tokens."""
+    text = scripted.texts_of(served.kind).get(mark)
+    if text is None:
+        pytest.skip("this form has no such call")
+    with served.asks(scripted.own_template(served.kind)) as ask:
+        assert _shown(ask(mark, tools=TOOLS)) == ("".join(text[:-1]), None, [], "stop")
+
+
+@of_each_kind
+def test_a_call_that_is_cut_is_text(served: Served) -> None:
+    """By the limit of tokens, or because the model ends its turn there."""
+    text = scripted.texts_of(served.kind)[scripted.CUT]
+    with served.asks(scripted.own_template(served.kind)) as ask:
+        assert _shown(ask(scripted.CUT, tools=TOOLS, max_tokens=3)) == ("".join(text[:-1]), None, [], "length")
+        assert _shown(ask(scripted.CUT, tools=TOOLS)) == ("".join(text[:-1]), None, [], "stop")

@@ -1,0 +1,114 @@
+"""Answers that go wrong, over HTTP, and those beside them, of which each must come to its end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+pytest.importorskip("starlette", reason='pip install ".[serve]"')
+pytest.importorskip("uvicorn", reason='pip install ".[serve]"')
+
+import httpx2
+import scripted
+from http_servers import listening
+from readers import PATIENCE
+from tokenizers import decoders
+from tokenizers.decoders import Decoder
+
+import moetier
+from moetier.tools.serve.app import application
+from moetier.tools.serve.batched import Together
+from moetier.tools.serve.engine import Job
+from moetier.tools.serve.sequential import OneByOne
+
+KIND = "qwen3_moe"
+TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+STEPS = range(1, 13)  # tokens of answers beside the one that goes wrong: in each step one of them ends
+
+
+@pytest.fixture(scope="module", params=["one by one", "together"])
+def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    model, tokenizer = moetier.load(scripted.write_checkpoint(tmp_path_factory.mktemp("scripted"), KIND), daemon=None)
+    with model.tiers:
+        parts = model, tokenizer, 200, 400
+        found: Any = Together(*parts, 16) if request.param == "together" else OneByOne(*parts)
+        try:
+            asyncio.run(ask_all(found, [(TEXT, text(1))]))  # whatever thread it needs is there now
+            yield found
+        finally:
+            found.stop()
+
+
+async def ask_all(engine: Any, requests: list[tuple[str, dict[str, Any]]]) -> list[httpx2.Response]:
+    """Their answers, to be computed at the same time."""
+    with listening(application("small", engine, None, 64)) as url:
+        async with httpx2.AsyncClient(base_url=url, timeout=PATIENCE) as client:
+            return await asyncio.gather(*(client.post(path, json=body) for path, body in requests))
+
+
+def text(tokens: int, **fields: Any) -> dict[str, Any]:
+    return {"prompt": scripted.LOOP, "max_tokens": tokens, "temperature": 0} | fields
+
+
+def chat(start: str, **fields: Any) -> dict[str, Any]:
+    asked = {"messages": [{"role": "user", "content": "?"}], "chat_template_kwargs": {"start": start}, "tools": TOOLS}
+    return asked | {"max_tokens": 16, "temperature": 0} | fields
+
+
+def texts(answers: list[httpx2.Response]) -> list[str]:
+    return [answer.json()["choices"][0]["text"] for answer in answers]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_malformed_call_reaches_nobody_else(engine: Any, stream: bool) -> None:
+    bad = [(CHAT, chat(start, stream=stream)) for start in (scripted.NO_JSON, scripted.NO_NAME, scripted.CUT)]
+    others = [(TEXT, text(tokens)) for tokens in STEPS]
+    answers = asyncio.run(ask_all(engine, [*bad, *others]))
+    assert [answer.status_code for answer in answers] == [200] * len(answers)
+    assert texts(answers[3:]) == ["x" * tokens for tokens in STEPS]
+    assert all("tool_call>" in answer.text for answer in answers[:3])
+
+
+def test_stop_strings_reach_nobody_else(engine: Any) -> None:
+    stopped = [(TEXT, text(16, stop="x" * tokens)) for tokens in (1, 3, 3)]
+    answers = asyncio.run(ask_all(engine, [*stopped, *((TEXT, text(tokens)) for tokens in STEPS)]))
+    assert texts(answers) == ["", "", "", *("x" * tokens for tokens in STEPS)]
+
+
+@pytest.fixture
+def odd_decoder(engine: Any) -> Iterator[None]:
+    """A tokenizer that takes back what it wrote: x, then y of xx. Text can't be decoded piece by piece."""
+    tokenizer = engine.tokenizer._tokenizer
+    before: Decoder = tokenizer.decoder
+    tokenizer.decoder = decoders.Sequence([decoders.Fuse(), decoders.Replace("xx", "y")])
+    yield
+    tokenizer.decoder = before
+
+
+def test_a_decoders_error_reaches_nobody_else(engine: Any, odd_decoder: None) -> None:
+    good = [(CHAT, chat(scripted.GOES_ON, max_tokens=tokens)) for tokens in (1, 2, 3, 4)]
+    answers = asyncio.run(ask_all(engine, [(TEXT, text(8)), *good, (TEXT, text(1))]))
+    assert [answer.status_code for answer in answers] == [500, 200, 200, 200, 200, 200]
+    assert answers[0].json()["error"]["message"] == "The answer failed; the server's log says why."
+
+
+def test_a_closed_event_loop_reaches_nobody_else(engine: Any) -> None:
+    """Of a request that has ended with its program, in the middle of its answer."""
+    before = engine.tally.counts()
+    loop = asyncio.new_event_loop()
+
+    async def begun() -> None:
+        answer = engine.submit(Job(engine.tokenizer(scripted.LOOP)["input_ids"], 150))
+        assert await anext(answer.pieces()) == "x"
+
+    loop.run_until_complete(begun())
+    loop.close()
+    answers = asyncio.run(ask_all(engine, [(TEXT, text(tokens)) for tokens in STEPS]))
+    assert texts(answers) == ["x" * tokens for tokens in STEPS]
+    after = engine.tally.counts()
+    assert after["under_way"] == 0
+    assert after["cancelled"] - before["cancelled"] == 1
