@@ -9,6 +9,7 @@ from typing import Any
 
 from moetier.runtime.config import MOST, TINY, Number
 from moetier.runtime.context import counted, first_ids, longest_context
+from moetier.runtime.vocabulary import check_ids
 from moetier.tiers.errors import ConfigError
 
 _log = logging.getLogger(__name__)
@@ -98,7 +99,7 @@ def encode(model: Any, tokenizer: Any, prompt: str, name: str = "The prompt") ->
     """Return a dictionary of the input_ids and the attention_mask of one prompt, [1, tokens] each.
 
     ``name`` is the prompt's name in errors. Raises ConfigError if the prompt leaves no room for an answer in the
-    model's context.
+    model's context, or has a token for which the model has no embedding.
     """
     import torch
 
@@ -110,6 +111,7 @@ def encode(model: Any, tokenizer: Any, prompt: str, name: str = "The prompt") ->
             "answer together.",
             "Shorten it, or use a model with a longer context.",
         )
+    check_ids(model, tokenizer, ids, name)
     given = torch.tensor([ids], dtype=torch.int64, device=model.device)
     return {"input_ids": given, "attention_mask": torch.ones_like(given)}
 

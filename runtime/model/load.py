@@ -27,6 +27,7 @@ from moetier.runtime.config import OPTIONS, LoadOptions, TierConfig
 from moetier.runtime.context import longest_context
 from moetier.runtime.memory import shortage_in
 from moetier.runtime.pulled import directory_at, is_address, model_directory
+from moetier.runtime.vocabulary import check_tokenizer
 from moetier.tiers.errors import ConfigError, MoetierError, StoreFormatError, UnsupportedModelError
 from moetier.tiers.store.folder import check_directory, command, remaking
 from moetier.tiers.store.trunk import check_trunk
@@ -146,6 +147,12 @@ def load(
         )
         if attn_implementation is not None:  # not what has replaced it
             model.set_attn_implementation(attn_implementation)
+    if tokenizer is not None:
+        try:
+            check_tokenizer(model, tokenizer, folder)
+        except BaseException:
+            model.tiers.close()
+            raise
     return model, tokenizer
 
 

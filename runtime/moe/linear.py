@@ -100,6 +100,7 @@ class QuantizedEmbedding(nn.Module):
         """``dtype``: the type of the numbers that are looked up. The record is on the meta device at first."""
         super().__init__()
         (self.projection,) = layout.projections
+        self.num_embeddings = self.projection.rows  # as in nn.Embedding
         self.dtype = dtype
         self.register_buffer("record", torch.empty(layout.payload_bytes, dtype=torch.uint8, device="meta"))
 

@@ -12,6 +12,7 @@ from typing import Any
 from moetier.runtime.generation.conversation import PLAIN_STOP
 from moetier.runtime.generation.decoding import behind
 from moetier.runtime.generation.prompt_cache import PromptCache
+from moetier.runtime.vocabulary import check_ids
 from moetier.tools.cli.failure import show
 from moetier.tools.cli.report import Timing, tokens_text
 
@@ -110,10 +111,12 @@ class Answering:
         """Return an answer of at most ``most`` tokens to the prompt ``ids``, a list of token ids.
 
         If ``echo``, print the text while it is generated. ``is_interrupted`` is called between two layers while the
-        prompt is computed, and after each token. The answer ends when it returns True.
+        prompt is computed, and after each token. The answer ends when it returns True. Raises ConfigError if the model
+        has no embedding for one of ``ids``.
         """
         from moetier.runtime.generation.streamer import TimedStreamer
 
+        check_ids(self._model, self._tokenizer, ids)
         before = self._model.tiers.stats()[-1]
         known = self.kept.begin(ids)
         streamer = TimedStreamer(

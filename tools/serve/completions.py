@@ -17,6 +17,7 @@ from transformers.cli.serving.utils import BaseHandler, Modality, ReasoningText,
 from moetier.runtime.context import counted, first_ids, longest_context
 from moetier.runtime.generation.conversation import PLAIN_STOP, PLAIN_TEMPLATE
 from moetier.runtime.generation.decoding import SAMPLING
+from moetier.runtime.vocabulary import unknown_token
 
 from .engine import Answer, Engine, Job
 from .middleware import Message, Receive, Send
@@ -83,6 +84,9 @@ class Completions(ABC):
                 param=self.prompt,
                 code="context_length_exceeded",
             )
+        if (token := unknown_token(model, self._engine.tokenizer, ids)) is not None:
+            message = f"The prompt has the token {token!r}, for which the model has no embedding."
+            raise Refusal(400, message, param=self.prompt)
         most = max(NEW_TOKENS, model.generation_config.max_new_tokens or 0)
         job = Job(
             ids,
