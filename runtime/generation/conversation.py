@@ -72,20 +72,36 @@ class Conversation:
         return ids
 
     def add(self, text: str, answer: str) -> None:
-        """Append the user's ``text`` and the model's ``answer`` to the conversation."""
-        self._turns += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
+        """Append the user's ``text`` and the model's ``answer`` to the conversation.
+
+        Raises ConfigError, and appends nothing, if the chat template refuses the answer: it would refuse every later
+        prompt, too.
+        """
+        said: list[Message] = [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
+        try:
+            self._render([*self._turns[self._out :], *said, {"role": "user", "content": "."}])
+        except ConfigError as error:
+            raise ConfigError(
+                f"This turn is left out of the conversation, because of the answer. {error.cause}",
+                "Ask again, in other words.",
+            ) from error
+        self._turns += said
 
     def reset(self) -> None:
         """Remove all messages but the system prompt."""
         self._turns, self._out = [], 0
 
     def _encode(self, turns: Sequence[Message]) -> list[int]:
+        text = self._render(turns)
+        return first_ids(self._tokenizer, text, self.context, add_special_tokens=self.is_plain)
+
+    def _render(self, turns: Sequence[Message]) -> str:
         import jinja2
 
         messages = [*self._system, *turns]
         template = PLAIN_TEMPLATE if self.is_plain else None
         try:
-            text = self._tokenizer.apply_chat_template(
+            text: str = self._tokenizer.apply_chat_template(
                 messages, chat_template=template, add_generation_prompt=True, tokenize=False
             )
         except (jinja2.TemplateError, ValueError, TypeError, LookupError, AttributeError) as error:
@@ -93,7 +109,7 @@ class Conversation:
                 f"The model's chat template refuses this conversation: {_first_line(error)}",
                 "Leave out --system." if self._system else "See chat_template.jinja in the model directory.",
             ) from error
-        return first_ids(self._tokenizer, text, self.context, add_special_tokens=self.is_plain)
+        return text
 
 
 def _first_line(error: Exception) -> str:

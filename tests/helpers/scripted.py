@@ -16,8 +16,8 @@ from gguf_files import COMMON, EXPERTS, INNER, Vocabulary, mostly, write_gguf
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-MAIN, TOOL, NO_JSON, NO_NAME, CUT, GOES_ON, LOOP = STARTS = (
-    "[main]", "[tool]", "[nojson]", "[noname]", "[cut]", "[goes-on]", "[loop]"
+MAIN, TOOL, TWICE, NO_JSON, NO_NAME, CUT, GOES_ON, LOOP = STARTS = (
+    "[main]", "[tool]", "[twice]", "[nojson]", "[noname]", "[cut]", "[goes-on]", "[loop]"
 )  # fmt: skip
 ODD = "<odd>"  # a special token that no form of calls has
 QWEN = ("<|im_start|>", "<|im_end|>", "<think>", "</think>", "<tool_call>", "</tool_call>")
@@ -74,6 +74,7 @@ def texts_of(model_type: str) -> dict[str, list[str]]:
     found = {
         MAIN: [think, "Penso", thought, "\n\nCiao", ODD, " mondo", end],
         TOOL: ["Ecco", ": ", call, inner[TOOL], called, end],
+        TWICE: [f"{call}{inner[TOOL]}{called}", f"{call}{inner[TOOL]}{called}".replace("1", "2"), end],
         GOES_ON: ["Ancora", f"{thought} ", "Fatto", end],
         LOOP: ["x", "x"],
     }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from prometheus_client.exposition import choose_encoder
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -16,7 +18,7 @@ from .engine import Engine
 from .metrics import ServeCollector
 from .middleware import HEALTH, AccessControl, App, RequestLimits
 from .refusal import Refusal
-from .request import unknown_model
+from .request import UnknownFields, unknown_model
 
 
 def application(name: str, engine: Engine, key: str | None, most: int) -> App:
@@ -26,8 +28,10 @@ def application(name: str, engine: Engine, key: str | None, most: int) -> App:
     requests at a time.
     """
     tiers = engine.model.tiers
-    registry = registry_of(ServeCollector(tiers.manifest.model, tiers.stats, engine.tally))
-    card = {"id": name, "object": "model", "created": 0, "owned_by": "moetier"}
+    registry = registry_of(ServeCollector(name, tiers.stats, engine.tally))
+    card = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "moetier"}
+
+    unknown = UnknownFields()
 
     def models(_: Request) -> Response:
         return JSONResponse({"object": "list", "data": [card]})
@@ -52,8 +56,8 @@ def application(name: str, engine: Engine, key: str | None, most: int) -> App:
             Route("/metrics", metrics),
             Route("/v1/models", models),
             Route("/v1/models/{model:path}", model),
-            Route("/v1/chat/completions", ChatCompletions(name, engine), methods=["POST"]),
-            Route("/v1/completions", TextCompletions(name, engine), methods=["POST"]),
+            Route("/v1/chat/completions", ChatCompletions(name, engine, unknown), methods=["POST"]),
+            Route("/v1/completions", TextCompletions(name, engine, unknown), methods=["POST"]),
         ],
         exception_handlers={HTTPException: _refused, RecursionError: _refused, Exception: _refused},
     )

@@ -23,7 +23,7 @@ from .engine import Answer, Engine, Job
 from .middleware import Message, Receive, Send
 from .parsing import AnswerParser, form_of
 from .refusal import Refusal
-from .request import Body, ChatBody, TextBody, checked, parsed
+from .request import Body, ChatBody, TextBody, UnknownFields, checked, parsed, unknown_fields
 
 DONE = "data: [DONE]\n\n"  # ends a complete stream
 NEW_TOKENS = 1024  # limit of an answer's tokens if the request has none; generation_config.json may raise it
@@ -40,10 +40,11 @@ class Completions(ABC):
     stop: tuple[str, ...] = ()  # strings that end every answer
     adds_special_tokens = True  # whether the tokenizer adds its special tokens to the prompt
 
-    def __init__(self, name: str, engine: Engine) -> None:
-        """Serve the engine's model under ``name``."""
+    def __init__(self, name: str, engine: Engine, unknown: UnknownFields) -> None:
+        """Serve the engine's model under ``name``, and note requests' unknown fields in ``unknown``."""
         self._name = name
         self._engine = engine
+        self._unknown = unknown
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Answer a request. Stop computing if the client disconnects. Raises Refusal if the request is invalid."""
@@ -68,7 +69,9 @@ class Completions(ABC):
 
         Raises Refusal if the body is invalid, or the prompt is empty or exceeds the context.
         """
-        body = checked(parsed(content, content_type), self.body, self._name)
+        given = parsed(content, content_type)
+        body = checked(given, self.body, self._name)
+        self._unknown.note(unknown_fields(given, self.body))
         model, context = self._engine.model, self._engine.context
         text = self._text(body)
         ids = first_ids(self._engine.tokenizer, text, context, add_special_tokens=self.adds_special_tokens)
@@ -95,6 +98,7 @@ class Completions(ABC):
             seed=body.get("seed"),
             stop=[*body.get("stop", ()), *self.stop],
             parser=self._parser(body, text),
+            one_call=body.get("parallel_tool_calls") is False,
         )
         return job, body.get("stream", False)
 
@@ -156,9 +160,9 @@ class ChatCompletions(Completions):
     body, prompt, object, chunk = ChatBody, "messages", "chat.completion", "chat.completion.chunk"
     opening = ({"delta": {"role": "assistant"}},)
 
-    def __init__(self, name: str, engine: Engine) -> None:
-        """Serve the engine's model under ``name``, with PLAIN_TEMPLATE if the model has no chat template."""
-        super().__init__(name, engine)
+    def __init__(self, name: str, engine: Engine, unknown: UnknownFields) -> None:
+        """As in Completions; with PLAIN_TEMPLATE if the model has no chat template."""
+        super().__init__(name, engine, unknown)
         self._form = form_of(engine.model, engine.tokenizer)
         self._is_plain = not engine.tokenizer.chat_template
         self.adds_special_tokens = self._is_plain
@@ -166,8 +170,9 @@ class ChatCompletions(Completions):
             self.stop = (PLAIN_STOP,)
 
     def _text(self, body: dict[str, Any]) -> str:
-        text = self._rendered(body, body.get("tools"))
-        if body.get("tools") and text == self._rendered(body, None):
+        tools = _tools(body)
+        text = self._rendered(body, tools)
+        if tools and text == self._rendered(body, None):
             raise Refusal(400, "tools: the model's chat template does not support tools.", param="tools")
         return text
 
@@ -180,7 +185,8 @@ class ChatCompletions(Completions):
                 add_generation_prompt=begins_answer,
                 tools=tools,
                 tokenize=False,
-                **body.get("chat_template_kwargs", {}),
+                **{name: body[name] for name in ("reasoning_effort",) if name in body}
+                | body.get("chat_template_kwargs", {}),
             )
         except Exception as error:  # a template may raise any exception
             message = f"The model's chat template refuses these messages: {str(error).partition(chr(10))[0]}"
@@ -191,9 +197,9 @@ class ChatCompletions(Completions):
         if self._form is None:
             return None
         # only what the template adds to the messages may open a region: messages may have marks, too
-        messages = self._rendered(body, body.get("tools"), begins_answer=False)
+        messages = self._rendered(body, _tools(body), begins_answer=False)
         prefill = text.removeprefix(messages) if text.startswith(messages) else ""
-        return self._form.parser(prefill, body.get("tools"))
+        return self._form.parser(prefill, _tools(body))
 
     def _choice(self, piece: Any, calls: int) -> dict[str, Any]:
         if isinstance(piece, ToolCall):
@@ -214,6 +220,11 @@ class ChatCompletions(Completions):
             message["tool_calls"] = [{key: call[key] for key in call if key != "index"} for call in calls]
         choice = {"index": 0, "message": message, "finish_reason": chunks[-1]["choices"][0]["finish_reason"]}
         return {**chunks[-1], "object": self.object, "choices": [choice]}
+
+
+def _tools(body: dict[str, Any]) -> list[Any] | None:
+    """Return the tools that the model may call."""
+    return None if body.get("tool_choice") == "none" else body.get("tools")
 
 
 class TextCompletions(Completions):

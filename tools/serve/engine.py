@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tokenizers.decoders import DecodeStream
+from transformers.cli.serving.utils import ToolCall
 
 from moetier.runtime.generation.stop_strings import StopStrings
 
@@ -33,6 +34,7 @@ class Job:
     seed: int | None = None
     stop: Sequence[str] = ()  # strings that end the answer
     parser: AnswerParser | None = None  # of reasoning and tool calls; None if all of the answer is text
+    one_call: bool = False  # whether the first tool call ends the answer
 
 
 class Answer:
@@ -52,6 +54,7 @@ class Answer:
         self._engine = engine
         self._decoder = DecodeStream([], skip_special_tokens=job.parser is None)
         self._parser = job.parser
+        self._one_call = job.one_call
         self._stops = StopStrings(job.stop)
         self._queue: asyncio.Queue[Any] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
@@ -124,7 +127,8 @@ class Answer:
 
     def _pass_on(self, pieces: Iterable[Any]) -> None:
         for piece in pieces:
-            for found in self._stops.feed(piece):
+            is_last = self._one_call and isinstance(piece, ToolCall)
+            for found in (*self._stops.feed(piece), *(self._stops.feed(None) if is_last else ())):
                 if found is None:
                     self._end("answered")
                 self._send(found)

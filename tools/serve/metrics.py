@@ -47,7 +47,7 @@ class Tally:
 class ServeCollector(Collector):
     """Prometheus collector for a model's tiers, and for requests and tokens.
 
-    ``model`` is the name in the store's manifest. A daemon labels its metrics with the same name.
+    ``model`` is the name that requests use. (A daemon labels its metrics with the name in the store's manifest.)
     """
 
     def __init__(self, model: str, stats: Callable[[], list[TierStats]], tally: Tally) -> None:

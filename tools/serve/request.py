@@ -1,13 +1,19 @@
-"""Validation of request bodies. A field that would change an answer is honoured or refused, never ignored."""
+"""Validation of request bodies. A field that would change an answer is honoured or refused, never ignored.
+
+Fields that this server does not know are logged, once each, and ignored.
+"""
 
 from __future__ import annotations
 
 import inspect
 import json
+import logging
+import threading
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
-from pydantic_core import PydanticCustomError
+from pydantic_core import PydanticCustomError, from_json
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -23,11 +29,27 @@ NEUTRAL = {  # unsupported fields: each is accepted only with this value, which 
     "echo": False,
     "logprobs": False,
     "logit_bias": {},
-    "tool_choice": "auto",
-    "parallel_tool_calls": True,
     "response_format": {"type": "text"},
+    "modalities": ["text"],
+    "top_logprobs": 0,
+    "verbosity": "medium",
+    "min_tokens": 0,
+    "ignore_eos": False,
+    "use_beam_search": False,
 }
+# fields of OpenAI's API and of other servers that would change an answer. No value of them is supported
+UNSUPPORTED = frozenset({
+    "audio", "function_call", "functions", "prediction", "suffix", "web_search_options", "generation_config",
+    "add_generation_prompt", "chat_template", "continue_final_message", "documents", "enable_thinking", "reasoning",
+    "thinking", "allowed_token_ids", "bad_words", "stop_token_ids", "skip_special_tokens", "include_stop_str_in_output",
+    "format", "grammar", "guided_choice", "guided_grammar", "guided_json", "guided_regex", "json_schema", "regex",
+    "ebnf", "structured_outputs", "length_penalty", "mirostat", "repeat_penalty", "tfs_z", "top_a", "top_n_sigma",
+    "typical_p", "xtc_probability", "dry_multiplier", "dynatemp_range", "samplers", "n_predict", "num_predict",
+    "num_ctx", "options", "n_probs", "prompt_logprobs", "truncate_prompt_tokens", "lora",
+})  # fmt: skip
 MOST_TOKENS = 1 << 31
+MOST_NAMES = 100  # unknown fields that a server logs; clients choose the names
+MOST_LETTERS = 64  # of such a name
 MOST_MESSAGES = 1 << 16  # checking more would take seconds, and few contexts have room for more
 NOT_OF_TEMPLATES = {  # names refused in chat_template_kwargs: parameters of the functions that render a template
     *("messages", "load_audio_from_video", "compiled_template"),
@@ -42,6 +64,7 @@ NOT_OF_TEMPLATES = {  # names refused in chat_template_kwargs: parameters of the
     ),
 }
 
+_log = logging.getLogger(__name__)
 
 NotEmpty = Annotated[str, Field(min_length=1)]
 
@@ -66,15 +89,25 @@ def _text(given: Any) -> Any:
 def _arguments(given: Any) -> Any:
     """Return the arguments of a tool call as a dictionary, which chat templates expect; OpenAI's API has a JSON string.
 
-    Raises PydanticCustomError if they are not a JSON object.
+    If the string was cut, as at the limit of an answer's tokens, the values before the cut are returned. Otherwise the
+    conversation, which has the call from then on, would be refused each time. Raises PydanticCustomError if the string
+    is neither empty nor the beginning of a JSON object.
     """
     try:
         found = json.loads(given) if isinstance(given, str) else given
-    except ValueError:
-        found = None
+    except json.JSONDecodeError as error:
+        found = None if error.msg == "Extra data" else _before_cut(given)
     if not isinstance(found, dict) or not _is_unicode(found):
         raise PydanticCustomError("arguments", "it must be a string that holds a JSON object")
     return found
+
+
+def _before_cut(text: str) -> Any:
+    """Return the JSON value whose text was cut at the end; {} if there is no text, None if ``text`` is no JSON."""
+    try:
+        return from_json(text, allow_partial=True) if text.strip() else {}
+    except ValueError:
+        return None
 
 
 def _is_unicode(given: Any) -> bool:
@@ -100,7 +133,7 @@ def _of_template(given: dict[str, Any]) -> dict[str, Any]:
 class Body(BaseModel):
     """Fields that the bodies of chat and text completion requests have in common."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="ignore")
 
     model: str | None = None
     stream: bool | None = None
@@ -165,6 +198,9 @@ class ChatBody(Body):
     messages: list[Message] = Field(min_length=1, max_length=MOST_MESSAGES)
     max_completion_tokens: int | None = Field(None, ge=1, le=MOST_TOKENS)
     tools: list[Tool] | None = None
+    tool_choice: Literal["auto", "none"] | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: Annotated[str, Field(max_length=32)] | None = None
     chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(_of_template)] | None = None
 
 
@@ -195,7 +231,7 @@ def parsed(content: bytes, content_type: str) -> dict[str, Any]:
 
 
 def checked(body: dict[str, Any], kind: type[Body], model: str) -> dict[str, Any]:
-    """Return the validated fields of ``body``, without ignored fields and fields that are null.
+    """Return the validated fields of ``body``, without ignored and unknown fields and fields that are null.
 
     Raises Refusal if a field is invalid or unsupported, or if the body names a model other than ``model``.
     """
@@ -206,15 +242,40 @@ def checked(body: dict[str, Any], kind: type[Body], model: str) -> dict[str, Any
         value, neutral = given.pop(name), NEUTRAL[name]
         if type(value) is not type(neutral) or value != neutral:  # == alone would take 0 for false
             raise Refusal(400, f"{name}: only {json.dumps(neutral)} is supported.", param=name)
+    if unsupported := sorted(given.keys() & UNSUPPORTED):
+        raise Refusal(400, f"{unsupported[0]}: this field is not supported.", param=unsupported[0])
     try:
         asked = kind.model_validate(given)
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
-        what = "this field is not supported" if first["type"] == "extra_forbidden" else first["msg"]
-        raise Refusal(400, f"{_place(first['loc'])}: {what}.", param=str(first["loc"][0])) from None
+        raise Refusal(400, f"{_place(first['loc'])}: {first['msg']}.", param=str(first["loc"][0])) from None
     if asked.model not in (None, model):
         raise unknown_model(str(asked.model), model)
     return asked.model_dump(exclude={"model"}, exclude_none=True)
+
+
+def unknown_fields(body: dict[str, Any], kind: type[Body]) -> list[str]:
+    """Return the names of fields in ``body`` that are not null, and that ``checked`` ignores because of their names."""
+    known = {*kind.model_fields, *IGNORED, *NEUTRAL, *UNSUPPORTED}
+    return [name for name, value in body.items() if value is not None and name not in known]
+
+
+class UnknownFields:
+    """Log of unknown fields of requests to a server: a line for each name, MOST_NAMES at most. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._names: set[str] = set()
+
+    def note(self, names: Iterable[str]) -> None:
+        """Log those of ``names`` that are new. They come from clients, so only their first letters are logged."""
+        for name in names:
+            shown = ascii(name[:MOST_LETTERS])
+            with self._lock:
+                if shown in self._names or len(self._names) >= MOST_NAMES:
+                    continue
+                self._names.add(shown)
+            _log.warning("requests have the unknown field %s, which is ignored", shown)
 
 
 def unknown_model(asked: str, served: str) -> Refusal:

@@ -58,6 +58,19 @@ def test_what_a_template_refuses_is_said_at_the_start(tokenizer: Any) -> None:
     assert "--system" in caught.value.fix
 
 
+def test_an_answer_that_the_template_refuses_does_not_stay(tokenizer: Any) -> None:
+    """As that of a tool call which was cut: else no later message could be answered."""
+    refuses = "{% for m in messages if '<tool_call>' in m.content and '</tool_call>' not in m.content %}"
+    tokenizer.chat_template = refuses + "{{ raise_exception('A call has no end.') }}{% endfor %}" + CHATML
+    talk = conversation(tokenizer, system=None)
+    talk.add("Hello?", "Yes.")
+    with pytest.raises(ConfigError, match="A call has no end") as caught:
+        talk.add("Who?", "<tool_call>{")
+    assert "This turn is left out" in caught.value.cause
+    assert [message["content"] for message in talk.messages] == ["Hello?", "Yes."]
+    assert "Yes.<|im_end|>" in tokenizer.decode(talk.prompt("Who?"))
+
+
 def test_the_oldest_turns_go_when_the_context_is_full(tokenizer: Any) -> None:
     """Half of it is free then, so that the next turns find room; the system prompt stays, and all is still saved."""
     talk, lengths, out = conversation(tokenizer), [], []

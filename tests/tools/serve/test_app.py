@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -117,7 +119,6 @@ def called(function: Any) -> list[Any]:
     [
         ({"messages": called("f")}, "messages"),
         ({"messages": called({"name": "f"})}, "messages"),
-        ({"messages": called({"name": "f", "arguments": "{"})}, "messages"),
         ({"messages": called({"name": "f", "arguments": "5"})}, "messages"),
         ({"messages": called({"name": "f", "arguments": json.dumps({"a": HALF})})}, "messages"),
         ({"messages": called({"name": "f", "arguments": {"a": deep(900)}})}, None),
@@ -150,7 +151,7 @@ WITHOUT_TOOLS = "{{ messages[-1].content }}{% if not tools is defined %}{% set t
 
 
 def test_tools_that_were_called(app: Any) -> None:
-    for arguments in ('{"a": 1}', "{}", {"a": 1}):
+    for arguments in ('{"a": 1}', "{}", {"a": 1}, '{"a": 1, "b'):
         body = {"messages": called({"name": "f", "arguments": arguments})}
         assert answer_of(app, CHAT, body).status_code == 200
 
@@ -176,6 +177,39 @@ def test_tools_are_for_templates_that_use_them(tinymix_4bit: Path, template: Any
         answer = answer_of(app, CHAT, {"messages": [USER], "tools": TOOLS})
         assert answer.status_code == status, answer.text
         assert answer_of(app, CHAT, {"messages": [USER]}).status_code == 200
+
+
+def test_the_template_knows_how_much_to_reason(tinymix_4bit: Path) -> None:
+    """Others ignore it, as text completions do."""
+    template = "{{ 'a' + reasoning_effort }}{% if reasoning_effort == 'high' %}{{ 'a' + 5 }}{% endif %}"
+    with serving(tinymix_4bit, context=400, together=False, template=template) as (app, _):
+        assert answer_of(app, CHAT, {"messages": [USER], "reasoning_effort": "low"}).status_code == 200
+        assert refused(app, CHAT, {"messages": [USER], "reasoning_effort": "high"})["param"] == "messages"
+
+
+def test_what_agents_send_is_taken(app: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Unknown fields are named in the log, once; these are the first requests that have them."""
+    harmless = {"reasoning_effort": "high", "parallel_tool_calls": False, "cache_prompt": True, "n_keep": 1}
+    for path, body in (CHAT, {"messages": [USER], "tools": TOOLS, "tool_choice": "none"}), (TEXT, {"prompt": "Due"}):
+        for _ in range(2):
+            answer = answer_of(app, path, body | harmless)
+            assert answer.status_code == 200, answer.text
+    found = [each for each in caplog.messages if "unknown field" in each]
+    expected = ["cache_prompt", "n_keep", "reasoning_effort", "parallel_tool_calls"]
+    assert found == [f"requests have the unknown field {name!r}, which is ignored" for name in expected]
+
+
+def test_one_name_and_the_time_of_the_start(app: Any) -> None:
+    async def ask() -> list[httpx2.Response]:
+        transport = httpx2.ASGITransport(app=app)
+        async with httpx2.AsyncClient(transport=transport, base_url="http://localhost", timeout=60) as client:
+            return [await client.get(path) for path in ("/v1/models", "/v1/models/small", "/metrics")]
+
+    models, model, metrics = asyncio.run(ask())
+    (card,) = models.json()["data"]
+    assert card == model.json()
+    assert 0 <= time.time() - card["created"] < 3600
+    assert set(re.findall(r'model="([^"]*)"', metrics.text)) == {"small"}
 
 
 def test_a_template_that_does_not_like_what_it_is_given(tinymix_4bit: Path) -> None:

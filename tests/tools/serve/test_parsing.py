@@ -174,6 +174,21 @@ def test_calls(served: Served, template: str) -> None:
     assert [(name, json.loads(arguments)) for name, arguments in calls] == [("f", {"a": 1})]
 
 
+@pytest.mark.parametrize("served", [("qwen3_moe", False), ("qwen3_moe", True)], indirect=True)
+def test_no_calls_without_tools_and_one_call_alone(served: Served) -> None:
+    text = scripted.texts_of(served.kind)[scripted.TOOL]
+    with served.asks(scripted.own_template(served.kind)) as ask:
+        without = ask(scripted.TOOL)
+        assert _shown(without) == ("".join(text[:-1]), None, [], "stop")
+        assert _shown(ask(scripted.TOOL, tools=TOOLS, tool_choice="none")) == _shown(without)
+        called = _shown(ask(scripted.TOOL, tools=TOOLS, tool_choice="auto", parallel_tool_calls=True))
+        assert [name for name, _ in called[2]] == ["f"]
+        both = _shown(ask(scripted.TWICE, tools=TOOLS))
+        assert [json.loads(arguments)["a"] for _, arguments in both[2]] == [1, 2]
+        one = _shown(ask(scripted.TWICE, tools=TOOLS, parallel_tool_calls=False))
+        assert one == (both[0], None, both[2][:1], "tool_calls")
+
+
 @pytest.mark.parametrize("mark", [scripted.NO_JSON, scripted.NO_NAME])
 @pytest.mark.parametrize("served", [("qwen3_moe", False), ("gemma4", False), ("mixtral", False)], indirect=True)
 def test_a_malformed_call_is_text(served: Served, mark: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("starlette", reason='pip install ".[serve]"')
 
 from moetier.tools.serve.refusal import Refusal
-from moetier.tools.serve.request import ChatBody, TextBody, checked
+from moetier.tools.serve.request import ChatBody, TextBody, UnknownFields, checked, unknown_fields
 
 USER = {"role": "user", "content": "Chi era don Abbondio?"}
 ROLES = "'system', 'developer', 'user', 'assistant' or 'tool'"
@@ -51,6 +51,18 @@ ROLES = "'system', 'developer', 'user', 'assistant' or 'tool'"
             "response_format",
         ),
         ({"messages": [USER], "audio": {}}, "audio: this field is not supported.", "audio"),
+        ({"messages": [USER], "zzz": 1, "grammar": ""}, "grammar: this field is not supported.", "grammar"),
+        ({"messages": [USER], "modalities": ["audio"]}, 'modalities: only ["text"] is supported.', "modalities"),
+        (
+            {"messages": [USER], "tool_choice": "required"},
+            "tool_choice: Input should be 'auto' or 'none'.",
+            "tool_choice",
+        ),
+        (
+            {"messages": [USER], "tool_choice": {"type": "function", "function": {"name": "f"}}},
+            "tool_choice: Input should be 'auto' or 'none'.",
+            "tool_choice",
+        ),
     ],
 )
 def test_what_can_not_be_is_named_where_it_stands(body: dict[str, Any], said: str, param: str) -> None:
@@ -76,6 +88,46 @@ def test_tools_and_calls_of_them_are_passed_on_in_the_order_that_templates_have(
     written = call | {"function": {"arguments": '{"b": null, "a": [null]}', "name": "f"}}
     asked |= {"messages": [{"role": "assistant", "tool_calls": [written]}]}
     assert json.dumps(checked(asked, ChatBody, "small")["messages"][0]["tool_calls"]) == json.dumps([call])
+
+
+@pytest.mark.parametrize(
+    ("written", "kept"),
+    [
+        ("", {}),
+        (" ", {}),
+        ("{", {}),
+        ('{"a": 1, "b', {"a": 1}),
+        ('{"a": 1, "b": "tex', {"a": 1}),
+        ('{"a": [{"b": 2}, {"c', {"a": [{"b": 2}, {}]}),
+    ],
+)
+def test_arguments_that_were_cut_keep_what_is_whole(written: str, kept: dict[str, Any]) -> None:
+    """Else a conversation with such a call would be refused for ever."""
+    asked = {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": written}}]}]}
+    (message,) = checked(asked, ChatBody, "small")["messages"]
+    assert message["tool_calls"][0]["function"]["arguments"] == kept
+
+
+@pytest.mark.parametrize("written", ["5", "[1", '"f', "f", "{a: 1}", '{"a": 1} x', '{"a": "\\ud800"}'])
+def test_arguments_that_are_no_object_are_refused(written: str) -> None:
+    asked = {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": written}}]}]}
+    with pytest.raises(Refusal, match="it must be a string that holds a JSON object") as refused:
+        checked(asked, ChatBody, "small")
+    assert refused.value.param == "messages"
+
+
+def test_unknown_fields_are_named_once_and_not_all(caplog: pytest.LogCaptureFixture) -> None:
+    names = ["cache_prompt", "a\nb\x1b[31m", "é" * 10_000, *(f"field{number}" for number in range(200))]
+    body = {"messages": [USER], "seed": 1, "user": "u", "n": 1, "gone": None} | dict.fromkeys(names, 5)
+    noted = UnknownFields()
+    for _ in range(2):
+        assert checked(body, ChatBody, "small").keys() == {"messages", "seed"}
+        noted.note(unknown_fields(body, ChatBody))
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 100
+    assert lines[0] == "requests have the unknown field 'cache_prompt', which is ignored"
+    assert all(line.isprintable() and line.isascii() and len(line) < 600 for line in lines)
+    assert "field199" not in caplog.text
 
 
 @pytest.mark.parametrize("stop", ["a", ["a"], ["a", "b", "c", "d"]])
