@@ -80,6 +80,15 @@ def test_commands_refuse_it(another_models: Path, command: list[str], capsys: py
     assert "bug" not in said
 
 
+def test_quality_refuses_both(
+    another_models: Path, further: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.txt").write_text(f"Ciao mondo {FURTHER}")
+    for folder, cause in (another_models, f"only {ROWS} embeddings"), (further, "The text text has the token"):
+        assert main(["quality", str(folder), "--text", str(tmp_path / "text.txt")]) == 1
+        assert cause in capsys.readouterr().err
+
+
 def test_a_token_without_embedding_is_refused_where_it_stands(further: Path) -> None:
     model, tokenizer = moetier.load(further, daemon=None)
     assert tokenizer is not None

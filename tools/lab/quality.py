@@ -20,6 +20,7 @@ from moetier.runtime.kernels.quantise import encode
 from moetier.runtime.model.load import TOKENIZER_FILES, load
 from moetier.runtime.moe.experts import EXPERT_PARAMETERS, experts_modules
 from moetier.runtime.moe.linear import WEIGHT
+from moetier.runtime.vocabulary import check_ids, check_tokenizer
 from moetier.tiers.errors import ConfigError, UnsupportedModelError
 from moetier.tiers.layout import Bits, RecordLayout
 from moetier.tiers.manifest import TrunkRecords
@@ -280,7 +281,9 @@ def measure_directory(folder: Path, texts: Mapping[str, str], tokens: int, resou
     _check_tokenizer(folder)
     model, tokenizer = load(folder, **resources)
     with model.tiers:
-        losses = {name: loss(model, ids) for name, ids in tokenize(tokenizer, texts, tokens).items()}
+        ids = tokenize(tokenizer, texts, tokens)
+        _check_ids(model, tokenizer, ids)
+        losses = {name: loss(model, ids[name]) for name in ids}
     blocks = [(manifest.layout(number), block.experts) for number, block in enumerate(manifest.blocks)]
     return _row(blocks, manifest.trunk_bits, manifest.method, None, losses)
 
@@ -295,6 +298,8 @@ def measure_checkpoint(source: str, texts: Mapping[str, str], tokens: int, ways:
     tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
     ids = tokenize(tokenizer, texts, tokens)
     trial = Trial(checkpoint)
+    check_tokenizer(trial.model, tokenizer, checkpoint.folder)
+    _check_ids(trial.model, tokenizer, ids)
     losses = {name: loss(trial.model, ids[name]) for name in ids}
     yield Row(None, "", "", "", None, None, None, 16, losses)
     for bits, group, pairs, trunk_bits, method in ways:
@@ -302,6 +307,12 @@ def measure_checkpoint(source: str, texts: Mapping[str, str], tokens: int, ways:
         trial.store_trunk(trunk_form(trunk_bits), fast=method == "rounding")
         losses = {name: loss(trial.model, ids[name]) for name in ids}
         yield _row(blocks, trunk_bits, method, error.relative, losses)
+
+
+def _check_ids(model: Any, tokenizer: Any, ids: Mapping[str, Tensor]) -> None:
+    """Raise ConfigError if the model has no embedding for a token of a text. ``ids`` are the texts' ids by name."""
+    for name, text in ids.items():
+        check_ids(model, tokenizer, text.tolist(), f"The text {name}")
 
 
 def _check_tokenizer(folder: Path) -> None:

@@ -29,9 +29,7 @@ class AnswerForm:
         )
         fields = template.fields.values()
         marks = [each.pattern for field in fields for each in (field.open_re, field.close_re) if each is not None]
-        literal = re.sub(
-            r"\\(.)", r"\1", "\n".join(marks), flags=re.DOTALL
-        )  # patterns without the backslashes of escapes
+        literal = re.sub(r"\\(.)", r"\1", "\n".join(marks), flags=re.DOTALL)  # without backslashes of escapes
         self.special = special
         self.unmarked = frozenset(number for number, text in special.items() if text not in literal)
 
@@ -65,14 +63,7 @@ class AnswerParser:
     """
 
     def __init__(self, form: AnswerForm, template: ResponseTemplate, prefill: str, tools: Sequence[Any] | None) -> None:
-        tools = list(tools or ())
-        parser = ResponseParser(template, prefix=prefill, tools=tools)
-        changes = [event for event in parser.initial_events if event["type"] in ("region_open", "region_close")]
-        last = changes[-1] if changes else {"type": "region_close"}
-        if last["type"] == "region_close" or last["field"] == template.implicit:
-            # the answer begins outside of all marks; a new parser holds no text of the prompt back
-            parser = ResponseParser(template, prefix="", tools=tools)
-        self._parser: ResponseParser | None = parser
+        self._parser: ResponseParser | None = _begun(template, prefill, list(tools or ()))
         self._form = form
         self._template = template
         self._unparsed = ""  # text since the last part: marks, a tool call, and what may be the beginning of a mark
@@ -126,6 +117,18 @@ class AnswerParser:
         _log.info("the rest of an answer is plain text: its parser failed with %s", type(error).__name__)
         rest, self._parser, self._unparsed = self._unparsed, None, ""
         return [rest] if rest else []
+
+
+def _begun(template: ResponseTemplate, prefill: str, tools: list[Any]) -> ResponseParser:
+    """Return transformers' parser in the state after ``prefill``, the beginning of an answer."""
+    fresh = ResponseParser(template, prefix="", tools=tools)
+    try:
+        parser = ResponseParser(template, prefix=prefill, tools=tools)
+    except Exception:  # any, as in feed; a request may have a say in what its template writes
+        return fresh
+    changes = [event for event in parser.initial_events if event["type"] in ("region_open", "region_close")]
+    is_within = changes and changes[-1]["type"] == "region_open" and changes[-1]["field"] != template.implicit
+    return parser if is_within else fresh  # outside of all marks, only the fresh one holds no text of the prompt back
 
 
 def _parts_of(event: Mapping[str, Any]) -> list[Any]:

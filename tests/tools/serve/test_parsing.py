@@ -187,6 +187,8 @@ def test_no_calls_without_tools_and_one_call_alone(served: Served) -> None:
         assert [json.loads(arguments)["a"] for _, arguments in both[2]] == [1, 2]
         one = _shown(ask(scripted.TWICE, tools=TOOLS, parallel_tool_calls=False))
         assert one == (both[0], None, both[2][:1], "tool_calls")
+        malformed = f"<tool_call>]</tool_call>{scripted.LOOP}"  # in the prompt, where the answer begins
+        assert _shown(ask(malformed, tools=TOOLS, max_tokens=3)) == ("xxx", None, [], "length")
 
 
 @pytest.mark.parametrize("mark", [scripted.NO_JSON, scripted.NO_NAME])
