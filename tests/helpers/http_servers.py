@@ -23,7 +23,7 @@ KEY = "a-key-of-the-tests"
 
 @contextmanager
 def serving(
-    directory: Path, *, context: int, together: bool, template: Any = None, most: int = 64
+    directory: Path, *, context: int, together: bool, template: Any = None, most: int = 64, **seconds: float
 ) -> Iterator[tuple[Any, Any]]:
     """(application, engine), without a key; with another chat ``template`` than the model's."""
     import moetier
@@ -38,7 +38,7 @@ def serving(
         parts = model, tokenizer, context, 16
         engine: Any = Together(*parts, 2) if together else OneByOne(*parts)
         try:
-            yield application("small", engine, None, most), engine
+            yield application("small", engine, None, most, **seconds), engine
         finally:
             engine.stop()
 

@@ -13,19 +13,19 @@ from starlette.routing import Route
 
 from moetier.runtime.daemon.metrics import registry_of
 
-from .completions import ChatCompletions, TextCompletions
+from .completions import ALIVE_SECONDS, ChatCompletions, TextCompletions
 from .engine import Engine
 from .metrics import ServeCollector
-from .middleware import HEALTH, AccessControl, App, RequestLimits
+from .middleware import HEALTH, AccessControl, App, RequestLimits, most_bytes
 from .refusal import Refusal
 from .request import UnknownFields, unknown_model
 
 
-def application(name: str, engine: Engine, key: str | None, most: int) -> App:
+def application(name: str, engine: Engine, key: str | None, most: int, *, alive_seconds: float = ALIVE_SECONDS) -> App:
     """Return an ASGI application that serves the engine's model under ``name``.
 
     ``key`` is the API key that requests must send; None: they need no key. ``most`` is the maximum number of POST
-    requests at a time.
+    requests at a time. In ``alive_seconds`` a stream sends at least a comment.
     """
     tiers = engine.model.tiers
     registry = registry_of(ServeCollector(name, tiers.stats, engine.tally))
@@ -56,13 +56,13 @@ def application(name: str, engine: Engine, key: str | None, most: int) -> App:
             Route("/metrics", metrics),
             Route("/v1/models", models),
             Route("/v1/models/{model:path}", model),
-            Route("/v1/chat/completions", ChatCompletions(name, engine, unknown), methods=["POST"]),
-            Route("/v1/completions", TextCompletions(name, engine, unknown), methods=["POST"]),
+            Route("/v1/chat/completions", ChatCompletions(name, engine, unknown, alive_seconds), methods=["POST"]),
+            Route("/v1/completions", TextCompletions(name, engine, unknown, alive_seconds), methods=["POST"]),
         ],
-        exception_handlers={HTTPException: _refused, RecursionError: _refused, Exception: _refused},
+        exception_handlers={HTTPException: _refused, Exception: _refused},
     )
     app.router.redirect_slashes = False
-    return AccessControl(RequestLimits(app, most), key)
+    return AccessControl(RequestLimits(app, most, most_bytes(engine.context)), key)
 
 
 async def _refused(request: Request, error: Exception) -> Response:
@@ -72,7 +72,5 @@ async def _refused(request: Request, error: Exception) -> Response:
         case HTTPException():  # 404 or 405
             message = f"This server does not answer {request.method} {request.scope['path']}."
             return Refusal(404, message, code="unknown_url").response()
-        case RecursionError():
-            return Refusal(400, "The JSON of the body is nested too deeply.").response()
         case _:  # Starlette raises the error again, and AccessControl logs it
             return Refusal(500, "The request failed; the server's log says why.").response()

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator
+from contextlib import aclosing
+from functools import partial
 from typing import Any, ClassVar
 
-from starlette.requests import Request
+from starlette.datastructures import Headers
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from transformers.cli.serving.utils import BaseHandler, Modality, ReasoningText, ToolCall
 
@@ -24,8 +25,10 @@ from .middleware import Message, Receive, Send
 from .parsing import AnswerParser, form_of
 from .refusal import Refusal
 from .request import Body, ChatBody, TextBody, UnknownFields, checked, parsed, unknown_fields
+from .waiting import kept_alive, on_thread
 
 DONE = "data: [DONE]\n\n"  # ends a complete stream
+ALIVE_SECONDS = 10.0  # longest silence of a stream
 NEW_TOKENS = 1024  # limit of an answer's tokens if the request has none; generation_config.json may raise it
 
 
@@ -40,27 +43,32 @@ class Completions(ABC):
     stop: tuple[str, ...] = ()  # strings that end every answer
     adds_special_tokens = True  # whether the tokenizer adds its special tokens to the prompt
 
-    def __init__(self, name: str, engine: Engine, unknown: UnknownFields) -> None:
-        """Serve the engine's model under ``name``, and note requests' unknown fields in ``unknown``."""
+    def __init__(self, name: str, engine: Engine, unknown: UnknownFields, alive_seconds: float = ALIVE_SECONDS) -> None:
+        """Serve the engine's model under ``name``, and note requests' unknown fields in ``unknown``.
+
+        In ``alive_seconds`` a stream sends at least a comment.
+        """
         self._name = name
         self._engine = engine
         self._unknown = unknown
+        self._alive_seconds = alive_seconds
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Answer a request. Stop computing if the client disconnects. Raises Refusal if the request is invalid."""
-        request = Request(scope, receive)
-        job, is_stream = await asyncio.to_thread(  # because turning a long prompt into tokens takes seconds
-            self._job, await request.body(), request.headers.get("content-type", "")
+        # on a thread, because turning a long prompt into tokens takes seconds
+        job, is_stream = await on_thread(
+            partial(self._job, (await receive())["body"], Headers(scope=scope).get("content-type", ""))
         )
         answer = self._engine.submit(job)
         try:
             response: Response
-            if is_stream:
-                response = StreamingResponse(self._events(answer, job), media_type="text/event-stream")
-            else:
-                response = JSONResponse(self._whole([chunk async for chunk in self._chunks(answer, job)]))
-            response.headers["x-request-id"] = answer.id
-            await response(scope, receive, send)
+            async with aclosing(kept_alive(self._events(answer, job), self._alive_seconds)) as events:
+                if is_stream:
+                    response = StreamingResponse(events, media_type="text/event-stream")
+                else:
+                    response = JSONResponse(self._whole([chunk async for chunk in self._chunks(answer, job)]))
+                response.headers["x-request-id"] = answer.id
+                await response(scope, receive, send)
         finally:
             answer.cancel()
 
@@ -160,9 +168,9 @@ class ChatCompletions(Completions):
     body, prompt, object, chunk = ChatBody, "messages", "chat.completion", "chat.completion.chunk"
     opening = ({"delta": {"role": "assistant"}},)
 
-    def __init__(self, name: str, engine: Engine, unknown: UnknownFields) -> None:
+    def __init__(self, name: str, engine: Engine, unknown: UnknownFields, alive_seconds: float = ALIVE_SECONDS) -> None:
         """As in Completions; with PLAIN_TEMPLATE if the model has no chat template."""
-        super().__init__(name, engine, unknown)
+        super().__init__(name, engine, unknown, alive_seconds)
         self._form = form_of(engine.model, engine.tokenizer)
         self._is_plain = not engine.tokenizer.chat_template
         self.adds_special_tokens = self._is_plain

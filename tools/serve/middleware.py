@@ -21,9 +21,16 @@ HEALTH = "/health"  # the only path that needs no key
 JSON = b"application/json"
 NAME_OF_THIS_HOST = re.compile(rb"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d+)?", re.IGNORECASE)
 
-MOST_BYTES = 16 << 20  # maximum size of a request's body
+MOST_BYTES = 16 << 20  # maximum size of a request's body, however long the context is
+BYTES_WITHOUT_PROMPT = 1 << 20  # size of a body's part that needs no room in the context
+BYTES_OF_TOKEN = 64  # bytes of a body for each token of the context; JSON takes up to 6 for a character
 BODY_SECONDS = 60.0  # longest time until a whole body has arrived
 RETRY_SECONDS = 5  # time after which a client that was refused may try again
+
+
+def most_bytes(context: int) -> int:
+    """Return the maximum size of a body in bytes, for a context of ``context`` tokens."""
+    return min(BYTES_WITHOUT_PROMPT + BYTES_OF_TOKEN * context, MOST_BYTES)
 
 
 class AccessControl:
@@ -91,13 +98,15 @@ class RequestLimits:
     """Pass on a POST request once its whole body has arrived, and cancel it if its client disconnects.
 
     Up to ``most`` POST requests are accepted at a time, including those that wait for their turn. Further requests are
-    refused with status 429. A body of more than MOST_BYTES is refused with 413, whatever its Content-Length says, and a
-    body that does not arrive within ``body_seconds`` with 408. Other requests than POST are passed on unchanged.
+    refused with status 429. A request whose client has disconnected counts until the application has ended its work.
+    A body of more than ``most_bytes`` is refused with 413, whatever its Content-Length says, and a body that does not
+    arrive within ``body_seconds`` with 408. Other requests than POST are passed on unchanged.
     """
 
-    def __init__(self, app: App, most: int, *, body_seconds: float = BODY_SECONDS) -> None:
+    def __init__(self, app: App, most: int, most_bytes: int, *, body_seconds: float = BODY_SECONDS) -> None:
         self._app = app
         self._most = most
+        self._most_bytes = most_bytes
         self._body_seconds = body_seconds
         self._under_way = 0
 
@@ -115,17 +124,18 @@ class RequestLimits:
                 )
             self._under_way += 1
             try:
-                body = await self._body(dict(scope["headers"]), receive)
-                if body is not None:
-                    await self._serve(body, scope, receive, send)
+                messages = await self._received(dict(scope["headers"]), receive)
+                if messages is not None:
+                    await self._serve(messages, scope, receive, send)
             finally:
                 self._under_way -= 1
         except Refusal as refusal:
             await refusal.response()(scope, receive, send)
 
-    async def _body(self, headers: dict[bytes, bytes], receive: Receive) -> bytes | None:
-        """Return the body, or None if the client disconnects before the body is complete.
+    async def _received(self, headers: dict[bytes, bytes], receive: Receive) -> asyncio.Queue[Message] | None:
+        """Return a queue that holds one message, with the whole body, so that nothing else holds the body.
 
+        Return None if the client disconnects before the body is complete.
         Raises Refusal if the body is too large, or takes too long to arrive.
         """
         body, more = bytearray(), True
@@ -133,7 +143,7 @@ class RequestLimits:
         size = int(stated[:20]) if stated.isdigit() else 0
         try:
             async with asyncio.timeout(self._body_seconds):
-                while more and size <= MOST_BYTES:
+                while more and size <= self._most_bytes:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         return None
@@ -144,14 +154,19 @@ class RequestLimits:
             raise Refusal(
                 408, f"The body did not arrive within {self._body_seconds:g} s.", headers={"Connection": "close"}
             ) from None
-        if size > MOST_BYTES:
-            raise Refusal(413, f"The body has more than {MOST_BYTES} bytes.", headers={"Connection": "close"})
-        return bytes(body)
-
-    async def _serve(self, body: bytes, scope: Message, receive: Receive, send: Send) -> None:
-        """Run the application on a request with ``body``, and cancel it if the client disconnects."""
+        if size > self._most_bytes:
+            raise Refusal(
+                413,
+                f"The body has more than {self._most_bytes:,} bytes, and the context has no room for more.",
+                code="context_length_exceeded",
+                headers={"Connection": "close"},
+            )
         messages: asyncio.Queue[Message] = asyncio.Queue()
-        messages.put_nowait({"type": "http.request", "body": body, "more_body": False})
+        messages.put_nowait({"type": "http.request", "body": bytes(body), "more_body": False})
+        return messages
+
+    async def _serve(self, messages: asyncio.Queue[Message], scope: Message, receive: Receive, send: Send) -> None:
+        """Run the application on a request with ``messages``, and cancel it if the client disconnects."""
 
         async def watch() -> None:
             while (await receive())["type"] != "http.disconnect":

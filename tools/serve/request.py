@@ -12,13 +12,15 @@ import threading
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, FailFast, Field, ValidationError
+from pydantic import ValidationInfo as Info
 from pydantic_core import PydanticCustomError, from_json
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from moetier.runtime.generation.decoding import MIN_P, OCCURRENCE_PENALTY, REPETITION_PENALTY, TOP_K
 
+from .bounded_json import BoundedJson, BoundsError
 from .refusal import Refusal
 
 # fields that are ignored because no answer depends on them. Every stream ends with the usage, for any stream_options
@@ -50,7 +52,6 @@ UNSUPPORTED = frozenset({
 MOST_TOKENS = 1 << 31
 MOST_NAMES = 100  # unknown fields that a server logs; clients choose the names
 MOST_LETTERS = 64  # of such a name
-MOST_MESSAGES = 1 << 16  # checking more would take seconds, and few contexts have room for more
 NOT_OF_TEMPLATES = {  # names refused in chat_template_kwargs: parameters of the functions that render a template
     *("messages", "load_audio_from_video", "compiled_template"),
     *(
@@ -86,17 +87,22 @@ def _text(given: Any) -> Any:
     return given
 
 
-def _arguments(given: Any) -> Any:
+def _arguments(given: Any, info: Info[BoundedJson]) -> Any:
     """Return the arguments of a tool call as a dictionary, which chat templates expect; OpenAI's API has a JSON string.
 
     If the string was cut, as at the limit of an answer's tokens, the values before the cut are returned. Otherwise the
-    conversation, which has the call from then on, would be refused each time. Raises PydanticCustomError if the string
-    is neither empty nor the beginning of a JSON object.
+    conversation, which has the call from then on, would be refused each time. The context of ``info`` is the
+    BoundedJson of the request. Raises PydanticCustomError if the string is neither empty nor the beginning of a JSON
+    object, or is too complex.
     """
     try:
-        found = json.loads(given) if isinstance(given, str) else given
+        found = info.context.parse(given.encode()) if isinstance(given, str) else given
+    except BoundsError as error:
+        raise PydanticCustomError("arguments", "{why}", {"why": str(error)}) from None
     except json.JSONDecodeError as error:
         found = None if error.msg == "Extra data" else _before_cut(given)
+    except ValueError:
+        found = None
     if not isinstance(found, dict) or not _is_unicode(found):
         raise PydanticCustomError("arguments", "it must be a string that holds a JSON object")
     return found
@@ -195,7 +201,7 @@ class Message(_Open):
 class ChatBody(Body):
     """Body of a chat completion request."""
 
-    messages: list[Message] = Field(min_length=1, max_length=MOST_MESSAGES)
+    messages: Annotated[list[Message], FailFast()] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1, le=MOST_TOKENS)
     tools: list[Tool] | None = None
     tool_choice: Literal["auto", "none"] | None = None
@@ -213,7 +219,7 @@ class TextBody(Body):
 def parsed(content: bytes, content_type: str) -> dict[str, Any]:
     """Return the JSON object in ``content``, a request's body.
 
-    Raises Refusal if ``content_type`` is not application/json, or the body is not a JSON object.
+    Raises Refusal if ``content_type`` is not application/json, the body is not a JSON object, or it is too complex.
     """
     if content_type.partition(";")[0].strip().lower() != "application/json":
         raise Refusal(
@@ -222,7 +228,9 @@ def parsed(content: bytes, content_type: str) -> dict[str, Any]:
             "-H 'Content-Type: application/json'.",
         )
     try:
-        body = json.loads(content)
+        body = BoundedJson().parse(content)
+    except BoundsError as error:
+        raise Refusal(400, f"The JSON of the body is too complex: {error}.") from None
     except ValueError:
         body = None
     if not isinstance(body, dict):
@@ -245,7 +253,7 @@ def checked(body: dict[str, Any], kind: type[Body], model: str) -> dict[str, Any
     if unsupported := sorted(given.keys() & UNSUPPORTED):
         raise Refusal(400, f"{unsupported[0]}: this field is not supported.", param=unsupported[0])
     try:
-        asked = kind.model_validate(given)
+        asked = kind.model_validate(given, context=BoundedJson())
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         raise Refusal(400, f"{_place(first['loc'])}: {first['msg']}.", param=str(first["loc"][0])) from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,6 +50,8 @@ def serving(
         context = min(arguments.context, longest_context(model.config) or arguments.context)
         parts = model, tokenizer, context, arguments.prefill_chunk
         engine = OneByOne(*parts) if arguments.parallel == 1 else Together(*parts, arguments.parallel)
+        gc.collect()
+        gc.freeze()  # collections stop all threads: from now on they visit only what requests have made
         try:
             yield application(name, engine, key, arguments.parallel + arguments.queue), engine
         finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,10 @@ pytest.importorskip("starlette", reason='pip install ".[serve]"')
 
 import httpx2
 from http_servers import serving
+from readers import PATIENCE
 from threads import wait_until
+
+from moetier.tools.serve.waiting import ALIVE
 
 TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
 USER = {"role": "user", "content": "Ciao."}
@@ -122,7 +126,7 @@ def called(function: Any) -> list[Any]:
         ({"messages": called({"name": "f", "arguments": "5"})}, "messages"),
         ({"messages": called({"name": "f", "arguments": json.dumps({"a": HALF})})}, "messages"),
         ({"messages": called({"name": "f", "arguments": {"a": deep(900)}})}, None),
-        ({"messages": called({"name": "f", "arguments": "[" * 5000})}, None),
+        ({"messages": called({"name": "f", "arguments": "[" * 5000})}, "messages"),
         ({"messages": [USER, {"role": "tool", "tool_call_id": 5, "content": "3"}]}, "messages"),
         ({"messages": [USER | {"content": HALF}]}, None),
         ({"messages": [USER], HALF: 1}, None),
@@ -130,7 +134,7 @@ def called(function: Any) -> list[Any]:
         ({"messages": [USER], "tools": "x"}, "tools"),
         ({"messages": [USER], "tools": [{"x": 1}]}, "tools"),
         ({"messages": [USER], "tools": [{"type": "function", "function": {"parameters": {}}}]}, "tools"),
-        ({"messages": [USER], "chat_template_kwargs": {"budget": deep(900)}}, "messages"),
+        ({"messages": [USER], "chat_template_kwargs": {"budget": deep(900)}}, None),
     ],
 )
 def test_chats_that_make_no_sense(app: Any, body: dict[str, Any], param: str | None) -> None:
@@ -245,6 +249,97 @@ def test_others_are_answered_while_a_prompt_is(tinymix_4bit: Path, path: str, bo
     assert others > 2  # one could be before the prompt
 
 
+COSTLY = {
+    "values": b"[" + b"[]," * (5 << 20) + b"1]",
+    "numbers": b"[" + (b"1" * 4000 + b",") * (16 << 8) + b"1]",
+    "strings": b"[" + b'"",' * (5 << 20) + b"1]",
+    "levels": b"[" * (15 << 20),
+    "ends": b"]" * (15 << 20),
+    "arguments": json.dumps({"messages": called({"name": "f", "arguments": "[" + "[]," * (5 << 20) + "1]"})}).encode(),
+    "escapes": b'{"prompt": "' + b"\\n" * (7 << 20) + b'", "n": 2}',
+    "messages": json.dumps({"messages": [0] * 60_000}).encode(),
+}
+
+
+@pytest.mark.parametrize("name", COSTLY)
+def test_no_body_stops_other_requests(tinymix_4bit: Path, name: str) -> None:
+    """Python's parser, which holds its lock, would stop them for seconds."""
+
+    async def ask(app: Any) -> tuple[httpx2.Response, float]:
+        transport, headers = httpx2.ASGITransport(app=app), {"Content-Type": "application/json"}
+        async with httpx2.AsyncClient(transport=transport, base_url="http://localhost", timeout=60) as client:
+            request = asyncio.ensure_future(client.post(CHAT, content=COSTLY[name], headers=headers))
+            longest, last = 0.0, time.monotonic()
+            while not request.done():
+                assert (await client.get("/health")).status_code == 200
+                longest, last = max(longest, time.monotonic() - last), time.monotonic()
+            return await request, longest
+
+    with serving(tinymix_4bit, context=1 << 20, together=False) as (app, _):
+        answer, longest = asyncio.run(ask(app))
+    assert answer.status_code == 400, answer.text
+    assert longest < 1.0
+
+
+def test_a_body_is_limited_by_the_context(app: Any) -> None:
+    answer = answer_of(app, TEXT, {"prompt": "la " * 400_000})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (413, "context_length_exceeded")
+
+
+def test_clients_that_leave_keep_their_places_while_their_prompts_are_made(tinymix_4bit: Path) -> None:
+    """They could have any number of threads and prompts otherwise."""
+    rendering, may, gone = threading.Event(), threading.Event(), list[bool]()
+
+    async def ask(app: Any) -> list[int]:
+        transport = httpx2.ASGITransport(app=app)
+        async with httpx2.AsyncClient(transport=transport, base_url="http://localhost", timeout=60) as client:
+
+            async def post() -> int:
+                return (await client.post(CHAT, json={"messages": [USER], "max_tokens": 1})).status_code
+
+            leaving = [asyncio.ensure_future(leave(app)) for _ in range(3)]
+            while len(gone) < 3:
+                await asyncio.sleep(0.01)
+            try:
+                async with asyncio.timeout(PATIENCE / 4):  # meanwhile, the server learns that the clients have left
+                    refused = [await post() for _ in range(5)]
+            finally:
+                may.set()
+            await asyncio.wait_for(asyncio.gather(*leaving), PATIENCE)
+            return [*refused, await post()]
+
+    async def leave(app: Any) -> None:
+        body = json.dumps({"messages": [USER]}).encode()
+        messages = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def receive() -> Any:
+            while not (messages or rendering.is_set()):
+                await asyncio.sleep(0.01)
+            if messages:
+                return messages.pop()
+            gone.append(True)
+            return {"type": "http.disconnect"}
+
+        async def send(_: Any) -> None:
+            pass
+
+        headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": CHAT, "headers": headers, "query_string": b""}
+        await app(scope | {"root_path": "", "http_version": "1.1"}, receive, send)
+
+    with serving(tinymix_4bit, context=400, together=False, most=3) as (app, engine):
+        template = engine.tokenizer.apply_chat_template
+
+        def slow(*given: Any, **options: Any) -> Any:
+            rendering.set()
+            assert may.wait(PATIENCE)
+            return template(*given, **options)
+
+        engine.tokenizer.apply_chat_template = slow
+        assert asyncio.run(ask(app)) == [429] * 5 + [200]
+        assert engine.tally.counts()["cancelled"] == 0, "no answer has begun"
+
+
 def test_stream_chunks_say_that_they_are_not_the_last(app: Any) -> None:
     for path, body in (TEXT, {"prompt": "Due"}), (CHAT, {"messages": [USER]}):
         answer = answer_of(app, path, body | {"stream": True})
@@ -255,6 +350,47 @@ def test_stream_chunks_say_that_they_are_not_the_last(app: Any) -> None:
         assert reasons == [None] * (len(reasons) - 1) + ["length"]
 
 
+@pytest.mark.parametrize("together", [False, True], ids=["one by one", "together"])
+def test_a_stream_says_that_it_is_alive(tinymix_4bit: Path, together: bool) -> None:
+    """While its prompt is computed, and while it waits for its turn; proxies would close the connection otherwise."""
+    events: list[str] = []
+    may = threading.Event()
+
+    async def ask(app: Any, path: str) -> None:
+        body = {"max_tokens": 1, "stream": True} | {TEXT: {"prompt": "Due"}, CHAT: {"messages": [USER]}}[path]
+        messages = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
+        answered = asyncio.Event()
+
+        async def receive() -> Any:
+            if not messages:
+                await answered.wait()
+            return messages.pop() if messages else {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            events.append(message.get("body", b"").decode())
+            if message["type"] == "http.response.body" and not message["more_body"]:
+                answered.set()
+            if sum(event == ALIVE for event in events) == 6:
+                may.set()
+
+        headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": path, "headers": headers, "query_string": b""}
+        await app(scope | {"root_path": "", "http_version": "1.1"}, receive, send)
+
+    async def ask_all(app: Any) -> None:
+        async with asyncio.timeout(PATIENCE):
+            await asyncio.gather(*[ask(app, path) for path in (TEXT, CHAT, TEXT)])
+
+    with serving(tinymix_4bit, context=400, together=together, alive_seconds=0.05) as (app, engine):
+        hook = engine.model.register_forward_pre_hook(lambda *_: may.wait(PATIENCE) and None)
+        asyncio.run(ask_all(app))
+        hook.remove()
+    assert may.is_set()
+    assert events.count(ALIVE) >= 6
+    assert events.count("data: [DONE]\n\n") == 3
+    assert all(event == ALIVE or event.startswith("data: ") for event in events if event)
+
+
 def test_a_prompt_beyond_the_models_own_context(tinymix_4bit: Path) -> None:
     """Both numbers are named, and whose the limit is."""
     for context, most, whose in (
@@ -262,7 +398,7 @@ def test_a_prompt_beyond_the_models_own_context(tinymix_4bit: Path) -> None:
         (100, "100", "the context of this server (--context)"),
     ):
         with serving(tinymix_4bit, context=context, together=False) as (app, _):
-            for prompt, tokens in ((" la" * 3005, "3,005"), (" la" * 400_000, f"more than {2 * context:,}")):
+            for prompt, tokens in ((" la" * 3005, "3,005"), (" la" * 300_000, f"more than {2 * context:,}")):
                 said = refused(app, TEXT, {"prompt": prompt})
                 if context == 100 and tokens == "3,005":
                     tokens = "more than 200"

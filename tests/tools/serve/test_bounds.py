@@ -79,7 +79,7 @@ def serving(
     application: Application, body_seconds: float = PATIENCE, key: str | None = None, **seconds: float
 ) -> Iterator[tuple[str, int]]:
     ready = threading.Event()
-    app = AccessControl(RequestLimits(application, MOST, body_seconds=body_seconds), key)
+    app = AccessControl(RequestLimits(application, MOST, MOST_BYTES, body_seconds=body_seconds), key)
     seconds = {"header_seconds": PATIENCE, "answer_seconds": PATIENCE} | seconds
     with bind("127.0.0.1", 0) as bound:
         server = Server(app, connections=CONNECTIONS, ready=ready.set, ending=lambda: None, **seconds)
@@ -138,7 +138,7 @@ def test_the_bytes_that_arrive_are_counted(address: tuple[str, int], application
             found.sendall(b"0\r\n\r\n")
         status, body, headers = answer(found)
     assert (status, headers["connection"]) == (413, "close")
-    assert str(MOST_BYTES) in error_of(body)["message"]
+    assert f"{MOST_BYTES:,} bytes" in error_of(body)["message"]
     with connection(address, POST + b"Content-Length: 16777217\r\n\r\n") as found:
         assert answer(found)[0] == 413
     assert not application.bodies
