@@ -4,6 +4,6 @@ from __future__ import annotations
 
 import sys
 
-from moetier.tools.main import main
+from moetier.tools.main import command
 
-sys.exit(main())
+sys.exit(command())

@@ -9,7 +9,8 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 
 from moetier.tiers.addresses import redacted
 from moetier.tiers.errors import ConfigError, MoetierError
@@ -56,6 +57,7 @@ COMMANDS = {  # name of a command -> its line in --help
 }
 
 _log = logging.getLogger(__name__)
+_is_whole = threading.Event()  # set if nothing but ``command`` runs in this process
 
 # docs/commands.md lists all exit codes; parser.py defines 2, failure.py 1 and 70
 EXIT_INTERRUPTED = 128 + signal.SIGINT
@@ -125,6 +127,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_PIPE_CLOSED
 
 
+def command(work: Callable[[], int] = main) -> int:
+    """Do the whole work of this process, and return its exit code.
+
+    When the work has ended, Ctrl-C ends the process at once: Python still ends threads then, and would print a
+    traceback.
+    """
+    _is_whole.set()
+    try:
+        return work()
+    finally:
+        _let_interrupts_end()
+
+
+def _let_interrupts_end() -> None:
+    if _is_whole.is_set() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def _run(argv: Sequence[str] | None) -> int:
     """Run the command line and return the exit code. Raises BrokenPipeError if the reader of the output is gone."""
     settings: list[Setting] = []
@@ -137,6 +157,7 @@ def _run(argv: Sequence[str] | None) -> int:
         sys.stdout.flush()
         raise
     except KeyboardInterrupt:
+        _let_interrupts_end()
         print("moetier: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
@@ -208,4 +229,4 @@ def say(error: Exception, settings: Sequence[Setting] = ()) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command())

@@ -20,12 +20,13 @@ from moetier.runtime.wire.address import CONTROL_SOCKET
 from moetier.runtime.wire.control import PATIENCE, PROTOCOL, answer, check_peer, error_json, parse
 from moetier.tiers.errors import MoetierError, ProtocolError, UnavailableError
 
-from .log import RateLimitedLog, log_event
+from .log import RateLimitedLog
 
 _MAX_GREETING = 4_096  # largest packet of a client, in bytes
 _BACKLOG = 64
 _OTHERS = 16  # connections besides those of a store's clients: for a session id only, or without a packet yet
 _PAUSE = 0.2  # seconds without accepting after the process has run out of descriptors
+_LINE_SECONDS = 60.0  # least time between two lines of the log that say so
 
 _log = logging.getLogger(__name__)
 
@@ -62,6 +63,7 @@ class ControlServer:
         self._max_clients = max_clients
         self._version = version
         self._refusals = RateLimitedLog(_log, "client-refused")
+        self._pauses = RateLimitedLog(_log, "side-socket-paused", pause=_LINE_SECONDS)
         self._closed = threading.Event()
         self._state = threading.Lock()  # guards ``_connections``
         self._connections: dict[socket.socket, bool] = {}  # True: counts as a client of a store
@@ -99,7 +101,7 @@ class ControlServer:
                 end, _ = self._listener.accept()
             except OSError as error:
                 if not self._closed.is_set():  # out of descriptors: the connection waits in the kernel's queue
-                    log_event(_log, "side-socket-paused", logging.WARNING, cause=error.strerror)
+                    self._pauses.log(cause=error.strerror)
                     self._closed.wait(_PAUSE)
                 continue
             pid: int | str = "?"

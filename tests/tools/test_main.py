@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -283,3 +284,27 @@ def test_a_fault_in_a_mapped_file_that_is_cut_names_the_place(tmp_path: Path) ->
     assert ended.returncode == -signal.SIGBUS
     assert "Fatal Python error: Bus error" in ended.stderr
     assert 'File "<string>", line 8 in <module>' in ended.stderr
+
+
+def test_ctrl_c_again_and_again_prints_no_traceback(tinymix_4bit: Path) -> None:
+    """The second comes when the command has ended, and Python ends."""
+    words = ["generate", str(tinymix_4bit), "la mattina", "--max-new-tokens", "1500", "--daemon", "none"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "moetier.tools.main", *words],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        said = process.stderr.readline()
+        while process.poll() is None:
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.001)
+        said += process.stderr.read()
+    assert said == "moetier: interrupted\n"
+    assert process.returncode in (-signal.SIGINT, 128 + signal.SIGINT)

@@ -22,6 +22,11 @@ _LIBRARY.sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int6
 _LIBRARY.renameat2.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
 _BEGIN, _FINISH = 2, 7  # SYNC_FILE_RANGE_WRITE, and that with WAIT_BEFORE and WAIT_AFTER
+_LIMITS = {  # errors that say nothing of the disk -> what to do
+    errno.EMFILE: "Raise the limit on open files: ulimit -n 4096",
+    errno.ENFILE: "Close other programs: all open files that this system allows are in use.",
+    errno.ENOMEM: "Free some memory, or give smaller values of `ram` and `context`.",
+}
 
 
 @contextlib.contextmanager
@@ -43,7 +48,9 @@ def disk_errors(folder: Path, needed: Callable[[], int] = lambda: 0) -> Iterator
             ) from error
         raise TargetError(
             f"{error.filename or folder} can't be written ({error.strerror}).",
-            "Check the folder's permissions and its disk, then run the same command again.",
+            _LIMITS.get(
+                error.errno or 0, "Check the folder's permissions and its disk, then run the same command again."
+            ),
         ) from error
 
 
@@ -64,7 +71,10 @@ class read_errors:
         if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
             raise StoreReadError(
                 f"{self._path} can't be read: {error.strerror} (errno {error.errno}).",
-                "Check the disk and the file's permissions. If the file is lost, convert the model again.",
+                _LIMITS.get(
+                    error.errno or 0,
+                    "Check the disk and the file's permissions. If the file is lost, convert the model again.",
+                ),
             ) from error
 
 

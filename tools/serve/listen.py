@@ -10,13 +10,17 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
+import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from moetier.tiers.errors import ConfigError
 
+from .refusal import HEADER_BYTES, Refusal, headers_too_long
+
 GRACE = 5  # seconds in which clients can receive their last answers when the server shuts down
 HEADER_SECONDS = 20.0  # longest wait for all headers of a request, from the connection or the previous answer on
+LINGER_SECONDS = 2.0  # longest time in which a client that was refused may go on to send
 ANSWER_SECONDS = 60.0  # longest time in which a client may read nothing of its answer
 BACKLOG = 128  # maximum number of connections that wait in the kernel until the server accepts them
 TOO_MANY = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 5\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
@@ -55,6 +59,39 @@ def url_of(bound: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+class LingeringTransport:
+    """Transport that closes its connection in two steps if ``is_unread`` says that the client may still be sending.
+
+    The first step sends the answer and closes our side of the connection. The second step follows when the client
+    closes its side, or after LINGER_SECONDS. If the connection were closed with data unread, the kernel would reset it,
+    and the client could lose the answer.
+    """
+
+    def __init__(self, transport: asyncio.Transport, is_unread: Callable[[], bool]) -> None:
+        self._transport = transport
+        self._is_unread = is_unread
+        self._lingers = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def is_closing(self) -> bool:
+        """Whether the connection is closed or being closed."""
+        return self._lingers or self._transport.is_closing()
+
+    def close(self) -> None:
+        """Close the connection."""
+        if self.is_closing():
+            return
+        if not self._is_unread():
+            self._transport.close()
+            return
+        self._lingers = True
+        self._transport.write_eof()
+        self._transport.resume_reading()
+        asyncio.get_running_loop().call_later(LINGER_SECONDS, self._transport.close)
+
+
 class BoundedProtocol(H11Protocol):
     """HTTP connection with limits that no ASGI application can set: on idle connections and on clients that don't read.
 
@@ -75,7 +112,7 @@ class BoundedProtocol(H11Protocol):
 
         If no connection is idle, refuse this one.
         """
-        super().connection_made(transport)
+        super().connection_made(LingeringTransport(transport, self._is_unread))  # type: ignore[arg-type]
         if len(self.connections) > self.most_connections:
             others = (each for each in self.connections if isinstance(each, BoundedProtocol))
             idle = {each.idle.when(): each for each in others if each.idle is not None}
@@ -88,10 +125,30 @@ class BoundedProtocol(H11Protocol):
         self._rest()
 
     def data_received(self, data: bytes) -> None:
-        """Handle data from the client, and stop the idle timer once all headers of a request have arrived."""
+        """Handle data from the client, and stop the idle timer once all headers of a request have arrived.
+
+        Data that comes after a refusal is ignored.
+        """
+        if self.transport.is_closing():
+            return
         super().data_received(data)
         if self.cycle is not None and not self.cycle.response_complete:
             self._work()
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse a request that is not HTTP, or whose headers are too long, and close the connection."""
+        is_under_way = self.cycle is not None and not self.cycle.response_complete
+        is_long = not is_under_way and len(self.conn.trailing_data[0]) > HEADER_BYTES
+        refusal = headers_too_long() if is_long else Refusal(400, msg, headers={"Connection": "close"})
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            response = refusal.response()
+            head = h11.Response(status_code=response.status_code, headers=response.raw_headers)
+            for event in (head, h11.Data(data=bytes(response.body)), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+        if is_under_way:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        self.transport.close()
 
     def on_response_complete(self) -> None:
         """Start the idle timer again, unless the next request has already arrived."""
@@ -123,6 +180,9 @@ class BoundedProtocol(H11Protocol):
         self._work()
         self.connections.discard(self)
         self.transport.abort()
+
+    def _is_unread(self) -> bool:
+        return self.conn.their_state in (h11.SEND_BODY, h11.ERROR)
 
     def _rest(self) -> None:
         self._work()
@@ -159,7 +219,8 @@ class Server(uvicorn.Server):
                 loop="asyncio",  # the same loop whether uvloop is installed or not
                 backlog=BACKLOG,
                 log_config=None,
-                lifespan="on",
+                h11_max_incomplete_event_size=HEADER_BYTES,
+                lifespan="off",  # the application needs none, and uvicorn prints a traceback if a signal cuts it off
                 ws="none",
                 server_header=False,
                 timeout_graceful_shutdown=GRACE,

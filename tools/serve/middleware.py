@@ -6,11 +6,12 @@ import asyncio
 import contextlib
 import hashlib
 import hmac
+import itertools
 import re
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from .refusal import Refusal, log_failure
+from .refusal import HEADER_BYTES, Refusal, headers_too_long, log_failure
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -62,7 +63,10 @@ class AccessControl:
             log_failure(f"{scope['method']} {scope['path']}", error)
 
     def _check(self, scope: Message, headers: dict[bytes, bytes]) -> None:
-        """Check host, key and content type. Raises Refusal if one of them does not permit the request."""
+        """Check host, key, content type and the headers' size. Raises Refusal if one does not permit the request."""
+        parts = [scope.get("raw_path") or b"", scope["query_string"], *itertools.chain(*scope["headers"])]
+        if sum(map(len, parts)) > HEADER_BYTES:  # the listener limits only headers that arrive in several parts
+            raise headers_too_long()
         if self._key is None and not NAME_OF_THIS_HOST.fullmatch(headers.get(b"host", b"")):
             raise Refusal(
                 400,

@@ -11,6 +11,7 @@ from starlette.responses import JSONResponse
 
 from moetier.tiers.errors import MoetierError
 
+HEADER_BYTES = 16 << 10  # maximum size of a request's headers with its first line
 FAILED = "The answer failed; the server's log says why."
 ENDING = "The server is shutting down."
 
@@ -43,6 +44,11 @@ class Refusal(HTTPException):
     def response(self) -> JSONResponse:
         """Return the error as an HTTP response."""
         return JSONResponse(self.body(), status_code=self.status_code, headers=self.headers)
+
+
+def headers_too_long() -> Refusal:
+    """Return the refusal of a request whose headers have more than HEADER_BYTES."""
+    return Refusal(431, f"The headers have more than {HEADER_BYTES:,} bytes.", headers={"Connection": "close"})
 
 
 def log_failure(what: str, error: BaseException) -> None:

@@ -369,7 +369,11 @@ def test_random_packets_do_no_harm(host: Host) -> None:
     assert len(list(Path("/proc/self/task").iterdir())) < 20
 
 
-def test_without_descriptors_it_waits_until_there_are_some(host: Host) -> None:
+def test_without_descriptors_it_waits_until_there_are_some(
+    host: Host, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And says so once, however often it tries."""
+    monkeypatch.setattr(control_server, "_PAUSE", 0.01)
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     end = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     end.settimeout(PATIENCE)
@@ -384,13 +388,14 @@ def test_without_descriptors_it_waits_until_there_are_some(host: Host) -> None:
             pass
         end.connect(str(host.folder / CONTROL_SOCKET))
         end.send(json.dumps({"protocol": 1, "digest": None}).encode())
-        time.sleep(0.05)
+        time.sleep(0.3)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
         for descriptor in filler:
             os.close(descriptor)
     assert "session" in json.loads(end.recv(65536))
     end.close()
+    assert caplog.messages.count("side-socket-paused") == 1
 
 
 @contextlib.contextmanager

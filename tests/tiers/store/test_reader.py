@@ -508,19 +508,19 @@ with ExpertStore.open(Path(sys.argv[1])) as store:
                 store.read_into(ExpertKey(block, expert), memoryview(mmap.mmap(-1, store.layout(block).slot_bytes)))
                 good += 1
             except StoreError as caught:
-                error = [type(caught).__name__, caught.cause]
+                error = [type(caught).__name__, caught.cause, caught.fix]
         found[block] = [good, error]
 print(json.dumps(found))
 """
 
 
-def read_with_eio(folder: Path, path: Path, when: str) -> dict[str, Any]:
+def read_with_error(folder: Path, path: Path, when: str, error: str = "EIO") -> dict[str, Any]:
     """``when`` counts each thread's preadv of ``path``; the main thread's first is the trial of O_DIRECT."""
     trace = folder / "trace"
-    inject = f"inject=preadv,preadv2:error=EIO:when={when}"
+    inject = f"inject=preadv,preadv2:error={error}:when={when}"
     result = strace([*only("preadv,preadv2"), "-o", str(trace), "-P", str(path), "-e", inject], READ, folder)
     assert result.returncode == 0, result.stderr
-    assert "EIO" in trace.read_text()
+    assert error in trace.read_text()
     found: dict[str, Any] = json.loads(result.stdout)
     return found
 
@@ -531,7 +531,7 @@ def read_with_eio(folder: Path, path: Path, when: str) -> dict[str, Any]:
 )
 def test_an_io_error_that_goes_away(tmp_path: Path, layout: RecordLayout, when: str) -> None:
     make_store(tmp_path, blocks=2, experts=2, layout=layout)
-    assert read_with_eio(tmp_path, shard(tmp_path, 1, layout).path, when) == {"0": [2, None], "1": [2, None]}
+    assert read_with_error(tmp_path, shard(tmp_path, 1, layout).path, when) == {"0": [2, None], "1": [2, None]}
 
 
 # Threads of the pool, which read the pieces of large records, make no trial: their first read has to fail. The trial
@@ -540,12 +540,25 @@ def test_an_io_error_that_goes_away(tmp_path: Path, layout: RecordLayout, when: 
 def test_an_io_error_that_stays(tmp_path: Path, layout: RecordLayout, when: str) -> None:
     make_store(tmp_path, blocks=3, experts=2, layout=layout)
     path = shard(tmp_path, 1, layout).path
-    found = read_with_eio(tmp_path, path, when)
+    found = read_with_error(tmp_path, path, when)
     assert found["0"] == found["2"] == [2, None]  # the other shards are served
-    good, (kind, cause) = found["1"]
+    good, (kind, cause, fix) = found["1"]
     assert (good, kind) == (0, "StoreReadError")
     assert str(path) in cause
     assert os.strerror(errno.EIO) in cause
+    assert fix.startswith("Check the disk")
+
+
+@pytest.mark.parametrize(("error", "advice"), [("ENOMEM", "Free some memory"), ("EMFILE", "Raise the limit")])
+def test_an_error_that_is_not_the_disks_has_other_advice(tmp_path: Path, error: str, advice: str) -> None:
+    make_store(tmp_path, blocks=2, experts=2)
+    found = read_with_error(tmp_path, shard(tmp_path, 1, layout_of()).path, "2+", error)
+    assert found["0"] == [2, None]
+    _, (kind, cause, fix) = found["1"]
+    assert kind == "StoreReadError"
+    assert os.strerror(getattr(errno, error)) in cause
+    assert fix.startswith(advice)
+    assert "disk" not in fix
 
 
 def test_a_store_that_moved_is_the_same_store(tmp_path: Path) -> None:

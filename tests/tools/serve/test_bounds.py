@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import socket
 import threading
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ pytest.importorskip("starlette", reason='pip install ".[serve]"')
 pytest.importorskip("uvicorn", reason='pip install ".[serve]"')
 
 from readers import PATIENCE
+from starlette.applications import Starlette
 from threads import wait_until
 
 from moetier.tools.serve.listen import Server, bind
@@ -38,10 +40,6 @@ class Application:
         self.asked = 0
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "lifespan":
-            for _ in range(2):
-                await send({"type": f"{(await receive())['type']}.complete"})
-            return
         self.asked += 1
         length = 0
         if scope["method"] == "POST":
@@ -169,6 +167,49 @@ def test_headers_have_their_time(application: Application, sent: bytes) -> None:
         assert answer(found)[0] == 0
 
 
+@pytest.mark.parametrize("size", [17 << 10, 70_000, 200_000, 2_000_000])
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_headers_have_their_size(address: tuple[str, int], application: Application, size: int, is_whole: bool) -> None:
+    """A client that sends on and on gets the answer, too, and not a reset in its place."""
+    request = GET[:-2] + b"X-A: " + b"a" * size + (b"\r\n\r\n" if is_whole else b"")
+    with connection(address, request) as found:
+        status, body, headers = answer(found)
+        assert (status, headers["connection"]) == (431, "close")
+        assert error_of(body)["message"] == "The headers have more than 16,384 bytes."
+        assert found.recv(1) == b""
+    with connection(address, GET[:-2] + b"X-A: " + b"a" * (15 << 10) + b"\r\n\r\n") as found:
+        assert answer(found)[0] == 200
+    assert application.asked == 1
+
+
+@pytest.mark.parametrize("sent", [b"\0" * 100, b"GET /\r\n\r\n", POST + CHUNKED + b"\r\nnonsense\r\n" + bytes(500_000)])
+def test_what_is_no_http_is_refused(address: tuple[str, int], application: Application, sent: bytes) -> None:
+    with connection(address, sent) as found:
+        status, body, headers = answer(found)
+        assert (status, headers["connection"]) == (400, "close")
+        assert error_of(body)["type"] == "invalid_request_error"
+        assert found.recv(1) == b""
+    assert not application.asked
+
+
+def test_a_client_that_sends_on_gets_its_refusal(address: tuple[str, int]) -> None:
+    """Its body is too large, and it reads only after it has sent all of it."""
+    with connection(address, POST + b"Content-Length: 20000000\r\n\r\n" + bytes(20_000_000)) as found:
+        assert answer(found)[0] == 413
+        assert found.recv(1) == b""
+
+
+def test_a_client_that_sends_for_ever_is_left(address: tuple[str, int]) -> None:
+    with connection(address, POST + b"Content-Length: 20000000000\r\n\r\n") as found:
+
+        def send() -> None:
+            while True:
+                found.sendall(bytes(1 << 16))
+
+        with pytest.raises(ConnectionError):
+            send()
+
+
 def test_headers_that_trickle_have_no_more_time(application: Application) -> None:
     """Nor have those of a second request."""
     with serving(application, header_seconds=0.3) as address, connection(address, GET) as found:
@@ -272,6 +313,15 @@ def test_idle_connections_make_room(address: tuple[str, int], application: Appli
         last = idle[-1]
         last.sendall(GET.removeprefix(b"GET /"))
         assert answer(last)[0] == 200
+
+
+def test_an_end_that_does_not_wait_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
+    """As of a second Ctrl-C."""
+    with bind("127.0.0.1", 0) as bound:
+        server = Server(Starlette(), connections=1, ready=lambda: None, ending=lambda: None)
+        server.should_exit = server.force_exit = True
+        server.run([bound])
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
 def test_connections_that_are_all_busy_let_no_other_in(address: tuple[str, int], application: Application) -> None:
