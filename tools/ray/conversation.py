@@ -1,7 +1,8 @@
 """Session ids for requests without one, so that Ray's router sends a conversation to the same replica each time.
 
-The router sees a request's headers, but not its body. So middleware of Ray's HTTP proxies reads the body, and adds the
-header with the session id that the router looks for.
+The router sees a request's headers, but not its body. So middleware of Ray's HTTP proxies reads the beginning of the
+body, and adds the header with the session id that the router looks for. The proxies do not know the API key. So they
+take the same small amount of memory and time for any request.
 """
 
 from __future__ import annotations
@@ -11,14 +12,19 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 from typing import Any
 
-from moetier.tools.serve.middleware import BODY_SECONDS, MOST_BYTES, App, Message, Receive, Send
+from moetier.tools.serve.middleware import App, Message, Receive, Send
 
 HEADER = (
     os.environ.get("RAY_SERVE_SESSION_ID_HEADER_KEY", "x-session-id").lower().encode()
 )  # Ray's variable and default
+START_BYTES = 128 << 10  # size of the beginning of a body; few conversations have a longer first message
+START_SECONDS = 10.0  # longest time until it has arrived
 PREFIX = 1000  # characters at the beginning of a text completion's prompt that tell conversations apart
+
+_DECODER = json.JSONDecoder()
 
 
 def session_ids() -> list[Any]:
@@ -48,14 +54,15 @@ class SessionIds:
             await self._app(scope, receive, send)
             return
         messages: list[Message] = []
-        body, more = bytearray(), True
+        start, more = bytearray(), True
         with contextlib.suppress(TimeoutError):  # the replica waits for the rest, and refuses it if it takes too long
-            async with asyncio.timeout(BODY_SECONDS):
-                while more and len(body) <= MOST_BYTES:
+            async with asyncio.timeout(START_SECONDS):
+                while more and len(start) < START_BYTES:
                     messages.append(await receive())
-                    body += messages[-1].get("body", b"")
+                    start += messages[-1].get("body", b"")
                     more = messages[-1].get("more_body", False)
-        if not more and (session := session_of(body)) is not None:
+        is_cut = len(start) > START_BYTES or more
+        if (session := session_of(bytes(start[:START_BYTES]), is_cut=is_cut)) is not None:
             scope = {**scope, "headers": [*scope["headers"], (HEADER, session.encode())]}
         messages.reverse()
 
@@ -65,20 +72,73 @@ class SessionIds:
         await self._app(scope, replay, send)
 
 
-def session_of(body: bytes | bytearray) -> str | None:
-    """Return a session id that is the same for all requests of a conversation, or None for an invalid body.
+def session_of(start: bytes, *, is_cut: bool = False) -> str | None:
+    """Return a session id that is the same for all requests of a conversation, or None if ``start`` shows none.
 
-    It depends on what all of these begin with: the messages up to the first of the user, or the first PREFIX characters
-    of a text completion's prompt.
+    ``start`` is a request's body, or, if ``is_cut``, the first START_BYTES of it. The id depends on what all requests
+    of a conversation begin with: the messages up to the first of the user, or the first PREFIX characters of a text
+    completion's prompt. If these are cut, it depends on the part that is there.
     """
+    text = start.decode(errors="ignore")
     try:
-        given = json.loads(body)
-        start: Any = given["prompt"][:PREFIX] if "prompt" in given else []
-        for message in given.get("messages", ()):
-            start.append(message)
-            if message["role"] == "user":
-                break
-        text = json.dumps(start).encode()
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        found = _beginning(text)
+    except _CutError as cut:
+        if not is_cut or len(start) < START_BYTES:  # invalid, or too slow
+            return None
+        found = text[cut.start :]
+    except (ValueError, TypeError, KeyError, RecursionError):
         return None
-    return hashlib.blake2b(text, digest_size=16).hexdigest()
+    return hashlib.blake2b(json.dumps(found).encode(), digest_size=16).hexdigest()
+
+
+class _CutError(Exception):
+    """The text of the messages or of the prompt, which begins at ``start``, is invalid or incomplete."""
+
+    def __init__(self, start: int) -> None:
+        super().__init__(start)
+        self.start = start
+
+
+def _beginning(text: str) -> Any:
+    """Return what the conversation in ``text``, the beginning of a JSON object, begins with.
+
+    Raises _CutError, ValueError, TypeError, KeyError or RecursionError if ``text`` has no conversation.
+    """
+    at = _after("{", text, 0)
+    while True:
+        name, at = _DECODER.raw_decode(text, at)
+        at = _after(":", text, at)
+        if name in ("messages", "prompt"):
+            try:
+                return _messages(text, at) if name == "messages" else _prompt(text, at)
+            except ValueError:
+                raise _CutError(at) from None
+        _, at = _DECODER.raw_decode(text, at)
+        at = _after(",", text, at)
+
+
+def _prompt(text: str, at: int) -> str:
+    """Return the first PREFIX characters of the string at ``at``."""
+    prompt, _ = _DECODER.raw_decode(text, at)
+    if not isinstance(prompt, str):
+        raise TypeError
+    return prompt[:PREFIX]
+
+
+def _messages(text: str, at: int) -> list[Any]:
+    """Return the messages of the array at ``at`` up to the first of the user."""
+    found: list[Any] = []
+    at = _after("[", text, at)
+    while True:
+        message, at = _DECODER.raw_decode(text, at)
+        found.append(message)
+        if message["role"] == "user" or re.compile(r"\s*\]").match(text, at):
+            return found
+        at = _after(",", text, at)
+
+
+def _after(mark: str, text: str, at: int) -> int:
+    """Return the position after ``mark`` and blanks around it. Raises ValueError if ``mark`` is not at ``at``."""
+    if (match := re.compile(rf"\s*{re.escape(mark)}\s*").match(text, at)) is None:
+        raise ValueError
+    return match.end()

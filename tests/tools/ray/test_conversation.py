@@ -49,6 +49,44 @@ def test_what_is_no_request_has_none(body: bytes) -> None:
     assert session_of(body) is None
 
 
+def test_only_the_beginning_of_a_body_is_read() -> None:
+    """The proxy has not seen a key, and can't know one."""
+    pieces = [b'{"messages": [' + json.dumps(FIRST).encode(), *[b" " * (1 << 16)] * 200]
+    received = 0
+
+    async def receive() -> Any:
+        nonlocal received
+        received += len(pieces[0])
+        return {"type": "http.request", "body": pieces.pop(0), "more_body": bool(pieces)}
+
+    async def inner(scope: Any, receive: Any, send: Any) -> None:
+        assert received <= conversation.START_BYTES + (1 << 16)
+        assert scope["headers"] == [(HEADER, (of(FIRST) or "").encode())]
+        while (await receive())["more_body"]:
+            pass
+
+    given = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
+    asyncio.run(SessionIds(inner)(given, receive, receive))
+    assert received > 200 << 16
+
+
+def test_a_long_beginning_is_enough() -> None:
+    size = conversation.START_BYTES
+    long = FIRST | {"content": "a" * size}
+    bodies = [json.dumps({"model": "m", "messages": [long, *more]}).encode()[:size] for more in ([], [ANSWER, FIRST])]
+    other = json.dumps({"model": "m", "messages": [SYSTEM, long]}).encode()[:size]
+    assert None is not session_of(bodies[0], is_cut=True) == session_of(bodies[1], is_cut=True)
+    assert session_of(other, is_cut=True) != session_of(bodies[0], is_cut=True)
+    assert session_of(json.dumps({"prompt": "a" * size}).encode()[:size], is_cut=True) is not None
+    assert session_of(json.dumps({"tools": "a" * size, "prompt": "a"}).encode()[:size], is_cut=True) is None
+
+
+def test_other_fields_come_before_or_after() -> None:
+    fields = {"model": "m", "tools": [{"a": {"messages": [SYSTEM]}}], "stop": None}
+    body = json.dumps(fields | {"messages": [FIRST]}, indent=2)
+    assert session_of(body.encode()) == of(FIRST, **fields) == of(FIRST)
+
+
 class Inner:
     """Application that keeps what it gets."""
 
@@ -92,7 +130,7 @@ def test_a_clients_own_id_stays() -> None:
 
 def test_a_slow_body_is_passed_on_before_it_is_complete(monkeypatch: pytest.MonkeyPatch) -> None:
     """The replica decides how long it waits for it."""
-    monkeypatch.setattr(conversation, "BODY_SECONDS", 0.05)
+    monkeypatch.setattr(conversation, "START_SECONDS", 0.05)
     seen: list[Any] = []
 
     async def run() -> None:
