@@ -14,6 +14,7 @@ from moetier.runtime.generation.decoding import behind
 from moetier.runtime.generation.prompt_cache import PromptCache
 from moetier.runtime.vocabulary import check_ids
 from moetier.tools.cli.failure import show
+from moetier.tools.cli.progress import prompt_bar
 from moetier.tools.cli.report import Timing, tokens_text
 
 END, CUT, INTERRUPTED = "stop", "length", "interrupted"
@@ -124,14 +125,15 @@ class Answering:
         )
         sequence = ids
         try:
-            sequence = self.kept.generate(
-                ids,
-                chunk=self._chunk,
-                should_stop=is_interrupted,
-                tokenizer=self._tokenizer,
-                streamer=streamer,
-                **behind(len(ids), self._decoding) | {"max_new_tokens": most},
-            )
+            with prompt_bar(self._model, len(ids) - known, self._chunk):
+                sequence = self.kept.generate(
+                    ids,
+                    chunk=self._chunk,
+                    should_stop=is_interrupted,
+                    tokenizer=self._tokenizer,
+                    streamer=streamer,
+                    **behind(len(ids), self._decoding) | {"max_new_tokens": most},
+                )
         finally:
             if echo and len(sequence) == len(ids):  # an error or Ctrl-C may have come within a line of text
                 print(flush=True)

@@ -1,4 +1,7 @@
-"""Progress of a long command on standard error: a bar on a terminal, otherwise a line every LINE_SECONDS."""
+"""Progress of a long command on standard error: a bar on a terminal, otherwise a line every LINE_SECONDS.
+
+A prompt that is computed has a bar on a terminal, and nothing elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,17 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
+from typing import Any
 
 from tqdm import tqdm
 
 from moetier.runtime.config import format_bytes
+from moetier.runtime.generation.decoding import chunks_of
 
 from .failure import plain
 
 LINE_SECONDS = 10.0
+PROMPT_SECONDS = 1.0  # time after which a prompt that is being computed gets a bar
 
 
 class Progress:
@@ -77,3 +83,44 @@ def shown(label: str) -> Callable[[int], contextlib.AbstractContextManager[Calla
             yield progress.advance
 
     return begin
+
+
+@contextlib.contextmanager
+def prompt_bar(model: Any, tokens: int, chunk: int) -> Iterator[None]:
+    """Show a bar while ``model`` computes a prompt in the block, if standard error is a terminal.
+
+    The bar advances with each block of experts. It disappears before the first text is printed. ``tokens`` of the
+    prompt are computed, in chunks of at most ``chunk``.
+    """
+    if not sys.stderr.isatty():
+        yield
+        return
+    from moetier.runtime.moe.experts import experts_modules
+
+    modules = experts_modules(model).values()
+    total = len(modules) * (-(-tokens // chunk) if chunks_of(model, tokens, chunk) else 1)
+    bar = tqdm(
+        total=total,
+        desc=f"prompt of {tokens:,} tokens",
+        bar_format="{l_bar}{bar}| {elapsed}<{remaining}",
+        delay=PROMPT_SECONDS,
+        leave=False,
+    )
+    hooks = list[Any]()
+
+    def end() -> None:
+        for hook in hooks:  # a module with a hook is not computed together with others
+            hook.remove()
+        hooks.clear()
+        bar.close()
+
+    def advance(*_: object) -> None:
+        bar.update()
+        if bar.n >= total:  # the last block begins
+            end()
+
+    try:
+        hooks += [module.register_forward_pre_hook(advance) for module in modules]
+        yield
+    finally:
+        end()

@@ -23,6 +23,7 @@ from moetier.tools.cli.daemon_reads import DaemonWatch
 from moetier.tools.cli.failure import show
 from moetier.tools.cli.loading import loaded
 from moetier.tools.cli.parser import DIRECTORY, check_utf8, directory, show_first, utf8
+from moetier.tools.cli.progress import prompt_bar
 from moetier.tools.cli.report import Timing, details, run_json, summary
 
 EXAMPLES = (
@@ -71,7 +72,9 @@ def run(arguments: argparse.Namespace) -> int:
         streamer = TimedStreamer(tokenizer, echo=None if arguments.json else show)
         given = behind(tokens, within_context(model, tokens, decoding))
         try:
-            model.generate(**inputs, **given, **chunks_of(model, tokens, arguments.prefill_chunk), streamer=streamer)
+            with prompt_bar(model, tokens, arguments.prefill_chunk):
+                chunks = chunks_of(model, tokens, arguments.prefill_chunk)
+                model.generate(**inputs, **given, **chunks, streamer=streamer)
         except BaseException:
             if streamer.text and not arguments.json:
                 print(flush=True)  # so that the error message begins on a line of its own

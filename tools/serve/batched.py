@@ -88,8 +88,8 @@ class Together(Engine):
 
     @property
     def is_alive(self) -> bool:
-        """Whether the computing thread has had no fatal error."""
-        return self._fatal_error is None
+        """Whether the computing thread runs, and has had no fatal error."""
+        return self._batching.is_running() and self._fatal_error is None
 
     def submit(self, job: Job) -> Answer:
         """Add a job to the batch and return its answer.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from moetier.runtime.generation.decoding import ONE_SEQUENCE, behind, penalties_
 from moetier.runtime.generation.prompt_cache import PromptCache
 
 from .engine import Answer, Engine, Job
+from .refusal import FAILED, Refusal, log_failure
 
 
 class OneByOne(Engine):
@@ -21,17 +23,40 @@ class OneByOne(Engine):
         super().__init__(model, tokenizer, context)
         self._chunk = chunk
         self._cache = PromptCache(model)
-        self._thread = ThreadPoolExecutor(1, "moetier-answers")
+        self._queue = SimpleQueue[Answer | None]()
+        self._faults: list[BaseException] = []  # one, if it has ended the thread
+        self._thread = threading.Thread(target=self._work, name="moetier-answers")
+        self._thread.start()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the generating thread runs."""
+        return self._thread.is_alive()
 
     def submit(self, job: Job) -> Answer:
-        """Queue a job for the generating thread, and return its answer."""
+        """Queue a job for the generating thread, and return its answer. Raises Refusal if the thread has failed."""
+        if self._faults:
+            raise Refusal(503, FAILED)
         with self._begun(job) as answer:
-            self._thread.submit(self._generate, answer)
+            self._queue.put(answer)
+        if self._faults:  # the thread has failed meanwhile
+            answer.fail(self._faults[0])
         return answer
 
     def stop(self) -> None:
         """Wait until all queued answers are computed or skipped, and stop. Answers that have ended are skipped."""
-        self._thread.shutdown()
+        self._queue.put(None)
+        self._thread.join()
+
+    def _work(self) -> None:
+        try:
+            while (answer := self._queue.get()) is not None:
+                self._generate(answer)
+        except BaseException as error:  # no Exception, as ``_generate`` ends an answer that raises one
+            self._faults.append(error)
+            log_failure("The computing thread", error)
+            for answer in list(self._answers):
+                answer.fail(error)
 
     def _generate(self, answer: Answer) -> None:
         job = answer.job

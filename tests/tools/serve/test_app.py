@@ -422,7 +422,8 @@ def test_a_fault_of_the_server(tinymix_4bit: Path, caplog: pytest.LogCaptureFixt
     assert "POST /v1/completions failed with OSError" in caplog.messages
 
 
-def test_a_worker_that_is_dead(tinymix_4bit: Path) -> None:
+@pytest.mark.parametrize("together", [False, True], ids=["one by one", "together"])
+def test_a_worker_that_is_dead(tinymix_4bit: Path, together: bool) -> None:
     """An error outside of any request ends the thread that computes together; later requests and probes are told."""
 
     async def ask(app: Any, engine: Any) -> list[httpx2.Response]:
@@ -432,8 +433,11 @@ def test_a_worker_that_is_dead(tinymix_4bit: Path) -> None:
             await asyncio.to_thread(wait_until, lambda: not engine.is_alive)
             return [first, await client.post(TEXT, json={"prompt": "Due"}), await client.get("/health")]
 
-    with serving(tinymix_4bit, context=400, together=True) as (app, engine):
-        engine.model.forward = None  # not to be called
+    def end(*_: Any, **__: Any) -> None:
+        raise SystemExit
+
+    with serving(tinymix_4bit, context=400, together=together) as (app, engine):
+        engine.model.forward = None if together else end  # None can't be called
         answers = asyncio.run(ask(app, engine))
         del engine.model.forward
     assert [answer.status_code for answer in answers] == [500, 503, 503]
