@@ -142,6 +142,10 @@ class RayCluster:
         """The folder of the daemon ``pid``."""
         return _title(pid).split("--folder ")[1].split()[0]
 
+    def ram_of(self, pid: int) -> int:
+        """The last --ram of the daemon ``pid``, in bytes."""
+        return int(re.findall(r"--ram=(\d+)", _title(pid))[-1])
+
     def stats(self, pid: int) -> dict[str, Any]:
         """Counters of the only model of the daemon ``pid``."""
         (found,) = json.loads(self.run("-m", "moetier", "stats", self.folder_of(pid), "--json"))["models"]

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
@@ -126,18 +127,24 @@ def _copy(log: IO[str], last: deque[str]) -> None:
         print(line, end="", file=sys.stderr, flush=True)
 
 
-def hold_daemon(words: list[str], memory: int | None) -> Path:
+def hold_daemon(words: list[str], needed: Callable[[int], int]) -> Path:
     """Return the folder of this node's daemon with the options ``words``, and hold the daemon while this process lives.
 
-    ``memory`` is the number of bytes of the daemon's experts, which Ray then counts as used; None: unknown.
-    Raises RuntimeError if the daemon can't start, and ConfigError if Ray's resource ``memory`` of the node is smaller.
+    ``needed`` returns the number of bytes of the daemon's experts, given the bytes that Ray can offer on this node. It
+    is called if the node has no such daemon yet. Ray then counts these bytes as used. Raises RuntimeError if the daemon
+    can't start, ConfigError if Ray's resource ``memory`` of the node is smaller, and what ``needed`` raises.
     """
     node = ray.get_runtime_context().get_node_id()
     name = f"ray-{node[:12]}-{hashlib.blake2b(repr(words).encode(), digest_size=4).hexdigest()}"
     folder = Address.of(runtime_folder() / name).folder
     assert folder is not None
+    memory = 0
 
     def hold() -> Any:
+        nonlocal memory
+        with contextlib.suppress(ValueError):  # there is no such actor
+            return ray.get_actor(name, namespace=NAMESPACE).hold.remote()
+        memory = memory or needed(_memory_of(node))
         actor = ray.remote(Node).options(
             name=name,
             namespace=NAMESPACE,
@@ -148,7 +155,7 @@ def hold_daemon(words: list[str], memory: int | None) -> Path:
             max_restarts=-1,
             scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
         )
-        return actor.remote([*words, "--folder", str(folder)]).hold.remote()
+        return actor.remote([*words, f"--ram={memory}", "--folder", str(folder)]).hold.remote()
 
     def beat() -> None:
         while True:
@@ -161,8 +168,13 @@ def hold_daemon(words: list[str], memory: int | None) -> Path:
             time.sleep(POLL)
     except ray.exceptions.ActorUnschedulableError:
         raise ConfigError(
-            f"Ray offers its actors less memory on this node than the {format_bytes(memory or 0)} of --ram.",
+            f"Ray offers its actors less memory on this node than the {format_bytes(memory)} of --ram.",
             "Start the node with ray start --memory=BYTES, or give --ram as a share.",
         ) from None
     threading.Thread(target=beat, name="moetier-hold", daemon=True).start()
     return folder
+
+
+def _memory_of(node: str) -> int:
+    """Return the bytes of memory that Ray offers to actors on a node, whether they are in use or not."""
+    return next(int(each["Resources"].get("memory", 0)) for each in ray.nodes() if each["NodeID"] == node)

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+from moetier.runtime.checkpoint.experts import open_experts
 from moetier.runtime.config import Size
+from moetier.runtime.memory import DEFAULT_SHARE, available_memory, budget_for
 from moetier.runtime.pulled import directory_at, is_address, model_directory
+from moetier.tiers.cache.budget import smallest_budget
 from moetier.tools.serve.middleware import App
 from moetier.tools.serve.options import api_key, served_name
 from moetier.tools.serve.serving import serving
@@ -16,19 +22,40 @@ from .node import hold_daemon
 from .options import daemon_words, replica_resources
 
 
+def daemon_bytes(directory: Path, ram: str | None, offered: int) -> int:
+    """Return how many bytes of experts a daemon of this node holds.
+
+    Args:
+        directory: the model directory.
+        ram: the option --ram. A share is a share of the free memory, or of ``offered`` if that is less.
+        offered: bytes of memory that Ray can offer on this node.
+
+    Raises MoetierError if the model can't be opened, or the memory is too small for it.
+    """
+    asked = None if ram is None else Size.parse(ram)
+    if asked is not None and asked.bytes is not None:
+        return asked.bytes
+    with open_experts(directory) as experts:
+        manifest = experts.manifest
+    available = replace(available_memory(), share=DEFAULT_SHARE)
+    if offered < available.bytes:
+        available = replace(available, bytes=offered, limiter="Ray")
+    smallest = smallest_budget(manifest)
+    return budget_for(asked, smallest=smallest, largest=manifest.stored_bytes, reserve=0, available=available)
+
+
 class Replica:
     """Class of the deployment. Its experts are those in the memory of its node's daemon."""
 
     def __init__(self, options: dict[str, Any]) -> None:
         """Start the node's daemon if it does not run yet, and load the model. ``options`` are those of ``parsed``."""
         arguments = argparse.Namespace(**options)
-        memory = None if arguments.ram is None else Size.parse(arguments.ram).bytes
-        folder = hold_daemon(daemon_words(arguments), memory)
         directory = (
             directory_at(arguments.model, arguments.store_cache, arguments.store_cache_size)
             if is_address(arguments.model)
             else model_directory(arguments.model)
         )
+        folder = hold_daemon(daemon_words(arguments), partial(daemon_bytes, directory, arguments.ram))
         self._closing = contextlib.ExitStack()
         self._app, self._engine = self._closing.enter_context(
             serving(

@@ -94,6 +94,18 @@ def test_answers_are_those_of_generate(one: RayCluster, tinymix_4bit: Path) -> N
         client.models.list()
 
 
+def test_a_share_of_memory_is_reserved(one: RayCluster) -> None:
+    """Of what the daemon holds, Ray promises nothing to others."""
+    code = (
+        "import ray; ray.init('auto', logging_level='ERROR'); "
+        "print(int(ray.cluster_resources()['memory'] - ray.available_resources()['memory']))"
+    )
+    (daemon,) = one.daemons
+    reserved = int(one.run("-c", code))
+    assert reserved > 0
+    assert one.ram_of(daemon) == reserved
+
+
 def test_a_client_that_goes_away_ends_its_answer(one: RayCluster) -> None:
     def metric(outcome: str) -> float:
         text = httpx2.get(
