@@ -87,7 +87,7 @@ def test_a_gguf_file_that_is_missing_is_no_folder(
     words: list[str], name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main([*words, name, *(["DST"] if words == ["convert"] else [])]) == 1
+    assert main([*words, name, *{"convert": ["DST"], "generate": ["to be"]}.get(words[0], [])]) == 1
     said = "".join(capsys.readouterr())
     assert re.search(rf"There is no file \S*{name}\.", said), said
     assert "Check the path of the GGUF file." in said

@@ -215,7 +215,6 @@ def test_what_it_takes_is_said_while_files_come_and_go(tmp_path: Path) -> None:
 
 FINISHED = """
 import os, sys
-from moetier.tools.convert.files import beside
 from moetier.tools.main import main
 def hook(event, arguments):
     if event == 'open' and str(arguments[0]).endswith('plan.json') and os.path.exists(arguments[0]):
@@ -369,7 +368,6 @@ def test_rm_removes_what_would_replace_the_model_too(models: Path, capsys: pytes
 REMOVED = """
 import json, shutil
 from moetier.runtime.pulled import models_folder, pulled
-from moetier.tools.convert.files import beside
 from moetier.tools.main import main
 old, folder = sys.argv[1], models_folder() / 'acme--a' / '4bit'
 
