@@ -33,7 +33,9 @@ _LIMITS = {  # errors that say nothing of the disk -> what to do
 def disk_errors(folder: Path, needed: Callable[[], int] = lambda: 0) -> Iterator[None]:
     """Turn OSErrors in the ``with`` block, which writes files in ``folder``, into DiskSpaceError or TargetError.
 
-    ``needed`` returns the number of bytes that are still to be written. The message of DiskSpaceError has the number.
+    ``needed`` returns the number of bytes that are still to be written, as far as that is known. The message of
+    DiskSpaceError has the number if it explains the error: a disk or a quota may be used up before all bytes that
+    statvfs(3) counts as free, and records of the file system take some too.
     """
     try:
         yield
@@ -41,9 +43,12 @@ def disk_errors(folder: Path, needed: Callable[[], int] = lambda: 0) -> Iterator
         raise
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            left, free = needed(), shutil.disk_usage(folder).free
+            why = "a quota is used up" if error.errno == errno.EDQUOT else "no more can be written"
+            if left > free:
+                why = f"{left:,} bytes are still needed, {free:,} are free"
             raise DiskSpaceError(
-                f"The disk of {folder.parent} is full: {needed():,} bytes are still needed, "
-                f"{shutil.disk_usage(folder).free:,} are free.",
+                f"The disk of {folder.parent} is full: {why}.",
                 "Free some space and run the same command again: it resumes where it stopped.",
             ) from error
         raise TargetError(

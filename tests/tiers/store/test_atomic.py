@@ -8,9 +8,11 @@ import random
 from pathlib import Path
 
 import pytest
+from faults import mounted
 
+from moetier.tiers.errors import DiskSpaceError
 from moetier.tiers.store import atomic
-from moetier.tiers.store.atomic import LargeFile, large_file
+from moetier.tiers.store.atomic import LargeFile, disk_errors, large_file
 
 
 @pytest.fixture(autouse=True)
@@ -34,3 +36,15 @@ def test_what_the_disk_refuses_is_raised() -> None:
     with Path("/dev/null").open("wb", buffering=0) as stream, pytest.raises(OSError, match="Illegal seek") as caught:
         LargeFile(stream.fileno(), contextlib.nullcontext).write(bytes(4 << 12))
     assert caught.value.errno == errno.ESPIPE
+
+
+def test_a_full_disk_with_free_bytes_is_not_said_to_need_none(tmp_path: Path) -> None:
+    """It has no room for another file's name."""
+    with mounted("tmpfs", tmp_path / "disk", "size=1m,nr_inodes=2") as disk:
+        file = disk / "file"
+        file.touch()
+        with pytest.raises(DiskSpaceError, match="/disk is full: no more can be written"), disk_errors(file):
+            (disk / "another").touch()
+        needed = "/disk is full: 9,000,000 bytes are still needed, 1,0[0-9,]+ are free"
+        with pytest.raises(DiskSpaceError, match=needed), disk_errors(file, lambda: 9_000_000):
+            (disk / "another").touch()
