@@ -21,11 +21,21 @@ if TYPE_CHECKING:
     from .runtime.model.register import register as register
     from .tiers.errors import MoetierError as MoetierError
 
-# OpenMP reads this when torch is loaded. Its threads wait for the next product by spinning; beside another busy process
-# they would keep from the core the very thread that they wait for. After some microseconds they are to sleep.
-_SPIN = "2000"
-if "torch" not in sys.modules and not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
-    os.environ["GOMP_SPINCOUNT"] = _SPIN
+# Variables that libraries of torch read when torch is loaded: each with its value, and with other variables by which a
+# user may have decided instead.
+_FOR_TORCH = (
+    # OpenMP's threads wait for the next product by spinning; beside another busy process they would keep from the core
+    # the very thread that they wait for. After some microseconds they are to sleep.
+    ("GOMP_SPINCOUNT", "2000", "OMP_WAIT_POLICY"),
+    # oneDNN, and torch's layer above it, keep compiled products by their numbers of rows: up to 1024 of them, a third
+    # of a MiB each. A forward pass needs some ten at a time, and prompts of new lengths need new ones.
+    ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32", "DNNL_PRIMITIVE_CACHE_CAPACITY"),
+    ("LRU_CACHE_CAPACITY", "32", ""),
+)
+_SET: dict[str, str] = {}  # those that were set here
+if "torch" not in sys.modules:
+    _SET |= {name: value for name, value, other in _FOR_TORCH if not {name, other} & os.environ.keys()}
+    os.environ |= _SET
 
 _exported = exports(
     __name__,

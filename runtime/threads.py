@@ -58,10 +58,11 @@ def use_threads(threads: int | None = None) -> int:
     return threads
 
 
-def spin_as_others_do() -> None:
-    """Remove the OpenMP setting GOMP_SPINCOUNT that ``import moetier`` has made. Call this before OpenMP is loaded.
+def compute_as_others_do() -> None:
+    """Remove the variables that ``import moetier`` has set for torch. Call this before torch is loaded.
 
     It is for measurements of other engines, which then run as they do for their own users.
     """
-    if os.environ.get("GOMP_SPINCOUNT") == moetier._SPIN:
-        del os.environ["GOMP_SPINCOUNT"]
+    for name, value in moetier._SET.items():
+        if os.environ.get(name) == value:
+            del os.environ[name]

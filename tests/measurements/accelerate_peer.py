@@ -10,13 +10,13 @@ import sys
 import time
 
 from moetier.runtime.memory import peak_bytes
-from moetier.runtime.threads import spin_as_others_do
+from moetier.runtime.threads import compute_as_others_do
 
 
 def main() -> None:
     """Feed the tokens of the job on standard input one by one, and print their time and the peak memory as JSON."""
     job = json.load(sys.stdin)
-    spin_as_others_do()
+    compute_as_others_do()
     import torch
     import transformers
 

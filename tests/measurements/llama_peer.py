@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from moetier.runtime.memory import peak_bytes
-from moetier.runtime.threads import spin_as_others_do
+from moetier.runtime.threads import compute_as_others_do
 
 UBATCH = 512  # tokens that llama.cpp computes together: its own default
 
@@ -21,7 +21,7 @@ UBATCH = 512  # tokens that llama.cpp computes together: its own default
 def main() -> None:
     """Do the job that standard input gives, to quantise or to feed tokens, and print its result as JSON."""
     job = json.load(sys.stdin)
-    spin_as_others_do()
+    compute_as_others_do()
     import llama_cpp
 
     silent = llama_cpp.llama_log_callback(lambda level, text, user: None)

@@ -235,7 +235,7 @@ def test_openmp_spins_for_a_bounded_time_unless_the_user_says_otherwise(
 
 def test_another_engine_spins_as_its_own_users_have_it() -> None:
     code = "import os, moetier.runtime.threads as threads; print(os.environ['GOMP_SPINCOUNT'])\n"
-    code += "threads.spin_as_others_do(); print(os.environ.get('GOMP_SPINCOUNT'))"
+    code += "threads.compute_as_others_do(); print(os.environ.get('GOMP_SPINCOUNT'))"
     for variables, expected in (({}, ["2000", "None"]), ({"GOMP_SPINCOUNT": "5"}, ["5", "5"])):
         done = subprocess.run([sys.executable, "-c", code], env=FREE | variables, stdout=subprocess.PIPE, check=True)
         assert done.stdout.decode().split() == expected
