@@ -20,6 +20,9 @@ from moetier.tiers.source import LOADERS
 SPECULATE = ("auto", "off", "always")
 REMOTE_COMPUTE = ("auto", "off")
 DEFAULT_CONTEXT = 4096  # tokens
+# Tokens of a prompt that commands compute together. It does not depend on the memory if that is not short, because the
+# last bits of a result depend on which tokens are computed together.
+PREFILL_CHUNK = 1024
 NONE = "none"  # value of the option `daemon` that means None where only a text can be given
 AUTO = "auto"  # value of the option `daemon`: use a running daemon that serves this store, if there is one
 
@@ -223,6 +226,21 @@ class TierConfig:
         metavar="TOKENS",
         numbers=COUNT,
     )
+    prefill_chunk: int | None = _option(
+        None,
+        "number of prompt tokens to compute together, if the model supports it; they share each expert that is read. "
+        "Budgets leave room for them; where memory has none, fewer are computed together",
+        int | None,
+        "a whole number",
+        metavar="N",
+        numbers=COUNT,
+    )
+    all_logits: bool = _option(
+        False,
+        "leave room for the logits of all tokens that are computed together, not only of the last one",
+        bool,
+        "True or False",
+    )
     threads: int | None = _option(
         None,
         "number of threads to compute with (default: OMP_NUM_THREADS, else the number of CPUs that this process may "
@@ -356,6 +374,8 @@ class TierOptions(TypedDict, total=False):
     learn: bool
     loaders: int
     context: int
+    prefill_chunk: int | None
+    all_logits: bool
     exact: bool
     threads: int | None
 

@@ -1,4 +1,4 @@
-"""Longest context of a model, and tokens of a text that may be too long for it."""
+"""Longest context of a model, whether it can resume in it, and tokens of a text that may be too long for it."""
 
 from __future__ import annotations
 
@@ -46,6 +46,23 @@ def context_of(config: Any, tokens: int) -> int:
     """
     longest = longest_context(config)
     return min(tokens, longest) if longest and tokens == DEFAULT_CONTEXT else tokens
+
+
+def can_resume(model: Any) -> bool:
+    """Return whether a model can resume in the middle of a prompt, from the states that it has kept of earlier tokens.
+
+    That is certain only if the state of every layer is keys and values. Some models with other states can't resume.
+    """
+    supports = getattr(model, "_supports_default_dynamic_cache", None)  # only models that generate have it
+    if supports is None or not supports() or model.generation_config.use_cache is False:
+        return False
+    from transformers import DynamicCache
+
+    plain = {"DynamicLayer", "DynamicSlidingWindowLayer"}
+    config = model.config.get_text_config()
+    layers = {type(layer).__name__ for layer in DynamicCache(config=model.config).layers}
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
+    return bool(layers) and not layers - plain and rope != "longrope"  # longrope's angles depend on the chunk's length
 
 
 def first_ids(tokenizer: Any, text: str, most: int | None, **options: Any) -> list[int]:

@@ -26,7 +26,8 @@ DEFAULT_SHARE = 0.8  # share of the free memory: the page cache, other programs 
 GROUP_SHARE = 0.95  # the share in a control group with a limit: other programs are few, and experts need no page cache
 MARGIN_SHARE = 1 / 64  # share of the free memory: page tables and the kernel's index grow with the mapped memory
 MARGIN_BYTES = 16 << 20  # for memory that the kernel charges in batches for each core, and stacks of loader threads
-PROCESS_BYTES = 250 << 20  # anonymous memory of a command: Python, torch, transformers and a tokenizer, without a model
+# anonymous memory of a command: Python, torch, transformers, a tokenizer and compiled products, without a model
+PROCESS_BYTES = 250 << 20
 LEAST_BYTES = 10_000  # a smaller budget was probably given without its unit: "6" for "6GiB"
 # what libraries and Python say when memory, address space or a thread can't be allocated
 _ALLOCATES = re.compile(
@@ -165,6 +166,11 @@ def _limit(group: ControlGroup) -> int | None:
     return None if text == "max" or int(text) >= _NO_LIMIT else int(text)
 
 
+def usable(left: int) -> int:
+    """Return how many of ``left`` free bytes can be allocated: the margin is for the kernel and for stacks."""
+    return int(left * (1 - MARGIN_SHARE)) - MARGIN_BYTES
+
+
 def budget_for(
     asked: Size | None,
     *,
@@ -180,16 +186,15 @@ def budget_for(
         asked: what the user has given: a size, a share of the most that can be allocated, or None for the default.
         smallest: the smallest number of bytes with which the tier works.
         largest: the largest number of bytes that the tier can use.
-        reserve: bytes of ``available`` to leave for the KV cache and for computing. The rest, less a margin, is the
-            most that can be allocated.
+        reserve: bytes of ``available`` to leave for the KV cache and for computing. ``usable`` says how many of the
+            rest can be allocated.
         available: the memory that is free now.
         name: the option, for errors: "ram" or "device_memory".
 
     Raises:
         BudgetError: no budget is possible, or the one that was asked for is too small or too large.
     """
-    left = available.bytes - reserve
-    most = int(left * (1 - MARGIN_SHARE)) - MARGIN_BYTES
+    most = usable(available.bytes - reserve)
     if most < smallest:
         shorter = "shorten `context`, " if reserve else ""
         raise BudgetError(
@@ -200,13 +205,14 @@ def budget_for(
         )
     if asked is None:
         return min(largest, max(smallest, int(most * available.share)))
-    budget = min(asked.of(most), largest)
+    given = asked.of(most)
+    budget = min(given, largest)
     if not smallest <= budget <= most:
         what = "too small" if budget < smallest else f"more than {available.limiter} leaves for experts"
         ends = (f"{count} bytes ({format_bytes(count)})" for count in (smallest, min(largest, most)))
         meant = f"Did you mean {asked.bytes}GiB? " if asked.bytes is not None and asked.bytes < LEAST_BYTES else ""
         raise BudgetError(
-            f"`{name}` of {format_bytes(budget)} is {what}.", f"{meant}Give `{name}` from {' to '.join(ends)}."
+            f"`{name}` of {format_bytes(given)} is {what}.", f"{meant}Give `{name}` from {' to '.join(ends)}."
         )
     return budget
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moetier.runtime.config import MOST, TINY, Number
-from moetier.runtime.context import counted, first_ids, longest_context
+from moetier.runtime.context import can_resume, counted, first_ids, longest_context
 from moetier.runtime.vocabulary import check_ids
 from moetier.tiers.errors import ConfigError
 
@@ -77,22 +77,6 @@ def chunks_of(model: Any, tokens: int, chunk: int) -> dict[str, Any]:
     They are empty if the prompt is no longer than a chunk, or if the model can't resume in the middle of a prompt.
     """
     return {"prefill_chunk_size": chunk} if tokens > chunk and can_resume(model) else {}
-
-
-def can_resume(model: Any) -> bool:
-    """Return whether a model can resume in the middle of a prompt, from the states that it has kept of earlier tokens.
-
-    That is certain only if the state of every layer is keys and values. Some models with other states can't resume.
-    """
-    if not model._supports_default_dynamic_cache() or model.generation_config.use_cache is False:
-        return False
-    from transformers import DynamicCache
-
-    plain = {"DynamicLayer", "DynamicSlidingWindowLayer"}
-    config = model.config.get_text_config()
-    layers = {type(layer).__name__ for layer in DynamicCache(config=model.config).layers}
-    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
-    return bool(layers) and not layers - plain and rope != "longrope"  # longrope's angles depend on the chunk's length
 
 
 def encode(model: Any, tokenizer: Any, prompt: str, name: str = "The prompt") -> dict[str, Any]:

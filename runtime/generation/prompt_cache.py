@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from moetier.runtime.context import can_resume
+
 from .compat import CACHE
-from .decoding import can_resume, chunks_of
+from .decoding import chunks_of
 
 
 class PromptCache:

@@ -36,6 +36,8 @@ _ASKS = r'_attn_implementation\s*(?:==|!=|in|not in)\s[^\n]*"{}"'  # for the att
 # what code does with a mask other than give it on, such as to extend it
 _USES_MASK = re.compile(r"\battention_mask\b(?!\s*[,:)]|=[^=])")
 NAME, WITH_SINKS = "moetier_sdpa", "moetier_sinks"  # among transformers' attention functions
+SLICE_BYTES = 32 << 20  # largest size of the scores of queries that an architecture's own function takes together
+SCORE_BYTES = 12  # of one score: as it is, masked, and as a probability, in fp32
 SINKS = "sinks"  # name of the parameter [heads] of an attention that has them
 # arguments that change no results: positions are in cos and sin, windows in the mask, and hooks take what is output
 HARMLESS = {"position_ids", "sliding_window", "use_cache", "output_router_logits", "output_hidden_states"}
@@ -110,8 +112,27 @@ def sink_attention(
         y = _attend(query, key, value, attention_mask, scaling, sinks)
         if y is not None:
             return y, None
-    found: tuple[Tensor, Tensor | None] = _own_function(module)(module, query, key, value, attention_mask, **named)
-    return found
+    return _in_slices(_own_function(module), module, query, key, value, attention_mask, **named)
+
+
+def _in_slices(
+    attend: Any, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **named: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Call an architecture's own function for some queries at a time, because it holds the scores of all of them.
+
+    The weights that it returns are dropped if there is more than one slice.
+    """
+    batch, heads, tokens, _ = query.shape
+    most = max(1, SLICE_BYTES // (batch * heads * key.shape[2] * SCORE_BYTES))
+    if tokens <= most or asks_more(named, {"s_aux", "scaling"}):
+        found: tuple[Tensor, Tensor | None] = attend(module, query, key, value, mask, **named)
+        return found
+    masks = [mask] * -(-tokens // most) if mask is None else torch.split(mask, most, 2)
+    parts = [
+        attend(module, part, key, value, part_mask, **named)[0]
+        for part, part_mask in zip(torch.split(query, most, 2), masks, strict=True)
+    ]
+    return torch.cat(parts, 1), None
 
 
 def asks_more(named: dict[str, Any], known: Collection[str] = ()) -> bool:
@@ -183,7 +204,11 @@ def decode_attention(
         y = _attend(query, key, value, attention_mask, scaling, kwargs.get("s_aux"))
         if y is not None:
             return y, None
-    return sdpa_attention_forward(
+    values = value.shape[3]
+    if query.device.type == "cpu" and values < key.shape[3]:
+        # torch computes without the scores of all tokens only where keys and values are as wide
+        value = F.pad(value, (0, key.shape[3] - values))
+    y, _ = sdpa_attention_forward(
         module,
         query,
         key,
@@ -194,6 +219,7 @@ def decode_attention(
         position_bias=position_bias,
         **kwargs,
     )
+    return y[..., :values], None
 
 
 def _attend(

@@ -11,14 +11,15 @@ from typing import Any
 
 import torch
 
-from moetier.runtime.config import DEFAULT_CONTEXT, Size
+from moetier.runtime.config import Size
 from moetier.runtime.kernels.api import Kernels
-from moetier.runtime.memory import Available, budget_for
-from moetier.runtime.moe.experts import experts_modules, output_bytes
+from moetier.runtime.memory import Available, budget_for, usable
 from moetier.runtime.moe.grouped import ROWS
 from moetier.tiers.cache.budget import smallest_budget
 from moetier.tiers.layout import RecordLayout
 from moetier.tiers.manifest import Manifest
+
+from .prefill import Prefill
 
 # layer types whose names contain one of these have a state that does not grow with the context
 NOTHING_PER_TOKEN = ("linear", "mamba", "conv", "moe", "mlp")
@@ -29,17 +30,28 @@ WINDOWED = ("sliding", "chunked")
 class Needs:
     """Bytes of memory that a model needs besides its experts.
 
-    If the model is computed on a GPU, ``cache`` and ``scratch`` are bytes of the GPU's memory, not of the host's.
+    If the model is computed on a GPU, all but ``trunk`` are bytes of the GPU's memory, not of the host's.
     """
 
     trunk: int  # the part of the trunk whose memory still counts as free
-    cache: int  # keys and values of a context, and outputs of experts that wait to be added up
+    cache: int  # keys and values of a context
     scratch: int  # scratch memory of computations
+    prefill: Prefill  # tokens of a prompt that are computed together
 
     @property
     def reserve(self) -> int:
-        """Bytes for cache and scratch together."""
-        return self.cache + self.scratch
+        """Bytes for cache, scratch and prefill together."""
+        return self.cache + self.scratch + self.prefill.nbytes
+
+    def beside(self, asked: Size | None, largest: int, available: Available) -> Needs:
+        """Return the needs with fewer tokens computed together, if ``available`` has no room for all of them.
+
+        They leave ``largest`` bytes for experts if possible; else those that the user's option ``asked`` gives, or half
+        of what trunk and cache leave.
+        """
+        room = usable(available.bytes - self.trunk - self.cache - self.scratch)
+        experts = room // 2 if asked is None or asked.bytes is None else asked.bytes
+        return replace(self, prefill=self.prefill.within(room - min(experts, largest)))
 
     def host_budget(self, manifest: Manifest, asked: Size | None, available: Available, device: torch.device) -> int:
         """Return the bytes for the host tier's slots.
@@ -69,23 +81,6 @@ class Needs:
             available=available,
             name="device_memory",
         )
-
-
-def context_bytes(model: Any, manifest: Manifest, tokens: int) -> int:
-    """Return the bytes for a context of ``tokens``: keys and values, and outputs of experts that wait to be added up.
-
-    Experts are computed in the order in which their records arrive, but their outputs are added up in a fixed order, so
-    some outputs have to wait. Memory for them is counted for one block, as blocks are computed one after another, and
-    for a prefill of at most DEFAULT_CONTEXT tokens.
-    """
-    modules = experts_modules(model)
-    early = max(
-        output_bytes(
-            modules[block.path], manifest.layout(number), min(tokens, DEFAULT_CONTEXT), block.top_k, model.dtype
-        )
-        for number, block in enumerate(manifest.blocks)
-    )
-    return kv_cache_bytes(model.config, tokens, dtype=model.dtype) + early
 
 
 def largest_decoded(matrices: Iterable[RecordLayout], kernels: Kernels) -> int:

@@ -52,7 +52,8 @@ from moetier.tiers.locks import postpone_interrupts, raise_interrupts
 from moetier.tiers.manifest import FORMAT, TRUNK_NAME, Manifest
 from moetier.tiers.store.trunk import check_small, check_trunk, trunk_records
 
-from .budgets import context_bytes, largest_decoded
+from .budgets import kv_cache_bytes, largest_decoded
+from .prefill import prefill_of
 from .tiers import Tiers, close_later
 from .trunk_files import TrunkFiles, mapped_bytes, trunk_paths
 
@@ -219,7 +220,8 @@ class MoetierQuantizer(HfQuantizer):
             asked,
             device,
             trunk=mapped_bytes(model),
-            cache=context_bytes(model, read_manifest(self._folder), context_of(model.config, asked.context)),
+            cache=kv_cache_bytes(model.config, context_of(model.config, asked.context), dtype=model.dtype),
+            prefill=prefill_of(model, read_manifest(self._folder), asked, kernels),
             width=model.dtype.itemsize,
             kernels=kernels,
             largest=largest_decoded((linear.layout for linear in linears), kernels),

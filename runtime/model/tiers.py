@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import logging
 import threading
 import weakref
 from collections.abc import Callable, Mapping
@@ -32,9 +33,11 @@ from moetier.tiers.manifest import Manifest
 from moetier.tiers.stats import TierStats
 
 from .budgets import Needs, scratch_numbers
+from .prefill import NONE, Prefill
 from .sources import Origin, open_origin
 from .trunk_files import TrunkFiles
 
+_log = logging.getLogger(__name__)
 _closers: set[threading.Thread] = set()
 
 
@@ -50,6 +53,7 @@ class Tiers:
         *,
         trunk: int = 0,
         cache: int = 0,
+        prefill: Prefill = NONE,
         width: int = 4,
         kernels: Kernels | None = None,
         largest: int = 0,
@@ -58,7 +62,9 @@ class Tiers:
 
         ``trunk``: bytes of the trunk that still count as free memory.
 
-        ``cache``: bytes to leave for keys, values and outputs of a context.
+        ``cache``: bytes to leave for keys and values of a context.
+
+        ``prefill``: tokens of a prompt that are computed together. If memory is short, there will be fewer.
 
         ``width``: bytes of each number in scratch memory.
 
@@ -76,18 +82,25 @@ class Tiers:
             )
         manifest = read_manifest(folder)
         kernels = kernels or kernels_for(device, exact=config.exact)
-        needs = Needs(trunk, cache, scratch=max(scratch_numbers(manifest, kernels), largest) * width)
+        needs = Needs(trunk, cache, max(scratch_numbers(manifest, kernels), largest) * width, prefill)
 
         def host_slots() -> Mapping[str, int]:
-            return slots_for(manifest, needs.host_budget(manifest, config.ram, memory_for_model(), device))
+            nonlocal needs
+            available = memory_for_model()
+            if device.type == "cpu":
+                needs = needs.beside(config.ram, manifest.stored_bytes, available)
+            return slots_for(manifest, needs.host_budget(manifest, config.ram, available, device))
 
         with contextlib.ExitStack() as undo:
             on_cpu = isinstance(kernels, PackedKernels)
             origin = open_origin(folder, manifest, config, host_slots, computes=on_cpu)
             undo.callback(origin.close)
             source: HostViews | DeviceTier = HostViews(origin.host)
+            if device.type == "cpu" and origin.daemon is not None:
+                needs = needs.beside(None, 0, memory_for_model())
             if device.type == "cuda":
                 there = Available(torch.cuda.mem_get_info(device)[0], str(device))
+                needs = needs.beside(config.device_memory, manifest.stored_bytes, there)
                 slots = slots_for(manifest, needs.device_budget(manifest, config.device_memory, there))
                 source = DeviceTier(
                     origin.host,
@@ -99,12 +112,26 @@ class Tiers:
                     arrange=kernels.arrange,
                 )
                 kernels.make_room = source.shrink
-            tiers = cls(manifest, origin, source, kernels)
+            tiers = cls(manifest, origin, source, kernels, needs.prefill.tokens)
             undo.pop_all()
+            if tiers.prefill_chunk < prefill.tokens:
+                _log.warning(
+                    "Memory leaves room to compute %s tokens of a prompt together, not %s.",
+                    f"{tiers.prefill_chunk:,}",
+                    f"{prefill.tokens:,}",
+                )
             return tiers
 
-    def __init__(self, manifest: Manifest, origin: Origin, device: HostViews | DeviceTier, kernels: Kernels) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        origin: Origin,
+        device: HostViews | DeviceTier,
+        kernels: Kernels,
+        prefill_chunk: int,
+    ) -> None:
         self.manifest = manifest
+        self.prefill_chunk = prefill_chunk  # most tokens of a prompt that memory leaves room to compute together
         self.host = origin.host
         self.where = origin.where  # text for a user: where the experts come from
         self.daemon = origin.daemon  # the host tier, if it belongs to a daemon on this host

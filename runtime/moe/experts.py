@@ -44,7 +44,7 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
 
     Experts are computed in the order in which they arrive. Their outputs are kept until they can be added up in a fixed
     order, so that the result does not depend on the order of arrival. The outputs are at most tokens * top_k * hidden
-    numbers. Memory budgets leave room for those of 4096 tokens (``output_bytes``); a longer prefill takes more memory.
+    numbers. Memory budgets leave room for them (``output_bytes``).
 
     Args:
         hidden_states: [tokens, hidden].

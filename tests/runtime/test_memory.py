@@ -153,6 +153,12 @@ def test_what_can_not_work_is_refused_with_what_would(asked: int, why: str) -> N
         assert budget_for(Size(bytes=works), smallest=GIB, largest=100 * GIB, reserve=GIB, available=HERE) == works
 
 
+def test_a_refused_size_is_named_as_it_was_given() -> None:
+    """And not as the part of it that all experts would take."""
+    with pytest.raises(BudgetError, match=r"^`ram` of 60 GiB is more than this machine leaves for experts"):
+        budget_for(Size.parse("60GiB"), smallest=GIB, largest=20 * GIB, reserve=0, available=HERE)
+
+
 def named(error: BudgetError) -> list[int]:
     """Both ends, as the fix names them to the byte."""
     return [int(count) for count in re.findall(r"(\d+) bytes", error.fix)]

@@ -39,7 +39,7 @@ def model(work: dict[str, Any]) -> dict[str, Any]:
         import torch
         import transformers
 
-        from moetier.runtime.context import longest_context
+        from moetier.runtime.context import can_resume, longest_context
         from moetier.runtime.generation.compat import CACHE
         from moetier.runtime.model.budgets import kv_cache_bytes
         from moetier.runtime.model.load import load
@@ -48,7 +48,9 @@ def model(work: dict[str, Any]) -> dict[str, Any]:
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
         began = time.perf_counter()
-        options = {"context": sum(map(len, work["ids"])), "threads": work.get("threads")} | work.get("options", {})
+        sequences = len(work["ids"])
+        options = {"context": sum(map(len, work["ids"])), "prefill_chunk": sequences * max(work["pieces"])}
+        options |= {"threads": work.get("threads")} | work.get("options", {})
         found, _ = load(work["directory"], daemon=None, ram=work.get("ram"), **options)
         load_seconds = time.perf_counter() - began
     ids = torch.tensor(work["ids"], device=found.device)  # [sequences, tokens]
@@ -66,19 +68,24 @@ def model(work: dict[str, Any]) -> dict[str, Any]:
             )
         if work.get("record"):
             Gates(found).observe(experts=note)
+        # memory may have no room for a whole piece
+        chunk = max(found.tiers.prefill_chunk // sequences, 1) if can_resume(found) else ids.shape[1]
         seconds, cache, start, before = [], None, 0, found.tiers.host.stats()
         for number, length in enumerate(work["pieces"]):
             used.append([[] for _ in found.tiers.manifest.blocks])
             if number == len(work["pieces"]) - work["measured"]:
                 before = found.tiers.host.stats()
             began = time.perf_counter()
-            output = found(ids[:, start : start + length], **{CACHE: cache}, use_cache=True, logits_to_keep=1)
+            for part in torch.split(ids[:, start : start + length], chunk, 1):
+                output = found(part, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
+                cache = output.past_key_values
             output.logits[:, -1].argmax(-1).tolist()  # waits for the device, as generation does
             seconds.append(time.perf_counter() - began)
-            cache, start = output.past_key_values, start + length
+            start += length
         after = found.tiers.host.stats()
         return {
             "threads": torch.get_num_threads(),
+            "prefill_chunk": chunk,
             "load_s": load_seconds,
             "seconds": seconds[-work["measured"] :],
             "hits": after.hits - before.hits,

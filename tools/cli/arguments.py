@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from moetier.runtime.config import COUNT, OPTIONS, Size, TierConfig
+from moetier.runtime.config import COUNT, OPTIONS, PREFILL_CHUNK, Size, TierConfig
 from moetier.runtime.generation.decoding import (
     MIN_P,
     OCCURRENCE_PENALTY,
@@ -26,7 +26,8 @@ from moetier.runtime.wire.address import Credentials
 from .parser import checked
 
 SPECULATION = ("speculate", "look_ahead", "prefetch")  # options that only commands for generating text have
-RESOURCES = tuple(name for name in OPTIONS if name not in ("credentials", *SPECULATION))
+OWN = ("credentials", "prefill_chunk", "all_logits", *SPECULATION)  # options that only some commands have
+RESOURCES = tuple(name for name in OPTIONS if name not in OWN)
 
 
 def size(text: str) -> str:
@@ -137,10 +138,6 @@ def credentials(arguments: argparse.Namespace) -> Credentials:
     )
 
 
-# does not depend on the budget, because the last bits of a result depend on which tokens are computed together
-PREFILL_CHUNK = 1024
-
-
 def add_decoding_arguments(parser: argparse.ArgumentParser, *, new_tokens: int) -> None:
     """Add the options for sampling, and --max-new-tokens with the default ``new_tokens``."""
     group = _group(parser, "generation")
@@ -201,8 +198,7 @@ def add_prefill_argument(parser: argparse.ArgumentParser) -> None:
         type=COUNT,
         default=PREFILL_CHUNK,
         metavar="N",
-        help="number of prompt tokens to compute together, if the model supports it; they share each expert that is "
-        "read (default: %(default)s)",
+        help=f"{OPTIONS['prefill_chunk'].help} (default: %(default)s)",
     )
 
 

@@ -27,8 +27,8 @@ GENERAL = "general"  # the section for all commands
 # type and choices.
 REFERENCE = "generate"
 GENERAL_KEYS = (
-    *(name.replace("_", "-") for name in OPTIONS if name != "credentials"),
-    *("prefill-chunk", "store-cache", "store-cache-size"),
+    *(name.replace("_", "-") for name in OPTIONS if name not in ("credentials", "all_logits")),
+    *("store-cache", "store-cache-size"),
 )
 CONFIG = "MOETIER_CONFIG"
 OWN = ("MOETIER_API_KEY", CONFIG, "MOETIER_DEBUG", HTTP_AUTHORIZATION, "MOETIER_LOG")  # of moetier, and no settings

@@ -64,7 +64,9 @@ def run(arguments: argparse.Namespace) -> int:
         conversation = Conversation(
             tokenizer, system=arguments.system, context=context, room=min(most, context // ROOM)
         )
-        answering = Answering(model, tokenizer, decoding, chunk=arguments.prefill_chunk, is_plain=conversation.is_plain)
+        answering = Answering(
+            model, tokenizer, decoding, chunk=model.tiers.prefill_chunk, is_plain=conversation.is_plain
+        )
         dialogue = Dialogue(
             conversation,
             answering,

@@ -72,8 +72,8 @@ def run(arguments: argparse.Namespace) -> int:
         streamer = TimedStreamer(tokenizer, echo=None if arguments.json else show)
         given = behind(tokens, within_context(model, tokens, decoding))
         try:
-            with prompt_bar(model, tokens, arguments.prefill_chunk):
-                chunks = chunks_of(model, tokens, arguments.prefill_chunk)
+            with prompt_bar(model, tokens, model.tiers.prefill_chunk):
+                chunks = chunks_of(model, tokens, model.tiers.prefill_chunk)
                 model.generate(**inputs, **given, **chunks, streamer=streamer)
         except BaseException:
             if streamer.text and not arguments.json:

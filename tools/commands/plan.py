@@ -12,8 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moetier.runtime.config import COUNT, DEFAULT_CONTEXT, format_bytes
-from moetier.tools.cli.arguments import add_option, numbers, size
+from moetier.runtime.config import COUNT, DEFAULT_CONTEXT, PREFILL_CHUNK, format_bytes
+from moetier.tools.cli.arguments import add_option, add_prefill_argument, numbers, size
 from moetier.tools.cli.failure import plain
 from moetier.tools.cli.parser import UsageError, source
 from moetier.tools.cli.report import table
@@ -55,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TOKENS",
         help=f"length of the context (default: {DEFAULT_CONTEXT}, or the model's maximum if that is less)",
     )
+    add_prefill_argument(parser)
     parser.add_argument(
         "--into",
         type=Path,
@@ -78,6 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
         device=arguments.device,
         threads=arguments.threads,
         context=arguments.context,
+        prefill_chunk=arguments.prefill_chunk,
         into=arguments.into,
         disk=arguments.disk,
         store_cache=arguments.store_cache,
@@ -103,6 +105,7 @@ def plan(
     device: str = "auto",
     threads: int | None = None,
     context: int | None = None,
+    prefill_chunk: int = PREFILL_CHUNK,
     into: Path | None = None,
     disk: float | None = None,
     store_cache: Path | None = None,
@@ -116,6 +119,7 @@ def plan(
         bits: bits per expert weight to choose from; None: all.
         trunk_bits: bits per weight of the trunk to choose from; None: all.
         context: tokens; None: ``ModelChoices.context``.
+        prefill_chunk: tokens of a prompt that are computed together, if memory has room for them.
         into: folder whose disk is measured; None: for a hub id the folder of pulled models, else the current folder.
         disk: speed of the disk in GB/s; None: measure it.
         store_cache: as in ``load``, as is ``store_cache_size``; for the command line of a model in an object store.
@@ -147,6 +151,7 @@ def plan(
         device=device,
         threads=threads,
         context=DEFAULT_CONTEXT if context is None else context,
+        prefill_chunk=prefill_chunk,
     )
 
     from moetier.tools.cli.loading import lean_imports
@@ -193,7 +198,7 @@ def plan(
     say("measuring this machine for some seconds")
     speeds = Speeds.measure(model_choices, [fit.choice for fit in working], room, disk, threads or usable_cpus())
     options = {"--ram": ram, "--device-memory": device_memory, "--device": None if device == "auto" else device}
-    options |= {"--threads": threads}
+    options |= {"--threads": threads, "--prefill-chunk": None if prefill_chunk == PREFILL_CHUNK else prefill_chunk}
     found = estimate(
         model_choices, asked, working[0], room, speeds, context=config.context, options=options, pulls=pulls
     )
@@ -239,7 +244,8 @@ def _heading(found: dict[str, Any], best: dict[str, Any]) -> list[str]:
         f"{machine['workers']} CPUs",
         f"disk     {format_bytes(machine['disk_free_bytes'])} free, {disk:.2f} GB/s ({machine['disk_by']})",
         f"trunk    {sizes}",
-        f"context  {found['context']} tokens: {format_bytes(memory['kv_cache_bytes'])} of keys and values",
+        f"context  {found['context']} tokens: {format_bytes(memory['kv_cache_bytes'])} of keys and values; "
+        f"{best['prefill_chunk']} tokens of a prompt are computed together: {format_bytes(memory['computing_bytes'])}",
         *_cold_start(found["cold_start"]),
     ]
 

@@ -9,8 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moetier.runtime.config import MOST, OPTIONS, Number
-from moetier.runtime.generation.decoding import behind, encode, warn_if_cut, within_context
+from moetier.runtime.config import MOST, OPTIONS, PREFILL_CHUNK, Number
+from moetier.runtime.generation.decoding import behind, chunks_of, encode, warn_if_cut, within_context
 from moetier.tiers.errors import ConfigError, TargetError, TargetExistsError
 from moetier.tools.cli.arguments import add_decoding_arguments, add_resource_arguments, decoding_of, resources_of
 from moetier.tools.cli.loading import loaded
@@ -52,7 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the command and return 0. Raises MoetierError."""
     # without speculation, because a recording need not be fast; --look-ahead is an option of the recorder
-    resources = resources_of(arguments, speculate="off", look_ahead=OPTIONS["look_ahead"].default)
+    resources = resources_of(
+        arguments, speculate="off", look_ahead=OPTIONS["look_ahead"].default, prefill_chunk=PREFILL_CHUNK
+    )
     decoding = decoding_of(arguments)
     prompts = read_prompts(arguments.prompts)
     _check_target(arguments.output, force=arguments.force)
@@ -128,7 +130,8 @@ def record(model: Any, tokenizer: Any, prompts: list[str], decoding: dict[str, A
         for number, inputs in enumerate(encoded, 1):
             length = inputs["input_ids"].shape[1]
             limited = within_context(model, length, decoding)
-            token_ids = model.generate(**inputs, **behind(length, limited), use_cache=True)[0, :-1].tolist()
+            given = behind(length, limited) | chunks_of(model, length, model.tiers.prefill_chunk)
+            token_ids = model.generate(**inputs, **given, use_cache=True)[0, :-1].tolist()
             warn_if_cut(model, length, len(token_ids) + 1 - length, decoding)
             recorder.end_sequence(token_ids, n_prefill=length, pieces=pieces_of(tokenizer, token_ids))
             print(f"trace: {number} of {len(prompts)} prompts", file=sys.stderr)

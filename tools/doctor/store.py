@@ -54,7 +54,7 @@ def _fit(directory: Path, left: Available) -> tuple[Fit, int]:
     with lean_imports():
         import torch
 
-        from moetier.runtime.config import TierConfig
+        from moetier.runtime.config import PREFILL_CHUNK, TierConfig
         from moetier.runtime.kernels.choose import kernels_for
         from moetier.runtime.model.load import place_of
         from moetier.tools.plan.choices import open_choices
@@ -62,7 +62,7 @@ def _fit(directory: Path, left: Available) -> tuple[Fit, int]:
 
         device = torch.device(place_of("auto"))
         model_choices = open_choices(directory)
-    config = TierConfig.of(context=model_choices.context)
+    config = TierConfig.of(context=model_choices.context, prefill_chunk=PREFILL_CHUNK)
     choice = next((each for each in model_choices.choices if each.as_it_is), model_choices.choices[0])
     room = Room.here(device, directory, left, 0)
     return fit_of(model_choices, choice, config, room, kernels_for(device)), config.context

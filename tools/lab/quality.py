@@ -279,7 +279,7 @@ def measure_directory(folder: Path, texts: Mapping[str, str], tokens: int, resou
     """
     manifest = read_manifest(folder / "experts.zarr")
     _check_tokenizer(folder)
-    model, tokenizer = load(folder, **resources)
+    model, tokenizer = load(folder, **resources, prefill_chunk=WINDOW, all_logits=True)
     with model.tiers:
         ids = tokenize(tokenizer, texts, tokens)
         _check_ids(model, tokenizer, ids)

@@ -278,6 +278,7 @@ def _choice(model_choices: ModelChoices, fit: Fit, room: Room, speeds: Speeds) -
         "device_slots": None if fit.device_slots is None else sum(fit.device_slots.values()),
         "all_resident": fit.all_resident,
         "streams": fit.streams,
+        "prefill_chunk": fit.needs.prefill.tokens,
         "hit_ratio": caching.mean(choice.manifest),
         "hit_curve": caching.curve,
         "memory": memory_of(fit, room),
@@ -285,7 +286,7 @@ def _choice(model_choices: ModelChoices, fit: Fit, room: Room, speeds: Speeds) -
         "prefill": None,
     }
     if speeds.rates is not None:
-        token, read = token_cost(choice, caching, speeds.rates, fit.kv_bytes)
+        token, read = token_cost(choice, caching, speeds.rates, fit.needs.cache)
         prompt = prompt_cost(choice, caching, speeds.rates)
         found["decode"] = {"tokens_per_s": 1 / token.seconds, "read_bytes_per_token": read, **token.to_json()}
         found["prefill"] = {"tokens_per_s": PROMPT_TOKENS / prompt.seconds, **prompt.to_json()}

@@ -15,7 +15,8 @@ import torch
 from moetier.runtime.config import TierConfig, format_bytes
 from moetier.runtime.kernels.api import Kernels
 from moetier.runtime.memory import MARGIN_BYTES, MARGIN_SHARE, Available
-from moetier.runtime.model.budgets import Needs, context_bytes, kv_cache_bytes, largest_decoded, scratch_numbers
+from moetier.runtime.model.budgets import Needs, kv_cache_bytes, largest_decoded, scratch_numbers
+from moetier.runtime.model.prefill import prefill_of
 from moetier.tiers.arena.plan import ArenaPlan
 from moetier.tiers.cache.budget import slots_for, smallest_budget
 from moetier.tiers.errors import BudgetError, DiskSpaceError, MoetierError
@@ -60,7 +61,6 @@ class Fit:
 
     choice: Choice
     needs: Needs
-    kv_bytes: int  # of the keys and values of a full context
     slots: Mapping[str, int]  # of the host tier, by zarr array of the store
     device_slots: Mapping[str, int] | None  # the same of the device tier; None on a CPU
     arena_bytes: int
@@ -98,24 +98,27 @@ def fit_of(model_choices: ModelChoices, choice: Choice, config: TierConfig, room
     on_cpu = room.device.type == "cpu"
     needs = Needs(
         trunk=choice.trunk_bytes if on_cpu else 0,
-        cache=context_bytes(model, manifest, config.context),
+        cache=kv_cache_bytes(model.config, config.context, dtype=model.dtype),
         scratch=scratch * model.dtype.itemsize,
+        prefill=prefill_of(model, manifest, config, kernels),
     )
-    kv = kv_cache_bytes(model.config, config.context, dtype=model.dtype)
     slots: Mapping[str, int] = {}
     device_slots, arena, problem, there = None, 0, _disk_problem(model_choices, choice, room), room.host
+    if on_cpu:
+        needs = needs.beside(config.ram, manifest.stored_bytes, room.host)
     try:
         slots = slots_for(manifest, needs.host_budget(manifest, config.ram, room.host, room.device))
         if room.on_device is not None:
             there = room.on_device
             left = replace(there, bytes=max(there.bytes - choice.trunk_bytes, 0))
+            needs = needs.beside(config.device_memory, manifest.stored_bytes, left)
             device_slots = slots_for(manifest, needs.device_budget(manifest, config.device_memory, left))
         arena = ArenaPlan.of(manifest, slots).nbytes
     except BudgetError as error:
         problem, slots = problem or _memory_problem(error, choice, needs, config, there, room), {}
     if problem:
         slots, device_slots = {}, None
-    return Fit(choice, needs, kv, slots, device_slots, arena, problem)
+    return Fit(choice, needs, slots, device_slots, arena, problem)
 
 
 def _disk_problem(model_choices: ModelChoices, choice: Choice, room: Room) -> MoetierError | None:
@@ -208,8 +211,8 @@ def memory_of(fit: Fit, room: Room) -> dict[str, Any]:
     parts = {
         "idle_bytes": room.idle_bytes,
         "trunk_bytes": fit.choice.trunk_bytes,
-        "kv_cache_bytes": fit.kv_bytes,
-        "computing_bytes": fit.needs.reserve - fit.kv_bytes,
+        "kv_cache_bytes": fit.needs.cache,
+        "computing_bytes": fit.needs.reserve - fit.needs.cache,
         "experts_bytes": fit.arena_bytes,
     }
     beside = () if on_cpu else ("trunk_bytes", "kv_cache_bytes", "computing_bytes")  # these are on the device

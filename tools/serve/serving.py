@@ -48,7 +48,7 @@ def serving(
                 "Add a tokenizer.json to the model directory.",
             )
         context = min(arguments.context, longest_context(model.config) or arguments.context)
-        parts = model, tokenizer, context, arguments.prefill_chunk
+        parts = model, tokenizer, context, model.tiers.prefill_chunk
         engine = OneByOne(*parts) if arguments.parallel == 1 else Together(*parts, arguments.parallel)
         gc.collect()
         gc.freeze()  # collections stop all threads: from now on they visit only what requests have made

@@ -8,7 +8,7 @@ import pytest
 import torch
 from architectures import tiny_model
 
-from moetier.runtime.generation.decoding import can_resume
+from moetier.runtime.context import can_resume
 from moetier.runtime.generation.prompt_cache import PromptCache
 from moetier.runtime.moe.experts import experts_modules
 

@@ -27,7 +27,8 @@ from tier_states import held_lock
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, pipeline
 
 import moetier
-from moetier.runtime.model import budgets
+from moetier.runtime.model import registration
+from moetier.runtime.model.prefill import LEAST, Prefill
 from moetier.runtime.moe.experts import EXPERT_PARAMETERS
 from moetier.tiers.errors import (
     BudgetError,
@@ -176,16 +177,11 @@ def test_a_misspelt_budget_is_refused(tiny: tuple[Any, Path]) -> None:
         AutoModelForCausalLM.from_pretrained(directory, config=config)
 
 
-def test_budgets_leave_room_for_outputs_that_come_early(
-    tiny: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In a context so long that they alone take all memory."""
-    monkeypatch.setattr(budgets, "kv_cache_bytes", lambda *_, **__: 0)
-    moetier.load(tiny[1])[0].tiers.close()
-    moetier.load(tiny[1], context=(1 << 31) - 1)[0].tiers.close()  # longer prompts are cut
-    monkeypatch.setattr(budgets, "DEFAULT_CONTEXT", 1 << 40)
+def test_budgets_leave_room_for_a_prompt(tiny: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """If even the fewest tokens have no room, there is no budget for experts."""
+    monkeypatch.setattr(registration, "prefill_of", lambda *_: Prefill(LEAST, fixed=1 << 50))
     with pytest.raises(BudgetError, match="The rest is less than"):
-        moetier.load(tiny[1], context=(1 << 31) - 1)
+        moetier.load(tiny[1])
 
 
 def test_more_memory_than_there_is_does_no_harm_where_all_experts_fit(tiny: tuple[Any, Path]) -> None:

@@ -1,0 +1,134 @@
+"""Memory of a prompt's tokens that are computed together: what is reserved, what is taken, and where it is short."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cgroups import memory_limit
+from comparison import convert_tiny
+from prepared import Prepared, prepared
+
+import moetier
+from moetier.runtime.config import Size
+from moetier.runtime.memory import Available, usable
+from moetier.runtime.model.budgets import Needs
+from moetier.runtime.model.prefill import LEAST, Prefill
+
+GEOMETRIES: dict[str, dict[str, Any]] = {
+    "mixtral": {"hidden_size": 512, "head_dim": 64, "num_attention_heads": 8, "intermediate_size": 1024},
+    "qwen3_moe": {"hidden_size": 512, "head_dim": 64, "num_attention_heads": 16, "moe_intermediate_size": 128},
+    "gpt_oss": {"hidden_size": 512, "head_dim": 64, "num_attention_heads": 16, "intermediate_size": 512},
+    "deepseek_v3": {
+        **{"hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 8, "moe_intermediate_size": 128},
+        **{"qk_nope_head_dim": 64, "v_head_dim": 64, "qk_rope_head_dim": 32},
+    },
+}
+CHUNK, TOKENS = 512, 1536
+WHOLE, LIMIT = 4096, 400 << 20  # tokens; bytes of memory, less than the tokens together take
+
+# prints the bytes that a process takes for a prompt besides keys and values, and how many are reserved for them
+CHILD = """
+import json, sys
+from pathlib import Path
+import torch
+import moetier
+from moetier.runtime.generation.compat import CACHE
+from moetier.runtime.model import registration
+from moetier.runtime.model.budgets import kv_cache_bytes
+
+def own(name):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+folder, chunk, tokens, exact = json.loads(sys.argv[1])
+needs, find = [], registration.prefill_of
+registration.prefill_of = lambda *given: needs.append(find(*given)) or needs[-1]
+model, _ = moetier.load(folder, daemon=None, context=tokens, prefill_chunk=chunk, exact=exact)
+ids = torch.randint(2, 250, (1, tokens), generator=torch.Generator().manual_seed(0))
+with model.tiers, torch.inference_mode():
+    for few in (64, 8, 1):
+        model(ids[:, :few], use_cache=False, logits_to_keep=1)
+    before = {name: own(name) for name in ("VmRSS", "RssFile", "RssShmem")}
+    Path("/proc/self/clear_refs").write_text("5")  # the peak of the resident memory begins anew
+    cache = None
+    for part in ids.split(chunk, 1):
+        cache = model(part, **{CACHE: cache}, use_cache=True, logits_to_keep=1).past_key_values
+    grown = sum(own(name) - before[name] for name in ("RssFile", "RssShmem"))
+    taken = own("VmHWM") - before["VmRSS"] - grown - kv_cache_bytes(model.config, tokens, dtype=model.dtype)
+print(json.dumps([taken, needs[0].nbytes, model.tiers.prefill_chunk]))
+"""
+
+
+@pytest.fixture(scope="module")
+def scripts() -> Iterator[Prepared]:
+    with prepared() as process:
+        yield process
+
+
+@pytest.mark.parametrize("exact", [False, True], ids=["quick", "exact"])
+@pytest.mark.parametrize("model_type", GEOMETRIES)
+def test_what_is_reserved_covers_what_is_taken(model_type: str, exact: bool, tmp_path: Path, scripts: Prepared) -> None:
+    """In chunks, the last of which attends to all that come before."""
+    sizes = GEOMETRIES[model_type] | {"max_position_embeddings": TOKENS, "num_hidden_layers": 2}
+    _, directory = convert_tiny(model_type, torch.bfloat16, tmp_path, bits=4, **sizes)
+    ended = scripts.run(CHILD, json.dumps([str(directory), CHUNK, TOKENS, exact]))
+    assert ended.returncode == 0, ended.stderr
+    taken, reserved, chunk = json.loads(ended.stdout.splitlines()[-1])
+    print(model_type, taken, reserved, taken / reserved)
+    assert chunk == CHUNK
+    assert reserved / 12 < taken <= reserved
+
+
+HERE = Available(1 << 30, "this machine")
+
+
+@pytest.mark.parametrize(
+    ("asked", "experts", "share"),
+    [
+        (None, 4 << 30, 0.5),  # half is left for experts
+        ("100%", 4 << 30, 0.5),
+        ("800MiB", 4 << 30, 224 / 1024),
+        ("6GiB", 100 << 20, 924 / 1024),  # all experts fit beside it
+        (None, 0, 1.0),  # a daemon has them
+    ],
+)
+def test_fewer_tokens_where_memory_is_short(asked: str | None, experts: int, share: float) -> None:
+    needs = Needs(trunk=0, cache=0, scratch=0, prefill=Prefill(1 << 20, fixed=1 << 20, per_token=4096))
+    found = needs.beside(None if asked is None else Size.parse(asked), experts, HERE).prefill
+    assert found.nbytes == pytest.approx(share * HERE.bytes, abs=40 << 20)
+    assert found.nbytes + min(experts, HERE.bytes - found.nbytes) <= HERE.bytes
+    assert found.tokens % LEAST == 0
+    assert needs.beside(None, 4 << 30, Available(1 << 34, "this machine")) == needs  # there is enough
+    assert needs.beside(None, 4 << 30, Available(1, "this machine")).prefill.tokens == LEAST
+    assert usable(HERE.bytes) > needs.beside(None, 4 << 30, HERE).reserve
+
+
+def test_it_is_said_that_fewer_tokens_are_computed_together(
+    tinymix_4bit: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    free = Available(60 << 20, "this machine")
+    monkeypatch.setattr("moetier.runtime.model.tiers.memory_for_model", lambda: free)
+    model, _ = moetier.load(tinymix_4bit, daemon=None, prefill_chunk=2048, ram="8MiB")
+    with model.tiers:
+        chunk = model.tiers.prefill_chunk
+    assert LEAST <= chunk < 2048
+    assert f"Memory leaves room to compute {chunk:,} tokens of a prompt together, not 2,048." in caplog.text
+
+
+def test_a_chunk_shrinks_in_a_control_group(tmp_path: Path) -> None:
+    """`moetier bench prefill` and tests/measurements/peers.py feed the whole prompt if memory has room for that."""
+    sizes = {"hidden_size": 1024, "num_attention_heads": 32, "head_dim": 128, "num_hidden_layers": 1}
+    _, directory = convert_tiny("qwen3_moe", torch.bfloat16, tmp_path, bits=4, **sizes, max_position_embeddings=WHOLE)
+    work = {"work": "model", "directory": str(directory), "ids": [[5, 6, 7, 8] * (WHOLE // 4)], "pieces": [WHOLE]}
+    command = [sys.executable, "-m", "moetier.tools.bench.child"]
+    with memory_limit(LIMIT) as group:
+        ended = group.run(command, text=json.dumps(work | {"measured": 1}))
+    assert ended.returncode == 0, ended.stderr
+    found = json.loads(ended.stdout.splitlines()[-1])
+    assert LEAST <= found["prefill_chunk"] < WHOLE
