@@ -43,7 +43,9 @@ class Snapshot:
         self._kinds = [*map(type, parts)]
         self._dictionaries, self._names, self._values = zip(*found, strict=True)
         self._tensors = [value for value in self._values if isinstance(value, Tensor)]
-        self._places = _places(self._tensors)
+        self._addresses = [*map(Tensor.data_ptr, self._tensors)]
+        self._matrices = [tensor for tensor in self._tensors if tensor.dim() > 1]
+        self._lies = _lies(self._matrices)
         hooks = [*hooks_of(parts), _global_forward_hooks, _global_forward_pre_hooks]
         self._hooks = [each for each in hooks if not any(each is other for other in watched)]
 
@@ -54,7 +56,8 @@ class Snapshot:
             and not self.has_hooks()
             and [*map(type, self._parts)] == self._kinds
             and all(map(is_, map(dict.get, self._dictionaries, self._names), self._values))
-            and _places(self._tensors) == self._places
+            and [*map(Tensor.data_ptr, self._tensors)] == self._addresses
+            and _lies(self._matrices) == self._lies
             and self._has_same_attributes(module)
         )
 
@@ -69,9 +72,9 @@ class Snapshot:
         return any(self._hooks)
 
 
-def _places(tensors: Sequence[Tensor]) -> tuple[list[Any], ...]:
-    """Return where tensors lie in memory, and how. ``tensor.data = other`` may change the one or the other."""
-    return [*map(Tensor.data_ptr, tensors)], [*map(Tensor.stride, tensors)], [*map(Tensor.numel, tensors)]
+def _lies(matrices: Sequence[Tensor]) -> list[Any]:
+    """Return how matrices lie in memory. ``weight.data = weight.data.T`` changes that, and not their addresses."""
+    return [*map(Tensor.size, matrices), *map(Tensor.stride, matrices)]
 
 
 def hooks_of(modules: Iterable[Any]) -> list[Mapping[int, Any]]:

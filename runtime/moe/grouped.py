@@ -20,7 +20,7 @@ from moetier.runtime.kernels.api import CPU, FLOATS, Kernels, is_readable
 from moetier.runtime.kernels.expert_code import Activation
 from moetier.runtime.kernels.expert_kernels import ExpertKernels
 from moetier.runtime.kernels.packed import PackedKernels
-from moetier.runtime.kernels.snapshot import Trials, has_global_hooks, hooks_of
+from moetier.runtime.kernels.snapshot import Trials, has_global_hooks
 from moetier.tiers.layout import RecordLayout
 from moetier.tiers.source import Lease
 
@@ -40,10 +40,10 @@ def one_token(
         x: [1, hidden] on a CPU.
         experts: [top_k].
         weights: [1, top_k].
-        residual: [1, hidden] in the type of x; or any other tensor that torch adds to [1, hidden].
+        residual: one that ``is_row_like`` x.
 
     Returns:
-        The sum, or [1, hidden]; None if the compiled code can't compute these inputs.
+        The sum, in the shape of ``residual``, else [1, hidden]; None if the compiled code can't compute these inputs.
     """
     here: TieredBlock | None = getattr(module, "tiered", None)
     if here is None or here.device != x.device or weights.dtype not in FLOATS:
@@ -52,14 +52,14 @@ def one_token(
     if kernels is None or kernels.dtype != x.dtype or x.shape[1] != kernels.width:
         return None
     end_open_leases()
-    if residual is None or _is_row_like(residual, x):
-        return _one_token(kernels, here, x, experts, weights, residual)
-    y = _one_token(kernels, here, x, experts, weights)
-    return None if y is None else residual + y
+    return _one_token(kernels, here, x, experts, weights, residual)
 
 
-def _is_row_like(other: Tensor, x: Tensor) -> bool:
-    """Return whether compiled code can add ``other``, which a module has returned, to a row in the form of x [1, K]."""
+def is_row_like(other: Tensor, x: Tensor) -> bool:
+    """Return whether compiled code can add ``other``, which a module has returned, to a row in the form of x [1, K].
+
+    It must be [1, K] too. It may have more leading dimensions.
+    """
     return is_readable(other) and other.dtype == x.dtype and other.numel() == x.numel() == other.shape[-1]
 
 
@@ -69,8 +69,8 @@ def kernels_of(module: Any, here: TieredBlock, dtype: torch.dtype) -> ExpertKern
     Without it, experts are computed one after the other (``experts.py``).
     """
     parts = module._modules.values()
-    if has_global_hooks() or any(hooks_of(part for part in parts if part is not None)):
-        return None  # such as hooks on the activation, which compiled code does not call
+    if any(part._forward_hooks or part._forward_pre_hooks for part in parts if part is not None) or has_global_hooks():
+        return None  # compiled code does not call the activation, and so none of its hooks
     kind = (dtype, *parts)
     if (trials := here.compiled.get(kind)) is None:
         trials = here.compiled.setdefault(kind, Trials())

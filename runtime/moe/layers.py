@@ -23,7 +23,7 @@ from moetier.runtime.kernels.snapshot import MOST_TRIALS, Snapshot, has_global_h
 from moetier.runtime.kernels.team import Program
 
 from .gates import Observer
-from .grouped import one_token
+from .grouped import is_row_like, one_token
 from .layer_forms import LayerForm, find_form, key_of, parts_of
 from .routers import quick_class, tensors_of
 
@@ -80,7 +80,7 @@ class OneTokenLayer:
                 return None
             self._local.call = call
         token = token_of(call.attention, call.form.sizes, x, angles, **named)
-        if token is None or x.shape[-1] != call.columns or (any(call.observed) and not call.is_only_observed()):
+        if token is None or x.shape[-1] != call.columns or not call.is_only_observed():
             return None
         if (states := call.run(x, token)) is None:
             return None
@@ -131,11 +131,13 @@ class OneTokenLayer:
     def _mix(self, call: _Call, more: Tensor | None) -> Tensor:
         """Compute the experts, and add ``more`` [1, 1, hidden] if it is given. Return the sum, or [1, hidden]."""
         _, weights, experts = call.routing
-        y = one_token(call.experts, call.row, call.chosen.tolist(), weights, more)
-        if y is not None:
-            return y
-        mixed: Tensor = call.experts.forward(call.row, experts, weights)
-        return mixed if more is None else more + mixed
+        # what a module has returned may be of any type and shape; then torch adds it
+        added = more if more is call.total or (more is not None and is_row_like(more, call.row)) else None
+        y = one_token(call.experts, call.row, call.chosen.tolist(), weights, added)
+        if y is None:
+            y, added = call.experts.forward(call.row, experts, weights), None
+        found: Tensor = y if more is None or more is added else more + y
+        return found
 
 
 class _Call:
@@ -154,9 +156,10 @@ class _Call:
         called = self.block if self.router is None else self.shared
         self.snapshot = Snapshot(layer, without=[] if called is None else [called], watched=self.observed)
         # torch calls hooks in what is called, but the layer's own code may give it other shapes, or in another order
-        self.observed += [] if called is None else hooks_of(called.modules())
+        self.called_hooks = [] if called is None else hooks_of(called.modules())
         self.columns = len(self.second.weight)
         self._states = [torch.empty(1, 1, self.columns, dtype=kind[0], device=CPU) for _ in range(4)]
+        self.total = self._states[0]  # residual stream before the second norm. Each run overwrites it
         self._before = norm_step(self._first, adds=False)
         self._between = norm_step(self.second, adds=True, factor=form.factor)
         self._before.context[Y], self._between.context[MORE] = (self._states[i].data_ptr() for i in (2, 3))
@@ -201,7 +204,10 @@ class _Call:
 
     def is_only_observed(self) -> bool:
         """Return whether all hooks on these modules, and in what is called, are Observers, which change nothing."""
-        return all(isinstance(hook, Observer) for hooks in self.observed for hook in hooks.values())
+        if not any(self.observed) and not any(self.called_hooks):
+            return True
+        all_ = (*self.observed, *self.called_hooks)
+        return all(isinstance(hook, Observer) for hooks in all_ for hook in hooks.values())
 
     def run(self, x: Tensor, token: Token) -> tuple[Tensor, Tensor] | None:
         """Compute x [1, 1, hidden]. Return the residual stream before and after the second norm, [1, 1, hidden] each.
