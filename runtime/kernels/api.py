@@ -29,7 +29,7 @@ def is_readable(x: Any) -> bool:
 
 
 def has_memory(x: Tensor) -> bool:
-    """Return whether the numbers of a tensor are in memory of a CPU. Some subclasses have none, such as FakeTensor."""
+    """Return whether the numbers of x, such as [rows, columns], are in memory of a CPU. FakeTensor has none."""
     return x.is_cpu and type(x).__torch_dispatch__ is Tensor.__torch_dispatch__
 
 
