@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 # Variables that libraries of torch read when torch is loaded: each with its value, and with other variables by which a
 # user may have decided instead.
 _FOR_TORCH = (
-    # OpenMP's threads wait for the next product by spinning; beside another busy process they would keep from the core
-    # the very thread that they wait for. After some microseconds they are to sleep.
+    # OpenMP's threads spin while they wait. Beside another busy process they take the core from the thread that they
+    # wait for. So they sleep after some microseconds.
     ("GOMP_SPINCOUNT", "2000", "OMP_WAIT_POLICY"),
     # oneDNN, and torch's layer above it, keep compiled products by their numbers of rows: up to 1024 of them, a third
     # of a MiB each. A forward pass needs some ten at a time, and prompts of new lengths need new ones.

@@ -26,7 +26,7 @@ def check_tokenizer(model: Any, tokenizer: Any, folder: Path) -> None:
     if last >= rows:
         raise StoreFormatError(
             f"The tokenizer of {folder} has token ids up to {last:,}, but the model has only {rows:,} embeddings.",
-            "It belongs to another model. Copy this model's tokenizer files into the directory.",
+            "The tokenizer belongs to another model. Copy this model's tokenizer files into the directory.",
         )
 
 

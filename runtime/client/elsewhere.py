@@ -311,7 +311,7 @@ class Sent:
             ctypes.memmove(outputs + place * size, source + number * size, size)
 
     def _note_failure(self, part: _Part, error: MoetierError) -> None:
-        """Note that a call has failed. After ATTEMPTS the daemon is not asked again for this block, or not at all."""
+        """Note that a call has failed. After ATTEMPTS the daemon is skipped for this block, or until its next check."""
         name = part.peer.name
         if isinstance(error, _AWAY):
             self._failures[name] = ATTEMPTS

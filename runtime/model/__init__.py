@@ -1,6 +1,6 @@
 """Loading a model over the tiers: ``moetier.load``, and ``register`` for transformers' ``from_pretrained``.
 
-Other packages use ``load``, ``registration`` and ``tiers``. The package imports ``checkpoint``, ``client``,
+Other packages use ``load``, ``register``, ``prefill`` and ``tiers``. The package imports ``checkpoint``, ``client``,
 ``kernels``, ``moe`` and ``speculation`` of ``runtime``, and ``tiers``.
 """
 

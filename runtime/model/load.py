@@ -314,7 +314,7 @@ def _model_class(config: dict[str, Any]) -> Any:
     if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
         raise UnsupportedModelError(
             f"config.json names the architecture {name!r}; transformers {transformers.__version__} does not have it.",
-            "Install a version of moetier that supports a version of transformers with this architecture.",
+            f"Upgrade moetier: this transformers lacks {name}.",
         )
     return found
 

@@ -1,7 +1,7 @@
-"""Requests of Fetch and Compute on the wire: serialised with a checksum, and checked before they are parsed.
+"""Requests of Fetch and Compute on the wire: serialised with a checksum, which is verified when they are parsed.
 
-TCP's checksum has 16 bits, so a network without TLS passes some changed packets on. The checksum is the last field of a
-request. Protobuf reads fields in any order, and older daemons ignore it.
+TCP's checksum has 16 bits, so a network without TLS passes some changed packets on. The checksum is the last field, so
+that it covers all bytes before it. Older daemons ignore it.
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ ALIVE = ": computing\n\n"  # a comment in a stream of server-sent events, which 
 async def on_thread(work: Callable[[], T]) -> T:
     """Run ``work`` on another thread and return its result.
 
-    If this task is cancelled, it ends only when the thread no longer works, so that clients that leave can't have more
-    threads at work than there are requests at a time. Work that has not begun by then is left out.
+    If this task is cancelled, wait for the thread first. So the request keeps its place in ``RequestLimits``, and
+    clients that have left can't occupy further threads. Work that has not begun by then is left out.
     """
     is_wanted = True
 
