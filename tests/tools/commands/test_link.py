@@ -163,10 +163,15 @@ def test_what_is_no_checkpoint_is_refused(
     tmp_path: Path, tinymix_4bit: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """An address is named as it was given, and nothing is fetched from it."""
-    for source in (str(tmp_path), str(tinymix_4bit), f"file://{tinymix_4bit}", "no-such-model"):
+    neither = "is neither the folder of a checkpoint in safetensors nor a GGUF file."
+    for source, said in (
+        (str(tmp_path), neither),
+        (str(tinymix_4bit), "is a model directory: its experts have checksums."),
+        (f"file://{tinymix_4bit}", neither),
+        ("no-such-model", neither),
+    ):
         assert main(["link", source]) == 1
-        said = f"{source} is neither the folder of a checkpoint in safetensors nor a GGUF file."
-        assert said in capsys.readouterr().err
+        assert f"{source} {said}" in capsys.readouterr().err
     assert not (tmp_path / "cache").exists()
 
 
