@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,16 +10,25 @@ from typing import Any
 from moetier.runtime.checkpoint.files import Checkpoint, check_source
 from moetier.runtime.checkpoint.gguf import open_source
 from moetier.runtime.threads import use_threads
-from moetier.tiers.errors import ConfigError, TargetExistsError
+from moetier.tiers.errors import ConfigError, StoreError, TargetExistsError
 from moetier.tiers.store.folder import JOURNAL, beside
 
 from .conversion import Conversion, ConversionReport
 from .files import check_unused
 from .mirror import mirror_to
 from .plan import Options
-from .replacement import discard, has_manifest, mirror_of_old, mirrors_of, replace_model, settle
+from .replacement import (
+    discard,
+    free_path,
+    has_manifest,
+    mirror_of_old,
+    mirrors_of,
+    replace_model,
+    set_aside,
+    settle,
+)
 from .streaming import Download, open_on_hub
-from .target import DOWNLOAD, check_place, is_ours, remove, revision_under_way
+from .target import DOWNLOAD, check_place, copied_files, is_ours, remove, revision_under_way
 
 
 def convert(
@@ -131,7 +141,9 @@ def write(
     for place in (dst, beside(dst)):
         check_place(place, checkpoint.folder)
     conversion = Conversion.plan(checkpoint, dst, how, download=download, resuming=resuming, quiet=quiet)
-    ending = settle(dst) or (has_manifest(dst) and (dst / JOURNAL).exists())  # an earlier run stopped at its very end
+    for path in settle(dst):
+        conversion.say(set_aside(path))
+    ending = has_manifest(dst) and (dst / JOURNAL).exists()  # an earlier run stopped at its very end
     try:
         complete = conversion.target.is_complete()
         replaced = complete and not ending and (overwrite or replace_first)  # reads no weights: they may be damaged
@@ -162,5 +174,22 @@ def _remove_first(conversion: Conversion) -> None:
     conversion.say(f"{dst}: removing the old conversion first")
     for mirror in mirrors_of(dst):
         conversion.say(mirror_of_old(mirror))
-    remove(dst)
+    remove(dst, _kept(conversion))
     discard(dst)
+
+
+def _kept(conversion: Conversion) -> list[Path]:
+    """Return the copied files in the target folder that the new model lacks, and that it can use.
+
+    Those of another checkpoint are set aside.
+    """
+    target = conversion.target
+    dst = target.folder
+    lacking = [path for path in copied_files(dst) if path.relative_to(dst).as_posix() not in target.small]
+    with contextlib.suppress(StoreError):
+        if (found := target.found_plan()) and found.source_digest == target.plan.source_digest:
+            return lacking
+    for path in lacking:
+        path.rename(goal := free_path(dst, path.relative_to(dst), in_use=True))
+        conversion.say(set_aside(goal))
+    return []

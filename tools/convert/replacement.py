@@ -7,6 +7,9 @@ what it began. A process that has files of the old model open can still read the
 
 The folder REPLACED, which is made before the exchange, shows that the names were exchanged. Until the end the new model
 has the journal of its conversion, which shows that moetier made it.
+
+A copied file that only the old model has, such as a tokenizer, may have been put there by hand, and stays. The new
+model uses it only if both models were made from the same checkpoint: otherwise it gets another name.
 """
 
 from __future__ import annotations
@@ -17,17 +20,19 @@ from pathlib import Path
 
 from moetier.tiers.errors import DiskSpaceError, StoreError, TargetError, TargetExistsError
 from moetier.tiers.store.atomic import exchange, rename_durably, sync_folder, write_durably
-from moetier.tiers.store.folder import GROUP, JOURNAL, METADATA, MIRRORS, REPLACED, beside, read_manifest
+from moetier.tiers.store.folder import GROUP, JOURNAL, METADATA, MIRRORS, REPLACED, beside, read_manifest, read_plan
 from moetier.tiers.store.mirror import read_mirrors
 
 from .conversion import Conversion, ConversionReport
 from .files import delete, locked
-from .target import files_of_users, is_ours, remove
+from .target import copied_files, files_of_users, is_ours, remove
 
 FIRST = (
     "Give --replace-first to remove the old model before the new one is made: it is lost then, even if the conversion "
     "fails."
 )
+
+SET_ASIDE = ".old"  # suffix of a file that stays, but can't keep its name
 
 
 def has_manifest(folder: Path) -> bool:
@@ -35,10 +40,10 @@ def has_manifest(folder: Path) -> bool:
     return (folder / GROUP / METADATA).exists()
 
 
-def settle(folder: Path) -> bool:
+def settle(folder: Path) -> list[Path]:
     """Finish a replacement of the model in ``folder`` whose new model was complete when its process died.
 
-    Return whether the new model is in place thereby. Raises TargetError if another process is at it.
+    Return the files of the old model that were set aside. Raises TargetError if another process is at it.
     """
     place, new = folder.resolve(), beside(folder)
     old = place / REPLACED
@@ -46,22 +51,28 @@ def settle(folder: Path) -> bool:
         with locked(str(folder), new):
             rename_durably(new, place)
     if not old.is_dir():
-        return False
+        return []
     with locked(str(folder), place):
         if is_ours(new) and not any(old.iterdir()):
             rename_durably(new, old)
-        _remove_replaced(place)
-    return True
+        return _remove_replaced(place)
 
 
-def _remove_replaced(place: Path) -> None:
-    """Remove the old model of the model directory ``place``. Its other files move into ``place``."""
-    old = place / REPLACED
-    for path in files_of_users(old):
-        goal = place / path.relative_to(old)
-        if not os.path.lexists(goal):
-            goal.parent.mkdir(parents=True, exist_ok=True)
-            path.rename(goal)
+def _remove_replaced(place: Path) -> list[Path]:
+    """Remove the old model of the model directory ``place``. Its other files move into ``place``.
+
+    Return the new paths of those that can't keep their names.
+    """
+    old, aside = place / REPLACED, []
+    kept = [path for path in copied_files(old) if not os.path.lexists(place / path.relative_to(old))]
+    unused = kept if kept and not _same_source(old, place) else []
+    for path in [*files_of_users(old), *kept]:
+        relative = path.relative_to(old)
+        goal = free_path(place, relative, in_use=path in unused)
+        goal.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(goal)
+        if goal != place / relative:
+            aside.append(goal)
     if is_ours(old):
         remove(old)
         delete(old / GROUP)
@@ -71,6 +82,37 @@ def _remove_replaced(place: Path) -> None:
     if not any(old.iterdir()):
         old.rmdir()
     sync_folder(place)
+    return aside
+
+
+def _same_source(one: Path, other: Path) -> bool:
+    """Return whether two model directories were made from the same checkpoint; False if that is not known."""
+    try:
+        first, second = read_plan(one / GROUP), read_plan(other / GROUP)
+    except StoreError:
+        return False
+    return first is not None and second is not None and first.source_digest == second.source_digest
+
+
+def free_path(folder: Path, relative: Path, *, in_use: bool) -> Path:
+    """Return the path for a file that moves into ``folder``: ``relative``, with SET_ASIDE after each name in use.
+
+    ``in_use``: take the file's own name as in use, even if it is not.
+    """
+    path = folder
+    for name in relative.parts[:-1]:
+        path /= name
+        while os.path.lexists(path) and (path.is_symlink() or not path.is_dir()):
+            path = path.with_name(path.name + SET_ASIDE)
+    path /= relative.name + SET_ASIDE * in_use
+    while os.path.lexists(path):
+        path = path.with_name(path.name + SET_ASIDE)
+    return path
+
+
+def set_aside(path: Path) -> str:
+    """Return the sentence that says that a file of the old model has another name now."""
+    return f"{path}: a file of the old model, which has this name now, as the new model has or needs another"
 
 
 def discard(folder: Path) -> None:
@@ -92,8 +134,8 @@ def check_replaceable(folder: Path) -> None:
         reason = "it is the root of a file system"
     elif (place / GROUP).is_symlink():
         reason = f"its {GROUP} is a link"
-    elif not os.access(place.parent, os.W_OK | os.X_OK):
-        reason = f"{place.parent} can't be written"
+    elif locked_up := [each for each in (place, place.parent) if not os.access(each, os.W_OK | os.X_OK)]:
+        reason = f"{locked_up[0]} can't be written"
     if reason:
         raise TargetError(f"{folder} can't be replaced in one step, as {reason}.", FIRST)
     with locked(str(folder), folder):
@@ -131,7 +173,8 @@ def replace_model(conversion: Conversion) -> ConversionReport:
         conversion.say(f"{folder} stays as it is until the new model is complete")
         report = making.make()
     mirrors = _keep_mirrors(folder, new)
-    _take_place(new, folder)
+    for path in _take_place(new, folder):
+        conversion.say(set_aside(path))
     conversion.target.tidy()
     for mirror in mirrors:
         conversion.say(mirror_of_old(mirror))
@@ -177,15 +220,16 @@ def _keep_mirrors(folder: Path, new: Path) -> list[Path]:
     return []
 
 
-def _take_place(new: Path, folder: Path) -> None:
+def _take_place(new: Path, folder: Path) -> list[Path]:
     """Let the complete model in ``new`` take the place of the one in ``folder``, which is removed.
 
-    Raises TargetError if that is not possible. Both are then as they were.
+    Return the files of the old model that were set aside. Raises TargetError if the exchange is not possible. Both
+    are then as they were.
     """
     place = folder.resolve()
     if not place.exists():  # it was removed meanwhile
         rename_durably(new, place)
-        return
+        return []
     with locked(str(folder), folder), locked(str(new), new):
         try:
             (new / REPLACED).mkdir(exist_ok=True)
@@ -196,7 +240,7 @@ def _take_place(new: Path, folder: Path) -> None:
             raise TargetError(
                 f"The new model in {new} is complete, but can't take the place of {folder} ({error.strerror}).", FIRST
             ) from error
-    settle(folder)
+    return settle(folder)
 
 
 def _rename_both(new: Path, place: Path) -> None:

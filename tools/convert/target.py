@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -115,7 +115,7 @@ class Target:
                 "Choose another folder, or empty this one; moetier deletes no files that it did not write.",
             )
         try:
-            found = read_plan(self.store)
+            found = self.found_plan()
         except StoreError as error:
             raise self._differs(f"its plan can't be read ({error.cause})") from error
         if found is None:
@@ -123,8 +123,6 @@ class Target:
                 raise self._differs("its plan is missing, as after an interrupted removal")
             return False
         finished = (self.store / METADATA).exists()
-        if finished and self.passing:
-            found = replace(found, source_digest=read_origin(self.folder).get("revision", ""))
         if differing := difference(found, self.plan):
             raise self._differs(differing)
         whole = (
@@ -136,6 +134,16 @@ class Target:
         if finished and self.passing and not whole:  # the downloaded source was deleted, so it can't be completed
             raise self._differs("it was complete, and some of its files are missing now")
         return whole
+
+    def found_plan(self) -> Manifest | None:
+        """Return the plan of what the folder holds, to be compared with ``plan``; None if it has no plan.
+
+        Raises StoreError if it can't be read.
+        """
+        found = read_plan(self.store)
+        if found is not None and self.passing and (self.store / METADATA).exists():
+            return replace(found, source_digest=read_origin(self.folder).get("revision", ""))
+        return found
 
     def _differs(self, what: str) -> TargetExistsError:
         return TargetExistsError(
@@ -163,7 +171,7 @@ class Target:
 
         ``beside``: bytes of downloaded files. With ``replacing``, the folder's present content counts as removed.
         """
-        free = free_bytes(self.folder) + (_freed_bytes(self.folder) if replacing else 0)
+        free = free_bytes(self.folder) + (freed_bytes(self.folder) if replacing else 0)
         needed = self.missing_bytes(replacing=replacing) + beside + SLACK_BYTES
         if needed > free:
             source = f", {beside:,} of them for files of the checkpoint" if beside else ""
@@ -227,13 +235,13 @@ def check_place(folder: Path, source: Path) -> None:
         )
 
 
-def remove(folder: Path) -> None:
+def remove(folder: Path, kept: Sequence[Path] = ()) -> None:
     """Remove everything that moetier writes into a model directory, except the store's own folder, which is left empty.
 
-    Raises TargetError if a conversion is writing into the folder.
+    Files in ``kept`` stay. Raises TargetError if a conversion is writing into the folder.
     """
     with locked(str(folder), folder):
-        empty(folder, [*_downloaded(folder), *_beside_store(folder)])
+        empty(folder, [path for path in outside_store(folder) if path not in kept])
 
 
 def files_of_users(folder: Path) -> list[Path]:
@@ -247,15 +255,25 @@ def files_of_users(folder: Path) -> list[Path]:
     ]
 
 
+def copied_files(folder: Path) -> list[Path]:
+    """Return the files in a model directory that moetier would have copied from a checkpoint."""
+    return [path for path in _beside_store(folder) if COPIED.fullmatch(path.relative_to(folder).as_posix())]
+
+
+def outside_store(folder: Path) -> list[Path]:
+    """Return the files and folders in a model directory that moetier writes, except the store."""
+    return [*_downloaded(folder), *_beside_store(folder)]
+
+
 def _beside_store(folder: Path) -> Iterator[Path]:
     """Yield the paths in ``folder`` of files that moetier writes, except the store's and downloaded files."""
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix().removesuffix(PARTIAL)
-        if WRITTEN.fullmatch(name) or COPIED.fullmatch(name):
+        if (WRITTEN.fullmatch(name) or COPIED.fullmatch(name)) and (path.is_symlink() or not path.is_dir()):
             yield path
 
 
-def _freed_bytes(folder: Path) -> int:
+def freed_bytes(folder: Path) -> int:
     """Return how many bytes of the disk ``remove`` frees, without those of downloaded files.
 
     A file that is downloaded already is not counted as needed, so it must not be counted as freed either.

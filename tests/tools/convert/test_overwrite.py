@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import edit_tensors, save_checkpoint, tree
+from checkpoints import edit_json, edit_tensors, save_checkpoint, tree
 from comparison import smallest_ram
 from faults import mounted
 from prepared import Prepared
@@ -20,7 +20,7 @@ from removals import IN_CHILD
 import moetier
 from moetier.tiers.errors import CheckpointError, DiskSpaceError, StoreFormatError, TargetError, TargetExistsError
 from moetier.tiers.layout import PAGE, Bits, ExpertKey
-from moetier.tiers.store.folder import GROUP, beside
+from moetier.tiers.store.folder import GROUP, JOURNAL, REPLACED, beside
 from moetier.tiers.store.mirror import read_mirrors
 from moetier.tiers.store.reader import ExpertStore
 from moetier.tiers.store.trunk import check_trunk
@@ -147,17 +147,18 @@ def test_where_names_can_not_be_exchanged_it_goes_on_too(scripts: Prepared, both
     check_killed(tmp_path, lines)
 
 
+def spoil(tensors: dict[str, torch.Tensor]) -> None:
+    """Make a weight of the last block a NaN."""
+    last = max(name for name in tensors if ".experts." in name)
+    tensors[last].view(-1)[-1] = torch.nan
+
+
 def test_a_source_that_can_not_be_converted_leaves_the_old_one(tmp_path: Path) -> None:
     """Its last block has a NaN. What was begun does not stay when another source is converted."""
     source = save_checkpoint(tmp_path / "src", shards=1)
     convert(source, tmp_path / "dst", bits=8, fast=True)
     old = tree(tmp_path / "dst")
     broken = Path(shutil.copytree(source, tmp_path / "broken" / "src"))
-
-    def spoil(tensors: dict[str, torch.Tensor]) -> None:
-        last = max(name for name in tensors if ".experts." in name)
-        tensors[last].view(-1)[-1] = torch.nan
-
     edit_tensors(broken, spoil)
     for _ in range(2):
         with pytest.raises(CheckpointError, match="are not finite numbers"):
@@ -170,6 +171,44 @@ def test_a_source_that_can_not_be_converted_leaves_the_old_one(tmp_path: Path) -
     convert(source, tmp_path / "new", fast=True)
     assert tree(tmp_path / "dst") == tree(tmp_path / "new")
     assert not beside(tmp_path / "dst").exists()
+
+
+def test_a_file_whose_name_is_taken_is_set_aside(both: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A process died after the exchange. Then files were made that have the names of files of the old model."""
+    dst = Path(shutil.copytree(tmp_path / "new", tmp_path / "dst"))
+    (dst / JOURNAL).write_text("{}")
+    (tmp_path / "old" / "plans").mkdir()
+    (tmp_path / "old" / "plans" / "b.txt").write_text("mine too")
+    (tmp_path / "old").rename(dst / REPLACED)
+    (dst / "notes").mkdir()
+    (dst / "notes" / "a.txt").write_text("later")
+    (dst / "plans").write_text("later too")
+    kept = {"notes/a.txt": b"later", "notes/a.txt.old": b"mine", "plans": b"later too", "plans.old/b.txt": b"mine too"}
+    convert(both, dst, fast=True, overwrite=True, quiet=False)
+    said = capfd.readouterr().err
+    assert tree(dst) == tree(tmp_path / "new") | kept
+    assert f"{dst / 'notes' / 'a.txt.old'}: a file of the old model" in said
+    assert f"{dst / 'plans.old' / 'b.txt'}: a file of the old model" in said
+    assert not convert(both, dst, fast=True, overwrite=True).was_complete
+    assert tree(dst) == tree(tmp_path / "new") | kept
+
+
+@pytest.mark.parametrize("option", ["overwrite", "replace_first"])
+def test_a_tokenizer_that_was_copied_by_hand_stays(
+    both: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], option: str
+) -> None:
+    """The checkpoint has none. A model of another checkpoint does not use it."""
+    dst, how = tmp_path / "old", {option: True, "fast": True}
+    (dst / "notes" / "a.txt").unlink()
+    (dst / "tokenizer.json").write_text("{}")
+    convert(both, dst, **how)
+    assert tree(dst) == tree(tmp_path / "new") | {"tokenizer.json": b"{}"}
+    other = Path(shutil.copytree(both, tmp_path / "other"))
+    edit_json(other / "config.json", rms_norm_eps=1e-4)
+    convert(other, tmp_path / "of other", fast=True)
+    convert(other, dst, quiet=False, **how)
+    assert f"{dst / 'tokenizer.json.old'}: a file of the old model" in capfd.readouterr().err
+    assert tree(dst) == tree(tmp_path / "of other") | {"tokenizer.json.old": b"{}"}
 
 
 def test_a_model_that_is_loaded_goes_on(both: Path, tmp_path: Path) -> None:
