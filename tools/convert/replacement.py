@@ -14,12 +14,14 @@ model uses it only if both models were made from the same checkpoint: otherwise 
 
 from __future__ import annotations
 
+import contextlib
 import os
+import stat
 from dataclasses import replace
 from pathlib import Path
 
 from moetier.tiers.errors import DiskSpaceError, StoreError, TargetError, TargetExistsError
-from moetier.tiers.store.atomic import exchange, rename_durably, sync_folder, write_durably
+from moetier.tiers.store.atomic import disk_errors, exchange, rename_durably, sync_folder, write_durably
 from moetier.tiers.store.folder import GROUP, JOURNAL, METADATA, MIRRORS, REPLACED, beside, read_manifest, read_plan
 from moetier.tiers.store.mirror import read_mirrors
 
@@ -171,6 +173,8 @@ def replace_model(conversion: Conversion) -> ConversionReport:
         for line in making.announce():
             conversion.say(line)
         conversion.say(f"{folder} stays as it is until the new model is complete")
+        with disk_errors(folder / GROUP):
+            _copy_access(folder, new)  # before anything is in it: the old model may be private
         report = making.make()
     mirrors = _keep_mirrors(folder, new)
     for path in _take_place(new, folder):
@@ -220,6 +224,20 @@ def _keep_mirrors(folder: Path, new: Path) -> list[Path]:
     return []
 
 
+def _copy_access(folder: Path, new: Path) -> None:
+    """Give the folders of the model in ``new`` the modes of those in ``folder``, and their owners if that is permitted.
+
+    Folders that are missing in ``new`` are made. They can be used by this process in any case.
+    """
+    for path, made in ((folder, new), (folder / GROUP, new / GROUP)):
+        found = path.stat()
+        made.mkdir(0o700, exist_ok=True)
+        for owner in (found.st_uid, -1):  # without privileges, the group may be given alone
+            with contextlib.suppress(PermissionError):
+                os.chown(made, owner, found.st_gid)
+        made.chmod(stat.S_IMODE(found.st_mode) | stat.S_IRWXU)
+
+
 def _take_place(new: Path, folder: Path) -> list[Path]:
     """Let the complete model in ``new`` take the place of the one in ``folder``, which is removed.
 
@@ -232,6 +250,7 @@ def _take_place(new: Path, folder: Path) -> list[Path]:
         return []
     with locked(str(folder), folder), locked(str(new), new):
         try:
+            _copy_access(folder, new)
             (new / REPLACED).mkdir(exist_ok=True)
             sync_folder(new)
             if not exchange(new, place):

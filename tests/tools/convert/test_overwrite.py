@@ -7,6 +7,7 @@ import json
 import mmap
 import os
 import shutil
+import stat
 from pathlib import Path
 
 import pytest
@@ -209,6 +210,30 @@ def test_a_tokenizer_that_was_copied_by_hand_stays(
     convert(other, dst, quiet=False, **how)
     assert f"{dst / 'tokenizer.json.old'}: a file of the old model" in capfd.readouterr().err
     assert tree(dst) == tree(tmp_path / "of other") | {"tokenizer.json.old": b"{}"}
+
+
+def test_the_folders_keep_their_modes_and_owners(tmp_path: Path) -> None:
+    """The folder beside the model has them from the beginning: others may not read a private one."""
+    source = save_checkpoint(tmp_path / "src", shards=1)
+    broken = Path(shutil.copytree(source, tmp_path / "broken" / "src"))
+    edit_tensors(broken, spoil)
+    convert(source, dst := tmp_path / "dst", bits=8, fast=True)
+
+    def access(folder: Path) -> list[tuple[int, int, int]]:
+        found = [path.stat() for path in (folder, folder / GROUP)]
+        return [(stat.S_IMODE(each.st_mode), each.st_uid, each.st_gid) for each in found]
+
+    if os.geteuid() == 0:
+        os.chown(dst, 1234, 1235)
+        os.chown(dst / GROUP, 1236, 1237)
+    dst.chmod(0o2710)
+    (dst / GROUP).chmod(0o700)
+    before = access(dst)
+    with pytest.raises(CheckpointError, match="are not finite numbers"):
+        convert(broken, dst, fast=True, overwrite=True)
+    assert access(beside(dst)) == before
+    convert(source, dst, fast=True, overwrite=True)
+    assert access(dst) == before
 
 
 def test_a_model_that_is_loaded_goes_on(both: Path, tmp_path: Path) -> None:
