@@ -20,7 +20,7 @@ from moetier.tiers.store.writer import StoreWriter, is_complete
 from moetier.tools.cli.progress import Progress
 
 from .files import empty, free_bytes, locked
-from .target import CONFIG, check_place, is_ours
+from .target import check_place, freed_bytes, is_ours, outside_store
 
 
 def make_mirror(directory: Path, target: Path, *, quiet: bool = True, overwrite: bool = False) -> None:
@@ -36,19 +36,22 @@ def make_mirror(directory: Path, target: Path, *, quiet: bool = True, overwrite:
     with ExpertStore.open(directory) as store:
         manifest = store.manifest
         shards = [ShardFile.of(target / GROUP, manifest, block) for block in range(len(manifest.blocks))]
-        missing = sum(shard.file_bytes for shard in shards if not is_complete(shard))
-        if overwrite and _is_mirror_of_another(target, manifest):
-            with locked(str(target), target):
-                empty(target, [])
-            missing = sum(shard.file_bytes for shard in shards)
-        digest, trunk = _found(target)
+        replaced = overwrite and _is_mirror_of_another(target, manifest)
+        missing = sum(shard.file_bytes for shard in shards if replaced or not is_complete(shard))
+        digest, trunk = ("", {}) if replaced else _found(target)
         if digest not in ("", manifest.digest):
             raise TargetExistsError(
                 f"{target} holds the experts of another model.", "Choose another folder for the mirror."
             )
         if missing or digest != manifest.digest:
-            if missing > (free := free_bytes(target)):
-                raise DiskSpaceError(f"{target} needs {missing:,} bytes more; {free:,} are free.", "Free some space.")
+            if missing > (free := free_bytes(target) + (freed_bytes(target) if replaced else 0)):
+                then = " once the old mirror is removed" if replaced else ""
+                raise DiskSpaceError(
+                    f"{target} needs {missing:,} bytes more; {free:,} are free{then}.", "Free some space."
+                )
+            if replaced:
+                with locked(str(target), target):
+                    empty(target, [])
             digest = _copy(store, target / GROUP, shards, trunk, Progress("mirror", missing, quiet=quiet))
     if digest != manifest.digest:
         raise ChecksumError(
@@ -75,8 +78,11 @@ def mirror_to(folder: Path, target: Path, *, overwrite: bool = False) -> None:
 
 
 def _is_mirror_of_another(target: Path, manifest: Manifest) -> bool:
-    """Return whether ``target`` has nothing but records, complete or not, and these are of another model."""
-    if not is_ours(target) or (target / CONFIG).exists():
+    """Return whether ``target`` has nothing but records, complete or not, and these are of another model.
+
+    An unfinished conversion has more: its journal, or files that are downloaded.
+    """
+    if not is_ours(target) or outside_store(target):
         return False
     try:
         plan = read_plan(target / GROUP)

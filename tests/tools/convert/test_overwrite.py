@@ -306,6 +306,36 @@ def test_mirrors_stay_with_their_records(both: Path, tmp_path: Path, capfd: pyte
     assert tree(tmp_path / "new") == before
 
 
+def test_an_unfinished_conversion_is_not_taken_for_a_mirror(tmp_path: Path) -> None:
+    source = save_checkpoint(tmp_path / "src", shards=1)
+    broken = Path(shutil.copytree(source, tmp_path / "broken" / "src"))
+    edit_tensors(broken, spoil)
+    with pytest.raises(CheckpointError, match="are not finite numbers"):
+        convert(broken, tmp_path / "begun", bits=8, fast=True)
+    before = tree(tmp_path / "begun")
+    assert any("/c/0/0/0" in name for name in before), "the first block is complete"
+    with pytest.raises(TargetExistsError):
+        convert(source, tmp_path / "dst", fast=True, mirror=tmp_path / "begun", overwrite=True)
+    assert tree(tmp_path / "begun") == before
+
+
+def test_a_mirror_is_replaced_only_if_the_new_one_fits(both: Path, tmp_path: Path) -> None:
+    """The room of the old one counts, and it is removed only then."""
+    convert(both, tmp_path / "large", bits=16)
+    with mounted("tmpfs", tmp_path / "disk", "size=64m") as disk:
+        mirror = disk / "mirror"
+        make_mirror(tmp_path / "old", mirror)
+        before = tree(mirror)
+        free = shutil.disk_usage(disk).free
+        with (disk / "ballast").open("wb") as ballast:
+            os.posix_fallocate(ballast.fileno(), 0, free - (1 << 16))
+        with pytest.raises(DiskSpaceError, match=r"are free once the old mirror is removed\."):
+            make_mirror(tmp_path / "large", mirror, overwrite=True)
+        assert tree(mirror) == before
+        make_mirror(tmp_path / "new", mirror, overwrite=True)
+        assert read_mirrors(tmp_path / "new") == [mirror]
+
+
 KILLED = """
 import json, shutil
 from pathlib import Path
