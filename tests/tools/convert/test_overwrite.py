@@ -34,7 +34,7 @@ import json, os, shutil, signal, sys
 from pathlib import Path
 import moetier.tools.convert.conversion, transformers.models.mixtral.modeling_mixtral
 from moetier.tools.convert.convert import convert
-source, old, work, every = sys.argv[1:]
+source, old, work, chosen = sys.argv[1:]
 CHANGES = ("os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.truncate")
 
 def replaced(folder, kill_at=None):
@@ -62,7 +62,7 @@ def fresh(name):
 
 _, changes = replaced(fresh("count"))
 first = next(number for number, change in enumerate(changes, 1) if "replaced~" in change)
-steps = sorted({*range(1, first, int(every)), *range(first, len(changes) + 1)})
+steps = [*eval(chosen, {"first": first, "last": len(changes)})]
 print(json.dumps([first, steps]))
 for step in steps:
     died, _ = replaced(folder := fresh(step), step)
@@ -123,22 +123,33 @@ def both(tmp_path: Path) -> Path:
     return source
 
 
-@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 9])
+# steps before which a replacement is killed: ``first`` is the one that makes the folder of the old model
+EVERY_STEP = pytest.param("range(1, last + 1)", id="every step", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [EVERY_STEP, pytest.param("[*range(20, first, 20), *range(first + 1, last + 1, 3)]", id="some steps")],
+)
 def test_a_replacement_that_is_killed_leaves_the_old_or_the_new_one(
-    scripts: Prepared, both: Path, tmp_path: Path, every: int
+    scripts: Prepared, both: Path, tmp_path: Path, chosen: str
 ) -> None:
-    result = scripts.run(REPLACING, both, tmp_path / "old", tmp_path / "work", every)
+    result = scripts.run(REPLACING, both, tmp_path / "old", tmp_path / "work", chosen)
     assert result.returncode == 0, result.stderr
     (first, steps), *lines = map(json.loads, result.stdout.splitlines())
     assert first > 20
+    assert len(steps) >= 7
     assert [step for step, _, _ in lines] == steps
     assert all((tmp_path / "work" / f"{step}-killed" / "dst").exists() for step in steps)
     check_killed(tmp_path, lines)
 
 
-def test_where_names_can_not_be_exchanged_it_goes_on_too(scripts: Prepared, both: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("chosen", [EVERY_STEP, pytest.param("range(first + 1, first + 4)", id="the renames")])
+def test_where_names_can_not_be_exchanged_it_goes_on_too(
+    scripts: Prepared, both: Path, tmp_path: Path, chosen: str
+) -> None:
     """Killed between two renames it leaves no model in its place, but both beside it."""
-    result = scripts.run(WITHOUT_EXCHANGE + REPLACING, both, tmp_path / "old", tmp_path / "work", "1000")
+    result = scripts.run(WITHOUT_EXCHANGE + REPLACING, both, tmp_path / "old", tmp_path / "work", chosen)
     assert result.returncode == 0, result.stderr
     (_, steps), *lines = map(json.loads, result.stdout.splitlines())
     (gone,) = [path for step in steps if not (path := tmp_path / "work" / f"{step}-killed" / "dst").exists()]
@@ -371,7 +382,7 @@ for step in range(1, steps + 1, int(every)):
 @pytest.mark.parametrize(
     ("cut", "every"),
     [
-        pytest.param(False, 4, id="some steps"),
+        pytest.param(False, 9, id="some steps"),
         pytest.param(False, 1, id="every step", marks=pytest.mark.slow),
         pytest.param(True, 1, id="every step, cut", marks=pytest.mark.slow),
     ],
