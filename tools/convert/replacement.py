@@ -114,7 +114,7 @@ def free_path(folder: Path, relative: Path, *, in_use: bool) -> Path:
 
 def set_aside(path: Path) -> str:
     """Return the sentence that says that a file of the old model has another name now."""
-    return f"{path}: a file of the old model, which has this name now, as the new model has or needs another"
+    return f"{path}: a file of the old model, set aside under this name"
 
 
 def discard(folder: Path) -> None:
@@ -136,8 +136,10 @@ def check_replaceable(folder: Path) -> None:
         reason = "it is the root of a file system"
     elif (place / GROUP).is_symlink():
         reason = f"its {GROUP} is a link"
-    elif locked_up := [each for each in (place, place.parent) if not os.access(each, os.W_OK | os.X_OK)]:
-        reason = f"{locked_up[0]} can't be written"
+    elif not os.access(place.parent, os.W_OK | os.X_OK):
+        reason = f"{place.parent} can't be written"
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise TargetError(f"{folder} can't be written, so it can't be replaced.", f"Run: chmod u+wx {folder}")
     if reason:
         raise TargetError(f"{folder} can't be replaced in one step, as {reason}.", FIRST)
     with locked(str(folder), folder):
@@ -225,17 +227,22 @@ def _keep_mirrors(folder: Path, new: Path) -> list[Path]:
 
 
 def _copy_access(folder: Path, new: Path) -> None:
-    """Give the folders of the model in ``new`` the modes of those in ``folder``, and their owners if that is permitted.
+    """Give the folders of the model in ``new`` the modes and owners of those in ``folder``, if that is permitted.
 
-    Folders that are missing in ``new`` are made. They can be used by this process in any case.
+    Folders that are missing in ``new`` are made. Their owner can use them in any case.
     """
     for path, made in ((folder, new), (folder / GROUP, new / GROUP)):
         found = path.stat()
         made.mkdir(0o700, exist_ok=True)
-        for owner in (found.st_uid, -1):  # without privileges, the group may be given alone
+        opened = os.open(made, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)  # no folder elsewhere is given away
+        try:
+            for owner in (found.st_uid, -1):  # without privileges, the group may be given alone
+                with contextlib.suppress(PermissionError):
+                    os.fchown(opened, owner, found.st_gid)
             with contextlib.suppress(PermissionError):
-                os.chown(made, owner, found.st_gid)
-        made.chmod(stat.S_IMODE(found.st_mode) | stat.S_IRWXU)
+                os.fchmod(opened, stat.S_IMODE(found.st_mode) | stat.S_IRWXU)
+        finally:
+            os.close(opened)
 
 
 def _take_place(new: Path, folder: Path) -> list[Path]:

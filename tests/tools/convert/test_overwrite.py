@@ -8,6 +8,7 @@ import mmap
 import os
 import shutil
 import stat
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from comparison import smallest_ram
 from faults import mounted
 from prepared import Prepared
 from removals import IN_CHILD
+from users import NOBODY, as_nobody, need_root
 
 import moetier
 from moetier.tiers.errors import CheckpointError, DiskSpaceError, StoreFormatError, TargetError, TargetExistsError
@@ -27,6 +29,7 @@ from moetier.tiers.store.reader import ExpertStore
 from moetier.tiers.store.trunk import check_trunk
 from moetier.tools.convert.convert import convert
 from moetier.tools.convert.mirror import make_mirror
+from moetier.tools.convert.replacement import check_replaceable
 from moetier.tools.convert.target import SLACK_BYTES
 
 REPLACING = """
@@ -245,6 +248,30 @@ def test_the_folders_keep_their_modes_and_owners(tmp_path: Path) -> None:
     assert access(beside(dst)) == before
     convert(source, dst, fast=True, overwrite=True)
     assert access(dst) == before
+
+
+def test_one_that_can_not_be_written_is_refused_before() -> None:
+    """Its own user has made it so. When it is exchanged, it is too late to say so."""
+    need_root()
+    with tempfile.TemporaryDirectory() as parent:  # another user can't enter pytest's own
+        Path(parent).chmod(0o777)
+        (folder := Path(parent, "model")).mkdir()
+        (folder / GROUP).mkdir()
+        folder.chmod(0o555)
+        os.chown(folder, NOBODY, NOBODY)
+        said = as_nobody(lambda: check_replaceable(folder))
+        assert said == f"TargetError: {folder} can't be written, so it can't be replaced. Run: chmod u+wx {folder}"
+
+
+def test_a_link_is_not_given_away(both: Path, tmp_path: Path) -> None:
+    """Someone else may have put it beside the model."""
+    (elsewhere := tmp_path / "elsewhere").mkdir()
+    elsewhere.chmod(0o711)
+    beside(tmp_path / "old").symlink_to(elsewhere)
+    (tmp_path / "old").chmod(0o777)
+    with pytest.raises(TargetError, match="can't be written"):
+        convert(both, tmp_path / "old", fast=True, overwrite=True)
+    assert (stat.S_IMODE(elsewhere.stat().st_mode), tree(elsewhere)) == (0o711, {})
 
 
 def test_a_model_that_is_loaded_goes_on(both: Path, tmp_path: Path) -> None:
