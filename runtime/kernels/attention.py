@@ -127,7 +127,8 @@ def _in_slices(
     if tokens <= most or asks_more(named, {"s_aux", "scaling"}):
         found: tuple[Tensor, Tensor | None] = attend(module, query, key, value, mask, **named)
         return found
-    masks = [mask] * -(-tokens // most) if mask is None else torch.split(mask, most, 2)
+    # a mask of one row is for all tokens
+    masks = [None] * -(-tokens // most) if mask is None else torch.split(mask.expand(-1, -1, tokens, -1), most, 2)
     parts = [
         attend(module, part, key, value, part_mask, **named)[0]
         for part, part_mask in zip(torch.split(query, most, 2), masks, strict=True)

@@ -15,8 +15,10 @@ from comparison import convert_tiny
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma4ForCausalLM
+from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 
 from moetier.runtime.generation.compat import CACHE
+from moetier.runtime.kernels import attention
 from moetier.runtime.kernels.attention import NAME, WITH_SINKS, _fits, decode_attention, use_decode_attention
 from moetier.runtime.kernels.attention_code import PIECE
 from moetier.runtime.kernels.growing_cache import use_growing_layers
@@ -139,6 +141,23 @@ def test_a_model_with_sinks_says_the_same_as_with_its_own_function() -> None:
             caches[number] = output[CACHE]
             found.append(output.logits)
         torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 50])
+def test_a_prompt_with_sinks_is_computed_some_tokens_at_a_time(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With no mask, with one row for all tokens, and with a row for each."""
+    torch.manual_seed(0)
+    layer = tiny_model("gpt_oss", torch.float32).model.layers[0].self_attn
+    heads, key_heads, width = layer.config.num_attention_heads, layer.config.num_key_value_heads, layer.head_dim
+    query, keys = torch.randn(2, heads, 50, width), torch.randn(2, key_heads, 50, width)
+    mask = -10 * torch.rand(2, 1, rows, 50) if rows else None
+    given = {"scaling": 0.2, "dropout": 0.0, "s_aux": layer.sinks}
+    with torch.inference_mode():
+        expected, _ = eager_attention_forward(layer, query, keys, keys, mask, **given)
+        monkeypatch.setattr(attention, "SLICE_BYTES", 7 * 2 * heads * 50 * attention.SCORE_BYTES)
+        found, weights = attention.sink_attention(layer, query, keys, keys, mask, **given)
+    assert weights is None, "computed in slices"
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_an_own_function_that_shall_return_weights_stays() -> None:
