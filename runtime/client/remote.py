@@ -152,7 +152,8 @@ class RemoteReader(Closeable):
     def renew(self) -> None:
         """Use a new connection for computations, because headers that were changed on their way confuse the old one.
 
-        HTTP/2 compresses headers by what it has sent before on the connection. The old one is closed with the others.
+        HTTP/2 compresses headers by what it has sent before on the connection. Calls on the old connection go on until
+        this is called again, which closes it.
         """
         with self._state, contextlib.suppress(MoetierError, *CALL_ERRORS):  # the next call raises these
             if self._channels is not None and not self._closed:
@@ -212,19 +213,29 @@ class _Channels:
             if address.folder is not None:
                 bearer = opened.enter_context(ControlConnection.open(address.folder, None)).session_id
             self._open = partial(open_channel, address, credentials, bearer=bearer)
-            channels = [opened.enter_context(self._open()) for _ in range(count + 1)]
+            channels = [opened.enter_context(self._open()) for _ in range(count)]
+            self._computing = [self._open()]  # the channel for computations, and behind it the one that it replaced
             self._opened = opened.pop_all()
-        self.close = self._opened.close
         self.first = channels[0]
         # they take and yield serialised messages: see ``encode_request`` and ``decode_piece``
         self.fetches: Iterator[Any] = itertools.cycle(
-            [channel.unary_stream(f"/{SERVICE}/Fetch") for channel in channels[:-1]]
+            [channel.unary_stream(f"/{SERVICE}/Fetch") for channel in channels]
         )
-        self.compute: Any = channels[-1].unary_stream(f"/{SERVICE}/Compute")
+        self.compute: Any = self._computing[0].unary_stream(f"/{SERVICE}/Compute")
 
     def renew(self) -> None:
-        """Open another channel for computations. Calls on the old one go on."""
-        self.compute = self._opened.enter_context(self._open()).unary_stream(f"/{SERVICE}/Compute")
+        """Open another channel for computations. Calls on the old one go on, until this is called again."""
+        self._computing.insert(0, self._open())
+        self.compute = self._computing[0].unary_stream(f"/{SERVICE}/Compute")
+        for channel in self._computing[2:]:
+            channel.close()
+        del self._computing[2:]
+
+    def close(self) -> None:
+        """Close all channels. Idempotent."""
+        for channel in self._computing:
+            channel.close()
+        self._opened.close()
 
 
 class _Transfer:

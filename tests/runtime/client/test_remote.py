@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from moetier.runtime.client import remote
 from moetier.runtime.client.remote import RemoteReader
 from moetier.runtime.daemon.fetch import Fetches
 from moetier.runtime.wire.address import Address, Credentials
-from moetier.runtime.wire.piece import PIECE_BYTES, encode_piece
+from moetier.runtime.wire.piece import PIECE_BYTES, decode_piece, encode_piece
 from moetier.tiers.errors import (
     ChecksumError,
     ClosedError,
@@ -38,6 +38,7 @@ from moetier.tiers.errors import (
 )
 from moetier.tiers.host.tier import HostTier
 from moetier.tiers.layout import ExpertKey
+from moetier.tiers.manifest import Manifest
 from moetier.tiers.store.checksum import checksum_bytes
 from moetier.tiers.store.reader import ExpertStore
 
@@ -405,6 +406,40 @@ def test_closing_ends_what_is_being_read(large: Path) -> None:
         reader.close()
         with pytest.raises((UnavailableError, ClosedError)):
             task.result(10)
+
+
+class Computer(Outlet):
+    """Begins to answer computations, and ends once ``goes_on`` is set."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        super().__init__(manifest, empty)
+        self.goes_on = threading.Event()
+
+    def Compute(self, request: pb.ComputeRequest, context: grpc.ServicerContext) -> Iterator[bytes]:  # type: ignore[override]  # serialised pieces
+        yield encode_piece(memoryview(b"begun"))
+        self.goes_on.wait(60)
+        yield encode_piece(memoryview(b"ended"))
+
+
+def test_renewed_connections_are_closed_and_calls_on_the_last_one_go_on(small: Path) -> None:
+    def connections() -> int:
+        found = 0
+        for each in Path("/proc/self/fd").iterdir():
+            with suppress(FileNotFoundError):  # closed meanwhile, as the one of this folder
+                found += str(each.readlink()).startswith("socket:")
+        return found
+
+    outlet = Computer(manifest_of(small))
+    with serving(outlet) as address, RemoteReader(address, PLAIN, manifest_of(small), patience=60) as reader:
+        opened = []
+        for _ in range(10):
+            call, _ = reader.compute(pb.ComputeRequest(), 1)
+            assert decode_piece(next(call))[0] == b"begun"
+            opened.append(connections())
+            reader.renew()
+        wait_until(lambda: connections() <= opened[1])
+        outlet.goes_on.set()
+        assert [decode_piece(message)[0] for message in call] == [b"ended"]
 
 
 # -- the daemon's side ------------------------------------------------------------------------------------------------
