@@ -33,7 +33,8 @@ from moetier.tiers.store.folder import check_directory, command, remaking
 from moetier.tiers.store.trunk import check_trunk
 
 from .decoded import decoded_weights, name_after
-from .registration import asked_for, install
+from .registration import Asked, asked_for, install
+from .trunk_files import TrunkFiles, checkpoint_files
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TOKENIZER_FILES = (
@@ -173,17 +174,24 @@ def model_of(
         dtype: the type in which the trunk is computed, or "auto".
         load: from_pretrained of the model's class, which gets the ``arguments`` and ``named`` too.
 
-    Raises the errors of transformers, and those of ``decoded_weights`` and ``trunk_of``.
+    Raises the errors of transformers, and those of ``decoded_weights``, ``trunk_of`` and ``TrunkFiles``.
     """
     chosen = _dtype(dtype)
-    trunk = trunk_of(folder, chosen) if is_gguf(folder) else None
-    with asked_for(asked, folder, trunk):
-        given = trunk.tensors if trunk else decoded_weights(folder, config, chosen) if is_checkpoint(folder) else None
+    files = TrunkFiles(folder, checkpoint_files(folder)) if is_checkpoint(folder) else None
+    try:
+        trunk = trunk_of(folder, chosen) if is_gguf(folder) else None
+        given = trunk.tensors if trunk else decoded_weights(folder, config, chosen) if files else None
         source = {} if given is None else {"state_dict": given}
         named = named | {"config": config, "dtype": chosen, "use_safetensors": True} | source
-        model = load(folder if given is None else None, *arguments, **named)
+        with asked_for(Asked(asked, folder, files, trunk)):
+            model = load(folder if given is None else None, *arguments, **named)
         if given is not None and trunk is None:
             name_after(model, folder)
+    except Exception:
+        if files is not None:
+            with contextlib.closing(files):
+                files.check()  # a change of a file explains any error
+        raise
     return model
 
 

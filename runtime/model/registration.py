@@ -12,6 +12,7 @@ import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,24 +56,31 @@ from moetier.tiers.store.trunk import check_small, check_trunk, trunk_records
 from .budgets import kv_cache_bytes, largest_decoded
 from .prefill import prefill_of
 from .tiers import Tiers, close_later
-from .trunk_files import TrunkFiles, mapped_bytes, trunk_paths
+from .trunk_files import TrunkFiles, mapped_bytes
 
 _lock = threading.Lock()
 IN_CONFIG = ("ram", "device_memory", "context", "exact")  # what a model directory's config.json may set
 
 _options: TierOptions = {}  # set by register(), for models that are loaded without load()
-# set by load(), for the model that it loads: its options, its folder or GGUF file, and the trunk of a GGUF file
-_asked: ContextVar[tuple[TierConfig, Path, GgufTrunk | None] | None] = ContextVar("asked", default=None)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What load() asks of from_pretrained for the model that it loads."""
+
+    config: TierConfig  # in place of the options in config.json
+    folder: Path  # its folder or GGUF file
+    files: TrunkFiles | None = None  # of a checkpoint, opened before anything was read from them
+    trunk: GgufTrunk | None = None  # of a GGUF file; its tensors are given to from_pretrained as a state dict
+
+
+_asked: ContextVar[Asked | None] = ContextVar("asked", default=None)
 
 
 @contextlib.contextmanager
-def asked_for(config: TierConfig, folder: Path, trunk: GgufTrunk | None = None) -> Iterator[None]:
-    """In this context, load the model of ``folder`` with the options ``config`` instead of those in its config.json.
-
-    ``folder`` may be a GGUF file. ``trunk`` is then its trunk, whose tensors are given to from_pretrained as a state
-    dict. For a model in a folder, ``trunk`` is None.
-    """
-    token = _asked.set((config, folder, trunk))
+def asked_for(asked: Asked) -> Iterator[None]:
+    """In this context, load the model that ``asked`` describes."""
+    token = _asked.set(asked)
     try:
         yield
     finally:
@@ -146,8 +154,10 @@ class MoetierQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
         self._folder = _folder_of(model, checkpoint_files)
-        config = config_of(self._folder)
-        self._files = TrunkFiles(self._folder, trunk_paths(self._folder, config, checkpoint_files))
+        config_of(self._folder)  # refuses what is unsafe
+        asked = _asked.get()
+        given = None if asked is None else asked.files
+        self._files = given or TrunkFiles(self._folder, list(map(Path, checkpoint_files or ())))
         modules = experts_modules(model)
         manifest, records = read_manifest(self._folder), dict[str, int]()
         if is_checkpoint(self._folder):
@@ -167,8 +177,8 @@ class MoetierQuantizer(HfQuantizer):
             module.config._experts_implementation_internal = NAME
         if manifest.trunk_records is not None:
             replace_linears(model, records, manifest.trunk_records)
-        if (given := _asked.get()) is not None and given[2] is not None:
-            replace_modules(model, given[2].layouts)
+        if asked is not None and asked.trunk is not None:
+            replace_modules(model, asked.trunk.layouts)
         model.config._experts_implementation = NAME
         for plan in ("_tp_plan", "_ep_plan"):
             kept = {key: style for key, style in (getattr(model, plan) or {}).items() if ".experts" not in key}
@@ -208,7 +218,7 @@ class MoetierQuantizer(HfQuantizer):
         device = _device_of(model)
         in_config: Any = {name: getattr(given, name) for name in IN_CONFIG}
         given_to_load = _asked.get()
-        asked = given_to_load[0] if given_to_load else TierConfig.of(**(in_config | _options))
+        asked = given_to_load.config if given_to_load else TierConfig.of(**(in_config | _options))
         use_threads(asked.threads)
         kernels = kernels_for(device, exact=asked.exact)
         linears = quantized_linears(model)
@@ -310,7 +320,7 @@ def _folder_of(model: PreTrainedModel, files: list[str] | None) -> Path:
     if files is None:
         given = _asked.get()
         assert given is not None, "weights given as a state dict have no store"
-        return given[1]
+        return given.folder
     asked = model.config.name_or_path
     folder = Path(asked) if asked and Path(asked).is_dir() else Path(files[0]).parent
     as_it_is = is_checkpoint(folder)

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
 from moetier.runtime.checkpoint.files import contained, is_gguf, weights_of
+from moetier.runtime.checkpoint.gguf import parts
 from moetier.runtime.memory import mapped_files
 from moetier.tiers.errors import StoreFormatError
 from moetier.tiers.store.atomic import read_errors
@@ -80,14 +80,14 @@ def _close(files: list[Unchanged], descriptors: list[int]) -> None:
         os.close(descriptor)
 
 
-def trunk_paths(folder: Path, config: Mapping[str, Any], files: Sequence[str] | None) -> list[Path]:
-    """Return the files that the trunk of ``folder`` is read from, which may be a GGUF file.
+def checkpoint_files(folder: Path) -> list[Path]:
+    """Return the files that a checkpoint's weights are read from: those of a folder, or all parts of a GGUF file.
 
-    ``config`` is its config, and ``files`` what transformers reads; None if it gets tensors.
+    ``folder`` is the folder, or the GGUF file. Raises CheckpointError or UnsafeCheckpointError.
     """
-    if files is not None:
-        return list(map(Path, files))
-    return [folder] if is_gguf(folder) else [contained(folder, name) for name in weights_of(folder, config)[0]]
+    if is_gguf(folder):
+        return parts(folder)
+    return [contained(folder, name) for name in weights_of(folder, {})[0]]  # {}: config_of refuses other weights
 
 
 def mapped_bytes(model: nn.Module) -> int:

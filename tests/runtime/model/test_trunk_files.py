@@ -18,7 +18,8 @@ from daemons import running_daemon
 from gguf_files import mostly, tiny_weights, write_gguf
 
 import moetier
-from moetier.runtime.model import trunk_files
+from moetier.runtime.checkpoint.gguf_trunk import trunk_of
+from moetier.runtime.model import load, trunk_files
 from moetier.runtime.model.trunk_files import mapped_bytes
 from moetier.tiers.errors import StoreFormatError
 
@@ -43,9 +44,17 @@ def gguf_file(folder: Path) -> tuple[Path, Path]:
     return path, path
 
 
-@pytest.fixture(scope="module", params=[store, checkpoint, gguf_file])
+def split_gguf(folder: Path) -> tuple[Path, Path]:
+    """The trunk is in all parts; the one that a test changes is the last."""
+    (folder / "parts").mkdir()
+    weights = tiny_weights("qwen3moe")
+    path = write_gguf(folder / "parts" / "model.gguf", weights, mostly("Q8_0"), tensors_of_a_part=8)
+    return path, max(path.parent.iterdir())
+
+
+@pytest.fixture(scope="module", params=[store, checkpoint, gguf_file, split_gguf])
 def original(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    if request.param is gguf_file:
+    if "gguf" in request.param.__name__:
         pytest.importorskip("gguf")
     found: tuple[Path, Path] = request.param(tmp_path_factory.mktemp("original"))
     return found
@@ -56,12 +65,9 @@ def places(original: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.Monk
     """A copy that a test may damage: the model, and the file of its trunk."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     model, file = original
-    if model.is_file():
-        shutil.copy(model, tmp_path / model.name)
-    else:
-        shutil.copytree(model, tmp_path / model.name)
+    folder = shutil.copytree(file.parent, tmp_path / "model")
     time.sleep(TICK)
-    return tmp_path / model.name, tmp_path / model.name / file.name if model.is_dir() else tmp_path / model.name
+    return folder / model.name if model.is_file() else folder, folder / file.name
 
 
 @contextmanager
@@ -77,11 +83,15 @@ def logits(model: Any) -> torch.Tensor:
     return found
 
 
-def overwrite(file: Path) -> None:
-    """All but the header, with other numbers."""
+def overwrite(file: Path, start: float = 0.5) -> None:
+    """The rest of a file from a share ``start`` of it on, which begins behind the header, or at 0."""
     with file.open("r+b") as stream:
-        stream.seek(-file.stat().st_size // 2, os.SEEK_END)
-        stream.write(bytes([1]) * (file.stat().st_size // 2))
+        stream.seek(int(start * file.stat().st_size))
+        stream.write(bytes([1]) * (file.stat().st_size - stream.tell()))
+
+
+def overwrite_all(file: Path) -> None:
+    overwrite(file, 0)
 
 
 def cut(file: Path) -> None:
@@ -112,6 +122,26 @@ def test_a_mapped_trunk_whose_file_changes_is_refused_by_name(
             with pytest.raises(StoreFormatError, match=f"{places[1]} was changed while it was in use") as caught:
                 compute(model)
         assert f"moetier verify {places[0]}" in caught.value.fix
+
+
+@pytest.mark.parametrize("original", [gguf_file, split_gguf], indirect=True)
+@pytest.mark.parametrize("change", [overwrite, cut, overwrite_all])
+@pytest.mark.parametrize("most", [0, trunk_files.COPIED_BYTES])
+def test_a_file_that_changes_while_it_is_read_is_refused_by_name(
+    places: tuple[Path, Path], change: Callable[[Path], None], most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the trunk was read, and before transformers builds the model."""
+    monkeypatch.setattr(trunk_files, "COPIED_BYTES", most)
+
+    def read_and_changed(*given: Any) -> Any:
+        found = trunk_of(*given)
+        change(places[1])
+        return found
+
+    monkeypatch.setattr(load, "trunk_of", read_and_changed)
+    with pytest.raises(StoreFormatError, match=f"{places[1]} was changed while it was in use"), loaded(places[0]):
+        pass
+    assert not [link for link in Path("/proc/self/fd").iterdir() if str(link.resolve()) == str(places[1])]
 
 
 @pytest.mark.parametrize("most", [0, trunk_files.COPIED_BYTES])
