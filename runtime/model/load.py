@@ -7,6 +7,7 @@ import inspect
 import logging
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -292,11 +293,15 @@ def _misfit(error: Exception) -> str | None:
 
 @contextlib.contextmanager
 def _report_held_back() -> Iterator[None]:
-    """Hold transformers' report of a loaded model's weights back, and log it unless an exception says it better."""
+    """Hold transformers' report of a loaded model's weights back, and log it unless an exception says it better.
+
+    Reports that other threads log are not held back: those are about other models.
+    """
     held: list[logging.LogRecord] = []
+    own = threading.get_ident()
 
     def passes(record: logging.LogRecord) -> bool:
-        is_report = "LOAD REPORT" in record.getMessage()
+        is_report = threading.get_ident() == own and "LOAD REPORT" in record.getMessage()
         if is_report:
             held.append(record)
         return not is_report

@@ -15,11 +15,15 @@ import torch
 from comparison import convert_tiny
 from faults import flip_bit
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from stores import without_sums
+from threads import Task
 from transformers import AutoModelForCausalLM
 
 import moetier
 from moetier.runtime.checkpoint.config_json import NOT_CARRIED
+from moetier.runtime.checkpoint.files import WEIGHTS
+from moetier.runtime.model.load import model_of
 from moetier.tiers.errors import MoetierError, StoreFormatError, UnsafeCheckpointError
 from moetier.tiers.store.folder import GROUP
 from moetier.tiers.store.trunk import INDEX
@@ -237,3 +241,23 @@ def test_sizes_that_do_not_fit_the_weights(
         moetier.load(directory, daemon="none")
     assert "config.json" in caught.value.fix
     assert "LOAD REPORT" not in caplog.text + capsys.readouterr().err
+
+
+def test_a_report_of_another_thread_is_logged_even_if_this_load_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    convert_tiny("mixtral", torch.bfloat16, tmp_path / "model")
+    good, bad = tmp_path / "model" / "source", copytree(tmp_path / "model" / "source", tmp_path / "bad")
+    save_file(load_file(good / WEIGHTS) | {"unknown": torch.ones(1)}, good / WEIGHTS, {"format": "pt"})
+    edit(bad / "config.json", lambda config: config.update(num_key_value_heads=4))
+
+    def load_both(folder: Path, *given: Any, **named: Any) -> Any:
+        if folder == bad:
+            Task(lambda: moetier.load(good, daemon="none")[0].tiers.close()).result()
+        return model_of(folder, *given, **named)
+
+    monkeypatch.setattr("moetier.runtime.model.load.model_of", load_both)
+    with pytest.raises(StoreFormatError, match="k_proj"):
+        moetier.load(bad, daemon="none")
+    (report,) = (message for message in caplog.messages if "LOAD REPORT" in message)
+    assert "unknown" in report
