@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from moetier.runtime.checkpoint.files import contained, is_gguf, weights_of
 from moetier.runtime.checkpoint.gguf import parts
 from moetier.runtime.memory import mapped_files
-from moetier.tiers.errors import StoreFormatError
+from moetier.tiers.errors import StoreError, StoreFormatError
 from moetier.tiers.store.atomic import read_errors
 from moetier.tiers.store.folder import command
 from moetier.tiers.store.unchanged import Unchanged
@@ -51,9 +51,13 @@ class TrunkFiles:
             self._files.append(Unchanged(path, self._descriptors[-1], self._advice))
 
     def check(self) -> None:
-        """Raise StoreFormatError if a file was written to since it was opened."""
-        for file in self._files:
-            file.check()
+        """Raise StoreFormatError if a file was written to since it was opened. Do nothing once they are closed."""
+        try:
+            for file in list(self._files):
+                file.check()
+        except StoreError:
+            if self.close.alive:  # else another thread has closed the descriptors meanwhile, and may use their numbers
+                raise
 
     def settle(self, model: nn.Module, *, is_shared: bool) -> None:
         """Copy a small trunk of a loaded model out of its files, unless it ``is_shared``. Close files without a use.
@@ -97,12 +101,12 @@ def mapped_bytes(model: nn.Module) -> int:
 
 def _copy_mapped(model: nn.Module) -> None:
     """Copy the model's tensors out of mapped files."""
-    copies: dict[tuple[object, ...], Tensor] = {}  # by address, size and type: the head may be the embedding
+    copies: dict[tuple[object, ...], Tensor] = {}  # the head may be the embedding
     for tensor in _mapped(model):
-        place = tensor.data_ptr(), tensor.nbytes, tensor.dtype
+        place = tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
         if place not in copies:
             copies[place] = tensor.detach().clone()
-        tensor.data = copies[place].view_as(tensor)
+        tensor.data = copies[place]
 
 
 def _mapped(model: nn.Module) -> Iterator[Tensor]:

@@ -16,11 +16,15 @@ from architectures import tiny_model
 from comparison import convert_tiny
 from daemons import running_daemon
 from gguf_files import mostly, tiny_weights, write_gguf
+from safetensors import safe_open
+from safetensors.torch import save_file
+from threads import Task
+from torch import nn
 
 import moetier
 from moetier.runtime.checkpoint.gguf_trunk import trunk_of
 from moetier.runtime.model import load, trunk_files
-from moetier.runtime.model.trunk_files import mapped_bytes
+from moetier.runtime.model.trunk_files import TrunkFiles, mapped_bytes
 from moetier.tiers.errors import StoreFormatError
 
 IDS = torch.arange(8)[None]
@@ -166,3 +170,46 @@ def test_clients_of_a_daemon_share_the_mapping(tmp_path: Path) -> None:
         model, _ = moetier.load(directory, daemon=str(tmp_path / "daemon"))
         with model.tiers:
             assert mapped_bytes(model) > 0
+
+
+def test_copies_of_one_matrix_and_its_transpose_are_what_they_were(tmp_path: Path) -> None:
+    save_file({"weight": torch.arange(16.0).reshape(4, 4)}, tmp_path / "file")
+    files = TrunkFiles(tmp_path, [tmp_path / "file"])
+    with safe_open(tmp_path / "file", "pt") as opened:
+        weight = opened.get_tensor("weight")
+    model = nn.Module()
+    for name, tensor in {"one": weight, "tied": weight, "turned": weight.T}.items():
+        model.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+    assert mapped_bytes(model) == 3 * weight.nbytes
+    files.settle(model, is_shared=False)
+    assert mapped_bytes(model) == 0
+    assert torch.equal(model.one, weight)
+    assert torch.equal(model.turned, weight.T)
+    assert model.tied.data_ptr() == model.one.data_ptr()
+
+
+def test_a_check_of_files_that_another_thread_closes_is_no_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The descriptor's number is another file's at once."""
+    for name in ("file", "other"):
+        (tmp_path / name).write_text(name)
+    other, fstat = os.open(tmp_path / "other", os.O_RDONLY), os.fstat
+    for reused in (False, True):
+        files = TrunkFiles(tmp_path, [tmp_path / "file"])
+
+        def closed_meanwhile(descriptor: int, files: TrunkFiles = files, reused: bool = reused) -> os.stat_result:
+            monkeypatch.setattr(os, "fstat", fstat)
+            Task(files.close).result()
+            if reused:
+                os.dup2(other, descriptor)
+            try:
+                return fstat(descriptor)
+            finally:
+                if reused:
+                    os.close(descriptor)
+
+        monkeypatch.setattr(os, "fstat", closed_meanwhile)
+        files.check()
+        files.check()
+    os.close(other)
