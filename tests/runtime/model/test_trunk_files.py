@@ -164,6 +164,24 @@ def test_a_file_that_another_one_replaces_goes_on(
         assert torch.equal(logits(model), expected)
 
 
+def test_a_mapped_trunk_whose_file_is_moved_or_backed_up_goes_on(
+    places: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trunk_files, "COPIED_BYTES", 0)
+    with loaded(places[0]) as model:
+        expected, found = logits(model), places[1].stat()
+        os.utime(places[1], ns=(found.st_atime_ns, found.st_mtime_ns))
+        assert torch.equal(logits(model), expected)
+        time.sleep(TICK)
+        moved = places[1].rename(places[1].with_name("moved"))
+        assert torch.equal(logits(model), expected)
+        time.sleep(TICK)
+        overwrite(moved)
+        os.utime(moved, ns=(found.st_atime_ns, found.st_mtime_ns))
+        with pytest.raises(StoreFormatError, match=f"{places[1]} was changed while it was in use"):
+            logits(model)
+
+
 def test_clients_of_a_daemon_share_the_mapping(tmp_path: Path) -> None:
     directory, _ = store(tmp_path)
     with running_daemon(directory, folder=tmp_path / "daemon"):

@@ -127,6 +127,58 @@ def test_a_file_whose_bytes_stay_is_read_on(opens: Opens, change: Callable[[Path
         assert read_record(store, KEY) == records[KEY]
 
 
+def restore_times(path: Path) -> None:
+    """As a backup does with the time of the last access."""
+    found = path.stat()
+    os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns))
+
+
+def link_and_unlink(path: Path) -> None:
+    link = path.with_name("link")
+    link.hardlink_to(path)
+    link.unlink()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda path: path.rename(path.with_name("moved")),
+        lambda path: path.chmod(path.stat().st_mode),
+        restore_times,
+        link_and_unlink,
+    ],
+    ids=["moved", "same mode", "access time", "link and unlink"],
+)
+def test_a_file_whose_change_time_alone_differs_is_read_on_with_a_warning(
+    opens: Opens, change: Callable[[Path], object], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store, path, records = opens(tmp_path / "model")
+    with store:
+        before = path.stat().st_ctime_ns
+        change(path)
+        path = path if path.exists() else path.with_name("moved")
+        assert path.stat().st_ctime_ns != before
+        assert read_record(store, KEY) == records[KEY]
+        time.sleep(TICK)
+        restore_times(path)
+        assert {key: read_record(store, key) for key in records} == records
+        assert sum("Its change time (ctime) differs" in message for message in caplog.messages) == 1
+        time.sleep(TICK)
+        overwrite_and_set_the_time_back(path, other(opens, tmp_path / "other"))
+        with pytest.raises(StoreFormatError, match="was changed while it was in use: its change time"):
+            read_record(store, KEY)
+
+
+@pytest.mark.parametrize("mode", [0o400, 0o600])
+def test_a_new_mode_does_not_hide_a_change(opens: Opens, mode: int, tmp_path: Path) -> None:
+    store, path, _ = opens(tmp_path / "model")
+    with store:
+        overwrite_and_set_the_time_back(path, other(opens, tmp_path / "other"))
+        path.chmod(mode)
+        with pytest.raises(StoreFormatError, match="was changed while it was in use: its change time"):
+            read_record(store, KEY)
+
+
 def test_after_a_new_mode_a_change_is_still_noticed(opens: Opens, tmp_path: Path) -> None:
     store, path, records = opens(tmp_path / "model")
     with store:
