@@ -37,10 +37,8 @@ def serving(
     with model.tiers:
         parts = model, tokenizer, context, 16
         engine: Any = Together(*parts, 2) if together else OneByOne(*parts)
-        try:
+        with engine.running():
             yield application("small", engine, None, most, **seconds), engine
-        finally:
-            engine.stop()
 
 
 @contextmanager

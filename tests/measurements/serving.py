@@ -55,15 +55,13 @@ def main() -> None:
         for way in ("one by one", "together"):
             parts = model, tokenizer, context, PREFILL_CHUNK
             engine = OneByOne(*parts) if way == "one by one" else Together(*parts, most)
-            try:
+            with engine.running():
                 asyncio.run(answers(engine, prompts[-1:]))
                 for requests in arguments.requests:
                     before, start = model.tiers.stats()[0].misses, time.perf_counter()
                     tokens = asyncio.run(answers(engine, prompts[:requests]))
                     seconds, misses = time.perf_counter() - start, model.tiers.stats()[0].misses - before
                     lines.append([f"{requests} {way}", f"{tokens / seconds:.1f}", f"{misses / tokens:.1f}"])
-            finally:
-                engine.stop()
     print(table(lines))
 
 

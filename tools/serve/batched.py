@@ -40,10 +40,7 @@ class Together(Engine):
     """
 
     def __init__(self, model: Any, tokenizer: Any, context: int, chunk: int, requests: int) -> None:
-        """Start the batch, which computes at most ``chunk`` tokens in a step, and try it on one token.
-
-        Raises ConfigError if transformers can't batch the model.
-        """
+        """Compute at most ``chunk`` tokens in a step. Raises ConfigError if transformers can't batch the model."""
         super().__init__(model, tokenizer, context)
         if not can_resume(model):
             raise self._unable("not all of its layers keep keys and values.")
@@ -67,13 +64,15 @@ class Together(Engine):
                 auto_switch_to_flash=False,
             ),
         )
+
+    def _start(self) -> None:
+        """Start the batch, and try it on one token."""
         self._batching.start()
         self._batching.add_request([0], max_new_tokens=1, **GREEDY)  # shows whether the model can be batched
         while (output := self._batching.get_result(timeout=1.0)) is None and self._batching.is_running():
             pass
         if output is None or output.error is not None:
             error = self._fatal_error or (output.error if output else None)
-            self.stop()
             raise self._unable(str(error).splitlines()[0])
 
     def _unable(self, why: str) -> ConfigError:
@@ -133,7 +132,7 @@ class Together(Engine):
         with router._lock:
             router.result_handlers.pop(answer.id, None)
 
-    def stop(self) -> None:
+    def _stop(self) -> None:
         """Stop computing after the present step. Wait for that step for at most PATIENCE seconds."""
         self._batching.stop(block=True, timeout=PATIENCE, hard_stop=True)
 

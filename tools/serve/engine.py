@@ -155,7 +155,8 @@ class Answer:
 class Engine(ABC):
     """Base class of engines, which compute answers with one model.
 
-    ``context`` is the maximum number of tokens of a prompt and its answer together.
+    It computes in the block of ``running``. ``context`` is the maximum number of tokens of a prompt and its answer
+    together.
     """
 
     def __init__(self, model: Any, tokenizer: Any, context: int) -> None:
@@ -186,9 +187,26 @@ class Engine(ABC):
         for answer in list(self._answers):
             answer.cut()
 
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Start the engine, and stop it after the block.
+
+        An exception stops it at any moment, such as one of Ctrl-C while it starts: Python's exit would wait for its
+        thread. Raises ConfigError if the engine can't compute the model.
+        """
+        try:
+            self._start()
+            yield
+        finally:
+            self._stop()
+
     @abstractmethod
-    def stop(self) -> None:
-        """Stop computing after the present step or answer."""
+    def _start(self) -> None:
+        """Start to compute. Raises ConfigError if the engine can't compute the model."""
+
+    @abstractmethod
+    def _stop(self) -> None:
+        """Stop computing after the present step or answer. The engine may not have started, or only partly."""
 
     @contextlib.contextmanager
     def _begun(self, job: Job) -> Iterator[Answer]:

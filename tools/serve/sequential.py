@@ -26,7 +26,6 @@ class OneByOne(Engine):
         self._queue = SimpleQueue[Answer | None]()
         self._faults: list[BaseException] = []  # one, if it has ended the thread
         self._thread = threading.Thread(target=self._work, name="moetier-answers")
-        self._thread.start()
 
     @property
     def is_alive(self) -> bool:
@@ -43,10 +42,14 @@ class OneByOne(Engine):
             answer.fail(self._faults[0])
         return answer
 
-    def stop(self) -> None:
+    def _start(self) -> None:
+        self._thread.start()
+
+    def _stop(self) -> None:
         """Wait until all queued answers are computed or skipped, and stop. Answers that have ended are skipped."""
         self._queue.put(None)
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._thread.join()
 
     def _work(self) -> None:
         try:

@@ -50,9 +50,10 @@ def serving(
         context = min(arguments.context, longest_context(model.config) or arguments.context)
         parts = model, tokenizer, context, model.tiers.prefill_chunk
         engine = OneByOne(*parts) if arguments.parallel == 1 else Together(*parts, arguments.parallel)
-        gc.collect()
-        gc.freeze()  # collections stop all threads: from now on they visit only what requests have made
-        try:
-            yield application(name, engine, key, arguments.parallel + arguments.queue), engine
-        finally:
-            engine.stop()
+        with engine.running():
+            try:
+                gc.collect()
+                gc.freeze()  # collections stop all threads: from now on they visit only what requests have made
+                yield application(name, engine, key, arguments.parallel + arguments.queue), engine
+            finally:
+                gc.unfreeze()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ pytest.importorskip("uvicorn", reason='pip install ".[serve]"')
 import httpx2
 import scripted
 from http_servers import listening
+from prepared import Prepared
 from readers import PATIENCE
 from tokenizers import decoders
 from tokenizers.decoders import Decoder
@@ -36,11 +38,9 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     with model.tiers:
         parts = model, tokenizer, 200, 400
         found: Any = Together(*parts, 16) if request.param == "together" else OneByOne(*parts)
-        try:
+        with found.running():
             asyncio.run(ask_all(found, [(TEXT, text(1))]))  # whatever thread it needs is there now
             yield found
-        finally:
-            found.stop()
 
 
 async def ask_all(engine: Any, requests: list[tuple[str, dict[str, Any]]]) -> list[httpx2.Response]:
@@ -112,3 +112,28 @@ def test_a_closed_event_loop_reaches_nobody_else(engine: Any) -> None:
     after = engine.tally.counts()
     assert after["under_way"] == 0
     assert after["cancelled"] - before["cancelled"] == 1
+
+
+INTERRUPTED = """
+import gc, os, signal, sys
+from transformers import ContinuousBatchingManager
+from moetier.tools.main import main
+def interrupt(*_, **__):
+    os.kill(os.getpid(), signal.SIGINT)
+{} = interrupt
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize(
+    ("place", "parallel"), [("gc.freeze", 1), ("gc.freeze", 2), ("ContinuousBatchingManager.get_result", 2)]
+)
+def test_ctrl_c_while_the_server_starts_ends_it(
+    scripts: Prepared, tinymix_4bit: Path, place: str, parallel: int
+) -> None:
+    """Its thread computes already, or is being tried."""
+    words = ["serve", tinymix_4bit, "--port", 0, "--daemon", "none", "--parallel", parallel, "--context", 64]
+    done = scripts.run(INTERRUPTED.replace("{}", place), *words, timeout=PATIENCE)
+    assert done.returncode == 130
+    assert done.stderr.endswith("moetier: interrupted\n")
+    assert "Traceback" not in done.stderr

@@ -112,13 +112,11 @@ def served(request: pytest.FixtureRequest, paths: Callable[[str], Path]) -> Iter
     with model.tiers:
         parts = model, tokenizer, 400, 64
         engine: Any = Together(*parts, 2) if together else OneByOne(*parts)
-        try:
+        with engine.running():
             found = Served(kind.removesuffix(".gguf"), engine)
             with found.asks(None) as ask:
                 ask(max_tokens=1)  # whatever thread it needs is there now
             yield found
-        finally:
-            engine.stop()
 
 
 QUICK = {

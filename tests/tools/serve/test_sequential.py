@@ -41,12 +41,10 @@ def test_a_damaged_record_fails_an_answer_and_says_so_in_the_log(
 
     with model.tiers:
         engine = OneByOne(model, tokenizer, 64, 16)
-        try:
+        with engine.running():
             for _ in range(2):
                 with pytest.raises(Refusal, match=re.escape(FAILED)):
                     asyncio.run(answer(engine))
-        finally:
-            engine.stop()
         counts = engine.tally.counts()
         assert [counts[name] for name in ("answered", "cancelled", "failed", "under_way")] == [0, 0, 2, 0]
     errors = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
