@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import logging
 import re
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 from transformers.cli.serving.utils import ToolCall, get_response_template, response_events_to_chunks
@@ -58,15 +59,15 @@ def form_of(model: Any, tokenizer: Any) -> AnswerForm | None:
 class AnswerParser:
     """Parser of one answer. Its parts are strings, and transformers' ReasoningText and ToolCall objects.
 
-    If transformers' parser fails, as for a malformed tool call, the rest of the answer is plain text, from the last
-    text that was parsed on.
+    If transformers' parser fails, as for a malformed tool call, the rest of the answer is plain text, from the mark
+    that began the call. The parts depend on the answer's text alone, not on the pieces in which it comes.
     """
 
     def __init__(self, form: AnswerForm, template: ResponseTemplate, prefill: str, tools: Sequence[Any] | None) -> None:
         self._parser: ResponseParser | None = _begun(template, prefill, list(tools or ()))
         self._form = form
         self._template = template
-        self._unparsed = ""  # text since the last part: marks, a tool call, and what may be the beginning of a mark
+        self._start = len(self._parser._buffer)  # place in the parser's text where the rest would begin
 
     @property
     def skipped(self) -> Container[int]:
@@ -75,13 +76,19 @@ class AnswerParser:
 
     def feed(self, text: str) -> list[Any]:
         """Return the parts that are complete with ``text``, the next text of the answer."""
-        if self._parser is None:
-            return [text]
-        self._unparsed += text
-        try:
-            return self._parts(self._parser.feed(text))
-        except Exception as error:  # any, as the parser evaluates what a model wrote
-            return self._rest(error)
+        parts = list[Any]()
+        for place, letter in enumerate(text):
+            if self._parser is None:
+                parts.append(text[place:])
+                break
+            try:  # letter by letter, as the parser loses what a piece has in front of a malformed call
+                parts += _parts(self._parser.feed(letter))
+            except Exception as error:  # any, as the parser evaluates what a model wrote
+                parts += self._rest(error)
+            else:
+                if self._parser._current != CALLS:
+                    self._start = self._parser._pos
+        return [part for _, like in itertools.groupby(parts, type) for part in _joined(like)]
 
     def finish(self) -> list[Any]:
         """Return the last parts, after the last text. A tool call that has no end is plain text."""
@@ -91,32 +98,27 @@ class AnswerParser:
             events = self._parser.finalize()[1]
             if any(event["type"] == "region_close" and not self._is_ended(event["field"]) for event in events):
                 raise ValueError("a tool call has no end")
-            return self._parts(events)
+            return _parts(events)
         except Exception as error:
-            for mark in self._form.special.values():  # a mark that ended the answer within the call
-                self._unparsed = self._unparsed.removesuffix(mark)
-            return self._rest(error)
+            return self._rest(error, self._form.special.values())
 
     def _is_ended(self, name: str) -> bool:
         """Return whether the answer has the end mark of a field. True if it is not CALLS, or has no end mark."""
         end = self._template.fields[name].close_re
         return name != CALLS or end is None or end.search(self._unparsed) is not None
 
-    def _parts(self, events: Sequence[Mapping[str, Any]]) -> list[Any]:
-        parts, unparsed = list[Any](), self._unparsed
-        for event in events:
-            parts += _parts_of(event)
-            if event["type"] == "region_chunk" and not event["dirty"]:
-                unparsed = unparsed.rpartition(event["text"])[2]
-            elif event["type"] == "region_close" and event["field"] != self._template.implicit:
-                unparsed = ""
-        self._unparsed = unparsed
-        return parts
-
-    def _rest(self, error: Exception) -> list[str]:
+    def _rest(self, error: Exception, ends: Iterable[str] = ()) -> list[str]:
+        """Return the text from the failed call on, without the marks ``ends``, of which one may have ended it."""
         _log.info("the rest of an answer is plain text: its parser failed with %s", type(error).__name__)
-        rest, self._parser, self._unparsed = self._unparsed, None, ""
+        rest, self._parser = self._unparsed, None
+        for mark in ends:
+            rest = rest.removesuffix(mark)
         return [rest] if rest else []
+
+    @property
+    def _unparsed(self) -> str:
+        assert self._parser is not None
+        return self._parser._buffer[self._start :]
 
 
 def _begun(template: ResponseTemplate, prefill: str, tools: list[Any]) -> ResponseParser:
@@ -129,6 +131,16 @@ def _begun(template: ResponseTemplate, prefill: str, tools: list[Any]) -> Respon
     changes = [event for event in parser.initial_events if event["type"] in ("region_open", "region_close")]
     is_within = changes and changes[-1]["type"] == "region_open" and changes[-1]["field"] != template.implicit
     return parser if is_within else fresh  # outside of all marks, only the fresh one holds no text of the prompt back
+
+
+def _joined(like: Iterable[Any]) -> list[Any]:
+    """Return parts of one type: texts as one text, others as they are."""
+    parts = list(like)
+    return [type(parts[0])("".join(parts))] if isinstance(parts[0], str) else parts
+
+
+def _parts(events: Iterable[Mapping[str, Any]]) -> list[Any]:
+    return [part for event in events for part in _parts_of(event)]
 
 
 def _parts_of(event: Mapping[str, Any]) -> list[Any]:

@@ -6,10 +6,12 @@ The models write given texts (``scripted``). What a prompt has, marks among it, 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,11 +22,14 @@ pytest.importorskip("uvicorn", reason='pip install ".[serve]"')
 import httpx2
 import scripted
 from http_servers import listening
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from readers import PATIENCE
 
 import moetier
 from moetier.tools.serve.app import application
 from moetier.tools.serve.batched import Together
+from moetier.tools.serve.parsing import form_of
 from moetier.tools.serve.sequential import OneByOne
 
 CHAT = "/v1/chat/completions"
@@ -207,3 +212,36 @@ def test_a_call_that_is_cut_is_text(served: Served) -> None:
     with served.asks(scripted.own_template(served.kind)) as ask:
         assert _shown(ask(scripted.CUT, tools=TOOLS, max_tokens=3)) == ("".join(text[:-1]), None, [], "length")
         assert _shown(ask(scripted.CUT, tools=TOOLS)) == ("".join(text[:-1]), None, [], "stop")
+
+
+def parsed(kind: str, pieces: Iterable[str]) -> list[tuple[str, Any]]:
+    """(type, text) of an answer's parts; texts of one type that follow each other are one."""
+    model = SimpleNamespace(config=SimpleNamespace(model_type=kind))
+    form = form_of(model, scripted.tokenizer_of(kind))
+    assert form is not None
+    parser = form.parser("", TOOLS)
+    parts = [part for piece in pieces for part in parser.feed(piece)] + parser.finish()
+    texts = [
+        (type(part).__name__, part if isinstance(part, str) else f"{part.name} {part.arguments}") for part in parts
+    ]
+    return [(name, "".join(text for _, text in like)) for name, like in itertools.groupby(texts, lambda each: each[0])]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in scripted.FORMS if kind != "olmoe"])
+@settings(max_examples=100)
+@given(data=st.data())
+def test_an_answer_has_the_same_parts_in_any_pieces(kind: str, data: st.DataObject) -> None:
+    """With malformed calls, and with what looks like the beginning of a mark."""
+    _, _, think, thought, call, called = scripted.FORMS[kind]
+    inner = [text for token in (scripted.TOOL, scripted.NO_JSON) for text in scripted.texts_of(kind).get(token, ())]
+    fragments = ["a", "t", "<", " ", "\n", "]", "\u00e9", think, thought, call, called, call[:2], call[2:], *inner]
+    text = "".join(data.draw(st.lists(st.sampled_from(fragments), max_size=8)))
+    cuts = sorted(data.draw(st.sets(st.integers(1, max(len(text) - 1, 1)))))
+    pieces = [text[start:end] for start, end in itertools.pairwise([0, *cuts, len(text)])]
+    whole = parsed(kind, [text])
+    assert whole == parsed(kind, text) == parsed(kind, pieces)
+
+
+def test_a_malformed_call_takes_no_text_from_what_is_before_it() -> None:
+    for pieces in (["t<t", "ool_call>]</tool_call> after"], ["a", "<tool_call>a </tool_call>", "x"]):
+        assert parsed("qwen3_moe", pieces) == [("str", "".join(pieces))]
