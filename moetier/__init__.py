@@ -32,10 +32,8 @@ _FOR_TORCH = (
     ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32", "DNNL_PRIMITIVE_CACHE_CAPACITY"),
     ("LRU_CACHE_CAPACITY", "32", ""),
 )
-_SET: dict[str, str] = {}  # those that were set here
 if "torch" not in sys.modules:
-    _SET |= {name: value for name, value, other in _FOR_TORCH if not {name, other} & os.environ.keys()}
-    os.environ |= _SET
+    os.environ |= {name: value for name, value, other in _FOR_TORCH if not {name, other} & os.environ.keys()}
 
 _exported = exports(
     __name__,

@@ -59,10 +59,11 @@ def use_threads(threads: int | None = None) -> int:
 
 
 def compute_as_others_do() -> None:
-    """Remove the variables that ``import moetier`` has set for torch. Call this before torch is loaded.
+    """Remove the variables that ``import moetier`` has set for torch, here or in the process that started this one.
 
-    It is for measurements of other engines, which then run as they do for their own users.
+    Call this before torch is loaded. It is for measurements of other engines, which then run as they do for their own
+    users. A variable is taken for moetier's if it has moetier's value.
     """
-    for name, value in moetier._SET.items():
+    for name, value, _ in moetier._FOR_TORCH:
         if os.environ.get(name) == value:
             del os.environ[name]

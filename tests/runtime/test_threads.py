@@ -20,7 +20,10 @@ from moetier.tools.cli.parser import walk
 from moetier.tools.main import build_parser, main
 
 CPU, CPUSET = Path("/sys/fs/cgroup/cpu"), Path("/sys/fs/cgroup/cpuset")
-FREE = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "GOMP_SPINCOUNT")}
+FOR_TORCH = (
+    "OMP_NUM_THREADS", "GOMP_SPINCOUNT", "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"
+)  # fmt: skip
+FREE = {name: value for name, value in os.environ.items() if name not in FOR_TORCH}
 several = pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one CPU")
 
 
@@ -233,12 +236,19 @@ def test_openmp_spins_for_a_bounded_time_unless_the_user_says_otherwise(
         assert int(found[0]) > 1_000_000
 
 
-def test_another_engine_spins_as_its_own_users_have_it() -> None:
-    code = "import os, moetier.runtime.threads as threads; print(os.environ['GOMP_SPINCOUNT'])\n"
-    code += "threads.compute_as_others_do(); print(os.environ.get('GOMP_SPINCOUNT'))"
-    for variables, expected in (({}, ["2000", "None"]), ({"GOMP_SPINCOUNT": "5"}, ["5", "5"])):
-        done = subprocess.run([sys.executable, "-c", code], env=FREE | variables, stdout=subprocess.PIPE, check=True)
-        assert done.stdout.decode().split() == expected
+def test_another_engine_runs_as_its_own_users_have_it() -> None:
+    """Also in a child of a process that has imported moetier."""
+    names = "('GOMP_SPINCOUNT', 'ONEDNN_PRIMITIVE_CACHE_CAPACITY', 'LRU_CACHE_CAPACITY')"
+    show = f"import os, moetier.runtime.threads as threads; print(*(os.environ.get(name) for name in {names}))\n"
+    code = show + "threads.compute_as_others_do()\n" + show
+    parent = "import moetier, subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]], check=True)"
+    for variables, expected in (
+        ({}, ["2000 32 32", "None None None"]),
+        ({"GOMP_SPINCOUNT": "5", "LRU_CACHE_CAPACITY": "6"}, ["5 32 6", "5 None 6"]),
+    ):
+        for words in (["-c", code], ["-c", parent, code]):
+            done = subprocess.run([sys.executable, *words], env=FREE | variables, stdout=subprocess.PIPE, check=True)
+            assert done.stdout.decode().splitlines() == expected
 
 
 def _torch_folder() -> Path:
