@@ -96,6 +96,7 @@ def prompt_bar(model: Any, tokens: int, chunk: int) -> Iterator[None]:
         yield
         return
     from moetier.runtime.moe.experts import experts_modules
+    from moetier.runtime.moe.gates import Observer
 
     modules = experts_modules(model).values()
     total = len(modules) * (-(-tokens // chunk) if chunks_of(model, tokens, chunk) else 1)
@@ -109,18 +110,19 @@ def prompt_bar(model: Any, tokens: int, chunk: int) -> Iterator[None]:
     hooks = list[Any]()
 
     def end() -> None:
-        for hook in hooks:  # a module with a hook is not computed together with others
+        for hook in hooks:
             hook.remove()
         hooks.clear()
         bar.close()
 
-    def advance(*_: object) -> None:
+    def advance() -> None:
         bar.update()
         if bar.n >= total:  # the last block begins
             end()
 
     try:
-        hooks += [module.register_forward_pre_hook(advance) for module in modules]
+        # an Observer, as a model with other hooks computes in other ways than without the bar
+        hooks += [module.register_forward_pre_hook(Observer(advance, lambda *_: ())) for module in modules]
         yield
     finally:
         end()

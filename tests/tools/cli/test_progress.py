@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import pytest
+import torch
 from terminals import Terminal
+
+import moetier
+from moetier.runtime.moe.layers import OneTokenLayer
+from moetier.tools.cli.progress import prompt_bar
 
 PROMPT = "la mattina seguente " * 100
 SIZE = 100, 30  # of the terminal
@@ -48,3 +57,38 @@ def test_chat_shows_how_far_its_prompt_is(tinymix_4bit: Path) -> None:
         terminal.wait_for("first after .*>>> ")
         terminal.type("/exit\n")
         assert terminal.status() == 0
+
+
+@pytest.fixture
+def tty() -> Iterator[Any]:
+    """A terminal to write to, which shows nothing."""
+    main, other = os.openpty()
+    with os.fdopen(other, "w") as found:
+        yield found
+    os.close(main)
+
+
+def test_a_bar_does_not_change_how_a_prompt_is_computed(
+    tinymix_4bit: Path, tty: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last chunk is one token, which compiled layers compute."""
+    computed, of = list[bool](), OneTokenLayer.of
+
+    def seen(layer: OneTokenLayer, *arguments: Any, **named: Any) -> Any:
+        found = of(layer, *arguments, **named)
+        computed.append(found is not None)
+        return found
+
+    monkeypatch.setattr(OneTokenLayer, "of", seen)
+    model, _ = moetier.load(tinymix_4bit, daemon=None)
+    ids, ways = torch.arange(3, 20)[None], list[list[bool]]()
+    prompt = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with model.tiers:
+        for stderr in (sys.stderr, sys.stderr, tty):  # the first prompt finds out how layers can be computed
+            computed.clear()
+            monkeypatch.setattr(sys, "stderr", stderr)
+            with prompt_bar(model, 17, 16):
+                model.generate(**prompt, max_new_tokens=1, prefill_chunk_size=16, do_sample=False)
+            ways.append(computed[:])
+    assert any(ways[1])
+    assert ways[1] == ways[2]
