@@ -87,9 +87,12 @@ class LingeringTransport:
             self._transport.close()
             return
         self._lingers = True
-        self._transport.write_eof()
-        self._transport.resume_reading()
         asyncio.get_running_loop().call_later(LINGER_SECONDS, self._transport.close)
+        try:
+            self._transport.write_eof()
+            self._transport.resume_reading()
+        except OSError:  # the client has reset the connection
+            self._transport.abort()
 
 
 class BoundedProtocol(H11Protocol):

@@ -7,6 +7,7 @@ import contextlib
 import json
 import logging
 import socket
+import struct
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -20,7 +21,7 @@ from readers import PATIENCE
 from starlette.applications import Starlette
 from threads import wait_until
 
-from moetier.tools.serve.listen import Server, bind
+from moetier.tools.serve.listen import LingeringTransport, Server, bind
 from moetier.tools.serve.middleware import MOST_BYTES, AccessControl, RequestLimits
 
 MOST, CONNECTIONS = 3, 8
@@ -208,6 +209,32 @@ def test_a_client_that_sends_for_ever_is_left(address: tuple[str, int]) -> None:
 
         with pytest.raises(ConnectionError):
             send()
+
+
+def test_a_client_that_resets_when_it_is_refused_is_left() -> None:
+    """The server does not read at that moment, so only the end of its own side tells it."""
+
+    async def refuse() -> None:
+        loop = asyncio.get_running_loop()
+        made, lost = loop.create_future(), asyncio.Event()
+
+        class Connection(asyncio.Protocol):
+            def connection_made(self, transport: asyncio.BaseTransport) -> None:
+                made.set_result(transport)
+
+            def connection_lost(self, _: Exception | None) -> None:
+                lost.set()
+
+        async with await loop.create_server(Connection, "127.0.0.1", 0) as server:
+            client = socket.create_connection(server.sockets[0].getsockname())
+            transport = await made
+            transport.pause_reading()
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            client.close()
+            LingeringTransport(transport, lambda: True).close()
+            await asyncio.wait_for(lost.wait(), PATIENCE)
+
+    asyncio.run(refuse())
 
 
 def test_headers_that_trickle_have_no_more_time(application: Application) -> None:
