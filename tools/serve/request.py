@@ -194,7 +194,7 @@ class Message(_Open):
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[Any, BeforeValidator(_text)] = None
-    tool_calls: list[Call] | None = None
+    tool_calls: Annotated[list[Call] | None, FailFast()] = None
     tool_call_id: str | None = None
 
 
@@ -203,7 +203,7 @@ class ChatBody(Body):
 
     messages: Annotated[list[Message], FailFast()] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1, le=MOST_TOKENS)
-    tools: list[Tool] | None = None
+    tools: Annotated[list[Tool] | None, FailFast()] = None
     tool_choice: Literal["auto", "none"] | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: Annotated[str, Field(max_length=32)] | None = None

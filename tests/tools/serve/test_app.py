@@ -258,6 +258,8 @@ COSTLY = {
     "arguments": json.dumps({"messages": called({"name": "f", "arguments": "[" + "[]," * (5 << 20) + "1]"})}).encode(),
     "escapes": b'{"prompt": "' + b"\\n" * (7 << 20) + b'", "n": 2}',
     "messages": json.dumps({"messages": [0] * 60_000}).encode(),
+    "tools": json.dumps({"messages": [USER], "tools": [0] * 60_000}).encode(),
+    "calls": json.dumps({"messages": [{"role": "assistant", "tool_calls": [0] * 60_000}]}).encode(),
 }
 
 

@@ -9,6 +9,9 @@ import pytest
 
 pytest.importorskip("starlette", reason='pip install ".[serve]"')
 
+from pydantic import ValidationError
+
+from moetier.tools.serve.bounded_json import BoundedJson
 from moetier.tools.serve.refusal import Refusal
 from moetier.tools.serve.request import ChatBody, TextBody, UnknownFields, checked, unknown_fields
 
@@ -170,3 +173,19 @@ def test_a_request_has_no_say_in_how_its_template_is_applied(name: str, value: o
 def test_what_a_template_may_know_is_passed_on() -> None:
     asked = {"messages": [USER], "chat_template_kwargs": {"enable_thinking": False, "thinking_budget": None}}
     assert checked(asked, ChatBody, "small")["chat_template_kwargs"]["enable_thinking"] is False
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"messages": [0, 0]},
+        {"messages": [USER], "tools": [0, 0]},
+        {"messages": [{"role": "assistant", "tool_calls": [0, 0]}]},
+        {"messages": [USER], "stop": ["", ""]},
+    ],
+)
+def test_no_more_errors_are_looked_for_than_are_said(body: dict[str, Any]) -> None:
+    """A list may have 65,536 of them. The four stop strings are few enough."""
+    with pytest.raises(ValidationError) as raised:
+        ChatBody.model_validate(body, context=BoundedJson())
+    assert raised.value.error_count() == (2 if "stop" in body else 1)
