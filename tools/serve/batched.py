@@ -33,6 +33,13 @@ class AtOnce:
         callback(*arguments)
 
 
+class Nowhere:
+    """Stand-in for the queue of outputs that have no callback: those of answers that have ended."""
+
+    def put(self, output: Any) -> None:
+        """Forget ``output``."""
+
+
 class Together(Engine):
     """Engine that computes up to ``requests`` answers at a time, with transformers' continuous batching.
 
@@ -74,6 +81,7 @@ class Together(Engine):
         if output is None or output.error is not None:
             error = self._fatal_error or (output.error if output else None)
             raise self._unable(str(error).splitlines()[0])
+        self._batching.output_router.output_queue = Nowhere()
 
     def _unable(self, why: str) -> ConfigError:
         return ConfigError(
@@ -111,7 +119,7 @@ class Together(Engine):
             with router._lock:
                 # register_result_handler would call _take in the event loop, in one call for all answers of a step
                 router.result_handlers[answer.id] = partial(self._take, answer), AtOnce()
-            added = self._batching.add_request(
+            self._batching.add_request(
                 job.ids,
                 request_id=answer.id,
                 streaming=True,
@@ -119,8 +127,8 @@ class Together(Engine):
                 eos_token_id=self.model.generation_config.eos_token_id,
                 **sampling,
             )
-            if added is None:  # the computing thread ends
-                raise Refusal(503, FAILED)
+            if self._batching.background_thread_status.can_accept_new_requests() is not None:
+                raise Refusal(503, FAILED)  # the computing thread ends, and may have looked at its queue before
             self.tally.add(prompt_tokens=len(job.ids))
         return answer
 

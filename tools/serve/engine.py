@@ -148,7 +148,10 @@ class Answer:
         self._engine.tally.add(under_way=-1, **{outcome: 1})
         kept = "" if self.kept_tokens is None else f" ({self.kept_tokens} of them cached)"
         _log.info("%s: %d prompt tokens%s, %d new tokens", outcome, self._prompt_tokens, kept, self.new_tokens)
-        self._engine.drop(self)
+        try:
+            self._engine.drop(self)
+        except Exception as error:  # the client must get the end of its answer nevertheless
+            log_failure("Removing an answer from the engine", error)
         return True
 
 

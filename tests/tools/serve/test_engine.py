@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,13 @@ from prepared import Prepared
 from readers import PATIENCE
 from tokenizers import decoders
 from tokenizers.decoders import Decoder
+from transformers.generation.continuous_batching.requests import GenerationOutput
 
 import moetier
 from moetier.tools.serve.app import application
 from moetier.tools.serve.batched import Together
-from moetier.tools.serve.engine import Job
+from moetier.tools.serve.engine import Answer, Job
+from moetier.tools.serve.refusal import Refusal
 from moetier.tools.serve.sequential import OneByOne
 
 KIND = "qwen3_moe"
@@ -112,6 +115,69 @@ def test_a_closed_event_loop_reaches_nobody_else(engine: Any) -> None:
     after = engine.tally.counts()
     assert after["under_way"] == 0
     assert after["cancelled"] - before["cancelled"] == 1
+
+
+def test_an_end_that_fails_is_an_end(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine can't remove an answer."""
+    drop = engine.drop
+
+    def fail(answer: Answer) -> None:
+        drop(answer)
+        raise OSError
+
+    monkeypatch.setattr(engine, "drop", fail)
+    answers = asyncio.run(ask_all(engine, [(TEXT, text(2)), (TEXT, text(4, stop="xxx"))]))
+    assert texts(answers) == ["xx", ""]
+
+
+@pytest.mark.parametrize("engine", ["together"], indirect=True)
+def test_outputs_of_cancelled_answers_are_not_kept(engine: Any) -> None:
+    """Their clients leave while a step computes the next token."""
+    leaving = list[Answer]()
+
+    def leave(*_: Any) -> None:
+        while leaving:
+            leaving.pop().cancel()
+
+    async def ask() -> None:
+        ids = engine.tokenizer(scripted.LOOP)["input_ids"]
+        for _ in range(20):
+            answer = engine.submit(Job(ids, 150))
+            leaving.append(answer)
+            async with asyncio.timeout(PATIENCE):
+                while not answer.ended:
+                    await asyncio.sleep(0.001)
+        assert len([piece async for piece in engine.submit(Job(ids, 8)).pieces()]) == 8
+
+    hook = engine.model.register_forward_pre_hook(leave)
+    try:
+        asyncio.run(ask())
+    finally:
+        hook.remove()
+    assert sum(isinstance(each, GenerationOutput) for each in gc.get_objects()) < 5
+
+
+def test_a_request_that_comes_while_the_thread_ends_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was let in before, and is queued after the thread has looked at its queue for the last time."""
+    model, tokenizer = moetier.load(scripted.write_checkpoint(tmp_path, KIND), daemon=None)
+
+    async def ask() -> None:
+        engine.submit(Job([0], 1))
+
+    with model.tiers:
+        engine = Together(model, tokenizer, 200, 400, 2)
+        with engine.running():
+            queue = engine._batching.input_queue
+            put = queue.put
+
+            def late(*given: Any, **named: Any) -> None:
+                engine._batching.stop(hard_stop=True)
+                put(*given, **named)
+
+            monkeypatch.setattr(queue, "put", late)
+            with pytest.raises(Refusal, match="failed"):
+                asyncio.run(ask())
+        assert engine.tally.counts()["under_way"] == 0
 
 
 INTERRUPTED = """
