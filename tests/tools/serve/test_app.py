@@ -20,6 +20,7 @@ from http_servers import serving
 from readers import PATIENCE
 from threads import wait_until
 
+from moetier.tools.serve.app import application
 from moetier.tools.serve.waiting import ALIVE
 
 TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -32,6 +33,19 @@ def app(request: pytest.FixtureRequest, tinymix_4bit: Path) -> Iterator[Any]:
     with serving(tinymix_4bit, context=400, together=request.param == "together") as (found, _):
         answer_of(found, TEXT, {"prompt": "Uno"})  # whatever thread it needs is there now
         yield found
+
+
+@pytest.fixture(scope="module")
+def engine(tinymix_4bit: Path) -> Iterator[Any]:
+    """One by one, with a context that limits no body."""
+    with serving(tinymix_4bit, context=1 << 20, together=False) as (_, found):
+        yield found
+
+
+def with_template(engine: Any, template: Any) -> Any:
+    """An application with this chat template."""
+    engine.tokenizer.chat_template = template
+    return application("small", engine, None, 64)
 
 
 def answer_of(app: Any, path: str, body: dict[str, Any]) -> httpx2.Response:
@@ -176,19 +190,19 @@ def test_tools_that_the_template_does_not_use(app: Any, stream: bool) -> None:
         ({"default": WITHOUT_TOOLS}, 400),
     ],
 )
-def test_tools_are_for_templates_that_use_them(tinymix_4bit: Path, template: Any, status: int) -> None:
-    with serving(tinymix_4bit, context=400, together=False, template=template) as (app, _):
-        answer = answer_of(app, CHAT, {"messages": [USER], "tools": TOOLS})
-        assert answer.status_code == status, answer.text
-        assert answer_of(app, CHAT, {"messages": [USER]}).status_code == 200
+def test_tools_are_for_templates_that_use_them(engine: Any, template: Any, status: int) -> None:
+    app = with_template(engine, template)
+    answer = answer_of(app, CHAT, {"messages": [USER], "tools": TOOLS})
+    assert answer.status_code == status, answer.text
+    assert answer_of(app, CHAT, {"messages": [USER]}).status_code == 200
 
 
-def test_the_template_knows_how_much_to_reason(tinymix_4bit: Path) -> None:
+def test_the_template_knows_how_much_to_reason(engine: Any) -> None:
     """Others ignore it, as text completions do."""
     template = "{{ 'a' + reasoning_effort }}{% if reasoning_effort == 'high' %}{{ 'a' + 5 }}{% endif %}"
-    with serving(tinymix_4bit, context=400, together=False, template=template) as (app, _):
-        assert answer_of(app, CHAT, {"messages": [USER], "reasoning_effort": "low"}).status_code == 200
-        assert refused(app, CHAT, {"messages": [USER], "reasoning_effort": "high"})["param"] == "messages"
+    app = with_template(engine, template)
+    assert answer_of(app, CHAT, {"messages": [USER], "reasoning_effort": "low"}).status_code == 200
+    assert refused(app, CHAT, {"messages": [USER], "reasoning_effort": "high"})["param"] == "messages"
 
 
 def test_what_agents_send_is_taken(app: Any, caplog: pytest.LogCaptureFixture) -> None:
@@ -216,9 +230,9 @@ def test_one_name_and_the_time_of_the_start(app: Any) -> None:
     assert set(re.findall(r'model="([^"]*)"', metrics.text)) == {"small"}
 
 
-def test_a_template_that_does_not_like_what_it_is_given(tinymix_4bit: Path) -> None:
-    with serving(tinymix_4bit, context=400, together=False, template="{{ 'a' + budget }}") as (app, _):
-        error = refused(app, CHAT, {"messages": [USER], "chat_template_kwargs": {"budget": 5}})
+def test_a_template_that_does_not_like_what_it_is_given(engine: Any) -> None:
+    app = with_template(engine, "{{ 'a' + budget }}")
+    error = refused(app, CHAT, {"messages": [USER], "chat_template_kwargs": {"budget": 5}})
     assert error["message"].startswith("The model's chat template refuses these messages: can only concatenate str")
 
 
@@ -264,7 +278,7 @@ COSTLY = {
 
 
 @pytest.mark.parametrize("name", COSTLY)
-def test_no_body_stops_other_requests(tinymix_4bit: Path, name: str) -> None:
+def test_no_body_stops_other_requests(engine: Any, name: str) -> None:
     """Python's parser, which holds its lock, would stop them for seconds."""
 
     async def ask(app: Any) -> tuple[httpx2.Response, float]:
@@ -277,8 +291,7 @@ def test_no_body_stops_other_requests(tinymix_4bit: Path, name: str) -> None:
                 longest, last = max(longest, time.monotonic() - last), time.monotonic()
             return await request, longest
 
-    with serving(tinymix_4bit, context=1 << 20, together=False) as (app, _):
-        answer, longest = asyncio.run(ask(app))
+    answer, longest = asyncio.run(ask(application("small", engine, None, 64)))
     assert answer.status_code == 400, answer.text
     assert longest < 1.0
 
@@ -410,15 +423,13 @@ def test_a_prompt_beyond_the_models_own_context(tinymix_4bit: Path) -> None:
                 assert (said["param"], said["code"]) == ("prompt", "context_length_exceeded")
 
 
-def test_a_fault_of_the_server(tinymix_4bit: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with serving(tinymix_4bit, context=400, together=False) as (app, engine):
+def test_a_fault_of_the_server(engine: Any, caplog: pytest.LogCaptureFixture) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        del engine.submit
+        raise OSError("a secret")
 
-        def broken(*_: Any, **__: Any) -> Any:
-            del engine.submit
-            raise OSError("a secret")
-
-        engine.submit = broken
-        answer = answer_of(app, TEXT, {"prompt": "Due"})
+    engine.submit = broken
+    answer = answer_of(application("small", engine, None, 64), TEXT, {"prompt": "Due"})
     said = {"message": "The request failed; the server's log says why.", "type": "server_error"}
     assert (answer.status_code, answer.json()) == (500, {"error": said | {"param": None, "code": None}})
     assert "POST /v1/completions failed with OSError" in caplog.messages
