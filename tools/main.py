@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from moetier.tiers.addresses import redacted
 from moetier.tiers.errors import ConfigError, MoetierError
@@ -127,15 +127,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_PIPE_CLOSED
 
 
-def command(work: Callable[[], int] = main) -> int:
-    """Do the whole work of this process, and return its exit code.
+def command() -> int:
+    """Run the command line as the whole work of this process, and return the exit code.
 
     When the work has ended, Ctrl-C ends the process at once: Python still ends threads then, and would print a
     traceback.
     """
     _is_whole.set()
     try:
-        return work()
+        return main()
     finally:
         _let_interrupts_end()
 
