@@ -23,8 +23,9 @@ SCRIPT = """
 import sys
 from ray.cluster_utils import Cluster
 cluster = Cluster()
-for count in sys.argv[1:]:
-    cluster.add_node(num_cpus=int(count), include_dashboard=False, object_store_memory=80 << 20)
+memory = {"memory": int(sys.argv[1])} if sys.argv[1] != "None" else {}
+for count in sys.argv[2:]:
+    cluster.add_node(num_cpus=int(count), include_dashboard=False, object_store_memory=80 << 20, **memory)
 print(cluster.address, flush=True)
 sys.stdin.read()
 cluster.shutdown()
@@ -49,9 +50,9 @@ def free_port() -> int:
 
 
 class RayCluster:
-    """A cluster with one node for each number of CPUs."""
+    """A cluster with one node for each number of CPUs, each with ``memory`` bytes for actors (None: Ray's default)."""
 
-    def __init__(self, cpus: Sequence[int], place: Path) -> None:
+    def __init__(self, cpus: Sequence[int], place: Path, memory: int | None = None) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="ray"))  # the paths of its sockets must be short
         (self._folder / "ray").mkdir()  # where the cluster writes its address
         self._log = place / "cluster.log"
@@ -65,7 +66,7 @@ class RayCluster:
         }
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", SCRIPT, *map(str, cpus)],
+                [sys.executable, "-c", SCRIPT, str(memory), *map(str, cpus)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -168,8 +169,8 @@ class RayCluster:
 
 
 @contextlib.contextmanager
-def ray_cluster(cpus: Sequence[int], place: Path) -> Iterator[RayCluster]:
-    cluster = RayCluster(cpus, place)
+def ray_cluster(cpus: Sequence[int], place: Path, memory: int | None = None) -> Iterator[RayCluster]:
+    cluster = RayCluster(cpus, place, memory)
     try:
         yield cluster
     finally:

@@ -27,16 +27,17 @@ def daemon_bytes(directory: Path, ram: str | None, offered: int) -> int:
 
     Args:
         directory: the model directory.
-        ram: the option --ram. A share is a share of the free memory, or of ``offered`` if that is less.
+        ram: the option --ram. A share is a share of the free memory, or of ``offered`` if that is less. Of a size, no
+            more is used than the experts have.
         offered: bytes of memory that Ray can offer on this node.
 
     Raises MoetierError if the model can't be opened, or the memory is too small for it.
     """
     asked = None if ram is None else Size.parse(ram)
-    if asked is not None and asked.bytes is not None:
-        return asked.bytes
     with open_experts(directory) as experts:
         manifest = experts.manifest
+    if asked is not None and asked.bytes is not None:
+        return min(asked.bytes, manifest.stored_bytes)
     available = replace(available_memory(), share=DEFAULT_SHARE)
     if offered < available.bytes:
         available = replace(available, bytes=offered, limiter="Ray")

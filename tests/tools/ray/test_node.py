@@ -13,7 +13,9 @@ pytest.importorskip("ray", reason='pip install ".[ray]"')
 
 from readers import PATIENCE
 
+from moetier.tiers.store.folder import read_manifest, store_folder
 from moetier.tools.ray.node import BOUND
+from moetier.tools.ray.replica import daemon_bytes
 
 ACTOR = """
 import sys, threading, time, types
@@ -87,3 +89,9 @@ def test_a_daemon_does_not_start_without_its_actor(is_parent: bool) -> None:
     command = [sys.executable, "-c", BOUND, str(parent), "-c", "print('started')"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout == ("started\n" if is_parent else "")
+
+
+def test_no_more_memory_is_reserved_than_the_experts_have(tinymix_4bit: Path) -> None:
+    stored = read_manifest(store_folder(tinymix_4bit)).stored_bytes
+    for ram, expected in (("64GiB", stored), (f"{stored // 2}B", stored // 2), ("100%", stored)):
+        assert daemon_bytes(tinymix_4bit, ram, 1 << 40) == expected
