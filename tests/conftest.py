@@ -40,6 +40,11 @@ os.environ["MOETIER_CONFIG"] = os.devnull
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a job that a shell began with "&", and in its children
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+with contextlib.suppress(ImportError):  # obstore's threads and descriptors stay: they begin here, and not in a test
+    import obstore.store
+
+    obstore.list(obstore.store.MemoryStore()).collect()
+
 tqdm.tqdm.monitor_interval = 0  # else the first progress bar of anybody starts a thread that stays
 
 # how long an example takes tells of the machine's other work

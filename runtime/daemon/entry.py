@@ -18,7 +18,7 @@ SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 
 def serve(config: DaemonConfig) -> int:
     """Run a daemon until SIGTERM or SIGINT, and return its exit status. Raises MoetierError if it can't start."""
-    os.umask(0o077)
+    umask = os.umask(0o077)
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     # each client takes two descriptors, and each shard one
     with contextlib.suppress(OSError, ValueError):
@@ -33,4 +33,5 @@ def serve(config: DaemonConfig) -> int:
             pass
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, former)
+        os.umask(umask)
     return 0

@@ -27,7 +27,7 @@ from .control_server import ControlServer
 from .log import log_event
 from .options import DaemonConfig
 from .server import bind, local_server, reflect, remote_server, server_credentials, stop
-from .startup import open_models
+from .startup import open_models, open_stores
 from .systemd import ServiceManager
 
 LOCK = "lock"  # file in the daemon's folder
@@ -109,9 +109,10 @@ def _start(
     """Open the models, and start all servers. ``closing`` will close everything that is opened here."""
     token = read_token(config.token_file) if config.token_file is not None else None
     credentials = server_credentials(config.tls_cert, config.tls_key, config.tls_client_ca)
+    stores = open_stores(config.directories, closing)  # a model that is missing leaves no folder behind
     make_folder(config.folder)
     was_killed = closing.enter_context(locked_folder(config.folder))
-    models = open_models(config, manager, closing, was_killed=was_killed)
+    models = open_models(config, stores, manager, closing, was_killed=was_killed)
     clients = Clients(models, leases=config.leases, patience=config.wait)
     servers = [local_server(clients, sessions=config.max_clients)]
     if config.listen:

@@ -36,22 +36,24 @@ _UNLIMITED = Available(1 << 62, "")
 _log = logging.getLogger(__name__)
 
 
+Stores = Mapping[str, ExpertStore | MirroredStore | ExtentStore]  # from digests to stores
+
+
 def open_models(
     config: DaemonConfig,
+    stores: Stores,
     manager: ServiceManager,
     closing: contextlib.ExitStack,
     *,
     was_killed: bool,
 ) -> dict[str, HostedModel]:
-    """Open the models that ``config`` names, and return a dictionary from digests to models.
+    """Open the models of ``stores``, and return a dictionary from digests to models.
 
     ``closing`` will close everything that is opened here. ``was_killed``: whether the last daemon in this folder was
     killed. If so, that daemon may not have ended yet, and may lock its arenas for a moment.
 
-    Raises StoreError if a store can't be opened, ConfigError if two stores hold the same experts, and BudgetError if
-    the memory is too small.
+    Raises BudgetError if the memory is too small.
     """
-    stores = _open_stores(config.directories, closing)
     manifests = {digest: store.manifest for digest, store in stores.items()}
     passed = [(_systemd_holder(name), descriptor) for name, descriptor in manager.passed]
     found = reclaim_arenas(manifests, passed, patience=_DYING if was_killed else 0.0)
@@ -99,10 +101,8 @@ def open_models(
     return models
 
 
-def _open_stores(
-    directories: Sequence[Path], closing: contextlib.ExitStack
-) -> dict[str, ExpertStore | MirroredStore | ExtentStore]:
-    """Open the experts of directories, and return a dictionary from digests to stores.
+def open_stores(directories: Sequence[Path], closing: contextlib.ExitStack) -> Stores:
+    """Open the experts of directories, and return a dictionary from digests to stores. ``closing`` will close them.
 
     Raises StoreError or CheckpointError if one can't be opened, and ConfigError if two hold the same experts.
     """

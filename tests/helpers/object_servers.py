@@ -25,12 +25,6 @@ ENDLESS_BYTES = 1 << 40
 KEYS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_REGION": "us-east-1"}
 
 
-with contextlib.suppress(ImportError):  # obstore's threads and descriptors stay: they begin here, and not in a test
-    import obstore.store
-
-    obstore.list(obstore.store.MemoryStore()).collect()
-
-
 class FolderServer:
     """Serves ``folder`` as http://127.0.0.1:PORT/, with ranges. ``fault`` says how it answers a GET of a name:
 

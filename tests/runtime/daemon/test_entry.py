@@ -35,6 +35,7 @@ from moetier.tiers.errors import UnavailableError
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.store.folder import read_manifest
+from moetier.tools.main import main
 
 SLOT = layout_of().slot_bytes
 Store = tuple[Path, Manifest, dict[ExpertKey, bytes]]
@@ -80,6 +81,21 @@ def test_it_starts_serves_and_leaves_nothing(store: Store, tmp_path: Path) -> No
         assert next(event["event"] for event in events) == "ready"
         assert [event["event"] for event in events][-3:] == ["signal", "drained", "stopped"]
         assert all(event["level"] == "info" and event["time"].endswith("Z") for event in events)
+
+
+def test_a_daemon_without_its_model_makes_no_folder_and_keeps_the_umask(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the program that has called it goes on."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "run"))
+    before = os.umask(0o027)
+    try:
+        assert main(["daemon", str(tmp_path / "no.gguf")]) == 1
+        assert "There is no file" in capsys.readouterr().err
+        assert os.umask(0o027) == 0o027
+    finally:
+        os.umask(before)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("name", ["with space", "per%20cent", "ü", "#?x"])
@@ -229,7 +245,7 @@ def test_stores_that_cannot_be_served_are_said(store: Store, tmp_path: Path) -> 
         result = starting(directories, "--folder", tmp_path / "d")
         assert result.returncode == 1
         assert len(result.stderr.splitlines()) == 2, result.stderr
-        assert list((tmp_path / "d").iterdir()) == []
+        assert not (tmp_path / "d").exists()
 
 
 def test_a_folder_that_is_not_safe_is_refused(store: Store, tmp_path: Path) -> None:
