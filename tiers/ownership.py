@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from collections.abc import Iterator
@@ -44,7 +45,8 @@ def check_cache_folder(root: Path, top: Path) -> None:
     _check(root, top, found)
     if found.st_mode & (stat.S_IRWXG | stat.S_IRWXO):  # else no other user can enter it
         for path in _below(top):
-            _check(root, path, path.lstat())
+            with contextlib.suppress(FileNotFoundError):  # a writer has just given it its final name, or removed it
+                _check(root, path, path.lstat())
 
 
 def _below(top: Path) -> Iterator[Path]:

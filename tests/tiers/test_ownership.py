@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 import pytest
 from stores import make_store
+from threads import wait_until
 from users import NOBODY, as_nobody, need_root
 
 from moetier.tiers.errors import ConfigError
 from moetier.tiers.objects.fetch import fetch, outline
+from moetier.tiers.ownership import check_cache_folder
 
 pytest.importorskip("obstore")
 
@@ -91,6 +95,24 @@ def test_a_link_in_place_of_the_folder_is_refused(address: str, tmp_path: Path) 
     folder.parent.rename(tmp_path / "elsewhere")
     folder.parent.symlink_to(tmp_path / "elsewhere")
     assert "is a symbolic link" in refusal(address, tmp_path / "cache")
+
+
+def test_a_file_that_another_process_renames_meanwhile_is_no_fault(address: str, tmp_path: Path) -> None:
+    folder = fetch(address, tmp_path / "cache")
+    folder.parent.chmod(0o755)
+    code = (
+        "import pathlib, sys\n"
+        "path = pathlib.Path(sys.argv[1])\n"
+        "while True: path.touch(), path.rename(path.with_suffix('.json')), path.with_suffix('.json').unlink()"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, folder / "some.partial"]) as process:
+        try:
+            wait_until(lambda: any(folder.glob("some.*")))
+            for _ in range(500):
+                check_cache_folder(tmp_path / "cache", folder.parent)
+            assert process.poll() is None
+        finally:
+            process.kill()
 
 
 def test_a_folder_like_tmp_may_have_a_cache(address: str, tmp_path: Path) -> None:
