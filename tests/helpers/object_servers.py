@@ -31,7 +31,8 @@ class FolderServer:
     "short": closes the connection after half of the body; "little": a range of half the length; "range": another range;
     "whole": 200 and the whole file; "endless": a body, or a list, without end; "redirect": to ``elsewhere``; "altered":
     with a bit flipped; "page": 200 and a web page; "error": 503, to a PUT too; "refused": 403; "slow": after
-    ``seconds``, a PUT too; "drip": over ``seconds``, a bit at a time; "drop": closes the connection. "": as it should.
+    ``seconds``, a PUT too; "drip": over ``seconds``, a bit at a time; "trickle": ten bytes each ``seconds``, without
+    end; "drop": closes the connection. "": as it should.
 
     ``fresh`` says of each GET whether it asks for no cached copy, ``keys`` whose credentials each one shows.
     """
@@ -144,7 +145,7 @@ class FolderServer:
         handler.send_response(status)
         if ranges:
             handler.send_header("Content-Range", ranges)
-        handler.send_header("Content-Length", str(ENDLESS_BYTES if fault == "endless" else len(data)))
+        handler.send_header("Content-Length", str(ENDLESS_BYTES if fault in ("endless", "trickle") else len(data)))
         handler.end_headers()
         if fault == "short":
             handler.close_connection = True
@@ -153,8 +154,9 @@ class FolderServer:
             handler.wfile.write(data[at : at + pace])
             if fault == "drip":
                 time.sleep(self.seconds / 10)
-        while fault == "endless":
-            handler.wfile.write(bytes(1 << 20))
+        while fault in ("endless", "trickle"):
+            handler.wfile.write(bytes(10 if fault == "trickle" else 1 << 20))
+            time.sleep(self.seconds if fault == "trickle" else 0)
         return None
 
     def _list(self, handler: BaseHTTPRequestHandler, asked: SplitResult) -> None:

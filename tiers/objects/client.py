@@ -43,7 +43,7 @@ RETRIES = 2  # after a wrong answer, such as one of another length
 BACKOFF_SECONDS = 0.2  # before the first retry, at most; doubled before each further one
 MAX_BACKOFF_SECONDS = 10.0
 MAX_OBJECTS = 100_000  # most objects that are listed; a model has a few for each of its layers
-CHUNK_BYTES = 1 << 20  # least size of the chunks in which an answer arrives
+LEAST_RATE = 1024  # bytes a second; an answer that is slower for STALL_SECONDS stands still
 _DAY = timedelta(days=1)
 # in the text of errors of obstore, most of which have no types of their own
 REFUSAL = re.compile(r"status code: (401|403|405|501)\b")
@@ -51,6 +51,8 @@ NO_BUCKET = re.compile(r"<Code>(NoSuchBucket|ContainerNotFound)</Code>")  # of A
 # what the server will answer in the same way soon: errors of the request, and answers to another request
 WRONG = re.compile(r"status code: 4(?!08|25|29)\d\d\b|Requested \d+\.\.\d+, got|non-partial")
 METADATA = re.compile(r"//(169\.254\.|metadata\.google)")  # services that give an instance its credentials
+UNKNOWN_HOST = re.compile(r"Name or service not known|No address associated with hostname|InvalidDnsName")
+NO_TLS = re.compile(r"InvalidCertificate\(\s*(\w+)|InvalidMessage\(\s*(InvalidContentType)")
 PROVIDER_OUTAGE = re.compile(r"credential provider: (EndpointConnection|ConnectionClosed|HTTPClient|\w*Timeout)")
 FIX = "Check the address, the network and the server, then try again."
 CREDENTIALS_FIX = (
@@ -180,11 +182,18 @@ class Objects(Closeable):
         return self._try(name, attempt, fresh=fresh)
 
     def _answer(self, name: str, options: dict[str, Any], *, fresh: bool) -> Iterator[memoryview]:
+        """Yield what comes, as it comes, so that ``close`` ends a slow answer. Raises TimeoutError for LEAST_RATE."""
         answer = self._obstore.get(self._fresh if fresh else self._store, name, options=options)
-        for chunk in answer.stream(min_chunk_size=CHUNK_BYTES):
+        since, count = time.monotonic(), 0
+        for chunk in answer.stream(min_chunk_size=1):
             if self._closing.is_set():
                 raise self._closed()
-            yield memoryview(chunk)
+            yield (view := memoryview(chunk))
+            count += len(view)
+            if (seconds := time.monotonic() - since) > STALL_SECONDS:
+                if count < LEAST_RATE * seconds:
+                    raise TimeoutError(f"only {count:,} bytes have come in {seconds:.0f} s")
+                since, count = since + seconds, 0
 
     def _try(self, name: str, attempt: Callable[[bool], Result], *, fresh: bool = False) -> Result:
         """Call ``attempt`` until it succeeds: after failures that may pass for PATIENCE, after wrong answers RETRIES
@@ -236,8 +245,14 @@ class Objects(Closeable):
         if NO_BUCKET.search(text):
             cause = f"The bucket of {self.where} does not exist."
             return StoreReadError(cause, "Create it, or correct the address."), 0
+        if UNKNOWN_HOST.search(text):
+            return StoreReadError(f"The host of {self.where} is not known.", "Correct the address."), RETRIES
+        if found := NO_TLS.search(text):
+            cause = f"{self.where} has no TLS with a certificate that is trusted ({found[1] or found[2]})."
+            return StoreReadError(cause, "Name the certificate of its authority with SSL_CERT_FILE."), RETRIES
         is_wrong = isinstance(error, _BadAnswerError) or WRONG.search(text.partition("\n")[0])
-        return StoreReadError(said, FIX), RETRIES if is_wrong else math.inf
+        passes = not self.address.startswith("file:")  # what a local disk says, it says again
+        return StoreReadError(said, FIX), RETRIES if is_wrong else math.inf if passes else 0
 
     def _say(self, fault: StoreReadError) -> None:
         """Log that a request fails and is tried again, at most once within PATIENCE."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -116,17 +117,64 @@ def test_a_missing_object_is_not_asked_for_again(tmp_path: Path) -> None:
         assert len(server.gets) == 1
 
 
-def test_closing_ends_an_answer_that_is_slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "CHUNK_BYTES", 1)
+def test_closing_ends_an_answer_that_is_slow(tmp_path: Path) -> None:
+    """A few bytes at a time, for half an hour."""
     (tmp_path / "some").write_bytes(bytes(1000))
     with served_folder(tmp_path) as server, Objects(server.address) as objects:
-        server.fault, server.seconds = lambda name: "drip", 3.0
+        server.fault, server.seconds = lambda name: "trickle", 0.05
         with ThreadPoolExecutor(1) as pool:
-            reading = pool.submit(objects.read_whole, "some", 1000)
+            reading = pool.submit(objects.read_whole, "some", 1 << 20)
             wait_until(lambda: bool(server.gets))
+            time.sleep(0.5)
+            assert not reading.done()
             objects.close()
-            with pytest.raises(ClosedError):
-                reading.result(50)
+            try:
+                with pytest.raises(ClosedError):
+                    reading.result(10)
+            finally:
+                server.stop()  # else a failure would hang
+
+
+def test_an_answer_that_trickles_stands_still(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "STALL_SECONDS", 0.5)
+    monkeypatch.setattr(client, "PATIENCE", 0.1)
+    monkeypatch.setattr(client, "LEAST_RATE", 100_000)
+    (tmp_path / "some").write_bytes(bytes(1000))
+    with served_folder(tmp_path) as server, Objects(server.address) as objects:
+        server.fault, server.seconds = lambda name: "trickle", 0.05
+        with pytest.raises(StoreReadError, match="bytes have come in"):
+            objects.read_whole("some", 1 << 20)
+
+
+@pytest.mark.parametrize("name", ["file/below", "x" * 300])
+def test_what_a_local_folder_can_not_have_is_not_tried_again(name: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with Objects(f"file://{tmp_path}") as objects:
+        with pytest.raises(StoreReadError):
+            objects.read_whole(name, 4)
+        assert objects.retries == 0
+
+
+def test_an_unknown_host_is_said_soon() -> None:
+    with Objects("http://a..b/model") as objects:  # of two labels, one is empty
+        with pytest.raises(StoreReadError, match=r"The host of http://a\.\.b/model is not known\."):
+            objects.read_whole("some", 4)
+        assert objects.retries == client.RETRIES
+
+
+@pytest.mark.parametrize("with_tls", [True, False])
+def test_a_server_that_is_not_trusted_is_said_soon(with_tls: bool, tmp_path: Path) -> None:
+    certificate = trustme.CA().issue_cert("127.0.0.1") if with_tls else None
+    with served_folder(tmp_path, certificate) as server:
+        address = server.address.replace("http:", "https:")
+        with Objects(address) as objects:
+            with pytest.raises(
+                StoreReadError, match=f"{address} has no TLS with a certificate that is trusted"
+            ) as error:
+                objects.read_whole("some", 4)
+            assert "SSL_CERT_FILE" in error.value.fix
+            assert objects.retries == client.RETRIES
+        assert not server.gets
 
 
 def test_http_servers_get_the_authorization_of_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
