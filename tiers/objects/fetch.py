@@ -19,7 +19,6 @@ import signal
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from functools import partial
 from pathlib import Path
 
 from moetier.tiers.addresses import check_address, endpoint_of
@@ -28,7 +27,7 @@ from moetier.tiers.fields import Fields
 from moetier.tiers.manifest import FileSum, Manifest
 from moetier.tiers.ownership import check_cache_folder
 from moetier.tiers.store.atomic import PARTIAL, disk_errors, make_folders, sync_folder, write_all, write_durably
-from moetier.tiers.store.checksum import PIECE_BYTES, crc32c
+from moetier.tiers.store.checksum import PIECE_BYTES
 from moetier.tiers.store.folder import (
     CACHE,
     FETCHED,
@@ -41,30 +40,13 @@ from moetier.tiers.store.folder import (
     user_cache,
 )
 from moetier.tiers.store.safetensors import MAX_HEADER_BYTES
-from moetier.tiers.store.trunk import INDEX, check_sum
+from moetier.tiers.store.trunk import check_sum
 
-from .client import Objects, RefusedReadError, until_right
+from .client import Objects, until_right
+from .small_files import DAMAGED, fetch_small
 
 READS = 8  # GETs of the trunk at the same time
-MAX_SMALL_BYTES = 256 << 20  # most bytes of all small files, such as the tokenizer's
-MAX_SMALL_FILES = 100
-SLACK_BYTES = 1 << 20  # by which an answer may be longer than the small file, so that it can be said what it is
-PAGE = re.compile(rb"\s*<(!doctype html|html)\b", re.IGNORECASE)
-DAMAGED = (
-    "Nothing of it was cached. See what the server sends (a proxy or a sign-in page may answer in its place). If the "
-    "object itself is damaged, write it again: moetier push --overwrite DIR ADDRESS"
-)
 HEADER_BYTES = 1 << 20  # first bytes of a trunk file that are fetched for its header
-# names of the small files that are fetched, if objects can be listed
-SMALL = re.compile(r"(additional_chat_templates/)?\w[\w.-]*\.(json|jinja|txt|tiktoken|model(\.v\d+)?)")
-NOT_SMALL = ("mirrors.json", "conversion.json", CACHE)
-REQUIRED = ("config.json", INDEX)
-# names of the small files that are tried, if objects can't be listed
-GUESSED = (
-    *("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
-    *("added_tokens.json", "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja", "origin.json"),
-)
-
 Advance = Callable[[int], object]
 Progress = Callable[[int], contextlib.AbstractContextManager[Advance]]
 """Type of a function that takes the bytes of a whole transfer, and shows its progress.
@@ -129,7 +111,7 @@ def fetch(address: str, root: Path | None = None, limit: int | None = None, prog
             if damaged := _damaged(folder):
                 _log.warning("Files of %s are damaged, and are fetched again: %s.", folder, ", ".join(damaged))
                 with _fetching(address) as source:
-                    _fetch_small(*source, folder, read_manifest(folder / GROUP), damaged)
+                    _fetch_again(*source, folder, damaged)
             if limit not in (None, cache_of(folder)[1]):
                 _write_cache(folder, address, limit)
     return folder
@@ -218,8 +200,13 @@ def _fetch_all(
 
     Raises as ``fetch``.
     """
-    data, manifest = pool.submit(until_right, partial(_read_manifest, objects)).result()
-    _fetch_small(objects, pool, folder, manifest)
+
+    def fetch_described(fresh: bool) -> tuple[bytes, Manifest]:  # and the manifest: a push may just be changing both
+        data, manifest = pool.submit(_read_manifest, objects, fresh).result()
+        fetch_small(objects, pool, folder, manifest, fresh=fresh)
+        return data, manifest
+
+    data, manifest = until_right(fetch_described)
     absent = {name: entry for name, entry in manifest.trunk.items() if not _is_there(folder / name, entry)}
     with progress(sum(entry.bytes for entry in absent.values())) as advance:
         for name, entry in absent.items():
@@ -237,89 +224,31 @@ def _read_manifest(objects: Objects, fresh: bool) -> tuple[bytes, Manifest]:
             f"There is no model at {objects.where}: it has no {key}.",
             "Check the address. If `moetier push` was interrupted, run it again.",
         ) from error
-    attributes = parse_json(data, f"{key} at {objects.where}", DAMAGED).get("attributes")
-    manifest = Manifest.from_json(attributes.get("moetier") if isinstance(attributes, dict) else None, objects.where)
+    return data, parse_manifest(data, objects.where)
+
+
+def parse_manifest(data: bytes, where: str) -> Manifest:
+    """Parse the manifest's file of a model at ``where``. Raises StoreFormatError if it can't be fetched from."""
+    attributes = parse_json(data, f"{GROUP}/{METADATA} at {where}", DAMAGED).get("attributes")
+    manifest = Manifest.from_json(attributes.get("moetier") if isinstance(attributes, dict) else None, where)
     if not manifest.record_checksums:
         raise StoreFormatError(
-            f"The manifest at {objects.where} has no checksums of records: an old version of moetier wrote it.",
+            f"The manifest at {where} has no checksums of records: an old version of moetier wrote it.",
             "Convert the model again, and push it.",
         )
-    return data, manifest
+    return manifest
 
 
-def is_small(name: str) -> bool:
-    """Return whether an object or file of this name is fetched with a model, as the tokenizer's files are."""
-    return SMALL.fullmatch(name) is not None and name not in NOT_SMALL
-
-
-def _fetch_small(
-    objects: Objects, pool: ThreadPoolExecutor, folder: Path, manifest: Manifest, names: Iterable[str] = ()
-) -> None:
-    """Fetch and check the small files of a model, or only those of ``names``. Raises StoreError."""
-    required = [f"{GROUP}/{name}/{METADATA}" for name in manifest.layouts]
-    if manifest.trunk:
-        required += REQUIRED
-    sizes: dict[str, int] | None
-    if manifest.files:
-        sizes = {name: entry.bytes for name, entry in manifest.files.items()}
-        if strangers := [name for name in sizes if not is_small(name) and name not in required]:
-            raise StoreFormatError(f"The manifest at {objects.where} has the file {strangers[0]}.", DAMAGED)
-    else:
-        _log.warning(
-            "%s has no checksums of its config and tokenizer, so they are used without a check: `moetier push` of this "
-            "version writes them.",
-            objects.where,
-        )
-        sizes = pool.submit(objects.sizes).result()
-    there = GUESSED if sizes is None and manifest.trunk else sizes or ()
-    wanted = list(names) or list(dict.fromkeys([*required, *filter(is_small, there)]))
-    if len(wanted) > MAX_SMALL_FILES or sum((sizes or {}).get(name, 0) for name in wanted) > MAX_SMALL_BYTES:
-        raise StoreFormatError(
-            f"The small files at {objects.where} are more than {MAX_SMALL_FILES}, or more than {MAX_SMALL_BYTES:,} "
-            "bytes.",
-            "Check the address.",
-        )
-
-    def copy(name: str, most: int) -> int:
-        try:
-            data = until_right(partial(_read_small, objects, name, manifest.files.get(name), most))
-        except MissingExpertError:
-            if name in required or name in manifest.files:
-                raise
-            return 0
-        except RefusedReadError:  # S3 answers so for what does not exist, where it may not be listed
-            if name in required or sizes is not None:
-                raise
-            return 0
-        make_folders((folder / name).parent)
-        write_durably(folder / name, data)
-        return len(data)
-
-    if sizes is not None:  # of all of them
-        for _ in pool.map(copy, wanted, [sizes.get(name, 0) + SLACK_BYTES for name in wanted]):
-            pass
-        return
-    left = MAX_SMALL_BYTES
-    for name in wanted:
-        left -= pool.submit(copy, name, left).result()
-
-
-def _read_small(objects: Objects, name: str, entry: FileSum | None, most: int, fresh: bool) -> bytes:
-    """Return a small file, of at most ``most`` bytes. Raises ChecksumError or StoreFormatError if it is damaged.
-
-    Without a sum (``entry`` is None), a file is damaged if it is a web page, or is called .json and is not JSON.
-    """
-    data, where = objects.read_whole(name, most, fresh=fresh), f"{name} at {objects.where}"
-    if PAGE.match(data):
-        raise StoreFormatError(f"{where} is a web page, and not the file of a model.", DAMAGED)
-    if entry is not None and entry != FileSum(len(data), crc32c(data)):
-        raise ChecksumError(f"{where} has other bytes than the manifest says.", DAMAGED)
-    if entry is None and name.endswith(".json"):
-        try:
-            json.loads(data)
-        except (ValueError, RecursionError) as error:
-            raise StoreFormatError(f"{where} is not JSON ({error}).", DAMAGED) from error
-    return data
+def _fetch_again(objects: Objects, pool: ThreadPoolExecutor, folder: Path, names: Iterable[str]) -> None:
+    """Fetch small files that a cache has lost. Raises StoreError."""
+    manifest = read_manifest(folder / GROUP)
+    try:
+        until_right(lambda fresh: fetch_small(objects, pool, folder, manifest, names, fresh=fresh))
+    except (ChecksumError, StoreFormatError, MissingExpertError) as error:
+        raise type(error)(
+            f"{error.cause} So {folder} is of an earlier push, or what came is damaged.",
+            f"Remove {folder}, and give the address of the model again.",
+        ) from error
 
 
 def _is_there(path: Path, entry: FileSum) -> bool:

@@ -21,7 +21,8 @@ from moetier.tiers.store.shard import ShardFile
 from moetier.tiers.store.trunk import check_trunk
 
 from .client import Objects, RefusedReadError
-from .fetch import Advance, Progress, is_small
+from .fetch import Advance, Progress, parse_manifest
+from .small_files import check_small, is_small
 
 MANIFEST = f"{GROUP}/{METADATA}"
 PUSH = f"{GROUP}/push.json"  # the manifest until all else is there
@@ -45,18 +46,12 @@ def push(directory: Path, address: str, progress: Progress, *, overwrite: bool =
         manifest = store.manifest
         if manifest.trunk:
             check_trunk(directory, manifest)
-        names = [f"{GROUP}/{array}/{METADATA}" for array in manifest.layouts]
-        names += [path.relative_to(directory).as_posix() for path in sorted(directory.rglob("*")) if path.is_file()]
-        small = [name for name in names if "/zarr.json" in name or is_small(name)]
+        names = [path.relative_to(directory).as_posix() for path in sorted(directory.rglob("*")) if path.is_file()]
+        small = [f"{GROUP}/{array}/{METADATA}" for array in manifest.layouts] + [*filter(is_small, names)]
         shards = [ShardFile.of(Path(GROUP), manifest, block).path.as_posix() for block in range(len(manifest.blocks))]
-        wanted = [*dict.fromkeys([*small, *manifest.trunk, *shards])]
-        wanted.remove(MANIFEST)
-        data = _with_sums(directory, [name for name in small if name in wanted])
-        listed = objects.sizes()
-        if overwrite:  # before PUSH is written, as a push that goes on later need not be told so
-            for name in _leftovers(listed or {}, wanted):
-                objects.delete(name)
-        there = _begin(objects, listed, data, wanted, overwrite)
+        wanted = [*small, *manifest.trunk, *shards]
+        data = _with_sums(directory, small)
+        there = _begin(objects, objects.sizes(), data, wanted, overwrite)
         sizes = {name: (directory / name).stat().st_size for name in wanted}
         missing = [name for name in wanted if name in small or there.get(name) != sizes[name]]
         total = sum(sizes[name] for name in missing)
@@ -70,7 +65,10 @@ def push(directory: Path, address: str, progress: Progress, *, overwrite: bool =
 
 
 def _with_sums(directory: Path, small: Iterable[str]) -> bytes:
-    """Return the manifest's file with the sums of small files, which ``fetch`` compares. Raises StoreError."""
+    """Return the manifest's file with the sums of small files, which ``fetch`` compares.
+
+    Raises StoreError if a file can't be read, or if ``fetch`` would refuse the manifest.
+    """
     sums = {}
     for name in small:
         with read_errors(directory / name):
@@ -78,17 +76,28 @@ def _with_sums(directory: Path, small: Iterable[str]) -> bytes:
         sums[name] = {"bytes": len(data), "crc32c": crc32c(data)}
     group = read_json(directory / MANIFEST)
     group["attributes"]["moetier"]["files"] = dict(sorted(sums.items()))
+    data = _file(group)
+    files = parse_manifest(data, str(directory)).files.values()
+    check_small(
+        [each.bytes for each in files], str(directory), "Move files that do not belong to the model out of the folder."
+    )
+    return data
+
+
+def _file(group: Any) -> bytes:
     return json.dumps(group, indent=2).encode()
 
 
-def _without_sums(data: bytes) -> Any:
-    """Return a manifest's file as JSON without the sums of small files; ``data`` itself if it is no such file."""
+def _parted(data: bytes) -> tuple[Any, Any]:
+    """Return a manifest's file as JSON without the sums of small files, and these sums.
+
+    They are ``data`` itself and None if it is no such file.
+    """
     try:
         group = parse_json(data, "", "")
-        group["attributes"]["moetier"].pop("files", None)
+        return group, group["attributes"]["moetier"].pop("files", None)
     except (StoreError, KeyError, TypeError, AttributeError):
-        return data
-    return group
+        return data, None
 
 
 def _begin(
@@ -98,9 +107,13 @@ def _begin(
 
     ``sizes``: those of all objects that are there; None if they can't be listed.
 
-    Any other model's objects of the names ``wanted`` are removed before PUSH says whose the objects are. Raises
-    TargetExistsError if another model is there, unless it is to be replaced.
+    Any other model's objects of the names ``wanted`` are removed before PUSH says whose the objects are. So are those
+    that a former model has left, as a push that goes on later need not be told so. If small files will change, the
+    manifest there loses its sums first, so that it agrees with the old files and with the new ones.
+
+    Raises TargetExistsError if another model is there, unless it is to be replaced.
     """
+    model, sums = _parted(manifest)
     for name in (MANIFEST, PUSH):
         if sizes is not None and name not in sizes:
             continue
@@ -115,13 +128,20 @@ def _begin(
                     "Use credentials that may list and read, or replace what is there with `moetier push --overwrite`.",
                 ) from error
             found = b""
-        if _without_sums(found) == _without_sums(manifest):  # small files may change
-            return {} if overwrite and name == MANIFEST else sizes or {}
-        if not overwrite:
+        other, old = _parted(found)
+        if is_same := other == model:
+            if name == MANIFEST and old not in (None, sums):
+                objects.put(MANIFEST, _file(model))
+        elif not overwrite:
             raise TargetExistsError(
                 f"{objects.where} holds another model.",
                 "Choose another address, or replace it: moetier push --overwrite DIR ADDRESS",
             )
+        if overwrite:
+            for each in _leftovers(sizes or {}, wanted):
+                objects.delete(each)
+        if is_same:
+            return {} if overwrite and name == MANIFEST else sizes or {}
         objects.delete(name)
     for name in wanted:
         if sizes is None or name in sizes:
@@ -135,8 +155,6 @@ def _leftovers(there: Collection[str], wanted: Iterable[str]) -> set[str]:
 
     ``fetch`` would take small files among them, such as a chat template, for files of this model.
     """
-    if MANIFEST not in there and PUSH not in there:
-        return set()
     others = set(there) - {*wanted, MANIFEST, PUSH}
     return {name for name in others if name.startswith(f"{GROUP}/") or TRUNK_NAME.fullmatch(name) or is_small(name)}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tracemalloc
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 from faults import flip_bit
 from object_servers import moto_bucket, served_bucket, served_folder, weed_bucket
-from stores import make_store, read_records
+from stores import make_store, read_records, without_table
 
 from moetier.tiers.errors import (
     ChecksumError,
@@ -337,16 +338,118 @@ def test_small_files_have_at_most_what_is_accepted_in_all(
     tinymix_4bit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     most = (tinymix_4bit / "tokenizer.json").stat().st_size + 1000
-    monkeypatch.setattr("moetier.tiers.objects.fetch.MAX_SMALL_BYTES", most)
+    push(tinymix_4bit, f"file://{tmp_path / 'there'}", silent)
+    monkeypatch.setattr("moetier.tiers.objects.small_files.MAX_SMALL_BYTES", most)
     with served_folder(tinymix_4bit) as server:  # one that does not list
         with pytest.raises(StoreReadError, match="the answer has more than"):
             fetch(server.address, tmp_path / "one")
-        push(tinymix_4bit, f"file://{tmp_path / 'there'}", silent)
         server.folder = tmp_path / "there"
         server.gets.clear()
         with pytest.raises(StoreFormatError, match="The small files at http"):
             fetch(server.address, tmp_path / "two")
         assert {*server.gets} == {module.MANIFEST}, "said by their sums"
+    with pytest.raises(StoreFormatError, match=rf"The small files at {tinymix_4bit} are more than"):
+        push(tinymix_4bit, f"file://{tmp_path / 'elsewhere'}", silent)
+    assert not [*(tmp_path / "elsewhere").rglob("*")], "nothing was uploaded"
+
+
+def test_what_does_not_belong_to_the_model_is_not_pushed(tmp_path: Path) -> None:
+    """Metadata of zarr in other folders, as a killed `convert --overwrite` leaves them."""
+    model, address = tmp_path / "model", f"file://{tmp_path / 'there'}"
+    records = make_store(model)
+    for other in ("backup", "replaced~", f"replaced~/{GROUP}/records", f"{GROUP}/records/old", f"{GROUP}/old"):
+        (model / other).mkdir(parents=True)
+        shutil.copy(model / ARRAY, model / other)
+    push(model, address, silent)
+    assert {*map(str, read_manifest(tmp_path / "there" / GROUP).files)} == {ARRAY}
+    with CachedStore.open(fetch(address, tmp_path / "cache")) as store:
+        assert read_records(store) == records
+
+
+def test_a_model_that_can_not_be_fetched_is_not_pushed(tmp_path: Path) -> None:
+    make_store(tmp_path / "model")
+    without_table(tmp_path / "model")
+    with pytest.raises(StoreFormatError, match="no checksums of records"):
+        push(tmp_path / "model", f"file://{tmp_path / 'there'}", silent)
+    assert not [*(tmp_path / "there").rglob("*")], "nothing was uploaded"
+
+
+@pytest.fixture
+def changed(tinymix_4bit: Path, tmp_path: Path) -> Path:
+    """tinymix with another small file, which has the same size. tinymix itself is at bucket/model."""
+    push(tinymix_4bit, f"file://{tmp_path}/bucket/model", silent)
+    copy = shutil.copytree(tinymix_4bit, tmp_path / "changed")
+    text = (copy / "generation_config.json").read_text()
+    (copy / "generation_config.json").write_text(text.replace("}", " }").replace("  ", " ", 1))
+    assert (copy / "generation_config.json").read_text() != text
+    return copy
+
+
+def test_a_push_of_changed_small_files_that_is_cut_leaves_a_model(
+    changed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After each of its uploads."""
+    monkeypatch.setattr(client, "PATIENCE", 0.1)
+    with served_bucket(tmp_path, monkeypatch) as server:
+        for cut in range(7):
+            server.puts.clear()
+            server.fault = lambda name, cut=cut: "error" if len(server.puts) > cut else ""  # type: ignore[misc]
+            with pytest.raises(TargetError):
+                push(changed, "s3://bucket/model", silent)
+            assert read_manifest(fetch(f"file://{tmp_path}/bucket/model", tmp_path / f"cache{cut}") / GROUP).trunk
+    push(changed, f"file://{tmp_path}/bucket/model", silent)
+    folder = fetch(f"file://{tmp_path}/bucket/model", tmp_path / "cache")
+    assert read_manifest(folder / GROUP).files
+    assert (folder / "generation_config.json").read_bytes() == (changed / "generation_config.json").read_bytes()
+
+
+def test_a_push_of_changed_small_files_is_no_fault_of_a_fetch(
+    changed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That began before it."""
+    done: list[int] = []
+
+    def pushes(name: str) -> str:
+        if name.endswith("/generation_config.json") and not done:
+            done.append(1)
+            push(changed, f"file://{tmp_path}/bucket/model", silent)
+        return ""
+
+    with served_bucket(tmp_path, monkeypatch) as server:
+        server.fault = pushes
+        folder = fetch("s3://bucket/model", tmp_path / "cache")
+    assert done
+    assert (folder / "generation_config.json").read_bytes() == (changed / "generation_config.json").read_bytes()
+    assert read_manifest(folder / GROUP).files == read_manifest(tmp_path / "bucket/model" / GROUP).files
+
+
+def test_an_old_cache_that_lost_a_changed_file_says_what_to_do(changed: Path, tmp_path: Path) -> None:
+    address = f"file://{tmp_path}/bucket/model"
+    folder = fetch(address, tmp_path / "cache")
+    push(changed, address, silent)
+    (folder / "generation_config.json").unlink()
+    with pytest.raises(ChecksumError, match=rf"{folder} is of an earlier push") as error:
+        fetch(address, tmp_path / "cache")
+    assert error.value.fix == f"Remove {folder}, and give the address of the model again."
+    shutil.rmtree(folder)
+    assert (fetch(address, tmp_path / "cache") / "generation_config.json").exists()
+
+
+def test_large_json_is_not_parsed(tinymix_4bit: Path, tmp_path: Path) -> None:
+    """It could take twenty times its size in memory."""
+    model = shutil.copytree(tinymix_4bit, tmp_path / "model")
+    (model / "tokenizer.json").write_text("[" + "[]," * (1 << 20) + "[]]\n")
+    with served_folder(model) as server:
+        tracemalloc.start()
+        try:
+            fetch(server.address, tmp_path / "one")
+            assert tracemalloc.get_traced_memory()[1] < 40 << 20
+        finally:
+            tracemalloc.stop()
+        for name, text in (("large", "{" + " " * (3 << 20)), ("small", '{"a": ')):
+            (model / "tokenizer.json").write_text(text)
+            with pytest.raises(StoreFormatError, match=r"tokenizer\.json at http.* is not JSON"):
+                fetch(server.address, tmp_path / name)
 
 
 def test_a_slow_upload_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
