@@ -30,9 +30,12 @@ _FIXES = {  # what to use in place of a secret in an address
 }
 _HOST = r"(\[[0-9a-fA-F:.%]*\]|[^:@]*)"
 _PORT = r"(:\d{0,5})?"
-# user information in a text: up to an "@", or after a ":" that no port follows, as secret keys may have slashes
-_USER = re.compile(r"(?<=://)(?:[^/\s@]*@|[^/\s:@\[]*:(?!\d{1,5}(?:[^\w@]|$))[^\s@]*@)")
-_QUERY = re.compile(r"(://[^\s?\"'<>]*)\?[^\s\"'<>)]*")
+# user information in a text: up to an "@", or after a ":" that no port follows, as secret keys may have slashes. A user
+# may have typed one slash, which is also what a path makes of two, or no scheme
+_USER = re.compile(r"(?<=:/)(/?)(?:[^/\s@]*@|[^/\s:@\[]*:(?!\d{1,5}(?:[^\w@]|$))[^\s@]*@)")
+_BARE = re.compile(r"(?<![^\s'\"(</])[^\s'\":/@]+:(?!/)[^\s@]+@")
+# a query, to the end of the word, but for what a text may have behind an address
+_QUERY = re.compile(r"(:/{1,2}[^\s?]*)\?\S*?(?=[\"'<>).,:;]*(?:\s|$))")
 
 
 def check_address(address: str) -> None:
@@ -72,7 +75,7 @@ def endpoint_of(address: str) -> str:
 
 def redacted(text: str) -> str:
     """Return ``text`` with "***" in place of user information and queries of the addresses in it."""
-    return _QUERY.sub(r"\1?***", _USER.sub("***@", text))
+    return _QUERY.sub(r"\1?***", _BARE.sub("***@", _USER.sub(r"\1***@", text)))
 
 
 def redacted_error(error: BaseException) -> Exception:

@@ -236,6 +236,18 @@ def directory(text: str) -> str | Path:
     return text if may_be_name(text) or SCHEME.match(text) else Path(text)
 
 
+def local_folder(text: str) -> Path:
+    """Return ``text`` as the path of a folder to write. Raises ConfigError for an address."""
+    from moetier.runtime.pulled import SCHEME
+
+    if SCHEME.match(text) and not Path(text).exists():
+        raise ConfigError(
+            f"{text!r} is an address, and not a folder of this machine.",
+            "Give a folder. To copy a model directory to an address: moetier push DIR ADDRESS",
+        )
+    return Path(text)
+
+
 def file_or_address(text: str) -> str:
     """Return ``text`` unchanged. As an argparse type it marks an argument that is a file, a folder or an address."""
     return text

@@ -10,14 +10,13 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from moetier.runtime.config import COUNT
 from moetier.tiers.layout import BITS, GROUPS, PAIR_TYPES, TRUNK_BITS
 from moetier.tools.cli.arguments import add_option
-from moetier.tools.cli.parser import checked
+from moetier.tools.cli.parser import checked, local_folder
 
 if TYPE_CHECKING:
     from moetier.tools.convert.conversion import ConversionReport
@@ -33,10 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source", metavar="SRC", help="folder of the checkpoint, GGUF file, or id on the Hugging Face hub"
     )
-    parser.add_argument("target", metavar="DST", type=Path, help="folder for the new model directory")
+    parser.add_argument("target", metavar="DST", type=local_folder, help="folder for the new model directory")
     parser.add_argument(
         "--mirror",
-        type=Path,
+        type=local_folder,
         metavar="FOLDER",
         help="also copy the experts into FOLDER on another disk, so that both are read (as moetier mirror does)",
     )

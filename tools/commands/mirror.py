@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from moetier.runtime.config import format_bytes
-from moetier.tools.cli.parser import directory
+from moetier.tools.cli.parser import directory, local_folder
 
 EXAMPLES = ("moetier mirror ./mixtral-4bit /mnt/second/mixtral-4bit",)
 
@@ -16,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "directory", type=directory, metavar="DIR", help="a model directory, or the name of a pulled model"
     )
-    parser.add_argument("target", type=Path, metavar="FOLDER", help="folder of the copy, on another disk")
+    parser.add_argument("target", type=local_folder, metavar="FOLDER", help="folder of the copy, on another disk")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -97,6 +97,7 @@ def test_an_address_of_another_kind_is_refused(command: str, address: str, capsy
         *("inspect {}", "verify {}", "doctor {}", "plan {}", "generate {} x", "chat {}", "serve {}", "daemon {}"),
         *("link {}", "pull {}", "convert {} DST", "mirror {} FOLDER", "push DIR {}", "push {} file:///x", "ray {}"),
         *("trace {} FILE", "bench decode {}", "quality {} --text x", "generate DIR x --daemon {}", "stats {}"),
+        *("replay {}", "mirror DIR {}", "convert DIR {}", "convert DIR DST --mirror {}"),
         *("ps {}", "generate DIR x --ram {}", "generate {} x --no-such-option"),
     ],
 )
@@ -105,6 +106,8 @@ def test_no_command_prints_a_secret_or_keeps_it(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     addresses = ["https://user:SECRET@host/model", "s3://KEY:SECRET@bucket/model", "https://host/model?sig=SECRET"]
+    addresses += ["s3:/KEY:SECRET@bucket/model", "https://host/model?sig='SECRET"]
+    addresses += ["user:SECRET@host"] if words.split()[0] in ("inspect", "verify", "pull", "replay", "push") else []
     addresses += ["ftp://user:SECRET@host/model", *(["user:SECRET@host:7000"] if "--daemon" in words else [])]
     for address in addresses:
         try:
