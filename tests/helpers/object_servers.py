@@ -237,6 +237,10 @@ def weed_bucket(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     grpc = [f"-{name}.grpc={_free_port()}" for name in names]
     command = [program, "server", "-ip=127.0.0.1", f"-dir={folder}", "-s3", f"-s3.port={port}", *ports, *grpc]
     command += [f"-s3.port.grpc={_free_port()}", "-volume.max=20", "-master.volumeSizeLimitMB=256"]
+    command += [
+        "-s3.port.iceberg=0",
+        "-s3.port.lance=0",
+    ]  # else a second server at the same time ends: their ports are fixed
     with _running(command, port, seconds=60) as endpoint:
         yield _bucket(monkeypatch, endpoint)
 
