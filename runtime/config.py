@@ -229,7 +229,8 @@ class TierConfig:
     prefill_chunk: int | None = _option(
         None,
         "number of prompt tokens to compute together, if the model supports it; they share each expert that is read. "
-        "Budgets leave room for them; where memory has none, fewer are computed together",
+        "Budgets leave room for them; where memory has none, fewer are computed together. At most the context, whose "
+        "default is no shorter than a chunk",
         int | None,
         "a whole number",
         metavar="N",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from .config import DEFAULT_CONTEXT
+from .config import DEFAULT_CONTEXT, MOST
 
 STRETCHING = {"linear", "dynamic", "yarn"}  # rope types whose factor multiplies the original length
 _CHARACTERS = 16  # length of the first prefix that is tokenised, in characters for each allowed token
@@ -39,13 +39,15 @@ def _reaches(rope: Any, stated: int) -> Iterator[float]:
         yield from _reaches(layers, stated)
 
 
-def context_of(config: Any, tokens: int) -> int:
+def context_of(config: Any, tokens: int, chunk: int | None = None) -> int:
     """Return the context that memory is reserved for, in tokens.
 
-    That is ``tokens``, the option's value. If it is the default, it is at most ``longest_context(config)``.
+    That is ``tokens``, the option's value. If it is the default, it is at least a ``chunk`` of a prompt, and at most
+    ``longest_context(config)``.
     """
-    longest = longest_context(config)
-    return min(tokens, longest) if longest and tokens == DEFAULT_CONTEXT else tokens
+    if tokens != DEFAULT_CONTEXT:
+        return tokens
+    return min(max(tokens, chunk or 0), longest_context(config) or MOST)
 
 
 def can_resume(model: Any) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 from moetier.runtime.config import MOST, TINY, Number
 from moetier.runtime.context import can_resume, counted, first_ids, longest_context
 from moetier.runtime.vocabulary import check_ids
-from moetier.tiers.errors import ConfigError
+from moetier.tiers.errors import BudgetError, ConfigError
 
 _log = logging.getLogger(__name__)
 
@@ -74,16 +74,27 @@ def behind(prompt: int, decoding: Mapping[str, Any]) -> dict[str, Any]:
 def chunks_of(model: Any, tokens: int, chunk: int) -> dict[str, Any]:
     """Return arguments that make ``generate()`` compute a prompt of ``tokens`` in chunks of ``chunk`` tokens.
 
-    They are empty if the prompt is no longer than a chunk, or if the model can't resume in the middle of a prompt.
+    They are empty if the prompt is no longer than a chunk, or if the model can't resume in the middle of a prompt. Then
+    ``longest_prompt`` limits the prompt.
     """
     return {"prefill_chunk_size": chunk} if tokens > chunk and can_resume(model) else {}
+
+
+def longest_prompt(model: Any) -> int | None:
+    """Return for how many tokens of a prompt memory has room; None if a prompt of any length can be divided.
+
+    A model without tiers has no limit.
+    """
+    tiers = getattr(model, "tiers", None)
+    return None if tiers is None or tiers.prefill.resumes else tiers.prefill_chunk
 
 
 def encode(model: Any, tokenizer: Any, prompt: str, name: str = "The prompt") -> dict[str, Any]:
     """Return a dictionary of the input_ids and the attention_mask of one prompt, [1, tokens] each.
 
     ``name`` is the prompt's name in errors. Raises ConfigError if the prompt leaves no room for an answer in the
-    model's context, or has a token for which the model has no embedding.
+    model's context, or has a token for which the model has no embedding. Raises BudgetError if the model computes all
+    of a prompt together, and memory has no room for that.
     """
     import torch
 
@@ -94,6 +105,13 @@ def encode(model: Any, tokenizer: Any, prompt: str, name: str = "The prompt") ->
             f"{name} has {counted(len(ids), most)} tokens, and the model's maximum context is {most:,}, prompt and "
             "answer together.",
             "Shorten it, or use a model with a longer context.",
+        )
+    room = longest_prompt(model)
+    if room is not None and len(ids) > room:
+        raise BudgetError(
+            f"{name} has {len(ids):,} tokens, which this model can only compute together. Memory has room for "
+            f"{room:,}.",
+            "Shorten it, free some memory, give experts less of it with `ram`, or reserve more with `prefill_chunk`.",
         )
     check_ids(model, tokenizer, ids, name)
     given = torch.tensor([ids], dtype=torch.int64, device=model.device)

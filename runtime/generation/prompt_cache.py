@@ -82,6 +82,9 @@ class PromptCache:
             on_token(int(token_ids[0, -1]))
             return torch.full((1,), should_stop(), dtype=torch.bool, device=token_ids.device)
 
+        tiers = getattr(self._model, "tiers", None)
+        if self.length and tiers is not None:  # tokens behind others take more memory than a whole prompt
+            chunk = min(chunk, tiers.prefill.later)
         prompt = torch.tensor([sequence], device=self._model.device)
         try:
             hooks += [m.register_forward_pre_hook(between_layers) for m in experts_modules(self._model).values()]

@@ -19,11 +19,7 @@ from moetier.tiers.cache.budget import smallest_budget
 from moetier.tiers.layout import RecordLayout
 from moetier.tiers.manifest import Manifest
 
-from .prefill import Prefill
-
-# layer types whose names contain one of these have a state that does not grow with the context
-NOTHING_PER_TOKEN = ("linear", "mamba", "conv", "moe", "mlp")
-WINDOWED = ("sliding", "chunked")
+from .prefill import NOTHING_PER_TOKEN, WINDOWED, Prefill
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +39,17 @@ class Needs:
         """Bytes for cache, scratch and prefill together."""
         return self.cache + self.scratch + self.prefill.nbytes
 
+    def room(self, available: Available) -> int:
+        """Return how many bytes of ``available`` memory trunk, cache and scratch leave for experts and prefill."""
+        return usable(available.bytes - self.trunk - self.cache - self.scratch)
+
     def beside(self, asked: Size | None, largest: int, available: Available) -> Needs:
         """Return the needs with fewer tokens computed together, if ``available`` has no room for all of them.
 
         They leave ``largest`` bytes for experts if possible; else those that the user's option ``asked`` gives, or half
         of what trunk and cache leave.
         """
-        room = usable(available.bytes - self.trunk - self.cache - self.scratch)
+        room = self.room(available)
         experts = room // 2 if asked is None or asked.bytes is None else asked.bytes
         return replace(self, prefill=self.prefill.within(room - min(experts, largest)))
 

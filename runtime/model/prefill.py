@@ -6,7 +6,9 @@ with measured peaks.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,29 +23,81 @@ from moetier.tiers.manifest import Manifest
 LEAST = 32  # least number of tokens that are computed together; a smaller chunk is a multiple of it
 STATES = 4  # tensors [tokens, hidden] of a layer: residual, normed, output and their sum; some in fp32 too if not quick
 COPIES = 3  # times that outputs of linear modules are held: as they are, rotated or activated, and multiplied
-OF_STATES = 12  # the same where a layer has another state than keys and values: in fp32, in steps and in chunks
-ROUTER = 12  # bytes for each expert of a block: logits and probabilities
+OF_STATES = 8  # the same where a layer has another state than keys and values: in fp32, in steps and in chunks
+SCANS = 3  # tensors in fp32 that hold a state of its own for each token, where a scan goes from token to token
+OF_SCANS = 8  # the same where a scan goes from chunk to chunk: its states, and what each token adds to a later one
+ROUTER = 64  # bytes for each expert of a block: logits, probabilities, and pieces of memory between the experts' rows
 INDEX = 48  # bytes for each expert of a token: its number, sorted in several ways
+# layer types whose names contain one of these keep neither keys nor values
+NOTHING_PER_TOKEN = ("linear", "mamba", "conv", "moe", "mlp")
+WINDOWED = ("sliding", "chunked")
+STATEFUL = ("linear", "mamba", "hybrid")  # they have states that are computed in fp32
+SMALL_BYTES = 12 << 20  # of scratch memory and small tensors, for any number of tokens
 SPARE = 1.25  # factor for freed memory that the allocator keeps in pieces
 
 
 @dataclass(frozen=True, slots=True)
+class Attention:
+    """Bytes that a kind of attention takes besides its own modules' outputs, which ``Prefill`` counts."""
+
+    window: int = 0  # most tokens that a token attends to, itself included; 0: all
+    always: int = 0  # for each token that is attended to
+    masked: int = 0  # for each token that is attended to, if there is a mask
+    kept: int = 0  # keys and values of each token that is attended to, which are copied when their memory grows
+    scores: int = 0  # for each pair of a new token and one that is attended to
+    mask: int = 0  # the same, of the mask
+    has_mask: bool = False  # whether there is one even if no token may be left out but later ones
+
+
+@dataclass(frozen=True, slots=True)
 class Prefill:
-    """Bytes that computing ``tokens`` of a prompt together takes: ``fixed``, and ``per_token`` for each of them."""
+    """Memory that is taken where ``tokens`` of a prompt are computed together, in a context of ``context`` tokens."""
 
     tokens: int
-    fixed: int = 0
-    per_token: int = 1
+    context: int = 0
+    resumes: bool = True  # whether a prompt can be divided; else all of it is computed together
+    states: int = 0  # bytes for each token: hidden states, which a layer holds all the time
+    of_attention: int = 0  # bytes for each token: what it holds while it attends to earlier tokens
+    of_block: int = 0  # bytes for each token: what it holds while experts are computed
+    fixed: int = 0  # bytes for any number of tokens
+    attentions: tuple[Attention, ...] = ()
 
     @property
     def nbytes(self) -> int:
         """Bytes for all of the tokens."""
-        return self.fixed + self.tokens * self.per_token
+        return self.bytes_of(self.tokens, is_whole=self.tokens >= self.context or not self.resumes)
+
+    @property
+    def later(self) -> int:
+        """Number of tokens for which these bytes suffice behind others: they may need masks, which a whole does not."""
+        return self._most(self.nbytes, self.tokens)
+
+    def bytes_of(self, tokens: int, *, is_whole: bool) -> int:
+        """Return the bytes for ``tokens`` that are computed together: a whole prompt, or the last of the context."""
+        length = tokens if is_whole else max(self.context, tokens)
+        masks, work = dict[int, int](), 0
+        for kind in self.attentions:
+            seen = min(length, kind.window - 1 + tokens) if kind.window else length
+            has_mask = kind.has_mask or not is_whole or 0 < kind.window < length
+            masks[kind.window] = tokens * seen * kind.mask * has_mask
+            expanded = kind.always + kind.masked * has_mask + kind.kept * (not is_whole)
+            work = max(work, seen * expanded + tokens * seen * kind.scores)
+        layer = max(tokens * self.of_attention + work, tokens * self.of_block)
+        return self.fixed + int(SPARE * (tokens * self.states + layer + sum(masks.values())))
 
     def within(self, room: int) -> Prefill:
         """Return the same with as many of the tokens as fit into ``room`` bytes, or LEAST of them if fewer do."""
-        most = (room - self.fixed) // self.per_token // LEAST * LEAST
-        return replace(self, tokens=min(self.tokens, max(most, LEAST)))
+        return self if self.nbytes <= room else replace(self, tokens=self._most(room, self.tokens))
+
+    def longest(self, room: int) -> int:
+        """Return how many tokens of a prompt that is not divided fit into ``room`` bytes, up to the context."""
+        fits = self.bytes_of(self.context, is_whole=True) <= room
+        return self.context if fits else max(self._most(room, self.context), self.tokens)
+
+    def _most(self, room: int, most: int) -> int:
+        sizes = range(LEAST, most + 1, LEAST)
+        fitting = bisect_right(sizes, room, key=lambda tokens: self.bytes_of(tokens, is_whole=not self.resumes))
+        return sizes[fitting - 1] if fitting else min(LEAST, most)
 
 
 NONE = Prefill(0)
@@ -52,59 +106,96 @@ NONE = Prefill(0)
 def prefill_of(model: Any, manifest: Manifest, config: TierConfig, kernels: Kernels) -> Prefill:
     """Return the memory for a prompt's tokens that are computed together.
 
-    ``config`` says how many: ``prefill_chunk``, or the first DEFAULT_CONTEXT tokens of the context. A model that can't
-    resume in the middle of a prompt computes all of it together. ``model`` may be on the meta device, ``kernels`` are
-    those that it will be computed with.
+    ``config`` says how many: ``prefill_chunk``, or the first DEFAULT_CONTEXT tokens of the context. ``model`` may be on
+    the meta device, ``kernels`` are those that it will be computed with.
     """
-    context = context_of(model.config, config.context)
-    resumes = can_resume(model)
-    tokens = min(context, (config.prefill_chunk or DEFAULT_CONTEXT) if resumes else context)
-    size = model.dtype.itemsize
+    context = context_of(model.config, config.context, config.prefill_chunk)
+    size, resumes = model.dtype.itemsize, can_resume(model)
     text = model.config.get_text_config(decoder=True)
     is_quick = any(map(kernels.packs, manifest.layouts.values()))  # else norms and attention are those of transformers
-    head = model.get_output_embeddings()
-    fixed, of_attention = _attention(model, context, is_whole=tokens == context, is_quick=is_quick)
-    linears = [(path, module) for path, module in model.named_modules() if hasattr(module, "out_features")]
-    outputs = defaultdict[str, int](int)  # numbers that the linear modules of one parent return for a token
-    for path, module in linears:
-        outputs[path.rpartition(".")[0]] += module.out_features if module is not head else 0
-    widest = max((module.in_features for _, module in linears), default=0)  # rounded to 8 bits, with their scales
+    is_eager = model.config._attn_implementation == "eager"
+    is_sliced = is_eager and is_quick and any(SINKS in module._parameters for module in model.modules())
     of_block = max(
         _block(module, manifest, number, model.dtype, kernels)
         for number, module in enumerate(experts_modules(model).values())
     )
-    copies = COPIES if resumes else OF_STATES
-    layer = max(of_attention + copies * size * max(outputs.values(), default=0), of_block)
-    logits = text.vocab_size * (size + 8) if config.all_logits else 0  # in fp32, and their logarithms
-    per_token = SPARE * (STATES * (size if is_quick else size + 4) * text.hidden_size + layer + 2 * widest) + logits
-    return Prefill(tokens, int(SPARE * fixed), int(per_token))
+    return Prefill(
+        tokens=min(context, config.prefill_chunk or DEFAULT_CONTEXT),
+        context=context,
+        resumes=resumes,
+        states=STATES * (size if is_quick else size + 4) * text.hidden_size,
+        of_attention=_outputs(model),
+        of_block=max(of_block, text.vocab_size * (size + 8) if config.all_logits else 0),  # in fp32, and logarithms
+        fixed=SMALL_BYTES + (SLICE_BYTES if is_sliced else 0),
+        attentions=tuple({*_attentions(text, size, is_eager=is_eager, is_sliced=is_sliced, is_quick=is_quick)}),
+    )
 
 
-def _attention(model: Any, context: int, *, is_whole: bool, is_quick: bool) -> tuple[int, int]:
-    """Return the bytes of an attention over ``context`` tokens: those that it always takes, and those for a new token.
+def _outputs(model: Any) -> int:
+    """Return the bytes of the outputs of linear modules, and of states, that a layer holds for each token."""
+    head, size = model.get_output_embeddings(), model.dtype.itemsize
+    text = model.config.get_text_config(decoder=True)
+    # ``_attentions`` counts what is made of latent keys and values
+    latents = {getattr(layer, "kv_lora_rank", None) for layer in text.per_layer_config}
+    linears = defaultdict[str, list[int]](list)  # numbers that the linear modules of each parent return for a token
+    for path, module in model.named_modules():
+        if hasattr(module, "out_features") and module is not head and module.in_features not in latents:
+            linears[path.rpartition(".")[0]].append(module.out_features)
+    states = {path: _state(module) for path, module in model.named_modules() if "A_log" in module._parameters}
+    kinds = getattr(text, "layer_types", None) or ()
+    copies = OF_STATES if any(name in kind for kind in kinds for name in STATEFUL) else COPIES
+    # the last module of a parent makes one output of what the others have made
+    sizes: list[int] = [
+        size * (copies * sum(numbers[:-1]) + numbers[-1]) + states.get(path, 0) for path, numbers in linears.items()
+    ]
+    return max(sizes, default=0)
 
-    ``is_whole``: whether all tokens of a context are computed together, which needs no mask. ``is_quick``: whether
+
+def _state(module: Any) -> int:
+    """Return the bytes of the states that a state-space module (Mamba) makes for each token."""
+    width = getattr(module, "ssm_state_size", 0)
+    if module.A_log.dim() == 2:
+        return int(SCANS * 4 * module.A_log.numel())
+    return int(OF_SCANS * 4 * module.A_log.numel() * (width + module.chunk_size)) if width else 0
+
+
+def _attentions(text: Any, size: int, *, is_eager: bool, is_sliced: bool, is_quick: bool) -> Iterator[Attention]:
+    """Yield the attention of each layer of a model with the configuration ``text``, whose numbers have ``size`` bytes.
+
+    ``is_eager``: whether scores of all tokens are computed, in slices if ``is_sliced``. ``is_quick``: whether
     ``use_decode_attention`` is called for the model.
     """
-    text, size = model.config.get_text_config(decoder=True), model.dtype.itemsize
-    fixed = per_token = 0
-    windows = any("sliding" in kind or "chunked" in kind for kind in getattr(text, "layer_types", None) or ())
-    masks = (not is_whole) + windows
-    is_eager = model.config._attn_implementation == "eager"
-    is_sliced = is_eager and is_quick and any(SINKS in module._parameters for module in model.modules())
-    for layer in text.per_layer_config:
-        heads = layer.num_attention_heads
-        width = getattr(layer, "head_dim", None) or layer.hidden_size // heads
-        keys = (getattr(layer, "qk_nope_head_dim", None) or 0) + (getattr(layer, "qk_rope_head_dim", None) or 0)
-        values = getattr(layer, "v_head_dim", None) or width
-        is_latent = bool(getattr(layer, "kv_lora_rank", None))
-        # keys and values of all heads, which are made from latent ones, or repeated for all heads that share them
-        expanded = heads * ((keys or width) + values) * size * (1 + is_latent)
-        fixed = max(fixed, context * expanded)
-        holds_scores = is_eager or (not is_quick and (keys or width) != values)
-        scores = heads * SCORE_BYTES if holds_scores and not is_sliced else 0
-        per_token = max(per_token, context * (scores + masks * (size + 2)))
-    return fixed + (SLICE_BYTES if is_sliced else 0), per_token
+    layers = text.per_layer_config
+    kinds = getattr(text, "layer_types", None) or [""] * len(layers)
+    for layer, kind in zip(layers, kinds, strict=True):
+        if any(name in kind for name in NOTHING_PER_TOKEN):
+            continue
+        heads, sizes = layer.num_attention_heads, defaultdict[str, int](int)
+        for name in ("head_dim", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "kv_lora_rank", "index_n_heads"):
+            sizes[name] = getattr(layer, name, None) or 0
+        width = sizes["head_dim"] or layer.hidden_size // heads
+        keys = sizes["qk_nope_head_dim"] + sizes["qk_rope_head_dim"] or width
+        values = sizes["v_head_dim"] or width
+        expanded = heads * (keys + values) * size  # keys and values of all heads
+        is_shared = heads != (getattr(layer, "num_key_value_heads", None) or heads)
+        # SDPA takes keys that several heads share as they are, if there is no mask; else they are repeated
+        kept = (getattr(layer, "num_key_value_heads", None) or heads) * (keys + values) * size
+        shares = not is_eager and keys <= 256 and (keys == values or (is_quick and keys > values))
+        holds_scores = is_eager or (not is_quick and keys != values)
+        plain = Attention(
+            always=2 * expanded if sizes["kv_lora_rank"] else expanded * is_shared * (not shares),
+            masked=expanded * is_shared * shares,
+            kept=0 if sizes["kv_lora_rank"] else kept,
+            scores=SCORE_BYTES * (heads * (holds_scores and not is_sliced) + sizes["index_n_heads"]),
+            mask=size + 1,
+            has_mask=is_eager,
+        )
+        window = getattr(layer, "sliding_window", None) or getattr(layer, "attention_chunk_size", None) or 0
+        is_windowed = any(name in kind for name in WINDOWED)
+        if window and (is_windowed or not kind):
+            yield replace(plain, window=window)
+        if not is_windowed:
+            yield plain
 
 
 def _block(module: Any, manifest: Manifest, number: int, dtype: Any, kernels: Kernels) -> int:

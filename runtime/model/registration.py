@@ -230,7 +230,9 @@ class MoetierQuantizer(HfQuantizer):
             asked,
             device,
             trunk=mapped_bytes(model),
-            cache=kv_cache_bytes(model.config, context_of(model.config, asked.context), dtype=model.dtype),
+            cache=kv_cache_bytes(
+                model.config, context_of(model.config, asked.context, asked.prefill_chunk), dtype=model.dtype
+            ),
             prefill=prefill_of(model, read_manifest(self._folder), asked, kernels),
             width=model.dtype.itemsize,
             kernels=kernels,

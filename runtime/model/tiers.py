@@ -8,6 +8,7 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -84,12 +85,16 @@ class Tiers:
         kernels = kernels or kernels_for(device, exact=config.exact)
         needs = Needs(trunk, cache, max(scratch_numbers(manifest, kernels), largest) * width, prefill)
 
+        left = 0  # bytes that experts leave for a prompt
+
         def host_slots() -> Mapping[str, int]:
-            nonlocal needs
+            nonlocal needs, left
             available = memory_for_model()
             if device.type == "cpu":
                 needs = needs.beside(config.ram, manifest.stored_bytes, available)
-            return slots_for(manifest, needs.host_budget(manifest, config.ram, available, device))
+            budget = needs.host_budget(manifest, config.ram, available, device)
+            left = needs.room(available) - budget
+            return slots_for(manifest, budget)
 
         with contextlib.ExitStack() as undo:
             on_cpu = isinstance(kernels, PackedKernels)
@@ -97,11 +102,13 @@ class Tiers:
             undo.callback(origin.close)
             source: HostViews | DeviceTier = HostViews(origin.host)
             if device.type == "cpu" and origin.daemon is not None:
-                needs = needs.beside(None, 0, memory_for_model())
+                needs = needs.beside(None, 0, there := memory_for_model())
+                left = needs.room(there)
             if device.type == "cuda":
                 there = Available(torch.cuda.mem_get_info(device)[0], str(device))
                 needs = needs.beside(config.device_memory, manifest.stored_bytes, there)
-                slots = slots_for(manifest, needs.device_budget(manifest, config.device_memory, there))
+                budget = needs.device_budget(manifest, config.device_memory, there)
+                left, slots = needs.room(there) - budget, slots_for(manifest, budget)
                 source = DeviceTier(
                     origin.host,
                     manifest,
@@ -112,14 +119,14 @@ class Tiers:
                     arrange=kernels.arrange,
                 )
                 kernels.make_room = source.shrink
-            tiers = cls(manifest, origin, source, kernels, needs.prefill.tokens)
+            found = needs.prefill
+            if not found.resumes:  # a longer prompt than the one that memory is reserved for may fit, too
+                found = replace(found, tokens=found.longest(left))
+            tiers = cls(manifest, origin, source, kernels, found)
             undo.pop_all()
-            if tiers.prefill_chunk < prefill.tokens:
-                _log.warning(
-                    "Memory leaves room to compute %s tokens of a prompt together, not %s.",
-                    f"{tiers.prefill_chunk:,}",
-                    f"{prefill.tokens:,}",
-                )
+            if found.tokens < prefill.tokens:
+                what = "to compute %s tokens of a prompt together" if found.resumes else "for a prompt of %s tokens"
+                _log.warning(f"Memory leaves room {what}, not %s.", f"{found.tokens:,}", f"{prefill.tokens:,}")
             return tiers
 
     def __init__(
@@ -128,10 +135,11 @@ class Tiers:
         origin: Origin,
         device: HostViews | DeviceTier,
         kernels: Kernels,
-        prefill_chunk: int,
+        prefill: Prefill,
     ) -> None:
         self.manifest = manifest
-        self.prefill_chunk = prefill_chunk  # most tokens of a prompt that memory leaves room to compute together
+        self.prefill = prefill  # memory for the tokens of a prompt that are computed together
+        self.prefill_chunk = prefill.tokens  # most tokens of a prompt that memory leaves room to compute together
         self.host = origin.host
         self.where = origin.where  # text for a user: where the experts come from
         self.daemon = origin.daemon  # the host tier, if it belongs to a daemon on this host

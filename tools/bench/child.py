@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moetier.runtime.memory import peak_bytes
-from moetier.tiers.errors import ConfigError, MoetierError
+from moetier.tiers.errors import BudgetError, ConfigError, MoetierError
 
 
 def idle(work: dict[str, Any]) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def model(work: dict[str, Any]) -> dict[str, Any]:
         import torch
         import transformers
 
-        from moetier.runtime.context import can_resume, longest_context
+        from moetier.runtime.context import longest_context
         from moetier.runtime.generation.compat import CACHE
         from moetier.runtime.model.budgets import kv_cache_bytes
         from moetier.runtime.model.load import load
@@ -69,7 +69,13 @@ def model(work: dict[str, Any]) -> dict[str, Any]:
         if work.get("record"):
             Gates(found).observe(experts=note)
         # memory may have no room for a whole piece
-        chunk = max(found.tiers.prefill_chunk // sequences, 1) if can_resume(found) else ids.shape[1]
+        chunk = max(found.tiers.prefill_chunk // sequences, 1)
+        if not found.tiers.prefill.resumes and chunk < max(work["pieces"]):
+            raise BudgetError(
+                f"Memory has no room to compute {sequences * max(work['pieces']):,} tokens together, and this model "
+                "can't divide them.",
+                "Give less for --tokens, --prompt or --ram.",
+            )
         seconds, cache, start, before = [], None, 0, found.tiers.host.stats()
         for number, length in enumerate(work["pieces"]):
             used.append([[] for _ in found.tiers.manifest.blocks])

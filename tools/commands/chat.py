@@ -7,6 +7,7 @@ import sys
 
 from moetier.runtime.context import longest_context
 from moetier.runtime.generation.conversation import Conversation
+from moetier.runtime.generation.decoding import longest_prompt
 from moetier.tools.chat.answer import Answering
 from moetier.tools.chat.dialogue import ChatInput, Dialogue
 from moetier.tools.cli.arguments import (
@@ -60,7 +61,8 @@ def run(arguments: argparse.Namespace) -> int:
         import torch
 
         torch.manual_seed(arguments.seed)
-        context = min(arguments.context, longest_context(model.config) or arguments.context)
+        limits = longest_context(model.config), longest_prompt(model)
+        context = min([arguments.context, *(tokens for tokens in limits if tokens is not None)])
         conversation = Conversation(
             tokenizer, system=arguments.system, context=context, room=min(most, context // ROOM)
         )

@@ -118,7 +118,7 @@ def plan(
         source: a checkpoint's folder, a hub id, a GGUF file or a model directory.
         bits: bits per expert weight to choose from; None: all.
         trunk_bits: bits per weight of the trunk to choose from; None: all.
-        context: tokens; None: ``ModelChoices.context``.
+        context: tokens; None: ``ModelChoices.context``, or ``prefill_chunk`` if that is more.
         prefill_chunk: tokens of a prompt that are computed together, if memory has room for them.
         into: folder whose disk is measured; None: for a hub id the folder of pulled models, else the current folder.
         disk: speed of the disk in GB/s; None: measure it.
@@ -163,6 +163,7 @@ def plan(
         import torch
         import transformers
 
+        from moetier.runtime.context import context_of
         from moetier.runtime.kernels.choose import kernels_for
         from moetier.runtime.memory import memory_for_model, resident_bytes
         from moetier.runtime.model.load import place_of
@@ -186,7 +187,7 @@ def plan(
     model_choices = open_choices(source)
     chosen = model_choices.chosen(bits, trunk_bits)
     if context is None:
-        config = replace(config, context=model_choices.context)
+        config = replace(config, context=context_of(model_choices.model.config, DEFAULT_CONTEXT, prefill_chunk))
 
     def evaluate(tried: TierConfig) -> list[Fit]:
         return [fit_of(model_choices, choice, tried, room, kernels) for choice in model_choices.choices]

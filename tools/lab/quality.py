@@ -16,12 +16,13 @@ from torch import Tensor
 
 from moetier.runtime.checkpoint.files import Checkpoint, open_checkpoint
 from moetier.runtime.context import first_ids, longest_context
+from moetier.runtime.generation.compat import CACHE
 from moetier.runtime.kernels.quantise import encode
 from moetier.runtime.model.load import TOKENIZER_FILES, load
 from moetier.runtime.moe.experts import EXPERT_PARAMETERS, experts_modules
 from moetier.runtime.moe.linear import WEIGHT
 from moetier.runtime.vocabulary import check_ids, check_tokenizer
-from moetier.tiers.errors import ConfigError, UnsupportedModelError
+from moetier.tiers.errors import BudgetError, ConfigError, UnsupportedModelError
 from moetier.tiers.layout import Bits, RecordLayout
 from moetier.tiers.manifest import TrunkRecords
 from moetier.tiers.quant.codec import WeightError, decode, layout_for, sections
@@ -222,20 +223,28 @@ def tokenize(tokenizer: Any, texts: Mapping[str, str], tokens: int) -> dict[str,
 
 
 @torch.inference_mode()
-def loss(model: Any, ids: Tensor) -> Loss:
+def loss(model: Any, ids: Tensor, chunk: int = WINDOW) -> Loss:
     """Return the loss of a causal language model on one text. ``ids``: the token ids [tokens].
 
     The text is read in windows of WINDOW tokens, or of the model's maximum context if that is less. The last window may
-    be shorter.
+    be shorter. At most ``chunk`` tokens of a window are computed together.
     """
     total, size = Loss(), min(WINDOW, longest_context(model.config) or WINDOW)
     for start in range(0, len(ids) - 1, size):
         window = ids[start : start + size].to(model.device)
         if len(window) > 1:
-            logits = model(window[None], use_cache=False).logits[0, :-1]  # [window - 1, vocabulary]
-            nats = float(F.cross_entropy(logits.float(), window[1:], reduction="sum"))
+            nats = sum(_nats(model, window, chunk))
             total += Loss(len(window) - 1, nats, ((len(window) - 1, nats),))
     return total
+
+
+def _nats(model: Any, window: Tensor, chunk: int) -> Iterator[float]:
+    """Yield the loss in nats of each chunk of a window [tokens], whose first token is not predicted."""
+    cache = None
+    for part, wanted in zip(torch.split(window, chunk), torch.split(window[1:], chunk), strict=False):
+        output = model(part[None], **{CACHE: cache}, use_cache=chunk < len(window))
+        cache = output.get(CACHE, None)
+        yield float(F.cross_entropy(output.logits[0, : len(wanted)].float(), wanted, reduction="sum"))
 
 
 Way = tuple[Bits, int | None, str | None, Bits, str]  # bits, group size, pairs, bits of the trunk, method
@@ -279,11 +288,18 @@ def measure_directory(folder: Path, texts: Mapping[str, str], tokens: int, resou
     """
     manifest = read_manifest(folder / "experts.zarr")
     _check_tokenizer(folder)
-    model, tokenizer = load(folder, **resources, prefill_chunk=WINDOW, all_logits=True)
+    options = {"context": WINDOW, **resources} | {"prefill_chunk": WINDOW, "all_logits": True}
+    model, tokenizer = load(folder, **options)
     with model.tiers:
         ids = tokenize(tokenizer, texts, tokens)
         _check_ids(model, tokenizer, ids)
-        losses = {name: loss(model, ids[name]) for name in ids}
+        chunk, longest = model.tiers.prefill_chunk, max(map(len, ids.values()), default=0)
+        if not model.tiers.prefill.resumes and chunk < (together := min(WINDOW, longest)):
+            raise BudgetError(
+                f"Memory has no room to compute {together:,} tokens together, and this model can't divide them.",
+                "Free some memory, give --ram less, or measure fewer tokens with --tokens.",
+            )
+        losses = {name: loss(model, ids[name], chunk) for name in ids}
     blocks = [(manifest.layout(number), block.experts) for number, block in enumerate(manifest.blocks)]
     return _row(blocks, manifest.trunk_bits, manifest.method, None, losses)
 

@@ -38,6 +38,8 @@ def serving(
 
         transformers.utils.logging.set_verbosity_error()  # otherwise transformers warns at each request
 
+        from moetier.runtime.generation.decoding import longest_prompt
+
         from .app import application
         from .batched import Together
         from .sequential import OneByOne
@@ -47,7 +49,8 @@ def serving(
                 f"The model's tokenizer ({type(tokenizer).__name__}) can't decode text piece by piece.",
                 "Add a tokenizer.json to the model directory.",
             )
-        context = min(arguments.context, longest_context(model.config) or arguments.context)
+        limits = longest_context(model.config), longest_prompt(model)
+        context = min([arguments.context, *(tokens for tokens in limits if tokens is not None)])
         parts = model, tokenizer, context, model.tiers.prefill_chunk
         engine = OneByOne(*parts) if arguments.parallel == 1 else Together(*parts, arguments.parallel)
         with engine.running():

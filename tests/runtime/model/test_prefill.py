@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,28 +14,37 @@ import torch
 from cgroups import memory_limit
 from comparison import convert_tiny
 from prepared import Prepared, prepared
+from transformers import MixtralConfig
 
 import moetier
-from moetier.runtime.config import Size
+from moetier.runtime.config import DEFAULT_CONTEXT, Size
+from moetier.runtime.context import context_of
+from moetier.runtime.generation.decoding import encode, longest_prompt
 from moetier.runtime.memory import Available, usable
 from moetier.runtime.model.budgets import Needs
-from moetier.runtime.model.prefill import LEAST, Prefill
+from moetier.runtime.model.prefill import LEAST, Attention, Prefill
+from moetier.tiers.errors import BudgetError
 
-GEOMETRIES: dict[str, dict[str, Any]] = {
-    "mixtral": {"hidden_size": 512, "head_dim": 64, "num_attention_heads": 8, "intermediate_size": 1024},
-    "qwen3_moe": {"hidden_size": 512, "head_dim": 64, "num_attention_heads": 16, "moe_intermediate_size": 128},
-    "gpt_oss": {"hidden_size": 512, "head_dim": 64, "num_attention_heads": 16, "intermediate_size": 512},
+SIZES: dict[str, dict[str, Any]] = {
+    "mixtral": {"hidden_size": 1024, "head_dim": 128, "num_attention_heads": 16, "sliding_window": None},
+    "qwen3_moe": {"hidden_size": 1024, "head_dim": 128, "num_attention_heads": 16},
+    "gpt_oss": {"hidden_size": 1024, "head_dim": 64, "num_attention_heads": 16, "sliding_window": 128},
     "deepseek_v3": {
-        **{"hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 8, "moe_intermediate_size": 128},
-        **{"qk_nope_head_dim": 64, "v_head_dim": 64, "qk_rope_head_dim": 32},
+        **{"hidden_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 8, "q_lora_rank": None},
+        **{"qk_nope_head_dim": 128, "v_head_dim": 128, "qk_rope_head_dim": 64},
     },
+    "qwen3_next": {"hidden_size": 1024, "head_dim": 128, "linear_num_value_heads": 16, "linear_num_key_heads": 8},
 }
-CHUNK, TOKENS = 512, 1536
+TYPES_OF_LAYERS = {
+    "gpt_oss": ["sliding_attention", "full_attention"],
+    "qwen3_next": ["linear_attention", "full_attention"],
+}
+CONTEXT = 2048
 WHOLE, LIMIT = 4096, 400 << 20  # tokens; bytes of memory, less than the tokens together take
 
 # prints the bytes that a process takes for a prompt besides keys and values, and how many are reserved for them
 CHILD = """
-import json, sys
+import ctypes, json, sys
 from pathlib import Path
 import torch
 import moetier
@@ -54,6 +64,7 @@ ids = torch.randint(2, 250, (1, tokens), generator=torch.Generator().manual_seed
 with model.tiers, torch.inference_mode():
     for few in (64, 8, 1):
         model(ids[:, :few], use_cache=False, logits_to_keep=1)
+    ctypes.CDLL(None).malloc_trim(0)
     before = {name: own(name) for name in ("VmRSS", "RssFile", "RssShmem")}
     Path("/proc/self/clear_refs").write_text("5")  # the peak of the resident memory begins anew
     cache = None
@@ -71,18 +82,35 @@ def scripts() -> Iterator[Prepared]:
         yield process
 
 
-@pytest.mark.parametrize("exact", [False, True], ids=["quick", "exact"])
-@pytest.mark.parametrize("model_type", GEOMETRIES)
-def test_what_is_reserved_covers_what_is_taken(model_type: str, exact: bool, tmp_path: Path, scripts: Prepared) -> None:
-    """In chunks, the last of which attends to all that come before."""
-    sizes = GEOMETRIES[model_type] | {"max_position_embeddings": TOKENS, "num_hidden_layers": 2}
+@pytest.mark.parametrize(
+    ("model_type", "chunk", "exact"),
+    [
+        ("qwen3_moe", CONTEXT, False),
+        ("gpt_oss", 512, False),
+        ("qwen3_next", CONTEXT, False),
+        *[
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                *[(model_type, CONTEXT, False) for model_type in ("mixtral", "gpt_oss", "deepseek_v3")],
+                *[(model_type, 512, False) for model_type in ("mixtral", "qwen3_moe", "deepseek_v3")],
+                *[(model_type, 512, True) for model_type in ("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3")],
+            )
+        ],
+    ],
+)
+def test_what_is_reserved_covers_what_is_taken(
+    model_type: str, chunk: int, exact: bool, tmp_path: Path, scripts: Prepared
+) -> None:
+    """A whole prompt, and chunks, the last of which attends to all that come before."""
+    sizes = SIZES[model_type] | {"max_position_embeddings": CONTEXT, "num_hidden_layers": 2}
+    sizes |= {"layer_types": TYPES_OF_LAYERS[model_type]} if model_type in TYPES_OF_LAYERS else {}
     _, directory = convert_tiny(model_type, torch.bfloat16, tmp_path, bits=4, **sizes)
-    ended = scripts.run(CHILD, json.dumps([str(directory), CHUNK, TOKENS, exact]))
+    ended = scripts.run(CHILD, json.dumps([str(directory), chunk, CONTEXT, exact]))
     assert ended.returncode == 0, ended.stderr
-    taken, reserved, chunk = json.loads(ended.stdout.splitlines()[-1])
-    print(model_type, taken, reserved, taken / reserved)
-    assert chunk == CHUNK
-    assert reserved / 12 < taken <= reserved
+    taken, reserved, found = json.loads(ended.stdout.splitlines()[-1])
+    print(model_type, taken, reserved, reserved / taken)
+    assert found == chunk
+    assert reserved / (4 if exact else 2) < taken <= reserved
 
 
 HERE = Available(1 << 30, "this machine")
@@ -99,7 +127,7 @@ HERE = Available(1 << 30, "this machine")
     ],
 )
 def test_fewer_tokens_where_memory_is_short(asked: str | None, experts: int, share: float) -> None:
-    needs = Needs(trunk=0, cache=0, scratch=0, prefill=Prefill(1 << 20, fixed=1 << 20, per_token=4096))
+    needs = Needs(trunk=0, cache=0, scratch=0, prefill=Prefill(1 << 20, states=4096))
     found = needs.beside(None if asked is None else Size.parse(asked), experts, HERE).prefill
     assert found.nbytes == pytest.approx(share * HERE.bytes, abs=40 << 20)
     assert found.nbytes + min(experts, HERE.bytes - found.nbytes) <= HERE.bytes
@@ -119,6 +147,50 @@ def test_it_is_said_that_fewer_tokens_are_computed_together(
         chunk = model.tiers.prefill_chunk
     assert LEAST <= chunk < 2048
     assert f"Memory leaves room to compute {chunk:,} tokens of a prompt together, not 2,048." in caplog.text
+
+
+def test_a_whole_needs_no_masks_but_its_chunks_do() -> None:
+    asked = Prefill(8192, context=8192, states=100_000, attentions=(Attention(masked=16_000, mask=3),))
+    assert asked.nbytes == 8192 * 125_000
+    assert asked.within(asked.nbytes) == asked
+    less = asked.within(asked.nbytes - 1)
+    assert less.tokens % LEAST == 0
+    assert less.nbytes <= asked.nbytes < replace(less, tokens=less.tokens + LEAST).nbytes
+    assert asked.later == less.tokens < 8192
+
+
+def test_a_window_limits_the_mask() -> None:
+    wide = Prefill(256, context=8192, attentions=(Attention(mask=4),)).nbytes
+    assert Prefill(256, context=8192, attentions=(Attention(mask=4, window=128),)).nbytes * 20 < wide
+
+
+@pytest.mark.parametrize("free", [60 << 20, 90 << 20])
+def test_a_prompt_that_cannot_be_divided_is_refused_if_it_has_no_room(
+    free: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Memory is reserved for a chunk, and a longer prompt fits if experts leave room."""
+    _, directory = convert_tiny("qwen3_next", torch.bfloat16, tmp_path, bits=4, max_position_embeddings=32768)
+    monkeypatch.setattr("moetier.runtime.model.tiers.memory_for_model", lambda: Available(free, "this machine"))
+    model, _ = moetier.load(directory, daemon=None, ram="100%", context=32768, prefill_chunk=1024)
+    with model.tiers:
+        room = longest_prompt(model)
+        assert room is not None
+        assert 1024 <= room < 32768
+        ids = [5] * (room + 1)
+        with pytest.raises(
+            BudgetError, match=f"which this model can only compute together. Memory has room for {room:,}."
+        ):
+            encode(model, lambda *_, **__: {"input_ids": ids}, "a")
+        assert encode(model, lambda *_, **__: {"input_ids": ids[1:]}, "a")["input_ids"].shape == (1, room)
+    assert not caplog.text
+
+
+def test_the_default_context_holds_a_chunk() -> None:
+    config = MixtralConfig(max_position_embeddings=32768)
+    assert context_of(config, DEFAULT_CONTEXT, 8192) == 8192
+    assert context_of(config, DEFAULT_CONTEXT, 1024) == DEFAULT_CONTEXT
+    assert context_of(config, 512, 1024) == 512
+    assert context_of(config, DEFAULT_CONTEXT, 1 << 20) == 32768
 
 
 def test_a_chunk_shrinks_in_a_control_group(tmp_path: Path) -> None:
