@@ -91,9 +91,9 @@ def load(
         context: tokens of context that memory budgets leave room for. A longer context works if there is more memory.
         prefill_chunk: tokens of a prompt that are computed together: memory budgets leave room for them. Where memory
             has none, it is for fewer, ``model.tiers.prefill_chunk``, and a warning says so. ``generate()`` computes a
-            whole prompt together unless it is given that number as ``prefill_chunk_size``. Default: the context, but
-            at most 4096 tokens. A model that can't divide a prompt computes all of it together: the number is then that of
-            the longest prompt that has room.
+            whole prompt together unless it is given that number as ``prefill_chunk_size``. For a model that can't
+            divide a prompt, the number is that of the longest prompt that has room. Default: the context, but at most
+            4096 tokens.
         all_logits: leave room for the logits of all tokens that are computed together, as the loss of a text needs.
             Otherwise there is room for those of the last token.
         exact: compute bit for bit what the ordinary model computes with the decoded weights and
