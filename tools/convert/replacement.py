@@ -131,6 +131,11 @@ def discard(folder: Path) -> None:
 def check_replaceable(folder: Path) -> None:
     """Raise TargetError if ``folder`` can't exchange its name with one beside it, or if a conversion writes into it."""
     place = folder.resolve()
+    with contextlib.suppress(FileNotFoundError):  # the current folder was removed
+        if Path.cwd().is_relative_to(place):
+            raise TargetError(
+                f"{folder} holds the current folder, so it can't be replaced.", "Run the command in another folder."
+            )
     reason = None
     if place.stat().st_dev != place.parent.stat().st_dev:
         reason = "it is the root of a file system"

@@ -263,6 +263,16 @@ def test_one_that_can_not_be_written_is_refused_before() -> None:
         assert said == f"TargetError: {folder} can't be written, so it can't be replaced. Run: chmod u+wx {folder}"
 
 
+def test_the_current_folder_is_not_replaced(both: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its name would be that of the new model, while relative paths lead to the old one."""
+    monkeypatch.chdir(tmp_path / "old" / "notes")
+    before = tree(tmp_path)
+    for dst in (Path(".."), tmp_path / "old"):
+        with pytest.raises(TargetError, match="holds the current folder"):
+            convert(both, dst, fast=True, overwrite=True)
+    assert tree(tmp_path) == before
+
+
 def test_a_link_is_not_given_away(both: Path, tmp_path: Path) -> None:
     """Someone else may have put it beside the model."""
     (elsewhere := tmp_path / "elsewhere").mkdir()
