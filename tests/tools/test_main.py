@@ -266,6 +266,13 @@ def test_nobody_reads_the_one_stream_that_is_open() -> None:
     assert done.returncode == 128 + signal.SIGPIPE
 
 
+@pytest.mark.parametrize("words", [["generate", "", "To be"], ["convert", "SRC", ""], ["plan", ""], ["daemon", ""]])
+def test_an_empty_path_is_not_the_current_folder(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(words)
+    assert "The path is empty." in capsys.readouterr().err
+
+
 CUT = """
 import mmap, os, sys
 from moetier.tools.main import main

@@ -226,20 +226,29 @@ def utf8(text: str) -> str:
     return check_utf8(text, "The value")
 
 
+def check_path(text: str) -> None:
+    """Raise ConfigError if ``text``, a path, is empty."""
+    if not text:
+        raise ConfigError("The path is empty.", "Check that the shell variable is set.")
+
+
 def directory(text: str) -> str | Path:
     """Return ``text`` as a path, or unchanged if it may be a model's name or an address, which ``by_name`` resolves.
 
-    Arguments that are model directories have this function as their argparse type.
+    Arguments that are model directories have this function as their argparse type. Raises ConfigError if ``text`` is
+    empty: Path would take it for the current folder.
     """
     from moetier.runtime.pulled import SCHEME, may_be_name
 
+    check_path(text)
     return text if may_be_name(text) or SCHEME.match(text) else Path(text)
 
 
 def local_folder(text: str) -> Path:
-    """Return ``text`` as the path of a folder to write. Raises ConfigError for an address."""
+    """Return ``text`` as the path of a folder to write. Raises ConfigError for an address, and if it is empty."""
     from moetier.runtime.pulled import SCHEME
 
+    check_path(text)
     if SCHEME.match(text) and not Path(text).exists():
         raise ConfigError(
             f"{text!r} is an address, and not a folder of this machine.",
@@ -249,12 +258,20 @@ def local_folder(text: str) -> Path:
 
 
 def file_or_address(text: str) -> str:
-    """Return ``text`` unchanged. As an argparse type it marks an argument that is a file, a folder or an address."""
+    """Return ``text`` unchanged. As an argparse type it marks an argument that is a file, a folder or an address.
+
+    Raises ConfigError if it is empty.
+    """
+    check_path(text)
     return text
 
 
 def source(text: str) -> str:
-    """Return ``text`` unchanged. As an argparse type it marks an argument that is a model directory or checkpoint."""
+    """Return ``text`` unchanged. As an argparse type it marks an argument that is a model directory or checkpoint.
+
+    Raises ConfigError if it is empty.
+    """
+    check_path(text)
     return text
 
 
