@@ -43,14 +43,14 @@ class Needs:
         """Return how many bytes of ``available`` memory trunk, cache and scratch leave for experts and prefill."""
         return usable(available.bytes - self.trunk - self.cache - self.scratch)
 
-    def beside(self, asked: Size | None, largest: int, available: Available) -> Needs:
+    def beside(self, asked: Size | None, largest: int, available: Available, *, smallest: int = 0) -> Needs:
         """Return the needs with fewer tokens computed together, if ``available`` has no room for all of them.
 
         They leave ``largest`` bytes for experts if possible; else those that the user's option ``asked`` gives, or half
-        of what trunk and cache leave.
+        of what trunk and cache leave, but at least ``smallest``.
         """
         room = self.room(available)
-        experts = room // 2 if asked is None or asked.bytes is None else asked.bytes
+        experts = max(room // 2, smallest) if asked is None or asked.bytes is None else asked.bytes
         return replace(self, prefill=self.prefill.within(room - min(experts, largest)))
 
     def host_budget(self, manifest: Manifest, asked: Size | None, available: Available, device: torch.device) -> int:

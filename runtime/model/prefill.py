@@ -115,9 +115,11 @@ def prefill_of(model: Any, manifest: Manifest, config: TierConfig, kernels: Kern
     is_quick = any(map(kernels.packs, manifest.layouts.values()))  # else norms and attention are those of transformers
     is_eager = model.config._attn_implementation == "eager"
     is_sliced = is_eager and is_quick and any(SINKS in module._parameters for module in model.modules())
+    modules = experts_modules(model)
     of_block = max(
-        _block(module, manifest, number, model.dtype, kernels)
-        for number, module in enumerate(experts_modules(model).values())
+        _block(modules[block.path], manifest, number, model.dtype, kernels)
+        for number, block in enumerate(manifest.blocks)
+        if block.path in modules  # else loading refuses the model
     )
     return Prefill(
         tokens=min(context, config.prefill_chunk or DEFAULT_CONTEXT),

@@ -25,7 +25,7 @@ from moetier.runtime.memory import Available, memory_for_model
 from moetier.runtime.moe.block import refuse_copy
 from moetier.runtime.moe.gates import Observation
 from moetier.runtime.speculation.speculation import Speculation
-from moetier.tiers.cache.budget import slots_for
+from moetier.tiers.cache.budget import slots_for, smallest_budget
 from moetier.tiers.device.stream import CudaDevice
 from moetier.tiers.device.tier import DeviceTier
 from moetier.tiers.device.views import HostViews
@@ -91,7 +91,7 @@ class Tiers:
             nonlocal needs, left
             available = memory_for_model()
             if device.type == "cpu":
-                needs = needs.beside(config.ram, manifest.stored_bytes, available)
+                needs = needs.beside(config.ram, manifest.stored_bytes, available, smallest=smallest_budget(manifest))
             budget = needs.host_budget(manifest, config.ram, available, device)
             left = needs.room(available) - budget
             return slots_for(manifest, budget)
@@ -106,7 +106,9 @@ class Tiers:
                 left = needs.room(there)
             if device.type == "cuda":
                 there = Available(torch.cuda.mem_get_info(device)[0], str(device))
-                needs = needs.beside(config.device_memory, manifest.stored_bytes, there)
+                needs = needs.beside(
+                    config.device_memory, manifest.stored_bytes, there, smallest=smallest_budget(manifest)
+                )
                 budget = needs.device_budget(manifest, config.device_memory, there)
                 left, slots = needs.room(there) - budget, slots_for(manifest, budget)
                 source = DeviceTier(

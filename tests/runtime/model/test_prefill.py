@@ -137,6 +137,13 @@ def test_fewer_tokens_where_memory_is_short(asked: str | None, experts: int, sha
     assert usable(HERE.bytes) > needs.beside(None, 4 << 30, HERE).reserve
 
 
+def test_the_experts_get_what_they_need_at_least() -> None:
+    needs = Needs(trunk=0, cache=0, scratch=0, prefill=Prefill(1 << 20, states=4096))
+    found = needs.beside(None, 4 << 30, HERE, smallest=700 << 20).prefill
+    assert found.tokens > LEAST
+    assert found.nbytes <= usable(HERE.bytes) - (700 << 20)
+
+
 def test_it_is_said_that_fewer_tokens_are_computed_together(
     tinymix_4bit: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
