@@ -107,7 +107,9 @@ def _is_shortage(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True
     # libraries raise OSError without a number, ImportError, RuntimeError, or errors of their own
-    return not isinstance(error, MoetierError) and _ALLOCATES.search(str(error)) is not None
+    said = "" if isinstance(error, MoetierError) else str(error)
+    is_limited = resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
+    return _ALLOCATES.search(said) is not None or (is_limited and "could not create a primitive" in said)  # oneDNN
 
 
 def peak_bytes() -> int:
