@@ -66,7 +66,7 @@ _options: TierOptions = {}  # set by register(), for models that are loaded with
 
 @dataclass(frozen=True)
 class Asked:
-    """What load() asks of from_pretrained for the model that it loads."""
+    """Options and files that load() hands to from_pretrained for one model."""
 
     config: TierConfig  # in place of the options in config.json
     folder: Path  # its folder or GGUF file

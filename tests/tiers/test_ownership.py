@@ -122,7 +122,7 @@ def test_a_folder_like_tmp_may_have_a_cache(address: str, tmp_path: Path) -> Non
 
 
 def test_a_cache_that_root_has_made_is_read_by_others(tmp_path: Path) -> None:
-    """Where root opens it to them."""
+    """Root has opened it to them."""
     need_root()
     make_store(tmp_path / "store")
     with tempfile.TemporaryDirectory() as root:

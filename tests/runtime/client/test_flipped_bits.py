@@ -116,7 +116,7 @@ STEPS = [pytest.param((41, 67), id="some"), pytest.param((5, 7), id="many", mark
 
 @pytest.mark.parametrize("steps", STEPS)
 def test_computations(wire: Flips, manifest: Manifest, monkeypatch: pytest.MonkeyPatch, steps: tuple[int, int]) -> None:
-    """What the daemon does not compute is fetched."""
+    """The client fetches records that the daemon does not compute with."""
     with computing(wire, manifest, monkeypatch) as compute:
         wanted = compute()
         assert wanted is not None

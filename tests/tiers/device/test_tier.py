@@ -836,7 +836,7 @@ def test_a_record_that_was_replaced_while_it_was_copied_is_copied_again(host: Ho
 
 
 def test_a_forked_child_leaves_the_device_and_the_state_alone(host: HostTier) -> None:
-    """Where an iterator is closed that was open at the fork, as the garbage collector does."""
+    """The garbage collector may close an iterator in the child that was open at the fork."""
     device = device_of()
     tier = DeviceTier(host, PLAN, slots=SMALLEST, device=device)
     with contextlib.closing(tier), contextlib.closing(tier.acquire(keys(0, 0, 1))) as leases:

@@ -102,7 +102,7 @@ def opened(folder: Path) -> str:
 
 
 def check_killed(tmp_path: Path, lines: list[tuple[int, int, int]]) -> None:
-    """The old directory, of 8 bits, held somebody's file too."""
+    """The old directory, of 8 bits, held a user's file too."""
     old, new = opened(tmp_path / "old"), opened(tmp_path / "new")
     found = []
     for step, died, again in lines:
@@ -117,7 +117,7 @@ def check_killed(tmp_path: Path, lines: list[tuple[int, int, int]]) -> None:
 
 @pytest.fixture
 def both(tmp_path: Path) -> Path:
-    """A checkpoint; beside it are a model of 8 bits, with somebody's file, and one of 4."""
+    """A checkpoint; beside it are a model of 8 bits, with a user's file, and one of 4."""
     source = save_checkpoint(tmp_path / "src")
     convert(source, tmp_path / "new", fast=True)
     convert(source, tmp_path / "old", bits=8, fast=True)

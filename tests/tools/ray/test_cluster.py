@@ -98,7 +98,7 @@ def test_answers_are_those_of_generate(one: RayCluster, tinymix_4bit: Path) -> N
 
 
 def test_a_share_of_memory_is_reserved(one: RayCluster) -> None:
-    """Of what the daemon holds, Ray promises nothing to others."""
+    """Ray promises no memory of the daemon to others."""
     code = (
         "import ray; ray.init('auto', logging_level='ERROR'); "
         "print(int(ray.cluster_resources()['memory'] - ray.available_resources()['memory']))"

@@ -100,7 +100,7 @@ def test_a_decoders_error_reaches_nobody_else(engine: Any, odd_decoder: None) ->
 
 
 def test_a_closed_event_loop_reaches_nobody_else(engine: Any) -> None:
-    """Of a request that has ended with its program, in the middle of its answer."""
+    """The request has ended with its program, in the middle of its answer."""
     before = engine.tally.counts()
     loop = asyncio.new_event_loop()
 
