@@ -32,7 +32,8 @@ INDEX = 48  # bytes for each expert of a token: its number, sorted in several wa
 NOTHING_PER_TOKEN = ("linear", "mamba", "conv", "moe", "mlp")
 WINDOWED = ("sliding", "chunked")
 STATEFUL = ("linear", "mamba", "hybrid")  # they have states that are computed in fp32
-SMALL_BYTES = 12 << 20  # of scratch memory and small tensors, for any number of tokens
+SMALL_BYTES = 14 << 20  # of scratch memory and small tensors, for any number of tokens
+EXACT_BYTES = 32 << 20  # the same, more if torch multiplies with decoded experts
 SPARE = 1.25  # factor for freed memory that the allocator keeps in pieces
 
 
@@ -128,7 +129,7 @@ def prefill_of(model: Any, manifest: Manifest, config: TierConfig, kernels: Kern
         states=STATES * (size if is_quick else size + 4) * text.hidden_size,
         of_attention=_outputs(model),
         of_block=max(of_block, text.vocab_size * (size + 8) if config.all_logits else 0),  # in fp32, and logarithms
-        fixed=SMALL_BYTES + (SLICE_BYTES if is_sliced else 0),
+        fixed=SMALL_BYTES + (EXACT_BYTES if config.exact else 0) + (SLICE_BYTES if is_sliced else 0),
         attentions=tuple({*_attentions(text, size, is_eager=is_eager, is_sliced=is_sliced, is_quick=is_quick)}),
     )
 
