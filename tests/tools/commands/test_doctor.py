@@ -124,7 +124,7 @@ def test_a_control_group_that_is_too_small(tinymix_4bit: Path, tmp_path: Path) -
     assert re.search(
         r"a context of 2048 tokens .* the experts that a token uses in a block \(440 KiB\) need", found.found
     )
-    (found,) = doctor_store.memory(tinymix_4bit, control_group(tmp_path, 80_000_000))
+    (found,) = doctor_store.memory(tinymix_4bit, control_group(tmp_path, 90_000_000))
     assert (found.state, "experts 440 KiB to 13.75 MiB: by default 13.75 MiB, 64 of 64" in found.found) == (
         State.OK,
         True,
@@ -133,7 +133,7 @@ def test_a_control_group_that_is_too_small(tinymix_4bit: Path, tmp_path: Path) -
     assert found.state is State.WARN
 
 
-@pytest.mark.parametrize(("memory", "advised"), [(80_000_000, False), (45_000_000, True)])
+@pytest.mark.parametrize(("memory", "advised"), [(90_000_000, False), (45_000_000, True)])
 def test_more_memory_is_advised_for_a_slow_disk_only_if_it_helps(
     tinymix_4bit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: int, advised: bool
 ) -> None:
