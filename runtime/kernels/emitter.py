@@ -293,3 +293,15 @@ class Emitter:
         exponent = at.add(at.fptosi(finite, vector(I32, count)), self.all(I32, 127, count))
         scaled = at.fmul(value, at.bitcast(at.shl(exponent, self.all(I32, 23, count)), vector(F32, count)))
         return at.select(is_nothing, self.all(F32, 0.0, count), scaled)
+
+    def size(self, x: Value) -> Value:
+        """Emit |x| of an fp32 vector."""
+        return self.intrinsic(f"llvm.fabs.v{x.type.count}f32", x.type, x)
+
+    def times_sigmoid(self, x: Value, u: Value) -> Value:
+        """Emit x / (1 + e^-u), without an exponential that overflows."""
+        at, count = self.at, x.type.count
+        small = self.exp(at.fneg(self.size(u)))  # e^-|u|
+        one = self.all(F32, 1.0, count)
+        part = at.fdiv(x, at.fadd(one, small))
+        return at.select(at.fcmp_ordered("<", u, self.all(F32, 0.0, count)), at.fmul(part, small), part)

@@ -247,11 +247,11 @@ def _activated(
         up = at.select(at.fcmp_ordered("<", up, bottom), bottom, up)
     match function:
         case "silu":
-            value = times_sigmoid(emit, gate, at.fmul(gate, alpha))
+            value = emit.times_sigmoid(gate, at.fmul(gate, alpha))
         case "gelu_tanh":  # (1 + tanh(u)) / 2 is the sigmoid of 2 * u
             cube = at.fmul(at.fmul(gate, gate), gate)
             inside = _multiply_add(emit, cube, all_(0.044715), gate)
-            value = times_sigmoid(emit, gate, at.fmul(inside, all_(2 * math.sqrt(2 / math.pi))))
+            value = emit.times_sigmoid(gate, at.fmul(inside, all_(2 * math.sqrt(2 / math.pi))))
         case "gelu":
             value = at.fmul(gate, _normal(emit, gate))
         case "relu2":
@@ -265,19 +265,6 @@ def _multiply_add(emit: Emitter, a: Value, b: Value, c: Value) -> Value:
     return emit.at.fadd(emit.at.fmul(a, b), c)
 
 
-def _size(emit: Emitter, x: Value) -> Value:
-    return emit.intrinsic(f"llvm.fabs.v{x.type.count}f32", x.type, x)
-
-
-def times_sigmoid(emit: Emitter, x: Value, u: Value) -> Value:
-    """Emit x / (1 + e^-u), without an exponential that overflows."""
-    at, count = emit.at, x.type.count
-    small = emit.exp(at.fneg(_size(emit, u)))  # e^-|u|
-    one = emit.all(F32, 1.0, count)
-    part = at.fdiv(x, at.fadd(one, small))
-    return at.select(at.fcmp_ordered("<", u, emit.all(F32, 0.0, count)), at.fmul(part, small), part)
-
-
 def _normal(emit: Emitter, x: Value) -> Value:
     """Emit the distribution function of the normal distribution, with an error of about 1e-7.
 
@@ -285,7 +272,7 @@ def _normal(emit: Emitter, x: Value) -> Value:
     """
     at, count = emit.at, x.type.count
     one, half = emit.all(F32, 1.0, count), emit.all(F32, 0.5, count)
-    z = at.fmul(_size(emit, x), emit.all(F32, math.sqrt(0.5), count))
+    z = at.fmul(emit.size(x), emit.all(F32, math.sqrt(0.5), count))
     t = at.fdiv(one, _multiply_add(emit, z, emit.all(F32, 0.3275911, count), one))
     value = emit.all(F32, 1.061405429, count)
     for coefficient in (-1.453152027, 1.421413741, -0.284496736, 0.254829592):

@@ -12,7 +12,6 @@ import torch
 from llvmlite import ir
 
 from .emitter import F32, I32, I64, LANES, POINTER, Emitter, Value, new_module, once, vector
-from .expert_code import times_sigmoid
 from .jit import this_processor
 from .team import Kernel, compile_kernel
 
@@ -106,7 +105,7 @@ def routing_module(code: RoutingCode) -> ir.Module:
     if code.is_sigmoid:
         with emit.loop(n(0), padded(experts), LANES) as i:
             value = emit.load(scratch, at.mul(i, n(4)), vector(F32, LANES))
-            emit.store(times_sigmoid(emit, emit.floats(1.0), value), scratch, at.mul(i, n(4)))
+            emit.store(emit.times_sigmoid(emit.floats(1.0), value), scratch, at.mul(i, n(4)))
     with emit.loop(n(0), experts) as expert:
         value = emit.load(scratch, at.mul(expert, n(4)), one)
         if (kind := code.correction_dtype) is not None:
