@@ -43,7 +43,7 @@ from .peers import Peer
 from .spread import SpreadReader
 
 if TYPE_CHECKING:
-    from moetier.runtime.kernels.expert_products import ExpertProducts
+    from moetier.runtime.kernels.experts.expert_products import ExpertProducts
 
 ROWS = 4 * OUTPUT_ROWS  # most rows of outputs that a process waits for at a time
 ATTEMPTS = 2  # calls to one daemon for a block, as a request or an answer may have been changed on its way

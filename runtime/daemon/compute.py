@@ -21,11 +21,11 @@ import numpy as np
 import numpy.typing as npt
 
 from moetier.proto import expert_store_pb2 as pb
-from moetier.runtime.kernels.emitter import BF16, FP32
-from moetier.runtime.kernels.expert_code import FUNCTIONS, Activation
-from moetier.runtime.kernels.expert_products import ExpertProducts
-from moetier.runtime.kernels.jit import refusal
-from moetier.runtime.kernels.team import Memory
+from moetier.runtime.kernels.experts.expert_code import FUNCTIONS, Activation
+from moetier.runtime.kernels.experts.expert_products import ExpertProducts
+from moetier.runtime.kernels.jit.emitter import BF16, FP32
+from moetier.runtime.kernels.jit.processor import refusal
+from moetier.runtime.kernels.jit.team import Memory
 from moetier.runtime.wire.channel import OUTPUT_BYTES, OUTPUT_ROWS
 from moetier.runtime.wire.piece import PIECE_BYTES, encode_piece
 from moetier.tiers.errors import ConfigError, ExhaustedError, ProtocolError

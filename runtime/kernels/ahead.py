@@ -12,24 +12,23 @@ from pathlib import Path
 
 import torch
 
+from moetier.runtime.kernels.experts.expert_code import Activation
+from moetier.runtime.kernels.experts.expert_kernels import ExpertKernels
+from moetier.runtime.kernels.jit.emitter import FloatType
+from moetier.runtime.kernels.jit.processor import refusal, this_processor
+from moetier.runtime.kernels.jit.team import compiled
+from moetier.runtime.kernels.layer.attention_code import attention_kernel
+from moetier.runtime.kernels.layer.heads import heads_kernel
+from moetier.runtime.kernels.layer.norm import Scale, norm_kernel, norm_step_kernel
+from moetier.runtime.kernels.products.gemm import form_of, multiplies, product_kernel
+from moetier.runtime.kernels.products.gemm_tile import Form
+from moetier.runtime.kernels.products.gemv import gemv_kernel
+from moetier.runtime.kernels.products.rounding import Rounding, rounding_kernel
 from moetier.tiers.extents.table import read_table
 from moetier.tiers.layout import BLOCKS, Projection
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.store.folder import read_json, read_manifest, store_folder
 from moetier.tiers.store.gguf import SUFFIX, read_gguf
-
-from .attention_code import attention_kernel
-from .emitter import FloatType
-from .expert_code import Activation
-from .expert_kernels import ExpertKernels
-from .gemm import form_of, multiplies, product_kernel
-from .gemm_tile import Form
-from .gemv import gemv_kernel
-from .heads import heads_kernel
-from .jit import refusal, this_processor
-from .norm import Scale, norm_kernel, norm_step_kernel
-from .rounding import Rounding, rounding_kernel
-from .team import compiled
 
 
 def compile_ahead(folder: Path) -> None:

@@ -7,11 +7,12 @@ import warnings
 
 import torch
 
-from .api import Kernels
+from moetier.runtime.kernels.jit.executable import can_become_executable
+from moetier.runtime.kernels.jit.processor import refusal
+from moetier.runtime.kernels.products.api import Kernels
+from moetier.runtime.kernels.products.packed import PackedKernels
+
 from .cuda_int4 import CudaInt4, fused_or_plain
-from .executable import can_become_executable
-from .jit import refusal
-from .packed import PackedKernels
 
 PROTECTED = "memory that was written can't be made executable here"
 WITHOUT_ONEDNN = "torch computes without oneDNN, which is slow for prompts where the trunk has 16 bits"

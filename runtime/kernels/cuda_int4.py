@@ -14,11 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moetier.runtime.kernels.products.api import Kernels
 from moetier.tiers.layout import PAIR_TYPES, ROW_TILE, Projection, RecordLayout
 from moetier.tiers.quant.codec import decode, encode, expand, layout_for, sections
 from moetier.tiers.quant.packing import load_pairs, pair_columns
-
-from .api import Kernels
 
 GROUPS = (32, 64, 128, 256)  # group sizes that torch's int4 product supports
 TILE_WEIGHTS = 2**24  # most weights arranged at a time, which takes some tens of MiB of temporary memory

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from moetier.runtime.config import Size
-from moetier.runtime.kernels.api import Kernels
+from moetier.runtime.kernels.products.api import Kernels
 from moetier.runtime.memory import Available, budget_for, usable
 from moetier.runtime.moe.grouped import ROWS
 from moetier.tiers.cache.budget import smallest_budget

@@ -14,8 +14,8 @@ from typing import Any
 
 from moetier.runtime.config import DEFAULT_CONTEXT, TierConfig
 from moetier.runtime.context import can_resume, context_of
-from moetier.runtime.kernels.api import Kernels
-from moetier.runtime.kernels.attention import SCORE_BYTES, SINKS, SLICE_BYTES
+from moetier.runtime.kernels.layer.attention import SCORE_BYTES, SINKS, SLICE_BYTES
+from moetier.runtime.kernels.products.api import Kernels
 from moetier.runtime.moe.experts import experts_modules, output_bytes
 from moetier.runtime.moe.grouped import quick_activation
 from moetier.tiers.manifest import Manifest

@@ -32,11 +32,11 @@ from moetier.runtime.checkpoint.experts import config_of, is_checkpoint, read_ma
 from moetier.runtime.checkpoint.gguf_trunk import GgufTrunk
 from moetier.runtime.config import OPTIONS, TierConfig, TierOptions
 from moetier.runtime.context import context_of
-from moetier.runtime.kernels.attention import use_decode_attention
 from moetier.runtime.kernels.choose import kernels_for
-from moetier.runtime.kernels.growing_cache import use_growing_layers
-from moetier.runtime.kernels.norm import use_quick_norms
-from moetier.runtime.kernels.row import use_row_weights
+from moetier.runtime.kernels.layer.attention import use_decode_attention
+from moetier.runtime.kernels.layer.growing_cache import use_growing_layers
+from moetier.runtime.kernels.layer.norm import use_quick_norms
+from moetier.runtime.kernels.products.row import use_row_weights
 from moetier.runtime.moe.block import TieredBlock, refuse_copy
 from moetier.runtime.moe.experts import EXPERT_PARAMETERS, experts_forward, experts_modules
 from moetier.runtime.moe.gates import Gates

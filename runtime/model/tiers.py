@@ -18,9 +18,9 @@ import torch
 
 from moetier.runtime.checkpoint.experts import read_manifest
 from moetier.runtime.config import TierConfig
-from moetier.runtime.kernels.api import Kernels
 from moetier.runtime.kernels.choose import kernels_for
-from moetier.runtime.kernels.packed import PackedKernels
+from moetier.runtime.kernels.products.api import Kernels
+from moetier.runtime.kernels.products.packed import PackedKernels
 from moetier.runtime.memory import Available, memory_for_model
 from moetier.runtime.moe.block import refuse_copy
 from moetier.runtime.moe.gates import Observation

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moetier.runtime.kernels.expert_code import FUNCTIONS, Activation
+from moetier.runtime.kernels.experts.expert_code import FUNCTIONS, Activation
 
 _SCALES = (0.3, 3.0, 30.0, 300.0)  # scales of a trial's random numbers, as an activation may be limited to some size
 _TRIED = (64, 64)  # number of rows at each scale, and of numbers in each row

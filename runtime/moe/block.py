@@ -14,12 +14,13 @@ from typing import Any, NoReturn, Protocol
 import torch
 from torch import Tensor
 
-from moetier.runtime.kernels.api import Kernels
-from moetier.runtime.kernels.expert_kernels import ExpertKernels
-from moetier.runtime.kernels.snapshot import Trials
+from moetier.runtime.kernels.experts.expert_kernels import ExpertKernels
+from moetier.runtime.kernels.products.api import Kernels
 from moetier.tiers.errors import MoetierError
 from moetier.tiers.layout import ExpertKey, RecordLayout
 from moetier.tiers.source import ExpertSource, Lease
+
+from .snapshot import Trials
 
 _open = threading.local()  # ``source``: the source of this thread's leases that have not ended regularly
 

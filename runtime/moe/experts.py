@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moetier.runtime.kernels.api import has_memory, moved_error
+from moetier.runtime.kernels.products.api import has_memory, moved_error
 from moetier.tiers.layout import RecordLayout
 from moetier.tiers.quant.codec import sections
 

@@ -16,16 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moetier.runtime.kernels.api import CPU, FLOATS, Kernels, is_readable
-from moetier.runtime.kernels.expert_code import Activation
-from moetier.runtime.kernels.expert_kernels import ExpertKernels
-from moetier.runtime.kernels.packed import PackedKernels
-from moetier.runtime.kernels.snapshot import Trials, has_global_hooks
+from moetier.runtime.kernels.experts.expert_code import Activation
+from moetier.runtime.kernels.experts.expert_kernels import ExpertKernels
+from moetier.runtime.kernels.products.api import CPU, FLOATS, Kernels, is_readable
+from moetier.runtime.kernels.products.packed import PackedKernels
 from moetier.tiers.layout import RecordLayout
 from moetier.tiers.source import Lease
 
 from .activation import activation_of
 from .block import Rows, TieredBlock, end_open_leases, groups, rows_of_experts
+from .snapshot import Trials, has_global_hooks
 
 ROWS = 256  # largest number of rows computed together in the quick way, which limits memory for intermediate values
 

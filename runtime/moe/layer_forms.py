@@ -18,14 +18,14 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from moetier.runtime.kernels.api import FLOATS
-from moetier.runtime.kernels.attention_steps import CACHES, Form, forms, is_attention, observe
-from moetier.runtime.kernels.growing_cache import grow
-from moetier.runtime.kernels.norm import is_quick_norm
-from moetier.runtime.kernels.snapshot import numbers_of
+from moetier.runtime.kernels.layer.attention_steps import CACHES, Form, forms, is_attention, observe
+from moetier.runtime.kernels.layer.growing_cache import grow
+from moetier.runtime.kernels.layer.norm import is_quick_norm
+from moetier.runtime.kernels.products.api import FLOATS
 
 from .experts import experts_modules
 from .routers import QuickRouter, argument_names, is_router
+from .snapshot import numbers_of
 
 _FACTORS = ("residual_multiplier",)  # attributes of layers by which results are multiplied before they are added
 # Means of the norms' weights in trials. With the large one, a limit on the size of numbers would show.

@@ -15,17 +15,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moetier.runtime.kernels.api import CPU, is_readable
-from moetier.runtime.kernels.attention_steps import AttentionSteps, Token, token_of
-from moetier.runtime.kernels.norm import MORE, SUM, X, Y, norm_step
-from moetier.runtime.kernels.routing import RoutingSteps
-from moetier.runtime.kernels.snapshot import MOST_TRIALS, Snapshot, has_global_hooks, hooks_of
-from moetier.runtime.kernels.team import Program
+from moetier.runtime.kernels.jit.team import Program
+from moetier.runtime.kernels.layer.attention_steps import AttentionSteps, Token, token_of
+from moetier.runtime.kernels.layer.norm import MORE, SUM, X, Y, norm_step
+from moetier.runtime.kernels.layer.routing import RoutingSteps
+from moetier.runtime.kernels.products.api import CPU, is_readable
 
 from .gates import Observer
 from .grouped import is_row_like, one_token
 from .layer_forms import LayerForm, find_form, key_of, parts_of
 from .routers import quick_class, tensors_of
+from .snapshot import MOST_TRIALS, Snapshot, has_global_hooks, hooks_of
 
 
 class QuickLayer:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moetier.runtime.kernels.api import Kernels, moved_error
-from moetier.runtime.kernels.packed import PackedKernels
-from moetier.runtime.kernels.row import RowMatrix
+from moetier.runtime.kernels.products.api import Kernels, moved_error
+from moetier.runtime.kernels.products.packed import PackedKernels
+from moetier.runtime.kernels.products.row import RowMatrix
 from moetier.tiers.errors import StoreFormatError
 from moetier.tiers.layout import RecordLayout
 from moetier.tiers.manifest import TrunkRecords

@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moetier.runtime.kernels.api import CPU
-from moetier.runtime.kernels.routing import Routing, RoutingForm
-from moetier.runtime.kernels.snapshot import Trials, numbers_of
+from moetier.runtime.kernels.layer.routing import Routing, RoutingForm
+from moetier.runtime.kernels.products.api import CPU
 
 from .experts import experts_modules
+from .snapshot import Trials, numbers_of
 
 _TRIED_ROWS = 64  # random states with which a router is tried
 # attributes of routers: by which weights are multiplied; numbers of groups, and of groups to choose from

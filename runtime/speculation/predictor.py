@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from moetier.runtime.kernels.gemv import Scores
+from moetier.runtime.kernels.products.gemv import Scores
 from moetier.runtime.moe.gates import Gate, Gates
 
 TRIED_ROWS = 64  # number of random states with which a shortcut is compared with its gate

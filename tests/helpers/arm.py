@@ -16,7 +16,7 @@ import torch
 from llvmlite import ir
 from torch import Tensor
 
-from moetier.runtime.kernels.jit import Processor
+from moetier.runtime.kernels.jit.processor import Processor
 
 TRIPLE = "aarch64-linux-gnu"
 COMPILER, EMULATOR = "aarch64-linux-gnu-gcc", "qemu-aarch64"  # Debian's gcc-aarch64-linux-gnu and qemu-user

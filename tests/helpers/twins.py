@@ -11,7 +11,7 @@ import torch
 from architectures import tiny_model
 from torch import Tensor
 
-from moetier.runtime.kernels.api import Kernels
+from moetier.runtime.kernels.products.api import Kernels
 from moetier.runtime.moe.block import TieredBlock
 from moetier.runtime.moe.experts import EXPERT_PARAMETERS, experts_modules
 from moetier.tiers.layout import Bits, ExpertKey, RecordLayout

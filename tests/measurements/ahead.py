@@ -17,9 +17,9 @@ from unittest.mock import patch
 
 import torch
 
-from moetier.runtime.kernels.gemm_tile import TileEmitter
-from moetier.runtime.kernels.jit import Processor
-from moetier.runtime.kernels.packed import PackedKernels
+from moetier.runtime.kernels.jit.processor import Processor
+from moetier.runtime.kernels.products.gemm_tile import TileEmitter
+from moetier.runtime.kernels.products.packed import PackedKernels
 from moetier.tiers.layout import RecordLayout
 from moetier.tiers.store.folder import read_manifest, store_folder
 from moetier.tools.bench.output import Spread, alternate

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from moetier.runtime.kernels.attention import decode_attention
+from moetier.runtime.kernels.layer.attention import decode_attention
 from moetier.tools.bench.output import Spread, alternate
 from moetier.tools.cli.report import table
 

@@ -35,8 +35,8 @@ import transformers
 import moetier
 from moetier.runtime.config import Size
 from moetier.runtime.generation.compat import CACHE
-from moetier.runtime.kernels import expert_kernels as kernels
-from moetier.runtime.kernels.team import Program, Step
+from moetier.runtime.kernels.experts import expert_kernels as kernels
+from moetier.runtime.kernels.jit.team import Program, Step
 from moetier.runtime.moe.experts import experts_modules
 from moetier.runtime.moe.layers import OneTokenLayer
 from moetier.tiers.layout import ExpertKey

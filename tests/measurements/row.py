@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from attention import microseconds
 
-from moetier.runtime.kernels.row import RowWeight
+from moetier.runtime.kernels.products.row import RowWeight
 from moetier.tools.bench.output import Spread, alternate
 from moetier.tools.cli.report import table
 

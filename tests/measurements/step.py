@@ -34,9 +34,9 @@ from overhead import load_warm, tokens_of
 from transformers import AttentionInterface, Cache
 
 from moetier.runtime.generation.compat import CACHE
-from moetier.runtime.kernels import attention, norm
-from moetier.runtime.kernels.routing import Routing
-from moetier.runtime.kernels.row import RowMatrix
+from moetier.runtime.kernels.layer import attention, norm
+from moetier.runtime.kernels.layer.routing import Routing
+from moetier.runtime.kernels.products.row import RowMatrix
 from moetier.runtime.moe.layers import OneTokenLayer
 from moetier.tools.cli.report import table
 

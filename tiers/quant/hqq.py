@@ -10,8 +10,8 @@ small weights most of their bits. And each group keeps the best offset of all it
 depends only on its own weights: not on other groups, the number of threads or the processor. Up to the last bits of
 fp32, the result is never worse than plain rounding.
 
-This module is the reference. ``runtime.kernels.quantise`` does the same operations in compiled code, and makes the same
-bytes.
+This module is the reference. ``runtime.kernels.quantise.encode`` does the same operations in compiled code, and makes
+the same bytes.
 
 Tensors of weights are w [n, g, LANES]. They have n * LANES groups of g weights each: a group lies along the second
 dimension, and LANES groups are side by side. So the processor's vector instructions work on several groups at a time,

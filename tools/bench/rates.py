@@ -13,7 +13,7 @@ from moetier.tiers.layout import RecordLayout
 if TYPE_CHECKING:
     import torch
 
-    from moetier.runtime.kernels.api import Kernels
+    from moetier.runtime.kernels.products.api import Kernels
 
 UNCACHED_BYTES = 512 << 20  # far more than a CPU's caches, so that a pass over it reads memory
 TIMES = 4  # least number of timed runs

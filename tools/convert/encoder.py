@@ -24,7 +24,7 @@ from moetier.runtime.checkpoint.blueprint import Blueprint
 from moetier.runtime.checkpoint.native import Kept, stored_in
 from moetier.runtime.checkpoint.recipe import Expert, Recipe
 from moetier.runtime.checkpoint.tensors import CHUNK_BYTES, Bytes, StoredTensor, read_at
-from moetier.runtime.kernels.quantise import encode
+from moetier.runtime.kernels.quantise.encode import encode
 from moetier.runtime.moe.linear import WEIGHT, matrix_layout
 from moetier.tiers.errors import CheckpointError
 from moetier.tiers.layout import ROW_TILE, ZERO_POINTS, ExpertKey, RecordLayout

@@ -161,8 +161,8 @@ def processor() -> Iterator[Finding]:
 def kernel() -> Iterator[Finding]:
     """Check which code computes products with quantised experts on the CPU."""
     from moetier.runtime.kernels.choose import PROTECTED, WITHOUT_ONEDNN
-    from moetier.runtime.kernels.executable import can_become_executable
-    from moetier.runtime.kernels.jit import Dot, refusal, this_processor
+    from moetier.runtime.kernels.jit.executable import can_become_executable
+    from moetier.runtime.kernels.jit.processor import Dot, refusal, this_processor
 
     protected = not can_become_executable()
     if why := refusal():
@@ -197,8 +197,8 @@ def gpus() -> Iterator[Finding]:
     """Check the GPUs that torch can use, and the kernels for them."""
     import torch
 
-    from moetier.runtime.kernels.api import Kernels
     from moetier.runtime.kernels.choose import kernels_for
+    from moetier.runtime.kernels.products.api import Kernels
 
     if not torch.cuda.is_available():
         if NVIDIA.exists():

@@ -17,7 +17,7 @@ from torch import Tensor
 from moetier.runtime.checkpoint.files import Checkpoint, open_checkpoint
 from moetier.runtime.context import first_ids, longest_context
 from moetier.runtime.generation.compat import CACHE
-from moetier.runtime.kernels.quantise import encode
+from moetier.runtime.kernels.quantise.encode import encode
 from moetier.runtime.model.load import TOKENIZER_FILES, load
 from moetier.runtime.moe.experts import EXPERT_PARAMETERS, experts_modules
 from moetier.runtime.moe.linear import WEIGHT

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from moetier.runtime.config import TierConfig, format_bytes
-from moetier.runtime.kernels.api import Kernels
+from moetier.runtime.kernels.products.api import Kernels
 from moetier.runtime.memory import MARGIN_BYTES, MARGIN_SHARE, Available
 from moetier.runtime.model.budgets import Needs, kv_cache_bytes, largest_decoded, scratch_numbers
 from moetier.runtime.model.prefill import prefill_of

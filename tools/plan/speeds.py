@@ -174,7 +174,7 @@ def _plain_rate(memory: float, nbytes: int) -> float:
     """
     import torch
 
-    from moetier.runtime.kernels.row import RowWeight
+    from moetier.runtime.kernels.products.row import RowWeight
 
     dtype = activation_dtype()
     if dtype != torch.bfloat16:
@@ -191,7 +191,7 @@ def quantising_rates(widths: Collection[Bits]) -> dict[Bits, float]:
     import numpy as np
     import torch
 
-    from moetier.runtime.kernels.quantise import encode
+    from moetier.runtime.kernels.quantise.encode import encode
     from moetier.tiers.quant.codec import layout_for
     from moetier.tools.convert.encoder import one_thread_each
 

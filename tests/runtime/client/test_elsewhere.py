@@ -32,8 +32,8 @@ from moetier.runtime.client.costs import FetchRate, RowSeconds, Uses
 from moetier.runtime.client.elsewhere import Elsewhere
 from moetier.runtime.client.remote import RemoteReader
 from moetier.runtime.generation.compat import CACHE
-from moetier.runtime.kernels.expert_code import Activation
-from moetier.runtime.kernels.expert_kernels import ExpertKernels
+from moetier.runtime.kernels.experts.expert_code import Activation
+from moetier.runtime.kernels.experts.expert_kernels import ExpertKernels
 from moetier.runtime.moe import grouped
 from moetier.runtime.wire.address import Credentials
 from moetier.runtime.wire.piece import encode_piece

@@ -19,8 +19,8 @@ from moetier.runtime.client.elsewhere import Elsewhere
 from moetier.runtime.client.peers import Peer
 from moetier.runtime.client.remote import RemoteReader
 from moetier.runtime.client.spread import SpreadReader
-from moetier.runtime.kernels.expert_code import Activation
-from moetier.runtime.kernels.expert_kernels import ExpertKernels
+from moetier.runtime.kernels.experts.expert_code import Activation
+from moetier.runtime.kernels.experts.expert_kernels import ExpertKernels
 from moetier.runtime.wire.address import Address, Credentials
 from moetier.tiers.cache.budget import slots_for, smallest_budget
 from moetier.tiers.errors import MoetierError, UnavailableError

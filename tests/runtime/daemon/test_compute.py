@@ -30,9 +30,9 @@ from moetier.runtime.daemon import compute
 from moetier.runtime.daemon.compute import Computes
 from moetier.runtime.daemon.leases import CALLS
 from moetier.runtime.daemon.model import HostedModel
-from moetier.runtime.kernels.expert_code import Activation
-from moetier.runtime.kernels.expert_kernels import ExpertKernels
-from moetier.runtime.kernels.expert_products import ExpertProducts
+from moetier.runtime.kernels.experts.expert_code import Activation
+from moetier.runtime.kernels.experts.expert_kernels import ExpertKernels
+from moetier.runtime.kernels.experts.expert_products import ExpertProducts
 from moetier.runtime.wire.address import Address, Credentials
 from moetier.runtime.wire.channel import OUTPUT_ROWS, open_channel
 from moetier.runtime.wire.status_codes import abort, error_of

@@ -15,7 +15,7 @@ CODE = """
 import sys, threading
 from pathlib import Path
 from moetier.runtime.kernels.ahead import compile_ahead
-from moetier.runtime.kernels.jit import Processor
+from moetier.runtime.kernels.jit.processor import Processor
 
 compile_ahead(Path(sys.argv[1]))
 (compiler,) = [thread for thread in threading.enumerate() if thread.name == "moetier-compiler"]

@@ -16,9 +16,9 @@ from quantised_records import levels_at_random, with_zero_points
 from torch._subclasses import FakeTensorMode
 
 from moetier.runtime.kernels import cuda_int4 as fused
-from moetier.runtime.kernels.api import Kernels
 from moetier.runtime.kernels.choose import kernels_for
 from moetier.runtime.kernels.cuda_int4 import CudaInt4, FusedKernels, fused_or_plain
+from moetier.runtime.kernels.products.api import Kernels
 from moetier.tiers.layout import Bits, RecordLayout
 from moetier.tiers.quant.codec import decode, encode, layout_for
 from moetier.tiers.quant.packing import from_kernel_order, pair_columns

@@ -22,10 +22,10 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRMSNorm
 
 import moetier
 from moetier.runtime.generation.compat import CACHE
-from moetier.runtime.kernels.attention import decode_attention
-from moetier.runtime.kernels.growing_cache import GrowingLayer
-from moetier.runtime.kernels.norm import use_quick_norms
-from moetier.runtime.kernels.row import RowWeight
+from moetier.runtime.kernels.layer.attention import decode_attention
+from moetier.runtime.kernels.layer.growing_cache import GrowingLayer
+from moetier.runtime.kernels.layer.norm import use_quick_norms
+from moetier.runtime.kernels.products.row import RowWeight
 from moetier.runtime.moe.experts import experts_modules
 
 BF16 = torch.bfloat16

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from twins import BLOCK, CPU, inputs, pair
 
-from moetier.runtime.kernels.api import Kernels
-from moetier.runtime.kernels.packed import PackedKernels
+from moetier.runtime.kernels.products.api import Kernels
+from moetier.runtime.kernels.products.packed import PackedKernels
 from moetier.runtime.moe.block import TieredBlock
 from moetier.runtime.moe.experts import experts_forward
 from moetier.runtime.moe.grouped import ROWS

@@ -19,16 +19,16 @@ from transformers import DynamicCache, StaticCache
 
 import moetier
 from moetier.runtime.generation.compat import CACHE
-from moetier.runtime.kernels.attention import use_decode_attention
-from moetier.runtime.kernels.growing_cache import TOKENS, use_growing_layers
-from moetier.runtime.kernels.norm import use_quick_norms
-from moetier.runtime.kernels.row import use_row_weights
-from moetier.runtime.kernels.snapshot import MOST_TRIALS
+from moetier.runtime.kernels.layer.attention import use_decode_attention
+from moetier.runtime.kernels.layer.growing_cache import TOKENS, use_growing_layers
+from moetier.runtime.kernels.layer.norm import use_quick_norms
+from moetier.runtime.kernels.products.row import use_row_weights
 from moetier.runtime.moe import grouped, layers
 from moetier.runtime.moe.experts import experts_modules
 from moetier.runtime.moe.layer_forms import LayerForm, find_form
 from moetier.runtime.moe.layers import OneTokenLayer, QuickLayer, use_quick_layers
 from moetier.runtime.moe.routers import use_quick_routers
+from moetier.runtime.moe.snapshot import MOST_TRIALS
 from moetier.runtime.trace.recorder import Recorder
 from moetier.tiers.layout import Bits
 

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import moetier
-from moetier.runtime.kernels.api import Kernels
 from moetier.runtime.kernels.choose import kernels_for
 from moetier.runtime.kernels.cuda_int4 import CudaInt4, FusedKernels
+from moetier.runtime.kernels.products.api import Kernels
 from moetier.runtime.memory import mapped_files
 from moetier.runtime.model import budgets, tiers, trunk_files
 from moetier.runtime.model.trunk_files import mapped_bytes

@@ -22,8 +22,8 @@ from stores import make_plan
 from twins import inputs, pair
 
 import moetier
-from moetier.runtime.kernels.api import Kernels
 from moetier.runtime.kernels.cuda_int4 import CudaInt4, FusedKernels
+from moetier.runtime.kernels.products.api import Kernels
 from moetier.runtime.moe.block import TieredBlock, rows_of_experts
 from moetier.runtime.moe.experts import experts_forward, experts_modules
 from moetier.runtime.moe.linear import QuantizedLinear

@@ -11,10 +11,10 @@ import torch
 from architectures import FURTHER, REQUIRED, TYPES, tiny_model
 from torch import Tensor
 
-from moetier.runtime.kernels.snapshot import MOST_TRIALS
 from moetier.runtime.model.load import load
 from moetier.runtime.moe.experts import experts_modules
 from moetier.runtime.moe.routers import OneRowRouter, QuickRouter, argument_names, use_quick_routers
+from moetier.runtime.moe.snapshot import MOST_TRIALS
 
 # types whose routers are not computed so: they have more parts, or other functions
 OTHERS = {

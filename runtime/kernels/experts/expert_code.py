@@ -1,0 +1,293 @@
+"""Emit the functions that a block's experts need besides products; ``expert_kernels.py`` runs them in order."""
+
+from __future__ import annotations
+
+import math
+from array import array
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from llvmlite import ir
+
+from moetier.runtime.kernels.jit.emitter import (
+    BF16,
+    F32,
+    I32,
+    I64,
+    LANES,
+    POINTER,
+    Dtype,
+    Emitter,
+    Value,
+    new_module,
+    vector,
+)
+from moetier.runtime.kernels.products.gemm import JOB
+from moetier.runtime.kernels.products.rounding import Rounding, emit_rounding
+
+# names of the compiled functions
+ACTIVATE, PLACE, ADD_UP, FIND, PROVE = (f"moetier_{name}" for name in ("activate", "place", "add_up", "find", "prove"))
+# Numbers of i64 fields in their contexts. The docstring of the function that emits each lists them.
+ACTIVATE_CONTEXT, PLACE_CONTEXT, ADD_UP_CONTEXT, FIND_CONTEXT, PROVE_CONTEXT = 12, 8, 8, 13, 5
+
+
+Function = Literal["silu", "gelu", "gelu_tanh", "relu2"]
+FUNCTIONS: tuple[Function, ...] = get_args(Function)
+
+
+@dataclass(frozen=True)
+class Activation:
+    """The function between an expert's products: f(min(gate, limit)) * (clamp(up, -limit, limit) + shift).
+
+    Without a gate it is f(up). f is x * sigmoid(alpha * x) for "silu", GELU with the error function for "gelu", its
+    approximation by tanh for "gelu_tanh" (Hendrycks & Gimpel 2016, arXiv 1606.08415), and the square of max(x, 0) for
+    "relu2".
+    """
+
+    function: Function = "silu"
+    interleaved: bool = False  # gate and up are the even and odd elements of a row; otherwise its first and second half
+    alpha: float = 1.0
+    limit: float = math.inf
+    shift: float = 0.0
+    gated: bool = True
+
+    @property
+    def kind(self) -> Activation:
+        """The activation with the default numbers. Code is compiled for it, and gets the numbers when it runs."""
+        return Activation(self.function, self.interleaved, gated=self.gated)
+
+    @property
+    def numbers(self) -> array[int]:
+        """The bits of alpha, limit and shift as fp32 numbers."""
+        return array("I", array("f", (self.alpha, self.limit, self.shift)).tobytes())
+
+
+def activation_module(kind: Activation, rounding: Rounding, has_bias: bool) -> ir.Module:
+    """Emit the function ``ACTIVATE(context)``, which computes items until none is left. An item is the rows of a job.
+
+    The context: number of jobs that threads have taken, number of all jobs; pointers to the jobs, to the first product,
+    fp32 [R, 2 * K] or without gates [R, K], and to n, t and sums as ``rounding_module`` writes them; K; the offset in a
+    record of the bias, bf16 [2 * K] or [K]; ``Activation.numbers``. Those of ``kind`` are not used.
+    """
+    module = new_module()
+    emit = Emitter(module, ACTIVATE, [POINTER])
+    at, n, group = emit.at, emit.number, rounding.group
+    begun, (count, jobs, inner, *rounded, columns, bias, alpha, limit, shift) = emit.fields(ACTIVATE_CONTEXT)
+    jobs, inner, out, scales, sums = (at.inttoptr(address, POINTER) for address in (jobs, inner, *rounded))
+    groups = at.udiv(columns, n(group))
+    numbers = [emit.spread(at.bitcast(at.trunc(bits, I32), F32), group) for bits in (alpha, limit, shift)]
+
+    def load(row: Value, biases: Value, first: Value, count: int) -> Value:
+        """Emit a load of ``count`` elements of a row, from element ``first`` on, and the addition of their biases."""
+        values = emit.load(row, at.mul(first, n(4)), vector(F32, count))
+        if has_bias:
+            values = at.fadd(values, emit.load_floats(biases, at.mul(first, n(2)), BF16, count))
+        return values
+
+    with emit.items(begun, count) as item:
+        record, first, rows = _job(emit, jobs, item)
+        biases = at.gep(record, [bias])
+        with emit.loop(first, at.add(first, rows)) as row:
+            products = at.gep(inner, [at.mul(at.mul(row, columns), n(8 if kind.gated else 4))])
+            with emit.loop(n(0), groups) as g:
+                start = at.mul(g, n(group))
+                if kind.interleaved:
+                    start = at.mul(start, n(2))
+                    left, right = (load(products, biases, at.add(start, n(skip)), group) for skip in (0, group))
+                    gate, up = (emit.pick(left, right, range(first, 2 * group, 2)) for first in (0, 1))
+                else:
+                    gate = load(products, biases, start, group)
+                    up = load(products, biases, at.add(columns, start), group) if kind.gated else None
+                values = _activated(emit, kind.function, gate, up, *numbers)
+                emit_rounding(emit, rounding, values, at.add(at.mul(row, groups), g), out, scales, sums)
+    at.ret_void()
+    return module
+
+
+def placing_module(dtype: Dtype, has_bias: bool) -> ir.Module:
+    """Emit the function ``PLACE(context)``, which computes items until none is left. An item is the rows of a job.
+
+    PLACE adds biases to the rows of the last product, and writes each row to its row of the outputs. The context:
+    number of jobs that threads have taken, number of all jobs; pointers to the jobs, to the product, fp32 [R, N], to
+    the number of each row's row in the outputs, i64 [R], and to the outputs [*, N] of ``dtype``; N; the offset in a
+    record of the bias, bf16 [N].
+    """
+    module = new_module()
+    emit = Emitter(module, PLACE, [POINTER])
+    at, n = emit.at, emit.number
+    begun, (count, jobs, part, places, outputs, columns, bias) = emit.fields(PLACE_CONTEXT)
+    jobs, part, places, outputs = (at.inttoptr(address, POINTER) for address in (jobs, part, places, outputs))
+    with emit.items(begun, count) as item:
+        record, first, rows = _job(emit, jobs, item)
+        biases = at.gep(record, [bias])
+        with emit.loop(first, at.add(first, rows)) as row:
+            source = at.gep(part, [at.mul(at.mul(row, columns), n(4))])
+            place = emit.load(places, at.mul(row, n(8)), I64)
+            target = at.gep(outputs, [at.mul(at.mul(place, columns), n(dtype.itemsize))])
+            with emit.loop(n(0), columns, LANES) as column:
+                values = emit.load(source, at.mul(column, n(4)), vector(F32, LANES))
+                if has_bias:
+                    values = at.fadd(values, emit.load_floats(biases, at.mul(column, n(2)), BF16, LANES))
+                emit.store_floats(values, target, at.mul(column, n(dtype.itemsize)), dtype)
+    at.ret_void()
+    return module
+
+
+def adding_module(dtype: Dtype, weight_dtype: Dtype, has_residual: bool) -> ir.Module:
+    """Emit the function ``ADD_UP(context)``, which computes items until none is left. An item is a token.
+
+    The context: number of tokens that threads have taken, number of all tokens; pointers to the outputs
+    [tokens, top_k, N] of ``dtype`` and to the weights [tokens, top_k] of ``weight_dtype``; top_k; a pointer to the sums
+    [tokens, N] of ``dtype``; N; if ``has_residual``, a pointer to numbers [tokens, N] of ``dtype``, which are added to
+    the rounded sums.
+    """
+    module = new_module()
+    emit = Emitter(module, ADD_UP, [POINTER])
+    at, n = emit.at, emit.number
+    begun, (tokens, outputs, weights, top_k, sums, columns, residual) = emit.fields(ADD_UP_CONTEXT)
+    outputs, weights, sums, residual = (at.inttoptr(address, POINTER) for address in (outputs, weights, sums, residual))
+    total = at.alloca(vector(F32, LANES))
+    row_bytes = at.mul(columns, n(dtype.itemsize))
+    with emit.items(begun, tokens) as token:
+        first = at.mul(token, top_k)
+        target = at.gep(sums, [at.mul(token, row_bytes)])
+        with emit.loop(n(0), row_bytes, LANES * dtype.itemsize) as offset:
+            at.store(emit.floats(0.0), total)
+            with emit.loop(first, at.add(first, top_k)) as place:
+                given = emit.load_floats(weights, at.mul(place, n(weight_dtype.itemsize)), weight_dtype, 1)
+                weight = emit.pick(given, given, [0] * LANES)
+                values = emit.load_floats(outputs, at.add(at.mul(place, row_bytes), offset), dtype, LANES)
+                at.store(_multiply_add(emit, weight, values, at.load(total)), total)
+            emit.store_floats(at.load(total), target, offset, dtype)
+            if has_residual:
+                place = at.add(at.mul(token, row_bytes), offset)
+                parts = (emit.load_floats(*part, dtype, LANES) for part in ((target, offset), (residual, place)))
+                emit.store_floats(at.fadd(*parts), target, offset, dtype)
+    at.ret_void()
+    return module
+
+
+def find_module() -> ir.Module:
+    """Emit the function ``FIND(context)``, which looks experts up in a directory (``tiers/arena/directory.py``).
+
+    FIND stops at the first expert that is not resident. The context: number of experts found, which FIND writes; top_k;
+    a pointer to the experts, i64 [top_k]; the fields in ``Residents.numbers``; pointers to the arrays into which the
+    jobs, slots and generations of the experts are written.
+    """
+    module = new_module()
+    emit = Emitter(module, FIND, [POINTER])
+    at, n = emit.at, emit.number
+    found, fields = emit.fields(FIND_CONTEXT)
+    top_k, experts, size, table, generations, first, count, records, slot_bytes, jobs, slots, stamps = fields
+    experts, table, generations, jobs, slots, stamps = (
+        at.inttoptr(address, POINTER) for address in (experts, table, generations, jobs, slots, stamps)
+    )
+
+    def word(pointer: Value, index: Value) -> Value:
+        return emit.place(pointer, at.mul(index, n(8)), I64)
+
+    with emit.loop(n(0), top_k) as i:
+        known, resident, found_, end = (
+            emit.function.append_basic_block(name) for name in ("known", "resident", "found", "end")
+        )
+        expert = at.load(word(experts, i))
+        at.cbranch(at.icmp_unsigned("<", expert, size), known, end)
+        at.position_at_end(end)
+        at.ret_void()
+        at.position_at_end(known)
+        slot = at.load_atomic(word(table, expert), "acquire", 8)
+        number = at.sub(slot, first)
+        at.cbranch(at.icmp_unsigned("<", number, count), resident, end)
+        at.position_at_end(resident)
+        stamp = at.load_atomic(word(generations, slot), "acquire", 8)
+        # the slot is looked up again after its generation was read: if it was refilled in between, they differ
+        same = at.icmp_signed("==", at.load_atomic(word(table, expert), "acquire", 8), slot)
+        at.cbranch(at.and_(same, at.icmp_unsigned("==", at.and_(stamp, n(1)), n(0))), found_, end)
+        at.position_at_end(found_)
+        job = at.mul(i, n(JOB))
+        for offset, value in enumerate((at.add(records, at.mul(number, slot_bytes)), i, n(1))):
+            at.store(value, word(jobs, at.add(job, n(offset))))
+        at.store(slot, word(slots, i))
+        at.store(stamp, word(stamps, i))
+        at.store(at.add(i, n(1)), found)
+    at.ret_void()
+    return module
+
+
+def prove_module() -> ir.Module:
+    """Emit the function ``PROVE(context)``, which counts the slots whose generations are unchanged.
+
+    The context: number of such slots, which PROVE writes; top_k; pointers to the directory's generations, and to the
+    slots and the generations that FIND has written, i64 [top_k] each.
+    """
+    module = new_module()
+    emit = Emitter(module, PROVE, [POINTER])
+    at, n = emit.at, emit.number
+    same, (top_k, generations, slots, stamps) = emit.fields(PROVE_CONTEXT)
+    generations, slots, stamps = (at.inttoptr(address, POINTER) for address in (generations, slots, stamps))
+    at.fence("seq_cst")  # all reads of the records come before those of the generations
+    with emit.loop(n(0), top_k) as i:
+        slot, stamp = (emit.load(pointer, at.mul(i, n(8)), I64) for pointer in (slots, stamps))
+        now = at.load_atomic(emit.place(generations, at.mul(slot, n(8)), I64), "acquire", 8)
+        at.store(at.add(at.load(same), at.zext(at.icmp_signed("==", now, stamp), I64)), same)
+    at.ret_void()
+    return module
+
+
+def _job(emit: Emitter, jobs: Value, item: Value) -> tuple[Value, Value, Value]:
+    """Emit loads of a job: a pointer to its record, its first row, its number of rows."""
+    at, n = emit.at, emit.number
+    job = at.gep(jobs, [at.mul(item, n(8 * JOB))])
+    record, first, rows = (at.load(emit.place(job, n(8 * i), I64)) for i in range(JOB))
+    return at.inttoptr(record, POINTER), first, rows
+
+
+def _activated(
+    emit: Emitter, function: Function, gate: Value, up: Value | None, alpha: Value, limit: Value, shift: Value
+) -> Value:
+    """Emit the activation of vectors of gates and ups; ``up`` is None if there are no gates."""
+    at, count = emit.at, gate.type.count
+
+    def all_(value: float) -> Value:
+        return emit.all(F32, value, count)
+
+    def least(a: Value, b: Value) -> Value:  # NaN stays
+        return at.select(at.fcmp_ordered(">", a, b), b, a)
+
+    if up is not None:
+        gate, up, bottom = least(gate, limit), least(up, limit), at.fneg(limit)
+        up = at.select(at.fcmp_ordered("<", up, bottom), bottom, up)
+    match function:
+        case "silu":
+            value = emit.times_sigmoid(gate, at.fmul(gate, alpha))
+        case "gelu_tanh":  # (1 + tanh(u)) / 2 is the sigmoid of 2 * u
+            cube = at.fmul(at.fmul(gate, gate), gate)
+            inside = _multiply_add(emit, cube, all_(0.044715), gate)
+            value = emit.times_sigmoid(gate, at.fmul(inside, all_(2 * math.sqrt(2 / math.pi))))
+        case "gelu":
+            value = at.fmul(gate, _normal(emit, gate))
+        case "relu2":
+            positive = at.select(at.fcmp_ordered("<", gate, all_(0.0)), all_(0.0), gate)  # NaN stays
+            value = at.fmul(positive, positive)
+    return value if up is None else at.fmul(value, at.fadd(up, shift))
+
+
+def _multiply_add(emit: Emitter, a: Value, b: Value, c: Value) -> Value:
+    """Emit a * b + c with two roundings, so that the result is the same on processors without fused operations."""
+    return emit.at.fadd(emit.at.fmul(a, b), c)
+
+
+def _normal(emit: Emitter, x: Value) -> Value:
+    """Emit the distribution function of the normal distribution, with an error of about 1e-7.
+
+    The error function is formula 7.1.26 of Abramowitz & Stegun, Handbook of Mathematical Functions.
+    """
+    at, count = emit.at, x.type.count
+    one, half = emit.all(F32, 1.0, count), emit.all(F32, 0.5, count)
+    z = at.fmul(emit.size(x), emit.all(F32, math.sqrt(0.5), count))
+    t = at.fdiv(one, _multiply_add(emit, z, emit.all(F32, 0.3275911, count), one))
+    value = emit.all(F32, 1.061405429, count)
+    for coefficient in (-1.453152027, 1.421413741, -0.284496736, 0.254829592):
+        value = _multiply_add(emit, value, t, emit.all(F32, coefficient, count))
+    tail = at.fmul(half, at.fmul(at.fmul(value, t), emit.exp(at.fneg(at.fmul(z, z)))))  # erfc(z) / 2
+    return at.select(at.fcmp_ordered("<", x, emit.all(F32, 0.0, count)), tail, at.fsub(one, tail))

@@ -1,0 +1,146 @@
+"""Compute experts of a block on a CPU in one call, with the weighted sum of their outputs.
+
+A token's outputs (``expert_products.py``) are multiplied by their weights and added up in fp32, in the order of its
+top-k. So a token's result depends only on that token and its routing: not on other tokens, on the order in which
+experts arrive, or on the number of threads.
+"""
+
+from __future__ import annotations
+
+import threading
+from array import array
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from moetier.runtime.kernels.jit.processor import Processor
+from moetier.runtime.kernels.jit.team import Program, Scratch, Step, run_all, threads_for
+from moetier.runtime.kernels.products.api import CPU, FLOATS
+from moetier.runtime.kernels.products.gemm import JOB
+from moetier.runtime.kernels.products.rounding import X
+from moetier.tiers.layout import RecordLayout
+from moetier.tiers.source import Residents
+
+from .expert_code import ADD_UP, FIND, PROVE, Activation, adding_module, find_module, prove_module
+from .expert_products import ExpertProducts, compiled
+
+WEIGHTS, SUMS, RESIDUAL = 3, 5, 7  # indices of addresses in a context of ADD_UP
+_scratch = Scratch()
+
+
+class ExpertKernels(ExpertProducts):
+    """Compiled functions for experts of one layout, with hidden states of one type. Thread-safe."""
+
+    def __init__(
+        self,
+        layout: RecordLayout,
+        activation: Activation,
+        dtype: torch.dtype,
+        experts: int,
+        processor: Processor | None = None,
+    ) -> None:
+        """``dtype`` is the type of hidden states, bfloat16 or float32; ``experts`` is the block's number of experts."""
+        assert dtype in FLOATS
+        super().__init__(layout, activation, dtype, processor)
+        self.dtype = dtype
+        self.experts = experts
+        self._find = compiled(self._processor, find_module, FIND)
+        self._prove = compiled(self._processor, prove_module, PROVE)
+        self._local = threading.local()  # ``token``: the thread's OneToken
+
+    # -- experts as they arrive ---------------------------------------------------------------------------------------
+
+    def compute(self, x: Tensor, jobs: array[int], places: array[int], outputs: Tensor) -> None:
+        """Compute experts for rows of x, and write each resulting row to a row of ``outputs``.
+
+        Args:
+            x: [R, hidden]: the rows of the first expert, then those of the second, and so on; or [1, hidden], one row
+                that goes through every expert.
+            jobs: for each expert the address of its record, its first row and its number of rows.
+            places: [R], for each row its row in ``outputs``.
+            outputs: [tokens * top_k, hidden], in the type of x.
+        """
+        self.compute_at(x.data_ptr(), len(x), jobs, places, outputs.data_ptr(), _scratch)
+
+    def add_up(self, outputs: Tensor, weights: Tensor) -> Tensor:
+        """Multiply outputs [tokens * top_k, hidden] by weights [tokens, top_k], and add up those of each token.
+
+        Weights are fp32 or bf16. Returns [tokens, hidden] in the type of the outputs.
+        """
+        tokens, top_k = weights.shape
+        out = torch.empty((tokens, outputs.shape[1]), dtype=self.dtype, device=CPU)
+        step = self._adding(weights.dtype, tokens, top_k, outputs.data_ptr(), threads_for(outputs.numel()))
+        step.context[WEIGHTS], step.context[SUMS] = weights.data_ptr(), out.data_ptr()
+        run_all([step])
+        return out
+
+    def one_token(self, top_k: int, weight_dtype: torch.dtype, *, has_residual: bool) -> OneToken:
+        """Return the calling thread's object for tokens with ``top_k`` experts, valid until the thread asks again."""
+        token: OneToken | None = getattr(self._local, "token", None)
+        form = (top_k, weight_dtype, has_residual, torch.get_num_threads())
+        if token is None or token.form != form or token.scratch != _scratch.take(token.nbytes):
+            token = self._local.token = OneToken(self, form)
+        return token
+
+    def _adding(
+        self,
+        weight_dtype: torch.dtype,
+        tokens: int,
+        top_k: int,
+        outputs: int,
+        threads: int,
+        *,
+        has_residual: bool = False,
+    ) -> Step:
+        """Return the step of ``add_up``, whose context still lacks the addresses WEIGHTS, SUMS and RESIDUAL."""
+        kernel = compiled(self._processor, adding_module, ADD_UP, self.dtype, weight_dtype, has_residual)
+        return Step(kernel, array("q", (0, tokens, outputs, 0, top_k, 0, self._down.rows, 0)), threads)
+
+
+class OneToken:
+    """Experts of one token, if all of them are resident. One thread uses it, and no two tokens at the same time.
+
+    Contexts are made once, because making them takes longer than some of the steps.
+    """
+
+    def __init__(self, kernels: ExpertKernels, form: tuple[int, torch.dtype, bool, int]) -> None:
+        """``form``: number of experts, type of the weights, whether there is a residual, number of threads."""
+        self.form = form
+        self._top_k, weight_dtype, has_residual, _ = form
+        self._find = kernels._find
+        starts = kernels._starts(1, self._top_k, has_outputs=False)
+        self.nbytes = starts[-1]
+        self.scratch = _scratch.take(self.nbytes)
+        self._jobs, self._slots, self._stamps = (
+            array("q", bytes(8 * self._top_k * numbers)) for numbers in (JOB, 1, 1)
+        )
+        found = [numbers.buffer_info()[0] for numbers in (self._jobs, self._slots, self._stamps)]
+        self._lookup = array("q", (0, self._top_k, *[0] * 8, *found))
+        self._proof = array("q", (0, self._top_k, 0, *found[1:]))
+        outputs = self.scratch + starts[4]
+        steps = kernels._steps(1, self._jobs, array("q", range(self._top_k)), self.scratch, starts, outputs)
+        adding = kernels._adding(weight_dtype, 1, self._top_k, outputs, 1, has_residual=has_residual)
+        self._x, self._sums = steps[0].context, adding.context
+        self._program = Program([*steps, adding, Step(kernels._prove, self._proof, 1)])
+
+    def find(self, experts: Sequence[int], residents: Residents) -> bool:
+        """Look up the experts of a token. Return whether all their records are resident."""
+        wanted, lookup = array("q", experts), self._lookup
+        lookup[0], lookup[2], lookup[3:10] = 0, wanted.buffer_info()[0], array("q", residents.numbers)
+        self._proof[2] = residents.generations
+        self._find.call_locked(lookup.buffer_info()[0])
+        return lookup[0] == self._top_k
+
+    def compute(self, x: Tensor, weights: Tensor, residual: Tensor | None) -> Tensor | None:
+        """Compute a token, x [1, hidden] with weights [1, top_k], with the records that ``find`` has found.
+
+        ``residual`` [1, hidden], or with more leading dimensions, is added to the result if it is given. Returns [1,
+        hidden], or the shape of ``residual``; None if one of the records was replaced meanwhile.
+        """
+        out = torch.empty_like(x if residual is None else residual)
+        self._x[X], self._sums[WEIGHTS], self._sums[SUMS] = x.data_ptr(), weights.data_ptr(), out.data_ptr()
+        if residual is not None:
+            self._sums[RESIDUAL] = residual.data_ptr()
+        self._program.run()
+        return out if self._proof[0] == self._top_k else None

@@ -1,0 +1,296 @@
+"""Attention of one new token on a CPU: softmax(q @ K.T * scale + mask) @ V, in fp32.
+
+torch's scaled_dot_product_attention takes many times as long as it takes to read keys and values, and compiles its
+matrix products anew for each length of a context (docs/benchmarks.md, Attention). Architectures with attention sinks,
+which SDPA does not have, compute with a function of their own, which is replaced for one token too.
+
+The compiled code divides its work into items, which threads take one by one. An item is at most PIECE positions of one
+head of keys and values with all the heads of queries that share it, so that keys and values are read once, and a few
+heads can use many threads. The result does not depend on other sequences or on the number of threads.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import re
+import struct
+import sys
+from array import array
+from collections.abc import Collection
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import eager_mask, sdpa_mask
+
+from moetier.runtime.kernels.jit.emitter import LANES
+from moetier.runtime.kernels.jit.team import Scratch, threads_for
+from moetier.runtime.kernels.products.api import CPU, FLOATS, has_memory
+
+from .attention_code import PIECE, attention_kernel, scratch_numbers
+
+_ASKS = r'_attn_implementation\s*(?:==|!=|in|not in)\s[^\n]*"{}"'  # for the attention function of this name
+# what code does with a mask other than give it on, such as to extend it
+_USES_MASK = re.compile(r"\battention_mask\b(?!\s*[,:)]|=[^=])")
+NAME, WITH_SINKS = "moetier_sdpa", "moetier_sinks"  # among transformers' attention functions
+SLICE_BYTES = 32 << 20  # largest size of the scores of queries that an architecture's own function takes together
+SCORE_BYTES = 12  # of one score: as it is, masked, and as a probability, in fp32
+SINKS = "sinks"  # name of the parameter [heads] of an attention that has them
+# arguments that change no results: positions are in cos and sin, windows in the mask, and hooks take what is output
+HARMLESS = {"position_ids", "sliding_window", "use_cache", "output_router_logits", "output_hidden_states"}
+_scratch = Scratch()
+
+
+def use_decode_attention(model: PreTrainedModel) -> None:
+    """Replace the attention function of a model for single tokens.
+
+    This requires that the whole model uses one function, and that its code does not depend on the function's name. SDPA
+    is replaced by ``decode_attention``. The function of an architecture with sinks is replaced by ``sink_attention``,
+    if the architecture can't use SDPA, its function computes the same for a trial token, and the configuration asks for
+    no attention weights.
+    """
+    parts = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    used = {part.config._attn_implementation for part in parts}
+    if len(used) != 1 or any(_asks_for(part.config._attn_implementation, part) for part in parts):
+        return
+    if used == {"sdpa"}:
+        AttentionInterface.register(NAME, decode_attention)
+        AttentionMaskInterface.register(NAME, one_token_mask)
+        model.set_attn_implementation(NAME)
+    elif used == {"eager"} and not model._supports_sdpa and not any(part.config.output_attentions for part in parts):
+        modules = [module for module in model.modules() if SINKS in module._parameters]
+        if modules and all(map(_has_plain_sinks, modules)):
+            AttentionInterface.register(WITH_SINKS, sink_attention)
+            AttentionMaskInterface.register(WITH_SINKS, sink_mask)
+            model.set_attn_implementation(WITH_SINKS)
+
+
+def _asks_for(name: str, model: PreTrainedModel) -> bool:
+    """Return whether the code of a model's class, or of a base class, depends on its attention function's name."""
+    classes = [
+        kind for kind in type(model).__mro__ if issubclass(kind, PreTrainedModel) and kind is not PreTrainedModel
+    ]
+    try:
+        return any(re.search(_ASKS.format(name), inspect.getsource(sys.modules[kind.__module__])) for kind in classes)
+    except (OSError, TypeError):  # the source can't be read, so it might
+        return True
+
+
+def one_token_mask(**given: Any) -> Tensor | None:
+    """Return transformers' mask [batch, 1, tokens, cached] for SDPA, or None for a single token that may see all.
+
+    transformers makes such a mask for a token that attends to a whole sliding window.
+    """
+    mask: Tensor | None = sdpa_mask(**given)
+    if mask is not None and given["q_length"] == 1 and given.get("allow_is_causal_skip", True) and bool(mask.all()):
+        return None
+    return mask
+
+
+def sink_mask(**given: Any) -> Tensor | None:
+    """Return transformers' mask [batch, 1, tokens, cached] for an architecture's own function, or None as
+    ``one_token_mask`` does.
+    """
+    if given["q_length"] == 1 and one_token_mask(**given) is None:
+        return None
+    mask: Tensor | None = eager_mask(**given)
+    return mask
+
+
+def sink_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **named: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Compute as ``decode_attention``, with sinks. Other inputs go to the architecture's own function.
+
+    ``named`` are ``s_aux``, the sinks [heads], and further arguments of transformers' attention functions.
+    """
+    sinks, scaling = named.get("s_aux"), named.get("scaling")
+    if sinks is not None and not asks_more(named, {"s_aux", "scaling"}):
+        y = _attend(query, key, value, attention_mask, scaling, sinks)
+        if y is not None:
+            return y, None
+    return _in_slices(_own_function(module), module, query, key, value, attention_mask, **named)
+
+
+def _in_slices(
+    attend: Any, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **named: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Call an architecture's own function for some queries at a time, because it holds the scores of all of them.
+
+    The weights that it returns are dropped if there is more than one slice.
+    """
+    batch, heads, tokens, _ = query.shape
+    most = max(1, SLICE_BYTES // (batch * heads * key.shape[2] * SCORE_BYTES))
+    if tokens <= most or asks_more(named, {"s_aux", "scaling"}):
+        found: tuple[Tensor, Tensor | None] = attend(module, query, key, value, mask, **named)
+        return found
+    # a mask of one row is for all tokens
+    masks = [None] * -(-tokens // most) if mask is None else torch.split(mask.expand(-1, -1, tokens, -1), most, 2)
+    parts = [
+        attend(module, part, key, value, part_mask, **named)[0]
+        for part, part_mask in zip(torch.split(query, most, 2), masks, strict=True)
+    ]
+    return torch.cat(parts, 1), None
+
+
+def asks_more(named: dict[str, Any], known: Collection[str] = ()) -> bool:
+    """Return whether there are arguments that change results, besides those in ``known``."""
+    others = [value for name, value in named.items() if name not in HARMLESS and name not in known]
+    return any(isinstance(value, Tensor) or bool(value) for value in others)
+
+
+def _own_function(module: nn.Module) -> Any:
+    """Return the attention function that transformers has in the file of a module's class; None if it has none."""
+    return getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+
+
+@torch.no_grad()
+def _has_plain_sinks(module: nn.Module) -> bool:
+    """Return whether an architecture's own function computes as ``sink_attention`` does for a trial token.
+
+    The module must give it the mask as it is, because there may be none (``sink_mask``).
+    """
+    try:
+        if _USES_MASK.search(inspect.getsource(type(module).forward)):
+            return False
+    except (OSError, TypeError):  # the source can't be read, so it might
+        return False
+    sinks, share = module._parameters[SINKS], getattr(module, "num_key_value_groups", 1)
+    if sinks is None or sinks.dim() != 1 or sinks.dtype not in FLOATS or share < 1 or len(sinks) % share:
+        return False
+    random = torch.Generator().manual_seed(0)
+    twin: Any = copy.copy(module)
+    heads, length = len(sinks), 24
+    shapes = (heads,), (1, heads, 1, LANES), *[(1, heads // share, length, LANES)] * 2
+    other, query, key, value = (torch.randn(shape, generator=random).to(sinks.dtype) for shape in shapes)
+    twin._parameters = {**module._parameters, SINKS: other}
+    try:
+        given = {"scaling": 0.5, "dropout": 0.0, "s_aux": other}
+        wanted, _ = _own_function(twin)(twin, query, key, value, None, **given)
+    except Exception:  # it needs or gives something else
+        return False
+    found = _attend(query, key, value, None, 0.5, other)
+    near = 1e-5 if sinks.dtype == torch.float32 else 3e-2
+    return found is not None and found.shape == wanted.shape and torch.allclose(found, wanted, rtol=near, atol=near)
+
+
+def decode_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    position_bias: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Compute attention of a single new token, in fp32. Other inputs go to transformers' function for SDPA.
+
+    A sequence's result depends only on that sequence and its padding.
+
+    Args:
+        query: [batch, heads, tokens, width].
+        key: [batch, key heads, length, width].
+        value: [batch, key heads, length, values].
+        attention_mask: [batch, 1, tokens, length], bool (True: attend) or numbers to be added.
+
+    Returns:
+        [batch, tokens, heads, values], and None in place of the attention weights.
+    """
+    if dropout == 0.0 and position_bias is None and kwargs.get("softcap") is None:
+        y = _attend(query, key, value, attention_mask, scaling, kwargs.get("s_aux"))
+        if y is not None:
+            return y, None
+    values = value.shape[3]
+    if query.device.type == "cpu" and values < key.shape[3]:
+        # torch computes without the scores of all tokens only where keys and values are as wide
+        value = F.pad(value, (0, key.shape[3] - values))
+    y, _ = sdpa_attention_forward(
+        module,
+        query,
+        key,
+        value,
+        attention_mask,
+        dropout=dropout,
+        scaling=scaling,
+        position_bias=position_bias,
+        **kwargs,
+    )
+    return y[..., :values], None
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None, sinks: Tensor | None
+) -> Tensor | None:
+    """Compute ``decode_attention`` with ``sinks`` [heads]. Return None for inputs that compiled code does not take."""
+    if torch.is_grad_enabled() or not _fits(query, key, value, mask):
+        return None
+    if sinks is not None and not (has_memory(sinks) and (sinks.dtype, sinks.shape) == (query.dtype, query.shape[1:2])):
+        return None
+    batch, heads, _, width = query.shape
+    key_heads, length, values = key.shape[1], key.shape[2], value.shape[3]
+    query, sinks = query.contiguous(), None if sinks is None else sinks.contiguous()
+    out = torch.empty((batch, 1, heads, values), dtype=query.dtype, device=CPU)
+    added = None if mask is None else _added(mask, batch)
+    share, groups, pieces = heads // key_heads, batch * key_heads, -(-length // PIECE)
+    items = groups * pieces
+    threads = min(items, threads_for(batch * heads * length * (width + values)))
+    of_thread, of_item = scratch_numbers(share, width, values)
+    nbytes = 4 * (threads * of_thread + items * of_item)
+    scratch = _scratch.take(nbytes, spare=nbytes // 4)  # spare memory, because the context grows with each token
+    scale = struct.unpack("I", struct.pack("f", width**-0.5 if scaling is None else scaling))[0]
+    shape = (0, 0, items, key_heads, share, length, width, values, pieces)
+    places = (query.data_ptr(), key.data_ptr(), value.data_ptr(), 0 if added is None else added.data_ptr())
+    memory = (out.data_ptr(), scratch, scratch + 4 * threads * of_thread)
+    strides = (*key.stride()[:3], *value.stride()[:3])
+    sink_place = 0 if sinks is None else sinks.data_ptr()
+    context = array("q", (*shape, *places, *memory, *strides, scale, sink_place, *bytes(groups)))
+    attention_kernel(query.dtype).run(context, threads)
+    return out
+
+
+def _fits(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+    return (
+        query.shape[2] == 1
+        and query.shape[3] == key.shape[3]
+        and key.shape[1:3] == value.shape[1:3]
+        and type(query) is type(key) is type(value) is Tensor
+        and (query.is_cpu and key.is_cpu and value.is_cpu)
+        and query.dtype == key.dtype == value.dtype
+        and query.dtype in FLOATS
+        and query.shape[3] % LANES == value.shape[3] % LANES == 0
+        and query.shape[1] % key.shape[1] == 0
+        and query.shape[0] == key.shape[0] == value.shape[0]
+        and key.stride(3) == value.stride(3) == 1
+        and key.shape[2] > 0
+        and (mask is None or _is_row_of(mask, key, query.dtype))
+    )
+
+
+def _is_row_of(mask: Tensor, key: Tensor, dtype: torch.dtype) -> bool:
+    """Return whether a mask is one that SDPA takes for one token and queries of ``dtype``, the same for all heads.
+
+    ``key`` is [batch, key heads, length, width].
+    """
+    return (
+        has_memory(mask)
+        and mask.dtype in (torch.bool, torch.float32, dtype)
+        and mask.dim() == 4
+        and mask.shape[0] in (1, key.shape[0])
+        and mask.shape[1:] == (1, 1, key.shape[2])
+    )
+
+
+def _added(mask: Tensor, batch: int) -> Tensor:
+    """Convert a mask to fp32 [batch, length rounded up to LANES], to be added to scores."""
+    found = mask[:, 0, 0]
+    if mask.dtype == torch.bool:
+        lowest = torch.finfo(torch.float32).min
+        found = torch.zeros(found.shape, dtype=torch.float32, device=CPU).masked_fill_(~found, lowest)
+    found = F.pad(found.float(), (0, -found.shape[1] % LANES))
+    return found.expand(batch, -1).contiguous()

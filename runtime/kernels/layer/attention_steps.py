@@ -1,0 +1,292 @@
+"""Attention of one new token of one sequence as steps of compiled code, from the hidden state to the output projection.
+
+With torch it takes some forty operations and calls of modules, most of which cost more than their arithmetic. What an
+architecture's attention does is observed with a few trial tokens (``observe``, ``forms``). Results have the same bits
+as those of the architecture's own code with the products, norms and attention of this package, which are called one by
+one.
+"""
+
+from __future__ import annotations
+
+import copy
+from array import array
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.cache_utils import Cache
+
+from moetier.runtime.kernels.jit.emitter import LANES
+from moetier.runtime.kernels.jit.team import Scratch, Step, threads_for
+from moetier.runtime.kernels.products.api import CPU, FLOATS, is_readable
+from moetier.runtime.kernels.products.row import ProductSteps, RowMatrix
+
+from . import attention_code as attend
+from . import heads
+from .attention import NAME, SINKS, WITH_SINKS, asks_more, decode_attention
+from .attention_code import attention_kernel
+from .growing_cache import GrowingLayer, GrowingWindow, Room
+from .heads import heads_kernel
+from .norm import Scale, float_bits, is_quick_norm
+
+PROJECTIONS, NORMS = ("q_proj", "k_proj", "v_proj", "o_proj"), ("q_norm", "k_norm")
+CACHES = ("cache", "past_key_values")  # names of the cache among the arguments of an attention's forward
+_OBSERVED = "moetier_observed"  # name of an attention function
+_scratch = Scratch()
+
+
+class Form(NamedTuple):
+    """Sizes of an attention, and what it does besides products."""
+
+    heads: int
+    key_heads: int
+    width: int  # of queries and keys
+    values: int  # width of values
+    rotated: int  # numbers of each query and key that are rotated
+    angles: int  # numbers in cos and in sin: ``rotated``, or half of it if the numbers of a pair share theirs
+    scaling: float
+    norm: tuple[Scale, float] | None  # how queries and keys are normed, and eps; None if they are not
+    has_sinks: bool
+
+    @property
+    def rows(self) -> tuple[int, int, int, int]:
+        """Numbers of all queries, keys, values, and attended values of a token."""
+        return (
+            self.heads * self.width,
+            self.key_heads * self.width,
+            self.key_heads * self.values,
+            self.heads * self.values,
+        )
+
+
+class Token(NamedTuple):
+    """Tensors that attention reads and writes for one token, other than its hidden state."""
+
+    cos: Tensor  # of the position, [1, 1, angles]
+    sin: Tensor  # [1, 1, angles]
+    layer: GrowingLayer | GrowingWindow  # of the cache
+    room: Room  # of the layer
+    first: int  # place in ``room`` of the first token that is attended to
+    length: int  # number of tokens that are attended to, this one included
+    items: int  # number of items of the attention kernel
+    threads: int  # number of threads of the attention kernel
+
+
+def token_of(
+    module: Any,
+    form: Form,
+    x: Tensor,
+    position_embeddings: Any = None,
+    attention_mask: Tensor | None = None,
+    cache: Any = None,
+    past_key_values: Any = None,
+    **others: Any,
+) -> Token | None:
+    """Return what an attention reads and writes for x [1, 1, hidden]; None for inputs that it can't compute so.
+
+    ``position_embeddings`` and what follows are arguments of the module's forward.
+    """
+    if (
+        not isinstance(position_embeddings, tuple)
+        or len(position_embeddings) != 2
+        or attention_mask is not None
+        or asks_more(others)
+        # not as an attribute of the configuration, whose own ``__getattribute__`` takes long
+        or object.__getattribute__(module.config, "_attn_implementation_internal") not in (NAME, WITH_SINKS, _OBSERVED)
+        or not _fits(form, x, *position_embeddings)
+        or (layer := _layer_of(past_key_values if cache is None else cache, module.layer_idx)) is None
+        or (room := layer.room()) is None
+        or room.form != (x.dtype, form.key_heads, form.width, form.values)
+    ):
+        return None
+    first, last = layer.place
+    length = last + 1 - first
+    items = form.key_heads * -(-length // attend.PIECE)
+    threads = min(items, threads_for(form.heads * length * (form.width + form.values)))
+    return Token(*position_embeddings, layer, room, first, length, items, threads)
+
+
+def _fits(form: Form, x: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    return (
+        (is_readable(x) and is_readable(cos) and is_readable(sin))
+        and x.dtype in FLOATS
+        and x.dtype == cos.dtype == sin.dtype
+        and cos.shape == sin.shape == (1, 1, form.angles)
+    )
+
+
+def _layer_of(cache: Any, number: int) -> GrowingLayer | GrowingWindow | None:
+    """Return layer ``number`` of a cache if nothing but the layer has to be updated; else None."""
+    if getattr(type(cache), "update", None) is not Cache.update or cache.offloading or number >= len(cache.layers):
+        return None
+    layer: Any = cache.layers[number]
+    if type(layer) not in (GrowingLayer, GrowingWindow) or "update" in vars(layer) or "update" in vars(cache):
+        return None
+    found: GrowingLayer | GrowingWindow = layer
+    return found
+
+
+class AttentionSteps:
+    """Steps that compute the attention of one token. Their contexts are made once, because that takes long."""
+
+    @classmethod
+    def of(cls, module: Any, form: Form, dtype: torch.dtype, threads: int) -> AttentionSteps | None:
+        """Return the steps of a module for hidden states of ``dtype``; None if its parts don't fit.
+
+        ``threads`` is the number of threads of the attention kernel.
+        """
+        linears = [module._modules[name] for name in PROJECTIONS]
+        matrices, biases = [*map(_matrix_of, linears)], [linear._parameters.get("bias") for linear in linears]
+        norms = [part for name in NORMS if (part := module._modules.get(name)) is not None]
+        sinks = module._parameters[SINKS] if form.has_sinks else None
+        if any(matrix is None or not matrix.fits(dtype) for matrix in matrices) or _norm_of(norms) != form.norm:
+            return None
+        hidden, (q, k, v, attended) = matrices[0].columns, form.rows  # type: ignore[union-attr]
+        shapes = [(q, hidden), (k, hidden), (v, hidden), (hidden, attended)]
+        if [(matrix.rows, matrix.columns) for matrix in matrices] != shapes:  # type: ignore[union-attr]
+            return None
+        weights = [norm.weight for norm in norms]
+        vectors = [(bias, rows) for bias, (rows, _) in zip(biases, shapes, strict=True) if bias is not None]
+        vectors += [(weight, weight.numel()) for weight in weights] + [(sinks, form.heads)] * form.has_sinks
+        if any(not is_readable(each) or (each.dtype, each.shape) != (dtype, (size,)) for each, size in vectors):
+            return None
+        covered = [(len(weight), rows) for weight, rows in zip(weights, (q, k), strict=False)]
+        if any(not size or size % LANES or rows % size for size, rows in covered):
+            return None
+        return cls(form, dtype, threads, matrices, biases, norms, sinks)  # type: ignore[arg-type] # no matrix is None
+
+    def __init__(
+        self,
+        form: Form,
+        dtype: torch.dtype,
+        threads: int,
+        matrices: list[RowMatrix],
+        biases: list[Tensor | None],
+        norms: list[Any],
+        sinks: Tensor | None,
+    ) -> None:
+        self._form, self._threads, self._itemsize = form, threads, dtype.itemsize
+        self._room: Room | None = None
+        self.columns, self._output = matrices[0].columns, matrices[3]
+        count, key_count, width, values = form[:4]
+        self._memory = [torch.empty(size, dtype=dtype, device=CPU) for size in form.rows]
+        q, k, v, attended = (part.data_ptr() for part in self._memory)
+        self._first, self._last = (
+            ProductSteps(matrices[part], dtype, biases[part]) for part in (slice(3), slice(3, 4))
+        )
+        self._last.read(attended)
+        for matrix, address in zip(matrices[:3], (q, k, v), strict=True):
+            self._first.write(matrix, address)
+
+        scale, eps = form.norm or (None, 0.0)
+        weights, columns = ([each(norm.weight) for norm in norms] for each in (Tensor.data_ptr, Tensor.numel))
+        shape = (0, count, key_count, width, values, form.rotated)
+        normed = (*(columns or [width, width]), float_bits(eps))
+        apart = form.rotated // 2 if form.angles == form.rotated else 0
+        self._heads = array("q", (*shape, q, k, v, *(weights or [0, 0]), 0, 0, *normed, 0, 0, 0, 0, apart))
+        numbers = (0, 0, 0, key_count, count // key_count, 0, width, values, 0)
+        self._finished = array("q", bytes(8 * key_count))
+        further = (*[0] * 8, float_bits(form.scaling), 0 if sinks is None else sinks.data_ptr())
+        self._attention = array("q", (*numbers, q, 0, 0, 0, attended, *further, *self._finished))
+        self._of_thread, self._of_item = attend.scratch_numbers(count // key_count, width, values)
+        self.steps = [
+            *self._first.steps,
+            Step(heads_kernel(dtype, scale), self._heads, 1),
+            Step(attention_kernel(dtype), self._attention, threads),
+            *self._last.steps,
+        ]
+
+    def place(self, x: int, y: int) -> None:
+        """Set the addresses of the hidden state ``x`` and of the output ``y``."""
+        self._first.read(x)
+        self._last.write(self._output, y)
+
+    def at(self, token: Token) -> None:
+        """Set the addresses and numbers of a token. This must be done before each run."""
+        new, all_, size, length = self._heads, self._attention, self._itemsize, token.length
+        new[heads.COS], new[heads.SIN] = token.cos.data_ptr(), token.sin.data_ptr()
+        strides = token.room.strides
+        if token.room is not self._room:
+            self._room = token.room
+            new[heads.STRIDES], new[heads.STRIDES + 1] = size * strides[1], size * strides[4]
+            all_[attend.STRIDES : attend.STRIDES + 6] = array("q", strides)
+        for place, (begin, stride) in enumerate(zip(token.room.addresses, strides[2::3], strict=True)):
+            all_[attend.CACHE + place] = begin + size * token.first * stride
+            new[heads.CACHE + place] = begin + size * (token.first + length - 1) * stride
+        own = 4 * self._threads * self._of_thread
+        nbytes = own + 4 * token.items * self._of_item
+        scratch = _scratch.take(nbytes, spare=nbytes // 4)
+        all_[attend.SCRATCH], all_[attend.SCRATCH + 1] = scratch, scratch + own
+        all_[attend.BEGUN], all_[attend.ITEMS], all_[attend.LENGTH] = 0, token.items, length
+        all_[attend.PIECES] = token.items // self._form.key_heads
+        all_[attend.CONTEXT :] = self._finished
+
+
+def _matrix_of(module: Any) -> RowMatrix | None:
+    """Return the matrix of a linear module, for products with single rows; None if it has none, or that of before."""
+    is_plain = type(module) is nn.Linear
+    stored = module._parameters.get("weight") if is_plain else module._buffers.get("record")
+    found: RowMatrix | None = vars(stored if is_plain else module).get("matrix") if stored is not None else None
+    return found if found is not None and found.weight is stored else None
+
+
+def _norm_of(norms: list[Any]) -> Any:
+    """Return how norms of queries and keys multiply, and eps; None if there are no norms, "other" if they differ."""
+    if not norms:
+        return None
+    kinds = {is_quick_norm(norm) and (norm.quick_scale, getattr(norm, norm.quick_eps)) for norm in norms}
+    return kinds.pop() if len(kinds) == 1 and len(norms) == 2 else "other"
+
+
+# -- what an attention does --------------------------------------------------------------------------------------------
+
+
+def is_attention(module: Any) -> bool:
+    """Return whether a module may be an attention with a Form, judged by its parts.
+
+    Other parts with tensors are refused, because by chance they may do nothing in a trial, such as a factor of 1.
+    """
+    others = [part for name, part in module._modules.items() if name not in (*PROJECTIONS, *NORMS) and part is not None]
+    return (
+        module._modules.keys() >= {*PROJECTIONS}
+        and hasattr(module, "layer_idx")
+        and hasattr(module, "config")
+        and not module._buffers
+        and module._parameters.keys() <= {SINKS}
+        and not any(part.state_dict() for part in others)
+    )
+
+
+def observe(module: Any) -> None:
+    """Let ``forms`` see what an attention computes from now on. Its configuration is replaced by a copy."""
+    AttentionInterface.register(_OBSERVED, _observed)
+    module.__dict__["config"] = config = copy.copy(module.config)
+    config._attn_implementation_internal = _OBSERVED
+
+
+def _observed(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **named: Any) -> Any:
+    vars(module)["seen"] = {**named, "mask": mask}, query.shape, key.shape, value.shape
+    return decode_attention(module, query, key, value, mask, **named)
+
+
+def forms(module: Any, angles: int) -> Iterator[Form]:
+    """Yield the forms that an attention may have by what it computed last since ``observe``.
+
+    ``angles`` is the number of numbers in cos and in sin.
+    """
+    named, query, key, value = vars(module)["seen"]
+    norm = _norm_of([part for name in NORMS if (part := module._modules.get(name)) is not None])
+    scaling, sinks = named.get("scaling"), named.get("s_aux")
+    widths = (query[3], value[3])
+    if asks_more(named, {"scaling", "s_aux"}) or query[0] != 1 or norm is False or norm == "other":
+        return
+    if query[1] % key[1] or any(width % LANES for width in widths):
+        return
+    if sinks is not module._parameters.get(SINKS):
+        return
+    for rotated in (angles, 2 * angles):
+        if rotated <= query[3] and rotated % (2 * LANES) == 0:
+            sizes = (query[1], key[1], *widths, rotated, angles)
+            yield Form(*sizes, query[3] ** -0.5 if scaling is None else scaling, norm, sinks is not None)

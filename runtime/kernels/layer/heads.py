@@ -1,0 +1,91 @@
+"""Heads of one new token: norms of queries and keys, their rotation, and the place of keys and values in a cache.
+
+The rotation is that of Su et al. 2021 (arXiv 2104.09864), with the numbers of a pair half of the rotated width apart.
+Results have the same bits as those of transformers' code with the norms of ``norm.py``.
+"""
+
+from __future__ import annotations
+
+import torch
+from llvmlite import ir
+
+from moetier.runtime.kernels.jit.emitter import F32, I32, LANES, POINTER, Emitter, Value, new_module, once, vector
+from moetier.runtime.kernels.jit.processor import this_processor
+from moetier.runtime.kernels.jit.team import Kernel, compile_kernel
+
+from .norm import Scale, emit_norm
+
+HEADS = "moetier_heads"  # name of the compiled function
+# Number of i64 fields in the context. In order: unused; number of query heads, of key heads; D (width of a query or
+# key), V (width of a value), R (number of rotated numbers in each head); pointers to q, k, v, to the weights of both
+# norms, to cos and to sin; how many numbers one norm of q covers, and one of k; the bits of the fp32 eps; pointers to
+# the places of key and value in the cache's first head; strides of heads there, in bytes; how far apart cos and sin of
+# a pair's two numbers are: R / 2, or 0 if they share theirs
+CONTEXT = 21
+# indices in a context: of the norms' weights, of cos and sin, of the places in the cache, and of the strides
+WEIGHTS, COS, SIN, CACHE, STRIDES = 9, 11, 12, 16, 18
+
+
+@once
+def heads_kernel(dtype: torch.dtype, scale: Scale | None) -> Kernel:
+    """Compile ``heads_module``, once for each type and scale."""
+    return compile_kernel(this_processor(), heads_module(dtype, scale), HEADS)
+
+
+def heads_module(dtype: torch.dtype, scale: Scale | None) -> ir.Module:
+    """Emit the function ``HEADS(context)``.
+
+    q [heads, D], k [key heads, D], v [key heads, V], the norms' weights, cos [R] and sin [R] are of ``dtype``. Where
+    pairs share cos and sin, these are [R / 2]. q is changed in place; k, which is changed too, and v are copied to the
+    cache. Without ``scale`` there are no norms. D, V and R / 2 are multiples of LANES, and so are the numbers that a
+    norm takes together.
+    """
+    module = new_module()
+    emit = Emitter(module, HEADS, [POINTER])
+    at, n, size = emit.at, emit.number, dtype.itemsize
+    squares = at.alloca(vector(F32, LANES))
+    _, fields = emit.fields(CONTEXT)
+    heads, key_heads, width, values, rotated = fields[:5]
+    q, k, v, q_weight, k_weight, cos, sin = (at.inttoptr(address, POINTER) for address in fields[5:12])
+    q_columns, k_columns, eps = fields[12:15]
+    to_keys, to_values = (at.inttoptr(address, POINTER) for address in fields[15:17])
+    key_stride, value_stride, apart = fields[17:]
+    half = at.udiv(rotated, n(2))
+
+    if scale is not None:
+        eps = at.bitcast(at.trunc(eps, I32), F32)
+        for row, weight, count, columns in ((q, q_weight, heads, q_columns), (k, k_weight, key_heads, k_columns)):
+            with emit.loop(n(0), at.udiv(at.mul(count, width), columns)) as i:
+                place = at.gep(row, [at.mul(at.mul(i, columns), n(size))])
+                emit_norm(emit, place, weight, place, columns, eps, squares, dtype, scale)
+
+    def numbers(pointer: Value, index: Value) -> Value:
+        return emit.load_floats(pointer, at.mul(index, n(size)), dtype, LANES)
+
+    def rotate(head: Value) -> None:
+        with emit.loop(n(0), half, LANES) as i:
+            j = at.add(i, half)
+            left, right = numbers(head, i), numbers(head, j)
+            for place, angle, own, other, unite in (
+                (i, i, left, right, at.fsub),
+                (j, at.add(i, apart), right, left, at.fadd),
+            ):
+                parts = [at.fmul(own, numbers(cos, angle)), at.fmul(other, numbers(sin, angle))]
+                if dtype == torch.bfloat16:  # torch rounds here too
+                    parts = [emit.widen(emit.narrow(part, LANES), LANES) for part in parts]
+                emit.store_floats(unite(*parts), head, at.mul(place, n(size)), dtype)
+
+    def copy(source: Value, target: Value, count: Value) -> None:
+        with emit.loop(n(0), count, LANES) as i:
+            emit.store_floats(numbers(source, i), target, at.mul(i, n(size)), dtype)
+
+    with emit.loop(n(0), heads) as head:
+        rotate(at.gep(q, [at.mul(at.mul(head, width), n(size))]))
+    with emit.loop(n(0), key_heads) as head:
+        key = at.gep(k, [at.mul(at.mul(head, width), n(size))])
+        rotate(key)
+        copy(key, at.gep(to_keys, [at.mul(head, key_stride)]), width)
+        value = at.gep(v, [at.mul(at.mul(head, values), n(size))])
+        copy(value, at.gep(to_values, [at.mul(head, value_stride)]), values)
+    at.ret_void()
+    return module

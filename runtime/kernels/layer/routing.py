@@ -1,0 +1,147 @@
+"""A router's choice of experts for one token in one call: logits, scores, the top-k of them, and the weights of these.
+
+Scores are the softmax of the logits, or the sigmoid of each (DeepSeek-V3, arXiv 2412.19437). Weights are the scores of
+the chosen experts, which may be divided by their sum. For the choice, a correction may be added to the scores. Experts
+may be divided into groups of neighbours; then only experts of the best groups are chosen. A group's score is that of
+its best expert, or of its best two together. With torch the choice takes five to twenty operations, each of which costs
+more than its arithmetic. Of experts with equal scores, those with the smallest numbers are chosen.
+"""
+
+from __future__ import annotations
+
+import threading
+from array import array
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from moetier.runtime.kernels.jit.processor import refusal
+from moetier.runtime.kernels.jit.team import Program, Step, is_small
+from moetier.runtime.kernels.products.api import CPU, FLOATS, is_readable
+from moetier.runtime.kernels.products.gemv import W, X, Y, gemv_step, lies_in_rows
+
+from .norm import float_bits
+from .routing_code import (
+    BIAS,
+    CORRECTION,
+    EXPERTS,
+    LOGITS,
+    WEIGHTS,
+    RoutingCode,
+    routing_kernel,
+    scratch_numbers,
+)
+
+
+class RoutingForm(NamedTuple):
+    """How a router chooses experts and weighs them."""
+
+    top_k: int
+    normalised: bool  # whether the weights of the chosen experts add up to ``factor``
+    factor: float
+    logit_dtype: torch.dtype  # of the logits that it returns
+    weight_dtype: torch.dtype
+    product_dtype: torch.dtype | None = None  # of the product with its matrix; None: as the matrix
+    is_sigmoid: bool = False  # whether scores are sigmoids; else they are a softmax
+    has_correction: bool = False
+    groups: int = 1
+    best_groups: int = 1  # number of groups from which experts are chosen
+    best_of_group: int = 0  # number of experts whose scores add up to a group's; 0 if there is one group
+
+
+class Routing:
+    """Chooses experts with a router's matrix, which has a row for each expert. Threads may use it at the same time."""
+
+    def __init__(self, form: RoutingForm) -> None:
+        self.form = form
+        self._local = threading.local()  # ``calls`` of this thread
+
+    def fits(self, weight: Tensor, bias: Tensor | None, correction: Tensor | None = None) -> bool:
+        """Return whether compiled code can choose with a matrix ``weight`` [experts, columns].
+
+        ``bias`` and ``correction`` are [experts].
+        """
+        product = self.form.product_dtype or weight.dtype
+        vectors = [each for each in (bias, correction) if each is not None]
+        return (
+            weight.dtype in FLOATS
+            and lies_in_rows(weight)
+            and all(is_readable(each) and each.shape == weight.shape[:1] for each in vectors)
+            and (bias is None or bias.dtype == product)
+            and (correction is not None) == self.form.has_correction
+            and (correction is None or correction.dtype in FLOATS)
+            and not refusal()
+        )
+
+    def of(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, correction: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Return logits [1, experts], weights [1, top_k] and experts [1, top_k], int64, of one row x [1, columns].
+
+        x may have other leading dimensions. Returns None for other inputs.
+        """
+        with torch._C.DisableTorchFunctionSubclass():
+            if not is_readable(x) or x.dtype not in FLOATS or torch.is_grad_enabled():
+                return None
+            if not self.fits(weight, bias, correction) or not x.numel() == x.shape[-1] == weight.shape[1]:
+                return None
+            call: _Call | None = getattr(self._local, "call", None)
+            added = None if correction is None else correction.dtype
+            form = (x.dtype, weight.dtype, weight.shape, bias is not None, added, torch.get_num_threads())
+            if call is None or call.form != form:
+                steps = RoutingSteps(self.form, x.dtype, weight, bias, correction)
+                call = self._local.call = _Call(self.form, form, steps, weight.numel())
+            return call.of(x, weight, bias, correction)
+
+
+class RoutingSteps:
+    """Steps that choose experts for one row. Their contexts are made once."""
+
+    def __init__(
+        self, form: RoutingForm, given: torch.dtype, weight: Tensor, bias: Tensor | None, correction: Tensor | None
+    ) -> None:
+        """``given`` is the type of x. ``weight`` is [experts, columns], and the others are [experts]."""
+        self._form = form
+        self._product = form.product_dtype or weight.dtype
+        scratch = array("f", bytes(4 * scratch_numbers(len(weight), form.top_k)))
+        numbers = (0, len(weight), form.top_k, 0, 0, scratch.buffer_info()[0], 0, 0, float_bits(form.factor), 0)
+        kinds = (self._product, form.weight_dtype, form.normalised, form.is_sigmoid, bias is not None)
+        added = None if correction is None else correction.dtype
+        kernel = routing_kernel(RoutingCode(*kinds, added, form.best_of_group))
+        context = array("q", (*numbers, form.groups, form.best_groups))
+        self.steps = [gemv_step(weight, given, self._product), Step(kernel, context, 1, scratch)]
+
+    def place(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, correction: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Let the steps read x [1, columns], ``weight`` [experts, columns], ``bias`` and ``correction`` [experts].
+
+        Returns the new tensors that each run fills: logits [1, experts]; weights and experts, [1, top_k] each.
+        """
+        top_k, dtype = self._form.top_k, self._form.weight_dtype
+        sizes = (len(weight), self._product), (top_k, dtype), (top_k, torch.int64)
+        logits, weights, experts = (torch.empty((1, size), dtype=kind, device=CPU) for size, kind in sizes)
+        product, choice = (step.context for step in self.steps)
+        product[X], product[W], product[Y] = x.data_ptr(), weight.data_ptr(), logits.data_ptr()
+        choice[LOGITS], choice[WEIGHTS], choice[EXPERTS] = (one.data_ptr() for one in (logits, weights, experts))
+        for place, vector_ in ((BIAS, bias), (CORRECTION, correction)):
+            choice[place] = 0 if vector_ is None else vector_.data_ptr()
+        return logits, weights, experts
+
+
+class _Call:
+    """The steps of a routing, which are made once for each thread."""
+
+    def __init__(self, routing: RoutingForm, form: tuple[Any, ...], steps: RoutingSteps, numbers: int) -> None:
+        """``form``: types and sizes of the inputs. ``numbers``: size of the matrix."""
+        self.form = form
+        self._logit_dtype = routing.logit_dtype
+        self._steps = steps
+        self._program = Program(steps.steps, locked=is_small(numbers))
+
+    def of(self, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Choose experts; ``given`` are the arguments of ``RoutingSteps.place``."""
+        logits, weights, experts = self._steps.place(*given)
+        self._program.run()
+        return logits.to(self._logit_dtype), weights, experts

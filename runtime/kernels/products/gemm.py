@@ -1,0 +1,188 @@
+"""CPU kernels that multiply with quantised matrices as they are stored in records: y = x @ W.T.
+
+x is [R, K] and W is [N, K]. First x is rounded to 8 bits: x = n * t (``rounding.py``).
+With w = (q - centre) * s + b of ``tiers/quant/codec.py``, the products of a group add up in integers, exactly:
+
+    sum of w * x = s * t * (sum of q * n - centre * sum of n) + b * t * sum of n
+
+So only x is rounded. A row of y depends on the row of x and on W. It does not depend on how many rows or matrices are
+multiplied together, on the number of threads or on the processor.
+
+Matrices in the coding of a checkpoint, such as the blocks of a GGUF file, are multiplied by the code of
+``row_major.py``. For FP8 numbers, x is not rounded, and products are in fp32.
+"""
+
+from __future__ import annotations
+
+from array import array
+
+from llvmlite import ir
+
+from moetier.runtime.kernels.codings.row_codings import coding_of
+from moetier.runtime.kernels.jit.emitter import I64, POINTER, Dtype, Emitter, FloatType, Value, new_module, once
+from moetier.runtime.kernels.jit.processor import Processor
+from moetier.runtime.kernels.jit.team import Kernel, compile_kernel
+from moetier.tiers.layout import ROW_TILE, Projection, RecordLayout
+
+from .gemm_amx import LEAST_ROWS, MOST_AMX_ROWS, AmxTile
+from .gemm_avx2 import MOST_ROWS, Avx2Tile, is_narrow
+from .gemm_tile import Form, Tile
+from .rounding import Rounding, rounding_kernel
+from .row_major import ITEM_ROWS, RowForm, RowTile
+
+JOB = 3  # i64 fields of each job: pointer to its record, its first row of x and y, its number of rows
+# Number of i64 fields in the context of WORK. In order: number of items that threads have taken, number of all items,
+# row tiles of a matrix, pointer to the jobs; pointers to n, to t and t * sum of n, to sum of n, and to y; K, N, N
+# padded; 1 if each job has its own rows of x, 0 if all have the same row; offsets in a record of the codes, their
+# second plane, the pairs and the pairs' scales, or with a coding of the codes, the scales and the globals
+CONTEXT = 16
+Y = 7  # index of the address of y in a context of WORK
+WORK = "moetier_work"  # name of the compiled function; it must not be a name in the C library
+
+
+def multiplies(p: Projection) -> bool:
+    """Return whether a projection is stored in a form that the kernels of this module multiply with."""
+    return coding_of(p) is not None if p.coding else p.bits != 16
+
+
+class GemmPlan:
+    """Compiled functions, sizes and offsets that all products with one projection of a layout share.
+
+    Args:
+        layout: the layout of the records.
+        name: the projection's name.
+        given: the type of x: fp32 or bf16, as ``FloatType.of`` takes it.
+        out: the type of y, likewise.
+        processor: compiles the functions.
+    """
+
+    def __init__(self, layout: RecordLayout, name: str, given: Dtype, out: Dtype, processor: Processor) -> None:
+        p = layout.projection(name)
+        self.layout = layout  # kept alive, because plans are found by its id()
+        self.rounding = Rounding.of(p)
+        self.kernel = product_kernel(processor, form_of(p, FloatType.of(out)))
+        self.round = rounding_kernel(processor, self.rounding, FloatType.of(given))
+        self.rows, self.columns = p.rows, p.columns
+        self.tiles = -(-p.rows // (ITEM_ROWS if p.coding else ROW_TILE))
+        self.row_bytes = self.rounding.row_bytes(p.columns)
+        self._shape = (p.columns, p.rows, p.padded_rows)
+        # offsets in a record, in bytes, of codes, second plane, pairs and scales of pairs, or with a coding of codes,
+        # scales and globals; 0 for sections that it lacks
+        places = {section.name.removeprefix(f"{name}."): section.offset for section in layout.sections}
+        kinds = (("codes", "high"), ("plane", "low", "scales"), ("pairs", "globals"), ("pair_scales",))
+        self._offsets = tuple(sum(places.get(kind, 0) for kind in group) for group in kinds)
+
+    def context(self, count: int, jobs: array[int], x: Rounded, y: int, *, has_own_rows: bool) -> array[int]:
+        """Make the context of a product of ``count`` jobs, whose result is written to the address ``y``.
+
+        ``jobs`` has JOB numbers for each job. With ``has_own_rows``, each job has its own rows of x. Otherwise all jobs
+        use the same row.
+        """
+        items = (0, count * self.tiles, self.tiles, jobs.buffer_info()[0])
+        return array("q", (*items, *x.places, y, *self._shape, int(has_own_rows), *self._offsets))
+
+
+class Rounded:
+    """Scratch memory at ``address`` for ``rows`` rows of x, rounded as the products of one plan need them."""
+
+    def __init__(self, address: int, rows: int, plan: GemmPlan) -> None:
+        scales = address + rows * plan.columns * plan.rounding.number_bytes
+        sums = scales + rows * plan.columns // plan.rounding.group * 8
+        self.rows = rows
+        self.places = (address, scales, sums)  # of n; t and t * sum of n; sum of n
+        self._columns = plan.columns
+
+    def context(self, x: int) -> array[int]:
+        """Make the context for rounding the rows of x. ``x`` is their address."""
+        return array("q", (0, self.rows, x, *self.places, self._columns))
+
+
+def form_of(p: Projection, out: FloatType) -> Form | RowForm:
+    """Return the form of products with a projection. ``out`` is the type of the results."""
+    if p.coding:
+        return RowForm.of(p, out)
+    return Form(p.bits, p.group, p.pairs, out)
+
+
+@once
+def product_kernel(processor: Processor, form: Form | RowForm) -> Kernel:
+    """Compile ``product_module``, once for each form and processor."""
+    # unrolled loops would need more registers than AVX2 has
+    unroll = not isinstance(form, RowForm) and not is_narrow(processor)
+    return compile_kernel(processor, product_module(form, processor), WORK, unroll=unroll)
+
+
+def product_module(form: Form | RowForm, processor: Processor) -> ir.Module:
+    """Emit the function ``WORK(context)``, which computes items until none is left.
+
+    An item is ROW_TILE rows of one job's matrix, or ITEM_ROWS rows of a matrix in the coding of a checkpoint.
+    """
+    module = new_module()
+    takes_all_rows = isinstance(form, RowForm) or is_narrow(processor)
+    if isinstance(form, RowForm):
+        rounding = Rounding.of(form.projection)
+        one, several = (RowTile(module, form, processor, several=several).function for several in (False, True))
+    else:
+        rounding = Rounding(form.group)
+        if takes_all_rows:
+            one, several = (Avx2Tile(module, form, processor, several=several).function for several in (False, True))
+        else:
+            tiles = {rows: Tile(module, form, processor, rows).function for rows in (4, 2, 1)}
+            many = AmxTile(module, form, processor).function if processor.has_amx else None
+    emit = Emitter(module, WORK, [POINTER])
+    at, n = emit.at, emit.number
+    begun, fields = emit.fields(CONTEXT)
+    items, row_tiles, jobs, xn, xt, xs, y, columns, out_rows, padded, own, *offsets = fields
+    xn, xt, xs, y, jobs = (at.inttoptr(value, POINTER) for value in (xn, xt, xs, y, jobs))
+    groups = at.udiv(columns, n(rounding.group))
+    with emit.items(begun, items) as item:
+        job = at.gep(jobs, [at.mul(at.udiv(item, row_tiles), n(8 * JOB))])
+        tile = at.urem(item, row_tiles)
+        record, first, rows = (at.load(emit.place(job, n(8 * i), I64)) for i in range(JOB))
+        sections = [at.inttoptr(at.add(record, offset), POINTER) for offset in offsets]
+        read = at.mul(first, own)
+
+        def call(tile_of: Value, row: Value, *count: Value) -> None:
+            source, target = at.add(read, row), at.add(first, row)
+            at.call(
+                tile_of,
+                [
+                    *sections,
+                    at.gep(xn, [at.mul(at.mul(source, columns), n(rounding.number_bytes))]),
+                    at.gep(xt, [at.mul(at.mul(source, groups), n(8))]),
+                    at.gep(xs, [at.mul(at.mul(source, groups), n(4))]),
+                    at.gep(y, [at.mul(at.mul(target, out_rows), n(form.out.itemsize))]),
+                    tile,
+                    columns,
+                    out_rows,
+                    padded,
+                    *count,
+                ],
+            )
+
+        if takes_all_rows:
+            with emit.loop(n(0), rows, MOST_ROWS) as row:
+                left = at.sub(rows, row)
+                with at.if_else(at.icmp_signed("==", left, n(1))) as (then, otherwise):
+                    with then:
+                        call(one, row)
+                    with otherwise:
+                        few = at.icmp_signed("<", left, n(MOST_ROWS))
+                        call(several, row, at.select(few, left, n(MOST_ROWS)))
+        else:
+            begin, left = n(0), rows
+            if many is not None:
+                rest = at.urem(rows, n(MOST_AMX_ROWS))
+                left = at.select(at.icmp_signed("<", rest, n(LEAST_ROWS)), rest, n(0))
+                begin = at.sub(rows, left)
+                with emit.loop(n(0), begin, MOST_AMX_ROWS) as row:
+                    after = at.sub(begin, row)
+                    few = at.icmp_signed("<", after, n(MOST_AMX_ROWS))
+                    call(many, row, at.select(few, after, n(MOST_AMX_ROWS)))
+            for height in (4, 2, 1):
+                whole = at.sub(rows, at.and_(left, n(height - 1)))
+                with emit.loop(begin, whole, height) as row:
+                    call(tiles[height], row)
+                begin = whole
+    at.ret_void()
+    return module

@@ -1,0 +1,134 @@
+"""Code for products with many rows of x on processors with Intel AMX.
+
+A tile register has 16 rows of 64 bytes. The instruction TDPBSSD multiplies 16 rows of n, 64 columns each, with the
+codes of 16 rows of W, and adds the products up in a register of 16 x 16 integers. The codes of a group are unpacked
+once for up to MOST_AMX_ROWS rows of x, less their centre. So a group's sums are the same integers as those of
+``gemm_tile.py``, and they are scaled by the same operations. Scaling takes most of the time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+from llvmlite import ir
+
+from moetier.runtime.kernels.jit.emitter import F32, I8, I16, I32, LANES, POINTER, Value, vector
+from moetier.runtime.kernels.jit.processor import Processor
+
+from .gemm_tile import CENTRES, COLUMN, PAIRS_AHEAD, STEP, VECTORS, Form, TileEmitter
+
+LEAST_ROWS = 8  # rows of x for which AMX pays
+MOST_AMX_ROWS = 128  # rows of x that one call multiplies
+HEIGHT = 16  # rows of a tile register
+WIDTH = 64  # bytes of its rows
+TILE = HEIGHT * WIDTH  # bytes of a tile register
+_SUMS, _NUMBERS, _CODES = range(VECTORS), VECTORS, range(VECTORS + 1, 8)  # tile registers
+
+
+class AmxTile(TileEmitter):
+    """The function ``tile_rows``, which multiplies ROW_TILE rows of W with LEAST_ROWS to MOST_AMX_ROWS rows of x.
+
+    The number of rows of x is its last argument.
+    """
+
+    def __init__(self, module: ir.Module, form: Form, processor: Processor) -> None:
+        super().__init__(module, "tile_rows", form, processor, 5)
+        at, n, group = self.at, self.number, form.group
+        self._rows = rows = self.function.args[-1]
+        self._depth = min(group, WIDTH)  # columns that an instruction multiplies
+        self._height = self._least(rows, n(HEIGHT))
+        codes, sums, totals = map(self._memory, (group * WIDTH, VECTORS * TILE, MOST_AMX_ROWS * VECTORS * WIDTH))
+        self._configure()
+        self._clear(totals)
+        with self.loop(n(0), self._groups) as g:
+            self._prefetch_pairs(at.add(g, n(PAIRS_AHEAD)))
+            first = at.mul(g, n(group))
+            with self.loop(n(0), n(group), STEP) as step:
+                unpacked = self._unpack(at.add(self._start, at.mul(at.add(first, step), n(COLUMN))))
+                for number, q in enumerate(unpacked):
+                    place = at.add(at.mul(step, n(LANES)), n(number * group * LANES))
+                    self.store(at.sub(q, self.all(I8, CENTRES[form.bits], WIDTH)), codes, place)
+            pairs = self._load_pairs(g)
+            with self._blocks() as (row, begin):
+                self._multiply(at.gep(self._xn, [at.add(at.mul(begin, self._columns), first)]), codes, sums)
+                with self.loop(row, at.add(begin, self._height)) as r:
+                    # a row of x of the next group; so many rows are too many streams for the hardware prefetchers
+                    self.prefetch(self._xn, at.add(at.mul(r, self._columns), at.add(first, n(group))), group)
+                    self._add_group(g, r, at.gep(sums, [at.mul(at.sub(r, begin), n(WIDTH))]), pairs, totals)
+        self.intrinsic("llvm.x86.tilerelease", ir.VoidType())
+        with self.loop(n(0), rows) as row:
+            for number in range(VECTORS):
+                place = at.mul(at.add(at.mul(row, n(VECTORS)), n(number)), n(WIDTH))
+                self._write(self.load(totals, place, vector(F32, LANES)), row, number * LANES)
+        at.ret_void()
+
+    def _least(self, a: Value, b: Value) -> Value:
+        return self.at.select(self.at.icmp_signed("<", a, b), a, b)
+
+    def _memory(self, nbytes: int) -> Value:
+        place = self.at.alloca(ir.ArrayType(I8, nbytes))
+        place.align = WIDTH
+        return self.at.bitcast(place, POINTER)
+
+    @contextlib.contextmanager
+    def _blocks(self) -> Iterator[tuple[Value, Value]]:
+        """Emit a loop over blocks of ``_height`` rows of x. Yields a block's first new row, and its first row.
+
+        They differ if too few rows are left for the last block, which begins with rows of the block before.
+        """
+        with self.loop(self.number(0), self._rows, HEIGHT) as row:
+            yield row, self._least(row, self.at.sub(self._rows, self._height))
+
+    def _configure(self) -> None:
+        """Set the number of rows of each tile register, and the bytes of its rows."""
+        n, place = self.number, self._memory(64)
+        height, codes = self.at.trunc(self._height, I8), ir.Constant(I8, self._depth // STEP)
+        shapes = [*[(height, WIDTH)] * len(_SUMS), (height, self._depth), *[(codes, WIDTH)] * len(_CODES)]
+        self.store(self.all(I8, 0, 64), place, n(0))
+        self.store(ir.Constant(I8, 1), place, n(0))  # the layout of these 64 bytes
+        for register, (rows, width) in enumerate(shapes):
+            self.store(ir.Constant(I16, width), place, n(16 + 2 * register))
+            self.store(rows, place, n(48 + register))
+        self.intrinsic("llvm.x86.ldtilecfg", ir.VoidType(), place)
+
+    def _clear(self, totals: Value) -> None:
+        # not by stores of zeros in a loop: LLVM would call memset, which ``executable.py`` does not link
+        at, n, row_bytes = self.at, self.number, VECTORS * WIDTH
+        self._instruction("tilezero", _SUMS[0])
+        with self._blocks() as (_, begin):
+            for number in range(VECTORS):
+                place = at.gep(totals, [at.add(at.mul(begin, n(row_bytes)), n(number * WIDTH))])
+                self._instruction("tilestored64", _SUMS[0], place, n(row_bytes))
+
+    def _instruction(self, name: str, *arguments: int | Value) -> None:
+        """Emit an instruction for tile registers, which are given by their numbers."""
+        numbers = [ir.Constant(I8, a) if isinstance(a, int) else a for a in arguments]
+        self.intrinsic(f"llvm.x86.{name}", ir.VoidType(), *numbers)
+
+    def _multiply(self, x: Value, codes: Value, sums: Value) -> None:
+        """Multiply a group of a block of rows of x with its unpacked codes, and store the sums."""
+        at, n, group = self.at, self.number, self._form.group
+        for total in _SUMS:
+            self._instruction("tilezero", total)
+        for column in range(0, group, self._depth):
+            self._instruction("tileloadd64", _NUMBERS, at.gep(x, [n(column)]), self._columns)
+            for total in _SUMS:
+                code = _CODES[total % len(_CODES)]
+                self._instruction("tileloadd64", code, at.gep(codes, [n((total * group + column) * LANES)]), n(WIDTH))
+                self._instruction("tdpbssd", total, _NUMBERS, code)
+        for total in _SUMS:
+            self._instruction("tilestored64", total, at.gep(sums, [n(total * TILE)]), n(WIDTH))
+
+    def _add_group(
+        self, g: Value, row: Value, sums: Value, pairs: Sequence[tuple[Value, Value]], totals: Value
+    ) -> None:
+        """Add a group's products with a row of x, scaled, to ``totals``."""
+        at, n = self.at, self.number
+        place = at.mul(at.add(at.mul(row, self._groups), g), n(8))
+        t, t_sum = (self.spread(self.load(self._xt, at.add(place, n(i)), F32), LANES) for i in (0, 4))
+        for number, (s, b) in enumerate(pairs):
+            part = at.sitofp(self.load(sums, n(number * TILE), vector(I32, LANES)), vector(F32, LANES))
+            place = at.mul(at.add(at.mul(row, n(VECTORS)), n(number)), n(WIDTH))
+            value = at.fadd(self.load(totals, place, vector(F32, LANES)), at.fmul(part, at.fmul(s, t)))
+            self.store(at.fadd(value, at.fmul(b, t_sum)), totals, place)

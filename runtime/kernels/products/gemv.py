@@ -1,0 +1,110 @@
+"""The product of one row with a matrix that is not quantised, y = W @ x.
+
+Sums are fp32, and each number of y depends only on its row of W and on x.
+"""
+
+from __future__ import annotations
+
+from array import array
+
+import torch
+from llvmlite import ir
+from torch import Tensor
+
+from moetier.runtime.kernels.jit.emitter import F32, I32, LANES, POINTER, Emitter, new_module, once, vector
+from moetier.runtime.kernels.jit.processor import refusal, this_processor
+from moetier.runtime.kernels.jit.team import Kernel, Step, compile_kernel, is_small, threads_for
+
+from .api import FLOATS, has_memory, is_readable
+
+GEMV = "moetier_gemv"  # name of the compiled function
+ROWS = 4  # rows of W that are read together
+# number of i64 fields in the context. In order: items that threads have taken, all items; pointer to x; rows N and
+# columns K of W; pointers to W and y
+CONTEXT = 7
+X, W, Y = 2, 5, 6  # indices of the addresses in a context
+
+
+def lies_in_rows(weight: Tensor) -> bool:
+    """Return whether ``weight`` is in memory as the compiled code reads it: [rows, columns], row after row."""
+    return weight.dim() == 2 and weight.shape[1] % LANES == 0 and has_memory(weight) and weight.is_contiguous()
+
+
+def gemv_step(weight: Tensor, given: torch.dtype, made: torch.dtype | None = None) -> Step:
+    """Return a step that multiplies ``weight`` [rows, columns] with a row of type ``given``.
+
+    Its context still lacks the addresses X, W and Y: of x [columns], of the weight, and of y [rows], which is of type
+    ``made``, or else of the weight's.
+    """
+    rows, columns = weight.shape
+    items = -(-rows // ROWS)
+    context = array("q", (0, items, 0, rows, columns, 0, 0))
+    kernel = gemv_kernel(given, weight.dtype, made or weight.dtype)
+    return Step(kernel, context, min(items, threads_for(rows * columns)))
+
+
+class Scores:
+    """An fp32 matrix [N, K] on a CPU that is multiplied with one row at a time, to score experts for a prediction."""
+
+    def __init__(self, weight: Tensor) -> None:
+        assert self.fits(weight)
+        self._weight = weight
+        self._found = array("f", bytes(4 * len(weight)))
+
+    @staticmethod
+    def fits(weight: Tensor) -> bool:
+        """Return whether this machine's kernel can multiply with ``weight`` [rows, columns] as it is in memory."""
+        return weight.dtype == torch.float32 and lies_in_rows(weight) and not refusal()
+
+    def of(self, x: Tensor) -> list[float] | None:
+        """Return ``weight @ x`` for one row x [1, columns] of bf16 or fp32; None for other inputs.
+
+        x may have other leading dimensions. Not thread-safe: threads that call this at once may get one another's
+        results.
+        """
+        weight = self._weight
+        if not is_readable(x) or x.dtype not in FLOATS or x.numel() != weight.shape[1]:
+            return None
+        kernel, context, threads, _ = gemv_step(weight, x.dtype)
+        context[X], context[W], context[Y] = x.data_ptr(), weight.data_ptr(), self._found.buffer_info()[0]
+        kernel.run(context, threads, locked=is_small(weight.numel()))
+        return self._found.tolist()
+
+
+@once
+def gemv_kernel(given: torch.dtype, kept: torch.dtype, made: torch.dtype) -> Kernel:
+    """Compile ``gemv_module``, once for these types and each processor."""
+    return compile_kernel(this_processor(), gemv_module(given, kept, made), GEMV)
+
+
+def gemv_module(given: torch.dtype, kept: torch.dtype, made: torch.dtype) -> ir.Module:
+    """Emit the function ``GEMV(context)``, which computes items, of ROWS rows of W each, until none is left.
+
+    x [K] is of type ``given``, W [N, K] of type ``kept``, and y [N] of type ``made``; K is a multiple of LANES.
+    """
+    module = new_module()
+    emit = Emitter(module, GEMV, [POINTER])
+    at, n = emit.at, emit.number
+    begun, (items, x, rows, columns, matrix, y) = emit.fields(CONTEXT)
+    x, matrix, y = (at.inttoptr(address, POINTER) for address in (x, matrix, y))
+    sums = [at.alloca(vector(F32, LANES)) for _ in range(ROWS)]
+    row_bytes, last = at.mul(columns, n(kept.itemsize)), at.sub(rows, n(1))
+    with emit.items(begun, items) as item:
+        wanted = [at.add(at.mul(item, n(ROWS)), n(i)) for i in range(ROWS)]
+        # if fewer than ROWS rows are left for the last item, it computes the last row again
+        chosen = [at.select(at.icmp_signed("<", row, last), row, last) for row in wanted]
+        sources = [at.gep(matrix, [at.mul(row, row_bytes)]) for row in chosen]
+        for place in sums:
+            at.store(emit.floats(0.0), place)
+        with emit.loop(n(0), columns, LANES) as column:
+            taken = emit.load_floats(x, at.mul(column, n(given.itemsize)), given, LANES)
+            for source, place in zip(sources, sums, strict=True):
+                weights = emit.load_floats(source, at.mul(column, n(kept.itemsize)), kept, LANES)
+                at.store(emit.multiply_add(weights, taken, at.load(place)), place)
+        for row, place in zip(chosen, sums, strict=True):
+            total = emit.reduce(at.load(place), at.fadd)
+            if made == torch.bfloat16:
+                total = at.extract_element(emit.narrow(emit.spread(total, LANES), LANES), ir.Constant(I32, 0))
+            emit.store(total, y, at.mul(row, n(made.itemsize)))
+    at.ret_void()
+    return module

@@ -1,0 +1,241 @@
+"""Products of one row with matrices of a trunk.
+
+torch gives a product of one row with a bf16 matrix to oneDNN, which takes up to 2.7 times as long (docs/benchmarks.md,
+"One row").
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from array import array
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from llvmlite import ir
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from moetier.runtime.kernels.jit.emitter import LANES, POINTER, Emitter, new_module, once
+from moetier.runtime.kernels.jit.processor import refusal, this_processor
+from moetier.runtime.kernels.jit.team import Kernel, Program, Step, compile_kernel, is_small, threads_for
+
+from . import gemm, gemv, rounding
+from .api import CPU, FLOATS, is_readable
+from .gemm import GemmPlan, Rounded
+from .gemv import gemv_step, lies_in_rows
+
+BIAS = "moetier_bias"  # name of the compiled function
+
+
+class RowMatrix:
+    """A matrix that single rows are multiplied with: quantised, or of bf16."""
+
+    def __init__(
+        self, weight: Tensor, rows: int, columns: int, plan: Callable[[torch.dtype], GemmPlan] | None = None
+    ) -> None:
+        """
+        Args:
+            weight: a record, uint8 [record bytes], or a bf16 matrix [rows, columns].
+            rows: number of rows.
+            columns: number of columns.
+            plan: for a record, gives the plan of its product by the type of x.
+        """
+        self.weight = weight
+        self.rows = rows
+        self.columns = columns
+        self.plan = plan
+        self._local = threading.local()  # ``product``: the thread's _Product
+
+    def __deepcopy__(self, memo: Any) -> RowMatrix:
+        return RowMatrix(copy.deepcopy(self.weight, memo), self.rows, self.columns, self.plan)
+
+    def multiply(self, x: Tensor) -> Tensor | None:
+        """Multiply one row x [1, columns] -> [1, rows] in the type of x; return None for other inputs.
+
+        x may have other leading dimensions.
+        """
+        if x.numel() != self.columns or x.shape[-1] != self.columns or torch.is_grad_enabled() or not is_readable(x):
+            return None
+        with torch._C.DisableTorchFunctionSubclass():  # attributes of a RowWeight are torch functions
+            if not self.fits(x.dtype):
+                return None
+            form = (x.dtype, torch.get_num_threads())
+            product: _Product | None = getattr(self._local, "product", None)
+            if product is None or product.form != form:
+                product = self._local.product = _Product(self, form)
+            return product.of(self, x)
+
+    def fits(self, dtype: torch.dtype) -> bool:
+        """Return whether the matrix is in memory as compiled code reads it for x of ``dtype``."""
+        if self.plan is not None:
+            return dtype in FLOATS and self.weight.is_cpu
+        weight = self.weight
+        return (
+            dtype == weight.dtype == torch.bfloat16
+            and weight.shape == (self.rows, self.columns)
+            and lies_in_rows(weight)
+        )
+
+
+class ProductSteps:
+    """Steps that multiply one row with several matrices.
+
+    Their contexts are made once, because making them takes long.
+    """
+
+    def __init__(
+        self, matrices: Sequence[RowMatrix], dtype: torch.dtype, biases: Sequence[Tensor | None] | None = None
+    ) -> None:
+        """
+        Args:
+            matrices: the matrices.
+            dtype: type of x and of the products.
+            biases: for each matrix, [rows] of ``dtype``, which is added to the product; or None.
+        """
+        self.steps: list[Step] = []
+        self._sums: dict[RowMatrix, array[int]] = {}  # contexts of the steps that add biases
+        rounded: dict[int, Rounded] = {}  # by the address of the function that rounds x
+        self._inputs: list[tuple[array[int], int]] = []  # where to write the address of x
+        # by matrix: where to write the address of the weight, and that of y
+        self._products: dict[RowMatrix, tuple[array[int], int, array[int], int]] = {}
+        for matrix in matrices:
+            if matrix.plan is None:
+                step = gemv_step(matrix.weight, dtype)
+                self._inputs.append((step.context, gemv.X))
+                self._products[matrix] = (step.context, gemv.W, step.context, gemv.Y)
+                self.steps.append(step)
+                continue
+            plan = matrix.plan(dtype)
+            given = rounded.get(plan.round.address)
+            if given is None:
+                memory = array("b", bytes(plan.row_bytes))
+                given = rounded[plan.round.address] = Rounded(memory.buffer_info()[0], 1, plan)
+                self.steps.append(Step(plan.round, given.context(0), 1, memory))
+                self._inputs.append((self.steps[-1].context, rounding.X))
+            jobs = array("q", (0, 0, 1))
+            context = plan.context(1, jobs, given, 0, has_own_rows=True)
+            self.steps.append(Step(plan.kernel, context, threads_for(matrix.rows * matrix.columns), jobs))
+            self._products[matrix] = (jobs, 0, context, gemm.Y)
+        for matrix, bias in zip(matrices, biases or (), strict=False):
+            if bias is not None:
+                self._sums[matrix] = array("q", (0, 0, bias.data_ptr(), matrix.rows))
+                self.steps.append(Step(bias_kernel(dtype), self._sums[matrix], 1, bias))
+
+    def read(self, x: int) -> None:
+        """Let the steps read x from an address."""
+        for context, place in self._inputs:
+            context[place] = x
+
+    def write(self, matrix: RowMatrix, y: int) -> None:
+        """Let the steps write the product with a matrix to an address. To be called before each run."""
+        job, record, context, place = self._products[matrix]
+        job[record], context[place] = matrix.weight.data_ptr(), y
+        if matrix in self._sums:
+            self._sums[matrix][1] = y
+
+
+@once
+def bias_kernel(dtype: torch.dtype) -> Kernel:
+    """Compile ``bias_module``, once for each type."""
+    return compile_kernel(this_processor(), bias_module(dtype), BIAS)
+
+
+def bias_module(dtype: torch.dtype) -> ir.Module:
+    """Emit the function ``BIAS(context)``, which adds a bias [N] to y [N], both of ``dtype``.
+
+    N is a multiple of LANES. The context: unused; pointers to y and to the bias; N.
+    """
+    module = new_module()
+    emit = Emitter(module, BIAS, [POINTER])
+    at, n = emit.at, emit.number
+    _, (y, bias, rows) = emit.fields(4)
+    y, bias = (at.inttoptr(address, POINTER) for address in (y, bias))
+    with emit.loop(n(0), at.mul(rows, n(dtype.itemsize)), LANES * dtype.itemsize) as offset:
+        parts = [emit.load_floats(part, offset, dtype, LANES) for part in (y, bias)]
+        emit.store_floats(at.fadd(*parts), y, offset, dtype)
+    at.ret_void()
+    return module
+
+
+class _Product:
+    """The product of one row with a matrix, which is made once for each thread."""
+
+    def __init__(self, matrix: RowMatrix, form: tuple[torch.dtype, int]) -> None:
+        """``form``: type of x, number of threads."""
+        self.form = form
+        self._steps = ProductSteps([matrix], form[0])
+        self._program = Program(self._steps.steps, locked=is_small(matrix.rows * matrix.columns))
+
+    def of(self, matrix: RowMatrix, x: Tensor) -> Tensor:
+        """Return the product of x with the matrix."""
+        y = torch.empty((*x.shape[:-1], matrix.rows), dtype=x.dtype, device=CPU)
+        self._steps.read(x.data_ptr())
+        self._steps.write(matrix, y.data_ptr())
+        self._program.run()
+        return y
+
+
+class RowWeight(nn.Parameter):
+    """A bf16 matrix with which F.linear multiplies one row by a RowMatrix, on a CPU and without gradients.
+
+    In all other cases torch computes as with any parameter.
+    """
+
+    matrix: RowMatrix | None = None
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Callable[..., Any], types: Any, arguments: Any = (), named: dict[str, Any] | None = None
+    ) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            if len(types) > 1:  # another subclass, which has its operations beside any parameter
+                arguments, named = tree_map_only(RowWeight, _plain, (arguments, named))
+            elif function is F.linear and not named and (y := _linear(*arguments)) is not None:
+                return y
+            else:
+                return function(*arguments, **(named or {}))
+        return function(*arguments, **(named or {}))
+
+
+def _plain(weight: RowWeight) -> Tensor:
+    return weight.as_subclass(Tensor)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    """Multiply as F.linear does, if ``weight`` is a RowWeight and x one row; return None for other inputs.
+
+    The product is rounded to bf16 before the bias is added.
+    """
+    if not isinstance(weight, RowWeight) or not lies_in_rows(weight) or refusal():
+        return None
+    matrix = weight.matrix
+    if matrix is None or (matrix.rows, matrix.columns) != weight.shape:
+        matrix = weight.matrix = RowMatrix(weight, *weight.shape)
+    if bias is not None and (bias.dtype, bias.shape) != (weight.dtype, weight.shape[:1]):
+        return None
+    y = matrix.multiply(x)
+    return y if y is None or bias is None else y.add_(bias)
+
+
+def use_row_weights(model: nn.Module) -> None:
+    """Replace the ``weight`` of each module by a RowWeight if it is a bf16 matrix, except in embeddings.
+
+    Modules that share a weight still share it afterwards.
+    """
+    found = {}
+    for module in model.modules():
+        weight = module._parameters.get("weight")
+        if (
+            weight is not None
+            and not isinstance(module, nn.Embedding)
+            and weight.dtype == torch.bfloat16
+            and lies_in_rows(weight)
+        ):
+            found[id(weight)] = row_weight = RowWeight(weight.data, weight.requires_grad)
+            row_weight.matrix = RowMatrix(row_weight, *weight.shape)
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            module._parameters[name] = found.get(id(parameter), parameter)

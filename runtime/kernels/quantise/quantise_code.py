@@ -1,0 +1,244 @@
+"""Emit the compiled code that quantises weights. ``quantise.py`` runs it.
+
+A *slice* is one group of weights in each of LANES neighbouring rows. The rows are the elements of vectors, so that a
+sum over a group is a sum of vectors. A slice stays in the first-level cache while the solver goes over it repeatedly.
+"""
+
+from __future__ import annotations
+
+import math
+from enum import Enum
+from typing import NamedTuple
+
+import torch
+from llvmlite import ir
+
+from moetier.runtime.kernels.jit.emitter import (
+    F32,
+    I8,
+    I16,
+    I32,
+    LANES,
+    POINTER,
+    Emitter,
+    Value,
+    new_module,
+    once,
+    vector,
+)
+from moetier.runtime.kernels.jit.processor import Processor
+from moetier.runtime.kernels.jit.team import Kernel, compile_kernel
+from moetier.tiers.layout import ROW_TILE, Bits
+from moetier.tiers.quant import hqq
+from moetier.tiers.quant.packing import HALF
+
+from .hqq_code import BYTES, F64, Solver
+
+QUANTISE = "moetier_quantise"  # name of the compiled function
+# Number of i64 fields in the context. In order: number of row blocks that threads have taken, number of all row blocks;
+# number of columns; pointer to the weights, bytes from one row to the next (or from one column to the next if the rows
+# of a column are contiguous); number of padded rows of the projection; pointers to pairs, steps, offsets, low nibbles
+# of codes, high nibbles of codes, errors, and ``solver_table()``
+CONTEXT = 13
+
+
+class Stage(Enum):
+    """Pass of a compiled function over the weights: a single one, or one of three if pairs are rounded to 8 bits."""
+
+    ALL = "weights -> pairs, codes"
+    STEPS = "weights -> steps"
+    OFFSETS = "weights, stored steps -> offsets"
+    CODES = "weights, stored steps and offsets -> codes"
+
+
+class QuantiserForm(NamedTuple):
+    """Properties of weights, of their encoding and of the pass, on which the emitted code depends."""
+
+    dtype: torch.dtype  # type of the weights
+    turned: bool  # whether the rows of a column are contiguous in memory, rather than the columns of a row
+    bits: Bits
+    group: int
+    fast: bool  # whether offsets are those of plain rounding, in place of HQQ's
+    stage: Stage
+
+
+@once
+def quantising_kernel(processor: Processor, form: QuantiserForm) -> Kernel:
+    """Compile ``quantising_module``, once for each form and processor."""
+    return compile_kernel(processor, quantising_module(form), QUANTISE)
+
+
+def quantising_module(form: QuantiserForm) -> ir.Module:
+    """Emit the function ``QUANTISE(context)``, which quantises row blocks until none is left."""
+    module = new_module()
+    _Quantiser(module, form)
+    return module
+
+
+class _Quantiser(Emitter):
+    """Emitter of the function QUANTISE: loops over row blocks, groups and slices, and the work on a slice."""
+
+    def __init__(self, module: ir.Module, form: QuantiserForm) -> None:
+        super().__init__(module, QUANTISE, [POINTER])
+        self._form = form
+        at, n = self.at, self.number
+        begun, fields = self.fields(CONTEXT)
+        blocks, self._columns, weights, self._stride, self._rows, *addresses = fields
+        self._weights = at.inttoptr(weights, POINTER)
+        self._pairs, self._steps, self._offsets, low, high, errors, table = (
+            at.inttoptr(address, POINTER) for address in addresses
+        )
+        self._slice = self.memory(form.group * BYTES)  # for the weights of a slice
+        self._solver = Solver(self, form.bits, form.group, self._slice, table)
+        self._codes = self.memory(2 * form.group * LANES)  # for the codes of two slices
+        self._low, self._high = (at.alloca(vector(F32, LANES)) for _ in range(2))  # range of each row's weights
+        self._sums = [at.alloca(vector(F64, LANES)) for _ in range(2)]
+        with self.items(begun, blocks) as block:
+            for place in self._sums:
+                at.store(self.all(F64, 0.0, LANES), place)
+            first = at.mul(block, n(ROW_TILE))
+            with self.loop(n(0), self._columns, form.group) as column, self.loop(n(0), n(HALF), LANES) as row:
+                with self.loop(n(0), n(2)) as half:
+                    self._quantise(at.add(at.add(first, row), at.mul(half, n(HALF))), column, half)
+                if form.stage in (Stage.ALL, Stage.CODES):
+                    start = at.add(at.mul(at.add(at.mul(block, self._columns), column), n(HALF)), row)
+                    self._pack(at.gep(low, [start]), at.gep(high, [start]))
+            if form.stage in (Stage.ALL, Stage.CODES):
+                for number, place in enumerate(self._sums):
+                    total = self.reduce(at.load(place), at.fadd)
+                    self.store(total, errors, at.add(at.mul(block, n(16)), n(8 * number)))
+        at.ret_void()
+
+    def _quantise(self, row: Value, column: Value, half: Value) -> None:
+        """Emit the work on the slice at ``row`` and ``column``.
+
+        ``half`` is its number, 0 or 1, of the two slices whose codes share bytes.
+        """
+        at, n, form = self.at, self.number, self._form
+        group = at.udiv(column, n(form.group))
+        place = at.mul(at.add(at.mul(group, self._rows), row), n(4))  # byte offset of pairs, steps and offsets
+        self._load(row, column)
+        if form.stage in (Stage.ALL, Stage.STEPS):
+            step = at.fdiv(at.fsub(at.load(self._high), at.load(self._low)), self.floats(2**form.bits - 1))
+            step = at.select(at.fcmp_ordered("<", step, self.floats(hqq.TINY)), self.floats(0.0), step)
+            if form.stage is Stage.STEPS:
+                self.store(step, self._steps, place)
+                return
+            stored_step = self.narrow(step, LANES)
+            step = self.widen(stored_step, LANES)
+        else:
+            step = self.load(self._steps, place, vector(F32, LANES))
+        inverse = at.fdiv(self.floats(1.0), step)
+        inverse = at.select(at.fcmp_ordered("<", step, self.floats(hqq.TINY)), self.floats(0.0), inverse)
+        if form.stage is Stage.CODES:
+            offset = self.load(self._offsets, place, vector(F32, LANES))
+        else:
+            low, two = at.load(self._low), self.floats(2.0)
+            centre = at.fadd(low, at.fdiv(at.fsub(at.load(self._high), low), two))
+            offset = at.fadd(centre, at.fdiv(step, two))
+            if not form.fast:
+                offset = self._solver.solve(offset, step, inverse)
+            if form.stage is Stage.OFFSETS:
+                self.store(offset, self._offsets, place)
+                return
+            stored = self.narrow(offset, LANES)
+            offset = self.widen(stored, LANES)
+            wide = vector(I32, LANES)
+            pair = at.or_(at.zext(stored_step, wide), at.shl(at.zext(stored, wide), self.all(I32, 16, LANES)))
+            self.store(pair, self._pairs, place)
+        self._round(step, inverse, offset, at.mul(half, n(form.group * LANES)))
+
+    # -- loading -------------------------------------------------------------------------------------------------------
+
+    def _load(self, row: Value, column: Value) -> None:
+        """Emit the loading of a slice into its memory, and the search for the lowest and highest weight of each row."""
+        at, n, form = self.at, self.number, self._form
+        itemsize = form.dtype.itemsize
+        at.store(self.floats(math.inf), self._low)
+        at.store(self.floats(-math.inf), self._high)
+        if not form.turned:  # hardware prefetchers can't follow so many rows
+            following = at.mul(at.add(column, n(form.group)), n(itemsize))
+            with self.loop(n(0), n(LANES)) as each:
+                start = at.mul(at.add(row, each), self._stride)
+                self.prefetch(self._weights, at.add(start, following), form.group * itemsize)
+        with self.loop(n(0), n(form.group), LANES) as tile:
+            first = at.add(column, tile)
+            if form.turned:
+                places = [
+                    at.add(at.mul(at.add(first, n(i)), self._stride), at.mul(row, n(itemsize))) for i in range(LANES)
+                ]
+            else:
+                places = [
+                    at.add(at.mul(at.add(row, n(i)), self._stride), at.mul(first, n(itemsize))) for i in range(LANES)
+                ]
+            columns = [self._widened(place) for place in places]
+            if not form.turned:
+                columns = self._transposed(columns)
+            low, high = at.load(self._low), at.load(self._high)
+            for number, values in enumerate(columns):
+                low, high = self.smaller(values, low), self.larger(values, high)
+                self.store(values, self._slice, at.add(at.mul(tile, n(BYTES)), n(number * BYTES)))
+            at.store(low, self._low)
+            at.store(high, self._high)
+
+    def _widened(self, offset: Value) -> Value:
+        """Emit a load of LANES weights as fp32. What is infinite in fp16 becomes NaN."""
+        if self._form.dtype != torch.float16:
+            return self.load_floats(self._weights, offset, self._form.dtype, LANES)
+        at = self.at
+        half = self.load(self._weights, offset, vector(I16, LANES))
+        is_finite = at.icmp_signed("<", at.and_(half, self.all(I16, 0x7FFF, LANES)), self.all(I16, 0x7C00, LANES))
+        return at.select(is_finite, self.widen_half(half, LANES), self.floats(math.nan))
+
+    def _transposed(self, rows: list[Value]) -> list[Value]:
+        """Emit the transposition of a square of LANES vectors, by exchanges of ever smaller blocks."""
+        size = LANES // 2
+        while size:
+            upper = [i for i in range(LANES) if not i & size]
+            for i in upper:
+                first, second = rows[i], rows[i + size]
+                rows[i] = self.pick(first, second, [k if not k & size else LANES + k - size for k in range(LANES)])
+                rows[i + size] = self.pick(
+                    first, second, [k + size if not k & size else LANES + k for k in range(LANES)]
+                )
+            size //= 2
+        return rows
+
+    # -- codes ---------------------------------------------------------------------------------------------------------
+
+    def _round(self, step: Value, inverse: Value, offset: Value, codes: Value) -> None:
+        """Emit the rounding of a slice to codes, and the addition to the sums of squares for the error.
+
+        Each code becomes a byte in the memory for codes, from the offset ``codes`` on.
+        """
+        at, n, form = self.at, self.number, self._form
+        half = 2 ** (form.bits - 1)
+        with self.loop(n(0), n(form.group)) as column:
+            weight = self.load(self._slice, at.mul(column, n(BYTES)), vector(F32, LANES))
+            shifted, code = self.nearest(at.fmul(at.fsub(weight, offset), inverse), -half, half - 1)
+            whole = at.add(at.bitcast(shifted, vector(I32, LANES)), self.all(I32, half, LANES))
+            byte = at.trunc(whole, vector(I8, LANES))
+            self.store(byte, self._codes, at.add(codes, at.mul(column, n(LANES))))
+            difference = at.fsub(at.fadd(at.fmul(code, step), offset), weight)
+            for place, value in zip(self._sums, (difference, weight), strict=True):
+                wide = at.fpext(value, vector(F64, LANES))
+                at.store(at.fadd(at.load(place), at.fmul(wide, wide)), place)
+
+    def _pack(self, low: Value, high: Value) -> None:
+        """Emit the packing of two slices' codes in the order in which kernels read them, two nibbles a byte.
+
+        They are written to ``low``, or with 8 bits the low nibbles to ``low`` and the high nibbles to ``high``.
+        """
+        at, n, form = self.at, self.number, self._form
+        with self.loop(n(0), n(form.group)) as column:
+            first, second = (
+                self.load(self._codes, at.add(at.mul(column, n(LANES)), n(i * form.group * LANES)), vector(I8, LANES))
+                for i in range(2)
+            )
+            four, nibble = self.all(I8, 4, LANES), self.all(I8, 0x0F, LANES)
+            place = at.mul(column, n(HALF))
+            if form.bits == 8:
+                upper = at.or_(at.lshr(first, four), at.and_(second, self.all(I8, 0xF0, LANES)))
+                self.store(upper, high, place)
+                first = at.and_(first, nibble)
+            self.store(at.or_(first, at.shl(second, four)), low, place)

@@ -1,0 +1,220 @@
+"""Kernels for AArch64, under an emulator: the bits are those of the kernels for this machine."""
+
+from __future__ import annotations
+
+import platform
+import re
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from arm import TRIPLE, ArmProgram, SharedMemory
+from coded_records import blocks, coded, projection
+from llvmlite import ir
+from quantised_records import quantised
+from torch import Tensor
+
+from moetier.runtime.kernels.experts.expert_code import (
+    ACTIVATE,
+    ADD_UP,
+    PLACE,
+    Activation,
+    activation_module,
+    adding_module,
+    placing_module,
+)
+from moetier.runtime.kernels.jit.emitter import BF16, FP32
+from moetier.runtime.kernels.jit.processor import Dot, Processor, arm_features, this_processor
+from moetier.runtime.kernels.jit.team import compile_kernel
+from moetier.runtime.kernels.layer.attention_code import ATTEND, PIECE, attention_module, scratch_numbers
+from moetier.runtime.kernels.products.gemm import WORK, GemmPlan, Rounded, form_of, product_module
+from moetier.runtime.kernels.products.gemm_tile import Form
+from moetier.runtime.kernels.products.gemv import GEMV, gemv_module
+from moetier.runtime.kernels.products.rounding import ROUND, Rounding, rounding_module
+from moetier.tiers.layout import BLOCKS, Bits, RecordLayout
+
+FEATURES = {Dot.PLAIN: "", Dot.DOTPROD: "+dotprod", Dot.I8MM: "+dotprod,+i8mm"}
+Steps = list[tuple[str, Sequence[int]]]
+ACTIVATIONS = [
+    Activation("silu", limit=7.0, shift=1.0),
+    Activation("gelu"),
+    Activation("gelu_tanh", interleaved=True),
+    Activation("relu2", gated=False),
+]
+
+
+@pytest.fixture
+def memory(tmp_path: Path) -> Iterator[SharedMemory]:
+    found = SharedMemory(tmp_path, 16 << 20)
+    yield found
+    found.close()
+
+
+def compare(
+    folder: Path, memory: SharedMemory, processor: Processor, emit: Callable[[Processor], dict[str, ir.Module]],
+    steps: Steps, results: list[Tensor],
+) -> None:  # fmt: skip
+    """Run functions here and on AArch64, and assert that all results have the same bits, and are not 0."""
+    arm = ArmProgram(folder, memory, processor, emit(processor))
+    here = {name: compile_kernel(this_processor(), module, name) for name, module in emit(this_processor()).items()}
+    for name, context in steps:
+        here[name].run(array("q", context), 1)
+    expected = [result.clone() for result in results]
+    for result in results:
+        assert result.any()
+        result.zero_()
+    arm.run(*((name, memory.context(context)) for name, context in steps))
+    for result, wanted in zip(results, expected, strict=True):
+        assert torch.equal(result.view(torch.uint8), wanted.view(torch.uint8))
+
+
+@pytest.mark.parametrize(("dot", "instruction"), [(Dot.DOTPROD, "sdot"), (Dot.I8MM, "usdot")])
+def test_the_instructions_for_integer_products_are_used(dot: Dot, instruction: str) -> None:
+    processor = Processor(FEATURES[dot], TRIPLE)
+    assert processor.dot is dot
+    code, machine = processor.optimised(product_module(Form(8, 64, "bfloat16", BF16), processor))
+    assert re.search(rf"\b{instruction}\s+v\d+\.4s, v\d+\.16b", machine.emit_assembly(code))
+
+
+def test_features_are_found_in_the_list_of_linux() -> None:
+    text = "processor\t: 0\nFeatures\t: fp asimd asimddp atomics {}\nCPU part\t: 0xd0c\n"
+    assert arm_features(text.format("")) == ["+dotprod"]
+    assert arm_features(text.format("bf16 i8mm")) == ["+dotprod", "+i8mm"]
+    assert arm_features("flags\t: avx2\n") == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dot", FEATURES)
+@pytest.mark.parametrize(
+    ("bits", "group", "pairs"),
+    [(8, 64, "bfloat16"), (4, 64, "bfloat16"), (3, 64, "bfloat16"), (2, 16, "uint8"), (8, 128, "uint8")],
+)
+def test_products(tmp_path: Path, memory: SharedMemory, bits: Bits, group: int, pairs: str, dot: Dot) -> None:
+    products(tmp_path, memory, *quantised(bits, 70, 512, group, pairs), dot)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dot", FEATURES)
+@pytest.mark.parametrize(
+    ("coding", "scales"), [("e2m1", "e8m0"), ("e2m1", "e4m3"), ("int4", "float16"), ("e4m3", "e8m0")]
+)
+def test_products_with_codings(tmp_path: Path, memory: SharedMemory, coding: str, scales: str, dot: Dot) -> None:
+    products(tmp_path, memory, *coded(projection(coding, 70, 480, group=32, scales=scales)), dot)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dot", FEATURES)
+@pytest.mark.parametrize("coding", BLOCKS)
+def test_products_with_blocks(tmp_path: Path, memory: SharedMemory, coding: str, dot: Dot) -> None:
+    products(tmp_path, memory, *blocks(coding, 70, 512 if BLOCKS[coding].weights == 256 else 288), dot)
+
+
+def products(folder: Path, memory: SharedMemory, layout: RecordLayout, record: Tensor, dot: Dot) -> None:
+    """Compare products of seven rows."""
+    (p,), rows = layout.projections, 7
+    plan = GemmPlan(layout, p.name, torch.bfloat16, torch.float32, this_processor())
+    record = memory.copy(record)
+    x = memory.copy(torch.randn(rows, p.columns, generator=torch.Generator().manual_seed(1)).bfloat16())
+    y = memory.empty(rows, plan.rows, dtype=torch.float32)
+    taken = memory.empty(rows * plan.row_bytes, dtype=torch.uint8)
+    jobs = memory.context(array("q", (record.data_ptr(), 0, rows)))
+    rounded = Rounded(taken.data_ptr(), rows, plan)
+    product = plan.context(1, array("q", (0, 0, 0)), rounded, y.data_ptr(), has_own_rows=True)
+    product[3] = jobs.data_ptr()
+    steps = [(ROUND, rounded.context(x.data_ptr())), (WORK, product)]
+
+    def emit(processor: Processor) -> dict[str, ir.Module]:
+        product = product_module(form_of(p, FP32), processor)
+        return {ROUND: rounding_module(plan.rounding, BF16), WORK: product}
+
+    compare(folder, memory, Processor(FEATURES[dot], TRIPLE), emit, steps, [taken, y])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+def test_what_is_between_and_after_products(tmp_path: Path, memory: SharedMemory, activation: Activation) -> None:
+    """One expert with biases, for three rows of one token: so its outputs are added up."""
+    random = torch.Generator().manual_seed(2)
+    columns, rows, group = 128, 3, 64
+    record = memory.copy(torch.randn(2 * columns, generator=random).bfloat16())  # its biases only
+    jobs = memory.context(array("q", (record.data_ptr(), 0, rows)))
+    inner = memory.copy(4 * torch.randn(rows, columns * (2 if activation.gated else 1), generator=random))
+    rounded = memory.empty(rows * (columns + 12 * (columns // group)), dtype=torch.uint8)
+    numbers = rounded.data_ptr()
+    scales = numbers + rows * columns
+    sums = scales + rows * (columns // group) * 8
+    part = memory.copy(torch.randn(rows, columns, generator=random))
+    places = memory.context(array("q", (2, 0, 1)))
+    outputs, out = (memory.empty(count, columns, dtype=torch.bfloat16) for count in (rows, 1))
+    weights = memory.copy(torch.rand(1, rows, generator=random))
+    steps = [
+        (
+            ACTIVATE,
+            array(
+                "q", (0, 1, jobs.data_ptr(), inner.data_ptr(), numbers, scales, sums, columns, 0, *activation.numbers)
+            ),
+        ),
+        (
+            PLACE,
+            array("q", (0, 1, jobs.data_ptr(), part.data_ptr(), places.data_ptr(), outputs.data_ptr(), columns, 0)),
+        ),
+        (ADD_UP, array("q", (0, 1, outputs.data_ptr(), weights.data_ptr(), rows, out.data_ptr(), columns, 0))),
+    ]
+
+    def emit(processor: Processor) -> dict[str, ir.Module]:
+        return {
+            ACTIVATE: activation_module(activation.kind, Rounding(group), True),
+            PLACE: placing_module(torch.bfloat16, True),
+            ADD_UP: adding_module(torch.bfloat16, torch.float32, False),
+        }
+
+    compare(tmp_path, memory, Processor("", TRIPLE), emit, steps, [rounded, outputs, out])
+
+
+fused = pytest.mark.skipif(
+    platform.machine() != "x86_64" or "fma" not in Path("/proc/cpuinfo").read_text().split(),
+    reason="this processor rounds products before it adds them; AArch64 does not",
+)
+
+
+@fused
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention(tmp_path: Path, memory: SharedMemory, dtype: torch.dtype) -> None:
+    share, key_heads, length, width, values = 3, 2, 2 * PIECE + 9, 32, 48
+    random = torch.Generator().manual_seed(3)
+    query = memory.copy(torch.randn(1, share * key_heads, 1, width, generator=random).to(dtype))
+    key = memory.copy(torch.randn(1, key_heads, length, width, generator=random).to(dtype))
+    value = memory.copy(torch.randn(1, key_heads, length, values, generator=random).to(dtype))
+    out = memory.empty(1, share * key_heads, values, dtype=dtype)
+    pieces = -(-length // PIECE)
+    of_thread, of_item = scratch_numbers(share, width, values)
+    scratch = memory.empty(of_thread, dtype=torch.float32)
+    results = memory.empty(key_heads * pieces * of_item, dtype=torch.float32)
+    scale = int(torch.tensor(0.2).view(torch.int32))
+    fields = (
+        *(0, 0, key_heads * pieces, key_heads, share, length, width, values, pieces),
+        *(query.data_ptr(), key.data_ptr(), value.data_ptr(), 0, out.data_ptr(), scratch.data_ptr()),
+        *(results.data_ptr(), *key.stride()[:3], *value.stride()[:3], scale, *[0] * key_heads),
+    )
+
+    def emit(processor: Processor) -> dict[str, ir.Module]:
+        return {ATTEND: attention_module(dtype)}
+
+    compare(tmp_path, memory, Processor("", TRIPLE), emit, [(ATTEND, array("q", fields))], [out])
+
+
+@fused
+@pytest.mark.slow
+def test_one_row_with_a_matrix(tmp_path: Path, memory: SharedMemory) -> None:
+    random = torch.Generator().manual_seed(4)
+    x, matrix = (memory.copy(torch.randn(rows, 96, generator=random).bfloat16()) for rows in (1, 50))
+    y = memory.empty(1, 50, dtype=torch.bfloat16)
+    context = array("q", (0, 13, x.data_ptr(), 50, 96, matrix.data_ptr(), y.data_ptr()))
+
+    def emit(processor: Processor) -> dict[str, ir.Module]:
+        return {GEMV: gemv_module(torch.bfloat16, torch.bfloat16, torch.bfloat16)}
+
+    compare(tmp_path, memory, Processor("", TRIPLE), emit, [(GEMV, context)], [y])
