@@ -1,5 +1,4 @@
 """Models and processes: loading and running a model over the tiers, and the daemon that shares one copy per machine.
 
-The modules directly in this folder are shared by its packages: options, memory, control groups, threads, context
-lengths and pulled models.
+``config`` declares the options of loading once, for ``load``, the command line, settings files and the daemon.
 """

@@ -14,9 +14,11 @@ ROOT = Path(__file__).parent.parent
 # a package imports from the lines above its own, and from itself; packages of one line don't know each other
 ORDER = (
     {"proto", "tiers"},
-    {"tiers.cache", "tiers.quant", "tiers.store"},
+    {"tiers.cache", "tiers.headers", "tiers.quant"},
+    {"tiers.store"},
     {"tiers.arena", "tiers.device", "tiers.extents", "tiers.objects", "runtime.wire"},
     {"tiers.host", "runtime"},
+    {"runtime.libraries", "runtime.machine"},
     {"runtime.kernels.jit"},
     {"runtime.kernels.codings"},
     {"runtime.kernels.products"},
@@ -28,9 +30,8 @@ ORDER = (
     {"runtime.model"},
     {"runtime.generation"},
     {"tools.cli"},
-    {"tools", "tools.chat", "tools.convert", "tools.serve", "tools.top"},
-    {"tools.ray"},
-    {"tools.lab"},
+    {"tools", "tools.chat", "tools.convert", "tools.serve", "tools.top", "tools.traces"},
+    {"tools.quality", "tools.ray", "tools.synthetic"},
     {"tools.bench"},
     {"tools.plan"},
     {"tools.doctor"},
@@ -45,10 +46,10 @@ HOMES = {
     "crc32c": {"tiers.store.checksum"},
     "gguf": {"runtime.checkpoint"},
     "google_crc32c": set(),  # it holds the GIL
-    "matplotlib": {"tools.lab", "tools.commands.plot"},
+    "matplotlib": {"tools.traces", "tools.commands.plot"},
     "textual": {"tools.top"},
     "rich": {"tools.top"},
-    "psutil": {"runtime.memory"},
+    "psutil": {"runtime.machine.memory"},
     "starlette": {"tools.serve", "tools.ray.conversation"},
     "ray": {"tools.ray"},
     "uvicorn": {"tools.serve"},
@@ -56,8 +57,8 @@ HOMES = {
     "pydantic_core": {"tools.serve"},
     "prometheus_client": {"runtime.daemon", "tools.serve"},
     "llvmlite": {"runtime.kernels"},
-    "obstore": {"tiers.objects.client", "tiers.objects.profile"},
-    "boto3": {"tiers.objects.profile"},
+    "obstore": {"tiers.objects.client", "tiers.objects.aws_profile"},
+    "boto3": {"tiers.objects.aws_profile"},
     "grpc": {"proto", "runtime.wire", "runtime.client", "runtime.daemon"},
 }
 

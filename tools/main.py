@@ -12,8 +12,8 @@ import sys
 import threading
 from collections.abc import Sequence
 
-from moetier.tiers.addresses import redacted
 from moetier.tiers.errors import ConfigError, MoetierError
+from moetier.tiers.redaction import redacted
 from moetier.tools.cli.parser import (
     EXIT_USAGE,
     CommandParser,

@@ -20,7 +20,7 @@ from transformers import core_model_loading as loading
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from moetier.runtime.meta import MadeOnMeta
+from moetier.runtime.libraries.meta import MadeOnMeta
 from moetier.runtime.moe.experts import EXPERT_PARAMETERS, experts_modules
 from moetier.tiers.errors import CheckpointError, UnsupportedModelError
 from moetier.tiers.layout import RecordLayout

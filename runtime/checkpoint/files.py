@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moetier.tiers.errors import CheckpointError, UnsafeCheckpointError
-from moetier.tiers.store.gguf import SUFFIX
+from moetier.tiers.headers.gguf import SUFFIX
 
 from . import hub
 from .config_json import NOT_CARRIED

@@ -1,6 +1,6 @@
 """Open a GGUF file as a checkpoint: its config and its tokenizer, by transformers' own tables of GGUF's names.
 
-The file may be the first of several parts. Nothing of a file is read before ``tiers.store.gguf`` has checked its
+The file may be the first of several parts. Nothing of a file is read before ``tiers.headers.gguf`` has checked its
 header, and no file is changed.
 """
 
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from moetier.tiers.errors import CheckpointError, ConfigError, UnsupportedModelError
 from moetier.tiers.fields import shown
-from moetier.tiers.store.gguf import Entry, Header, Value, read_gguf
+from moetier.tiers.headers.gguf import Entry, Header, Value, read_gguf
 
 from .files import Checkpoint, is_gguf, open_checkpoint
 from .tensors import SourceTensor, StoredTensor

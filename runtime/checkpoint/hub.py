@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moetier.tiers.addresses import redacted, redacted_error
 from moetier.tiers.errors import CheckpointError
+from moetier.tiers.redaction import redacted, redacted_error
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w.-]+")
 SMALL_FILES = (

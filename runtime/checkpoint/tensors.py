@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from moetier.tiers.errors import CheckpointError
 from moetier.tiers.fields import shown
-from moetier.tiers.store.safetensors import ITEM_BYTES, MAX_HEADER_BYTES, load_header, parse_header, read_header
+from moetier.tiers.headers.safetensors import ITEM_BYTES, MAX_HEADER_BYTES, load_header, parse_header, read_header
 
 if TYPE_CHECKING:
     import torch

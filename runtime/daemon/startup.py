@@ -15,7 +15,7 @@ from pathlib import Path
 
 from moetier.runtime.checkpoint.experts import open_experts
 from moetier.runtime.config import Size
-from moetier.runtime.memory import DEFAULT_SHARE, Available, available_memory, budget_for
+from moetier.runtime.machine.memory import DEFAULT_SHARE, Available, available_memory, budget_for
 from moetier.tiers.cache.budget import slots_for, smallest_budget
 from moetier.tiers.errors import ConfigError
 from moetier.tiers.extents.reader import ExtentStore

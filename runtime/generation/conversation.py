@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from moetier.runtime.context import counted, first_ids
+from moetier.runtime.model.context import counted, first_ids
 from moetier.tiers.errors import ConfigError
 
 Message = dict[str, str]

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from moetier.runtime.config import MOST, TINY, Number
-from moetier.runtime.context import can_resume, counted, first_ids, longest_context
-from moetier.runtime.vocabulary import check_ids
+from moetier.runtime.model.context import can_resume, counted, first_ids, longest_context
+from moetier.runtime.model.vocabulary import check_ids
 from moetier.tiers.errors import BudgetError, ConfigError
 
 _log = logging.getLogger(__name__)

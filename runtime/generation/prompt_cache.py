@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from moetier.runtime.context import can_resume
+from moetier.runtime.model.context import can_resume
 
 from .compat import CACHE
 from .decoding import chunks_of

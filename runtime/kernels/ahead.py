@@ -25,10 +25,10 @@ from moetier.runtime.kernels.products.gemm_tile import Form
 from moetier.runtime.kernels.products.gemv import gemv_kernel
 from moetier.runtime.kernels.products.rounding import Rounding, rounding_kernel
 from moetier.tiers.extents.table import read_table
+from moetier.tiers.headers.gguf import SUFFIX, read_gguf
 from moetier.tiers.layout import BLOCKS, Projection
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.store.folder import read_json, read_manifest, store_folder
-from moetier.tiers.store.gguf import SUFFIX, read_gguf
 
 
 def compile_ahead(folder: Path) -> None:

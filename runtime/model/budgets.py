@@ -13,7 +13,7 @@ import torch
 
 from moetier.runtime.config import Size
 from moetier.runtime.kernels.products.api import Kernels
-from moetier.runtime.memory import Available, budget_for, usable
+from moetier.runtime.machine.memory import Available, budget_for, usable
 from moetier.runtime.moe.grouped import ROWS
 from moetier.tiers.cache.budget import smallest_budget
 from moetier.tiers.layout import RecordLayout

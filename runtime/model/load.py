@@ -25,17 +25,17 @@ from moetier.runtime.checkpoint.files import is_gguf
 from moetier.runtime.checkpoint.gguf import tokenizer_of
 from moetier.runtime.checkpoint.gguf_trunk import trunk_of
 from moetier.runtime.config import OPTIONS, LoadOptions, TierConfig
-from moetier.runtime.context import longest_context
-from moetier.runtime.memory import shortage_in
-from moetier.runtime.pulled import directory_at, is_address, model_directory
-from moetier.runtime.vocabulary import check_tokenizer
+from moetier.runtime.machine.memory import shortage_in
 from moetier.tiers.errors import ConfigError, MoetierError, StoreFormatError, UnsupportedModelError
 from moetier.tiers.store.folder import check_directory, command, remaking
 from moetier.tiers.store.trunk import check_trunk
 
+from .context import longest_context
 from .decoded import decoded_weights, name_after
+from .names import directory_at, is_address, model_directory
 from .registration import Asked, asked_for, install
 from .trunk_files import TrunkFiles, checkpoint_files
+from .vocabulary import check_tokenizer
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TOKENIZER_FILES = (

@@ -13,12 +13,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from moetier.runtime.config import DEFAULT_CONTEXT, TierConfig
-from moetier.runtime.context import can_resume, context_of
 from moetier.runtime.kernels.layer.attention import SCORE_BYTES, SINKS, SLICE_BYTES
 from moetier.runtime.kernels.products.api import Kernels
 from moetier.runtime.moe.experts import experts_modules, output_bytes
 from moetier.runtime.moe.grouped import quick_activation
 from moetier.tiers.manifest import Manifest
+
+from .context import can_resume, context_of
 
 LEAST = 32  # least number of tokens that are computed together; a smaller chunk is a multiple of it
 STATES = 4  # tensors [tokens, hidden] of a layer: residual, normed, output and their sum; some in fp32 too if not quick

@@ -31,12 +31,12 @@ from moetier.runtime.checkpoint.config_json import NAME
 from moetier.runtime.checkpoint.experts import config_of, is_checkpoint, read_manifest
 from moetier.runtime.checkpoint.gguf_trunk import GgufTrunk
 from moetier.runtime.config import OPTIONS, TierConfig, TierOptions
-from moetier.runtime.context import context_of
 from moetier.runtime.kernels.choose import kernels_for
 from moetier.runtime.kernels.layer.attention import use_decode_attention
 from moetier.runtime.kernels.layer.growing_cache import use_growing_layers
 from moetier.runtime.kernels.layer.norm import use_quick_norms
 from moetier.runtime.kernels.products.row import use_row_weights
+from moetier.runtime.machine.threads import use_threads
 from moetier.runtime.moe.block import TieredBlock, refuse_copy
 from moetier.runtime.moe.experts import EXPERT_PARAMETERS, experts_forward, experts_modules
 from moetier.runtime.moe.gates import Gates
@@ -47,13 +47,13 @@ from moetier.runtime.moe.routers import use_quick_routers
 from moetier.runtime.speculation.controller import Mode
 from moetier.runtime.speculation.predictor import Shortcuts
 from moetier.runtime.speculation.speculation import Speculation
-from moetier.runtime.threads import use_threads
 from moetier.tiers.errors import ConfigError, StoreFormatError, UnsafeCheckpointError, UnsupportedModelError
 from moetier.tiers.locks import postpone_interrupts, raise_interrupts
 from moetier.tiers.manifest import FORMAT, TRUNK_NAME, Manifest
 from moetier.tiers.store.trunk import check_small, check_trunk, trunk_records
 
 from .budgets import kv_cache_bytes, largest_decoded
+from .context import context_of
 from .prefill import prefill_of
 from .tiers import Tiers, close_later
 from .trunk_files import TrunkFiles, mapped_bytes

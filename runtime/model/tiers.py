@@ -21,7 +21,7 @@ from moetier.runtime.config import TierConfig
 from moetier.runtime.kernels.choose import kernels_for
 from moetier.runtime.kernels.products.api import Kernels
 from moetier.runtime.kernels.products.packed import PackedKernels
-from moetier.runtime.memory import Available, memory_for_model
+from moetier.runtime.machine.memory import Available, memory_for_model
 from moetier.runtime.moe.block import refuse_copy
 from moetier.runtime.moe.gates import Observation
 from moetier.runtime.speculation.speculation import Speculation

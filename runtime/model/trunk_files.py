@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from moetier.runtime.checkpoint.files import contained, is_gguf, weights_of
 from moetier.runtime.checkpoint.gguf import parts
-from moetier.runtime.memory import mapped_files
+from moetier.runtime.machine.memory import mapped_files
 from moetier.tiers.errors import StoreError, StoreFormatError
 from moetier.tiers.store.atomic import read_errors
 from moetier.tiers.store.folder import command

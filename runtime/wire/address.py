@@ -17,9 +17,9 @@ import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from moetier.tiers.addresses import redacted
 from moetier.tiers.errors import ConfigError, RefusedError, UnavailableError
 from moetier.tiers.ownership import parent_fault
+from moetier.tiers.redaction import redacted
 
 DEFAULT_NAME = "default"
 SOCKET = "grpc.sock"  # the gRPC service

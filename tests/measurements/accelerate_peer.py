@@ -9,8 +9,8 @@ import json
 import sys
 import time
 
-from moetier.runtime.memory import peak_bytes
-from moetier.runtime.threads import compute_as_others_do
+from moetier.runtime.machine.memory import peak_bytes
+from moetier.runtime.machine.threads import compute_as_others_do
 
 
 def main() -> None:

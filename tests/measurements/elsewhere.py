@@ -38,7 +38,7 @@ from moetier.runtime.generation.compat import CACHE
 from moetier.runtime.wire.address import Credentials
 from moetier.tiers.store.folder import read_manifest, store_folder
 from moetier.tools.commands.synthetic import convert_synthetic
-from moetier.tools.lab.synthetic import TOKENS_FILE, make_synthetic, read_tokens
+from moetier.tools.synthetic.checkpoint import TOKENS_FILE, make_synthetic, read_tokens
 
 
 def main() -> None:

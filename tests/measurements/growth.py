@@ -36,7 +36,7 @@ from moetier.runtime.config import format_bytes
 from moetier.runtime.generation.compat import CACHE
 from moetier.tools.cli.report import table
 from moetier.tools.commands.synthetic import convert_synthetic
-from moetier.tools.lab.synthetic import TOKENS_FILE, make_synthetic, read_tokens
+from moetier.tools.synthetic.checkpoint import TOKENS_FILE, make_synthetic, read_tokens
 
 GEOMETRY = "qwen3-8L"
 SIZES: dict[str, Any] = {

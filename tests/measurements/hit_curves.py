@@ -18,7 +18,7 @@ from typing import Any
 
 from moetier.runtime.trace.trace import Trace
 from moetier.tiers.cache.policies import DEFAULT_POLICY
-from moetier.tools.lab.simulation import demands_of, simulate
+from moetier.tools.traces.simulation import demands_of, simulate
 
 POINTS = (1 / 128, 1 / 64, 1 / 32, 3 / 64, 1 / 16, 3 / 32, *(part / 16 for part in range(2, 17)))
 

@@ -12,8 +12,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from moetier.runtime.memory import peak_bytes
-from moetier.runtime.threads import compute_as_others_do
+from moetier.runtime.machine.memory import peak_bytes
+from moetier.runtime.machine.threads import compute_as_others_do
 
 UBATCH = 512  # tokens that llama.cpp computes together: its own default
 

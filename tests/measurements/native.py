@@ -25,7 +25,7 @@ import transformers
 from safetensors.torch import save_file
 
 from moetier.tools.bench.sandbox import drop_page_cache
-from moetier.tools.lab.synthetic import config_of
+from moetier.tools.synthetic.checkpoint import config_of
 
 GEOMETRY = "gpt-oss-20b"
 STEPS = ("--tokens", "32", "--warm", "48", "--rounds", "1")

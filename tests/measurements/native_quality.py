@@ -21,7 +21,7 @@ import moetier
 from moetier.runtime.checkpoint.experts import read_manifest
 from moetier.tools.cli.report import table
 from moetier.tools.convert.convert import convert
-from moetier.tools.lab.quality import Change, Loss, loss, read_texts, tokenize
+from moetier.tools.quality.quality import Change, Loss, loss, read_texts, tokenize
 
 TESTS = Path(__file__).parent.parent
 TOKENS = 1 << 20  # all of each text

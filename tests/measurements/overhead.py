@@ -42,7 +42,7 @@ from moetier.runtime.moe.layers import OneTokenLayer
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.store.folder import read_manifest, store_folder
 from moetier.tools.commands.synthetic import convert_synthetic
-from moetier.tools.lab.synthetic import TOKENS_FILE, make_synthetic, read_tokens
+from moetier.tools.synthetic.checkpoint import TOKENS_FILE, make_synthetic, read_tokens
 
 GEOMETRY, LAYERS = "qwen3-8L", 4
 SIZES = {"hidden_size": 256, "moe_intermediate_size": 128, "num_attention_heads": 4, "head_dim": 64}

@@ -19,7 +19,7 @@ from pathlib import Path
 from moetier.runtime.trace.trace import Trace
 from moetier.tiers.cache.policies import POLICIES
 from moetier.tiers.layout import ExpertKey
-from moetier.tools.lab.simulation import SimulatedTier, demands_of
+from moetier.tools.traces.simulation import SimulatedTier, demands_of
 
 BEFORE = 100  # tokens
 PREFILL = 512

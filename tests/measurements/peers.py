@@ -18,7 +18,7 @@ from typing import Any
 from engines import Run, accelerate_decode, llama_run, run_script
 
 from moetier.runtime.config import COUNT, Size, format_bytes
-from moetier.runtime.threads import usable_cpus
+from moetier.runtime.machine.threads import usable_cpus
 from moetier.tools.bench.model import Work
 from moetier.tools.bench.output import Machine, Spread, add_bench_arguments, alternate, check_bench, report
 from moetier.tools.bench.sandbox import fresh
@@ -115,7 +115,7 @@ def _moetier(arguments: argparse.Namespace, work: Work, threads: int, limit: int
 
 
 def _bytes(limit: str | None) -> int | None:
-    from moetier.runtime.memory import machine_memory
+    from moetier.runtime.machine.memory import machine_memory
 
     return None if limit is None else Size.parse(limit).of(machine_memory())
 

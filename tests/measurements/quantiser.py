@@ -20,7 +20,7 @@ from typing import Any
 from engines import llama_quantize, run_script
 from gguf_export import export_gguf
 
-from moetier.runtime.threads import usable_cpus
+from moetier.runtime.machine.threads import usable_cpus
 from moetier.tiers.errors import ConfigError
 from moetier.tiers.store.atomic import disk_errors
 from moetier.tools.bench import convert

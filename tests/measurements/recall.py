@@ -21,7 +21,7 @@ from moetier.runtime.trace.recall import GUESSES, compare
 from moetier.runtime.trace.recorder import Recorder
 from moetier.runtime.trace.trace import Trace
 from moetier.tools.cli.report import table
-from moetier.tools.lab.quality import WINDOW, read_texts, tokenize
+from moetier.tools.quality.quality import WINDOW, read_texts, tokenize
 
 
 def main() -> None:

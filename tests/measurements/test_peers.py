@@ -12,7 +12,7 @@ import quantiser
 from gguf_export import export_gguf
 
 from moetier.tools.bench import convert, sandbox
-from moetier.tools.lab.synthetic import shapes_of
+from moetier.tools.synthetic.checkpoint import shapes_of
 
 HAS_LLAMA = all(importlib.util.find_spec(name) is not None for name in ("gguf", "llama_cpp"))
 

@@ -22,15 +22,15 @@ import numpy.typing as npt
 
 from moetier.tiers.closeable import Closeable
 from moetier.tiers.errors import ChecksumError, MissingExpertError, StoreError, StoreFormatError, StoreReadError
+from moetier.tiers.headers.gguf import SUFFIX, digest_of
+from moetier.tiers.headers.safetensors import MAX_HEADER_BYTES, read_header
 from moetier.tiers.layout import CHECKSUM_BYTES, PAGE, ExpertKey, RecordLayout
 from moetier.tiers.locks import ForkGuard, UseCount
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.store.atomic import read_errors
 from moetier.tiers.store.checksum import checksum_bytes
 from moetier.tiers.store.folder import command
-from moetier.tiers.store.gguf import SUFFIX, digest_of
 from moetier.tiers.store.reader import Read, as_bytes, read_in_steps, run_reads
-from moetier.tiers.store.safetensors import MAX_HEADER_BYTES, read_header
 from moetier.tiers.store.shard import read_at, try_direct
 from moetier.tiers.store.unchanged import Unchanged
 

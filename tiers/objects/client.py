@@ -21,7 +21,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from moetier.tiers.addresses import HTTP_AUTHORIZATION, check_address, endpoint_of, redacted, redacted_error
 from moetier.tiers.closeable import Closeable
 from moetier.tiers.errors import (
     ChecksumError,
@@ -32,8 +31,10 @@ from moetier.tiers.errors import (
     StoreReadError,
     TargetError,
 )
+from moetier.tiers.redaction import redacted, redacted_error
 
-from .profile import profile
+from .addresses import HTTP_AUTHORIZATION, check_address, endpoint_of
+from .aws_profile import profile
 
 CONNECT_SECONDS = 5.0  # longest time to connect
 STALL_SECONDS = 15.0  # longest time without a byte of an answer

@@ -21,9 +21,9 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
-from moetier.tiers.addresses import check_address, endpoint_of
 from moetier.tiers.errors import ChecksumError, MissingExpertError, StoreFormatError
 from moetier.tiers.fields import Fields
+from moetier.tiers.headers.safetensors import MAX_HEADER_BYTES
 from moetier.tiers.manifest import FileSum, Manifest
 from moetier.tiers.ownership import check_cache_folder
 from moetier.tiers.store.atomic import PARTIAL, disk_errors, make_folders, sync_folder, write_all, write_durably
@@ -39,9 +39,9 @@ from moetier.tiers.store.folder import (
     read_manifest,
     user_cache,
 )
-from moetier.tiers.store.safetensors import MAX_HEADER_BYTES
 from moetier.tiers.store.trunk import check_sum
 
+from .addresses import check_address, endpoint_of
 from .client import Objects, until_right
 from .small_files import DAMAGED, fetch_small
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from moetier.tiers.errors import ChecksumError, StoreError, StoreFormatError
 from moetier.tiers.fields import Fields, shown
+from moetier.tiers.headers.safetensors import Entry, parse_header, read_header
 from moetier.tiers.manifest import MAX_BYTES, TRUNK_NAME, FileSum, Manifest
 
 from .atomic import read_errors
 from .checksum import PIECE_BYTES, crc32c
 from .folder import MAX_JSON_BYTES, parse_json, read_json, remaking
-from .safetensors import Entry, parse_header, read_header
 
 INDEX = "model.safetensors.index.json"
 RECORD = ".record"  # a matrix that is stored as a record has this suffix to its name, in place of ".weight"

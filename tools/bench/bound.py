@@ -15,7 +15,7 @@ from moetier.tiers.cache.budget import Group, plan_groups
 from moetier.tiers.cache.policies import DEFAULT_POLICY, POLICIES
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Manifest
-from moetier.tools.lab.simulation import SimulatedTier
+from moetier.tools.traces.simulation import SimulatedTier
 
 Routing = Sequence[Sequence[Collection[int]]]  # [steps][blocks]: the experts that the routers choose
 

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from moetier.runtime.memory import peak_bytes
+from moetier.runtime.machine.memory import peak_bytes
 from moetier.tiers.errors import BudgetError, ConfigError, MoetierError
 
 
@@ -39,9 +39,9 @@ def model(work: dict[str, Any]) -> dict[str, Any]:
         import torch
         import transformers
 
-        from moetier.runtime.context import longest_context
         from moetier.runtime.generation.compat import CACHE
         from moetier.runtime.model.budgets import kv_cache_bytes
+        from moetier.runtime.model.context import longest_context
         from moetier.runtime.model.load import load
         from moetier.runtime.moe.gates import Gates
 
@@ -115,7 +115,7 @@ def rates(work: dict[str, Any]) -> dict[str, Any]:
 
     from moetier.runtime.checkpoint.experts import read_manifest
     from moetier.runtime.kernels.choose import kernels_for
-    from moetier.runtime.threads import use_threads
+    from moetier.runtime.machine.threads import use_threads
 
     from .rates import KernelProbe, memory_rate, random_records
 

@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
     import torch
 
     from moetier.runtime.kernels.choose import kernels_for
-    from moetier.runtime.threads import use_threads
+    from moetier.runtime.machine.threads import use_threads
 
     use_threads(arguments.threads)
     table = [["projection", "bits", "rows", "GB/s", "memory, GB/s", "ratio", "GFLOP/s", "ms"]]

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from moetier.runtime.config import Size, format_bytes
-from moetier.runtime.memory import machine_memory
+from moetier.runtime.machine.memory import machine_memory
 from moetier.tiers.cache.budget import slots_for, smallest_budget
 from moetier.tiers.errors import BudgetError
 from moetier.tiers.manifest import Manifest

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from moetier.runtime.config import COUNT, format_bytes
-from moetier.runtime.memory import machine_memory
+from moetier.runtime.machine.memory import machine_memory
 from moetier.tiers.errors import TargetError
 from moetier.tools.cli.report import table
 

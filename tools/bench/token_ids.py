@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moetier.tiers.errors import ConfigError
-from moetier.tools.lab.synthetic import TOKENS_FILE
+from moetier.tools.synthetic.checkpoint import TOKENS_FILE
 
 SEED = 0
 

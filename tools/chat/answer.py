@@ -12,7 +12,7 @@ from typing import Any
 from moetier.runtime.generation.conversation import PLAIN_STOP
 from moetier.runtime.generation.decoding import behind
 from moetier.runtime.generation.prompt_cache import PromptCache
-from moetier.runtime.vocabulary import check_ids
+from moetier.runtime.model.vocabulary import check_ids
 from moetier.tools.cli.failure import show
 from moetier.tools.cli.progress import prompt_bar
 from moetier.tools.cli.report import Timing, tokens_text

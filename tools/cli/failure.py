@@ -13,8 +13,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from moetier.tiers.addresses import redacted
 from moetier.tiers.errors import MoetierError
+from moetier.tiers.redaction import redacted
 
 EXIT_ERROR = 1
 EXIT_FAULT = os.EX_SOFTWARE  # 70: a bug
@@ -41,7 +41,7 @@ def failure_of(error: Exception) -> tuple[MoetierError, int]:
 
     For an unexpected exception the cause names the line of code that raised it.
     """
-    from moetier.runtime.memory import shortage_in
+    from moetier.runtime.machine.memory import shortage_in
 
     if (shortage := shortage_in(error)) is not None:
         return shortage, EXIT_ERROR

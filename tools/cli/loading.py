@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from moetier.runtime.memory import shortage
+from moetier.runtime.machine.memory import shortage
 from moetier.tiers.errors import ConfigError
 
 from .failure import ReadableFormatter
@@ -34,7 +34,7 @@ def loaded(directory: Path, resources: dict[str, Any], *, sequences: int = 1) ->
         import torch
 
         from moetier.runtime.kernels.ahead import compile_ahead
-        from moetier.runtime.pulled import model_directory
+        from moetier.runtime.model.names import model_directory
 
         if resources.get("device") == "cpu" or not torch.cuda.is_available():
             compile_ahead(model_directory(directory))
@@ -63,8 +63,8 @@ def loaded(directory: Path, resources: dict[str, Any], *, sequences: int = 1) ->
 
 def _warn(model: Any, ram: str | None, context: int) -> None:
     from moetier.runtime.config import DEFAULT_CONTEXT, Size, format_bytes
-    from moetier.runtime.context import longest_context
-    from moetier.runtime.memory import exceeded
+    from moetier.runtime.machine.memory import exceeded
+    from moetier.runtime.model.context import longest_context
 
     there = exceeded(None if ram is None else Size.parse(ram))
     if there is not None and model.tiers.host.stats().name == "host":
@@ -89,7 +89,7 @@ def lean_imports() -> Iterator[None]:
     was_enabled = gc.isenabled()
     gc.disable()
     try:
-        from moetier.runtime.lean import lean_loading
+        from moetier.runtime.libraries.lean import lean_loading
 
         with lean_loading():
             yield

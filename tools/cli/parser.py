@@ -15,8 +15,8 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, NoReturn
 
-from moetier.tiers.addresses import redacted
 from moetier.tiers.errors import ConfigError, MoetierError
+from moetier.tiers.redaction import redacted
 
 EXIT_USAGE = 2  # the status that argparse uses
 WIDTH = 100  # maximum number of columns of a help text
@@ -238,7 +238,7 @@ def directory(text: str) -> str | Path:
     Arguments that are model directories have this function as their argparse type. Raises ConfigError if ``text`` is
     empty: Path would take it for the current folder.
     """
-    from moetier.runtime.pulled import SCHEME, may_be_name
+    from moetier.runtime.model.names import SCHEME, may_be_name
 
     check_path(text)
     return text if may_be_name(text) or SCHEME.match(text) else Path(text)
@@ -246,7 +246,7 @@ def directory(text: str) -> str | Path:
 
 def local_folder(text: str) -> Path:
     """Return ``text`` as the path of a folder to write. Raises ConfigError for an address, and if it is empty."""
-    from moetier.runtime.pulled import SCHEME
+    from moetier.runtime.model.names import SCHEME
 
     check_path(text)
     if SCHEME.match(text) and not Path(text).exists():
@@ -344,7 +344,7 @@ def by_name(arguments: argparse.Namespace) -> argparse.Namespace:
     The trunk of a model at an address is fetched, unless ``arguments.outline`` is true: then only headers are. Raises
     StoreFormatError if there is no pulled model of that name, and as ``directory_at``.
     """
-    from moetier.runtime.pulled import checkpoint_or_model, directory_at, is_address, model_directory
+    from moetier.runtime.model.names import checkpoint_or_model, directory_at, is_address, model_directory
 
     found = dict(vars(arguments))
 

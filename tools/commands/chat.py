@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from moetier.runtime.context import longest_context
 from moetier.runtime.generation.conversation import Conversation
 from moetier.runtime.generation.decoding import longest_prompt
+from moetier.runtime.model.context import longest_context
 from moetier.tools.chat.answer import Answering
 from moetier.tools.chat.dialogue import ChatInput, Dialogue
 from moetier.tools.cli.arguments import (

@@ -62,7 +62,7 @@ def findings(directory: Path | None, *, checksums: bool = False, seconds: float 
     ``directory`` is a model directory to check, too; None: check only the machine. ``checksums`` means to read all
     bytes of the directory. The disk is measured for ``seconds``.
     """
-    from moetier.runtime.memory import shortage
+    from moetier.runtime.machine.memory import shortage
     from moetier.tools.doctor import machine, store
     from moetier.tools.doctor.machine import State, fail, look
 

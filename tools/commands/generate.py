@@ -8,8 +8,8 @@ import resource
 import sys
 from typing import Any
 
-from moetier.runtime.context import first_ids, longest_context
 from moetier.runtime.generation.decoding import behind, chunks_of, encode, warn_if_cut, within_context
+from moetier.runtime.model.context import first_ids, longest_context
 from moetier.tiers.errors import ConfigError
 from moetier.tools.cli.arguments import (
     add_decoding_arguments,

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the pulled models and return 0."""
-    from moetier.runtime.pulled import models_folder, pulled
+    from moetier.runtime.model.names import models_folder, pulled
 
     found = []
     for name, folder in pulled().items():
@@ -46,7 +46,7 @@ def _look(name: str, folder: Path) -> dict[str, Any]:
     ``resume`` is None for a complete model. Otherwise it is the command that completes the model, or replaces it if the
     plan can't be read.
     """
-    from moetier.runtime.pulled import pulling
+    from moetier.runtime.model.names import pulling
     from moetier.tiers.errors import StoreError
     from moetier.tiers.manifest import Manifest
     from moetier.tiers.store.folder import (

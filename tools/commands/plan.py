@@ -128,8 +128,8 @@ def plan(
     ``ram``, ``device_memory``, ``device`` and ``threads`` are as in ``load``.
     """
     from moetier.runtime.config import TierConfig
-    from moetier.runtime.memory import shortage
-    from moetier.runtime.pulled import models_folder
+    from moetier.runtime.machine.memory import shortage
+    from moetier.runtime.model.names import models_folder
     from moetier.tiers.errors import ConfigError, TargetError
     from moetier.tiers.layout import BITS, TRUNK_BITS
     from moetier.tools.convert.files import nearest_folder
@@ -163,11 +163,11 @@ def plan(
         import torch
         import transformers
 
-        from moetier.runtime.context import context_of
         from moetier.runtime.kernels.choose import kernels_for
-        from moetier.runtime.memory import memory_for_model, resident_bytes
+        from moetier.runtime.machine.memory import memory_for_model, resident_bytes
+        from moetier.runtime.machine.threads import usable_cpus, use_threads
+        from moetier.runtime.model.context import context_of
         from moetier.runtime.model.load import place_of
-        from moetier.runtime.threads import usable_cpus, use_threads
         from moetier.tools.plan.choices import open_choices
         from moetier.tools.plan.cold import cold_start
         from moetier.tools.plan.estimate import estimate

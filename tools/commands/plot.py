@@ -105,8 +105,8 @@ def run(arguments: argparse.Namespace) -> int:
 def _draw_daemon(arguments: argparse.Namespace) -> Figure:
     """Return a picture of the experts that a daemon holds now. Raises DaemonError if it does not report them."""
     from moetier.tiers.errors import DaemonError
-    from moetier.tools.lab.figures import draw_resident
     from moetier.tools.top.watch import look
+    from moetier.tools.traces.figures import draw_resident
 
     from .stats import address_of
 
@@ -123,7 +123,7 @@ def _draw_daemon(arguments: argparse.Namespace) -> Figure:
 def _draw_trace(arguments: argparse.Namespace) -> Figure:
     """Return a picture of a trace. Raises ConfigError if the options don't fit the trace."""
     from moetier.runtime.trace.trace import Trace
-    from moetier.tools.lab import figures
+    from moetier.tools.traces import figures
 
     source = Path(arguments.source)
     trace = Trace.load(source)

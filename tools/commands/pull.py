@@ -19,7 +19,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Pull the model and return the exit code. Raises CheckpointError, TargetError or ConfigError."""
     options = options_of(arguments)
     from moetier.runtime.checkpoint import hub
-    from moetier.runtime.pulled import place_of, tag_of
+    from moetier.runtime.model.names import place_of, tag_of
     from moetier.tools.convert.convert import pull
     from moetier.tools.convert.plan import DEFAULT_BITS
 

@@ -31,9 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Copy the directory and return 0. Raises MoetierError."""
-    from moetier.runtime.pulled import is_address
-    from moetier.tiers.addresses import redacted
+    from moetier.runtime.model.names import is_address
     from moetier.tiers.objects.push import push
+    from moetier.tiers.redaction import redacted
     from moetier.tools.cli.progress import shown
 
     if not is_address(arguments.address):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moetier.runtime.config import MOST, Number, format_bytes
-from moetier.runtime.memory import shortage
+from moetier.runtime.machine.memory import shortage
 from moetier.tiers.errors import ConfigError
 from moetier.tiers.layout import BITS
 from moetier.tools.cli.arguments import add_resource_arguments, asked, numbers, resources_of
@@ -20,7 +20,7 @@ from moetier.tools.cli.parser import UsageError, checked, source
 from moetier.tools.cli.report import table
 
 if TYPE_CHECKING:
-    from moetier.tools.lab.quality import Row, Way
+    from moetier.tools.quality.quality import Row, Way
 
 _log = logging.getLogger(__name__)
 
@@ -104,8 +104,8 @@ def run(arguments: argparse.Namespace) -> int:
     import transformers
 
     from moetier.runtime.kernels.choose import without_onednn
-    from moetier.runtime.threads import use_threads
-    from moetier.tools.lab.quality import measure_checkpoint, measure_directory, read_texts
+    from moetier.runtime.machine.threads import use_threads
+    from moetier.tools.quality.quality import measure_checkpoint, measure_directory, read_texts
 
     transformers.utils.logging.disable_progress_bar()
     texts = read_texts(arguments.text)
@@ -158,7 +158,7 @@ def _defaults(arguments: argparse.Namespace) -> argparse.Namespace:
 
 def to_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Return the rows as JSON, each with its rank and the change of its perplexity from the first row."""
-    from moetier.tools.lab.quality import Change, ranks
+    from moetier.tools.quality.quality import Change, ranks
 
     places = ranks([row.loss for row in rows])
     found = []
@@ -171,7 +171,7 @@ def to_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 def report(rows: Sequence[Row]) -> str:
     """Return the rows as a table: perplexity of all texts, its change from the first row, rank, perplexity of each."""
-    from moetier.tools.lab.quality import LEAST_WINDOWS, Change, ranks
+    from moetier.tools.quality.quality import LEAST_WINDOWS, Change, ranks
 
     names = list(rows[0].losses)
     places = ranks([row.loss for row in rows])

@@ -16,7 +16,7 @@ from moetier.tools.cli.parser import UsageError
 
 if TYPE_CHECKING:
     from moetier.runtime.trace.trace import Trace
-    from moetier.tools.lab.simulation import Outcome
+    from moetier.tools.traces.simulation import Outcome
 
 EXAMPLES = (
     "moetier replay trace.npz",
@@ -89,7 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _report(path: Path, trace: Trace, arguments: argparse.Namespace, record: int | None) -> dict[str, Any]:
     from moetier.runtime.trace.recall import compare
     from moetier.tiers.errors import ConfigError
-    from moetier.tools.lab.simulation import SIMULATED, simulate
+    from moetier.tools.traces.simulation import SIMULATED, simulate
 
     most = max(trace.num_experts)
     if arguments.slots and arguments.slots[-1] > most:
@@ -189,7 +189,7 @@ def _numbers(text: str) -> list[int]:
 
 
 def _policies(text: str) -> list[str]:
-    from moetier.tools.lab.simulation import SIMULATED
+    from moetier.tools.traces.simulation import SIMULATED
 
     names = list(dict.fromkeys(text.split(",")))
     unknown = [name for name in names if name not in SIMULATED]

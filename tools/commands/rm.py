@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
     were removed.
     """
     from moetier.runtime.config import format_bytes
-    from moetier.runtime.pulled import pulled_model
+    from moetier.runtime.model.names import pulled_model
     from moetier.tools.convert.files import disk_bytes
 
     found = dict(pulled_model(name) for name in arguments.names)
@@ -60,7 +60,7 @@ def _mirrors(folder: Path) -> list[Path]:
 
 def _check(name: str, folder: Path) -> None:
     """Check that a model may be removed. Raises TargetError if it is outside of ``models_folder()``, or is in use."""
-    from moetier.runtime.pulled import models_folder
+    from moetier.runtime.model.names import models_folder
     from moetier.tiers.errors import TargetError
     from moetier.tools.convert.files import check_unused
 

@@ -11,7 +11,7 @@ from moetier.runtime.config import COUNT, format_bytes
 from moetier.runtime.generation.decoding import SEED
 from moetier.tools.cli.arguments import add_option
 from moetier.tools.cli.parser import UsageError
-from moetier.tools.lab.synthetic import (
+from moetier.tools.synthetic.checkpoint import (
     GEOMETRIES,
     ROUTINGS,
     TOKENS_FILE,
@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the command; return 0, or 128 plus the signal's number if one stopped it. Raises MoetierError."""
     if arguments.geometry in WHOLE:
         return _run_whole(arguments)
-    from moetier.runtime.threads import use_threads
+    from moetier.runtime.machine.threads import use_threads
 
     use_threads(arguments.threads)
     size = make_synthetic(
@@ -98,7 +98,7 @@ def _run_whole(arguments: argparse.Namespace) -> int:
         )
 
     def make() -> ConversionReport:
-        from moetier.tools.lab.synthetic_store import make_store
+        from moetier.tools.synthetic.store import make_store
 
         return make_store(
             arguments.target,

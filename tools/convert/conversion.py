@@ -14,8 +14,8 @@ from moetier.runtime.checkpoint import hub
 from moetier.runtime.checkpoint.blueprint import build_on_meta
 from moetier.runtime.checkpoint.files import Checkpoint
 from moetier.runtime.config import format_bytes
-from moetier.runtime.memory import available_memory, peak_bytes
-from moetier.runtime.threads import usable_cpus
+from moetier.runtime.machine.memory import available_memory, peak_bytes
+from moetier.runtime.machine.threads import usable_cpus
 from moetier.tiers.errors import ConfigError, DiskSpaceError
 from moetier.tiers.layout import ExpertKey, Projection
 from moetier.tiers.manifest import FileSum, Manifest

@@ -9,7 +9,7 @@ from typing import Any
 
 from moetier.runtime.checkpoint.files import Checkpoint, check_source
 from moetier.runtime.checkpoint.gguf import open_source
-from moetier.runtime.threads import use_threads
+from moetier.runtime.machine.threads import use_threads
 from moetier.tiers.errors import ConfigError, StoreError, TargetExistsError
 from moetier.tiers.store.folder import JOURNAL, beside
 

@@ -24,11 +24,11 @@ import torch
 
 from moetier.runtime.checkpoint.tensors import CHUNK_BYTES, TORCH_NAMES, Bytes, SourceTensor, StoredTensor
 from moetier.tiers.errors import CheckpointError
+from moetier.tiers.headers.safetensors import ITEM_BYTES
 from moetier.tiers.layout import ALIGNMENT
 from moetier.tiers.manifest import FileSum
 from moetier.tiers.store.atomic import large_file
 from moetier.tiers.store.checksum import crc32c
-from moetier.tiers.store.safetensors import ITEM_BYTES
 from moetier.tiers.store.trunk import read_pieces
 
 from .encoder import MatrixRecord

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moetier.runtime.config import format_bytes
-from moetier.runtime.threads import usable_cpus, use_threads
+from moetier.runtime.machine.threads import usable_cpus, use_threads
 from moetier.tiers.errors import MoetierError
 from moetier.tools.cli.failure import as_options, plain
 

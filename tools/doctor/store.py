@@ -13,7 +13,7 @@ from moetier.runtime.config import format_bytes
 from .machine import Finding, fail, ok, warn
 
 if TYPE_CHECKING:
-    from moetier.runtime.memory import Available
+    from moetier.runtime.machine.memory import Available
     from moetier.tools.plan.fit import Fit
 
 SLOW = 0.3e9  # bytes a second; hard disks and network disks are slower
@@ -27,7 +27,7 @@ def memory(directory: Path | None, root: Path = Path("/")) -> Iterator[Finding]:
 
     The machine and its control groups limit the memory. ``root`` is the folder that contains /proc and /sys.
     """
-    from moetier.runtime.memory import machine_memory, memory_for_model
+    from moetier.runtime.machine.memory import machine_memory, memory_for_model
     from moetier.tiers.errors import MoetierError
 
     left = memory_for_model(root)
@@ -70,7 +70,7 @@ def _fit(directory: Path, left: Available) -> tuple[Fit, int]:
 
 def _all_fit(directory: Path, root: Path) -> bool:
     """Return whether all experts fit into memory by default."""
-    from moetier.runtime.memory import memory_for_model
+    from moetier.runtime.machine.memory import memory_for_model
     from moetier.tiers.errors import MoetierError
 
     try:

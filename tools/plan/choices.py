@@ -35,7 +35,7 @@ from moetier.runtime.checkpoint.gguf import open_gguf
 from moetier.runtime.checkpoint.gguf_trunk import trunk_records as trunk_records_of
 from moetier.runtime.checkpoint.tensors import SourceTensor, StoredTensor, listed
 from moetier.runtime.config import DEFAULT_CONTEXT
-from moetier.runtime.context import context_of
+from moetier.runtime.model.context import context_of
 from moetier.runtime.moe.linear import matrix_layout
 from moetier.tiers.errors import CheckpointError, ConfigError, StoreError
 from moetier.tiers.layout import BITS, TRUNK_BITS, Bits, RecordLayout

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from moetier.runtime.pulled import tag_of
+from moetier.runtime.model.names import tag_of
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.store.checksum import PIECE_BYTES
 from moetier.tools.bench.bound import groups_of

@@ -14,7 +14,7 @@ import torch
 
 from moetier.runtime.config import TierConfig, format_bytes
 from moetier.runtime.kernels.products.api import Kernels
-from moetier.runtime.memory import MARGIN_BYTES, MARGIN_SHARE, Available
+from moetier.runtime.machine.memory import MARGIN_BYTES, MARGIN_SHARE, Available
 from moetier.runtime.model.budgets import Needs, kv_cache_bytes, largest_decoded, scratch_numbers
 from moetier.runtime.model.prefill import prefill_of
 from moetier.tiers.arena.plan import ArenaPlan
@@ -166,7 +166,7 @@ def _memory_problem(
 
 
 def needed_bytes(used: int) -> int:
-    """Return how many bytes must be free so that ``used`` bytes can be used beside the margin of ``runtime.memory``."""
+    """Return how many bytes must be free so that ``used`` bytes can be used beside the margin of ``machine.memory``."""
     return int((used + MARGIN_BYTES) / (1 - MARGIN_SHARE))
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moetier.runtime.threads import usable_cpus
+from moetier.runtime.machine.threads import usable_cpus
 from moetier.tiers.errors import ConfigError
 from moetier.tools.serve.options import check_packages
 

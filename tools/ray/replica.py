@@ -11,8 +11,8 @@ from typing import Any
 
 from moetier.runtime.checkpoint.experts import open_experts
 from moetier.runtime.config import Size
-from moetier.runtime.memory import DEFAULT_SHARE, available_memory, budget_for
-from moetier.runtime.pulled import directory_at, is_address, model_directory
+from moetier.runtime.machine.memory import DEFAULT_SHARE, available_memory, budget_for
+from moetier.runtime.model.names import directory_at, is_address, model_directory
 from moetier.tiers.cache.budget import smallest_budget
 from moetier.tools.serve.middleware import App
 from moetier.tools.serve.options import api_key, served_name

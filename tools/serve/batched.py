@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers import ContinuousBatchingConfig
 
-from moetier.runtime.context import can_resume
 from moetier.runtime.generation.decoding import ONE_SEQUENCE, sampling_of
+from moetier.runtime.model.context import can_resume
 from moetier.tiers.errors import ConfigError
 
 from .engine import Answer, Engine, Job

@@ -15,10 +15,10 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from transformers.cli.serving.utils import BaseHandler, Modality, ReasoningText, ToolCall
 
-from moetier.runtime.context import counted, first_ids, longest_context
 from moetier.runtime.generation.conversation import PLAIN_STOP, PLAIN_TEMPLATE
 from moetier.runtime.generation.decoding import SAMPLING
-from moetier.runtime.vocabulary import unknown_token
+from moetier.runtime.model.context import counted, first_ids, longest_context
+from moetier.runtime.model.vocabulary import unknown_token
 
 from .engine import Answer, Engine, Job
 from .middleware import Message, Receive, Send

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moetier.runtime.context import longest_context
+from moetier.runtime.model.context import longest_context
 from moetier.tiers.errors import ConfigError
 from moetier.tools.cli.loading import loaded
 

@@ -11,7 +11,7 @@ import functools
 import os
 import re
 
-from moetier.runtime.memory import mapped_files
+from moetier.runtime.machine.memory import mapped_files
 
 # A function of OpenMP 5.0, its argument omp_pause_hard, and the name of a function that all libraries but GNU's have.
 # In GNU's library, the call of the first ends the threads of the calling thread's team; in LLVM's and Intel's, it ends

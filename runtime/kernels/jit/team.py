@@ -26,7 +26,7 @@ from typing import NamedTuple
 import numpy as np
 from llvmlite import ir
 
-from moetier.runtime.threads import usable_cpus
+from moetier.runtime.machine.threads import usable_cpus
 
 from .emitter import once
 from .openmp import end_threads

@@ -28,9 +28,9 @@ from moetier.runtime.checkpoint.gguf import open_gguf
 from moetier.runtime.model.load import load
 from moetier.tiers.errors import CheckpointError, MoetierError, UnsupportedModelError
 from moetier.tiers.extents.reader import ExtentStore
+from moetier.tiers.headers.gguf import read_gguf
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.store import reader as store_reader
-from moetier.tiers.store.gguf import read_gguf
 from moetier.tools.main import main
 
 IDS = torch.tensor([[5, 17, 200, 3, 99, 250, 42]])
@@ -261,7 +261,7 @@ sys.exit(main(["generate", {str(path)!r}, "he"]))
 
 
 def test_the_types_are_those_of_gguf() -> None:
-    from moetier.tiers.store.gguf import BLOCKS
+    from moetier.tiers.headers.gguf import BLOCKS
 
     for number, (name, weights, size) in BLOCKS.items():
         kind = gguf.GGMLQuantizationType(number)

@@ -20,8 +20,8 @@ from moetier.runtime.checkpoint import extents
 from moetier.runtime.checkpoint.experts import make_table, open_table
 from moetier.runtime.checkpoint.files import WEIGHTS, open_checkpoint
 from moetier.tiers.errors import CheckpointError, MoetierError
+from moetier.tiers.headers.safetensors import ITEM_BYTES, MAX_HEADER_BYTES
 from moetier.tiers.layout import ExpertKey
-from moetier.tiers.store.safetensors import ITEM_BYTES, MAX_HEADER_BYTES
 
 QUANTISED = ["gpt-oss", "deepseek-v4", "kimi-k2.5", "fp8-block", "nvfp4"]
 CODES = ("_blocks", ".weight_packed", ".w2.weight", "down_proj.weight")  # of experts

@@ -25,7 +25,7 @@ from threads import Task, wait_until
 from moetier.runtime.config import Size
 from moetier.runtime.daemon.reclaim import ReclaimedArena, reclaim_arenas
 from moetier.runtime.daemon.startup import plan_slots
-from moetier.runtime.memory import Available
+from moetier.runtime.machine.memory import Available
 from moetier.tiers.arena.arena import Arena
 from moetier.tiers.arena.plan import ArenaPlan
 from moetier.tiers.errors import BudgetError

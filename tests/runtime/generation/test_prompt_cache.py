@@ -8,8 +8,8 @@ import pytest
 import torch
 from architectures import tiny_model
 
-from moetier.runtime.context import can_resume
 from moetier.runtime.generation.prompt_cache import PromptCache
+from moetier.runtime.model.context import can_resume
 from moetier.runtime.moe.experts import experts_modules
 
 NEW = 3  # tokens of an answer: the last of them goes through no layer

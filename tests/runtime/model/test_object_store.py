@@ -14,7 +14,7 @@ from object_servers import served_folder
 from prepared import Prepared
 
 import moetier
-from moetier.runtime.pulled import directory_at
+from moetier.runtime.model.names import directory_at
 from moetier.tiers.errors import ConfigError, MoetierError
 from moetier.tiers.store.folder import GROUP
 

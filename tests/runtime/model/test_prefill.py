@@ -18,10 +18,10 @@ from transformers import MixtralConfig
 
 import moetier
 from moetier.runtime.config import DEFAULT_CONTEXT, Size
-from moetier.runtime.context import context_of
 from moetier.runtime.generation.decoding import encode, longest_prompt
-from moetier.runtime.memory import Available, usable
+from moetier.runtime.machine.memory import Available, usable
 from moetier.runtime.model.budgets import Needs
+from moetier.runtime.model.context import context_of
 from moetier.runtime.model.prefill import LEAST, Attention, Prefill
 from moetier.tiers.errors import BudgetError
 

@@ -11,7 +11,7 @@ from comparison import convert_tiny, smallest_ram
 
 import moetier
 from moetier.runtime.config import TierConfig
-from moetier.runtime.memory import available_memory
+from moetier.runtime.machine.memory import available_memory
 from moetier.runtime.model import trunk_files
 from moetier.runtime.model.tiers import Tiers
 from moetier.runtime.model.trunk_files import mapped_bytes

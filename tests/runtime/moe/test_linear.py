@@ -21,7 +21,7 @@ import moetier
 from moetier.runtime.kernels.choose import kernels_for
 from moetier.runtime.kernels.cuda_int4 import CudaInt4, FusedKernels
 from moetier.runtime.kernels.products.api import Kernels
-from moetier.runtime.memory import mapped_files
+from moetier.runtime.machine.memory import mapped_files
 from moetier.runtime.model import budgets, tiers, trunk_files
 from moetier.runtime.model.trunk_files import mapped_bytes
 from moetier.runtime.moe.linear import WEIGHT, QuantizedLinear, matrix_layout, quantized_linears, replace_linears

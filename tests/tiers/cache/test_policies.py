@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from moetier.tiers.cache.policies import POLICIES, Frequency, Policy, Recency, ScanResistant
 from moetier.tiers.layout import ExpertKey
-from moetier.tools.lab.simulation import Clairvoyant
+from moetier.tools.traces.simulation import Clairvoyant
 
 KEYS = [ExpertKey(block, expert) for block in range(2) for expert in range(6)]
 MAKERS: dict[str, Callable[[int], Policy]] = {

@@ -181,7 +181,7 @@ def test_no_error_of_load_names_an_option(folder: str) -> None:
 SHORTAGES = """
 import ctypes, json, mmap, os, resource, sys, threading
 import torch
-from moetier.runtime.memory import shortage_in
+from moetier.runtime.machine.memory import shortage_in
 from moetier.tools.cli.failure import failure_of
 
 def load_library():

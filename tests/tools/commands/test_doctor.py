@@ -17,7 +17,7 @@ from prepared import MAIN
 from stores import NASTY, layout_of, make_store
 from users import as_nobody
 
-from moetier.runtime.memory import PROCESS_BYTES
+from moetier.runtime.machine.memory import PROCESS_BYTES
 from moetier.runtime.wire.address import CARD
 from moetier.tiers.store.folder import read_manifest
 from moetier.tiers.store.shard import ShardFile
@@ -138,7 +138,7 @@ def test_more_memory_is_advised_for_a_slow_disk_only_if_it_helps(
     tinymix_4bit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: int, advised: bool
 ) -> None:
     monkeypatch.setattr(doctor_store, "SLOW", 1e15)
-    monkeypatch.setattr("moetier.runtime.memory.PROCESS_BYTES", 0)  # whatever this process has imported
+    monkeypatch.setattr("moetier.runtime.machine.memory.PROCESS_BYTES", 0)  # whatever this process has imported
     root = control_group(tmp_path, memory)
     (about_memory,) = doctor_store.memory(tinymix_4bit, root)
     assert ("64 of 64" not in about_memory.found) is advised

@@ -13,7 +13,7 @@ from faults import flip_bit
 from stores import make_store
 
 import moetier
-from moetier.runtime.pulled import models_folder
+from moetier.runtime.model.names import models_folder
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.store.atomic import PARTIAL
 from moetier.tiers.store.folder import GROUP, METADATA, MIRRORS, read_manifest

@@ -24,7 +24,7 @@ import moetier
 from moetier.runtime.checkpoint.files import INDEX
 from moetier.runtime.config import TierConfig
 from moetier.runtime.kernels.choose import kernels_for
-from moetier.runtime.memory import Available
+from moetier.runtime.machine.memory import Available
 from moetier.tiers.errors import BudgetError, ConfigError, DiskSpaceError, MoetierError, StoreFormatError, TargetError
 from moetier.tools.bench.disk import RandomReads
 from moetier.tools.commands.plan import plan, text

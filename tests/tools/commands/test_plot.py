@@ -22,9 +22,9 @@ from moetier.runtime.trace.trace import NONE, Trace
 from moetier.tiers.cache.policies import DEFAULT_POLICY
 from moetier.tiers.errors import ConfigError, TargetError
 from moetier.tools.commands import plot
-from moetier.tools.lab import figures
-from moetier.tools.lab.simulation import simulate
 from moetier.tools.main import main
+from moetier.tools.traces import figures
+from moetier.tools.traces.simulation import simulate
 
 TRACES = ASSETS / "traces"
 MIXTRAL = TRACES / "mixtral_8x7b_instruct_h39s.npz"

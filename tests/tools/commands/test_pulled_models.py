@@ -19,7 +19,7 @@ from removals import IN_CHILD
 from terminals import Terminal
 
 import moetier
-from moetier.runtime.pulled import checkpoint_or_model, model_directory, models_folder, name_of, pulled
+from moetier.runtime.model.names import checkpoint_or_model, model_directory, models_folder, name_of, pulled
 from moetier.tiers.errors import IncompleteStoreError, StoreFormatError
 from moetier.tiers.store.folder import GROUP, METADATA, PLAN, beside, read_manifest
 from moetier.tools.cli.parser import directory, file_or_address, walk
@@ -367,7 +367,7 @@ def test_rm_removes_what_would_replace_the_model_too(models: Path, capsys: pytes
 
 REMOVED = """
 import json, shutil
-from moetier.runtime.pulled import models_folder, pulled
+from moetier.runtime.model.names import models_folder, pulled
 from moetier.tools.main import main
 old, folder = sys.argv[1], models_folder() / 'acme--a' / '4bit'
 

@@ -16,9 +16,9 @@ import transformers
 from places import ASSETS
 
 from moetier.tools.convert.convert import convert
-from moetier.tools.lab import quality as perplexity
-from moetier.tools.lab.quality import WINDOW, Change, Loss, loss, ranks
 from moetier.tools.main import main
+from moetier.tools.quality import quality as perplexity
+from moetier.tools.quality.quality import WINDOW, Change, Loss, loss, ranks
 
 TEXTS = ASSETS / "texts"
 

@@ -15,7 +15,7 @@ from moetier.runtime.trace.trace import Trace
 from moetier.tiers.errors import ConfigError
 from moetier.tools.cli.parser import CommandParser
 from moetier.tools.commands import replay
-from moetier.tools.lab.simulation import SIMULATED
+from moetier.tools.traces.simulation import SIMULATED
 
 TRACES = ASSETS / "traces"
 MIXTRAL = str(TRACES / "mixtral_8x7b_instruct_h39s.npz")

@@ -21,8 +21,8 @@ from moetier.tiers.store.folder import GROUP, read_manifest
 from moetier.tiers.store.reader import ExpertStore
 from moetier.tiers.store.writer import ShardWriter
 from moetier.tools.convert.convert import convert
-from moetier.tools.lab.synthetic import GEOMETRIES, WHOLE, config_of, make_synthetic, read_tokens, shapes_of
 from moetier.tools.main import main
+from moetier.tools.synthetic.checkpoint import GEOMETRIES, WHOLE, config_of, make_synthetic, read_tokens, shapes_of
 
 SMALL: dict[str, dict[str, Any]] = {
     "mixtral-4L": {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2},

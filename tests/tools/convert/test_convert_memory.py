@@ -13,7 +13,7 @@ from cgroups import memory_limit
 
 from moetier.runtime.checkpoint.files import open_checkpoint
 from moetier.tools.convert.conversion import Conversion, Options
-from moetier.tools.lab.synthetic import COMMON, GEOMETRIES, make_synthetic
+from moetier.tools.synthetic.checkpoint import COMMON, GEOMETRIES, make_synthetic
 
 GIB = 1 << 30
 ALLOCATOR_BYTES = 64 << 20  # glibc's arenas, one for each thread, and what they keep

@@ -20,7 +20,7 @@ from moetier.tiers.layout import ExpertKey
 from moetier.tools.convert import encoder as records
 from moetier.tools.convert.conversion import Conversion, Options
 from moetier.tools.convert.convert import convert
-from moetier.tools.lab.synthetic import GEOMETRIES, make_synthetic
+from moetier.tools.synthetic.checkpoint import GEOMETRIES, make_synthetic
 
 
 def test_a_block_that_is_read_whole_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from architectures import TINY, tiny_model
 from checkpoints import edit_tensors, save_checkpoint, trunk_tensors
 
 from moetier.runtime.checkpoint.files import open_checkpoint
-from moetier.runtime.memory import Available
+from moetier.runtime.machine.memory import Available
 from moetier.runtime.moe.linear import WEIGHT, matrix_layout
 from moetier.tiers.errors import CheckpointError, ConfigError
 from moetier.tiers.layout import Bits

@@ -14,7 +14,7 @@ import pytest
 from prepared import Prepared
 
 from moetier.runtime.config import TierConfig
-from moetier.runtime.threads import usable_cpus
+from moetier.runtime.machine.threads import usable_cpus
 from moetier.tiers.errors import ConfigError
 from moetier.tools.cli.parser import walk
 from moetier.tools.main import build_parser, main
@@ -129,7 +129,7 @@ def test_a_quota_of_version_1_for_real(tinymix_4bit: Path) -> None:
     """The quota is the outer group's, the process in the inner one. torch itself begins a thread for each CPU."""
     code = """
 import os, sys, torch, moetier
-from moetier.runtime.threads import use_threads
+from moetier.runtime.machine.threads import use_threads
 print(torch.get_num_threads())
 os.environ["OMP_NUM_THREADS"] = "2"  # as a user who asks for them
 print(use_threads())
@@ -151,13 +151,13 @@ def test_a_cpuset_for_real() -> None:
     with group_below(CPUSET, cpuset__cpus="0", cpuset__mems="0") as group:
         for name in ("cpuset.cpus", "cpuset.mems"):
             (group / name).write_text("0")
-        assert run_in(group, "from moetier.runtime.threads import usable_cpus; print(usable_cpus())") == ["1"]
+        assert run_in(group, "from moetier.runtime.machine.threads import usable_cpus; print(usable_cpus())") == ["1"]
 
 
 @several
 def test_affinity_for_real() -> None:
     code = "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])\n"
-    code += "from moetier.runtime.threads import usable_cpus; print(usable_cpus())"
+    code += "from moetier.runtime.machine.threads import usable_cpus; print(usable_cpus())"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "1\n"
 
 
@@ -239,7 +239,9 @@ def test_openmp_spins_for_a_bounded_time_unless_the_user_says_otherwise(
 def test_another_engine_runs_as_its_own_users_have_it() -> None:
     """Also in a child of a process that has imported moetier."""
     names = "('GOMP_SPINCOUNT', 'ONEDNN_PRIMITIVE_CACHE_CAPACITY', 'LRU_CACHE_CAPACITY')"
-    show = f"import os, moetier.runtime.threads as threads; print(*(os.environ.get(name) for name in {names}))\n"
+    show = (
+        f"import os, moetier.runtime.machine.threads as threads; print(*(os.environ.get(name) for name in {names}))\n"
+    )
     code = show + "threads.compute_as_others_do()\n" + show
     parent = "import moetier, subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]], check=True)"
     for variables, expected in (

@@ -19,7 +19,7 @@ from http_servers import serving
 
 import moetier
 from moetier.runtime.generation.decoding import encode
-from moetier.runtime.vocabulary import embeddings_of
+from moetier.runtime.model.vocabulary import embeddings_of
 from moetier.tiers.errors import ConfigError, StoreFormatError
 from moetier.tools.chat.answer import Answering
 from moetier.tools.main import main

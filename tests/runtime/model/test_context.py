@@ -13,7 +13,7 @@ import transformers
 from transformers import MixtralConfig
 
 import moetier
-from moetier.runtime.context import counted, first_ids, longest_context
+from moetier.runtime.model.context import counted, first_ids, longest_context
 
 
 @pytest.fixture(scope="module")

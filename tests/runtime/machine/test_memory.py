@@ -13,7 +13,7 @@ import pytest
 from cgroups import memory_limit
 
 from moetier.runtime.config import Size
-from moetier.runtime.memory import GROUP_SHARE, Available, available_memory, budget_for, whole_memory
+from moetier.runtime.machine.memory import GROUP_SHARE, Available, available_memory, budget_for, whole_memory
 from moetier.tiers.errors import BudgetError
 
 GIB = 1 << 30
@@ -87,7 +87,7 @@ def test_version_1_for_real() -> None:
     group.mkdir()
     try:
         (group / "memory.limit_in_bytes").write_text(str(512 << 20))
-        code = "from moetier.runtime.memory import available_memory as a; print(a().bytes, a().limiter)"
+        code = "from moetier.runtime.machine.memory import available_memory as a; print(a().bytes, a().limiter)"
         enter = f'echo $$ > "{group}/cgroup.procs" && exec "{sys.executable}" -c "{code}"'
         output = subprocess.run(["/bin/sh", "-c", enter], capture_output=True, text=True, check=True).stdout
         count, limiter = output.split(maxsplit=1)
@@ -178,7 +178,7 @@ def test_a_machine_that_is_too_small_is_said_to_be() -> None:
 ALLOCATE = """
 import re, sys
 from moetier.runtime.config import Size
-from moetier.runtime.memory import available_memory, budget_for
+from moetier.runtime.machine.memory import available_memory, budget_for
 from moetier.tiers.arena.arena import Arena
 from moetier.tiers.errors import BudgetError
 from moetier.tiers.arena.plan import ArenaPlan, Region

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import psutil
 
+from moetier.runtime.config import Size, format_bytes
 from moetier.tiers.errors import BudgetError, MoetierError
 
-from .config import Size, format_bytes
 from .control_groups import ControlGroup, control_groups
 
 DEFAULT_SHARE = 0.8  # share of the free memory: the page cache, other programs and a longer context need the rest

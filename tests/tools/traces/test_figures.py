@@ -25,7 +25,7 @@ from moetier.runtime.wire.probe import probe
 from moetier.tiers.errors import ConfigError, DaemonError, NoDaemonError, RefusedError, TargetError
 from moetier.tiers.manifest import Manifest
 from moetier.tools.commands import plot
-from moetier.tools.lab.figures import ORANGE, draw_resident
+from moetier.tools.traces.figures import ORANGE, draw_resident
 
 SLOT = layout_of().slot_bytes
 

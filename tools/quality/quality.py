@@ -15,13 +15,13 @@ import transformers
 from torch import Tensor
 
 from moetier.runtime.checkpoint.files import Checkpoint, open_checkpoint
-from moetier.runtime.context import first_ids, longest_context
 from moetier.runtime.generation.compat import CACHE
 from moetier.runtime.kernels.quantise.encode import encode
+from moetier.runtime.model.context import first_ids, longest_context
 from moetier.runtime.model.load import TOKENIZER_FILES, load
+from moetier.runtime.model.vocabulary import check_ids, check_tokenizer
 from moetier.runtime.moe.experts import EXPERT_PARAMETERS, experts_modules
 from moetier.runtime.moe.linear import WEIGHT
-from moetier.runtime.vocabulary import check_ids, check_tokenizer
 from moetier.tiers.errors import BudgetError, ConfigError, UnsupportedModelError
 from moetier.tiers.layout import Bits, RecordLayout
 from moetier.tiers.manifest import TrunkRecords

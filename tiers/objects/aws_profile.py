@@ -7,8 +7,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from moetier.tiers.addresses import redacted, redacted_error
 from moetier.tiers.errors import ConfigError
+from moetier.tiers.redaction import redacted, redacted_error
 
 # boto3 renews temporary credentials in the last ten minutes of their life, so what it gives is good for as long
 LIFE = timedelta(minutes=10)

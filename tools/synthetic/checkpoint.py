@@ -249,7 +249,7 @@ def record_tokens(model: Any, ids: Sequence[int]) -> Trace:
 
 def lru_curve(trace: Trace, slots: Sequence[int]) -> dict[int, float]:
     """Simulate LRU caches on a trace. Return the hit ratio for each number in ``slots``, the slots that a block has."""
-    from .simulation import simulate
+    from moetier.tools.traces.simulation import simulate
 
     return {number: simulate(trace, "lru", number).decoding.hit_ratio for number in slots}
 

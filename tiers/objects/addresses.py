@@ -1,4 +1,4 @@
-"""Addresses of models in object stores, and secrets in texts: none is accepted in an address, none is printed."""
+"""Addresses of models in object stores. An address with a secret is refused."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import os
 import re
 from collections.abc import Iterator
 
-from .errors import ConfigError
+from moetier.tiers.errors import ConfigError
+from moetier.tiers.redaction import USER
 
 ADDRESS = re.compile(r"(s3|gs|az|https?|file)://\S+")
 HTTP_AUTHORIZATION = "MOETIER_HTTP_AUTHORIZATION"  # variable: value of the header Authorization for https://
@@ -30,12 +31,6 @@ _FIXES = {  # what to use in place of a secret in an address
 }
 _HOST = r"(\[[0-9a-fA-F:.%]*\]|[^:@]*)"
 _PORT = r"(:\d{0,5})?"
-# user information in a text: up to an "@", or after a ":" that no port follows, as secret keys may have slashes. A user
-# may have typed one slash, which is also what a path makes of two, or no scheme
-_USER = re.compile(r"(?<=:/)(/?)(?:[^/\s@]*@|[^/\s:@\[]*:(?!\d{1,5}(?:[^\w@]|$))[^\s@]*@)")
-_BARE = re.compile(r"(?<![^\s'\"(</])[^\s'\":/@]+:(?!/)[^\s@]+@")
-# a query, to the end of the word, but for what a text may have behind an address
-_QUERY = re.compile(r"(:/{1,2}[^\s?]*)\?\S*?(?=[\"'<>).,:;]*(?:\s|$))")
 
 
 def check_address(address: str) -> None:
@@ -56,7 +51,7 @@ def check_address(address: str) -> None:
 def _faults(address: str, *, with_port: bool) -> Iterator[str]:
     """Yield what an address has, and must not have."""
     host = re.split(r"[/?#]", address.partition("://")[2], maxsplit=1)[0]
-    if not re.fullmatch(_HOST + (_PORT if with_port else ""), host) or _USER.search(address):
+    if not re.fullmatch(_HOST + (_PORT if with_port else ""), host) or USER.search(address):
         yield "user information (such as USER:PASSWORD@)"
     if "?" in address or "#" in address:
         yield "a query (?…) or a fragment (#…)"
@@ -71,13 +66,3 @@ def endpoint_of(address: str) -> str:
     """Return the endpoint that the environment names for an address; "" for the provider's own."""
     variable = endpoint_variable(address)
     return os.environ[variable] if variable else ""
-
-
-def redacted(text: str) -> str:
-    """Return ``text`` with "***" in place of user information and queries of the addresses in it."""
-    return _QUERY.sub(r"\1?***", _BARE.sub("***@", _USER.sub(r"\1***@", text)))
-
-
-def redacted_error(error: BaseException) -> Exception:
-    """Return an exception to chain in place of a library's: its text without secrets, which tracebacks print."""
-    return RuntimeError(f"{type(error).__module__}.{type(error).__name__}: {redacted(str(error))}")

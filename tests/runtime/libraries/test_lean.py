@@ -1,4 +1,4 @@
-"""Commands import little, and models are made as they are made without that (``runtime.lean``)."""
+"""Commands import little, and models are made as they are made without that (``runtime.libraries.lean``)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from architectures import FURTHER, REQUIRED, model_class, tiny_config
 from places import HELPERS
 
 import moetier
-from moetier.runtime.stand_ins import TRIED
+from moetier.runtime.libraries.stand_ins import TRIED
 
 UNUSED = {
     *("hqq", "networkx", "pandas", "peft", "scipy", "sklearn", "sympy", "torchvision", "triton"),
@@ -24,7 +24,7 @@ UNUSED = {
 }
 MOST = 250 << 20  # bytes; 209 MiB on an EPYC with torch 2.13 and transformers 5.24
 
-LEAN = "from moetier.runtime.lean import lean_loading\nlean_loading().__enter__()\n"
+LEAN = "from moetier.runtime.libraries.lean import lean_loading\nlean_loading().__enter__()\n"
 
 
 def run(code: str, *words: str) -> str:
@@ -81,7 +81,7 @@ for name in ("LlamaTokenizerFast", "CodeLlamaTokenizer", "LayoutXLMTokenizer", "
 def test_the_compiler_is_there_when_it_is_used() -> None:
     code = """
 import sys
-from moetier.runtime.lean import lean_loading
+from moetier.runtime.libraries.lean import lean_loading
 with lean_loading():
     import transformers.modeling_utils
     from transformers.masking_utils import TransformGetItemToIndex
@@ -97,7 +97,7 @@ print(found.tolist(), torch._dynamo.config.disable, torch.compile(lambda x: 2 * 
 MADE = f"""
 import json, sys
 sys.path.insert(0, {str(HELPERS)!r})
-from moetier.runtime.lean import lean_loading
+from moetier.runtime.libraries.lean import lean_loading
 with lean_loading():
     import torch
     from architectures import model_class, tiny_config

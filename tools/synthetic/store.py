@@ -14,12 +14,12 @@ from typing import Any, cast
 
 from moetier.runtime.checkpoint.files import Checkpoint
 from moetier.runtime.checkpoint.tensors import StoredTensor
-from moetier.runtime.threads import use_threads
+from moetier.runtime.machine.threads import use_threads
 from moetier.tiers.store.atomic import write_durably
 from moetier.tools.convert.conversion import Conversion, ConversionReport
 from moetier.tools.convert.plan import Options
 
-from .synthetic import (
+from .checkpoint import (
     COMMON,
     ROUTINGS,
     TOKENIZER,

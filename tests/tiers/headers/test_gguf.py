@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from moetier.tiers.store import gguf
-from moetier.tiers.store.gguf import BLOCKS, digest_of, read_gguf
+from moetier.tiers.headers import gguf
+from moetier.tiers.headers.gguf import BLOCKS, digest_of, read_gguf
 
 UINT32, FLOAT, BOOL, STRING, ARRAY, UINT64 = 4, 6, 7, 8, 9, 10
 

@@ -15,7 +15,7 @@ from places import ASSETS
 from moetier.runtime.trace.trace import Trace
 from moetier.tiers.cache.policies import DEFAULT_POLICY, POLICIES, Recency
 from moetier.tiers.layout import ExpertKey
-from moetier.tools.lab.simulation import SIMULATED, Demand, demands_of, simulate
+from moetier.tools.traces.simulation import SIMULATED, Demand, demands_of, simulate
 
 TRACES = ASSETS / "traces"
 MIXTRAL = "mixtral_8x7b_instruct_h39s"

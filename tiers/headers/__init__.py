@@ -1,0 +1,4 @@
+"""Headers of safetensors and GGUF files: names, types, shapes and places of tensors, vetted.
+
+``store.trunk`` reads safetensors; ``extents`` and ``runtime.checkpoint`` read both. Imports modules of ``tiers``.
+"""
