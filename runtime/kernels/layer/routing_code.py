@@ -55,136 +55,166 @@ def scratch_numbers(experts: int, top_k: int) -> int:
     return 3 * _padded(experts) + _padded(top_k)
 
 
-def _ordered(emit: Emitter, bits: Value) -> Value:
-    """Emit the bits of an fp32 number, i32, as a key, or a key as the bits.
-
-    Keys have the order of the numbers, as integers. So NaN has a place too, above infinity.
-    """
-    at = emit.at
-    sign = at.and_(at.ashr(bits, ir.Constant(I32, 31)), ir.Constant(I32, 0x7FFFFFFF))
-    return at.xor(bits, sign)
-
-
 def routing_module(code: RoutingCode) -> ir.Module:
     """Emit the function ``ROUTE(context)``.
 
     Logits [experts] and bias [experts] are of ``code.dtype``; the bias is added to the logits in memory. Weights
     [top_k] are of ``code.weight_dtype``, experts [top_k] i64. The scratch memory has ``scratch_numbers`` fp32 numbers.
     """
-    dtype = code.dtype
-    module = new_module()
-    emit = Emitter(module, ROUTE, [POINTER])
-    at, n = emit.at, emit.number
-    _, (experts, top_k, logits, bias, scratch, weights, chosen, factor, correction, groups, best_groups) = emit.fields(
-        CONTEXT
-    )
-    logits, bias, scratch, weights, chosen, correction = (
-        at.inttoptr(address, POINTER) for address in (logits, bias, scratch, weights, chosen, correction)
-    )
-    best, where, total = at.alloca(I32), at.alloca(I64), at.alloca(vector(F32, LANES))
-    factor = emit.spread(at.bitcast(at.trunc(factor, I32), F32), LANES)
-    one = vector(F32, 1)
+    return _Router(new_module(), code).module
 
-    def padded(count: Value) -> Value:
+
+class _Router(Emitter):
+    """Emitter of the function ROUTE: scores of all experts, their keys, the top-k of these, and their weights.
+
+    Keys are i32 and have the order of the numbers that experts are chosen by, so that NaN has a place too, above
+    infinity.
+    """
+
+    def __init__(self, module: ir.Module, code: RoutingCode) -> None:
+        super().__init__(module, ROUTE, [POINTER])
+        at, n = self.at, self.number
+        self._code = code
+        _, (self._experts, self._top_k, *addresses, factor, correction, groups, best_groups) = self.fields(CONTEXT)
+        self._logits, self._bias, self._scores, self._weights, self._chosen, self._correction = (
+            at.inttoptr(address, POINTER) for address in (*addresses, correction)
+        )
+        # variables: a key, an index, a sum
+        self._key, self._index, self._total = at.alloca(I32), at.alloca(I64), at.alloca(vector(F32, LANES))
+        self._factor = self.spread(at.bitcast(at.trunc(factor, I32), F32), LANES)
+        all_bytes = at.mul(self._padded(self._experts), n(4))
+        self._keys = at.gep(self._scores, [all_bytes])
+        self._group_keys = at.gep(self._keys, [all_bytes])
+        self._picked = at.gep(self._group_keys, [all_bytes])
+        self._score()
+        self._order()
+        if code.best_of_group:
+            self._drop_groups(groups, best_groups)
+        self._choose()
+        self._weigh()
+        at.ret_void()
+
+    def _padded(self, count: Value) -> Value:
+        """Emit ``count`` rounded up to LANES."""
+        at, n = self.at, self.number
         return at.mul(at.udiv(at.add(count, n(LANES - 1)), n(LANES)), n(LANES))
 
-    keys = at.gep(scratch, [at.mul(padded(experts), n(4))])
-    group_keys = at.gep(keys, [at.mul(padded(experts), n(4))])
-    picked = at.gep(group_keys, [at.mul(padded(experts), n(4))])
-    nothing = emit.floats(0.0 if code.is_sigmoid else -math.inf)
-    for values, count in ((scratch, experts), (picked, top_k)):  # the padding adds nothing to sums
-        emit.store(nothing, values, at.mul(at.sub(padded(count), n(LANES)), n(4)))
+    def _number(self, pointer: Value, index: Value, kind: Value) -> Value:
+        return self.load(pointer, self.at.mul(index, self.number(4)), kind)
 
-    with emit.loop(n(0), experts) as expert:
-        place = at.mul(expert, n(dtype.itemsize))
-        value = emit.load_floats(logits, place, dtype, 1)
-        if code.has_bias:
-            emit.store_floats(at.fadd(value, emit.load_floats(bias, place, dtype, 1)), logits, place, dtype)
-            value = emit.load_floats(logits, place, dtype, 1)
-        emit.store(value, scratch, at.mul(expert, n(4)))
-    if code.is_sigmoid:
-        with emit.loop(n(0), padded(experts), LANES) as i:
-            value = emit.load(scratch, at.mul(i, n(4)), vector(F32, LANES))
-            emit.store(emit.times_sigmoid(emit.floats(1.0), value), scratch, at.mul(i, n(4)))
-    with emit.loop(n(0), experts) as expert:
-        value = emit.load(scratch, at.mul(expert, n(4)), one)
-        if (kind := code.correction_dtype) is not None:
-            value = at.fadd(value, emit.load_floats(correction, at.mul(expert, n(kind.itemsize)), kind, 1))
-        emit.store(_ordered(emit, at.bitcast(value, I32)), keys, at.mul(expert, n(4)))
-    if code.best_of_group:
-        _drop_groups(emit, keys, group_keys, experts, groups, best_groups, code.best_of_group)
+    def _keep(self, value: Value, pointer: Value, index: Value) -> None:
+        self.store(value, pointer, self.at.mul(index, self.number(4)))
 
-    with emit.loop(n(0), top_k) as rank:
-        at.store(ir.Constant(I32, _LEAST), best)
-        at.store(n(0), where)
-        with emit.loop(n(0), experts) as expert:
-            key = emit.load(keys, at.mul(expert, n(4)), I32)
-            is_better = at.icmp_signed(">", key, at.load(best))
-            at.store(at.select(is_better, key, at.load(best)), best)
-            at.store(at.select(is_better, expert, at.load(where)), where)
-        emit.store(at.load(where), chosen, at.mul(rank, n(8)))
-        found = at.mul(at.load(where), n(4))
-        emit.store(ir.Constant(I32, _LEAST), keys, found)
-        emit.store(emit.load(scratch, found, F32), picked, at.mul(rank, n(4)))
+    def _ordered(self, bits: Value) -> Value:
+        """Emit the bits of an fp32 number, i32, as a key, or a key as the bits."""
+        at = self.at
+        sign = at.and_(at.ashr(bits, ir.Constant(I32, 31)), ir.Constant(I32, 0x7FFFFFFF))
+        return at.xor(bits, sign)
 
-    largest = emit.spread(emit.load(picked, n(0), F32), LANES)
+    def _score(self) -> None:
+        """Emit the logits, with the bias, and the scores: sigmoids, or the logits themselves for a softmax."""
+        at, n, code = self.at, self.number, self._code
+        nothing = self.floats(0.0 if code.is_sigmoid else -math.inf)
+        for values, count in ((self._scores, self._experts), (self._picked, self._top_k)):
+            self._keep(nothing, values, at.sub(self._padded(count), n(LANES)))  # the padding adds nothing to sums
+        with self.loop(n(0), self._experts) as expert:
+            place = at.mul(expert, n(code.dtype.itemsize))
+            value = self.load_floats(self._logits, place, code.dtype, 1)
+            if code.has_bias:
+                value = at.fadd(value, self.load_floats(self._bias, place, code.dtype, 1))
+                self.store_floats(value, self._logits, place, code.dtype)
+                value = self.load_floats(self._logits, place, code.dtype, 1)
+            self._keep(value, self._scores, expert)
+        if code.is_sigmoid:
+            with self.loop(n(0), self._padded(self._experts), LANES) as i:
+                value = self._number(self._scores, i, vector(F32, LANES))
+                self._keep(self.times_sigmoid(self.floats(1.0), value), self._scores, i)
 
-    def share_of(values: Value, i: Value) -> Value:
-        value = emit.load(values, at.mul(i, n(4)), vector(F32, LANES))
-        return value if code.is_sigmoid else emit.exp(at.fsub(value, largest))
+    def _order(self) -> None:
+        """Emit the keys of all experts, of the scores with the correction."""
+        at, n, dtype = self.at, self.number, self._code.correction_dtype
+        with self.loop(n(0), self._experts) as expert:
+            value = self._number(self._scores, expert, vector(F32, 1))
+            if dtype is not None:
+                place = at.mul(expert, n(dtype.itemsize))
+                value = at.fadd(value, self.load_floats(self._correction, place, dtype, 1))
+            self._keep(self._ordered(at.bitcast(value, I32)), self._keys, expert)
 
-    at.store(emit.floats(0.0), total)
-    values, count = (picked, top_k) if code.normalised else (scratch, experts)
-    with emit.loop(n(0), padded(count), LANES) as i:
-        at.store(at.fadd(at.load(total), share_of(values, i)), total)
-    whole = emit.spread(emit.reduce(at.load(total), at.fadd), LANES)
-    if code.is_sigmoid:
-        whole = at.fadd(whole, emit.floats(_TINY))
-    with emit.loop(n(0), padded(top_k), LANES) as i:
-        share = share_of(picked, i)
-        if code.normalised or not code.is_sigmoid:
-            share = at.fdiv(share, whole)
-        emit.store(at.fmul(share, factor), picked, at.mul(i, n(4)))
-    with emit.loop(n(0), top_k) as rank:
-        weight = emit.load(picked, at.mul(rank, n(4)), one)
-        emit.store_floats(weight, weights, at.mul(rank, n(code.weight_dtype.itemsize)), code.weight_dtype)
-    at.ret_void()
-    return module
+    def _drop_groups(self, groups: Value, best_groups: Value) -> None:
+        """Emit the least key for all experts but those of the ``best_groups`` best groups.
 
+        Of groups that are as good, the last is dropped first.
+        """
+        at, n = self.at, self.number
+        size = at.udiv(self._experts, groups)
+        first, second = at.alloca(F32), at.alloca(F32)
+        with self.loop(n(0), groups) as group:
+            for place in (first, second):
+                at.store(ir.Constant(F32, -math.inf), place)
+            begin = at.mul(group, size)
+            with self.loop(begin, at.add(begin, size)) as expert:
+                value = at.bitcast(self._ordered(self._number(self._keys, expert, I32)), F32)
+                is_first = at.fcmp_ordered(">", value, at.load(first))
+                smaller = at.select(is_first, at.load(first), value)
+                is_second = at.fcmp_ordered(">", smaller, at.load(second))
+                at.store(at.select(is_second, smaller, at.load(second)), second)
+                at.store(at.select(is_first, value, at.load(first)), first)
+            is_best = self._code.best_of_group == 1
+            score = at.load(first) if is_best else at.fadd(at.load(first), at.load(second))
+            self._keep(self._ordered(at.bitcast(score, I32)), self._group_keys, group)
+        with self.loop(best_groups, groups):
+            worst = self._found(self._group_keys, groups, "<=", _LARGEST)
+            self._keep(ir.Constant(I32, _LARGEST), self._group_keys, worst)
+            begin = at.mul(worst, size)
+            with self.loop(begin, at.add(begin, size)) as expert:
+                self._keep(ir.Constant(I32, _LEAST), self._keys, expert)
 
-def _drop_groups(
-    emit: Emitter, keys: Value, group_keys: Value, experts: Value, groups: Value, best_groups: Value, best_of_group: int
-) -> None:
-    """Emit the least key for all experts but those of the ``best_groups`` best groups.
+    def _found(self, keys: Value, count: Value, order: str, start: int) -> Value:
+        """Emit the search for a key that is before all others in an order; return its index.
 
-    Of groups that are as good, the last is dropped first. ``group_keys`` is scratch memory, i32 [groups].
-    """
-    at, n = emit.at, emit.number
-    size = at.udiv(experts, groups)
-    first, second, least, where = at.alloca(F32), at.alloca(F32), at.alloca(I32), at.alloca(I64)
-    lowest = ir.Constant(F32, -math.inf)
-    with emit.loop(n(0), groups) as group:
-        at.store(lowest, first)
-        at.store(lowest, second)
-        begin = at.mul(group, size)
-        with emit.loop(begin, at.add(begin, size)) as expert:
-            value = at.bitcast(_ordered(emit, emit.load(keys, at.mul(expert, n(4)), I32)), F32)
-            is_first = at.fcmp_ordered(">", value, at.load(first))
-            smaller = at.select(is_first, at.load(first), value)
-            is_second = at.fcmp_ordered(">", smaller, at.load(second))
-            at.store(at.select(is_second, smaller, at.load(second)), second)
-            at.store(at.select(is_first, value, at.load(first)), first)
-        score = at.load(first) if best_of_group == 1 else at.fadd(at.load(first), at.load(second))
-        emit.store(_ordered(emit, at.bitcast(score, I32)), group_keys, at.mul(group, n(4)))
-    with emit.loop(best_groups, groups):
-        at.store(ir.Constant(I32, _LARGEST), least)
-        at.store(n(0), where)
-        with emit.loop(n(0), groups) as group:
-            key = emit.load(group_keys, at.mul(group, n(4)), I32)
-            is_less = at.icmp_signed("<=", key, at.load(least))
-            at.store(at.select(is_less, key, at.load(least)), least)
-            at.store(at.select(is_less, group, at.load(where)), where)
-        emit.store(ir.Constant(I32, _LARGEST), group_keys, at.mul(at.load(where), n(4)))
-        begin = at.mul(at.load(where), size)
-        with emit.loop(begin, at.add(begin, size)) as expert:
-            emit.store(ir.Constant(I32, _LEAST), keys, at.mul(expert, n(4)))
+        ``start`` is the key with which the search begins. Keys that are equal: with ">" the first, with "<=" the last.
+        """
+        at, n = self.at, self.number
+        at.store(ir.Constant(I32, start), self._key)
+        at.store(n(0), self._index)
+        with self.loop(n(0), count) as i:
+            key = self._number(keys, i, I32)
+            is_better = at.icmp_signed(order, key, at.load(self._key))
+            at.store(at.select(is_better, key, at.load(self._key)), self._key)
+            at.store(at.select(is_better, i, at.load(self._index)), self._index)
+        return at.load(self._index)
+
+    def _choose(self) -> None:
+        """Emit the choice of the experts with the top-k keys, and copies of their scores."""
+        at, n = self.at, self.number
+        with self.loop(n(0), self._top_k) as rank:
+            best = self._found(self._keys, self._experts, ">", _LEAST)
+            self.store(best, self._chosen, at.mul(rank, n(8)))
+            self._keep(ir.Constant(I32, _LEAST), self._keys, best)
+            self._keep(self._number(self._scores, best, F32), self._picked, rank)
+
+    def _weigh(self) -> None:
+        """Emit the weights of the chosen experts."""
+        at, n, code = self.at, self.number, self._code
+        largest = self.spread(self.load(self._picked, n(0), F32), LANES)
+
+        def share_of(values: Value, i: Value) -> Value:
+            value = self._number(values, i, vector(F32, LANES))
+            return value if code.is_sigmoid else self.exp(at.fsub(value, largest))
+
+        at.store(self.floats(0.0), self._total)
+        values, count = (self._picked, self._top_k) if code.normalised else (self._scores, self._experts)
+        with self.loop(n(0), self._padded(count), LANES) as i:
+            at.store(at.fadd(at.load(self._total), share_of(values, i)), self._total)
+        whole = self.spread(self.reduce(at.load(self._total), at.fadd), LANES)
+        if code.is_sigmoid:
+            whole = at.fadd(whole, self.floats(_TINY))
+        with self.loop(n(0), self._padded(self._top_k), LANES) as i:
+            share = share_of(self._picked, i)
+            if code.normalised or not code.is_sigmoid:
+                share = at.fdiv(share, whole)
+            self._keep(at.fmul(share, self._factor), self._picked, i)
+        with self.loop(n(0), self._top_k) as rank:
+            weight = self._number(self._picked, rank, vector(F32, 1))
+            place = at.mul(rank, n(code.weight_dtype.itemsize))
+            self.store_floats(weight, self._weights, place, code.weight_dtype)

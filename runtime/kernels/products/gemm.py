@@ -118,71 +118,94 @@ def product_module(form: Form | RowForm, processor: Processor) -> ir.Module:
     An item is ROW_TILE rows of one job's matrix, or ITEM_ROWS rows of a matrix in the coding of a checkpoint.
     """
     module = new_module()
-    takes_all_rows = isinstance(form, RowForm) or is_narrow(processor)
     if isinstance(form, RowForm):
-        rounding = Rounding.of(form.projection)
         one, several = (RowTile(module, form, processor, several=several).function for several in (False, True))
+        emit = _ProductEmitter(module, Rounding.of(form.projection), form.out)
+        emit.items_of_any_height(one, several)
+    elif is_narrow(processor):
+        one, several = (Avx2Tile(module, form, processor, several=several).function for several in (False, True))
+        emit = _ProductEmitter(module, Rounding(form.group), form.out)
+        emit.items_of_any_height(one, several)
     else:
-        rounding = Rounding(form.group)
-        if takes_all_rows:
-            one, several = (Avx2Tile(module, form, processor, several=several).function for several in (False, True))
-        else:
-            tiles = {rows: Tile(module, form, processor, rows).function for rows in (4, 2, 1)}
-            many = AmxTile(module, form, processor).function if processor.has_amx else None
-    emit = Emitter(module, WORK, [POINTER])
-    at, n = emit.at, emit.number
-    begun, fields = emit.fields(CONTEXT)
-    items, row_tiles, jobs, xn, xt, xs, y, columns, out_rows, padded, own, *offsets = fields
-    xn, xt, xs, y, jobs = (at.inttoptr(value, POINTER) for value in (xn, xt, xs, y, jobs))
-    groups = at.udiv(columns, n(rounding.group))
-    with emit.items(begun, items) as item:
-        job = at.gep(jobs, [at.mul(at.udiv(item, row_tiles), n(8 * JOB))])
-        tile = at.urem(item, row_tiles)
-        record, first, rows = (at.load(emit.place(job, n(8 * i), I64)) for i in range(JOB))
-        sections = [at.inttoptr(at.add(record, offset), POINTER) for offset in offsets]
-        read = at.mul(first, own)
+        tiles = {height: Tile(module, form, processor, height).function for height in (4, 2, 1)}
+        many = AmxTile(module, form, processor).function if processor.has_amx else None
+        emit = _ProductEmitter(module, Rounding(form.group), form.out)
+        emit.items_by_height(tiles, many)
+    return module
 
-        def call(tile_of: Value, row: Value, *count: Value) -> None:
-            source, target = at.add(read, row), at.add(first, row)
-            at.call(
-                tile_of,
-                [
-                    *sections,
-                    at.gep(xn, [at.mul(at.mul(source, columns), n(rounding.number_bytes))]),
-                    at.gep(xt, [at.mul(at.mul(source, groups), n(8))]),
-                    at.gep(xs, [at.mul(at.mul(source, groups), n(4))]),
-                    at.gep(y, [at.mul(at.mul(target, out_rows), n(form.out.itemsize))]),
-                    tile,
-                    columns,
-                    out_rows,
-                    padded,
-                    *count,
-                ],
-            )
 
-        if takes_all_rows:
-            with emit.loop(n(0), rows, MOST_ROWS) as row:
+class _ProductEmitter(Emitter):
+    """Emitter of the function WORK, which calls functions of tiles for the rows of x of each item."""
+
+    def __init__(self, module: ir.Module, rounding: Rounding, out: FloatType) -> None:
+        super().__init__(module, WORK, [POINTER])
+        at = self.at
+        self._rounding, self._out = rounding, out
+        self._begun, fields = self.fields(CONTEXT)
+        self._items, self._row_tiles, jobs, xn, xt, xs, y, self._columns, self._out_rows, self._padded, *more = fields
+        self._own, *self._offsets = more
+        self._xn, self._xt, self._xs, self._y, self._jobs = (at.inttoptr(v, POINTER) for v in (xn, xt, xs, y, jobs))
+        self._groups = at.udiv(self._columns, self.number(rounding.group))
+
+    def items_of_any_height(self, one: Value, several: Value) -> None:
+        """Emit all items with a tile's function for one row of x, and one for up to MOST_ROWS rows."""
+        at, n = self.at, self.number
+        with self.items(self._begun, self._items) as item:
+            rows = self._begin_item(item)
+            with self.loop(n(0), rows, MOST_ROWS) as row:
                 left = at.sub(rows, row)
                 with at.if_else(at.icmp_signed("==", left, n(1))) as (then, otherwise):
                     with then:
-                        call(one, row)
+                        self._call(one, row)
                     with otherwise:
-                        few = at.icmp_signed("<", left, n(MOST_ROWS))
-                        call(several, row, at.select(few, left, n(MOST_ROWS)))
-        else:
+                        self._call(several, row, self._least(left, MOST_ROWS))
+        at.ret_void()
+
+    def items_by_height(self, tiles: dict[int, Value], many: Value | None) -> None:
+        """Emit all items with tiles' functions by their number of rows of x, the highest first.
+
+        ``many`` is a function for LEAST_ROWS to MOST_AMX_ROWS rows; None if there is none.
+        """
+        at, n = self.at, self.number
+        with self.items(self._begun, self._items) as item:
+            rows = self._begin_item(item)
             begin, left = n(0), rows
             if many is not None:
                 rest = at.urem(rows, n(MOST_AMX_ROWS))
                 left = at.select(at.icmp_signed("<", rest, n(LEAST_ROWS)), rest, n(0))
                 begin = at.sub(rows, left)
-                with emit.loop(n(0), begin, MOST_AMX_ROWS) as row:
-                    after = at.sub(begin, row)
-                    few = at.icmp_signed("<", after, n(MOST_AMX_ROWS))
-                    call(many, row, at.select(few, after, n(MOST_AMX_ROWS)))
-            for height in (4, 2, 1):
+                with self.loop(n(0), begin, MOST_AMX_ROWS) as row:
+                    self._call(many, row, self._least(at.sub(begin, row), MOST_AMX_ROWS))
+            for height, tile in tiles.items():
                 whole = at.sub(rows, at.and_(left, n(height - 1)))
-                with emit.loop(begin, whole, height) as row:
-                    call(tiles[height], row)
+                with self.loop(begin, whole, height) as row:
+                    self._call(tile, row)
                 begin = whole
-    at.ret_void()
-    return module
+        at.ret_void()
+
+    def _begin_item(self, item: Value) -> Value:
+        """Emit what the calls for an item have in common. Return the number of rows of x."""
+        at, n = self.at, self.number
+        job = at.gep(self._jobs, [at.mul(at.udiv(item, self._row_tiles), n(8 * JOB))])
+        self._tile = at.urem(item, self._row_tiles)
+        record, self._first, rows = (at.load(self.place(job, n(8 * i), I64)) for i in range(JOB))
+        self._sections = [at.inttoptr(at.add(record, offset), POINTER) for offset in self._offsets]
+        self._read = at.mul(self._first, self._own)
+        return rows
+
+    def _call(self, tile: Value, row: Value, *count: Value) -> None:
+        """Emit a call of a tile's function, from row ``row`` of the item's rows of x on."""
+        at, n = self.at, self.number
+        source, target = at.add(self._read, row), at.add(self._first, row)
+        xn = at.gep(self._xn, [at.mul(at.mul(source, self._columns), n(self._rounding.number_bytes))])
+        xt, xs = (
+            at.gep(base, [at.mul(at.mul(source, self._groups), n(size))])
+            for base, size in ((self._xt, 8), (self._xs, 4))
+        )
+        y = at.gep(self._y, [at.mul(at.mul(target, self._out_rows), n(self._out.itemsize))])
+        sizes = (self._tile, self._columns, self._out_rows, self._padded)
+        at.call(tile, [*self._sections, xn, xt, xs, y, *sizes, *count])
+
+    def _least(self, count: Value, most: int) -> Value:
+        limit = self.number(most)
+        return self.at.select(self.at.icmp_signed("<", count, limit), count, limit)
