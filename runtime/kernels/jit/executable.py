@@ -4,6 +4,11 @@ systemd's MemoryDenyWriteExecute=, PR_SET_MDWE and SELinux forbid making memory 
 engine does not notice that, and running its code then kills the process. So the compiler's object file is linked here,
 written to a memory file, and mapped from that for reading and running, which is permitted. Object files for other
 processors than x86-64 go through LLVM's engine, where memory may become executable.
+
+LLVM's newer engine ORC can't take the linker's place (tried with llvmlite 0.50, LLVM 22). With JITLink and with the
+older linker alike, its code is in private memory that was written and then made executable (``r-xp`` without a file in
+/proc/self/maps). Where that is forbidden, the older linker raises "Failed to materialize symbols", and JITLink ends the
+process by an assertion. LLVM has a memory manager that maps shared memory twice, but llvmlite can't choose it.
 """
 
 from __future__ import annotations
