@@ -1,4 +1,8 @@
-"""Emit the functions that a block's experts need besides products; ``expert_kernels.py`` runs them in order."""
+"""Emit the functions that a block's experts need besides products; ``expert_kernels.py`` runs them in order.
+
+``tests/helpers/directory_reference.py`` has FIND and PROVE in plain Python. A test runs both beside an arena's owner,
+in all interleavings.
+"""
 
 from __future__ import annotations
 
@@ -170,46 +174,39 @@ def adding_module(dtype: Dtype, weight_dtype: Dtype, has_residual: bool) -> ir.M
 def find_module() -> ir.Module:
     """Emit the function ``FIND(context)``, which looks experts up in a directory (``tiers/arena/directory.py``).
 
-    FIND stops at the first expert that is not resident. The context: number of experts found, which FIND writes; top_k;
-    a pointer to the experts, i64 [top_k]; the fields in ``Residents.numbers``; pointers to the arrays into which the
-    jobs, slots and generations of the experts are written.
+    FIND stops at the first expert that is not resident. The context: number of experts before that one, which FIND
+    writes; top_k; a pointer to the experts, i64 [top_k]; the fields in ``Residents.numbers``; pointers to the arrays
+    into which the jobs, slots and generations of the experts are written.
     """
     module = new_module()
     emit = Emitter(module, FIND, [POINTER])
     at, n = emit.at, emit.number
-    found, fields = emit.fields(FIND_CONTEXT)
-    top_k, experts, size, table, generations, first, count, records, slot_bytes, jobs, slots, stamps = fields
-    experts, table, generations, jobs, slots, stamps = (
-        at.inttoptr(address, POINTER) for address in (experts, table, generations, jobs, slots, stamps)
+    resident, fields = emit.fields(FIND_CONTEXT)
+    top_k, experts, size, table, generations, first, count, records, slot_bytes, jobs, slots, seen = fields
+    experts, table, generations, jobs, slots, seen = (
+        at.inttoptr(address, POINTER) for address in (experts, table, generations, jobs, slots, seen)
     )
 
     def word(pointer: Value, index: Value) -> Value:
         return emit.place(pointer, at.mul(index, n(8)), I64)
 
     with emit.loop(n(0), top_k) as i:
-        known, resident, found_, end = (
-            emit.function.append_basic_block(name) for name in ("known", "resident", "found", "end")
-        )
         expert = at.load(word(experts, i))
-        at.cbranch(at.icmp_unsigned("<", expert, size), known, end)
-        at.position_at_end(end)
-        at.ret_void()
-        at.position_at_end(known)
+        emit.return_if(at.icmp_unsigned(">=", expert, size))
         slot = at.load_atomic(word(table, expert), "acquire", 8)
         number = at.sub(slot, first)
-        at.cbranch(at.icmp_unsigned("<", number, count), resident, end)
-        at.position_at_end(resident)
-        stamp = at.load_atomic(word(generations, slot), "acquire", 8)
+        emit.return_if(at.icmp_unsigned(">=", number, count))
+        generation = at.load_atomic(word(generations, slot), "acquire", 8)
         # the slot is looked up again after its generation was read: if it was refilled in between, they differ
-        same = at.icmp_signed("==", at.load_atomic(word(table, expert), "acquire", 8), slot)
-        at.cbranch(at.and_(same, at.icmp_unsigned("==", at.and_(stamp, n(1)), n(0))), found_, end)
-        at.position_at_end(found_)
+        is_moved = at.icmp_signed("!=", at.load_atomic(word(table, expert), "acquire", 8), slot)
+        is_filled = at.icmp_unsigned("==", at.and_(generation, n(1)), n(0))
+        emit.return_if(at.or_(is_moved, at.not_(is_filled)))
         job = at.mul(i, n(JOB))
         for offset, value in enumerate((at.add(records, at.mul(number, slot_bytes)), i, n(1))):
             at.store(value, word(jobs, at.add(job, n(offset))))
         at.store(slot, word(slots, i))
-        at.store(stamp, word(stamps, i))
-        at.store(at.add(i, n(1)), found)
+        at.store(generation, word(seen, i))
+        at.store(at.add(i, n(1)), resident)
     at.ret_void()
     return module
 
@@ -223,13 +220,13 @@ def prove_module() -> ir.Module:
     module = new_module()
     emit = Emitter(module, PROVE, [POINTER])
     at, n = emit.at, emit.number
-    same, (top_k, generations, slots, stamps) = emit.fields(PROVE_CONTEXT)
-    generations, slots, stamps = (at.inttoptr(address, POINTER) for address in (generations, slots, stamps))
+    same, (top_k, generations, slots, seen) = emit.fields(PROVE_CONTEXT)
+    generations, slots, seen = (at.inttoptr(address, POINTER) for address in (generations, slots, seen))
     at.fence("seq_cst")  # all reads of the records come before those of the generations
     with emit.loop(n(0), top_k) as i:
-        slot, stamp = (emit.load(pointer, at.mul(i, n(8)), I64) for pointer in (slots, stamps))
+        slot, before = (emit.load(pointer, at.mul(i, n(8)), I64) for pointer in (slots, seen))
         now = at.load_atomic(emit.place(generations, at.mul(slot, n(8)), I64), "acquire", 8)
-        at.store(at.add(at.load(same), at.zext(at.icmp_signed("==", now, stamp), I64)), same)
+        at.store(at.add(at.load(same), at.zext(at.icmp_signed("==", now, before), I64)), same)
     at.ret_void()
     return module
 

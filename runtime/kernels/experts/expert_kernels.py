@@ -112,12 +112,12 @@ class OneToken:
         starts = kernels._starts(1, self._top_k, has_outputs=False)
         self.nbytes = starts[-1]
         self.scratch = _scratch.take(self.nbytes)
-        self._jobs, self._slots, self._stamps = (
+        self._jobs, self._slots, self._generations = (
             array("q", bytes(8 * self._top_k * numbers)) for numbers in (JOB, 1, 1)
         )
-        found = [numbers.buffer_info()[0] for numbers in (self._jobs, self._slots, self._stamps)]
-        self._lookup = array("q", (0, self._top_k, *[0] * 8, *found))
-        self._proof = array("q", (0, self._top_k, 0, *found[1:]))
+        addresses = [numbers.buffer_info()[0] for numbers in (self._jobs, self._slots, self._generations)]
+        self._lookup = array("q", (0, self._top_k, *[0] * 8, *addresses))
+        self._proof = array("q", (0, self._top_k, 0, *addresses[1:]))
         outputs = self.scratch + starts[4]
         steps = kernels._steps(1, self._jobs, array("q", range(self._top_k)), self.scratch, starts, outputs)
         adding = kernels._adding(weight_dtype, 1, self._top_k, outputs, 1, has_residual=has_residual)

@@ -80,10 +80,18 @@ def new_module() -> ir.Module:
     return module
 
 
+class WhileLoop(NamedTuple):
+    """Statements for the body of a loop of ``Emitter.while_``. No code may follow them in their block."""
+
+    continue_: Callable[[], object]
+    break_: Callable[[], object]
+
+
 class Emitter:
     """Emitter of one function, ``void name(pointer, ..., i64, ...)``: loops, and frequent operations on vectors.
 
-    Values stand for results of LLVM instructions. They are known when the function runs, not when it is emitted.
+    ``at`` is llvmlite's builder, whose ``if_then`` and ``if_else`` emit branches. Values stand for results of LLVM
+    instructions. They are known when the function runs, not when it is emitted.
     """
 
     def __init__(self, module: ir.Module, name: str, arguments: Sequence[Any]) -> None:
@@ -137,6 +145,28 @@ class Emitter:
         index.add_incoming(at.add(index, self.number(step)), at.block)
         at.branch(head)
         at.position_at_end(end)
+
+    @contextlib.contextmanager
+    def while_(self, condition: Callable[[], Value] | None = None) -> Iterator[WhileLoop]:
+        """Emit a loop that is repeated while a condition holds; without one, until the body leaves it.
+
+        ``condition`` emits the condition, an i1. Yields the loop; emit the body inside the context.
+        """
+        at = self.at
+        head, body, end = (self.function.append_basic_block(name) for name in ("while", "body", "end"))
+        at.branch(head)
+        at.position_at_end(head)
+        at.branch(body) if condition is None else at.cbranch(condition(), body, end)
+        at.position_at_end(body)
+        yield WhileLoop(functools.partial(at.branch, head), functools.partial(at.branch, end))
+        if not at.block.is_terminated:
+            at.branch(head)
+        at.position_at_end(end)
+
+    def return_if(self, condition: Value) -> None:
+        """Emit the end of the function for the case that ``condition``, an i1, holds."""
+        with self.at.if_then(condition):
+            self.at.ret_void()
 
     @contextlib.contextmanager
     def items(self, begun: Value, count: Value) -> Iterator[Value]:

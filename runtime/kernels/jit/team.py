@@ -32,12 +32,12 @@ from .emitter import once
 from .openmp import end_threads
 from .processor import Processor, this_processor
 from .team_code import (
-    BELL,
     CLOCK,
     FIRST_SPIN,
     FUTEX,
     LINE,
     MOST_WORKERS,
+    OPENED,
     RUN_ALL,
     SPIN,
     STOPPED,
@@ -215,8 +215,8 @@ class Team:
         self._words[STOPPED] = 1
         for thread in self._workers:
             while thread.is_alive():
-                bell = ctypes.c_void_p(self.address + 8 * BELL)
-                self._library.syscall(FUTEX, bell, WAKE, len(self._workers), None, None, 0)
+                opened = ctypes.c_void_p(self.address + 8 * OPENED)
+                self._library.syscall(FUTEX, opened, WAKE, len(self._workers), None, None, 0)
                 thread.join(0.01)
 
 

@@ -1,4 +1,8 @@
-"""Emit the compiled code of a team of threads, for its callers and its workers. ``team.py`` describes the protocol."""
+"""Emit the compiled code of a team of threads, for its callers and its workers. ``team.py`` describes the protocol.
+
+``tests/helpers/team_reference.py`` has the same algorithm in plain Python, with functions of the same names. A test
+runs both in all interleavings of small cases, and compares their operations one by one.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +14,10 @@ from llvmlite import ir
 from .emitter import I32, I64, POINTER, Emitter, Value, new_module
 
 # Numbers of the words (i64) in a team's memory. Words that several threads write are in cache lines of their own.
-# STATE: see below. BELL: goes up with each job; workers sleep on it. FINISHED: number of workers that have finished the
-# job. SLEEPERS: number of workers that sleep. BUSY: 1 while a job is in progress. CALLER_SLEEPS: 1 if the caller sleeps
-# on FINISHED.
-STATE, BELL, FINISHED, SLEEPERS, BUSY, CALLER_SLEEPS = 0, 8, 16, 24, 32, 40
+# STATE: see below. OPENED: number of jobs so far; workers sleep on it. FINISHED: number of workers that have finished
+# the job. SLEEPERS: number of workers that sleep. BUSY: 1 while a job is in progress. CALLER_SLEEPS: 1 if the caller
+# sleeps on FINISHED.
+STATE, OPENED, FINISHED, SLEEPERS, BUSY, CALLER_SLEEPS = 0, 8, 16, 24, 32, 40
 SPIN = 48  # nanoseconds for which a worker spins before it sleeps
 JOB, CONTEXT = 56, 57  # addresses of the function to run, and of its context
 STOPPED = 64  # 1 if workers must end
@@ -82,6 +86,10 @@ class _TeamEmitter(Emitter):
         """Emit an atomic store to a word."""
         self.at.store_atomic(value, self.word(number), "seq_cst", 8)
 
+    def is_set(self, number: int) -> Value:
+        """Emit whether a word is not 0."""
+        return self.at.icmp_unsigned("!=", self.get(number), self.number(0))
+
     def add(self, number: int, value: int) -> None:
         """Emit an atomic addition to a word."""
         self.at.atomic_rmw("add", self.word(number), self.number(value), "seq_cst")
@@ -92,13 +100,13 @@ class _TeamEmitter(Emitter):
 
     def call(self, function: Value, context: Value) -> None:
         """Emit a call of the function at an address with a context."""
-        kind = ir.FunctionType(ir.VoidType(), [I64]).as_pointer()
-        self.at.call(self.at.inttoptr(function, kind), [context])
+        signature = ir.FunctionType(ir.VoidType(), [I64]).as_pointer()
+        self.at.call(self.at.inttoptr(function, signature), [context])
 
     def now(self) -> Value:
         """Emit a reading of the monotonic clock, in nanoseconds."""
-        kind = ir.FunctionType(I32, [I32, POINTER]).as_pointer()
-        clock = self.at.inttoptr(self.at.load(self.word(CLOCK)), kind)
+        signature = ir.FunctionType(I32, [I32, POINTER]).as_pointer()
+        clock = self.at.inttoptr(self.at.load(self.word(CLOCK)), signature)
         time = self.at.bitcast(self._time, POINTER)
         self.at.call(clock, [ir.Constant(I32, _MONOTONIC), time])
         seconds, nanoseconds = (self.load(time, self.number(8 * part), I64) for part in range(2))
@@ -106,8 +114,8 @@ class _TeamEmitter(Emitter):
 
     def futex(self, number: int, operation: int, value: Value) -> None:
         """Emit a system call: sleep while the low half of a word is ``value``, or wake ``value`` sleepers."""
-        kind = ir.FunctionType(I64, [I64], var_arg=True).as_pointer()
-        call = self.at.inttoptr(self.at.load(self.word(SYSCALL)), kind)
+        signature = ir.FunctionType(I64, [I64], var_arg=True).as_pointer()
+        call = self.at.inttoptr(self.at.load(self.word(SYSCALL)), signature)
         zero, place = self.number(0), self.at.ptrtoint(self.word(number), I64)
         self.at.call(call, [self.number(FUTEX or 0), place, self.number(operation), value, zero, zero, zero])
 
@@ -116,27 +124,29 @@ class _TeamEmitter(Emitter):
         if (name := _PAUSE.get(platform.machine())) is not None:
             self.intrinsic(name, ir.VoidType())
 
-    def block(self, name: str) -> Value:
-        """Emit a new block, to be filled later."""
-        return self.function.append_basic_block(name)
-
 
 def _emit_run(emit: _TeamEmitter) -> None:
     at, n = emit.at, emit.number
     _, function, context, workers = emit.function.args
-    claim, publish, wake, work, alone = (emit.block(name) for name in ("claim", "publish", "wake", "work", "alone"))
-    wait, turn, sleep, rest, over = (emit.block(name) for name in ("wait", "turn", "sleep", "rest", "over"))
-    adapt, leave = emit.block("adapt"), emit.block("leave")
-    at.cbranch(at.icmp_signed("<", workers, n(1)), alone, claim)
-
-    at.position_at_end(claim)
-    at.cbranch(emit.swap(BUSY, n(0), n(1)), publish, alone)
-
-    at.position_at_end(alone)
+    with at.if_then(at.icmp_signed("<", workers, n(1))):
+        emit.call(function, context)
+        at.ret_void()
+    with at.if_then(at.not_(emit.swap(BUSY, n(0), n(1)))):  # another thread's job is in progress
+        emit.call(function, context)
+        at.ret_void()
+    is_lacking = _open_job(emit, function, context, workers)
     emit.call(function, context)
+    closed = at.atomic_rmw("and", emit.word(STATE), n(~OPEN), "seq_cst")
+    joined = at.and_(closed, n(JOINED))
+    _wait_for(emit, joined)
+    _adapt_spin(emit, is_lacking, at.icmp_signed("<", joined, workers))
+    emit.set(BUSY, n(0))
     at.ret_void()
 
-    at.position_at_end(publish)
+
+def _open_job(emit: _TeamEmitter, function: Value, context: Value, workers: Value) -> Value:
+    """Emit the opening of a job that workers may join. Return whether some of them have to be woken for it."""
+    at, n = emit.at, emit.number
     number = at.add(at.lshr(emit.get(STATE), n(NUMBER_SHIFT)), n(1))
     emit.set(FINISHED, n(0))
     emit.set(CALLER_SLEEPS, n(0))
@@ -144,114 +154,89 @@ def _emit_run(emit: _TeamEmitter) -> None:
     at.store(context, emit.word(CONTEXT))
     open_ = at.or_(at.shl(number, n(NUMBER_SHIFT)), at.or_(at.shl(workers, n(MOST_SHIFT)), n(OPEN)))
     emit.set(STATE, open_)
-    emit.add(BELL, 1)
+    emit.add(OPENED, 1)
     awake = at.sub(at.load(emit.word(WORKERS)), emit.get(SLEEPERS))
     lacking = at.sub(workers, awake)
     is_lacking = at.icmp_signed(">", lacking, n(0))
-    at.cbranch(is_lacking, wake, work)
+    with at.if_then(is_lacking):
+        emit.futex(OPENED, WAKE, lacking)
+    return is_lacking
 
-    at.position_at_end(wake)
-    emit.futex(BELL, WAKE, lacking)
-    at.branch(work)
 
-    at.position_at_end(work)
-    emit.call(function, context)
-    closed = at.atomic_rmw("and", emit.word(STATE), n(~OPEN), "seq_cst")
-    joined = at.and_(closed, n(JOINED))
+def _wait_for(emit: _TeamEmitter, joined: Value) -> None:
+    """Emit the caller's wait until as many workers as have joined the job have finished it."""
+    at, n = emit.at, emit.number
     until = at.add(emit.now(), n(CALLER_SPIN))
-    at.branch(wait)
+    with emit.while_(lambda: at.icmp_signed("!=", emit.get(FINISHED), joined)):
+        emit.pause()
+        with at.if_then(at.icmp_signed(">=", emit.now(), until)):
+            emit.set(CALLER_SLEEPS, n(1))
+            finished = emit.get(FINISHED)
+            with at.if_then(at.icmp_signed("!=", finished, joined)):
+                emit.futex(FINISHED, WAIT, finished)
 
-    at.position_at_end(wait)
-    at.cbranch(at.icmp_signed("==", emit.get(FINISHED), joined), over, turn)
 
-    at.position_at_end(turn)
-    emit.pause()
-    at.cbranch(at.icmp_signed("<", emit.now(), until), wait, sleep)
-
-    at.position_at_end(sleep)
-    emit.set(CALLER_SLEEPS, n(1))
-    finished = emit.get(FINISHED)
-    at.cbranch(at.icmp_signed("==", finished, joined), over, rest)
-
-    at.position_at_end(rest)
-    emit.futex(FINISHED, WAIT, finished)
-    at.branch(wait)
-
-    at.position_at_end(over)
+def _adapt_spin(emit: _TeamEmitter, is_lacking: Value, is_short: Value) -> None:
+    """Emit the change of the time for which workers spin. ``is_short``: fewer workers have joined than might have."""
+    at, n = emit.at, emit.number
     spin = at.load_atomic(emit.word(SPIN), "monotonic", 8)
     longer = at.add(spin, n(LONGER))
     longer = at.select(at.icmp_signed("<", longer, n(LONGEST_SPIN)), longer, n(LONGEST_SPIN))
     # a worker that was awake and still did not join had lost its core to another process: it should spin less
-    is_late = at.and_(at.icmp_signed("<", joined, workers), at.not_(is_lacking))
+    is_late = at.and_(is_short, at.not_(is_lacking))
     next_spin = at.select(is_lacking, longer, at.select(is_late, at.lshr(spin, n(1)), spin))
-    at.cbranch(at.icmp_signed("!=", next_spin, spin), adapt, leave)
-
-    at.position_at_end(adapt)
-    at.store_atomic(next_spin, emit.word(SPIN), "monotonic", 8)
-    at.branch(leave)
-
-    at.position_at_end(leave)
-    emit.set(BUSY, n(0))
-    at.ret_void()
+    with at.if_then(at.icmp_signed("!=", next_spin, spin)):
+        at.store_atomic(next_spin, emit.word(SPIN), "monotonic", 8)
 
 
 def _emit_work(emit: _TeamEmitter) -> None:
     at, n = emit.at, emit.number
-    seen = at.alloca(I64)  # number of the last job that this worker has joined
-    at.store(n(0), seen)
-    begin, look, idle, pause = (emit.block(name) for name in ("begin", "look", "idle", "pause"))
-    doze, sleep, wake, join, work, tell, done = (
-        emit.block(name) for name in ("doze", "sleep", "wake", "join", "work", "tell", "done")
-    )
+    last = at.alloca(I64)  # number of the last job that this worker has joined
+    at.store(n(0), last)
+    with emit.while_() as serving:
+        until = at.add(emit.now(), at.load_atomic(emit.word(SPIN), "monotonic", 8))
+        with emit.while_() as looking:
+            opened = emit.get(OPENED)
+            state = emit.get(STATE)
+            with at.if_then(_may_join(emit, state, last)):
+                with at.if_then(emit.swap(STATE, state, at.add(state, n(1)))):
+                    at.store(at.lshr(state, n(NUMBER_SHIFT)), last)
+                    _emit_job(emit)
+                    looking.break_()
+                looking.continue_()  # another thread has changed the state
+            with at.if_then(emit.is_set(STOPPED)):
+                serving.break_()
+            emit.pause()
+            with at.if_then(at.icmp_signed(">=", emit.now(), until)):
+                _sleep(emit, opened, last)
+                looking.break_()
+    at.ret_void()
 
-    def may_join(state: Value) -> Value:
-        is_open = at.icmp_unsigned("!=", at.and_(state, n(OPEN)), n(0))
-        is_new = at.icmp_unsigned("!=", at.lshr(state, n(NUMBER_SHIFT)), at.load(seen))
-        most = at.and_(at.lshr(state, n(MOST_SHIFT)), n(0xFFFF))
-        return at.and_(at.and_(is_open, is_new), at.icmp_unsigned("<", at.and_(state, n(JOINED)), most))
 
-    at.branch(begin)
-    at.position_at_end(begin)
-    until = at.add(emit.now(), at.load_atomic(emit.word(SPIN), "monotonic", 8))
-    at.branch(look)
+def _may_join(emit: _TeamEmitter, state: Value, last: Value) -> Value:
+    """Emit whether a worker may join a job, by the word STATE and the variable ``last``."""
+    at, n = emit.at, emit.number
+    is_open = at.icmp_unsigned("!=", at.and_(state, n(OPEN)), n(0))
+    is_new = at.icmp_unsigned("!=", at.lshr(state, n(NUMBER_SHIFT)), at.load(last))
+    most = at.and_(at.lshr(state, n(MOST_SHIFT)), n(0xFFFF))
+    return at.and_(at.and_(is_open, is_new), at.icmp_unsigned("<", at.and_(state, n(JOINED)), most))
 
-    at.position_at_end(look)
-    bell = emit.get(BELL)
-    state = emit.get(STATE)
-    at.cbranch(may_join(state), join, idle)
 
-    at.position_at_end(idle)
-    at.cbranch(at.icmp_unsigned("!=", emit.get(STOPPED), n(0)), done, pause)
-
-    at.position_at_end(pause)
-    emit.pause()
-    at.cbranch(at.icmp_signed("<", emit.now(), until), look, doze)
-
-    at.position_at_end(doze)
-    emit.add(SLEEPERS, 1)
-    stays = at.or_(may_join(emit.get(STATE)), at.icmp_unsigned("!=", emit.get(STOPPED), n(0)))
-    at.cbranch(stays, wake, sleep)
-
-    at.position_at_end(sleep)
-    emit.futex(BELL, WAIT, bell)
-    at.branch(wake)
-
-    at.position_at_end(wake)
-    emit.add(SLEEPERS, -1)
-    at.branch(begin)
-
-    at.position_at_end(join)
-    at.cbranch(emit.swap(STATE, state, at.add(state, n(1))), work, look)
-
-    at.position_at_end(work)
-    at.store(at.lshr(state, n(NUMBER_SHIFT)), seen)
+def _emit_job(emit: _TeamEmitter) -> None:
+    """Emit a worker's part of a job that it has joined."""
+    at, n = emit.at, emit.number
     emit.call(at.load(emit.word(JOB)), at.load(emit.word(CONTEXT)))
     emit.add(FINISHED, 1)
-    at.cbranch(at.icmp_unsigned("!=", emit.get(CALLER_SLEEPS), n(0)), tell, begin)
+    with at.if_then(emit.is_set(CALLER_SLEEPS)):
+        emit.futex(FINISHED, WAKE, n(1))
 
-    at.position_at_end(tell)
-    emit.futex(FINISHED, WAKE, n(1))
-    at.branch(begin)
 
-    at.position_at_end(done)
-    at.ret_void()
+def _sleep(emit: _TeamEmitter, opened: Value, last: Value) -> None:
+    """Emit a worker's sleep until a job is opened after those that ``opened`` counts."""
+    at = emit.at
+    # SLEEPERS is raised before STATE is read once more: a caller that opens a job meanwhile sees it, and wakes workers
+    emit.add(SLEEPERS, 1)
+    is_needed = at.or_(_may_join(emit, emit.get(STATE), last), emit.is_set(STOPPED))
+    with at.if_then(at.not_(is_needed)):
+        emit.futex(OPENED, WAIT, opened)
+    emit.add(SLEEPERS, -1)
