@@ -25,6 +25,7 @@ ORDER = (
     {"runtime.kernels.experts", "runtime.kernels.layer", "runtime.kernels.quantise"},
     {"runtime.kernels"},
     {"runtime.moe"},
+    {"runtime.formats"},
     {"runtime.checkpoint", "runtime.speculation"},
     {"runtime.trace", "runtime.client", "runtime.daemon"},
     {"runtime.model"},
@@ -44,7 +45,7 @@ HOMES = {
     "transformers": {"runtime", "tools"},
     "zarr": {"tiers.store.writer"},
     "crc32c": {"tiers.store.checksum"},
-    "gguf": {"runtime.checkpoint"},
+    "gguf": {"runtime.checkpoint.gguf_file", "runtime.formats.gguf"},
     "google_crc32c": set(),  # it holds the GIL
     "matplotlib": {"tools.traces", "tools.commands.plot"},
     "textual": {"tools.top"},

@@ -20,6 +20,7 @@ from transformers import core_model_loading as loading
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from moetier.runtime.formats.tensors import SourceTensor
 from moetier.runtime.libraries.meta import MadeOnMeta
 from moetier.runtime.moe.experts import EXPERT_PARAMETERS, experts_modules
 from moetier.tiers.errors import CheckpointError, UnsupportedModelError
@@ -29,7 +30,6 @@ from moetier.tiers.store.trunk import RECORD
 
 from .files import carried, with_floats
 from .recipe import BlockBlueprint, Recipe
-from .tensors import SourceTensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -37,7 +37,7 @@ from .files import (
     weights_of,
     with_floats,
 )
-from .gguf import open_source
+from .gguf_file import open_source
 
 _APART = """
 import json, sys

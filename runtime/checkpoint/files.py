@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moetier.runtime.formats.tensors import MAX_NAME, SourceTensor, StoredTensor, read_at, read_tensors
 from moetier.tiers.errors import CheckpointError, UnsafeCheckpointError
 from moetier.tiers.headers.gguf import SUFFIX
 
 from . import hub
 from .config_json import NOT_CARRIED
-from .tensors import MAX_NAME, SourceTensor, StoredTensor, read_at, read_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -87,7 +87,7 @@ class Checkpoint:
         ``model`` is the model, on the meta device. ``dtype`` is torch's name of the type to which quantised tensors are
         decoded. Raises as ``source_tensors``.
         """
-        from .packed import source_tensors  # imports torch, which a daemon does without
+        from moetier.runtime.formats.scaled import source_tensors  # imports torch, which a daemon does without
 
         return source_tensors(self.tensors, self.quantization, dtype, self.config)
 

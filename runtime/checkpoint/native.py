@@ -8,16 +8,16 @@ from dataclasses import dataclass
 
 import torch
 
+from moetier.runtime.formats.gguf import GgufExperts
+from moetier.runtime.formats.grouped import Grouped
+from moetier.runtime.formats.scaled import Packed
+from moetier.runtime.formats.tensors import SourceTensor, StoredTensor
 from moetier.tiers.errors import CheckpointError
 from moetier.tiers.layout import CODING_GROUPS, ZERO_POINTS, Projection, RecordLayout, Section
 from moetier.tiers.quant.codec import layout_for
 from moetier.tiers.quant.zero_points import Levels
 
-from .gguf_tensors import GgufExperts
-from .packed import Packed
 from .recipe import BlockBlueprint, Expert
-from .tensors import SourceTensor, StoredTensor
-from .zero_points import Grouped
 
 
 def native_layout(block: BlockBlueprint) -> RecordLayout:

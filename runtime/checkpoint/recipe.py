@@ -21,12 +21,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import core_model_loading as loading
 
+from moetier.runtime.formats.gguf import GgufExperts
+from moetier.runtime.formats.grouped import Grouped
+from moetier.runtime.formats.scaled import Packed
+from moetier.runtime.formats.tensors import SourceTensor, StoredTensor
 from moetier.tiers.errors import CheckpointError
-
-from .gguf_tensors import GgufExperts
-from .packed import Packed
-from .tensors import SourceTensor, StoredTensor
-from .zero_points import Grouped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -10,8 +10,8 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from moetier.runtime.checkpoint.files import open_checkpoint
-from moetier.runtime.checkpoint.packed import source_tensors
-from moetier.runtime.checkpoint.tensors import SourceTensor, StoredTensor
+from moetier.runtime.formats.scaled import source_tensors
+from moetier.runtime.formats.tensors import SourceTensor, StoredTensor
 
 SPELLINGS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 

@@ -22,8 +22,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from moetier.runtime.checkpoint.experts import check_shards, config_of, is_checkpoint, read_manifest
 from moetier.runtime.checkpoint.files import is_gguf
-from moetier.runtime.checkpoint.gguf import tokenizer_of
-from moetier.runtime.checkpoint.gguf_trunk import trunk_of
+from moetier.runtime.checkpoint.gguf_file import tokenizer_of
+from moetier.runtime.checkpoint.trunk import trunk_of
 from moetier.runtime.config import OPTIONS, LoadOptions, TierConfig
 from moetier.runtime.machine.memory import shortage_in
 from moetier.tiers.errors import ConfigError, MoetierError, StoreFormatError, UnsupportedModelError

@@ -29,7 +29,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from moetier.runtime.checkpoint.config_json import NAME
 from moetier.runtime.checkpoint.experts import config_of, is_checkpoint, read_manifest
-from moetier.runtime.checkpoint.gguf_trunk import GgufTrunk
+from moetier.runtime.checkpoint.trunk import GgufTrunk
 from moetier.runtime.config import OPTIONS, TierConfig, TierOptions
 from moetier.runtime.kernels.choose import kernels_for
 from moetier.runtime.kernels.layer.attention import use_decode_attention

@@ -16,7 +16,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from moetier.runtime.checkpoint.files import contained, is_gguf, weights_of
-from moetier.runtime.checkpoint.gguf import parts
+from moetier.runtime.checkpoint.gguf_file import parts
 from moetier.runtime.machine.memory import mapped_files
 from moetier.tiers.errors import StoreError, StoreFormatError
 from moetier.tiers.store.atomic import read_errors

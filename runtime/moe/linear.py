@@ -16,7 +16,7 @@ from moetier.tiers.errors import StoreFormatError
 from moetier.tiers.layout import RecordLayout
 from moetier.tiers.manifest import TrunkRecords
 from moetier.tiers.quant.codec import layout_for
-from moetier.tiers.quant.gguf import decode_blocks
+from moetier.tiers.quant.gguf_blocks import decode_blocks
 
 from .gradients import without_gradient
 

@@ -7,7 +7,7 @@ A weight is a number of the coding times the scale of its block, computed in fp3
     int4    u - 8 for a code u of 4 bits, in the same order: compressed-tensors' "pack-quantized"
     e4m3    FP8 numbers (float8_e4m3fn)
 
-The codings of GGUF files have their scales among the codes. ``gguf`` decodes them.
+The codings of GGUF files have their scales among the codes. ``gguf_blocks`` decodes them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from moetier.tiers.layout import BLOCKS, Projection
 
-from .gguf import decode_blocks
+from .gguf_blocks import decode_blocks
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 _STORED_AS = {"e8m0": torch.float8_e8m0fnu, "e4m3": torch.float8_e4m3fn}  # torch's types of scales that are bytes

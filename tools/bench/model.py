@@ -134,7 +134,7 @@ def measure(arguments: argparse.Namespace, work: Work) -> int:
     """
     from moetier.runtime.checkpoint.experts import read_manifest
     from moetier.runtime.checkpoint.files import is_gguf
-    from moetier.runtime.checkpoint.gguf import parts
+    from moetier.runtime.checkpoint.gguf_file import parts
     from moetier.tiers.source import LOADERS
 
     check_bench(arguments)

@@ -23,7 +23,7 @@ import torch
 from moetier.runtime.checkpoint.blueprint import Blueprint
 from moetier.runtime.checkpoint.native import Kept, stored_in
 from moetier.runtime.checkpoint.recipe import Expert, Recipe
-from moetier.runtime.checkpoint.tensors import CHUNK_BYTES, Bytes, StoredTensor, read_at
+from moetier.runtime.formats.tensors import CHUNK_BYTES, Bytes, StoredTensor, read_at
 from moetier.runtime.kernels.quantise.encode import encode
 from moetier.runtime.moe.linear import WEIGHT, matrix_layout
 from moetier.tiers.errors import CheckpointError

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from moetier.runtime.checkpoint.config_json import read_config
 from moetier.runtime.checkpoint.files import is_gguf
-from moetier.runtime.checkpoint.gguf import has_vocabulary
+from moetier.runtime.checkpoint.gguf_file import has_vocabulary
 from moetier.runtime.machine.memory import mapped_files
 from moetier.tiers.errors import MoetierError, StoreFormatError, TargetError
 from moetier.tiers.store.atomic import sync_folder

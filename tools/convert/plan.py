@@ -19,9 +19,9 @@ from moetier.runtime.checkpoint.blueprint import Blueprint, make_blueprint, reco
 from moetier.runtime.checkpoint.matrices import standing_alone
 from moetier.runtime.checkpoint.native import native_layout
 from moetier.runtime.checkpoint.recipe import BlockBlueprint
-from moetier.runtime.checkpoint.tensors import SourceTensor, StoredTensor
-from moetier.runtime.checkpoint.zero_points import NEEDS_BITS, Grouped
 from moetier.runtime.config import OPTIONS
+from moetier.runtime.formats.grouped import NEEDS_BITS, Grouped
+from moetier.runtime.formats.tensors import SourceTensor, StoredTensor
 from moetier.runtime.moe.linear import matrix_layout
 from moetier.tiers.errors import ConfigError, UnsupportedModelError
 from moetier.tiers.layout import TRUNK_BITS, ZERO_POINTS, Bits, Projection, RecordLayout

@@ -40,8 +40,8 @@ from moetier.runtime.checkpoint.files import (
     without_weights,
 )
 from moetier.runtime.checkpoint.hub import RemoteFile
-from moetier.runtime.checkpoint.tensors import CHUNK_BYTES, StoredTensor, listed, read_at, read_tensors
 from moetier.runtime.config import format_bytes
+from moetier.runtime.formats.tensors import CHUNK_BYTES, StoredTensor, listed, read_at, read_tensors
 from moetier.tiers.errors import CheckpointError
 from moetier.tiers.layout import PAGE
 from moetier.tiers.store.atomic import PARTIAL, make_folders, sync_folder, write_all, write_durably

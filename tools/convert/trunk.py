@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from moetier.runtime.checkpoint.tensors import CHUNK_BYTES, TORCH_NAMES, Bytes, SourceTensor, StoredTensor
+from moetier.runtime.formats.tensors import CHUNK_BYTES, TORCH_NAMES, Bytes, SourceTensor, StoredTensor
 from moetier.tiers.errors import CheckpointError
 from moetier.tiers.headers.safetensors import ITEM_BYTES
 from moetier.tiers.layout import ALIGNMENT

@@ -31,10 +31,10 @@ from moetier.runtime.checkpoint.files import (
     some,
     weights_of,
 )
-from moetier.runtime.checkpoint.gguf import open_gguf
-from moetier.runtime.checkpoint.gguf_trunk import trunk_records as trunk_records_of
-from moetier.runtime.checkpoint.tensors import SourceTensor, StoredTensor, listed
+from moetier.runtime.checkpoint.gguf_file import open_gguf
+from moetier.runtime.checkpoint.trunk import trunk_records as trunk_records_of
 from moetier.runtime.config import DEFAULT_CONTEXT
+from moetier.runtime.formats.tensors import SourceTensor, StoredTensor, listed
 from moetier.runtime.model.context import context_of
 from moetier.runtime.moe.linear import matrix_layout
 from moetier.tiers.errors import CheckpointError, ConfigError, StoreError

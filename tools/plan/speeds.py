@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from moetier.runtime.checkpoint.tensors import StoredTensor
+from moetier.runtime.formats.tensors import StoredTensor
 from moetier.tiers.layout import ROW_TILE, Bits, RecordLayout
 from moetier.tiers.source import LOADERS
 from moetier.tiers.store.checksum import PIECE_BYTES

@@ -32,7 +32,7 @@ from moetier.tools.cli.report import table
 if TYPE_CHECKING:
     import torch
 
-    from moetier.runtime.checkpoint.tensors import SourceTensor, StoredTensor
+    from moetier.runtime.formats.tensors import SourceTensor, StoredTensor
     from moetier.runtime.trace.trace import Trace
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from moetier.runtime.checkpoint.files import Checkpoint
-from moetier.runtime.checkpoint.tensors import StoredTensor
+from moetier.runtime.formats.tensors import StoredTensor
 from moetier.runtime.machine.threads import use_threads
 from moetier.tiers.store.atomic import write_durably
 from moetier.tools.convert.conversion import Conversion, ConversionReport

@@ -22,7 +22,7 @@ from threads import Task
 from torch import nn
 
 import moetier
-from moetier.runtime.checkpoint.gguf_trunk import trunk_of
+from moetier.runtime.checkpoint.trunk import trunk_of
 from moetier.runtime.model import load, trunk_files
 from moetier.runtime.model.trunk_files import TrunkFiles, mapped_bytes
 from moetier.tiers.errors import StoreFormatError

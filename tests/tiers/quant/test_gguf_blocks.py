@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moetier.tiers.layout import BLOCKS
-from moetier.tiers.quant.gguf import decode_blocks
+from moetier.tiers.quant.gguf_blocks import decode_blocks
 
 gguf = pytest.importorskip("gguf")
 

@@ -15,8 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from moetier.runtime.checkpoint import tensors as shards
-from moetier.runtime.checkpoint.tensors import SourceTensor, StoredTensor, read_tensors
+from moetier.runtime.formats import tensors as shards
+from moetier.runtime.formats.tensors import SourceTensor, StoredTensor, read_tensors
 from moetier.tiers.errors import CheckpointError
 from moetier.tiers.manifest import FileSum
 from moetier.tools.convert.trunk import TrunkFile, index_of, nbytes, plan_trunk

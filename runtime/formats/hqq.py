@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 from moetier.tiers.errors import CheckpointError, UnsupportedModelError
 from moetier.tiers.layout import Bits
 
+from .grouped import DAMAGED, SCALES, Grouped, Numbers, with_weights
 from .tensors import SourceTensor, StoredTensor
-from .zero_points import DAMAGED, SCALES, Grouped, Numbers, with_weights
 
 if TYPE_CHECKING:
     import torch

@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from zero_point_checkpoints import AWQ, GPTQ, HQQ, awq, gptq, hqq
 
-from moetier.runtime.checkpoint.packed import source_tensors
-from moetier.runtime.checkpoint.tensors import read_tensors
-from moetier.runtime.checkpoint.zero_points import Grouped
+from moetier.runtime.formats.grouped import Grouped
+from moetier.runtime.formats.scaled import source_tensors
+from moetier.runtime.formats.tensors import read_tensors
 from moetier.tiers.errors import CheckpointError, UnsupportedModelError
 
 ROWS, COLUMNS = 96, 128

@@ -17,10 +17,9 @@ from moetier.tiers.errors import CheckpointError, UnsupportedModelError
 from moetier.tiers.layout import CODINGS, Projection
 from moetier.tiers.quant.codings import decode_rows
 
-from .config_json import NAME
-from .gptq import awq_tensors, gptq_tensors
 from .hqq import MAIN, hqq_tensors
 from .tensors import SourceTensor, StoredTensor
+from .words import awq_tensors, gptq_tensors
 
 TILE_WEIGHTS = 1 << 21  # most weights decoded at a time: 8 MiB in fp32
 # names of the scales of a "weight": in DeepSeek-V3, DeepSeek-V4, Mistral, and of ModelOpt and compressed-tensors
@@ -244,7 +243,7 @@ def source_tensors(
             return gptq_tensors(tensors, quantization, dtype)
         case "hqq":
             return hqq_tensors(tensors, config or {}, dtype)
-        case _ if method == NAME:
+        case "moetier":
             raise UnsupportedModelError(
                 "This is a model directory of moetier: it is converted already.",
                 "Use it as it is, or give the checkpoint that it was made from.",

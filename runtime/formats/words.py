@@ -18,8 +18,8 @@ from moetier.tiers.errors import CheckpointError, UnsupportedModelError
 from moetier.tiers.fields import shown
 from moetier.tiers.layout import Bits
 
+from .grouped import NEEDS_BITS, SCALES, Grouped, with_weights
 from .tensors import SourceTensor, StoredTensor
-from .zero_points import NEEDS_BITS, SCALES, Grouped, with_weights
 
 if TYPE_CHECKING:
     import torch

@@ -13,9 +13,9 @@ from quantised_checkpoints import BLOCK, FP8, quantise_fp8, quantise_mxfp4, quan
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from moetier.runtime.checkpoint import packed as dequantize
-from moetier.runtime.checkpoint.packed import Packed, source_tensors
-from moetier.runtime.checkpoint.tensors import read_tensors
+from moetier.runtime.formats import scaled as dequantize
+from moetier.runtime.formats.scaled import Packed, source_tensors
+from moetier.runtime.formats.tensors import read_tensors
 from moetier.runtime.moe.experts import experts_modules
 from moetier.tiers.errors import CheckpointError, UnsupportedModelError
 from moetier.tiers.quant.codings import E2M1

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moetier.runtime.formats.tensors import SourceTensor, StoredTensor
 from moetier.tiers.errors import CheckpointError, ConfigError, UnsupportedModelError
 from moetier.tiers.fields import shown
 from moetier.tiers.headers.gguf import Entry, Header, Value, read_gguf
 
 from .files import Checkpoint, is_gguf, open_checkpoint
-from .tensors import SourceTensor, StoredTensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -67,7 +67,7 @@ class GgufCheckpoint(Checkpoint):
         ``model`` is on the meta device. ``dtype`` is torch's name of the type to which quantised tensors are decoded.
         Raises as ``sources_of``.
         """
-        from .gguf_tensors import GgufFile, sources_of
+        from moetier.runtime.formats.gguf import GgufFile, sources_of
 
         return sources_of(GgufFile(self.folder, self.architecture, self.config, self.tensors, self.kinds), model, dtype)
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from moetier.runtime.checkpoint import tensors as shards
-from moetier.runtime.checkpoint.tensors import read_tensors
+from moetier.runtime.formats import tensors as shards
+from moetier.runtime.formats.tensors import read_tensors
 from moetier.tiers.errors import CheckpointError
 
 TENSORS = {

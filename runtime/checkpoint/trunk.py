@@ -15,15 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from moetier.runtime.formats.gguf import GgufExperts, GgufTensor
+from moetier.runtime.formats.tensors import SourceTensor
 from moetier.runtime.moe.linear import WEIGHT
 from moetier.tiers.layout import BLOCKS, Projection, RecordLayout
 from moetier.tiers.store.trunk import RECORD
 
 from .blueprint import build_on_meta
-from .gguf import open_gguf
-from .gguf_tensors import GgufExperts, GgufTensor
+from .gguf_file import open_gguf
 from .matrices import is_read_by_others, standing_alone
-from .tensors import SourceTensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -24,7 +24,7 @@ from moetier.runtime.moe.experts import experts_modules
 from moetier.tiers.errors import CheckpointError, UnsupportedModelError
 from moetier.tiers.layout import BLOCKS, Projection
 
-from .packed import TILE_WEIGHTS
+from .scaled import TILE_WEIGHTS
 from .tensors import SourceTensor, StoredTensor
 
 if TYPE_CHECKING:
