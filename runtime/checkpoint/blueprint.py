@@ -28,7 +28,7 @@ from moetier.tiers.layout import RecordLayout
 from moetier.tiers.manifest import Block
 from moetier.tiers.store.trunk import RECORD
 
-from .files import carried, with_floats
+from .config_json import carried, with_floats
 from .recipe import BlockBlueprint, Recipe
 
 if TYPE_CHECKING:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,3 +58,20 @@ def _not_carried(value: object) -> Iterator[str]:
     if isinstance(value, list):
         for entry in value:
             yield from _not_carried(entry)
+
+
+def carried(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config without the keys NOT_CARRIED, at any depth of dictionaries and lists."""
+    return {name: _carried_in(value) for name, value in config.items() if name not in NOT_CARRIED}
+
+
+def _carried_in(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return list(map(_carried_in, value))
+    return carried(value) if isinstance(value, Mapping) else value
+
+
+def with_floats(config: Mapping[str, Any]) -> Any:
+    """Return the config with infinities and NaNs as floats; transformers writes them as {"__float__": "Infinity"}."""
+    tag = {"__float__"}
+    return json.loads(json.dumps(config), object_hook=lambda d: float(d["__float__"]) if d.keys() == tag else d)

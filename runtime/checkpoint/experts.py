@@ -24,18 +24,16 @@ from moetier.tiers.store.folder import read_manifest as read_store_manifest
 from moetier.tiers.store.mirror import MirroredStore, open_store
 from moetier.tiers.store.reader import ExpertStore
 
-from .config_json import ADAPTER, NAME, read_config
+from .config_json import ADAPTER, NAME, carried, read_config, with_floats
 from .files import (
     INDEX,
     WEIGHTS,
     Checkpoint,
-    carried,
     contained,
     is_gguf,
     read_json,
     refuse_code,
     weights_of,
-    with_floats,
 )
 from .gguf_file import open_source
 

@@ -15,15 +15,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moetier.runtime.formats.format import Format
+from moetier.runtime.formats.registry import format_of
 from moetier.runtime.formats.tensors import MAX_NAME, SourceTensor, StoredTensor, read_at, read_tensors
 from moetier.tiers.errors import CheckpointError, UnsafeCheckpointError
 from moetier.tiers.headers.gguf import SUFFIX
 
 from . import hub
-from .config_json import NOT_CARRIED
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
+
+    from .trunk import Trunk
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -81,15 +85,30 @@ class Checkpoint:
         """torch's name for the type of the first floating-point tensor; None if there is none."""
         return next((t.dtype for t in self.tensors.values() if t.dtype in FLOATS), None)
 
+    @property
+    def format(self) -> Format:
+        """The format of the weights. Raises UnsupportedModelError or CheckpointError."""
+        return format_of(self.tensors, self.quantization, self.config)
+
     def sources(self, model: PreTrainedModel, dtype: str) -> dict[str, SourceTensor]:
         """Return a dictionary from the names of the checkpoint's tensors to source tensors.
 
         ``model`` is the model, on the meta device. ``dtype`` is torch's name of the type to which quantised tensors are
-        decoded. Raises as ``source_tensors``.
+        decoded. Raises as ``Format.sources``.
         """
-        from moetier.runtime.formats.scaled import source_tensors  # imports torch, which a daemon does without
+        return self.format.sources(dtype)
 
-        return source_tensors(self.tensors, self.quantization, dtype, self.config)
+    def trunk(self, dtype: torch.dtype | str | None) -> Trunk | None:
+        """Return what from_pretrained needs for the trunk in place of files; None if it can read the files.
+
+        ``dtype`` is the type in which the model is loaded; None for that of the first tensor with floating-point
+        numbers. Raises as ``Format.sources``.
+        """
+        if self.format.is_plain:
+            return None
+        from .trunk import decoded_trunk  # imports torch, which a daemon does without
+
+        return decoded_trunk(self.format.sources(str(dtype or self.first_dtype or "float32").removeprefix("torch.")))
 
     def made_files(self) -> dict[str, bytes]:
         """Return a dictionary from names to contents of a model directory's small files that are no files here.
@@ -152,23 +171,6 @@ def copied_files(folder: Path) -> tuple[str, ...]:
     names = sorted(p.relative_to(folder).as_posix() for p in folder.glob("*") if not p.is_dir())
     names += sorted(p.relative_to(folder).as_posix() for p in folder.glob("additional_chat_templates/*"))
     return tuple(name for name in names if COPIED.fullmatch(name) and contained(folder, name))
-
-
-def carried(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config without the keys NOT_CARRIED, at any depth of dictionaries and lists."""
-    return {name: _carried_in(value) for name, value in config.items() if name not in NOT_CARRIED}
-
-
-def _carried_in(value: Any) -> Any:
-    if isinstance(value, list | tuple):
-        return list(map(_carried_in, value))
-    return carried(value) if isinstance(value, Mapping) else value
-
-
-def with_floats(config: Mapping[str, Any]) -> Any:
-    """Return the config with infinities and NaNs as floats; transformers writes them as {"__float__": "Infinity"}."""
-    tag = {"__float__"}
-    return json.loads(json.dumps(config), object_hook=lambda d: float(d["__float__"]) if d.keys() == tag else d)
 
 
 def locate(source: str | Path, files: Sequence[str] = hub.SMALL_FILES) -> tuple[str, Path]:

@@ -22,7 +22,10 @@ from moetier.tiers.headers.gguf import Entry, Header, Value, read_gguf
 from .files import Checkpoint, is_gguf, open_checkpoint
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from .trunk import Trunk
 
 PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 MAX_PARTS = 1000
@@ -70,6 +73,15 @@ class GgufCheckpoint(Checkpoint):
         from moetier.runtime.formats.gguf import GgufFile, sources_of
 
         return sources_of(GgufFile(self.folder, self.architecture, self.config, self.tensors, self.kinds), model, dtype)
+
+    def trunk(self, dtype: torch.dtype | str | None) -> Trunk | None:
+        """Return the trunk, in which matrices stay as they are. Raises as ``sources_of``."""
+        from .blueprint import build_on_meta
+        from .trunk import trunk_with_records
+
+        model, own = build_on_meta(self.config, None)
+        chosen: Any = dtype or own
+        return trunk_with_records(model, chosen, self.sources(model, str(chosen).removeprefix("torch.")))
 
     def made_files(self) -> dict[str, bytes]:
         """Return a dictionary from names to contents of the tokenizer's files. Raises as ``tokenizer_of``."""

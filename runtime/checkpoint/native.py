@@ -8,12 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
-from moetier.runtime.formats.gguf import GgufExperts
-from moetier.runtime.formats.grouped import Grouped
-from moetier.runtime.formats.scaled import Packed
-from moetier.runtime.formats.tensors import SourceTensor, StoredTensor
+from moetier.runtime.formats.tensors import StoredTensor
 from moetier.tiers.errors import CheckpointError
-from moetier.tiers.layout import CODING_GROUPS, ZERO_POINTS, Projection, RecordLayout, Section
+from moetier.tiers.layout import ZERO_POINTS, Projection, RecordLayout, Section
 from moetier.tiers.quant.codec import layout_for
 from moetier.tiers.quant.zero_points import Levels
 
@@ -27,57 +24,19 @@ def native_layout(block: BlockBlueprint) -> RecordLayout:
     as ``layout_for`` does.
     """
     plain = layout_for(block.parameters, bits=16, transposed=block.transposed)
-    return RecordLayout(tuple(_coded(block, p) for p in plain.projections), plain.biases)
+    return RecordLayout(tuple(_as_stored(block, p) for p in plain.projections), plain.biases)
 
 
-def _coded(block: BlockBlueprint, plain: Projection) -> Projection:
-    made_from = [each for tensors in block.recipes[plain.name].sources.values() for each in tensors]
-    if all(isinstance(each, StoredTensor) for each in made_from):
+def _as_stored(block: BlockBlueprint, plain: Projection) -> Projection:
+    """Return the projection of a parameter as it is stored; ``plain`` if it is not quantised."""
+    recipe = block.recipes[plain.name]
+    quantised = next((tensor for tensor in recipe.tensors if not tensor.is_plain), None)
+    if quantised is None:
         return plain
-    if isinstance(made_from[0], GgufExperts):
-        return made_from[0].projection(plain)
-    parts = block.recipes[plain.name].by_expert()
-    if any(isinstance(each, Grouped) for each in made_from):
-        return _with_zero_points(block, plain, [each for tensors in parts for each in tensors])
-    forms = {each.projection if isinstance(each, Packed) else None for tensors in parts for each in tensors}
-    first, one = parts[0][0], forms.pop()
-    if forms or one is None:
-        raise ValueError(f"{plain.name} of {block.path} is quantised in several forms, or in one without a kernel")
-    if one.transposed != plain.transposed:
-        raise ValueError(f"{plain.name} of {block.path} is stored in another order than the model has")
-    if one.bits == 4 and one.group not in CODING_GROUPS:
-        raise ValueError(f"{first.parts[0].name} has a scale for each {one.group} weights, not 16, 32, 64 or 128")
-    apart = bool(one.globals) or one.rows % one.block_rows != 0  # else parts have one grid of scales
-    return dataclasses.replace(
-        one, name=plain.name, rows=one.rows * len(parts), parts=len(parts) if apart else 1, dtype=_dtype(block, plain)
-    )
-
-
-def _with_zero_points(block: BlockBlueprint, plain: Projection, members: list[SourceTensor]) -> Projection:
-    """Return the projection for matrices of HQQ, AWQ or GPTQ, which may differ in their bits and group sizes.
-
-    It has the most bits and the smallest groups of all. Raises ValueError or CheckpointError as ``native_layout``.
-    """
-    grouped = [each for each in members if isinstance(each, Grouped)]
-    first, kinds = grouped[0], {each.kind for each in grouped}
-    if len(grouped) != len(members) or len(kinds) != 1 or plain.transposed:
-        raise ValueError(f"{plain.name} of {block.path} is stored in several forms, such as {first.name}")
+    _, dtype = block.parameters[plain.name]
+    projection = quantised.record_projection(dataclasses.replace(plain, dtype=dtype), recipe.by_expert())
     check_shape(block, plain.name)
-    group = min(each.group for each in grouped)
-    if not group:
-        which = next(each for each in grouped if not each.group)
-        raise ValueError(
-            f"{which.name} has groups that no record can have ({which.groups_as_text}): a record has a scale for "
-            "neighbouring weights of a row"
-        )
-    first.probe(group)
-    return dataclasses.replace(
-        plain,
-        bits=max(each.bits for each in grouped),
-        dtype=_dtype(block, plain),
-        group=group,
-        pairs=f"{kinds.pop()}_zeros",
-    )
+    return projection
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +54,7 @@ class Kept(Mapping[str, torch.Tensor | Levels]):
         if p is None:
             return self.expert[name]
         parts = [tensors[self.expert.index] for tensors in self.expert.block.recipes[name].by_expert()]
-        levels = [part.levels(p.group) for part in parts if isinstance(part, Grouped)]
+        levels = [part.levels(p.group) for part in parts]
         return Levels(*(torch.cat(each) for each in zip(*levels, strict=True)))
 
     def __iter__(self) -> Iterator[str]:
@@ -105,10 +64,6 @@ class Kept(Mapping[str, torch.Tensor | Levels]):
         return len(self.expert)
 
 
-def _dtype(block: BlockBlueprint, plain: Projection) -> str:
-    return block.parameters[plain.name][1]
-
-
 def stored_in(block: BlockBlueprint, section: Section) -> list[list[StoredTensor]]:
     """Return the stored tensors whose bytes, one after the other, fill a section.
 
@@ -116,19 +71,19 @@ def stored_in(block: BlockBlueprint, section: Section) -> list[list[StoredTensor
     is one of the block's ``native_layout``. Raises ValueError, which says why, if stored bytes can't fill it.
     """
     name, _, component = section.name.partition(".")
-    found = []
+    stored = []
     for tensors in block.recipes[name].by_expert():
-        if isinstance(tensors[0], Grouped):
-            raise ValueError(f"{tensors[0].name} is packed in another way than a record")
-        members = [each.components[component] if isinstance(each, Packed) else each.parts[0] for each in tensors]
-        if not component and members[0].dtype != section.dtype and not is_narrowed(members[0], section):
-            first = members[0]
+        members = [tensor.component(component) for tensor in tensors]
+        first = members[0]
+        if not component and first.dtype != section.dtype and not is_narrowed(first, section):
             raise ValueError(f"{first.name} is in {first.dtype}, and a record holds {section.dtype}")
-        found.append(members)
-    sizes = [members[0].nbytes // (2 if is_narrowed(members[0], section) else 1) for members in found]
-    if sum(sizes) != section.nbytes or any(len({each.nbytes for each in members}) != 1 for members in found):
-        raise ValueError(f"{found[0][0].name} and the tensors that belong to it do not have the size of {section.name}")
-    return found
+        stored.append(members)
+    sizes = [members[0].nbytes // (2 if is_narrowed(members[0], section) else 1) for members in stored]
+    if sum(sizes) != section.nbytes or any(len({each.nbytes for each in members}) != 1 for members in stored):
+        raise ValueError(
+            f"{stored[0][0].name} and the tensors that belong to it do not have the size of {section.name}"
+        )
+    return stored
 
 
 def is_narrowed(stored: StoredTensor, section: Section) -> bool:
@@ -141,14 +96,8 @@ def row_bytes_of(block: BlockBlueprint, section: Section) -> int:
 
     Return 0 if they follow one another.
     """
-    source = _source(block, section.name.partition(".")[0])
-    return section.nbytes // section.shape[0] if isinstance(source, GgufExperts) and source.alternate else 0
-
-
-def _source(block: BlockBlueprint, name: str) -> SourceTensor:
-    """Return the first tensor that a parameter is made from."""
-    (source, *_), *_ = block.recipes[name].sources.values()
-    return source
+    (first, *_) = block.recipes[section.name.partition(".")[0]].tensors
+    return section.nbytes // section.shape[0] if first.alternate else 0
 
 
 def check_shape(block: BlockBlueprint, name: str) -> None:
@@ -166,5 +115,5 @@ def made_shape(block: BlockBlueprint, name: str) -> tuple[int, ...]:
     shapes = [tensors[0].shape for tensors in block.recipes[name].by_expert()]
     rows, tails = sum(shape[0] for shape in shapes if shape), {shape[1:] for shape in shapes if shape}
     made = (rows, *tails.pop()) if len(tails) == 1 and all(shapes) else ()
-    source = _source(block, name)
-    return made[::-1] if isinstance(source, GgufExperts) and source.transposed else made
+    (first, *_) = block.recipes[name].tensors
+    return made[::-1] if first.transposed else made

@@ -21,9 +21,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import core_model_loading as loading
 
-from moetier.runtime.formats.gguf import GgufExperts
-from moetier.runtime.formats.grouped import Grouped
-from moetier.runtime.formats.scaled import Packed
 from moetier.runtime.formats.tensors import SourceTensor, StoredTensor
 from moetier.tiers.errors import CheckpointError
 
@@ -58,13 +55,17 @@ class Recipe:
     @property
     def direct(self) -> bool:
         """True if the parameter is one unchanged tensor of the checkpoint, whose rows can be read a few at a time."""
-        tensors = [tensor for found in self.sources.values() for tensor in found]
-        return self.converter is None and len(tensors) == 1 and not isinstance(tensors[0], Grouped)
+        return self.converter is None and len(self.tensors) == 1 and self.tensors[0].reads_rows
+
+    @property
+    def tensors(self) -> list[SourceTensor]:
+        """Source tensors that the parameter is made from."""
+        return [tensor for tensors in self.sources.values() for tensor in tensors]
 
     @property
     def parts(self) -> Iterator[StoredTensor]:
         """Stored tensors that the parameter is made from."""
-        return (part for tensors in self.sources.values() for tensor in tensors for part in tensor.parts)
+        return (part for tensor in self.tensors for part in tensor.parts)
 
     def by_expert(self) -> list[list[SourceTensor]]:
         """Return the tensors whose rows, one below the other, make the parameter of each expert.
@@ -79,24 +80,17 @@ class Recipe:
                 raise ValueError(f"transformers changes {self.target} on loading ({operation})")
         merged = any(isinstance(operation, loading.MergeModulelist) for operation in operations)
         patterns = self.converter.source_patterns if self.converter else self.sources
-        found: list[list[SourceTensor]] = []
+        runs: list[list[SourceTensor]] = []
         for tensors in (self.sources[pattern] for pattern in patterns if pattern in self.sources):
-            first = tensors[0]
-            if isinstance(first, GgufExperts):
-                found += [[part.slice(expert) for expert in range(self.experts)] for part in first.tensors]
-            elif (
-                not merged
-                and len(tensors) == 1
-                and isinstance(first, StoredTensor | Packed)
-                and first.shape[:1] == (self.experts,)
-            ):
-                found.append([first.slice(expert) for expert in range(self.experts)])
+            if not merged and len(tensors) == 1 and (divided := tensors[0].by_expert(self.experts)):
+                runs += divided
             elif merged and len(tensors) == self.experts and len({(each.shape, each.dtype) for each in tensors}) == 1:
-                found.append(tensors)
+                runs.append(tensors)
             else:
-                name = next((part.name for part in self.parts), self.target)  # made weights have no parts
-                raise ValueError(f"{self.target} is made of tensors that are not alike, such as {name}")
-        return found
+                raise ValueError(
+                    f"{self.target} is made of tensors that are not alike, such as {tensors[0].stored_name}"
+                )
+        return runs
 
     def rows(self, first: int, count: int) -> torch.Tensor:
         """Read ``count`` rows of a parameter that is ``direct``, from row ``first`` on, as [count, columns]."""

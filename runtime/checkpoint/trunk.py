@@ -1,7 +1,8 @@
-"""The trunk of a GGUF file: matrices as the file has them, and everything else dequantised.
+"""The trunk of a checkpoint that is used as it is, where transformers can't read it from the files.
 
-Matrices of linear modules, and the embedding, stay in the mapped file. A matrix whose rows have another order in the
-model is copied. Rows of the embedding are decoded when they are looked up.
+Matrices of linear modules, and the embedding, stay in the mapped file if modules can multiply with them as they lie
+there (GGUF). A matrix whose rows have another order in the model is copied. Rows of the embedding are decoded when they
+are looked up. All else is decoded when transformers reads it.
 """
 
 from __future__ import annotations
@@ -9,73 +10,97 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
-from moetier.runtime.formats.gguf import GgufExperts, GgufTensor
-from moetier.runtime.formats.tensors import SourceTensor
+from moetier.runtime.formats.tensors import SourceTensor, StoredMatrix
 from moetier.runtime.moe.linear import WEIGHT
-from moetier.tiers.layout import BLOCKS, Projection, RecordLayout
+from moetier.tiers.layout import RecordLayout
 from moetier.tiers.store.trunk import RECORD
 
-from .blueprint import build_on_meta
-from .gguf_file import open_gguf
 from .matrices import is_read_by_others, standing_alone
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+SPELLINGS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+
 
 @dataclass(frozen=True)
-class GgufTrunk:
-    """The trunk of a GGUF file."""
+class Trunk:
+    """What from_pretrained is given in place of files: tensors, or objects that read one when they are indexed."""
 
-    path: Path
-    tensors: Mapping[str, Tensor]  # what the model loads, by its names; names of records are module paths and RECORD
+    tensors: Mapping[str, Any]  # by the model's names; names of records are module paths and RECORD
     layouts: Mapping[str, RecordLayout]  # of the records, by the paths of their modules
 
 
-def trunk_of(path: Path, dtype: str | torch.dtype) -> GgufTrunk:
-    """Read the trunk of a GGUF file.
+class Unread:
+    """Tensor that is decoded when it is read.
 
-    ``dtype`` is the type in which the model is loaded; "auto" for that of its config. Raises as ``open_gguf``, and
-    CheckpointError if a tensor is missing or has another shape.
+    It has those methods of a safetensors slice, a tensor that is not read yet, which transformers calls.
     """
-    checkpoint = open_gguf(path)
-    model, own = build_on_meta(checkpoint.config, None)
-    chosen = own if isinstance(dtype, str) else dtype
-    found = checkpoint.sources(model, str(chosen).removeprefix("torch."))
-    maps: dict[Path, np.ndarray] = {}
-    records = trunk_records(model, chosen, found)
-    tensors = {f"{place}{RECORD}": _record(found[source], maps) for place, (source, _) in records.items()}
-    kept = {source for source, _ in records.values()}
-    tensors |= {
-        name: tensor.read()
-        for name, tensor in found.items()
-        if name not in kept and not isinstance(tensor, GgufExperts)
+
+    def __init__(self, tensor: SourceTensor) -> None:
+        self._tensor = tensor
+
+    def get_dtype(self) -> str:
+        """Return safetensors' name of the type to which the tensor is decoded."""
+        return SPELLINGS[self._tensor.dtype]
+
+    def get_shape(self) -> list[int]:
+        """Return the tensor's shape."""
+        return list(self._tensor.shape)
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return self._tensor.read()[index]
+
+
+def decoded_trunk(sources: Mapping[str, SourceTensor]) -> Trunk:
+    """Return the trunk of a checkpoint in safetensors. Tensors that are not quantised stay in the mapped files."""
+    files: dict[Path, Any] = {
+        file: safe_open(file, framework="pt")
+        for file in {part.file for tensor in sources.values() for part in tensor.parts}
     }
-    return GgufTrunk(path, tensors, {place: layout for place, (_, layout) in records.items()})
+    tensors = {
+        name: files[tensor.parts[0].file].get_slice(name) if tensor.is_plain else Unread(tensor)
+        for name, tensor in sources.items()
+    }
+    return Trunk(tensors, {})
 
 
-def trunk_records(
-    model: PreTrainedModel, dtype: torch.dtype, found: Mapping[str, SourceTensor]
-) -> dict[str, tuple[str, RecordLayout]]:
-    """Return a dictionary from the path of each module whose weights stay as they are to their name and layout.
+def trunk_with_records(model: PreTrainedModel, dtype: torch.dtype, sources: Mapping[str, SourceTensor]) -> Trunk:
+    """Return a trunk whose matrices stay as they are where that is possible. Raises CheckpointError.
 
-    ``model`` is on the meta device, and will be loaded in ``dtype``. ``found`` has its tensors by their names.
+    ``model`` is on the meta device, and will be loaded in ``dtype``. ``sources`` has its tensors by their names.
+    """
+    maps: dict[Path, np.ndarray] = {}
+    matrices = trunk_matrices(model, dtype, sources)
+    records = {f"{place}{RECORD}": _mapped(matrix, maps) for place, (_, matrix) in matrices.items()}
+    kept = {name for name, _ in matrices.values()}
+    decoded = {name: Unread(tensor) for name, tensor in sources.items() if name not in kept}
+    return Trunk(decoded | records, {place: matrix.layout for place, (_, matrix) in matrices.items()})
+
+
+def trunk_matrices(
+    model: PreTrainedModel, dtype: torch.dtype, sources: Mapping[str, SourceTensor]
+) -> dict[str, tuple[str, StoredMatrix]]:
+    """Return the weights of the trunk that stay as they are: names and matrices, by the paths of their modules.
+
+    The arguments are those of ``trunk_with_records``.
     """
     return {
-        place: (source, layout)
-        for place, source in _matrices(model, dtype, found)
-        if (layout := _layout(found[source])) is not None
+        place: (name, matrix)
+        for place, name in _modules(model, dtype, sources)
+        if (matrix := sources[name].as_matrix()) is not None
     }
 
 
-def _matrices(
-    model: PreTrainedModel, dtype: torch.dtype, found: Mapping[str, SourceTensor]
+def _modules(
+    model: PreTrainedModel, dtype: torch.dtype, sources: Mapping[str, SourceTensor]
 ) -> Iterator[tuple[str, str]]:
     """Yield the paths of modules whose weights may be records, and the names of their weights.
 
@@ -93,27 +118,16 @@ def _matrices(
         linears = {path: linear for path, linear in linears.items() if f"{path}.{WEIGHT}" not in sharing}
     for path in linears:
         name = f"{path}.{WEIGHT}"
-        if (source := tied.get(name, name)) in found:
+        if (source := tied.get(name, name)) in sources:
             yield path, source
 
 
-def _layout(tensor: SourceTensor) -> RecordLayout | None:
-    """Return the layout of a tensor's bytes in its file, taken as a record; None if they can't be used so."""
-    if not isinstance(tensor, GgufTensor) or (tensor.change is not None and tensor.order is None):
-        return None
-    if (form := BLOCKS.get(coding := tensor.kind.lower())) is None:
-        return None
-    rows, columns = tensor.shape
-    return RecordLayout((Projection(WEIGHT, rows, columns, form.bits, tensor.dtype, group=form.group, coding=coding),))
-
-
-def _record(tensor: SourceTensor, maps: dict[Path, np.ndarray]) -> Tensor:
-    """Return the bytes of a tensor in the mapped file, or a copy with the rows in another order: uint8 [bytes]."""
-    assert isinstance(tensor, GgufTensor)
-    stored = tensor.stored
+def _mapped(matrix: StoredMatrix, maps: dict[Path, np.ndarray]) -> Tensor:
+    """Return the bytes of a matrix in the mapped file, or a copy with the rows in another order: uint8 [bytes]."""
+    stored = matrix.stored
     if stored.file not in maps:
         maps[stored.file] = np.memmap(stored.file, np.uint8, mode="c")  # copy on write: the file is never changed
     raw = np.asarray(maps[stored.file][stored.offset : stored.offset + stored.nbytes])
-    if tensor.order is not None:
-        raw = raw.reshape(stored.shape)[tensor.order].reshape(-1)
+    if matrix.order is not None:
+        raw = raw.reshape(stored.shape)[matrix.order].reshape(-1)
     return torch.from_numpy(raw)

@@ -21,11 +21,12 @@ import numpy.typing as npt
 import torch
 
 from moetier.runtime.moe.experts import experts_modules
+from moetier.runtime.moe.linear import WEIGHT
 from moetier.tiers.errors import CheckpointError, UnsupportedModelError
-from moetier.tiers.layout import BLOCKS, Projection
+from moetier.tiers.layout import BLOCKS, Projection, RecordLayout
 
 from .scaled import TILE_WEIGHTS
-from .tensors import SourceTensor, StoredTensor
+from .tensors import Runs, SourceTensor, StoredMatrix, StoredTensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,8 +49,8 @@ class GgufFile(NamedTuple):
 Change = Callable[[torch.Tensor], torch.Tensor]  # makes a tensor of the model from one of the file, in fp32
 
 
-@dataclass(frozen=True)
-class GgufTensor:
+@dataclass(frozen=True, slots=True)
+class GgufTensor(SourceTensor):
     """Tensor of a GGUF file. ``read`` dequantises it, and undoes what llama.cpp has changed in it."""
 
     stored: StoredTensor
@@ -63,6 +64,18 @@ class GgufTensor:
     def parts(self) -> tuple[StoredTensor, ...]:
         """A tuple of only the stored tensor."""
         return (self.stored,)
+
+    def component(self, name: str) -> StoredTensor:
+        """Return the stored tensor: the scales are among the codes."""
+        return self.stored
+
+    def as_matrix(self) -> StoredMatrix | None:
+        """Return the matrix as it lies in the file, in a coding of GGUF that kernels multiply with; else None."""
+        if (self.change is not None and self.order is None) or (block := BLOCKS.get(self.kind.lower())) is None:
+            return None
+        rows, columns = self.shape
+        p = Projection(WEIGHT, rows, columns, block.bits, self.dtype, group=block.group, coding=self.kind.lower())
+        return StoredMatrix(self.stored, RecordLayout((p,)), self.order)
 
     def slice(self, index: int) -> GgufTensor:
         """Return a slice of the leading dimension as a tensor of its own, without that dimension. Nothing is read."""
@@ -101,8 +114,8 @@ class GgufTensor:
         )
 
 
-@dataclass(frozen=True)
-class GgufExperts:
+@dataclass(frozen=True, slots=True)
+class GgufExperts(SourceTensor):
     """A parameter of all experts of a block, made of tensors [experts, rows, columns], or [experts, rows] of a bias."""
 
     tensors: tuple[GgufTensor, ...]
@@ -128,17 +141,18 @@ class GgufExperts:
         """The stored tensors, in the order of the rows."""
         return tuple(tensor.stored for tensor in self.tensors)
 
-    def projection(self, plain: Projection) -> Projection:
-        """Return the projection that holds one expert's weights as the file does; ``plain`` is that of 16 bits.
+    def by_expert(self, experts: int) -> list[list[SourceTensor]]:
+        """Return a run for each tensor."""
+        return [[tensor.slice(index) for index in range(experts)] for tensor in self.tensors]
 
-        Raises ValueError, which says why, if records can't hold them so.
-        """
+    def record_projection(self, plain: Projection, runs: Runs) -> Projection:
+        """Return the projection in the type of the file's weights, which must be the same for gate and up."""
         kind = " and ".join(sorted({tensor.kind for tensor in self.tensors}))
         if kind in FLOATS and not self.transposed:
             return replace(plain, dtype=FLOATS[kind])
-        if (form := BLOCKS.get(coding := kind.lower())) is None:
-            raise ValueError(f"{self.tensors[0].stored.name} is stored in {kind}")
-        return replace(plain, bits=form.bits, group=form.group, dtype=self.dtype, coding=coding)
+        if (block := BLOCKS.get(coding := kind.lower())) is None:
+            raise ValueError(f"{self.stored_name} is stored in {kind}")
+        return replace(plain, bits=block.bits, group=block.group, dtype=self.dtype, coding=coding)
 
     def read(self, first: int = 0, count: int | None = None) -> torch.Tensor:
         """Read and dequantise ``count`` experts from expert ``first`` on, as [count, ...]."""

@@ -1,31 +1,25 @@
 """Matrices of a checkpoint that HQQ, AWQ or GPTQ has quantised: what the three have in common.
 
 A weight is (c - z) * s, with its code c, and the scale s and the zero point z of its group. Such a matrix is
-dequantised when it is read (``Grouped.read``), or its codes, scales and zero points are kept (``Grouped.levels``).
-``gptq`` and ``hqq`` unpack them.
+dequantised when it is read, or its codes, scales and zero points are kept (``levels``). ``words`` and ``hqq`` unpack
+them.
 """
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from abc import abstractmethod
 from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
+import torch
+
 from moetier.tiers.errors import CheckpointError
-from moetier.tiers.layout import ZERO_POINT_GROUPS, Bits
+from moetier.tiers.layout import ZERO_POINT_GROUPS, Bits, Projection
 
-from .tensors import SourceTensor, StoredTensor
+from .format import DAMAGED
+from .tensors import Runs, SourceTensor, StoredTensor
 
-if TYPE_CHECKING:
-    import torch
-
-    from moetier.tiers.quant.zero_points import Levels
-
-DAMAGED = "Download the checkpoint again."
-# advice where records can't hold the weights as a checkpoint stores them
-NEEDS_BITS = "Give --bits 16 for the values as they are, or 8, 4, 3 or 2 to quantise them anew."
 SCALES = ("float16", "bfloat16", "float32")  # torch's names of the types that scales may have
 
 
@@ -52,21 +46,20 @@ class Numbers(Protocol):
         """Read all numbers, in ``shape``: [groups, rows], [groups, 1] or [1, groups]."""
 
 
-class Grouped(ABC):
+class GroupedTensor(SourceTensor):
     """A quantised matrix [rows, columns]. As a source tensor it is dequantised, and rounded to ``dtype``."""
 
-    name: str  # of the weight
-    dtype: str
+    __slots__ = ()
 
-    @property
-    @abstractmethod
-    def shape(self) -> tuple[int, ...]:
-        """Rows and columns."""
+    if TYPE_CHECKING:
 
-    @property
-    @abstractmethod
-    def parts(self) -> tuple[StoredTensor, ...]:
-        """Stored tensors that the matrix is read from."""
+        @property
+        @abstractmethod
+        def name(self) -> str:
+            """Name of the weight."""
+
+    reads_rows = False
+    is_kept = True
 
     @property
     @abstractmethod
@@ -75,7 +68,7 @@ class Grouped(ABC):
 
     @property
     @abstractmethod
-    def kind(self) -> str:
+    def scale_type(self) -> str:
         """torch's name of the type of scales and zero points, in which weights are computed."""
 
     @property
@@ -101,13 +94,22 @@ class Grouped(ABC):
         Reads at most the group of each column.
         """
 
-    @abstractmethod
-    def levels(self, group: int) -> Levels:
-        """Read the codes, and a scale and a zero point for each ``group`` weights of a row.
-
-        ``group`` is a divisor of ``self.group``. Raises CheckpointError if the checkpoint is damaged, or if it turns
-        out that these weights are in several groups.
-        """
+    def record_projection(self, plain: Projection, runs: Runs) -> Projection:
+        """Return the projection that has the most bits and the smallest groups of all matrices."""
+        members = self.members_of(runs)
+        scale_types = {each.scale_type for each in members}
+        if len(scale_types) != 1 or plain.transposed:
+            raise ValueError(f"{self.name} and the weights that belong to it are stored in several forms")
+        group = min(each.group for each in members)
+        if not group:
+            which = next(each for each in members if not each.group)
+            raise ValueError(
+                f"{which.name} has groups that no record can have ({which.groups_as_text}): a record has a scale for "
+                "neighbouring weights of a row"
+            )
+        members[0].probe(group)
+        bits = max(each.bits for each in members)
+        return replace(plain, bits=bits, group=group, pairs=f"{scale_types.pop()}_zeros")
 
     @abstractmethod
     def weights(self) -> torch.Tensor:
@@ -115,8 +117,6 @@ class Grouped(ABC):
 
     def read(self, first: int = 0, count: int | None = None) -> torch.Tensor:
         """Read and dequantise ``count`` rows from row ``first`` on, [count, columns]. The whole matrix is read."""
-        import torch
-
         stop = None if count is None else first + count
         return self.weights()[first:stop].to(getattr(torch, self.dtype))
 
@@ -137,38 +137,3 @@ class Grouped(ABC):
         if not values.isfinite().all():
             raise self.damaged(f"{tensor.name} has numbers that are not finite")
         return values
-
-
-def with_weights(
-    tensors: Mapping[str, StoredTensor],
-    main: str,
-    needed: tuple[str, ...],
-    others: tuple[str, ...],
-    make: Callable[[str, dict[str, StoredTensor]], Grouped],
-) -> dict[str, SourceTensor]:
-    """Return a dictionary from names to source tensors, in which each quantised module has a "weight".
-
-    Args:
-        tensors: a dictionary from names to the checkpoint's tensors; without shapes if only names are known.
-        main: name of a tensor that only quantised modules have.
-        needed: names of further tensors that each of them has.
-        others: names of tensors that some of them have, and that the model does not.
-        make: makes the weight from its name, and a dictionary from the names above to its module's tensors.
-
-    Raises CheckpointError if a module lacks one of ``needed``, or also has the weight itself.
-    """
-    own = (main, *needed, *others)
-    paths = [name.removesuffix(f".{main}") for name in tensors if name.endswith(f".{main}")]
-    taken = {f"{path}.{name}" for path in paths for name in own}
-    made: dict[str, SourceTensor] = {name: tensor for name, tensor in tensors.items() if name not in taken}
-    for path in paths:
-        weight, found = (
-            f"{path}.weight",
-            {name: tensors[f"{path}.{name}"] for name in own if f"{path}.{name}" in tensors},
-        )
-        if missing := [name for name in needed if name not in found]:
-            raise CheckpointError(f"{weight} is quantised, but {path}.{missing[0]} is missing.", DAMAGED)
-        if weight in made:
-            raise CheckpointError(f"{weight} is in the checkpoint twice, once quantised.", DAMAGED)
-        made[weight] = make(weight, found) if found[main].shape else replace(found[main], name=weight)
-    return made

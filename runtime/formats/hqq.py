@@ -1,4 +1,4 @@
-"""Matrices that HQQ has quantised, as hqq's ``HQQLinear`` saves them; hqq itself unpacks their codes.
+"""Matrices that HQQ has quantised, as hqq's ``HQQLinear`` saves them. The package hqq is not needed to read them.
 
 A group of hqq is a run of neighbouring weights, row after row (axis 1), or every n-th weight of the whole matrix, where
 n is the number of groups (axis 0). Records can't have groups of axis 0.
@@ -13,18 +13,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from moetier.tiers.errors import CheckpointError, UnsupportedModelError
 from moetier.tiers.layout import Bits
+from moetier.tiers.quant.zero_points import Levels
 
-from .grouped import DAMAGED, SCALES, Grouped, Numbers, with_weights
+from .format import DAMAGED, Format
+from .grouped import SCALES, GroupedTensor, Numbers
 from .tensors import SourceTensor, StoredTensor
-
-if TYPE_CHECKING:
-    import torch
-
-    from moetier.tiers.quant.zero_points import Levels
 
 MAIN = "W_q"  # name of a module's packed codes
 DESCRIBING = ("shape", "nbits", "group_size", "axis")  # names of the tensors that describe a matrix
@@ -40,7 +39,7 @@ OFFLOADED = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Requantised:
     """Scales or zero points of a matrix that HQQ has quantised to 8 bits, too. ``shape`` is that of the numbers."""
 
@@ -70,8 +69,8 @@ class Requantised:
         return self.codes.read().to(scale.dtype).sub_(zero).mul_(scale).view(self.shape)
 
 
-@dataclass(frozen=True)
-class Hqq(Grouped):
+@dataclass(frozen=True, slots=True)
+class HqqTensor(GroupedTensor):
     """Matrix of HQQ. ``size`` is its number of rows and of columns; ``nbits`` are hqq's bits, a key of STORED_BITS."""
 
     name: str
@@ -119,7 +118,7 @@ class Hqq(Grouped):
         return STORED_BITS[self.nbits]
 
     @property
-    def kind(self) -> str:
+    def scale_type(self) -> str:
         """torch's name of the type of scales and zero points, in which weights are computed."""
         return self.scale.dtype
 
@@ -144,7 +143,6 @@ class Hqq(Grouped):
 
     def levels(self, group: int) -> Levels:
         """Read what is stored, with a scale and zero point for each ``group`` weights, a divisor of ``self.group``."""
-        from moetier.tiers.quant.zero_points import Levels
 
         scales, zeros = (
             self.finite(tensor).view(self.size[0], -1).repeat_interleave(self.group_size // group, 1)
@@ -159,45 +157,53 @@ class Hqq(Grouped):
 
     def _codes(self) -> torch.Tensor:
         """Read the codes, uint8, in the shape ``_grid``."""
-        import torch
-        from hqq.core.bitpack import BitPack
-
-        unpack = {8: BitPack.unpack_8bit_u8, 4: BitPack.unpack_4bit_u8, 3: BitPack.unpack_3bit_32}
         # hqq may have saved the bytes as if they were floating-point numbers
         packed = self.packed.read().view(torch.int32 if self.bits == 3 else torch.uint8)
-        codes: torch.Tensor = unpack.get(self.bits, BitPack.unpack_2bit_u8)(packed)
-        return codes[: self._grid[0]].contiguous()
+        return unpacked(packed, self.bits)[: self._grid[0]].contiguous()
 
 
-def hqq_tensors(tensors: Mapping[str, StoredTensor], config: Mapping[str, Any], dtype: str) -> dict[str, SourceTensor]:
-    """Return a dictionary from names to the source tensors of a checkpoint of HQQ. Its matrices are read as ``dtype``.
+def unpacked(packed: torch.Tensor, bits: Bits) -> torch.Tensor:
+    """Return the codes in ``packed``, uint8 [n, columns], or int32 with 3 bits: uint8 [n * codes of an item, columns].
 
-    Reads the numbers that describe each of them. ``config`` is the checkpoint's. Raises CheckpointError or
-    UnsupportedModelError.
+    The highest bits of all items are the first n rows, and so on. A word of 32 bits has ten codes of 3 bits, and its
+    highest two bits are not used.
     """
+    first = 3 * (PER_WORD - 1) if bits == 3 else 8 - bits
+    return torch.cat([((packed >> at) & (2**bits - 1)).byte() for at in range(first, -1, -bits)])
 
-    def make(weight: str, own: dict[str, StoredTensor]) -> Hqq:
-        (rows, columns), (nbits,), (group,), (axis,) = (_numbers(weight, own[name]) for name in DESCRIBING)
-        size, nbits = (int(rows), int(columns)), round(nbits, 2)
-        return Hqq(weight, dtype, own[MAIN], own["scale"], own["zero"], size, nbits, int(group), int(axis))
 
-    if not any(name.endswith(f".{OFFLOADED['scale'][0]}") for name in tensors):
-        return with_weights(tensors, MAIN, ("scale", "zero", *DESCRIBING), OTHERS, make)
-    sizes = _sizes_of_mixtral(config)
+class Hqq(Format):
+    """HQQ: linear modules as hqq and transformers save them, or mixtral-offloading's checkpoint."""
 
-    def make_offloaded(weight: str, own: dict[str, StoredTensor]) -> Hqq:
-        size = sizes.get(weight.split(".")[-2], (0, 0))
-        weights, groups = math.prod(size), math.prod(own[OFFLOADED["scale"][0]].shape)
-        if not weights or not groups:
-            raise CheckpointError(
-                f"{weight} is quantised, but a model with this config ({config.get('model_type')}) has no such matrix.",
-                "Check that config.json belongs to these weights.",
-            )
-        scale, zero = (_requantised(weight, groups, *(own[each] for each in names)) for names in OFFLOADED.values())
-        nbits = 8 * own[MAIN].nbytes / weights
-        return Hqq(weight, dtype, own[MAIN], scale, zero, size, nbits, weights // groups, 0)
+    def sources(self, dtype: str) -> dict[str, SourceTensor]:
+        """Return the source tensors. Reads the numbers that describe each matrix."""
+        if any(name.endswith(f".{OFFLOADED['scale'][0]}") for name in self.tensors):
+            return self._offloaded(dtype)
 
-    return with_weights(tensors, MAIN, OFFLOADED["scale"] + OFFLOADED["zero"], (), make_offloaded)
+        def make(weight: str, own: dict[str, StoredTensor]) -> HqqTensor:
+            (rows, columns), (nbits,), (group,), (axis,) = (_numbers(weight, own[name]) for name in DESCRIBING)
+            size, nbits = (int(rows), int(columns)), round(nbits, 2)
+            return HqqTensor(weight, dtype, own[MAIN], own["scale"], own["zero"], size, nbits, int(group), int(axis))
+
+        return self.joined(MAIN, ("scale", "zero", *DESCRIBING), OTHERS, make)
+
+    def _offloaded(self, dtype: str) -> dict[str, SourceTensor]:
+        sizes = _sizes_of_mixtral(self.config)
+
+        def make(weight: str, own: dict[str, StoredTensor]) -> HqqTensor:
+            size = sizes.get(weight.split(".")[-2], (0, 0))
+            weights, groups = math.prod(size), math.prod(own[OFFLOADED["scale"][0]].shape)
+            if not weights or not groups:
+                raise CheckpointError(
+                    f"{weight} is quantised, but a model with this config ({self.config.get('model_type')}) has no "
+                    "such matrix.",
+                    "Check that config.json belongs to these weights.",
+                )
+            scale, zero = (_requantised(weight, groups, *(own[each] for each in names)) for names in OFFLOADED.values())
+            nbits = 8 * own[MAIN].nbytes / weights
+            return HqqTensor(weight, dtype, own[MAIN], scale, zero, size, nbits, weights // groups, 0)
+
+        return self.joined(MAIN, OFFLOADED["scale"] + OFFLOADED["zero"], (), make)
 
 
 def _numbers(weight: str, tensor: StoredTensor) -> list[float]:

@@ -1,25 +1,23 @@
-"""Tensors of quantised checkpoints. To the converter they look like tensors in 16 bits: reading decodes them.
+"""Weights as codes and scales: FP8, MXFP8, MXFP4 and NVFP4, as DeepSeek, gpt-oss and ModelOpt store them.
 
-Each tells in which coding it is stored, and which stored tensors hold its codes and scales, so that a record can also
-have them as they are.
+Records can have the codes and scales as they are. ``compressed`` reads compressed-tensors' checkpoints in the same way.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Self
 
 import torch
 
 from moetier.tiers.errors import CheckpointError, UnsupportedModelError
-from moetier.tiers.layout import CODINGS, Projection
+from moetier.tiers.layout import CODING_GROUPS, CODINGS, Projection
 from moetier.tiers.quant.codings import decode_rows
 
-from .hqq import MAIN, hqq_tensors
-from .tensors import SourceTensor, StoredTensor
-from .words import awq_tensors, gptq_tensors
+from .format import DAMAGED, Format
+from .tensors import Runs, SourceTensor, StoredTensor
 
 TILE_WEIGHTS = 1 << 21  # most weights decoded at a time: 8 MiB in fp32
 # names of the scales of a "weight": in DeepSeek-V3, DeepSeek-V4, Mistral, and of ModelOpt and compressed-tensors
@@ -36,15 +34,10 @@ SCALE_TYPES = {
 # also has a number for all of its scales.
 _FLOATS = {("bfloat16", False), ("float16", False), ("float32", False)}
 FORMS = {"e2m1": {("e8m0", False), ("e4m3", True)}, "int4": _FLOATS, "e4m3": _FLOATS | {("e8m0", False)}}
-FORMATS = (
-    "pack-quantized", "mxfp4-pack-quantized", "nvfp4-pack-quantized", "mxfp8-quantized", "float-quantized",
-    "naive-quantized", "mixed-precision", "dense",
-)  # fmt: skip
-_FIX = "Download the checkpoint again."
 
 
 @dataclass(frozen=True, slots=True)
-class Packed:
+class ScaledTensor(SourceTensor):
     """Matrix, or one for each expert, that is stored as codes and scales. Its shape is [..., rows, columns].
 
     The stored tensors have these shapes, whatever shapes the file gives them: codes [..., rows, items of the file's
@@ -68,7 +61,7 @@ class Packed:
         block: tuple[int, int] = BLOCK,
         globals_as: str = "",
         transposed: bool = False,
-    ) -> Packed:
+    ) -> ScaledTensor:
         """Find the coding from types and shapes.
 
         Args:
@@ -83,57 +76,34 @@ class Packed:
 
         Raises CheckpointError if the shapes do not fit, and UnsupportedModelError for types that can't be decoded.
         """
-        coding, kind = CODES[codes.spelling], SCALE_TYPES.get(scales.spelling, "")
-        if (kind, globals_ is not None) not in FORMS[coding]:
-            raise UnsupportedModelError(
-                f"{_said(codes)} is in {codes.spelling} with scales in {scales.spelling}, which moetier can't read.",
-                "Give a checkpoint in another form; docs/choosing.md lists those that can be read.",
-            )
-        if len(codes.shape) < 2 or not all(codes.shape):
-            raise CheckpointError(f"{_said(codes)} has shape {list(codes.shape)}, which is no matrix.", _FIX)
+        coding, scale_type = _coding_of(codes, scales, globals_)
         *lead, rows, items = codes.shape
         bits = CODINGS[coding]
         columns = items * codes.nbytes // math.prod(codes.shape) * 8 // bits
+        grid, (block_rows, group) = _grid_of(codes, scales, (rows, columns), block)
         many = bool(lead) and scales.shape[: len(lead)] == tuple(lead)  # else one scale, or grid, for all experts
-        grid = scales.shape[len(lead) :] if many else scales.shape
-        if math.prod(grid) == 1:
-            grid = (1, 1)
-        elif len(grid) == 1:
-            grid = (*grid, 1)
-        fits = len(grid) == 2 and math.prod(grid) > 0
-        steps = [_step(*sizes) for sizes in zip((rows, columns), grid, block, strict=True)] if fits else [0]
-        if not all(steps):
-            raise CheckpointError(
-                f"{_said(scales)} has shape {list(scales.shape)}, which does not fit {codes.name} of shape "
-                f"{[*lead, rows, columns]}.",
-                _FIX,
-            )
         if globals_ is not None:
             if globals_.spelling != "F32" or math.prod(globals_.shape) != math.prod(lead):
                 raise CheckpointError(
                     f"{_said(globals_)} has type {globals_.spelling} and shape {list(globals_.shape)}, not one number "
                     "in F32 for each matrix.",
-                    _FIX,
+                    DAMAGED,
                 )
             globals_ = replace(globals_, shape=tuple(lead))
-        return cls(
-            codes,
-            replace(scales, shape=(*lead, *grid) if many else grid),
-            globals_,
-            Projection(
-                "",
-                rows,
-                columns,
-                bits,
-                dtype,
-                transposed,
-                steps[1],
-                coding=coding,
-                scales=kind,
-                block_rows=steps[0],
-                globals=globals_as if globals_ is not None else "",
-            ),
+        projection = Projection(
+            "",
+            rows,
+            columns,
+            bits,
+            dtype,
+            transposed,
+            group,
+            coding=coding,
+            scales=scale_type,
+            block_rows=block_rows,
+            globals=globals_as if globals_ is not None else "",
         )
+        return cls(codes, replace(scales, shape=(*lead, *grid) if many else grid), globals_, projection)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -146,17 +116,34 @@ class Packed:
         return self.projection.dtype
 
     @property
-    def components(self) -> dict[str, StoredTensor]:
-        """The stored tensors, by the names of a record's sections."""
-        found = {"codes": self.codes, "scales": self.scales}
-        return found if self.globals is None else found | {"globals": self.globals}
-
-    @property
     def parts(self) -> tuple[StoredTensor, ...]:
         """Codes, scales and, if there are any, globals."""
-        return tuple(self.components.values())
+        return (self.codes, self.scales) if self.globals is None else (self.codes, self.scales, self.globals)
 
-    def slice(self, index: int) -> Packed:
+    def by_expert(self, experts: int) -> list[list[SourceTensor]]:
+        """Return one run: a slice for each expert."""
+        return [[self.slice(index) for index in range(experts)]] if self.shape[:1] == (experts,) else []
+
+    def record_projection(self, plain: Projection, runs: Runs) -> Projection:
+        """Return the projection with the coding of the matrices, which must be the same for all experts."""
+        projections = {each.projection for each in self.members_of(runs)}
+        one, name = projections.pop(), runs[0][0].stored_name
+        if projections:
+            raise ValueError(f"{name} and the weights that belong to it are quantised in several forms")
+        if one.transposed != plain.transposed:
+            raise ValueError(f"{name} is stored in another order than the model has")
+        if one.bits == 4 and one.group not in CODING_GROUPS:
+            raise ValueError(f"{name} has a scale for each {one.group} weights, not 16, 32, 64 or 128")
+        apart = bool(one.globals) or one.rows % one.block_rows != 0  # else parts have one grid of scales
+        parts = len(runs) if apart else 1
+        return replace(one, name=plain.name, rows=one.rows * len(runs), parts=parts, dtype=plain.dtype)
+
+    def component(self, name: str) -> StoredTensor:
+        """Return the tensor of the section "codes", "scales" or "globals"."""
+        found: StoredTensor = getattr(self, name)
+        return found
+
+    def slice(self, index: int) -> Self:
         """Return a slice of the leading dimension as a tensor of its own, without that dimension. Nothing is read."""
         many = len(self.scales.shape) == len(self.codes.shape)
         return replace(
@@ -204,6 +191,43 @@ def _said(tensor: StoredTensor) -> str:
     return f"{tensor.name} of {tensor.file}"
 
 
+def _coding_of(codes: StoredTensor, scales: StoredTensor, globals_: StoredTensor | None) -> tuple[str, str]:
+    """Return the coding, and our name of the type of its scales. Raises as ``ScaledTensor.of``."""
+    coding, scale_type = CODES[codes.spelling], SCALE_TYPES.get(scales.spelling, "")
+    if (scale_type, globals_ is not None) not in FORMS[coding]:
+        raise UnsupportedModelError(
+            f"{_said(codes)} is in {codes.spelling} with scales in {scales.spelling}, which moetier can't read.",
+            "Give a checkpoint in another form; docs/choosing.md lists those that can be read.",
+        )
+    if len(codes.shape) < 2 or not all(codes.shape):
+        raise CheckpointError(f"{_said(codes)} has shape {list(codes.shape)}, which is no matrix.", DAMAGED)
+    return coding, scale_type
+
+
+def _grid_of(
+    codes: StoredTensor, scales: StoredTensor, size: tuple[int, int], block: tuple[int, int]
+) -> tuple[tuple[int, ...], tuple[int, int]]:
+    """Return the shape of each matrix's grid of scales, and how many rows and columns share a scale.
+
+    ``size`` is the rows and columns of a matrix. The other arguments are those of ``ScaledTensor.of``. Raises
+    CheckpointError if the scales do not fit.
+    """
+    lead = codes.shape[:-2]
+    grid = scales.shape[len(lead) :] if scales.shape[: len(lead)] == lead else scales.shape
+    if math.prod(grid) == 1:
+        grid = (1, 1)
+    elif len(grid) == 1:
+        grid = (*grid, 1)
+    if len(grid) == 2 and math.prod(grid) > 0:
+        rows, columns = (_step(*sizes) for sizes in zip(size, grid, block, strict=True))
+        if rows and columns:
+            return grid, (rows, columns)
+    raise CheckpointError(
+        f"{_said(scales)} has shape {list(scales.shape)}, which does not fit {codes.name} of shape {[*lead, *size]}.",
+        DAMAGED,
+    )
+
+
 def _step(size: int, cells: int, block: int) -> int:
     """Return how many rows or columns share a scale; 0 if the scales do not fit.
 
@@ -214,132 +238,88 @@ def _step(size: int, cells: int, block: int) -> int:
     return step if step and -(-size // step) == cells else 0
 
 
-def source_tensors(
-    tensors: Mapping[str, StoredTensor],
-    quantization: Mapping[str, Any] | None,
-    dtype: str,
-    config: Mapping[str, Any] | None = None,
-) -> dict[str, SourceTensor]:
-    """Return a dictionary from names to source tensors. Quantised tensors are read as ``dtype``, by torch's name.
+class Scaled(Format):
+    """Weights with scales, which are recognised by the names and types of their tensors. The config may name blocks."""
 
-    ``config`` is the checkpoint's config, and ``quantization`` its quantization_config, or None. Raises
-    UnsupportedModelError for methods and forms that moetier can't read, and CheckpointError if the tensors of a weight
-    do not fit.
+    @property
+    def block(self) -> tuple[int, int]:
+        """Rows and columns that share an FP8 scale. Raises UnsupportedModelError as ``sources``."""
+        return pair_of_sizes(self.quantization.get("weight_block_size")) or BLOCK
+
+    def sources(self, dtype: str) -> dict[str, SourceTensor]:
+        """Return the source tensors: codes and scales come together, as one weight."""
+        made: dict[str, SourceTensor] = {}
+        for name, tensor in self._weights(self.block, dtype):
+            if name in made:
+                raise CheckpointError(f"{name} is in {tensor.parts[0].file} in two forms.", DAMAGED)
+            made[name] = tensor
+        return made
+
+    def _weights(self, block: tuple[int, int], dtype: str) -> Iterator[tuple[str, SourceTensor]]:
+        """Yield all weights by name: first those that have scales, and then the others."""
+        taken: set[str] = set()
+        for name, tensor in self.tensors.items():
+            weight, scales, globals_, globals_as = _belonging(name)
+            scale = next((each for each in scales if each in self.tensors), None)
+            if scale is None or (tensor.shape and tensor.spelling not in CODES):
+                continue
+            taken |= {name, scale, globals_}
+            if not tensor.shape:  # only names are known
+                yield weight, replace(tensor, name=weight)
+                continue
+            fused = name.endswith("_blocks")
+            if fused:  # gpt-oss: [experts, rows, groups, 16]
+                tensor = replace(tensor, shape=(*tensor.shape[:-2], math.prod(tensor.shape[-2:])))
+            given = {"dtype": dtype, "globals_as": globals_as}
+            yield (
+                weight,
+                ScaledTensor.of(
+                    tensor, self.tensors[scale], self.tensors.get(globals_), block=block, transposed=fused, **given
+                ),
+            )
+        for name in self.tensors:
+            if name not in taken:
+                yield from self._unscaled(name)
+
+    def _unscaled(self, name: str) -> Iterator[tuple[str, SourceTensor]]:
+        """Yield a tensor without scales, unless the model does not need it."""
+        if name.rpartition(".")[2] in DROPPED:
+            return
+        tensor = self.tensors[name]
+        if tensor.dtype.startswith("float8") or name.endswith(".weight_packed"):
+            raise CheckpointError(f"{_said(tensor)} is in {tensor.spelling} but has no scale.", DAMAGED)
+        if name.endswith((".weight_zero_point", ".weight_g_idx")):
+            raise unreadable("weights with zero points or an order of groups")
+        yield name, tensor
+
+
+def _belonging(name: str) -> tuple[str, list[str], str, str]:
+    """Return what belongs to the codes ``name``, if they are codes.
+
+    These are the name of the weight, the names that its scales may have, and the name of the number for all scales,
+    with what is done with it (``Projection.globals``).
     """
-    quantization = quantization or {}
-    method = quantization.get("quant_method")
-    if method is None and any(name.endswith(f".{MAIN}") for name in tensors):
-        method = "hqq"  # mixtral-offloading's config does not say so
-    match method:
-        case None:
-            return dict(tensors)
-        case "fp8" | "mxfp8" | "mxfp4" | "modelopt":
-            block = quantization.get("weight_block_size")
-        case "compressed-tensors":
-            block = _block_of_compressed(quantization)
-        case "awq":
-            return awq_tensors(tensors, quantization, dtype)
-        case "gptq":
-            return gptq_tensors(tensors, quantization, dtype)
-        case "hqq":
-            return hqq_tensors(tensors, config or {}, dtype)
-        case "moetier":
-            raise UnsupportedModelError(
-                "This is a model directory of moetier: it is converted already.",
-                "Use it as it is, or give the checkpoint that it was made from.",
-            )
-        case _:
-            raise UnsupportedModelError(
-                f"The checkpoint is quantised with {method}, which moetier can't read.",
-                "Give a checkpoint in 16 or 32 bits, or in a form that docs/choosing.md lists.",
-            )
-    found: dict[str, SourceTensor] = {}
-    for name, tensor in _unpacked(tensors, _pair_of_sizes(block) or BLOCK, dtype):
-        if name in found:
-            raise CheckpointError(f"{name} is in {tensor.parts[0].file} in two forms.", _FIX)
-        found[name] = tensor
-    return found
+    stem, _, leaf = name.rpartition(".")
+    if leaf == "weight":
+        return name, [f"{stem}.{scale}" for scale in SCALES], f"{stem}.weight_scale_2", "multiply"
+    if leaf == "weight_packed":
+        return f"{stem}.weight", [f"{stem}.weight_scale"], f"{stem}.weight_global_scale", "divide"
+    if name.endswith("_blocks"):
+        weight = name.removesuffix("_blocks")
+        return weight, [f"{weight}_scales"], "", ""
+    return name, [f"{name}_scale_inv"], "", ""
 
 
-def _pair_of_sizes(value: object) -> tuple[int, int] | None:
+def pair_of_sizes(value: object) -> tuple[int, int] | None:
+    """Return a list of two sizes as a tuple; None for any other value."""
     if isinstance(value, list) and len(value) == 2 and all(type(size) is int and size > 0 for size in value):
         return value[0], value[1]
     return None
 
 
-def _block_of_compressed(quantization: Mapping[str, Any]) -> object:
-    """Return the rows and columns that share an FP8 scale by a config of compressed-tensors; None if it names none.
-
-    Raises UnsupportedModelError for formats that moetier can't read.
-    """
-    groups = quantization.get("config_groups")
-    schemes = [scheme for scheme in groups.values() if isinstance(scheme, dict)] if isinstance(groups, dict) else []
-    weights = [found for scheme in schemes if isinstance(found := scheme.get("weights"), dict)]
-    formats = {str(place.get("format") or "dense") for place in (quantization, *schemes)}
-    if others := sorted(formats - set(FORMATS)):
-        raise _unreadable(f"the format {others[0]}")
-    for scheme in weights:
-        if scheme.get("num_bits") not in (4, 8) or (scheme.get("type"), scheme.get("num_bits")) == ("int", 8):
-            raise _unreadable(f"weights of {scheme.get('num_bits')} bits of type {scheme.get('type')}")
-        if scheme.get("symmetric") is False:
-            raise _unreadable("weights with zero points")
-    return next((found for scheme in weights if (found := scheme.get("block_structure"))), None)
-
-
-def _unreadable(what: str) -> UnsupportedModelError:
+def unreadable(what: str) -> UnsupportedModelError:
+    """Return the error for a checkpoint of compressed-tensors with ``what``."""
     return UnsupportedModelError(
         f"The checkpoint is quantised with compressed-tensors, in {what}, which moetier can't read.",
         "Give a checkpoint in 16 or 32 bits, or in a form that docs/choosing.md lists.",
     )
-
-
-def _unpacked(
-    tensors: Mapping[str, StoredTensor], block: tuple[int, int], dtype: str
-) -> Iterator[tuple[str, SourceTensor]]:
-    """Yield names and tensors as the model knows them: codes and scales come together, as one weight."""
-    used: set[str] = set()
-    plain: list[str] = []
-    for name, tensor in tensors.items():
-        stem, _, leaf = name.rpartition(".")
-        weight, scales, globals_, how = name, [f"{name}_scale_inv"], "", ""
-        if leaf == "weight":
-            scales = [f"{stem}.{scale}" for scale in SCALES]
-            globals_, how = f"{stem}.weight_scale_2", "multiply"
-        elif leaf == "weight_packed":
-            weight, scales = f"{stem}.weight", [f"{stem}.weight_scale"]
-            globals_, how = f"{stem}.weight_global_scale", "divide"
-        elif name.endswith("_blocks"):
-            weight = name.removesuffix("_blocks")
-            scales = [f"{weight}_scales"]
-        scale = next((found for found in scales if found in tensors), None)
-        if scale is None or (tensor.shape and tensor.spelling not in CODES):
-            plain.append(name)
-            continue
-        used |= {name, scale, globals_}
-        if not tensor.shape:  # only names are known
-            yield weight, replace(tensor, name=weight)
-            continue
-        fused = name.endswith("_blocks")
-        if fused:  # gpt-oss: [experts, rows, groups, 16]
-            tensor = replace(tensor, shape=(*tensor.shape[:-2], math.prod(tensor.shape[-2:])))
-        yield (
-            weight,
-            Packed.of(
-                tensor,
-                tensors[scale],
-                tensors.get(globals_),
-                dtype=dtype,
-                block=block,
-                globals_as=how,
-                transposed=fused,
-            ),
-        )
-    for name in plain:
-        if name in used or name.rpartition(".")[2] in DROPPED:
-            continue
-        tensor = tensors[name]
-        if tensor.dtype.startswith("float8") or name.endswith(".weight_packed"):
-            raise CheckpointError(f"{_said(tensor)} is in {tensor.spelling} but has no scale.", _FIX)
-        if name.endswith((".weight_zero_point", ".weight_g_idx")):
-            raise _unreadable("weights with zero points or an order of groups")
-        yield name, tensor

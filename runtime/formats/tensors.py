@@ -1,4 +1,4 @@
-"""A checkpoint's tensors, read by byte ranges.
+"""A checkpoint's tensors: what every format says of them, and those in files, which are read by byte ranges.
 
 No file is mapped: a mapped checkpoint counts as resident memory, and a file that is truncated while it is mapped causes
 a SIGBUS. Instead each tensor's byte range is checked against the file's size first, and what was read is dropped from
@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -20,9 +21,12 @@ import numpy.typing as npt
 from moetier.tiers.errors import CheckpointError
 from moetier.tiers.fields import shown
 from moetier.tiers.headers.safetensors import ITEM_BYTES, MAX_HEADER_BYTES, load_header, parse_header, read_header
+from moetier.tiers.layout import Projection, RecordLayout
 
 if TYPE_CHECKING:
     import torch
+
+    from moetier.tiers.quant.zero_points import Levels
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -36,31 +40,125 @@ MAX_NAME = 1000  # longest name of a tensor; transformers takes parts of names f
 READ_AHEAD_BYTES = 64 << 10
 
 
-class SourceTensor(Protocol):
-    """Tensor that the converter reads, dequantised if it is stored in another form."""
+class SourceTensor(ABC):
+    """Tensor of a checkpoint as the model has it: reading decodes it, if it is quantised.
+
+    Four members are abstract; ``shape`` and ``dtype`` may be fields of a dataclass. The others say what else can be
+    done with the tensor as it is stored. By default that is nothing: experts are converted to records of 16 bits or
+    fewer, and the trunk is decoded when a model is loaded.
+    """
+
+    __slots__ = ()
+
+    is_plain: ClassVar[bool] = False  # whether ``read`` returns the very numbers of one stored tensor
+    reads_rows: ClassVar[bool] = True  # whether reading a few rows does not read the whole tensor
+    # whether `convert` keeps the weights of experts as they are stored, unless --bits is given
+    is_kept: ClassVar[bool] = False
+
+    if TYPE_CHECKING:  # a property would be taken for the default of a field
+
+        @property
+        @abstractmethod
+        def shape(self) -> tuple[int, ...]:
+            """Shape of the whole tensor as ``read`` returns it."""
+
+        @property
+        @abstractmethod
+        def dtype(self) -> str:
+            """torch's name of the type that ``read`` returns."""
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the whole tensor as ``read`` returns it."""
-
-    @property
-    def dtype(self) -> str:
-        """torch's name of the type that ``read`` returns."""
-
-    @property
+    @abstractmethod
     def parts(self) -> tuple[StoredTensor, ...]:
-        """Stored tensors that this tensor is read from."""
+        """Stored tensors that this tensor is read from; () if it is not read from files."""
 
+    @abstractmethod
     def read(self, first: int = 0, count: int | None = None) -> torch.Tensor:
         """Read ``count`` rows of the leading dimension, from row ``first`` on, into a new tensor [count, ...].
 
-        None reads all rows from ``first`` on.
+        None reads all rows from ``first`` on. Raises CheckpointError if the tensor is damaged.
         """
+
+    @property
+    def stored_name(self) -> str:
+        """Name of the first stored tensor, for messages."""
+        return self.parts[0].name if self.parts else "a tensor"
+
+    def chunks(self) -> Iterator[Bytes]:
+        """Read the tensor, and yield its bytes in order, about CHUNK_BYTES at a time."""
+        import torch
+
+        nbytes = math.prod(self.shape) * getattr(torch, self.dtype).itemsize
+        rows = self.shape[0]
+        step = max(1, CHUNK_BYTES * rows // max(nbytes, 1))
+        for first in range(0, rows, step):
+            yield self.read(first, min(step, rows - first)).view(-1).view(torch.uint8).numpy()
+
+    # tensors of experts
+
+    def by_expert(self, experts: int) -> list[list[SourceTensor]]:
+        """Divide a tensor of all experts, [experts, ...], without reading it. Return [] if it can't be divided.
+
+        The result has a list for each run of rows of an expert's parameter, in order: one tensor for each expert.
+        """
+        return []
+
+    @property
+    def alternate(self) -> bool:
+        """Whether rows of the runs of ``by_expert`` alternate in the parameter, instead of following one another."""
+        return False
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the rows of the runs of ``by_expert`` are the columns of the parameter."""
+        return False
+
+    # records that hold the weights of experts as they are stored
+
+    def record_projection(self, plain: Projection, runs: Runs) -> Projection:
+        """Return the projection of records that hold a parameter as it is stored.
+
+        ``plain`` is the projection with 16 bits, in the type of the parameter. ``runs`` is what ``Recipe.by_expert``
+        returns. Raises ValueError, which says why, if records can't hold the parameter so.
+        """
+        raise ValueError(f"{self.stored_name} is stored in a form that no record can hold")
+
+    def component(self, name: str) -> StoredTensor:
+        """Return the stored tensor whose bytes fill the section ``name`` of a record, such as "codes".
+
+        ``name`` is "" in a record of 16 bits. Raises ValueError if a record's bytes are in another order.
+        """
+        raise ValueError(f"{self.stored_name} is packed in another way than a record")
+
+    def levels(self, group: int) -> Levels:
+        """Read the codes, and a scale and a zero point for each ``group`` weights of a row.
+
+        Only for a tensor whose ``record_projection`` has zero points (``ZERO_POINTS``).
+        """
+        raise ValueError(f"{self.stored_name} has no zero points")
+
+    # the trunk
+
+    def as_matrix(self) -> StoredMatrix | None:
+        """Return the matrix as it lies in its file, if modules can multiply with it so; else None."""
+        return None
+
+    def members_of(self, runs: Runs) -> list[Self]:
+        """Return all tensors of ``runs``. Raises ValueError unless they are of the same class as this one."""
+        members: list[Any] = [each for tensors in runs for each in tensors]
+        if any(type(each) is not type(self) for each in members):
+            raise ValueError(f"{members[0].stored_name} and the weights that belong to it are stored in several forms")
+        return members
+
+
+Runs = Sequence[Sequence[SourceTensor]]  # for each run of rows of an expert's parameter, the tensors of all experts
 
 
 @dataclass(frozen=True, slots=True)
-class StoredTensor:
-    """Tensor in a safetensors file. If it is not quantised, it is also the source tensor."""
+class StoredTensor(SourceTensor):
+    """Tensor in a file, as the file's header lists it."""
+
+    is_plain = True
 
     name: str
     spelling: str  # the file's name of its type, such as "BF16"
@@ -100,6 +198,14 @@ class StoredTensor:
         read_at(self.file, offset, tensor.view(-1).view(torch.uint8).numpy())
         return tensor
 
+    def by_expert(self, experts: int) -> list[list[SourceTensor]]:
+        """Return one run: a slice for each expert."""
+        return [[self.slice(index) for index in range(experts)]] if self.shape[:1] == (experts,) else []
+
+    def component(self, name: str) -> StoredTensor:
+        """Return this tensor."""
+        return self
+
     def slice(self, index: int) -> StoredTensor:
         """Return a slice of the leading dimension as a tensor of its own, without that dimension. Nothing is read."""
         size = self.nbytes // self.shape[0]
@@ -112,6 +218,15 @@ class StoredTensor:
             chunk = buffer[: min(CHUNK_BYTES, self.nbytes - start)]
             read_at(self.file, self.offset + start, chunk)
             yield chunk
+
+
+@dataclass(frozen=True, slots=True)
+class StoredMatrix:
+    """Matrix of the trunk as it lies in its file. ``layout`` is that of its bytes, taken as a record."""
+
+    stored: StoredTensor
+    layout: RecordLayout
+    order: npt.NDArray[np.int64] | None = None  # for each row of the model, its number in the file; None: the same
 
 
 def read_at(path: Path, offset: int, out: Bytes) -> None:

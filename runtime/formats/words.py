@@ -9,36 +9,32 @@ Other tools use the same formulas, with another order of operations.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from moetier.tiers.errors import CheckpointError, UnsupportedModelError
-from moetier.tiers.fields import shown
+import torch
+
+from moetier.tiers.errors import CheckpointError
 from moetier.tiers.layout import Bits
+from moetier.tiers.quant.zero_points import Levels
 
-from .grouped import NEEDS_BITS, SCALES, Grouped, with_weights
-from .tensors import SourceTensor, StoredTensor
-
-if TYPE_CHECKING:
-    import torch
-
-    from moetier.tiers.quant.zero_points import Levels
+from .format import NEEDS_BITS
+from .grouped import SCALES, GroupedTensor
+from .tensors import StoredTensor
 
 WORD = 32  # bits of a word
-AWQ, GPTQ, GPTQ_V2 = "awq", "gptq", "gptq_v2"  # values of ``Words.form``
+AWQ, GPTQ, GPTQ_V2 = "awq", "gptq", "gptq_v2"  # values of ``WordsTensor.packing``
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # for each of eight neighbouring rows, the place of its code in a word
-WIDTHS: tuple[Bits, ...] = (8, 4, 3, 2)
 
 
-@dataclass(frozen=True)
-class Words(Grouped):
+@dataclass(frozen=True, slots=True)
+class WordsTensor(GroupedTensor):
     """Matrix of GPTQ or AWQ. ``order`` has the group of each column; None if groups are neighbouring columns."""
 
     name: str
     dtype: str
-    form: str  # AWQ, GPTQ or GPTQ_V2
+    packing: str  # AWQ, GPTQ or GPTQ_V2
     width: Bits  # of a code
     packed: StoredTensor
     zeros: StoredTensor
@@ -66,7 +62,7 @@ class Words(Grouped):
     def shape(self) -> tuple[int, ...]:
         """Rows and columns."""
         first, second = self.packed.shape
-        return (second * WORD // self.bits, first) if self.form == AWQ else (second, first * WORD // self.bits)
+        return (second * WORD // self.bits, first) if self.packing == AWQ else (second, first * WORD // self.bits)
 
     @property
     def bits(self) -> Bits:
@@ -74,7 +70,7 @@ class Words(Grouped):
         return self.width
 
     @property
-    def kind(self) -> str:
+    def scale_type(self) -> str:
         """torch's name of the type of scales and zero points, in which weights are computed."""
         return self.scale.dtype
 
@@ -136,8 +132,6 @@ class Words(Grouped):
 
     def _order(self) -> torch.Tensor:
         """Return the group of each column, [columns]."""
-        import torch
-
         if self.order is None:
             return torch.arange(self.shape[1]) // self.per_group
         order = self.order.read().long()
@@ -147,10 +141,9 @@ class Words(Grouped):
 
     def _stored(self) -> Levels:
         """Read the matrix, with scales and zero points [rows, groups of the checkpoint]."""
-        from moetier.tiers.quant.zero_points import Levels
 
         scales, words = self.finite(self.scale), self.packed.read()
-        if self.form == AWQ:
+        if self.packing == AWQ:
             codes, zeros = (_in_order(unpacked(each, self.bits)) for each in (words, self.zeros.read()))
             codes = codes.T.contiguous()
         else:
@@ -164,8 +157,6 @@ class Words(Grouped):
         they are, and GPTQModel once subtracted 1 at the wrong bits of codes of 3 bits. In a symmetric checkpoint all
         zero points are 2^(bits - 1). So if one of these other readings gives that number, it is the right one.
         """
-        import torch
-
         words = self.zeros.read()
         stored = unpacked(words, self.bits)
         one = sum(1 << at for at in range(0, WORD, self.bits))
@@ -182,7 +173,7 @@ class Words(Grouped):
             plain, readings = (stored + 1) & 7, [stored, added(one << 2, one << 1, one)]
         else:
             plain, readings = added(one), [stored]
-        if self.form == GPTQ_V2:
+        if self.packing == GPTQ_V2:
             plain = stored
         if self.symmetric:
             for zeros in readings:
@@ -201,8 +192,6 @@ def unpacked(words: torch.Tensor, bits: int) -> torch.Tensor:
 
     Three words hold 32 codes of 3 bits. Two of these codes begin in one word and end in the next.
     """
-    import torch
-
     if bits != 3:
         return torch.stack([((words >> at) & (2**bits - 1)).byte() for at in range(0, WORD, bits)], 2).flatten(1)
     low, middle, high = (words.long() & 0xFFFFFFFF).view(len(words), -1, 3).unbind(2)
@@ -211,59 +200,7 @@ def unpacked(words: torch.Tensor, bits: int) -> torch.Tensor:
     return torch.stack([(code & 7).byte() for code in codes], 2).flatten(1)
 
 
-def awq_tensors(
-    tensors: Mapping[str, StoredTensor], quantization: Mapping[str, Any], dtype: str
-) -> dict[str, SourceTensor]:
-    """Return a dictionary from names to the source tensors of a checkpoint of AWQ. Its matrices are read as ``dtype``.
-
-    ``quantization`` is its quantization_config. Raises CheckpointError or UnsupportedModelError.
-    """
-    form = str(quantization.get("version") or quantization.get("format") or "gemm").lower()
-    bits, group = quantization.get("bits", 4), _group_size(quantization)
-    if form != "gemm" or bits != 4:
-        raise UnsupportedModelError(
-            f"The checkpoint has AWQ's format {shown(form)} with {shown(bits)} bits, which moetier can't read.",
-            "Give a checkpoint in AWQ's format gemm with 4 bits.",
-        )
-
-    def make(weight: str, own: dict[str, StoredTensor]) -> Words:
-        return Words(weight, dtype, AWQ, 4, own["qweight"], own["qzeros"], own["scales"], group_size=group)
-
-    return with_weights(tensors, "qweight", ("qzeros", "scales"), (), make)
-
-
-def gptq_tensors(
-    tensors: Mapping[str, StoredTensor], quantization: Mapping[str, Any], dtype: str
-) -> dict[str, SourceTensor]:
-    """Return a dictionary from names to the source tensors of a checkpoint of GPTQ. Its matrices are read as ``dtype``.
-
-    ``quantization`` is its quantization_config. Raises CheckpointError or UnsupportedModelError.
-    """
-    form = str(quantization.get("checkpoint_format") or quantization.get("format") or GPTQ).lower()
-    if form not in (GPTQ, GPTQ_V2):
-        raise UnsupportedModelError(
-            f"The checkpoint has GPTQ's format {shown(form)}, which moetier can't read.",
-            f"Give a checkpoint in GPTQ's format {GPTQ} or {GPTQ_V2}.",
-        )
-    group, symmetric = _group_size(quantization), bool(quantization.get("sym", True))
-
-    def make(weight: str, own: dict[str, StoredTensor]) -> Words:
-        packed, order = own["qweight"], own.get("g_idx")
-        bits: Any = quantization.get("bits", 4)
-        if order is not None and len(packed.shape) == 2 and (columns := math.prod(order.shape)):
-            bits = packed.shape[0] * WORD / columns  # a module may have bits of its own (GPTQModel's "dynamic")
-        width = next((width for width in WIDTHS if width == bits), None)
-        if width is None:
-            raise UnsupportedModelError(
-                f"{weight} is quantised with GPTQ to {shown(bits)} bits, which moetier can't read.",
-                f"Give a checkpoint with {', '.join(map(str, WIDTHS))} bits.",
-            )
-        zeros, scales = own["qzeros"], own["scales"]
-        return Words(weight, dtype, form, width, packed, zeros, scales, order, group, symmetric)
-
-    return with_weights(tensors, "qweight", ("qzeros", "scales"), ("g_idx",), make)
-
-
-def _group_size(quantization: Mapping[str, Any]) -> int:
+def group_size(quantization: Mapping[str, Any]) -> int:
+    """Return the group size that a quantization_config names; -1 if it names none."""
     size = quantization.get("group_size", -1)
     return size if isinstance(size, int) else -1

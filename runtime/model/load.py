@@ -22,8 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from moetier.runtime.checkpoint.experts import check_shards, config_of, is_checkpoint, read_manifest
 from moetier.runtime.checkpoint.files import is_gguf
-from moetier.runtime.checkpoint.gguf_file import tokenizer_of
-from moetier.runtime.checkpoint.trunk import trunk_of
+from moetier.runtime.checkpoint.gguf_file import open_source, tokenizer_of
 from moetier.runtime.config import OPTIONS, LoadOptions, TierConfig
 from moetier.runtime.machine.memory import shortage_in
 from moetier.tiers.errors import ConfigError, MoetierError, StoreFormatError, UnsupportedModelError
@@ -31,7 +30,6 @@ from moetier.tiers.store.folder import check_directory, command, remaking
 from moetier.tiers.store.trunk import check_trunk
 
 from .context import longest_context
-from .decoded import decoded_weights, name_after
 from .names import directory_at, is_address, model_directory
 from .registration import Asked, asked_for, install
 from .trunk_files import TrunkFiles, checkpoint_files
@@ -176,25 +174,45 @@ def model_of(
         dtype: the type in which the trunk is computed, or "auto".
         load: from_pretrained of the model's class, which gets the ``arguments`` and ``named`` too.
 
-    Raises the errors of transformers, and those of ``decoded_weights``, ``trunk_of`` and ``TrunkFiles``.
+    Raises the errors of transformers, and those of ``Checkpoint.trunk`` and ``TrunkFiles``.
     """
     chosen = _dtype(dtype)
     files = TrunkFiles(folder, checkpoint_files(folder)) if is_checkpoint(folder) else None
     try:
-        trunk = trunk_of(folder, chosen) if is_gguf(folder) else None
-        given = trunk.tensors if trunk else decoded_weights(folder, config, chosen) if files else None
-        source = {} if given is None else {"state_dict": given}
+        own = getattr(config, "dtype", None) if chosen == "auto" else chosen
+        # config_of has refused code unless link ignored it
+        trunk = open_source(folder, ignore_code=True).trunk(own) if files else None
+        source = {} if trunk is None else {"state_dict": trunk.tensors}
         named = named | {"config": config, "dtype": chosen, "use_safetensors": True} | source
         with asked_for(Asked(asked, folder, files, trunk)):
-            model = load(folder if given is None else None, *arguments, **named)
-        if given is not None and trunk is None:
-            name_after(model, folder)
+            model = load(folder if trunk is None else None, *arguments, **named)
+        if trunk is not None and folder.is_dir():
+            _name_after(model, folder)
     except Exception:
         if files is not None:
             with contextlib.closing(files):
                 files.check()  # a change of a file explains any error
         raise
     return model
+
+
+def _name_after(model: PreTrainedModel, folder: Path) -> None:
+    """Note the folder's name in a model and read its generation config, as from_pretrained does for a folder."""
+    model.name_or_path = model.config.name_or_path = str(folder)
+    model.adjust_generation_fn(  # type: ignore[operator]  # transformers types it as a tensor
+        generation_config=None,
+        from_auto_class=None,
+        from_pipeline=None,
+        pretrained_model_name_or_path=folder,
+        cache_dir=None,
+        force_download=False,
+        proxies=None,
+        local_files_only=True,
+        token=None,
+        revision="main",
+        subfolder="",
+        trust_remote_code=False,
+    )
 
 
 # the signature that editors and the documentation show: all options with their defaults

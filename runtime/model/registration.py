@@ -29,7 +29,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from moetier.runtime.checkpoint.config_json import NAME
 from moetier.runtime.checkpoint.experts import config_of, is_checkpoint, read_manifest
-from moetier.runtime.checkpoint.trunk import GgufTrunk
+from moetier.runtime.checkpoint.trunk import Trunk
 from moetier.runtime.config import OPTIONS, TierConfig, TierOptions
 from moetier.runtime.kernels.choose import kernels_for
 from moetier.runtime.kernels.layer.attention import use_decode_attention
@@ -71,7 +71,7 @@ class Asked:
     config: TierConfig  # in place of the options in config.json
     folder: Path  # its folder or GGUF file
     files: TrunkFiles | None = None  # of a checkpoint, opened before anything was read from them
-    trunk: GgufTrunk | None = None  # of a GGUF file; its tensors are given to from_pretrained as a state dict
+    trunk: Trunk | None = None  # given to from_pretrained as a state dict; None if it reads the files
 
 
 _asked: ContextVar[Asked | None] = ContextVar("asked", default=None)

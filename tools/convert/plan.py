@@ -20,7 +20,7 @@ from moetier.runtime.checkpoint.matrices import standing_alone
 from moetier.runtime.checkpoint.native import native_layout
 from moetier.runtime.checkpoint.recipe import BlockBlueprint
 from moetier.runtime.config import OPTIONS
-from moetier.runtime.formats.grouped import NEEDS_BITS, Grouped
+from moetier.runtime.formats.format import NEEDS_BITS
 from moetier.runtime.formats.tensors import SourceTensor, StoredTensor
 from moetier.runtime.moe.linear import matrix_layout
 from moetier.tiers.errors import ConfigError, UnsupportedModelError
@@ -167,8 +167,7 @@ class ConversionPlan:
         if options.bits is not None:
             return options
         recipes = [recipe for block in self.blueprint.blocks for recipe in block.recipes.values()]
-        sources = (tensor for recipe in recipes for tensors in recipe.sources.values() for tensor in tensors)
-        native = self.has_few_bits or any(isinstance(each, Grouped) for each in sources)
+        native = self.has_few_bits or any(tensor.is_kept for recipe in recipes for tensor in recipe.tensors)
         return replace(options, bits=NATIVE if native else DEFAULT_BITS)
 
     def records(self, *, workers: int, fast: bool) -> dict[str, MatrixRecord]:

@@ -13,7 +13,8 @@ from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
-from moetier.runtime.checkpoint.files import COPIED, INDEX, Checkpoint, carried, contained
+from moetier.runtime.checkpoint.config_json import carried
+from moetier.runtime.checkpoint.files import COPIED, INDEX, Checkpoint, contained
 from moetier.tiers.errors import CheckpointError, DiskSpaceError, StoreError, TargetError, TargetExistsError
 from moetier.tiers.manifest import FORMAT, Manifest
 from moetier.tiers.store.atomic import PARTIAL, make_folders, sync_folder, write_durably

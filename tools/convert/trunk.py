@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from moetier.runtime.formats.tensors import CHUNK_BYTES, TORCH_NAMES, Bytes, SourceTensor, StoredTensor
+from moetier.runtime.formats.tensors import TORCH_NAMES, SourceTensor
 from moetier.tiers.errors import CheckpointError
 from moetier.tiers.headers.safetensors import ITEM_BYTES
 from moetier.tiers.layout import ALIGNMENT
@@ -105,7 +105,7 @@ class TrunkFile:
         yield memoryview(self.header)
         for name, tensor in self.tensors.items():
             kind: torch.dtype = getattr(torch, tensor.dtype)
-            for piece in _chunks(tensor):
+            for piece in tensor.chunks():
                 if kind.is_floating_point and kind.itemsize > 1 and len(piece):
                     low, _ = torch.from_numpy(piece).view(kind).aminmax()
                     if math.isnan(float(low)):
@@ -167,15 +167,3 @@ def index_of(files: tuple[TrunkFile, ...]) -> bytes:
     total = sum(nbytes(tensor) for file in files for tensor in file.tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
     return json.dumps(index, indent=2).encode() + b"\n"
-
-
-def _chunks(tensor: TrunkTensor) -> Iterator[Bytes]:
-    """Yield a tensor's bytes in order, a few MiB at a time."""
-    if isinstance(tensor, MatrixRecord | StoredTensor):
-        yield from tensor.chunks()
-        return
-    rows = tensor.shape[0]
-    step = max(1, CHUNK_BYTES * rows // max(nbytes(tensor), 1))
-    for first in range(0, rows, step):
-        made = tensor.read(first, min(step, rows - first))
-        yield made.view(-1).view(torch.uint8).numpy()

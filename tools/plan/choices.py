@@ -32,7 +32,7 @@ from moetier.runtime.checkpoint.files import (
     weights_of,
 )
 from moetier.runtime.checkpoint.gguf_file import open_gguf
-from moetier.runtime.checkpoint.trunk import trunk_records as trunk_records_of
+from moetier.runtime.checkpoint.trunk import trunk_matrices
 from moetier.runtime.config import DEFAULT_CONTEXT
 from moetier.runtime.formats.tensors import SourceTensor, StoredTensor, listed
 from moetier.runtime.model.context import context_of
@@ -272,7 +272,7 @@ def _in_blocks(path: Path) -> ModelChoices:
     checkpoint, manifest = open_gguf(path), table_of(path).manifest
     model, dtype = build_on_meta(checkpoint.config, None)
     tensors = checkpoint.sources(model, str(dtype).removeprefix("torch."))
-    records = dict(trunk_records_of(model, dtype, tensors).values())
+    records = {name: matrix.layout for name, matrix in trunk_matrices(model, dtype, tensors).values()}
     experts = {f"{block.path}." for block in manifest.blocks}
     plain = [
         math.prod(tensor.shape) * dtype.itemsize

@@ -25,6 +25,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moetier.runtime.formats.tensors import SourceTensor, StoredTensor
 from moetier.tiers.errors import DiskSpaceError, TargetExistsError
 from moetier.tools.cli.progress import Progress
 from moetier.tools.cli.report import table
@@ -32,7 +33,6 @@ from moetier.tools.cli.report import table
 if TYPE_CHECKING:
     import torch
 
-    from moetier.runtime.formats.tensors import SourceTensor, StoredTensor
     from moetier.runtime.trace.trace import Trace
 
 
@@ -324,7 +324,7 @@ def make_synthetic(
 
 
 @dataclass(frozen=True)
-class RandomTensor:
+class RandomTensor(SourceTensor):
     """Random tensor in bf16, whose values are made when they are read.
 
     The values of a matrix are the random numbers in ``pool``, times ``deviation``. They are taken from position
@@ -356,7 +356,7 @@ class RandomTensor:
 
 
 @dataclass(frozen=True)
-class Embeddings:
+class Embeddings(SourceTensor):
     """Embeddings [V, H] of tokens with topics. Each is the sum of the token's own part and its topic's part.
 
     ``tokens`` [V, H] has the parts of the tokens, ``topics`` [TOPICS, H] those of the topics.

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from moetier.runtime.checkpoint.blueprint import build_on_meta, make_blueprint, supported_types
 from moetier.runtime.checkpoint.files import open_checkpoint
-from moetier.runtime.formats.scaled import source_tensors
 from moetier.runtime.moe.experts import experts_modules
 from moetier.tiers.errors import CheckpointError, UnsupportedModelError
 from moetier.tools.convert.conversion import Conversion, Options
@@ -212,7 +211,7 @@ def test_a_config_with_endless_layers_is_refused(tmp_path: Path, place: str) -> 
 def test_what_is_kept_for_each_expert_and_unknown_is_refused(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(save_checkpoint(tmp_path / "src"))
     model, dtype = build_on_meta(checkpoint.config, None)
-    tensors = source_tensors(checkpoint.tensors, None, "bfloat16")
+    tensors = checkpoint.format.sources("bfloat16")
     path, module = next(iter(experts_modules(model).items()))
     module.register_parameter("router_scale", torch.nn.Parameter(torch.empty(module.num_experts, device="meta")))
     with pytest.raises(UnsupportedModelError, match=f"{path} has a parameter router_scale for each expert"):

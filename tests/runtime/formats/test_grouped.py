@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from zero_point_checkpoints import AWQ, GPTQ, HQQ, awq, gptq, hqq
 
-from moetier.runtime.formats.grouped import Grouped
-from moetier.runtime.formats.scaled import source_tensors
+from moetier.runtime.formats.grouped import GroupedTensor
+from moetier.runtime.formats.registry import format_of
 from moetier.runtime.formats.tensors import read_tensors
 from moetier.tiers.errors import CheckpointError, UnsupportedModelError
 
@@ -26,15 +26,17 @@ def weight(rows: int = ROWS, columns: int = COLUMNS) -> Tensor:
     return made
 
 
-def source(folder: Path, tensors: dict[str, Tensor], quantization: dict[str, Any], dtype: str) -> Grouped:
+def source(folder: Path, tensors: dict[str, Tensor], quantization: dict[str, Any], dtype: str) -> GroupedTensor:
     save_file({f"a.{name}": tensor for name, tensor in tensors.items()}, folder / "x.safetensors")
-    found = source_tensors(read_tensors(folder / "x.safetensors"), quantization, dtype)
+    found = format_of(read_tensors(folder / "x.safetensors"), quantization, {}).sources(dtype)
     assert list(found) == ["a.weight"]
-    assert isinstance(found["a.weight"], Grouped)
+    assert isinstance(found["a.weight"], GroupedTensor)
     return found["a.weight"]
 
 
-def same(folder: Path, made: tuple[dict[str, Tensor], Tensor], quantization: dict[str, Any], group: int) -> Grouped:
+def same(
+    folder: Path, made: tuple[dict[str, Tensor], Tensor], quantization: dict[str, Any], group: int
+) -> GroupedTensor:
     """It reads as what was meant, whole and in rows, in other types too, and keeps it in groups of a record."""
     tensors, meant = made
     own = str(meant.dtype).removeprefix("torch.")
@@ -161,7 +163,7 @@ def test_what_is_not_quantised_stays(tmp_path: Path) -> None:
     tensors, _ = gptq(weight())
     others = {"b.scales": torch.ones(3), "a.bias": torch.ones(ROWS), "c.weight": torch.ones(2, 2)}
     save_file({f"a.{name}": tensor for name, tensor in tensors.items()} | others, tmp_path / "x.safetensors")
-    found = source_tensors(read_tensors(tmp_path / "x.safetensors"), GPTQ, "float16")
+    found = format_of(read_tensors(tmp_path / "x.safetensors"), GPTQ, {}).sources("float16")
     assert found.keys() == {"a.weight", *others}
     assert torch.equal(found["b.scales"].read(), others["b.scales"])
 

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moetier.runtime.formats import scaled as dequantize
-from moetier.runtime.formats.scaled import Packed, source_tensors
-from moetier.runtime.formats.tensors import read_tensors
+from moetier.runtime.formats.registry import format_of
+from moetier.runtime.formats.scaled import ScaledTensor
+from moetier.runtime.formats.tensors import SourceTensor, read_tensors
 from moetier.runtime.moe.experts import experts_modules
 from moetier.tiers.errors import CheckpointError, UnsupportedModelError
 from moetier.tiers.quant.codings import E2M1
@@ -29,6 +30,10 @@ def from_fp8(weight: Tensor, scale: Tensor, rows: int = BLOCK, columns: int = BL
         for j in range(weight.shape[1]):
             made[i, j] = weight[i, j].float() * scale[i // rows, j // columns].float()
     return made.bfloat16()
+
+
+def sources(path: Path) -> dict[str, SourceTensor]:
+    return format_of(read_tensors(path), FP8, {}).sources("bfloat16")
 
 
 @pytest.fixture
@@ -71,7 +76,7 @@ def test_the_names_of_scales(tmp_path: Path, scale_name: str) -> None:
     name = scale_name.format("a.weight", stem="a")
     tensors = {"a.weight": codes, name: scale, "a.activation_scale": torch.tensor(1.0)}
     save_file(tensors, tmp_path / "x.safetensors")
-    found = source_tensors(read_tensors(tmp_path / "x.safetensors"), FP8, "bfloat16")
+    found = sources(tmp_path / "x.safetensors")
     assert list(found) == ["a.weight"]
     assert torch.equal(found["a.weight"].read(), from_fp8(codes, scale))
 
@@ -84,7 +89,7 @@ def test_blocks_at_the_edges_and_rows_read_alone(
     monkeypatch.setattr(dequantize, "TILE_WEIGHTS", columns * BLOCK)  # one row of blocks at a time
     codes, scale = to_fp8(torch.randn(rows, columns))
     save_file({"a.weight": codes, "a.weight_scale_inv": scale}, tmp_path / "x.safetensors")
-    tensor = source_tensors(read_tensors(tmp_path / "x.safetensors"), FP8, "bfloat16")["a.weight"]
+    tensor = sources(tmp_path / "x.safetensors")["a.weight"]
     expected = from_fp8(codes, scale)
     assert torch.equal(tensor.read(), expected)
     for first in range(rows):
@@ -96,13 +101,13 @@ def test_scales_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     codes, scale = to_fp8(torch.randn(64, 48))
     save_file({"a.weight": codes, "a.weight_scale_inv": scale[:3].clone()}, tmp_path / "x.safetensors")
     with pytest.raises(CheckpointError, match=r"a\.weight_scale_inv of .* has shape .* does not fit a\.weight"):
-        source_tensors(read_tensors(tmp_path / "x.safetensors"), FP8, "bfloat16")
+        sources(tmp_path / "x.safetensors")
 
 
 def test_one_scale_for_a_tensor(tmp_path: Path) -> None:
     codes = torch.randn(8, 8).to(torch.float8_e4m3fn)
     save_file({"a.weight": codes, "a.weight_scale_inv": torch.tensor(0.5)}, tmp_path / "x.safetensors")
-    tensor = source_tensors(read_tensors(tmp_path / "x.safetensors"), FP8, "bfloat16")["a.weight"]
+    tensor = sources(tmp_path / "x.safetensors")["a.weight"]
     assert torch.equal(tensor.read(), (codes.float() * 0.5).bfloat16())
 
 
@@ -110,7 +115,7 @@ def test_experts_that_are_stacked_are_read_one_by_one(tmp_path: Path) -> None:
     pairs = [to_fp8(torch.randn(32, 48)) for _ in range(3)]
     codes, scales = (torch.stack(list(parts)) for parts in zip(*pairs, strict=True))
     save_file({"e.gate_up_proj": codes, "e.gate_up_proj_scale_inv": scales}, tmp_path / "x.safetensors")
-    tensor = source_tensors(read_tensors(tmp_path / "x.safetensors"), FP8, "bfloat16")["e.gate_up_proj"]
+    tensor = sources(tmp_path / "x.safetensors")["e.gate_up_proj"]
     expected = torch.stack([from_fp8(*pair) for pair in pairs])
     assert torch.equal(tensor.read(), expected)
     assert torch.equal(tensor.read(2, 1), expected[2:])
@@ -124,7 +129,7 @@ def test_fp4_with_exponents_as_scales(tmp_path: Path, exponents: torch.dtype) ->
     exponent = torch.randint(120, 132, (6, 2), dtype=torch.uint8, generator=random)
     tensors = {"a.weight": packed.view(torch.int8), "a.scale": exponent.view(exponents)}
     save_file(tensors, tmp_path / "x.safetensors")
-    tensor = source_tensors(read_tensors(tmp_path / "x.safetensors"), FP8, "bfloat16")["a.weight"]
+    tensor = sources(tmp_path / "x.safetensors")["a.weight"]
     expected = torch.empty(6, 64)
     for i in range(6):
         for j in range(64):
@@ -137,7 +142,7 @@ def test_fp4_with_exponents_as_scales(tmp_path: Path, exponents: torch.dtype) ->
 def test_fp8_without_a_scale_is_refused(tmp_path: Path) -> None:
     save_file({"a.weight": torch.randn(8, 8).to(torch.float8_e4m3fn)}, tmp_path / "x.safetensors")
     with pytest.raises(CheckpointError, match="has no scale"):
-        source_tensors(read_tensors(tmp_path / "x.safetensors"), FP8, "bfloat16")
+        sources(tmp_path / "x.safetensors")
 
 
 def test_an_mxfp4_checkpoint_is_what_transformers_loads(tmp_path: Path) -> None:
@@ -177,8 +182,8 @@ def test_a_large_matrix_is_dequantised_in_tiles(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(dequantize, "TILE_WEIGHTS", 4096)
     codes, scale = to_fp8(torch.randn(512, 64))
     save_file({"a.weight": codes, "a.weight_scale_inv": scale}, tmp_path / "x.safetensors")
-    tensor = source_tensors(read_tensors(tmp_path / "x.safetensors"), FP8, "bfloat16")["a.weight"]
-    assert isinstance(tensor, Packed)
+    tensor = sources(tmp_path / "x.safetensors")["a.weight"]
+    assert isinstance(tensor, ScaledTensor)
     tensor.read()
     assert sum(made) == 512 * 64
     assert max(made) <= 4096

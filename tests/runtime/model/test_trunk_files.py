@@ -22,8 +22,9 @@ from threads import Task
 from torch import nn
 
 import moetier
-from moetier.runtime.checkpoint.trunk import trunk_of
-from moetier.runtime.model import load, trunk_files
+from moetier.runtime.checkpoint import trunk
+from moetier.runtime.checkpoint.trunk import trunk_with_records
+from moetier.runtime.model import trunk_files
 from moetier.runtime.model.trunk_files import TrunkFiles, mapped_bytes
 from moetier.tiers.errors import StoreFormatError
 
@@ -138,11 +139,11 @@ def test_a_file_that_changes_while_it_is_read_is_refused_by_name(
     monkeypatch.setattr(trunk_files, "COPIED_BYTES", most)
 
     def read_and_changed(*given: Any) -> Any:
-        found = trunk_of(*given)
+        made = trunk_with_records(*given)
         change(places[1])
-        return found
+        return made
 
-    monkeypatch.setattr(load, "trunk_of", read_and_changed)
+    monkeypatch.setattr(trunk, "trunk_with_records", read_and_changed)
     with pytest.raises(StoreFormatError, match=f"{places[1]} was changed while it was in use"), loaded(places[0]):
         pass
     assert not [link for link in Path("/proc/self/fd").iterdir() if str(link.resolve()) == str(places[1])]
