@@ -47,6 +47,7 @@ HOMES = {
     "crc32c": {"tiers.store.checksum"},
     "gguf": {"runtime.checkpoint.gguf_file", "runtime.formats.gguf"},
     "google_crc32c": set(),  # it holds the GIL
+    "hqq": set(),  # only tests need it
     "matplotlib": {"tools.traces", "tools.commands.plot"},
     "textual": {"tools.top"},
     "rich": {"tools.top"},
