@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TOP_K = ("top_k", "num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k", "num_experts_per_token")
+# tensors of a checkpoint that transformers reads together: the converter, and names by its source patterns
+_Group = tuple[loading.WeightConverter | None, dict[str, list[str]]]
 MAX_LAYERS = 1000  # most layers of a model or of a part of it; Llama 3.1 405B has 126
 
 
@@ -151,67 +153,108 @@ def make_blueprint(
     }
     dtypes = {name: loaded_dtype(model, name, parameter.dtype, dtype) for name, parameter in parameters.items()}
     mapping, state = get_model_conversion_mapping(model), model.state_dict()
-    weights = _loadable(wanted, mapping, state, model.base_model_prefix)
-    recipes: dict[str, Recipe] = {}
-    matrices: dict[str, Recipe] = {}
-    trunk: list[str] = []
-    unused: list[str] = []
     names = sorted(tensors, key=loading.dot_natural_key)  # the order in which transformers merges
     groups = _group(names, mapping, state, model.base_model_prefix)
-
-    def recipe(key: str, target: str, kind: torch.dtype = dtype, experts: int = 1) -> Recipe:
-        converter, sources = groups[key]
-        read = {pattern: [tensors[name] for name in found] for pattern, found in sources.items()}
-        return Recipe(model, key, target, kind, experts, converter, read)
-
-    tied = {target: source for target, source in model.all_tied_weights_keys.items() if target in weights}
-    for target, source in tied.items():
-        if target not in groups and source in groups and _is_plain(groups[source]):
-            # a record besides the tied embedding, which stays in the trunk
-            matrices[weights[target]] = recipe(source, source)
-    for key, (converter, sources) in groups.items():
-        targets = _targets(key, converter)
-        made = [target for target in targets if target in parameters]
-        members = [name for found in sources.values() for name in found]
-        alone = all(target in weights and tied.get(target, key) in groups for target in targets)
-        if alone and (converter is not None or _is_plain(groups[key])):
-            matrices |= {weights[target]: recipe(key, target) for target in targets}
-            continue
-        if not made:
-            (trunk if any(target in state for target in targets) else unused).extend(members)
-            continue
-        if len(made) != len(targets):
-            raise UnsupportedModelError(
-                f"{members[0]} holds weights of experts and of the trunk.", "This architecture is not supported yet."
-            )
-        for target in made:
-            recipes[target] = recipe(key, target, dtypes[target], parameters[target].shape[0])
+    sorting = _Sorting(model, dtype, tensors, groups, _loadable(wanted, mapping, state, model.base_model_prefix))
+    sorting.add_tied()
+    for key in groups:
+        sorting.add(key, state, parameters, dtypes)
+    recipes = sorting.recipes
     if missing := sorted(parameters.keys() - recipes.keys()):
         raise CheckpointError(
             f"The checkpoint has no tensor for {missing[0]}"
             + (f" and {len(missing) - 1} more." if missing[1:] else "."),
             "Download the checkpoint again, or check that config.json belongs to these weights.",
         )
-    blocks = tuple(
-        BlockBlueprint(
-            path=path,
-            experts=module.num_experts,
-            top_k=_top_k(model, path, module),
-            transposed=module.is_transposed,
-            parameters={
-                name: (tuple(parameter.shape[1:]), str(dtypes[f"{path}.{name}"]).removeprefix("torch."))
-                for name, parameter in _own(path, module)
-            },
-            recipes={name: recipes[f"{path}.{name}"] for name, _ in _own(path, module)},
-        )
-        for path, module in modules.items()
-    )
+    blocks = tuple(_block(model, path, module, dtypes, recipes) for path, module in modules.items())
     for path, module in modules.items():
-        for name, parameter in _own(path, module):
-            if recipes[f"{path}.{name}"].apart:
-                one = torch.empty((1, *parameter.shape[1:]), dtype=parameter.dtype, device="meta")
-                setattr(module, name, torch.nn.Parameter(one, requires_grad=False))
-    return Blueprint(str(dtype).removeprefix("torch."), blocks, tuple(trunk), tuple(unused), matrices)
+        _cut_down(path, module, recipes)
+    trunk, unused = tuple(sorting.trunk), tuple(sorting.unused)
+    return Blueprint(str(dtype).removeprefix("torch."), blocks, trunk, unused, sorting.matrices)
+
+
+@dataclass
+class _Sorting:
+    """Sorts the groups of a checkpoint's tensors: experts, matrices that become records, the rest of the trunk."""
+
+    model: PreTrainedModel
+    dtype: torch.dtype  # in which the model is loaded
+    tensors: Mapping[str, SourceTensor]
+    groups: Mapping[str, _Group]  # by the model's key
+    weights: Mapping[str, str]  # from weights that may become records to the paths of their modules
+    recipes: dict[str, Recipe] = field(default_factory=dict)  # of parameters of experts
+    matrices: dict[str, Recipe] = field(default_factory=dict)  # of records, by the path of the module
+    trunk: list[str] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        tied = self.model.all_tied_weights_keys
+        self._tied = {target: source for target, source in tied.items() if target in self.weights}
+
+    def add_tied(self) -> None:
+        """Give a tied head a record of its own, besides the embedding, which stays in the trunk."""
+        for target, source in self._tied.items():
+            if target not in self.groups and source in self.groups and _is_plain(self.groups[source]):
+                self.matrices[self.weights[target]] = self._recipe(source, source)
+
+    def add(
+        self,
+        key: str,
+        state: Mapping[str, Any],
+        parameters: Mapping[str, torch.nn.Parameter],
+        dtypes: Mapping[str, torch.dtype],
+    ) -> None:
+        """Add the group ``key``.
+
+        ``state``: the tensors of the model. ``parameters``, ``dtypes``: those of the experts, and the types in which
+        they are loaded. Raises UnsupportedModelError for a group that has weights of experts and of the trunk.
+        """
+        converter, sources = self.groups[key]
+        targets = _targets(key, converter)
+        members = [name for names in sources.values() for name in names]
+        alone = all(target in self.weights and self._tied.get(target, key) in self.groups for target in targets)
+        made = [target for target in targets if target in parameters]
+        if alone and (converter is not None or _is_plain(self.groups[key])):
+            self.matrices |= {self.weights[target]: self._recipe(key, target) for target in targets}
+        elif not made:
+            (self.trunk if any(target in state for target in targets) else self.unused).extend(members)
+        elif len(made) != len(targets):
+            raise UnsupportedModelError(
+                f"{members[0]} holds weights of experts and of the trunk.", "This architecture is not supported yet."
+            )
+        else:
+            for target in made:
+                self.recipes[target] = self._recipe(key, target, dtypes[target], parameters[target].shape[0])
+
+    def _recipe(self, key: str, target: str, dtype: torch.dtype | None = None, experts: int = 1) -> Recipe:
+        converter, sources = self.groups[key]
+        read = {pattern: [self.tensors[name] for name in names] for pattern, names in sources.items()}
+        return Recipe(self.model, key, target, dtype or self.dtype, experts, converter, read)
+
+
+def _block(
+    model: PreTrainedModel, path: str, module: Any, dtypes: Mapping[str, torch.dtype], recipes: Mapping[str, Recipe]
+) -> BlockBlueprint:
+    """Return the blueprint of the Experts module at ``path``."""
+    return BlockBlueprint(
+        path=path,
+        experts=module.num_experts,
+        top_k=_top_k(model, path, module),
+        transposed=module.is_transposed,
+        parameters={
+            name: (tuple(parameter.shape[1:]), str(dtypes[f"{path}.{name}"]).removeprefix("torch."))
+            for name, parameter in _own(path, module)
+        },
+        recipes={name: recipes[f"{path}.{name}"] for name, _ in _own(path, module)},
+    )
+
+
+def _cut_down(path: str, module: Any, recipes: Mapping[str, Recipe]) -> None:
+    """Cut parameters of an Experts module that can be made for one expert at a time down to one expert, [1, ...]."""
+    for name, parameter in _own(path, module):
+        if recipes[f"{path}.{name}"].apart:
+            one = torch.empty((1, *parameter.shape[1:]), dtype=parameter.dtype, device="meta")
+            setattr(module, name, torch.nn.Parameter(one, requires_grad=False))
 
 
 def records_of(
@@ -260,7 +303,7 @@ def _loadable(wanted: Collection[str], mapping: list[Any], state: dict[str, Any]
     }
 
 
-def _is_plain(group: tuple[loading.WeightConverter | None, dict[str, list[str]]]) -> bool:
+def _is_plain(group: _Group) -> bool:
     """Return whether a group is one unchanged tensor."""
     converter, sources = group
     return converter is None and sum(map(len, sources.values())) == 1
@@ -283,9 +326,7 @@ def _own(path: str, module: Any) -> list[tuple[str, torch.nn.Parameter]]:
     return found
 
 
-def _group(
-    names: list[str], mapping: list[Any], state: dict[str, Any], prefix: str
-) -> dict[str, tuple[loading.WeightConverter | None, dict[str, list[str]]]]:
+def _group(names: list[str], mapping: list[Any], state: dict[str, Any], prefix: str) -> dict[str, _Group]:
     """Group the checkpoint's tensors by the model's key that they make, as transformers.core_model_loading does.
 
     Returns a dictionary from keys to pairs: the converter, and a dictionary from its source patterns to names of
@@ -294,7 +335,7 @@ def _group(
     renamings = [entry for entry in mapping if isinstance(entry, loading.WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, loading.WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-    groups: dict[str, tuple[loading.WeightConverter | None, dict[str, list[str]]]] = {}
+    groups: dict[str, _Group] = {}
     for name in names:
         key, pattern = loading.rename_source_key(name, renamings, converters, prefix, state)
         if key not in state and name in state:
