@@ -15,7 +15,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from moetier.tiers.errors import CheckpointError, UnsafeCheckpointError
+from moetier.tiers.errors import CheckpointError
 from moetier.tiers.extents.reader import ExtentStore
 from moetier.tiers.extents.table import ExtentTable, read_table
 from moetier.tiers.manifest import FORMAT, Manifest
@@ -24,18 +24,10 @@ from moetier.tiers.store.folder import read_manifest as read_store_manifest
 from moetier.tiers.store.mirror import MirroredStore, open_store
 from moetier.tiers.store.reader import ExpertStore
 
-from .config_json import ADAPTER, NAME, carried, read_config, with_floats
-from .files import (
-    INDEX,
-    WEIGHTS,
-    Checkpoint,
-    contained,
-    is_gguf,
-    read_json,
-    refuse_code,
-    weights_of,
-)
-from .gguf_file import open_source
+from .checkpoint import Checkpoint
+from .config_json import NAME, read_config
+from .containers import container_of, is_one_file, open_source
+from .files import INDEX, WEIGHTS, contained, read_json
 
 _APART = """
 import json, sys
@@ -60,7 +52,7 @@ def is_checkpoint(folder: Path) -> bool:
 
     Raises CheckpointError or UnsafeCheckpointError for a config.json that can't be read.
     """
-    if is_gguf(folder):
+    if is_one_file(folder):
         return True
     there = (folder / "config.json").is_file() and any((folder / name).is_file() for name in (WEIGHTS, INDEX))
     if not there or (folder / GROUP).is_dir():
@@ -118,7 +110,7 @@ def open_table(folder: Path, table: ExtentTable, *, readers: int = 4, damaged: b
 
 def _home(folder: Path) -> Path:
     """Return the folder of a checkpoint's files. A table's names of shards are relative to it."""
-    return (folder.parent if is_gguf(folder) else folder).resolve()
+    return (folder.parent if folder.is_file() else folder).resolve()
 
 
 def check_shards(folder: Path) -> None:
@@ -134,19 +126,7 @@ def config_of(folder: Path) -> dict[str, Any]:
     if not is_checkpoint(folder):
         return read_config(folder)
     as_it_is = {"quantization_config": {"quant_method": NAME, "format": FORMAT, "bits": 16}}
-    if is_gguf(folder):
-        return dict(open_source(folder).config) | as_it_is
-    config = read_json(folder, "config.json")
-    if not ((table := read_table(folder)) and table.ignored_code):
-        refuse_code(folder, config)
-    weights_of(folder, config)  # refuses an index that names files elsewhere, or other kinds of files
-    for name, there in (("transformers_weights", config), (ADAPTER, [path.name for path in folder.iterdir()])):
-        if name in there:
-            raise UnsafeCheckpointError(
-                f"{folder} has {name}, which makes transformers load other weights.", "Use another checkpoint."
-            )
-    found: dict[str, Any] = with_floats(carried(config))
-    return found | as_it_is
+    return container_of(folder).config(folder) | as_it_is
 
 
 def table_of(folder: Path, *, apart: bool = False) -> ExtentTable:

@@ -5,139 +5,22 @@ Code in the checkpoint is never run, and the checkpoint is not changed.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
-
-from moetier.runtime.formats.format import Format
-from moetier.runtime.formats.registry import format_of
-from moetier.runtime.formats.tensors import MAX_NAME, SourceTensor, StoredTensor, read_at, read_tensors
+from moetier.runtime.formats.tensors import MAX_NAME, StoredTensor, read_tensors
 from moetier.tiers.errors import CheckpointError, UnsafeCheckpointError
-from moetier.tiers.headers.gguf import SUFFIX
+from moetier.tiers.small_names import COPIED, DOWNLOADED
 
 from . import hub
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel
-
-    from .trunk import Trunk
+from .checkpoint import Checkpoint
+from .containers import FILES, is_one_file
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-SAMPLE_BYTES, SAMPLE_STRIDE = 64, 16 << 20
-FLOATS = ("float16", "bfloat16", "float32", "float64")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-
-# Files that a model directory copies: tokenizer, chat template, generation defaults, processors, licence.
-COPIED = re.compile(
-    r"tokenizer(_config)?\.json|tokenizer\.model(\.v\d+)?|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)"
-    r"|merges\.txt|spiece\.model|sentencepiece(\.bpe)?\.model|\w+\.tiktoken|tekken\.json|chat_template\.(jinja|json)"
-    r"|additional_chat_templates/[\w.-]+\.jinja|generation_config\.json"
-    r"|(image_|video_|feature_extractor_)?(pre)?processor_config\.json|(LICENSE|LICENCE|NOTICE|USE_POLICY)(\.\w+)?",
-)
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A source checkpoint that has passed all checks.
-
-    ``tensors`` is a dictionary from names to tensors, of all files. ``copied`` lists the files that a model
-    directory copies, by names relative to ``folder``.
-    """
-
-    name: str  # hub id, or the name of the folder
-    folder: Path
-    source: str  # hub id, or absolute path of the folder; opens the checkpoint again from any directory
-    ignored_code: bool  # whether it was opened with ``ignore_code``
-    config: Mapping[str, Any]  # config.json
-    tensors: Mapping[str, StoredTensor]
-    copied: tuple[str, ...]
-    revision: str | None = None  # commit on the hub, if known
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
-
-    @property
-    def quantization(self) -> Mapping[str, Any] | None:
-        """The quantization_config in the config or in its text_config; None if there is none.
-
-        Raises CheckpointError if it is no JSON object.
-        """
-        places = (self.config, self.config.get("text_config") or {})
-        found = next((found for place in places if (found := place.get("quantization_config"))), None)
-        if not isinstance(found, Mapping | None):
-            raise CheckpointError(
-                f"The quantization_config of {self.name} is not a JSON object.", "Download the checkpoint again."
-            )
-        return found
-
-    @property
-    def first_dtype(self) -> str | None:
-        """torch's name for the type of the first floating-point tensor; None if there is none."""
-        return next((t.dtype for t in self.tensors.values() if t.dtype in FLOATS), None)
-
-    @property
-    def format(self) -> Format:
-        """The format of the weights. Raises UnsupportedModelError or CheckpointError."""
-        return format_of(self.tensors, self.quantization, self.config)
-
-    def sources(self, model: PreTrainedModel, dtype: str) -> dict[str, SourceTensor]:
-        """Return a dictionary from the names of the checkpoint's tensors to source tensors.
-
-        ``model`` is the model, on the meta device. ``dtype`` is torch's name of the type to which quantised tensors are
-        decoded. Raises as ``Format.sources``.
-        """
-        return self.format.sources(dtype)
-
-    def trunk(self, dtype: torch.dtype | str | None) -> Trunk | None:
-        """Return what from_pretrained needs for the trunk in place of files; None if it can read the files.
-
-        ``dtype`` is the type in which the model is loaded; None for that of the first tensor with floating-point
-        numbers. Raises as ``Format.sources``.
-        """
-        if self.format.is_plain:
-            return None
-        from .trunk import decoded_trunk  # imports torch, which a daemon does without
-
-        return decoded_trunk(self.format.sources(str(dtype or self.first_dtype or "float32").removeprefix("torch.")))
-
-    def made_files(self) -> dict[str, bytes]:
-        """Return a dictionary from names to contents of a model directory's small files that are no files here.
-
-        A checkpoint in safetensors has them all as files, so the dictionary is empty.
-        """
-        return {}
-
-    @property
-    def digest(self) -> str:
-        """sha256 over the config and over each tensor's name, type, shape, file, offset, and samples of its bytes.
-
-        The samples tell fine-tuned models apart, and are read from the files at each call. The size of a file counts
-        too, as its tensors fill it.
-        """
-        state = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
-        for tensor in sorted(self.tensors.values(), key=lambda t: (t.file.name, t.offset, t.name)):
-            place = [tensor.name, tensor.spelling, tensor.shape, tensor.file.name, tensor.offset]
-            state.update(json.dumps(place).encode())
-            for offset, size in samples(tensor):
-                sample = np.empty(size, np.uint8)
-                read_at(tensor.file, offset, sample)
-                state.update(sample.data)
-        return state.hexdigest()
-
-
-def is_gguf(path: Path) -> bool:
-    """Return whether a path is that of a GGUF file."""
-    return path.suffix == SUFFIX and path.is_file()
 
 
 def open_checkpoint(source: str | Path, *, ignore_code: bool = False) -> Checkpoint:
@@ -173,7 +56,7 @@ def copied_files(folder: Path) -> tuple[str, ...]:
     return tuple(name for name in names if COPIED.fullmatch(name) and contained(folder, name))
 
 
-def locate(source: str | Path, files: Sequence[str] = hub.SMALL_FILES) -> tuple[str, Path]:
+def locate(source: str | Path, files: Sequence[str] = DOWNLOADED) -> tuple[str, Path]:
     """Return the name and the folder of a checkpoint. For a hub id, only ``files`` (names, patterns) are downloaded."""
     folder = check_source(source)
     if folder is None:
@@ -189,7 +72,7 @@ def check_source(source: str | Path) -> Path | None:
     Raises CheckpointError if it is neither.
     """
     folder = Path(source)
-    if is_gguf(folder):
+    if is_one_file(folder):
         return folder.absolute()
     if folder.is_dir():
         return folder.resolve()
@@ -197,7 +80,7 @@ def check_source(source: str | Path) -> Path | None:
         raise CheckpointError(
             f"{source} is not a folder.", "Give the folder that holds config.json, a .gguf file, or a hub id."
         )
-    if folder.suffix == SUFFIX:
+    if folder.suffix in FILES:
         raise CheckpointError(f"There is no file {source}.", "Check the path of the GGUF file.")
     if not hub.HUB_ID.fullmatch(str(source)) or str(source).startswith("."):
         raise CheckpointError(f"There is no folder {source}.", "Give a folder that holds config.json, or a hub id.")
@@ -363,16 +246,6 @@ def without_weights(place: str | Path, names: Iterable[str]) -> CheckpointError:
     return CheckpointError(
         f"{place} has neither {WEIGHTS} nor {INDEX}.", "Give the folder of a checkpoint in safetensors."
     )
-
-
-def samples(tensor: StoredTensor) -> list[tuple[int, int]]:
-    """Return (offset in the file, bytes) of a tensor's samples.
-
-    They are its first and last SAMPLE_BYTES, and SAMPLE_BYTES at each SAMPLE_STRIDE between them.
-    """
-    last = max(0, tensor.nbytes - SAMPLE_BYTES)
-    starts = sorted({*range(0, last, SAMPLE_STRIDE), last})
-    return [(tensor.offset + start, min(SAMPLE_BYTES, tensor.nbytes)) for start in starts]
 
 
 def some(names: Iterable[str]) -> str:

@@ -19,7 +19,8 @@ from moetier.tiers.errors import CheckpointError, ConfigError, UnsupportedModelE
 from moetier.tiers.fields import shown
 from moetier.tiers.headers.gguf import Entry, Header, Value, read_gguf
 
-from .files import Checkpoint, is_gguf, open_checkpoint
+from .checkpoint import Checkpoint
+from .containers import Container
 
 if TYPE_CHECKING:
     import torch
@@ -85,7 +86,7 @@ class GgufCheckpoint(Checkpoint):
 
     def made_files(self) -> dict[str, bytes]:
         """Return a dictionary from names to contents of the tokenizer's files. Raises as ``tokenizer_of``."""
-        tokenizer = tokenizer_of(self.folder)
+        tokenizer = GgufFile().tokenizer(self.folder)
         if tokenizer is None:
             return {}
         with tempfile.TemporaryDirectory() as folder:
@@ -125,9 +126,28 @@ def _opened(path: Path, stamps: tuple[tuple[str, int, int], ...]) -> GgufCheckpo
     return GgufCheckpoint(path.stem, path, str(path), False, config, tensors, (), metadata=metadata, kinds=kinds)
 
 
-def open_source(source: str | Path, *, ignore_code: bool = False) -> Checkpoint:
-    """Open a GGUF file as ``open_gguf`` does, and anything else as ``open_checkpoint`` does."""
-    return open_gguf(Path(source)) if is_gguf(Path(source)) else open_checkpoint(source, ignore_code=ignore_code)
+class GgufFile(Container):
+    """A GGUF file, or the first of several parts."""
+
+    def open(self, path: str | Path, *, ignore_code: bool) -> Checkpoint:
+        """Open the file as ``open_gguf`` does. It can't name code."""
+        return open_gguf(Path(path))
+
+    def config(self, path: Path) -> dict[str, Any]:
+        """Return the config that is made of the file's metadata."""
+        return dict(open_gguf(path).config)
+
+    def weight_files(self, path: Path) -> list[Path]:
+        """Return all parts."""
+        return parts(path)
+
+    def has_vocabulary(self, path: Path) -> bool:
+        """Return whether the file has a tokenizer's tokens."""
+        return "tokenizer.ggml.tokens" in open_gguf(path).metadata
+
+    def tokenizer(self, path: Path) -> PreTrainedTokenizerBase | None:
+        """Return the tokenizer that transformers makes of the metadata, with its chat template."""
+        return tokenizer_of(path) if self.has_vocabulary(path) else None
 
 
 def open_gguf(path: Path) -> GgufCheckpoint:
@@ -291,18 +311,11 @@ def require_gguf() -> None:
         ) from error
 
 
-def has_vocabulary(path: Path) -> bool:
-    """Return whether a GGUF file has a tokenizer. Raises as ``open_gguf``."""
-    return "tokenizer.ggml.tokens" in open_gguf(path).metadata
-
-
-def tokenizer_of(path: Path) -> PreTrainedTokenizerBase | None:
-    """Return the tokenizer of a GGUF file, with its chat template; None if it has none. Raises CheckpointError."""
+def tokenizer_of(path: Path) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a GGUF file that has one, with its chat template. Raises CheckpointError."""
     from transformers import TokenizersBackend
     from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES, tokenizer_class_from_name
 
-    if not has_vocabulary(path):
-        return None
     # AutoTokenizer would read the header with the package gguf, which takes seconds, only to find the model's type
     name = TOKENIZER_MAPPING_NAMES.get(open_gguf(path).config["model_type"])
     made_by: Any = (tokenizer_class_from_name(name) if name else None) or TokenizersBackend

@@ -17,15 +17,9 @@ from typing import Any
 
 from moetier.tiers.errors import CheckpointError
 from moetier.tiers.redaction import redacted, redacted_error
+from moetier.tiers.small_names import DOWNLOADED
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w.-]+")
-SMALL_FILES = (
-    "config.json", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model*",
-    "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model",
-    "sentencepiece*.model", "*.tiktoken", "tekken.json", "chat_template.json*", "chat_template.jinja",
-    "additional_chat_templates/*.jinja", "generation_config.json", "*processor_config.json",
-    "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*",
-)  # fmt: skip
 UNRESUMABLE = re.compile(r"\.[0-9a-f]{8}\.incomplete$")  # partial downloads that huggingface_hub 2 never resumes
 HEADERS_AT_ONCE = 8
 
@@ -53,7 +47,7 @@ def check_id(name: str) -> None:
 
 
 def fetch(
-    name: str, files: Sequence[str] = SMALL_FILES, revision: str | None = None, *, or_folder: bool = False
+    name: str, files: Sequence[str] = DOWNLOADED, revision: str | None = None, *, or_folder: bool = False
 ) -> Path:
     """Download those of ``files`` (names or patterns) that the model ``name`` has. Return the snapshot's folder.
 

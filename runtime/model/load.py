@@ -20,30 +20,21 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from moetier.runtime.checkpoint.containers import container_of, open_source
 from moetier.runtime.checkpoint.experts import check_shards, config_of, is_checkpoint, read_manifest
-from moetier.runtime.checkpoint.files import is_gguf
-from moetier.runtime.checkpoint.gguf_file import open_source, tokenizer_of
 from moetier.runtime.config import OPTIONS, LoadOptions, TierConfig
 from moetier.runtime.machine.memory import shortage_in
 from moetier.tiers.errors import ConfigError, MoetierError, StoreFormatError, UnsupportedModelError
-from moetier.tiers.store.folder import check_directory, command, remaking
+from moetier.tiers.store.folder import check_directory, command
 from moetier.tiers.store.trunk import check_trunk
 
 from .context import longest_context
 from .names import directory_at, is_address, model_directory
 from .registration import Asked, asked_for, install
-from .trunk_files import TrunkFiles, checkpoint_files
+from .trunk_files import TrunkFiles
 from .vocabulary import check_tokenizer
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-    "tekken.json",
-)
 
 
 def load(
@@ -133,7 +124,7 @@ def load(
         check_trunk(folder, manifest)
     place = place_of(asked.device)
     install()
-    tokenizer = tokenizer_in(folder)
+    tokenizer = container_of(folder).tokenizer(folder)
     with _load_errors(folder):
         config_class = model_class.config_class
         as_it_is = is_checkpoint(folder)
@@ -177,7 +168,7 @@ def model_of(
     Raises the errors of transformers, and those of ``Checkpoint.trunk`` and ``TrunkFiles``.
     """
     chosen = _dtype(dtype)
-    files = TrunkFiles(folder, checkpoint_files(folder)) if is_checkpoint(folder) else None
+    files = TrunkFiles(folder, container_of(folder).weight_files(folder)) if is_checkpoint(folder) else None
     try:
         own = getattr(config, "dtype", None) if chosen == "auto" else chosen
         # config_of has refused code unless link ignored it
@@ -358,25 +349,3 @@ def place_of(device: str) -> str:
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError("This machine has no CUDA device that torch can use.", 'Set `device` to "cpu" or "auto".')
     return device
-
-
-def tokenizer_in(folder: Path) -> PreTrainedTokenizerBase | None:
-    """Return the tokenizer of a model's folder or GGUF file; None if it has none.
-
-    Raises StoreFormatError or CheckpointError if it can't be loaded.
-    """
-    if is_gguf(folder):
-        return tokenizer_of(folder)
-    if not any((folder / name).exists() for name in TOKENIZER_FILES):
-        return None
-    try:
-        tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # the tokenizers library raises plain Exception
-        raise StoreFormatError(
-            f"The tokenizer of {folder} can't be loaded: {_said(error)}",
-            remaking(
-                folder / TOKENIZER_FILES[0],
-                "Copy the tokenizer's files from the source again, or convert the model again.",
-            ),
-        ) from error
-    return tokenizer

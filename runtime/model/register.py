@@ -15,7 +15,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from moetier.runtime.checkpoint.blueprint import supported_types
 from moetier.runtime.checkpoint.config_json import NAME
 from moetier.runtime.checkpoint.experts import check_shards, config_of, is_checkpoint, read_manifest
-from moetier.runtime.checkpoint.files import is_gguf
 from moetier.runtime.config import TierConfig, TierOptions
 from moetier.tiers.errors import MoetierError
 
@@ -123,7 +122,7 @@ def _warn(cause: str, fix: str) -> None:
 def _config(cls: Any, folder: Path, given: Any) -> Any:
     """Return the config of a checkpoint as that of a model directory. Changes that the caller made to it stay."""
     found = config_of(folder)
-    if is_gguf(folder) or not isinstance(given, PreTrainedConfig):
+    if folder.is_file() or not isinstance(given, PreTrainedConfig):
         return cls.config_class.from_dict(found)
     config = copy.deepcopy(given)
     config.quantization_config = found["quantization_config"]

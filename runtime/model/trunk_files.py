@@ -15,8 +15,6 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from moetier.runtime.checkpoint.files import contained, is_gguf, weights_of
-from moetier.runtime.checkpoint.gguf_file import parts
 from moetier.runtime.machine.memory import mapped_files
 from moetier.tiers.errors import StoreError, StoreFormatError
 from moetier.tiers.store.atomic import read_errors
@@ -82,16 +80,6 @@ def _close(files: list[Unchanged], descriptors: list[int]) -> None:
     files.clear()
     for descriptor in descriptors:
         os.close(descriptor)
-
-
-def checkpoint_files(folder: Path) -> list[Path]:
-    """Return the files that a checkpoint's weights are read from: those of a folder, or all parts of a GGUF file.
-
-    ``folder`` is the folder, or the GGUF file. Raises CheckpointError or UnsafeCheckpointError.
-    """
-    if is_gguf(folder):
-        return parts(folder)
-    return [contained(folder, name) for name in weights_of(folder, {})[0]]  # {}: config_of refuses other weights
 
 
 def mapped_bytes(model: nn.Module) -> int:

@@ -15,9 +15,10 @@ from pathlib import Path
 
 from moetier.tiers.errors import ChecksumError, MissingExpertError, StoreFormatError
 from moetier.tiers.manifest import FileSum, Manifest
+from moetier.tiers.small_names import USUAL
 from moetier.tiers.store.atomic import make_folders, write_durably
 from moetier.tiers.store.checksum import crc32c
-from moetier.tiers.store.folder import CACHE, GROUP, MAX_JSON_BYTES, METADATA
+from moetier.tiers.store.folder import CACHE, GROUP, MAX_JSON_BYTES, METADATA, ORIGIN
 from moetier.tiers.store.trunk import INDEX
 
 from .client import Objects, RefusedReadError
@@ -35,12 +36,6 @@ ENDS = re.compile(rb"\{\}|\[\]")  # first and last byte of a large JSON file
 SMALL = re.compile(r"(additional_chat_templates/)?\w[\w.-]*\.(json|jinja|txt|tiktoken|model(\.v\d+)?)")
 NOT_SMALL = ("mirrors.json", "conversion.json", CACHE)
 REQUIRED = ("config.json", INDEX)
-# names of the small files that are tried, if objects can't be listed
-GUESSED = (
-    *("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
-    *("added_tokens.json", "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja", "origin.json"),
-)
-
 _log = logging.getLogger(__name__)
 
 
@@ -86,7 +81,7 @@ def fetch_small(
             objects.where,
         )
         sizes = pool.submit(objects.sizes).result()
-    there = GUESSED if sizes is None and manifest.trunk else sizes or ()
+    there = (*USUAL, ORIGIN) if sizes is None and manifest.trunk else sizes or ()
     wanted = list(names) or list(dict.fromkeys([*required, *filter(is_small, there)]))
     check_small([(sizes or {}).get(name, 0) for name in wanted], objects.where, "Check the address.")
 

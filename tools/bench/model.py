@@ -132,9 +132,8 @@ def measure(arguments: argparse.Namespace, work: Work) -> int:
     The rates of disk, kernels and memory, from which the bounds are computed, are measured in the same rounds. Raises
     MoetierError.
     """
+    from moetier.runtime.checkpoint.containers import container_of
     from moetier.runtime.checkpoint.experts import read_manifest
-    from moetier.runtime.checkpoint.files import is_gguf
-    from moetier.runtime.checkpoint.gguf_file import parts
     from moetier.tiers.source import LOADERS
 
     check_bench(arguments)
@@ -144,7 +143,8 @@ def measure(arguments: argparse.Namespace, work: Work) -> int:
         for ram in arguments.ram or [None]
     ]
     folder = arguments.directory
-    files = parts(folder) if is_gguf(folder) else sorted(path for path in folder.rglob("*") if path.is_file())
+    own = folder.rglob("*") if folder.is_dir() else container_of(folder).weight_files(folder)
+    files = sorted(path for path in own if path.is_file())
     manifest, fio = read_manifest(folder), fio_version()
     child = {"directory": str(folder.absolute()), "threads": arguments.threads}
     feed = child | {"work": "model"} | work.to_json()

@@ -64,10 +64,10 @@ def read_ids(path: Path) -> list[int]:
 
 
 def _of_text(directory: Path, path: Path) -> list[int]:
-    from moetier.runtime.model.load import tokenizer_in
+    from moetier.runtime.checkpoint.containers import container_of
 
     try:
-        if (tokenizer := tokenizer_in(directory)) is None:
+        if (tokenizer := container_of(directory).tokenizer(directory)) is None:
             raise ValueError("there is no tokenizer")
         ids: list[int] = tokenizer(path.read_text("utf-8")).input_ids
     except (OSError, ValueError) as error:

@@ -27,8 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Read the checkpoint once, write the table and return 0. Raises MoetierError."""
+    from moetier.runtime.checkpoint.containers import open_source
     from moetier.runtime.checkpoint.experts import is_checkpoint, make_table, open_table
-    from moetier.runtime.checkpoint.gguf_file import open_source
     from moetier.tiers.errors import ConfigError
     from moetier.tiers.extents.link import link
     from moetier.tiers.extents.table import write_table

@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Check the directory; return 1 if a record or a file is bad. Raises StoreError if nothing can be checked."""
+    from moetier.runtime.checkpoint.containers import container_of
     from moetier.runtime.checkpoint.experts import open_copy
     from moetier.tiers.errors import StoreFormatError
     from moetier.tiers.extents.link import scrub_rest
@@ -39,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
     from moetier.tiers.store.scrub import READS, Problem, scrub, scrub_trunk
     from moetier.tiers.store.trunk import trunk_faults
     from moetier.tools.cli.progress import Progress
-    from moetier.tools.convert.files import has_tokenizer, small_faults
+    from moetier.tools.convert.files import small_faults
 
     with ExitStack() as opened:
         store: ExpertStore | ExtentStore = open_copy(arguments.directory, readers=READS, damaged=True)
@@ -61,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
         faults = trunk_faults(folder, manifest) if manifest.trunk else {}
         total += sum(entry.bytes for name, entry in manifest.trunk.items() if name not in faults)
         small = small_faults(folder) if manifest.trunk else ()  # small files, such as config.json, have no checksums
-        tokenizer = not manifest.trunk or has_tokenizer(folder)
+        tokenizer = not manifest.trunk or container_of(folder).has_vocabulary(folder)
         rest = () if checkpoint is None else scrub_rest(checkpoint)
         if checkpoint is not None:
             total += sum(end - first for ranges in checkpoint.table.rest() for first, end in ranges)

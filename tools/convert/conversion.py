@@ -12,7 +12,7 @@ from typing import Any
 
 from moetier.runtime.checkpoint import hub
 from moetier.runtime.checkpoint.blueprint import build_on_meta
-from moetier.runtime.checkpoint.files import Checkpoint
+from moetier.runtime.checkpoint.checkpoint import Checkpoint
 from moetier.runtime.config import format_bytes
 from moetier.runtime.machine.memory import available_memory, peak_bytes
 from moetier.runtime.machine.threads import usable_cpus
@@ -20,11 +20,12 @@ from moetier.tiers.errors import ConfigError, DiskSpaceError
 from moetier.tiers.layout import ExpertKey, Projection
 from moetier.tiers.manifest import FileSum, Manifest
 from moetier.tiers.quant.codec import WeightError
+from moetier.tiers.small_names import VOCABULARY
 from moetier.tiers.store.atomic import disk_errors
 from moetier.tiers.store.writer import StoreWriter
 from moetier.tools.cli.progress import Progress
 from moetier.tools.cli.report import table
-from moetier.tools.convert.files import VOCABULARY, free_bytes, nearest_folder
+from moetier.tools.convert.files import free_bytes, nearest_folder
 
 from .encoder import INTERPRETER_BYTES, Encoder, MatrixRecord
 from .plan import NATIVE, ConversionPlan, Options, Stage, stages

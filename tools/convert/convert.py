@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moetier.runtime.checkpoint.files import Checkpoint, check_source
-from moetier.runtime.checkpoint.gguf_file import open_source
+from moetier.runtime.checkpoint.checkpoint import Checkpoint
+from moetier.runtime.checkpoint.containers import open_source
+from moetier.runtime.checkpoint.files import check_source
 from moetier.runtime.machine.threads import use_threads
 from moetier.tiers.errors import ConfigError, StoreError, TargetExistsError
 from moetier.tiers.store.folder import JOURNAL, beside

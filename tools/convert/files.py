@@ -9,16 +9,15 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import re
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from moetier.runtime.checkpoint.config_json import read_config
-from moetier.runtime.checkpoint.files import is_gguf
-from moetier.runtime.checkpoint.gguf_file import has_vocabulary
+from moetier.runtime.checkpoint.containers import container_of
 from moetier.runtime.machine.memory import mapped_files
 from moetier.tiers.errors import MoetierError, StoreFormatError, TargetError
+from moetier.tiers.small_names import SETTINGS
 from moetier.tiers.store.atomic import sync_folder
 from moetier.tiers.store.folder import GROUP, METADATA
 
@@ -94,13 +93,6 @@ def _opened(process: Path) -> Iterator[str]:
             yield str(link.readlink())
 
 
-# ABOUT: files that describe a tokenizer. VOCABULARY: files that hold its vocabulary; it needs one of them.
-ABOUT = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")
-VOCABULARY = re.compile(
-    r"tokenizer\.(json|model(\.v\d+)?)|vocab\.(json|txt)|tekken\.json|(spiece|sentencepiece(\.bpe)?)\.model|\w+\.tiktoken"
-)
-
-
 def small_faults(directory: Path) -> Iterator[MoetierError]:
     """Yield an error if config.json is invalid, and one if the tokenizer's vocabulary is missing.
 
@@ -110,19 +102,12 @@ def small_faults(directory: Path) -> Iterator[MoetierError]:
         read_config(directory)
     except MoetierError as error:
         yield error
-    there = [name for name in ABOUT if (directory / name).exists()]
-    if there and not has_tokenizer(directory):
+    there = [name for name in SETTINGS if (directory / name).exists()]
+    if there and not container_of(directory).has_vocabulary(directory):
         yield StoreFormatError(
             f"{directory} has {there[0]}, but no vocabulary: tokenizer.json or tokenizer.model is missing.",
             "Copy the tokenizer files of the source checkpoint into it.",
         )
-
-
-def has_tokenizer(directory: Path) -> bool:
-    """Return whether a folder, or a GGUF file, has the vocabulary of a tokenizer."""
-    if is_gguf(directory):
-        return has_vocabulary(directory)
-    return any(VOCABULARY.fullmatch(path.name) for path in directory.iterdir())
 
 
 def nearest_folder(path: Path) -> Path:

@@ -26,15 +26,14 @@ import numpy as np
 
 from moetier.runtime.checkpoint import hub
 from moetier.runtime.checkpoint.blueprint import build_on_meta
+from moetier.runtime.checkpoint.checkpoint import Checkpoint, samples
 from moetier.runtime.checkpoint.files import (
     INDEX,
     WEIGHTS,
-    Checkpoint,
     copied_files,
     gathered,
     read_json,
     refuse_code,
-    samples,
     some,
     weights_of,
     without_weights,

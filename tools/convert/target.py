@@ -13,10 +13,12 @@ from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
+from moetier.runtime.checkpoint.checkpoint import Checkpoint
 from moetier.runtime.checkpoint.config_json import carried
-from moetier.runtime.checkpoint.files import COPIED, INDEX, Checkpoint, contained
+from moetier.runtime.checkpoint.files import INDEX, contained
 from moetier.tiers.errors import CheckpointError, DiskSpaceError, StoreError, TargetError, TargetExistsError
 from moetier.tiers.manifest import FORMAT, Manifest
+from moetier.tiers.small_names import COPIED
 from moetier.tiers.store.atomic import PARTIAL, make_folders, sync_folder, write_durably
 from moetier.tiers.store.folder import (
     GROUP,

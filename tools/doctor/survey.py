@@ -32,12 +32,13 @@ def remedy(store: ExpertStore | ExtentStore) -> str:
 
 def survey(store: ExpertStore | ExtentStore) -> dict[str, Any]:
     """Return the JSON that ``moetier inspect --json`` prints. Sizes are in bytes. No record is read."""
+    from moetier.runtime.checkpoint.containers import container_of
     from moetier.tiers.errors import StoreError
     from moetier.tiers.extents.reader import ExtentStore
     from moetier.tiers.manifest import FORMAT
     from moetier.tiers.store.mirror import read_mirrors
     from moetier.tiers.store.trunk import trunk_faults, trunk_records
-    from moetier.tools.convert.files import has_tokenizer, small_faults
+    from moetier.tools.convert.files import small_faults
 
     manifest = store.manifest
     directory = store.directory
@@ -86,7 +87,7 @@ def survey(store: ExpertStore | ExtentStore) -> dict[str, Any]:
         "trunk_matrices": matrices,
         "direct": store.direct,
         "trunk_files": {name: asdict(entry) for name, entry in sorted(manifest.trunk.items())},
-        "tokenizer": has_tokenizer(directory),
+        "tokenizer": container_of(directory).has_vocabulary(directory),
         "mirrors": [*map(str, mirrors)],
         "faults": [fault.cause for fault in [*faults, *small]],
     }

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from moetier.runtime.checkpoint import hub
 from moetier.runtime.checkpoint.blueprint import build_on_meta, destinations
+from moetier.runtime.checkpoint.checkpoint import Checkpoint
 from moetier.runtime.checkpoint.config_json import read_config
+from moetier.runtime.checkpoint.containers import is_one_file, open_source
 from moetier.runtime.checkpoint.experts import is_checkpoint, table_of
 from moetier.runtime.checkpoint.files import (
     INDEX,
     WEIGHTS,
-    Checkpoint,
-    is_gguf,
     locate,
     names_code,
     open_checkpoint,
@@ -31,7 +31,6 @@ from moetier.runtime.checkpoint.files import (
     some,
     weights_of,
 )
-from moetier.runtime.checkpoint.gguf_file import open_gguf
 from moetier.runtime.checkpoint.trunk import trunk_matrices
 from moetier.runtime.config import DEFAULT_CONTEXT
 from moetier.runtime.formats.tensors import SourceTensor, StoredTensor, listed
@@ -222,8 +221,8 @@ def open_choices(source: str | Path) -> ModelChoices:
     check_directory(Path(source))
     if is_ours(Path(source)):
         return _converted(Path(source))
-    if is_gguf(Path(source)):
-        return _in_blocks(Path(source))
+    if is_one_file(Path(source)):
+        return _one_file(Path(source))
     headers, as_it_is = open_headers(source), _is_usable(Path(source))
     checkpoint, choices, model, passing = headers.checkpoint, list[Choice](), None, 0
     for trunk_bits in TRUNK_BITS:
@@ -267,9 +266,9 @@ def _converted(folder: Path) -> ModelChoices:
     return ModelChoices(manifest.model, str(folder), None, model, (choice,))
 
 
-def _in_blocks(path: Path) -> ModelChoices:
+def _one_file(path: Path) -> ModelChoices:
     """Return the one choice for a GGUF file, which is used as it is."""
-    checkpoint, manifest = open_gguf(path), table_of(path).manifest
+    checkpoint, manifest = open_source(path), table_of(path).manifest
     model, dtype = build_on_meta(checkpoint.config, None)
     tensors = checkpoint.sources(model, str(dtype).removeprefix("torch."))
     records = {name: matrix.layout for name, matrix in trunk_matrices(model, dtype, tensors).values()}

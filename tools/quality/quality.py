@@ -14,11 +14,13 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
-from moetier.runtime.checkpoint.files import Checkpoint, open_checkpoint
+from moetier.runtime.checkpoint.checkpoint import Checkpoint
+from moetier.runtime.checkpoint.containers import container_of
+from moetier.runtime.checkpoint.files import open_checkpoint
 from moetier.runtime.generation.compat import CACHE
 from moetier.runtime.kernels.quantise.encode import encode
 from moetier.runtime.model.context import first_ids, longest_context
-from moetier.runtime.model.load import TOKENIZER_FILES, load
+from moetier.runtime.model.load import load
 from moetier.runtime.model.vocabulary import check_ids, check_tokenizer
 from moetier.runtime.moe.experts import EXPERT_PARAMETERS, experts_modules
 from moetier.runtime.moe.linear import WEIGHT
@@ -333,7 +335,7 @@ def _check_ids(model: Any, tokenizer: Any, ids: Mapping[str, Tensor]) -> None:
 
 def _check_tokenizer(folder: Path) -> None:
     """Raise ConfigError if ``folder`` has no tokenizer. Call this before loading a model, which takes long."""
-    if not any((folder / name).exists() for name in TOKENIZER_FILES):
+    if not container_of(folder).has_vocabulary(folder):
         raise ConfigError(f"{folder} has no tokenizer.", "Copy the tokenizer files of the model into it.")
 
 

@@ -22,8 +22,8 @@ pytest.importorskip("gguf")
 import gguf
 from gguf_files import MODELS, Kind, mostly, reference, tiny_weights, write_gguf
 
+from moetier.runtime.checkpoint.checkpoint import SAMPLE_BYTES
 from moetier.runtime.checkpoint.experts import check_shards, open_experts, table_of
-from moetier.runtime.checkpoint.files import SAMPLE_BYTES
 from moetier.runtime.checkpoint.gguf_file import open_gguf
 from moetier.runtime.model.load import load
 from moetier.tiers.errors import CheckpointError, MoetierError, UnsupportedModelError
