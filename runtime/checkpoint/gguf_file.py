@@ -58,7 +58,7 @@ class GgufCheckpoint(Checkpoint):
     """
 
     metadata: Mapping[str, Value] = field(default_factory=dict, compare=False)
-    kinds: Mapping[str, str] = field(default_factory=dict)  # from names of tensors to ggml's types, such as "Q4_K"
+    types: Mapping[str, str] = field(default_factory=dict)  # from names of tensors to ggml's types, such as "Q4_K"
 
     @property
     def architecture(self) -> str:
@@ -71,9 +71,11 @@ class GgufCheckpoint(Checkpoint):
         ``model`` is on the meta device. ``dtype`` is torch's name of the type to which quantised tensors are decoded.
         Raises as ``sources_of``.
         """
-        from moetier.runtime.formats.gguf import GgufFile, sources_of
+        from moetier.runtime.formats.gguf import GgufTensors, sources_of
 
-        return sources_of(GgufFile(self.folder, self.architecture, self.config, self.tensors, self.kinds), model, dtype)
+        return sources_of(
+            GgufTensors(self.folder, self.architecture, self.config, self.tensors, self.types), model, dtype
+        )
 
     def trunk(self, dtype: torch.dtype | str | None) -> Trunk | None:
         """Return the trunk, in which matrices stay as they are. Raises as ``sources_of``."""
@@ -122,8 +124,8 @@ def _opened(path: Path, stamps: tuple[tuple[str, int, int], ...]) -> GgufCheckpo
         )
     config = _config(path, metadata, {name: entry for name, (_, entry) in entries.items()})
     tensors = {name: _stored(name, part, entry) for name, (part, entry) in entries.items()}
-    kinds = {name: entry.kind for name, (_, entry) in entries.items()}
-    return GgufCheckpoint(path.stem, path, str(path), False, config, tensors, (), metadata=metadata, kinds=kinds)
+    types = {name: entry.ggml_type for name, (_, entry) in entries.items()}
+    return GgufCheckpoint(path.stem, path, str(path), False, config, tensors, (), metadata=metadata, types=types)
 
 
 class GgufFile(Container):
@@ -190,8 +192,8 @@ def _header(path: Path) -> Header:
 
 
 def _stored(name: str, part: Path, entry: Entry) -> StoredTensor:
-    if entry.kind in ("F16", "BF16", "F32", "F64", "I8", "I16", "I32", "I64"):
-        return StoredTensor(name, entry.kind, entry.shape, part, entry.begin)
+    if entry.ggml_type in ("F16", "BF16", "F32", "F64", "I8", "I16", "I32", "I64"):
+        return StoredTensor(name, entry.ggml_type, entry.shape, part, entry.begin)
     return StoredTensor(name, "U8", (*entry.shape[:-1], entry.row_bytes), part, entry.begin)
 
 
@@ -277,10 +279,10 @@ def _rope(own: Mapping[str, Value]) -> dict[str, Any]:
 
     ``own`` is the metadata by keys without the architecture's name.
     """
-    kind = own.get("rope.scaling.type", "none")
-    if kind == "none" or "rope.scaling.factor" not in own:
+    scaling = own.get("rope.scaling.type", "none")
+    if scaling == "none" or "rope.scaling.factor" not in own:
         return {}
-    found: dict[str, Any] = {"rope_type": kind, "factor": own["rope.scaling.factor"]}
+    found: dict[str, Any] = {"rope_type": scaling, "factor": own["rope.scaling.factor"]}
     if "rope.freq_base" in own:
         found["rope_theta"] = own["rope.freq_base"]
     if "rope.scaling.original_context_length" in own:

@@ -31,19 +31,19 @@ from .tensors import Runs, SourceTensor, StoredMatrix, StoredTensor
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-EXPERTS = re.compile(r"blk\.(?P<layer>\d+)\.ffn_(?P<part>gate|up|down|gate_up)_exps\.(?P<kind>weight|bias)")
+EXPERTS = re.compile(r"blk\.(?P<layer>\d+)\.ffn_(?P<part>gate|up|down|gate_up)_exps\.(?P<leaf>weight|bias)")
 DAMAGED = "Download the file again, or use the model's checkpoint in safetensors."
 FLOATS = {"BF16": "bfloat16", "F16": "float16"}  # types of weights that records hold as they are
 
 
-class GgufFile(NamedTuple):
+class GgufTensors(NamedTuple):
     """Tensors of a GGUF file, or of several parts, and what is needed to name them."""
 
     folder: Path  # path of the file, or of the first part
     architecture: str
     config: Mapping[str, Any]  # as config.json would have it
     tensors: Mapping[str, StoredTensor]  # by GGUF's names
-    kinds: Mapping[str, str]  # ggml's types, such as "Q4_K", by GGUF's names
+    types: Mapping[str, str]  # ggml's types, such as "Q4_K", by GGUF's names
 
 
 Change = Callable[[torch.Tensor], torch.Tensor]  # makes a tensor of the model from one of the file, in fp32
@@ -54,7 +54,7 @@ class GgufTensor(SourceTensor):
     """Tensor of a GGUF file. ``read`` dequantises it, and undoes what llama.cpp has changed in it."""
 
     stored: StoredTensor
-    kind: str  # name of ggml's type
+    ggml_type: str  # such as "Q4_K"
     shape: tuple[int, ...]
     dtype: str
     change: Change | None = None
@@ -71,10 +71,10 @@ class GgufTensor(SourceTensor):
 
     def as_matrix(self) -> StoredMatrix | None:
         """Return the matrix as it lies in the file, in a coding of GGUF that kernels multiply with; else None."""
-        if (self.change is not None and self.order is None) or (block := BLOCKS.get(self.kind.lower())) is None:
+        if (self.change is not None and self.order is None) or (block := BLOCKS.get(self.ggml_type.lower())) is None:
             return None
         rows, columns = self.shape
-        p = Projection(WEIGHT, rows, columns, block.bits, self.dtype, group=block.group, coding=self.kind.lower())
+        p = Projection(WEIGHT, rows, columns, block.bits, self.dtype, group=block.group, coding=self.ggml_type.lower())
         return StoredMatrix(self.stored, RecordLayout((p,)), self.order)
 
     def slice(self, index: int) -> GgufTensor:
@@ -92,15 +92,15 @@ class GgufTensor(SourceTensor):
             rows = self.order[first : first + count]
             begin = int(rows.min()) if count else 0
             raw = self.stored.read(begin, int(rows.max()) + 1 - begin if count else 0)
-            return dequantised(raw[torch.from_numpy(rows - begin)], self.kind, dtype)
+            return dequantised(raw[torch.from_numpy(rows - begin)], self.ggml_type, dtype)
         if self.change is not None:
             whole = self._whole(self.change)
             return whole[first : first + count].to(dtype).contiguous()
-        return dequantised(self.stored.read(first, count), self.kind, dtype)
+        return dequantised(self.stored.read(first, count), self.ggml_type, dtype)
 
     def _whole(self, change: Change) -> torch.Tensor:
         """Read the whole tensor, changed, in fp32. Raises CheckpointError as ``read``."""
-        weights = dequantised(self.stored.read(), self.kind, torch.float32)
+        weights = dequantised(self.stored.read(), self.ggml_type, torch.float32)
         try:
             if (changed := change(weights)).shape == self.shape:
                 return changed
@@ -147,11 +147,11 @@ class GgufExperts(SourceTensor):
 
     def record_projection(self, plain: Projection, runs: Runs) -> Projection:
         """Return the projection in the type of the file's weights, which must be the same for gate and up."""
-        kind = " and ".join(sorted({tensor.kind for tensor in self.tensors}))
-        if kind in FLOATS and not self.transposed:
-            return replace(plain, dtype=FLOATS[kind])
-        if (block := BLOCKS.get(coding := kind.lower())) is None:
-            raise ValueError(f"{self.stored_name} is stored in {kind}")
+        ggml_type = " and ".join(sorted({tensor.ggml_type for tensor in self.tensors}))
+        if ggml_type in FLOATS and not self.transposed:
+            return replace(plain, dtype=FLOATS[ggml_type])
+        if (block := BLOCKS.get(coding := ggml_type.lower())) is None:
+            raise ValueError(f"{self.stored_name} is stored in {ggml_type}")
         return replace(plain, bits=block.bits, group=block.group, dtype=self.dtype, coding=coding)
 
     def read(self, first: int = 0, count: int | None = None) -> torch.Tensor:
@@ -161,18 +161,18 @@ class GgufExperts(SourceTensor):
         return made.transpose(1, 2).contiguous() if self.transposed else made
 
 
-def dequantised(raw: torch.Tensor, kind: str, dtype: torch.dtype) -> torch.Tensor:
+def dequantised(raw: torch.Tensor, ggml_type: str, dtype: torch.dtype) -> torch.Tensor:
     """Return the weights of stored rows, by the decoder of the package gguf.
 
     ``raw`` is uint8 [rows, bytes], or has more leading dimensions; the result is [rows, columns] in ``dtype``. If
-    ``raw`` has another type, its weights are not quantised, and are only converted. ``kind`` is ggml's type. A limited
-    number of weights is in fp32 at a time.
+    ``raw`` has another type, its weights are not quantised, and are only converted. ``ggml_type`` is the name of the
+    type. A limited number of weights is in fp32 at a time.
     """
     if raw.dtype != torch.uint8:
         return raw.to(dtype)
     import gguf
 
-    number = gguf.GGMLQuantizationType[kind]
+    number = gguf.GGMLQuantizationType[ggml_type]
     weights, size = gguf.GGML_QUANT_SIZES[number]
     columns = raw.shape[-1] // size * weights
     rows = raw.view(-1, raw.shape[-1]).numpy()
@@ -183,23 +183,23 @@ def dequantised(raw: torch.Tensor, kind: str, dtype: torch.dtype) -> torch.Tenso
     return out.view(*raw.shape[:-1], columns)
 
 
-def sources_of(checkpoint: GgufFile, model: PreTrainedModel, dtype: str) -> dict[str, SourceTensor]:
+def sources_of(checkpoint: GgufTensors, model: PreTrainedModel, dtype: str) -> dict[str, SourceTensor]:
     """Return a dictionary from the names of ``model``'s tensors to those that the checkpoint has, decoded to ``dtype``.
 
     ``model`` is on the meta device, and has all its experts. Raises CheckpointError if a tensor is missing or of
     another shape, and UnsupportedModelError for a type of weights that the package gguf does not decode.
     """
     state = model.state_dict()
-    modules = {_layer(path): (path, module) for path, module in experts_modules(model).items()}
+    paths = {_layer(path): path for path in experts_modules(model)}
     experts: dict[str, dict[str, GgufTensor]] = {}
-    found: dict[str, SourceTensor] = {}
+    sources: dict[str, SourceTensor] = {}
     trunk: dict[str, StoredTensor] = {}
     for name, stored in checkpoint.tensors.items():
         if (named := EXPERTS.fullmatch(name)) is None:
             trunk[name] = stored
-        elif (there := modules.get(int(named["layer"]))) is not None:
-            leaf = "down_proj" if named["part"] == "down" else "gate_up_proj"
-            target = f"{there[0]}.{leaf}" + ("_bias" if named["kind"] == "bias" else "")
+        elif (path := paths.get(int(named["layer"]))) is not None:
+            parameter = "down_proj" if named["part"] == "down" else "gate_up_proj"
+            target = f"{path}.{parameter}" + ("_bias" if named["leaf"] == "bias" else "")
             experts.setdefault(target, {})[named["part"]] = _tensor(checkpoint, name, stored, dtype)
     for target, parts in experts.items():
         module = model.get_submodule(target.rpartition(".")[0])
@@ -209,26 +209,28 @@ def sources_of(checkpoint: GgufFile, model: PreTrainedModel, dtype: str) -> dict
             )
         turned = bool(module.is_transposed) and not target.endswith("_bias")
         ordered = tuple(parts[part] for part in ("gate", "up", "gate_up", "down") if part in parts)
-        found[target] = GgufExperts(ordered, turned, bool(ordered[1:]) and not module.is_concatenated)
+        sources[target] = GgufExperts(ordered, turned, bool(ordered[1:]) and not module.is_concatenated)
     for name, (target, change) in _names(checkpoint, model, trunk).items():
         if target in state:
-            found[target] = _changed(_tensor(checkpoint, name, trunk[name], dtype), change, tuple(state[target].shape))
-    _check(checkpoint, model, state, found)
-    return found
+            sources[target] = _changed(
+                _tensor(checkpoint, name, trunk[name], dtype), change, tuple(state[target].shape)
+            )
+    _check(checkpoint, model, state, sources)
+    return sources
 
 
 def _check(
-    checkpoint: GgufFile, model: PreTrainedModel, state: Mapping[str, Any], found: Mapping[str, SourceTensor]
+    checkpoint: GgufTensors, model: PreTrainedModel, state: Mapping[str, Any], sources: Mapping[str, SourceTensor]
 ) -> None:
-    """Raise CheckpointError unless ``found`` has all tensors of the model in their shapes."""
+    """Raise CheckpointError unless ``sources`` has all tensors of the model in their shapes."""
     tied = model.all_tied_weights_keys
-    if missing := [name for name in state if name not in found and name not in tied]:
+    if missing := [name for name in state if name not in sources and name not in tied]:
         raise CheckpointError(
             f"{checkpoint.folder} has no tensor for {missing[0]}"
             + (f" and {len(missing) - 1} more." if missing[1:] else "."),
             DAMAGED,
         )
-    for name, tensor in found.items():
+    for name, tensor in sources.items():
         if name in state and tensor.shape != tuple(state[name].shape):
             raise CheckpointError(
                 f"{checkpoint.folder}: {tensor.parts[0].name} has the shape {list(tensor.shape)}, and {name} "
@@ -241,20 +243,20 @@ def _layer(path: str) -> int:
     return next(int(each) for each in path.split(".") if each.isdigit())
 
 
-def _tensor(checkpoint: GgufFile, name: str, stored: StoredTensor, dtype: str) -> GgufTensor:
-    kind, shape = checkpoint.kinds[name], stored.shape
+def _tensor(checkpoint: GgufTensors, name: str, stored: StoredTensor, dtype: str) -> GgufTensor:
+    ggml_type, shape = checkpoint.types[name], stored.shape
     if stored.spelling == "U8":
         import gguf
 
-        number = gguf.GGMLQuantizationType.__members__.get(kind)
+        number = gguf.GGMLQuantizationType.__members__.get(ggml_type)
         if number is None or number not in gguf.quants._type_traits:
             raise UnsupportedModelError(
-                f"{checkpoint.folder}: {name} has the type {kind}, which the package gguf does not decode.",
+                f"{checkpoint.folder}: {name} has the type {ggml_type}, which the package gguf does not decode.",
                 "Use a file of another type, such as Q4_K_M, or a newer version of the package gguf.",
             )
         weights, size = gguf.GGML_QUANT_SIZES[number]
         shape = (*shape[:-1], shape[-1] // size * weights)
-    return GgufTensor(stored, kind, shape, dtype)
+    return GgufTensor(stored, ggml_type, shape, dtype)
 
 
 def _changed(tensor: GgufTensor, change: Change | None, shape: tuple[int, ...]) -> GgufTensor:
@@ -275,12 +277,12 @@ def _changed(tensor: GgufTensor, change: Change | None, shape: tuple[int, ...]) 
             return tensor
         if moved.shape == rows.shape and torch.equal(moved.sort(0).values, rows):
             order = moved.flatten().long().numpy()
-            return GgufTensor(tensor.stored, tensor.kind, tensor.shape, tensor.dtype, change, order)
-    return GgufTensor(tensor.stored, tensor.kind, shape, tensor.dtype, change)
+            return GgufTensor(tensor.stored, tensor.ggml_type, tensor.shape, tensor.dtype, change, order)
+    return GgufTensor(tensor.stored, tensor.ggml_type, shape, tensor.dtype, change)
 
 
 def _names(
-    checkpoint: GgufFile, model: PreTrainedModel, trunk: Mapping[str, StoredTensor]
+    checkpoint: GgufTensors, model: PreTrainedModel, trunk: Mapping[str, StoredTensor]
 ) -> dict[str, tuple[str, Change | None]]:
     """Return a dictionary from GGUF's names of the trunk's tensors to their names in the model and their changes.
 
@@ -309,7 +311,7 @@ def _processed(processor: Any, name: str, tensor: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(weights))
 
 
-def _transforms(checkpoint: GgufFile, model: PreTrainedModel) -> list[Any] | None:
+def _transforms(checkpoint: GgufTensors, model: PreTrainedModel) -> list[Any] | None:
     """Return transformers' list of renamings and conversions for the architecture; None if it has none."""
     try:
         from transformers.integrations.gguf.utils import get_gguf_conversion_mapping, is_gguf_arch_supported

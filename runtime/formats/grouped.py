@@ -58,13 +58,13 @@ class GroupedTensor(SourceTensor):
         def name(self) -> str:
             """Name of the weight."""
 
+        @property
+        @abstractmethod
+        def bits(self) -> Bits:
+            """Bits of a code."""
+
     reads_rows = False
     is_kept = True
-
-    @property
-    @abstractmethod
-    def bits(self) -> Bits:
-        """Bits of a code."""
 
     @property
     @abstractmethod

@@ -71,14 +71,14 @@ class Requantised:
 
 @dataclass(frozen=True, slots=True)
 class HqqTensor(GroupedTensor):
-    """Matrix of HQQ. ``size`` is its number of rows and of columns; ``nbits`` are hqq's bits, a key of STORED_BITS."""
+    """Matrix of HQQ. ``nbits`` are hqq's bits, a key of STORED_BITS."""
 
     name: str
     dtype: str
     packed: StoredTensor
     scale: Numbers
     zero: Numbers
-    size: tuple[int, int]
+    shape: tuple[int, int]
     nbits: float
     group_size: int
     axis: int
@@ -89,23 +89,18 @@ class HqqTensor(GroupedTensor):
                 f"{self.name} is quantised with HQQ to {self.nbits:g} bits, which moetier can't read.",
                 f"Give a checkpoint with {', '.join(f'{bits:g}' for bits in STORED_BITS)} bits.",
             )
-        if self.axis not in (0, 1) or min(*self.size, self.group_size) < 1 or math.prod(self.size) % self.group_size:
-            raise self.damaged(f"groups of {self.group_size} along axis {self.axis} do not fit {list(self.size)}")
+        if self.axis not in (0, 1) or min(*self.shape, self.group_size) < 1 or math.prod(self.shape) % self.group_size:
+            raise self.damaged(f"groups of {self.group_size} along axis {self.axis} do not fit {list(self.shape)}")
         long, wide = self._grid
         rows, unit = (-(-long // PER_WORD), 4) if self.bits == 3 else (long * self.bits // 8, 1)
         if len(self.packed.shape) != 2 or self.packed.shape[0] != rows or self.packed.nbytes != rows * wide * unit:
             raise self.damaged(
                 f"{self.packed.name} is {self.packed.dtype} {list(self.packed.shape)}, which does not fit "
-                f"{list(self.size)} with {self.nbits:g} bits"
+                f"{list(self.shape)} with {self.nbits:g} bits"
             )
         groups = (long, 1) if self.axis == 1 else (1, wide)
         self.check(self.scale, groups, *SCALES)
         self.check(self.zero, groups, self.scale.dtype)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Rows and columns."""
-        return self.size
 
     @property
     def parts(self) -> tuple[StoredTensor, ...]:
@@ -125,7 +120,7 @@ class HqqTensor(GroupedTensor):
     @property
     def per_group(self) -> int:
         """Number of neighbouring weights of a row that share a scale; 0 if groups do not lie along rows."""
-        return self.group_size if self.axis == 1 and self.size[1] % self.group_size == 0 else 0
+        return self.group_size if self.axis == 1 and self.shape[1] % self.group_size == 0 else 0
 
     @property
     def groups_as_text(self) -> str:
@@ -138,22 +133,22 @@ class HqqTensor(GroupedTensor):
     @property
     def _grid(self) -> tuple[int, int]:
         """The shape in which hqq stores the codes: a group is a row of it, or with axis 0 a column."""
-        groups = math.prod(self.size) // self.group_size
+        groups = math.prod(self.shape) // self.group_size
         return (groups, self.group_size) if self.axis == 1 else (self.group_size, groups)
 
     def levels(self, group: int) -> Levels:
         """Read what is stored, with a scale and zero point for each ``group`` weights, a divisor of ``self.group``."""
 
         scales, zeros = (
-            self.finite(tensor).view(self.size[0], -1).repeat_interleave(self.group_size // group, 1)
+            self.finite(tensor).view(self.shape[0], -1).repeat_interleave(self.group_size // group, 1)
             for tensor in (self.scale, self.zero)
         )
-        return Levels(self._codes().view(self.size), scales, zeros)
+        return Levels(self._codes().view(self.shape), scales, zeros)
 
     def weights(self) -> torch.Tensor:
         """Read and dequantise the matrix [rows, columns], in the type of its scales. Raises CheckpointError."""
         scales, zeros = self.finite(self.scale), self.finite(self.zero)
-        return self._codes().to(scales.dtype).sub_(zeros).mul_(scales).view(self.size)
+        return self._codes().to(scales.dtype).sub_(zeros).mul_(scales).view(self.shape)
 
     def _codes(self) -> torch.Tensor:
         """Read the codes, uint8, in the shape ``_grid``."""

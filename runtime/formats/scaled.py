@@ -30,10 +30,10 @@ CODES = {"F8_E4M3": "e4m3", "U8": "e2m1", "I8": "e2m1", "I32": "int4"}
 SCALE_TYPES = {
     "F8_E8M0": "e8m0", "U8": "e8m0", "F8_E4M3": "e4m3", "BF16": "bfloat16", "F16": "float16", "F32": "float32",
 }  # fmt: skip
-# FORMS is a dictionary from codings to the pairs that can be decoded: the type of the scales, and whether each matrix
-# also has a number for all of its scales.
+# from codings to the pairs that can be decoded: the type of the scales, and whether each matrix also has a number for
+# all of its scales
 _FLOATS = {("bfloat16", False), ("float16", False), ("float32", False)}
-FORMS = {"e2m1": {("e8m0", False), ("e4m3", True)}, "int4": _FLOATS, "e4m3": _FLOATS | {("e8m0", False)}}
+DECODABLE = {"e2m1": {("e8m0", False), ("e4m3", True)}, "int4": _FLOATS, "e4m3": _FLOATS | {("e8m0", False)}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +194,7 @@ def _said(tensor: StoredTensor) -> str:
 def _coding_of(codes: StoredTensor, scales: StoredTensor, globals_: StoredTensor | None) -> tuple[str, str]:
     """Return the coding, and our name of the type of its scales. Raises as ``ScaledTensor.of``."""
     coding, scale_type = CODES[codes.spelling], SCALE_TYPES.get(scales.spelling, "")
-    if (scale_type, globals_ is not None) not in FORMS[coding]:
+    if (scale_type, globals_ is not None) not in DECODABLE[coding]:
         raise UnsupportedModelError(
             f"{_said(codes)} is in {codes.spelling} with scales in {scales.spelling}, which moetier can't read.",
             "Give a checkpoint in another form; docs/choosing.md lists those that can be read.",

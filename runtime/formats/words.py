@@ -35,7 +35,7 @@ class WordsTensor(GroupedTensor):
     name: str
     dtype: str
     packing: str  # AWQ, GPTQ or GPTQ_V2
-    width: Bits  # of a code
+    bits: Bits  # of a code
     packed: StoredTensor
     zeros: StoredTensor
     scale: StoredTensor
@@ -63,11 +63,6 @@ class WordsTensor(GroupedTensor):
         """Rows and columns."""
         first, second = self.packed.shape
         return (second * WORD // self.bits, first) if self.packing == AWQ else (second, first * WORD // self.bits)
-
-    @property
-    def bits(self) -> Bits:
-        """Bits of a code."""
-        return self.width
 
     @property
     def scale_type(self) -> str:

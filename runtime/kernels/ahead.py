@@ -57,7 +57,7 @@ def _matrices(path: Path) -> set[Projection]:
     """Return projections like the matrices in a GGUF file that belong to the trunk."""
     found = set()
     for entry in read_gguf(path).tensors.values():
-        form = BLOCKS.get(coding := entry.kind.lower())
+        form = BLOCKS.get(coding := entry.ggml_type.lower())
         if form is not None and len(entry.shape) == 2:
             rows, columns = entry.shape
             found.add(Projection("", rows, columns, form.bits, group=form.group, coding=coding))

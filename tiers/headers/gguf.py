@@ -48,7 +48,7 @@ Value = int | float | bool | str | list[int] | list[float] | list[bool] | list[s
 class Entry(NamedTuple):
     """The entry of one tensor in a header."""
 
-    kind: str  # name of its type, such as "Q4_K"
+    ggml_type: str  # name of its type, such as "Q4_K"
     number: int  # ggml's number of the type
     shape: tuple[int, ...]  # columns last
     row_bytes: int  # bytes of each row
@@ -196,24 +196,24 @@ class _Cursor:
             raise ValueError(f"{what} is not UTF-8") from error
 
     def value(self, key: str) -> Value:
-        (kind,) = self.unpack("I")
-        if kind != ARRAY:
-            (one,) = self._values(key, kind, 1)
+        (value_type,) = self.unpack("I")
+        if value_type != ARRAY:
+            (one,) = self._values(key, value_type, 1)
             return one
-        kind, count = self.unpack("IQ")
+        value_type, count = self.unpack("IQ")
         self.values += count
         if self.values > MAX_VALUES:
             raise ValueError(f"with {shown(key)}, its arrays have {self.values:,} values, more than {MAX_VALUES:,}")
-        found: list[str] = [*self._values(key, kind, count)]  # type: ignore[list-item]  # all of one type
+        found: list[str] = [*self._values(key, value_type, count)]  # type: ignore[list-item]  # all of one type
         return found
 
-    def _values(self, key: str, kind: int, count: int) -> Iterator[int | float | bool | str]:
-        if kind == STRING:
+    def _values(self, key: str, value_type: int, count: int) -> Iterator[int | float | bool | str]:
+        if value_type == STRING:
             yield from self._texts(key, count)
-        elif kind in NUMBERS:
-            yield from self.unpack(f"{count}{NUMBERS[kind]}")
+        elif value_type in NUMBERS:
+            yield from self.unpack(f"{count}{NUMBERS[value_type]}")
         else:
-            raise ValueError(f"{shown(key)} has values of type {kind}")
+            raise ValueError(f"{shown(key)} has values of type {value_type}")
 
     def _texts(self, key: str, count: int) -> Iterator[str]:
         """Yield ``count`` strings. This takes less time for each than ``text``: a vocabulary has some 100,000."""
@@ -240,9 +240,9 @@ class _Cursor:
         number, begin = self.unpack("IQ")
         if number not in BLOCKS:
             raise ValueError(f"{shown(name)} has the unknown type {number}")
-        kind, weights, size = BLOCKS[number]
+        ggml_type, weights, size = BLOCKS[number]
         if math.prod(shape) * size > MAX_BYTES * weights or begin > MAX_BYTES or min(shape) < 1:
             raise ValueError(f"{shown(name)} has the shape {list(shape)} and begins at {begin:,}")
         if shape[-1] % weights:
-            raise ValueError(f"{shown(name)} has {shape[-1]:,} columns, no multiple of {weights} as {kind} needs")
-        return Entry(kind, number, shape, shape[-1] // weights * size, begin)
+            raise ValueError(f"{shown(name)} has {shape[-1]:,} columns, no multiple of {weights} as {ggml_type} needs")
+        return Entry(ggml_type, number, shape, shape[-1] // weights * size, begin)
