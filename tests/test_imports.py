@@ -27,6 +27,7 @@ ORDER = (
     {"runtime.moe"},
     {"runtime.formats"},
     {"runtime.checkpoint", "runtime.speculation"},
+    {"runtime.stores"},
     {"runtime.trace", "runtime.client", "runtime.daemon"},
     {"runtime.model"},
     {"runtime.generation"},

@@ -12,7 +12,6 @@ from contextlib import AbstractContextManager
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from .layout import PAGE, ExpertKey
-from .manifest import Manifest
 from .stats import TierStats
 
 Record = TypeVar("Record", covariant=True)  # memoryview in the host tier, torch.Tensor in the device tier
@@ -68,30 +67,6 @@ class Residents(NamedTuple):
     def numbers(self) -> tuple[int, ...]:
         """All fields except ``memory``, in order."""
         return self[:7]
-
-
-class RecordReader(Protocol):
-    """Interface of an object that reads records into slots of a host tier, such as a store. Thread-safe."""
-
-    @property
-    def manifest(self) -> Manifest:
-        """The manifest of the store that has the records."""
-
-    def read_into(self, key: ExpertKey, buffer: memoryview, pause: Callable[[], bool] | None = None) -> None:
-        """Read the record of ``key`` and its checksum into ``buffer``.
-
-        Args:
-            key: the expert.
-            buffer: a writable slot of ``slot_bytes``, which begins on a page.
-            pause: if given, and if the reader supports it, the record is read in pieces and ``pause`` is called between
-                two pieces. ``pause`` blocks until the read may go on. It returns whether it is to be called again
-                between the remaining pieces. An exception from ``pause`` ends the read.
-
-        Raises:
-            StoreError: the record can't be read.
-            UnavailableError, ExhaustedError: the record can't be had from a daemon. Only readers that ask a daemon
-                raise these.
-        """
 
 
 class ExpertSource(Protocol[Record]):

@@ -6,7 +6,7 @@ import contextlib
 import threading
 from pathlib import Path
 
-from moetier.runtime.checkpoint.experts import open_experts
+from moetier.runtime.stores.registry import open_store
 from moetier.tiers.cache.budget import slots_for, smallest_budget
 from moetier.tiers.errors import BudgetError, CheckpointError, ClosedError, StoreError
 from moetier.tiers.host.tier import HostTier
@@ -41,8 +41,7 @@ class Fallback:
                 self._closing.close()  # what an earlier attempt has opened that an exception interrupted
                 with contextlib.ExitStack() as opening:
                     try:
-                        store = open_experts(self._directory)
-                        opening.callback(store.close)
+                        store = opening.enter_context(open_store(self._directory))
                         if store.manifest.digest != self._manifest.digest:
                             raise StoreError(f"{self._directory} holds a different store now.", "Load the model again.")
                         slots = slots_for(self._manifest, smallest_budget(self._manifest))

@@ -9,7 +9,7 @@ import contextlib
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -22,7 +22,6 @@ from moetier.runtime.wire.control import ControlConnection
 from moetier.runtime.wire.piece import PIECE_BYTES, decode_piece
 from moetier.runtime.wire.request import encode_request
 from moetier.runtime.wire.status_codes import CALL_ERRORS, error_of
-from moetier.tiers.closeable import Closeable
 from moetier.tiers.errors import (
     BudgetError,
     ChecksumError,
@@ -37,6 +36,7 @@ from moetier.tiers.errors import (
 from moetier.tiers.layout import CHECKSUM_BYTES, ExpertKey
 from moetier.tiers.locks import ForkGuard
 from moetier.tiers.manifest import Manifest
+from moetier.tiers.store.base import Pause, Store
 from moetier.tiers.store.checksum import crc32c
 
 CHANNELS = 3  # number of connections, as one core limits the speed of TLS on a single connection
@@ -49,8 +49,8 @@ _MAX_NAMES = 200  # longest list of a daemon's models in an error, in characters
 _FINAL = (ClosedError, ExhaustedError, BudgetError, RefusedError, UnknownModelError)
 
 
-class RemoteReader(Closeable):
-    """RecordReader that reads from one daemon. Thread-safe. It never returns a record with a wrong checksum.
+class RemoteReader(Store):
+    """Store that reads from one daemon. It never returns a record with a wrong checksum.
 
     Every call has a deadline: ``patience`` seconds, plus the time that its bytes take at SLOWEST bytes per second.
     """
@@ -108,13 +108,15 @@ class RemoteReader(Closeable):
                 "again and restart the daemon.",
             )
 
-    def read_into(self, key: ExpertKey, buffer: memoryview, pause: Callable[[], bool] | None = None) -> None:
-        """Read a record into ``buffer``, as ``RecordReader`` says. ``pause`` is never called.
+    @property
+    def where(self) -> str:
+        """The address of the daemon."""
+        return str(self.address)
 
-        After an error the content of ``buffer`` is undefined.
+    def read_into(self, key: ExpertKey, buffer: memoryview, pause: Pause | None = None) -> None:
+        """Read a record from the daemon. ``pause`` is never called.
 
-        Raises:
-            MissingExpertError: the model has no such expert.
+        Raises, beside the errors that ``Store`` names:
             ChecksumError: the daemon sent a damaged record, twice.
             StoreError: the daemon can't read the record.
             ExhaustedError: the daemon has no free slot.

@@ -10,12 +10,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from moetier.runtime.checkpoint.experts import open_copy
+from moetier.runtime.stores.registry import open_store
 from moetier.runtime.wire.address import Address, Credentials
-from moetier.tiers.closeable import Closeable
 from moetier.tiers.errors import (
     BudgetError,
     CheckpointError,
+    ChecksumError,
     ClosedError,
     ConfigError,
     ExhaustedError,
@@ -23,12 +23,11 @@ from moetier.tiers.errors import (
     StoreError,
     UnavailableError,
 )
-from moetier.tiers.extents.reader import ExtentStore
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.locks import ForkGuard
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.stats import Share
-from moetier.tiers.store.reader import ExpertStore
+from moetier.tiers.store.base import Pause, Store
 
 from .costs import FetchRate
 from .peers import Peer, Peers, share_of
@@ -39,11 +38,11 @@ PATIENCE = 30.0  # seconds that a read waits while every daemon is away and ther
 _log = logging.getLogger(__name__)
 
 
-class SpreadReader(Closeable):
-    """RecordReader that reads from several daemons, and from the store ``local`` if no daemon gives a record.
+class SpreadReader(Store):
+    """Store that reads from several daemons, and from the store ``local`` if no daemon gives a record.
 
     A read asks the daemons that are not away, in the order of its key. A daemon that fails counts as away until a
-    background check finds it again, so no other read waits for it. Thread-safe. ``close`` closes all readers.
+    background check finds it again, so no other read waits for it. ``close`` closes all readers.
     """
 
     @classmethod
@@ -64,7 +63,7 @@ class SpreadReader(Closeable):
         reader = cls(
             manifest,
             [Peer(str(address), RemoteReader(address, credentials, manifest)) for address in single],
-            _open_shards(folder) if folder is not None else None,
+            _open_local(folder) if folder is not None else None,
             groups=[address for address in addresses if address.is_group],
             credentials=credentials,
         )
@@ -79,7 +78,7 @@ class SpreadReader(Closeable):
         self,
         manifest: Manifest,
         peers: Sequence[Peer],
-        local: ExpertStore | ExtentStore | None = None,
+        local: Store | None = None,
         *,
         patience: float = PATIENCE,
         groups: Sequence[Address] = (),
@@ -89,18 +88,33 @@ class SpreadReader(Closeable):
         self.manifest = manifest
         self.local = local
         self.peers = Peers(manifest, peers, groups, credentials or Credentials())
+        self._names = [*(peer.name for peer in peers), *map(str, groups)]
         self.rate = FetchRate()
         self._patience = patience
         self._fork_guard = ForkGuard()
         self._counting = threading.Lock()  # guards ``_from_local``
         self._from_local = Counter[str]()
 
-    def read_into(self, key: ExpertKey, buffer: memoryview, pause: Callable[[], bool] | None = None) -> None:
-        """Read a record into ``buffer``, as ``RecordReader`` says. Only the local store calls ``pause``.
+    @property
+    def where(self) -> str:
+        """The names of the daemons."""
+        return f"the daemons {', '.join(self._names)}"
 
-        Raises MissingExpertError if the model has no such expert. If the local store has no intact shard of the block,
-        it also raises StoreError if the daemons can't read the record, and the last error, such as ExhaustedError or
-        UnavailableError, if no daemon gives the record for ``patience`` seconds.
+    def on_fault(self, watcher: Callable[[ChecksumError], None]) -> None:
+        """Register ``watcher`` with the local store. Records of daemons are all checked."""
+        if self.local is not None:
+            self.local.on_fault(watcher)
+
+    def on_recovery(self, watcher: Callable[[], None]) -> None:
+        """Register ``watcher`` with the local store. ``shares`` says which daemons were away."""
+        if self.local is not None:
+            self.local.on_recovery(watcher)
+
+    def read_into(self, key: ExpertKey, buffer: memoryview, pause: Pause | None = None) -> None:
+        """Read a record from a daemon, or from the local store, which alone calls ``pause``.
+
+        If the local store can't read the block, raises StoreError if the daemons can't read the record, and the last
+        error, such as ExhaustedError or UnavailableError, if no daemon gives the record for ``patience`` seconds.
         """
         self._fork_guard.check()
         self.manifest.check_keys(key.block, [key])
@@ -169,13 +183,12 @@ class SpreadReader(Closeable):
         return error or away or UnavailableError("Every daemon is away.", "Start one: moetier daemon DIR")
 
 
-def _open_shards(folder: Path) -> ExpertStore | ExtentStore | None:
-    """Return the experts of a directory, opened; None if they can't be opened or no shard is intact."""
+def _open_local(folder: Path) -> Store | None:
+    """Return the store of a directory, without mirrors; None if it can't be opened or can't read any block."""
     with contextlib.ExitStack() as closing:
         try:
-            store: ExpertStore | ExtentStore = open_copy(folder, damaged=True)
-            closing.callback(store.close)
-            if not store.faults and isinstance(store, ExpertStore):
+            store = closing.enter_context(open_store(folder, damaged=True))
+            if not store.faults:
                 store.check_digest()
         except (StoreError, CheckpointError) as error:
             _log.info("No records are read from %s: %s", folder, error.cause)

@@ -13,16 +13,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from moetier.runtime.checkpoint.experts import open_experts
 from moetier.runtime.config import Size
 from moetier.runtime.machine.memory import DEFAULT_SHARE, Available, available_memory, budget_for
+from moetier.runtime.stores.registry import open_store
 from moetier.tiers.cache.budget import slots_for, smallest_budget
 from moetier.tiers.errors import ConfigError
-from moetier.tiers.extents.reader import ExtentStore
 from moetier.tiers.host.tier import HostTier
 from moetier.tiers.manifest import Manifest
-from moetier.tiers.store.mirror import MirroredStore
-from moetier.tiers.store.reader import ExpertStore
+from moetier.tiers.store.base import DirectoryStore
 
 from .log import log_event
 from .model import HostedModel
@@ -36,12 +34,9 @@ _UNLIMITED = Available(1 << 62, "")
 _log = logging.getLogger(__name__)
 
 
-Stores = Mapping[str, ExpertStore | MirroredStore | ExtentStore]  # from digests to stores
-
-
 def open_models(
     config: DaemonConfig,
-    stores: Stores,
+    stores: Mapping[str, DirectoryStore],
     manager: ServiceManager,
     closing: contextlib.ExitStack,
     *,
@@ -101,15 +96,14 @@ def open_models(
     return models
 
 
-def open_stores(directories: Sequence[Path], closing: contextlib.ExitStack) -> Stores:
+def open_stores(directories: Sequence[Path], closing: contextlib.ExitStack) -> dict[str, DirectoryStore]:
     """Open the experts of directories, and return a dictionary from digests to stores. ``closing`` will close them.
 
     Raises StoreError or CheckpointError if one can't be opened, and ConfigError if two hold the same experts.
     """
-    stores: dict[str, ExpertStore | MirroredStore | ExtentStore] = {}
+    stores: dict[str, DirectoryStore] = {}
     for directory in directories:
-        store = open_experts(Path(os.path.normpath(directory.absolute())), apart=True)  # for the log
-        closing.callback(store.close)
+        store = closing.enter_context(open_store(Path(os.path.normpath(directory.absolute()))))  # for the log
         if (other := stores.get(store.manifest.digest)) is not None:
             raise ConfigError(
                 f"{other.directory} and {directory} hold the same experts.", "Name one of the directories."

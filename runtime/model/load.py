@@ -21,9 +21,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from moetier.runtime.checkpoint.containers import container_of, open_source
-from moetier.runtime.checkpoint.experts import check_shards, config_of, is_checkpoint, read_manifest
+from moetier.runtime.checkpoint.experts import config_of, is_checkpoint
 from moetier.runtime.config import OPTIONS, LoadOptions, TierConfig
 from moetier.runtime.machine.memory import shortage_in
+from moetier.runtime.stores.checkpoint import check_shards
+from moetier.runtime.stores.registry import read_manifest
 from moetier.tiers.errors import ConfigError, MoetierError, StoreFormatError, UnsupportedModelError
 from moetier.tiers.store.folder import check_directory, command
 from moetier.tiers.store.trunk import check_trunk

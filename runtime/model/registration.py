@@ -28,7 +28,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from moetier.runtime.checkpoint.config_json import NAME
-from moetier.runtime.checkpoint.experts import config_of, is_checkpoint, read_manifest
+from moetier.runtime.checkpoint.experts import config_of, is_checkpoint
 from moetier.runtime.checkpoint.trunk import Trunk
 from moetier.runtime.config import OPTIONS, TierConfig, TierOptions
 from moetier.runtime.kernels.choose import kernels_for
@@ -47,6 +47,7 @@ from moetier.runtime.moe.routers import use_quick_routers
 from moetier.runtime.speculation.controller import Mode
 from moetier.runtime.speculation.predictor import Shortcuts
 from moetier.runtime.speculation.speculation import Speculation
+from moetier.runtime.stores.registry import read_manifest
 from moetier.tiers.errors import ConfigError, StoreFormatError, UnsafeCheckpointError, UnsupportedModelError
 from moetier.tiers.locks import postpone_interrupts, raise_interrupts
 from moetier.tiers.manifest import FORMAT, TRUNK_NAME, Manifest

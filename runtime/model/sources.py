@@ -12,19 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moetier.runtime.checkpoint.experts import is_checkpoint, open_experts
 from moetier.runtime.config import TierConfig
+from moetier.runtime.stores.registry import open_store
 from moetier.runtime.wire.address import Address
 from moetier.tiers.errors import MoetierError, NoDaemonError, UnknownModelError
-from moetier.tiers.extents.reader import ExtentStore
 from moetier.tiers.host.tier import HostTier
 from moetier.tiers.host.warmup import Learner
 from moetier.tiers.manifest import Manifest
-from moetier.tiers.source import Lender, RecordReader
+from moetier.tiers.source import Lender
 from moetier.tiers.stats import Share
-from moetier.tiers.store.folder import is_cache, store_folder
-from moetier.tiers.store.mirror import MirroredStore
-from moetier.tiers.store.reader import ExpertStore
+from moetier.tiers.store.base import Store
 
 if TYPE_CHECKING:
     from moetier.runtime.client.elsewhere import Elsewhere
@@ -93,33 +90,23 @@ def _mapped(daemon: Address, folder: Path, manifest: Manifest) -> Origin:
 
 def _own(folder: Path, manifest: Manifest, slots: Mapping[str, int], config: TierConfig, *, computes: bool) -> Origin:
     """Open a host tier of this process. It reads from the store, or from daemons of other hosts and the store."""
-    reader: RecordReader
-    store: ExpertStore | MirroredStore | ExtentStore | None
-    shares: Callable[[], list[Share]] = list
-    where = "this process"
+    store: Store
     with contextlib.ExitStack() as closing:
         if config.daemon.addresses:
             from moetier.runtime.client.spread import SpreadReader
 
-            spread = SpreadReader.open(config.daemon.addresses, config.credentials, manifest, folder)
-            reader, store, shares = closing.enter_context(spread), spread.local, spread.shares
-            where = f"the daemons {', '.join(map(str, config.daemon.addresses))}"
+            store = spread = SpreadReader.open(config.daemon.addresses, config.credentials, manifest, folder)
+            where = store.where
         else:
-            reader = store = open_experts(folder)
-            closing.callback(store.close)
-            if not is_checkpoint(folder) and is_cache(store_folder(folder)):
-                from moetier.tiers.objects.cache import CachedStore
-
-                assert isinstance(store, CachedStore)
-                shares, where = store.shares, f"this process, from {store.address}"
-        fills = not config.daemon.addresses and store is not None and store.is_local
+            store = open_store(folder)
+            where = f"this process, from {store.where}" if store.where else "this process"
+        closing.enter_context(store)
         host = closing.enter_context(
-            HostTier(reader, slots=slots, loaders=config.loaders, policy=config.policy, fills=fills)
+            HostTier(store, slots=slots, loaders=config.loaders, policy=config.policy, fills=store.is_local)
         )
         learner = closing.enter_context(contextlib.closing(Learner(host))) if config.learn else None
-        if store is not None:
-            store.on_fault(host.condemn)
-            store.on_recovery(host.count_failure)
+        store.on_fault(host.condemn)
+        store.on_recovery(host.count_failure)
         elsewhere = None
         if config.daemon.addresses:
             if computes and config.remote_compute != "off":
@@ -127,5 +114,5 @@ def _own(folder: Path, manifest: Manifest, slots: Mapping[str, int], config: Tie
 
                 elsewhere = Elsewhere(spread, host)
             # closed before the tier, whose close() waits for reads, which may wait for daemons
-            closing.callback(spread.close)
-        return Origin(host, where, closing.pop_all().close, learner, shares, elsewhere=elsewhere)
+            closing.callback(store.close)
+        return Origin(host, where, closing.pop_all().close, learner, store.shares, elsewhere=elsewhere)

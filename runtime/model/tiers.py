@@ -16,7 +16,6 @@ from typing import Any, NoReturn
 
 import torch
 
-from moetier.runtime.checkpoint.experts import read_manifest
 from moetier.runtime.config import TierConfig
 from moetier.runtime.kernels.choose import kernels_for
 from moetier.runtime.kernels.products.api import Kernels
@@ -25,6 +24,7 @@ from moetier.runtime.machine.memory import Available, memory_for_model
 from moetier.runtime.moe.block import refuse_copy
 from moetier.runtime.moe.gates import Observation
 from moetier.runtime.speculation.speculation import Speculation
+from moetier.runtime.stores.registry import read_manifest
 from moetier.tiers.cache.budget import slots_for, smallest_budget
 from moetier.tiers.device.stream import CudaDevice
 from moetier.tiers.device.tier import DeviceTier

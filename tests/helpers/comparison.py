@@ -13,9 +13,9 @@ from architectures import tiny_model
 from torch import Tensor
 
 import moetier
-from moetier.runtime.checkpoint.experts import read_manifest
 from moetier.runtime.moe.experts import experts_modules
 from moetier.runtime.moe.linear import WEIGHT, QuantizedLinear
+from moetier.runtime.stores.registry import read_manifest
 from moetier.tiers.cache.budget import smallest_budget
 from moetier.tiers.layout import Bits
 from moetier.tiers.quant.codec import decode

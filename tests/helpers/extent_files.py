@@ -58,4 +58,4 @@ def _entry(begin: int, end: int) -> dict[str, object]:
 
 
 def open_extents(folder: Path, table: ExtentTable, *, damaged: bool = False) -> ExtentStore:
-    return ExtentStore.open(folder, table, {s.name: folder / s.name for s in table.shards}, damaged=damaged)
+    return ExtentStore(folder, table, {s.name: folder / s.name for s in table.shards}, damaged=damaged)

@@ -12,11 +12,12 @@ import google_crc32c
 from moetier.tiers.errors import StoreReadError
 from moetier.tiers.layout import CHECKSUM_BYTES, ExpertKey
 from moetier.tiers.manifest import Manifest
+from moetier.tiers.store.base import Store
 
 PATIENCE = 60.0  # seconds until a test that hangs fails
 
 
-class RamReader:
+class RamReader(Store):
     """Records from a dict. ``broken`` ones can't be read. Counts its reads."""
 
     def __init__(self, manifest: Manifest, records: dict[ExpertKey, bytes]) -> None:
@@ -31,6 +32,9 @@ class RamReader:
             self.reads[key] += 1
         buffer[:] = b"\xff" * len(buffer)  # a slot that is being filled holds nothing of use
         buffer[:] = self._whole(key)
+
+    def close(self) -> None:
+        pass
 
     def _whole(self, key: ExpertKey) -> bytes:
         if key in self.broken:

@@ -14,7 +14,7 @@ import numpy as np
 
 from moetier.tiers.layout import CHECKSUM_BYTES, ExpertKey, Projection, RecordLayout
 from moetier.tiers.manifest import Block, Manifest, method_of
-from moetier.tiers.source import RecordReader
+from moetier.tiers.store.base import Store
 from moetier.tiers.store.folder import GROUP, METADATA, read_manifest, store_folder
 from moetier.tiers.store.writer import StoreWriter, array_metadata
 
@@ -109,17 +109,17 @@ def slot_of(manifest: Manifest, key: ExpertKey) -> memoryview:
     return memoryview(mmap.mmap(-1, manifest.layout(key.block).slot_bytes))
 
 
-def read_record(reader: RecordReader, key: ExpertKey) -> bytes:
+def read_record(store: Store, key: ExpertKey) -> bytes:
     """A record without its checksum."""
-    slot = slot_of(reader.manifest, key)
-    reader.read_into(key, slot)
+    slot = slot_of(store.manifest, key)
+    store.read_into(key, slot)
     return bytes(slot[:-CHECKSUM_BYTES])
 
 
-def read_records(reader: RecordReader) -> dict[ExpertKey, bytes]:
+def read_records(store: Store) -> dict[ExpertKey, bytes]:
     return {
-        key: read_record(reader, key)
-        for block, entry in enumerate(reader.manifest.blocks)
+        key: read_record(store, key)
+        for block, entry in enumerate(store.manifest.blocks)
         for key in keys(block, *range(entry.experts))
     }
 

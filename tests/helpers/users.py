@@ -6,7 +6,8 @@ import os
 from collections.abc import Callable
 
 import pytest
-from forks import in_fork
+
+from moetier.testing import in_fork
 
 NOBODY = 65534
 

@@ -18,7 +18,7 @@ from checkpoints import reshard
 from native_checkpoints import FORMS, quantise
 
 import moetier
-from moetier.runtime.checkpoint.experts import read_manifest
+from moetier.runtime.stores.registry import read_manifest
 from moetier.tools.cli.report import table
 from moetier.tools.convert.convert import convert
 from moetier.tools.quality.quality import Change, Loss, loss, read_texts, tokenize

@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import mmap
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -20,15 +20,14 @@ from queue import Empty, SimpleQueue
 import numpy as np
 import numpy.typing as npt
 
-from moetier.tiers.closeable import Closeable
 from moetier.tiers.errors import ChecksumError, MissingExpertError, StoreError, StoreFormatError, StoreReadError
 from moetier.tiers.headers.gguf import SUFFIX, digest_of
 from moetier.tiers.headers.safetensors import MAX_HEADER_BYTES, read_header
-from moetier.tiers.layout import CHECKSUM_BYTES, PAGE, ExpertKey, RecordLayout
+from moetier.tiers.layout import CHECKSUM_BYTES, PAGE, ExpertKey
 from moetier.tiers.locks import ForkGuard, UseCount
-from moetier.tiers.manifest import Manifest
 from moetier.tiers.store.atomic import read_errors
-from moetier.tiers.store.checksum import checksum_bytes
+from moetier.tiers.store.base import DirectoryStore, Pause, Problem
+from moetier.tiers.store.checksum import PIECE_BYTES, checksum_bytes, crc32c
 from moetier.tiers.store.folder import command
 from moetier.tiers.store.reader import Read, as_bytes, read_in_steps, run_reads
 from moetier.tiers.store.shard import read_at, try_direct
@@ -156,15 +155,34 @@ def _place(rows: npt.NDArray[np.uint8], stride: int, begin: int, target: npt.NDA
             target[low:high] = rows[number, low - at : high - at]
 
 
-class ExtentStore(Closeable):
-    """The records of one checkpoint. Thread-safe. One file descriptor is open for each shard that has experts."""
+def read_ranges(path: Path, ranges: list[tuple[int, int]]) -> Iterator[memoryview]:
+    """Read ranges (first byte, end) of a file in pieces, in order, past the page cache. Each is valid until the next.
 
-    is_local = True  # as in ``ExpertStore``
+    Raises StoreReadError.
+    """
+    buffer = memoryview(bytearray(PIECE_BYTES))
+    with read_errors(path):
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        for first, end in ranges:
+            for start in range(first, end, PIECE_BYTES):
+                piece = buffer[: min(PIECE_BYTES, end - start)]
+                read_at(path, descriptor, start, piece, direct=False)
+                os.posix_fadvise(descriptor, start, len(piece), os.POSIX_FADV_DONTNEED)
+                yield piece
+    finally:
+        os.close(descriptor)
 
-    @classmethod
-    def open(
-        cls, folder: Path, table: ExtentTable, paths: Mapping[str, Path], *, readers: int = 4, damaged: bool = False
-    ) -> ExtentStore:
+
+class ExtentStore(DirectoryStore):
+    """The records of one checkpoint. One file descriptor is open for each shard.
+
+    ``runtime.stores.checkpoint`` finds the table of a checkpoint.
+    """
+
+    def __init__(
+        self, folder: Path, table: ExtentTable, paths: Mapping[str, Path], *, readers: int = 4, damaged: bool = False
+    ) -> None:
         """Open the shards, and compare sizes, times and headers with the table.
 
         Args:
@@ -179,31 +197,26 @@ class ExtentStore(Closeable):
             StoreFormatError: a shard is not the one that the table describes.
             StoreReadError: the disk has answered with an error.
         """
-        store = cls(folder, table, paths, readers)
-        try:
-            store._open(damaged)
-        except BaseException:
-            store.close()
-            raise
-        return store
-
-    def __init__(self, folder: Path, table: ExtentTable, paths: Mapping[str, Path], readers: int) -> None:
         self.directory = folder
         self.table = table
-        self.manifest: Manifest = table.manifest
+        self.manifest = table.manifest
         self.paths = [paths[shard.name] for shard in table.shards]  # of the shards, in the order of the table
         self._fork_guard = ForkGuard()
         self._files: dict[int, OpenFile] = {}
         self._faults: dict[int, StoreError] = {}
-        # errors of bad shards, by number; empty unless opened with ``damaged``
-        self.file_faults: dict[int, StoreError] = {}
+        self._file_faults: dict[int, StoreError] = {}  # errors of bad shards, by number
         self._use = UseCount(f"The checkpoint {folder}")
         self._buffers: SimpleQueue[mmap.mmap] = SimpleQueue()  # one for each read that was in progress at a time
-        self.pool = ThreadPoolExecutor(readers, thread_name_prefix="moetier-store")  # starts no thread yet
+        self._pool = ThreadPoolExecutor(readers, thread_name_prefix="moetier-store")  # starts no thread yet
+        try:
+            self._open(damaged)
+        except BaseException:
+            self.close()
+            raise
 
     def _open(self, damaged: bool) -> None:
         advice = f"Get the checkpoint's own file again. If it was changed on purpose: {command('link', self.directory)}"
-        faults = self.file_faults
+        faults = self._file_faults
         for number, shard in enumerate(self.table.shards):
             try:
                 self._files[number] = OpenFile(self.paths[number], shard, advice)
@@ -220,15 +233,6 @@ class ExtentStore(Closeable):
         for file in self._files.values():
             file.check_unchanged()
 
-    def on_fault(self, watcher: Callable[[ChecksumError], None]) -> None:
-        """Do nothing: each read is compared with a checksum of its own, or with none."""
-
-    def on_recovery(self, watcher: Callable[[], None]) -> None:
-        """Do nothing: a checkpoint has one copy. See ``MirroredStore``."""
-
-    def compare_digest(self, checksums: Sequence[int]) -> None:
-        """Do nothing: the digest of a checkpoint is not made of its records' checksums."""
-
     @property
     def faults(self) -> Mapping[int, StoreError]:
         """The errors of bad shards, by each block that needs them. It is empty unless opened with ``damaged``."""
@@ -239,22 +243,57 @@ class ExtentStore(Closeable):
         """True if all shards are read with O_DIRECT."""
         return all(file.direct for file in self._files.values())
 
-    def layout(self, block: int) -> RecordLayout:
-        """The layout of a block's records."""
-        return self.manifest.layout(block)
+    @property
+    def is_proved(self) -> bool:
+        """True if ``moetier link`` has made checksums of the records."""
+        return self.table.is_linked
+
+    @property
+    def remedy(self) -> str:
+        """What to do about damaged files."""
+        return "Get the checkpoint's own files again. If they were changed on purpose, run moetier link again."
+
+    @property
+    def rest(self) -> Mapping[Path, int]:
+        """The shards, with the number of bytes of each that are in no record."""
+        return {
+            path: sum(end - first for first, end in ranges)
+            for path, ranges in zip(self.paths, self.table.rest(), strict=True)
+        }
+
+    def rest_faults(self) -> dict[str, StoreError]:
+        """Return the errors of bad shards, by name."""
+        return {self.table.shards[number].name: fault for number, fault in self._file_faults.items()}
+
+    def scrub_rest(self) -> Iterator[int | Problem]:
+        """Compare the bytes beside experts with their checksums. Yield problems, and sizes of reads as progress."""
+        rest = zip(self.paths, self.table.shards, self.table.rest(), strict=True)
+        for number, (path, shard, ranges) in enumerate(rest):
+            if number in self._file_faults:
+                yield Problem(None, None, str(path), self._file_faults[number].cause)
+                continue
+            crc = 0
+            try:
+                for piece in read_ranges(path, ranges):
+                    crc = crc32c(piece, crc)
+                    yield len(piece)
+            except StoreError as error:
+                yield Problem(None, None, str(path), error.cause)
+                continue
+            if crc != shard.rest:
+                cause = f"{path}: checksum mismatch in its tensors that are no experts, or in its header."
+                yield Problem(None, None, str(path), cause)
 
     def path(self, block: int) -> Path:
         """The first of the files that a block's records are read from."""
         return self.paths[int(self.table.blocks[block].places[..., 0].min())]
 
-    def read_into(self, key: ExpertKey, buffer: memoryview, pause: Callable[[], bool] | None = None) -> None:
-        """Assemble a record and its checksum in ``buffer``, as ``RecordReader`` specifies.
+    def read_into(self, key: ExpertKey, buffer: memoryview, pause: Pause | None = None) -> None:
+        """Assemble a record and its checksum in ``buffer``.
 
-        Raises:
-            MissingExpertError: the model does not have the expert.
+        Raises, beside the errors that ``Store`` names:
             StoreReadError: the disk has answered with an error. EIO is raised only if a second try fails too.
             StoreFormatError: there are no checksums, and a file was written to since it was opened.
-            ChecksumError: the bytes are not those that were there when the checkpoint was linked.
         """
         with self._use:
             self.manifest.check_keys(key.block, (key,))
@@ -284,7 +323,9 @@ class ExtentStore(Closeable):
         """Read a part of a record, as a ``Fill`` for ``read_in_steps``."""
         reads = [
             Read(
-                self.pool, partial(self._assemble, extents, start + at, part[at : at + piece]), payload[at : at + piece]
+                self._pool,
+                partial(self._assemble, extents, start + at, part[at : at + piece]),
+                payload[at : at + piece],
             )
             for at in range(0, len(part), piece)
         ]
@@ -321,13 +362,10 @@ class ExtentStore(Closeable):
         return f"{self.manifest.model}, block {key.block} ({path}), expert {key.expert}"
 
     def close(self) -> None:
-        """Wait for running reads, then end all threads and close all descriptors. Idempotent.
-
-        In a forked child, only the child's copies of the descriptors are closed.
-        """
+        """Wait for running reads, then end all threads and close all descriptors."""
         self._use.close()
         files, self._files = self._files, {}
         if self._fork_guard.is_owner:
-            self.pool.shutdown()
+            self._pool.shutdown()
         for file in files.values():
             file.close()

@@ -11,7 +11,8 @@ from queue import SimpleQueue
 
 from moetier.tiers.arena.plan import ArenaPlan
 from moetier.tiers.locks import Monitor
-from moetier.tiers.source import RecordReader, interruptible_bytes
+from moetier.tiers.source import interruptible_bytes
+from moetier.tiers.store.base import Store
 
 from .demands import Load
 from .loads import Loads
@@ -32,7 +33,7 @@ class Loaders:
 
     def __init__(
         self,
-        store: RecordReader,
+        store: Store,
         allocate: Callable[[int], None],
         slots: Sequence[memoryview],
         monitor: Monitor,

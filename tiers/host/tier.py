@@ -21,8 +21,9 @@ from moetier.tiers.closeable import Closeable
 from moetier.tiers.errors import ClosedError, StoreError
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.locks import Monitor, step
-from moetier.tiers.source import LOADERS, Lease, RecordReader, Residents
+from moetier.tiers.source import LOADERS, Lease, Residents
 from moetier.tiers.stats import TierStats
+from moetier.tiers.store.base import Store
 
 from .demands import Demand, Event, Pool
 from .ledger import Ledger
@@ -42,7 +43,7 @@ class HostTier(Closeable):
 
     def __init__(
         self,
-        store: RecordReader,
+        store: Store,
         *,
         slots: Mapping[str, int],
         loaders: int = LOADERS,

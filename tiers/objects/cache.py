@@ -16,7 +16,7 @@ import logging
 import mmap
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -25,11 +25,13 @@ import numpy as np
 
 from moetier.tiers.errors import ChecksumError, StoreError, TargetError
 from moetier.tiers.layout import CHECKSUM_BYTES, ExpertKey
+from moetier.tiers.locks import ForkGuard, UseCount
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.stats import Share
 from moetier.tiers.store.atomic import PARTIAL, disk_errors, make_folders, sync_folder, write_all
+from moetier.tiers.store.base import Pause, WrapperStore
 from moetier.tiers.store.checksum import PIECE_BYTES
-from moetier.tiers.store.folder import FETCHED, METADATA, check_array, is_cache, read_manifest, store_folder
+from moetier.tiers.store.folder import FETCHED, METADATA, check_array, has_store, is_cache, read_manifest, store_folder
 from moetier.tiers.store.reader import ExpertStore, Read, as_bytes, run_reads
 from moetier.tiers.store.shard import OpenShard, ShardFile
 
@@ -48,44 +50,60 @@ _PUNCH_HOLE = 3  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
 _log = logging.getLogger(__name__)
 
 
-class CachedStore(ExpertStore):
-    """The records of a model in an object store, through its cache. Thread-safe."""
+class CachedStore(WrapperStore):
+    """The records of a model in an object store. It wraps the store in which it caches them."""
 
-    is_local = False  # to read a record may cost a request
+    store: ExpertStore
 
     @classmethod
-    def open(cls, folder: Path, *, readers: int = READS, damaged: bool = False) -> CachedStore:
-        """Open the cache in ``folder``, which ``fetch`` has made. No request is sent.
+    def recognises(cls, location: Path) -> bool:
+        """Return whether ``location`` is the cache of a model in an object store, and lacks records."""
+        return has_store(location) and is_cache(store_folder(location))
 
-        ``readers``: number of threads that fetch or read pieces of large records. ``damaged`` has no effect, as bad
-        records are fetched again. Raises StoreError, and TargetError if shards can't be made or another process
-        keeps the cache locked.
+    @classmethod
+    def read_manifest(cls, location: Path) -> Manifest:
+        """Return the manifest of the model whose cache is at ``location``."""
+        return read_manifest(store_folder(location))
+
+    @classmethod
+    def open(cls, location: Path, *, damaged: bool = False) -> CachedStore:
+        """Open the cache at ``location``, which ``fetch`` has made. No request is sent.
+
+        ``damaged`` has no effect, as bad records are fetched again. Raises StoreError, and TargetError if shards can't
+        be made or another process keeps the cache locked.
         """
-        folder = store_folder(folder)
+        folder = store_folder(location)
         manifest = read_manifest(folder)
         for array in manifest.layouts:
             check_array(folder / array / METADATA, manifest, array)
-        with disk_errors(folder):
-            store = cls(folder, manifest, readers)
-        try:
-            files = [ShardFile.of(folder, manifest, block) for block in range(len(manifest.blocks))]
-            with store._used.locked(), disk_errors(folder):
+        files = [ShardFile.of(folder, manifest, block) for block in range(len(manifest.blocks))]
+        with contextlib.ExitStack() as undo:
+            with disk_errors(folder):
+                uses = Uses(folder / USES, manifest)
+                undo.callback(uses.close)
+            with uses.locked(), disk_errors(folder):
                 for file in files:
                     _make_sparse(file)
+            shards = dict[int, OpenShard]()
             for block, file in enumerate(files):
-                store._shards[block] = OpenShard.open(file, f"block {block}", ())
-        except BaseException:
-            store.close()
-            raise
-        return store
+                shards[block] = OpenShard.open(file, f"block {block}", ())
+                undo.callback(shards[block].close)
+            cached = cls(ExpertStore(folder, manifest, shards, {}, READS), uses)
+            undo.pop_all()
+        return cached
 
-    def __init__(self, folder: Path, manifest: Manifest, readers: int) -> None:
-        super().__init__(folder, manifest, readers)
-        self.address, self._limit = cache_of(folder.parent)
+    def __init__(self, store: ExpertStore, uses: Uses) -> None:
+        """Cache records in ``store``; ``uses`` says which are there. ``close`` closes both."""
+        super().__init__(store)
+        self.folder = store.folder  # experts.zarr
+        self.address, self._limit = cache_of(self.directory)
+        self._fork_guard = ForkGuard()
+        # ``close`` waits for reads before it closes what they use
+        self._use = UseCount(f"The store {store.folder}")
         self._objects: Objects | None = None  # opened when the first record is fetched
         self._lock = threading.Lock()  # guards ``_objects`` and the counts
         self._fetched, self._found = [0, 0], [0, 0]  # numbers of records, and of bytes
-        self._uses: Uses | None = Uses(folder / USES, manifest)
+        self._uses: Uses | None = uses
         self._room = threading.Condition()  # guards the next three, and is notified when records are durable
         self._unsettled: dict[ExpertKey, memoryview] = {}  # copies of records that are not yet durable
         self._waiting = 0  # bytes of these copies
@@ -95,6 +113,11 @@ class CachedStore(ExpertStore):
         self._full = not self._used.is_durable  # whether a write has failed, so that nothing is cached any more
         if self._full and not self.is_complete:
             _log.warning("%s can't be written: experts that it lacks are fetched at each use.", self.directory)
+
+    @property
+    def where(self) -> str:
+        """The address of the model."""
+        return self.address
 
     @property
     def objects(self) -> Objects:
@@ -126,13 +149,11 @@ class CachedStore(ExpertStore):
         assert self._uses is not None, "closed"
         return self._uses
 
-    def read_into(self, key: ExpertKey, buffer: memoryview, pause: Callable[[], bool] | None = None) -> None:
-        """Read a record and its checksum into ``buffer``, as ``RecordReader`` specifies: from the cache, or fetch it.
+    def read_into(self, key: ExpertKey, buffer: memoryview, pause: Pause | None = None) -> None:
+        """Read a record from the cache, or fetch it.
 
-        Raises:
-            MissingExpertError: the model or the object store does not have it.
-            StoreReadError: it could not be fetched; the error names the object and the endpoint.
-            ChecksumError: the bytes that came are not those that were written. They are not cached.
+        Raises, beside the errors that ``Store`` names:
+            StoreReadError: the record could not be fetched; the error names the object and the endpoint.
         """
         with self._use:
             self.manifest.check_keys(key.block, (key,))
@@ -140,7 +161,7 @@ class CachedStore(ExpertStore):
                 return
             if key in self._used:
                 try:
-                    super().read_into(key, buffer, pause)
+                    self.store.read_into(key, buffer, pause)
                 except StoreError as error:
                     if self.is_complete:  # it is an ordinary store now
                         raise
@@ -169,7 +190,7 @@ class CachedStore(ExpertStore):
         """Whether all records are in the cache, so that it is an ordinary store."""
         return not is_cache(self.folder)
 
-    def _fetch(self, key: ExpertKey, view: memoryview, pause: Callable[[], bool] | None) -> None:
+    def _fetch(self, key: ExpertKey, view: memoryview, pause: Pause | None) -> None:
         """Fetch a record and its checksum into ``view``, check it, and queue a copy for its shard.
 
         Each 8 MiB are one GET. With ``pause``, pieces are fetched one after the other, and ``pause`` is called between
@@ -186,15 +207,15 @@ class CachedStore(ExpertStore):
             ) from None
         self._keep(key, view)
 
-    def _fetch_once(self, key: ExpertKey, view: memoryview, pause: Callable[[], bool] | None, fresh: bool) -> None:
+    def _fetch_once(self, key: ExpertKey, view: memoryview, pause: Pause | None, fresh: bool) -> None:
         """Fetch a record and its checksum into ``view``, and check it. ``fresh`` is as in ``Objects.read``."""
-        shard, offset = self.locate(key)
+        shard, offset = self.store.locate(key)
         assert len(view) == shard.file.slot_bytes, f"{len(view)} bytes are no slot"
         objects, payload = self.objects, view[:-CHECKSUM_BYTES]
         name = shard.file.path.relative_to(self.directory).as_posix()
         reads = [
             Read(
-                self.pool,
+                self.store.pool,
                 partial(objects.read, name, offset + at, view[at : at + PIECE_BYTES], fresh=fresh),
                 payload[at : at + PIECE_BYTES],
             )
@@ -278,7 +299,7 @@ class CachedStore(ExpertStore):
 
     def _write(self, block: int, records: Mapping[int, memoryview]) -> None:
         """Write records of one block, a dictionary from experts to records, into its shard, and make them durable."""
-        shard = self._shards[block]
+        shard = self.store.shards[block]
         direct = os.O_DIRECT if shard.direct else 0
         with _opened(shard.file.path, os.O_WRONLY | direct) as descriptor:
             for expert, record in records.items():
@@ -303,7 +324,7 @@ class CachedStore(ExpertStore):
             uses.clear(key)
         uses.sync()
         for key in gone:
-            shard, offset = self.locate(key)
+            shard, offset = self.store.locate(key)
             with _opened(shard.file.path, os.O_RDWR) as descriptor:
                 if _LIBRARY.fallocate(descriptor, _PUNCH_HOLE, offset, shard.file.slot_bytes):
                     number = ctypes.get_errno()
@@ -314,7 +335,7 @@ class CachedStore(ExpertStore):
         uses = self._used
         if not uses.times.all():
             return
-        for block, shard in self._shards.items():
+        for block, shard in self.store.shards.items():
             known = self.manifest.checksums(block)
             for expert, (found, right) in enumerate(zip(shard.file.stored_checksums(), known, strict=True)):
                 if found != right:  # a reader has set its entry just when it was evicted
@@ -326,13 +347,13 @@ class CachedStore(ExpertStore):
             _log.info("%s has all records of %s now.", self.directory, self.address)
 
     def close(self) -> None:
-        """Wait for reads in progress and for records to become durable, then close all. Idempotent."""
+        """Wait for reads in progress and for records to become durable, then close all."""
         if self._objects is not None:
             self._objects.close()
         if self._fork_guard.is_owner:
             self._use.close()
             self._settler.shutdown()
-        super().close()
+        self.store.close()
         uses, self._uses = self._uses, None
         if uses is not None:
             uses.close()

@@ -1,8 +1,9 @@
 """A store on disk: a zarr v3 group with one shard of records for each block. The trunk's files are beside the store.
 
-Other packages use ``mirror.open_store``, ``reader.ExpertStore``, ``writer.StoreWriter``, ``folder``, ``shard``,
-``trunk``, ``scrub``, ``checksum``, ``unchanged`` and ``atomic``, and read the headers of files with ``safetensors`` and
-``gguf``. The package imports only the top-level modules of ``tiers``. Only ``writer`` imports zarr.
+``base`` has the interface of all stores, also of those in other packages. ``runtime.stores`` opens them.
+
+Other packages use ``base``, ``reader.ExpertStore``, ``mirror``, ``writer.StoreWriter``, ``folder``, ``shard``,
+``trunk``, ``scrub``, ``checksum``, ``unchanged`` and ``atomic``. Only ``writer`` imports zarr.
 """
 
 from typing import TYPE_CHECKING
@@ -10,8 +11,21 @@ from typing import TYPE_CHECKING
 from moetier.tiers.exports import exports
 
 if TYPE_CHECKING:
+    from .base import DirectoryStore as DirectoryStore
+    from .base import Store as Store
+    from .base import WrapperStore as WrapperStore
     from .reader import ExpertStore as ExpertStore
     from .writer import ShardWriter as ShardWriter
     from .writer import StoreWriter as StoreWriter
 
-__getattr__ = exports(__name__, {"ExpertStore": "reader", "ShardWriter": "writer", "StoreWriter": "writer"})
+__getattr__ = exports(
+    __name__,
+    {
+        "DirectoryStore": "base",
+        "ExpertStore": "reader",
+        "ShardWriter": "writer",
+        "Store": "base",
+        "StoreWriter": "writer",
+        "WrapperStore": "base",
+    },
+)

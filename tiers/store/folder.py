@@ -45,15 +45,18 @@ def beside(folder: Path) -> Path:
     return place.parent / f"{place.name}{NEW}"
 
 
+def has_store(folder: Path) -> bool:
+    """Return whether ``folder`` is the folder ``experts.zarr`` of a store, or a model directory that has one."""
+    return (folder / GROUP).is_dir() or (folder.name == GROUP and folder.is_dir())
+
+
 def store_folder(folder: Path) -> Path:
     """Return the store's folder ``experts.zarr``. ``folder`` is that folder itself, or the model directory.
 
     Raises StoreFormatError if ``folder`` is neither.
     """
-    if (folder / GROUP).is_dir():
-        return folder / GROUP
-    if folder.name == GROUP and folder.is_dir():
-        return folder
+    if has_store(folder):
+        return folder / GROUP if (folder / GROUP).is_dir() else folder
     if not folder.exists():
         if folder.suffix == ".gguf":
             raise StoreFormatError(f"There is no file {folder.absolute()}.", "Check the path of the GGUF file.")

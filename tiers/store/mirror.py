@@ -2,7 +2,7 @@
 
 The file MIRRORS in the model directory lists the folders of the mirrors. A *copy* is the store itself or a mirror. Each
 record is read in two parts, from the two copies that should finish first, judging by the recent rates of their disks.
-If only one copy can be read, that copy is enough. ``open_store`` opens a store with its mirrors, if it has any.
+If only one copy can be read, that copy is enough.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from moetier.tiers.closeable import Closeable
 from moetier.tiers.errors import ChecksumError, StoreError, StoreFormatError
 from moetier.tiers.fields import Fields
 from moetier.tiers.layout import PAGE, ExpertKey
 from moetier.tiers.locks import UseCount
 from moetier.tiers.manifest import Manifest
 
+from .base import DirectoryStore, Pause, WrapperStore
 from .folder import MIRRORS, read_json, read_manifest, store_folder
 from .reader import ExpertStore, Read, as_bytes, read_in_steps, run_reads
 
@@ -51,7 +51,7 @@ def read_mirrors(directory: Path) -> list[Path]:
         raise StoreFormatError(f"{path}: {error}.", fix) from error
 
 
-def open_mirror(folder: Path, digest: str, *, readers: int = 4) -> ExpertStore:
+def open_mirror(folder: Path, digest: str) -> ExpertStore:
     """Open the mirror in ``folder``, even if shards are bad: the property ``faults`` of the result has their errors.
 
     Raises StoreError if there is no complete mirror in the folder, or if its digest is not ``digest``.
@@ -61,39 +61,7 @@ def open_mirror(folder: Path, digest: str, *, readers: int = 4) -> ExpertStore:
             f"{folder} is the copy of another store: its digest is {found}, and not {digest}.",
             "Remove this folder, and make the mirror again with moetier mirror.",
         )
-    return ExpertStore.open(folder, readers=readers, damaged=True)
-
-
-def open_store(folder: Path) -> ExpertStore | MirroredStore:
-    """Open the store of ``folder``, a model directory or its ``experts.zarr``, with its mirrors.
-
-    For each mirror that can't be used, a warning is logged. If at least one mirror can be used, records of a bad shard
-    are read from another copy. Otherwise this does the same as ``ExpertStore.open``. Raises the same errors as
-    ``ExpertStore.open``, but errors of a shard only if the shard is bad in all copies.
-    """
-    directory = store_folder(folder).parent
-    try:
-        listed = read_mirrors(directory)
-    except StoreError as error:
-        _log.warning("No mirror is used: %s %s", error.cause, error.fix)
-        listed = []
-    with contextlib.ExitStack() as opening:
-        mirrors = []
-        for path in listed:
-            try:
-                mirror = opening.enter_context(open_mirror(path, read_manifest(store_folder(folder)).digest))
-                _check(mirror)
-            except StoreError as error:
-                _log.warning("The mirror %s of %s is not used: %s", path, directory, error.cause)
-            else:
-                mirrors.append(mirror)
-        if not mirrors:
-            return ExpertStore.open(folder)
-        store = opening.enter_context(ExpertStore.open(folder, damaged=True))
-        _check(store)
-        found = MirroredStore([store, *mirrors])
-        opening.pop_all()
-        return found
+    return ExpertStore.open(folder, damaged=True)
 
 
 def _check(store: ExpertStore) -> None:
@@ -107,10 +75,52 @@ def _check(store: ExpertStore) -> None:
         store.check_digest()
 
 
-class MirroredStore(Closeable):
-    """The records of a model directory, read from the directory and from its mirrors. Thread-safe."""
+class MirroredStore(WrapperStore):
+    """The records of a model directory, read from the directory and from its mirrors."""
 
-    is_local = True  # as in ``ExpertStore``
+    @classmethod
+    def recognises(cls, location: Path) -> bool:
+        """Return whether ``location`` is a model directory, or its ``experts.zarr``, with a list of mirrors."""
+        return ExpertStore.recognises(location) and (store_folder(location).parent / MIRRORS).exists()
+
+    @classmethod
+    def read_manifest(cls, location: Path) -> Manifest:
+        """Return the manifest of the store at ``location``."""
+        return ExpertStore.read_manifest(location)
+
+    @classmethod
+    def open(cls, location: Path, *, damaged: bool = False) -> DirectoryStore:
+        """Open the store at ``location`` with its mirrors; with ``damaged``, without them.
+
+        For each mirror that can't be used, a warning is logged; if none can, the store is opened without them. Else
+        records of a bad shard are read from another copy. Raises the same errors as ``ExpertStore.open``, but errors of
+        a shard only if the shard is bad in all copies.
+        """
+        if damaged:
+            return ExpertStore.open(location, damaged=True)
+        directory = store_folder(location).parent
+        try:
+            listed = read_mirrors(directory)
+        except StoreError as error:
+            _log.warning("No mirror is used: %s %s", error.cause, error.fix)
+            listed = []
+        with contextlib.ExitStack() as opening:
+            mirrors = []
+            for path in listed:
+                try:
+                    mirror = opening.enter_context(open_mirror(path, cls.read_manifest(location).digest))
+                    _check(mirror)
+                except StoreError as error:
+                    _log.warning("The mirror %s of %s is not used: %s", path, directory, error.cause)
+                else:
+                    mirrors.append(mirror)
+            if not mirrors:
+                return ExpertStore.open(location)
+            store = opening.enter_context(ExpertStore.open(location, damaged=True))
+            _check(store)
+            mirrored = cls([store, *mirrors])
+            opening.pop_all()
+            return mirrored
 
     def __init__(self, stores: Sequence[ExpertStore]) -> None:
         """Combine ``stores``: first the model directory's own store, then its mirrors. ``close`` closes all of them.
@@ -120,28 +130,23 @@ class MirroredStore(Closeable):
         for block, fault in sorted(stores[0].faults.items()):
             if all(block in store.faults for store in stores):
                 raise fault
-        self.folder = stores[0].folder
-        self.manifest: Manifest = stores[0].manifest
+        super().__init__(stores[0])
         self._copies = [_Copy(store) for store in stores]
         self._lock = threading.Lock()  # guards the copies' state
         self._watchers: list[Callable[[], None]] = []
-        self._use = UseCount(f"The store {self.folder}")
+        self._use = UseCount(f"The store {stores[0].folder}")
 
     @property
-    def directory(self) -> Path:
-        """The model directory."""
-        return self.folder.parent
-
-    def on_fault(self, watcher: Callable[[ChecksumError], None]) -> None:
-        """Register ``watcher`` with the model directory's own store (see ``ExpertStore.on_fault``)."""
-        self._copies[0].store.on_fault(watcher)
+    def faults(self) -> Mapping[int, StoreError]:
+        """No faults: each shard is good in one of the copies."""
+        return {}
 
     def on_recovery(self, watcher: Callable[[], None]) -> None:
-        """Register ``watcher``. It is called, in any thread, each time a read fails but succeeds from another copy."""
+        """Register ``watcher``, to be called each time a read fails but succeeds from another copy."""
         self._watchers.append(watcher)
 
-    def read_into(self, key: ExpertKey, buffer: memoryview, pause: Callable[[], bool] | None = None) -> None:
-        """Read a record as ``RecordReader`` specifies. After an error, read the whole record again from a single copy.
+    def read_into(self, key: ExpertKey, buffer: memoryview, pause: Pause | None = None) -> None:
+        """Read a record from two copies. After an error, read the whole record again from a single copy.
 
         Raises the same errors as ``ExpertStore.read_into``.
         """
@@ -158,7 +163,7 @@ class MirroredStore(Closeable):
                     copy.failures = 0
 
     def close(self) -> None:
-        """Wait for the reads in progress, and close all copies. Idempotent."""
+        """Wait for the reads in progress, and close all copies."""
         self._use.close()
         for copy in self._copies:
             copy.store.close()
@@ -241,7 +246,7 @@ class MirroredStore(Closeable):
         self,
         key: ExpertKey,
         buffer: memoryview,
-        pause: Callable[[], bool] | None,
+        pause: Pause | None,
         used: Collection[_Copy],
         error: StoreError,
     ) -> None:

@@ -6,6 +6,7 @@ the slot, with O_DIRECT if the file system supports it.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -17,16 +18,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moetier.tiers.closeable import Closeable
 from moetier.tiers.errors import ChecksumError, IncompleteStoreError, StoreError, StoreReadError
-from moetier.tiers.layout import CHECKSUM_BYTES, PAGE, ExpertKey, RecordLayout
+from moetier.tiers.layout import CHECKSUM_BYTES, PAGE, ExpertKey
 from moetier.tiers.locks import ForkGuard, UseCount
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.source import interruptible_bytes
 
 from .atomic import read_errors
+from .base import DirectoryStore, Pause
 from .checksum import PIECE_BYTES, crc32c
-from .folder import METADATA, check_array, command, is_cache, read_manifest, store_folder
+from .folder import CACHE, METADATA, check_array, command, has_store, is_cache, read_manifest, store_folder
 from .shard import (
     REPAIR,
     OpenShard,
@@ -60,10 +61,18 @@ class Read(NamedTuple):
 _log = logging.getLogger(__name__)
 
 
-class ExpertStore(Closeable):
-    """The records of one model directory, with an open file for each block. Thread-safe."""
+class ExpertStore(DirectoryStore):
+    """The records of one model directory, in ``experts.zarr``, with an open file for each block."""
 
-    is_local = True  # all records are in files
+    @classmethod
+    def recognises(cls, location: Path) -> bool:
+        """Return whether ``location`` is a model directory or its ``experts.zarr``, complete or not, but no cache."""
+        return has_store(location) and not is_cache(store_folder(location))
+
+    @classmethod
+    def read_manifest(cls, location: Path) -> Manifest:
+        """Return the manifest of the store at ``location``."""
+        return read_manifest(store_folder(location))
 
     @classmethod
     def open(cls, folder: Path, *, readers: int = 4, damaged: bool = False) -> ExpertStore:
@@ -72,8 +81,7 @@ class ExpertStore(Closeable):
         Args:
             folder: a model directory, or its ``experts.zarr``.
             readers: number of threads that read pieces of large records.
-            damaged: open the store even if shards are bad. The property ``faults`` then has the errors of bad shards,
-                and a read of a record in a bad shard raises the shard's error. The digest is not checked.
+            damaged: open the store even if shards are bad. ``faults`` then has their errors. The digest is not checked.
 
         Raises:
             IncompleteStoreError: the conversion was interrupted, or the folder is a cache that lacks records.
@@ -91,32 +99,45 @@ class ExpertStore(Closeable):
         manifest = read_manifest(folder)
         for array in manifest.layouts:
             check_array(folder / array / METADATA, manifest, array)
-        store = cls(folder, manifest, readers)
-        try:
+        shards, faults = dict[int, OpenShard](), dict[int, StoreError]()
+        with contextlib.ExitStack() as undo:
             for block in range(len(manifest.blocks)):
                 try:
                     file, name = ShardFile.of(folder, manifest, block), _name(manifest, block)
-                    store._shards[block] = OpenShard.open(
+                    shards[block] = OpenShard.open(
                         file, name, manifest.checksums(block), is_proved=bool(manifest.record_checksums)
                     )
+                    undo.callback(shards[block].close)
                 except StoreError as error:
                     if not damaged:
                         raise
-                    store._faults[block] = error
+                    faults[block] = error
+            undo.pop_all()
+            store = undo.enter_context(cls(folder, manifest, shards, faults, readers))
             if not damaged:
                 store.check_digest()
-        except BaseException:
-            store.close()
-            raise
+            undo.pop_all()
         return store
 
-    def __init__(self, folder: Path, manifest: Manifest, readers: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        shards: Mapping[int, OpenShard],
+        faults: Mapping[int, StoreError],
+        readers: int,
+    ) -> None:
+        """Make a store of ``folder``, an ``experts.zarr``: each block has an open shard or a fault.
+
+        ``readers``: number of threads that read pieces of large records. ``close`` closes the shards.
+        """
         assert readers >= 1
-        self.folder = folder  # experts.zarr
+        self.folder = folder
+        self.directory = folder.parent
         self.manifest = manifest
+        self.shards = shards
+        self._faults = faults
         self._fork_guard = ForkGuard()
-        self._shards: dict[int, OpenShard] = {}
-        self._faults: dict[int, StoreError] = {}
         self._digest_check: threading.Thread | None = None
         self._closing = threading.Event()  # ends the thread ``_digest_check``
         self._fault = Future[ChecksumError]()  # gets a result if the records have another digest than the manifest
@@ -143,7 +164,7 @@ class ExpertStore(Closeable):
     def _compare_digest(self) -> None:
         checksums, began = [], time.monotonic()
         try:
-            for _, shard in sorted(self._shards.items()):
+            for _, shard in sorted(self.shards.items()):
                 with read_errors(shard.file.path):
                     for crc in shard.file.stored_checksums(shard.descriptor):
                         checksums.append(crc)
@@ -165,49 +186,38 @@ class ExpertStore(Closeable):
         """Register ``watcher``. It is called, in any thread, if ``check_digest`` finds that the digests differ."""
         self._fault.add_done_callback(lambda fault: watcher(fault.result()))
 
-    def on_recovery(self, watcher: Callable[[], None]) -> None:
-        """Do nothing, because a store without mirrors has no second copy of a record. See ``MirroredStore``."""
-
-    @property
-    def directory(self) -> Path:
-        """The model directory."""
-        return self.folder.parent
-
     @property
     def faults(self) -> Mapping[int, StoreError]:
-        """A dictionary from the block of each bad shard to the error of the shard.
-
-        It is empty unless the store was opened with ``damaged``.
-        """
+        """The errors of bad shards, by block. It is empty unless the store was opened with ``damaged``."""
         return self._faults
 
     @property
     def direct(self) -> bool:
         """True if all shards are read with O_DIRECT."""
-        return all(shard.direct for shard in self._shards.values())
+        return all(shard.direct for shard in self.shards.values())
 
-    def layout(self, block: int) -> RecordLayout:
-        """Return the layout of a block's records."""
-        return self.manifest.layout(block)
+    @property
+    def remedy(self) -> str:
+        """What to do about damaged files. Those of a cache are fetched again."""
+        if (self.directory / CACHE).exists():
+            return (
+                f"Remove {self.directory}, and give the address again. If that does not help, push the original there "
+                "again with `moetier push --overwrite`."
+            )
+        return (
+            "Restore the files named, or remove them and run the same conversion again: it makes only what is missing."
+        )
 
     def path(self, block: int) -> Path:
         """Return the path of a block's shard."""
         return ShardFile.of(self.folder, self.manifest, block).path
 
-    def read_into(self, key: ExpertKey, buffer: memoryview, pause: Callable[[], bool] | None = None) -> None:
-        """Read a record and its checksum into ``buffer``.
+    def read_into(self, key: ExpertKey, buffer: memoryview, pause: Pause | None = None) -> None:
+        """Read a record, in pieces if it is large or ``pause`` is given.
 
-        Args:
-            key: the expert.
-            buffer: a writable slot of ``slot_bytes``, which begins on a page. After an error its content is undefined.
-            pause: if given, the record is read in pieces, and ``pause`` is called between two pieces. Once ``pause``
-                returns False, the rest is read without further calls.
-
-        Raises:
-            MissingExpertError: the model does not have the expert.
+        Raises, beside the errors that ``Store`` names:
             StoreReadError: the system reported an error; if the error is EIO, a second try has failed too.
             StoreFormatError: the manifest has no checksums, and the shard was written to since it was opened.
-            ChecksumError: the bytes are not those that were written.
         """
         with self._use:
             shard, offset = self.locate(key)
@@ -242,16 +252,13 @@ class ExpertStore(Closeable):
             raise foreign_shards(self.manifest, digest, self.folder)
 
     def close(self) -> None:
-        """Wait for the reads in progress, then end all threads and close all file descriptors. Idempotent.
-
-        In a forked child, this only closes the child's copies of the file descriptors.
-        """
+        """Wait for the reads in progress, then end all threads and close all file descriptors."""
         self._closing.set()
         check = self._digest_check
         if self._fork_guard.is_owner and check is not None and check is not threading.current_thread():
             check.join()
         self._use.close()
-        shards, self._shards = self._shards, {}
+        shards, self.shards = self.shards, {}
         if self._fork_guard.is_owner:
             self.pool.shutdown()
         for shard in shards.values():
@@ -268,7 +275,7 @@ class ExpertStore(Closeable):
             raise self._fault.result().with_traceback(None)
         if block in self._faults:
             raise self._faults[block].with_traceback(None)
-        shard = self._shards[block]
+        shard = self.shards[block]
         return shard, expert * shard.file.slot_bytes
 
     def _fill(
@@ -282,10 +289,10 @@ class ExpertStore(Closeable):
         return run_reads(reads, crc)
 
 
-def read_in_steps(view: memoryview, pause: Callable[[], bool] | None, fill: Fill) -> int:
+def read_in_steps(view: memoryview, pause: Pause | None, fill: Fill) -> int:
     """Read a record and its checksum into ``view``, in parts, with ``fill``. Return the CRC-32C of the record.
 
-    ``pause`` is called between two parts, as ``RecordReader.read_into`` specifies. If it is None, there is one part.
+    ``pause`` is called between two parts, as ``Store.read_into`` specifies. If it is None, there is one part.
     """
     payload = view[:-CHECKSUM_BYTES]
     start, step, crc = 0, interruptible_bytes(len(view)), 0

@@ -113,9 +113,9 @@ def rates(work: dict[str, Any]) -> dict[str, Any]:
     """
     import torch
 
-    from moetier.runtime.checkpoint.experts import read_manifest
     from moetier.runtime.kernels.choose import kernels_for
     from moetier.runtime.machine.threads import use_threads
+    from moetier.runtime.stores.registry import read_manifest
 
     from .rates import KernelProbe, memory_rate, random_records
 

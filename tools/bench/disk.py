@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import mmap
 import os
 import random
@@ -26,9 +27,7 @@ from moetier.tools.cli.parser import DIRECTORY, directory
 from .output import Machine, Spread, add_bench_arguments, alternate, check_bench, report
 
 if TYPE_CHECKING:
-    from moetier.tiers.extents.reader import ExtentStore
-    from moetier.tiers.store.reader import ExpertStore
-
+    from moetier.tiers.store.base import Store
 
 FILE_BLOCK_BYTES = 8 << 20  # size of a read from a file that holds no records
 NO_FIO = "fio is not installed: the disk's rate is measured with a loop over preadv in Python"
@@ -54,38 +53,34 @@ class RandomReads:
         If the blocks have several record layouts, only records of the layout that takes the most bytes are read. Raises
         StoreError.
         """
-        from moetier.runtime.checkpoint.experts import open_copy
-        from moetier.tiers.store.folder import is_cache
-        from moetier.tiers.store.reader import ExpertStore
-        from moetier.tiers.store.shard import ShardFile
+        from moetier.runtime.stores.registry import open_store
 
-        with open_copy(directory) as store:
-            manifest, direct = store.manifest, store.direct
-            if not isinstance(store, ExpertStore):
-                array = max(manifest.members, key=lambda name: len(manifest.members[name]))
-                return cls.of_files(store.paths, manifest.layouts[array].slot_bytes)
-            if is_cache(store.folder):  # its shards have holes
+        with open_store(directory, damaged=True) as store:
+            for fault in store.faults.values():
+                raise fault
+            manifest = store.manifest
+            if not store.is_local:  # its shards have holes
                 return cls.of_files([store.directory / name for name in manifest.trunk])
-        folder = store.folder
-        arrays = [[ShardFile.of(folder, manifest, block) for block in blocks] for blocks in manifest.members.values()]
-        chosen = max(arrays, key=lambda shards: sum(shard.data_bytes for shard in shards))
-        return cls(tuple(shard.path for shard in chosen), chosen[0].data_bytes, chosen[0].slot_bytes, direct)
+            array = max(manifest.layouts, key=lambda name: math.prod(manifest.shape(name)))
+            files = {store.path(block) for block in manifest.members[array]}
+            return cls.of_files(sorted(files), manifest.layouts[array].slot_bytes)
 
     @classmethod
     def of_files(cls, files: Sequence[Path], block_bytes: int = FILE_BLOCK_BYTES) -> RandomReads:
-        """Plan reads of the largest of ``files``, in blocks of ``block_bytes`` at most.
+        """Plan reads of those of ``files`` that are as large as the largest, in blocks of ``block_bytes`` at most.
 
-        Raises CheckpointError if that file is smaller than a page.
+        Raises CheckpointError if that is smaller than a page.
         """
-        largest = max(files, key=lambda path: path.stat().st_size)
-        size = largest.stat().st_size
+        sizes = {path: path.stat().st_size for path in files}
+        size = max(sizes.values())
+        chosen = tuple(path for path in files if sizes[path] == size)
         block = min(block_bytes, size) // 4096 * 4096
         if not block:
             raise CheckpointError(
-                f"{largest} is too small to measure reads: it has fewer than 4,096 bytes.",
+                f"{chosen[0]} is too small to measure reads: it has fewer than 4,096 bytes.",
                 "Give a checkpoint with weights.",
             )
-        return cls((largest,), size // block * block, block, direct=takes_direct(largest))
+        return cls(chosen, size // block * block, block, direct=takes_direct(chosen[0]))
 
     @classmethod
     @contextlib.contextmanager
@@ -219,12 +214,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command and return 0. Raises MoetierError."""
-    from moetier.runtime.checkpoint.experts import open_copy
+    from moetier.runtime.stores.registry import open_store
     from moetier.tiers.source import LOADERS
 
     check_bench(arguments)
     fio = fio_version()
-    with open_copy(arguments.directory) as store:
+    with open_store(arguments.directory, damaged=True) as store:
         reads = RandomReads.of_records(arguments.directory)
         depths = (1, LOADERS)
         ways = {}
@@ -252,7 +247,7 @@ def run(arguments: argparse.Namespace) -> int:
     return report(arguments, machine, rows, results, notes=notes, by=reads.by, page_cache=page_cache)
 
 
-def store_rate(store: ExpertStore | ExtentStore, record_bytes: int, depth: int, seconds: float) -> float:
+def store_rate(store: Store, record_bytes: int, depth: int, seconds: float) -> float:
     """Measure how many bytes per second the store reads of random records, and checks against their checksums.
 
     Only records of ``record_bytes`` are read. ``depth`` threads read for about ``seconds``.

@@ -138,7 +138,7 @@ def _row(result: dict[str, Any]) -> list[str]:
 def _layouts(arguments: argparse.Namespace) -> Iterator[tuple[str, RecordLayout]]:
     """Yield the title and the record layout of everything to measure."""
     if arguments.directory is not None:
-        from moetier.runtime.checkpoint.experts import read_manifest
+        from moetier.runtime.stores.registry import read_manifest
 
         if arguments.bits:
             raise UsageError("With DIR, the bits are those of its records.", "Leave out --bits, or leave out DIR.")

@@ -133,7 +133,7 @@ def measure(arguments: argparse.Namespace, work: Work) -> int:
     MoetierError.
     """
     from moetier.runtime.checkpoint.containers import container_of
-    from moetier.runtime.checkpoint.experts import read_manifest
+    from moetier.runtime.stores.registry import read_manifest
     from moetier.tiers.source import LOADERS
 
     check_bench(arguments)

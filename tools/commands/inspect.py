@@ -12,7 +12,7 @@ from typing import Any
 from moetier.runtime.config import format_bytes
 from moetier.tools.cli.failure import EXIT_ERROR, plain
 from moetier.tools.cli.parser import DIRECTORY, directory
-from moetier.tools.doctor.survey import NO_TOKENIZER, remedy, survey
+from moetier.tools.doctor.survey import NO_TOKENIZER, survey
 
 EXAMPLES = ("moetier inspect ./mixtral-4bit", "moetier inspect Qwen/Qwen3-30B-A3B:4bit --json")
 
@@ -29,13 +29,13 @@ def run(arguments: argparse.Namespace) -> int:
 
     Raises StoreError if there is no complete store.
     """
-    from moetier.runtime.checkpoint.experts import open_copy
+    from moetier.runtime.stores.registry import open_store
 
-    with open_copy(arguments.directory, damaged=True) as store:
+    with open_store(arguments.directory, damaged=True) as store:
         found = survey(store)
     print(json.dumps(found, indent=2) if arguments.json else _text(found))
     if found["faults"] and not arguments.json:
-        print(remedy(store), file=sys.stderr)
+        print(store.remedy, file=sys.stderr)
     return EXIT_ERROR if found["faults"] else 0
 
 

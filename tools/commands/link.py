@@ -28,7 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Read the checkpoint once, write the table and return 0. Raises MoetierError."""
     from moetier.runtime.checkpoint.containers import open_source
-    from moetier.runtime.checkpoint.experts import is_checkpoint, make_table, open_table
+    from moetier.runtime.checkpoint.experts import is_checkpoint
+    from moetier.runtime.stores.checkpoint import CheckpointStore, make_table
     from moetier.tiers.errors import ConfigError
     from moetier.tiers.extents.link import link
     from moetier.tiers.extents.table import write_table
@@ -52,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
         table = make_table(open_source(folder, ignore_code=arguments.ignore_code))
     table = replace(table, ignored_code=arguments.ignore_code)
     total = sum(shard.bytes for shard in table.shards)
-    with open_table(folder, table) as store, Progress("link", total) as progress:
+    with CheckpointStore.with_table(folder, table) as store, Progress("link", total) as progress:
         for found in link(store):
             if isinstance(found, int):
                 progress.advance(found)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from contextlib import nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -102,18 +103,16 @@ def _memory_for(directory: Path, left: Available, found: str) -> Finding:
 
 def health(directory: Path, *, checksums: bool) -> Iterator[Finding]:
     """Check manifest, sizes and indexes and, if ``checksums``, all bytes. Raises StoreError if there is no store."""
-    from moetier.runtime.checkpoint.experts import open_copy
-    from moetier.tiers.extents.link import scrub_rest
-    from moetier.tiers.extents.reader import ExtentStore
+    from moetier.runtime.stores.registry import open_store
     from moetier.tiers.objects.fetch import cache_of
     from moetier.tiers.store.folder import CACHE, command
-    from moetier.tiers.store.scrub import READS, scrub, scrub_trunk
+    from moetier.tiers.store.scrub import scrub
 
-    from .survey import remedy, survey
+    from .survey import survey
 
-    with open_copy(directory, readers=READS, damaged=True) as store:
+    with open_store(directory, damaged=True) as store:
         found = survey(store)
-        yield from (fail("store", fault, remedy(store)) for fault in found["faults"])
+        yield from (fail("store", fault, store.remedy) for fault in found["faults"])
         if found["faults"]:
             return
         what = (
@@ -128,9 +127,9 @@ def health(directory: Path, *, checksums: bool) -> Iterator[Finding]:
             verify = command("verify", cache_of(directory)[0] if is_fetched else directory)
             yield ok("store", f"{what}; every file has its size; the bytes were not read ({verify} reads them)")
             return
-        others = scrub_rest(store) if isinstance(store, ExtentStore) else scrub_trunk(directory, store.manifest, {})
-        bad = [problem for scrubbed in (scrub(store), others) for problem in scrubbed if not isinstance(problem, int)]
-        yield from (fail("store", problem.cause, remedy(store)) for problem in bad)
+        scrubbed = chain(scrub(store), store.scrub_rest())
+        bad = [problem for problem in scrubbed if not isinstance(problem, int)]
+        yield from (fail("store", problem.cause, store.remedy) for problem in bad)
         if not bad:
             yield ok("store", f"{what}; every byte is as it was written")
 

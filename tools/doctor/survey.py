@@ -7,49 +7,30 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moetier.tiers.extents.reader import ExtentStore
     from moetier.tiers.layout import RecordLayout
     from moetier.tiers.manifest import Manifest
-    from moetier.tiers.store.reader import ExpertStore
+    from moetier.tiers.store.base import DirectoryStore
 
 NO_TOKENIZER = "none: generate, chat and serve need the tokenizer files of the model"
 
 
-def remedy(store: ExpertStore | ExtentStore) -> str:
-    """Return what to do about damaged files, as inspect, verify and doctor print it."""
-    from moetier.tiers.extents.reader import ExtentStore
-    from moetier.tiers.store.folder import CACHE
-
-    if isinstance(store, ExtentStore):
-        return "Get the checkpoint's own files again. If they were changed on purpose, run moetier link again."
-    if (store.directory / CACHE).exists():
-        return (
-            f"Remove {store.directory}, and give the address again. If that does not help, push the original there "
-            "again with `moetier push --overwrite`."
-        )
-    return "Restore the files named, or remove them and run the same conversion again: it makes only what is missing."
-
-
-def survey(store: ExpertStore | ExtentStore) -> dict[str, Any]:
+def survey(store: DirectoryStore) -> dict[str, Any]:
     """Return the JSON that ``moetier inspect --json`` prints. Sizes are in bytes. No record is read."""
     from moetier.runtime.checkpoint.containers import container_of
+    from moetier.runtime.checkpoint.experts import is_checkpoint
     from moetier.tiers.errors import StoreError
-    from moetier.tiers.extents.reader import ExtentStore
     from moetier.tiers.manifest import FORMAT
     from moetier.tiers.store.mirror import read_mirrors
-    from moetier.tiers.store.trunk import trunk_faults, trunk_records
+    from moetier.tiers.store.trunk import trunk_records
     from moetier.tools.convert.files import small_faults
 
     manifest = store.manifest
     directory = store.directory
-    files = store.paths if isinstance(store, ExtentStore) else list(directory.glob("*.safetensors"))
-    trunk = sum(file.stat().st_size for file in files if file.is_file())
-    faults, linked = [fault for _, fault in sorted(store.faults.items())], None
-    if isinstance(store, ExtentStore):  # the experts are in the same files
-        trunk -= sum(block.experts * manifest.layouts[block.array].payload_bytes for block in manifest.blocks)
-        faults, linked = list(store.file_faults.values()), store.table.is_linked
-    if manifest.trunk:  # else it is a store without a trunk, or from before trunk files had checksums
-        faults += trunk_faults(directory, manifest).values()
+    as_it_is = is_checkpoint(directory)
+    # a store from before trunk files had checksums does not list them
+    trunk = sum(store.rest.values()) or sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+    found = [*(fault for _, fault in sorted(store.faults.items())), *store.rest_faults().values()]
+    faults = list(dict.fromkeys(found))  # a file that several blocks share has one
     matrices = 0
     if manifest.trunk_records and not faults:
         try:
@@ -69,8 +50,8 @@ def survey(store: ExpertStore | ExtentStore) -> dict[str, Any]:
         "format": FORMAT,
         "version": manifest.version,
         "requires": list(manifest.requires),
-        "checkpoint": linked is not None,
-        "linked": linked,
+        "checkpoint": as_it_is,
+        "linked": store.is_proved if as_it_is else None,
         "source_digest": manifest.source_digest,
         "digest": manifest.digest,
         "blocks": [

@@ -19,7 +19,7 @@ from moetier.runtime.checkpoint.blueprint import build_on_meta, destinations
 from moetier.runtime.checkpoint.checkpoint import Checkpoint
 from moetier.runtime.checkpoint.config_json import read_config
 from moetier.runtime.checkpoint.containers import is_one_file, open_source
-from moetier.runtime.checkpoint.experts import is_checkpoint, table_of
+from moetier.runtime.checkpoint.experts import is_checkpoint
 from moetier.runtime.checkpoint.files import (
     INDEX,
     WEIGHTS,
@@ -36,6 +36,7 @@ from moetier.runtime.config import DEFAULT_CONTEXT
 from moetier.runtime.formats.tensors import SourceTensor, StoredTensor, listed
 from moetier.runtime.model.context import context_of
 from moetier.runtime.moe.linear import matrix_layout
+from moetier.runtime.stores.checkpoint import table_of
 from moetier.tiers.errors import CheckpointError, ConfigError, StoreError
 from moetier.tiers.layout import BITS, TRUNK_BITS, Bits, RecordLayout
 from moetier.tiers.manifest import Manifest

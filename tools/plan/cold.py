@@ -8,10 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from moetier.runtime.checkpoint.experts import is_checkpoint
 from moetier.tiers.source import LOADERS
 from moetier.tiers.store.checksum import PIECE_BYTES
-from moetier.tiers.store.folder import is_cache, store_folder
+from moetier.tiers.store.folder import GROUP
 from moetier.tiers.store.shard import ShardFile
 
 SECONDS = 2.0  # of fetching, to measure the rate
@@ -23,10 +22,10 @@ def cold_start(folder: Path) -> dict[str, Any] | None:
     Return None if ``folder`` is no such cache, or lacks nothing. To measure the rate, records, or their first 8 MiB,
     are fetched for SECONDS; they are not kept. Raises StoreError.
     """
-    if is_checkpoint(folder) or not is_cache(store_folder(folder)):
-        return None
     from moetier.tiers.objects.cache import CachedStore
 
+    if not CachedStore.recognises(folder):
+        return None
     with CachedStore.open(folder) as store:
         manifest, trunk = store.manifest, 0
         for name in manifest.trunk:  # the folder of ``fetch.outline`` has holes in place of the trunk's weights
@@ -39,7 +38,7 @@ def cold_start(folder: Path) -> dict[str, Any] | None:
             chosen, done = random.Random(seed), 0
             while not done or time.monotonic() < stop:
                 block = chosen.randrange(len(manifest.blocks))
-                file = ShardFile.of(Path(store.folder.name), manifest, block)
+                file = ShardFile.of(Path(GROUP), manifest, block)
                 view = memoryview(bytearray(min(file.slot_bytes, PIECE_BYTES)))
                 store.objects.read(file.path.as_posix(), chosen.randrange(file.experts) * file.slot_bytes, view)
                 done += len(view)

@@ -9,10 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from moetier.runtime.checkpoint.experts import open_experts
 from moetier.runtime.config import Size
 from moetier.runtime.machine.memory import DEFAULT_SHARE, available_memory, budget_for
 from moetier.runtime.model.names import directory_at, is_address, model_directory
+from moetier.runtime.stores.registry import open_store
 from moetier.tiers.cache.budget import smallest_budget
 from moetier.tools.serve.middleware import App
 from moetier.tools.serve.options import api_key, served_name
@@ -34,8 +34,8 @@ def daemon_bytes(directory: Path, ram: str | None, offered: int) -> int:
     Raises MoetierError if the model can't be opened, or the memory is too small for it.
     """
     asked = None if ram is None else Size.parse(ram)
-    with open_experts(directory) as experts:
-        manifest = experts.manifest
+    with open_store(directory) as store:
+        manifest = store.manifest
     if asked is not None and asked.bytes is not None:
         return min(asked.bytes, manifest.stored_bytes)
     available = replace(available_memory(), share=DEFAULT_SHARE)

@@ -23,9 +23,10 @@ import gguf
 from gguf_files import MODELS, Kind, mostly, reference, tiny_weights, write_gguf
 
 from moetier.runtime.checkpoint.checkpoint import SAMPLE_BYTES
-from moetier.runtime.checkpoint.experts import check_shards, open_experts, table_of
 from moetier.runtime.checkpoint.gguf_file import open_gguf
 from moetier.runtime.model.load import load
+from moetier.runtime.stores.checkpoint import check_shards, table_of
+from moetier.runtime.stores.registry import open_store
 from moetier.tiers.errors import CheckpointError, MoetierError, UnsupportedModelError
 from moetier.tiers.extents.reader import ExtentStore
 from moetier.tiers.headers.gguf import read_gguf
@@ -96,7 +97,7 @@ def test_rows_that_alternate_are_read_in_parts(tmp_path: Path, monkeypatch: pyte
     assert main(["link", str(path)]) == 0
     assert main(["verify", str(path)]) == 0
     key = ExpertKey(1, 2)
-    with open_experts(path) as store:
+    with open_store(path) as store:
         assert isinstance(store, ExtentStore)
         layout = store.layout(1)
         record = bytearray(layout.slot_bytes)
@@ -191,7 +192,7 @@ def test_the_table_depends_on_the_bytes(tmp_path: Path) -> None:
     assert table_of(other).manifest.digest != table.manifest.digest
     assert table_of(one).manifest.digest == table.manifest.digest
     check_shards(one)
-    with open_experts(one) as store:
+    with open_store(one) as store:
         assert store.direct in (True, False)
 
 

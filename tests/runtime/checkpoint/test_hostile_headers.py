@@ -17,8 +17,8 @@ from native_checkpoints import save_native
 from stores import read_record
 
 from moetier.runtime.checkpoint import extents
-from moetier.runtime.checkpoint.experts import make_table, open_table
 from moetier.runtime.checkpoint.files import WEIGHTS, open_checkpoint
+from moetier.runtime.stores.checkpoint import CheckpointStore, make_table
 from moetier.tiers.errors import CheckpointError, MoetierError
 from moetier.tiers.headers.safetensors import ITEM_BYTES, MAX_HEADER_BYTES
 from moetier.tiers.layout import ExpertKey
@@ -61,7 +61,7 @@ class Folder:
             assert refusal.fix
             return False
         size = (self.path / WEIGHTS).stat().st_size
-        with open_table(self.path, table) as store:
+        with CheckpointStore.with_table(self.path, table) as store:
             for block, entry in enumerate(table.manifest.blocks):
                 for expert in range(entry.experts):
                     for extent in table.extents(ExpertKey(block, expert)):

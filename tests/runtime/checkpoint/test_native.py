@@ -15,8 +15,8 @@ from native_checkpoints import FORMS, save_native
 from stores import read_records
 
 import moetier
-from moetier.runtime.checkpoint.experts import open_copy, read_manifest
 from moetier.runtime.moe.experts import experts_modules
+from moetier.runtime.stores.registry import open_store, read_manifest
 from moetier.tiers.extents.table import NAME
 from moetier.tiers.quant.codec import decode
 from moetier.tools.convert.convert import convert
@@ -61,7 +61,7 @@ def logits(folder: Path, **options: Any) -> torch.Tensor:
 def test_records_decode_as_the_forms_own_decoder_does(made: tuple[str, Path, Path]) -> None:
     form, native, decoded = made
     modules = experts_modules(ordinary_model(decoded))
-    with open_copy(native) as store:
+    with open_store(native) as store:
         first = store.manifest.layout(0).projections[0]
         assert (first.coding, first.scales, first.group, first.block_rows, first.parts) == CODINGS[form]
         for key, data in read_records(store).items():
@@ -99,7 +99,7 @@ def test_quick_products_are_near(made: tuple[str, Path, Path]) -> None:
 def test_a_conversion_keeps_the_form_or_decodes_it(made: tuple[str, Path, Path], tmp_path: Path) -> None:
     _, native, decoded = made
     convert(native, tmp_path / "kept", bits="native")
-    with open_copy(native) as extents, open_copy(tmp_path / "kept") as store:
+    with open_store(native) as extents, open_store(tmp_path / "kept") as store:
         assert store.manifest.layouts == extents.manifest.layouts
         assert read_records(store) == read_records(extents)
     with torch.no_grad():
@@ -119,7 +119,7 @@ def test_by_default_a_conversion_keeps_what_has_few_bits(
     form, native, _ = made
     assert main(["convert", str(native), str(tmp_path / "default")]) == 0
     said = capsys.readouterr().err
-    with open_copy(native) as extents, open_copy(tmp_path / "default") as store:
+    with open_store(native) as extents, open_store(tmp_path / "default") as store:
         coding = CODINGS[form][0]
         assert (store.manifest.method == "native") is (coding != "e4m3")
         if coding == "e4m3":

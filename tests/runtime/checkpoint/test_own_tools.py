@@ -24,10 +24,10 @@ from own_tools import PINS, TOOLS
 from stores import read_records
 
 import moetier
-from moetier.runtime.checkpoint.experts import open_experts
 from moetier.runtime.moe.experts import experts_modules
+from moetier.runtime.stores.registry import open_store
 from moetier.tiers.quant.codec import decode
-from moetier.tiers.source import RecordReader
+from moetier.tiers.store.base import Store
 from moetier.tools.convert.convert import convert
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -56,7 +56,7 @@ def run(command: Sequence[str | Path], given: str = "") -> None:
     assert done.returncode == 0, done.stderr
 
 
-def same_experts(store: RecordReader, model: torch.nn.Module) -> None:
+def same_experts(store: Store, model: torch.nn.Module) -> None:
     modules = experts_modules(model)
     for key, data in read_records(store).items():
         layout, path = store.manifest.layout(key.block), store.manifest.blocks[key.block].path
@@ -77,7 +77,7 @@ def test_experts_of_a_tool_decode_as_it_dequantises_them(tool: str, tools: Path,
     expected = ordinary_model(plain)
     assert (next(iter(experts_modules(expected).values())).down_proj != 0).any()
     for folder in ("native", "decoded"):
-        with open_experts(tmp_path / folder) as store:
+        with open_store(tmp_path / folder) as store:
             same_experts(store, expected)
 
 
@@ -102,5 +102,5 @@ def test_experts_of_llama_cpp_decode_as_gguf_dequantises_them(kind: str, tmp_pat
     run([sys.executable, ROOT / "tests" / "measurements" / "llama_peer.py"], json.dumps(job))
     tensors = gguf.GGUFReader(path).tensors
     assert {tensor.tensor_type.name for tensor in tensors if "_exps" in tensor.name} == KINDS[kind]
-    with open_experts(path) as store:
+    with open_store(path) as store:
         same_experts(store, reference(path, model, torch.float32))

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 from daemons import DaemonProcess
-from forks import in_fork
 from mapped_store import MappedStore
 from prepared import for_daemons
 from readers import PATIENCE
@@ -23,6 +22,7 @@ from workers import WorkerError
 
 from moetier.runtime.client.tier import GRACE, DaemonTier
 from moetier.runtime.wire.address import CONTROL_SOCKET
+from moetier.testing import in_fork
 from moetier.tiers.device.views import HostViews
 from moetier.tiers.errors import UnavailableError
 from moetier.tiers.store.folder import store_folder

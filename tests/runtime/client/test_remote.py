@@ -16,7 +16,6 @@ from typing import Any
 import google_crc32c
 import grpc
 import pytest
-from forks import in_fork
 from outlets import Behaviour, Outlet, outlet_of, serving
 from stores import layout_of, make_plan, make_records, manifest_of, slot_of, write_store
 from threads import Task, run_all, wait_until
@@ -27,6 +26,7 @@ from moetier.runtime.client.remote import RemoteReader
 from moetier.runtime.daemon.fetch import Fetches
 from moetier.runtime.wire.address import Address, Credentials
 from moetier.runtime.wire.piece import PIECE_BYTES, decode_piece, encode_piece
+from moetier.testing import in_fork
 from moetier.tiers.errors import (
     ChecksumError,
     ClosedError,

@@ -19,7 +19,6 @@ import pytest
 import torch
 from architectures import tiny_model
 from comparison import convert_tiny, smallest_ram
-from forks import in_fork
 from prepared import Prepared
 from readers import PATIENCE
 from threads import Task, wait_until
@@ -30,6 +29,7 @@ import moetier
 from moetier.runtime.model import registration
 from moetier.runtime.model.prefill import LEAST, Prefill
 from moetier.runtime.moe.experts import EXPERT_PARAMETERS
+from moetier.testing import in_fork
 from moetier.tiers.errors import (
     BudgetError,
     ClosedError,

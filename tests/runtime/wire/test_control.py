@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from forks import in_fork
 from readers import PATIENCE
 from threads import Task, wait_until
 from users import NOBODY, as_nobody, become_nobody, need_root
@@ -26,6 +25,7 @@ from moetier.runtime.daemon import control_server
 from moetier.runtime.daemon.control_server import ControlServer, Welcome
 from moetier.runtime.wire.address import CONTROL_SOCKET
 from moetier.runtime.wire.control import ControlConnection, error_from, error_json
+from moetier.testing import in_fork
 from moetier.tiers.errors import (
     ChecksumError,
     DaemonError,

@@ -12,7 +12,6 @@ import pytest
 import torch
 from consumers import PLAN, RECORDS, SMALLEST, Consumer, device_of, record_bytes
 from fake_device import Locked, Order
-from forks import in_fork
 from geometries import two_geometries
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,6 +20,7 @@ from stores import keys, make_plan, make_records, make_store
 from threads import Task, run_all, sleeps, wait_until
 from unsteady import UnsteadySource
 
+from moetier.testing import in_fork
 from moetier.tiers.arena.arena import Arena
 from moetier.tiers.cache.budget import slots_for, smallest_budget
 from moetier.tiers.device.copies import PageLocks

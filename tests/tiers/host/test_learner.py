@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 from fake_device import FakeDevice
-from forks import in_fork
 from stores import make_store
 from threads import wait_until
 
+from moetier.testing import in_fork
 from moetier.tiers.device.tier import DeviceTier
 from moetier.tiers.host.tier import HostTier
 from moetier.tiers.host.warmup import Learner, hot_set_path, load_hot_set

@@ -13,7 +13,6 @@ from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
-from forks import in_fork
 from geometries import two_geometries
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -24,6 +23,7 @@ from stores import keys, make_plan, make_records
 from threads import Task, run_all, sleeps, wait_until
 from tier_states import held_lock, is_closed
 
+from moetier.testing import in_fork
 from moetier.tiers.cache.budget import slots_for, smallest_budget
 from moetier.tiers.cache.policies import POLICIES
 from moetier.tiers.errors import ClosedError, MissingExpertError, StoreReadError

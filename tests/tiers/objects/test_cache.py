@@ -449,12 +449,12 @@ def check(store: CachedStore, records: dict[ExpertKey, bytes]) -> int:
         there = [key for key in records if key in used]
     for key in there:
         slot = memoryview(bytearray(16384))
-        shard, offset = store.locate(key)
+        shard, offset = store.store.locate(key)
         with shard.file.path.open("rb") as stream:
             stream.seek(offset)
             stream.readinto(slot)
         assert slot[:-4] == records[key], key
-        store.check_record(key, slot, int.from_bytes(slot[-4:], "little"))
+        store.store.check_record(key, slot, int.from_bytes(slot[-4:], "little"))
     return len(there)
 
 

@@ -24,7 +24,7 @@ from moetier.tiers.host.tier import HostTier
 from moetier.tiers.layout import PAGE, ExpertKey, RecordLayout
 from moetier.tiers.store import mirror
 from moetier.tiers.store.folder import GROUP, METADATA, MIRRORS
-from moetier.tiers.store.mirror import LEAST_BYTES, MirroredStore, open_store
+from moetier.tiers.store.mirror import LEAST_BYTES, MirroredStore
 from moetier.tiers.store.reader import ExpertStore
 from moetier.tiers.store.shard import OpenShard, ShardFile
 from moetier.tools.convert.mirror import make_mirror
@@ -49,7 +49,7 @@ def path_of(folder: Path, block: int = 0, layout: RecordLayout = MIDDLE) -> Path
 
 
 def open_both(place: Path) -> MirroredStore:
-    store = open_store(place / "a")
+    store = MirroredStore.open(place / "a")
     assert isinstance(store, MirroredStore)
     return store
 
@@ -249,7 +249,7 @@ def test_a_shard_that_is_bad_at_the_start_is_read_from_the_other_copy(
         assert len(caplog.messages) == 2
     path_of(tmp_path / "b", 0).unlink()
     with pytest.raises(MissingExpertError, match="is missing"):
-        open_store(tmp_path / "a")
+        MirroredStore.open(tmp_path / "a")
 
 
 def test_a_mirror_that_cannot_be_used_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -258,7 +258,7 @@ def test_a_mirror_that_cannot_be_used_is_a_warning(tmp_path: Path, caplog: pytes
 
     def says(text: str) -> None:
         caplog.clear()
-        with open_store(tmp_path / "a") as store:
+        with MirroredStore.open(tmp_path / "a") as store:
             assert isinstance(store, ExpertStore)
         (said,) = caplog.messages
         assert text in said
@@ -272,7 +272,7 @@ def test_a_mirror_that_cannot_be_used_is_a_warning(tmp_path: Path, caplog: pytes
     (tmp_path / "a" / MIRRORS).write_text(json.dumps({"mirrors": [7]}))
     says("is 7, not a text")
     (tmp_path / "a" / MIRRORS).unlink()
-    with open_store(tmp_path / "a") as store:
+    with MirroredStore.open(tmp_path / "a") as store:
         assert isinstance(store, ExpertStore)
 
 
@@ -304,7 +304,7 @@ def test_the_host_tier_counts_what_was_recovered_as_a_failure(tmp_path: Path) ->
     records = make(tmp_path)
     flip_bit(path_of(tmp_path / "b"), MIDDLE.slot_bytes + 10)
     flip_bit(path_of(tmp_path / "b"), 2 * MIDDLE.slot_bytes - 10)
-    with open_store(tmp_path / "a") as store, HostTier(store, slots={"records": 3}) as host:
+    with MirroredStore.open(tmp_path / "a") as store, HostTier(store, slots={"records": 3}) as host:
         store.on_recovery(host.count_failure)
         for _ in range(3):
             for block in range(2):
@@ -318,8 +318,8 @@ READER = """
 import mmap, sys, time
 from pathlib import Path
 from moetier.tiers.layout import ExpertKey
-from moetier.tiers.store.mirror import open_store
-with open_store(Path(sys.argv[1])) as store:
+from moetier.tiers.store.mirror import MirroredStore
+with MirroredStore.open(Path(sys.argv[1])) as store:
     slot = memoryview(mmap.mmap(-1, store.manifest.layout(0).slot_bytes))
     for times in range(2):  # the first is for the bytes that a disk may give at once, and to learn
         began = time.monotonic()

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 from cgroups import memory_limit
 from daemons import running_daemon
-from forks import in_fork
 from places import ASSETS
 from prepared import MAIN
 from stores import NASTY, layout_of, make_store
@@ -19,6 +18,7 @@ from users import as_nobody
 
 from moetier.runtime.machine.memory import PROCESS_BYTES
 from moetier.runtime.wire.address import CARD
+from moetier.testing import in_fork
 from moetier.tiers.store.folder import read_manifest
 from moetier.tiers.store.shard import ShardFile
 from moetier.tools.commands.doctor import findings

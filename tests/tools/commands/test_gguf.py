@@ -20,8 +20,9 @@ pytest.importorskip("gguf")
 
 from gguf_files import mostly, tiny_weights, write_gguf
 
-from moetier.runtime.checkpoint.experts import read_manifest, table_of
 from moetier.runtime.model.load import load
+from moetier.runtime.stores.checkpoint import table_of
+from moetier.runtime.stores.registry import read_manifest
 from moetier.tiers.layout import ExpertKey
 from moetier.tools.commands.plan import plan, text
 from moetier.tools.main import main

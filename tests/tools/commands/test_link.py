@@ -17,8 +17,8 @@ from daemons import running_daemon
 from native_checkpoints import save_native
 
 import moetier
-from moetier.runtime.checkpoint.experts import read_manifest
 from moetier.runtime.model.load import load
+from moetier.runtime.stores.registry import read_manifest
 from moetier.tiers.extents.table import NAME, cached
 from moetier.tools.commands.plan import plan, text
 from moetier.tools.main import main

@@ -14,10 +14,11 @@ from stores import make_store
 
 import moetier
 from moetier.runtime.model.names import models_folder
+from moetier.runtime.stores.registry import open_store
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.store.atomic import PARTIAL
 from moetier.tiers.store.folder import GROUP, METADATA, MIRRORS, read_manifest
-from moetier.tiers.store.mirror import MirroredStore, open_store
+from moetier.tiers.store.mirror import MirroredStore
 from moetier.tiers.store.shard import ShardFile
 from moetier.tiers.store.writer import ShardWriter
 from moetier.tools.main import main

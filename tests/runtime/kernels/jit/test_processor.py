@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from forks import in_fork
 from llvmlite import ir
 from places import HELPERS
 from prepared import Prepared
@@ -24,6 +23,7 @@ from moetier.runtime.kernels.jit.emitter import BF16, once
 from moetier.runtime.kernels.jit.processor import Processor
 from moetier.runtime.kernels.products.gemm import product_kernel
 from moetier.runtime.kernels.products.gemm_tile import Form
+from moetier.testing import in_fork
 from moetier.tools.convert.convert import convert
 
 FORM, OTHER = Form(4, 64, "bfloat16", BF16), Form(8, 64, "bfloat16", BF16)
@@ -129,7 +129,7 @@ import sys
 sys.path.insert(0, {str(HELPERS)!r})
 import torch
 import moetier
-from forks import in_fork
+from moetier.testing import in_fork
 directory = sys.argv[1]
 
 def layer(model):

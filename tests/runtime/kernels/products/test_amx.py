@@ -8,7 +8,6 @@ import sys
 
 import pytest
 import torch
-from forks import in_fork
 from places import HELPERS
 from prepared import Prepared
 from quantised_records import quantised
@@ -19,6 +18,7 @@ from moetier.runtime.kernels.products.gemm import product_module
 from moetier.runtime.kernels.products.gemm_amx import LEAST_ROWS, MOST_AMX_ROWS
 from moetier.runtime.kernels.products.gemm_tile import Form
 from moetier.runtime.kernels.products.packed import PackedKernels
+from moetier.testing import in_fork
 from moetier.tiers.layout import Bits
 
 VNNI = "+avx512f,+avx512bw,+avx512vl,+avx512dq,+avx512vnni"

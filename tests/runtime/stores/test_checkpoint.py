@@ -19,7 +19,8 @@ from faults import flip_bit
 from stores import read_records
 
 import moetier
-from moetier.runtime.checkpoint.experts import open_copy, read_manifest, table_of
+from moetier.runtime.stores.checkpoint import table_of
+from moetier.runtime.stores.registry import open_store, read_manifest
 from moetier.tiers.errors import (
     CheckpointError,
     ChecksumError,
@@ -68,7 +69,7 @@ def test_records_are_those_of_a_conversion(model_type: str, tmp_path: Path) -> N
     folder = save_checkpoint(tmp_path / "source", model_type)
     convert(folder, tmp_path / "converted", bits=16)
     before = digest(folder)
-    with open_copy(tmp_path / "converted") as store, open_copy(folder) as extents:
+    with open_store(tmp_path / "converted") as store, open_store(folder) as extents:
         assert extents.manifest.layouts == store.manifest.layouts
         assert extents.manifest.blocks == store.manifest.blocks
         assert read_records(extents) == read_records(store)
@@ -78,14 +79,14 @@ def test_records_are_those_of_a_conversion(model_type: str, tmp_path: Path) -> N
         (folder / NAME).rename(tmp_path / NAME)
         assert digest(folder) == before
         (tmp_path / NAME).rename(folder / NAME)
-        with open_copy(folder) as linked:
+        with open_store(folder) as linked:
             assert linked.manifest.record_checksums == store.manifest.record_checksums
             assert linked.manifest.digest == known
             assert read_records(linked) == read_records(store)
 
 
 def test_experts_may_be_scattered_over_files(made: Path, tmp_path: Path) -> None:
-    with open_copy(made) as whole, open_copy(reshard(made, tmp_path / "many", 17)) as many:
+    with open_store(made) as whole, open_store(reshard(made, tmp_path / "many", 17)) as many:
         assert isinstance(many, ExtentStore)
         assert read_records(whole) == read_records(many)
         assert any(len({extent.shard for extent in many.table.extents(key)}) > 1 for key in read_records(whole))

@@ -1,0 +1,133 @@
+"""CheckpointStore: the experts of a checkpoint that is used as it is, read from its own files.
+
+The table of a checkpoint's extents (``tiers.extents``) is that of ``moetier link``, or is made from the headers, and
+kept in this process for the next look at the same files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+from moetier.runtime.checkpoint.checkpoint import Checkpoint
+from moetier.runtime.checkpoint.containers import is_one_file, open_source
+from moetier.runtime.checkpoint.experts import is_checkpoint
+from moetier.runtime.checkpoint.files import contained
+from moetier.tiers.errors import CheckpointError
+from moetier.tiers.extents.reader import ExtentStore
+from moetier.tiers.extents.table import ExtentTable, read_table
+from moetier.tiers.manifest import Manifest
+from moetier.tiers.store.folder import command
+
+_APART = """
+import json, sys
+from pathlib import Path
+import torch
+from moetier.runtime.stores.checkpoint import table_of
+from moetier.tiers.errors import MoetierError
+try:
+    json.dump(table_of(Path(sys.argv[1])).to_json(), sys.stdout)
+except MoetierError as error:
+    json.dump({"cause": error.cause, "fix": error.fix}, sys.stdout)
+"""
+
+_log = logging.getLogger(__name__)
+_lock = threading.Lock()
+_made: dict[Path, ExtentTable] = {}  # the last table that was made, by folder
+
+
+class CheckpointStore(ExtentStore):
+    """The experts of a checkpoint in safetensors or GGUF."""
+
+    @classmethod
+    def recognises(cls, location: Path) -> bool:
+        """Return whether ``location`` is a checkpoint. Raises CheckpointError if its config.json can't be read."""
+        return is_checkpoint(location)
+
+    @classmethod
+    def read_manifest(cls, location: Path) -> Manifest:
+        """Return the manifest in the checkpoint's table."""
+        return table_of(location).manifest
+
+    @classmethod
+    def open(cls, location: Path, *, damaged: bool = False) -> CheckpointStore:
+        """Open the checkpoint at ``location``. Logs if its records can't be proved, unless ``damaged``."""
+        store = cls.with_table(location, table_of(location), damaged=damaged)
+        if not damaged and not store.is_proved:
+            _log.warning(
+                "%s has no checksums of its experts: they are used without a check. Make them: %s",
+                location,
+                command("link", location),
+            )
+        return store
+
+    @classmethod
+    def with_table(cls, location: Path, table: ExtentTable, *, damaged: bool = False) -> CheckpointStore:
+        """Open the shards that ``table`` names. Raises UnsafeCheckpointError if one lies outside the checkpoint."""
+        paths = {shard.name: contained(_home(location), shard.name) for shard in table.shards}
+        return cls(location, table, paths, damaged=damaged)
+
+
+def check_shards(folder: Path) -> None:
+    """Raise StoreError or UnsafeCheckpointError unless a checkpoint's files are those that its table describes."""
+    CheckpointStore.with_table(folder, table_of(folder)).close()
+
+
+def table_of(folder: Path) -> ExtentTable:
+    """Return the table of a checkpoint: that of ``moetier link``, or one that is made from its headers.
+
+    A table is made with torch and transformers. A process that has not imported torch, such as a daemon, lets another
+    process make it. Raises StoreError or CheckpointError.
+    """
+    return read_table(folder) or _table_made(folder)
+
+
+def make_table(checkpoint: Checkpoint) -> ExtentTable:
+    """Make the table of a checkpoint from its headers. Raises as ``extent_table``."""
+    from moetier.runtime.checkpoint.extents import extent_table
+
+    return extent_table(checkpoint)
+
+
+def _home(folder: Path) -> Path:
+    """Return the folder of a checkpoint's files. A table's names of shards are relative to it."""
+    return (folder.parent if is_one_file(folder) else folder).resolve()
+
+
+def _table_made(folder: Path) -> ExtentTable:
+    folder = folder.absolute()
+    with _lock:
+        if (known := _made.get(folder)) is not None and _is_current(folder, known):
+            return known
+        _made.clear()
+        table = make_table(open_source(folder)) if "torch" in sys.modules else _made_apart(folder)
+        _made[folder] = table
+        return table
+
+
+def _is_current(folder: Path, table: ExtentTable) -> bool:
+    with contextlib.suppress(OSError):
+        found = [(_home(folder) / shard.name).stat() for shard in table.shards]
+        return all(
+            (stat.st_size, stat.st_mtime_ns) == (shard.bytes, shard.mtime_ns)
+            for stat, shard in zip(found, table.shards, strict=True)
+        )
+    return False
+
+
+def _made_apart(folder: Path) -> ExtentTable:
+    ended = subprocess.run([sys.executable, "-c", _APART, str(folder)], stdout=subprocess.PIPE, check=False)
+    try:
+        answer = json.loads(ended.stdout)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{folder}: the process that looks for its experts has failed.", "See its messages above."
+        ) from error
+    if "cause" in answer:
+        raise CheckpointError(answer["cause"], answer["fix"])
+    return ExtentTable.from_json(answer, str(folder))

@@ -1,0 +1,48 @@
+"""The registry of stores: open the store at a path, whatever its format.
+
+To add a store, derive a class from ``DirectoryStore`` (``tiers.store.base``) in a module of its own, and give it a line
+in ``STORES``.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+
+from moetier.tiers.manifest import Manifest
+from moetier.tiers.store.base import DirectoryStore
+
+STORES = [  # module and class of each store; the first class that recognises a location opens it
+    "moetier.tiers.store.mirror:MirroredStore",
+    "moetier.tiers.store.reader:ExpertStore",
+    "moetier.tiers.objects.cache:CachedStore",
+    "moetier.runtime.stores.checkpoint:CheckpointStore",
+]
+_OTHERS = STORES[1]  # for any other location: its errors say that there is no store, and how one is made
+
+
+def open_store(location: Path, *, damaged: bool = False) -> DirectoryStore:
+    """Open the store at ``location``: a model directory, the cache of an object store, a checkpoint, or a GGUF file.
+
+    A store with mirrors is opened with them. ``damaged``: open only the copy at ``location``, even if parts of it are
+    bad; ``faults`` then has the errors.
+
+    Raises StoreError, or for a checkpoint CheckpointError, if there is no store, or if it can't be opened.
+    """
+    return _class_for(location).open(location, damaged=damaged)
+
+
+def read_manifest(location: Path) -> Manifest:
+    """Return the manifest of the store at ``location``, as ``open_store`` finds it. Raises as ``open_store``."""
+    return _class_for(location).read_manifest(location)
+
+
+def _class_for(location: Path) -> type[DirectoryStore]:
+    """Return the class of the store at ``location``. Modules of classes behind it in ``STORES`` are not imported."""
+    return next((found for found in map(_load, STORES) if found.recognises(location)), _load(_OTHERS))
+
+
+def _load(name: str) -> type[DirectoryStore]:
+    module, _, attribute = name.partition(":")
+    found: type[DirectoryStore] = getattr(import_module(module), attribute)
+    return found

@@ -1,0 +1,88 @@
+"""A store that the project does not have: one new module (``tar_store``) and one line of the registry.
+
+This is the promise of "A new store" in CONTRIBUTING.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import shutil
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from faults import flip_bit
+from stores import read_records
+from tar_store import NAME, TarStore
+
+import moetier
+from moetier.runtime.daemon.startup import open_stores
+from moetier.runtime.stores import registry
+from moetier.testing import Records, StoreTests
+from moetier.tiers.layout import ExpertKey
+from moetier.tiers.manifest import Manifest
+from moetier.tiers.store.base import Store
+from moetier.tiers.store.folder import GROUP
+from moetier.tools.main import main
+
+LINE = "tar_store:TarStore"
+
+
+@pytest.fixture(autouse=True)
+def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "STORES", [*registry.STORES, LINE])
+
+
+def pack(folder: Path, manifest: Manifest, records: Records) -> None:
+    members = {"manifest.json": json.dumps(manifest.to_json()).encode()}
+    members |= {f"{key.block}/{key.expert}": record for key, record in records.items()}
+    with tarfile.open(folder / NAME, "w") as tar:
+        for name, data in members.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
+
+
+class TestTarStore(StoreTests):
+    def write(self, folder: Path, manifest: Manifest, records: Records) -> None:
+        pack(folder, manifest, records)
+
+    def damage(self, folder: Path, store: Store, key: ExpertKey) -> None:
+        with tarfile.open(folder / NAME) as tar:
+            offset = tar.getmember(f"{key.block}/{key.expert}").offset_data
+        flip_bit(folder / NAME, offset + 1000)
+
+
+@pytest.fixture
+def packed(tinymix_4bit: Path, tmp_path: Path) -> Path:
+    """A model directory with ``experts.tar`` in place of ``experts.zarr``."""
+    with registry.open_store(tinymix_4bit) as store:
+        folder = shutil.copytree(tinymix_4bit, tmp_path / "packed", ignore=shutil.ignore_patterns(GROUP))
+        pack(Path(folder), store.manifest, read_records(store))
+    return Path(folder)
+
+
+def test_a_model_is_loaded_from_it(tinymix_4bit: Path, packed: Path) -> None:
+    ids = torch.arange(2, 18)[None]
+    logits = []
+    for folder in (tinymix_4bit, packed):
+        model, _ = moetier.load(folder, ram="4MiB")
+        with model.tiers, torch.no_grad():
+            logits.append(model(input_ids=ids).logits)
+            assert model.tiers.where == "this process"
+    assert torch.equal(*logits)
+
+
+def test_commands_and_the_daemon_open_it(packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(packed)]) == 0
+    assert main(["verify", str(packed)]) == 0
+    flip_bit(packed / NAME, packed.joinpath(NAME).stat().st_size // 2)
+    capsys.readouterr()
+    assert main(["verify", str(packed)]) == 1
+    assert f"{packed / NAME}: checksum mismatch in block" in capsys.readouterr().out
+    with contextlib.ExitStack() as closing:
+        (store,) = open_stores([packed], closing).values()
+        assert isinstance(store, TarStore)
