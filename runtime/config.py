@@ -1,17 +1,16 @@
 """Options of the tiers of one process, declared once and checked once."""
 
-# ruff: noqa: RUF009 - each call of _option returns a new field
+# ruff: noqa: RUF009 - each call of option returns a new field
 
 from __future__ import annotations
 
-import math
 import os
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, TypedDict, Unpack
+from typing import TypedDict, Unpack
 
+from moetier.runtime.options import COUNT, Number, option, options_of, read_all
 from moetier.runtime.wire.address import Address, Credentials
 from moetier.tiers.cache.policies import DEFAULT_POLICY, POLICIES
 from moetier.tiers.errors import ConfigError
@@ -32,37 +31,6 @@ _UNITS = {"": 1, "b": 1} | {
     for suffix, base in (("", 1024), ("b", 1000), ("ib", 1024))
 }
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*|%)\s*", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class Number:
-    """Type and range of a numeric option. As argparse's ``type``, it parses and checks a value.
-
-    ``fix`` is the advice in the error for a number out of range.
-    """
-
-    kind: type[int] | type[float]
-    least: float
-    most: float
-    fix: str
-
-    def __call__(self, text: str) -> float:
-        """Parse a number. Raises ConfigError if it is out of range, ValueError if the text is not a number."""
-        number = self.kind(text)
-        if not self.least <= number <= self.most or number == math.inf:
-            raise ConfigError(f"{text} is out of range.", self.fix)
-        return number
-
-    @property
-    def __name__(self) -> str:
-        """Name of the type in argparse's errors."""
-        return self.kind.__name__
-
-
-MOST = (1 << 31) - 1  # largest count: a far larger number could overflow, or take for ever to compute with
-TINY = math.ulp(0.0)  # the least float above 0
-COUNT = Number(int, 1, MOST, "Give 1 to 2^31 - 1.")
-SECONDS = Number(float, TINY, 86_400, "Give a number greater than 0 and at most 86,400.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,46 +84,8 @@ class DaemonChoice:
         return cls(addresses=addresses)
 
 
-@dataclass(frozen=True, slots=True)
-class Option:
-    """Declaration of one option of the tiers: its default, and what the command line and the checks need.
-
-    Attributes:
-        help: the text of ``--help``, without the default.
-        kind: the types that Python code may give.
-        wanted: what to give instead of a value of a wrong type; the error says "Give" before it.
-        group: the title under which ``--help`` lists the option.
-        metavar: the word for the value in ``--help``.
-        choices: the only allowed values; empty if there is no such list.
-        numbers: the allowed range of a number.
-        parse: converts a value, or raises ConfigError.
-        default: the default as a user would write it.
-    """
-
-    default: Any
-    help: str
-    kind: Any
-    wanted: str
-    group: str = "memory and device"
-    metavar: str | None = None
-    choices: tuple[str, ...] = ()
-    numbers: Number | None = None
-    parse: Callable[[Any], Any] | None = None
-
-    def read(self, name: str, value: Any) -> Any:
-        """Check and convert the value of the option called ``name``. Raises ConfigError if it is not allowed."""
-        if not isinstance(value, self.kind) or (isinstance(value, bool) and self.kind is not bool):
-            raise ConfigError(f"`{name}` is {value!r}.", f"Give {self.wanted}.")
-        if self.choices and value not in self.choices:
-            raise ConfigError(f"`{name}` is {value!r}.", f"Give one of {', '.join(self.choices)}.")
-        if self.numbers is not None and value is not None and not self.numbers.least <= value <= self.numbers.most:
-            raise ConfigError(f"`{name}` is {value}.", self.numbers.fix)
-        return value if self.parse is None else self.parse(value)
-
-
-def _option(default: Any, help: str, kind: Any, wanted: str, **more: Any) -> Any:
-    option = Option(default, help, kind, wanted, **more)
-    return field(default=default if option.parse is None else option.parse(default), metadata={"option": option})
+def _size(text: str | int | None) -> Size | None:
+    return None if text is None else Size.parse(text)
 
 
 def _device(name: str) -> str:
@@ -164,6 +94,7 @@ def _device(name: str) -> str:
     return name
 
 
+MEMORY = "memory and device"  # title of a group of options
 _CPUS = os.cpu_count() or 1
 
 
@@ -176,133 +107,116 @@ class TierConfig:
     checked TierConfig from values as a user writes them.
     """
 
-    ram: Size | None = _option(
+    ram: Size | None = option(
         None,
         'host memory for experts: a size such as "6GiB", or a share such as "50%%" of what trunk and context leave '
         "(default: 80%%; 95%% in a control group with a limit). If a local daemon holds the experts, --ram, --policy, "
         "--learn and --loaders have no effect here: give them to the daemon",
-        int | str | None,
-        'a size such as "6GiB", a share: "50%", or a number of bytes',
+        types=int | str | None,
+        wanted='a size such as "6GiB", a share: "50%", or a number of bytes',
+        group=MEMORY,
         metavar="SIZE",
-        parse=lambda text: None if text is None else Size.parse(text),
+        parse=_size,
     )
-    device_memory: Size | None = _option(
+    device_memory: Size | None = option(
         None,
         "GPU memory for experts, where there is a GPU",
-        int | str | None,
-        "a size, a share or a number of bytes",
+        types=int | str | None,
+        wanted="a size, a share or a number of bytes",
+        group=MEMORY,
         metavar="SIZE",
-        parse=lambda text: None if text is None else Size.parse(text),
+        parse=_size,
     )
-    device: str = _option("auto", '"auto", "cpu", "cuda" or "cuda:N"', str, "a text", parse=_device)
-    policy: str = _option(
+    device: str = option("auto", '"auto", "cpu", "cuda" or "cuda:N"', group=MEMORY, parse=_device)
+    policy: str = option(
         DEFAULT_POLICY,
         "which experts are evicted first. lru: the least recently used. scan: as lru, but a long prompt leaves most "
         "cached experts in place. lrfu: as scan, but the experts used least often of late",
-        str,
-        "a text",
+        group=MEMORY,
         choices=tuple(POLICIES),
     )
-    learn: bool = _option(
+    learn: bool = option(
         False,
         "keep a list of the most used experts in $XDG_CACHE_HOME/moetier, and load those of earlier runs at the start",
-        bool,
-        "True or False",
+        group=MEMORY,
     )
-    loaders: int = _option(
+    loaders: int = option(
         LOADERS,
         "number of experts to read from the disk at the same time",
-        int,
-        "a whole number",
+        group=MEMORY,
         metavar="N",
         numbers=Number(int, 1, 64, "Give 1 to 64."),
     )
-    context: int = _option(
+    context: int = option(
         DEFAULT_CONTEXT,
         "tokens of context that memory budgets leave room for; a longer context takes more memory. No effect on a CPU "
         "if a local daemon holds the experts",
-        int,
-        "a whole number",
+        group=MEMORY,
         metavar="TOKENS",
         numbers=COUNT,
     )
-    prefill_chunk: int | None = _option(
+    prefill_chunk: int | None = option(
         None,
         "number of prompt tokens to compute together, if the model supports it; they share each expert that is read. "
         "Budgets leave room for them; where memory has none, fewer are computed together. At most the context, whose "
         "default is no shorter than a chunk",
-        int | None,
-        "a whole number",
+        group="generation",
         metavar="N",
         numbers=COUNT,
     )
-    all_logits: bool = _option(
-        False,
-        "leave room for the logits of all tokens that are computed together, not only of the last one",
-        bool,
-        "True or False",
+    all_logits: bool = option(
+        False, "leave room for the logits of all tokens that are computed together, not only of the last one"
     )
-    threads: int | None = _option(
+    threads: int | None = option(
         None,
         "number of threads to compute with (default: OMP_NUM_THREADS, else the number of CPUs that this process may "
         "use by its affinity and its control group's quota)",
-        int | None,
-        f"a whole number from 1 to {_CPUS}, the CPUs of this machine",
+        wanted=f"a whole number from 1 to {_CPUS}, the CPUs of this machine",
+        group=MEMORY,
         metavar="N",
         numbers=Number(int, 1, _CPUS, f"Give 1 to {_CPUS}, the CPUs of this machine."),
     )
-    exact: bool = _option(
-        False,
-        'give exactly the results of transformers (experts_implementation="eager"); slower',
-        bool,
-        "True or False",
+    exact: bool = option(
+        False, 'give exactly the results of transformers (experts_implementation="eager"); slower', group=MEMORY
     )
-    daemon: DaemonChoice = _option(
+    daemon: DaemonChoice = option(
         AUTO,
         "where experts come from. auto: a local daemon if one serves this model, else this process's own tier. none: "
         "this process's own tier. NAME, FOLDER or HOST:PORT: that daemon. A,B,C: several daemons, a share from each. "
         "dns:///HOST:PORT: the daemons at all IP addresses of HOST, a share from each",
-        str | None,
-        '"auto", None, or addresses separated by commas',
+        types=str | None,
+        wanted='"auto", None, or addresses separated by commas',
         group="daemon",
-        metavar="WHOSE",
+        metavar="DAEMON",
         parse=DaemonChoice.parse,
     )
-    remote_compute: str = _option(
+    remote_compute: str = option(
         "auto",
         "whether daemons on other hosts may compute experts that are not in memory here, in place of sending them "
         "(auto: where measurements show that this is faster)",
-        str,
-        "a text",
         group="daemon",
         choices=REMOTE_COMPUTE,
     )
-    credentials: Credentials = _option(
-        None, "", Credentials | None, "moetier's Credentials", parse=lambda given: given or Credentials()
+    credentials: Credentials = option(
+        None, "", types=Credentials | None, wanted="moetier's Credentials", parse=lambda given: given or Credentials()
     )
-    speculate: str = _option(
+    speculate: str = option(
         "auto",
         "load experts early that the routers of the next layers will probably choose (auto: while measurements show "
         "that this is faster)",
-        str,
-        "a text",
         group="speculation",
         choices=SPECULATE,
     )
-    look_ahead: int = _option(  # predictions for later layers fail more often (tests/measurements/speculation.py)
+    look_ahead: int = option(  # predictions for later layers fail more often (tests/measurements/speculation.py)
         1,
         "number of layers ahead whose experts are predicted",
-        int,
-        "a whole number",
         group="speculation",
         metavar="N",
         numbers=Number(int, 1, 8, "Give 1 to 8."),
     )
-    prefetch: int | None = _option(
+    prefetch: int | None = option(
         None,
         "most experts of a block to load on a prediction (default: all that are predicted)",
-        int | None,
-        "a whole number",
         group="speculation",
         metavar="N",
         numbers=COUNT,
@@ -314,22 +228,19 @@ class TierConfig:
 
         Raises ConfigError for a value that is not allowed, and TypeError for an unknown option.
         """
-        given: dict[str, Any] = {**options}
-        if unknown := given.keys() - OPTIONS.keys():
-            raise TypeError(f"unexpected keyword argument {min(unknown)!r}")
-        found = cls(**{name: OPTIONS[name].read(name, value) for name, value in given.items()})
-        if found.mapped is not None and (asked := found.of_own_tier):
+        config = cls(**read_all(OPTIONS, options))
+        if config.mapped is not None and (asked := config.of_own_tier):
             raise ConfigError(
-                f"The daemon {found.mapped} holds the experts in its own memory.",
+                f"The daemon {config.mapped} holds the experts in its own memory.",
                 f"Give {' and '.join(asked)} to the daemon, not here.",
             )
-        if found.credentials != Credentials() and not found.remote:
+        if config.credentials != Credentials() and not config.remote:
             raise ConfigError(
                 "A token, certificates and `credentials.insecure` are only for a daemon on another host, but `daemon` "
                 "names none.",
                 "Give `daemon` as HOST:PORT, or leave out the credentials.",
             )
-        return found
+        return config
 
     @property
     def mapped(self) -> Address | None:
@@ -357,7 +268,7 @@ class TierConfig:
         return any(address.target for address in self.daemon.addresses)
 
 
-OPTIONS: dict[str, Option] = {each.name: each.metadata["option"] for each in fields(TierConfig)}
+OPTIONS = options_of(TierConfig)
 
 
 class TierOptions(TypedDict, total=False):

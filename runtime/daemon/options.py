@@ -1,41 +1,120 @@
 """DaemonConfig: the options of a daemon."""
 
+# ruff: noqa: RUF009 - each call of these functions returns a new field
+
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from moetier.runtime.config import OPTIONS, Size
-from moetier.runtime.wire.address import Address
-from moetier.tiers.cache.policies import DEFAULT_POLICY
+from moetier.runtime.config import OPTIONS as TIER_OPTIONS
+from moetier.runtime.config import Size
+from moetier.runtime.options import Number, declared, option, options_of, read_all
+from moetier.runtime.wire.address import DEFAULT_NAME, Address
 from moetier.tiers.errors import ConfigError
-from moetier.tiers.source import LOADERS
+
+SEVERAL = Number(int, 1, 10_000, "Give 1 to 10,000.")
+WAIT = Number(float, 0, 86_400, "Give 0 to 86,400 seconds.")
+REMOTE = "other hosts"  # title of a group of options
+
+
+def _folder(text: str) -> Path:
+    folder = Address.parse(text).folder
+    if folder is None:
+        raise ConfigError(f"{text!r} is not a folder.", "Give a name or a path. To serve on TCP, use --listen.")
+    return folder
+
+
+def _of_tier(name: str, **changes: Any) -> Any:
+    """Declare an option of the daemon as the option of TierConfig that has this name, with ``changes``."""
+    return declared(replace(TIER_OPTIONS[name], group="", **changes))
 
 
 @dataclass(frozen=True, slots=True)
 class DaemonConfig:
-    """Options of ``moetier daemon``; ``check`` validates them."""
+    """Options of ``moetier daemon``. They are declared here only; ``of`` makes a checked DaemonConfig."""
 
     directories: tuple[Path, ...]
-    folder: Path
-    ram: Size | None = None
-    policy: str = DEFAULT_POLICY  # a key of POLICIES
-    learn: bool = False
-    loaders: int = LOADERS
-    listen: str = ""  # HOST:PORT; port 0 for any free port
-    tls_cert: Path | None = None
-    tls_key: Path | None = None
-    tls_client_ca: Path | None = None
-    token_file: Path | None = None
-    insecure: bool = False
-    wait: float = 10.0  # seconds that a request waits for a slot
-    leases: int = 8  # slots that one client may hold at a time
-    max_clients: int = 64
-    drain: float = 10.0  # seconds that requests under way may take when the daemon ends
-    reflection: bool = False
-    metrics: str = ""  # [HOST:]PORT for Prometheus; 127.0.0.1 by default; port 0 for any free port
-    ready_fd: int | None = None  # descriptor to which the daemon writes a line when it is ready
+    ram: Size | None = _of_tier(
+        "ram", help='host memory for all experts: "8GiB", or "50%%" of what is free (default: 80%%)'
+    )
+    policy: str = _of_tier("policy")
+    learn: bool = _of_tier("learn")
+    loaders: int = _of_tier("loaders")
+    folder: Path = option(
+        DEFAULT_NAME,
+        "folder for the daemon's sockets: a path, or a name in $XDG_RUNTIME_DIR/moetier (/tmp/moetier-UID without that "
+        "variable), where clients find the daemon by themselves",
+        metavar="NAME|PATH",
+        parse=_folder,
+    )
+    leases: int = option(8, "maximum number of slots that a client may hold at once", metavar="N", numbers=SEVERAL)
+    max_clients: int = option(64, "maximum number of clients at once", metavar="N", numbers=SEVERAL)
+    wait: float = option(
+        10.0,
+        "longest time that a request waits for a free slot before it fails (default: %(default)g)",
+        metavar="SECONDS",
+        numbers=WAIT,
+    )
+    drain: float = option(
+        10.0,
+        "time for running requests to finish at shutdown (default: %(default)g)",
+        metavar="SECONDS",
+        numbers=WAIT,
+    )
+    metrics: str = option(
+        "",
+        "answer Prometheus (/metrics) and health probes (/healthz) on this port, without TLS or a token; the default "
+        "HOST is 127.0.0.1, and port 0 means any free port",
+        metavar="[HOST:]PORT",
+    )
+    reflection: bool = option(False, "answer gRPC server reflection", is_setting=False)
+    ready_fd: int | None = option(
+        None,
+        'file descriptor to which the daemon writes "ready" when it begins to serve, and which it then closes',
+        types=int | None,
+        metavar="N",
+    )
+    listen: str = option("", "serve on TCP, too (port 0: any free port)", group=REMOTE, metavar="HOST:PORT")
+    tls_cert: Path | None = option(
+        None, "PEM file of the daemon's certificate and its chain", types=Path | None, group=REMOTE, metavar="FILE"
+    )
+    tls_key: Path | None = option(
+        None, "PEM file of the private key of --tls-cert", types=Path | None, group=REMOTE, metavar="FILE"
+    )
+    tls_client_ca: Path | None = option(
+        None,
+        "PEM file of the CA that must have signed the certificates of clients",
+        types=Path | None,
+        group=REMOTE,
+        metavar="FILE",
+    )
+    token_file: Path | None = option(
+        None,
+        "file that holds, in one line, the token that clients must send",
+        types=Path | None,
+        group=REMOTE,
+        metavar="FILE",
+    )
+    insecure: bool = option(
+        False,
+        "permit serving on TCP without a token, without TLS, or without both",
+        group=REMOTE,
+        is_setting=False,
+    )
+
+    @classmethod
+    def of(cls, directories: tuple[Path, ...], **options: Any) -> DaemonConfig:
+        """Check and convert options as a user writes them.
+
+        Raises ConfigError for a value that is not allowed, for options that contradict each other, and for a TCP
+        address that is not protected.
+        """
+        config = cls(directories, **read_all(OPTIONS, options))
+        config._check()
+        return config
 
     @property
     def unprotected(self) -> list[str]:
@@ -48,10 +127,7 @@ class DaemonConfig:
         """HOST:PORT on which metrics are served; "" if they are not served."""
         return f"127.0.0.1:{self.metrics}" if self.metrics.isdecimal() else self.metrics
 
-    def check(self) -> None:
-        """Raise ConfigError for options that contradict each other, and for a TCP address that is not protected."""
-        OPTIONS["policy"].read("policy", self.policy)
-        OPTIONS["loaders"].read("loaders", self.loaders)
+    def _check(self) -> None:
         if self.metrics:
             _tcp(self.metrics_address, self.metrics)
         tls = self.tls_cert is not None
@@ -81,6 +157,9 @@ class DaemonConfig:
                 f"There is no TLS for {self.listen}, which other hosts can reach.",
                 "Give --tls-cert and --tls-key, or --insecure.",
             )
+
+
+OPTIONS = options_of(DaemonConfig)
 
 
 def _tcp(address: str, said: str) -> Address:

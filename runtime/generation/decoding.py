@@ -1,4 +1,4 @@
-"""Options of decoding: ranges of the samplers, and keyword arguments for ``generate()``."""
+"""Options of decoding, and keyword arguments for ``generate()``."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from moetier.runtime.config import MOST, TINY, Number
 from moetier.runtime.model.context import can_resume, counted, first_ids, longest_context
 from moetier.runtime.model.vocabulary import check_ids
+from moetier.runtime.options import COUNT, MOST, TINY, Number, Option, named
 from moetier.tiers.errors import BudgetError, ConfigError
 
 _log = logging.getLogger(__name__)
@@ -22,17 +22,80 @@ ONE_SEQUENCE = {  # overrides generation_config.json, because streamed text is o
     "dola_layers": None,
 }
 
-TEMPERATURE = Number(float, 0, math.inf, "Give 0 to decode greedily, or a greater number.")
-TOP_K = Number(int, 0, MOST, "Give the number of tokens to choose from, or 0 for all tokens.")
-TOP_P = Number(float, TINY, 1, "Give a number greater than 0 and at most 1.")
-MIN_P = Number(float, 0, 1, "Give 0 to 1.")
-REPETITION_PENALTY = Number(float, 0.01, 100, "Give 0.01 to 100; 1 changes nothing.")
-OCCURRENCE_PENALTY = Number(float, -2, 2, "Give -2 to 2; 0 changes nothing.")
+GROUP = "generation"  # title of a group of options
+SAMPLING = named(
+    temperature=Option(
+        None,
+        "sampling temperature; 0 always takes the most likely token (default: from the model's generation_config.json, "
+        "else 0)",
+        group=GROUP,
+        metavar="T",
+        numbers=Number(float, 0, math.inf, "Give 0 to decode greedily, or a greater number."),
+    ),
+    top_k=Option(
+        None,
+        "sample only from the K most likely tokens; 0: from all tokens (default, as for the next three options: from "
+        "generation_config.json)",
+        group=GROUP,
+        metavar="K",
+        numbers=Number(int, 0, MOST, "Give the number of tokens to choose from, or 0 for all tokens."),
+    ),
+    top_p=Option(
+        None,
+        "sample only from the most likely tokens, as many as have a total probability of P",
+        group=GROUP,
+        metavar="P",
+        numbers=Number(float, TINY, 1, "Give a number greater than 0 and at most 1."),
+    ),
+    min_p=Option(
+        None,
+        "leave out tokens that are less than P times as likely as the most likely one",
+        group=GROUP,
+        metavar="P",
+        numbers=Number(float, 0, 1, "Give 0 to 1."),
+    ),
+    repetition_penalty=Option(
+        None,
+        "divide by X the scores of tokens that are already in the prompt or the answer; 1 changes nothing",
+        group=GROUP,
+        metavar="X",
+        numbers=Number(float, 0.01, 100, "Give 0.01 to 100; 1 changes nothing."),
+    ),
+    presence_penalty=Option(
+        None,
+        "lower by X the scores of tokens that are already in the answer; 0 changes nothing",
+        group=GROUP,
+        metavar="X",
+        numbers=Number(float, -2, 2, "Give -2 to 2; 0 changes nothing."),
+    ),
+    frequency_penalty=Option(
+        None,
+        "lower by X the scores of tokens that are already in the answer, once for each occurrence; 0 changes nothing",
+        group=GROUP,
+        metavar="X",
+        numbers=Number(float, -2, 2, "Give -2 to 2; 0 changes nothing."),
+    ),
+)
+DECODING = {  # options of commands that generate text
+    **named(
+        max_new_tokens=Option(
+            None, "maximum length of the answer, in tokens", group=GROUP, metavar="N", numbers=COUNT, short="-n"
+        )
+    ),
+    **SAMPLING,
+    **named(
+        seed=Option(
+            0,
+            "seed for sampling",
+            group=GROUP,
+            metavar="N",
+            numbers=Number(int, 0, (1 << 64) - 1, "Give a number from 0 to 2^64 - 1."),
+        )
+    ),
+}
 NEUTRAL = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}  # samplers, and their values that exclude no token
 PENALTIES = ("presence_penalty", "frequency_penalty")  # not in transformers
-SAMPLING = ("temperature", *NEUTRAL, "repetition_penalty", *PENALTIES)
 LEAST_TEMPERATURE = 1e-5  # a lower one counts as 0, because scores divided by it may overflow
-SEED = Number(int, 0, (1 << 64) - 1, "Give a number from 0 to 2^64 - 1.")
 
 
 def sampling_of(asked: Mapping[str, float]) -> dict[str, Any]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from moetier.runtime.config import DEFAULT_CONTEXT, MOST
+from moetier.runtime.config import DEFAULT_CONTEXT
+from moetier.runtime.options import MOST
 
 STRETCHING = {"linear", "dynamic", "yarn"}  # rope types whose factor multiplies the original length
 _CHARACTERS = 16  # length of the first prefix that is tokenised, in characters for each allowed token

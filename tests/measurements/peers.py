@@ -17,8 +17,9 @@ from typing import Any
 
 from engines import Run, accelerate_decode, llama_run, run_script
 
-from moetier.runtime.config import COUNT, Size, format_bytes
+from moetier.runtime.config import OPTIONS, Size, format_bytes
 from moetier.runtime.machine.threads import usable_cpus
+from moetier.runtime.options import COUNT
 from moetier.tools.bench.model import Work
 from moetier.tools.bench.output import Machine, Spread, add_bench_arguments, alternate, check_bench, report
 from moetier.tools.bench.sandbox import fresh
@@ -56,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prefill", action="store_true", help="feed the measured tokens as one prompt; not with accelerate"
     )
     add_token_arguments(parser)
-    add_option(parser, "threads")
+    add_option(parser, OPTIONS["threads"])
     add_bench_arguments(parser)
 
 

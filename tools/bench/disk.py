@@ -20,7 +20,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moetier.runtime.config import SECONDS, format_bytes
+from moetier.runtime.config import format_bytes
+from moetier.runtime.options import SECONDS
 from moetier.tiers.errors import CheckpointError, StoreReadError
 from moetier.tools.cli.parser import DIRECTORY, directory
 

@@ -8,7 +8,8 @@ from functools import partial
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
-from moetier.runtime.config import COUNT, SECONDS
+from moetier.runtime.config import OPTIONS
+from moetier.runtime.options import COUNT, SECONDS
 from moetier.tiers.layout import BITS, Bits, Projection, RecordLayout
 from moetier.tools.cli.arguments import add_option
 from moetier.tools.cli.parser import UsageError, directory
@@ -57,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seconds", type=SECONDS, default=0.3, metavar="S", help="seconds per multiplication (default: %(default)s)"
     )
-    add_option(parser, "threads")
+    add_option(parser, OPTIONS["threads"])
     add_bench_arguments(parser)
 
 

@@ -17,8 +17,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
-from moetier.runtime.config import COUNT, format_bytes
+from moetier.runtime.config import format_bytes
 from moetier.runtime.machine.memory import machine_memory
+from moetier.runtime.options import COUNT
 from moetier.tiers.errors import TargetError
 from moetier.tools.cli.report import table
 

@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moetier.runtime.config import COUNT, OPTIONS, PREFILL_CHUNK, Size, TierConfig
-from moetier.runtime.generation.decoding import (
-    MIN_P,
-    OCCURRENCE_PENALTY,
-    ONE_SEQUENCE,
-    REPETITION_PENALTY,
-    SAMPLING,
-    SEED,
-    TEMPERATURE,
-    TOP_K,
-    TOP_P,
-    penalties_of,
-    sampling_of,
-)
+from moetier.runtime.config import OPTIONS, PREFILL_CHUNK, Size, TierConfig
+from moetier.runtime.generation.decoding import DECODING, ONE_SEQUENCE, SAMPLING, penalties_of, sampling_of
+from moetier.runtime.options import Option
 from moetier.runtime.wire.address import Credentials
 
 from .parser import checked
@@ -41,25 +31,55 @@ def numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
-def add_option(parser: argparse._ActionsContainer, name: str, *, help: str = "") -> None:
-    """Add the option of TierConfig that is called ``name``. ``help`` replaces the option's own help text."""
-    option = OPTIONS[name]
-    flag, text = f"--{name.replace('_', '-')}", help or option.help
-    if option.kind is bool:
-        parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
-        parser.set_defaults(**{name: option.default})  # with default=, argparse would add the default to the help
+@dataclass(frozen=True, slots=True)
+class OneOf:
+    """Type of an argument with choices: it returns the choice that a text stands for, or any other text unchanged."""
+
+    choices: tuple[Any, ...]
+
+    def __call__(self, text: str) -> Any:
+        """Return the choice; argparse refuses a text that is none."""
+        return next((choice for choice in self.choices if str(choice) == text), text)
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """Type of an argument whose text ``parse`` checks. The argument keeps the text, which is parsed later."""
+
+    parse: Callable[[str], object]
+
+    def __call__(self, text: str) -> str:
+        """Return ``text`` unchanged. Raises ConfigError if it is not allowed."""
+        self.parse(text)
+        return text
+
+
+def add_option(parser: argparse._ActionsContainer, option: Option) -> None:
+    """Add the argument that ``option`` declares. A text that has to be parsed stays a text."""
+    flags = [*([option.short] if option.short else []), f"--{option.name.replace('_', '-')}"]
+    if option.value_type is bool and not option.is_setting:
+        parser.add_argument(*flags, action="store_true", help=option.help)
         return
-    if option.default is not None and "default:" not in text:
+    if option.value_type is bool:
+        # with default=, argparse would add the default to the help
+        parser.add_argument(*flags, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=option.help)
+        parser.set_defaults(**{option.name: option.default})
+        return
+    text = option.help
+    if option.default not in (None, "") and "default:" not in text:
         text += " (default: %(default)s)"
-
-    def checked_text(written: str) -> str:
-        option.read(name, written)
-        return written
-
-    form: dict[str, Any] = {"metavar": option.metavar, "type": option.numbers or checked_text}
+    more: dict[str, Any] = {"type": option.numbers or (None if option.value_type is str else option.value_type)}
+    if option.parse is not None:
+        more = {"type": Checked(option.parse)}
     if option.choices:
-        form = {"choices": list(option.choices)}
-    parser.add_argument(flag, default=option.default, help=text, **form)
+        more = {"type": OneOf(option.choices), "choices": option.choices}
+    parser.add_argument(*flags, default=option.default, metavar=option.metavar, help=text, **more)
+
+
+def add_options(parser: argparse.ArgumentParser, options: Iterable[Option]) -> None:
+    """Add the arguments that ``options`` declare, each to the group that it names."""
+    for option in options:
+        add_option(_group(parser, option.group) if option.group else parser, option)
 
 
 def add_resource_arguments(
@@ -69,15 +89,14 @@ def add_resource_arguments(
 
     ``context`` replaces the help text of --context.
     """
-    for name in names:
-        add_option(_group(parser, OPTIONS[name].group), name, help=context if name == "context" else "")
+    changed = {"context": replace(OPTIONS["context"], help=context)} if context else {}
+    add_options(parser, [changed.get(name, OPTIONS[name]) for name in names])
     add_credentials(parser)
 
 
 def add_speculation_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options whose names are in SPECULATION."""
-    for name in SPECULATION:
-        add_option(_group(parser, OPTIONS[name].group), name)
+    add_options(parser, [OPTIONS[name] for name in SPECULATION])
 
 
 def resources_of(arguments: argparse.Namespace, **more: Any) -> dict[str, Any]:
@@ -140,66 +159,13 @@ def credentials(arguments: argparse.Namespace) -> Credentials:
 
 def add_decoding_arguments(parser: argparse.ArgumentParser, *, new_tokens: int) -> None:
     """Add the options for sampling, and --max-new-tokens with the default ``new_tokens``."""
-    group = _group(parser, "generation")
-    group.add_argument(
-        "-n",
-        "--max-new-tokens",
-        type=COUNT,
-        default=new_tokens,
-        metavar="N",
-        help="maximum length of the answer, in tokens (default: %(default)s)",
-    )
-    group.add_argument(
-        "--temperature",
-        type=TEMPERATURE,
-        metavar="T",
-        help="sampling temperature; 0 always takes the most likely token (default: from the model's "
-        "generation_config.json, else 0)",
-    )
-    group.add_argument(
-        "--top-k",
-        type=TOP_K,
-        metavar="K",
-        help="sample only from the K most likely tokens; 0: from all tokens (default, as for the next three options: "
-        "from generation_config.json)",
-    )
-    group.add_argument(
-        "--top-p",
-        type=TOP_P,
-        metavar="P",
-        help="sample only from the most likely tokens, as many as have a total probability of P",
-    )
-    group.add_argument(
-        "--min-p",
-        type=MIN_P,
-        metavar="P",
-        help="leave out tokens that are less than P times as likely as the most likely one",
-    )
-    group.add_argument(
-        "--repetition-penalty",
-        type=REPETITION_PENALTY,
-        metavar="X",
-        help="divide by X the scores of tokens that are already in the prompt or the answer; 1 changes nothing",
-    )
-    for name, times in ("presence", ""), ("frequency", ", once for each occurrence"):
-        group.add_argument(
-            f"--{name}-penalty",
-            type=OCCURRENCE_PENALTY,
-            metavar="X",
-            help=f"lower by X the scores of tokens that are already in the answer{times}; 0 changes nothing",
-        )
-    group.add_argument("--seed", type=SEED, default=0, metavar="N", help="seed for sampling (default: %(default)s)")
+    longest, *others = DECODING.values()
+    add_options(parser, [replace(longest, default=new_tokens), *others])
 
 
 def add_prefill_argument(parser: argparse.ArgumentParser) -> None:
     """Add --prefill-chunk."""
-    _group(parser, "generation").add_argument(
-        "--prefill-chunk",
-        type=COUNT,
-        default=PREFILL_CHUNK,
-        metavar="N",
-        help=f"{OPTIONS['prefill_chunk'].help} (default: %(default)s)",
-    )
+    add_options(parser, [replace(OPTIONS["prefill_chunk"], default=PREFILL_CHUNK)])
 
 
 def decoding_of(arguments: argparse.Namespace) -> dict[str, Any]:

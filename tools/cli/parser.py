@@ -127,13 +127,13 @@ class CommandParser(argparse.ArgumentParser):
 
     def _get_value(self, action, arg_string):  # type: ignore[no-untyped-def]  # as argparse declares it
         """Return the value of an argument. Exit with a message if the argument's type does not accept the text."""
-        kind = getattr(action.type, "kind", action.type)
+        value_type = getattr(action.type, "value_type", action.type)
         try:
             return super()._get_value(action, arg_string)
         except MoetierError as error:
             self.exit(EXIT_USAGE, f"moetier: {_name_of(action)}: {redacted(error.cause)}\n  {error.fix}\n")
         except argparse.ArgumentError as error:
-            said = f"{arg_string!r} is not {NUMBERS.get(kind, f'of the form {action.metavar}')}"
+            said = f"{arg_string!r} is not {NUMBERS.get(value_type, f'of the form {action.metavar}')}"
             if isinstance(error.__context__, argparse.ArgumentTypeError):
                 said = error.message
             self._refuse(f"{_name_of(action)}: {said}.")

@@ -266,8 +266,8 @@ def _advice(action: argparse.Action, key: str) -> str:
         return f"Set {key} to true or false."
     if action.choices is not None:
         return f"Set {key} to one of {', '.join(map(str, action.choices))}."
-    if (kind := getattr(action.type, "kind", action.type)) in NUMBERS:
-        return f"Set {key} to {NUMBERS[kind]}."
+    if (value_type := getattr(action.type, "value_type", action.type)) in NUMBERS:
+        return f"Set {key} to {NUMBERS[value_type]}."
     return f"Set {key} to a value that {max(action.option_strings, key=len)} accepts."
 
 

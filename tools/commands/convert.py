@@ -13,7 +13,8 @@ from dataclasses import fields
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from moetier.runtime.config import COUNT
+from moetier.runtime.config import OPTIONS
+from moetier.runtime.options import COUNT
 from moetier.tiers.layout import BITS, GROUPS, PAIR_TYPES, TRUNK_BITS
 from moetier.tools.cli.arguments import add_option
 from moetier.tools.cli.parser import checked, local_folder
@@ -88,7 +89,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="number of experts to quantise at a time, each on a thread (default: as --threads, or fewer if memory is "
         "short)",
     )
-    add_option(parser, "threads")
+    add_option(parser, OPTIONS["threads"])
     parser.add_argument(
         "--overwrite",
         action="store_true",

@@ -12,8 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moetier.runtime.config import COUNT, DEFAULT_CONTEXT, PREFILL_CHUNK, format_bytes
-from moetier.tools.cli.arguments import add_option, add_prefill_argument, numbers, size
+from moetier.runtime.config import DEFAULT_CONTEXT, OPTIONS, PREFILL_CHUNK, format_bytes
+from moetier.tools.cli.arguments import add_option, add_prefill_argument, numbers
 from moetier.tools.cli.failure import plain
 from moetier.tools.cli.parser import UsageError, source
 from moetier.tools.cli.report import table
@@ -44,17 +44,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trunk-bits", type=numbers, metavar="N,...", help="bits per weight of everything else (default: 16,8,4)"
     )
-    parser.add_argument(
-        "--ram", type=size, metavar="SIZE", help="host memory for experts (default: as much as generate would use)"
+    add_option(
+        parser,
+        replace(OPTIONS["ram"], help="host memory for experts (default: as much as generate would use)"),
     )
     for name in ("device_memory", "device", "threads"):
-        add_option(parser, name)
-    parser.add_argument(
-        "--context",
-        type=COUNT,
-        metavar="TOKENS",
-        help=f"length of the context (default: {DEFAULT_CONTEXT}, or the model's maximum if that is less)",
-    )
+        add_option(parser, OPTIONS[name])
+    shorter = f"length of the context (default: {DEFAULT_CONTEXT}, or the model's maximum if that is less)"
+    add_option(parser, replace(OPTIONS["context"], default=None, help=shorter))
     add_prefill_argument(parser)
     parser.add_argument(
         "--into",

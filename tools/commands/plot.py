@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moetier.runtime.config import MOST, Number
+from moetier.runtime.options import MOST, Number
 from moetier.tiers.cache.policies import DEFAULT_POLICY
 from moetier.tiers.errors import ConfigError
 from moetier.tools.cli.arguments import CREDENTIALS, add_credentials, asked, credentials

@@ -11,8 +11,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moetier.runtime.config import MOST, Number, format_bytes
+from moetier.runtime.config import format_bytes
 from moetier.runtime.machine.memory import shortage
+from moetier.runtime.options import MOST, Number
 from moetier.tiers.errors import ConfigError
 from moetier.tiers.layout import BITS
 from moetier.tools.cli.arguments import add_resource_arguments, asked, numbers, resources_of

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from moetier.runtime.config import Number
 from moetier.runtime.machine.threads import usable_cpus
+from moetier.runtime.options import Number
 from moetier.tools.cli.failure import plain
 from moetier.tools.cli.parser import show_first
 from moetier.tools.ray.app import application

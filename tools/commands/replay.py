@@ -8,7 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moetier.runtime.config import TINY, Number, Size, format_bytes
+from moetier.runtime.config import Size, format_bytes
+from moetier.runtime.options import TINY, Number
 from moetier.tiers.cache.policies import DEFAULT_POLICY
 from moetier.tools.cli.arguments import size
 from moetier.tools.cli.failure import plain

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from moetier.runtime.config import Number
+from moetier.runtime.options import Number
 from moetier.tiers.errors import ConfigError
 from moetier.tools.cli.arguments import add_resource_arguments, resources_of
 from moetier.tools.cli.parser import DIRECTORY, directory, show_first

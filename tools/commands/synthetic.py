@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moetier.runtime.config import COUNT, format_bytes
-from moetier.runtime.generation.decoding import SEED
+from moetier.runtime.config import OPTIONS, format_bytes
+from moetier.runtime.generation.decoding import DECODING
+from moetier.runtime.options import COUNT
 from moetier.tools.cli.arguments import add_option
 from moetier.tools.cli.parser import UsageError
 from moetier.tools.synthetic.checkpoint import (
@@ -50,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: %(default)s)",
     )
     parser.add_argument("--blocks", type=COUNT, metavar="N", help="number of blocks (default: the geometry's own)")
-    parser.add_argument("--seed", type=SEED, default=0, metavar="N", help="seed of the weights (default: %(default)s)")
+    add_option(parser, replace(DECODING["seed"], help="seed of the weights"))
     parser.add_argument(
         "--store",
         type=Path,
@@ -58,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also convert the checkpoint to 4 bits, by rounding, into DIR; compare its routing with that of a trained "
         "model",
     )
-    add_option(parser, "threads")
+    add_option(parser, OPTIONS["threads"])
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 

@@ -9,8 +9,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moetier.runtime.config import MOST, OPTIONS, PREFILL_CHUNK, Number
+from moetier.runtime.config import OPTIONS, PREFILL_CHUNK
 from moetier.runtime.generation.decoding import behind, chunks_of, encode, warn_if_cut, within_context
+from moetier.runtime.options import MOST, Number
 from moetier.tiers.errors import ConfigError, TargetError, TargetExistsError
 from moetier.tools.cli.arguments import add_decoding_arguments, add_resource_arguments, decoding_of, resources_of
 from moetier.tools.cli.loading import loaded

@@ -58,7 +58,7 @@ class Options:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        OPTIONS["threads"].read("threads", self.threads)
+        OPTIONS["threads"].read(self.threads)
         trunk_form(self.trunk_bits)
         fast = self.fast and self.trunk_bits == 16
         bits = 16 if self.bits == NATIVE else self.bits or DEFAULT_BITS

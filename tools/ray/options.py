@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from moetier.runtime.config import COUNT, OPTIONS
+from moetier.runtime.config import OPTIONS
 from moetier.runtime.model.names import is_address
+from moetier.runtime.options import COUNT, command_words
 from moetier.tiers.errors import ConfigError
 from moetier.tiers.objects.addresses import check_address
 from moetier.tools.cli.arguments import SPECULATION, add_option
@@ -51,7 +53,7 @@ def add_application_arguments(parser: argparse.ArgumentParser) -> None:
     add_serving_arguments(parser)
     group = parser.add_argument_group("memory and device")
     for name in (*DAEMON, *REPLICA):
-        add_option(group, name, help=HELP.get(name, ""))
+        add_option(group, replace(OPTIONS[name], help=HELP.get(name, OPTIONS[name].help)))
     add_cache_arguments(parser)
 
 
@@ -89,7 +91,7 @@ def parsed(options: Mapping[str, Any]) -> argparse.Namespace:
             words.append(str(value))
         elif value is None:
             continue
-        elif name in OPTIONS and OPTIONS[name].kind is bool:
+        elif name in OPTIONS and OPTIONS[name].value_type is bool:
             if (chosen := SWITCH.get(str(value).lower())) is None:
                 raise ConfigError(f"{name} can't be {value!r}.", "Give true or false.")
             words.append(f"--{flag}" if chosen else f"--no-{flag}")
@@ -100,10 +102,8 @@ def parsed(options: Mapping[str, Any]) -> argparse.Namespace:
 
 def daemon_words(arguments: argparse.Namespace) -> list[str]:
     """Return the words after `moetier daemon`, without the daemon's folder."""
-    given = {name: getattr(arguments, name) for name in (*DAEMON, "store_cache", "store_cache_size")}
-    learn = given.pop("learn")
-    words = [f"--{name.replace('_', '-')}={value}" for name, value in given.items() if value is not None]
-    return [arguments.model, *words, *(["--learn"] if learn else [])]
+    names = (*DAEMON, "store_cache", "store_cache_size")
+    return [arguments.model, *command_words((name, getattr(arguments, name)) for name in names)]
 
 
 def replica_resources(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:

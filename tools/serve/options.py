@@ -7,8 +7,8 @@ import importlib.util
 import os
 from pathlib import Path
 
-from moetier.runtime.config import COUNT, MOST, Number
 from moetier.runtime.model import names as models
+from moetier.runtime.options import COUNT, MOST, Number
 from moetier.tiers.errors import ConfigError
 from moetier.tools.cli.arguments import add_prefill_argument, add_speculation_arguments
 

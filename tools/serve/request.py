@@ -18,7 +18,7 @@ from pydantic_core import PydanticCustomError, from_json
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from moetier.runtime.generation.decoding import MIN_P, OCCURRENCE_PENALTY, REPETITION_PENALTY, TOP_K
+from moetier.runtime.generation.decoding import SAMPLING
 
 from .bounded_json import BoundedJson, BoundsError
 from .refusal import Refusal
@@ -136,6 +136,13 @@ def _of_template(given: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
+def _sampling(name: str) -> Any:
+    """Return the field of a request for a sampling option, with the range of the command line."""
+    numbers = SAMPLING[name].numbers
+    assert numbers is not None
+    return Field(None, ge=numbers.least, le=numbers.most)
+
+
 class Body(BaseModel):
     """Fields that the bodies of chat and text completion requests have in common."""
 
@@ -146,11 +153,11 @@ class Body(BaseModel):
     max_tokens: int | None = Field(None, ge=1, le=MOST_TOKENS)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=TOP_K.least, le=TOP_K.most)
-    min_p: float | None = Field(None, ge=MIN_P.least, le=MIN_P.most)
-    repetition_penalty: float | None = Field(None, ge=REPETITION_PENALTY.least, le=REPETITION_PENALTY.most)
-    presence_penalty: float | None = Field(None, ge=OCCURRENCE_PENALTY.least, le=OCCURRENCE_PENALTY.most)
-    frequency_penalty: float | None = Field(None, ge=OCCURRENCE_PENALTY.least, le=OCCURRENCE_PENALTY.most)
+    top_k: int | None = _sampling("top_k")
+    min_p: float | None = _sampling("min_p")
+    repetition_penalty: float | None = _sampling("repetition_penalty")
+    presence_penalty: float | None = _sampling("presence_penalty")
+    frequency_penalty: float | None = _sampling("frequency_penalty")
     seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63)
     stop: Annotated[list[NotEmpty], Field(max_length=4), BeforeValidator(_as_list)] | None = None
 

@@ -61,8 +61,13 @@ def test_values_are_what_the_option_makes_of_them(config: Path, monkeypatch: pyt
 
 
 def test_a_general_key_is_for_options_of_its_kind(config: Path) -> None:
-    config.write_text("[general]\npolicy = 'lru'\n")
-    assert parse(["daemon", "DIR"])[0].policy == "lru"
+    config.write_text("[general]\npolicy = 'lru'\nram = '1GiB'\ndevice = 'cpu'\ndaemon = 'none'\nexact = true\n")
+    for words in (["generate", "DIR"], ["chat", "DIR"], ["serve", "DIR"], ["quality", "SRC", "--text", "F"]):
+        found = parse(words)[0]
+        values = found.policy, found.ram, found.device, found.daemon, found.exact
+        assert values == ("lru", "1GiB", "cpu", "none", True), words
+    assert (parse(["daemon", "DIR"])[0].policy, parse(["daemon", "DIR"])[0].ram) == ("lru", "1GiB")
+    assert (parse(["plan", "SRC"])[0].ram, parse(["plan", "SRC"])[0].device) == ("1GiB", "cpu")
     assert parse(["replay", "T.npz"])[0].policy is None  # names of several, there
 
 

@@ -57,7 +57,7 @@ def test_what_is_wrong_is_an_error(options: dict[str, Any], cause: str) -> None:
 
 def test_each_process_gets_its_own_options(tmp_path: Path) -> None:
     found = parsed({"model": "m", "ram": "1GiB", "learn": True, "parallel": 2, "context": 100, "speculate": "off"})
-    words = ["m", "--ram=1GiB", "--policy=lrfu", f"--loaders={found.loaders}", "--learn"]
+    words = ["m", "--ram", "1GiB", "--policy", "lrfu", "--learn", "--loaders", str(found.loaders)]
     assert daemon_words(found) == words
     resources = replica_resources(found, tmp_path)
     assert resources["daemon"] == str(tmp_path)

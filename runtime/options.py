@@ -1,0 +1,148 @@
+"""Options, each declared once: its name, types, default, range and help.
+
+The command line, the settings file, the environment and the checks of values all read the declaration. ``TierConfig``,
+``DaemonConfig`` and ``convert``'s ``Options`` are frozen dataclasses whose fields ``option`` declares; ``named``
+declares options that belong to no class.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, get_args
+
+from moetier.tiers.errors import ConfigError
+
+WANTED = {bool: "True or False", int: "a whole number", float: "a number", str: "a text", Path: "a path"}
+
+
+@dataclass(frozen=True)
+class Number:
+    """Type and range of a numeric option. As argparse's ``type``, it parses and checks a value.
+
+    ``fix`` is the advice in the error for a number out of range.
+    """
+
+    value_type: type[int] | type[float]
+    least: float
+    most: float
+    fix: str
+
+    def __call__(self, text: str) -> float:
+        """Parse a number. Raises ConfigError if it is out of range, ValueError if the text is not a number."""
+        number = self.value_type(text)
+        if not self.least <= number <= self.most or number == math.inf:
+            raise ConfigError(f"{text} is out of range.", self.fix)
+        return number
+
+    @property
+    def __name__(self) -> str:
+        """Name of the type in argparse's errors."""
+        return self.value_type.__name__
+
+
+MOST = (1 << 31) - 1  # largest count: a far larger number could overflow, or take for ever to compute with
+TINY = math.ulp(0.0)  # the least float above 0
+COUNT = Number(int, 1, MOST, "Give 1 to 2^31 - 1.")
+SECONDS = Number(float, TINY, 86_400, "Give a number greater than 0 and at most 86,400.")
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """Declaration of one option.
+
+    Attributes:
+        default: the default as a user would write it.
+        help: the text of ``--help``, without the default.
+        types: the types that Python code may give; by default the type of ``default``, or that of ``numbers``.
+        wanted: what to give instead of a value of a wrong type; the error says "Give" before it.
+        group: the title under which ``--help`` lists the option; "" for the command's own options.
+        metavar: the word for the value in ``--help``.
+        choices: the only allowed values; empty if there is no such list.
+        numbers: the allowed range of a number.
+        parse: converts a value, or raises ConfigError.
+        short: the short form on the command line, such as "-n".
+        is_setting: whether the settings file and the environment may give the value. A flag that they may not give has
+            no form with --no-, as it should be given each time.
+        name: the name in Python, in which "_" stands for "-" on the command line.
+    """
+
+    default: Any
+    help: str
+    types: Any = None
+    wanted: str = ""
+    group: str = ""
+    metavar: str | None = None
+    choices: tuple[Any, ...] = ()
+    numbers: Number | None = None
+    parse: Callable[[Any], Any] | None = None
+    short: str = ""
+    is_setting: bool = True
+    name: str = ""
+
+    @property
+    def value_type(self) -> Any:
+        """Type of the values on the command line, aside from None."""
+        if self.numbers is not None:
+            return self.numbers.value_type
+        known = [each for each in (get_args(self.types) or (self.types,)) if each in WANTED]
+        return known[0] if known else type(self.default)
+
+    def read(self, value: Any) -> Any:
+        """Check and convert a value. Raises ConfigError if it is not allowed."""
+        types = self.types or (self.value_type if self.default is not None else self.value_type | None)
+        if self.value_type is float:
+            types |= int
+        if not isinstance(value, types) or (isinstance(value, bool) and self.value_type is not bool):
+            raise ConfigError(f"`{self.name}` is {value!r}.", f"Give {self.wanted or WANTED[self.value_type]}.")
+        if value is not None:
+            if self.choices and value not in self.choices:
+                choices = ", ".join(map(str, self.choices))
+                raise ConfigError(f"`{self.name}` is {value!r}.", f"Give one of {choices}.")
+            if self.numbers is not None and not self.numbers.least <= value <= self.numbers.most:
+                raise ConfigError(f"`{self.name}` is {value}.", self.numbers.fix)
+        return value if self.parse is None else self.parse(value)
+
+
+def declared(option: Option) -> Any:
+    """Return the field of a dataclass for ``option``. Its default is converted when an object is made."""
+    parse = option.parse
+    if parse is None:
+        return field(default=option.default, metadata={"option": option})
+    return field(default_factory=lambda: parse(option.default), metadata={"option": option})
+
+
+def option(default: Any, help: str, **more: Any) -> Any:
+    """Declare the field of a dataclass. The parameters are the attributes of ``Option``."""
+    return declared(Option(default, help, **more))
+
+
+def options_of(config: type) -> dict[str, Option]:
+    """Return the options that the fields of a dataclass declare, by name."""
+    return named(**{each.name: each.metadata["option"] for each in fields(config) if "option" in each.metadata})
+
+
+def named(**options: Option) -> dict[str, Option]:
+    """Return ``options`` by name, each with its name."""
+    return {name: replace(option, name=name) for name, option in options.items()}
+
+
+def read_all(options: Mapping[str, Option], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Check and convert values of ``options``. Raises ConfigError for a value, and TypeError for a name."""
+    if unknown := given.keys() - options.keys():
+        raise TypeError(f"unexpected keyword argument {min(unknown)!r}")
+    return {name: options[name].read(value) for name, value in given.items()}
+
+
+def command_words(values: Iterable[tuple[str, Any]]) -> list[str]:
+    """Return pairs of a name and a value as words of a command line: ("trunk_bits", 8) -> ["--trunk-bits", "8"].
+
+    True stands for a flag. None and False are left out.
+    """
+    words = []
+    for name, value in values:
+        if value is not None and value is not False:
+            words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    return words
