@@ -14,10 +14,12 @@ from moetier.runtime.options import COUNT, Number, Option, command_words, named,
 from moetier.tiers.errors import ConfigError
 from moetier.tools.cli.arguments import add_options
 from moetier.tools.cli.parser import CommandParser
+from moetier.tools.convert import options as convert
 
 OPTIONS = {
     **{f"TierConfig.{name}": option for name, option in config.OPTIONS.items() if name != "credentials"},
     **{f"DaemonConfig.{name}": option for name, option in daemon.OPTIONS.items()},
+    **{f"convert.{name}": option for name, option in convert.OPTIONS.items()},
     **{f"decoding.{name}": option for name, option in DECODING.items()},
 }
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from .convert import add_options, options_of, report_of
+from moetier.tools.convert.options import DEFAULT_BITS
+
+from .convert import add_convert_arguments, options_of, report_of
 
 EXAMPLES = ("moetier pull Qwen/Qwen3-30B-A3B", "moetier pull mistralai/Mixtral-8x7B-v0.1 --bits 3 --trunk-bits 8")
 
@@ -12,7 +14,7 @@ EXAMPLES = ("moetier pull Qwen/Qwen3-30B-A3B", "moetier pull mistralai/Mixtral-8
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `moetier pull`."""
     parser.add_argument("id", metavar="ID", help="hub id of a model; the result is named ID:TAG, such as ID:4bit")
-    add_options(parser)
+    add_convert_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -21,9 +23,8 @@ def run(arguments: argparse.Namespace) -> int:
     from moetier.runtime.checkpoint import hub
     from moetier.runtime.model.names import place_of, tag_of
     from moetier.tools.convert.convert import pull
-    from moetier.tools.convert.plan import DEFAULT_BITS
 
     hub.check_id(arguments.id)
     options["bits"] = arguments.bits or DEFAULT_BITS  # of every checkpoint, as the folder is named by it
     folder = place_of(arguments.id, tag_of(options["bits"], arguments.trunk_bits))
-    return report_of(lambda: pull(arguments.id, folder, resuming=("pull", arguments.id), **options), arguments.json)
+    return report_of(lambda: pull(arguments.id, folder, quiet=False, **options), arguments.json)

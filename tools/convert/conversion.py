@@ -16,7 +16,8 @@ from moetier.runtime.checkpoint.checkpoint import Checkpoint
 from moetier.runtime.config import format_bytes
 from moetier.runtime.machine.memory import available_memory, peak_bytes
 from moetier.runtime.machine.threads import usable_cpus
-from moetier.tiers.errors import ConfigError, DiskSpaceError
+from moetier.runtime.options import command_words
+from moetier.tiers.errors import DiskSpaceError
 from moetier.tiers.layout import ExpertKey, Projection
 from moetier.tiers.manifest import FileSum, Manifest
 from moetier.tiers.quant.codec import WeightError
@@ -28,7 +29,8 @@ from moetier.tools.cli.report import table
 from moetier.tools.convert.files import free_bytes, nearest_folder
 
 from .encoder import INTERPRETER_BYTES, Encoder, MatrixRecord
-from .plan import NATIVE, ConversionPlan, Options, Stage, stages
+from .options import NATIVE, OPTIONS, RESUMING, Options
+from .plan import ConversionPlan, Stage, stages
 from .streaming import Download
 from .target import Target, small_files
 
@@ -79,7 +81,8 @@ class Conversion:
         small = small_files(checkpoint, plan.bits, options.trunk_bits, planned.blueprint.dtype, trunk)
         target = Target(folder, plan, trunk, small, passing=download is not None)
         command = ["moetier", *(resuming or ("convert", checkpoint.source, str(folder.resolve())))]
-        command += _words(options, checkpoint, keeps=download is not None and download.keep)
+        given = ((name, getattr(options, name)) for name in RESUMING)
+        command += command_words((name, value) for name, value in given if value != OPTIONS[name].default)
         return cls(checkpoint, planned, target, encoder, options, list(records.values()), command, download, quiet)
 
     def say(self, line: str) -> None:
@@ -265,25 +268,8 @@ def _form(projection: Projection) -> str:
     return f"{projection.bits} bits" + (f" in groups of {projection.group}" if projection.group else "")
 
 
-def _words(options: Options, checkpoint: Checkpoint, *, keeps: bool) -> list[str]:
-    """Return the options of the command line that resumes a conversion. ``keeps``: whether it has --keep-source."""
-    words = ["--bits", str(options.bits)]
-    if options.trunk_bits != 16:
-        words += ["--trunk-bits", str(options.trunk_bits)]
-    if options.group_size is not None:
-        words += ["--group-size", str(options.group_size)]
-    if options.pairs is not None:
-        words += ["--pairs", options.pairs]
-    return words + ["--fast"] * options.fast + ["--ignore-code"] * checkpoint.ignored_code + ["--keep-source"] * keeps
-
-
 def _encoder(planned: ConversionPlan, plan: Manifest, options: Options) -> Encoder:
-    """Make an encoder, by default with one worker for each thread or CPU, or fewer if memory is short.
-
-    Raises ConfigError if ``options`` ask for fewer than one.
-    """
-    if options.workers is not None and options.workers < 1:
-        raise ConfigError(f"A conversion with {options.workers} workers is not possible.", "Give --workers 1 or more.")
+    """Make an encoder, by default with one worker for each thread or CPU, or fewer if memory is short."""
     workers = options.workers or options.threads or usable_cpus()
     encoder = Encoder(planned.blueprint, plan, workers=workers, fast=options.fast)
     most = min(available_memory().bytes, encoder.promised_bytes - INTERPRETER_BYTES)

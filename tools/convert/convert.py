@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from moetier.tiers.store.folder import JOURNAL, beside
 from .conversion import Conversion, ConversionReport
 from .files import check_unused
 from .mirror import mirror_to
-from .plan import Options
+from .options import Options
 from .replacement import (
     discard,
     free_path,
@@ -33,14 +32,7 @@ from .target import DOWNLOAD, check_place, copied_files, is_ours, remove, revisi
 
 
 def convert(
-    src: str | Path,
-    dst: str | Path,
-    *,
-    revision: str | None = None,
-    keep_source: bool = False,
-    ignore_code: bool = False,
-    mirror: Path | None = None,
-    **how: Any,
+    src: str | Path, dst: str | Path, *, mirror: Path | None = None, quiet: bool = True, **options: Any
 ) -> ConversionReport:
     """Make the model directory ``dst`` from the checkpoint ``src``, or resume an interrupted conversion.
 
@@ -49,110 +41,93 @@ def convert(
 
     Args:
         src: folder of the checkpoint, or its id on the hub.
-        revision: branch, tag or commit of a hub checkpoint.
-        keep_source: download all files into huggingface_hub's cache, and delete none.
-        ignore_code: accept a checkpoint that names code of its own. The code is never run.
         mirror: folder into which the records are copied too.
-        how: further parameters of ``write``.
+        quiet: print nothing on standard error.
+        options: fields of ``Options``. ``threads`` is set for the whole process, as in ``load``.
 
     Raises CheckpointError, TargetError or ConfigError; StoreError if a record can't be read for the mirror.
     """
-    folder = check_source(src)
+    how = Options(**options)
+    folder, target = check_source(src), Path(dst)
+    resuming = None
     if mirror is not None:
-        check_place(mirror, Path(dst))
-        how["resuming"] = ("convert", str(folder or src), str(Path(dst).resolve()), "--mirror", str(mirror.resolve()))
+        check_place(mirror, target)
+        resuming = ["convert", str(folder or src), str(target.resolve()), "--mirror", str(mirror.resolve())]
     if folder is None:
-        report = pull(
-            str(src),
-            Path(dst),
-            revision=revision,
-            keep_source=keep_source,
-            ignore_code=ignore_code,
-            or_folder=True,
-            **how,
-        )
-    elif revision is not None or keep_source:
+        report = _convert_from_hub(str(src), target, how, resuming, quiet=quiet, or_folder=True)
+    elif how.revision is not None or how.keep_source:
         raise ConfigError(
             f"{src} is a folder, and its files are neither downloaded nor deleted.",
             "Leave out --revision and --keep-source.",
         )
     else:
-        report = write(open_source(src, ignore_code=ignore_code), Path(dst), **how)
+        report = _write(open_source(src, ignore_code=how.ignore_code), target, how, resuming, quiet=quiet)
     if mirror is not None:
-        mirror_to(Path(dst), mirror, overwrite=how.get("overwrite", False) or how.get("replace_first", False))
+        mirror_to(target, mirror, overwrite=how.overwrite or how.replace_first)
     return report
 
 
-def pull(
-    name: str,
-    dst: Path,
-    *,
-    revision: str | None = None,
-    keep_source: bool = False,
-    ignore_code: bool = False,
-    or_folder: bool = False,
-    resuming: Sequence[str] | None = None,
-    **how: Any,
-) -> ConversionReport:
+def pull(name: str, dst: Path, *, quiet: bool = True, **options: Any) -> ConversionReport:
     """Make the model directory ``dst`` from the hub checkpoint ``name``, or resume an interrupted conversion.
 
-    A conversion is resumed with the commit that it began with, unless ``revision`` is given. If ``or_folder``, errors
-    also say that there is no folder called ``name``. The other parameters, and the errors raised, are those of
-    ``convert`` and ``write``.
+    ``quiet``, ``options`` and the errors raised are those of ``convert``.
     """
-    replacing = how.get("overwrite") and revision_under_way(beside(dst), name)
+    return _convert_from_hub(name, dst, Options(**options), ["pull", name], quiet=quiet)
+
+
+def _convert_from_hub(
+    name: str, dst: Path, options: Options, resuming: list[str] | None, *, quiet: bool, or_folder: bool = False
+) -> ConversionReport:
+    """Convert the hub checkpoint ``name``. Resume with the commit of the run before, unless a revision is asked for.
+
+    ``resuming``: as in ``_write``. If ``or_folder``, errors also say that there is no folder called ``name``.
+    """
+    replacing = revision_under_way(beside(dst), name) if options.overwrite else None
     checkpoint, download = open_on_hub(
         name,
         dst / DOWNLOAD,
-        revision=revision or replacing or revision_under_way(dst, name),
-        keep=keep_source,
+        revision=options.revision or replacing or revision_under_way(dst, name),
+        keep=options.keep_source,
         or_folder=or_folder,
-        ignore_code=ignore_code,
+        ignore_code=options.ignore_code,
     )
-    return write(checkpoint, dst, download=download, resuming=resuming, **how)
+    return _write(checkpoint, dst, options, resuming, quiet=quiet, download=download)
 
 
-def write(
+def _write(
     checkpoint: Checkpoint,
     dst: Path,
+    options: Options,
+    resuming: list[str] | None,
     *,
-    overwrite: bool = False,
-    replace_first: bool = False,
-    quiet: bool = True,
+    quiet: bool,
     download: Download | None = None,
-    resuming: Sequence[str] | None = None,
-    **options: Any,
 ) -> ConversionReport:
     """Make the model directory ``dst`` from an open checkpoint, or resume an interrupted conversion.
 
     Args:
-        overwrite: replace the model directory ``dst`` if it is complete, or was made from another checkpoint or with
-            other options. A complete one stays in place until the new one is complete.
-        replace_first: as ``overwrite``, but remove what is in ``dst`` before the new model is made.
-        quiet: print nothing on standard error.
-        download: download of a hub checkpoint; None if the checkpoint is a folder.
         resuming: words of the command line that resumes the conversion, from the subcommand to the first option; by
             default ``convert SRC DST``.
-        options: fields of ``Options``. ``threads`` is set for the whole process, as in ``load``.
+        download: download of a hub checkpoint; None if the checkpoint is a folder.
 
     Raises CheckpointError, TargetError or ConfigError.
     """
-    how = Options(**options)
-    use_threads(how.threads)
+    use_threads(options.threads)
     for place in (dst, beside(dst)):
         check_place(place, checkpoint.folder)
-    conversion = Conversion.plan(checkpoint, dst, how, download=download, resuming=resuming, quiet=quiet)
+    conversion = Conversion.plan(checkpoint, dst, options, download=download, resuming=resuming, quiet=quiet)
     for path in settle(dst):
         conversion.say(set_aside(path))
+    replaces = options.overwrite or options.replace_first
     ending = has_manifest(dst) and (dst / JOURNAL).exists()  # an earlier run stopped at its very end
     try:
         complete = conversion.target.is_complete()
-        replaced = complete and not ending and (overwrite or replace_first)  # reads no weights: they may be damaged
+        replaced = complete and not ending and replaces  # reads no weights: they may be damaged
     except TargetExistsError:
-        if not ((overwrite or replace_first) and is_ours(dst)):
+        if not (replaces and is_ours(dst)):
             raise
         replaced = True
-    if replaced and has_manifest(dst) and not replace_first:
+    if replaced and has_manifest(dst) and not options.replace_first:
         return replace_model(conversion)
     if replaced:
         _remove_first(conversion)

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,67 +20,35 @@ from moetier.runtime.checkpoint.blueprint import Blueprint, make_blueprint, reco
 from moetier.runtime.checkpoint.matrices import standing_alone
 from moetier.runtime.checkpoint.native import native_layout
 from moetier.runtime.checkpoint.recipe import BlockBlueprint
-from moetier.runtime.config import OPTIONS
 from moetier.runtime.formats.format import NEEDS_BITS
 from moetier.runtime.formats.tensors import SourceTensor, StoredTensor
 from moetier.runtime.moe.linear import matrix_layout
 from moetier.tiers.errors import ConfigError, UnsupportedModelError
 from moetier.tiers.layout import TRUNK_BITS, ZERO_POINTS, Bits, Projection, RecordLayout
 from moetier.tiers.manifest import TRUNK_RECORDS, Manifest, TrunkRecords, method_of
-from moetier.tiers.quant.codec import DEFAULTS, group_and_pairs, layout_for
+from moetier.tiers.quant.codec import DEFAULTS, layout_for
 from moetier.tiers.quant.hqq import SOLVER
 from moetier.tiers.store.trunk import RECORD
 
 from .encoder import MatrixRecord
+from .options import DEFAULT_BITS, NATIVE, Options
 from .trunk import TrunkFile, TrunkTensor, plan_trunk
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-NATIVE: Literal["native"] = "native"
-DEFAULT_BITS: Bits = 4
 AT_ONCE = 2  # files on the disk at any one time: one is downloaded while blocks are made from the other
 
 
-@dataclass(frozen=True)
-class Options:
-    """Options of a conversion. None stands for a default that depends on the bits or on the machine.
-
-    Raises ConfigError if no model can be stored with the combination.
-    """
-
-    # per expert weight; "native": as the checkpoint stores it; None: as ``ConversionPlan.with_bits`` chooses
-    bits: Bits | Literal["native"] | None = None
-    trunk_bits: Bits = 16  # per weight of the trunk's matrices
-    group_size: int | None = None  # weights that share a pair
-    pairs: str | None = None  # format of the pairs
-    fast: bool = False  # round to the nearest value instead of using HQQ
-    workers: int | None = None  # threads that quantise
-    threads: int | None = None
-
-    def __post_init__(self) -> None:
-        OPTIONS["threads"].read(self.threads)
-        trunk_form(self.trunk_bits)
-        fast = self.fast and self.trunk_bits == 16
-        bits = 16 if self.bits == NATIVE else self.bits or DEFAULT_BITS
-        if bits == 16 and (self.group_size is not None or self.pairs is not None or fast):
-            raise ConfigError(
-                f"With --bits {self.bits} nothing is quantised, so --group-size, --pairs and --fast have no effect.",
-                "Leave out --group-size, --pairs and --fast, or choose fewer --bits.",
-            )
-        group_and_pairs(bits, self.group_size, self.pairs)
-
-    def layout_of(self, block: BlockBlueprint) -> RecordLayout:
-        """Return the layout of a block's records. Raises UnsupportedModelError or CheckpointError."""
-        if self.bits != NATIVE:
-            how: Any = {"bits": self.bits or DEFAULT_BITS, "group": self.group_size, "pairs": self.pairs}
-            return layout_for(block.parameters, **how, transposed=block.transposed)
-        try:
-            return native_layout(block)
-        except ValueError as error:
-            raise UnsupportedModelError(
-                f"Experts can't be stored as in this checkpoint: {error}.", NEEDS_BITS
-            ) from error
+def layout_of(block: BlockBlueprint, options: Options) -> RecordLayout:
+    """Return the layout of a block's records. Raises UnsupportedModelError or CheckpointError."""
+    if options.bits != NATIVE:
+        how: Any = {"bits": options.bits or DEFAULT_BITS, "group": options.group_size, "pairs": options.pairs}
+        return layout_for(block.parameters, **how, transposed=block.transposed)
+    try:
+        return native_layout(block)
+    except ValueError as error:
+        raise UnsupportedModelError(f"Experts can't be stored as in this checkpoint: {error}.", NEEDS_BITS) from error
 
 
 def trunk_form(bits: Bits) -> TrunkRecords | None:
@@ -132,7 +101,7 @@ class ConversionPlan:
 
     def manifest(self, options: Options, *, model: str, digest: str) -> Manifest:
         """Return the manifest of the store. ``model`` and ``digest``: name and digest of the source."""
-        blocks, layouts = records_of(self.blueprint, options.layout_of)
+        blocks, layouts = records_of(self.blueprint, partial(layout_of, options=options))
         return Manifest(
             model=model,
             source_digest=digest,

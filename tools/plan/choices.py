@@ -42,7 +42,8 @@ from moetier.tiers.layout import BITS, TRUNK_BITS, Bits, RecordLayout
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.store.folder import check_directory, read_manifest, store_folder
 from moetier.tiers.store.trunk import check_trunk, trunk_records
-from moetier.tools.convert.plan import NATIVE, ConversionPlan, Options, most_bytes
+from moetier.tools.convert.options import NATIVE, Options
+from moetier.tools.convert.plan import ConversionPlan, most_bytes
 from moetier.tools.convert.target import is_ours
 from moetier.tools.convert.trunk import SPELLINGS
 

@@ -18,8 +18,9 @@ from moetier.runtime.checkpoint.blueprint import build_on_meta, make_blueprint, 
 from moetier.runtime.checkpoint.files import open_checkpoint
 from moetier.runtime.moe.experts import experts_modules
 from moetier.tiers.errors import CheckpointError, UnsupportedModelError
-from moetier.tools.convert.conversion import Conversion, Options
+from moetier.tools.convert.conversion import Conversion
 from moetier.tools.convert.convert import convert
+from moetier.tools.convert.options import Options
 
 # beside the required ones: fused, interleaved or transposed checkpoints, two Experts modules in a layer, several towers
 TELLING = {"phimoe", "ernie4_5_vl_moe", "inkling", "inkling2_loop", "aria", "openai_privacy_filter", "qwen3_omni_moe"}

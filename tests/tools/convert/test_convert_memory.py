@@ -12,7 +12,8 @@ import pytest
 from cgroups import memory_limit
 
 from moetier.runtime.checkpoint.files import open_checkpoint
-from moetier.tools.convert.conversion import Conversion, Options
+from moetier.tools.convert.conversion import Conversion
+from moetier.tools.convert.options import Options
 from moetier.tools.synthetic.checkpoint import COMMON, GEOMETRIES, make_synthetic
 
 GIB = 1 << 30

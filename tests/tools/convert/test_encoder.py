@@ -18,8 +18,9 @@ from moetier.runtime.checkpoint.files import open_checkpoint
 from moetier.runtime.checkpoint.recipe import BlockBlueprint, Recipe
 from moetier.tiers.layout import ExpertKey
 from moetier.tools.convert import encoder as records
-from moetier.tools.convert.conversion import Conversion, Options
+from moetier.tools.convert.conversion import Conversion
 from moetier.tools.convert.convert import convert
+from moetier.tools.convert.options import Options
 from moetier.tools.synthetic.checkpoint import GEOMETRIES, make_synthetic
 
 

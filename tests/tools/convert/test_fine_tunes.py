@@ -16,8 +16,9 @@ from moetier.runtime.checkpoint import checkpoint
 from moetier.runtime.checkpoint.files import open_checkpoint
 from moetier.tiers.errors import ChecksumError, TargetExistsError
 from moetier.tiers.store.folder import GROUP, METADATA
-from moetier.tools.convert.conversion import Conversion, Options
+from moetier.tools.convert.conversion import Conversion
 from moetier.tools.convert.convert import convert
+from moetier.tools.convert.options import Options
 from moetier.tools.main import main
 
 BEGUN = 1  # blocks that a cut conversion has finished

@@ -19,8 +19,9 @@ from moetier.tiers.errors import CheckpointError, ConfigError
 from moetier.tiers.layout import Bits
 from moetier.tiers.quant.codec import encode
 from moetier.tools.convert import conversion, encoder
-from moetier.tools.convert.conversion import Conversion, Options
+from moetier.tools.convert.conversion import Conversion
 from moetier.tools.convert.convert import convert
+from moetier.tools.convert.options import Options
 from moetier.tools.convert.plan import choose_matrices, trunk_form
 
 BF16 = torch.bfloat16
@@ -192,7 +193,7 @@ def test_weights_that_are_no_numbers_are_named(tmp_path: Path) -> None:
 
 def test_widths_that_no_kernel_has() -> None:
     for bits in (3, 2, 5):
-        with pytest.raises(ConfigError, match=f"A trunk of {bits} bits"):
+        with pytest.raises(ConfigError, match=f"`trunk_bits` is {bits}"):
             Options(trunk_bits=bits)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="nothing is quantised"):
         Options(bits=16, fast=True)
