@@ -32,10 +32,9 @@ ORDER = (
     {"runtime.model"},
     {"runtime.generation"},
     {"tools.cli"},
-    {"tools", "tools.chat", "tools.convert", "tools.serve", "tools.top", "tools.traces"},
+    {"tools", "tools.chat", "tools.convert", "tools.rates", "tools.serve", "tools.top", "tools.traces"},
     {"tools.quality", "tools.ray", "tools.synthetic"},
-    {"tools.bench"},
-    {"tools.plan"},
+    {"tools.bench", "tools.plan"},
     {"tools.doctor"},
     {"tools.commands"},
 )

@@ -23,8 +23,8 @@ from moetier.runtime.kernels.products.packed import PackedKernels
 from moetier.tiers.layout import RecordLayout
 from moetier.tiers.store.folder import read_manifest, store_folder
 from moetier.tools.bench.output import Spread, alternate
-from moetier.tools.bench.rates import KernelProbe, projection_bytes, random_records
 from moetier.tools.cli.report import table
+from moetier.tools.rates.products import KernelProbe, projection_bytes, random_records
 
 WAYS = {"both": (True, True), "codes": (True, False), "pairs": (False, True), "nothing": (False, False)}
 UNCACHED = 512 << 20  # bytes

@@ -21,11 +21,12 @@ from moetier.runtime.config import OPTIONS, Size, format_bytes
 from moetier.runtime.machine.threads import usable_cpus
 from moetier.runtime.options import COUNT
 from moetier.tools.bench.model import Work
-from moetier.tools.bench.output import Machine, Spread, add_bench_arguments, alternate, check_bench, report
+from moetier.tools.bench.output import Spread, add_bench_arguments, alternate, check_bench, report
 from moetier.tools.bench.sandbox import fresh
 from moetier.tools.bench.token_ids import add_token_arguments
 from moetier.tools.cli.arguments import add_option, size
 from moetier.tools.cli.parser import DIRECTORY, UsageError, directory
+from moetier.tools.rates.hardware import Machine
 
 EXAMPLES = ("python tests/measurements/peers.py ./mixtral-4bit --gguf mixtral-q4_0.gguf --limit 16GiB",)
 

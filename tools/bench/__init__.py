@@ -1,5 +1,4 @@
 """Benchmarks of this machine: disk, kernels, decoding, prefill and conversion, each beside its upper bound.
 
-``plan`` and ``doctor`` use ``bound``, ``disk``, ``output`` and ``rates``. The package imports ``cli``, ``traces``,
-``synthetic``, ``runtime`` and ``tiers``.
+Only ``commands`` uses it. The package imports ``cli``, ``rates``, ``traces``, ``synthetic``, ``runtime`` and ``tiers``.
 """

@@ -11,11 +11,11 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from moetier.tiers.cache.budget import Group, plan_groups
+from moetier.tiers.cache.budget import Group
 from moetier.tiers.cache.policies import DEFAULT_POLICY, POLICIES
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Manifest
-from moetier.tools.traces.simulation import SimulatedTier
+from moetier.tools.traces.simulation import SimulatedTier, groups_of
 
 Routing = Sequence[Sequence[Collection[int]]]  # [steps][blocks]: the experts that the routers choose
 
@@ -30,7 +30,7 @@ class Need:
 
 
 @dataclass(frozen=True, slots=True)
-class Rates:
+class BoundRates:
     """Rates of this machine, in bytes a second."""
 
     disk: float
@@ -48,7 +48,7 @@ class Bound:
     memory: float  # what ``kernels`` would be if only the rate of memory limited it
 
     @classmethod
-    def of(cls, need: Need, rates: Rates) -> Bound:
+    def of(cls, need: Need, rates: BoundRates) -> Bound:
         """Return the bound: the bytes of a step, divided by the rates at which they are read or multiplied with."""
         return cls(
             disk=need.missing / rates.disk,
@@ -86,14 +86,6 @@ def misses_of(routing: Routing, groups: Sequence[Group], policy: str = DEFAULT_P
         ]
         for step in routing
     ]
-
-
-def groups_of(manifest: Manifest, slots: Mapping[str, int]) -> list[Group]:
-    """Divide slots among blocks as the host tier does.
-
-    ``slots``: number of slots for each zarr array of the store; an array has the blocks whose records have one layout.
-    """
-    return [group for array, count in slots.items() for group in plan_groups(count, manifest.members[array])]
 
 
 def need_of(manifest: Manifest, routing: Routing, measured: int, slots: Mapping[str, int], trunk: float) -> Need:

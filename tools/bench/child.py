@@ -10,10 +10,13 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moetier.runtime.machine.memory import peak_bytes
 from moetier.tiers.errors import BudgetError, ConfigError, MoetierError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def idle(work: dict[str, Any]) -> dict[str, Any]:
@@ -39,11 +42,8 @@ def model(work: dict[str, Any]) -> dict[str, Any]:
         import torch
         import transformers
 
-        from moetier.runtime.generation.compat import CACHE
         from moetier.runtime.model.budgets import kv_cache_bytes
-        from moetier.runtime.model.context import longest_context
         from moetier.runtime.model.load import load
-        from moetier.runtime.moe.gates import Gates
 
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
@@ -51,58 +51,85 @@ def model(work: dict[str, Any]) -> dict[str, Any]:
         sequences = len(work["ids"])
         options = {"context": sum(map(len, work["ids"])), "prefill_chunk": sequences * max(work["pieces"])}
         options |= {"threads": work.get("threads")} | work.get("options", {})
-        found, _ = load(work["directory"], daemon=None, ram=work.get("ram"), **options)
+        loaded, _ = load(work["directory"], daemon=None, ram=work.get("ram"), **options)
         load_seconds = time.perf_counter() - began
-    ids = torch.tensor(work["ids"], device=found.device)  # [sequences, tokens]
+    ids = torch.tensor(work["ids"], device=loaded.device)  # [sequences, tokens]
+    with loaded.tiers, torch.inference_mode():
+        chunk = _chunk_of(loaded, ids, work["pieces"])
+        return {
+            "threads": torch.get_num_threads(),
+            "prefill_chunk": chunk,
+            "load_s": load_seconds,
+            **_feed(loaded, ids, chunk, work),
+            "slots": loaded.tiers.host.plan.slots_by_array,
+            "trunk_bytes": _trunk_bytes(loaded),
+            "kv_bytes": kv_cache_bytes(loaded.config, ids.shape[1], len(ids), loaded.dtype),
+            "peak_bytes": peak_bytes(),
+        }
+
+
+def _chunk_of(model: Any, ids: Tensor, pieces: list[int]) -> int:
+    """Return how many tokens of each sequence are computed together: memory may have no room for a whole piece.
+
+    ``ids``: [sequences, tokens]. Raises ConfigError if these exceed the model's context, BudgetError if the model can't
+    divide a piece for which memory has no room.
+    """
+    from moetier.runtime.model.context import longest_context
+
+    sequences, tokens = ids.shape
+    most = longest_context(model.config)
+    if most is not None and tokens > most:
+        raise ConfigError(
+            f"The run needs {tokens:,} tokens, but the model's maximum context is {most:,}.",
+            "Give less for --tokens, --prompt or --warm.",
+        )
+    chunk: int = max(model.tiers.prefill_chunk // sequences, 1)
+    if not model.tiers.prefill.resumes and chunk < max(pieces):
+        raise BudgetError(
+            f"Memory has no room to compute {sequences * max(pieces):,} tokens together, and this model can't divide "
+            "them.",
+            "Give less for --tokens, --prompt or --ram.",
+        )
+    return chunk
+
+
+def _feed(model: Any, ids: Tensor, chunk: int, work: dict[str, Any]) -> dict[str, Any]:
+    """Feed ``ids`` [sequences, tokens] to the model in the pieces of ``work``, ``chunk`` tokens at a time.
+
+    Return the seconds and the counters of the measured pieces, and the experts that each piece used.
+    """
+    import torch
+
+    from moetier.runtime.generation.compat import CACHE
+    from moetier.runtime.moe.gates import Gates
+
     used: list[list[list[int]]] = []
 
     def note(block: int, experts: Any, weights: Any) -> None:
         used[-1][block] = sorted({*used[-1][block], *experts.flatten().tolist()})
 
-    with found.tiers, torch.inference_mode():
-        most = longest_context(found.config)
-        if most is not None and ids.shape[1] > most:
-            raise ConfigError(
-                f"The run needs {ids.shape[1]:,} tokens, but the model's maximum context is {most:,}.",
-                "Give less for --tokens, --prompt or --warm.",
-            )
-        if work.get("record"):
-            Gates(found).observe(experts=note)
-        # memory may have no room for a whole piece
-        chunk = max(found.tiers.prefill_chunk // sequences, 1)
-        if not found.tiers.prefill.resumes and chunk < max(work["pieces"]):
-            raise BudgetError(
-                f"Memory has no room to compute {sequences * max(work['pieces']):,} tokens together, and this model "
-                "can't divide them.",
-                "Give less for --tokens, --prompt or --ram.",
-            )
-        seconds, cache, start, before = [], None, 0, found.tiers.host.stats()
-        for number, length in enumerate(work["pieces"]):
-            used.append([[] for _ in found.tiers.manifest.blocks])
-            if number == len(work["pieces"]) - work["measured"]:
-                before = found.tiers.host.stats()
-            began = time.perf_counter()
-            for part in torch.split(ids[:, start : start + length], chunk, 1):
-                output = found(part, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
-                cache = output.past_key_values
-            output.logits[:, -1].argmax(-1).tolist()  # waits for the device, as generation does
-            seconds.append(time.perf_counter() - began)
-            start += length
-        after = found.tiers.host.stats()
-        return {
-            "threads": torch.get_num_threads(),
-            "prefill_chunk": chunk,
-            "load_s": load_seconds,
-            "seconds": seconds[-work["measured"] :],
-            "hits": after.hits - before.hits,
-            "misses": after.misses - before.misses,
-            "bytes_read": after.bytes_in - before.bytes_in,
-            "slots": found.tiers.host.plan.slots_by_array,
-            "trunk_bytes": _trunk_bytes(found),
-            "kv_bytes": kv_cache_bytes(found.config, ids.shape[1], len(ids), found.dtype),
-            "peak_bytes": peak_bytes(),
-            "used": used,
-        }
+    if work.get("record"):
+        Gates(model).observe(experts=note)
+    seconds, cache, start, before = [], None, 0, model.tiers.host.stats()
+    for number, length in enumerate(work["pieces"]):
+        used.append([[] for _ in model.tiers.manifest.blocks])
+        if number == len(work["pieces"]) - work["measured"]:
+            before = model.tiers.host.stats()
+        began = time.perf_counter()
+        for part in torch.split(ids[:, start : start + length], chunk, 1):
+            output = model(part, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
+            cache = output.past_key_values
+        output.logits[:, -1].argmax(-1).tolist()  # waits for the device, as generation does
+        seconds.append(time.perf_counter() - began)
+        start += length
+    after = model.tiers.host.stats()
+    return {
+        "seconds": seconds[-work["measured"] :],
+        "hits": after.hits - before.hits,
+        "misses": after.misses - before.misses,
+        "bytes_read": after.bytes_in - before.bytes_in,
+        "used": used,
+    }
 
 
 def rates(work: dict[str, Any]) -> dict[str, Any]:
@@ -116,8 +143,7 @@ def rates(work: dict[str, Any]) -> dict[str, Any]:
     from moetier.runtime.kernels.choose import kernels_for
     from moetier.runtime.machine.threads import use_threads
     from moetier.runtime.stores.registry import read_manifest
-
-    from .rates import KernelProbe, memory_rate, random_records
+    from moetier.tools.rates.products import KernelProbe, memory_rate, random_records
 
     use_threads(work.get("threads"))
     memory, by = memory_rate(work["bytes"])

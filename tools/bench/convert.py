@@ -19,9 +19,10 @@ from moetier.tiers.errors import CheckpointError
 from moetier.tiers.layout import BITS
 from moetier.tools.cli.arguments import add_option
 from moetier.tools.cli.settings import without_settings
+from moetier.tools.rates.hardware import Machine
+from moetier.tools.rates.reads import NO_FIO, RandomReads, fio_version
 
-from .disk import NO_FIO, RandomReads, fio_version
-from .output import Machine, Spread, add_bench_arguments, alternate, check_bench, report
+from .output import Spread, add_bench_arguments, alternate, check_bench, report
 from .sandbox import drop_page_cache
 
 EXAMPLES = ("moetier bench convert ./Mixtral-8x7B-v0.1",)

@@ -14,9 +14,10 @@ from moetier.tiers.layout import BITS, Bits, Projection, RecordLayout
 from moetier.tools.cli.arguments import add_option
 from moetier.tools.cli.parser import UsageError, directory
 from moetier.tools.cli.report import format_seconds
+from moetier.tools.rates import products as rates
+from moetier.tools.rates.hardware import Machine
 
-from . import rates
-from .output import Machine, Spread, add_bench_arguments, alternate, check_bench, report
+from .output import Spread, add_bench_arguments, alternate, check_bench, report
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

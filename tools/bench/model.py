@@ -14,13 +14,15 @@ from moetier.runtime.machine.memory import machine_memory
 from moetier.tiers.cache.budget import slots_for, smallest_budget
 from moetier.tiers.errors import BudgetError
 from moetier.tiers.manifest import Manifest
+from moetier.tiers.source import LOADERS
 from moetier.tools.cli.arguments import add_option, size
 from moetier.tools.cli.parser import DIRECTORY, directory
+from moetier.tools.rates.hardware import Machine
+from moetier.tools.rates.products import UNCACHED_BYTES
+from moetier.tools.rates.reads import NO_FIO, RandomReads, fio_version
 
-from .bound import Bound, Rates, need_of, rows_of
-from .disk import NO_FIO, RandomReads, fio_version
-from .output import Machine, Spread, add_bench_arguments, alternate, check_bench, report
-from .rates import UNCACHED_BYTES
+from .bound import Bound, BoundRates, need_of, rows_of
+from .output import Spread, add_bench_arguments, alternate, check_bench, report
 from .sandbox import fresh
 from .token_ids import add_token_arguments, fixed_ids
 
@@ -84,7 +86,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Setting:
+class RunLimits:
     """Memory limits of one run."""
 
     limit: int | None  # of the run's control group, in bytes; None for no limit
@@ -106,24 +108,24 @@ class Floor:
         """Bytes that a process takes without any records."""
         return self.idle_bytes + self.trunk_bytes + self.kv_bytes
 
-    def check(self, settings: Sequence[Setting]) -> None:
+    def check(self, several: Sequence[RunLimits]) -> None:
         """Raise BudgetError if a limit leaves no room for the experts that one token needs in a block."""
         least = self.resident_bytes + smallest_budget(self.manifest)
-        if any(setting.limit is not None and setting.limit < least for setting in settings):
+        if any(limits.limit is not None and limits.limit < least for limits in several):
             raise BudgetError(
                 "An idle process, the trunk, the context and the experts that a token uses in a block take "
                 f"{format_bytes(least)}.",
                 f"Give a --limit of {least} bytes or more.",
             )
 
-    def slots(self, setting: Setting, used: Mapping[str, int]) -> Mapping[str, int]:
+    def slots(self, limits: RunLimits, used: Mapping[str, int]) -> Mapping[str, int]:
         """Return how many slots the limit allows beside the trunk, the context and an idle process, by zarr array.
 
         If there is no limit, return ``used``, the slots that the run had.
         """
-        if setting.limit is None:
+        if limits.limit is None:
             return used
-        return slots_for(self.manifest, setting.limit - self.resident_bytes)
+        return slots_for(self.manifest, limits.limit - self.resident_bytes)
 
 
 def measure(arguments: argparse.Namespace, work: Work) -> int:
@@ -134,11 +136,10 @@ def measure(arguments: argparse.Namespace, work: Work) -> int:
     """
     from moetier.runtime.checkpoint.containers import container_of
     from moetier.runtime.stores.registry import read_manifest
-    from moetier.tiers.source import LOADERS
 
     check_bench(arguments)
-    settings = [
-        Setting(None if limit is None else Size.parse(limit).of(machine_memory()), ram)
+    several = [
+        RunLimits(None if limit is None else Size.parse(limit).of(machine_memory()), ram)
         for limit in arguments.limit or [None]
         for ram in arguments.ram or [None]
     ]
@@ -152,49 +153,23 @@ def measure(arguments: argparse.Namespace, work: Work) -> int:
     idle = fresh(child | {"work": "idle"})
     seen = fresh(feed | {"record": True}, files=files)
     floor = Floor(manifest, seen["used"], seen["trunk_bytes"], seen["kv_bytes"], idle["peak_bytes"])
-    floor.check(settings)
-    rows = rows_of(manifest, floor.routing, work.measured, work.step_tokens)
-    reads, depth = RandomReads.of_records(folder), LOADERS
-    products = child | {"work": "rates", "rows": sorted({rows, work.step_tokens})}
-    products |= {"seconds": KERNEL_SECONDS, "bytes": UNCACHED_BYTES}
-    ways: dict[Setting | str, Any] = {
-        "disk": partial(reads.rate, depth, DISK_SECONDS),
-        "rates": partial(fresh, products),
-    }
-    for setting in settings:
-        ways[setting] = partial(fresh, feed | {"ram": setting.ram}, limit=setting.limit, files=files)
+    floor.check(several)
+    rated = Rated(RandomReads.of_records(folder), rows_of(manifest, floor.routing, work.measured, work.step_tokens))
+    ways: dict[RunLimits | str, Any] = rated.ways(child, work)
+    for limits in several:
+        ways[limits] = partial(fresh, feed | {"ram": limits.ram}, limit=limits.limit, files=files)
     found = alternate(arguments.rounds, ways)
-    page_cache = found[settings[0]][-1]["page_cache"]
+    page_cache = found[several[0]][-1]["page_cache"]
 
-    disk = Spread.of(found["disk"])
-    experts = Spread.of(rate["kernels"][str(rows)] for rate in found["rates"])
-    trunk = Spread.of(rate["kernels"][str(work.step_tokens)] for rate in found["rates"])
-    memory = Spread.of(rate["memory"] for rate in found["rates"])
-    rates = Rates(disk.median, experts.median, trunk.median, memory.median)
-    results = [result_of(setting, found[setting], work, floor, rates) for setting in settings]
-    notes = [
-        f"disk     {disk.text(GB)} GB/s, random records of {format_bytes(reads.block_bytes)}, {depth} in flight, "
-        f"by {reads.by}",
-        f"kernels  {experts.text(GB)} GB/s of records with {rows} rows an expert; memory {memory.text(GB)} GB/s by "
-        f"{found['rates'][-1]['memory_by']}",
-        f"tokens   {work.source}; page cache {page_cache}",
-        *([] if fio else [NO_FIO]),
-    ]
+    rates, rates_json, notes = rated.summary(found["disk"], found["rates"], work)
+    results = [result_of(limits, found[limits], work, floor, rates) for limits in several]
     return report(
         arguments,
         Machine.here(threads=seen["threads"], place=folder, fio=fio),
         [list(TABLE), *map(_row, results)],
         results,
-        notes=notes,
-        rates={
-            "disk_bytes_per_s": disk.to_json(),
-            "disk_by": reads.by,
-            "disk_depth": depth,
-            "experts_bytes_per_s": experts.to_json(),
-            "experts_rows": rows,
-            "trunk_bytes_per_s": trunk.to_json(),
-            "memory_bytes_per_s": memory.to_json(),
-        },
+        notes=[*notes, f"tokens   {work.source}; page cache {page_cache}", *([] if fio else [NO_FIO])],
+        rates=rates_json,
         tokens={
             "source": work.source,
             "sequences": len(work.ids),
@@ -209,22 +184,65 @@ def measure(arguments: argparse.Namespace, work: Work) -> int:
     )
 
 
-def result_of(setting: Setting, runs: list[dict[str, Any]], work: Work, floor: Floor, rates: Rates) -> dict[str, Any]:
-    """Return the result of one setting as JSON, in bytes and seconds. ``runs``: results of ``child.model``, by round.
+@dataclass(frozen=True)
+class Rated:
+    """Rates that are measured beside a model: of its disk, and of products with its records."""
 
-    A step is one of the timed pieces of ``work``.
+    reads: RandomReads
+    rows: int  # of a product with an expert, on average
+
+    def ways(self, child: dict[str, Any], work: Work) -> dict[Any, Any]:
+        """Return the measurements, by name: functions without parameters. ``child``: input of a fresh process."""
+        products = child | {"work": "rates", "rows": sorted({self.rows, work.step_tokens})}
+        products |= {"seconds": KERNEL_SECONDS, "bytes": UNCACHED_BYTES}
+        return {"disk": partial(self.reads.rate, LOADERS, DISK_SECONDS), "rates": partial(fresh, products)}
+
+    def summary(
+        self, disks: list[float], products: list[dict[str, Any]], work: Work
+    ) -> tuple[BoundRates, dict[str, Any], list[str]]:
+        """Return the median rates, the rates as JSON, and notes about them.
+
+        ``disks`` and ``products``: results of the measurements, by round.
+        """
+        disk, memory = Spread.of(disks), Spread.of(rate["memory"] for rate in products)
+        experts = Spread.of(rate["kernels"][str(self.rows)] for rate in products)
+        trunk = Spread.of(rate["kernels"][str(work.step_tokens)] for rate in products)
+        rates_json = {
+            "disk_bytes_per_s": disk.to_json(),
+            "disk_by": self.reads.by,
+            "disk_depth": LOADERS,
+            "experts_bytes_per_s": experts.to_json(),
+            "experts_rows": self.rows,
+            "trunk_bytes_per_s": trunk.to_json(),
+            "memory_bytes_per_s": memory.to_json(),
+        }
+        notes = [
+            f"disk     {disk.text(GB)} GB/s, random records of {format_bytes(self.reads.block_bytes)}, {LOADERS} in "
+            f"flight, by {self.reads.by}",
+            f"kernels  {experts.text(GB)} GB/s of records with {self.rows} rows an expert; memory {memory.text(GB)} "
+            f"GB/s by {products[-1]['memory_by']}",
+        ]
+        return BoundRates(disk.median, experts.median, trunk.median, memory.median), rates_json, notes
+
+
+def result_of(
+    limits: RunLimits, runs: list[dict[str, Any]], work: Work, floor: Floor, rates: BoundRates
+) -> dict[str, Any]:
+    """Return the result of the runs with ``limits`` as JSON, in bytes and seconds.
+
+    ``runs``: results of ``child.model``, by round. A step is one of the timed pieces of ``work``.
     """
     tokens = work.measured * work.step_tokens
     speed = Spread.of(tokens / sum(run["seconds"]) for run in runs)
     steps = Spread.of(second for run in runs for second in run["seconds"])
     used = runs[0]["slots"]
-    permitted = floor.slots(setting, used)
+    permitted = floor.slots(limits, used)
     need = need_of(floor.manifest, floor.routing, work.measured, permitted, floor.trunk_bytes)
     bound = Bound.of(need, rates)
     attainable = work.step_tokens / bound.seconds
     return {
-        "limit_bytes": setting.limit,
-        "ram": setting.ram,
+        "limit_bytes": limits.limit,
+        "ram": limits.ram,
         "slots": sum(used.values()),
         "permitted_slots": sum(permitted.values()),
         "records": floor.manifest.record_count,
@@ -239,7 +257,7 @@ def result_of(setting: Setting, runs: list[dict[str, Any]], work: Work, floor: F
         "need_bytes": {"missing": need.missing, "experts": need.experts, "trunk": need.trunk},
         "load_s": Spread.of(run["load_s"] for run in runs).to_json(),
         "peak_bytes": max(run["peak_bytes"] for run in runs),
-        "group_peak_bytes": None if setting.limit is None else max(run["group_peak_bytes"] for run in runs),
+        "group_peak_bytes": None if limits.limit is None else max(run["group_peak_bytes"] for run in runs),
     }
 
 

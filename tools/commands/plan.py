@@ -168,7 +168,7 @@ def plan(
         from moetier.tools.plan.choices import open_choices
         from moetier.tools.plan.cold import cold_start
         from moetier.tools.plan.estimate import estimate
-        from moetier.tools.plan.fit import Room, by_preference, fit_of, impossible
+        from moetier.tools.plan.fit import MachineRoom, by_preference, fit_of, impossible
         from moetier.tools.plan.speeds import Speeds
 
     transformers.utils.logging.set_verbosity_error()
@@ -180,7 +180,7 @@ def plan(
             "On a CPU there is no device memory: the CPU computes with the experts in host memory.",
             "Give --ram without --device-memory.",
         )
-    room = Room.here(device_place, place, memory_for_model(), resident_bytes())
+    room = MachineRoom.here(device_place, place, memory_for_model(), resident_bytes())
     model_choices = open_choices(source)
     chosen = model_choices.chosen(bits, trunk_bits)
     if context is None:

@@ -159,12 +159,12 @@ def _defaults(arguments: argparse.Namespace) -> argparse.Namespace:
 
 def to_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Return the rows as JSON, each with its rank and the change of its perplexity from the first row."""
-    from moetier.tools.quality.quality import Change, ranks
+    from moetier.tools.quality.quality import PerplexityChange, ranks
 
     places = ranks([row.loss for row in rows])
     found = []
     for number, row in enumerate(rows):
-        change = Change.of(row.loss, rows[0].loss)
+        change = PerplexityChange.of(row.loss, rows[0].loss)
         errors = {"change": change.relative, "change_error": change.relative_error}
         found.append(row.to_json() | errors | {"rank": places[number] if places else None})
     return found
@@ -172,7 +172,7 @@ def to_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 def report(rows: Sequence[Row]) -> str:
     """Return the rows as a table: perplexity of all texts, its change from the first row, rank, perplexity of each."""
-    from moetier.tools.quality.quality import LEAST_WINDOWS, Change, ranks
+    from moetier.tools.quality.quality import LEAST_WINDOWS, PerplexityChange, ranks
 
     names = list(rows[0].losses)
     places = ranks([row.loss for row in rows])
@@ -180,7 +180,7 @@ def report(rows: Sequence[Row]) -> str:
     head = ["bits", *(["trunk"] * trunk), "group", "pairs", "method", "experts", "bits/weight", "error"]
     lines = [[*head, "perplexity", "change", *(["rank"] if places else []), *names]]
     for number, row in enumerate(rows):
-        change = Change.of(row.loss, rows[0].loss)
+        change = PerplexityChange.of(row.loss, rows[0].loss)
         error = "" if change.relative_error is None else f" ± {change.relative_error:.2%}".removesuffix("%")
         lines.append(
             [

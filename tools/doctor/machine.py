@@ -151,7 +151,7 @@ def configuration() -> Iterator[Finding]:
 
 def processor() -> Iterator[Finding]:
     """Report the CPU and the cores that this process may use."""
-    from moetier.tools.bench.output import Machine
+    from moetier.tools.rates.hardware import Machine
 
     here, usable = Machine.here(), usable_cpus()
     quota = f", of which a control group's quota allows {usable}" if usable < here.cores else ""

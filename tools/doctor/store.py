@@ -59,13 +59,13 @@ def _fit(directory: Path, left: Available) -> tuple[Fit, int]:
         from moetier.runtime.kernels.choose import kernels_for
         from moetier.runtime.model.load import place_of
         from moetier.tools.plan.choices import open_choices
-        from moetier.tools.plan.fit import Room, fit_of
+        from moetier.tools.plan.fit import MachineRoom, fit_of
 
         device = torch.device(place_of("auto"))
         model_choices = open_choices(directory)
     config = TierConfig.of(context=model_choices.context, prefill_chunk=PREFILL_CHUNK)
     choice = next((each for each in model_choices.choices if each.as_it_is), model_choices.choices[0])
-    room = Room.here(device, directory, left, 0)
+    room = MachineRoom.here(device, directory, left, 0)
     return fit_of(model_choices, choice, config, room, kernels_for(device)), config.context
 
 
@@ -143,8 +143,8 @@ def disk(directory: Path | None, seconds: float, root: Path = Path("/")) -> Iter
     """
     from moetier.tiers.errors import TargetError
     from moetier.tiers.source import LOADERS
-    from moetier.tools.bench.disk import RandomReads
-    from moetier.tools.bench.output import place_of
+    from moetier.tools.rates.hardware import place_of
+    from moetier.tools.rates.reads import RandomReads
 
     place = directory if directory is not None else Path.cwd()
     other = "Name a model directory (moetier doctor DIR), or run the command in another folder."

@@ -1,5 +1,5 @@
 """Estimates for ``moetier plan``: a model's sizes, memory and speed on this machine, before its weights are downloaded.
 
-Others use ``choices``, ``cold``, ``fit``, ``speeds`` and ``estimate``. The package imports ``bench``, ``cli``,
-``convert``, ``runtime`` and ``tiers``.
+Others use ``choices``, ``cold``, ``fit``, ``speeds`` and ``estimate``. The package imports ``cli``, ``convert``,
+``rates``, ``traces``, ``runtime`` and ``tiers``.
 """

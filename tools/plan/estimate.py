@@ -24,12 +24,12 @@ import numpy as np
 from moetier.runtime.model.names import tag_of
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.store.checksum import PIECE_BYTES
-from moetier.tools.bench.bound import groups_of
 from moetier.tools.cli.failure import as_options
+from moetier.tools.traces.simulation import groups_of
 
 from .choices import Choice, ModelChoices
-from .fit import Fit, Room, memory_of
-from .speeds import Rates, Speeds
+from .fit import Fit, MachineRoom, memory_of
+from .speeds import MachineRates, Speeds
 
 FILE = "hit_curves.json"
 
@@ -145,7 +145,7 @@ class Caching:
         return sum(k * hit for k, hit in zip(wanted, self.hit_ratios, strict=True)) / sum(wanted)
 
 
-def token_cost(choice: Choice, caching: Caching, rates: Rates, cache_bytes: int) -> tuple[Cost, float]:
+def token_cost(choice: Choice, caching: Caching, rates: MachineRates, cache_bytes: int) -> tuple[Cost, float]:
     """Return the cost of decoding a token, and the bytes that it reads from the disk.
 
     ``cache_bytes``: size of the keys and values of its context.
@@ -170,7 +170,7 @@ def token_cost(choice: Choice, caching: Caching, rates: Rates, cache_bytes: int)
     ), missing
 
 
-def prompt_cost(choice: Choice, caching: Caching, rates: Rates) -> Cost:
+def prompt_cost(choice: Choice, caching: Caching, rates: MachineRates) -> Cost:
     """Return the cost of a process's first prompt, which has PROMPT_TOKENS tokens.
 
     No record is cached, and all tokens are computed together. They are assumed to choose experts evenly.
@@ -189,7 +189,7 @@ def prompt_cost(choice: Choice, caching: Caching, rates: Rates) -> Cost:
     return Cost(disk, kernels, overhead, memory, overlaps=True)
 
 
-def _trunk_cost(choice: Choice, rates: Rates, rows: float) -> tuple[int, float]:
+def _trunk_cost(choice: Choice, rates: MachineRates, rows: float) -> tuple[int, float]:
     """Return how many bytes of the trunk are multiplied with, and how many seconds this takes with ``rows`` rows."""
     plain, records = choice.plain_bytes, sum(layout.payload_bytes for layout in choice.matrices)
     seconds = max(plain / rates.plain, plain * rows / rates.many_rows[16])
@@ -202,7 +202,7 @@ def estimate(
     model_choices: ModelChoices,
     fits: Sequence[Fit],
     best: Fit,
-    room: Room,
+    room: MachineRoom,
     speeds: Speeds,
     *,
     context: int,
@@ -239,7 +239,7 @@ def estimate(
     }
 
 
-def _machine(room: Room, speeds: Speeds) -> dict[str, Any]:
+def _machine(room: MachineRoom, speeds: Speeds) -> dict[str, Any]:
     return {
         "memory_bytes": room.host.bytes,
         "memory_limiter": room.host.limiter,
@@ -256,7 +256,7 @@ def _machine(room: Room, speeds: Speeds) -> dict[str, Any]:
     }
 
 
-def _choice(model_choices: ModelChoices, fit: Fit, room: Room, speeds: Speeds) -> dict[str, Any]:
+def _choice(model_choices: ModelChoices, fit: Fit, room: MachineRoom, speeds: Speeds) -> dict[str, Any]:
     choice = fit.choice
     found: dict[str, Any] = {
         "bits": choice.bits,

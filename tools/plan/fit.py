@@ -33,7 +33,7 @@ LEAST_CONTEXT = 256  # shortest context, in tokens, that is tried if a longer on
 
 
 @dataclass(frozen=True)
-class Room:
+class MachineRoom:
     """Free memory and disk of this machine, for a process that has already imported what a model needs."""
 
     host: Available
@@ -44,7 +44,7 @@ class Room:
     into: Path  # folder in which the model directory will be
 
     @classmethod
-    def here(cls, device: torch.device, into: Path, host: Available, idle_bytes: int) -> Room:
+    def here(cls, device: torch.device, into: Path, host: Available, idle_bytes: int) -> MachineRoom:
         """Measure the free memory of ``device``, if it is a GPU, and the free disk space of ``into``.
 
         ``host``: free memory of the host; ``idle_bytes``: memory of a process that has imported what a model needs.
@@ -87,7 +87,7 @@ class Fit:
         return self.works and self.slot_count < sum(block.top_k for block in self.choice.manifest.blocks)
 
 
-def fit_of(model_choices: ModelChoices, choice: Choice, config: TierConfig, room: Room, kernels: Kernels) -> Fit:
+def fit_of(model_choices: ModelChoices, choice: Choice, config: TierConfig, room: MachineRoom, kernels: Kernels) -> Fit:
     """Compute the slots and memory of a choice, with the budgets that loading it would use.
 
     ``config``: the options that were given; ``kernels``: the kernels of ``room.device``. If disk or memory is too
@@ -121,7 +121,7 @@ def fit_of(model_choices: ModelChoices, choice: Choice, config: TierConfig, room
     return Fit(choice, needs, slots, device_slots, arena, problem)
 
 
-def _disk_problem(model_choices: ModelChoices, choice: Choice, room: Room) -> MoetierError | None:
+def _disk_problem(model_choices: ModelChoices, choice: Choice, room: MachineRoom) -> MoetierError | None:
     headers = model_choices.headers
     if headers is None or choice.as_it_is:
         return None
@@ -138,7 +138,7 @@ def _disk_problem(model_choices: ModelChoices, choice: Choice, room: Room) -> Mo
 
 
 def _memory_problem(
-    error: BudgetError, choice: Choice, needs: Needs, config: TierConfig, there: Available, room: Room
+    error: BudgetError, choice: Choice, needs: Needs, config: TierConfig, there: Available, room: MachineRoom
 ) -> BudgetError:
     """Return a BudgetError that counts all memory that is needed; ``error`` does not count the trunk.
 
@@ -205,7 +205,7 @@ def impossible(asked: Sequence[Fit], evaluate: Callable[[TierConfig], list[Fit]]
         tried = replace(tried, context=max(tried.context // 2, LEAST_CONTEXT))
 
 
-def memory_of(fit: Fit, room: Room) -> dict[str, Any]:
+def memory_of(fit: Fit, room: MachineRoom) -> dict[str, Any]:
     """Return the memory of a process that runs ``fit``, in bytes by part, once its context and its slots are full."""
     on_cpu = room.device.type == "cpu"
     parts = {

@@ -13,8 +13,7 @@ from moetier.tiers.layout import ROW_TILE, Bits, RecordLayout
 from moetier.tiers.source import LOADERS
 from moetier.tiers.store.checksum import PIECE_BYTES
 from moetier.tiers.store.folder import GROUP, is_cache
-from moetier.tools.bench.disk import RandomReads
-from moetier.tools.bench.rates import (
+from moetier.tools.rates.products import (
     TIMES,
     UNCACHED_BYTES,
     KernelProbe,
@@ -23,9 +22,10 @@ from moetier.tools.bench.rates import (
     memory_rate,
     random_records,
 )
+from moetier.tools.rates.reads import RandomReads
 
 from .choices import Choice, ModelChoices
-from .fit import Room
+from .fit import MachineRoom
 
 GB = 1e9
 DISK_SECONDS = 2.0  # of random reads; during the first half, one read is in flight
@@ -55,7 +55,7 @@ class DiskRate:
 
 
 @dataclass(frozen=True, slots=True)
-class Rates:
+class MachineRates:
     """Rates of this machine."""
 
     disk: DiskRate
@@ -70,7 +70,7 @@ class Rates:
         return max(nbytes / self.one_row[bits], nbytes * rows / self.many_rows[bits])
 
     @classmethod
-    def measure(cls, disk: DiskRate, choices: Sequence[Choice], room: Room) -> Rates:
+    def measure(cls, disk: DiskRate, choices: Sequence[Choice], room: MachineRoom) -> MachineRates:
         """Measure all rates on the CPU except that of the disk, which is given.
 
         Products use matrices of the experts' shapes, with all numbers of bits of the experts and trunks in ``choices``.
@@ -102,26 +102,26 @@ class Speeds:
 
     disk: DiskRate
     disk_by: str  # a text that says how the disk was measured
-    rates: Rates | None
+    rates: MachineRates | None
     quantising: Mapping[Bits, float]  # weights a second of one worker, by bits
     workers: int  # of a conversion
 
     @classmethod
     def measure(
-        cls, model_choices: ModelChoices, choices: Sequence[Choice], room: Room, disk: float | None, workers: int
+        cls, model_choices: ModelChoices, choices: Sequence[Choice], room: MachineRoom, disk: float | None, workers: int
     ) -> Speeds:
         """Measure all speeds, for a few seconds. ``disk``: the disk's rate in GB/s; None to measure it."""
         if disk is None:
             rate, by = _disk_rate(model_choices, choices, room)
         else:
             rate, by = DiskRate(disk * GB, disk * GB, LOADERS), "given"
-        rates = Rates.measure(rate, choices, room) if room.device.type == "cpu" else None
+        rates = MachineRates.measure(rate, choices, room) if room.device.type == "cpu" else None
         made = choices if model_choices.headers is not None else ()
         widths = {bits for choice in made for bits in (choice.bits, choice.trunk_bits)} - {16}
         return cls(rate, by, rates, quantising_rates(sorted(widths)), workers)
 
 
-def _disk_rate(model_choices: ModelChoices, choices: Sequence[Choice], room: Room) -> tuple[DiskRate, str]:
+def _disk_rate(model_choices: ModelChoices, choices: Sequence[Choice], room: MachineRoom) -> tuple[DiskRate, str]:
     """Measure the disk. Return its rate, and a text that says how it was measured.
 
     It reads records of a model directory. For a checkpoint, it reads the checkpoint's files if they are on the disk of

@@ -141,14 +141,14 @@ class Loss:
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class PerplexityChange:
     """Change of the logarithm of a perplexity, and its standard error, which is None if only one window was read."""
 
     log: float
     log_error: float | None
 
     @classmethod
-    def of(cls, found: Loss, base: Loss) -> Change:
+    def of(cls, found: Loss, base: Loss) -> PerplexityChange:
         """Return the change from ``base`` to ``found``, which were measured on the same windows.
 
         Windows are compared in pairs, so that a window that is hard to predict for both does not add to the error.
@@ -185,7 +185,7 @@ def ranks(losses: Sequence[Loss]) -> list[tuple[int, int]] | None:
     """
     if len(losses) < 2 or len(losses[0].windows) < LEAST_WINDOWS:
         return None
-    clear = [[change.log if (change := Change.of(a, b)).is_clear else 0.0 for b in losses] for a in losses]
+    clear = [[change.log if (change := PerplexityChange.of(a, b)).is_clear else 0.0 for b in losses] for a in losses]
     return [(1 + sum(log > 0 for log in changes), len(losses) - sum(log < 0 for log in changes)) for changes in clear]
 
 

@@ -186,7 +186,7 @@ TRACED = 1024  # number of token ids, the first of the file, with which hit rati
 
 
 @dataclass(frozen=True)
-class Routing:
+class RoutingModel:
     """Parameters of a geometry's routing, and the hit ratios that it should have."""
 
     share: float  # fraction of an embedding's variance that all tokens of its topic have in common
@@ -197,11 +197,11 @@ class Routing:
 
 MIXTRAL = {1: 0.166, 2: 0.327, 3: 0.453, 4: 0.574, 5: 0.689, 6: 0.799, 7: 0.902, 8: 0.995}
 ROUTINGS = {
-    "mixtral-4L": Routing(0.05, 0.85, "Mixtral-8x7B-Instruct", MIXTRAL),
-    "qwen3-8L": Routing(0.8, 0.96, "Qwen3-30B-A3B", {8: 0.428, 16: 0.611, 32: 0.807, 64: 0.912}),
+    "mixtral-4L": RoutingModel(0.05, 0.85, "Mixtral-8x7B-Instruct", MIXTRAL),
+    "qwen3-8L": RoutingModel(0.8, 0.96, "Qwen3-30B-A3B", {8: 0.428, 16: 0.611, 32: 0.807, 64: 0.912}),
     # no trace exists for these two: their curves are Qwen3's, at the same multiples of the experts that a token uses
-    "fine-4L": Routing(0.8, 0.97, "as Qwen3-30B-A3B", {10: 0.428, 20: 0.611, 40: 0.807, 80: 0.912}),
-    "gpt-oss-20b": Routing(0.8, 0.96, "as Qwen3-30B-A3B", {4: 0.428, 8: 0.611, 16: 0.807}),
+    "fine-4L": RoutingModel(0.8, 0.97, "as Qwen3-30B-A3B", {10: 0.428, 20: 0.611, 40: 0.807, 80: 0.912}),
+    "gpt-oss-20b": RoutingModel(0.8, 0.96, "as Qwen3-30B-A3B", {4: 0.428, 8: 0.611, 16: 0.807}),
 }
 ROUTINGS["qwen3-30b-a3b"] = ROUTINGS["qwen3-8L"]
 

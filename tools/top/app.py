@@ -25,7 +25,7 @@ from . import widgets
 from .heat import heatmap
 from .history import History, ModelHistory
 from .watch import Look, Watch
-from .widgets import Choice, Help, Part
+from .widgets import DaemonPicker, Help, Panel
 
 INTERVALS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)  # seconds
 TERMINATED = 128 + signal.SIGTERM
@@ -67,8 +67,8 @@ class Top(App[None]):
     #away { height: auto; padding: 0 1; background: $error-darken-2; color: $text; display: none; }
     #away.shown { display: block; }
     #columns { height: 1fr; }
-    Part { border: round $surface-lighten-2; border-title-color: $text-muted; padding: 0 1; height: auto; }
-    Part:focus { border: round $accent; border-title-color: $accent; background-tint: $foreground 0%; }
+    Panel { border: round $surface-lighten-2; border-title-color: $text-muted; padding: 0 1; height: auto; }
+    Panel:focus { border: round $accent; border-title-color: $accent; background-tint: $foreground 0%; }
     .-narrow #columns { layout: vertical; overflow-y: auto; }
     .-narrow #left, .-narrow #experts { height: auto; width: 100%; }
     .-wide #left { width: 50%; min-width: 72; max-width: 88; overflow-y: auto; }
@@ -92,7 +92,7 @@ class Top(App[None]):
         # kept in attributes: a message may come while the screen is being removed, when queries no longer find widgets
         self._heading = Static(id="head")
         self._away = Static(id="away")
-        self._parts = {name: Part(name) for name in ("tiers", "history", "prefetches", "clients", "experts")}
+        self._parts = {name: Panel(name) for name in ("tiers", "history", "prefetches", "clients", "experts")}
 
     def compose(self) -> ComposeResult:
         """Yield the heading, the parts in columns and the footer."""
@@ -108,7 +108,7 @@ class Top(App[None]):
         """Handle SIGTERM, and start to watch the daemon, or let the user choose one."""
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self._terminate)
         if self._address is None:
-            self.push_screen(Choice(self._found))
+            self.push_screen(DaemonPicker(self._found))
         else:
             self._begin(self._address)
 
@@ -116,7 +116,7 @@ class Top(App[None]):
         """End the watch."""
         self._watch.end()
 
-    def on_choice_made(self, made: Choice.Made) -> None:
+    def on_daemon_picker_made(self, made: DaemonPicker.Made) -> None:
         """Start to watch the chosen daemon."""
         self.pop_screen()
         self._begin(made.address)
@@ -223,7 +223,7 @@ class Top(App[None]):
         )
 
 
-def _width(part: Part) -> int:
+def _width(part: Panel) -> int:
     return part.scrollable_content_region.width
 
 

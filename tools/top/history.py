@@ -13,7 +13,7 @@ HALF_LIFE = 30.0  # seconds after which a use counts half in ``lately``
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class CounterRates:
     """Change of one model's counters between two queries. All values but ``hit_ratio`` are per second."""
 
     hits: float
@@ -50,12 +50,12 @@ class ModelHistory:
 
     stats: ModelStats
     details: Details
-    changes: deque[Change] = field(default_factory=lambda: deque(maxlen=KEPT))
+    changes: deque[CounterRates] = field(default_factory=lambda: deque(maxlen=KEPT))
     rates: dict[int, tuple[float, float]] = field(default_factory=dict)  # client's number -> (hits, misses) per second
     lately: list[list[float]] = field(default_factory=list)
 
     @property
-    def last(self) -> Change | None:
+    def last(self) -> CounterRates | None:
         """Latest change, or None if there is none yet."""
         return self.changes[-1] if self.changes else None
 
@@ -125,9 +125,9 @@ def _counters(stats: ModelStats, details: Details) -> list[float]:
     return [*counted, stats.fetches, stats.fetched_bytes, *uses]
 
 
-def _change(before: ModelStats, now: ModelStats, seconds: float) -> Change:
+def _change(before: ModelStats, now: ModelStats, seconds: float) -> CounterRates:
     was, host = before.host, now.host
-    return Change(
+    return CounterRates(
         hits=(host.hits - was.hits) / seconds,
         misses=(host.misses - was.misses) / seconds,
         reads=max(reads_of(host) - reads_of(was), 0) / seconds,  # unlike a counter, such a sum may fall

@@ -49,7 +49,7 @@ client are records that it found in the daemon's memory by itself;
 misses are records that it asked for."""
 
 
-class Part(VerticalScroll, can_focus=True):
+class Panel(VerticalScroll, can_focus=True):
     """Part of the screen, with a border and a title."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -94,7 +94,7 @@ class Help(ModalScreen[None]):
         self.dismiss()
 
 
-class Choice(Screen[None]):
+class DaemonPicker(Screen[None]):
     """Screen on which the user chooses one of several daemons."""
 
     class Made(Message):

@@ -11,18 +11,19 @@ from math import inf
 import numpy as np
 
 from moetier.runtime.trace.trace import NONE, Trace
-from moetier.tiers.cache.budget import Group
+from moetier.tiers.cache.budget import Group, plan_groups
 from moetier.tiers.cache.policies import DEFAULT_POLICY, POLICIES, Policy
 from moetier.tiers.cache.pool import SlotPool
 from moetier.tiers.host.warmup import HotSet
 from moetier.tiers.layout import ExpertKey
+from moetier.tiers.manifest import Manifest
 
 SIMULATED = (*POLICIES, "learned", "belady")  # the policies of real tiers, and two for comparison
 AHEAD = 8  # loads that a host tier of four loaders has in flight for one caller
 
 
 @dataclass(frozen=True, slots=True)
-class Demand:
+class SimulatedDemand:
     """Experts that one forward pass needs in one block, for a whole prompt or for one token."""
 
     keys: tuple[ExpertKey, ...]  # ascending, the order in which the model demands them
@@ -186,12 +187,20 @@ class SimulatedTier:
         return slot
 
 
-def demands_of(trace: Trace, sequence: int, block: int) -> list[Demand]:
+def groups_of(manifest: Manifest, slots: Mapping[str, int]) -> list[Group]:
+    """Divide slots among blocks as the host tier does.
+
+    ``slots``: number of slots for each zarr array of the store; an array has the blocks whose records have one layout.
+    """
+    return [group for array, count in slots.items() for group in plan_groups(count, manifest.members[array])]
+
+
+def demands_of(trace: Trace, sequence: int, block: int) -> list[SimulatedDemand]:
     """Return the demands of a sequence on a block, in order; a prompt is one demand."""
     span = trace.sequences[sequence]
     prompt = trace.n_prefill[sequence] if trace.n_prefill else 0
-    found = [Demand(_keys(block, trace.experts[span.start : span.start + prompt, block]), is_prompt=True)]
-    found += [Demand(_keys(block, trace.experts[token, block]), is_prompt=False) for token in span[prompt:]]
+    found = [SimulatedDemand(_keys(block, trace.experts[span.start : span.start + prompt, block]), is_prompt=True)]
+    found += [SimulatedDemand(_keys(block, trace.experts[token, block]), is_prompt=False) for token in span[prompt:]]
     return [demand for demand in found if demand.keys]
 
 
@@ -230,7 +239,7 @@ def simulate(trace: Trace, policy: str, slots: int, *, device_slots: int = 0) ->
     return Outcome(policy, slots, tokens, decoding, prompts, device, preloads)
 
 
-def _missed(tier: SimulatedTier, demands: Sequence[Demand], count: Count) -> list[Demand]:
+def _missed(tier: SimulatedTier, demands: Sequence[SimulatedDemand], count: Count) -> list[SimulatedDemand]:
     """Apply ``demands`` to ``tier``, and return its misses, which are the demands on the tier below.
 
     The hits and lookups in decoding are added to ``count``.
@@ -241,11 +250,11 @@ def _missed(tier: SimulatedTier, demands: Sequence[Demand], count: Count) -> lis
         if not demand.is_prompt:
             count.add(demand.keys, missing)
         if missing:
-            below.append(Demand(tuple(missing), demand.is_prompt))
+            below.append(SimulatedDemand(tuple(missing), demand.is_prompt))
     return below
 
 
-def _foresee(block: int, quota: int, demands: Sequence[Demand]) -> list[list[ExpertKey]]:
+def _foresee(block: int, quota: int, demands: Sequence[SimulatedDemand]) -> list[list[ExpertKey]]:
     """Return the misses of each demand with the policy ``Clairvoyant``."""
     uses: dict[ExpertKey, list[int]] = {}
     for now, demand in enumerate(demands):

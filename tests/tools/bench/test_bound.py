@@ -7,13 +7,13 @@ from geometries import two_geometries
 from stores import make_plan
 
 from moetier.tiers.cache.budget import Group
-from moetier.tools.bench.bound import Bound, Need, Rates, misses_of, need_of, rows_of
+from moetier.tools.bench.bound import Bound, BoundRates, Need, misses_of, need_of, rows_of
 
 GB = 10**9
 
 
 def test_of_the_disk_and_the_kernels_the_slower_one_counts() -> None:
-    rates = Rates(disk=2.0 * GB, experts=20.0 * GB, trunk=10.0 * GB, memory=40.0 * GB)
+    rates = BoundRates(disk=2.0 * GB, experts=20.0 * GB, trunk=10.0 * GB, memory=40.0 * GB)
     bound = Bound.of(Need(missing=0.4 * GB, experts=0.8 * GB, trunk=0.2 * GB), rates)
     assert (bound.disk, bound.kernels, bound.memory) == pytest.approx((0.2, 0.04 + 0.02, 0.025))
     assert (bound.seconds, bound.by) == (pytest.approx(0.2), "disk")

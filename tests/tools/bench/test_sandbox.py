@@ -12,10 +12,10 @@ from cgroups import memory_limit
 
 from moetier.tiers.errors import BudgetError, ConfigError, MoetierError
 from moetier.tools.bench import sandbox
-from moetier.tools.bench.disk import RandomReads, read_rate
-from moetier.tools.bench.output import Machine
 from moetier.tools.bench.sandbox import drop_page_cache, fresh
 from moetier.tools.bench.token_ids import read_ids
+from moetier.tools.rates.hardware import Machine
+from moetier.tools.rates.reads import RandomReads, read_rate
 
 MIB = 1 << 20
 

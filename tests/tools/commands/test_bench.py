@@ -19,10 +19,10 @@ from moetier.tools.bench import child as bench_child
 from moetier.tools.bench import convert as bench_convert
 from moetier.tools.bench import kernels as bench_kernels
 from moetier.tools.bench import model as bench_model
-from moetier.tools.bench import rates as compute_rate
 from moetier.tools.bench import sandbox
-from moetier.tools.bench.model import Floor, Setting
+from moetier.tools.bench.model import Floor, RunLimits
 from moetier.tools.main import main
+from moetier.tools.rates import products as compute_rate
 
 PAGE = DOCS / "benchmarks.md"
 SPREAD = {"median", "min", "max", "runs"}
@@ -257,11 +257,11 @@ def test_what_a_limit_permits() -> None:
     plan = make_plan()
     size = plan.layout(0).slot_bytes
     floor = Floor(plan, [], trunk_bytes=3_000, kv_bytes=200, idle_bytes=10_000)
-    assert floor.slots(Setting(None, "1GiB"), {"records": 5}) == {"records": 5}
-    assert floor.slots(Setting(13_200 + 4 * size, None), {"records": 3}) == {"records": 4}
-    floor.check([Setting(None, None), Setting(13_200 + 2 * size, None)])  # a token's experts of a block
+    assert floor.slots(RunLimits(None, "1GiB"), {"records": 5}) == {"records": 5}
+    assert floor.slots(RunLimits(13_200 + 4 * size, None), {"records": 3}) == {"records": 4}
+    floor.check([RunLimits(None, None), RunLimits(13_200 + 2 * size, None)])  # a token's experts of a block
     with pytest.raises(BudgetError, match=f"--limit of {13_200 + 2 * size} bytes"):
-        floor.check([Setting(13_199 + 2 * size, None)])
+        floor.check([RunLimits(13_199 + 2 * size, None)])
 
 
 @pytest.mark.parametrize(

@@ -26,14 +26,14 @@ from moetier.runtime.config import TierConfig
 from moetier.runtime.kernels.choose import kernels_for
 from moetier.runtime.machine.memory import Available
 from moetier.tiers.errors import BudgetError, ConfigError, DiskSpaceError, MoetierError, StoreFormatError, TargetError
-from moetier.tools.bench.disk import RandomReads
 from moetier.tools.commands.plan import plan, text
 from moetier.tools.main import main
 from moetier.tools.plan import speeds as plan_speeds
 from moetier.tools.plan.choices import open_choices
 from moetier.tools.plan.estimate import estimate
-from moetier.tools.plan.fit import Room, fit_of
+from moetier.tools.plan.fit import MachineRoom, fit_of
 from moetier.tools.plan.speeds import DiskRate, Speeds, probe_bytes
+from moetier.tools.rates.reads import RandomReads
 
 GB_PER_S = 1.0
 
@@ -144,7 +144,7 @@ def test_what_is_downloaded_takes_disk_too(index_only: Path, tmp_path: Path) -> 
     model_choices = open_choices(index_only)
     assert model_choices.headers is not None
     cpu = torch.device("cpu")
-    room = Room(Available(8 << 30, "this machine"), cpu, None, disk_free=60 << 20, idle_bytes=0, into=tmp_path)
+    room = MachineRoom(Available(8 << 30, "this machine"), cpu, None, disk_free=60 << 20, idle_bytes=0, into=tmp_path)
     for on_hub, problem in ((False, None), (True, "A model directory with --bits 4, and files of the checkpoint")):
         headers = replace(model_choices.headers, on_hub=on_hub)
         (choice,) = model_choices.chosen([4], [16])
@@ -216,7 +216,7 @@ def test_a_trunk_that_is_quantised_takes_its_time_too(index_only: Path) -> None:
     """Where quantising takes longer than the disk does, the time is in proportion to the weights of both."""
     cpu = torch.device("cpu")
     model_choices = open_choices(index_only)
-    room = Room(Available(8 << 30, "this machine"), cpu, None, disk_free=60 << 30, idle_bytes=0, into=Path())
+    room = MachineRoom(Available(8 << 30, "this machine"), cpu, None, disk_free=60 << 30, idle_bytes=0, into=Path())
     rate = DiskRate(1e12, 1e12, 4)
     speeds = Speeds(rate, "given", None, dict.fromkeys((2, 3, 4, 8), 1000000.0), workers=2)
     times = {}
@@ -246,7 +246,7 @@ def test_with_a_gpu_it_is_said_whose_memory_is_too_little(
     model_choices = open_choices(index_only)
     (choice,) = model_choices.chosen([4], [16])
     there = Available(device, "cuda:0")
-    room = Room(Available(host, "this machine"), torch.device("cuda:0"), there, 60 << 30, 0, Path())
+    room = MachineRoom(Available(host, "this machine"), torch.device("cuda:0"), there, 60 << 30, 0, Path())
     fit = fit_of(model_choices, choice, TierConfig.of(), room, kernels_for(torch.device("cpu")))
     if not words:
         assert fit.problem is None

@@ -18,7 +18,7 @@ from places import ASSETS
 from moetier.tools.convert.convert import convert
 from moetier.tools.main import main
 from moetier.tools.quality import quality as perplexity
-from moetier.tools.quality.quality import WINDOW, Change, Loss, loss, ranks
+from moetier.tools.quality.quality import WINDOW, Loss, PerplexityChange, loss, ranks
 
 TEXTS = ASSETS / "texts"
 
@@ -97,13 +97,13 @@ def test_the_standard_error_is_that_of_the_differences() -> None:
     """However much windows differ among themselves."""
     random = np.random.default_rng(0)
     base, more = random.uniform(1000, 3000, 20), random.normal(5.0, 2.0, 20)
-    change = Change.of(*losses_of(base + more, base))
+    change = PerplexityChange.of(*losses_of(base + more, base))
     assert change.log == pytest.approx(more.mean() / 511)
     assert change.log_error == pytest.approx(more.std(ddof=1) / math.sqrt(20) / 511)
     assert change.relative == pytest.approx(math.exp(more.mean() / 511) - 1)
     assert change.is_clear
-    assert Change.of(*losses_of(base[:1] + more[:1], base[:1])).relative_error is None
-    same = Change.of(*losses_of(base, base))
+    assert PerplexityChange.of(*losses_of(base[:1] + more[:1], base[:1])).relative_error is None
+    same = PerplexityChange.of(*losses_of(base, base))
     assert (same.log, same.log_error, same.is_clear) == (0.0, 0.0, False)
 
 
@@ -111,7 +111,7 @@ def test_the_standard_error_covers_what_it_should() -> None:
     """Of a thousand measurements of a change that is none, one in twenty is beyond two standard errors."""
     random = np.random.default_rng(0)
     base = random.uniform(1000, 3000, 12)
-    clear = [Change.of(*losses_of(base + random.normal(0.0, 3.0, 12), base)).is_clear for _ in range(1000)]
+    clear = [PerplexityChange.of(*losses_of(base + random.normal(0.0, 3.0, 12), base)).is_clear for _ in range(1000)]
     assert 0.03 < np.mean(clear) < 0.1
 
 

@@ -34,7 +34,7 @@ from moetier.tools.top.app import TERMINATED, Top
 from moetier.tools.top.heat import ABSENT, READY, Grid, colour, heatmap
 from moetier.tools.top.history import History
 from moetier.tools.top.watch import Look, Watch
-from moetier.tools.top.widgets import Choice, Part
+from moetier.tools.top.widgets import DaemonPicker, Panel
 
 SLOT = layout_of().slot_bytes
 COMMAND = ("-m", "moetier.tools.main", "top")
@@ -240,11 +240,11 @@ def test_parts_and_help(daemon: DaemonProcess) -> None:
         assert visited == names
         for key, name in (("left", "clients"), ("shift+tab", "prefetches")):
             await pilot.press(key)
-            assert isinstance(app.focused, Part)
+            assert isinstance(app.focused, Panel)
             assert app.focused.id == name
-        assert "since the start" in str(app.query_one("#experts", Part).border_title)
+        assert "since the start" in str(app.query_one("#experts", Panel).border_title)
         await pilot.press("u")
-        assert "lately" in str(app.query_one("#experts", Part).border_title)
+        assert "lately" in str(app.query_one("#experts", Panel).border_title)
         await pilot.press("question_mark")
         assert len(app.screen_stack) == 2
         assert "pause, or continue" in "".join(str(one.content) for one in app.screen.query(Static))
@@ -282,7 +282,7 @@ def test_one_of_several_daemons_and_of_several_models(
             assert ["default" in names[0], "acme/other" in names[1]] == [True, True]
             await pilot.press("down", "enter")
             await until(pilot, lambda: f"process {second.pid}" in shown(app, "#head"))
-            tiers = app.query_one("#tiers", Part)
+            tiers = app.query_one("#tiers", Panel)
             assert tiers.border_title == "acme/other (1 of 2)"
             await pilot.press("m")
             assert tiers.border_title == f"{store[1].model} (2 of 2)"
@@ -305,7 +305,7 @@ def test_names_are_neither_markup_nor_escape_sequences(runtime: Path, tmp_path: 
     ):
         assert client.stdout is not None
         client.stdout.readline()  # it is connected
-        listed, app = Choice(running_daemons()), Top([], daemon.address, Watch(Credentials(), 0.05))
+        listed, app = DaemonPicker(running_daemons()), Top([], daemon.address, Watch(Credentials(), 0.05))
 
         async def person(pilot: Pilot[None]) -> None:
             await until(pilot, lambda: "-c import sys" in shown(app, "#clients"))

@@ -13,11 +13,11 @@ from places import ROOT
 
 from moetier.tools.plan.choices import Choice
 from moetier.tools.plan.estimate import Caching, Cost, HitCurve, hit_curves, nearest_curve, prompt_cost, token_cost
-from moetier.tools.plan.speeds import DiskRate, Rates
+from moetier.tools.plan.speeds import DiskRate, MachineRates
 
 MANIFEST = two_geometries()  # top-3 of 4 in two blocks, top-2 of 4 in three
 ALL = {"big": 8, "small": 12}
-RATES = Rates(DiskRate(1e9, 2e9, 4), 1e10, {16: 5e9, 4: 5e9}, {16: 1e11, 4: 1e11}, 5e9, 0.0)
+RATES = MachineRates(DiskRate(1e9, 2e9, 4), 1e10, {16: 5e9, 4: 5e9}, {16: 1e11, 4: 1e11}, 5e9, 0.0)
 CHOICE = Choice(4, 16, MANIFEST, trunk_bytes=0, matrices=(), plain_bytes=1_000_000, layers=5)
 
 

@@ -15,7 +15,7 @@ from places import ASSETS
 from moetier.runtime.trace.trace import Trace
 from moetier.tiers.cache.policies import DEFAULT_POLICY, POLICIES, Recency
 from moetier.tiers.layout import ExpertKey
-from moetier.tools.traces.simulation import SIMULATED, Demand, demands_of, simulate
+from moetier.tools.traces.simulation import SIMULATED, SimulatedDemand, demands_of, simulate
 
 TRACES = ASSETS / "traces"
 MIXTRAL = "mixtral_8x7b_instruct_h39s"
@@ -320,8 +320,8 @@ def test_a_prompt_is_one_demand() -> None:
     trace = Trace(experts=experts, offsets=(0, 3), num_experts=(4,), n_prefill=(2,))
     keys = [ExpertKey(0, expert) for expert in range(4)]
     assert demands_of(trace, 0, 0) == [
-        Demand((keys[0], keys[1], keys[2]), is_prompt=True),
-        Demand((keys[0], keys[3]), is_prompt=False),
+        SimulatedDemand((keys[0], keys[1], keys[2]), is_prompt=True),
+        SimulatedDemand((keys[0], keys[3]), is_prompt=False),
     ]
     found = simulate(trace, "lru", 4)
     assert (found.tokens, found.prompts.lookups, found.decoding.lookups, found.decoding.hits) == (1, 3, 2, 1)
