@@ -74,9 +74,9 @@ def memory_for_model(root: Path = Path("/")) -> Available:
     return replace(left, bytes=max(left.bytes - missing, 0))
 
 
-def shortage(root: Path = Path("/")) -> str:
+def shortage() -> str:
     """Return a warning if Python, torch and transformers do not fit into the memory that is left; else ""."""
-    left = available_memory(root)
+    left = available_memory()
     if left.bytes >= PROCESS_BYTES - _own_bytes("RssAnon"):
         return ""
     return (

@@ -35,8 +35,8 @@ from overhead import load_warm
 from moetier.runtime.config import format_bytes
 from moetier.runtime.generation.compat import CACHE
 from moetier.tools.cli.report import table
-from moetier.tools.commands.synthetic import convert_synthetic
 from moetier.tools.synthetic.checkpoint import TOKENS_FILE, make_synthetic, read_tokens
+from moetier.tools.synthetic.store import convert_synthetic
 
 GEOMETRY = "qwen3-8L"
 SIZES: dict[str, Any] = {

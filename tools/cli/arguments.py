@@ -82,15 +82,13 @@ def add_options(parser: argparse.ArgumentParser, options: Iterable[Option]) -> N
         add_option(_group(parser, option.group) if option.group else parser, option)
 
 
-def add_resource_arguments(
-    parser: argparse.ArgumentParser, *, names: Iterable[str] = RESOURCES, context: str = ""
-) -> None:
-    """Add options for a command that runs a model: those called ``names``, and those for credentials.
+def add_resource_arguments(parser: argparse.ArgumentParser, *, context: str = "") -> None:
+    """Add options for a command that runs a model: those called RESOURCES, and those for credentials.
 
     ``context`` replaces the help text of --context.
     """
     changed = {"context": replace(OPTIONS["context"], help=context)} if context else {}
-    add_options(parser, [changed.get(name, OPTIONS[name]) for name in names])
+    add_options(parser, [changed.get(name, OPTIONS[name]) for name in RESOURCES])
     add_credentials(parser)
 
 

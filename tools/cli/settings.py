@@ -167,10 +167,10 @@ class Settings:
                     self._found(f"{self.file}: [{section}] has no key {key!r}.", fix)
 
 
-def is_anything_set(environment: Mapping[str, str] = os.environ) -> bool:
+def is_anything_set() -> bool:
     """Whether there is a settings file, or a variable that may be meant as a setting."""
-    named = any(name.startswith(PREFIX) and (name == CONFIG or not OTHERS.fullmatch(name)) for name in environment)
-    return named or os.path.lexists(config_file(environment))
+    named = any(name.startswith(PREFIX) and (name == CONFIG or not OTHERS.fullmatch(name)) for name in os.environ)
+    return named or os.path.lexists(config_file())
 
 
 def config_file(environment: Mapping[str, str] = os.environ) -> Path:

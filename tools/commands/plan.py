@@ -4,25 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
-import shlex
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from moetier.runtime.config import DEFAULT_CONTEXT, OPTIONS, PREFILL_CHUNK, format_bytes
+from moetier.runtime.config import DEFAULT_CONTEXT, OPTIONS, format_bytes
 from moetier.tools.cli.arguments import add_option, add_prefill_argument, numbers
 from moetier.tools.cli.failure import plain
-from moetier.tools.cli.parser import UsageError, source
+from moetier.tools.cli.parser import source
 from moetier.tools.cli.report import table
 
-if TYPE_CHECKING:
-    from moetier.tools.plan.fit import Fit
-
-_log = logging.getLogger(__name__)
-
+RESOURCES = ("ram", "device_memory", "device", "threads")  # options of TierConfig that plan has, too
 EXAMPLES = (
     "moetier plan Qwen/Qwen3-30B-A3B",
     "moetier plan mistralai/Mixtral-8x7B-v0.1 --bits 4,3 --ram 12GiB",
@@ -44,12 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trunk-bits", type=numbers, metavar="N,...", help="bits per weight of everything else (default: 16,8,4)"
     )
-    add_option(
-        parser,
-        replace(OPTIONS["ram"], help="host memory for experts (default: as much as generate would use)"),
-    )
-    for name in ("device_memory", "device", "threads"):
-        add_option(parser, OPTIONS[name])
+    ram = replace(OPTIONS["ram"], help="host memory for experts (default: as much as generate would use)")
+    for option in (ram, *(OPTIONS[name] for name in RESOURCES[1:])):
+        add_option(parser, option)
     shorter = f"length of the context (default: {DEFAULT_CONTEXT}, or the model's maximum if that is less)"
     add_option(parser, replace(OPTIONS["context"], default=None, help=shorter))
     add_prefill_argument(parser)
@@ -67,21 +57,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the plan and return 0. Raises MoetierError if no choice that was asked for can work."""
+    from moetier.tools.plan.plan import plan
+
     found = plan(
         arguments.source,
         bits=arguments.bits,
         trunk_bits=arguments.trunk_bits,
-        ram=arguments.ram,
-        device_memory=arguments.device_memory,
-        device=arguments.device,
-        threads=arguments.threads,
         context=arguments.context,
-        prefill_chunk=arguments.prefill_chunk,
         into=arguments.into,
         disk=arguments.disk,
-        store_cache=arguments.store_cache,
-        store_cache_size=arguments.store_cache_size,
+        cache=[(name, getattr(arguments, name)) for name in ("store_cache", "store_cache_size")],
         say=_to_a_terminal,
+        **{name: getattr(arguments, name) for name in (*RESOURCES, "prefill_chunk")},
     )
     print(json.dumps(found, indent=2) if arguments.json else text(found))
     return 0
@@ -90,125 +77,6 @@ def run(arguments: argparse.Namespace) -> int:
 def _to_a_terminal(line: str) -> None:
     if sys.stderr.isatty():
         print(f"plan: {line}", file=sys.stderr, flush=True)
-
-
-def plan(
-    source: str | Path,
-    *,
-    bits: list[int] | None = None,
-    trunk_bits: list[int] | None = None,
-    ram: str | int | None = None,
-    device_memory: str | int | None = None,
-    device: str = "auto",
-    threads: int | None = None,
-    context: int | None = None,
-    prefill_chunk: int = PREFILL_CHUNK,
-    into: Path | None = None,
-    disk: float | None = None,
-    store_cache: Path | None = None,
-    store_cache_size: str | None = None,
-    say: Callable[[str], None] = lambda line: None,
-) -> dict[str, Any]:
-    """Return the plan as JSON, as ``--json`` prints it (docs/plan.md). Raises MoetierError.
-
-    Args:
-        source: a checkpoint's folder, a hub id, a GGUF file or a model directory.
-        bits: bits per expert weight to choose from; None: all.
-        trunk_bits: bits per weight of the trunk to choose from; None: all.
-        context: tokens; None: ``ModelChoices.context``, or ``prefill_chunk`` if that is more.
-        prefill_chunk: tokens of a prompt that are computed together, if memory has room for them.
-        into: folder whose disk is measured; None: for a hub id the folder of pulled models, else the current folder.
-        disk: speed of the disk in GB/s; None: measure it.
-        store_cache: as in ``load``, as is ``store_cache_size``; for the command line of a model in an object store.
-        say: called with a line of progress before each step that takes long.
-
-    ``ram``, ``device_memory``, ``device`` and ``threads`` are as in ``load``.
-    """
-    from moetier.runtime.config import TierConfig
-    from moetier.runtime.machine.memory import shortage
-    from moetier.runtime.model.names import models_folder
-    from moetier.tiers.errors import ConfigError, TargetError
-    from moetier.tiers.layout import BITS, TRUNK_BITS
-    from moetier.tools.convert.files import nearest_folder
-
-    for name, given, known in (("--bits", bits, BITS), ("--trunk-bits", trunk_bits, TRUNK_BITS)):
-        if strange := [number for number in given or () if number not in known]:
-            raise UsageError(f"{name} can't be {strange[0]}.", f"Choose from {', '.join(map(str, known))}.")
-    if disk is not None and not 0 < disk < float("inf"):
-        raise UsageError(f"--disk can't be {disk}.", "Give a speed in GB/s that is more than 0.")
-    pulls = into is None and not Path(source).exists()
-    place = Path() if into is None else into
-    if pulls:
-        place = nearest_folder(models_folder())
-    if not place.is_dir():
-        raise TargetError(f"{place} is not a folder.", "Create it, or name another folder with --into.")
-    config = TierConfig.of(
-        ram=ram,
-        device_memory=device_memory,
-        device=device,
-        threads=threads,
-        context=DEFAULT_CONTEXT if context is None else context,
-        prefill_chunk=prefill_chunk,
-    )
-
-    from moetier.tools.cli.loading import lean_imports
-
-    if short := shortage():
-        _log.warning("%s", short)
-    say(f"reading the configuration of {source}")
-    with lean_imports():
-        import torch
-        import transformers
-
-        from moetier.runtime.kernels.choose import kernels_for
-        from moetier.runtime.machine.memory import memory_for_model, resident_bytes
-        from moetier.runtime.machine.threads import usable_cpus, use_threads
-        from moetier.runtime.model.context import context_of
-        from moetier.runtime.model.load import place_of
-        from moetier.tools.plan.choices import open_choices
-        from moetier.tools.plan.cold import cold_start
-        from moetier.tools.plan.estimate import estimate
-        from moetier.tools.plan.fit import MachineRoom, by_preference, fit_of, impossible
-        from moetier.tools.plan.speeds import Speeds
-
-    transformers.utils.logging.set_verbosity_error()
-    use_threads(threads)
-    device_place = torch.device(place_of(config.device))
-    kernels = kernels_for(device_place)
-    if device_place.type == "cpu" and device_memory is not None:
-        raise ConfigError(
-            "On a CPU there is no device memory: the CPU computes with the experts in host memory.",
-            "Give --ram without --device-memory.",
-        )
-    room = MachineRoom.here(device_place, place, memory_for_model(), resident_bytes())
-    model_choices = open_choices(source)
-    chosen = model_choices.chosen(bits, trunk_bits)
-    if context is None:
-        config = replace(config, context=context_of(model_choices.model.config, DEFAULT_CONTEXT, prefill_chunk))
-
-    def evaluate(tried: TierConfig) -> list[Fit]:
-        return [fit_of(model_choices, choice, tried, room, kernels) for choice in model_choices.choices]
-
-    asked = [fit for fit in evaluate(config) if fit.choice in chosen]
-    working = by_preference(asked)
-    if not working:
-        raise impossible(asked, evaluate, config)
-    say("measuring this machine for some seconds")
-    speeds = Speeds.measure(model_choices, [fit.choice for fit in working], room, disk, threads or usable_cpus())
-    options = {"--ram": ram, "--device-memory": device_memory, "--device": None if device == "auto" else device}
-    options |= {"--threads": threads, "--prefill-chunk": None if prefill_chunk == PREFILL_CHUNK else prefill_chunk}
-    found = estimate(
-        model_choices, asked, working[0], room, speeds, context=config.context, options=options, pulls=pulls
-    )
-    cold = cold_start(Path(source)) if model_choices.headers is None else None
-    if cold is not None:
-        address, recommended = cold["address"], found["recommended"]
-        found["source"] = address
-        words = [address]
-        for option, value in (("--store-cache", store_cache), ("--store-cache-size", store_cache_size)):
-            words += [] if value is None else [option, str(value)]
-        recommended["generate"] = recommended["generate"].replace(shlex.quote(str(source)), shlex.join(words))
-    return found | {"cold_start": cold}
 
 
 HEAD = [

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import logging
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,13 +14,12 @@ from moetier.runtime.config import format_bytes
 from moetier.runtime.machine.memory import shortage
 from moetier.runtime.options import MOST, Number
 from moetier.tiers.errors import ConfigError
-from moetier.tiers.layout import BITS
 from moetier.tools.cli.arguments import add_resource_arguments, asked, numbers, resources_of
 from moetier.tools.cli.parser import UsageError, checked, source
 from moetier.tools.cli.report import table
 
 if TYPE_CHECKING:
-    from moetier.tools.quality.quality import Row, Way
+    from moetier.tools.quality.quality import Row
 
 _log = logging.getLogger(__name__)
 
@@ -106,7 +104,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from moetier.runtime.kernels.choose import without_onednn
     from moetier.runtime.machine.threads import use_threads
-    from moetier.tools.quality.quality import measure_checkpoint, measure_directory, read_texts
+    from moetier.tools.quality.quality import measure_checkpoint, measure_directory, read_texts, ways_of
 
     transformers.utils.logging.disable_progress_bar()
     texts = read_texts(arguments.text)
@@ -116,19 +114,8 @@ def run(arguments: argparse.Namespace) -> int:
         rows = [measure_directory(Path(arguments.source), texts, arguments.tokens, resources)]
     else:
         methods = arguments.method or ["rounding" if arguments.fast else "hqq"]
-        ways = [
-            way
-            for way in itertools.product(
-                arguments.bits or BITS,
-                arguments.group_size or (None,),
-                arguments.pairs or (None,),
-                arguments.trunk_bits or (16,),
-                methods,
-            )
-            if not way[0] == way[3] == 16 or way[4] == methods[0]  # at 16 bits all methods give the same
-        ]
         with checked():
-            _check_ways(ways)
+            ways = ways_of(arguments.bits, arguments.group_size, arguments.pairs, arguments.trunk_bits, methods)
         rows = []
         for row in measure_checkpoint(arguments.source, texts, arguments.tokens, ways):
             rows.append(row)
@@ -138,16 +125,6 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         print(report(rows))
     return 0
-
-
-def _check_ways(ways: Iterable[Way]) -> None:
-    """Check that weights can be stored in each of ``ways``. Raises ConfigError, before anything is measured."""
-    from moetier.tiers.quant.codec import group_and_pairs
-    from moetier.tools.convert.plan import trunk_form
-
-    for bits, group, pairs, trunk_bits, _ in ways:
-        group_and_pairs(bits, group, pairs)
-        trunk_form(trunk_bits)
 
 
 def _defaults(arguments: argparse.Namespace) -> argparse.Namespace:

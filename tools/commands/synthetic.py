@@ -16,18 +16,13 @@ from moetier.tools.cli.parser import UsageError
 from moetier.tools.synthetic.checkpoint import (
     GEOMETRIES,
     ROUTINGS,
-    TOKENS_FILE,
-    TRACED,
     WHOLE,
     curve_table,
     lru_curve,
     make_synthetic,
-    read_tokens,
-    record_tokens,
 )
 
 if TYPE_CHECKING:
-    from moetier.runtime.trace.trace import Trace
     from moetier.tools.convert.conversion import ConversionReport
 
 EXAMPLES = (
@@ -78,6 +73,8 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.json:
         print(f"{arguments.target}: {format_bytes(size)}", flush=True)
     if arguments.store is not None:
+        from moetier.tools.synthetic.store import convert_synthetic, routing_of
+
         convert_synthetic(arguments.target, arguments.store, threads=arguments.threads, quiet=False)
         trace = routing_of(arguments.store, threads=arguments.threads)
         if not arguments.json:
@@ -112,24 +109,3 @@ def _run_whole(arguments: argparse.Namespace) -> int:
         )
 
     return report_of(make, arguments.json)
-
-
-def convert_synthetic(source: Path, target: Path, *, threads: int | None = None, quiet: bool = True) -> None:
-    """Convert a synthetic checkpoint to 4 bits, and copy its TOKENS_FILE into the result.
-
-    Raises CheckpointError, TargetError or ConfigError.
-    """
-    from moetier.tiers.store.atomic import write_durably
-    from moetier.tools.convert.convert import convert
-
-    convert(source, target, bits=4, fast=True, threads=threads, quiet=quiet)
-    write_durably(target / TOKENS_FILE, (source / TOKENS_FILE).read_bytes())
-
-
-def routing_of(directory: Path, *, threads: int | None = None) -> Trace:
-    """Return a trace of the first TRACED token ids of a model directory that ``convert_synthetic`` made."""
-    from moetier.runtime.model.load import load
-
-    model, _ = load(directory, daemon=None, speculate="off", threads=threads)
-    with model.tiers:
-        return record_tokens(model, read_tokens(directory)[:TRACED])

@@ -206,7 +206,7 @@ def estimate(
     speeds: Speeds,
     *,
     context: int,
-    options: Mapping[str, str | int | None],
+    options: Sequence[str],
     pulls: bool = False,
 ) -> dict[str, Any]:
     """Return the estimates as the JSON object that ``moetier plan --json`` prints.
@@ -215,7 +215,7 @@ def estimate(
         fits: the choices to estimate, each with its slots and bytes on this machine (see ``Fit``).
         best: the one of ``fits`` that is recommended.
         context: length of the context in tokens.
-        options: given options that `generate` takes too, as a dictionary from names to values.
+        options: options of `moetier generate` to recommend, as words of a command line.
         pulls: whether to recommend `moetier pull`, not `moetier convert`.
     """
     manifest, headers = best.choice.manifest, model_choices.headers
@@ -314,7 +314,7 @@ def _conversion(model_choices: ModelChoices, choice: Choice, speeds: Speeds) -> 
 
 
 def _recommended(
-    model_choices: ModelChoices, best: Fit, context: int, options: Mapping[str, str | int | None], into: Path | None
+    model_choices: ModelChoices, best: Fit, context: int, options: Sequence[str], into: Path | None
 ) -> dict[str, Any]:
     """Return the recommended bits, and command lines to make and to run the model.
 
@@ -333,13 +333,12 @@ def _recommended(
             stem = model_choices.name.rpartition("/")[2]
             directory = str(into / (f"{stem}-native" if choice.native else f"{stem}-{choice.bits}bit"))
             convert = f"moetier convert {source} {shlex.quote(directory)} {choice.options}{code}"
-    given = [f"{option} {shlex.quote(str(size))}" for option, size in options.items() if size is not None]
-    words = ["moetier generate", shlex.quote(directory), *given, f"--context {context}", "'Once upon a time'"]
+    words = ["moetier", "generate", directory, *options, "--context", str(context), "Once upon a time"]
     return {
         "bits": choice.bits,
         "trunk_bits": choice.trunk_bits,
         "native": choice.native,
         "pull": pull,
         "convert": convert,
-        "generate": " ".join(words),
+        "generate": shlex.join(words),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -25,9 +26,9 @@ from moetier.runtime.model.vocabulary import check_ids, check_tokenizer
 from moetier.runtime.moe.experts import EXPERT_PARAMETERS, experts_modules
 from moetier.runtime.moe.linear import WEIGHT
 from moetier.tiers.errors import BudgetError, ConfigError, UnsupportedModelError
-from moetier.tiers.layout import Bits, RecordLayout
+from moetier.tiers.layout import BITS, Bits, RecordLayout
 from moetier.tiers.manifest import TrunkRecords
-from moetier.tiers.quant.codec import WeightError, decode, layout_for, sections
+from moetier.tiers.quant.codec import WeightError, decode, group_and_pairs, layout_for, sections
 from moetier.tiers.store.folder import read_manifest
 from moetier.tools.convert.plan import choose_matrices, trunk_form
 
@@ -304,6 +305,26 @@ def measure_directory(folder: Path, texts: Mapping[str, str], tokens: int, resou
         losses = {name: loss(model, ids[name], chunk) for name in ids}
     blocks = [(manifest.layout(number), block.experts) for number, block in enumerate(manifest.blocks)]
     return _row(blocks, manifest.trunk_bits, manifest.method, None, losses)
+
+
+def ways_of(
+    bits: Sequence[Bits] | None,
+    group_sizes: Sequence[int] | None,
+    pairs: Sequence[str] | None,
+    trunk_bits: Sequence[Bits] | None,
+    methods: Sequence[str],
+) -> list[Way]:
+    """Return the combinations of options to measure; None stands for all bits, and for a trunk of 16 bits.
+
+    At 16 bits all methods give the same, so only the first is kept. Raises ConfigError if weights can't be stored in
+    one of the ways.
+    """
+    options = bits or BITS, group_sizes or (None,), pairs or (None,), trunk_bits or (16,), methods
+    ways = [way for way in itertools.product(*options) if not way[0] == way[3] == 16 or way[4] == methods[0]]
+    for width, group, pair_type, trunk, _ in ways:
+        group_and_pairs(width, group, pair_type)
+        trunk_form(trunk)
+    return ways
 
 
 def measure_checkpoint(source: str, texts: Mapping[str, str], tokens: int, ways: Iterable[Way]) -> Iterator[Row]:

@@ -1,6 +1,6 @@
-"""Make a model directory with random weights, as large as that of a published model, without writing a checkpoint.
+"""Make a model directory with random weights: from a synthetic checkpoint, or as a whole model without a checkpoint.
 
-The values of tensors are made when the converter reads them. The same command resumes an interrupted run.
+The values of a whole model are made when the converter reads them. The same command resumes an interrupted run.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from moetier.runtime.checkpoint.checkpoint import Checkpoint
 from moetier.runtime.formats.tensors import StoredTensor
 from moetier.runtime.machine.threads import use_threads
 from moetier.tiers.store.atomic import write_durably
 from moetier.tools.convert.conversion import Conversion, ConversionReport
+from moetier.tools.convert.convert import convert
 from moetier.tools.convert.options import Options
 
 from .checkpoint import (
@@ -24,13 +25,19 @@ from .checkpoint import (
     ROUTINGS,
     TOKENIZER,
     TOKENS_FILE,
+    TRACED,
     config_of,
     make_tensors,
+    read_tokens,
+    record_tokens,
     shapes_of,
     special_tokens,
     tinymix,
     tokens_json,
 )
+
+if TYPE_CHECKING:
+    from moetier.runtime.trace.trace import Trace
 
 
 class UnwrittenCheckpoint(Checkpoint):
@@ -84,3 +91,21 @@ def make_store(
         report = conversion.run()
     write_durably(folder / TOKENS_FILE, tokens_json(geometry, COMMON["vocab_size"], seed))
     return report
+
+
+def convert_synthetic(source: Path, target: Path, *, threads: int | None = None, quiet: bool = True) -> None:
+    """Convert a synthetic checkpoint to 4 bits, and copy its TOKENS_FILE into the result.
+
+    Raises CheckpointError, TargetError or ConfigError.
+    """
+    convert(source, target, bits=4, fast=True, threads=threads, quiet=quiet)
+    write_durably(target / TOKENS_FILE, (source / TOKENS_FILE).read_bytes())
+
+
+def routing_of(directory: Path, *, threads: int | None = None) -> Trace:
+    """Return a trace of the first TRACED token ids of a model directory that ``convert_synthetic`` made."""
+    from moetier.runtime.model.load import load
+
+    model, _ = load(directory, daemon=None, speculate="off", threads=threads)
+    with model.tiers:
+        return record_tokens(model, read_tokens(directory)[:TRACED])

@@ -24,9 +24,10 @@ from moetier.runtime.model.load import load
 from moetier.runtime.stores.checkpoint import table_of
 from moetier.runtime.stores.registry import read_manifest
 from moetier.tiers.layout import ExpertKey
-from moetier.tools.commands.plan import plan, text
+from moetier.tools.commands.plan import text
 from moetier.tools.main import main
 from moetier.tools.plan import speeds
+from moetier.tools.plan.plan import plan
 
 PROMPT = "he said"
 

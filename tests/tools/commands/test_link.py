@@ -20,9 +20,10 @@ import moetier
 from moetier.runtime.model.load import load
 from moetier.runtime.stores.registry import read_manifest
 from moetier.tiers.extents.table import NAME, cached
-from moetier.tools.commands.plan import plan, text
+from moetier.tools.commands.plan import text
 from moetier.tools.main import main
 from moetier.tools.plan import speeds
+from moetier.tools.plan.plan import plan
 
 PROMPT = "def read_lines(path):"
 

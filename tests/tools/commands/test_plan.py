@@ -26,12 +26,13 @@ from moetier.runtime.config import TierConfig
 from moetier.runtime.kernels.choose import kernels_for
 from moetier.runtime.machine.memory import Available
 from moetier.tiers.errors import BudgetError, ConfigError, DiskSpaceError, MoetierError, StoreFormatError, TargetError
-from moetier.tools.commands.plan import plan, text
+from moetier.tools.commands.plan import text
 from moetier.tools.main import main
 from moetier.tools.plan import speeds as plan_speeds
 from moetier.tools.plan.choices import open_choices
 from moetier.tools.plan.estimate import estimate
 from moetier.tools.plan.fit import MachineRoom, fit_of
+from moetier.tools.plan.plan import plan
 from moetier.tools.plan.speeds import DiskRate, Speeds, probe_bytes
 from moetier.tools.rates.reads import RandomReads
 
@@ -158,7 +159,8 @@ OF_HUB = """
 import json, sys
 from pathlib import Path
 from moetier.tools.plan import speeds
-from moetier.tools.commands.plan import plan, text
+from moetier.tools.commands.plan import text
+from moetier.tools.plan.plan import plan
 speeds.KERNEL_SECONDS, speeds.UNCACHED_BYTES, speeds.QUANTISED_WEIGHTS = 0.0, 1 << 20, 1 << 16
 asked = {"bits": [4], "trunk_bits": [8], "disk": 1.0, "context": 256, "ram": "1MiB"}
 found = [plan(sys.argv[1], **asked), plan(sys.argv[1], into=Path(sys.argv[2]), **asked)]
@@ -223,7 +225,7 @@ def test_a_trunk_that_is_quantised_takes_its_time_too(index_only: Path) -> None:
     for trunk_bits in (16, 4):
         (choice,) = model_choices.chosen([4], [trunk_bits])
         fit = fit_of(model_choices, choice, TierConfig.of(), room, kernels_for(cpu))
-        found = estimate(model_choices, [fit], fit, room, speeds, context=1, options={})
+        found = estimate(model_choices, [fit], fit, room, speeds, context=1, options=[])
         times[trunk_bits] = found["choices"][0]["convert_s"]
     weights = sum(layout.weights for layout in choice.matrices)
     assert weights > 1_000_000

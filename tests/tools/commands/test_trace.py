@@ -17,8 +17,8 @@ import moetier
 from moetier.runtime.trace.trace import NONE, Trace
 from moetier.tiers.errors import ConfigError
 from moetier.tiers.store.folder import read_manifest, store_folder
-from moetier.tools.commands.trace import read_prompts
 from moetier.tools.main import main
+from moetier.tools.traces.recording import read_prompts
 
 PROMPTS = "def read_lines(path):\n\n  La mattina seguente, don Rodrigo\n"
 

@@ -14,7 +14,6 @@ import torch
 import transformers
 
 from moetier.runtime.trace.recall import compare
-from moetier.tools.commands.synthetic import convert_synthetic, routing_of
 from moetier.tools.main import main
 from moetier.tools.synthetic.checkpoint import (
     GEOMETRIES,
@@ -26,6 +25,7 @@ from moetier.tools.synthetic.checkpoint import (
     read_tokens,
     token_ids,
 )
+from moetier.tools.synthetic.store import convert_synthetic, routing_of
 
 NARROW: dict[str, Any] = {"hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 2}
 INNER = {"mixtral-4L": {"intermediate_size": 1024}}

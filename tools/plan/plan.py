@@ -1,0 +1,132 @@
+"""Plan a model on this machine: measure the machine, and estimate for each choice whether it works, and how fast."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from moetier.runtime.config import DEFAULT_CONTEXT, OPTIONS, PREFILL_CHUNK, TierConfig
+from moetier.runtime.machine.memory import shortage
+from moetier.runtime.model.names import models_folder
+from moetier.runtime.options import command_words
+from moetier.tiers.errors import ConfigError, TargetError
+from moetier.tiers.layout import BITS, TRUNK_BITS
+from moetier.tools.cli.loading import lean_imports
+from moetier.tools.cli.parser import UsageError
+from moetier.tools.convert.files import nearest_folder
+
+_log = logging.getLogger(__name__)
+
+
+def plan(
+    source: str | Path,
+    *,
+    bits: list[int] | None = None,
+    trunk_bits: list[int] | None = None,
+    context: int | None = None,
+    into: Path | None = None,
+    disk: float | None = None,
+    cache: Sequence[tuple[str, Any]] = (),
+    say: Callable[[str], None] = lambda line: None,
+    **resources: Any,
+) -> dict[str, Any]:
+    """Return the plan as JSON, as ``moetier plan --json`` prints it (docs/plan.md). Raises MoetierError.
+
+    Args:
+        source: a checkpoint's folder, a hub id, a GGUF file or a model directory.
+        bits: bits per expert weight to choose from; None: all.
+        trunk_bits: bits per weight of the trunk to choose from; None: all.
+        context: tokens; None: ``ModelChoices.context``, or the prefill chunk if that is more.
+        into: folder whose disk is measured; None: for a hub id the folder of pulled models, else the current folder.
+        disk: speed of the disk in GB/s; None: measure it.
+        cache: names and values of the options of an object store's cache, for the recommended command line.
+        say: called with a line of progress before each step that takes long.
+        resources: ``ram``, ``device_memory``, ``device``, ``threads`` and ``prefill_chunk``, as in ``load``.
+    """
+    _check(bits, trunk_bits, disk)
+    pulls = into is None and not Path(source).exists()
+    place = nearest_folder(models_folder()) if pulls else into or Path()
+    if not place.is_dir():
+        raise TargetError(f"{place} is not a folder.", "Create it, or name another folder with --into.")
+    resources = {"prefill_chunk": PREFILL_CHUNK} | resources
+    config = TierConfig.of(**resources, context=DEFAULT_CONTEXT if context is None else context)
+    if short := shortage():
+        _log.warning("%s", short)
+    say(f"reading the configuration of {source}")
+    with lean_imports():
+        import torch
+        import transformers
+
+        from moetier.runtime.kernels.choose import kernels_for
+        from moetier.runtime.machine.memory import memory_for_model, resident_bytes
+        from moetier.runtime.machine.threads import usable_cpus, use_threads
+        from moetier.runtime.model.context import context_of
+        from moetier.runtime.model.load import place_of
+
+        from .choices import open_choices
+        from .estimate import estimate
+        from .fit import Fit, MachineRoom, by_preference, fit_of, impossible
+        from .speeds import Speeds
+
+    transformers.utils.logging.set_verbosity_error()
+    use_threads(config.threads)
+    device = torch.device(place_of(config.device))
+    if device.type == "cpu" and config.device_memory is not None:
+        raise ConfigError(
+            "On a CPU there is no device memory: the CPU computes with the experts in host memory.",
+            "Give --ram without --device-memory.",
+        )
+    kernels, room = kernels_for(device), MachineRoom.here(device, place, memory_for_model(), resident_bytes())
+    model_choices = open_choices(source)
+    chosen = model_choices.chosen(bits, trunk_bits)
+    if context is None:
+        longest = context_of(model_choices.model.config, DEFAULT_CONTEXT, resources["prefill_chunk"])
+        config = replace(config, context=longest)
+
+    def evaluate(tried: TierConfig) -> list[Fit]:
+        return [fit_of(model_choices, choice, tried, room, kernels) for choice in model_choices.choices]
+
+    fits = [fit for fit in evaluate(config) if fit.choice in chosen]
+    working = by_preference(fits)
+    if not working:
+        raise impossible(fits, evaluate, config)
+    say("measuring this machine for some seconds")
+    choices = [fit.choice for fit in working]
+    speeds = Speeds.measure(model_choices, choices, room, disk, config.threads or usable_cpus())
+    words = _words(resources)
+    found = estimate(model_choices, fits, working[0], room, speeds, context=config.context, options=words, pulls=pulls)
+    return found | _cold_start(source, found, cache) if model_choices.headers is None else found | {"cold_start": None}
+
+
+def _check(bits: list[int] | None, trunk_bits: list[int] | None, disk: float | None) -> None:
+    """Raise UsageError if a number of bits is not supported, or the speed of the disk is not positive."""
+    for name, given, supported in (("--bits", bits, BITS), ("--trunk-bits", trunk_bits, TRUNK_BITS)):
+        if strange := [number for number in given or () if number not in supported]:
+            raise UsageError(f"{name} can't be {strange[0]}.", f"Choose from {', '.join(map(str, supported))}.")
+    if disk is not None and not 0 < disk < float("inf"):
+        raise UsageError(f"--disk can't be {disk}.", "Give a speed in GB/s that is more than 0.")
+
+
+def _words(resources: dict[str, Any]) -> list[str]:
+    """Return those ``resources`` that differ from the defaults of `moetier generate`, as words of a command line."""
+    defaults = {name: OPTIONS[name].default for name in resources} | {"prefill_chunk": PREFILL_CHUNK}
+    return command_words((name, value) for name, value in resources.items() if value != defaults[name])
+
+
+def _cold_start(source: str | Path, found: dict[str, Any], cache: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """Return what changes in the plan ``found`` if ``source`` is the cache of a model in an object store.
+
+    The recommended command line then has the address, with the options ``cache``.
+    """
+    from .cold import cold_start
+
+    cold, recommended = cold_start(Path(source)), found["recommended"]
+    if cold is None:
+        return {"cold_start": None}
+    words = [cold["address"], *command_words(cache)]
+    generate = recommended["generate"].replace(shlex.quote(str(source)), shlex.join(words))
+    return {"source": cold["address"], "recommended": recommended | {"generate": generate}, "cold_start": cold}
