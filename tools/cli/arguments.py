@@ -20,12 +20,6 @@ OWN = ("credentials", "prefill_chunk", "all_logits", *SPECULATION)  # options th
 RESOURCES = tuple(name for name in OPTIONS if name not in OWN)
 
 
-def size(text: str) -> str:
-    """Return ``text`` unchanged if it is an amount of memory, such as "6GiB". Raises ConfigError if it is not."""
-    Size.parse(text)
-    return text
-
-
 def numbers(text: str) -> list[int]:
     """Parse whole numbers that are separated by commas. Raises ValueError for any other text."""
     return [int(part) for part in text.split(",")]
@@ -52,6 +46,9 @@ class Checked:
         """Return ``text`` unchanged. Raises ConfigError if it is not allowed."""
         self.parse(text)
         return text
+
+
+size = Checked(Size.parse)  # type of an argument that is an amount of memory, such as "6GiB"
 
 
 def add_option(parser: argparse._ActionsContainer, option: Option) -> None:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moetier.runtime.config import Size, format_bytes
 from moetier.runtime.options import TINY, Number
@@ -14,10 +13,6 @@ from moetier.tiers.cache.policies import DEFAULT_POLICY
 from moetier.tools.cli.arguments import size
 from moetier.tools.cli.failure import plain
 from moetier.tools.cli.parser import UsageError
-
-if TYPE_CHECKING:
-    from moetier.runtime.trace.trace import Trace
-    from moetier.tools.traces.simulation import Outcome
 
 EXAMPLES = (
     "moetier replay trace.npz",
@@ -73,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     Raises ConfigError for a file that is not a trace, UsageError for options that contradict each other.
     """
-    from moetier.runtime.trace.trace import Trace
+    from moetier.tools.traces.replay import Costs, replay
 
     record = Size.parse(arguments.record).bytes if arguments.record is not None else None
     if arguments.record is not None and record is None:
@@ -82,62 +77,12 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError("--disk and --link have no effect without the size of an expert.", "Give --record, too.")
     if arguments.link and not arguments.device_slots:
         raise UsageError("--link has no effect without a device tier.", "Give --device-slots, too.")
-    reports = [{"trace": str(path)} | _report(path, Trace.load(path), arguments, record) for path in arguments.traces]
+    costs = Costs(record, arguments.disk, arguments.link, arguments.compute)
+    reports = [
+        replay(path, arguments.slots, arguments.policy, arguments.device_slots, costs) for path in arguments.traces
+    ]
     print(json.dumps({"traces": reports}, indent=2) if arguments.json else "\n\n".join(map(_text, reports)))
     return 0
-
-
-def _report(path: Path, trace: Trace, arguments: argparse.Namespace, record: int | None) -> dict[str, Any]:
-    from moetier.runtime.trace.recall import compare
-    from moetier.tiers.errors import ConfigError
-    from moetier.tools.traces.simulation import SIMULATED, simulate
-
-    most = max(trace.num_experts)
-    if arguments.slots and arguments.slots[-1] > most:
-        raise ConfigError(
-            f"--slots {arguments.slots[-1]}: the blocks of {path} have {most} experts.", f"Give at most {most}."
-        )
-    slots = arguments.slots or (range(1, most + 1) if most <= 8 else range(most // 8, most + 1, most // 8))
-    results = [
-        _result(simulate(trace, policy, number, device_slots=arguments.device_slots), arguments, record)
-        for number in slots
-        for policy in arguments.policy or SIMULATED
-    ]
-    return {
-        "model": trace.model,
-        "tokens": trace.tokens,
-        "sequences": len(trace.sequences),
-        "prompt_tokens": sum(trace.n_prefill),
-        "blocks": trace.block_count,
-        "experts": most,
-        "top_k": trace.top_k,
-        "results": results,
-        "recall": [asdict(found) for found in compare(trace)],
-    }
-
-
-def _result(found: Outcome, arguments: argparse.Namespace, record: int | None) -> dict[str, Any]:
-    loads = found.decoding.misses / found.tokens if found.tokens else 0.0
-    result: dict[str, Any] = {
-        "policy": found.policy,
-        "slots": found.slots,
-        "hit_ratio": found.decoding.hit_ratio,
-        "loads_per_token": loads,
-        "prompt_loads": found.prompts.misses,
-        "preloads": found.preloads,
-    }
-    copies = 0.0
-    if arguments.device_slots:
-        copies = found.device.misses / found.tokens if found.tokens else 0.0
-        result |= {"device_hit_ratio": found.device.hit_ratio, "copies_per_token": copies}
-    if record is not None:
-        result["bytes_per_token"] = loads * record
-        seconds = arguments.compute / 1e3
-        seconds += loads * record / (arguments.disk * 1e9) if arguments.disk else 0.0
-        seconds += copies * record / (arguments.link * 1e9) if arguments.link else 0.0
-        if seconds and (arguments.disk or arguments.link):
-            result["tokens_per_s"] = 1 / seconds
-    return result
 
 
 def _text(report: dict[str, Any]) -> str:
