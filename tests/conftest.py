@@ -116,7 +116,7 @@ def leaves_nothing_behind() -> Iterator[None]:
 def scripts() -> Iterator[Prepared]:
     """Runs scripts in processes that have imported what commands with a model need."""
     with prepared(
-        "moetier.tools.commands.generate", "moetier.tools.commands.trace", "moetier.runtime.model.registration"
+        "moetier.tools.commands.generate", "moetier.tools.commands.trace", "moetier.runtime.model.quantizer"
     ) as process:
         yield process
 

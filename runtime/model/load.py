@@ -32,7 +32,7 @@ from moetier.tiers.store.trunk import check_trunk
 
 from .context import longest_context
 from .names import directory_at, is_address, model_directory
-from .registration import Asked, asked_for, install
+from .quantizer import Asked, asked_for, install
 from .trunk_files import TrunkFiles
 from .vocabulary import check_tokenizer
 

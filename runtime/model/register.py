@@ -20,7 +20,7 @@ from moetier.runtime.stores.checkpoint import check_shards
 from moetier.runtime.stores.registry import read_manifest
 from moetier.tiers.errors import MoetierError
 
-from . import registration
+from . import quantizer
 from .load import model_of
 
 _lock = threading.Lock()
@@ -42,8 +42,8 @@ def register(**options: Unpack[TierOptions]) -> None:
         ConfigError: an option can't be used.
     """
     TierConfig.of(**options)
-    registration.install()
-    registration.set_options(options)
+    quantizer.install()
+    quantizer.set_options(options)
     if options:
         _serve_checkpoints()
 
@@ -63,7 +63,7 @@ def _serve_checkpoints() -> None:
             dtype = named.pop("dtype", None) or named.pop("torch_dtype", None) or "auto"
             config = _config(cls, folder, named.pop("config", None))
             named.pop("gguf_file", None)
-            asked = TierConfig.of(**registration.options())
+            asked = TierConfig.of(**quantizer.options())
             load = functools.partial(ordinary, cls)
             return model_of(folder, config, asked, dtype, load, *arguments, **named)
 
@@ -75,7 +75,7 @@ def _checkpoint_of(cls: Any, name: Any, named: dict[str, Any]) -> Path | None:
 
     Return None for any other model. If it has experts, and the options of ``register`` have no effect, warn.
     """
-    if not registration.options() or registration.is_loading() or name is None or named.get("state_dict") is not None:
+    if not quantizer.options() or quantizer.is_loading() or name is None or named.get("state_dict") is not None:
         return None
     config = named.get("config")
     chosen = named.get("experts_implementation") or getattr(config, "_experts_implementation_internal", None)
@@ -113,7 +113,7 @@ def _is_converted(config: Any) -> bool:
 
 
 def _warn(cause: str, fix: str) -> None:
-    given = ", ".join(f"{name}={value!r}" for name, value in registration.options().items())
+    given = ", ".join(f"{name}={value!r}" for name, value in quantizer.options().items())
     warnings.warn(
         f"register({given}) has no effect on this model, and all its experts are loaded: {cause} {fix}",
         RuntimeWarning,

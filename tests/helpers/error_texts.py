@@ -27,7 +27,7 @@ ASSETS = Path(__file__).parents[1] / "assets" / "tinymix"
 MODULES = (
     "moetier.tools.commands.generate",
     "moetier.tools.commands.trace",
-    "moetier.runtime.model.registration",
+    "moetier.runtime.model.quantizer",
 )  # of conftest's scripts
 
 

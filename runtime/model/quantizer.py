@@ -1,4 +1,4 @@
-"""Registration with transformers: a quantiser that removes the experts' parameters, and an experts function.
+"""The quantiser that transformers calls: it removes the experts' parameters, and attaches the tiers.
 
 transformers builds a model on the meta device, calls the quantiser, and loads the remaining parameters: the trunk.
 """
