@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import TypedDict, Unpack
 
+from moetier.runtime.device_names import check_device, device_values
 from moetier.runtime.options import COUNT, Number, option, options_of, read_all
 from moetier.runtime.wire.address import Address, Credentials
 from moetier.tiers.cache.policies import DEFAULT_POLICY, POLICIES
@@ -88,12 +89,6 @@ def _size(text: str | int | None) -> Size | None:
     return None if text is None else Size.parse(text)
 
 
-def _device(name: str) -> str:
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
-        raise ConfigError(f"{name!r} is not a device.", 'Give "auto", "cpu", "cuda" or "cuda:N".')
-    return name
-
-
 MEMORY = "memory and device"  # title of a group of options
 _CPUS = os.cpu_count() or 1
 
@@ -127,7 +122,7 @@ class TierConfig:
         metavar="SIZE",
         parse=_size,
     )
-    device: str = option("auto", '"auto", "cpu", "cuda" or "cuda:N"', group=MEMORY, parse=_device)
+    device: str = option("auto", device_values(), group=MEMORY, parse=check_device)
     policy: str = option(
         DEFAULT_POLICY,
         "which experts are evicted first. lru: the least recently used. scan: as lru, but a long prompt leaves most "

@@ -24,6 +24,7 @@ ORDER = (
     {"runtime.kernels.products"},
     {"runtime.kernels.experts", "runtime.kernels.layer", "runtime.kernels.quantise"},
     {"runtime.kernels"},
+    {"runtime.devices"},
     {"runtime.moe"},
     {"runtime.formats"},
     {"runtime.checkpoint", "runtime.speculation"},

@@ -1,5 +1,5 @@
 """Kernels for quantised matrices: compiled by LLVM for this CPU when they are first used, and for CUDA.
 
-Others use ``choose`` (the kernels of a device) and ``ahead`` (compiling beside imports). The packages below have the
+``runtime.devices`` chooses among them. Others use ``ahead`` (compiling beside imports). The packages below have the
 kernels: ``jit``, ``codings``, ``products``, then ``layer``, ``experts`` and ``quantise``. Only they import llvmlite.
 """

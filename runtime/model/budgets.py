@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from moetier.runtime.config import Size
+from moetier.runtime.devices.device import ComputeDevice
 from moetier.runtime.kernels.products.api import Kernels
 from moetier.runtime.machine.memory import Available, budget_for, usable
 from moetier.runtime.moe.grouped import ROWS
@@ -26,7 +27,7 @@ from .prefill import NOTHING_PER_TOKEN, WINDOWED, Prefill
 class Needs:
     """Bytes of memory that a model needs besides its experts.
 
-    If the model is computed on a GPU, all but ``trunk`` are bytes of the GPU's memory, not of the host's.
+    If the device that computes has memory, all but ``trunk`` are bytes of that memory, not of the host's.
     """
 
     trunk: int  # the part of the trunk whose memory still counts as free
@@ -53,7 +54,7 @@ class Needs:
         experts = max(room // 2, smallest) if asked is None or asked.bytes is None else asked.bytes
         return replace(self, prefill=self.prefill.within(room - min(experts, largest)))
 
-    def host_budget(self, manifest: Manifest, asked: Size | None, available: Available, device: torch.device) -> int:
+    def host_budget(self, manifest: Manifest, asked: Size | None, available: Available, device: ComputeDevice) -> int:
         """Return the bytes for the host tier's slots.
 
         ``asked`` is the user's option, ``available`` the free memory of the host, and ``device`` the device that
@@ -63,7 +64,7 @@ class Needs:
             asked,
             smallest=smallest_budget(manifest),
             largest=manifest.stored_bytes,
-            reserve=self.reserve if device.type == "cpu" else 0,
+            reserve=0 if device.has_memory else self.reserve,
             available=replace(available, bytes=max(available.bytes - self.trunk, 0)),
         )
 

@@ -23,6 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from moetier.runtime.checkpoint.containers import container_of, open_source
 from moetier.runtime.checkpoint.experts import config_of, is_checkpoint
 from moetier.runtime.config import OPTIONS, LoadOptions, TierConfig
+from moetier.runtime.devices.device import chosen_device
 from moetier.runtime.machine.memory import shortage_in
 from moetier.runtime.stores.checkpoint import check_shards
 from moetier.runtime.stores.registry import read_manifest
@@ -114,39 +115,35 @@ def load(
         folder = directory_at(name, None if store_cache is None else Path(store_cache), store_cache_size)
     else:
         folder = model_directory(directory)
-    asked = TierConfig.of(**options)
-    chosen = _dtype(dtype)
-    attention = _attention(attn_implementation)
-    check_directory(folder)
-    manifest, found = read_manifest(folder), config_of(folder)
-    model_class = _model_class(found)
-    if is_checkpoint(folder):
-        check_shards(folder)
-    else:
-        check_trunk(folder, manifest)
-    place = place_of(asked.device)
+    return _load(folder, TierConfig.of(**options), _dtype(dtype), _attention(attn_implementation))
+
+
+def _load(
+    folder: Path, asked: TierConfig, dtype: str | torch.dtype, attention: str | None
+) -> tuple[Any, PreTrainedTokenizerBase | None]:
+    """Load the model and the tokenizer in ``folder``, with checked options. Raises MoetierError."""
+    found, model_class = _checked_config(folder)
+    device = chosen_device(asked.device)
     install()
     tokenizer = container_of(folder).tokenizer(folder)
     with _load_errors(folder):
         config_class = model_class.config_class
-        as_it_is = is_checkpoint(folder)
-        config = config_class.from_dict(found) if as_it_is else config_class.from_pretrained(folder)
+        config = config_class.from_dict(found) if is_checkpoint(folder) else config_class.from_pretrained(folder)
     if tokenizer is not None and (most := longest_context(config)) is not None:
         # many tokenizers state no maximum length; with one, transformers warns of longer texts
         tokenizer.model_max_length = min(tokenizer.model_max_length, most)
-    device_map = None if place == "cpu" else {"": place}
     with _load_errors(folder), _report_held_back(), _bar_on_a_terminal_alone():
         model = model_of(
             folder,
             config,
             asked,
-            chosen,
+            dtype,
             model_class.from_pretrained,
-            device_map=device_map,
+            device_map={"": str(device.place)} if device.has_memory else None,
             attn_implementation=attention,
         )
-        if attn_implementation is not None:  # not what has replaced it
-            model.set_attn_implementation(attn_implementation)
+        if attention is not None:  # not what has replaced it
+            model.set_attn_implementation(attention)
     if tokenizer is not None:
         try:
             check_tokenizer(model, tokenizer, folder)
@@ -154,6 +151,18 @@ def load(
             model.tiers.close()
             raise
     return model, tokenizer
+
+
+def _checked_config(folder: Path) -> tuple[dict[str, Any], Any]:
+    """Return the config.json of a model and its class, once the files are checked. Raises MoetierError."""
+    check_directory(folder)
+    manifest, found = read_manifest(folder), config_of(folder)
+    model_class = _model_class(found)
+    if is_checkpoint(folder):
+        check_shards(folder)
+    else:
+        check_trunk(folder, manifest)
+    return found, model_class
 
 
 def model_of(
@@ -342,12 +351,3 @@ def _model_class(config: dict[str, Any]) -> Any:
             f"Upgrade moetier: this transformers lacks {name}.",
         )
     return found
-
-
-def place_of(device: str) -> str:
-    """Return "cpu", "cuda" or "cuda:N" for the option ``device``. Raises ConfigError if torch lacks a CUDA device."""
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError("This machine has no CUDA device that torch can use.", 'Set `device` to "cpu" or "auto".')
-    return device

@@ -8,15 +8,12 @@ from __future__ import annotations
 import contextlib
 import re
 import threading
-import warnings
-import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.quantizers.auto import (
@@ -31,33 +28,15 @@ from moetier.runtime.checkpoint.config_json import NAME
 from moetier.runtime.checkpoint.experts import config_of, is_checkpoint
 from moetier.runtime.checkpoint.trunk import Trunk
 from moetier.runtime.config import OPTIONS, TierConfig, TierOptions
-from moetier.runtime.kernels.choose import kernels_for
-from moetier.runtime.kernels.layer.attention import use_decode_attention
-from moetier.runtime.kernels.layer.growing_cache import use_growing_layers
-from moetier.runtime.kernels.layer.norm import use_quick_norms
-from moetier.runtime.kernels.products.row import use_row_weights
-from moetier.runtime.machine.threads import use_threads
-from moetier.runtime.moe.block import TieredBlock, refuse_copy
 from moetier.runtime.moe.experts import EXPERT_PARAMETERS, experts_forward, experts_modules
-from moetier.runtime.moe.gates import Gates
-from moetier.runtime.moe.grouped import quick_activation
-from moetier.runtime.moe.layers import use_quick_layers
-from moetier.runtime.moe.linear import quantized_linears, replace_linears, replace_modules
-from moetier.runtime.moe.routers import use_quick_routers
-from moetier.runtime.speculation.controller import Mode
-from moetier.runtime.speculation.predictor import Shortcuts
-from moetier.runtime.speculation.speculation import Speculation
+from moetier.runtime.moe.linear import replace_linears, replace_modules
 from moetier.runtime.stores.registry import read_manifest
 from moetier.tiers.errors import ConfigError, StoreFormatError, UnsafeCheckpointError, UnsupportedModelError
-from moetier.tiers.locks import postpone_interrupts, raise_interrupts
 from moetier.tiers.manifest import FORMAT, TRUNK_NAME, Manifest
 from moetier.tiers.store.trunk import check_small, check_trunk, trunk_records
 
-from .budgets import kv_cache_bytes, largest_decoded
-from .context import context_of
-from .prefill import prefill_of
-from .tiers import Tiers, close_later
-from .trunk_files import TrunkFiles, mapped_bytes
+from .attach import attach_tiers
+from .trunk_files import TrunkFiles
 
 _lock = threading.Lock()
 IN_CONFIG = ("ram", "device_memory", "context", "exact")  # what a model directory's config.json may set
@@ -216,74 +195,11 @@ class MoetierQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         given: Any = self.quantization_config
-        device = _device_of(model)
         in_config: Any = {name: getattr(given, name) for name in IN_CONFIG}
-        given_to_load = _asked.get()
-        asked = given_to_load.config if given_to_load else TierConfig.of(**(in_config | _options))
-        use_threads(asked.threads)
-        kernels = kernels_for(device, exact=asked.exact)
-        linears = quantized_linears(model)
-        for linear in linears:
-            linear.compute_with(kernels)
-        shortcuts = _shortcuts(model, asked)  # before the tiers, as this memory is then not free
-        tiers = Tiers.open(
-            self._folder,
-            asked,
-            device,
-            trunk=mapped_bytes(model),
-            cache=kv_cache_bytes(
-                model.config, context_of(model.config, asked.context, asked.prefill_chunk), dtype=model.dtype
-            ),
-            prefill=prefill_of(model, read_manifest(self._folder), asked, kernels),
-            width=model.dtype.itemsize,
-            kernels=kernels,
-            largest=largest_decoded((linear.layout for linear in linears), kernels),
+        asked = _asked.get()
+        attach_tiers(
+            model, self._folder, self._files, asked.config if asked else TierConfig.of(**(in_config | _options))
         )
-        weakref.finalize(model, close_later, tiers.close_sources, weakref.ref(tiers))
-        tiers.trunk_files = self._files
-        try:
-            self._files.settle(model, is_shared=tiers.daemon is not None)
-        except BaseException:
-            tiers.close()
-            raise
-        model.__dict__["tiers"] = tiers  # bypasses nn.Module.__setattr__: neither a submodule nor a parameter
-        model.__dict__["__reduce_ex__"] = refuse_copy  # copy and pickle call it
-        for module in model.modules():
-            if isinstance(module, PreTrainedModel):  # some layers compute in another order if this is set
-                module.config.__dict__.pop("_is_quantized", None)
-        demanded = None
-        if shortcuts is not None:
-            speculation = Speculation(
-                shortcuts,
-                tiers.device,
-                look_ahead=asked.look_ahead,
-                mode=_mode(asked, tiers, experts_modules(model)),
-                most=asked.prefetch,
-            )
-            speculation.attach()
-            tiers.speculation, demanded = speculation, speculation.demanded
-        layouts = [*tiers.manifest.layouts.values(), *(linear.layout for linear in linears)]
-        if any(kernels.packs(layout) for layout in layouts):  # else the model computes bit for bit as the eager one
-            use_decode_attention(model)
-            use_growing_layers(model)
-            use_quick_norms(model)
-            use_row_weights(model)
-            use_quick_routers(model)
-            use_quick_layers(model)
-        check_trunk_files = self._files.check
-
-        def before(*_: Any) -> None:
-            check_trunk_files()
-            postpone_interrupts()
-
-        tiers.hooks.add(model.register_forward_pre_hook(before))
-        tiers.hooks.add(model.register_forward_hook(lambda *_: raise_interrupts(), always_call=True))
-        modules = experts_modules(model)
-        for number, block in enumerate(tiers.manifest.blocks):
-            layout = tiers.manifest.layout(number)
-            modules[block.path].tiered = TieredBlock(
-                number, layout, tiers.device, tiers.kernels, device, demanded, elsewhere=tiers.elsewhere
-            )
         return model
 
     def is_serializable(self) -> bool:
@@ -299,19 +215,6 @@ class MoetierQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """False: which experts are used is known only after the router has run."""
         return False
-
-
-def _mode(asked: TierConfig, tiers: Tiers, modules: Mapping[str, Any]) -> Mode:
-    """Return when to speculate. A prefetch is a whole record, which a daemon that computes need not send.
-
-    ``modules``: the Experts modules by path.
-    """
-    mode = Mode(asked.speculate)
-    if mode is Mode.AUTO and tiers.elsewhere is not None and tiers.elsewhere.is_possible:
-        for number, block in enumerate(tiers.manifest.blocks):
-            if quick_activation(modules[block.path], tiers.manifest.layout(number), tiers.kernels) is not None:
-                return Mode.OFF
-    return mode
 
 
 def _folder_of(model: PreTrainedModel, files: list[str] | None) -> Path:
@@ -345,24 +248,3 @@ def _ignore_experts(model: PreTrainedModel, modules: Iterable[str]) -> None:
         *(model._keys_to_ignore_on_load_unexpected or ()),
         rf"(^|\.)({paths})\.({names})$",
     }
-
-
-def _shortcuts(model: PreTrainedModel, asked: TierConfig) -> Shortcuts | None:
-    """Return the shortcuts that predict experts; None if speculation is off, or if no gate can predict."""
-    if Mode(asked.speculate) is Mode.OFF:
-        return None
-    gates = Gates(model)
-    if (refusals := gates.refusals()) is not None:
-        warnings.warn(f"{type(model).__name__}: {refusals}", RuntimeWarning, stacklevel=2)
-    return Shortcuts(gates) if gates.first is not None else None
-
-
-def _device_of(model: PreTrainedModel) -> torch.device:
-    """Return the trunk's device. Raises ConfigError if the trunk is on several devices."""
-    devices = {parameter.device for parameter in model.parameters()}
-    if len(devices) != 1:
-        raise ConfigError(
-            f"The trunk is spread over {', '.join(sorted(map(str, devices)))}.",
-            'Load it on one device: give device_map={"": "cuda:0"}, or no device_map for the CPU.',
-        )
-    return devices.pop()

@@ -14,10 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
 
-import torch
-
-from moetier.runtime.config import TierConfig
-from moetier.runtime.kernels.choose import kernels_for
+from moetier.runtime.config import Size, TierConfig
+from moetier.runtime.devices.device import ComputeDevice
 from moetier.runtime.kernels.products.api import Kernels
 from moetier.runtime.kernels.products.packed import PackedKernels
 from moetier.runtime.machine.memory import Available, memory_for_model
@@ -26,7 +24,6 @@ from moetier.runtime.moe.gates import Observation
 from moetier.runtime.speculation.speculation import Speculation
 from moetier.runtime.stores.registry import read_manifest
 from moetier.tiers.cache.budget import slots_for, smallest_budget
-from moetier.tiers.device.stream import CudaDevice
 from moetier.tiers.device.tier import DeviceTier
 from moetier.tiers.device.views import HostViews
 from moetier.tiers.errors import ConfigError
@@ -50,7 +47,7 @@ class Tiers:
         cls,
         folder: Path,
         config: TierConfig,
-        device: torch.device,
+        device: ComputeDevice,
         *,
         trunk: int = 0,
         cache: int = 0,
@@ -74,62 +71,41 @@ class Tiers:
         ``largest``: number of weights of the trunk's largest matrix that is decoded for each product.
 
         Raises StoreError if the store can't be opened, BudgetError if no memory budget is possible, DaemonError if
-        ``config`` names a daemon that can't be used, and ConfigError for ``device_memory`` on a CPU.
+        ``config`` names a daemon that can't be used, and ConfigError for ``device_memory`` if ``device`` has none.
         """
-        if config.device_memory is not None and device.type == "cpu":
+        if config.device_memory is not None and not device.has_memory:
             raise ConfigError(
                 "On a CPU there is no device memory: experts stay in host memory.",
                 "Leave out `device_memory`; `ram` is the memory for experts.",
             )
         manifest = read_manifest(folder)
-        kernels = kernels or kernels_for(device, exact=config.exact)
-        needs = Needs(trunk, cache, max(scratch_numbers(manifest, kernels), largest) * width, prefill)
-
-        left = 0  # bytes that experts leave for a prompt
-
-        def host_slots() -> Mapping[str, int]:
-            nonlocal needs, left
-            available = memory_for_model()
-            if device.type == "cpu":
-                needs = needs.beside(config.ram, manifest.stored_bytes, available, smallest=smallest_budget(manifest))
-            budget = needs.host_budget(manifest, config.ram, available, device)
-            left = needs.room(available) - budget
-            return slots_for(manifest, budget)
-
+        kernels = kernels or device.kernels(exact=config.exact)
+        scratch = max(scratch_numbers(manifest, kernels), largest) * width
+        memory = _Memory(manifest, config, device, Needs(trunk, cache, scratch, prefill))
         with contextlib.ExitStack() as undo:
-            on_cpu = isinstance(kernels, PackedKernels)
-            origin = open_origin(folder, manifest, config, host_slots, computes=on_cpu)
+            compiled = isinstance(kernels, PackedKernels)
+            origin = open_origin(folder, manifest, config, memory.host_slots, computes=compiled)
             undo.callback(origin.close)
-            source: HostViews | DeviceTier = HostViews(origin.host)
-            if device.type == "cpu" and origin.daemon is not None:
-                needs = needs.beside(None, 0, there := memory_for_model())
-                left = needs.room(there)
-            if device.type == "cuda":
-                there = Available(torch.cuda.mem_get_info(device)[0], str(device))
-                needs = needs.beside(
-                    config.device_memory, manifest.stored_bytes, there, smallest=smallest_budget(manifest)
-                )
-                budget = needs.device_budget(manifest, config.device_memory, there)
-                left, slots = needs.room(there) - budget, slots_for(manifest, budget)
-                source = DeviceTier(
+            tier: HostViews | DeviceTier = HostViews(origin.host)
+            if device.has_memory:
+                tier = DeviceTier(
                     origin.host,
                     manifest,
-                    slots=slots,
-                    device=CudaDevice(device),
+                    slots=memory.device_slots(),
+                    device=device.streams(),
                     promotes=config.speculate != "off",
                     policy=config.policy,
                     arrange=kernels.arrange,
                 )
-                kernels.make_room = source.shrink
-            found = needs.prefill
-            if not found.resumes:  # a longer prompt than the one that memory is reserved for may fit, too
-                found = replace(found, tokens=found.longest(left))
-            tiers = cls(manifest, origin, source, kernels, found)
+                kernels.make_room = tier.shrink
+            elif origin.daemon is not None:
+                memory.beside_daemon()
+            tiers = cls(manifest, origin, tier, kernels, memory.prefill)
             undo.pop_all()
-            if found.tokens < prefill.tokens:
-                what = "to compute %s tokens of a prompt together" if found.resumes else "for a prompt of %s tokens"
-                _log.warning(f"Memory leaves room {what}, not %s.", f"{found.tokens:,}", f"{prefill.tokens:,}")
-            return tiers
+        if tiers.prefill_chunk < prefill.tokens:
+            what = "to compute %s tokens of a prompt together" if prefill.resumes else "for a prompt of %s tokens"
+            _log.warning(f"Memory leaves room {what}, not %s.", f"{tiers.prefill_chunk:,}", f"{prefill.tokens:,}")
+        return tiers
 
     def __init__(
         self,
@@ -182,6 +158,55 @@ class Tiers:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+class _Memory:
+    """Memory for a model that is being opened: slots for experts beside what the model needs otherwise.
+
+    ``needs`` is changed to fewer tokens computed together if memory is short.
+    """
+
+    def __init__(self, manifest: Manifest, config: TierConfig, device: ComputeDevice, needs: Needs) -> None:
+        self._manifest = manifest
+        self._config = config
+        self._device = device
+        self._needs = needs
+        self._left = 0  # bytes that experts leave for a prompt
+
+    def host_slots(self) -> Mapping[str, int]:
+        """Return the slots of a host tier of this process, by record layout. Raises BudgetError."""
+        available, asked = memory_for_model(), self._config.ram
+        if not self._device.has_memory:
+            self._compute_within(asked, available)
+        budget = self._needs.host_budget(self._manifest, asked, available, self._device)
+        return self._slots(budget, available)
+
+    def device_slots(self) -> Mapping[str, int]:
+        """Return the slots of a tier in the device's memory, by record layout. Raises BudgetError."""
+        available, asked = self._device.free_memory(), self._config.device_memory
+        self._compute_within(asked, available)
+        return self._slots(self._needs.device_budget(self._manifest, asked, available), available)
+
+    def beside_daemon(self) -> None:
+        """Use all memory of this process for what is not experts, as those are in a daemon's memory."""
+        available = memory_for_model()
+        self._needs = self._needs.beside(None, 0, available)
+        self._left = self._needs.room(available)
+
+    @property
+    def prefill(self) -> Prefill:
+        """Tokens of a prompt that there is room for: with the slots, if the model can't divide a prompt."""
+        prefill = self._needs.prefill
+        return prefill if prefill.resumes else replace(prefill, tokens=prefill.longest(self._left))
+
+    def _compute_within(self, asked: Size | None, available: Available) -> None:
+        """Leave memory for experts of which the user's option gives ``asked``."""
+        smallest = smallest_budget(self._manifest)
+        self._needs = self._needs.beside(asked, self._manifest.stored_bytes, available, smallest=smallest)
+
+    def _slots(self, budget: int, available: Available) -> Mapping[str, int]:
+        self._left = self._needs.room(available) - budget
+        return slots_for(self._manifest, budget)
 
 
 def _close_sources(device: HostViews | DeviceTier, origin: Origin) -> None:

@@ -207,3 +207,17 @@ class FakeDevice:
     def _copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         target.copy_(source)
         self.pending[source.data_ptr()] -= 1
+
+
+class PromptStream(FakeStream):
+    """Stream of a thread that computes at once: the work that it waits for is done before."""
+
+    def wait_event(self, event: FakeEvent) -> None:
+        self.device.run_until(event)
+
+
+def prompt_device(seed: int, *, capacity: int = 1 << 30) -> FakeDevice:
+    """Return a device whose callers compute in their own thread, as torch on a CPU does."""
+    device = FakeDevice(random.Random(seed), capacity=capacity)
+    device.streams[1] = PromptStream(device)
+    return device

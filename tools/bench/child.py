@@ -138,9 +138,8 @@ def rates(work: dict[str, Any]) -> dict[str, Any]:
     Kernels multiply with random records that have the layouts of a model. ``work`` has the model's ``directory``, the
     numbers of ``rows`` to measure, the ``seconds`` that each of these takes, and the ``bytes`` of records to use.
     """
-    import torch
 
-    from moetier.runtime.kernels.choose import kernels_for
+    from moetier.runtime.devices.cpu import Cpu
     from moetier.runtime.machine.threads import use_threads
     from moetier.runtime.stores.registry import read_manifest
     from moetier.tools.rates.products import KernelProbe, memory_rate, random_records
@@ -151,7 +150,7 @@ def rates(work: dict[str, Any]) -> dict[str, Any]:
     nbytes, seconds = 0, dict.fromkeys(work["rows"], 0.0)  # sums over all records; each layout has its own rate
     for array, layout in manifest.layouts.items():
         size = sum(block.experts for block in manifest.members[array].values()) * layout.slot_bytes
-        products = KernelProbe(kernels_for(torch.device("cpu")), layout, random_records(layout, work["bytes"]))
+        products = KernelProbe(Cpu().kernels(), layout, random_records(layout, work["bytes"]))
         nbytes += size
         for rows in seconds:
             seconds[rows] += size / products.rate(rows, at_least=work["seconds"])

@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
     layouts = dict(_layouts(arguments))
     import torch
 
-    from moetier.runtime.kernels.choose import kernels_for
+    from moetier.runtime.devices.cpu import Cpu
     from moetier.runtime.machine.threads import use_threads
 
     use_threads(arguments.threads)
@@ -81,7 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"bench kernels: this takes at least {least}", file=sys.stderr, flush=True)
     for title, layout in layouts.items():
         records = rates.random_records(layout, rates.UNCACHED_BYTES)
-        probe = rates.KernelProbe(kernels_for(torch.device("cpu")), layout, records)
+        probe = rates.KernelProbe(Cpu().kernels(), layout, records)
         ways: dict[tuple[str, int], Callable[[], Any]] = {MEMORY: partial(rates.memory_rate, rates.UNCACHED_BYTES)}
         for p, count in product(layout.projections, rows):
             ways[p.name, count] = partial(probe.seconds, p.name, count, at_least=arguments.seconds)

@@ -31,12 +31,11 @@ def loaded(directory: Path, resources: dict[str, Any], *, sequences: int = 1) ->
     if short := shortage():
         _log.warning("%s", short)
     with lean_imports():
-        import torch
-
+        from moetier.runtime.devices.device import chosen_device
         from moetier.runtime.kernels.ahead import compile_ahead
         from moetier.runtime.model.names import model_directory
 
-        if resources.get("device") == "cpu" or not torch.cuda.is_available():
+        if not chosen_device(resources["device"]).has_memory:
             compile_ahead(model_directory(directory))
 
         import transformers

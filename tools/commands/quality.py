@@ -102,7 +102,7 @@ def run(arguments: argparse.Namespace) -> int:
         _log.warning("%s", short)
     import transformers
 
-    from moetier.runtime.kernels.choose import without_onednn
+    from moetier.runtime.devices.device import without_onednn
     from moetier.runtime.machine.threads import use_threads
     from moetier.tools.quality.quality import measure_checkpoint, measure_directory, read_texts, ways_of
 

@@ -10,7 +10,6 @@ import resource
 import shutil
 import sys
 import textwrap
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
@@ -27,7 +26,6 @@ from moetier.tools.cli.failure import as_options, plain
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
 
-NVIDIA = Path("/proc/driver/nvidia/version")
 ENOUGH_LOCKED = 1 << 30
 
 
@@ -160,7 +158,7 @@ def processor() -> Iterator[Finding]:
 
 def kernel() -> Iterator[Finding]:
     """Check which code computes products with quantised experts on the CPU."""
-    from moetier.runtime.kernels.choose import PROTECTED, WITHOUT_ONEDNN
+    from moetier.runtime.devices.device import PROTECTED, WITHOUT_ONEDNN
     from moetier.runtime.kernels.jit.executable import can_become_executable
     from moetier.runtime.kernels.jit.processor import Dot, refusal, this_processor
 
@@ -194,36 +192,14 @@ def kernel() -> Iterator[Finding]:
 
 
 def gpus() -> Iterator[Finding]:
-    """Check the GPUs that torch can use, and the kernels for them."""
-    import torch
+    """Check the devices that torch can use beside the processor, and the kernels for them."""
+    from moetier.runtime.device_names import DEVICES
+    from moetier.runtime.devices.device import device_class
 
-    from moetier.runtime.kernels.choose import kernels_for
-    from moetier.runtime.kernels.products.api import Kernels
-
-    if not torch.cuda.is_available():
-        if NVIDIA.exists():
-            yield warn(
-                "gpu",
-                f"There is an NVIDIA driver, but torch {torch.__version__} can't use it.",
-                "Install torch for a version of CUDA that the driver supports (nvidia-smi shows it).",
-            )
-        else:
-            yield ok("gpu", "none that torch can use: everything is computed on the CPU")
-        return
-    for number in range(torch.cuda.device_count()):
-        device = torch.device("cuda", number)
-        free, total = torch.cuda.mem_get_info(device)
-        found = (
-            f"cuda:{number} {torch.cuda.get_device_name(device)}, {format_bytes(free)} free of {format_bytes(total)}"
-        )
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            chosen = kernels_for(device)
-        if type(chosen) is Kernels:
-            why = " ".join(str(each.message) for each in said)
-            yield warn("gpu", f"{found}. {why}", "Use a GPU of compute capability 8.0 or above, or --device cpu.")
-        else:
-            yield ok("gpu", f"{found}; 4-bit products by torch's own kernel")
+    said = [each for name in DEVICES for each in device_class(name).diagnose()]
+    yield from (warn("gpu", each.text, each.advice) if each.advice else ok("gpu", each.text) for each in said)
+    if not said:
+        yield ok("gpu", "none that torch can use: everything is computed on the CPU")
 
 
 def memory_files() -> Iterator[Finding]:
@@ -245,10 +221,10 @@ def memory_files() -> Iterator[Finding]:
 
 def page_locks() -> Iterator[Finding]:
     """Check how much memory may be locked, which fast copies to a GPU need."""
-    import torch
+    from moetier.runtime.devices.device import chosen_device
 
     soft, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    has_gpu = torch.cuda.is_available()
+    has_gpu = chosen_device("auto").has_memory
     found = f"{_limit(soft)} of memory may be locked (hard limit: {_limit(hard)})"
     if has_gpu and soft != resource.RLIM_INFINITY and soft < ENOUGH_LOCKED:
         yield warn(

@@ -53,20 +53,17 @@ def _fit(directory: Path, left: Available) -> tuple[Fit, int]:
     from moetier.tools.cli.loading import lean_imports
 
     with lean_imports():
-        import torch
-
         from moetier.runtime.config import PREFILL_CHUNK, TierConfig
-        from moetier.runtime.kernels.choose import kernels_for
-        from moetier.runtime.model.load import place_of
+        from moetier.runtime.devices.device import chosen_device
         from moetier.tools.plan.choices import open_choices
         from moetier.tools.plan.fit import MachineRoom, fit_of
 
-        device = torch.device(place_of("auto"))
+        device = chosen_device("auto")
         model_choices = open_choices(directory)
     config = TierConfig.of(context=model_choices.context, prefill_chunk=PREFILL_CHUNK)
     choice = next((each for each in model_choices.choices if each.as_it_is), model_choices.choices[0])
     room = MachineRoom.here(device, directory, left, 0)
-    return fit_of(model_choices, choice, config, room, kernels_for(device)), config.context
+    return fit_of(model_choices, choice, config, room, device.kernels()), config.context
 
 
 def _all_fit(directory: Path, root: Path) -> bool:

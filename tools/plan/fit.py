@@ -10,9 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from moetier.runtime.config import TierConfig, format_bytes
+from moetier.runtime.devices.device import ComputeDevice
 from moetier.runtime.kernels.products.api import Kernels
 from moetier.runtime.machine.memory import MARGIN_BYTES, MARGIN_SHARE, Available
 from moetier.runtime.model.budgets import Needs, kv_cache_bytes, largest_decoded, scratch_numbers
@@ -37,21 +36,19 @@ class MachineRoom:
     """Free memory and disk of this machine, for a process that has already imported what a model needs."""
 
     host: Available
-    device: torch.device
-    on_device: Available | None  # None on a CPU
+    device: ComputeDevice
+    on_device: Available | None  # None if it has no memory
     disk_free: int  # bytes, on the disk of ``into``
     idle_bytes: int  # memory that such a process takes
     into: Path  # folder in which the model directory will be
 
     @classmethod
-    def here(cls, device: torch.device, into: Path, host: Available, idle_bytes: int) -> MachineRoom:
-        """Measure the free memory of ``device``, if it is a GPU, and the free disk space of ``into``.
+    def here(cls, device: ComputeDevice, into: Path, host: Available, idle_bytes: int) -> MachineRoom:
+        """Measure the free memory of ``device``, if it has any, and the free disk space of ``into``.
 
         ``host``: free memory of the host; ``idle_bytes``: memory of a process that has imported what a model needs.
         """
-        there = None
-        if device.type == "cuda":
-            there = Available(torch.cuda.mem_get_info(device)[0], str(device))
+        there = device.free_memory() if device.has_memory else None
         return cls(host, device, there, free_bytes(into), idle_bytes, into)
 
 
@@ -95,16 +92,16 @@ def fit_of(model_choices: ModelChoices, choice: Choice, config: TierConfig, room
     """
     manifest, model = choice.manifest, model_choices.model
     scratch = max(scratch_numbers(manifest, kernels), largest_decoded(choice.matrices, kernels))
-    on_cpu = room.device.type == "cpu"
+    on_host = not room.device.has_memory
     needs = Needs(
-        trunk=choice.trunk_bytes if on_cpu else 0,
+        trunk=choice.trunk_bytes if on_host else 0,
         cache=kv_cache_bytes(model.config, config.context, dtype=model.dtype),
         scratch=scratch * model.dtype.itemsize,
         prefill=prefill_of(model, manifest, config, kernels),
     )
     slots: Mapping[str, int] = {}
     device_slots, arena, problem, there = None, 0, _disk_problem(model_choices, choice, room), room.host
-    if on_cpu:
+    if on_host:
         needs = needs.beside(config.ram, manifest.stored_bytes, room.host, smallest=smallest_budget(manifest))
     try:
         slots = slots_for(manifest, needs.host_budget(manifest, config.ram, room.host, room.device))
@@ -207,7 +204,7 @@ def impossible(asked: Sequence[Fit], evaluate: Callable[[TierConfig], list[Fit]]
 
 def memory_of(fit: Fit, room: MachineRoom) -> dict[str, Any]:
     """Return the memory of a process that runs ``fit``, in bytes by part, once its context and its slots are full."""
-    on_cpu = room.device.type == "cpu"
+    on_host = not room.device.has_memory
     parts = {
         "idle_bytes": room.idle_bytes,
         "trunk_bytes": fit.choice.trunk_bytes,
@@ -215,5 +212,5 @@ def memory_of(fit: Fit, room: MachineRoom) -> dict[str, Any]:
         "computing_bytes": fit.needs.reserve - fit.needs.cache,
         "experts_bytes": fit.arena_bytes,
     }
-    beside = () if on_cpu else ("trunk_bytes", "kv_cache_bytes", "computing_bytes")  # these are on the device
+    beside = () if on_host else ("trunk_bytes", "kv_cache_bytes", "computing_bytes")  # these are on the device
     return parts | {"process_bytes": sum(size for name, size in parts.items() if name not in beside)}

@@ -58,14 +58,12 @@ def plan(
         _log.warning("%s", short)
     say(f"reading the configuration of {source}")
     with lean_imports():
-        import torch
         import transformers
 
-        from moetier.runtime.kernels.choose import kernels_for
+        from moetier.runtime.devices.device import chosen_device
         from moetier.runtime.machine.memory import memory_for_model, resident_bytes
         from moetier.runtime.machine.threads import usable_cpus, use_threads
         from moetier.runtime.model.context import context_of
-        from moetier.runtime.model.load import place_of
 
         from .choices import open_choices
         from .estimate import estimate
@@ -74,13 +72,13 @@ def plan(
 
     transformers.utils.logging.set_verbosity_error()
     use_threads(config.threads)
-    device = torch.device(place_of(config.device))
-    if device.type == "cpu" and config.device_memory is not None:
+    device = chosen_device(config.device)
+    if not device.has_memory and config.device_memory is not None:
         raise ConfigError(
             "On a CPU there is no device memory: the CPU computes with the experts in host memory.",
             "Give --ram without --device-memory.",
         )
-    kernels, room = kernels_for(device), MachineRoom.here(device, place, memory_for_model(), resident_bytes())
+    kernels, room = device.kernels(), MachineRoom.here(device, place, memory_for_model(), resident_bytes())
     model_choices = open_choices(source)
     chosen = model_choices.chosen(bits, trunk_bits)
     if context is None:

@@ -77,12 +77,12 @@ class MachineRates:
         """
         import torch
 
-        from moetier.runtime.kernels.choose import kernels_for
+        from moetier.runtime.devices.cpu import Cpu
 
         nbytes = min(UNCACHED_BYTES, room.host.bytes // 4)  # more than caches hold, where memory allows
         memory, _ = memory_rate(nbytes)
         expert = next(iter(choices[0].manifest.layouts.values()))
-        kernels = kernels_for(torch.device("cpu"))
+        kernels = Cpu().kernels()
         one: dict[Bits, float] = {}
         many: dict[Bits, float] = {}
         for bits in sorted({16, *(width for choice in choices for width in (choice.bits, choice.trunk_bits))}):
@@ -115,7 +115,7 @@ class Speeds:
             rate, by = _disk_rate(model_choices, choices, room)
         else:
             rate, by = DiskRate(disk * GB, disk * GB, LOADERS), "given"
-        rates = MachineRates.measure(rate, choices, room) if room.device.type == "cpu" else None
+        rates = MachineRates.measure(rate, choices, room) if not room.device.has_memory else None
         made = choices if model_choices.headers is not None else ()
         widths = {bits for choice in made for bits in (choice.bits, choice.trunk_bits)} - {16}
         return cls(rate, by, rates, quantising_rates(sorted(widths)), workers)

@@ -15,8 +15,8 @@ from int4 import CpuInt4, cuda_operators
 from quantised_records import levels_at_random, with_zero_points
 from torch._subclasses import FakeTensorMode
 
+from moetier.runtime.devices.device import chosen_device
 from moetier.runtime.kernels import cuda_int4 as fused
-from moetier.runtime.kernels.choose import kernels_for
 from moetier.runtime.kernels.cuda_int4 import CudaInt4, FusedKernels, fused_or_plain
 from moetier.runtime.kernels.products.api import Kernels
 from moetier.tiers.layout import Bits, RecordLayout
@@ -218,5 +218,5 @@ def test_a_product_that_is_not_what_it_should_be_is_not_used(error: Exception | 
 def test_a_cuda_device_has_fused_kernels() -> None:
     if torch.cuda.get_device_capability() < (8, 0):
         pytest.skip("it has no such product")
-    assert type(kernels_for(torch.device("cuda"))) is FusedKernels
-    assert type(kernels_for(torch.device("cuda"), exact=True)) is Kernels
+    assert type(chosen_device("cuda").kernels()) is FusedKernels
+    assert type(chosen_device("cuda").kernels(exact=True)) is Kernels

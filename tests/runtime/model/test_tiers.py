@@ -11,6 +11,7 @@ from comparison import convert_tiny, smallest_ram
 
 import moetier
 from moetier.runtime.config import TierConfig
+from moetier.runtime.devices.cpu import Cpu
 from moetier.runtime.machine.memory import available_memory
 from moetier.runtime.model import trunk_files
 from moetier.runtime.model.tiers import Tiers
@@ -18,7 +19,7 @@ from moetier.runtime.model.trunk_files import mapped_bytes
 from moetier.tiers.errors import BudgetError, ClosedError
 from moetier.tiers.layout import ExpertKey
 
-CPU = torch.device("cpu")
+CPU = Cpu()
 
 
 @pytest.fixture(scope="module")

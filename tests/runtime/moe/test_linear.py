@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import moetier
-from moetier.runtime.kernels.choose import kernels_for
+from moetier.runtime.devices.cpu import Cpu
 from moetier.runtime.kernels.cuda_int4 import CudaInt4, FusedKernels
 from moetier.runtime.kernels.products.api import Kernels
 from moetier.runtime.machine.memory import mapped_files
@@ -70,7 +70,7 @@ def test_where_it_is_multiplied_as_it_lies(bits: Bits, dtype: torch.dtype, fused
     linear, module = quantised(bits, dtype, bias=True)
     cpu = torch.device("cpu")
     with cuda_operators():
-        module.compute_with(FusedKernels(cpu, CudaInt4()) if fused else kernels_for(cpu))
+        module.compute_with(FusedKernels(cpu, CudaInt4()) if fused else Cpu().kernels())
         _is_near(linear, module, dtype)
 
 
@@ -193,9 +193,7 @@ def test_budgets_leave_room_for_the_largest_matrix(tiny: tuple[Any, Path], monke
     monkeypatch.setattr(budgets, "budget_for", noted)
     manifest = read_manifest(store_folder(directory))
     for largest in (0, 10_000_000):
-        tiers.Tiers.open(
-            directory, tiers.TierConfig.of(daemon=None), torch.device("cpu"), width=2, largest=largest
-        ).close()
+        tiers.Tiers.open(directory, tiers.TierConfig.of(daemon=None), Cpu(), width=2, largest=largest).close()
     projections = max(p.rows * p.columns for p in manifest.layout(0).projections)
     assert reserves == [projections * 2, 20_000_000]
 

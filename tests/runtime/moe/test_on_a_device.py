@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import itertools
 import math
-import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fake_device import FakeDevice, FakeEvent, FakeStream
+from fake_device import FakeDevice, FakeStream, prompt_device
 from host_waits import HostWaits
 from int4 import cuda_operators
 from readers import RamReader
@@ -38,19 +37,6 @@ from moetier.tiers.quant.codec import encode, layout_for
 CUDA = pytest.param(
     "cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 )
-
-
-class PromptStream(FakeStream):
-    """Of who computes at once: what it waits for is done before."""
-
-    def wait_event(self, event: FakeEvent) -> None:
-        self.device.run_until(event)
-
-
-def fake_device(seed: int) -> FakeDevice:
-    device = FakeDevice(random.Random(seed))
-    device.streams[1] = PromptStream(device)
-    return device
 
 
 @pytest.fixture(params=["cpu", CUDA])
@@ -78,7 +64,7 @@ def test_blocks_are_computed_on_the_device(where: torch.device, model_type: str,
     for kernels in (FusedKernels(where, CudaInt4()), Kernels(where)):
         results = []
         for slots in (18, 48):
-            device: Device = CudaDevice(where) if where.type == "cuda" else fake_device(slots)
+            device: Device = CudaDevice(where) if where.type == "cuda" else prompt_device(slots)
             with HostTier(RamReader(plan, stored), slots={"records": slots}) as host:
                 tier = DeviceTier(host, plan, slots={"records": slots}, device=device, arrange=kernels.arrange)
                 twin.tiered = TieredBlock(5, layout, tier, kernels, where)
@@ -98,7 +84,7 @@ def test_a_block_waits_for_the_device_once(tokens: int, fused: bool) -> None:
     """To learn which experts it needs. The tier waits for the copies of those that the host has together, once, before
     it gives them back; for none where they are on the device."""
     ordinary, twin, source = pair("mixtral", torch.bfloat16, bits=4)
-    layout, records, device = twin.tiered.layout, source.records, fake_device(0)
+    layout, records, device = twin.tiered.layout, source.records, prompt_device(0)
     plan = make_plan(blocks=6, experts=len(records), top_k=8, layout=layout)
     stored = {ExpertKey(b, e): bytes(record.numpy()) for b in range(6) for e, record in enumerate(records)}
     given_to = inputs(ordinary, torch.bfloat16, tokens=tokens)
@@ -126,8 +112,7 @@ def full(bits: Bits, *, fused: bool, beside: int) -> Iterator[tuple[Any, FakeDev
     plan = make_plan(blocks=6, experts=len(records), top_k=3, layout=layout)
     size = plan.layouts["records"].slot_bytes
     stored = {ExpertKey(b, e): bytes(record.numpy()) for b in range(6) for e, record in enumerate(records)}
-    device = FakeDevice(random.Random(0), capacity=48 * size + beside)
-    device.streams[1] = PromptStream(device)
+    device = prompt_device(0, capacity=48 * size + beside)
     with cuda_operators(), HostTier(RamReader(plan, stored), slots={"records": 48}) as host, torch.no_grad():
         kernels = FusedKernels(cpu, CudaInt4()) if fused else Kernels(cpu)
         kernels._scratch = lambda shape, dtype: (  # type: ignore[method-assign]
@@ -165,7 +150,7 @@ def test_tokens_are_the_same_when_memory_runs_out_between(tinymix_4bit: Path, sp
     model, _ = moetier.load(tinymix_4bit, daemon=None, exact=True, speculate=speculate)
     with model.tiers as tiers:
         expected = model.generate(prompt, max_new_tokens=12, do_sample=False)
-        device, kernels, scratches = fake_device(0), Kernels(), itertools.count()
+        device, kernels, scratches = prompt_device(0), Kernels(), itertools.count()
         real, fail_at = kernels._scratch, {100, 400}
 
         def scratch(shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from cgroups import memory_limit
 from checkpoints import save_checkpoint
 from faults import mounted
@@ -23,7 +22,8 @@ from stores import NASTY
 import moetier
 from moetier.runtime.checkpoint.files import INDEX
 from moetier.runtime.config import TierConfig
-from moetier.runtime.kernels.choose import kernels_for
+from moetier.runtime.devices.cpu import Cpu
+from moetier.runtime.devices.cuda import Cuda
 from moetier.runtime.machine.memory import Available
 from moetier.tiers.errors import BudgetError, ConfigError, DiskSpaceError, MoetierError, StoreFormatError, TargetError
 from moetier.tools.commands.plan import text
@@ -144,13 +144,13 @@ def test_a_disk_that_is_full_names_what_fits(index_only: Path, tmp_path: Path) -
 def test_what_is_downloaded_takes_disk_too(index_only: Path, tmp_path: Path) -> None:
     model_choices = open_choices(index_only)
     assert model_choices.headers is not None
-    cpu = torch.device("cpu")
+    cpu = Cpu()
     room = MachineRoom(Available(8 << 30, "this machine"), cpu, None, disk_free=60 << 20, idle_bytes=0, into=tmp_path)
     for on_hub, problem in ((False, None), (True, "A model directory with --bits 4, and files of the checkpoint")):
         headers = replace(model_choices.headers, on_hub=on_hub)
         (choice,) = model_choices.chosen([4], [16])
         passing = replace(model_choices, headers=headers, passing_bytes=50 << 20)
-        fit = fit_of(passing, choice, TierConfig.of(), room, kernels_for(cpu))
+        fit = fit_of(passing, choice, TierConfig.of(), room, cpu.kernels())
         assert fit.works == (problem is None)
         assert problem is None or (fit.problem is not None and fit.problem.cause.startswith(problem))
 
@@ -216,7 +216,7 @@ def test_where_nobody_says_a_context_is_no_longer_than_the_model_has(
 
 def test_a_trunk_that_is_quantised_takes_its_time_too(index_only: Path) -> None:
     """Where quantising takes longer than the disk does, the time is in proportion to the weights of both."""
-    cpu = torch.device("cpu")
+    cpu = Cpu()
     model_choices = open_choices(index_only)
     room = MachineRoom(Available(8 << 30, "this machine"), cpu, None, disk_free=60 << 30, idle_bytes=0, into=Path())
     rate = DiskRate(1e12, 1e12, 4)
@@ -224,7 +224,7 @@ def test_a_trunk_that_is_quantised_takes_its_time_too(index_only: Path) -> None:
     times = {}
     for trunk_bits in (16, 4):
         (choice,) = model_choices.chosen([4], [trunk_bits])
-        fit = fit_of(model_choices, choice, TierConfig.of(), room, kernels_for(cpu))
+        fit = fit_of(model_choices, choice, TierConfig.of(), room, cpu.kernels())
         found = estimate(model_choices, [fit], fit, room, speeds, context=1, options=[])
         times[trunk_bits] = found["choices"][0]["convert_s"]
     weights = sum(layout.weights for layout in choice.matrices)
@@ -248,8 +248,8 @@ def test_with_a_gpu_it_is_said_whose_memory_is_too_little(
     model_choices = open_choices(index_only)
     (choice,) = model_choices.chosen([4], [16])
     there = Available(device, "cuda:0")
-    room = MachineRoom(Available(host, "this machine"), torch.device("cuda:0"), there, 60 << 30, 0, Path())
-    fit = fit_of(model_choices, choice, TierConfig.of(), room, kernels_for(torch.device("cpu")))
+    room = MachineRoom(Available(host, "this machine"), Cuda("cuda:0"), there, 60 << 30, 0, Path())
+    fit = fit_of(model_choices, choice, TierConfig.of(), room, Cpu().kernels())
     if not words:
         assert fit.problem is None
         assert sum((fit.device_slots or {}).values()) == choice.manifest.record_count

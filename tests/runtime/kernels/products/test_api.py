@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from quantised_records import levels_at_random, quantised, with_zero_points
 
-from moetier.runtime.kernels.choose import kernels_for
+from moetier.runtime.devices.cpu import Cpu
 from moetier.runtime.kernels.jit.processor import Processor
 from moetier.runtime.kernels.products.api import Kernels
 from moetier.runtime.kernels.products.packed import PackedKernels
@@ -288,6 +288,5 @@ def test_threads_of_torch_multiply() -> None:
 
 
 def test_exact_kernels_are_torchs_own() -> None:
-    assert type(kernels_for(torch.device("cpu"), exact=True)) is Kernels
-    assert type(kernels_for(torch.device("cpu"))) is PackedKernels
-    assert type(kernels_for(torch.device("meta"))) is Kernels
+    assert type(Cpu().kernels(exact=True)) is Kernels
+    assert type(Cpu().kernels()) is PackedKernels

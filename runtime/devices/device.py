@@ -1,0 +1,120 @@
+"""Contract of a device that computes models, and the choice of a device."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import ClassVar, NamedTuple
+
+import torch
+
+from moetier.runtime.device_names import DEVICES, device_values
+from moetier.runtime.kernels.jit.executable import can_become_executable
+from moetier.runtime.kernels.products.api import Kernels
+from moetier.runtime.machine.memory import Available
+from moetier.tiers.device.stream import Device
+from moetier.tiers.errors import ConfigError
+
+PROTECTED = "memory that was written can't be made executable here"
+WITHOUT_ONEDNN = "torch computes without oneDNN, which is slow for prompts where the trunk has 16 bits"
+
+
+class Diagnosis(NamedTuple):
+    """What ``moetier doctor`` says about a device. With ``advice``, it is a warning."""
+
+    text: str
+    advice: str = ""
+
+
+class ComputeDevice(ABC):
+    """A device that computes a model.
+
+    Attributes:
+        title: its name in errors, after "no".
+        has_memory: whether it has memory of its own. Then trunk, context and the slots of a device tier are there, and
+            ``free_memory`` and ``streams`` are implemented. Otherwise it computes with the records in the host's slots.
+        place: where torch allocates the tensors that it computes with.
+    """
+
+    title: ClassVar[str]
+    has_memory: ClassVar[bool]
+
+    def __init__(self, place: torch.device | str) -> None:
+        """Use the device ``place``, or the one that the option ``device`` of this text names."""
+        self.place = torch.device(place)
+
+    @classmethod
+    @abstractmethod
+    def is_available(cls) -> bool:
+        """Return whether torch can use such a device in this process."""
+
+    @classmethod
+    def diagnose(cls) -> Iterator[Diagnosis]:
+        """Yield what ``moetier doctor`` says about each such device of this machine. By default there is nothing."""
+        yield from ()
+
+    @abstractmethod
+    def fast_kernels(self) -> Kernels:
+        """Return the fastest kernels that work here. Warn if the device should have faster ones."""
+
+    def kernels(self, *, exact: bool = False) -> Kernels:
+        """Return the fastest kernels. With ``exact``, return kernels with the same bits as the eager model."""
+        if without_onednn():
+            warn_once(f"As {PROTECTED}, {WITHOUT_ONEDNN}.")
+        return Kernels(self.place) if exact else self.fast_kernels()
+
+    def free_memory(self) -> Available:
+        """Return the device's own memory that is free."""
+        raise NotImplementedError
+
+    def streams(self) -> Device:
+        """Return the streams, memory and page locks of a new device tier."""
+        raise NotImplementedError
+
+
+def device_class(name: str) -> type[ComputeDevice]:
+    """Return the class of the device called ``name`` in DEVICES."""
+    module, _, attribute = DEVICES[name].partition(":")
+    found: type[ComputeDevice] = getattr(importlib.import_module(module), attribute)
+    return found
+
+
+def chosen_device(option: str) -> ComputeDevice:
+    """Return the device that the option ``device`` names. Raises ConfigError if torch can't use it here."""
+    if option == "auto":
+        option = next(name for name in reversed(DEVICES) if device_class(name).is_available())
+    found = device_class(option.partition(":")[0])
+    if not found.is_available():
+        raise ConfigError(f"This machine has no {found.title} that torch can use.", 'Set `device` to "cpu" or "auto".')
+    return found(option)
+
+
+def device_at(place: torch.device, option: str = "auto") -> ComputeDevice:
+    """Return the device of a trunk that is at ``place``: that of the option ``device``, or the one that torch names.
+
+    Raises ConfigError if moetier can't compute there.
+    """
+    name = place.type if option == "auto" else option.partition(":")[0]
+    if name not in DEVICES:
+        raise ConfigError(f"The trunk is on {place}, where moetier can't compute.", f"Give {device_values()}.")
+    return device_class(name)(place)
+
+
+def without_onednn() -> bool:
+    """Turn oneDNN off in torch if memory that was written can't be made executable; return whether it was turned off.
+
+    oneDNN compiles code of its own. If that code can't be executed, it raises "could not create a primitive".
+    """
+    if can_become_executable():
+        return False
+    torch.backends.mkldnn.set_flags(False)  # type: ignore[no-untyped-call]
+    return True
+
+
+@functools.cache
+def warn_once(text: str) -> None:
+    """Warn with ``text``, once in a process."""
+    warnings.warn(text, RuntimeWarning, stacklevel=3)

@@ -1,0 +1,189 @@
+"""Attach the tiers to a model whose trunk is loaded: its blocks then compute with experts of the tiers."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from moetier.runtime.config import TierConfig
+from moetier.runtime.devices.device import ComputeDevice, device_at
+from moetier.runtime.kernels.layer.attention import use_decode_attention
+from moetier.runtime.kernels.layer.growing_cache import use_growing_layers
+from moetier.runtime.kernels.layer.norm import use_quick_norms
+from moetier.runtime.kernels.products.api import Kernels
+from moetier.runtime.kernels.products.row import use_row_weights
+from moetier.runtime.machine.threads import use_threads
+from moetier.runtime.moe.block import TieredBlock, refuse_copy
+from moetier.runtime.moe.experts import experts_modules
+from moetier.runtime.moe.gates import Gates
+from moetier.runtime.moe.grouped import quick_activation
+from moetier.runtime.moe.layers import use_quick_layers
+from moetier.runtime.moe.linear import QuantizedLinear, quantized_linears
+from moetier.runtime.moe.routers import use_quick_routers
+from moetier.runtime.speculation.controller import Mode
+from moetier.runtime.speculation.predictor import Shortcuts
+from moetier.runtime.speculation.speculation import Speculation
+from moetier.runtime.stores.registry import read_manifest
+from moetier.tiers.errors import ConfigError
+from moetier.tiers.locks import postpone_interrupts, raise_interrupts
+
+from .budgets import kv_cache_bytes, largest_decoded
+from .context import context_of
+from .prefill import prefill_of
+from .tiers import Tiers, close_later
+from .trunk_files import TrunkFiles, mapped_bytes
+
+
+def attach_tiers(model: PreTrainedModel, folder: Path, files: TrunkFiles, config: TierConfig) -> None:
+    """Open the tiers of a model, and attach them as ``model.tiers``.
+
+    Args:
+        model: its trunk is loaded; its experts have no parameters.
+        folder: its model directory, checkpoint or GGUF file.
+        files: the trunk's files, which are closed if nothing in memory needs them.
+        config: the options of the tiers.
+
+    Raises the errors of ``Tiers.open``, StoreFormatError if a file of the trunk has changed, and ConfigError if the
+    trunk is on several devices, or on one on which moetier can't compute.
+    """
+    use_threads(config.threads)
+    device = device_at(_place_of(model), config.device)
+    kernels = device.kernels(exact=config.exact)
+    linears = quantized_linears(model)
+    for linear in linears:
+        linear.compute_with(kernels)
+    shortcuts = _shortcuts(model, config)  # before the tiers, as this memory is then not free
+    tiers = _open_tiers(model, folder, config, device, kernels, linears)
+    tiers.trunk_files = files
+    try:
+        files.settle(model, is_shared=tiers.daemon is not None)
+    except BaseException:
+        tiers.close()
+        raise
+    _keep(model, tiers)
+    if shortcuts is not None:
+        _speculate(shortcuts, config, tiers, experts_modules(model))
+    layouts = [*tiers.manifest.layouts.values(), *(linear.layout for linear in linears)]
+    if any(kernels.packs(layout) for layout in layouts):  # else the model computes bit for bit as the eager one
+        _use_compiled_code(model)
+    _add_hooks(model, tiers, files)
+    _attach_blocks(model, tiers, device.place)
+
+
+def _place_of(model: PreTrainedModel) -> torch.device:
+    """Return the trunk's device. Raises ConfigError if the trunk is on several devices."""
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) != 1:
+        raise ConfigError(
+            f"The trunk is spread over {', '.join(sorted(map(str, devices)))}.",
+            'Load it on one device: give device_map={"": "cuda:0"}, or no device_map for the CPU.',
+        )
+    return devices.pop()
+
+
+def _open_tiers(
+    model: PreTrainedModel,
+    folder: Path,
+    config: TierConfig,
+    device: ComputeDevice,
+    kernels: Kernels,
+    linears: list[QuantizedLinear],
+) -> Tiers:
+    """Open the tiers, which close when the model is garbage-collected. ``linears``: the trunk's quantised matrices."""
+    context = context_of(model.config, config.context, config.prefill_chunk)
+    tiers = Tiers.open(
+        folder,
+        config,
+        device,
+        trunk=mapped_bytes(model),
+        cache=kv_cache_bytes(model.config, context, dtype=model.dtype),
+        prefill=prefill_of(model, read_manifest(folder), config, kernels),
+        width=model.dtype.itemsize,
+        kernels=kernels,
+        largest=largest_decoded((linear.layout for linear in linears), kernels),
+    )
+    weakref.finalize(model, close_later, tiers.close_sources, weakref.ref(tiers))
+    return tiers
+
+
+def _keep(model: PreTrainedModel, tiers: Tiers) -> None:
+    """Keep the tiers as an attribute of the model. From then on the model can't be copied."""
+    model.__dict__["tiers"] = tiers  # bypasses nn.Module.__setattr__: neither a submodule nor a parameter
+    model.__dict__["__reduce_ex__"] = refuse_copy  # copy and pickle call it
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):  # some layers compute in another order if this is set
+            module.config.__dict__.pop("_is_quantized", None)
+
+
+def _shortcuts(model: PreTrainedModel, config: TierConfig) -> Shortcuts | None:
+    """Return the shortcuts that predict experts; None if speculation is off, or if no gate can predict."""
+    if Mode(config.speculate) is Mode.OFF:
+        return None
+    gates = Gates(model)
+    if (refusals := gates.refusals()) is not None:
+        warnings.warn(f"{type(model).__name__}: {refusals}", RuntimeWarning, stacklevel=2)
+    return Shortcuts(gates) if gates.first is not None else None
+
+
+def _speculate(shortcuts: Shortcuts, config: TierConfig, tiers: Tiers, modules: Mapping[str, Any]) -> None:
+    """Begin to predict experts. ``modules``: the Experts modules by path."""
+    tiers.speculation = Speculation(
+        shortcuts,
+        tiers.device,
+        look_ahead=config.look_ahead,
+        mode=_mode(config, tiers, modules),
+        most=config.prefetch,
+    )
+    tiers.speculation.attach()
+
+
+def _mode(config: TierConfig, tiers: Tiers, modules: Mapping[str, Any]) -> Mode:
+    """Return when to speculate. A prefetch is a whole record, which a daemon that computes need not send.
+
+    ``modules`` is as in ``_speculate``.
+    """
+    mode = Mode(config.speculate)
+    if mode is Mode.AUTO and tiers.elsewhere is not None and tiers.elsewhere.is_possible:
+        for number, block in enumerate(tiers.manifest.blocks):
+            if quick_activation(modules[block.path], tiers.manifest.layout(number), tiers.kernels) is not None:
+                return Mode.OFF
+    return mode
+
+
+def _use_compiled_code(model: PreTrainedModel) -> None:
+    """Let compiled code do the work of modules for which it gives the same results as their own."""
+    use_decode_attention(model)
+    use_growing_layers(model)
+    use_quick_norms(model)
+    use_row_weights(model)
+    use_quick_routers(model)
+    use_quick_layers(model)
+
+
+def _add_hooks(model: PreTrainedModel, tiers: Tiers, files: TrunkFiles) -> None:
+    """Check the trunk's files before each forward pass, and postpone Ctrl-C to its end."""
+    check_trunk_files = files.check
+
+    def before(*_: Any) -> None:
+        check_trunk_files()
+        postpone_interrupts()
+
+    tiers.hooks.add(model.register_forward_pre_hook(before))
+    tiers.hooks.add(model.register_forward_hook(lambda *_: raise_interrupts(), always_call=True))
+
+
+def _attach_blocks(model: PreTrainedModel, tiers: Tiers, place: torch.device) -> None:
+    """Give each Experts module its block of the tiers, to be computed at ``place``."""
+    modules = experts_modules(model)
+    demanded = None if tiers.speculation is None else tiers.speculation.demanded
+    for number, block in enumerate(tiers.manifest.blocks):
+        layout = tiers.manifest.layout(number)
+        modules[block.path].tiered = TieredBlock(
+            number, layout, tiers.device, tiers.kernels, place, demanded, elsewhere=tiers.elsewhere
+        )
