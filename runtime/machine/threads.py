@@ -10,8 +10,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import moetier
-
 from .control_groups import control_groups
 
 VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # with these variables a user sets torch's number of threads
@@ -56,14 +54,3 @@ def use_threads(threads: int | None = None) -> int:
     if threads != torch.get_num_threads():
         torch.set_num_threads(threads)
     return threads
-
-
-def compute_as_others_do() -> None:
-    """Remove the variables that ``import moetier`` has set for torch, here or in the process that started this one.
-
-    Call this before torch is loaded. It is for measurements of other engines, which then run as they do for their own
-    users. A variable is taken for moetier's if it has moetier's value.
-    """
-    for name, value, _ in moetier._FOR_TORCH:
-        if os.environ.get(name) == value:
-            del os.environ[name]

@@ -9,14 +9,15 @@ import json
 import sys
 import time
 
+from own_variables import remove_own_variables
+
 from moetier.runtime.machine.memory import peak_bytes
-from moetier.runtime.machine.threads import compute_as_others_do
 
 
 def main() -> None:
     """Feed the tokens of the job on standard input one by one, and print their time and the peak memory as JSON."""
     job = json.load(sys.stdin)
-    compute_as_others_do()
+    remove_own_variables()
     import torch
     import transformers
 

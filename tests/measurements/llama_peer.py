@@ -12,8 +12,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from own_variables import remove_own_variables
+
 from moetier.runtime.machine.memory import peak_bytes
-from moetier.runtime.machine.threads import compute_as_others_do
 
 UBATCH = 512  # tokens that llama.cpp computes together: its own default
 
@@ -21,7 +22,7 @@ UBATCH = 512  # tokens that llama.cpp computes together: its own default
 def main() -> None:
     """Do the job that standard input gives, to quantise or to feed tokens, and print its result as JSON."""
     job = json.load(sys.stdin)
-    compute_as_others_do()
+    remove_own_variables()
     import llama_cpp
 
     silent = llama_cpp.llama_log_callback(lambda level, text, user: None)

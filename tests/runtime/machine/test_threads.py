@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from places import TESTS
 from prepared import Prepared
 
 from moetier.runtime.config import TierConfig
@@ -240,9 +241,10 @@ def test_another_engine_runs_as_its_own_users_have_it() -> None:
     """Also in a child of a process that has imported moetier."""
     names = "('GOMP_SPINCOUNT', 'ONEDNN_PRIMITIVE_CACHE_CAPACITY', 'LRU_CACHE_CAPACITY')"
     show = (
-        f"import os, moetier.runtime.machine.threads as threads; print(*(os.environ.get(name) for name in {names}))\n"
+        f"import os, sys, moetier; sys.path.append({str(TESTS / 'measurements')!r})\n"
+        f"from own_variables import remove_own_variables; print(*(os.environ.get(name) for name in {names}))\n"
     )
-    code = show + "threads.compute_as_others_do()\n" + show
+    code = show + "remove_own_variables()\n" + show
     parent = "import moetier, subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]], check=True)"
     for variables, expected in (
         ({}, ["2000 32 32", "None None None"]),
