@@ -21,7 +21,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from moetier.runtime.formats.tensors import SourceTensor
-from moetier.runtime.libraries.meta import MadeOnMeta
+from moetier.runtime.libraries.meta import made_on_meta
+from moetier.runtime.libraries.transformers_internals import dtype_plan_of
 from moetier.runtime.moe.experts import EXPERT_PARAMETERS, experts_modules
 from moetier.tiers.errors import CheckpointError, UnsupportedModelError
 from moetier.tiers.layout import RecordLayout
@@ -69,7 +70,7 @@ def build_on_meta(config: Mapping[str, Any], first_dtype: str | None) -> tuple[P
             if (part := getattr(made, name)) is not None:
                 part.dtype = dtype
         with contextlib.ExitStack() as stack:
-            stack.enter_context(MadeOnMeta())
+            stack.enter_context(made_on_meta())
             for context in made_by.get_init_context(dtype, False, False, False):
                 stack.enter_context(context)
             model = made_by(made)
@@ -355,7 +356,7 @@ def _targets(key: str, converter: loading.WeightConverter | None) -> list[str]:
 
 def loaded_dtype(model: PreTrainedModel, name: str, own: torch.dtype, dtype: torch.dtype) -> torch.dtype:
     """Return the type in which from_pretrained loads a parameter. Some models keep a few parameters in fp32."""
-    plan = model._get_dtype_plan(dtype)
+    plan = dtype_plan_of(model, dtype)
     if plan:
         pattern, by_group, _ = loading.build_glob_alternation(list(plan))
         match = pattern.search(name)

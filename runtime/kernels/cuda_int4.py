@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from moetier.runtime.kernels.products.api import Kernels
+from moetier.runtime.libraries.torch_internals import arrange_int4, multiply_int4
 from moetier.tiers.layout import PAIR_TYPES, ROW_TILE, Projection, RecordLayout
 from moetier.tiers.quant.codec import decode, encode, expand, layout_for, sections
 from moetier.tiers.quant.packing import load_pairs, pair_columns
@@ -48,15 +49,13 @@ class CudaInt4:
     def arrange(self, nibbles: Tensor, columns: int) -> Tensor:
         """Arrange codes uint8 [rows * columns / 2] in the order of tinygemm, which packs them as int32."""
         paired = pair_columns(nibbles, columns)
-        words: Tensor = torch.ops.aten._convert_weight_to_int4pack(paired, _inner_tiles(columns))
-        return words.view(torch.uint8).view(-1)
+        return arrange_int4(paired, _inner_tiles(columns)).view(torch.uint8).view(-1)
 
     def multiply(self, x: Tensor, arranged: Tensor, group: int, pairs: Tensor) -> Tensor:
         """Multiply x bf16 [tokens, columns] -> bf16 [tokens, rows] with tinygemm."""
         tiles = _inner_tiles(x.shape[1])
         matrix = arranged.view(torch.int32).view(-1, x.shape[1] // (16 * tiles), 32, tiles // 2)
-        y: Tensor = torch.ops.aten._weight_int4pack_mm(x, matrix, group, pairs)
-        return y
+        return multiply_int4(x, matrix, group, pairs)
 
 
 def _inner_tiles(columns: int) -> int:

@@ -1,4 +1,5 @@
-"""Imports of large libraries: only those parts of torch and transformers that running a model needs.
+"""Large libraries: their private names, one module for each library, and how they are loaded.
 
-Others use ``lean`` and ``meta``. Imports nothing of moetier.
+Others use ``torch_internals`` and ``transformers_internals`` in place of private names, ``meta`` to build a model
+without memory, ``torch_stand_ins`` before torch is imported, and ``torch_variables``. Imports nothing of moetier.
 """

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
-from .stand_ins import remove_stand_ins
+from .torch_stand_ins import is_lean, remove_stand_ins
+
+
+def made_on_meta() -> AbstractContextManager[Any]:
+    """Return the context in which models are built on the meta device; with MOETIER_LEAN=0 one without effect."""
+    return MadeOnMeta() if is_lean() else nullcontext()
 
 
 class MadeOnMeta(TorchFunctionMode):

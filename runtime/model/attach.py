@@ -18,6 +18,7 @@ from moetier.runtime.kernels.layer.growing_cache import use_growing_layers
 from moetier.runtime.kernels.layer.norm import use_quick_norms
 from moetier.runtime.kernels.products.api import Kernels
 from moetier.runtime.kernels.products.row import use_row_weights
+from moetier.runtime.libraries.transformers_internals import forget_quantised
 from moetier.runtime.machine.threads import use_threads
 from moetier.runtime.moe.block import TieredBlock, refuse_copy
 from moetier.runtime.moe.experts import experts_modules
@@ -118,7 +119,7 @@ def _keep(model: PreTrainedModel, tiers: Tiers) -> None:
     model.__dict__["__reduce_ex__"] = refuse_copy  # copy and pickle call it
     for module in model.modules():
         if isinstance(module, PreTrainedModel):  # some layers compute in another order if this is set
-            module.config.__dict__.pop("_is_quantized", None)
+            forget_quantised(module.config)
 
 
 def _shortcuts(model: PreTrainedModel, config: TierConfig) -> Shortcuts | None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from moetier.runtime.config import DEFAULT_CONTEXT
+from moetier.runtime.libraries.transformers_internals import can_use_dynamic_cache
 from moetier.runtime.options import MOST
 
 STRETCHING = {"linear", "dynamic", "yarn"}  # rope types whose factor multiplies the original length
@@ -56,8 +57,7 @@ def can_resume(model: Any) -> bool:
 
     That is certain only if the state of every layer is keys and values. Some models with other states can't resume.
     """
-    supports = getattr(model, "_supports_default_dynamic_cache", None)  # only models that generate have it
-    if supports is None or not supports() or model.generation_config.use_cache is False:
+    if not can_use_dynamic_cache(model) or model.generation_config.use_cache is False:
         return False
     from transformers import DynamicCache
 

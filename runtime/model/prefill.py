@@ -15,6 +15,8 @@ from typing import Any
 from moetier.runtime.config import DEFAULT_CONTEXT, TierConfig
 from moetier.runtime.kernels.layer.attention import SCORE_BYTES, SINKS, SLICE_BYTES
 from moetier.runtime.kernels.products.api import Kernels
+from moetier.runtime.libraries.torch_internals import parameters_of
+from moetier.runtime.libraries.transformers_internals import attention_of
 from moetier.runtime.moe.experts import experts_modules, output_bytes
 from moetier.runtime.moe.grouped import quick_activation
 from moetier.tiers.manifest import Manifest
@@ -115,8 +117,8 @@ def prefill_of(model: Any, manifest: Manifest, config: TierConfig, kernels: Kern
     size, resumes = model.dtype.itemsize, can_resume(model)
     text = model.config.get_text_config(decoder=True)
     is_quick = any(map(kernels.packs, manifest.layouts.values()))  # else norms and attention are those of transformers
-    is_eager = model.config._attn_implementation == "eager"
-    is_sliced = is_eager and is_quick and any(SINKS in module._parameters for module in model.modules())
+    is_eager = attention_of(model.config) == "eager"
+    is_sliced = is_eager and is_quick and any(SINKS in parameters_of(module) for module in model.modules())
     modules = experts_modules(model)
     of_block = max(
         _block(modules[block.path], manifest, number, model.dtype, kernels)
@@ -145,7 +147,7 @@ def _outputs(model: Any) -> int:
     for path, module in model.named_modules():
         if hasattr(module, "out_features") and module is not head and module.in_features not in latents:
             linears[path.rpartition(".")[0]].append(module.out_features)
-    states = {path: _state(module) for path, module in model.named_modules() if "A_log" in module._parameters}
+    states = {path: _state(module) for path, module in model.named_modules() if "A_log" in parameters_of(module)}
     kinds = getattr(text, "layer_types", None) or ()
     copies = OF_STATES if any(name in kind for kind in kinds for name in STATEFUL) else COPIES
     # the last module of a parent makes one output of what the others have made

@@ -28,6 +28,14 @@ from moetier.runtime.checkpoint.config_json import NAME
 from moetier.runtime.checkpoint.experts import config_of, is_checkpoint
 from moetier.runtime.checkpoint.trunk import Trunk
 from moetier.runtime.config import OPTIONS, TierConfig, TierOptions
+from moetier.runtime.libraries.torch_internals import parameters_of
+from moetier.runtime.libraries.transformers_internals import (
+    ignore_weights,
+    leave_out_of_plans,
+    mark_initialised,
+    set_experts_function,
+    set_experts_function_alone,
+)
 from moetier.runtime.moe.experts import EXPERT_PARAMETERS, experts_forward, experts_modules
 from moetier.runtime.moe.linear import replace_linears, replace_modules
 from moetier.runtime.stores.registry import read_manifest
@@ -149,20 +157,16 @@ class MoetierQuantizer(HfQuantizer):
         self._check(model, modules, manifest)
         for path, module in modules.items():
             for name in EXPERT_PARAMETERS:
-                module._parameters.pop(name, None)  # on the meta device, so nothing was allocated
+                parameters_of(module).pop(name, None)  # on the meta device, so nothing was allocated
             for touched in (module, model.get_submodule(path.rpartition(".")[0])):
-                touched._is_hf_initialized = (
-                    True  # else _init_weights, in some models the parent's, would fill the removed parameters
-                )
-            module.config._experts_implementation_internal = NAME
+                mark_initialised(touched)  # else _init_weights, in some models the parent's, would fill them
+            set_experts_function_alone(module.config, NAME)
         if manifest.trunk_records is not None:
             replace_linears(model, records, manifest.trunk_records)
         if asked is not None and asked.trunk is not None:
             replace_modules(model, asked.trunk.layouts)
-        model.config._experts_implementation = NAME
-        for plan in ("_tp_plan", "_ep_plan"):
-            kept = {key: style for key, style in (getattr(model, plan) or {}).items() if ".experts" not in key}
-            setattr(model, plan, kept)
+        set_experts_function(model.config, NAME)
+        leave_out_of_plans(model, ".experts")
 
     def _check(self, model: PreTrainedModel, modules: dict[str, Any], manifest: Manifest) -> None:
         """Check that the model's Experts modules match the store's blocks: the same paths, experts and shapes.
@@ -185,7 +189,9 @@ class MoetierQuantizer(HfQuantizer):
             number, block = blocks[path]
             layout = manifest.layout(number)
             stored = {p.name: p.shape for p in layout.projections} | {b.name: (b.size,) for b in layout.biases}
-            wanted = {name: tuple(p.shape[1:]) for name, p in module._parameters.items() if name in EXPERT_PARAMETERS}
+            wanted = {
+                name: tuple(p.shape[1:]) for name, p in parameters_of(module).items() if name in EXPERT_PARAMETERS
+            }
             if stored != wanted or block.experts != module.num_experts:
                 raise StoreFormatError(
                     f"{self._folder}: {path} has {block.experts} experts of {stored} in the store, "
@@ -244,7 +250,4 @@ def _ignore_experts(model: PreTrainedModel, modules: Iterable[str]) -> None:
     """Keep transformers from listing a checkpoint's experts as weights that the model does not use."""
     prefix, names = f"{model.base_model_prefix}.", "|".join(EXPERT_PARAMETERS)
     paths = "|".join(re.escape(path.removeprefix(prefix)) for path in modules)
-    model._keys_to_ignore_on_load_unexpected = {
-        *(model._keys_to_ignore_on_load_unexpected or ()),
-        rf"(^|\.)({paths})\.({names})$",
-    }
+    ignore_weights(model, rf"(^|\.)({paths})\.({names})$")

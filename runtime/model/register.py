@@ -16,6 +16,7 @@ from moetier.runtime.checkpoint.blueprint import supported_types
 from moetier.runtime.checkpoint.config_json import NAME
 from moetier.runtime.checkpoint.experts import config_of, is_checkpoint
 from moetier.runtime.config import TierConfig, TierOptions
+from moetier.runtime.libraries.transformers_internals import experts_function_of
 from moetier.runtime.stores.checkpoint import check_shards
 from moetier.runtime.stores.registry import read_manifest
 from moetier.tiers.errors import MoetierError
@@ -78,7 +79,7 @@ def _checkpoint_of(cls: Any, name: Any, named: dict[str, Any]) -> Path | None:
     if not quantizer.options() or quantizer.is_loading() or name is None or named.get("state_dict") is not None:
         return None
     config = named.get("config")
-    chosen = named.get("experts_implementation") or getattr(config, "_experts_implementation_internal", None)
+    chosen = named.get("experts_implementation") or experts_function_of(config)
     if chosen or named.get("quantization_config"):
         return None  # the caller has chosen how to compute or to quantise
     if not cls.__module__.startswith("transformers.") or cls.config_class.model_type not in _types_with_experts():

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moetier.runtime.kernels.experts.expert_code import FUNCTIONS, Activation
+from moetier.runtime.libraries.transformers_internals import apply_gate
 
 _SCALES = (0.3, 3.0, 30.0, 300.0)  # scales of a trial's random numbers, as an activation may be limited to some size
 _TRIED = (64, 64)  # number of rows at each scale, and of numbers in each row
@@ -29,7 +30,7 @@ def activation_of(module: Any) -> Activation | None:
     numbers = torch.randn(_TRIED, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")
     x = torch.cat([scale * numbers for scale in _SCALES])
     try:
-        wanted = (module._apply_gate(x) if module.has_gate else module.act_fn(x)).float()
+        wanted = (apply_gate(module, x) if module.has_gate else module.act_fn(x)).float()
     except Exception:  # the module's code needs more than these numbers
         return None
     for activation in _candidates(module):

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from moetier.runtime.kernels.products.api import has_memory, moved_error
+from moetier.runtime.libraries.transformers_internals import apply_gate, is_experts_class
 from moetier.tiers.layout import RecordLayout
 from moetier.tiers.quant.codec import sections
 
@@ -35,7 +36,7 @@ def experts_modules(model: nn.Module) -> dict[str, Any]:
     return {
         path: module
         for path, module in model.named_modules()
-        if hasattr(type(module), "_apply_gate") and hasattr(module, "has_bias") and hasattr(module, "is_transposed")
+        if is_experts_class(type(module)) and hasattr(module, "has_bias") and hasattr(module, "is_transposed")
     }
 
 
@@ -139,5 +140,5 @@ def _expert(module: Any, here: TieredBlock, record: Tensor, x: Tensor) -> Tensor
         return y + sections(record, here.layout)[f"{name}_bias"].to(y.dtype) if module.has_bias else y
 
     y = project(x, "gate_up_proj" if module.has_gate else "up_proj")
-    y = project(module._apply_gate(y) if module.has_gate else module.act_fn(y), "down_proj")
+    y = project(apply_gate(module, y) if module.has_gate else module.act_fn(y), "down_proj")
     return module.post_expert_norm(y) if module.has_post_expert_norm else y

@@ -20,6 +20,7 @@ from moetier.runtime.kernels.experts.expert_code import Activation
 from moetier.runtime.kernels.experts.expert_kernels import ExpertKernels
 from moetier.runtime.kernels.products.api import CPU, FLOATS, Kernels, is_readable
 from moetier.runtime.kernels.products.packed import PackedKernels
+from moetier.runtime.libraries.torch_internals import children_of, hooks_after, hooks_before
 from moetier.tiers.layout import RecordLayout
 from moetier.tiers.source import Lease
 
@@ -68,8 +69,8 @@ def kernels_of(module: Any, here: TieredBlock, dtype: torch.dtype) -> ExpertKern
 
     Without it, experts are computed one after the other (``experts.py``).
     """
-    parts = module._modules.values()
-    if any(part._forward_hooks or part._forward_pre_hooks for part in parts if part is not None) or has_global_hooks():
+    parts = children_of(module).values()
+    if any(hooks_after(part) or hooks_before(part) for part in parts if part is not None) or has_global_hooks():
         return None  # compiled code does not call the activation, and so none of its hooks
     kind = (dtype, *parts)
     if (trials := here.compiled.get(kind)) is None:

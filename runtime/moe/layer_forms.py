@@ -22,6 +22,13 @@ from moetier.runtime.kernels.layer.attention_steps import CACHES, Form, forms, i
 from moetier.runtime.kernels.layer.growing_cache import grow
 from moetier.runtime.kernels.layer.norm import is_quick_norm
 from moetier.runtime.kernels.products.api import FLOATS
+from moetier.runtime.libraries.torch_internals import (
+    buffers_of,
+    children_of,
+    parameters_of,
+    replace_parameters,
+    separate,
+)
 
 from .experts import experts_modules
 from .routers import QuickRouter, argument_names, is_router
@@ -61,9 +68,9 @@ class LayerForm(NamedTuple):
 
 def parts_of(layer: Any) -> Parts | None:
     """Return the parts of a layer if it may have a LayerForm, else None."""
-    if layer._parameters or layer._buffers:  # by chance they may do nothing in a trial, such as a factor of 1
+    if parameters_of(layer) or buffers_of(layer):  # by chance they may do nothing in a trial, such as a factor of 1
         return None
-    parts = {name: part for name, part in layer._modules.items() if part is not None}
+    parts = {name: part for name, part in children_of(layer).items() if part is not None}
     attentions = [name for name, part in parts.items() if is_attention(part)]
     norms = [name for name, part in parts.items() if is_quick_norm(part)]
     others = [name for name in parts if name not in (*attentions, *norms)]
@@ -75,7 +82,7 @@ def parts_of(layer: Any) -> Parts | None:
 def forms_of(layer: Any, parts: Parts, sizes: list[Form]) -> Iterator[LayerForm]:
     """Yield the forms that a layer may have. ``sizes``: forms that its attention may have."""
     factors = [float(value) for name in _FACTORS if isinstance(value := vars(layer).get(name), int | float)]
-    names = _in_block(layer._modules[parts.block])
+    names = _in_block(children_of(layer)[parts.block])
     for (first, second), factor, size in itertools.product(
         itertools.permutations(parts.norms), factors or [1.0], sizes
     ):
@@ -88,13 +95,15 @@ def forms_of(layer: Any, parts: Parts, sizes: list[Form]) -> Iterator[LayerForm]
 def _in_block(block: Any) -> tuple[str, str, str] | None:
     """Return the names of router, Experts module and shared expert ("": none); None if a block has anything else."""
     routers = [
-        name for name, part in block._modules.items() if type(part).forward is QuickRouter.forward and is_router(part)
+        name
+        for name, part in children_of(block).items()
+        if type(part).forward is QuickRouter.forward and is_router(part)
     ]
-    experts = [path for path in experts_modules(block) if path in block._modules]
-    others = [name for name in block._modules if name not in (*routers, *experts)]
-    if len(routers) != 1 or len(experts) != 1 or len(others) > 1 or block._parameters:
+    experts = [path for path in experts_modules(block) if path in children_of(block)]
+    others = [name for name in children_of(block) if name not in (*routers, *experts)]
+    if len(routers) != 1 or len(experts) != 1 or len(others) > 1 or parameters_of(block):
         return None
-    if not block._buffers.keys() <= {*argument_names(block._modules[routers[0]])}:
+    if not buffers_of(block).keys() <= {*argument_names(children_of(block)[routers[0]])}:
         return None
     return routers[0], experts[0], others[0] if others else ""
 
@@ -135,13 +144,13 @@ class _Trial:
         ``scale``: mean of the norms' weights.
         """
         self.layer = twin = _twin(layer)
-        self.attention = twin._modules[parts.attention]
+        self.attention = children_of(twin)[parts.attention]
         observe(self.attention)
         random, cache = torch.Generator().manual_seed(0), DynamicCache()
-        for norm in (twin._modules[name] for name in parts.norms):
+        for norm in (children_of(twin)[name] for name in parts.norms):
             columns = len(norm.weight)
             weight = scale * (0.5 + torch.rand(columns, generator=random))
-            norm.__dict__["_parameters"] = {"weight": weight.to(norm.weight.dtype)}
+            replace_parameters(norm, {"weight": weight.to(norm.weight.dtype)})
         self._stand_ins = [module for module in twin.modules() if isinstance(module, _StandIn)]
         self._name = next(name for name in CACHES if name in inspect.signature(type(twin).forward).parameters)
         for _ in range(3):
@@ -197,14 +206,13 @@ def find_form(
 def _twin(module: Any) -> Any:
     """Return a copy of a layer that shares its tensors, computes as it does, and may be changed and called freely."""
     twin = copy.copy(module)
-    for name in ("_modules", "_forward_hooks", "_forward_pre_hooks"):
-        twin.__dict__[name] = type(vars(module)[name])()
+    separate(twin)
     if "quick_layer" in vars(twin):  # its class without QuickLayer
         twin.__class__ = type(twin).__mro__[2]
     if experts_modules(module).get("") is module:
         twin.__class__ = _StandIn
-    for name, part in module._modules.items():
-        twin._modules[name] = None if part is None else _twin(part)
+    for name, part in children_of(module).items():
+        children_of(twin)[name] = None if part is None else _twin(part)
     return twin
 
 

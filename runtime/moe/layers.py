@@ -20,6 +20,7 @@ from moetier.runtime.kernels.layer.attention_steps import AttentionSteps, Token,
 from moetier.runtime.kernels.layer.norm import MORE, SUM, X, Y, norm_step
 from moetier.runtime.kernels.layer.routing import RoutingSteps
 from moetier.runtime.kernels.products.api import CPU, is_readable
+from moetier.runtime.libraries.torch_internals import children_of, hooks_after, hooks_before, without_subclasses
 
 from .gates import Observer
 from .grouped import is_row_like, one_token
@@ -71,7 +72,7 @@ class OneTokenLayer:
         if getattr(self._local, "refused", None) == kind:
             return None
         call: _Call | None = getattr(self._local, "call", None)
-        with torch._C.DisableTorchFunctionSubclass():  # attributes of a RowWeight are torch functions
+        with without_subclasses():  # attributes of a RowWeight are torch functions
             holds = call is not None and call.kind == kind and call.snapshot.holds(layer)
         if call is None or not holds:
             if call is not None and call.snapshot.has_hooks():  # they may stay, and a new snapshot takes long
@@ -91,7 +92,7 @@ class OneTokenLayer:
         """Return the steps of a layer; None if it has hooks that must be called, or no form."""
         if has_global_hooks():  # they would be called in a trial, too
             return None
-        with torch._C.DisableTorchFunctionSubclass():
+        with without_subclasses():
             key = (*kind, *key_of(layer))
         form = None
         if key in self._keys or len(self._keys) < MOST_TRIALS:
@@ -146,13 +147,13 @@ class _Call:
     def __init__(self, layer: Any, form: LayerForm, kind: tuple[torch.dtype, int]) -> None:
         """``kind``: type of x, number of angles."""
         self.form, self.kind = form, kind
-        self.attention, self._first, self.second, self.block = (layer._modules[name] for name in form[:4])
-        inner = self.block._modules
+        self.attention, self._first, self.second, self.block = (children_of(layer)[name] for name in form[:4])
+        inner: Any = children_of(self.block)
         self.router, self.experts, self.shared = (inner.get(name) for name in (form.router, form.experts, form.shared))
         # hooks by id, of the second norm, and of the router and the Experts module if there are these
-        self.observed: list[Mapping[int, Any]] = [self.second._forward_pre_hooks]
+        self.observed: list[Mapping[int, Any]] = [hooks_before(self.second)]
         if self.router is not None and self.experts is not None:
-            self.observed += [self.router._forward_hooks, self.experts._forward_pre_hooks]
+            self.observed += [hooks_after(self.router), hooks_before(self.experts)]
         called = self.block if self.router is None else self.shared
         self.snapshot = Snapshot(layer, without=[] if called is None else [called], watched=self.observed)
         # torch calls hooks in what is called, but the layer's own code may give it other shapes, or in another order
@@ -216,7 +217,7 @@ class _Call:
         layer's parts don't fit the form.
         """
         if (threads := (torch.get_num_threads(), token.threads)) != self._threads:
-            with torch._C.DisableTorchFunctionSubclass():
+            with without_subclasses():
                 if not self._prepare(threads):
                     return None
         total, normed = self._states[:2]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from moetier.runtime.kernels.products.api import Kernels, moved_error
 from moetier.runtime.kernels.products.packed import PackedKernels
 from moetier.runtime.kernels.products.row import RowMatrix
+from moetier.runtime.libraries.torch_internals import buffers_of
 from moetier.tiers.errors import StoreFormatError
 from moetier.tiers.layout import RecordLayout
 from moetier.tiers.manifest import TrunkRecords
@@ -63,7 +64,7 @@ class QuantizedLinear(nn.Module):
 
         x may have other leading dimensions. Raises ConfigError if the module was moved to another device.
         """
-        record = self._buffers["record"]
+        record = buffers_of(self)["record"]
         assert record is not None
         if self.matrix is not None and self.matrix.weight is record and (y := self.matrix.multiply(x)) is not None:
             return y if self.bias is None else y.add_(self.bias)

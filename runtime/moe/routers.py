@@ -20,6 +20,14 @@ from transformers import PreTrainedModel
 
 from moetier.runtime.kernels.layer.routing import Routing, RoutingForm
 from moetier.runtime.kernels.products.api import CPU
+from moetier.runtime.libraries.torch_internals import (
+    buffers_of,
+    children_of,
+    parameters_of,
+    replace_buffers,
+    replace_parameters,
+    without_subclasses,
+)
 
 from .experts import experts_modules
 from .snapshot import Trials, numbers_of
@@ -81,27 +89,27 @@ class OneRowRouter:
 
         x may have other leading dimensions. Returns None for other inputs.
         """
-        with torch._C.DisableTorchFunctionSubclass():  # attributes of a RowWeight are torch functions
-            weight = router._parameters.get("weight")  # None if its class computes it from others
+        with without_subclasses():  # attributes of a RowWeight are torch functions
+            weight = parameters_of(router).get("weight")  # None if its class computes it from others
             if weight is None or x.numel() != weight.shape[-1] or torch.is_grad_enabled() or len(more) > 1:
                 return None
             routing = self.routing(router, x.dtype)
             if routing is None:
                 return None
-            (correction,) = more or _buffers(router)
-            return routing.of(x, weight, router._parameters.get("bias"), correction)
+            (correction,) = more or _corrections(router)
+            return routing.of(x, weight, parameters_of(router).get("bias"), correction)
 
 
 def tensors_of(router: Any, parent: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return matrix [experts, hidden], bias [experts] and correction [experts] of a router that ``parent`` calls."""
-    (correction,) = _buffers(router)
+    (correction,) = _corrections(router)
     for name in argument_names(router):
         correction = getattr(parent, name, None)
-    return router._parameters["weight"], router._parameters.get("bias"), correction
+    return parameters_of(router)["weight"], parameters_of(router).get("bias"), correction
 
 
-def _buffers(router: Any) -> list[Tensor | None]:
-    return [*router._buffers.values()] or [None]
+def _corrections(router: Any) -> list[Tensor | None]:
+    return [*buffers_of(router).values()] or [None]
 
 
 def argument_names(router: Any) -> list[str]:
@@ -129,7 +137,7 @@ def use_quick_routers(model: PreTrainedModel) -> None:
     known: dict[Any, RoutingForm | None] = {}
     for path, experts in experts_modules(model).items():
         for module in model.get_submodule(path.rpartition(".")[0]).children():
-            weight = module._parameters.get("weight")
+            weight = parameters_of(module).get("weight")
             if (
                 weight is not None
                 and weight.dim() == 2
@@ -144,9 +152,9 @@ def use_quick_routers(model: PreTrainedModel) -> None:
 def is_router(module: Any) -> bool:
     """Return whether a module has no other tensors than a router: by chance they may do nothing in a trial."""
     return (
-        module._parameters.keys() <= {"weight", "bias"}
-        and not module._modules
-        and len(module._buffers) + len(argument_names(module)) <= 1
+        parameters_of(module).keys() <= {"weight", "bias"}
+        and not children_of(module)
+        and len(buffers_of(module)) + len(argument_names(module)) <= 1
     )
 
 
@@ -155,7 +163,7 @@ def _trial(router: Any, dtype: torch.dtype) -> RoutingForm | None:
     """Compare a router with the forms that it may have, on states of a type. Return the one that agrees."""
     twin = copy.copy(router)
     twin.__class__ = plain_class(router)
-    weight, bias = twin._parameters["weight"], twin._parameters.get("bias")
+    weight, bias = parameters_of(twin)["weight"], parameters_of(twin).get("bias")
     experts, columns = weight.shape
     random = torch.Generator().manual_seed(0)
 
@@ -165,16 +173,16 @@ def _trial(router: Any, dtype: torch.dtype) -> RoutingForm | None:
     # A correction that shows, and logits of all signs; then such logits that what is added to their sum shows. Their
     # scores are negative with the correction, so that another choice than the best of some groups shows.
     correction = 0.1 * numbers(experts) - 0.5
-    if twin._buffers:
-        ((name, buffer),) = twin._buffers.items()
+    if buffers_of(twin):
+        ((name, buffer),) = buffers_of(twin).items()
         correction = correction.to(buffer.dtype)
-        twin.__dict__["_buffers"] = {name: correction}
+        replace_buffers(twin, {name: correction})
     given = [correction] if argument_names(router) else []
     matrices = weight, (numbers(experts, columns) / columns - 20 / columns).to(weight.dtype)
     states = numbers(_TRIED_ROWS, columns).to(dtype), torch.ones(_TRIED_ROWS, columns, dtype=dtype)
-    found = [*_forms(twin, has_correction=bool(twin._buffers or given))]
+    found = [*_forms(twin, has_correction=bool(buffers_of(twin) or given))]
     for matrix, x in zip(matrices, states, strict=True):
-        twin.__dict__["_parameters"] = twin._parameters | {"weight": matrix}
+        replace_parameters(twin, parameters_of(twin) | {"weight": matrix})
         try:
             logits, weights, chosen = twin.forward(x, *given)  # without hooks
         except Exception:  # it needs or gives something else

@@ -7,7 +7,15 @@ from operator import is_
 from typing import Any, Generic, TypeVar
 
 from torch import Tensor
-from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
+
+from moetier.runtime.libraries.torch_internals import (
+    GLOBAL_HOOKS,
+    buffers_of,
+    children_of,
+    hooks_after,
+    hooks_before,
+    parameters_of,
+)
 
 # Most trials of one module with different numbers. A number may change at every call, such as a counter in a user's own
 # class, and trials take long. So a module keeps its own code once it would be tried again.
@@ -32,11 +40,11 @@ class Snapshot:
         """
         left_out = [inner for part in without for inner in part.modules()]
         parts = [part for part in module.modules() if not any(part is other for other in (module, *left_out))]
-        found = [(module._modules, *pair) for pair in module._modules.items()]
-        for inner in (vars(part)[kind] for part in parts for kind in ("_modules", "_parameters", "_buffers")):
+        found = [(children_of(module), *pair) for pair in children_of(module).items()]
+        for inner in (own(part) for part in parts for own in (children_of, parameters_of, buffers_of)):
             found += [(inner, *pair) for pair in inner.items()]
         configs = {id(config): vars(config) for part in parts if (config := vars(part).get("config")) is not None}
-        self._modules, self._parts, self._numbers = module._modules, parts, numbers_of(module)
+        self._children, self._parts, self._numbers = children_of(module), parts, numbers_of(module)
         self._attributes = [*map(vars, parts), *configs.values()]
         # a part that has a ``forward`` of its own is never as it was
         self._copies = [{name: own[name] for name in own if name != "forward"} for own in self._attributes]
@@ -46,13 +54,13 @@ class Snapshot:
         self._addresses = [*map(Tensor.data_ptr, self._tensors)]
         self._matrices = [tensor for tensor in self._tensors if tensor.dim() > 1]
         self._lies = _lies(self._matrices)
-        hooks = [*hooks_of(parts), _global_forward_hooks, _global_forward_pre_hooks]
+        hooks = [*hooks_of(parts), *GLOBAL_HOOKS]
         self._hooks = [each for each in hooks if not any(each is other for other in watched)]
 
     def holds(self, module: Any) -> bool:
         """Return whether a module's parts are as they were, and have no hooks and no ``forward`` of their own."""
         return (
-            module._modules is self._modules
+            children_of(module) is self._children
             and not self.has_hooks()
             and [*map(type, self._parts)] == self._kinds
             and all(map(is_, map(dict.get, self._dictionaries, self._names), self._values))
@@ -79,12 +87,12 @@ def _lies(matrices: Sequence[Tensor]) -> list[Any]:
 
 def hooks_of(modules: Iterable[Any]) -> list[Mapping[int, Any]]:
     """Return the dictionaries of the hooks that torch calls before and after each module."""
-    return [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+    return [hooks for module in modules for hooks in (hooks_after(module), hooks_before(module))]
 
 
 def has_global_hooks() -> bool:
     """Return whether there are hooks that torch calls before or after every module."""
-    return bool(_global_forward_hooks or _global_forward_pre_hooks)
+    return any(GLOBAL_HOOKS)
 
 
 class Trials(Generic[Result]):

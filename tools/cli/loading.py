@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import gc
 import logging
 import time
 from collections.abc import Iterator
@@ -15,6 +13,7 @@ from moetier.runtime.machine.memory import shortage
 from moetier.tiers.errors import ConfigError
 
 from .failure import ReadableFormatter
+from .lean import lean_imports
 
 _log = logging.getLogger(__name__)
 
@@ -76,24 +75,3 @@ def _warn(model: Any, ram: str | None, context: int) -> None:
     trained = longest_context(model.config)
     if trained and context > trained and context != DEFAULT_CONTEXT:
         _log.warning("--context %d is more than the %d tokens that the model was trained for.", context, trained)
-
-
-@contextlib.contextmanager
-def lean_imports() -> Iterator[None]:
-    """Make imports and loading in the block take less time and memory (docs/benchmarks.md, First token).
-
-    Python's garbage collector is off in the block, because imports create half a million objects that stay in memory,
-    and the collector would visit them again and again.
-    """
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        from moetier.runtime.libraries.lean import lean_loading
-
-        with lean_loading():
-            yield
-    finally:
-        if was_enabled:
-            gc.enable()
-        with contextlib.suppress(AttributeError):  # only glibc has malloc_trim
-            ctypes.CDLL(None).malloc_trim(0)  # returns freed memory to the kernel

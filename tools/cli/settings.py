@@ -31,7 +31,14 @@ GENERAL_KEYS = (
     *("store-cache", "store-cache-size"),
 )
 CONFIG = "MOETIER_CONFIG"
-OWN = ("MOETIER_API_KEY", CONFIG, "MOETIER_DEBUG", HTTP_AUTHORIZATION, "MOETIER_LOG")  # of moetier, and no settings
+OWN = (
+    "MOETIER_API_KEY",
+    CONFIG,
+    "MOETIER_DEBUG",
+    HTTP_AUTHORIZATION,
+    "MOETIER_LEAN",
+    "MOETIER_LOG",
+)  # of moetier, and no settings
 # variables that are not settings: OWN, those of the tests, and those that Kubernetes sets for a service called moetier
 OTHERS = re.compile(
     rf"{'|'.join(OWN)}|{PREFIX}((TEST|SOAK)_.*|SERVICE_HOST|SERVICE_PORT(_.*)?|PORT(_.*)?)",

@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     from moetier.tiers.extents.link import link
     from moetier.tiers.extents.table import write_table
     from moetier.tiers.store.folder import GROUP, command
-    from moetier.tools.cli.loading import lean_imports
+    from moetier.tools.cli.lean import lean_imports
     from moetier.tools.cli.progress import Progress
 
     folder = Path(arguments.directory)

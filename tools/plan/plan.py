@@ -15,7 +15,7 @@ from moetier.runtime.model.names import models_folder
 from moetier.runtime.options import command_words
 from moetier.tiers.errors import ConfigError, TargetError
 from moetier.tiers.layout import BITS, TRUNK_BITS
-from moetier.tools.cli.loading import lean_imports
+from moetier.tools.cli.lean import lean_imports
 from moetier.tools.cli.parser import UsageError
 from moetier.tools.convert.files import nearest_folder
 

@@ -78,7 +78,9 @@ def activation_dtype() -> torch.dtype:
     """Return the dtype of activations with which kernels are fastest on this CPU."""
     import torch
 
-    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+    from moetier.runtime.libraries.torch_internals import has_bf16_instructions
+
+    return torch.bfloat16 if has_bf16_instructions() else torch.float32
 
 
 class KernelProbe:

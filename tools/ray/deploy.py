@@ -53,7 +53,8 @@ def deploy(application: Any, host: str, port: int, *, key: str | None) -> Addres
         MoetierError: other machines can reach Ray Serve and there is no key, or the application can't run.
     """
     serve.start(http_options={"host": host, "port": port}, controller_options={"runtime_env": {"env_vars": PROXIES}})
-    found = _get_global_client().http_config  # if Ray Serve has run before, it stays where it is
+    # if Ray Serve has run before, it stays where it is; no public name tells where (Ray 2.60)
+    found = _get_global_client().http_config
     host = f"[{found.host}]" if ":" in found.host else found.host
     address = Address(target=f"{host}:{found.port}")
     if key is None and not address.is_loopback:

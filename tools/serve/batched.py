@@ -10,6 +10,7 @@ from typing import Any
 from transformers import ContinuousBatchingConfig
 
 from moetier.runtime.generation.decoding import ONE_SEQUENCE, sampling_of
+from moetier.runtime.libraries.transformers_internals import attention_of, lock_of
 from moetier.runtime.model.context import can_resume
 from moetier.tiers.errors import ConfigError
 
@@ -51,7 +52,7 @@ class Together(Engine):
         super().__init__(model, tokenizer, context)
         if not can_resume(model):
             raise self._unable("not all of its layers keep keys and values.")
-        if model.config._attn_implementation != "eager":
+        if attention_of(model.config) != "eager":
             model.set_attn_implementation("sdpa")
         config = copy.deepcopy(model.generation_config)
         # transformers accepts a sampling option from a request only if the option has an effect in this configuration.
@@ -116,7 +117,7 @@ class Together(Engine):
         sampling = self._sampling(job)
         with self._begun(job) as answer:
             router = self._batching.output_router
-            with router._lock:
+            with lock_of(router):
                 # register_result_handler would call _take in the event loop, in one call for all answers of a step
                 router.result_handlers[answer.id] = partial(self._take, answer), AtOnce()
             self._batching.add_request(
@@ -137,7 +138,7 @@ class Together(Engine):
         super().drop(answer)
         self._batching.cancel_request(answer.id)
         router = self._batching.output_router
-        with router._lock:
+        with lock_of(router):
             router.result_handlers.pop(answer.id, None)
 
     def _stop(self) -> None:

@@ -121,7 +121,7 @@ class Answer:
     def _take(self, token: int) -> None:
         if self._parser is not None and token in self._parser.skipped:
             return
-        text = self._decoder.step(self._engine.tokenizer._tokenizer, token)
+        text = self._decoder.step(self._engine.tokenizer.backend_tokenizer, token)
         if text is not None:
             self._pass_on([text] if self._parser is None else self._parser.feed(text))
 

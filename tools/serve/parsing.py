@@ -14,6 +14,8 @@ from transformers.cli.serving.utils import ToolCall, get_response_template, resp
 from transformers.utils.chat_parsing import ResponseParser
 from transformers.utils.chat_parsing.response_templates import ResponseTemplate, load_response_template
 
+from moetier.runtime.libraries.transformers_internals import parsed_field, parsed_length, parsed_text
+
 CALLS = "tool_calls"  # field of a response template that holds tool calls
 
 _log = logging.getLogger(__name__)
@@ -67,7 +69,7 @@ class AnswerParser:
         self._parser: ResponseParser | None = _begun(template, prefill, list(tools or ()))
         self._form = form
         self._template = template
-        self._start = len(self._parser._buffer)  # place in the parser's text where the rest would begin
+        self._start = len(parsed_text(self._parser))  # place in the parser's text where the rest would begin
 
     @property
     def skipped(self) -> Container[int]:
@@ -86,8 +88,8 @@ class AnswerParser:
             except Exception as error:  # any, as the parser evaluates what a model wrote
                 parts += self._rest(error)
             else:
-                if self._parser._current != CALLS:
-                    self._start = self._parser._pos
+                if parsed_field(self._parser) != CALLS:
+                    self._start = parsed_length(self._parser)
         return [part for _, like in itertools.groupby(parts, type) for part in _joined(like)]
 
     def finish(self) -> list[Any]:
@@ -118,7 +120,7 @@ class AnswerParser:
     @property
     def _unparsed(self) -> str:
         assert self._parser is not None
-        return self._parser._buffer[self._start :]
+        return parsed_text(self._parser)[self._start :]
 
 
 def _begun(template: ResponseTemplate, prefill: str, tools: list[Any]) -> ResponseParser:

@@ -44,7 +44,7 @@ def serving(
         from .batched import Together
         from .sequential import OneByOne
 
-        if not hasattr(tokenizer, "_tokenizer"):
+        if not hasattr(tokenizer, "backend_tokenizer"):
             raise ConfigError(
                 f"The model's tokenizer ({type(tokenizer).__name__}) can't decode text piece by piece.",
                 "Add a tokenizer.json to the model directory.",

@@ -30,6 +30,8 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 from moetier.runtime.kernels.jit.emitter import LANES
 from moetier.runtime.kernels.jit.team import Scratch, threads_for
 from moetier.runtime.kernels.products.api import CPU, FLOATS, has_memory
+from moetier.runtime.libraries.torch_internals import parameters_of, replace_parameters
+from moetier.runtime.libraries.transformers_internals import attention_of, can_use_sdpa
 
 from .attention_code import PIECE, attention_kernel, scratch_numbers
 
@@ -54,15 +56,15 @@ def use_decode_attention(model: PreTrainedModel) -> None:
     no attention weights.
     """
     parts = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
-    used = {part.config._attn_implementation for part in parts}
-    if len(used) != 1 or any(_asks_for(part.config._attn_implementation, part) for part in parts):
+    used = {attention_of(part.config) for part in parts}
+    if len(used) != 1 or any(_asks_for(attention_of(part.config), part) for part in parts):
         return
     if used == {"sdpa"}:
         AttentionInterface.register(NAME, decode_attention)
         AttentionMaskInterface.register(NAME, one_token_mask)
         model.set_attn_implementation(NAME)
-    elif used == {"eager"} and not model._supports_sdpa and not any(part.config.output_attentions for part in parts):
-        modules = [module for module in model.modules() if SINKS in module._parameters]
+    elif used == {"eager"} and not can_use_sdpa(model) and not any(part.config.output_attentions for part in parts):
+        modules = [module for module in model.modules() if SINKS in parameters_of(module)]
         if modules and all(map(_has_plain_sinks, modules)):
             AttentionInterface.register(WITH_SINKS, sink_attention)
             AttentionMaskInterface.register(WITH_SINKS, sink_mask)
@@ -159,7 +161,7 @@ def _has_plain_sinks(module: nn.Module) -> bool:
             return False
     except (OSError, TypeError):  # the source can't be read, so it might
         return False
-    sinks, share = module._parameters[SINKS], getattr(module, "num_key_value_groups", 1)
+    sinks, share = parameters_of(module)[SINKS], getattr(module, "num_key_value_groups", 1)
     if sinks is None or sinks.dim() != 1 or sinks.dtype not in FLOATS or share < 1 or len(sinks) % share:
         return False
     random = torch.Generator().manual_seed(0)
@@ -167,7 +169,7 @@ def _has_plain_sinks(module: nn.Module) -> bool:
     heads, length = len(sinks), 24
     shapes = (heads,), (1, heads, 1, LANES), *[(1, heads // share, length, LANES)] * 2
     other, query, key, value = (torch.randn(shape, generator=random).to(sinks.dtype) for shape in shapes)
-    twin._parameters = {**module._parameters, SINKS: other}
+    replace_parameters(twin, {**parameters_of(module), SINKS: other})
     try:
         given = {"scaling": 0.5, "dropout": 0.0, "s_aux": other}
         wanted, _ = _own_function(twin)(twin, query, key, value, None, **given)

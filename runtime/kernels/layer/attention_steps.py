@@ -22,6 +22,8 @@ from moetier.runtime.kernels.jit.emitter import LANES
 from moetier.runtime.kernels.jit.team import Scratch, Step, threads_for
 from moetier.runtime.kernels.products.api import CPU, FLOATS, is_readable
 from moetier.runtime.kernels.products.row import ProductSteps, RowMatrix
+from moetier.runtime.libraries.torch_internals import buffers_of, children_of, parameters_of
+from moetier.runtime.libraries.transformers_internals import attention_of, set_attention
 
 from . import attention_code as attend
 from . import heads
@@ -93,8 +95,7 @@ def token_of(
         or len(position_embeddings) != 2
         or attention_mask is not None
         or asks_more(others)
-        # not as an attribute of the configuration, whose own ``__getattribute__`` takes long
-        or object.__getattribute__(module.config, "_attn_implementation_internal") not in (NAME, WITH_SINKS, _OBSERVED)
+        or attention_of(module.config) not in (NAME, WITH_SINKS, _OBSERVED)
         or not _fits(form, x, *position_embeddings)
         or (layer := _layer_of(past_key_values if cache is None else cache, module.layer_idx)) is None
         or (room := layer.room()) is None
@@ -137,10 +138,10 @@ class AttentionSteps:
 
         ``threads`` is the number of threads of the attention kernel.
         """
-        linears = [module._modules[name] for name in PROJECTIONS]
-        matrices, biases = [*map(_matrix_of, linears)], [linear._parameters.get("bias") for linear in linears]
-        norms = [part for name in NORMS if (part := module._modules.get(name)) is not None]
-        sinks = module._parameters[SINKS] if form.has_sinks else None
+        linears = [children_of(module)[name] for name in PROJECTIONS]
+        matrices, biases = [*map(_matrix_of, linears)], [parameters_of(linear).get("bias") for linear in linears]
+        norms = [part for name in NORMS if (part := children_of(module).get(name)) is not None]
+        sinks = parameters_of(module)[SINKS] if form.has_sinks else None
         if any(matrix is None or not matrix.fits(dtype) for matrix in matrices) or _norm_of(norms) != form.norm:
             return None
         hidden, (q, k, v, attended) = matrices[0].columns, form.rows  # type: ignore[union-attr]
@@ -227,7 +228,7 @@ class AttentionSteps:
 def _matrix_of(module: Any) -> RowMatrix | None:
     """Return the matrix of a linear module, for products with single rows; None if it has none, or that of before."""
     is_plain = type(module) is nn.Linear
-    stored = module._parameters.get("weight") if is_plain else module._buffers.get("record")
+    stored = parameters_of(module).get("weight") if is_plain else buffers_of(module).get("record")
     found: RowMatrix | None = vars(stored if is_plain else module).get("matrix") if stored is not None else None
     return found if found is not None and found.weight is stored else None
 
@@ -248,13 +249,15 @@ def is_attention(module: Any) -> bool:
 
     Other parts with tensors are refused, because by chance they may do nothing in a trial, such as a factor of 1.
     """
-    others = [part for name, part in module._modules.items() if name not in (*PROJECTIONS, *NORMS) and part is not None]
+    others = [
+        part for name, part in children_of(module).items() if name not in (*PROJECTIONS, *NORMS) and part is not None
+    ]
     return (
-        module._modules.keys() >= {*PROJECTIONS}
+        children_of(module).keys() >= {*PROJECTIONS}
         and hasattr(module, "layer_idx")
         and hasattr(module, "config")
-        and not module._buffers
-        and module._parameters.keys() <= {SINKS}
+        and not buffers_of(module)
+        and parameters_of(module).keys() <= {SINKS}
         and not any(part.state_dict() for part in others)
     )
 
@@ -263,7 +266,7 @@ def observe(module: Any) -> None:
     """Let ``forms`` see what an attention computes from now on. Its configuration is replaced by a copy."""
     AttentionInterface.register(_OBSERVED, _observed)
     module.__dict__["config"] = config = copy.copy(module.config)
-    config._attn_implementation_internal = _OBSERVED
+    set_attention(config, _OBSERVED)
 
 
 def _observed(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **named: Any) -> Any:
@@ -277,14 +280,14 @@ def forms(module: Any, angles: int) -> Iterator[Form]:
     ``angles`` is the number of numbers in cos and in sin.
     """
     named, query, key, value = vars(module)["seen"]
-    norm = _norm_of([part for name in NORMS if (part := module._modules.get(name)) is not None])
+    norm = _norm_of([part for name in NORMS if (part := children_of(module).get(name)) is not None])
     scaling, sinks = named.get("scaling"), named.get("s_aux")
     widths = (query[3], value[3])
     if asks_more(named, {"scaling", "s_aux"}) or query[0] != 1 or norm is False or norm == "other":
         return
     if query[1] % key[1] or any(width % LANES for width in widths):
         return
-    if sinks is not module._parameters.get(SINKS):
+    if sinks is not parameters_of(module).get(SINKS):
         return
     for rotated in (angles, 2 * angles):
         if rotated <= query[3] and rotated % (2 * LANES) == 0:

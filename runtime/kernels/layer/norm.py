@@ -25,6 +25,7 @@ from moetier.runtime.kernels.jit.emitter import F32, I32, I64, LANES, POINTER, E
 from moetier.runtime.kernels.jit.processor import this_processor
 from moetier.runtime.kernels.jit.team import Kernel, Step, compile_kernel
 from moetier.runtime.kernels.products.api import FLOATS, is_readable
+from moetier.runtime.libraries.torch_internals import buffers_of, parameters_of, replace_parameters
 
 NORM, NORM_STEP = "moetier_norm", "moetier_norm_step"  # names of the compiled functions
 # Number of i64 fields in the context of NORM_STEP. In order: unused; pointers to x, more, the sum, the weight, and y;
@@ -72,7 +73,9 @@ def use_quick_norms(model: nn.Module) -> None:
 
 def is_quick_norm(module: Any) -> bool:
     """Return whether a module is a QuickNorm without other tensors: by chance they may do nothing in a trial."""
-    return type(module).forward is QuickNorm.forward and [*module._parameters] == ["weight"] and not module._buffers
+    return (
+        type(module).forward is QuickNorm.forward and [*parameters_of(module)] == ["weight"] and not buffers_of(module)
+    )
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, scale: Scale) -> Tensor | None:
@@ -118,15 +121,21 @@ def _trial(module: Any) -> tuple[Scale, str] | None:
     if len(inspect.signature(type(module).forward).parameters) != 2:  # a norm with a gate is another function
         return None
     eps = next((name for name in _EPS if isinstance(getattr(module, name, None), float)), None)
-    weight = module._parameters.get("weight")
-    if eps is None or weight is None or len(module._parameters) != 1 or weight.dtype not in _EQUAL or weight.dim() != 1:
+    weight = parameters_of(module).get("weight")
+    if (
+        eps is None
+        or weight is None
+        or len(parameters_of(module)) != 1
+        or weight.dtype not in _EQUAL
+        or weight.dim() != 1
+    ):
         return None
     random, twin, trials = torch.Generator().manual_seed(0), copy.copy(module), []
     x, factors = torch.randn(4, len(weight), generator=random), 0.5 + torch.rand(len(weight), generator=random)
     with torch.no_grad():
         for dtype in {weight.dtype, torch.bfloat16}:
             given = (x.to(dtype), factors.to(dtype), getattr(module, eps))
-            twin.__dict__["_parameters"] = {"weight": given[1]}
+            replace_parameters(twin, {"weight": given[1]})
             try:
                 trials.append((given, twin.forward(given[0])))
             except Exception:  # it needs other arguments: it stays as it is

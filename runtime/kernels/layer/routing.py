@@ -20,6 +20,7 @@ from moetier.runtime.kernels.jit.processor import refusal
 from moetier.runtime.kernels.jit.team import Program, Step, is_small
 from moetier.runtime.kernels.products.api import CPU, FLOATS, is_readable
 from moetier.runtime.kernels.products.gemv import W, X, Y, gemv_step, lies_in_rows
+from moetier.runtime.libraries.torch_internals import without_subclasses
 
 from .norm import float_bits
 from .routing_code import (
@@ -81,7 +82,7 @@ class Routing:
 
         x may have other leading dimensions. Returns None for other inputs.
         """
-        with torch._C.DisableTorchFunctionSubclass():
+        with without_subclasses():
             if not is_readable(x) or x.dtype not in FLOATS or torch.is_grad_enabled():
                 return None
             if not self.fits(weight, bias, correction) or not x.numel() == x.shape[-1] == weight.shape[1]:

@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from llvmlite import ir
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from moetier.runtime.kernels.jit.emitter import LANES, POINTER, Emitter, new_module, once
 from moetier.runtime.kernels.jit.processor import refusal, this_processor
 from moetier.runtime.kernels.jit.team import Kernel, Program, Step, compile_kernel, is_small, threads_for
+from moetier.runtime.libraries.torch_internals import parameters_of, tree_map_only, without_subclasses
 
 from . import gemm, gemv, rounding
 from .api import CPU, FLOATS, is_readable
@@ -59,7 +59,7 @@ class RowMatrix:
         """
         if x.numel() != self.columns or x.shape[-1] != self.columns or torch.is_grad_enabled() or not is_readable(x):
             return None
-        with torch._C.DisableTorchFunctionSubclass():  # attributes of a RowWeight are torch functions
+        with without_subclasses():  # attributes of a RowWeight are torch functions
             if not self.fits(x.dtype):
                 return None
             form = (x.dtype, torch.get_num_threads())
@@ -190,7 +190,7 @@ class RowWeight(nn.Parameter):
     def __torch_function__(
         cls, function: Callable[..., Any], types: Any, arguments: Any = (), named: dict[str, Any] | None = None
     ) -> Any:
-        with torch._C.DisableTorchFunctionSubclass():
+        with without_subclasses():
             if len(types) > 1:  # another subclass, which has its operations beside any parameter
                 arguments, named = tree_map_only(RowWeight, _plain, (arguments, named))
             elif function is F.linear and not named and (y := _linear(*arguments)) is not None:
@@ -227,7 +227,7 @@ def use_row_weights(model: nn.Module) -> None:
     """
     found = {}
     for module in model.modules():
-        weight = module._parameters.get("weight")
+        weight = parameters_of(module).get("weight")
         if (
             weight is not None
             and not isinstance(module, nn.Embedding)
@@ -237,5 +237,5 @@ def use_row_weights(model: nn.Module) -> None:
             found[id(weight)] = row_weight = RowWeight(weight.data, weight.requires_grad)
             row_weight.matrix = RowMatrix(row_weight, *weight.shape)
     for module in model.modules():
-        for name, parameter in module._parameters.items():
-            module._parameters[name] = found.get(id(parameter), parameter)
+        for name, parameter in parameters_of(module).items():
+            parameters_of(module)[name] = found.get(id(parameter), parameter)

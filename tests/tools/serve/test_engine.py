@@ -85,7 +85,7 @@ def test_stop_strings_reach_nobody_else(engine: Any) -> None:
 @pytest.fixture
 def odd_decoder(engine: Any) -> Iterator[None]:
     """A tokenizer that takes back what it wrote: x, then y of xx. Text can't be decoded piece by piece."""
-    tokenizer = engine.tokenizer._tokenizer
+    tokenizer = engine.tokenizer.backend_tokenizer
     before: Decoder = tokenizer.decoder
     tokenizer.decoder = decoders.Sequence([decoders.Fuse(), decoders.Replace("xx", "y")])
     yield

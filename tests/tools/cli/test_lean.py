@@ -1,8 +1,9 @@
-"""Commands import little, and models are made as they are made without that (``runtime.libraries.lean``)."""
+"""Commands import little, and models are made as they are made without that (``tools.cli.lean``)."""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from architectures import FURTHER, REQUIRED, model_class, tiny_config
 from places import HELPERS
 
 import moetier
-from moetier.runtime.libraries.stand_ins import TRIED
+from moetier.runtime.libraries.torch_stand_ins import TRIED
 
 UNUSED = {
     *("hqq", "networkx", "pandas", "peft", "scipy", "sklearn", "sympy", "torchvision", "triton"),
@@ -24,12 +25,12 @@ UNUSED = {
 }
 MOST = 250 << 20  # bytes; 209 MiB on an EPYC with torch 2.13 and transformers 5.24
 
-LEAN = "from moetier.runtime.libraries.lean import lean_loading\nlean_loading().__enter__()\n"
+LEAN = "from moetier.tools.cli.lean import lean_imports\nlean_imports().__enter__()\n"
 
 
-def run(code: str, *words: str) -> str:
+def run(code: str, *words: str, **variables: str) -> str:
     command = [sys.executable, "-c", code, *words]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | variables).stdout
 
 
 def test_generating_imports_and_keeps_little(tinymix_4bit: Path) -> None:
@@ -54,6 +55,24 @@ print(sum(Path(folder).parent.match("transformers/models") for folder in searche
         ids = tokenizer("Il vecchio", return_tensors="pt").input_ids
         text = tokenizer.decode(model.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :])
     assert json.loads(said)["text"] == text
+
+
+def test_a_command_works_with_it_off(tinymix: Path, tmp_path: Path) -> None:
+    """It builds and loads the model as transformers does, and says the same."""
+    code = """
+import sys
+from moetier.tools.main import main
+command = ["generate", sys.argv[1], "Il vecchio", "--max-new-tokens", "8", "--temperature", "0", "--json"]
+assert main([*command, "--daemon", "none"]) == 0
+from transformers.utils.import_utils import is_torch_distributed_available as has_distributed
+print(has_distributed(), "sympy" in sys.modules, type(sys.modules["torch._dynamo"]).__name__)
+"""
+    texts = []
+    for switch, expected in (("0", "True True module"), ("1", "False False _StandIn")):
+        said, found = run(code, str(tinymix), MOETIER_LEAN=switch, XDG_CACHE_HOME=str(tmp_path / switch)).splitlines()
+        assert found == expected
+        texts.append(json.loads(said)["text"])
+    assert texts[0] == texts[1]
 
 
 def test_transformers_has_all_its_names() -> None:
@@ -81,8 +100,8 @@ for name in ("LlamaTokenizerFast", "CodeLlamaTokenizer", "LayoutXLMTokenizer", "
 def test_the_compiler_is_there_when_it_is_used() -> None:
     code = """
 import sys
-from moetier.runtime.libraries.lean import lean_loading
-with lean_loading():
+from moetier.tools.cli.lean import lean_imports
+with lean_imports():
     import transformers.modeling_utils
     from transformers.masking_utils import TransformGetItemToIndex
 assert "sympy" not in sys.modules
@@ -97,8 +116,8 @@ print(found.tolist(), torch._dynamo.config.disable, torch.compile(lambda x: 2 * 
 MADE = f"""
 import json, sys
 sys.path.insert(0, {str(HELPERS)!r})
-from moetier.runtime.libraries.lean import lean_loading
-with lean_loading():
+from moetier.tools.cli.lean import lean_imports
+with lean_imports():
     import torch
     from architectures import model_class, tiny_config
     made = {{}}
