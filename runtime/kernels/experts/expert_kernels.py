@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moetier.runtime.kernels.jit.processor import Processor
-from moetier.runtime.kernels.jit.team import Program, Scratch, Step, run_all, threads_for
+from moetier.runtime.kernels.jit.team import Kernel, Program, Scratch, Step, run_all, threads_for
 from moetier.runtime.kernels.products.api import CPU, FLOATS
 from moetier.runtime.kernels.products.gemm import JOB
 from moetier.runtime.kernels.products.rounding import X
@@ -48,6 +48,8 @@ class ExpertKernels(ExpertProducts):
         self._find = compiled(self._processor, find_module, FIND)
         self._prove = compiled(self._processor, prove_module, PROVE)
         self._local = threading.local()  # ``token``: the thread's OneToken
+        # by type of the weights, and whether there is a residual; so ``add_up`` does not wait while a thread compiles
+        self._add_up: dict[tuple[torch.dtype, bool], Kernel] = {}
 
     # -- experts as they arrive ---------------------------------------------------------------------------------------
 
@@ -94,7 +96,9 @@ class ExpertKernels(ExpertProducts):
         has_residual: bool = False,
     ) -> Step:
         """Return the step of ``add_up``, whose context still lacks the addresses WEIGHTS, SUMS and RESIDUAL."""
-        kernel = compiled(self._processor, adding_module, ADD_UP, self.dtype, weight_dtype, has_residual)
+        if (kernel := self._add_up.get((weight_dtype, has_residual))) is None:
+            kernel = compiled(self._processor, adding_module, ADD_UP, self.dtype, weight_dtype, has_residual)
+            self._add_up[weight_dtype, has_residual] = kernel
         return Step(kernel, array("q", (0, tokens, outputs, 0, top_k, 0, self._down.rows, 0)), threads)
 
 

@@ -51,7 +51,7 @@ class ExpertProducts:
     ) -> None:
         """``dtype`` is the type of hidden states, as ``FloatType.of`` takes it. The layout must ``fit``."""
         assert self.fit(layout, activation)
-        self.activation = activation
+        self.activation, self._activation_numbers = activation, activation.numbers
         self.floats = FloatType.of(dtype)
         self._processor = processor or this_processor()
         first = _first(activation)
@@ -70,7 +70,7 @@ class ExpertProducts:
         """Return the same compiled code for an activation of the same kind."""
         assert activation.kind == self.activation.kind
         other = copy.copy(self)
-        other.activation = activation
+        other.activation, other._activation_numbers = activation, activation.numbers
         return other
 
     def compute_at(self, x: int, own: int, jobs: array[int], places: array[int], outputs: int, memory: Memory) -> None:
@@ -113,7 +113,7 @@ class ExpertProducts:
         up, down, rows, count = self._up, self._down, len(places), len(jobs) // JOB
         taken, inner, activated, part = (scratch + start for start in starts[:4])
         given, rounded = Rounded(taken, own, up), Rounded(activated, rows, down)
-        numbers = (inner, *rounded.places, down.columns, self._biases[0], *self.activation.numbers)
+        numbers = (inner, *rounded.places, down.columns, self._biases[0], *self._activation_numbers)
         activation = array("q", (0, count, jobs.buffer_info()[0], *numbers))
         placing = array(
             "q", (0, count, jobs.buffer_info()[0], part, places.buffer_info()[0], outputs, down.rows, self._biases[1])

@@ -64,7 +64,7 @@ class GemmPlan:
         self.round = rounding_kernel(processor, self.rounding, FloatType.of(given))
         self.rows, self.columns = p.rows, p.columns
         self.tiles = -(-p.rows // (ITEM_ROWS if p.coding else ROW_TILE))
-        self.row_bytes = self.rounding.row_bytes(p.columns)
+        self.row_bytes, self.number_bytes = self.rounding.row_bytes(p.columns), self.rounding.number_bytes
         self._shape = (p.columns, p.rows, p.padded_rows)
         # offsets in a record, in bytes, of codes, second plane, pairs and scales of pairs, or with a coding of codes,
         # scales and globals; 0 for sections that it lacks
@@ -86,7 +86,7 @@ class Rounded:
     """Scratch memory at ``address`` for ``rows`` rows of x, rounded as the products of one plan need them."""
 
     def __init__(self, address: int, rows: int, plan: GemmPlan) -> None:
-        scales = address + rows * plan.columns * plan.rounding.number_bytes
+        scales = address + rows * plan.columns * plan.number_bytes
         sums = scales + rows * plan.columns // plan.rounding.group * 8
         self.rows = rows
         self.places = (address, scales, sums)  # of n; t and t * sum of n; sum of n
