@@ -1,7 +1,7 @@
 """The interface of a source of experts, which every tier and the daemon's client implement.
 
 ``acquire`` is a *demand*: the caller is about to compute with the experts that it asks for. A *prefetch* is a request
-that the source may ignore. ``borrow`` is for the tier above, which copies a record that this source already has. This
+that the source may ignore. ``pin`` is for the tier above, which copies a record that this source already has. This
 is not a demand. A *lease* pins a record while its holder computes with it.
 """
 
@@ -137,7 +137,7 @@ class ExpertSource(Protocol[Record]):
 class Lender(ExpertSource[Record], Protocol[Record]):
     """Interface of a source that is below another tier. That tier copies records from the source."""
 
-    def borrow(self, key: ExpertKey) -> AbstractContextManager[Lease[Record] | None]:
+    def pin(self, key: ExpertKey) -> AbstractContextManager[Lease[Record] | None]:
         """Return a context manager that gives a lease of the record if it is READY in this source, else None.
 
         The lease ends with the ``with`` block. Never waits. This is not a demand: it is not counted as a hit, miss or
@@ -148,6 +148,6 @@ class Lender(ExpertSource[Record], Protocol[Record]):
     def used(self, keys: Sequence[ExpertKey]) -> None:
         """Note that demands have found the records of ``keys`` in the tier above. Returns at once.
 
-        If this source has prefetched one of the records, and the tier above copied it through ``borrow``, the prefetch
+        If this source has prefetched one of the records, and the tier above copied it through ``pin``, the prefetch
         now counts as useful. The order of eviction does not change.
         """

@@ -76,6 +76,15 @@ class TierCounters(Counts):
 
     latest_waits: deque[float] = field(default_factory=lambda: deque(maxlen=WAITS_KEPT))
 
+    def looked_up(self, *, hits: int = 0, misses: int = 0, discarded: int = 0) -> None:
+        """Count records that were looked up.
+
+        ``discarded`` of the earlier hits were no hits, because their records were replaced during their use.
+        """
+        self.hits += hits - discarded
+        self.misses += misses
+        self.discarded += discarded
+
     def loaded(self, seconds: float) -> None:
         """Count a load that took ``seconds``."""
         self.loads[bisect_left(LOAD_BOUNDS, seconds)] += 1
@@ -145,7 +154,7 @@ class PrefetchOutcomes:
             self._counters.wasted += 1
 
     def repair(self, find: Callable[[ExpertKey], int | None]) -> None:
-        """Remove keys that have no slot, after an interrupted step. ``find`` returns the slot of a key, or None."""
+        """Remove keys without a slot, after an interrupted transition. ``find`` returns the slot of a key, or None."""
         for known in (self.began, self.unused):
             for key in [key for key in known if find(key) is None]:
                 del known[key]

@@ -80,7 +80,7 @@ class SlotRequest:
 class Link:
     """Connection to a daemon. When it breaks, the link reconnects and sends open requests again, until ``close``.
 
-    The link's thread calls ``arrive`` with each new control connection. ``arrive`` returns that connection's arena.
+    The link's thread calls ``connected`` with each new control connection, and gets that connection's arena.
     """
 
     def __init__(
@@ -88,12 +88,12 @@ class Link:
         folder: Path,
         digest: str,
         first: ControlConnection,
-        arrive: Callable[[ControlConnection], MappedArena],
+        connected: Callable[[ControlConnection], MappedArena],
     ) -> None:
         """Take over the open connection ``first`` to the daemon in ``folder``."""
         self._folder = folder
         self._digest = digest
-        self._arrive = arrive
+        self._connected = connected
         self._requests: dict[int, SlotRequest] = {}
         self._lock = threading.Lock()  # held while a request is sent, for the first time or again
         self._outbox: Outbox | None = None  # None while the daemon is away
@@ -209,7 +209,7 @@ class Link:
 
     def _run_connection(self, control: ControlConnection) -> MoetierError | None:
         """Serve a control connection until it ends. Return why it ended; None if the daemon ended it."""
-        arena = self._arrive(control)
+        arena = self._connected(control)
         self.connections += 1
         with open_channel(Address(folder=self._folder), Credentials(), bearer=control.session_id) as channel:
             stub = ExpertStoreStub(channel)

@@ -24,7 +24,7 @@ from moetier.tiers.closeable import Closeable
 from moetier.tiers.errors import ClosedError, ExhaustedError, StoreError, UnavailableError
 from moetier.tiers.host.tier import HostTier
 from moetier.tiers.layout import ExpertKey
-from moetier.tiers.locks import POLL_SECONDS, ForkGuard, interruptible
+from moetier.tiers.locks import POLL_SECONDS, ForkGuard
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.source import Lease, Residents
 from moetier.tiers.stats import TierCounters, TierStats
@@ -75,11 +75,11 @@ class DaemonTier(Closeable):
         self._fork_guard = ForkGuard()
         self._closed_error: ClosedError | None = None
         self._prefetching: set[int] = set()  # blocks whose prefetch requests the daemon may still have to serve
-        self._borrowed: set[ExpertKey] = set()  # keys lent for a copy, and not reported as used since then
+        self._copied: set[ExpertKey] = set()  # keys pinned for a copy, and not reported as used since then
         self._misses: dict[int, Misses] = {}  # misses that hold or await leases, by thread
         self._counting = threading.Lock()  # guards the counters; finalizers don't take it
         self._counters = TierCounters("daemon")
-        self._link = Link(folder, manifest.digest, control, self._arrive)
+        self._link = Link(folder, manifest.digest, control, self._connected)
         _opened_here.add(self)
 
     def acquire(self, keys: Sequence[ExpertKey]) -> Generator[Lease[memoryview], None, None]:
@@ -94,40 +94,37 @@ class DaemonTier(Closeable):
         self._manifest.check_keys(block, keys)
         self._check_open()
         arena = self._arena
-        self._borrowed.difference_update(keys)  # this demand is reported to the daemon in any case
-        found, missing = [], []
+        self._copied.difference_update(keys)  # this demand is reported to the daemon in any case
+        cached, missing = [], []
         for key in dict.fromkeys(keys):
             place = arena.directory.find(key)
             if place is None:
                 missing.append(key.expert)
             else:
-                found.append((key, *place))
-        if found:
-            self._link.report([place[0] for place in reversed(found)])
+                cached.append((key, *place))
+        if cached:
+            self._link.report([place[0] for place in reversed(cached)])
         if block in self._prefetching:
             self._prefetching.discard(block)
             if not missing:  # with misses, their request tells the daemon that the demand has come
                 self._link.prefetch(block, [])
         with self._counting:
-            self._counters.hits += len(found)
-            self._counters.misses += len(missing)
+            self._counters.looked_up(hits=len(cached), misses=len(missing))
         rest = Misses(self, block)
         try:
             if missing:
-                rest.want(missing)
+                rest.request(missing)
             proofs = []
-            for number, (key, slot, generation) in enumerate(found, 1):
-                lease, proof = arena.lease(key, slot, generation, more=number < len(found))
+            for number, (key, slot, generation) in enumerate(cached, 1):
+                lease, proof = arena.lease(key, slot, generation, more=number < len(cached))
                 proofs.append((key.expert, proof))
                 yield lease
                 self._check_open()
             if lost := [expert for expert, proof in proofs if proof.held is False]:
                 with self._counting:
-                    self._counters.hits -= len(lost)
-                    self._counters.misses += len(lost)
-                    self._counters.discarded += len(lost)
-                rest.want(lost)
-            if rest.wanted:
+                    self._counters.looked_up(misses=len(lost), discarded=len(lost))
+                rest.request(lost)
+            if rest.missing:
                 yield from rest.leases()
         finally:
             rest.close()
@@ -141,21 +138,19 @@ class DaemonTier(Closeable):
     def note_uses(self, block: int, experts: Sequence[int]) -> None:
         """Report uses to the daemon, as ``ExpertSource`` says."""
         distinct = dict.fromkeys(experts)
-        if self._borrowed:
-            self._borrowed.difference_update([ExpertKey(block, expert) for expert in distinct])
+        if self._copied:
+            self._copied.difference_update([ExpertKey(block, expert) for expert in distinct])
         self._link.report([ExpertKey(block, expert) for expert in reversed(distinct)])
         if block in self._prefetching:
             self._prefetching.discard(block)
             self._link.prefetch(block, [])
         with self._counting:
-            self._counters.hits += len(distinct)
+            self._counters.looked_up(hits=len(distinct))
 
     def take_back_uses(self, block: int, experts: Sequence[int]) -> None:
         """Take back uses in this client's counters, as ``ExpertSource`` says. The daemon goes on counting them."""
-        count = len(set(experts))
         with self._counting:
-            self._counters.hits -= count
-            self._counters.discarded += count
+            self._counters.looked_up(discarded=len(set(experts)))
 
     def reclaim(self) -> None:
         """End the leases of this thread that an exception has left open, as ``ExpertSource`` says."""
@@ -187,7 +182,7 @@ class DaemonTier(Closeable):
         return [key for key in keys if find(key) is None]
 
     @contextmanager
-    def borrow(self, key: ExpertKey) -> Iterator[Lease[memoryview] | None]:
+    def pin(self, key: ExpertKey) -> Iterator[Lease[memoryview] | None]:
         """Yield a lease of a record to copy, as ``Lender`` says; None if the arena does not have the record.
 
         The lease has a proof. No message is sent to the daemon. Raises MissingExpertError if the model has no such
@@ -201,20 +196,20 @@ class DaemonTier(Closeable):
             yield None
             return
         lease, proof = arena.lease(key, *place)
-        self._borrowed.add(key)  # before the copy is made, as a demand may find the copy at once
+        self._copied.add(key)  # before the copy is made, as a demand may find the copy at once
         yield lease
         if not proof.held:
-            self._borrowed.discard(key)
+            self._copied.discard(key)
 
     def used(self, keys: Sequence[ExpertKey]) -> None:
-        """Report uses of copies, as ``Lender`` says: each key once after its record was lent for a copy.
+        """Report uses of copies, as ``Lender`` says: each key once after its record was pinned for a copy.
 
         The daemon counts the reported uses as hits.
         """
-        told = [key for key in keys if key in self._borrowed]
-        self._borrowed.difference_update(told)
-        if told:
-            self._link.report(told)
+        unreported = [key for key in keys if key in self._copied]
+        self._copied.difference_update(unreported)
+        if unreported:
+            self._link.report(unreported)
 
     def stats(self) -> TierStats:
         """Return the counters.
@@ -260,7 +255,7 @@ class DaemonTier(Closeable):
         self._arena.close()
         _opened_here.discard(self)
 
-    def _arrive(self, control: ControlConnection) -> MappedArena:
+    def _connected(self, control: ControlConnection) -> MappedArena:
         """Map the arena of a new connection. The old arena is unmapped when its last lease ends."""
         self._arena = MappedArena.of(control, self._manifest, self._arena)
         self._fallback.error = ""
@@ -280,11 +275,11 @@ class Misses:
         self._thread = 0  # set by the first request
         self._requests: list[SlotRequest] = []
         self._events: SimpleQueue[LinkEvent] = SimpleQueue()
-        self.wanted: dict[int, None] = {}  # experts that the caller has not computed with yet
+        self.missing: dict[int, None] = {}  # experts that the caller has not computed with yet
 
-    def want(self, experts: Sequence[int]) -> None:
+    def request(self, experts: Sequence[int]) -> None:
         """Request experts from the daemon, in one message."""
-        self.wanted.update(dict.fromkeys(experts))
+        self.missing.update(dict.fromkeys(experts))
         request = SlotRequest(self._block, dict.fromkeys(experts), self._events)
         # appended first, so that close() cancels it even if an exception interrupts what follows
         self._requests.append(request)
@@ -300,9 +295,9 @@ class Misses:
             self._tier._misses.pop(self._thread, None)
 
     def leases(self) -> Generator[Lease[memoryview], None, None]:
-        """Yield a lease of each wanted expert, in the order in which they are granted."""
+        """Yield a lease of each missing expert, in the order in which they are granted."""
         tier = self._tier
-        while self.wanted:
+        while self.missing:
             granted = self._wait()
             if isinstance(granted, HostTier):
                 yield from self._from_fallback(granted)
@@ -312,14 +307,14 @@ class Misses:
             yield lease
             tier._check_open()
             if proof.held is not False:
-                del self.wanted[expert]
-                if self.wanted:  # otherwise close() cancels the request and so releases this lease
+                del self.missing[expert]
+                if self.missing:  # otherwise close() cancels the request and so releases this lease
                     tier._link.release(granted.request, expert)
             else:  # the daemon that granted the slot is gone, and another one has refilled it
                 with tier._counting:
                     tier._counters.discarded += 1
                 tier._link.cancel(granted.request)
-                self.want([expert, *granted.request.awaited])
+                self.request([expert, *granted.request.awaited])
 
     def _wait(self) -> SlotGranted | HostTier:
         """Return the next granted slot, or the fallback's tier if the daemon grants none in time."""
@@ -333,7 +328,7 @@ class Misses:
                 due = limit if away is None or fallback.error else min(limit, max(away, began - GRACE) + GRACE)
                 event = _next_event(self._events, due)
                 if isinstance(event, SlotGranted):
-                    if event.expert in self.wanted:
+                    if event.expert in self.missing:
                         return event
                     # granted a second time, as it was requested again meanwhile
                     link.release(event.request, event.expert)
@@ -365,14 +360,14 @@ class Misses:
             return host
         if not is_ending or time.monotonic() + _RETRY >= limit:
             raise error
-        _sleep(_RETRY)
-        self.want(list(event.request.awaited))
+        time.sleep(_RETRY)
+        self.request(list(event.request.awaited))
         return None
 
     def _from_fallback(self, host: HostTier) -> Generator[Lease[memoryview], None, None]:
         self.close()
         first = self._tier._arena.plan.slots  # the fallback's slots are numbered after the arena's
-        keys = [ExpertKey(self._block, expert) for expert in self.wanted]
+        keys = [ExpertKey(self._block, expert) for expert in self.missing]
         with closing(host.acquire(keys)) as leases:
             for lease in leases:
                 yield Lease(lease.key, lease.record, first + lease.slot, lease.proof, lease.more)
@@ -387,18 +382,12 @@ class Misses:
         return UnavailableError(f"{cause} {tier._fallback.error}".rstrip(), "Restart the daemon: moetier daemon DIR")
 
 
-@interruptible
 def _next_event(events: SimpleQueue[LinkEvent], due: float) -> LinkEvent:
     """Return the next event; None if there is none before ``due`` (monotonic clock), or within POLL_SECONDS."""
     try:
         return events.get(timeout=min(max(due - time.monotonic(), 0.0), POLL_SECONDS))
     except Empty:
         return None
-
-
-@interruptible
-def _sleep(seconds: float) -> None:
-    time.sleep(seconds)
 
 
 _opened_here: weakref.WeakSet[DaemonTier] = weakref.WeakSet()

@@ -32,7 +32,6 @@ from moetier.runtime.speculation.predictor import Shortcuts
 from moetier.runtime.speculation.speculation import Speculation
 from moetier.runtime.stores.registry import read_manifest
 from moetier.tiers.errors import ConfigError
-from moetier.tiers.locks import postpone_interrupts, raise_interrupts
 
 from .budgets import kv_cache_bytes, largest_decoded
 from .context import context_of
@@ -73,7 +72,7 @@ def attach_tiers(model: PreTrainedModel, folder: Path, files: TrunkFiles, config
     layouts = [*tiers.manifest.layouts.values(), *(linear.layout for linear in linears)]
     if any(kernels.packs(layout) for layout in layouts):  # else the model computes bit for bit as the eager one
         _use_compiled_code(model)
-    _add_hooks(model, tiers, files)
+    _add_hook(model, tiers, files)
     _attach_blocks(model, tiers, device.place)
 
 
@@ -167,16 +166,10 @@ def _use_compiled_code(model: PreTrainedModel) -> None:
     use_quick_layers(model)
 
 
-def _add_hooks(model: PreTrainedModel, tiers: Tiers, files: TrunkFiles) -> None:
-    """Check the trunk's files before each forward pass, and postpone Ctrl-C to its end."""
-    check_trunk_files = files.check
-
-    def before(*_: Any) -> None:
-        check_trunk_files()
-        postpone_interrupts()
-
-    tiers.hooks.add(model.register_forward_pre_hook(before))
-    tiers.hooks.add(model.register_forward_hook(lambda *_: raise_interrupts(), always_call=True))
+def _add_hook(model: PreTrainedModel, tiers: Tiers, files: TrunkFiles) -> None:
+    """Check the trunk's files before each forward pass."""
+    check = files.check
+    tiers.hooks.add(model.register_forward_pre_hook(lambda *_: check()))
 
 
 def _attach_blocks(model: PreTrainedModel, tiers: Tiers, place: torch.device) -> None:

@@ -99,14 +99,12 @@ def main() -> None:
     assert [generate(prompt) for prompt in prompts] == right
     with contextlib.suppress(AttributeError):
         model.tiers.host.check_integrity()
-    handler = signal.getsignal(signal.SIGINT)
     print(
         json.dumps(
             {
                 "interrupts": sum(where.values()),
                 "where": dict(where.most_common(12)),
                 "slowest": max(latencies),
-                "default": handler is signal.default_int_handler,
             }
         )
     )

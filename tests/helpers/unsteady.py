@@ -41,8 +41,8 @@ class UnsteadySource:
             wanted = again
 
     @contextmanager
-    def borrow(self, key: ExpertKey) -> Iterator[Lease[Any] | None]:
-        with self.source.borrow(key) as lease:
+    def pin(self, key: ExpertKey) -> Iterator[Lease[Any] | None]:
+        with self.source.pin(key) as lease:
             if lease is not None and self.random.random() < self.share:
                 self.broken += 1
                 lease = Lease(lease.key, _garbage(lease.record), -1 - lease.slot, lambda: False)

@@ -338,25 +338,25 @@ def test_what_is_ready_is_lent_and_no_demand(roomy: Opened) -> None:
     before, below = roomy.source.stats(), roomy.host.stats()
     for _ in range(2):
         for key in keys(0, 1, 2):
-            with roomy.source.borrow(key) as lease:
+            with roomy.source.pin(key) as lease:
                 assert lease is not None
                 assert lease.key == key
                 assert roomy.data(lease) == RECORDS[key]
                 assert lease.holds()
-        with roomy.source.borrow(ExpertKey(0, 3)) as lease:
+        with roomy.source.pin(ExpertKey(0, 3)) as lease:
             assert lease is None
-    with pytest.raises(ZeroDivisionError), roomy.source.borrow(ExpertKey(0, 1)):
+    with pytest.raises(ZeroDivisionError), roomy.source.pin(ExpertKey(0, 1)):
         raise ZeroDivisionError
     assert (roomy.source.stats(), roomy.host.stats()) == (before, below)
     roomy.check()
 
 
 @pytest.mark.parametrize("kind", LENDERS)
-def test_a_prediction_that_was_borrowed_is_useful_when_it_is_used_above(roomy: Opened) -> None:
+def test_a_prediction_that_was_copied_is_useful_when_it_is_used_above(roomy: Opened) -> None:
     roomy.source.prefetch(1, keys(1, 0, 3, 5))
     wait_until(lambda: roomy.host.stats().ready == 3)
     for key in keys(1, 0, 3):
-        with roomy.source.borrow(key) as lease:
+        with roomy.source.pin(key) as lease:
             assert lease is not None
             assert lease.holds()
     assert roomy.host.stats().useful == 0
@@ -372,7 +372,7 @@ def test_a_prediction_that_was_borrowed_is_useful_when_it_is_used_above(roomy: O
 @pytest.mark.parametrize("kind", LENDERS)
 def test_a_loan_keeps_what_is_lent_or_tells_that_it_did_not(smallest: Opened) -> None:
     smallest.take(0, 1, 2)
-    with smallest.source.borrow(ExpertKey(0, 1)) as lease:
+    with smallest.source.pin(ExpertKey(0, 1)) as lease:
         assert lease is not None
         smallest.take(1, 0, 1, 2)
         data = smallest.data(lease)
@@ -383,10 +383,10 @@ def test_a_loan_keeps_what_is_lent_or_tells_that_it_did_not(smallest: Opened) ->
 @pytest.mark.parametrize("kind", LENDERS)
 def test_what_can_not_be_lent_is_an_error(kind: str, folder: Path) -> None:
     with open_source(kind, folder, dict(ALL)) as opened:
-        with pytest.raises(MissingExpertError), opened.source.borrow(ExpertKey(0, 6)):
+        with pytest.raises(MissingExpertError), opened.source.pin(ExpertKey(0, 6)):
             pass
         opened.source.close()
-        with pytest.raises(ClosedError), opened.source.borrow(ExpertKey(0, 0)):
+        with pytest.raises(ClosedError), opened.source.pin(ExpertKey(0, 0)):
             pass
 
 

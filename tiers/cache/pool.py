@@ -18,12 +18,21 @@ predictions in a row, only the first evicts a record that was in use.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from enum import Enum
 
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.stats import TierCounters, TierStats
 
 from .budget import Group
 from .policies import DEFAULT_POLICY, POLICIES, Policy
+
+
+class Lookup(Enum):
+    """The state of a record in a pool."""
+
+    MISS = "it has no slot"
+    PENDING = "its slot is LOADING"
+    HIT = "its slot is READY"
 
 
 class SlotPool:
@@ -69,9 +78,16 @@ class SlotPool:
         return self._slot_of.get(key)
 
     def holds(self, key: ExpertKey) -> bool:
-        """Return whether a READY slot holds the record of ``key``."""
+        """Return whether the record of ``key`` is a HIT."""
         slot = self._slot_of.get(key)
         return slot is not None and slot not in self._loading
+
+    def lookup(self, key: ExpertKey) -> Lookup:
+        """Return the state of the record of ``key``."""
+        slot = self._slot_of.get(key)
+        if slot is None:
+            return Lookup.MISS
+        return Lookup.PENDING if slot in self._loading else Lookup.HIT
 
     def held(self) -> list[ExpertKey]:
         """Return all keys that have a slot, READY or LOADING."""
@@ -83,13 +99,9 @@ class SlotPool:
         assert key is not None, f"slot {slot} is empty"
         return key
 
-    def is_ready(self, slot: int) -> bool:
-        """Return whether the slot is READY, which means that it holds a whole record."""
-        return self._keys[slot] is not None and slot not in self._loading
-
     def is_evictable(self, slot: int) -> bool:
         """Return whether the slot is READY and not pinned."""
-        return not self._pins[slot] and self.is_ready(slot)
+        return not self._pins[slot] and self._keys[slot] is not None and slot not in self._loading
 
     def pins(self, slot: int) -> int:
         """Return the number of pins on the slot, claims included."""
@@ -162,7 +174,7 @@ class SlotPool:
         self._pins[slot] += 1
 
     def pin_ready(self, key: ExpertKey) -> int | None:
-        """Pin the READY slot that holds the record of ``key``, and return the slot; None if there is no such slot."""
+        """If the record of ``key`` is a HIT, pin its slot and return the slot; otherwise return None."""
         slot = self._slot_of.get(key)
         if slot is None or slot in self._loading:
             return None

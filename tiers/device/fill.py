@@ -12,8 +12,9 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import partial
 
+from moetier.tiers.cache.pool import Lookup
 from moetier.tiers.layout import ExpertKey
-from moetier.tiers.locks import Monitor
+from moetier.tiers.locks import Monitor, transition, waiting
 from moetier.tiers.source import Lease
 from moetier.tiers.stats import TierCounters
 
@@ -52,7 +53,7 @@ class DeviceDemand:
 class DeviceFill:
     """Fills the slots of one device tier.
 
-    Methods take the tier's lock. But if a docstring ends with "Part of a step", the caller already holds the lock.
+    Methods take the tier's lock. But if a docstring ends with "Part of a transition", the caller already holds it.
     """
 
     promotion: DeviceDemand | None = None  # the latest promotion
@@ -90,30 +91,32 @@ class DeviceFill:
         Raises:
             ClosedError: the tier was closed.
         """
-        if not self._monitor.wait_for(self._place, demand, lease.key, began, wait):
+        if not self._place(demand, lease.key, began, wait):
             return False
         if demand.filling is not None:  # otherwise the record is already on the device
             copy = self._transfer(demand, lease)
             if copy is not None:
                 demand.copied = copy.ended
-                self._monitor.run(self._arrive, demand, copy, began)
+                self._complete(demand, copy, began)
         return True
 
+    @waiting
     def _place(self, demand: DeviceDemand, key: ExpertKey, began: float, wait: bool) -> bool | None:
         """Begin to fill a slot for a demand, or pin the slot that already has the record, and return True.
 
-        If neither is possible now, return None if ``wait`` is true, which makes the caller wait, and False otherwise.
-        Part of a step.
+        If neither is possible now, wait if ``wait`` is true, and return False otherwise.
         """
         self._check_open()
         pool = demand.pool
-        slot = pool.find(key)
-        if slot is not None and pool.is_ready(slot):  # another caller has copied the record since the demand began
+        state = pool.lookup(key)
+        if state is Lookup.HIT:  # another caller has copied the record since the demand began
+            slot = pool.pin_ready(key)
+            assert slot is not None
             self._counters.joined += 1
             pool.touch((key,), scan=demand.is_scan)
             self._admit(demand, slot, began)
             return True
-        if slot is not None or (slot := self._choose(demand, key.block)) is None:
+        if state is Lookup.PENDING or (slot := self._choose(demand, key.block)) is None:
             return None if wait else False
         self._begin(demand, slot, key)
         pool.touch((key,), scan=demand.is_scan)
@@ -125,13 +128,14 @@ class DeviceFill:
         Returns after the end of the copy, so that the caller may release the lease.
         """
         began = time.perf_counter()
-        promotion = self._monitor.run(self._place_promotion, lease.key, began)
+        promotion = self._place_promotion(lease.key, began)
         if promotion is None or (copy := self._transfer(promotion, lease)) is None:
             return
-        self._monitor.run(self._arrive, promotion, copy)
+        self._complete(promotion, copy, None)
         copy.ended.synchronize()
-        self._monitor.run(self._end_promotion, lease.key, began)
+        self._end_promotion(lease.key, began)
 
+    @transition
     def _place_promotion(self, key: ExpertKey, began: float) -> DeviceDemand | None:
         promoter, pool = self._promoter, self._slots.pool(key.block)
         if not promoter.may_begin(key):
@@ -148,6 +152,7 @@ class DeviceFill:
         promoter.note_begun(key, began)
         return self.promotion
 
+    @transition
     def _end_promotion(self, key: ExpertKey, began: float) -> None:
         self._promoter.outcomes.arrive(key)
         self._counters.loaded(time.perf_counter() - began)
@@ -180,16 +185,17 @@ class DeviceFill:
         try:
             copy = self._copies.queue(lease, demand.pool, demand.filling[0])
         except BaseException:
-            self._monitor.run(self._cancel, demand, 1, 0)
+            self._fail(demand, 1, 0)
             raise
         if copy is None:
-            self._monitor.run(self._cancel, demand, 0, 1)
+            self._fail(demand, 0, 1)
         return copy
 
-    def _arrive(self, demand: DeviceDemand, copy: Copy, began: float | None = None) -> None:
+    @transition
+    def _complete(self, demand: DeviceDemand, copy: Copy, began: float | None) -> None:
         """Make the slot that ``demand`` is filling READY. Later computations on the slot wait for the end of ``copy``.
 
-        ``began`` is the time since when the demand has waited for the record; None for a promotion. Part of a step.
+        ``began`` is the time since when the demand has waited for the record; None for a promotion.
         """
         assert demand.filling is not None
         pool, (slot, _) = demand.pool, demand.filling
@@ -199,13 +205,18 @@ class DeviceFill:
         pool.fill(slot)
         self._end_filling(demand)
         if began is not None:
+            pool.pin(slot)
             self._admit(demand, slot, began)
 
     def leave(self, demand: DeviceDemand) -> None:
-        """Stop filling a slot for a demand that ends, if the demand is filling one. Part of a step."""
+        """Stop filling a slot for a demand that ends, if the demand is filling one. Part of a transition."""
         if demand.filling is not None:
             demand.copied = self._copies.abandon(demand.pool, demand.filling[0])
             self._cancel(demand)
+
+    @transition
+    def _fail(self, demand: DeviceDemand, failures: int, discarded: int) -> None:
+        self._cancel(demand, failures, discarded)
 
     def _cancel(self, demand: DeviceDemand, failures: int = 0, discarded: int = 0) -> None:
         assert demand.filling is not None
@@ -225,14 +236,13 @@ class DeviceFill:
         self._monitor.wake()
 
     def _admit(self, demand: DeviceDemand, slot: int, began: float) -> None:
-        demand.pool.pin(slot)
         demand.ready.append(slot)
         self._counters.waited(time.perf_counter() - began)
 
     def repair(self, demands: Collection[DeviceDemand]) -> None:
-        """Make the slots agree with ``demands`` after an exception has interrupted a step.
+        """Make the slots agree with ``demands`` after an exception has interrupted a transition.
 
-        Leases stay, and so do slots that are being filled for a demand or a promotion. Part of a step.
+        Leases stay, and so do slots that are being filled for a demand or a promotion. Part of a transition.
         """
         for pool in self._slots.pools.values():
             pins = [0] * pool.count

@@ -1,8 +1,8 @@
 """Promoter: a background thread that copies requested records from the host tier to the device, one at a time.
 
 Such a copy is a *promotion*. The host tier prefetches a requested record from the disk. Once the record is READY in the
-host tier, the promoter borrows it, which does not count as a demand, and copies it. If the record is not READY yet, the
-promoter looks again after a pause, until the request is replaced. The pause grows each time. Demands go first: while a
+host tier, the promoter pins it, which does not count as a demand, and copies it. If it is not READY yet, the promoter
+looks again after a pause, until the request is replaced. The pause grows each time. Demands go first: while a
 demand lacks records, no promotion begins. A promotion that has begun ends after one record.
 
 The thread can't be in a deadlock, because it waits only for its own copy.
@@ -21,7 +21,7 @@ import torch
 
 from moetier.tiers.errors import BudgetError, ClosedError
 from moetier.tiers.layout import ExpertKey
-from moetier.tiers.locks import Monitor
+from moetier.tiers.locks import Monitor, transition
 from moetier.tiers.source import Lease, Lender
 from moetier.tiers.stats import PrefetchOutcomes, TierCounters
 
@@ -48,7 +48,7 @@ class Promoter:
             source: the tier from which records are copied.
             monitor: the device tier's monitor.
             counters: the device tier's counters.
-            promote: called, without the lock, with a lease of a borrowed record. It copies the record if ``may_begin``
+            promote: called, without the lock, with a lease of a pinned record. It copies the record if ``may_begin``
                 allows this, and returns when the lease may end.
             make_room: called, without the lock, if the device has no memory left for a promotion.
         """
@@ -130,7 +130,7 @@ class Promoter:
         return waits
 
     def repair(self, missing: int, find: Callable[[ExpertKey], int | None]) -> None:
-        """Make the state consistent again after an interrupted step. All requests are dropped.
+        """Make the state consistent again after an interrupted transition. All requests are dropped.
 
         ``missing`` is the number of demands that lack records. ``find`` returns the slot of a key, or None.
         """
@@ -160,7 +160,7 @@ class Promoter:
 
     def _run(self) -> None:
         pause = PAUSE
-        while (waiting := self._monitor.run(self._due)) is not None:
+        while (waiting := self._due()) is not None:
             try:
                 if any(self._bring(key) for key in waiting):  # ``any`` ends at the first promotion, to get a new list
                     pause = PAUSE
@@ -173,16 +173,21 @@ class Promoter:
             except Empty:
                 pause = min(2 * pause, LONGEST_PAUSE)
 
+    @transition
     def _due(self) -> list[ExpertKey] | None:
         """Return the keys of the records that may be promoted now; None if the thread has to end."""
         if self._is_over:
             return None
         return self.waiting if not self._missing else []
 
+    @transition
+    def _fail(self, key: ExpertKey) -> None:
+        self.cancel(key)
+
     def _bring(self, key: ExpertKey) -> bool:
         """Promote a record if it is READY in the source. Return False if it is not READY, so that it is tried again."""
         try:
-            with self._source.borrow(key) as lease:
+            with self._source.pin(key) as lease:
                 if lease is not None:
                     self._promote(lease)
                 return lease is not None
@@ -192,7 +197,7 @@ class Promoter:
             if not self._has_failed:  # log the error as text, because its frames would keep the lease
                 self._has_failed = True
                 _log.warning("%s was not copied to the device: %s: %s", key, type(error).__name__, str(error))
-            self._monitor.run(self.cancel, key)
+            self._fail(key)
             is_full = isinstance(error, torch.OutOfMemoryError)
         if is_full:  # outside the handler, because the error's frames would keep slots
             with contextlib.suppress(BudgetError):  # after BudgetError the tier is closed; demands raise ClosedError

@@ -25,14 +25,13 @@ import threading
 import time
 from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import closing
-from functools import partial
 
 import torch
 
 from moetier.tiers.cache.policies import DEFAULT_POLICY
 from moetier.tiers.errors import ClosedError, MoetierError
 from moetier.tiers.layout import ExpertKey
-from moetier.tiers.locks import Monitor, step
+from moetier.tiers.locks import Monitor, posted, transition, waiting
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.source import Lease, Lender, Residents
 from moetier.tiers.stats import TierCounters, TierStats
@@ -110,7 +109,7 @@ class DeviceTier:
         self._manifest.check_keys(block, distinct)
         demand = DeviceDemand(self._slots.pool(block), caller=threading.get_ident())
         try:
-            hits, missing, was_requested = self._monitor.wait_for(self._look, demand, distinct)
+            hits, missing, was_requested = self._begin(demand, distinct)
             if hits:
                 self._source.used(hits)
             if was_requested and not missing:  # cancel the requests; if records are missing, the source's demand does
@@ -119,7 +118,7 @@ class DeviceTier:
             if missing:
                 yield from self._bring(demand, missing)
         finally:
-            self._monitor.post(partial(self._leave, demand))
+            self._end(demand)
 
     def residents(self, block: int) -> Residents | None:
         """Return None, because compiled code can't look records up in a device tier."""
@@ -135,7 +134,7 @@ class DeviceTier:
         self._reclaim(threading.get_ident())
         self._source.reclaim()
 
-    @step
+    @transition
     def _reclaim(self, caller: int) -> None:
         self._end_shrinking(caller)
         for demand in [demand for demand in self._demands if demand.caller == caller]:
@@ -151,7 +150,7 @@ class DeviceTier:
         self._manifest.check_keys(block, keys)
         self._source.prefetch(block, self._request(block, dict.fromkeys(keys)))
 
-    @step
+    @transition
     def _request(self, block: int, keys: Collection[ExpertKey]) -> list[ExpertKey]:
         self._check_open()
         lacking = [key for key in keys if self._slots.find(key) is None]
@@ -168,9 +167,13 @@ class DeviceTier:
         """
         if not self._promotes:
             return self._source.absent(keys)
-        return self._monitor.run(lambda: [key for key in keys if not self._slots.pool(key.block).holds(key)])
+        return self._absent(keys)
 
-    @step
+    @transition
+    def _absent(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
+        return [key for key in keys if not self._slots.pool(key.block).holds(key)]
+
+    @transition
     def stats(self) -> TierStats:
         """Return the tier's counters, and the state of its slots."""
         return self._slots.stats()
@@ -190,13 +193,13 @@ class DeviceTier:
         """
         caller = threading.get_ident()
         try:
-            before, less = self._monitor.wait_for(self._begin_shrinking, caller)
+            before, less = self._begin_shrinking(caller)
             if less == before:
                 return 0
-            self._monitor.wait_for(self._is_idle)
-            nbytes, stats = self._monitor.run(self._use_fewer, less)
+            self._wait_until_idle()
+            nbytes, stats = self._use_fewer(less)
         finally:
-            self._monitor.run(self._end_shrinking, caller)
+            self._complete_shrinking(caller)
         _log.warning(
             "The device has no memory left, so the device tier now has %d slots instead of %d.",
             stats.slots,
@@ -211,22 +214,23 @@ class DeviceTier:
         """
         if not self._monitor.fork_guard.is_owner:
             return
-        self._monitor.run(self._stop, threading.get_ident())
-        self._monitor.wait_for(lambda: None if self._slots.copying else True)
+        self._stop(threading.get_ident())
+        self._wait_for_copies()
         self._promoter.join()
-        self._monitor.run(self._unlock)
+        self._unlock()
         self._slots.clear()
         self._copies.clear()
 
-    @step
+    @transition
     def check_integrity(self) -> None:
         """For tests: assert that slots, groups and promotions agree."""
         for pool in self._slots.pools.values():
             pool.check_integrity()
         self._promoter.check_integrity(self._slots.find)
 
-    # -- steps --------------------------------------------------------------------------------------------------------
+    # -- transitions --------------------------------------------------------------------------------------------------
 
+    @transition
     def _stop(self, caller: int) -> None:
         self._closed = True
         self._promoter.stop()
@@ -235,6 +239,7 @@ class DeviceTier:
                 self._fill.leave(demand)
         self._monitor.wake()
 
+    @waiting
     def _begin_shrinking(self, caller: int) -> tuple[dict[str, int], dict[str, int]] | None:
         """Return the present and the new numbers of slots; None while another thread shrinks the tier.
 
@@ -250,10 +255,16 @@ class DeviceTier:
             self._promoter.pause()
         return before, less
 
-    def _is_idle(self) -> bool | None:
+    @waiting
+    def _wait_for_copies(self) -> bool | None:
+        return None if self._slots.copying else True
+
+    @waiting
+    def _wait_until_idle(self) -> bool | None:
         self._check_open()
         return None if self._demands or self._slots.copying else True
 
+    @transition
     def _use_fewer(self, less: dict[str, int]) -> tuple[int, TierStats]:
         """Replace the slots by as many as ``less`` says, a dictionary from the name of each zarr array.
 
@@ -264,11 +275,15 @@ class DeviceTier:
             self._promoter.outcomes.evict(key)
         try:
             self._slots.use(allocate(self._device, self._manifest, less))
-        except Exception:  # not KeyboardInterrupt, after which the next step repairs the state
+        except Exception:  # not KeyboardInterrupt, after which the next transition repairs the state
             self._closed = True
             self._promoter.stop()
             raise
         return nbytes, self._slots.stats()
+
+    @transition
+    def _complete_shrinking(self, caller: int) -> None:
+        self._end_shrinking(caller)
 
     def _end_shrinking(self, caller: int) -> None:
         if self._shrinking == caller:
@@ -276,6 +291,7 @@ class DeviceTier:
             self._promoter.resume()
             self._monitor.wake()
 
+    @transition
     def _unlock(self) -> None:
         self._slots.wait_for_copies()
         self._copies.locks.unlock()
@@ -293,13 +309,14 @@ class DeviceTier:
 
     # -- a caller -----------------------------------------------------------------------------------------------------
 
-    def _look(
+    @waiting
+    def _begin(
         self, demand: DeviceDemand, keys: Sequence[ExpertKey]
     ) -> tuple[list[ExpertKey], list[ExpertKey], bool] | None:
         """Begin a demand for distinct keys: pin the slots of those whose records are READY.
 
-        Returns the keys whose records are READY, the other keys, and whether the block had prefetch requests. Returns
-        None while a thread shrinks the tier.
+        Returns the keys whose records are READY, the other keys, and whether the block had prefetch requests. Waits
+        while a thread shrinks the tier.
         """
         self._check_open()
         if self._shrinking is not None:
@@ -323,8 +340,7 @@ class DeviceTier:
         if missing:
             self._promoter.pause()
             demand.misses = True
-        self._counters.hits += len(hits)
-        self._counters.misses += len(missing)
+        self._counters.looked_up(hits=len(hits), misses=len(missing))
         was_requested = block in self._requested
         self._requested.discard(block)
         return hits, missing, was_requested
@@ -353,13 +369,14 @@ class DeviceTier:
         """Yield a lease for each slot that is ready, except the last ``behind`` slots."""
         while len(demand.ready) > behind:
             stream = self._device.current_stream()
-            lease, copied = self._monitor.run(self._take, demand, stream)
+            lease, copied = self._next_lease(demand, stream)
             stream.wait_event(copied)
             yield lease
         if demand.leased is not None:
-            self._monitor.run(self._end_lease, demand)
+            self._release(demand)
 
-    def _take(self, demand: DeviceDemand, stream: Stream) -> tuple[Lease[torch.Tensor], Event]:
+    @transition
+    def _next_lease(self, demand: DeviceDemand, stream: Stream) -> tuple[Lease[torch.Tensor], Event]:
         self._end_lease(demand)
         self._check_open()
         pool, slot = demand.pool, demand.ready.popleft()
@@ -369,6 +386,10 @@ class DeviceTier:
         assert copied is not None
         return Lease(key, pool.records[slot], pool.first + slot), copied
 
+    @transition
+    def _release(self, demand: DeviceDemand) -> None:
+        self._end_lease(demand)
+
     def _end_lease(self, demand: DeviceDemand) -> None:
         if demand.leased is not None:
             slot, stream = demand.leased
@@ -376,6 +397,10 @@ class DeviceTier:
             demand.leased = None
             demand.pool.unpin(slot)
             self._monitor.wake()
+
+    @posted
+    def _end(self, demand: DeviceDemand) -> None:
+        self._leave(demand)
 
     def _leave(self, demand: DeviceDemand) -> None:
         """End a demand: release its lease and all of its slots."""

@@ -1,8 +1,25 @@
 """The host tier: a cache of experts in host memory, filled from a store by demands and prefetches.
 
-Other packages use ``tier.HostTier``, ``warmup``, and the events in ``demands``. The tier's state changes only under the
-lock of a ``tiers.locks.Monitor``. The package imports ``arena``, ``cache``, ``store`` and the top-level modules of
-``tiers``. It does not import torch.
+Other packages use ``tier.HostTier``, ``warmup``, and the events in ``demands``. The package imports ``arena``,
+``cache``, ``store`` and the top-level modules of ``tiers``. It does not import torch.
+
+The tier's state is the ledger (``ledger``, with its parts ``demands``, ``loads``, ``prefetch`` and ``direct_hits``) and
+the arena's directory. One lock guards all of it: that of the tier's ``tiers.locks.Monitor``. Each change is a
+*transition*, a method with one of the decorators of ``tiers.locks``; ``tier`` and ``session`` have all of them. No
+transition waits, for a read or for anything else. Records are written into slots without the lock, by the one loader
+that has taken the load of the slot.
+
+    thread                  transitions
+    any thread that demands HostTier._begin, _next_leases, which sleeps until a record arrives, and _end
+    moetier-loader-N        HostTier._take_load; then the read; then _complete_load, or _fail_load if the read failed
+    moetier-timekeeper      Timekeeper._expire; runs if there are sessions
+    moetier-learner         HostTier.uses and warm (``warmup``)
+    threads of a daemon     methods of Session, which never wait for a record
+    any finalizer           HostTier._end, which is posted: another thread may run it
+
+If a read fails, the slot becomes EMPTY, and every demand that waits for the record gets the error (``Loads.fail``): an
+iterator of ``acquire`` raises it, a session delivers ``Failed``. The next demand reads the record again. The store has
+tried all that it can before: a second read, mirrors, a download.
 """
 
 from typing import TYPE_CHECKING

@@ -1,6 +1,7 @@
 """Demands, the queues in which they wait, and what they refer to: pools of slots, loads, callers and events.
 
 These classes refer to one another, so they are in one module. Callers of their methods hold the host tier's lock.
+``Notifier`` wakes the threads that can go on after a transition.
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ import math
 from collections import deque
 from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
+from queue import SimpleQueue
 
 from moetier.tiers.cache.budget import Group
 from moetier.tiers.cache.policies import Policy
 from moetier.tiers.cache.pool import SlotPool
 from moetier.tiers.errors import ExhaustedError
 from moetier.tiers.layout import ExpertKey
+from moetier.tiers.locks import Monitor
 
 
 class Pool(SlotPool):
@@ -92,7 +95,7 @@ class AsyncCaller:
 class Demand:
     """One call of ``acquire``.
 
-    Until its lease ends, each key goes through ``pending``, ``loads``, ``ready`` and ``held``. A key whose record is
+    Until its lease ends, each key goes through ``pending``, ``loads``, ``ready`` and ``leased``. A key whose record is
     READY when the demand comes begins in ``ready``. This class has no base class in common with ``DeviceDemand``,
     because the two differ too much: a DeviceDemand copies one record at a time, in the caller's own thread, and never
     waits for a read.
@@ -108,15 +111,15 @@ class Demand:
     pending: dict[ExpertKey, None] = field(default_factory=dict)  # keys for which the demand has no slot yet
     loads: list[Load] = field(default_factory=list)  # loads that the demand waits for; it has claims on their slots
     ready: deque[int] = field(default_factory=deque)  # slots that are pinned for the demand, but not leased yet
-    residents: int = 0  # how many of the slots in ``ready`` were READY when the demand came
-    held: dict[int, None] = field(default_factory=dict)  # slots that are pinned and leased
+    hits: int = 0  # how many of the slots in ``ready`` were READY when the demand came
+    leased: dict[int, None] = field(default_factory=dict)  # slots that are pinned and leased
     error: BaseException | None = None  # the error with which the demand has failed
-    stands_since: float | None = None  # time since when the caller has waited without a lease; None while it has one
+    waits_since: float | None = None  # time since when the caller has waited without a lease; None while it has one
 
     @property
     def is_idle(self) -> bool:
         """True if the demand neither holds nor claims a slot."""
-        return not self.ready and not self.loads and not self.held
+        return not self.ready and not self.loads and not self.leased
 
     @property
     def is_over(self) -> bool:
@@ -126,54 +129,62 @@ class Demand:
     @property
     def outstanding(self) -> int:
         """Number of slots that the demand holds or claims."""
-        return len(self.loads) + len(self.ready) + len(self.held)
+        return len(self.loads) + len(self.ready) + len(self.leased)
 
 
-class Waiting:
+class Notifier:
+    """Wakes threads that can go on after a transition."""
+
+    def __init__(self, monitor: Monitor) -> None:
+        self._monitor = monitor
+        # The queues are SimpleQueues because a finalizer may put an item into them, at any time, in any thread.
+        self.loaders: SimpleQueue[None] = SimpleQueue()  # each item wakes one loader, which reads all there is to read
+        self.timekeeper: SimpleQueue[None] = SimpleQueue()  # an item makes the timekeeper look at the deadlines again
+
+    def wake_callers(self) -> None:
+        """Wake all callers that sleep, and all loaders that have paused. ``Ledger.serve`` runs after the transition."""
+        self._monitor.wake()
+
+    def wake_loader(self) -> None:
+        """Wake one loader, because there is a record to read."""
+        self.loaders.put(None)
+
+    def wake_timekeeper(self) -> None:
+        """Wake the timekeeper, because there is a new deadline."""
+        self.timekeeper.put(None)
+
+
+class WaitingDemands:
     """Queues of demands that wait: for a slot, or to be served. Also the deadlines of asynchronous demands.
 
     A demand of an asynchronous caller is an *asynchronous demand*.
-
-    Args:
-        wake: wakes sleeping callers, and causes asynchronous demands to be served soon.
-        ring: wakes a loader.
-        watch: tells the thread that calls ``expire`` that there is a new deadline.
-        clock: returns the time in seconds.
     """
 
-    def __init__(
-        self,
-        *,
-        wake: Callable[[], None],
-        ring: Callable[[], None],
-        watch: Callable[[], None],
-        clock: Callable[[], float],
-    ) -> None:
-        self.wake = wake
-        self._ring = ring
-        self._watch = watch
+    def __init__(self, notifier: Notifier, clock: Callable[[], float]) -> None:
+        """``clock`` returns the time in seconds."""
+        self._notifier = notifier
         self._clock = clock
         self._rechecks: dict[Demand, None] = {}  # asynchronous demands that are to be served, since they may go on
         self._deadlines: dict[Demand, float] = {}  # from each asynchronous demand without a slot to when it fails
 
     # -- starved demands ----------------------------------------------------------------------------------------------
 
-    def starve(self, demand: Demand) -> None:
+    def wait_for_slot(self, demand: Demand) -> None:
         """Queue a starved demand in its pool's FIFO queue. A demand is starved if it needs a slot and holds none."""
         caller, starved = demand.async_caller, demand.pool.starved
         if caller is not None and demand not in self._deadlines:
             self._deadlines[demand] = self._clock() + demand.patience
-            self._watch()
+            self._notifier.wake_timekeeper()
         if demand not in starved and not (caller is not None and caller.is_full):
             starved.append(demand)
 
-    def feed(self, demand: Demand) -> None:
+    def stop_waiting(self, demand: Demand) -> None:
         """Remove a demand from its pool's queue of starved demands, if it is in the queue."""
         starved = demand.pool.starved
         if demand in starved:
             starved.remove(demand)
-            self.wake()  # the next demand in the queue may find a slot too
-            self._ring()  # prefetches that have yielded to the demand may go on
+            self._notifier.wake_callers()  # the next demand in the queue may find a slot too
+            self._notifier.wake_loader()  # prefetches that have yielded to the demand may go on
 
     # -- asynchronous demands -----------------------------------------------------------------------------------------
 
@@ -188,17 +199,17 @@ class Waiting:
             del self._rechecks[demand]
         return demand
 
-    def took(self, demand: Demand) -> None:
+    def note_taken(self, demand: Demand) -> None:
         """Note that a demand holds or claims one more slot."""
-        self.feed(demand)
+        self.stop_waiting(demand)
         caller = demand.async_caller
         if caller is not None:
             self._deadlines.pop(demand, None)
             if caller.is_full:  # its starved demands may not take slots, so they must not keep other demands waiting
                 for other in caller.demands.values():
-                    self.feed(other)
+                    self.stop_waiting(other)
 
-    def gave(self, demand: Demand, slots: int) -> None:
+    def note_released(self, demand: Demand, slots: int) -> None:
         """Note that an asynchronous demand no longer holds or claims ``slots`` slots."""
         caller = demand.async_caller
         assert caller is not None
@@ -208,7 +219,7 @@ class Waiting:
             for other in sorted(caller.demands.values(), key=lambda other: self._deadlines.get(other, math.inf)):
                 if other.pending:
                     self.recheck(other)
-            self.wake()
+            self._notifier.wake_callers()
 
     def expire(self) -> float | None:
         """Fail asynchronous demands whose deadlines have passed. Return the next deadline, or None."""
@@ -222,7 +233,7 @@ class Waiting:
     def remove(self, demand: Demand) -> None:
         """Remove a demand that has ended from all queues."""
         if demand.pool.starved:
-            self.feed(demand)
+            self.stop_waiting(demand)
         if demand.async_caller is not None:
             self._rechecks.pop(demand, None)
             self._deadlines.pop(demand, None)
@@ -230,7 +241,7 @@ class Waiting:
     # -- repair and checks --------------------------------------------------------------------------------------------
 
     def repair(self, demands: Collection[Demand], pools: Iterable[Pool]) -> None:
-        """Make the queues agree with ``demands`` after an interrupted step, and let all callers check their demands."""
+        """Make the queues agree with ``demands`` after an interrupted transition, and let all callers go on."""
         for pool in pools:
             waiting = [demand for demand in pool.starved if demand in demands and demand.pending and demand.is_idle]
             pool.starved.clear()
@@ -243,7 +254,7 @@ class Waiting:
             if (caller := demand.async_caller) is not None:
                 caller.demands[demand.number] = demand
                 self.recheck(demand)
-        self.wake()
+        self._notifier.wake_callers()
 
     def check_integrity(self, demands: Collection[Demand]) -> None:
         """For tests: assert that no asynchronous demand is lost, and that none of them waits although it can go on."""

@@ -1,7 +1,11 @@
 """The ledger: the state of the host tier, which consists of all demands, the loads in progress, and the slots.
 
-The ledger does no I/O, and has neither threads nor a lock. The host tier calls each method with its lock held. The
-module is long because its parts change in the same steps: a reader must see all of them to know that a step is whole.
+The ledger does no I/O, and has neither threads nor a lock. Its methods are parts of transitions (``tiers.locks``), so
+their callers hold the host tier's lock. The module is long because its parts change in the same transitions: a reader
+must see all of them to know that each transition leaves the state consistent, as ``check_integrity`` specifies.
+
+A demand goes through ``begin``, ``next_leases`` as often as its caller wants leases, and ``end``. A load goes through
+``Loads.begin``, ``take``, and ``complete`` or ``fail``.
 
 No caller waits for ever, for these reasons. A caller of ``acquire`` sleeps only while it holds no READY slot, because
 READY records are yielded first. While the caller sleeps, it may have claims on LOADING slots. But a loader never waits
@@ -26,15 +30,16 @@ from moetier.tiers.arena.directory import Directory
 from moetier.tiers.arena.plan import ArenaPlan
 from moetier.tiers.cache.budget import plan_groups
 from moetier.tiers.cache.policies import DEFAULT_POLICY, POLICIES
+from moetier.tiers.cache.pool import Lookup
 from moetier.tiers.errors import MoetierError
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.stats import TierCounters
 
-from .demands import AsyncCaller, Demand, Failed, Granted, Pool, Waiting
-from .loads import Loads
+from .demands import AsyncCaller, Demand, Failed, Granted, Notifier, Pool, WaitingDemands
+from .direct_hits import DirectHits
+from .loads import LoadLimits, Loads
 from .prefetch import PrefetchQueue
-from .uses import Uses
 
 
 class Ledger:
@@ -44,14 +49,10 @@ class Ledger:
         manifest: the manifest of the store.
         plan: the plan of the arena that has the slots.
         directory: the directory of that arena.
+        notifier: wakes threads that can go on.
+        limits: how many loads may be in progress.
         policy: the policy of eviction, a key of ``POLICIES``.
-        fills: whether pools with room for all of their records are filled in the background (``_fill``).
-        wake: wakes sleeping callers, and causes ``serve`` to be called soon.
-        ring: wakes a loader.
-        watch: tells the thread that calls ``expire`` that there is a new deadline.
-        ahead: the largest number of loads that one demand waits for at a time. The demand of a thread begins no load
-            while twice this number of records are being loaded for it or have arrived and are not leased yet.
-        most_prefetches: the largest number of reads for prefetches in progress at a time.
+        fills: whether pools with room for all of their records are filled in the background (``Loads.fill``).
         clock: returns the time in seconds.
     """
 
@@ -60,14 +61,11 @@ class Ledger:
         manifest: Manifest,
         plan: ArenaPlan,
         directory: Directory,
+        notifier: Notifier,
+        limits: LoadLimits,
         *,
         policy: str = DEFAULT_POLICY,
         fills: bool = False,
-        wake: Callable[[], None],
-        ring: Callable[[], None],
-        watch: Callable[[], None],
-        ahead: int,
-        most_prefetches: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.manifest = manifest
@@ -79,19 +77,14 @@ class Ledger:
             self.pools[region.array] = Pool(groups, POLICIES[policy], first=first, slot_bytes=region.slot_bytes)
         self.pool_of = [self.pools[block.array] for block in manifest.blocks]  # for each block, the pool of its records
         self.prefetches = PrefetchQueue(self.counters, clock)
-        self.uses = Uses(self.pool_of, self.counters, self.prefetches)
-        self.waiting = Waiting(wake=wake, ring=ring, watch=watch, clock=clock)
-        self.loads = Loads(
-            directory, self.counters, self.prefetches, self.waiting, ring=ring, most_prefetches=most_prefetches
-        )
-        self._ring = ring
+        self.direct_hits = DirectHits(self.pool_of, self.counters, self.prefetches)
+        self.waiting = WaitingDemands(notifier, clock)
+        self.loads = Loads(directory, self.counters, self.prefetches, self.waiting, notifier, limits.prefetches)
+        if fills:
+            self.loads.unfilled = {self.pools[array]: blocks for array, blocks in manifest.members.items()}
+        self._notifier = notifier
         self._clock = clock
-        self._ahead = ahead
-        self._unfilled = {  # from each pool that is to be filled to the blocks of its records
-            self.pools[array]: blocks
-            for array, blocks in manifest.members.items()
-            if fills and self.pools[array].count == sum(block.experts for block in blocks.values())
-        }
+        self._ahead = limits.ahead
         self._demands: set[Demand] = set()
 
     def check_open(self) -> None:
@@ -101,8 +94,8 @@ class Ledger:
 
     # -- demands ------------------------------------------------------------------------------------------------------
 
-    def look(self, demand: Demand, keys: Sequence[ExpertKey]) -> None:
-        """Begin a demand for ``keys``. Pin READY records, join loads in progress, and begin other loads if possible.
+    def begin(self, demand: Demand, keys: Sequence[ExpertKey]) -> None:
+        """Begin a demand for ``keys``: pin READY records, join loads in progress, and begin other loads if possible.
 
         Raises ClosedError if the tier was closed, or the StoreError with which it was condemned (``HostTier.condemn``).
         """
@@ -113,7 +106,8 @@ class Ledger:
             caller.demands[demand.number] = demand
         self.prefetches.request(pool, demand.block, (), caller)
         distinct = dict.fromkeys(keys)
-        self.uses.count(distinct)
+        if self.direct_hits.uses is not None:
+            self.direct_hits.uses.update(list(distinct))
         demand.is_scan = len(distinct) > pool.quota(demand.block)
         hits = []
         for key in distinct:
@@ -124,10 +118,9 @@ class Ledger:
             demand.ready.append(slot)
             hits.append(key)
             if caller is not None:
-                self.waiting.took(demand)
-        demand.residents = len(hits)
-        self.counters.hits += len(hits)
-        self.counters.misses += len(demand.pending)
+                self.waiting.note_taken(demand)
+        demand.hits = len(hits)
+        self.counters.looked_up(hits=len(hits), misses=len(demand.pending))
         self.prefetches.use(hits)
         if demand.pending:
             self._advance(demand)
@@ -136,11 +129,11 @@ class Ledger:
         if caller is not None:
             self.waiting.recheck(demand)
 
-    def next(self, demand: Demand) -> tuple[list[int], bool] | None:
+    def next_leases(self, demand: Demand) -> tuple[list[int], bool] | None:
         """End the demand's leases, and lease the slots that are ready for it.
 
         Returns the leased slots, and whether they are the last of the demand; None if the caller has to wait. If the
-        demand has failed, there are no slots. Raises the same errors as ``look``.
+        demand has failed, there are no slots. Raises the same errors as ``begin``.
         """
         self.release(demand)
         self.check_open()
@@ -150,7 +143,7 @@ class Ledger:
             self.advance(demand)
         is_last = not (demand.pending or demand.loads)
         if not (demand.ready or is_last):
-            demand.stands_since = demand.stands_since or self._clock()
+            demand.waits_since = demand.waits_since or self._clock()
             return None
         self._end_wait(demand)
         if demand.is_scan:  # one lease at a time, because the demand needs its slots for further records
@@ -170,23 +163,23 @@ class Ledger:
         slots: list[int] = []
         while demand.ready and len(slots) < most:
             slot = demand.ready.popleft()
-            demand.held[slot] = None
+            demand.leased[slot] = None
             slots.append(slot)
-        demand.residents = max(demand.residents - len(slots), 0)
+        demand.hits = max(demand.hits - len(slots), 0)
         return slots
 
     def release(self, demand: Demand, slots: Iterable[int] | None = None) -> None:
         """End the demand's leases of ``slots``, or all of its leases if ``slots`` is None.
 
-        Slots that the demand does not hold are ignored.
+        Slots that the demand has not leased are ignored.
         """
-        ended = [slot for slot in dict.fromkeys(demand.held if slots is None else slots) if slot in demand.held]
+        ended = [slot for slot in dict.fromkeys(demand.leased if slots is None else slots) if slot in demand.leased]
         for slot in ended:
-            del demand.held[slot]
+            del demand.leased[slot]
         if ended:
-            self._detach(demand, ended)
+            self._unpin(demand, ended)
 
-    def leave(self, demand: Demand) -> None:
+    def end(self, demand: Demand) -> None:
         """End a demand: release its leases and claims, and cancel its pending keys.
 
         Loads that a loader has begun go on, and their records are cached. A load that no loader has begun is cancelled,
@@ -196,34 +189,34 @@ class Ledger:
         self.waiting.remove(demand)
         demand.pending.clear()
         loads = list(demand.loads)
-        slots = [*demand.held, *demand.ready, *(load.slot for load in loads)]
-        demand.held.clear()
+        slots = [*demand.leased, *demand.ready, *(load.slot for load in loads)]
+        demand.leased.clear()
         demand.ready.clear()
         demand.loads.clear()
-        self._detach(demand, slots)
+        self._unpin(demand, slots)
         for load in loads:
-            self.loads.leave(demand, load)
+            self.loads.withdraw(demand, load)
         if demand.async_caller is not None:
             demand.async_caller.demands.pop(demand.number, None)
         self._demands.discard(demand)
 
-    def reclaim(self, caller: Hashable) -> None:
+    def end_all(self, caller: Hashable) -> None:
         """End all demands of ``caller``."""
         for demand in [demand for demand in self._demands if demand.caller == caller]:
-            self.leave(demand)
+            self.end(demand)
 
-    def lend(self, loan: Demand, key: ExpertKey) -> int | None:
+    def lease_for_copy(self, demand: Demand, key: ExpertKey) -> int | None:
         """Lease the slot of a key to the tier above, if the slot is READY and no demand of its pool is starved.
 
-        Returns the slot, or None. ``loan`` is the demand that holds the lease until ``leave``. This does not count as a
-        use of the record. Raises the same errors as ``look``.
+        Returns the slot, or None. ``demand`` holds the lease until ``end``. This does not count as a use of the record.
+        Raises the same errors as ``begin``.
         """
         self.check_open()
-        slot = None if loan.pool.starved else loan.pool.pin_ready(key)
+        slot = None if demand.pool.starved else demand.pool.pin_ready(key)
         if slot is not None:
-            self._demands.add(loan)
-            loan.held[slot] = None
-            self.prefetches.lent.add(key)
+            self._demands.add(demand)
+            demand.leased[slot] = None
+            self.prefetches.copied.add(key)
         return slot
 
     def close(self, error: MoetierError) -> None:
@@ -233,7 +226,7 @@ class Ledger:
             if demand.async_caller is not None:
                 demand.error = demand.error or error
                 self.waiting.recheck(demand)
-        self.waiting.wake()
+        self._notifier.wake_callers()
         self.serve()
 
     # -- prefetches ---------------------------------------------------------------------------------------------------
@@ -242,16 +235,16 @@ class Ledger:
         """Replace a caller's prefetch requests for a block by distinct ``keys``. ``caller`` is None for this process.
 
         While a record is requested, records that are not requested are evicted before it. This is so even if the record
-        is already READY. Raises the same errors as ``look``.
+        is already READY. Raises the same errors as ``begin``.
         """
         self.check_open()
         if self.prefetches.request(self.pool_of[block], block, keys, caller):
-            self.loads.ring_for_prefetches()
+            self.loads.wake_loaders_for_prefetches()
 
     # -- asynchronous callers -----------------------------------------------------------------------------------------
 
     def serve(self) -> None:
-        """Advance all asynchronous demands that can go on. This must be called after each ``wake``.
+        """Advance all asynchronous demands that can go on. This must be called after each ``Notifier.wake_callers``.
 
         Other demands are advanced by the threads of their callers.
         """
@@ -279,7 +272,7 @@ class Ledger:
         if demand.error is None and demand.pending:
             self.advance(demand)
         if demand.error is not None:
-            self.leave(demand)
+            self.end(demand)
             caller.deliver(Failed(demand.number, demand.error))
             return
         if demand.ready:
@@ -290,68 +283,60 @@ class Ledger:
             key = demand.pool.key(slot)
             caller.deliver(Granted(demand.number, key, number, self.directory.generation(number)))
         if demand.is_over:
-            self.leave(demand)
-        elif not demand.held:
-            demand.stands_since = demand.stands_since or self._clock()
+            self.end(demand)
+        elif not demand.leased:
+            demand.waits_since = demand.waits_since or self._clock()
 
     def _end_wait(self, demand: Demand) -> None:
-        if demand.stands_since is not None:
-            self.counters.waited(self._clock() - demand.stands_since)
-            demand.stands_since = None
+        if demand.waits_since is not None:
+            self.counters.waited(self._clock() - demand.waits_since)
+            demand.waits_since = None
 
     # -- slots --------------------------------------------------------------------------------------------------------
 
     def _advance(self, demand: Demand) -> list[ExpertKey]:
         """Serve pending keys as ``advance`` does. Return the keys that were served, which the caller has to touch."""
-        pool, found = demand.pool, list[ExpertKey]()
+        served, may_load = list[ExpertKey](), True
         caller = demand.async_caller
-        full = False  # no slot is available for a new load
         for key in list(demand.pending):
             if caller is not None and caller.is_full:
                 break
-            slot = pool.find(key)
-            if slot is not None:  # a prefetch or another demand has begun to load the record since this demand came
-                self.counters.joined += 1
-                pool.pin(slot)
-                if pool.is_ready(slot):
+            match demand.pool.lookup(key):
+                case Lookup.HIT:  # another load has brought the record since this demand began
+                    self.counters.joined += 1
+                    slot = demand.pool.pin_ready(key)
+                    assert slot is not None
                     demand.ready.append(slot)
                     self.prefetches.use((key,))
-                else:
+                case Lookup.PENDING:  # a prefetch or another demand has begun to load the record
+                    self.counters.joined += 1
                     self.loads.join(demand, key)
-            elif full or not self._may_begin(demand):
-                continue
-            elif (slot := self._choose(demand)) is not None:
-                self.loads.begin_load(pool, key, slot, is_prefetch=False, is_scan=demand.is_scan)
-                pool.pin(slot)
-                self.loads.join(demand, key)
-                self._ring()
-                self._fill(pool)
-            else:
-                full = True
-                continue
+                case Lookup.MISS:
+                    may_load = may_load and self._begin_load(demand, key)
+                    if not may_load:
+                        continue
             del demand.pending[key]
-            found.append(key)
-            self.waiting.took(demand)
+            served.append(key)
+            self.waiting.note_taken(demand)
         if demand.pending and demand.is_idle:
-            self.waiting.starve(demand)
-        return found
+            self.waiting.wait_for_slot(demand)
+        return served
 
-    def _fill(self, pool: Pool) -> None:
-        """Read the other records of a pool with room for all, as the warm-up does, once half of its slots are taken.
+    def _begin_load(self, demand: Demand, key: ExpertKey) -> bool:
+        """Begin the load of a record for a demand, which waits for it. Return False if it may not begin one now."""
+        if not self._may_load(demand) or (slot := self._choose(demand)) is None:
+            return False
+        self.loads.begin(demand.pool, key, slot, is_prefetch=False, is_scan=demand.is_scan)
+        self.loads.join(demand, key)
+        self._notifier.wake_loader()
+        self.loads.fill(demand.pool)
+        return True
 
-        After so many demands, the others will soon be needed, too. If a model is hardly used, only demands are read; of
-        any other, at most as much again.
-        """
-        if pool in self._unfilled and 2 * (pool.ready + pool.loading) >= pool.count:
-            blocks = self._unfilled.pop(pool)
-            keys = [ExpertKey(number, expert) for number, block in blocks.items() for expert in range(block.experts)]
-            self.loads.warm(pool, keys)
-
-    def _may_begin(self, demand: Demand) -> bool:
+    def _may_load(self, demand: Demand) -> bool:
         starved = demand.pool.starved
         if len(demand.loads) >= self._ahead or (starved and starved[0] is not demand):
             return False
-        arrivals = len(demand.ready) - demand.residents
+        arrivals = len(demand.ready) - demand.hits
         return demand.async_caller is not None or len(demand.loads) + arrivals < 2 * self._ahead
 
     def _choose(self, demand: Demand) -> int | None:
@@ -363,19 +348,19 @@ class Ledger:
         slot = choose(keep=self.prefetches.is_requested)
         return choose() if slot is None else slot
 
-    def _detach(self, demand: Demand, slots: Sequence[int]) -> None:
+    def _unpin(self, demand: Demand, slots: Sequence[int]) -> None:
         """Unpin slots that a demand no longer holds or claims, so that other demands can use them."""
         pool = demand.pool
         freed = [slot for slot in slots if not pool.unpin(slot)]
         if freed and pool.starved:
-            self.waiting.wake()
+            self._notifier.wake_callers()
         if demand.async_caller is not None:
-            self.waiting.gave(demand, len(slots))
+            self.waiting.note_released(demand, len(slots))
 
     # -- repair and checks --------------------------------------------------------------------------------------------
 
     def repair(self) -> None:
-        """Make the whole state consistent again after an exception has interrupted a step at any instruction.
+        """Make the whole state consistent again after an exception has interrupted a transition at any instruction.
 
         Leases and loads in progress stay. Cached records stay too, except in slots whose state is uncertain. Prefetch
         requests are removed.
@@ -404,7 +389,7 @@ class Ledger:
         pins = [0] * pool.count
         for demand in self._demands:
             if demand.pool is pool:
-                for slot in [*demand.held, *demand.ready, *(load.slot for load in demand.loads)]:
+                for slot in [*demand.leased, *demand.ready, *(load.slot for load in demand.loads)]:
                     pins[slot] += 1
         return pins
 

@@ -1,22 +1,47 @@
 """Loads: the records that are being read into slots, and the record that a loader reads next.
 
 This module is a part of the ledger: callers hold the tier's lock, and it does no I/O. Demands are served first. While
-no record is being read for a demand, records are read for prefetch requests, and after these for the warm-up. A load
-ends in ``arrive``, ``fail`` or ``go_on``, or in ``leave`` if no loader has taken it.
+no record is being read for a demand, records are read for prefetch requests, and after these for the warm-up.
+
+A load goes through ``begin``, ``take`` by a loader, and ``complete`` or ``fail``. It ends early in ``withdraw``, if no
+loader has taken it and no demand waits for it, and in ``may_continue``, if it is a prefetch that is no longer wanted.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 from moetier.tiers.arena.directory import Directory
+from moetier.tiers.arena.plan import ArenaPlan
 from moetier.tiers.errors import MoetierError
 from moetier.tiers.layout import ExpertKey
+from moetier.tiers.manifest import Block
+from moetier.tiers.source import interruptible_bytes
 from moetier.tiers.stats import TierCounters
 
-from .demands import Demand, Load, Pool, Waiting
+from .demands import Demand, Load, Notifier, Pool, WaitingDemands
 from .prefetch import PrefetchQueue
+
+
+class LoadLimits(NamedTuple):
+    """How many loads may be in progress."""
+
+    # loads that one demand waits for at a time. The demand of a thread begins no load while twice this number of
+    # records are being loaded for it or have arrived and are not leased yet.
+    ahead: int
+    prefetches: int  # reads for prefetches in progress
+
+    @classmethod
+    def of(cls, loaders: int, plan: ArenaPlan) -> LoadLimits:
+        """Return the limits of a tier with so many loaders, and slots as ``plan`` has them.
+
+        Demands keep every loader busy. If records are large enough to be read in pieces, prefetches leave one loader
+        free for demands. Otherwise there is one prefetch at a time, so that a demand waits for one such read at most.
+        """
+        is_interruptible = all(region.slot_bytes > interruptible_bytes(region.slot_bytes) for region in plan.regions)
+        return cls(ahead=2 * loaders, prefetches=max(1, loaders - 1) if is_interruptible else 1)
 
 
 class FairQueue:
@@ -70,7 +95,7 @@ class Loads:
         counters: the tier's counters.
         prefetches: the queue of prefetches.
         waiting: the queues of demands.
-        ring: wakes a loader.
+        notifier: wakes threads that can go on.
         most_prefetches: the largest number of reads for prefetches in progress at a time.
     """
 
@@ -79,17 +104,17 @@ class Loads:
         directory: Directory,
         counters: TierCounters,
         prefetches: PrefetchQueue,
-        waiting: Waiting,
-        *,
-        ring: Callable[[], None],
+        waiting: WaitingDemands,
+        notifier: Notifier,
         most_prefetches: int,
     ) -> None:
         self.closed_by: MoetierError | None = None  # the error with which the tier was closed; None while it is open
+        self.unfilled: dict[Pool, Mapping[int, Block]] = {}  # from each pool that ``fill`` may fill to its blocks
         self._directory = directory
         self._counters = counters
         self._prefetches = prefetches
         self._waiting = waiting
-        self._ring = ring
+        self._notifier = notifier
         self._most_prefetches = most_prefetches
         self._queue = FairQueue()
         self._loads: dict[ExpertKey, Load] = {}
@@ -99,7 +124,7 @@ class Loads:
 
     # -- demands ------------------------------------------------------------------------------------------------------
 
-    def begin_load(
+    def begin(
         self,
         pool: Pool,
         key: ExpertKey,
@@ -109,7 +134,7 @@ class Loads:
         is_scan: bool = False,
         is_warmup: bool = False,
     ) -> Load:
-        """Begin to load the record of ``key`` into a slot that is EMPTY or evictable. Return the load."""
+        """Begin the load of a record into a slot that is EMPTY or evictable, and return the load."""
         evicted = pool.begin_fill(slot, key, scan=is_scan, prefetched=is_prefetch)
         if evicted is not None:
             self._counters.evictions += 1
@@ -125,19 +150,20 @@ class Loads:
         return load
 
     def join(self, demand: Demand, key: ExpertKey) -> None:
-        """Let a demand wait for the load of ``key``, which exists. The demand has a claim on the load's slot."""
+        """Let a demand wait for the load of ``key``, which exists, and claim the load's slot."""
         load = self._loads[key]
+        load.pool.pin(load.slot)
         if load.is_prefetch:
             self._prefetches.use((key,))
-            # The loader of this record may have paused (``go_on``). Wake it for every demand that joins, not only for
-            # the first: the first may have left before the loader looked.
-            self._waiting.wake()
+            # The loader of this record may have paused (``may_continue``). Wake it for every demand that joins, not
+            # only for the first: the first may have left before the loader looked.
+            self._notifier.wake_callers()
         load.waiters.append(demand)
         demand.loads.append(load)
         if not load.is_taken:
             self._queue.add(demand.caller, load)
 
-    def leave(self, demand: Demand, load: Load) -> None:
+    def withdraw(self, demand: Demand, load: Load) -> None:
         """End the wait of a demand for a load. The caller has already removed the demand's claim on the slot.
 
         The load is cancelled if no loader has taken it and no other demand waits for it.
@@ -146,25 +172,38 @@ class Loads:
         if load.waiters:
             return
         if not load.is_taken:
-            self._invalidate(load)
+            self._remove(load)
             load.is_taken = True
         if not self._is_for_demands:  # prefetches that yielded to the load may go on
-            self._waiting.wake()
-            self.ring_for_prefetches()
+            self._notifier.wake_callers()
+            self.wake_loaders_for_prefetches()
 
     # -- prefetches ---------------------------------------------------------------------------------------------------
 
     def warm(self, pool: Pool, keys: Sequence[ExpertKey]) -> None:
         """Queue records for the warm-up. They are read after all prefetch requests, and only into EMPTY slots."""
         self._prefetches.warmup.extend((pool, key) for key in keys)
-        self.ring_for_prefetches()
+        self.wake_loaders_for_prefetches()
 
-    def go_on(self, load: Load) -> bool | None:
+    def fill(self, pool: Pool) -> None:
+        """Read the other records of a pool with room for all, as the warm-up does, once half of its slots are taken.
+
+        After so many demands, the others will soon be needed, too. If a model is hardly used, only demands are read; of
+        any other, at most as much again.
+        """
+        if pool in self.unfilled and 2 * (pool.ready + pool.loading) >= pool.count:
+            blocks = self.unfilled.pop(pool)
+            keys = [ExpertKey(number, expert) for number, block in blocks.items() for expert in range(block.experts)]
+            if len(keys) == pool.count:
+                self.warm(pool, keys)
+
+    def may_continue(self, load: Load) -> bool | None:
         """Decide whether the read of a prefetch goes on.
 
         Returns True if the read goes on, None while it has to yield to reads for demands, and False if the load is
         cancelled. A load is cancelled if its record is no longer requested, or if the load is for the warm-up and a
-        demand is starved. The decision and the cancellation are one step, so no demand can join the load in between.
+        demand is starved. The decision and the cancellation are in one transition, so no demand can join the load in
+        between.
         """
         if load.waiters:
             return True
@@ -177,8 +216,8 @@ class Loads:
             is_wanted = self._prefetches.is_requested(load.key)
         if not is_wanted:
             self._counters.cancelled += not load.is_warmup
-            self._invalidate(load)
-            self._waiting.wake()
+            self._remove(load)
+            self._notifier.wake_callers()
         return is_wanted
 
     def _begin_prefetch(self) -> Load | None:
@@ -191,14 +230,14 @@ class Loads:
             return None
         if (place := self._prefetches.next_place()) is None:
             return None
-        return self.begin_load(place.pool, place.key, place.slot, is_prefetch=True, is_warmup=place.is_warmup)
+        return self.begin(place.pool, place.key, place.slot, is_prefetch=True, is_warmup=place.is_warmup)
 
-    def ring_for_prefetches(self) -> None:
+    def wake_loaders_for_prefetches(self) -> None:
         """Wake as many loaders as there are prefetches that can now be read."""
         unbegun = self._prefetches.unbegun
         if unbegun and not self._is_for_demands:
             for _ in range(min(unbegun, self._most_prefetches - self._prefetching)):
-                self._ring()
+                self._notifier.wake_loader()
 
     @property
     def _is_for_demands(self) -> bool:
@@ -212,12 +251,15 @@ class Loads:
 
     # -- loaders ------------------------------------------------------------------------------------------------------
 
-    def next_read(self) -> Load | None:
-        """Return the load whose record the calling loader reads next; None if there is nothing to read now."""
+    def take(self) -> Load | None:
+        """Return the load whose record the calling loader reads next; None if there is nothing to read now.
+
+        The loader calls ``complete`` or ``fail`` with it.
+        """
         return self._queue.pop() or self._begin_prefetch()
 
-    def arrive(self, load: Load, seconds: float | None = None) -> None:
-        """Note that a load's record is in its slot. ``seconds`` is the duration of the read, if it was measured."""
+    def complete(self, load: Load, seconds: float | None = None) -> None:
+        """End a load whose record is in its slot. ``seconds`` is the duration of the read, if it was measured."""
         if seconds is not None and not load.has_yielded:
             self._counters.loaded(seconds)
         self._counters.bytes_in += load.pool.slot_bytes
@@ -232,27 +274,27 @@ class Loads:
             demand.loads.remove(load)
             if demand.async_caller is not None:
                 self._waiting.recheck(demand)
-        self._waiting.wake()
+        self._notifier.wake_callers()
         if load.waiters or not load.is_prefetch:
-            self.ring_for_prefetches()  # this may have been the last read for a demand
+            self.wake_loaders_for_prefetches()  # this may have been the last read for a demand
 
     def fail(self, load: Load, error: BaseException) -> None:
-        """Note that a load has failed. Its slot becomes EMPTY, and all demands that wait for the record get ``error``.
+        """End a load that has failed. Its slot becomes EMPTY, and all demands that wait for the record get ``error``.
 
         The error is not kept, so the next demand reads the record again. If no demand waits, the failure is only
         counted.
         """
         if self._loads.get(load.key) is not load:
-            return  # ``arrive`` was interrupted, and ``repair`` has made the key pending again in all demands
+            return  # ``complete`` was interrupted, and ``repair`` has made the key pending again in all demands
         self._counters.failures += self.closed_by is None
-        self._invalidate(load)
+        self._remove(load)
         for demand in load.waiters:
             demand.loads.remove(load)
             demand.error = demand.error or error
             if demand.async_caller is not None:
-                self._waiting.gave(demand, 1)
+                self._waiting.note_released(demand, 1)
                 self._waiting.recheck(demand)
-        self._waiting.wake()
+        self._notifier.wake_callers()
 
     def close(self, error: MoetierError) -> None:
         """Begin no more reads. The loads that no loader has taken fail with ``error``."""
@@ -262,8 +304,8 @@ class Loads:
         while (load := self._queue.pop()) is not None:
             self.fail(load, error)
 
-    def _invalidate(self, load: Load) -> None:
-        """Remove a load, because its record will not arrive. The slot becomes EMPTY."""
+    def _remove(self, load: Load) -> None:
+        """Remove a load whose record will not arrive. The slot becomes EMPTY."""
         del self._loads[load.key]
         self._prefetches.fail(load.key)
         load.pool.fail(load.slot)
@@ -272,7 +314,7 @@ class Loads:
     # -- repair and checks --------------------------------------------------------------------------------------------
 
     def repair(self, demands: Collection[Demand]) -> None:
-        """Make the loads agree with ``demands`` after an interrupted step.
+        """Make the loads agree with ``demands`` after an interrupted transition.
 
         A load stays if a loader has taken it or a demand waits for it. Other loads are removed, and so are all prefetch
         requests.
@@ -280,9 +322,7 @@ class Loads:
         self._prefetches.repair()
         for demand in demands:
             for load in [load for load in demand.loads if self._loads.get(load.key) is not load]:
-                if (
-                    load.slot not in demand.ready
-                ):  # ``arrive`` was interrupted: let the demand look for the record again
+                if load.slot not in demand.ready:  # ``complete`` was interrupted; the demand looks the record up again
                     demand.pending[load.key] = None
                 demand.loads.remove(load)
         self._queue.clear()
@@ -293,7 +333,7 @@ class Loads:
             elif not load.is_taken:
                 for demand in load.waiters:
                     self._queue.add(demand.caller, load)
-                self._ring()
+                self._notifier.wake_loader()
 
     def check_integrity(self) -> None:
         """For tests: assert that the loads, the demands that wait for them, and the queue agree."""

@@ -42,7 +42,7 @@ class PrefetchQueue:
         self._requests: dict[AsyncCaller | None, dict[int, Request]] = {}
         self.warmup: deque[tuple[Pool, ExpertKey]] = deque()  # records for the warm-up whose reads have not begun
         self.warmed: set[ExpertKey] = set()  # records that the warm-up has begun to read and no demand has used yet
-        self.lent: set[ExpertKey] = set()  # records that the tier above has copied, and may keep longer than this tier
+        self.copied: set[ExpertKey] = set()  # records of which the tier above may have a copy, even after an eviction
 
     # -- requests -----------------------------------------------------------------------------------------------------
 
@@ -77,7 +77,7 @@ class PrefetchQueue:
         self._counters.cancelled += sum([len(request.unbegun) for request in requests])
 
     def repair(self) -> None:
-        """Remove all requests, because a step was interrupted or the tier is closed."""
+        """Remove all requests, because a transition was interrupted or the tier is closed."""
         self._requests.clear()
 
     def next_place(self) -> Place | None:
@@ -134,7 +134,7 @@ class PrefetchQueue:
     def use(self, keys: Iterable[ExpertKey]) -> None:
         """Note that demands of this tier, or of the tier above, use the records of ``keys``."""
         for key in keys:
-            self.lent.discard(key)
+            self.copied.discard(key)
             if key in self.warmed:
                 self.warmed.remove(key)
                 self._counters.recalled += 1
@@ -143,11 +143,11 @@ class PrefetchQueue:
 
     def evict(self, key: ExpertKey) -> None:
         """Note that a record is evicted from this tier. The tier above may still use its copy, if it has made one."""
-        if key not in self.lent:
+        if key not in self.copied:
             self.lose(key)
 
     def lose(self, key: ExpertKey) -> None:
         """Note that a record is in neither this tier nor the tier above any more. If it was not used, it was wasted."""
-        self.lent.discard(key)
+        self.copied.discard(key)
         self.warmed.discard(key)
         self.outcomes.evict(key)

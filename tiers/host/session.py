@@ -14,12 +14,12 @@ from queue import Empty, SimpleQueue
 
 from moetier.tiers.errors import ClosedError, ProtocolError, StoreError
 from moetier.tiers.layout import ExpertKey
-from moetier.tiers.locks import Monitor, step
+from moetier.tiers.locks import Monitor, transition
 
 from .demands import AsyncCaller, Demand, Event
 from .ledger import Ledger
 
-STEP_USES = 1024  # most uses that are counted in one step: one message of another process may have a million
+MOST_USES = 1024  # most uses that are counted in one transition: one message of another process may have a million
 
 
 class Session(AsyncCaller):
@@ -37,7 +37,6 @@ class Session(AsyncCaller):
         self._patience = patience
         self._closed = False
 
-    @step
     def acquire(self, request: int, keys: Sequence[ExpertKey], patience: float | None = None) -> None:
         """Demand the records of ``keys``.
 
@@ -56,25 +55,30 @@ class Session(AsyncCaller):
             ClosedError: the session or the tier was closed.
             StoreError: the tier was condemned (``HostTier.condemn``).
         """
-        if not keys:
-            return
-        block = keys[0].block
-        self._ledger.manifest.check_keys(block, keys)
+        if keys:
+            self._ledger.manifest.check_keys(keys[0].block, keys)
+            self._acquire(request, keys, self._patience if patience is None else patience)
+
+    @transition
+    def _acquire(self, request: int, keys: Sequence[ExpertKey], patience: float) -> None:
         self._check_open()
         if request in self.demands:
             raise ProtocolError(
                 f"A request with the number {request} is not over yet.", "Give each request a number of its own."
             )
-        patience = self._patience if patience is None else patience
-        self._ledger.look(Demand(self._ledger.pool_of[block], block, self, self, request, patience), keys)
+        block = keys[0].block
+        self._ledger.begin(Demand(self._ledger.pool_of[block], block, self, self, request, patience), keys)
         self._ledger.serve()
 
-    @step
     def release(self, request: int, keys: Sequence[ExpertKey] = ()) -> None:
         """End the leases of ``keys`` that a request holds. If there are no ``keys``, end the whole request.
 
         Keys without a lease are ignored, because the request may have failed since the caller decided to release them.
         """
+        self._release(request, keys)
+
+    @transition
+    def _release(self, request: int, keys: Sequence[ExpertKey]) -> None:
         demand = self.demands.get(request)
         if demand is None:
             return
@@ -83,7 +87,7 @@ class Session(AsyncCaller):
             self._ledger.release(demand, [slot for slot in slots if slot is not None])
             self._ledger.waiting.recheck(demand)
         else:
-            self._ledger.leave(demand)
+            self._ledger.end(demand)
         self._ledger.serve()
 
     def used(self, keys: Sequence[ExpertKey]) -> None:
@@ -93,13 +97,14 @@ class Session(AsyncCaller):
         """
         for key in keys:
             self._ledger.manifest.check_keys(key.block, (key,))
-        for at in range(0, len(keys), STEP_USES):
-            self._monitor.run(self._used, keys[at : at + STEP_USES])
+        for at in range(0, len(keys), MOST_USES):
+            self._used(keys[at : at + MOST_USES])
 
+    @transition
     def _used(self, keys: Sequence[ExpertKey]) -> None:
         if self._takes_hints():
             for key in keys:
-                self._ledger.uses.found_elsewhere(key)
+                self._ledger.direct_hits.in_a_client(key)
 
     def prefetch(self, block: int, keys: Sequence[ExpertKey]) -> None:
         """Request prefetches as ``ExpertSource`` specifies. Only requests of the same session are replaced.
@@ -107,13 +112,14 @@ class Session(AsyncCaller):
         Raises MissingExpertError if the model does not have one of the experts.
         """
         self._ledger.manifest.check_keys(block, keys)
-        self._monitor.run(self._prefetch, block, dict.fromkeys(keys))  # the other process may name a key many times
+        self._prefetch(block, dict.fromkeys(keys))  # the other process may name a key many times
 
+    @transition
     def _prefetch(self, block: int, keys: Collection[ExpertKey]) -> None:
         if self._takes_hints():
             self._ledger.prefetch(block, keys, self)
 
-    @step
+    @transition
     def close(self) -> None:
         """End all demands and their leases, and cancel all prefetch requests. Idempotent.
 
@@ -121,7 +127,7 @@ class Session(AsyncCaller):
         """
         self._closed = True
         for demand in list(self.demands.values()):
-            self._ledger.leave(demand)
+            self._ledger.end(demand)
         self._ledger.prefetches.cancel(self)
         self._ledger.serve()
 
@@ -142,29 +148,27 @@ class Session(AsyncCaller):
 
 
 class Timekeeper:
-    """A thread that fails asynchronous demands at their deadlines. ``runs`` is true once the thread was started."""
+    """A thread that fails asynchronous demands at their deadlines."""
 
-    def __init__(self, monitor: Monitor) -> None:
-        self.runs = False
+    def __init__(self, monitor: Monitor, alarm: SimpleQueue[None]) -> None:
+        """``alarm``: an item makes the thread look at the deadlines again."""
         self._monitor = monitor
-        self._alarm: SimpleQueue[None] = SimpleQueue()  # an item wakes the thread
+        self._alarm = alarm
         self._closed = False
         self._thread: threading.Thread | None = None
 
+    @transition
     def start(self, ledger: Ledger) -> None:
-        """Start the thread. The caller holds the tier's lock. Idempotent.
+        """Start the thread, and serve asynchronous demands from now on. Idempotent.
 
         Raises ClosedError if the tier was closed, StoreError if it was condemned.
         """
         ledger.check_open()
-        if not self.runs:
+        if self._thread is None:
             thread = threading.Thread(target=self._run, args=(ledger,), name="moetier-timekeeper", daemon=True)
             thread.start()
-            self._thread, self.runs = thread, True
-
-    def watch(self) -> None:
-        """Make the thread look at the deadlines again, because there is a new one."""
-        self._alarm.put(None)
+            self._thread = thread
+            self._monitor.after_wake = ledger.serve
 
     def close(self) -> None:
         """End the thread. Idempotent."""
@@ -178,4 +182,8 @@ class Timekeeper:
         while not self._closed:
             with contextlib.suppress(Empty):
                 self._alarm.get(timeout=None if until is None else max(until - time.monotonic(), 0.0))
-            until = self._monitor.run(ledger.expire)
+            until = self._expire(ledger)
+
+    @transition
+    def _expire(self, ledger: Ledger) -> float | None:
+        return ledger.expire()

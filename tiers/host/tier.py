@@ -1,6 +1,6 @@
 """HostTier: a cache of records in shared memory. A few threads, the loaders, read records into it.
 
-The ledger decides, under the monitor's lock, which records are read and evicted. Records are read without the lock.
+The ledger decides, in transitions (``tiers.locks``), which records are read and evicted. Loaders read without the lock.
 """
 
 from __future__ import annotations
@@ -8,10 +8,10 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+import traceback
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from functools import partial
-from queue import SimpleQueue
 
 from moetier.tiers.arena.arena import Arena, intact_slots
 from moetier.tiers.arena.plan import ArenaPlan
@@ -20,16 +20,18 @@ from moetier.tiers.cache.pool import snapshot
 from moetier.tiers.closeable import Closeable
 from moetier.tiers.errors import ClosedError, StoreError
 from moetier.tiers.layout import ExpertKey
-from moetier.tiers.locks import Monitor, step
+from moetier.tiers.locks import Monitor, deferred, posted, transition, waiting
 from moetier.tiers.source import LOADERS, Lease, Residents
 from moetier.tiers.stats import TierStats
 from moetier.tiers.store.base import Store
 
-from .demands import Demand, Event, Pool
+from .demands import Demand, Event, Load, Notifier, Pool
 from .ledger import Ledger
-from .loaders import Loaders, most_prefetches
+from .loads import LoadLimits
 from .session import Session, Timekeeper
 
+# leases that are available together, and whether they are the last of the demand
+Leases = tuple[deque[Lease[memoryview]], bool]
 # seconds to sleep so that a loader can take the GIL and begin its read; the system makes the sleep about 6e-5 longer
 HANDOVER = 1e-5
 
@@ -71,12 +73,15 @@ class HostTier(Closeable):
         self.plan = ArenaPlan.of(self.manifest, slots)
         assert arena is None or arena.plan == self.plan
         self.recovered = 0  # number of intact records in the reclaimed arena
+        self._store = store
         self._monitor = Monitor(lambda: self._ledger.repair())
+        self._notifier = Notifier(self._monitor)
+        self._timekeeper = Timekeeper(self._monitor, self._notifier.timekeeper)
+        self._loaders: list[threading.Thread] = []
         with contextlib.ExitStack() as undo:
             self._arena = arena or Arena.create(self.plan)
             undo.callback(self._arena.close)
-            bell: SimpleQueue[None] = SimpleQueue()
-            self._timekeeper = Timekeeper(self._monitor)
+            self._is_allocated = bytearray(self.plan.slots)  # for each slot, whether its memory was allocated
             self._slots = [self._arena.slot(slot) for slot in range(self.plan.slots)]  # writable views, for the loaders
             # a read-only view of each slot; always the same objects, for which the device tier can cache tensors
             self._records = [self._arena.view(slot) for slot in range(self.plan.slots)]
@@ -85,20 +90,22 @@ class HostTier(Closeable):
                 self.manifest,
                 self.plan,
                 self._arena.directory,
+                self._notifier,
+                LoadLimits.of(loaders, self.plan),
                 policy=policy,
                 fills=fills,
-                wake=self._wake,
-                ring=partial(bell.put, None),  # documented to be reentrant, which matters as a finalizer may call it
-                watch=self._timekeeper.watch,
-                ahead=2 * loaders,  # enough to keep every loader busy
-                most_prefetches=most_prefetches(loaders, self.plan),
             )
-            self._loaders = Loaders(store, self._arena.allocate, self._slots, self._monitor, self._ledger.loads, bell)
             undo.callback(self.close)
             if arena is not None:
                 self._recover(arena, loaders)
-            self._loaders.start(loaders)
+            for number in range(loaders):
+                # daemon threads, so that a tier that is never closed does not keep the interpreter from ending
+                loader = threading.Thread(target=self._run_loader, name=f"moetier-loader-{number}", daemon=True)
+                loader.start()
+                self._loaders.append(loader)
             undo.pop_all()
+
+    # -- demands ------------------------------------------------------------------------------------------------------
 
     def acquire(self, keys: Sequence[ExpertKey]) -> Generator[Lease[memoryview], None, None]:
         """Yield leases as ``ExpertSource`` specifies.
@@ -111,20 +118,69 @@ class HostTier(Closeable):
         self.manifest.check_keys(block, keys)
         demand = Demand(self._ledger.pool_of[block], block, threading.get_ident())
         try:
-            found = self._monitor.run(self._look, demand, keys)
-            if found is not None and demand.loads:
+            at_once = self._begin(demand, keys)
+            if at_once is not None and demand.loads:
                 time.sleep(HANDOVER)
             is_last = False
             while not is_last:
-                leases, is_last = found or self._monitor.wait_for(self._next, demand)
-                found = None
+                leases, is_last = at_once or self._next_leases(demand)
+                at_once = None
                 while leases:  # popped one by one, so that this generator keeps no lease alive
                     yield leases.popleft()
                     self._check_open()
             if demand.error is not None:
                 raise demand.error
         finally:
-            self._monitor.post(partial(self._ledger.leave, demand))
+            self._end(demand)
+
+    @transition
+    def _begin(self, demand: Demand, keys: Sequence[ExpertKey]) -> Leases | None:
+        """Begin a demand. Return the leases that are available at once; None if the caller has to wait."""
+        self._ledger.begin(demand, keys)
+        return self._ready(demand)
+
+    @waiting
+    def _next_leases(self, demand: Demand) -> Leases | None:
+        """End the demand's leases, wait for the next ones, and return them."""
+        return self._ready(demand)
+
+    @posted
+    def _end(self, demand: Demand) -> None:
+        self._ledger.end(demand)
+
+    def _ready(self, demand: Demand) -> Leases | None:
+        ready = self._ledger.next_leases(demand)
+        return None if ready is None else (self._leases(demand, ready[0]), ready[1])
+
+    def _leases(self, demand: Demand, slots: Sequence[int]) -> deque[Lease[memoryview]]:
+        pool, leases = demand.pool, deque[Lease[memoryview]]()
+        for slot in slots:
+            number = pool.first + slot
+            leases.append(Lease(pool.key(slot), self._records[number], number, None, slot != slots[-1]))
+        return leases
+
+    @transition
+    def reclaim(self) -> None:
+        """End the calling thread's leases, as ``ExpertSource`` specifies."""
+        self._ledger.end_all(threading.get_ident())
+
+    @contextlib.contextmanager
+    def pin(self, key: ExpertKey) -> Iterator[Lease[memoryview] | None]:
+        """Pin a record as ``Lender`` specifies. While a demand of the same pool waits for a slot, give None instead.
+
+        Raises MissingExpertError if the model does not have the expert.
+        """
+        self.manifest.check_keys(key.block, [key])
+        demand = Demand(self._ledger.pool_of[key.block], key.block, threading.get_ident())
+        try:
+            yield self._lease_for_copy(demand, key)
+        finally:
+            self._end(demand)
+
+    @transition
+    def _lease_for_copy(self, demand: Demand, key: ExpertKey) -> Lease[memoryview] | None:
+        slot = self._ledger.lease_for_copy(demand, key)
+        return None if slot is None else self._leases(demand, [slot]).pop()
 
     def residents(self, block: int) -> Residents | None:
         """Return the addresses of the block's records, as ``ExpertSource`` specifies."""
@@ -133,18 +189,25 @@ class HostTier(Closeable):
             self._residents[block] = self._arena.residents(block, self.manifest.blocks[block].array)
         return self._residents[block]
 
+    @deferred
     def note_uses(self, block: int, experts: Sequence[int]) -> None:
-        """Count a demand, as ``ExpertSource`` specifies, when the next step of the monitor begins."""
-        self._monitor.defer(partial(self._ledger.uses.found, block, experts))
+        """Count a demand, as ``ExpertSource`` specifies."""
+        self._ledger.direct_hits.in_this_process(block, experts)
 
+    @deferred
     def take_back_uses(self, block: int, experts: Sequence[int]) -> None:
         """Count the hits of an earlier ``note_uses`` as discarded, as ``ExpertSource`` specifies."""
-        self._monitor.defer(partial(self._ledger.uses.take_back, experts))
+        self._ledger.direct_hits.discard(experts)
 
-    @step
-    def reclaim(self) -> None:
-        """End the calling thread's leases, as ``ExpertSource`` specifies."""
-        self._ledger.reclaim(threading.get_ident())
+    @transition
+    def used(self, keys: Sequence[ExpertKey]) -> None:
+        """Note uses in the tier above, as ``Lender`` specifies. The result of ``uses`` includes them."""
+        self._ledger.direct_hits.in_the_tier_above(keys)
+
+    @transition
+    def uses(self) -> dict[ExpertKey, int]:
+        """Return a dictionary from each key to the number of its uses. Counting begins with the first call."""
+        return self._ledger.direct_hits.count_uses()
 
     def prefetch(self, block: int, keys: Sequence[ExpertKey]) -> None:
         """Request prefetches as ``ExpertSource`` specifies. ``PrefetchQueue.next_place`` says which slots they take.
@@ -152,7 +215,11 @@ class HostTier(Closeable):
         Raises MissingExpertError if the model lacks one of the experts.
         """
         self.manifest.check_keys(block, keys)
-        self._monitor.run(self._ledger.prefetch, block, dict.fromkeys(keys))
+        self._prefetch(block, dict.fromkeys(keys))
+
+    @transition
+    def _prefetch(self, block: int, keys: Collection[ExpertKey]) -> None:
+        self._ledger.prefetch(block, keys)
 
     def warm(self, hottest: Callable[[int, int], Sequence[ExpertKey]]) -> None:
         """Begin the warm-up: read the most used records of each block into EMPTY slots, in the background.
@@ -161,31 +228,65 @@ class HostTier(Closeable):
         prefetch requests go first. The warm-up evicts no record, and does not read a record that already has a slot.
         Returns at once.
         """
-        pools = list(enumerate(self._ledger.pool_of))
-        self._monitor.run(self._warm, [(pool, hottest(block, pool.quota(block))) for block, pool in pools])
+        self._warm([(pool, hottest(block, pool.quota(block))) for block, pool in enumerate(self._ledger.pool_of)])
 
-    @contextlib.contextmanager
-    def borrow(self, key: ExpertKey) -> Iterator[Lease[memoryview] | None]:
-        """Lend a record as ``Lender`` specifies. While a demand of the same pool waits for a slot, give None instead.
+    @transition
+    def _warm(self, wanted: Sequence[tuple[Pool, Sequence[ExpertKey]]]) -> None:
+        self._ledger.check_open()
+        for pool, keys in wanted:
+            self._ledger.loads.warm(pool, keys)
 
-        Raises MissingExpertError if the model does not have the expert.
-        """
-        self.manifest.check_keys(key.block, [key])
-        loan = Demand(self._ledger.pool_of[key.block], key.block, threading.get_ident())
+    # -- loaders ------------------------------------------------------------------------------------------------------
+
+    def _run_loader(self) -> None:
+        while self._ledger.loads.closed_by is None:
+            self._notifier.loaders.get()
+            while (load := self._take_load()) is not None:
+                self._read(load)
+
+    def _read(self, load: Load) -> None:
+        """Read the record of a load into its slot. If the read fails, all demands that wait for it get the error."""
+        slot = load.pool.first + load.slot
+        # a read may pause only if there is a second loader, which reads for demands during the pause
+        pause = partial(self._pause, load) if load.is_prefetch and len(self._loaders) > 1 else None
+        began = time.monotonic()
         try:
-            yield self._monitor.run(self._lend, loan, key)
-        finally:
-            self._monitor.post(partial(self._ledger.leave, loan))
+            if not self._is_allocated[slot]:
+                self._arena.allocate(slot)
+                self._is_allocated[slot] = True
+            self._store.read_into(load.key, self._slots[slot], pause)
+            self._complete_load(load, time.monotonic() - began)
+        except _CancelledError:
+            pass
+        except BaseException as error:  # any exception, because the demands that wait for the record must get it
+            traceback.clear_frames(error.__traceback__)  # the frames would keep the slot's memory
+            self._fail_load(load, error)
 
-    @step
-    def used(self, keys: Sequence[ExpertKey]) -> None:
-        """Note uses in the tier above, as ``Lender`` specifies. The result of ``uses`` includes them."""
-        self._ledger.uses.above(keys)
+    def _pause(self, load: Load) -> bool:
+        """Sleep while the read of a prefetch has to yield to demands. Return whether it may have to yield again.
 
-    @step
-    def uses(self) -> dict[ExpertKey, int]:
-        """Return a dictionary from each key to the number of demands for it. Counting begins with the first call."""
-        return self._ledger.uses.by_key()
+        Once a demand waits for the prefetched record, the read need not yield any more. Raises _CancelledError if the
+        load was cancelled.
+        """
+        if not self._may_continue(load):
+            raise _CancelledError
+        return not load.waiters
+
+    @transition
+    def _take_load(self) -> Load | None:
+        return self._ledger.loads.take()
+
+    @transition
+    def _complete_load(self, load: Load, seconds: float) -> None:
+        self._ledger.loads.complete(load, seconds)
+
+    @transition
+    def _fail_load(self, load: Load, error: BaseException) -> None:
+        self._ledger.loads.fail(load, error)
+
+    @waiting
+    def _may_continue(self, load: Load) -> bool | None:
+        return self._ledger.loads.may_continue(load)
 
     def ready(self, block: int) -> list[int]:
         """Return the experts of a block whose records are READY now."""
@@ -213,8 +314,7 @@ class HostTier(Closeable):
             ClosedError: the tier was closed.
             StoreError: the tier was condemned (see ``condemn``).
         """
-        # start the thread before there are requests, in case it can't be started
-        self._monitor.run(self._timekeeper.start, self._ledger)
+        self._timekeeper.start(self._ledger)  # before there are requests, in case the thread can't be started
         return Session(deliver, self._monitor, self._ledger, leases=leases, patience=patience)
 
     def export(self) -> int:
@@ -229,12 +329,12 @@ class HostTier(Closeable):
         """Return a read-only view of the record in a leased slot and its checksum, to send to another host."""
         return self._arena.whole(slot)
 
-    @step
+    @transition
     def stats(self) -> TierStats:
         """Return a snapshot of the counters and of the state of the slots."""
         return snapshot(self._ledger.counters, self._ledger.pools.values())
 
-    @step
+    @transition
     def count_failure(self) -> None:
         """Count a read that failed, but succeeded from a mirror."""
         self._ledger.counters.failures += 1
@@ -245,7 +345,7 @@ class HostTier(Closeable):
         error = self._ledger.loads.closed_by
         return error if isinstance(error, StoreError) else None
 
-    @step
+    @transition
     def condemn(self, error: StoreError) -> None:
         """Stop serving for good, because the records are not those of the manifest.
 
@@ -262,48 +362,21 @@ class HostTier(Closeable):
         the lease object exists. In a forked child, this only closes the child's mappings and file descriptors.
         """
         if self._monitor.fork_guard.is_owner:
-            self._monitor.run(self._ledger.close, ClosedError("The host tier was closed.", "Load the model again."))
-            self._loaders.close()
+            self._close_ledger()
+            for _ in self._loaders:
+                self._notifier.wake_loader()
+            for loader in self._loaders:
+                loader.join()
             self._timekeeper.close()
         self._slots.clear()
         self._records.clear()
         self._residents.clear()
         self._arena.close()
 
-    @step
+    @transition
     def check_integrity(self) -> None:
         """For tests: assert that slots, groups, loads, callers and the directory agree."""
         self._ledger.check_integrity()
-
-    # -- steps --------------------------------------------------------------------------------------------------------
-
-    def _look(self, demand: Demand, keys: Sequence[ExpertKey]) -> tuple[deque[Lease[memoryview]], bool] | None:
-        self._ledger.look(demand, keys)
-        return self._next(demand)
-
-    def _next(self, demand: Demand) -> tuple[deque[Lease[memoryview]], bool] | None:
-        """End the demand's leases. Return the next leases, and whether they are the last; None if the caller waits."""
-        found = self._ledger.next(demand)
-        if found is None:
-            return None
-        slots, is_last = found
-        return self._leases(demand, slots), is_last
-
-    def _warm(self, wanted: Sequence[tuple[Pool, Sequence[ExpertKey]]]) -> None:
-        self._ledger.check_open()
-        for pool, keys in wanted:
-            self._ledger.loads.warm(pool, keys)
-
-    def _lend(self, loan: Demand, key: ExpertKey) -> Lease[memoryview] | None:
-        slot = self._ledger.lend(loan, key)
-        return None if slot is None else self._leases(loan, [slot]).pop()
-
-    def _leases(self, demand: Demand, slots: Sequence[int]) -> deque[Lease[memoryview]]:
-        pool, leases = demand.pool, deque[Lease[memoryview]]()
-        for slot in slots:
-            number = pool.first + slot
-            leases.append(Lease(pool.key(slot), self._records[number], number, None, slot != slots[-1]))
-        return leases
 
     def _recover(self, arena: Arena, threads: int) -> None:
         kept = intact_slots(arena, self.manifest, threads)
@@ -314,12 +387,15 @@ class HostTier(Closeable):
             pool.fill(slot - pool.first)
         self.recovered = len(kept)
 
-    def _wake(self) -> None:
-        self._monitor.wake()
-        if self._timekeeper.runs:
-            self._monitor.post(self._ledger.serve)  # the thread that holds the lock will run this as a step
+    @transition
+    def _close_ledger(self) -> None:
+        self._ledger.close(ClosedError("The host tier was closed.", "Load the model again."))
 
     def _check_open(self) -> None:
         self._monitor.fork_guard.check()
         if self._ledger.loads.closed_by is not None:
             self._ledger.check_open()
+
+
+class _CancelledError(Exception):
+    """Ends the read of a load that was cancelled."""

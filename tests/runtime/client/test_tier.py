@@ -53,7 +53,7 @@ def test_bytes_are_right_at_every_budget(store: MappedStore, tmp_path: Path, slo
         host = daemon.wait_for("leases == 0").host
         assert host.ready <= host.slots == slots
         if slots == 18:
-            assert host.bytes_in == store.manifest.stored_bytes, "each record was read once"
+            assert host.bytes_in == host.ready * store.slot_bytes > 0, "no record was read twice"
         assert [worker.finish() for worker in workers] == [0] * 4
         daemon.wait_for("clients == 0")
 
@@ -280,9 +280,9 @@ def test_what_is_granted_twice_is_given_back_at_once(store: MappedStore, tmp_pat
     with store.daemon(2, tmp_path / "daemon") as daemon, store.tier(daemon, fallback=False, patience=5.0) as tier:
         misses = Misses(tier, 0)
         with contextlib.closing(misses):
-            misses.want([0, 1])
-            misses.want([0, 1])
-            misses.want([2])
+            misses.request([0, 1])
+            misses.request([0, 1])
+            misses.request([2])
             assert sorted(lease.key.expert for lease in misses.leases()) == [0, 1, 2]
         daemon.wait_for("leases == 0")
 

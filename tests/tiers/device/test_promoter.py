@@ -266,7 +266,7 @@ def test_a_wish_goes_through_every_tier(tier: DeviceTier, host: HostTier, reader
 
 
 def test_what_the_host_has_not_begun_is_wished_for_there_still(device: FakeDevice, reader: GatedReader) -> None:
-    """What is borrowed of a block takes none of its wishes away."""
+    """What is copied of a block takes none of its wishes away."""
     with HostTier(reader, slots=ALL, loaders=1) as host:
         list(host.acquire(keys(0, 0)))
         reader.shut()
@@ -315,8 +315,8 @@ def test_wishes_that_never_come_true_are_not_looked_for_all_the_time(
     host: HostTier, device: FakeDevice, reader: GatedReader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looks: list[float] = []
-    borrow = host.borrow
-    monkeypatch.setattr(host, "borrow", lambda key: looks.append(time.monotonic()) or borrow(key))
+    pin = host.pin
+    monkeypatch.setattr(host, "pin", lambda key: looks.append(time.monotonic()) or pin(key))
     monkeypatch.setattr(host, "prefetch", lambda block, wishes: None)  # it refuses
     with contextlib.closing(DeviceTier(host, PLAN, slots=ALL, device=device, promotes=True)) as tier:
         tier.prefetch(1, keys(1, 0))
@@ -332,8 +332,8 @@ def test_nothing_is_promoted_while_a_demand_misses(
     tier: DeviceTier, host: HostTier, device: FakeDevice, reader: GatedReader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[ExpertKey] = []
-    borrow = host.borrow
-    monkeypatch.setattr(host, "borrow", lambda key: asked.append(key) or borrow(key))
+    pin = host.pin
+    monkeypatch.setattr(host, "pin", lambda key: asked.append(key) or pin(key))
     reader.shut()
     consumer = Consumer(tier, device)
     demand = Task(lambda: consumer.run(1, [0]))
@@ -370,17 +370,18 @@ def test_a_demand_that_comes_while_the_host_is_asked_goes_first(
     reader.shut()
     consumer = Consumer(tier, device)
     demands: list[Task[None]] = []
-    borrow = host.borrow
+    pin, is_asked = host.pin, threading.Event()
 
     def and_meanwhile(key: ExpertKey):  # type: ignore[no-untyped-def]
         if not demands:
             demands.append(Task(lambda: consumer.run(1, [0])))
             reader.wait_begun(ExpertKey(1, 0))
-        return borrow(key)
+            is_asked.set()
+        return pin(key)
 
-    monkeypatch.setattr(host, "borrow", and_meanwhile)
+    monkeypatch.setattr(host, "pin", and_meanwhile)
     tier.prefetch(0, keys(0, 3))
-    wait_until(lambda: bool(demands))
+    assert is_asked.wait(PATIENCE)
     idle(tier)
     assert (tier.stats().prefetched, host.stats().leased) == (0, 0)
     reader.open()
@@ -578,14 +579,14 @@ def test_a_copy_that_fails_leaves_nothing_behind(tier: DeviceTier, host: HostTie
 def test_the_thread_survives_whatever_the_source_raises(
     tier: DeviceTier, host: HostTier, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    borrow = host.borrow
+    pin = host.pin
 
-    def borrow_or_fail(key: ExpertKey):  # type: ignore[no-untyped-def]
+    def pin_or_fail(key: ExpertKey):  # type: ignore[no-untyped-def]
         if key.expert < 2:
             raise OSError(f"no descriptor for {key.expert}")
-        return borrow(key)
+        return pin(key)
 
-    monkeypatch.setattr(host, "borrow", borrow_or_fail)
+    monkeypatch.setattr(host, "pin", pin_or_fail)
     tier.prefetch(0, keys(0, 0, 1, 2))
     promoted(tier, 1)
     assert tier.absent(keys(0, 0, 1, 2)) == keys(0, 0, 1)

@@ -21,8 +21,9 @@ from moetier.tiers.arena.plan import ArenaPlan
 from moetier.tiers.cache.budget import slot_ranges
 from moetier.tiers.cache.policies import POLICIES
 from moetier.tiers.errors import ExhaustedError
-from moetier.tiers.host.demands import AsyncCaller, Demand, Event, Failed, Granted, Load, Pool
+from moetier.tiers.host.demands import AsyncCaller, Demand, Event, Failed, Granted, Load, Notifier, Pool
 from moetier.tiers.host.ledger import Ledger
+from moetier.tiers.host.loads import LoadLimits
 from moetier.tiers.host.session import Session
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.locks import Monitor
@@ -33,13 +34,18 @@ BLOCKS = st.integers(0, 4)
 PATIENCE = 10.0
 
 
-class Steps(Monitor):
-    """A monitor of one thread, for which a block of code is a step, too: what it posts is done behind it."""
+class Transitions(Monitor):
+    """A monitor of one thread, for which a block of code is a transition, too: what it posts is done behind it."""
 
-    def __init__(self) -> None:
+    def __init__(self, woken: Callable[[], None]) -> None:
         super().__init__()
+        self.woken = woken
         self.in_block = False
         self.posted: list[Callable[[], None]] = []
+
+    def wake(self) -> None:
+        self.woken()
+        super().wake()
 
     def post(self, work: Callable[[], None]) -> None:
         if self.in_block:
@@ -48,7 +54,7 @@ class Steps(Monitor):
             super().post(work)
 
     @contextlib.contextmanager
-    def step(self) -> Iterator[None]:
+    def transition(self) -> Iterator[None]:
         self.in_block = True
         try:
             yield
@@ -113,7 +119,7 @@ class Client:
 
 
 class LedgerMachine(RuleBasedStateMachine):
-    """Callers, clients and loaders that take their steps in any order. The oracle is a dict: slot -> the key whose
+    """Callers, clients and loaders whose transitions come in any order. The oracle is a dict: slot -> the key whose
     bytes are in it, None while it is being filled."""
 
     def __init__(self) -> None:
@@ -133,28 +139,25 @@ class LedgerMachine(RuleBasedStateMachine):
             for name, (least, most) in sorted(slot_ranges(MANIFEST).items())
         }
         plan = ArenaPlan.of(MANIFEST, counts)
-        self.monitor = Steps()
+        self.monitor = Transitions(self.woken)
         self.directory = Directory.create(memoryview(bytearray(plan.directory_bytes)), plan)
         self.ledger = Ledger(
             MANIFEST,
             plan,
             self.directory,
+            Notifier(self.monitor),
+            LoadLimits(data.draw(st.integers(1, 4), "ahead"), data.draw(st.integers(1, 2), "prefetches")),
             policy=data.draw(st.sampled_from(sorted(POLICIES)), "policy"),
             fills=data.draw(st.booleans(), "fills"),
-            wake=self.wake,
-            ring=lambda: None,
-            watch=lambda: None,
-            ahead=data.draw(st.integers(1, 4), "ahead"),
-            most_prefetches=data.draw(st.integers(1, 2), "prefetches"),
             clock=lambda: self.now,
         )
+        self.monitor.after_wake = self.ledger.serve
         self.loaders = data.draw(st.integers(1, 3), "loaders")
 
-    def wake(self) -> None:
+    def woken(self) -> None:
         self.yielding.clear()
         for caller in self.callers:
             caller.asleep = False
-        self.monitor.post(self.ledger.serve)
 
     # -- threads of this process --------------------------------------------------------------------------------------
 
@@ -163,12 +166,12 @@ class LedgerMachine(RuleBasedStateMachine):
     def acquire(self, block: int, experts: list[int]) -> None:
         keys = [ExpertKey(block, expert) for expert in experts]
         pool = self.ledger.pool_of[block]
-        with self.monitor.step():
-            ready = {key for key in keys if (s := pool.find(key)) is not None and pool.is_ready(s)}
+        with self.monitor.transition():
+            ready = {key for key in keys if pool.holds(key)}
             hits, misses = self.ledger.counters.hits, self.ledger.counters.misses
             caller = Caller(Demand(pool, block, len(self.callers)), keys)
             self.callers.append(caller)
-            self.ledger.look(caller.demand, keys)
+            self.ledger.begin(caller.demand, keys)
             assert self.ledger.counters.hits - hits == len(ready)
             assert self.ledger.counters.misses - misses == len(set(keys)) - len(ready)
             assert {pool.key(slot) for slot in caller.demand.ready} == ready
@@ -184,9 +187,9 @@ class LedgerMachine(RuleBasedStateMachine):
 
     def next(self, caller: Caller) -> None:
         demand = caller.demand
-        with self.monitor.step():
+        with self.monitor.transition():
             caller.held = []
-            found = self.ledger.next(demand)
+            found = self.ledger.next_leases(demand)
             if found is None:
                 caller.asleep = True
                 return
@@ -202,12 +205,12 @@ class LedgerMachine(RuleBasedStateMachine):
 
     def gone(self, caller: Caller) -> None:
         self.callers.remove(caller)
-        self.ledger.leave(caller.demand)
+        self.ledger.end(caller.demand)
 
     @precondition(lambda self: self.callers)
     @rule(data=st.data())
     def leave(self, data: st.DataObject) -> None:
-        with self.monitor.step():
+        with self.monitor.transition():
             self.gone(data.draw(st.sampled_from(self.callers)))
 
     @rule(key=st.builds(ExpertKey, BLOCKS, st.integers(0, EXPERTS - 1)), used=st.booleans())
@@ -216,24 +219,24 @@ class LedgerMachine(RuleBasedStateMachine):
         pool = self.ledger.pool_of[key.block]
         caller = Caller(Demand(pool, key.block, len(self.callers)), [])
         before = replace(self.ledger.counters)
-        with self.monitor.step():
-            slot = self.ledger.lend(caller.demand, key)
+        with self.monitor.transition():
+            slot = self.ledger.lease_for_copy(caller.demand, key)
             assert (slot is not None) == (pool.holds(key) and not pool.starved)
             if slot is not None:
                 caller.held = [(key, slot)]
                 self.callers.append(caller)
             assert self.ledger.counters == before
             if used:
-                self.ledger.uses.above([key])
+                self.ledger.direct_hits.in_the_tier_above([key])
 
     @rule(block=BLOCKS, experts=st.lists(st.integers(0, EXPERTS - 1), max_size=5))
     def prefetch(self, block: int, experts: list[int]) -> None:
-        with self.monitor.step():
+        with self.monitor.transition():
             self.ledger.prefetch(block, [ExpertKey(block, expert) for expert in experts])
 
     @rule(block=BLOCKS, experts=st.lists(st.integers(0, EXPERTS - 1), max_size=4, unique=True))
     def warm(self, block: int, experts: list[int]) -> None:
-        with self.monitor.step():
+        with self.monitor.transition():
             self.ledger.loads.warm(self.ledger.pool_of[block], [ExpertKey(block, expert) for expert in experts])
 
     # -- clients in other processes -----------------------------------------------------------------------------------
@@ -293,7 +296,7 @@ class LedgerMachine(RuleBasedStateMachine):
         ]
         failed = {id(client): len(client.failed) for client in self.clients}
         self.now += seconds
-        with self.monitor.step():
+        with self.monitor.transition():
             until = self.ledger.expire()
         assert until is None or self.now < until <= self.now + PATIENCE
         if seconds == PATIENCE:
@@ -318,9 +321,9 @@ class LedgerMachine(RuleBasedStateMachine):
     @precondition(lambda self: len(self.reading) < self.loaders)
     @rule()
     def begin_read(self) -> None:
-        with self.monitor.step():
+        with self.monitor.transition():
             evictions = self.ledger.counters.evictions
-            load = self.ledger.loads.next_read()
+            load = self.ledger.loads.take()
         if load is not None:
             if load.is_warmup:
                 assert not any(other.waiters for other in self.ledger.loads), "it has what demands leave of the disk"
@@ -341,8 +344,8 @@ class LedgerMachine(RuleBasedStateMachine):
     def pause(self, data: st.DataObject) -> None:
         """A loader yields between two pieces, or finds that what it reads is unwanted."""
         load = data.draw(st.sampled_from([load for load in self.awake() if load.is_prefetch]))
-        with self.monitor.step():
-            found = self.ledger.loads.go_on(load)
+        with self.monitor.transition():
+            found = self.ledger.loads.may_continue(load)
             if found is None and len(self.yielding) < self.loaders - 1:  # one is always there for the demands
                 self.yielding.append(load)
             elif found is False:
@@ -350,7 +353,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     def end(self, load: Load, error: OSError | None) -> None:
         self.reading.remove(load)
-        with self.monitor.step():
+        with self.monitor.transition():
             waiters = list(load.waiters)
             if error is not None:
                 self.ledger.loads.fail(load, error)
@@ -358,7 +361,7 @@ class LedgerMachine(RuleBasedStateMachine):
                 assert all(demand.error is not None for demand in waiters)
             else:
                 self.memory[load.pool, load.slot] = load.key
-                self.ledger.loads.arrive(load)
+                self.ledger.loads.complete(load)
         assert all(demand.async_caller is None or demand.error is None or demand.is_over for demand in waiters)
 
     @invariant()
@@ -408,8 +411,8 @@ class LedgerMachine(RuleBasedStateMachine):
                 for request, held in list(client.held.items()):
                     if held and request in client.held:
                         client.release(request, [next(iter(held))])
-            with self.monitor.step():
-                while len(self.reading) < self.loaders and (load := self.ledger.loads.next_read()) is not None:
+            with self.monitor.transition():
+                while len(self.reading) < self.loaders and (load := self.ledger.loads.take()) is not None:
                     self.reading.append(load)
             if self.awake():
                 self.end(self.awake()[0], None)
@@ -432,7 +435,7 @@ def ledger_of(
     count: int,
     ahead: int = 4,
     fills: bool = False,
-    wake: Callable[[], None] = lambda: None,
+    woken: Callable[[], None] = lambda: None,
     clock: Callable[[], float] = time.monotonic,
 ) -> tuple[Ledger, Pool]:
     plan = ArenaPlan.of(MANIFEST, {"big": 3, "small": count})
@@ -441,12 +444,9 @@ def ledger_of(
         MANIFEST,
         plan,
         directory,
+        Notifier(Transitions(woken)),
+        LoadLimits(ahead, prefetches=1),
         fills=fills,
-        wake=wake,
-        ring=lambda: None,
-        watch=lambda: None,
-        ahead=ahead,
-        most_prefetches=1,
         clock=clock,
     )
     return ledger, ledger.pools["small"]
@@ -454,13 +454,13 @@ def ledger_of(
 
 def demand(ledger: Ledger, pool: Pool, block: int, *experts: int) -> Demand:
     made = Demand(pool, block, block)
-    ledger.look(made, [ExpertKey(block, expert) for expert in experts])
+    ledger.begin(made, [ExpertKey(block, expert) for expert in experts])
     return made
 
 
 def arrive_all(ledger: Ledger) -> None:
-    while (load := ledger.loads.next_read()) is not None:
-        ledger.loads.arrive(load)
+    while (load := ledger.loads.take()) is not None:
+        ledger.loads.complete(load)
 
 
 def test_the_starved_are_served_in_order_and_nobody_reads_ahead_of_them() -> None:
@@ -502,9 +502,9 @@ def test_what_is_given_first_is_evicted_last() -> None:
     for experts in ((0, 1), (2, 3)):
         caller = demand(ledger, pool, 1, *experts)
         arrive_all(ledger)
-        ledger.leave(caller)
+        ledger.end(caller)
     caller = demand(ledger, pool, 1, 2, 3)
-    ledger.leave(caller)
+    ledger.end(caller)
     demand(ledger, pool, 1, 0)
     assert pool.find(ExpertKey(1, 2)) is not None
     assert pool.find(ExpertKey(1, 3)) is None
@@ -513,18 +513,18 @@ def test_what_is_given_first_is_evicted_last() -> None:
 def test_what_a_loader_has_begun_goes_on_when_its_caller_is_gone_and_no_more() -> None:
     ledger, pool = ledger_of(3)
     caller, other = demand(ledger, pool, 1, 0, 1, 2), demand(ledger, pool, 1, 2)
-    begun = ledger.loads.next_read()
+    begun = ledger.loads.take()
     assert begun is not None
     assert begun.key == ExpertKey(1, 0)
-    ledger.leave(caller)
+    ledger.end(caller)
     ledger.check_integrity()
     assert pool.find(ExpertKey(1, 1)) is None
-    wanted = ledger.loads.next_read()
+    wanted = ledger.loads.take()
     assert wanted is not None
     assert wanted.key == ExpertKey(1, 2), "somebody else wants it"
-    assert ledger.loads.next_read() is None
-    ledger.loads.arrive(begun)
-    ledger.loads.arrive(wanted)
+    assert ledger.loads.take() is None
+    ledger.loads.complete(begun)
+    ledger.loads.complete(wanted)
     slot = pool.find(ExpertKey(1, 0))
     assert slot is not None
     assert pool.is_evictable(slot)
@@ -536,9 +536,9 @@ def test_a_record_whose_arrival_was_cut_is_looked_for_again() -> None:
     while True:
         ledger, pool = ledger_of(6)
         caller = demand(ledger, pool, 1, 0)
-        load = ledger.loads.next_read()
+        load = ledger.loads.take()
         assert load is not None
-        is_cut = cut(lambda: ledger.loads.arrive(load), number) is not None  # noqa: B023
+        is_cut = cut(lambda: ledger.loads.complete(load), number) is not None  # noqa: B023
         if not is_cut:
             break
         ledger.repair()
@@ -553,43 +553,43 @@ def test_a_record_whose_arrival_was_cut_is_looked_for_again() -> None:
 
 
 def test_when_the_first_of_the_starved_goes_the_next_is_woken() -> None:
-    woken = 0
+    wakes = 0
 
-    def wake() -> None:
-        nonlocal woken
-        woken += 1
+    def woken() -> None:
+        nonlocal wakes
+        wakes += 1
 
-    ledger, pool = ledger_of(2, wake=wake)
+    ledger, pool = ledger_of(2, woken=woken)
     holder = demand(ledger, pool, 1, 0, 1)
     arrive_all(ledger)
     first, second = demand(ledger, pool, 3, 0), demand(ledger, pool, 4, 0)
-    ledger.leave(holder)
+    ledger.end(holder)
     ledger.advance(second)
     assert not second.loads, "it was woken too, but is not the first"
-    before = woken
-    ledger.leave(first)
-    assert woken > before
+    before = wakes
+    ledger.end(first)
+    assert wakes > before
     ledger.advance(second)
     assert second.loads
 
 
 def test_a_prefetch_that_yields_is_woken_when_the_load_goes_that_it_yields_to() -> None:
-    woken = 0
+    wakes = 0
 
-    def wake() -> None:
-        nonlocal woken
-        woken += 1
+    def woken() -> None:
+        nonlocal wakes
+        wakes += 1
 
-    ledger, pool = ledger_of(6, wake=wake)
+    ledger, pool = ledger_of(6, woken=woken)
     ledger.prefetch(1, [ExpertKey(1, 0)])
-    prefetch = ledger.loads.next_read()
+    prefetch = ledger.loads.take()
     assert prefetch is not None
     other = demand(ledger, pool, 3, 0)
-    assert ledger.loads.go_on(prefetch) is None
-    before = woken
-    ledger.leave(other)  # no loader had begun its load
-    assert ledger.loads.go_on(prefetch)
-    assert woken > before
+    assert ledger.loads.may_continue(prefetch) is None
+    before = wakes
+    ledger.end(other)  # no loader had begun its load
+    assert ledger.loads.may_continue(prefetch)
+    assert wakes > before
 
 
 def test_a_caller_whose_blocks_slots_are_all_held_borrows_and_gives_back() -> None:
@@ -600,11 +600,11 @@ def test_a_caller_whose_blocks_slots_are_all_held_borrows_and_gives_back() -> No
     assert caller.pending
     arrive_all(ledger)
     for made in (holder, caller):
-        ledger.leave(made)
+        ledger.end(made)
     for block in (3, 4):
         made = demand(ledger, pool, block, 0, 1)
         arrive_all(ledger)
-        ledger.leave(made)
+        ledger.end(made)
     held = [ExpertKey(b, e) for b in (1, 3, 4) for e in range(4) if pool.find(ExpertKey(b, e)) is not None]
     assert held == [(1, 0), (1, 2), (3, 0), (3, 1), (4, 0), (4, 1)], "each block is back to its two"
 
@@ -614,7 +614,7 @@ def test_evictions_are_counted() -> None:
     for expert in (0, 1, 2, 3, 3):
         caller = demand(ledger, pool, 1, expert)
         arrive_all(ledger)
-        ledger.leave(caller)
+        ledger.end(caller)
     assert ledger.counters.evictions == 2
     assert (ledger.counters.hits, ledger.counters.misses) == (1, 4)
 
@@ -626,24 +626,24 @@ def test_prefetches_yield_for_the_starved_and_are_bounded() -> None:
     assert len(holder.ready) == 3
     starved = demand(ledger, pool, 3, 0)
     ledger.prefetch(4, [ExpertKey(4, 0), ExpertKey(4, 1)])
-    ledger.leave(holder)
-    assert ledger.loads.next_read() is None, "three slots could be had, but a demand is starved"
+    ledger.end(holder)
+    assert ledger.loads.take() is None, "three slots could be had, but a demand is starved"
     ledger.advance(starved)
-    load = ledger.loads.next_read()
+    load = ledger.loads.take()
     assert load is not None
     assert load.key == ExpertKey(3, 0), "demands first"
-    assert ledger.loads.next_read() is None, "and alone: they don't share the disk with prefetches"
-    ledger.loads.arrive(load)
-    requested = ledger.loads.next_read()
+    assert ledger.loads.take() is None, "and alone: they don't share the disk with prefetches"
+    ledger.loads.complete(load)
+    requested = ledger.loads.take()
     assert requested is not None
     assert requested.key == ExpertKey(4, 0)
-    assert ledger.loads.next_read() is None, "one prefetch at a time, so that a demand finds a loader"
-    ledger.loads.arrive(requested)
-    other = ledger.loads.next_read()
+    assert ledger.loads.take() is None, "one prefetch at a time, so that a demand finds a loader"
+    ledger.loads.complete(requested)
+    other = ledger.loads.take()
     assert other is not None
     assert other.key == ExpertKey(4, 1)
     assert pool.find(ExpertKey(4, 0)) is not None, "a prefetch does not evict what is requested"
-    ledger.loads.arrive(other)
+    ledger.loads.complete(other)
     assert ledger.counters.prefetched == 2
 
 
@@ -652,10 +652,10 @@ def test_what_becomes_of_prefetches_is_counted() -> None:
     ledger, pool = ledger_of(3, clock=lambda: now[0])
 
     def read(seconds: float) -> None:
-        load = ledger.loads.next_read()
+        load = ledger.loads.take()
         assert load is not None
         now[0] += seconds
-        ledger.loads.arrive(load)
+        ledger.loads.complete(load)
 
     def counts() -> tuple[int, ...]:
         found = ledger.counters
@@ -664,16 +664,16 @@ def test_what_becomes_of_prefetches_is_counted() -> None:
 
     ledger.prefetch(1, [ExpertKey(1, 0), ExpertKey(1, 1), ExpertKey(1, 2)])
     read(0.5)
-    late = ledger.loads.next_read()
+    late = ledger.loads.take()
     assert late is not None
     now[0] += 0.25
     first = demand(ledger, pool, 1, 0, 1)
     assert counts() == (2, 1, 1, 0, 1), "one is there, one under way, and the third is no longer requested"
     now[0] += 0.25
-    ledger.loads.arrive(late)
-    ledger.leave(first)
+    ledger.loads.complete(late)
+    ledger.end(first)
     assert ledger.counters.saved_seconds == 0.75
-    ledger.leave(demand(ledger, pool, 1, 0, 1))
+    ledger.end(demand(ledger, pool, 1, 0, 1))
     assert counts() == (2, 1, 1, 0, 1), "each once"
 
     ledger.prefetch(4, [ExpertKey(4, 0)])
@@ -683,7 +683,7 @@ def test_what_becomes_of_prefetches_is_counted() -> None:
     assert counts() == (3, 1, 1, 0, 1), "what is requested again is not given up"
     others = demand(ledger, pool, 3, 0, 1, 2)
     arrive_all(ledger)
-    ledger.leave(others)
+    ledger.end(others)
     assert counts() == (3, 1, 1, 1, 2), "evicted, and nobody had wanted it; and the next request found no slot"
     assert ledger.counters.saved_seconds == 0.75
 
@@ -699,14 +699,14 @@ def test_a_prefetch_takes_the_place_of_one_that_was_wrong() -> None:
     for block, experts in ((1, (0, 1)), (3, (0, 1)), (4, (1,))):
         asked = demand(ledger, pool, block, *experts)
         arrive_all(ledger)
-        ledger.leave(asked)
+        ledger.end(asked)
     ledger.prefetch(1, [ExpertKey(1, 2)])
     arrive_all(ledger)
     assert there((4, 0), (1, 2), (1, 0), (1, 1)) == [False, True, True, True], "and of no record of its own block"
-    ledger.leave(demand(ledger, pool, 1, 0))  # and not what was requested
+    ledger.end(demand(ledger, pool, 1, 0))  # and not what was requested
     asked = demand(ledger, pool, 4, 2)
     arrive_all(ledger)
-    ledger.leave(asked)
+    ledger.end(asked)
     assert there((1, 2), (1, 0), (1, 1), (4, 1), (4, 2)) == [False, True, True, True, True], "block 4 has its slot back"
     assert ledger.counters.wasted == 2
 
@@ -735,35 +735,35 @@ def test_a_prefetch_that_finds_no_slot_or_whose_caller_goes_is_given_up() -> Non
 def test_a_record_that_a_client_finds_in_the_directory_was_requested_rightly() -> None:
     ledger, _ = ledger_of(3)
     ledger.prefetch(1, [ExpertKey(1, 0)])
-    load = ledger.loads.next_read()
+    load = ledger.loads.take()
     assert load is not None
-    ledger.loads.arrive(load)
-    ledger.uses.found_elsewhere(ExpertKey(1, 0))
+    ledger.loads.complete(load)
+    ledger.direct_hits.in_a_client(ExpertKey(1, 0))
     assert (ledger.counters.useful, ledger.counters.late) == (1, 0)
 
 
 def read_next(ledger: Ledger) -> ExpertKey | None:
-    load = ledger.loads.next_read()
+    load = ledger.loads.take()
     if load is None:
         return None
-    ledger.loads.arrive(load)
+    ledger.loads.complete(load)
     return load.key
 
 
 def test_a_warm_up_fills_what_is_empty_behind_demands_and_requests() -> None:
     ledger, pool = ledger_of(6)  # two for each of three blocks
-    ledger.leave(demand(ledger, pool, 4, 0))  # begun, and nobody's any more
+    ledger.end(demand(ledger, pool, 4, 0))  # begun, and nobody's any more
     ledger.loads.warm(pool, [ExpertKey(1, 3), ExpertKey(1, 2), ExpertKey(1, 1)])
     ledger.loads.warm(pool, [ExpertKey(3, 0), ExpertKey(3, 1)])
     ledger.loads.warm(pool, [ExpertKey(4, 0), ExpertKey(4, 1)])
     assert read_next(ledger) == ExpertKey(1, 3), "the hottest first"
     wanted = demand(ledger, pool, 4, 0)
-    begun = ledger.loads.next_read()
+    begun = ledger.loads.take()
     assert begun is not None
     assert begun.key == ExpertKey(4, 0)
-    assert ledger.loads.next_read() is None, "not while anything is read for a demand"
-    ledger.loads.arrive(begun)
-    ledger.leave(wanted)
+    assert ledger.loads.take() is None, "not while anything is read for a demand"
+    ledger.loads.complete(begun)
+    ledger.end(wanted)
     ledger.prefetch(3, [ExpertKey(3, 3)])
     assert [read_next(ledger) for _ in range(5)] == [(3, 3), (1, 2), (3, 0), (4, 1), None], "never beyond the quota"
     assert (ledger.counters.evictions, ledger.counters.warmed, ledger.counters.prefetched) == (0, 4, 1)
@@ -776,7 +776,7 @@ def test_what_was_warmed_is_evicted_before_what_was_used_and_the_hottest_last() 
     for expert, held in ((2, [0, 1, 2]), (3, [0, 2, 3]), (1, [1, 2, 3])):
         made = demand(ledger, pool, 1, expert)
         arrive_all(ledger)
-        ledger.leave(made)
+        ledger.end(made)
         assert [e for e in range(EXPERTS) if pool.find(ExpertKey(1, e)) is not None] == held
     assert (ledger.counters.warmed, ledger.counters.recalled) == (2, 0)
 
@@ -785,13 +785,13 @@ def test_what_was_warmed_and_then_wanted_is_counted_once() -> None:
     ledger, pool = ledger_of(6)
     ledger.loads.warm(pool, [ExpertKey(1, 0), ExpertKey(1, 1)])
     assert read_next(ledger) == ExpertKey(1, 0)
-    load = ledger.loads.next_read()
+    load = ledger.loads.take()
     assert load is not None
     for _ in range(2):
         made = demand(ledger, pool, 1, 0, 1)
         if load in ledger.loads:
-            ledger.loads.arrive(load)
-        ledger.leave(made)
+            ledger.loads.complete(load)
+        ledger.end(made)
     found = ledger.counters
     assert (found.warmed, found.recalled) == (2, 2)
     assert (found.prefetched, found.useful, found.late) == (0, 0, 0), "it was no prediction"
@@ -800,17 +800,17 @@ def test_what_was_warmed_and_then_wanted_is_counted_once() -> None:
 def test_a_warm_up_that_yields_goes_when_somebody_finds_no_slot() -> None:
     ledger, pool = ledger_of(2)  # shared by three blocks
     ledger.loads.warm(pool, [ExpertKey(1, 0)])
-    load = ledger.loads.next_read()
+    load = ledger.loads.take()
     assert load is not None
-    assert ledger.loads.go_on(load)
+    assert ledger.loads.may_continue(load)
     demand(ledger, pool, 3, 0)
-    assert ledger.loads.go_on(load) is None
+    assert ledger.loads.may_continue(load) is None
     starved = demand(ledger, pool, 4, 0)
     assert list(pool.starved) == [starved]
     arrive_all(ledger)
-    assert ledger.loads.go_on(load) is False
+    assert ledger.loads.may_continue(load) is False
     ledger.loads.warm(pool, [ExpertKey(1, 1)])
-    assert ledger.loads.next_read() is None, "the slot is for the demand that is starved"
+    assert ledger.loads.take() is None, "the slot is for the demand that is starved"
     ledger.advance(starved)
     assert starved.loads
 
@@ -827,7 +827,7 @@ def test_a_pool_with_room_for_all_is_filled_once_half_of_it_is_taken() -> None:
     found = ledger.counters
     assert (pool.ready, found.misses, found.warmed, found.evictions) == (12, 7, 5, 0)
     for made in (first, second, third):
-        ledger.leave(made)
+        ledger.end(made)
     ledger.check_integrity()
 
 
@@ -837,18 +837,18 @@ def test_a_pool_is_not_filled_without_room_for_all_or_if_records_are_far_away(co
     for block in (1, 3, 4):
         made = demand(ledger, pool, block, 0, 1, 2)
         arrive_all(ledger)
-        ledger.leave(made)
+        ledger.end(made)
     assert (pool.ready, ledger.counters.warmed) == (9, 0)
 
 
 def test_uses_are_counted_of_demands_and_of_what_clients_found() -> None:
     ledger, pool = ledger_of(6)
-    ledger.leave(demand(ledger, pool, 1, 3))
-    assert not ledger.uses.by_key()
+    ledger.end(demand(ledger, pool, 1, 3))
+    assert not ledger.direct_hits.count_uses()
     demand(ledger, pool, 1, 0, 1, 0)
-    ledger.uses.found_elsewhere(ExpertKey(1, 0))
-    ledger.uses.above([ExpertKey(0, 2)])
-    assert ledger.uses.by_key() == {(1, 0): 2, (1, 1): 1, (0, 2): 1}
+    ledger.direct_hits.in_a_client(ExpertKey(1, 0))
+    ledger.direct_hits.in_the_tier_above([ExpertKey(0, 2)])
+    assert ledger.direct_hits.count_uses() == {(1, 0): 2, (1, 1): 1, (0, 2): 1}
 
 
 def test_callers_who_come_again_and_again_overtake_nobody_for_ever() -> None:
@@ -856,16 +856,7 @@ def test_callers_who_come_again_and_again_overtake_nobody_for_ever() -> None:
     manifest = make_plan(blocks=1, experts=1000, layout=layout_of(32, 16))
     plan = ArenaPlan.of(manifest, {"records": 1000})
     directory = Directory.create(memoryview(bytearray(plan.directory_bytes)), plan)
-    ledger = Ledger(
-        manifest,
-        plan,
-        directory,
-        wake=lambda: None,
-        ring=lambda: None,
-        watch=lambda: None,
-        ahead=4,
-        most_prefetches=1,
-    )
+    ledger = Ledger(manifest, plan, directory, Notifier(Monitor()), LoadLimits(ahead=4, prefetches=1))
     pool = ledger.pools["records"]
     experts = iter(range(1000))
 
@@ -873,14 +864,14 @@ def test_callers_who_come_again_and_again_overtake_nobody_for_ever() -> None:
         pass
 
     def ask(caller: Hashable) -> None:
-        ledger.look(Demand(pool, 0, caller), [ExpertKey(0, next(experts))])
+        ledger.begin(Demand(pool, 0, caller), [ExpertKey(0, next(experts))])
 
     def serve() -> Hashable:
-        load = ledger.loads.next_read()
+        load = ledger.loads.take()
         assert load is not None
         (demand,) = load.waiters
-        ledger.loads.arrive(load)
-        ledger.leave(demand)
+        ledger.loads.complete(load)
+        ledger.end(demand)
         return demand.caller
 
     waiting = set(range(2, 202))

@@ -506,7 +506,7 @@ def test_what_is_being_read_is_absent_and_not_lent(gate: GatedReader) -> None:
         tier.prefetch(0, keys(0, 0))
         gate.wait_begun(*keys(0, 0))
         assert tier.absent(keys(0, 0, 1)) == keys(0, 0, 1)
-        with tier.borrow(ExpertKey(0, 0)) as lease:
+        with tier.pin(ExpertKey(0, 0)) as lease:
             assert lease is None
         tier.prefetch(0, [])
         gate.open()
@@ -520,7 +520,7 @@ def test_a_loan_takes_no_prefetches_away(gate: GatedReader) -> None:
         task = Task(lambda: take(tier, 1, 0))
         gate.wait_begun(*keys(1, 0))  # by the only loader
         tier.prefetch(0, keys(0, 0, 1))
-        with tier.borrow(ExpertKey(0, 3)) as lease:
+        with tier.pin(ExpertKey(0, 3)) as lease:
             assert lease is not None
         gate.open()
         task.result()
@@ -532,13 +532,13 @@ def test_nothing_is_lent_while_a_demand_finds_no_slot() -> None:
     with HostTier(RamReader(PLAN, RECORDS), slots=SMALLEST) as tier:
         first, second = (tier.acquire(keys(0, expert)) for expert in (0, 1))
         held = [next(first), next(second)]
-        with tier.borrow(ExpertKey(0, 0)) as lease:
+        with tier.pin(ExpertKey(0, 0)) as lease:
             assert lease is not None
             assert lease.record is held[0].record
             assert lease.slot == held[0].slot
         task = Task(lambda: take(tier, 1, 0))
         wait_until(lambda: sleeps(task.thread))
-        with tier.borrow(ExpertKey(0, 0)) as lease:
+        with tier.pin(ExpertKey(0, 0)) as lease:
             assert lease is None
         first.close()
         task.result()

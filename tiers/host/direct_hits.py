@@ -1,0 +1,72 @@
+"""Direct hits: uses of records that were found without a demand of the host tier.
+
+Compiled code finds records in the arena's directory, and so do clients of a daemon; other demands find copies in the
+tier above. Callers hold the host tier's lock.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from moetier.tiers.layout import ExpertKey
+from moetier.tiers.stats import TierCounters
+
+from .demands import Pool
+from .prefetch import PrefetchQueue
+
+
+class DirectHits:
+    """Counts direct hits, and lets them count in outcomes of prefetches and in the order of eviction.
+
+    Args:
+        pool_of: for each block, the pool of its records.
+        counters: the tier's counters.
+        prefetches: the queue of prefetches.
+    """
+
+    def __init__(self, pool_of: Sequence[Pool], counters: TierCounters, prefetches: PrefetchQueue) -> None:
+        self._pool_of = pool_of
+        self._counters = counters
+        self._prefetches = prefetches
+        # number of uses of each key, those by demands of this tier among them; None until they are counted
+        self.uses: Counter[ExpertKey] | None = None
+
+    def in_this_process(self, block: int, experts: Sequence[int]) -> None:
+        """Count a use of ``experts`` by compiled code of this process, which has found all of them. Each is a hit."""
+        pool = self._pool_of[block]
+        keys = [ExpertKey(block, expert) for expert in dict.fromkeys(experts)]
+        self._prefetches.request(pool, block, (), None)
+        self._count(keys)
+        self._counters.looked_up(hits=len(keys))
+        cached = [key for key in keys if pool.holds(key)]  # others were evicted since
+        self._prefetches.use(cached)
+        pool.touch(reversed(cached), scan=len(keys) > pool.quota(block))
+
+    def discard(self, experts: Sequence[int]) -> None:
+        """Count hits of ``in_this_process`` as discarded, because records were replaced during their use."""
+        self._counters.looked_up(discarded=len(set(experts)))
+
+    def in_a_client(self, key: ExpertKey) -> None:
+        """Count a hit of another process, which has used the record of ``key``."""
+        pool = self._pool_of[key.block]
+        self._counters.looked_up(hits=1)
+        self._count((key,))
+        if pool.find(key) is not None:
+            pool.touch((key,))
+            self._prefetches.use((key,))
+
+    def in_the_tier_above(self, keys: Sequence[ExpertKey]) -> None:
+        """Count uses of copies in the tier above. They are hits of that tier, not of this one."""
+        self._prefetches.use(keys)
+        self._count(keys)
+
+    def count_uses(self) -> dict[ExpertKey, int]:
+        """Return a dictionary from each key to the number of its uses. Counting begins with the first call."""
+        if self.uses is None:
+            self.uses = Counter()
+        return dict(self.uses)
+
+    def _count(self, keys: Sequence[ExpertKey]) -> None:
+        if self.uses is not None:
+            self.uses.update(keys)
