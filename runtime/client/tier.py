@@ -40,7 +40,8 @@ _RETRY = 0.1  # seconds before a request that failed because the daemon was endi
 class DaemonTier(Closeable):
     """Source of experts in the memory of a daemon on this host; a ``Lender``.
 
-    Thread-safe. A forked child must open a tier of its own.
+    Thread-safe. A forked child must open a tier of its own. If an exception from outside, such as Ctrl-C, interrupts a
+    method, ``reclaim`` ends the leases that it has left open.
     """
 
     @classmethod

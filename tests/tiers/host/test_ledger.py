@@ -214,7 +214,7 @@ class LedgerMachine(RuleBasedStateMachine):
             self.gone(data.draw(st.sampled_from(self.callers)))
 
     @rule(key=st.builds(ExpertKey, BLOCKS, st.integers(0, EXPERTS - 1)), used=st.booleans())
-    def lend(self, key: ExpertKey, used: bool) -> None:
+    def lease_for_copy(self, key: ExpertKey, used: bool) -> None:
         """For as long as any other lease."""
         pool = self.ledger.pool_of[key.block]
         caller = Caller(Demand(pool, key.block, len(self.callers)), [])
