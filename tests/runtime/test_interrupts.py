@@ -22,6 +22,7 @@ from threads import Task
 from moetier.tiers.cache.budget import smallest_budget
 from moetier.tiers.host.tier import HostTier
 from moetier.tiers.layout import ExpertKey
+from moetier.tiers.locks import Monitor
 from moetier.tiers.store.folder import read_manifest, store_folder
 
 SCRIPT = HELPERS / "interrupted.py"
@@ -76,3 +77,19 @@ def test_a_wait_for_a_read_ends_at_once() -> None:
         task.result()
         assert not gate.reads, "the read has not ended"
         tier.check_integrity()
+
+
+def test_ctrl_c_cuts_a_transition_and_the_next_one_repairs_first() -> None:
+    done: list[str] = []
+    monitor = Monitor(lambda: done.append("repaired"))
+
+    def change() -> None:
+        done.append("begun")
+        signal.raise_signal(signal.SIGINT)
+        done.append("ended")
+
+    with pytest.raises(KeyboardInterrupt):
+        monitor.run(change)
+    assert done == ["begun"]
+    monitor.run(lambda: done.append("the next one"))
+    assert done == ["begun", "repaired", "the next one"]

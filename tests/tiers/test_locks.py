@@ -8,10 +8,57 @@ from cuts import cut
 from threads import Task, sleeps, wait_until
 
 from moetier.tiers.errors import ConfigError
-from moetier.tiers.locks import Monitor
+from moetier.tiers.locks import Monitor, deferred, posted, transition, waiting
 
 
-def test_steps_run_one_at_a_time() -> None:
+class Account:
+    """Each method is a transition, and notes when it runs."""
+
+    def __init__(self) -> None:
+        self._monitor = Monitor()
+        self.log: list[str] = []
+        self.balance = 0
+
+    @transition
+    def pay_in(self, amount: int) -> int:
+        self.note("pay in")
+        self.close()
+        self.balance += amount
+        self._monitor.wake()
+        self.log.append("paid in")
+        return self.balance
+
+    @waiting
+    def pay_out(self, amount: int) -> int | None:
+        if self.balance < amount:
+            return None
+        self.balance -= amount
+        return self.balance
+
+    @posted
+    def close(self) -> None:
+        self.log.append("closed")
+
+    @deferred
+    def note(self, text: str) -> None:
+        self.log.append(text)
+
+
+def test_a_method_runs_when_its_decorator_says() -> None:
+    account = Account()
+    taker = Task(lambda: account.pay_out(5))
+    wait_until(lambda: sleeps(taker.thread))
+    account.note("a note")
+    assert not account.log, "it runs with the next transition"
+    assert account.pay_in(7) == 7
+    assert account.log[:2] == ["a note", "paid in"], "what is posted in a transition runs after it"
+    assert taker.result() == 2
+    account.close()
+    assert account.log[2:].count("closed") == 2
+    assert account.log.count("pay in") == 1
+
+
+def test_transitions_run_one_at_a_time() -> None:
     monitor, count = Monitor(), 0
 
     def add() -> None:
@@ -28,17 +75,17 @@ def test_steps_run_one_at_a_time() -> None:
     assert count == 8000
 
 
-def test_a_step_that_waits_is_repeated_when_it_is_woken() -> None:
+def test_a_transition_that_waits_is_repeated_when_it_is_woken() -> None:
     monitor, looks, awake, go = Monitor(), 0, [], False
 
-    def step() -> bool | None:
+    def change() -> bool | None:
         nonlocal looks
         looks += 1
         if go:
             awake.append(threading.current_thread())
         return go or None
 
-    tasks = [Task(lambda: monitor.wait_for(step)) for _ in range(3)]
+    tasks = [Task(lambda: monitor.wait_for(change)) for _ in range(3)]
     wait_until(lambda: all(sleeps(task.thread) for task in tasks))
     before = looks
     monitor.run(monitor.wake)  # for nothing: they sleep on
@@ -54,22 +101,22 @@ def test_a_step_that_waits_is_repeated_when_it_is_woken() -> None:
     assert len(awake) == 3
 
 
-def test_a_posted_work_is_done_at_once_or_behind_the_step() -> None:
+def test_a_posted_work_is_done_at_once_or_behind_the_transition() -> None:
     monitor, done = Monitor(), []
     monitor.post(lambda: done.append("at once"))
     assert done == ["at once"]
 
-    def step() -> None:
-        monitor.post(lambda: done.append("later"))  # by the very thread whose step it is: a lock would wait for ever
+    def change() -> None:
+        monitor.post(lambda: done.append("later"))  # by the thread in the transition itself: a lock would wait for ever
         Task(lambda: monitor.post(lambda: done.append("from elsewhere"))).result()
         assert done == ["at once"]
 
-    monitor.run(step)
+    monitor.run(change)
     assert done == ["at once", "later", "from elsewhere"]
 
 
 def test_a_posted_work_is_done_before_its_poster_sleeps() -> None:
-    """A step may wait for work that was posted during the step."""
+    """A transition may wait for work that was posted during it."""
     monitor, given = Monitor(), False
 
     def give() -> None:
@@ -77,27 +124,27 @@ def test_a_posted_work_is_done_before_its_poster_sleeps() -> None:
         given = True
         monitor.wake()
 
-    def step() -> bool | None:
+    def change() -> bool | None:
         monitor.post(give)
         return given or None
 
-    assert Task(lambda: monitor.wait_for(step)).result()
+    assert Task(lambda: monitor.wait_for(change)).result()
 
 
 def test_an_error_leaves_the_lock_free_and_does_posted_work() -> None:
     monitor, done = Monitor(), []
 
-    def step() -> None:
+    def change() -> None:
         monitor.post(lambda: done.append(1))
         raise KeyError
 
     with pytest.raises(KeyError):
-        monitor.run(step)
+        monitor.run(change)
     assert done == [1]
     assert Task(lambda: monitor.run(lambda: 5)).result() == 5
 
 
-def test_what_was_cut_is_mended_once_before_the_next_step() -> None:
+def test_what_was_cut_is_mended_once_before_the_next_transition() -> None:
     repaired = 0
 
     def repair() -> None:
@@ -119,7 +166,7 @@ def test_what_was_cut_is_mended_once_before_the_next_step() -> None:
     assert repaired == 1
 
 
-def test_posted_work_that_always_fails_does_not_stop_other_steps() -> None:
+def test_posted_work_that_always_fails_does_not_stop_other_transitions() -> None:
     monitor = Monitor()
     with pytest.raises(ZeroDivisionError):
         monitor.post(lambda: 1 / 0)
@@ -137,12 +184,12 @@ def test_wherever_an_exception_cuts_it_the_lock_is_free_and_posted_work_is_done(
         sleeper = Task(lambda: monitor.wait_for(lambda: bool(done) or None))  # noqa: B023
         wait_until(lambda: sleeps(sleeper.thread))  # noqa: B023
 
-        def step() -> None:
+        def change() -> None:
             monitor.post(lambda: done.append(1))  # noqa: B023
             monitor.wake()  # noqa: B023
 
         def work() -> None:
-            monitor.run(step)  # noqa: B023
+            monitor.run(change)  # noqa: B023
             monitor.run(monitor.wake)  # noqa: B023
 
         is_cut = cut(work, number) is not None
@@ -159,7 +206,7 @@ def test_wherever_an_exception_cuts_it_the_lock_is_free_and_posted_work_is_done(
 
 
 def test_finalizers_may_post_at_any_moment() -> None:
-    """The garbage collector runs at nearly every allocation, even inside a step."""
+    """The garbage collector runs at nearly every allocation, even inside a transition."""
     monitor, made, ended = Monitor(), 0, 0
 
     def end() -> None:
@@ -173,7 +220,7 @@ def test_finalizers_may_post_at_any_moment() -> None:
         def __del__(self) -> None:
             monitor.post(end)
 
-    def step() -> None:
+    def change() -> None:
         nonlocal made
         for _ in range(5):
             Lost()
@@ -181,7 +228,7 @@ def test_finalizers_may_post_at_any_moment() -> None:
 
     def work() -> None:
         for _ in range(300):
-            monitor.run(step)
+            monitor.run(change)
 
     threshold = gc.get_threshold()
     gc.set_threshold(1)
