@@ -7,7 +7,7 @@ from collections.abc import Callable
 from moetier.runtime.wire.control import ControlConnection
 from moetier.tiers.arena.arena import Arena
 from moetier.tiers.arena.directory import Header
-from moetier.tiers.arena.plan import ArenaPlan
+from moetier.tiers.arena.layout import ArenaLayout
 from moetier.tiers.errors import ArenaError, ClosedError, ProtocolError
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Manifest
@@ -53,23 +53,23 @@ class MappedArena:
             raise ProtocolError(
                 "The daemon's arena does not fit this store.", "Use the same version of moetier on both sides."
             )
-        plan = ArenaPlan.of(manifest, slots)
-        if known and known.plan == plan and Header.read(control.descriptor).identity == known.directory.identity:
+        layout = ArenaLayout.of(manifest, slots)
+        if known and known.layout == layout and Header.read(control.descriptor).identity == known.directory.identity:
             return known
         try:
-            return cls(Arena.map(control.descriptor, plan))
+            return cls(Arena.map(control.descriptor, layout))
         except OSError as error:
             raise ArenaError(
-                f"The {plan.nbytes:,} bytes of the daemon's arena can't be mapped ({error.strerror}).",
+                f"The {layout.nbytes:,} bytes of the daemon's arena can't be mapped ({error.strerror}).",
                 "Raise the limit of this process's address space (ulimit -v).",
             ) from None
 
     def __init__(self, arena: Arena) -> None:
-        self.plan = arena.plan
+        self.layout = arena.layout
         self.directory = arena.directory
         self._arena = arena
         # by slot; the objects stay the same, so that callers can recognise a record that they have wrapped before
-        self._records = [arena.view(slot) for slot in range(arena.plan.slots)]
+        self._records = [arena.view(slot) for slot in range(arena.layout.slots)]
         self._residents: dict[int, Residents | None] = {}  # by block
 
     def residents(self, block: int, array: str) -> Residents | None:
@@ -90,7 +90,7 @@ class MappedArena:
         try:
             return Lease(key, self._records[slot], slot, proof, more), proof
         except IndexError:
-            if slot < self.plan.slots:
+            if slot < self.layout.slots:
                 raise ClosedError("The tier was closed.", "Load the model again.") from None
             raise ProtocolError(
                 f"The arena has no slot {slot}.", "Use the same version of moetier on both sides."

@@ -218,11 +218,11 @@ class DaemonTier(Closeable):
         The slots are those of the daemon, for all its clients. The loads are only those from the local store.
         """
         self._fork_guard.check()
-        plan, fallback = self._arena.plan, self._fallback.host
+        layout, fallback = self._arena.layout, self._fallback.host
         ready = 0 if self._closed_error is not None else self._arena.directory.filled
         with self._counting:
             stats = self._counters.snapshot(
-                slots=plan.slots, ready=ready, leased=None, slot_bytes=plan.nbytes - plan.directory_bytes
+                slots=layout.slots, ready=ready, leased=None, slot_bytes=layout.nbytes - layout.directory_bytes
             )
         if fallback is None:
             return stats
@@ -367,7 +367,7 @@ class Misses:
 
     def _from_fallback(self, host: HostTier) -> Generator[Lease[memoryview], None, None]:
         self.close()
-        first = self._tier._arena.plan.slots  # the fallback's slots are numbered after the arena's
+        first = self._tier._arena.layout.slots  # the fallback's slots are numbered after the arena's
         keys = [ExpertKey(self._block, expert) for expert in self.missing]
         with closing(host.acquire(keys)) as leases:
             for lease in leases:

@@ -48,7 +48,7 @@ class HostedModel:
         self.digest = manifest.digest
         self.host = host
         self.directory = directory
-        self.slots = host.plan.slots_by_array
+        self.slots = host.layout.slots_by_array
         self.budget_bytes = host.stats().slot_bytes
         self.fetches = Fetches(host, manifest, self.slots, patience=patience)
         self._patience = patience

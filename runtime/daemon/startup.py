@@ -62,7 +62,7 @@ def open_models(
                 _log,
                 "leftover",
                 model=manifests[digest].model,
-                bytes=reclaimed.arena.plan.nbytes,
+                bytes=reclaimed.arena.layout.nbytes,
                 filled=reclaimed.arena.directory.filled,
                 holder=reclaimed.holder,
             )
@@ -87,7 +87,7 @@ def open_models(
         _give_to_systemd(model, taken, manager)
         if taken is not None:
             seconds = f"{time.monotonic() - began:.3f}"
-            of = taken.arena.plan.slots
+            of = taken.arena.layout.slots
             log_event(_log, "recovered", model=model.name, slots=host.recovered, of=of, seconds=seconds)
     for name in {name for name, _ in manager.passed} - set(map(_arena_name, models)):
         # the arena of a model that is no longer served: systemd would keep its memory for ever
@@ -160,7 +160,7 @@ def plan_slots(
             digest: one
             for digest, arenas in reclaimed.items()
             for one in reversed(arenas)
-            if one.arena.plan.slots_by_array == slots[digest]
+            if one.arena.layout.slots_by_array == slots[digest]
         }
     else:
         kept = {digest: arenas[0] for digest, arenas in reclaimed.items()}
@@ -174,7 +174,7 @@ def plan_slots(
             )
         )
     divided = _divide(others, ram, available) if others else {}
-    return divided | {digest: one.arena.plan.slots_by_array for digest, one in kept.items()} | slots, kept
+    return divided | {digest: one.arena.layout.slots_by_array for digest, one in kept.items()} | slots, kept
 
 
 def _divide(manifests: Mapping[str, Manifest], ram: Size | None, available: Available) -> dict[str, Mapping[str, int]]:

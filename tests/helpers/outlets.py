@@ -68,7 +68,7 @@ def outlet_of(fetches: Fetches, manifest: Manifest) -> Outlet:
 @contextlib.contextmanager
 def served(host: HostTier) -> Iterator[Address]:
     """Where a tier's records are fetched."""
-    fetches = Fetches(host, host.manifest, host.plan.slots_by_array)
+    fetches = Fetches(host, host.manifest, host.layout.slots_by_array)
     try:
         with serving(outlet_of(fetches, host.manifest)) as address:
             yield address

@@ -17,7 +17,7 @@ from moetier.proto.expert_store_pb2_grpc import ExpertStoreStub
 from moetier.runtime.wire.address import Address, Credentials
 from moetier.runtime.wire.channel import open_channel
 from moetier.runtime.wire.control import ControlConnection
-from moetier.tiers.arena.plan import ArenaPlan
+from moetier.tiers.arena.layout import ArenaLayout
 from moetier.tiers.manifest import Manifest
 
 
@@ -26,9 +26,9 @@ class RawClient:
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.control = ControlConnection.open(folder, manifest.digest)
-        self.plan = ArenaPlan.of(manifest, self.control.slots)
+        self.layout = ArenaLayout.of(manifest, self.control.slots)
         assert self.control.descriptor is not None
-        self._map = mmap.mmap(self.control.descriptor, self.plan.nbytes, mmap.MAP_SHARED, mmap.PROT_READ)
+        self._map = mmap.mmap(self.control.descriptor, self.layout.nbytes, mmap.MAP_SHARED, mmap.PROT_READ)
         self.channel = open_channel(Address.of(folder), Credentials(), bearer=self.control.session_id)
         self.stub = ExpertStoreStub(self.channel)
         self.messages: SimpleQueue[pb.ClientMessage | None] = SimpleQueue()
@@ -85,8 +85,8 @@ class RawClient:
 
     def record(self, slot: int) -> bytes:
         """As it lies in the arena now."""
-        start = self.plan.offset(slot)
-        return self._map[start : start + self.plan.slot_bytes(slot) - 4]
+        start = self.layout.offset(slot)
+        return self._map[start : start + self.layout.slot_bytes(slot) - 4]
 
     def close(self) -> None:
         self.messages.put(None)

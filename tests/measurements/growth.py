@@ -124,7 +124,7 @@ def report(settings: list[Setting]) -> None:
         least = min(same, key=lambda setting: setting.missing_mib)
         more = s.missing_mib - least.missing_mib
         cost = f"{(s.ms - least.ms) / more:.3f}" if more else ""
-        slots = sum(s.model.tiers.host.plan.slots_by_array.values())
+        slots = sum(s.model.tiers.host.layout.slots_by_array.values())
         cells = [str(slots), f"{s.missing_mib:.3f}", f"{s.ms:.2f}", f"{s.ms / s.layers:.2f}", cost]
         rows.append([str(s.layers), str(s.experts), format_bytes(s.stored), s.ram, *cells])
     print(table(rows))

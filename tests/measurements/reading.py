@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "helpers"))
 from stores import layout_of, make_store
 
 from moetier.tiers.arena.arena import Arena
-from moetier.tiers.arena.plan import ArenaPlan
+from moetier.tiers.arena.layout import ArenaLayout
 from moetier.tiers.host.tier import HostTier
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.store.reader import ExpertStore
@@ -73,7 +73,7 @@ def restarts(store: ExpertStore, rounds: int) -> None:
     """Fills an arena, and takes it back as a daemon takes that of a killed one."""
     manifest = store.manifest
     slots = dict.fromkeys(manifest.layouts, manifest.record_count)
-    arena = Arena.create(ArenaPlan.of(manifest, slots))
+    arena = Arena.create(ArenaLayout.of(manifest, slots))
     descriptor = arena.export()
     try:
         with HostTier(store, slots=slots, arena=arena) as tier:

@@ -29,7 +29,7 @@ from moetier.tiers.source import Residents
 from moetier.tiers.store.checksum import crc32c
 
 from .directory import Directory, Header
-from .plan import WORD, ArenaPlan
+from .layout import WORD, ArenaLayout
 
 NAME = "moetier-arena"  # in /proc/PID/fd, the file is shown as "/memfd:moetier-arena (deleted)"
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
@@ -39,10 +39,10 @@ PIECE_BYTES = 32 << 20  # that are allocated at a time in the background
 
 
 class Arena:
-    """A memory file with a directory and ``plan.slots`` slots, mapped into this process. Each slot begins on a page."""
+    """A memory file with a directory and slots, mapped into this process. Each slot begins on a page."""
 
     @classmethod
-    def create(cls, plan: ArenaPlan) -> Arena:
+    def create(cls, layout: ArenaLayout) -> Arena:
         """Create an arena, and allocate its pages: the first of them at once, the others in the background.
 
         So a lack of memory does not show up in the middle of a run. A write to a page that can't be allocated would end
@@ -52,21 +52,21 @@ class Arena:
             BudgetError: the system does not have enough memory.
         """
         descriptor = os.memfd_create(NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        first = min(plan.nbytes, max(plan.directory_bytes, FIRST_BYTES))
+        first = min(layout.nbytes, max(layout.directory_bytes, FIRST_BYTES))
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             os.fchmod(descriptor, 0o600)
-            with _enough_memory(plan):
-                os.ftruncate(descriptor, plan.nbytes)
+            with _enough_memory(layout):
+                os.ftruncate(descriptor, layout.nbytes)
                 os.posix_fallocate(descriptor, 0, first)
                 fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, SEALS)
-                mapping = mmap.mmap(descriptor, plan.nbytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+                mapping = mmap.mmap(descriptor, layout.nbytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
         except BaseException:
             os.close(descriptor)
             raise
-        directory = Directory.create(memoryview(mapping)[: plan.directory_bytes], plan)
-        arena = cls(mapping, plan, directory, descriptor, allocated=first)
-        if first < plan.nbytes:
+        directory = Directory.create(memoryview(mapping)[: layout.directory_bytes], layout)
+        arena = cls(mapping, layout, directory, descriptor, allocated=first)
+        if first < layout.nbytes:
             allocator = threading.Thread(target=arena._allocate_all, name="moetier-arena", daemon=True)
             with contextlib.suppress(RuntimeError):  # without a thread, slots are allocated when they are used
                 allocator.start()
@@ -74,20 +74,20 @@ class Arena:
         return arena
 
     @classmethod
-    def map(cls, descriptor: int, plan: ArenaPlan) -> Arena:
+    def map(cls, descriptor: int, layout: ArenaLayout) -> Arena:
         """Map another process's arena read-only. The caller still has to close ``descriptor``.
 
         Raises:
-            ArenaError: the file is not sealed against shrinking, or its header does not match ``plan``.
+            ArenaError: the file is not sealed against shrinking, or its header does not match ``layout``.
         """
         header = _check_sealed(descriptor)
-        if header != Header.of(plan, header.identity):
+        if header != Header.of(layout, header.identity):
             raise ArenaError(
                 "The arena's memory file is not the one that the daemon has described.", "Connect to the daemon again."
             )
         # Not MAP_PRIVATE: after a stray write, this process would no longer see the owner's changes to that page.
-        mapping = mmap.mmap(descriptor, plan.nbytes, mmap.MAP_SHARED, mmap.PROT_READ)
-        return cls(mapping, plan, Directory(memoryview(mapping)[: plan.directory_bytes], plan), None)
+        mapping = mmap.mmap(descriptor, layout.nbytes, mmap.MAP_SHARED, mmap.PROT_READ)
+        return cls(mapping, layout, Directory(memoryview(mapping)[: layout.directory_bytes], layout), None)
 
     @classmethod
     def reclaim(cls, descriptor: int, manifest: Manifest) -> Arena:
@@ -118,32 +118,32 @@ class Arena:
                 raise ArenaError(
                     f"The arena's memory file can't be locked ({error.strerror}).", "Create a new arena."
                 ) from error
-            plan = _check_sealed(own).plan(manifest)
-            if os.fstat(own).st_blocks * 512 < plan.nbytes:
+            layout = _check_sealed(own).layout(manifest)
+            if os.fstat(own).st_blocks * 512 < layout.nbytes:
                 raise ArenaError(
                     "Some pages of the arena's memory file are not allocated: to write to them could fail.",
                     "Create a new arena.",
                 )
-            mapping = mmap.mmap(own, plan.nbytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+            mapping = mmap.mmap(own, layout.nbytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
         except BaseException:
             os.close(own)
             raise
-        return cls(mapping, plan, Directory(memoryview(mapping)[: plan.directory_bytes], plan), own)
+        return cls(mapping, layout, Directory(memoryview(mapping)[: layout.directory_bytes], layout), own)
 
     def __init__(
         self,
         mapping: mmap.mmap,
-        plan: ArenaPlan,
+        layout: ArenaLayout,
         directory: Directory,
         descriptor: int | None,
         allocated: int | None = None,
     ) -> None:
-        self.plan = plan
+        self.layout = layout
         self.directory = directory
         self._fork_guard = ForkGuard()
         self._mapping: mmap.mmap | None = mapping
         self._descriptor = descriptor  # the owner's descriptor; None in a process that only reads
-        self._allocated = plan.nbytes if allocated is None else allocated  # bytes of pages that are allocated in order
+        self._allocated = layout.nbytes if allocated is None else allocated  # bytes that are allocated, in order
         self._allocator: threading.Thread | None = None
         self._closing = False
 
@@ -155,8 +155,8 @@ class Arena:
         """
         if self._mapping is None:
             raise ClosedError("The arena was closed.", "Open the tier again.")
-        start = self.plan.offset(slot)
-        return memoryview(self._mapping)[start : start + self.plan.slot_bytes(slot)]
+        start = self.layout.offset(slot)
+        return memoryview(self._mapping)[start : start + self.layout.slot_bytes(slot)]
 
     def allocate(self, slot: int) -> None:
         """Allocate the pages of a slot, unless that is done. Only for the owner, before it writes to the slot.
@@ -164,15 +164,15 @@ class Arena:
         Raises:
             BudgetError: the system does not have enough memory.
         """
-        start, size = self.plan.offset(slot), self.plan.slot_bytes(slot)
+        start, size = self.layout.offset(slot), self.layout.slot_bytes(slot)
         if start + size > self._allocated:
             assert self._descriptor is not None, "closed, or not the owner"
-            with _enough_memory(self.plan):
+            with _enough_memory(self.layout):
                 os.posix_fallocate(self._descriptor, start, size)
 
     def _allocate_all(self) -> None:
         """Allocate pages piece by piece, until ``close``. Without memory, end: ``allocate`` says so."""
-        descriptor, whole = self._descriptor, self.plan.nbytes
+        descriptor, whole = self._descriptor, self.layout.nbytes
         assert descriptor is not None
         with contextlib.suppress(OSError):
             while self._allocated < whole and not self._closing:
@@ -208,17 +208,17 @@ class Arena:
         import numpy as np  # imported late: of the processes that open arenas, only those that compute need it
 
         memory = np.frombuffer(self._mapping, np.uint8)
-        start, plan = int(memory.__array_interface__["data"][0]), self.plan
-        table = start + WORD * plan.header_words
-        number = next(number for number, region in enumerate(plan.regions) if region.array == array)
-        first, region = plan.first_slots[number], plan.regions[number]
+        start, layout = int(memory.__array_interface__["data"][0]), self.layout
+        table = start + WORD * layout.header_words
+        number = next(number for number, region in enumerate(layout.regions) if region.array == array)
+        first, region = layout.first_slots[number], layout.regions[number]
         return Residents(
-            experts=plan.experts[block],
-            table=table + WORD * plan.first_keys[block],
-            generations=table + WORD * plan.keys,
+            experts=layout.experts[block],
+            table=table + WORD * layout.first_keys[block],
+            generations=table + WORD * layout.keys,
             first_slot=first,
             slots=region.slots,
-            records=start + plan.offset(first),
+            records=start + layout.offset(first),
             slot_bytes=region.slot_bytes,
             memory=memory,
         )
@@ -253,7 +253,7 @@ class Arena:
 
 
 @contextlib.contextmanager
-def _enough_memory(plan: ArenaPlan) -> Iterator[None]:
+def _enough_memory(layout: ArenaLayout) -> Iterator[None]:
     """Turn errors of the system for lack of memory into BudgetError."""
     try:
         yield
@@ -261,7 +261,7 @@ def _enough_memory(plan: ArenaPlan) -> Iterator[None]:
         if error.errno not in _TOO_MUCH:
             raise
         raise BudgetError(
-            f"The system can't allocate {plan.nbytes:,} bytes of shared memory ({errno.errorcode[error.errno]}).",
+            f"The system can't allocate {layout.nbytes:,} bytes of shared memory ({errno.errorcode[error.errno]}).",
             "Give the host tier less memory (`ram`), or free some memory.",
         ) from error
 
@@ -295,9 +295,9 @@ def intact_slots(arena: Arena, manifest: Manifest, threads: int) -> dict[int, Ex
     same key, the dictionary has one of them at most. A slot is left out if records of its key have another layout than
     the slot's region. ``threads`` is the number of threads that compute checksums.
     """
-    plan = arena.plan
+    layout = arena.layout
     claimed: dict[ExpertKey, int] = {}
-    for region, first in zip(plan.regions, plan.first_slots, strict=True):
+    for region, first in zip(layout.regions, layout.first_slots, strict=True):
         for slot in range(first, first + region.slots):
             key = arena.directory.content(slot)
             if key is not None and manifest.blocks[key.block].array == region.array:

@@ -29,7 +29,7 @@ from moetier.tiers.errors import ArenaError, ClosedError
 from moetier.tiers.layout import PAGE, ExpertKey
 from moetier.tiers.manifest import Manifest
 
-from .plan import WORD, ArenaPlan
+from .layout import WORD, ArenaLayout
 
 MAGIC = int.from_bytes(b"moetier\0", "little")
 VERSION = 1
@@ -50,10 +50,10 @@ class Header:
     regions: tuple[tuple[int, int], ...]  # for each region: the number of its slots, the size of a slot in bytes
 
     @classmethod
-    def of(cls, plan: ArenaPlan, identity: bytes) -> Header:
-        """Make the header of the arena that ``plan`` describes."""
-        regions = tuple((region.slots, region.slot_bytes) for region in plan.regions)
-        return cls(plan.nbytes, plan.keys, plan.slots, identity, plan.digest.rjust(64, "0"), regions)
+    def of(cls, layout: ArenaLayout, identity: bytes) -> Header:
+        """Make the header of the arena that ``layout`` describes."""
+        regions = tuple((region.slots, region.slot_bytes) for region in layout.regions)
+        return cls(layout.nbytes, layout.keys, layout.slots, identity, layout.digest.rjust(64, "0"), regions)
 
     @classmethod
     def read(cls, descriptor: int) -> Header:
@@ -71,16 +71,16 @@ class Header:
         pairs = struct.unpack_from(f"<{2 * regions}Q", data, _FIXED.size)
         return cls(nbytes, keys, slots, identity, digest.hex(), tuple(zip(pairs[::2], pairs[1::2], strict=True)))
 
-    def plan(self, manifest: Manifest) -> ArenaPlan:
-        """Return the plan of the arena. Raises ArenaError if the arena is not one for the store of ``manifest``."""
+    def layout(self, manifest: Manifest) -> ArenaLayout:
+        """Return the layout of the arena. Raises ArenaError if the arena is not one for the store of ``manifest``."""
         ranges = slot_ranges(manifest)
         if self.digest != manifest.digest.rjust(64, "0"):
             raise ArenaError("The arena holds records of another store.", "Create a new arena.")
         slots = {array: count for array, (count, _) in zip(sorted(ranges), self.regions, strict=False)}
         if all(least <= slots.get(array, 0) <= most for array, (least, most) in ranges.items()):
-            plan = ArenaPlan.of(manifest, slots)
-            if self == Header.of(plan, self.identity):
-                return plan
+            layout = ArenaLayout.of(manifest, slots)
+            if self == Header.of(layout, self.identity):
+                return layout
         raise ArenaError("The sizes of the arena's regions do not fit the store.", "Create a new arena.")
 
     def to_bytes(self) -> bytes:
@@ -93,37 +93,37 @@ class Header:
 
 
 class Directory:
-    """The directory in the first ``plan.directory_bytes`` of an arena. Only one thread may change it at a time."""
+    """The directory in the first ``layout.directory_bytes`` of an arena. Only one thread may change it at a time."""
 
     @classmethod
-    def create(cls, memory: memoryview, plan: ArenaPlan) -> Directory:
+    def create(cls, memory: memoryview, layout: ArenaLayout) -> Directory:
         """Write a directory without records into ``memory``, the beginning of a new arena. All of its bytes are 0."""
-        header = Header.of(plan, os.urandom(16)).to_bytes()
-        assert len(header) == plan.header_words * WORD <= PAGE
-        directory = cls(memory, plan)
-        for number in range(plan.keys):
+        header = Header.of(layout, os.urandom(16)).to_bytes()
+        assert len(header) == layout.header_words * WORD <= PAGE
+        directory = cls(memory, layout)
+        for number in range(layout.keys):
             directory._table[number] = NONE
-        for slot in range(plan.slots):
+        for slot in range(layout.slots):
             directory._contents[slot] = NONE
         memory[WORD : len(header)] = header[WORD:]
         memory[:WORD] = header[:WORD]  # the magic is written last, so that no reader accepts an unfinished header
         return directory
 
-    def __init__(self, memory: memoryview, plan: ArenaPlan) -> None:
-        """Use the existing directory in ``memory``, which has ``plan.directory_bytes`` bytes."""
-        assert len(memory) == plan.directory_bytes
-        self._plan = plan
+    def __init__(self, memory: memoryview, layout: ArenaLayout) -> None:
+        """Use the existing directory in ``memory``, which has ``layout.directory_bytes`` bytes."""
+        assert len(memory) == layout.directory_bytes
+        self._layout = layout
         self._closed = False
         self._retired = False
-        self._first_keys = plan.first_keys
+        self._first_keys = layout.first_keys
         words = memory.cast("Q")
-        table = plan.header_words
-        generations = table + plan.keys
-        contents = generations + plan.slots
+        table = layout.header_words
+        generations = table + layout.keys
+        contents = generations + layout.slots
         self._words = words
         self._table = memory.cast("q")[table:generations]
         self._generations = words[generations:contents]
-        self._contents = memory.cast("q")[contents : contents + plan.slots]
+        self._contents = memory.cast("q")[contents : contents + layout.slots]
 
     @property
     def identity(self) -> bytes:
@@ -161,7 +161,7 @@ class Directory:
     @property
     def filled(self) -> int:
         """Number of slots that hold a record now."""
-        return sum(self.content(slot) is not None for slot in range(self._plan.slots))
+        return sum(self.content(slot) is not None for slot in range(self._layout.slots))
 
     # -- the owner ----------------------------------------------------------------------------------------------------
 
@@ -192,9 +192,9 @@ class Directory:
     def retire(self) -> None:
         """Invalidate all slots for good. Readers find no records from now on, and none of their leases holds."""
         self._retired = True
-        for number in range(self._plan.keys):
+        for number in range(self._layout.keys):
             self._table[number] = NONE
-        for slot in range(self._plan.slots):
+        for slot in range(self._layout.slots):
             self._contents[slot] = NONE
             self._generations[slot] = (self._generations[slot] + 2) % _WORDS | 1
 
@@ -215,9 +215,9 @@ class Directory:
         If an owner has died while it filled a slot, the slot holds no whole record.
         """
         number = self._contents[slot]
-        if self._generations[slot] & 1 or not 0 <= number < self._plan.keys:
+        if self._generations[slot] & 1 or not 0 <= number < self._layout.keys:
             return None
-        return self._plan.key(number)
+        return self._layout.key(number)
 
     def repair(self, states: Sequence[tuple[ExpertKey | None, bool]]) -> None:
         """Make the directory agree with ``states``, after an exception has interrupted a change or the owner has died.
@@ -231,7 +231,7 @@ class Directory:
             self.retire()
             return
         held = {self._number(key): slot for slot, (key, filling) in enumerate(states) if key and not filling}
-        for number in range(self._plan.keys):
+        for number in range(self._layout.keys):
             slot = held.get(number, NONE)
             if self._table[number] not in (slot, NONE) or (slot != NONE and self.content(slot) != states[slot][0]):
                 self._table[number] = NONE
@@ -254,7 +254,7 @@ class Directory:
         """For tests: assert that the directory agrees with ``states`` (see ``repair``), unless it was closed."""
         if self._closed:
             return
-        table = [NONE] * self._plan.keys
+        table = [NONE] * self._layout.keys
         for slot, (key, filling) in enumerate(states):
             assert self._generations[slot] & 1 == filling, f"slot {slot}"
             if not filling:

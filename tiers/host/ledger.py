@@ -27,7 +27,7 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from functools import partial
 
 from moetier.tiers.arena.directory import Directory
-from moetier.tiers.arena.plan import ArenaPlan
+from moetier.tiers.arena.layout import ArenaLayout
 from moetier.tiers.cache.budget import plan_groups
 from moetier.tiers.cache.policies import DEFAULT_POLICY, POLICIES
 from moetier.tiers.cache.pool import Lookup
@@ -47,7 +47,7 @@ class Ledger:
 
     Args:
         manifest: the manifest of the store.
-        plan: the plan of the arena that has the slots.
+        layout: layout of the arena that has the slots.
         directory: the directory of that arena.
         notifier: wakes threads that can go on.
         limits: how many loads may be in progress.
@@ -59,7 +59,7 @@ class Ledger:
     def __init__(
         self,
         manifest: Manifest,
-        plan: ArenaPlan,
+        layout: ArenaLayout,
         directory: Directory,
         notifier: Notifier,
         limits: LoadLimits,
@@ -72,7 +72,7 @@ class Ledger:
         self.directory = directory
         self.counters = TierCounters("host")
         self.pools: dict[str, Pool] = {}  # from the name of a zarr array to its pool, in the order of the pools' slots
-        for region, first in zip(plan.regions, plan.first_slots, strict=True):
+        for region, first in zip(layout.regions, layout.first_slots, strict=True):
             groups = plan_groups(region.slots, manifest.members[region.array])
             self.pools[region.array] = Pool(groups, POLICIES[policy], first=first, slot_bytes=region.slot_bytes)
         self.pool_of = [self.pools[block.array] for block in manifest.blocks]  # for each block, the pool of its records

@@ -14,7 +14,7 @@ from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from moetier.tiers.arena.directory import Directory
-from moetier.tiers.arena.plan import ArenaPlan
+from moetier.tiers.arena.layout import ArenaLayout
 from moetier.tiers.errors import MoetierError
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Block
@@ -34,13 +34,13 @@ class LoadLimits(NamedTuple):
     prefetches: int  # reads for prefetches in progress
 
     @classmethod
-    def of(cls, loaders: int, plan: ArenaPlan) -> LoadLimits:
-        """Return the limits of a tier with so many loaders, and slots as ``plan`` has them.
+    def of(cls, loaders: int, layout: ArenaLayout) -> LoadLimits:
+        """Return the limits of a tier with so many loaders, and slots as ``layout`` has them.
 
         Demands keep every loader busy. If records are large enough to be read in pieces, prefetches leave one loader
         free for demands. Otherwise there is one prefetch at a time, so that a demand waits for one such read at most.
         """
-        is_interruptible = all(region.slot_bytes > interruptible_bytes(region.slot_bytes) for region in plan.regions)
+        is_interruptible = all(region.slot_bytes > interruptible_bytes(region.slot_bytes) for region in layout.regions)
         return cls(ahead=2 * loaders, prefetches=max(1, loaders - 1) if is_interruptible else 1)
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Generator, Iterator, Mapping, 
 from functools import partial
 
 from moetier.tiers.arena.arena import Arena, intact_slots
-from moetier.tiers.arena.plan import ArenaPlan
+from moetier.tiers.arena.layout import ArenaLayout
 from moetier.tiers.cache.policies import DEFAULT_POLICY
 from moetier.tiers.cache.pool import snapshot
 from moetier.tiers.closeable import Closeable
@@ -70,8 +70,8 @@ class HostTier(Closeable):
         """
         assert loaders > 0
         self.manifest = store.manifest
-        self.plan = ArenaPlan.of(self.manifest, slots)
-        assert arena is None or arena.plan == self.plan
+        self.layout = ArenaLayout.of(self.manifest, slots)
+        assert arena is None or arena.layout == self.layout
         self.recovered = 0  # number of intact records in the reclaimed arena
         self._store = store
         self._monitor = Monitor(lambda: self._ledger.repair())
@@ -79,19 +79,21 @@ class HostTier(Closeable):
         self._timekeeper = Timekeeper(self._monitor, self._notifier.timekeeper)
         self._loaders: list[threading.Thread] = []
         with contextlib.ExitStack() as undo:
-            self._arena = arena or Arena.create(self.plan)
+            self._arena = arena or Arena.create(self.layout)
             undo.callback(self._arena.close)
-            self._is_allocated = bytearray(self.plan.slots)  # for each slot, whether its memory was allocated
-            self._slots = [self._arena.slot(slot) for slot in range(self.plan.slots)]  # writable views, for the loaders
+            self._is_allocated = bytearray(self.layout.slots)  # for each slot, whether its memory was allocated
+            self._slots = [
+                self._arena.slot(slot) for slot in range(self.layout.slots)
+            ]  # writable views, for the loaders
             # a read-only view of each slot; always the same objects, for which the device tier can cache tensors
-            self._records = [self._arena.view(slot) for slot in range(self.plan.slots)]
+            self._records = [self._arena.view(slot) for slot in range(self.layout.slots)]
             self._residents: dict[int, Residents | None] = {}  # a dictionary from block to what ``residents`` returns
             self._ledger = Ledger(
                 self.manifest,
-                self.plan,
+                self.layout,
                 self._arena.directory,
                 self._notifier,
-                LoadLimits.of(loaders, self.plan),
+                LoadLimits.of(loaders, self.layout),
                 policy=policy,
                 fills=fills,
             )
@@ -320,7 +322,7 @@ class HostTier(Closeable):
     def export(self) -> int:
         """Return a new read-only file descriptor of the arena, which the caller has to close.
 
-        The arena has the layout ``plan``. Raises ClosedError if the tier was closed, StoreError if it was condemned.
+        The arena's layout is ``layout``. Raises ClosedError if the tier was closed, StoreError if it was condemned.
         """
         self._check_open()
         return self._arena.export()
@@ -380,7 +382,7 @@ class HostTier(Closeable):
 
     def _recover(self, arena: Arena, threads: int) -> None:
         kept = intact_slots(arena, self.manifest, threads)
-        arena.directory.repair([(kept.get(slot), False) for slot in range(self.plan.slots)])
+        arena.directory.repair([(kept.get(slot), False) for slot in range(self.layout.slots)])
         for slot, key in kept.items():
             pool = self._ledger.pool_of[key.block]
             pool.begin_fill(slot - pool.first, key)

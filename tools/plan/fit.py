@@ -16,7 +16,7 @@ from moetier.runtime.kernels.products.api import Kernels
 from moetier.runtime.machine.memory import MARGIN_BYTES, MARGIN_SHARE, Available
 from moetier.runtime.model.budgets import Needs, kv_cache_bytes, largest_decoded, scratch_numbers
 from moetier.runtime.model.prefill import prefill_of
-from moetier.tiers.arena.plan import ArenaPlan
+from moetier.tiers.arena.layout import ArenaLayout
 from moetier.tiers.cache.budget import slots_for, smallest_budget
 from moetier.tiers.errors import BudgetError, DiskSpaceError, MoetierError
 from moetier.tools.convert.files import free_bytes
@@ -110,7 +110,7 @@ def fit_of(model_choices: ModelChoices, choice: Choice, config: TierConfig, room
             left = replace(there, bytes=max(there.bytes - choice.trunk_bytes, 0))
             needs = needs.beside(config.device_memory, manifest.stored_bytes, left, smallest=smallest_budget(manifest))
             device_slots = slots_for(manifest, needs.device_budget(manifest, config.device_memory, left))
-        arena = ArenaPlan.of(manifest, slots).nbytes
+        arena = ArenaLayout.of(manifest, slots).nbytes
     except BudgetError as error:
         problem, slots = problem or _memory_problem(error, choice, needs, config, there, room), {}
     if problem:

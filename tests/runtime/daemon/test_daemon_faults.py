@@ -173,7 +173,7 @@ def test_little_shared_memory_and_nothing_locked(tmp_path: Path) -> None:
         running_daemon(tmp_path / "store", ram=16 * layout.slot_bytes, folder=tmp_path / "d", prefix=prefix) as daemon,
         RawClient(daemon.folder, manifest) as client,
     ):
-        assert client.plan.nbytes > 90 << 20
+        assert client.layout.nbytes > 90 << 20
         assert re.search(r" /dev/shm tmpfs \S*size=65536k", Path(f"/proc/{daemon.pid}/mounts").read_text())
         limits = Path(f"/proc/{daemon.pid}/limits").read_text()
         assert re.search(r"^Max locked memory +65536 +65536", limits, re.MULTILINE)

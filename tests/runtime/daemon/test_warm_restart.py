@@ -27,7 +27,7 @@ from moetier.runtime.daemon.reclaim import ReclaimedArena, reclaim_arenas
 from moetier.runtime.daemon.startup import plan_slots
 from moetier.runtime.machine.memory import Available
 from moetier.tiers.arena.arena import Arena
-from moetier.tiers.arena.plan import ArenaPlan
+from moetier.tiers.arena.layout import ArenaLayout
 from moetier.tiers.errors import BudgetError
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Manifest
@@ -127,7 +127,7 @@ def test_a_record_that_is_not_whole_any_more_is_read_again(store: Store, tmp_pat
         slots = fill(client, store)
         daemon.kill()
         with open(f"/proc/self/fd/{client.control.descriptor}", "r+b", buffering=0) as arena:  # noqa: PTH123
-            arena.seek(client.plan.offset(slots[ExpertKey(1, 2)]) + 100)
+            arena.seek(client.layout.offset(slots[ExpertKey(1, 2)]) + 100)
             arena.write(b"not the record")
         daemon.start()
         stats = daemon.stats()
@@ -185,7 +185,7 @@ def test_an_owner_that_is_still_being_killed_is_waited_for_whatever_is_free_alre
     """Of two models: a read of one has not ended yet, and with it the lock of that arena."""
     plans = [make_plan(experts=experts, model=f"acme/{experts}") for experts in (4, 6)]
     manifests = [write_store(tmp_path / plan.model, plan, make_records(plan)) for plan in plans]
-    arenas = [Arena.create(ArenaPlan.of(manifest, {"records": 6})) for manifest in manifests]
+    arenas = [Arena.create(ArenaLayout.of(manifest, {"records": 6})) for manifest in manifests]
     kept = [(f"holder {number}", arena.export()) for number, arena in enumerate(arenas)]
     arenas[0].close()
     dying = Task(lambda: (time.sleep(0.2), arenas[1].close()), "the owner")
@@ -363,7 +363,7 @@ def two(tmp_path: Path) -> dict[str, Manifest]:
 
 @contextlib.contextmanager
 def leftover(manifest: Manifest, slots: int) -> Iterator[ReclaimedArena]:
-    arena = Arena.create(ArenaPlan.of(manifest, {"records": slots}))
+    arena = Arena.create(ArenaLayout.of(manifest, {"records": slots}))
     try:
         yield ReclaimedArena(arena, "process 1")
     finally:

@@ -181,7 +181,7 @@ from moetier.runtime.config import Size
 from moetier.runtime.machine.memory import available_memory, budget_for
 from moetier.tiers.arena.arena import Arena
 from moetier.tiers.errors import BudgetError
-from moetier.tiers.arena.plan import ArenaPlan, Region
+from moetier.tiers.arena.layout import ArenaLayout, Region
 PAGE, RESERVE = 4096, int(sys.argv[1])
 sizes = {"smallest": PAGE, "largest": 1 << 50, "reserve": RESERVE, "available": available_memory()}
 try:
@@ -189,7 +189,7 @@ try:
 except BudgetError as error:
     most = int(re.findall(r"(\\d+) bytes", error.fix)[-1])
 size = most // PAGE * PAGE
-arena = Arena.create(ArenaPlan("", (1,), (Region("records", 1, size),)))
+arena = Arena.create(ArenaLayout("", (1,), (Region("records", 1, size),)))
 memory = arena.slot(0)
 for start in range(0, len(memory), PAGE):
     memory[start] = 1

@@ -20,13 +20,13 @@ from threads import Task, joins, wait_until
 
 from moetier.tiers.arena import arena as arena_module
 from moetier.tiers.arena.arena import SEALS, Arena
-from moetier.tiers.arena.plan import ArenaPlan, Region
+from moetier.tiers.arena.layout import ArenaLayout, Region
 from moetier.tiers.errors import ArenaError, BudgetError, ClosedError
 from moetier.tiers.layout import PAGE
 
 
-def plan_of(slots: int, pages: int = 1) -> ArenaPlan:
-    return ArenaPlan("ab" * 32, (slots,), (Region("records", slots, pages * PAGE),))
+def layout_of(slots: int, pages: int = 1) -> ArenaLayout:
+    return ArenaLayout("ab" * 32, (slots,), (Region("records", slots, pages * PAGE),))
 
 
 def arena_maps() -> int:
@@ -46,7 +46,7 @@ def in_child(code: str, *arguments: int, **options: object) -> subprocess.Comple
 
 
 def test_slots_are_apart_and_begin_on_pages() -> None:
-    arena = Arena.create(plan_of(3, 2))
+    arena = Arena.create(layout_of(3, 2))
     for index in range(3):
         slot = arena.slot(index)
         assert len(slot) == 2 * PAGE
@@ -60,7 +60,7 @@ def test_slots_are_apart_and_begin_on_pages() -> None:
 
 
 def test_a_view_is_read_only_and_shows_what_is_written_later() -> None:
-    arena = Arena.create(plan_of(1))
+    arena = Arena.create(layout_of(1))
     view = arena.view(0)[:10]
     assert view.readonly
     with pytest.raises(TypeError):
@@ -72,7 +72,7 @@ def test_a_view_is_read_only_and_shows_what_is_written_later() -> None:
 
 
 def test_the_memory_file_is_private_sealed_and_not_under_dev_shm() -> None:
-    arena = Arena.create(plan_of(2))
+    arena = Arena.create(layout_of(2))
     descriptor = arena.export()
     status = os.fstat(descriptor)
     assert stat.S_IMODE(status.st_mode) == 0o600
@@ -86,16 +86,16 @@ def test_the_memory_file_is_private_sealed_and_not_under_dev_shm() -> None:
 
 
 def test_another_process_reads_and_can_do_nothing_else() -> None:
-    arena = Arena.create(plan_of(2))
+    arena = Arena.create(layout_of(2))
     arena.slot(1)[:6] = b"expert"
     descriptor = arena.export()
     child = in_child(
         f"""
         import errno, mmap, os, sys
         from moetier.tiers.arena.arena import Arena
-        from moetier.tiers.arena.plan import ArenaPlan, Region
+        from moetier.tiers.arena.layout import ArenaLayout, Region
         descriptor = int(sys.argv[1])
-        arena = Arena.map(descriptor, ArenaPlan("ab" * 32, (2,), (Region("records", 2, {PAGE}),)))
+        arena = Arena.map(descriptor, ArenaLayout("ab" * 32, (2,), (Region("records", 2, {PAGE}),)))
         print(bytes(arena.view(1)[:6]).decode())
         print(arena.view(1)[:6].readonly)
         again = os.open(f"/proc/self/fd/{{descriptor}}", os.O_RDWR)  # the same user may: a restarted owner has to
@@ -126,7 +126,7 @@ def test_another_process_reads_and_can_do_nothing_else() -> None:
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
 def test_another_user_can_not_open_it_for_writing() -> None:
-    arena = Arena.create(plan_of(1))
+    arena = Arena.create(layout_of(1))
     descriptor = arena.export()
     child = in_child(
         """
@@ -148,7 +148,7 @@ def test_what_could_shrink_under_the_reader_is_not_mapped(tmp_path: Path) -> Non
     def refused(descriptor: int, slots: int = 1) -> str:
         try:
             with pytest.raises(ArenaError) as caught:
-                Arena.map(descriptor, plan_of(slots))
+                Arena.map(descriptor, layout_of(slots))
             return caught.value.cause
         finally:
             os.close(descriptor)
@@ -157,7 +157,7 @@ def test_what_could_shrink_under_the_reader_is_not_mapped(tmp_path: Path) -> Non
     file.write_bytes(bytes(2 * PAGE))
     assert "not refer to a memory file" in refused(os.open(file, os.O_RDONLY))
 
-    arena = Arena.create(plan_of(1))
+    arena = Arena.create(layout_of(1))
     content = os.pread(descriptor := arena.export(), 2 * PAGE, 0)
     os.close(descriptor)
 
@@ -178,9 +178,9 @@ def test_what_could_shrink_under_the_reader_is_not_mapped(tmp_path: Path) -> Non
 
 
 def test_only_the_owner_fills_and_exports() -> None:
-    arena = Arena.create(plan_of(1))
+    arena = Arena.create(layout_of(1))
     descriptor = arena.export()
-    reader = Arena.map(descriptor, plan_of(1))
+    reader = Arena.map(descriptor, layout_of(1))
     os.close(descriptor)
     with pytest.raises(TypeError, match="read-only"):
         reader.slot(0)[:2] = b"no"
@@ -199,10 +199,10 @@ def test_no_memory_is_a_budget_error() -> None:
         import os
         from moetier.tiers.arena.arena import Arena
         from moetier.tiers.errors import BudgetError
-        from moetier.tiers.arena.plan import ArenaPlan, Region
+        from moetier.tiers.arena.layout import ArenaLayout, Region
         before = os.listdir("/proc/self/fd")
         try:
-            Arena.create(ArenaPlan("", (1024,), (Region("records", 1024, {PAGE}),)))
+            Arena.create(ArenaLayout("", (1024,), (Region("records", 1024, {PAGE}),)))
         except BudgetError as error:
             print(error.cause)
             print(error.fix)
@@ -218,8 +218,8 @@ def test_no_memory_is_a_budget_error() -> None:
 @pytest.mark.parametrize("code", ["ENOSPC", "ENOMEM"])
 def test_a_full_memory_is_a_budget_error(code: str) -> None:
     program = (
-        "from moetier.tiers.arena.arena import Arena; from moetier.tiers.arena.plan import ArenaPlan, Region; "
-        f"Arena.create(ArenaPlan('', (4,), (Region('records', 4, {PAGE}),)))"
+        "from moetier.tiers.arena.arena import Arena; from moetier.tiers.arena.layout import ArenaLayout, Region; "
+        f"Arena.create(ArenaLayout('', (4,), (Region('records', 4, {PAGE}),)))"
     )
     injected = subprocess.run(
         ["strace", "-qq", "-o", "/dev/null", "-e", f"inject=fallocate:error={code}", sys.executable, "-c", program],
@@ -261,7 +261,7 @@ def pages_of(arena: Arena) -> int:
 def test_pages_are_allocated_in_the_background_and_those_of_a_slot_before_it_is_used(
     slow_pages: threading.Event,
 ) -> None:
-    arena = Arena.create(plan_of(4, 3))
+    arena = Arena.create(layout_of(4, 3))
     assert pages_of(arena) == 1, "the directory's"
     arena.allocate(2)
     assert pages_of(arena) == 4
@@ -272,7 +272,7 @@ def test_pages_are_allocated_in_the_background_and_those_of_a_slot_before_it_is_
 
 
 def test_closing_ends_the_allocation(slow_pages: threading.Event) -> None:
-    arena = Arena.create(plan_of(100))
+    arena = Arena.create(layout_of(100))
     descriptor = arena.export()
     closing = Task(arena.close)
     wait_until(lambda: joins(closing.thread))
@@ -285,7 +285,7 @@ def test_closing_ends_the_allocation(slow_pages: threading.Event) -> None:
 def test_a_slot_whose_pages_can_not_be_had_is_a_budget_error(
     slow_pages: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arena = Arena.create(plan_of(4))
+    arena = Arena.create(layout_of(4))
 
     def refuse(descriptor: int, offset: int, length: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -303,7 +303,7 @@ def test_without_a_thread_slots_are_allocated_when_they_are_used(monkeypatch: py
 
     monkeypatch.setattr(arena_module, "FIRST_BYTES", PAGE)
     monkeypatch.setattr(threading.Thread, "start", start)
-    arena = Arena.create(plan_of(4))
+    arena = Arena.create(layout_of(4))
     arena.allocate(3)
     assert pages_of(arena) == 2
     arena.close()
@@ -311,7 +311,7 @@ def test_without_a_thread_slots_are_allocated_when_they_are_used(monkeypatch: py
 
 def test_close_leaves_nothing() -> None:
     before = arena_maps()
-    arena = Arena.create(plan_of(4))
+    arena = Arena.create(layout_of(4))
     assert arena_maps() == before + 1
     arena.close()
     assert arena_maps() == before
@@ -325,7 +325,7 @@ def test_close_leaves_nothing() -> None:
 @pytest.mark.parametrize("kind", ["memoryview", "numpy", "torch"])
 def test_a_view_outlives_close_and_takes_the_map_with_it(kind: str) -> None:
     before = arena_maps()
-    arena = Arena.create(plan_of(1))
+    arena = Arena.create(layout_of(1))
     arena.slot(0)[:4] = b"held"
     view = arena.view(0)[:4]
     held: object
@@ -347,9 +347,9 @@ def test_a_view_outlives_close_and_takes_the_map_with_it(kind: str) -> None:
 
 
 def test_the_map_is_shared_not_private() -> None:
-    arena = Arena.create(plan_of(1))
+    arena = Arena.create(layout_of(1))
     descriptor = arena.export()
-    reader = Arena.map(descriptor, plan_of(1))
+    reader = Arena.map(descriptor, layout_of(1))
     view = reader.view(0)[:1]
     assert bytes(view) == b"\0", "the page is mapped before it is written"
     arena.slot(0)[:1] = b"1"

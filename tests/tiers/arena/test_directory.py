@@ -18,7 +18,7 @@ from stores import layout_of, make_plan, make_records
 
 from moetier.tiers.arena.arena import SEALS, Arena
 from moetier.tiers.arena.directory import Directory
-from moetier.tiers.arena.plan import ArenaPlan
+from moetier.tiers.arena.layout import ArenaLayout
 from moetier.tiers.errors import ArenaError
 from moetier.tiers.host.tier import HostTier
 from moetier.tiers.layout import CHECKSUM_BYTES, ExpertKey
@@ -26,8 +26,8 @@ from moetier.tiers.layout import CHECKSUM_BYTES, ExpertKey
 MANIFEST = make_plan(blocks=1, experts=4, top_k=2, layout=layout_of(16, 16))
 RECORDS = make_records(MANIFEST)
 A, B, C, _ = RECORDS
-PLAN = ArenaPlan.of(MANIFEST, {"records": 2})
-SLOT_BYTES = PLAN.slot_bytes(0)
+LAYOUT = ArenaLayout.of(MANIFEST, {"records": 2})
+SLOT_BYTES = LAYOUT.slot_bytes(0)
 
 
 class Watched:
@@ -72,12 +72,12 @@ FAIL: list[Step] = [(A, 0, C, False), (None, 0, A, True)]
 
 def life(steps: list[Step]) -> list[bytes]:
     """Return the arena after every word that its owner writes. At first A is in slot 0 and B in slot 1."""
-    arena = Arena.create(PLAN)
+    arena = Arena.create(LAYOUT)
     descriptor = arena.export()
     states: list[bytes] = []
 
     def snapshot() -> None:
-        states.append(os.pread(descriptor, PLAN.nbytes, 0))
+        states.append(os.pread(descriptor, LAYOUT.nbytes, 0))
 
     def do(old: ExpertKey | None, slot: int, key: ExpertKey, succeeds: bool) -> None:
         arena.directory.begin_fill(old, slot)
@@ -106,15 +106,15 @@ def life(steps: list[Step]) -> list[bytes]:
 def seen(states: list[bytes], find: Callable[[Directory, ExpertKey], tuple[int, int] | None]) -> Counter[str]:
     """How often a reader of A, whose reads fall between the owner's words in every possible way, was right, wrong, and
     had to throw away what it had read."""
-    now = bytearray(PLAN.directory_bytes)
-    directory = Directory(memoryview(now), PLAN)
+    now = bytearray(LAYOUT.directory_bytes)
+    directory = Directory(memoryview(now), LAYOUT)
     times: Iterator[int]
 
     def read() -> None:
-        now[:] = states[next(times)][: PLAN.directory_bytes]
+        now[:] = states[next(times)][: LAYOUT.directory_bytes]
 
     def half(slot: int, number: int) -> bytes:
-        start = PLAN.offset(slot) + number * (SLOT_BYTES // 2)
+        start = LAYOUT.offset(slot) + number * (SLOT_BYTES // 2)
         return states[next(times)][start : start + SLOT_BYTES // 2]
 
     watch(directory, read=read)
@@ -135,7 +135,7 @@ def seen(states: list[bytes], find: Callable[[Directory, ExpertKey], tuple[int, 
 
 def hasty(directory: Directory, key: ExpertKey) -> tuple[int, int] | None:
     """Look up a key without comparing the slot again: a wrong reader."""
-    slot = directory._table[PLAN.first_keys[key.block] + key.expert]
+    slot = directory._table[LAYOUT.first_keys[key.block] + key.expert]
     if slot < 0:
         return None
     generation = directory.generation(slot)
@@ -185,7 +185,7 @@ def test_an_owner_killed_behind_any_word_leaves_all_but_the_slot_that_it_was_fil
     for content in life(steps):
         with take(content) as tier:
             descriptor = tier.export()
-            directory = Arena.map(descriptor, tier.plan).directory
+            directory = Arena.map(descriptor, tier.layout).directory
             os.close(descriptor)
             recovered[tier.recovered] += 1
             assert sum(directory.find(key) is not None for key in RECORDS) == tier.recovered
@@ -207,10 +207,10 @@ WORDS = st.integers(0, 2**64 - 1) | st.sampled_from([0, 1, 2, 2**63, 2**64 - 2, 
 def test_a_directory_of_nonsense_is_taken_back_too(
     table: list[int], generations: list[int], data: st.DataObject
 ) -> None:
-    own = [PLAN.first_keys[A.block] + A.expert, PLAN.first_keys[B.block] + B.expert]
+    own = [LAYOUT.first_keys[A.block] + A.expert, LAYOUT.first_keys[B.block] + B.expert]
     contents = [data.draw(st.just(number) | st.integers(4, 2**64 - 1)) for number in own]
     words = memoryview(bytearray(life([])[0])).cast("Q")
-    start = PLAN.header_words
+    start = LAYOUT.header_words
     for number, word in enumerate([*table, *generations, *contents]):
         words[start + number] = word
     with take(bytes(words)) as tier:
@@ -223,14 +223,14 @@ def test_a_directory_of_nonsense_is_taken_back_too(
 
 def test_an_arena_that_no_daemon_makes_is_not_taken() -> None:
     for count in (1, 5):  # the top-2 of 4 experts
-        arena = Arena.create(ArenaPlan.of(MANIFEST, {"records": count}))
+        arena = Arena.create(ArenaLayout.of(MANIFEST, {"records": count}))
         descriptor = arena.export()
         arena.close()
         with pytest.raises(ArenaError, match="do not fit the store"):
             Arena.reclaim(descriptor, MANIFEST)
         os.close(descriptor)
-    descriptor = left(life([])[0][: PLAN.directory_bytes], 0)
-    os.ftruncate(descriptor, PLAN.nbytes)
+    descriptor = left(life([])[0][: LAYOUT.directory_bytes], 0)
+    os.ftruncate(descriptor, LAYOUT.nbytes)
     fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, SEALS)
     with pytest.raises(ArenaError, match="are not allocated"):
         Arena.reclaim(descriptor, MANIFEST)

@@ -37,7 +37,7 @@ from moetier.tiers.store.reader import ExpertStore
 def arena_address(host: HostTier) -> int:
     with contextlib.closing(host.acquire(keys(0, 0))) as leases:
         lease = next(leases)
-        return int(np.frombuffer(lease.record, np.uint8).ctypes.data) - host.plan.offset(lease.slot)
+        return int(np.frombuffer(lease.record, np.uint8).ctypes.data) - host.layout.offset(lease.slot)
 
 
 @pytest.fixture
@@ -575,7 +575,7 @@ def test_the_hosts_memory_is_page_locked_as_a_whole_and_let_go(host: HostTier) -
     for block in (0, 1, 2, 0):
         consumer.run(block, [0, 1, 2, 3])
     assert device.page_lock_calls == 1
-    assert device.locked == {address: Locked(host.plan.nbytes, read_only=False)}
+    assert device.locked == {address: Locked(host.layout.nbytes, read_only=False)}
     consumer.wrong()
     tier.close()
     assert not device.locked
@@ -584,13 +584,13 @@ def test_the_hosts_memory_is_page_locked_as_a_whole_and_let_go(host: HostTier) -
 @pytest.mark.parametrize("maps", [False, True])
 def test_what_is_mapped_read_only_is_page_locked_so(host: HostTier, maps: bool) -> None:
     """As the arena of a daemon is."""
-    device, owner = device_of(), Arena.create(host.plan)
+    device, owner = device_of(), Arena.create(host.layout)
     descriptor = owner.export()
-    arena = Arena.map(descriptor, owner.plan) if maps else owner
+    arena = Arena.map(descriptor, owner.layout) if maps else owner
     views = SlotViews(PageLocks(device).lock)
-    for slot in range(arena.plan.slots):
+    for slot in range(arena.layout.slots):
         views.of(Lease(ExpertKey(0, slot), arena.view(slot), slot))
-    assert list(device.locked.values()) == [Locked(arena.plan.nbytes, read_only=maps)]
+    assert list(device.locked.values()) == [Locked(arena.layout.nbytes, read_only=maps)]
     os.close(descriptor)
     owner.close()
 
@@ -804,7 +804,7 @@ def test_cuda_page_locks_and_recovers_from_a_refusal() -> None:
 def test_cuda_copies_out_of_what_is_mapped_read_only(host: HostTier) -> None:
     """Page-locked, or pageable where the device has no such locks."""
     cuda, descriptor = CudaDevice(torch.device("cuda")), host.export()
-    arena = Arena.map(descriptor, host.plan)
+    arena = Arena.map(descriptor, host.layout)
     locks = PageLocks(cuda)
     views = SlotViews(locks.lock, locks.retire)
     target = cuda.allocate(PLAN.layouts["records"].record_bytes)

@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from stores import layout_of, make_plan
 
 from moetier.tiers.arena.directory import Directory
-from moetier.tiers.arena.plan import ArenaPlan
+from moetier.tiers.arena.layout import ArenaLayout
 from moetier.tiers.cache.budget import slot_ranges
 from moetier.tiers.cache.policies import POLICIES
 from moetier.tiers.errors import ExhaustedError
@@ -138,12 +138,12 @@ class LedgerMachine(RuleBasedStateMachine):
             name: data.draw(st.integers(least, most) | st.just(least), name)
             for name, (least, most) in sorted(slot_ranges(MANIFEST).items())
         }
-        plan = ArenaPlan.of(MANIFEST, counts)
+        layout = ArenaLayout.of(MANIFEST, counts)
         self.monitor = Transitions(self.woken)
-        self.directory = Directory.create(memoryview(bytearray(plan.directory_bytes)), plan)
+        self.directory = Directory.create(memoryview(bytearray(layout.directory_bytes)), layout)
         self.ledger = Ledger(
             MANIFEST,
-            plan,
+            layout,
             self.directory,
             Notifier(self.monitor),
             LoadLimits(data.draw(st.integers(1, 4), "ahead"), data.draw(st.integers(1, 2), "prefetches")),
@@ -438,11 +438,11 @@ def ledger_of(
     woken: Callable[[], None] = lambda: None,
     clock: Callable[[], float] = time.monotonic,
 ) -> tuple[Ledger, Pool]:
-    plan = ArenaPlan.of(MANIFEST, {"big": 3, "small": count})
-    directory = Directory.create(memoryview(bytearray(plan.directory_bytes)), plan)
+    layout = ArenaLayout.of(MANIFEST, {"big": 3, "small": count})
+    directory = Directory.create(memoryview(bytearray(layout.directory_bytes)), layout)
     ledger = Ledger(
         MANIFEST,
-        plan,
+        layout,
         directory,
         Notifier(Transitions(woken)),
         LoadLimits(ahead, prefetches=1),
@@ -854,9 +854,9 @@ def test_uses_are_counted_of_demands_and_of_what_clients_found() -> None:
 def test_callers_who_come_again_and_again_overtake_nobody_for_ever() -> None:
     """However many wait: a caller that was served is behind them, also when it wanted nothing in between."""
     manifest = make_plan(blocks=1, experts=1000, layout=layout_of(32, 16))
-    plan = ArenaPlan.of(manifest, {"records": 1000})
-    directory = Directory.create(memoryview(bytearray(plan.directory_bytes)), plan)
-    ledger = Ledger(manifest, plan, directory, Notifier(Monitor()), LoadLimits(ahead=4, prefetches=1))
+    layout = ArenaLayout.of(manifest, {"records": 1000})
+    directory = Directory.create(memoryview(bytearray(layout.directory_bytes)), layout)
+    ledger = Ledger(manifest, layout, directory, Notifier(Monitor()), LoadLimits(ahead=4, prefetches=1))
     pool = ledger.pools["records"]
     experts = iter(range(1000))
 

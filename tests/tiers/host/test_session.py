@@ -33,7 +33,7 @@ class Client:
 
     def __init__(self, tier: HostTier, *, leases: int = 8, patience: float = PATIENCE) -> None:
         descriptor = tier.export()
-        self.arena = Arena.map(descriptor, tier.plan)  # as another process does
+        self.arena = Arena.map(descriptor, tier.layout)  # as another process does
         os.close(descriptor)
         self.events: SimpleQueue[Event] = SimpleQueue()
         self.session = tier.session(self.events.put, leases=leases, patience=patience)

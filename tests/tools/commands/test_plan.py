@@ -78,8 +78,8 @@ def test_tiers_are_those_that_it_is_loaded_with(tinymix_4bit: Path, ram: str) ->
     (choice,) = plan(tinymix_4bit, ram=ram, context=512, disk=GB_PER_S)["choices"]
     model, _ = moetier.load(tinymix_4bit, ram=ram, context=512, daemon=None)
     with model.tiers:
-        assert model.tiers.host.plan.slots == choice["slots"]
-        assert model.tiers.host.plan.nbytes == choice["memory"]["experts_bytes"]
+        assert model.tiers.host.layout.slots == choice["slots"]
+        assert model.tiers.host.layout.nbytes == choice["memory"]["experts_bytes"]
 
 
 def test_memory_is_a_sum(index_only: Path) -> None:

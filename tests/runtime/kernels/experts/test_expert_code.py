@@ -17,16 +17,16 @@ from stores import layout_of, make_plan
 
 from moetier.runtime.kernels.experts.expert_code import FIND, PROVE, find_module, prove_module
 from moetier.tiers.arena.directory import Directory
-from moetier.tiers.arena.plan import ArenaPlan
+from moetier.tiers.arena.layout import ArenaLayout
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.source import Residents
 
 MANIFEST = make_plan(blocks=1, experts=4, top_k=2, layout=layout_of(16, 16))
-PLAN = ArenaPlan.of(MANIFEST, {"records": 2})
+ARENA = ArenaLayout.of(MANIFEST, {"records": 2})
 A, B, C, _ = (ExpertKey(0, expert) for expert in range(4))
-TABLE = 8 * PLAN.header_words
+TABLE = 8 * ARENA.header_words
 RECORDS, SLOT_BYTES = 1 << 20, 64
-RESIDENTS = Residents(PLAN.keys, TABLE, TABLE + 8 * PLAN.keys, 0, PLAN.slots, RECORDS, SLOT_BYTES, None)
+RESIDENTS = Residents(ARENA.keys, TABLE, TABLE + 8 * ARENA.keys, 0, ARENA.slots, RECORDS, SLOT_BYTES, None)
 HALVES = ("first half", "second half")  # of a record in a slot; each is the number of the record's expert
 Found = Sequence[tuple[int, int]]
 
@@ -57,15 +57,15 @@ class Arena:
     """An arena of two slots: A is in slot 0, B in slot 1. ``stores`` are those of its owner, which refills slot 0."""
 
     def __init__(self, *refills: tuple[ExpertKey, bool]) -> None:
-        memory = memoryview(bytearray(PLAN.directory_bytes))
-        directory = Directory.create(memory, PLAN)
+        memory = memoryview(bytearray(ARENA.directory_bytes))
+        directory = Directory.create(memory, ARENA)
         for slot, key in enumerate((A, B)):
             directory.begin_fill(None, slot)
             directory.publish(key, slot)
         self.memory: dict[Any, int] = dict(enumerate(memory.cast("q")))
         self.memory |= {f"{half} {slot}": slot for half in HALVES for slot in range(2)} | {"proved": 0}
         self.stores: list[Store] = []
-        directory, held = Directory(Words(memory, self.stores), PLAN), A  # type: ignore[arg-type] # like a memoryview
+        directory, held = Directory(Words(memory, self.stores), ARENA), A  # type: ignore[arg-type] # like a memoryview
         for key, succeeds in refills:
             directory.begin_fill(held, 0)
             self.stores += [Store(f"{half} 0", key.expert) for half in HALVES]

@@ -37,7 +37,7 @@ class Region:
 
 
 @dataclass(frozen=True)
-class ArenaPlan:
+class ArenaLayout:
     """Sizes and offsets of an arena. Slots are numbered across all regions, and keys across all blocks."""
 
     digest: str  # digest of the store, hexadecimal
@@ -45,8 +45,8 @@ class ArenaPlan:
     regions: tuple[Region, ...]
 
     @classmethod
-    def of(cls, manifest: Manifest, slots: Mapping[str, int]) -> ArenaPlan:
-        """Plan an arena for the store of ``manifest``.
+    def of(cls, manifest: Manifest, slots: Mapping[str, int]) -> ArenaLayout:
+        """Return the layout of an arena for the store of ``manifest``.
 
         ``slots`` is a dictionary from the name of each of the store's zarr arrays to a number of slots, at least 1.
         """
