@@ -86,10 +86,10 @@ class Used(_message.Message):
     def __init__(self, blocks: _Optional[_Iterable[_Union[Experts, _Mapping]]] = ...) -> None: ...
 
 class Prefetch(_message.Message):
-    __slots__ = ("wishes",)
-    WISHES_FIELD_NUMBER: _ClassVar[int]
-    wishes: Experts
-    def __init__(self, wishes: _Optional[_Union[Experts, _Mapping]] = ...) -> None: ...
+    __slots__ = ("requested",)
+    REQUESTED_FIELD_NUMBER: _ClassVar[int]
+    requested: Experts
+    def __init__(self, requested: _Optional[_Union[Experts, _Mapping]] = ...) -> None: ...
 
 class Experts(_message.Message):
     __slots__ = ("block", "experts")
@@ -100,14 +100,12 @@ class Experts(_message.Message):
     def __init__(self, block: _Optional[int] = ..., experts: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class ServerMessage(_message.Message):
-    __slots__ = ("granted", "failed", "pace")
+    __slots__ = ("granted", "failed")
     GRANTED_FIELD_NUMBER: _ClassVar[int]
     FAILED_FIELD_NUMBER: _ClassVar[int]
-    PACE_FIELD_NUMBER: _ClassVar[int]
     granted: Granted
     failed: Failed
-    pace: Pace
-    def __init__(self, granted: _Optional[_Union[Granted, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., pace: _Optional[_Union[Pace, _Mapping]] = ...) -> None: ...
+    def __init__(self, granted: _Optional[_Union[Granted, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ...) -> None: ...
 
 class Granted(_message.Message):
     __slots__ = ("request", "expert", "slot", "generation")
@@ -128,20 +126,6 @@ class Failed(_message.Message):
     request: int
     error: Error
     def __init__(self, request: _Optional[int] = ..., error: _Optional[_Union[Error, _Mapping]] = ...) -> None: ...
-
-class Pace(_message.Message):
-    __slots__ = ("array", "read", "grain", "saved", "beside")
-    ARRAY_FIELD_NUMBER: _ClassVar[int]
-    READ_FIELD_NUMBER: _ClassVar[int]
-    GRAIN_FIELD_NUMBER: _ClassVar[int]
-    SAVED_FIELD_NUMBER: _ClassVar[int]
-    BESIDE_FIELD_NUMBER: _ClassVar[int]
-    array: str
-    read: float
-    grain: float
-    saved: float
-    beside: float
-    def __init__(self, array: _Optional[str] = ..., read: _Optional[float] = ..., grain: _Optional[float] = ..., saved: _Optional[float] = ..., beside: _Optional[float] = ...) -> None: ...
 
 class FetchRequest(_message.Message):
     __slots__ = ("digest", "block", "expert", "offset", "length", "crc32c")
@@ -168,11 +152,11 @@ class Piece(_message.Message):
     def __init__(self, data: _Optional[bytes] = ..., crc32c: _Optional[int] = ...) -> None: ...
 
 class ComputeRequest(_message.Message):
-    __slots__ = ("digest", "block", "experts", "rows", "dtype", "counts", "picked", "activation", "crc32c")
+    __slots__ = ("digest", "block", "experts", "hidden_states", "dtype", "counts", "picked", "activation", "crc32c")
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     BLOCK_FIELD_NUMBER: _ClassVar[int]
     EXPERTS_FIELD_NUMBER: _ClassVar[int]
-    ROWS_FIELD_NUMBER: _ClassVar[int]
+    HIDDEN_STATES_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     COUNTS_FIELD_NUMBER: _ClassVar[int]
     PICKED_FIELD_NUMBER: _ClassVar[int]
@@ -181,13 +165,13 @@ class ComputeRequest(_message.Message):
     digest: str
     block: int
     experts: _containers.RepeatedScalarFieldContainer[int]
-    rows: bytes
+    hidden_states: bytes
     dtype: str
     counts: _containers.RepeatedScalarFieldContainer[int]
     picked: _containers.RepeatedScalarFieldContainer[int]
     activation: Activation
     crc32c: int
-    def __init__(self, digest: _Optional[str] = ..., block: _Optional[int] = ..., experts: _Optional[_Iterable[int]] = ..., rows: _Optional[bytes] = ..., dtype: _Optional[str] = ..., counts: _Optional[_Iterable[int]] = ..., picked: _Optional[_Iterable[int]] = ..., activation: _Optional[_Union[Activation, _Mapping]] = ..., crc32c: _Optional[int] = ...) -> None: ...
+    def __init__(self, digest: _Optional[str] = ..., block: _Optional[int] = ..., experts: _Optional[_Iterable[int]] = ..., hidden_states: _Optional[bytes] = ..., dtype: _Optional[str] = ..., counts: _Optional[_Iterable[int]] = ..., picked: _Optional[_Iterable[int]] = ..., activation: _Optional[_Union[Activation, _Mapping]] = ..., crc32c: _Optional[int] = ...) -> None: ...
 
 class Activation(_message.Message):
     __slots__ = ("function", "interleaved", "alpha", "limit", "shift", "gated")
@@ -346,11 +330,11 @@ class Tier(_message.Message):
     def __init__(self, name: _Optional[str] = ..., slots: _Optional[int] = ..., ready: _Optional[int] = ..., leased: _Optional[int] = ..., slot_bytes: _Optional[int] = ..., hits: _Optional[int] = ..., misses: _Optional[int] = ..., joined: _Optional[int] = ..., prefetched: _Optional[int] = ..., useful: _Optional[int] = ..., late: _Optional[int] = ..., wasted: _Optional[int] = ..., cancelled: _Optional[int] = ..., saved_seconds: _Optional[float] = ..., warmed: _Optional[int] = ..., recalled: _Optional[int] = ..., evictions: _Optional[int] = ..., failures: _Optional[int] = ..., bytes_in: _Optional[int] = ..., load_bounds: _Optional[_Iterable[float]] = ..., loads: _Optional[_Iterable[int]] = ..., load_seconds: _Optional[float] = ..., waits: _Optional[int] = ..., wait_seconds: _Optional[float] = ..., wait_median: _Optional[float] = ..., wait_p99: _Optional[float] = ..., discarded: _Optional[int] = ...) -> None: ...
 
 class Error(_message.Message):
-    __slots__ = ("kind", "cause", "fix")
-    KIND_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("type", "cause", "fix")
+    TYPE_FIELD_NUMBER: _ClassVar[int]
     CAUSE_FIELD_NUMBER: _ClassVar[int]
     FIX_FIELD_NUMBER: _ClassVar[int]
-    kind: str
+    type: str
     cause: str
     fix: str
-    def __init__(self, kind: _Optional[str] = ..., cause: _Optional[str] = ..., fix: _Optional[str] = ...) -> None: ...
+    def __init__(self, type: _Optional[str] = ..., cause: _Optional[str] = ..., fix: _Optional[str] = ...) -> None: ...

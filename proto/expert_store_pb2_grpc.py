@@ -65,37 +65,38 @@ class ExpertStoreServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Describe(self, request, context):
-        """What this daemon is, and which models it serves.
+        """Describes the daemon and the models that it serves.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Session(self, request_iterator, context):
-        """What a process of the same host needs beyond the arena: misses, and what it tells of hits. The model is the one that
-        the control socket's connection is for. Leases end with the stream and with the control socket, whichever is first.
-        Has no deadline; its messages have.
+        """Leases records that a process of this host misses in the arena, and takes reports of its hits. The model is that of
+        the connection to the control socket. Leases end with the stream or with that connection, whichever is first.
+        The call has no deadline; its requests have.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Fetch(self, request, context):
-        """One record, or a part of it, for another host. Needs a deadline.
+        """Sends a record, or a part of it, to another host. Needs a deadline.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Compute(self, request, context):
-        """Outputs of experts for hidden states of another host. Needs a deadline. A model says whether it is served (computes).
+        """Computes outputs of experts for hidden states of another host. Needs a deadline. ``Model.computes`` says
+        whether the daemon serves this call.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Stats(self, request, context):
-        """Counters, and on request details.
+        """Returns counters, and on request details.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

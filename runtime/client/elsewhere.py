@@ -252,7 +252,7 @@ class Sent:
             digest=self._reader.manifest.digest,
             block=self._block,
             experts=part.experts,
-            rows=b"".join([ctypes.string_at(self._x + row * size, size) for row in numbers]),
+            hidden_states=b"".join([ctypes.string_at(self._x + row * size, size) for row in numbers]),
             dtype=_TYPES[self._products.floats.itemsize],
             activation=pb.Activation(
                 function=activation.function,

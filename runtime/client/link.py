@@ -141,7 +141,7 @@ class Link:
 
     def prefetch(self, block: int, experts: Sequence[int]) -> None:
         """Send a prefetch request. It is lost while the daemon is away."""
-        self._send(wire.ClientMessage(prefetch=wire.Prefetch(wishes=wire.Experts(block=block, experts=experts))))
+        self._send(wire.ClientMessage(prefetch=wire.Prefetch(requested=wire.Experts(block=block, experts=experts))))
 
     def report(self, keys: Iterable[ExpertKey]) -> None:
         """Report hits: records that were found in the arena's directory, the least recently used first.

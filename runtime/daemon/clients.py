@@ -159,7 +159,7 @@ class SessionCall:
                 self._model.count(used=len(keys))
                 self._client.hits += len(keys)
             case "prefetch":
-                wanted = message.prefetch.wishes
+                wanted = message.prefetch.requested
                 self._session.prefetch(wanted.block, self._keys(wanted))
             case _:  # a message of a later version
                 pass

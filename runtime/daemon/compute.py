@@ -150,10 +150,12 @@ class Computes:
         self._manifest.check_keys(request.block, keys)
         products = self._products_for(request)
         row_bytes = products.width * _TYPES[request.dtype].itemsize
-        count, rest = divmod(len(request.rows), row_bytes)
+        count, rest = divmod(len(request.hidden_states), row_bytes)
         if rest or not count:
             raise ProtocolError(
-                f"{len(request.rows):,} bytes are no rows of {products.width} numbers of {request.dtype}.", _SAME
+                f"{len(request.hidden_states):,} bytes are not hidden states of {products.width} numbers of "
+                f"{request.dtype}.",
+                _SAME,
             )
         if not request.counts:
             picked = [np.arange(count)] * len(keys)
@@ -172,7 +174,7 @@ class Computes:
             expert: [Part(first + at, rows[at : at + BATCH_ROWS]) for at in range(0, len(rows), BATCH_ROWS)]
             for expert, first, rows in zip(experts, firsts, picked, strict=False)
         }
-        rows = np.frombuffer(request.rows, np.uint8).reshape(count, row_bytes)
+        rows = np.frombuffer(request.hidden_states, np.uint8).reshape(count, row_bytes)
         return Task(keys, products, rows, parts, total)
 
     def _products_for(self, request: pb.ComputeRequest) -> ExpertProducts:

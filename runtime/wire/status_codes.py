@@ -77,12 +77,12 @@ def message_of(error: BaseException) -> Error:
         error = DaemonError(
             f"The daemon failed ({type(error).__name__}).", "See the daemon's log, and report this bug."
         )
-    return Error(kind=type(error).__name__, cause=_cut(error.cause), fix=_cut(error.fix))
+    return Error(type=type(error).__name__, cause=_cut(error.cause), fix=_cut(error.fix))
 
 
 def error_from_message(message: Error, code: grpc.StatusCode = Code.INTERNAL) -> MoetierError:
     """Return the error that ``message`` describes. If this version lacks its class, ``code`` decides the class."""
-    value = {"kind": message.kind, "cause": message.cause, "fix": message.fix}
+    value = {"kind": message.type, "cause": message.cause, "fix": message.fix}
     return error_from(value, ERRORS.get(code, DaemonError))
 
 

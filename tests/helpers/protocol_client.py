@@ -79,7 +79,7 @@ class Client:
             while message.WhichOneof("message") not in ("granted", "failed"):
                 message = next(self._answers)
             if message.WhichOneof("message") == "failed":
-                raise LookupError(message.failed.error.kind)
+                raise LookupError(message.failed.error.type)
             granted = message.granted
             slot = self.arena.slot(granted.slot)
             assert self.arena.generation(granted.slot) == granted.generation

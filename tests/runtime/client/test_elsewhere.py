@@ -403,7 +403,7 @@ def unchecked(request: pb.ComputeRequest, context: grpc.ServicerContext) -> Iter
 def another(request: pb.ComputeRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
     """The right number of outputs, of another request."""
     rows = max(request.picked, default=0) + 1
-    data = bytes(len(request.rows) // rows * (len(request.picked) or len(request.experts)))
+    data = bytes(len(request.hidden_states) // rows * (len(request.picked) or len(request.experts)))
     yield encode_piece(memoryview(data), crc32c(data, request.crc32c ^ 1))
 
 

@@ -112,7 +112,7 @@ class Nonsense:
                 return pb.ClientMessage(used=pb.Used(blocks=blocks))
             case 4:
                 wishes = pb.Experts(block=self._random.randrange(3), experts=self._random.sample(range(8), 3))
-                return pb.ClientMessage(prefetch=pb.Prefetch(wishes=wishes))
+                return pb.ClientMessage(prefetch=pb.Prefetch(requested=wishes))
             case _:
                 return pb.ClientMessage()
 

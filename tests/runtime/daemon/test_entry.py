@@ -289,7 +289,7 @@ def test_several_models_share_the_memory(tmp_path: Path) -> None:
                     lease = client.granted()
                     assert client.record(lease.slot) == records[ExpertKey(2, lease.expert)]
             one.acquire(2, 0, [11])  # the other's expert
-            assert one.failed().error.kind == "MissingExpertError"
+            assert one.failed().error.type == "MissingExpertError"
         assert [daemon.stats(manifest.digest).requests for _, manifest, _ in stores] == [2, 1]
         assert daemon.stop() == 0
 

@@ -55,7 +55,7 @@ def test_they_are_the_counters(store: Store, tmp_path: Path) -> None:
             for _ in range(3):
                 client.granted()
             client.release(1, [3])
-            client.send(prefetch=pb.Prefetch(wishes=pb.Experts(block=1, experts=[1, 2])))
+            client.send(prefetch=pb.Prefetch(requested=pb.Experts(block=1, experts=[1, 2])))
             daemon.wait_for("host.ready == 5")
             client.acquire(2, 1, [2])
             client.granted()

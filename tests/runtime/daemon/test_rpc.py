@@ -110,7 +110,7 @@ def test_what_is_granted_is_the_record(daemon: DaemonProcess, store: Store) -> N
 
 def test_hits_are_told_and_wishes_are_loaded(daemon: DaemonProcess, store: Store) -> None:
     with RawClient(daemon.folder, store[1]) as client:
-        client.send(prefetch=pb.Prefetch(wishes=pb.Experts(block=1, experts=[0, 7])))
+        client.send(prefetch=pb.Prefetch(requested=pb.Experts(block=1, experts=[0, 7])))
         daemon.wait_for("host.ready == 2")
         client.send(used=pb.Used(blocks=[pb.Experts(block=1, experts=[0, 7])]))
         stats = daemon.wait_for("used == 2")
@@ -187,7 +187,7 @@ def test_nonsense_ends_the_stream_and_its_leases(lasting: DaemonProcess, store: 
             case "missing used":
                 client.send(used=pb.Used(blocks=[pb.Experts(block=9, experts=[1])]))
             case "missing wish":
-                client.send(prefetch=pb.Prefetch(wishes=pb.Experts(block=0, experts=[10**9])))
+                client.send(prefetch=pb.Prefetch(requested=pb.Experts(block=0, experts=[10**9])))
             case _:
                 for request in range(2, 300):
                     client.acquire(request, 0, [0], deadline_ms=600_000)  # none fails before the last is sent

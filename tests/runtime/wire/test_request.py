@@ -12,7 +12,9 @@ from moetier.tiers.errors import MoetierError
 from moetier.tiers.store.checksum import crc32c
 
 FETCH = FetchRequest(digest="0" * 64, block=7, expert=3, offset=1 << 20, length=4096)
-COMPUTE = ComputeRequest(digest="0" * 64, block=6, experts=[1, 130], rows=b"}1234" * 9, dtype="bfloat16", picked=[0, 3])
+COMPUTE = ComputeRequest(
+    digest="0" * 64, block=6, experts=[1, 130], hidden_states=b"}1234" * 9, dtype="bfloat16", picked=[0, 3]
+)
 
 
 @pytest.mark.parametrize("request_", [FETCH, COMPUTE, FetchRequest()], ids=["fetch", "compute", "empty"])

@@ -70,7 +70,7 @@ def test_a_code_alone_is_an_error_too(failing: Failing, code: grpc.StatusCode) -
     assert arrived.fix
 
 
-@pytest.mark.parametrize("junk", [b"", b"\xff\xff", b"\x0a\x05Excep", Error(kind="SystemExit").SerializeToString()])
+@pytest.mark.parametrize("junk", [b"", b"\xff\xff", b"\x0a\x05Excep", Error(type="SystemExit").SerializeToString()])
 def test_metadata_that_are_no_error_are_not_believed(failing: Failing, junk: bytes) -> None:
     def fail(context: grpc.ServicerContext) -> None:
         context.set_trailing_metadata(((METADATA, junk),))
@@ -107,5 +107,5 @@ def test_the_table_names_only_what_is_there() -> None:
     assert set(ERRORS.values()) <= set(TREE)
     for kind in TREE:  # what goes out as a code comes back from it as the same branch of the tree, or as its root
         back = ERRORS.get(code_of(kind("", "")), DaemonError)
-        assert message_of(kind("a", "b")).kind == kind.__name__
+        assert message_of(kind("a", "b")).type == kind.__name__
         assert issubclass(back, MoetierError)

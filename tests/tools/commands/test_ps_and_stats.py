@@ -220,7 +220,7 @@ def test_what_was_counted(daemon: DaemonProcess, store: tuple[Path, Manifest], r
 
 def test_the_outcomes_of_prefetches(daemon: DaemonProcess, store: tuple[Path, Manifest], runtime: Path) -> None:
     with RawClient(daemon.folder, store[1]) as client:
-        client.send(prefetch=pb.Prefetch(wishes=pb.Experts(block=0, experts=[1, 2])))
+        client.send(prefetch=pb.Prefetch(requested=pb.Experts(block=0, experts=[1, 2])))
         daemon.wait_for("host.ready == 2")
         client.acquire(1, 0, [2])
         client.granted()
