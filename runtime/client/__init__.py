@@ -1,7 +1,7 @@
 """Clients of the storage daemon: a host tier in the memory of a daemon on this host, and readers of remote daemons.
 
-Other packages use ``tier.DaemonTier``, ``spread.SpreadReader`` and ``elsewhere.Elsewhere``. While the daemon is away,
-``fallback`` reads from the local store. The package imports ``runtime.wire``, ``tiers``, and types of
+Other packages use ``tier.DaemonTier``, ``spread.SpreadReader`` and ``remote_compute.RemoteCompute``. While the daemon
+is away, ``fallback`` reads from the local store. The package imports ``runtime.wire``, ``tiers``, and types of
 ``runtime.kernels``.
 """
 

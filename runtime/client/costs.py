@@ -1,4 +1,4 @@
-"""Measured costs of records and of computations on other hosts, and how often experts are used of late."""
+"""Measured times of fetches and of computations on other hosts, and how often experts were used recently."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import threading
 import time
 from collections.abc import Iterable
 
-RATE = 100e6  # bytes per second that a fetch is expected to bring before one was measured; 1 Gbit/s brings 118e6
-FORGET_BYTES = 64e6  # the rate is that of about the last so many bytes
+RATE = 100e6  # bytes per second that fetches are expected to get before one was measured; 1 Gbit/s is 118e6
+FORGET_BYTES = 64e6  # the rate is that of about the last FORGET_BYTES
 HORIZON = 4096  # tokens after which a use counts 1/e. With fewer, no expert of large records is ever used often enough
 DEVIATIONS = 3  # standard deviations by which an expert has to be used more than the one that it replaces
 
 
 class FetchRate:
-    """Bytes per second that fetches bring while at least one is under way. Thread-safe."""
+    """Bytes per second that fetches get while at least one is under way. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -30,7 +30,7 @@ class FetchRate:
             self._under_way += 1
 
     def end(self, nbytes: int) -> None:
-        """Note that a fetch ends, which has brought ``nbytes``; 0 if it has failed."""
+        """Note that a fetch of ``nbytes`` ends; 0 if it has failed."""
         with self._lock:
             self._count()
             self._under_way -= 1
@@ -50,30 +50,30 @@ class FetchRate:
         self._since = now
 
 
-class RowSeconds:
-    """Seconds that computations of one block elsewhere take for each row of outputs, with a share of the round trip.
+class OutputSeconds:
+    """Seconds that computations of one block on other hosts take for each output, with a share of the round trip.
 
     Daemons that compute at the same time count once. A longer time raises the estimate at most by half, as it may be an
-    exception. The first time is not counted, as connections are made.
+    exception. The first time is not counted, as it includes making connections.
     """
 
     def __init__(self) -> None:
         self.value = 0.0  # 0 before the second computation, so that two are tried
         self._is_first = True
 
-    def add(self, seconds: float, rows: int) -> None:
-        """Note a computation of ``rows`` rows."""
-        newest = seconds / rows
+    def add(self, seconds: float, outputs: int) -> None:
+        """Note that a computation of ``outputs`` outputs took ``seconds``."""
+        newest = seconds / outputs
         if not self._is_first:
             self.value = min(newest, 1.5 * self.value) if self.value else newest
         self._is_first = False
 
     def fade(self) -> None:
-        """Lower the estimate a little, because nothing was computed elsewhere: so it is tried again some time."""
+        """Lower the estimate a little, because no host was asked to compute. So one is asked again some time."""
         self.value *= 0.95
 
 
-class Uses:
+class RecentUses:
     """How often each expert of a block was used during about the last HORIZON tokens."""
 
     def __init__(self, experts: int) -> None:
@@ -95,16 +95,16 @@ class Uses:
 
 
 def earns_slot(uses: float, least: float, price: float) -> bool:
-    """Return whether to fetch a record into a slot, and not to have its expert computed elsewhere any more.
+    """Return whether to fetch a record into a slot, so that its expert is no longer computed on other hosts.
 
-    Skis are bought once renting them has cost as much (Karlin et al. 1988, "Competitive snoopy caching"). DEVIATIONS of
-    the difference of two random counts are added, as experts that are used alike would take turns: with 1,
-    ``tests/measurements/elsewhere.py`` moved 60 times the bytes on a busy machine, where computing seems slow at times.
-    ``slots_elsewhere.py`` beside it replays the rule.
+    This is the rule of ski rental: buy once renting cost as much (Karlin et al. 1988, "Competitive snoopy caching").
+    DEVIATIONS of the difference of two random counts are added, as experts that are used alike would evict one another
+    by turns: with 1, ``tests/measurements/remote_compute.py`` moved 60 times the bytes on a busy machine, on which
+    computing seems slow at times. ``tests/measurements/remote_compute_slots.py`` replays the rule.
 
     Args:
         uses: number of recent uses of the expert.
         least: that of the expert that would be evicted; 0 if a slot is empty.
-        price: number of uses that are computed elsewhere in the time of a fetch.
+        price: number of uses that other hosts compute in the time of a fetch.
     """
     return uses - least >= price + DEVIATIONS * math.sqrt(uses + least)

@@ -1,6 +1,6 @@
 """RemoteReader: reads records from a daemon on another host, over the network, into slots of this process.
 
-It also sends computations to the daemon (``elsewhere.py``).
+It also sends computations to the daemon (``remote_compute.py``).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The daemon's end of the call Compute: computes experts for rows of hidden states that another host sends.
+"""The daemon's end of the call Compute: computes experts for hidden states that another host sends.
 
-Clients compute with the same compiled code, whose results depend only on the row and the record. So they get the bits
-that they would compute themselves. This module imports compiled kernels, so it is imported with the first call.
+Clients compute with the same compiled code, whose results depend only on the hidden state and the record. So they get
+the bits that they would compute themselves. The module imports compiled kernels, so it is imported with the first call.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from moetier.runtime.kernels.experts.expert_products import ExpertProducts
 from moetier.runtime.kernels.jit.emitter import BF16, FP32
 from moetier.runtime.kernels.jit.processor import refusal
 from moetier.runtime.kernels.jit.team import Memory
-from moetier.runtime.wire.channel import OUTPUT_BYTES, OUTPUT_ROWS
+from moetier.runtime.wire.channel import MAX_OUTPUTS, OUTPUT_BYTES
 from moetier.runtime.wire.piece import PIECE_BYTES, encode_piece
 from moetier.tiers.errors import ConfigError, ExhaustedError, ProtocolError
 from moetier.tiers.host.demands import Granted
@@ -38,7 +38,7 @@ from moetier.tiers.store.checksum import crc32c
 from .leases import CALLS, CallLeases, no_thread, patience_of
 
 STALL = 10.0  # seconds for which a client may take no piece while other clients wait
-BATCH_ROWS = 256  # rows that are computed together, which limits scratch memory
+BATCH_OUTPUTS = 256  # outputs that are computed together, which limits scratch memory
 _TYPES = {"bfloat16": BF16, "float32": FP32}
 _SAME = "Use the same version of moetier on both sides."
 
@@ -47,11 +47,11 @@ _computing = threading.Lock()
 _memory = Memory()
 
 
-class Part(NamedTuple):
-    """Rows of one expert that are computed together."""
+class ExpertTokens(NamedTuple):
+    """Tokens of one expert that are computed together."""
 
-    first: int  # number of the first row of the outputs
-    rows: npt.NDArray[Any]  # numbers of the rows of the hidden states, [n]
+    first: int  # number of the first token's output
+    tokens: npt.NDArray[Any]  # numbers of the tokens, [n]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +60,12 @@ class Task:
 
     keys: list[ExpertKey]
     products: ExpertProducts
-    rows: npt.NDArray[Any]  # hidden states as bytes, [n, row bytes]
-    parts: dict[int, list[Part]]  # by expert
-    count: int  # number of rows of the outputs
+    hidden_states: npt.NDArray[Any]  # as bytes, [tokens, bytes of a hidden state]
+    parts: dict[int, list[ExpertTokens]]  # by expert
+    count: int  # number of outputs
 
 
-class Computes:
+class ComputeCalls:
     """Compute calls of other hosts on one host tier. A call waits at most ``patience`` seconds for a slot.
 
     A call holds slots while it computes, and while it waits for other calls to compute or for its other records. While
@@ -81,12 +81,12 @@ class Computes:
         self._patience = patience
         self._leases = CallLeases(host, patience=patience)
         self._state = threading.Lock()  # guards the fields below
-        # by layout, kind of activation and type: None while code is compiled; an error if it can't be compiled
+        # by layout, variant of the activation and type: None while code is compiled; an error if it can't be compiled
         self._products: dict[tuple[str, Activation, str], ExpertProducts | ConfigError | None] = {}
         self._compilers: list[threading.Thread] = []
         # for each call under way: when (monotonic clock) the piece was offered that its client has yet to take
         self._calls: dict[grpc.ServicerContext, float] = {}
-        self.rows = 0  # rows of outputs that were computed
+        self.outputs = 0  # number of outputs that were computed
 
     def serve(self, request: pb.ComputeRequest, context: grpc.ServicerContext) -> Generator[bytes, None, None]:
         """Yield the outputs as serialised pieces, once all are computed.
@@ -114,12 +114,12 @@ class Computes:
             self._calls[context] = math.inf
         try:
             task = self._check(request)
-            outputs = np.empty((task.count, task.rows.shape[1]), np.uint8)
-            with closing(self._leases.groups(task.keys, context, until, waits_for_reads=False)) as groups:
-                for group in groups:
-                    self._compute(task, group, outputs, until)
+            outputs = np.empty((task.count, task.hidden_states.shape[1]), np.uint8)
+            with closing(self._leases.batches(task.keys, context, until, waits_for_reads=False)) as batches:
+                for batch in batches:
+                    self._compute(task, batch, outputs, until)
             with self._state:
-                self.rows += task.count
+                self.outputs += task.count
             data = outputs.reshape(-1).data
             # the client thereby knows that these are the outputs for what it has sent
             crc = crc32c(data, request.crc32c) if request.HasField("crc32c") else None
@@ -141,7 +141,7 @@ class Computes:
 
     def _check(self, request: pb.ComputeRequest) -> Task:
         """Check a request. Raises as ``serve`` does."""
-        if (asked := max(len(request.experts), len(request.picked))) > OUTPUT_ROWS:  # before they become large lists
+        if (asked := max(len(request.experts), len(request.picked))) > MAX_OUTPUTS:  # before they become large lists
             raise _too_much(asked)
         experts = list(request.experts)
         keys = [ExpertKey(request.block, expert) for expert in experts]
@@ -162,60 +162,62 @@ class Computes:
         else:
             indices = np.array(request.picked, np.int64)
             if len(request.counts) != len(keys) or sum(request.counts) != len(indices):
-                raise ProtocolError("The numbers of rows do not fit the experts.", _SAME)
+                raise ProtocolError("The numbers of tokens do not fit the experts.", _SAME)
             picked = np.split(indices, np.cumsum(np.array(request.counts[:-1], np.int64)))
             if not all(request.counts) or indices.max() >= count:
-                raise ProtocolError("An expert computes no row, or one that the request does not have.", _SAME)
+                raise ProtocolError("`counts` or `picked` is invalid: no token, or one that does not exist.", _SAME)
         total = sum(map(len, picked))
-        if total > OUTPUT_ROWS or total * row_bytes > OUTPUT_BYTES:
+        if total > MAX_OUTPUTS or total * row_bytes > OUTPUT_BYTES:
             raise _too_much(total)
         firsts = itertools.accumulate(map(len, picked), initial=0)
         parts = {
-            expert: [Part(first + at, rows[at : at + BATCH_ROWS]) for at in range(0, len(rows), BATCH_ROWS)]
-            for expert, first, rows in zip(experts, firsts, picked, strict=False)
+            expert: [
+                ExpertTokens(first + at, tokens[at : at + BATCH_OUTPUTS]) for at in range(0, len(tokens), BATCH_OUTPUTS)
+            ]
+            for expert, first, tokens in zip(experts, firsts, picked, strict=False)
         }
-        rows = np.frombuffer(request.hidden_states, np.uint8).reshape(count, row_bytes)
-        return Task(keys, products, rows, parts, total)
+        hidden_states = np.frombuffer(request.hidden_states, np.uint8).reshape(count, row_bytes)
+        return Task(keys, products, hidden_states, parts, total)
 
     def _products_for(self, request: pb.ComputeRequest) -> ExpertProducts:
         """Return compiled code for a request.
 
-        Raises ProtocolError or ConfigError if there is none, ExhaustedError if not yet.
+        Raises ProtocolError or ConfigError if it can't be compiled, ExhaustedError while it is being compiled.
         """
         array_name = self._manifest.blocks[request.block].array
         asked = request.activation
         if request.dtype not in _TYPES or asked.function not in FUNCTIONS:
-            raise ProtocolError("The type of the rows or the activation is not known here.", _SAME)
+            raise ProtocolError("The type of the hidden states or the activation is unknown.", _SAME)
         if not (math.isfinite(asked.alpha) and math.isfinite(asked.shift) and asked.limit > 0):
             raise ProtocolError("The numbers of the activation are not finite, or its limit is not above 0.", _SAME)
         activation = Activation(asked.function, asked.interleaved, asked.alpha, asked.limit, asked.shift, asked.gated)
-        form = (array_name, activation.kind, request.dtype)
+        variant = (array_name, activation.kind, request.dtype)
         with self._state:
-            if form not in self._products:
-                self._compile(form)
-            products = self._products[form]
+            if variant not in self._products:
+                self._compile(variant)
+            products = self._products[variant]
         if products is None:
             raise ExhaustedError("The daemon compiles code for these experts.", "Fetch records meanwhile.")
         if isinstance(products, ConfigError):
             raise ConfigError(products.cause, products.fix)
         return products.with_activation(activation)
 
-    def _compile(self, form: tuple[str, Activation, str]) -> None:
-        """Begin to compile code in the background: a client would take a daemon that does not answer for lost.
+    def _compile(self, variant: tuple[str, Activation, str]) -> None:
+        """Begin to compile code in the background, as a client takes a daemon that does not answer for lost.
 
         Raises ProtocolError if it can't be compiled, ExhaustedError if there is no thread for it.
         """
-        array_name, kind, dtype = form
+        array_name, activation, dtype = variant
         layout = self._manifest.layouts[array_name]
-        if not ExpertProducts.fit(layout, kind):
+        if not ExpertProducts.fit(layout, activation):
             raise ProtocolError("The experts of this model are not computed by compiled code.", "Fetch records.")
-        self._products[form] = None
+        self._products[variant] = None
 
         def work() -> None:
             try:
-                self._products[form] = ExpertProducts(layout, kind, _TYPES[dtype])
+                self._products[variant] = ExpertProducts(layout, activation, _TYPES[dtype])
             except Exception as error:  # as there is no memory that can be made executable
-                self._products[form] = ConfigError(
+                self._products[variant] = ConfigError(
                     f"This daemon can't compile code for these experts ({error}).", "Fetch records instead."
                 )
 
@@ -223,46 +225,45 @@ class Computes:
         try:
             compiler.start()
         except RuntimeError as error:  # the system gives no thread: the next call tries again
-            del self._products[form]
+            del self._products[variant]
             raise no_thread(error) from None
         self._compilers.append(compiler)
 
-    def _compute(self, task: Task, group: Sequence[Granted], outputs: npt.NDArray[Any], until: float) -> None:
+    def _compute(self, task: Task, leases: Sequence[Granted], outputs: npt.NDArray[Any], until: float) -> None:
         """Compute experts whose records are leased. Raises ExhaustedError if other calls compute until ``until``."""
         if not _computing.acquire(timeout=max(until - time.monotonic(), 0.0)):
             raise ExhaustedError("Other computations take all the time.", "Ask another daemon, or try again later.")
         try:
-            batch: list[tuple[int, Part]] = []
-            left = BATCH_ROWS
+            batch: list[tuple[int, ExpertTokens]] = []
+            left = BATCH_OUTPUTS
             # referenced while their addresses are used, so that the arena is not unmapped
-            records = [np.frombuffer(self._host.whole(granted.slot), np.uint8) for granted in group]
-            for granted, record in zip(group, records, strict=True):
+            records = [np.frombuffer(self._host.whole(granted.slot), np.uint8) for granted in leases]
+            for granted, record in zip(leases, records, strict=True):
                 for part in task.parts[granted.key.expert]:
-                    if batch and len(part.rows) > left:
+                    if batch and len(part.tokens) > left:
                         _compute_batch(task, batch, outputs)
-                        batch, left = [], BATCH_ROWS
+                        batch, left = [], BATCH_OUTPUTS
                     batch.append((record.ctypes.data, part))
-                    left -= len(part.rows)
+                    left -= len(part.tokens)
             _compute_batch(task, batch, outputs)
         finally:
             _computing.release()
 
 
-def _too_much(rows: int) -> ExhaustedError:
+def _too_much(outputs: int) -> ExhaustedError:
     return ExhaustedError(
-        f"A computation of {rows:,} rows is more than the {OUTPUT_ROWS:,} rows or {OUTPUT_BYTES:,} bytes that the "
-        "daemon allows.",
-        "Ask for fewer rows at a time, or fetch the records.",
+        f"{outputs:,} outputs are more than the {MAX_OUTPUTS:,} outputs or {OUTPUT_BYTES:,} bytes that are allowed.",
+        "Ask for fewer outputs at a time, or fetch the records.",
     )
 
 
-def _compute_batch(task: Task, batch: Sequence[tuple[int, Part]], outputs: npt.NDArray[Any]) -> None:
-    """Compute at most BATCH_ROWS rows; ``batch`` has the address of a record for each part."""
+def _compute_batch(task: Task, batch: Sequence[tuple[int, ExpertTokens]], outputs: npt.NDArray[Any]) -> None:
+    """Compute at most BATCH_OUTPUTS outputs; ``batch`` has the address of a record for each part."""
     jobs, places = array("q"), array("q")
     for address, part in batch:
-        jobs.extend((address, len(places), len(part.rows)))
-        places.extend(range(part.first, part.first + len(part.rows)))
-    # one row goes through every expert once; if an expert computes it several times, it is repeated
-    is_shared = len(task.rows) == 1 and len(places) == len(batch)
-    x = task.rows if is_shared else task.rows[np.concatenate([part.rows for _, part in batch])]
+        jobs.extend((address, len(places), len(part.tokens)))
+        places.extend(range(part.first, part.first + len(part.tokens)))
+    # all experts share the hidden state of one token, unless an expert computes it several times
+    is_shared = len(task.hidden_states) == 1 and len(places) == len(batch)
+    x = task.hidden_states if is_shared else task.hidden_states[np.concatenate([part.tokens for _, part in batch])]
     task.products.compute_at(x.ctypes.data, len(x), jobs, places, outputs.ctypes.data, _memory)

@@ -21,11 +21,11 @@ from moetier.tiers.manifest import Manifest
 from .leases import CALLS, CallLeases, no_caller, patience_of
 
 
-class Fetches:
+class FetchCalls:
     """Fetch calls of other hosts on one host tier. A call holds a slot while its client takes the pieces.
 
-    All calls together may hold a quarter of the slots of each record geometry, and at least one slot. The other slots
-    are left to sessions of this host. A call waits at most ``patience`` seconds for a slot. A client that takes no
+    All calls together may hold a quarter of the slots of each record layout, and at least one slot. The other slots are
+    left to sessions of this host. A call waits at most ``patience`` seconds for a slot. A client that takes no
     piece for ``stall`` seconds is cut off, whatever its deadline.
     """
 
@@ -98,7 +98,7 @@ class Fetches:
     def _admitted(self, key: ExpertKey, array: str, context: grpc.ServicerContext, patience: float) -> Iterator[None]:
         """Register a call, wait until fetches may hold its record, and count the record as held until the context ends.
 
-        The number of distinct records that fetches hold is limited for each record geometry (``array``). Raises
+        The number of distinct records that fetches hold is limited for each record layout (``array``). Raises
         ExhaustedError if too many calls are under way, or if the limit does not allow the record for ``patience``
         seconds. Raises ClosedError if the call or the daemon has ended.
         """
@@ -144,8 +144,8 @@ class Fetches:
 
         Raises ExhaustedError if no slot is free before ``until`` (monotonic clock).
         """
-        with contextlib.closing(self._leases.groups([key], context, until)) as groups:
-            (granted,) = next(groups)
+        with contextlib.closing(self._leases.batches([key], context, until)) as batches:
+            (granted,) = next(batches)
             yield self._host.whole(granted.slot)
 
     def _wake(self) -> None:

@@ -16,12 +16,12 @@ from moetier.tiers.host.demands import Event, Failed, Granted
 from moetier.tiers.host.tier import HostTier
 from moetier.tiers.layout import ExpertKey
 
-CALLS = 24  # most calls of each kind at once, including those that wait: each takes a thread of the server
+CALLS = 24  # most fetches, and most computations, at once, with those that wait: each takes a thread of the server
 MAX_DEADLINE = 3600.0  # seconds; a later deadline counts as none
 
 
 class CallLeases:
-    """Leases of the calls of one kind. Together the calls weigh as much as one client, as they share one session."""
+    """Leases of all fetches, or of all computations. They share one session, so together they count as one client."""
 
     def __init__(self, host: HostTier, *, patience: float) -> None:
         """A call waits at most ``patience`` seconds for a slot."""
@@ -30,10 +30,10 @@ class CallLeases:
         self._numbers = itertools.count(1)
         self._answers: dict[int, SimpleQueue[Event | None]] = {}  # keys: the numbers of the calls' requests
 
-    def groups(
+    def batches(
         self, keys: Sequence[ExpertKey], context: grpc.ServicerContext, until: float, *, waits_for_reads: bool = True
     ) -> Generator[list[Granted], None, None]:
-        """Lease records of one block for a call, and yield those that are there together, in lists.
+        """Lease records of one block for a call, and yield lists of those that are available together.
 
         The leases of a list end when the next list is taken, or when the iterator is closed. Raises ExhaustedError if
         the call has no slot before ``until`` (monotonic clock), or, unless it ``waits_for_reads``, not all records;
@@ -49,16 +49,16 @@ class CallLeases:
             while left:
                 patience = None if waits_for_reads else max(until - time.monotonic(), 0.0)
                 try:
-                    group = [_granted(answers.get(timeout=patience))]
+                    batch = [_granted(answers.get(timeout=patience))]
                 except Empty:
                     raise ExhaustedError("The daemon did not have the records in time.", "Fetch them.") from None
                 with contextlib.suppress(Empty):
                     while True:
-                        group.append(_granted(answers.get_nowait()))
-                yield group
-                left -= len(group)
+                        batch.append(_granted(answers.get_nowait()))
+                yield batch
+                left -= len(batch)
                 if left:
-                    self._session.release(number, [granted.key for granted in group])
+                    self._session.release(number, [granted.key for granted in batch])
         finally:
             self._session.release(number)
             del self._answers[number]

@@ -18,12 +18,12 @@ from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.store.trunk import check_sum
 
-from .fetch import Fetches
+from .fetch import FetchCalls
 from .leases import no_thread
 from .log import RateLimitedLog, log_event
 
 if TYPE_CHECKING:
-    from .compute import Computes
+    from .compute import ComputeCalls
 
 TRUNK_SHARE = 0.1  # share of the time in which the trunk is checked; the rest is left to reads of records
 
@@ -50,11 +50,11 @@ class HostedModel:
         self.directory = directory
         self.slots = host.layout.slots_by_array
         self.budget_bytes = host.stats().slot_bytes
-        self.fetches = Fetches(host, manifest, self.slots, patience=patience)
+        self.fetch_calls = FetchCalls(host, manifest, self.slots, patience=patience)
         self._patience = patience
         self._opening = threading.Lock()
         self._opener: threading.Thread | None = None
-        self._computes: Computes | MoetierError | None = None  # None until the opener has run
+        self._compute_calls: ComputeCalls | MoetierError | None = None  # None until the opener has run
         host.uses()  # uses are counted from this first call on
         self._failures = RateLimitedLog(_log, "read-failed")
         self._learner = Learner(host) if learn else None
@@ -65,7 +65,7 @@ class HostedModel:
         self._trunk_check.start()
 
     @property
-    def computes(self) -> Computes:
+    def compute_calls(self) -> ComputeCalls:
         """Compute calls of other hosts.
 
         The first use imports the compiler, in the background. Raises ExhaustedError until that is done, or if there is
@@ -73,17 +73,17 @@ class HostedModel:
         """
         with self._opening:
             if self._opener is None and not self._closing.is_set():
-                opener = threading.Thread(target=self._open_computes, name="moetier-compiler")
+                opener = threading.Thread(target=self._open_compute_calls, name="moetier-compiler")
                 try:
                     opener.start()
                 except RuntimeError as error:
                     raise no_thread(error) from None
                 self._opener = opener  # only now, as a thread that did not start can't be joined
-        if self._computes is None:
+        if self._compute_calls is None:
             raise ExhaustedError("The daemon loads its compiler.", "Fetch records meanwhile.")
-        if isinstance(self._computes, MoetierError):
-            raise type(self._computes)(self._computes.cause, self._computes.fix)
-        return self._computes
+        if isinstance(self._compute_calls, MoetierError):
+            raise type(self._compute_calls)(self._compute_calls.cause, self._compute_calls.fix)
+        return self._compute_calls
 
     def condemn(self, error: StoreError) -> None:
         """Stop serving the model, because its store does not have the digest in its manifest.
@@ -126,9 +126,9 @@ class HostedModel:
                 clients=clients,
                 sessions=sessions,
                 leases=leases,
-                fetches=self.fetches.count,
-                fetched_bytes=self.fetches.bytes,
-                computed=getattr(self._computes, "rows", 0),
+                fetches=self.fetch_calls.count,
+                fetched_bytes=self.fetch_calls.bytes,
+                computed=getattr(self._compute_calls, "outputs", 0),
                 recovered=self.host.recovered,
                 fault="" if self.host.fault is None else self.host.fault.cause,
                 **self._counts,
@@ -149,27 +149,27 @@ class HostedModel:
         """End the trunk's check, the calls of other hosts and the learner, and then close the tier."""
         self._closing.set()
         self._trunk_check.join()
-        self.fetches.close()
+        self.fetch_calls.close()
         with self._opening:  # none is started any more
             opener = self._opener
         if opener is not None:
             opener.join()
-        if self._computes is not None and not isinstance(self._computes, MoetierError):
-            self._computes.close()
+        if self._compute_calls is not None and not isinstance(self._compute_calls, MoetierError):
+            self._compute_calls.close()
         if self._learner is not None:
             self._learner.close()
         self.host.close()
 
-    def _open_computes(self) -> None:
+    def _open_compute_calls(self) -> None:
         try:
-            from .compute import Computes
+            from .compute import ComputeCalls
 
-            self._computes = Computes(self.host, self.manifest, patience=self._patience)
+            self._compute_calls = ComputeCalls(self.host, self.manifest, patience=self._patience)
         except MoetierError as error:
-            self._computes = error.with_traceback(None)
+            self._compute_calls = error.with_traceback(None)
         except Exception as error:  # llvmlite can't be imported, or there is no memory: callers must not wait for more
             _log.exception("Nothing can be computed for other hosts.")
-            self._computes = ConfigError(f"This daemon can't compute experts ({error}).", "Fetch records instead.")
+            self._compute_calls = ConfigError(f"This daemon can't compute experts ({error}).", "Fetch records instead.")
 
     def _check_trunk(self) -> None:
         for name, entry in self.manifest.trunk.items():

@@ -68,12 +68,12 @@ class Service(ExpertStoreServicer):
     def Fetch(self, request: pb.FetchRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
         """Send a record, or a part of it, as serialised pieces."""
         with _errors_as_codes(context), self._clients.fetching(request.digest) as model:
-            yield from model.fetches.serve(request, context)
+            yield from model.fetch_calls.serve(request, context)
 
     def Compute(self, request: pb.ComputeRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
         """Compute experts for rows of hidden states, and send the outputs as serialised pieces."""
         with _errors_as_codes(context), self._clients.fetching(request.digest) as model:
-            yield from model.computes.serve(request, context)
+            yield from model.compute_calls.serve(request, context)
 
     def Stats(self, request: pb.StatsRequest, context: grpc.ServicerContext) -> pb.StatsReply:
         """Return the counters of all models."""

@@ -149,7 +149,7 @@ def _mode(config: TierConfig, tiers: Tiers, modules: Mapping[str, Any]) -> Mode:
     ``modules`` is as in ``_speculate``.
     """
     mode = Mode(config.speculate)
-    if mode is Mode.AUTO and tiers.elsewhere is not None and tiers.elsewhere.is_possible:
+    if mode is Mode.AUTO and tiers.remote_compute is not None and tiers.remote_compute.is_possible:
         for number, block in enumerate(tiers.manifest.blocks):
             if quick_activation(modules[block.path], tiers.manifest.layout(number), tiers.kernels) is not None:
                 return Mode.OFF
@@ -175,9 +175,9 @@ def _add_hook(model: PreTrainedModel, tiers: Tiers, files: TrunkFiles) -> None:
 def _attach_blocks(model: PreTrainedModel, tiers: Tiers, place: torch.device) -> None:
     """Give each Experts module its block of the tiers, to be computed at ``place``."""
     modules = experts_modules(model)
-    demanded = None if tiers.speculation is None else tiers.speculation.demanded
+    on_demand = None if tiers.speculation is None else tiers.speculation.on_demand
     for number, block in enumerate(tiers.manifest.blocks):
         layout = tiers.manifest.layout(number)
         modules[block.path].tiered = TieredBlock(
-            number, layout, tiers.device, tiers.kernels, place, demanded, elsewhere=tiers.elsewhere
+            number, layout, tiers.device, tiers.kernels, place, on_demand, remote_compute=tiers.remote_compute
         )

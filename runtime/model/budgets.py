@@ -15,7 +15,7 @@ from moetier.runtime.config import Size
 from moetier.runtime.devices.device import ComputeDevice
 from moetier.runtime.kernels.products.api import Kernels
 from moetier.runtime.machine.memory import Available, budget_for, usable
-from moetier.runtime.moe.grouped import ROWS
+from moetier.runtime.moe.grouped import BATCH_OUTPUTS
 from moetier.tiers.cache.budget import smallest_budget
 from moetier.tiers.layout import RecordLayout
 from moetier.tiers.manifest import Manifest
@@ -93,11 +93,16 @@ def scratch_numbers(manifest: Manifest, kernels: Kernels) -> int:
     """Return how many numbers the scratch memory for computing with experts has to hold.
 
     The scratch memory holds the largest projection that has to be decoded, or what compiled code keeps between products
-    for ROWS tokens. The latter is less than three times the inputs and outputs of the widest projection.
+    for BATCH_OUTPUTS tokens. The latter is less than three times the inputs and outputs of the widest projection.
     """
     layouts = manifest.layouts.values()
     decoded = [p.rows * p.columns for layout in layouts for p in layout.projections if not kernels.packs(layout)]
-    wide = [3 * ROWS * (p.rows + p.columns) for layout in layouts for p in layout.projections if kernels.packs(layout)]
+    wide = [
+        3 * BATCH_OUTPUTS * (p.rows + p.columns)
+        for layout in layouts
+        for p in layout.projections
+        if kernels.packs(layout)
+    ]
     return max(decoded + wide)
 
 

@@ -24,7 +24,7 @@ from moetier.tiers.stats import Share
 from moetier.tiers.store.base import Store
 
 if TYPE_CHECKING:
-    from moetier.runtime.client.elsewhere import Elsewhere
+    from moetier.runtime.client.remote_compute import RemoteCompute
     from moetier.runtime.client.tier import DaemonTier
 
 _log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ class Origin:
     learner: Learner | None = None  # only of a tier of this process, with the option `learn`
     shares: Callable[[], list[Share]] = list  # returns what came from daemons of other hosts and from the store
     daemon: DaemonTier | None = None  # ``host``, if it is the mapped tier of a daemon on this host
-    elsewhere: Elsewhere | None = None  # computes experts at daemons of other hosts
+    remote_compute: RemoteCompute | None = None  # computes experts at daemons of other hosts
 
 
 def open_origin(
@@ -107,12 +107,12 @@ def _own(folder: Path, manifest: Manifest, slots: Mapping[str, int], config: Tie
         learner = closing.enter_context(contextlib.closing(Learner(host))) if config.learn else None
         store.on_fault(host.condemn)
         store.on_recovery(host.count_failure)
-        elsewhere = None
+        remote_compute = None
         if config.daemon.addresses:
             if computes and config.remote_compute != "off":
-                from moetier.runtime.client.elsewhere import Elsewhere
+                from moetier.runtime.client.remote_compute import RemoteCompute
 
-                elsewhere = Elsewhere(spread, host)
+                remote_compute = RemoteCompute(spread, host)
             # closed before the tier, whose close() waits for reads, which may wait for daemons
             closing.callback(store.close)
-        return Origin(host, where, closing.pop_all().close, learner, store.shares, elsewhere=elsewhere)
+        return Origin(host, where, closing.pop_all().close, learner, store.shares, remote_compute=remote_compute)

@@ -123,7 +123,9 @@ class Tiers:
         self.daemon = origin.daemon  # the host tier, if it belongs to a daemon on this host
         self.learns = origin.learner is not None
         self.shares = origin.shares  # returns what came from each daemon of another host, and from the store
-        self.elsewhere = origin.elsewhere  # computes experts at daemons of other hosts; None if there are none
+        self.remote_compute = (
+            origin.remote_compute
+        )  # computes experts at daemons of other hosts; None if there are none
         self.device = device
         self.kernels = kernels
         self.speculation: Speculation | None = None
@@ -224,9 +226,9 @@ def close_later(close_sources: Callable[[], None], tiers: weakref.ref[Tiers]) ->
 
     The reference to ``tiers`` must be weak, because ``tiers.speculation`` refers to the model.
     """
-    here = tiers()
-    if here is not None and here.speculation is not None:
-        here.speculation.detach()
+    referent = tiers()
+    if referent is not None and referent.speculation is not None:
+        referent.speculation.detach()
     if threading.current_thread() is threading.main_thread() and not threading.main_thread().is_alive():
         close_sources()
         return

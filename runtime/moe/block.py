@@ -1,6 +1,6 @@
 """TieredBlock: the state of a block whose experts are in tiers, and the leases of its records.
 
-``Elsewhere`` is the interface of computing its experts on other hosts.
+``RemoteExperts`` is the interface of an object that has its experts computed on other hosts.
 """
 
 from __future__ import annotations
@@ -24,37 +24,40 @@ from .snapshot import Trials
 
 _open = threading.local()  # ``source``: the source of this thread's leases that have not ended regularly
 
-# for each expert: the numbers of the rows of x that it computes, and the row of the outputs for each
-Rows = Mapping[int, tuple[Sequence[int], Sequence[int]]]
+# for each expert: the numbers of the tokens that it computes, and the number of the output for each
+TokensOfExperts = Mapping[int, tuple[Sequence[int], Sequence[int]]]
 
 
-class Sent(Protocol):
-    """Interface of computations that other hosts do."""
+class PendingOutputs(Protocol):
+    """Interface of outputs that other hosts are computing."""
 
     @property
     def experts(self) -> Collection[int]:
-        """The experts that are computed elsewhere."""
+        """The experts that other hosts compute."""
 
     def collect(self, outputs: int) -> list[int]:
-        """Wait for the outputs, and write them to their rows of ``outputs``, an address.
+        """Wait for the outputs, and write them to their places from ``outputs`` on, an address.
 
         Return the experts that no host has computed.
         """
 
     def close(self) -> None:
-        """Cancel what is not collected. Idempotent."""
+        """Cancel computations whose outputs were not collected. Idempotent."""
 
 
-class Elsewhere(Protocol):
+class RemoteExperts(Protocol):
     """Interface of an object that has experts computed on other hosts."""
 
-    def note(self, block: int, experts: Sequence[int]) -> None:
-        """Note that one token has used experts of a block, which are all here."""
+    def note_uses(self, block: int, experts: Sequence[int]) -> None:
+        """Note that one token has used ``experts`` of a block, whose records are all in this process's tier."""
 
-    def send(self, products: ExpertKernels, block: int, x: int, tokens: int, rows: Rows) -> Sent:
-        """Begin to compute those experts of ``rows`` that are better computed elsewhere.
+    def send(
+        self, products: ExpertKernels, block: int, x: int, tokens: int, tokens_of: TokensOfExperts
+    ) -> PendingOutputs:
+        """Choose experts that other hosts compute faster, and send them the hidden states of these experts' tokens.
 
-        ``x`` is the address of the hidden states [tokens, hidden]. The caller closes the result.
+        ``x`` is the address of the hidden states [tokens, hidden]. ``tokens_of`` has all experts that are used. The
+        caller closes the result.
         """
 
 
@@ -67,12 +70,12 @@ class TieredBlock:
     source: ExpertSource[Tensor]
     kernels: Kernels
     device: torch.device  # device of the records
-    # called once for each demand with the block and the experts
-    demanded: Callable[[int, Collection[int]], None] | None = None
+    # called once for each demand, with the block and the experts
+    on_demand: Callable[[int, Collection[int]], None] | None = None
     # by type of the hidden states and parts of the module: kernels for the quick way. Without kernels (None) the block
     # is computed in the exact way
     compiled: dict[Any, Trials[ExpertKernels]] = field(default_factory=dict)
-    elsewhere: Elsewhere | None = None  # computes absent experts on other hosts, if the quick way is used
+    remote_compute: RemoteExperts | None = None  # computes absent experts on other hosts, if the quick way is used
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         refuse_copy()
@@ -94,49 +97,49 @@ def end_open_leases() -> None:
             cut.reclaim()
 
 
-def groups(here: TieredBlock, experts: Collection[int]) -> Generator[list[Lease[Tensor]], None, None]:
+def arriving_leases(tiered: TieredBlock, experts: Collection[int]) -> Generator[list[Lease[Tensor]], None, None]:
     """Lease a block's experts, and yield lists of leases that are valid at the same time.
 
-    Records are uint8 [record bytes]. ``here.demanded`` is called once. If all experts are available together, it is
+    Records are uint8 [record bytes]. ``tiered.on_demand`` is called once. If all experts are available together, it is
     called before they are yielded. Otherwise it is called after the first list has been computed: at that time other
     experts are still being read, so the call delays nothing.
     """
-    _open.source = here.source
+    _open.source = tiered.source
     left = len(experts)
-    demanded = here.demanded  # set to None once it was called
-    with closing(here.source.acquire([ExpertKey(here.block, expert) for expert in experts])) as leases:
-        group = []
+    on_demand = tiered.on_demand  # set to None once it was called
+    with closing(tiered.source.acquire([ExpertKey(tiered.block, expert) for expert in experts])) as leases:
+        together = []
         for lease in leases:
-            group.append(lease)
+            together.append(lease)
             left -= 1
             if lease.more:
                 continue
-            if demanded is not None and left <= 0:
-                demanded(here.block, experts)
-                demanded = None
-            yield group
-            group = []
-            if demanded is not None:
-                demanded(here.block, experts)
-                demanded = None
+            if on_demand is not None and left <= 0:
+                on_demand(tiered.block, experts)
+                on_demand = None
+            yield together
+            together = []
+            if on_demand is not None:
+                on_demand(tiered.block, experts)
+                on_demand = None
     _open.source = None
 
 
-def rows_of_experts(top_k_index: Tensor, experts: int) -> dict[int, tuple[Tensor, Tensor]]:
+def tokens_of_experts(top_k_index: Tensor, experts: int) -> dict[int, tuple[Tensor, Tensor]]:
     """Return for each expert that is used, in ascending order, the tokens that use it and its positions in their top-k.
 
     ``top_k_index`` is [tokens, top_k]. Both tensors of an expert are [n] if n tokens use it. They are in the order of
     the eager forward pass, by position and then by token. Indices of ``experts`` or more are ignored; with expert
-    parallelism they mean "computed elsewhere". Waits for the device once.
+    parallelism they mean an expert of another device. Waits for the device once.
     """
     tokens = len(top_k_index)
     index = top_k_index.T.reshape(-1).clamp(max=experts)  # by position, then by token
     counts = index.new_zeros(experts + 1).index_add_(0, index, torch.ones_like(index))
     order = torch.argsort(index, stable=True)
     positions, by_expert = order // tokens, order % tokens
-    rows, start = {}, 0
+    tokens_of, start = {}, 0
     for expert, count in enumerate(counts[:-1].tolist()):
         if count:
-            rows[expert] = (by_expert[start : start + count], positions[start : start + count])
+            tokens_of[expert] = (by_expert[start : start + count], positions[start : start + count])
             start += count
-    return rows
+    return tokens_of

@@ -24,7 +24,7 @@ from moetier.runtime.libraries.transformers_internals import apply_gate, is_expe
 from moetier.tiers.layout import RecordLayout
 from moetier.tiers.quant.codec import sections
 
-from .block import TieredBlock, end_open_leases, groups, rows_of_experts
+from .block import TieredBlock, arriving_leases, end_open_leases, tokens_of_experts
 from .gradients import without_gradient
 from .grouped import compute_grouped, kernels_of
 
@@ -59,31 +59,31 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
         ConfigError: the hidden states are not on the device of the records.
         ValueError: the shapes do not fit each other, or do not fit the records.
     """
-    here: TieredBlock = self.tiered
-    if hidden_states.device != here.device:
-        raise moved_error(hidden_states.device, here.device)
+    tiered: TieredBlock = self.tiered
+    if hidden_states.device != tiered.device:
+        raise moved_error(hidden_states.device, tiered.device)
     end_open_leases()
     if not torch.is_grad_enabled():
-        return _compute(self, here, hidden_states, top_k_index, top_k_weights)
+        return _compute(self, tiered, hidden_states, top_k_index, top_k_weights)
     with torch.no_grad():
-        out = _compute(self, here, hidden_states, top_k_index, top_k_weights)
+        out = _compute(self, tiered, hidden_states, top_k_index, top_k_weights)
     return without_gradient(out, hidden_states, top_k_weights)
 
 
 def _compute(
-    module: Any, here: TieredBlock, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    module: Any, tiered: TieredBlock, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    kernels = kernels_of(module, here, hidden_states.dtype)
+    kernels = kernels_of(module, tiered, hidden_states.dtype)
     if kernels is not None and has_memory(hidden_states) and has_memory(top_k_weights):
-        return compute_grouped(kernels, here, hidden_states, top_k_index, top_k_weights)
-    work = partial(_eager, module, here, hidden_states, top_k_index, top_k_weights)
-    return here.kernels.with_room(work)
+        return compute_grouped(kernels, tiered, hidden_states, top_k_index, top_k_weights)
+    work = partial(_eager, module, tiered, hidden_states, top_k_index, top_k_weights)
+    return tiered.kernels.with_room(work)
 
 
 def arithmetic(module: Any, hidden_states: Tensor, top_k_weights: Tensor) -> tuple[torch.dtype, torch.dtype]:
     """Return the types in which the architecture's eager forward pass multiplies, and in which it adds up outputs.
 
-    Exceptions are listed here because no flag of the module tells them. Only the types of ``hidden_states``
+    Exceptions are listed tiered because no flag of the module tells them. Only the types of ``hidden_states``
     [tokens, hidden] and ``top_k_weights`` [tokens, top_k] are used.
     """
     match type(module).__name__:
@@ -106,38 +106,40 @@ def output_bytes(module: Any, layout: RecordLayout, tokens: int, top_k: int, dty
     return tokens * top_k * width * kept.itemsize
 
 
-def _eager(module: Any, here: TieredBlock, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def _eager(
+    module: Any, tiered: TieredBlock, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
     """Compute ``experts_forward`` one expert after the other, and add up outputs in ascending order of experts.
 
-    If ``here.kernels`` are exact, this is the exact way that the module's docstring describes.
+    If ``tiered.kernels`` are exact, this is the exact way that the module's docstring describes.
     """
     compute, accumulate = arithmetic(module, hidden_states, top_k_weights)
-    rows = rows_of_experts(top_k_index, module.num_experts)
-    waiting, computed = deque(rows), dict[int, Tensor]()
+    tokens_of = tokens_of_experts(top_k_index, module.num_experts)
+    waiting, computed = deque(tokens_of), dict[int, Tensor]()
     out = torch.zeros_like(hidden_states, dtype=accumulate)
 
-    with closing(groups(here, rows)) as arriving:
+    with closing(arriving_leases(tiered, tokens_of)) as arriving:
         for leases in arriving:
             for lease in leases:
-                tokens, positions = rows[lease.key.expert]
-                y = _expert(module, here, lease.record, hidden_states[tokens].to(compute))
+                tokens, positions = tokens_of[lease.key.expert]
+                y = _expert(module, tiered, lease.record, hidden_states[tokens].to(compute))
                 y = (y * top_k_weights[tokens, positions, None]).to(accumulate)
                 if not lease.holds():
                     continue  # the record was replaced during the computation; it will be leased again
                 computed[lease.key.expert] = y
                 while waiting and waiting[0] in computed:
                     expert = waiting.popleft()
-                    out.index_add_(0, rows[expert][0], computed.pop(expert))
+                    out.index_add_(0, tokens_of[expert][0], computed.pop(expert))
     assert not waiting
     return out.to(hidden_states.dtype)
 
 
-def _expert(module: Any, here: TieredBlock, record: Tensor, x: Tensor) -> Tensor:
-    """Compute one expert: x [rows, hidden] -> [rows, hidden]."""
+def _expert(module: Any, tiered: TieredBlock, record: Tensor, x: Tensor) -> Tensor:
+    """Compute one expert: x [tokens, hidden] -> [tokens, hidden]."""
 
     def project(x: Tensor, name: str) -> Tensor:
-        y = here.kernels.project(x, record, here.layout, name)
-        return y + sections(record, here.layout)[f"{name}_bias"].to(y.dtype) if module.has_bias else y
+        y = tiered.kernels.project(x, record, tiered.layout, name)
+        return y + sections(record, tiered.layout)[f"{name}_bias"].to(y.dtype) if module.has_bias else y
 
     y = project(x, "gate_up_proj" if module.has_gate else "up_proj")
     y = project(apply_gate(module, y) if module.has_gate else module.act_fn(y), "down_proj")

@@ -1,4 +1,4 @@
-"""The quick way to compute a block: groups of experts that are available together, each in one call of compiled code.
+"""The quick way to compute a block: experts that are available together are computed in one call of compiled code.
 
 If all experts of a single token are resident, it takes no lease: compiled code looks the records up, and proves
 afterwards that none of them was replaced. The result does not depend on which experts are available together.
@@ -25,10 +25,10 @@ from moetier.tiers.layout import RecordLayout
 from moetier.tiers.source import Lease
 
 from .activation import activation_of
-from .block import Rows, TieredBlock, end_open_leases, groups, rows_of_experts
+from .block import TieredBlock, TokensOfExperts, arriving_leases, end_open_leases, tokens_of_experts
 from .snapshot import Trials, has_global_hooks
 
-ROWS = 256  # largest number of rows computed together in the quick way, which limits memory for intermediate values
+BATCH_OUTPUTS = 256  # most outputs computed together in the quick way, which limits memory for intermediate values
 
 
 def one_token(
@@ -46,14 +46,14 @@ def one_token(
     Returns:
         The sum, in the shape of ``residual``, else [1, hidden]; None if the compiled code can't compute these inputs.
     """
-    here: TieredBlock | None = getattr(module, "tiered", None)
-    if here is None or here.device != x.device or weights.dtype not in FLOATS:
+    tiered: TieredBlock | None = getattr(module, "tiered", None)
+    if tiered is None or tiered.device != x.device or weights.dtype not in FLOATS:
         return None
-    kernels = kernels_of(module, here, x.dtype)
+    kernels = kernels_of(module, tiered, x.dtype)
     if kernels is None or kernels.dtype != x.dtype or x.shape[1] != kernels.width:
         return None
     end_open_leases()
-    return _one_token(kernels, here, x, experts, weights, residual)
+    return _one_token(kernels, tiered, x, experts, weights, residual)
 
 
 def is_row_like(other: Tensor, x: Tensor) -> bool:
@@ -64,7 +64,7 @@ def is_row_like(other: Tensor, x: Tensor) -> bool:
     return is_readable(other) and other.dtype == x.dtype and other.numel() == x.numel() == other.shape[-1]
 
 
-def kernels_of(module: Any, here: TieredBlock, dtype: torch.dtype) -> ExpertKernels | None:
+def kernels_of(module: Any, tiered: TieredBlock, dtype: torch.dtype) -> ExpertKernels | None:
     """Return compiled code for a block's experts, with hidden states of ``dtype``; None if they can't be compiled.
 
     Without it, experts are computed one after the other (``experts.py``).
@@ -73,17 +73,17 @@ def kernels_of(module: Any, here: TieredBlock, dtype: torch.dtype) -> ExpertKern
     if any(hooks_after(part) or hooks_before(part) for part in parts if part is not None) or has_global_hooks():
         return None  # compiled code does not call the activation, and so none of its hooks
     kind = (dtype, *parts)
-    if (trials := here.compiled.get(kind)) is None:
-        trials = here.compiled.setdefault(kind, Trials())
-    return trials.result(module, partial(_compile, module, here, dtype))
+    if (trials := tiered.compiled.get(kind)) is None:
+        trials = tiered.compiled.setdefault(kind, Trials())
+    return trials.result(module, partial(_compile, module, tiered, dtype))
 
 
-def _compile(module: Any, here: TieredBlock, dtype: torch.dtype) -> ExpertKernels | None:
-    activation = quick_activation(module, here.layout, here.kernels)
-    if activation is None or not isinstance(here.kernels, PackedKernels):
+def _compile(module: Any, tiered: TieredBlock, dtype: torch.dtype) -> ExpertKernels | None:
+    activation = quick_activation(module, tiered.layout, tiered.kernels)
+    if activation is None or not isinstance(tiered.kernels, PackedKernels):
         return None
     computed = dtype if dtype in FLOATS else torch.float32
-    return ExpertKernels(here.layout, activation, computed, module.num_experts, here.kernels.processor)
+    return ExpertKernels(tiered.layout, activation, computed, module.num_experts, tiered.kernels.processor)
 
 
 def quick_activation(module: Any, layout: RecordLayout, kernels: Kernels) -> Activation | None:
@@ -93,7 +93,7 @@ def quick_activation(module: Any, layout: RecordLayout, kernels: Kernels) -> Act
 
 
 def compute_grouped(
-    kernels: ExpertKernels, here: TieredBlock, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    kernels: ExpertKernels, tiered: TieredBlock, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
     """Compute ``experts_forward`` with compiled code, all experts that are available in one call.
 
@@ -105,13 +105,13 @@ def compute_grouped(
         raise ValueError(f"hidden states, experts and weights of shapes {given}, where hidden is {kernels.width}")
     weights = top_k_weights if top_k_weights.dtype in FLOATS else top_k_weights.float()
     x, weights = hidden_states.to(kernels.dtype).contiguous(), weights.contiguous()
-    out = _one_token(kernels, here, x, top_k_index.tolist()[0], weights) if len(x) == 1 else None
-    return (_tokens(kernels, here, x, top_k_index, weights) if out is None else out).to(hidden_states.dtype)
+    out = _one_token(kernels, tiered, x, top_k_index.tolist()[0], weights) if len(x) == 1 else None
+    return (_tokens(kernels, tiered, x, top_k_index, weights) if out is None else out).to(hidden_states.dtype)
 
 
 def _one_token(
     kernels: ExpertKernels,
-    here: TieredBlock,
+    tiered: TieredBlock,
     x: Tensor,
     experts: Sequence[int],
     weights: Tensor,
@@ -124,18 +124,18 @@ def _one_token(
     """
     if not experts or len(set(experts)) < len(experts):
         return None
-    residents = here.source.residents(here.block)
+    residents = tiered.source.residents(tiered.block)
     token = kernels.one_token(len(experts), weights.dtype, has_residual=residual is not None)
     if residents is not None and token.find(experts, residents):
-        here.source.note_uses(here.block, experts)
-        if here.elsewhere is not None:
-            here.elsewhere.note(here.block, experts)
-        if here.demanded is not None:
-            here.demanded(here.block, experts)
+        tiered.source.note_uses(tiered.block, experts)
+        if tiered.remote_compute is not None:
+            tiered.remote_compute.note_uses(tiered.block, experts)
+        if tiered.on_demand is not None:
+            tiered.on_demand(tiered.block, experts)
         if (out := token.compute(x, weights, residual)) is not None:
             return out
-        here.source.take_back_uses(here.block, experts)
-        here = replace(here, demanded=None)  # it was called already
+        tiered.source.take_back_uses(tiered.block, experts)
+        tiered = replace(tiered, on_demand=None)  # it was called already
     if max(experts) >= kernels.experts or min(experts) < 0:
         return None
     places = {expert: place for place, expert in enumerate(experts)}
@@ -146,22 +146,22 @@ def _one_token(
         at = array("q", [places[lease.key.expert] for lease in leases])
         kernels.compute(x, array("q", jobs), at, outputs)
 
-    def placed() -> Rows:
+    def placed() -> TokensOfExperts:
         return {expert: ([0], [place]) for expert, place in places.items()}
 
-    _experts(kernels, here, x, places, placed, compute, outputs)
+    _experts(kernels, tiered, x, places, placed, compute, outputs)
     out = kernels.add_up(outputs, weights)
     return out if residual is None else residual + out
 
 
-def _tokens(kernels: ExpertKernels, here: TieredBlock, x: Tensor, top_k_index: Tensor, weights: Tensor) -> Tensor:
+def _tokens(kernels: ExpertKernels, tiered: TieredBlock, x: Tensor, top_k_index: Tensor, weights: Tensor) -> Tensor:
     """Compute several tokens, x [tokens, hidden]. An expert is leased once for all tokens that use it."""
     tokens, k = top_k_index.shape
-    rows = rows_of_experts(top_k_index, kernels.experts)
+    tokens_of = tokens_of_experts(top_k_index, kernels.experts)
     outputs = x.new_zeros(tokens * k, x.shape[1])
 
     def compute(leases: Sequence[Lease[Tensor]]) -> None:
-        for batch in _batches(leases, rows):
+        for batch in _batches(leases, tokens_of):
             jobs, first = array("q"), 0
             for lease, token, _ in batch:
                 jobs.extend((lease.record.data_ptr(), first, len(token)))
@@ -170,42 +170,44 @@ def _tokens(kernels: ExpertKernels, here: TieredBlock, x: Tensor, top_k_index: T
             places = gathered * k + torch.cat([position for _, _, position in batch])
             kernels.compute(x.index_select(0, gathered), jobs, array("q", places.tolist()), outputs)
 
-    def placed() -> Rows:
-        return {expert: (own.tolist(), (own * k + position).tolist()) for expert, (own, position) in rows.items()}
+    def placed() -> TokensOfExperts:
+        return {expert: (own.tolist(), (own * k + position).tolist()) for expert, (own, position) in tokens_of.items()}
 
-    _experts(kernels, here, x, rows, placed, compute, outputs)
+    _experts(kernels, tiered, x, tokens_of, placed, compute, outputs)
     return kernels.add_up(outputs, weights)
 
 
 def _experts(
     kernels: ExpertKernels,
-    here: TieredBlock,
+    tiered: TieredBlock,
     x: Tensor,
     experts: Collection[int],
-    rows: Callable[[], Rows],
+    tokens_of: Callable[[], TokensOfExperts],
     compute: Callable[[Sequence[Lease[Tensor]]], None],
     outputs: Tensor,
 ) -> None:
-    """Compute all ``experts`` of x [tokens, hidden], some of them on other hosts, and fill their rows of ``outputs``.
+    """Compute all ``experts`` of x [tokens, hidden], some of them on other hosts, and fill their places in ``outputs``.
 
-    ``compute`` computes experts that are leased together. ``rows`` returns what each expert computes.
+    ``compute`` computes experts that are leased together. ``tokens_of`` returns what each expert computes.
     """
     left = experts
-    if here.elsewhere is not None:
-        with closing(here.elsewhere.send(kernels, here.block, x.data_ptr(), len(x), rows())) as sent:
-            if sent.experts and here.demanded is not None:
-                here.demanded(here.block, experts)
-                here = replace(here, demanded=None)
-            _arriving(here, [expert for expert in experts if expert not in sent.experts], compute)
+    if tiered.remote_compute is not None:
+        with closing(tiered.remote_compute.send(kernels, tiered.block, x.data_ptr(), len(x), tokens_of())) as sent:
+            if sent.experts and tiered.on_demand is not None:
+                tiered.on_demand(tiered.block, experts)
+                tiered = replace(tiered, on_demand=None)
+            _arriving(tiered, [expert for expert in experts if expert not in sent.experts], compute)
             left = sent.collect(outputs.data_ptr())
-    _arriving(here, left, compute)
+    _arriving(tiered, left, compute)
 
 
-def _arriving(here: TieredBlock, experts: Collection[int], compute: Callable[[Sequence[Lease[Tensor]]], None]) -> None:
+def _arriving(
+    tiered: TieredBlock, experts: Collection[int], compute: Callable[[Sequence[Lease[Tensor]]], None]
+) -> None:
     """Call ``compute`` with the leases of experts that are available together, until all were computed."""
     if not experts:
         return
-    with closing(groups(here, experts)) as arriving:
+    with closing(arriving_leases(tiered, experts)) as arriving:
         for leases in arriving:
             compute(leases)
             for lease in leases:
@@ -215,15 +217,17 @@ def _arriving(here: TieredBlock, experts: Collection[int], compute: Callable[[Se
 Batch = list[tuple[Lease[Tensor], Tensor, Tensor]]  # (lease, tokens that use it, their positions in the top-k)
 
 
-def _batches(leases: Sequence[Lease[Tensor]], rows: dict[int, tuple[Tensor, Tensor]]) -> Iterator[Batch]:
-    """Divide the rows of leased experts into batches of at most ROWS rows. ``rows`` is from ``rows_of_experts``."""
+def _batches(leases: Sequence[Lease[Tensor]], tokens_of: dict[int, tuple[Tensor, Tensor]]) -> Iterator[Batch]:
+    """Divide the tokens of leased experts into batches of at most BATCH_OUTPUTS outputs."""
     batch: Batch = []
-    left = ROWS
+    left = BATCH_OUTPUTS
     for lease in leases:
-        for tokens, positions in zip(*(torch.split(index, ROWS) for index in rows[lease.key.expert]), strict=True):
+        for tokens, positions in zip(
+            *(torch.split(index, BATCH_OUTPUTS) for index in tokens_of[lease.key.expert]), strict=True
+        ):
             if batch and len(tokens) > left:
                 yield batch
-                batch, left = [], ROWS
+                batch, left = [], BATCH_OUTPUTS
             batch.append((lease, tokens, positions))
             left -= len(tokens)
     yield batch

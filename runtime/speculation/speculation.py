@@ -166,7 +166,7 @@ class Speculation:
         self._pending.clear()
         self._predicted.clear()
 
-    def demanded(self, block: int, experts: Collection[int]) -> None:
+    def on_demand(self, block: int, experts: Collection[int]) -> None:
         """Predict and prefetch experts of later blocks, after ``block`` has demanded ``experts``."""
         if not self._is_predicting:
             return
@@ -259,7 +259,7 @@ class Speculation:
             return
         if hidden.device.type == "cpu":
             self._admit(target, distance, shortcuts.predict(target, hidden))
-        else:  # don't wait for the device: ``demanded`` reads the result after the block has waited
+        else:  # don't wait for the device: ``on_demand`` reads the result after the block has waited
             self._pending.append(_Asked(target, distance, shortcuts.rank(target, hidden).on_cpu()))
 
     def _admit(self, block: int, distance: int, prediction: Prediction) -> None:

@@ -29,8 +29,8 @@ _log = logging.getLogger(__name__)
 SERVICE = "moetier.v1.ExpertStore"
 
 MESSAGE_BYTES = 1 << 20  # largest message that a daemon takes
-# most of a call of Compute: rows and bytes of outputs, and bytes of hidden states, which fit one message
-OUTPUT_ROWS, OUTPUT_BYTES, INPUT_BYTES = 1024, 4 << 20, MESSAGE_BYTES - (16 << 10)
+# limits of a call of Compute: number and bytes of outputs, and bytes of hidden states, which fit one message
+MAX_OUTPUTS, OUTPUT_BYTES, INPUT_BYTES = 1024, 4 << 20, MESSAGE_BYTES - (16 << 10)
 
 OPTIONS: tuple[tuple[str, int], ...] = (
     # so that a peer that has vanished or hangs is noticed, even on an idle connection

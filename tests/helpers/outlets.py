@@ -11,7 +11,7 @@ import grpc
 
 from moetier.proto import expert_store_pb2 as pb
 from moetier.proto.expert_store_pb2_grpc import ExpertStoreServicer
-from moetier.runtime.daemon.fetch import Fetches
+from moetier.runtime.daemon.fetch import FetchCalls
 from moetier.runtime.daemon.rpc import add_service
 from moetier.runtime.wire.address import Address, Credentials
 from moetier.runtime.wire.status_codes import abort
@@ -61,14 +61,14 @@ def serving(
         server.stop(0).wait()
 
 
-def outlet_of(fetches: Fetches, manifest: Manifest) -> Outlet:
+def outlet_of(fetches: FetchCalls, manifest: Manifest) -> Outlet:
     return Outlet(manifest, fetches.serve)
 
 
 @contextlib.contextmanager
 def served(host: HostTier) -> Iterator[Address]:
     """Where a tier's records are fetched."""
-    fetches = Fetches(host, host.manifest, host.layout.slots_by_array)
+    fetches = FetchCalls(host, host.manifest, host.layout.slots_by_array)
     try:
         with serving(outlet_of(fetches, host.manifest)) as address:
             yield address

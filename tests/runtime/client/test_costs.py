@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from moetier.runtime.client import costs
-from moetier.runtime.client.costs import HORIZON, RATE, FetchRate, RowSeconds, Uses, earns_slot
+from moetier.runtime.client.costs import HORIZON, RATE, FetchRate, OutputSeconds, RecentUses, earns_slot
 
 
 def test_fetches_at_the_same_time_share_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,7 +41,7 @@ def test_the_rate_follows_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_slow_computation_is_an_exception_unless_others_follow() -> None:
-    seconds = RowSeconds()
+    seconds = OutputSeconds()
     seconds.add(1.0, 8)  # the first, in which connections are made
     assert seconds.value == 0
     for _ in range(3):
@@ -58,7 +58,7 @@ def test_a_slow_computation_is_an_exception_unless_others_follow() -> None:
 
 
 def test_uses_are_forgotten() -> None:
-    uses = Uses(3)
+    uses = RecentUses(3)
     for _ in range(20 * HORIZON):
         uses.add([(0, 1)], 1)
     assert uses.of(0) == pytest.approx(HORIZON, rel=0.01)
@@ -78,7 +78,7 @@ def test_an_expert_is_fetched_once_computing_it_has_cost_as_much() -> None:
     assert earns_slot(135, 0, 100)
     assert not earns_slot(70, 35, 10), "counts fluctuate"
     assert earns_slot(70, 25, 10)
-    uses = Uses(8)
+    uses = RecentUses(8)
     for token in range(2_400):  # a record so large that its fetch takes as long as 300 computations
         uses.add([(token % 4, 1)], 1)
     assert earns_slot(uses.of(1), 0, 300)

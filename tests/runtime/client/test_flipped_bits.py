@@ -15,9 +15,9 @@ from stores import read_record, slot_of
 from threads import wait_until
 from torch import Tensor
 
-from moetier.runtime.client.elsewhere import Elsewhere
 from moetier.runtime.client.peers import Peer
 from moetier.runtime.client.remote import RemoteReader
+from moetier.runtime.client.remote_compute import RemoteCompute
 from moetier.runtime.client.spread import SpreadReader
 from moetier.runtime.kernels.experts.expert_code import Activation
 from moetier.runtime.kernels.experts.expert_kernels import ExpertKernels
@@ -64,18 +64,18 @@ def computing(
     wire: Flips, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[[], Tensor | None]]:
     """Yield a function that lets the daemon compute an expert for three rows. It returns the outputs or None."""
-    monkeypatch.setattr(Elsewhere, "_fetches", lambda *_: False)
+    monkeypatch.setattr(RemoteCompute, "_fetches", lambda *_: False)
     with ExitStack() as stack:
         spread = stack.enter_context(spread_over(wire, manifest))
         host = stack.enter_context(HostTier(spread, slots=slots_for(manifest, smallest_budget(manifest))))
-        elsewhere = Elsewhere(spread, host)
+        remote = RemoteCompute(spread, host)
         kernels = ExpertKernels(manifest.layout(1), Activation(), torch.bfloat16, manifest.blocks[1].experts)
         x = torch.randn(3, kernels.width, generator=torch.Generator().manual_seed(0)).bfloat16()
 
         def compute() -> Tensor | None:
             outputs = torch.zeros(3, kernels.width, dtype=torch.bfloat16)
             rows = {2: ([0, 2], [0, 1]), 3: ([1], [2])}
-            with closing(elsewhere.send(kernels, 1, x.data_ptr(), 3, rows)) as sent:
+            with closing(remote.send(kernels, 1, x.data_ptr(), 3, rows)) as sent:
                 return outputs if sent.experts and not sent.collect(outputs.data_ptr()) else None
 
         wait_until(lambda: compute() is not None)  # the daemon has compiled its code

@@ -23,7 +23,7 @@ from threads import Task, run_all, wait_until
 from moetier.proto import expert_store_pb2 as pb
 from moetier.runtime.client import remote
 from moetier.runtime.client.remote import RemoteReader
-from moetier.runtime.daemon.fetch import Fetches
+from moetier.runtime.daemon.fetch import FetchCalls
 from moetier.runtime.wire.address import Address, Credentials
 from moetier.runtime.wire.piece import PIECE_BYTES, decode_piece, encode_piece
 from moetier.testing import in_fork
@@ -74,11 +74,11 @@ def huge(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def served(folder: Path, slots: int = 3, **bounds: float) -> Iterator[tuple[Address, HostTier, Fetches]]:
+def served(folder: Path, slots: int = 3, **bounds: float) -> Iterator[tuple[Address, HostTier, FetchCalls]]:
     """A host tier of ``slots`` slots, and where its records are fetched."""
     counts = {"records": slots}
     with ExpertStore.open(folder) as store, HostTier(store, slots=counts) as host:
-        fetches = Fetches(host, store.manifest, counts, **bounds)
+        fetches = FetchCalls(host, store.manifest, counts, **bounds)
         try:
             with serving(outlet_of(fetches, store.manifest)) as address:
                 yield address, host, fetches

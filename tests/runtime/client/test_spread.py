@@ -30,7 +30,7 @@ from moetier.runtime.client import remote
 from moetier.runtime.client.peers import Peer, rendezvous
 from moetier.runtime.client.remote import RemoteReader
 from moetier.runtime.client.spread import SpreadReader
-from moetier.runtime.daemon.fetch import Fetches
+from moetier.runtime.daemon.fetch import FetchCalls
 from moetier.runtime.wire.address import Address, Credentials
 from moetier.runtime.wire.piece import encode_piece
 from moetier.tiers.errors import (
@@ -111,7 +111,7 @@ class Daemon:
         store = self.stack.enter_context(ExpertStore.open(folder))
         slots = {"records": len(KEYS)}
         self.host = self.stack.enter_context(HostTier(store, slots=slots))
-        fetches = Fetches(self.host, store.manifest, slots)
+        fetches = FetchCalls(self.host, store.manifest, slots)
         self.stack.callback(fetches.close)
         self.outlet = outlet_of(fetches, store.manifest)
         self.running = ExitStack()

@@ -27,14 +27,14 @@ from torch import Tensor
 from moetier.proto import expert_store_pb2 as pb
 from moetier.proto.expert_store_pb2_grpc import ExpertStoreStub
 from moetier.runtime.daemon import compute
-from moetier.runtime.daemon.compute import Computes
+from moetier.runtime.daemon.compute import ComputeCalls
 from moetier.runtime.daemon.leases import CALLS
 from moetier.runtime.daemon.model import HostedModel
 from moetier.runtime.kernels.experts.expert_code import Activation
 from moetier.runtime.kernels.experts.expert_kernels import ExpertKernels
 from moetier.runtime.kernels.experts.expert_products import ExpertProducts
 from moetier.runtime.wire.address import Address, Credentials
-from moetier.runtime.wire.channel import OUTPUT_ROWS, open_channel
+from moetier.runtime.wire.channel import MAX_OUTPUTS, open_channel
 from moetier.runtime.wire.status_codes import abort, error_of
 from moetier.tiers.cache.budget import slots_for
 from moetier.tiers.errors import (
@@ -173,21 +173,21 @@ BAD: list[tuple[dict[str, object], type[MoetierError], str]] = [
     ({"experts": [2**32 - 1]}, MissingExpertError, "no block 1"),
     ({"experts": []}, ProtocolError, "no expert"),
     ({"experts": [1, 1]}, ProtocolError, "twice"),
-    ({"experts": [1] * (OUTPUT_ROWS + 1)}, ExhaustedError, "more than the"),
+    ({"experts": [1] * (MAX_OUTPUTS + 1)}, ExhaustedError, "more than the"),
     ({"hidden_states": b""}, ProtocolError, "0 bytes are not hidden states"),
     ({"hidden_states": b"123"}, ProtocolError, "3 bytes are not hidden states"),
-    ({"dtype": "float64"}, ProtocolError, "not known here"),
-    ({"activation": pb.Activation()}, ProtocolError, "not known here"),
+    ({"dtype": "float64"}, ProtocolError, "is unknown"),
+    ({"activation": pb.Activation()}, ProtocolError, "is unknown"),
     ({"activation": pb.Activation(function="silu", alpha=math.nan, limit=1.0)}, ProtocolError, "not finite"),
     ({"activation": pb.Activation(function="silu", alpha=1.0, limit=-1.0)}, ProtocolError, "above 0"),
     ({"activation": pb.Activation(function="silu", alpha=1.0, limit=1.0)}, ProtocolError, "not computed"),  # no gate
-    ({"counts": [1], "picked": [1]}, ProtocolError, "that the request does not have"),
-    ({"counts": [1], "picked": [2**32 - 1]}, ProtocolError, "that the request does not have"),
-    ({"counts": [0], "picked": []}, ProtocolError, "no row"),
+    ({"counts": [1], "picked": [1]}, ProtocolError, "does not exist"),
+    ({"counts": [1], "picked": [2**32 - 1]}, ProtocolError, "does not exist"),
+    ({"counts": [0], "picked": []}, ProtocolError, "no token"),
     ({"counts": [2], "picked": [0]}, ProtocolError, "do not fit"),
     ({"counts": [1, 1], "picked": [0, 0]}, ProtocolError, "do not fit"),
     ({"counts": [2**32 - 1], "picked": [0]}, ProtocolError, "do not fit"),
-    ({"counts": [OUTPUT_ROWS + 1], "picked": [0] * (OUTPUT_ROWS + 1)}, ExhaustedError, "more than the"),
+    ({"counts": [MAX_OUTPUTS + 1], "picked": [0] * (MAX_OUTPUTS + 1)}, ExhaustedError, "more than the"),
 ]
 
 
@@ -240,7 +240,7 @@ def test_it_is_counted_and_said(daemon: DaemonProcess, stub: ExpertStoreStub, ma
 
 
 class Computing(outlets.Outlet):
-    def __init__(self, manifest: Manifest, computes: Computes) -> None:
+    def __init__(self, manifest: Manifest, computes: ComputeCalls) -> None:
         super().__init__(manifest, lambda request, context: iter(()))
         self.computes = computes
 
@@ -261,15 +261,15 @@ def host(tinymix_4bit: Path) -> Iterator[HostTier]:
 
 
 @pytest.fixture
-def served(host: HostTier) -> Iterator[tuple[Computes, Address]]:
+def served(host: HostTier) -> Iterator[tuple[ComputeCalls, Address]]:
     with ExitStack() as stack:
-        computes = Computes(host, host.manifest)
+        computes = ComputeCalls(host, host.manifest)
         stack.callback(computes.close)
         yield computes, stack.enter_context(outlets.serving(Computing(host.manifest, computes)))
 
 
 def test_any_number_of_activations_shares_the_code(
-    served: tuple[Computes, Address], manifest: Manifest, tinymix_4bit: Path
+    served: tuple[ComputeCalls, Address], manifest: Manifest, tinymix_4bit: Path
 ) -> None:
     """Only the first client is told that code is compiled."""
     _, address = served
@@ -287,7 +287,7 @@ def test_any_number_of_activations_shares_the_code(
             assert found == wanted.view(torch.uint8).numpy().tobytes()
 
 
-def test_few_forms_of_activations_are_compiled(served: tuple[Computes, Address], manifest: Manifest) -> None:
+def test_few_forms_of_activations_are_compiled(served: tuple[ComputeCalls, Address], manifest: Manifest) -> None:
     """Whatever clients ask for: four functions, with gate and up in two orders, as the records have a gate."""
     x = hidden_states(manifest, 1)
     computed = 0
@@ -302,12 +302,12 @@ def test_few_forms_of_activations_are_compiled(served: tuple[Computes, Address],
 
 
 def test_clients_that_read_nothing_make_room_for_others(
-    served: tuple[Computes, Address], manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+    served: tuple[ComputeCalls, Address], manifest: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each takes a thread of the server."""
     computes, address = served
     x = hidden_states(manifest, 1, torch.float32)
-    long = message(manifest, x, [1], counts=[OUTPUT_ROWS], picked=[0] * OUTPUT_ROWS)
+    long = message(manifest, x, [1], counts=[MAX_OUTPUTS], picked=[0] * MAX_OUTPUTS)
     narrow = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1 << 16)]
     with (
         open_channel(address, Credentials(insecure=True)) as channel,
@@ -316,7 +316,7 @@ def test_clients_that_read_nothing_make_room_for_others(
         stub = ExpertStoreStub(channel)
         answer(stub, long)
         calls = [ExpertStoreStub(other).Compute(long, timeout=600) for _ in range(CALLS)]
-        wait_until(lambda: computes.rows == (1 + CALLS) * OUTPUT_ROWS)
+        wait_until(lambda: computes.outputs == (1 + CALLS) * MAX_OUTPUTS)
         time.sleep(1.0)
         with pytest.raises(ExhaustedError, match="under way"):
             answer(stub, long)
@@ -340,7 +340,7 @@ def test_records_that_are_read_too_slowly_are_said_in_time(manifest: Manifest, t
     with ExitStack() as stack:
         host = stack.enter_context(HostTier(gate, slots=slots_for(manifest, manifest.stored_bytes)))
         stack.callback(gate.open)
-        computes = Computes(host, manifest)
+        computes = ComputeCalls(host, manifest)
         stack.callback(computes.close)
         address = stack.enter_context(outlets.serving(Computing(manifest, computes)))
         stub = ExpertStoreStub(stack.enter_context(open_channel(address, Credentials(insecure=True))))
@@ -355,7 +355,7 @@ def test_records_that_are_read_too_slowly_are_said_in_time(manifest: Manifest, t
 
 
 def test_code_that_can_not_be_compiled_is_not_waited_for(
-    served: tuple[Computes, Address], manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+    served: tuple[ComputeCalls, Address], manifest: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:
         raise OSError("no memory can be made executable")
@@ -377,7 +377,7 @@ def test_a_compiler_that_can_not_be_imported_is_said(
 
         def is_said() -> bool:
             try:
-                return not model.computes
+                return not model.compute_calls
             except ConfigError as error:
                 return "can't compute experts" in error.cause
             except ExhaustedError:
@@ -404,12 +404,12 @@ def without_compilers() -> Iterator[None]:
 
 
 def test_without_a_thread_a_call_fails_and_the_next_one_computes(
-    served: tuple[Computes, Address], host: HostTier, manifest: Manifest, tinymix_4bit: Path
+    served: tuple[ComputeCalls, Address], host: HostTier, manifest: Manifest, tinymix_4bit: Path
 ) -> None:
     model = HostedModel(manifest, host, tinymix_4bit, patience=1.0)
     try:
         with without_compilers(), pytest.raises(ExhaustedError, match="can't start new thread"):
-            _ = model.computes
+            _ = model.compute_calls
         request = message(manifest, hidden_states(manifest, 1), [1])
         with open_channel(served[1], Credentials(insecure=True)) as channel:
             with without_compilers(), pytest.raises(ExhaustedError, match="can't start new thread"):
@@ -426,7 +426,7 @@ def test_a_condemned_model_says_so(host: HostTier, manifest: Manifest, tinymix_4
 
         def is_said() -> bool:
             try:
-                return not model.computes
+                return not model.compute_calls
             except StoreError as error:
                 return error.cause == "The shards are of two conversions."
             except ExhaustedError:

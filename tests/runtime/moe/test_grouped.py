@@ -18,7 +18,7 @@ from moetier.runtime.kernels.products.api import Kernels
 from moetier.runtime.kernels.products.packed import PackedKernels
 from moetier.runtime.moe.block import TieredBlock
 from moetier.runtime.moe.experts import experts_forward
-from moetier.runtime.moe.grouped import ROWS
+from moetier.runtime.moe.grouped import BATCH_OUTPUTS
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.source import Lease
 
@@ -88,7 +88,7 @@ def test_groups_change_nothing(model_type: str, seed: int, tokens: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("tokens", [0, 1, ROWS + 50])
+@pytest.mark.parametrize("tokens", [0, 1, BATCH_OUTPUTS + 50])
 def test_no_token_and_more_than_go_together(tokens: int, dtype: torch.dtype) -> None:
     """Of so many every one wants the same experts: one's rows are cut."""
     ordinary, twin, records = ways("mixtral", dtype)

@@ -476,11 +476,11 @@ def test_who_waits_for_routing_gets_it_before_the_experts(model: Any) -> None:
     order: list[str] = []
     modules = [*experts_modules(model).values()]
 
-    def demanded(block: int, experts: Any) -> None:
+    def on_demand(block: int, experts: Any) -> None:
         order.append(f"demanded {block} {len(experts)}")
 
     for module in modules:
-        module.tiered = replace(module.tiered, demanded=demanded)
+        module.tiered = replace(module.tiered, on_demand=on_demand)
     decode(model, [5])
     assert order[-len(modules) :] == [f"demanded {i} {model.config.num_experts_per_tok}" for i in range(len(modules))]
 

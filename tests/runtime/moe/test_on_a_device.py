@@ -23,7 +23,7 @@ from twins import inputs, pair
 import moetier
 from moetier.runtime.kernels.cuda_int4 import CudaInt4, FusedKernels
 from moetier.runtime.kernels.products.api import Kernels
-from moetier.runtime.moe.block import TieredBlock, rows_of_experts
+from moetier.runtime.moe.block import TieredBlock, tokens_of_experts
 from moetier.runtime.moe.experts import experts_forward, experts_modules
 from moetier.runtime.moe.linear import QuantizedLinear
 from moetier.tiers.cache.budget import slots_for
@@ -234,11 +234,11 @@ def test_waits_are_seen() -> None:
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 2, 33])
-def test_rows_of_experts(tokens: int) -> None:
+def test_tokens_of_experts(tokens: int) -> None:
     """By position and then by token, as torch.where gives them in the ordinary modules."""
     index = torch.randint(0, 9, (tokens, 3), generator=torch.Generator().manual_seed(tokens))
     index[::5] = 1_000_000
-    rows = rows_of_experts(index, 8)
+    rows = tokens_of_experts(index, 8)
     assert list(rows) == [expert for expert in range(8) if (index == expert).any()]
     for expert, (found, positions) in rows.items():
         expected = torch.where((index == expert).T)

@@ -29,9 +29,9 @@ def model(tmp_path: Path) -> Iterator[Any]:
         yield found
 
 
-def compute(model: Any, experts: list[int], demanded: Callable[..., None] | None = None) -> Tensor:
+def compute(model: Any, experts: list[int], on_demand: Callable[..., None] | None = None) -> Tensor:
     module = [*experts_modules(model).values()][BLOCK]
-    module.tiered = replace(module.tiered, demanded=demanded)
+    module.tiered = replace(module.tiered, on_demand=on_demand)
     x = torch.randn(1, model.config.hidden_size, generator=torch.Generator().manual_seed(0)).to(model.dtype)
     weights = torch.linspace(0.2, 0.8, len(experts))[None]
     found: Tensor = module(x, torch.tensor([experts]), weights)
@@ -55,7 +55,7 @@ def test_what_is_in_memory_takes_no_lease(model: Any) -> None:
 
 
 def test_records_that_are_replaced_meanwhile_are_read_again(model: Any) -> None:
-    """``demanded`` is called when the records have been found, and before they are used."""
+    """``on_demand`` is called when the records have been found, and before they are used."""
     expected = compute(model, [0, 1])
     before, calls = model.tiers.host.stats(), []
 

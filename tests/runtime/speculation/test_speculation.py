@@ -118,7 +118,7 @@ def attached(
     speculation = Speculation(shortcuts or Shortcuts(gates), requests, look_ahead=look_ahead, mode=mode)
     speculation.attach()
     for module in experts_modules(model).values():
-        module.tiered = replace(module.tiered, demanded=speculation.demanded)
+        module.tiered = replace(module.tiered, on_demand=speculation.on_demand)
     return speculation, requests
 
 
@@ -202,8 +202,8 @@ def test_another_tower_beside_it_is_left_alone(model: Any) -> None:
         guessed = speculation.stats().guesses
         for rows in (3, PROMPT):
             speculation._at_entry(2, torch.ones(1, rows, model.config.hidden_size, dtype=model.dtype))
-            speculation.demanded(2, {0, 1})
-            speculation.demanded(3, {0, 1})
+            speculation.on_demand(2, {0, 1})
+            speculation.on_demand(3, {0, 1})
     assert requests.made == []
     assert speculation.stats().guesses == guessed
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import moetier
-from moetier.runtime.moe.block import groups
+from moetier.runtime.moe.block import arriving_leases
 from moetier.runtime.moe.experts import experts_modules
 
 RAM = 4 << 20  # 18 of 64 experts: two or three of a block
@@ -23,11 +23,11 @@ def demand(tinymix_4bit: Path) -> Iterator[Callable[..., Events]]:
     with model.tiers:
         module = [*experts_modules(model).values()][3]
         events: Events = []
-        here = replace(module.tiered, demanded=lambda block, experts: events.append({*experts}))
+        tiered = replace(module.tiered, on_demand=lambda block, experts: events.append({*experts}))
 
         def run(*experts: int) -> Events:
             events.clear()
-            for leases in groups(here, experts):
+            for leases in arriving_leases(tiered, experts):
                 events.append([lease.key.expert for lease in leases])
             return [*events]
 

@@ -1,6 +1,6 @@
 """Measure the rule by which an expert that daemons compute is fetched in place of that, on traces of real routing.
 
-    python tests/measurements/slots_elsewhere.py tests/assets/traces/*.npz
+    python tests/measurements/remote_compute_slots.py tests/assets/traces/*.npz
 
 A block's experts take one unit of time for each row that a daemon computes, and ``price`` units for each that is
 fetched. Each block begins with empty slots. The tokens of a trace are repeated until there are TOKENS of them. A line
@@ -15,7 +15,7 @@ import statistics
 from collections import Counter
 from pathlib import Path
 
-from moetier.runtime.client.costs import Uses, earns_slot
+from moetier.runtime.client.costs import RecentUses, earns_slot
 from moetier.runtime.trace.trace import NONE, Trace
 
 PRICES = (3, 10, 30, 100, 300)
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def by_rule(tokens: list[list[int]], slots: int, price: float) -> float:
-    uses, cached, taken = Uses(max(map(max, tokens)) + 1), set[int](), 0.0
+    uses, cached, taken = RecentUses(max(map(max, tokens)) + 1), set[int](), 0.0
     for experts in tokens:
         uses.add([(expert, 1) for expert in experts], 1)
         for expert in set(experts) - cached:

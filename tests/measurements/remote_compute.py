@@ -1,6 +1,6 @@
 """Measure decoding with experts that daemons compute against experts that are fetched from them.
 
-    python tests/measurements/elsewhere.py --daemons 2 --ram 10%
+    python tests/measurements/remote_compute.py --daemons 2 --ram 10%
 
 Each daemon is in a network namespace of its own, behind a link of 1 Gbit/s and .3 ms there and back, with TLS. All
 experts are in the daemons' memory; the client has room for a part of them. The same tokens are decoded both ways, by

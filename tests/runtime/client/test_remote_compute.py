@@ -27,10 +27,10 @@ from torch import Tensor
 
 import moetier
 from moetier.proto import expert_store_pb2 as pb
-from moetier.runtime.client import elsewhere, spread
-from moetier.runtime.client.costs import FetchRate, RowSeconds, Uses
-from moetier.runtime.client.elsewhere import Elsewhere
+from moetier.runtime.client import remote_compute, spread
+from moetier.runtime.client.costs import FetchRate, OutputSeconds, RecentUses
 from moetier.runtime.client.remote import RemoteReader
+from moetier.runtime.client.remote_compute import RemoteCompute
 from moetier.runtime.generation.compat import CACHE
 from moetier.runtime.kernels.experts.expert_code import Activation
 from moetier.runtime.kernels.experts.expert_kernels import ExpertKernels
@@ -138,7 +138,7 @@ def test_daemons_that_compute_at_the_same_time_are_timed_once(
 ) -> None:
     """If each was timed by itself, a row would seem to take as many times as long as there are daemons."""
     timed: list[int] = []
-    monkeypatch.setattr(RowSeconds, "add", lambda self, seconds, rows: timed.append(rows))
+    monkeypatch.setattr(OutputSeconds, "add", lambda self, seconds, rows: timed.append(rows))
     blocks = len(read_manifest(store_folder(tinymix_4bit)).blocks)
     with daemons(tmp_path, tinymix_4bit, token) as three:
         model = load(bare, [daemon.card.listen for daemon in three], token, smallest_ram(tinymix_4bit))
@@ -255,7 +255,7 @@ def test_what_stays_cached_is_fetched(
     # a fetch pays after about 40 uses
     monkeypatch.setattr(FetchRate, "value", SLOW)
     that_pay = manifest.layout(0).slot_bytes / (2 * 2 * manifest.layout(0).projection("down_proj").rows)
-    monkeypatch.setattr(Uses, "of", lambda self, expert, of=Uses.of: of(self, expert) * that_pay / 10)
+    monkeypatch.setattr(RecentUses, "of", lambda self, expert, of=RecentUses.of: of(self, expert) * that_pay / 10)
     with daemons(tmp_path, tinymix_4bit, token, 1) as (daemon,):
         model = load(bare, [daemon.card.listen], token, smallest_ram(tinymix_4bit))
         with model.tiers:
@@ -278,13 +278,13 @@ def test_fast_networks_send_records(
 ) -> None:
     """After the first computations, whose time is measured. From then on, the estimate fades once for each block."""
     faded: list[None] = []
-    fade = RowSeconds.fade
+    fade = OutputSeconds.fade
 
-    def counted(self: RowSeconds) -> None:
+    def counted(self: OutputSeconds) -> None:
         faded.append(None)
         fade(self)
 
-    monkeypatch.setattr(RowSeconds, "fade", counted)
+    monkeypatch.setattr(OutputSeconds, "fade", counted)
     monkeypatch.setattr(FetchRate, "value", 1e12)
     with daemons(tmp_path, tinymix_4bit, token, 1) as (daemon,):
         model = load(bare, [daemon.card.listen], token, smallest_ram(tinymix_4bit))
@@ -304,7 +304,7 @@ def one_daemon_computes(
 ) -> Iterator[tuple[Any, Callable[..., Any]]]:
     """Yield a model, and a function that has its daemon compute an expert for one row, and reads the answer after
     ``pause`` seconds. It returns the outputs [max(places) + 1, hidden], with the row's at ``places``, or None."""
-    monkeypatch.setattr(Elsewhere, "_fetches", lambda *_: False)
+    monkeypatch.setattr(RemoteCompute, "_fetches", lambda *_: False)
     with daemons(folder, directory, token, 1) as (daemon,):
         model = load(bare, [daemon.card.listen], token, smallest_ram(directory))
         with model.tiers:
@@ -315,7 +315,7 @@ def one_daemon_computes(
             def compute(places: list[int], pause: float = 0.0) -> Tensor | None:
                 outputs = torch.zeros(max(places) + 1, kernels.width, dtype=torch.bfloat16)
                 rows = {2: ([0] * len(places), places)}
-                with closing(model.tiers.elsewhere.send(kernels, 1, x.data_ptr(), 1, rows)) as sent:
+                with closing(model.tiers.remote_compute.send(kernels, 1, x.data_ptr(), 1, rows)) as sent:
                     time.sleep(pause)
                     return outputs if sent.experts and not sent.collect(outputs.data_ptr()) else None
 
@@ -428,7 +428,7 @@ def without_memory(request: pb.ComputeRequest, context: grpc.ServicerContext) ->
 )
 def test_strangers(tinymix_4bit: Path, bare: Path, expected: Tensor, token: Path, answer: Any) -> None:
     """Records are fetched from daemons that don't compute, or wrongly. Some are asked again later."""
-    from moetier.runtime.daemon.fetch import Fetches
+    from moetier.runtime.daemon.fetch import FetchCalls
     from moetier.tiers.cache.budget import slots_for
     from moetier.tiers.host.tier import HostTier
 
@@ -436,7 +436,7 @@ def test_strangers(tinymix_4bit: Path, bare: Path, expected: Tensor, token: Path
         store = stack.enter_context(ExpertStore.open(tinymix_4bit))
         slots = slots_for(store.manifest, store.manifest.stored_bytes)
         host = stack.enter_context(HostTier(store, slots=slots))
-        fetches = Fetches(host, store.manifest, slots)
+        fetches = FetchCalls(host, store.manifest, slots)
         stack.callback(fetches.close)
         stranger = Stranger(store.manifest, fetches.serve, answer)
         address = stack.enter_context(outlets.serving(stranger))
@@ -455,7 +455,7 @@ def test_strangers(tinymix_4bit: Path, bare: Path, expected: Tensor, token: Path
 
 
 @pytest.mark.usefixtures("slow")
-def test_rows_in_flight_are_bounded(
+def test_outputs_in_flight_are_bounded(
     tinymix_4bit: Path, bare: Path, tmp_path: Path, token: Path, expected: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """If one is allowed, of a token's experts one is computed, by one of two daemons. Then the next may be."""
@@ -469,7 +469,7 @@ def test_rows_in_flight_are_bounded(
         calls.append(call)
         return call, crc
 
-    monkeypatch.setattr(elsewhere, "ROWS", 1)
+    monkeypatch.setattr(remote_compute, "MAX_WAITING", 1)
     monkeypatch.setattr(RemoteReader, "compute", watched)
     with daemons(tmp_path, tinymix_4bit, token, 2) as two:
         model = load(bare, [daemon.card.listen for daemon in two], token, smallest_ram(tinymix_4bit))
