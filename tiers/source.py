@@ -134,8 +134,8 @@ class ExpertSource(Protocol[Record]):
         """Release memory, file descriptors and threads, once the loads in progress have ended. Idempotent."""
 
 
-class Lender(ExpertSource[Record], Protocol[Record]):
-    """Interface of a source that is below another tier. That tier copies records from the source."""
+class CopySource(ExpertSource[Record], Protocol[Record]):
+    """Interface of a source below another tier, which copies records from the source."""
 
     def pin(self, key: ExpertKey) -> AbstractContextManager[Lease[Record] | None]:
         """Return a context manager that gives a lease of the record if it is READY in this source, else None.

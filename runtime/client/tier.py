@@ -38,7 +38,7 @@ _RETRY = 0.1  # seconds before a request that failed because the daemon was endi
 
 
 class DaemonTier(Closeable):
-    """Source of experts in the memory of a daemon on this host; a ``Lender``.
+    """Source of experts in the memory of a daemon on this host; a ``CopySource``.
 
     Thread-safe. A forked child must open a tier of its own. If an exception from outside, such as Ctrl-C, interrupts a
     method, ``reclaim`` ends the leases that it has left open.
@@ -184,7 +184,7 @@ class DaemonTier(Closeable):
 
     @contextmanager
     def pin(self, key: ExpertKey) -> Iterator[Lease[memoryview] | None]:
-        """Yield a lease of a record to copy, as ``Lender`` says; None if the arena does not have the record.
+        """Yield a lease of a record to copy, as ``CopySource`` says; None if the arena does not have the record.
 
         The lease has a proof. No message is sent to the daemon. Raises MissingExpertError if the model has no such
         expert.
@@ -203,7 +203,7 @@ class DaemonTier(Closeable):
             self._copied.discard(key)
 
     def used(self, keys: Sequence[ExpertKey]) -> None:
-        """Report uses of copies, as ``Lender`` says: each key once after its record was pinned for a copy.
+        """Report uses of copies, as ``CopySource`` says: each key once after its record was pinned for a copy.
 
         The daemon counts the reported uses as hits.
         """

@@ -19,7 +19,7 @@ from moetier.tiers.errors import MoetierError, NoDaemonError, UnknownModelError
 from moetier.tiers.host.tier import HostTier
 from moetier.tiers.host.warmup import Learner
 from moetier.tiers.manifest import Manifest
-from moetier.tiers.source import Lender
+from moetier.tiers.source import CopySource
 from moetier.tiers.stats import Share
 from moetier.tiers.store.base import Store
 
@@ -34,7 +34,7 @@ _log = logging.getLogger(__name__)
 class Origin:
     """The host tier that a process uses. ``close`` closes the tier and the store that it reads; it is idempotent."""
 
-    host: Lender[memoryview]
+    host: CopySource[memoryview]
     where: str  # description of the tier for a user
     close: Callable[[], None]
     learner: Learner | None = None  # only of a tier of this process, with the option `learn`

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 
 from moetier.tiers.layout import ExpertKey
-from moetier.tiers.source import Lease, Lender
+from moetier.tiers.source import CopySource, Lease
 from moetier.tiers.stats import TierStats
 
 
 class UnsteadySource:
     """Of ``source``'s leases some show other bytes, do not hold, and come again behind the others, steady or not."""
 
-    def __init__(self, source: Lender[Any], seed: int = 0, share: float = 0.5) -> None:
+    def __init__(self, source: CopySource[Any], seed: int = 0, share: float = 0.5) -> None:
         self.source = source
         self.random = random.Random(seed)
         self.share = share

@@ -22,7 +22,7 @@ import torch
 from moetier.tiers.errors import BudgetError, ClosedError
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.locks import Monitor, transition
-from moetier.tiers.source import Lease, Lender
+from moetier.tiers.source import CopySource, Lease
 from moetier.tiers.stats import PrefetchOutcomes, TierCounters
 
 PAUSE = 0.002  # first pause until the promoter looks again for records that are not READY, in seconds; it then doubles
@@ -36,7 +36,7 @@ class Promoter:
 
     def __init__(
         self,
-        source: Lender[memoryview],
+        source: CopySource[memoryview],
         monitor: Monitor,
         counters: TierCounters,
         promote: Callable[[Lease[memoryview]], None],

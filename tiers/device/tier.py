@@ -33,7 +33,7 @@ from moetier.tiers.errors import ClosedError, MoetierError
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.locks import Monitor, posted, transition, waiting
 from moetier.tiers.manifest import Manifest
-from moetier.tiers.source import Lease, Lender, Residents
+from moetier.tiers.source import CopySource, Lease, Residents
 from moetier.tiers.stats import TierCounters, TierStats
 
 from .copies import Arrange, Copies
@@ -54,7 +54,7 @@ class DeviceTier:
 
     def __init__(
         self,
-        source: Lender[memoryview],
+        source: CopySource[memoryview],
         manifest: Manifest,
         *,
         slots: Mapping[str, int],

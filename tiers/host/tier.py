@@ -37,7 +37,7 @@ HANDOVER = 1e-5
 
 
 class HostTier(Closeable):
-    """The tier in host memory: a ``Lender`` that caches the records of a store. ``close`` does not close the store.
+    """The tier in host memory: a ``CopySource`` that caches the records of a store. ``close`` does not close the store.
 
     A thread that iterates over ``acquire`` must not call ``acquire`` again inside the loop: with the smallest budget,
     the inner call would wait for slots that the outer call holds.
@@ -168,7 +168,7 @@ class HostTier(Closeable):
 
     @contextlib.contextmanager
     def pin(self, key: ExpertKey) -> Iterator[Lease[memoryview] | None]:
-        """Pin a record as ``Lender`` specifies. While a demand of the same pool waits for a slot, give None instead.
+        """Pin a record as ``CopySource`` specifies. While a demand of the same pool waits for a slot, give None instead.
 
         Raises MissingExpertError if the model does not have the expert.
         """
@@ -203,7 +203,7 @@ class HostTier(Closeable):
 
     @transition
     def used(self, keys: Sequence[ExpertKey]) -> None:
-        """Note uses in the tier above, as ``Lender`` specifies. The result of ``uses`` includes them."""
+        """Note uses in the tier above, as ``CopySource`` specifies. The result of ``uses`` includes them."""
         self._ledger.direct_hits.in_the_tier_above(keys)
 
     @transition
