@@ -7,6 +7,6 @@ session_ids()                              -> middleware of Ray's HTTP proxies, 
 from __future__ import annotations
 
 from moetier.tools.ray.app import app as app
-from moetier.tools.ray.conversation import session_ids as session_ids
+from moetier.tools.ray.session_ids import session_ids as session_ids
 
 __all__ = ["app", "session_ids"]

@@ -53,7 +53,7 @@ HOMES = {
     "textual": {"tools.top"},
     "rich": {"tools.top"},
     "psutil": {"runtime.machine.memory"},
-    "starlette": {"tools.serve", "tools.ray.conversation"},
+    "starlette": {"tools.serve", "tools.ray.session_ids"},
     "ray": {"tools.ray"},
     "uvicorn": {"tools.serve"},
     "pydantic": {"tools.serve"},

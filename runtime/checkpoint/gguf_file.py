@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from moetier.runtime.formats.tensors import SourceTensor, StoredTensor
 from moetier.tiers.errors import CheckpointError, ConfigError, UnsupportedModelError
 from moetier.tiers.fields import shown
-from moetier.tiers.headers.gguf import Entry, Header, Value, read_gguf
+from moetier.tiers.headers.gguf import GgufEntry, GgufHeader, Value, read_gguf
 
 from .checkpoint import Checkpoint
 from .containers import Container
@@ -103,7 +103,7 @@ def _opened(path: Path, stamps: tuple[tuple[str, int, int], ...]) -> GgufCheckpo
     A file is parsed again only if a stamp has changed. Raises as ``open_gguf``.
     """
     metadata: dict[str, Value] = {}
-    entries: dict[str, tuple[Path, Entry]] = {}
+    entries: dict[str, tuple[Path, GgufEntry]] = {}
     for number, (name, _, _) in enumerate(stamps):
         part = path.with_name(name)
         header = _header(part)
@@ -182,7 +182,7 @@ def parts(path: Path) -> list[Path]:
     return of
 
 
-def _header(path: Path) -> Header:
+def _header(path: Path) -> GgufHeader:
     try:
         return read_gguf(path)
     except ValueError as error:
@@ -191,13 +191,13 @@ def _header(path: Path) -> Header:
         raise CheckpointError(f"{path} can't be read: {error.strerror}.", "Check the file and its disk.") from error
 
 
-def _stored(name: str, part: Path, entry: Entry) -> StoredTensor:
+def _stored(name: str, part: Path, entry: GgufEntry) -> StoredTensor:
     if entry.ggml_type in ("F16", "BF16", "F32", "F64", "I8", "I16", "I32", "I64"):
         return StoredTensor(name, entry.ggml_type, entry.shape, part, entry.begin)
     return StoredTensor(name, "U8", (*entry.shape[:-1], entry.row_bytes), part, entry.begin)
 
 
-def _config(path: Path, metadata: Mapping[str, Value], entries: Mapping[str, Entry]) -> dict[str, Any]:
+def _config(path: Path, metadata: Mapping[str, Value], entries: Mapping[str, GgufEntry]) -> dict[str, Any]:
     """Return the config of the model, as config.json would have it. Raises UnsupportedModelError or CheckpointError."""
     require_gguf()
     from transformers.integrations import ggml
@@ -239,7 +239,7 @@ def _config(path: Path, metadata: Mapping[str, Value], entries: Mapping[str, Ent
 
 
 def _described(
-    path: Path, architecture: str, metadata: Mapping[str, Value], entries: Mapping[str, Entry]
+    path: Path, architecture: str, metadata: Mapping[str, Value], entries: Mapping[str, GgufEntry]
 ) -> dict[str, Any] | None:
     """Return the config by transformers' own function, which versions from 5.24 on have for some architectures.
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from moetier.runtime.wire.control import ControlConnection
 from moetier.tiers.arena.arena import Arena
-from moetier.tiers.arena.directory import Header
+from moetier.tiers.arena.directory import ArenaHeader
 from moetier.tiers.arena.layout import ArenaLayout
 from moetier.tiers.errors import ArenaError, ClosedError, ProtocolError
 from moetier.tiers.layout import ExpertKey
@@ -42,8 +42,8 @@ class MappedArena:
     """
 
     @classmethod
-    def of(cls, control: ControlConnection, manifest: Manifest, known: MappedArena | None = None) -> MappedArena:
-        """Map the arena that a new connection gives, or return ``known`` if that is the same arena.
+    def of(cls, control: ControlConnection, manifest: Manifest, mapped: MappedArena | None = None) -> MappedArena:
+        """Map the arena that a new connection gives, or return ``mapped`` if that is the same arena.
 
         It is the same if a restarted daemon has taken over the memory of the previous one. Raises ArenaError if the
         arena can't be mapped, and ProtocolError if its slots don't fit ``manifest``.
@@ -54,8 +54,12 @@ class MappedArena:
                 "The daemon's arena does not fit this store.", "Use the same version of moetier on both sides."
             )
         layout = ArenaLayout.of(manifest, slots)
-        if known and known.layout == layout and Header.read(control.descriptor).identity == known.directory.identity:
-            return known
+        if (
+            mapped
+            and mapped.layout == layout
+            and ArenaHeader.read(control.descriptor).identity == mapped.directory.identity
+        ):
+            return mapped
         try:
             return cls(Arena.map(control.descriptor, layout))
         except OSError as error:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moetier.tiers.arena.arena import NAME, Arena
-from moetier.tiers.arena.directory import Header
+from moetier.tiers.arena.directory import ArenaHeader
 from moetier.tiers.errors import ArenaError
 from moetier.tiers.manifest import Manifest
 
@@ -49,7 +49,7 @@ def reclaim_arenas(
                     continue
                 seen.add(file)
                 try:
-                    digest = Header.read(descriptor).digest
+                    digest = ArenaHeader.read(descriptor).digest
                 except (ArenaError, OSError):  # an arena of another version, or no arena
                     continue
                 if digest in manifests:

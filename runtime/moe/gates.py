@@ -57,7 +57,7 @@ TRIED_ROWS = 16  # random states with which a gate is tried
 SAME = 0.02  # relative tolerance between a gate's bf16 weights and those computed from its logits in fp32
 
 
-class Routing(NamedTuple):
+class ExpertChoice(NamedTuple):
     """The experts chosen for tokens, with probabilities. These rank experts; they don't tell how sure a choice is."""
 
     experts: Tensor  # [tokens, top_k], int64, in the gate's order
@@ -86,14 +86,14 @@ class Gate:
     refusal: str | None = None
 
     @torch.no_grad()
-    def predict(self, hidden: Tensor) -> Routing:
+    def predict(self, hidden: Tensor) -> ExpertChoice:
         """Predict the routing of the residual stream [..., hidden], or of several streams [..., streams, hidden].
 
         The routing is [tokens, top_k]. With the stream at the block's own entry it is the block's exact routing; with
         the stream of an earlier layer it is a prediction.
         """
         output = self.ask(hidden)
-        return Routing(output[2], self.probabilities(output).gather(-1, output[2]))
+        return ExpertChoice(output[2], self.probabilities(output).gather(-1, output[2]))
 
     def ask(self, hidden: Tensor) -> Any:
         """Return the gate's output for the residual stream [..., hidden]: logits [tokens, experts] and more."""

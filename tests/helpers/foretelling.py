@@ -9,7 +9,7 @@ import torch
 from architectures import tiny_model
 from torch import Tensor
 
-from moetier.runtime.moe.gates import Gates, Routing
+from moetier.runtime.moe.gates import ExpertChoice, Gates
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +37,8 @@ def foretell(model_type: str, dtype: torch.dtype, **changes: Any) -> Foretelling
     before = {name: value.clone() for name, value in (*model.named_parameters(), *model.named_buffers())}
     plain = run(model_type, model)
     gates = Gates(model)
-    said: dict[int, Routing] = {}
-    early: dict[int, Routing] = {}
+    said: dict[int, ExpertChoice] = {}
+    early: dict[int, ExpertChoice] = {}
     ran, wrong, misplaced = set(), set(), set()
 
     def layer(block: int, hidden: Tensor) -> None:

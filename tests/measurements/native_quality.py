@@ -21,7 +21,7 @@ import moetier
 from moetier.runtime.stores.registry import read_manifest
 from moetier.tools.cli.report import table
 from moetier.tools.convert.convert import convert
-from moetier.tools.quality.quality import Change, Loss, loss, read_texts, tokenize
+from moetier.tools.quality.quality import Loss, PerplexityChange, loss, read_texts, tokenize
 
 TESTS = Path(__file__).parent.parent
 TOKENS = 1 << 20  # all of each text
@@ -55,7 +55,7 @@ def main() -> None:
     base = found["16 bits"][1]
     rows = [["form", "bits/weight", "perplexity", "change"]]
     for form, (width, one) in found.items():
-        change = Change.of(one, base)
+        change = PerplexityChange.of(one, base)
         error = change.relative_error or 0.0
         rows.append([form, f"{width:.3f}", f"{one.perplexity:.3f}", f"{change.relative:+.2%} ± {error:.2%}"])
     print(table(rows))

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "helpers"))
 from ray_clusters import KEY, cpu_seconds, free_port, ray_cluster
 from speculation import student
 
-from moetier.tools.ray.conversation import session_of
+from moetier.tools.ray.session_ids import session_of
 
 PROMPT = "La mattina seguente, don Rodrigo"
 

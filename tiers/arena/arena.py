@@ -28,7 +28,7 @@ from moetier.tiers.manifest import Manifest
 from moetier.tiers.source import Residents
 from moetier.tiers.store.checksum import crc32c
 
-from .directory import Directory, Header
+from .directory import ArenaHeader, Directory
 from .layout import WORD, ArenaLayout
 
 NAME = "moetier-arena"  # in /proc/PID/fd, the file is shown as "/memfd:moetier-arena (deleted)"
@@ -81,7 +81,7 @@ class Arena:
             ArenaError: the file is not sealed against shrinking, or its header does not match ``layout``.
         """
         header = _check_sealed(descriptor)
-        if header != Header.of(layout, header.identity):
+        if header != ArenaHeader.of(layout, header.identity):
             raise ArenaError(
                 "The arena's memory file is not the one that the daemon has described.", "Connect to the daemon again."
             )
@@ -266,7 +266,7 @@ def _enough_memory(layout: ArenaLayout) -> Iterator[None]:
         ) from error
 
 
-def _check_sealed(descriptor: int) -> Header:
+def _check_sealed(descriptor: int) -> ArenaHeader:
     """Return the header of an arena. Raises ArenaError if the file is not an arena, or not sealed against shrinking."""
     try:
         seals = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
@@ -278,7 +278,7 @@ def _check_sealed(descriptor: int) -> Header:
         raise ArenaError(
             "The arena's memory file is not sealed: another process could shrink it.", "Connect to a moetier daemon."
         )
-    header = Header.read(descriptor)
+    header = ArenaHeader.read(descriptor)
     size = os.fstat(descriptor).st_size
     if size != header.nbytes:
         raise ArenaError(

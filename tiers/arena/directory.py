@@ -39,7 +39,7 @@ _FIXED = struct.Struct("<6Q16s32s4Q")
 
 
 @dataclass(frozen=True, slots=True)
-class Header:
+class ArenaHeader:
     """Header of an arena. Any process that has a descriptor of the arena can read the header."""
 
     nbytes: int  # size of the arena, in bytes
@@ -50,13 +50,13 @@ class Header:
     regions: tuple[tuple[int, int], ...]  # for each region: the number of its slots, the size of a slot in bytes
 
     @classmethod
-    def of(cls, layout: ArenaLayout, identity: bytes) -> Header:
+    def of(cls, layout: ArenaLayout, identity: bytes) -> ArenaHeader:
         """Make the header of the arena that ``layout`` describes."""
         regions = tuple((region.slots, region.slot_bytes) for region in layout.regions)
         return cls(layout.nbytes, layout.keys, layout.slots, identity, layout.digest.rjust(64, "0"), regions)
 
     @classmethod
-    def read(cls, descriptor: int) -> Header:
+    def read(cls, descriptor: int) -> ArenaHeader:
         """Read the header of an open arena. Raises ArenaError if the file is not an arena of this version."""
         data = os.pread(descriptor, PAGE, 0)
         if len(data) < PAGE:
@@ -79,7 +79,7 @@ class Header:
         slots = {array: count for array, (count, _) in zip(sorted(ranges), self.regions, strict=False)}
         if all(least <= slots.get(array, 0) <= most for array, (least, most) in ranges.items()):
             layout = ArenaLayout.of(manifest, slots)
-            if self == Header.of(layout, self.identity):
+            if self == ArenaHeader.of(layout, self.identity):
                 return layout
         raise ArenaError("The sizes of the arena's regions do not fit the store.", "Create a new arena.")
 
@@ -98,7 +98,7 @@ class Directory:
     @classmethod
     def create(cls, memory: memoryview, layout: ArenaLayout) -> Directory:
         """Write a directory without records into ``memory``, the beginning of a new arena. All of its bytes are 0."""
-        header = Header.of(layout, os.urandom(16)).to_bytes()
+        header = ArenaHeader.of(layout, os.urandom(16)).to_bytes()
         assert len(header) == layout.header_words * WORD <= PAGE
         directory = cls(memory, layout)
         for number in range(layout.keys):

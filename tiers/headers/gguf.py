@@ -45,7 +45,7 @@ BLOCKS = {  # by ggml's number of a type: its name, and the weights and bytes of
 Value = int | float | bool | str | list[int] | list[float] | list[bool] | list[str]
 
 
-class Entry(NamedTuple):
+class GgufEntry(NamedTuple):
     """The entry of one tensor in a header."""
 
     ggml_type: str  # name of its type, such as "Q4_K"
@@ -60,11 +60,11 @@ class Entry(NamedTuple):
         return math.prod(self.shape[:-1]) * self.row_bytes
 
 
-class Header(NamedTuple):
+class GgufHeader(NamedTuple):
     """The header of a GGUF file."""
 
     metadata: dict[str, Value]
-    tensors: dict[str, Entry]
+    tensors: dict[str, GgufEntry]
     nbytes: int  # number of bytes before those of tensors
     digest: str  # their sha256
 
@@ -74,7 +74,7 @@ _State = tuple[Path, int, int]
 _digests: dict[_State, str] = {}  # of headers that were read
 
 
-def read_gguf(path: Path) -> Header:
+def read_gguf(path: Path) -> GgufHeader:
     """Read and check a header. The last one is kept, and read again only if the file has changed.
 
     Raises ValueError, which says what is wrong, or OSError if the file can't be read.
@@ -97,11 +97,11 @@ def _state(path: Path) -> _State:
 
 
 @functools.lru_cache(maxsize=1)
-def _last(state: _State) -> Header:
+def _last(state: _State) -> GgufHeader:
     return _read(state)
 
 
-def _read(state: _State) -> Header:
+def _read(state: _State) -> GgufHeader:
     with state[0].open("rb", buffering=0) as stream:
         size = os.fstat(stream.fileno()).st_size
         cursor = _Cursor(stream.fileno(), min(size, MAX_HEADER_BYTES))
@@ -122,7 +122,7 @@ def _read(state: _State) -> Header:
             if key in metadata:
                 raise ValueError(f"it has the key {shown(key)} twice")
             metadata[key] = cursor.value(key)
-        entries = dict[str, Entry]()
+        entries = dict[str, GgufEntry]()
         for _ in range(tensors):
             name = cursor.text(MAX_TEXT, "the name of a tensor")
             if name in entries:
@@ -135,10 +135,10 @@ def _read(state: _State) -> Header:
         found = {name: entry._replace(begin=start + entry.begin) for name, entry in entries.items()}
         _check_places(found, start, alignment, size)
         digest = _digests[state] = hashlib.sha256(memoryview(cursor.data)[: cursor.at]).hexdigest()
-        return Header(metadata, found, cursor.at, digest)
+        return GgufHeader(metadata, found, cursor.at, digest)
 
 
-def _check_places(entries: dict[str, Entry], start: int, alignment: int, size: int) -> None:
+def _check_places(entries: dict[str, GgufEntry], start: int, alignment: int, size: int) -> None:
     """Raise ValueError unless all tensors are aligned, in the file of ``size`` bytes, and apart from each other."""
     for name, entry in entries.items():
         if (entry.begin - start) % alignment:
@@ -231,7 +231,7 @@ class _Cursor:
                 raise ValueError(f"{shown(key)} has a text that is not UTF-8") from error
             self.at = end
 
-    def entry(self, name: str) -> Entry:
+    def entry(self, name: str) -> GgufEntry:
         """Read what follows a tensor's name. The result's ``begin`` counts from the first byte of all tensors."""
         (dimensions,) = self.unpack("I")
         if not 1 <= dimensions <= MAX_DIMENSIONS:
@@ -245,4 +245,4 @@ class _Cursor:
             raise ValueError(f"{shown(name)} has the shape {list(shape)} and begins at {begin:,}")
         if shape[-1] % weights:
             raise ValueError(f"{shown(name)} has {shape[-1]:,} columns, no multiple of {weights} as {ggml_type} needs")
-        return Entry(ggml_type, number, shape, shape[-1] // weights * size, begin)
+        return GgufEntry(ggml_type, number, shape, shape[-1] // weights * size, begin)

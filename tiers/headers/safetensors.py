@@ -23,7 +23,7 @@ MAX_DIMENSIONS = 16
 MAX_HEADER_BYTES = 32 << 20  # largest header of a checkpoint that is read: 200,000 tensors
 
 
-class Entry(NamedTuple):
+class SafetensorsEntry(NamedTuple):
     """The entry of one tensor in a header."""
 
     dtype: str  # name of its type in the file, such as "BF16"
@@ -65,12 +65,12 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def parse_header(header: Mapping[str, object]) -> tuple[dict[str, Entry], int]:
+def parse_header(header: Mapping[str, object]) -> tuple[dict[str, SafetensorsEntry], int]:
     """Return a dictionary from the name of each tensor to its entry, and the number of bytes of all tensors together.
 
     Raises ValueError, which names the field, if the header is malformed, or if tensors overlap or leave gaps.
     """
-    found: dict[str, Entry] = {}
+    found: dict[str, SafetensorsEntry] = {}
     ranges = []
     for name, entry in Fields(header).members():
         if name == "__metadata__":
@@ -83,7 +83,7 @@ def parse_header(header: Mapping[str, object]) -> tuple[dict[str, Entry], int]:
         begin, end = (offset.number(0, MAX_BYTES) for offset in offsets) if len(offsets) == 2 else (0, -1)
         if end - begin != math.prod(shape) * ITEM_BYTES[dtype]:
             raise ValueError(f"{entry.place}: shape and dtype do not match data_offsets {begin:,} to {end:,}")
-        found[name] = Entry(dtype, shape, begin)
+        found[name] = SafetensorsEntry(dtype, shape, begin)
         ranges.append((begin, end, entry.place))
     at = 0
     for begin, end, place in sorted(ranges):

@@ -168,7 +168,7 @@ class HostTier(Closeable):
 
     @contextlib.contextmanager
     def pin(self, key: ExpertKey) -> Iterator[Lease[memoryview] | None]:
-        """Pin a record as ``CopySource`` specifies. While a demand of the same pool waits for a slot, give None instead.
+        """Pin a record as ``CopySource`` specifies. While a demand of the same pool waits for a slot, give None.
 
         Raises MissingExpertError if the model does not have the expert.
         """

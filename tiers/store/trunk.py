@@ -8,7 +8,7 @@ from pathlib import Path
 
 from moetier.tiers.errors import ChecksumError, StoreError, StoreFormatError
 from moetier.tiers.fields import Fields, shown
-from moetier.tiers.headers.safetensors import Entry, parse_header, read_header
+from moetier.tiers.headers.safetensors import SafetensorsEntry, parse_header, read_header
 from moetier.tiers.manifest import MAX_BYTES, TRUNK_NAME, FileSum, Manifest
 
 from .atomic import read_errors
@@ -94,7 +94,7 @@ def trunk_records(directory: Path, manifest: Manifest) -> dict[str, int]:
     manifest says that no matrix of the trunk is quantised. Raises StoreReadError if a file can't be read.
     """
     found: dict[str, int] = {}
-    headers: dict[str, dict[str, Entry]] = {}
+    headers: dict[str, dict[str, SafetensorsEntry]] = {}
     for tensor, name in _places(directory).items():
         if not tensor.endswith(RECORD):
             continue
@@ -140,7 +140,7 @@ def _places(directory: Path) -> dict[str, str]:
     return places
 
 
-def _header(path: Path) -> dict[str, Entry]:
+def _header(path: Path) -> dict[str, SafetensorsEntry]:
     """Read the header of a file of the trunk. Return a dictionary from the name of each tensor to its entry.
 
     Raises StoreFormatError if the file is missing or malformed, StoreReadError if it can't be read.

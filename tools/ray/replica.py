@@ -18,7 +18,7 @@ from moetier.tools.serve.middleware import App
 from moetier.tools.serve.options import api_key, served_name
 from moetier.tools.serve.serving import serving
 
-from .node import hold_daemon
+from .daemon_actor import hold_daemon
 from .options import daemon_words, replica_resources
 
 

@@ -48,7 +48,7 @@ def file_of(keys: list[bytes] = KEYS, tensors: list[bytes] = TENSORS, data: int 
     return head + bytes(-len(head) % 32) + bytes(data)
 
 
-def read(tmp_path: Path, data: bytes) -> gguf.Header:
+def read(tmp_path: Path, data: bytes) -> gguf.GgufHeader:
     path = tmp_path / "model.gguf"
     path.write_bytes(data)
     return read_gguf(path)

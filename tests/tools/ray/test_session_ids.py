@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from readers import PATIENCE
 
-from moetier.tools.ray import conversation
-from moetier.tools.ray.conversation import HEADER, SessionIds, session_of
+from moetier.tools.ray import session_ids
+from moetier.tools.ray.session_ids import HEADER, SessionIds, session_of
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 FIRST = {"role": "user", "content": "Chi era don Abbondio?"}
@@ -60,7 +60,7 @@ def test_only_the_beginning_of_a_body_is_read() -> None:
         return {"type": "http.request", "body": pieces.pop(0), "more_body": bool(pieces)}
 
     async def inner(scope: Any, receive: Any, send: Any) -> None:
-        assert received <= conversation.START_BYTES + (1 << 16)
+        assert received <= session_ids.START_BYTES + (1 << 16)
         assert scope["headers"] == [(HEADER, (of(FIRST) or "").encode())]
         while (await receive())["more_body"]:
             pass
@@ -71,7 +71,7 @@ def test_only_the_beginning_of_a_body_is_read() -> None:
 
 
 def test_a_long_beginning_is_enough() -> None:
-    size = conversation.START_BYTES
+    size = session_ids.START_BYTES
     long = FIRST | {"content": "a" * size}
     bodies = [json.dumps({"model": "m", "messages": [long, *more]}).encode()[:size] for more in ([], [ANSWER, FIRST])]
     other = json.dumps({"model": "m", "messages": [SYSTEM, long]}).encode()[:size]
@@ -130,7 +130,7 @@ def test_a_clients_own_id_stays() -> None:
 
 def test_a_slow_body_is_passed_on_before_it_is_complete(monkeypatch: pytest.MonkeyPatch) -> None:
     """The replica decides how long it waits for it."""
-    monkeypatch.setattr(conversation, "START_SECONDS", 0.05)
+    monkeypatch.setattr(session_ids, "START_SECONDS", 0.05)
     seen: list[Any] = []
 
     async def run() -> None:

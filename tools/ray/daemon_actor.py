@@ -27,7 +27,7 @@ POLL = 0.5  # seconds between two looks of a replica at a daemon that starts
 BEAT = 10.0  # seconds between two calls of a replica that keeps the daemon
 LINGER = 60.0  # seconds without a call after which the daemon ends
 END = 60.0  # longest time in seconds in which a daemon may end by itself
-PATIENCE = 120.0  # longest time in seconds that a replica waits until Ray has memory for the daemon
+MEMORY_WAIT = 120.0  # longest time in seconds that a replica waits until Ray has memory for the daemon
 RETRY = 2.0  # seconds before a daemon that could not start is started again
 
 # Python with this code and the id of its parent runs Python with the words after them. When the thread that started it
@@ -39,7 +39,7 @@ if os.getppid() == int(sys.argv[1]):  # it has not ended before
 """
 
 
-class Node:
+class DaemonActor:
     """Ray actor that runs a daemon on its node, and starts it again whenever it dies.
 
     After LINGER seconds without a call of ``hold``, it ends the daemon and itself. The experts in memory survive the
@@ -133,7 +133,7 @@ def hold_daemon(words: list[str], needed: Callable[[int], int]) -> Path:
 
     ``needed`` returns the number of bytes of the daemon's experts, given the bytes that Ray can offer on this node. It
     is called if the node has no such daemon yet. Ray then counts these bytes as used. Raises RuntimeError if the daemon
-    can't start, ConfigError if Ray's resource ``memory`` of the node is smaller, or is in use by others for PATIENCE
+    can't start, ConfigError if Ray's resource ``memory`` of the node is smaller, or is in use by others for MEMORY_WAIT
     seconds, and what ``needed`` raises.
     """
     node = ray.get_runtime_context().get_node_id()
@@ -147,7 +147,7 @@ def hold_daemon(words: list[str], needed: Callable[[int], int]) -> Path:
         with contextlib.suppress(ValueError):  # there is no such actor
             return ray.get_actor(name, namespace=NAMESPACE).hold.remote()
         memory = memory or needed(_memory_of(node))
-        actor = ray.remote(Node).options(
+        actor = ray.remote(DaemonActor).options(
             name=name,
             namespace=NAMESPACE,
             lifetime="detached",
@@ -166,7 +166,7 @@ def hold_daemon(words: list[str], needed: Callable[[int], int]) -> Path:
                 hold()
 
     try:
-        while not ray.get(hold(), timeout=PATIENCE):
+        while not ray.get(hold(), timeout=MEMORY_WAIT):
             time.sleep(POLL)
     except ray.exceptions.ActorUnschedulableError:
         raise ConfigError(
@@ -175,7 +175,7 @@ def hold_daemon(words: list[str], needed: Callable[[int], int]) -> Path:
         ) from None
     except ray.exceptions.GetTimeoutError:  # the actor waits for memory; one that runs answers at once
         raise ConfigError(
-            f"Ray has had no memory for the daemon on this node for {PATIENCE:.0f} s: others have reserved it.",
+            f"Ray has had no memory for the daemon on this node for {MEMORY_WAIT:.0f} s: others have reserved it.",
             "If the application runs with other options, end it first (serve shutdown); or give a smaller --ram.",
         ) from None
     threading.Thread(target=beat, name="moetier-hold", daemon=True).start()

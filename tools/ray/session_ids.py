@@ -81,14 +81,14 @@ def session_of(start: bytes, *, is_cut: bool = False) -> str | None:
     """
     text = start.decode(errors="ignore")
     try:
-        found = _beginning(text)
+        beginning = _beginning(text)
     except _CutError as cut:
         if not is_cut or len(start) < START_BYTES:  # invalid, or too slow
             return None
-        found = text[cut.start :]
+        beginning = text[cut.start :]
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
-    return hashlib.blake2b(json.dumps(found).encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(json.dumps(beginning).encode(), digest_size=16).hexdigest()
 
 
 class _CutError(Exception):
@@ -127,13 +127,13 @@ def _prompt(text: str, at: int) -> str:
 
 def _messages(text: str, at: int) -> list[Any]:
     """Return the messages of the array at ``at`` up to the first of the user."""
-    found: list[Any] = []
+    messages: list[Any] = []
     at = _after("[", text, at)
     while True:
         message, at = _DECODER.raw_decode(text, at)
-        found.append(message)
+        messages.append(message)
         if message["role"] == "user" or re.compile(r"\s*\]").match(text, at):
-            return found
+            return messages
         at = _after(",", text, at)
 
 

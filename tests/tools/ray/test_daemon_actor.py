@@ -14,7 +14,7 @@ pytest.importorskip("ray", reason='pip install ".[ray]"')
 from readers import PATIENCE
 
 from moetier.tiers.store.folder import read_manifest, store_folder
-from moetier.tools.ray.node import BOUND
+from moetier.tools.ray.daemon_actor import BOUND
 from moetier.tools.ray.replica import daemon_bytes
 
 ACTOR = """
@@ -22,7 +22,7 @@ import sys, threading, time, types
 from pathlib import Path
 import ray
 from moetier.runtime.wire.address import DaemonCard
-from moetier.tools.ray import node
+from moetier.tools.ray import daemon_actor
 
 killed = threading.Event()
 def kill(actor):
@@ -30,10 +30,10 @@ def kill(actor):
     threading.Event().wait()  # does not return, as in Ray
 ray.kill = kill
 ray.get_runtime_context = lambda: types.SimpleNamespace(current_actor=None)
-node.LINGER, node.RETRY = 0.2, 0.1  # less than any daemon needs to start
+daemon_actor.LINGER, daemon_actor.RETRY = 0.2, 0.1  # less than any daemon needs to start
 folder, change, *words = sys.argv[1:]
 exec(change)
-actor = node.Node([*words, "--folder", folder])
+actor = daemon_actor.DaemonActor([*words, "--folder", folder])
 try:
     while not actor.hold():
         time.sleep(0.05)
@@ -64,15 +64,15 @@ def test_a_daemon_that_can_not_start_is_an_error(tmp_path: Path) -> None:
 
 
 def test_a_daemon_for_which_there_is_no_process_is_an_error(tmp_path: Path) -> None:
-    change = "node.sys = types.SimpleNamespace(executable='/nonexistent', stderr=sys.stderr)"
+    change = "daemon_actor.sys = types.SimpleNamespace(executable='/nonexistent', stderr=sys.stderr)"
     fault, end = actor(tmp_path / "daemon", tmp_path / "no-model", change=change)
     assert "can't be started" in fault
     assert end == "ended"
 
 
 CHILDREN = """
-node.BOUND = "import time; time.sleep(600)"
-node.Node(words)
+daemon_actor.BOUND = "import time; time.sleep(600)"
+daemon_actor.DaemonActor(words)
 killed.wait()
 print("left behind" if any(each.read_text() for each in Path("/proc/self/task").glob("*/children")) else "ended")
 sys.exit()
