@@ -1,10 +1,10 @@
 """Budgets: how many slots fit a number of bytes, and how the slots are divided among the blocks.
 
 One LRU over all blocks would never hit if it had fewer slots than the number of blocks times top-k: before a block is
-computed again, the other blocks evict all of its records. So blocks form *groups*, and a group evicts only records of
-its own blocks. If there are enough slots, each block is a group of its own. Otherwise some blocks are groups of their
-own, with top-k slots each, and all other blocks share one group. Its slots hold the records of the block that is being
-computed, and then those of the next.
+computed again, the other blocks evict all of its records. So the cache is divided into *partitions*, and a partition
+evicts only records of its own blocks. If there are enough slots, each block has a partition of its own. Otherwise some
+blocks have partitions of their own, with top-k slots each, and all other blocks share one partition. Its slots hold the
+records of the block that is being computed, and then those of the next.
 """
 
 from __future__ import annotations
@@ -67,40 +67,40 @@ def slot_ranges(manifest: Manifest) -> dict[str, tuple[int, int]]:
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
-    """A group of blocks, which evicts only records of its own blocks."""
+class Partition:
+    """A part of a cache: slots for the records of some blocks, in which only these blocks evict records."""
 
     blocks: tuple[int, ...]  # numbers of the blocks
     quota: int  # number of slots that the blocks share
 
 
-def plan_groups(slots: int, blocks: Mapping[int, Block]) -> tuple[Group, ...]:
-    """Divide blocks whose records have one layout into groups, and ``slots`` into the quotas of the groups.
+def partitions_of(slots: int, blocks: Mapping[int, Block]) -> tuple[Partition, ...]:
+    """Divide blocks whose records have one layout among partitions, and ``slots`` into the partitions' quotas.
 
     Args:
         slots: the number of slots: at least the largest top-k, and at most the number of records.
         blocks: a dictionary from block number to block.
 
     Returns:
-        The groups. Their quotas add up to ``slots``.
+        The partitions. Their quotas add up to ``slots``.
     """
     least = max(block.top_k for block in blocks.values())
     assert least <= slots <= sum(block.experts for block in blocks.values()), f"{slots} slots"
     if slots >= sum(block.top_k for block in blocks.values()):
         quotas = _even_quotas(slots, blocks)
-        return tuple(Group((index,), quotas[index]) for index in blocks)
+        return tuple(Partition((index,), quotas[index]) for index in blocks)
     kept, left = [], slots
     for index in sorted(blocks, key=lambda index: (blocks[index].top_k, index)):
         if left - blocks[index].top_k < least:
             break
         kept.append(index)
         left -= blocks[index].top_k
-    stream = Group(tuple(index for index in blocks if index not in kept), left)
-    return (*(Group((index,), blocks[index].top_k) for index in sorted(kept)), stream)
+    stream = Partition(tuple(index for index in blocks if index not in kept), left)
+    return (*(Partition((index,), blocks[index].top_k) for index in sorted(kept)), stream)
 
 
 def _even_quotas(slots: int, blocks: Mapping[int, Block]) -> dict[int, int]:
-    """Return a quota for each block, which is a group of its own.
+    """Return a quota for each block, where each has a partition of its own.
 
     Each block gets top-k slots. Each further slot goes to the block with the fewest slots that can still use one more.
     """

@@ -1,7 +1,7 @@
-"""Policies: which record of a group of blocks is evicted next. A policy holds only keys, and has no lock.
+"""Policies: which record of a partition is evicted next. A policy holds only keys, and has no lock.
 
-A demand for more records than its group has slots is a *scan*: the group can't keep all the records that the demand
-loads. The prefill of a long prompt is often a scan.
+A demand for more records than its partition has slots is a *scan*: the partition can't keep all the records that the
+demand loads. The prefill of a long prompt is often a scan.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Protocol
 
 from moetier.tiers.layout import ExpertKey
 
-HALF_LIFE = 30  # a use counts half after this many further uses of records of the group
+HALF_LIFE = 30  # a use counts half after this many further uses of records of the partition
 
 
 class Policy(Protocol):
-    """Interface of a policy for the keys of one group. A policy has a key from ``add`` to ``remove``.
+    """Interface of a policy for the keys of one partition. A policy has a key from ``add`` to ``remove``.
 
     The argument ``scan`` of the methods is true if the demand is a scan.
     """
@@ -131,8 +131,8 @@ class ScanResistant:
 class Frequency(ScanResistant):
     """The policy LRFU: evict the least frequently used record first, but keep most records when a scan comes.
 
-    A use counts half after ``HALF_LIFE`` further uses of records of the group. If a record is evicted, the count of its
-    uses is kept for the next time that it is loaded. Scans are treated as ``ScanResistant`` treats them.
+    A use counts half after ``HALF_LIFE`` further uses of records of the partition. If a record is evicted, the count of
+    its uses is kept for the next time that it is loaded. Scans are treated as ``ScanResistant`` treats them.
 
     LRFU is from Lee et al. 2001, "LRFU: a spectrum of policies that subsumes the least recently used and least
     frequently used policies", IEEE Transactions on Computers 50(12). All counts decay at the same rate, so only uses
@@ -168,6 +168,6 @@ class Frequency(ScanResistant):
         self._settled[key] = -inf
 
 
-# a dictionary from the name of a policy to a function that makes the policy of a group with a given quota
+# a dictionary from the name of a policy to a function that makes the policy of a partition with a given quota
 POLICIES: Mapping[str, Callable[[int], Policy]] = {"lru": Recency, "scan": ScanResistant, "lrfu": Frequency}
 DEFAULT_POLICY = "lrfu"

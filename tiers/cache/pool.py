@@ -8,11 +8,11 @@ A pool has keys and numbers of slots. It holds no records and has no lock.
 A *pin* keeps the record of a READY slot from being evicted. A pin on a LOADING slot is a *claim*: a demand waits for
 the record that is being loaded.
 
-Blocks form *groups* (``budget.plan_groups``). A group evicts only records of its own blocks, in the order of a policy
-(``policies``). A prefetch takes the slot of an earlier prefetch of any block if that record was not used and is no
-longer requested. Otherwise it evicts the next record of its own group. Until it is used, a prefetched record is itself
-the next to be evicted. So a right prediction evicts the record that its demand would have evicted. Of several wrong
-predictions in a row, only the first evicts a record that was in use.
+The slots are divided among *partitions* (``budget.partitions_of``). A partition evicts only records of its own blocks,
+in the order of a policy (``policies``). A prefetch takes the slot of an earlier prefetch of any block if that record
+was not used and is no longer requested. Otherwise it evicts the next record of its own partition. Until it is used, a
+prefetched record is itself the next to be evicted. So a right prediction evicts the record that its demand would have
+evicted. Of several wrong predictions in a row, only the first evicts a record that was in use.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from enum import Enum
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.stats import TierCounters, TierStats
 
-from .budget import Group
+from .budget import Partition
 from .policies import DEFAULT_POLICY, POLICIES, Policy
 
 
@@ -38,26 +38,26 @@ class Lookup(Enum):
 class SlotPool:
     """Slots for records of one layout, ``slot_bytes`` each. Slot 0 of the pool is slot ``first`` of the tier.
 
-    With the policy "lru", a group within its quota holds the same records as an LRU cache with that many slots.
+    With the policy "lru", a partition within its quota holds the same records as an LRU cache with that many slots.
     """
 
     def __init__(
         self,
-        groups: Sequence[Group],
+        partitions: Sequence[Partition],
         make_policy: Callable[[int], Policy] = POLICIES[DEFAULT_POLICY],
         *,
         first: int = 0,
         slot_bytes: int = 0,
     ) -> None:
-        """Make as many slots as the quotas of ``groups`` add up to.
+        """Make as many slots as the quotas of ``partitions`` add up to.
 
         Args:
-            groups: the groups of blocks whose records the pool holds.
-            make_policy: returns a policy for a group with a given quota.
+            partitions: the partitions of blocks whose records the pool holds.
+            make_policy: returns a policy for a partition with a given quota.
             first: number of the pool's first slot in the tier.
             slot_bytes: size of a slot in bytes.
         """
-        self.count = sum(group.quota for group in groups)
+        self.count = sum(partition.quota for partition in partitions)
         self.first = first
         self.slot_bytes = slot_bytes
         # A slot is READY if it has a key and is not LOADING. The methods change the state in such an order that only
@@ -67,8 +67,8 @@ class SlotPool:
         self._pins = [0] * self.count
         self._slot_of: dict[ExpertKey, int] = {}
         self._free = dict.fromkeys(reversed(range(self.count)))  # an ordered set, of which the last slot is taken first
-        self._quotas = [group.quota for group in groups]
-        self._group_of = {block: number for number, group in enumerate(groups) for block in group.blocks}
+        self._quotas = [partition.quota for partition in partitions]
+        self._partition_of = {block: number for number, part in enumerate(partitions) for block in part.blocks}
         self._policies = [make_policy(quota) for quota in self._quotas]
 
     # -- slots --------------------------------------------------------------------------------------------------------
@@ -190,12 +190,12 @@ class SlotPool:
     # -- evictions ----------------------------------------------------------------------------------------------------
 
     def quota(self, block: int) -> int:
-        """Return the quota of the block's group, in slots. A demand for more records than the quota is a scan."""
-        return self._quotas[self._group_of[block]]
+        """Return the quota of the block's partition, in slots. A demand for more records than the quota is a scan."""
+        return self._quotas[self._partition_of[block]]
 
     def vacancy(self, block: int) -> int | None:
-        """Return an EMPTY slot, or None if there is no such slot or the block's group has no room in its quota."""
-        return self._empty() if self._surplus(self._group_of[block]) < 0 else None
+        """Return an EMPTY slot, or None if there is no such slot or the block's partition has no room in its quota."""
+        return self._empty() if self._surplus(self._partition_of[block]) < 0 else None
 
     def choose(
         self,
@@ -207,20 +207,21 @@ class SlotPool:
     ) -> int | None:
         """Return a slot for a record of ``block``: an EMPTY slot, or a slot whose record is to be evicted.
 
-        If the block's group has fewer slots than its quota, it gets an EMPTY slot, or a slot from a group that has more
-        than its own quota. Otherwise the group evicts one of its own records. Returns None if there is no such slot.
+        If the block's partition has fewer slots than its quota, it gets an EMPTY slot, or a slot from a partition that
+        has more than its own quota. Otherwise the partition evicts one of its own records. Returns None if there is no
+        such slot.
 
         Args:
             block: the block of the record.
-            may_borrow: if there is no such slot, take an EMPTY slot or any evictable slot, also from another group or
-                one that a scan would not evict. The other group gets a slot back when it needs one.
+            may_borrow: if there is no such slot, take an EMPTY slot or any evictable slot, also from another partition
+                or one that a scan would not evict. The other partition gets a slot back when it needs one.
             scan: whether the demand for the record is a scan.
             keep: returns True for keys whose records must not be evicted.
         """
-        number = self._group_of[block]
+        number = self._partition_of[block]
         slot: int | None = None
         if self._surplus(number) < 0:
-            # If the group is below its quota and no slot is EMPTY, another group is above its quota.
+            # If the partition is below its quota and no slot is EMPTY, another partition is above its quota.
             slot = self._empty()
             if slot is None:
                 borrowers = (number for number in self._by_surplus() if self._surplus(number) > 0)
@@ -236,10 +237,10 @@ class SlotPool:
     def touch(self, keys: Iterable[ExpertKey], *, scan: bool = False) -> None:
         """Note that demands use the records of ``keys``, in this order. All of them must have slots."""
         for key in keys:
-            self._policies[self._group_of[key[0]]].touch(key, scan=scan)
+            self._policies[self._partition_of[key[0]]].touch(key, scan=scan)
 
     def _policy(self, key: ExpertKey) -> Policy:
-        return self._policies[self._group_of[key.block]]
+        return self._policies[self._partition_of[key.block]]
 
     def _empty(self) -> int | None:
         return next(reversed(self._free), None)
@@ -247,9 +248,9 @@ class SlotPool:
     def _first_victim(
         self, numbers: Iterable[int], keep: Callable[[ExpertKey], bool], *, scan: bool = False
     ) -> int | None:
-        """Return the slot of the record to evict, from the first of the groups ``numbers`` that has such a record.
+        """Return the slot of the record to evict, from the first of the partitions ``numbers`` that has such a record.
 
-        The slot must be evictable, and ``keep`` false for the key. Returns None if no group has such a record.
+        The slot must be evictable, and ``keep`` false for the key. Returns None if no partition has such a record.
         """
         for number in numbers:
             for key in self._policies[number].victims(scan=scan):
@@ -262,7 +263,7 @@ class SlotPool:
         return len(self._policies[number]) - self._quotas[number]
 
     def _by_surplus(self) -> list[int]:
-        """Return the numbers of all groups, beginning with the group that is furthest above its quota."""
+        """Return the numbers of all partitions, beginning with the partition that is furthest above its quota."""
         return sorted(range(len(self._policies)), key=lambda number: -self._surplus(number))
 
     # -- repair and checks --------------------------------------------------------------------------------------------
@@ -272,7 +273,7 @@ class SlotPool:
         return [(key, slot in self._loading) for slot, key in enumerate(self._keys)]
 
     def repair(self, pins: Sequence[int], loading: Mapping[int, ExpertKey]) -> None:
-        """Make slots and groups consistent again after an exception has interrupted a change.
+        """Make slots and partitions consistent again after an exception has interrupted a change.
 
         Args:
             pins: the right number of pins and claims of each slot.
@@ -297,21 +298,21 @@ class SlotPool:
         for policy in self._policies:
             for key in set(policy).difference(self._slot_of):
                 policy.remove(key)
-        grouped = set[ExpertKey]().union(*self._policies)
+        known = set[ExpertKey]().union(*self._policies)
         for key in self._slot_of:
-            if key not in grouped:
+            if key not in known:
                 self._policy(key).add(key, scan=False)
 
     def check_integrity(self) -> None:
-        """For tests: assert that each slot is in one state, and that each key is in one slot and in the right group."""
+        """For tests: assert that each slot is in one state, and each key in one slot and in the right partition."""
         held = {key: slot for slot, key in enumerate(self._keys) if key is not None}
         assert held == self._slot_of
         assert sorted([*held.values(), *self._free]) == list(range(self.count))
         assert self._loading <= set(held.values())
         assert all(pins >= 0 for pins in self._pins)
         assert not any(self._pins[slot] for slot in self._free)
-        grouped = [(key, number) for number, policy in enumerate(self._policies) for key in policy]
-        assert sorted(grouped) == sorted((key, self._group_of[key.block]) for key in held)
+        placed = [(key, number) for number, policy in enumerate(self._policies) for key in policy]
+        assert sorted(placed) == sorted((key, self._partition_of[key.block]) for key in held)
         assert [len(policy) for policy in self._policies] == [len(list(policy)) for policy in self._policies]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
-from moetier.tiers.cache.budget import plan_groups, slot_ranges
+from moetier.tiers.cache.budget import partitions_of, slot_ranges
 from moetier.tiers.cache.policies import POLICIES
 from moetier.tiers.cache.pool import SlotPool, snapshot
 from moetier.tiers.errors import BudgetError
@@ -33,8 +33,8 @@ class DevicePool(SlotPool):
         """
         layout = manifest.layouts[array]
         slots = memory.view(-1, layout.slot_bytes)
-        groups = plan_groups(len(slots), manifest.members[array])
-        super().__init__(groups, POLICIES[policy], first=first, slot_bytes=layout.slot_bytes)
+        partitions = partitions_of(len(slots), manifest.members[array])
+        super().__init__(partitions, POLICIES[policy], first=first, slot_bytes=layout.slot_bytes)
         self.layout = layout
         self.records = [slot[: layout.record_bytes] for slot in slots]
         self.copied: list[Event | None] = [None] * len(slots)  # for each slot, when its record can be computed with

@@ -223,7 +223,7 @@ class DeviceTier:
 
     @transition
     def check_integrity(self) -> None:
-        """For tests: assert that slots, groups and promotions agree."""
+        """For tests: assert that slots, partitions and promotions agree."""
         for pool in self._slots.pools.values():
             pool.check_integrity()
         self._promoter.check_integrity(self._slots.find)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 
-from moetier.tiers.cache.budget import Group
+from moetier.tiers.cache.budget import Partition
 from moetier.tiers.cache.policies import Policy
 from moetier.tiers.cache.pool import SlotPool
 from moetier.tiers.errors import ExhaustedError
@@ -24,9 +24,9 @@ class Pool(SlotPool):
     """The host tier's slots for records of one layout."""
 
     def __init__(
-        self, groups: Sequence[Group], make_policy: Callable[[int], Policy], *, first: int, slot_bytes: int
+        self, partitions: Sequence[Partition], make_policy: Callable[[int], Policy], *, first: int, slot_bytes: int
     ) -> None:
-        super().__init__(groups, make_policy, first=first, slot_bytes=slot_bytes)
+        super().__init__(partitions, make_policy, first=first, slot_bytes=slot_bytes)
         self.starved: deque[Demand] = deque()  # demands that hold no slot and wait for one, in order of arrival
 
 

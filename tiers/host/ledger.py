@@ -28,7 +28,7 @@ from functools import partial
 
 from moetier.tiers.arena.directory import Directory
 from moetier.tiers.arena.layout import ArenaLayout
-from moetier.tiers.cache.budget import plan_groups
+from moetier.tiers.cache.budget import partitions_of
 from moetier.tiers.cache.policies import DEFAULT_POLICY, POLICIES
 from moetier.tiers.cache.pool import Lookup
 from moetier.tiers.errors import MoetierError
@@ -73,8 +73,8 @@ class Ledger:
         self.counters = TierCounters("host")
         self.pools: dict[str, Pool] = {}  # from the name of a zarr array to its pool, in the order of the pools' slots
         for region, first in zip(layout.regions, layout.first_slots, strict=True):
-            groups = plan_groups(region.slots, manifest.members[region.array])
-            self.pools[region.array] = Pool(groups, POLICIES[policy], first=first, slot_bytes=region.slot_bytes)
+            partitions = partitions_of(region.slots, manifest.members[region.array])
+            self.pools[region.array] = Pool(partitions, POLICIES[policy], first=first, slot_bytes=region.slot_bytes)
         self.pool_of = [self.pools[block.array] for block in manifest.blocks]  # for each block, the pool of its records
         self.prefetches = PrefetchQueue(self.counters, clock)
         self.direct_hits = DirectHits(self.pool_of, self.counters, self.prefetches)
@@ -372,7 +372,7 @@ class Ledger:
         self.waiting.repair(self._demands, self.pools.values())
 
     def check_integrity(self) -> None:
-        """For tests: assert that slots, groups, loads, demands and the directory agree."""
+        """For tests: assert that slots, partitions, loads, demands and the directory agree."""
         for pool in self.pools.values():
             pool.check_integrity()
             assert self._pins(pool) == [pool.pins(slot) for slot in range(pool.count)]

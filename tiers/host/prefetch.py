@@ -87,7 +87,7 @@ class PrefetchQueue:
 
         1. an EMPTY slot;
         2. the slot of a prefetched record, of any block, that was not used and is no longer requested;
-        3. the slot of a record of its own group that is neither pinned nor requested.
+        3. the slot of a record of its own partition that is neither pinned nor requested.
 
         If there is no such slot, the request is cancelled. A record of the warm-up gets only an EMPTY slot. Nothing is
         read into a pool in which a demand waits for a slot.

@@ -377,7 +377,7 @@ class HostTier(Closeable):
 
     @transition
     def check_integrity(self) -> None:
-        """For tests: assert that slots, groups, loads, callers and the directory agree."""
+        """For tests: assert that slots, partitions, loads, callers and the directory agree."""
         self._ledger.check_integrity()
 
     def _recover(self, arena: Arena, threads: int) -> None:

@@ -11,11 +11,11 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from moetier.tiers.cache.budget import Group
+from moetier.tiers.cache.budget import Partition
 from moetier.tiers.cache.policies import DEFAULT_POLICY, POLICIES
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Manifest
-from moetier.tools.traces.simulation import SimulatedTier, groups_of
+from moetier.tools.traces.simulation import SimulatedTier, all_partitions
 
 Routing = Sequence[Sequence[Collection[int]]]  # [steps][blocks]: the experts that the routers choose
 
@@ -71,14 +71,14 @@ class Bound:
         return asdict(self) | {"seconds": self.seconds, "by": self.by}
 
 
-def misses_of(routing: Routing, groups: Sequence[Group], policy: str = DEFAULT_POLICY) -> list[list[int]]:
+def misses_of(routing: Routing, partitions: Sequence[Partition], policy: str = DEFAULT_POLICY) -> list[list[int]]:
     """Return how many experts a simulated cache must load: [steps][blocks].
 
-    ``groups``: the slots of the cache, divided among blocks. The cache is empty at the start and evicts by ``policy``,
-    one of ``POLICIES``. All experts of a step and block are looked up before any of them is loaded. A step of many
-    tokens is not treated as a scan.
+    ``partitions``: the slots of the cache, divided among blocks. The cache is empty at the start and evicts by
+    ``policy``, one of ``POLICIES``. All experts of a step and block are looked up before any of them is loaded. A step
+    of many tokens is not treated as a scan.
     """
-    tier = SimulatedTier(groups, POLICIES[policy])
+    tier = SimulatedTier(partitions, POLICIES[policy])
     return [
         [
             len(tier.demand([ExpertKey(block, expert) for expert in sorted(set(experts))]))
@@ -95,7 +95,7 @@ def need_of(manifest: Manifest, routing: Routing, measured: int, slots: Mapping[
     """
     sizes = [manifest.layout(block).slot_bytes for block in range(len(manifest.blocks))]
     payloads = [manifest.layout(block).payload_bytes for block in range(len(manifest.blocks))]
-    misses = misses_of(routing, groups_of(manifest, slots))[-measured:]
+    misses = misses_of(routing, all_partitions(manifest, slots))[-measured:]
     wanted = [[len(set(experts)) for experts in step] for step in routing[-measured:]]
 
     def mean(counts: list[list[int]], each: list[int]) -> float:

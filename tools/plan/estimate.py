@@ -25,7 +25,7 @@ from moetier.runtime.model.names import tag_of
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.store.checksum import PIECE_BYTES
 from moetier.tools.cli.failure import as_options
-from moetier.tools.traces.simulation import groups_of
+from moetier.tools.traces.simulation import all_partitions
 
 from .choices import Choice, ModelChoices
 from .fit import Fit, MachineRoom, memory_of
@@ -129,9 +129,9 @@ class Caching:
         ``slots``: number of slots for each zarr array of the store.
         """
         own = [0.0] * len(manifest.blocks)
-        for group in groups_of(manifest, slots):
-            if len(group.blocks) == 1:
-                own[group.blocks[0]] = group.quota
+        for partition in all_partitions(manifest, slots):
+            if len(partition.blocks) == 1:
+                own[partition.blocks[0]] = partition.quota
         curves = [nearest_curve(block.experts, block.top_k) for block in manifest.blocks]
         ratios = [
             curve.at(count / block.experts) if count else 0.0

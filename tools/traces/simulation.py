@@ -11,7 +11,7 @@ from math import inf
 import numpy as np
 
 from moetier.runtime.trace.trace import NONE, Trace
-from moetier.tiers.cache.budget import Group, plan_groups
+from moetier.tiers.cache.budget import Partition, partitions_of
 from moetier.tiers.cache.policies import DEFAULT_POLICY, POLICIES, Policy
 from moetier.tiers.cache.pool import SlotPool
 from moetier.tiers.host.warmup import HotSet
@@ -108,15 +108,15 @@ class Clairvoyant:
 
 
 class SimulatedTier:
-    """Tier whose loads take no time, with slots for one block, or for several blocks in groups."""
+    """Tier whose loads take no time, with slots for one block, or for several blocks in partitions."""
 
-    def __init__(self, groups: Sequence[Group], make_policy: Callable[[int], Policy]) -> None:
-        self._pool = SlotPool(groups, make_policy)
+    def __init__(self, partitions: Sequence[Partition], make_policy: Callable[[int], Policy]) -> None:
+        self._pool = SlotPool(partitions, make_policy)
 
     @classmethod
     def of_block(cls, block: int, quota: int, make_policy: Callable[[int], Policy]) -> SimulatedTier:
         """Make a tier of ``quota`` slots for one block."""
-        return cls([Group((block,), quota)], make_policy)
+        return cls([Partition((block,), quota)], make_policy)
 
     def demand(self, keys: Sequence[ExpertKey], *, is_prompt: bool = False) -> list[ExpertKey]:
         """Load those of ``keys`` that are missing, and return them. All ``keys`` are of one block.
@@ -187,12 +187,12 @@ class SimulatedTier:
         return slot
 
 
-def groups_of(manifest: Manifest, slots: Mapping[str, int]) -> list[Group]:
+def all_partitions(manifest: Manifest, slots: Mapping[str, int]) -> list[Partition]:
     """Divide slots among blocks as the host tier does.
 
     ``slots``: number of slots for each zarr array of the store; an array has the blocks whose records have one layout.
     """
-    return [group for array, count in slots.items() for group in plan_groups(count, manifest.members[array])]
+    return [group for array, count in slots.items() for group in partitions_of(count, manifest.members[array])]
 
 
 def demands_of(trace: Trace, sequence: int, block: int) -> list[SimulatedDemand]:

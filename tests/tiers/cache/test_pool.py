@@ -7,7 +7,7 @@ from cuts import cut
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from moetier.tiers.cache.budget import Group
+from moetier.tiers.cache.budget import Partition
 from moetier.tiers.cache.policies import POLICIES
 from moetier.tiers.cache.pool import Lookup, SlotPool
 from moetier.tiers.layout import ExpertKey
@@ -18,8 +18,8 @@ KEYS = st.builds(ExpertKey, st.integers(0, 1), st.integers(0, 3))
 
 
 def pool_of(*quotas: int) -> SlotPool:
-    """A pool with a group for each block."""
-    return SlotPool([Group((block,), quota) for block, quota in enumerate(quotas)], POLICIES["lru"])
+    """A pool with a partition for each block."""
+    return SlotPool([Partition((block,), quota) for block, quota in enumerate(quotas)], POLICIES["lru"])
 
 
 class PoolMachine(RuleBasedStateMachine):

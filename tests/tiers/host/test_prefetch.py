@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from stores import keys
 
-from moetier.tiers.cache.budget import Group
+from moetier.tiers.cache.budget import Partition
 from moetier.tiers.cache.policies import POLICIES
 from moetier.tiers.host.demands import AsyncCaller, Demand, Pool
 from moetier.tiers.host.prefetch import PrefetchQueue
@@ -20,7 +20,7 @@ FIRST, SECOND, THIRD = CALLERS
 
 def make_pool() -> Pool:
     """More slots for each block than it has experts."""
-    return Pool([Group((block,), 20) for block in range(10)], POLICIES["lru"], first=0, slot_bytes=1)
+    return Pool([Partition((block,), 20) for block in range(10)], POLICIES["lru"], first=0, slot_bytes=1)
 
 
 class Queue:
@@ -96,7 +96,7 @@ class Counting(ExpertKey):
 def test_many_requests_are_replaced_in_few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Counting, "compared", 0)
     queue = Queue()
-    queue.pool = Pool([Group((1,), 4000)], POLICIES["lru"], first=0, slot_bytes=1)
+    queue.pool = Pool([Partition((1,), 4000)], POLICIES["lru"], first=0, slot_bytes=1)
     wanted: list[ExpertKey] = [Counting(1, expert) for expert in range(3000)]
     queue.request(FIRST, 1, wanted[:2000])
     assert queue.request(FIRST, 1, wanted[1000:]) == 1000

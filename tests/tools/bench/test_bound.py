@@ -6,7 +6,7 @@ import pytest
 from geometries import two_geometries
 from stores import make_plan
 
-from moetier.tiers.cache.budget import Group
+from moetier.tiers.cache.budget import Partition
 from moetier.tools.bench.bound import Bound, BoundRates, Need, misses_of, need_of, rows_of
 
 GB = 10**9
@@ -29,10 +29,10 @@ def test_misses_of_an_lru_by_hand() -> None:
         [[0, 2], [1]],  # 2 is there; 1 goes
         [[0, 2], [0]],
     ]
-    groups = [Group((0,), 2), Group((1,), 1)]
-    assert misses_of(steps, groups, "lru") == [[2, 1], [1, 0], [1, 1], [0, 1]]
-    # both blocks in one group of two slots: what the second wants comes between
-    assert misses_of(steps[:2], [Group((0, 1), 2)], "lru") == [[2, 1], [2, 1]]
+    partitions = [Partition((0,), 2), Partition((1,), 1)]
+    assert misses_of(steps, partitions, "lru") == [[2, 1], [1, 0], [1, 1], [0, 1]]
+    # both blocks in one partition of two slots: what the second wants comes between
+    assert misses_of(steps[:2], [Partition((0, 1), 2)], "lru") == [[2, 1], [2, 1]]
 
 
 def test_bytes_of_a_step() -> None:

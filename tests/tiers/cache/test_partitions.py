@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moetier.tiers.cache.budget import Group, plan_groups
+from moetier.tiers.cache.budget import Partition, partitions_of
 from moetier.tiers.cache.policies import DEFAULT_POLICY, POLICIES, Policy
 from moetier.tiers.cache.pool import SlotPool
 from moetier.tiers.layout import ExpertKey
@@ -37,16 +37,16 @@ def planned(draw: st.DrawFn) -> tuple[dict[int, Block], int]:
 @given(planned())
 def test_every_plan_adds_up(plan: tuple[dict[int, Block], int]) -> None:
     blocks, slots = plan
-    groups = plan_groups(slots, blocks)
-    assert sum(group.quota for group in groups) == slots
-    assert sorted(block for group in groups for block in group.blocks) == sorted(blocks)
-    for group in groups:
-        assert group.quota >= max(blocks[block].top_k for block in group.blocks)
-        assert group.quota <= sum(blocks[block].experts for block in group.blocks) or len(group.blocks) > 1
+    partitions = partitions_of(slots, blocks)
+    assert sum(partition.quota for partition in partitions) == slots
+    assert sorted(block for partition in partitions for block in partition.blocks) == sorted(blocks)
+    for partition in partitions:
+        assert partition.quota >= max(blocks[block].top_k for block in partition.blocks)
+        assert partition.quota <= sum(blocks[block].experts for block in partition.blocks) or len(partition.blocks) > 1
     enough = slots >= sum(block.top_k for block in blocks.values())
-    assert all(len(group.blocks) == 1 for group in groups) or not enough
+    assert all(len(partition.blocks) == 1 for partition in partitions) or not enough
     if enough:  # as even as top-k and the number of experts allow
-        quotas = {group.blocks[0]: group.quota for group in groups}
+        quotas = {partition.blocks[0]: partition.quota for partition in partitions}
         for low in blocks:
             for high in blocks:
                 if quotas[low] + 1 < quotas[high]:
@@ -67,22 +67,22 @@ def test_every_plan_adds_up(plan: tuple[dict[int, Block], int]) -> None:
     ],
 )
 def test_quotas_of_four_equal_blocks(slots: int, expected: list[tuple[tuple[int, ...], int]]) -> None:
-    assert plan_groups(slots, blocks_of(*[(8, 2)] * 4)) == tuple(Group(*group) for group in expected)
+    assert partitions_of(slots, blocks_of(*[(8, 2)] * 4)) == tuple(Partition(*partition) for partition in expected)
 
 
 def test_quotas_of_unequal_blocks() -> None:
     # the block of 2 experts can use no more: what it leaves goes to the others
-    assert [g.quota for g in plan_groups(14, blocks_of((2, 1), (8, 2), (8, 2)))] == [2, 6, 6]
+    assert [g.quota for g in partitions_of(14, blocks_of((2, 1), (8, 2), (8, 2)))] == [2, 6, 6]
     # top-6 needs its six, however few the others get
-    assert [g.quota for g in plan_groups(9, blocks_of((8, 1), (8, 1), (8, 6)))] == [2, 1, 6]
+    assert [g.quota for g in partitions_of(9, blocks_of((8, 1), (8, 1), (8, 6)))] == [2, 1, 6]
     # too few: the blocks that need least keep theirs, and room for the greatest top-k is left
-    assert plan_groups(7, blocks_of((8, 6), (8, 1), (8, 2))) == (Group((3,), 1), Group((0, 6), 6))
+    assert partitions_of(7, blocks_of((8, 6), (8, 1), (8, 2))) == (Partition((3,), 1), Partition((0, 6), 6))
 
 
 @pytest.mark.parametrize("slots", [1, 17])
 def test_impossible_numbers_of_slots_are_ours_to_prevent(slots: int) -> None:
     with pytest.raises(AssertionError):
-        plan_groups(slots, blocks_of((8, 2), (8, 2)))
+        partitions_of(slots, blocks_of((8, 2), (8, 2)))
 
 
 class Cache:
@@ -91,8 +91,8 @@ class Cache:
     def __init__(
         self, count: int, blocks: Mapping[int, Block], make_policy: Callable[[int], Policy] = POLICIES[DEFAULT_POLICY]
     ) -> None:
-        self.groups = plan_groups(count, blocks)
-        self.pool = SlotPool(self.groups, make_policy)
+        self.partitions = partitions_of(count, blocks)
+        self.pool = SlotPool(self.partitions, make_policy)
 
     def demand(self, block: int, experts: Iterable[int]) -> int:
         """Return the number of hits."""
@@ -127,14 +127,14 @@ class Cache:
 
 
 class Oracle:
-    """Model one least-recently-used cache per group: look up against the state before, then touch from the last."""
+    """Model one least-recently-used cache per partition: look up against the state before, then touch from the last."""
 
-    def __init__(self, groups: Iterable[Group]) -> None:
+    def __init__(self, partitions: Iterable[Partition]) -> None:
         self.of = {}
-        for group in groups:
+        for partition in partitions:
             cache: OrderedDict[ExpertKey, None] = OrderedDict()
-            for block in group.blocks:
-                self.of[block] = (cache, group.quota)
+            for block in partition.blocks:
+                self.of[block] = (cache, partition.quota)
 
     def demand(self, block: int, experts: Iterable[int]) -> int:
         cache, quota = self.of[block]
@@ -158,7 +158,7 @@ def test_it_is_a_least_recently_used_cache_block_by_block(
 ) -> None:
     blocks, slots = plan
     cache = Cache(slots, blocks, POLICIES["lru"])
-    oracle = Oracle(cache.groups)
+    oracle = Oracle(cache.partitions)
     for _ in range(data.draw(st.integers(1, 40))):
         block = data.draw(st.sampled_from(sorted(blocks)))
         experts = data.draw(
@@ -186,10 +186,10 @@ def test_a_prefetch_evicts_its_own_blocks_next_and_goes_first_itself(
             continue
         cache.prefetch(block, expert)
         lost = before - cache.resident(blocks)
-        group = next(group for group in cache.groups if block in group.blocks)
+        partition = next(partition for partition in cache.partitions if block in partition.blocks)
         assert len(lost) <= 1
-        assert all(key.block in group.blocks for key in lost)
-        if lost:  # the group was full: the prefetch is the next to go
+        assert all(key.block in partition.blocks for key in lost)
+        if lost:  # the partition was full: the prefetch is the next to go
             assert cache.pool.choose(block) == cache.pool.find(ExpertKey(block, expert))
 
 
