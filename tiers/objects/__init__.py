@@ -2,5 +2,5 @@
 
 Other packages use ``fetch``, which makes the cache's folder of an address, ``cache.CachedStore``, which reads records
 through it, and ``push``. The package imports ``tiers.store`` and the top-level modules of ``tiers``. Only ``client``
-and ``profile`` import obstore, which the extra ``objects`` installs.
+and ``aws_profile`` import obstore, which the extra ``objects`` installs.
 """

@@ -10,7 +10,7 @@ from typing import Any
 from moetier.tiers.errors import ConfigError
 from moetier.tiers.redaction import redacted, redacted_error
 
-# boto3 renews temporary credentials in the last ten minutes of their life, so what it gives is good for as long
+# boto3 renews temporary credentials ten minutes before they expire, so those that it gives are valid for as long
 LIFE = timedelta(minutes=10)
 _GIVEN = ("AWS_ACCESS_KEY", "AWS_WEB_IDENTITY", "AWS_CONTAINER", "AWS_SKIP_SIGNATURE")
 
@@ -26,16 +26,16 @@ def profile(address: str) -> dict[str, Any]:
         "AWS_SHARED_CREDENTIALS_FILE": home / "credentials",
         "AWS_CONFIG_FILE": home / "config",
     }
-    there = [Path(os.environ.get(name, path)).expanduser().is_file() for name, path in files.items()]
+    exist = [Path(os.environ.get(name, path)).expanduser().is_file() for name, path in files.items()]
     named = os.environ.get("AWS_PROFILE", "")
-    if any(name.startswith(_GIVEN) for name in os.environ) or not (named or any(there)):
+    if any(name.startswith(_GIVEN) for name in os.environ) or not (named or any(exist)):
         return {}
     try:
         import boto3
         from botocore.exceptions import BotoCoreError
         from obstore.auth.boto3 import Boto3CredentialProvider
     except ImportError:
-        if not named and not there[0]:  # a config file alone may just name a region
+        if not named and not exist[0]:  # a config file alone may just name a region
             return {}
         raise ConfigError(
             f"{address} needs boto3, which is not installed, for {f'the profile {named}' if named else 'a profile'}.",
@@ -44,12 +44,12 @@ def profile(address: str) -> dict[str, Any]:
         ) from None
     try:
         session = boto3.Session(region_name=os.environ.get("AWS_REGION"))  # which boto3 does not read
-        found = session.get_credentials()
+        credentials = session.get_credentials()
     except (BotoCoreError, ValueError) as error:
         raise ConfigError(
             f"The profile {named or 'default'} can't be used for {address}: {redacted(str(error))}",
             "Correct the files in ~/.aws, or choose another profile with AWS_PROFILE.",
         ) from redacted_error(error)
-    if found is None:
+    if credentials is None:
         return {"region": session.region_name} if session.region_name else {}
     return {"credential_provider": Boto3CredentialProvider(session, ttl=LIFE)}

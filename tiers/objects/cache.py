@@ -1,11 +1,11 @@
 """CachedStore, the SSD tier of a model in an object store: reads records from its cache, and fetches the absent ones.
 
-The cache has the shards of a store, as sparse files. USES says which records are there. When a record has arrived and
-its checksum is right, a copy of it is written into its shard in the background; the shard is synced, and then the
-record's entry in USES is set. When the cache is full, the least recently used records are evicted: their entries are
-cleared and synced, and then their bytes are given back to the file system. So after a crash each entry that is set
-belongs to a record that is on the disk. If a record is damaged later, its checksum is wrong when it is read, and it is
-fetched again.
+The cache has the shards of a store, as sparse files. ACCESS_TIMES says which records are there. When a record has
+arrived and its checksum is right, a copy of it is written into its shard in the background; the shard is synced, and
+then the record's entry in ACCESS_TIMES is set. When the cache is full, the least recently used records are evicted:
+their entries are cleared and synced, and then their bytes are given back to the file system. So after a crash each
+entry that is set belongs to a record that is on the disk. If a record is damaged later, its checksum is wrong when it
+is read, and it is fetched again.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from moetier.tiers.store.folder import FETCHED, METADATA, check_array, has_store
 from moetier.tiers.store.reader import ExpertStore, Read, as_bytes, run_reads
 from moetier.tiers.store.shard import OpenShard, ShardFile
 
+from .access_times import AccessTimes
 from .client import RETRIES, Objects, copy_bytes, until_right
 from .fetch import cache_of
-from .uses import USES, Uses
 
 QUEUE_BYTES = 32 << 20  # most bytes of records that wait to be written, unless it is a single one
 PATIENCE = 10.0  # most seconds that a read waits for room among these
@@ -110,7 +110,7 @@ class CachedStore(WrapperStore):
         self._buffers: dict[int, list[memoryview]] = {}  # memory for further copies, by size
         self._settler = ThreadPoolExecutor(1, thread_name_prefix="moetier-cache")  # starts no thread yet
         self._patience = PATIENCE  # 0 after a read has waited in vain
-        self._full = not self._used.is_durable  # whether a write has failed, so that nothing is cached any more
+        self._full = not self._cached.is_durable  # whether a write has failed, so that nothing is cached any more
         if self._full and not self.is_complete:
             _log.warning("%s can't be written: experts that it lacks are fetched at each use.", self.directory)
 
@@ -130,7 +130,7 @@ class CachedStore(WrapperStore):
     @property
     def cached_bytes(self) -> int:
         """Bytes of the records in the cache, with their checksums."""
-        return self._used.cached_bytes
+        return self._cached.cached_bytes
 
     def shares(self) -> list[Share]:
         """Return how many records were fetched, and how many came from the cache, since the store was opened."""
@@ -145,9 +145,9 @@ class CachedStore(WrapperStore):
             counts[1] += nbytes
 
     @property
-    def _used(self) -> Uses:
-        assert self._uses is not None, "closed"
-        return self._uses
+    def _cached(self) -> AccessTimes:
+        assert self._access_times is not None, "closed"
+        return self._access_times
 
     def read_into(self, key: ExpertKey, buffer: memoryview, pause: Pause | None = None) -> None:
         """Read a record from the cache, or fetch it.
@@ -159,18 +159,18 @@ class CachedStore(WrapperStore):
             self.manifest.check_keys(key.block, (key,))
             if self._is_waiting(key, buffer):
                 return
-            if key in self._used:
+            if key in self._cached:
                 try:
                     self.store.read_into(key, buffer, pause)
                 except StoreError as error:
                     if self.is_complete:  # it is an ordinary store now
                         raise
-                    if key in self._used:  # else it was evicted meanwhile
+                    if key in self._cached:  # else it was evicted meanwhile
                         _log.warning("%s It is fetched again.", error.cause)
-                        self._used.clear(key)
+                        self._cached.clear(key)
                 else:
-                    if key in self._used:  # else it was evicted meanwhile
-                        self._used.set(key)
+                    if key in self._cached:  # else it was evicted meanwhile
+                        self._cached.set(key)
                     self._count(self._found, buffer.nbytes)
                     return
             self._fetch(key, as_bytes(buffer), pause)
@@ -273,11 +273,11 @@ class CachedStore(WrapperStore):
         if not arrived:
             return
         try:
-            with self._used.locked():  # no other process evicts what is being written
+            with self._cached.locked():  # no other process evicts what is being written
                 for block in {key.block for key in arrived}:
                     self._write(block, {key.expert: copy for key, copy in arrived.items() if key.block == block})
                 for key in arrived:
-                    self._used.set(key)
+                    self._cached.set(key)
                 if not self.is_complete:
                     self._evict()
                     self._complete()
@@ -312,17 +312,17 @@ class CachedStore(WrapperStore):
         """Evict the least recently used records until the cache is within its limit. The caller holds ``locked``."""
         if self._limit is None or (excess := self.cached_bytes - self._limit) <= 0:
             return
-        uses, gone = self._used, []
-        times = uses.times.copy()
+        cached, gone = self._cached, []
+        times = cached.times.copy()
         for index in map(int, np.argsort(times, kind="stable")):
             if excess <= 0:
                 break
             if times[index]:
-                gone.append(uses.key(index))
-                excess -= int(uses.sizes[index])
+                gone.append(cached.key(index))
+                excess -= int(cached.sizes[index])
         for key in gone:
-            uses.clear(key)
-        uses.sync()
+            cached.clear(key)
+        cached.sync()
         for key in gone:
             shard, offset = self.store.locate(key)
             with _opened(shard.file.path, os.O_RDWR) as descriptor:
@@ -332,16 +332,16 @@ class CachedStore(WrapperStore):
 
     def _complete(self) -> None:
         """If all records are there, make the folder an ordinary store. The caller has the lock."""
-        uses = self._used
-        if not uses.times.all():
+        cached = self._cached
+        if not cached.times.all():
             return
         for block, shard in self.store.shards.items():
             known = self.manifest.checksums(block)
             for expert, (found, right) in enumerate(zip(shard.file.stored_checksums(), known, strict=True)):
                 if found != right:  # a reader has set its entry just when it was evicted
-                    uses.clear(ExpertKey(block, expert))
-        if uses.times.all():
-            uses.sync()
+                    cached.clear(ExpertKey(block, expert))
+        if cached.times.all():
+            cached.sync()
             (self.folder / FETCHED).rename(self.folder / METADATA)
             sync_folder(self.folder)
             _log.info("%s has all records of %s now.", self.directory, self.address)

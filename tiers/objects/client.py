@@ -1,4 +1,4 @@
-"""Objects at one address: GETs of ranges with retries and a patience, listing and uploads.
+"""Objects at one address: GETs of ranges with retries for a limited time, listing and uploads.
 
 obstore speaks to Amazon S3 and what is like it, Google Cloud Storage, Azure, HTTP servers and local folders. It finds
 credentials in the variables and files that the providers' own tools read; profiles of Amazon's tools need boto3. Its
@@ -39,9 +39,9 @@ from .aws_profile import profile
 CONNECT_SECONDS = 5.0  # longest time to connect
 STALL_SECONDS = 15.0  # longest time without a byte of an answer
 UPLOAD_SECONDS = 600.0  # longest time of the upload of a part, during which no byte of an answer comes
-PATIENCE = 120.0  # seconds of failures after which a request has failed, with all its retries
-RETRIES = 2  # after a wrong answer, such as one of another length
-BACKOFF_SECONDS = 0.2  # before the first retry, at most; doubled before each further one
+RETRY_SECONDS = 120.0  # time of failures after which a request has failed, with all its retries
+RETRIES = 2  # number of retries after a wrong answer, such as one of another length
+BACKOFF_SECONDS = 0.2  # longest pause before the first retry; doubled for each further one
 MAX_BACKOFF_SECONDS = 10.0
 MAX_OBJECTS = 100_000  # most objects that are listed; a model has a few for each of its layers
 LEAST_RATE = 1024  # bytes a second; an answer that is slower for STALL_SECONDS stands still
@@ -130,7 +130,7 @@ class Objects(Closeable):
             }
             retries = {
                 "max_retries": 1000 if uploads else 0,
-                "retry_timeout": timedelta(seconds=PATIENCE),
+                "retry_timeout": timedelta(seconds=RETRY_SECONDS),
                 "backoff": {"max_backoff": timedelta(seconds=MAX_BACKOFF_SECONDS)},
             }
             options = {"client_options": client_options, "retry_config": retries, **self._options}
@@ -153,8 +153,8 @@ class Objects(Closeable):
 
         ``fresh``: not from a cache on the way, as bytes that have come before were wrong. It counts as a retry.
 
-        Raises MissingExpertError if there is no such object, StoreReadError if it can't be read within PATIENCE, and
-        ClosedError after ``close``.
+        Raises MissingExpertError if there is no such object, StoreReadError if it can't be read within RETRY_SECONDS,
+        and ClosedError after ``close``.
         """
 
         def attempt(fresh: bool) -> None:
@@ -173,17 +173,20 @@ class Objects(Closeable):
         """Return a whole object, which may have at most ``most`` bytes. Raises as ``read``."""
 
         def attempt(fresh: bool) -> bytes:
-            found = bytearray()
+            data = bytearray()
             for chunk in self._answer(name, {}, fresh=fresh):
-                found += chunk
-                if len(found) > most:
+                data += chunk
+                if len(data) > most:
                     raise _BadAnswerError(f"the answer has more than {most:,} bytes")
-            return bytes(found)
+            return bytes(data)
 
         return self._try(name, attempt, fresh=fresh)
 
     def _answer(self, name: str, options: dict[str, Any], *, fresh: bool) -> Iterator[memoryview]:
-        """Yield what comes, as it comes, so that ``close`` ends a slow answer. Raises TimeoutError for LEAST_RATE."""
+        """Yield the answer's bytes as they arrive, so that ``close`` ends a slow answer.
+
+        Raises TimeoutError if they arrive more slowly than LEAST_RATE.
+        """
         answer = self._obstore.get(self._fresh if fresh else self._store, name, options=options)
         since, count = time.monotonic(), 0
         for chunk in answer.stream(min_chunk_size=1):
@@ -197,8 +200,7 @@ class Objects(Closeable):
                 since, count = since + seconds, 0
 
     def _try(self, name: str, attempt: Callable[[bool], Result], *, fresh: bool = False) -> Result:
-        """Call ``attempt`` until it succeeds: after failures that may pass for PATIENCE, after wrong answers RETRIES
-        times.
+        """Call ``attempt`` until it succeeds: for RETRY_SECONDS if failures may pass, or RETRIES times.
 
         ``attempt`` gets whether to ask past caches on the way: if ``fresh``, and after a wrong answer. ``fresh`` also
         makes the first call count as a retry.
@@ -219,7 +221,7 @@ class Objects(Closeable):
                 wrong += most < math.inf
                 fresh = fresh or wrong > 0
                 now = time.monotonic()
-                end = min(end, now + PATIENCE)
+                end = min(end, now + RETRY_SECONDS)
                 if wrong > most or now + delay > end:
                     raise fault from redacted_error(error)
                 if most == math.inf:
@@ -233,7 +235,7 @@ class Objects(Closeable):
         return ClosedError(f"{self.where} was closed.", "Open it again.")
 
     def _fault(self, name: str, error: BaseException) -> tuple[StoreReadError, float]:
-        """Return the error to raise for one of obstore's, and how many retries it is worth; inf: those in PATIENCE."""
+        """Return the error to raise for an error of obstore, and the number of retries; inf: those in RETRY_SECONDS."""
         text, said = str(error), f"{name} at {self.where} can't be read: {_said(error)}."
         if METADATA.search(text):
             return StoreReadError(
@@ -248,21 +250,21 @@ class Objects(Closeable):
             return StoreReadError(cause, "Create it, or correct the address."), 0
         if UNKNOWN_HOST.search(text):
             return StoreReadError(f"The host of {self.where} is not known.", "Correct the address."), RETRIES
-        if found := NO_TLS.search(text):
-            cause = f"{self.where} has no TLS with a certificate that is trusted ({found[1] or found[2]})."
+        if fault := NO_TLS.search(text):
+            cause = f"{self.where} has no TLS with a certificate that is trusted ({fault[1] or fault[2]})."
             return StoreReadError(cause, "Name the certificate of its authority with SSL_CERT_FILE."), RETRIES
         is_wrong = isinstance(error, _BadAnswerError) or WRONG.search(text.partition("\n")[0])
         passes = not self.address.startswith("file:")  # what a local disk says, it says again
         return StoreReadError(said, FIX), RETRIES if is_wrong else math.inf if passes else 0
 
     def _say(self, fault: StoreReadError) -> None:
-        """Log that a request fails and is tried again, at most once within PATIENCE."""
+        """Log that a request fails and is tried again, at most once within RETRY_SECONDS."""
         now = time.monotonic()
         with self._lock:
             is_due = now >= self._silent_until
-            self._silent_until = now + PATIENCE if is_due else self._silent_until
+            self._silent_until = now + RETRY_SECONDS if is_due else self._silent_until
         if is_due:
-            _log.warning("%s It is tried again, for up to %.0f s.", fault.cause, PATIENCE)
+            _log.warning("%s It is tried again, for up to %.0f s.", fault.cause, RETRY_SECONDS)
 
     def sizes(self) -> dict[str, int] | None:
         """Return a dictionary from the name of each object to its size in bytes; None if they can't be listed.
@@ -272,14 +274,14 @@ class Objects(Closeable):
         """
 
         def attempt(fresh: bool) -> dict[str, int]:
-            found: dict[str, int] = {}
+            sizes: dict[str, int] = {}
             for chunk in self._obstore.list(self._fresh if fresh else self._store):
-                found |= {each["path"]: each["size"] for each in chunk}
-                if len(found) > MAX_OBJECTS:
+                sizes |= {entry["path"]: entry["size"] for entry in chunk}
+                if len(sizes) > MAX_OBJECTS:
                     raise StoreReadError(
                         f"There are more than {MAX_OBJECTS:,} objects at {self.where}.", "Give the address of a model."
                     )
-            return found
+            return sizes
 
         if self.address.startswith("http"):
             return None
@@ -315,13 +317,13 @@ class Objects(Closeable):
 
 
 def until_right(read: Callable[[bool], Result]) -> Result:
-    """Call ``read``, and if what has come is damaged, again, past caches on the way (with True), RETRIES times.
+    """Call ``read(False)``. If its data is damaged, call ``read(True)``, which asks past caches, up to RETRIES times.
 
     Raises as ``read``: ChecksumError or StoreFormatError at the last time.
     """
-    for tried in range(RETRIES):
+    for attempt in range(RETRIES):
         try:
-            return read(tried > 0)
+            return read(attempt > 0)
         except (ChecksumError, StoreFormatError) as error:
             _log.info("%s It is fetched again.", error.cause)
     return read(True)
@@ -333,6 +335,6 @@ def copy_bytes(target: memoryview, source: memoryview) -> None:
 
 
 def _said(error: BaseException) -> str:
-    """Return an error of obstore in one line, without its Rust structures and without secrets."""
+    """Return the message of obstore's error in one line, without its Rust structures and without secrets."""
     text = next(iter(str(error).splitlines()), "") or type(error).__name__
     return redacted(text).strip().removesuffix(".")[:300]

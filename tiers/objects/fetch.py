@@ -161,10 +161,10 @@ def outline(address: str, root: Path | None = None) -> Path:
 def cache_of(folder: Path) -> tuple[str, int | None]:
     """Return the address of a cache's folder, and the bytes of records that it may hold. Raises StoreError."""
     fix = f"Remove {folder}, and give the address of the model again."
-    found = Fields(read_json(folder / CACHE, fix))
+    cache = Fields(read_json(folder / CACHE, fix))
     try:
-        limit = found["bytes"].number(1, 1 << 60) if found["bytes"].value is not None else None
-        return found["address"].text(), limit
+        limit = cache["bytes"].number(1, 1 << 60) if cache["bytes"].value is not None else None
+        return cache["address"].text(), limit
     except ValueError as error:
         raise StoreFormatError(f"{folder / CACHE}: {error}.", fix) from error
 
@@ -201,7 +201,7 @@ def _fetch_all(
     Raises as ``fetch``.
     """
 
-    def fetch_described(fresh: bool) -> tuple[bytes, Manifest]:  # and the manifest: a push may just be changing both
+    def fetch_described(fresh: bool) -> tuple[bytes, Manifest]:  # both again, as a push may just be changing both
         data, manifest = pool.submit(_read_manifest, objects, fresh).result()
         fetch_small(objects, pool, folder, manifest, fresh=fresh)
         return data, manifest
@@ -287,22 +287,22 @@ def _fetch_pieces(
     try:
         os.posix_fallocate(descriptor, 0, entry.bytes)
 
-        def piece(start: int) -> int:
+        def fetch_piece(start: int) -> int:
             view = memoryview(bytearray(min(PIECE_BYTES, entry.bytes - start)))
             objects.read(name, start, view, fresh=fresh)
             write_all(descriptor, view, start)
             return len(view)
 
-        pieces = [pool.submit(piece, start) for start in range(0, entry.bytes, PIECE_BYTES)]
+        pieces = [pool.submit(fetch_piece, start) for start in range(0, entry.bytes, PIECE_BYTES)]
         try:
-            for each in pieces:
-                advance(each.result())
+            for piece in pieces:
+                advance(piece.result())
         except BaseException:
             objects.close()  # so that none waits for a retry
             raise
         finally:
-            for each in pieces:  # none may write once the descriptor is closed
-                each.cancel()
+            for piece in pieces:  # none may write once the descriptor is closed
+                piece.cancel()
             wait(pieces)
         os.fsync(descriptor)
     finally:

@@ -51,9 +51,9 @@ def push(directory: Path, address: str, progress: Progress, *, overwrite: bool =
         shards = [ShardFile.of(Path(GROUP), manifest, block).path.as_posix() for block in range(len(manifest.blocks))]
         wanted = [*small, *manifest.trunk, *shards]
         data = _with_sums(directory, small)
-        there = _begin(objects, objects.sizes(), data, wanted, overwrite)
+        stored = _begin(objects, objects.sizes(), data, wanted, overwrite)
         sizes = {name: (directory / name).stat().st_size for name in wanted}
-        missing = [name for name in wanted if name in small or there.get(name) != sizes[name]]
+        missing = [name for name in wanted if name in small or stored.get(name) != sizes[name]]
         total = sum(sizes[name] for name in missing)
         with progress(total) as advance:
             for name in missing:
@@ -79,7 +79,9 @@ def _with_sums(directory: Path, small: Iterable[str]) -> bytes:
     data = _file(group)
     files = parse_manifest(data, str(directory)).files.values()
     check_small(
-        [each.bytes for each in files], str(directory), "Move files that do not belong to the model out of the folder."
+        [entry.bytes for entry in files],
+        str(directory),
+        "Move files that do not belong to the model out of the folder.",
     )
     return data
 
@@ -91,7 +93,7 @@ def _file(group: Any) -> bytes:
 def _parted(data: bytes) -> tuple[Any, Any]:
     """Return a manifest's file as JSON without the sums of small files, and these sums.
 
-    They are ``data`` itself and None if it is no such file.
+    Returns ``data`` itself and None if it is not a manifest's file.
     """
     try:
         group = parse_json(data, "", "")
@@ -103,13 +105,13 @@ def _parted(data: bytes) -> tuple[Any, Any]:
 def _begin(
     objects: Objects, sizes: dict[str, int] | None, manifest: bytes, wanted: Iterable[str], overwrite: bool
 ) -> dict[str, int]:
-    """Begin or resume a push of a store. Return the sizes of its objects that are there and need not be written again.
+    """Begin or resume a push of a store. Return the sizes of its stored objects, which need not be written again.
 
-    ``sizes``: those of all objects that are there; None if they can't be listed.
+    ``sizes``: sizes of all stored objects; None if they can't be listed.
 
-    Any other model's objects of the names ``wanted`` are removed before PUSH says whose the objects are. So are those
-    that a former model has left, as a push that goes on later need not be told so. If small files will change, the
-    manifest there loses its sums first, so that it agrees with the old files and with the new ones.
+    Objects of another model with names in ``wanted`` are removed before PUSH is written, which names the model of the
+    objects. So are those that a former model has left, as a resumed push may be without ``overwrite``. If small files
+    will change, the manifest there loses its sums first, so that it agrees with the old files and with the new ones.
 
     Raises TargetExistsError if another model is there, unless it is to be replaced.
     """
@@ -118,7 +120,7 @@ def _begin(
         if sizes is not None and name not in sizes:
             continue
         try:
-            found = objects.read_whole(name, MAX_JSON_BYTES)
+            data = objects.read_whole(name, MAX_JSON_BYTES)
         except MissingExpertError:
             continue
         except RefusedReadError as error:
@@ -127,8 +129,8 @@ def _begin(
                     f"{error.cause} So another model may be there.",
                     "Use credentials that may list and read, or replace what is there with `moetier push --overwrite`.",
                 ) from error
-            found = b""
-        other, old = _parted(found)
+            data = b""
+        other, old = _parted(data)
         if is_same := other == model:
             if name == MANIFEST and old not in (None, sums):
                 objects.put(MANIFEST, _file(model))
@@ -138,8 +140,8 @@ def _begin(
                 "Choose another address, or replace it: moetier push --overwrite DIR ADDRESS",
             )
         if overwrite:
-            for each in _leftovers(sizes or {}, wanted):
-                objects.delete(each)
+            for leftover in _leftovers(sizes or {}, wanted):
+                objects.delete(leftover)
         if is_same:
             return {} if overwrite and name == MANIFEST else sizes or {}
         objects.delete(name)
@@ -150,12 +152,12 @@ def _begin(
     return {}
 
 
-def _leftovers(there: Collection[str], wanted: Iterable[str]) -> set[str]:
+def _leftovers(stored: Collection[str], wanted: Iterable[str]) -> set[str]:
     """Return the names of objects that a former model has left: those that a model may have, and this one lacks.
 
     ``fetch`` would take small files among them, such as a chat template, for files of this model.
     """
-    others = set(there) - {*wanted, MANIFEST, PUSH}
+    others = set(stored) - {*wanted, MANIFEST, PUSH}
     return {name for name in others if name.startswith(f"{GROUP}/") or TRUNK_NAME.fullmatch(name) or is_small(name)}
 
 

@@ -25,7 +25,7 @@ from .client import Objects, RefusedReadError
 
 MAX_SMALL_BYTES = 256 << 20  # most bytes of all small files, such as the tokenizer's
 MAX_SMALL_FILES = 100
-SLACK_BYTES = 1 << 20  # by which an answer may be longer than the small file, so that it can be said what it is
+SLACK_BYTES = 1 << 20  # by which an answer may be longer than the small file, so that the error can describe it
 PAGE = re.compile(rb"\s*<(!doctype html|html)\b", re.IGNORECASE)
 DAMAGED = (
     "Nothing of it was cached. See what the server sends (a proxy or a sign-in page may answer in its place). If the "
@@ -40,14 +40,14 @@ _log = logging.getLogger(__name__)
 
 
 def is_small(name: str) -> bool:
-    """Return whether an object or file of this name is fetched with a model, as the tokenizer's files are."""
+    """Return whether an object or file of this name is one of the small files that are fetched with a model."""
     return SMALL.fullmatch(name) is not None and name not in NOT_SMALL
 
 
 def check_small(sizes: Iterable[int], where: str, fix: str) -> None:
     """Raise StoreFormatError with the advice ``fix`` if small files are too many or too large, given their sizes."""
-    found = list(sizes)
-    if len(found) > MAX_SMALL_FILES or sum(found) > MAX_SMALL_BYTES:
+    all_sizes = list(sizes)
+    if len(all_sizes) > MAX_SMALL_FILES or sum(all_sizes) > MAX_SMALL_BYTES:
         raise StoreFormatError(
             f"The small files at {where} are more than {MAX_SMALL_FILES}, or more than {MAX_SMALL_BYTES:,} bytes.", fix
         )
@@ -100,19 +100,19 @@ def fetch_small(
         write_durably(folder / name, data)
         return len(data)
 
-    if sizes is not None:  # of all of them
+    if sizes is not None:
         copies = [pool.submit(copy, name, sizes.get(name, 0) + SLACK_BYTES) for name in wanted]
         try:
-            for each in copies:
-                each.result()
+            for copied in copies:
+                copied.result()
         except (ChecksumError, StoreFormatError):
             raise
         except BaseException:
             objects.close()  # so that none waits for a retry
             raise
         finally:
-            for each in copies:  # none may write when the files are fetched again
-                each.cancel()
+            for copied in copies:  # none may write when the files are fetched again
+                copied.cancel()
             wait(copies)
         return
     left = MAX_SMALL_BYTES

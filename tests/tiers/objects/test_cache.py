@@ -32,7 +32,7 @@ from moetier.tiers.errors import (
     TargetError,
 )
 from moetier.tiers.layout import ExpertKey
-from moetier.tiers.objects import cache, client, uses
+from moetier.tiers.objects import access_times, cache, client
 from moetier.tiers.objects.cache import CachedStore
 from moetier.tiers.objects.fetch import fetch
 from moetier.tiers.store.checksum import PIECE_BYTES
@@ -69,7 +69,7 @@ def server(folder: Path) -> Iterator[FolderServer]:
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "BACKOFF_SECONDS", 0.01)
-    monkeypatch.setattr(client, "PATIENCE", 0.1)
+    monkeypatch.setattr(client, "RETRY_SECONDS", 0.1)
 
 
 def opened(server: FolderServer, root: Path, limit: int | None = None) -> CachedStore:
@@ -162,7 +162,7 @@ def test_an_outage_is_survived_and_said_once(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(client, "PATIENCE", 60.0)
+    monkeypatch.setattr(client, "RETRY_SECONDS", 60.0)
     with opened(server, tmp_path) as store:
         server.fault = lambda name: fault if name == NAME and server.gets.count(NAME) <= 8 else ""
         assert read_record(store, KEY) == records[KEY]
@@ -221,7 +221,7 @@ def test_a_slow_server_ends_by_the_deadline(
         assert read_record(store, KEY) == records[KEY], "slow, but in time"
     server.seconds = 2.0
     monkeypatch.setattr(client, "STALL_SECONDS", 0.3)
-    monkeypatch.setattr(client, "PATIENCE", 0.5)
+    monkeypatch.setattr(client, "RETRY_SECONDS", 0.5)
     with opened(server, tmp_path) as store:
         began = time.monotonic()
         with pytest.raises(StoreReadError, match="records/c/0/0/0"):
@@ -378,7 +378,7 @@ def test_a_cache_is_complete_only_with_the_bytes_of_all(
     server: FolderServer, tmp_path: Path, records: dict[ExpertKey, bytes]
 ) -> None:
     with opened(server, tmp_path) as store:
-        with closing(uses.Uses(store.folder / uses.USES, store.manifest)) as used:
+        with closing(access_times.AccessTimes(store.folder / access_times.ACCESS_TIMES, store.manifest)) as used:
             used.set(KEY)  # as a reader that races with an eviction might
         for key in records.keys() - {KEY}:
             read_record(store, key)
@@ -417,7 +417,7 @@ def test_a_stopped_process_with_the_lock_does_not_hold_up_reads(
 ) -> None:
     monkeypatch.setattr(cache, "QUEUE_BYTES", 16384)
     monkeypatch.setattr(cache, "PATIENCE", 0.5)
-    with opened(server, tmp_path) as store, (store.folder / uses.USES).open("rb") as held:
+    with opened(server, tmp_path) as store, (store.folder / access_times.ACCESS_TIMES).open("rb") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         began = time.monotonic()
         assert read_records(store) == records
@@ -432,9 +432,9 @@ def test_a_stopped_process_with_the_lock_does_not_hold_up_reads(
 def test_a_stopped_process_with_the_lock_is_said_when_a_cache_is_opened(
     server: FolderServer, tmp_path: Path, records: dict[ExpertKey, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(uses, "WAIT", 0.1)
+    monkeypatch.setattr(access_times, "WAIT", 0.1)
     with opened(server, tmp_path) as store:
-        path = store.folder / uses.USES
+        path = store.folder / access_times.ACCESS_TIMES
     with path.open("rb") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(TargetError, match=f"Another process has locked {path}"):
@@ -445,7 +445,7 @@ def test_a_stopped_process_with_the_lock_is_said_when_a_cache_is_opened(
 
 def check(store: CachedStore, records: dict[ExpertKey, bytes]) -> int:
     """Read all records that the cache says it has, past the fetching; return their number."""
-    with closing(uses.Uses(store.folder / uses.USES, store.manifest)) as used:
+    with closing(access_times.AccessTimes(store.folder / access_times.ACCESS_TIMES, store.manifest)) as used:
         there = [key for key in records if key in used]
     for key in there:
         slot = memoryview(bytearray(16384))

@@ -27,7 +27,7 @@ def test_an_http_server_can_not_list(tmp_path: Path) -> None:
 
 def test_an_object_has_at_most_what_is_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "BACKOFF_SECONDS", 0.01)
-    monkeypatch.setattr(client, "PATIENCE", 0.1)
+    monkeypatch.setattr(client, "RETRY_SECONDS", 0.1)
     (tmp_path / "large").write_bytes(bytes(100))
     with served_folder(tmp_path) as server, Objects(server.address) as objects:
         assert objects.read_whole("large", 100) == bytes(100)
@@ -48,7 +48,7 @@ def test_an_upload_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_listing_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "BACKOFF_SECONDS", 0.01)
-    monkeypatch.setattr(client, "PATIENCE", 0.1)
+    monkeypatch.setattr(client, "RETRY_SECONDS", 0.1)
     (tmp_path / "bucket/model").mkdir(parents=True)
     (tmp_path / "bucket/model/some").write_bytes(bytes(100))
     with served_bucket(tmp_path, monkeypatch) as server, Objects("s3://bucket/model") as objects:
@@ -84,7 +84,7 @@ def test_what_is_closed_sends_no_request(tmp_path: Path) -> None:
 
 def test_a_signature_is_not_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Azure's, which obstore puts into the address of each request, and its errors into their texts."""
-    monkeypatch.setattr(client, "PATIENCE", 0.1)
+    monkeypatch.setattr(client, "RETRY_SECONDS", 0.1)
     with served_folder(tmp_path) as server:
         server.fault = lambda name: "error"
         monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "account")
@@ -137,7 +137,7 @@ def test_closing_ends_an_answer_that_is_slow(tmp_path: Path) -> None:
 
 def test_an_answer_that_trickles_stands_still(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "STALL_SECONDS", 0.5)
-    monkeypatch.setattr(client, "PATIENCE", 0.1)
+    monkeypatch.setattr(client, "RETRY_SECONDS", 0.1)
     monkeypatch.setattr(client, "LEAST_RATE", 100_000)
     (tmp_path / "some").write_bytes(bytes(1000))
     with served_folder(tmp_path) as server, Objects(server.address) as objects:

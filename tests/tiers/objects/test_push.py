@@ -226,7 +226,7 @@ def test_another_model_is_kept_where_it_can_not_be_listed(
     fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(client, "BACKOFF_SECONDS", 0.01)
-    monkeypatch.setattr(client, "PATIENCE", 0.1)
+    monkeypatch.setattr(client, "RETRY_SECONDS", 0.1)
     make_store(tmp_path / "bucket/model")
     make_store(tmp_path / "two", seed=1)
     with served_bucket(tmp_path, monkeypatch) as server:
@@ -254,7 +254,7 @@ def test_a_failed_listing_does_not_leave_a_cache_without_its_tokenizer(
     tinymix_4bit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(client, "BACKOFF_SECONDS", 0.01)
-    monkeypatch.setattr(client, "PATIENCE", 0.1)
+    monkeypatch.setattr(client, "RETRY_SECONDS", 0.1)
     (shutil.copytree(tinymix_4bit, tmp_path / "bucket/model") / "unusual.json").write_text("{}")
     with served_bucket(tmp_path, monkeypatch) as server:
         server.fault = lambda name: "error" if "list-type" in name else ""
@@ -389,7 +389,7 @@ def test_a_push_of_changed_small_files_that_is_cut_leaves_a_model(
     changed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After each of its uploads."""
-    monkeypatch.setattr(client, "PATIENCE", 0.1)
+    monkeypatch.setattr(client, "RETRY_SECONDS", 0.1)
     with served_bucket(tmp_path, monkeypatch) as server:
         for cut in range(7):
             server.puts.clear()

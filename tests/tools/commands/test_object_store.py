@@ -135,7 +135,7 @@ def test_push_copies_to_an_address(
 def test_a_server_that_is_not_there_is_an_error(
     server: FolderServer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("moetier.tiers.objects.client.PATIENCE", 0.1)
+    monkeypatch.setattr("moetier.tiers.objects.client.RETRY_SECONDS", 0.1)
     server.stop()
     assert main(["inspect", server.address]) == 1
     cause, fix = capsys.readouterr().err.splitlines()

@@ -1,4 +1,4 @@
-"""The file of a cache that says which records it has, and when each was used."""
+"""The file of a cache that says which records it has, and when each was last read from it."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.store.atomic import allocate
 
-USES = "uses.bin"  # in the store's folder: for each record a u64, the time of its last use in ns, or 0 if it is absent
-WAIT = 20.0  # most seconds to wait for the lock
+ACCESS_TIMES = "uses.bin"  # in the store's folder: for each record a u64, the time of its last access in ns; 0: absent
+WAIT = 20.0  # longest wait for the lock, in seconds
 
 
-class Uses:
-    """Which records are in a cache, and when each was used last. Processes that share the cache share it. Thread-safe.
+class AccessTimes:
+    """Times of last access to the records of a cache; 0 for absent records. Processes may share the file. Thread-safe.
 
     An entry is read and set without a lock. ``locked`` is for changes that belong together.
     """
@@ -48,9 +48,9 @@ class Uses:
             with self.locked():
                 if os.fstat(self._descriptor).st_size == 0:
                     allocate(self._descriptor, size)  # writing a hole of a mapped file is SIGBUS if the disk is full
-            if (found := os.fstat(self._descriptor).st_size) != size:
+            if (actual := os.fstat(self._descriptor).st_size) != size:
                 raise StoreFormatError(
-                    f"{path} has {found:,} bytes; {size:,} were expected.", f"Remove {path.parent.parent}."
+                    f"{path} has {actual:,} bytes; {size:,} were expected.", f"Remove {path.parent.parent}."
                 )
             self._memory = mmap.mmap(
                 self._descriptor, size, access=mmap.ACCESS_WRITE if self.is_durable else mmap.ACCESS_COPY
@@ -76,7 +76,7 @@ class Uses:
         return bool(self.times[self.index(key)])
 
     def set(self, key: ExpertKey) -> None:
-        """Note that a record is in the cache, and is used now."""
+        """Note that a record is in the cache, and was accessed now."""
         self.times[self.index(key)] = time.time_ns()
 
     def clear(self, key: ExpertKey) -> None:
