@@ -62,7 +62,7 @@ def attach_tiers(model: PreTrainedModel, folder: Path, files: TrunkFiles, config
     tiers = _open_tiers(model, folder, config, device, kernels, linears)
     tiers.trunk_files = files
     try:
-        files.settle(model, is_shared=tiers.daemon is not None)
+        files.finish_load(model, is_shared=tiers.daemon is not None)
     except BaseException:
         tiers.close()
         raise

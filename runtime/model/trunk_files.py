@@ -7,7 +7,6 @@ files of any other trunk stay open, and are compared with what they were before 
 
 from __future__ import annotations
 
-import os
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
@@ -17,7 +16,6 @@ from torch import Tensor, nn
 
 from moetier.runtime.machine.memory import mapped_files
 from moetier.tiers.errors import StoreError, StoreFormatError
-from moetier.tiers.store.atomic import read_errors
 from moetier.tiers.store.folder import command
 from moetier.tiers.store.unchanged import Unchanged
 
@@ -32,21 +30,17 @@ class TrunkFiles:
 
         Raises StoreReadError, and StoreFormatError if a file is missing.
         """
-        self._advice = (
+        advice = (
             "If it was changed on purpose, load the model again. Otherwise restore the file: "
             f"{command('verify', folder)} says what differs."
         )
-        self._paths = paths
         self._files: list[Unchanged] = []
-        self._descriptors: list[int] = []
-        self.close = weakref.finalize(self, _close, self._files, self._descriptors)  # can be repeated
+        self.close = weakref.finalize(self, _close, self._files)  # can be repeated
         for path in paths:
             try:
-                with read_errors(path):
-                    self._descriptors.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+                self._files.append(Unchanged.open(path, advice))
             except FileNotFoundError:
-                raise StoreFormatError(f"{path}, a file of the trunk, is missing.", self._advice) from None
-            self._files.append(Unchanged(path, self._descriptors[-1], self._advice))
+                raise StoreFormatError(f"{path}, a file of the trunk, is missing.", advice) from None
 
     def check(self) -> None:
         """Raise StoreFormatError if a file was written to since it was opened. Do nothing once they are closed."""
@@ -57,29 +51,24 @@ class TrunkFiles:
             if self.close.alive:  # else another thread has closed the descriptors meanwhile, and may use their numbers
                 raise
 
-    def settle(self, model: nn.Module, *, is_shared: bool) -> None:
-        """Copy a small trunk of a loaded model out of its files, unless it ``is_shared``. Close files without a use.
+    def finish_load(self, model: nn.Module, *, is_shared: bool) -> None:
+        """Copy a small trunk out of its files after the load, unless it ``is_shared``, and close files without a use.
 
         Raises StoreFormatError if a file was written to, or replaced, while the model was loaded.
         """
         if not is_shared and mapped_bytes(model) <= COPIED_BYTES:
             _copy_mapped(model)
         self.check()
-        for path, descriptor in zip(self._paths, self._descriptors, strict=True):
-            try:
-                is_same = os.path.samestat(path.stat(), os.fstat(descriptor))
-            except OSError:
-                is_same = False
-            if not is_same:
-                raise StoreFormatError(f"{path} was replaced while it was being read.", "Load the model again.")
+        for file in self._files:
+            if file.is_replaced():
+                raise StoreFormatError(f"{file.path} was replaced while it was being read.", "Load the model again.")
         if not mapped_bytes(model):
             self.close()
 
 
-def _close(files: list[Unchanged], descriptors: list[int]) -> None:
-    files.clear()
-    for descriptor in descriptors:
-        os.close(descriptor)
+def _close(files: list[Unchanged]) -> None:
+    while files:
+        files.pop().close()
 
 
 def mapped_bytes(model: nn.Module) -> int:

@@ -79,21 +79,21 @@ class CachedStore(WrapperStore):
         files = [ShardFile.of(folder, manifest, block) for block in range(len(manifest.blocks))]
         with contextlib.ExitStack() as undo:
             with disk_errors(folder):
-                uses = Uses(folder / USES, manifest)
-                undo.callback(uses.close)
-            with uses.locked(), disk_errors(folder):
+                times = AccessTimes(folder / ACCESS_TIMES, manifest)
+                undo.callback(times.close)
+            with times.locked(), disk_errors(folder):
                 for file in files:
                     _make_sparse(file)
             shards = dict[int, OpenShard]()
             for block, file in enumerate(files):
                 shards[block] = OpenShard.open(file, f"block {block}", ())
                 undo.callback(shards[block].close)
-            cached = cls(ExpertStore(folder, manifest, shards, {}, READS), uses)
+            cached = cls(ExpertStore(folder, manifest, shards, {}, READS), times)
             undo.pop_all()
         return cached
 
-    def __init__(self, store: ExpertStore, uses: Uses) -> None:
-        """Cache records in ``store``; ``uses`` says which are there. ``close`` closes both."""
+    def __init__(self, store: ExpertStore, times: AccessTimes) -> None:
+        """Cache records in ``store``; ``times`` has the records that are there. ``close`` closes both."""
         super().__init__(store)
         self.folder = store.folder  # experts.zarr
         self.address, self._limit = cache_of(self.directory)
@@ -103,7 +103,7 @@ class CachedStore(WrapperStore):
         self._objects: Objects | None = None  # opened when the first record is fetched
         self._lock = threading.Lock()  # guards ``_objects`` and the counts
         self._fetched, self._found = [0, 0], [0, 0]  # numbers of records, and of bytes
-        self._uses: Uses | None = uses
+        self._access_times: AccessTimes | None = times
         self._room = threading.Condition()  # guards the next three, and is notified when records are durable
         self._unsettled: dict[ExpertKey, memoryview] = {}  # copies of records that are not yet durable
         self._waiting = 0  # bytes of these copies
@@ -354,9 +354,9 @@ class CachedStore(WrapperStore):
             self._use.close()
             self._settler.shutdown()
         self.store.close()
-        uses, self._uses = self._uses, None
+        uses, self._access_times = self._access_times, None
         if uses is not None:
-            uses.close()
+            times.close()
 
 
 @contextlib.contextmanager

@@ -31,12 +31,23 @@ class Unchanged:
     A file that is replaced by another one of the same name is not changed: the descriptor is still that of the old one.
     """
 
+    @classmethod
+    def open(cls, path: Path, advice: str) -> Unchanged:
+        """Open the file ``path``, which ``close`` closes. Raises StoreReadError, and FileNotFoundError."""
+        with read_errors(path):
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return cls(path, descriptor, advice)
+        except BaseException:
+            os.close(descriptor)
+            raise
+
     def __init__(self, path: Path, descriptor: int, advice: str) -> None:
         """Note size, times and samples. ``path`` is the file's name in errors, and ``advice`` what they advise.
 
         Raises StoreReadError.
         """
-        self._path = path
+        self.path = path
         self._descriptor = descriptor
         self._advice = advice
         with read_errors(path):
@@ -49,38 +60,49 @@ class Unchanged:
 
         After a read it covers the bytes that were read, as the times change before the bytes do.
         """
-        with read_errors(self._path):
-            found = os.fstat(self._descriptor)
-        known = self._known
-        if _state(found) == _state(known):
+        with read_errors(self.path):
+            now = os.fstat(self._descriptor)
+        before = self._known
+        if _state(now) == _state(before):
             return
-        if found.st_size != known.st_size:
-            what = f"it had {known.st_size:,} bytes, and has {found.st_size:,}"
-        elif found.st_mtime_ns != known.st_mtime_ns:
+        if now.st_size != before.st_size:
+            what = f"it had {before.st_size:,} bytes, and has {now.st_size:,}"
+        elif now.st_mtime_ns != before.st_mtime_ns:
             what = "its modification time differs"
-        elif _samples(self._descriptor, found.st_size) != self._samples:
+        elif _samples(self._descriptor, now.st_size) != self._samples:
             # a program has written to it and set the modification time back; ctime can't be set
             what = "its change time (ctime) and its content differ"
         else:
-            self._known = found
-            if _attributes(found) == _attributes(known) and not self._has_warned:
+            self._known = now
+            if _attributes(now) == _attributes(before) and not self._has_warned:
                 self._has_warned = True
                 _log.warning(
                     "%s is still used. Its change time (ctime) differs, as after it was moved or backed up; its size, "
                     "its modification time and samples of its content do not.",
-                    self._path,
+                    self.path,
                 )
             return
-        raise StoreFormatError(f"{self._path} was changed while it was in use: {what}.", self._advice)
+        raise StoreFormatError(f"{self.path} was changed while it was in use: {what}.", self._advice)
+
+    def is_replaced(self) -> bool:
+        """Return whether the path names another file now, or none."""
+        try:
+            return not os.path.samestat(self.path.stat(), os.fstat(self._descriptor))
+        except OSError:
+            return True
+
+    def close(self) -> None:
+        """Close the file. Call it once."""
+        os.close(self._descriptor)
 
 
-def _state(found: os.stat_result) -> tuple[int, ...]:
-    return found.st_size, found.st_mtime_ns, found.st_ctime_ns
+def _state(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
-def _attributes(found: os.stat_result) -> tuple[int, ...]:
+def _attributes(status: os.stat_result) -> tuple[int, ...]:
     """Return what explains another ctime: links (a replaced file has one less), mode and owner."""
-    return found.st_nlink, found.st_mode, found.st_uid, found.st_gid
+    return status.st_nlink, status.st_mode, status.st_uid, status.st_gid
 
 
 def _samples(descriptor: int, size: int) -> int:

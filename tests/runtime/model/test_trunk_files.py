@@ -200,7 +200,7 @@ def test_copies_of_one_matrix_and_its_transpose_are_what_they_were(tmp_path: Pat
     for name, tensor in {"one": weight, "tied": weight, "turned": weight.T}.items():
         model.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
     assert mapped_bytes(model) == 3 * weight.nbytes
-    files.settle(model, is_shared=False)
+    files.finish_load(model, is_shared=False)
     assert mapped_bytes(model) == 0
     assert torch.equal(model.one, weight)
     assert torch.equal(model.turned, weight.T)
