@@ -44,7 +44,7 @@ class Needs:
         """Return how many bytes of ``available`` memory trunk, cache and scratch leave for experts and prefill."""
         return usable(available.bytes - self.trunk - self.cache - self.scratch)
 
-    def beside(self, asked: Size | None, largest: int, available: Available, *, smallest: int = 0) -> Needs:
+    def within(self, asked: Size | None, largest: int, available: Available, *, smallest: int = 0) -> Needs:
         """Return the needs with fewer tokens computed together, if ``available`` has no room for all of them.
 
         They leave ``largest`` bytes for experts if possible; else those that the user's option ``asked`` gives, or half

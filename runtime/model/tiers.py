@@ -192,7 +192,7 @@ class _Memory:
     def beside_daemon(self) -> None:
         """Use all memory of this process for what is not experts, as those are in a daemon's memory."""
         available = memory_for_model()
-        self._needs = self._needs.beside(None, 0, available)
+        self._needs = self._needs.within(None, 0, available)
         self._left = self._needs.room(available)
 
     @property
@@ -204,7 +204,7 @@ class _Memory:
     def _compute_within(self, asked: Size | None, available: Available) -> None:
         """Leave memory for experts of which the user's option gives ``asked``."""
         smallest = smallest_budget(self._manifest)
-        self._needs = self._needs.beside(asked, self._manifest.stored_bytes, available, smallest=smallest)
+        self._needs = self._needs.within(asked, self._manifest.stored_bytes, available, smallest=smallest)
 
     def _slots(self, budget: int, available: Available) -> Mapping[str, int]:
         self._left = self._needs.room(available) - budget

@@ -58,7 +58,7 @@ class CheckpointStore(ExtentStore):
     def open(cls, location: Path, *, damaged: bool = False) -> CheckpointStore:
         """Open the checkpoint at ``location``. Logs if its records can't be proved, unless ``damaged``."""
         store = cls.with_table(location, table_of(location), damaged=damaged)
-        if not damaged and not store.is_proved:
+        if not damaged and not store.has_checksums:
             _log.warning(
                 "%s has no checksums of its experts: they are used without a check. Make them: %s",
                 location,

@@ -244,7 +244,7 @@ class ExtentStore(DirectoryStore):
         return all(file.direct for file in self._files.values())
 
     @property
-    def is_proved(self) -> bool:
+    def has_checksums(self) -> bool:
         """True if ``moetier link`` has made checksums of the records."""
         return self.table.is_linked
 

@@ -111,7 +111,7 @@ class ExtentTable:
 
     @property
     def is_linked(self) -> bool:
-        """Whether the table has the checksums of all records, so that a read can be proved."""
+        """Whether the table has the checksums of all records, with which reads are compared."""
         return bool(self.manifest.record_checksums)
 
     def extents(self, key: ExpertKey) -> list[Extent]:
@@ -243,7 +243,7 @@ def _sums(pieces: list[Piece]) -> Iterator[tuple[str, int]]:
     yield name, size
 
 
-def beside(folder: Path) -> Path:
+def table_path(folder: Path) -> Path:
     """Return the path of a table beside its checkpoint: in the folder, or for a GGUF file beside it."""
     return folder / NAME if folder.is_dir() else folder.with_name(f"{folder.name}.{NAME}")
 
@@ -259,7 +259,7 @@ def read_table(folder: Path) -> ExtentTable | None:
 
     Raises StoreFormatError or StoreReadError.
     """
-    paths = [beside(folder)]
+    paths = [table_path(folder)]
     with contextlib.suppress(TargetError):
         paths.insert(0, cached(folder))
     for path in paths:
@@ -290,13 +290,13 @@ def write_table(folder: Path, table: ExtentTable, *, into_cache: bool) -> Path:
     data = json.dumps(table.to_json()).encode()
     if not into_cache:
         try:
-            write_durably(beside(folder), data)
+            write_durably(table_path(folder), data)
         except OSError:
             into_cache = True
         else:
             with contextlib.suppress(TargetError, OSError):
                 cached(folder).unlink()
-            return beside(folder)
+            return table_path(folder)
     path = cached(folder)
     try:
         make_folders(path.parent)

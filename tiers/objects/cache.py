@@ -35,7 +35,7 @@ from moetier.tiers.store.folder import FETCHED, METADATA, check_array, has_store
 from moetier.tiers.store.reader import ExpertStore, Read, as_bytes, run_reads
 from moetier.tiers.store.shard import OpenShard, ShardFile
 
-from .access_times import AccessTimes
+from .access_times import ACCESS_TIMES, AccessTimes
 from .client import RETRIES, Objects, copy_bytes, until_right
 from .fetch import cache_of
 
@@ -354,8 +354,8 @@ class CachedStore(WrapperStore):
             self._use.close()
             self._settler.shutdown()
         self.store.close()
-        uses, self._access_times = self._access_times, None
-        if uses is not None:
+        times, self._access_times = self._access_times, None
+        if times is not None:
             times.close()
 
 

@@ -167,7 +167,7 @@ class DirectoryStore(Store):
         return False
 
     @property
-    def is_proved(self) -> bool:
+    def has_checksums(self) -> bool:
         """True if each read is compared with a checksum that was made when the record was written."""
         return True
 
@@ -263,9 +263,9 @@ class WrapperStore(DirectoryStore):
         return self.store.direct
 
     @property
-    def is_proved(self) -> bool:
+    def has_checksums(self) -> bool:
         """As of the store."""
-        return self.store.is_proved
+        return self.store.has_checksums
 
     @property
     def remedy(self) -> str:

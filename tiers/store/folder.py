@@ -39,7 +39,7 @@ def command(name: str, *arguments: str | Path) -> str:
     return shlex.join(["moetier", name, *map(str, arguments)])
 
 
-def beside(folder: Path) -> Path:
+def replacement_folder(folder: Path) -> Path:
     """Return the folder in which the model is made that will replace the one in ``folder``."""
     place = folder.resolve()
     return place.parent / f"{place.name}{NEW}"
@@ -60,7 +60,7 @@ def store_folder(folder: Path) -> Path:
     if not folder.exists():
         if folder.suffix == ".gguf":
             raise StoreFormatError(f"There is no file {folder.absolute()}.", "Check the path of the GGUF file.")
-        if (new := beside(folder)).joinpath(REPLACED, GROUP).exists():
+        if (new := replacement_folder(folder)).joinpath(REPLACED, GROUP).exists():
             raise StoreFormatError(
                 f"There is no folder {folder.absolute()}: its replacement was interrupted.",
                 f"Put the new model in its place: {shlex.join(['mv', str(new), str(folder.resolve())])}",

@@ -105,7 +105,7 @@ class ExpertStore(DirectoryStore):
                 try:
                     file, name = ShardFile.of(folder, manifest, block), _name(manifest, block)
                     shards[block] = OpenShard.open(
-                        file, name, manifest.checksums(block), is_proved=bool(manifest.record_checksums)
+                        file, name, manifest.checksums(block), has_checksums=bool(manifest.record_checksums)
                     )
                     undo.callback(shards[block].close)
                 except StoreError as error:

@@ -93,10 +93,12 @@ class OpenShard:
     file: ShardFile
     descriptor: int
     direct: bool  # true with O_DIRECT: addresses, offsets and lengths of reads must be multiples of PAGE
-    unchanged: Unchanged | None = None  # compares the file with what it was after each read; None: checksums prove it
+    unchanged: Unchanged | None = None  # notices writes to the file after each read; None: records have checksums
 
     @classmethod
-    def open(cls, file: ShardFile, name: str, checksums: Sequence[int] = (), *, is_proved: bool = True) -> OpenShard:
+    def open(
+        cls, file: ShardFile, name: str, checksums: Sequence[int] = (), *, has_checksums: bool = True
+    ) -> OpenShard:
         """Open a shard, and check its size and its index. Use O_DIRECT if a trial read with O_DIRECT succeeds.
 
         Args:
@@ -105,7 +107,7 @@ class OpenShard:
             checksums: the checksums of the block's records in the manifest; () if the manifest has none. The stored
                 checksum of the last record is compared. If it differs, all are compared: the shard may belong to
                 another conversion.
-            is_proved: whether the manifest has checksums, so that a record of another conversion is noticed.
+            has_checksums: whether the manifest has checksums, so that a record of another conversion is noticed.
 
         Raises:
             MissingExpertError: the file is missing.
@@ -139,7 +141,7 @@ class OpenShard:
                     differing = sum(map(operator.ne, file.stored_checksums(descriptor), checksums))
                 if differing > 1:  # a single difference may be a flipped bit, which a read of the record detects
                     raise foreign_record(f"{name}: its shard {file.path}", file.path)
-            unchanged = None if is_proved else Unchanged(file.path, descriptor, REPAIR)
+            unchanged = None if has_checksums else Unchanged(file.path, descriptor, REPAIR)
             return cls(file, descriptor, try_direct(descriptor), unchanged)
         except BaseException:
             os.close(descriptor)
@@ -148,7 +150,7 @@ class OpenShard:
     def read(self, offset: int, view: memoryview) -> None:
         """Fill ``view`` with the bytes from ``offset`` on, as ``read_at`` does.
 
-        Raises StoreReadError, and StoreFormatError if no checksums prove the records and the file was written to.
+        Raises StoreReadError, and StoreFormatError if the records have no checksums and the file was written to.
         """
         read_at(self.file.path, self.descriptor, offset, view, direct=self.direct)
         if self.unchanged is not None:

@@ -75,10 +75,11 @@ def _check(name: str, folder: Path) -> None:
 
 def _remove(name: str, folder: Path) -> None:
     """Remove a model's folder without following links. Raises TargetError if it is in use."""
-    from moetier.tiers.store.folder import GROUP, beside
+    from moetier.tiers.store.folder import GROUP, replacement_folder
     from moetier.tools.convert.files import check_unused, delete, empty, locked
 
-    if beside(folder).exists():  # first: a conversion that writes there would put a new model in the place of this one
+    # first, as a conversion that writes to this folder would put a new model in the place of the removed one
+    if replacement_folder(folder).exists():
         from moetier.tools.convert.replacement import discard, settle
 
         check_unused(name, folder)

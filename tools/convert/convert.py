@@ -11,7 +11,7 @@ from moetier.runtime.checkpoint.containers import open_source
 from moetier.runtime.checkpoint.files import check_source
 from moetier.runtime.machine.threads import use_threads
 from moetier.tiers.errors import ConfigError, StoreError, TargetExistsError
-from moetier.tiers.store.folder import JOURNAL, beside
+from moetier.tiers.store.folder import JOURNAL, replacement_folder
 
 from .conversion import Conversion, ConversionReport
 from .files import check_unused
@@ -82,7 +82,7 @@ def _convert_from_hub(
 
     ``resuming``: as in ``_write``. If ``or_folder``, errors also say that there is no folder called ``name``.
     """
-    replacing = revision_under_way(beside(dst), name) if options.overwrite else None
+    replacing = revision_under_way(replacement_folder(dst), name) if options.overwrite else None
     checkpoint, download = open_on_hub(
         name,
         dst / DOWNLOAD,
@@ -113,7 +113,7 @@ def _write(
     Raises CheckpointError, TargetError or ConfigError.
     """
     use_threads(options.threads)
-    for place in (dst, beside(dst)):
+    for place in (dst, replacement_folder(dst)):
         check_place(place, checkpoint.folder)
     conversion = Conversion.plan(checkpoint, dst, options, download=download, resuming=resuming, quiet=quiet)
     for path in settle(dst):

@@ -22,7 +22,16 @@ from pathlib import Path
 
 from moetier.tiers.errors import DiskSpaceError, StoreError, TargetError, TargetExistsError
 from moetier.tiers.store.atomic import disk_errors, exchange, rename_durably, sync_folder, write_durably
-from moetier.tiers.store.folder import GROUP, JOURNAL, METADATA, MIRRORS, REPLACED, beside, read_manifest, read_plan
+from moetier.tiers.store.folder import (
+    GROUP,
+    JOURNAL,
+    METADATA,
+    MIRRORS,
+    REPLACED,
+    read_manifest,
+    read_plan,
+    replacement_folder,
+)
 from moetier.tiers.store.mirror import read_mirrors
 
 from .conversion import Conversion, ConversionReport
@@ -47,7 +56,7 @@ def settle(folder: Path) -> list[Path]:
 
     Return the files of the old model that were set aside. Raises TargetError if another process is at it.
     """
-    place, new = folder.resolve(), beside(folder)
+    place, new = folder.resolve(), replacement_folder(folder)
     old = place / REPLACED
     if not place.exists() and is_ours(new / REPLACED):
         with locked(str(folder), new):
@@ -122,7 +131,7 @@ def discard(folder: Path) -> None:
 
     Raises TargetError if a conversion is writing into it.
     """
-    new = beside(folder)
+    new = replacement_folder(folder)
     if is_ours(new) and ((new / JOURNAL).exists() or not has_manifest(new)):
         remove(new)
         delete(new)
@@ -157,7 +166,7 @@ def replace_model(conversion: Conversion) -> ConversionReport:
     Resume what an earlier run began, if it had the same plan. Raises CheckpointError or TargetError; the old model is
     then still in place.
     """
-    folder, new = conversion.target.folder, beside(conversion.target.folder)
+    folder, new = conversion.target.folder, replacement_folder(conversion.target.folder)
     check_replaceable(folder)
     making = replace(
         conversion,

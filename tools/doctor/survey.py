@@ -51,7 +51,7 @@ def survey(store: DirectoryStore) -> dict[str, Any]:
         "version": manifest.version,
         "requires": list(manifest.requires),
         "checkpoint": as_it_is,
-        "linked": store.is_proved if as_it_is else None,
+        "linked": store.has_checksums if as_it_is else None,
         "source_digest": manifest.source_digest,
         "digest": manifest.digest,
         "blocks": [

@@ -78,7 +78,7 @@ def verify(directory: Path, *, shows: bool) -> Verification:
     with ExitStack() as opened:
         store = opened.enter_context(open_store(directory, damaged=True))
         manifest, folder = store.manifest, store.directory
-        if not store.is_proved:
+        if not store.has_checksums:
             raise StoreFormatError(
                 f"{folder} is a checkpoint without checksums to compare with.", f"Make them: {command('link', folder)}"
             )

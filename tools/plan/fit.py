@@ -102,13 +102,13 @@ def fit_of(model_choices: ModelChoices, choice: Choice, config: TierConfig, room
     slots: Mapping[str, int] = {}
     device_slots, arena, problem, there = None, 0, _disk_problem(model_choices, choice, room), room.host
     if on_host:
-        needs = needs.beside(config.ram, manifest.stored_bytes, room.host, smallest=smallest_budget(manifest))
+        needs = needs.within(config.ram, manifest.stored_bytes, room.host, smallest=smallest_budget(manifest))
     try:
         slots = slots_for(manifest, needs.host_budget(manifest, config.ram, room.host, room.device))
         if room.on_device is not None:
             there = room.on_device
             left = replace(there, bytes=max(there.bytes - choice.trunk_bytes, 0))
-            needs = needs.beside(config.device_memory, manifest.stored_bytes, left, smallest=smallest_budget(manifest))
+            needs = needs.within(config.device_memory, manifest.stored_bytes, left, smallest=smallest_budget(manifest))
             device_slots = slots_for(manifest, needs.device_budget(manifest, config.device_memory, left))
         arena = ArenaLayout.of(manifest, slots).nbytes
     except BudgetError as error:

@@ -128,18 +128,18 @@ HERE = Available(1 << 30, "this machine")
 )
 def test_fewer_tokens_where_memory_is_short(asked: str | None, experts: int, share: float) -> None:
     needs = Needs(trunk=0, cache=0, scratch=0, prefill=Prefill(1 << 20, states=4096))
-    found = needs.beside(None if asked is None else Size.parse(asked), experts, HERE).prefill
+    found = needs.within(None if asked is None else Size.parse(asked), experts, HERE).prefill
     assert found.nbytes == pytest.approx(share * HERE.bytes, abs=40 << 20)
     assert found.nbytes + min(experts, HERE.bytes - found.nbytes) <= HERE.bytes
     assert found.tokens % LEAST == 0
-    assert needs.beside(None, 4 << 30, Available(1 << 34, "this machine")) == needs  # there is enough
-    assert needs.beside(None, 4 << 30, Available(1, "this machine")).prefill.tokens == LEAST
-    assert usable(HERE.bytes) > needs.beside(None, 4 << 30, HERE).reserve
+    assert needs.within(None, 4 << 30, Available(1 << 34, "this machine")) == needs  # there is enough
+    assert needs.within(None, 4 << 30, Available(1, "this machine")).prefill.tokens == LEAST
+    assert usable(HERE.bytes) > needs.within(None, 4 << 30, HERE).reserve
 
 
 def test_the_experts_get_what_they_need_at_least() -> None:
     needs = Needs(trunk=0, cache=0, scratch=0, prefill=Prefill(1 << 20, states=4096))
-    found = needs.beside(None, 4 << 30, HERE, smallest=700 << 20).prefill
+    found = needs.within(None, 4 << 30, HERE, smallest=700 << 20).prefill
     assert found.tokens > LEAST
     assert found.nbytes <= usable(HERE.bytes) - (700 << 20)
 

@@ -21,7 +21,7 @@ from terminals import Terminal
 import moetier
 from moetier.runtime.model.names import checkpoint_or_model, model_directory, models_folder, name_of, pulled
 from moetier.tiers.errors import IncompleteStoreError, StoreFormatError
-from moetier.tiers.store.folder import GROUP, METADATA, PLAN, beside, read_manifest
+from moetier.tiers.store.folder import GROUP, METADATA, PLAN, read_manifest, replacement_folder
 from moetier.tools.cli.parser import directory, file_or_address, walk
 from moetier.tools.convert.files import disk_bytes
 from moetier.tools.main import build_parser, main
@@ -350,7 +350,7 @@ def test_rm_refuses_what_a_conversion_has_locked(models: Path, capsys: pytest.Ca
 def test_rm_removes_what_would_replace_the_model_too(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Unless a conversion is writing it."""
     place(models, "acme/a:4bit")
-    new = beside(models / "acme--a" / "4bit") / GROUP
+    new = replacement_folder(models / "acme--a" / "4bit") / GROUP
     new.mkdir(parents=True)
     assert list(pulled()) == ["acme/a:4bit"]
     lock = os.open(new, os.O_RDONLY)

@@ -23,7 +23,7 @@ from users import NOBODY, as_nobody, need_root
 import moetier
 from moetier.tiers.errors import CheckpointError, DiskSpaceError, StoreFormatError, TargetError, TargetExistsError
 from moetier.tiers.layout import PAGE, Bits, ExpertKey
-from moetier.tiers.store.folder import GROUP, JOURNAL, REPLACED, beside
+from moetier.tiers.store.folder import GROUP, JOURNAL, REPLACED, replacement_folder
 from moetier.tiers.store.mirror import read_mirrors
 from moetier.tiers.store.reader import ExpertStore
 from moetier.tiers.store.trunk import check_trunk
@@ -179,13 +179,13 @@ def test_a_source_that_can_not_be_converted_leaves_the_old_one(tmp_path: Path) -
         with pytest.raises(CheckpointError, match="are not finite numbers"):
             convert(broken, tmp_path / "dst", fast=True, overwrite=True)
         assert tree(tmp_path / "dst") == old
-    begun = tree(beside(tmp_path / "dst"))
+    begun = tree(replacement_folder(tmp_path / "dst"))
     assert any("/c/0/0/0" in name for name in begun), "the first block is complete"
     assert convert(source, tmp_path / "dst", bits=8, fast=True).was_complete
     assert not convert(source, tmp_path / "dst", fast=True, overwrite=True).resumed_blocks
     convert(source, tmp_path / "new", fast=True)
     assert tree(tmp_path / "dst") == tree(tmp_path / "new")
-    assert not beside(tmp_path / "dst").exists()
+    assert not replacement_folder(tmp_path / "dst").exists()
 
 
 def test_a_file_whose_name_is_taken_is_set_aside(both: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -245,7 +245,7 @@ def test_the_folders_keep_their_modes_and_owners(tmp_path: Path) -> None:
     before = access(dst)
     with pytest.raises(CheckpointError, match="are not finite numbers"):
         convert(broken, dst, fast=True, overwrite=True)
-    assert access(beside(dst)) == before
+    assert access(replacement_folder(dst)) == before
     convert(source, dst, fast=True, overwrite=True)
     assert access(dst) == before
 
@@ -277,7 +277,7 @@ def test_a_link_is_not_given_away(both: Path, tmp_path: Path) -> None:
     """Someone else may have put it beside the model."""
     (elsewhere := tmp_path / "elsewhere").mkdir()
     elsewhere.chmod(0o711)
-    beside(tmp_path / "old").symlink_to(elsewhere)
+    replacement_folder(tmp_path / "old").symlink_to(elsewhere)
     (tmp_path / "old").chmod(0o777)
     with pytest.raises(TargetError, match="can't be written"):
         convert(both, tmp_path / "old", fast=True, overwrite=True)
@@ -298,7 +298,7 @@ def test_a_model_that_is_loaded_goes_on(both: Path, tmp_path: Path) -> None:
 
 
 def test_another_model_beside_it_is_not_touched(both: Path, tmp_path: Path) -> None:
-    shutil.copytree(tmp_path / "new", beside(tmp_path / "old"))
+    shutil.copytree(tmp_path / "new", replacement_folder(tmp_path / "old"))
     before = tree(tmp_path)
     with pytest.raises(TargetExistsError, match="old~new holds a model"):
         convert(both, tmp_path / "old", fast=True, overwrite=True)
@@ -511,6 +511,6 @@ def test_where_the_new_one_does_not_fit_the_old_one_stays(tmp_path: Path, bits: 
         fix = is_refused("the disk has no room for both", overwrite=True)
         assert "--replace-first" in fix
         assert "it is lost then" in fix
-        assert not beside(dst).exists()
+        assert not replacement_folder(dst).exists()
         convert(source, dst, bits=16, replace_first=True)
         assert tree(dst) == new
