@@ -22,7 +22,8 @@ def shown(value: object) -> str:
 class Fields:
     """A JSON value and its place in the document, for example "blocks[3].experts".
 
-    Each method raises ValueError if the value is not of the kind that the method returns. The message names the place.
+    Each method raises ValueError if the value does not have the type that the method returns. The message names the
+    place.
     """
 
     __slots__ = ("place", "value")
@@ -33,10 +34,10 @@ class Fields:
 
     def __getitem__(self, name: str) -> Fields:
         """Return the member ``name`` of a JSON object. Raises ValueError if the object has no such member."""
-        found = self.get(name)
-        if found is None:
+        member = self.get(name)
+        if member is None:
             raise ValueError(f"{self._member(name)} is missing")
-        return found
+        return member
 
     def get(self, name: str) -> Fields | None:
         """Return the member ``name`` of a JSON object, or None if the object has no such member."""
@@ -60,8 +61,8 @@ class Fields:
         ``what`` describes the expected string in the message. The default pattern matches every string without
         surrogates.
         """
-        found: str = self._of(str, what)
-        return found if re.fullmatch(pattern, found, re.DOTALL) else self._fail(what)
+        string: str = self._of(str, what)
+        return string if re.fullmatch(pattern, string, re.DOTALL) else self._fail(what)
 
     def number(self, least: int, most: int) -> int:
         """Return the whole number. Raises ValueError unless it is from ``least`` to ``most``."""
@@ -72,12 +73,12 @@ class Fields:
         """Return the boolean."""
         return bool(self._of(bool, "true or false"))
 
-    def among(self, known: Collection[Any]) -> Any:
-        """Return the value. Raises ValueError unless it equals one of ``known`` and has its type: 1 is not True."""
-        for value in known:
+    def among(self, allowed: Collection[Any]) -> Any:
+        """Return the value. Raises ValueError unless it equals one of ``allowed`` and has its type: 1 is not True."""
+        for value in allowed:
             if type(value) is type(self.value) and value == self.value:
                 return value
-        names = " or ".join(map(shown, known))
+        names = " or ".join(map(shown, allowed))
         raise ValueError(f"{self.place} is {shown(self.value)}, not {names}")
 
     def equals(self, expected: Any, why: str) -> None:
@@ -104,8 +105,8 @@ class Fields:
         name = name if len(name) <= SHOWN else f"{name[:SHOWN]}..."
         return f"{self.place}.{name}" if self.place else name
 
-    def _of(self, kind: type, what: str) -> Any:
-        return self.value if isinstance(self.value, kind) else self._fail(what)
+    def _of(self, json_type: type, what: str) -> Any:
+        return self.value if isinstance(self.value, json_type) else self._fail(what)
 
     def _fail(self, what: str) -> Any:
         raise ValueError(f"{self.place} is {shown(self.value)}, not {what}")

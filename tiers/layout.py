@@ -32,8 +32,8 @@ GROUPS = {
     "uint8": (16, 32, 64, 128, 256),
 }  # a dictionary from the type of pairs to the supported group sizes
 PAIR_TYPES = tuple(GROUPS)
-# kinds of pairs (s, z) of a scale and a zero point, which only records of weights have that HQQ, AWQ or GPTQ quantised:
-# a dictionary from the kind to the type in which s and z are stored and w = (c - z) * s is computed
+# values of ``Projection.pairs`` for pairs (s, z) of a scale and a zero point, as HQQ, AWQ and GPTQ quantise weights:
+# a dictionary from the value to the type in which s and z are stored and w = (c - z) * s is computed
 ZERO_POINTS = {"float16_zeros": "float16", "bfloat16_zeros": "bfloat16", "float32_zeros": "float32"}
 ZERO_POINT_GROUPS = (16, 32, 64, 128, 256)
 ITEM_BYTES = {"uint8": 1, "bfloat16": 2, "float16": 2, "float32": 4}
@@ -46,8 +46,8 @@ SCALE_TYPES = {
 }  # a dictionary from the type of a coding's scales to the item type of the section that holds them
 
 
-class BlockForm(NamedTuple):
-    """Form of a block of a GGUF file: consecutive weights of a row, with their scales."""
+class BlockLayout(NamedTuple):
+    """Layout of a block of a GGUF file: consecutive weights of a row, with their scales."""
 
     weights: int  # number of weights in a block
     nbytes: int  # size of a block
@@ -56,13 +56,13 @@ class BlockForm(NamedTuple):
 
 
 CODINGS: dict[str, Bits] = {"e2m1": 4, "int4": 4, "e4m3": 8}  # a dictionary from codings to their bits per weight
-BLOCKS: dict[str, BlockForm] = {  # a dictionary from codings of GGUF files to their blocks
-    "q4_0": BlockForm(32, 18, 4, 32),
-    "q8_0": BlockForm(32, 34, 8, 32),
-    "q4_k": BlockForm(256, 144, 4, 32),
-    "q5_k": BlockForm(256, 176, 5, 32),
-    "q6_k": BlockForm(256, 210, 6, 16),
-    "mxfp4": BlockForm(32, 17, 4, 32),
+BLOCKS: dict[str, BlockLayout] = {  # a dictionary from codings of GGUF files to their blocks
+    "q4_0": BlockLayout(32, 18, 4, 32),
+    "q8_0": BlockLayout(32, 34, 8, 32),
+    "q4_k": BlockLayout(256, 144, 4, 32),
+    "q5_k": BlockLayout(256, 176, 5, 32),
+    "q6_k": BlockLayout(256, 210, 6, 16),
+    "mxfp4": BlockLayout(32, 17, 4, 32),
 }
 CODING_GROUPS = (16, 32, 64, 128)  # supported group sizes of the codings in CODINGS that have 4 bits
 GLOBALS = ("multiply", "divide")  # what is done to scales with the number of their part
@@ -117,9 +117,9 @@ class Projection:
     dtype: str = "bfloat16"  # with 16 bits the type of the stored weights; with fewer, their type before quantisation
     transposed: bool = False  # true if the module's own shape is [columns, rows]
     group: int = 0  # number of weights of a row that share a pair or a scale; 0 with 16 bits
-    pairs: str = ""  # kind of the stored pairs, one of PAIR_TYPES or ZERO_POINTS; "" with 16 bits, or with a coding
+    pairs: str = ""  # type of the stored pairs, one of PAIR_TYPES or ZERO_POINTS; "" with 16 bits, or with a coding
     # The fields below are left out of a manifest where they have these values.
-    coding: str = ""  # form in which the checkpoint stores weights, one of CODINGS or BLOCKS; "" for moetier's own
+    coding: str = ""  # how the checkpoint stores weights, one of CODINGS or BLOCKS; "": as moetier quantises
     scales: str = ""  # type of the scales of a coding in CODINGS, one of SCALE_TYPES
     block_rows: int = 1  # number of rows that share a scale
     parts: int = 1  # number of matrices of equal shape, one below the other, each with its own grid of scales

@@ -50,7 +50,7 @@ class FileSum:
 
 @dataclass(frozen=True, slots=True)
 class TrunkRecords:
-    """How matrices of the trunk are quantised. Each is stored as a record with one projection, named "weight"."""
+    """Quantisation of matrices of the trunk. Each is stored as a record with one projection, named "weight"."""
 
     bits: Bits  # bits per weight
     group: int  # largest group size; it is smaller in a matrix whose number of columns is not a multiple of it
@@ -73,7 +73,7 @@ class Manifest:
     trunk: Mapping[str, FileSum] = field(default_factory=dict)  # from file name to its sum; empty until all are written
     trunk_records: TrunkRecords | None = None  # None: no matrix of the trunk is quantised
     record_checksums: bytes = field(default=b"", repr=False)  # LE u32 each; b"" in the manifest of an older store
-    # in an object store: the config, the tokenizer's files and so on, from file name to sum; empty if they are unproved
+    # in an object store: the config, the tokenizer's files and so on, from file name to sum; empty if unknown
     files: Mapping[str, FileSum] = field(default_factory=dict)
 
     @property
@@ -112,10 +112,10 @@ class Manifest:
     @cached_property
     def members(self) -> Mapping[str, Mapping[int, Block]]:
         """A dictionary from the name of each zarr array to its blocks, as a dictionary from block number to block."""
-        found: dict[str, dict[int, Block]] = {name: {} for name in self.layouts}
+        by_array: dict[str, dict[int, Block]] = {name: {} for name in self.layouts}
         for number, block in enumerate(self.blocks):
-            found[block.array][number] = block
-        return found
+            by_array[block.array][number] = block
+        return by_array
 
     def check_keys(self, block: int, keys: Sequence[ExpertKey]) -> None:
         """Raise MissingExpertError if the model has no block ``block``, or if the block lacks an expert of ``keys``.
@@ -207,7 +207,7 @@ class Manifest:
                 method=method.text() if (method := fields.get("method")) else "hqq",
                 solver=solver.number(1, MAX_SOLVER) if (solver := fields.get("solver")) else 1,
                 trunk=_sums(trunk, TRUNK_NAME, "a trunk file", 1) if (trunk := fields.get("trunk")) else {},
-                trunk_records=_trunk_records(form) if (form := fields.get("trunk_records")) else None,
+                trunk_records=_trunk_records(entry) if (entry := fields.get("trunk_records")) else None,
                 files=_sums(files, FILE_NAME, "a file", 0) if (files := fields.get("files")) else {},
                 record_checksums=_table(table) if (table := fields.get("record_checksums")) else b"",
             )
@@ -224,8 +224,8 @@ class Manifest:
         """Raise ValueError unless the blocks fill their arrays exactly and the other fields agree with them."""
         if not self.blocks:
             raise ValueError("blocks is empty")
-        if ((form := self.trunk_records) is not None) != (TRUNK_RECORDS in self.requires):
-            raise ValueError(f"trunk_records is {form}, but requires is {shown(list(self.requires))}")
+        if (self.trunk_records is not None) != (TRUNK_RECORDS in self.requires):
+            raise ValueError(f"trunk_records is {self.trunk_records}, but requires is {shown(list(self.requires))}")
         if strangers := {b.array for b in self.blocks} - set(self.layouts):
             raise ValueError(f"layouts has no layout of array {shown(min(strangers))}, which blocks names")
         for name, members in self.members.items():
@@ -252,13 +252,13 @@ def method_of(quantised: str, layouts: Mapping[str, RecordLayout], trunk: TrunkR
 
 
 def _blocks(values: Sequence[Fields]) -> tuple[Block, ...]:
-    found = []
+    blocks = []
     for value in values:
         experts = value["experts"].number(1, MAX_EXPERTS)
         top_k = value["top_k"].number(1, experts)
         index = value["index"].number(0, len(values) - 1)
-        found.append(Block(value["path"].text(), value["array"].text(), index, experts, top_k))
-    return tuple(found)
+        blocks.append(Block(value["path"].text(), value["array"].text(), index, experts, top_k))
+    return tuple(blocks)
 
 
 def _array(name: str, layout: Fields) -> str:
@@ -270,12 +270,12 @@ def _array(name: str, layout: Fields) -> str:
 
 def _sums(value: Fields, names: re.Pattern[str], what: str, least: int) -> dict[str, FileSum]:
     """Parse a dictionary from the names of files, which match ``names``, to their sums, of ``least`` bytes or more."""
-    found = {}
+    sums = {}
     for name, entry in value.members():
         if not names.fullmatch(name):
             raise ValueError(f"{entry.place}: {shown(name)} can't be the name of {what}")
-        found[name] = FileSum(entry["bytes"].number(least, MAX_BYTES), entry["crc32c"].number(0, 2**32 - 1))
-    return found
+        sums[name] = FileSum(entry["bytes"].number(least, MAX_BYTES), entry["crc32c"].number(0, 2**32 - 1))
+    return sums
 
 
 def _table(value: Fields) -> bytes:
@@ -287,9 +287,9 @@ def _table(value: Fields) -> bytes:
 
 def _trunk_records(value: Fields) -> TrunkRecords:
     pairs = value["pairs"].among(PAIR_TYPES)
-    form = TrunkRecords(value["bits"].among(TRUNK_BITS[1:]), value["group"].among(GROUPS[pairs]), pairs)
-    value.equals(asdict(form), "this version of moetier does not support it")
-    return form
+    trunk_records = TrunkRecords(value["bits"].among(TRUNK_BITS[1:]), value["group"].among(GROUPS[pairs]), pairs)
+    value.equals(asdict(trunk_records), "this version of moetier does not support it")
+    return trunk_records
 
 
 def _versions(value: Mapping[str, Any]) -> str:

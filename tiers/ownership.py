@@ -13,17 +13,17 @@ from .errors import ConfigError
 WRITABLE = stat.S_IWGRP | stat.S_IWOTH
 
 
-def parent_fault(part: Path, found: os.stat_result) -> tuple[str, str] | None:
+def parent_fault(part: Path, status: os.stat_result) -> tuple[str, str] | None:
     """Return why other users could replace what lies below a folder, and what to do about it; None if they can't.
 
-    ``part`` is the folder, or a symbolic link on the way, and ``found`` the result of its ``lstat``.
+    ``part`` is the folder, or a symbolic link on the way, and ``status`` the result of its ``lstat``.
     """
-    if found.st_uid in (0, os.getuid()):
+    if status.st_uid in (0, os.getuid()):
         return None
-    if stat.S_ISLNK(found.st_mode):
+    if stat.S_ISLNK(status.st_mode):
         cause = f"{part} is a symbolic link of another user."
         return cause, "Use a folder whose path does not contain this link."
-    if found.st_mode & stat.S_ISVTX:
+    if status.st_mode & stat.S_ISVTX:
         return None
     cause = f"{part} belongs to another user, who could replace what is in it."
     return cause, "Use a folder whose parent folders belong to you or to root."
@@ -38,12 +38,12 @@ def check_cache_folder(root: Path, top: Path) -> None:
     for part in {path: None for start in (root, root.resolve()) for path in start.parents}:
         if fault := parent_fault(part, part.lstat()):
             raise ConfigError(*fault)
-    found = root.stat()
-    if not found.st_mode & stat.S_ISVTX:
-        _check(root, root, found)
-    found = top.lstat()
-    _check(root, top, found)
-    if found.st_mode & (stat.S_IRWXG | stat.S_IRWXO):  # else no other user can enter it
+    status = root.stat()
+    if not status.st_mode & stat.S_ISVTX:
+        _check(root, root, status)
+    status = top.lstat()
+    _check(root, top, status)
+    if status.st_mode & (stat.S_IRWXG | stat.S_IRWXO):  # else no other user can enter it
         for path in _below(top):
             with contextlib.suppress(FileNotFoundError):  # a writer has just given it its final name, or removed it
                 _check(root, path, path.lstat())
@@ -54,15 +54,15 @@ def _below(top: Path) -> Iterator[Path]:
         yield from (Path(place, name) for name in (*folders, *files))
 
 
-def _check(root: Path, path: Path, found: os.stat_result) -> None:
-    if stat.S_ISLNK(found.st_mode):
+def _check(root: Path, path: Path, status: os.stat_result) -> None:
+    if stat.S_ISLNK(status.st_mode):
         raise ConfigError(f"{path}, in a cache of models, is a symbolic link.", "Remove it.")
-    if found.st_uid not in (0, os.getuid()):
+    if status.st_uid not in (0, os.getuid()):
         raise ConfigError(
             f"{path}, in which models are cached, belongs to another user.",
             "Name a folder of your own with `store_cache`.",
         )
-    if found.st_mode & WRITABLE:
+    if status.st_mode & WRITABLE:
         raise ConfigError(
             f"{path}, in which models are cached, may be written by other users.",
             f"If none of them has changed it, close it: chmod -R go-w {root}. Else name another folder with "

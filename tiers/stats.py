@@ -164,12 +164,12 @@ class PrefetchOutcomes:
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """How many records a process got from one place: a daemon, or the local store."""
+    """Counts of the records that a process got from one place: a daemon, or the local store."""
 
     place: str  # name of the place for users
     records: int  # number of records
     bytes: int  # total size of these records
     away: str = ""  # why the daemon is unavailable now; "" if it is available, or if the place is the local store
     lost: int = 0  # how often the daemon has become unavailable
-    computed: int = 0  # rows of experts' outputs that the daemon has computed
+    computed: int = 0  # outputs that the daemon has computed: one for each expert and token
     computed_bytes: int = 0  # hidden states and outputs that were sent for that, both ways

@@ -111,7 +111,7 @@ class Link:
 
     @property
     def error(self) -> MoetierError:
-        """Why the daemon is away."""
+        """The reason why the daemon is away."""
         return self._error or UnavailableError(f"No daemon runs in {self._folder}.", "Start one: moetier daemon DIR")
 
     # -- callers ------------------------------------------------------------------------------------------------------

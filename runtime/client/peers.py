@@ -84,9 +84,9 @@ class Peers:
     def order(self, key: ExpertKey) -> list[Peer]:
         """Return the daemons in the order in which they are asked for ``key``, also those that are away."""
         orders, peers = self._orders, self._peers
-        if (found := orders.get(key)) is None:
-            found = orders[key] = [peers[name] for name in rendezvous(peers, key)]
-        return found
+        if (ordered := orders.get(key)) is None:
+            ordered = orders[key] = [peers[name] for name in rendezvous(peers, key)]
+        return ordered
 
     def count_record(self, peer: Peer, nbytes: int) -> None:
         """Count a record that a daemon has given."""
@@ -102,12 +102,12 @@ class Peers:
     def shares(self) -> list[Share]:
         """Return what came from each daemon, in the order in which they were named, and from former ones."""
         with self._state:
-            found = [
+            shares = [
                 share_of(peer.name, peer.counts, peer.away.cause if peer.away else "", peer.failures) for peer in self
             ]
             if self._from_former:
-                found.append(share_of("former daemons", self._from_former))
-        return found
+                shares.append(share_of("former daemons", self._from_former))
+        return shares
 
     def check_open(self) -> None:
         """Raise ClosedError once the connections were closed."""

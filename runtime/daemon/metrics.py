@@ -141,11 +141,11 @@ def _families(
     and an object that has the fields.
     """
     for metric, (field, meaning) in fields.items():
-        found = family(f"{prefix}_{metric}", meaning, labels=labels)
+        sampled = family(f"{prefix}_{metric}", meaning, labels=labels)
         for values, counters in rows:
             if (value := getattr(counters, field)) is not None:
-                found.add_metric(values, value)
-        yield found
+                sampled.add_metric(values, value)
+        yield sampled
 
 
 def registry_of(collector: Collector) -> CollectorRegistry:

@@ -39,7 +39,7 @@ def reclaim_arenas(
     A daemon that is being killed may still lock its arenas, so locked arenas are tried again for ``patience`` seconds.
     """
     deadline = time.monotonic() + patience
-    found: dict[str, list[ReclaimedArena]] = {}
+    candidates: dict[str, list[ReclaimedArena]] = {}
     seen: set[tuple[int, int]] = set()  # files that need not be examined again
     while True:
         locked = False
@@ -59,18 +59,18 @@ def reclaim_arenas(
                         locked = True
                         seen.discard(file)
                     else:
-                        found.setdefault(digest, []).append(ReclaimedArena(arena, holder))
-        if len(found) == len(manifests) or not locked or time.monotonic() >= deadline:
+                        candidates.setdefault(digest, []).append(ReclaimedArena(arena, holder))
+        if len(candidates) == len(manifests) or not locked or time.monotonic() >= deadline:
             break
         time.sleep(_POLL)
-    for arenas in found.values():
+    for arenas in candidates.values():
         arenas.sort(key=lambda reclaimed: reclaimed.arena.directory.filled, reverse=True)
-    return found
+    return candidates
 
 
-def _identity(found: os.stat_result) -> tuple[int, int] | None:
+def _identity(status: os.stat_result) -> tuple[int, int] | None:
     """Return the device and inode of a file; None if another user owns the file."""
-    return (found.st_dev, found.st_ino) if found.st_uid == os.getuid() else None
+    return (status.st_dev, status.st_ino) if status.st_uid == os.getuid() else None
 
 
 def _held_by_processes(closing: contextlib.ExitStack) -> Iterator[tuple[str, int]]:

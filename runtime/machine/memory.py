@@ -87,12 +87,12 @@ def shortage() -> str:
 
 def shortage_in(error: BaseException) -> BudgetError | None:
     """Return an error that says that memory, or a thread, could not be allocated, if that has caused ``error``."""
-    found: BaseException | None = error
-    while found is not None and not _is_shortage(found):
-        found = found.__cause__ or found.__context__
-    if found is None:
+    cause: BaseException | None = error
+    while cause is not None and not _is_shortage(cause):
+        cause = cause.__cause__ or cause.__context__
+    if cause is None:
         return None
-    said = next((f": {line.strip().rstrip('.')}" for line in str(found).splitlines() if _ALLOCATES.search(line)), "")
+    said = next((f": {line.strip().rstrip('.')}" for line in str(cause).splitlines() if _ALLOCATES.search(line)), "")
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     raised = "raise the limits of this process or its control group"
     if limit != resource.RLIM_INFINITY:
@@ -135,8 +135,8 @@ def whole_memory(root: Path = Path("/")) -> Available:
 
 def exceeded(asked: Size | None) -> Available | None:
     """Return ``whole_memory()`` if the size ``asked`` is more than that; else None."""
-    there = whole_memory()
-    return there if asked is not None and asked.of(there.bytes) > there.bytes else None
+    whole = whole_memory()
+    return whole if asked is not None and asked.of(whole.bytes) > whole.bytes else None
 
 
 def _least(of_machine: int, of_group: Callable[[ControlGroup], int | None], root: Path) -> Available:
@@ -144,12 +144,12 @@ def _least(of_machine: int, of_group: Callable[[ControlGroup], int | None], root
 
     Both are in bytes. ``of_group`` returns None for a group without a limit.
     """
-    found = [Available(of_machine, "this machine")]
+    limits = [Available(of_machine, "this machine")]
     for group in control_groups("memory", root):
         with contextlib.suppress(OSError, ValueError):  # a file is missing, or not as the kernel writes it
             if (count := of_group(group)) is not None:
-                found.append(Available(max(count, 0), group.name, GROUP_SHARE))
-    return min(found, key=lambda available: available.bytes)
+                limits.append(Available(max(count, 0), group.name, GROUP_SHARE))
+    return min(limits, key=lambda available: available.bytes)
 
 
 def _left(group: ControlGroup) -> int | None:

@@ -1,4 +1,4 @@
-"""Whether a tokenizer's token ids are those of a model: the model needs an embedding for each."""
+"""Check that a model has an embedding for each token id of its tokenizer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether what compiled code has for a module still applies: snapshots of its parts, and trials by its numbers."""
+"""Snapshots, which detect that a module changed since its kernels were made, and trials of kernels."""
 
 from __future__ import annotations
 

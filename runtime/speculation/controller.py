@@ -17,7 +17,7 @@ ODD = 4.0  # a step is left out if it takes longer than this multiple of its win
 
 
 class Mode(Enum):
-    """When to speculate: never, while it pays, or always."""
+    """Times at which to speculate: never, while it pays, or always."""
 
     OFF = "off"
     AUTO = "auto"
@@ -29,7 +29,7 @@ class Controller:
     """Turn speculation on and off. ``is_on`` says whether the next step speculates; ``step`` takes its duration.
 
     A step decodes one token. A *trial* alternates windows of steps with and without speculation, in the order on, off,
-    off, on, so that a drift affects both kinds equally. The trial's verdict is the kind with the smaller mean time. A
+    off, on, so that a drift affects both equally. The trial's verdict is for the windows with the smaller mean time. A
     verdict holds for a number of steps, which doubles each time that the next trial has the same verdict.
     """
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from moetier.runtime.kernels.products.gemv import Scores
 from moetier.runtime.moe.gates import Gate, Gates
 
-TRIED_ROWS = 64  # number of random states with which a shortcut is compared with its gate
+TRIED_STATES = 64  # number of random states with which a shortcut is compared with its gate
 AGREE = 0.95  # least share of states with the same experts; rounding decides between nearly equal scores
 
 
@@ -138,7 +138,7 @@ def shortcut_of(gate: Gate) -> Shortcut | None:
     if gate.mixer is not None or not isinstance(weight, Tensor) or weight.ndim != 2:
         return None
     random = torch.Generator().manual_seed(0)
-    hidden = torch.randn(TRIED_ROWS, weight.shape[-1], generator=random).to(weight.device, gate.dtype)
+    hidden = torch.randn(TRIED_STATES, weight.shape[-1], generator=random).to(weight.device, gate.dtype)
     chosen = gate.predict(hidden).experts
     top_k = chosen.shape[-1]
     if top_k >= weight.shape[0]:
@@ -146,11 +146,11 @@ def shortcut_of(gate: Gate) -> Shortcut | None:
     bias = getattr(gate.gate, "bias", None)
     bias = bias.detach().float() if isinstance(bias, Tensor) else None
     for scale in _scales(gate.norm):
-        found = Shortcut(weight.float() * scale, bias, top_k)
-        ours = found.rank(hidden).experts[:, :top_k]
+        shortcut = Shortcut(weight.float() * scale, bias, top_k)
+        ours = shortcut.rank(hidden).experts[:, :top_k]
         same = (ours.sort(-1).values == chosen.sort(-1).values).all(-1)
         if float(same.float().mean()) >= AGREE:
-            return found
+            return shortcut
     return None
 
 

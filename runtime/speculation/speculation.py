@@ -1,4 +1,4 @@
-"""Speculative gating: ask the gates of the next layers with the present hidden state, and prefetch what they choose.
+"""Speculative gating: compute the next layers' gates with the present hidden state, and prefetch what they choose.
 
 The method is from Eliseev & Mazur 2023 (arXiv 2312.17238), section 3.2. The blocks of the next layers are predicted
 from the hidden state at the entry of a block's MoE part. On a GPU, predictions are computed at the entry. On a CPU,
@@ -24,7 +24,9 @@ from moetier.tiers.source import ExpertSource
 from .controller import Controller, Mode
 from .predictor import Prediction, Ranking, Shortcuts
 
-MOST_ROWS = 8  # most tokens of a step that is predicted; a prefill uses nearly all experts, and is limited by computing
+MOST_TOKENS = (
+    8  # most tokens of a step that is predicted; a prefill uses nearly all experts, and is limited by computing
+)
 JUDGED = 128  # number of latest predictions by which speculation may be rejected
 POOR = 0.1  # speculation is rejected if less than this share of the predicted experts was right
 
@@ -135,7 +137,7 @@ class Speculation:
         self._judged: deque[float] = deque(maxlen=JUDGED)  # share of right experts of each prediction
         self._is_poor = False  # the latest predictions were too often wrong
         self._began = 0.0  # time at which the present step began; 0 if it is not timed
-        self._rows = 0  # number of tokens of the present step
+        self._step_tokens = 0  # number of tokens of the present step
         self._is_predicting = False  # whether the present step is predicted
         self._guesses = [0] * (look_ahead + 1)
         self._right = [0] * (look_ahead + 1)
@@ -213,7 +215,7 @@ class Speculation:
             self._observation = None
 
     def _at_entry(self, block: int, hidden: Tensor) -> None:
-        is_of_step = self._is_predicting and _tokens(hidden) == self._rows  # else of another part of the model
+        is_of_step = self._is_predicting and _tokens(hidden) == self._step_tokens  # else of another part of the model
         self._entered = hidden if is_of_step else None
         if hidden.device.type != "cpu":
             began = time.perf_counter()
@@ -227,18 +229,18 @@ class Speculation:
             self._predict(block, 0, hidden)
             self._seconds += time.perf_counter() - began
 
-    def _begin_step(self, rows: int) -> None:
+    def _begin_step(self, tokens: int) -> None:
         now = time.perf_counter()
-        if self._began and rows == self._rows:
+        if self._began and tokens == self._step_tokens:
             self._controller.step(now - self._began)
         else:
             self._controller.interrupt()
         if self._is_poor:
             self._is_poor = False
             self._controller.reject()
-        counts = 0 < rows <= MOST_ROWS
+        counts = 0 < tokens <= MOST_TOKENS
         self._began = now if counts else 0.0
-        self._rows = rows
+        self._step_tokens = tokens
         self._is_predicting = counts and self._controller.is_on
         self._pending.clear()
         self._predicted.clear()

@@ -61,12 +61,12 @@ def compare(trace: Trace) -> list[Comparison]:
     if not trace.lookaheads:
         return []
     popularity, previous = of_popularity(trace), of_previous_token(trace)
-    found = []
+    comparisons = []
     for lookahead in sorted(trace.lookaheads):
         gates = of_predictions(trace, lookahead)
         rules = (gates, *(other.only(gates.wanted > 0) for other in (popularity, previous)))
-        found.append(Comparison(lookahead, *(rule.ratio if rule.wanted.any() else None for rule in rules)))
-    return found
+        comparisons.append(Comparison(lookahead, *(rule.ratio if rule.wanted.any() else None for rule in rules)))
+    return comparisons
 
 
 def of_predictions(trace: Trace, lookahead: int) -> Recall:

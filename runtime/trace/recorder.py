@@ -63,9 +63,9 @@ class Recorder(Closeable):
         self._note("probabilities", 0, block, probabilities)
 
     def _at_experts(self, block: int, experts: Tensor, weights: Tensor) -> None:
-        here = experts < self._gates.blocks[block].experts.num_experts  # others are computed elsewhere or skipped
-        self._note("experts", 0, block, experts.where(here, NONE))
-        self._note("weights", 0, block, weights.where(here, 0))
+        is_own = experts < self._gates.blocks[block].experts.num_experts  # other devices compute the rest, or none does
+        self._note("experts", 0, block, experts.where(is_own, NONE))
+        self._note("weights", 0, block, weights.where(is_own, 0))
 
     def _note(self, name: str, distance: int, block: int, rows: Tensor) -> None:
         dtype = torch.float16 if rows.is_floating_point() else torch.int16
@@ -106,7 +106,7 @@ class Recorder(Closeable):
         """
         assert len(self._offsets) > 1, "a sequence"
         counts = tuple(gate.experts.num_experts for gate in self._gates.blocks)
-        told = any(name == "probabilities" for name, _, _ in self._columns)
+        has_probabilities = any(name == "probabilities" for name, _, _ in self._columns)
         ahead = self._lookaheads
         return Trace(
             experts=self._gathered("experts", 0, NONE),
@@ -114,7 +114,7 @@ class Recorder(Closeable):
             num_experts=counts,
             n_prefill=tuple(self._n_prefill),
             weights=self._gathered("weights", 0, 0.0),
-            probabilities=self._gathered("probabilities", 0, 0.0, max(counts)) if told else None,
+            probabilities=self._gathered("probabilities", 0, 0.0, max(counts)) if has_probabilities else None,
             token_ids=np.asarray(self._token_ids, np.int32),
             pieces=tuple(self._pieces),
             lookaheads=ahead,

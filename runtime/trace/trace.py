@@ -138,25 +138,25 @@ class Trace:
 
     def _to_arrays(self) -> dict[str, Any]:
         counts: Any = self.num_experts if len(set(self.num_experts)) > 1 else self.num_experts[0]
-        found: dict[str, Any] = {
+        arrays: dict[str, Any] = {
             "experts": _narrow(self.experts, max(self.num_experts)),
             "offsets": np.asarray(self.offsets, np.int64),
             "num_experts": np.asarray(counts, np.int64),
             "top_k": np.asarray(self.top_k, np.int64),
         }
         if self.n_prefill:
-            found["n_prefill"] = np.asarray(self.n_prefill, np.int64)
+            arrays["n_prefill"] = np.asarray(self.n_prefill, np.int64)
         if self.lookaheads:
-            found["lookaheads"] = np.asarray(self.lookaheads, np.int64)
+            arrays["lookaheads"] = np.asarray(self.lookaheads, np.int64)
         if self.predictions is not None:
-            found["predictions"] = _narrow(self.predictions, max(self.num_experts))
+            arrays["predictions"] = _narrow(self.predictions, max(self.num_experts))
         for name in ("weights", "probabilities", "token_ids", "prediction_probabilities"):
             if getattr(self, name) is not None:
-                found[name] = getattr(self, name)
+                arrays[name] = getattr(self, name)
         for name in ("pieces", "blocks", "model", "digest"):
             if getattr(self, name):
-                found[name] = np.asarray(getattr(self, name), np.str_)
-        return found
+                arrays[name] = np.asarray(getattr(self, name), np.str_)
+        return arrays
 
     @classmethod
     def load(cls, path: Path) -> Trace:
@@ -166,10 +166,10 @@ class Trace:
                 _require(zipfile.is_zipfile(stream), "it is not an npz archive")
                 stream.seek(0)
                 with np.load(stream, allow_pickle=False) as arrays:
-                    found = {name: arrays[name] for name in arrays.files if name in _KEYS}
-            strange = [name for name, value in found.items() if not isinstance(value, np.ndarray)]
+                    known = {name: arrays[name] for name in arrays.files if name in _KEYS}
+            strange = [name for name, value in known.items() if not isinstance(value, np.ndarray)]
             _require(not strange, f"{', '.join(strange)}: not a numpy array")
-            return cls._of(found)
+            return cls._of(known)
         except _NO_TRACE as error:
             cause = " ".join(str(error).split()) or type(error).__name__
             if "allow_pickle" in cause:  # don't show numpy's advice, which would run code from the file
@@ -181,32 +181,32 @@ class Trace:
             ) from error
 
     @classmethod
-    def _of(cls, found: Mapping[str, npt.NDArray[Any]]) -> Trace:
-        missing = [name for name in ("experts", "offsets", "num_experts", "top_k") if name not in found]
+    def _of(cls, arrays: Mapping[str, npt.NDArray[Any]]) -> Trace:
+        missing = [name for name in ("experts", "offsets", "num_experts", "top_k") if name not in arrays]
         _require(not missing, f"it lacks {', '.join(missing)}")
-        experts, offsets = found["experts"], _ints("offsets", found["offsets"])
+        experts, offsets = arrays["experts"], _ints("offsets", arrays["offsets"])
         _require(experts.ndim == 3, "experts is not [tokens, blocks, top_k]")
-        _require(_ints("top_k", found["top_k"]) == (experts.shape[2],), "top_k is not the last dimension of experts")
-        counts = _ints("num_experts", found["num_experts"])
-        prefill = _ints("n_prefill", found["n_prefill"]) if "n_prefill" in found else ()
-        if prefill and found["n_prefill"].ndim == 0:
+        _require(_ints("top_k", arrays["top_k"]) == (experts.shape[2],), "top_k is not the last dimension of experts")
+        counts = _ints("num_experts", arrays["num_experts"])
+        prefill = _ints("n_prefill", arrays["n_prefill"]) if "n_prefill" in arrays else ()
+        if prefill and arrays["n_prefill"].ndim == 0:
             prefill *= len(offsets) - 1
         most = max(counts, default=0)
         return cls(
             experts=_widen(experts, most),
-            weights=found.get("weights"),
-            probabilities=found.get("probabilities"),
-            token_ids=found.get("token_ids"),
-            predictions=_widen(found["predictions"], most) if "predictions" in found else None,
-            prediction_probabilities=found.get("prediction_probabilities"),
+            weights=arrays.get("weights"),
+            probabilities=arrays.get("probabilities"),
+            token_ids=arrays.get("token_ids"),
+            predictions=_widen(arrays["predictions"], most) if "predictions" in arrays else None,
+            prediction_probabilities=arrays.get("prediction_probabilities"),
             offsets=offsets,
-            num_experts=counts * experts.shape[1] if found["num_experts"].ndim == 0 else counts,
+            num_experts=counts * experts.shape[1] if arrays["num_experts"].ndim == 0 else counts,
             n_prefill=prefill,
-            lookaheads=_ints("lookaheads", found["lookaheads"]) if "lookaheads" in found else (),
-            pieces=_texts("pieces", found["pieces"]) if "pieces" in found else (),
-            blocks=_texts("blocks", found["blocks"]) if "blocks" in found else (),
-            model="".join(_texts("model", found["model"])) if "model" in found else "",
-            digest="".join(_texts("digest", found["digest"])) if "digest" in found else "",
+            lookaheads=_ints("lookaheads", arrays["lookaheads"]) if "lookaheads" in arrays else (),
+            pieces=_texts("pieces", arrays["pieces"]) if "pieces" in arrays else (),
+            blocks=_texts("blocks", arrays["blocks"]) if "blocks" in arrays else (),
+            model="".join(_texts("model", arrays["model"])) if "model" in arrays else "",
+            digest="".join(_texts("digest", arrays["digest"])) if "digest" in arrays else "",
         )
 
 

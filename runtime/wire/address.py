@@ -94,13 +94,13 @@ class Address:
         host, _, port = self.target.rpartition(":")
         host = host.strip("[]")
         try:
-            found = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
+            infos = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
         except (OSError, ValueError) as error:
             raise UnavailableError(
                 f"The name {host} can't be resolved: {getattr(error, 'strerror', None) or error}.",
                 "Check the name, and the DNS server of this machine.",
             ) from None
-        ips = sorted({str(place[0]) for *_, place in found})
+        ips = sorted({str(place[0]) for *_, place in infos})
         targets = [f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}" for ip in ips]
         return [Address(target=target, tls_name=host.removesuffix(".")) for target in targets]
 
@@ -142,19 +142,19 @@ def check_folder(folder: Path) -> None:
     """
     for part in (folder, *folder.parents):
         try:
-            found = part.lstat()
+            status = part.lstat()
         except FileNotFoundError:
             raise
         except OSError as error:  # a parent is a file, or closed to this user
             raise RefusedError(f"{folder} can't be reached: {error.strerror}.", "Use a folder of your own.") from None
         if part == folder:
-            if not stat.S_ISDIR(found.st_mode):
+            if not stat.S_ISDIR(status.st_mode):
                 raise RefusedError(f"{folder} is not a folder.", "Name the folder of a daemon.")
-            if found.st_uid != os.getuid():
+            if status.st_uid != os.getuid():
                 raise RefusedError(f"{folder} belongs to another user.", "Use a folder of your own.")
-            if found.st_mode & 0o077:
+            if status.st_mode & 0o077:
                 raise RefusedError(f"{folder} is open to other users.", f"Close it: chmod 700 {folder}")
-        elif fault := parent_fault(part, found):
+        elif fault := parent_fault(part, status):
             raise RefusedError(*fault)
 
 
@@ -223,13 +223,13 @@ class DaemonCard:
 
 def known_daemons() -> dict[Address, DaemonCard]:
     """Return a dictionary from addresses of daemons to their cards, for all folders in ``runtime_folder()``."""
-    found = {}
+    cards = {}
     for folder in sorted(path for path in runtime_folder().glob("*") if path.is_dir()):
         with contextlib.suppress(RefusedError):  # another user's folder
             card = DaemonCard.read(folder)
             if card is not None:
-                found[Address.of(folder)] = card
-    return found
+                cards[Address.of(folder)] = card
+    return cards
 
 
 def daemons_serving(digest: str) -> list[Address]:

@@ -229,7 +229,7 @@ def error_from(value: object, otherwise: type[MoetierError] = errors.DaemonError
             "The daemon sent an error that can't be read.",
             "Use the same version of moetier on both sides.",
         )
-    kind, cause, fix = (" ".join(str(value.get(name, "")).split()) for name in ("kind", "cause", "fix"))
-    named = getattr(errors, kind, None)
-    known = named if isinstance(named, type) and issubclass(named, MoetierError) else otherwise
-    return known(cause or "The daemon gave no cause.", fix or "See the daemon's log.")
+    name, cause, fix = (" ".join(str(value.get(field, "")).split()) for field in ("kind", "cause", "fix"))
+    named = getattr(errors, name, None)
+    error_class = named if isinstance(named, type) and issubclass(named, MoetierError) else otherwise
+    return error_class(cause or "The daemon gave no cause.", fix or "See the daemon's log.")

@@ -88,16 +88,16 @@ class RunningDaemon:
 
 def running_daemons() -> list[RunningDaemon]:
     """Probe the daemons in ``runtime_folder()``, and return those that still run."""
-    found = []
+    daemons = []
     for address, card in known_daemons().items():
         assert address.folder is not None
         try:
             with probe(address, patience=PS_PATIENCE) as connected:
-                found.append(RunningDaemon(address.folder, card, connected.stats()))
+                daemons.append(RunningDaemon(address.folder, card, connected.stats()))
         except DaemonError:
             if _is_running(card, address.folder):
-                found.append(RunningDaemon(address.folder, card, None))
-    return found
+                daemons.append(RunningDaemon(address.folder, card, None))
+    return daemons
 
 
 def _is_running(card: DaemonCard, folder: Path) -> bool:

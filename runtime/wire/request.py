@@ -26,13 +26,13 @@ def encode_request(request: FetchRequest | ComputeRequest) -> tuple[bytes, int]:
     return b"".join((data, CHECKSUM_TAG, checksum_bytes(crc))), crc
 
 
-def decode_request(kind: type[Request], data: bytes) -> Request:
+def decode_request(request_class: type[Request], data: bytes) -> Request:
     """Parse a request. If it has a checksum, check it.
 
     Raises ProtocolError if it can't be parsed, and ChecksumError if it is not what the client has sent.
     """
     try:
-        request = kind.FromString(data)
+        request = request_class.FromString(data)
     except DecodeError:
         raise ProtocolError(
             "A request can't be parsed.", "Use the same version of moetier on both sides, and check the network."

@@ -1,7 +1,7 @@
 """Errors on the wire: conversion between this project's errors and gRPC's status codes.
 
-A call that fails carries the message ``Error`` in its trailing metadata, beside the status code. If gRPC itself or a
-proxy ended the call, there is no ``Error``, and only the code and its details say what happened.
+A call that fails carries the message ``Error`` in its trailing metadata, in addition to the status code. If gRPC itself
+or a proxy ended the call, there is no ``Error``, and only the code and its details say what happened.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ CALL_ERRORS = (grpc.RpcError, ValueError, OSError, RuntimeError)
 
 def code_of(error: BaseException) -> grpc.StatusCode:
     """Return the status code of an error."""
-    return next((CODES[kind] for kind in type(error).__mro__ if kind in CODES), Code.INTERNAL)
+    return next((CODES[base] for base in type(error).__mro__ if base in CODES), Code.INTERNAL)
 
 
 def message_of(error: BaseException) -> Error:

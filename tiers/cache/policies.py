@@ -87,13 +87,13 @@ class ScanResistant:
     def __init__(self, quota: int) -> None:
         self.room = max(2, quota // 8)  # enough for several reads at the same time, and few enough to evict little
         self._scanned: OrderedDict[ExpertKey, None] = OrderedDict()
-        self._settled: OrderedDict[ExpertKey, float] = OrderedDict()  # ordinary records
+        self._ordinary: OrderedDict[ExpertKey, float] = OrderedDict()  # ordinary records; in LRFU, with their counts
 
     def __len__(self) -> int:
-        return len(self._scanned) + len(self._settled)
+        return len(self._scanned) + len(self._ordinary)
 
     def __iter__(self) -> Iterator[ExpertKey]:
-        return chain(self._scanned, self._settled)
+        return chain(self._scanned, self._ordinary)
 
     def victims(self, *, scan: bool) -> Iterator[ExpertKey]:
         """Yield the keys of scanned records, and then those of ordinary records.
@@ -107,25 +107,25 @@ class ScanResistant:
         if scan:
             self._scanned[key] = None
         else:
-            self._settled[key] = 0.0
+            self._ordinary[key] = 0.0
 
     def touch(self, key: ExpertKey, *, scan: bool) -> None:
         """Make the record an ordinary record, the most recently used one. A use by a scan changes nothing."""
         if not scan:
             self._scanned.pop(key, None)
-            self._settled[key] = 0.0
-            self._settled.move_to_end(key)
+            self._ordinary[key] = 0.0
+            self._ordinary.move_to_end(key)
 
     def demote(self, key: ExpertKey) -> None:
         """Let the record be evicted first of all ordinary records."""
-        self._settled.move_to_end(key, last=False)
+        self._ordinary.move_to_end(key, last=False)
 
     def remove(self, key: ExpertKey) -> None:
         """Remove the key of a scanned or an ordinary record."""
         if key in self._scanned:
             del self._scanned[key]
         else:
-            del self._settled[key]
+            del self._ordinary[key]
 
 
 class Frequency(ScanResistant):
@@ -145,13 +145,13 @@ class Frequency(ScanResistant):
         self._counts: dict[ExpertKey, float] = {}  # log2 of the count of each key that was ever used
 
     def __iter__(self) -> Iterator[ExpertKey]:  # in the order of eviction
-        return chain(self._scanned, sorted(self._settled, key=self._settled.__getitem__))
+        return chain(self._scanned, sorted(self._ordinary, key=self._ordinary.__getitem__))
 
     def add(self, key: ExpertKey, *, scan: bool) -> None:
         """Add the key: of a scanned record if ``scan`` is true, else of an ordinary record with its earlier count."""
         super().add(key, scan=scan)
         if not scan:
-            self._settled[key] = self._counts.get(key, -inf)
+            self._ordinary[key] = self._counts.get(key, -inf)
 
     def touch(self, key: ExpertKey, *, scan: bool) -> None:
         """Add a use to the key's count. A use by a scan changes nothing."""
@@ -159,13 +159,13 @@ class Frequency(ScanResistant):
             self._scanned.pop(key, None)
             self._uses += 1
             now, before = self._uses / HALF_LIFE, self._counts.get(key, -inf)
-            self._counts[key] = self._settled[key] = now + log2(1.0 + 2.0 ** (before - now))
-            self._settled.move_to_end(key)
+            self._counts[key] = self._ordinary[key] = now + log2(1.0 + 2.0 ** (before - now))
+            self._ordinary.move_to_end(key)
 
     def demote(self, key: ExpertKey) -> None:
         """Let the record be evicted first of all ordinary records. The count of its uses is kept for its next use."""
         super().demote(key)
-        self._settled[key] = -inf
+        self._ordinary[key] = -inf
 
 
 # a dictionary from the name of a policy to a function that makes the policy of a partition with a given quota

@@ -281,8 +281,8 @@ def _store(
     ``find`` computes the values of a band, fp32 [n, 1, ROW_TILE]. Returns a dictionary from each band to its values as
     they were stored, in the same shape. Raises CheckpointError if a value is not a finite number.
     """
-    found = torch.cat([bands.by_rows(find(band)) for band in batch], 1)
-    read = store_pairs(found, which, p, views, batch[0].start * ROW_TILE)
+    values = torch.cat([bands.by_rows(find(band)) for band in batch], 1)
+    read = store_pairs(values, which, p, views, batch[0].start * ROW_TILE)
     if not read.isfinite().all():
         raise not_finite(p)
     parts = torch.split(read, [len(band) * ROW_TILE for band in batch], 1)

@@ -1,4 +1,4 @@
-"""``moetier link DIR``: make checksums of a checkpoint that is used as it is, so that reads of experts are proved."""
+"""``moetier link DIR``: make checksums of a checkpoint that is used as it is, so that damaged experts are noticed."""
 
 from __future__ import annotations
 

@@ -114,17 +114,17 @@ def libraries() -> Iterator[Finding]:
         if not needed and _extra(wanted) is None:
             continue
         install = f'Install it: pip install "{wanted.name}{wanted.specifier}"'
-        found = _version(wanted.name)
-        if found is None:
+        installed = _version(wanted.name)
+        if installed is None:
             if needed:
                 yield fail("libraries", f"{wanted.name} is missing.", install)
             else:
                 extras.setdefault(_extra(wanted) or "", []).append(wanted.name)
-        elif not wanted.specifier.contains(found, prereleases=True):
+        elif not wanted.specifier.contains(installed, prereleases=True):
             say = fail if needed else warn
-            yield say("libraries", f"{wanted.name} is {found}; moetier needs {wanted.specifier}.", install)
+            yield say("libraries", f"{wanted.name} is {installed}; moetier needs {wanted.specifier}.", install)
         elif needed:
-            good.append(f"{wanted.name} {found}")
+            good.append(f"{wanted.name} {installed}")
     missing = "; ".join(f"{', '.join(names)} (the extra {extra})" for extra, names in extras.items())
     yield ok(
         "libraries",
@@ -140,9 +140,9 @@ def configuration() -> Iterator[Finding]:
 
     settings = Settings(commands_of(build_parser()))
     yield from (warn("config", said, "Unset it, or correct its name.") for said in settings.unknown_variables)
-    found = [each for name in settings.sections for each in settings.of(name)]
+    entries = [each for name in settings.sections for each in settings.of(name)]
     settings.check()
-    places = sorted({each.where for each in found if not each.is_default})
+    places = sorted({each.where for each in entries if not each.is_default})
     there = "" if settings.file.exists() else " (does not exist)"
     yield ok("config", f"{settings.file}{there}; set: {'; '.join(places) or 'nothing'}")
 
@@ -251,10 +251,10 @@ def daemons() -> Iterator[Finding]:
     from moetier.runtime.wire.address import runtime_folder
     from moetier.runtime.wire.probe import running_daemons
 
-    found = running_daemons()
-    if not found:
+    running = running_daemons()
+    if not running:
         yield ok("daemons", f"none runs in {runtime_folder()}")
-    for each in found:
+    for each in running:
         models = ", ".join(f"{model.name} ({format_bytes(model.budget_bytes)})" for model in each.card.models)
         what = f"{each.folder}: process {each.card.pid}, {models}"
         if each.stats is None:

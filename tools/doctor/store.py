@@ -108,15 +108,15 @@ def health(directory: Path, *, checksums: bool) -> Iterator[Finding]:
     from .survey import survey
 
     with open_store(directory, damaged=True) as store:
-        found = survey(store)
-        yield from (fail("store", fault, store.remedy) for fault in found["faults"])
-        if found["faults"]:
+        result = survey(store)
+        yield from (fail("store", fault, store.remedy) for fault in result["faults"])
+        if result["faults"]:
             return
         what = (
-            f"{found['model']}: {found['records']:,} experts in {len(found['blocks'])} blocks, "
-            f"{format_bytes(found['expert_bytes'])}, trunk {format_bytes(found['trunk_bytes'])}"
+            f"{result['model']}: {result['records']:,} experts in {len(result['blocks'])} blocks, "
+            f"{format_bytes(result['expert_bytes'])}, trunk {format_bytes(result['trunk_bytes'])}"
         )
-        if found["linked"] is False:
+        if result["linked"] is False:
             yield warn("store", f"{what}; without checksums", f"Make them: {command('link', directory)}")
             return
         if not checksums:

@@ -149,14 +149,14 @@ class PerplexityChange:
     log_error: float | None
 
     @classmethod
-    def of(cls, found: Loss, base: Loss) -> PerplexityChange:
-        """Return the change from ``base`` to ``found``, which were measured on the same windows.
+    def of(cls, loss: Loss, base: Loss) -> PerplexityChange:
+        """Return the change from ``base`` to ``loss``, which were measured on the same windows.
 
         Windows are compared in pairs, so that a window that is hard to predict for both does not add to the error.
         """
-        pairs = list(zip(found.windows, base.windows, strict=True))
+        pairs = list(zip(loss.windows, base.windows, strict=True))
         assert all(mine[0] == theirs[0] for mine, theirs in pairs), "other windows"
-        log = (found.nats - base.nats) / base.tokens
+        log = (loss.nats - base.nats) / base.tokens
         if len(pairs) < 2:
             return cls(log, None)
         squares = sum((mine[1] - theirs[1] - log * mine[0]) ** 2 for mine, theirs in pairs)
@@ -198,13 +198,13 @@ def read_texts(paths: Iterable[Path]) -> dict[str, str]:
     """
     files: list[Path] = []
     for path in paths:
-        found = sorted(path.glob("*.txt")) if path.is_dir() else [path]
-        if not found or not all(file.is_file() for file in found):
+        named = sorted(path.glob("*.txt")) if path.is_dir() else [path]
+        if not named or not all(file.is_file() for file in named):
             raise ConfigError(
                 f"{path} is neither a file nor a folder with .txt files.",
                 "Give --text a text file, or a folder with .txt files.",
             )
-        files += found
+        files += named
     texts = {file.stem: file.read_text("utf-8", errors="replace") for file in files}
     if len(texts) != len(files):
         raise ConfigError("Two texts have the same name.", "Rename one of them: names are columns of the table.")
@@ -216,13 +216,13 @@ def tokenize(tokenizer: Any, texts: Mapping[str, str], tokens: int) -> dict[str,
 
     Raises ConfigError if a text has fewer than two tokens.
     """
-    found = {}
+    ids_by_text = {}
     for name, text in texts.items():
         ids = torch.tensor(first_ids(tokenizer, text, tokens, add_special_tokens=False)[:tokens], dtype=torch.int64)
         if len(ids) < 2:
             raise ConfigError(f"The text {name} has fewer than two tokens.", "Give --text a longer text.")
-        found[name] = ids
-    return found
+        ids_by_text[name] = ids
+    return ids_by_text
 
 
 @torch.inference_mode()

@@ -211,13 +211,13 @@ def token_ids(geometry: str, vocabulary: int, *, count: int = TOKENS, seed: int 
     numbers = random.Random(f"{geometry} {seed}")
     ranks = range(1, vocabulary // TOPICS)  # from 1, as the first tokens of a vocabulary are not words
     chances = list(itertools.accumulate(1 / rank for rank in ranks))
-    topic, found = numbers.randrange(TOPICS), []
+    topic, tokens = numbers.randrange(TOPICS), []
     for _ in range(count):
         if numbers.random() >= ROUTINGS[geometry].stay:
             topic = numbers.randrange(TOPICS)
         rank = ranks[bisect.bisect(chances, numbers.random() * chances[-1], hi=len(ranks) - 1)]
-        found.append(topic + TOPICS * rank)
-    return found
+        tokens.append(topic + TOPICS * rank)
+    return tokens
 
 
 def tokens_json(geometry: str, vocabulary: int, seed: int) -> bytes:
@@ -257,11 +257,11 @@ def lru_curve(trace: Trace, slots: Sequence[int]) -> dict[int, float]:
 def curve_table(geometry: str, trace: Trace) -> str:
     """Return a table of three hit ratios: of the trace, of the trained model, and of experts chosen at random."""
     routing = ROUTINGS[geometry]
-    found = lru_curve(trace, list(routing.curve))
+    curve = lru_curve(trace, list(routing.curve))
     chance = trace.num_experts[0]
-    rows = [["slots", *map(str, found)]]
+    rows = [["slots", *map(str, curve)]]
     rows += [[name, *(f"{ratio:.3f}" for ratio in ratios)] for name, ratios in (
-        (geometry, found.values()), (routing.model, routing.curve.values()), ("chance", (n / chance for n in found)),
+        (geometry, curve.values()), (routing.model, routing.curve.values()), ("chance", (n / chance for n in curve)),
     )]  # fmt: skip
     return f"hit ratio of an LRU in each block, {trace.tokens} tokens\n{table(rows)}"
 
@@ -393,11 +393,11 @@ def make_tensors(config: dict[str, Any], share: float, seed: int) -> dict[str, S
     def tensor(name: str, shape: tuple[int, ...], deviation: float) -> RandomTensor:
         return RandomTensor(shape, zlib.crc32(name.encode()) % POOL_WEIGHTS, deviation, pool)
 
-    found: dict[str, SourceTensor] = {
+    tensors: dict[str, SourceTensor] = {
         name: tensor(name, shape, deviation_of(name, shape, config)) for name, shape in shapes_of(config).items()
     }
-    embeddings = found["model.embed_tokens.weight"].shape
-    return found | {
+    embeddings = tensors["model.embed_tokens.weight"].shape
+    return tensors | {
         "model.embed_tokens.weight": Embeddings(
             tensor("tokens", embeddings, (1 - share) ** 0.5),
             tensor("topics", (TOPICS, embeddings[1]), share**0.5),

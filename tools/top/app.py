@@ -41,7 +41,7 @@ class Told(Message):
 
 
 class Top(App[None]):
-    """Application that shows the daemon at ``address``; if that is None, first a list of the daemons in ``found``.
+    """Application that shows the daemon at ``address``; if that is None, first a list of ``daemons``.
 
     It starts and ends ``watch``, which queries the daemon.
     """
@@ -79,9 +79,9 @@ class Top(App[None]):
     Help VerticalScroll { padding: 1 2; border: round $accent; background: $panel; }
     """
 
-    def __init__(self, found: Sequence[RunningDaemon], address: Address | None, watch: Watch) -> None:
+    def __init__(self, daemons: Sequence[RunningDaemon], address: Address | None, watch: Watch) -> None:
         super().__init__()
-        self._found = found
+        self._daemons = daemons
         self._address = address
         self._watch = watch
         self._seen: Look | None = None
@@ -108,7 +108,7 @@ class Top(App[None]):
         """Handle SIGTERM, and start to watch the daemon, or let the user choose one."""
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self._terminate)
         if self._address is None:
-            self.push_screen(DaemonPicker(self._found))
+            self.push_screen(DaemonPicker(self._daemons))
         else:
             self._begin(self._address)
 

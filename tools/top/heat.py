@@ -92,7 +92,7 @@ def _cells(blocks: Sequence[Block], uses: Sequence[Sequence[float]], together: i
     ``uses`` are those of ``blocks``. ``most`` is the number of experts in the largest block of the model.
     """
     ready = [set(block.ready) for block in blocks]
-    found: list[Cell | None] = []
+    cells: list[Cell | None] = []
     for at in range(0, most, together):
         one = [
             (expert in there, row[expert])
@@ -100,8 +100,8 @@ def _cells(blocks: Sequence[Block], uses: Sequence[Sequence[float]], together: i
             for expert in range(at, min(at + together, len(row)))
         ]
         count = len(one)
-        found.append((sum(there for there, _ in one) / count, sum(use for _, use in one) / count) if one else None)
-    return found
+        cells.append((sum(there for there, _ in one) / count, sum(use for _, use in one) / count) if one else None)
+    return cells
 
 
 def _append(text: Text, row: Sequence[str | None], width: int, mark: str) -> None:

@@ -96,13 +96,13 @@ class History:
         daemon = described.pid, described.started_unix_ms
         # a daemon of an earlier version sends no details
         every = list(stats.details) or [Details() for _ in stats.models]
-        found = list(zip(stats.models, every, strict=True))
+        model_details = list(zip(stats.models, every, strict=True))
         # a new daemon may have started between the two replies: a counter that has fallen shows that
-        if daemon != self._daemon or stats.uptime_s < self._uptime or any(self._falls(*one) for one in found):
+        if daemon != self._daemon or stats.uptime_s < self._uptime or any(self._falls(*one) for one in model_details):
             self.models = {}
         seconds = max(stats.uptime_s - self._uptime, 1e-9)
         self._daemon, self._uptime = daemon, stats.uptime_s
-        for model, details in found:
+        for model, details in model_details:
             if model.digest in self.models:
                 self.models[model.digest].go_on(model, details, seconds)
             else:

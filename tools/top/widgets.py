@@ -104,19 +104,19 @@ class DaemonPicker(Screen[None]):
             super().__init__()
             self.address = address
 
-    def __init__(self, found: Sequence[RunningDaemon]) -> None:
+    def __init__(self, daemons: Sequence[RunningDaemon]) -> None:
         super().__init__()
-        self._found = found
+        self._daemons = daemons
 
     def compose(self) -> ComposeResult:
         """Yield the question, the list of daemons and the footer."""
         yield Static("Which daemon?", id="head")
-        yield OptionList(*(Option(_line(daemon)) for daemon in self._found))
+        yield OptionList(*(Option(_line(daemon)) for daemon in self._daemons))
         yield Footer()
 
     def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
         """Post the address of the selected daemon to the application."""
-        self.app.post_message(self.Made(Address.of(self._found[event.option_index].folder)))
+        self.app.post_message(self.Made(Address.of(self._daemons[event.option_index].folder)))
 
 
 def _line(daemon: RunningDaemon) -> Text:
@@ -257,16 +257,16 @@ def program_of(pid: int) -> str:
 
 def prefetches(host: Tier) -> Text:
     """Return a bar and the counts of the outcomes of prefetches."""
-    found = (
+    outcomes = (
         ("useful", host.useful, GREEN),
         ("late", host.late, BLUE),
         ("wasted", host.wasted, RED),
         ("cancelled", host.cancelled, "#8a8f98"),
     )
-    total = sum(count for _, count, _ in found)
-    text = _bar([(count / total, colour) for _, count, colour in found] if total else [], width=40)
+    total = sum(count for _, count, _ in outcomes)
+    text = _bar([(count / total, colour) for _, count, colour in outcomes] if total else [], width=40)
     text.append("\n")
-    for name, count, colour in found:
+    for name, count, colour in outcomes:
         text.append("■ ", colour).append(f"{name} ", "dim").append(f"{count:,}  ")
     text.append(f"\n{host.prefetched:,} read, {host.saved_seconds:.1f} s of waiting saved", "dim")
     if host.warmed:

@@ -88,8 +88,8 @@ def draw_hits(trace: Trace, *, policy: str = DEFAULT_POLICY) -> Figure:
     slots = sorted({max(round(number), 1) for number in np.linspace(1, most, min(most, 16))})
     figure, axes = _line_figure()
     for way, name, colour in (("belady", "Belady, the bound", ORANGE), (policy, f"policy {policy}", BLUE)):
-        found = [simulate(trace, way, number).decoding.hit_ratio for number in slots]
-        axes.plot(slots, found, "o-", color=colour, label=name, markersize=4)
+        ratios = [simulate(trace, way, number).decoding.hit_ratio for number in slots]
+        axes.plot(slots, ratios, "o-", color=colour, label=name, markersize=4)
     chance = [number / most for number in slots]
     axes.plot(slots, chance, ":", color=GREY, label="as many experts, uniform at random")
     axes.set_xlabel(f"experts cached for each block, of {most}")
@@ -104,9 +104,9 @@ def draw_hits(trace: Trace, *, policy: str = DEFAULT_POLICY) -> Figure:
 def draw_recall(trace: Trace) -> Figure:
     """Draw Figure 2, right: the recall of predictions, by the look-ahead."""
     compared = compare(trace)
-    ahead = [found.lookahead for found in compared]
+    ahead = [comparison.lookahead for comparison in compared]
     gates, previous, popular = (
-        np.asarray([getattr(found, name) for found in compared], float)  # nan where it is None
+        np.asarray([getattr(comparison, name) for comparison in compared], float)  # nan where it is None
         for name in ("gates", "previous_token", "popularity")
     )
     figure, axes = _line_figure()
@@ -137,10 +137,10 @@ def draw_heatmap(trace: Trace, *, cached: int, policy: str = DEFAULT_POLICY) -> 
     used, hits = _uses(trace, cached, policy)
     counted = np.arange(most) < np.asarray(trace.num_experts)[:, None]
     share = np.where(counted, used / trace.tokens / even, np.nan)
-    found = np.divide(hits, used, out=np.full_like(used, np.nan), where=used > 0)
+    ratios = np.divide(hits, used, out=np.full_like(used, np.nan), where=used > 0)
     panels = (
         (share, "use, 1.0 = an even share", "Blues", _shown_top(share, 2.0)),
-        (found, f"hit ratio, {cached} a block, policy {policy}", "Greens", 1.0),
+        (ratios, f"hit ratio, {cached} a block, policy {policy}", "Greens", 1.0),
     )
     figure = Figure(figsize=(11, min(max(2.4, 0.13 * trace.block_count + 1.2), 9)), layout="constrained")
     for axes, (values, title, colours, top) in zip(figure.subplots(1, 2), panels, strict=True):
@@ -247,15 +247,15 @@ def _resident(trace: Trace, tokens: range, block: int, cached: int, policy: str)
     The cache is empty at the beginning of each sequence.
     """
     experts = trace.num_experts[block]
-    found = np.zeros((len(tokens), experts), np.bool_)
+    resident = np.zeros((len(tokens), experts), np.bool_)
     for span in trace.sequences:
         tier = SimulatedTier.of_block(block, min(cached, experts), POLICIES[policy])
         for token in range(span.start, min(span.stop, tokens.stop)):
             if token in tokens:
-                found[token - tokens.start, [key.expert for key in tier.resident]] = True
+                resident[token - tokens.start, [key.expert for key in tier.resident]] = True
             wanted = np.unique(trace.experts[token, block])
             tier.demand([ExpertKey(block, int(expert)) for expert in wanted if expert != NONE])
-    return found
+    return resident
 
 
 def _uses(trace: Trace, cached: int, policy: str) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:

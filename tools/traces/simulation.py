@@ -169,11 +169,11 @@ class SimulatedTier:
                 while waiting:
                     self._pool.unpin(waiting.popleft())
                 self._pool.unpin(loaded.popleft())
-            while (found := self._pool.choose(key.block, scan=True)) is None:
+            while (chosen := self._pool.choose(key.block, scan=True)) is None:
                 self._pool.unpin((waiting or loaded).popleft())
-            self._fill(found, key, scan=True)
-            self._pool.pin(found)
-            loaded.append(found)
+            self._fill(chosen, key, scan=True)
+            self._pool.pin(chosen)
+            loaded.append(chosen)
         for slot in (*waiting, *loaded):
             self._pool.unpin(slot)
 

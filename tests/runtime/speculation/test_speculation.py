@@ -15,7 +15,7 @@ from moetier.runtime.moe.experts import experts_modules
 from moetier.runtime.moe.gates import Gates
 from moetier.runtime.speculation.controller import Mode
 from moetier.runtime.speculation.predictor import Prediction, Shortcuts
-from moetier.runtime.speculation.speculation import JUDGED, MOST_ROWS, Speculation
+from moetier.runtime.speculation.speculation import JUDGED, MOST_TOKENS, Speculation
 from moetier.tiers.errors import ConfigError
 from moetier.tiers.layout import ExpertKey
 
@@ -23,7 +23,7 @@ BLOCKS = 8
 RAM = 4 << 20  # 18 of 64 experts
 TOKENS = 24
 TRUSTED = 8  # steps
-PROMPT = MOST_ROWS + 1  # tokens: none is guessed for
+PROMPT = MOST_TOKENS + 1  # tokens: none is guessed for
 
 
 class Requests:
