@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-# a package imports from the lines above its own, and from itself; packages of one line don't know each other
+# a package imports from the lines above its own, and from itself; packages of one line never import each other
 ORDER = (
     {"proto", "tiers"},
     {"tiers.cache", "tiers.headers", "tiers.quant"},

@@ -63,17 +63,17 @@ class Peers:
     """
 
     def __init__(
-        self, manifest: Manifest, peers: Sequence[Peer], groups: Sequence[Address], credentials: Credentials
+        self, manifest: Manifest, peers: Sequence[Peer], names: Sequence[Address], credentials: Credentials
     ) -> None:
-        """``groups`` are addresses that stand for daemons. This object connects to them, with ``credentials``."""
+        """``names`` are DNS names, each of several daemons. This object connects to them, with ``credentials``."""
         self._manifest = manifest
         self._peers = {peer.name: peer for peer in peers}  # replaced, never changed
         self._orders: dict[ExpertKey, list[Peer]] = {}  # what ``order`` has returned; replaced after ``_peers``
         self._single = frozenset(self._peers)
-        self._groups: dict[Address, list[Address]] = {group: [] for group in groups}  # from groups to their daemons
+        self._names: dict[Address, list[Address]] = {name: [] for name in names}  # from DNS names to their daemons
         self._credentials = credentials
         self._state = threading.Condition()  # guards the peers' fields and all fields below
-        self._from_former = Counter[str]()  # of daemons that their group no longer has
+        self._from_former = Counter[str]()  # of daemons that have left their DNS name
         self._next_resolve = 0.0  # on the monotonic clock
         self._watcher: threading.Thread | None = None
         self._closed = False
@@ -144,7 +144,7 @@ class Peers:
     # -- daemons that are away ----------------------------------------------------------------------------------------
 
     def check_all(self, *, needed: bool) -> None:
-        """Resolve the groups, check all daemons at once, and note those that are away.
+        """Resolve the DNS names, check all daemons at once, and note those that are away.
 
         Raises ConfigError or RefusedError as ``SpreadReader.open``. If all are away and ``needed``, raises the error of
         the first.
@@ -166,7 +166,7 @@ class Peers:
         for peer, error in zip(peers, errors, strict=True):
             if error is not None:
                 self.lose(peer, error, peer.failures)
-        if self._groups:
+        if self._names:
             self._start_watcher()
 
     def lose(self, peer: Peer, error: MoetierError, failures: int) -> None:
@@ -199,18 +199,18 @@ class Peers:
                 self._watcher = watcher
 
     def _watch(self) -> None:
-        """Check peers that are away, at growing intervals, and resolve groups, until the reader is closed."""
+        """Check peers that are away, at growing intervals, and resolve DNS names, until the reader is closed."""
         while (task := self._next_task()) is not None:
             task()
 
     def _next_task(self) -> Callable[[], object] | None:
-        """Wait until it is time to check a peer or to resolve the groups, and return that task; None once closed."""
+        """Wait until it is time to check a peer or to resolve DNS names, and return that task; None once closed."""
         with self._state:
             while not self._closed:
                 tasks: list[tuple[float, Callable[[], object]]] = [
                     (peer.next_check, partial(self._check_again, peer)) for peer in self if peer.away is not None
                 ]
-                if self._groups:
+                if self._names:
                     tasks.append((self._next_resolve, self._resolve_again))
                 if not tasks:
                     self._state.wait()
@@ -234,7 +234,7 @@ class Peers:
     # -- daemons that come and go -------------------------------------------------------------------------------------
 
     def _resolve_again(self) -> None:
-        """Resolve the groups, and check daemons that have come."""
+        """Resolve the DNS names, and check daemons that were added."""
         self._resolve()
         for peer in self:
             if peer.reader.computes is None and peer.away is None:
@@ -242,17 +242,17 @@ class Peers:
                     peer.reader.check(again=False)
 
     def _resolve(self) -> list[UnavailableError]:
-        """Resolve the groups: connect to daemons that have come, and disconnect from those that have gone.
+        """Resolve the DNS names: connect to daemons that were added, and disconnect from those that were removed.
 
-        A group that can't be resolved keeps its daemons. Return the errors of such groups.
+        A name that can't be resolved keeps its daemons. Return the errors of such names.
         """
         errors = []
-        for group in self._groups:
+        for dns_name in self._names:
             try:
-                self._groups[group] = group.resolve()
+                self._names[dns_name] = dns_name.resolve()
             except UnavailableError as error:
                 errors.append(error.with_traceback(None))
-        listed = {str(address): address for found in self._groups.values() for address in found}
+        listed = {str(address): address for addresses in self._names.values() for address in addresses}
         with self._state:
             self._next_resolve = time.monotonic() + (RESOLVE_AGAIN if errors else RESOLVE_SECONDS)
             if self._closed:

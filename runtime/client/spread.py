@@ -51,7 +51,7 @@ class SpreadReader(Store):
     ) -> SpreadReader:
         """Connect to the daemons. Shards in the model directory ``folder`` are read if no daemon gives a record.
 
-        An address with ``is_group`` stands for all of its daemons: the reader notices when daemons come and go.
+        An address with ``is_dns_name`` stands for all daemons of the name; the reader notices when they change.
 
         Raises ConfigError if the credentials can't be used or an address is given twice, and RefusedError if a daemon
         refuses the credentials or is not trusted. If all daemons are away and there is no shard, raises the error of
@@ -59,7 +59,7 @@ class SpreadReader(Store):
         """
         if len(set(addresses)) != len(addresses):
             raise ConfigError("A daemon is named twice.", "Name each daemon once.")
-        single = [address for address in addresses if not address.is_group]
+        single = [address for address in addresses if not address.is_dns_name]
         reader = cls(
             manifest,
             [Peer(str(address), RemoteReader(address, credentials, manifest)) for address in single],
@@ -81,10 +81,10 @@ class SpreadReader(Store):
         local: Store | None = None,
         *,
         patience: float = PATIENCE,
-        groups: Sequence[Address] = (),
+        names: Sequence[Address] = (),
         credentials: Credentials | None = None,
     ) -> None:
-        """Read from ``peers``, and from the daemons of ``groups``, to which this reader connects by itself."""
+        """Read from ``peers``, and from the daemons of the DNS names ``names``, to which this reader connects."""
         self.manifest = manifest
         self.local = local
         self.peers = Peers(manifest, peers, groups, credentials or Credentials())

@@ -167,6 +167,6 @@ def _tcp(address: str, said: str) -> Address:
     host, _, port = address.rpartition(":")
     with contextlib.suppress(ConfigError):
         parsed = Address.parse(f"{host}:{'1' if port == '0' else port}")
-        if parsed.target and not parsed.is_group:
+        if parsed.target and not parsed.is_dns_name:
             return parsed
     raise ConfigError(f"{said!r} is not HOST:PORT.", "Give a host and a port, such as 127.0.0.1:7070.")

@@ -103,7 +103,7 @@ def directory_at(
     progress: Progress | None = None,
     outline: bool = False,
 ) -> Path:
-    """Return the model directory of an address: its folder in a cache, to which experts come when they are needed.
+    """Return the model directory of an address: its folder in a cache, to which experts are fetched on demand.
 
     Args:
         cache: folder of all caches; None: ``$XDG_CACHE_HOME/moetier/objects``.

@@ -37,13 +37,13 @@ _MAX_PATH_BYTES = 107  # longest path of a Unix socket (unix(7))
 class Address:
     """Address of a daemon: a ``folder`` of Unix sockets on this host, or a ``target`` HOST:PORT.
 
-    With ``is_group`` it is the address of several daemons: one at each IP address of the target's host, at that port.
+    With ``is_dns_name`` it stands for several daemons: one at each IP address of the target's host, at that port.
     ``tls_name`` is the name that the daemon's certificate must have, if it is not the target's host.
     """
 
     folder: Path | None = None
     target: str = ""
-    is_group: bool = False
+    is_dns_name: bool = False
     tls_name: str = ""
 
     @classmethod
@@ -52,8 +52,8 @@ class Address:
 
         ``"NAME"`` means the folder NAME in ``runtime_folder()``. A text with a slash is the path of a folder:
         ``"/a/folder"``, ``"./a/folder"``. A daemon on another host is ``"HOST:PORT"`` or ``"[IPV6]:PORT"``, and
-        ``"dns:///HOST:PORT"`` a group of them. Raises ConfigError for any other text, and for a path that is too long
-        for a Unix socket.
+        ``"dns:///HOST:PORT"`` stands for several. Raises ConfigError for any other text, and for a path that is too
+        long for a Unix socket.
         """
         if "/" in text and "://" not in text:
             return cls.of(Path(text))
@@ -61,7 +61,7 @@ class Address:
             return cls.of(runtime_folder() / text)
         match = _HOST_PORT.fullmatch(text.removeprefix(_DNS))
         if match and 0 < int(match.group(2)) < 65536:
-            return cls(target=match.group(), is_group=text.startswith(_DNS))
+            return cls(target=match.group(), is_dns_name=text.startswith(_DNS))
         if "@" in text:  # what stands before it may be a password
             raise ConfigError(
                 "The address of a daemon has user information (such as USER:PASSWORD@), which moetier does not accept.",
@@ -87,7 +87,7 @@ class Address:
         return cls(folder=folder)
 
     def resolve(self) -> list[Address]:
-        """Return the address of each daemon of a group, sorted by IP address as text.
+        """Return the address of each daemon of a DNS name, sorted by IP address as text.
 
         Asks the system's resolver, which may take seconds. Raises UnavailableError if it can't resolve the name now.
         """
@@ -110,7 +110,7 @@ class Address:
         return _LOOPBACK.fullmatch(self.target.rpartition(":")[0]) is not None
 
     def __str__(self) -> str:
-        return f"{_DNS if self.is_group else ''}{self.target}" or str(self.folder)
+        return f"{_DNS if self.is_dns_name else ''}{self.target}" or str(self.folder)
 
 
 @dataclass(frozen=True, slots=True)

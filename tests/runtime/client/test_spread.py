@@ -359,7 +359,7 @@ def test_a_name_means_a_daemon_at_each_of_its_addresses(
     """They come and go with it, and no others."""
     monkeypatch.setattr("moetier.runtime.client.peers.RESOLVE_SECONDS", 0.05)
     resolver.lead_to(*IPS[:2])
-    with SpreadReader.open([resolver.group], PLAIN, manifest, bare) as reader:
+    with SpreadReader.open([resolver.name], PLAIN, manifest, bare) as reader:
         for key in KEYS:
             read(reader, key)
         assert places(reader) == IPS[:2]
@@ -387,7 +387,7 @@ def test_what_a_daemon_has_computed_counts_after_it_has_gone(
 ) -> None:
     monkeypatch.setattr("moetier.runtime.client.peers.RESOLVE_SECONDS", 0.05)
     resolver.lead_to(*IPS[:2])
-    with SpreadReader.open([resolver.group], PLAIN, manifest, bare) as reader:
+    with SpreadReader.open([resolver.name], PLAIN, manifest, bare) as reader:
         gone = next(peer for peer in reader.peers if peer.name.startswith(IPS[0]))
         reader.peers.order(KEYS[0])
         reader.peers.count_computed(gone, 5, 100)
@@ -408,7 +408,7 @@ def test_a_failure_has_the_name_resolved_again(
 ) -> None:
     """A daemon that is started again elsewhere is found long before its name's turn; there is no other here."""
     resolver.lead_to(IPS[0])
-    with SpreadReader.open([resolver.group], PLAIN, manifest, bare) as reader:
+    with SpreadReader.open([resolver.name], PLAIN, manifest, bare) as reader:
         read(reader, KEYS[0])
         asked = resolver.asked
         assert asked == 1
@@ -432,11 +432,11 @@ def test_a_name_that_is_not_known(
 ) -> None:
     monkeypatch.setattr("moetier.runtime.client.peers.RESOLVE_AGAIN", 0.05)
     with pytest.raises(UnavailableError, match=r"daemons\.test can't be resolved: Name or service not known"):
-        SpreadReader.open([resolver.group], PLAIN, manifest, bare)
-    with SpreadReader.open([resolver.group, pods[2].address], PLAIN, manifest, bare) as reader:
+        SpreadReader.open([resolver.name], PLAIN, manifest, bare)
+    with SpreadReader.open([resolver.name, pods[2].address], PLAIN, manifest, bare) as reader:
         read(reader, KEYS[0])
         assert places(reader) == IPS[2:]
-    with SpreadReader.open([resolver.group], PLAIN, manifest, folder) as reader:  # no daemon yet: it reads the store
+    with SpreadReader.open([resolver.name], PLAIN, manifest, folder) as reader:  # no daemon yet: it reads the store
         assert "can't be resolved" in caplog.text
         read(reader, KEYS[0])
         assert local_records(reader) == 1
@@ -452,7 +452,7 @@ def test_daemons_stay_while_their_name_is_not_known(
     for pause in ("RESOLVE_SECONDS", "RESOLVE_AGAIN"):
         monkeypatch.setattr(f"moetier.runtime.client.peers.{pause}", 0.02)
     resolver.lead_to(*IPS)
-    with SpreadReader.open([resolver.group], PLAIN, manifest, bare) as reader:
+    with SpreadReader.open([resolver.name], PLAIN, manifest, bare) as reader:
         resolver.lead_to()
         asked = resolver.asked
         wait_until(lambda: resolver.asked > asked + 3)

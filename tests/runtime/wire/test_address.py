@@ -17,9 +17,9 @@ from moetier.tiers.errors import ConfigError, UnavailableError
         ("/a/folder", Address(folder=Path("/a/folder"))),
         ("host:7070", Address(target="host:7070")),
         ("[::1]:7070", Address(target="[::1]:7070")),
-        ("dns:///host:7070", Address(target="host:7070", is_group=True)),
+        ("dns:///host:7070", Address(target="host:7070", is_dns_name=True)),
         ("dns:///moetier-daemon.space.svc.cluster.local.:7070",
-         Address(target="moetier-daemon.space.svc.cluster.local.:7070", is_group=True)),
+         Address(target="moetier-daemon.space.svc.cluster.local.:7070", is_dns_name=True)),
     ],
 )  # fmt: skip
 def test_they_are_what_is_written(text: str, expected: Address) -> None:
