@@ -64,7 +64,7 @@ class SpreadReader(Store):
             manifest,
             [Peer(str(address), RemoteReader(address, credentials, manifest)) for address in single],
             _open_local(folder) if folder is not None else None,
-            groups=[address for address in addresses if address.is_group],
+            names=[address for address in addresses if address.is_dns_name],
             credentials=credentials,
         )
         try:
@@ -87,8 +87,8 @@ class SpreadReader(Store):
         """Read from ``peers``, and from the daemons of the DNS names ``names``, to which this reader connects."""
         self.manifest = manifest
         self.local = local
-        self.peers = Peers(manifest, peers, groups, credentials or Credentials())
-        self._names = [*(peer.name for peer in peers), *map(str, groups)]
+        self.peers = Peers(manifest, peers, names, credentials or Credentials())
+        self._places = [*(peer.name for peer in peers), *map(str, names)]
         self.rate = FetchRate()
         self._patience = patience
         self._fork_guard = ForkGuard()
@@ -98,7 +98,7 @@ class SpreadReader(Store):
     @property
     def where(self) -> str:
         """The names of the daemons."""
-        return f"the daemons {', '.join(self._names)}"
+        return f"the daemons {', '.join(self._places)}"
 
     def on_fault(self, watcher: Callable[[ChecksumError], None]) -> None:
         """Register ``watcher`` with the local store. Records of daemons are all checked."""

@@ -207,14 +207,14 @@ def budget_for(
         )
     if asked is None:
         return min(largest, max(smallest, int(most * available.share)))
-    given = asked.of(most)
-    budget = min(given, largest)
+    asked_bytes = asked.of(most)
+    budget = min(asked_bytes, largest)
     if not smallest <= budget <= most:
         what = "too small" if budget < smallest else f"more than {available.limiter} leaves for experts"
         ends = (f"{count} bytes ({format_bytes(count)})" for count in (smallest, min(largest, most)))
         meant = f"Did you mean {asked.bytes}GiB? " if asked.bytes is not None and asked.bytes < LEAST_BYTES else ""
         raise BudgetError(
-            f"`{name}` of {format_bytes(given)} is {what}.", f"{meant}Give `{name}` from {' to '.join(ends)}."
+            f"`{name}` of {format_bytes(asked_bytes)} is {what}.", f"{meant}Give `{name}` from {' to '.join(ends)}."
         )
     return budget
 

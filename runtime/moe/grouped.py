@@ -72,9 +72,9 @@ def kernels_of(module: Any, tiered: TieredBlock, dtype: torch.dtype) -> ExpertKe
     parts = children_of(module).values()
     if any(hooks_after(part) or hooks_before(part) for part in parts if part is not None) or has_global_hooks():
         return None  # compiled code does not call the activation, and so none of its hooks
-    kind = (dtype, *parts)
-    if (trials := tiered.compiled.get(kind)) is None:
-        trials = tiered.compiled.setdefault(kind, Trials())
+    variant = (dtype, *parts)
+    if (trials := tiered.compiled.get(variant)) is None:
+        trials = tiered.compiled.setdefault(variant, Trials())
     return trials.result(module, partial(_compile, module, tiered, dtype))
 
 

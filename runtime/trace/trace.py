@@ -166,10 +166,10 @@ class Trace:
                 _require(zipfile.is_zipfile(stream), "it is not an npz archive")
                 stream.seek(0)
                 with np.load(stream, allow_pickle=False) as arrays:
-                    known = {name: arrays[name] for name in arrays.files if name in _KEYS}
-            strange = [name for name, value in known.items() if not isinstance(value, np.ndarray)]
+                    stored = {name: arrays[name] for name in arrays.files if name in _KEYS}
+            strange = [name for name, value in stored.items() if not isinstance(value, np.ndarray)]
             _require(not strange, f"{', '.join(strange)}: not a numpy array")
-            return cls._of(known)
+            return cls._of(stored)
         except _NO_TRACE as error:
             cause = " ".join(str(error).split()) or type(error).__name__
             if "allow_pickle" in cause:  # don't show numpy's advice, which would run code from the file

@@ -77,9 +77,9 @@ def open_channel(address: Address, credentials: Credentials, *, bearer: str | No
             bearer = read_token(credentials.token_file)
         target = f"dns:///{address.target}"  # with a scheme, as gRPC might take the host's name for one
         if credentials.insecure:
-            if given := [name for name in ("ca", "cert", "key") if getattr(credentials, name) is not None]:
+            if files := [name for name in ("ca", "cert", "key") if getattr(credentials, name) is not None]:
                 raise ConfigError(
-                    f"`credentials.insecure` turns TLS off, but `credentials.{given[0]}` is for TLS.",
+                    f"`credentials.insecure` turns TLS off, but `credentials.{files[0]}` is for TLS.",
                     "Give only one of the two.",
                 )
             channel = grpc.insecure_channel(target, options=OPTIONS)

@@ -169,8 +169,8 @@ def _receive(end: socket.socket) -> tuple[bytes, list[int]]:
     except ConnectionResetError:  # the daemon refused before it read the packet; its answer is still there
         packet, ancillary, flags, _ = end.recvmsg(*arguments)
     descriptors = array("i")
-    for level, kind, data in ancillary:
-        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+    for level, message_type, data in ancillary:
+        if (level, message_type) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
             descriptors.frombytes(data[: len(data) - len(data) % descriptors.itemsize])
     if flags & socket.MSG_CTRUNC and not descriptors:
         raise UnavailableError(

@@ -122,8 +122,10 @@ def error_of(error: grpc.RpcError | ValueError | OSError | RuntimeError, target:
     else:
         if (transport := _transport_error(code, details, target)) is not None:
             return transport
-    kind = ERRORS.get(code, DaemonError)
-    return kind(f"The call to the daemon failed: {details} ({code.name}).", _FIXES.get(kind, "See the daemon's log."))
+    error_class = ERRORS.get(code, DaemonError)
+    return error_class(
+        f"The call to the daemon failed: {details} ({code.name}).", _FIXES.get(error_class, "See the daemon's log.")
+    )
 
 
 def _transport_error(code: grpc.StatusCode, details: str, target: str) -> MoetierError | None:

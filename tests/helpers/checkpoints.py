@@ -84,7 +84,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 def stored_experts(folder: Path) -> dict[tuple[str, int], dict[str, Tensor]]:
-    """What a model directory of 16 bits holds: (path of the Experts module, expert) -> its parameters, in order."""
+    """Return the experts of a model directory of 16 bits: (path of the module, expert) -> its parameters, in order."""
     found = {}
     with ExpertStore.open(folder) as store:
         for block, entry in enumerate(store.manifest.blocks):
@@ -97,7 +97,7 @@ def stored_experts(folder: Path) -> dict[tuple[str, int], dict[str, Tensor]]:
 
 
 def trunk_tensors(folder: Path) -> dict[str, Tensor]:
-    """Of a model directory, by the index."""
+    """Return the tensors of a model directory's trunk, found by its index."""
     places = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
     tensors: dict[str, Tensor] = {}
     for name in sorted(set(places.values())):

@@ -120,14 +120,14 @@ def _steps(model: Any, ids: Tensor, *, steps: int = 3, **options: Any) -> tuple[
 
 
 def _same_output(ordinary: Any, tiered: Any, dtype: torch.dtype) -> bool:
-    """Of two Experts modules."""
+    """Return whether two Experts modules have the same output."""
     width = ordinary.down_proj.shape[2 if ordinary.is_transposed else 1]
     return torch.equal(_output(ordinary, width, dtype), _output(tiered, width, dtype))
 
 
 @torch.no_grad()
 def _output(module: Any, width: int, dtype: torch.dtype, tokens: int = 11) -> Tensor:
-    """Of an Experts module, whatever part of the model would call it: three random experts for each token."""
+    """Return an Experts module's output for three random experts for each token."""
     random = torch.Generator().manual_seed(2)
     states = torch.randn(tokens, width, generator=random).to(dtype)
     index = torch.rand(tokens, module.num_experts, generator=random).topk(3).indices

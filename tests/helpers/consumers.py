@@ -1,4 +1,4 @@
-"""Who computes on the device tier's records: each computation notes the bytes that it saw when it was done."""
+"""Computations with the device tier's records, which note the bytes that they saw when they were done."""
 
 from __future__ import annotations
 

@@ -97,7 +97,7 @@ class DaemonProcess:
         return card
 
     def kill(self) -> None:
-        """As -9 does."""
+        """Kill the process (SIGKILL)."""
         self.process.kill()
         self.process.wait(PATIENCE)
 
@@ -114,7 +114,7 @@ class DaemonProcess:
 
     @contextlib.contextmanager
     def stub(self) -> Iterator[ExpertStoreStub]:
-        """With a credential that only looks."""
+        """Yield a stub whose credential permits only Describe and Stats."""
         with (
             ControlConnection.open(self.folder, None) as control,
             open_channel(self.address, Credentials(), bearer=control.session_id) as channel,
@@ -122,7 +122,7 @@ class DaemonProcess:
             yield ExpertStoreStub(channel)
 
     def stats(self, digest: str | None = None) -> pb.ModelStats:
-        """Of one model; of the only one by default."""
+        """Return the counters of one model; by default of the only one."""
         with self.stub() as stub:
             return _stats(stub, digest)
 

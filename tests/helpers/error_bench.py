@@ -41,7 +41,7 @@ BYTES = (r"\b\d[\d,]{3,}\b", "BYTES")
 
 @dataclass
 class Said:
-    """What a command said, in words that stay."""
+    """Output of a command, without what differs between runs."""
 
     command: str
     code: int
@@ -53,7 +53,7 @@ class Said:
 
 @dataclass
 class Bench:
-    """What cases work with: a folder of their own, a model directory and a checkpoint to copy, prepared processes."""
+    """Resources of the cases: a folder, a model directory and a checkpoint to copy, prepared processes."""
 
     folder: Path
     whole_model: Path

@@ -1,4 +1,4 @@
-"""What a person is told of each fault, and the files that hold it. ``make golden`` writes them.
+"""Messages of commands for each fault, and the files that hold them. ``make golden`` writes them.
 
 Each case injects its fault for real, runs the real command as a process of its own, and keeps what it says, with its
 exit code. What differs from machine to machine, and from run to run, is written as a word in capitals.

@@ -18,7 +18,7 @@ from readers import PATIENCE
 
 
 class Order(Enum):
-    """What a broken device forgets."""
+    """An order of operations that a broken device does not keep."""
 
     COMPUTE_AFTER_COPY = auto()
     REFILL_AFTER_COMPUTE = auto()

@@ -14,7 +14,7 @@ import pytest
 
 
 def flip_bit(path: Path, position: int, bit: int = 0) -> None:
-    """In the file itself; ``position`` in bytes, negative from its end. Twice gives the file back."""
+    """Flip a bit of a file at byte ``position``, counted from the end if negative. A second call restores the file."""
     with path.open("r+b") as stream:
         stream.seek(position, os.SEEK_SET if position >= 0 else os.SEEK_END)
         byte = stream.read(1)[0]

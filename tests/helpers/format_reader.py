@@ -44,7 +44,7 @@ class Reader:
         return record
 
     def digest(self) -> str:
-        """Of the checksums as they are stored."""
+        """Return the digest of the checksums as they are stored."""
         sha = hashlib.sha256()
         for block, entry in enumerate(self.manifest["blocks"]):
             for expert in range(entry["experts"]):
@@ -118,7 +118,7 @@ def to_float(values: npt.NDArray[Any], dtype: str) -> Weights:
 
 
 def round_to_bfloat16(values: Weights) -> Weights:
-    """To the nearest, halves to even."""
+    """Round to the nearest bfloat16, halves to even."""
     bits = values.view(np.uint32)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
 

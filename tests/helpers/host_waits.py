@@ -1,4 +1,4 @@
-"""What makes the host wait for a device, counted on a CPU: where a value, or how many there are, is asked for."""
+"""Counts what would make the host wait for a device: reads of values, and of numbers of values, on a CPU."""
 
 from __future__ import annotations
 

@@ -137,7 +137,7 @@ def serve_hub(files: dict[str, bytes], cache: Path) -> Iterator[Hub]:
 
 
 def _lfs(name: str, data: bytes) -> dict[str, dict[str, object]]:
-    """What the hub says of a file that is no small text."""
+    """Return the fields that the hub adds for a large file; {} for a small one."""
     if not name.endswith(".safetensors"):
         return {}
     return {"lfs": {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}}

@@ -28,7 +28,7 @@ TOKENS = 6
 
 
 class Alarm(Exception):
-    """What a user's own handler raises, as those of timeouts do."""
+    """Exception of a user's own signal handler, as those of timeouts raise."""
 
 
 def raise_alarm(number: int, frame: FrameType | None) -> None:

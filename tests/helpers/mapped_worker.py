@@ -88,7 +88,7 @@ class Worker:
         self.open_leases.clear()
 
     def break_proof(self) -> None:
-        """From now on every record is said to hold."""
+        """Let every lease hold from now on, whatever the generations say."""
         Proof.__call__ = lambda self: True  # type: ignore[method-assign]
 
     def fork_hold(self, block: int, *experts: int) -> int:
@@ -125,7 +125,7 @@ class Worker:
         return found | {"used": self.used, "thrown": self.thrown, "wrong": self.wrong}
 
     def census(self) -> dict[str, Any]:
-        """What this process has open."""
+        """Return the numbers of open descriptors, maps and threads of this process."""
         maps = sum("/memfd:moetier-arena" in line for line in Path("/proc/self/maps").read_text().splitlines())
         threads = len(list(Path("/proc/self/task").iterdir()))
         return {"descriptors": len(list(Path("/proc/self/fd").iterdir())), "maps": maps, "threads": threads}

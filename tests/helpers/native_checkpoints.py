@@ -61,7 +61,7 @@ def fp8(block: tuple[int, int] | None, *, powers: bool, scale: str = "weight_sca
 
 
 def mxfp8(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """With scales as bytes."""
+    """Quantise to MXFP8, with scales as bytes."""
     stored, made = fp8((1, 32), powers=True)(weight)
     return stored | {"weight_scale_inv": stored["weight_scale_inv"].view(torch.uint8)}, made
 

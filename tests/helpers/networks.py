@@ -31,11 +31,11 @@ class Network:
 
     @property
     def prefix(self) -> list[str]:
-        """Of a command that is to run there."""
+        """Words before a command that run it in the namespace."""
         return ["ip", "netns", "exec", self.name]
 
     def drop(self) -> None:
-        """Every packet, in both directions, from now on; nobody is told."""
+        """Drop every packet in both directions from now on. Neither end is told."""
         for inside in (False, True):
             for silence in _SILENCES:
                 if not _ip("tc", inside, self.name, "qdisc", "replace", "dev", self._end(inside), "root", *silence):
@@ -54,7 +54,7 @@ class Network:
 
 @contextlib.contextmanager
 def network(*, slow: bool = False) -> Iterator[Network]:
-    """With ``slow``, over a link of 1 Gbit/s and .3 ms there and back (slow_link.py)."""
+    """Make a network; with ``slow``, over a link of 1 Gbit/s with a round trip of .3 ms (slow_link.py)."""
     for tool in ("ip", "tc"):
         if shutil.which(tool) is None:
             pytest.skip(f"{tool} is not installed (Debian: iproute2)")
@@ -103,7 +103,7 @@ def _start_link(name: str, device: str) -> subprocess.Popen[bytes]:
 
 
 def _ip(tool: str, inside: bool, namespace: str, *arguments: str) -> str:
-    """What it complains of; "" when it is done."""
+    """Run ip(8), and return its error message; "" if it succeeds."""
     command = [tool, *(["-n", namespace] if inside else []), *arguments]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     return (result.stderr.strip() or f"{command} failed") if result.returncode else ""

@@ -67,7 +67,7 @@ def outlet_of(fetches: FetchCalls, manifest: Manifest) -> Outlet:
 
 @contextlib.contextmanager
 def served(host: HostTier) -> Iterator[Address]:
-    """Where a tier's records are fetched."""
+    """Serve fetches of a tier's records, and yield the address."""
     fetches = FetchCalls(host, host.manifest, host.layout.slots_by_array)
     try:
         with serving(outlet_of(fetches, host.manifest)) as address:

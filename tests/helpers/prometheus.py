@@ -19,7 +19,7 @@ from readers import PATIENCE
 
 
 def scrape(url: str, key: str | None = None, accept: str = "") -> str:
-    """What a server of metrics says."""
+    """Return the response of a server of metrics."""
     headers = {"Accept": accept} | ({"Authorization": f"Bearer {key}"} if key else {})
     with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=PATIENCE) as answer:
         return bytes(answer.read()).decode()

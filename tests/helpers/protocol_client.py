@@ -61,7 +61,7 @@ class Client:
         return self._stub.Describe(pb.DescribeRequest(), metadata=self._shown, timeout=60)
 
     def hits(self, block: int, experts: Sequence[int]) -> Iterator[tuple[int, bytes]]:
-        """Of those that are there: copies of their slots, proved; the daemon is told."""
+        """Return copies of the records that are in slots, verified by their generations, and report the hits."""
         used = []
         for expert in experts:
             if (copied := self.arena.copy(block, expert)) is not None:
@@ -70,7 +70,7 @@ class Client:
         self._said.put(pb.ClientMessage(used=pb.Used(blocks=[pb.Experts(block=block, experts=used)])))
 
     def demand(self, block: int, experts: Sequence[int]) -> Iterator[tuple[int, bytes]]:
-        """Of all of them, in the order in which they come: copies of their slots."""
+        """Request all of them, and return copies of their slots in order of arrival."""
         self._requests += 1
         acquire = pb.Acquire(request=self._requests, block=block, experts=experts, deadline_ms=60_000)
         self._said.put(pb.ClientMessage(acquire=acquire))

@@ -84,7 +84,7 @@ class RawClient:
         return self.error
 
     def record(self, slot: int) -> bytes:
-        """As it lies in the arena now."""
+        """Return the bytes of a slot's record in the arena now."""
         start = self.layout.offset(slot)
         return self._map[start : start + self.layout.slot_bytes(slot) - 4]
 

@@ -96,7 +96,7 @@ class RayCluster:
         return self.run(*words, status=status)
 
     def deploy_file(self, directory: Path, replicas: int, **options: Any) -> None:
-        """As `serve deploy` does: an application with ``options`` of a configuration file."""
+        """Deploy an application from a configuration file with ``options``, as `serve deploy` does."""
         application = {
             "name": "moetier",
             "route_prefix": "/",
@@ -113,7 +113,7 @@ class RayCluster:
         self.wait_for(replicas)
 
     def shut_down(self) -> None:
-        """As `serve shutdown` does."""
+        """End Ray Serve, as `serve shutdown` does."""
         self.run("-c", "import ray.serve; ray.serve.shutdown()")
 
     def wait_for(self, replicas: int) -> None:

@@ -64,7 +64,7 @@ class GatedReader(RamReader):
         with self._changed:
             self.begun.append(key)
             self._changed.notify_all()
-            assert self._changed.wait_for(lambda: self._open or self._passes[key], PATIENCE), f"nobody released {key}"
+            assert self._changed.wait_for(lambda: self._open or self._passes[key], PATIENCE), f"{key} was not released"
             if not self._open:
                 self._passes[key] -= 1
         try:

@@ -25,7 +25,7 @@ _LIBRARY = ctypes.CDLL(None, use_errno=True)
 
 
 def forbid(kind: str) -> None:
-    """In this process and its children. Raises OSError where the kernel has no such thing."""
+    """Forbid new executable memory in this process and its children. Raises OSError if the kernel can't."""
     if kind == "prctl":
         _prctl(PR_SET_MDWE, PR_MDWE_REFUSE_EXEC_GAIN, 0)
     else:

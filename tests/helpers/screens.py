@@ -39,7 +39,7 @@ class DrawnTerminal(Terminal):
         return self.screen
 
     def colour(self, column: int, line: int) -> str:
-        """Of a letter: "rrggbb"."""
+        """Return the colour of a letter: "rrggbb"."""
         return str(self._screen.buffer[line][column].fg)
 
     def shows(self, *words: str) -> str:

@@ -18,7 +18,7 @@ from moetier.tiers.store.base import Store
 from moetier.tiers.store.folder import GROUP, METADATA, read_manifest, store_folder
 from moetier.tiers.store.writer import StoreWriter, array_metadata
 
-# A daemon takes back the memory of a killed one that served a store of the same digest, whoever started it: that of the
+# A daemon reclaims the memory of a killed one that served a store of the same digest, whichever test it is: that of the
 # records. So each process of tests has records of its own, which its children share.
 _RUN = os.environ.setdefault("MOETIER_TEST_RUN", secrets.token_hex(8)) + os.environ.get("PYTEST_XDIST_WORKER", "")
 SOURCE_DIGEST = hashlib.sha256(_RUN.encode()).hexdigest()

@@ -67,7 +67,7 @@ class Terminal:
         self.type(CTRL_C)
 
     def wait_for(self, pattern: str) -> str:
-        """What was written since the last wait, up to the end of what matches."""
+        """Wait for a match, and return the output since the last wait, up to the end of the match."""
         deadline = time.monotonic() + PATIENCE
         while not (found := re.compile(pattern, re.DOTALL).search(self.screen, self._seen)):
             ready, _, _ = select.select([self._master], [], [], max(0.0, deadline - time.monotonic()))
@@ -84,7 +84,7 @@ class Terminal:
             return b""
 
     def status(self) -> int:
-        """Of the process, when it has ended."""
+        """Wait for the end of the process, and return its status."""
         while self._read():
             pass
         return self._process.wait(PATIENCE)

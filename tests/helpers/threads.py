@@ -33,7 +33,7 @@ class Task(Generic[Result]):
             self._error = error
 
     def result(self, timeout: float = PATIENCE) -> Result:
-        """What it returned; raises what it raised."""
+        """Return the thread's result, or raise its error."""
         self.thread.join(timeout)
         if self.thread.is_alive():
             frames = current_frames()
@@ -65,13 +65,13 @@ def current_frames() -> dict[int, FrameType]:
 
 
 def sleeps(thread: threading.Thread) -> bool:
-    """Whether it sleeps in a tier's monitor (``Monitor.wait_for``)."""
+    """Return whether the thread sleeps in a tier's monitor (``Monitor.wait_for``)."""
     frame = current_frames().get(thread.ident or 0)
     return frame is not None and (frame.f_globals["__name__"], frame.f_code.co_name) == ("moetier.tiers.locks", "_wait")
 
 
 def joins(thread: threading.Thread) -> bool:
-    """Whether it waits for the end of another thread."""
+    """Return whether the thread waits for the end of another."""
     frame = current_frames().get(thread.ident or 0)
     while frame is not None:
         if frame.f_code is threading.Thread.join.__code__:

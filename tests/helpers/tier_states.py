@@ -15,7 +15,7 @@ from moetier.tiers.layout import ExpertKey
 
 
 def is_closed(tier: HostTier) -> bool:
-    """Whether ``close`` has begun."""
+    """Return whether ``close`` has begun."""
     try:
         tier.prefetch(len(tier.manifest.blocks) - 1, [])
     except ClosedError:

@@ -59,7 +59,7 @@ class OneSlot:
         raise NotImplementedError
 
     def prefetch(self, block: int, keys: Sequence[ExpertKey]) -> None:
-        raise AssertionError("nobody wishes here")
+        raise AssertionError("no prefetch is requested")
 
     def stats(self) -> TierStats:
         return TierCounters("one slot").snapshot(slots=1, ready=0, leased=0, slot_bytes=len(self.slot))

@@ -13,7 +13,7 @@ NOBODY = 65534
 
 
 def as_nobody(work: Callable[[], object]) -> str:
-    """What ``work`` says of itself in a forked child of another user: "returned ...", or its error."""
+    """Run ``work`` in a forked child of another user. Return "returned ...", or its error."""
     need_root()
 
     def become_and_work() -> object:
@@ -24,7 +24,7 @@ def as_nobody(work: Callable[[], object]) -> str:
 
 
 def become_nobody() -> None:
-    """For good: in a child."""
+    """Change this process's user for good. Only for a child."""
     os.setgroups([])
     os.setgid(NOBODY)
     os.setuid(NOBODY)

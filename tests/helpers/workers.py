@@ -64,7 +64,7 @@ class WorkerProcess:
         return self.hear(timeout)
 
     def kill(self) -> None:
-        """As -9 does."""
+        """Kill the process (SIGKILL)."""
         self.process.kill()
         self.process.wait(PATIENCE)
 

@@ -101,7 +101,7 @@ def rounded(
 
 
 def dequantised(codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
-    """As AutoAWQ and GPTQModel write it."""
+    """Return the weights, computed as AutoAWQ and GPTQModel do."""
     return (codes - zeros) * scales
 
 

@@ -315,6 +315,6 @@ def intact_slots(arena: Arena, manifest: Manifest, threads: int) -> dict[int, Ex
 
 def _is_whole(data: memoryview, key: ExpertKey, manifest: Manifest) -> bool:
     stored = int.from_bytes(data[-CHECKSUM_BYTES:], "little")
-    if (known := manifest.checksums(key.block)) and known[key.expert] != stored:
+    if (checksums := manifest.checksums(key.block)) and checksums[key.expert] != stored:
         return False  # an older version of moetier may have read the record from a shard of another conversion
     return crc32c(data[:-CHECKSUM_BYTES]) == stored

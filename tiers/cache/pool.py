@@ -298,9 +298,9 @@ class SlotPool:
         for policy in self._policies:
             for key in set(policy).difference(self._slot_of):
                 policy.remove(key)
-        known = set[ExpertKey]().union(*self._policies)
+        placed = set[ExpertKey]().union(*self._policies)
         for key in self._slot_of:
-            if key not in known:
+            if key not in placed:
                 self._policy(key).add(key, scan=False)
 
     def check_integrity(self) -> None:

@@ -105,9 +105,9 @@ def layout_for(
             biases.append(Bias(name, shape[0], STORED_AS[dtype]))
         elif len(shape) == 2:
             columns, rows = shape if transposed else shape[::-1]
-            groups = [each for each in GROUPS[pairs] if each <= group and columns % each == 0] if bits != 16 else []
-            if groups:
-                projections.append(Projection(name, rows, columns, bits, dtype, transposed, max(groups), pairs))
+            sizes = [size for size in GROUPS[pairs] if size <= group and columns % size == 0] if bits != 16 else []
+            if sizes:
+                projections.append(Projection(name, rows, columns, bits, dtype, transposed, max(sizes), pairs))
             else:
                 projections.append(Projection(name, rows, columns, 16, STORED_AS[dtype], transposed))
         else:
@@ -132,9 +132,10 @@ def group_and_pairs(bits: Bits, group: int | None, pairs: str | None) -> tuple[i
     if pairs not in PAIR_TYPES:
         raise ConfigError(f"Pairs of type {pairs} are not supported.", f"Choose {' or '.join(PAIR_TYPES)}.")
     if group not in GROUPS[pairs]:
-        known = [f"{', '.join(map(str, groups))} with pairs of {name}" for name, groups in GROUPS.items()]
+        supported = [f"{', '.join(map(str, groups))} with pairs of {name}" for name, groups in GROUPS.items()]
         raise ConfigError(
-            f"Groups of {group} weights are not supported with {pairs} pairs.", f"Choose among {'; or '.join(known)}."
+            f"Groups of {group} weights are not supported with {pairs} pairs.",
+            f"Choose among {'; or '.join(supported)}.",
         )
     return group, pairs
 
@@ -147,8 +148,8 @@ def sections(record: Tensor, layout: RecordLayout, of: str = "") -> dict[str, Te
         layout: the layout of the record.
         of: the name of a quantised projection, to get only the sections of that projection; "" for all sections.
     """
-    wanted = [s for s in layout.sections if s.name.startswith(f"{of}.")] if of else layout.sections
-    return {s.name: record[s.offset : s.offset + s.nbytes].view(TORCH_TYPES[s.dtype]).view(s.shape) for s in wanted}
+    chosen = [s for s in layout.sections if s.name.startswith(f"{of}.")] if of else layout.sections
+    return {s.name: record[s.offset : s.offset + s.nbytes].view(TORCH_TYPES[s.dtype]).view(s.shape) for s in chosen}
 
 
 # type of a function that quantises weights [rows, columns] into the sections of a projection; its last argument is

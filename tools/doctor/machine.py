@@ -75,15 +75,15 @@ def look(name: str, at: Callable[[], Iterable[Finding]]) -> Iterator[Finding]:
 
 def lines_of(findings: Iterable[Finding], width: int) -> Iterator[str]:
     """Yield findings as text, in lines of up to ``width`` characters, each finding followed by its advice."""
-    for each in findings:
-        head = f"{each.state:<4}  {each.name:<12}  "
+    for finding in findings:
+        head = f"{finding.state:<4}  {finding.name:<12}  "
         indent = " " * len(head)
         wrap = partial(
             textwrap.wrap, width=width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
         )
-        yield from map(plain, wrap(each.found, initial_indent=head))
-        if each.advice:
-            yield from map(plain, wrap(each.advice, initial_indent=f"{indent[3:]}-> "))
+        yield from map(plain, wrap(finding.found, initial_indent=head))
+        if finding.advice:
+            yield from map(plain, wrap(finding.advice, initial_indent=f"{indent[3:]}-> "))
 
 
 def python() -> Iterator[Finding]:
@@ -140,11 +140,11 @@ def configuration() -> Iterator[Finding]:
 
     settings = Settings(commands_of(build_parser()))
     yield from (warn("config", said, "Unset it, or correct its name.") for said in settings.unknown_variables)
-    entries = [each for name in settings.sections for each in settings.of(name)]
+    entries = [entry for name in settings.sections for entry in settings.of(name)]
     settings.check()
-    places = sorted({each.where for each in entries if not each.is_default})
-    there = "" if settings.file.exists() else " (does not exist)"
-    yield ok("config", f"{settings.file}{there}; set: {'; '.join(places) or 'nothing'}")
+    places = sorted({entry.where for entry in entries if not entry.is_default})
+    suffix = "" if settings.file.exists() else " (does not exist)"
+    yield ok("config", f"{settings.file}{suffix}; set: {'; '.join(places) or 'nothing'}")
 
 
 def processor() -> Iterator[Finding]:
@@ -173,8 +173,8 @@ def kernel() -> Iterator[Finding]:
         )
         return
     processor, threads = this_processor(), use_threads()
-    form = f"{processor.dot.value} and AMX" if processor.has_amx else processor.dot.value
-    found = f"products with quantised experts are computed by code compiled for {form}, in {threads} threads"
+    instructions = f"{processor.dot.value} and AMX" if processor.has_amx else processor.dot.value
+    found = f"products with quantised experts are computed by code compiled for {instructions}, in {threads} threads"
     if processor.dot is Dot.PLAIN:
         yield warn(
             "kernel",
@@ -254,15 +254,15 @@ def daemons() -> Iterator[Finding]:
     running = running_daemons()
     if not running:
         yield ok("daemons", f"none runs in {runtime_folder()}")
-    for each in running:
-        models = ", ".join(f"{model.name} ({format_bytes(model.budget_bytes)})" for model in each.card.models)
-        what = f"{each.folder}: process {each.card.pid}, {models}"
-        if each.stats is None:
-            yield warn("daemons", f"{what}, does not answer", f"If it still does not answer: kill {each.card.pid}")
-        elif each.card.version != version("moetier"):
+    for daemon in running:
+        models = ", ".join(f"{model.name} ({format_bytes(model.budget_bytes)})" for model in daemon.card.models)
+        what = f"{daemon.folder}: process {daemon.card.pid}, {models}"
+        if daemon.stats is None:
+            yield warn("daemons", f"{what}, does not answer", f"If it still does not answer: kill {daemon.card.pid}")
+        elif daemon.card.version != version("moetier"):
             yield warn(
                 "daemons",
-                f"{what}, is moetier {each.card.version}",
+                f"{what}, is moetier {daemon.card.version}",
                 "End the daemon, and start it again with this version of moetier.",
             )
         else:

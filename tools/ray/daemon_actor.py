@@ -184,4 +184,4 @@ def hold_daemon(words: list[str], needed: Callable[[int], int]) -> Path:
 
 def _memory_of(node: str) -> int:
     """Return the bytes of memory that Ray offers to actors on a node, whether they are in use or not."""
-    return next(int(each["Resources"].get("memory", 0)) for each in ray.nodes() if each["NodeID"] == node)
+    return next(int(entry["Resources"].get("memory", 0)) for entry in ray.nodes() if entry["NodeID"] == node)

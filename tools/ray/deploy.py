@@ -67,7 +67,7 @@ def deploy(application: Any, host: str, port: int, *, key: str | None) -> Addres
         serve.run(application, name=NAME)
     except RuntimeError as error:  # says only which deployments have failed
         states = serve.status().applications[NAME].deployments.values()
-        cause = next((cause_in(each.message) for each in states if each.message), str(error))
+        cause = next((cause_in(state.message) for state in states if state.message), str(error))
         raise MoetierError(f"The replicas do not start. {cause}", "serve status shows the whole error.") from None
     return address
 

@@ -108,5 +108,5 @@ def daemon_words(arguments: argparse.Namespace) -> list[str]:
 
 def replica_resources(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Return keyword arguments of ``load`` for a replica, which uses the daemon in ``folder``."""
-    given = {name: getattr(arguments, name) for name in ("threads", "prefill_chunk", *REPLICA, *SPECULATION)}
-    return given | {"ram": None, "context": arguments.context * arguments.parallel, "daemon": str(folder)}
+    values = {name: getattr(arguments, name) for name in ("threads", "prefill_chunk", *REPLICA, *SPECULATION)}
+    return values | {"ram": None, "context": arguments.context * arguments.parallel, "daemon": str(folder)}

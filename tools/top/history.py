@@ -110,12 +110,12 @@ class History:
 
     def _falls(self, stats: ModelStats, details: Details) -> bool:
         """Whether a counter of a model is less than before, or the number of experts of a block has changed."""
-        known = self.models.get(stats.digest)
-        if known is None:
+        earlier = self.models.get(stats.digest)
+        if earlier is None:
             return False
-        if [len(block.uses) for block in details.blocks] != [len(block.uses) for block in known.details.blocks]:
+        if [len(block.uses) for block in details.blocks] != [len(block.uses) for block in earlier.details.blocks]:
             return True
-        return any(map(operator.lt, _counters(stats, details), _counters(known.stats, known.details)))
+        return any(map(operator.lt, _counters(stats, details), _counters(earlier.stats, earlier.details)))
 
 
 def _counters(stats: ModelStats, details: Details) -> list[float]:

@@ -222,7 +222,7 @@ def clients(model: ModelHistory, *, local: bool) -> Table:
     table.show_header = True
     for client in model.details.clients:
         hits, misses = model.rates.get(client.number, (0.0, 0.0))
-        wanted = client.hits + client.misses
+        requested = client.hits + client.misses
         table.add_row(
             str(client.pid),
             *([Text(program_of(client.pid))] if local else []),  # a Text, so that it is not read as markup
@@ -230,7 +230,7 @@ def clients(model: ModelHistory, *, local: bool) -> Table:
             f"{client.leases:,}",
             f"{hits:,.0f}",
             f"{misses:,.0f}",
-            f"{client.hits / wanted:.1%}" if wanted else "-",
+            f"{client.hits / requested:.1%}" if requested else "-",
         )
     if not model.details.clients:
         table.add_row(Text("none", "dim"))

@@ -253,8 +253,8 @@ def _resident(trace: Trace, tokens: range, block: int, cached: int, policy: str)
         for token in range(span.start, min(span.stop, tokens.stop)):
             if token in tokens:
                 resident[token - tokens.start, [key.expert for key in tier.resident]] = True
-            wanted = np.unique(trace.experts[token, block])
-            tier.demand([ExpertKey(block, int(expert)) for expert in wanted if expert != NONE])
+            used = np.unique(trace.experts[token, block])
+            tier.demand([ExpertKey(block, int(expert)) for expert in used if expert != NONE])
     return resident
 
 
