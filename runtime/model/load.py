@@ -302,12 +302,12 @@ def _misfit(error: Exception) -> str | None:
     The error itself refers to the report that transformers has logged.
     """
     for frame, _ in traceback.walk_tb(error.__traceback__):
-        found = frame.f_locals.get("loading_info")
-        if shapes := sorted(getattr(found, "mismatched_keys", ())):
+        loading_info = frame.f_locals.get("loading_info")
+        if shapes := sorted(getattr(loading_info, "mismatched_keys", ())):
             name, stored, wanted = shapes[0]
             more = f", and {len(shapes) - 1} more do not fit" if shapes[1:] else ""
             return f"{name} has shape {list(stored)}, and by config.json {list(wanted)}{more}"
-        if failed := sorted(getattr(found, "conversion_errors", {})):
+        if failed := sorted(getattr(loading_info, "conversion_errors", {})):
             return f"the weights that {failed[0]} is made of do not fit together"
     return None
 
@@ -344,10 +344,10 @@ def _said(error: Exception) -> str:
 
 def _model_class(config: dict[str, Any]) -> Any:
     name = next(iter(config.get("architectures") or []), None)
-    found = getattr(transformers, name, None) if isinstance(name, str) else None
-    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
+    model_class = getattr(transformers, name, None) if isinstance(name, str) else None
+    if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
         raise UnsupportedModelError(
             f"config.json names the architecture {name!r}; transformers {transformers.__version__} does not have it.",
             f"Upgrade moetier: this transformers lacks {name}.",
         )
-    return found
+    return model_class

@@ -54,8 +54,8 @@ def pulled() -> dict[str, Path]:
 
     Folders with a name that ``moetier pull`` would not give are left out.
     """
-    found = sorted(path for path in models_folder().glob("*/*") if (path / GROUP).is_dir())
-    named = {f"{path.parent.name.replace('--', '/')}:{path.name}": path for path in found}
+    folders = sorted(path for path in models_folder().glob("*/*") if (path / GROUP).is_dir())
+    named = {f"{path.parent.name.replace('--', '/')}:{path.name}": path for path in folders}
     return {name: path for name, path in named.items() if NAME.fullmatch(name)}
 
 
@@ -80,9 +80,9 @@ def model_directory(name: str | os.PathLike[str]) -> Path:
         raise StoreFormatError(f"There is no file {folder.absolute()}.", "Check the path of the GGUF file.")
     if not may_be_name(text) or folder.exists():
         return folder
-    if (found := _named(text)) is None:
+    if (named := _named(text)) is None:
         raise StoreFormatError(f"There is no folder {folder.absolute()}, and no pulled model {text}.", _advice(text))
-    return found[1]
+    return named[1]
 
 
 def may_be_name(text: str) -> bool:
@@ -130,11 +130,11 @@ def pulled_model(name: str) -> tuple[str, Path]:
 
     Raises StoreFormatError if there is none, or if ``name`` has no tag and the model was pulled with several tags.
     """
-    if (found := _named(name)) is None:
+    if (named := _named(name)) is None:
         raise StoreFormatError(
             f"There is no pulled model {name}.", "Run moetier list to see the names of all pulled models."
         )
-    return found
+    return named
 
 
 def _named(name: str) -> tuple[str, Path] | None:

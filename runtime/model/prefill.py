@@ -207,7 +207,7 @@ def _attentions(text: Any, size: int, *, is_eager: bool, is_sliced: bool, is_qui
 def _block(module: Any, manifest: Manifest, number: int, dtype: Any, kernels: Kernels) -> int:
     """Return the bytes that a block with the Experts module ``module`` takes for each token."""
     block, layout = manifest.blocks[number], manifest.layout(number)
-    found = output_bytes(module, layout, 1, block.top_k, dtype) + ROUTER * block.experts + INDEX * block.top_k
+    nbytes = output_bytes(module, layout, 1, block.top_k, dtype) + ROUTER * block.experts + INDEX * block.top_k
     if quick_activation(module, layout, kernels) is None:  # all tokens may choose the same expert
-        found += COPIES * dtype.itemsize * max(p.rows for p in layout.projections)
-    return found
+        nbytes += COPIES * dtype.itemsize * max(p.rows for p in layout.projections)
+    return nbytes

@@ -109,8 +109,8 @@ def _types_with_experts() -> frozenset[str]:
 def _is_converted(config: Any) -> bool:
     """Return whether a config is that of a model directory, which may be on the hub."""
     quantization = getattr(config, "quantization_config", None) or {}
-    found = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
-    return bool(found == NAME)
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+    return bool(method == NAME)
 
 
 def _warn(cause: str, fix: str) -> None:

@@ -33,8 +33,8 @@ def check_tokenizer(model: Any, tokenizer: Any, folder: Path) -> None:
 def unknown_token(model: Any, tokenizer: Any, ids: Iterable[int]) -> str | None:
     """Return the text of the first of ``ids`` for which the model has no embedding; None if it has all."""
     rows = embeddings_of(model)
-    found = next((number for number in ids if number >= rows), None)
-    return None if found is None else str(tokenizer.decode([found]))
+    unknown = next((number for number in ids if number >= rows), None)
+    return None if unknown is None else str(tokenizer.decode([unknown]))
 
 
 def check_ids(model: Any, tokenizer: Any, ids: Iterable[int], name: str = "The prompt") -> None:

@@ -34,8 +34,8 @@ def activation_of(module: Any) -> Activation | None:
     except Exception:  # the module's code needs more than these numbers
         return None
     for activation in _candidates(module):
-        found = _apply(activation, x)
-        if found.shape == wanted.shape and torch.allclose(found, wanted, rtol=1e-5, atol=1e-6):
+        result = _apply(activation, x)
+        if result.shape == wanted.shape and torch.allclose(result, wanted, rtol=1e-5, atol=1e-6):
             return activation
     return None
 

@@ -126,10 +126,10 @@ class Gates:
 
     def ahead(self, block: int, distance: int) -> int | None:
         """Return the block ``distance`` layers later at the same path; None if there is none that can be predicted."""
-        found: int | None = block
+        target: int | None = block
         for _ in range(distance):
-            found = None if found is None else self.blocks[found].successor
-        return found if found is not None and self.blocks[found].refusal is None else None
+            target = None if target is None else self.blocks[target].successor
+        return target if target is not None and self.blocks[target].refusal is None else None
 
     @property
     def first(self) -> int | None:
@@ -243,7 +243,7 @@ def _gate(model: Any, block: int, path: str, paths: list[str]) -> Gate:
     bare = WITHOUT_NORM.get(type(layer).__name__)
     norm = None if bare else next((name for name in NORM_NAMES if hasattr(layer, name)), None)
     entry = mixer or bare or norm
-    found = Gate(
+    described = Gate(
         block,
         path,
         successor,
@@ -259,15 +259,15 @@ def _gate(model: Any, block: int, path: str, paths: list[str]) -> Gate:
 
     gate = next((getattr(parent, name) for name in GATE_NAMES if hasattr(parent, name)), None)
     if gate is None:
-        return replace(found, refusal=f"{type(parent).__name__} has no {' and no '.join(GATE_NAMES)}.")
+        return replace(described, refusal=f"{type(parent).__name__} has no {' and no '.join(GATE_NAMES)}.")
     if entry is None:
-        return replace(found, refusal=f"{type(layer).__name__} has no norm of a known name.")
+        return replace(described, refusal=f"{type(layer).__name__} has no norm of a known name.")
     arguments = tuple(argument_names(gate))
     if unknown := [name for name in arguments if not hasattr(parent, name)]:
         why = f"{type(gate).__name__} wants {' and '.join(unknown)}, known only at its turn."
-        return replace(found, refusal=why)
-    found = replace(found, gate=gate, arguments=arguments)
-    return replace(found, scores=_scores(found))
+        return replace(described, refusal=why)
+    described = replace(described, gate=gate, arguments=arguments)
+    return replace(described, scores=_scores(described))
 
 
 @torch.no_grad()

@@ -53,8 +53,8 @@ class QuickRouter:
 
         ``arguments``: the hidden states, and the router's further arguments: none, or a correction [experts].
         """
-        found = None if named or not arguments else self.quick_router.of(self, *arguments)
-        return super().forward(*arguments, **named) if found is None else found  # type: ignore[misc]
+        output = None if named or not arguments else self.quick_router.of(self, *arguments)
+        return super().forward(*arguments, **named) if output is None else output  # type: ignore[misc]
 
 
 class OneRowRouter:
@@ -180,7 +180,7 @@ def _trial(router: Any, dtype: torch.dtype) -> RoutingForm | None:
     given = [correction] if argument_names(router) else []
     matrices = weight, (numbers(experts, columns) / columns - 20 / columns).to(weight.dtype)
     states = numbers(_TRIED_ROWS, columns).to(dtype), torch.ones(_TRIED_ROWS, columns, dtype=dtype)
-    found = [*_forms(twin, has_correction=bool(buffers_of(twin) or given))]
+    candidates = [*_forms(twin, has_correction=bool(buffers_of(twin) or given))]
     for matrix, x in zip(matrices, states, strict=True):
         replace_parameters(twin, parameters_of(twin) | {"weight": matrix})
         try:
@@ -195,9 +195,9 @@ def _trial(router: Any, dtype: torch.dtype) -> RoutingForm | None:
         if not torch.allclose(own, logits.to(own.dtype), rtol=0.05, atol=0.05):
             return None
         kinds = {"logit_dtype": logits.dtype, "weight_dtype": weights.dtype, "product_dtype": product}
-        found = [form._replace(top_k=chosen.shape[-1], **kinds) for form in found]
-        found = [form for form in found if _agrees(form, logits, weights, chosen, correction)]
-    return next((form for form in found if Routing(form).fits(weight, bias, _like(form, correction))), None)
+        candidates = [form._replace(top_k=chosen.shape[-1], **kinds) for form in candidates]
+        candidates = [form for form in candidates if _agrees(form, logits, weights, chosen, correction)]
+    return next((form for form in candidates if Routing(form).fits(weight, bias, _like(form, correction))), None)
 
 
 def _like(form: RoutingForm, correction: Tensor) -> Tensor | None:

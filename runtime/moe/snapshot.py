@@ -42,14 +42,14 @@ class Snapshot:
         parts = [part for part in module.modules() if not any(part is other for other in (module, *left_out))]
         found = [(children_of(module), *pair) for pair in children_of(module).items()]
         for inner in (own(part) for part in parts for own in (children_of, parameters_of, buffers_of)):
-            found += [(inner, *pair) for pair in inner.items()]
+            entries += [(inner, *pair) for pair in inner.items()]
         configs = {id(config): vars(config) for part in parts if (config := vars(part).get("config")) is not None}
         self._children, self._parts, self._numbers = children_of(module), parts, numbers_of(module)
         self._attributes = [*map(vars, parts), *configs.values()]
         # a part that has a ``forward`` of its own is never as it was
         self._copies = [{name: own[name] for name in own if name != "forward"} for own in self._attributes]
         self._kinds = [*map(type, parts)]
-        self._dictionaries, self._names, self._values = zip(*found, strict=True)
+        self._dictionaries, self._names, self._values = zip(*entries, strict=True)
         self._tensors = [value for value in self._values if isinstance(value, Tensor)]
         self._addresses = [*map(Tensor.data_ptr, self._tensors)]
         self._matrices = [tensor for tensor in self._tensors if tensor.dim() > 1]

@@ -88,13 +88,13 @@ class BlockExtents:
         strides = Counter[str]()  # of sections whose pieces alternate
         for piece in self.pieces:
             strides[piece.section] += piece.row_bytes
-        found = []
+        extents = []
         for piece, (shard, offset) in zip(self.pieces, self.places[expert].tolist(), strict=True):
             row, stride = piece.row_bytes, strides[piece.section]
             length = piece.length // row * stride - stride + row if row else piece.length
-            found.append(Extent(starts[piece.section], length, shard, offset, row, stride, piece.is_wide))
+            extents.append(Extent(starts[piece.section], length, shard, offset, row, stride, piece.is_wide))
             starts[piece.section] += row or piece.length
-        return found
+        return extents
 
 
 @dataclass(frozen=True)

@@ -92,8 +92,8 @@ def digest_of(path: Path) -> str:
 
 
 def _state(path: Path) -> _State:
-    found = path.stat()
-    return path.absolute(), found.st_size, found.st_mtime_ns
+    status = path.stat()
+    return path.absolute(), status.st_size, status.st_mtime_ns
 
 
 @functools.lru_cache(maxsize=1)
@@ -132,10 +132,10 @@ def _read(state: _State) -> GgufHeader:
         if type(alignment) is not int or not 1 <= alignment <= 1 << 16 or alignment & (alignment - 1):
             raise ValueError(f"general.alignment is {shown(alignment)}")
         start = -(-cursor.at // alignment) * alignment
-        found = {name: entry._replace(begin=start + entry.begin) for name, entry in entries.items()}
-        _check_places(found, start, alignment, size)
+        placed = {name: entry._replace(begin=start + entry.begin) for name, entry in entries.items()}
+        _check_places(placed, start, alignment, size)
         digest = _digests[state] = hashlib.sha256(memoryview(cursor.data)[: cursor.at]).hexdigest()
-        return GgufHeader(metadata, found, cursor.at, digest)
+        return GgufHeader(metadata, placed, cursor.at, digest)
 
 
 def _check_places(entries: dict[str, GgufEntry], start: int, alignment: int, size: int) -> None:

@@ -48,21 +48,21 @@ def read_header(path: Path, most: int) -> tuple[bytes, int]:
 def load_header(data: bytes) -> Mapping[str, object]:
     """Parse the JSON of a header. Raises ValueError if it is not an object, or has a name twice."""
     try:
-        found = json.loads(data, object_pairs_hook=_object)
+        header = json.loads(data, object_pairs_hook=_object)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
-    if not isinstance(found, dict):
+    if not isinstance(header, dict):
         raise ValueError("it is not a JSON object")
-    return found
+    return header
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    members: dict[str, Any] = {}
     for name, value in pairs:
-        if name in found:
+        if name in members:
             raise ValueError(f"it has {shown(name)} twice")
-        found[name] = value
-    return found
+        members[name] = value
+    return members
 
 
 def parse_header(header: Mapping[str, object]) -> tuple[dict[str, SafetensorsEntry], int]:
@@ -70,7 +70,7 @@ def parse_header(header: Mapping[str, object]) -> tuple[dict[str, SafetensorsEnt
 
     Raises ValueError, which names the field, if the header is malformed, or if tensors overlap or leave gaps.
     """
-    found: dict[str, SafetensorsEntry] = {}
+    entries: dict[str, SafetensorsEntry] = {}
     ranges = []
     for name, entry in Fields(header).members():
         if name == "__metadata__":
@@ -83,11 +83,11 @@ def parse_header(header: Mapping[str, object]) -> tuple[dict[str, SafetensorsEnt
         begin, end = (offset.number(0, MAX_BYTES) for offset in offsets) if len(offsets) == 2 else (0, -1)
         if end - begin != math.prod(shape) * ITEM_BYTES[dtype]:
             raise ValueError(f"{entry.place}: shape and dtype do not match data_offsets {begin:,} to {end:,}")
-        found[name] = SafetensorsEntry(dtype, shape, begin)
+        entries[name] = SafetensorsEntry(dtype, shape, begin)
         ranges.append((begin, end, entry.place))
     at = 0
     for begin, end, place in sorted(ranges):
         if begin != at:
             raise ValueError(f"{place}.data_offsets begin at {begin:,}, not at {at:,}")
         at = end
-    return found, at
+    return entries, at
