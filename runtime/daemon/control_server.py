@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moetier.runtime.wire.address import CONTROL_SOCKET
-from moetier.runtime.wire.control import PATIENCE, PROTOCOL, answer, check_peer, error_json, parse
+from moetier.runtime.wire.control import PACKET_SECONDS, PROTOCOL, answer, check_peer, error_json, parse
 from moetier.tiers.errors import MoetierError, ProtocolError, UnavailableError
 
 from .log import RateLimitedLog
@@ -127,7 +127,7 @@ class ControlServer:
         """Answer a client's packet, and wait for the end of its connection. Any further packet ends it too."""
         session = ""
         try:
-            end.settimeout(PATIENCE)
+            end.settimeout(PACKET_SECONDS)
             # without room for descriptors, so that the kernel drops any that are sent
             packet, _, flags, _ = end.recvmsg(_MAX_GREETING)
             if packet:

@@ -174,9 +174,9 @@ def _announce(config: DaemonConfig, manager: ServiceManager, card: DaemonCard, c
         slots=sum(sum(model.slots.values()) for model in clients.models.values()),
     )
     # only a warning, as all experts together may need less
-    if config.ram is not None and (there := exceeded(config.ram)) is not None:
-        sizes = {"asked": format_bytes(config.ram.of(there.bytes)), "there": format_bytes(there.bytes)}
-        log_event(_log, "more-than-there-is", logging.WARNING, **sizes, limiter=there.limiter, budget=budget)
+    if config.ram is not None and (whole := exceeded(config.ram)) is not None:
+        sizes = {"asked": format_bytes(config.ram.of(whole.bytes)), "there": format_bytes(whole.bytes)}
+        log_event(_log, "more-than-there-is", logging.WARNING, **sizes, limiter=whole.limiter, budget=budget)
     if without := config.unprotected:
         log_event(_log, "insecure", logging.WARNING, listen=card.listen, without=" and ".join(without))
     if card.metrics and not Address(target=card.metrics).is_loopback:

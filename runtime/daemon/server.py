@@ -39,13 +39,13 @@ OPTIONS: tuple[tuple[str, int], ...] = (
 )
 HEALTH: str = DESCRIPTOR.services_by_name["Health"].full_name
 WATCHERS = 8  # most health watches at once: each takes a thread of its server
-# Anybody can reach a TCP port. Each connection takes memory (50 KB with TLS) and a descriptor.
+# Any process can reach a TCP port. Each connection takes memory (50 KB with TLS) and a descriptor.
 _HANDSHAKE = 10_000  # milliseconds for the handshakes of TLS and HTTP/2
 _CONNECTIONS = 4_096  # but at most half of the descriptors, as shards and local clients need the rest
 _CALLS = 100  # most calls at once on a connection: a client that reads no answers could start any number
 _SHORT_CALLS = 8  # threads for calls that end at once
 _QUEUED = 64  # most calls that wait for a thread; further calls are refused
-_PATIENCE = 5.0  # seconds for gRPC to stop
+_STOP_SECONDS = 5.0  # longest wait for gRPC to stop
 _POLL = 0.1  # seconds between checks of the health for watches
 
 _log = logging.getLogger(__name__)
@@ -125,7 +125,7 @@ def server_credentials(cert: Path | None, key: Path | None, client_ca: Path | No
 def stop(servers: Sequence[grpc.Server], grace: float = 0.0) -> None:
     """Stop the servers. No new call begins, and calls under way are cancelled after ``grace`` seconds."""
     for stopped in [server.stop(grace) for server in servers]:
-        stopped.wait(_PATIENCE)
+        stopped.wait(_STOP_SECONDS)
 
 
 # -- auth -------------------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from moetier.tiers.errors import MoetierError, NoDaemonError, ProtocolError, Ref
 from .address import CONTROL_SOCKET, check_folder
 
 PROTOCOL = 1
-PATIENCE = 5.0  # seconds that each end waits for the other end's packet
+PACKET_SECONDS = 5.0  # seconds that each end waits for the other end's packet
 _MAX_PACKET = 65_536  # bytes
 _POLL = 0.01  # seconds between attempts to connect while the kernel's queue is full
 
@@ -40,7 +40,7 @@ class ControlConnection(Closeable):
     """
 
     @classmethod
-    def open(cls, folder: Path, digest: str | None, *, patience: float = PATIENCE) -> ControlConnection:
+    def open(cls, folder: Path, digest: str | None, *, patience: float = PACKET_SECONDS) -> ControlConnection:
         """Connect to the daemon in ``folder``.
 
         With the ``digest`` of a store, the daemon also passes the descriptor of that store's arena. With None it gives

@@ -16,7 +16,7 @@ from moetier.tiers.errors import DaemonError
 
 from .address import Address, Credentials, DaemonCard, ServedModel, known_daemons
 from .channel import open_channel
-from .control import PATIENCE, ControlConnection
+from .control import PACKET_SECONDS, ControlConnection
 from .status_codes import error_of
 
 PS_PATIENCE = 2.0  # seconds for each daemon to answer when all daemons are listed
@@ -52,7 +52,7 @@ class DaemonProbe:
 
 @contextlib.contextmanager
 def probe(
-    address: Address, credentials: Credentials | None = None, *, patience: float = PATIENCE
+    address: Address, credentials: Credentials | None = None, *, patience: float = PACKET_SECONDS
 ) -> Iterator[DaemonProbe]:
     """Connect to a daemon for the duration of the ``with`` block. ``patience``: seconds to wait for each answer.
 

@@ -11,7 +11,7 @@ from moetier.runtime.wire.address import Address, Credentials
 from moetier.runtime.wire.probe import DaemonProbe, probe
 from moetier.tiers.errors import MoetierError
 
-PATIENCE = 2.0  # longest wait for a reply, in seconds; ``end`` may take as long
+REPLY_SECONDS = 2.0  # longest wait for a reply, in seconds; ``end`` may take as long
 RETRY = 1.0  # longest time, in seconds, until a daemon that can't be reached is tried again
 
 
@@ -25,7 +25,7 @@ class Look:
 
 def look(address: Address, credentials: Credentials) -> Look:
     """Query a daemon once. Raises DaemonError if it does not answer, ConfigError if the credentials can't be used."""
-    with probe(address, credentials, patience=PATIENCE) as daemon:
+    with probe(address, credentials, patience=REPLY_SECONDS) as daemon:
         return _look(daemon)
 
 
@@ -72,7 +72,7 @@ class Watch:
     def _run(self, address: Address, tell: Callable[[Look | MoetierError], object]) -> None:
         while True:
             try:
-                with probe(address, self._credentials, patience=PATIENCE) as daemon:
+                with probe(address, self._credentials, patience=REPLY_SECONDS) as daemon:
                     while True:
                         tell(_look(daemon))
                         if not self._wait(self.interval):

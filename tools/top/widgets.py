@@ -135,8 +135,8 @@ def tiers(model: ModelHistory) -> Table:
     host, last = model.stats.host, model.last
     demands = host.hits + host.misses
 
-    def now(name: str, form: Callable[[float], str] = "{:,.0f}/s".format) -> str:
-        return "-" if last is None else form(getattr(last, name))
+    def now(name: str, as_text: Callable[[float], str] = "{:,.0f}/s".format) -> str:
+        return "-" if last is None else as_text(getattr(last, name))
 
     ratio = None if last is None else last.hit_ratio
     share = host.ready / host.slots if host.slots else 0.0
