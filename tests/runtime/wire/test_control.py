@@ -310,7 +310,7 @@ def test_saying_more_ends_the_place(host: Host) -> None:
 
 
 def test_saying_nothing_is_ended(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(control_server, "PATIENCE", 0.05)
+    monkeypatch.setattr(control_server, "PACKET_SECONDS", 0.05)
     host = Host(folder)
     with host.raw() as end:
         assert end.recv(1) == b""
