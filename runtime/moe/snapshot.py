@@ -40,7 +40,9 @@ class Snapshot:
         """
         left_out = [inner for part in without for inner in part.modules()]
         parts = [part for part in module.modules() if not any(part is other for other in (module, *left_out))]
-        found = [(children_of(module), *pair) for pair in children_of(module).items()]
+        entries: list[tuple[dict[str, Any], str, Any]] = [
+            (children_of(module), *pair) for pair in children_of(module).items()
+        ]
         for inner in (own(part) for part in parts for own in (children_of, parameters_of, buffers_of)):
             entries += [(inner, *pair) for pair in inner.items()]
         configs = {id(config): vars(config) for part in parts if (config := vars(part).get("config")) is not None}

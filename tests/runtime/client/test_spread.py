@@ -319,7 +319,7 @@ class Names:
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (ip, port)) for ip in self.ips[host]]
 
     @property
-    def group(self) -> Address:
+    def name(self) -> Address:
         return Address.parse(f"dns:///daemons.test:{self.port}")
 
     def lead_to(self, *ips: str) -> None:
