@@ -128,8 +128,13 @@ def test_large_records_come_in_parallel_pieces(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fault", ["short", "little", "range", "whole", "endless", "error", "drop"])
 def test_a_wrong_answer_is_an_error_that_names_key_and_endpoint(
-    fault: str, server: FolderServer, tmp_path: Path, records: dict[ExpertKey, bytes]
+    fault: str,
+    server: FolderServer,
+    tmp_path: Path,
+    records: dict[ExpertKey, bytes],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(client, "RETRY_SECONDS", 1.0)  # time for all retries on a busy machine
     with opened(server, tmp_path) as store:
         server.fault = lambda name: fault if name == NAME else ""
         with pytest.raises(StoreReadError) as error:
