@@ -24,7 +24,8 @@ from moetier.tiers.extents.table import ExtentTable, read_table
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.store.folder import command
 
-_APART = """
+# it imports torch first, so that ``table_of`` makes the table there
+_MAKE_TABLE = """
 import json, sys
 from pathlib import Path
 import torch
@@ -38,7 +39,7 @@ except MoetierError as error:
 
 _log = logging.getLogger(__name__)
 _lock = threading.Lock()
-_made: dict[Path, ExtentTable] = {}  # the last table that was made, by folder
+_tables: dict[Path, ExtentTable] = {}  # the last table that was made, by folder
 
 
 class CheckpointStore(ExtentStore):
@@ -84,7 +85,7 @@ def table_of(folder: Path) -> ExtentTable:
     A table is made with torch and transformers. A process that has not imported torch, such as a daemon, lets another
     process make it. Raises StoreError or CheckpointError.
     """
-    return read_table(folder) or _table_made(folder)
+    return read_table(folder) or _table_of_headers(folder)
 
 
 def make_table(checkpoint: Checkpoint) -> ExtentTable:
@@ -99,29 +100,31 @@ def _home(folder: Path) -> Path:
     return (folder.parent if is_one_file(folder) else folder).resolve()
 
 
-def _table_made(folder: Path) -> ExtentTable:
+def _table_of_headers(folder: Path) -> ExtentTable:
+    """Make the table of a checkpoint that is not linked, unless it was the last one to be made."""
     folder = folder.absolute()
     with _lock:
-        if (known := _made.get(folder)) is not None and _is_current(folder, known):
-            return known
-        _made.clear()
-        table = make_table(open_source(folder)) if "torch" in sys.modules else _made_apart(folder)
-        _made[folder] = table
+        table = _tables.get(folder)
+        if table is None or not _is_current(folder, table):
+            _tables.clear()
+            table = make_table(open_source(folder)) if "torch" in sys.modules else _make_in_process(folder)
+            _tables[folder] = table
         return table
 
 
 def _is_current(folder: Path, table: ExtentTable) -> bool:
     with contextlib.suppress(OSError):
-        found = [(_home(folder) / shard.name).stat() for shard in table.shards]
+        stats = [(_home(folder) / shard.name).stat() for shard in table.shards]
         return all(
             (stat.st_size, stat.st_mtime_ns) == (shard.bytes, shard.mtime_ns)
-            for stat, shard in zip(found, table.shards, strict=True)
+            for stat, shard in zip(stats, table.shards, strict=True)
         )
     return False
 
 
-def _made_apart(folder: Path) -> ExtentTable:
-    ended = subprocess.run([sys.executable, "-c", _APART, str(folder)], stdout=subprocess.PIPE, check=False)
+def _make_in_process(folder: Path) -> ExtentTable:
+    """Make the table of a checkpoint in another process. Raises CheckpointError."""
+    ended = subprocess.run([sys.executable, "-c", _MAKE_TABLE, str(folder)], stdout=subprocess.PIPE, check=False)
     try:
         answer = json.loads(ended.stdout)
     except ValueError as error:

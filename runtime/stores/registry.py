@@ -39,10 +39,13 @@ def read_manifest(location: Path) -> Manifest:
 
 def _class_for(location: Path) -> type[DirectoryStore]:
     """Return the class of the store at ``location``. Modules of classes behind it in ``STORES`` are not imported."""
-    return next((found for found in map(_load, STORES) if found.recognises(location)), _load(_OTHERS))
+    for store_class in map(_load, STORES):
+        if store_class.recognises(location):
+            return store_class
+    return _load(_OTHERS)
 
 
 def _load(name: str) -> type[DirectoryStore]:
     module, _, attribute = name.partition(":")
-    found: type[DirectoryStore] = getattr(import_module(module), attribute)
-    return found
+    store_class: type[DirectoryStore] = getattr(import_module(module), attribute)
+    return store_class

@@ -5,7 +5,6 @@ The file has the manifest as ``manifest.json``, and the record of each expert as
 
 from __future__ import annotations
 
-import json
 import tarfile
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from moetier.tiers.manifest import Manifest
 from moetier.tiers.store.atomic import read_errors
 from moetier.tiers.store.base import DirectoryStore, Pause
 from moetier.tiers.store.checksum import checksum_bytes, crc32c
+from moetier.tiers.store.folder import MAX_JSON_BYTES, parse_json
 from moetier.tiers.store.shard import read_at
 
 NAME = "experts.tar"
@@ -38,12 +38,16 @@ class TarStore(DirectoryStore):
         self.directory = directory
         self._path = directory / NAME
         self._use = UseCount(f"The store {self._path}")  # ``close`` waits for reads, and a fork is refused
-        with read_errors(self._path), tarfile.open(self._path) as tar:
-            manifest = json.load(tar.extractfile("manifest.json") or tar)
-            self._offsets = {member.name: member.offset_data for member in tar}
+        fix = "Write the file again."
+        try:
+            with read_errors(self._path), tarfile.open(self._path) as tar, tar.extractfile("manifest.json") as stream:
+                manifest = parse_json(stream.read(MAX_JSON_BYTES), f"The manifest in {self._path}", fix)
+                self._offsets = {member.name: member.offset_data for member in tar}
+        except (tarfile.TarError, KeyError) as error:
+            raise StoreFormatError(f"{self._path} is not a store: {error}.", fix) from error
         self.manifest = Manifest.from_json(manifest, str(directory))
         if not self.manifest.record_checksums:
-            raise StoreFormatError(f"{self._path} has no checksums.", "Write it again.")
+            raise StoreFormatError(f"{self._path} has no checksums.", fix)
         self._file = self._path.open("rb", buffering=0)
 
     def read_into(self, key: ExpertKey, buffer: memoryview, pause: Pause | None = None) -> None:

@@ -27,7 +27,7 @@ from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.objects.cache import CachedStore
 from moetier.tiers.objects.fetch import fetch
-from moetier.tiers.store.base import Store
+from moetier.tiers.store.base import DirectoryStore, Store, WrapperStore
 from moetier.tiers.store.folder import GROUP
 from moetier.tiers.store.mirror import MirroredStore
 from moetier.tiers.store.reader import ExpertStore
@@ -41,6 +41,17 @@ class TestExpertStore(StoreTests):
     def damage(self, folder: Path, store: Store, key: ExpertKey) -> None:
         file = ShardFile.of(folder / GROUP, store.manifest, key.block)
         flip_bit(file.path, key.expert * file.slot_bytes + 1000)
+
+
+class TestWrapperStore(TestExpertStore):
+    def open(self, folder: Path) -> WrapperStore:
+        return WrapperStore(ExpertStore.open(folder))
+
+    def test_it_passes_everything_to_the_store_that_it_wraps(self) -> None:
+        members = {name for each in (Store, DirectoryStore) for name in vars(each) if not name.startswith("_")}
+        made = {"open", "recognises", "read_manifest", "directory", "manifest"}  # by a derived class, or copied
+        computed = {"layout", "is_local"}  # from what is passed
+        assert members - made - computed <= vars(WrapperStore).keys()
 
 
 class TestMirroredStore(TestExpertStore):

@@ -16,7 +16,6 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 
 from moetier.tiers.closeable import Closeable
 from moetier.tiers.errors import ChecksumError, StoreError
@@ -106,7 +105,7 @@ class Store(Closeable):
     @property
     def faults(self) -> Mapping[int, StoreError]:
         """The errors that were found when the store was opened, by block. A read of such a block raises the error."""
-        return MappingProxyType({})
+        return {}
 
     def on_fault(self, watcher: Callable[[ChecksumError], None]) -> None:
         """Register ``watcher``. It is called, in any thread, if records that were read before turn out to be wrong.

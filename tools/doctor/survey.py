@@ -29,8 +29,8 @@ def survey(store: DirectoryStore) -> dict[str, Any]:
     as_it_is = is_checkpoint(directory)
     # a store from before trunk files had checksums does not list them
     trunk = sum(store.rest.values()) or sum(file.stat().st_size for file in directory.glob("*.safetensors"))
-    found = [*(fault for _, fault in sorted(store.faults.items())), *store.rest_faults().values()]
-    faults = list(dict.fromkeys(found))  # a file that several blocks share has one
+    of_blocks = [fault for _, fault in sorted(store.faults.items())]
+    faults = list(dict.fromkeys([*of_blocks, *store.rest_faults().values()]))  # blocks of a checkpoint share files
     matrices = 0
     if manifest.trunk_records and not faults:
         try:
