@@ -12,7 +12,7 @@ The codings of GGUF files have their scales among the codes. ``gguf_blocks`` dec
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -25,6 +25,18 @@ E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3
 _STORED_AS = {"e8m0": torch.float8_e8m0fnu, "e4m3": torch.float8_e4m3fn}  # torch's types of scales that are bytes
 
 
+def _nibbles(codes: Tensor) -> Tensor:
+    """Return the halves of bytes, the low half first: [rows, bytes] -> [rows, columns]."""
+    return torch.stack((codes & 15, codes >> 4), 2).flatten(1)
+
+
+_NUMBERS: dict[str, Callable[[Tensor], Tensor]] = {  # by coding: uint8 [rows, bytes] -> fp32 [rows, columns]
+    "e2m1": lambda codes: torch.tensor(E2M1, device=codes.device)[_nibbles(codes).int()],
+    "int4": lambda codes: _nibbles(codes).float() - 8,
+    "e4m3": lambda codes: codes.view(torch.float8_e4m3fn).float(),
+}
+
+
 def decode_rows(views: Mapping[str, Tensor], p: Projection, start: int, stop: int) -> Tensor:
     """Return the weights of rows ``start`` to ``stop`` of a projection with a coding, fp32 [stop - start, columns].
 
@@ -33,12 +45,8 @@ def decode_rows(views: Mapping[str, Tensor], p: Projection, start: int, stop: in
     codes = views[f"{p.name}.codes"][start:stop]
     if p.coding in BLOCKS:
         return decode_blocks(codes, p.coding)
-    if p.coding == "e4m3":
-        weights = codes.view(torch.float8_e4m3fn).float()
-    else:
-        nibbles = torch.stack((codes & 15, codes >> 4), 2).view(stop - start, p.columns)
-        weights = torch.tensor(E2M1, device=codes.device)[nibbles.int()] if p.coding == "e2m1" else nibbles.float() - 8
-    return weights.mul_(_scales(views, p, start, stop).repeat_interleave(p.group, 1)[:, : p.columns])
+    scales = _scales(views, p, start, stop).repeat_interleave(p.group, 1)
+    return _NUMBERS[p.coding](codes).mul_(scales[:, : p.columns])
 
 
 def _scales(views: Mapping[str, Tensor], p: Projection, start: int, stop: int) -> Tensor:

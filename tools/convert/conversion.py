@@ -104,8 +104,8 @@ class Conversion:
             f"{workers} worker{'s' * (workers > 1)}, about {format_bytes(memory)} of memory",
         ]
         if self.options.bits == NATIVE:
-            forms = {_form(p) for layout in plan.layouts.values() for p in layout.projections}
-            lines.append(f"experts stay as the checkpoint has them: {' and '.join(sorted(forms))}")
+            stored = {_description(p) for layout in plan.layouts.values() for p in layout.projections}
+            lines.append(f"experts stay as the checkpoint has them: {' and '.join(sorted(stored))}")
         elif plan.bits < 16 and self.planned.has_few_bits:
             lines.append(
                 f"experts are quantised already, and lose quality when they are quantised again, to {plan.bits} bits: "
@@ -261,7 +261,7 @@ class Conversion:
         )
 
 
-def _form(projection: Projection) -> str:
+def _description(projection: Projection) -> str:
     if projection.coding:
         name = {"e2m1": "FP4", "int4": "INT4", "e4m3": "FP8"}.get(projection.coding, projection.coding.upper())
         return f"{name} in groups of {projection.group}"
