@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moetier.runtime.formats.format import Format
-from moetier.runtime.formats.registry import format_of
+from moetier.runtime.formats.registry import Format, format_of
 from moetier.runtime.formats.tensors import SourceTensor, StoredTensor, read_at
 from moetier.tiers.errors import CheckpointError
 

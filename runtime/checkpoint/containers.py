@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 # The module and the class of each kind of file that holds a whole checkpoint, by its suffix. Anything else is a folder.
 FILES = {".gguf": "moetier.runtime.checkpoint.gguf_file:GgufFile"}
-FOLDER = "moetier.runtime.checkpoint.safetensors_folder:SafetensorsFolder"
+FOLDER = "moetier.runtime.checkpoint.files:SafetensorsFolder"
 
 
 class Container(ABC):

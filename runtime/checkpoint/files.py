@@ -1,4 +1,4 @@
-"""Open a source checkpoint: find it, check it, and list its tensors.
+"""Open a checkpoint in safetensors: find it, check it, and list its tensors.
 
 Code in the checkpoint is never run, and the checkpoint is not changed.
 """
@@ -8,19 +8,74 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moetier.runtime.formats.tensors import MAX_NAME, StoredTensor, read_tensors
-from moetier.tiers.errors import CheckpointError, UnsafeCheckpointError
-from moetier.tiers.small_names import COPIED, DOWNLOADED
+from moetier.tiers.errors import CheckpointError, StoreFormatError, UnsafeCheckpointError
+from moetier.tiers.extents.table import read_table
+from moetier.tiers.small_names import COPIED, DOWNLOADED, SETTINGS, VOCABULARY
+from moetier.tiers.store.folder import remaking
 
 from . import hub
 from .checkpoint import Checkpoint
-from .containers import FILES, is_one_file
+from .config_json import ADAPTER, carried, with_floats
+from .containers import FILES, Container, is_one_file
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+class SafetensorsFolder(Container):
+    """A folder: a checkpoint in safetensors, or a model directory. ``open`` also takes an id on the hub."""
+
+    def open(self, path: str | Path, *, ignore_code: bool) -> Checkpoint:
+        """Open the checkpoint."""
+        return open_checkpoint(path, ignore_code=ignore_code)
+
+    def config(self, path: Path) -> dict[str, Any]:
+        """Return the keys of config.json that a model directory has. A linked checkpoint may name code of its own."""
+        config = read_json(path, "config.json")
+        if not ((table := read_table(path)) and table.ignored_code):
+            refuse_code(path, config)
+        weights_of(path, config)  # refuses an index that names files elsewhere, or other kinds of files
+        for name, names in (("transformers_weights", config), (ADAPTER, [each.name for each in path.iterdir()])):
+            if name in names:
+                raise UnsafeCheckpointError(
+                    f"{path} has {name}, which makes transformers load other weights.", "Use another checkpoint."
+                )
+        found: dict[str, Any] = with_floats(carried(config))
+        return found
+
+    def weight_files(self, path: Path) -> list[Path]:
+        """Return model.safetensors, or the files that the index names."""
+        return [contained(path, name) for name in weights_of(path, {})[0]]  # {}: ``config`` refuses other weights
+
+    def has_vocabulary(self, path: Path) -> bool:
+        """Return whether the folder has a file of VOCABULARY."""
+        return any(VOCABULARY.fullmatch(each.name) for each in path.iterdir())
+
+    def tokenizer(self, path: Path) -> PreTrainedTokenizerBase | None:
+        """Return the tokenizer that transformers makes of the folder's files."""
+        if not (self.has_vocabulary(path) or (path / SETTINGS[0]).exists()):
+            return None
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        except Exception as error:  # the tokenizers library raises plain Exception
+            said = next(iter(str(error).splitlines()), "")
+            raise StoreFormatError(
+                f"The tokenizer of {path} can't be loaded: {type(error).__name__}: {said}",
+                remaking(
+                    path / "tokenizer.json",
+                    "Copy the tokenizer's files from the source again, or convert the model again.",
+                ),
+            ) from error
+        return tokenizer
 
 
 def open_checkpoint(source: str | Path, *, ignore_code: bool = False) -> Checkpoint:

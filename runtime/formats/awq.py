@@ -5,7 +5,7 @@ from __future__ import annotations
 from moetier.tiers.errors import UnsupportedModelError
 from moetier.tiers.fields import shown
 
-from .format import Format
+from .registry import Format
 from .tensors import SourceTensor, StoredTensor
 from .words import AWQ, WordsTensor, group_size
 

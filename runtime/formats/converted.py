@@ -6,7 +6,7 @@ from typing import NoReturn
 
 from moetier.tiers.errors import UnsupportedModelError
 
-from .format import Format
+from .registry import Format
 
 
 class Converted(Format):

@@ -9,7 +9,7 @@ from moetier.tiers.errors import UnsupportedModelError
 from moetier.tiers.fields import shown
 from moetier.tiers.layout import Bits
 
-from .format import Format
+from .registry import Format
 from .tensors import SourceTensor, StoredTensor
 from .words import GPTQ, GPTQ_V2, WORD, WordsTensor, group_size
 

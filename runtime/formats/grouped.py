@@ -17,7 +17,7 @@ import torch
 from moetier.tiers.errors import CheckpointError
 from moetier.tiers.layout import ZERO_POINT_GROUPS, Bits, Projection
 
-from .format import DAMAGED
+from .registry import DAMAGED
 from .tensors import Runs, SourceTensor, StoredTensor
 
 SCALES = ("float16", "bfloat16", "float32")  # torch's names of the types that scales may have

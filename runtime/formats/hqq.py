@@ -21,8 +21,8 @@ from moetier.tiers.errors import CheckpointError, UnsupportedModelError
 from moetier.tiers.layout import Bits
 from moetier.tiers.quant.zero_points import Levels
 
-from .format import DAMAGED, Format
 from .grouped import SCALES, GroupedTensor, Numbers
+from .registry import DAMAGED, Format
 from .tensors import SourceTensor, StoredTensor
 
 MAIN = "W_q"  # name of a module's packed codes

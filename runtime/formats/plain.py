@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .format import Format
+from .registry import Format
 from .tensors import SourceTensor
 
 

@@ -1,18 +1,19 @@
-"""The formats of checkpoints in safetensors, by the names that checkpoints give them.
+"""The formats of checkpoints in safetensors: their base class, and the table in which each has a line.
 
-A module is imported when a checkpoint has its format. CONTRIBUTING.md says how to add one.
+A module of a format is imported when a checkpoint has that format. CONTRIBUTING.md says how to add one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from importlib import import_module
-from typing import Any
+from typing import Any, ClassVar
 
-from moetier.tiers.errors import UnsupportedModelError
+from moetier.tiers.errors import CheckpointError, UnsupportedModelError
 
-from .format import Format
-from .tensors import StoredTensor
+from .tensors import SourceTensor, StoredTensor
 
 # from the quant_method of a quantization_config to the module and the class
 FORMATS = {
@@ -29,6 +30,64 @@ FORMATS = {
 }
 # from the last part of a tensor's name to the format, where no quant_method names one
 MARKS = {"W_q": "hqq"}  # mixtral-offloading's config does not say how it is quantised
+DAMAGED = "Download the checkpoint again."
+# advice where records can't hold the weights as a checkpoint stores them
+NEEDS_BITS = "Give --bits 16 for the values as they are, or 8, 4, 3 or 2 to quantise them anew."
+
+
+@dataclass(frozen=True)
+class Format(ABC):
+    """How one checkpoint in safetensors stores its weights.
+
+    A subclass is one format, and an object of it belongs to one checkpoint.
+    """
+
+    tensors: Mapping[str, StoredTensor]  # by name; the shapes are () if only the names are known
+    quantization: Mapping[str, Any]  # the quantization_config of config.json; {} if there is none
+    config: Mapping[str, Any]  # config.json
+
+    is_plain: ClassVar[bool] = False  # whether transformers can load the tensors as they are
+
+    @abstractmethod
+    def sources(self, dtype: str) -> dict[str, SourceTensor]:
+        """Return a dictionary from the names that transformers knows to source tensors. Reads no weights.
+
+        ``dtype`` is torch's name of the type to which quantised tensors are decoded. Tensors that are not quantised
+        are returned as they are. Raises UnsupportedModelError for a variant of the format that can't be read, and
+        CheckpointError if the tensors of a weight do not fit together.
+        """
+
+    def joined(
+        self,
+        main: str,
+        needed: tuple[str, ...],
+        others: tuple[str, ...],
+        make: Callable[[str, dict[str, StoredTensor]], SourceTensor],
+    ) -> dict[str, SourceTensor]:
+        """Return a dictionary from names to source tensors, in which each quantised module has a "weight".
+
+        Args:
+            main: name of a tensor that only quantised modules have.
+            needed: names of further tensors that each of them has.
+            others: names of tensors that some of them have, and that the model does not.
+            make: makes the weight from its name, and a dictionary from the names above to its module's tensors. It is
+                not called if only names are known.
+
+        Raises CheckpointError if a module lacks one of ``needed``, or also has the weight itself.
+        """
+        own = (main, *needed, *others)
+        paths = [name.removesuffix(f".{main}") for name in self.tensors if name.endswith(f".{main}")]
+        taken = {f"{path}.{name}" for path in paths for name in own}
+        made: dict[str, SourceTensor] = {name: tensor for name, tensor in self.tensors.items() if name not in taken}
+        for path in paths:
+            weight = f"{path}.weight"
+            stored = {name: self.tensors[f"{path}.{name}"] for name in own if f"{path}.{name}" in self.tensors}
+            if missing := [name for name in needed if name not in stored]:
+                raise CheckpointError(f"{weight} is quantised, but {path}.{missing[0]} is missing.", DAMAGED)
+            if weight in made:
+                raise CheckpointError(f"{weight} is in the checkpoint twice, once quantised.", DAMAGED)
+            made[weight] = make(weight, stored) if stored[main].shape else replace(stored[main], name=weight)
+        return made
 
 
 def format_of(

@@ -16,7 +16,7 @@ from moetier.tiers.errors import CheckpointError, UnsupportedModelError
 from moetier.tiers.layout import CODING_GROUPS, CODINGS, Projection
 from moetier.tiers.quant.codings import decode_rows
 
-from .format import DAMAGED, Format
+from .registry import DAMAGED, Format
 from .tensors import Runs, SourceTensor, StoredTensor
 
 TILE_WEIGHTS = 1 << 21  # most weights decoded at a time: 8 MiB in fp32

@@ -19,8 +19,8 @@ from moetier.tiers.errors import CheckpointError
 from moetier.tiers.layout import Bits
 from moetier.tiers.quant.zero_points import Levels
 
-from .format import NEEDS_BITS
 from .grouped import SCALES, GroupedTensor
+from .registry import NEEDS_BITS
 from .tensors import StoredTensor
 
 WORD = 32  # bits of a word

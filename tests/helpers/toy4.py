@@ -5,7 +5,7 @@ Codes of 4 bits, eight in a word, and a scale for each 16 weights of a row.
 
 from __future__ import annotations
 
-from moetier.runtime.formats.format import Format
+from moetier.runtime.formats.registry import Format
 from moetier.runtime.formats.scaled import ScaledTensor
 from moetier.runtime.formats.tensors import SourceTensor, StoredTensor
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from moetier.runtime.formats.format import DAMAGED, Format
+from moetier.runtime.formats.registry import DAMAGED, Format
 from moetier.runtime.formats.tensors import SourceTensor, StoredTensor
 from moetier.tiers.errors import CheckpointError, UnsupportedModelError
 

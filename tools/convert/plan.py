@@ -20,7 +20,7 @@ from moetier.runtime.checkpoint.blueprint import Blueprint, make_blueprint, reco
 from moetier.runtime.checkpoint.matrices import standing_alone
 from moetier.runtime.checkpoint.native import native_layout
 from moetier.runtime.checkpoint.recipe import BlockBlueprint
-from moetier.runtime.formats.format import NEEDS_BITS
+from moetier.runtime.formats.registry import NEEDS_BITS
 from moetier.runtime.formats.tensors import SourceTensor, StoredTensor
 from moetier.runtime.moe.linear import matrix_layout
 from moetier.tiers.errors import ConfigError, UnsupportedModelError
