@@ -99,7 +99,7 @@ class GroupedTensor(SourceTensor):
         members = self.members_of(runs)
         scale_types = {each.scale_type for each in members}
         if len(scale_types) != 1 or plain.transposed:
-            raise ValueError(f"{self.name} and the weights that belong to it are stored in several forms")
+            raise ValueError(f"{self.name} and the weights that belong to it are not stored alike")
         group = min(each.group for each in members)
         if not group:
             which = next(each for each in members if not each.group)

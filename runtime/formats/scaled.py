@@ -129,7 +129,7 @@ class ScaledTensor(SourceTensor):
         projections = {each.projection for each in self.members_of(runs)}
         one, name = projections.pop(), runs[0][0].stored_name
         if projections:
-            raise ValueError(f"{name} and the weights that belong to it are quantised in several forms")
+            raise ValueError(f"{name} and the weights that belong to it are not quantised alike")
         if one.transposed != plain.transposed:
             raise ValueError(f"{name} is stored in another order than the model has")
         if one.bits == 4 and one.group not in CODING_GROUPS:

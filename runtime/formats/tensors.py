@@ -121,7 +121,7 @@ class SourceTensor(ABC):
         ``plain`` is the projection with 16 bits, in the type of the parameter. ``runs`` is what ``Recipe.by_expert``
         returns. Raises ValueError, which says why, if records can't hold the parameter so.
         """
-        raise ValueError(f"{self.stored_name} is stored in a form that no record can hold")
+        raise ValueError(f"{self.stored_name} is stored in a way that no record can hold")
 
     def component(self, name: str) -> StoredTensor:
         """Return the stored tensor whose bytes fill the section ``name`` of a record, such as "codes".
@@ -137,18 +137,18 @@ class SourceTensor(ABC):
         """
         raise ValueError(f"{self.stored_name} has no zero points")
 
+    def members_of(self, runs: Runs) -> list[Self]:
+        """Return all tensors of ``runs``. Raises ValueError unless they are of the same class as this one."""
+        members: list[Any] = [each for tensors in runs for each in tensors]
+        if any(type(each) is not type(self) for each in members):
+            raise ValueError(f"{members[0].stored_name} and the weights that belong to it are not stored alike")
+        return members
+
     # the trunk
 
     def as_matrix(self) -> StoredMatrix | None:
         """Return the matrix as it lies in its file, if modules can multiply with it so; else None."""
         return None
-
-    def members_of(self, runs: Runs) -> list[Self]:
-        """Return all tensors of ``runs``. Raises ValueError unless they are of the same class as this one."""
-        members: list[Any] = [each for tensors in runs for each in tensors]
-        if any(type(each) is not type(self) for each in members):
-            raise ValueError(f"{members[0].stored_name} and the weights that belong to it are stored in several forms")
-        return members
 
 
 Runs = Sequence[Sequence[SourceTensor]]  # for each run of rows of an expert's parameter, the tensors of all experts

@@ -110,9 +110,7 @@ def test_a_plan_knows_its_sizes(made: tuple[Path, Path], capsys: pytest.CaptureF
     "use", [moetier.load, lambda folder: convert(folder, folder.with_name("native"), bits="native")]
 )
 def test_without_a_kernel_it_is_not_used_as_it_is(made: tuple[Path, Path], use: Callable[[Path], object]) -> None:
-    with pytest.raises(
-        UnsupportedModelError, match=r"weight_int8 is stored in a form that no record can hold"
-    ) as error:
+    with pytest.raises(UnsupportedModelError, match=r"weight_int8 is stored in a way that no record can hold") as error:
         use(made[0])
     assert "convert" in error.value.fix or "--bits 16" in error.value.fix
 
