@@ -2,6 +2,6 @@
 
 ``containers`` opens a path; ``runtime.formats`` says how its weights are stored. The converter, ``moetier plan`` and
 ``runtime.model`` use this package. Daemons and commands open the experts of any directory with ``experts``. The package
-imports ``runtime.formats``, ``runtime.moe`` and ``tiers``. Of its modules, ``config_json``, ``hub``, ``files``,
-``checkpoint`` and ``containers`` import torch only when needed.
+imports ``runtime.formats``, ``runtime.moe`` and ``tiers``. Of its modules, ``config_json``, ``hub``, ``files``
+and ``containers`` import torch only when needed.
 """

@@ -28,7 +28,7 @@ from moetier.tiers.store.atomic import read_errors
 from moetier.tiers.store.folder import command
 
 from .blueprint import build_on_meta, make_blueprint, records_of
-from .checkpoint import SAMPLE_BYTES, SAMPLE_STRIDE, Checkpoint
+from .containers import SAMPLE_BYTES, SAMPLE_STRIDE, Checkpoint
 from .native import check_shape, is_narrowed, native_layout, row_bytes_of, stored_in
 from .recipe import BlockBlueprint
 

@@ -17,9 +17,8 @@ from moetier.tiers.small_names import COPIED, DOWNLOADED, SETTINGS, VOCABULARY
 from moetier.tiers.store.folder import remaking
 
 from . import hub
-from .checkpoint import Checkpoint
 from .config_json import ADAPTER, carried, with_floats
-from .containers import FILES, Container, is_one_file
+from .containers import FILES, Checkpoint, Container, is_one_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -19,8 +19,7 @@ from moetier.tiers.errors import CheckpointError, ConfigError, UnsupportedModelE
 from moetier.tiers.fields import shown
 from moetier.tiers.headers.gguf import GgufEntry, GgufHeader, Value, read_gguf
 
-from .checkpoint import Checkpoint
-from .containers import Container
+from .containers import Checkpoint, Container
 
 if TYPE_CHECKING:
     import torch

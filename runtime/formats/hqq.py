@@ -21,7 +21,7 @@ from moetier.tiers.errors import CheckpointError, UnsupportedModelError
 from moetier.tiers.layout import Bits
 from moetier.tiers.quant.zero_points import Levels
 
-from .grouped import SCALES, GroupedTensor, Numbers
+from .affine import SCALES, AffineTensor, Numbers
 from .registry import DAMAGED, Format
 from .tensors import SourceTensor, StoredTensor
 
@@ -70,7 +70,7 @@ class Requantised:
 
 
 @dataclass(frozen=True, slots=True)
-class HqqTensor(GroupedTensor):
+class HqqTensor(AffineTensor):
     """Matrix of HQQ. ``nbits`` are hqq's bits, a key of STORED_BITS."""
 
     name: str

@@ -19,7 +19,7 @@ from moetier.tiers.errors import CheckpointError
 from moetier.tiers.layout import Bits
 from moetier.tiers.quant.zero_points import Levels
 
-from .grouped import SCALES, GroupedTensor
+from .affine import SCALES, AffineTensor
 from .registry import NEEDS_BITS
 from .tensors import StoredTensor
 
@@ -29,7 +29,7 @@ AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # for each of eight neighbouring rows, the
 
 
 @dataclass(frozen=True, slots=True)
-class WordsTensor(GroupedTensor):
+class WordsTensor(AffineTensor):
     """Matrix of GPTQ or AWQ. ``order`` has the group of each column; None if groups are neighbouring columns."""
 
     name: str

@@ -14,8 +14,7 @@ import sys
 import threading
 from pathlib import Path
 
-from moetier.runtime.checkpoint.checkpoint import Checkpoint
-from moetier.runtime.checkpoint.containers import is_one_file, open_source
+from moetier.runtime.checkpoint.containers import Checkpoint, is_one_file, open_source
 from moetier.runtime.checkpoint.experts import is_checkpoint
 from moetier.runtime.checkpoint.files import contained
 from moetier.tiers.errors import CheckpointError

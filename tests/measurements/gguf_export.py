@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 import numpy.typing as npt
 
-from moetier.runtime.checkpoint.checkpoint import Checkpoint
+from moetier.runtime.checkpoint.containers import Checkpoint
 from moetier.runtime.checkpoint.files import open_checkpoint
 from moetier.runtime.formats.tensors import StoredTensor
 from moetier.tiers.errors import ConfigError, TargetExistsError, UnsupportedModelError

@@ -12,7 +12,7 @@ from typing import Any
 
 from moetier.runtime.checkpoint import hub
 from moetier.runtime.checkpoint.blueprint import build_on_meta
-from moetier.runtime.checkpoint.checkpoint import Checkpoint
+from moetier.runtime.checkpoint.containers import Checkpoint
 from moetier.runtime.config import format_bytes
 from moetier.runtime.machine.memory import available_memory, peak_bytes
 from moetier.runtime.machine.threads import usable_cpus

@@ -6,8 +6,7 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
-from moetier.runtime.checkpoint.checkpoint import Checkpoint
-from moetier.runtime.checkpoint.containers import open_source
+from moetier.runtime.checkpoint.containers import Checkpoint, open_source
 from moetier.runtime.checkpoint.files import check_source
 from moetier.runtime.machine.threads import use_threads
 from moetier.tiers.errors import ConfigError, StoreError, TargetExistsError

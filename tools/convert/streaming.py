@@ -26,7 +26,7 @@ import numpy as np
 
 from moetier.runtime.checkpoint import hub
 from moetier.runtime.checkpoint.blueprint import build_on_meta
-from moetier.runtime.checkpoint.checkpoint import Checkpoint, samples
+from moetier.runtime.checkpoint.containers import Checkpoint, samples
 from moetier.runtime.checkpoint.files import (
     INDEX,
     WEIGHTS,

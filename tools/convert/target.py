@@ -13,8 +13,8 @@ from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
-from moetier.runtime.checkpoint.checkpoint import Checkpoint
 from moetier.runtime.checkpoint.config_json import carried
+from moetier.runtime.checkpoint.containers import Checkpoint
 from moetier.runtime.checkpoint.files import INDEX, contained
 from moetier.tiers.errors import CheckpointError, DiskSpaceError, StoreError, TargetError, TargetExistsError
 from moetier.tiers.manifest import FORMAT, Manifest

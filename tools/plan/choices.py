@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from moetier.runtime.checkpoint import hub
 from moetier.runtime.checkpoint.blueprint import build_on_meta, destinations
-from moetier.runtime.checkpoint.checkpoint import Checkpoint
 from moetier.runtime.checkpoint.config_json import read_config
-from moetier.runtime.checkpoint.containers import is_one_file, open_source
+from moetier.runtime.checkpoint.containers import Checkpoint, is_one_file, open_source
 from moetier.runtime.checkpoint.experts import is_checkpoint
 from moetier.runtime.checkpoint.files import (
     INDEX,

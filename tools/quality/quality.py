@@ -15,8 +15,7 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
-from moetier.runtime.checkpoint.checkpoint import Checkpoint
-from moetier.runtime.checkpoint.containers import container_of
+from moetier.runtime.checkpoint.containers import Checkpoint, container_of
 from moetier.runtime.checkpoint.files import open_checkpoint
 from moetier.runtime.generation.compat import CACHE
 from moetier.runtime.kernels.quantise.encode import encode

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from moetier.runtime.checkpoint.checkpoint import Checkpoint
+from moetier.runtime.checkpoint.containers import Checkpoint
 from moetier.runtime.formats.tensors import StoredTensor
 from moetier.runtime.machine.threads import use_threads
 from moetier.tiers.store.atomic import write_durably

@@ -22,7 +22,7 @@ pytest.importorskip("gguf")
 import gguf
 from gguf_files import MODELS, Kind, mostly, reference, tiny_weights, write_gguf
 
-from moetier.runtime.checkpoint.checkpoint import SAMPLE_BYTES
+from moetier.runtime.checkpoint.containers import SAMPLE_BYTES
 from moetier.runtime.checkpoint.gguf_file import open_gguf
 from moetier.runtime.model.load import load
 from moetier.runtime.stores.checkpoint import check_shards, table_of

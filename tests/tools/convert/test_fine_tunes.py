@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from stores import without_table
 
 import moetier
-from moetier.runtime.checkpoint import checkpoint
+from moetier.runtime.checkpoint import containers as checkpoint
 from moetier.runtime.checkpoint.files import open_checkpoint
 from moetier.tiers.errors import ChecksumError, TargetExistsError
 from moetier.tiers.store.folder import GROUP, METADATA

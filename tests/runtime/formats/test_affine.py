@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from zero_point_checkpoints import AWQ, GPTQ, HQQ, awq, gptq, hqq
 
-from moetier.runtime.formats.grouped import GroupedTensor
+from moetier.runtime.formats.affine import AffineTensor
 from moetier.runtime.formats.registry import format_of
 from moetier.runtime.formats.tensors import read_tensors
 from moetier.tiers.errors import CheckpointError, UnsupportedModelError
@@ -26,17 +26,17 @@ def weight(rows: int = ROWS, columns: int = COLUMNS) -> Tensor:
     return made
 
 
-def source(folder: Path, tensors: dict[str, Tensor], quantization: dict[str, Any], dtype: str) -> GroupedTensor:
+def source(folder: Path, tensors: dict[str, Tensor], quantization: dict[str, Any], dtype: str) -> AffineTensor:
     save_file({f"a.{name}": tensor for name, tensor in tensors.items()}, folder / "x.safetensors")
     found = format_of(read_tensors(folder / "x.safetensors"), quantization, {}).sources(dtype)
     assert list(found) == ["a.weight"]
-    assert isinstance(found["a.weight"], GroupedTensor)
+    assert isinstance(found["a.weight"], AffineTensor)
     return found["a.weight"]
 
 
 def same(
     folder: Path, made: tuple[dict[str, Tensor], Tensor], quantization: dict[str, Any], group: int
-) -> GroupedTensor:
+) -> AffineTensor:
     """It reads as what was meant, whole and in rows, in other types too, and keeps it in groups of a record."""
     tensors, meant = made
     own = str(meant.dtype).removeprefix("torch.")

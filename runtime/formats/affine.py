@@ -46,7 +46,7 @@ class Numbers(Protocol):
         """Read all numbers, in ``shape``: [groups, rows], [groups, 1] or [1, groups]."""
 
 
-class GroupedTensor(SourceTensor):
+class AffineTensor(SourceTensor):
     """A quantised matrix [rows, columns]. As a source tensor it is dequantised, and rounded to ``dtype``."""
 
     __slots__ = ()
