@@ -5,18 +5,18 @@ Both loading and planning use this module.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from moetier.runtime.config import Size
+from moetier.runtime.config import Size, TierConfig
 from moetier.runtime.devices.device import ComputeDevice
 from moetier.runtime.kernels.products.api import Kernels
 from moetier.runtime.machine.memory import Available, budget_for, usable
 from moetier.runtime.moe.grouped import BATCH_OUTPUTS
-from moetier.tiers.cache.budget import smallest_budget
+from moetier.tiers.cache.budget import slots_for, smallest_budget
 from moetier.tiers.layout import RecordLayout
 from moetier.tiers.manifest import Manifest
 
@@ -54,34 +54,75 @@ class Needs:
         experts = max(room // 2, smallest) if asked is None or asked.bytes is None else asked.bytes
         return replace(self, prefill=self.prefill.within(room - min(experts, largest)))
 
-    def host_budget(self, manifest: Manifest, asked: Size | None, available: Available, device: ComputeDevice) -> int:
-        """Return the bytes for the host tier's slots.
 
-        ``asked`` is the user's option, ``available`` the free memory of the host, and ``device`` the device that
-        computes. Raises BudgetError as ``budget_for`` does.
+class ModelMemory:
+    """Memory of a model: slots for experts, beside what it ``needs`` otherwise.
+
+    ``needs`` is replaced by fewer tokens computed together if memory is short.
+    """
+
+    def __init__(self, manifest: Manifest, config: TierConfig, device: ComputeDevice, needs: Needs) -> None:
+        self.needs = needs
+        self._manifest = manifest
+        self._config = config
+        self._device = device
+        self._smallest = smallest_budget(manifest)  # bytes of slots
+        self._left = 0  # bytes that experts leave for a prompt
+
+    def host_slots(self, available: Available) -> Mapping[str, int]:
+        """Return the slots of a host tier of this process, by zarr array of the store.
+
+        ``available`` is the free memory of the host. Raises BudgetError as ``budget_for`` does.
         """
-        return budget_for(
+        asked, reserve = self._config.ram, 0
+        if not self._device.has_memory:
+            self._compute_within(asked, available)
+            reserve = self.needs.reserve
+        budget = budget_for(
             asked,
-            smallest=smallest_budget(manifest),
-            largest=manifest.stored_bytes,
-            reserve=0 if device.has_memory else self.reserve,
-            available=replace(available, bytes=max(available.bytes - self.trunk, 0)),
+            smallest=self._smallest,
+            largest=self._manifest.stored_bytes,
+            reserve=reserve,
+            available=replace(available, bytes=max(available.bytes - self.needs.trunk, 0)),
         )
+        return self._slots(budget, available)
 
-    def device_budget(self, manifest: Manifest, asked: Size | None, available: Available) -> int:
-        """Return the bytes for the device tier's slots.
+    def device_slots(self, available: Available) -> Mapping[str, int]:
+        """Return the slots of a device tier, by zarr array of the store.
 
-        ``asked`` is the user's option, and ``available`` the memory of the device that is free once the trunk is
-        loaded. Raises BudgetError as ``budget_for`` does.
+        ``available`` is the memory of the device that is free once the trunk is loaded. Raises BudgetError as
+        ``budget_for`` does.
         """
-        return budget_for(
+        asked = self._config.device_memory
+        self._compute_within(asked, available)
+        budget = budget_for(
             asked,
-            smallest=smallest_budget(manifest),
-            largest=manifest.stored_bytes,
-            reserve=self.reserve,
+            smallest=self._smallest,
+            largest=self._manifest.stored_bytes,
+            reserve=self.needs.reserve,
             available=available,
             name="device_memory",
         )
+        return self._slots(budget, available)
+
+    def beside_daemon(self, available: Available) -> None:
+        """Use all ``available`` memory for what is not experts, as those are in a daemon's memory."""
+        self.needs = self.needs.within(None, 0, available)
+        self._left = self.needs.room(available)
+
+    @property
+    def prefill(self) -> Prefill:
+        """Tokens of a prompt that there is room for: with the slots, if the model can't divide a prompt."""
+        prefill = self.needs.prefill
+        return prefill if prefill.resumes else replace(prefill, tokens=prefill.longest(self._left))
+
+    def _compute_within(self, asked: Size | None, available: Available) -> None:
+        """Leave memory for the experts to which the user's option gives ``asked``."""
+        self.needs = self.needs.within(asked, self._manifest.stored_bytes, available, smallest=self._smallest)
+
+    def _slots(self, budget: int, available: Available) -> Mapping[str, int]:
+        self._left = self.needs.room(available) - budget
+        return slots_for(self._manifest, budget)
 
 
 def largest_decoded(matrices: Iterable[RecordLayout], kernels: Kernels) -> int:

@@ -7,30 +7,28 @@ import contextlib
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
 
-from moetier.runtime.config import Size, TierConfig
+from moetier.runtime.config import TierConfig
 from moetier.runtime.devices.device import ComputeDevice
 from moetier.runtime.kernels.products.api import Kernels
 from moetier.runtime.kernels.products.packed import PackedKernels
-from moetier.runtime.machine.memory import Available, memory_for_model
+from moetier.runtime.machine.memory import memory_for_model
 from moetier.runtime.moe.block import refuse_copy
 from moetier.runtime.moe.gates import Observation
 from moetier.runtime.speculation.speculation import Speculation
 from moetier.runtime.stores.registry import read_manifest
-from moetier.tiers.cache.budget import slots_for, smallest_budget
 from moetier.tiers.device.tier import DeviceTier
 from moetier.tiers.device.views import HostViews
 from moetier.tiers.errors import ConfigError
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.stats import TierStats
 
-from .budgets import Needs, scratch_numbers
+from .budgets import ModelMemory, Needs, scratch_numbers
 from .prefill import NONE, Prefill
 from .sources import Origin, open_origin
 from .trunk_files import TrunkFiles
@@ -81,17 +79,19 @@ class Tiers:
         manifest = read_manifest(folder)
         kernels = kernels or device.kernels(exact=config.exact)
         scratch = max(scratch_numbers(manifest, kernels), largest) * width
-        memory = _Memory(manifest, config, device, Needs(trunk, cache, scratch, prefill))
+        memory = ModelMemory(manifest, config, device, Needs(trunk, cache, scratch, prefill))
         with contextlib.ExitStack() as undo:
             compiled = isinstance(kernels, PackedKernels)
-            origin = open_origin(folder, manifest, config, memory.host_slots, computes=compiled)
+            origin = open_origin(
+                folder, manifest, config, lambda: memory.host_slots(memory_for_model()), computes=compiled
+            )
             undo.callback(origin.close)
             tier: HostViews | DeviceTier = HostViews(origin.host)
             if device.has_memory:
                 tier = DeviceTier(
                     origin.host,
                     manifest,
-                    slots=memory.device_slots(),
+                    slots=memory.device_slots(device.free_memory()),
                     device=device.streams(),
                     promotes=config.speculate != "off",
                     policy=config.policy,
@@ -99,7 +99,7 @@ class Tiers:
                 )
                 kernels.make_room = tier.shrink
             elif origin.daemon is not None:
-                memory.beside_daemon()
+                memory.beside_daemon(memory_for_model())
             tiers = cls(manifest, origin, tier, kernels, memory.prefill)
             undo.pop_all()
         if tiers.prefill_chunk < prefill.tokens:
@@ -160,55 +160,6 @@ class Tiers:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
-
-
-class _Memory:
-    """Memory for a model that is being opened: slots for experts beside what the model needs otherwise.
-
-    ``needs`` is changed to fewer tokens computed together if memory is short.
-    """
-
-    def __init__(self, manifest: Manifest, config: TierConfig, device: ComputeDevice, needs: Needs) -> None:
-        self._manifest = manifest
-        self._config = config
-        self._device = device
-        self._needs = needs
-        self._left = 0  # bytes that experts leave for a prompt
-
-    def host_slots(self) -> Mapping[str, int]:
-        """Return the slots of a host tier of this process, by record layout. Raises BudgetError."""
-        available, asked = memory_for_model(), self._config.ram
-        if not self._device.has_memory:
-            self._compute_within(asked, available)
-        budget = self._needs.host_budget(self._manifest, asked, available, self._device)
-        return self._slots(budget, available)
-
-    def device_slots(self) -> Mapping[str, int]:
-        """Return the slots of a tier in the device's memory, by record layout. Raises BudgetError."""
-        available, asked = self._device.free_memory(), self._config.device_memory
-        self._compute_within(asked, available)
-        return self._slots(self._needs.device_budget(self._manifest, asked, available), available)
-
-    def beside_daemon(self) -> None:
-        """Use all memory of this process for what is not experts, as those are in a daemon's memory."""
-        available = memory_for_model()
-        self._needs = self._needs.within(None, 0, available)
-        self._left = self._needs.room(available)
-
-    @property
-    def prefill(self) -> Prefill:
-        """Tokens of a prompt that there is room for: with the slots, if the model can't divide a prompt."""
-        prefill = self._needs.prefill
-        return prefill if prefill.resumes else replace(prefill, tokens=prefill.longest(self._left))
-
-    def _compute_within(self, asked: Size | None, available: Available) -> None:
-        """Leave memory for experts of which the user's option gives ``asked``."""
-        smallest = smallest_budget(self._manifest)
-        self._needs = self._needs.within(asked, self._manifest.stored_bytes, available, smallest=smallest)
-
-    def _slots(self, budget: int, available: Available) -> Mapping[str, int]:
-        self._left = self._needs.room(available) - budget
-        return slots_for(self._manifest, budget)
 
 
 def _close_sources(device: HostViews | DeviceTier, origin: Origin) -> None:

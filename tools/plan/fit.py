@@ -14,10 +14,10 @@ from moetier.runtime.config import TierConfig, format_bytes
 from moetier.runtime.devices.device import ComputeDevice
 from moetier.runtime.kernels.products.api import Kernels
 from moetier.runtime.machine.memory import MARGIN_BYTES, MARGIN_SHARE, Available
-from moetier.runtime.model.budgets import Needs, kv_cache_bytes, largest_decoded, scratch_numbers
+from moetier.runtime.model.budgets import ModelMemory, Needs, kv_cache_bytes, largest_decoded, scratch_numbers
 from moetier.runtime.model.prefill import prefill_of
 from moetier.tiers.arena.layout import ArenaLayout
-from moetier.tiers.cache.budget import slots_for, smallest_budget
+from moetier.tiers.cache.budget import smallest_budget
 from moetier.tiers.errors import BudgetError, DiskSpaceError, MoetierError
 from moetier.tools.convert.files import free_bytes
 from moetier.tools.convert.target import SLACK_BYTES
@@ -99,23 +99,20 @@ def fit_of(model_choices: ModelChoices, choice: Choice, config: TierConfig, room
         scratch=scratch * model.dtype.itemsize,
         prefill=prefill_of(model, manifest, config, kernels),
     )
+    memory = ModelMemory(manifest, config, room.device, needs)
     slots: Mapping[str, int] = {}
     device_slots, arena, problem, there = None, 0, _disk_problem(model_choices, choice, room), room.host
-    if on_host:
-        needs = needs.within(config.ram, manifest.stored_bytes, room.host, smallest=smallest_budget(manifest))
     try:
-        slots = slots_for(manifest, needs.host_budget(manifest, config.ram, room.host, room.device))
+        slots = memory.host_slots(room.host)
         if room.on_device is not None:
             there = room.on_device
-            left = replace(there, bytes=max(there.bytes - choice.trunk_bytes, 0))
-            needs = needs.within(config.device_memory, manifest.stored_bytes, left, smallest=smallest_budget(manifest))
-            device_slots = slots_for(manifest, needs.device_budget(manifest, config.device_memory, left))
+            device_slots = memory.device_slots(replace(there, bytes=max(there.bytes - choice.trunk_bytes, 0)))
         arena = ArenaLayout.of(manifest, slots).nbytes
     except BudgetError as error:
-        problem, slots = problem or _memory_problem(error, choice, needs, config, there, room), {}
+        problem, slots = problem or _memory_problem(error, choice, memory.needs, config, there, room), {}
     if problem:
         slots, device_slots = {}, None
-    return Fit(choice, needs, slots, device_slots, arena, problem)
+    return Fit(choice, memory.needs, slots, device_slots, arena, problem)
 
 
 def _disk_problem(model_choices: ModelChoices, choice: Choice, room: MachineRoom) -> MoetierError | None:
