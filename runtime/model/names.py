@@ -14,9 +14,9 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from moetier.tiers.addresses import ADDRESS, check_address
 from moetier.tiers.errors import ConfigError, StoreFormatError
 from moetier.tiers.layout import Bits
-from moetier.tiers.objects.addresses import ADDRESS, check_address
 from moetier.tiers.redaction import redacted
 
 if TYPE_CHECKING:

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from moetier.tiers.addresses import HTTP_AUTHORIZATION, check_address, endpoint_of
 from moetier.tiers.closeable import Closeable
 from moetier.tiers.errors import (
     ChecksumError,
@@ -33,7 +34,6 @@ from moetier.tiers.errors import (
 )
 from moetier.tiers.redaction import redacted, redacted_error
 
-from .addresses import HTTP_AUTHORIZATION, check_address, endpoint_of
 from .aws_profile import profile
 
 CONNECT_SECONDS = 5.0  # longest time to connect

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
+from moetier.tiers.addresses import check_address, endpoint_of
 from moetier.tiers.errors import ChecksumError, MissingExpertError, StoreFormatError
 from moetier.tiers.fields import Fields
 from moetier.tiers.headers.safetensors import MAX_HEADER_BYTES
@@ -41,7 +42,6 @@ from moetier.tiers.store.folder import (
 )
 from moetier.tiers.store.trunk import check_sum
 
-from .addresses import check_address, endpoint_of
 from .client import Objects, until_right
 from .small_files import DAMAGED, fetch_small
 

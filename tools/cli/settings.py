@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from moetier.runtime.config import OPTIONS
+from moetier.tiers.addresses import HTTP_AUTHORIZATION
 from moetier.tiers.errors import ConfigError, MoetierError
-from moetier.tiers.objects.addresses import HTTP_AUTHORIZATION
 
 from .parser import NUMBERS, settable
 

@@ -12,9 +12,9 @@ import trustme
 from object_servers import served_bucket, served_folder
 from threads import wait_until
 
+from moetier.tiers.addresses import HTTP_AUTHORIZATION
 from moetier.tiers.errors import ClosedError, ConfigError, MissingExpertError, StoreReadError
 from moetier.tiers.objects import client
-from moetier.tiers.objects.addresses import HTTP_AUTHORIZATION
 from moetier.tiers.objects.client import Objects
 
 pytest.importorskip("obstore")

@@ -7,8 +7,8 @@ import traceback
 
 import pytest
 
+from moetier.tiers.addresses import check_address
 from moetier.tiers.errors import ConfigError
-from moetier.tiers.objects.addresses import check_address
 from moetier.tiers.redaction import redacted, redacted_error
 
 SECRETS = (

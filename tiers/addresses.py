@@ -6,8 +6,8 @@ import os
 import re
 from collections.abc import Iterator
 
-from moetier.tiers.errors import ConfigError
-from moetier.tiers.redaction import USER
+from .errors import ConfigError
+from .redaction import USER
 
 ADDRESS = re.compile(r"(s3|gs|az|https?|file)://\S+")
 HTTP_AUTHORIZATION = "MOETIER_HTTP_AUTHORIZATION"  # variable: value of the header Authorization for https://
