@@ -191,7 +191,7 @@ class ComputeCalls:
         if not (math.isfinite(asked.alpha) and math.isfinite(asked.shift) and asked.limit > 0):
             raise ProtocolError("The numbers of the activation are not finite, or its limit is not above 0.", _SAME)
         activation = Activation(asked.function, asked.interleaved, asked.alpha, asked.limit, asked.shift, asked.gated)
-        variant = (array_name, activation.kind, request.dtype)
+        variant = (array_name, activation.variant, request.dtype)
         with self._state:
             if variant not in self._products:
                 self._compile(variant)

@@ -19,9 +19,9 @@ from moetier.runtime.kernels.jit.processor import refusal, this_processor
 from moetier.runtime.kernels.jit.team import compiled
 from moetier.runtime.kernels.layer.attention_code import attention_kernel
 from moetier.runtime.kernels.layer.heads import heads_kernel
-from moetier.runtime.kernels.layer.norm import Scale, norm_kernel, norm_step_kernel
-from moetier.runtime.kernels.products.gemm import form_of, multiplies, product_kernel
-from moetier.runtime.kernels.products.gemm_tile import Form
+from moetier.runtime.kernels.layer.norm import Scale, norm_kernel, norm_task_kernel
+from moetier.runtime.kernels.products.gemm import multiplies, product_kernel, variant_of
+from moetier.runtime.kernels.products.gemm_tile import PackedVariant
 from moetier.runtime.kernels.products.gemv import gemv_kernel
 from moetier.runtime.kernels.products.rounding import Rounding, rounding_kernel
 from moetier.tiers.extents.table import read_table
@@ -55,34 +55,34 @@ def compile_ahead(folder: Path) -> None:
 
 def _matrices(path: Path) -> set[Projection]:
     """Return projections like the matrices in a GGUF file that belong to the trunk."""
-    found = set()
+    projections = set()
     for entry in read_gguf(path).tensors.values():
-        form = BLOCKS.get(coding := entry.ggml_type.lower())
-        if form is not None and len(entry.shape) == 2:
+        stored = BLOCKS.get(coding := entry.ggml_type.lower())
+        if stored is not None and len(entry.shape) == 2:
             rows, columns = entry.shape
-            found.add(Projection("", rows, columns, form.bits, group=form.group, coding=coding))
-    return found
+            projections.add(Projection("", rows, columns, stored.bits, group=stored.group, coding=coding))
+    return projections
 
 
 def _compile(manifest: Manifest | None, dtype: torch.dtype, matrices: Collection[Projection] = ()) -> None:
     processor = this_processor()
     norm_kernel(dtype, Scale.ROUNDED)
     for adds in (False, True):
-        norm_step_kernel(dtype, Scale.ROUNDED, adds)
+        norm_task_kernel(dtype, Scale.ROUNDED, adds)
     attention_kernel(dtype)
     for scale in (None, Scale.ROUNDED):
         heads_kernel(dtype, scale)
     for p in matrices:
         if multiplies(p):
-            product_kernel(processor, form_of(p, FloatType.of(dtype)))
+            product_kernel(processor, variant_of(p, FloatType.of(dtype)))
             rounding_kernel(processor, Rounding.of(p), FloatType.of(dtype))
     for layout in manifest.layouts.values() if manifest else ():
         activation = Activation()
         if ExpertKernels.fit(layout, activation):
             ExpertKernels(layout, activation, dtype, 0, processor)
-    if manifest and (form := manifest.trunk_records) is not None:
-        product_kernel(processor, Form(form.bits, form.group, form.pairs, FloatType.of(dtype)))
-        rounding_kernel(processor, Rounding(form.group), FloatType.of(dtype))
+    if manifest and (trunk := manifest.trunk_records) is not None:
+        product_kernel(processor, PackedVariant(trunk.bits, trunk.group, trunk.pairs, FloatType.of(dtype)))
+        rounding_kernel(processor, Rounding(trunk.group), FloatType.of(dtype))
     compiled(processor)
     for kept in {dtype, torch.float32}:  # of weights of the trunk, and of routers that predict
         gemv_kernel(dtype, kept, kept)

@@ -169,15 +169,15 @@ class Gates:
         """
         observation = Observation()
         try:
-            for found in self.blocks if blocks is None else [self.blocks[block] for block in blocks]:
-                if layer is not None and found.decoder is not None:
-                    observation.add(_before(found.decoder, found.block, layer, 0))
-                if entry is not None and found.entry is not None:
-                    observation.add(_before(found.entry, found.block, entry, 0))
-                if gate is not None and found.gate is not None:
-                    observation.add(found.gate.register_forward_hook(_at_gate(gate, found)))
+            for one in self.blocks if blocks is None else [self.blocks[block] for block in blocks]:
+                if layer is not None and one.decoder is not None:
+                    observation.add(_before(one.decoder, one.block, layer, 0))
+                if entry is not None and one.entry is not None:
+                    observation.add(_before(one.entry, one.block, entry, 0))
+                if gate is not None and one.gate is not None:
+                    observation.add(one.gate.register_forward_hook(_at_gate(gate, one)))
                 if experts is not None:
-                    observation.add(_before(found.experts, found.block, experts, 1, 2))
+                    observation.add(_before(one.experts, one.block, experts, 1, 2))
         except BaseException:
             observation.close()
             raise

@@ -57,7 +57,7 @@ def one_token(
 
 
 def is_row_like(other: Tensor, x: Tensor) -> bool:
-    """Return whether compiled code can add ``other``, which a module has returned, to a row in the form of x [1, K].
+    """Return whether compiled code can add ``other``, which a module has returned, to a row of the type of x [1, K].
 
     It must be [1, K] too. It may have more leading dimensions.
     """

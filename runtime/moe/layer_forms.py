@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from moetier.runtime.kernels.layer.attention_steps import CACHES, Form, forms, is_attention, observe
+from moetier.runtime.kernels.layer.attention_tasks import CACHES, AttentionVariant, is_attention, observe, variants
 from moetier.runtime.kernels.layer.growing_cache import grow
 from moetier.runtime.kernels.layer.norm import is_quick_norm
 from moetier.runtime.kernels.products.api import FLOATS
@@ -57,7 +57,7 @@ class LayerForm(NamedTuple):
     first: str  # norm before the attention
     second: str  # norm before the block
     block: str
-    sizes: Form  # of the attention
+    sizes: AttentionVariant  # of the attention
     factor: float = 1.0
     # Names of router and Experts module, and of a module whose result is added to that of the experts ("": none), if
     # the block has nothing else. Without a router the block is called as a module.
@@ -68,7 +68,7 @@ class LayerForm(NamedTuple):
 
 def parts_of(layer: Any) -> Parts | None:
     """Return the parts of a layer if it may have a LayerForm, else None."""
-    if parameters_of(layer) or buffers_of(layer):  # by chance they may do nothing in a trial, such as a factor of 1
+    if parameters_of(layer) or buffers_of(layer):  # one, such as a factor of 1, might have no effect
         return None
     parts = {name: part for name, part in children_of(layer).items() if part is not None}
     attentions = [name for name, part in parts.items() if is_attention(part)]
@@ -79,7 +79,7 @@ def parts_of(layer: Any) -> Parts | None:
     return Parts(attentions[0], (norms[0], norms[1]), others[0])
 
 
-def forms_of(layer: Any, parts: Parts, sizes: list[Form]) -> Iterator[LayerForm]:
+def forms_of(layer: Any, parts: Parts, sizes: list[AttentionVariant]) -> Iterator[LayerForm]:
     """Yield the forms that a layer may have. ``sizes``: forms that its attention may have."""
     factors = [float(value) for name in _FACTORS if isinstance(value := vars(layer).get(name), int | float)]
     names = _in_block(children_of(layer)[parts.block])
@@ -151,7 +151,7 @@ class _Trial:
             columns = len(norm.weight)
             weight = scale * (0.5 + torch.rand(columns, generator=random))
             replace_parameters(norm, {"weight": weight.to(norm.weight.dtype)})
-        self._stand_ins = [module for module in twin.modules() if isinstance(module, _StandIn)]
+        self._stand_ins = [module for module in twin.modules() if isinstance(module, _ExpertsProbe)]
         self._name = next(name for name in CACHES if name in inspect.signature(type(twin).forward).parameters)
         for _ in range(3):
             x, cos, sin = (torch.randn(1, 1, size, generator=random).to(dtype) for size in (columns, angles, angles))
@@ -171,12 +171,12 @@ class _Trial:
     def agrees(self, compute: Compute) -> bool:
         """Return whether compiled code has the same results."""
         try:
-            found = self._results(functools.partial(compute, self.layer), copy.deepcopy(self._before))
+            computed = self._results(functools.partial(compute, self.layer), copy.deepcopy(self._before))
         except Exception:  # the layer's parts are others than those of the form
             return False
         return all(
             isinstance(one, Tensor) and isinstance(two, Tensor) and one.dtype == two.dtype and torch.equal(one, two)
-            for one, two in zip(found, self._wanted, strict=True)
+            for one, two in zip(computed, self._wanted, strict=True)
         )
 
 
@@ -199,8 +199,8 @@ def find_form(
         trials = [_Trial(layer, parts, dtype, angles, scale) for scale in _SCALES]
     except Exception:  # the layer needs other inputs, so that it is computed as before
         return None
-    found = forms_of(layer, parts, [*forms(trials[0].attention, angles)])
-    return next((form for form in found if all(trial.agrees(with_form(form)) for trial in trials)), None)
+    candidates = forms_of(layer, parts, [*variants(trials[0].attention, angles)])
+    return next((form for form in candidates if all(trial.agrees(with_form(form)) for trial in trials)), None)
 
 
 def _twin(module: Any) -> Any:
@@ -210,13 +210,13 @@ def _twin(module: Any) -> Any:
     if "quick_layer" in vars(twin):  # its class without QuickLayer
         twin.__class__ = type(twin).__mro__[2]
     if experts_modules(module).get("") is module:
-        twin.__class__ = _StandIn
+        twin.__class__ = _ExpertsProbe
     for name, part in children_of(module).items():
         children_of(twin)[name] = None if part is None else _twin(part)
     return twin
 
 
-class _StandIn(nn.Module):
+class _ExpertsProbe(nn.Module):
     """Module that replaces an Experts module in a trial, and keeps its inputs."""
 
     seen: list[Tensor]

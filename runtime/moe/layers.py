@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moetier.runtime.kernels.jit.team import Program
-from moetier.runtime.kernels.layer.attention_steps import AttentionSteps, Token, token_of
-from moetier.runtime.kernels.layer.norm import MORE, SUM, X, Y, norm_step
-from moetier.runtime.kernels.layer.routing import RoutingSteps
+from moetier.runtime.kernels.layer.attention_tasks import AttentionTasks, Token, token_of
+from moetier.runtime.kernels.layer.norm import MORE, SUM, X, Y, norm_task
+from moetier.runtime.kernels.layer.routing import RoutingTasks
 from moetier.runtime.kernels.products.api import CPU, is_readable
 from moetier.runtime.libraries.torch_internals import children_of, hooks_after, hooks_before, without_subclasses
 
@@ -161,8 +161,8 @@ class _Call:
         self.columns = len(self.second.weight)
         self._states = [torch.empty(1, 1, self.columns, dtype=kind[0], device=CPU) for _ in range(4)]
         self.total = self._states[0]  # residual stream before the second norm. Each run overwrites it
-        self._before = norm_step(self._first, adds=False)
-        self._between = norm_step(self.second, adds=True, factor=form.factor)
+        self._before = norm_task(self._first, adds=False)
+        self._between = norm_task(self.second, adds=True, factor=form.factor)
         self._before.context[Y], self._between.context[MORE] = (self._states[i].data_ptr() for i in (2, 3))
         self.routing: Any = None  # logits, weights and experts, which each run overwrites; None without a router
         self._threads: tuple[int, int] | None = None  # to compute with, and of the attention kernel
@@ -175,24 +175,24 @@ class _Call:
         for weight in (self._first.weight, self.second.weight):
             if (weight.dtype, weight.shape) != (self.kind[0], (self.columns,)) or not is_readable(weight):
                 return False
-        steps = AttentionSteps.of(self.attention, self.form.sizes, self.kind[0], threads[1])
-        if steps is None or steps.columns != self.columns:
+        tasks = AttentionTasks.of(self.attention, self.form.sizes, self.kind[0], threads[1])
+        if tasks is None or tasks.columns != self.columns:
             return False
-        steps.place(*(self._states[i].data_ptr() for i in (2, 3)))
-        all_ = [self._before, *steps.steps, self._between]
+        tasks.place(*(self._states[i].data_ptr() for i in (2, 3)))
+        all_ = [self._before, *tasks.tasks, self._between]
         if self.router is not None:
             routing = self.router.quick_router.routing(self.router, self.kind[0])
             tensors = tensors_of(self.router, self.block)
             if routing is None or not routing.fits(*tensors) or tensors[0].shape[1] != self.columns:
                 return False
-            choice = RoutingSteps(routing.form, self.kind[0], *tensors)
+            choice = RoutingTasks(routing.variant, self.kind[0], *tensors)
             self.routing = choice.place(self._states[1], *tensors)
-            self.logit_dtype = routing.form.logit_dtype
+            self.logit_dtype = routing.variant.logit_dtype
             self._write(*self._states[:2])
             self.row, self.chosen = self._states[1][0], self.routing[2][0].numpy()
-            all_ += choice.steps
+            all_ += choice.tasks
         self._program = Program(all_)
-        self._attention, self._threads = steps, threads
+        self._attention, self._threads = tasks, threads
         return True
 
     def _write(self, total: Tensor, normed: Tensor) -> None:

@@ -24,10 +24,10 @@ from .gradients import without_gradient
 WEIGHT = "weight"  # name of the only projection in a trunk record
 
 
-def matrix_layout(rows: int, columns: int, form: TrunkRecords) -> RecordLayout:
+def matrix_layout(rows: int, columns: int, stored: TrunkRecords) -> RecordLayout:
     """Return the layout of the record of a matrix [rows, columns]. It has 16 bits if no group divides the columns."""
     shape = {WEIGHT: ((rows, columns), "bfloat16")}
-    return layout_for(shape, bits=form.bits, group=form.group, pairs=form.pairs)
+    return layout_for(shape, bits=stored.bits, group=stored.group, pairs=stored.pairs)
 
 
 class QuantizedLinear(nn.Module):
@@ -56,8 +56,8 @@ class QuantizedLinear(nn.Module):
         if kernels.arrange is not None:
             kernels.arrange(self.record, self.layout)
         if isinstance(kernels, PackedKernels) and kernels.packs(self.layout):
-            plan = partial(kernels.plan, self.layout, WEIGHT)
-            self.matrix = RowMatrix(self.record, self.out_features, self.in_features, plan)
+            product = partial(kernels.product, self.layout, WEIGHT)
+            self.matrix = RowMatrix(self.record, self.out_features, self.in_features, product)
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply x [tokens, in_features] -> [tokens, out_features] in the type of x.
@@ -129,7 +129,7 @@ def replace_modules(model: Any, layouts: Mapping[str, RecordLayout]) -> None:
         model.all_tied_weights_keys.pop(f"{path}.{WEIGHT}", None)
 
 
-def replace_linears(model: Any, records: Mapping[str, int], form: TrunkRecords) -> None:
+def replace_linears(model: Any, records: Mapping[str, int], stored: TrunkRecords) -> None:
     """Replace the linear modules at the paths in ``records`` by QuantizedLinear modules on the meta device.
 
     ``records`` has the size of each module's record in bytes. A head that was tied to the embedding is no longer tied:
@@ -140,7 +140,7 @@ def replace_linears(model: Any, records: Mapping[str, int], form: TrunkRecords) 
     layouts = {}
     for path, nbytes in records.items():
         linear = linears.get(path)
-        layout = None if linear is None else matrix_layout(linear.out_features, linear.in_features, form)
+        layout = None if linear is None else matrix_layout(linear.out_features, linear.in_features, stored)
         if linear is None or layout is None or layout.payload_bytes != nbytes:
             what = f"{linear.out_features} x {linear.in_features} there" if linear else "not there"
             raise StoreFormatError(

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moetier.runtime.kernels.layer.routing import Routing, RoutingForm
+from moetier.runtime.kernels.layer.routing import CompiledRouter, RouterVariant
 from moetier.runtime.kernels.products.api import CPU
 from moetier.runtime.libraries.torch_internals import (
     buffers_of,
@@ -60,29 +60,29 @@ class QuickRouter:
 class OneRowRouter:
     """A router for single rows. Threads may use it at the same time."""
 
-    def __init__(self, known: dict[Any, RoutingForm | None]) -> None:
-        """``known``: forms of routers that were tried. Routers that differ only in their weights are tried once."""
+    def __init__(self, known: dict[Any, RouterVariant | None]) -> None:
+        """``known``: variants of routers that were tried. Routers that differ only in their weights are tried once."""
         self._known = known
-        self._routings: dict[torch.dtype, Trials[Routing]] = {}  # by type of rows
+        self._routings: dict[torch.dtype, Trials[CompiledRouter]] = {}  # by type of rows
 
     def __deepcopy__(self, _: Any) -> OneRowRouter:
         return OneRowRouter(self._known)
 
-    def routing(self, router: Any, dtype: torch.dtype) -> Routing | None:
+    def routing(self, router: Any, dtype: torch.dtype) -> CompiledRouter | None:
         """Return the choice of a router for rows of a type; None if compiled code does not have it."""
         if (trials := self._routings.get(dtype)) is None:
             trials = self._routings.setdefault(dtype, Trials())
         return trials.result(router, functools.partial(self._tried, router, dtype))
 
-    def _tried(self, router: Any, dtype: torch.dtype) -> Routing | None:
+    def _tried(self, router: Any, dtype: torch.dtype) -> CompiledRouter | None:
         sizes = [(name, tensor.shape, tensor.dtype) for name, tensor in router.state_dict().items()]
         numbers = numbers_of(router).items()
         key = (dtype, plain_class(router), id(getattr(router, "config", None)), *numbers, *sizes)
         if key not in self._known:
             with CPU:
                 self._known[key] = _trial(router, dtype)
-        form = self._known[key]
-        return None if form is None else Routing(form)
+        variant = self._known[key]
+        return None if variant is None else CompiledRouter(variant)
 
     def of(self, router: Any, x: Tensor, *more: Any) -> tuple[Tensor, Tensor, Tensor] | None:
         """Return logits [1, experts], weights [1, top_k] and experts [1, top_k] of one row x [1, columns].
@@ -122,19 +122,19 @@ def argument_names(router: Any) -> list[str]:
 
 def plain_class(module: Any) -> type:
     """Return the class of a module without QuickRouter."""
-    kinds = type(module).__mro__
-    return kinds[kinds.index(QuickRouter) + 1] if isinstance(module, QuickRouter) else kinds[0]
+    classes = type(module).__mro__
+    return classes[classes.index(QuickRouter) + 1] if isinstance(module, QuickRouter) else classes[0]
 
 
 @functools.cache
-def quick_class(quick: type, kind: type) -> type:
-    """Return a class like ``kind``, with ``quick`` before it among the base classes."""
-    return type(kind.__name__, (quick, kind), {"__module__": kind.__module__})
+def quick_class(quick: type, class_: type) -> type:
+    """Return a class like ``class_``, with ``quick`` before it among the base classes."""
+    return type(class_.__name__, (quick, class_), {"__module__": class_.__module__})
 
 
 def use_quick_routers(model: PreTrainedModel) -> None:
-    """Put QuickRouter before the class of each module that may be a router with a RoutingForm."""
-    known: dict[Any, RoutingForm | None] = {}
+    """Put QuickRouter before the class of each module that may be a router with a RouterVariant."""
+    known: dict[Any, RouterVariant | None] = {}
     for path, experts in experts_modules(model).items():
         for module in model.get_submodule(path.rpartition(".")[0]).children():
             weight = parameters_of(module).get("weight")
@@ -150,7 +150,7 @@ def use_quick_routers(model: PreTrainedModel) -> None:
 
 
 def is_router(module: Any) -> bool:
-    """Return whether a module has no other tensors than a router: by chance they may do nothing in a trial."""
+    """Return whether a module has a router's tensors only. Another one might have no effect in the trial."""
     return (
         parameters_of(module).keys() <= {"weight", "bias"}
         and not children_of(module)
@@ -159,8 +159,8 @@ def is_router(module: Any) -> bool:
 
 
 @torch.no_grad()
-def _trial(router: Any, dtype: torch.dtype) -> RoutingForm | None:
-    """Compare a router with the forms that it may have, on states of a type. Return the one that agrees."""
+def _trial(router: Any, dtype: torch.dtype) -> RouterVariant | None:
+    """Compare a router with the variants that it may have, on states of a type. Return the one that agrees."""
     twin = copy.copy(router)
     twin.__class__ = plain_class(router)
     weight, bias = parameters_of(twin)["weight"], parameters_of(twin).get("bias")
@@ -180,7 +180,7 @@ def _trial(router: Any, dtype: torch.dtype) -> RoutingForm | None:
     given = [correction] if argument_names(router) else []
     matrices = weight, (numbers(experts, columns) / columns - 20 / columns).to(weight.dtype)
     states = numbers(_TRIED_ROWS, columns).to(dtype), torch.ones(_TRIED_ROWS, columns, dtype=dtype)
-    candidates = [*_forms(twin, has_correction=bool(buffers_of(twin) or given))]
+    candidates = [*_variants(twin, has_correction=bool(buffers_of(twin) or given))]
     for matrix, x in zip(matrices, states, strict=True):
         replace_parameters(twin, parameters_of(twin) | {"weight": matrix})
         try:
@@ -194,18 +194,21 @@ def _trial(router: Any, dtype: torch.dtype) -> RoutingForm | None:
         own = F.linear(x.to(product), matrix.to(product), None if bias is None else bias.to(product))
         if not torch.allclose(own, logits.to(own.dtype), rtol=0.05, atol=0.05):
             return None
-        kinds = {"logit_dtype": logits.dtype, "weight_dtype": weights.dtype, "product_dtype": product}
-        candidates = [form._replace(top_k=chosen.shape[-1], **kinds) for form in candidates]
-        candidates = [form for form in candidates if _agrees(form, logits, weights, chosen, correction)]
-    return next((form for form in candidates if Routing(form).fits(weight, bias, _like(form, correction))), None)
+        types = {"logit_dtype": logits.dtype, "weight_dtype": weights.dtype, "product_dtype": product}
+        candidates = [variant._replace(top_k=chosen.shape[-1], **types) for variant in candidates]
+        candidates = [variant for variant in candidates if _agrees(variant, logits, weights, chosen, correction)]
+    return next(
+        (variant for variant in candidates if CompiledRouter(variant).fits(weight, bias, _like(variant, correction))),
+        None,
+    )
 
 
-def _like(form: RoutingForm, correction: Tensor) -> Tensor | None:
-    return correction if form.has_correction else None
+def _like(variant: RouterVariant, correction: Tensor) -> Tensor | None:
+    return correction if variant.has_correction else None
 
 
-def _forms(router: Any, *, has_correction: bool) -> Iterator[RoutingForm]:
-    """Yield the forms that a router may have. Types and top_k are still to be set."""
+def _variants(router: Any, *, has_correction: bool) -> Iterator[RouterVariant]:
+    """Yield the variants that a router may have. Types and top_k are still to be set."""
     attributes = vars(router)
     factors = [float(value) for name in _FACTORS if isinstance(value := attributes.get(name), float | int)]
     groups, best_groups = (attributes.get(name) for name in _GROUPS)
@@ -216,31 +219,31 @@ def _forms(router: Any, *, has_correction: bool) -> Iterator[RoutingForm]:
         [True] if has_correction else [False, True], [False, True], [1.0, *factors], divided
     ):
         if is_sigmoid or division[2] < 2:  # scores of a softmax are not at hand when experts are chosen
-            kinds = (torch.float32, torch.float32, None)
-            yield RoutingForm(0, normalised, factor, *kinds, is_sigmoid, has_correction, *division)
+            types = (torch.float32, torch.float32, None)
+            yield RouterVariant(0, normalised, factor, *types, is_sigmoid, has_correction, *division)
 
 
-def _agrees(form: RoutingForm, logits: Tensor, weights: Tensor, chosen: Tensor, correction: Tensor) -> bool:
-    """Return whether a router with a form makes this choice from ``logits`` [rows, experts].
+def _agrees(variant: RouterVariant, logits: Tensor, weights: Tensor, chosen: Tensor, correction: Tensor) -> bool:
+    """Return whether a router with a variant makes this choice from ``logits`` [rows, experts].
 
     ``weights`` and ``chosen`` are [rows, top_k], ``correction`` [experts].
     """
     logits = logits.float()
-    scores = logits.sigmoid() if form.is_sigmoid else logits.softmax(-1)
-    ranks = scores if form.is_sigmoid else logits
-    if form.has_correction:
+    scores = logits.sigmoid() if variant.is_sigmoid else logits.softmax(-1)
+    ranks = scores if variant.is_sigmoid else logits
+    if variant.has_correction:
         ranks = ranks + correction
-    if form.best_of_group:
-        by_group = ranks.view(len(ranks), form.groups, -1)
-        if by_group.shape[-1] < form.best_of_group:
+    if variant.best_of_group:
+        by_group = ranks.view(len(ranks), variant.groups, -1)
+        if by_group.shape[-1] < variant.best_of_group:
             return False
-        best = by_group.topk(form.best_of_group).values.sum(-1).topk(form.best_groups).indices
+        best = by_group.topk(variant.best_of_group).values.sum(-1).topk(variant.best_groups).indices
         is_best = torch.zeros(by_group.shape[:-1], dtype=torch.bool).scatter(-1, best, value=True)
         ranks = by_group.masked_fill(~is_best[..., None], -torch.inf).flatten(-2)
-    if not torch.equal(ranks.gather(-1, chosen).sort().values, ranks.topk(form.top_k).values.sort().values):
+    if not torch.equal(ranks.gather(-1, chosen).sort().values, ranks.topk(variant.top_k).values.sort().values):
         return False
     shares = scores.gather(-1, chosen)
-    if form.normalised:
+    if variant.normalised:
         shares = shares / shares.sum(-1, keepdim=True)
     near = _SAME[weights.dtype]
-    return torch.allclose(weights.float(), form.factor * shares, rtol=near, atol=near / 1000)
+    return torch.allclose(weights.float(), variant.factor * shares, rtol=near, atol=near / 1000)

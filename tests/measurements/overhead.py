@@ -36,7 +36,7 @@ import moetier
 from moetier.runtime.config import Size
 from moetier.runtime.generation.compat import CACHE
 from moetier.runtime.kernels.experts import expert_kernels as kernels
-from moetier.runtime.kernels.jit.team import Program, Step
+from moetier.runtime.kernels.jit.team import KernelTask, Program
 from moetier.runtime.moe.experts import experts_modules
 from moetier.runtime.moe.layers import OneTokenLayer
 from moetier.tiers.layout import ExpertKey
@@ -58,9 +58,9 @@ class Clocks:
         forward, clocks = experts.forward, self
 
         class Watched(Program):
-            def __init__(self, steps: Sequence[Step]) -> None:
-                super().__init__(steps)
-                self._alone = [Program([step]) for step in steps]
+            def __init__(self, tasks: Sequence[KernelTask]) -> None:
+                super().__init__(tasks)
+                self._alone = [Program([task]) for task in tasks]
 
             def run(self) -> None:
                 for number, step in enumerate(self._alone):

@@ -35,7 +35,7 @@ from transformers import AttentionInterface, Cache
 
 from moetier.runtime.generation.compat import CACHE
 from moetier.runtime.kernels.layer import attention, norm
-from moetier.runtime.kernels.layer.routing import Routing
+from moetier.runtime.kernels.layer.routing import CompiledRouter
 from moetier.runtime.kernels.products.row import RowMatrix
 from moetier.runtime.moe.layers import OneTokenLayer
 from moetier.tools.cli.report import table
@@ -50,7 +50,7 @@ LAYERS = (OneTokenLayer, "of", never)  # a layer is computed by several modules
 WAYS: dict[str, list[tuple[Any, str, Any]]] = {
     "all": [],
     "no layers": [LAYERS],
-    "nor routing": [LAYERS, (Routing, "of", never)],
+    "nor routing": [LAYERS, (CompiledRouter, "of", never)],
     "nor norm": [LAYERS, (norm, "rms_norm", never)],
     "nor row": [LAYERS, (RowMatrix, "multiply", never)],
     "nor attention": [LAYERS, (attention, "_fits", never)],

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from moetier.runtime.kernels.jit.emitter import F32, I8, I16, I32, Value, vector
 from moetier.tiers.layout import BLOCKS, Projection
 
-from .row_emitter import DOUBLED_E2M1, UNIT, Coding, Group, RowEmitter
+from .row_emitter import DOUBLED_E2M1, UNIT, Coding, ColumnGroup, RowEmitter
 
 COLUMNS = 64  # columns whose blocks are loaded together, unless a single block has more
 
@@ -31,10 +31,10 @@ class _Bytes:
         first = self._aligned(offset - skipped)
         if not skipped:
             return first
-        kind = vector(I16, 2 * emit.lanes) if skipped == 2 else vector(I8, 4 * emit.lanes)
-        each = kind.count // emit.lanes  # elements of a word
-        one, other = (emit.at.bitcast(word, kind) for word in (first, self._aligned(offset - skipped + 4)))
-        kept = [*range(skipped * each // 4, each), *range(kind.count, kind.count + skipped * each // 4)]
+        type_ = vector(I16, 2 * emit.lanes) if skipped == 2 else vector(I8, 4 * emit.lanes)
+        each = type_.count // emit.lanes  # elements of a word
+        one, other = (emit.at.bitcast(word, type_) for word in (first, self._aligned(offset - skipped + 4)))
+        kept = [*range(skipped * each // 4, each), *range(type_.count, type_.count + skipped * each // 4)]
         order = [i + each * lane for lane in range(emit.lanes) for i in kept]
         return emit.at.bitcast(emit.pick(one, other, order), first.type)
 
@@ -80,7 +80,7 @@ class _Blocks(Coding):
 
     def groups(
         self, emit: RowEmitter, row: Value, offsets: Sequence[Value], first: Value, columns: int
-    ) -> Iterator[Group]:
+    ) -> Iterator[ColumnGroup]:
         """Load columns as ``Coding.groups`` says. There are no ``offsets``."""
         at, n, (weights, nbytes, _, group) = emit.at, emit.number, self._block
         block = at.udiv(first, n(weights // group))
@@ -91,7 +91,7 @@ class _Blocks(Coding):
             yield from self._of_block(emit, stored, number * nbytes)
 
     @abstractmethod
-    def _of_block(self, emit: RowEmitter, stored: _Bytes, place: int) -> Iterator[Group]:
+    def _of_block(self, emit: RowEmitter, stored: _Bytes, place: int) -> Iterator[ColumnGroup]:
         """Yield the groups of the block at byte ``place``."""
 
 
@@ -104,38 +104,38 @@ def _nibbles(emit: RowEmitter, words: Sequence[Value]) -> list[Value]:
 class _Q4_0(_Blocks):
     centre, largest = 8, 15
 
-    def _of_block(self, emit: RowEmitter, stored: _Bytes, place: int) -> Iterator[Group]:
+    def _of_block(self, emit: RowEmitter, stored: _Bytes, place: int) -> Iterator[ColumnGroup]:
         scale = stored.half(place)
-        yield Group(_nibbles(emit, [stored.word(place + 2 + 4 * i) for i in range(4)]), scale)
+        yield ColumnGroup(_nibbles(emit, [stored.word(place + 2 + 4 * i) for i in range(4)]), scale)
 
 
 class _Mxfp4(_Blocks):
     centre, largest, unit = 12, 24, 0.5
 
-    def _of_block(self, emit: RowEmitter, stored: _Bytes, place: int) -> Iterator[Group]:
+    def _of_block(self, emit: RowEmitter, stored: _Bytes, place: int) -> Iterator[ColumnGroup]:
         at, lanes = emit.at, emit.lanes
         scale = emit.powers(at.shl(stored.byte(place), emit.all(I32, 23, lanes)))
         codes = _nibbles(emit, [stored.word(place + 1 + 4 * i) for i in range(4)])
-        yield Group([emit.lookup(each, DOUBLED_E2M1) for each in codes], scale)
+        yield ColumnGroup([emit.lookup(each, DOUBLED_E2M1) for each in codes], scale)
 
 
 class _Q8_0(_Blocks):
     centre, largest, is_signed = 128, 128, True
 
-    def _of_block(self, emit: RowEmitter, stored: _Bytes, place: int) -> Iterator[Group]:
+    def _of_block(self, emit: RowEmitter, stored: _Bytes, place: int) -> Iterator[ColumnGroup]:
         at, count = emit.at, 4 * emit.lanes
         scale = stored.half(place)
         codes = [at.bitcast(stored.word(place + 2 + 4 * i), vector(I8, count)) for i in range(8)]
         if emit.processor.dot.takes_bytes:
             codes = [at.xor(each, emit.all(I8, -128, count)) for each in codes]
-        yield Group(codes, scale)
+        yield ColumnGroup(codes, scale)
 
 
 class _Q4_K(_Blocks):
     largest = 15
     codes_at = 16  # offset of the codes' low halves in a block
 
-    def _of_block(self, emit: RowEmitter, stored: _Bytes, place: int) -> Iterator[Group]:
+    def _of_block(self, emit: RowEmitter, stored: _Bytes, place: int) -> Iterator[ColumnGroup]:
         at, lanes = emit.at, emit.lanes
         scale, least = stored.half(place), at.fneg(stored.half(place + 2))
 
@@ -155,7 +155,7 @@ class _Q4_K(_Blocks):
             low = place + self.codes_at + 16 * first
             codes = self._codes(emit, stored, place, [stored.word(low + 4 * i) for i in range(8)], first)
             for number, half in ((first, codes[:8]), (first + 1, codes[8:])):
-                yield Group(half, factor(scales, number, scale), factor(minima, number, least))
+                yield ColumnGroup(half, factor(scales, number, scale), factor(minima, number, least))
 
     def _codes(self, emit: RowEmitter, stored: _Bytes, place: int, words: list[Value], first: int) -> list[Value]:
         """Return the codes of groups ``first`` and ``first`` + 1, whose low halves are in ``words``."""
@@ -167,17 +167,17 @@ class _Q5_K(_Q4_K):
     codes_at = 48
 
     def _codes(self, emit: RowEmitter, stored: _Bytes, place: int, words: list[Value], first: int) -> list[Value]:
-        found = _nibbles(emit, words)
-        for number, code in enumerate(found):
+        codes = _nibbles(emit, words)
+        for number, code in enumerate(codes):
             high = emit.bits(stored.word(place + 16 + 4 * (number % 8)), first + number // 8, 1, 4)
-            found[number] = emit.at.or_(code, high)
-        return found
+            codes[number] = emit.at.or_(code, high)
+        return codes
 
 
 class _Q6_K(_Blocks):
     centre, largest = 32, 63
 
-    def _of_block(self, emit: RowEmitter, stored: _Bytes, place: int) -> Iterator[Group]:
+    def _of_block(self, emit: RowEmitter, stored: _Bytes, place: int) -> Iterator[ColumnGroup]:
         at, lanes = emit.at, emit.lanes
         unit = stored.half(place + 208)
         for first in range(0, 256, 32):
@@ -191,7 +191,7 @@ class _Q6_K(_Blocks):
                 word, left = stored.word(place + 192 + number - number % 4), 24 - 8 * (number % 4)
                 signed = at.ashr(at.shl(word, emit.all(I32, left, lanes)), emit.all(I32, 24, lanes))
                 scale = at.fmul(unit, at.sitofp(signed, vector(F32, lanes)))
-                yield Group(codes[4 * (number % 2) :][:4], scale)
+                yield ColumnGroup(codes[4 * (number % 2) :][:4], scale)
 
 
 BLOCK_CODINGS: dict[str, type[Coding]] = {

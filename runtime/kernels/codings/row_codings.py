@@ -8,7 +8,7 @@ from moetier.runtime.kernels.jit.emitter import F32, I32, LANES, Value, vector
 from moetier.tiers.layout import ITEM_BYTES, SCALE_TYPES, Projection
 
 from .block_codings import BLOCK_CODINGS
-from .row_emitter import DOUBLED_E2M1, UNIT, Coding, Group, RowEmitter
+from .row_emitter import DOUBLED_E2M1, UNIT, Coding, ColumnGroup, RowEmitter
 
 MOST_COLUMNS = 128  # most columns of groups that are loaded together, unless a single group has more
 FLOAT_COLUMNS = 64  # columns whose products with fp32 numbers are added up before they are scaled
@@ -64,7 +64,7 @@ class _Nibbles(_Scaled):
 
     def groups(
         self, emit: RowEmitter, row: Value, offsets: Sequence[Value], first: Value, columns: int
-    ) -> Iterator[Group]:
+    ) -> Iterator[ColumnGroup]:
         """Load columns as ``Coding.groups`` says."""
         at, n, p = emit.at, emit.number, self._p
         scales = iter(self._scales(emit, offsets, first, columns // p.group))
@@ -76,7 +76,7 @@ class _Nibbles(_Scaled):
                 halves = emit.halves(four)
                 codes += halves if self.table is None else (emit.lookup(half, self.table) for half in halves)
                 if len(codes) == p.group // 4:
-                    yield Group(codes, next(scales))
+                    yield ColumnGroup(codes, next(scales))
                     codes = []
 
 
@@ -110,7 +110,7 @@ class _E4m3(_Scaled):
 
     def groups(
         self, emit: RowEmitter, row: Value, offsets: Sequence[Value], first: Value, columns: int
-    ) -> Iterator[Group]:
+    ) -> Iterator[ColumnGroup]:
         """Load one group as ``Coding.groups`` says."""
         at, n, p = emit.at, emit.number, self._p
         column = at.mul(first, n(self.group))
@@ -121,13 +121,13 @@ class _E4m3(_Scaled):
             for four in emit.transposed(emit.codes, at.add(start, n(skipped)), p.columns, UNIT):
                 codes += emit.fp8(four)
                 nan_bits = at.or_(nan_bits, emit.nan_bits(four))
-        yield Group(codes, emit.nan_where(nan_bits, scale))  # a NaN makes all products of its row NaN
+        yield ColumnGroup(codes, emit.nan_where(nan_bits, scale))  # a NaN makes all products of its row NaN
 
 
-_KINDS: dict[str, type[Coding]] = {"int4": _Int4, "e2m1": _E2m1, "e4m3": _E4m3, **BLOCK_CODINGS}
+_CODINGS: dict[str, type[Coding]] = {"int4": _Int4, "e2m1": _E2m1, "e4m3": _E4m3, **BLOCK_CODINGS}
 
 
 def coding_of(p: Projection) -> Coding | None:
     """Return the coding of a projection; None if no kernel multiplies with the projection as it is stored."""
-    kind = _KINDS.get(p.coding)
-    return kind(p) if kind is not None and kind.fits(p) and p.rows >= LANES else None
+    coding = _CODINGS.get(p.coding)
+    return coding(p) if coding is not None and coding.fits(p) and p.rows >= LANES else None

@@ -25,7 +25,7 @@ NAN_BITS = -0x7F7F7F80  # 0x80808080: the highest bit of each byte
 DOUBLED_E2M1 = (12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0)
 
 
-class Group(NamedTuple):
+class ColumnGroup(NamedTuple):
     """Neighbouring columns of the rows of a tile, which are scaled together."""
 
     # Vectors in the order of the columns in x. Integers: i8 [4 * lanes], four columns of each row in each vector. FP8
@@ -63,11 +63,11 @@ class RowEmitter(Emitter):
         pieces = [self.pick(piece, nothing, [*range(count), *[count] * (4 - count)]) for piece in pieces]
         rows = [self.concatenate(pieces[first::4]) for first in range(4)]  # rows[i]: the i-th of every four rows
         lower, upper = (0, 1, lanes, lanes + 1), (2, 3, lanes + 2, lanes + 3)
-        found = []
+        words = []
         for order in ((0, lanes, 1, lanes + 1), (2, lanes + 2, 3, lanes + 3))[: count // 2]:
             one, other = (self._interleaved(rows[i], rows[i + 1], order) for i in (0, 2))
-            found += [self._interleaved(one, other, lower), self._interleaved(one, other, upper)]
-        return found
+            words += [self._interleaved(one, other, lower), self._interleaved(one, other, upper)]
+        return words
 
     def _interleaved(self, one: Value, other: Value, order: Sequence[int]) -> Value:
         """Pick four elements from every 128 bits of two vectors; ``order`` has those of the first 128 bits."""
@@ -75,11 +75,11 @@ class RowEmitter(Emitter):
 
     def words(self, pointer: Value, offsets: Sequence[Value], nbytes: int) -> Value:
         """Load ``nbytes`` bytes, 1 to 4, for each row from its offset in bytes on -> i32 [lanes]."""
-        found = ir.Constant(vector(I32, self.lanes), ir.Undefined)
+        loaded = ir.Constant(vector(I32, self.lanes), ir.Undefined)
         for lane, offset in enumerate(offsets):
             word = self.load(pointer, offset, ir.IntType(8 * nbytes))
-            found = self.at.insert_element(found, self.at.zext(word, I32), ir.Constant(I32, lane))
-        return found
+            loaded = self.at.insert_element(loaded, self.at.zext(word, I32), ir.Constant(I32, lane))
+        return loaded
 
     def halves(self, four: Value) -> tuple[Value, Value]:
         """Return the low and the high halves of the bytes of an i32 vector, i8 [4 * lanes] each."""
@@ -112,11 +112,11 @@ class RowEmitter(Emitter):
                 parts = [self.pick(codes, codes, range(first, first + 16)) for first in range(0, count, 16)]
                 name = "llvm.aarch64.neon.tbl1.v16i8"
                 return self.concatenate([self.intrinsic(name, sixteen.type, sixteen, part) for part in parts])
-        found = self.all(I8, table[0], count)
+        values = self.all(I8, table[0], count)
         for code in range(1, 16):
             is_code = self.at.icmp_signed("==", codes, self.all(I8, code, count))
-            found = self.at.select(is_code, self.all(I8, table[code], count), found)
-        return found
+            values = self.at.select(is_code, self.all(I8, table[code], count), values)
+        return values
 
     def fp8(self, four: Value) -> list[Value]:
         """Convert four FP8 numbers in each element of an i32 vector to fp32 numbers that are 2^120 times smaller.
@@ -126,13 +126,13 @@ class RowEmitter(Emitter):
         """
         at, lanes = self.at, self.lanes
         kept = self.all(I32, -(1 << 31) | 0x7F << 20, lanes)
-        found = [four] * 4
+        floats = [four] * 4
         for first, words in ((0, at.shl(four, self.all(I32, 8, lanes))), (1, four)):
             pairs = at.bitcast(words, vector(I16, 2 * lanes))
             moved = at.bitcast(at.ashr(pairs, self.all(I16, 4, 2 * lanes)), four.type)
             for place, word in ((first, at.shl(moved, self.all(I32, 16, lanes))), (first + 2, moved)):
-                found[place] = at.bitcast(at.and_(word, kept), vector(F32, lanes))
-        return found
+                floats[place] = at.bitcast(at.and_(word, kept), vector(F32, lanes))
+        return floats
 
     def nan_bits(self, four: Value) -> Value:
         """Return a vector whose bits NAN_BITS show which of four FP8 numbers in each element are NaN, i32 [lanes]."""
@@ -172,10 +172,11 @@ class RowEmitter(Emitter):
 
 
 class Coding(ABC):
-    """The form in which a projection's weights are stored.
+    """How a projection's weights are stored.
 
     A weight is ((c - centre) * scale + low) * unit, with a code c from 0 to ``largest``, which is at most 127, and
-    with ``scale`` and ``low`` of its Group. If ``is_exact``, codes are fp32 numbers instead, and x is not rounded.
+    with ``scale`` and ``low`` of its ColumnGroup. If ``is_exact``, codes are fp32 numbers instead, and x
+    is not rounded.
 
     If ``is_signed``, ``centre`` and ``largest`` are 128. Codes are c - centre, from -128 to 127, unless the processor
     ``takes_bytes``: then they are c, from 0 to 255.
@@ -195,7 +196,7 @@ class Coding(ABC):
     @abstractmethod
     def groups(
         self, emit: RowEmitter, row: Value, offsets: Sequence[Value], first: Value, columns: int
-    ) -> Iterator[Group]:
+    ) -> Iterator[ColumnGroup]:
         """Yield the groups of ``columns`` columns, from group ``first`` on, of the tile of rows that begins at ``row``.
 
         The last group may be shorter. ``offsets`` are those of the rows' scales in their section, in bytes.

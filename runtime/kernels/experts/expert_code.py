@@ -56,7 +56,7 @@ class Activation:
     gated: bool = True
 
     @property
-    def kind(self) -> Activation:
+    def variant(self) -> Activation:
         """The activation with the default numbers. Code is compiled for it, and gets the numbers when it runs."""
         return Activation(self.function, self.interleaved, gated=self.gated)
 
@@ -66,12 +66,12 @@ class Activation:
         return array("I", array("f", (self.alpha, self.limit, self.shift)).tobytes())
 
 
-def activation_module(kind: Activation, rounding: Rounding, has_bias: bool) -> ir.Module:
+def activation_module(variant: Activation, rounding: Rounding, has_bias: bool) -> ir.Module:
     """Emit the function ``ACTIVATE(context)``, which computes items until none is left. An item is the rows of a job.
 
     The context: number of jobs that threads have taken, number of all jobs; pointers to the jobs, to the first product,
     fp32 [R, 2 * K] or without gates [R, K], and to n, t and sums as ``rounding_module`` writes them; K; the offset in a
-    record of the bias, bf16 [2 * K] or [K]; ``Activation.numbers``. Those of ``kind`` are not used.
+    record of the bias, bf16 [2 * K] or [K]; ``Activation.numbers``. Those of ``variant`` are not used.
     """
     module = new_module()
     emit = Emitter(module, ACTIVATE, [POINTER])
@@ -92,17 +92,17 @@ def activation_module(kind: Activation, rounding: Rounding, has_bias: bool) -> i
         record, first, rows = _job(emit, jobs, item)
         biases = at.gep(record, [bias])
         with emit.loop(first, at.add(first, rows)) as row:
-            products = at.gep(inner, [at.mul(at.mul(row, columns), n(8 if kind.gated else 4))])
+            products = at.gep(inner, [at.mul(at.mul(row, columns), n(8 if variant.gated else 4))])
             with emit.loop(n(0), groups) as g:
                 start = at.mul(g, n(group))
-                if kind.interleaved:
+                if variant.interleaved:
                     start = at.mul(start, n(2))
                     left, right = (load(products, biases, at.add(start, n(skip)), group) for skip in (0, group))
                     gate, up = (emit.pick(left, right, range(first, 2 * group, 2)) for first in (0, 1))
                 else:
                     gate = load(products, biases, start, group)
-                    up = load(products, biases, at.add(columns, start), group) if kind.gated else None
-                values = _activated(emit, kind.function, gate, up, *numbers)
+                    up = load(products, biases, at.add(columns, start), group) if variant.gated else None
+                values = _activated(emit, variant.function, gate, up, *numbers)
                 emit_rounding(emit, rounding, values, at.add(at.mul(row, groups), g), out, scales, sums)
     at.ret_void()
     return module

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moetier.runtime.kernels.jit.processor import Processor
-from moetier.runtime.kernels.jit.team import Kernel, Program, Scratch, Step, run_all, threads_for
+from moetier.runtime.kernels.jit.team import Kernel, KernelTask, Program, Scratch, run_all, threads_for
 from moetier.runtime.kernels.products.api import CPU, FLOATS
 from moetier.runtime.kernels.products.gemm import JOB
 from moetier.runtime.kernels.products.rounding import X
@@ -72,17 +72,17 @@ class ExpertKernels(ExpertProducts):
         """
         tokens, top_k = weights.shape
         out = torch.empty((tokens, outputs.shape[1]), dtype=self.dtype, device=CPU)
-        step = self._adding(weights.dtype, tokens, top_k, outputs.data_ptr(), threads_for(outputs.numel()))
-        step.context[WEIGHTS], step.context[SUMS] = weights.data_ptr(), out.data_ptr()
-        run_all([step])
+        task = self._adding(weights.dtype, tokens, top_k, outputs.data_ptr(), threads_for(outputs.numel()))
+        task.context[WEIGHTS], task.context[SUMS] = weights.data_ptr(), out.data_ptr()
+        run_all([task])
         return out
 
     def one_token(self, top_k: int, weight_dtype: torch.dtype, *, has_residual: bool) -> OneToken:
         """Return the calling thread's object for tokens with ``top_k`` experts, valid until the thread asks again."""
         token: OneToken | None = getattr(self._local, "token", None)
-        form = (top_k, weight_dtype, has_residual, torch.get_num_threads())
-        if token is None or token.form != form or token.scratch != _scratch.take(token.nbytes):
-            token = self._local.token = OneToken(self, form)
+        signature = (top_k, weight_dtype, has_residual, torch.get_num_threads())
+        if token is None or token.signature != signature or token.scratch != _scratch.take(token.nbytes):
+            token = self._local.token = OneToken(self, signature)
         return token
 
     def _adding(
@@ -94,24 +94,24 @@ class ExpertKernels(ExpertProducts):
         threads: int,
         *,
         has_residual: bool = False,
-    ) -> Step:
-        """Return the step of ``add_up``, whose context still lacks the addresses WEIGHTS, SUMS and RESIDUAL."""
+    ) -> KernelTask:
+        """Return the task of ``add_up``, whose context still lacks the addresses WEIGHTS, SUMS and RESIDUAL."""
         if (kernel := self._add_up.get((weight_dtype, has_residual))) is None:
             kernel = compiled(self._processor, adding_module, ADD_UP, self.dtype, weight_dtype, has_residual)
             self._add_up[weight_dtype, has_residual] = kernel
-        return Step(kernel, array("q", (0, tokens, outputs, 0, top_k, 0, self._down.rows, 0)), threads)
+        return KernelTask(kernel, array("q", (0, tokens, outputs, 0, top_k, 0, self._down.rows, 0)), threads)
 
 
 class OneToken:
     """Experts of one token, if all of them are resident. One thread uses it, and no two tokens at the same time.
 
-    Contexts are made once, because making them takes longer than some of the steps.
+    Contexts are made once, because making them takes longer than some of the tasks.
     """
 
-    def __init__(self, kernels: ExpertKernels, form: tuple[int, torch.dtype, bool, int]) -> None:
-        """``form``: number of experts, type of the weights, whether there is a residual, number of threads."""
-        self.form = form
-        self._top_k, weight_dtype, has_residual, _ = form
+    def __init__(self, kernels: ExpertKernels, signature: tuple[int, torch.dtype, bool, int]) -> None:
+        """``signature``: number of experts, type of the weights, whether there is a residual, number of threads."""
+        self.signature = signature
+        self._top_k, weight_dtype, has_residual, _ = signature
         self._find = kernels._find
         starts = kernels._starts(1, self._top_k, has_outputs=False)
         self.nbytes = starts[-1]
@@ -123,10 +123,10 @@ class OneToken:
         self._lookup = array("q", (0, self._top_k, *[0] * 8, *addresses))
         self._proof = array("q", (0, self._top_k, 0, *addresses[1:]))
         outputs = self.scratch + starts[4]
-        steps = kernels._steps(1, self._jobs, array("q", range(self._top_k)), self.scratch, starts, outputs)
+        tasks = kernels._tasks(1, self._jobs, array("q", range(self._top_k)), self.scratch, starts, outputs)
         adding = kernels._adding(weight_dtype, 1, self._top_k, outputs, 1, has_residual=has_residual)
-        self._x, self._sums = steps[0].context, adding.context
-        self._program = Program([*steps, adding, Step(kernels._prove, self._proof, 1)])
+        self._x, self._sums = tasks[0].context, adding.context
+        self._program = Program([*tasks, adding, KernelTask(kernels._prove, self._proof, 1)])
 
     def find(self, experts: Sequence[int], residents: Residents) -> bool:
         """Look up the experts of a token. Return whether all their records are resident."""

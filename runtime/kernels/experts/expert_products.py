@@ -17,9 +17,9 @@ from llvmlite import ir
 
 from moetier.runtime.kernels.jit.emitter import FP32, LANES, Dtype, FloatType, once
 from moetier.runtime.kernels.jit.processor import Processor, this_processor
-from moetier.runtime.kernels.jit.team import Kernel, Memory, Step, compile_kernel, run_all, threads_for
+from moetier.runtime.kernels.jit.team import Kernel, KernelTask, Memory, compile_kernel, run_all, threads_for
 from moetier.runtime.kernels.jit.team_code import LINE
-from moetier.runtime.kernels.products.gemm import JOB, GemmPlan, Rounded, multiplies
+from moetier.runtime.kernels.products.gemm import JOB, ProjectionProduct, Rounded, multiplies
 from moetier.runtime.kernels.products.rounding import X
 from moetier.tiers.layout import RecordLayout
 
@@ -55,20 +55,20 @@ class ExpertProducts:
         self.floats = FloatType.of(dtype)
         self._processor = processor or this_processor()
         first = _first(activation)
-        self._up = GemmPlan(layout, first, dtype, FP32, self._processor)
-        self._down = GemmPlan(layout, "down_proj", FP32, FP32, self._processor)
+        self._up = ProjectionProduct(layout, first, dtype, FP32, self._processor)
+        self._down = ProjectionProduct(layout, "down_proj", FP32, FP32, self._processor)
         biases = {bias.name: layout.section(bias.name).offset for bias in layout.biases}
         self._biases = [biases.get(f"{name}_bias", 0) for name in (first, "down_proj")]
         has_bias = bool(biases)
         rounding = self._down.rounding
-        self._activate = compiled(self._processor, activation_module, ACTIVATE, activation.kind, rounding, has_bias)
+        self._activate = compiled(self._processor, activation_module, ACTIVATE, activation.variant, rounding, has_bias)
         self._place = compiled(self._processor, placing_module, PLACE, self.floats, has_bias)
         self.width = self._up.columns  # of hidden states
         self.row_bytes = self.width * self.floats.itemsize
 
     def with_activation(self, activation: Activation) -> ExpertProducts:
-        """Return the same compiled code for an activation of the same kind."""
-        assert activation.kind == self.activation.kind
+        """Return the same compiled code for an activation of the same variant."""
+        assert activation.variant == self.activation.variant
         other = copy.copy(self)
         other.activation, other._activation_numbers = activation, activation.numbers
         return other
@@ -86,9 +86,9 @@ class ExpertProducts:
             memory: scratch memory, which no other thread uses meanwhile.
         """
         starts = self._starts(own, len(places))
-        steps = self._steps(own, jobs, places, memory.take(starts[-1]), starts, outputs)
-        steps[0].context[X] = x
-        run_all(steps)
+        tasks = self._tasks(own, jobs, places, memory.take(starts[-1]), starts, outputs)
+        tasks[0].context[X] = x
+        run_all(tasks)
 
     def _starts(self, own: int, rows: int, *, has_outputs: bool = True) -> list[int]:
         """Return where in scratch memory values begin for ``own`` rows of x and ``rows`` rows after them; and the end.
@@ -106,10 +106,10 @@ class ExpertProducts:
         )
         return [*itertools.accumulate((-(-nbytes // LINE) * LINE for nbytes in sizes), initial=0)]
 
-    def _steps(
+    def _tasks(
         self, own: int, jobs: array[int], places: array[int], scratch: int, starts: list[int], outputs: int
-    ) -> list[Step]:
-        """Return the steps of ``compute_at``, whose first context still lacks the address of x [own, hidden]."""
+    ) -> list[KernelTask]:
+        """Return the tasks of ``compute_at``, whose first context still lacks the address of x [own, hidden]."""
         up, down, rows, count = self._up, self._down, len(places), len(jobs) // JOB
         taken, inner, activated, part = (scratch + start for start in starts[:4])
         given, rounded = Rounded(taken, own, up), Rounded(activated, rows, down)
@@ -120,15 +120,17 @@ class ExpertProducts:
         )
         weights = rows * up.columns * up.rows
         return [
-            Step(up.round, given.context(0), threads_for(own * up.columns)),
-            Step(up.kernel, up.context(count, jobs, given, inner, has_own_rows=own == rows), threads_for(weights)),
-            Step(self._activate, activation, min(count, threads_for(rows * up.rows))),
-            Step(
+            KernelTask(up.round, given.context(0), threads_for(own * up.columns)),
+            KernelTask(
+                up.kernel, up.context(count, jobs, given, inner, has_own_rows=own == rows), threads_for(weights)
+            ),
+            KernelTask(self._activate, activation, min(count, threads_for(rows * up.rows))),
+            KernelTask(
                 down.kernel,
                 down.context(count, jobs, rounded, part, has_own_rows=True),
                 threads_for(rows * down.columns * down.rows),
             ),
-            Step(self._place, placing, min(count, threads_for(rows * down.rows)), (jobs, places)),
+            KernelTask(self._place, placing, min(count, threads_for(rows * down.rows)), (jobs, places)),
         ]
 
 

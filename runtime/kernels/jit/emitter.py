@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 import llvmlite.binding as llvm
 from llvmlite import ir
 
-# A fork waits for this lock: a child must not inherit LLVM's state, or llvmlite's own lock, in the middle of a step.
+# A fork waits for this lock: a child must not inherit LLVM's state, or llvmlite's own lock, in the middle of a change.
 compile_lock = threading.RLock()
 os.register_at_fork(
     before=compile_lock.acquire, after_in_parent=compile_lock.release, after_in_child=compile_lock.release
@@ -28,12 +28,12 @@ def once(make: Callable[Parameters, Made]) -> Callable[Parameters, Made]:
     cached: Any = functools.cache(make)
 
     @functools.wraps(make)
-    def found(*arguments: Parameters.args, **named: Parameters.kwargs) -> Made:
+    def get(*arguments: Parameters.args, **named: Parameters.kwargs) -> Made:
         with compile_lock:
             made: Made = cached(*arguments, **named)
             return made
 
-    return found
+    return get
 
 
 I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
@@ -67,13 +67,13 @@ class FloatType(NamedTuple):
 FP32, BF16 = FloatType(4), FloatType(2)
 
 
-def vector(kind: Any, count: int) -> Any:
-    """Return the type of a vector of ``count`` elements of type ``kind``."""
-    return ir.VectorType(kind, count)
+def vector(type_: Any, count: int) -> Any:
+    """Return the type of a vector of ``count`` elements of type ``type_``."""
+    return ir.VectorType(type_, count)
 
 
 def new_module() -> ir.Module:
-    """Return an empty module for this kind of machine."""
+    """Return an empty module for this machine's architecture."""
     module = ir.Module("moetier")
     with compile_lock:
         module.triple = llvm.get_process_triple()
@@ -103,9 +103,9 @@ class Emitter:
         """Return a constant of type i64."""
         return ir.Constant(I64, value)
 
-    def all(self, kind: Any, value: float, count: int) -> Value:
-        """Return a constant vector of ``count`` elements of type ``kind``, which all are ``value``."""
-        return ir.Constant(vector(kind, count), [value] * count)
+    def all(self, type_: Any, value: float, count: int) -> Value:
+        """Return a constant vector of ``count`` elements of type ``type_``, which all are ``value``."""
+        return ir.Constant(vector(type_, count), [value] * count)
 
     def floats(self, value: float) -> Value:
         """Return a constant vector of LANES fp32 numbers, which all are ``value``."""
@@ -185,13 +185,13 @@ class Emitter:
         at.branch(next_)
         at.position_at_end(done)
 
-    def place(self, pointer: Value, offset: Value, kind: Any) -> Value:
-        """Emit the address ``pointer`` + ``offset`` bytes, as a pointer to ``kind``."""
-        return self.at.bitcast(self.at.gep(pointer, [offset]), kind.as_pointer())
+    def place(self, pointer: Value, offset: Value, type_: Any) -> Value:
+        """Emit the address ``pointer`` + ``offset`` bytes, as a pointer to ``type_``."""
+        return self.at.bitcast(self.at.gep(pointer, [offset]), type_.as_pointer())
 
-    def load(self, pointer: Value, offset: Value, kind: Any) -> Value:
-        """Emit a load of ``kind`` from ``pointer`` + ``offset`` bytes. The address need not be aligned."""
-        return self.at.load(self.place(pointer, offset, kind), align=1)
+    def load(self, pointer: Value, offset: Value, type_: Any) -> Value:
+        """Emit a load of ``type_`` from ``pointer`` + ``offset`` bytes. The address need not be aligned."""
+        return self.at.load(self.place(pointer, offset, type_), align=1)
 
     def store(self, value: Value, pointer: Value, offset: Value) -> None:
         """Emit a store of ``value`` at ``pointer`` + ``offset`` bytes. The address need not be aligned."""

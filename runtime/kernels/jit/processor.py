@@ -36,7 +36,7 @@ class Dot(Enum):
 
     @property
     def takes_bytes(self) -> bool:
-        """Whether codes of 8 bits are multiplied whole. Otherwise they are too large, or sums of 16 bits overflow."""
+        """True if codes of 8 bits are multiplied whole; otherwise in halves, as sums of 16 bits would overflow."""
         return self in (Dot.AVX512_VNNI, Dot.AVX_VNNI, Dot.I8MM)
 
 
@@ -132,8 +132,8 @@ class Processor:
 
 def arm_features(cpuinfo: str) -> list[str]:
     """Return the features of a processor that LLVM does not look for on AArch64, from the text of /proc/cpuinfo."""
-    found = next((line.split() for line in cpuinfo.splitlines() if line.startswith("Features")), [])
-    return [feature for name, feature in _ARM_FEATURES.items() if name in found]
+    available = next((line.split() for line in cpuinfo.splitlines() if line.startswith("Features")), [])
+    return [feature for name, feature in _ARM_FEATURES.items() if name in available]
 
 
 def _permits_amx() -> bool:
@@ -148,10 +148,10 @@ def _host_features() -> str:
     features = llvm.get_host_cpu_features()
     if features.get("amx-int8") and not _permits_amx():
         features["amx-int8"] = False
-    found = [features.flatten()]
+    names = [features.flatten()]
     if platform.machine() == "aarch64":
-        found += arm_features(Path("/proc/cpuinfo").read_text())
-    return ",".join(found)
+        names += arm_features(Path("/proc/cpuinfo").read_text())
+    return ",".join(names)
 
 
 @once
@@ -167,7 +167,7 @@ def refusal() -> str:
     function = ir.Function(module, ir.FunctionType(ir.IntType(32), []), "moetier_trial")
     ir.IRBuilder(function.append_basic_block()).ret(ir.Constant(ir.IntType(32), _TRIAL_RESULT))
     try:
-        found = ctypes.CFUNCTYPE(ctypes.c_int32)(this_processor().compile(module, function.name))()
+        result = ctypes.CFUNCTYPE(ctypes.c_int32)(this_processor().compile(module, function.name))()
     except (RuntimeError, OSError) as error:
         return " ".join(str(error).split())
-    return "" if found == _TRIAL_RESULT else f"compiled code gives {found} in place of {_TRIAL_RESULT}"
+    return "" if result == _TRIAL_RESULT else f"compiled code gives {result} in place of {_TRIAL_RESULT}"

@@ -70,7 +70,7 @@ class Kernel(NamedTuple):
         With ``locked``, the GIL is kept if ``most`` is 1.
         """
         if most > 1:
-            run_all([Step(self, context, most)])
+            run_all([KernelTask(self, context, most)])
         else:
             (self.call_locked if locked else self.call)(context.buffer_info()[0])
 
@@ -78,49 +78,51 @@ class Kernel(NamedTuple):
 def compile_kernel(processor: Processor, module: ir.Module, name: str, *, unroll: bool = True) -> Kernel:
     """Compile the function ``name`` of ``module``, which takes a context. Raises OSError as ``compile`` does."""
     address = processor.compile(module, name, unroll=unroll)
-    call, call_locked = (kind(None, ctypes.c_void_p)(address) for kind in (ctypes.CFUNCTYPE, ctypes.PYFUNCTYPE))
+    call, call_locked = (
+        prototype(None, ctypes.c_void_p)(address) for prototype in (ctypes.CFUNCTYPE, ctypes.PYFUNCTYPE)
+    )
     return Kernel(address, call, call_locked)
 
 
-class Step(NamedTuple):
+class KernelTask(NamedTuple):
     """A kernel to be run, its context, and the most threads to run it in."""
 
     kernel: Kernel
     context: array[int]
     threads: int
-    kept: object = None  # further memory that the context points to, to be kept until the step has run
+    kept: object = None  # further memory that the context points to, to be kept until the task has run
 
 
 class Program:
-    """Steps that are run one after the other, as often as wanted, in one call.
+    """Tasks that are run one after the other, as often as wanted, in one call.
 
-    One thread may run it at a time. Between two runs numbers in the steps' contexts may be changed.
+    One thread may run it at a time. Between two runs numbers in the tasks' contexts may be changed.
     """
 
-    def __init__(self, steps: Sequence[Step], *, locked: bool = False) -> None:
-        """``locked``: keep the GIL, because taking it again can take longer than some small steps."""
-        self._steps = steps
+    def __init__(self, tasks: Sequence[KernelTask], *, locked: bool = False) -> None:
+        """``locked``: keep the GIL, because taking it again can take longer than some small tasks."""
+        self._tasks = tasks
         self._locked = locked
         self._words = array("q")
         self._address = 0  # of ``_words``
         self._team: Team | None = None
 
     def run(self) -> None:
-        """Run the steps. The first number of each context is set to 0 before."""
+        """Run the tasks. The first number of each context is set to 0 before."""
         if (team := the_team()) is not self._team:
-            workers = team.prepare(max((step.threads for step in self._steps), default=1) - 1)
+            workers = team.prepare(max((task.threads for task in self._tasks), default=1) - 1)
             self._words = array("q")
-            for kernel, context, threads, _ in self._steps:
+            for kernel, context, threads, _ in self._tasks:
                 self._words.extend((kernel.address, context.buffer_info()[0], min(threads - 1, workers)))
             self._address = self._words.buffer_info()[0]
             self._team = team
         run = team.run_locked if self._locked else team.run
-        run(team.address, self._address, len(self._steps))
+        run(team.address, self._address, len(self._tasks))
 
 
-def run_all(steps: Sequence[Step]) -> None:
-    """Run steps one after the other, without taking the GIL in between."""
-    Program(steps).run()
+def run_all(tasks: Sequence[KernelTask]) -> None:
+    """Run tasks one after the other, without taking the GIL in between."""
+    Program(tasks).run()
 
 
 def threads_for(weights: int) -> int:
@@ -178,7 +180,7 @@ class Team:
         for word, function in ((SYSCALL, self._library.syscall), (CLOCK, self._library.clock_gettime)):
             self._words[word] = ctypes.cast(function, ctypes.c_void_p).value or 0
         self._words[SPIN] = FIRST_SPIN
-        # RUN_ALL(address of the team, address of the steps, number of steps), without and with the GIL: see ``Program``
+        # RUN_ALL(address of the team, address of the tasks, number of tasks), without and with the GIL: see ``Program``
         self.run, self.run_locked, self._work = compiled(this_processor())
         self._workers: list[threading.Thread] = []
         self._most = MOST_WORKERS if FUTEX is not None else 0
@@ -225,7 +227,7 @@ def compiled(processor: Processor) -> tuple[Callable[..., None], Callable[..., N
     """Compile ``team_module``. Return its functions RUN_ALL, without and with the GIL, and WORK, without it."""
     run_all_, work = processor.compile_all(team_module(), [RUN_ALL, WORK])
     arguments = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
-    run, run_locked = (kind(None, *arguments)(run_all_) for kind in (ctypes.CFUNCTYPE, ctypes.PYFUNCTYPE))
+    run, run_locked = (prototype(None, *arguments)(run_all_) for prototype in (ctypes.CFUNCTYPE, ctypes.PYFUNCTYPE))
     return run, run_locked, ctypes.CFUNCTYPE(None, ctypes.c_void_p)(work)
 
 

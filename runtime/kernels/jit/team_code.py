@@ -45,9 +45,9 @@ RUN, RUN_ALL, WORK = "moetier_team_run", "moetier_team_run_all", "moetier_team_w
 
 
 def team_module() -> ir.Module:
-    """Emit ``RUN(team, function, context, workers)``, ``RUN_ALL(team, steps, count)`` and ``WORK(team)``.
+    """Emit ``RUN(team, function, context, workers)``, ``RUN_ALL(team, tasks, count)`` and ``WORK(team)``.
 
-    RUN_ALL sets the first number of each step's context to 0, and calls RUN for the step. A step is three words: the
+    RUN_ALL sets the first number of each task's context to 0, and calls RUN for the task. A task is three words: the
     address of a function, the address of its context, and the most workers. Workers execute WORK until the team is
     stopped.
     """
@@ -55,10 +55,10 @@ def team_module() -> ir.Module:
     run = _TeamEmitter(module, RUN, [POINTER, I64, I64, I64])
     _emit_run(run)
     emit = Emitter(module, RUN_ALL, [POINTER, POINTER, I64])
-    team, steps, count = emit.function.args
-    with emit.loop(emit.number(0), count) as step:
-        first = emit.at.mul(step, emit.number(24))
-        words = [emit.load(steps, emit.at.add(first, emit.number(8 * word)), I64) for word in range(3)]
+    team, tasks, count = emit.function.args
+    with emit.loop(emit.number(0), count) as task:
+        first = emit.at.mul(task, emit.number(24))
+        words = [emit.load(tasks, emit.at.add(first, emit.number(8 * word)), I64) for word in range(3)]
         emit.at.store(emit.number(0), emit.at.inttoptr(words[1], I64.as_pointer()))
         emit.at.call(run.function, [team, *words])
     emit.at.ret_void()

@@ -74,10 +74,14 @@ def use_decode_attention(model: PreTrainedModel) -> None:
 def _asks_for(name: str, model: PreTrainedModel) -> bool:
     """Return whether the code of a model's class, or of a base class, depends on its attention function's name."""
     classes = [
-        kind for kind in type(model).__mro__ if issubclass(kind, PreTrainedModel) and kind is not PreTrainedModel
+        class_
+        for class_ in type(model).__mro__
+        if issubclass(class_, PreTrainedModel) and class_ is not PreTrainedModel
     ]
     try:
-        return any(re.search(_ASKS.format(name), inspect.getsource(sys.modules[kind.__module__])) for kind in classes)
+        return any(
+            re.search(_ASKS.format(name), inspect.getsource(sys.modules[class_.__module__])) for class_ in classes
+        )
     except (OSError, TypeError):  # the source can't be read, so it might
         return True
 
@@ -128,8 +132,8 @@ def _in_slices(
     batch, heads, tokens, _ = query.shape
     most = max(1, SLICE_BYTES // (batch * heads * key.shape[2] * SCORE_BYTES))
     if tokens <= most or asks_more(named, {"s_aux", "scaling"}):
-        found: tuple[Tensor, Tensor | None] = attend(module, query, key, value, mask, **named)
-        return found
+        whole: tuple[Tensor, Tensor | None] = attend(module, query, key, value, mask, **named)
+        return whole
     # a mask of one row is for all tokens
     masks = [None] * -(-tokens // most) if mask is None else torch.split(mask.expand(-1, -1, tokens, -1), most, 2)
     parts = [
@@ -175,9 +179,13 @@ def _has_plain_sinks(module: nn.Module) -> bool:
         wanted, _ = _own_function(twin)(twin, query, key, value, None, **given)
     except Exception:  # it needs or gives something else
         return False
-    found = _attend(query, key, value, None, 0.5, other)
+    computed = _attend(query, key, value, None, 0.5, other)
     near = 1e-5 if sinks.dtype == torch.float32 else 3e-2
-    return found is not None and found.shape == wanted.shape and torch.allclose(found, wanted, rtol=near, atol=near)
+    return (
+        computed is not None
+        and computed.shape == wanted.shape
+        and torch.allclose(computed, wanted, rtol=near, atol=near)
+    )
 
 
 def decode_attention(
@@ -290,9 +298,9 @@ def _is_row_of(mask: Tensor, key: Tensor, dtype: torch.dtype) -> bool:
 
 def _added(mask: Tensor, batch: int) -> Tensor:
     """Convert a mask to fp32 [batch, length rounded up to LANES], to be added to scores."""
-    found = mask[:, 0, 0]
+    numbers = mask[:, 0, 0]
     if mask.dtype == torch.bool:
         lowest = torch.finfo(torch.float32).min
-        found = torch.zeros(found.shape, dtype=torch.float32, device=CPU).masked_fill_(~found, lowest)
-    found = F.pad(found.float(), (0, -found.shape[1] % LANES))
-    return found.expand(batch, -1).contiguous()
+        numbers = torch.zeros(numbers.shape, dtype=torch.float32, device=CPU).masked_fill_(~numbers, lowest)
+    numbers = F.pad(numbers.float(), (0, -numbers.shape[1] % LANES))
+    return numbers.expand(batch, -1).contiguous()

@@ -1,9 +1,10 @@
 """Emit the compiled code of one token's attention. ``attention.py`` runs it.
 
-A *group* is one head of keys and values of a sequence, with all the heads of queries that share it. An item is a piece
-of a group: at most PIECE positions. For each head of queries it has three results: the largest score m, the sum z of
-exp(score - m), and the sum s of the values, each multiplied by its exp(score - m). The thread that computes the last
-item of a group merges the group's items, in the order of their positions (Milakov & Gimelshein 2018, arXiv 1805.02867).
+A *query group* is one head of keys and values of a sequence, with all the heads of queries that share it. An item is a
+piece of a query group: at most PIECE positions. For each head of queries it has three results: the largest score m, the
+sum z of exp(score - m), and the sum s of the values, each multiplied by its exp(score - m). The thread that computes
+the last item of a query group merges the group's items, in the order of their positions (Milakov & Gimelshein 2018,
+arXiv 1805.02867).
 
 A *sink* is a score of a head of queries that belongs to no position: it takes part in the softmax, but has no value
 (Xiao et al. 2023, arXiv 2309.17453).
@@ -82,25 +83,25 @@ class _Attention(Emitter):
         sums = at.mul(self._heads, self._values)
         self._result_numbers = at.add(sums, at.mul(self._heads, n(2)))
         with self.items(begun, items) as item:
-            group, piece = at.udiv(item, self._pieces), at.urem(item, self._pieces)
-            sequence, head = at.udiv(group, key_heads), at.urem(group, key_heads)
+            query_group, piece = at.udiv(item, self._pieces), at.urem(item, self._pieces)
+            sequence, head = at.udiv(query_group, key_heads), at.urem(query_group, key_heads)
             first = at.mul(piece, n(PIECE))
             left = at.sub(length, first)
             count = at.select(at.icmp_signed("<", left, n(PIECE)), left, n(PIECE))
             result = at.inttoptr(at.add(results, at.mul(item, at.mul(self._result_numbers, n(4)))), POINTER)
 
             queries = at.mul(self._heads, self._width)
-            self._take(self._address(q, at.mul(group, queries)), self._queries, queries, scale)
+            self._take(self._address(q, at.mul(query_group, queries)), self._queries, queries, scale)
             self._score(self._begin(k, k_strides, sequence, head, first), k_strides[2], count)
             self._soften(mask, at.add(at.mul(sequence, self._padded(length)), first), self._padded(count), result)
             self._unite(self._begin(v, v_strides, sequence, head, first), v_strides[2], count, result)
 
-            finished = self.place(context, at.mul(at.add(n(CONTEXT), group), n(8)), I64)
+            finished = self.place(context, at.mul(at.add(n(CONTEXT), query_group), n(8)), I64)
             others = at.atomic_rmw("add", finished, n(1), "acq_rel")  # the last thread sees what the others wrote
             with at.if_then(at.icmp_signed("==", at.add(others, n(1)), self._pieces)):
-                start = at.mul(at.mul(group, self._pieces), at.mul(self._result_numbers, n(4)))
+                start = at.mul(at.mul(query_group, self._pieces), at.mul(self._result_numbers, n(4)))
                 start = at.inttoptr(at.add(results, start), POINTER)
-                self._merge(start, self._address(out, at.mul(group, sums)), at.mul(head, self._heads))
+                self._merge(start, self._address(out, at.mul(query_group, sums)), at.mul(head, self._heads))
         at.ret_void()
 
     def _padded(self, count: Value) -> Value:
@@ -219,9 +220,9 @@ class _Attention(Emitter):
         self._some(count, POSITIONS, add)
 
     def _merge(self, results: Value, out: Value, first: Value) -> None:
-        """Emit the output of a group: the sum of all s / the sum of all z, each multiplied by exp(m - largest m).
+        """Emit the output of a query group: the sum of all s / the sum of all z, each multiplied by exp(m - largest m).
 
-        A sink counts as an m, with z = 1 and s = 0. ``first`` is the number of the group's first head of queries.
+        A sink counts as an m, with z = 1 and s = 0. ``first`` is the number of the query group's first head of queries.
         """
         at, n = self.at, self.number
         accumulator, total = self._accumulators[:2]

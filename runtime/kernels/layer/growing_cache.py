@@ -68,10 +68,10 @@ class GrowingBuffer:
         self.memory[..., before : self.used, :] = more
 
 
-class Room(NamedTuple):
+class CacheMemory(NamedTuple):
     """Memory of the keys and values of one sequence, which has room for more tokens, as compiled code needs it."""
 
-    form: tuple[torch.dtype, int, int, int]  # type, number of heads, width of keys, width of values
+    signature: tuple[torch.dtype, int, int, int]  # type, number of heads, width of keys, width of values
     addresses: tuple[int, int]  # of keys and values
     strides: tuple[int, ...]  # of keys, then of values: of sequences, heads and positions, in items
 
@@ -83,7 +83,7 @@ class _InPlace(DynamicLayer):
     _views: tuple[Tensor, Tensor] | None = None  # keys and values as they were set last
     _begin = _end = 0  # places in the buffers: of this layer's first token, and behind its last
     _is_longer = False  # whether ``extend`` has added tokens since ``_views`` were made
-    _room: Room | None = None  # what ``room`` has returned last
+    _room: CacheMemory | None = None  # what ``room`` has returned last
 
     # ``keys`` and ``values`` are views of the buffers, and are made only when they are read, because that takes long.
     # ``vars(self)`` has those that were made or set last.
@@ -170,7 +170,7 @@ class _InPlace(DynamicLayer):
     def _advance(self) -> None:
         """Drop tokens that the layer does not keep."""
 
-    def room(self) -> Room | None:
+    def room(self) -> CacheMemory | None:
         """Return the memory of keys and values of one sequence on a CPU, if another token fits into it.
 
         Return None otherwise, and if ``update`` has to copy keys or values because they are not all of the tokens in
@@ -237,7 +237,7 @@ class GrowingWindow(_InPlace, DynamicSlidingWindowLayer):
     def _advance(self) -> None:
         self._begin = max(self._begin, self._end - self.sliding_window + 1)
 
-    def room(self) -> Room | None:
+    def room(self) -> CacheMemory | None:
         """Return the memory as ``_InPlace.room`` does; None if tokens that leave the window have to be kept."""
         return None if self.record_past else super().room()
 
@@ -250,20 +250,20 @@ class GrowingWindow(_InPlace, DynamicSlidingWindowLayer):
 _GROWING: dict[Any, Any] = {DynamicLayer: GrowingLayer, DynamicSlidingWindowLayer: GrowingWindow}
 
 
-def _room(keys: Tensor, values: Tensor) -> Room | None:
+def _room(keys: Tensor, values: Tensor) -> CacheMemory | None:
     if keys.shape[:2] != values.shape[:2] or keys.shape[0] != 1 or keys.dtype != values.dtype:
         return None
     if not is_readable(keys) or not is_readable(values):
         return None
-    form = (keys.dtype, keys.shape[1], keys.shape[3], values.shape[3])
-    return Room(form, (keys.data_ptr(), values.data_ptr()), (*keys.stride()[:3], *values.stride()[:3]))
+    signature = (keys.dtype, keys.shape[1], keys.shape[3], values.shape[3])
+    return CacheMemory(signature, (keys.data_ptr(), values.data_ptr()), (*keys.stride()[:3], *values.stride()[:3]))
 
 
 def grow(cache: Any) -> None:
     """Turn the layers of a cache into layers that grow in place, if they are DynamicLayers or sliding windows."""
     for layer in getattr(cache, "layers", ()):
-        if (kind := _GROWING.get(type(layer))) is not None:
-            layer.__class__ = kind
+        if (class_ := _GROWING.get(type(layer))) is not None:
+            layer.__class__ = class_
 
 
 def use_growing_layers(model: PreTrainedModel) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from moetier.runtime.kernels.jit.emitter import F32, I32, I64, LANES, POINTER, Emitter, Value, new_module, once, vector
 from moetier.runtime.kernels.jit.processor import this_processor
-from moetier.runtime.kernels.jit.team import Kernel, Step, compile_kernel
+from moetier.runtime.kernels.jit.team import Kernel, KernelTask, compile_kernel
 from moetier.runtime.kernels.products.api import FLOATS, is_readable
 from moetier.runtime.libraries.torch_internals import buffers_of, parameters_of, replace_parameters
 
@@ -67,12 +67,12 @@ class QuickNorm:
 def use_quick_norms(model: nn.Module) -> None:
     """Add QuickNorm to the class of each RMS norm whose results on trial inputs match ``rms_norm`` with a ``Scale``."""
     for module in model.modules():
-        if "RMSNorm" in type(module).__name__ and (found := _trial(module)) is not None:
-            module.__class__ = _quick(type(module), *found)  # type: ignore[arg-type] # classes have a hash
+        if "RMSNorm" in type(module).__name__ and (agreed := _trial(module)) is not None:
+            module.__class__ = _quick(type(module), *agreed)  # type: ignore[arg-type] # classes have a hash
 
 
 def is_quick_norm(module: Any) -> bool:
-    """Return whether a module is a QuickNorm without other tensors: by chance they may do nothing in a trial."""
+    """Return whether a module is a QuickNorm with its weight only. Another tensor might have no effect in the trial."""
     return (
         type(module).forward is QuickNorm.forward and [*parameters_of(module)] == ["weight"] and not buffers_of(module)
     )
@@ -97,20 +97,20 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, scale: Scale) -> Tensor | No
     return y
 
 
-def norm_step(module: Any, *, adds: bool, factor: float = 1.0) -> Step:
-    """Return a step that computes a QuickNorm of one row; if ``adds``, of one row + ``factor`` * another.
+def norm_task(module: Any, *, adds: bool, factor: float = 1.0) -> KernelTask:
+    """Return a task that computes a QuickNorm of one row; if ``adds``, of one row + ``factor`` * another.
 
     The caller has to write all addresses but the weight's into its context before a run.
     """
     weight, eps = module.weight, getattr(module, module.quick_eps)
     numbers = (0, 0, 0, 0, weight.data_ptr(), 0, weight.numel(), float_bits(eps), float_bits(factor))
-    return Step(norm_step_kernel(weight.dtype, module.quick_scale, adds), array("q", numbers), 1)
+    return KernelTask(norm_task_kernel(weight.dtype, module.quick_scale, adds), array("q", numbers), 1)
 
 
 def float_bits(number: float) -> int:
     """Return the bits of a number as fp32."""
-    (found,) = struct.unpack("I", struct.pack("f", number))
-    return int(found)
+    (bits,) = struct.unpack("I", struct.pack("f", number))
+    return int(bits)
 
 
 def _trial(module: Any) -> tuple[Scale, str] | None:
@@ -146,18 +146,18 @@ def _trial(module: Any) -> tuple[Scale, str] | None:
     return None
 
 
-def _agree(found: Tensor | None, wanted: Tensor) -> bool:
-    if found is None or found.dtype != wanted.dtype:
+def _agree(computed: Tensor | None, wanted: Tensor) -> bool:
+    if computed is None or computed.dtype != wanted.dtype:
         return False
     share, near = _EQUAL[wanted.dtype]
-    is_near = torch.allclose(found, wanted, rtol=near, atol=near / 10)
-    return is_near and bool((found == wanted).float().mean() >= share)
+    is_near = torch.allclose(computed, wanted, rtol=near, atol=near / 10)
+    return is_near and bool((computed == wanted).float().mean() >= share)
 
 
 @functools.cache
-def _quick(kind: type, scale: Scale, eps: str) -> type:
-    own = {"quick_scale": scale, "quick_eps": eps, "__module__": kind.__module__}
-    return type(kind.__name__, (QuickNorm, kind), own)
+def _quick(class_: type, scale: Scale, eps: str) -> type:
+    own = {"quick_scale": scale, "quick_eps": eps, "__module__": class_.__module__}
+    return type(class_.__name__, (QuickNorm, class_), own)
 
 
 @once
@@ -187,12 +187,12 @@ def norm_module(dtype: torch.dtype, scale: Scale) -> ir.Module:
 
 
 @once
-def norm_step_kernel(dtype: torch.dtype, scale: Scale, adds: bool) -> Kernel:
-    """Compile ``norm_step_module``, once for each type, scale and processor."""
-    return compile_kernel(this_processor(), norm_step_module(dtype, scale, adds=adds), NORM_STEP)
+def norm_task_kernel(dtype: torch.dtype, scale: Scale, adds: bool) -> Kernel:
+    """Compile ``norm_task_module``, once for each type, scale and processor."""
+    return compile_kernel(this_processor(), norm_task_module(dtype, scale, adds=adds), NORM_STEP)
 
 
-def norm_step_module(dtype: torch.dtype, scale: Scale, *, adds: bool) -> ir.Module:
+def norm_task_module(dtype: torch.dtype, scale: Scale, *, adds: bool) -> ir.Module:
     """Emit the function ``NORM_STEP(context)``, which normalises the row x [K] to y [K].
 
     If ``adds``, the row ``more`` [K], multiplied by the factor, is added to x before, and the sum [K] is written too.
@@ -231,16 +231,16 @@ def emit_norm(
 ) -> None:
     """Emit the norm of a row, which may be changed in place. ``squares`` points to an fp32 vector of LANES numbers."""
     at, n = emit.at, emit.number
-    step, row_bytes = LANES * dtype.itemsize, at.mul(columns, n(dtype.itemsize))
+    chunk_bytes, row_bytes = LANES * dtype.itemsize, at.mul(columns, n(dtype.itemsize))
     one = emit.floats(1.0)
     at.store(emit.floats(0.0), squares)
-    with emit.loop(n(0), row_bytes, step) as offset:
+    with emit.loop(n(0), row_bytes, chunk_bytes) as offset:
         given = emit.load_floats(source, offset, dtype, LANES)
         at.store(emit.multiply_add(given, given, at.load(squares)), squares)
     mean = at.fdiv(emit.reduce(at.load(squares), at.fadd), at.uitofp(columns, F32))
     root = emit.intrinsic("llvm.sqrt.f32", F32, at.fadd(mean, eps))
     inverse = emit.spread(at.fdiv(ir.Constant(F32, 1.0), root), LANES)
-    with emit.loop(n(0), row_bytes, step) as offset:
+    with emit.loop(n(0), row_bytes, chunk_bytes) as offset:
         normed = at.fmul(emit.load_floats(source, offset, dtype, LANES), inverse)
         factor = emit.load_floats(weight, offset, dtype, LANES)
         if scale is Scale.ROUNDED and dtype == torch.bfloat16:

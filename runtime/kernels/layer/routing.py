@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from moetier.runtime.kernels.jit.processor import refusal
-from moetier.runtime.kernels.jit.team import Program, Step, is_small
+from moetier.runtime.kernels.jit.team import KernelTask, Program, is_small
 from moetier.runtime.kernels.products.api import CPU, FLOATS, is_readable
-from moetier.runtime.kernels.products.gemv import W, X, Y, gemv_step, lies_in_rows
+from moetier.runtime.kernels.products.gemv import W, X, Y, gemv_task, lies_in_rows
 from moetier.runtime.libraries.torch_internals import without_subclasses
 
 from .norm import float_bits
@@ -35,7 +35,7 @@ from .routing_code import (
 )
 
 
-class RoutingForm(NamedTuple):
+class RouterVariant(NamedTuple):
     """How a router chooses experts and weighs them."""
 
     top_k: int
@@ -51,11 +51,11 @@ class RoutingForm(NamedTuple):
     best_of_group: int = 0  # number of experts whose scores add up to a group's; 0 if there is one group
 
 
-class Routing:
+class CompiledRouter:
     """Chooses experts with a router's matrix, which has a row for each expert. Threads may use it at the same time."""
 
-    def __init__(self, form: RoutingForm) -> None:
-        self.form = form
+    def __init__(self, variant: RouterVariant) -> None:
+        self.variant = variant
         self._local = threading.local()  # ``calls`` of this thread
 
     def fits(self, weight: Tensor, bias: Tensor | None, correction: Tensor | None = None) -> bool:
@@ -63,14 +63,14 @@ class Routing:
 
         ``bias`` and ``correction`` are [experts].
         """
-        product = self.form.product_dtype or weight.dtype
+        product = self.variant.product_dtype or weight.dtype
         vectors = [each for each in (bias, correction) if each is not None]
         return (
             weight.dtype in FLOATS
             and lies_in_rows(weight)
             and all(is_readable(each) and each.shape == weight.shape[:1] for each in vectors)
             and (bias is None or bias.dtype == product)
-            and (correction is not None) == self.form.has_correction
+            and (correction is not None) == self.variant.has_correction
             and (correction is None or correction.dtype in FLOATS)
             and not refusal()
         )
@@ -87,43 +87,43 @@ class Routing:
                 return None
             if not self.fits(weight, bias, correction) or not x.numel() == x.shape[-1] == weight.shape[1]:
                 return None
-            call: _Call | None = getattr(self._local, "call", None)
+            call: _ThreadRouter | None = getattr(self._local, "call", None)
             added = None if correction is None else correction.dtype
-            form = (x.dtype, weight.dtype, weight.shape, bias is not None, added, torch.get_num_threads())
-            if call is None or call.form != form:
-                steps = RoutingSteps(self.form, x.dtype, weight, bias, correction)
-                call = self._local.call = _Call(self.form, form, steps, weight.numel())
+            signature = (x.dtype, weight.dtype, weight.shape, bias is not None, added, torch.get_num_threads())
+            if call is None or call.signature != signature:
+                tasks = RoutingTasks(self.variant, x.dtype, weight, bias, correction)
+                call = self._local.call = _ThreadRouter(self.variant, signature, tasks, weight.numel())
             return call.of(x, weight, bias, correction)
 
 
-class RoutingSteps:
-    """Steps that choose experts for one row. Their contexts are made once."""
+class RoutingTasks:
+    """Tasks that choose experts for one row. Their contexts are made once."""
 
     def __init__(
-        self, form: RoutingForm, given: torch.dtype, weight: Tensor, bias: Tensor | None, correction: Tensor | None
+        self, variant: RouterVariant, given: torch.dtype, weight: Tensor, bias: Tensor | None, correction: Tensor | None
     ) -> None:
         """``given`` is the type of x. ``weight`` is [experts, columns], and the others are [experts]."""
-        self._form = form
-        self._product = form.product_dtype or weight.dtype
-        scratch = array("f", bytes(4 * scratch_numbers(len(weight), form.top_k)))
-        numbers = (0, len(weight), form.top_k, 0, 0, scratch.buffer_info()[0], 0, 0, float_bits(form.factor), 0)
-        kinds = (self._product, form.weight_dtype, form.normalised, form.is_sigmoid, bias is not None)
+        self._variant = variant
+        self._product = variant.product_dtype or weight.dtype
+        scratch = array("f", bytes(4 * scratch_numbers(len(weight), variant.top_k)))
+        numbers = (0, len(weight), variant.top_k, 0, 0, scratch.buffer_info()[0], 0, 0, float_bits(variant.factor), 0)
+        types = (self._product, variant.weight_dtype, variant.normalised, variant.is_sigmoid, bias is not None)
         added = None if correction is None else correction.dtype
-        kernel = routing_kernel(RoutingCode(*kinds, added, form.best_of_group))
-        context = array("q", (*numbers, form.groups, form.best_groups))
-        self.steps = [gemv_step(weight, given, self._product), Step(kernel, context, 1, scratch)]
+        kernel = routing_kernel(RoutingCode(*types, added, variant.best_of_group))
+        context = array("q", (*numbers, variant.groups, variant.best_groups))
+        self.tasks = [gemv_task(weight, given, self._product), KernelTask(kernel, context, 1, scratch)]
 
     def place(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, correction: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Let the steps read x [1, columns], ``weight`` [experts, columns], ``bias`` and ``correction`` [experts].
+        """Let the tasks read x [1, columns], ``weight`` [experts, columns], ``bias`` and ``correction`` [experts].
 
         Returns the new tensors that each run fills: logits [1, experts]; weights and experts, [1, top_k] each.
         """
-        top_k, dtype = self._form.top_k, self._form.weight_dtype
+        top_k, dtype = self._variant.top_k, self._variant.weight_dtype
         sizes = (len(weight), self._product), (top_k, dtype), (top_k, torch.int64)
-        logits, weights, experts = (torch.empty((1, size), dtype=kind, device=CPU) for size, kind in sizes)
-        product, choice = (step.context for step in self.steps)
+        logits, weights, experts = (torch.empty((1, size), dtype=dtype_, device=CPU) for size, dtype_ in sizes)
+        product, choice = (task.context for task in self.tasks)
         product[X], product[W], product[Y] = x.data_ptr(), weight.data_ptr(), logits.data_ptr()
         choice[LOGITS], choice[WEIGHTS], choice[EXPERTS] = (one.data_ptr() for one in (logits, weights, experts))
         for place, vector_ in ((BIAS, bias), (CORRECTION, correction)):
@@ -131,18 +131,18 @@ class RoutingSteps:
         return logits, weights, experts
 
 
-class _Call:
-    """The steps of a routing, which are made once for each thread."""
+class _ThreadRouter:
+    """The tasks of a routing, which are made once for each thread."""
 
-    def __init__(self, routing: RoutingForm, form: tuple[Any, ...], steps: RoutingSteps, numbers: int) -> None:
-        """``form``: types and sizes of the inputs. ``numbers``: size of the matrix."""
-        self.form = form
+    def __init__(self, routing: RouterVariant, signature: tuple[Any, ...], tasks: RoutingTasks, numbers: int) -> None:
+        """``signature``: types and sizes of the inputs. ``numbers``: size of the matrix."""
+        self.signature = signature
         self._logit_dtype = routing.logit_dtype
-        self._steps = steps
-        self._program = Program(steps.steps, locked=is_small(numbers))
+        self._tasks = tasks
+        self._program = Program(tasks.tasks, locked=is_small(numbers))
 
     def of(self, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Choose experts; ``given`` are the arguments of ``RoutingSteps.place``."""
-        logits, weights, experts = self._steps.place(*given)
+        """Choose experts; ``given`` are the arguments of ``RoutingTasks.place``."""
+        logits, weights, experts = self._tasks.place(*given)
         self._program.run()
         return logits.to(self._logit_dtype), weights, experts

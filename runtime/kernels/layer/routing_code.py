@@ -99,8 +99,8 @@ class _Router(Emitter):
         at, n = self.at, self.number
         return at.mul(at.udiv(at.add(count, n(LANES - 1)), n(LANES)), n(LANES))
 
-    def _number(self, pointer: Value, index: Value, kind: Value) -> Value:
-        return self.load(pointer, self.at.mul(index, self.number(4)), kind)
+    def _number(self, pointer: Value, index: Value, type_: Value) -> Value:
+        return self.load(pointer, self.at.mul(index, self.number(4)), type_)
 
     def _keep(self, value: Value, pointer: Value, index: Value) -> None:
         self.store(value, pointer, self.at.mul(index, self.number(4)))

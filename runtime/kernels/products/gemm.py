@@ -26,9 +26,9 @@ from moetier.tiers.layout import ROW_TILE, Projection, RecordLayout
 
 from .gemm_amx import LEAST_ROWS, MOST_AMX_ROWS, AmxTile
 from .gemm_avx2 import MOST_ROWS, Avx2Tile, is_narrow
-from .gemm_tile import Form, Tile
+from .gemm_tile import PackedVariant, Tile
 from .rounding import Rounding, rounding_kernel
-from .row_major import ITEM_ROWS, RowForm, RowTile
+from .row_major import ITEM_ROWS, RowMajorVariant, RowTile
 
 JOB = 3  # i64 fields of each job: pointer to its record, its first row of x and y, its number of rows
 # Number of i64 fields in the context of WORK. In order: number of items that threads have taken, number of all items,
@@ -41,11 +41,11 @@ WORK = "moetier_work"  # name of the compiled function; it must not be a name in
 
 
 def multiplies(p: Projection) -> bool:
-    """Return whether a projection is stored in a form that the kernels of this module multiply with."""
+    """Return whether a projection is stored in a way that the kernels of this module multiply with."""
     return coding_of(p) is not None if p.coding else p.bits != 16
 
 
-class GemmPlan:
+class ProjectionProduct:
     """Compiled functions, sizes and offsets that all products with one projection of a layout share.
 
     Args:
@@ -58,9 +58,9 @@ class GemmPlan:
 
     def __init__(self, layout: RecordLayout, name: str, given: Dtype, out: Dtype, processor: Processor) -> None:
         p = layout.projection(name)
-        self.layout = layout  # kept alive, because plans are found by its id()
+        self.layout = layout  # kept alive, because products are found by its id()
         self.rounding = Rounding.of(p)
-        self.kernel = product_kernel(processor, form_of(p, FloatType.of(out)))
+        self.kernel = product_kernel(processor, variant_of(p, FloatType.of(out)))
         self.round = rounding_kernel(processor, self.rounding, FloatType.of(given))
         self.rows, self.columns = p.rows, p.columns
         self.tiles = -(-p.rows // (ITEM_ROWS if p.coding else ROW_TILE))
@@ -69,8 +69,8 @@ class GemmPlan:
         # offsets in a record, in bytes, of codes, second plane, pairs and scales of pairs, or with a coding of codes,
         # scales and globals; 0 for sections that it lacks
         places = {section.name.removeprefix(f"{name}."): section.offset for section in layout.sections}
-        kinds = (("codes", "high"), ("plane", "low", "scales"), ("pairs", "globals"), ("pair_scales",))
-        self._offsets = tuple(sum(places.get(kind, 0) for kind in group) for group in kinds)
+        names = (("codes", "high"), ("plane", "low", "scales"), ("pairs", "globals"), ("pair_scales",))
+        self._offsets = tuple(sum(places.get(name, 0) for name in section) for section in names)
 
     def context(self, count: int, jobs: array[int], x: Rounded, y: int, *, has_own_rows: bool) -> array[int]:
         """Make the context of a product of ``count`` jobs, whose result is written to the address ``y``.
@@ -83,53 +83,53 @@ class GemmPlan:
 
 
 class Rounded:
-    """Scratch memory at ``address`` for ``rows`` rows of x, rounded as the products of one plan need them."""
+    """Scratch memory at ``address`` for ``rows`` rows of x, rounded as a product needs them."""
 
-    def __init__(self, address: int, rows: int, plan: GemmPlan) -> None:
-        scales = address + rows * plan.columns * plan.number_bytes
-        sums = scales + rows * plan.columns // plan.rounding.group * 8
+    def __init__(self, address: int, rows: int, product: ProjectionProduct) -> None:
+        scales = address + rows * product.columns * product.number_bytes
+        sums = scales + rows * product.columns // product.rounding.group * 8
         self.rows = rows
         self.places = (address, scales, sums)  # of n; t and t * sum of n; sum of n
-        self._columns = plan.columns
+        self._columns = product.columns
 
     def context(self, x: int) -> array[int]:
         """Make the context for rounding the rows of x. ``x`` is their address."""
         return array("q", (0, self.rows, x, *self.places, self._columns))
 
 
-def form_of(p: Projection, out: FloatType) -> Form | RowForm:
-    """Return the form of products with a projection. ``out`` is the type of the results."""
+def variant_of(p: Projection, out: FloatType) -> PackedVariant | RowMajorVariant:
+    """Return the variant of products with a projection. ``out`` is the type of the results."""
     if p.coding:
-        return RowForm.of(p, out)
-    return Form(p.bits, p.group, p.pairs, out)
+        return RowMajorVariant.of(p, out)
+    return PackedVariant(p.bits, p.group, p.pairs, out)
 
 
 @once
-def product_kernel(processor: Processor, form: Form | RowForm) -> Kernel:
-    """Compile ``product_module``, once for each form and processor."""
+def product_kernel(processor: Processor, variant: PackedVariant | RowMajorVariant) -> Kernel:
+    """Compile ``product_module``, once for each variant and processor."""
     # unrolled loops would need more registers than AVX2 has
-    unroll = not isinstance(form, RowForm) and not is_narrow(processor)
-    return compile_kernel(processor, product_module(form, processor), WORK, unroll=unroll)
+    unroll = not isinstance(variant, RowMajorVariant) and not is_narrow(processor)
+    return compile_kernel(processor, product_module(variant, processor), WORK, unroll=unroll)
 
 
-def product_module(form: Form | RowForm, processor: Processor) -> ir.Module:
+def product_module(variant: PackedVariant | RowMajorVariant, processor: Processor) -> ir.Module:
     """Emit the function ``WORK(context)``, which computes items until none is left.
 
     An item is ROW_TILE rows of one job's matrix, or ITEM_ROWS rows of a matrix in the coding of a checkpoint.
     """
     module = new_module()
-    if isinstance(form, RowForm):
-        one, several = (RowTile(module, form, processor, several=several).function for several in (False, True))
-        emit = _ProductEmitter(module, Rounding.of(form.projection), form.out)
+    if isinstance(variant, RowMajorVariant):
+        one, several = (RowTile(module, variant, processor, several=several).function for several in (False, True))
+        emit = _ProductEmitter(module, Rounding.of(variant.projection), variant.out)
         emit.items_of_any_height(one, several)
     elif is_narrow(processor):
-        one, several = (Avx2Tile(module, form, processor, several=several).function for several in (False, True))
-        emit = _ProductEmitter(module, Rounding(form.group), form.out)
+        one, several = (Avx2Tile(module, variant, processor, several=several).function for several in (False, True))
+        emit = _ProductEmitter(module, Rounding(variant.group), variant.out)
         emit.items_of_any_height(one, several)
     else:
-        tiles = {height: Tile(module, form, processor, height).function for height in (4, 2, 1)}
-        many = AmxTile(module, form, processor).function if processor.has_amx else None
-        emit = _ProductEmitter(module, Rounding(form.group), form.out)
+        tiles = {height: Tile(module, variant, processor, height).function for height in (4, 2, 1)}
+        many = AmxTile(module, variant, processor).function if processor.has_amx else None
+        emit = _ProductEmitter(module, Rounding(variant.group), variant.out)
         emit.items_by_height(tiles, many)
     return module
 

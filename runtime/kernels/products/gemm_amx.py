@@ -16,7 +16,7 @@ from llvmlite import ir
 from moetier.runtime.kernels.jit.emitter import F32, I8, I16, I32, LANES, POINTER, Value, vector
 from moetier.runtime.kernels.jit.processor import Processor
 
-from .gemm_tile import CENTRES, COLUMN, PAIRS_AHEAD, STEP, VECTORS, Form, TileEmitter
+from .gemm_tile import CENTRES, COLUMN, PAIRS_AHEAD, STEP, VECTORS, PackedVariant, TileEmitter
 
 LEAST_ROWS = 8  # rows of x for which AMX pays
 MOST_AMX_ROWS = 128  # rows of x that one call multiplies
@@ -32,9 +32,9 @@ class AmxTile(TileEmitter):
     The number of rows of x is its last argument.
     """
 
-    def __init__(self, module: ir.Module, form: Form, processor: Processor) -> None:
-        super().__init__(module, "tile_rows", form, processor, 5)
-        at, n, group = self.at, self.number, form.group
+    def __init__(self, module: ir.Module, variant: PackedVariant, processor: Processor) -> None:
+        super().__init__(module, "tile_rows", variant, processor, 5)
+        at, n, group = self.at, self.number, variant.group
         self._rows = rows = self.function.args[-1]
         self._depth = min(group, WIDTH)  # columns that an instruction multiplies
         self._height = self._least(rows, n(HEIGHT))
@@ -48,7 +48,7 @@ class AmxTile(TileEmitter):
                 unpacked = self._unpack(at.add(self._start, at.mul(at.add(first, step), n(COLUMN))))
                 for number, q in enumerate(unpacked):
                     place = at.add(at.mul(step, n(LANES)), n(number * group * LANES))
-                    self.store(at.sub(q, self.all(I8, CENTRES[form.bits], WIDTH)), codes, place)
+                    self.store(at.sub(q, self.all(I8, CENTRES[variant.bits], WIDTH)), codes, place)
             pairs = self._load_pairs(g)
             with self._blocks() as (row, begin):
                 self._multiply(at.gep(self._xn, [at.add(at.mul(begin, self._columns), first)]), codes, sums)
@@ -108,7 +108,7 @@ class AmxTile(TileEmitter):
 
     def _multiply(self, x: Value, codes: Value, sums: Value) -> None:
         """Multiply a group of a block of rows of x with its unpacked codes, and store the sums."""
-        at, n, group = self.at, self.number, self._form.group
+        at, n, group = self.at, self.number, self._variant.group
         for total in _SUMS:
             self._instruction("tilezero", total)
         for column in range(0, group, self._depth):

@@ -19,7 +19,7 @@ from llvmlite import ir
 from moetier.runtime.kernels.jit.emitter import F32, I8, I16, I32, LANES, Value, vector
 from moetier.runtime.kernels.jit.processor import Dot, Processor
 
-from .gemm_tile import CENTRES, COLUMN, PAIRS_AHEAD, STEP, VECTORS, Form, TileEmitter
+from .gemm_tile import CENTRES, COLUMN, PAIRS_AHEAD, STEP, VECTORS, PackedVariant, TileEmitter
 
 BYTES = 32  # of a register
 SPAN = 32  # columns whose products are added up in 16 bits
@@ -40,11 +40,11 @@ class Avx2Tile(TileEmitter):
     once, and multiplies it with four rows of x at a time.
     """
 
-    def __init__(self, module: ir.Module, form: Form, processor: Processor, *, several: bool) -> None:
-        super().__init__(module, "tile_rows" if several else "tile_1", form, processor, 5 if several else 4)
+    def __init__(self, module: ir.Module, variant: PackedVariant, processor: Processor, *, several: bool) -> None:
+        super().__init__(module, "tile_rows" if several else "tile_1", variant, processor, 5 if several else 4)
         self._has_vnni = processor.dot is Dot.AVX_VNNI
-        self._planes = 2 if form.bits == 8 and not self._has_vnni else 1
-        self._span = form.group if self._has_vnni else min(form.group, SPAN)
+        self._planes = 2 if variant.bits == 8 and not self._has_vnni else 1
+        self._span = variant.group if self._has_vnni else min(variant.group, SPAN)
         self._ones = self.all(I16, 1, 16)
         if several:
             self._emit_rows(self.function.args[-1])
@@ -55,7 +55,7 @@ class Avx2Tile(TileEmitter):
     # -- one row of x -------------------------------------------------------------------------------------------------
 
     def _emit_row(self) -> None:
-        at, n, group = self.at, self.number, self._form.group
+        at, n, group = self.at, self.number, self._variant.group
         totals = self._variables(vector(F32, LANES), VECTORS)
         with self.loop(n(0), self._groups) as g:
             self._prefetch_pairs(at.add(g, n(PAIRS_AHEAD)))
@@ -77,7 +77,7 @@ class Avx2Tile(TileEmitter):
     # -- several rows of x --------------------------------------------------------------------------------------------
 
     def _emit_rows(self, rows: Value) -> None:
-        at, n, group = self.at, self.number, self._form.group
+        at, n, group = self.at, self.number, self._variant.group
         count = self._planes * REGISTERS
         codes = at.bitcast(self._array(group // STEP * count * BYTES), I8.as_pointer())
         totals = at.bitcast(self._array(MOST_ROWS * VECTORS * LANES * 4), I8.as_pointer())
@@ -105,7 +105,7 @@ class Avx2Tile(TileEmitter):
         self, g: Value, rows: Sequence[Value], codes: Value, pairs: list[tuple[Value, Value]], totals: Value
     ) -> None:
         """Multiply unpacked codes of group ``g`` with some rows of x."""
-        at, n, group = self.at, self.number, self._form.group
+        at, n, group = self.at, self.number, self._variant.group
         count = self._planes * REGISTERS
         sums = [self._variables(_SUMS, count) for _ in rows]
         starts = [at.add(at.mul(row, self._columns), at.mul(g, n(group))) for row in rows]
@@ -129,13 +129,13 @@ class Avx2Tile(TileEmitter):
 
     # -- both ---------------------------------------------------------------------------------------------------------
 
-    def _variables(self, kind: ir.VectorType, count: int) -> list[Value]:
-        """Emit variables of type ``kind`` that are zero."""
+    def _variables(self, type_: ir.VectorType, count: int) -> list[Value]:
+        """Emit variables of type ``type_`` that are zero."""
         places = []
         for _ in range(count):
             with self.at.goto_entry_block():
-                places.append(self.at.alloca(kind))
-            self.at.store(ir.Constant(kind, [0] * kind.count), places[-1])
+                places.append(self.at.alloca(type_))
+            self.at.store(ir.Constant(type_, [0] * type_.count), places[-1])
         return places
 
     def _array(self, nbytes: int) -> Value:
@@ -172,13 +172,13 @@ class Avx2Tile(TileEmitter):
         codes come first, then those of the low halves.
         """
         low, four = self.all(I8, 15, BYTES), self.all(I8, 4, BYTES)
-        found: list[list[Value]] = []
+        planes: list[list[Value]] = []
         for columns in self._planes_at(place):
             united = self._interleaved(columns)
-            found.append([*(self.at.and_(v, low) for v in united), *(self.at.lshr(v, four) for v in united)])
-        if len(found) > self._planes:
-            return [self.at.or_(self.at.shl(high, four), part) for high, part in zip(*found, strict=True)]
-        return [v for plane in found for v in plane]
+            planes.append([*(self.at.and_(v, low) for v in united), *(self.at.lshr(v, four) for v in united)])
+        if len(planes) > self._planes:
+            return [self.at.or_(self.at.shl(high, four), part) for high, part in zip(*planes, strict=True)]
+        return [v for plane in planes for v in plane]
 
     def _interleaved(self, columns: Sequence[Value]) -> list[Value]:
         """Interleave four columns. The halves of register i have rows 4i to 4i + 3, and rows 4i + 16 to 4i + 19."""
@@ -187,22 +187,22 @@ class Avx2Tile(TileEmitter):
             for first in (0, 8):
                 order = [first + COLUMN * k + 16 * half + i for half in range(2) for i in range(8) for k in range(2)]
                 pairs.append(at.bitcast(self.pick(both, both, order), _PAIRS))
-        found = []
+        registers = []
         for one, other in zip(pairs[:2], pairs[2:], strict=True):
             for first in (0, 4):
                 order = [first + 16 * k + 8 * half + i for half in range(2) for i in range(4) for k in range(2)]
-                found.append(at.bitcast(self.pick(one, other, order), _WORDS))
-        return found
+                registers.append(at.bitcast(self.pick(one, other, order), _WORDS))
+        return registers
 
     def _in_order(self, sums: Sequence[Value]) -> list[Value]:
         """Put sums into the order of the rows: i32 [LANES] each."""
-        found = []
+        ordered = []
         for first in (0, 4):
             low, high = (self.pick(sums[i], sums[i + 1], range(16)) for i in (first, first + 2))
             for half in (0, 4):
                 order = [half + 16 * k + 8 * i + j for k in range(2) for i in range(2) for j in range(4)]
-                found.append(self.pick(low, high, order))
-        return found
+                ordered.append(self.pick(low, high, order))
+        return ordered
 
     def _add_group(
         self, g: Value, sums: Sequence[Value], pairs: list[tuple[Value, Value]], row: Value, totals: Sequence[Value]
@@ -216,7 +216,7 @@ class Avx2Tile(TileEmitter):
             high, low = values[:REGISTERS], values[REGISTERS:]
             values = [at.add(at.shl(h, four), v) for h, v in zip(high, low, strict=True)]
         index = at.add(at.mul(row, self._groups), g)
-        centre = at.mul(self.load(self._xs, at.mul(index, n(4)), I32), ir.Constant(I32, -CENTRES[self._form.bits]))
+        centre = at.mul(self.load(self._xs, at.mul(index, n(4)), I32), ir.Constant(I32, -CENTRES[self._variant.bits]))
         place = at.mul(index, n(8))
         t = self.spread(self.load(self._xt, place, F32), LANES)
         t_sum = self.spread(self.load(self._xt, at.add(place, n(4)), F32), LANES)

@@ -41,7 +41,7 @@ _NEON = {Dot.I8MM: "usdot", Dot.DOTPROD: "sdot"}  # names in LLVM's intrinsic fu
 
 
 @dataclass(frozen=True)
-class Form:
+class PackedVariant:
     """Properties that the code of a product depends on: how the matrices are stored, and the type of x and y."""
 
     bits: Bits
@@ -53,16 +53,18 @@ class Form:
 class TileEmitter(Emitter):
     """Emitter of a function that multiplies ROW_TILE rows of W with rows of x; ``counts`` are its last arguments."""
 
-    def __init__(self, module: ir.Module, name: str, form: Form, processor: Processor, counts: int = 4) -> None:
+    def __init__(
+        self, module: ir.Module, name: str, variant: PackedVariant, processor: Processor, counts: int = 4
+    ) -> None:
         super().__init__(module, name, [POINTER] * 8 + [I64] * counts)
         self.function.linkage = "internal"
-        self._form = form
+        self._variant = variant
         self._processor = processor
         self._codes, self._second, self._pairs, self._scales, self._xn, self._xt, self._xs, self._y = (
             self.function.args[:8]
         )
         self._tile, self._columns, self._out_rows, self._padded = self.function.args[8:12]
-        self._groups = self.at.udiv(self._columns, self.number(form.group))
+        self._groups = self.at.udiv(self._columns, self.number(variant.group))
         # offset of the tile in a plane of 4-bit codes, in bytes
         self._start = self.at.mul(self.at.mul(self._tile, self._columns), self.number(COLUMN))
 
@@ -71,14 +73,14 @@ class TileEmitter(Emitter):
 
         Codes of 8 bits have two planes, of their high and their low halves; others are unfolded to one.
         """
-        match self._form.bits:
+        match self._variant.bits:
             case 8:
                 return [self._columns_at(self._codes, place), self._columns_at(self._second, place)]
             case 4:
                 return [self._columns_at(self._codes, place)]
             case _:
                 codes = self._folded(self._codes, place, 2, 0x33)
-                if self._form.bits == 3:
+                if self._variant.bits == 3:
                     two = self.all(I8, 2, 4 * LANES)
                     plane = self._folded(self._second, place, 4, 0x11)
                     codes = [self.at.or_(c, self.at.shl(p, two)) for c, p in zip(codes, plane, strict=True)]
@@ -100,11 +102,11 @@ class TileEmitter(Emitter):
         length = at.udiv(at.mul(self._padded, self._columns), self.number(2 * parts))
         part = at.udiv(place, length)
         shift = self.spread(at.trunc(at.mul(part, self.number(4 // parts)), I16), COLUMN)
-        found = []
+        codes = []
         for piece in self._columns_at(plane, at.sub(place, at.mul(part, length))):
             moved = at.lshr(at.bitcast(piece, vector(I16, COLUMN)), shift)  # bits that move to the next byte are masked
-            found.append(at.and_(at.bitcast(moved, vector(I8, 2 * COLUMN)), self.all(I8, mask, 2 * COLUMN)))
-        return found
+            codes.append(at.and_(at.bitcast(moved, vector(I8, 2 * COLUMN)), self.all(I8, mask, 2 * COLUMN)))
+        return codes
 
     def _unpack(self, place: Value) -> list[Value]:
         """Load the codes of STEP columns, beginning at byte ``place`` of a plane of 4-bit codes.
@@ -132,7 +134,7 @@ class TileEmitter(Emitter):
     def _prefetch_pairs(self, g: Value) -> None:
         """Prefetch the pairs of group ``g``. They are not in the page of the codes."""
         at, n = self.at, self.number
-        nbytes = 2 * ITEM_BYTES[ZERO_POINTS.get(self._form.pairs, self._form.pairs)]
+        nbytes = 2 * ITEM_BYTES[ZERO_POINTS.get(self._variant.pairs, self._variant.pairs)]
         first = at.add(at.mul(g, self._padded), at.mul(self._tile, n(ROW_TILE)))
         self.prefetch(self._pairs, at.mul(first, n(nbytes)), nbytes * ROW_TILE)
 
@@ -144,20 +146,20 @@ class TileEmitter(Emitter):
         at, n = self.at, self.number
         first = at.add(at.mul(g, self._padded), at.mul(self._tile, n(ROW_TILE)))  # index of the tile's first pair
         even, odd = range(0, 2 * LANES, 2), range(1, 2 * LANES, 2)
-        found = []
-        if self._form.pairs == "bfloat16":
+        pairs = []
+        if self._variant.pairs == "bfloat16":
             for number in range(VECTORS):
                 place = at.mul(at.add(first, n(number * LANES)), n(4))
                 both = self.widen(self.load(self._pairs, place, vector(I16, 2 * LANES)), 2 * LANES)
-                found.append((self.pick(both, both, even), self.pick(both, both, odd)))
-            return found
-        if self._form.pairs in ZERO_POINTS:
-            centre = self.floats(CENTRES[self._form.bits])
+                pairs.append((self.pick(both, both, even), self.pick(both, both, odd)))
+            return pairs
+        if self._variant.pairs in ZERO_POINTS:
+            centre = self.floats(CENTRES[self._variant.bits])
             for number in range(VECTORS):
                 both = self._stored_pairs(at.add(first, n(number * LANES)))
                 s, z = self.pick(both, both, even), self.pick(both, both, odd)
-                found.append((s, at.fmul(at.fsub(centre, z), s)))
-            return found
+                pairs.append((s, at.fmul(at.fsub(centre, z), s)))
+            return pairs
         run = at.mul(at.udiv(first, n(PAIR_BLOCK)), n(8))
         four = [self.widen(self.load(self._scales, at.add(run, n(2 * i)), vector(I16, 1)), 1) for i in range(4)]
         scale_s, low_s, scale_b, low_b = (
@@ -170,27 +172,27 @@ class TileEmitter(Emitter):
             for indices, scale, low in ((even, scale_s, low_s), (odd, scale_b, low_b)):
                 value = at.fadd(at.fmul(self.pick(codes, codes, indices), scale), low)
                 pair.append(self.widen(self.narrow(value, LANES), LANES))
-            found.append((pair[0], pair[1]))
-        return found
+            pairs.append((pair[0], pair[1]))
+        return pairs
 
     def _stored_pairs(self, first: Value) -> Value:
         """Load LANES pairs with zero points, from the one with index ``first`` on, as an fp32 vector [2 * LANES]."""
-        kind = ZERO_POINTS[self._form.pairs]
-        place = self.at.mul(first, self.number(2 * ITEM_BYTES[kind]))
-        if kind == "float16":
+        dtype = ZERO_POINTS[self._variant.pairs]
+        place = self.at.mul(first, self.number(2 * ITEM_BYTES[dtype]))
+        if dtype == "float16":
             return self.widen_half(self.load(self._pairs, place, vector(I16, 2 * LANES)), 2 * LANES)
-        return self.load_floats(self._pairs, place, FP32 if kind == "float32" else BF16, 2 * LANES)
+        return self.load_floats(self._pairs, place, FP32 if dtype == "float32" else BF16, 2 * LANES)
 
     def _write(self, value: Value, row: Value, first: int) -> None:
         """Write LANES numbers of a row of y, except those beyond the row's end."""
-        at, n, form = self.at, self.number, self._form
+        at, n, variant = self.at, self.number, self._variant
         column = at.add(at.mul(self._tile, n(ROW_TILE)), n(first))
         left = self.spread(at.sub(self._out_rows, column), LANES)
         mask = at.icmp_signed(">", left, ir.Constant(vector(I64, LANES), list(range(LANES))))
         code = "f32"
-        if form.out == BF16:
+        if variant.out == BF16:
             value, code = self.narrow(value, LANES), "i16"
-        place = at.mul(at.add(at.mul(row, self._out_rows), column), n(form.out.itemsize))
+        place = at.mul(at.add(at.mul(row, self._out_rows), column), n(variant.out.itemsize))
         target = self.place(self._y, place, value.type)
         self.intrinsic(f"llvm.masked.store.v{LANES}{code}.p0", ir.VoidType(), value, target, ir.Constant(I32, 1), mask)
 
@@ -198,10 +200,10 @@ class TileEmitter(Emitter):
 class Tile(TileEmitter):
     """The function ``tile_H``, which multiplies ROW_TILE rows of W with H rows of x; ``height`` is H."""
 
-    def __init__(self, module: ir.Module, form: Form, processor: Processor, height: int) -> None:
-        super().__init__(module, f"tile_{height}", form, processor)
+    def __init__(self, module: ir.Module, variant: PackedVariant, processor: Processor, height: int) -> None:
+        super().__init__(module, f"tile_{height}", variant, processor)
         at, n = self.at, self.number
-        group = form.group
+        group = variant.group
         integers = [[at.alloca(vector(I32, LANES)) for _ in range(VECTORS)] for _ in range(height)]
         sums = [[at.alloca(vector(F32, LANES)) for _ in range(VECTORS)] for _ in range(height)]
         zero = self.floats(0.0)
@@ -212,7 +214,7 @@ class Tile(TileEmitter):
             rows = [at.add(at.mul(n(row), self._groups), g) for row in range(height)]
             for row in range(height):
                 total = self.load(self._xs, at.mul(rows[row], n(4)), I32)
-                begin = self.spread(at.mul(total, ir.Constant(I32, -CENTRES[form.bits])), LANES)
+                begin = self.spread(at.mul(total, ir.Constant(I32, -CENTRES[variant.bits])), LANES)
                 for place in integers[row]:
                     at.store(begin, place)
             first = at.mul(g, n(group))

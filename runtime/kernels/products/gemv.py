@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moetier.runtime.kernels.jit.emitter import F32, I32, LANES, POINTER, Emitter, new_module, once, vector
 from moetier.runtime.kernels.jit.processor import refusal, this_processor
-from moetier.runtime.kernels.jit.team import Kernel, Step, compile_kernel, is_small, threads_for
+from moetier.runtime.kernels.jit.team import Kernel, KernelTask, compile_kernel, is_small, threads_for
 
 from .api import FLOATS, has_memory, is_readable
 
@@ -30,8 +30,8 @@ def lies_in_rows(weight: Tensor) -> bool:
     return weight.dim() == 2 and weight.shape[1] % LANES == 0 and has_memory(weight) and weight.is_contiguous()
 
 
-def gemv_step(weight: Tensor, given: torch.dtype, made: torch.dtype | None = None) -> Step:
-    """Return a step that multiplies ``weight`` [rows, columns] with a row of type ``given``.
+def gemv_task(weight: Tensor, given: torch.dtype, made: torch.dtype | None = None) -> KernelTask:
+    """Return a task that multiplies ``weight`` [rows, columns] with a row of type ``given``.
 
     Its context still lacks the addresses X, W and Y: of x [columns], of the weight, and of y [rows], which is of type
     ``made``, or else of the weight's.
@@ -40,7 +40,7 @@ def gemv_step(weight: Tensor, given: torch.dtype, made: torch.dtype | None = Non
     items = -(-rows // ROWS)
     context = array("q", (0, items, 0, rows, columns, 0, 0))
     kernel = gemv_kernel(given, weight.dtype, made or weight.dtype)
-    return Step(kernel, context, min(items, threads_for(rows * columns)))
+    return KernelTask(kernel, context, min(items, threads_for(rows * columns)))
 
 
 class Scores:
@@ -65,7 +65,7 @@ class Scores:
         weight = self._weight
         if not is_readable(x) or x.dtype not in FLOATS or x.numel() != weight.shape[1]:
             return None
-        kernel, context, threads, _ = gemv_step(weight, x.dtype)
+        kernel, context, threads, _ = gemv_task(weight, x.dtype)
         context[X], context[W], context[Y] = x.data_ptr(), weight.data_ptr(), self._found.buffer_info()[0]
         kernel.run(context, threads, locked=is_small(weight.numel()))
         return self._found.tolist()

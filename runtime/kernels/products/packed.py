@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from moetier.runtime.kernels.jit.processor import Processor, this_processor
-from moetier.runtime.kernels.jit.team import Scratch, Step, run_all, threads_for
+from moetier.runtime.kernels.jit.team import KernelTask, Scratch, run_all, threads_for
 from moetier.tiers.layout import RecordLayout
 
 from .api import CPU, FLOATS, Kernels, has_memory
-from .gemm import GemmPlan, Rounded, multiplies
+from .gemm import ProjectionProduct, Rounded, multiplies
 
 
 class PackedKernels(Kernels):
@@ -22,7 +22,7 @@ class PackedKernels(Kernels):
     def __init__(self, processor: Processor | None = None) -> None:
         super().__init__()
         self.processor = processor or this_processor()
-        self._plans: dict[tuple[int, str, torch.dtype], GemmPlan] = {}
+        self._products: dict[tuple[int, str, torch.dtype], ProjectionProduct] = {}
         self._rounded = Scratch()
 
     def packs(self, layout: RecordLayout) -> bool:
@@ -57,30 +57,37 @@ class PackedKernels(Kernels):
         """
         if x.dtype not in FLOATS:
             return self.multiply(x.float(), records, rows, layout, name).to(x.dtype)
-        plan = self.plan(layout, name, x.dtype)
+        product = self.product(layout, name, x.dtype)
         own, columns = x.shape
         total = len(rows) if own == 1 else sum(rows)
-        assert columns == plan.columns, f"{name} takes {plan.columns} numbers, not {columns}"
+        assert columns == product.columns, f"{name} takes {product.columns} numbers, not {columns}"
         assert own in (total, 1), f"{own} rows of x for {total} rows"
         if not x.is_contiguous():
             x = x.contiguous()
-        y = torch.empty((total, plan.rows), dtype=x.dtype, device=CPU)
+        y = torch.empty((total, product.rows), dtype=x.dtype, device=CPU)
         jobs: list[int] = []
         first = 0
         for record, count in zip(records, rows, strict=True):
             jobs += (record.data_ptr(), first, count)
             first += count
-        rounded = Rounded(self._rounded.take(own * plan.row_bytes), own, plan)
+        rounded = Rounded(self._rounded.take(own * product.row_bytes), own, product)
         rounding = rounded.context(x.data_ptr())
         table = array("q", jobs)
-        product = plan.context(len(records), table, rounded, y.data_ptr(), has_own_rows=own == total)
-        threads = threads_for(plan.rows * columns * total)
-        run_all([Step(plan.round, rounding, threads_for(own * columns)), Step(plan.kernel, product, threads)])
+        context = product.context(len(records), table, rounded, y.data_ptr(), has_own_rows=own == total)
+        threads = threads_for(product.rows * columns * total)
+        run_all(
+            [
+                KernelTask(product.round, rounding, threads_for(own * columns)),
+                KernelTask(product.kernel, context, threads),
+            ]
+        )
         return y
 
-    def plan(self, layout: RecordLayout, name: str, dtype: torch.dtype) -> GemmPlan:
-        """Return the plan for products with the quantised projection ``name``, of x and y of ``dtype``."""
-        plan = self._plans.get((id(layout), name, dtype))
-        if plan is None:
-            plan = self._plans[id(layout), name, dtype] = GemmPlan(layout, name, dtype, dtype, self.processor)
-        return plan
+    def product(self, layout: RecordLayout, name: str, dtype: torch.dtype) -> ProjectionProduct:
+        """Return the compiled product with the quantised projection ``name``, of x and y of ``dtype``."""
+        product = self._products.get((id(layout), name, dtype))
+        if product is None:
+            product = self._products[id(layout), name, dtype] = ProjectionProduct(
+                layout, name, dtype, dtype, self.processor
+            )
+        return product

@@ -60,7 +60,7 @@ class Rounding(NamedTuple):
         return 4 if self.is_exact else 1
 
     def row_bytes(self, columns: int) -> int:
-        """Size of a rounded row in bytes: n; and unless it is exact, for each group t, t * sum of n, and sum of n."""
+        """Size of a rounded row in bytes: the codes n; unless exact, plus per group t, t * sum of n, and sum of n."""
         return columns * self.number_bytes + (0 if self.is_exact else 12 * (columns // self.group))
 
 
@@ -107,9 +107,9 @@ def emit_rounding(
     # the bits of numbers without their signs, read as integers, have the numbers' order; NaN is above infinity
     sizes = at.and_(at.bitcast(values, vector(I32, group)), emit.all(I32, 0x7FFFFFFF, group))
     largest = at.bitcast(emit.intrinsic(f"llvm.vector.reduce.smax.v{group}i32", I32, sizes), F32)
-    step = at.fmul(largest, ir.Constant(F32, 1 / 127))
-    some = at.fcmp_ordered(">", step, ir.Constant(F32, 0.0))
-    inverse = at.select(some, at.fdiv(ir.Constant(F32, 1.0), step), ir.Constant(F32, 0.0))
+    scale = at.fmul(largest, ir.Constant(F32, 1 / 127))
+    some = at.fcmp_ordered(">", scale, ir.Constant(F32, 0.0))
+    inverse = at.select(some, at.fdiv(ir.Constant(F32, 1.0), scale), ir.Constant(F32, 0.0))
     scaled = at.fmul(values, emit.spread(inverse, group))
     shift, zero = emit.all(F32, ROUNDING, group), emit.all(F32, 0.0, group)
     rounded = at.fsub(at.fadd(scaled, shift), shift)  # to the nearest, ties to even
@@ -124,5 +124,5 @@ def emit_rounding(
     emit.store(stored, out, at.mul(g, n(group)))
     total = emit.intrinsic(f"llvm.vector.reduce.add.v{group}i32", I32, whole)
     emit.store(at.mul(total, ir.Constant(I32, rounding.factor)), sums, at.mul(g, n(4)))
-    emit.store(step, scales, at.mul(g, n(8)))
-    emit.store(at.fmul(step, at.sitofp(total, F32)), scales, at.add(at.mul(g, n(8)), n(4)))
+    emit.store(scale, scales, at.mul(g, n(8)))
+    emit.store(at.fmul(scale, at.sitofp(total, F32)), scales, at.add(at.mul(g, n(8)), n(4)))

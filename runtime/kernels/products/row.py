@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 from moetier.runtime.kernels.jit.emitter import LANES, POINTER, Emitter, new_module, once
 from moetier.runtime.kernels.jit.processor import refusal, this_processor
-from moetier.runtime.kernels.jit.team import Kernel, Program, Step, compile_kernel, is_small, threads_for
+from moetier.runtime.kernels.jit.team import Kernel, KernelTask, Program, compile_kernel, is_small, threads_for
 from moetier.runtime.libraries.torch_internals import parameters_of, tree_map_only, without_subclasses
 
 from . import gemm, gemv, rounding
 from .api import CPU, FLOATS, is_readable
-from .gemm import GemmPlan, Rounded
-from .gemv import gemv_step, lies_in_rows
+from .gemm import ProjectionProduct, Rounded
+from .gemv import gemv_task, lies_in_rows
 
 BIAS = "moetier_bias"  # name of the compiled function
 
@@ -34,23 +34,23 @@ class RowMatrix:
     """A matrix that single rows are multiplied with: quantised, or of bf16."""
 
     def __init__(
-        self, weight: Tensor, rows: int, columns: int, plan: Callable[[torch.dtype], GemmPlan] | None = None
+        self, weight: Tensor, rows: int, columns: int, product: Callable[[torch.dtype], ProjectionProduct] | None = None
     ) -> None:
         """
         Args:
             weight: a record, uint8 [record bytes], or a bf16 matrix [rows, columns].
             rows: number of rows.
             columns: number of columns.
-            plan: for a record, gives the plan of its product by the type of x.
+            product: for a record, gives the compiled product by the type of x.
         """
         self.weight = weight
         self.rows = rows
         self.columns = columns
-        self.plan = plan
+        self.product = product
         self._local = threading.local()  # ``product``: the thread's _Product
 
     def __deepcopy__(self, memo: Any) -> RowMatrix:
-        return RowMatrix(copy.deepcopy(self.weight, memo), self.rows, self.columns, self.plan)
+        return RowMatrix(copy.deepcopy(self.weight, memo), self.rows, self.columns, self.product)
 
     def multiply(self, x: Tensor) -> Tensor | None:
         """Multiply one row x [1, columns] -> [1, rows] in the type of x; return None for other inputs.
@@ -62,15 +62,15 @@ class RowMatrix:
         with without_subclasses():  # attributes of a RowWeight are torch functions
             if not self.fits(x.dtype):
                 return None
-            form = (x.dtype, torch.get_num_threads())
+            signature = (x.dtype, torch.get_num_threads())
             product: _Product | None = getattr(self._local, "product", None)
-            if product is None or product.form != form:
-                product = self._local.product = _Product(self, form)
+            if product is None or product.signature != signature:
+                product = self._local.product = _Product(self, signature)
             return product.of(self, x)
 
     def fits(self, dtype: torch.dtype) -> bool:
         """Return whether the matrix is in memory as compiled code reads it for x of ``dtype``."""
-        if self.plan is not None:
+        if self.product is not None:
             return dtype in FLOATS and self.weight.is_cpu
         weight = self.weight
         return (
@@ -80,8 +80,8 @@ class RowMatrix:
         )
 
 
-class ProductSteps:
-    """Steps that multiply one row with several matrices.
+class ProductTasks:
+    """Tasks that multiply one row with several matrices.
 
     Their contexts are made once, because making them takes long.
     """
@@ -95,42 +95,42 @@ class ProductSteps:
             dtype: type of x and of the products.
             biases: for each matrix, [rows] of ``dtype``, which is added to the product; or None.
         """
-        self.steps: list[Step] = []
-        self._sums: dict[RowMatrix, array[int]] = {}  # contexts of the steps that add biases
+        self.tasks: list[KernelTask] = []
+        self._sums: dict[RowMatrix, array[int]] = {}  # contexts of the tasks that add biases
         rounded: dict[int, Rounded] = {}  # by the address of the function that rounds x
         self._inputs: list[tuple[array[int], int]] = []  # where to write the address of x
         # by matrix: where to write the address of the weight, and that of y
         self._products: dict[RowMatrix, tuple[array[int], int, array[int], int]] = {}
         for matrix in matrices:
-            if matrix.plan is None:
-                step = gemv_step(matrix.weight, dtype)
-                self._inputs.append((step.context, gemv.X))
-                self._products[matrix] = (step.context, gemv.W, step.context, gemv.Y)
-                self.steps.append(step)
+            if matrix.product is None:
+                task = gemv_task(matrix.weight, dtype)
+                self._inputs.append((task.context, gemv.X))
+                self._products[matrix] = (task.context, gemv.W, task.context, gemv.Y)
+                self.tasks.append(task)
                 continue
-            plan = matrix.plan(dtype)
-            given = rounded.get(plan.round.address)
+            product = matrix.product(dtype)
+            given = rounded.get(product.round.address)
             if given is None:
-                memory = array("b", bytes(plan.row_bytes))
-                given = rounded[plan.round.address] = Rounded(memory.buffer_info()[0], 1, plan)
-                self.steps.append(Step(plan.round, given.context(0), 1, memory))
-                self._inputs.append((self.steps[-1].context, rounding.X))
+                memory = array("b", bytes(product.row_bytes))
+                given = rounded[product.round.address] = Rounded(memory.buffer_info()[0], 1, product)
+                self.tasks.append(KernelTask(product.round, given.context(0), 1, memory))
+                self._inputs.append((self.tasks[-1].context, rounding.X))
             jobs = array("q", (0, 0, 1))
-            context = plan.context(1, jobs, given, 0, has_own_rows=True)
-            self.steps.append(Step(plan.kernel, context, threads_for(matrix.rows * matrix.columns), jobs))
+            context = product.context(1, jobs, given, 0, has_own_rows=True)
+            self.tasks.append(KernelTask(product.kernel, context, threads_for(matrix.rows * matrix.columns), jobs))
             self._products[matrix] = (jobs, 0, context, gemm.Y)
         for matrix, bias in zip(matrices, biases or (), strict=False):
             if bias is not None:
                 self._sums[matrix] = array("q", (0, 0, bias.data_ptr(), matrix.rows))
-                self.steps.append(Step(bias_kernel(dtype), self._sums[matrix], 1, bias))
+                self.tasks.append(KernelTask(bias_kernel(dtype), self._sums[matrix], 1, bias))
 
     def read(self, x: int) -> None:
-        """Let the steps read x from an address."""
+        """Let the tasks read x from an address."""
         for context, place in self._inputs:
             context[place] = x
 
     def write(self, matrix: RowMatrix, y: int) -> None:
-        """Let the steps write the product with a matrix to an address. To be called before each run."""
+        """Let the tasks write the product with a matrix to an address. To be called before each run."""
         job, record, context, place = self._products[matrix]
         job[record], context[place] = matrix.weight.data_ptr(), y
         if matrix in self._sums:
@@ -163,17 +163,17 @@ def bias_module(dtype: torch.dtype) -> ir.Module:
 class _Product:
     """The product of one row with a matrix, which is made once for each thread."""
 
-    def __init__(self, matrix: RowMatrix, form: tuple[torch.dtype, int]) -> None:
-        """``form``: type of x, number of threads."""
-        self.form = form
-        self._steps = ProductSteps([matrix], form[0])
-        self._program = Program(self._steps.steps, locked=is_small(matrix.rows * matrix.columns))
+    def __init__(self, matrix: RowMatrix, signature: tuple[torch.dtype, int]) -> None:
+        """``signature``: type of x, number of threads."""
+        self.signature = signature
+        self._tasks = ProductTasks([matrix], signature[0])
+        self._program = Program(self._tasks.tasks, locked=is_small(matrix.rows * matrix.columns))
 
     def of(self, matrix: RowMatrix, x: Tensor) -> Tensor:
         """Return the product of x with the matrix."""
         y = torch.empty((*x.shape[:-1], matrix.rows), dtype=x.dtype, device=CPU)
-        self._steps.read(x.data_ptr())
-        self._steps.write(matrix, y.data_ptr())
+        self._tasks.read(x.data_ptr())
+        self._tasks.write(matrix, y.data_ptr())
         self._program.run()
         return y
 
@@ -225,7 +225,7 @@ def use_row_weights(model: nn.Module) -> None:
 
     Modules that share a weight still share it afterwards.
     """
-    found = {}
+    row_weights = {}
     for module in model.modules():
         weight = parameters_of(module).get("weight")
         if (
@@ -234,8 +234,8 @@ def use_row_weights(model: nn.Module) -> None:
             and weight.dtype == torch.bfloat16
             and lies_in_rows(weight)
         ):
-            found[id(weight)] = row_weight = RowWeight(weight.data, weight.requires_grad)
+            row_weights[id(weight)] = row_weight = RowWeight(weight.data, weight.requires_grad)
             row_weight.matrix = RowMatrix(row_weight, *weight.shape)
     for module in model.modules():
         for name, parameter in parameters_of(module).items():
-            parameters_of(module)[name] = found.get(id(parameter), parameter)
+            parameters_of(module)[name] = row_weights.get(id(parameter), parameter)

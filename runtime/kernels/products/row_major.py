@@ -27,15 +27,15 @@ CHAINS = 4  # sums in fp32 that are added up apart from one another
 
 
 @dataclass(frozen=True)
-class RowForm:
+class RowMajorVariant:
     """Properties that the code of a product depends on: how the matrices are stored, and the type of y."""
 
     projection: Projection
     out: FloatType
 
     @classmethod
-    def of(cls, p: Projection, out: FloatType) -> RowForm:
-        """Return the form of a projection, the same for those that differ only in what the code does not depend on."""
+    def of(cls, p: Projection, out: FloatType) -> RowMajorVariant:
+        """Return the variant of a projection, the same for those that need the same code."""
         rows = p.rows if p.block_rows > 1 or p.globals else LANES
         return cls(replace(p, name="", dtype="", transposed=False, rows=rows), out)
 
@@ -48,14 +48,14 @@ class RowTile(RowEmitter):
     sections, the first three are the codes, the scales and the numbers of the parts.
     """
 
-    def __init__(self, module: ir.Module, form: RowForm, processor: Processor, *, several: bool) -> None:
+    def __init__(self, module: ir.Module, variant: RowMajorVariant, processor: Processor, *, several: bool) -> None:
         arguments = [POINTER] * 8 + [I64] * (5 if several else 4)
         super().__init__(module, "tile_rows" if several else "tile_1", arguments, processor)
         self.function.linkage = "internal"
         self.codes, self.scales, self._globals, _, self._xn, self._xt, self._xs, self._y = self.function.args[:8]
-        coding = coding_of(form.projection)
+        coding = coding_of(variant.projection)
         assert coding is not None
-        self._coding, self._p, self._out = coding, form.projection, form.out
+        self._coding, self._p, self._out = coding, variant.projection, variant.out
         self._is_signed = coding.is_signed and not processor.dot.takes_bytes
         # number of vectors, of four columns each, whose products are added up in 16 bits; 0 if all sums are of 32 bits
         self._span = 32767 // (2 * 127 * coding.largest) if processor.dot is Dot.AVX2 and not coding.is_exact else 0
@@ -124,11 +124,11 @@ class RowTile(RowEmitter):
                         at.store(at.select(is_first, self._zeros(), at.load(place, align=4)), total)
                     with self.loop(n(0), n(groups)) as number:
                         codes_of_group = at.gep(codes, [at.mul(number, n(count * of_codes))])
-                        kind = numbers if coding.is_exact else vector(I8, of_codes)
+                        type_ = numbers if coding.is_exact else vector(I8, of_codes)
                         g, place = at.add(first, number), at.mul(number, n(of_codes))
                         scale = self.load(scales, place, numbers)
                         added = None if low is None else self.load(lows, place, numbers)
-                        load = functools.partial(self._load_vector, codes_of_group, kind)
+                        load = functools.partial(self._load_vector, codes_of_group, type_)
                         for part, total, x in zip(self._sums(load, count, own, g), sums, own, strict=True):
                             at.store(self._added(at.load(total), part, scale, added, x, g), total)
                     for place, total in zip(places, sums, strict=True):
@@ -257,12 +257,12 @@ class RowTile(RowEmitter):
         place = at.mul(at.add(at.mul(x, self._rows), row), n(self._out.itemsize))
         self.store_floats(value, self._y, place, self._out)
 
-    def _load_vector(self, pointer: Value, kind: ir.VectorType, i: int) -> Value:
-        return self.load(pointer, self.number(4 * self.lanes * i), kind)
+    def _load_vector(self, pointer: Value, type_: ir.VectorType, i: int) -> Value:
+        return self.load(pointer, self.number(4 * self.lanes * i), type_)
 
     def _zeros(self) -> Value:
         return self.all(F32, 0.0, self.lanes)
 
-    def _variable(self, kind: ir.VectorType) -> Value:
+    def _variable(self, type_: ir.VectorType) -> Value:
         with self.at.goto_entry_block():
-            return self.at.alloca(kind)
+            return self.at.alloca(type_)

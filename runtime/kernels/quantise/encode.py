@@ -24,7 +24,7 @@ from moetier.tiers.quant.zero_points import Levels
 
 from .hqq_code import solver_table
 from .pairs_code import pairs_kernel
-from .quantise_code import QuantiserForm, Stage, quantising_kernel
+from .quantise_code import QuantiserPass, QuantiserVariant, quantising_kernel
 
 
 def encode(
@@ -49,13 +49,13 @@ def quantise(
         weights = weights.contiguous()
     work = _Work(weights, p, views, fast, processor or this_processor())
     if p.pairs == "bfloat16":
-        work.run(Stage.ALL)
+        work.run(QuantiserPass.ALL)
     else:
         # pairs are rounded in runs that cross row blocks, so each pass covers all rows before the next one begins
-        for which, stage, found in ((0, Stage.STEPS, work.steps), (1, Stage.OFFSETS, work.offsets)):
+        for which, stage, values in ((0, QuantiserPass.STEPS, work.steps), (1, QuantiserPass.OFFSETS, work.offsets)):
             work.run(stage)
-            work.store_pairs(found, which)
-        work.run(Stage.CODES)
+            work.store_pairs(values, which)
+        work.run(QuantiserPass.CODES)
     error = work.error()
     # the squares of fp32 numbers don't overflow in fp64, so the second sum shows weights that are not finite
     if not (math.isfinite(error.squared) or (math.isfinite(error.squared_norm) and work.has_finite_pairs())):
@@ -73,7 +73,7 @@ class _Work:
         self._p, self._views = p, views
         self._processor = processor
         turned = weights.stride(1) != 1
-        self._form = QuantiserForm(weights.dtype, turned, p.bits, p.group, fast, Stage.ALL)
+        self._variant = QuantiserVariant(weights.dtype, turned, p.bits, p.group, fast, QuantiserPass.ALL)
         # if the last row block is not full, it becomes a matrix of its own, padded with rows of zeros
         rest = p.rows % ROW_TILE
         self._parts = [(0, weights[: p.rows - rest])] if p.rows > rest else []
@@ -94,11 +94,11 @@ class _Work:
         self._errors = torch.empty(p.padded_rows // ROW_TILE, 2, dtype=torch.float64)
         self._table = solver_table()
 
-    def run(self, stage: Stage) -> None:
+    def run(self, stage: QuantiserPass) -> None:
         """Run the compiled function of a stage over all rows."""
-        p, kernel = self._p, quantising_kernel(self._processor, self._form._replace(stage=stage))
+        p, kernel = self._p, quantising_kernel(self._processor, self._variant._replace(stage=stage))
         for first, weights in self._parts:
-            stride = weights.stride(1 if self._form.turned else 0) * weights.dtype.itemsize
+            stride = weights.stride(1 if self._variant.turned else 0) * weights.dtype.itemsize
             block, items = first // ROW_TILE, len(weights) // ROW_TILE
             codes = first * p.columns // 2
             fields = (
@@ -113,26 +113,26 @@ class _Work:
             context = array("q", fields)
             kernel.run(context, 1)
 
-    def store_pairs(self, found: Tensor, which: int) -> None:
-        """Round the values ``found`` of s (``which`` 0) or b (``which`` 1) to 8 bits, and store them in the record.
+    def store_pairs(self, values: Tensor, which: int) -> None:
+        """Round ``values`` of s (``which`` 0) or b (``which`` 1) to 8 bits, and store them in the record.
 
-        The bytes are those of ``packing.store_pairs``. ``found`` [columns / group, padded rows] is changed in place: it
-        then holds the rounded values, as kernels will read them from the record. Padding rows become 0 in both.
+        The bytes are those of ``packing.store_pairs``. ``values`` [columns / group, padded rows] is changed in place:
+        it then holds the rounded values, as kernels will read them from the record. Padding rows become 0 in both.
         """
         p = self._p
         pairs, scales = (self._views[f"{p.name}.{section}"] for section in ("pairs", "pair_scales"))
-        found[:, p.rows :] = found[:, p.rows - 1 : p.rows]
+        values[:, p.rows :] = values[:, p.rows - 1 : p.rows]
         fields = (
             0,
             len(scales),
-            found.numel(),
-            found.data_ptr(),
+            values.numel(),
+            values.data_ptr(),
             pairs.data_ptr() + which,
             scales.data_ptr() + 4 * which,
         )
         context = array("q", fields)
         pairs_kernel(self._processor).run(context, 1)
-        found[:, p.rows :] = 0
+        values[:, p.rows :] = 0
         pairs[:, p.rows :, which] = 0
 
     def error(self) -> WeightError:

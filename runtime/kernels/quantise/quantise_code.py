@@ -42,7 +42,7 @@ QUANTISE = "moetier_quantise"  # name of the compiled function
 CONTEXT = 13
 
 
-class Stage(Enum):
+class QuantiserPass(Enum):
     """Pass of a compiled function over the weights: a single one, or one of three if pairs are rounded to 8 bits."""
 
     ALL = "weights -> pairs, codes"
@@ -51,7 +51,7 @@ class Stage(Enum):
     CODES = "weights, stored steps and offsets -> codes"
 
 
-class QuantiserForm(NamedTuple):
+class QuantiserVariant(NamedTuple):
     """Properties of weights, of their encoding and of the pass, on which the emitted code depends."""
 
     dtype: torch.dtype  # type of the weights
@@ -59,28 +59,28 @@ class QuantiserForm(NamedTuple):
     bits: Bits
     group: int
     fast: bool  # whether offsets are those of plain rounding, in place of HQQ's
-    stage: Stage
+    stage: QuantiserPass
 
 
 @once
-def quantising_kernel(processor: Processor, form: QuantiserForm) -> Kernel:
-    """Compile ``quantising_module``, once for each form and processor."""
-    return compile_kernel(processor, quantising_module(form), QUANTISE)
+def quantising_kernel(processor: Processor, variant: QuantiserVariant) -> Kernel:
+    """Compile ``quantising_module``, once for each variant and processor."""
+    return compile_kernel(processor, quantising_module(variant), QUANTISE)
 
 
-def quantising_module(form: QuantiserForm) -> ir.Module:
+def quantising_module(variant: QuantiserVariant) -> ir.Module:
     """Emit the function ``QUANTISE(context)``, which quantises row blocks until none is left."""
     module = new_module()
-    _Quantiser(module, form)
+    _Quantiser(module, variant)
     return module
 
 
 class _Quantiser(Emitter):
     """Emitter of the function QUANTISE: loops over row blocks, groups and slices, and the work on a slice."""
 
-    def __init__(self, module: ir.Module, form: QuantiserForm) -> None:
+    def __init__(self, module: ir.Module, variant: QuantiserVariant) -> None:
         super().__init__(module, QUANTISE, [POINTER])
-        self._form = form
+        self._variant = variant
         at, n = self.at, self.number
         begun, fields = self.fields(CONTEXT)
         blocks, self._columns, weights, self._stride, self._rows, *addresses = fields
@@ -88,22 +88,22 @@ class _Quantiser(Emitter):
         self._pairs, self._steps, self._offsets, low, high, errors, table = (
             at.inttoptr(address, POINTER) for address in addresses
         )
-        self._slice = self.memory(form.group * BYTES)  # for the weights of a slice
-        self._solver = Solver(self, form.bits, form.group, self._slice, table)
-        self._codes = self.memory(2 * form.group * LANES)  # for the codes of two slices
+        self._slice = self.memory(variant.group * BYTES)  # for the weights of a slice
+        self._solver = Solver(self, variant.bits, variant.group, self._slice, table)
+        self._codes = self.memory(2 * variant.group * LANES)  # for the codes of two slices
         self._low, self._high = (at.alloca(vector(F32, LANES)) for _ in range(2))  # range of each row's weights
         self._sums = [at.alloca(vector(F64, LANES)) for _ in range(2)]
         with self.items(begun, blocks) as block:
             for place in self._sums:
                 at.store(self.all(F64, 0.0, LANES), place)
             first = at.mul(block, n(ROW_TILE))
-            with self.loop(n(0), self._columns, form.group) as column, self.loop(n(0), n(HALF), LANES) as row:
+            with self.loop(n(0), self._columns, variant.group) as column, self.loop(n(0), n(HALF), LANES) as row:
                 with self.loop(n(0), n(2)) as half:
                     self._quantise(at.add(at.add(first, row), at.mul(half, n(HALF))), column, half)
-                if form.stage in (Stage.ALL, Stage.CODES):
+                if variant.stage in (QuantiserPass.ALL, QuantiserPass.CODES):
                     start = at.add(at.mul(at.add(at.mul(block, self._columns), column), n(HALF)), row)
                     self._pack(at.gep(low, [start]), at.gep(high, [start]))
-            if form.stage in (Stage.ALL, Stage.CODES):
+            if variant.stage in (QuantiserPass.ALL, QuantiserPass.CODES):
                 for number, place in enumerate(self._sums):
                     total = self.reduce(at.load(place), at.fadd)
                     self.store(total, errors, at.add(at.mul(block, n(16)), n(8 * number)))
@@ -114,14 +114,14 @@ class _Quantiser(Emitter):
 
         ``half`` is its number, 0 or 1, of the two slices whose codes share bytes.
         """
-        at, n, form = self.at, self.number, self._form
-        group = at.udiv(column, n(form.group))
+        at, n, variant = self.at, self.number, self._variant
+        group = at.udiv(column, n(variant.group))
         place = at.mul(at.add(at.mul(group, self._rows), row), n(4))  # byte offset of pairs, steps and offsets
         self._load(row, column)
-        if form.stage in (Stage.ALL, Stage.STEPS):
-            step = at.fdiv(at.fsub(at.load(self._high), at.load(self._low)), self.floats(2**form.bits - 1))
+        if variant.stage in (QuantiserPass.ALL, QuantiserPass.STEPS):
+            step = at.fdiv(at.fsub(at.load(self._high), at.load(self._low)), self.floats(2**variant.bits - 1))
             step = at.select(at.fcmp_ordered("<", step, self.floats(hqq.TINY)), self.floats(0.0), step)
-            if form.stage is Stage.STEPS:
+            if variant.stage is QuantiserPass.STEPS:
                 self.store(step, self._steps, place)
                 return
             stored_step = self.narrow(step, LANES)
@@ -130,15 +130,15 @@ class _Quantiser(Emitter):
             step = self.load(self._steps, place, vector(F32, LANES))
         inverse = at.fdiv(self.floats(1.0), step)
         inverse = at.select(at.fcmp_ordered("<", step, self.floats(hqq.TINY)), self.floats(0.0), inverse)
-        if form.stage is Stage.CODES:
+        if variant.stage is QuantiserPass.CODES:
             offset = self.load(self._offsets, place, vector(F32, LANES))
         else:
             low, two = at.load(self._low), self.floats(2.0)
             centre = at.fadd(low, at.fdiv(at.fsub(at.load(self._high), low), two))
             offset = at.fadd(centre, at.fdiv(step, two))
-            if not form.fast:
+            if not variant.fast:
                 offset = self._solver.solve(offset, step, inverse)
-            if form.stage is Stage.OFFSETS:
+            if variant.stage is QuantiserPass.OFFSETS:
                 self.store(offset, self._offsets, place)
                 return
             stored = self.narrow(offset, LANES)
@@ -146,24 +146,24 @@ class _Quantiser(Emitter):
             wide = vector(I32, LANES)
             pair = at.or_(at.zext(stored_step, wide), at.shl(at.zext(stored, wide), self.all(I32, 16, LANES)))
             self.store(pair, self._pairs, place)
-        self._round(step, inverse, offset, at.mul(half, n(form.group * LANES)))
+        self._round(step, inverse, offset, at.mul(half, n(variant.group * LANES)))
 
     # -- loading -------------------------------------------------------------------------------------------------------
 
     def _load(self, row: Value, column: Value) -> None:
         """Emit the loading of a slice into its memory, and the search for the lowest and highest weight of each row."""
-        at, n, form = self.at, self.number, self._form
-        itemsize = form.dtype.itemsize
+        at, n, variant = self.at, self.number, self._variant
+        itemsize = variant.dtype.itemsize
         at.store(self.floats(math.inf), self._low)
         at.store(self.floats(-math.inf), self._high)
-        if not form.turned:  # hardware prefetchers can't follow so many rows
-            following = at.mul(at.add(column, n(form.group)), n(itemsize))
+        if not variant.turned:  # hardware prefetchers can't follow so many rows
+            following = at.mul(at.add(column, n(variant.group)), n(itemsize))
             with self.loop(n(0), n(LANES)) as each:
                 start = at.mul(at.add(row, each), self._stride)
-                self.prefetch(self._weights, at.add(start, following), form.group * itemsize)
-        with self.loop(n(0), n(form.group), LANES) as tile:
+                self.prefetch(self._weights, at.add(start, following), variant.group * itemsize)
+        with self.loop(n(0), n(variant.group), LANES) as tile:
             first = at.add(column, tile)
-            if form.turned:
+            if variant.turned:
                 places = [
                     at.add(at.mul(at.add(first, n(i)), self._stride), at.mul(row, n(itemsize))) for i in range(LANES)
                 ]
@@ -172,7 +172,7 @@ class _Quantiser(Emitter):
                     at.add(at.mul(at.add(row, n(i)), self._stride), at.mul(first, n(itemsize))) for i in range(LANES)
                 ]
             columns = [self._widened(place) for place in places]
-            if not form.turned:
+            if not variant.turned:
                 columns = self._transposed(columns)
             low, high = at.load(self._low), at.load(self._high)
             for number, values in enumerate(columns):
@@ -183,8 +183,8 @@ class _Quantiser(Emitter):
 
     def _widened(self, offset: Value) -> Value:
         """Emit a load of LANES weights as fp32. What is infinite in fp16 becomes NaN."""
-        if self._form.dtype != torch.float16:
-            return self.load_floats(self._weights, offset, self._form.dtype, LANES)
+        if self._variant.dtype != torch.float16:
+            return self.load_floats(self._weights, offset, self._variant.dtype, LANES)
         at = self.at
         half = self.load(self._weights, offset, vector(I16, LANES))
         is_finite = at.icmp_signed("<", at.and_(half, self.all(I16, 0x7FFF, LANES)), self.all(I16, 0x7C00, LANES))
@@ -211,9 +211,9 @@ class _Quantiser(Emitter):
 
         Each code becomes a byte in the memory for codes, from the offset ``codes`` on.
         """
-        at, n, form = self.at, self.number, self._form
-        half = 2 ** (form.bits - 1)
-        with self.loop(n(0), n(form.group)) as column:
+        at, n, variant = self.at, self.number, self._variant
+        half = 2 ** (variant.bits - 1)
+        with self.loop(n(0), n(variant.group)) as column:
             weight = self.load(self._slice, at.mul(column, n(BYTES)), vector(F32, LANES))
             shifted, code = self.nearest(at.fmul(at.fsub(weight, offset), inverse), -half, half - 1)
             whole = at.add(at.bitcast(shifted, vector(I32, LANES)), self.all(I32, half, LANES))
@@ -229,15 +229,17 @@ class _Quantiser(Emitter):
 
         They are written to ``low``, or with 8 bits the low nibbles to ``low`` and the high nibbles to ``high``.
         """
-        at, n, form = self.at, self.number, self._form
-        with self.loop(n(0), n(form.group)) as column:
+        at, n, variant = self.at, self.number, self._variant
+        with self.loop(n(0), n(variant.group)) as column:
             first, second = (
-                self.load(self._codes, at.add(at.mul(column, n(LANES)), n(i * form.group * LANES)), vector(I8, LANES))
+                self.load(
+                    self._codes, at.add(at.mul(column, n(LANES)), n(i * variant.group * LANES)), vector(I8, LANES)
+                )
                 for i in range(2)
             )
             four, nibble = self.all(I8, 4, LANES), self.all(I8, 0x0F, LANES)
             place = at.mul(column, n(HALF))
-            if form.bits == 8:
+            if variant.bits == 8:
                 upper = at.or_(at.lshr(first, four), at.and_(second, self.all(I8, 0xF0, LANES)))
                 self.store(upper, high, place)
                 first = at.and_(first, nibble)

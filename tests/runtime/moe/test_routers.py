@@ -76,7 +76,7 @@ def test_scores_may_be_summed_by_group() -> None:
     plain = copy.deepcopy(model)
     use_quick_routers(model)
     quick, own = (next(m for m in part.modules() if hasattr(m, "topk_group")) for part in (model, plain))
-    form = quick.quick_router.routing(quick, torch.float32).form
+    form = quick.quick_router.routing(quick, torch.float32).variant
     assert (form.groups, form.best_groups, form.best_of_group, form.has_correction) == (4, 2, 2, True)
     random = torch.Generator().manual_seed(2)
     for part in (quick, own):
@@ -178,7 +178,7 @@ def test_a_type_is_tried_when_it_comes() -> None:
     use_quick_routers(model)
     quick = routers(model)[0]
     model.float()
-    assert quick.quick_router.routing(quick, torch.bfloat16).form.weight_dtype == torch.bfloat16
+    assert quick.quick_router.routing(quick, torch.bfloat16).variant.weight_dtype == torch.bfloat16
     with torch.inference_mode():
         assert quick(torch.randn(1, quick.weight.shape[1]))[1].dtype == torch.float32
 

@@ -112,5 +112,5 @@ def test_no_byte_behind_a_record_is_read(coding: str, columns: int) -> None:
 
 
 def test_one_kernel_is_compiled_for_matrices_that_differ_only_in_their_rows() -> None:
-    plans = [PackedKernels().plan(blocks("q4_0", rows, 96)[0], "up_proj", torch.float32) for rows in (16, 40)]
-    assert plans[0].kernel is plans[1].kernel
+    products = [PackedKernels().product(blocks("q4_0", rows, 96)[0], "up_proj", torch.float32) for rows in (16, 40)]
+    assert products[0].kernel is products[1].kernel

@@ -22,11 +22,11 @@ from threads import Task
 from moetier.runtime.kernels.jit.emitter import BF16, once
 from moetier.runtime.kernels.jit.processor import Processor
 from moetier.runtime.kernels.products.gemm import product_kernel
-from moetier.runtime.kernels.products.gemm_tile import Form
+from moetier.runtime.kernels.products.gemm_tile import PackedVariant
 from moetier.testing import in_fork
 from moetier.tools.convert.convert import convert
 
-FORM, OTHER = Form(4, 64, "bfloat16", BF16), Form(8, 64, "bfloat16", BF16)
+FORM, OTHER = PackedVariant(4, 64, "bfloat16", BF16), PackedVariant(8, 64, "bfloat16", BF16)
 
 
 class Slow(Processor):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from moetier.runtime.kernels.jit.team import Kernel, Step, Team, run_all, the_team
+from moetier.runtime.kernels.jit.team import Kernel, KernelTask, Team, run_all, the_team
 
 SECONDS = 20  # for what must not take so long
 Job = Callable[[int], None]
@@ -88,7 +88,7 @@ def test_a_worker_that_is_late_is_left_out(team: Team) -> None:
 
 
 def test_many_callers_and_short_jobs(team: Team) -> None:
-    """Each caller runs every one of its steps itself, whether or not workers run it too."""
+    """Each caller runs every one of its tasks itself, whether or not workers run it too."""
     counts = [0] * 4
 
     def call(number: int) -> None:
@@ -108,10 +108,10 @@ def test_many_callers_and_short_jobs(team: Team) -> None:
     assert counts == [500] * 4
 
 
-def test_steps_run_in_order() -> None:
+def test_tasks_run_in_order() -> None:
     found: list[int] = []
     made = [kernel(lambda _, number=number: found.append(number)) for number in range(4)]  # type: ignore[misc]
-    run_all([Step(one, array("q", [0]), 1, called) for one, called in made])
+    run_all([KernelTask(one, array("q", [0]), 1, called) for one, called in made])
     assert found == [0, 1, 2, 3]
 
 
@@ -139,7 +139,7 @@ import os, sys, threading
 from array import array
 sys.path.insert(0, sys.argv[1])
 from test_team import kernel
-from moetier.runtime.kernels.jit.team import Step, run_all, the_team
+from moetier.runtime.kernels.jit.team import KernelTask, run_all, the_team
 
 def compute():
     together, found = threading.Barrier(2), []
@@ -147,7 +147,7 @@ def compute():
         together.wait(20)
         found.append(threading.get_ident())
     made, called = kernel(job)
-    run_all([Step(made, array("q", [0]), 2, called)])
+    run_all([KernelTask(made, array("q", [0]), 2, called)])
     return len(found)
 
 assert compute() == 2

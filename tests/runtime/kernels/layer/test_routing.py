@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moetier.runtime.kernels.layer.routing import Routing, RoutingForm
+from moetier.runtime.kernels.layer.routing import CompiledRouter, RouterVariant
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -21,7 +21,7 @@ def numbers(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
 def route(x: Tensor, weight: Tensor, bias: Tensor | None = None, **form: object) -> tuple[Tensor, Tensor, Tensor]:
     plain = {"top_k": 2, "normalised": False, "factor": 1.0, "logit_dtype": weight.dtype, "weight_dtype": FP32}
     with torch.inference_mode():
-        found = Routing(RoutingForm(**plain | form)).of(x, weight, bias)  # type: ignore[arg-type]
+        found = CompiledRouter(RouterVariant(**plain | form)).of(x, weight, bias)  # type: ignore[arg-type]
     assert found is not None
     return found
 
@@ -102,8 +102,8 @@ def test_the_number_of_threads_changes_no_bits() -> None:
 )
 def test_what_it_does_not_do(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     with torch.inference_mode():
-        assert Routing(RoutingForm(2, False, 1.0, BF16, FP32)).of(x, weight, bias) is None
+        assert CompiledRouter(RouterVariant(2, False, 1.0, BF16, FP32)).of(x, weight, bias) is None
 
 
 def test_with_gradients_torch_computes() -> None:
-    assert Routing(RoutingForm(2, False, 1.0, BF16, FP32)).of(numbers(1, 32), numbers(5, 32), None) is None
+    assert CompiledRouter(RouterVariant(2, False, 1.0, BF16, FP32)).of(numbers(1, 32), numbers(5, 32), None) is None

@@ -16,7 +16,7 @@ from moetier.runtime.kernels.jit.emitter import BF16
 from moetier.runtime.kernels.jit.processor import Processor, this_processor
 from moetier.runtime.kernels.products.gemm import product_module
 from moetier.runtime.kernels.products.gemm_amx import LEAST_ROWS, MOST_AMX_ROWS
-from moetier.runtime.kernels.products.gemm_tile import Form
+from moetier.runtime.kernels.products.gemm_tile import PackedVariant
 from moetier.runtime.kernels.products.packed import PackedKernels
 from moetier.testing import in_fork
 from moetier.tiers.layout import Bits
@@ -49,7 +49,7 @@ def without_amx() -> PackedKernels:
 @pytest.mark.parametrize(("features", "multiplies"), [(AMX, True), (VNNI, False), ("+avx2,+amx-tile,+amx-int8", False)])
 def test_amx_is_used_beside_avx512(features: str, multiplies: bool) -> None:
     processor = Processor(features)
-    code, machine = processor.optimised(product_module(Form(4, 64, "bfloat16", BF16), processor))
+    code, machine = processor.optimised(product_module(PackedVariant(4, 64, "bfloat16", BF16), processor))
     assert ("tdpbssd" in machine.emit_assembly(code)) == processor.has_amx == multiplies
 
 

@@ -29,8 +29,8 @@ from moetier.runtime.kernels.jit.emitter import BF16, FP32
 from moetier.runtime.kernels.jit.processor import Dot, Processor, arm_features, this_processor
 from moetier.runtime.kernels.jit.team import compile_kernel
 from moetier.runtime.kernels.layer.attention_code import ATTEND, PIECE, attention_module, scratch_numbers
-from moetier.runtime.kernels.products.gemm import WORK, GemmPlan, Rounded, form_of, product_module
-from moetier.runtime.kernels.products.gemm_tile import Form
+from moetier.runtime.kernels.products.gemm import WORK, ProjectionProduct, Rounded, product_module, variant_of
+from moetier.runtime.kernels.products.gemm_tile import PackedVariant
 from moetier.runtime.kernels.products.gemv import GEMV, gemv_module
 from moetier.runtime.kernels.products.rounding import ROUND, Rounding, rounding_module
 from moetier.tiers.layout import BLOCKS, Bits, RecordLayout
@@ -74,7 +74,7 @@ def compare(
 def test_the_instructions_for_integer_products_are_used(dot: Dot, instruction: str) -> None:
     processor = Processor(FEATURES[dot], TRIPLE)
     assert processor.dot is dot
-    code, machine = processor.optimised(product_module(Form(8, 64, "bfloat16", BF16), processor))
+    code, machine = processor.optimised(product_module(PackedVariant(8, 64, "bfloat16", BF16), processor))
     assert re.search(rf"\b{instruction}\s+v\d+\.4s, v\d+\.16b", machine.emit_assembly(code))
 
 
@@ -114,20 +114,20 @@ def test_products_with_blocks(tmp_path: Path, memory: SharedMemory, coding: str,
 def products(folder: Path, memory: SharedMemory, layout: RecordLayout, record: Tensor, dot: Dot) -> None:
     """Compare products of seven rows."""
     (p,), rows = layout.projections, 7
-    plan = GemmPlan(layout, p.name, torch.bfloat16, torch.float32, this_processor())
+    compiled = ProjectionProduct(layout, p.name, torch.bfloat16, torch.float32, this_processor())
     record = memory.copy(record)
     x = memory.copy(torch.randn(rows, p.columns, generator=torch.Generator().manual_seed(1)).bfloat16())
-    y = memory.empty(rows, plan.rows, dtype=torch.float32)
-    taken = memory.empty(rows * plan.row_bytes, dtype=torch.uint8)
+    y = memory.empty(rows, compiled.rows, dtype=torch.float32)
+    taken = memory.empty(rows * compiled.row_bytes, dtype=torch.uint8)
     jobs = memory.context(array("q", (record.data_ptr(), 0, rows)))
-    rounded = Rounded(taken.data_ptr(), rows, plan)
-    product = plan.context(1, array("q", (0, 0, 0)), rounded, y.data_ptr(), has_own_rows=True)
+    rounded = Rounded(taken.data_ptr(), rows, compiled)
+    product = compiled.context(1, array("q", (0, 0, 0)), rounded, y.data_ptr(), has_own_rows=True)
     product[3] = jobs.data_ptr()
     steps = [(ROUND, rounded.context(x.data_ptr())), (WORK, product)]
 
     def emit(processor: Processor) -> dict[str, ir.Module]:
-        product = product_module(form_of(p, FP32), processor)
-        return {ROUND: rounding_module(plan.rounding, BF16), WORK: product}
+        product = product_module(variant_of(p, FP32), processor)
+        return {ROUND: rounding_module(compiled.rounding, BF16), WORK: product}
 
     compare(folder, memory, Processor(FEATURES[dot], TRIPLE), emit, steps, [taken, y])
 
@@ -165,7 +165,7 @@ def test_what_is_between_and_after_products(tmp_path: Path, memory: SharedMemory
 
     def emit(processor: Processor) -> dict[str, ir.Module]:
         return {
-            ACTIVATE: activation_module(activation.kind, Rounding(group), True),
+            ACTIVATE: activation_module(activation.variant, Rounding(group), True),
             PLACE: placing_module(torch.bfloat16, True),
             ADD_UP: adding_module(torch.bfloat16, torch.float32, False),
         }

@@ -14,8 +14,8 @@ from places import HELPERS
 
 from moetier.runtime.kernels.jit.emitter import BF16, FP32
 from moetier.runtime.kernels.jit.processor import Dot, Processor
-from moetier.runtime.kernels.products.gemm import form_of, product_module
-from moetier.runtime.kernels.products.gemm_tile import Form
+from moetier.runtime.kernels.products.gemm import product_module, variant_of
+from moetier.runtime.kernels.products.gemm_tile import PackedVariant
 
 AVX_VNNI = "+avx2,+fma,+avxvnni"
 
@@ -35,7 +35,7 @@ def test_the_fastest_instructions_are_chosen(features: str, dot: Dot) -> None:
 
 def test_avx_vnni_multiplies_in_registers_of_256_bits() -> None:
     processor = Processor(AVX_VNNI)
-    code, machine = processor.optimised(product_module(Form(8, 64, "bfloat16", BF16), processor))
+    code, machine = processor.optimised(product_module(PackedVariant(8, 64, "bfloat16", BF16), processor))
     assembly = machine.emit_assembly(code)
     assert re.search(r"\{vex\}\s+vpdpbusd\s.*%ymm", assembly)
     assert "zmm" not in assembly
@@ -46,7 +46,7 @@ def test_avx512_multiplies_rows_of_a_checkpoint_in_registers_of_512_bits() -> No
     processor = Processor("+avx512f,+avx512bw,+avx512vl,+avx512dq,+avx512vnni")
     coded = [projection(coding, 64, 96, group=32, scales="e8m0") for coding in ("e2m1", "e4m3")]
     for p in (*coded, *blocks("q8_0", 64, 96)[0].projections):
-        code, machine = processor.optimised(product_module(form_of(p, FP32), processor), unroll=False)
+        code, machine = processor.optimised(product_module(variant_of(p, FP32), processor), unroll=False)
         assembly = machine.emit_assembly(code)
         product = r"vmulps\s.*%zmm" if p.coding == "e4m3" else r"vpdpbusd\s.*%zmm"
         for instruction in (product, r"vpshufb\s.*%zmm") if p.coding == "e2m1" else (product,):

@@ -76,7 +76,7 @@ def quantised(rows: int, columns: int, bits: int = 4) -> tuple[RowMatrix, Tensor
     encode({"weight": numbers(rows, columns)}, layout, record)
     stored = torch.from_numpy(record)
     weights = decode(stored, layout, "weight", torch.empty(rows, columns, dtype=torch.float32))
-    return RowMatrix(stored, rows, columns, partial(PackedKernels().plan, layout, "weight")), weights
+    return RowMatrix(stored, rows, columns, partial(PackedKernels().product, layout, "weight")), weights
 
 
 def step(matrices: list[RowMatrix], x: Tensor) -> list[Tensor]:

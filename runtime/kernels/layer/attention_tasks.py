@@ -1,9 +1,9 @@
-"""Attention of one new token of one sequence as steps of compiled code, from the hidden state to the output projection.
+"""Attention of one new token of one sequence as compiled tasks, from the hidden state to the output projection.
 
 With torch it takes some forty operations and calls of modules, most of which cost more than their arithmetic. What an
-architecture's attention does is observed with a few trial tokens (``observe``, ``forms``). Results have the same bits
-as those of the architecture's own code with the products, norms and attention of this package, which are called one by
-one.
+architecture's attention does is observed with a few trial tokens (``observe``, ``variants``). Results have the same
+bits as those of the architecture's own code with the products, norms and attention of this package, which are called
+one by one.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 
 from moetier.runtime.kernels.jit.emitter import LANES
-from moetier.runtime.kernels.jit.team import Scratch, Step, threads_for
+from moetier.runtime.kernels.jit.team import KernelTask, Scratch, threads_for
 from moetier.runtime.kernels.products.api import CPU, FLOATS, is_readable
-from moetier.runtime.kernels.products.row import ProductSteps, RowMatrix
+from moetier.runtime.kernels.products.row import ProductTasks, RowMatrix
 from moetier.runtime.libraries.torch_internals import buffers_of, children_of, parameters_of
 from moetier.runtime.libraries.transformers_internals import attention_of, set_attention
 
@@ -29,7 +29,7 @@ from . import attention_code as attend
 from . import heads
 from .attention import NAME, SINKS, WITH_SINKS, asks_more, decode_attention
 from .attention_code import attention_kernel
-from .growing_cache import GrowingLayer, GrowingWindow, Room
+from .growing_cache import CacheMemory, GrowingLayer, GrowingWindow
 from .heads import heads_kernel
 from .norm import Scale, float_bits, is_quick_norm
 
@@ -39,7 +39,7 @@ _OBSERVED = "moetier_observed"  # name of an attention function
 _scratch = Scratch()
 
 
-class Form(NamedTuple):
+class AttentionVariant(NamedTuple):
     """Sizes of an attention, and what it does besides products."""
 
     heads: int
@@ -69,7 +69,7 @@ class Token(NamedTuple):
     cos: Tensor  # of the position, [1, 1, angles]
     sin: Tensor  # [1, 1, angles]
     layer: GrowingLayer | GrowingWindow  # of the cache
-    room: Room  # of the layer
+    room: CacheMemory  # of the layer
     first: int  # place in ``room`` of the first token that is attended to
     length: int  # number of tokens that are attended to, this one included
     items: int  # number of items of the attention kernel
@@ -78,7 +78,7 @@ class Token(NamedTuple):
 
 def token_of(
     module: Any,
-    form: Form,
+    variant: AttentionVariant,
     x: Tensor,
     position_embeddings: Any = None,
     attention_mask: Tensor | None = None,
@@ -96,25 +96,25 @@ def token_of(
         or attention_mask is not None
         or asks_more(others)
         or attention_of(module.config) not in (NAME, WITH_SINKS, _OBSERVED)
-        or not _fits(form, x, *position_embeddings)
+        or not _fits(variant, x, *position_embeddings)
         or (layer := _layer_of(past_key_values if cache is None else cache, module.layer_idx)) is None
         or (room := layer.room()) is None
-        or room.form != (x.dtype, form.key_heads, form.width, form.values)
+        or room.signature != (x.dtype, variant.key_heads, variant.width, variant.values)
     ):
         return None
     first, last = layer.place
     length = last + 1 - first
-    items = form.key_heads * -(-length // attend.PIECE)
-    threads = min(items, threads_for(form.heads * length * (form.width + form.values)))
+    items = variant.key_heads * -(-length // attend.PIECE)
+    threads = min(items, threads_for(variant.heads * length * (variant.width + variant.values)))
     return Token(*position_embeddings, layer, room, first, length, items, threads)
 
 
-def _fits(form: Form, x: Tensor, cos: Tensor, sin: Tensor) -> bool:
+def _fits(variant: AttentionVariant, x: Tensor, cos: Tensor, sin: Tensor) -> bool:
     return (
         (is_readable(x) and is_readable(cos) and is_readable(sin))
         and x.dtype in FLOATS
         and x.dtype == cos.dtype == sin.dtype
-        and cos.shape == sin.shape == (1, 1, form.angles)
+        and cos.shape == sin.shape == (1, 1, variant.angles)
     )
 
 
@@ -125,42 +125,42 @@ def _layer_of(cache: Any, number: int) -> GrowingLayer | GrowingWindow | None:
     layer: Any = cache.layers[number]
     if type(layer) not in (GrowingLayer, GrowingWindow) or "update" in vars(layer) or "update" in vars(cache):
         return None
-    found: GrowingLayer | GrowingWindow = layer
-    return found
+    growing: GrowingLayer | GrowingWindow = layer
+    return growing
 
 
-class AttentionSteps:
-    """Steps that compute the attention of one token. Their contexts are made once, because that takes long."""
+class AttentionTasks:
+    """Tasks that compute the attention of one token. Their contexts are made once, because that takes long."""
 
     @classmethod
-    def of(cls, module: Any, form: Form, dtype: torch.dtype, threads: int) -> AttentionSteps | None:
-        """Return the steps of a module for hidden states of ``dtype``; None if its parts don't fit.
+    def of(cls, module: Any, variant: AttentionVariant, dtype: torch.dtype, threads: int) -> AttentionTasks | None:
+        """Return the tasks of a module for hidden states of ``dtype``; None if its parts don't fit.
 
         ``threads`` is the number of threads of the attention kernel.
         """
         linears = [children_of(module)[name] for name in PROJECTIONS]
         matrices, biases = [*map(_matrix_of, linears)], [parameters_of(linear).get("bias") for linear in linears]
         norms = [part for name in NORMS if (part := children_of(module).get(name)) is not None]
-        sinks = parameters_of(module)[SINKS] if form.has_sinks else None
-        if any(matrix is None or not matrix.fits(dtype) for matrix in matrices) or _norm_of(norms) != form.norm:
+        sinks = parameters_of(module)[SINKS] if variant.has_sinks else None
+        if any(matrix is None or not matrix.fits(dtype) for matrix in matrices) or _norm_of(norms) != variant.norm:
             return None
-        hidden, (q, k, v, attended) = matrices[0].columns, form.rows  # type: ignore[union-attr]
+        hidden, (q, k, v, attended) = matrices[0].columns, variant.rows  # type: ignore[union-attr]
         shapes = [(q, hidden), (k, hidden), (v, hidden), (hidden, attended)]
         if [(matrix.rows, matrix.columns) for matrix in matrices] != shapes:  # type: ignore[union-attr]
             return None
         weights = [norm.weight for norm in norms]
         vectors = [(bias, rows) for bias, (rows, _) in zip(biases, shapes, strict=True) if bias is not None]
-        vectors += [(weight, weight.numel()) for weight in weights] + [(sinks, form.heads)] * form.has_sinks
+        vectors += [(weight, weight.numel()) for weight in weights] + [(sinks, variant.heads)] * variant.has_sinks
         if any(not is_readable(each) or (each.dtype, each.shape) != (dtype, (size,)) for each, size in vectors):
             return None
         covered = [(len(weight), rows) for weight, rows in zip(weights, (q, k), strict=False)]
         if any(not size or size % LANES or rows % size for size, rows in covered):
             return None
-        return cls(form, dtype, threads, matrices, biases, norms, sinks)  # type: ignore[arg-type] # no matrix is None
+        return cls(variant, dtype, threads, matrices, biases, norms, sinks)  # type: ignore[arg-type] # no matrix is None
 
     def __init__(
         self,
-        form: Form,
+        variant: AttentionVariant,
         dtype: torch.dtype,
         threads: int,
         matrices: list[RowMatrix],
@@ -168,35 +168,35 @@ class AttentionSteps:
         norms: list[Any],
         sinks: Tensor | None,
     ) -> None:
-        self._form, self._threads, self._itemsize = form, threads, dtype.itemsize
-        self._room: Room | None = None
+        self._variant, self._threads, self._itemsize = variant, threads, dtype.itemsize
+        self._room: CacheMemory | None = None
         self.columns, self._output = matrices[0].columns, matrices[3]
-        count, key_count, width, values = form[:4]
-        self._memory = [torch.empty(size, dtype=dtype, device=CPU) for size in form.rows]
+        count, key_count, width, values = variant[:4]
+        self._memory = [torch.empty(size, dtype=dtype, device=CPU) for size in variant.rows]
         q, k, v, attended = (part.data_ptr() for part in self._memory)
         self._first, self._last = (
-            ProductSteps(matrices[part], dtype, biases[part]) for part in (slice(3), slice(3, 4))
+            ProductTasks(matrices[part], dtype, biases[part]) for part in (slice(3), slice(3, 4))
         )
         self._last.read(attended)
         for matrix, address in zip(matrices[:3], (q, k, v), strict=True):
             self._first.write(matrix, address)
 
-        scale, eps = form.norm or (None, 0.0)
+        scale, eps = variant.norm or (None, 0.0)
         weights, columns = ([each(norm.weight) for norm in norms] for each in (Tensor.data_ptr, Tensor.numel))
-        shape = (0, count, key_count, width, values, form.rotated)
+        shape = (0, count, key_count, width, values, variant.rotated)
         normed = (*(columns or [width, width]), float_bits(eps))
-        apart = form.rotated // 2 if form.angles == form.rotated else 0
+        apart = variant.rotated // 2 if variant.angles == variant.rotated else 0
         self._heads = array("q", (*shape, q, k, v, *(weights or [0, 0]), 0, 0, *normed, 0, 0, 0, 0, apart))
         numbers = (0, 0, 0, key_count, count // key_count, 0, width, values, 0)
         self._finished = array("q", bytes(8 * key_count))
-        further = (*[0] * 8, float_bits(form.scaling), 0 if sinks is None else sinks.data_ptr())
+        further = (*[0] * 8, float_bits(variant.scaling), 0 if sinks is None else sinks.data_ptr())
         self._attention = array("q", (*numbers, q, 0, 0, 0, attended, *further, *self._finished))
         self._of_thread, self._of_item = attend.scratch_numbers(count // key_count, width, values)
-        self.steps = [
-            *self._first.steps,
-            Step(heads_kernel(dtype, scale), self._heads, 1),
-            Step(attention_kernel(dtype), self._attention, threads),
-            *self._last.steps,
+        self.tasks = [
+            *self._first.tasks,
+            KernelTask(heads_kernel(dtype, scale), self._heads, 1),
+            KernelTask(attention_kernel(dtype), self._attention, threads),
+            *self._last.tasks,
         ]
 
     def place(self, x: int, y: int) -> None:
@@ -221,7 +221,7 @@ class AttentionSteps:
         scratch = _scratch.take(nbytes, spare=nbytes // 4)
         all_[attend.SCRATCH], all_[attend.SCRATCH + 1] = scratch, scratch + own
         all_[attend.BEGUN], all_[attend.ITEMS], all_[attend.LENGTH] = 0, token.items, length
-        all_[attend.PIECES] = token.items // self._form.key_heads
+        all_[attend.PIECES] = token.items // self._variant.key_heads
         all_[attend.CONTEXT :] = self._finished
 
 
@@ -237,17 +237,17 @@ def _norm_of(norms: list[Any]) -> Any:
     """Return how norms of queries and keys multiply, and eps; None if there are no norms, "other" if they differ."""
     if not norms:
         return None
-    kinds = {is_quick_norm(norm) and (norm.quick_scale, getattr(norm, norm.quick_eps)) for norm in norms}
-    return kinds.pop() if len(kinds) == 1 and len(norms) == 2 else "other"
+    ways = {is_quick_norm(norm) and (norm.quick_scale, getattr(norm, norm.quick_eps)) for norm in norms}
+    return ways.pop() if len(ways) == 1 and len(norms) == 2 else "other"
 
 
 # -- what an attention does --------------------------------------------------------------------------------------------
 
 
 def is_attention(module: Any) -> bool:
-    """Return whether a module may be an attention with a Form, judged by its parts.
+    """Return whether a module may be an attention with a AttentionVariant, judged by its parts.
 
-    Other parts with tensors are refused, because by chance they may do nothing in a trial, such as a factor of 1.
+    Other parts with tensors are refused: an extra tensor, such as a factor of 1, might have no effect in the trial.
     """
     others = [
         part for name, part in children_of(module).items() if name not in (*PROJECTIONS, *NORMS) and part is not None
@@ -263,7 +263,7 @@ def is_attention(module: Any) -> bool:
 
 
 def observe(module: Any) -> None:
-    """Let ``forms`` see what an attention computes from now on. Its configuration is replaced by a copy."""
+    """Let ``variants`` see what an attention computes from now on. Its configuration is replaced by a copy."""
     AttentionInterface.register(_OBSERVED, _observed)
     module.__dict__["config"] = config = copy.copy(module.config)
     set_attention(config, _OBSERVED)
@@ -274,8 +274,8 @@ def _observed(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tens
     return decode_attention(module, query, key, value, mask, **named)
 
 
-def forms(module: Any, angles: int) -> Iterator[Form]:
-    """Yield the forms that an attention may have by what it computed last since ``observe``.
+def variants(module: Any, angles: int) -> Iterator[AttentionVariant]:
+    """Yield the variants that an attention may have by what it computed last since ``observe``.
 
     ``angles`` is the number of numbers in cos and in sin.
     """
@@ -292,4 +292,4 @@ def forms(module: Any, angles: int) -> Iterator[Form]:
     for rotated in (angles, 2 * angles):
         if rotated <= query[3] and rotated % (2 * LANES) == 0:
             sizes = (query[1], key[1], *widths, rotated, angles)
-            yield Form(*sizes, query[3] ** -0.5 if scaling is None else scaling, norm, sinks is not None)
+            yield AttentionVariant(*sizes, query[3] ** -0.5 if scaling is None else scaling, norm, sinks is not None)
