@@ -51,3 +51,31 @@ def test_public_names_are_documented(path: Path) -> None:
 def is_setter(node: Definition) -> bool:
     """Whether the property's getter has the docstring."""
     return any(ast.unparse(each).endswith(".setter") for each in node.decorator_list)
+
+
+PATHS = {path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py")}
+NAMES = {".".join(Path(path).with_suffix("").parts).removesuffix(".__init__") for path in PATHS}
+# a module's path, or its dotted name within moetier, perhaps with names that it defines
+REFERENCE = re.compile(r"(?P<path>(?:\w+/)*\w+\.py)|(?:moetier\.)?(?P<name>(?:tiers|runtime|tools|proto)(?:\.\w+)+)")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_modules_that_a_text_names_exist(path: Path) -> None:
+    """In docstrings and comments, between double backquotes."""
+    gone = []
+    for text in re.findall(r"``([^`\n]+)``", path.read_text()):
+        if not (named := REFERENCE.fullmatch(text)):
+            continue
+        if named["path"]:
+            if not any(f"/{each}".endswith(f"/{text}") for each in PATHS):
+                gone.append(text)
+            continue
+        parts = named["name"].split(".")
+        known = next((size for size in range(len(parts), 0, -1) if ".".join(parts[:size]) in NAMES), 0)
+        module = ".".join(parts[:known])
+        source = next(
+            (p for p in (f"{module.replace('.', '/')}.py", f"{module.replace('.', '/')}/__init__.py") if p in PATHS), ""
+        )
+        if known < 2 or (known < len(parts) and not re.search(rf"\b{parts[known]}\b", (ROOT / source).read_text())):
+            gone.append(text)
+    assert not gone

@@ -7,8 +7,8 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -169,9 +169,8 @@ def is_one_file(path: Path) -> bool:
 
 def container_of(path: Path) -> Container:
     """Return the container for a file, a checkpoint's folder or a model directory. Its module is imported then."""
-    module, _, name = (FILES[path.suffix] if is_one_file(path) else FOLDER).partition(":")
-    made: Container = getattr(import_module(module), name)()
-    return made
+    container: Container = resolve_name(FILES[path.suffix] if is_one_file(path) else FOLDER)()
+    return container
 
 
 def open_source(source: str | Path, *, ignore_code: bool = False) -> Checkpoint:

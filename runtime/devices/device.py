@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from pkgutil import resolve_name
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -77,9 +77,8 @@ class ComputeDevice(ABC):
 
 def device_class(name: str) -> type[ComputeDevice]:
     """Return the class of the device called ``name`` in DEVICES."""
-    module, _, attribute = DEVICES[name].partition(":")
-    found: type[ComputeDevice] = getattr(importlib.import_module(module), attribute)
-    return found
+    chosen: type[ComputeDevice] = resolve_name(DEVICES[name])
+    return chosen
 
 
 def chosen_device(option: str) -> ComputeDevice:

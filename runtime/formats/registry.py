@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import Any, ClassVar
 
 from moetier.tiers.errors import CheckpointError, UnsupportedModelError
@@ -104,9 +104,8 @@ def format_of(
             f"The checkpoint is quantised with {method}, which moetier can't read.",
             "Give a checkpoint in 16 or 32 bits, or in a form that docs/choosing.md lists.",
         )
-    module, _, name = FORMATS[method].partition(":")
-    made: Format = getattr(import_module(module), name)(tensors, quantization, config)
-    return made
+    chosen: Format = resolve_name(FORMATS[method])(tensors, quantization, config)
+    return chosen
 
 
 def _unnamed(tensors: Mapping[str, StoredTensor]) -> str:

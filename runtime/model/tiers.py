@@ -175,7 +175,7 @@ def close_later(close_sources: Callable[[], None], tiers: weakref.ref[Tiers]) ->
     calling thread may hold. At the interpreter's end a new thread would not finish, but this call then interrupts no
     other work, so it closes the tiers itself.
 
-    The reference to ``tiers`` must be weak, because ``tiers.speculation`` refers to the model.
+    The reference to ``tiers`` must be weak, because its speculation refers to the model.
     """
     referent = tiers()
     if referent is not None and referent.speculation is not None:

@@ -6,7 +6,7 @@ parameters of these modules. There are two ways to compute a block. The *exact* 
 with the same bits as the architecture's own eager forward pass. The *quick* way computes experts that are available
 together in one call of compiled code, directly from their records (``grouped.py``). A module whose activation compiled
 code does not have (``activation.py``), or which norms its outputs, is computed one expert after the other too, but with
-products from records (``kernels/packed.py``).
+products from records (``kernels/products/packed.py``).
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def _compute(
 def arithmetic(module: Any, hidden_states: Tensor, top_k_weights: Tensor) -> tuple[torch.dtype, torch.dtype]:
     """Return the types in which the architecture's eager forward pass multiplies, and in which it adds up outputs.
 
-    Exceptions are listed tiered because no flag of the module tells them. Only the types of ``hidden_states``
+    Exceptions are listed here because no flag of the module tells them. Only the types of ``hidden_states``
     [tokens, hidden] and ``top_k_weights`` [tokens, top_k] are used.
     """
     match type(module).__name__:

@@ -6,8 +6,8 @@ in ``STORES``.
 
 from __future__ import annotations
 
-from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.store.base import DirectoryStore
@@ -46,6 +46,5 @@ def _class_for(location: Path) -> type[DirectoryStore]:
 
 
 def _load(name: str) -> type[DirectoryStore]:
-    module, _, attribute = name.partition(":")
-    store_class: type[DirectoryStore] = getattr(import_module(module), attribute)
+    store_class: type[DirectoryStore] = resolve_name(name)
     return store_class

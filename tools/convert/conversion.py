@@ -63,7 +63,7 @@ class Conversion:
         """Plan a conversion into ``folder`` without writing anything.
 
         No weights are read, except samples for the digest if the checkpoint is a folder. ``download``, ``resuming`` and
-        ``quiet`` are as in ``convert.write``. Raises CheckpointError or ConfigError.
+        ``quiet`` are as in ``convert``. Raises CheckpointError or ConfigError.
         """
         model, dtype = build_on_meta(checkpoint.config, checkpoint.first_dtype)
         tensors = checkpoint.sources(model, str(dtype).removeprefix("torch."))

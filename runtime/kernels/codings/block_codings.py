@@ -1,7 +1,7 @@
 """Load matrices in the blocks of GGUF files, which have the codes and scales of 32 or 256 consecutive weights of a row.
 
-``tiers/quant/gguf.py`` has the layouts, and decodes them. Two small blocks are loaded together. Most are no multiple of
-four bytes, so that words of the first would have to be loaded again for the second.
+``tiers/quant/gguf_blocks.py`` has the layouts, and decodes them. Two small blocks are loaded together. Most are no
+multiple of four bytes, so that words of the first would have to be loaded again for the second.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Interface of kernels, which multiply with the projections of records on one device. ``choose.py`` chooses them."""
+"""Interface of kernels, which multiply with the projections of records on one device.
+
+A device chooses its kernels (``runtime.devices``).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""CPU kernels as ``choose.py`` gives them to a model: products of tensors with matrices as they are stored."""
+"""Kernels of the CPU: products of tensors with matrices as they are stored."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Emit the compiled code that quantises weights. ``quantise.py`` runs it.
+"""Emit the compiled code that quantises weights. ``encode.py`` runs it.
 
 A *slice* is one group of weights in each of LANES neighbouring rows. The rows are the elements of vectors, so that a
 sum over a group is a sum of vectors. A slice stays in the first-level cache while the solver goes over it repeatedly.
