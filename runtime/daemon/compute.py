@@ -165,7 +165,7 @@ class ComputeCalls:
                 raise ProtocolError("The numbers of tokens do not fit the experts.", _SAME)
             picked = np.split(indices, np.cumsum(np.array(request.counts[:-1], np.int64)))
             if not all(request.counts) or indices.max() >= count:
-                raise ProtocolError("`counts` or `picked` is invalid: no token, or one that does not exist.", _SAME)
+                raise ProtocolError("counts or picked is invalid: no token, or one that does not exist.", _SAME)
         total = sum(map(len, picked))
         if total > MAX_OUTPUTS or total * row_bytes > OUTPUT_BYTES:
             raise _too_much(total)

@@ -27,7 +27,6 @@ from .checkpoint import (
     TOKENS_FILE,
     TRACED,
     config_of,
-    make_tensors,
     read_tokens,
     record_tokens,
     shapes_of,
@@ -35,6 +34,7 @@ from .checkpoint import (
     tinymix,
     tokens_json,
 )
+from .tensors import make_tensors
 
 if TYPE_CHECKING:
     from moetier.runtime.trace.trace import Trace
