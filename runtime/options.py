@@ -87,8 +87,8 @@ class Option:
         """Type of the values on the command line, aside from None."""
         if self.numbers is not None:
             return self.numbers.value_type
-        known = [each for each in (get_args(self.types) or (self.types,)) if each in WANTED]
-        return known[0] if known else type(self.default)
+        accepted = [value_class for value_class in (get_args(self.types) or (self.types,)) if value_class in WANTED]
+        return accepted[0] if accepted else type(self.default)
 
     def read(self, value: Any) -> Any:
         """Check and convert a value. Raises ConfigError if it is not allowed."""
@@ -121,7 +121,7 @@ def option(default: Any, help: str, **more: Any) -> Any:
 
 def options_of(config: type) -> dict[str, Option]:
     """Return the options that the fields of a dataclass declare, by name."""
-    return named(**{each.name: each.metadata["option"] for each in fields(config) if "option" in each.metadata})
+    return named(**{field.name: field.metadata["option"] for field in fields(config) if "option" in field.metadata})
 
 
 def named(**options: Option) -> dict[str, Option]:

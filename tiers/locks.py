@@ -112,7 +112,7 @@ class Monitor:
                 self._is_torn = False
         finally:
             if self._posted:
-                self._settle()
+                self._run_posted()
         return result
 
     def wait_for(self, change: Callable[[*Arguments], Result | None], *arguments: *Arguments) -> Result:
@@ -152,7 +152,7 @@ class Monitor:
         if not self.fork_guard.is_owner:
             return
         self._posted.append(work)
-        self._settle()
+        self._run_posted()
 
     def defer(self, work: Callable[[], None]) -> None:
         """Run ``work`` at the beginning of the next transition, which costs less than a transition of its own.
@@ -164,7 +164,7 @@ class Monitor:
         if len(self._deferred) > MOST_DEFERRED:
             self.run(lambda: None)
 
-    def _settle(self) -> None:
+    def _run_posted(self) -> None:
         # A thread that has run a transition calls this method, and so runs the work that was posted meanwhile. Another
         # thread may take the lock between the check and ``with``. Its transition is short, and so is the wait for it.
         while self._posted and not self._lock.locked():

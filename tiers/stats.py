@@ -157,9 +157,9 @@ class PrefetchOutcomes:
 
     def repair(self, find: Callable[[ExpertKey], int | None]) -> None:
         """Remove keys without a slot, after an interrupted transition. ``find`` returns the slot of a key, or None."""
-        for known in (self.began, self.unused):
-            for key in [key for key in known if find(key) is None]:
-                del known[key]
+        for keys in (self.began, self.unused):
+            for key in [key for key in keys if find(key) is None]:
+                del keys[key]
 
 
 @dataclass(frozen=True, slots=True)

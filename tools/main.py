@@ -184,13 +184,13 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[Setting]
     settings = Settings(commands_of(parser))
     for said in settings.unknown_variables:
         _log.warning("%s", said)
-    found = [setting for setting in settings.of(arguments.command) if not setting.is_default]
+    changed = [setting for setting in settings.of(arguments.command) if not setting.is_default]
     settings.check()
-    if found:
-        values = {options[setting.key].dest: setting.value for setting in found}
+    if changed:
+        values = {options[setting.key].dest: setting.value for setting in changed}
         command.set_defaults(**values, configured=values)
         arguments = parser.parse_args(argv)
-    return arguments, found
+    return arguments, changed
 
 
 def _set_up_log() -> None:

@@ -62,18 +62,18 @@ def build_on_meta(config: Mapping[str, Any], first_dtype: str | None) -> tuple[P
             _supported(),
         )
     try:
-        made = CONFIG_MAPPING[model_type].from_dict(with_floats(carried(config)))
-        dtype = getattr(made, "dtype", None) or first_dtype or "float32"
+        own_config = CONFIG_MAPPING[model_type].from_dict(with_floats(carried(config)))
+        dtype = getattr(own_config, "dtype", None) or first_dtype or "float32"
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        made.dtype = dtype
-        for name in made.sub_configs:
-            if (part := getattr(made, name)) is not None:
+        own_config.dtype = dtype
+        for name in own_config.sub_configs:
+            if (part := getattr(own_config, name)) is not None:
                 part.dtype = dtype
         with contextlib.ExitStack() as stack:
             stack.enter_context(made_on_meta())
             for context in made_by.get_init_context(dtype, False, False, False):
                 stack.enter_context(context)
-            model = made_by(made)
+            model = made_by(own_config)
     except Exception as error:  # for a config that does not fit, transformers may raise any error
         raise CheckpointError(
             f"transformers can't build {architecture} from this config.json "
@@ -214,17 +214,17 @@ class _Sorting:
         targets = _targets(key, converter)
         members = [name for names in sources.values() for name in names]
         alone = all(target in self.weights and self._tied.get(target, key) in self.groups for target in targets)
-        made = [target for target in targets if target in parameters]
+        of_experts = [target for target in targets if target in parameters]
         if alone and (converter is not None or _is_plain(self.groups[key])):
             self.matrices |= {self.weights[target]: self._recipe(key, target) for target in targets}
-        elif not made:
+        elif not of_experts:
             (self.trunk if any(target in state for target in targets) else self.unused).extend(members)
-        elif len(made) != len(targets):
+        elif len(of_experts) != len(targets):
             raise UnsupportedModelError(
                 f"{members[0]} holds weights of experts and of the trunk.", "This architecture is not supported yet."
             )
         else:
-            for target in made:
+            for target in of_experts:
                 self.recipes[target] = self._recipe(key, target, dtypes[target], parameters[target].shape[0])
 
     def _recipe(self, key: str, target: str, dtype: torch.dtype | None = None, experts: int = 1) -> Recipe:
@@ -286,7 +286,7 @@ def destinations(model: PreTrainedModel, names: Iterable[str]) -> Iterator[tuple
     mapping, state = get_model_conversion_mapping(model), model.state_dict()
     groups = _group(sorted(names, key=loading.dot_natural_key), mapping, state, model.base_model_prefix)
     for key, (converter, sources) in groups.items():
-        yield [name for found in sources.values() for name in found], _targets(key, converter)
+        yield [name for of_pattern in sources.values() for name in of_pattern], _targets(key, converter)
 
 
 def _loadable(wanted: Collection[str], mapping: list[Any], state: dict[str, Any], prefix: str) -> dict[str, str]:
@@ -295,11 +295,11 @@ def _loadable(wanted: Collection[str], mapping: list[Any], state: dict[str, Any]
     A weight may become a record only if transformers, which renames a checkpoint's keys, keeps the record's key.
     """
     records = {f"{path}{RECORD}": path for path in wanted}
-    there = {name: tensor for name, tensor in state.items() if name not in {f"{path}.weight" for path in wanted}}
-    found = _group(list(records), mapping, there | dict.fromkeys(records, True), prefix)
+    others = {name: tensor for name, tensor in state.items() if name not in {f"{path}.weight" for path in wanted}}
+    groups = _group(list(records), mapping, others | dict.fromkeys(records, True), prefix)
     return {
         f"{records[key]}.weight": records[key]
-        for key, (converter, sources) in found.items()
+        for key, (converter, sources) in groups.items()
         if converter is None and list(sources) == [key]
     }
 
@@ -315,16 +315,16 @@ def _own(path: str, module: Any) -> list[tuple[str, torch.nn.Parameter]]:
 
     Raises UnsupportedModelError if moetier does not know one of them.
     """
-    found = []
+    parameters = []
     for name, parameter in module.named_parameters(recurse=False):
         if name in EXPERT_PARAMETERS:
-            found.append((name, parameter))
+            parameters.append((name, parameter))
         elif parameter.shape[:1] == (module.num_experts,):
             raise UnsupportedModelError(
                 f"{path} has a parameter {name} for each expert, which moetier does not know.",
                 "This architecture is not supported yet.",
             )
-    return found
+    return parameters
 
 
 def _group(names: list[str], mapping: list[Any], state: dict[str, Any], prefix: str) -> dict[str, _Group]:

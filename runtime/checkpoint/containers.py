@@ -59,12 +59,12 @@ class Checkpoint:
         Raises CheckpointError if it is no JSON object.
         """
         places = (self.config, self.config.get("text_config") or {})
-        found = next((found for place in places if (found := place.get("quantization_config"))), None)
-        if not isinstance(found, Mapping | None):
+        section = next((section for place in places if (section := place.get("quantization_config"))), None)
+        if not isinstance(section, Mapping | None):
             raise CheckpointError(
                 f"The quantization_config of {self.name} is not a JSON object.", "Download the checkpoint again."
             )
-        return found
+        return section
 
     @property
     def first_dtype(self) -> str | None:

@@ -84,8 +84,8 @@ def _refusal(checkpoint: Checkpoint, reason: str) -> UnsupportedModelError:
 
 def _shard(name: str, file: Path) -> Shard:
     with read_errors(file):
-        found = file.stat()
-    return Shard(name, found.st_size, found.st_mtime_ns, header_digest(file))
+        status = file.stat()
+    return Shard(name, status.st_size, status.st_mtime_ns, header_digest(file))
 
 
 def _block(
@@ -99,7 +99,7 @@ def _block(
         for stored in stored_in(block, section):
             is_wide = is_narrowed(stored[0], section)
             pieces.append(Piece(section.name, stored[0].nbytes // (2 if is_wide else 1), row_bytes, is_wide))
-            places.append([(numbers[each.file], each.offset) for each in stored])
+            places.append([(numbers[tensor.file], tensor.offset) for tensor in stored])
     return BlockExtents(tuple(pieces), np.array(places, np.int64).transpose(1, 0, 2))
 
 

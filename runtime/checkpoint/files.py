@@ -41,13 +41,13 @@ class SafetensorsFolder(Container):
         if not ((table := read_table(path)) and table.ignored_code):
             refuse_code(path, config)
         weights_of(path, config)  # refuses an index that names files elsewhere, or other kinds of files
-        for name, names in (("transformers_weights", config), (ADAPTER, [each.name for each in path.iterdir()])):
+        for name, names in (("transformers_weights", config), (ADAPTER, [entry.name for entry in path.iterdir()])):
             if name in names:
                 raise UnsafeCheckpointError(
                     f"{path} has {name}, which makes transformers load other weights.", "Use another checkpoint."
                 )
-        found: dict[str, Any] = with_floats(carried(config))
-        return found
+        whole_config: dict[str, Any] = with_floats(carried(config))
+        return whole_config
 
     def weight_files(self, path: Path) -> list[Path]:
         """Return model.safetensors, or the files that the index names."""
@@ -55,7 +55,7 @@ class SafetensorsFolder(Container):
 
     def has_vocabulary(self, path: Path) -> bool:
         """Return whether the folder has a file of VOCABULARY."""
-        return any(VOCABULARY.fullmatch(each.name) for each in path.iterdir())
+        return any(VOCABULARY.fullmatch(entry.name) for entry in path.iterdir())
 
     def tokenizer(self, path: Path) -> PreTrainedTokenizerBase | None:
         """Return the tokenizer that transformers makes of the folder's files."""
@@ -173,23 +173,23 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     """
     path = contained(folder, name)
     try:
-        found = json.loads(path.read_bytes())
+        value = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise CheckpointError(f"{folder} has no {name}.", "Give the folder of a Hugging Face checkpoint.") from None
     except OSError as error:
         raise CheckpointError(f"{path} can't be read: {error.strerror}.", "Check the file and its disk.") from error
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON ({error}).", "Download the checkpoint again.") from error
-    if not isinstance(found, dict):
+    if not isinstance(value, dict):
         raise CheckpointError(f"{path} is not a JSON object.", "Download the checkpoint again.")
-    return found
+    return value
 
 
 def refuse_code(folder: Path, config: Mapping[str, Any]) -> None:
     """Raise UnsafeCheckpointError if a config of the checkpoint names code of the checkpoint's own."""
     others = ("tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
-    found = {name: read_json(folder, name) for name in others if contained(folder, name).exists()}
-    for name, value in {"config.json": config, **found}.items():
+    configs = {name: read_json(folder, name) for name in others if contained(folder, name).exists()}
+    for name, value in {"config.json": config, **configs}.items():
         if names_code(value):
             raise UnsafeCheckpointError(
                 f"{folder / name} names code of the checkpoint's own (auto_map), which moetier never runs.",
@@ -265,10 +265,10 @@ def gathered(
         named.setdefault(path, []).append(name)
     tensors: dict[str, StoredTensor] = {}
     for path, own in headers.items():
-        found = _with_whole_names(own, named.get(path, []))
-        if doubled := tensors.keys() & found.keys():
+        of_file = _with_whole_names(own, named.get(path, []))
+        if doubled := tensors.keys() & of_file.keys():
             raise CheckpointError(f"{path} holds {some(doubled)} a second time.", "Download the checkpoint again.")
-        tensors |= found
+        tensors |= of_file
     if absent := [name for name, path in places.items() if name not in tensors or tensors[name].file != path]:
         raise CheckpointError(
             f"{index} names tensors that are not in their files: {some(absent)}.", "Download the checkpoint again."

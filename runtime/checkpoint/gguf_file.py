@@ -172,9 +172,7 @@ def parts(path: Path) -> list[Path]:
     if (named := PART.fullmatch(path.name)) is None:
         return [path]
     number, count = int(named["number"]), int(named["count"])
-    of = [
-        path.with_name(f"{named['stem']}-{each:05}-of-{count:05}.gguf") for each in range(1, min(count, MAX_PARTS) + 1)
-    ]
+    of = [path.with_name(f"{named['stem']}-{i:05}-of-{count:05}.gguf") for i in range(1, min(count, MAX_PARTS) + 1)]
     if number != 1 or not 1 <= count <= MAX_PARTS:
         first = path.with_name(f"{named['stem']}-00001-of-{count:05}.gguf")
         raise CheckpointError(f"{path} is part {number} of {count}.", f"Give the first part: {first}")
@@ -262,15 +260,15 @@ def _described(
 
 
 def _special_tokens(metadata: Mapping[str, Value]) -> dict[str, Any]:
-    found: dict[str, Any] = {
+    tokens: dict[str, Any] = {
         f"{name}_token_id": metadata[f"tokenizer.ggml.{key}_token_id"]
         for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
         if f"tokenizer.ggml.{key}_token_id" in metadata
     }
     turn = metadata.get("tokenizer.ggml.eot_token_id")  # ends the turn of a chat
-    if turn is not None and "eos_token_id" in found and turn != found["eos_token_id"]:
-        found["eos_token_id"] = [found["eos_token_id"], turn]
-    return found
+    if turn is not None and "eos_token_id" in tokens and turn != tokens["eos_token_id"]:
+        tokens["eos_token_id"] = [tokens["eos_token_id"], turn]
+    return tokens
 
 
 def _rope(own: Mapping[str, Value]) -> dict[str, Any]:
@@ -281,12 +279,12 @@ def _rope(own: Mapping[str, Value]) -> dict[str, Any]:
     scaling = own.get("rope.scaling.type", "none")
     if scaling == "none" or "rope.scaling.factor" not in own:
         return {}
-    found: dict[str, Any] = {"rope_type": scaling, "factor": own["rope.scaling.factor"]}
+    parameters: dict[str, Any] = {"rope_type": scaling, "factor": own["rope.scaling.factor"]}
     if "rope.freq_base" in own:
-        found["rope_theta"] = own["rope.freq_base"]
+        parameters["rope_theta"] = own["rope.freq_base"]
     if "rope.scaling.original_context_length" in own:
-        found["original_max_position_embeddings"] = own["rope.scaling.original_context_length"]
-    return {"rope_parameters": found}
+        parameters["original_max_position_embeddings"] = own["rope.scaling.original_context_length"]
+    return {"rope_parameters": parameters}
 
 
 def unsupported(path: Path, architecture: str) -> UnsupportedModelError:
@@ -321,11 +319,11 @@ def tokenizer_of(path: Path) -> PreTrainedTokenizerBase:
     name = TOKENIZER_MAPPING_NAMES.get(open_gguf(path).config["model_type"])
     made_by: Any = (tokenizer_class_from_name(name) if name else None) or TokenizersBackend
     try:
-        found: PreTrainedTokenizerBase = made_by.from_pretrained(path.parent, gguf_file=path.name)
+        tokenizer: PreTrainedTokenizerBase = made_by.from_pretrained(path.parent, gguf_file=path.name)
     except Exception as error:  # the tokenizers library raises plain Exception
         said = next(iter(str(error).splitlines()), "")
         raise CheckpointError(
             f"The tokenizer of {path} can't be made: {type(error).__name__}: {said}",
             "Use the model's checkpoint in safetensors.",
         ) from error
-    return found
+    return tokenizer

@@ -68,11 +68,11 @@ def listing(name: str, revision: str) -> dict[str, RemoteFile]:
     from huggingface_hub import HfApi
 
     with _errors(name, "the list of files"):
-        found = HfApi().model_info(name, revision=revision, files_metadata=True).siblings or ()
+        siblings = HfApi().model_info(name, revision=revision, files_metadata=True).siblings or ()
     return {
-        each.rfilename: RemoteFile(each.size, None if each.lfs is None else each.lfs.sha256)
-        for each in found
-        if each.size is not None
+        sibling.rfilename: RemoteFile(sibling.size, None if sibling.lfs is None else sibling.lfs.sha256)
+        for sibling in siblings
+        if sibling.size is not None
     }
 
 
@@ -80,8 +80,8 @@ def cached(name: str, file: str, revision: str) -> Path | None:
     """Return the path of ``file`` in huggingface_hub's cache; None if it is not there."""
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(name, file, revision=revision)
-    return Path(found) if isinstance(found, str) else None
+    path = try_to_load_from_cache(name, file, revision=revision)
+    return Path(path) if isinstance(path, str) else None
 
 
 def download(name: str, file: str, revision: str, into: Path | None, advance: Callable[[int], None]) -> Path:
@@ -125,14 +125,14 @@ def headers(name: str, files: Sequence[str], revision: str) -> dict[str, dict[st
     def header(file: str) -> dict[str, Any]:
         try:
             with _errors(name, file):
-                found = api.parse_safetensors_file_metadata(name, file, revision=revision)
+                metadata = api.parse_safetensors_file_metadata(name, file, revision=revision)
         except SafetensorsParsingError as error:
             raise CheckpointError(
                 f"{file} of {name} has a malformed header ({error}).", "Choose another revision, or another model."
             ) from error
         return {
             tensor: {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": list(info.data_offsets)}
-            for tensor, info in found.tensors.items()
+            for tensor, info in metadata.tensors.items()
         }
 
     with ThreadPoolExecutor(HEADERS_AT_ONCE, "headers") as pool:
@@ -163,10 +163,10 @@ def _errors(name: str, what: str | None = None, *, or_folder: bool = False) -> I
     )
 
     # the first base class is the error of the HTTP library, which depends on huggingface_hub's version
-    known: Any = (HfHubHTTPError.__bases__[0], HFValidationError, OSError)
+    error_classes: Any = (HfHubHTTPError.__bases__[0], HFValidationError, OSError)
     try:
         yield
-    except known as error:
+    except error_classes as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise  # the disk's error, not the hub's
         reason = redacted(str(error)).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -175,16 +175,18 @@ def _errors(name: str, what: str | None = None, *, or_folder: bool = False) -> I
         fix = "Check the name and the network; for a model behind a licence, log in with `hf auth login`."
         if "/" not in name:  # more likely a folder than an id
             fix = "Check the name of the folder, or, for a model on the hub, the id (ORG/NAME) and the network."
-        if any(isinstance(each, GatedRepoError) for each in causes):
+        if any(isinstance(exception, GatedRepoError) for exception in causes):
             reason = "it is open only to users who log in or accept its licence."
             fix = f"Accept its terms at {redacted(constants.ENDPOINT)}/{name}, then log in with `hf auth login`."
-        elif any(isinstance(each, RevisionNotFoundError) for each in causes):
+        elif any(isinstance(exception, RevisionNotFoundError) for exception in causes):
             reason, fix = "it has no such revision.", "Name one of its branches, tags or commits with --revision."
-        elif any(isinstance(each, OfflineModeIsEnabled) for each in causes):
+        elif any(isinstance(exception, OfflineModeIsEnabled) for exception in causes):
             fix = "Unset HF_HUB_OFFLINE, and check the network."
         elif what is not None:
             fix = "Check the network, and run the same command again: it resumes where it stopped."
-        answered = isinstance(error, HFValidationError) or any(getattr(each, "response", None) for each in causes)
+        answered = isinstance(error, HFValidationError) or any(
+            getattr(exception, "response", None) for exception in causes
+        )
         name = redacted(name)
         wanted = f"{what} of {name}" if what is not None else f"a model with the id {name}"
         cause = f"The hub did not give {wanted}" if answered else f"The hub could not be reached for {wanted}"

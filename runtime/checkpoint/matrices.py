@@ -27,7 +27,7 @@ def standing_alone(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, nn.L
     shares between modules.
     """
     apart = _gates(model) + _towers(model)
-    found = {}
+    linears = {}
     for path, module in model.named_modules():
         if type(module) is not nn.Linear or _within(path, apart):  # a subclass may do more than multiply
             continue
@@ -37,8 +37,8 @@ def standing_alone(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, nn.L
             and loaded_dtype(model, weight, module.weight.dtype, dtype) == dtype
             and _stands_alone(model, weight)
         ):
-            found[path] = module
-    return found
+            linears[path] = module
+    return linears
 
 
 def _within(path: str, places: list[str]) -> bool:

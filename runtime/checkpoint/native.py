@@ -55,7 +55,7 @@ class Kept(Mapping[str, torch.Tensor | Levels]):
             return self.expert[name]
         parts = [tensors[self.expert.index] for tensors in self.expert.block.recipes[name].by_expert()]
         levels = [part.levels(p.group) for part in parts]
-        return Levels(*(torch.cat(each) for each in zip(*levels, strict=True)))
+        return Levels(*(torch.cat(pieces) for pieces in zip(*levels, strict=True)))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.expert)
@@ -79,7 +79,7 @@ def stored_in(block: BlockBlueprint, section: Section) -> list[list[StoredTensor
             raise ValueError(f"{first.name} is in {first.dtype}, and a record holds {section.dtype}")
         stored.append(members)
     sizes = [members[0].nbytes // (2 if is_narrowed(members[0], section) else 1) for members in stored]
-    if sum(sizes) != section.nbytes or any(len({each.nbytes for each in members}) != 1 for members in stored):
+    if sum(sizes) != section.nbytes or any(len({member.nbytes for member in members}) != 1 for members in stored):
         raise ValueError(
             f"{stored[0][0].name} and the tensors that belong to it do not have the size of {section.name}"
         )
@@ -102,9 +102,9 @@ def row_bytes_of(block: BlockBlueprint, section: Section) -> int:
 
 def check_shape(block: BlockBlueprint, name: str) -> None:
     """Raise CheckpointError unless a parameter of an expert has the same shape in this checkpoint and in the model."""
-    if (found := made_shape(block, name)) != (wanted := block.parameters[name][0]):
+    if (shape := made_shape(block, name)) != (wanted := block.parameters[name][0]):
         raise CheckpointError(
-            f"{block.path}: {name} of an expert comes out as {list(found)} from this checkpoint; the model has "
+            f"{block.path}: {name} of an expert comes out as {list(shape)} from this checkpoint; the model has "
             f"{list(wanted)}.",
             "Check that config.json belongs to these weights.",
         )
@@ -114,6 +114,6 @@ def made_shape(block: BlockBlueprint, name: str) -> tuple[int, ...]:
     """Return the shape of a parameter of one expert in this checkpoint; () if its tensors do not fit together."""
     shapes = [tensors[0].shape for tensors in block.recipes[name].by_expert()]
     rows, tails = sum(shape[0] for shape in shapes if shape), {shape[1:] for shape in shapes if shape}
-    made = (rows, *tails.pop()) if len(tails) == 1 and all(shapes) else ()
+    stacked = (rows, *tails.pop()) if len(tails) == 1 and all(shapes) else ()
     (first, *_) = block.recipes[name].tensors
-    return made[::-1] if first.transposed else made
+    return stacked[::-1] if first.transposed else stacked

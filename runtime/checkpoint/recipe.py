@@ -84,7 +84,11 @@ class Recipe:
         for tensors in (self.sources[pattern] for pattern in patterns if pattern in self.sources):
             if not merged and len(tensors) == 1 and (divided := tensors[0].by_expert(self.experts)):
                 runs += divided
-            elif merged and len(tensors) == self.experts and len({(each.shape, each.dtype) for each in tensors}) == 1:
+            elif (
+                merged
+                and len(tensors) == self.experts
+                and len({(tensor.shape, tensor.dtype) for tensor in tensors}) == 1
+            ):
                 runs.append(tensors)
             else:
                 raise ValueError(
@@ -105,15 +109,15 @@ class Recipe:
         """
         read = {pattern: self._read(tensors, expert) for pattern, tensors in self.sources.items()}
         with turn or nullcontext():
-            made = self._convert(read)
-        self._check_shape(made.shape)
-        return (made if expert is None else made[0]).detach()
+            parameter = self._convert(read)
+        self._check_shape(parameter.shape)
+        return (parameter if expert is None else parameter[0]).detach()
 
-    def _check_shape(self, made: tuple[int, ...]) -> None:
+    def _check_shape(self, shape: tuple[int, ...]) -> None:
         wanted = self.model.get_parameter(self.target).shape
-        if made != wanted:
+        if shape != wanted:
             raise CheckpointError(
-                f"{self.target} has the shape {list(made)} in this checkpoint, but {list(wanted)} in the model.",
+                f"{self.target} has the shape {list(shape)} in this checkpoint, but {list(wanted)} in the model.",
                 "Check that config.json belongs to these weights.",
             )
 
@@ -138,13 +142,13 @@ class Recipe:
         converter.collected_tensors.update(read)
         read.clear()
         try:
-            made = converter.convert(self.key, model=self.model, config=self.model.config)[self.target]
+            converted = converter.convert(self.key, model=self.model, config=self.model.config)[self.target]
         except (ValueError, RuntimeError, KeyError) as error:
             raise CheckpointError(
                 f"{self.target} can't be made from this checkpoint ({error}).",
                 "Check that config.json belongs to these weights.",
             ) from error
-        tensor: torch.Tensor = made[0] if isinstance(made, list) else made
+        tensor: torch.Tensor = converted[0] if isinstance(converted, list) else converted
         return tensor.to(self.dtype)
 
 
@@ -233,13 +237,13 @@ class Expert(Mapping[str, torch.Tensor]):
     turn: threading.Lock
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        made = self.block.make(name, self.index, self.turn)
-        if not all(map(math.isfinite, torch.stack(made.aminmax()).tolist())):
+        parameter = self.block.make(name, self.index, self.turn)
+        if not all(map(math.isfinite, torch.stack(parameter.aminmax()).tolist())):
             raise CheckpointError(
                 f"{self.block.path} expert {self.index}: {name} has weights that are not finite numbers.",
                 "Get an intact copy of the checkpoint.",
             )
-        return made
+        return parameter
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.block.parameters)

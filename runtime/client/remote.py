@@ -95,10 +95,10 @@ class RemoteReader(Store):
             reply = ExpertStoreStub(channels.first).Describe(pb.DescribeRequest(), timeout=patience)
         except CALL_ERRORS as error:
             raise error_of(error, self.address.target) from None
-        found = next((model for model in reply.models if model.digest == self.manifest.digest), None)
-        self.checks = found is not None and found.checks
-        self.computes = found is not None and found.computes and found.checks
-        if found is None:
+        model_card = next((model for model in reply.models if model.digest == self.manifest.digest), None)
+        self.checks = model_card is not None and model_card.checks
+        self.computes = model_card is not None and model_card.computes and model_card.checks
+        if model_card is None:
             served = (" ".join(f"{model.name} ({model.digest[:DIGEST_CHARS]})".split()) for model in reply.models)
             names = ", ".join(served)[:_MAX_NAMES] or "nothing"
             raise UnknownModelError(
@@ -194,7 +194,7 @@ class RemoteReader(Store):
                 f"{self.manifest.model}, {key}: checksum mismatch in the record that the daemon {self.address} sent.",
                 "Check the daemon's store (moetier verify) and the network.",
             )
-        if (known := self.manifest.checksums(key.block)) and crc != known[key.expert]:
+        if (checksums := self.manifest.checksums(key.block)) and crc != checksums[key.expert]:
             raise ChecksumError(
                 f"{self.manifest.model}, {key}: the daemon {self.address} sent a record of another conversion.",
                 "On the daemon's host, check the store (moetier verify), copy its shards again, restart the daemon.",

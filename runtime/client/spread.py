@@ -131,11 +131,11 @@ class SpreadReader(Store):
 
     def shares(self) -> list[Share]:
         """Return what was read from each daemon, in the order in which they were named, and from the local store."""
-        found = self.peers.shares()
+        shares = self.peers.shares()
         if self.local is not None:
             with self._counting:
-                found.append(share_of("the local store", self._from_local))
-        return found
+                shares.append(share_of("the local store", self._from_local))
+        return shares
 
     def close(self) -> None:
         """Close all readers; reads under way end with an error. Idempotent.

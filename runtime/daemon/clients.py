@@ -68,17 +68,17 @@ class Client:
 class SessionCall:
     """A client's stream, which is one Session call. One thread reads the client's messages, another sends the answers.
 
-    ``settled`` is called whenever a request has ended, in any thread. Once ``refusal`` is set, new requests fail with
+    ``on_ended`` is called whenever a request has ended, in any thread. Once ``refusal`` is set, new requests fail with
     that error. Earlier requests are still answered.
     """
 
     def __init__(
-        self, client: Client, model: HostedModel, *, leases: int, patience: float, settled: Callable[[], None]
+        self, client: Client, model: HostedModel, *, leases: int, patience: float, on_ended: Callable[[], None]
     ) -> None:
         self.refusal: UnavailableError | None = None
         self._client = client
         self._model = model
-        self._settled = settled
+        self._on_ended = on_ended
         self._events: SimpleQueue[Event | None] = SimpleQueue()  # None ends the answers
         self._state = threading.Lock()  # guards the two fields below
         self._error: Exception | None = None
@@ -86,7 +86,7 @@ class SessionCall:
         self._session = model.host.session(self._events.put, leases=leases, patience=patience)
 
     @property
-    def is_settled(self) -> bool:
+    def has_ended(self) -> bool:
         """Whether no request is open: nothing is awaited, and no lease is held."""
         return not self._session.demands
 
@@ -105,7 +105,7 @@ class SessionCall:
                     )
                 )
             else:
-                self._settled()
+                self._on_ended()
                 self._model.log_failure(event.error)
                 message = pb.ServerMessage(failed=pb.Failed(request=event.request, error=message_of(event.error)))
             self._model.count(session_bytes_out=message.ByteSize())
@@ -145,7 +145,7 @@ class SessionCall:
             self._error = error
         self._session.close()
         self._events.put(None)
-        self._settled()
+        self._on_ended()
 
     def _handle(self, message: pb.ClientMessage) -> None:
         match message.WhichOneof("message"):
@@ -197,7 +197,7 @@ class SessionCall:
         keys = [ExpertKey(demand.block, expert) for expert in dict.fromkeys(message.experts)]
         self._session.release(message.request, keys)
         if message.request not in self._session.demands:
-            self._settled()
+            self._on_ended()
 
     def _keys(self, named: pb.Experts) -> list[ExpertKey]:
         keys = [ExpertKey(named.block, expert) for expert in named.experts]
@@ -283,7 +283,7 @@ class Clients:
                 raise _stopping()
             former = client.call
             client.call = call = SessionCall(
-                client, client.model, leases=self._leases, patience=self._patience, settled=self._settled
+                client, client.model, leases=self._leases, patience=self._patience, on_ended=self._request_ended
             )
         if former is not None:
             former.end(UnavailableError("The client has opened another stream.", "Use the new stream."))
@@ -316,12 +316,12 @@ class Clients:
 
     def stats(self) -> list[pb.ModelStats]:
         """Return the counters of all models."""
-        found = []
+        counters = []
         for model, clients in self._by_model():
             calls = [call for client in clients if (call := client.call) is not None]
             leases = sum(call.leases for call in calls)
-            found.append(model.stats(clients=len(clients), sessions=len(calls), leases=leases))
-        return found
+            counters.append(model.stats(clients=len(clients), sessions=len(calls), leases=leases))
+        return counters
 
     def details(self) -> list[pb.Details]:
         """Return the clients and blocks of all models, in the order of ``stats``."""
@@ -343,7 +343,7 @@ class Clients:
         """Wait until no request is open, for at most ``seconds``. Return whether none is open."""
         with self._changed:
             return self._changed.wait_for(
-                lambda: not self._fetching and all(call.is_settled for call in self._calls()),
+                lambda: not self._fetching and all(call.has_ended for call in self._calls()),
                 max(seconds, 0.0),
             )
 
@@ -373,7 +373,7 @@ class Clients:
     def _calls(self) -> list[SessionCall]:
         return [call for client in self._clients.values() if (call := client.call) is not None]
 
-    def _settled(self) -> None:
+    def _request_ended(self) -> None:
         with self._changed:
             self._changed.notify_all()
 

@@ -204,8 +204,8 @@ def _drain(clients: Clients, seconds: float) -> None:
     """Wait until no request is open, ``seconds`` are over or a second signal comes; then end all streams."""
     deadline = time.monotonic() + seconds
     clients.stop()  # refuses new calls from now on
-    while not (settled := clients.wait(min(_POLL, deadline - time.monotonic()))):
+    while not (finished := clients.wait(min(_POLL, deadline - time.monotonic()))):
         if time.monotonic() >= deadline or signal.sigtimedwait(_STOP, 0) is not None:
             break
-    log_event(_log, "drained", finished=settled)
+    log_event(_log, "drained", finished=finished)
     clients.end()

@@ -51,9 +51,9 @@ def open_models(
     """
     manifests = {digest: store.manifest for digest, store in stores.items()}
     passed = [(_systemd_holder(name), descriptor) for name, descriptor in manager.passed]
-    found = reclaim_arenas(manifests, passed, patience=_DYING if was_killed else 0.0)
-    slots, kept = plan_slots(manifests, config.ram, available_memory(), found)
-    for digest, arenas in found.items():
+    by_digest = reclaim_arenas(manifests, passed, patience=_DYING if was_killed else 0.0)
+    slots, kept = plan_slots(manifests, config.ram, available_memory(), by_digest)
+    for digest, arenas in by_digest.items():
         for reclaimed in arenas:
             if reclaimed is not kept.get(digest):
                 reclaimed.arena.close()

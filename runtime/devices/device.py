@@ -85,10 +85,12 @@ def chosen_device(option: str) -> ComputeDevice:
     """Return the device that the option ``device`` names. Raises ConfigError if torch can't use it here."""
     if option == "auto":
         option = next(name for name in reversed(DEVICES) if device_class(name).is_available())
-    found = device_class(option.partition(":")[0])
-    if not found.is_available():
-        raise ConfigError(f"This machine has no {found.title} that torch can use.", 'Set `device` to "cpu" or "auto".')
-    return found(option)
+    device_type = device_class(option.partition(":")[0])
+    if not device_type.is_available():
+        raise ConfigError(
+            f"This machine has no {device_type.title} that torch can use.", 'Set `device` to "cpu" or "auto".'
+        )
+    return device_type(option)
 
 
 def device_at(place: torch.device, option: str = "auto") -> ComputeDevice:

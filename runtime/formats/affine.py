@@ -80,7 +80,9 @@ class AffineTensor(SourceTensor):
     def group(self) -> int:
         """The largest group size of records that divides ``per_group`` and the columns; 0 if there is none."""
         size = math.gcd(self.per_group, self.shape[1]) if self.per_group else 0
-        return max((each for each in ZERO_POINT_GROUPS if size and size % each == 0), default=0)
+        return max(
+            (size_of_group for size_of_group in ZERO_POINT_GROUPS if size and size % size_of_group == 0), default=0
+        )
 
     @property
     @abstractmethod
@@ -97,18 +99,18 @@ class AffineTensor(SourceTensor):
     def record_projection(self, plain: Projection, runs: Runs) -> Projection:
         """Return the projection that has the most bits and the smallest groups of all matrices."""
         members = self.members_of(runs)
-        scale_types = {each.scale_type for each in members}
+        scale_types = {member.scale_type for member in members}
         if len(scale_types) != 1 or plain.transposed:
             raise ValueError(f"{self.name} and the weights that belong to it are not stored alike")
-        group = min(each.group for each in members)
+        group = min(member.group for member in members)
         if not group:
-            which = next(each for each in members if not each.group)
+            which = next(member for member in members if not member.group)
             raise ValueError(
                 f"{which.name} has groups that no record can have ({which.groups_as_text}): a record has a scale for "
                 "neighbouring weights of a row"
             )
         members[0].probe(group)
-        bits = max(each.bits for each in members)
+        bits = max(member.bits for member in members)
         return replace(plain, bits=bits, group=group, pairs=f"{scale_types.pop()}_zeros")
 
     @abstractmethod

@@ -18,7 +18,9 @@ class CompressedTensors(Scaled):
         """Rows and columns that share an FP8 scale. Raises UnsupportedModelError for schemes that can't be read."""
         groups = self.quantization.get("config_groups")
         schemes = [scheme for scheme in groups.values() if isinstance(scheme, dict)] if isinstance(groups, dict) else []
-        weights = [each for scheme in schemes if isinstance(each := scheme.get("weights"), dict)]
+        weights = [
+            scheme_of_weights for scheme in schemes if isinstance(scheme_of_weights := scheme.get("weights"), dict)
+        ]
         names = {str(place.get("format") or "dense") for place in (self.quantization, *schemes)}
         if others := sorted(names - set(READABLE)):
             raise unreadable(f"the format {others[0]}")

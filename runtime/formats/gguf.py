@@ -157,8 +157,8 @@ class GgufExperts(SourceTensor):
     def read(self, first: int = 0, count: int | None = None) -> torch.Tensor:
         """Read and dequantise ``count`` experts from expert ``first`` on, as [count, ...]."""
         read = [tensor.read(first, count) for tensor in self.tensors]
-        made = torch.stack(read, 2).flatten(1, 2) if self.alternate else torch.cat(read, 1)
-        return made.transpose(1, 2).contiguous() if self.transposed else made
+        merged = torch.stack(read, 2).flatten(1, 2) if self.alternate else torch.cat(read, 1)
+        return merged.transpose(1, 2).contiguous() if self.transposed else merged
 
 
 def dequantised(raw: torch.Tensor, ggml_type: str, dtype: torch.dtype) -> torch.Tensor:
@@ -240,7 +240,7 @@ def _check(
 
 
 def _layer(path: str) -> int:
-    return next(int(each) for each in path.split(".") if each.isdigit())
+    return next(int(part) for part in path.split(".") if part.isdigit())
 
 
 def _tensor(checkpoint: GgufTensors, name: str, stored: StoredTensor, dtype: str) -> GgufTensor:
@@ -298,12 +298,12 @@ def _names(
     # without its parts: transformers would look for the names in each of them again, one after the other
     flat: Any = SimpleNamespace(config=model.config, state_dict=model.state_dict, named_children=list)
     targets = get_gguf_hf_weights_map(flat, processor, model_type, model.config.num_hidden_layers)
-    found: dict[str, tuple[str, Change | None]] = {}
+    names: dict[str, tuple[str, Change | None]] = {}
     for name in trunk:
         target = targets.get(name) or targets.get(name.removesuffix(".weight"))
         if target is not None:
-            found[name] = target, partial(_processed, processor, name)
-    return found
+            names[name] = target, partial(_processed, processor, name)
+    return names
 
 
 def _processed(processor: Any, name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -329,7 +329,9 @@ def _transformed(name: str, mapping: list[Any]) -> tuple[str, Change | None]:
     renamings = [entry for entry in mapping if isinstance(entry, loading.WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, loading.WeightConverter)]
     key, pattern = loading.rename_source_key(name, renamings, converters)
-    converter = next((each for each in converters if pattern is not None and pattern in each.source_patterns), None)
+    converter = next(
+        (candidate for candidate in converters if pattern is not None and pattern in candidate.source_patterns), None
+    )
     return key, None if converter is None else partial(_operated, converter.operations)
 
 

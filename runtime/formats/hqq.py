@@ -194,7 +194,7 @@ class Hqq(Format):
                     "such matrix.",
                     "Check that config.json belongs to these weights.",
                 )
-            scale, zero = (_requantised(weight, groups, *(own[each] for each in names)) for names in OFFLOADED.values())
+            scale, zero = (_requantised(weight, groups, *(own[name] for name in names)) for names in OFFLOADED.values())
             nbits = 8 * own[MAIN].nbytes / weights
             return HqqTensor(weight, dtype, own[MAIN], scale, zero, size, nbits, weights // groups, 0)
 
@@ -215,8 +215,8 @@ def _numbers(weight: str, tensor: StoredTensor) -> list[float]:
             f"{weight} is quantised with HQQ, and only its file says how. That file is not here yet.",
             "Download the whole checkpoint first (hf download ID --local-dir FOLDER), then use the folder.",
         )
-    found: list[float] = tensor.read().double().view(-1).tolist()
-    return found
+    numbers: list[float] = tensor.read().double().view(-1).tolist()
+    return numbers
 
 
 def _requantised(weight: str, groups: int, codes: StoredTensor, scale: StoredTensor, zero: StoredTensor) -> Requantised:

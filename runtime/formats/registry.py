@@ -78,16 +78,16 @@ class Format(ABC):
         own = (main, *needed, *others)
         paths = [name.removesuffix(f".{main}") for name in self.tensors if name.endswith(f".{main}")]
         taken = {f"{path}.{name}" for path in paths for name in own}
-        made: dict[str, SourceTensor] = {name: tensor for name, tensor in self.tensors.items() if name not in taken}
+        sources: dict[str, SourceTensor] = {name: tensor for name, tensor in self.tensors.items() if name not in taken}
         for path in paths:
             weight = f"{path}.weight"
             stored = {name: self.tensors[f"{path}.{name}"] for name in own if f"{path}.{name}" in self.tensors}
             if missing := [name for name in needed if name not in stored]:
                 raise CheckpointError(f"{weight} is quantised, but {path}.{missing[0]} is missing.", DAMAGED)
-            if weight in made:
+            if weight in sources:
                 raise CheckpointError(f"{weight} is in the checkpoint twice, once quantised.", DAMAGED)
-            made[weight] = make(weight, stored) if stored[main].shape else replace(stored[main], name=weight)
-        return made
+            sources[weight] = make(weight, stored) if stored[main].shape else replace(stored[main], name=weight)
+        return sources
 
 
 def format_of(

@@ -126,7 +126,7 @@ class ScaledTensor(SourceTensor):
 
     def record_projection(self, plain: Projection, runs: Runs) -> Projection:
         """Return the projection with the coding of the matrices, which must be the same for all experts."""
-        projections = {each.projection for each in self.members_of(runs)}
+        projections = {member.projection for member in self.members_of(runs)}
         one, name = projections.pop(), runs[0][0].stored_name
         if projections:
             raise ValueError(f"{name} and the weights that belong to it are not quantised alike")
@@ -140,8 +140,8 @@ class ScaledTensor(SourceTensor):
 
     def component(self, name: str) -> StoredTensor:
         """Return the tensor of the section "codes", "scales" or "globals"."""
-        found: StoredTensor = getattr(self, name)
-        return found
+        tensor: StoredTensor = getattr(self, name)
+        return tensor
 
     def slice(self, index: int) -> Self:
         """Return a slice of the leading dimension as a tensor of its own, without that dimension. Nothing is read."""
@@ -161,9 +161,9 @@ class ScaledTensor(SourceTensor):
             for i in range(count):
                 out[i] = self.slice(first + i).read()
         elif self.projection.transposed:
-            made = torch.empty(self.projection.shape[::-1], dtype=out.dtype)
-            self._read_rows(0, made)
-            out.copy_(made.T[first : first + count])
+            transposed = torch.empty(self.projection.shape[::-1], dtype=out.dtype)
+            self._read_rows(0, transposed)
+            out.copy_(transposed.T[first : first + count])
         else:
             self._read_rows(first, out)
         return out
@@ -248,19 +248,19 @@ class Scaled(Format):
 
     def sources(self, dtype: str) -> dict[str, SourceTensor]:
         """Return the source tensors: codes and scales come together, as one weight."""
-        made: dict[str, SourceTensor] = {}
+        sources: dict[str, SourceTensor] = {}
         for name, tensor in self._weights(self.block, dtype):
-            if name in made:
+            if name in sources:
                 raise CheckpointError(f"{name} is in {tensor.parts[0].file} in two forms.", DAMAGED)
-            made[name] = tensor
-        return made
+            sources[name] = tensor
+        return sources
 
     def _weights(self, block: tuple[int, int], dtype: str) -> Iterator[tuple[str, SourceTensor]]:
         """Yield all weights by name: first those that have scales, and then the others."""
         taken: set[str] = set()
         for name, tensor in self.tensors.items():
             weight, scales, globals_, globals_as = _belonging(name)
-            scale = next((each for each in scales if each in self.tensors), None)
+            scale = next((candidate for candidate in scales if candidate in self.tensors), None)
             if scale is None or (tensor.shape and tensor.spelling not in CODES):
                 continue
             taken |= {name, scale, globals_}

@@ -139,8 +139,8 @@ class SourceTensor(ABC):
 
     def members_of(self, runs: Runs) -> list[Self]:
         """Return all tensors of ``runs``. Raises ValueError unless they are of the same class as this one."""
-        members: list[Any] = [each for tensors in runs for each in tensors]
-        if any(type(each) is not type(self) for each in members):
+        members: list[Any] = [tensor for tensors in runs for tensor in tensors]
+        if any(type(tensor) is not type(self) for tensor in members):
             raise ValueError(f"{members[0].stored_name} and the weights that belong to it are not stored alike")
         return members
 

@@ -139,7 +139,7 @@ class WordsTensor(AffineTensor):
 
         scales, words = self.finite(self.scale), self.packed.read()
         if self.packing == AWQ:
-            codes, zeros = (_in_order(unpacked(each, self.bits)) for each in (words, self.zeros.read()))
+            codes, zeros = (_in_order(unpacked(words_of_one, self.bits)) for words_of_one in (words, self.zeros.read()))
             codes = codes.T.contiguous()
         else:
             codes, zeros = unpacked(words.T.contiguous(), self.bits), self._gptq_zeros()
@@ -161,8 +161,8 @@ class WordsTensor(AffineTensor):
 
             This adds 1 to all codes of a word at once, as GPTQModel does: a carry goes to the next code.
             """
-            made = words.long().view(len(words), -1, len(ones)) + torch.tensor(ones)
-            return unpacked(made.to(torch.int32).view(words.shape), self.bits)
+            integers = words.long().view(len(words), -1, len(ones)) + torch.tensor(ones)
+            return unpacked(integers.to(torch.int32).view(words.shape), self.bits)
 
         if self.bits == 3:
             plain, readings = (stored + 1) & 7, [stored, added(one << 2, one << 1, one)]

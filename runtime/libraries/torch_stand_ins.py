@@ -34,12 +34,12 @@ def put_stand_ins() -> None:
 
 def remove_stand_ins() -> bool:
     """Import META, and let the next use of the compiler import it. Return whether there were stand-ins."""
-    found = [name for name, module in sys.modules.items() if isinstance(module, _StandIn)]
-    for name in found:
+    stand_ins = [name for name, module in sys.modules.items() if isinstance(module, _StandIn)]
+    for name in stand_ins:
         del sys.modules[name]
-    if META in found:
+    if META in stand_ins:
         importlib.import_module(META)
-    return bool(found)
+    return bool(stand_ins)
 
 
 class _StandIn(ModuleType):
@@ -48,9 +48,9 @@ class _StandIn(ModuleType):
     These are decorators that mark functions for the compiler, and a class. Any other name imports the real module.
     """
 
-    def __init__(self, name: str, **known: Any) -> None:
+    def __init__(self, name: str, **attributes: Any) -> None:
         super().__init__(name)
-        vars(self).update(known)
+        vars(self).update(attributes)
         sys.modules[name] = self
 
     def __getattr__(self, name: str) -> Any:

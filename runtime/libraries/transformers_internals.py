@@ -88,9 +88,9 @@ def leave_out_of_plans(model: Any, part: str) -> None:
         setattr(model, plan, kept)
 
 
-def is_experts_class(kind: type) -> bool:
+def is_experts_class(module_class: type) -> bool:
     """Return whether a class has transformers' experts interface, which adds a method to it."""
-    return hasattr(kind, "_apply_gate")
+    return hasattr(module_class, "_apply_gate")
 
 
 def apply_gate(module: Any, x: Any) -> Any:
@@ -134,10 +134,10 @@ def search_later(utils: Any) -> None:
         folder = Path(path) if Path(path).is_dir() else Path(path).parent
         if folder.name != "models":
             return search(path, prefix=prefix)
-        found = Structure({frozenset(): {prefix: set()} if prefix else {}})
-        folders = [each for each in folder.iterdir() if each.suffix != ".py" and each.name != "__pycache__"]
-        found.left = f"{prefix}." if prefix else "", folders
-        return found
+        structure = Structure({frozenset(): {prefix: set()} if prefix else {}})
+        folders = [entry for entry in folder.iterdir() if entry.suffix != ".py" and entry.name != "__pycache__"]
+        structure.left = f"{prefix}." if prefix else "", folders
+        return structure
 
     class LazyModule(lazy_module):  # type: ignore[misc]
         def __init__(self, name: str, file: str, structure: Any, *more: Any, **named: Any) -> None:
@@ -147,7 +147,7 @@ def search_later(utils: Any) -> None:
         def __getattr__(self, name: str) -> Any:
             if self._left and not name.startswith("_") and not self._knows(name):
                 plain = name.lower().replace("_", "")
-                self._search([each for each in self._left if plain.startswith(each.name.replace("_", ""))])
+                self._search([entry for entry in self._left if plain.startswith(entry.name.replace("_", ""))])
                 # a module beside this one may be yet to be imported
                 if not self._knows(name) and f"{name}.py" not in os.listdir(Path(self.__file__).parent):  # noqa: PTH208
                     self._search(self._left)
@@ -155,8 +155,8 @@ def search_later(utils: Any) -> None:
 
         def _knows(self, name: str) -> bool:
             """Return whether a name has been found, or the tokenizer for which it is another name."""
-            known = (self._class_to_module, self._modules, self._objects, self._object_missing_backend)
-            return any(each in names for each in (name, name.removesuffix("Fast")) for names in known)
+            tables = (self._class_to_module, self._modules, self._objects, self._object_missing_backend)
+            return any(spelling in names for spelling in (name, name.removesuffix("Fast")) for names in tables)
 
         def __dir__(self) -> list[str]:
             self._search(self._left)
@@ -164,12 +164,12 @@ def search_later(utils: Any) -> None:
 
         def _search(self, folders: list[Path]) -> None:
             for folder in folders:
-                found = search(folder, prefix=f"{self._prefix}{folder.name}")
-                other = vars(lazy_module(self.__name__, self.__file__, found))
+                structure = search(folder, prefix=f"{self._prefix}{folder.name}")
+                other = vars(lazy_module(self.__name__, self.__file__, structure))
                 self.__all__ += other["__all__"]
                 self._modules |= other["_modules"]
-                for kind in ("_class_to_module", "_object_missing_backend", "_import_structure"):
-                    vars(self)[kind].update(other[kind])
+                for table in ("_class_to_module", "_object_missing_backend", "_import_structure"):
+                    vars(self)[table].update(other[table])
             searched = {*folders}  # another thread may have searched some, too
             self._left = [folder for folder in self._left if folder not in searched]
 

@@ -155,10 +155,10 @@ def kv_cache_bytes(config: Any, tokens: int, batch: int = 1, dtype: torch.dtype 
     text = config.get_text_config(decoder=True)
     layers = text.per_layer_config  # some models differ from layer to layer
     numbers = 0
-    for layer, kind in zip(layers, getattr(text, "layer_types", None) or [""] * len(layers), strict=True):
-        if any(name in kind for name in NOTHING_PER_TOKEN):
+    for layer, layer_type in zip(layers, getattr(text, "layer_types", None) or [""] * len(layers), strict=True):
+        if any(name in layer_type for name in NOTHING_PER_TOKEN):
             continue
-        windowed = any(name in kind for name in WINDOWED)
+        windowed = any(name in layer_type for name in WINDOWED)
         window = _first(layer, "sliding_window", "attention_chunk_size", default=tokens) if windowed else tokens
         numbers += min(tokens, window) * _numbers_per_token(layer)
     return batch * numbers * dtype.itemsize

@@ -122,13 +122,13 @@ def _load(
     folder: Path, asked: TierConfig, dtype: str | torch.dtype, attention: str | None
 ) -> tuple[Any, PreTrainedTokenizerBase | None]:
     """Load the model and the tokenizer in ``folder``, with checked options. Raises MoetierError."""
-    found, model_class = _checked_config(folder)
+    config_json, model_class = _checked_config(folder)
     device = chosen_device(asked.device)
     install()
     tokenizer = container_of(folder).tokenizer(folder)
     with _load_errors(folder):
         config_class = model_class.config_class
-        config = config_class.from_dict(found) if is_checkpoint(folder) else config_class.from_pretrained(folder)
+        config = config_class.from_dict(config_json) if is_checkpoint(folder) else config_class.from_pretrained(folder)
     if tokenizer is not None and (most := longest_context(config)) is not None:
         # many tokenizers state no maximum length; with one, transformers warns of longer texts
         tokenizer.model_max_length = min(tokenizer.model_max_length, most)
@@ -156,13 +156,13 @@ def _load(
 def _checked_config(folder: Path) -> tuple[dict[str, Any], Any]:
     """Return the config.json of a model and its class, once the files are checked. Raises MoetierError."""
     check_directory(folder)
-    manifest, found = read_manifest(folder), config_of(folder)
-    model_class = _model_class(found)
+    manifest, config_json = read_manifest(folder), config_of(folder)
+    model_class = _model_class(config_json)
     if is_checkpoint(folder):
         check_shards(folder)
     else:
         check_trunk(folder, manifest)
-    return found, model_class
+    return config_json, model_class
 
 
 def model_of(
@@ -230,19 +230,19 @@ def _dtype(dtype: object) -> str | torch.dtype:
     if dtype == "auto":
         return "auto"
     named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    for found in DTYPES:
-        if named is found:
-            return found
-    names = ", ".join(str(each).removeprefix("torch.") for each in DTYPES)
+    for candidate in DTYPES:
+        if named is candidate:
+            return candidate
+    names = ", ".join(str(supported).removeprefix("torch.") for supported in DTYPES)
     raise ConfigError(f"`dtype` is {dtype!r}.", f'Give "auto" or one of {names}, as a text or as a torch.dtype.')
 
 
 def _attention(name: object) -> str | None:
     """Return the name of an attention implementation. Raises ConfigError if transformers does not have it."""
-    known = ["eager", *(each for each in ALL_ATTENTION_FUNCTIONS.valid_keys() if "|" not in each)]
-    if name is None or (isinstance(name, str) and name in known):
+    implementations = ["eager", *(key for key in ALL_ATTENTION_FUNCTIONS.valid_keys() if "|" not in key)]
+    if name is None or (isinstance(name, str) and name in implementations):
         return name
-    raise ConfigError(f"`attn_implementation` is {name!r}.", f"Give one of {', '.join(sorted(known))}.")
+    raise ConfigError(f"`attn_implementation` is {name!r}.", f"Give one of {', '.join(sorted(implementations))}.")
 
 
 @contextlib.contextmanager

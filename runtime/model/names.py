@@ -142,12 +142,12 @@ def _named(name: str) -> tuple[str, Path] | None:
 
     Raises StoreFormatError if ``name`` has no tag and the model was pulled with several tags.
     """
-    there = pulled()
-    if name in there:
-        return name, there[name]
-    widths = [each for each in there if each.rpartition(":")[0] == name]
+    models = pulled()
+    if name in models:
+        return name, models[name]
+    widths = [model for model in models if model.rpartition(":")[0] == name]
     if len(widths) == 1:
-        return widths[0], there[widths[0]]
+        return widths[0], models[widths[0]]
     if widths:
         raise StoreFormatError(f"{name} was pulled with several tags.", f"Give one of them: {' or '.join(widths)}.")
     return None
@@ -169,9 +169,9 @@ def name_of(folder: Path) -> str:
 
 
 def _advice(name: str) -> str:
-    there = list(pulled())
-    ids = dict.fromkeys(each.rpartition(":")[0] for each in there)
-    near = difflib.get_close_matches(name, [*there, *ids], n=3)
+    names = list(pulled())
+    ids = dict.fromkeys(pulled_name.rpartition(":")[0] for pulled_name in names)
+    near = difflib.get_close_matches(name, [*names, *ids], n=3)
     ways = [f"`moetier list` has {', '.join(near)}"] if near else []
     if "/" in name:
         ways.append(f"pull it: moetier pull {shlex.join(pulling(name))}")

@@ -80,12 +80,12 @@ class Prefill:
         """Return the bytes for ``tokens`` that are computed together: a whole prompt, or the last of the context."""
         length = tokens if is_whole else max(self.context, tokens)
         masks, work = dict[int, int](), 0
-        for kind in self.attentions:
-            seen = min(length, kind.window - 1 + tokens) if kind.window else length
-            has_mask = kind.has_mask or not is_whole or 0 < kind.window < length
-            masks[kind.window] = tokens * seen * kind.mask * has_mask
-            expanded = kind.always + kind.masked * has_mask + kind.kept * (not is_whole)
-            work = max(work, seen * expanded + tokens * seen * kind.scores)
+        for attention in self.attentions:
+            seen = min(length, attention.window - 1 + tokens) if attention.window else length
+            has_mask = attention.has_mask or not is_whole or 0 < attention.window < length
+            masks[attention.window] = tokens * seen * attention.mask * has_mask
+            expanded = attention.always + attention.masked * has_mask + attention.kept * (not is_whole)
+            work = max(work, seen * expanded + tokens * seen * attention.scores)
         layer = max(tokens * self.of_attention + work, tokens * self.of_block)
         return self.fixed + int(SPARE * (tokens * self.states + layer + sum(masks.values())))
 
@@ -148,8 +148,8 @@ def _outputs(model: Any) -> int:
         if hasattr(module, "out_features") and module is not head and module.in_features not in latents:
             linears[path.rpartition(".")[0]].append(module.out_features)
     states = {path: _state(module) for path, module in model.named_modules() if "A_log" in parameters_of(module)}
-    kinds = getattr(text, "layer_types", None) or ()
-    copies = OF_STATES if any(name in kind for kind in kinds for name in STATEFUL) else COPIES
+    layer_types = getattr(text, "layer_types", None) or ()
+    copies = OF_STATES if any(name in layer_type for layer_type in layer_types for name in STATEFUL) else COPIES
     # the last module of a parent makes one output of what the others have made
     sizes: list[int] = [
         size * (copies * sum(numbers[:-1]) + numbers[-1]) + states.get(path, 0) for path, numbers in linears.items()
@@ -172,9 +172,9 @@ def _attentions(text: Any, size: int, *, is_eager: bool, is_sliced: bool, is_qui
     ``use_decode_attention`` is called for the model.
     """
     layers = text.per_layer_config
-    kinds = getattr(text, "layer_types", None) or [""] * len(layers)
-    for layer, kind in zip(layers, kinds, strict=True):
-        if any(name in kind for name in NOTHING_PER_TOKEN):
+    layer_types = getattr(text, "layer_types", None) or [""] * len(layers)
+    for layer, layer_type in zip(layers, layer_types, strict=True):
+        if any(name in layer_type for name in NOTHING_PER_TOKEN):
             continue
         heads, sizes = layer.num_attention_heads, defaultdict[str, int](int)
         for name in ("head_dim", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "kv_lora_rank", "index_n_heads"):
@@ -197,8 +197,8 @@ def _attentions(text: Any, size: int, *, is_eager: bool, is_sliced: bool, is_qui
             has_mask=is_eager,
         )
         window = getattr(layer, "sliding_window", None) or getattr(layer, "attention_chunk_size", None) or 0
-        is_windowed = any(name in kind for name in WINDOWED)
-        if window and (is_windowed or not kind):
+        is_windowed = any(name in layer_type for name in WINDOWED)
+        if window and (is_windowed or not layer_type):
             yield replace(plain, window=window)
         if not is_windowed:
             yield plain

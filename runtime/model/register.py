@@ -124,9 +124,9 @@ def _warn(cause: str, fix: str) -> None:
 
 def _config(cls: Any, folder: Path, given: Any) -> Any:
     """Return the config of a checkpoint as that of a model directory. Changes that the caller made to it stay."""
-    found = config_of(folder)
+    config_json = config_of(folder)
     if folder.is_file() or not isinstance(given, PreTrainedConfig):
-        return cls.config_class.from_dict(found)
+        return cls.config_class.from_dict(config_json)
     config = copy.deepcopy(given)
-    config.quantization_config = found["quantization_config"]
+    config.quantization_config = config_json["quantization_config"]
     return config

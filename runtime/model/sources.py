@@ -61,7 +61,7 @@ def open_origin(
         refusals: dict[Address, MoetierError] = {}
         for daemon in daemons_serving(manifest.digest):
             try:
-                found = _mapped(daemon, folder, manifest)
+                origin = _mapped(daemon, folder, manifest)
             except (NoDaemonError, UnknownModelError) as error:  # the daemon has ended, and has left its card behind
                 _log.info("The daemon %s is not used: %s", daemon, error.cause)
             except MoetierError as error:  # the daemon is full, or has another version
@@ -74,7 +74,7 @@ def open_origin(
                         " and ".join(config.of_own_tier),
                         daemon,
                     )
-                return found
+                return origin
         for daemon, refusal in refusals.items():
             _log.warning("The daemon %s serves this store, but is not used: %s %s", daemon, refusal.cause, refusal.fix)
     return _own(folder, manifest, slots(), config, computes=computes)

@@ -123,9 +123,9 @@ def replace_modules(model: Any, layouts: Mapping[str, RecordLayout]) -> None:
     for path, layout in layouts.items():
         module = model.get_submodule(path)
         is_linear = type(module) is nn.Linear
-        made = QuantizedLinear(module, layout) if is_linear else QuantizedEmbedding(layout, module.weight.dtype)
+        replacement = QuantizedLinear(module, layout) if is_linear else QuantizedEmbedding(layout, module.weight.dtype)
         parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, made)
+        setattr(model.get_submodule(parent), name, replacement)
         model.all_tied_weights_keys.pop(f"{path}.{WEIGHT}", None)
 
 

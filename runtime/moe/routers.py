@@ -60,13 +60,13 @@ class QuickRouter:
 class OneRowRouter:
     """A router for single rows. Threads may use it at the same time."""
 
-    def __init__(self, known: dict[Any, RouterVariant | None]) -> None:
+    def __init__(self, variants: dict[Any, RouterVariant | None]) -> None:
         """``known``: variants of routers that were tried. Routers that differ only in their weights are tried once."""
-        self._known = known
+        self._variants = variants
         self._routings: dict[torch.dtype, Trials[CompiledRouter]] = {}  # by type of rows
 
     def __deepcopy__(self, _: Any) -> OneRowRouter:
-        return OneRowRouter(self._known)
+        return OneRowRouter(self._variants)
 
     def routing(self, router: Any, dtype: torch.dtype) -> CompiledRouter | None:
         """Return the choice of a router for rows of a type; None if compiled code does not have it."""
@@ -78,10 +78,10 @@ class OneRowRouter:
         sizes = [(name, tensor.shape, tensor.dtype) for name, tensor in router.state_dict().items()]
         numbers = numbers_of(router).items()
         key = (dtype, plain_class(router), id(getattr(router, "config", None)), *numbers, *sizes)
-        if key not in self._known:
+        if key not in self._variants:
             with CPU:
-                self._known[key] = _trial(router, dtype)
-        variant = self._known[key]
+                self._variants[key] = _trial(router, dtype)
+        variant = self._variants[key]
         return None if variant is None else CompiledRouter(variant)
 
     def of(self, router: Any, x: Tensor, *more: Any) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -134,7 +134,7 @@ def quick_class(quick: type, class_: type) -> type:
 
 def use_quick_routers(model: PreTrainedModel) -> None:
     """Put QuickRouter before the class of each module that may be a router with a RouterVariant."""
-    known: dict[Any, RouterVariant | None] = {}
+    variants: dict[Any, RouterVariant | None] = {}
     for path, experts in experts_modules(model).items():
         for module in model.get_submodule(path.rpartition(".")[0]).children():
             weight = parameters_of(module).get("weight")
@@ -145,7 +145,7 @@ def use_quick_routers(model: PreTrainedModel) -> None:
                 and not isinstance(module, nn.Linear)
                 and is_router(module)
             ):
-                module.__dict__["quick_router"] = OneRowRouter(known)
+                module.__dict__["quick_router"] = OneRowRouter(variants)
                 module.__class__ = quick_class(QuickRouter, type(module))  # type: ignore[arg-type] # classes have a hash
 
 

@@ -57,7 +57,7 @@ class Snapshot:
         self._matrices = [tensor for tensor in self._tensors if tensor.dim() > 1]
         self._lies = _lies(self._matrices)
         hooks = [*hooks_of(parts), *GLOBAL_HOOKS]
-        self._hooks = [each for each in hooks if not any(each is other for other in watched)]
+        self._hooks = [hook for hook in hooks if not any(hook is other for other in watched)]
 
     def holds(self, module: Any) -> bool:
         """Return whether a module's parts are as they were, and have no hooks and no ``forward`` of their own."""

@@ -18,14 +18,14 @@ def link(store: ExtentStore) -> Iterator[int | ExtentTable]:
 
     ``store`` is open over all shards. Raises StoreReadError.
     """
-    found = []
+    links = []
     for key, crc in checksums(store):
         if isinstance(crc, StoreError):
             raise crc
-        found.append(checksum_bytes(crc))
+        links.append(checksum_bytes(crc))
         yield store.layout(key.block).payload_bytes
     sums = []
-    for path, ranges in zip(store.paths, store.table.rest(), strict=True):
+    for path, ranges in zip(store.paths, store.table.gaps(), strict=True):
         crc = 0
         for piece in read_ranges(path, ranges):
             crc = crc32c(piece, crc)
@@ -33,5 +33,5 @@ def link(store: ExtentStore) -> Iterator[int | ExtentTable]:
         sums.append(crc)
     store.check_unchanged()
     shards = (replace(shard, rest=crc) for shard, crc in zip(store.table.shards, sums, strict=True))
-    linked = replace(store.manifest, record_checksums=b"".join(found))
+    linked = replace(store.manifest, record_checksums=b"".join(links))
     yield replace(store.table, manifest=linked, shards=tuple(shards))

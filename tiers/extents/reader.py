@@ -65,13 +65,13 @@ class OpenFile:
 
     def _compare(self, shard: Shard) -> None:
         """Raise StoreFormatError if the file's size, or the time of its last change, is not that of ``shard``."""
-        found = os.fstat(self.descriptor)
-        if found.st_size != shard.bytes:
+        status = os.fstat(self.descriptor)
+        if status.st_size != shard.bytes:
             raise StoreFormatError(
-                f"{self.path} has {found.st_size:,} bytes, and had {shard.bytes:,}: it was cut or replaced.",
+                f"{self.path} has {status.st_size:,} bytes, and had {shard.bytes:,}: it was cut or replaced.",
                 self.advice,
             )
-        if found.st_mtime_ns != shard.mtime_ns:
+        if status.st_mtime_ns != shard.mtime_ns:
             raise StoreFormatError(f"{self.path} was changed or replaced: its modification time differs.", self.advice)
 
     def check_unchanged(self) -> None:
@@ -254,21 +254,21 @@ class ExtentStore(DirectoryStore):
         return "Get the checkpoint's own files again. If they were changed on purpose, run moetier link again."
 
     @property
-    def rest(self) -> Mapping[Path, int]:
+    def other_files(self) -> Mapping[Path, int]:
         """The shards, with the number of bytes of each that are in no record."""
         return {
             path: sum(end - first for first, end in ranges)
-            for path, ranges in zip(self.paths, self.table.rest(), strict=True)
+            for path, ranges in zip(self.paths, self.table.gaps(), strict=True)
         }
 
-    def rest_faults(self) -> dict[str, StoreError]:
+    def other_file_faults(self) -> dict[str, StoreError]:
         """Return the errors of bad shards, by name."""
         return {self.table.shards[number].name: fault for number, fault in self._file_faults.items()}
 
-    def scrub_rest(self) -> Iterator[int | Problem]:
+    def scrub_other_files(self) -> Iterator[int | Problem]:
         """Compare the bytes beside experts with their checksums. Yield problems, and sizes of reads as progress."""
-        rest = zip(self.paths, self.table.shards, self.table.rest(), strict=True)
-        for number, (path, shard, ranges) in enumerate(rest):
+        files = zip(self.paths, self.table.shards, self.table.gaps(), strict=True)
+        for number, (path, shard, ranges) in enumerate(files):
             if number in self._file_faults:
                 yield Problem(None, None, str(path), self._file_faults[number].cause)
                 continue
@@ -308,8 +308,8 @@ class ExtentStore(DirectoryStore):
                         self._files[shard].check_unchanged()
             except StoreReadError as error:
                 raise StoreReadError(f"{self._expert(key)}: {error.cause}", error.fix) from error
-            known = self.manifest.checksums(key.block)
-            if known and crc != known[key.expert]:
+            checksums = self.manifest.checksums(key.block)
+            if checksums and crc != checksums[key.expert]:
                 files = sorted({str(self.paths[extent.shard]) for extent in extents})
                 raise ChecksumError(
                     f"{self._expert(key)}: checksum mismatch in {' or '.join(files)}.",

@@ -118,7 +118,7 @@ class ExtentTable:
         """Return the extents of an expert's record, in the order of the record."""
         return self.blocks[key.block].of(self.manifest.layout(key.block), key.expert)
 
-    def rest(self) -> list[list[tuple[int, int]]]:
+    def gaps(self) -> list[list[tuple[int, int]]]:
         """Return, for each shard, the ranges (first byte, end) that are in no extent, in order."""
         taken: list[list[tuple[int, int]]] = [[] for _ in self.shards]
         for block in self.blocks:
@@ -158,7 +158,7 @@ class ExtentTable:
             values = fields["blocks"].items(len(manifest.blocks))
             if len(values) != len(manifest.blocks):
                 raise ValueError(f"blocks has {len(values)} items, and the manifest {len(manifest.blocks)} blocks")
-            blocks = tuple(_block(each, manifest, number, shards) for number, each in enumerate(values))
+            blocks = tuple(_block(json_block, manifest, number, shards) for number, json_block in enumerate(values))
             ignored = fields.get("ignored_code")
             ignored_code = ignored is not None and ignored.flag()
         except ValueError as error:
@@ -211,7 +211,7 @@ def _block(value: Fields, manifest: Manifest, number: int, shards: tuple[Shard, 
         raise ValueError(f"{value.place}.places has {len(data):,} bytes")
     places = np.frombuffer(data, "<i8").reshape(experts, len(pieces), 2)
     shard, offset = places[..., 0], places[..., 1]
-    sizes = np.array([each.bytes for each in shards], np.int64)
+    sizes = np.array([file.bytes for file in shards], np.int64)
     if (shard < 0).any() or (shard >= len(shards)).any():
         raise ValueError(f"{value.place}.places name a shard that is not listed")
     # negative if the file is too small

@@ -182,9 +182,9 @@ class _Cursor:
         self.at += count
         return self.data[self.at - count : self.at]
 
-    def unpack(self, form: str) -> tuple[int, ...]:
-        size = struct.calcsize(f"<{form}")
-        return struct.unpack(f"<{form}", self.take(size))
+    def unpack(self, code: str) -> tuple[int, ...]:
+        size = struct.calcsize(f"<{code}")
+        return struct.unpack(f"<{code}", self.take(size))
 
     def text(self, most: int, what: str) -> str:
         (length,) = self.unpack("Q")
@@ -204,8 +204,8 @@ class _Cursor:
         self.values += count
         if self.values > MAX_VALUES:
             raise ValueError(f"with {shown(key)}, its arrays have {self.values:,} values, more than {MAX_VALUES:,}")
-        found: list[str] = [*self._values(key, value_type, count)]  # type: ignore[list-item]  # all of one type
-        return found
+        texts: list[str] = [*self._values(key, value_type, count)]  # type: ignore[list-item]  # all of one type
+        return texts
 
     def _values(self, key: str, value_type: int, count: int) -> Iterator[int | float | bool | str]:
         if value_type == STRING:

@@ -54,8 +54,8 @@ class PrefetchQueue:
 
     def is_requested(self, key: ExpertKey) -> bool:
         """Return whether a record is among the latest requests of a caller, even if it is READY or being read."""
-        found = [blocks[key.block] for blocks in self._requests.values() if key.block in blocks]
-        return any(key in request.keys for request in found)
+        requests = [blocks[key.block] for blocks in self._requests.values() if key.block in blocks]
+        return any(key in request.keys for request in requests)
 
     def request(self, pool: Pool, block: int, keys: Collection[ExpertKey], caller: AsyncCaller | None) -> bool:
         """Replace a caller's requests for a block by ``keys``, which are distinct.

@@ -59,11 +59,11 @@ class HotSet(dict[ExpertKey, float]):
         uses = dict.fromkeys(experts, 0.0)
         for key, count in self.items():
             uses[key.block] += count
-        found = HotSet(self)
+        hot_set = HotSet(self)
         for key, count in earlier.items():
             faded = count * 0.5 ** (uses[key.block] / (HALF_LIFE * experts[key.block]))
-            found[key] = found.get(key, 0) + faded
-        return found
+            hot_set[key] = hot_set.get(key, 0) + faded
+        return hot_set
 
 
 class Learner:
@@ -157,8 +157,8 @@ def keep_hot_set(digest: str, experts: Mapping[int, int], used: HotSet) -> None:
         lock = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)  # released when the descriptor is closed, or when the process ends
-            found = used.after(load_hot_set(digest, experts), experts)
-            write_durably(path, _text(found, digest).encode())
+            hot_set = used.after(load_hot_set(digest, experts), experts)
+            write_durably(path, _text(hot_set, digest).encode())
         finally:
             os.close(lock)
     except OSError as error:
@@ -175,9 +175,9 @@ def _open(path: Path) -> Any:
     return os.fdopen(descriptor, encoding="utf-8")
 
 
-def _text(found: HotSet, digest: str) -> str:
+def _text(hot_set: HotSet, digest: str) -> str:
     blocks: dict[str, dict[str, float]] = {}
-    for key, count in sorted(found.items()):
+    for key, count in sorted(hot_set.items()):
         blocks.setdefault(str(key.block), {})[str(key.expert)] = round(count, 3)
     return json.dumps({"format": FORMAT, "digest": digest, "counts": blocks})
 

@@ -102,13 +102,13 @@ class CachedStore(WrapperStore):
         self._use = UseCount(f"The store {store.folder}")
         self._objects: Objects | None = None  # opened when the first record is fetched
         self._lock = threading.Lock()  # guards ``_objects`` and the counts
-        self._fetched, self._found = [0, 0], [0, 0]  # numbers of records, and of bytes
+        self._fetched, self._from_cache = [0, 0], [0, 0]  # numbers of records, and of bytes
         self._access_times: AccessTimes | None = times
         self._room = threading.Condition()  # guards the next three, and is notified when records are durable
-        self._unsettled: dict[ExpertKey, memoryview] = {}  # copies of records that are not yet durable
+        self._arrived: dict[ExpertKey, memoryview] = {}  # copies of records that are not yet durable
         self._waiting = 0  # bytes of these copies
         self._buffers: dict[int, list[memoryview]] = {}  # memory for further copies, by size
-        self._settler = ThreadPoolExecutor(1, thread_name_prefix="moetier-cache")  # starts no thread yet
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="moetier-cache")  # starts no thread yet
         self._patience = PATIENCE  # 0 after a read has waited in vain
         self._full = not self._cached.is_durable  # whether a write has failed, so that nothing is cached any more
         if self._full and not self.is_complete:
@@ -136,8 +136,8 @@ class CachedStore(WrapperStore):
         """Return how many records were fetched, and how many came from the cache, since the store was opened."""
         retries = 0 if self._objects is None else self._objects.retries
         place = f"{self.address} ({retries} retries)" if retries else self.address
-        (fetched, nbytes), (found, bytes_found) = self._fetched, self._found
-        return [Share(place, fetched, nbytes), Share(f"its cache {self.directory}", found, bytes_found)]
+        (fetched, nbytes), (cached, bytes_cached) = self._fetched, self._from_cache
+        return [Share(place, fetched, nbytes), Share(f"its cache {self.directory}", cached, bytes_cached)]
 
     def _count(self, counts: list[int], nbytes: int) -> None:
         with self._lock:
@@ -171,7 +171,7 @@ class CachedStore(WrapperStore):
                 else:
                     if key in self._cached:  # else it was evicted meanwhile
                         self._cached.set(key)
-                    self._count(self._found, buffer.nbytes)
+                    self._count(self._from_cache, buffer.nbytes)
                     return
             self._fetch(key, as_bytes(buffer), pause)
             self._count(self._fetched, buffer.nbytes)
@@ -179,10 +179,10 @@ class CachedStore(WrapperStore):
     def _is_waiting(self, key: ExpertKey, buffer: memoryview) -> bool:
         """Return whether a record waits to be written into its shard, and if so, copy it."""
         with self._room:
-            if (copy := self._unsettled.get(key)) is None:
+            if (copy := self._arrived.get(key)) is None:
                 return False
             copy_bytes(as_bytes(buffer), copy)
-        self._count(self._found, buffer.nbytes)
+        self._count(self._from_cache, buffer.nbytes)
         return True
 
     @property
@@ -231,8 +231,8 @@ class CachedStore(WrapperStore):
             crc = run_reads(reads[done:], crc)
         except StoreError as error:
             raise type(error)(f"{self.manifest.model}, {key}: {error.cause}", error.fix) from error
-        known = self.manifest.checksums(key.block)[key.expert]
-        if crc != known or crc != int.from_bytes(view[-CHECKSUM_BYTES:], "little"):
+        expected = self.manifest.checksums(key.block)[key.expert]
+        if crc != expected or crc != int.from_bytes(view[-CHECKSUM_BYTES:], "little"):
             where = f"{self.manifest.model}, {key}: {name} at {objects.where}"
             raise ChecksumError(f"{where} has other bytes than the manifest says.", "")
 
@@ -247,18 +247,18 @@ class CachedStore(WrapperStore):
                 lambda: not self._waiting or self._waiting + len(view) <= QUEUE_BYTES or self._full, self._patience
             )
             self._patience = PATIENCE if room else 0.0
-            if not room or self._full or key in self._unsettled:
+            if not room or self._full or key in self._arrived:
                 return
             spare = self._buffers.setdefault(len(view), [])
             copy = spare.pop() if spare else memoryview(mmap.mmap(-1, len(view)))
             self._waiting += len(view)
         copy_bytes(copy, view)  # without the lock, as other threads copy too
         with self._room:
-            if key in self._unsettled:  # another thread has fetched it too
+            if key in self._arrived:  # another thread has fetched it too
                 self._release(copy)
                 return
-            self._unsettled[key] = copy
-        self._settler.submit(self._settle)
+            self._arrived[key] = copy
+        self._writer.submit(self._store_arrived)
 
     def _release(self, copy: memoryview) -> None:
         """Give back the memory of a copy. The caller holds ``_room``."""
@@ -266,10 +266,10 @@ class CachedStore(WrapperStore):
         self._buffers[len(copy)].append(copy)
         self._room.notify_all()
 
-    def _settle(self) -> None:
+    def _store_arrived(self) -> None:
         """Write the records that have arrived, sync them, set their entries, and evict others if there are too many."""
         with self._room:
-            arrived = dict(self._unsettled)
+            arrived = dict(self._arrived)
         if not arrived:
             return
         try:
@@ -294,7 +294,7 @@ class CachedStore(WrapperStore):
         finally:
             with self._room:
                 for key, copy in arrived.items():
-                    del self._unsettled[key]
+                    del self._arrived[key]
                     self._release(copy)
 
     def _write(self, block: int, records: Mapping[int, memoryview]) -> None:
@@ -336,9 +336,9 @@ class CachedStore(WrapperStore):
         if not cached.times.all():
             return
         for block, shard in self.store.shards.items():
-            known = self.manifest.checksums(block)
-            for expert, (found, right) in enumerate(zip(shard.file.stored_checksums(), known, strict=True)):
-                if found != right:  # a reader has set its entry just when it was evicted
+            expected = self.manifest.checksums(block)
+            for expert, (stored, right) in enumerate(zip(shard.file.stored_checksums(), expected, strict=True)):
+                if stored != right:  # a reader has set its entry just when it was evicted
                     cached.clear(ExpertKey(block, expert))
         if cached.times.all():
             cached.sync()
@@ -352,7 +352,7 @@ class CachedStore(WrapperStore):
             self._objects.close()
         if self._fork_guard.is_owner:
             self._use.close()
-            self._settler.shutdown()
+            self._writer.shutdown()
         self.store.close()
         times, self._access_times = self._access_times, None
         if times is not None:

@@ -81,8 +81,8 @@ def fetch_small(
             objects.where,
         )
         sizes = pool.submit(objects.sizes).result()
-    there = (*USUAL, ORIGIN) if sizes is None and manifest.trunk else sizes or ()
-    wanted = list(names) or list(dict.fromkeys([*required, *filter(is_small, there)]))
+    known_names = (*USUAL, ORIGIN) if sizes is None and manifest.trunk else sizes or ()
+    wanted = list(names) or list(dict.fromkeys([*required, *filter(is_small, known_names)]))
     check_small([(sizes or {}).get(name, 0) for name in wanted], objects.where, "Check the address.")
 
     def copy(name: str, most: int) -> int:

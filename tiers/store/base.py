@@ -189,20 +189,20 @@ class DirectoryStore(Store):
         """
 
     @property
-    def rest(self) -> Mapping[Path, int]:
-        """The files that ``scrub_rest`` checks, with the number of bytes that it reads of each.
+    def other_files(self) -> Mapping[Path, int]:
+        """The files that ``scrub_other_files`` checks, with the number of bytes that it reads of each.
 
         The default is the files of the trunk that the manifest lists.
         """
         return {self.directory / name: entry.bytes for name, entry in sorted(self.manifest.trunk.items())}
 
-    def rest_faults(self) -> dict[str, StoreError]:
-        """Check sizes and headers of the files in ``rest``. Return a dictionary from name to error."""
+    def other_file_faults(self) -> dict[str, StoreError]:
+        """Check sizes and headers of the files in ``other_files``. Return a dictionary from name to error."""
         return trunk_faults(self.directory, self.manifest) if self.manifest.trunk else {}
 
-    def scrub_rest(self) -> Iterator[int | Problem]:
-        """Check the bytes in ``rest``. Yield each problem; to show progress, also the size of each read, in bytes."""
-        faults = self.rest_faults()
+    def scrub_other_files(self) -> Iterator[int | Problem]:
+        """Check the bytes in ``other_files``. Yield problems, and as progress the size of each read in bytes."""
+        faults = self.other_file_faults()
         for name, fault in faults.items():
             yield Problem(None, None, str(self.directory / name), fault.cause)
         for name, entry in sorted(self.manifest.trunk.items()):
@@ -280,14 +280,14 @@ class WrapperStore(DirectoryStore):
         self.store.compare_digest(checksums)
 
     @property
-    def rest(self) -> Mapping[Path, int]:
+    def other_files(self) -> Mapping[Path, int]:
         """The files beside the store's records."""
-        return self.store.rest
+        return self.store.other_files
 
-    def rest_faults(self) -> dict[str, StoreError]:
+    def other_file_faults(self) -> dict[str, StoreError]:
         """Return the faults of the files beside the store's records."""
-        return self.store.rest_faults()
+        return self.store.other_file_faults()
 
-    def scrub_rest(self) -> Iterator[int | Problem]:
+    def scrub_other_files(self) -> Iterator[int | Problem]:
         """Check the files beside the store's records."""
-        return self.store.scrub_rest()
+        return self.store.scrub_other_files()

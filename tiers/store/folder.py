@@ -153,8 +153,8 @@ def read_origin(folder: Path) -> dict[str, str]:
     The result is a dictionary with these two names. It is empty if they are not known.
     """
     try:
-        found = Fields(read_json(folder / ORIGIN))
-        return {name: found[name].text() for name in ("id", "revision")}
+        fields = Fields(read_json(folder / ORIGIN))
+        return {name: fields[name].text() for name in ("id", "revision")}
     except (StoreError, ValueError):
         return {}
 
@@ -167,9 +167,9 @@ def _incomplete(folder: Path) -> IncompleteStoreError:
             f"Convert the model again: {command('convert', 'SRC', target)}",
         )
     blocks = range(len(plan.blocks))
-    there = sum(ShardFile.of(folder, plan, block).path.exists() for block in blocks)
+    complete = sum(ShardFile.of(folder, plan, block).path.exists() for block in blocks)
     return IncompleteStoreError(
-        f"{target} is incomplete: its conversion was interrupted; {there} of {len(blocks)} blocks are done.",
+        f"{target} is incomplete: its conversion was interrupted; {complete} of {len(blocks)} blocks are done.",
         f"Resume it: {resuming(target, plan)}",
     )
 
@@ -218,17 +218,17 @@ def parse_json(data: bytes, where: str, fix: str) -> dict[str, Any]:
     name of the data, and has ``fix`` as its advice.
     """
     try:
-        found = json.loads(data, parse_int=_whole)
-        deep = _is_deep(found)
+        value = json.loads(data, parse_int=_whole)
+        deep = _is_deep(value)
     except ValueError as error:
         raise StoreFormatError(f"{where} is not JSON ({error}).", fix) from error
     except RecursionError:
         deep = True
     if deep:
         raise StoreFormatError(f"{where} has values that are nested in more than {MAX_LEVELS} levels.", fix)
-    if not isinstance(found, dict):
+    if not isinstance(value, dict):
         raise StoreFormatError(f"{where} is not a JSON object.", fix)
-    return found
+    return value
 
 
 def _is_deep(value: object) -> bool:
@@ -237,8 +237,8 @@ def _is_deep(value: object) -> bool:
     for _ in range(MAX_LEVELS + 2):
         if not level:
             return False
-        containers = (each.values() if isinstance(each, dict) else each for each in level)
-        level = [inner for each in containers for inner in each if isinstance(inner, dict | list)]
+        containers = (container.values() if isinstance(container, dict) else container for container in level)
+        level = [inner for container in containers for inner in container if isinstance(inner, dict | list)]
     return bool(level)
 
 
@@ -252,7 +252,7 @@ def check_array(path: Path, manifest: Manifest, array: str) -> None:
 
     Raises StoreReadError if the system reports an error when the file is read.
     """
-    found = read_json(path)
+    metadata = read_json(path)
     shape = manifest.shape(array)
     inner, outer = [1, 1, shape[2]], [1, shape[1], shape[2]]
     expected = {
@@ -274,14 +274,14 @@ def check_array(path: Path, manifest: Manifest, array: str) -> None:
             }
         ],
     }
-    if "storage_transformers" in found:
+    if "storage_transformers" in metadata:
         expected["storage_transformers"] = []
-    _compare(path, found, expected)
+    _compare(path, metadata, expected)
 
 
-def _compare(path: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
+def _compare(path: Path, metadata: dict[str, Any], expected: dict[str, Any]) -> None:
     for name, value in expected.items():
         try:
-            Fields(found)[name].equals(value, "the file does not match the manifest")
+            Fields(metadata)[name].equals(value, "the file does not match the manifest")
         except ValueError as error:
             raise StoreFormatError(f"{path}: {error}.", remaking(path)) from error

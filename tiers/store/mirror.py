@@ -56,9 +56,9 @@ def open_mirror(folder: Path, digest: str) -> ExpertStore:
 
     Raises StoreError if there is no complete mirror in the folder, or if its digest is not ``digest``.
     """
-    if (found := read_manifest(store_folder(folder)).digest) != digest:
+    if (its_digest := read_manifest(store_folder(folder)).digest) != digest:
         raise StoreFormatError(
-            f"{folder} is the copy of another store: its digest is {found}, and not {digest}.",
+            f"{folder} is the copy of another store: its digest is {its_digest}, and not {digest}.",
             "Remove this folder, and make the mirror again with moetier mirror.",
         )
     return ExpertStore.open(folder, damaged=True)

@@ -242,7 +242,7 @@ class ExpertStore(DirectoryStore):
                 f"{_expert(self.manifest, key)}: checksum mismatch in {self.path(key.block)}.",
                 f"{REPAIR} {command('verify', self.directory)} lists everything that is damaged.",
             )
-        if (known := self.manifest.checksums(key.block)) and crc != known[key.expert]:
+        if (checksums := self.manifest.checksums(key.block)) and crc != checksums[key.expert]:
             path = self.path(key.block)
             raise foreign_record(f"{_expert(self.manifest, key)}: its record in {path}", path)
 

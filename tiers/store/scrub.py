@@ -25,12 +25,12 @@ def scrub(store: DirectoryStore) -> Iterator[int | Problem]:
         yield Problem(block, None, str(store.path(block)), fault.cause)
     good = not store.faults
     crcs = []
-    for key, found in checksums(store):
-        if isinstance(found, StoreError):
+    for key, checksum in checksums(store):
+        if isinstance(checksum, StoreError):
             good = False
-            yield Problem(key.block, key.expert, str(store.path(key.block)), found.cause)
+            yield Problem(key.block, key.expert, str(store.path(key.block)), checksum.cause)
         else:
-            crcs.append(found)
+            crcs.append(checksum)
         yield store.layout(key.block).slot_bytes
     if good:
         try:

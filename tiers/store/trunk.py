@@ -81,9 +81,9 @@ def _check_file(path: Path, entry: FileSum | None, tensors: set[str] | None) -> 
     if entry and size != entry.bytes:
         cause = f"{path}, a file of the trunk, has {size:,} bytes; {entry.bytes:,} were written."
         raise StoreFormatError(cause, remaking(path, FIX))
-    found = _header(path).keys()
-    if tensors is not None and found != tensors:
-        cause = f"Only one of {path} and {INDEX} has the tensor {shown(min(found ^ tensors))}."
+    names = _header(path).keys()
+    if tensors is not None and names != tensors:
+        cause = f"Only one of {path} and {INDEX} has the tensor {shown(min(names ^ tensors))}."
         raise StoreFormatError(cause, remaking(path, FIX))
 
 
@@ -93,7 +93,7 @@ def trunk_records(directory: Path, manifest: Manifest) -> dict[str, int]:
     Raises StoreFormatError if the index or a header is malformed, if a record has a wrong type or shape, or if the
     manifest says that no matrix of the trunk is quantised. Raises StoreReadError if a file can't be read.
     """
-    found: dict[str, int] = {}
+    records: dict[str, int] = {}
     headers: dict[str, dict[str, SafetensorsEntry]] = {}
     for tensor, name in _places(directory).items():
         if not tensor.endswith(RECORD):
@@ -112,8 +112,8 @@ def trunk_records(directory: Path, manifest: Manifest) -> dict[str, int]:
             what = f"has type {entry.dtype} and shape {list(entry.shape)}" if entry else "is missing"
             cause = f"{path}, a file of the trunk: {tensor} {what}; it should be a record."
             raise StoreFormatError(cause, remaking(path, FIX))
-        found[tensor.removesuffix(RECORD)] = entry.shape[0]
-    return found
+        records[tensor.removesuffix(RECORD)] = entry.shape[0]
+    return records
 
 
 def _places(directory: Path) -> dict[str, str]:

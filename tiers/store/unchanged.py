@@ -51,8 +51,8 @@ class Unchanged:
         self._descriptor = descriptor
         self._advice = advice
         with read_errors(path):
-            self._known = os.fstat(descriptor)
-        self._samples = _samples(descriptor, self._known.st_size)
+            self._status = os.fstat(descriptor)
+        self._samples = _samples(descriptor, self._status.st_size)
         self._has_warned = False
 
     def check(self) -> None:
@@ -62,7 +62,7 @@ class Unchanged:
         """
         with read_errors(self.path):
             now = os.fstat(self._descriptor)
-        before = self._known
+        before = self._status
         if _state(now) == _state(before):
             return
         if now.st_size != before.st_size:
@@ -73,7 +73,7 @@ class Unchanged:
             # a program has written to it and set the modification time back; ctime can't be set
             what = "its change time (ctime) and its content differ"
         else:
-            self._known = now
+            self._status = now
             if _attributes(now) == _attributes(before) and not self._has_warned:
                 self._has_warned = True
                 _log.warning(

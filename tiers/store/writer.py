@@ -198,7 +198,7 @@ class ShardWriter:
 def array_metadata(plan: Manifest, array: str) -> bytes:
     """Return the content of the file ``zarr.json`` of a zarr array. It is made by zarr itself."""
     shape = plan.shape(array)
-    made = zarr.create_array(
+    zarr_array = zarr.create_array(
         MemoryStore(),
         shape=shape,
         chunks=(1, 1, shape[2]),
@@ -210,7 +210,7 @@ def array_metadata(plan: Manifest, array: str) -> bytes:
         fill_value=0,
         config={"write_empty_chunks": True},
     )
-    return made.metadata.to_buffer_dict(default_buffer_prototype())[METADATA].to_bytes()
+    return zarr_array.metadata.to_buffer_dict(default_buffer_prototype())[METADATA].to_bytes()
 
 
 def is_complete(file: ShardFile) -> bool:
@@ -228,16 +228,18 @@ def _check_target(folder: Path, plan: Manifest) -> None:
     """Raise TargetExistsError unless the folder is empty, or holds a finished or unfinished store of this plan."""
     strangers = sorted(path.name for path in folder.iterdir() if not path.name.endswith(PARTIAL))
     try:
-        found = read_plan(folder)
+        earlier = read_plan(folder)
     except StoreError:
-        found = None
-    if found == plan or not strangers:
+        earlier = None
+    if earlier == plan or not strangers:
         return
-    if found is None:
+    if earlier is None:
         cause = f"{folder} holds {strangers[0]}, and is not a moetier store."
     else:
-        differing = [each.name for each in fields(plan) if getattr(found, each.name) != getattr(plan, each.name)]
-        cause = f"{folder.parent} holds another conversion, of {found.model}, which differs in {', '.join(differing)}."
+        differing = [field.name for field in fields(plan) if getattr(earlier, field.name) != getattr(plan, field.name)]
+        cause = (
+            f"{folder.parent} holds another conversion, of {earlier.model}, which differs in {', '.join(differing)}."
+        )
     raise TargetExistsError(cause, "Choose another folder, or remove this folder first.")
 
 

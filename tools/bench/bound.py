@@ -98,8 +98,8 @@ def need_of(manifest: Manifest, routing: Routing, measured: int, slots: Mapping[
     misses = misses_of(routing, all_partitions(manifest, slots))[-measured:]
     wanted = [[len(set(experts)) for experts in step] for step in routing[-measured:]]
 
-    def mean(counts: list[list[int]], each: list[int]) -> float:
-        return sum(count * size for step in counts for count, size in zip(step, each, strict=True)) / len(counts)
+    def mean(counts: list[list[int]], sizes: list[int]) -> float:
+        return sum(count * size for step in counts for count, size in zip(step, sizes, strict=True)) / len(counts)
 
     return Need(missing=mean(misses, sizes), experts=mean(wanted, payloads), trunk=trunk)
 

@@ -163,11 +163,11 @@ def _trunk_bytes(model: Any) -> int:
     Embeddings that are also the weights of the output head are counted.
     """
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-    known = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers()) if t.nbytes}
+    sizes = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers()) if t.nbytes}
     for tensor in embeddings.parameters():
         if head is None or all(tensor.data_ptr() != other.data_ptr() for other in head.parameters()):
-            known.pop(tensor.data_ptr(), None)
-    return sum(known.values())
+            sizes.pop(tensor.data_ptr(), None)
+    return sum(sizes.values())
 
 
 WORKS = {"idle": idle, "model": model, "rates": rates}
@@ -177,10 +177,10 @@ def main() -> None:
     """Run the measurement that standard input describes, and print its result or error as JSON."""
     work = json.loads(sys.stdin.read())
     try:
-        found = WORKS[work["work"]](work)
+        result = WORKS[work["work"]](work)
     except MoetierError as error:
-        found = {"error": [error.cause, error.fix]}
-    print(json.dumps(found))
+        result = {"error": [error.cause, error.fix]}
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -70,13 +70,13 @@ def measure(arguments: argparse.Namespace, others: Mapping[str, Callable[[], dic
         words += ["--workers", str(arguments.workers)] if arguments.workers else []
         words += ["--threads", str(arguments.threads)] if arguments.threads else []
         ways[name] = partial(convert_once, arguments.source, arguments.into, words, files)
-    found = alternate(arguments.rounds, ways | dict(others))
+    measured = alternate(arguments.rounds, ways | dict(others))
 
-    disk = Spread.of(found.pop("disk"))
+    disk = Spread.of(measured.pop("disk"))
     rows = [["way", "million weights/s", "fast is", "bound (reading)", "ratio", "seconds", "peak"]]
     results: list[dict[str, Any]] = []
-    speeds = {name: Spread.of(run["weights"] / run["seconds"] for run in runs) for name, runs in found.items()}
-    for name, runs in found.items():
+    speeds = {name: Spread.of(run["weights"] / run["seconds"] for run in runs) for name, runs in measured.items()}
+    for name, runs in measured.items():
         weights, source = runs[0]["weights"], runs[0]["source_bytes"]
         speed, seconds = speeds[name], Spread.of(run["seconds"] for run in runs)
         times = speeds["fast"].median / speed.median
@@ -100,7 +100,7 @@ def measure(arguments: argparse.Namespace, others: Mapping[str, Callable[[], dic
         )
     notes = [
         f"disk     {disk.text(1e9)} GB/s, random reads of {format_bytes(reads.block_bytes)}, {DEPTH} in flight, "
-        f"by {reads.by}; page cache {found['hqq'][-1]['page_cache']}",
+        f"by {reads.by}; page cache {measured['hqq'][-1]['page_cache']}",
         *([] if fio else [NO_FIO]),
     ]
     machine = Machine.here(place=arguments.source, fio=fio)
@@ -128,5 +128,5 @@ def convert_once(source: Path, into: Path | None, options: list[str], files: lis
         lines = [line for line in result.stderr.splitlines() if line.startswith(("moetier: ", "  "))][-2:]
         cause, fix = lines if len(lines) == 2 else (result.stderr[-500:], "Check that moetier convert works with it.")
         raise CheckpointError(cause.removeprefix("moetier: "), fix.strip())
-    found: dict[str, Any] = json.loads(result.stdout)
-    return found | {"page_cache": page_cache}
+    report: dict[str, Any] = json.loads(result.stdout)
+    return report | {"page_cache": page_cache}

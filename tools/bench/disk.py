@@ -46,10 +46,10 @@ def run(arguments: argparse.Namespace) -> int:
         for depth in depths:
             ways["moetier", depth] = partial(store_rate, store, reads.block_bytes, depth, arguments.seconds)
             ways["bound", depth] = partial(reads.rate, depth, arguments.seconds)
-        found = alternate(arguments.rounds, ways)
+        measured = alternate(arguments.rounds, ways)
     rows, results = [["depth", "record", "moetier, GB/s", f"{reads.by}, GB/s", "ratio"]], list[dict[str, Any]]()
     for depth in depths:
-        own, bound = Spread.of(found["moetier", depth]), Spread.of(found["bound", depth])
+        own, bound = Spread.of(measured["moetier", depth]), Spread.of(measured["bound", depth])
         ratio = own.median / bound.median
         rows.append([str(depth), format_bytes(reads.block_bytes), own.text(GB), bound.text(GB), f"{ratio:.2f}"])
         results.append(

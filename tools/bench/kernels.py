@@ -85,10 +85,10 @@ def run(arguments: argparse.Namespace) -> int:
         ways: dict[tuple[str, int], Callable[[], Any]] = {MEMORY: partial(rates.memory_rate, rates.UNCACHED_BYTES)}
         for p, count in product(layout.projections, rows):
             ways[p.name, count] = partial(probe.seconds, p.name, count, at_least=arguments.seconds)
-        found = alternate(arguments.rounds, ways)
+        measured = alternate(arguments.rounds, ways)
         for p, count in product(layout.projections, rows):
             nbytes = rates.projection_bytes(layout, p.name)
-            result = result_of(title, p, count, nbytes, Spread.of(found[p.name, count]), found[MEMORY])
+            result = result_of(title, p, count, nbytes, Spread.of(measured[p.name, count]), measured[MEMORY])
             results.append(result)
             table.append(_row(result))
     dtype = str(rates.activation_dtype()).removeprefix("torch.")
@@ -106,7 +106,7 @@ def result_of(
     A product of ``rows`` rows with the projection ``p`` takes ``seconds`` and reads ``nbytes`` of the record.
     ``memory`` has results of ``memory_rate``, by round.
     """
-    rate, bound = Spread.of(nbytes / s for s in seconds.runs), Spread.of(found for found, _ in memory)
+    rate, bound = Spread.of(nbytes / s for s in seconds.runs), Spread.of(memory_rate for memory_rate, _ in memory)
     return {
         "records": title,
         "projection": p.name,

@@ -158,11 +158,11 @@ def measure(arguments: argparse.Namespace, work: Work) -> int:
     ways: dict[RunLimits | str, Any] = rated.ways(child, work)
     for limits in several:
         ways[limits] = partial(fresh, feed | {"ram": limits.ram}, limit=limits.limit, files=files)
-    found = alternate(arguments.rounds, ways)
-    page_cache = found[several[0]][-1]["page_cache"]
+    measured = alternate(arguments.rounds, ways)
+    page_cache = measured[several[0]][-1]["page_cache"]
 
-    rates, rates_json, notes = rated.summary(found["disk"], found["rates"], work)
-    results = [result_of(limits, found[limits], work, floor, rates) for limits in several]
+    rates, rates_json, notes = rated.summary(measured["disk"], measured["rates"], work)
+    results = [result_of(limits, measured[limits], work, floor, rates) for limits in several]
     return report(
         arguments,
         Machine.here(threads=seen["threads"], place=folder, fio=fio),

@@ -64,14 +64,14 @@ def alternate(rounds: int, ways: Mapping[K, Callable[[], T]]) -> dict[K, list[T]
 
     Each round begins with another way; every second round goes through the ways in reverse.
     """
-    found: dict[K, list[T]] = {name: [] for name in ways}
+    results: dict[K, list[T]] = {name: [] for name in ways}
     names = [*ways]
     for number in range(rounds):
         first = number % len(names)
         order = names[first:] + names[:first]
         for name in order if number % 2 == 0 else reversed(order):
-            found[name].append(ways[name]())
-    return found
+            results[name].append(ways[name]())
+    return results
 
 
 def add_bench_arguments(parser: argparse.ArgumentParser) -> None:

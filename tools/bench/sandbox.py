@@ -145,7 +145,7 @@ def fresh(work: dict[str, Any], *, limit: int | None = None, files: Iterable[Pat
         raise ConfigError(
             f"The process that measures failed: {said}", "Check that moetier generate works with the same model."
         )
-    found: dict[str, Any] = json.loads(lines[-1])
-    if "error" in found:
-        raise MoetierError(*found["error"])
-    return found | {"group_peak_bytes": peak, "page_cache": page_cache}
+    printed: dict[str, Any] = json.loads(lines[-1])
+    if "error" in printed:
+        raise MoetierError(*printed["error"])
+    return printed | {"group_peak_bytes": peak, "page_cache": page_cache}

@@ -51,16 +51,16 @@ def read_ids(path: Path) -> list[int]:
     Raises ConfigError if the file can't be read, or has no such list.
     """
     try:
-        found = json.loads(path.read_bytes())
+        value = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"{path} can't be read as JSON ({error}).", "Give --tokens-file a JSON list of token ids."
         ) from error
-    if isinstance(found, dict):
-        found = found.get("token_ids")
-    if not isinstance(found, list) or not found or not all(type(number) is int and number >= 0 for number in found):
+    if isinstance(value, dict):
+        value = value.get("token_ids")
+    if not isinstance(value, list) or not value or not all(type(number) is int and number >= 0 for number in value):
         raise ConfigError(f"{path} has no list of token ids.", "Give --tokens-file a JSON list such as [1, 415, 2936].")
-    return found
+    return value
 
 
 def _of_text(directory: Path, path: Path) -> list[int]:

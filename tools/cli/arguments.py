@@ -110,11 +110,11 @@ def resources_of(arguments: argparse.Namespace, **more: Any) -> dict[str, Any]:
     for name, default in unused.items():
         if not asked(arguments, name):
             setattr(arguments, name, default)
-    found = {name: getattr(arguments, name) for name in OPTIONS if hasattr(arguments, name)}
-    found |= {"credentials": credentials(arguments)} | more
+    options = {name: getattr(arguments, name) for name in OPTIONS if hasattr(arguments, name)}
+    options |= {"credentials": credentials(arguments)} | more
     with checked():
-        TierConfig.of(**found)
-    return found
+        TierConfig.of(**options)
+    return options
 
 
 def asked(arguments: argparse.Namespace, name: str) -> bool:
@@ -175,5 +175,5 @@ def decoding_of(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _group(parser: argparse.ArgumentParser, title: str) -> argparse._ArgumentGroup:
     """Return the parser's group called ``title``, which is added if the parser has none."""
-    found = (group for group in parser._action_groups if group.title == title)
-    return next(found, None) or parser.add_argument_group(title)
+    groups = (group for group in parser._action_groups if group.title == title)
+    return next(groups, None) or parser.add_argument_group(title)

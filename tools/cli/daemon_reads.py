@@ -60,11 +60,11 @@ class DaemonWatch:
         if daemon is None:
             return None
         (was, before, clients), (now, after, clients_now) = self._before, _look(self._tiers)
-        known, away = bool(was and now), daemon.away
-        restarted = known and was != now
+        is_counted, away = bool(was and now), daemon.away
+        restarted = is_counted and was != now
         return DaemonReads(
             place=str(daemon.address),
-            bytes_read=after - (0 if restarted else before) if known else None,
+            bytes_read=after - (0 if restarted else before) if is_counted else None,
             clients=max(clients, clients_now),
             restarted=restarted,
             lost=daemon.connections - self._connections + bool(away),

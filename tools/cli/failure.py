@@ -105,8 +105,8 @@ def show(text: str) -> None:
 def as_options(text: str) -> str:
     """Return an error's text with options in place of parameters of ``load``: --device-memory for `device_memory`."""
 
-    def option(found: re.Match[str]) -> str:
-        name = found[1] or _TLS.get(found[2], found[2])
+    def option(match: re.Match[str]) -> str:
+        name = match[1] or _TLS.get(match[2], match[2])
         return f"--{name.replace('_', '-')}"
 
     return _parameters().sub(option, text)
@@ -119,7 +119,7 @@ def _parameters() -> re.Pattern[str]:
     from moetier.runtime.wire.address import Credentials
 
     names = "|".join([*OPTIONS, "store_cache", "store_cache_size"])
-    return re.compile(rf"`(?:({names})|credentials\.({'|'.join(each.name for each in fields(Credentials))}))`")
+    return re.compile(rf"`(?:({names})|credentials\.({'|'.join(field.name for field in fields(Credentials))}))`")
 
 
 class PlainFormatter(logging.Formatter):

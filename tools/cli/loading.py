@@ -64,13 +64,13 @@ def _warn(model: Any, ram: str | None, context: int) -> None:
     from moetier.runtime.machine.memory import exceeded
     from moetier.runtime.model.context import longest_context
 
-    there = exceeded(None if ram is None else Size.parse(ram))
-    if there is not None and model.tiers.host.stats().name == "host":
+    limits = exceeded(None if ram is None else Size.parse(ram))
+    if limits is not None and model.tiers.host.stats().name == "host":
         _log.warning(
             "--ram %s is more than the %s of %s. Only as much as all experts need is used.",
             ram,
-            format_bytes(there.bytes),
-            there.limiter,
+            format_bytes(limits.bytes),
+            limits.limiter,
         )
     trained = longest_context(model.config)
     if trained and context > trained and context != DEFAULT_CONTEXT:

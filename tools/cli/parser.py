@@ -105,15 +105,15 @@ class CommandParser(argparse.ArgumentParser):
             rest = words[len(own) :]
             if rest and rest[0] not in commands:
                 self._refuse(f"There is no {self._name('command')} {rest[0]!r}.", _nearest(rest[0], commands))
-            found, more = super().parse_known_args(args, namespace)
+            parsed, more = super().parse_known_args(args, namespace)
             if not rest and not more:
                 self.print_help()
                 self.exit()
-            return found, more
+            return parsed, more
         self._check_options(words)
         self._inside = True
         try:
-            found, more = self.parse_known_intermixed_args(args, namespace)
+            parsed, more = self.parse_known_intermixed_args(args, namespace)
         finally:
             self._inside = False
         if more:
@@ -123,7 +123,7 @@ class CommandParser(argparse.ArgumentParser):
                 f"{self._name()} takes no further argument, but there is {more[0]!r}.",
                 "If a text has several words, put it in quotes. ",
             )
-        return found, more
+        return parsed, more
 
     def _get_value(self, action, arg_string):  # type: ignore[no-untyped-def]  # as argparse declares it
         """Return the value of an argument. Exit with a message if the argument's type does not accept the text."""
@@ -157,13 +157,13 @@ class CommandParser(argparse.ArgumentParser):
         return self.prog.removeprefix("moetier").strip() or of_none
 
     def _check_options(self, words: Iterable[str]) -> None:
-        known = [name for name in self._option_string_actions if name.startswith("--")]
+        options = [name for name in self._option_string_actions if name.startswith("--")]
         for word in takewhile("--".__ne__, words):
             name = word.partition("=")[0]
             # argparse takes a word with a space for a value, and accepts an unambiguous beginning of an option
-            if name.startswith("--") and " " not in word and not any(each.startswith(name) for each in known):
+            if name.startswith("--") and " " not in word and not any(option.startswith(name) for option in options):
                 argument = next((a for a in self._actions if not a.option_strings and f"--{a.dest}" == name), None)
-                advice = _nearest(name, known) if argument is None else f"Give {_name_of(argument)} without {name}. "
+                advice = _nearest(name, options) if argument is None else f"Give {_name_of(argument)} without {name}. "
                 self._refuse(f"{self._name('moetier')} has no option {name}.", advice)
 
     def _refuse(self, cause: str, advice: str = "") -> NoReturn:
@@ -199,10 +199,10 @@ def _name_of(action: argparse.Action) -> str:
     return "/".join(action.option_strings) or str(action.metavar or action.dest.upper())
 
 
-def _nearest(word: str, known: Iterable[str]) -> str:
+def _nearest(word: str, names: Iterable[str]) -> str:
     """Return a question that suggests the word of ``known`` nearest to ``word``, or "" if none is near."""
-    found = difflib.get_close_matches(word, list(known), n=1)
-    return f"Did you mean {found[0]}? " if found else ""
+    matches = difflib.get_close_matches(word, list(names), n=1)
+    return f"Did you mean {matches[0]}? " if matches else ""
 
 
 # help of an argument that names a directory
@@ -346,22 +346,22 @@ def by_name(arguments: argparse.Namespace) -> argparse.Namespace:
     """
     from moetier.runtime.model.names import checkpoint_or_model, directory_at, is_address, model_directory
 
-    found = dict(vars(arguments))
+    values = dict(vars(arguments))
 
     def folder(text: str, *, of_source: bool) -> str | Path:
         if not is_address(text):
             return checkpoint_or_model(text) if of_source else model_directory(text)
         from .progress import shown
 
-        outline, progress = found.get("outline", False), shown("fetch")
-        at = directory_at(text, found["store_cache"], found["store_cache_size"], progress=progress, outline=outline)
+        outline, progress = values.get("outline", False), shown("fetch")
+        at = directory_at(text, values["store_cache"], values["store_cache_size"], progress=progress, outline=outline)
         return str(at) if of_source else at
 
-    for name in arguments.by_name.keys() & found.keys():
+    for name in arguments.by_name.keys() & values.keys():
         find = partial(folder, of_source=arguments.by_name[name] is source)
-        match found[name]:
+        match values[name]:
             case str() as text:
-                found[name] = find(text)
+                values[name] = find(text)
             case list() as several:
-                found[name] = [find(each) if isinstance(each, str) else each for each in several]
-    return argparse.Namespace(**found)
+                values[name] = [find(item) if isinstance(item, str) else item for item in several]
+    return argparse.Namespace(**values)

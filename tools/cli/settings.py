@@ -95,13 +95,13 @@ class Settings:
 
         These variables are not in ``faults``, because a container image or a service manager may have set them.
         """
-        known = [*(variable(section, key) for section, keys in self.sections.items() for key in keys), *OWN]
+        variables = [*(variable(section, key) for section, keys in self.sections.items() for key in keys), *OWN]
         said = []
         for name in self._variables:
-            if name not in known and not OTHERS.fullmatch(name):
+            if name not in variables and not OTHERS.fullmatch(name):
                 # settings of one command: MOETIER_GENERATE_SEED for MOETIER_SEED
-                own = [each for each in known if each.endswith(name.removeprefix(PREFIX))]
-                near = own or difflib.get_close_matches(name, known, n=1, cutoff=CLOSE)
+                own = [candidate for candidate in variables if candidate.endswith(name.removeprefix(PREFIX))]
+                near = own or difflib.get_close_matches(name, variables, n=1, cutoff=CLOSE)
                 meant = f" Did you mean {' or '.join(near)}?" if near else ""
                 said.append(f"{name} in the environment is not a setting of moetier, and is ignored.{meant}")
         return said
@@ -145,33 +145,37 @@ class Settings:
         try:
             return replace(written, value=_value(action, written, base))
         except ConfigError as fault:
-            self._found(fault.cause, fault.fix)
+            self._add_fault(fault.cause, fault.fix)
             return replace(written, fault=fault)
 
-    def _found(self, cause: str, fix: str) -> None:
-        if all((cause, fix) != (each.cause, each.fix) for each in self.faults):
+    def _add_fault(self, cause: str, fix: str) -> None:
+        if all((cause, fix) != (fault.cause, fault.fix) for fault in self.faults):
             self.faults.append(ConfigError(cause, fix))
 
     def _check_section(self, section: str, keys: object) -> None:
-        known = self.sections
+        sections = self.sections
         if not isinstance(keys, dict):
-            places = _homes(section, known) or [f"[{_nearest(section, known)}]"]
-            self._found(f"{self.file}: {section} stands outside of a section.", f"Put it below {' or '.join(places)}.")
+            places = _homes(section, sections) or [f"[{_nearest(section, sections)}]"]
+            self._add_fault(
+                f"{self.file}: {section} stands outside of a section.", f"Put it below {' or '.join(places)}."
+            )
         elif section not in self._options:
-            nearest = _nearest(section, known)
-            self._found(f"{self.file}: there is no section [{section}].", f"The most similar section is [{nearest}].")
-        elif keys and section not in known:
-            self._found(f"{self.file}: moetier {section} has no settings.", f"Remove the section [{section}].")
+            nearest = _nearest(section, sections)
+            self._add_fault(
+                f"{self.file}: there is no section [{section}].", f"The most similar section is [{nearest}]."
+            )
+        elif keys and section not in sections:
+            self._add_fault(f"{self.file}: moetier {section} has no settings.", f"Remove the section [{section}].")
         else:
             for key in keys:
                 if key not in self._options[section]:
-                    homes = " or ".join(_homes(key, known))
+                    homes = " or ".join(_homes(key, sections))
                     fix = (
                         f"Put it below {homes}."
                         if homes
-                        else f"The most similar key is {_nearest(key, known[section])}."
+                        else f"The most similar key is {_nearest(key, sections[section])}."
                     )
-                    self._found(f"{self.file}: [{section}] has no key {key!r}.", fix)
+                    self._add_fault(f"{self.file}: [{section}] has no key {key!r}.", fix)
 
 
 def is_anything_set() -> bool:
@@ -211,13 +215,13 @@ def without_settings(environment: Mapping[str, str]) -> dict[str, str]:
 def mentioned(settings: Iterable[Setting], error: MoetierError) -> str:
     """Return a sentence that says where each setting named in ``error`` is set, or "" if ``error`` names none."""
     text = f"{error.cause} {error.fix}"
-    found = []
-    for each in settings:
+    mentioned_keys = []
+    for setting in settings:
         # values that are not text, such as 4, may occur in any error
-        words = [each.key, each.value] if isinstance(each.value, str) else [each.key]
+        words = [setting.key, setting.value] if isinstance(setting.value, str) else [setting.key]
         if any(re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text) for word in words):
-            found.append(f"{each.key} is set by {each.where}")
-    return f" ({'; '.join(found)}.)" if found else ""
+            mentioned_keys.append(f"{setting.key} is set by {setting.where}")
+    return f" ({'; '.join(mentioned_keys)}.)" if mentioned_keys else ""
 
 
 def _read_file(path: Path, *, must_be: bool) -> dict[str, Any]:
@@ -247,7 +251,7 @@ def _read_file(path: Path, *, must_be: bool) -> dict[str, Any]:
 
 def _value(action: argparse.Action, written: Setting, base: Path) -> object:
     """Return the value that the option would have if ``written`` were on a command line. Raises ConfigError."""
-    raw, kind = written.value, action.type or str
+    raw, convert = written.value, action.type or str
     try:
         if isinstance(action, argparse.BooleanOptionalAction):
             return raw if isinstance(raw, bool) else SWITCH[str(raw).lower()]
@@ -255,7 +259,7 @@ def _value(action: argparse.Action, written: Setting, base: Path) -> object:
         if not all(isinstance(part, str | int | float) and not isinstance(part, bool) for part in parts):
             raise ValueError
         text = ",".join(map(str, parts))
-        value = base / Path(text).expanduser() if kind is Path else kind(text)  # type: ignore[operator]  # a callable
+        value = base / Path(text).expanduser() if convert is Path else convert(text)  # type: ignore[operator]  # a callable
         if action.choices is not None and value not in action.choices:
             raise ValueError
         return value
@@ -278,12 +282,12 @@ def _advice(action: argparse.Action, key: str) -> str:
     return f"Set {key} to a value that {max(action.option_strings, key=len)} accepts."
 
 
-def _homes(key: str, known: Mapping[str, list[str]]) -> list[str]:
+def _homes(key: str, sections: Mapping[str, list[str]]) -> list[str]:
     """Return the sections that may have ``key``, such as "[generate]"; only "[general]" if GENERAL may have it."""
-    if key in known[GENERAL]:
+    if key in sections[GENERAL]:
         return [f"[{GENERAL}]"]
-    return [f"[{section}]" for section, keys in known.items() if key in keys]
+    return [f"[{section}]" for section, keys in sections.items() if key in keys]
 
 
-def _nearest(word: str, known: Iterable[str]) -> str:
-    return difflib.get_close_matches(word, list(known), n=1, cutoff=0)[0]
+def _nearest(word: str, names: Iterable[str]) -> str:
+    return difflib.get_close_matches(word, list(names), n=1, cutoff=0)[0]

@@ -31,12 +31,12 @@ def script(shell: str) -> str:
 
     parser = build_parser()
     with_settings = [name for name, command in commands_of(parser).items() if settable(command)]
-    for _, each in walk(parser):
-        for action in each._actions:
+    for _, subparser in walk(parser):
+        for action in subparser._actions:
             if action.metavar == "COMMAND" and not action.choices:  # the argument of moetier config show
                 action.choices = with_settings
             if action.type in (Path, directory, file_or_address):
                 folder = isinstance(action.metavar, str) and action.metavar in FOLDERS
                 action.complete = shtab.DIRECTORY if folder else shtab.FILE  # type: ignore[attr-defined]  # for shtab
-    found: str = shtab.complete(parser, shell=shell)
-    return found
+    text: str = shtab.complete(parser, shell=shell)
+    return text

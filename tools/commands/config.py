@@ -38,9 +38,9 @@ def _command(text: str) -> str:
     from moetier.tools.cli.parser import commands_of, settable
     from moetier.tools.main import build_parser
 
-    known = [name for name, command in commands_of(build_parser()).items() if settable(command)]
-    if text not in known:
-        raise ConfigError(f"{text!r} is not a command with settings.", f"Name one of {', '.join(known)}.")
+    names = [name for name, command in commands_of(build_parser()).items() if settable(command)]
+    if text not in names:
+        raise ConfigError(f"{text!r} is not a command with settings.", f"Name one of {', '.join(names)}.")
     return text
 
 
@@ -61,8 +61,8 @@ def run(arguments: argparse.Namespace) -> int:
         general = {setting.key: setting for setting in settings.of(GENERAL)}
         shown = {GENERAL: [*general.values()]}
         for command in settings.sections:  # show only those settings of a command that differ from the general ones
-            found = [each for each in settings.of(command) if not _same(each, general.get(each.key))]
-            shown |= {command: found} if found else {}
+            own = [one for one in settings.of(command) if not _same(one, general.get(one.key))]
+            shown |= {command: own} if own else {}
     if arguments.json:
         print(json.dumps(_json(settings, shown), indent=2))
     else:
@@ -87,16 +87,16 @@ def _json(settings: Settings, shown: dict[str, list[Setting]]) -> dict[str, Any]
         "file_exists": settings.file.exists(),
         "settings": {
             name: {
-                each.key: {
-                    "value": _plain(each.value),
-                    "source": each.source,
-                    "where": each.where,
-                    "fault": None if each.fault is None else each.fault.cause,
-                    "variable": variable(name, each.key),
+                setting.key: {
+                    "value": _plain(setting.value),
+                    "source": setting.source,
+                    "where": setting.where,
+                    "fault": None if setting.fault is None else setting.fault.cause,
+                    "variable": variable(name, setting.key),
                 }
-                for each in found
+                for setting in of_section
             }
-            for name, found in shown.items()
+            for name, of_section in shown.items()
         },
         "faults": [fault.cause for fault in settings.faults],
     }
@@ -111,15 +111,15 @@ def _plain(value: object) -> object:
 
 
 def _text(settings: Settings, shown: dict[str, list[Setting]]) -> str:
-    there = "" if settings.file.exists() else " (does not exist)"
-    lines = [f"file  {settings.file}{there}"]
-    every = [each for found in shown.values() for each in found]
-    width, wide = max(len(each.key) for each in every), max(len(_word(each.value)) for each in every)
-    for name, found in shown.items():
+    note = "" if settings.file.exists() else " (does not exist)"
+    lines = [f"file  {settings.file}{note}"]
+    every = [setting for of_section in shown.values() for setting in of_section]
+    width, wide = max(len(setting.key) for setting in every), max(len(_word(setting.value)) for setting in every)
+    for name, of_section in shown.items():
         lines.append(f"\n[{name}]")
-        for each in found:
-            origin = f"{each.where}: invalid" if each.fault else each.where or "default"
-            lines.append(f"{each.key:<{width}}  {_word(each.value):<{wide}}  {origin}")
+        for setting in of_section:
+            origin = f"{setting.where}: invalid" if setting.fault else setting.where or "default"
+            lines.append(f"{setting.key:<{width}}  {_word(setting.value):<{wide}}  {origin}")
     return "\n".join(lines)
 
 

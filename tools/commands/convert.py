@@ -106,8 +106,8 @@ def _stopped_by_signals() -> Iterator[None]:
     """Raise Stopped in the block at the first SIGINT or SIGTERM, and ignore further ones while the block cleans up."""
 
     def stop(number: int, frame: FrameType | None) -> None:
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_IGN)
+        for signal_number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signal_number, signal.SIG_IGN)
         raise Stopped(number)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -42,15 +42,15 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.checksums and arguments.directory is None:
         raise ConfigError("--checksums needs a model directory.", "Name one: moetier doctor DIR --checksums")
-    found = []
+    results = []
     width = min(shutil.get_terminal_size((100, 24)).columns, 120)
     for finding in findings(arguments.directory, checksums=arguments.checksums):
-        found.append(finding)
+        results.append(finding)
         if not arguments.json:
             print("\n".join(lines_of([finding], width)), flush=True)
-    counts = {str(state): sum(finding.state is state for finding in found) for state in State}
+    counts = {str(state): sum(finding.state is state for finding in results) for state in State}
     if arguments.json:
-        print(json.dumps({"counts": counts, "findings": [asdict(finding) for finding in found]}, indent=2))
+        print(json.dumps({"counts": counts, "findings": [asdict(finding) for finding in results]}, indent=2))
     else:
         print(", ".join(f"{count} {state}" for state, count in counts.items()))
     return EXIT_BAD if counts[State.FAIL] else 0
@@ -85,8 +85,8 @@ def findings(directory: Path | None, *, checksums: bool = False, seconds: float 
     for name, at in others.items():  # these import torch, which takes memory
         yield from look(name, at)
     if directory is not None:
-        found = list(look("store", partial(store.health, directory, checksums=checksums)))
-        yield from found
-        if any(finding.state is State.FAIL for finding in found):
+        of_store = list(look("store", partial(store.health, directory, checksums=checksums)))
+        yield from of_store
+        if any(finding.state is State.FAIL for finding in of_store):
             return  # broken records can't be used to measure the disk
     yield from look("disk", partial(store.disk, directory, seconds))

@@ -83,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
         warn_if_cut(model, tokens, streamer.tokens, decoding)
         reads = watch.end()
         peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
-        found = run_json(timing, model.tiers, reads)
+        report = run_json(timing, model.tiers, reads)
         short = summary(timing, model.tiers, reads, load=load_seconds, peak_bytes=peak_bytes)
         rest = f"\n\n{details(timing, model.tiers)}" if arguments.verbose else ""
 
@@ -91,7 +91,7 @@ def run(arguments: argparse.Namespace) -> int:
         head = {"prompt": prompt, "text": streamer.text, "seed": arguments.seed}
         cost = {"load_s": load_seconds, "peak_bytes": peak_bytes}
         versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-        print(json.dumps({**head, **cost, **found, "versions": versions}))
+        print(json.dumps({**head, **cost, **report, "versions": versions}))
     else:
         sys.stdout.flush()
         print(f"\n{short}{rest}", file=sys.stderr)

@@ -32,42 +32,45 @@ def run(arguments: argparse.Namespace) -> int:
     from moetier.runtime.stores.registry import open_store
 
     with open_store(arguments.directory, damaged=True) as store:
-        found = survey(store)
-    print(json.dumps(found, indent=2) if arguments.json else _text(found))
-    if found["faults"] and not arguments.json:
+        description = survey(store)
+    print(json.dumps(description, indent=2) if arguments.json else _text(description))
+    if description["faults"] and not arguments.json:
         print(store.remedy, file=sys.stderr)
-    return EXIT_ERROR if found["faults"] else 0
+    return EXIT_ERROR if description["faults"] else 0
 
 
-def _text(found: dict[str, Any]) -> str:
-    trunk = format_bytes(found["trunk_bytes"])
-    if form := found["trunk_records"]:
-        trunk += f", {found['trunk_matrices']} matrices of {form['bits']} bits, groups of {form['group']}"
-        trunk += f", {form['pairs']} pairs"
+def _text(description: dict[str, Any]) -> str:
+    trunk = format_bytes(description["trunk_bytes"])
+    if records := description["trunk_records"]:
+        trunk += f", {description['trunk_matrices']} matrices of {records['bits']} bits, groups of {records['group']}"
+        trunk += f", {records['pairs']} pairs"
     lines = [
-        f"model            {found['model']}",
-        f"format           {_format(found)}"
-        + (f", requires {', '.join(found['requires'])}" if found["requires"] else ""),
-        f"source digest    {found['source_digest']}",
-        f"store digest     {found['digest']}",
-        f"experts          {found['records']:,} in {len(found['blocks'])} blocks, {found['expert_weights']:,} weights, "
-        f"{format_bytes(found['expert_bytes'])}, {found['bits_per_weight']:.3f} bits a weight as stored",
+        f"model            {description['model']}",
+        f"format           {_format(description)}"
+        + (f", requires {', '.join(description['requires'])}" if description["requires"] else ""),
+        f"source digest    {description['source_digest']}",
+        f"store digest     {description['digest']}",
+        f"experts          {description['records']:,} in {len(description['blocks'])} blocks, "
+        f"{description['expert_weights']:,} weights, "
+        f"{format_bytes(description['expert_bytes'])}, {description['bits_per_weight']:.3f} bits a weight as stored",
         f"trunk            {trunk}",
-        f"tokenizer        {'there' if found['tokenizer'] else NO_TOKENIZER}",
-        f"reads            {'O_DIRECT' if found['direct'] else 'buffered (no O_DIRECT on this file system)'}",
+        f"tokenizer        {'there' if description['tokenizer'] else NO_TOKENIZER}",
+        f"reads            {'O_DIRECT' if description['direct'] else 'buffered (no O_DIRECT on this file system)'}",
     ]
-    lines += [f"mirror           {path}" + ("" if Path(path).exists() else " (not there)") for path in found["mirrors"]]
-    for name, layout in found["layouts"].items():
+    lines += [
+        f"mirror           {path}" + ("" if Path(path).exists() else " (not there)") for path in description["mirrors"]
+    ]
+    for name, layout in description["layouts"].items():
         lines.append(f"array {name:<11}{format_bytes(layout['slot_bytes'])} a record, checksum and padding included")
         lines += [f"  {_projection(p)}" for p in layout["projections"]]
         lines += [f"  {b['name']:<16} [{b['size']}] {b['dtype']}" for b in layout["biases"]]
-    several = len(found["layouts"]) > 1
-    geometries = Counter((b["array"], b["experts"], b["top_k"]) for b in found["blocks"])
+    several = len(description["layouts"]) > 1
+    geometries = Counter((b["array"], b["experts"], b["top_k"]) for b in description["blocks"])
     for (array, experts, top_k), count in geometries.items():
         where = f", array {array}" if several else ""
         lines.append(f"{count} block{'s' if count > 1 else ''} of {experts} experts, top-{top_k}{where}")
-    lines += [f"  {block:>3}  {b['path']}" for block, b in enumerate(found["blocks"])]
-    lines += [f"bad: {fault}" for fault in found["faults"]]
+    lines += [f"  {block:>3}  {b['path']}" for block, b in enumerate(description["blocks"])]
+    lines += [f"bad: {fault}" for fault in description["faults"]]
     return "\n".join(map(plain, lines))
 
 
@@ -85,7 +88,7 @@ def _projection(projection: dict[str, Any]) -> str:
     return f"{name:<16} [{rows}, {columns}] {stored}"
 
 
-def _format(found: dict[str, Any]) -> str:
-    if found["checkpoint"]:
-        return "a checkpoint, " + ("linked" if found["linked"] else "without checksums: moetier link makes them")
-    return f"{found['format']}, written by moetier {found['version']}"
+def _format(description: dict[str, Any]) -> str:
+    if description["checkpoint"]:
+        return "a checkpoint, " + ("linked" if description["linked"] else "without checksums: moetier link makes them")
+    return f"{description['format']}, written by moetier {description['version']}"

@@ -54,11 +54,11 @@ def run(arguments: argparse.Namespace) -> int:
     table = replace(table, ignored_code=arguments.ignore_code)
     total = sum(shard.bytes for shard in table.shards)
     with CheckpointStore.with_table(folder, table) as store, Progress("link", total) as progress:
-        for found in link(store):
-            if isinstance(found, int):
-                progress.advance(found)
+        for linked in link(store):
+            if isinstance(linked, int):
+                progress.advance(linked)
             else:
-                table = found
+                table = linked
         seconds = progress.seconds
     path = write_table(folder, table, into_cache=arguments.cache)
     files = len(table.shards)

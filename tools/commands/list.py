@@ -24,16 +24,16 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the pulled models and return 0."""
     from moetier.runtime.model.names import models_folder, pulled
 
-    found = []
+    models = []
     for name, folder in pulled().items():
         for _ in range(LOOKS):  # try again if a conversion that ends, or a removal, deletes a file between two reads
             with contextlib.suppress(FileNotFoundError):
-                found.append(_look(name, folder))
+                models.append(_look(name, folder))
                 break
     if arguments.json:
-        print(json.dumps(found, indent=2))
-    elif found:
-        print(_text(found))
+        print(json.dumps(models, indent=2))
+    elif models:
+        print(_text(models))
     else:
         print(f"There are no pulled models in {models_folder()}.")
     return 0
@@ -92,12 +92,12 @@ def _look(name: str, folder: Path) -> dict[str, Any]:
     }
 
 
-def _text(found: list[dict[str, Any]]) -> str:
+def _text(models: list[dict[str, Any]]) -> str:
     from moetier.runtime.config import format_bytes
     from moetier.tools.cli.report import table
 
     rows = [["name", "bits", "trunk", "size", "experts", "pulled", ""]]
-    for model in found:
+    for model in models:
         does = "replaces" if model["bits"] is None else "resumes"
         blocks, experts = model["blocks"], model["experts"]
         rows.append(

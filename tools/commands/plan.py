@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the plan and return 0. Raises MoetierError if no choice that was asked for can work."""
     from moetier.tools.plan.plan import plan
 
-    found = plan(
+    forecast = plan(
         arguments.source,
         bits=arguments.bits,
         trunk_bits=arguments.trunk_bits,
@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
         say=_to_a_terminal,
         **{name: getattr(arguments, name) for name in (*RESOURCES, "prefill_chunk")},
     )
-    print(json.dumps(found, indent=2) if arguments.json else text(found))
+    print(json.dumps(forecast, indent=2) if arguments.json else text(forecast))
     return 0
 
 
@@ -85,34 +85,34 @@ HEAD = [
 ]
 
 
-def text(found: dict[str, Any]) -> str:
+def text(forecast: dict[str, Any]) -> str:
     """Return a plan as text: model and machine, a table of choices with the recommended trunk, and commands to run."""
-    recommended = found["recommended"]
-    same = [choice for choice in found["choices"] if choice["trunk_bits"] == recommended["trunk_bits"]]
+    recommended = forecast["recommended"]
+    same = [choice for choice in forecast["choices"] if choice["trunk_bits"] == recommended["trunk_bits"]]
     best = next(choice for choice in same if all(choice[key] == recommended[key] for key in ("bits", "native")))
-    rows = [_row(found, choice) for choice in sorted(same, key=lambda choice: -choice["bits"])]
-    lines = [*_heading(found, best), "", table([HEAD, *rows]), "", *_sentences(found, best)]
+    rows = [_row(forecast, choice) for choice in sorted(same, key=lambda choice: -choice["bits"])]
+    lines = [*_heading(forecast, best), "", table([HEAD, *rows]), "", *_sentences(forecast, best)]
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _heading(found: dict[str, Any], best: dict[str, Any]) -> list[str]:
-    machine, memory = found["machine"], best["memory"]
-    size = "" if found["source_bytes"] is None else f"{format_bytes(found['source_bytes'])}, "
-    to_come = " (to be downloaded)" if found["to_download"] else ""
+def _heading(forecast: dict[str, Any], best: dict[str, Any]) -> list[str]:
+    machine, memory = forecast["machine"], best["memory"]
+    size = "" if forecast["source_bytes"] is None else f"{format_bytes(forecast['source_bytes'])}, "
+    to_come = " (to be downloaded)" if forecast["to_download"] else ""
     device = "no GPU" if machine["device"] == "cpu" else f"{machine['device']} {format_bytes(machine['device_bytes'])}"
-    trunks = {choice["trunk_bits"]: choice["trunk_bytes"] for choice in found["choices"]}
+    trunks = {choice["trunk_bits"]: choice["trunk_bytes"] for choice in forecast["choices"]}
     sizes = ", ".join(f"{format_bytes(size)} at {bits} bits" for bits, size in trunks.items())
     disk = machine["disk"]["all"] / 1e9
     return [
-        f"model    {plain(found['model'])}: {size}{found['blocks']} blocks of {found['experts']} experts, top-"
-        f"{found['top_k']}{to_come}",
+        f"model    {plain(forecast['model'])}: {size}{forecast['blocks']} blocks of {forecast['experts']} experts, top-"
+        f"{forecast['top_k']}{to_come}",
         f"machine  {format_bytes(machine['memory_bytes'])} of memory free ({machine['memory_limiter']}), {device}, "
         f"{machine['workers']} CPUs",
         f"disk     {format_bytes(machine['disk_free_bytes'])} free, {disk:.2f} GB/s ({machine['disk_by']})",
         f"trunk    {sizes}",
-        f"context  {found['context']} tokens: {format_bytes(memory['kv_cache_bytes'])} of keys and values; "
+        f"context  {forecast['context']} tokens: {format_bytes(memory['kv_cache_bytes'])} of keys and values; "
         f"{best['prefill_chunk']} tokens of a prompt are computed together: {format_bytes(memory['computing_bytes'])}",
-        *_cold_start(found["cold_start"]),
+        *_cold_start(forecast["cold_start"]),
     ]
 
 
@@ -127,14 +127,14 @@ def _cold_start(cold: dict[str, Any] | None) -> list[str]:
     return [f"cold     {plain(cold['address'])}, {cold['bytes_per_s'] / 1e6:.0f} MB/s: {', '.join(parts)}"]
 
 
-def _row(found: dict[str, Any], choice: dict[str, Any]) -> list[str]:
+def _row(forecast: dict[str, Any], choice: dict[str, Any]) -> list[str]:
     convert = "-" if choice["convert_s"] is None else _time(choice["convert_s"])
     name = f"{choice['bits']} bits" + (", native" if choice["native"] else "")
     head = [name, str(choice["trunk_bits"]), format_bytes(choice["disk_bytes"]), convert]
     if not choice["works"]:
         return [*head, "no", "-", "-", "-", "-", "-", "-"]
-    share = f"{choice['slots'] / found['records']:.0%}"
-    row = [*head, share if choice["slots"] < found["records"] else "all", f"{choice['hit_ratio']:.0%}"]
+    share = f"{choice['slots'] / forecast['records']:.0%}"
+    row = [*head, share if choice["slots"] < forecast["records"] else "all", f"{choice['hit_ratio']:.0%}"]
     decode, prefill = choice["decode"], choice["prefill"]
     if decode is None:
         return [*row, "-", "-", "-", "-", "-"]
@@ -142,10 +142,10 @@ def _row(found: dict[str, Any], choice: dict[str, Any]) -> list[str]:
     return [*row, _rate(prefill["tokens_per_s"]), prefill["by"]]
 
 
-def _sentences(found: dict[str, Any], best: dict[str, Any]) -> list[str]:
-    recommended, memory = found["recommended"], best["memory"]
-    count, bits, trunk_bits = found["records"], best["bits"], best["trunk_bits"]
-    what = "It runs" if found["converted"] else f"With experts of {bits} bits and a trunk of {trunk_bits} it runs"
+def _sentences(forecast: dict[str, Any], best: dict[str, Any]) -> list[str]:
+    recommended, memory = forecast["recommended"], best["memory"]
+    count, bits, trunk_bits = forecast["records"], best["bits"], best["trunk_bits"]
+    what = "It runs" if forecast["converted"] else f"With experts of {bits} bits and a trunk of {trunk_bits} it runs"
     if best["native"]:
         what = "It runs with experts as the checkpoint stores them"
     lines = [
@@ -157,13 +157,14 @@ def _sentences(found: dict[str, Any], best: dict[str, Any]) -> list[str]:
         lines.append(f"Hits are estimated from the trace {best['hit_curve']}. Speeds are those of this moment.")
     if best["as_it_is"]:
         lines.append("No conversion is needed: the files of the checkpoint, as downloaded, are the store.")
-    elif any(choice["as_it_is"] for choice in found["choices"]):
+    elif any(choice["as_it_is"] for choice in forecast["choices"]):
         lines.append("With experts of 16 bits no conversion is needed: the files, as downloaded, are the store.")
     if best["all_resident"]:
         lines.append("Everything stays in memory once it has been read. More memory would not help.")
     elif best["streams"]:
+        experts = forecast["blocks"] * forecast["top_k"]
         lines.append(
-            f"Caching hardly helps: {best['slots']:,} slots are fewer than the {found['blocks'] * found['top_k']:,} "
+            f"Caching hardly helps: {best['slots']:,} slots are fewer than the {experts:,} "
             "experts that one token uses, so most experts are read again for each token."
         )
     return lines + [command for name in ("pull", "convert", "generate") if (command := recommended[name])]

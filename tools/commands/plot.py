@@ -73,11 +73,12 @@ def run(arguments: argparse.Namespace) -> int:
     """
     from moetier.tiers.errors import TargetError
 
-    for name, kinds in ONLY.items():
-        if arguments.kind not in kinds and asked(arguments, name):
+    for name, drawings in ONLY.items():
+        if arguments.kind not in drawings and asked(arguments, name):
             option = f"--{name.replace('_', '-')}"
             raise UsageError(
-                f"plot {arguments.kind} has no option {option}.", f"Leave it out. It is for plot {' and '.join(kinds)}."
+                f"plot {arguments.kind} has no option {option}.",
+                f"Leave it out. It is for plot {' and '.join(drawings)}.",
             )
     if arguments.output.suffix.lower() not in FORMATS:
         raise UsageError(f"{arguments.output} is not a .png or .svg file.", "Name a file that ends in .png or .svg.")
@@ -169,7 +170,7 @@ def _span(text: str) -> range:
 
 
 def _list(text: str) -> list[int]:
-    found = sorted({int(part) for part in text.split(",")})
-    if found[0] < 0:
+    numbers = sorted({int(part) for part in text.split(",")})
+    if numbers[0] < 0:
         raise argparse.ArgumentTypeError("blocks are counted from 0")
-    return found
+    return numbers

@@ -27,11 +27,11 @@ def run(arguments: argparse.Namespace) -> int:
     from moetier.runtime.wire.address import runtime_folder
     from moetier.runtime.wire.probe import running_daemons
 
-    found = [_look(daemon) for daemon in running_daemons()]
+    daemons = [_look(daemon) for daemon in running_daemons()]
     if arguments.json:
-        print(json.dumps(found, indent=2))
-    elif found:
-        print(_text(found))
+        print(json.dumps(daemons, indent=2))
+    elif daemons:
+        print(_text(daemons))
     else:
         print(f"No daemon runs in {runtime_folder()}.")
     return 0
@@ -64,11 +64,11 @@ def _look(daemon: RunningDaemon) -> dict[str, Any]:
     }
 
 
-def _text(found: list[dict[str, Any]]) -> str:
+def _text(daemons: list[dict[str, Any]]) -> str:
     from moetier.runtime.wire.address import DIGEST_CHARS
 
     rows = [["folder", "pid", "model", "store", "budget", "ready", "clients", "up", "listens"]]
-    for daemon in found:
+    for daemon in daemons:
         for number, model in enumerate(daemon["models"]):
             first = number == 0
             ready = f"{model['ready']}/{model['slots']}" if "ready" in model else "no answer"

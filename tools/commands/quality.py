@@ -76,10 +76,10 @@ def _names(value: str) -> list[str]:
 
 
 def _methods(value: str) -> list[str]:
-    found = list(dict.fromkeys(_names(value)))
-    if not set(found) <= set(METHODS):
+    methods = list(dict.fromkeys(_names(value)))
+    if not set(methods) <= set(METHODS):
         raise ConfigError(f"{value!r} has an unknown method.", f"Give one or both of {', '.join(METHODS)}.")
-    return found
+    return methods
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -139,12 +139,12 @@ def to_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
     from moetier.tools.quality.quality import PerplexityChange, ranks
 
     places = ranks([row.loss for row in rows])
-    found = []
+    results = []
     for number, row in enumerate(rows):
         change = PerplexityChange.of(row.loss, rows[0].loss)
         errors = {"change": change.relative, "change_error": change.relative_error}
-        found.append(row.to_json() | errors | {"rank": places[number] if places else None})
-    return found
+        results.append(row.to_json() | errors | {"rank": places[number] if places else None})
+    return results
 
 
 def report(rows: Sequence[Row]) -> str:

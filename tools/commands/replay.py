@@ -102,13 +102,15 @@ def _text(report: dict[str, Any]) -> str:
     if report["tokens"] == report["prompt_tokens"]:
         lines.append("Nothing was decoded: the trace has only prompts.")
 
-    def show(title: str, name: str, form: str) -> None:
+    def show(title: str, name: str, template: str) -> None:
         if report["tokens"] == report["prompt_tokens"] or not all(name in result for result in results):
             return
         rows = [["slots", *policies]]
         for number in slots:
             values = [by[number, policy][name] for policy in policies]
-            rows.append([str(number), *(format_bytes(v) if form == "bytes" else format(v, form) for v in values)])
+            rows.append(
+                [str(number), *(format_bytes(v) if template == "bytes" else format(v, template) for v in values)]
+            )
         lines.append(f"\n{title}\n{table(rows)}")
 
     show("hit ratio while decoding, for numbers of cached experts of each block", "hit_ratio", ".3f")
@@ -118,20 +120,20 @@ def _text(report: dict[str, Any]) -> str:
     show("tokens per second, without overlap of reading and computing", "tokens_per_s", ".2f")
     if report["recall"]:
         compared = [Comparison(**entry) for entry in report["recall"]]
-        rows = [["look-ahead", *RULES], *([str(found.lookahead), *found.cells()] for found in compared)]
+        rows = [["look-ahead", *RULES], *([str(recall.lookahead), *recall.cells()] for recall in compared)]
         lines.append(f"\nrecall of the experts that were used\n{table(rows)}")
     return "\n".join(lines)
 
 
 def _numbers(text: str) -> list[int]:
     """Parse numbers and ranges: "1-4,8" becomes [1, 2, 3, 4, 8]."""
-    found = set()
+    numbers = set()
     for part in text.split(","):
         first, dash, last = part.partition("-")
-        found |= set(range(int(SLOTS(first)), int(SLOTS(last if dash else first)) + 1))
-    if not found:
+        numbers |= set(range(int(SLOTS(first)), int(SLOTS(last if dash else first)) + 1))
+    if not numbers:
         raise argparse.ArgumentTypeError(f"{text!r} names no number")
-    return sorted(found)
+    return sorted(numbers)
 
 
 def _policies(text: str) -> list[str]:

@@ -32,10 +32,10 @@ def run(arguments: argparse.Namespace) -> int:
     from moetier.runtime.model.names import pulled_model
     from moetier.tools.convert.files import disk_bytes
 
-    found = dict(pulled_model(name) for name in arguments.names)
-    for name, folder in found.items():
+    models = dict(pulled_model(name) for name in arguments.names)
+    for name, folder in models.items():
         _check(name, folder)
-    for name, folder in found.items():
+    for name, folder in models.items():
         size, mirrors = format_bytes(disk_bytes(folder)), _mirrors(folder)
         if not arguments.yes and sys.stdin.isatty():
             print(f"Remove {name} ({size})? [y/N] ", end="", file=sys.stderr, flush=True)
@@ -80,10 +80,10 @@ def _remove(name: str, folder: Path) -> None:
 
     # first, as a conversion that writes to this folder would put a new model in the place of the removed one
     if replacement_folder(folder).exists():
-        from moetier.tools.convert.replacement import discard, settle
+        from moetier.tools.convert.replacement import discard, finish_replacement
 
         check_unused(name, folder)
-        settle(folder)
+        finish_replacement(folder)
         discard(folder)
     store = folder / GROUP
     linked = store.is_symlink()  # needs no lock, as no conversion writes through a link

@@ -94,8 +94,8 @@ def address_of(text: str | None) -> Address:
     if text is not None:
         with checked():
             return Address.parse(text)
-    found = running_daemons()
-    return Address.of(found[0].folder) if len(found) == 1 else Address.parse(DEFAULT_NAME)
+    daemons = running_daemons()
+    return Address.of(daemons[0].folder) if len(daemons) == 1 else Address.parse(DEFAULT_NAME)
 
 
 def _text(address: Address, described: DescribeReply, stats: StatsReply) -> str:

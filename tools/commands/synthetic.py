@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
     size = make_synthetic(
         arguments.target, geometry=arguments.geometry, blocks=arguments.blocks, seed=arguments.seed, quiet=False
     )
-    found: dict[str, Any] = {"checkpoint": str(arguments.target), "bytes": size, "store": None, "hit_ratio": {}}
+    report: dict[str, Any] = {"checkpoint": str(arguments.target), "bytes": size, "store": None, "hit_ratio": {}}
     if not arguments.json:
         print(f"{arguments.target}: {format_bytes(size)}", flush=True)
     if arguments.store is not None:
@@ -81,9 +81,9 @@ def run(arguments: argparse.Namespace) -> int:
             print(curve_table(arguments.geometry, trace))
         else:
             curve = lru_curve(trace, list(ROUTINGS[arguments.geometry].curve))
-            found |= {"store": str(arguments.store), "hit_ratio": curve}
+            report |= {"store": str(arguments.store), "hit_ratio": curve}
     if arguments.json:
-        print(json.dumps(found))
+        print(json.dumps(report))
     return 0
 
 

@@ -60,17 +60,17 @@ def run(arguments: argparse.Namespace) -> int:
     from moetier.runtime.wire.probe import running_daemons
     from moetier.tools.top.watch import Watch, look
 
-    found = running_daemons() if arguments.address is None else []
+    daemons = running_daemons() if arguments.address is None else []
     shown = credentials(arguments)
     address = None
-    if len(found) < 2:  # with several, the user chooses one on the screen
+    if len(daemons) < 2:  # with several, the user chooses one on the screen
         address = address_of(arguments.address)
         look(address, shown)  # raises here, before anything is drawn, if the daemon can't be reached
 
     from moetier.tools.top.app import Top
 
     logging.disable()  # log lines would be written over the picture
-    app = Top(found, address, Watch(shown, arguments.interval))
+    app = Top(daemons, address, Watch(shown, arguments.interval))
     app.run()
     sys.stdout.flush()
     return app.return_code or 0

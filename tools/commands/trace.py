@@ -90,7 +90,7 @@ def to_json(path: Path, trace: Trace) -> dict[str, Any]:
         "tokens": trace.tokens,
         "blocks": trace.block_count,
         "top_k": trace.top_k,
-        "recall": [asdict(found) for found in compare(trace)] if trace.lookaheads else [],
+        "recall": [asdict(recall) for recall in compare(trace)] if trace.lookaheads else [],
     }
 
 
@@ -101,5 +101,5 @@ def summary(trace: Trace) -> str:
     head = f"{len(trace.sequences)} sequences, {trace.tokens:,} tokens, {trace.block_count} blocks, top {trace.top_k}"
     if not trace.lookaheads:
         return head
-    rows = [["recall", *RULES], *([f"{found.lookahead} ahead", *found.cells()] for found in compare(trace))]
+    rows = [["recall", *RULES], *([f"{recall.lookahead} ahead", *recall.cells()] for recall in compare(trace))]
     return f"{head}\n{table(rows)}"

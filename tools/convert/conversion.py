@@ -112,7 +112,7 @@ class Conversion:
                 "--bits native keeps them as they are"
             )
         if self.download is not None:
-            lines.append(self.download.announce(self._route()))
+            lines.append(self.download.announce(self._stages()))
         if self.options.trunk_bits != 16:
             weights = sum(record.layout.weights for record in self.records)
             size = sum(record.layout.payload_bytes for record in self.records)
@@ -173,18 +173,18 @@ class Conversion:
         if self.download is None:
             self.target.check_disk(replacing=replacing)
             return
-        here, cached = self.download.disk_bytes(self._route(() if replacing else None))
+        on_target, cached = self.download.disk_bytes(self._stages(() if replacing else None))
         cache = hub.cache_folder()
         if nearest_folder(cache).stat().st_dev == nearest_folder(self.target.folder).stat().st_dev:
-            here, cached = here + cached, 0
-        self.target.check_disk(here, replacing=replacing)
+            on_target, cached = on_target + cached, 0
+        self.target.check_disk(on_target, replacing=replacing)
         if cached > (free := free_bytes(cache)):
             raise DiskSpaceError(
                 f"{cache} needs {cached:,} bytes more for the checkpoint; {free:,} are free.",
                 "Free some space, leave out --keep-source, or name another place with HF_HUB_CACHE.",
             )
 
-    def _route(self, finished: Collection[int] | None = None) -> list[Stage]:
+    def _stages(self, finished: Collection[int] | None = None) -> list[Stage]:
         """Return the blocks that are not written yet, in stages, in the order in which to write them.
 
         ``finished``: numbers of the blocks that are written already; by default, those whose shards are complete.
@@ -200,12 +200,12 @@ class Conversion:
             return {file.name: file.make(self.target.folder, progress.advance) for file in self.target.trunk}
 
     def _write_blocks(self, writer: StoreWriter, errors: dict[int, float]) -> None:
-        plan, route = self.target.plan, self._route(writer.finished_blocks)
-        blocks = [block for stage in route for block in stage.blocks]
+        plan, order = self.target.plan, self._stages(writer.finished_blocks)
+        blocks = [block for stage in order for block in stage.blocks]
         total = sum(plan.blocks[block].experts * plan.layout(block).slot_bytes for block in blocks)
-        here = (stage for stage in route) if self.download is None else self.download.stream(route, self.quiet)
-        with Progress("experts", total, quiet=self.quiet) as progress, closing(here):
-            for stage in here:
+        readable = (stage for stage in order) if self.download is None else self.download.stream(order, self.quiet)
+        with Progress("experts", total, quiet=self.quiet) as progress, closing(readable):
+            for stage in readable:
                 self._write_stage(stage.blocks, writer, errors, progress)
 
     def _write_stage(

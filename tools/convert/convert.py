@@ -18,13 +18,13 @@ from .mirror import mirror_to
 from .options import Options
 from .replacement import (
     discard,
+    finish_replacement,
     free_path,
     has_manifest,
     mirror_of_old,
     mirrors_of,
     replace_model,
     set_aside,
-    settle,
 )
 from .streaming import Download, open_on_hub
 from .target import DOWNLOAD, check_place, copied_files, is_ours, remove, revision_under_way
@@ -115,7 +115,7 @@ def _write(
     for place in (dst, replacement_folder(dst)):
         check_place(place, checkpoint.folder)
     conversion = Conversion.plan(checkpoint, dst, options, download=download, resuming=resuming, quiet=quiet)
-    for path in settle(dst):
+    for path in finish_replacement(dst):
         conversion.say(set_aside(path))
     replaces = options.overwrite or options.replace_first
     ending = has_manifest(dst) and (dst / JOURNAL).exists()  # an earlier run stopped at its very end
@@ -162,7 +162,7 @@ def _kept(conversion: Conversion) -> list[Path]:
     dst = target.folder
     lacking = [path for path in copied_files(dst) if path.relative_to(dst).as_posix() not in target.small]
     with contextlib.suppress(StoreError):
-        if (found := target.found_plan()) and found.source_digest == target.plan.source_digest:
+        if (earlier := target.found_plan()) and earlier.source_digest == target.plan.source_digest:
             return lacking
     for path in lacking:
         path.rename(goal := free_path(dst, path.relative_to(dst), in_use=True))

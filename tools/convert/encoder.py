@@ -169,13 +169,13 @@ class MatrixRecord:
 
     dtype = "uint8"
 
-    def __init__(self, path: str, recipe: Recipe, form: TrunkRecords, *, workers: int, fast: bool) -> None:
+    def __init__(self, path: str, recipe: Recipe, trunk_records: TrunkRecords, *, workers: int, fast: bool) -> None:
         rows, columns = recipe.model.get_parameter(recipe.target).shape
-        self.layout: RecordLayout = matrix_layout(rows, columns, form)
+        self.layout: RecordLayout = matrix_layout(rows, columns, trunk_records)
         self.error = WeightError()
         self._path = path
         self._recipe = recipe
-        self._form = form
+        self._trunk_records = trunk_records
         self._workers = workers
         self._fast = fast
 
@@ -201,11 +201,11 @@ class MatrixRecord:
 
         Raises CheckpointError if a weight is not finite, or if the source can't be read.
         """
-        record = self._made().numpy()
+        record = self._record().numpy()
         for start in range(0, len(record), CHUNK_BYTES):
             yield record[start : start + CHUNK_BYTES]
 
-    def _made(self) -> torch.Tensor:
+    def _record(self) -> torch.Tensor:
         (p,) = self.layout.projections
         record = torch.zeros(self.layout.payload_bytes, dtype=torch.uint8)
         views = sections(record, self.layout)
@@ -224,7 +224,7 @@ class MatrixRecord:
                     f"{self._path}.weight has weights that are not finite numbers.",
                     "Get an intact copy of the checkpoint.",
                 )
-            layout = matrix_layout(count, p.columns, self._form)
+            layout = matrix_layout(count, p.columns, self._trunk_records)
             piece = np.empty(layout.record_bytes, np.uint8)
             (error,) = encode({WEIGHT: weights}, layout, piece, fast=self._fast).values()
             rows = slice(start, start + layout.projections[0].padded_rows)

@@ -75,7 +75,7 @@ def users_of(folder: Path) -> dict[int, str]:
     """
     prefix = f"{folder.resolve()}/"
     mapped = prefix.replace("\n", r"\012")  # as the kernel writes a path in /proc/PID/maps
-    found = {}
+    users = {}
     for process in Path("/proc").glob("[0-9]*"):
         if process.name == str(os.getpid()):
             continue
@@ -83,8 +83,8 @@ def users_of(folder: Path) -> dict[int, str]:
             opened = any(f"{path}/".startswith(prefix) for path in _opened(process))
             if opened or any(path.startswith(mapped) for _, path in mapped_files(process.name)):
                 words = (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
-                found[int(process.name)] = " ".join(words).strip()[:100]
-    return found
+                users[int(process.name)] = " ".join(words).strip()[:100]
+    return users
 
 
 def _opened(process: Path) -> Iterator[str]:
@@ -102,10 +102,10 @@ def small_faults(directory: Path) -> Iterator[MoetierError]:
         read_config(directory)
     except MoetierError as error:
         yield error
-    there = [name for name in SETTINGS if (directory / name).exists()]
-    if there and not container_of(directory).has_vocabulary(directory):
+    present = [name for name in SETTINGS if (directory / name).exists()]
+    if present and not container_of(directory).has_vocabulary(directory):
         yield StoreFormatError(
-            f"{directory} has {there[0]}, but no vocabulary: tokenizer.json or tokenizer.model is missing.",
+            f"{directory} has {present[0]}, but no vocabulary: tokenizer.json or tokenizer.model is missing.",
             "Copy the tokenizer files of the source checkpoint into it.",
         )
 

@@ -38,7 +38,7 @@ def make_mirror(directory: Path, target: Path, *, quiet: bool = True, overwrite:
         shards = [ShardFile.of(target / GROUP, manifest, block) for block in range(len(manifest.blocks))]
         replaced = overwrite and _is_mirror_of_another(target, manifest)
         missing = sum(shard.file_bytes for shard in shards if replaced or not is_complete(shard))
-        digest, trunk = ("", {}) if replaced else _found(target)
+        digest, trunk = ("", {}) if replaced else _manifest_sums(target)
         if digest not in ("", manifest.digest):
             raise TargetExistsError(
                 f"{target} holds the experts of another model.", "Choose another folder for the mirror."
@@ -86,12 +86,12 @@ def _is_mirror_of_another(target: Path, manifest: Manifest) -> bool:
         return False
     try:
         plan = read_plan(target / GROUP)
-        return plan is not None and (plan != manifest.plan or _found(target)[0] not in ("", manifest.digest))
+        return plan is not None and (plan != manifest.plan or _manifest_sums(target)[0] not in ("", manifest.digest))
     except StoreError:
         return False
 
 
-def _found(target: Path) -> tuple[str, Mapping[str, FileSum]]:
+def _manifest_sums(target: Path) -> tuple[str, Mapping[str, FileSum]]:
     """Return the digest and the trunk's checksums in the manifest of ``target``; "" and {} if there is no manifest.
 
     ``target`` may be a whole model directory, not only a mirror.

@@ -51,7 +51,7 @@ def layout_of(block: BlockBlueprint, options: Options) -> RecordLayout:
         raise UnsupportedModelError(f"Experts can't be stored as in this checkpoint: {error}.", NEEDS_BITS) from error
 
 
-def trunk_form(bits: Bits) -> TrunkRecords | None:
+def trunk_records_of(bits: Bits) -> TrunkRecords | None:
     """Return the default format of the trunk's matrices with ``bits`` per weight; None for 16, if none is quantised.
 
     Raises ConfigError if a trunk can't have that many bits.
@@ -63,18 +63,18 @@ def trunk_form(bits: Bits) -> TrunkRecords | None:
     return None if bits == 16 else TrunkRecords(bits, *DEFAULTS[bits])
 
 
-def choose_matrices(model: PreTrainedModel, dtype: torch.dtype, form: TrunkRecords) -> dict[str, RecordLayout]:
+def choose_matrices(model: PreTrainedModel, dtype: torch.dtype, trunk_records: TrunkRecords) -> dict[str, RecordLayout]:
     """Choose the linear modules whose weights are quantised. Return the layouts of their records, by module path.
 
     ``dtype``: the type in which ``model`` will be loaded. Not quantised are the modules that ``standing_alone`` leaves
     out, and those whose weights would not get smaller.
     """
-    found = {}
+    layouts = {}
     for path, module in standing_alone(model, dtype).items():
-        layout = matrix_layout(module.out_features, module.in_features, form)
+        layout = matrix_layout(module.out_features, module.in_features, trunk_records)
         if layout.projections[0].bits != 16 and layout.payload_bytes < 2 * layout.weights:
-            found[path] = layout
-    return found
+            layouts[path] = layout
+    return layouts
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class ConversionPlan:
     """Plan of a conversion with given bits of the trunk. The bits of experts are chosen later, in ``manifest``."""
 
     blueprint: Blueprint
-    form: TrunkRecords | None
+    trunk_records: TrunkRecords | None
     tensors: Mapping[str, SourceTensor]  # of the checkpoint
 
     @classmethod
@@ -95,9 +95,9 @@ class ConversionPlan:
         any shape, by name. ``dtype``: the type in which the model will be loaded. Raises UnsupportedModelError or
         CheckpointError.
         """
-        form = trunk_form(trunk_bits)
-        chosen = choose_matrices(model, dtype, form) if form else ()
-        return cls(make_blueprint(model, dtype, tensors, chosen), form, tensors)
+        trunk_records = trunk_records_of(trunk_bits)
+        chosen = choose_matrices(model, dtype, trunk_records) if trunk_records else ()
+        return cls(make_blueprint(model, dtype, tensors, chosen), trunk_records, tensors)
 
     def manifest(self, options: Options, *, model: str, digest: str) -> Manifest:
         """Return the manifest of the store. ``model`` and ``digest``: name and digest of the source."""
@@ -108,10 +108,10 @@ class ConversionPlan:
             blocks=blocks,
             layouts=layouts,
             version=version("moetier"),
-            requires=(TRUNK_RECORDS,) if self.form else (),
-            method=method_of("rounding" if options.fast else "hqq", layouts, self.form),
+            requires=(TRUNK_RECORDS,) if self.trunk_records else (),
+            method=method_of("rounding" if options.fast else "hqq", layouts, self.trunk_records),
             solver=SOLVER,
-            trunk_records=self.form,
+            trunk_records=self.trunk_records,
         )
 
     @property
@@ -145,9 +145,9 @@ class ConversionPlan:
         ``workers``: number of threads that quantise; ``fast``: round to the nearest value instead of using HQQ.
         """
         return {
-            path: MatrixRecord(path, recipe, self.form, workers=workers, fast=fast)
+            path: MatrixRecord(path, recipe, self.trunk_records, workers=workers, fast=fast)
             for path, recipe in self.blueprint.matrices.items()
-            if self.form
+            if self.trunk_records
         }
 
     def trunk(self, records: Mapping[str, MatrixRecord]) -> tuple[TrunkFile, ...]:
@@ -183,15 +183,15 @@ def stages(files: Mapping[int, frozenset[Path]]) -> list[Stage]:
             groups[-1][0].append(block)
         else:
             groups.append(([block], files[block]))
-    made = [group[1] for group in groups]
+    files_in_order = [group[1] for group in groups]
     none = frozenset[Path]()
-    route = []
+    in_order = []
     for place, (blocks, needed) in enumerate(groups):
-        present = none.union(*made[: place + 1]) & none.union(*made[place:])
-        lacking = none.union(*made[place + 1 : place + 2]) - present
+        present = none.union(*files_in_order[: place + 1]) & none.union(*files_in_order[place:])
+        lacking = none.union(*files_in_order[place + 1 : place + 2]) - present
         ahead = min(lacking, default=None) if len(present) < AT_ONCE else None
-        route.append(Stage(tuple(blocks), needed, present, ahead))
-    return route
+        in_order.append(Stage(tuple(blocks), needed, present, ahead))
+    return in_order
 
 
 def most_bytes(planned: ConversionPlan, tensors: Iterable[StoredTensor]) -> int:
@@ -202,7 +202,7 @@ def most_bytes(planned: ConversionPlan, tensors: Iterable[StoredTensor]) -> int:
     sizes = Counter[Path]()
     for tensor in tensors:
         sizes[tensor.file] += tensor.nbytes
-    route = stages(dict(enumerate(block.files for block in planned.blueprint.blocks)))
+    in_order = stages(dict(enumerate(block.files for block in planned.blueprint.blocks)))
     parts = {part for file in planned.trunk({}) for tensor in file.tensors.values() for part in tensor.parts}
     parts |= {part for recipe in planned.blueprint.matrices.values() for part in recipe.parts}
-    return max(sum(sizes[path] for path in stage.at_once) for stage in route) + sum(part.nbytes for part in parts)
+    return max(sum(sizes[path] for path in stage.at_once) for stage in in_order) + sum(part.nbytes for part in parts)

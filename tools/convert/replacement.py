@@ -51,7 +51,7 @@ def has_manifest(folder: Path) -> bool:
     return (folder / GROUP / METADATA).exists()
 
 
-def settle(folder: Path) -> list[Path]:
+def finish_replacement(folder: Path) -> list[Path]:
     """Finish a replacement of the model in ``folder`` whose new model was complete when its process died.
 
     Return the files of the old model that were set aside. Raises TargetError if another process is at it.
@@ -245,16 +245,16 @@ def _copy_access(folder: Path, new: Path) -> None:
 
     Folders that are missing in ``new`` are made. Their owner can use them in any case.
     """
-    for path, made in ((folder, new), (folder / GROUP, new / GROUP)):
-        found = path.stat()
-        made.mkdir(0o700, exist_ok=True)
-        opened = os.open(made, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)  # no folder elsewhere is given away
+    for path, new_path in ((folder, new), (folder / GROUP, new / GROUP)):
+        status = path.stat()
+        new_path.mkdir(0o700, exist_ok=True)
+        opened = os.open(new_path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)  # no folder elsewhere is given away
         try:
-            for owner in (found.st_uid, -1):  # without privileges, the group may be given alone
+            for owner in (status.st_uid, -1):  # without privileges, the group may be given alone
                 with contextlib.suppress(PermissionError):
-                    os.fchown(opened, owner, found.st_gid)
+                    os.fchown(opened, owner, status.st_gid)
             with contextlib.suppress(PermissionError):
-                os.fchmod(opened, stat.S_IMODE(found.st_mode) | stat.S_IRWXU)
+                os.fchmod(opened, stat.S_IMODE(status.st_mode) | stat.S_IRWXU)
         finally:
             os.close(opened)
 
@@ -280,7 +280,7 @@ def _take_place(new: Path, folder: Path) -> list[Path]:
             raise TargetError(
                 f"The new model in {new} is complete, but can't take the place of {folder} ({error.strerror}).", FIRST
             ) from error
-    return settle(folder)
+    return finish_replacement(folder)
 
 
 def _rename_both(new: Path, place: Path) -> None:

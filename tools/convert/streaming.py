@@ -101,24 +101,24 @@ class Download:
         """Set the ``names`` of the tensors that are read after all blocks. Call this before any other method."""
         self._kept = frozenset(names)
 
-    def announce(self, route: Sequence[Stage]) -> str:
+    def announce(self, in_order: Sequence[Stage]) -> str:
         """Return a sentence: how many bytes will be downloaded, and how many are on the disk at any one time."""
-        coming = sum(self._coming(route).values())
+        coming = sum(self._coming(in_order).values())
         if self.keep:
             return f"{format_bytes(coming)} will be downloaded, and kept in {hub.cache_folder()}"
-        largest = _most(route, {path: file.size for path, file in self._files.items()})
+        largest = _most(in_order, {path: file.size for path, file in self._files.items()})
         return f"{format_bytes(coming)} will be downloaded; at most {format_bytes(largest)} on the disk at any one time"
 
-    def disk_bytes(self, route: Sequence[Stage]) -> tuple[int, int]:
+    def disk_bytes(self, in_order: Sequence[Stage]) -> tuple[int, int]:
         """Return two numbers: the most bytes that the download takes in its folder, and in huggingface_hub's cache."""
-        coming = self._coming(route)
+        coming = self._coming(in_order)
         if self.keep:
             return 0, sum(coming.values())
         copies = [path for path in self._tensors if not self._cached(path) and not self._has_copy(path)]
         pages = sum(-(-size // PAGE) * PAGE + PAGE for path in copies for _, size in self._ranges(path))
-        return _most(route, coming) + pages, 0
+        return _most(in_order, coming) + pages, 0
 
-    def stream(self, route: Sequence[Stage], quiet: bool) -> Generator[Stage, None, None]:
+    def stream(self, in_order: Sequence[Stage], quiet: bool) -> Generator[Stage, None, None]:
         """Yield each stage of ``route`` once its files are on the disk; delete files that no later stage needs.
 
         Files that no stage needs are downloaded last, for their sparse copies. With ``quiet``, no progress is shown.
@@ -126,7 +126,7 @@ class Download:
         is not the expected one.
         """
         try:
-            for stage, after in zip_longest(route, route[1:]):
+            for stage, after in zip_longest(in_order, in_order[1:]):
                 if self._next is not None:
                     self._next.result()
                 for path in sorted(stage.files):
@@ -145,10 +145,10 @@ class Download:
 
     # what is to be downloaded
 
-    def _coming(self, route: Iterable[Stage]) -> dict[Path, int]:
+    def _coming(self, in_order: Iterable[Stage]) -> dict[Path, int]:
         """Return the size of each file that is still to be downloaded, in bytes."""
         lost = {path for path in self._tensors if not self._has_copy(path)}
-        needed = lost.union(*(stage.files for stage in route))
+        needed = lost.union(*(stage.files for stage in in_order))
         return {path: self._files[path].size for path in needed if not _is_whole(path) and not self._cached(path)}
 
     def _cached(self, path: Path) -> Path | None:
@@ -178,8 +178,8 @@ class Download:
             return
         name, remote = self._names[path], self._files[path]
         with Progress(name, remote.size, quiet=quiet) as progress:
-            found = self._cached(path)
-            if found is None:
+            file = self._cached(path)
+            if file is None:
 
                 def advance(count: int) -> None:
                     self._check_halted()
@@ -187,17 +187,17 @@ class Download:
 
                 if not self.keep:
                     make_folders((self._whole / name).parent)
-                found = hub.download(self._name, name, self.revision, None if self.keep else self._whole, advance)
-                self._check_sum(found, remote, name)
-        if read_tensors(found, path) != self._tensors[path]:
+                file = hub.download(self._name, name, self.revision, None if self.keep else self._whole, advance)
+                self._check_sum(file, remote, name)
+        if read_tensors(file, path) != self._tensors[path]:
             raise CheckpointError(
-                f"{found} does not have the tensors that the hub listed for it earlier.",
+                f"{file} does not have the tensors that the hub listed for it earlier.",
                 "Remove this file, and run the same command again.",
             )
         make_folders(path.parent)
         link = path.with_name(path.name + PARTIAL)
         link.unlink(missing_ok=True)
-        link.symlink_to(found.absolute())
+        link.symlink_to(file.absolute())
         self._check_halted()  # after GRACE seconds stream() returns, and another conversion may use the folder
         link.rename(path)
         sync_folder(path.parent)
@@ -206,13 +206,13 @@ class Download:
         if self._halted.is_set():
             raise Halted
 
-    def _check_sum(self, found: Path, remote: RemoteFile, name: str) -> None:
+    def _check_sum(self, file: Path, remote: RemoteFile, name: str) -> None:
         """Check the size and sha256 of a downloaded file, and sync it to the disk, so that a link may mark it as whole.
 
         If they differ from the hub's, delete the file and raise CheckpointError.
         """
         problem = None
-        with found.open("rb") as stream:
+        with file.open("rb") as stream:
             if (size := os.fstat(stream.fileno()).st_size) != remote.size:
                 problem = f"it has {size:,} bytes instead of {remote.size:,}"
             elif remote.sha256 is not None and hashlib.file_digest(stream, "sha256").hexdigest() != remote.sha256:
@@ -221,12 +221,12 @@ class Download:
                 os.fsync(stream.fileno())
                 os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         if problem:
-            found.resolve().unlink()
+            file.resolve().unlink()
             raise CheckpointError(
                 f"{name} of {self._name} was damaged during the download: {problem}.",
                 "Run the same command again: it resumes where it stopped.",
             )
-        for folder in {found.parent, found.resolve().parent}:  # the cache has a link, and the file in another folder
+        for folder in {file.parent, file.resolve().parent}:  # the cache has a link, and the file in another folder
             sync_folder(folder)
 
     # replacing files by sparse copies
@@ -309,13 +309,13 @@ def open_on_hub(
     wanted, named = weights_of(snapshot, config)
     commit = snapshot.name
     place = folder / commit
-    here = {}  # by name: the path of a file on this machine, or of its sparse copy, which has the same header and size
+    local = {}  # by name: the path of a file on this machine, or of its sparse copy, which has the same header and size
     for file in wanted:
         path = shard_path(place, file)
-        if (found := path if path.exists() else hub.cached(name, file, commit)) is not None:
-            here[file] = found
-    files = _files(name, commit, wanted, here)
-    headers = _headers(name, commit, files, here, place)
+        if (source := path if path.exists() else hub.cached(name, file, commit)) is not None:
+            local[file] = source
+    files = _files(name, commit, wanted, local)
+    headers = _headers(name, commit, files, local, place)
     places = {tensor: shard_path(place, file) for tensor, file in named.items()}
     tensors = gathered(headers, places, snapshot / INDEX)
     checkpoint = Checkpoint(
@@ -331,9 +331,9 @@ def open_on_hub(
     return checkpoint, Download(name, commit, place, files, tensors, keep=keep)
 
 
-def _files(name: str, commit: str, wanted: Sequence[str], here: Mapping[str, Path]) -> dict[str, RemoteFile]:
-    if len(here) == len(wanted):
-        return {file: RemoteFile(path.stat().st_size, None) for file, path in here.items()}
+def _files(name: str, commit: str, wanted: Sequence[str], local: Mapping[str, Path]) -> dict[str, RemoteFile]:
+    if len(local) == len(wanted):
+        return {file: RemoteFile(path.stat().st_size, None) for file, path in local.items()}
     listing = hub.listing(name, commit)
     missing = [file for file in wanted if file not in listing]
     if missing == [WEIGHTS]:
@@ -346,25 +346,27 @@ def _files(name: str, commit: str, wanted: Sequence[str], here: Mapping[str, Pat
 
 
 def _headers(
-    name: str, commit: str, files: Mapping[str, RemoteFile], here: Mapping[str, Path], place: Path
+    name: str, commit: str, files: Mapping[str, RemoteFile], local: Mapping[str, Path], place: Path
 ) -> dict[Path, dict[str, StoredTensor]]:
     """Return the tensors of each file, by the path at which the file will be read. Raises CheckpointError."""
-    fetched = hub.headers(name, [file for file in files if file not in here], commit) if len(here) < len(files) else {}
-    found = {}
+    fetched = (
+        hub.headers(name, [file for file in files if file not in local], commit) if len(local) < len(files) else {}
+    )
+    tensors = {}
     for file, remote in files.items():
         path = shard_path(place, file)
-        if file in here:
-            found[path] = read_tensors(here[file], path)
+        if file in local:
+            tensors[path] = read_tensors(local[file], path)
             continue
         try:
-            found[path], start = listed(path, fetched[file], remote.size)
+            tensors[path], start = listed(path, fetched[file], remote.size)
             if start < MIN_START:
                 raise ValueError(f"its tensors take {remote.size - start:,} of the file's {remote.size:,} bytes")
         except ValueError as error:
             raise CheckpointError(
                 f"{file} of {name} has a malformed header ({error}).", "Choose another --revision, or another model."
             ) from error
-    return found
+    return tensors
 
 
 def shard_path(folder: Path, file: str) -> Path:
@@ -380,7 +382,7 @@ def _kept_path(path: Path) -> Path:
     return path.with_name(path.name + ".kept")
 
 
-def _most(route: Iterable[Stage], sizes: Mapping[Path, int]) -> int:
+def _most(in_order: Iterable[Stage], sizes: Mapping[Path, int]) -> int:
     """Return the most bytes of files that are on the disk at any one time. ``sizes``: bytes of each file."""
-    together = [stage.at_once for stage in route] + [frozenset([path]) for path in sizes]
+    together = [stage.at_once for stage in in_order] + [frozenset([path]) for path in sizes]
     return max((sum(sizes.get(path, 0) for path in files) for files in together), default=0)

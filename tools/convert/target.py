@@ -43,8 +43,8 @@ METHODS = {"hqq": "HQQ", "rounding": "plain rounding (--fast)", "native": "their
 
 def _of_experts(name: str, manifest: Manifest) -> str:
     """Return the value of the field ``name`` of the experts' projections, as text; if they differ, all the values."""
-    projections = [each for layout in manifest.layouts.values() for each in layout.projections]
-    return " and ".join(sorted({str(getattr(each, name)) for each in projections}))
+    projections = [projection for layout in manifest.layouts.values() for projection in layout.projections]
+    return " and ".join(sorted({str(getattr(projection, name)) for projection in projections}))
 
 
 # options that can be told from a manifest: the fields that an option affects, its description, and how to get its value
@@ -57,19 +57,19 @@ OPTIONS: tuple[tuple[set[str], str, Callable[[Manifest], str]], ...] = (
 )
 
 
-def difference(found: Manifest, asked: Manifest) -> str:
+def difference(earlier: Manifest, asked: Manifest) -> str:
     """Return a text that says how the plan that was ``found`` differs from the one ``asked`` for; "" if it does not.
 
     The text gives both values of options, and only the names of fields that no option sets.
     """
-    if found.model != asked.model:
-        return f"it is of {found.model}, not of {asked.model}"
-    rest = [each.name for each in fields(asked) if getattr(found, each.name) != getattr(asked, each.name)]
+    if earlier.model != asked.model:
+        return f"it is of {earlier.model}, not of {asked.model}"
+    rest = [field.name for field in fields(asked) if getattr(earlier, field.name) != getattr(asked, field.name)]
     said = []
     for names, option, of in OPTIONS:
-        if names & set(rest) and (old := of(found)) != (new := of(asked)):
+        if names & set(rest) and (old := of(earlier)) != (new := of(asked)):
             said.append(f"it has {option.format(old)}, not {new}")
-            rest = [each for each in rest if each not in names]  # the option explains these fields
+            rest = [field for field in rest if field not in names]  # the option explains these fields
     return "; ".join([*said, *([f"its manifest differs in {', '.join(rest)}"] if rest else [])])
 
 
@@ -118,15 +118,15 @@ class Target:
                 "Choose another folder, or empty this one; moetier deletes no files that it did not write.",
             )
         try:
-            found = self.found_plan()
+            earlier = self.found_plan()
         except StoreError as error:
             raise self._differs(f"its plan can't be read ({error.cause})") from error
-        if found is None:
+        if earlier is None:
             if any(not path.name.endswith(PARTIAL) for path in self.store.iterdir()):
                 raise self._differs("its plan is missing, as after an interrupted removal")
             return False
         finished = (self.store / METADATA).exists()
-        if differing := difference(found, self.plan):
+        if differing := difference(earlier, self.plan):
             raise self._differs(differing)
         whole = (
             finished
@@ -143,10 +143,10 @@ class Target:
 
         Raises StoreError if it can't be read.
         """
-        found = read_plan(self.store)
-        if found is not None and self.passing and (self.store / METADATA).exists():
-            return replace(found, source_digest=read_origin(self.folder).get("revision", ""))
-        return found
+        earlier = read_plan(self.store)
+        if earlier is not None and self.passing and (self.store / METADATA).exists():
+            return replace(earlier, source_digest=read_origin(self.folder).get("revision", ""))
+        return earlier
 
     def _differs(self, what: str) -> TargetExistsError:
         return TargetExistsError(
@@ -193,8 +193,8 @@ class Target:
     def read_journal(self) -> dict[int, float]:
         """Return the relative errors of the blocks that earlier runs finished, by number; {} if they can't be read."""
         try:
-            found = read_json(self.folder / JOURNAL)
-            return {int(block): float(error) for block, error in found["errors"].items()}
+            journal = read_json(self.folder / JOURNAL)
+            return {int(block): float(error) for block, error in journal["errors"].items()}
         except (StoreError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
             return {}
 
@@ -281,8 +281,8 @@ def freed_bytes(folder: Path) -> int:
 
     A file that is downloaded already is not counted as needed, so it must not be counted as freed either.
     """
-    found = [path.lstat() for path in (*_beside_store(folder), *(folder / GROUP).rglob("*"))]
-    return sum(512 * file.st_blocks for file in found if file.st_nlink == 1)  # else another name keeps the data
+    statuses = [path.lstat() for path in (*_beside_store(folder), *(folder / GROUP).rglob("*"))]
+    return sum(512 * file.st_blocks for file in statuses if file.st_nlink == 1)  # else another name keeps the data
 
 
 def _downloaded(folder: Path) -> list[Path]:
@@ -297,11 +297,11 @@ def small_files(
 
     ``bits`` and ``trunk_bits`` are written into config.json, and ``dtype`` if the checkpoint's config has none.
     """
-    made = {name: _without_code(contained(checkpoint.folder, name)) for name in checkpoint.copied}
-    made |= checkpoint.made_files()
+    contents = {name: _without_code(contained(checkpoint.folder, name)) for name in checkpoint.copied}
+    contents |= checkpoint.made_files()
     if checkpoint.revision is not None:
         origin = {"id": checkpoint.name, "revision": checkpoint.revision}
-        made[ORIGIN] = json.dumps(origin, indent=2).encode() + b"\n"
+        contents[ORIGIN] = json.dumps(origin, indent=2).encode() + b"\n"
     config = carried(checkpoint.config)
     if not config.keys() & {"dtype", "torch_dtype"}:
         config["dtype"] = dtype
@@ -309,7 +309,7 @@ def small_files(
     if trunk_bits != 16:
         config["quantization_config"]["trunk_bits"] = trunk_bits
     config["experts_implementation"] = "moetier"  # without moetier, loading then fails instead of making random experts
-    return {**made, INDEX: index_of(trunk), CONFIG: json.dumps(config, indent=2).encode() + b"\n"}
+    return {**contents, INDEX: index_of(trunk), CONFIG: json.dumps(config, indent=2).encode() + b"\n"}
 
 
 def _without_code(path: Path) -> bytes:
@@ -319,6 +319,8 @@ def _without_code(path: Path) -> bytes:
     except OSError as error:
         raise CheckpointError(f"{path} can't be read: {error.strerror}.", "Check the file and its disk.") from error
     if path.suffix == ".json" and b'"auto_map"' in data:
-        found = json.loads(data, object_hook=lambda d: {name: value for name, value in d.items() if name != "auto_map"})
-        return json.dumps(found, indent=2, ensure_ascii=False).encode() + b"\n"
+        parsed = json.loads(
+            data, object_hook=lambda d: {name: value for name, value in d.items() if name != "auto_map"}
+        )
+        return json.dumps(parsed, indent=2, ensure_ascii=False).encode() + b"\n"
     return data

@@ -104,10 +104,10 @@ class TrunkFile:
     def _pieces(self) -> Iterator[memoryview]:
         yield memoryview(self.header)
         for name, tensor in self.tensors.items():
-            kind: torch.dtype = getattr(torch, tensor.dtype)
+            dtype: torch.dtype = getattr(torch, tensor.dtype)
             for piece in tensor.chunks():
-                if kind.is_floating_point and kind.itemsize > 1 and len(piece):
-                    low, _ = torch.from_numpy(piece).view(kind).aminmax()
+                if dtype.is_floating_point and dtype.itemsize > 1 and len(piece):
+                    low, _ = torch.from_numpy(piece).view(dtype).aminmax()
                     if math.isnan(float(low)):
                         raise CheckpointError(
                             f"{name} has weights that are not numbers (NaN).", "Get an intact copy of the checkpoint."

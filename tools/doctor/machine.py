@@ -47,19 +47,19 @@ class Finding:
     advice: str = ""
 
 
-def ok(name: str, found: str) -> Finding:
+def ok(name: str, text: str) -> Finding:
     """Return the finding that something works."""
-    return Finding(name, State.OK, found)
+    return Finding(name, State.OK, text)
 
 
-def warn(name: str, found: str, advice: str) -> Finding:
+def warn(name: str, text: str, advice: str) -> Finding:
     """Return the finding that something works but could work better; ``advice`` says how."""
-    return Finding(name, State.WARN, as_options(found), as_options(advice))
+    return Finding(name, State.WARN, as_options(text), as_options(advice))
 
 
-def fail(name: str, found: str, advice: str) -> Finding:
+def fail(name: str, text: str, advice: str) -> Finding:
     """Return the finding that something does not work; ``advice`` is the remedy."""
-    return Finding(name, State.FAIL, as_options(found), as_options(advice))
+    return Finding(name, State.FAIL, as_options(text), as_options(advice))
 
 
 def look(name: str, at: Callable[[], Iterable[Finding]]) -> Iterator[Finding]:
@@ -91,13 +91,13 @@ def python() -> Iterator[Finding]:
     from packaging.specifiers import SpecifierSet
 
     wanted = SpecifierSet(metadata("moetier")["Requires-Python"] or "")
-    found = f"{platform.python_version()} ({sys.executable}), Linux {platform.release()}"
+    text = f"{platform.python_version()} ({sys.executable}), Linux {platform.release()}"
     if sys.platform != "linux":
         yield fail("python", f"{platform.python_version()} on {sys.platform}", "Use Linux: moetier needs memfd.")
     elif platform.python_version() not in wanted:
-        yield fail("python", found, f"Install Python {wanted}, and install moetier in it.")
+        yield fail("python", text, f"Install Python {wanted}, and install moetier in it.")
     else:
-        yield ok("python", found)
+        yield ok("python", text)
 
 
 def libraries() -> Iterator[Finding]:
@@ -151,9 +151,11 @@ def processor() -> Iterator[Finding]:
     """Report the CPU and the cores that this process may use."""
     from moetier.tools.rates.hardware import Machine
 
-    here, usable = Machine.here(), usable_cpus()
-    quota = f", of which a control group's quota allows {usable}" if usable < here.cores else ""
-    yield ok("cpu", f"{here.cpu} ({', '.join(here.features) or platform.machine()}), {here.cores} cores{quota}")
+    machine, usable = Machine.here(), usable_cpus()
+    quota = f", of which a control group's quota allows {usable}" if usable < machine.cores else ""
+    yield ok(
+        "cpu", f"{machine.cpu} ({', '.join(machine.features) or platform.machine()}), {machine.cores} cores{quota}"
+    )
 
 
 def kernel() -> Iterator[Finding]:
@@ -174,21 +176,21 @@ def kernel() -> Iterator[Finding]:
         return
     processor, threads = this_processor(), use_threads()
     instructions = f"{processor.dot.value} and AMX" if processor.has_amx else processor.dot.value
-    found = f"products with quantised experts are computed by code compiled for {instructions}, in {threads} threads"
+    text = f"products with quantised experts are computed by code compiled for {instructions}, in {threads} threads"
     if processor.dot is Dot.PLAIN:
         yield warn(
             "kernel",
-            found,
+            text,
             "Expect few tokens a second: fast code needs AVX2, AVX-VNNI, AVX-512 VNNI or Arm's DotProd.",
         )
     elif protected:
         yield warn(
             "kernel",
-            f"{found}. As {PROTECTED}, {WITHOUT_ONEDNN}.",
+            f"{text}. As {PROTECTED}, {WITHOUT_ONEDNN}.",
             "Permit executable memory (MemoryDenyWriteExecute=no in a systemd unit), or convert with --trunk-bits 8.",
         )
     else:
-        yield ok("kernel", found)
+        yield ok("kernel", text)
 
 
 def gpus() -> Iterator[Finding]:
@@ -196,8 +198,10 @@ def gpus() -> Iterator[Finding]:
     from moetier.runtime.device_names import DEVICES
     from moetier.runtime.devices.device import device_class
 
-    said = [each for name in DEVICES for each in device_class(name).diagnose()]
-    yield from (warn("gpu", each.text, each.advice) if each.advice else ok("gpu", each.text) for each in said)
+    said = [reading for name in DEVICES for reading in device_class(name).diagnose()]
+    yield from (
+        warn("gpu", reading.text, reading.advice) if reading.advice else ok("gpu", reading.text) for reading in said
+    )
     if not said:
         yield ok("gpu", "none that torch can use: everything is computed on the CPU")
 
@@ -225,15 +229,15 @@ def page_locks() -> Iterator[Finding]:
 
     soft, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     has_gpu = chosen_device("auto").has_memory
-    found = f"{_limit(soft)} of memory may be locked (hard limit: {_limit(hard)})"
+    text = f"{_limit(soft)} of memory may be locked (hard limit: {_limit(hard)})"
     if has_gpu and soft != resource.RLIM_INFINITY and soft < ENOUGH_LOCKED:
         yield warn(
             "memlock",
-            f"{found}: copies to the GPU may have to be made from pageable memory, which is slower.",
+            f"{text}: copies to the GPU may have to be made from pageable memory, which is slower.",
             "Raise the limit: ulimit -l unlimited, or LimitMEMLOCK=infinity in a systemd unit.",
         )
     else:
-        yield ok("memlock", found + ("" if has_gpu else "; only copies to a GPU need it"))
+        yield ok("memlock", text + ("" if has_gpu else "; only copies to a GPU need it"))
 
 
 def shared_memory() -> Iterator[Finding]:

@@ -32,17 +32,17 @@ def memory(directory: Path | None, root: Path = Path("/")) -> Iterator[Finding]:
     from moetier.tiers.errors import MoetierError
 
     left = memory_for_model(root)
-    found = f"of {format_bytes(machine_memory())}, {left.limiter} leaves {format_bytes(left.bytes)} for a model"
+    text = f"of {format_bytes(machine_memory())}, {left.limiter} leaves {format_bytes(left.bytes)} for a model"
     if directory is not None:
         try:
-            yield _memory_for(directory, left, found)
+            yield _memory_for(directory, left, text)
             return
         except (MoetierError, OSError):  # the check of the store reports it
             pass
     if left.bytes >= LEAST_MEMORY:
-        yield ok("memory", found)
+        yield ok("memory", text)
     else:
-        yield warn("memory", found, "Free some memory, or raise the control group's limit.")
+        yield warn("memory", text, "Free some memory, or raise the control group's limit.")
 
 
 def _fit(directory: Path, left: Available) -> tuple[Fit, int]:
@@ -61,8 +61,8 @@ def _fit(directory: Path, left: Available) -> tuple[Fit, int]:
         device = chosen_device("auto")
         model_choices = open_choices(directory)
     config = TierConfig.of(context=model_choices.context, prefill_chunk=PREFILL_CHUNK)
-    choice = next((each for each in model_choices.choices if each.as_it_is), model_choices.choices[0])
-    room = MachineRoom.here(device, directory, left, 0)
+    choice = next((candidate for candidate in model_choices.choices if candidate.as_it_is), model_choices.choices[0])
+    room = MachineRoom.measure(device, directory, left, 0)
     return fit_of(model_choices, choice, config, room, device.kernels()), config.context
 
 
@@ -77,17 +77,17 @@ def _all_fit(directory: Path, root: Path) -> bool:
         return False
 
 
-def _memory_for(directory: Path, left: Available, found: str) -> Finding:
+def _memory_for(directory: Path, left: Available, text: str) -> Finding:
     """Compare the memory that is left with what the model needs. Raises MoetierError."""
     from moetier.tiers.cache.budget import smallest_budget
 
     fit, context = _fit(directory, left)
     choice = fit.choice
     if fit.problem is not None:
-        return fail("memory", f"{found}. {fit.problem.cause}", f"{fit.problem.fix} Or convert the model to fewer bits.")
+        return fail("memory", f"{text}. {fit.problem.cause}", f"{fit.problem.fix} Or convert the model to fewer bits.")
     smallest, largest = map(format_bytes, (smallest_budget(choice.manifest), choice.manifest.stored_bytes))
     text = (
-        f"{found}; the trunk takes {format_bytes(choice.trunk_bytes)}, a context of {context} tokens and "
+        f"{text}; the trunk takes {format_bytes(choice.trunk_bytes)}, a context of {context} tokens and "
         f"computing {format_bytes(fit.needs.reserve)}, experts {smallest} to {largest}: by default "
         f"{format_bytes(fit.arena_bytes)}, {fit.slot_count} of {choice.manifest.record_count}"
     )
@@ -124,7 +124,7 @@ def health(directory: Path, *, checksums: bool) -> Iterator[Finding]:
             verify = command("verify", cache_of(directory)[0] if is_fetched else directory)
             yield ok("store", f"{what}; every file has its size; the bytes were not read ({verify} reads them)")
             return
-        scrubbed = chain(scrub(store), store.scrub_rest())
+        scrubbed = chain(scrub(store), store.scrub_other_files())
         bad = [problem for problem in scrubbed if not isinstance(problem, int)]
         yield from (fail("store", problem.cause, store.remedy) for problem in bad)
         if not bad:
@@ -162,9 +162,9 @@ def disk(directory: Path | None, seconds: float, root: Path = Path("/")) -> Iter
         advice = "Put model directories on ext4, xfs or btrfs."
         yield warn("O_DIRECT", f"{name}: files are read through the page cache, which they fill", advice)
     size = format_bytes(reads.block_bytes)
-    found = f"{rate / 1e9:.2f} GB/s, random reads of {size}, {LOADERS} at a time, by {reads.by}"
+    text = f"{rate / 1e9:.2f} GB/s, random reads of {size}, {LOADERS} at a time, by {reads.by}"
     if rate < SLOW:
         more = "" if directory is not None and _all_fit(directory, root) else ", or give experts more memory: --ram"
-        yield warn("disk", found, f"Put model directories on an SSD{more}.")
+        yield warn("disk", text, f"Put model directories on an SSD{more}.")
     else:
-        yield ok("disk", found)
+        yield ok("disk", text)

@@ -36,12 +36,12 @@ class Verification:
 
     def text(self) -> str:
         """Return the result as one line."""
-        manifest, rest = self.store.manifest, self.store.rest
-        files = f"{len(rest)} file{'s' * (len(rest) > 1)}"
+        manifest, paths = self.store.manifest, self.store.other_files
+        files = f"{len(paths)} file{'s' * (len(paths) > 1)}"
         if manifest.trunk:
             trunk = f"{files} of the trunk"
         else:
-            trunk = f"the other bytes of {files}" if rest else "no checksums of the trunk"
+            trunk = f"the other bytes of {files}" if paths else "no checksums of the trunk"
         copies = f" in {1 + len(self.mirrors)} copies" if self.mirrors else ""
         return (
             f"{plain(manifest.model)}: {manifest.record_count:,} records in {len(manifest.blocks)} blocks{copies}, "
@@ -87,11 +87,11 @@ def verify(directory: Path, *, shows: bool) -> Verification:
         small = small_faults(folder) if manifest.trunk else ()  # small files, such as config.json, have no checksums
         checks = chain(
             problems,
-            store.scrub_rest(),
+            store.scrub_other_files(),
             *map(scrub, stores),
             (Problem(None, None, str(folder), fault.cause) for fault in small),
         )
-        total = sum(map(_record_bytes, stores)) + sum(store.rest.values())
+        total = sum(map(_record_bytes, stores)) + sum(store.other_files.values())
         bad, nbytes, seconds = _run(checks, total, shows=shows)
         return Verification(
             store,

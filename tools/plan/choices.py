@@ -75,8 +75,8 @@ class CheckpointHeaders:
         then has the shape [n], where n is an equal share of the weights that result.
         """
         name = str(dtype).removeprefix("torch.")
-        found = self.checkpoint.sources(model, name)
-        return found if self.shaped else _shaped(model, found, name)
+        sources = self.checkpoint.sources(model, name)
+        return sources if self.shaped else _shaped(model, sources, name)
 
 
 def open_headers(source: str | Path) -> CheckpointHeaders:
@@ -136,15 +136,15 @@ def _shaped(model: PreTrainedModel, names: Iterable[str], dtype: str) -> dict[st
     shape [n], where n is an equal share of the weights that result.
     """
     shapes: Mapping[str, Any] = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    made: dict[str, SourceTensor] = {}
+    tensors: dict[str, SourceTensor] = {}
     for members, targets in destinations(model, names):
-        known = [shapes[target] for target in targets if target in shapes]
-        plain = len(members) == 1 and len(known) == 1
-        share = sum(map(math.prod, known)) // len(members)
+        target_shapes = [shapes[target] for target in targets if target in shapes]
+        plain = len(members) == 1 and len(target_shapes) == 1
+        share = sum(map(math.prod, target_shapes)) // len(members)
         for name in members:
-            shape = known[0] if plain else (share,)
-            made[name] = StoredTensor(name, SPELLINGS[dtype], shape, Path(name), 0)
-    return made
+            shape = target_shapes[0] if plain else (share,)
+            tensors[name] = StoredTensor(name, SPELLINGS[dtype], shape, Path(name), 0)
+    return tensors
 
 
 @dataclass(frozen=True)
@@ -199,19 +199,19 @@ class ModelChoices:
 
     def chosen(self, bits: Collection[int] | None, trunk_bits: Collection[int] | None) -> list[Choice]:
         """Return the choices with the given bits; None stands for any. Raises ConfigError if there are none."""
-        found = [
+        choices = [
             choice
             for choice in self.choices
             if (bits is None or choice.bits in bits) and (trunk_bits is None or choice.trunk_bits in trunk_bits)
         ]
-        if not found:
+        if not choices:
             (only, *_) = self.choices
             raise ConfigError(
                 f"{self.source} is {'used as it is' if only.as_it_is else 'converted already'}, with experts of "
                 f"{only.bits} bits and a trunk of {only.trunk_bits} bits.",
                 "Leave out --bits and --trunk-bits, or give the checkpoint that the model was made from.",
             )
-        return found
+        return choices
 
 
 def open_choices(source: str | Path) -> ModelChoices:
@@ -288,7 +288,7 @@ def _one_file(path: Path) -> ModelChoices:
     ]
     size = sum(plain) + sum(layout.payload_bytes for layout in records.values())
     layers = model.config.get_text_config(decoder=True).num_hidden_layers
-    bits: Bits = min(each for each in BITS if each >= manifest.bits)
+    bits: Bits = min(width for width in BITS if width >= manifest.bits)
     trunk_bits = _most_common(records.values())
     choice = Choice(bits, trunk_bits, manifest, size, tuple(multiplied), sum(plain), layers, as_it_is=True)
     return ModelChoices(checkpoint.name, str(path), None, model, (choice,))
@@ -299,7 +299,7 @@ def _most_common(matrices: Iterable[RecordLayout]) -> Bits:
     weights = Counter[int]()
     for layout in matrices:
         weights[layout.projections[0].bits] += layout.weights
-    return min(each for each in TRUNK_BITS if each >= max(weights, key=weights.__getitem__, default=16))
+    return min(width for width in TRUNK_BITS if width >= max(weights, key=weights.__getitem__, default=16))
 
 
 def _choice(

@@ -29,8 +29,8 @@ def cold_start(folder: Path) -> dict[str, Any] | None:
     with CachedStore.open(folder) as store:
         manifest, trunk = store.manifest, 0
         for name in manifest.trunk:  # the folder of ``fetch.outline`` has holes in place of the trunk's weights
-            found = (folder / name).stat()
-            trunk += max(found.st_size - 512 * found.st_blocks, 0)
+            status = (folder / name).stat()
+            trunk += max(status.st_size - 512 * status.st_blocks, 0)
         experts = manifest.stored_bytes - store.cached_bytes
         stop = time.monotonic() + SECONDS
 

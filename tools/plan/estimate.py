@@ -62,10 +62,10 @@ class HitCurve:
 @cache
 def hit_curves() -> tuple[HitCurve, ...]:
     """Return the bundled curves, which are read once."""
-    found = json.loads((files(__package__) / FILE).read_text())
+    curves = json.loads((files(__package__) / FILE).read_text())
     return tuple(
         HitCurve(c["trace"], c["experts"], c["top_k"], tuple(c["shares"]), tuple(c["hit_ratios"]))
-        for c in found["curves"]
+        for c in curves["curves"]
     )
 
 
@@ -258,7 +258,7 @@ def _machine(room: MachineRoom, speeds: Speeds) -> dict[str, Any]:
 
 def _choice(model_choices: ModelChoices, fit: Fit, room: MachineRoom, speeds: Speeds) -> dict[str, Any]:
     choice = fit.choice
-    found: dict[str, Any] = {
+    entry: dict[str, Any] = {
         "bits": choice.bits,
         "trunk_bits": choice.trunk_bits,
         "as_it_is": choice.as_it_is,
@@ -271,9 +271,9 @@ def _choice(model_choices: ModelChoices, fit: Fit, room: MachineRoom, speeds: Sp
         "problem": as_options(fit.problem.cause) if fit.problem else None,
     }
     if not fit.works:
-        return found
+        return entry
     caching = Caching.of(choice.manifest, fit.slots)
-    found |= {
+    entry |= {
         "slots": fit.slot_count,
         "device_slots": None if fit.device_slots is None else sum(fit.device_slots.values()),
         "all_resident": fit.all_resident,
@@ -288,9 +288,9 @@ def _choice(model_choices: ModelChoices, fit: Fit, room: MachineRoom, speeds: Sp
     if speeds.rates is not None:
         token, read = token_cost(choice, caching, speeds.rates, fit.needs.cache)
         prompt = prompt_cost(choice, caching, speeds.rates)
-        found["decode"] = {"tokens_per_s": 1 / token.seconds, "read_bytes_per_token": read, **token.to_json()}
-        found["prefill"] = {"tokens_per_s": PROMPT_TOKENS / prompt.seconds, **prompt.to_json()}
-    return found
+        entry["decode"] = {"tokens_per_s": 1 / token.seconds, "read_bytes_per_token": read, **token.to_json()}
+        entry["prefill"] = {"tokens_per_s": PROMPT_TOKENS / prompt.seconds, **prompt.to_json()}
+    return entry
 
 
 def _conversion(model_choices: ModelChoices, choice: Choice, speeds: Speeds) -> float | None:

@@ -43,13 +43,13 @@ class MachineRoom:
     into: Path  # folder in which the model directory will be
 
     @classmethod
-    def here(cls, device: ComputeDevice, into: Path, host: Available, idle_bytes: int) -> MachineRoom:
+    def measure(cls, device: ComputeDevice, into: Path, host: Available, idle_bytes: int) -> MachineRoom:
         """Measure the free memory of ``device``, if it has any, and the free disk space of ``into``.
 
         ``host``: free memory of the host; ``idle_bytes``: memory of a process that has imported what a model needs.
         """
-        there = device.free_memory() if device.has_memory else None
-        return cls(host, device, there, free_bytes(into), idle_bytes, into)
+        on_device = device.free_memory() if device.has_memory else None
+        return cls(host, device, on_device, free_bytes(into), idle_bytes, into)
 
 
 @dataclass(frozen=True)
@@ -101,15 +101,15 @@ def fit_of(model_choices: ModelChoices, choice: Choice, config: TierConfig, room
     )
     memory = ModelMemory(manifest, config, room.device, needs)
     slots: Mapping[str, int] = {}
-    device_slots, arena, problem, there = None, 0, _disk_problem(model_choices, choice, room), room.host
+    device_slots, arena, problem, limited = None, 0, _disk_problem(model_choices, choice, room), room.host
     try:
         slots = memory.host_slots(room.host)
         if room.on_device is not None:
-            there = room.on_device
-            device_slots = memory.device_slots(replace(there, bytes=max(there.bytes - choice.trunk_bytes, 0)))
+            limited = room.on_device
+            device_slots = memory.device_slots(replace(limited, bytes=max(limited.bytes - choice.trunk_bytes, 0)))
         arena = ArenaLayout.of(manifest, slots).nbytes
     except BudgetError as error:
-        problem, slots = problem or _memory_problem(error, choice, memory.needs, config, there, room), {}
+        problem, slots = problem or _memory_problem(error, choice, memory.needs, config, limited, room), {}
     if problem:
         slots, device_slots = {}, None
     return Fit(choice, memory.needs, slots, device_slots, arena, problem)
@@ -132,7 +132,7 @@ def _disk_problem(model_choices: ModelChoices, choice: Choice, room: MachineRoom
 
 
 def _memory_problem(
-    error: BudgetError, choice: Choice, needs: Needs, config: TierConfig, there: Available, room: MachineRoom
+    error: BudgetError, choice: Choice, needs: Needs, config: TierConfig, limited: Available, room: MachineRoom
 ) -> BudgetError:
     """Return a BudgetError that counts all memory that is needed; ``error`` does not count the trunk.
 
@@ -143,7 +143,7 @@ def _memory_problem(
         return error
     least = smallest_budget(choice.manifest)
     experts = f"the experts that a token uses in a block ({format_bytes(least)})"
-    if room.on_device is not None and there is room.host:
+    if room.on_device is not None and limited is room.host:
         needed = needed_bytes(least)
         what = f"{experts} need {format_bytes(needed)} of the host's memory"
     else:
@@ -152,9 +152,9 @@ def _memory_problem(
             f"the trunk ({format_bytes(choice.trunk_bytes)}), a context of {config.context} tokens "
             f"({format_bytes(needs.reserve)}) and {experts} need {format_bytes(needed)}"
         )
-    on_gpu = there is room.on_device
+    on_gpu = limited is room.on_device
     return BudgetError(
-        f"With {choice.options}, {what}; {there.limiter} leaves {format_bytes(there.bytes)}.",
+        f"With {choice.options}, {what}; {limited.limiter} leaves {format_bytes(limited.bytes)}.",
         "Free some memory of the GPU, or give --device cpu." if on_gpu else "Free some memory, or raise the limit.",
     )
 
@@ -190,8 +190,8 @@ def impossible(asked: Sequence[Fit], evaluate: Callable[[TierConfig], list[Fit]]
         return problem
     tried = config
     while True:
-        if found := by_preference(evaluate(tried)):
-            nearest = max(found, key=lambda fit: (fit.choice.bits, fit.choice.trunk_bits))
+        if fits := by_preference(evaluate(tried)):
+            nearest = max(fits, key=lambda fit: (fit.choice.bits, fit.choice.trunk_bits))
             context = f" --context {tried.context}" if tried.context != config.context else ""
             return type(problem)(problem.cause, f"{nearest.choice.options}{context} works. {problem.fix}")
         if tried.context <= LEAST_CONTEXT:

@@ -78,7 +78,7 @@ def plan(
             "On a CPU there is no device memory: the CPU computes with the experts in host memory.",
             "Give --ram without --device-memory.",
         )
-    kernels, room = device.kernels(), MachineRoom.here(device, place, memory_for_model(), resident_bytes())
+    kernels, room = device.kernels(), MachineRoom.measure(device, place, memory_for_model(), resident_bytes())
     model_choices = open_choices(source)
     chosen = model_choices.chosen(bits, trunk_bits)
     if context is None:
@@ -96,8 +96,14 @@ def plan(
     choices = [fit.choice for fit in working]
     speeds = Speeds.measure(model_choices, choices, room, disk, config.threads or usable_cpus())
     words = _words(resources)
-    found = estimate(model_choices, fits, working[0], room, speeds, context=config.context, options=words, pulls=pulls)
-    return found | _cold_start(source, found, cache) if model_choices.headers is None else found | {"cold_start": None}
+    forecast = estimate(
+        model_choices, fits, working[0], room, speeds, context=config.context, options=words, pulls=pulls
+    )
+    return (
+        forecast | _cold_start(source, forecast, cache)
+        if model_choices.headers is None
+        else forecast | {"cold_start": None}
+    )
 
 
 def _check(bits: list[int] | None, trunk_bits: list[int] | None, disk: float | None) -> None:
@@ -115,14 +121,14 @@ def _words(resources: dict[str, Any]) -> list[str]:
     return command_words((name, value) for name, value in resources.items() if value != defaults[name])
 
 
-def _cold_start(source: str | Path, found: dict[str, Any], cache: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+def _cold_start(source: str | Path, forecast: dict[str, Any], cache: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     """Return what changes in the plan ``found`` if ``source`` is the cache of a model in an object store.
 
     The recommended command line then has the address, with the options ``cache``.
     """
     from .cold import cold_start
 
-    cold, recommended = cold_start(Path(source)), found["recommended"]
+    cold, recommended = cold_start(Path(source)), forecast["recommended"]
     if cold is None:
         return {"cold_start": None}
     words = [cold["address"], *command_words(cache)]

@@ -116,8 +116,8 @@ class Speeds:
         else:
             rate, by = DiskRate(disk * GB, disk * GB, LOADERS), "given"
         rates = MachineRates.measure(rate, choices, room) if not room.device.has_memory else None
-        made = choices if model_choices.headers is not None else ()
-        widths = {bits for choice in made for bits in (choice.bits, choice.trunk_bits)} - {16}
+        measured_choices = choices if model_choices.headers is not None else ()
+        widths = {bits for choice in measured_choices for bits in (choice.bits, choice.trunk_bits)} - {16}
         return cls(rate, by, rates, quantising_rates(sorted(widths)), workers)
 
 
@@ -143,9 +143,9 @@ def _disk_rate(model_choices: ModelChoices, choices: Sequence[Choice], room: Mac
 
 def _files_on(folder: Path, tensors: Collection[StoredTensor]) -> list[Path]:
     """Return the files of ``tensors`` that are on the disk of ``folder``, and large enough for random reads."""
-    there = [file for file in sorted({tensor.file for tensor in tensors}) if file.is_file()]
+    present = [file for file in sorted({tensor.file for tensor in tensors}) if file.is_file()]
     device = folder.stat().st_dev
-    return [f for f in there if f.stat().st_dev == device and f.stat().st_size >= LEAST_FILE_BYTES]
+    return [f for f in present if f.stat().st_dev == device and f.stat().st_size >= LEAST_FILE_BYTES]
 
 
 def probe_bytes(model_bytes: int, free: int) -> int:
@@ -195,7 +195,7 @@ def quantising_rates(widths: Collection[Bits]) -> dict[Bits, float]:
     from moetier.tiers.quant.codec import layout_for
     from moetier.tools.convert.encoder import one_thread_each
 
-    found = {}
+    quantising = {}
     shape = (QUANTISED_WEIGHTS // 1024, 1024)
     matrix = DEVIATION * torch.randn(shape, generator=torch.Generator().manual_seed(0))
     weights = {"weight": matrix.bfloat16()}
@@ -204,5 +204,7 @@ def quantising_rates(widths: Collection[Bits]) -> dict[Bits, float]:
         for bits in widths:
             layout = layout_for({"weight": (shape, "bfloat16")}, bits=bits)
             record = np.empty(layout.record_bytes, np.uint8)
-            found[bits] = QUANTISED_WEIGHTS / median_seconds(partial(encode, weights, layout, record), least_runs=TIMES)
-    return found
+            quantising[bits] = QUANTISED_WEIGHTS / median_seconds(
+                partial(encode, weights, layout, record), least_runs=TIMES
+            )
+    return quantising

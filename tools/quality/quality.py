@@ -29,7 +29,7 @@ from moetier.tiers.layout import BITS, Bits, RecordLayout
 from moetier.tiers.manifest import TrunkRecords
 from moetier.tiers.quant.codec import WeightError, decode, group_and_pairs, layout_for, sections
 from moetier.tiers.store.folder import read_manifest
-from moetier.tools.convert.plan import choose_matrices, trunk_form
+from moetier.tools.convert.plan import choose_matrices, trunk_records_of
 
 
 class Trial:
@@ -94,13 +94,13 @@ class Trial:
         return blocks, total
 
     @torch.no_grad()
-    def store_trunk(self, form: TrunkRecords | None, *, fast: bool) -> None:
+    def store_trunk(self, trunk_records: TrunkRecords | None, *, fast: bool) -> None:
         """Encode each trunk matrix that a conversion would quantise, and replace it by what is read from the record.
 
-        If ``form`` is None, restore all matrices. With ``fast``, weights are rounded to the nearest value instead of
-        using HQQ.
+        If ``trunk_records`` is None, restore all matrices. With ``fast``, weights are rounded to the nearest
+        value instead of using HQQ.
         """
-        chosen = choose_matrices(self.model, torch.float32, form) if form else {}
+        chosen = choose_matrices(self.model, torch.float32, trunk_records) if trunk_records else {}
         for path in {**self._trunk, **chosen}:
             linear = self.model.get_submodule(path)
             original = self._trunk.setdefault(path, linear.weight.detach().to(self._dtype))
@@ -322,7 +322,7 @@ def ways_of(
     ways = [way for way in itertools.product(*options) if not way[0] == way[3] == 16 or way[4] == methods[0]]
     for width, group, pair_type, trunk, _ in ways:
         group_and_pairs(width, group, pair_type)
-        trunk_form(trunk)
+        trunk_records_of(trunk)
     return ways
 
 
@@ -342,7 +342,7 @@ def measure_checkpoint(source: str, texts: Mapping[str, str], tokens: int, ways:
     yield Row(None, "", "", "", None, None, None, 16, losses)
     for bits, group, pairs, trunk_bits, method in ways:
         blocks, error = trial.store(bits, group, pairs, fast=method == "rounding")
-        trial.store_trunk(trunk_form(trunk_bits), fast=method == "rounding")
+        trial.store_trunk(trunk_records_of(trunk_bits), fast=method == "rounding")
         losses = {name: loss(trial.model, ids[name]) for name in ids}
         yield _row(blocks, trunk_bits, method, error.relative, losses)
 

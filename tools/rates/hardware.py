@@ -35,10 +35,10 @@ class Machine:
         ``place``: a file or folder on the measured disk; ``fio``: version of fio, if it was used.
         """
         model, flags = _cpu()
-        found = {"python": platform.python_version()} | ({"fio": fio} if fio else {})
+        versions = {"python": platform.python_version()} | ({"fio": fio} if fio else {})
         for name in PACKAGES:
             try:
-                found[name] = version(name)
+                versions[name] = version(name)
             except PackageNotFoundError:  # an optional package
                 continue
         return cls(
@@ -49,7 +49,7 @@ class Machine:
             memory_bytes=machine_memory(),
             kernel=platform.release(),
             disk=place_of(place) if place is not None else "",
-            versions=found,
+            versions=versions,
         )
 
     def text(self) -> str:
@@ -67,11 +67,11 @@ class Machine:
 
 def _cpu() -> tuple[str, set[str]]:
     """Return the CPU's name, and the features that Linux reports."""
-    known: dict[str, str] = {}
+    fields: dict[str, str] = {}
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         name, _, value = line.partition(":")
-        known.setdefault(name.strip(), value.strip())
-    return known.get("model name", platform.machine()), set(known.get("flags", known.get("Features", "")).split())
+        fields.setdefault(name.strip(), value.strip())
+    return fields.get("model name", platform.machine()), set(fields.get("flags", fields.get("Features", "")).split())
 
 
 def place_of(place: Path) -> str:
@@ -79,9 +79,9 @@ def place_of(place: Path) -> str:
     device = place.stat().st_dev
     number = f"{os.major(device)}:{os.minor(device)}"
     mounts = (line.split(" - ") for line in Path("/proc/self/mountinfo").read_text().splitlines())
-    kind = next((behind.split()[0] for before, behind in mounts if before.split()[2] == number), "a file system")
+    file_system = next((behind.split()[0] for before, behind in mounts if before.split()[2] == number), "a file system")
     block = Path("/sys/dev/block") / number
     if not block.exists():
-        return kind
+        return file_system
     sectors = int((block / "size").read_text())
-    return f"{kind} on {block.resolve().name}, {format_bytes(512 * sectors)}"
+    return f"{file_system} on {block.resolve().name}, {format_bytes(512 * sectors)}"

@@ -43,13 +43,13 @@ def median_seconds(run: Callable[[], object], *, least_runs: int = 1, least_seco
     After one call to warm up, ``run`` is called at least ``least_runs`` times and for at least ``least_seconds``.
     """
     run()
-    found: list[float] = []
+    seconds: list[float] = []
     end = time.perf_counter() + least_seconds
-    while len(found) < least_runs or time.perf_counter() < end:
+    while len(seconds) < least_runs or time.perf_counter() < end:
         began = time.perf_counter()
         run()
-        found.append(time.perf_counter() - began)
-    return statistics.median(found)
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds)
 
 
 def projection_bytes(layout: RecordLayout, name: str) -> int:

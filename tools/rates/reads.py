@@ -184,5 +184,5 @@ def fio_version() -> str | None:
     """Return fio's version, or None if it is not installed."""
     if shutil.which("fio") is None:
         return None
-    found = subprocess.run(["fio", "--version"], capture_output=True, text=True, check=False)
-    return found.stdout.strip().removeprefix("fio-") or None
+    result = subprocess.run(["fio", "--version"], capture_output=True, text=True, check=False)
+    return result.stdout.strip().removeprefix("fio-") or None

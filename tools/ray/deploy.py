@@ -54,9 +54,9 @@ def deploy(application: Any, host: str, port: int, *, key: str | None) -> Addres
     """
     serve.start(http_options={"host": host, "port": port}, controller_options={"runtime_env": {"env_vars": PROXIES}})
     # if Ray Serve has run before, it stays where it is; no public name tells where (Ray 2.60)
-    found = _get_global_client().http_config
-    host = f"[{found.host}]" if ":" in found.host else found.host
-    address = Address(target=f"{host}:{found.port}")
+    http_config = _get_global_client().http_config
+    host = f"[{http_config.host}]" if ":" in http_config.host else http_config.host
+    address = Address(target=f"{host}:{http_config.port}")
     if key is None and not address.is_loopback:
         raise ConfigError(
             f"Other machines can reach Ray Serve at {address}, and there is no API key.",

@@ -95,12 +95,14 @@ def _cells(blocks: Sequence[Block], uses: Sequence[Sequence[float]], together: i
     cells: list[Cell | None] = []
     for at in range(0, most, together):
         one = [
-            (expert in there, row[expert])
-            for there, row in zip(ready, uses, strict=True)
+            (expert in is_ready, row[expert])
+            for is_ready, row in zip(ready, uses, strict=True)
             for expert in range(at, min(at + together, len(row)))
         ]
         count = len(one)
-        cells.append((sum(there for there, _ in one) / count, sum(use for _, use in one) / count) if one else None)
+        cells.append(
+            (sum(is_ready for is_ready, _ in one) / count, sum(use for _, use in one) / count) if one else None
+        )
     return cells
 
 
@@ -134,9 +136,9 @@ def _axis(grid: Grid, cells: int, width: int) -> str:
 
 def _legend(grid: Grid) -> Text:
     text = Text("\n" + " " * grid.label)
-    for there, name in ((1, "ready"), (0, "absent")):
+    for is_ready, name in ((1, "ready"), (0, "absent")):
         for heat in (0.0, 0.1, 0.4, 1.0):
-            text.append("■", colour(there, heat))
+            text.append("■", colour(is_ready, heat))
         text.append(f" {name}  ", "dim")
     if grid.experts * grid.blocks > 1:
         text.append(f"{grid.blocks} x {grid.experts} a cell", "dim")

@@ -37,10 +37,10 @@ def read_prompts(path: Path) -> list[str]:
 def _prompt_of(line: str, place: str) -> str:
     """Return the prompt of a line of JSON. Raises ConfigError if it has none; ``place`` names the line in the error."""
     try:
-        found = json.loads(line)
+        parsed = json.loads(line)
     except ValueError as error:
         raise ConfigError(f"{place} is not JSON.", "Write one JSON object into each line.") from error
-    value = next((found[key] for key in PROMPT_KEYS if key in found), None) if isinstance(found, dict) else None
+    value = next((parsed[key] for key in PROMPT_KEYS if key in parsed), None) if isinstance(parsed, dict) else None
     if isinstance(value, list) and value:
         value = value[0]
     if not isinstance(value, str) or not value:

@@ -199,9 +199,9 @@ def demands_of(trace: Trace, sequence: int, block: int) -> list[SimulatedDemand]
     """Return the demands of a sequence on a block, in order; a prompt is one demand."""
     span = trace.sequences[sequence]
     prompt = trace.n_prefill[sequence] if trace.n_prefill else 0
-    found = [SimulatedDemand(_keys(block, trace.experts[span.start : span.start + prompt, block]), is_prompt=True)]
-    found += [SimulatedDemand(_keys(block, trace.experts[token, block]), is_prompt=False) for token in span[prompt:]]
-    return [demand for demand in found if demand.keys]
+    demands = [SimulatedDemand(_keys(block, trace.experts[span.start : span.start + prompt, block]), is_prompt=True)]
+    demands += [SimulatedDemand(_keys(block, trace.experts[token, block]), is_prompt=False) for token in span[prompt:]]
+    return [demand for demand in demands if demand.keys]
 
 
 def simulate(trace: Trace, policy: str, slots: int, *, device_slots: int = 0) -> Outcome:
@@ -214,7 +214,7 @@ def simulate(trace: Trace, policy: str, slots: int, *, device_slots: int = 0) ->
     decoding, prompts, device, preloads = Count(), Count(), Count(), 0
     for block, experts in enumerate(trace.num_experts):
         quota = min(slots, experts)
-        known = HotSet()
+        hot_set = HotSet()
         for sequence in range(len(trace.sequences)):
             demands = demands_of(trace, sequence, block)
             if device_slots:
@@ -227,11 +227,11 @@ def simulate(trace: Trace, policy: str, slots: int, *, device_slots: int = 0) ->
             else:
                 tier = SimulatedTier.of_block(block, quota, POLICIES["lru" if policy == "learned" else policy])
                 if policy == "learned":
-                    preloads += tier.preload(known.hottest(block, quota))
+                    preloads += tier.preload(hot_set.hottest(block, quota))
                     used = HotSet()
                     for demand in demands:
                         used.use(demand.keys)
-                    known = used.after(known, {block: experts})
+                    hot_set = used.after(hot_set, {block: experts})
                 missed = [tier.demand(demand.keys, is_prompt=demand.is_prompt) for demand in demands]
             for demand, missing in zip(demands, missed, strict=True):
                 (prompts if demand.is_prompt else decoding).add(demand.keys, missing)

@@ -32,10 +32,10 @@ class _Bytes:
         if not skipped:
             return first
         type_ = vector(I16, 2 * emit.lanes) if skipped == 2 else vector(I8, 4 * emit.lanes)
-        each = type_.count // emit.lanes  # elements of a word
+        count = type_.count // emit.lanes  # elements of a word
         one, other = (emit.at.bitcast(word, type_) for word in (first, self._aligned(offset - skipped + 4)))
-        kept = [*range(skipped * each // 4, each), *range(type_.count, type_.count + skipped * each // 4)]
-        order = [i + each * lane for lane in range(emit.lanes) for i in kept]
+        kept = [*range(skipped * count // 4, count), *range(type_.count, type_.count + skipped * count // 4)]
+        order = [i + count * lane for lane in range(emit.lanes) for i in kept]
         return emit.at.bitcast(emit.pick(one, other, order), first.type)
 
     def byte(self, offset: int) -> Value:
@@ -116,7 +116,7 @@ class _Mxfp4(_Blocks):
         at, lanes = emit.at, emit.lanes
         scale = emit.powers(at.shl(stored.byte(place), emit.all(I32, 23, lanes)))
         codes = _nibbles(emit, [stored.word(place + 1 + 4 * i) for i in range(4)])
-        yield ColumnGroup([emit.lookup(each, DOUBLED_E2M1) for each in codes], scale)
+        yield ColumnGroup([emit.lookup(code, DOUBLED_E2M1) for code in codes], scale)
 
 
 class _Q8_0(_Blocks):

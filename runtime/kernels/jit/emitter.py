@@ -30,8 +30,8 @@ def once(make: Callable[Parameters, Made]) -> Callable[Parameters, Made]:
     @functools.wraps(make)
     def get(*arguments: Parameters.args, **named: Parameters.kwargs) -> Made:
         with compile_lock:
-            made: Made = cached(*arguments, **named)
-            return made
+            value: Made = cached(*arguments, **named)
+            return value
 
     return get
 
@@ -289,10 +289,10 @@ class Emitter:
 
     def intrinsic(self, name: str, result: Any, *arguments: Value) -> Value:
         """Emit a call of LLVM's intrinsic function ``name``."""
-        known = self.module.globals.get(name)
-        if known is None:
-            known = ir.Function(self.module, ir.FunctionType(result, [a.type for a in arguments]), name)
-        return self.at.call(known, arguments)
+        function = self.module.globals.get(name)
+        if function is None:
+            function = ir.Function(self.module, ir.FunctionType(result, [a.type for a in arguments]), name)
+        return self.at.call(function, arguments)
 
     def load_floats(self, pointer: Value, offset: Value, dtype: Dtype, count: int) -> Value:
         """Emit a load of ``count`` numbers of ``dtype`` from ``pointer`` + ``offset`` bytes, as an fp32 vector."""

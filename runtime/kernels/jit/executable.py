@@ -121,8 +121,8 @@ def link(object_file: bytes) -> tuple[bytes, dict[str, int]]:
             continue
         for start in range(section.offset, section.offset + section.size, 24):
             offset, what, addend = struct.unpack_from("<QQq", object_file, start)
-            place, symbol, kind = places[section.info] + offset, values[what >> 32], what & 0xFFFFFFFF
-            if kind not in _RELATIVE or symbol is None:
-                raise LinkError(f"the object file has a reference of type {kind} that can't be resolved")
+            place, symbol, relocation = places[section.info] + offset, values[what >> 32], what & 0xFFFFFFFF
+            if relocation not in _RELATIVE or symbol is None:
+                raise LinkError(f"the object file has a reference of type {relocation} that can't be resolved")
             struct.pack_into("<i", image, place, symbol + addend - place)
     return bytes(image), symbols

@@ -74,9 +74,9 @@ class Processor:
                 self._cpu = {"cpu": llvm.get_host_cpu_name(), "features": _host_features()}
             else:
                 self._cpu = {"cpu": "", "features": features}
-        known = set(self._cpu["features"].split(","))
-        self.dot = next((dot for dot, needed in _NEEDED.items() if needed <= known), Dot.PLAIN)
-        self.has_amx = self.dot is Dot.AVX512_VNNI and known >= _AMX  # for products with many rows
+        flags = set(self._cpu["features"].split(","))
+        self.dot = next((dot for dot, needed in _NEEDED.items() if needed <= flags), Dot.PLAIN)
+        self.has_amx = self.dot is Dot.AVX512_VNNI and flags >= _AMX  # for products with many rows
         # Zen 4's hardware prefetchers load a long run of memory in time; software prefetches would cost 15 % there. On
         # Zen 3 they gain 14 to 21 %.
         self.has_stream_prefetch = self._cpu["cpu"] in ("znver4", "znver5")

@@ -143,9 +143,9 @@ def _in_slices(
     return torch.cat(parts, 1), None
 
 
-def asks_more(named: dict[str, Any], known: Collection[str] = ()) -> bool:
+def asks_more(named: dict[str, Any], ignored: Collection[str] = ()) -> bool:
     """Return whether there are arguments that change results, besides those in ``known``."""
-    others = [value for name, value in named.items() if name not in HARMLESS and name not in known]
+    others = [value for name, value in named.items() if name not in HARMLESS and name not in ignored]
     return any(isinstance(value, Tensor) or bool(value) for value in others)
 
 

@@ -151,7 +151,7 @@ class AttentionTasks:
         weights = [norm.weight for norm in norms]
         vectors = [(bias, rows) for bias, (rows, _) in zip(biases, shapes, strict=True) if bias is not None]
         vectors += [(weight, weight.numel()) for weight in weights] + [(sinks, variant.heads)] * variant.has_sinks
-        if any(not is_readable(each) or (each.dtype, each.shape) != (dtype, (size,)) for each, size in vectors):
+        if any(not is_readable(vector) or (vector.dtype, vector.shape) != (dtype, (size,)) for vector, size in vectors):
             return None
         covered = [(len(weight), rows) for weight, rows in zip(weights, (q, k), strict=False)]
         if any(not size or size % LANES or rows % size for size, rows in covered):
@@ -182,7 +182,7 @@ class AttentionTasks:
             self._first.write(matrix, address)
 
         scale, eps = variant.norm or (None, 0.0)
-        weights, columns = ([each(norm.weight) for norm in norms] for each in (Tensor.data_ptr, Tensor.numel))
+        weights, columns = ([read(norm.weight) for norm in norms] for read in (Tensor.data_ptr, Tensor.numel))
         shape = (0, count, key_count, width, values, variant.rotated)
         normed = (*(columns or [width, width]), float_bits(eps))
         apart = variant.rotated // 2 if variant.angles == variant.rotated else 0
@@ -229,8 +229,8 @@ def _matrix_of(module: Any) -> RowMatrix | None:
     """Return the matrix of a linear module, for products with single rows; None if it has none, or that of before."""
     is_plain = type(module) is nn.Linear
     stored = parameters_of(module).get("weight") if is_plain else buffers_of(module).get("record")
-    found: RowMatrix | None = vars(stored if is_plain else module).get("matrix") if stored is not None else None
-    return found if found is not None and found.weight is stored else None
+    matrix: RowMatrix | None = vars(stored if is_plain else module).get("matrix") if stored is not None else None
+    return matrix if matrix is not None and matrix.weight is stored else None
 
 
 def _norm_of(norms: list[Any]) -> Any:

@@ -64,11 +64,11 @@ class CompiledRouter:
         ``bias`` and ``correction`` are [experts].
         """
         product = self.variant.product_dtype or weight.dtype
-        vectors = [each for each in (bias, correction) if each is not None]
+        vectors = [vector for vector in (bias, correction) if vector is not None]
         return (
             weight.dtype in FLOATS
             and lies_in_rows(weight)
-            and all(is_readable(each) and each.shape == weight.shape[:1] for each in vectors)
+            and all(is_readable(vector) and vector.shape == weight.shape[:1] for vector in vectors)
             and (bias is None or bias.dtype == product)
             and (correction is not None) == self.variant.has_correction
             and (correction is None or correction.dtype in FLOATS)

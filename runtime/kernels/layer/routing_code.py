@@ -163,13 +163,13 @@ class _Router(Emitter):
             score = at.load(first) if is_best else at.fadd(at.load(first), at.load(second))
             self._keep(self._ordered(at.bitcast(score, I32)), self._group_keys, group)
         with self.loop(best_groups, groups):
-            worst = self._found(self._group_keys, groups, "<=", _LARGEST)
+            worst = self._index_of(self._group_keys, groups, "<=", _LARGEST)
             self._keep(ir.Constant(I32, _LARGEST), self._group_keys, worst)
             begin = at.mul(worst, size)
             with self.loop(begin, at.add(begin, size)) as expert:
                 self._keep(ir.Constant(I32, _LEAST), self._keys, expert)
 
-    def _found(self, keys: Value, count: Value, order: str, start: int) -> Value:
+    def _index_of(self, keys: Value, count: Value, order: str, start: int) -> Value:
         """Emit the search for a key that is before all others in an order; return its index.
 
         ``start`` is the key with which the search begins. Keys that are equal: with ">" the first, with "<=" the last.
@@ -188,7 +188,7 @@ class _Router(Emitter):
         """Emit the choice of the experts with the top-k keys, and copies of their scores."""
         at, n = self.at, self.number
         with self.loop(n(0), self._top_k) as rank:
-            best = self._found(self._keys, self._experts, ">", _LEAST)
+            best = self._index_of(self._keys, self._experts, ">", _LEAST)
             self.store(best, self._chosen, at.mul(rank, n(8)))
             self._keep(ir.Constant(I32, _LEAST), self._keys, best)
             self._keep(self._number(self._scores, best, F32), self._picked, rank)

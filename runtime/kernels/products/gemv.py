@@ -30,7 +30,7 @@ def lies_in_rows(weight: Tensor) -> bool:
     return weight.dim() == 2 and weight.shape[1] % LANES == 0 and has_memory(weight) and weight.is_contiguous()
 
 
-def gemv_task(weight: Tensor, given: torch.dtype, made: torch.dtype | None = None) -> KernelTask:
+def gemv_task(weight: Tensor, given: torch.dtype, output: torch.dtype | None = None) -> KernelTask:
     """Return a task that multiplies ``weight`` [rows, columns] with a row of type ``given``.
 
     Its context still lacks the addresses X, W and Y: of x [columns], of the weight, and of y [rows], which is of type
@@ -39,7 +39,7 @@ def gemv_task(weight: Tensor, given: torch.dtype, made: torch.dtype | None = Non
     rows, columns = weight.shape
     items = -(-rows // ROWS)
     context = array("q", (0, items, 0, rows, columns, 0, 0))
-    kernel = gemv_kernel(given, weight.dtype, made or weight.dtype)
+    kernel = gemv_kernel(given, weight.dtype, output or weight.dtype)
     return KernelTask(kernel, context, min(items, threads_for(rows * columns)))
 
 
@@ -49,7 +49,7 @@ class Scores:
     def __init__(self, weight: Tensor) -> None:
         assert self.fits(weight)
         self._weight = weight
-        self._found = array("f", bytes(4 * len(weight)))
+        self._outputs = array("f", bytes(4 * len(weight)))
 
     @staticmethod
     def fits(weight: Tensor) -> bool:
@@ -66,18 +66,18 @@ class Scores:
         if not is_readable(x) or x.dtype not in FLOATS or x.numel() != weight.shape[1]:
             return None
         kernel, context, threads, _ = gemv_task(weight, x.dtype)
-        context[X], context[W], context[Y] = x.data_ptr(), weight.data_ptr(), self._found.buffer_info()[0]
+        context[X], context[W], context[Y] = x.data_ptr(), weight.data_ptr(), self._outputs.buffer_info()[0]
         kernel.run(context, threads, locked=is_small(weight.numel()))
-        return self._found.tolist()
+        return self._outputs.tolist()
 
 
 @once
-def gemv_kernel(given: torch.dtype, kept: torch.dtype, made: torch.dtype) -> Kernel:
+def gemv_kernel(given: torch.dtype, kept: torch.dtype, output: torch.dtype) -> Kernel:
     """Compile ``gemv_module``, once for these types and each processor."""
-    return compile_kernel(this_processor(), gemv_module(given, kept, made), GEMV)
+    return compile_kernel(this_processor(), gemv_module(given, kept, output), GEMV)
 
 
-def gemv_module(given: torch.dtype, kept: torch.dtype, made: torch.dtype) -> ir.Module:
+def gemv_module(given: torch.dtype, kept: torch.dtype, output: torch.dtype) -> ir.Module:
     """Emit the function ``GEMV(context)``, which computes items, of ROWS rows of W each, until none is left.
 
     x [K] is of type ``given``, W [N, K] of type ``kept``, and y [N] of type ``made``; K is a multiple of LANES.
@@ -103,8 +103,8 @@ def gemv_module(given: torch.dtype, kept: torch.dtype, made: torch.dtype) -> ir.
                 at.store(emit.multiply_add(weights, taken, at.load(place)), place)
         for row, place in zip(chosen, sums, strict=True):
             total = emit.reduce(at.load(place), at.fadd)
-            if made == torch.bfloat16:
+            if output == torch.bfloat16:
                 total = at.extract_element(emit.narrow(emit.spread(total, LANES), LANES), ir.Constant(I32, 0))
-            emit.store(total, y, at.mul(row, n(made.itemsize)))
+            emit.store(total, y, at.mul(row, n(output.itemsize)))
     at.ret_void()
     return module

@@ -166,9 +166,9 @@ class RowTile(RowEmitter):
         rows = [at.add(row, n(lane)) for lane in range(self.lanes)]
         if p.block_rows > 1:
             part = n(p.part_rows)
-            of_part = [at.udiv(at.urem(each, part), n(p.block_rows)) for each in rows]
+            of_part = [at.udiv(at.urem(index, part), n(p.block_rows)) for index in rows]
             rows = [at.add(at.mul(at.udiv(r, part), n(down)), own) for r, own in zip(rows, of_part, strict=True)]
-        return [at.mul(each, stride) for each in rows]
+        return [at.mul(index, stride) for index in rows]
 
     def _factor(self, row: Value) -> Value | None:
         """Return the factor of the final sum of each row of a tile, fp32 [lanes]; None if it is 1."""
@@ -218,7 +218,7 @@ class RowTile(RowEmitter):
             if self._span:
                 ones = self.all(I16, 1, 16)
                 wide = [self.intrinsic("llvm.x86.avx2.pmadd.wd", vector(I32, 8), pairs, ones) for pairs in short]
-                totals = [at.add(total, each) for total, each in zip(totals, wide, strict=True)]
+                totals = [at.add(total, partial) for total, partial in zip(totals, wide, strict=True)]
         return [at.sitofp(total, vector(F32, self.lanes)) for total in totals]
 
     def _size(self, q: Value) -> Value:

@@ -158,8 +158,8 @@ class _Quantiser(Emitter):
         at.store(self.floats(-math.inf), self._high)
         if not variant.turned:  # hardware prefetchers can't follow so many rows
             following = at.mul(at.add(column, n(variant.group)), n(itemsize))
-            with self.loop(n(0), n(LANES)) as each:
-                start = at.mul(at.add(row, each), self._stride)
+            with self.loop(n(0), n(LANES)) as lane:
+                start = at.mul(at.add(row, lane), self._stride)
                 self.prefetch(self._weights, at.add(start, following), variant.group * itemsize)
         with self.loop(n(0), n(variant.group), LANES) as tile:
             first = at.add(column, tile)

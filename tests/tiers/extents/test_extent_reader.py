@@ -127,7 +127,7 @@ def test_a_shard_that_is_not_the_one_of_before_is_refused_by_name(
     assert "moetier link" in caught.value.fix  # type: ignore[attr-defined]
     with open_extents(tmp_path, table, damaged=True) as store:
         assert store.faults.keys() == {2}
-        assert [*store.rest_faults()] == ["model-2.safetensors"]
+        assert [*store.other_file_faults()] == ["model-2.safetensors"]
         assert read_record(store, ExpertKey(0, 0)) == RECORDS["small"][0, 0]
         with pytest.raises(error, match=words):
             read_record(store, ExpertKey(2, 0))
@@ -164,9 +164,9 @@ def test_linking_reads_each_byte_once_and_makes_the_checksums(name: str, tmp_pat
     assert [(a.name, a.bytes, a.header) for a in found.shards] == [(b.name, b.bytes, b.header) for b in proved.shards]
     with open_extents(tmp_path, found) as store:
         assert not [problem for problem in scrub(store) if isinstance(problem, Problem)]
-        assert not [problem for problem in store.scrub_rest() if isinstance(problem, Problem)]
+        assert not [problem for problem in store.scrub_other_files() if isinstance(problem, Problem)]
         flip_bit(tmp_path / "model-0.safetensors", 20)  # in the header
-        (problem,) = (problem for problem in store.scrub_rest() if isinstance(problem, Problem))
+        (problem,) = (problem for problem in store.scrub_other_files() if isinstance(problem, Problem))
         assert "model-0.safetensors: checksum mismatch" in problem.cause
 
 

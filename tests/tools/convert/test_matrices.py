@@ -22,7 +22,7 @@ from moetier.tools.convert import conversion, encoder
 from moetier.tools.convert.conversion import Conversion
 from moetier.tools.convert.convert import convert
 from moetier.tools.convert.options import Options
-from moetier.tools.convert.plan import choose_matrices, trunk_form
+from moetier.tools.convert.plan import choose_matrices, trunk_records_of
 
 BF16 = torch.bfloat16
 
@@ -74,9 +74,9 @@ def test_what_is_kept_in_fp32_stays() -> None:
     """As an architecture says by the names of its modules."""
     model = tiny_model("mixtral", BF16)
     model._keep_in_fp32_modules_strict = {"o_proj"}
-    form = trunk_form(4)
-    assert form
-    found = choose_matrices(model, BF16, form)
+    trunk_records = trunk_records_of(4)
+    assert trunk_records
+    found = choose_matrices(model, BF16, trunk_records)
     assert found
     assert not any("o_proj" in path for path in found)
 
@@ -85,9 +85,9 @@ def test_what_two_modules_share_stays() -> None:
     model = tiny_model("mixtral", BF16)
     first, second = (f"model.layers.{i}.self_attn.o_proj" for i in range(2))
     model.all_tied_weights_keys = {f"{first}.weight": f"{second}.weight"}
-    form = trunk_form(4)
-    assert form
-    found = choose_matrices(model, BF16, form)
+    trunk_records = trunk_records_of(4)
+    assert trunk_records
+    found = choose_matrices(model, BF16, trunk_records)
     assert found
     assert not found.keys() & {first, second}
 
@@ -109,9 +109,9 @@ def test_what_a_checkpoint_fuses_is_quantised_as_the_module_has_it(tmp_path: Pat
 
 def record_of(weights: torch.Tensor, bits: Bits = 4) -> torch.Tensor:
     """Made in one piece."""
-    form = trunk_form(bits)
-    assert form
-    layout = matrix_layout(*weights.shape, form)
+    trunk_records = trunk_records_of(bits)
+    assert trunk_records
+    layout = matrix_layout(*weights.shape, trunk_records)
     out = np.empty(layout.record_bytes, np.uint8)
     encode({WEIGHT: weights}, layout, out)
     return torch.from_numpy(out)[: layout.payload_bytes]
