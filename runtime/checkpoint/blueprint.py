@@ -176,7 +176,7 @@ def make_blueprint(
 
 @dataclass
 class _Sorting:
-    """Sorts the groups of a checkpoint's tensors: experts, matrices that become records, the rest of the trunk."""
+    """Sorts a checkpoint's groups of tensors: experts, matrices that become records, other tensors of the trunk."""
 
     model: PreTrainedModel
     dtype: torch.dtype  # in which the model is loaded

@@ -1,4 +1,4 @@
-"""A checkpoint that is open, and the container that holds it: a folder in safetensors, or one file of another kind."""
+"""A checkpoint that is open, and the container that holds it: a folder with safetensors files, or one GGUF file."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from .trunk import Trunk
+    from .decoded_trunk import Trunk
 
-# The module and the class of each kind of file that holds a whole checkpoint, by its suffix. Anything else is a folder.
+# From the suffix of a file that holds a whole checkpoint to its module and class. Any other path is a folder's.
 FILES = {".gguf": "moetier.runtime.checkpoint.gguf_file:GgufFile"}
-FOLDER = "moetier.runtime.checkpoint.files:SafetensorsFolder"
+FOLDER = "moetier.runtime.checkpoint.safetensors_folder:SafetensorsFolder"
 SAMPLE_BYTES, SAMPLE_STRIDE = 64, 16 << 20
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 
@@ -92,7 +92,7 @@ class Checkpoint:
         """
         if self.format.is_plain:
             return None
-        from .trunk import decoded_trunk  # imports torch, which a daemon does without
+        from .decoded_trunk import decoded_trunk  # imports torch, which a daemon does without
 
         return decoded_trunk(self.format.sources(str(dtype or self.first_dtype or "float32").removeprefix("torch.")))
 
@@ -132,7 +132,7 @@ def samples(tensor: StoredTensor) -> list[tuple[int, int]]:
 
 
 class Container(ABC):
-    """One kind of folder or file that holds a checkpoint. All methods take its path."""
+    """How a folder or file holds a checkpoint, such as in GGUF. All methods take the path of a checkpoint."""
 
     @abstractmethod
     def open(self, path: str | Path, *, ignore_code: bool) -> Checkpoint:

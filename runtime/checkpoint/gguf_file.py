@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from .trunk import Trunk
+    from .decoded_trunk import Trunk
 
 PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 MAX_PARTS = 1000
@@ -79,7 +79,7 @@ class GgufCheckpoint(Checkpoint):
     def trunk(self, dtype: torch.dtype | str | None) -> Trunk | None:
         """Return the trunk, in which matrices stay as they are. Raises as ``sources_of``."""
         from .blueprint import build_on_meta
-        from .trunk import trunk_with_records
+        from .decoded_trunk import trunk_with_records
 
         model, own = build_on_meta(self.config, None)
         chosen: Any = dtype or own

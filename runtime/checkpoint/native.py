@@ -1,4 +1,4 @@
-"""Records of experts in the form in which a checkpoint stores their weights: its codes and scales, or 16 bits."""
+"""Records that keep weights of experts as a checkpoint stores them: its codes and scales, or its 16 bits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .recipe import BlockBlueprint, Expert
 
 
 def native_layout(block: BlockBlueprint) -> RecordLayout:
-    """Return the layout of a block's records in the checkpoint's own form.
+    """Return the layout of records that keep a block's weights as the checkpoint stores them.
 
     Raises ValueError, which says why, if a record can't hold a quantised parameter as it is stored, and CheckpointError
     as ``layout_for`` does.

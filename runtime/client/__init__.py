@@ -1,6 +1,6 @@
-"""Clients of the storage daemon: a host tier in the memory of a daemon on this host, and readers of remote daemons.
+"""Clients of the storage daemon: a host tier in a daemon's memory, and stores in the memory of daemons on other hosts.
 
-Other packages use ``tier.DaemonTier``, ``spread.SpreadReader`` and ``remote_compute.RemoteCompute``. While the daemon
+Other packages use ``tier.DaemonTier``, ``spread.SpreadStore`` and ``remote_compute.RemoteCompute``. While the daemon
 is away, ``fallback`` reads from the local store. The package imports ``runtime.wire``, ``tiers``, and types of
 ``runtime.kernels``.
 """

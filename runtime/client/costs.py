@@ -69,7 +69,7 @@ class OutputSeconds:
         self._is_first = False
 
     def fade(self) -> None:
-        """Lower the estimate a little, because no host was asked to compute. So one is asked again some time."""
+        """Lower the estimate a little, because no host was asked to compute. So a host is asked again later."""
         self.value *= 0.95
 
 

@@ -26,7 +26,7 @@ from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.stats import Share
 
-from .remote import RemoteReader
+from .remote import RemoteStore
 
 SHORTEST, LONGEST = 0.5, 30.0  # seconds between checks of a daemon that is away
 RESOLVE_SECONDS = 30.0  # between two resolutions of a name while no daemon fails
@@ -46,10 +46,10 @@ def rendezvous(names: Iterable[str], key: ExpertKey) -> list[str]:
 class Peer:
     """One of several daemons, and whether it is away."""
 
-    def __init__(self, name: str, reader: RemoteReader) -> None:
+    def __init__(self, name: str, store: RemoteStore) -> None:
         self.name = name
-        self.reader = reader
-        self.counts = Counter[str]()  # fields of Share; those of all former daemons once it is one of them
+        self.store = store
+        self.counts = Counter[str]()  # fields of Share; daemons that have left their DNS name share one
         self.failures = 0  # number of times it went away
         self.away: MoetierError | None = None  # the reason while it is away
         self.backoff = 0.0  # seconds between checks while it is away; 0 once it has given a record
@@ -57,7 +57,7 @@ class Peer:
 
 
 class Peers:
-    """All daemons, also those that are away. Thread-safe. ``close`` closes their readers.
+    """All daemons, also those that are away. Thread-safe. ``close`` closes their stores.
 
     A daemon that fails counts as away until a background check finds it again, so no other call waits for it.
     """
@@ -94,10 +94,10 @@ class Peers:
             peer.counts.update(records=1, bytes=nbytes)
             peer.backoff = 0.0
 
-    def count_computed(self, peer: Peer, rows: int, nbytes: int) -> None:
-        """Count a computation of a daemon: rows of outputs, and the bytes that were sent for it both ways."""
+    def count_computed(self, peer: Peer, outputs: int, nbytes: int) -> None:
+        """Count ``outputs`` that a daemon has computed, and the bytes that were sent for them in both directions."""
         with self._state:
-            peer.counts.update(computed=rows, computed_bytes=nbytes)
+            peer.counts.update(computed=outputs, computed_bytes=nbytes)
 
     def shares(self) -> list[Share]:
         """Return what came from each daemon, in the order in which they were named, and from former ones."""
@@ -115,19 +115,19 @@ class Peers:
             raise ClosedError("The connections to the daemons were closed.", "Load the model again.")
 
     def close(self) -> None:
-        """Close all readers; calls under way end with an error. Idempotent."""
+        """Close all stores; calls under way end with an error. Idempotent."""
         with self._state:
             self._closed = True
             self._state.notify_all()
         for peer in self:
-            peer.reader.close()
+            peer.store.close()
         if self._watcher is not None:
             self._watcher.join(_RESOLVER)
 
     def wait(self, deadline: float, error: MoetierError) -> None:
         """Wait until a daemon comes back or may have a free slot.
 
-        Raises ``error`` at the deadline (monotonic clock), and ClosedError once the reader is closed.
+        Raises ``error`` at the deadline (monotonic clock), and ClosedError once the store is closed.
         """
         with self._state:
             self.check_open()
@@ -146,7 +146,7 @@ class Peers:
     def check_all(self, *, needed: bool) -> None:
         """Resolve the DNS names, check all daemons at once, and note those that are away.
 
-        Raises ConfigError or RefusedError as ``SpreadReader.open``. If all are away and ``needed``, raises the error of
+        Raises ConfigError or RefusedError as ``SpreadStore.open``. If all are away and ``needed``, raises the error of
         the first.
         """
         unknown = self._resolve()
@@ -199,7 +199,7 @@ class Peers:
                 self._watcher = watcher
 
     def _watch(self) -> None:
-        """Check peers that are away, at growing intervals, and resolve DNS names, until the reader is closed."""
+        """Check peers that are away, at growing intervals, and resolve DNS names, until the store is closed."""
         while (task := self._next_task()) is not None:
             task()
 
@@ -237,9 +237,9 @@ class Peers:
         """Resolve the DNS names, and check daemons that were added."""
         self._resolve()
         for peer in self:
-            if peer.reader.computes is None and peer.away is None:
+            if peer.store.computes is None and peer.away is None:
                 with contextlib.suppress(MoetierError):  # the next read will notice it
-                    peer.reader.check(again=False)
+                    peer.store.check(again=False)
 
     def _resolve(self) -> list[UnavailableError]:
         """Resolve the DNS names: connect to daemons that were added, and disconnect from those that were removed.
@@ -260,7 +260,7 @@ class Peers:
             peers = {name: peer for name, peer in self._peers.items() if name in self._single or name in listed}
             former = [peer for name, peer in self._peers.items() if name not in peers]
             new = {
-                name: Peer(name, RemoteReader(address, self._credentials, self._manifest))
+                name: Peer(name, RemoteStore(address, self._credentials, self._manifest))
                 for name, address in listed.items()
                 if name not in peers
             }
@@ -272,7 +272,7 @@ class Peers:
             self._state.notify_all()
         for peer in former:
             _log.info("the daemon %s has gone", peer.name)
-            peer.reader.close()
+            peer.store.close()
         for name in new:
             _log.info("the daemon %s has come", name)
         return errors
@@ -286,7 +286,7 @@ def share_of(place: str, counts: Counter[str], away: str = "", lost: int = 0) ->
 def _check(peer: Peer) -> MoetierError | None:
     """Return why a daemon is away; None if it serves the store."""
     try:
-        peer.reader.check()
+        peer.store.check()
     except MoetierError as error:
         return error.with_traceback(None)
     return None

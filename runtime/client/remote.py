@@ -1,4 +1,4 @@
-"""RemoteReader: reads records from a daemon on another host, over the network, into slots of this process.
+"""RemoteStore: reads records from a daemon on another host, over the network, into slots of this process.
 
 It also sends computations to the daemon (``remote_compute.py``).
 """
@@ -49,7 +49,7 @@ _MAX_NAMES = 200  # longest list of a daemon's models in an error, in characters
 _FINAL = (ClosedError, ExhaustedError, BudgetError, RefusedError, UnknownModelError)
 
 
-class RemoteReader(Store):
+class RemoteStore(Store):
     """Store that reads from one daemon. It never returns a record with a wrong checksum.
 
     Every call has a deadline: ``patience`` seconds, plus the time that its bytes take at SLOWEST bytes per second.
@@ -204,7 +204,7 @@ class RemoteReader(Store):
 class _Channels:
     """Channels to one daemon. ``fetches`` is an endless iterator of callables for Fetch, one channel after another.
 
-    ``compute`` is the callable for Compute, on a channel of its own, where rows don't wait behind records.
+    ``compute`` is the callable for Compute, on a channel of its own, where hidden states don't wait behind records.
 
     Over a Unix socket, the control connection that gave the session id stays open as long as the channels.
     """
@@ -243,8 +243,8 @@ class _Channels:
 class _Transfer:
     """Transfer of one record in several parts, with a call for each part. An error in one call ends all calls."""
 
-    def __init__(self, reader: RemoteReader, key: ExpertKey, view: memoryview) -> None:
-        self._reader = reader
+    def __init__(self, store: RemoteStore, key: ExpertKey, view: memoryview) -> None:
+        self._store = store
         self._key = key
         self._view = view  # [slot_bytes]
         self._state = threading.Lock()  # guards the two fields below
@@ -256,7 +256,7 @@ class _Transfer:
 
         Raises the error of the part that fails first. Afterwards no thread writes to the record's buffer.
         """
-        fetches, parts = channels.fetches, list(_parts(len(self._view), self._reader.count))
+        fetches, parts = channels.fetches, list(_parts(len(self._view), self._store.count))
         others: list[Future[None]] = []
         try:
             for part in parts[1:]:  # one by one, so that ``finally`` waits for all that have begun
@@ -268,7 +268,7 @@ class _Transfer:
                 else:
                     other.result()
         except RuntimeError as error:  # the pool was closed, or can start no thread
-            self._end(error_of(error, self._reader.address.target))
+            self._end(error_of(error, self._store.address.target))
         except BaseException:
             self._end(UnavailableError("The read was cancelled.", "Try again."))
             raise
@@ -284,13 +284,13 @@ class _Transfer:
 
         An error of the network or the daemon ends the transfer.
         """
-        reader, key = self._reader, self._key
+        store, key = self._store, self._key
         request = pb.FetchRequest(
-            digest=reader.manifest.digest, block=key.block, expert=key.expert, offset=start, length=end - start
+            digest=store.manifest.digest, block=key.block, expert=key.expert, offset=start, length=end - start
         )
         try:
             data, crc = encode_request(request)
-            call = fetch(data, timeout=reader.patience + (end - start) / SLOWEST)
+            call = fetch(data, timeout=store.patience + (end - start) / SLOWEST)
             with self._state:
                 if self._error is not None:
                     call.cancel()
@@ -309,16 +309,16 @@ class _Transfer:
                 raise ProtocolError(
                     f"A daemon sent {at - start:,} of {end - start:,} bytes of {key}.", "See the daemon's log."
                 )
-            if reader.checks and repeated != crc:  # a store without a table of checksums would not show it
+            if store.checks and repeated != crc:  # a store without a table of checksums would not show it
                 # not a ChecksumError: an older daemon may have taken its place, which the next check finds out
                 raise ProtocolError(
-                    f"The daemon {reader.address} has answered another request than that for {key}.",
+                    f"The daemon {store.address} has answered another request than that for {key}.",
                     "Check the network, or use TLS.",
                 )
         except MoetierError as error:
             self._end(error)
         except CALL_ERRORS as error:
-            self._end(error_of(error, reader.address.target))
+            self._end(error_of(error, store.address.target))
 
     def _end(self, error: MoetierError) -> None:
         """Cancel all calls. ``run`` then raises the first ``error``."""

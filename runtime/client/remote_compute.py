@@ -40,7 +40,7 @@ from moetier.tiers.store.checksum import crc32c
 
 from .costs import OutputSeconds, RecentUses, earns_slot
 from .peers import Peer
-from .spread import SpreadReader
+from .spread import SpreadStore
 
 if TYPE_CHECKING:
     from moetier.runtime.kernels.experts.expert_products import ExpertProducts
@@ -58,12 +58,12 @@ TokensOfExperts = Mapping[int, tuple[Sequence[int], Sequence[int]]]
 
 
 class RemoteCompute:
-    """Has experts that are absent in the tier ``host`` computed by the daemons of ``reader``. Thread-safe."""
+    """Has experts that are absent in the tier ``host`` computed by the daemons of ``store``. Thread-safe."""
 
-    def __init__(self, reader: SpreadReader, host: HostTier) -> None:
-        self._reader = reader
+    def __init__(self, store: SpreadStore, host: HostTier) -> None:
+        self._store = store
         self._host = host
-        self._manifest = reader.manifest
+        self._manifest = store.manifest
         self._uses = [RecentUses(block.experts) for block in self._manifest.blocks]
         self._least: dict[int, tuple[int, float]] = {}  # by block: demands left until it is looked up again, and uses
         self._seconds = OutputSeconds()
@@ -73,7 +73,7 @@ class RemoteCompute:
     @property
     def is_possible(self) -> bool:
         """Whether a daemon serves computations now."""
-        return any(peer.away is None and peer.reader.computes for peer in self._reader.peers)
+        return any(peer.away is None and peer.store.computes for peer in self._store.peers)
 
     def note_uses(self, block: int, experts: Iterable[int]) -> None:
         """Count uses of ``experts`` by one token. All of them are cached."""
@@ -111,7 +111,7 @@ class RemoteCompute:
 
     def _fetches(self, key: ExpertKey, tokens: int, row_bytes: int) -> bool:
         """Return whether to fetch a record instead of sending ``tokens`` hidden states of ``row_bytes`` each."""
-        rate = self._reader.rate.value
+        rate = self._store.rate.value
         fetch = self._manifest.layout(key.block).slot_bytes / rate
         one = self._seconds.value + 2 * row_bytes / rate
         uses = self._uses[key.block].of(key.expert)
@@ -160,7 +160,7 @@ class _Part:
     @property
     def is_late(self) -> bool:
         """Whether the call has so little time left that it may end although the daemon has answered."""
-        return not isinstance(self.call, MoetierError) and self.call.time_remaining() < self.peer.reader.patience / 2
+        return not isinstance(self.call, MoetierError) and self.call.time_remaining() < self.peer.store.patience / 2
 
 
 class RemoteOutputs:
@@ -170,7 +170,7 @@ class RemoteOutputs:
         self, owner: RemoteCompute, products: ExpertProducts, block: int, x: int, tokens_of: TokensOfExperts
     ) -> None:
         self._owner = owner
-        self._reader = owner._reader
+        self._store = owner._store
         self._products = products
         self._block = block
         self._x = x
@@ -188,8 +188,8 @@ class RemoteOutputs:
             peer = next(
                 (
                     peer
-                    for peer in self._reader.peers.order(ExpertKey(self._block, expert))
-                    if peer.away is None and peer.reader.computes and self._failures[peer.name] < ATTEMPTS
+                    for peer in self._store.peers.order(ExpertKey(self._block, expert))
+                    if peer.away is None and peer.store.computes and self._failures[peer.name] < ATTEMPTS
                 ),
                 None,
             )
@@ -253,7 +253,7 @@ class RemoteOutputs:
         size = self._products.row_bytes
         activation = self._products.activation
         request = pb.ComputeRequest(
-            digest=self._reader.manifest.digest,
+            digest=self._store.manifest.digest,
             block=self._block,
             experts=part.experts,
             hidden_states=b"".join([ctypes.string_at(self._x + token * size, size) for token in numbers]),
@@ -274,7 +274,7 @@ class RemoteOutputs:
                 request.picked.extend([numbers[token] for token in own])
         part.began = time.monotonic()
         try:
-            part.call, part.crc = part.peer.reader.compute(request, part.count * size)
+            part.call, part.crc = part.peer.store.compute(request, part.count * size)
         except MoetierError as error:
             part.call = error.with_traceback(None)
 
@@ -292,7 +292,7 @@ class RemoteOutputs:
                     break
         except CALL_ERRORS as error:
             # without the traceback: gRPC's error is the call itself, and its frames hold the tier
-            return error_of(error.with_traceback(None), part.peer.reader.address.target)
+            return error_of(error.with_traceback(None), part.peer.store.address.target)
         except ProtocolError as error:
             return error.with_traceback(None)
         if len(data) != size or crc is None:
@@ -304,7 +304,7 @@ class RemoteOutputs:
             return ChecksumError(
                 f"Checksum mismatch in a computation by the daemon {part.peer.name}.", "Check the network, or use TLS."
             )
-        self._reader.peers.count_computed(part.peer, part.count, len(part.picked) * self._products.row_bytes + size)
+        self._store.peers.count_computed(part.peer, part.count, len(part.picked) * self._products.row_bytes + size)
         return data
 
     def _place(self, part: _Part, data: bytearray, outputs: int) -> None:
@@ -319,7 +319,7 @@ class RemoteOutputs:
         name = part.peer.name
         if isinstance(error, _AWAY):
             self._failures[name] = ATTEMPTS
-            self._reader.peers.lose(part.peer, error, part.failures)
+            self._store.peers.lose(part.peer, error, part.failures)
         elif isinstance(error, ExhaustedError | BudgetError):
             # it has no time or no memory, or is compiling code: it is asked again for the next block
             self._failures[name] = ATTEMPTS
@@ -330,7 +330,7 @@ class RemoteOutputs:
             if isinstance(error, StoreError):
                 return
             if self._failures[name] < ATTEMPTS:
-                part.peer.reader.renew()
+                part.peer.store.renew()
             else:
-                part.peer.reader.computes = False  # until it is checked again
+                part.peer.store.computes = False  # until it is checked again
                 _log.warning("The daemon %s is not asked to compute any more.", name)

@@ -1,4 +1,4 @@
-"""SpreadReader: reads a store from several daemons, each of which holds a share of the records in its memory."""
+"""SpreadStore: reads a store from several daemons, each of which holds a share of the records in its memory."""
 
 from __future__ import annotations
 
@@ -31,27 +31,27 @@ from moetier.tiers.store.base import Pause, Store
 
 from .costs import FetchRate
 from .peers import Peer, Peers, share_of
-from .remote import RemoteReader
+from .remote import RemoteStore
 
 PATIENCE = 30.0  # seconds that a read waits while every daemon is away and there are no local shards
 
 _log = logging.getLogger(__name__)
 
 
-class SpreadReader(Store):
+class SpreadStore(Store):
     """Store that reads from several daemons, and from the store ``local`` if no daemon gives a record.
 
     A read asks the daemons that are not away, in the order of its key. A daemon that fails counts as away until a
-    background check finds it again, so no other read waits for it. ``close`` closes all readers.
+    background check finds it again, so no other read waits for it. ``close`` closes their connections.
     """
 
     @classmethod
     def open(
         cls, addresses: Sequence[Address], credentials: Credentials, manifest: Manifest, folder: Path | None = None
-    ) -> SpreadReader:
+    ) -> SpreadStore:
         """Connect to the daemons. Shards in the model directory ``folder`` are read if no daemon gives a record.
 
-        An address with ``is_dns_name`` stands for all daemons of the name; the reader notices when they change.
+        An address with ``is_dns_name`` stands for all daemons of the name; the store notices when they change.
 
         Raises ConfigError if the credentials can't be used or an address is given twice, and RefusedError if a daemon
         refuses the credentials or is not trusted. If all daemons are away and there is no shard, raises the error of
@@ -60,19 +60,19 @@ class SpreadReader(Store):
         if len(set(addresses)) != len(addresses):
             raise ConfigError("A daemon is named twice.", "Name each daemon once.")
         single = [address for address in addresses if not address.is_dns_name]
-        reader = cls(
+        store = cls(
             manifest,
-            [Peer(str(address), RemoteReader(address, credentials, manifest)) for address in single],
+            [Peer(str(address), RemoteStore(address, credentials, manifest)) for address in single],
             _open_local(folder) if folder is not None else None,
             names=[address for address in addresses if address.is_dns_name],
             credentials=credentials,
         )
         try:
-            reader.peers.check_all(needed=reader.local is None)
+            store.peers.check_all(needed=store.local is None)
         except BaseException:
-            reader.close()
+            store.close()
             raise
-        return reader
+        return store
 
     def __init__(
         self,
@@ -84,7 +84,7 @@ class SpreadReader(Store):
         names: Sequence[Address] = (),
         credentials: Credentials | None = None,
     ) -> None:
-        """Read from ``peers``, and from the daemons of the DNS names ``names``, to which this reader connects."""
+        """Read from ``peers``, and from the daemons of the DNS names ``names``, to which this store connects."""
         self.manifest = manifest
         self.local = local
         self.peers = Peers(manifest, peers, names, credentials or Credentials())
@@ -138,7 +138,7 @@ class SpreadReader(Store):
         return shares
 
     def close(self) -> None:
-        """Close all readers; reads under way end with an error. Idempotent.
+        """Close all connections; reads under way end with an error. Idempotent.
 
         In a forked child only the store's descriptors are closed.
         """
@@ -162,7 +162,7 @@ class SpreadReader(Store):
             brought = 0
             self.rate.begin()
             try:
-                peer.reader.read_into(key, buffer)
+                peer.store.read_into(key, buffer)
                 brought = len(buffer)
             except (StoreError, ExhaustedError, BudgetError) as failure:  # the daemon answered, so it is not away
                 # without the traceback: the error is kept, and its frames hold the slot

@@ -29,8 +29,8 @@ from moetier.tiers.manifest import Manifest
 from moetier.tiers.source import Lease, Residents
 from moetier.tiers.stats import TierCounters, TierStats
 
+from .daemon_link import Link, LinkEvent, RequestFailed, SlotGranted, SlotRequest
 from .fallback import Fallback
-from .link import Link, LinkEvent, RequestFailed, SlotGranted, SlotRequest
 from .mapped_arena import MappedArena
 
 GRACE = 1.0  # seconds that a daemon may be away before the local store is read

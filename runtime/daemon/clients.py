@@ -31,8 +31,8 @@ from moetier.tiers.host.demands import Event, Failed, Granted
 from moetier.tiers.layout import ExpertKey
 
 from .control_server import Welcome
+from .hosted_model import HostedModel
 from .log import log_event
-from .model import HostedModel
 
 MAX_REQUESTS = 256  # most open requests of one client
 MAX_UNREAD = 65_536  # most answers that a client has not taken yet

@@ -36,7 +36,7 @@ class Welcome:
     """Answer to a client that is admitted. ``descriptor`` is that of the arena; the server closes it after sending."""
 
     model: str
-    slots: Mapping[str, int]  # number of slots for each record geometry
+    slots: Mapping[str, int]  # number of slots for each record layout, by its zarr array
     descriptor: int | None = None
 
 

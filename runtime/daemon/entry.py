@@ -11,7 +11,7 @@ import os
 import resource
 import signal
 
-from .options import DaemonConfig
+from .daemon_config import DaemonConfig
 
 SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 

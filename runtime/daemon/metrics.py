@@ -77,7 +77,7 @@ OF_CLIENTS = {
     "reported_hits": ("used", "Hits in the directory, as clients report them."),
     "fetches": ("fetches", "Records, or parts of them, sent to other hosts."),
     "fetched_bytes": ("fetched_bytes", "Bytes of records sent to other hosts."),
-    "computed_rows": ("computed", "Rows of experts' outputs computed for other hosts."),
+    "computed_rows": ("computed", "Outputs of experts computed for other hosts."),
     "received_bytes": ("session_bytes_in", "Bytes of messages from clients of this host."),
     "sent_bytes": ("session_bytes_out", "Bytes of messages to clients of this host."),
 }

@@ -24,8 +24,8 @@ from moetier.tiers.store.atomic import write_all
 
 from .clients import Clients
 from .control_server import ControlServer
+from .daemon_config import DaemonConfig
 from .log import log_event
-from .options import DaemonConfig
 from .server import bind, local_server, reflect, remote_server, server_credentials, stop
 from .startup import open_models, open_stores
 from .systemd import ServiceManager

@@ -71,7 +71,7 @@ class Service(ExpertStoreServicer):
             yield from model.fetch_calls.serve(request, context)
 
     def Compute(self, request: pb.ComputeRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
-        """Compute experts for rows of hidden states, and send the outputs as serialised pieces."""
+        """Compute experts for hidden states [tokens, hidden], and send the outputs as serialised pieces."""
         with _errors_as_codes(context), self._clients.fetching(request.digest) as model:
             yield from model.compute_calls.serve(request, context)
 
@@ -122,13 +122,13 @@ def add_service(servicer: ExpertStoreServicer, server: grpc.Server) -> None:
 
 
 def _checked(
-    call: Callable[[Request, grpc.ServicerContext], Any], kind: type[Request]
+    call: Callable[[Request, grpc.ServicerContext], Any], request_class: type[Request]
 ) -> Callable[[bytes, grpc.ServicerContext], Any]:
     """Return a handler of serialised requests, which parses and checks them before it calls ``call``."""
 
     def handle(data: bytes, context: grpc.ServicerContext) -> Any:
         try:
-            request = decode_request(kind, data)
+            request = decode_request(request_class, data)
         except MoetierError as error:
             abort(context, error)
         return call(request, context)

@@ -22,9 +22,9 @@ from moetier.tiers.host.tier import HostTier
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.store.base import DirectoryStore
 
+from .daemon_config import DaemonConfig
+from .hosted_model import HostedModel
 from .log import log_event
-from .model import HostedModel
-from .options import DaemonConfig
 from .reclaim import ReclaimedArena, reclaim_arenas
 from .systemd import ServiceManager
 
@@ -145,7 +145,7 @@ def plan_slots(
 ) -> tuple[dict[str, Mapping[str, int]], dict[str, ReclaimedArena]]:
     """Return two dictionaries from digests: to each model's number of slots, and to the reclaimed arena that it uses.
 
-    Slots are counted for each record geometry. If ``ram`` is a number of bytes, it is divided among all models. A model
+    Slots are counted for each record layout. If ``ram`` is a number of bytes, it is divided among all models. A model
     then uses a reclaimed arena only if the arena has exactly the number of slots that the model gets.
 
     If ``ram`` is None or a share of free memory, a model with reclaimed arenas uses the fullest of them, with the slots

@@ -3,8 +3,8 @@
 A group of hqq is a run of neighbouring weights, row after row (axis 1), or every n-th weight of the whole matrix, where
 n is the number of groups (axis 0). Records can't have groups of axis 0.
 
-mixtral-offloading published a checkpoint of Mixtral in a form of its own: its groups are of axis 0, its scales and zero
-points are quantised too, and the tensors that describe a matrix (DESCRIBING) are missing. The model's config and the
+mixtral-offloading published a checkpoint of Mixtral in a format of its own. Its groups are of axis 0, and its scales
+and zero points are quantised, too. It lacks the tensors that describe a matrix (DESCRIBING): the model's config and the
 sizes of the other tensors replace them.
 """
 

@@ -102,7 +102,7 @@ def format_of(
     if method not in FORMATS:
         raise UnsupportedModelError(
             f"The checkpoint is quantised with {method}, which moetier can't read.",
-            "Give a checkpoint in 16 or 32 bits, or in a form that docs/choosing.md lists.",
+            "Give a checkpoint in 16 or 32 bits, or in a format that docs/choosing.md lists.",
         )
     chosen: Format = resolve_name(FORMATS[method])(tensors, quantization, config)
     return chosen

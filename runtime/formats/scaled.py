@@ -197,7 +197,7 @@ def _coding_of(codes: StoredTensor, scales: StoredTensor, globals_: StoredTensor
     if (scale_type, globals_ is not None) not in DECODABLE[coding]:
         raise UnsupportedModelError(
             f"{_said(codes)} is in {codes.spelling} with scales in {scales.spelling}, which moetier can't read.",
-            "Give a checkpoint in another form; docs/choosing.md lists those that can be read.",
+            "Give a checkpoint in a format that docs/choosing.md lists.",
         )
     if len(codes.shape) < 2 or not all(codes.shape):
         raise CheckpointError(f"{_said(codes)} has shape {list(codes.shape)}, which is no matrix.", DAMAGED)
@@ -321,5 +321,5 @@ def unreadable(what: str) -> UnsupportedModelError:
     """Return the error for a checkpoint of compressed-tensors with ``what``."""
     return UnsupportedModelError(
         f"The checkpoint is quantised with compressed-tensors, in {what}, which moetier can't read.",
-        "Give a checkpoint in 16 or 32 bits, or in a form that docs/choosing.md lists.",
+        "Give a checkpoint in 16 or 32 bits, or in a format that docs/choosing.md lists.",
     )

@@ -89,7 +89,7 @@ def leave_out_of_plans(model: Any, part: str) -> None:
 
 
 def is_experts_class(module_class: type) -> bool:
-    """Return whether a class has transformers' experts interface, which adds a method to it."""
+    """Return whether a module's class has transformers' experts interface, which adds a method to it."""
     return hasattr(module_class, "_apply_gate")
 
 

@@ -1,7 +1,7 @@
 """Loading a model over the tiers: ``moetier.load``, and ``register`` for transformers' ``from_pretrained``.
 
-Other packages use ``load``, ``register``, ``prefill`` and ``tiers``. The package imports ``checkpoint``, ``client``,
-``kernels``, ``moe`` and ``speculation`` of ``runtime``, and ``tiers``.
+Other packages use ``load``, ``register``, ``prefill_memory`` and ``tiers``. The package imports ``checkpoint``,
+``client``, ``kernels``, ``moe`` and ``speculation`` of ``runtime``, and ``tiers``.
 """
 
 from typing import TYPE_CHECKING

@@ -35,7 +35,7 @@ from moetier.tiers.errors import ConfigError
 
 from .budgets import kv_cache_bytes, largest_decoded
 from .context import context_of
-from .prefill import prefill_of
+from .prefill_memory import prefill_of
 from .tiers import Tiers, close_later
 from .trunk_files import TrunkFiles, mapped_bytes
 

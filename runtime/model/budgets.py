@@ -20,7 +20,7 @@ from moetier.tiers.cache.budget import slots_for, smallest_budget
 from moetier.tiers.layout import RecordLayout
 from moetier.tiers.manifest import Manifest
 
-from .prefill import NOTHING_PER_TOKEN, WINDOWED, Prefill
+from .prefill_memory import NOTHING_PER_TOKEN, WINDOWED, Prefill
 
 
 @dataclass(frozen=True, slots=True)

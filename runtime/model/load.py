@@ -21,11 +21,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from moetier.runtime.checkpoint.containers import container_of, open_source
-from moetier.runtime.checkpoint.experts import config_of, is_checkpoint
+from moetier.runtime.checkpoint.model_config import config_of, is_checkpoint
 from moetier.runtime.config import OPTIONS, LoadOptions, TierConfig
 from moetier.runtime.devices.device import chosen_device
 from moetier.runtime.machine.memory import shortage_in
-from moetier.runtime.stores.checkpoint import check_shards
+from moetier.runtime.stores.checkpoint_store import check_shards
 from moetier.runtime.stores.registry import read_manifest
 from moetier.tiers.errors import ConfigError, MoetierError, StoreFormatError, UnsupportedModelError
 from moetier.tiers.store.folder import check_directory, command
@@ -60,7 +60,7 @@ def load(
             when they are first needed.
         ram: host memory for experts: a size ("6GiB"), a share of what trunk and context leave ("50%"), or a number of
             bytes. Default: "80%", or "95%" in a control group with a memory limit.
-        device_memory: GPU memory for experts, in the same form.
+        device_memory: GPU memory for experts, given as ``ram`` is.
         device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N".
         daemon: where experts come from. "auto": from a storage daemon of this user that serves this store, if there is
             one, else from this process's own tier. None or "none": from this process's own tier. A daemon's name,

@@ -20,7 +20,7 @@ from moetier.tiers.layout import Bits
 from moetier.tiers.redaction import redacted
 
 if TYPE_CHECKING:
-    from moetier.tiers.objects.fetch import Progress
+    from moetier.tiers.objects.cache_folder import Progress
 
 GROUP = "experts.zarr"  # repeated from tiers/store/folder.py, as a daemon resolves names before it imports numpy
 NAME = re.compile(r"(?P<id>[\w.-]+(/[\w.-]+)?)(:(?P<tag>[\w.-]+))?")
@@ -66,7 +66,8 @@ def model_directory(name: str | os.PathLike[str]) -> Path:
     of a folder, which need not exist. An address means the folder that ``directory_at`` returns for it.
 
     Raises StoreFormatError if there is neither such a folder or GGUF file nor such a pulled model, if ``name`` has no
-    tag and the model was pulled with several tags, or if it is an address of another kind; and as ``directory_at``.
+    tag and the model was pulled with several tags, or if an address is not that of an object store; and as
+    ``directory_at``.
     """
     text, folder = os.fspath(name), Path(name)
     if is_address(text):
@@ -109,20 +110,20 @@ def directory_at(
         cache: folder of all caches; None: ``$XDG_CACHE_HOME/moetier/objects``.
         size: most bytes of the model's experts in the cache, such as "50GiB"; None: the size given last, or all.
         progress: shows the progress of the trunk's download.
-        outline: do without the weights of the trunk if they are not in the cache (see ``tiers.objects.fetch.outline``).
+        outline: do without the trunk's weights if they are not in the cache (``tiers.objects.cache_folder.outline``).
 
-    Raises ConfigError if ``size`` is no size, and as ``tiers.objects.fetch.fetch``.
+    Raises ConfigError if ``size`` is no size, and as ``tiers.objects.cache_folder.fetch``.
     """
     check_address(address)  # before anything is imported
     from moetier.runtime.config import Size
-    from moetier.tiers.objects import fetch
+    from moetier.tiers.objects import cache_folder
 
     limit = None if size is None else Size.parse(size).bytes
     if size is not None and not limit:
         raise ConfigError(f"`store_cache_size` is {size!r}.", 'Give a size, such as "50GiB".')
     if outline:
-        return fetch.outline(address, cache)
-    return fetch.fetch(address, cache, limit, *([progress] if progress else []))
+        return cache_folder.outline(address, cache)
+    return cache_folder.fetch(address, cache, limit, *([progress] if progress else []))
 
 
 def pulled_model(name: str) -> tuple[str, Path]:

@@ -25,8 +25,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from moetier.runtime.checkpoint.config_json import NAME
-from moetier.runtime.checkpoint.experts import config_of, is_checkpoint
-from moetier.runtime.checkpoint.trunk import Trunk
+from moetier.runtime.checkpoint.decoded_trunk import Trunk
+from moetier.runtime.checkpoint.model_config import config_of, is_checkpoint
 from moetier.runtime.config import OPTIONS, TierConfig, TierOptions
 from moetier.runtime.libraries.torch_internals import parameters_of
 from moetier.runtime.libraries.transformers_internals import (

@@ -14,10 +14,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from moetier.runtime.checkpoint.blueprint import supported_types
 from moetier.runtime.checkpoint.config_json import NAME
-from moetier.runtime.checkpoint.experts import config_of, is_checkpoint
+from moetier.runtime.checkpoint.model_config import config_of, is_checkpoint
 from moetier.runtime.config import TierConfig, TierOptions
 from moetier.runtime.libraries.transformers_internals import experts_function_of
-from moetier.runtime.stores.checkpoint import check_shards
+from moetier.runtime.stores.checkpoint_store import check_shards
 from moetier.runtime.stores.registry import read_manifest
 from moetier.tiers.errors import MoetierError
 

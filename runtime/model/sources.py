@@ -48,7 +48,7 @@ def open_origin(
 ) -> Origin:
     """Open the host tier for the model directory ``folder``.
 
-    ``slots`` returns the number of slots for each record geometry, for a tier of this process. It is called only if
+    ``slots`` returns the number of slots for each record layout, for a tier of this process. It is called only if
     there will be such a tier, and may raise BudgetError. ``computes``: whether compiled
     code of this machine computes experts, so that daemons of other hosts may do it, too. Raises StoreError if the store
     can't be opened, and DaemonError if ``config`` names a daemon that can't be used.
@@ -93,9 +93,9 @@ def _own(folder: Path, manifest: Manifest, slots: Mapping[str, int], config: Tie
     store: Store
     with contextlib.ExitStack() as closing:
         if config.daemon.addresses:
-            from moetier.runtime.client.spread import SpreadReader
+            from moetier.runtime.client.spread import SpreadStore
 
-            store = spread = SpreadReader.open(config.daemon.addresses, config.credentials, manifest, folder)
+            store = spread = SpreadStore.open(config.daemon.addresses, config.credentials, manifest, folder)
             where = store.where
         else:
             store = open_store(folder)

@@ -29,7 +29,7 @@ from moetier.tiers.manifest import Manifest
 from moetier.tiers.stats import TierStats
 
 from .budgets import ModelMemory, Needs, scratch_numbers
-from .prefill import NONE, Prefill
+from .prefill_memory import NONE, Prefill
 from .sources import Origin, open_origin
 from .trunk_files import TrunkFiles
 

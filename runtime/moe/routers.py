@@ -61,7 +61,7 @@ class OneRowRouter:
     """A router for single rows. Threads may use it at the same time."""
 
     def __init__(self, variants: dict[Any, RouterVariant | None]) -> None:
-        """``known``: variants of routers that were tried. Routers that differ only in their weights are tried once."""
+        """``variants``: those of routers that were tried. Routers that differ only in their weights are tried once."""
         self._variants = variants
         self._routings: dict[torch.dtype, Trials[CompiledRouter]] = {}  # by type of rows
 

@@ -16,7 +16,7 @@ STORES = [  # module and class of each store; the first class that recognises a 
     "moetier.tiers.store.mirror:MirroredStore",
     "moetier.tiers.store.reader:ExpertStore",
     "moetier.tiers.objects.cache:CachedStore",
-    "moetier.runtime.stores.checkpoint:CheckpointStore",
+    "moetier.runtime.stores.checkpoint_store:CheckpointStore",
 ]
 _OTHERS = STORES[1]  # for any other location: its errors say that there is no store, and how one is made
 

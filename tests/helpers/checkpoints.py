@@ -15,7 +15,7 @@ from architectures import tiny_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from moetier.runtime.checkpoint.files import WEIGHTS
+from moetier.runtime.checkpoint.safetensors_folder import WEIGHTS
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.quant.codec import sections
 from moetier.tiers.store.reader import ExpertStore

@@ -12,7 +12,7 @@ from error_bench import RUN, Bench, Said, case
 from faults import flip_bit, need_strace, only, strace
 from prepared import MAIN
 
-from moetier.runtime.checkpoint.files import INDEX
+from moetier.runtime.checkpoint.safetensors_folder import INDEX
 from moetier.tiers.store.folder import GROUP, METADATA, read_manifest
 from moetier.tiers.store.shard import ShardFile
 

@@ -12,7 +12,7 @@ from checkpoints import edit_json
 from error_bench import BYTES, RUN, Bench, Said, case
 from faults import mounted
 
-from moetier.runtime.checkpoint.files import INDEX
+from moetier.runtime.checkpoint.safetensors_folder import INDEX
 
 # Checkpoints
 

@@ -10,7 +10,7 @@ from readers import PATIENCE
 
 from moetier.runtime.daemon.clients import Clients
 from moetier.runtime.daemon.control_server import ControlServer
-from moetier.runtime.daemon.model import HostedModel
+from moetier.runtime.daemon.hosted_model import HostedModel
 from moetier.runtime.daemon.server import local_server
 from moetier.runtime.wire.address import SOCKET, make_folder
 from moetier.tiers.host.tier import HostTier

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moetier.runtime.checkpoint.containers import Checkpoint
-from moetier.runtime.checkpoint.files import open_checkpoint
+from moetier.runtime.checkpoint.safetensors_folder import open_checkpoint
 from moetier.runtime.formats.tensors import StoredTensor
 from moetier.tiers.errors import ConfigError, TargetExistsError, UnsupportedModelError
 from moetier.tiers.store.atomic import PARTIAL

@@ -27,8 +27,8 @@ from pairs import DECODER
 from speculation import student
 
 from moetier.tiers.store.folder import MIRRORS
-from moetier.tools.convert.files import disk_bytes
-from moetier.tools.convert.mirror import make_mirror
+from moetier.tools.convert.mirror_writer import make_mirror
+from moetier.tools.convert.model_files import disk_bytes
 
 
 def main() -> None:

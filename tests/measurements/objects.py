@@ -32,7 +32,7 @@ from stores import layout_of, make_plan, make_records, write_store
 
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.objects.cache import CachedStore
-from moetier.tiers.objects.fetch import fetch
+from moetier.tiers.objects.cache_folder import fetch
 from moetier.tiers.objects.push import push
 from moetier.tiers.store.shard import ShardFile
 from moetier.tools.cli.progress import shown

@@ -32,7 +32,7 @@ from daemons import running_daemon
 from networks import network
 from stores import layout_of, make_plan, make_records, write_store
 
-from moetier.runtime.client.remote import CHANNELS, RemoteReader
+from moetier.runtime.client.remote import CHANNELS, RemoteStore
 from moetier.runtime.wire.address import Address, Credentials
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Manifest
@@ -80,7 +80,7 @@ def measure(
         running_daemon(
             folder / "store", ram=manifest.stored_bytes, folder=files / "daemon", extra=options, prefix=prefix
         ) as daemon,
-        RemoteReader(Address.parse(daemon.card.listen), credentials, manifest, channels=arguments.channels) as reader,
+        RemoteStore(Address.parse(daemon.card.listen), credentials, manifest, channels=arguments.channels) as reader,
         contextlib.closing(mmap.mmap(-1, manifest.layout(0).slot_bytes)) as mapping,
         memoryview(mapping) as slot,
     ):

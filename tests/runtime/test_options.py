@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from moetier.runtime import config
-from moetier.runtime.daemon import options as daemon
+from moetier.runtime.daemon import daemon_config as daemon
 from moetier.runtime.generation.decoding import DECODING
 from moetier.runtime.options import COUNT, Number, Option, command_words, named, read_all
 from moetier.tiers.errors import ConfigError

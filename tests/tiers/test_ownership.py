@@ -14,7 +14,7 @@ from threads import wait_until
 from users import NOBODY, as_nobody, need_root
 
 from moetier.tiers.errors import ConfigError
-from moetier.tiers.objects.fetch import fetch, outline
+from moetier.tiers.objects.cache_folder import fetch, outline
 from moetier.tiers.ownership import check_cache_folder
 
 pytest.importorskip("obstore")

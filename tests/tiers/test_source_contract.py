@@ -21,7 +21,7 @@ from outlets import PLAIN, served
 from stores import keys, make_plan, make_records, write_store
 from threads import Task, run_all, wait_until
 
-from moetier.runtime.client.remote import RemoteReader
+from moetier.runtime.client.remote import RemoteStore
 from moetier.runtime.client.tier import DaemonTier
 from moetier.tiers.arena.arena import Residents
 from moetier.tiers.cache.budget import slots_for, smallest_budget
@@ -106,7 +106,7 @@ def open_source(kind: str, folder: Path, slots: dict[str, int]) -> Iterator[Open
             case "remote":  # a tier of another host, at the same budget, between it and the store
                 with (
                     served(host) as address,
-                    RemoteReader(address, PLAIN, store.manifest) as reader,
+                    RemoteStore(address, PLAIN, store.manifest) as reader,
                     HostTier(reader, slots=slots, loaders=2) as above,
                 ):
                     yield Opened(above, above, store, lambda lease: bytes(lease.record))

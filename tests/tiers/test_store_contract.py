@@ -14,8 +14,8 @@ from object_servers import served_folder
 from outlets import PLAIN, served
 from stores import manifest_of, write_store
 
-from moetier.runtime.client.remote import RemoteReader
-from moetier.runtime.client.spread import SpreadReader
+from moetier.runtime.client.remote import RemoteStore
+from moetier.runtime.client.spread import SpreadStore
 from moetier.runtime.stores.registry import open_store
 from moetier.runtime.wire.address import Address
 from moetier.testing import Records, StoreTests
@@ -26,7 +26,7 @@ from moetier.tiers.host.tier import HostTier
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.objects.cache import CachedStore
-from moetier.tiers.objects.fetch import fetch
+from moetier.tiers.objects.cache_folder import fetch
 from moetier.tiers.store.base import DirectoryStore, Store, WrapperStore
 from moetier.tiers.store.folder import GROUP
 from moetier.tiers.store.mirror import MirroredStore
@@ -87,7 +87,7 @@ class TestExtentStore(StoreTests):
         flip_bit(store.paths[extent.shard], extent.offset)
 
 
-class TestRemoteReader(TestExpertStore):
+class TestRemoteStore(TestExpertStore):
     daemons = 1
 
     @contextlib.contextmanager
@@ -100,18 +100,18 @@ class TestRemoteReader(TestExpertStore):
             yield closing.enter_context(self.reader(addresses, store.manifest))
 
     def reader(self, addresses: list[Address], manifest: Manifest) -> Store:
-        return RemoteReader(addresses[0], PLAIN, manifest)
+        return RemoteStore(addresses[0], PLAIN, manifest)
 
 
-class TestSpreadReader(TestRemoteReader):
+class TestSpreadStore(TestRemoteStore):
     daemons = 2
 
     def reader(self, addresses: list[Address], manifest: Manifest) -> Store:
-        return SpreadReader.open(addresses, PLAIN, manifest)
+        return SpreadStore.open(addresses, PLAIN, manifest)
 
 
-class TestSpreadReaderWithoutDaemons(TestExpertStore):
+class TestSpreadStoreWithoutDaemons(TestExpertStore):
     """All records come from the local store."""
 
-    def open(self, folder: Path) -> SpreadReader:
-        return SpreadReader.open([Address(target="127.0.0.1:1")], PLAIN, manifest_of(folder), folder)
+    def open(self, folder: Path) -> SpreadStore:
+        return SpreadStore.open([Address(target="127.0.0.1:1")], PLAIN, manifest_of(folder), folder)

@@ -177,7 +177,7 @@ def read_ranges(path: Path, ranges: list[tuple[int, int]]) -> Iterator[memoryvie
 class ExtentStore(DirectoryStore):
     """The records of one checkpoint. One file descriptor is open for each shard.
 
-    ``runtime.stores.checkpoint`` finds the table of a checkpoint.
+    ``runtime.stores.checkpoint_store`` finds the table of a checkpoint.
     """
 
     def __init__(

@@ -1,9 +1,8 @@
 """The table of extents: which bytes of a checkpoint's files make the record of each expert.
 
 An *extent* is a run of bytes of a file that lies in a section of the record: unchanged, or as ``Piece`` says.
-``moetier link`` writes a table
-of a checkpoint, with a checksum for each record, beside the checkpoint or into ``$XDG_CACHE_HOME/moetier/extents`` (XDG
-Base Directory Specification 0.8). docs/format.md describes the file.
+``moetier link`` writes a table of a checkpoint, with a checksum for each record. The table is beside the checkpoint, or
+in ``$XDG_CACHE_HOME/moetier/extents`` (XDG Base Directory Specification 0.8). docs/format.md describes the file.
 """
 
 from __future__ import annotations

@@ -36,8 +36,8 @@ from moetier.tiers.store.reader import ExpertStore, Read, as_bytes, run_reads
 from moetier.tiers.store.shard import OpenShard, ShardFile
 
 from .access_times import ACCESS_TIMES, AccessTimes
+from .cache_folder import cache_of
 from .client import RETRIES, Objects, copy_bytes, until_right
-from .fetch import cache_of
 
 QUEUE_BYTES = 32 << 20  # most bytes of records that wait to be written, unless it is a single one
 PATIENCE = 10.0  # most seconds that a read waits for room among these

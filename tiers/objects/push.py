@@ -20,8 +20,8 @@ from moetier.tiers.store.reader import ExpertStore
 from moetier.tiers.store.shard import ShardFile
 from moetier.tiers.store.trunk import check_trunk
 
+from .cache_folder import Advance, Progress, parse_manifest
 from .client import Objects, RefusedReadError
-from .fetch import Advance, Progress, parse_manifest
 from .small_files import check_small, is_small
 
 MANIFEST = f"{GROUP}/{METADATA}"

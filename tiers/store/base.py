@@ -232,7 +232,7 @@ class WrapperStore(DirectoryStore):
 
     @property
     def where(self) -> str:
-        """As of the store."""
+        """The place that records of ``store`` are requested from."""
         return self.store.where
 
     def shares(self) -> list[Share]:
@@ -258,17 +258,17 @@ class WrapperStore(DirectoryStore):
 
     @property
     def direct(self) -> bool:
-        """As of the store."""
+        """True if the files of ``store`` are read with O_DIRECT."""
         return self.store.direct
 
     @property
     def has_checksums(self) -> bool:
-        """As of the store."""
+        """True if each read of ``store`` is compared with a checksum."""
         return self.store.has_checksums
 
     @property
     def remedy(self) -> str:
-        """As of the store."""
+        """What to do about damaged files of ``store``."""
         return self.store.remedy
 
     def check_digest(self) -> None:

@@ -299,7 +299,7 @@ class _Copy:
         self.damaged: set[ExpertKey] = set()  # records with a wrong checksum
         self.failures = 0  # number of failed reads since the last read that succeeded
         self.rests_until = 0.0  # time by ``time.monotonic`` until which the copy is set aside
-        # number of bytes that were read recently, and the seconds that the reads took; the first values are a guess,
+        # recently read bytes, and the seconds that the reads took; the first values are assumptions,
         # which has little weight
         self._bytes, self._seconds = 1e6, 1e-3
         self._reading = 0  # number of reads in progress

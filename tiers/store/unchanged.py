@@ -1,9 +1,10 @@
 """Notice that an open file was written to, by its size and times, and by samples of its bytes.
 
-Two kinds of writes are not noticed. A write through another process's mapping is noticed late: the kernel notes its
-time when it writes the pages to the disk. If a program writes to a file and sets the modification time back, only the
-change time (ctime) differs, and that of a file that was moved or backed up does too. So samples of the bytes decide.
-They differ if all weights were written anew, but a program that has changed a few tensors may have missed them.
+Two sorts of writes are noticed late or not at all. A write through another process's mapping is noticed late: the
+kernel notes its time when it writes the pages to the disk. If a program writes to a file and sets the modification time
+back, only the change time (ctime) differs, and that of a file that was moved or backed up does too. So samples of the
+bytes decide. They differ if all weights were written anew, but a program that has changed a few tensors may have missed
+them.
 """
 
 from __future__ import annotations

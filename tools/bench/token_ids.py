@@ -80,7 +80,7 @@ def _of_text(directory: Path, path: Path) -> list[int]:
 
 
 def _vocabulary(directory: Path) -> int:
-    from moetier.runtime.checkpoint.experts import config_of
+    from moetier.runtime.checkpoint.model_config import config_of
 
     config: dict[str, Any] = config_of(directory)
     size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")

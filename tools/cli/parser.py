@@ -200,7 +200,7 @@ def _name_of(action: argparse.Action) -> str:
 
 
 def _nearest(word: str, names: Iterable[str]) -> str:
-    """Return a question that suggests the word of ``known`` nearest to ``word``, or "" if none is near."""
+    """Return a question that suggests the word of ``names`` nearest to ``word``, or "" if none is near."""
     matches = difflib.get_close_matches(word, list(names), n=1)
     return f"Did you mean {matches[0]}? " if matches else ""
 

@@ -103,7 +103,7 @@ def _json(settings: Settings, shown: dict[str, list[Setting]]) -> dict[str, Any]
 
 
 def _plain(value: object) -> object:
-    """Return ``value`` in a form that JSON can hold: paths and infinite numbers become text."""
+    """Return ``value`` as JSON can hold it: paths and infinite numbers become text."""
     is_plain = isinstance(value, bool | int | list | tuple | None) or (
         isinstance(value, float) and math.isfinite(value)
     )

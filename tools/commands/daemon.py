@@ -6,7 +6,7 @@ import argparse
 import importlib.util
 import os
 
-from moetier.runtime.daemon.options import OPTIONS, DaemonConfig
+from moetier.runtime.daemon.daemon_config import OPTIONS, DaemonConfig
 from moetier.tools.cli.arguments import add_options
 from moetier.tools.cli.parser import checked, directory
 

@@ -63,7 +63,7 @@ def findings(directory: Path | None, *, checksums: bool = False, seconds: float 
     bytes of the directory. The disk is measured for ``seconds``.
     """
     from moetier.runtime.machine.memory import shortage
-    from moetier.tools.doctor import machine, store
+    from moetier.tools.doctor import machine, model_directory
     from moetier.tools.doctor.machine import State, fail, look
 
     light = {"python": machine.python, "libraries": machine.libraries, "config": machine.configuration}
@@ -71,7 +71,7 @@ def findings(directory: Path | None, *, checksums: bool = False, seconds: float 
         "cpu": machine.processor,
         "kernel": machine.kernel,
         "gpu": machine.gpus,
-        "memory": partial(store.memory, directory),
+        "memory": partial(model_directory.memory, directory),
         "memfd": machine.memory_files,
         "memlock": machine.page_locks,
         "/dev/shm": machine.shared_memory,
@@ -85,8 +85,8 @@ def findings(directory: Path | None, *, checksums: bool = False, seconds: float 
     for name, at in others.items():  # these import torch, which takes memory
         yield from look(name, at)
     if directory is not None:
-        of_store = list(look("store", partial(store.health, directory, checksums=checksums)))
+        of_store = list(look("store", partial(model_directory.health, directory, checksums=checksums)))
         yield from of_store
         if any(finding.state is State.FAIL for finding in of_store):
             return  # broken records can't be used to measure the disk
-    yield from look("disk", partial(store.disk, directory, seconds))
+    yield from look("disk", partial(model_directory.disk, directory, seconds))

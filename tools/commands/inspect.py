@@ -65,8 +65,8 @@ def _text(description: dict[str, Any]) -> str:
         lines += [f"  {_projection(p)}" for p in layout["projections"]]
         lines += [f"  {b['name']:<16} [{b['size']}] {b['dtype']}" for b in layout["biases"]]
     several = len(description["layouts"]) > 1
-    geometries = Counter((b["array"], b["experts"], b["top_k"]) for b in description["blocks"])
-    for (array, experts, top_k), count in geometries.items():
+    layouts = Counter((b["array"], b["experts"], b["top_k"]) for b in description["blocks"])
+    for (array, experts, top_k), count in layouts.items():
         where = f", array {array}" if several else ""
         lines.append(f"{count} block{'s' if count > 1 else ''} of {experts} experts, top-{top_k}{where}")
     lines += [f"  {block:>3}  {b['path']}" for block, b in enumerate(description["blocks"])]

@@ -28,8 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Read the checkpoint once, write the table and return 0. Raises MoetierError."""
     from moetier.runtime.checkpoint.containers import open_source
-    from moetier.runtime.checkpoint.experts import is_checkpoint
-    from moetier.runtime.stores.checkpoint import CheckpointStore, make_table
+    from moetier.runtime.checkpoint.model_config import is_checkpoint
+    from moetier.runtime.stores.checkpoint_store import CheckpointStore, make_table
     from moetier.tiers.errors import ConfigError
     from moetier.tiers.extents.link import link
     from moetier.tiers.extents.table import write_table

@@ -60,7 +60,7 @@ def _look(name: str, folder: Path) -> dict[str, Any]:
         resuming,
     )
     from moetier.tiers.store.mirror import read_mirrors
-    from moetier.tools.convert.files import disk_bytes
+    from moetier.tools.convert.model_files import disk_bytes
 
     store, resume = folder / GROUP, None
     mirrors: list[Path] = []

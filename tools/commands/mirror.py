@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the command and return 0. Raises StoreError or TargetError."""
     from moetier.tiers.store.folder import read_manifest, store_folder
-    from moetier.tools.convert.mirror import mirror_to
+    from moetier.tools.convert.mirror_writer import mirror_to
 
     mirror_to(arguments.directory, arguments.target)
     stored = read_manifest(store_folder(arguments.directory)).stored_bytes

@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the plan and return 0. Raises MoetierError if no choice that was asked for can work."""
-    from moetier.tools.plan.plan import plan
+    from moetier.tools.plan.forecast import plan
 
     forecast = plan(
         arguments.source,

@@ -30,7 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
     """
     from moetier.runtime.config import format_bytes
     from moetier.runtime.model.names import pulled_model
-    from moetier.tools.convert.files import disk_bytes
+    from moetier.tools.convert.model_files import disk_bytes
 
     models = dict(pulled_model(name) for name in arguments.names)
     for name, folder in models.items():
@@ -62,7 +62,7 @@ def _check(name: str, folder: Path) -> None:
     """Check that a model may be removed. Raises TargetError if it is outside of ``models_folder()``, or is in use."""
     from moetier.runtime.model.names import models_folder
     from moetier.tiers.errors import TargetError
-    from moetier.tools.convert.files import check_unused
+    from moetier.tools.convert.model_files import check_unused
 
     root = models_folder().resolve()
     if folder.resolve() != root / folder.parent.name / folder.name:
@@ -76,7 +76,7 @@ def _check(name: str, folder: Path) -> None:
 def _remove(name: str, folder: Path) -> None:
     """Remove a model's folder without following links. Raises TargetError if it is in use."""
     from moetier.tiers.store.folder import GROUP, replacement_folder
-    from moetier.tools.convert.files import check_unused, delete, empty, locked
+    from moetier.tools.convert.model_files import check_unused, delete, empty, locked
 
     # first, as a conversion that writes to this folder would put a new model in the place of the removed one
     if replacement_folder(folder).exists():

@@ -26,11 +26,11 @@ from moetier.tiers.store.atomic import disk_errors
 from moetier.tiers.store.writer import StoreWriter
 from moetier.tools.cli.progress import Progress
 from moetier.tools.cli.report import table
-from moetier.tools.convert.files import free_bytes, nearest_folder
+from moetier.tools.convert.model_files import free_bytes, nearest_folder
 
+from .conversion_plan import ConversionPlan, Stage, stages
 from .encoder import INTERPRETER_BYTES, Encoder, MatrixRecord
 from .options import NATIVE, OPTIONS, RESUMING, Options
-from .plan import ConversionPlan, Stage, stages
 from .streaming import Download
 from .target import Target, small_files
 

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from moetier.runtime.checkpoint.containers import Checkpoint, open_source
-from moetier.runtime.checkpoint.files import check_source
+from moetier.runtime.checkpoint.safetensors_folder import check_source
 from moetier.runtime.machine.threads import use_threads
 from moetier.tiers.errors import ConfigError, StoreError, TargetExistsError
 from moetier.tiers.store.folder import JOURNAL, replacement_folder
 
 from .conversion import Conversion, ConversionReport
-from .files import check_unused
-from .mirror import mirror_to
+from .mirror_writer import mirror_to
+from .model_files import check_unused
 from .options import Options
 from .replacement import (
     discard,

@@ -35,7 +35,7 @@ from moetier.tiers.store.folder import (
 from moetier.tiers.store.mirror import read_mirrors
 
 from .conversion import Conversion, ConversionReport
-from .files import delete, locked
+from .model_files import delete, locked
 from .target import copied_files, files_of_users, is_ours, remove
 
 FIRST = (
@@ -54,7 +54,8 @@ def has_manifest(folder: Path) -> bool:
 def finish_replacement(folder: Path) -> list[Path]:
     """Finish a replacement of the model in ``folder`` whose new model was complete when its process died.
 
-    Return the files of the old model that were set aside. Raises TargetError if another process is at it.
+    Return the files of the old model that were set aside. Raises TargetError if another process replaces the same
+    model.
     """
     place, new = folder.resolve(), replacement_folder(folder)
     old = place / REPLACED
@@ -248,9 +249,9 @@ def _copy_access(folder: Path, new: Path) -> None:
     for path, new_path in ((folder, new), (folder / GROUP, new / GROUP)):
         status = path.stat()
         new_path.mkdir(0o700, exist_ok=True)
-        opened = os.open(new_path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)  # no folder elsewhere is given away
+        opened = os.open(new_path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)  # follows no link
         try:
-            for owner in (status.st_uid, -1):  # without privileges, the group may be given alone
+            for owner in (status.st_uid, -1):  # without privileges, only the group may be changed
                 with contextlib.suppress(PermissionError):
                     os.fchown(opened, owner, status.st_gid)
             with contextlib.suppress(PermissionError):

@@ -27,7 +27,8 @@ import numpy as np
 from moetier.runtime.checkpoint import hub
 from moetier.runtime.checkpoint.blueprint import build_on_meta
 from moetier.runtime.checkpoint.containers import Checkpoint, samples
-from moetier.runtime.checkpoint.files import (
+from moetier.runtime.checkpoint.hub import RemoteFile
+from moetier.runtime.checkpoint.safetensors_folder import (
     INDEX,
     WEIGHTS,
     copied_files,
@@ -38,7 +39,6 @@ from moetier.runtime.checkpoint.files import (
     weights_of,
     without_weights,
 )
-from moetier.runtime.checkpoint.hub import RemoteFile
 from moetier.runtime.config import format_bytes
 from moetier.runtime.formats.tensors import CHUNK_BYTES, StoredTensor, listed, read_at, read_tensors
 from moetier.tiers.errors import CheckpointError
@@ -46,7 +46,7 @@ from moetier.tiers.layout import PAGE
 from moetier.tiers.store.atomic import PARTIAL, make_folders, sync_folder, write_all, write_durably
 from moetier.tools.cli.progress import Progress
 
-from .plan import Stage
+from .conversion_plan import Stage
 
 GRACE = 15.0  # seconds to wait for a download that was told to stop; huggingface_hub gives up a silent hub after 10
 MIN_START = 8 + len("{}")  # least number of bytes before a file's tensors: the header's length, and an empty header
@@ -119,7 +119,7 @@ class Download:
         return _most(in_order, coming) + pages, 0
 
     def stream(self, in_order: Sequence[Stage], quiet: bool) -> Generator[Stage, None, None]:
-        """Yield each stage of ``route`` once its files are on the disk; delete files that no later stage needs.
+        """Yield each stage, ``in_order``, once its files are on the disk; delete files that no later stage needs.
 
         Files that no stage needs are downloaded last, for their sparse copies. With ``quiet``, no progress is shown.
         Close the generator to stop the download. Raises CheckpointError if the hub does not give a file, or if the file

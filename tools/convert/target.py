@@ -15,7 +15,7 @@ from pathlib import Path
 
 from moetier.runtime.checkpoint.config_json import carried
 from moetier.runtime.checkpoint.containers import Checkpoint
-from moetier.runtime.checkpoint.files import INDEX, contained
+from moetier.runtime.checkpoint.safetensors_folder import INDEX, contained
 from moetier.tiers.errors import CheckpointError, DiskSpaceError, StoreError, TargetError, TargetExistsError
 from moetier.tiers.manifest import FORMAT, Manifest
 from moetier.tiers.small_names import COPIED
@@ -33,10 +33,10 @@ from moetier.tiers.store.folder import (
 )
 from moetier.tiers.store.shard import ShardFile
 from moetier.tiers.store.writer import is_complete
-from moetier.tools.convert.files import free_bytes
+from moetier.tools.convert.model_files import free_bytes
 
-from .files import delete, empty, locked
-from .trunk import TrunkFile, index_of
+from .model_files import delete, empty, locked
+from .trunk_writer import TrunkFile, index_of
 
 METHODS = {"hqq": "HQQ", "rounding": "plain rounding (--fast)", "native": "their checkpoint"}
 
@@ -58,7 +58,7 @@ OPTIONS: tuple[tuple[set[str], str, Callable[[Manifest], str]], ...] = (
 
 
 def difference(earlier: Manifest, asked: Manifest) -> str:
-    """Return a text that says how the plan that was ``found`` differs from the one ``asked`` for; "" if it does not.
+    """Return a text that says how the ``earlier`` plan differs from the one ``asked`` for; "" if it does not.
 
     The text gives both values of options, and only the names of fields that no option sets.
     """

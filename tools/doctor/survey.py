@@ -17,12 +17,12 @@ NO_TOKENIZER = "none: generate, chat and serve need the tokenizer files of the m
 def survey(store: DirectoryStore) -> dict[str, Any]:
     """Return the JSON that ``moetier inspect --json`` prints. Sizes are in bytes. No record is read."""
     from moetier.runtime.checkpoint.containers import container_of
-    from moetier.runtime.checkpoint.experts import is_checkpoint
+    from moetier.runtime.checkpoint.model_config import is_checkpoint
     from moetier.tiers.errors import StoreError
     from moetier.tiers.manifest import FORMAT
     from moetier.tiers.store.mirror import read_mirrors
     from moetier.tiers.store.trunk import trunk_records
-    from moetier.tools.convert.files import small_faults
+    from moetier.tools.convert.model_files import small_faults
 
     manifest = store.manifest
     directory = store.directory

@@ -19,7 +19,7 @@ from moetier.tiers.store.mirror import open_mirror, read_mirrors
 from moetier.tiers.store.scrub import scrub
 from moetier.tools.cli.failure import plain
 from moetier.tools.cli.progress import Progress
-from moetier.tools.convert.files import small_faults
+from moetier.tools.convert.model_files import small_faults
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ from moetier.runtime.checkpoint import hub
 from moetier.runtime.checkpoint.blueprint import build_on_meta, destinations
 from moetier.runtime.checkpoint.config_json import read_config
 from moetier.runtime.checkpoint.containers import Checkpoint, is_one_file, open_source
-from moetier.runtime.checkpoint.experts import is_checkpoint
-from moetier.runtime.checkpoint.files import (
+from moetier.runtime.checkpoint.decoded_trunk import trunk_matrices
+from moetier.runtime.checkpoint.model_config import is_checkpoint
+from moetier.runtime.checkpoint.safetensors_folder import (
     INDEX,
     WEIGHTS,
     locate,
@@ -30,21 +31,20 @@ from moetier.runtime.checkpoint.files import (
     some,
     weights_of,
 )
-from moetier.runtime.checkpoint.trunk import trunk_matrices
 from moetier.runtime.config import DEFAULT_CONTEXT
 from moetier.runtime.formats.tensors import SourceTensor, StoredTensor, listed
 from moetier.runtime.model.context import context_of
 from moetier.runtime.moe.linear import matrix_layout
-from moetier.runtime.stores.checkpoint import table_of
+from moetier.runtime.stores.checkpoint_store import table_of
 from moetier.tiers.errors import CheckpointError, ConfigError, StoreError
 from moetier.tiers.layout import BITS, TRUNK_BITS, Bits, RecordLayout
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.store.folder import check_directory, read_manifest, store_folder
 from moetier.tiers.store.trunk import check_trunk, trunk_records
+from moetier.tools.convert.conversion_plan import ConversionPlan, most_bytes
 from moetier.tools.convert.options import NATIVE, Options
-from moetier.tools.convert.plan import ConversionPlan, most_bytes
 from moetier.tools.convert.target import is_ours
-from moetier.tools.convert.trunk import SPELLINGS
+from moetier.tools.convert.trunk_writer import SPELLINGS
 
 if TYPE_CHECKING:
     import torch
@@ -234,7 +234,7 @@ def open_choices(source: str | Path) -> ModelChoices:
         records = planned.records(workers=1, fast=False)
         layouts = {path: record.layout for path, record in records.items()}
         size = sum(file.size for file in planned.trunk(records))
-        own: Literal["native", 16] = NATIVE if headers.shaped and planned.kept else 16  # the checkpoint's own form
+        own: Literal["native", 16] = NATIVE if headers.shaped and planned.kept else 16  # as the checkpoint stores them
         for bits in (*BITS, own) if own == NATIVE else BITS:
             manifest = planned.manifest(Options(bits, trunk_bits), model=checkpoint.name, digest="")
             choice = _choice(manifest.bits, trunk_bits, manifest, size, layouts, model)

@@ -28,7 +28,7 @@ def cold_start(folder: Path) -> dict[str, Any] | None:
         return None
     with CachedStore.open(folder) as store:
         manifest, trunk = store.manifest, 0
-        for name in manifest.trunk:  # the folder of ``fetch.outline`` has holes in place of the trunk's weights
+        for name in manifest.trunk:  # the folder of ``cache_folder.outline`` has holes in place of the trunk's weights
             status = (folder / name).stat()
             trunk += max(status.st_size - 512 * status.st_blocks, 0)
         experts = manifest.stored_bytes - store.cached_bytes

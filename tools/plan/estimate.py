@@ -80,7 +80,7 @@ STEP_OPERATIONS = 500.0  # for a token: embedding, masks, the head
 LAYER_OPERATIONS = 100.0  # for a layer, which compiled code computes in two calls
 MISS_OPERATIONS = 200.0  # for each record that is read: threads wait for each other
 PASSING_OPERATIONS = 1000.0  # the same if a prompt needs more experts than a block has slots: little is read ahead
-PROMPT_LAYER_OPERATIONS, PROMPT_EXPERT_OPERATIONS = 4000.0, 430.0  # in a prompt, where rows are sorted and gathered
+PROMPT_LAYER_OPERATIONS, PROMPT_EXPERT_OPERATIONS = 4000.0, 430.0  # in a prompt, whose tokens are sorted by expert
 PROMPT_TOKENS = 512  # length of the prompt whose rate is estimated
 MEMORY_BOUND = 0.6  # if reading memory takes more than this share of the time without the disk, it is the limit
 
@@ -189,12 +189,12 @@ def prompt_cost(choice: Choice, caching: Caching, rates: MachineRates) -> Cost:
     return Cost(disk, kernels, overhead, memory, overlaps=True)
 
 
-def _trunk_cost(choice: Choice, rates: MachineRates, rows: float) -> tuple[int, float]:
-    """Return how many bytes of the trunk are multiplied with, and how many seconds this takes with ``rows`` rows."""
+def _trunk_cost(choice: Choice, rates: MachineRates, tokens: float) -> tuple[int, float]:
+    """Return the bytes of the trunk's matrices, and the seconds of their products with ``tokens`` tokens."""
     plain, records = choice.plain_bytes, sum(layout.payload_bytes for layout in choice.matrices)
-    seconds = max(plain / rates.plain, plain * rows / rates.many_rows[16])
+    seconds = max(plain / rates.plain, plain * tokens / rates.many_rows[16])
     if records:
-        seconds += rates.seconds(records, choice.trunk_bits, rows)
+        seconds += rates.seconds(records, choice.trunk_bits, tokens)
     return plain + records, seconds
 
 

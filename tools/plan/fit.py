@@ -15,11 +15,11 @@ from moetier.runtime.devices.device import ComputeDevice
 from moetier.runtime.kernels.products.api import Kernels
 from moetier.runtime.machine.memory import MARGIN_BYTES, MARGIN_SHARE, Available
 from moetier.runtime.model.budgets import ModelMemory, Needs, kv_cache_bytes, largest_decoded, scratch_numbers
-from moetier.runtime.model.prefill import prefill_of
+from moetier.runtime.model.prefill_memory import prefill_of
 from moetier.tiers.arena.layout import ArenaLayout
 from moetier.tiers.cache.budget import smallest_budget
 from moetier.tiers.errors import BudgetError, DiskSpaceError, MoetierError
-from moetier.tools.convert.files import free_bytes
+from moetier.tools.convert.model_files import free_bytes
 from moetier.tools.convert.target import SLACK_BYTES
 
 from .choices import Choice, ModelChoices
@@ -136,7 +136,7 @@ def _memory_problem(
 ) -> BudgetError:
     """Return a BudgetError that counts all memory that is needed; ``error`` does not count the trunk.
 
-    ``there`` is the memory that is too small, the host's or the GPU's. If there is a GPU, its memory holds trunk and
+    ``limited`` is the memory that is too small, the host's or the GPU's. If there is a GPU, its memory holds trunk and
     context, and the host's memory holds only experts. If ``error`` is about a given budget, return it unchanged.
     """
     if (config.ram or config.device_memory) and "Give `" in error.fix:

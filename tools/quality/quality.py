@@ -16,7 +16,7 @@ import transformers
 from torch import Tensor
 
 from moetier.runtime.checkpoint.containers import Checkpoint, container_of
-from moetier.runtime.checkpoint.files import open_checkpoint
+from moetier.runtime.checkpoint.safetensors_folder import open_checkpoint
 from moetier.runtime.generation.compat import CACHE
 from moetier.runtime.kernels.quantise.encode import encode
 from moetier.runtime.model.context import first_ids, longest_context
@@ -29,7 +29,7 @@ from moetier.tiers.layout import BITS, Bits, RecordLayout
 from moetier.tiers.manifest import TrunkRecords
 from moetier.tiers.quant.codec import WeightError, decode, group_and_pairs, layout_for, sections
 from moetier.tiers.store.folder import read_manifest
-from moetier.tools.convert.plan import choose_matrices, trunk_records_of
+from moetier.tools.convert.conversion_plan import choose_matrices, trunk_records_of
 
 
 class Trial:

@@ -292,10 +292,10 @@ def make_synthetic(
     ``blocks`` and ``sizes`` replace values of the geometry's config.json. Raises TargetExistsError if ``folder`` is not
     empty, or DiskSpaceError.
     """
-    from moetier.runtime.checkpoint.files import INDEX
+    from moetier.runtime.checkpoint.safetensors_folder import INDEX
     from moetier.tiers.store.atomic import disk_errors, make_folders, write_durably
-    from moetier.tools.convert.files import free_bytes
-    from moetier.tools.convert.trunk import index_of, plan_trunk
+    from moetier.tools.convert.model_files import free_bytes
+    from moetier.tools.convert.trunk_writer import index_of, plan_trunk
 
     from .tensors import make_tensors
 

@@ -88,7 +88,7 @@ def link(object_file: bytes) -> tuple[bytes, dict[str, int]]:
     """Lay out the sections of an ELF object for x86-64, and resolve its references.
 
     Returns an image that works at any address, and the offset of each function in it, by name. Raises LinkError if a
-    reference leads out of the object, or is of a kind that compilers don't make in position-independent code.
+    reference leads out of the object, or is of a type that compilers don't emit in position-independent code.
     """
     if object_file[:6] != _ELF or struct.unpack_from("<H", object_file, 18)[0] != _X86_64:
         raise LinkError("the object file is not of x86-64")

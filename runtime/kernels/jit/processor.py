@@ -57,7 +57,7 @@ class Processor:
 
     Args:
         features: LLVM's names of the features of another processor, such as ``+avx2,+fma``.
-        triple: LLVM's name of another kind of machine, whose code can't be run here, such as ``aarch64-linux-gnu``.
+        triple: LLVM's name of another processor family, whose code can't be run here, such as ``aarch64-linux-gnu``.
     """
 
     def __init__(self, features: str | None = None, triple: str | None = None) -> None:

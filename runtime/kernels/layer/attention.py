@@ -144,7 +144,7 @@ def _in_slices(
 
 
 def asks_more(named: dict[str, Any], ignored: Collection[str] = ()) -> bool:
-    """Return whether there are arguments that change results, besides those in ``known``."""
+    """Return whether there are arguments that change results, besides those in ``ignored``."""
     others = [value for name, value in named.items() if name not in HARMLESS and name not in ignored]
     return any(isinstance(value, Tensor) or bool(value) for value in others)
 

@@ -86,7 +86,7 @@ class Kernels:
         if stored is None or stored.dtype != x.dtype:
             stored = decode(record, layout, name, self._scratch(p.shape, x.dtype))
         if p.transposed:
-            assert bias is None, "no module of this kind has one"
+            assert bias is None, "transposed matrices are of experts, which have none"
             return x @ stored
         return F.linear(x, stored, bias)
 

@@ -34,7 +34,7 @@ def gemv_task(weight: Tensor, given: torch.dtype, output: torch.dtype | None = N
     """Return a task that multiplies ``weight`` [rows, columns] with a row of type ``given``.
 
     Its context still lacks the addresses X, W and Y: of x [columns], of the weight, and of y [rows], which is of type
-    ``made``, or else of the weight's.
+    ``output``, or else of the weight's.
     """
     rows, columns = weight.shape
     items = -(-rows // ROWS)
@@ -80,7 +80,7 @@ def gemv_kernel(given: torch.dtype, kept: torch.dtype, output: torch.dtype) -> K
 def gemv_module(given: torch.dtype, kept: torch.dtype, output: torch.dtype) -> ir.Module:
     """Emit the function ``GEMV(context)``, which computes items, of ROWS rows of W each, until none is left.
 
-    x [K] is of type ``given``, W [N, K] of type ``kept``, and y [N] of type ``made``; K is a multiple of LANES.
+    x [K] is of type ``given``, W [N, K] of type ``kept``, and y [N] of type ``output``; K is a multiple of LANES.
     """
     module = new_module()
     emit = Emitter(module, GEMV, [POINTER])

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from moetier.runtime.checkpoint.blueprint import build_on_meta, make_blueprint, supported_types
-from moetier.runtime.checkpoint.files import open_checkpoint
+from moetier.runtime.checkpoint.safetensors_folder import open_checkpoint
 from moetier.runtime.moe.experts import experts_modules
 from moetier.tiers.errors import CheckpointError, UnsupportedModelError
 from moetier.tools.convert.conversion import Conversion

@@ -25,7 +25,7 @@ from gguf_files import MODELS, Kind, mostly, reference, tiny_weights, write_gguf
 from moetier.runtime.checkpoint.containers import SAMPLE_BYTES
 from moetier.runtime.checkpoint.gguf_file import open_gguf
 from moetier.runtime.model.load import load
-from moetier.runtime.stores.checkpoint import check_shards, table_of
+from moetier.runtime.stores.checkpoint_store import check_shards, table_of
 from moetier.runtime.stores.registry import open_store
 from moetier.tiers.errors import CheckpointError, MoetierError, UnsupportedModelError
 from moetier.tiers.extents.reader import ExtentStore

@@ -17,8 +17,8 @@ from native_checkpoints import save_native
 from stores import read_record
 
 from moetier.runtime.checkpoint import extents
-from moetier.runtime.checkpoint.files import WEIGHTS, open_checkpoint
-from moetier.runtime.stores.checkpoint import CheckpointStore, make_table
+from moetier.runtime.checkpoint.safetensors_folder import WEIGHTS, open_checkpoint
+from moetier.runtime.stores.checkpoint_store import CheckpointStore, make_table
 from moetier.tiers.errors import CheckpointError, MoetierError
 from moetier.tiers.headers.safetensors import ITEM_BYTES, MAX_HEADER_BYTES
 from moetier.tiers.layout import ExpertKey

@@ -16,9 +16,9 @@ from threads import wait_until
 from torch import Tensor
 
 from moetier.runtime.client.peers import Peer
-from moetier.runtime.client.remote import RemoteReader
+from moetier.runtime.client.remote import RemoteStore
 from moetier.runtime.client.remote_compute import RemoteCompute
-from moetier.runtime.client.spread import SpreadReader
+from moetier.runtime.client.spread import SpreadStore
 from moetier.runtime.kernels.experts.expert_code import Activation
 from moetier.runtime.kernels.experts.expert_kernels import ExpertKernels
 from moetier.runtime.wire.address import Address, Credentials
@@ -52,11 +52,11 @@ def wire(daemon: DaemonProcess) -> Iterator[Flips]:
         yield made
 
 
-def spread_over(wire: Flips, manifest: Manifest) -> SpreadReader:
+def spread_over(wire: Flips, manifest: Manifest) -> SpreadStore:
     """A reader of the daemon, and of nothing else."""
-    reader = RemoteReader(Address.parse(wire.address), PLAIN, manifest, channels=1, patience=3.0)
+    reader = RemoteStore(Address.parse(wire.address), PLAIN, manifest, channels=1, patience=3.0)
     reader.check()
-    return SpreadReader(manifest, [Peer("one", reader)])
+    return SpreadStore(manifest, [Peer("one", reader)])
 
 
 @contextmanager

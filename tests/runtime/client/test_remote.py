@@ -22,7 +22,7 @@ from threads import Task, run_all, wait_until
 
 from moetier.proto import expert_store_pb2 as pb
 from moetier.runtime.client import remote
-from moetier.runtime.client.remote import RemoteReader
+from moetier.runtime.client.remote import RemoteStore
 from moetier.runtime.daemon.fetch import FetchCalls
 from moetier.runtime.wire.address import Address, Credentials
 from moetier.runtime.wire.piece import PIECE_BYTES, decode_piece, encode_piece
@@ -88,11 +88,11 @@ def served(folder: Path, slots: int = 3, **bounds: float) -> Iterator[tuple[Addr
 
 
 @contextmanager
-def hostile(folder: Path, behaviour: Behaviour, **bounds: float) -> Iterator[tuple[RemoteReader, Outlet]]:
+def hostile(folder: Path, behaviour: Behaviour, **bounds: float) -> Iterator[tuple[RemoteStore, Outlet]]:
     with ExpertStore.open(folder) as store:
         manifest = store.manifest
     outlet = Outlet(manifest, behaviour)
-    with serving(outlet) as address, RemoteReader(address, PLAIN, manifest, **bounds) as reader:
+    with serving(outlet) as address, RemoteStore(address, PLAIN, manifest, **bounds) as reader:
         yield reader, outlet
 
 
@@ -106,7 +106,7 @@ def test_every_record_arrives_whole(small: Path, large: Path, channels: int) -> 
         manifest = manifest_of(folder)
         with (
             served(folder) as (address, host, fetches),
-            RemoteReader(address, PLAIN, manifest, channels=channels) as reader,
+            RemoteStore(address, PLAIN, manifest, channels=channels) as reader,
         ):
             reader.check()
             for key, record in records.items():
@@ -120,7 +120,7 @@ def test_every_record_arrives_whole(small: Path, large: Path, channels: int) -> 
 def test_a_cold_record_wanted_by_eight_is_read_once(large: Path) -> None:
     manifest, key = manifest_of(large), ExpertKey(0, 1)
     with served(large) as (address, host, _), ExitStack() as stack:
-        readers = [stack.enter_context(RemoteReader(address, PLAIN, manifest)) for _ in range(8)]
+        readers = [stack.enter_context(RemoteStore(address, PLAIN, manifest)) for _ in range(8)]
         slots = [slot_of(manifest, key) for _ in readers]
         run_all([lambda r=r, s=s: r.read_into(key, s) for r, s in zip(readers, slots, strict=True)])
         assert all(slot == slot_with(LARGE_RECORDS[key]) for slot in slots)
@@ -303,7 +303,7 @@ def test_a_daemon_that_takes_no_more_calls_has_no_slot_to_spare(small: Path) -> 
         yield encode_piece(memoryview(slot_with(RECORDS[ExpertKey(request.block, request.expert)])))
 
     outlet = Outlet(manifest_of(small), waits)
-    with serving(outlet, calls=1) as address, RemoteReader(address, PLAIN, manifest_of(small)) as reader:
+    with serving(outlet, calls=1) as address, RemoteStore(address, PLAIN, manifest_of(small)) as reader:
         slot = slot_of(reader.manifest, ExpertKey(0, 0))
         task = Task(lambda: reader.read_into(ExpertKey(0, 0), slot))
         wait_until(lambda: len(outlet.requests) == 1)
@@ -324,7 +324,7 @@ def test_a_part_that_nobody_can_be_found_for(large: Path, monkeypatch: pytest.Mo
     """There is no thread to be had: nothing is written behind the caller's back."""
     key = ExpertKey(0, 0)
     monkeypatch.setattr(remote, "ThreadPoolExecutor", WithoutThreads)
-    with served(large) as (address, _, _), RemoteReader(address, PLAIN, manifest_of(large)) as reader:
+    with served(large) as (address, _, _), RemoteStore(address, PLAIN, manifest_of(large)) as reader:
         slot = slot_of(reader.manifest, key)
         with pytest.raises(UnavailableError, match="can't be called"):
             reader.read_into(key, slot)
@@ -337,7 +337,7 @@ def test_a_part_that_nobody_can_be_found_for(large: Path, monkeypatch: pytest.Mo
 def test_another_store_is_refused(small: Path, large: Path) -> None:
     with (
         served(small) as (address, _, _),
-        RemoteReader(address, PLAIN, manifest_of(large)) as reader,
+        RemoteStore(address, PLAIN, manifest_of(large)) as reader,
         pytest.raises(UnknownModelError, match="acme/tiny-moe"),
     ):
         reader.check()
@@ -347,7 +347,7 @@ def test_names_of_a_stranger_are_told_in_one_line(small: Path) -> None:
     stranger = replace(manifest_of(small), model="a\nb" * 10_000, digest="0" * 64)
     with (
         serving(Outlet(stranger, empty)) as address,
-        RemoteReader(address, PLAIN, manifest_of(small)) as reader,
+        RemoteStore(address, PLAIN, manifest_of(small)) as reader,
         pytest.raises(UnknownModelError) as caught,
     ):
         reader.check()
@@ -357,7 +357,7 @@ def test_names_of_a_stranger_are_told_in_one_line(small: Path) -> None:
 
 
 def test_nobody_there(small: Path) -> None:
-    with RemoteReader(Address(target="127.0.0.1:1"), PLAIN, manifest_of(small)) as reader:
+    with RemoteStore(Address(target="127.0.0.1:1"), PLAIN, manifest_of(small)) as reader:
         with pytest.raises(UnavailableError):
             reader.check()
         with pytest.raises(UnavailableError):
@@ -372,7 +372,7 @@ def test_a_process_that_can_not_connect_says_so(small: Path, monkeypatch: pytest
         raise error
 
     monkeypatch.setattr(remote, "open_channel", fails)
-    with RemoteReader(Address(target="127.0.0.1:1"), PLAIN, manifest_of(small)) as reader:
+    with RemoteStore(Address(target="127.0.0.1:1"), PLAIN, manifest_of(small)) as reader:
         slot = slot_of(reader.manifest, ExpertKey(0, 0))
         calls: list[Callable[[], object]] = [
             reader.check,
@@ -385,7 +385,7 @@ def test_a_process_that_can_not_connect_says_so(small: Path, monkeypatch: pytest
 
 
 def test_a_check_in_a_fork_or_after_close_is_an_error(small: Path) -> None:
-    reader = RemoteReader(Address(target="127.0.0.1:1"), PLAIN, manifest_of(small))
+    reader = RemoteStore(Address(target="127.0.0.1:1"), PLAIN, manifest_of(small))
     assert "ClosedError" in in_fork(reader.check)
     reader.close()
     with pytest.raises(ClosedError):
@@ -430,7 +430,7 @@ def test_renewed_connections_are_closed_and_calls_on_the_last_one_go_on(small: P
         return found
 
     outlet = Computer(manifest_of(small))
-    with serving(outlet) as address, RemoteReader(address, PLAIN, manifest_of(small), patience=60) as reader:
+    with serving(outlet) as address, RemoteStore(address, PLAIN, manifest_of(small), patience=60) as reader:
         opened = []
         for _ in range(10):
             call, _ = reader.compute(pb.ComputeRequest(), 1)
@@ -524,7 +524,7 @@ def test_fetches_leave_slots_to_others(huge: Path) -> None:
     with served(huge, slots=3, stall=600, patience=0.3) as (address, host, _), ExitStack() as stack:
         start_and_stall(address, stack, 0)
         start_and_stall(address, stack, 0)  # of the same record: no further slot
-        with RemoteReader(address, PLAIN, manifest_of(huge)) as reader:
+        with RemoteStore(address, PLAIN, manifest_of(huge)) as reader:
             with pytest.raises(ExhaustedError):
                 reader.read_into(ExpertKey(0, 1), slot_of(reader.manifest, ExpertKey(0, 1)))
             assert host.stats().leased == 1
@@ -538,7 +538,7 @@ def test_a_slot_that_is_not_to_be_had_is_waited_for_a_bounded_time(large: Path) 
     """Somebody of the daemon's own host holds the only one."""
     with (
         served(large, slots=1, patience=0.3) as (address, host, _),
-        RemoteReader(address, PLAIN, manifest_of(large)) as reader,
+        RemoteStore(address, PLAIN, manifest_of(large)) as reader,
     ):
         slot = slot_of(reader.manifest, ExpertKey(0, 1))
         leases = host.acquire([ExpertKey(0, 0)])
@@ -555,7 +555,7 @@ def test_who_waits_for_a_slot_hears_why_before_its_deadline(large: Path) -> None
     """As long as both are as patient as they are by default."""
     with (
         served(large, slots=1, patience=1.0) as (address, host, _),
-        RemoteReader(address, PLAIN, manifest_of(large), patience=1.0, channels=1) as reader,
+        RemoteStore(address, PLAIN, manifest_of(large), patience=1.0, channels=1) as reader,
     ):
         leases = host.acquire([ExpertKey(0, 0)])
         next(leases)

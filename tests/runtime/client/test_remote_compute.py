@@ -29,7 +29,7 @@ import moetier
 from moetier.proto import expert_store_pb2 as pb
 from moetier.runtime.client import remote_compute, spread
 from moetier.runtime.client.costs import FetchRate, OutputSeconds, RecentUses
-from moetier.runtime.client.remote import RemoteReader
+from moetier.runtime.client.remote import RemoteStore
 from moetier.runtime.client.remote_compute import RemoteCompute
 from moetier.runtime.generation.compat import CACHE
 from moetier.runtime.kernels.experts.expert_code import Activation
@@ -337,7 +337,7 @@ def test_a_daemon_is_not_lost_if_its_answer_is_read_too_late(
     tinymix_4bit: Path, bare: Path, tmp_path: Path, token: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As other experts of the block take long."""
-    monkeypatch.setattr(spread, "RemoteReader", partial(RemoteReader, patience=2.0))
+    monkeypatch.setattr(spread, "RemoteStore", partial(RemoteStore, patience=2.0))
     with one_daemon_computes(tmp_path, tinymix_4bit, bare, token, monkeypatch) as (model, compute):
         wanted = compute([0])
         assert torch.equal(compute([0], pause=3.0), wanted)
@@ -460,9 +460,9 @@ def test_outputs_in_flight_are_bounded(
 ) -> None:
     """If one is allowed, of a token's experts one is computed, by one of two daemons. Then the next may be."""
     calls: list[Any] = []
-    compute = RemoteReader.compute
+    compute = RemoteStore.compute
 
-    def watched(self: RemoteReader, request: pb.ComputeRequest, nbytes: int) -> tuple[Any, int]:
+    def watched(self: RemoteStore, request: pb.ComputeRequest, nbytes: int) -> tuple[Any, int]:
         assert len(request.experts) == 1
         assert all(call.done() for call in calls)
         call, crc = compute(self, request, nbytes)
@@ -470,7 +470,7 @@ def test_outputs_in_flight_are_bounded(
         return call, crc
 
     monkeypatch.setattr(remote_compute, "MAX_WAITING", 1)
-    monkeypatch.setattr(RemoteReader, "compute", watched)
+    monkeypatch.setattr(RemoteStore, "compute", watched)
     with daemons(tmp_path, tinymix_4bit, token, 2) as two:
         model = load(bare, [daemon.card.listen for daemon in two], token, smallest_ram(tinymix_4bit))
         with model.tiers:

@@ -27,8 +27,8 @@ from stores import layout_of, make_plan, make_records, manifest_of, read_record,
 from threads import Task, wait_until
 
 from moetier.runtime.client.peers import Peer, rendezvous
-from moetier.runtime.client.remote import RemoteReader
-from moetier.runtime.client.spread import SpreadReader
+from moetier.runtime.client.remote import RemoteStore
+from moetier.runtime.client.spread import SpreadStore
 from moetier.runtime.wire.address import Address, Credentials
 from moetier.tiers.errors import UnavailableError
 from moetier.tiers.host.tier import HostTier
@@ -68,7 +68,7 @@ def address_of(daemon: DaemonProcess) -> Address:
     return Address.parse(daemon.card.listen)
 
 
-def read(reader: RemoteReader | SpreadReader, key: ExpertKey, records: dict[ExpertKey, bytes]) -> None:
+def read(reader: RemoteStore | SpreadStore, key: ExpertKey, records: dict[ExpertKey, bytes]) -> None:
     assert read_record(reader, key) == records[key], f"wrong bytes for {key}"
 
 
@@ -108,7 +108,7 @@ def test_three_hold_a_third_each_and_one_is_killed_under_load(
             count += 1
         return count
 
-    with SpreadReader.open(addresses, credentials, manifest_of(bare), bare) as reader:
+    with SpreadStore.open(addresses, credentials, manifest_of(bare), bare) as reader:
         for _ in range(2):
             for key in KEYS:
                 read(reader, key, RECORDS)
@@ -149,10 +149,10 @@ def test_one_that_is_frozen_is_not_waited_for_twice(
     manifest = manifest_of(small)
     credentials = Credentials(token_file=token, insecure=True)
     peers = [
-        Peer(str(address_of(daemon)), RemoteReader(address_of(daemon), credentials, manifest, patience=1.0))
+        Peer(str(address_of(daemon)), RemoteStore(address_of(daemon), credentials, manifest, patience=1.0))
         for daemon in three
     ]
-    with SpreadReader(manifest, peers) as reader:
+    with SpreadStore(manifest, peers) as reader:
         for key in KEYS:
             read(reader, key, RECORDS)
         os.kill(three[1].pid, signal.SIGSTOP)
@@ -181,7 +181,7 @@ from moetier.tiers.layout import ExpertKey
 peers.RESOLVE_SECONDS = 0.1
 group, store, token, ca = sys.argv[1:]
 manifest = manifest_of(Path(store))
-with spread.SpreadReader.open([Address.parse(group)], Credentials(Path(token), Path(ca)), manifest) as reader:
+with spread.SpreadStore.open([Address.parse(group)], Credentials(Path(token), Path(ca)), manifest) as reader:
     for line in sys.stdin:
         while {share.place for share in reader.shares()} - {"former daemons"} != set(line.split()):
             time.sleep(0.01)
@@ -261,12 +261,12 @@ def test_packets_that_are_lost_in_the_middle_of_a_record(large: Path, tmp_path: 
         )
         credentials = Credentials(token_file=token, ca=tmp_path / "ca")
         peers = [
-            Peer(name, RemoteReader(address_of(daemon), credentials, manifest, patience=1.0))
+            Peer(name, RemoteStore(address_of(daemon), credentials, manifest, patience=1.0))
             for name, daemon in (("far", far), ("near", near))  # named by their ports, one may have no key of four
         ]
         over = threading.Event()
 
-        def load(reader: SpreadReader) -> float:
+        def load(reader: SpreadStore) -> float:
             """The longest that a record took."""
             longest = 0.0
             while not over.is_set():
@@ -277,7 +277,7 @@ def test_packets_that_are_lost_in_the_middle_of_a_record(large: Path, tmp_path: 
             return longest
 
         assert {rendezvous(("far", "near"), key)[0] for key in LARGE_RECORDS} == {"far", "near"}
-        with SpreadReader(manifest, peers) as reader:
+        with SpreadStore(manifest, peers) as reader:
             tasks = [Task(lambda: load(reader)) for _ in range(2)]
             try:
                 for _ in range(2):
@@ -294,7 +294,7 @@ def test_packets_that_are_lost_in_the_middle_of_a_record(large: Path, tmp_path: 
                 longest = [task.result() for task in tasks]
             assert max(longest) < 20, "the deadline of one attempt, and then the other daemon"
 
-        with RemoteReader(address_of(far), credentials, manifest, patience=1.0) as alone:
+        with RemoteStore(address_of(far), credentials, manifest, patience=1.0) as alone:
             key = ExpertKey(0, 0)
             read(alone, key, LARGE_RECORDS)
             net.drop()

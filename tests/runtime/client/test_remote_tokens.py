@@ -18,7 +18,7 @@ from threads import wait_until
 from transformers.generation.streamers import BaseStreamer
 
 import moetier
-from moetier.runtime.client.spread import SpreadReader
+from moetier.runtime.client.spread import SpreadStore
 from moetier.runtime.wire.address import Credentials
 from moetier.tiers.store.folder import read_manifest, store_folder
 
@@ -78,9 +78,9 @@ def test_no_token_is_lost_or_wrong(
     """At the smallest budget, so that experts are fetched for every token; without shards to fall back on."""
     bare = tmp_path / "bare"
     shutil.copytree(tinymix_4bit, bare, ignore=shutil.ignore_patterns("c"))
-    readers: list[SpreadReader] = []
-    opened = SpreadReader.open
-    monkeypatch.setattr(SpreadReader, "open", lambda *arguments: (readers.append(opened(*arguments)), readers[-1])[1])
+    readers: list[SpreadStore] = []
+    opened = SpreadStore.open
+    monkeypatch.setattr(SpreadStore, "open", lambda *arguments: (readers.append(opened(*arguments)), readers[-1])[1])
     ram = smallest_ram(tinymix_4bit)
     own, _ = moetier.load(tinymix_4bit, ram=ram, daemon=None)
     with own.tiers:

@@ -28,8 +28,8 @@ from threads import Task, run_all, wait_until
 from moetier.proto import expert_store_pb2 as pb
 from moetier.runtime.client import remote
 from moetier.runtime.client.peers import Peer, rendezvous
-from moetier.runtime.client.remote import RemoteReader
-from moetier.runtime.client.spread import SpreadReader
+from moetier.runtime.client.remote import RemoteStore
+from moetier.runtime.client.spread import SpreadStore
 from moetier.runtime.daemon.fetch import FetchCalls
 from moetier.runtime.wire.address import Address, Credentials
 from moetier.runtime.wire.piece import encode_piece
@@ -148,39 +148,39 @@ def bare(folder: Path, tmp_path: Path) -> Path:
 @contextmanager
 def spread_over(
     daemons: list[Daemon], manifest: Manifest, local: ExpertStore | None = None, *, patience: float = 30.0
-) -> Iterator[SpreadReader]:
-    peers = [Peer(str(d.address), RemoteReader(d.address, PLAIN, manifest, patience=1.0)) for d in daemons]
-    with SpreadReader(manifest, peers, local, patience=patience) as reader:
+) -> Iterator[SpreadStore]:
+    peers = [Peer(str(d.address), RemoteStore(d.address, PLAIN, manifest, patience=1.0)) for d in daemons]
+    with SpreadStore(manifest, peers, local, patience=patience) as reader:
         yield reader
 
 
-def read(reader: SpreadReader, key: ExpertKey) -> None:
+def read(reader: SpreadStore, key: ExpertKey) -> None:
     assert read_record(reader, key) == RECORDS[key], f"wrong bytes for {key}"
 
 
-def peers(reader: SpreadReader) -> list[Share]:
+def peers(reader: SpreadStore) -> list[Share]:
     """Return what was read from each daemon, without the local store."""
     return [share for share in reader.shares() if share.place != "the local store"]
 
 
-def shares(reader: SpreadReader) -> list[int]:
+def shares(reader: SpreadStore) -> list[int]:
     return [peer.records for peer in peers(reader)]
 
 
-def local_records(reader: SpreadReader) -> int:
+def local_records(reader: SpreadStore) -> int:
     return sum(share.records for share in reader.shares() if share.place == "the local store")
 
 
-def all_away(reader: SpreadReader) -> bool:
+def all_away(reader: SpreadStore) -> bool:
     return all(peer.away for peer in peers(reader))
 
 
-def none_away(reader: SpreadReader) -> bool:
+def none_away(reader: SpreadStore) -> bool:
     return not any(peer.away for peer in peers(reader))
 
 
 def test_each_daemon_holds_its_share(three: list[Daemon], bare: Path, manifest: Manifest) -> None:
-    with SpreadReader.open([daemon.address for daemon in three], PLAIN, manifest, bare) as reader:
+    with SpreadStore.open([daemon.address for daemon in three], PLAIN, manifest, bare) as reader:
         for _ in range(2):
             for key in KEYS:
                 read(reader, key)
@@ -193,7 +193,7 @@ def test_each_daemon_holds_its_share(three: list[Daemon], bare: Path, manifest: 
 
 
 def test_one_that_goes_is_replaced_and_returned_to(three: list[Daemon], bare: Path, manifest: Manifest) -> None:
-    with SpreadReader.open([daemon.address for daemon in three], PLAIN, manifest, bare) as reader:
+    with SpreadStore.open([daemon.address for daemon in three], PLAIN, manifest, bare) as reader:
         for key in KEYS:
             read(reader, key)
         own = shares(reader)
@@ -217,14 +217,14 @@ def test_nothing_is_lost_while_daemons_come_and_go_under_load(
     """At least one is there at any time."""
     over = threading.Event()
 
-    def load(reader: SpreadReader, seed: int) -> int:
+    def load(reader: SpreadStore, seed: int) -> int:
         chance, count = random.Random(seed), 0
         while not over.is_set():
             read(reader, chance.choice(KEYS))
             count += 1
         return count
 
-    with SpreadReader.open([daemon.address for daemon in three], PLAIN, manifest, bare) as reader:
+    with SpreadStore.open([daemon.address for daemon in three], PLAIN, manifest, bare) as reader:
         tasks = [Task(lambda seed=seed: load(reader, seed)) for seed in range(4)]
         try:
             for number in (0, 1, 2, 0):
@@ -241,7 +241,7 @@ def test_nothing_is_lost_while_daemons_come_and_go_under_load(
 
 def test_shards_are_the_last_resort(three: list[Daemon], folder: Path, manifest: Manifest) -> None:
     addresses = [daemon.address for daemon in three]
-    with SpreadReader.open(addresses, PLAIN, manifest, folder) as reader:
+    with SpreadStore.open(addresses, PLAIN, manifest, folder) as reader:
         for daemon in three:
             daemon.go()
         for key in KEYS:
@@ -253,7 +253,7 @@ def test_shards_are_the_last_resort(three: list[Daemon], folder: Path, manifest:
             read(reader, key)
         assert shares(reader) == [0, len(KEYS), 0]
         three[1].go()
-    with SpreadReader.open(addresses, PLAIN, manifest, folder) as reader:  # nobody is there to begin with
+    with SpreadStore.open(addresses, PLAIN, manifest, folder) as reader:  # nobody is there to begin with
         read(reader, KEYS[0])
         assert local_records(reader) == 1
 
@@ -265,7 +265,7 @@ def test_some_shards_are_better_than_none(
     shutil.copytree(folder, tmp_path / "half")
     for block in (1, 3):
         shutil.rmtree(tmp_path / "half" / "experts.zarr" / "records" / "c" / str(block))
-    with SpreadReader.open([daemon.address for daemon in three], PLAIN, manifest, tmp_path / "half") as reader:
+    with SpreadStore.open([daemon.address for daemon in three], PLAIN, manifest, tmp_path / "half") as reader:
         for daemon in three:
             daemon.go()
         read(reader, ExpertKey(0, 0))
@@ -296,9 +296,9 @@ def test_all_away_is_waited_for_and_then_an_error(three: list[Daemon], manifest:
 def test_nobody_at_all_is_an_error_at_once(bare: Path, manifest: Manifest) -> None:
     addresses = [Address(target=f"127.0.0.1:{port}") for port in (1, 2)]
     with pytest.raises(UnavailableError):
-        SpreadReader.open(addresses, PLAIN, manifest, bare)
+        SpreadStore.open(addresses, PLAIN, manifest, bare)
     with pytest.raises(ConfigError, match="twice"):
-        SpreadReader.open(addresses[:1] * 2, PLAIN, manifest, bare)
+        SpreadStore.open(addresses[:1] * 2, PLAIN, manifest, bare)
 
 
 # -- behind one name --------------------------------------------------------------------------------------------------
@@ -349,7 +349,7 @@ def resolver(pods: list[Daemon], monkeypatch: pytest.MonkeyPatch) -> Names:
     return found
 
 
-def places(reader: SpreadReader) -> list[str]:
+def places(reader: SpreadStore) -> list[str]:
     return sorted(share.place.partition(":")[0] for share in peers(reader))
 
 
@@ -359,7 +359,7 @@ def test_a_name_means_a_daemon_at_each_of_its_addresses(
     """They come and go with it, and no others."""
     monkeypatch.setattr("moetier.runtime.client.peers.RESOLVE_SECONDS", 0.05)
     resolver.lead_to(*IPS[:2])
-    with SpreadReader.open([resolver.name], PLAIN, manifest, bare) as reader:
+    with SpreadStore.open([resolver.name], PLAIN, manifest, bare) as reader:
         for key in KEYS:
             read(reader, key)
         assert places(reader) == IPS[:2]
@@ -387,7 +387,7 @@ def test_what_a_daemon_has_computed_counts_after_it_has_gone(
 ) -> None:
     monkeypatch.setattr("moetier.runtime.client.peers.RESOLVE_SECONDS", 0.05)
     resolver.lead_to(*IPS[:2])
-    with SpreadReader.open([resolver.name], PLAIN, manifest, bare) as reader:
+    with SpreadStore.open([resolver.name], PLAIN, manifest, bare) as reader:
         gone = next(peer for peer in reader.peers if peer.name.startswith(IPS[0]))
         reader.peers.order(KEYS[0])
         reader.peers.count_computed(gone, 5, 100)
@@ -408,7 +408,7 @@ def test_a_failure_has_the_name_resolved_again(
 ) -> None:
     """A daemon that is started again elsewhere is found long before its name's turn; there is no other here."""
     resolver.lead_to(IPS[0])
-    with SpreadReader.open([resolver.name], PLAIN, manifest, bare) as reader:
+    with SpreadStore.open([resolver.name], PLAIN, manifest, bare) as reader:
         read(reader, KEYS[0])
         asked = resolver.asked
         assert asked == 1
@@ -432,11 +432,11 @@ def test_a_name_that_is_not_known(
 ) -> None:
     monkeypatch.setattr("moetier.runtime.client.peers.RESOLVE_AGAIN", 0.05)
     with pytest.raises(UnavailableError, match=r"daemons\.test can't be resolved: Name or service not known"):
-        SpreadReader.open([resolver.name], PLAIN, manifest, bare)
-    with SpreadReader.open([resolver.name, pods[2].address], PLAIN, manifest, bare) as reader:
+        SpreadStore.open([resolver.name], PLAIN, manifest, bare)
+    with SpreadStore.open([resolver.name, pods[2].address], PLAIN, manifest, bare) as reader:
         read(reader, KEYS[0])
         assert places(reader) == IPS[2:]
-    with SpreadReader.open([resolver.name], PLAIN, manifest, folder) as reader:  # no daemon yet: it reads the store
+    with SpreadStore.open([resolver.name], PLAIN, manifest, folder) as reader:  # no daemon yet: it reads the store
         assert "can't be resolved" in caplog.text
         read(reader, KEYS[0])
         assert local_records(reader) == 1
@@ -452,7 +452,7 @@ def test_daemons_stay_while_their_name_is_not_known(
     for pause in ("RESOLVE_SECONDS", "RESOLVE_AGAIN"):
         monkeypatch.setattr(f"moetier.runtime.client.peers.{pause}", 0.02)
     resolver.lead_to(*IPS)
-    with SpreadReader.open([resolver.name], PLAIN, manifest, bare) as reader:
+    with SpreadStore.open([resolver.name], PLAIN, manifest, bare) as reader:
         resolver.lead_to()
         asked = resolver.asked
         wait_until(lambda: resolver.asked > asked + 3)
@@ -469,15 +469,15 @@ def test_one_that_serves_another_store_is_not_used(
     other = Daemon(tmp_path / "other")
     try:
         with pytest.raises(UnknownModelError, match="acme/other"):
-            SpreadReader.open([other.address], PLAIN, manifest, bare)
+            SpreadStore.open([other.address], PLAIN, manifest, bare)
         write_store(tmp_path / "again", PLAN, make_records(PLAN, seed=1))  # of the same name
         again = manifest_of(tmp_path / "again")
         with pytest.raises(
             UnknownModelError, match=rf"\({again.digest[:12]}\).*{PLAN.model} \({manifest.digest[:12]}\)"
         ):
-            SpreadReader.open([three[0].address], PLAIN, again)
+            SpreadStore.open([three[0].address], PLAIN, again)
         with caplog.at_level(logging.WARNING):
-            reader = SpreadReader.open([other.address, three[0].address], PLAIN, manifest, bare)
+            reader = SpreadStore.open([other.address, three[0].address], PLAIN, manifest, bare)
         with reader:
             assert "acme/other" in caplog.text
             for key in KEYS:
@@ -500,11 +500,11 @@ def test_a_bad_record_of_one_is_had_from_another(
     path.write_bytes(data)
     bad = Daemon(tmp_path / "bad")
     try:
-        with SpreadReader.open([bad.address], PLAIN, manifest, bare) as reader:
+        with SpreadStore.open([bad.address], PLAIN, manifest, bare) as reader:
             with pytest.raises(ChecksumError):
                 read(reader, key)
             read(reader, KEYS[6])
-        with SpreadReader.open([bad.address, three[0].address, three[1].address], PLAIN, manifest, bare) as reader:
+        with SpreadStore.open([bad.address, three[0].address, three[1].address], PLAIN, manifest, bare) as reader:
             for _ in range(2):
                 for each in KEYS:
                     read(reader, each)
@@ -530,7 +530,7 @@ def test_a_daemon_without_room_is_asked_again(manifest: Manifest, kind: type[Moe
         record = RECORDS[ExpertKey(request.block, request.expert)]
         yield encode_piece(memoryview(record + checksum_bytes(google_crc32c.value(record))))
 
-    with serving(Outlet(manifest, behaviour)) as address, SpreadReader.open([address], PLAIN, manifest) as reader:
+    with serving(Outlet(manifest, behaviour)) as address, SpreadStore.open([address], PLAIN, manifest) as reader:
         read(reader, KEYS[0])
         assert busy.is_set()
         assert peers(reader)[0].lost == 0
@@ -553,7 +553,7 @@ def test_a_daemon_is_replaced_by_an_older_one(three: list[Daemon], manifest: Man
         yield encode_piece(memoryview(record + checksum_bytes(google_crc32c.value(record))))
 
     outlet = Replaced(manifest, behaviour)
-    with serving(outlet) as address, SpreadReader.open([address], PLAIN, manifest) as reader:
+    with serving(outlet) as address, SpreadStore.open([address], PLAIN, manifest) as reader:
         outlet.is_known = True  # from the next check on
         read(reader, KEYS[0])
         assert peers(reader)[0].lost == 1
@@ -569,7 +569,7 @@ def test_whatever_one_says_another_is_asked(three: list[Daemon], manifest: Manif
 
     with (
         serving(Outlet(manifest, behaviour)) as address,
-        SpreadReader.open([address, three[0].address], PLAIN, manifest) as reader,
+        SpreadStore.open([address, three[0].address], PLAIN, manifest) as reader,
     ):
         for key in KEYS:
             read(reader, key)
@@ -598,7 +598,7 @@ def test_one_that_can_not_be_looked_at_is_looked_at_again(
 
 def test_a_host_tier_on_three_daemons(three: list[Daemon], bare: Path, manifest: Manifest) -> None:
     with (
-        SpreadReader.open([daemon.address for daemon in three], PLAIN, manifest, bare) as reader,
+        SpreadStore.open([daemon.address for daemon in three], PLAIN, manifest, bare) as reader,
         HostTier(reader, slots={"records": 3}) as host,
     ):
 

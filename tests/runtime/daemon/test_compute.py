@@ -28,8 +28,8 @@ from moetier.proto import expert_store_pb2 as pb
 from moetier.proto.expert_store_pb2_grpc import ExpertStoreStub
 from moetier.runtime.daemon import compute
 from moetier.runtime.daemon.compute import ComputeCalls
+from moetier.runtime.daemon.hosted_model import HostedModel
 from moetier.runtime.daemon.leases import CALLS
-from moetier.runtime.daemon.model import HostedModel
 from moetier.runtime.kernels.experts.expert_code import Activation
 from moetier.runtime.kernels.experts.expert_kernels import ExpertKernels
 from moetier.runtime.kernels.experts.expert_products import ExpertProducts

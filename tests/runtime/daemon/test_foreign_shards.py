@@ -24,7 +24,7 @@ from threads import wait_until
 
 import moetier
 from moetier.proto import expert_store_pb2 as pb
-from moetier.runtime.client.remote import RemoteReader
+from moetier.runtime.client.remote import RemoteStore
 from moetier.runtime.client.tier import DaemonTier
 from moetier.tiers.arena.arena import Arena
 from moetier.tiers.cache.budget import slots_for
@@ -93,7 +93,7 @@ def test_another_host_sends_a_record_of_another_conversion(tmp_path: Path) -> No
     with (
         HostTier(RamReader(manifest, others), slots={"records": 8}) as host,
         served(host) as address,
-        RemoteReader(address, PLAIN, manifest) as reader,
+        RemoteStore(address, PLAIN, manifest) as reader,
     ):
         slot = memoryview(bytearray(SLOT))
         reader.read_into(ExpertKey(1, 1), slot)

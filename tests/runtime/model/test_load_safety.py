@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 import moetier
 from moetier.runtime.checkpoint.config_json import NOT_CARRIED
-from moetier.runtime.checkpoint.files import WEIGHTS
+from moetier.runtime.checkpoint.safetensors_folder import WEIGHTS
 from moetier.runtime.model.load import model_of
 from moetier.tiers.errors import MoetierError, StoreFormatError, UnsafeCheckpointError
 from moetier.tiers.store.folder import GROUP

@@ -27,7 +27,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, pipeline
 
 import moetier
 from moetier.runtime.model import attach
-from moetier.runtime.model.prefill import LEAST, Prefill
+from moetier.runtime.model.prefill_memory import LEAST, Prefill
 from moetier.runtime.moe.experts import EXPERT_PARAMETERS
 from moetier.testing import in_fork
 from moetier.tiers.errors import (

@@ -22,8 +22,8 @@ from threads import Task
 from torch import nn
 
 import moetier
-from moetier.runtime.checkpoint import trunk
-from moetier.runtime.checkpoint.trunk import trunk_with_records
+from moetier.runtime.checkpoint import decoded_trunk
+from moetier.runtime.checkpoint.decoded_trunk import trunk_with_records
 from moetier.runtime.model import trunk_files
 from moetier.runtime.model.trunk_files import TrunkFiles, mapped_bytes
 from moetier.tiers.errors import StoreFormatError
@@ -143,7 +143,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused_by_name(
         change(places[1])
         return made
 
-    monkeypatch.setattr(trunk, "trunk_with_records", read_and_changed)
+    monkeypatch.setattr(decoded_trunk, "trunk_with_records", read_and_changed)
     with pytest.raises(StoreFormatError, match=f"{places[1]} was changed while it was in use"), loaded(places[0]):
         pass
     assert not [link for link in Path("/proc/self/fd").iterdir() if str(link.resolve()) == str(places[1])]

@@ -11,15 +11,15 @@ from checkpoints import save_checkpoint
 from object_servers import served_folder
 from stores import make_store
 
-from moetier.runtime.stores.checkpoint import CheckpointStore
+from moetier.runtime.stores.checkpoint_store import CheckpointStore
 from moetier.runtime.stores.registry import open_store, read_manifest
 from moetier.tiers.errors import StoreFormatError
 from moetier.tiers.objects.cache import CachedStore
-from moetier.tiers.objects.fetch import fetch
+from moetier.tiers.objects.cache_folder import fetch
 from moetier.tiers.store.folder import GROUP
 from moetier.tiers.store.mirror import MirroredStore
 from moetier.tiers.store.reader import ExpertStore
-from moetier.tools.convert.mirror import make_mirror
+from moetier.tools.convert.mirror_writer import make_mirror
 
 IMPORTED = """
 import sys
@@ -46,7 +46,7 @@ def test_a_model_directory(tmp_path: Path) -> None:
             assert store.manifest == read_manifest(location)
     digest, modules = imported(tmp_path)
     assert digest == read_manifest(tmp_path).digest
-    assert not {"torch", "moetier.tiers.objects.cache", "moetier.runtime.stores.checkpoint"} & modules
+    assert not {"torch", "moetier.tiers.objects.cache", "moetier.runtime.stores.checkpoint_store"} & modules
 
 
 def test_mirrors_are_used_unless_this_copy_is_asked_for(tmp_path: Path) -> None:

@@ -28,8 +28,8 @@ from threads import Task, wait_until
 
 from moetier.proto import expert_store_pb2 as pb
 from moetier.proto.expert_store_pb2_grpc import ExpertStoreStub
-from moetier.runtime.client.remote import RemoteReader
-from moetier.runtime.client.spread import SpreadReader
+from moetier.runtime.client.remote import RemoteStore
+from moetier.runtime.client.spread import SpreadStore
 from moetier.runtime.wire.address import Address, Credentials
 from moetier.runtime.wire.channel import open_channel, read_identity, read_pem, read_token
 from moetier.tiers.errors import ConfigError, MoetierError, RefusedError, UnavailableError
@@ -113,7 +113,7 @@ def without_tls(store: Path, files: Files, tmp_path_factory: pytest.TempPathFact
 def read(address: str, credentials: Credentials, manifest: Manifest) -> None:
     """A record, through all that stands in between."""
     key = ExpertKey(0, 1)
-    with RemoteReader(Address.parse(address), credentials, manifest) as reader:
+    with RemoteStore(Address.parse(address), credentials, manifest) as reader:
         errors = []
         slot = slot_of(manifest, ExpertKey(0, 0))
         for step in (reader.check, lambda: reader.read_into(key, slot)):
@@ -171,7 +171,7 @@ def test_wrong_credentials(
         read(with_tls.card.listen, credentials, manifest)
     addresses = [Address.parse("127.0.0.1:1"), Address.parse(with_tls.card.listen)]
     with pytest.raises(RefusedError, match=with_tls.card.listen):
-        SpreadReader.open(addresses, credentials, manifest, store)
+        SpreadStore.open(addresses, credentials, manifest, store)
 
 
 def test_who_came_and_who_was_refused_is_logged_and_no_token(
@@ -214,7 +214,7 @@ def test_a_daemon_of_a_group_has_the_certificate_of_its_name(
         group = Address.parse(f"dns:///localhost:{process.card.listen.rpartition(':')[2]}")
         assert Address.parse(process.card.listen) not in group.resolve(), "it has the group's name beside it"
         assert process.card.listen in map(str, group.resolve())
-        with SpreadReader.open([group], credentials, manifest) as reader:
+        with SpreadStore.open([group], credentials, manifest) as reader:
             assert read_record(reader, ExpertKey(0, 1)) == RECORDS[ExpertKey(0, 1)]
             assert process.card.listen in [share.place for share in reader.shares() if share.records]
         with open_channel(group, credentials) as channel:  # as stats does: of any one of them
@@ -244,7 +244,7 @@ def test_one_that_is_not_there_behind_somebody_who_answers_for_it_is_away(
 
         threading.Thread(target=hang_up, daemon=True).start()
         address = Address.parse(f"127.0.0.1:{forwarder.getsockname()[1]}")
-        with SpreadReader.open([address], credentials, manifest, store) as reader:
+        with SpreadStore.open([address], credentials, manifest, store) as reader:
             assert read_record(reader, ExpertKey(0, 1)) == RECORDS[ExpertKey(0, 1)]
             away, local = reader.shares()
             assert (away.records, away.bytes, bool(away.away)) == (0, 0, True)
@@ -300,7 +300,7 @@ def test_over_its_unix_socket_too(with_tls: DaemonProcess, manifest: Manifest) -
     """By a credential of the control socket; a new one after a restart."""
     key = ExpertKey(0, 0)
     slot = slot_of(manifest, ExpertKey(0, 0))
-    with RemoteReader(with_tls.address, Credentials(), manifest) as reader:
+    with RemoteStore(with_tls.address, Credentials(), manifest) as reader:
         reader.check()
         reader.read_into(key, slot)
         assert slot[:-CHECKSUM_BYTES] == RECORDS[key]

@@ -34,7 +34,7 @@ from moetier.tiers.errors import (
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.objects import access_times, cache, client
 from moetier.tiers.objects.cache import CachedStore
-from moetier.tiers.objects.fetch import fetch
+from moetier.tiers.objects.cache_folder import fetch
 from moetier.tiers.store.checksum import PIECE_BYTES
 from moetier.tiers.store.folder import CACHE, is_cache
 from moetier.tiers.store.reader import ExpertStore
@@ -469,7 +469,7 @@ from pathlib import Path
 from typing import Any
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.objects.cache import CachedStore
-from moetier.tiers.objects.fetch import fetch
+from moetier.tiers.objects.cache_folder import fetch
 store = CachedStore.open(fetch(sys.argv[1], Path(sys.argv[2]), 6 * 16384))
 chosen = random.Random(int(sys.argv[3]))
 print("ready", flush=True)

@@ -26,8 +26,8 @@ from moetier.tiers.errors import (
 from moetier.tiers.objects import client
 from moetier.tiers.objects import push as module
 from moetier.tiers.objects.cache import CachedStore
+from moetier.tiers.objects.cache_folder import Advance, fetch, folder_of, outline
 from moetier.tiers.objects.client import Objects
-from moetier.tiers.objects.fetch import Advance, fetch, folder_of, outline
 from moetier.tiers.objects.push import push
 from moetier.tiers.store.checksum import crc32c
 from moetier.tiers.store.folder import CACHE, GROUP, METADATA, read_manifest

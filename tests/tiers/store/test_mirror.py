@@ -27,7 +27,7 @@ from moetier.tiers.store.folder import GROUP, METADATA, MIRRORS
 from moetier.tiers.store.mirror import LEAST_BYTES, MirroredStore
 from moetier.tiers.store.reader import ExpertStore
 from moetier.tiers.store.shard import OpenShard, ShardFile
-from moetier.tools.convert.mirror import make_mirror
+from moetier.tools.convert.mirror_writer import make_mirror
 
 SMALL = RecordLayout(layout_of().projections)  # 16 KiB: read whole
 MIDDLE = RecordLayout(layout_of(512, 512).projections)  # 1.5 MiB: a read from each disk

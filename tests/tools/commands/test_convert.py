@@ -19,7 +19,7 @@ from faults import flip_bit, mounted, only, strace
 from prepared import Prepared
 from torch import Tensor
 
-from moetier.runtime.checkpoint.files import open_checkpoint
+from moetier.runtime.checkpoint.safetensors_folder import open_checkpoint
 from moetier.tiers.errors import (
     CheckpointError,
     ConfigError,
@@ -381,7 +381,7 @@ PRELUDE = """
 import os, signal, sys
 from pathlib import Path
 import moetier.tools.convert.conversion, transformers.models.mixtral.modeling_mixtral
-from moetier.runtime.checkpoint.files import open_checkpoint
+from moetier.runtime.checkpoint.safetensors_folder import open_checkpoint
 from moetier.tools.convert.conversion import Conversion
 from moetier.tools.convert.options import Options
 from moetier.tools.convert.convert import convert

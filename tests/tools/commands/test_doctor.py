@@ -23,7 +23,7 @@ from moetier.tiers.store.folder import read_manifest
 from moetier.tiers.store.shard import ShardFile
 from moetier.tools.commands.doctor import findings
 from moetier.tools.doctor import machine as doctor_machine
-from moetier.tools.doctor import store as doctor_store
+from moetier.tools.doctor import model_directory as doctor_store
 from moetier.tools.doctor.machine import Finding, State, fail, lines_of, look, ok
 from moetier.tools.main import main
 

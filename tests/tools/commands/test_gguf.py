@@ -21,13 +21,13 @@ pytest.importorskip("gguf")
 from gguf_files import mostly, tiny_weights, write_gguf
 
 from moetier.runtime.model.load import load
-from moetier.runtime.stores.checkpoint import table_of
+from moetier.runtime.stores.checkpoint_store import table_of
 from moetier.runtime.stores.registry import read_manifest
 from moetier.tiers.layout import ExpertKey
 from moetier.tools.commands.plan import text
 from moetier.tools.main import main
 from moetier.tools.plan import speeds
-from moetier.tools.plan.plan import plan
+from moetier.tools.plan.forecast import plan
 
 PROMPT = "he said"
 

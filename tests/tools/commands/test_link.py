@@ -23,7 +23,7 @@ from moetier.tiers.extents.table import NAME, cached
 from moetier.tools.commands.plan import text
 from moetier.tools.main import main
 from moetier.tools.plan import speeds
-from moetier.tools.plan.plan import plan
+from moetier.tools.plan.forecast import plan
 
 PROMPT = "def read_lines(path):"
 

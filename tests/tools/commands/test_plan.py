@@ -20,7 +20,7 @@ from hubs import MODEL, serve_hub
 from stores import NASTY
 
 import moetier
-from moetier.runtime.checkpoint.files import INDEX
+from moetier.runtime.checkpoint.safetensors_folder import INDEX
 from moetier.runtime.config import TierConfig
 from moetier.runtime.devices.cpu import Cpu
 from moetier.runtime.devices.cuda import Cuda
@@ -32,7 +32,7 @@ from moetier.tools.plan import speeds as plan_speeds
 from moetier.tools.plan.choices import open_choices
 from moetier.tools.plan.estimate import estimate
 from moetier.tools.plan.fit import MachineRoom, fit_of
-from moetier.tools.plan.plan import plan
+from moetier.tools.plan.forecast import plan
 from moetier.tools.plan.speeds import DiskRate, Speeds, probe_bytes
 from moetier.tools.rates.reads import RandomReads
 
@@ -160,7 +160,7 @@ import json, sys
 from pathlib import Path
 from moetier.tools.plan import speeds
 from moetier.tools.commands.plan import text
-from moetier.tools.plan.plan import plan
+from moetier.tools.plan.forecast import plan
 speeds.KERNEL_SECONDS, speeds.UNCACHED_BYTES, speeds.QUANTISED_WEIGHTS = 0.0, 1 << 20, 1 << 16
 asked = {"bits": [4], "trunk_bits": [8], "disk": 1.0, "context": 256, "ram": "1MiB"}
 found = [plan(sys.argv[1], **asked), plan(sys.argv[1], into=Path(sys.argv[2]), **asked)]

@@ -21,8 +21,8 @@ from prepared import Prepared, prepared
 from safetensors.torch import load_file, save_file
 from threads import wait_until
 
+from moetier.tools.convert.conversion_plan import stages
 from moetier.tools.convert.convert import convert
-from moetier.tools.convert.plan import stages
 from moetier.tools.convert.target import JOURNAL
 
 MAIN = "import sys; from moetier.tools.main import main; sys.exit(main(sys.argv[1:]))"

@@ -23,7 +23,7 @@ from moetier.runtime.model.names import checkpoint_or_model, model_directory, mo
 from moetier.tiers.errors import IncompleteStoreError, StoreFormatError
 from moetier.tiers.store.folder import GROUP, METADATA, PLAN, read_manifest, replacement_folder
 from moetier.tools.cli.parser import directory, file_or_address, walk
-from moetier.tools.convert.files import disk_bytes
+from moetier.tools.convert.model_files import disk_bytes
 from moetier.tools.main import build_parser, main
 from moetier.tools.ray.options import model
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from cgroups import memory_limit
 
-from moetier.runtime.checkpoint.files import open_checkpoint
+from moetier.runtime.checkpoint.safetensors_folder import open_checkpoint
 from moetier.tools.convert.conversion import Conversion
 from moetier.tools.convert.options import Options
 from moetier.tools.synthetic.checkpoint import COMMON, GEOMETRIES, make_synthetic

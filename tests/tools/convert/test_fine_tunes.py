@@ -13,7 +13,7 @@ from stores import without_table
 
 import moetier
 from moetier.runtime.checkpoint import containers as checkpoint
-from moetier.runtime.checkpoint.files import open_checkpoint
+from moetier.runtime.checkpoint.safetensors_folder import open_checkpoint
 from moetier.tiers.errors import ChecksumError, TargetExistsError
 from moetier.tiers.store.folder import GROUP, METADATA
 from moetier.tools.convert.conversion import Conversion

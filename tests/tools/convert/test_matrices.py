@@ -12,7 +12,7 @@ import torch
 from architectures import TINY, tiny_model
 from checkpoints import edit_tensors, save_checkpoint, trunk_tensors
 
-from moetier.runtime.checkpoint.files import open_checkpoint
+from moetier.runtime.checkpoint.safetensors_folder import open_checkpoint
 from moetier.runtime.machine.memory import Available
 from moetier.runtime.moe.linear import WEIGHT, matrix_layout
 from moetier.tiers.errors import CheckpointError, ConfigError
@@ -20,9 +20,9 @@ from moetier.tiers.layout import Bits
 from moetier.tiers.quant.codec import encode
 from moetier.tools.convert import conversion, encoder
 from moetier.tools.convert.conversion import Conversion
+from moetier.tools.convert.conversion_plan import choose_matrices, trunk_records_of
 from moetier.tools.convert.convert import convert
 from moetier.tools.convert.options import Options
-from moetier.tools.convert.plan import choose_matrices, trunk_records_of
 
 BF16 = torch.bfloat16
 

@@ -28,7 +28,7 @@ from moetier.tiers.store.mirror import read_mirrors
 from moetier.tiers.store.reader import ExpertStore
 from moetier.tiers.store.trunk import check_trunk
 from moetier.tools.convert.convert import convert
-from moetier.tools.convert.mirror import make_mirror
+from moetier.tools.convert.mirror_writer import make_mirror
 from moetier.tools.convert.replacement import check_replaceable
 from moetier.tools.convert.target import SLACK_BYTES
 

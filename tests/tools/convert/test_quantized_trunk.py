@@ -10,7 +10,7 @@ import pytest
 from checkpoints import save_checkpoint, tree
 from faults import flip_bit
 
-from moetier.runtime.checkpoint.files import open_checkpoint
+from moetier.runtime.checkpoint.safetensors_folder import open_checkpoint
 from moetier.tiers.errors import StoreFormatError, TargetExistsError
 from moetier.tiers.manifest import FEATURES, TrunkRecords
 from moetier.tiers.store.folder import read_manifest, store_folder

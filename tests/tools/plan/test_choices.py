@@ -15,7 +15,7 @@ from hubs import serve_hub
 from quantised_checkpoints import quantise_fp8, quantise_mxfp4
 from safetensors import safe_open
 
-from moetier.runtime.checkpoint.files import INDEX, WEIGHTS
+from moetier.runtime.checkpoint.safetensors_folder import INDEX, WEIGHTS
 from moetier.tiers.errors import CheckpointError, UnsafeCheckpointError
 from moetier.tools.plan.choices import open_choices, open_headers
 

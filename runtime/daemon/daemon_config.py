@@ -149,7 +149,7 @@ class DaemonConfig:
             return
         if self.token_file is None:
             raise ConfigError(
-                f"There is no token for {self.listen}: the daemon would serve everybody who can reach it.",
+                f"There is no token for {self.listen}: any process that reaches it could use the daemon.",
                 "Give --token-file (make a token: openssl rand -hex 32), or --insecure.",
             )
         if not tls and not address.is_loopback:

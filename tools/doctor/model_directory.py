@@ -101,7 +101,7 @@ def _memory_for(directory: Path, left: Available, text: str) -> Finding:
 def health(directory: Path, *, checksums: bool) -> Iterator[Finding]:
     """Check manifest, sizes and indexes and, if ``checksums``, all bytes. Raises StoreError if there is no store."""
     from moetier.runtime.stores.registry import open_store
-    from moetier.tiers.objects.fetch import cache_of
+    from moetier.tiers.objects.cache_folder import cache_of
     from moetier.tiers.store.folder import CACHE, command
     from moetier.tiers.store.scrub import scrub
 

@@ -40,7 +40,7 @@ class SafetensorsFolder(Container):
         config = read_json(path, "config.json")
         if not ((table := read_table(path)) and table.ignored_code):
             refuse_code(path, config)
-        weights_of(path, config)  # refuses an index that names files elsewhere, or other kinds of files
+        weights_of(path, config)  # refuses an index that names files elsewhere, or files that are not safetensors
         for name, names in (("transformers_weights", config), (ADAPTER, [entry.name for entry in path.iterdir()])):
             if name in names:
                 raise UnsafeCheckpointError(

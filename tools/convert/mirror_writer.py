@@ -19,7 +19,7 @@ from moetier.tiers.store.shard import ShardFile
 from moetier.tiers.store.writer import StoreWriter, is_complete
 from moetier.tools.cli.progress import Progress
 
-from .files import empty, free_bytes, locked
+from .model_files import empty, free_bytes, locked
 from .target import check_place, freed_bytes, is_ours, outside_store
 
 

@@ -17,7 +17,7 @@ from hubs import REVISION, Hub, serve_hub
 from prepared import MAIN, Prepared, prepared
 
 from moetier.runtime.checkpoint.config_json import read_config
-from moetier.runtime.checkpoint.files import INDEX, WEIGHTS, open_checkpoint
+from moetier.runtime.checkpoint.safetensors_folder import INDEX, WEIGHTS, open_checkpoint
 from moetier.tiers.errors import CheckpointError, UnsafeCheckpointError
 from moetier.tools.convert.convert import convert
 
@@ -217,7 +217,7 @@ def test_a_folder_without_config_or_weights_is_refused(source: Path, tmp_path: P
 
 OPEN = """
 import sys
-from moetier.runtime.checkpoint.files import open_checkpoint
+from moetier.runtime.checkpoint.safetensors_folder import open_checkpoint
 checkpoint = open_checkpoint(sys.argv[1])
 print(checkpoint.name, len(checkpoint.tensors), *checkpoint.copied)
 """

@@ -19,7 +19,7 @@ from moetier.runtime.formats import tensors as shards
 from moetier.runtime.formats.tensors import SourceTensor, StoredTensor, read_tensors
 from moetier.tiers.errors import CheckpointError
 from moetier.tiers.manifest import FileSum
-from moetier.tools.convert.trunk import TrunkFile, index_of, nbytes, plan_trunk
+from moetier.tools.convert.trunk_writer import TrunkFile, index_of, nbytes, plan_trunk
 
 DTYPES = {"BF16": 2, "F32": 4, "U8": 1, "F64": 8}
 

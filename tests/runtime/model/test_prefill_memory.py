@@ -22,7 +22,7 @@ from moetier.runtime.generation.decoding import encode, longest_prompt
 from moetier.runtime.machine.memory import Available, usable
 from moetier.runtime.model.budgets import Needs
 from moetier.runtime.model.context import context_of
-from moetier.runtime.model.prefill import LEAST, Attention, Prefill
+from moetier.runtime.model.prefill_memory import LEAST, Attention, Prefill
 from moetier.tiers.errors import BudgetError
 
 SIZES: dict[str, dict[str, Any]] = {

@@ -17,7 +17,7 @@ from moetier.tiers.errors import ConfigError, TargetError
 from moetier.tiers.layout import BITS, TRUNK_BITS
 from moetier.tools.cli.lean import lean_imports
 from moetier.tools.cli.parser import UsageError
-from moetier.tools.convert.files import nearest_folder
+from moetier.tools.convert.model_files import nearest_folder
 
 _log = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ def _words(resources: dict[str, Any]) -> list[str]:
 
 
 def _cold_start(source: str | Path, forecast: dict[str, Any], cache: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """Return what changes in the plan ``found`` if ``source`` is the cache of a model in an object store.
+    """Return what changes in the ``forecast`` if ``source`` is the cache of a model in an object store.
 
     The recommended command line then has the address, with the options ``cache``.
     """

@@ -32,7 +32,7 @@ from moetier.tiers.store.trunk import RECORD
 
 from .encoder import MatrixRecord
 from .options import DEFAULT_BITS, NATIVE, Options
-from .trunk import TrunkFile, TrunkTensor, plan_trunk
+from .trunk_writer import TrunkFile, TrunkTensor, plan_trunk
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from moetier.tools.convert.files import users_of
+from moetier.tools.convert.model_files import users_of
 
 HOLDS = """
 import ctypes, mmap, os, sys

@@ -19,7 +19,7 @@ from faults import flip_bit
 from stores import read_records
 
 import moetier
-from moetier.runtime.stores.checkpoint import table_of
+from moetier.runtime.stores.checkpoint_store import table_of
 from moetier.runtime.stores.registry import open_store, read_manifest
 from moetier.tiers.errors import (
     CheckpointError,

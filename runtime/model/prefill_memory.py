@@ -1,7 +1,7 @@
 """Memory that computing several tokens of a prompt together takes, besides their keys and values.
 
-The sizes are those of the tensors that a layer holds at its peak. ``tests/runtime/model/test_prefill.py`` compares them
-with measured peaks.
+The sizes are those of the tensors that a layer holds at its peak. ``tests/runtime/model/test_prefill_memory.py``
+compares them with measured peaks.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from .context import can_resume, context_of
 LEAST = 32  # least number of tokens that are computed together; a smaller chunk is a multiple of it
 STATES = 4  # tensors [tokens, hidden] of a layer: residual, normed, output and their sum; some in fp32 too if not quick
 COPIES = 3  # times that outputs of linear modules are held: as they are, rotated or activated, and multiplied
-OF_STATES = 8  # the same where a layer has another state than keys and values: in fp32, in steps and in chunks
-SCANS = 3  # tensors in fp32 that hold a state of its own for each token, where a scan goes from token to token
-OF_SCANS = 8  # the same where a scan goes from chunk to chunk: its states, and what each token adds to a later one
-ROUTER = 64  # bytes for each expert of a block: logits, probabilities, and pieces of memory between the experts' rows
-INDEX = 48  # bytes for each expert of a token: its number, sorted in several ways
+STATE_COPIES = 8  # the same in a model with other states than keys and values: these are computed in fp32, in chunks
+TOKEN_SCANS = 3  # fp32 tensors that hold a state for each token, if a scan goes from token to token
+CHUNK_SCANS = 8  # the same if a scan goes from chunk to chunk: states, and what each token adds to a later one
+ROUTER = 64  # bytes per token and expert of a block: logits, probabilities, and gaps between the experts' tokens
+INDEX = 48  # bytes per chosen expert of a token: its number, sorted in several ways
 # layer types whose names contain one of these keep neither keys nor values
 NOTHING_PER_TOKEN = ("linear", "mamba", "conv", "moe", "mlp")
 WINDOWED = ("sliding", "chunked")
@@ -42,27 +42,27 @@ SPARE = 1.25  # factor for freed memory that the allocator keeps in pieces
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """Bytes that a kind of attention takes besides its own modules' outputs, which ``Prefill`` counts."""
+    """Bytes that one variant of attention takes besides its own modules' outputs, which ``Prefill`` counts."""
 
-    window: int = 0  # most tokens that a token attends to, itself included; 0: all
-    always: int = 0  # for each token that is attended to
-    masked: int = 0  # for each token that is attended to, if there is a mask
-    kept: int = 0  # keys and values of each token that is attended to, which are copied when their memory grows
-    scores: int = 0  # for each pair of a new token and one that is attended to
-    mask: int = 0  # the same, of the mask
-    has_mask: bool = False  # whether there is one even if no token may be left out but later ones
+    window: int = 0  # most tokens that a token attends to, including itself; 0: all
+    always: int = 0  # bytes for each token that is attended to
+    masked: int = 0  # bytes for each token that is attended to, if there is a mask
+    kept: int = 0  # bytes of keys and values of such a token, which are copied when their memory grows
+    scores: int = 0  # bytes for each pair of a new token and a token that it attends to
+    mask: int = 0  # bytes of the mask for each such pair
+    has_mask: bool = False  # whether there is a mask even if each token attends to all earlier ones
 
 
 @dataclass(frozen=True, slots=True)
 class Prefill:
-    """Memory that is taken where ``tokens`` of a prompt are computed together, in a context of ``context`` tokens."""
+    """Memory for computing ``tokens`` of a prompt together, in a context of ``context`` tokens."""
 
     tokens: int
     context: int = 0
-    resumes: bool = True  # whether a prompt can be divided; else all of it is computed together
+    resumes: bool = True  # whether a prompt can be divided; otherwise it is computed as a whole
     states: int = 0  # bytes for each token: hidden states, which a layer holds all the time
-    of_attention: int = 0  # bytes for each token: what it holds while it attends to earlier tokens
-    of_block: int = 0  # bytes for each token: what it holds while experts are computed
+    of_attention: int = 0  # bytes for each token while attention is computed
+    of_block: int = 0  # bytes for each token while experts are computed
     fixed: int = 0  # bytes for any number of tokens
     attentions: tuple[Attention, ...] = ()
 
@@ -73,11 +73,11 @@ class Prefill:
 
     @property
     def later(self) -> int:
-        """Number of tokens for which these bytes suffice behind others: they may need masks, which a whole does not."""
+        """Tokens for which the same bytes suffice after the first chunk: later chunks may need masks."""
         return self._most(self.nbytes, self.tokens)
 
     def bytes_of(self, tokens: int, *, is_whole: bool) -> int:
-        """Return the bytes for ``tokens`` that are computed together: a whole prompt, or the last of the context."""
+        """Return the bytes for computing ``tokens`` together: a whole prompt, or the last tokens of the context."""
         length = tokens if is_whole else max(self.context, tokens)
         masks, work = dict[int, int](), 0
         for attention in self.attentions:
@@ -90,7 +90,7 @@ class Prefill:
         return self.fixed + int(SPARE * (tokens * self.states + layer + sum(masks.values())))
 
     def within(self, room: int) -> Prefill:
-        """Return the same with as many of the tokens as fit into ``room`` bytes, or LEAST of them if fewer do."""
+        """Return a copy with as many of the tokens as fit into ``room`` bytes, but at least LEAST of them."""
         return self if self.nbytes <= room else replace(self, tokens=self._most(room, self.tokens))
 
     def longest(self, room: int) -> int:
@@ -141,7 +141,7 @@ def _outputs(model: Any) -> int:
     """Return the bytes of the outputs of linear modules, and of states, that a layer holds for each token."""
     head, size = model.get_output_embeddings(), model.dtype.itemsize
     text = model.config.get_text_config(decoder=True)
-    # ``_attentions`` counts what is made of latent keys and values
+    # ``_attentions`` counts keys and values that are expanded from latent ones
     latents = {getattr(layer, "kv_lora_rank", None) for layer in text.per_layer_config}
     linears = defaultdict[str, list[int]](list)  # numbers that the linear modules of each parent return for a token
     for path, module in model.named_modules():
@@ -149,8 +149,8 @@ def _outputs(model: Any) -> int:
             linears[path.rpartition(".")[0]].append(module.out_features)
     states = {path: _state(module) for path, module in model.named_modules() if "A_log" in parameters_of(module)}
     layer_types = getattr(text, "layer_types", None) or ()
-    copies = OF_STATES if any(name in layer_type for layer_type in layer_types for name in STATEFUL) else COPIES
-    # the last module of a parent makes one output of what the others have made
+    copies = STATE_COPIES if any(name in layer_type for layer_type in layer_types for name in STATEFUL) else COPIES
+    # the last module of a parent combines the outputs of the others
     sizes: list[int] = [
         size * (copies * sum(numbers[:-1]) + numbers[-1]) + states.get(path, 0) for path, numbers in linears.items()
     ]
@@ -161,8 +161,8 @@ def _state(module: Any) -> int:
     """Return the bytes of the states that a state-space module (Mamba) makes for each token."""
     width = getattr(module, "ssm_state_size", 0)
     if module.A_log.dim() == 2:
-        return int(SCANS * 4 * module.A_log.numel())
-    return int(OF_SCANS * 4 * module.A_log.numel() * (width + module.chunk_size)) if width else 0
+        return int(TOKEN_SCANS * 4 * module.A_log.numel())
+    return int(CHUNK_SCANS * 4 * module.A_log.numel() * (width + module.chunk_size)) if width else 0
 
 
 def _attentions(text: Any, size: int, *, is_eager: bool, is_sliced: bool, is_quick: bool) -> Iterator[Attention]:

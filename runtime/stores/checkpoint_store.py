@@ -15,8 +15,8 @@ import threading
 from pathlib import Path
 
 from moetier.runtime.checkpoint.containers import Checkpoint, is_one_file, open_source
-from moetier.runtime.checkpoint.experts import is_checkpoint
-from moetier.runtime.checkpoint.files import contained
+from moetier.runtime.checkpoint.model_config import is_checkpoint
+from moetier.runtime.checkpoint.safetensors_folder import contained
 from moetier.tiers.errors import CheckpointError
 from moetier.tiers.extents.reader import ExtentStore
 from moetier.tiers.extents.table import ExtentTable, read_table
@@ -28,7 +28,7 @@ _MAKE_TABLE = """
 import json, sys
 from pathlib import Path
 import torch
-from moetier.runtime.stores.checkpoint import table_of
+from moetier.runtime.stores.checkpoint_store import table_of
 from moetier.tiers.errors import MoetierError
 try:
     json.dump(table_of(Path(sys.argv[1])).to_json(), sys.stdout)

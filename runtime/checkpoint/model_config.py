@@ -1,7 +1,4 @@
-"""Checkpoints that are used as they are: recognise one, and make its config.
-
-``runtime.stores.checkpoint`` opens its experts.
-"""
+"""The config of a model: that of a model directory, or the one made for a checkpoint that is used as it is."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ from moetier.tiers.store.folder import GROUP
 
 from .config_json import NAME, read_config
 from .containers import container_of, is_one_file
-from .files import INDEX, WEIGHTS, read_json
+from .safetensors_folder import INDEX, WEIGHTS, read_json
 
 
 def is_checkpoint(folder: Path) -> bool:
