@@ -242,18 +242,18 @@ def _quantise(weights: Tensor, p: Projection, views: Mapping[str, Tensor], fast:
     error = WeightError()
     for batch in batches:
         # codes are computed with the values of s and b that are stored, as they will be read
-        steps = _store(0, lambda band: hqq.steps(bands.transpose(band), p.bits), bands, batch, p, views)
+        scales = _store(0, lambda band: hqq.scales(bands.transpose(band), p.bits), bands, batch, p, views)
 
-        def find_offsets(band: range, steps: Mapping[range, Tensor] = steps) -> Tensor:
-            w, step = bands.transpose(band), steps[band]
-            return hqq.plain_offsets(w, step) if fast else hqq.solve(w, step, p.bits, bands.scratch(band))
+        def find_offsets(band: range, scales: Mapping[range, Tensor] = scales) -> Tensor:
+            w, scale = bands.transpose(band), scales[band]
+            return hqq.plain_offsets(w, scale) if fast else hqq.solve(w, scale, p.bits, bands.scratch(band))
 
         offsets = _store(1, find_offsets, bands, batch, p, views)
         for band in batch:
-            w, step, offset = bands.transpose(band), steps[band], offsets[band]
+            w, scale, offset = bands.transpose(band), scales[band], offsets[band]
             centred, difference, _ = bands.scratch(band)
-            hqq.centred_codes(w, step, offset, p.bits, out=centred)
-            error += WeightError(_square(torch.addcmul(offset, centred, step, out=difference).sub_(w)), _square(w))
+            hqq.centred_codes(w, scale, offset, p.bits, out=centred)
+            error += WeightError(_square(torch.addcmul(offset, centred, scale, out=difference).sub_(w)), _square(w))
             # Cast to int16 first: torch's direct cast from fp32 to uint8 is six times slower than these two casts.
             codes = centred.add_(2 ** (p.bits - 1)).to(torch.int16).to(torch.uint8).view(len(band), -1, ROW_TILE)
             if band.stop * ROW_TILE > p.rows:
@@ -352,6 +352,6 @@ def _decode(views: Mapping[str, Tensor], p: Projection, start: int, stop: int) -
         pairs = views[f"{p.name}.pairs"][:, start:stop]
         codes = codes - (CENTRING.get(p.bits, 0) & 0xF)  # q -> c
         return Levels(codes.view(stop - start, -1), *pairs.transpose(0, 1).unbind(2)).weights()
-    # step and offset: [rows, columns / group, 1] each
-    step, offset = load_pairs(p, views, start, stop).float().transpose(0, 1).unsqueeze(3).unbind(2)
-    return codes.float().sub_(centre).mul_(step).add_(offset).view(stop - start, -1)
+    # scale and offset: [rows, columns / group, 1] each
+    scale, offset = load_pairs(p, views, start, stop).float().transpose(0, 1).unsqueeze(3).unbind(2)
+    return codes.float().sub_(centre).mul_(scale).add_(offset).view(stop - start, -1)

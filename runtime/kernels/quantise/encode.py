@@ -52,7 +52,7 @@ def quantise(
         work.run(QuantiserPass.ALL)
     else:
         # pairs are rounded in runs that cross row blocks, so each pass covers all rows before the next one begins
-        for which, stage, values in ((0, QuantiserPass.STEPS, work.steps), (1, QuantiserPass.OFFSETS, work.offsets)):
+        for which, stage, values in ((0, QuantiserPass.SCALES, work.scales), (1, QuantiserPass.OFFSETS, work.offsets)):
             work.run(stage)
             work.store_pairs(values, which)
         work.run(QuantiserPass.CODES)
@@ -88,7 +88,7 @@ class _Work:
         self._low = views[f"{p.name}.low" if p.bits == 8 else f"{p.name}.codes"]
         if p.bits in (3, 2):
             self._low = torch.empty(codes, dtype=torch.uint8)  # folded into the sections at the end
-        self.steps, self.offsets = torch.empty(
+        self.scales, self.offsets = torch.empty(
             (2, p.columns // p.group, p.padded_rows) if p.pairs == "uint8" else (2, 0)
         )
         self._errors = torch.empty(p.padded_rows // ROW_TILE, 2, dtype=torch.float64)
@@ -104,7 +104,7 @@ class _Work:
             fields = (
                 *(0, items, p.columns, weights.data_ptr(), stride, p.padded_rows),
                 self._views[f"{p.name}.pairs"].data_ptr() + 4 * first,
-                *(values.data_ptr() + 4 * first for values in (self.steps, self.offsets)),
+                *(values.data_ptr() + 4 * first for values in (self.scales, self.offsets)),
                 self._low.data_ptr() + codes,
                 0 if self._high is None else self._high.data_ptr() + codes,
                 self._errors.data_ptr() + 16 * block,

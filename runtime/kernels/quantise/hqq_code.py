@@ -43,13 +43,13 @@ class Solver:
         self._group = group
         self._weights = weights
         self._table = table
-        self._scaled = emit.memory(group * BYTES)  # the weights in units of a step
+        self._scaled = emit.memory(group * BYTES)  # the weights, divided by the scale
         self._variables = {name: emit.at.alloca(vector(F32, LANES)) for name in _VARIABLES}
 
-    def solve(self, plain: Value, step: Value, inverse: Value) -> Value:
+    def solve(self, plain: Value, scale: Value, inverse: Value) -> Value:
         """Emit the search for the offset b of each group.
 
-        ``plain`` has the offsets of plain rounding. ``inverse`` is 1 / ``step``, or 0 where the step is 0.
+        ``plain`` has the offsets of plain rounding. ``inverse`` is 1 / ``scale``, or 0 where the scale is 0.
         """
         emit, at, n = self._emit, self._emit.at, self._emit.number
         size = n(self._group * BYTES)
@@ -68,15 +68,15 @@ class Solver:
             better = at.fcmp_ordered("<", self._get("sizes"), self._get("least"))
             self._set("best", at.select(better, offset, self._get("best")))
             self._set("least", at.select(better, self._get("sizes"), self._get("least")))
-            large = at.fcmp_ordered(">", at.fmul(self._get("largest"), step), threshold)
+            large = at.fcmp_ordered(">", at.fmul(self._get("largest"), scale), threshold)
             some = at.icmp_unsigned("!=", at.bitcast(large, ir.IntType(LANES)), ir.Constant(ir.IntType(LANES), 0))
             with at.if_then(some, likely=False):  # not if the weights are of usual size: their errors are smaller
                 self._set("errors", emit.floats(0.0))
                 with emit.loop(n(0), size, SUM_RUN * BYTES) as run:
-                    self._sum_shrunk(run, offset, step, inverse, threshold, beta)
+                    self._sum_shrunk(run, offset, scale, inverse, threshold, beta)
             mean = at.fmul(self._get("errors"), emit.floats(1 / self._group))
             self._set("offset", at.fadd(offset, mean))
-        return at.fadd(at.fmul(self._get("best"), step), plain)
+        return at.fadd(at.fmul(self._get("best"), scale), plain)
 
     def _set(self, name: str, value: Value) -> None:
         self._emit.at.store(value, self._variables[name])
@@ -100,20 +100,20 @@ class Solver:
         self._set("sizes", at.fadd(self._get("sizes"), sizes))
 
     def _error(self, place: Value, offset: Value) -> Value:
-        """Emit the difference between weights and their codes, in units of a step."""
+        """Emit the difference between weights and their codes, divided by the scale."""
         emit = self._emit
         scaled = emit.at.fsub(emit.load(self._scaled, place, vector(F32, LANES)), offset)
         return emit.at.fsub(scaled, emit.nearest(scaled, -self._half, self._half - 1)[1])
 
     def _sum_shrunk(
-        self, run: Value, offset: Value, step: Value, inverse: Value, threshold: Value, beta: Value
+        self, run: Value, offset: Value, scale: Value, inverse: Value, threshold: Value, beta: Value
     ) -> None:
         """Emit the addition of a run's errors, less the result of the proximal step where they exceed ``threshold``."""
         emit, at = self._emit, self._emit.at
         self._set("run", emit.floats(0.0))
         with emit.loop(run, at.add(run, emit.number(SUM_RUN * BYTES)), BYTES) as place:
             error = self._error(place, offset)
-            product = at.fmul(error, step)
+            product = at.fmul(error, scale)
             size = emit.intrinsic(f"llvm.fabs.v{LANES}f32", product.type, product)
             shrunk = emit.larger(at.fsub(size, at.fdiv(_power(emit, size), beta)), emit.floats(0.0))
             shrunk = emit.intrinsic(f"llvm.copysign.v{LANES}f32", shrunk.type, shrunk, product)

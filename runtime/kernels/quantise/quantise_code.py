@@ -37,7 +37,7 @@ from .hqq_code import BYTES, F64, Solver
 QUANTISE = "moetier_quantise"  # name of the compiled function
 # Number of i64 fields in the context. In order: number of row blocks that threads have taken, number of all row blocks;
 # number of columns; pointer to the weights, bytes from one row to the next (or from one column to the next if the rows
-# of a column are contiguous); number of padded rows of the projection; pointers to pairs, steps, offsets, low nibbles
+# of a column are contiguous); number of padded rows of the projection; pointers to pairs, scales, offsets, low nibbles
 # of codes, high nibbles of codes, errors, and ``solver_table()``
 CONTEXT = 13
 
@@ -46,9 +46,9 @@ class QuantiserPass(Enum):
     """Pass of a compiled function over the weights: a single one, or one of three if pairs are rounded to 8 bits."""
 
     ALL = "weights -> pairs, codes"
-    STEPS = "weights -> steps"
-    OFFSETS = "weights, stored steps -> offsets"
-    CODES = "weights, stored steps and offsets -> codes"
+    SCALES = "weights -> scales"
+    OFFSETS = "weights, stored scales -> offsets"
+    CODES = "weights, stored scales and offsets -> codes"
 
 
 class QuantiserVariant(NamedTuple):
@@ -85,7 +85,7 @@ class _Quantiser(Emitter):
         begun, fields = self.fields(CONTEXT)
         blocks, self._columns, weights, self._stride, self._rows, *addresses = fields
         self._weights = at.inttoptr(weights, POINTER)
-        self._pairs, self._steps, self._offsets, low, high, errors, table = (
+        self._pairs, self._scales, self._offsets, low, high, errors, table = (
             at.inttoptr(address, POINTER) for address in addresses
         )
         self._slice = self.memory(variant.group * BYTES)  # for the weights of a slice
@@ -116,37 +116,37 @@ class _Quantiser(Emitter):
         """
         at, n, variant = self.at, self.number, self._variant
         group = at.udiv(column, n(variant.group))
-        place = at.mul(at.add(at.mul(group, self._rows), row), n(4))  # byte offset of pairs, steps and offsets
+        place = at.mul(at.add(at.mul(group, self._rows), row), n(4))  # byte offset of pairs, scales and offsets
         self._load(row, column)
-        if variant.stage in (QuantiserPass.ALL, QuantiserPass.STEPS):
-            step = at.fdiv(at.fsub(at.load(self._high), at.load(self._low)), self.floats(2**variant.bits - 1))
-            step = at.select(at.fcmp_ordered("<", step, self.floats(hqq.TINY)), self.floats(0.0), step)
-            if variant.stage is QuantiserPass.STEPS:
-                self.store(step, self._steps, place)
+        if variant.stage in (QuantiserPass.ALL, QuantiserPass.SCALES):
+            scale = at.fdiv(at.fsub(at.load(self._high), at.load(self._low)), self.floats(2**variant.bits - 1))
+            scale = at.select(at.fcmp_ordered("<", scale, self.floats(hqq.TINY)), self.floats(0.0), scale)
+            if variant.stage is QuantiserPass.SCALES:
+                self.store(scale, self._scales, place)
                 return
-            stored_step = self.narrow(step, LANES)
-            step = self.widen(stored_step, LANES)
+            stored_scale = self.narrow(scale, LANES)
+            scale = self.widen(stored_scale, LANES)
         else:
-            step = self.load(self._steps, place, vector(F32, LANES))
-        inverse = at.fdiv(self.floats(1.0), step)
-        inverse = at.select(at.fcmp_ordered("<", step, self.floats(hqq.TINY)), self.floats(0.0), inverse)
+            scale = self.load(self._scales, place, vector(F32, LANES))
+        inverse = at.fdiv(self.floats(1.0), scale)
+        inverse = at.select(at.fcmp_ordered("<", scale, self.floats(hqq.TINY)), self.floats(0.0), inverse)
         if variant.stage is QuantiserPass.CODES:
             offset = self.load(self._offsets, place, vector(F32, LANES))
         else:
             low, two = at.load(self._low), self.floats(2.0)
             centre = at.fadd(low, at.fdiv(at.fsub(at.load(self._high), low), two))
-            offset = at.fadd(centre, at.fdiv(step, two))
+            offset = at.fadd(centre, at.fdiv(scale, two))
             if not variant.fast:
-                offset = self._solver.solve(offset, step, inverse)
+                offset = self._solver.solve(offset, scale, inverse)
             if variant.stage is QuantiserPass.OFFSETS:
                 self.store(offset, self._offsets, place)
                 return
             stored = self.narrow(offset, LANES)
             offset = self.widen(stored, LANES)
             wide = vector(I32, LANES)
-            pair = at.or_(at.zext(stored_step, wide), at.shl(at.zext(stored, wide), self.all(I32, 16, LANES)))
+            pair = at.or_(at.zext(stored_scale, wide), at.shl(at.zext(stored, wide), self.all(I32, 16, LANES)))
             self.store(pair, self._pairs, place)
-        self._round(step, inverse, offset, at.mul(half, n(variant.group * LANES)))
+        self._round(scale, inverse, offset, at.mul(half, n(variant.group * LANES)))
 
     # -- loading -------------------------------------------------------------------------------------------------------
 
@@ -206,7 +206,7 @@ class _Quantiser(Emitter):
 
     # -- codes ---------------------------------------------------------------------------------------------------------
 
-    def _round(self, step: Value, inverse: Value, offset: Value, codes: Value) -> None:
+    def _round(self, scale: Value, inverse: Value, offset: Value, codes: Value) -> None:
         """Emit the rounding of a slice to codes, and the addition to the sums of squares for the error.
 
         Each code becomes a byte in the memory for codes, from the offset ``codes`` on.
@@ -219,7 +219,7 @@ class _Quantiser(Emitter):
             whole = at.add(at.bitcast(shifted, vector(I32, LANES)), self.all(I32, half, LANES))
             byte = at.trunc(whole, vector(I8, LANES))
             self.store(byte, self._codes, at.add(codes, at.mul(column, n(LANES))))
-            difference = at.fsub(at.fadd(at.fmul(code, step), offset), weight)
+            difference = at.fsub(at.fadd(at.fmul(code, scale), offset), weight)
             for place, value in zip(self._sums, (difference, weight), strict=True):
                 wide = at.fpext(value, vector(F64, LANES))
                 at.store(at.fadd(at.load(place), at.fmul(wide, wide)), place)

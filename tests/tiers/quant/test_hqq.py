@@ -37,19 +37,19 @@ def one_by_one(w: torch.Tensor) -> torch.Tensor:
     return w.transpose(1, 2).reshape(-1, w.shape[1])
 
 
-def residual(w: torch.Tensor, step: torch.Tensor, offset: torch.Tensor, bits: int) -> torch.Tensor:
-    return (w - offset) - hqq.centred_codes(w, step, offset, bits) * step
+def residual(w: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor, bits: int) -> torch.Tensor:
+    return (w - offset) - hqq.centred_codes(w, scale, offset, bits) * scale
 
 
 def ours(w: torch.Tensor, bits: int, find: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]) -> torch.Tensor:
     """Return w as it is read back, [groups, g]."""
     lanes = side_by_side(w)
-    step = hqq.steps(lanes, bits)
-    return w - one_by_one(residual(lanes, step, find(lanes, step, bits), bits))
+    scale = hqq.scales(lanes, bits)
+    return w - one_by_one(residual(lanes, scale, find(lanes, scale, bits), bits))
 
 
-def plain(w: torch.Tensor, step: torch.Tensor, bits: int) -> torch.Tensor:
-    return hqq.plain_offsets(w, step)
+def plain(w: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
+    return hqq.plain_offsets(w, scale)
 
 
 def packages(w: torch.Tensor, bits: int) -> torch.Tensor:
@@ -92,10 +92,10 @@ def test_small_weights_keep_their_bits_which_the_package_loses(bits: int, std: f
 def test_better_than_plain_rounding_in_no_group_worse(bits: int, std: float) -> None:
     w = weights(std, groups=320)
     lanes = side_by_side(w)
-    step = hqq.steps(lanes, bits)
-    solved = residual(lanes, step, hqq.solve(lanes, step, bits), bits).abs().mean(1)
-    rounded = residual(lanes, step, hqq.plain_offsets(lanes, step), bits).abs().mean(1)
-    assert (solved <= rounded * (1 + 1e-4)).all()  # 8-bit steps are so small that fp32's last bits show
+    scale = hqq.scales(lanes, bits)
+    solved = residual(lanes, scale, hqq.solve(lanes, scale, bits), bits).abs().mean(1)
+    rounded = residual(lanes, scale, hqq.plain_offsets(lanes, scale), bits).abs().mean(1)
+    assert (solved <= rounded * (1 + 1e-4)).all()  # 8-bit scales are so small that fp32's last bits show
     assert solved.mean() < 0.99 * rounded.mean()
     assert frobenius(w, ours(w, bits, hqq.solve)) < frobenius(w, ours(w, bits, plain))
 
@@ -115,7 +115,7 @@ def test_a_group_depends_on_itself_alone(bits: int) -> None:
 
     def solve(w: torch.Tensor) -> torch.Tensor:
         lanes = side_by_side(w)
-        return hqq.solve(lanes, hqq.steps(lanes, bits), bits).view(-1)
+        return hqq.solve(lanes, hqq.scales(lanes, bits), bits).view(-1)
 
     together, order = solve(w), torch.randperm(len(w), generator=torch.Generator().manual_seed(3))
     assert torch.equal(together[order], solve(w[order]))
@@ -133,7 +133,7 @@ def offsets() -> bytes:
     for bits, group, std in itertools.product(WIDTHS, (16, 32, 64, 128, 256), (0.02, 3.0)):
         drawn = np.random.default_rng(group).normal(scale=std, size=(4, group, hqq.LANES)).astype(np.float32)
         w = torch.from_numpy(drawn)
-        found.append(hqq.solve(w, hqq.steps(w, bits), bits).numpy().tobytes())
+        found.append(hqq.solve(w, hqq.scales(w, bits), bits).numpy().tobytes())
     return b"".join(found)
 
 
@@ -152,7 +152,7 @@ def test_offsets_do_not_depend_on_the_processor(capability: str) -> None:
 @pytest.mark.parametrize("value", [0.0, 1.0, -0.0217, 1e-30, 1e-42, -3e38])
 def test_constant_groups_are_exact(bits: int, value: float) -> None:
     w = torch.full((hqq.LANES, GROUP), value)
-    assert (hqq.steps(side_by_side(w), bits) == 0).all()
+    assert (hqq.scales(side_by_side(w), bits) == 0).all()
     assert torch.equal(ours(w, bits, hqq.solve), w)
 
 
@@ -168,5 +168,5 @@ def test_denormal_ranges_are_as_good_as_constant(bits: int) -> None:
 def test_steps_show_weights_that_are_no_numbers(wrong: float) -> None:
     w = weights(0.02, groups=hqq.LANES)
     w[1, 5] = wrong
-    steps = hqq.steps(side_by_side(w), 4).view(-1)
-    assert (~steps.isfinite()).nonzero().tolist() == [[1]]
+    scales = hqq.scales(side_by_side(w), 4).view(-1)
+    assert (~scales.isfinite()).nonzero().tolist() == [[1]]
