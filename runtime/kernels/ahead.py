@@ -31,10 +31,10 @@ from moetier.tiers.manifest import Manifest
 from moetier.tiers.store.folder import read_json, read_manifest, store_folder
 
 
-def compile_ahead(folder: Path) -> None:
-    """Begin to compile what the model in ``folder`` probably needs on a CPU for its first token, and return.
+def compile_ahead(location: Path) -> None:
+    """Begin to compile what the model at ``location`` probably needs on a CPU for its first token, and return.
 
-    ``folder`` may be a GGUF file.
+    ``location`` is a model directory or a GGUF file.
 
     The process ends only when all is compiled. Errors are ignored here: they are raised again where a kernel is needed.
     """
@@ -43,12 +43,12 @@ def compile_ahead(folder: Path) -> None:
         with contextlib.suppress(Exception):
             if refusal():
                 return
-            if folder.suffix == SUFFIX:
-                table = read_table(folder)
-                _compile(table.manifest if table else None, torch.bfloat16, _matrices(folder))
+            if location.suffix == SUFFIX:
+                table = read_table(location)
+                _compile(table.manifest if table else None, torch.bfloat16, _matrices(location))
             else:
-                is_bf16 = read_json(folder / "config.json").get("dtype") == "bfloat16"
-                _compile(read_manifest(store_folder(folder)), torch.bfloat16 if is_bf16 else torch.float32)
+                is_bf16 = read_json(location / "config.json").get("dtype") == "bfloat16"
+                _compile(read_manifest(store_folder(location)), torch.bfloat16 if is_bf16 else torch.float32)
 
     threading.Thread(target=work, name="moetier-compiler").start()
 

@@ -40,12 +40,12 @@ from .tiers import Tiers, close_later
 from .trunk_files import TrunkFiles, mapped_bytes
 
 
-def attach_tiers(model: PreTrainedModel, folder: Path, files: TrunkFiles, config: TierConfig) -> None:
+def attach_tiers(model: PreTrainedModel, location: Path, files: TrunkFiles, config: TierConfig) -> None:
     """Open the tiers of a model, and attach them as ``model.tiers``.
 
     Args:
         model: its trunk is loaded; its experts have no parameters.
-        folder: its model directory, checkpoint or GGUF file.
+        location: its model directory, checkpoint folder or GGUF file.
         files: the trunk's files, which are closed if nothing in memory needs them.
         config: the options of the tiers.
 
@@ -59,7 +59,7 @@ def attach_tiers(model: PreTrainedModel, folder: Path, files: TrunkFiles, config
     for linear in linears:
         linear.compute_with(kernels)
     shortcuts = _shortcuts(model, config)  # before the tiers, as this memory is then not free
-    tiers = _open_tiers(model, folder, config, device, kernels, linears)
+    tiers = _open_tiers(model, location, config, device, kernels, linears)
     tiers.trunk_files = files
     try:
         files.finish_load(model, is_shared=tiers.daemon is not None)
@@ -89,7 +89,7 @@ def _place_of(model: PreTrainedModel) -> torch.device:
 
 def _open_tiers(
     model: PreTrainedModel,
-    folder: Path,
+    location: Path,
     config: TierConfig,
     device: ComputeDevice,
     kernels: Kernels,
@@ -98,12 +98,12 @@ def _open_tiers(
     """Open the tiers, which close when the model is garbage-collected. ``linears``: the trunk's quantised matrices."""
     context = context_of(model.config, config.context, config.prefill_chunk)
     tiers = Tiers.open(
-        folder,
+        location,
         config,
         device,
         trunk=mapped_bytes(model),
         cache=kv_cache_bytes(model.config, context, dtype=model.dtype),
-        prefill=prefill_of(model, read_manifest(folder), config, kernels),
+        prefill=prefill_of(model, read_manifest(location), config, kernels),
         width=model.dtype.itemsize,
         kernels=kernels,
         largest=largest_decoded((linear.layout for linear in linears), kernels),

@@ -112,29 +112,31 @@ def load(
         MoetierError: an option, the directory or the machine can't be used.
     """
     if is_address(name := os.fspath(directory)):
-        folder = directory_at(name, None if store_cache is None else Path(store_cache), store_cache_size)
+        location = directory_at(name, None if store_cache is None else Path(store_cache), store_cache_size)
     else:
-        folder = model_directory(directory)
-    return _load(folder, TierConfig.of(**options), _dtype(dtype), _attention(attn_implementation))
+        location = model_directory(directory)
+    return _load(location, TierConfig.of(**options), _dtype(dtype), _attention(attn_implementation))
 
 
 def _load(
-    folder: Path, asked: TierConfig, dtype: str | torch.dtype, attention: str | None
+    location: Path, asked: TierConfig, dtype: str | torch.dtype, attention: str | None
 ) -> tuple[Any, PreTrainedTokenizerBase | None]:
-    """Load the model and the tokenizer in ``folder``, with checked options. Raises MoetierError."""
-    config_json, model_class = _checked_config(folder)
+    """Load the model and the tokenizer at ``location``, with checked options. Raises MoetierError."""
+    config_json, model_class = _checked_config(location)
     device = chosen_device(asked.device)
     install()
-    tokenizer = container_of(folder).tokenizer(folder)
-    with _load_errors(folder):
+    tokenizer = container_of(location).tokenizer(location)
+    with _load_errors(location):
         config_class = model_class.config_class
-        config = config_class.from_dict(config_json) if is_checkpoint(folder) else config_class.from_pretrained(folder)
+        config = (
+            config_class.from_dict(config_json) if is_checkpoint(location) else config_class.from_pretrained(location)
+        )
     if tokenizer is not None and (most := longest_context(config)) is not None:
         # many tokenizers state no maximum length; with one, transformers warns of longer texts
         tokenizer.model_max_length = min(tokenizer.model_max_length, most)
-    with _load_errors(folder), _report_held_back(), _bar_on_a_terminal_alone():
+    with _load_errors(location), _report_held_back(), _bar_on_a_terminal_alone():
         model = model_of(
-            folder,
+            location,
             config,
             asked,
             dtype,
@@ -146,50 +148,50 @@ def _load(
             model.set_attn_implementation(attention)
     if tokenizer is not None:
         try:
-            check_tokenizer(model, tokenizer, folder)
+            check_tokenizer(model, tokenizer, location)
         except BaseException:
             model.tiers.close()
             raise
     return model, tokenizer
 
 
-def _checked_config(folder: Path) -> tuple[dict[str, Any], Any]:
+def _checked_config(location: Path) -> tuple[dict[str, Any], Any]:
     """Return the config.json of a model and its class, once the files are checked. Raises MoetierError."""
-    check_directory(folder)
-    manifest, config_json = read_manifest(folder), config_of(folder)
+    check_directory(location)
+    manifest, config_json = read_manifest(location), config_of(location)
     model_class = _model_class(config_json)
-    if is_checkpoint(folder):
-        check_shards(folder)
+    if is_checkpoint(location):
+        check_shards(location)
     else:
-        check_trunk(folder, manifest)
+        check_trunk(location, manifest)
     return config_json, model_class
 
 
 def model_of(
-    folder: Path, config: Any, asked: TierConfig, dtype: Any, load: Callable[..., Any], *arguments: Any, **named: Any
+    location: Path, config: Any, asked: TierConfig, dtype: Any, load: Callable[..., Any], *arguments: Any, **named: Any
 ) -> Any:
     """Return the model of a model directory, or of a checkpoint as it is, with the tiers that ``asked`` describes.
 
     Args:
-        folder: the model directory, the checkpoint's folder, or a GGUF file.
-        config: transformers' config, made of ``config_of(folder)``.
+        location: its model directory, checkpoint folder or GGUF file.
+        config: transformers' config, made of ``config_of(location)``.
         dtype: the type in which the trunk is computed, or "auto".
         load: from_pretrained of the model's class, which gets the ``arguments`` and ``named`` too.
 
     Raises the errors of transformers, and those of ``Checkpoint.trunk`` and ``TrunkFiles``.
     """
     chosen = _dtype(dtype)
-    files = TrunkFiles(folder, container_of(folder).weight_files(folder)) if is_checkpoint(folder) else None
+    files = TrunkFiles(location, container_of(location).weight_files(location)) if is_checkpoint(location) else None
     try:
         own = getattr(config, "dtype", None) if chosen == "auto" else chosen
         # config_of has refused code unless link ignored it
-        trunk = open_source(folder, ignore_code=True).trunk(own) if files else None
+        trunk = open_source(location, ignore_code=True).trunk(own) if files else None
         source = {} if trunk is None else {"state_dict": trunk.tensors}
         named = named | {"config": config, "dtype": chosen, "use_safetensors": True} | source
-        with asked_for(Asked(asked, folder, files, trunk)):
-            model = load(folder if trunk is None else None, *arguments, **named)
-        if trunk is not None and folder.is_dir():
-            _name_after(model, folder)
+        with asked_for(Asked(asked, location, files, trunk)):
+            model = load(location if trunk is None else None, *arguments, **named)
+        if trunk is not None and location.is_dir():
+            _name_after(model, location)
     except Exception:
         if files is not None:
             with contextlib.closing(files):
@@ -198,14 +200,14 @@ def model_of(
     return model
 
 
-def _name_after(model: PreTrainedModel, folder: Path) -> None:
+def _name_after(model: PreTrainedModel, location: Path) -> None:
     """Note the folder's name in a model and read its generation config, as from_pretrained does for a folder."""
-    model.name_or_path = model.config.name_or_path = str(folder)
+    model.name_or_path = model.config.name_or_path = str(location)
     model.adjust_generation_fn(  # type: ignore[operator]  # transformers types it as a tensor
         generation_config=None,
         from_auto_class=None,
         from_pipeline=None,
-        pretrained_model_name_or_path=folder,
+        pretrained_model_name_or_path=location,
         cache_dir=None,
         force_download=False,
         proxies=None,
@@ -260,7 +262,7 @@ def _bar_on_a_terminal_alone() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _load_errors(folder: Path) -> Iterator[None]:
+def _load_errors(location: Path) -> Iterator[None]:
     """Turn errors of transformers into errors of this project.
 
     These are StoreFormatError if files can't be read or don't match, ConfigError if a library is missing, and
@@ -273,25 +275,25 @@ def _load_errors(folder: Path) -> Iterator[None]:
     except Exception as error:
         if (shortage := shortage_in(error)) is not None:
             raise shortage from error
-        _raise_known(error, folder)
+        _raise_own_error(error, location)
         raise
 
 
-def _raise_known(error: Exception, folder: Path) -> None:
-    """Raise the error of this project for an error of transformers while ``folder`` was loaded, if there is one."""
+def _raise_own_error(error: Exception, location: Path) -> None:
+    """Raise this project's error for an error of transformers in loading ``location``, if there is one."""
     if isinstance(error, ImportError):
         raise ConfigError(
-            f"{folder} can't be loaded in this way: {_said(error)}",
+            f"{location} can't be loaded in this way: {_said(error)}",
             "Install what is missing, or choose another `attn_implementation`.",
         ) from error
     if isinstance(error, OSError | ValueError | SafetensorError | StrictDataclassError):
         raise StoreFormatError(
-            f"{folder} can't be loaded: {_said(error)}",
-            f"Check the directory: {command('verify', folder)}; or convert the model again.",
+            f"{location} can't be loaded: {_said(error)}",
+            f"Check the directory: {command('verify', location)}; or convert the model again.",
         ) from error
     if (misfit := _misfit(error)) is not None:
         raise StoreFormatError(
-            f"{folder} can't be loaded: {misfit}.",
+            f"{location} can't be loaded: {misfit}.",
             "Check that config.json belongs to these weights. If it does, get the checkpoint or convert it again.",
         ) from error
 

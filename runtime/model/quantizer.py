@@ -57,7 +57,7 @@ class Asked:
     """Options and files that load() hands to from_pretrained for one model."""
 
     config: TierConfig  # in place of the options in config.json
-    folder: Path  # its folder or GGUF file
+    location: Path  # its model directory, checkpoint folder or GGUF file
     files: TrunkFiles | None = None  # of a checkpoint, opened before anything was read from them
     trunk: Trunk | None = None  # given to from_pretrained as a state dict; None if it reads the files
 
@@ -141,19 +141,19 @@ class MoetierQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
-        self._folder = _folder_of(model, checkpoint_files)
-        config_of(self._folder)  # refuses what is unsafe
+        self._location = _location_of(model, checkpoint_files)
+        config_of(self._location)  # refuses what is unsafe
         asked = _asked.get()
         given = None if asked is None else asked.files
-        self._files = given or TrunkFiles(self._folder, list(map(Path, checkpoint_files or ())))
+        self._files = given or TrunkFiles(self._location, list(map(Path, checkpoint_files or ())))
         modules = experts_modules(model)
-        manifest, records = read_manifest(self._folder), dict[str, int]()
-        if is_checkpoint(self._folder):
+        manifest, records = read_manifest(self._location), dict[str, int]()
+        if is_checkpoint(self._location):
             _ignore_experts(model, modules)
         else:
-            check_trunk(self._folder, manifest)
-            check_small(self._folder, manifest)
-            records = trunk_records(self._folder, manifest)
+            check_trunk(self._location, manifest)
+            check_small(self._location, manifest)
+            records = trunk_records(self._location, manifest)
         self._check(model, modules, manifest)
         for path, module in modules.items():
             for name in EXPERT_PARAMETERS:
@@ -182,7 +182,7 @@ class MoetierQuantizer(HfQuantizer):
         if strangers := sorted(modules.keys() ^ blocks.keys()):
             whose = "model" if strangers[0] in modules else "store"
             raise StoreFormatError(
-                f"{self._folder} does not fit {type(model).__name__}: only the {whose} has {strangers[0]}.",
+                f"{self._location} does not fit {type(model).__name__}: only the {whose} has {strangers[0]}.",
                 "Load the class that config.json names in architectures, or convert the model again.",
             )
         for path, module in modules.items():
@@ -194,7 +194,7 @@ class MoetierQuantizer(HfQuantizer):
             }
             if stored != wanted or block.experts != module.num_experts:
                 raise StoreFormatError(
-                    f"{self._folder}: {path} has {block.experts} experts of {stored} in the store, "
+                    f"{self._location}: {path} has {block.experts} experts of {stored} in the store, "
                     f"and {module.num_experts} of {wanted} in {type(model).__name__}.",
                     "Check that config.json belongs to this store, or convert the model again.",
                 )
@@ -204,7 +204,7 @@ class MoetierQuantizer(HfQuantizer):
         in_config: Any = {name: getattr(given, name) for name in IN_CONFIG}
         asked = _asked.get()
         attach_tiers(
-            model, self._folder, self._files, asked.config if asked else TierConfig.of(**(in_config | _options))
+            model, self._location, self._files, asked.config if asked else TierConfig.of(**(in_config | _options))
         )
         return model
 
@@ -223,7 +223,7 @@ class MoetierQuantizer(HfQuantizer):
         return False
 
 
-def _folder_of(model: PreTrainedModel, files: list[str] | None) -> Path:
+def _location_of(model: PreTrainedModel, files: list[str] | None) -> Path:
     """Return the folder of the model: its model directory, or the snapshot of a hub id.
 
     ``files`` is None if load() has given the trunk as a state dict. Raises UnsafeCheckpointError if ``files``, from
@@ -232,18 +232,18 @@ def _folder_of(model: PreTrainedModel, files: list[str] | None) -> Path:
     if files is None:
         given = _asked.get()
         assert given is not None, "weights given as a state dict have no store"
-        return given.folder
+        return given.location
     asked = model.config.name_or_path
-    folder = Path(asked) if asked and Path(asked).is_dir() else Path(files[0]).parent
-    as_it_is = is_checkpoint(folder)
+    location = Path(asked) if asked and Path(asked).is_dir() else Path(files[0]).parent
+    as_it_is = is_checkpoint(location)
     for file in map(Path, files):
         fits = file.suffix == ".safetensors" if as_it_is else TRUNK_NAME.fullmatch(file.name)
-        if file.parent.resolve() != folder.resolve() or not fits:
+        if file.parent.resolve() != location.resolve() or not fits:
             raise UnsafeCheckpointError(
-                f"{folder} would load its trunk from {file}, which is not a trunk file in {folder}.",
+                f"{location} would load its trunk from {file}, which is not a trunk file in {location}.",
                 "Don't use this model directory. Convert the model again.",
             )
-    return folder
+    return location
 
 
 def _ignore_experts(model: PreTrainedModel, modules: Iterable[str]) -> None:

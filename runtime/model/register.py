@@ -58,15 +58,15 @@ def _serve_checkpoints() -> None:
 
         @functools.wraps(ordinary, assigned=("__name__", "__qualname__", "__doc__"))
         def from_pretrained(cls: Any, name: Any = None, *arguments: Any, **named: Any) -> Any:
-            folder = _checkpoint_of(cls, name, named)
-            if folder is None:
+            location = _checkpoint_of(cls, name, named)
+            if location is None:
                 return ordinary(cls, name, *arguments, **named)
             dtype = named.pop("dtype", None) or named.pop("torch_dtype", None) or "auto"
-            config = _config(cls, folder, named.pop("config", None))
+            config = _config(cls, location, named.pop("config", None))
             named.pop("gguf_file", None)
             asked = TierConfig.of(**quantizer.options())
             load = functools.partial(ordinary, cls)
-            return model_of(folder, config, asked, dtype, load, *arguments, **named)
+            return model_of(location, config, asked, dtype, load, *arguments, **named)
 
         PreTrainedModel.from_pretrained = classmethod(from_pretrained)  # type: ignore[assignment]
 
@@ -84,21 +84,21 @@ def _checkpoint_of(cls: Any, name: Any, named: dict[str, Any]) -> Path | None:
         return None  # the caller has chosen how to compute or to quantise
     if not cls.__module__.startswith("transformers.") or cls.config_class.model_type not in _types_with_experts():
         return None
-    folder = Path(os.fspath(name), named.get("subfolder") or "", named.get("gguf_file") or "")
+    location = Path(os.fspath(name), named.get("subfolder") or "", named.get("gguf_file") or "")
     try:
-        if not folder.exists():
+        if not location.exists():
             if not _is_converted(config):
                 _warn(f"{name} is not in a folder of this machine.", "Download it, and give its folder.")
             return None
-        if not is_checkpoint(folder):
+        if not is_checkpoint(location):
             return None
-        read_manifest(folder)
-        config_of(folder)
-        check_shards(folder)
+        read_manifest(location)
+        config_of(location)
+        check_shards(location)
     except MoetierError as error:
         _warn(error.cause, error.fix)
         return None
-    return folder
+    return location
 
 
 @functools.cache
@@ -122,10 +122,10 @@ def _warn(cause: str, fix: str) -> None:
     )
 
 
-def _config(cls: Any, folder: Path, given: Any) -> Any:
+def _config(cls: Any, location: Path, given: Any) -> Any:
     """Return the config of a checkpoint as that of a model directory. Changes that the caller made to it stay."""
-    config_json = config_of(folder)
-    if folder.is_file() or not isinstance(given, PreTrainedConfig):
+    config_json = config_of(location)
+    if location.is_file() or not isinstance(given, PreTrainedConfig):
         return cls.config_class.from_dict(config_json)
     config = copy.deepcopy(given)
     config.quantization_config = config_json["quantization_config"]

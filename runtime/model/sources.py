@@ -44,9 +44,9 @@ class Origin:
 
 
 def open_origin(
-    folder: Path, manifest: Manifest, config: TierConfig, slots: Callable[[], Mapping[str, int]], *, computes: bool
+    location: Path, manifest: Manifest, config: TierConfig, slots: Callable[[], Mapping[str, int]], *, computes: bool
 ) -> Origin:
-    """Open the host tier for the model directory ``folder``.
+    """Open the host tier for the model at ``location``.
 
     ``slots`` returns the number of slots for each record layout, for a tier of this process. It is called only if
     there will be such a tier, and may raise BudgetError. ``computes``: whether compiled
@@ -54,14 +54,14 @@ def open_origin(
     can't be opened, and DaemonError if ``config`` names a daemon that can't be used.
     """
     if config.mapped is not None:
-        return _mapped(config.mapped, folder, manifest)
+        return _mapped(config.mapped, location, manifest)
     if config.daemon.find:
         from moetier.runtime.wire.address import daemons_serving
 
         refusals: dict[Address, MoetierError] = {}
         for daemon in daemons_serving(manifest.digest):
             try:
-                origin = _mapped(daemon, folder, manifest)
+                origin = _mapped(daemon, location, manifest)
             except (NoDaemonError, UnknownModelError) as error:  # the daemon has ended, and has left its card behind
                 _log.info("The daemon %s is not used: %s", daemon, error.cause)
             except MoetierError as error:  # the daemon is full, or has another version
@@ -77,28 +77,28 @@ def open_origin(
                 return origin
         for daemon, refusal in refusals.items():
             _log.warning("The daemon %s serves this store, but is not used: %s %s", daemon, refusal.cause, refusal.fix)
-    return _own(folder, manifest, slots(), config, computes=computes)
+    return _own(location, manifest, slots(), config, computes=computes)
 
 
-def _mapped(daemon: Address, folder: Path, manifest: Manifest) -> Origin:
+def _mapped(daemon: Address, location: Path, manifest: Manifest) -> Origin:
     from moetier.runtime.client.tier import DaemonTier
 
     assert daemon.folder is not None
-    host = DaemonTier.open(daemon.folder, folder, manifest)
+    host = DaemonTier.open(daemon.folder, location, manifest)
     return Origin(host, f"the daemon {daemon}", host.close, daemon=host)
 
 
-def _own(folder: Path, manifest: Manifest, slots: Mapping[str, int], config: TierConfig, *, computes: bool) -> Origin:
+def _own(location: Path, manifest: Manifest, slots: Mapping[str, int], config: TierConfig, *, computes: bool) -> Origin:
     """Open a host tier of this process. It reads from the store, or from daemons of other hosts and the store."""
     store: Store
     with contextlib.ExitStack() as closing:
         if config.daemon.addresses:
             from moetier.runtime.client.spread import SpreadStore
 
-            store = spread = SpreadStore.open(config.daemon.addresses, config.credentials, manifest, folder)
+            store = spread = SpreadStore.open(config.daemon.addresses, config.credentials, manifest, location)
             where = store.where
         else:
-            store = open_store(folder)
+            store = open_store(location)
             where = f"this process, from {store.where}" if store.where else "this process"
         closing.enter_context(store)
         host = closing.enter_context(

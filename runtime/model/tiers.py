@@ -43,7 +43,7 @@ class Tiers:
     @classmethod
     def open(
         cls,
-        folder: Path,
+        location: Path,
         config: TierConfig,
         device: ComputeDevice,
         *,
@@ -76,14 +76,14 @@ class Tiers:
                 "On a CPU there is no device memory: experts stay in host memory.",
                 "Leave out `device_memory`; `ram` is the memory for experts.",
             )
-        manifest = read_manifest(folder)
+        manifest = read_manifest(location)
         kernels = kernels or device.kernels(exact=config.exact)
         scratch = max(scratch_numbers(manifest, kernels), largest) * width
         memory = ModelMemory(manifest, config, device, Needs(trunk, cache, scratch, prefill))
         with contextlib.ExitStack() as undo:
             compiled = isinstance(kernels, PackedKernels)
             origin = open_origin(
-                folder, manifest, config, lambda: memory.host_slots(memory_for_model()), computes=compiled
+                location, manifest, config, lambda: memory.host_slots(memory_for_model()), computes=compiled
             )
             undo.callback(origin.close)
             tier: HostViews | DeviceTier = HostViews(origin.host)

@@ -25,14 +25,14 @@ COPIED_BYTES = 256 << 20  # size of the largest trunk that is copied, in about a
 class TrunkFiles:
     """The files of a trunk, opened before they are read, and compared with what they were then. Thread-safe."""
 
-    def __init__(self, folder: Path, paths: Sequence[Path]) -> None:
-        """Open the files ``paths`` of the model in ``folder``.
+    def __init__(self, location: Path, paths: Sequence[Path]) -> None:
+        """Open the files ``paths`` of the model at ``location``.
 
         Raises StoreReadError, and StoreFormatError if a file is missing.
         """
         advice = (
             "If it was changed on purpose, load the model again. Otherwise restore the file: "
-            f"{command('verify', folder)} says what differs."
+            f"{command('verify', location)} says what differs."
         )
         self._files: list[Unchanged] = []
         self.close = weakref.finalize(self, _close, self._files)  # can be repeated

@@ -15,7 +15,7 @@ def embeddings_of(model: Any) -> int:
     return rows if isinstance(rows, int) else int(model.config.get_text_config(decoder=True).vocab_size)
 
 
-def check_tokenizer(model: Any, tokenizer: Any, folder: Path) -> None:
+def check_tokenizer(model: Any, tokenizer: Any, location: Path) -> None:
     """Raise StoreFormatError if the model lacks embeddings for ids that any text may have.
 
     These are the tokenizer's ordinary tokens, and the tokens that it adds to each text. Other added tokens may exceed
@@ -25,7 +25,7 @@ def check_tokenizer(model: Any, tokenizer: Any, folder: Path) -> None:
     last = max(tokenizer.vocab_size - 1, *tokenizer("", verbose=False)["input_ids"], 0)
     if last >= rows:
         raise StoreFormatError(
-            f"The tokenizer of {folder} has token ids up to {last:,}, but the model has only {rows:,} embeddings.",
+            f"The tokenizer of {location} has token ids up to {last:,}, but the model has only {rows:,} embeddings.",
             "The tokenizer belongs to another model. Copy this model's tokenizer files into the directory.",
         )
 
