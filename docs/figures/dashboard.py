@@ -70,7 +70,7 @@ class Prometheus:
         step = max(math.ceil(self._seconds / points), self._scrape)
         start, end = (moment // step * step for moment in (self._end - self._seconds, self._end))
         times = np.arange(start, end + step / 2, step)
-        found = []
+        series = []
         for target in panel["targets"]:
             query = self._filled_in(target["expr"], rate=max(step + self._scrape, 4 * self._scrape))
             if target.get("range", True):
@@ -82,24 +82,24 @@ class Prometheus:
                 for moment, value in answer.get("values") or [answer["value"]]:
                     at = round((moment - start) / step)
                     values[at], there[at] = float(value), True
-                found.append(Series(_legend(target.get("legendFormat", ""), answer["metric"]), values, there))
-        return times, found
+                series.append(Series(_legend(target.get("legendFormat", ""), answer["metric"]), values, there))
+        return times, series
 
     def _filled_in(self, query: str, *, rate: float) -> str:
         values = self._variables | {"__rate_interval": f"{rate:g}s"}
-        return re.sub(r"\$\{?(\w+)\}?", lambda found: values[found.group(1)], query)
+        return re.sub(r"\$\{?(\w+)\}?", lambda match: values[match.group(1)], query)
 
     def _get(self, what: str, **parameters: object) -> list[dict[str, Any]]:
         url = f"{self._url}/api/v1/{what}?{urllib.parse.urlencode(parameters)}"
         with urllib.request.urlopen(url, timeout=30) as answer:
-            found: list[dict[str, Any]] = json.load(answer)["data"]["result"]
-        return found
+            result: list[dict[str, Any]] = json.load(answer)["data"]["result"]
+        return result
 
 
-def _legend(form: str, labels: dict[str, str]) -> str:
-    if not form:
+def _legend(template: str, labels: dict[str, str]) -> str:
+    if not template:
         return "{" + ", ".join(f'{name}="{value}"' for name, value in labels.items() if name != "__name__") + "}"
-    return re.sub(r"{{\s*(\w+)\s*}}", lambda found: labels.get(found.group(1), found.group(1)), form)
+    return re.sub(r"{{\s*(\w+)\s*}}", lambda match: labels.get(match.group(1), match.group(1)), template)
 
 
 def variables_of(dashboard: dict[str, Any]) -> dict[str, str]:

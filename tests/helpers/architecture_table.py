@@ -54,8 +54,8 @@ def row(model_type: str) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _answer(found: Comparison) -> str:
-    return f"differs: {', '.join(found.differing)}" if found.differing else "equal"
+def _answer(comparison: Comparison) -> str:
+    return f"differs: {', '.join(comparison.differing)}" if comparison.differing else "equal"
 
 
 def listed(table: str) -> dict[str, tuple[str, str]]:

@@ -164,7 +164,7 @@ def model_class(model_type: str) -> type[PreTrainedModel]:
     module = importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
     endings = ("ForConditionalGeneration", "ForBlockDiffusion", "ForCausalLM", "ForTokenClassification")
     for ending in endings:
-        found = [
+        classes = [
             value
             for name, value in vars(module).items()
             if name.endswith(ending)
@@ -172,8 +172,8 @@ def model_class(model_type: str) -> type[PreTrainedModel]:
             and inspect.isclass(value)
             and value.__module__ == module.__name__
         ]
-        if found:
-            return found[-1]  # the class itself is the last one of its module
+        if classes:
+            return classes[-1]  # the class itself is the last one of its module
     raise AssertionError(f"{model_type} has no class that ends in one of {endings}")
 
 

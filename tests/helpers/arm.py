@@ -54,9 +54,9 @@ class SharedMemory:
         self.file, self.nbytes, self._used = folder / "memory", nbytes, 0
         descriptor = os.open(self.file, os.O_RDWR | os.O_CREAT)
         os.truncate(descriptor, nbytes)
-        found = _LIBRARY.mmap(ADDRESS, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, descriptor, 0)
+        mapped = _LIBRARY.mmap(ADDRESS, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, descriptor, 0)
         os.close(descriptor)
-        assert found == ADDRESS
+        assert mapped == ADDRESS
         self._all = torch.frombuffer((ctypes.c_uint8 * nbytes).from_address(ADDRESS), dtype=torch.uint8)
 
     def close(self) -> None:

@@ -85,15 +85,15 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 def stored_experts(folder: Path) -> dict[tuple[str, int], dict[str, Tensor]]:
     """Return the experts of a model directory of 16 bits: (path of the module, expert) -> its parameters, in order."""
-    found = {}
+    experts = {}
     with ExpertStore.open(folder) as store:
         for block, entry in enumerate(store.manifest.blocks):
             layout = store.layout(block)
             for expert in range(entry.experts):
                 buffer = mmap.mmap(-1, layout.slot_bytes)
                 store.read_into(ExpertKey(block, expert), memoryview(buffer))
-                found[entry.path, expert] = sections(torch.frombuffer(buffer, dtype=torch.uint8), layout)
-    return found
+                experts[entry.path, expert] = sections(torch.frombuffer(buffer, dtype=torch.uint8), layout)
+    return experts
 
 
 def trunk_tensors(folder: Path) -> dict[str, Tensor]:

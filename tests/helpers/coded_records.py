@@ -51,8 +51,8 @@ def coded(*projections: Projection, biases: tuple[Bias, ...] = (), seed: int = 0
 
 def blocks(coding: str, rows: int, columns: int, seed: int = 0) -> tuple[RecordLayout, Tensor]:
     """A record with one projection in the blocks of a GGUF file."""
-    form = BLOCKS[coding]
-    p = Projection("up_proj", rows, columns, form.bits, group=form.group, coding=coding)
+    block = BLOCKS[coding]
+    p = Projection("up_proj", rows, columns, block.bits, group=block.group, coding=coding)
     layout = RecordLayout((p,))
     data = random_blocks(p.shape, coding.upper(), np.random.default_rng(seed)).reshape(-1)
     record = torch.zeros(layout.record_bytes, dtype=torch.uint8)
@@ -60,15 +60,15 @@ def blocks(coding: str, rows: int, columns: int, seed: int = 0) -> tuple[RecordL
     return layout, record
 
 
-def random_blocks(shape: tuple[int, ...], kind: str, random: np.random.Generator) -> npt.NDArray[np.uint8]:
+def random_blocks(shape: tuple[int, ...], ggml_type: str, random: np.random.Generator) -> npt.NDArray[np.uint8]:
     """Valid ones, whose weights have about the size of those of a model."""
-    form = BLOCKS[kind.lower()]
+    block = BLOCKS[ggml_type.lower()]
     rows = int(np.prod(shape[:-1]))
-    blocks = random.integers(0, 256, (rows * shape[-1] // form.weights, form.nbytes), np.uint8)
+    blocks = random.integers(0, 256, (rows * shape[-1] // block.weights, block.nbytes), np.uint8)
     scale = random.uniform(0.5, 1, (len(blocks), 1)).astype(np.float16)
-    match kind:
+    match ggml_type:
         case "Q4_0" | "Q8_0":
-            blocks[:, 0:2] = (scale * np.float16(0.01 if kind == "Q4_0" else 0.0006)).view(np.uint8)
+            blocks[:, 0:2] = (scale * np.float16(0.01 if ggml_type == "Q4_0" else 0.0006)).view(np.uint8)
         case "MXFP4":
             blocks[:, 0] = random.integers(120, 124, len(blocks))
         case "Q4_K" | "Q5_K":

@@ -106,7 +106,7 @@ def _logits(model: Any, ids: Tensor) -> Tensor:
 
 def _steps(model: Any, ids: Tensor, *, steps: int = 3, **options: Any) -> tuple[Tensor, ...]:
     """The logits of a prefill and of decode steps, with the cache that the model likes best."""
-    found = model.generate(
+    generated = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=1 + steps,
@@ -115,7 +115,7 @@ def _steps(model: Any, ids: Tensor, *, steps: int = 3, **options: Any) -> tuple[
         return_dict_in_generate=True,
         **options,
     )
-    logits: tuple[Tensor, ...] = found.logits
+    logits: tuple[Tensor, ...] = generated.logits
     return logits
 
 
@@ -142,7 +142,7 @@ def farthest(model_type: str, dtype: torch.dtype, folder: Path) -> float:
     _, converted = convert_tiny(model_type, dtype, folder, bits=4)
     ways = {"exact": {"exact": True}, "quick": {}, "streamed": {"ram": smallest_ram(converted)}}
     models = {way: moetier.load(converted, speculate="off", **options)[0] for way, options in ways.items()}
-    found = 0.0
+    largest = 0.0
     for path, exact in experts_modules(models["exact"]).items():
         quick, streamed = (experts_modules(models[way])[path] for way in ("quick", "streamed"))
         width = next(p.rows for p in exact.tiered.layout.projections if p.name == "down_proj")
@@ -151,10 +151,10 @@ def farthest(model_type: str, dtype: torch.dtype, folder: Path) -> float:
             got = _output(quick, width, dtype, tokens)
             assert torch.equal(got, _output(streamed, width, dtype, tokens))
             assert torch.equal(got, _output(quick, width, dtype, tokens)), "now that experts are there"
-            found = max(found, float((got.float() - expected).norm() / expected.norm()))
+            largest = max(largest, float((got.float() - expected).norm() / expected.norm()))
     for model in models.values():
         model.tiers.close()
-    return found
+    return largest
 
 
 def apart(model_type: str, dtype: torch.dtype, folder: Path) -> list[float]:
@@ -169,10 +169,10 @@ def apart(model_type: str, dtype: torch.dtype, folder: Path) -> list[float]:
         with model.tiers:
             tiers = model.tiers
             assert exact or any(tiers.kernels.packs(layout) for layout in tiers.manifest.layouts.values())
-            found = [_logits(model, ids)]
+            results = [_logits(model, ids)]
             if model.can_generate() and model_type not in GENERATES_OTHERWISE:
-                found.append(torch.cat(_steps(model, ids, steps=4, prefix_allowed_tokens_fn=lambda *_: [7])))
-            logits.append(found)
+                results.append(torch.cat(_steps(model, ids, steps=4, prefix_allowed_tokens_fn=lambda *_: [7])))
+            logits.append(results)
     return [
         float(((quick - exact).float().norm(dim=-1) / exact.float().norm(dim=-1)).median())
         for exact, quick in zip(*logits, strict=True)

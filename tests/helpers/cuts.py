@@ -50,5 +50,5 @@ def cut(work: Callable[[], object], number: int) -> Cut | None:
 @functools.cache
 def _points(code: CodeType) -> frozenset[int]:
     instructions = list(dis.get_instructions(code))
-    found = {after.offset for one, after in pairwise(instructions) if one.opname in AFTER}
-    return frozenset(found | {one.argval for one in instructions if one.opname == "JUMP_BACKWARD"})
+    offsets = {after.offset for one, after in pairwise(instructions) if one.opname in AFTER}
+    return frozenset(offsets | {one.argval for one in instructions if one.opname == "JUMP_BACKWARD"})

@@ -46,8 +46,8 @@ def write_extents(folder: Path, plan: Manifest, records: dict[ExpertKey, bytes],
         path.write_bytes(len(header).to_bytes(8, "little") + header + data)
         assert path.stat().st_size % 4096
         places[..., 1] += 8 + len(header)
-        found = path.stat()
-        shards.append(Shard(path.name, found.st_size, found.st_mtime_ns, header_digest(path)))
+        status = path.stat()
+        shards.append(Shard(path.name, status.st_size, status.st_mtime_ns, header_digest(path)))
         blocks.append(BlockExtents(tuple(pieces), places))
     manifest = replace(plan, record_checksums=b"".join(sums) if linked else b"", digest=plan.digest or "0" * 64)
     return ExtentTable(manifest, tuple(shards), tuple(blocks))

@@ -23,15 +23,15 @@ def flip_bit(path: Path, position: int, bit: int = 0) -> None:
 
 
 @contextlib.contextmanager
-def mounted(kind: str, folder: Path, options: str = "", source: str | Path = "moetier-test") -> Iterator[Path]:
+def mounted(file_system: str, folder: Path, options: str = "", source: str | Path = "moetier-test") -> Iterator[Path]:
     """A small file system of its own on ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
-    command = ["mount", "-t", kind, *(["-o", options] if options else []), str(source), str(folder)]
+    command = ["mount", "-t", file_system, *(["-o", options] if options else []), str(source), str(folder)]
     if os.geteuid() != 0 or shutil.which("mount") is None:
-        pytest.skip(f"mounting {kind} needs root")
+        pytest.skip(f"mounting {file_system} needs root")
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
-        pytest.skip(f"can't mount {kind}: {result.stderr.strip()}")
+        pytest.skip(f"can't mount {file_system}: {result.stderr.strip()}")
     try:
         yield folder
     finally:

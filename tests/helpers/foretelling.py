@@ -72,9 +72,9 @@ def foretell(model_type: str, dtype: torch.dtype, **changes: Any) -> Foretelling
     same_state = all(torch.equal(value, after[name]) for name, value in before.items())
     return Foretelling(
         len(gates.blocks),
-        tuple(sorted({found.scores for found in gates.blocks if found.refusal is None})),
+        tuple(sorted({one.scores for one in gates.blocks if one.refusal is None})),
         gates.refusals(),
-        frozenset(found.block for found in gates.blocks if found.refusal is not None),
+        frozenset(one.block for one in gates.blocks if one.refusal is not None),
         frozenset(wrong),
         frozenset(range(len(gates.blocks))) - ran,
         frozenset(misplaced),
@@ -106,6 +106,6 @@ def _image(model: Any, random: torch.Generator) -> Tensor:
     config = tower.config
     size = config.num_channels * config.patch_size**2
     patches = torch.randn(16, size, generator=random).to(model.dtype)
-    found = tower(patches, grid)
-    states: Tensor = found if isinstance(found, Tensor) else found[0]
+    features = tower(patches, grid)
+    states: Tensor = features if isinstance(features, Tensor) else features[0]
     return states

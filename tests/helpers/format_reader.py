@@ -54,19 +54,19 @@ class Reader:
     def expert(self, block: int, expert: int) -> dict[str, Weights]:
         """fp32, before any rounding to another type: projections as the module holds them, and biases."""
         layout = self.manifest["layouts"][self.manifest["blocks"][block]["array"]]
-        record, found = self.record(block, expert), {}
+        record, projections = self.record(block, expert), {}
         sections = {s["name"]: view(record, s["offset"], s["dtype"], s["shape"]) for s in layout["sections"]}
         for projection in layout["projections"]:
-            found[projection["name"]] = decode(projection, sections)
+            projections[projection["name"]] = decode(projection, sections)
         for bias in layout["biases"]:
-            found[bias["name"]] = to_float(sections[bias["name"]], bias["dtype"])
-        return found
+            projections[bias["name"]] = to_float(sections[bias["name"]], bias["dtype"])
+        return projections
 
     def matrix(self, path: str, rows: int, columns: int) -> Weights:
         """A quantised matrix of the trunk, fp32 [rows, columns]."""
-        form = self.manifest["trunk_records"]
-        group = max(g for g in {form["group"], 128, 64, 32} if g <= form["group"] and columns % g == 0)
-        projection = {"name": "weight", "rows": rows, "columns": columns, "transposed": False, **form, "group": group}
+        stored = self.manifest["trunk_records"]
+        group = max(g for g in {stored["group"], 128, 64, 32} if g <= stored["group"] and columns % g == 0)
+        projection = {"name": "weight", "rows": rows, "columns": columns, "transposed": False, **stored, "group": group}
         index = json.loads((self._directory / "model.safetensors.index.json").read_text())["weight_map"]
         record = tensor(self._directory / index[f"{path}.record"], f"{path}.record")
         sections, offset = {}, 0
@@ -135,12 +135,12 @@ def decode(projection: dict[str, Any], sections: dict[str, npt.NDArray[Any]]) ->
         return to_float(sections[name], projection["dtype"])
     codes = codes_of(name, bits, columns, sections).astype(np.float32)
     pairs = pairs_of(name, projection["pairs"], sections)  # [K / group, N, 2]
-    step, offset = (np.repeat(pairs[:, :, which].T, projection["group"], axis=1) for which in (0, 1))  # [N, K]
-    kind, _, zeros = projection["pairs"].partition("_")
+    scale, offset = (np.repeat(pairs[:, :, which].T, projection["group"], axis=1) for which in (0, 1))  # [N, K]
+    dtype, _, zeros = projection["pairs"].partition("_")
     if zeros:
-        weights = round_to(round_to(codes - offset, kind) * step, kind)
+        weights = round_to(round_to(codes - offset, dtype) * scale, dtype)
     else:
-        weights = (codes - np.float32(2 ** (bits - 1))) * step + offset
+        weights = (codes - np.float32(2 ** (bits - 1))) * scale + offset
     weights = weights[: projection["rows"]]
     return weights.T if projection["transposed"] else weights
 

@@ -139,7 +139,7 @@ def tiny_weights(architecture: str, seed: int = 0) -> Any:
 def write_gguf(
     path: Path,
     model: Any,
-    kind: Kind,
+    ggml_type: Kind,
     *,
     vocabulary: bool | Vocabulary = True,
     tensors_of_a_part: int = 0,
@@ -155,7 +155,7 @@ def write_gguf(
         if weights.ndim == 1 or "ffn_gate_inp" in name or "conv1d" in name or name.endswith(".bias"):
             writer.add_tensor(name, weights)
             continue
-        wanted = kind(name)
+        wanted = ggml_type(name)
         data = encoded(weights, wanted, random)
         writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType[wanted])
     writer.write_header_to_file()
@@ -165,13 +165,13 @@ def write_gguf(
     return path if path.exists() else sorted(path.parent.glob(f"{path.stem}-00001-of-*.gguf"))[0]
 
 
-def encoded(weights: npt.NDArray[np.float32], kind: str, random: np.random.Generator) -> npt.NDArray[Any]:
+def encoded(weights: npt.NDArray[np.float32], ggml_type: str, random: np.random.Generator) -> npt.NDArray[Any]:
     """In blocks; of a type that the package gguf does not quantise, random ones."""
-    number = gguf.GGMLQuantizationType[kind]
+    number = gguf.GGMLQuantizationType[ggml_type]
     try:
         return np.asarray(gguf.quants.quantize(weights, number))
     except NotImplementedError:
-        return random_blocks(weights.shape, kind, random)
+        return random_blocks(weights.shape, ggml_type, random)
 
 
 def reference(path: Path, model: Any, dtype: torch.dtype) -> Any:
@@ -217,11 +217,11 @@ def _tensors(model: Any) -> dict[str, tuple[str, Undo, npt.NDArray[np.float32]]]
     architecture = next(each for each, (name, _) in MODELS.items() if name == type(model).__name__)
     number = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}[architecture]
     names = gguf.get_tensor_name_map(number, config.num_hidden_layers)
-    found: dict[str, tuple[str, Undo, npt.NDArray[np.float32]]] = {}
+    tensors: dict[str, tuple[str, Undo, npt.NDArray[np.float32]]] = {}
     for key, tensor in model.state_dict().items():
         weights, undo = tensor.float().numpy(), _same
         if match := re.fullmatch(r"model\.layers\.(\d+)\.mlp\.experts\.(gate_up_proj|down_proj)(_bias)?", key):
-            kind, parts = "bias" if match[3] else "weight", {"down": weights}
+            suffix, parts = "bias" if match[3] else "weight", {"down": weights}
             if architecture == "gpt-oss" and not match[3]:
                 parts = {"down": weights.swapaxes(1, 2)}
             if match[2] == "gate_up_proj":
@@ -229,10 +229,10 @@ def _tensors(model: Any) -> dict[str, tuple[str, Undo, npt.NDArray[np.float32]]]
                 halves = [weights[:, ::2], weights[:, 1::2]] if architecture == "gpt-oss" else np.split(weights, 2, 1)
                 parts = dict(zip(("gate", "up"), halves, strict=True))
             for part, matrix in parts.items():
-                found[f"blk.{match[1]}.ffn_{part}_exps.{kind}"] = (key, _same, np.ascontiguousarray(matrix))
+                tensors[f"blk.{match[1]}.ffn_{part}_exps.{suffix}"] = (key, _same, np.ascontiguousarray(matrix))
             continue
         if match := re.fullmatch(r"model\.layers\.(\d+)\.mlp\.(gate\.)?e_score_correction_bias", key):
-            found[f"blk.{match[1]}.exp_probs_b.bias"] = (key, _same, weights)
+            tensors[f"blk.{match[1]}.exp_probs_b.bias"] = (key, _same, weights)
             continue
         name = names.get_name(key.replace("dt_bias", "dt_proj.bias"), try_suffixes=(".weight", ".bias"))
         assert name is not None, key
@@ -245,8 +245,8 @@ def _tensors(model: Any) -> dict[str, tuple[str, Undo, npt.NDArray[np.float32]]]
             weights = changed.numpy()
         if name.endswith("ffn_gate_inp_shexp.weight"):
             weights = weights[0]
-        found[name] = (key, undo, np.ascontiguousarray(weights))
-    return found
+        tensors[name] = (key, undo, np.ascontiguousarray(weights))
+    return tensors
 
 
 def _in_halves(heads: int, weights: torch.Tensor) -> torch.Tensor:

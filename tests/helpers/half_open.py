@@ -62,12 +62,12 @@ class HalfOpen:
     def wait(self, numbers: Sequence[int]) -> None:
         """Until the server has ended all of these streams."""
         while not self.ended.issuperset(numbers):
-            kind, flags, stream, payload = self._read()
-            if kind == _RST_STREAM or (kind == _HEADERS and flags & _END_STREAM):
+            frame_type, flags, stream, payload = self._read()
+            if frame_type == _RST_STREAM or (frame_type == _HEADERS and flags & _END_STREAM):
                 self.ended.add(stream)
-            elif kind in (_SETTINGS, _PING) and not flags & _ACK:
-                self._end.sendall(_frame(kind, _ACK, 0, payload if kind == _PING else b""))
-            assert kind != _GOAWAY, payload
+            elif frame_type in (_SETTINGS, _PING) and not flags & _ACK:
+                self._end.sendall(_frame(frame_type, _ACK, 0, payload if frame_type == _PING else b""))
+            assert frame_type != _GOAWAY, payload
 
     def close(self) -> None:
         self._end.close()
@@ -99,8 +99,8 @@ def half_open(
         yield opened
 
 
-def _frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
-    return len(payload).to_bytes(3, "big") + struct.pack(">BBI", kind, flags, stream) + payload
+def _frame(frame_type: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
+    return len(payload).to_bytes(3, "big") + struct.pack(">BBI", frame_type, flags, stream) + payload
 
 
 def _literal(name: str, value: str) -> bytes:

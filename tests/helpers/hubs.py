@@ -62,7 +62,7 @@ def serve_hub(files: dict[str, bytes], cache: Path) -> Iterator[Hub]:
             name = "/".join(path.split("/")[5:])
             repository = "/".join(path.removeprefix("/api/models").split("/")[1:3])
             files = repositories.get(repository, {})
-            status, data, kind = 404, b"{}", "application/json"
+            status, data, content_type = 404, b"{}", "application/json"
             code = "RepoNotFound" if not files else "EntryNotFound"
             whole, etag = b"", f"{name}-1"
             refusal = next((said for start, said in hub.refused.items() if path.startswith(start)), None)
@@ -81,7 +81,7 @@ def serve_hub(files: dict[str, bytes], cache: Path) -> Iterator[Hub]:
                 listed = [{"rfilename": n, "size": len(d)} | _lfs(n, hub.instead.get(n, d)) for n, d in files.items()]
                 data = json.dumps({"id": repository, "sha": REVISION, "siblings": listed}).encode()
             elif path.startswith(f"/{repository}/resolve/") and name in files:
-                status, whole, kind = 200, files[name], "application/octet-stream"
+                status, whole, content_type = 200, files[name], "application/octet-stream"
                 etag = _lfs(name, whole).get("lfs", {}).get("sha256", etag)
                 data = whole
                 if part := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
@@ -90,7 +90,7 @@ def serve_hub(files: dict[str, bytes], cache: Path) -> Iterator[Hub]:
                     whole = data = hub.instead.get(name, whole)
                 sent[name] = sent.get(name, 0) + len(data) * body
             self.send_response(status)
-            self.send_header("Content-Type", kind)
+            self.send_header("Content-Type", content_type)
             self.send_header("Content-Length", str(len(data)))
             self.send_header("ETag", f'"{etag}"')
             self.send_header("X-Repo-Commit", REVISION)

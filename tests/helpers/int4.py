@@ -69,6 +69,6 @@ def _multiply(x: Tensor, packed: Tensor, group: int, pairs: Tensor) -> Tensor:
     assert pairs.shape == (columns // group, rows, 2)
     codes = torch.empty(rows, columns)
     codes[_places(rows, columns, tiles)] = ((packed.unsqueeze(-1) >> (4 * torch.arange(8))) & 15).float()
-    step, offset = pairs.float().transpose(0, 1).unsqueeze(3).unbind(2)
-    weights = ((codes.view(rows, -1, group) - 8) * step + offset).bfloat16().float().view(rows, columns)
+    scale, offset = pairs.float().transpose(0, 1).unsqueeze(3).unbind(2)
+    weights = ((codes.view(rows, -1, group) - 8) * scale + offset).bfloat16().float().view(rows, columns)
     return (x.float() @ weights.T).bfloat16()

@@ -93,8 +93,8 @@ def main() -> None:
             with contextlib.suppress(AttributeError):
                 model.tiers.host.check_integrity()
             index = turn % len(prompts)
-            found = generate(prompts[index])
-            assert found == right[index], f"after {turn + 1}: {found}, not {right[index]}"
+            text = generate(prompts[index])
+            assert text == right[index], f"after {turn + 1}: {text}, not {right[index]}"
     sys.last_value = None
     assert [generate(prompt) for prompt in prompts] == right
     with contextlib.suppress(AttributeError):

@@ -121,8 +121,8 @@ class Worker:
         return os.waitpid(child, 0)[1]
 
     def stats(self) -> dict[str, Any]:
-        found = asdict(self.tier.stats()) | {"connections": self.tier.connections}
-        return found | {"used": self.used, "thrown": self.thrown, "wrong": self.wrong}
+        counters = asdict(self.tier.stats()) | {"connections": self.tier.connections}
+        return counters | {"used": self.used, "thrown": self.thrown, "wrong": self.wrong}
 
     def census(self) -> dict[str, Any]:
         """Return the numbers of open descriptors, maps and threads of this process."""
@@ -139,12 +139,12 @@ class Worker:
                 first = bytes(lease.record[: len(lease.record) // 2])
                 if pause:
                     time.sleep(pause)
-                found = google_crc32c.extend(google_crc32c.value(first), bytes(lease.record[len(first) :]))
+                crc = google_crc32c.extend(google_crc32c.value(first), bytes(lease.record[len(first) :]))
                 if not lease.holds():
                     self.thrown += 1
                     continue
                 self.used += 1
-                self.wrong += found != self.truth[lease.key]
+                self.wrong += crc != self.truth[lease.key]
                 arrived.append(lease.key)
         return arrived
 

@@ -155,15 +155,15 @@ FORMS: dict[str, tuple[str, Form | None, Form | None, dict[str, Any]]] = {
 }
 
 
-def save_native(folder: Path, form: str) -> tuple[Path, Path]:
+def save_native(folder: Path, format_name: str) -> tuple[Path, Path]:
     """A checkpoint in one file, and one in 16 bits with the same weights, as the form's own decoder makes them."""
-    model_type, of_experts, of_others, quantization = FORMS[form]
+    model_type, of_experts, of_others, quantization = FORMS[format_name]
     native, decoded = folder / "native", folder / "decoded"
     sizes: dict[str, Any] = {"moe_intermediate_size": 64, "intermediate_size": 64}
     if model_type == "kimi_k25":
         sizes = {"text_config": tiny_config(DeepseekV3Config, **sizes).to_dict()}
     tiny_model(model_type, torch.bfloat16, **sizes).save_pretrained(native)
-    if form == "gpt-oss":
+    if format_name == "gpt-oss":
         quantise_mxfp4(native)
         copytree(native, decoded)
         edit_tensors(decoded, decode_mxfp4)

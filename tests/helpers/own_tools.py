@@ -49,7 +49,7 @@ def awq(_: str, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     return dict(made.state_dict()), dequantize_gemm(made.qweight, made.qzeros, made.scales, 4, 32).T
 
 
-def gptq(form: str) -> Quantiser:
+def gptq(packing: str) -> Quantiser:
     def quantiser(_: str, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         from gptqmodel import QuantizeConfig
         from gptqmodel.nn_modules.qlinear.torch import TorchLinear
@@ -67,7 +67,7 @@ def gptq(form: str) -> Quantiser:
         made.pack(layer, scales, zeros, order)
         made.post_init()
         meant = made.dequantize_weight().T
-        if form == "gptq":
+        if packing == "gptq":
             convert_gptq_v2_to_v1_format_module(made, settings)
         return {name: getattr(made, name) for name in ("qweight", "qzeros", "scales", "g_idx")}, meant
 

@@ -77,8 +77,8 @@ class Prometheus:
 
 @contextmanager
 def running_prometheus(binary: str, folder: Path, targets: Iterable[tuple[str, str | None]]) -> Iterator[Prometheus]:
-    found = Prometheus(binary, folder, targets)
+    server = Prometheus(binary, folder, targets)
     try:
-        yield found
+        yield server
     finally:
-        found.end()
+        server.end()

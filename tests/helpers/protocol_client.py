@@ -33,8 +33,8 @@ class Client:
     """Of the daemon in ``folder``, for the store whose manifest it is given (``format_reader.Reader.manifest``)."""
 
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
-        found = folder.lstat()
-        assert (found.st_uid, stat.S_IMODE(found.st_mode)) == (os.getuid(), 0o700)
+        status = folder.lstat()
+        assert (status.st_uid, stat.S_IMODE(status.st_mode)) == (os.getuid(), 0o700)
         self._control = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._control.settimeout(5.0)
         self._control.connect(str(folder / "side.sock"))

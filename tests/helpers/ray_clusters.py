@@ -149,9 +149,9 @@ class RayCluster:
 
     def stats(self, pid: int) -> dict[str, Any]:
         """Counters of the only model of the daemon ``pid``."""
-        (found,) = json.loads(self.run("-m", "moetier", "stats", self.folder_of(pid), "--json"))["models"]
-        assert isinstance(found, dict)
-        return found
+        (counters,) = json.loads(self.run("-m", "moetier", "stats", self.folder_of(pid), "--json"))["models"]
+        assert isinstance(counters, dict)
+        return counters
 
     def end(self) -> None:
         tree = _tree(self.process.pid)
@@ -179,13 +179,13 @@ def ray_cluster(cpus: Sequence[int], place: Path, memory: int | None = None) -> 
 
 def arena_bytes(pid: int, field: str) -> int:
     """``Pss`` or ``Size`` of the arenas that a process has mapped."""
-    found, is_arena = 0, False
+    nbytes, is_arena = 0, False
     for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
         if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
             is_arena = "/memfd:moetier-arena" in line
         elif is_arena and line.startswith(f"{field}:"):
-            found += 1024 * int(line.split()[1])
-    return found
+            nbytes += 1024 * int(line.split()[1])
+    return nbytes
 
 
 def cpu_seconds(pid: int) -> float:
@@ -196,20 +196,20 @@ def cpu_seconds(pid: int) -> float:
 def _tree(root: int) -> set[int]:
     """A process and all that descend from it."""
     parents = _parents()
-    found, more = set(), {root}
+    processes, more = set(), {root}
     while more:
-        found |= more
-        more = {pid for pid, parent in parents.items() if parent in more} - found
-    return found
+        processes |= more
+        more = {pid for pid, parent in parents.items() if parent in more} - processes
+    return processes
 
 
 def _parents() -> dict[int, int]:
     """Return the parent's number for the number of each process on this machine."""
-    found = {}
+    parents = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
-            found[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
-    return found
+            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
+    return parents
 
 
 def _title(pid: int) -> str:

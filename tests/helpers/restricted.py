@@ -24,9 +24,9 @@ KINDS = ("prctl", "seccomp")
 _LIBRARY = ctypes.CDLL(None, use_errno=True)
 
 
-def forbid(kind: str) -> None:
+def forbid(syscall: str) -> None:
     """Forbid new executable memory in this process and its children. Raises OSError if the kernel can't."""
-    if kind == "prctl":
+    if syscall == "prctl":
         _prctl(PR_SET_MDWE, PR_MDWE_REFUSE_EXEC_GAIN, 0)
     else:
         _filter([(MMAP, PROT_WRITE | PROT_EXEC), *((call, PROT_EXEC) for call in (MPROTECT, PKEY_MPROTECT))])

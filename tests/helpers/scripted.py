@@ -71,17 +71,17 @@ def texts_of(model_type: str) -> dict[str, list[str]]:
     """The tokens of each text, by the token that chooses it."""
     _, end, think, thought, call, called = FORMS[model_type]
     inner = CALLS.get(model_type, JSON_CALLS)
-    found = {
+    texts = {
         MAIN: [think, "Penso", thought, "\n\nCiao", ODD, " mondo", end],
         TOOL: ["Ecco", ": ", call, inner[TOOL], called, end],
         TWICE: [f"{call}{inner[TOOL]}{called}", f"{call}{inner[TOOL]}{called}".replace("1", "2"), end],
         GOES_ON: ["Ancora", f"{thought} ", "Fatto", end],
         LOOP: ["x", "x"],
     }
-    for kind, text, mark in (NO_JSON, "Male", f" {call}"), (NO_NAME, "Peggio", f"\n{call}"):
-        if kind in inner:
-            found[kind] = [text, mark, inner[kind], f"{called} e {text}", end]
-    return found | {CUT: ["Mezzo", f" \n{call}", inner.get(CUT, CUT_XML), end]}
+    for fault, text, mark in (NO_JSON, "Male", f" {call}"), (NO_NAME, "Peggio", f"\n{call}"):
+        if fault in inner:
+            texts[fault] = [text, mark, inner[fault], f"{called} e {text}", end]
+    return texts | {CUT: ["Mezzo", f" \n{call}", inner.get(CUT, CUT_XML), end]}
 
 
 def tokens_of(model_type: str) -> list[str]:
@@ -167,15 +167,15 @@ def write_checkpoint(folder: Path, model_type: str) -> Path:
 
 def write_file(path: Path) -> Path:
     """Write a GGUF file of qwen3_moe with its tokenizer."""
-    kind = "qwen3_moe"
-    tokens = tokens_of(kind)
+    model_type = "qwen3_moe"
+    tokens = tokens_of(model_type)
     config = transformers.Qwen3MoeConfig(
         **COMMON | {"vocab_size": len(tokens)},
         num_experts=EXPERTS,
         moe_intermediate_size=INNER,
         intermediate_size=INNER,
     )
-    model = write_scripts(transformers.Qwen3MoeForCausalLM(config).float(), kind)
-    types = [3 if is_special(kind, token) else 4 if len(token) > 1 else 1 for token in tokens]
-    vocabulary = Vocabulary(tokens, types, FORMS[kind][1], own_template(kind))
+    model = write_scripts(transformers.Qwen3MoeForCausalLM(config).float(), model_type)
+    types = [3 if is_special(model_type, token) else 4 if len(token) > 1 else 1 for token in tokens]
+    vocabulary = Vocabulary(tokens, types, FORMS[model_type][1], own_template(model_type))
     return write_gguf(path, model, mostly("Q8_0"), vocabulary=vocabulary)

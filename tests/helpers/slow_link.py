@@ -36,18 +36,18 @@ def open_tun(name: str) -> int:
 
 
 def open_in(namespace: str, name: str) -> int:
-    found: list[int] = []
+    descriptors: list[int] = []
 
     def enter() -> None:  # only this thread is moved
         descriptor = os.open(f"/run/netns/{namespace}", os.O_RDONLY)
         if _libc.setns(descriptor, _CLONE_NEWNET):
             raise OSError(ctypes.get_errno(), "setns")
-        found.append(open_tun(name))
+        descriptors.append(open_tun(name))
 
     thread = threading.Thread(target=enter)
     thread.start()
     thread.join()
-    return found[0]
+    return descriptors[0]
 
 
 def carry(source: int, target: int) -> None:

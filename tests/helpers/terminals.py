@@ -69,12 +69,12 @@ class Terminal:
     def wait_for(self, pattern: str) -> str:
         """Wait for a match, and return the output since the last wait, up to the end of the match."""
         deadline = time.monotonic() + PATIENCE
-        while not (found := re.compile(pattern, re.DOTALL).search(self.screen, self._seen)):
+        while not (match := re.compile(pattern, re.DOTALL).search(self.screen, self._seen)):
             ready, _, _ = select.select([self._master], [], [], max(0.0, deadline - time.monotonic()))
             piece = self._read() if ready else b""
             assert piece, f"no {pattern!r} in {self.screen!r}"
             self.screen += self._decoder.decode(piece).replace("\r", "")
-        start, self._seen = self._seen, found.end()
+        start, self._seen = self._seen, match.end()
         return self.screen[start : self._seen]
 
     def _read(self) -> bytes:

@@ -23,9 +23,9 @@ PROGRAM = Path(__file__).with_name("mapped_worker.py")
 class WorkerError(Exception):
     """A MoetierError in the process: ``kind`` is its class's name."""
 
-    def __init__(self, kind: str, cause: str) -> None:
-        super().__init__(f"{kind}: {cause}")
-        self.kind = kind
+    def __init__(self, error_class: str, cause: str) -> None:
+        super().__init__(f"{error_class}: {cause}")
+        self.kind = error_class
 
 
 class WorkerProcess:

@@ -86,7 +86,7 @@ def rounded(
     weight: Tensor, bits: int, order: Tensor, symmetric: bool, dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes [N, K]; scales and zero points [N, groups]."""
-    found = []
+    parts = []
     for group in range(int(order.max()) + 1):
         low, high = weight[:, order == group].aminmax(dim=1)
         if symmetric:
@@ -94,8 +94,8 @@ def rounded(
             low = -high
         scale = ((high.clamp_min(0) - low.clamp_max(0)).clamp_min(1e-4) / (2**bits - 1)).to(dtype or torch.float16)
         zero = torch.full_like(low, 2 ** (bits - 1)) if symmetric else (-low / scale).round()
-        found.append((scale, zero.clamp(1, 2**bits - 1).int()))
-    scales, zeros = (torch.stack(each, 1) for each in zip(*found, strict=True))
+        parts.append((scale, zero.clamp(1, 2**bits - 1).int()))
+    scales, zeros = (torch.stack(each, 1) for each in zip(*parts, strict=True))
     codes = (weight / scales[:, order] + zeros[:, order]).round().clamp(0, 2**bits - 1).int()
     return codes, scales, zeros
 

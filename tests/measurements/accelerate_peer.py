@@ -37,12 +37,12 @@ def main() -> None:
             if position == job["warmup"]:
                 start = time.perf_counter()
             model(input_ids=torch.tensor([[token]]), **{CACHE: cache}, use_cache=True)
-    found = {
+    result = {
         "tokens": len(job["tokens"]) - job["warmup"],
         "seconds": time.perf_counter() - start,
         "peak_bytes": peak_bytes(),
     }
-    print(json.dumps(found))
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -45,9 +45,9 @@ def main() -> None:
         ways: dict[str, Callable[[], float]] = {
             way: partial(probe.seconds, projection.name, 1, at_least=arguments.seconds) for way, probe in probes.items()
         }
-        found = alternate(arguments.rounds, ways)
+        results = alternate(arguments.rounds, ways)
         nbytes = projection_bytes(layout, projection.name)
-        rates = [Spread.of([nbytes / seconds / 1e9 for seconds in times]) for times in found.values()]
+        rates = [Spread.of([nbytes / seconds / 1e9 for seconds in times]) for times in results.values()]
         lines.append([projection.name, *(rate.text() for rate in rates)])
     print(table(lines))
 

@@ -52,8 +52,8 @@ def main() -> None:
 
         ways = {"moetier": partial(microseconds, own_way), "torch": partial(microseconds, torchs_way)}
         with torch.inference_mode():
-            found = {name: Spread.of(times) for name, times in alternate(arguments.rounds, ways).items()}
-        own, torchs = found["moetier"], found["torch"]
+            spreads = {name: Spread.of(times) for name, times in alternate(arguments.rounds, ways).items()}
+        own, torchs = spreads["moetier"], spreads["torch"]
         read = 2 * KEY_HEADS * length * WIDTH * 2
         rate = read / own.median / 1e3
         lines.append([str(length), own.text(), torchs.text(), f"{torchs.median / own.median:.1f}", f"{rate:.1f}"])

@@ -47,7 +47,7 @@ def main() -> None:
     ram = Size.parse(arguments.ram).of(read_manifest(store_folder(arguments.directory)).stored_bytes)
     options = ["--ram", ram, "--threads", arguments.threads, "--tokens", arguments.tokens, "--warm", arguments.warm]
     print(f"machine  {platform.machine()}, {os.cpu_count()} CPUs, load before {os.getloadavg()[0]:.2f}")
-    found: dict[tuple[int, str], list[list[float]]] = {}
+    durations: dict[tuple[int, str], list[list[float]]] = {}
     with contextlib.ExitStack() as stack:
         releases = dict(release.split("=", 1) for release in arguments.release)
         decoders = {
@@ -58,12 +58,12 @@ def main() -> None:
             with beside(busy):
                 for _ in range(arguments.rounds):
                     for name, process in decoders.items():
-                        found.setdefault((busy, name), []).append(steps_of(process))
+                        durations.setdefault((busy, name), []).append(steps_of(process))
     (first, *_) = arguments.busy
-    for (busy, name), rounds in found.items():
+    for (busy, name), rounds in durations.items():
         rates = [len(steps) / sum(steps) for steps in rounds]
-        quiet = statistics.median(len(steps) / sum(steps) for steps in found[first, name])
-        typical = statistics.median(step for steps in found[first, name] for step in steps)
+        quiet = statistics.median(len(steps) / sum(steps) for steps in durations[first, name])
+        typical = statistics.median(step for steps in durations[first, name] for step in steps)
         slowest = max(step for steps in rounds for step in steps)
         print(
             f"{busy} beside  {name:<8}{statistics.median(rates):7.2f} ({min(rates):.2f} to {max(rates):.2f}) tokens/s, "

@@ -61,11 +61,11 @@ def main() -> None:
             anew.append(answer(second))
             answer(prompt)  # of which all but a token is kept: as it was before the second turn
     spreads = []
-    for name, found in (("kept", kept), ("anew", anew)):
-        spreads.append(Spread.of(each.timing.first_token for each in found))
+    for name, answers in (("kept", kept), ("anew", anew)):
+        spreads.append(Spread.of(each.timing.first_token for each in answers))
         print(
             f"{name}  first token after {spreads[-1].text(digits=3)} s: "
-            f"{found[0].timing.prompt_tokens} of {found[0].prompt_tokens} tokens computed"
+            f"{answers[0].timing.prompt_tokens} of {answers[0].prompt_tokens} tokens computed"
         )
     print(f"kept takes {spreads[0].median / spreads[1].median:.2%} of anew")
 

@@ -51,7 +51,7 @@ def main() -> None:
 
         many = len(prompts) > 1  # streamers take one sequence; a batch is timed by its processor
         processors = [lambda ids, scores: (times.append(time.perf_counter()), scores)[1]] if many else []
-        found = model.generate(
+        generated = model.generate(
             prompts,
             attention_mask=torch.ones_like(prompts),
             do_sample=False,
@@ -61,7 +61,7 @@ def main() -> None:
             logits_processor=transformers.LogitsProcessorList(processors),
         )
         times = times[0 if many else 1 :]  # a streamer is shown the prompt before the first new token
-        return found[:, prompts.shape[1] :].tolist(), [end - begin for begin, end in itertools.pairwise(times)]
+        return generated[:, prompts.shape[1] :].tolist(), [end - begin for begin, end in itertools.pairwise(times)]
 
     with model.tiers:
         if arguments.warm:
@@ -71,7 +71,7 @@ def main() -> None:
             before = model.tiers.host.stats()
             tokens, steps = decode(arguments.tokens)
             after = model.tiers.host.stats()
-            found = {
+            results = {
                 "tokens": tokens,
                 "seconds": sum(steps),
                 "steps": steps,
@@ -80,7 +80,7 @@ def main() -> None:
                 "misses": after.misses - before.misses,
                 "discarded": after.discarded - before.discarded,
             }
-            print(json.dumps(found), flush=True)
+            print(json.dumps(results), flush=True)
 
 
 if __name__ == "__main__":

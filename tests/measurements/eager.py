@@ -48,9 +48,9 @@ def compare(name: str, source: Path, converted: Path) -> None:
     model, _ = moetier.load(converted, daemon=None, dtype=torch.bfloat16)
     with model.tiers:
         tiered = logits(model)
-    for way, found in (("grouped_mm", grouped), ("moetier", tiered)):
-        same = (found.argmax(-1) == eager.argmax(-1)).float().mean()
-        apart = (found - eager).abs().amax(-1)  # by position; more where a token is sent to another expert
+    for way, logits_of_way in (("grouped_mm", grouped), ("moetier", tiered)):
+        same = (logits_of_way.argmax(-1) == eager.argmax(-1)).float().mean()
+        apart = (logits_of_way - eager).abs().amax(-1)  # by position; more where a token is sent to another expert
         print(
             f"{name:<17} {way:<10} differs from eager by {apart.median():.4f} at the median position, "
             f"{apart.max():.4f} at most (largest logit {eager.abs().max():.1f}); "
@@ -62,8 +62,8 @@ def logits(model: Any) -> torch.Tensor:
     """[1, tokens, vocabulary] in fp32, of a prompt of 512 tokens."""
     ids = torch.randint(2, 250, (1, 512), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        found: torch.Tensor = model(input_ids=ids).logits.float()
-    return found
+        values: torch.Tensor = model(input_ids=ids).logits.float()
+    return values
 
 
 if __name__ == "__main__":

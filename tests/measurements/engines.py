@@ -63,15 +63,15 @@ def llama_run(
     if limit is not None:
         forget(gguf)
     job = {"gguf": str(gguf), "threads": threads, "repack": repack, "mmap": mmap, "one_by_one": not together}
-    found, peak = _child("llama_peer", job | {"tokens": list(tokens), "warmup": warmup, "logits": False}, limit)
-    return Run(found["tokens"], found["seconds"], peak)
+    result, peak = _child("llama_peer", job | {"tokens": list(tokens), "warmup": warmup, "logits": False}, limit)
+    return Run(result["tokens"], result["seconds"], peak)
 
 
 def llama_logits(gguf: Path, tokens: Sequence[int], *, threads: int = 1) -> list[float]:
     """Return the logits [vocabulary] of the last token. Raises PeerError."""
     job = {"gguf": str(gguf), "threads": threads, "repack": False, "mmap": True, "one_by_one": False}
-    found, _ = _child("llama_peer", job | {"tokens": list(tokens), "warmup": 0, "logits": True}, None)
-    logits: list[float] = found["logits"]
+    result, _ = _child("llama_peer", job | {"tokens": list(tokens), "warmup": 0, "logits": True}, None)
+    logits: list[float] = result["logits"]
     return logits
 
 
@@ -80,8 +80,8 @@ def llama_quantize(gguf: Path, target: Path, *, threads: int) -> tuple[float, in
 
     Returns the seconds of llama.cpp's call and the process's peak in bytes. Raises PeerError.
     """
-    found, _ = _child("llama_peer", {"gguf": str(gguf), "target": str(target), "threads": threads}, None)
-    return found["seconds"], found["peak_bytes"]
+    result, _ = _child("llama_peer", {"gguf": str(gguf), "target": str(target), "threads": threads}, None)
+    return result["seconds"], result["peak_bytes"]
 
 
 def accelerate_decode(
@@ -104,8 +104,8 @@ def accelerate_decode(
         job = {"checkpoint": str(checkpoint), "threads": threads, "resident": room, "offload": folder}
         forget(checkpoint)
         assert 0 <= warmup < len(tokens)
-        found, peak = _child("accelerate_peer", job | {"tokens": list(tokens), "warmup": warmup}, limit)
-    return Run(found["tokens"], found["seconds"], peak)
+        result, peak = _child("accelerate_peer", job | {"tokens": list(tokens), "warmup": warmup}, limit)
+    return Run(result["tokens"], result["seconds"], peak)
 
 
 def _child(module: str, job: dict[str, Any], limit: int | None) -> tuple[dict[str, Any], int]:
@@ -114,8 +114,8 @@ def _child(module: str, job: dict[str, Any], limit: int | None) -> tuple[dict[st
     ended, peak = run_limited(command, json.dumps(job), limit)
     if ended.returncode:
         raise PeerError(*_reason(module, ended, limit))
-    found: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
-    return found, max(peak or 0, found["peak_bytes"])
+    result: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
+    return result, max(peak or 0, result["peak_bytes"])
 
 
 def _reason(module: str, ended: subprocess.CompletedProcess[str], limit: int | None) -> tuple[str, str]:

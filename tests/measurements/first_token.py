@@ -49,11 +49,11 @@ def main() -> None:
     }
     for way in ways.values():  # not counted: files come into the page cache
         way()
-    found = alternate(arguments.rounds, ways)
+    results = alternate(arguments.rounds, ways)
     print(f"machine  {platform.machine()}, {os.cpu_count()} CPUs; {arguments.rounds} rounds: median (least to most)")
-    for name, runs in found.items():
+    for name, runs in results.items():
         seconds, of_processor = zip(*runs, strict=True)
-        more = Spread.of(mine - other for mine, (other, _) in zip(seconds, found["modules"], strict=True))
+        more = Spread.of(mine - other for mine, (other, _) in zip(seconds, results["modules"], strict=True))
         beyond = f"; {more.text()} s beyond modules" if name in ("generate", "all imports") else ""
         print(f"{name:<18}{Spread.of(seconds).text()} s, processor {Spread.of(of_processor).text()} s{beyond}")
 
@@ -63,12 +63,12 @@ def first_byte(code: str, *words: str) -> tuple[float, float]:
     began, command = time.perf_counter(), [sys.executable, "-c", code, *words]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         assert process.stdout is not None
-        found = process.stdout.read(1)
+        first = process.stdout.read(1)
         seconds = time.perf_counter() - began
         process.stdout.read()
         _, status, used = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode or not found:
+    if process.returncode or not first:
         sys.exit(f"{' '.join(command)}: status {process.returncode}")
     return seconds, used.ru_utime + used.ru_stime
 

@@ -71,7 +71,7 @@ class Tensor:
             yield gguf.quants.quantize(weights, gguf.GGMLQuantizationType[self.kind])
 
 
-def export_gguf(source: Path, target: Path, *, kind: Kind = "Q4_0", quiet: bool = True) -> int:
+def export_gguf(source: Path, target: Path, *, ggml_type: Kind = "Q4_0", quiet: bool = True) -> int:
     """Writes ``target`` from a checkpoint that ``moetier synthetic`` made, whole or not at all; returns its bytes.
 
     ``kind`` is of the matrices. Raises ConfigError where the package gguf is missing, TargetExistsError,
@@ -87,11 +87,11 @@ def export_gguf(source: Path, target: Path, *, kind: Kind = "Q4_0", quiet: bool 
     if target.exists():
         raise TargetExistsError(f"{target} exists.", "Choose another place.")
     checkpoint = open_checkpoint(source)
-    tensors = _plan(checkpoint, kind)
+    tensors = _plan(checkpoint, ggml_type)
     partial = target.with_name(target.name + PARTIAL)
     writer = gguf.GGUFWriter(partial, ARCHITECTURES[checkpoint.config["model_type"]])
     try:
-        _describe(writer, checkpoint.config, kind)
+        _describe(writer, checkpoint.config, ggml_type)
         for tensor in tensors:
             code = gguf.GGMLQuantizationType[tensor.kind]
             writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, raw_dtype=code)
@@ -125,7 +125,7 @@ def _write(writer: Any, tensors: list[Tensor], advance: Callable[[int], None]) -
     os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def _plan(checkpoint: Checkpoint, kind: Kind) -> list[Tensor]:
+def _plan(checkpoint: Checkpoint, ggml_type: Kind) -> list[Tensor]:
     """In the order of the file. Raises UnsupportedModelError."""
     import gguf
 
@@ -139,11 +139,11 @@ def _plan(checkpoint: Checkpoint, kind: Kind) -> list[Tensor]:
     place, projections = EXPERTS[config["model_type"]]
     experts = config.get("num_experts") or config["num_local_experts"]
     try:
-        found = [
+        exported = [
             Tensor(
                 f"blk.{layer}.{name}.weight",
                 tuple(stored.pop(f"model.layers.{layer}.{place}.{e}.{projection}.weight") for e in range(experts)),
-                kind,
+                ggml_type,
             )
             for layer in range(config["num_hidden_layers"])
             for projection, name in projections.items()
@@ -155,8 +155,8 @@ def _plan(checkpoint: Checkpoint, kind: Kind) -> list[Tensor]:
         if known is None:
             raise UnsupportedModelError(f"A GGUF file has no name for {name}.", "Export another checkpoint.")
         exact = len(part.shape) == 1 or name.endswith(".gate.weight")
-        found.append(Tensor(known, (part,), "F32" if exact else kind, _rope_heads(name, config)))
-    return found
+        exported.append(Tensor(known, (part,), "F32" if exact else ggml_type, _rope_heads(name, config)))
+    return exported
 
 
 def _rope_heads(name: str, config: Mapping[str, Any]) -> int:
@@ -172,7 +172,7 @@ def _interleaved(weights: npt.NDArray[Any], heads: int) -> npt.NDArray[Any]:
     return weights.reshape(heads, 2, -1, weights.shape[1]).swapaxes(1, 2).reshape(weights.shape)
 
 
-def _describe(writer: Any, config: Mapping[str, Any], kind: Kind) -> None:
+def _describe(writer: Any, config: Mapping[str, Any], ggml_type: Kind) -> None:
     import gguf
 
     head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
@@ -193,7 +193,7 @@ def _describe(writer: Any, config: Mapping[str, Any], kind: Kind) -> None:
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_expert_count(config.get("num_experts") or config["num_local_experts"])
     writer.add_expert_used_count(config["num_experts_per_tok"])
-    ftype = gguf.LlamaFileType.ALL_F32 if kind == "F32" else gguf.LlamaFileType[f"MOSTLY_{kind}"]
+    ftype = gguf.LlamaFileType.ALL_F32 if ggml_type == "F32" else gguf.LlamaFileType[f"MOSTLY_{ggml_type}"]
     writer.add_file_type(ftype)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 

@@ -143,8 +143,8 @@ def report(settings: list[Setting]) -> None:
 def fit(causes: list[list[float]], settings: list[Setting]) -> tuple[list[float], float]:
     """(What each cause adds, R2)."""
     x, y = np.array(causes), np.array([s.ms for s in settings])
-    found = np.linalg.lstsq(x, y, rcond=None)[0]
-    return found.tolist(), float(1 - ((y - x @ found) ** 2).sum() / ((y - y.mean()) ** 2).sum())
+    coefficients = np.linalg.lstsq(x, y, rcond=None)[0]
+    return coefficients.tolist(), float(1 - ((y - x @ coefficients) ** 2).sum() / ((y - y.mean()) ** 2).sum())
 
 
 if __name__ == "__main__":

@@ -60,15 +60,15 @@ def _feed(llama_cpp: Any, job: dict[str, Any]) -> dict[str, Any]:
         start = time.perf_counter()
         _decode(llama_cpp, context, tokens)
     seconds = time.perf_counter() - start
-    found: dict[str, Any] = {
+    result: dict[str, Any] = {
         "tokens": len(tokens),
         "seconds": seconds,
         "peak_bytes": peak_bytes(),
     }
     if job["logits"]:
         vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
-        found["logits"] = llama_cpp.llama_get_logits_ith(context, -1)[:vocabulary]
-    return found
+        result["logits"] = llama_cpp.llama_get_logits_ith(context, -1)[:vocabulary]
+    return result
 
 
 def _open(llama_cpp: Any, job: dict[str, Any]) -> tuple[Any, Any]:

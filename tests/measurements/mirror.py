@@ -48,19 +48,21 @@ def main() -> None:
         one, two = (folder / "model" for folder in disks.folders)
         shutil.copytree(arguments.directory, one)
         (one / MIRRORS).unlink(missing_ok=True)
-        found: dict[str, list[float]] = {"one disk": [], "two disks": []}
+        measured: dict[str, list[float]] = {"one disk": [], "two disks": []}
         processes = {"one disk": start(ends, disks, one, arguments.ram)}
         make_mirror(one, two)
         processes["two disks"] = start(ends, disks, one, arguments.ram)
         for number in range(arguments.rounds):
             for name in sorted(processes, reverse=number % 2 == 1):
-                found[name].append(1 / decode(processes[name]))
+                measured[name].append(1 / decode(processes[name]))
             print(
-                f"{number + 1}: {found['one disk'][-1]:.3f} {found['two disks'][-1]:.3f}", file=sys.stderr, flush=True
+                f"{number + 1}: {measured['one disk'][-1]:.3f} {measured['two disks'][-1]:.3f}",
+                file=sys.stderr,
+                flush=True,
             )
-    for name, rates in found.items():
+    for name, rates in measured.items():
         print(f"{name:<10} {statistics.median(rates):.3f} ({min(rates):.3f} to {max(rates):.3f}) tokens/s")
-    ratios = [math.log(two / one) for one, two in zip(found["one disk"], found["two disks"], strict=True)]
+    ratios = [math.log(two / one) for one, two in zip(measured["one disk"], measured["two disks"], strict=True)]
     mean, half = statistics.fmean(ratios), student(len(ratios) - 1) * statistics.stdev(ratios) / len(ratios) ** 0.5
     print(f"ratio      {math.exp(mean):.3f} ({math.exp(mean - half):.3f} to {math.exp(mean + half):.3f})")
 

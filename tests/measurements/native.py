@@ -50,17 +50,17 @@ def main() -> None:
         print("convert    ", moetier("convert", checkpoint, store, "--bits", "native").strip().splitlines()[-1])
     half = sum(shard.stat().st_size for shard in shards) // 2
     for name, ram in (("all", []), ("half", ["--ram", str(half)])):
-        found: dict[str, list[dict[str, Any]]] = {"as it is": [], "store": []}
+        results: dict[str, list[dict[str, Any]]] = {"as it is": [], "store": []}
         for number in range(arguments.rounds):
-            ways = list(zip(found, (checkpoint, store), strict=True))
+            ways = list(zip(results, (checkpoint, store), strict=True))
             for way, folder in ways if number % 2 == 0 else reversed(ways):
-                found[way].append(decode(folder, ram, arguments.folder / "result.json"))
-        for way, runs in found.items():
+                results[way].append(decode(folder, ram, arguments.folder / "result.json"))
+        for way, runs in results.items():
             print(f"{name:<5} {way:<9}", *(summary(runs, key) for key in ("tokens_per_s", "load_s")), end=" ")
             print(summary(runs, "bytes_read_per_token"), f"hits {runs[-1]['hit_ratio']:.3f}")
         ratios = [
             one["tokens_per_s"]["median"] / other["tokens_per_s"]["median"]
-            for one, other in zip(found["as it is"], found["store"], strict=True)
+            for one, other in zip(results["as it is"], results["store"], strict=True)
         ]
         print(f"{name:<5} ratio     {math.exp(statistics.fmean(map(math.log, ratios))):.3f}", [*map(_short, ratios)])
 
@@ -85,8 +85,8 @@ def decode(folder: Path, ram: list[str], file: Path) -> dict[str, Any]:
     """Run ``moetier bench decode`` once and return its result."""
     moetier("bench", "decode", folder, *ram, *STEPS, "--json", file)
     results = json.loads(file.read_text())["results"]
-    found: dict[str, Any] = results[0]
-    return found
+    result: dict[str, Any] = results[0]
+    return result
 
 
 def raw_rate(files: list[Path]) -> float:

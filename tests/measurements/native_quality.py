@@ -38,26 +38,26 @@ def measured(folder: Path) -> tuple[float, Loss]:
 
 
 def main() -> None:
-    found: dict[str, tuple[float, Loss]] = {}
-    for form, (_, of_experts, _, quantization) in {"16 bits": ("", None, None, {}), **FORMS}.items():
-        if form == "gpt-oss":
+    losses: dict[str, tuple[float, Loss]] = {}
+    for name, (_, of_experts, _, quantization) in {"16 bits": ("", None, None, {}), **FORMS}.items():
+        if name == "gpt-oss":
             continue  # its layout needs gpt-oss's own module; the numbers are those of mxfp4
         with tempfile.TemporaryDirectory() as place:
             folder = reshard(TESTS / "assets/tinymix", Path(place) / "tinymix", 1)
             if of_experts is not None:
                 quantise(folder, of_experts, None, quantization)
-            found[form] = measured(folder)
-        print(f"{form} measured", file=sys.stderr)
+            losses[name] = measured(folder)
+        print(f"{name} measured", file=sys.stderr)
     for bits in (8, 4):
         with tempfile.TemporaryDirectory() as place:
             convert(TESTS / "assets/tinymix", Path(place) / "converted", bits=bits)
-            found[f"HQQ, {bits} bits"] = measured(Path(place) / "converted")
-    base = found["16 bits"][1]
+            losses[f"HQQ, {bits} bits"] = measured(Path(place) / "converted")
+    base = losses["16 bits"][1]
     rows = [["form", "bits/weight", "perplexity", "change"]]
-    for form, (width, one) in found.items():
+    for name, (width, one) in losses.items():
         change = PerplexityChange.of(one, base)
         error = change.relative_error or 0.0
-        rows.append([form, f"{width:.3f}", f"{one.perplexity:.3f}", f"{change.relative:+.2%} ± {error:.2%}"])
+        rows.append([name, f"{width:.3f}", f"{one.perplexity:.3f}", f"{change.relative:+.2%} ± {error:.2%}"])
     print(table(rows))
 
 

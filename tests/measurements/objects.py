@@ -74,8 +74,11 @@ def main() -> None:
                     rates["obstore"].append(rate(raw, slot, arguments))
                     rates["cached"].append(rate(cached, slot, arguments))
                 shutil.rmtree(folder / f"cache{round_}")
-    for what, found in rates.items():
-        print(f"{what:8} {statistics.median(found) / 1e6:.0f} MB/s ({min(found) / 1e6:.0f} to {max(found) / 1e6:.0f})")
+    for what, measured in rates.items():
+        print(
+            f"{what:8} {statistics.median(measured) / 1e6:.0f} MB/s "
+            f"({min(measured) / 1e6:.0f} to {max(measured) / 1e6:.0f})"
+        )
     pairs = [ours / theirs for ours, theirs in zip(rates["cached"], rates["obstore"], strict=True)]
     print(f"ratio    {statistics.median(pairs):.2f} ({min(pairs):.2f} to {max(pairs):.2f})")
 

@@ -75,10 +75,10 @@ class Clocks:
 
         def watched(module: Any, *arguments: Any) -> Any:
             began = time.perf_counter()
-            found = forward(module, *arguments)
+            output = forward(module, *arguments)
             self.seconds["forward"] += time.perf_counter() - began
             self.calls += 1
-            return found
+            return output
 
         experts.forward = watched
         OneTokenLayer.of = lambda *_, **__: None  # type: ignore[method-assign]
@@ -133,11 +133,11 @@ def make_store(base: Path) -> Path:
 
 def tokens_of(directory: Path, model: Any, count: int) -> list[int]:
     if (directory / TOKENS_FILE).exists():
-        found = read_tokens(directory)
+        ids = read_tokens(directory)
     else:
         chance = torch.Generator().manual_seed(0)
-        found = torch.randint(model.config.vocab_size, (count,), generator=chance).tolist()
-    return (found * (count // len(found) + 1))[:count]
+        ids = torch.randint(model.config.vocab_size, (count,), generator=chance).tolist()
+    return (ids * (count // len(ids) + 1))[:count]
 
 
 @torch.inference_mode()

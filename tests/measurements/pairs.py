@@ -55,22 +55,22 @@ def main() -> None:
     parser.add_argument("--ram", default="80%", help="for its experts (default: %(default)s)")
     parser.add_argument("command", nargs="*", metavar="ARGUMENT", help="of moetier, behind --")
     arguments = parser.parse_args()
-    found: dict[str, list[float]] = {"old": [], "new": []}
+    seconds: dict[str, list[float]] = {"old": [], "new": []}
     with contextlib.ExitStack() as ends:
         if arguments.decode:
-            measure = {name: decoder(ends, getattr(arguments, name), arguments) for name in found}
+            measure = {name: decoder(ends, getattr(arguments, name), arguments) for name in seconds}
         else:
-            measure = {name: partial(run, getattr(arguments, name), arguments.command) for name in found}
+            measure = {name: partial(run, getattr(arguments, name), arguments.command) for name in seconds}
         for call in measure.values():
             call()  # caches fill
         for number in range(arguments.rounds):
             for name in ("old", "new") if number % 2 == 0 else ("new", "old"):
-                found[name].append(measure[name]())
-            print(f"{number + 1}: {found['old'][-1]:.4g} {found['new'][-1]:.4g}", file=sys.stderr, flush=True)
-    ratios = [math.log(old / new) for old, new in zip(found["old"], found["new"], strict=True)]
+                seconds[name].append(measure[name]())
+            print(f"{number + 1}: {seconds['old'][-1]:.4g} {seconds['new'][-1]:.4g}", file=sys.stderr, flush=True)
+    ratios = [math.log(old / new) for old, new in zip(seconds["old"], seconds["new"], strict=True)]
     mean, half = statistics.fmean(ratios), student(len(ratios) - 1) * statistics.stdev(ratios) / len(ratios) ** 0.5
     print(
-        f"old {statistics.median(found['old']):.4g} s, new {statistics.median(found['new']):.4g} s: "
+        f"old {statistics.median(seconds['old']):.4g} s, new {statistics.median(seconds['new']):.4g} s: "
         f"{math.exp(mean):.3f} times as fast ({math.exp(mean - half):.3f} to {math.exp(mean + half):.3f}), "
         f"{arguments.rounds} pairs"
     )

@@ -40,8 +40,8 @@ def main() -> None:
     print(f"{arguments.trace.stem}, {len(places)} places")
     for tokens in AFTER:
         for slots in map(int, arguments.slots.split(",")):
-            found = [f"{policy} {_spread(blocks, policy, slots, places, tokens)}" for policy in POLICIES]
-            print(f"{slots:>3} cached, {tokens:>3} tokens behind: {'; '.join(found)}", flush=True)
+            cells = [f"{policy} {_spread(blocks, policy, slots, places, tokens)}" for policy in POLICIES]
+            print(f"{slots:>3} cached, {tokens:>3} tokens behind: {'; '.join(cells)}", flush=True)
 
 
 def rows_of(trace: Trace, block: int) -> Rows:

@@ -70,10 +70,10 @@ def run(arguments: argparse.Namespace) -> int:
     threads = arguments.threads or usable_cpus()
     pieces = [arguments.warm, arguments.tokens] if arguments.prefill else [1] * (arguments.warm + arguments.tokens)
     work = Work.of(arguments, pieces, measured=1 if arguments.prefill else arguments.tokens)
-    found = alternate(arguments.rounds, engines_of(arguments, work, threads))
-    own = Spread.of(run.tokens_per_s for run in found["moetier"])
+    measured = alternate(arguments.rounds, engines_of(arguments, work, threads))
+    own = Spread.of(run.tokens_per_s for run in measured["moetier"])
     rows, results = [["engine", "tokens/s", "moetier is faster by", "peak in its group"]], list[dict[str, Any]]()
-    for name, runs in found.items():
+    for name, runs in measured.items():
         speed, peak = Spread.of(run.tokens_per_s for run in runs), max(run.peak_bytes for run in runs)
         rows.append([name, speed.text(), f"{own.median / speed.median:.2f}", format_bytes(peak)])
         results.append(
@@ -110,9 +110,9 @@ def engines_of(arguments: argparse.Namespace, work: Work, threads: int) -> dict[
 def _moetier(arguments: argparse.Namespace, work: Work, threads: int, limit: int | None) -> Run:
     feed = {"work": "model", "directory": str(arguments.directory.resolve()), "threads": threads, "ram": arguments.ram}
     files = [path for path in arguments.directory.rglob("*") if path.is_file()]
-    found = fresh(feed | work.to_json(), limit=limit, files=files)
+    result = fresh(feed | work.to_json(), limit=limit, files=files)
     return Run(
-        work.measured * work.step_tokens, sum(found["seconds"]), found["group_peak_bytes"] or found["peak_bytes"]
+        work.measured * work.step_tokens, sum(result["seconds"]), result["group_peak_bytes"] or result["peak_bytes"]
     )
 
 

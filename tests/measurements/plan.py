@@ -54,9 +54,9 @@ def main() -> int:
             cells = [format_bytes(memory), format_bytes(peak), *verdict(memory / peak, MEMORY)]
             rows.append([name, budget, "memory", *cells])
             rows.append(["", "", "hits", f"{planned_hits:.1%}", f"{hits:.1%}", f"{planned_hits / hits:.2f}", ""])
-            for what, cost, found in (("decode", said, rate), ("prefill", prompt_said, prompt_rate)):
-                cells = [f"{cost['tokens_per_s']:.2f} ({cost['by']})", f"{found:.2f}"]
-                rows.append(["", "", f"{what}, tokens/s", *cells, *verdict(cost["tokens_per_s"] / found, SPEED)])
+            for what, cost, measured in (("decode", said, rate), ("prefill", prompt_said, prompt_rate)):
+                cells = [f"{cost['tokens_per_s']:.2f} ({cost['by']})", f"{measured:.2f}"]
+                rows.append(["", "", f"{what}, tokens/s", *cells, *verdict(cost["tokens_per_s"] / measured, SPEED)])
             for what, cost, tokens in (("token", said, rate), ("prompt", prompt_said, prompt_rate / PROMPT_TOKENS)):
                 parts = ", ".join(f"{part} {1e3 * cost[part]:.1f}" for part in ("disk", "kernels", "overhead"))
                 print(f"{name} {budget}: a {what} {1e3 / tokens:.1f} ms; planned: {parts} ms", flush=True)
@@ -67,8 +67,8 @@ def main() -> int:
 def plan(directory: Path, ram: int, context: int) -> dict[str, Any]:
     command = [sys.executable, "-m", "moetier.tools.main", "plan", str(directory), "--ram", str(ram)]
     command += ["--context", str(context), "--json"]
-    found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    (choice,) = found["choices"]
+    forecast = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    (choice,) = forecast["choices"]
     return dict(choice)
 
 

@@ -43,7 +43,7 @@ def main() -> None:
     models = {
         name: moetier.load(arguments.directory, ram=ram, daemon=None, policy=name, speculate="off") for name in POLICIES
     }
-    found: dict[str, list[list[float]]] = {name: [[] for _ in range(4)] for name in models}
+    results: dict[str, list[list[float]]] = {name: [[] for _ in range(4)] for name in models}
     part = 2 * arguments.tokens + arguments.prompt + 1
     count = argparse.Namespace(rounds=arguments.rounds, tokens=part, text=arguments.text)
     ids = tokens_of(count, *next(iter(models.values())))
@@ -52,9 +52,9 @@ def main() -> None:
         for name in [*models] if number % 2 else [*models][::-1]:
             measured = one_round(models[name][0], piece, arguments.tokens)
             if number >= 0:
-                for row, value in zip(found[name], measured, strict=True):
+                for row, value in zip(results[name], measured, strict=True):
                     row.append(value)
-    for name, (prefill, step, before, after) in found.items():
+    for name, (prefill, step, before, after) in results.items():
         print(
             f"{name:<5} prefill of {arguments.prompt} tokens {_spread(prefill, 1e3)} ms, "
             f"a decode step afterwards {_spread(step, 1e3)} ms; "

@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
         folder = Path(name)
         source = folder / "source.gguf"
         with disk_errors(folder):
-            export_gguf(arguments.source, source, kind="F16", quiet=False)
+            export_gguf(arguments.source, source, ggml_type="F16", quiet=False)
         threads = arguments.workers or arguments.threads or usable_cpus()
         way = partial(quantize_once, source, folder / "target.gguf", threads)
         return convert.measure(arguments, {"llama.cpp Q4_0": way})
@@ -57,8 +57,8 @@ def quantize_once(source: Path, target: Path, threads: int) -> dict[str, Any]:
 
     drop_page_cache([source], whole=False)
     seconds, peak = llama_quantize(source, target, threads=threads)
-    tensors, kind = gguf.GGUFReader(target).tensors, gguf.GGMLQuantizationType.Q4_0
-    weights = sum(int(tensor.n_elements) for tensor in tensors if tensor.tensor_type == kind)
+    tensors, ggml_type = gguf.GGUFReader(target).tensors, gguf.GGMLQuantizationType.Q4_0
+    weights = sum(int(tensor.n_elements) for tensor in tensors if tensor.tensor_type == ggml_type)
     target.unlink()
     return {"weights": weights, "source_bytes": source.stat().st_size, "seconds": seconds, "peak_bytes": peak}
 

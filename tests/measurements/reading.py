@@ -64,9 +64,9 @@ def reads(name: str, folder: Path, seconds: float, rounds: int) -> None:
             finally:
                 os.sched_setaffinity(0, cores)
     four = median(rates["4 readers"])
-    for way, found in rates.items():
-        compared = "" if way == "4 readers" else f"; 4 readers are {four / median(found):.2f} times as fast"
-        print(f"{name:<8} {way}: {median(found) / 1e9:.2f} GB/s, {median(used[way]):.1f} cores busy{compared}")
+    for way, measured in rates.items():
+        compared = "" if way == "4 readers" else f"; 4 readers are {four / median(measured):.2f} times as fast"
+        print(f"{name:<8} {way}: {median(measured) / 1e9:.2f} GB/s, {median(used[way]):.1f} cores busy{compared}")
 
 
 def restarts(store: ExpertStore, rounds: int) -> None:

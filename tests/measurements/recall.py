@@ -53,7 +53,7 @@ def trace_of(model: Any, ids: torch.Tensor, look_ahead: int) -> Trace:
 def rows_of(trace: Trace) -> list[list[str]]:
     """One for each look-ahead."""
     chance = f"{trace.top_k / max(trace.num_experts):.3f}"
-    return [[str(found.lookahead), *found.cells(), chance] for found in compare(trace)]
+    return [[str(recall.lookahead), *recall.cells(), chance] for recall in compare(trace)]
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ def main() -> None:
             f"{manifest.blocks[0].experts} experts of {manifest.layout(0).slot_bytes:,} bytes, of which the client has "
             f"room for {arguments.ram}; {arguments.daemons} daemons, {round_trip(addresses[0]):.2f} ms there and back"
         )
-        found: dict[str, list[tuple[float, float]]] = {way: [] for way in REMOTE_COMPUTE}
+        results: dict[str, list[tuple[float, float]]] = {way: [] for way in REMOTE_COMPUTE}
         logits: dict[str, torch.Tensor] = {}
         ids = read_tokens(directory) if (directory / TOKENS_FILE).exists() else list(range(3, 250)) * 40
         for round_ in range(arguments.rounds):
@@ -99,7 +99,7 @@ def main() -> None:
                 with model.tiers:
                     rate, sent, last = decode(model, ids, links, arguments.warm, arguments.steps)
                     shares = model.tiers.shares()
-                found[way].append((rate, sent))
+                results[way].append((rate, sent))
                 assert torch.equal(logits.setdefault("first", last), last), "logits differ"
                 records, computed = sum(s.records for s in shares), sum(s.computed for s in shares)
                 print(
@@ -107,7 +107,7 @@ def main() -> None:
                     f"{records:,} records fetched, {computed:,} rows computed in all"
                 )
         (fetched, computed_) = (
-            [statistics.median(values) for values in zip(*found[way], strict=True)] for way in ("off", "auto")
+            [statistics.median(values) for values in zip(*results[way], strict=True)] for way in ("off", "auto")
         )
         print(
             f"computed there against fetched: {computed_[0] / fetched[0]:.2f} times the tokens/s, "
@@ -125,12 +125,12 @@ def make_store(base: Path, layers: int) -> Path:
 def round_trip(address: str) -> float:
     """Milliseconds in which a TCP connection to HOST:PORT is made: the median of 50."""
     host, _, port = address.rpartition(":")
-    found = []
+    seconds = []
     for _ in range(50):
         began = time.perf_counter()
         socket.create_connection((host, int(port))).close()
-        found.append(1e3 * (time.perf_counter() - began))
-    return statistics.median(found)
+        seconds.append(1e3 * (time.perf_counter() - began))
+    return statistics.median(seconds)
 
 
 def carried(links: list[Network]) -> int:
@@ -144,7 +144,7 @@ def decode(
     model: Any, ids: list[int], links: list[Network], warm: int, steps: int
 ) -> tuple[float, float, torch.Tensor]:
     """Tokens per second, bytes a token, and the logits of all steps that count."""
-    cache, found = None, []
+    cache, durations = None, []
     began, before = 0.0, 0
     for number, token in enumerate((ids * 10)[: warm + steps]):
         if number == warm:
@@ -152,9 +152,9 @@ def decode(
         output = model(torch.tensor([[token]]), **{CACHE: cache}, use_cache=True)
         cache = output.past_key_values
         if number >= warm:
-            found.append(output.logits[0])
+            durations.append(output.logits[0])
     seconds = time.perf_counter() - began
-    return steps / seconds, (carried(links) - before) / steps, torch.cat(found)
+    return steps / seconds, (carried(links) - before) / steps, torch.cat(durations)
 
 
 if __name__ == "__main__":

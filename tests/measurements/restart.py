@@ -64,9 +64,9 @@ def main() -> None:
 
 def visit(client: DaemonTier, manifest: Manifest) -> None:
     """Demands every expert."""
-    for block, found in enumerate(manifest.blocks):
-        held = [lease.holds() for lease in client.acquire([ExpertKey(block, e) for e in range(found.experts)])]
-        assert sum(held) == found.experts
+    for block, entry in enumerate(manifest.blocks):
+        held = [lease.holds() for lease in client.acquire([ExpertKey(block, e) for e in range(entry.experts)])]
+        assert sum(held) == entry.experts
 
 
 if __name__ == "__main__":

@@ -38,12 +38,12 @@ def main() -> None:
         weights = [torch.randn(rows, columns).bfloat16() for _ in range(max(2, UNCACHED // nbytes))]
         x = torch.randn(1, columns).bfloat16()
         ways = {}
-        for name, form in (("moetier", RowWeight), ("torch", torch.nn.Parameter)):
-            matrices = cycle([form(weight, requires_grad=False) for weight in weights])
+        for name, weight_class in (("moetier", RowWeight), ("torch", torch.nn.Parameter)):
+            matrices = cycle([weight_class(weight, requires_grad=False) for weight in weights])
             ways[name] = partial(microseconds, lambda x=x, matrices=matrices: F.linear(x[:], next(matrices)))
         with torch.inference_mode():
-            found = {name: Spread.of(times) for name, times in alternate(arguments.rounds, ways).items()}
-        own, torchs = found["moetier"], found["torch"]
+            spreads = {name: Spread.of(times) for name, times in alternate(arguments.rounds, ways).items()}
+        own, torchs = spreads["moetier"], spreads["torch"]
         rate = nbytes / own.median / 1e3
         shown = f"{title} {rows}x{columns}"
         lines.append([shown, own.text(), torchs.text(), f"{torchs.median / own.median:.1f}", f"{rate:.1f}"])

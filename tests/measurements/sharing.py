@@ -87,10 +87,10 @@ def measure(
                 assert client.stdin is not None
                 client.stdin.write("go\n")
                 client.stdin.flush()
-            found = [json.loads(client.stdout.readline()) for client in clients if client.stdout is not None]
+            results = [json.loads(client.stdout.readline()) for client in clients if client.stdout is not None]
             wall = time.perf_counter() - start
-            count = sum(len(tokens) for client in found for tokens in client["tokens"])
-            rounds.append({"clients": found, "rate": count / wall, "count": count})
+            count = sum(len(tokens) for client in results for tokens in client["tokens"])
+            rounds.append({"clients": results, "rate": count / wall, "count": count})
         pids = [client.pid for client in clients] + ([arenas_of] if arenas_of else [])
         sizes = (0, 0) if arenas_of is None else (sum(pss(pid) for pid in pids), arena_bytes(arenas_of))
         return rounds, sizes

@@ -122,11 +122,12 @@ def report(base: str, name: str, times: dict[str, list[float]], model: Any, befo
         flush=True,
     )
     if model.tiers.speculation is not None:
-        found = model.tiers.speculation.stats()
+        predictions = model.tiers.speculation.stats()
         print(
-            f"{'':11} in {found.steps_on} of {found.steps_on + found.steps_off} steps, in which asking took "
-            f"{1e3 * found.seconds / max(found.steps_on, 1):.2f} ms, and "
-            f"{sum(found.right) / max(sum(found.guesses), 1):.1%} of guesses were right"
+            f"{'':11} in {predictions.steps_on} of {predictions.steps_on + predictions.steps_off} steps, "
+            "in which asking took "
+            f"{1e3 * predictions.seconds / max(predictions.steps_on, 1):.2f} ms, and "
+            f"{sum(predictions.right) / max(sum(predictions.guesses), 1):.1%} of guesses were right"
         )
 
 
@@ -160,7 +161,7 @@ def decode(models: dict[str, Any], ids: list[int], number: int) -> dict[str, flo
                 seconds[name] += time.perf_counter() - began
             outputs[name] = output
         logits = [output.logits for output in outputs.values()]
-        assert all(torch.equal(logits[0], found) for found in logits), "tokens depend on speculation"
+        assert all(torch.equal(logits[0], other) for other in logits), "tokens depend on speculation"
     return seconds
 
 
@@ -180,17 +181,17 @@ def tokens_of(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> list
     if arguments.text is None:
         chance = torch.Generator().manual_seed(0)
         return torch.randint(model.config.vocab_size, (count,), generator=chance).tolist()
-    found: list[int] = tokenizer(arguments.text.read_text()).input_ids
-    return (found * (count // len(found) + 1))[:count]
+    ids: list[int] = tokenizer(arguments.text.read_text()).input_ids
+    return (ids * (count // len(ids) + 1))[:count]
 
 
 @torch.no_grad()
 def record(model: Any, parts: list[list[int]]) -> dict[tuple[int, int, int], Tensor]:
     """Round, step and block -> the experts that are used there."""
-    found: dict[tuple[int, int, int], Tensor] = {}
+    states: dict[tuple[int, int, int], Tensor] = {}
 
     def note(block: int, experts: Tensor, weights: Tensor) -> None:
-        found[number, step, block] = experts
+        states[number, step, block] = experts
 
     with Gates(model).observe(experts=note):
         for number, ids in enumerate(parts):  # noqa: B007 (noted)
@@ -198,7 +199,7 @@ def record(model: Any, parts: list[list[int]]) -> dict[tuple[int, int, int], Ten
             for step, token in enumerate(ids):  # noqa: B007
                 output = model(torch.tensor([[token]]), **{CACHE: cache}, use_cache=True)
                 cache = output.past_key_values
-    return found
+    return states
 
 
 def tell(model: Any, routing: dict[tuple[int, int, int], Tensor], *, is_right: bool) -> None:

@@ -84,10 +84,10 @@ class Clocks:
 
     def take(self) -> list[dict[str, int]]:
         """Return calls, whole and own time by part since the last time, and begin anew."""
-        found = [dict(counts) for counts in (self.calls, self.whole, self.own)]
+        counts_so_far = [dict(counts) for counts in (self.calls, self.whole, self.own)]
         for counts in (self.calls, self.whole, self.own):
             counts.clear()
-        return found
+        return counts_so_far
 
 
 def watch(model: Any, clocks: Clocks) -> None:
@@ -120,16 +120,16 @@ def compare(model: Any, ids: list[int]) -> list[dict[str, float]]:
     cache, rounds = None, []
     ways = [*WAYS]
     for number, token in enumerate(ids):
-        found = {}
+        results = {}
         for way in [*ways[number % len(ways) :], *ways[: number % len(ways)]]:
             with contextlib.ExitStack() as stack:
                 for target, name, value in WAYS[way]:
                     stack.enter_context(patch.object(target, name, value, create=True))
                 began = time.perf_counter()
                 output = model(torch.tensor([[token]]), **{CACHE: cache}, use_cache=True)
-                found[way] = 1e3 * (time.perf_counter() - began)
+                results[way] = 1e3 * (time.perf_counter() - began)
             cache = output[CACHE]
-        rounds.append(found)
+        rounds.append(results)
     return rounds
 
 
@@ -152,15 +152,15 @@ def main() -> None:
     rounds = compare(model, ids)[arguments.warm :]
     clocks = Clocks()
     watch(model, clocks)
-    steps, parts = (found[arguments.warm :] for found in decode(model, ids, clocks))
+    steps, parts = (durations[arguments.warm :] for durations in decode(model, ids, clocks))
     print(
         f"machine     {platform.machine()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads; "
         f"{model.tiers.manifest.model}"
     )
     lines = [["kernels", "ms a step", "ratio"]]
     for way in WAYS:
-        times = [found[way] for found in rounds]
-        ratios = [found[way] / found["all"] for found in rounds]
+        times = [durations[way] for durations in rounds]
+        ratios = [durations[way] / durations["all"] for durations in rounds]
         lines.append([way, quartiles(times, 2), quartiles(ratios, 3)])
     print(table(lines))
     print(f"with clocks {1e3 * statistics.median(steps):.2f} ({1e3 * min(steps):.2f}) ms")

@@ -78,17 +78,19 @@ def test_its_quantiser_makes_what_the_export_makes(checkpoint: Path, tmp_path: P
     from gguf import GGMLQuantizationType, GGUFReader
 
     half, made, wanted = (tmp_path / f"{name}.gguf" for name in ("half", "made", "wanted"))
-    export_gguf(checkpoint, half, kind="F16")
+    export_gguf(checkpoint, half, ggml_type="F16")
     export_gguf(checkpoint, wanted)
     seconds, peak = llama_quantize(half, made, threads=1)
     assert seconds > 0
     assert peak > 0
-    found, expected = ({t.name: t for t in GGUFReader(path).tensors} for path in (made, wanted))
-    assert found.keys() == expected.keys()
+    quantised, expected = ({t.name: t for t in GGUFReader(path).tensors} for path in (made, wanted))
+    assert quantised.keys() == expected.keys()
     for name, tensor in expected.items():
-        assert (found[name].tensor_type, list(found[name].shape)) == (tensor.tensor_type, list(tensor.shape)), name
-        assert (found[name].data == tensor.data).mean() > 0.99, name
-    assert GGMLQuantizationType.Q4_0 in {tensor.tensor_type for tensor in found.values()}
+        assert (quantised[name].tensor_type, list(quantised[name].shape)) == (tensor.tensor_type, list(tensor.shape)), (
+            name
+        )
+        assert (quantised[name].data == tensor.data).mean() > 0.99, name
+    assert GGMLQuantizationType.Q4_0 in {tensor.tensor_type for tensor in quantised.values()}
     with pytest.raises(PeerError, match="can't be quantised"):
         llama_quantize(tmp_path / "none.gguf", tmp_path / "out.gguf", threads=1)
 

@@ -35,10 +35,12 @@ def checkpoint(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, 
 
 
 @pytest.mark.skipif(find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed")
-@pytest.mark.parametrize(("kind", "within"), [("F32", 3e-3), ("F16", 1e-2), ("Q4_0", 0.4)])
-def test_llama_cpp_says_what_transformers_says(checkpoint: Path, tmp_path: Path, kind: Kind, within: float) -> None:
+@pytest.mark.parametrize(("ggml_type", "within"), [("F32", 3e-3), ("F16", 1e-2), ("Q4_0", 0.4)])
+def test_llama_cpp_says_what_transformers_says(
+    checkpoint: Path, tmp_path: Path, ggml_type: Kind, within: float
+) -> None:
     """Logits of deviation 1. llama.cpp keeps keys and values in 16 bits; four bits change more."""
-    size = export_gguf(checkpoint, tmp_path / "model.gguf", kind=kind)
+    size = export_gguf(checkpoint, tmp_path / "model.gguf", ggml_type=ggml_type)
     assert (tmp_path / "model.gguf").stat().st_size == size
     ids = read_tokens(checkpoint)[:24]
     model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -46,8 +48,8 @@ def test_llama_cpp_says_what_transformers_says(checkpoint: Path, tmp_path: Path,
     )
     with torch.inference_mode():
         wanted = model(torch.tensor([ids])).logits[0, -1]
-    found = torch.tensor(llama_logits(tmp_path / "model.gguf", ids))
-    error = float((found - wanted).norm() / wanted.norm())
+    logits = torch.tensor(llama_logits(tmp_path / "model.gguf", ids))
+    error = float((logits - wanted).norm() / wanted.norm())
     assert error < within, error
 
 

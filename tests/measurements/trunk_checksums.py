@@ -36,15 +36,15 @@ def main() -> None:
     ways = {"load": lambda: load(arguments.directory), "checksums": lambda: check(arguments.directory, manifest)}
     for way in ways.values():  # not counted: imports, and files that come into the page cache
         way()
-    found = {name: Spread.of(seconds) for name, seconds in alternate(arguments.rounds, ways).items()}
+    spreads = {name: Spread.of(seconds) for name, seconds in alternate(arguments.rounds, ways).items()}
     size = sum(entry.bytes for entry in manifest.trunk.values())
     print(f"machine    {platform.machine()}, {os.cpu_count()} CPUs; {manifest.model}, a trunk of {format_bytes(size)}")
-    for name, seconds in found.items():
+    for name, seconds in spreads.items():
         print(f"{name:<10} {seconds.text()} s")
-    rate = size / found["checksums"].median
-    share = found["checksums"].median / found["load"].median
+    rate = size / spreads["checksums"].median
+    share = spreads["checksums"].median / spreads["load"].median
     print(f"checksums  {rate / 1e9:.2f} GB/s, {share:.1%} of the load")
-    most = int(rate * found["load"].median * SHARE)
+    most = int(rate * spreads["load"].median * SHARE)
     print(f"{SHARE:.0%} of this load are {format_bytes(most)}; up to {format_bytes(CHECKED_BYTES)} are checked")
 
 

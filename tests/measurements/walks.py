@@ -178,7 +178,7 @@ def prediction(model: Any, tokenizer: Any, recorder: Recorder) -> list[Call]:
     """The calls of the shortest prediction of some steps that reaches the prefetch queue."""
     import torch
 
-    found: list[list[Call]] = []
+    walks: list[list[Call]] = []
     token = tokenizer("La", return_tensors="pt").input_ids[:, :1]
     cache = None
     with model.tiers, torch.no_grad():
@@ -186,8 +186,8 @@ def prediction(model: Any, tokenizer: Any, recorder: Recorder) -> list[Call]:
             with recorder.recording() as calls:
                 output = model(token, past_key_values=cache, use_cache=True)
             cache, token = output.past_key_values, output.logits[:, -1:].argmax(-1)
-            found += predictions([call for call in calls if call.thread == threading.get_ident()])
-    return min(found, key=lambda calls: len({call[2:] for call in calls}))
+            walks += predictions([call for call in calls if call.thread == threading.get_ident()])
+    return min(walks, key=lambda calls: len({call[2:] for call in calls}))
 
 
 def predictions(calls: list[Call]) -> Iterator[list[Call]]:
