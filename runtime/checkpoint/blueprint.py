@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 TOP_K = ("top_k", "num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k", "num_experts_per_token")
 # tensors of a checkpoint that transformers reads together: the converter, and names by its source patterns
-_Group = tuple[loading.WeightConverter | None, dict[str, list[str]]]
+_Origin = tuple[loading.WeightConverter | None, dict[str, list[str]]]
 MAX_LAYERS = 1000  # most layers of a model or of a part of it; Llama 3.1 405B has 126
 
 
@@ -155,10 +155,10 @@ def make_blueprint(
     dtypes = {name: loaded_dtype(model, name, parameter.dtype, dtype) for name, parameter in parameters.items()}
     mapping, state = get_model_conversion_mapping(model), model.state_dict()
     names = sorted(tensors, key=loading.dot_natural_key)  # the order in which transformers merges
-    groups = _group(names, mapping, state, model.base_model_prefix)
-    sorting = _Sorting(model, dtype, tensors, groups, _loadable(wanted, mapping, state, model.base_model_prefix))
+    origins = _origins(names, mapping, state, model.base_model_prefix)
+    sorting = _Sorting(model, dtype, tensors, origins, _loadable(wanted, mapping, state, model.base_model_prefix))
     sorting.add_tied()
-    for key in groups:
+    for key in origins:
         sorting.add(key, state, parameters, dtypes)
     recipes = sorting.recipes
     if missing := sorted(parameters.keys() - recipes.keys()):
@@ -176,12 +176,12 @@ def make_blueprint(
 
 @dataclass
 class _Sorting:
-    """Sorts a checkpoint's groups of tensors: experts, matrices that become records, other tensors of the trunk."""
+    """Sorts a checkpoint's tensors: experts, matrices that become records, and other tensors of the trunk."""
 
     model: PreTrainedModel
     dtype: torch.dtype  # in which the model is loaded
     tensors: Mapping[str, SourceTensor]
-    groups: Mapping[str, _Group]  # by the model's key
+    origins: Mapping[str, _Origin]  # by the model's key
     weights: Mapping[str, str]  # from weights that may become records to the paths of their modules
     recipes: dict[str, Recipe] = field(default_factory=dict)  # of parameters of experts
     matrices: dict[str, Recipe] = field(default_factory=dict)  # of records, by the path of the module
@@ -195,7 +195,7 @@ class _Sorting:
     def add_tied(self) -> None:
         """Give a tied head a record of its own, besides the embedding, which stays in the trunk."""
         for target, source in self._tied.items():
-            if target not in self.groups and source in self.groups and _is_plain(self.groups[source]):
+            if target not in self.origins and source in self.origins and _is_plain(self.origins[source]):
                 self.matrices[self.weights[target]] = self._recipe(source, source)
 
     def add(
@@ -205,17 +205,17 @@ class _Sorting:
         parameters: Mapping[str, torch.nn.Parameter],
         dtypes: Mapping[str, torch.dtype],
     ) -> None:
-        """Add the group ``key``.
+        """Add the tensors that make the model's ``key``.
 
         ``state``: the tensors of the model. ``parameters``, ``dtypes``: those of the experts, and the types in which
-        they are loaded. Raises UnsupportedModelError for a group that has weights of experts and of the trunk.
+        they are loaded. Raises UnsupportedModelError if they make weights of experts and of the trunk.
         """
-        converter, sources = self.groups[key]
+        converter, sources = self.origins[key]
         targets = _targets(key, converter)
         members = [name for names in sources.values() for name in names]
-        alone = all(target in self.weights and self._tied.get(target, key) in self.groups for target in targets)
+        alone = all(target in self.weights and self._tied.get(target, key) in self.origins for target in targets)
         of_experts = [target for target in targets if target in parameters]
-        if alone and (converter is not None or _is_plain(self.groups[key])):
+        if alone and (converter is not None or _is_plain(self.origins[key])):
             self.matrices |= {self.weights[target]: self._recipe(key, target) for target in targets}
         elif not of_experts:
             (self.trunk if any(target in state for target in targets) else self.unused).extend(members)
@@ -228,7 +228,7 @@ class _Sorting:
                 self.recipes[target] = self._recipe(key, target, dtypes[target], parameters[target].shape[0])
 
     def _recipe(self, key: str, target: str, dtype: torch.dtype | None = None, experts: int = 1) -> Recipe:
-        converter, sources = self.groups[key]
+        converter, sources = self.origins[key]
         read = {pattern: [self.tensors[name] for name in names] for pattern, names in sources.items()}
         return Recipe(self.model, key, target, dtype or self.dtype, experts, converter, read)
 
@@ -284,8 +284,8 @@ def destinations(model: PreTrainedModel, names: Iterable[str]) -> Iterator[tuple
     The model may not have all of these keys.
     """
     mapping, state = get_model_conversion_mapping(model), model.state_dict()
-    groups = _group(sorted(names, key=loading.dot_natural_key), mapping, state, model.base_model_prefix)
-    for key, (converter, sources) in groups.items():
+    origins = _origins(sorted(names, key=loading.dot_natural_key), mapping, state, model.base_model_prefix)
+    for key, (converter, sources) in origins.items():
         yield [name for of_pattern in sources.values() for name in of_pattern], _targets(key, converter)
 
 
@@ -296,17 +296,17 @@ def _loadable(wanted: Collection[str], mapping: list[Any], state: dict[str, Any]
     """
     records = {f"{path}{RECORD}": path for path in wanted}
     others = {name: tensor for name, tensor in state.items() if name not in {f"{path}.weight" for path in wanted}}
-    groups = _group(list(records), mapping, others | dict.fromkeys(records, True), prefix)
+    origins = _origins(list(records), mapping, others | dict.fromkeys(records, True), prefix)
     return {
         f"{records[key]}.weight": records[key]
-        for key, (converter, sources) in groups.items()
+        for key, (converter, sources) in origins.items()
         if converter is None and list(sources) == [key]
     }
 
 
-def _is_plain(group: _Group) -> bool:
-    """Return whether a group is one unchanged tensor."""
-    converter, sources = group
+def _is_plain(origin: _Origin) -> bool:
+    """Return whether a key is one unchanged tensor of the checkpoint."""
+    converter, sources = origin
     return converter is None and sum(map(len, sources.values())) == 1
 
 
@@ -327,7 +327,7 @@ def _own(path: str, module: Any) -> list[tuple[str, torch.nn.Parameter]]:
     return parameters
 
 
-def _group(names: list[str], mapping: list[Any], state: dict[str, Any], prefix: str) -> dict[str, _Group]:
+def _origins(names: list[str], mapping: list[Any], state: dict[str, Any], prefix: str) -> dict[str, _Origin]:
     """Group the checkpoint's tensors by the model's key that they make, as transformers.core_model_loading does.
 
     Returns a dictionary from keys to pairs: the converter, and a dictionary from its source patterns to names of
@@ -336,15 +336,15 @@ def _group(names: list[str], mapping: list[Any], state: dict[str, Any], prefix: 
     renamings = [entry for entry in mapping if isinstance(entry, loading.WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, loading.WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-    groups: dict[str, _Group] = {}
+    origins: dict[str, _Origin] = {}
     for name in names:
         key, pattern = loading.rename_source_key(name, renamings, converters, prefix, state)
         if key not in state and name in state:
             key, pattern = loading.rename_source_key(name, [], [], base_model_prefix=prefix, meta_state_dict=state)
         converter = None if pattern is None else by_pattern[pattern]
-        _, sources = groups.setdefault(key, (converter, defaultdict(list)))
+        _, sources = origins.setdefault(key, (converter, defaultdict(list)))
         sources[name if pattern is None else pattern].append(name)
-    return groups
+    return origins
 
 
 def _targets(key: str, converter: loading.WeightConverter | None) -> list[str]:

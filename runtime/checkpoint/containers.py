@@ -96,7 +96,7 @@ class Checkpoint:
 
         return decoded_trunk(self.format.sources(str(dtype or self.first_dtype or "float32").removeprefix("torch.")))
 
-    def made_files(self) -> dict[str, bytes]:
+    def generated_files(self) -> dict[str, bytes]:
         """Return a dictionary from names to contents of a model directory's small files that are no files here.
 
         A checkpoint in safetensors has them all as files, so the dictionary is empty.

@@ -85,7 +85,7 @@ class GgufCheckpoint(Checkpoint):
         chosen: Any = dtype or own
         return trunk_with_records(model, chosen, self.sources(model, str(chosen).removeprefix("torch.")))
 
-    def made_files(self) -> dict[str, bytes]:
+    def generated_files(self) -> dict[str, bytes]:
         """Return a dictionary from names to contents of the tokenizer's files. Raises as ``tokenizer_of``."""
         tokenizer = GgufFile().tokenizer(self.folder)
         if tokenizer is None:

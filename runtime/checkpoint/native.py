@@ -102,7 +102,7 @@ def row_bytes_of(block: BlockBlueprint, section: Section) -> int:
 
 def check_shape(block: BlockBlueprint, name: str) -> None:
     """Raise CheckpointError unless a parameter of an expert has the same shape in this checkpoint and in the model."""
-    if (shape := made_shape(block, name)) != (wanted := block.parameters[name][0]):
+    if (shape := parameter_shape(block, name)) != (wanted := block.parameters[name][0]):
         raise CheckpointError(
             f"{block.path}: {name} of an expert comes out as {list(shape)} from this checkpoint; the model has "
             f"{list(wanted)}.",
@@ -110,7 +110,7 @@ def check_shape(block: BlockBlueprint, name: str) -> None:
         )
 
 
-def made_shape(block: BlockBlueprint, name: str) -> tuple[int, ...]:
+def parameter_shape(block: BlockBlueprint, name: str) -> tuple[int, ...]:
     """Return the shape of a parameter of one expert in this checkpoint; () if its tensors do not fit together."""
     shapes = [tensors[0].shape for tensors in block.recipes[name].by_expert()]
     rows, tails = sum(shape[0] for shape in shapes if shape), {shape[1:] for shape in shapes if shape}

@@ -37,7 +37,7 @@ class Recipe:
 
     model: PreTrainedModel  # on the meta device; operations look up the shape and type of their result there
     key: str  # transformers' name of the result, or of the first of several results
-    target: str  # the parameter's full name
+    parameter: str  # the parameter's full name
     dtype: torch.dtype
     experts: int
     converter: loading.WeightConverter | None
@@ -77,7 +77,7 @@ class Recipe:
         operations = self.converter.operations if self.converter else []
         for operation in operations:
             if not _keeps_rows(operation):
-                raise ValueError(f"transformers changes {self.target} on loading ({operation})")
+                raise ValueError(f"transformers changes {self.parameter} on loading ({operation})")
         merged = any(isinstance(operation, loading.MergeModulelist) for operation in operations)
         patterns = self.converter.source_patterns if self.converter else self.sources
         runs: list[list[SourceTensor]] = []
@@ -92,7 +92,7 @@ class Recipe:
                 runs.append(tensors)
             else:
                 raise ValueError(
-                    f"{self.target} is made of tensors that are not alike, such as {tensors[0].stored_name}"
+                    f"{self.parameter} is made of tensors that are not alike, such as {tensors[0].stored_name}"
                 )
         return runs
 
@@ -114,10 +114,10 @@ class Recipe:
         return (parameter if expert is None else parameter[0]).detach()
 
     def _check_shape(self, shape: tuple[int, ...]) -> None:
-        wanted = self.model.get_parameter(self.target).shape
+        wanted = self.model.get_parameter(self.parameter).shape
         if shape != wanted:
             raise CheckpointError(
-                f"{self.target} has the shape {list(shape)} in this checkpoint, but {list(wanted)} in the model.",
+                f"{self.parameter} has the shape {list(shape)} in this checkpoint, but {list(wanted)} in the model.",
                 "Check that config.json belongs to these weights.",
             )
 
@@ -142,10 +142,10 @@ class Recipe:
         converter.collected_tensors.update(read)
         read.clear()
         try:
-            converted = converter.convert(self.key, model=self.model, config=self.model.config)[self.target]
+            converted = converter.convert(self.key, model=self.model, config=self.model.config)[self.parameter]
         except (ValueError, RuntimeError, KeyError) as error:
             raise CheckpointError(
-                f"{self.target} can't be made from this checkpoint ({error}).",
+                f"{self.parameter} can't be made from this checkpoint ({error}).",
                 "Check that config.json belongs to these weights.",
             ) from error
         tensor: torch.Tensor = converted[0] if isinstance(converted, list) else converted

@@ -133,12 +133,12 @@ class Peers:
             self.check_open()
             if (pause := deadline - time.monotonic()) <= 0:
                 raise error
-            if not self._any_here():
-                self._state.wait_for(lambda: self._closed or self._any_here(), pause)
+            if not self._any_connected():
+                self._state.wait_for(lambda: self._closed or self._any_connected(), pause)
             else:
                 self._state.wait(min(_PAUSE, pause))
 
-    def _any_here(self) -> bool:
+    def _any_connected(self) -> bool:
         return any(peer.away is None for peer in self)
 
     # -- daemons that are away ----------------------------------------------------------------------------------------

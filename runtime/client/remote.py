@@ -335,6 +335,6 @@ def _parts(size: int, channels: int) -> Iterator[tuple[int, int]]:
     All parts but the last are a multiple of PIECE_BYTES long.
     """
     pieces = -(-size // PIECE_BYTES)
-    step = -(-pieces // (channels if size > SPLIT_BYTES else 1)) * PIECE_BYTES
-    for start in range(0, size, step):
-        yield start, min(start + step, size)
+    length = -(-pieces // (channels if size > SPLIT_BYTES else 1)) * PIECE_BYTES
+    for start in range(0, size, length):
+        yield start, min(start + length, size)

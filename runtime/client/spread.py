@@ -33,7 +33,7 @@ from .costs import FetchRate
 from .peers import Peer, Peers, share_of
 from .remote import RemoteStore
 
-PATIENCE = 30.0  # seconds that a read waits while every daemon is away and there are no local shards
+AWAY_PATIENCE = 30.0  # seconds that a read waits while every daemon is away and there are no local shards
 
 _log = logging.getLogger(__name__)
 
@@ -47,9 +47,9 @@ class SpreadStore(Store):
 
     @classmethod
     def open(
-        cls, addresses: Sequence[Address], credentials: Credentials, manifest: Manifest, folder: Path | None = None
+        cls, addresses: Sequence[Address], credentials: Credentials, manifest: Manifest, directory: Path | None = None
     ) -> SpreadStore:
-        """Connect to the daemons. Shards in the model directory ``folder`` are read if no daemon gives a record.
+        """Connect to the daemons. Shards in the model directory ``directory`` are read if no daemon gives a record.
 
         An address with ``is_dns_name`` stands for all daemons of the name; the store notices when they change.
 
@@ -63,7 +63,7 @@ class SpreadStore(Store):
         store = cls(
             manifest,
             [Peer(str(address), RemoteStore(address, credentials, manifest)) for address in single],
-            _open_local(folder) if folder is not None else None,
+            _open_local(directory) if directory is not None else None,
             names=[address for address in addresses if address.is_dns_name],
             credentials=credentials,
         )
@@ -80,7 +80,7 @@ class SpreadStore(Store):
         peers: Sequence[Peer],
         local: Store | None = None,
         *,
-        patience: float = PATIENCE,
+        patience: float = AWAY_PATIENCE,
         names: Sequence[Address] = (),
         credentials: Credentials | None = None,
     ) -> None:
@@ -183,15 +183,15 @@ class SpreadStore(Store):
         return error or away or UnavailableError("Every daemon is away.", "Start one: moetier daemon DIR")
 
 
-def _open_local(folder: Path) -> Store | None:
+def _open_local(directory: Path) -> Store | None:
     """Return the store of a directory, without mirrors; None if it can't be opened or can't read any block."""
     with contextlib.ExitStack() as closing:
         try:
-            store = closing.enter_context(open_store(folder, damaged=True))
+            store = closing.enter_context(open_store(directory, damaged=True))
             if not store.faults:
                 store.check_digest()
         except (StoreError, CheckpointError) as error:
-            _log.info("No records are read from %s: %s", folder, error.cause)
+            _log.info("No records are read from %s: %s", directory, error.cause)
             return None
         if len(store.faults) == len(store.manifest.blocks):
             return None

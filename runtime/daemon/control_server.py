@@ -44,7 +44,7 @@ class ControlServer:
     """Server of the control socket in a daemon's folder, with a thread for each connection.
 
     ``admit(session, digest, pid)`` returns the answer to a client. If it raises a MoetierError, that is sent to the
-    client instead. ``admit`` raises OSError if the process has no descriptor left. ``leave(session)`` is called when a
+    client instead. ``admit`` raises OSError if the process has no descriptor left. ``remove(session)`` is called when a
     client's connection has ended.
     """
 
@@ -53,13 +53,13 @@ class ControlServer:
         folder: Path,
         *,
         admit: Callable[[str, str | None, int], Welcome],
-        leave: Callable[[str], None],
+        remove: Callable[[str], None],
         max_clients: int,
         version: str,
     ) -> None:
         """Listen on the control socket, and replace a stale one. Raises OSError if the socket can't be created."""
         self._admit = admit
-        self._leave = leave
+        self._on_end = remove
         self._max_clients = max_clients
         self._version = version
         self._refusals = RateLimitedLog(_log, "client-refused")
@@ -142,7 +142,7 @@ class ControlServer:
             self._remove(end)
             end.close()
             if session:
-                self._leave(session)
+                self._on_end(session)
 
     def _greet(self, end: socket.socket, pid: int, packet: bytes) -> str:
         """Answer a client's first packet, and return its session id. Raises the MoetierError to send instead."""

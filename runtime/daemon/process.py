@@ -134,7 +134,7 @@ def _start(
     control = ControlServer(
         config.folder,
         admit=clients.admit,
-        leave=clients.remove,
+        remove=clients.remove,
         max_clients=config.max_clients,
         version=version("moetier"),
     )

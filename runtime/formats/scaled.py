@@ -219,7 +219,7 @@ def _grid_of(
     elif len(grid) == 1:
         grid = (*grid, 1)
     if len(grid) == 2 and math.prod(grid) > 0:
-        rows, columns = (_step(*sizes) for sizes in zip(size, grid, block, strict=True))
+        rows, columns = (_per_scale(*sizes) for sizes in zip(size, grid, block, strict=True))
         if rows and columns:
             return grid, (rows, columns)
     raise CheckpointError(
@@ -228,14 +228,14 @@ def _grid_of(
     )
 
 
-def _step(size: int, cells: int, block: int) -> int:
+def _per_scale(size: int, cells: int, block: int) -> int:
     """Return how many rows or columns share a scale; 0 if the scales do not fit.
 
     ``size`` is the number of rows or columns, ``cells`` that of their scales, and ``block`` how many should share one.
     """
     block = min(block, size)
-    step = block if -(-size // block) == cells else size // cells
-    return step if step and -(-size // step) == cells else 0
+    per_scale = block if -(-size // block) == cells else size // cells
+    return per_scale if per_scale and -(-size // per_scale) == cells else 0
 
 
 class Scaled(Format):

@@ -90,9 +90,9 @@ class SourceTensor(ABC):
 
         nbytes = math.prod(self.shape) * getattr(torch, self.dtype).itemsize
         rows = self.shape[0]
-        step = max(1, CHUNK_BYTES * rows // max(nbytes, 1))
-        for first in range(0, rows, step):
-            yield self.read(first, min(step, rows - first)).view(-1).view(torch.uint8).numpy()
+        most = max(1, CHUNK_BYTES * rows // max(nbytes, 1))
+        for first in range(0, rows, most):
+            yield self.read(first, min(most, rows - first)).view(-1).view(torch.uint8).numpy()
 
     # tensors of experts
 

@@ -29,7 +29,7 @@ from moetier.tiers.store.atomic import read_errors
 from moetier.tiers.store.base import DirectoryStore, Pause, Problem
 from moetier.tiers.store.checksum import PIECE_BYTES, checksum_bytes, crc32c
 from moetier.tiers.store.folder import command
-from moetier.tiers.store.reader import Read, as_bytes, read_in_steps, run_reads
+from moetier.tiers.store.reader import Read, as_bytes, read_in_pieces, run_reads
 from moetier.tiers.store.shard import read_at, try_direct
 from moetier.tiers.store.unchanged import Unchanged
 
@@ -302,7 +302,7 @@ class ExtentStore(DirectoryStore):
             view, extents = as_bytes(buffer), self.table.extents(key)
             assert len(view) == self.layout(key.block).slot_bytes, f"{len(view)} bytes are no slot"
             try:
-                crc = read_in_steps(view, pause, partial(self._fill, extents))
+                crc = read_in_pieces(view, pause, partial(self._fill, extents))
                 if not self.table.is_linked:  # else the checksum proves the bytes
                     for shard in {extent.shard for extent in extents}:
                         self._files[shard].check_unchanged()
@@ -320,7 +320,7 @@ class ExtentStore(DirectoryStore):
     def _fill(
         self, extents: list[Extent], start: int, part: memoryview, payload: memoryview, piece: int, crc: int
     ) -> int:
-        """Read a part of a record, as a ``Fill`` for ``read_in_steps``."""
+        """Read a part of a record, as a ``Fill`` for ``read_in_pieces``."""
         reads = [
             Read(
                 self._pool,

@@ -219,7 +219,7 @@ def rename_durably(path: Path, goal: Path) -> None:
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Exchange the names of two files or folders in one step, durably. Return False if the file system can't.
+    """Exchange the names of two files or folders atomically and durably. Return False if the file system can't.
 
     Neither may contain the other. Raises OSError for any other failure.
     """

@@ -24,7 +24,7 @@ from moetier.tiers.manifest import Manifest
 
 from .base import DirectoryStore, Pause, WrapperStore
 from .folder import MIRRORS, read_json, read_manifest, store_folder
-from .reader import ExpertStore, Read, as_bytes, read_in_steps, run_reads
+from .reader import ExpertStore, Read, as_bytes, read_in_pieces, run_reads
 
 LEAST_BYTES = 256 << 10  # smallest part of a record that is worth a read of its own
 MEMORY = 1.0  # seconds of reading over which the rate of a disk is averaged
@@ -154,7 +154,7 @@ class MirroredStore(WrapperStore):
             self.manifest.check_keys(key.block, (key,))
             view, used = as_bytes(buffer), set[_Copy]()
             try:
-                crc = read_in_steps(view, pause, partial(self._fill, key, used))
+                crc = read_in_pieces(view, pause, partial(self._fill, key, used))
                 self._copies[0].store.check_record(key, view, crc)
             except StoreError as error:
                 self._recover(key, buffer, pause, used, error)

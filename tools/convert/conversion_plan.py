@@ -177,16 +177,16 @@ def stages(files: Mapping[int, frozenset[Path]]) -> list[Stage]:
     ``files``: the files that each block is made from, by its number. In a checkpoint, blocks are spread over files in
     the order of their numbers, or of their names ("10" before "2").
     """
-    groups: list[tuple[list[int], frozenset[Path]]] = []
+    runs: list[tuple[list[int], frozenset[Path]]] = []
     for block in sorted(files, key=lambda block: (max(files[block]), min(files[block]), block)):
-        if groups and files[block] == groups[-1][1]:
-            groups[-1][0].append(block)
+        if runs and files[block] == runs[-1][1]:
+            runs[-1][0].append(block)
         else:
-            groups.append(([block], files[block]))
-    files_in_order = [group[1] for group in groups]
+            runs.append(([block], files[block]))
+    files_in_order = [run[1] for run in runs]
     none = frozenset[Path]()
     in_order = []
-    for place, (blocks, needed) in enumerate(groups):
+    for place, (blocks, needed) in enumerate(runs):
         present = none.union(*files_in_order[: place + 1]) & none.union(*files_in_order[place:])
         lacking = none.union(*files_in_order[place + 1 : place + 2]) - present
         ahead = min(lacking, default=None) if len(present) < AT_ONCE else None

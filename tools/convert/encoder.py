@@ -170,7 +170,7 @@ class MatrixRecord:
     dtype = "uint8"
 
     def __init__(self, path: str, recipe: Recipe, trunk_records: TrunkRecords, *, workers: int, fast: bool) -> None:
-        rows, columns = recipe.model.get_parameter(recipe.target).shape
+        rows, columns = recipe.model.get_parameter(recipe.parameter).shape
         self.layout: RecordLayout = matrix_layout(rows, columns, trunk_records)
         self.error = WeightError()
         self._path = path
@@ -210,14 +210,14 @@ class MatrixRecord:
         record = torch.zeros(self.layout.payload_bytes, dtype=torch.uint8)
         views = sections(record, self.layout)
         whole = None if self._recipe.direct else self._recipe.make(None)
-        step = max(1, PIECE_WEIGHTS // p.columns // ROW_TILE) * ROW_TILE
+        most = max(1, PIECE_WEIGHTS // p.columns // ROW_TILE) * ROW_TILE
 
         def fill(start: int) -> WeightError:
-            """Quantise the rows from ``start`` on, ``step`` at most, and put them into the record.
+            """Quantise the rows from ``start`` on, ``most`` of them at most, and put them into the record.
 
             Rows can be quantised apart, as no group spans several rows.
             """
-            count = min(step, p.rows - start)
+            count = min(most, p.rows - start)
             weights = self._recipe.rows(start, count) if whole is None else whole[start : start + count]
             if not all(map(math.isfinite, torch.stack(weights.aminmax()).tolist())):
                 raise CheckpointError(
@@ -236,5 +236,5 @@ class MatrixRecord:
             return error
 
         with pool_of(self._workers) as pool:
-            self.error = sum(pool.map(fill, range(0, p.rows, step)), WeightError())
+            self.error = sum(pool.map(fill, range(0, p.rows, most)), WeightError())
         return record

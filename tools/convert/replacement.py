@@ -1,6 +1,6 @@
 """Replace a complete model directory: the new model is made beside the old one, and then takes its place.
 
-The new model is made in the folder NAME~new. When it is complete, both folders exchange their names in one step. The
+The new model is made in the folder NAME~new. When it is complete, both folders exchange their names atomically. The
 old one becomes the folder REPLACED in the new one, gives back the files that moetier did not write, and is removed. So
 a process that dies at any moment leaves the old or the new model in place, and the next conversion finishes or resumes
 what it began. A process that has files of the old model open can still read them.
@@ -156,7 +156,7 @@ def check_replaceable(folder: Path) -> None:
     if not os.access(place, os.W_OK | os.X_OK):
         raise TargetError(f"{folder} can't be written, so it can't be replaced.", f"Run: chmod u+wx {folder}")
     if reason:
-        raise TargetError(f"{folder} can't be replaced in one step, as {reason}.", FIRST)
+        raise TargetError(f"{folder} can't be replaced atomically, as {reason}.", FIRST)
     with locked(str(folder), folder):
         pass
 

@@ -118,7 +118,7 @@ class Target:
                 "Choose another folder, or empty this one; moetier deletes no files that it did not write.",
             )
         try:
-            earlier = self.found_plan()
+            earlier = self.existing_plan()
         except StoreError as error:
             raise self._differs(f"its plan can't be read ({error.cause})") from error
         if earlier is None:
@@ -138,7 +138,7 @@ class Target:
             raise self._differs("it was complete, and some of its files are missing now")
         return whole
 
-    def found_plan(self) -> Manifest | None:
+    def existing_plan(self) -> Manifest | None:
         """Return the plan of what the folder holds, to be compared with ``plan``; None if it has no plan.
 
         Raises StoreError if it can't be read.
@@ -298,7 +298,7 @@ def small_files(
     ``bits`` and ``trunk_bits`` are written into config.json, and ``dtype`` if the checkpoint's config has none.
     """
     contents = {name: _without_code(contained(checkpoint.folder, name)) for name in checkpoint.copied}
-    contents |= checkpoint.made_files()
+    contents |= checkpoint.generated_files()
     if checkpoint.revision is not None:
         origin = {"id": checkpoint.name, "revision": checkpoint.revision}
         contents[ORIGIN] = json.dumps(origin, indent=2).encode() + b"\n"

@@ -44,7 +44,7 @@ def plan(
         into: folder whose disk is measured; None: for a hub id the folder of pulled models, else the current folder.
         disk: speed of the disk in GB/s; None: measure it.
         cache: names and values of the options of an object store's cache, for the recommended command line.
-        say: called with a line of progress before each step that takes long.
+        say: called with a line of progress before each measurement that takes long.
         resources: ``ram``, ``device_memory``, ``device``, ``threads`` and ``prefill_chunk``, as in ``load``.
     """
     _check(bits, trunk_bits, disk)

@@ -31,7 +31,7 @@ GB = 1e9
 DISK_SECONDS = 2.0  # of random reads; during the first half, one read is in flight
 LEAST_FILE_BYTES = 64 << 20  # of an existing file that is read; in a smaller one, reads would repeat too often
 FILE_BYTES = 256 << 20  # of the temporary file that is read if there is no other; less for a smaller model
-LEAST_MADE_BYTES = 16 << 20  # least size of that temporary file
+LEAST_TEMPORARY_BYTES = 16 << 20  # least size of that temporary file
 KERNEL_SECONDS = 0.25
 ROWS = 32  # of a product with many rows
 PROBED_WEIGHTS = 1 << 22  # most weights of a measured matrix: a whole expert may take seconds
@@ -153,7 +153,7 @@ def probe_bytes(model_bytes: int, free: int) -> int:
 
     The file takes at most half of the ``free`` bytes.
     """
-    return min(FILE_BYTES, max(LEAST_MADE_BYTES, model_bytes), free // 2)
+    return min(FILE_BYTES, max(LEAST_TEMPORARY_BYTES, model_bytes), free // 2)
 
 
 def _probed_layout(layout: RecordLayout, bits: Bits) -> RecordLayout:

@@ -192,7 +192,7 @@ def all_partitions(manifest: Manifest, slots: Mapping[str, int]) -> list[Partiti
 
     ``slots``: number of slots for each zarr array of the store; an array has the blocks whose records have one layout.
     """
-    return [group for array, count in slots.items() for group in partitions_of(count, manifest.members[array])]
+    return [partition for array, count in slots.items() for partition in partitions_of(count, manifest.members[array])]
 
 
 def demands_of(trace: Trace, sequence: int, block: int) -> list[SimulatedDemand]:

@@ -111,8 +111,8 @@ class Nonsense:
                     blocks.append(pb.Experts(block=block, experts=self.experts()))
                 return pb.ClientMessage(used=pb.Used(blocks=blocks))
             case 4:
-                wishes = pb.Experts(block=self._random.randrange(3), experts=self._random.sample(range(8), 3))
-                return pb.ClientMessage(prefetch=pb.Prefetch(requested=wishes))
+                requested = pb.Experts(block=self._random.randrange(3), experts=self._random.sample(range(8), 3))
+                return pb.ClientMessage(prefetch=pb.Prefetch(requested=requested))
             case _:
                 return pb.ClientMessage()
 

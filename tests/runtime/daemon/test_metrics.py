@@ -48,7 +48,7 @@ def metrics(daemon: DaemonProcess) -> dict[tuple[str, ...], float]:
 
 
 def test_they_are_the_counters(store: Store, tmp_path: Path) -> None:
-    """Of a client that has asked for three and holds two, and of two wishes of which one came true."""
+    """Count a client that asked for three records and holds two, and two prefetch requests, one of them useful."""
     with running_daemon(store[0], ram=12 * SLOT, folder=tmp_path / "d", extra=LOOPBACK) as daemon:
         with RawClient(daemon.folder, store[1]) as client:
             client.acquire(1, 0, [1, 2, 3])

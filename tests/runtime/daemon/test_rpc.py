@@ -171,7 +171,7 @@ def test_what_the_model_does_not_have_is_missing(
         assert client.record(client.granted().slot) == store[2][ExpertKey(0, 1)]
 
 
-@pytest.mark.parametrize("fault", ["twice", "none", "in use", "missing used", "missing wish", "too many requests"])
+@pytest.mark.parametrize("fault", ["twice", "none", "in use", "missing used", "missing prefetch", "too many requests"])
 def test_nonsense_ends_the_stream_and_its_leases(lasting: DaemonProcess, store: Store, fault: str) -> None:
     with RawClient(lasting.folder, store[1]) as client:
         client.acquire(1, 0, [0, 1])
@@ -186,7 +186,7 @@ def test_nonsense_ends_the_stream_and_its_leases(lasting: DaemonProcess, store: 
                 client.acquire(1, 0, [2])
             case "missing used":
                 client.send(used=pb.Used(blocks=[pb.Experts(block=9, experts=[1])]))
-            case "missing wish":
+            case "missing prefetch":
                 client.send(prefetch=pb.Prefetch(requested=pb.Experts(block=0, experts=[10**9])))
             case _:
                 for request in range(2, 300):

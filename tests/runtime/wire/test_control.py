@@ -46,7 +46,7 @@ class Host:
         self.admitted: list[tuple[str, str | None, int]] = []
         self.left: list[str] = []
         self.server = ControlServer(
-            folder, admit=self.admit, leave=self.left.append, version="1.2", **{"max_clients": 4, **options}
+            folder, admit=self.admit, remove=self.left.append, version="1.2", **{"max_clients": 4, **options}
         )
 
     def admit(self, session: str, digest: str | None, pid: int) -> Welcome:

@@ -33,7 +33,7 @@ def test_a_block_that_is_read_whole_is_read_once(tmp_path: Path, monkeypatch: py
     make, release, encode = Recipe.make, BlockBlueprint.release, records.encode
 
     def count(recipe: Recipe, expert: int | None) -> Any:
-        made[recipe.target, expert] += 1
+        made[recipe.parameter, expert] += 1
         return make(recipe, expert)
 
     def tell(block: BlockBlueprint) -> None:
@@ -53,7 +53,7 @@ def test_a_block_that_is_read_whole_is_read_once(tmp_path: Path, monkeypatch: py
     blocks = conversion.planned.blueprint.blocks
     assert not any(block.apart for block in blocks)
     conversion.run()
-    assert made == {(recipe.target, None): 1 for block in blocks for recipe in block.recipes.values()}
+    assert made == {(recipe.parameter, None): 1 for block in blocks for recipe in block.recipes.values()}
     assert not any(block._whole for block in blocks)
     assert tree(tmp_path / "two") == tree(tmp_path / "one")
 
