@@ -8,7 +8,7 @@ import re
 # may have typed one slash, which is also what a path makes of two, or no scheme
 USER = re.compile(r"(?<=:/)(/?)(?:[^/\s@]*@|[^/\s:@\[]*:(?!\d{1,5}(?:[^\w@]|$))[^\s@]*@)")
 _BARE = re.compile(r"(?<![^\s'\"(</])[^\s'\":/@]+:(?!/)[^\s@]+@")
-# a query, to the end of the word, but for what a text may have behind an address
+# a query, to the end of the word, but for what may follow an address in a text
 _QUERY = re.compile(r"(:/{1,2}[^\s?]*)\?\S*?(?=[\"'<>).,:;]*(?:\s|$))")
 
 

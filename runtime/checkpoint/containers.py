@@ -132,7 +132,7 @@ def samples(tensor: StoredTensor) -> list[tuple[int, int]]:
 
 
 class Container(ABC):
-    """How a folder or file holds a checkpoint, such as in GGUF. All methods take the path of a checkpoint."""
+    """Container of a checkpoint: a folder, or a file such as GGUF's. All methods take the path of the checkpoint."""
 
     @abstractmethod
     def open(self, path: str | Path, *, ignore_code: bool) -> Checkpoint:

@@ -1,8 +1,8 @@
 """The trunk of a checkpoint that is used as it is, where transformers can't read it from the files.
 
-Matrices of linear modules, and the embedding, stay in the mapped file if modules can multiply with them as they lie
-there (GGUF). A matrix whose rows have another order in the model is copied. Rows of the embedding are decoded when they
-are looked up. All else is decoded when transformers reads it.
+Matrices of linear modules, and the embedding, stay in the mapped file if modules can multiply with them as they are
+stored (GGUF). A matrix whose rows have another order in the model is copied. Rows of the embedding are decoded when
+they are looked up. All else is decoded when transformers reads it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SPELLINGS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 @dataclass(frozen=True)
 class Trunk:
-    """What from_pretrained is given in place of files: tensors, or objects that read one when they are indexed."""
+    """Trunk for from_pretrained, in place of files: tensors, or objects that read one when they are indexed."""
 
     tensors: Mapping[str, Any]  # by the model's names; names of records are module paths and RECORD
     layouts: Mapping[str, RecordLayout]  # of the records, by the paths of their modules

@@ -74,7 +74,7 @@ class OutputSeconds:
 
 
 class RecentUses:
-    """How often each expert of a block was used during about the last HORIZON tokens."""
+    """Numbers of uses of each expert of a block, during about the last HORIZON tokens."""
 
     def __init__(self, experts: int) -> None:
         self._counts = [0.0] * experts

@@ -204,7 +204,7 @@ class RemoteStore(Store):
 class _Channels:
     """Channels to one daemon. ``fetches`` is an endless iterator of callables for Fetch, one channel after another.
 
-    ``compute`` is the callable for Compute, on a channel of its own, where hidden states don't wait behind records.
+    ``compute`` is the callable for Compute, on a channel of its own, so that hidden states don't wait for records.
 
     Over a Unix socket, the control connection that gave the session id stays open as long as the channels.
     """
@@ -216,7 +216,7 @@ class _Channels:
                 bearer = opened.enter_context(ControlConnection.open(address.folder, None)).session_id
             self._open = partial(open_channel, address, credentials, bearer=bearer)
             channels = [opened.enter_context(self._open()) for _ in range(count)]
-            self._computing = [self._open()]  # the channel for computations, and behind it the one that it replaced
+            self._computing = [self._open()]  # the channel for computations, and then the one that it replaced
             self._opened = opened.pop_all()
         self.first = channels[0]
         # they take and yield serialised messages: see ``encode_request`` and ``decode_piece``

@@ -109,7 +109,7 @@ def _start(
     """Open the models, and start all servers. ``closing`` will close everything that is opened here."""
     token = read_token(config.token_file) if config.token_file is not None else None
     credentials = server_credentials(config.tls_cert, config.tls_key, config.tls_client_ca)
-    stores = open_stores(config.directories, closing)  # a model that is missing leaves no folder behind
+    stores = open_stores(config.directories, closing)  # before the folder is made, as a model may be missing
     make_folder(config.folder)
     was_killed = closing.enter_context(locked_folder(config.folder))
     models = open_models(config, stores, manager, closing, was_killed=was_killed)

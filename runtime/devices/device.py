@@ -23,7 +23,7 @@ WITHOUT_ONEDNN = "torch computes without oneDNN, which is slow for prompts where
 
 
 class Diagnosis(NamedTuple):
-    """What ``moetier doctor`` says about a device. With ``advice``, it is a warning."""
+    """Result of a device's check for ``moetier doctor``. With ``advice``, it is a warning."""
 
     text: str
     advice: str = ""

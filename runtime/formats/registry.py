@@ -37,7 +37,7 @@ NEEDS_BITS = "Give --bits 16 for the values as they are, or 8, 4, 3 or 2 to quan
 
 @dataclass(frozen=True)
 class Format(ABC):
-    """How one checkpoint in safetensors stores its weights.
+    """Format in which one checkpoint in safetensors stores its weights.
 
     A subclass is one format, and an object of it belongs to one checkpoint.
     """

@@ -62,7 +62,7 @@ def open_origin(
         for daemon in daemons_serving(manifest.digest):
             try:
                 origin = _mapped(daemon, location, manifest)
-            except (NoDaemonError, UnknownModelError) as error:  # the daemon has ended, and has left its card behind
+            except (NoDaemonError, UnknownModelError) as error:  # the daemon has ended without removing its card
                 _log.info("The daemon %s is not used: %s", daemon, error.cause)
             except MoetierError as error:  # the daemon is full, or has another version
                 refusals[daemon] = error

@@ -264,7 +264,7 @@ def _gate(model: Any, block: int, path: str, paths: list[str]) -> Gate:
         return replace(described, refusal=f"{type(layer).__name__} has no norm of a known name.")
     arguments = tuple(argument_names(gate))
     if unknown := [name for name in arguments if not hasattr(parent, name)]:
-        why = f"{type(gate).__name__} wants {' and '.join(unknown)}, known only at its turn."
+        why = f"{type(gate).__name__} wants {' and '.join(unknown)}, which only a forward pass has."
         return replace(described, refusal=why)
     described = replace(described, gate=gate, arguments=arguments)
     return replace(described, scores=_scores(described))

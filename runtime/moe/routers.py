@@ -170,8 +170,9 @@ def _trial(router: Any, dtype: torch.dtype) -> RouterVariant | None:
     def numbers(*shape: int) -> Tensor:
         return torch.randn(shape, generator=random)
 
-    # A correction that shows, and logits of all signs; then such logits that what is added to their sum shows. Their
-    # scores are negative with the correction, so that another choice than the best of some groups shows.
+    # The correction is large enough to change choices. The first logits have all signs. The second ones are so small
+    # that a number which the router adds to their sum shows in the result. With the correction their scores are
+    # negative, which tells routers apart that set the scores of other groups to 0 from those that leave them out.
     correction = 0.1 * numbers(experts) - 0.5
     if buffers_of(twin):
         ((name, buffer),) = buffers_of(twin).items()

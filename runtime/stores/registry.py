@@ -38,7 +38,7 @@ def read_manifest(location: Path) -> Manifest:
 
 
 def _class_for(location: Path) -> type[DirectoryStore]:
-    """Return the class of the store at ``location``. Modules of classes behind it in ``STORES`` are not imported."""
+    """Return the class of the store at ``location``. Modules of later classes in ``STORES`` are not imported."""
     for store_class in map(_load, STORES):
         if store_class.recognises(location):
             return store_class

@@ -250,7 +250,7 @@ class ExtentStore(DirectoryStore):
 
     @property
     def remedy(self) -> str:
-        """What to do about damaged files."""
+        """Advice about damaged files, as a sentence for users."""
         return "Get the checkpoint's own files again. If they were changed on purpose, run moetier link again."
 
     @property
@@ -332,7 +332,7 @@ class ExtentStore(DirectoryStore):
         return run_reads(reads, crc)
 
     def _assemble(self, extents: list[Extent], start: int, part: memoryview) -> None:
-        """Fill ``part``, which begins at ``start`` in the record: extents, and zeros between and behind them."""
+        """Fill ``part``, which begins at ``start`` in the record: extents, and zeros between and after them."""
         done, stop = start, start + len(part)
         for extent in extents:
             first, end = max(extent.start, start), min(extent.start + extent.length, stop)
@@ -345,7 +345,7 @@ class ExtentStore(DirectoryStore):
         part[done - start :] = bytes(stop - done)
 
     def _fill_from(self, extent: Extent, skipped: int, part: memoryview) -> None:
-        """Fill ``part``, which begins ``skipped`` bytes behind the extent's first byte in the record."""
+        """Fill ``part``, which begins ``skipped`` bytes after the extent's first byte in the record."""
         if not extent.row_bytes and not extent.is_wide:
             self._files[extent.shard].read(extent.offset + skipped, part, self._buffers)
             return

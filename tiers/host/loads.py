@@ -26,7 +26,7 @@ from .prefetch import PrefetchQueue
 
 
 class LoadLimits(NamedTuple):
-    """How many loads may be in progress."""
+    """Limits of the numbers of loads in progress."""
 
     # loads that one demand waits for at a time. The demand of a thread begins no load while twice this number of
     # records are being loaded for it or have arrived and are not leased yet.

@@ -1,10 +1,10 @@
 """Half-quadratic quantisation (HQQ): choose the quantisation levels of each group of weights.
 
 The solver is that of Badri & Shaji 2023, "Half-Quadratic Quantization of Large Machine Learning Models", as it is in
-the package hqq (``hqq.core.optimize.optimize_weights_proximal_legacy``). The scale s is the distance of two
-levels, and follows from the range of the group. The offset b is found by alternating between rounding and a proximal
-step for the l_0.7 norm of the error. A weight is w = code * s + b, where codes are centred on zero. In this form, s = 0
-needs no special case.
+the package hqq (``hqq.core.optimize.optimize_weights_proximal_legacy``). The scale s is the distance of two levels, and
+follows from the range of the group. The offset b is found by alternating between rounding and a proximal step for the
+l_0.7 norm of the error. A weight is w = code * s + b, where codes are centred on zero. In this form, s = 0 needs no
+special case.
 
 This module differs from the package hqq in two points. It does not clamp the inverse of s at 2e4: the clamp would cost
 small weights most of their bits. And each group keeps the best offset of all iterations. So the result of a group

@@ -172,7 +172,7 @@ class DirectoryStore(Store):
 
     @property
     def remedy(self) -> str:
-        """What to do about damaged files, as a sentence for users."""
+        """Advice about damaged files, as a sentence for users."""
         return "Restore the files named."
 
     def check_digest(self) -> None:
@@ -268,7 +268,7 @@ class WrapperStore(DirectoryStore):
 
     @property
     def remedy(self) -> str:
-        """What to do about damaged files of ``store``."""
+        """Advice about damaged files of ``store``."""
         return self.store.remedy
 
     def check_digest(self) -> None:

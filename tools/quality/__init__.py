@@ -1,4 +1,4 @@
 """Quality of stored weights: the loss of a language model on a text.
 
-Others use ``quality``. Imports ``convert``, ``runtime`` and ``tiers``.
+Other packages use ``quality``. The package imports ``convert``, ``runtime`` and ``tiers``.
 """

@@ -79,7 +79,7 @@ def place_of(place: Path) -> str:
     device = place.stat().st_dev
     number = f"{os.major(device)}:{os.minor(device)}"
     mounts = (line.split(" - ") for line in Path("/proc/self/mountinfo").read_text().splitlines())
-    file_system = next((behind.split()[0] for before, behind in mounts if before.split()[2] == number), "a file system")
+    file_system = next((after.split()[0] for before, after in mounts if before.split()[2] == number), "a file system")
     block = Path("/sys/dev/block") / number
     if not block.exists():
         return file_system

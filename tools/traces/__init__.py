@@ -1,4 +1,5 @@
 """Recorded routing: simulated tiers that replay it, and figures.
 
-Others use ``simulation``, ``recording``, ``replay`` and ``figures``. Imports ``cli``, ``runtime`` and ``tiers``.
+Other packages use ``simulation``, ``recording``, ``replay`` and ``figures``. The package imports ``cli``, ``runtime``
+and ``tiers``.
 """

@@ -26,7 +26,7 @@ class _Bytes:
         self._words: dict[int, Value] = {}  # by their offset, a multiple of 4
 
     def word(self, offset: int) -> Value:
-        """Return the four bytes of each row from ``offset`` on, i32 [lanes]. Those behind the last are 0."""
+        """Return the four bytes of each row from ``offset`` on, i32 [lanes]. Those after the last are 0."""
         emit, skipped = self._emit, offset % 4
         first = self._aligned(offset - skipped)
         if not skipped:

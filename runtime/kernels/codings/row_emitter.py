@@ -172,7 +172,7 @@ class RowEmitter(Emitter):
 
 
 class Coding(ABC):
-    """How a projection's weights are stored.
+    """Coding in which a projection's weights are stored.
 
     A weight is ((c - centre) * scale + low) * unit, with a code c from 0 to ``largest``, which is at most 127, and
     with ``scale`` and ``low`` of its ColumnGroup. If ``is_exact``, codes are fp32 numbers instead, and x

@@ -1,5 +1,6 @@
 """The compiler of kernels, and the threads that run them.
 
 ``emitter`` writes LLVM code, ``processor`` compiles it for this processor, ``executable`` loads it, and ``team`` runs
-compiled tasks on several threads. Imports no other package of kernels. Only ``runtime.kernels`` imports llvmlite.
+compiled tasks on several threads. The package imports no other package of kernels. Only ``runtime.kernels`` imports
+llvmlite.
 """

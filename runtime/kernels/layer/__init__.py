@@ -1,5 +1,5 @@
 """Kernels for the rest of a decoder layer: attention of one token, its cache, norms and routers.
 
-Others use ``attention``, ``attention_tasks``, ``growing_cache``, ``norm`` and ``routing``. Imports ``products`` and
-``jit``.
+Other packages use ``attention``, ``attention_tasks``, ``growing_cache``, ``norm`` and ``routing``. The package imports
+``products`` and ``jit``.
 """

@@ -226,7 +226,7 @@ class AttentionTasks:
 
 
 def _matrix_of(module: Any) -> RowMatrix | None:
-    """Return the matrix of a linear module, for products with single rows; None if it has none, or that of before."""
+    """Return the matrix of a linear module for products with single rows; None if it has none, or an outdated one."""
     is_plain = type(module) is nn.Linear
     stored = parameters_of(module).get("weight") if is_plain else buffers_of(module).get("record")
     matrix: RowMatrix | None = vars(stored if is_plain else module).get("matrix") if stored is not None else None

@@ -81,7 +81,7 @@ class _InPlace(DynamicLayer):
 
     _buffers: tuple[GrowingBuffer, GrowingBuffer] | None = None
     _views: tuple[Tensor, Tensor] | None = None  # keys and values as they were set last
-    _begin = _end = 0  # places in the buffers: of this layer's first token, and behind its last
+    _begin = _end = 0  # places in the buffers: of this layer's first token, and after its last
     _is_longer = False  # whether ``extend`` has added tokens since ``_views`` were made
     _room: CacheMemory | None = None  # what ``room`` has returned last
 

@@ -36,7 +36,7 @@ from .routing_code import (
 
 
 class RouterVariant(NamedTuple):
-    """How a router chooses experts and weighs them."""
+    """Variant of a router: the way in which it chooses experts and weighs them."""
 
     top_k: int
     normalised: bool  # whether the weights of the chosen experts add up to ``factor``

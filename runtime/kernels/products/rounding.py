@@ -38,7 +38,7 @@ ROUND = "moetier_round"  # name of the compiled function
 
 
 class Rounding(NamedTuple):
-    """How rows of x are rounded for a product."""
+    """Rounding of the rows of x for a product."""
 
     group: int  # number of neighbouring numbers that share a scale
     is_interleaved: bool = False  # numbers 0, 2, 4, 6 of every eight are stored before numbers 1, 3, 5, 7

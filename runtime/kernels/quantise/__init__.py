@@ -1,4 +1,4 @@
 """Kernels that quantise weights to the codes of records, with HQQ or by rounding.
 
-Others use ``encode``. Imports ``jit``.
+Other packages use ``encode``. The package imports ``jit``.
 """

@@ -16,9 +16,12 @@ FP32, BF16 = torch.float32, torch.bfloat16
 REFUSED = {
     "deepseek_v4": (
         {0},
-        "1 of 3 blocks can't be predicted: DeepseekV4HashRouter wants input_ids, known only at its turn.",
+        "1 of 3 blocks can't be predicted: DeepseekV4HashRouter wants input_ids, which only a forward pass has.",
     ),
-    "zaya": ({0, 1, 2}, "3 of 3 blocks can't be predicted: ZayaRouter wants router_states, known only at its turn."),
+    "zaya": (
+        {0, 1, 2},
+        "3 of 3 blocks can't be predicted: ZayaRouter wants router_states, which only a forward pass has.",
+    ),
 }
 # the function of the logits by which experts are weighed; softmax in all other types
 SCORES = {
