@@ -257,7 +257,7 @@ def test_streams_that_are_closed_say_nothing(tmp_path: Path, streams: str, words
     assert (done.returncode, "Traceback" in done.stderr) == (code, False)
 
 
-def test_nobody_reads_the_one_stream_that_is_open() -> None:
+def test_no_process_reads_the_only_open_stream() -> None:
     script = f"'{sys.executable}' -m moetier.tools.main verify /nonexistent >&-"
     reader, writer = os.pipe()
     os.close(reader)

@@ -58,7 +58,7 @@ def logits(folder: Path, **options: Any) -> torch.Tensor:
     return found
 
 
-def test_records_decode_as_the_forms_own_decoder_does(made: tuple[str, Path, Path]) -> None:
+def test_records_decode_as_the_formats_own_decoder_does(made: tuple[str, Path, Path]) -> None:
     form, native, decoded = made
     modules = experts_modules(ordinary_model(decoded))
     with open_store(native) as store:
@@ -96,7 +96,7 @@ def test_quick_products_are_near(made: tuple[str, Path, Path]) -> None:
     assert (quick - exact).norm() / exact.norm() < 0.1
 
 
-def test_a_conversion_keeps_the_form_or_decodes_it(made: tuple[str, Path, Path], tmp_path: Path) -> None:
+def test_a_conversion_keeps_the_coding_or_decodes_it(made: tuple[str, Path, Path], tmp_path: Path) -> None:
     _, native, decoded = made
     convert(native, tmp_path / "kept", bits="native")
     with open_store(native) as extents, open_store(tmp_path / "kept") as store:

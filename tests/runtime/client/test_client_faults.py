@@ -266,7 +266,7 @@ def test_a_daemon_that_stands_still_counts_as_gone(store: MappedStore, tmp_path:
         assert store.take(tier, 2, 5) == [5]
 
 
-def test_who_does_not_answer_stays_away(store: MappedStore, tmp_path: Path) -> None:
+def test_a_daemon_that_does_not_answer_stays_away(store: MappedStore, tmp_path: Path) -> None:
     """However long each attempt to connect takes: else every miss would wait for it anew."""
     with store.daemon(4, tmp_path / "daemon") as daemon, store.tier(daemon) as tier:
         store.take(tier, 0, 0, 1)

@@ -320,7 +320,7 @@ class WithoutThreads(ThreadPoolExecutor):
         raise RuntimeError("can't start new thread")
 
 
-def test_a_part_that_nobody_can_be_found_for(large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_part_without_a_thread_that_can_read_it(large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """There is no thread to be had: nothing is written behind the caller's back."""
     key = ExpertKey(0, 0)
     monkeypatch.setattr(remote, "ThreadPoolExecutor", WithoutThreads)
@@ -551,7 +551,7 @@ def test_a_slot_that_is_not_to_be_had_is_waited_for_a_bounded_time(large: Path) 
         assert slot == slot_with(LARGE_RECORDS[ExpertKey(0, 1)])
 
 
-def test_who_waits_for_a_slot_hears_why_before_its_deadline(large: Path) -> None:
+def test_a_call_that_waits_for_a_slot_is_answered_before_its_deadline(large: Path) -> None:
     """As long as both are as patient as they are by default."""
     with (
         served(large, slots=1, patience=1.0) as (address, host, _),
@@ -568,7 +568,7 @@ def test_who_waits_for_a_slot_hears_why_before_its_deadline(large: Path) -> None
 
 
 @pytest.mark.parametrize("how", ["its client goes", "its deadline passes", "the daemon ends"])
-def test_nobody_waits_in_vain(large: Path, how: str) -> None:
+def test_no_call_waits_in_vain(large: Path, how: str) -> None:
     """A fetch that waits for a slot, when nobody wants it any more."""
     with served(large, slots=1, patience=600) as (address, host, fetches):
         leases = host.acquire([ExpertKey(0, 0)])

@@ -68,7 +68,9 @@ def test_every_client_comes_to_the_same_order(daemons: list[str], key: ExpertKey
 
 
 @given(names, keys, st.data())
-def test_who_goes_moves_its_own_keys_alone(daemons: list[str], key: ExpertKey, data: st.DataObject) -> None:
+def test_a_daemon_that_is_removed_moves_only_its_own_keys(
+    daemons: list[str], key: ExpertKey, data: st.DataObject
+) -> None:
     gone = data.draw(st.sampled_from(daemons))
     order = rendezvous(daemons, key)
     assert rendezvous([name for name in daemons if name != gone], key) == [name for name in order if name != gone]
@@ -293,7 +295,7 @@ def test_all_away_is_waited_for_and_then_an_error(three: list[Daemon], manifest:
         assert shares(reader) == [0, 0, 1]
 
 
-def test_nobody_at_all_is_an_error_at_once(bare: Path, manifest: Manifest) -> None:
+def test_no_daemon_at_all_is_an_error_at_once(bare: Path, manifest: Manifest) -> None:
     addresses = [Address(target=f"127.0.0.1:{port}") for port in (1, 2)]
     with pytest.raises(UnavailableError):
         SpreadStore.open(addresses, PLAIN, manifest, bare)

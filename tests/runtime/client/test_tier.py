@@ -238,7 +238,7 @@ def test_a_stopped_client_that_holds_everything(store: MappedStore, tmp_path: Pa
         assert not any(worker.do("stats")["wrong"] for worker in (poor, rich))
 
 
-def test_a_wish_saves_the_miss(store: MappedStore, tmp_path: Path) -> None:
+def test_a_prefetch_saves_the_miss(store: MappedStore, tmp_path: Path) -> None:
     with store.daemon(18, tmp_path / "daemon") as daemon, store.tier(daemon) as tier:
         tier.prefetch(1, keys(1, 0, 3))
         wait_until(lambda: tier.stats().ready == 2)
@@ -253,7 +253,7 @@ def test_a_wish_saves_the_miss(store: MappedStore, tmp_path: Path) -> None:
         assert told < 30, "what is there is not requested: five such messages would be 50 bytes"
 
 
-def test_a_demand_that_is_there_clears_the_block_s_wishes(store: MappedStore, tmp_path: Path) -> None:
+def test_a_demand_that_hits_clears_the_blocks_prefetch_requests(store: MappedStore, tmp_path: Path) -> None:
     reader = GatedReader(store.manifest, store.records)
     with (
         HostTier(reader, slots={"records": 18}, loaders=4) as host,
@@ -337,7 +337,7 @@ def test_another_user_can_not_open_the_arena(store: MappedStore, tmp_path: Path)
         assert store.take(tier, 0, 0, 1) == [0, 1]
 
 
-def test_nobody_and_a_daemon_of_another_model(store: MappedStore, tmp_path: Path) -> None:
+def test_no_daemon_and_a_daemon_of_another_model(store: MappedStore, tmp_path: Path) -> None:
     with pytest.raises(UnavailableError, match="No daemon runs"):
         DaemonTier.open(tmp_path / "nothing", store.directory, store.manifest)
     other = MappedStore.make(tmp_path, blocks=1)
@@ -385,7 +385,7 @@ def test_no_room_to_map_the_arena(tmp_path: Path) -> None:
         assert "can't be mapped (Cannot allocate memory)" in result.stdout, result.stderr
 
 
-def test_closing_wakes_who_waits(store: MappedStore, tmp_path: Path) -> None:
+def test_closing_wakes_waiting_threads(store: MappedStore, tmp_path: Path) -> None:
     with (
         store.daemon(2, tmp_path / "daemon") as daemon,
         store.crew(daemon) as crew,

@@ -287,7 +287,7 @@ def test_any_number_of_activations_shares_the_code(
             assert found == wanted.view(torch.uint8).numpy().tobytes()
 
 
-def test_few_forms_of_activations_are_compiled(served: tuple[ComputeCalls, Address], manifest: Manifest) -> None:
+def test_few_variants_of_activations_are_compiled(served: tuple[ComputeCalls, Address], manifest: Manifest) -> None:
     """Whatever clients ask for: four functions, with gate and up in two orders, as the records have a gate."""
     x = hidden_states(manifest, 1)
     computed = 0

@@ -366,7 +366,7 @@ def listening(store: Store, tmp_path: Path) -> Iterator[DaemonProcess]:
         yield daemon
 
 
-def test_hundreds_of_idle_connections_are_in_nobodys_way(listening: DaemonProcess, store: Store) -> None:
+def test_hundreds_of_idle_connections_do_not_hinder_clients(listening: DaemonProcess, store: Store) -> None:
     """On TCP, and silent."""
     host, _, port = listening.card.listen.rpartition(":")
     with contextlib.ExitStack() as closing:

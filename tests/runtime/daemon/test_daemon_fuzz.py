@@ -165,7 +165,7 @@ def test_random_bytes_as_messages(
                     finished(lambda call=call, parts=parts: list(call(iter(parts), timeout=PATIENCE)))  # type: ignore[misc]
 
 
-def test_metadata_of_all_kinds(attacked: DaemonProcess) -> None:
+def test_metadata_of_all_types(attacked: DaemonProcess) -> None:
     random_ = random.Random(5)
     with open_channel(attacked.address, Credentials()) as channel:
         stub = ExpertStoreStub(channel)

@@ -180,7 +180,7 @@ def test_of_many_at_once_one_starts(store: Store, tmp_path: Path) -> None:
     assert list((tmp_path / "d").iterdir()) == []
 
 
-def test_what_a_killed_one_leaves_is_in_nobodys_way(store: Store, tmp_path: Path) -> None:
+def test_files_of_a_killed_daemon_do_not_hinder_the_next(store: Store, tmp_path: Path) -> None:
     with running_daemon(store[0], folder=tmp_path / "d") as daemon:
         for _ in range(3):
             daemon.kill()

@@ -110,7 +110,7 @@ def test_they_are_the_counters(store: Store, tmp_path: Path) -> None:
         assert daemon.stop() == 0
 
 
-def test_a_histogram_is_cumulative_in_both_forms(store: Store, tmp_path: Path) -> None:
+def test_a_histogram_is_cumulative_in_both_text_formats(store: Store, tmp_path: Path) -> None:
     with running_daemon(store[0], ram=12 * SLOT, folder=tmp_path / "d", extra=LOOPBACK) as daemon:
         with RawClient(daemon.folder, store[1]) as client:
             client.acquire(1, 0, [1, 2, 3])

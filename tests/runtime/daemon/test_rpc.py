@@ -108,7 +108,7 @@ def test_what_is_granted_is_the_record(daemon: DaemonProcess, store: Store) -> N
         assert daemon.stats().host.hits == 1
 
 
-def test_hits_are_told_and_wishes_are_loaded(daemon: DaemonProcess, store: Store) -> None:
+def test_hits_are_counted_and_requested_prefetches_are_loaded(daemon: DaemonProcess, store: Store) -> None:
     with RawClient(daemon.folder, store[1]) as client:
         client.send(prefetch=pb.Prefetch(requested=pb.Experts(block=1, experts=[0, 7])))
         daemon.wait_for("host.ready == 2")
@@ -375,7 +375,7 @@ def test_nothing_is_served_without_a_credential(
             assert reply.status == health_pb2.HealthCheckResponse.SERVING
 
 
-def test_who_only_looks_has_no_session(daemon: DaemonProcess) -> None:
+def test_a_process_that_only_looks_has_no_session(daemon: DaemonProcess) -> None:
     with daemon.stub() as stub, pytest.raises(grpc.RpcError) as refused:
         list(stub.Session(iter([]), timeout=PATIENCE))
     assert refused.value.code() is grpc.StatusCode.NOT_FOUND

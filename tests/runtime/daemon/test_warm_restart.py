@@ -137,7 +137,7 @@ def test_a_record_that_is_not_whole_any_more_is_read_again(store: Store, tmp_pat
         assert daemon.stop() == 0
 
 
-def test_other_slots_are_not_taken_back_and_in_nobodys_way(store: Store, tmp_path: Path) -> None:
+def test_an_arena_with_other_slots_is_not_reclaimed_and_does_not_hinder(store: Store, tmp_path: Path) -> None:
     with (
         running_daemon(store[0], ram=12 * SLOT, folder=tmp_path / "d") as daemon,
         RawClient(daemon.folder, store[1]) as client,

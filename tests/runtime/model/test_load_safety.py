@@ -131,7 +131,7 @@ def test_weights_that_transformers_prefers_to_the_index(directory: Path) -> None
     refused(directory, UnsafeCheckpointError, r"model\.safetensors, which is not a trunk file")
 
 
-def test_an_adapter_with_a_base_elsewhere(directory: Path) -> None:
+def test_an_adapter_with_a_base_in_another_folder(directory: Path) -> None:
     (directory / "adapter_config.json").write_text('{"base_model_name_or_path": "../other"}')
     with pytest.raises(UnsafeCheckpointError, match=r"adapter_config\.json"):
         moetier.load(directory)

@@ -261,7 +261,7 @@ def test_the_end_of_the_model_is_the_end_of_its_tiers(tiny: tuple[Any, Path]) ->
     wait_until(lambda: tiers() is None and not _loaders())
 
 
-def test_a_lost_model_is_closed_also_when_found_by_who_holds_its_lock(tiny: tuple[Any, Path]) -> None:
+def test_a_lost_model_is_closed_also_by_a_thread_that_holds_its_lock(tiny: tuple[Any, Path]) -> None:
     model, _ = moetier.load(tiny[1])
     host, found = model.tiers.host, list[Any]()
     list(host.acquire([ExpertKey(0, 0)]))

@@ -301,7 +301,7 @@ def test_what_is_no_text(daemon: Any) -> None:
 
 
 @pytest.mark.parametrize("daemon", [None, "none", "auto", "default", "a,b"])
-def test_credentials_for_nobody(daemon: str | None, tmp_path: Path) -> None:
+def test_credentials_without_a_daemon(daemon: str | None, tmp_path: Path) -> None:
     """A token that is given and shown to nobody is a mistake."""
     for credentials in (Credentials(token_file=tmp_path), Credentials(insecure=True)):
         with pytest.raises(ConfigError, match="`daemon` names none"):

@@ -66,7 +66,7 @@ def test_quantised_experts_are_eager_ones_with_the_decoded_weights(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss", "nemotron_h", "inkling2"])
-def test_what_comes_early_takes_what_was_said(model_type: str, dtype: torch.dtype) -> None:
+def test_kept_outputs_take_the_announced_memory(model_type: str, dtype: torch.dtype) -> None:
     """The first expert arrives last: when it does, every other one's output is kept."""
     kept: list[Tensor] = []
 
@@ -93,7 +93,7 @@ def test_each_wanted_expert_is_asked_for_once() -> None:
     assert source.demands == [[ExpertKey(BLOCK, expert) for expert in range(6)]]
 
 
-def test_experts_that_are_computed_elsewhere_are_left_out() -> None:
+def test_experts_of_other_devices_are_left_out() -> None:
     """Expert parallelism marks them with the number of experts."""
     ordinary, twin, source = pair("mixtral", torch.bfloat16)
     states, index, weights = inputs(ordinary, torch.bfloat16)
@@ -132,7 +132,7 @@ def test_a_gradient_is_refused_and_not_lost(wanted: str) -> None:
         assert not experts_forward(twin, states, index, weights).requires_grad
 
 
-def test_nothing_is_recorded_for_a_gradient_that_nobody_wants() -> None:
+def test_nothing_is_recorded_for_a_gradient_that_is_not_needed() -> None:
     """Not for the parameters of a norm behind the experts either."""
     ordinary, twin, _ = pair("muse_spark", torch.float32)
     assert not experts_forward(twin, *inputs(ordinary, torch.float32)).requires_grad

@@ -159,7 +159,7 @@ def test_an_update_of_the_caches_own_is_called(model: Any) -> None:
 
 @pytest.mark.parametrize("other", [lambda x: x.float(), lambda x: x.to("meta"), lambda x: x.repeat(2, 1, 1, 1)])
 @torch.no_grad()
-def test_tokens_of_another_kind_join_a_cache_as_in_transformers(other: Callable[[Tensor], Tensor]) -> None:
+def test_tokens_of_another_type_join_a_cache_as_in_transformers(other: Callable[[Tensor], Tensor]) -> None:
     def same(x: Tensor) -> Tensor:
         return x
 

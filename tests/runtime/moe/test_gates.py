@@ -139,7 +139,7 @@ def test_a_part_of_a_model_has_gates_too() -> None:
     assert chain(model.model) == chain(model)
 
 
-def test_how_far_ahead_there_is_somebody_to_ask() -> None:
+def test_how_far_ahead_there_is_a_gate_to_ask() -> None:
     gates = Gates(tiny_model("mixtral", BF16))
     assert [gates.ahead(0, distance) for distance in range(4)] == [0, 1, 2, None]
     assert [gates.ahead(block, 1) for block in range(3)] == [1, 2, None]
@@ -150,7 +150,7 @@ def test_how_far_ahead_there_is_somebody_to_ask() -> None:
     )
 
 
-def test_an_earlier_place_of_the_stream_gives_another_guess() -> None:
+def test_an_earlier_place_of_the_stream_gives_another_prediction() -> None:
     """So the equality above is no accident of gates that say the same to everything."""
     model = tiny_model("mixtral", FP32)
     gates, guesses, real = Gates(model), dict[int, Tensor](), dict[int, Tensor]()
@@ -203,7 +203,7 @@ def test_an_observation_ends_with_an_error_too() -> None:
     assert hooks(model) == before
 
 
-def test_what_an_observer_returns_is_nobodys_output() -> None:
+def test_what_an_observer_returns_replaces_no_output() -> None:
     model = tiny_model("mixtral", BF16)
     ids = torch.arange(2, 11)[None]
     plain = model(input_ids=ids).logits

@@ -104,7 +104,7 @@ def test_no_token_and_more_than_go_together(tokens: int, dtype: torch.dtype) -> 
 
 @pytest.mark.parametrize("tokens", [1, 5])
 @pytest.mark.parametrize("chosen", [(1, 1, 1), (2, 0, 2), (0, 1, 1_000_000)], ids=str)
-def test_an_expert_twice_and_one_that_is_computed_elsewhere(tokens: int, chosen: tuple[int, ...]) -> None:
+def test_an_expert_twice_and_one_of_another_device(tokens: int, chosen: tuple[int, ...]) -> None:
     ordinary, twin, records = ways("mixtral", torch.float32)
     states, index, weights = inputs(ordinary, torch.float32, tokens=tokens)
     index = torch.tensor([chosen] * tokens)

@@ -88,7 +88,7 @@ def test_a_gradient_is_refused_and_not_missing() -> None:
         module(x).sum().backward()
 
 
-def test_nobody_finds_weights_in_it() -> None:
+def test_it_has_no_attribute_weight() -> None:
     _, module = quantised(4, torch.float32, bias=True)
     assert not hasattr(module, "weight")
     assert [name for name, _ in module.named_parameters()] == ["bias"]

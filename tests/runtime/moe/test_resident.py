@@ -78,7 +78,7 @@ def test_some_in_memory_and_some_not(model: Any) -> None:
         assert torch.allclose(compute(model, experts).float(), wanted, rtol=0.05, atol=0.01)
 
 
-def test_one_that_is_computed_elsewhere_adds_nothing(model: Any) -> None:
+def test_an_expert_of_another_device_adds_nothing(model: Any) -> None:
     assert torch.equal(compute(model, [1, 1_000_000]), compute(model, [1]))
 
 

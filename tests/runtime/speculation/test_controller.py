@@ -111,7 +111,7 @@ def test_no_after_no_is_tried_ever_less_often() -> None:
     assert controller.steps_on < 0.03 * 100_000
 
 
-def test_wrong_guesses_end_it_at_once() -> None:
+def test_wrong_predictions_end_it_at_once() -> None:
     controller = Controller(Mode.AUTO)
     run(controller, 3, on=1.0)
     controller.reject()

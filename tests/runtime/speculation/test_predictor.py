@@ -61,7 +61,7 @@ def test_which_gates_have_one(model_type: str, is_there: bool) -> None:
     assert [shortcut_of(gate) is not None for gate in gates.blocks] == [is_there] * len(gates.blocks)
 
 
-def test_who_has_none_is_asked() -> None:
+def test_a_gate_without_a_matrix_is_called() -> None:
     gates, found = entries("deepseek_v3")
     for gate in gates.blocks:
         hidden = found[gate.block]

@@ -130,7 +130,7 @@ def test_weights_of_another_size(tmp_path: Path) -> None:
     refused(folder, CheckpointError, r"gate_up_proj of an expert comes out as \[191, 64\].*the model has \[192, 64\]")
 
 
-def test_code_adapters_and_files_elsewhere(folder: Path, tmp_path: Path) -> None:
+def test_code_adapters_and_files_outside_are_refused(folder: Path, tmp_path: Path) -> None:
     linked = copytree(folder, tmp_path / "linked")
     assert main(["link", str(linked)]) == 0
     for place in (folder, Path(linked)):

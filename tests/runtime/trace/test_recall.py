@@ -57,13 +57,13 @@ def test_only_some_blocks() -> None:
     assert (found.named.tolist(), found.wanted.tolist()) == ([0, 4], [0, 4])
 
 
-def test_nothing_guessed_is_not_a_number() -> None:
+def test_recall_without_predictions_is_not_a_number() -> None:
     one = Trace(experts=np.array([[[0]]]), offsets=(0, 1), num_experts=(1,))
     assert np.isnan(of_previous_token(one).ratio)
     assert of_popularity(one).ratio == 1
 
 
-def test_ways_to_guess_are_compared_over_the_blocks_that_are_foretold() -> None:
+def test_rules_are_compared_over_the_blocks_that_are_predicted() -> None:
     assert compare(hand_made()) == [Comparison(1, 5 / 8, 5 / 8, 4 / 4)]
     trace = random_trace(0)
     foretold = of_predictions(trace, 2).wanted > 0
@@ -75,7 +75,7 @@ def test_ways_to_guess_are_compared_over_the_blocks_that_are_foretold() -> None:
     assert compare(Trace(experts=trace.experts, offsets=trace.offsets, num_experts=trace.num_experts)) == []
 
 
-def test_who_guesses_nothing_has_no_recall() -> None:
+def test_a_rule_without_predictions_has_no_recall() -> None:
     """No token is the first one's previous, and two blocks ahead nobody foretells these two blocks."""
     predictions = np.full((2, 1, 2, 1), NONE)
     predictions[0, 0, 1] = 1

@@ -174,7 +174,7 @@ def test_wrong_credentials(
         SpreadStore.open(addresses, credentials, manifest, store)
 
 
-def test_who_came_and_who_was_refused_is_logged_and_no_token(
+def test_accepted_and_refused_clients_are_logged_without_tokens(
     store: Path, files: Files, manifest: Manifest, tmp_path: Path
 ) -> None:
     with daemon(store, tmp_path / "d", "--token-file", files.token) as process:
@@ -223,16 +223,14 @@ def test_a_daemon_of_a_group_has_the_certificate_of_its_name(
             read(process.card.listen, credentials, manifest)
 
 
-def test_tls_to_one_who_has_none(without_tls: DaemonProcess, files: Files, manifest: Manifest) -> None:
+def test_tls_to_a_daemon_without_tls(without_tls: DaemonProcess, files: Files, manifest: Manifest) -> None:
     with pytest.raises(RefusedError, match="not use TLS") as caught:
         read(without_tls.card.listen, Credentials(token_file=files.token, ca=files.ca), manifest)
     assert "`credentials.insecure`" in caught.value.fix
 
 
 @pytest.mark.parametrize("insecure", [True, False])
-def test_one_that_is_not_there_behind_somebody_who_answers_for_it_is_away(
-    files: Files, store: Path, manifest: Manifest, insecure: bool
-) -> None:
+def test_a_missing_daemon_behind_a_proxy_is_away(files: Files, store: Path, manifest: Manifest, insecure: bool) -> None:
     """As behind a forwarded port: it may come, and until then the store is read."""
     credentials = Credentials(insecure=True) if insecure else Credentials(ca=files.ca)
     with socket.create_server(("127.0.0.1", 0)) as forwarder:

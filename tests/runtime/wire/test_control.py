@@ -112,7 +112,7 @@ def test_errors_come_as_they_are_raised(host: Host) -> None:
     assert type(error_from("x")) is ProtocolError
 
 
-def test_nobody_there_is_unavailable(host: Host, folder: Path, tmp_path: Path) -> None:
+def test_no_daemon_is_unavailable(host: Host, folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UnavailableError, match="No daemon runs"):
         ControlConnection.open(tmp_path / "nothing", None)
     host.server.close()

@@ -80,7 +80,7 @@ def test_metadata_that_are_no_error_are_not_believed(failing: Failing, junk: byt
     assert type(error_of(failing.over_the_wire())) is errors.UnknownModelError
 
 
-def test_a_fault_of_ours_tells_its_kind_and_no_more(failing: Failing) -> None:
+def test_an_internal_error_tells_only_its_class(failing: Failing) -> None:
     failing.fail = lambda context: abort(context, KeyError("/home/somebody/secret"))
     error = failing.over_the_wire()
     assert error.code() is grpc.StatusCode.INTERNAL
@@ -98,7 +98,7 @@ def test_a_long_line_is_cut_and_arrives(failing: Failing) -> None:
     assert set(arrived.fix) == {"ü"}
 
 
-def test_nobody_at_all_is_unavailable(tmp_path: Path) -> None:
+def test_no_server_is_unavailable(tmp_path: Path) -> None:
     assert type(error_of(Failing(f"unix:{tmp_path}/nobody").over_the_wire())) is errors.UnavailableError
 
 

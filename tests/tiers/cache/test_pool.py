@@ -149,7 +149,7 @@ def test_a_change_that_was_cut_leaves_no_slot_ready_without_its_record(act: str,
     assert pool.held() == was_ready
 
 
-def test_held_slots_are_passed_over_and_borrowed_ones_taken_back() -> None:
+def test_pinned_slots_are_skipped_and_borrowed_quota_is_taken_back() -> None:
     pool = pool_of(2, 2)
     held = [filled(pool, ExpertKey(0, expert)) for expert in range(2)]
     for slot in held:

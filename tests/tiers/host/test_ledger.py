@@ -463,7 +463,7 @@ def arrive_all(ledger: Ledger) -> None:
         ledger.loads.complete(load)
 
 
-def test_the_starved_are_served_in_order_and_nobody_reads_ahead_of_them() -> None:
+def test_starved_demands_are_served_in_order_before_all_other_reads() -> None:
     ledger, pool = ledger_of(2)
     greedy = demand(ledger, pool, 1, 0, 1, 2, 3)
     first = demand(ledger, pool, 3, 0, 1)
@@ -797,7 +797,7 @@ def test_what_was_warmed_and_then_wanted_is_counted_once() -> None:
     assert (found.prefetched, found.useful, found.late) == (0, 0, 0), "it was no prediction"
 
 
-def test_a_warm_up_that_yields_goes_when_somebody_finds_no_slot() -> None:
+def test_a_warm_up_that_yields_is_cancelled_when_a_demand_is_starved() -> None:
     ledger, pool = ledger_of(2)  # shared by three blocks
     ledger.loads.warm(pool, [ExpertKey(1, 0)])
     load = ledger.loads.take()
@@ -851,7 +851,7 @@ def test_uses_are_counted_of_demands_and_of_what_clients_found() -> None:
     assert ledger.direct_hits.count_uses() == {(1, 0): 2, (1, 1): 1, (0, 2): 1}
 
 
-def test_callers_who_come_again_and_again_overtake_nobody_for_ever() -> None:
+def test_callers_that_come_again_and_again_overtake_no_caller_for_ever() -> None:
     """However many wait: a caller that was served is behind them, also when it wanted nothing in between."""
     manifest = make_plan(blocks=1, experts=1000, layout=layout_of(32, 16))
     layout = ArenaLayout.of(manifest, {"records": 1000})

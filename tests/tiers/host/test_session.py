@@ -192,7 +192,7 @@ def test_a_request_for_many_holds_up_no_other_of_its_session(leases: int) -> Non
             assert len(set(order[start : start + 4])) == 4, order
 
 
-def test_who_holds_all_that_he_may_is_told_so() -> None:
+def test_a_session_that_holds_all_its_leases_is_told_so() -> None:
     with HostTier(RamReader(PLAN, RECORDS), slots={"records": 12}) as tier:
         client = Client(tier, leases=1)
         client.session.acquire(1, keys(0, 0))
@@ -266,7 +266,7 @@ def test_a_load_that_fails_fails_each_request_that_waits_and_no_other(gate: Gate
         clients[0].take(1, keys(0, 1))
 
 
-def test_who_gets_no_slot_is_refused_in_time_and_hits_go_on() -> None:
+def test_a_request_without_a_slot_fails_in_time_and_hits_go_on() -> None:
     with HostTier(RamReader(PLAN, RECORDS), slots=SMALLEST) as tier:
         holder, client = Client(tier), Client(tier, patience=0.2)
         holder.session.acquire(1, keys(0, 0, 1))
@@ -367,7 +367,7 @@ def test_eight_sessions_and_a_thread_that_want_one_expert_are_one_read(gate: Gat
         assert stats.bytes_in == PLAN.layouts["records"].slot_bytes
 
 
-def test_who_asks_and_goes_evicts_no_more_than_he_may_have_read() -> None:
+def test_a_session_that_ends_early_evicts_no_more_than_it_may_load() -> None:
     gate = GatedReader(WIDE, WIDE_RECORDS)
     with HostTier(gate, slots={"records": 40}, loaders=2) as tier:
         gate.open()

@@ -133,7 +133,7 @@ def test_memory_that_can_not_be_had_leaves_nothing() -> None:
     assert "122,880 bytes" in output, "a page, three big ones and two small ones"
 
 
-def test_a_tier_that_nobody_closes_does_not_keep_its_process() -> None:
+def test_a_tier_that_is_never_closed_does_not_keep_its_process() -> None:
     """Not even with a read under way that never ends."""
     output = in_child(
         """
@@ -214,7 +214,7 @@ def test_eight_callers_of_one_expert_are_one_read(gate: GatedReader) -> None:
         assert stats.bytes_in == PLAN.layouts["records"].slot_bytes
 
 
-def test_an_error_reaches_all_who_wait_and_poisons_nothing(gate: GatedReader) -> None:
+def test_an_error_reaches_all_waiting_callers_and_is_not_remembered(gate: GatedReader) -> None:
     with HostTier(gate, slots={"records": 4}) as tier:
         gate.broken.add(ExpertKey(0, 1))
         gate.release(ExpertKey(0, 0))
@@ -234,7 +234,7 @@ def test_an_error_reaches_all_who_wait_and_poisons_nothing(gate: GatedReader) ->
         assert take(tier, 0, 1) == keys(0, 1), "and this one, as soon as it can be read"
 
 
-def test_an_error_of_any_kind_reaches_the_caller() -> None:
+def test_an_error_of_any_class_reaches_the_caller() -> None:
     class Odd(RamReader):
         def read_into(self, key: ExpertKey, buffer: memoryview, pause: Callable[[], bool] | None = None) -> None:
             raise SystemExit(f"what {key}?")
@@ -585,7 +585,7 @@ def test_a_warm_up_reads_nothing_twice_and_evicts_nothing() -> None:
         assert tier.stats().recalled == 1
 
 
-def test_a_prefetch_that_can_not_be_read_troubles_nobody() -> None:
+def test_a_prefetch_that_can_not_be_read_affects_no_demand() -> None:
     reader = RamReader(PLAN, RECORDS)
     reader.broken.add(ExpertKey(0, 0))
     with HostTier(reader, slots={"records": 6}) as tier:
@@ -612,7 +612,7 @@ def test_what_is_not_there_is_not_asked_for() -> None:
 # -- close -------------------------------------------------------------------------------------------------------------
 
 
-def test_close_wakes_who_waits_and_waits_for_what_is_being_read(gate: GatedReader) -> None:
+def test_close_wakes_waiting_callers_and_waits_for_reads(gate: GatedReader) -> None:
     tier = HostTier(gate, slots=SMALLEST, loaders=1)
     reading = Task(lambda: take(tier, 0, 0, 1))  # one is read, one is queued
     gate.wait_begun(ExpertKey(0, 0))

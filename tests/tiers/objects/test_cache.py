@@ -271,7 +271,7 @@ def test_a_primed_cache_on_a_disk_that_is_read_only_is_used(
             assert not caplog.messages
 
 
-def test_a_redirect_elsewhere_is_no_record(folder: Path, server: FolderServer, tmp_path: Path) -> None:
+def test_a_redirect_to_another_host_is_no_record(folder: Path, server: FolderServer, tmp_path: Path) -> None:
     other = shutil.copytree(folder, tmp_path / "other")
     for shard in other.rglob("c/*/0/0"):
         flip_bit(shard, 10)

@@ -183,7 +183,7 @@ FORMS: list[tuple[str, tuple[int, int], dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("coding", "shape", "fields"), FORMS, ids=str)
-def test_every_form_against_its_formula(
+def test_every_coding_against_its_formula(
     coding: str, shape: tuple[int, int], fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In several tiles, whose bounds are not those of blocks or parts."""

@@ -36,7 +36,7 @@ def test_a_group_that_can_not_be_made_is_an_error_that_says_what_to_do(
     assert "root" in caught.value.fix
 
 
-def test_who_is_killed_for_memory_is_said() -> None:
+def test_a_process_that_was_killed_for_memory_is_named() -> None:
     with memory_limit(MIB):
         pass
     with pytest.raises(BudgetError, match=r"ran out of memory.*24 MiB"):

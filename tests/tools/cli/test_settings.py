@@ -60,7 +60,7 @@ def test_values_are_what_the_option_makes_of_them(config: Path, monkeypatch: pyt
     assert parse([*GENERATE, "--no-learn"])[0].learn is False
 
 
-def test_a_general_key_is_for_options_of_its_kind(config: Path) -> None:
+def test_a_general_key_is_for_options_of_its_type(config: Path) -> None:
     config.write_text("[general]\npolicy = 'lru'\nram = '1GiB'\ndevice = 'cpu'\ndaemon = 'none'\nexact = true\n")
     for words in (["generate", "DIR"], ["chat", "DIR"], ["serve", "DIR"], ["quality", "SRC", "--text", "F"]):
         found = parse(words)[0]
@@ -196,7 +196,9 @@ def test_what_is_set_gives_way_to_a_daemon(config: Path) -> None:
         found("--daemon", "work", "--ram", "5GiB")
 
 
-def test_what_is_set_is_no_wish_of_quality(config: Path, tinymix: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_quality_of_a_checkpoint_ignores_settings_of_tiers(
+    config: Path, tinymix: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Which refuses --ram for a checkpoint: here it goes on to what is wrong otherwise."""
     config.write_text("[general]\nram = '6GiB'\n")
     assert main(["quality", str(tinymix), "--text", "/nonexistent"]) == 1

@@ -308,7 +308,7 @@ def test_the_plain_template_is_one_that_transformers_takes() -> None:
     jinja2.Environment().from_string(PLAIN_TEMPLATE)
 
 
-def test_a_directory_may_name_a_kind_of_cache(
+def test_a_directory_may_name_a_cache_class(
     says: Any, tinymix_4bit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "copy"

@@ -139,7 +139,9 @@ def test_it_is_converted(bits: str, path: Path, tmp_path: Path, capsys: pytest.C
     assert "is complete" in capsys.readouterr().out
 
 
-def test_by_default_a_conversion_keeps_its_form(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_by_default_a_conversion_keeps_its_coding(
+    path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Q8_0 alone, of 8 bits, is quantised to 4."""
     assert main(["convert", str(path), str(tmp_path / "kept")]) == 0
     assert "as the checkpoint has them: Q4_K in groups of 32 and Q6_K in groups of 16" in capsys.readouterr().err

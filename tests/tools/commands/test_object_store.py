@@ -84,7 +84,9 @@ def test_plan_says_how_long_a_cold_start_takes(
 
 @pytest.mark.parametrize("address", ["s3:/bucket/model", "s3://", "https://", "ftp://host/model"])
 @pytest.mark.parametrize("command", ["inspect", "plan"])
-def test_an_address_of_another_kind_is_refused(command: str, address: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_address_of_another_scheme_is_refused(
+    command: str, address: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main([command, address]) == 1
     cause, fix = capsys.readouterr().err.splitlines()
     assert cause == f"moetier: {address} is not an address that moetier knows."

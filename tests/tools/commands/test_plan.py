@@ -205,9 +205,7 @@ def test_a_context_that_is_too_long_names_one_that_is_not(index_only: Path) -> N
     assert "works." in caught.value.fix
 
 
-def test_where_nobody_says_a_context_is_no_longer_than_the_model_has(
-    index_only: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_default_context_is_no_longer_than_the_models(index_only: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = plan(index_only, bits=[4], disk=GB_PER_S)
     assert found["context"] == json.loads((index_only / "config.json").read_text())["max_position_embeddings"] == 2048
     assert "--context 2048 " in found["recommended"]["generate"]

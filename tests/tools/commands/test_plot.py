@@ -105,7 +105,7 @@ def images(figure: Figure) -> list[np.ndarray]:  # type: ignore[type-arg]
     return [np.asarray(axes.images[0].get_array()) for axes in figure.axes if axes.images]
 
 
-def test_figure_1_shows_who_is_used_by_what_weight_and_who_is_cached() -> None:
+def test_figure_1_shows_used_experts_by_weight_and_cached_ones() -> None:
     trace = Trace.load(GPT_OSS)
     tokens = range(505, 525)  # over the end of a sequence, at 511
     figure = figures.draw_use(trace, tokens=tokens, blocks=[3, 20], cached=6, policy="lru")
@@ -149,7 +149,7 @@ def test_figure_2_right(tmp_path: Path) -> None:
     np.testing.assert_allclose(np.asarray(line.get_ydata(), float), [1.0, 0.5])
 
 
-def test_a_look_ahead_that_nobody_guesses_has_no_point(tmp_path: Path) -> None:
+def test_a_look_ahead_without_predictions_has_no_point(tmp_path: Path) -> None:
     trace = Trace.load(recorded(tmp_path))
     assert trace.predictions is not None
     predictions = np.where(np.arange(2)[:, None, None, None] == 1, NONE, trace.predictions)

@@ -84,7 +84,7 @@ def test_nobody(runtime: Path) -> None:
     assert json.loads(said(runtime, "ps", "--json")) == []
 
 
-def test_who_runs_with_what(daemon: DaemonProcess, store: tuple[Path, Manifest], runtime: Path) -> None:
+def test_it_lists_daemons_with_their_models(daemon: DaemonProcess, store: tuple[Path, Manifest], runtime: Path) -> None:
     with use(daemon, store[1]):
         head, row = said(runtime, "ps").splitlines()
         assert head.split() == ["folder", "pid", "model", "store", "budget", "ready", "clients", "up", "listens"]

@@ -104,7 +104,7 @@ def test_recall_where_there_are_predictions(tmp_path: Path, capsys: pytest.Captu
     assert "1           0.500       1.000           1.000" in said
 
 
-def test_where_nobody_guesses_there_is_no_recall(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_predictions_there_is_no_recall(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """In strict JSON."""
     predictions = np.asarray([[[[-1], [1]]], [[[-1], [-1]]]], np.int16)
     experts = np.asarray([[[0], [1]]], np.int16)

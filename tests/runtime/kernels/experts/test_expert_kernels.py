@@ -122,7 +122,7 @@ def test_every_activation(activation: Activation, bias: bool) -> None:
     [{"group": 16, "pairs": "uint8"}, {"group": 64, "pairs": "bfloat16"}, {"bits": 8}, {"bits": 3}, {"bits": 2}],
     ids=str,
 )
-def test_every_form_and_unequal_numbers_of_rows(form: dict[str, Any], dtype: torch.dtype) -> None:
+def test_every_coding_and_unequal_numbers_of_rows(form: dict[str, Any], dtype: torch.dtype) -> None:
     activation, rows = Activation(), [3, 1, 7, 4, 2]
     layout, records = records_of(activation, **form)
     kernels = ExpertKernels(layout, activation, dtype, EXPERTS)

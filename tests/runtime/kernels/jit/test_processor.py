@@ -53,7 +53,7 @@ def test_a_child_that_is_forked_while_another_thread_compiles_can_compile() -> N
     assert task.result().address
 
 
-def test_who_compiles_may_fork() -> None:
+def test_a_process_that_compiles_may_fork() -> None:
     """As a handler of signals might, or a finalizer."""
 
     class Forking(Processor):
