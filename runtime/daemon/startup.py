@@ -52,7 +52,7 @@ def open_models(
     manifests = {digest: store.manifest for digest, store in stores.items()}
     passed = [(_systemd_holder(name), descriptor) for name, descriptor in manager.passed]
     by_digest = reclaim_arenas(manifests, passed, patience=_DYING if was_killed else 0.0)
-    slots, kept = plan_slots(manifests, config.ram, available_memory(), by_digest)
+    slots, kept = divide_memory(manifests, config.ram, available_memory(), by_digest)
     for digest, arenas in by_digest.items():
         for reclaimed in arenas:
             if reclaimed is not kept.get(digest):
@@ -137,7 +137,7 @@ def _give_to_systemd(model: HostedModel, taken: ReclaimedArena | None, manager: 
         os.close(descriptor)
 
 
-def plan_slots(
+def divide_memory(
     manifests: Mapping[str, Manifest],
     ram: Size | None,
     available: Available,

@@ -30,10 +30,10 @@ TRUNK = (
 import numpy as np
 from safetensors.numpy import save_file
 from moetier.runtime.formats.tensors import CHUNK_BYTES, read_tensors
-from moetier.tools.convert.trunk_writer import plan_trunk
+from moetier.tools.convert.trunk_writer import distribute_trunk
 
 save_file({"a": np.arange(3 * CHUNK_BYTES // 4, dtype=np.float32).reshape(3, -1)}, folder / "source.safetensors")
-(file,) = plan_trunk(read_tensors(folder / "source.safetensors"))
+(file,) = distribute_trunk(read_tensors(folder / "source.safetensors"))
 written = 0
 
 def advance(count):

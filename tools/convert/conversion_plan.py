@@ -32,7 +32,7 @@ from moetier.tiers.store.trunk import RECORD
 
 from .encoder import MatrixRecord
 from .options import DEFAULT_BITS, NATIVE, Options
-from .trunk_writer import TrunkFile, TrunkTensor, plan_trunk
+from .trunk_writer import TrunkFile, TrunkTensor, distribute_trunk
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -153,7 +153,7 @@ class ConversionPlan:
     def trunk(self, records: Mapping[str, MatrixRecord]) -> tuple[TrunkFile, ...]:
         """Return the files of the trunk; ``records`` are those of its quantised matrices."""
         of_trunk: dict[str, TrunkTensor] = {name: self.tensors[name] for name in self.blueprint.trunk}
-        return plan_trunk(of_trunk | {f"{path}{RECORD}": record for path, record in records.items()})
+        return distribute_trunk(of_trunk | {f"{path}{RECORD}": record for path, record in records.items()})
 
 
 @dataclass(frozen=True)

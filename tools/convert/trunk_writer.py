@@ -125,7 +125,7 @@ def nbytes(tensor: TrunkTensor) -> int:
     return math.prod(tensor.shape) * ITEM_BYTES[SPELLINGS[tensor.dtype]]
 
 
-def plan_trunk(
+def distribute_trunk(
     tensors: Mapping[str, TrunkTensor], stem: str = "trunk", file_bytes: int = FILE_BYTES
 ) -> tuple[TrunkFile, ...]:
     """Distribute ``tensors`` over files of about ``file_bytes`` bytes. The files' names begin with ``stem``.

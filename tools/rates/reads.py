@@ -38,7 +38,7 @@ class RandomReads:
 
     @classmethod
     def of_records(cls, directory: Path) -> RandomReads:
-        """Plan reads of whole records of a model directory; for a cache that lacks records, plan reads of its trunk.
+        """Choose reads of whole records of a model directory; of the trunk for a cache that lacks records.
 
         If the blocks have several record layouts, only records of the layout that takes the most bytes are read. Raises
         StoreError.
@@ -57,7 +57,7 @@ class RandomReads:
 
     @classmethod
     def of_files(cls, files: Sequence[Path], block_bytes: int = FILE_BLOCK_BYTES) -> RandomReads:
-        """Plan reads of those of ``files`` that are as large as the largest, in blocks of ``block_bytes`` at most.
+        """Choose reads of those of ``files`` that are as large as the largest, in blocks of ``block_bytes`` at most.
 
         Raises CheckpointError if that is smaller than a page.
         """

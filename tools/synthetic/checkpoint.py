@@ -295,14 +295,14 @@ def make_synthetic(
     from moetier.runtime.checkpoint.safetensors_folder import INDEX
     from moetier.tiers.store.atomic import disk_errors, make_folders, write_durably
     from moetier.tools.convert.model_files import free_bytes
-    from moetier.tools.convert.trunk_writer import index_of, plan_trunk
+    from moetier.tools.convert.trunk_writer import distribute_trunk, index_of
 
     from .tensors import make_tensors
 
     config = config_of(geometry, blocks, sizes)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise TargetExistsError(f"{folder} exists and is not an empty folder.", "Choose another folder, or empty it.")
-    shards = plan_trunk(make_tensors(config, ROUTINGS[geometry].share, seed), "model")
+    shards = distribute_trunk(make_tensors(config, ROUTINGS[geometry].share, seed), "model")
     size = sum(shard.size for shard in shards)
     if size > (free := free_bytes(folder)):
         raise DiskSpaceError(

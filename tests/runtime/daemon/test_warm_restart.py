@@ -24,7 +24,7 @@ from threads import Task, wait_until
 
 from moetier.runtime.config import Size
 from moetier.runtime.daemon.reclaim import ReclaimedArena, reclaim_arenas
-from moetier.runtime.daemon.startup import plan_slots
+from moetier.runtime.daemon.startup import divide_memory
 from moetier.runtime.machine.memory import Available
 from moetier.tiers.arena.arena import Arena
 from moetier.tiers.arena.layout import ArenaLayout
@@ -375,16 +375,16 @@ PLENTY = Available(1 << 30, "this machine")
 
 def test_models_share_in_proportion(two: dict[str, Manifest]) -> None:
     small, large = two
-    slots, kept = plan_slots(two, Size(bytes=24 * SLOT), PLENTY, {})
+    slots, kept = divide_memory(two, Size(bytes=24 * SLOT), PLENTY, {})
     assert not kept
     assert slots[small]["records"] == pytest.approx(6, abs=1)
     assert slots[large]["records"] == pytest.approx(18, abs=1)
-    slots, _ = plan_slots(two, None, PLENTY, {})
+    slots, _ = divide_memory(two, None, PLENTY, {})
     assert [slots[digest]["records"] for digest in two] == [12, 36]
-    slots, _ = plan_slots(two, Size(bytes=4 * SLOT), PLENTY, {})
+    slots, _ = divide_memory(two, Size(bytes=4 * SLOT), PLENTY, {})
     assert [slots[digest]["records"] for digest in two] == [2, 2]
     with pytest.raises(BudgetError):
-        plan_slots(two, Size(bytes=4 * SLOT - 1), PLENTY, {})
+        divide_memory(two, Size(bytes=4 * SLOT - 1), PLENTY, {})
 
 
 def test_a_leftovers_memory_is_there_to_be_used(two: dict[str, Manifest]) -> None:
@@ -392,15 +392,15 @@ def test_a_leftovers_memory_is_there_to_be_used(two: dict[str, Manifest]) -> Non
     tight = Available((16 << 20) + 400_000, "this machine")  # the margin, and enough for 6 slots, but not for 24
     asked = Size(bytes=24 * SLOT)
     with pytest.raises(BudgetError):
-        plan_slots(two, asked, tight, {})
-    wanted = plan_slots(two, asked, PLENTY, {})[0]
+        divide_memory(two, asked, tight, {})
+    wanted = divide_memory(two, asked, PLENTY, {})[0]
     with leftover(two[large], wanted[large]["records"]) as fits, leftover(two[large], 3) as other:
-        slots, kept = plan_slots(two, asked, tight, {large: [other, fits]})
+        slots, kept = divide_memory(two, asked, tight, {large: [other, fits]})
         assert slots == wanted
         assert kept == {large: fits}
         with pytest.raises(BudgetError):  # what is not used gives nothing
-            plan_slots(two, asked, tight, {large: [other]})
+            divide_memory(two, asked, tight, {large: [other]})
         # no number of bytes was asked for: it stays as it is, and the other gets of the rest
-        slots, kept = plan_slots(two, None, PLENTY, {large: [other, fits]})
+        slots, kept = divide_memory(two, None, PLENTY, {large: [other, fits]})
         assert (slots[large], slots[small]) == ({"records": 3}, {"records": 12})
         assert kept == {large: other}

@@ -19,7 +19,7 @@ from moetier.runtime.formats import tensors as shards
 from moetier.runtime.formats.tensors import SourceTensor, StoredTensor, read_tensors
 from moetier.tiers.errors import CheckpointError
 from moetier.tiers.manifest import FileSum
-from moetier.tools.convert.trunk_writer import TrunkFile, index_of, nbytes, plan_trunk
+from moetier.tools.convert.trunk_writer import TrunkFile, distribute_trunk, index_of, nbytes
 
 DTYPES = {"BF16": 2, "F32": 4, "U8": 1, "F64": 8}
 
@@ -44,7 +44,7 @@ def test_every_tensor_is_there_once_and_every_matrix_is_aligned(
     tensors: dict[str, SourceTensor] = {
         f"t{i}": StoredTensor(f"t{i}", dtype, tuple(shape), Path(), 0) for i, (dtype, shape) in enumerate(kinds)
     }
-    files = plan_trunk(tensors, file_bytes=file_bytes)
+    files = distribute_trunk(tensors, file_bytes=file_bytes)
     assert sorted(name for file in files for name in file.tensors) == sorted(tensors)
     for number, file in enumerate(files, start=1):
         assert file.name == f"trunk-{number:05}-of-{len(files):05}.safetensors"
@@ -83,7 +83,7 @@ def write(folder: Path, files: tuple[TrunkFile, ...]) -> None:
 
 
 def plan(tmp_path: Path, file_bytes: int = 20_000) -> tuple[TrunkFile, ...]:
-    return plan_trunk(read_tensors(tmp_path / "source.safetensors"), file_bytes=file_bytes)
+    return distribute_trunk(read_tensors(tmp_path / "source.safetensors"), file_bytes=file_bytes)
 
 
 def test_safetensors_reads_what_is_written(
