@@ -107,7 +107,11 @@ class Link:
         self.connections = 0  # number of connections made, with the first
         self._thread = threading.Thread(target=self._run, args=(first,), name="moetier-link", daemon=True)
         self._thread.start()
-        self._tried.wait()  # so that prefetch requests that follow at once are not lost
+        try:
+            self._tried.wait()  # so that prefetch requests that follow at once are not lost
+        except BaseException:  # Ctrl-C
+            self.close()
+            raise
 
     @property
     def error(self) -> MoetierError:

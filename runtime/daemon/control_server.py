@@ -125,13 +125,13 @@ class ControlServer:
 
     def _serve(self, end: socket.socket, pid: int) -> None:
         """Answer a client's packet, and wait for the end of its connection. Any further packet ends it too."""
-        session = ""
+        session = secrets.token_hex(16)
         try:
             end.settimeout(PACKET_SECONDS)
             # without room for descriptors, so that the kernel drops any that are sent
             packet, _, flags, _ = end.recvmsg(_MAX_GREETING)
             if packet:
-                session = self._greet(end, pid, b"" if flags & socket.MSG_TRUNC else packet)
+                self._greet(end, pid, session, b"" if flags & socket.MSG_TRUNC else packet)
                 end.settimeout(None)
                 end.recv(1)
         except MoetierError as error:
@@ -144,9 +144,8 @@ class ControlServer:
             if session:
                 self._on_end(session)
 
-    def _greet(self, end: socket.socket, pid: int, packet: bytes) -> str:
-        """Answer a client's first packet, and return its session id. Raises the MoetierError to send instead."""
-        session = secrets.token_hex(16)
+    def _greet(self, end: socket.socket, pid: int, session: str, packet: bytes) -> None:
+        """Answer a client's first packet, and give it the id ``session``. Raises the MoetierError to send instead."""
         greeting = parse(packet, "the client")
         digest = greeting.get("digest")
         if greeting.get("protocol") != PROTOCOL or not (digest is None or isinstance(digest, str)):
@@ -173,12 +172,13 @@ class ControlServer:
             "pid": os.getpid(),
             "version": self._version,
         }
-        if not answer(end, reply, welcome.descriptor):
-            with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)  # makes room for another client at once
-        if welcome.descriptor is not None:
-            os.close(welcome.descriptor)
-        return session
+        try:
+            if not answer(end, reply, welcome.descriptor):
+                with contextlib.suppress(OSError):
+                    end.shutdown(socket.SHUT_RDWR)  # makes room for another client at once
+        finally:
+            if welcome.descriptor is not None:
+                os.close(welcome.descriptor)
 
     def _refuse(self, end: socket.socket, pid: int | str, error: MoetierError) -> None:
         self._remove(end)  # removed before the answer, after which the client may connect again

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -34,7 +35,7 @@ class HostedModel:
     """A model's host tier, and counters of the requests of its clients.
 
     A fetch waits at most ``patience`` seconds for a slot. With ``learn``, the most used experts are recorded and loaded
-    at the next start. ``close`` closes the tier, but not the store.
+    at the next start. ``close`` does not close the tier.
 
     A background thread checks the checksums of the trunk's files once, and logs files that are damaged. The daemon
     itself does not use the trunk; processes that load the model do.
@@ -50,19 +51,26 @@ class HostedModel:
         self.directory = directory
         self.slots = host.layout.slots_by_array
         self.budget_bytes = host.stats().slot_bytes
-        self.fetch_calls = FetchCalls(host, manifest, self.slots, patience=patience)
         self._patience = patience
         self._opening = threading.Lock()
         self._opener: threading.Thread | None = None
         self._compute_calls: ComputeCalls | MoetierError | None = None  # None until the opener has run
         host.uses()  # uses are counted from this first call on
         self._failures = RateLimitedLog(_log, "read-failed")
-        self._learner = Learner(host) if learn else None
         self._lock = threading.Lock()  # guards the counts
         self._counts = Counter[str]()  # fields of ModelStats
         self._closing = threading.Event()
-        self._trunk_check = threading.Thread(target=self._check_trunk, name="moetier-trunk", daemon=True)
-        self._trunk_check.start()
+        with contextlib.ExitStack() as undo:
+            if learn:
+                undo.callback(Learner(host).close)
+            undo.callback(self._close_compute_calls)
+            self.fetch_calls = FetchCalls(host, manifest, self.slots, patience=patience)
+            undo.callback(self.fetch_calls.close)
+            trunk_check = threading.Thread(target=self._check_trunk, name="moetier-trunk", daemon=True)
+            trunk_check.start()
+            undo.callback(trunk_check.join)
+            undo.callback(self._closing.set)
+            self._release = undo.pop_all().close
 
     @property
     def compute_calls(self) -> ComputeCalls:
@@ -146,19 +154,16 @@ class HostedModel:
         ]
 
     def close(self) -> None:
-        """End the trunk's check, the calls of other hosts and the learner, and then close the tier."""
-        self._closing.set()
-        self._trunk_check.join()
-        self.fetch_calls.close()
+        """End the trunk's check, the calls of other hosts, and the learner. Idempotent."""
+        self._release()
+
+    def _close_compute_calls(self) -> None:
         with self._opening:  # none is started any more
             opener = self._opener
         if opener is not None:
             opener.join()
         if self._compute_calls is not None and not isinstance(self._compute_calls, MoetierError):
             self._compute_calls.close()
-        if self._learner is not None:
-            self._learner.close()
-        self.host.close()
 
     def _open_compute_calls(self) -> None:
         try:

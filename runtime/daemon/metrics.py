@@ -186,7 +186,10 @@ class MetricsServer:
 
         self._server.set_app(answer)
         self._thread = threading.Thread(target=self._server.serve_forever, name="moetier-metrics", daemon=True)
-        self._thread.start()
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._server.server_close)
+            self._thread.start()
+            undo.pop_all()
         self.address = f"{host}:{self._server.server_port}"
 
     def close(self) -> None:

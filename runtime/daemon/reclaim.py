@@ -23,19 +23,24 @@ _POLL = 0.02  # seconds
 
 @dataclass(frozen=True, slots=True)
 class ReclaimedArena:
-    """An arena that this process has taken over and has to close. ``holder`` says, for the log, what kept it open."""
+    """An arena that this process has taken over. ``holder`` says, for the log, what kept it open."""
 
     arena: Arena
     holder: str
 
 
 def reclaim_arenas(
-    manifests: Mapping[str, Manifest], passed: Iterable[tuple[str, int]] = (), *, patience: float = 0.0
+    manifests: Mapping[str, Manifest],
+    closing: contextlib.ExitStack,
+    passed: Iterable[tuple[str, int]] = (),
+    *,
+    patience: float = 0.0,
 ) -> dict[str, list[ReclaimedArena]]:
     """Reclaim arenas of the stores in ``manifests``, a dictionary from digests to manifests.
 
-    Returns a dictionary from digests to arenas, the fullest first. Arenas are looked for among the open files of this
-    user's other processes and in ``passed``: pairs of a holder's name and a descriptor, which the caller has to close.
+    Returns a dictionary from digests to arenas, the fullest first. ``closing`` will close them. Arenas are looked for
+    among the open files of this user's other processes and in ``passed``: pairs of a holder's name and a descriptor,
+    which the caller has to close.
     A daemon that is being killed may still lock its arenas, so locked arenas are tried again for ``patience`` seconds.
     """
     deadline = time.monotonic() + patience
@@ -43,8 +48,8 @@ def reclaim_arenas(
     seen: set[tuple[int, int]] = set()  # files that need not be examined again
     while True:
         locked = False
-        with contextlib.ExitStack() as closing:
-            for holder, descriptor in [*passed, *_held_by_processes(closing)]:
+        with contextlib.ExitStack() as opened:
+            for holder, descriptor in [*passed, *_held_by_processes(opened)]:
                 if (file := _identity(os.fstat(descriptor))) is None or file in seen:
                     continue
                 seen.add(file)
@@ -59,6 +64,7 @@ def reclaim_arenas(
                         locked = True
                         seen.discard(file)
                     else:
+                        closing.callback(arena.close)
                         candidates.setdefault(digest, []).append(ReclaimedArena(arena, holder))
         if len(candidates) == len(manifests) or not locked or time.monotonic() >= deadline:
             break

@@ -71,13 +71,15 @@ def open_models(
         began = time.monotonic()
         taken = kept.get(digest)
         arena = None if taken is None else taken.arena
-        host = HostTier(
-            store,
-            slots=slots[digest],
-            loaders=config.loaders,
-            arena=arena,
-            policy=config.policy,
-            fills=store.is_local,
+        host = closing.enter_context(
+            HostTier(
+                store,
+                slots=slots[digest],
+                loaders=config.loaders,
+                arena=arena,
+                policy=config.policy,
+                fills=store.is_local,
+            )
         )
         model = HostedModel(store.manifest, host, store.directory, patience=config.wait, learn=config.learn)
         closing.callback(model.close)

@@ -33,4 +33,4 @@ def local_daemon(host: HostTier, manifest: Manifest, directory: Path, folder: Pa
         control.close()
         clients.end()
         server.stop(0).wait()
-        model.fetch_calls.close()
+        model.close()

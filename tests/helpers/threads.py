@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import Generic, TypeVar
 
+import pytest
 from readers import PATIENCE
 
 Result = TypeVar("Result")
@@ -78,6 +80,26 @@ def joins(thread: threading.Thread) -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+@contextlib.contextmanager
+def without_thread(name: str) -> Iterator[None]:
+    """The system gives no thread of this name."""
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == name:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with pytest.MonkeyPatch.context() as change:
+        change.setattr(threading.Thread, "start", refuse)
+        yield
+
+
+def threads_named(prefix: str) -> list[str]:
+    """Return the names of the running threads whose names begin with ``prefix``."""
+    return sorted(thread.name for thread in threading.enumerate() if thread.name.startswith(prefix))
 
 
 def run_all(functions: Iterable[Callable[[], Result]]) -> list[Result]:

@@ -61,11 +61,11 @@ class Arena:
                 os.posix_fallocate(descriptor, 0, first)
                 fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, SEALS)
                 mapping = mmap.mmap(descriptor, layout.nbytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+            directory = Directory.create(memoryview(mapping)[: layout.directory_bytes], layout)
+            arena = cls(mapping, layout, directory, descriptor, allocated=first)
         except BaseException:
             os.close(descriptor)
             raise
-        directory = Directory.create(memoryview(mapping)[: layout.directory_bytes], layout)
-        arena = cls(mapping, layout, directory, descriptor, allocated=first)
         if first < layout.nbytes:
             allocator = threading.Thread(target=arena._allocate_all, name="moetier-arena", daemon=True)
             with contextlib.suppress(RuntimeError):  # without a thread, slots are allocated when they are used
@@ -125,10 +125,10 @@ class Arena:
                     "Create a new arena.",
                 )
             mapping = mmap.mmap(own, layout.nbytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+            return cls(mapping, layout, Directory(memoryview(mapping)[: layout.directory_bytes], layout), own)
         except BaseException:
             os.close(own)
             raise
-        return cls(mapping, layout, Directory(memoryview(mapping)[: layout.directory_bytes], layout), own)
 
     def __init__(
         self,

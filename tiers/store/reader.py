@@ -112,8 +112,9 @@ class ExpertStore(DirectoryStore):
                     if not damaged:
                         raise
                     faults[block] = error
+            store = cls(folder, manifest, shards, faults, readers)
             undo.pop_all()
-            store = undo.enter_context(cls(folder, manifest, shards, faults, readers))
+            undo.push(store)
             if not damaged:
                 store.check_digest()
             undo.pop_all()

@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,9 +18,10 @@ from prepared import for_daemons
 from readers import PATIENCE
 from relays import relay
 from stores import keys
-from threads import Task, wait_until
+from threads import Task, current_frames, threads_named, wait_until
 from workers import WorkerError
 
+from moetier.runtime.client.link import Link
 from moetier.runtime.client.tier import GRACE, DaemonTier
 from moetier.runtime.wire.address import CONTROL_SOCKET
 from moetier.testing import in_fork
@@ -419,3 +421,25 @@ def test_errors_of_the_daemon_arrive_as_they_are(tmp_path: Path) -> None:
         assert worker.do("stats")["failures"] == 1
         shard.write_bytes(data)
         assert worker.do("take", 1, 2) == [2], "an error is not remembered"
+
+
+def test_an_interrupt_while_a_tier_waits_for_its_first_stream_ends_its_thread(
+    store: MappedStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def waits() -> bool:
+        frame = current_frames()[threading.main_thread().ident or 0]
+        while frame.f_back is not None and frame.f_code is not threading.Event.wait.__code__:
+            frame = frame.f_back
+        return frame.f_back is not None and frame.f_back.f_code is Link.__init__.__code__
+
+    def interrupt() -> None:
+        wait_until(waits)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    monkeypatch.setattr(Link, "_run_connection", lambda link, control: link._closed.wait(PATIENCE))
+    with store.daemon(4, tmp_path / "d") as daemon:
+        interrupting = Task(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            DaemonTier.open(daemon.folder, store.directory, store.manifest)
+        interrupting.result()
+    assert not threads_named("moetier-link")

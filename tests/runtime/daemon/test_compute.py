@@ -6,11 +6,10 @@ import contextlib
 import itertools
 import math
 import sys
-import threading
 import time
 from array import array
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import google_crc32c
@@ -21,7 +20,7 @@ import torch
 from daemons import DaemonProcess, running_daemon
 from readers import PATIENCE, GatedReader
 from stores import read_records
-from threads import wait_until
+from threads import wait_until, without_thread
 from torch import Tensor
 
 from moetier.proto import expert_store_pb2 as pb
@@ -388,31 +387,16 @@ def test_a_compiler_that_can_not_be_imported_is_said(
         model.close()
 
 
-@contextmanager
-def without_compilers() -> Iterator[None]:
-    """The system gives no more threads."""
-    start = threading.Thread.start
-
-    def refuse(thread: threading.Thread) -> None:
-        if thread.name == "moetier-compiler":
-            raise RuntimeError("can't start new thread")
-        start(thread)
-
-    with pytest.MonkeyPatch.context() as change:
-        change.setattr(threading.Thread, "start", refuse)
-        yield
-
-
 def test_without_a_thread_a_call_fails_and_the_next_one_computes(
     served: tuple[ComputeCalls, Address], host: HostTier, manifest: Manifest, tinymix_4bit: Path
 ) -> None:
     model = HostedModel(manifest, host, tinymix_4bit, patience=1.0)
     try:
-        with without_compilers(), pytest.raises(ExhaustedError, match="can't start new thread"):
+        with without_thread("moetier-compiler"), pytest.raises(ExhaustedError, match="can't start new thread"):
             _ = model.compute_calls
         request = message(manifest, hidden_states(manifest, 1), [1])
         with open_channel(served[1], Credentials(insecure=True)) as channel:
-            with without_compilers(), pytest.raises(ExhaustedError, match="can't start new thread"):
+            with without_thread("moetier-compiler"), pytest.raises(ExhaustedError, match="can't start new thread"):
                 answer(ExpertStoreStub(channel), request)
             assert answer(ExpertStoreStub(channel), request)
     finally:

@@ -160,7 +160,8 @@ def test_what_a_living_daemon_owns_is_left_to_it(store: Store, tmp_path: Path) -
         with running_daemon(store[0], ram=12 * SLOT, folder=tmp_path / "e") as other:
             assert other.stats().recovered == 0
             check_all(other, store)
-        assert reclaim_arenas({store[1].digest: store[1]}) == {}
+        with contextlib.ExitStack() as closing:
+            assert reclaim_arenas({store[1].digest: store[1]}, closing) == {}
         check_all(daemon, store)
 
 
@@ -189,11 +190,9 @@ def test_an_owner_that_is_still_being_killed_is_waited_for_whatever_is_free_alre
     kept = [(f"holder {number}", arena.export()) for number, arena in enumerate(arenas)]
     arenas[0].close()
     dying = Task(lambda: (time.sleep(0.2), arenas[1].close()), "the owner")
-    found = reclaim_arenas({manifest.digest: manifest for manifest in manifests}, kept, patience=PATIENCE)
+    with contextlib.ExitStack() as closing:
+        found = reclaim_arenas({manifest.digest: manifest for manifest in manifests}, closing, kept, patience=PATIENCE)
     dying.result()
-    for leftovers in found.values():
-        for leftover in leftovers:
-            leftover.arena.close()
     for _, descriptor in kept:
         os.close(descriptor)
     assert found.keys() == {manifest.digest for manifest in manifests}

@@ -297,7 +297,22 @@ def test_a_greeting_that_is_none_gets_an_error_and_the_end(host: Host, packet: b
         assert json.loads(end.recv(65536))["error"]["kind"] == "ProtocolError"
         assert end.recv(1) == b""
     assert not host.admitted
-    assert not host.left
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_client_whose_answer_can_not_be_made_is_removed_and_the_arena_closed(folder: Path, tmp_path: Path) -> None:
+    arena, admitted, left = tmp_path / "arena", list[str](), list[str]()
+    arena.touch()
+
+    def admit(session: str, digest: str | None, pid: int) -> Welcome:
+        admitted.append(session)
+        return Welcome("acme", {"records": object()}, os.open(arena, os.O_RDONLY | os.O_CLOEXEC))  # type: ignore[dict-item]
+
+    with contextlib.closing(ControlServer(folder, admit=admit, leave=left.append, max_clients=4, version="1")):
+        with pytest.raises(UnavailableError):
+            ControlConnection.open(folder, DIGEST)
+        wait_until(lambda: left == admitted != [])
+    assert not [link for link in Path("/proc/self/fd").iterdir() if link.resolve() == arena]
 
 
 def test_saying_more_ends_the_place(host: Host) -> None:

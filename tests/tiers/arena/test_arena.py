@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import gc
 import os
 import resource
 import shutil
@@ -83,6 +84,22 @@ def test_the_memory_file_is_private_sealed_and_not_under_dev_shm() -> None:
     assert str(Path(f"/proc/self/fd/{descriptor}").readlink()) == "/memfd:moetier-arena (deleted)"
     os.close(descriptor)
     arena.close()
+
+
+def test_an_arena_without_memory_for_its_directory_leaves_no_file_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object) -> None:
+        raise MemoryError
+
+    def files() -> list[Path]:
+        links = [link.readlink() for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+        return [link for link in links if str(link).startswith("/memfd:moetier-arena")]
+
+    before = files()
+    monkeypatch.setattr(arena_module.Directory, "create", refuse)
+    with pytest.raises(MemoryError):
+        Arena.create(layout_of(2))
+    gc.collect()
+    assert files() == before
 
 
 def test_another_process_reads_and_can_do_nothing_else() -> None:

@@ -561,6 +561,13 @@ def test_an_error_that_is_not_the_disks_has_other_advice(tmp_path: Path, error: 
     assert "disk" not in fix
 
 
+def test_a_store_that_can_not_be_made_leaves_no_file_open(tmp_path: Path) -> None:
+    make_store(tmp_path)
+    with pytest.raises(AssertionError):
+        ExpertStore.open(tmp_path, readers=0)
+    assert not [link for link in Path("/proc/self/fd").iterdir() if link.resolve().is_relative_to(tmp_path)]
+
+
 def test_a_store_that_moved_is_the_same_store(tmp_path: Path) -> None:
     records = make_store(tmp_path / "a")
     shutil.move(tmp_path / "a", tmp_path / "b")
