@@ -19,7 +19,8 @@ that has taken the load of the slot.
 
 If a read fails, the slot becomes EMPTY, and every demand that waits for the record gets the error (``Loads.fail``): an
 iterator of ``acquire`` raises it, a session delivers ``Failed``. The next demand reads the record again. The store has
-tried all that it can before: a second read, mirrors, a download.
+tried all that it can before: a second read, mirrors, a download. If a loader or the timekeeper itself fails, the tier
+is condemned (``HostTier.condemn``): no caller waits for a thread that has ended.
 """
 
 from typing import TYPE_CHECKING

@@ -10,6 +10,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from queue import Empty, SimpleQueue
 
 from moetier.tiers.errors import ClosedError, ProtocolError, StoreError
@@ -150,10 +151,13 @@ class Session(AsyncCaller):
 class Timekeeper:
     """A thread that fails asynchronous demands at their deadlines."""
 
-    def __init__(self, monitor: Monitor, alarm: SimpleQueue[None]) -> None:
-        """``alarm``: an item makes the thread look at the deadlines again."""
+    def __init__(
+        self, monitor: Monitor, alarm: SimpleQueue[None], run_or_condemn: Callable[[Callable[[], None]], None]
+    ) -> None:
+        """``alarm``: an item makes the thread look at the deadlines again. ``run_or_condemn`` runs the thread."""
         self._monitor = monitor
         self._alarm = alarm
+        self._run_or_condemn = run_or_condemn
         self._closed = False
         self._thread: threading.Thread | None = None
 
@@ -165,7 +169,9 @@ class Timekeeper:
         """
         ledger.check_open()
         if self._thread is None:
-            thread = threading.Thread(target=self._run, args=(ledger,), name="moetier-timekeeper", daemon=True)
+            thread = threading.Thread(
+                target=self._run_or_condemn, args=(partial(self._run, ledger),), name="moetier-timekeeper", daemon=True
+            )
             thread.start()
             self._thread = thread
             self._monitor.after_wake = ledger.serve

@@ -6,6 +6,7 @@ The ledger decides, in transitions (``tiers.locks``), which records are read and
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 import time
 import traceback
@@ -34,6 +35,8 @@ from .session import Session, Timekeeper
 Leases = tuple[deque[Lease[memoryview]], bool]
 # seconds to sleep so that a loader can take the GIL and begin its read; the system makes the sleep about 6e-5 longer
 HANDOVER = 1e-5
+
+_log = logging.getLogger(__name__)
 
 
 class HostTier(Closeable):
@@ -76,7 +79,7 @@ class HostTier(Closeable):
         self._store = store
         self._monitor = Monitor(lambda: self._ledger.repair())
         self._notifier = Notifier(self._monitor)
-        self._timekeeper = Timekeeper(self._monitor, self._notifier.timekeeper)
+        self._timekeeper = Timekeeper(self._monitor, self._notifier.timekeeper, self._run_or_condemn)
         self._loaders: list[threading.Thread] = []
         with contextlib.ExitStack() as undo:
             self._arena = arena or Arena.create(self.layout)
@@ -102,7 +105,12 @@ class HostTier(Closeable):
                 self._recover(arena, loaders)
             for number in range(loaders):
                 # daemon threads, so that a tier that is never closed does not keep the interpreter from ending
-                loader = threading.Thread(target=self._run_loader, name=f"moetier-loader-{number}", daemon=True)
+                loader = threading.Thread(
+                    target=self._run_or_condemn,
+                    args=(self._run_loader,),
+                    name=f"moetier-loader-{number}",
+                    daemon=True,
+                )
                 loader.start()
                 self._loaders.append(loader)
             undo.pop_all()
@@ -240,6 +248,15 @@ class HostTier(Closeable):
 
     # -- loaders ------------------------------------------------------------------------------------------------------
 
+    def _run_or_condemn(self, run: Callable[[], None]) -> None:
+        """Call ``run`` in a thread of the tier. If it raises, condemn the tier, as callers would wait for ever."""
+        try:
+            run()
+        except BaseException as error:
+            _log.exception("A thread of the host tier has failed.")
+            cause = f"A thread that serves the experts of {self.manifest.model} has failed ({type(error).__name__})."
+            self.condemn(StoreError(cause, "See the log, and report this bug. Load the model again."))
+
     def _run_loader(self) -> None:
         while self._ledger.loads.closed_by is None:
             self._notifier.loaders.get()
@@ -349,7 +366,7 @@ class HostTier(Closeable):
 
     @transition
     def condemn(self, error: StoreError) -> None:
-        """Stop serving for good, because the records are not those of the manifest.
+        """Stop serving for good: the records are not those of the manifest, or a thread of the tier has failed.
 
         All callers and sessions get ``error``. Processes that have mapped the arena find no records in it any more.
         """

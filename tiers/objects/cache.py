@@ -17,7 +17,7 @@ import mmap
 import os
 import threading
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -357,6 +357,12 @@ class CachedStore(WrapperStore):
         times, self._access_times = self._access_times, None
         if times is not None:
             times.close()
+
+
+def _log_error(settled: Future[None]) -> None:
+    """Log the error with which ``_settle`` has ended, if any. Its records are not kept."""
+    if (error := settled.exception()) is not None:
+        _log.error("Records were not kept in the cache.", exc_info=error)
 
 
 @contextlib.contextmanager

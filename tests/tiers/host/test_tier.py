@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
+from queue import SimpleQueue
 
 import pytest
 from geometries import two_geometries
@@ -26,7 +27,10 @@ from tier_states import held_lock, is_closed
 from moetier.testing import in_fork
 from moetier.tiers.cache.budget import slots_for, smallest_budget
 from moetier.tiers.cache.policies import POLICIES
-from moetier.tiers.errors import ClosedError, MissingExpertError, StoreReadError
+from moetier.tiers.errors import ClosedError, MissingExpertError, StoreError, StoreReadError
+from moetier.tiers.host.demands import Event, Failed
+from moetier.tiers.host.ledger import Ledger
+from moetier.tiers.host.loads import Loads
 from moetier.tiers.host.tier import HostTier
 from moetier.tiers.host.warmup import HotSet
 from moetier.tiers.layout import ExpertKey
@@ -254,6 +258,42 @@ def test_a_failed_read_keeps_no_hold_on_the_memory() -> None:
         list(tier.acquire(keys(0, 0)))
     assert "memfd:moetier-arena" not in Path("/proc/self/maps").read_text()
     assert caught.traceback
+
+
+def test_a_loader_that_fails_ends_the_wait_of_all_callers(gate: GatedReader, monkeypatch: pytest.MonkeyPatch) -> None:
+    events = SimpleQueue[Event]()
+    with HostTier(gate, slots={"records": 12}) as tier:
+        session = tier.session(events.put)
+        session.acquire(1, keys(1, 0))
+        gate.wait_begun(*keys(1, 0))
+        sleeping = Task(lambda: list(tier.acquire(keys(0, 0))))
+        wait_until(lambda: sleeps(sleeping.thread))
+        monkeypatch.setattr(Loads, "take", fails)
+        with pytest.raises(StoreError, match=r"has failed \(AssertionError\)"):
+            list(tier.acquire(keys(0, 1)))
+        with pytest.raises(StoreError, match="has failed"):
+            sleeping.result()
+        failed = events.get(timeout=PATIENCE)
+        assert isinstance(failed, Failed)
+        assert isinstance(failed.error, StoreError)
+        gate.open()
+
+
+def test_a_timekeeper_that_fails_ends_the_wait_of_all_callers(
+    gate: GatedReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with HostTier(gate, slots=SMALLEST) as tier:
+        monkeypatch.setattr(Ledger, "expire", fails)
+        events = SimpleQueue[Event]()
+        tier.session(events.put).acquire(1, keys(0, 0, 1))
+        tier.session(events.put).acquire(2, keys(0, 2, 3))  # it has a deadline, as it finds no slot
+        assert {type(events.get(timeout=PATIENCE)) for _ in range(2)} == {Failed}
+        assert tier.fault is not None
+        gate.open()
+
+
+def fails(*arguments: object) -> None:
+    raise AssertionError
 
 
 def test_a_closed_iterator_gives_everything_back(gate: GatedReader) -> None:

@@ -338,6 +338,18 @@ def test_a_full_disk_ends_the_caching_and_not_the_work(
             check(store, records)
 
 
+def test_an_error_while_records_are_written_is_logged(
+    server: FolderServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(store: CachedStore) -> None:
+        raise StoreError("The store is bad.", "Get another.")
+
+    monkeypatch.setattr(CachedStore, "_evict", refuse)
+    with opened(server, tmp_path) as store:
+        read_record(store, KEY)
+    assert "The store is bad." in caplog.text
+
+
 def test_threads_and_stores_share_a_cache(
     server: FolderServer, tmp_path: Path, records: dict[ExpertKey, bytes]
 ) -> None:
