@@ -84,7 +84,7 @@ class Monitor:
         self.fork_guard = ForkGuard()
         self.after_wake: Callable[[], None] | None = None  # if set, runs as a transition after each that calls ``wake``
         self._repair = repair
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # guards what the transitions change, and the fields below
         self._is_torn = False  # true while a transition runs, and after an exception has interrupted one
         self._sleepers: list[threading.Lock] = []
         self._posted: deque[Callable[[], None]] = deque()
@@ -127,7 +127,7 @@ class Monitor:
                 self._sleepers.append(sleeper)
             return result
 
-        sleeper = threading.Lock()
+        sleeper = threading.Lock()  # held while this thread sleeps; ``wake`` releases it
         while (result := self.run(attempt)) is None:
             _wait(sleeper)
         return result
@@ -250,7 +250,7 @@ class UseCount:
         """``name`` is the name of the resource in error messages."""
         self._name = name
         self._fork_guard = ForkGuard()
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # guards the two fields after the next one
         self._idle = threading.Condition(self._lock)
         self._users = 0
         self._closed = False

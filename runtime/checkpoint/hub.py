@@ -135,7 +135,7 @@ def headers(name: str, files: Sequence[str], revision: str) -> dict[str, dict[st
             for tensor, info in metadata.tensors.items()
         }
 
-    with ThreadPoolExecutor(HEADERS_AT_ONCE, "headers") as pool:
+    with ThreadPoolExecutor(HEADERS_AT_ONCE, "moetier-headers") as pool:
         return dict(zip(files, pool.map(header, files), strict=True))
 
 

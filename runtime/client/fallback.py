@@ -21,7 +21,7 @@ class Fallback:
         self._directory = directory
         self._manifest = manifest
         self._fork_guard = ForkGuard()
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # guards the fields below; held while the tier is opened
         self._closing = contextlib.ExitStack()
         self._closed = False
         self.host: HostTier | None = None  # None before it is first needed

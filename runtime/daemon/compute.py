@@ -42,7 +42,7 @@ BATCH_OUTPUTS = 256  # outputs that are computed together, which limits scratch 
 _TYPES = {"bfloat16": BF16, "float32": FP32}
 _SAME = "Use the same version of moetier on both sides."
 
-# all threads of the team compute one call after the other
+# held while a call computes: all threads of the team compute one call after the other
 _computing = threading.Lock()
 _memory = Memory()
 
@@ -124,7 +124,8 @@ class ComputeCalls:
             # the client thereby knows that these are the outputs for what it has sent
             crc = crc32c(data, request.crc32c) if request.HasField("crc32c") else None
             for at in range(0, len(data), PIECE_BYTES):
-                self._calls[context] = time.monotonic()
+                with self._state:
+                    self._calls[context] = time.monotonic()
                 is_last = at + PIECE_BYTES >= len(data)
                 yield encode_piece(data[at : at + PIECE_BYTES], crc if is_last else None)
         finally:
@@ -215,11 +216,13 @@ class ComputeCalls:
 
         def work() -> None:
             try:
-                self._products[variant] = ExpertProducts(layout, activation, _TYPES[dtype])
+                products: ExpertProducts | ConfigError = ExpertProducts(layout, activation, _TYPES[dtype])
             except Exception as error:  # as there is no memory that can be made executable
-                self._products[variant] = ConfigError(
+                products = ConfigError(
                     f"This daemon can't compile code for these experts ({error}).", "Fetch records instead."
                 )
+            with self._state:
+                self._products[variant] = products
 
         compiler = threading.Thread(target=work, name="moetier-compiler")
         try:

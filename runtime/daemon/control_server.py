@@ -111,7 +111,7 @@ class ControlServer:
                     if len(self._connections) >= self._max_clients + _OTHERS:
                         raise self._full()
                     self._connections[end] = False
-                thread = threading.Thread(target=self._serve, args=(end, pid), name="moetier-control", daemon=True)
+                thread = threading.Thread(target=self._serve, args=(end, pid), name="moetier-greeter", daemon=True)
                 thread.start()
                 self._threads.add(thread)
             except MoetierError as error:

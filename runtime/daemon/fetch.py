@@ -44,7 +44,7 @@ class FetchCalls:
         self._limits = {array: max(1, count // 4) for array, count in slots.items()}
         self._stall = stall
         self._patience = patience
-        self._state = threading.Condition()  # guards all fields below
+        self._state = threading.Condition()  # guards the fields below
         # for each call under way: when (monotonic clock) the piece was offered that its client has yet to take
         self._offered: dict[grpc.ServicerContext, float] = {}
         self._held: dict[str, Counter[ExpertKey]] = {array: Counter() for array in slots}
@@ -75,7 +75,8 @@ class FetchCalls:
         with self._admitted(key, entry.array, context, patience), self._lease(key, context, until) as slot:
             for at in range(start, end, PIECE_BYTES):
                 piece = slot[at : min(at + PIECE_BYTES, end)]
-                self._offered[context] = time.monotonic()
+                with self._state:
+                    self._offered[context] = time.monotonic()
                 is_last = at + PIECE_BYTES >= end
                 yield encode_piece(piece, request.crc32c if is_last and request.HasField("crc32c") else None)
                 with self._state:

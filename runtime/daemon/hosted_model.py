@@ -52,7 +52,7 @@ class HostedModel:
         self.slots = host.layout.slots_by_array
         self.budget_bytes = host.stats().slot_bytes
         self._patience = patience
-        self._opening = threading.Lock()
+        self._opening = threading.Lock()  # guards ``_opener``
         self._opener: threading.Thread | None = None
         self._compute_calls: ComputeCalls | MoetierError | None = None  # None until the opener has run
         host.uses()  # uses are counted from this first call on
@@ -81,7 +81,7 @@ class HostedModel:
         """
         with self._opening:
             if self._opener is None and not self._closing.is_set():
-                opener = threading.Thread(target=self._open_compute_calls, name="moetier-compiler")
+                opener = threading.Thread(target=self._open_compute_calls, name="moetier-opener")
                 try:
                     opener.start()
                 except RuntimeError as error:

@@ -50,7 +50,7 @@ def compile_ahead(location: Path) -> None:
                 is_bf16 = read_json(location / "config.json").get("dtype") == "bfloat16"
                 _compile(read_manifest(store_folder(location)), torch.bfloat16 if is_bf16 else torch.float32)
 
-    threading.Thread(target=work, name="moetier-compiler").start()
+    threading.Thread(target=work, name="moetier-ahead").start()
 
 
 def _matrices(path: Path) -> set[Projection]:

@@ -46,7 +46,7 @@ from moetier.tiers.store.trunk import check_small, check_trunk, trunk_records
 from .attach import attach_tiers
 from .trunk_files import TrunkFiles
 
-_lock = threading.Lock()
+_lock = threading.Lock()  # held while moetier is added to transformers' registries
 IN_CONFIG = ("ram", "device_memory", "context", "exact")  # what a model directory's config.json may set
 
 _options: TierOptions = {}  # set by register(), for models that are loaded without load()

@@ -24,7 +24,7 @@ from moetier.tiers.errors import MoetierError
 from . import quantizer
 from .load import model_of
 
-_lock = threading.Lock()
+_lock = threading.Lock()  # held while ``from_pretrained`` is replaced
 
 
 def register(**options: Unpack[TierOptions]) -> None:

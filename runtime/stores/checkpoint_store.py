@@ -37,7 +37,7 @@ except MoetierError as error:
 """
 
 _log = logging.getLogger(__name__)
-_lock = threading.Lock()
+_lock = threading.Lock()  # guards ``_tables``; held while a table is made, so that it is made once
 _tables: dict[Path, ExtentTable] = {}  # the last table that was made, by folder
 
 

@@ -51,7 +51,7 @@ def one_thread_each() -> Iterator[None]:
 @contextlib.contextmanager
 def pool_of(workers: int) -> Iterator[ThreadPoolExecutor]:
     """Yield a pool of worker threads, in each of which torch uses one thread. At the end, cancel tasks in the queue."""
-    with one_thread_each(), ThreadPoolExecutor(workers, "convert", lambda: torch.set_num_threads(1)) as pool:
+    with one_thread_each(), ThreadPoolExecutor(workers, "moetier-convert", lambda: torch.set_num_threads(1)) as pool:
         try:
             yield pool
         finally:

@@ -167,7 +167,7 @@ class Download:
                 future.set_exception(error)
 
         # a daemon thread: the process can end without waiting for it
-        threading.Thread(target=fetch, name="ahead", daemon=True).start()
+        threading.Thread(target=fetch, name="moetier-download", daemon=True).start()
 
     def _fetch(self, path: Path, quiet: bool) -> None:
         """Make the file readable at ``path``: download it unless it is on this machine, check it, and link to it.

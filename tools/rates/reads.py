@@ -166,7 +166,7 @@ def read_rate(read: Callable[[memoryview], None], nbytes: int, *, depth: int, se
             count += 1
         return count
 
-    with ThreadPoolExecutor(depth) as pool:
+    with ThreadPoolExecutor(depth, "moetier-reads") as pool:
         count = sum(pool.map(work, range(depth)))
     return count * nbytes / (time.perf_counter() - began)
 

@@ -29,7 +29,7 @@ class Tally:
     """Counts of requests and tokens since the server started. Refused requests are not counted. Thread-safe."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # guards ``_counts``
         self._counts = dict.fromkeys((*OUTCOMES, *METRICS), 0)
 
     def add(self, **more: int) -> None:

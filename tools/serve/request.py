@@ -279,7 +279,7 @@ class UnknownFields:
     """Log of unknown fields of requests to a server: a line for each name, MOST_NAMES at most. Thread-safe."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # guards ``_names``
         self._names: set[str] = set()
 
     def note(self, names: Iterable[str]) -> None:

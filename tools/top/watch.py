@@ -44,7 +44,7 @@ class Watch:
         self.interval = interval
         self.paused = False
         self._credentials = credentials
-        self._changed = threading.Condition()
+        self._changed = threading.Condition()  # guards ``interval``, ``paused`` and ``_ending``
         self._ending = False
         self._thread: threading.Thread | None = None
 

@@ -184,7 +184,7 @@ class Team:
         self.run, self.run_locked, self._work = compiled(this_processor())
         self._workers: list[threading.Thread] = []
         self._most = MOST_WORKERS if FUTEX is not None else 0
-        self._starting = threading.Lock()
+        self._starting = threading.Lock()  # guards changes of ``_workers`` and ``_most``
 
     def prepare(self, workers: int) -> int:
         """Start threads until there are ``workers``, or as many as the system gives. Return how many there are."""
@@ -199,8 +199,11 @@ class Team:
             try:
                 signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - _FATAL)
                 while len(self._workers) < workers:
-                    name = f"moetier-kernels-{len(self._workers) + 1}"
-                    self._workers.append(threading.Thread(target=self._serve, name=name, daemon=True))
+                    self._workers.append(
+                        threading.Thread(
+                            target=self._serve, name=f"moetier-kernels-{len(self._workers) + 1}", daemon=True
+                        )
+                    )
                     self._workers[-1].start()
             except RuntimeError:  # the system gives no more threads
                 self._workers.pop()
@@ -232,7 +235,7 @@ def compiled(processor: Processor) -> tuple[Callable[..., None], Callable[..., N
 
 
 _team: Team | None = None
-_making = threading.Lock()
+_making = threading.Lock()  # guards changes of ``_team``
 
 
 def the_team() -> Team:

@@ -392,7 +392,7 @@ def test_without_a_thread_a_call_fails_and_the_next_one_computes(
 ) -> None:
     model = HostedModel(manifest, host, tinymix_4bit, patience=1.0)
     try:
-        with without_thread("moetier-compiler"), pytest.raises(ExhaustedError, match="can't start new thread"):
+        with without_thread("moetier-opener"), pytest.raises(ExhaustedError, match="can't start new thread"):
             _ = model.compute_calls
         request = message(manifest, hidden_states(manifest, 1), [1])
         with open_channel(served[1], Credentials(insecure=True)) as channel:

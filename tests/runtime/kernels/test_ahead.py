@@ -18,7 +18,7 @@ from moetier.runtime.kernels.ahead import compile_ahead
 from moetier.runtime.kernels.jit.processor import Processor
 
 compile_ahead(Path(sys.argv[1]))
-(compiler,) = [thread for thread in threading.enumerate() if thread.name == "moetier-compiler"]
+(compiler,) = [thread for thread in threading.enumerate() if thread.name == "moetier-ahead"]
 compiler.join()
 compile_all, late = Processor.compile_all, []
 
@@ -74,5 +74,5 @@ def test_little_is_left_to_compile_for_a_gguf_file(
 def test_a_folder_that_is_no_model_is_left_to_whoever_loads_it(tmp_path: Path) -> None:
     compile_ahead(tmp_path)
     for thread in threading.enumerate():
-        if thread.name == "moetier-compiler":
+        if thread.name == "moetier-ahead":
             thread.join()

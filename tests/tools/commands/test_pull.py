@@ -259,7 +259,7 @@ encode = Encoder._encode
 
 def patient(self, key, free):
     for thread in threading.enumerate():
-        if thread.name == "ahead":  # the next file is whole before a block is
+        if thread.name == "moetier-download":  # the next file is whole before a block is
             thread.join()
     return encode(self, key, free)
 
@@ -291,7 +291,7 @@ streaming.GRACE, check_sum = 0, Download._check_sum
 
 def late(self, found, remote, name):
     check_sum(self, found, remote, name)
-    if threading.current_thread().name == "ahead":
+    if threading.current_thread().name == "moetier-download":
         os.kill(os.getpid(), signal.SIGINT)
         self._halted.wait()
 
@@ -301,7 +301,7 @@ try:
 except KeyboardInterrupt:
     pass
 for thread in threading.enumerate():
-    if thread.name == "ahead":
+    if thread.name == "moetier-download":
         thread.join()
 """
 
