@@ -55,7 +55,6 @@ class HostedModel:
         self._opening = threading.Lock()  # guards ``_opener``
         self._opener: threading.Thread | None = None
         self._compute_calls: ComputeCalls | MoetierError | None = None  # None until the opener has run
-        host.uses()  # uses are counted from this first call on
         self._failures = RateLimitedLog(_log, "read-failed")
         self._lock = threading.Lock()  # guards the counts
         self._counts = Counter[str]()  # fields of ModelStats

@@ -29,15 +29,14 @@ class DirectHits:
         self._pool_of = pool_of
         self._counters = counters
         self._prefetches = prefetches
-        # number of uses of each key, those by demands of this tier among them; None until they are counted
-        self.uses: Counter[ExpertKey] | None = None
+        self.uses = Counter[ExpertKey]()  # number of uses of each key, those by demands of this tier among them
 
     def in_this_process(self, block: int, experts: Sequence[int]) -> None:
         """Count a use of ``experts`` by compiled code of this process, which has found all of them. Each is a hit."""
         pool = self._pool_of[block]
         keys = [ExpertKey(block, expert) for expert in dict.fromkeys(experts)]
         self._prefetches.request(pool, block, (), None)
-        self._count(keys)
+        self.uses.update(keys)
         self._counters.looked_up(hits=len(keys))
         cached = [key for key in keys if pool.holds(key)]  # others were evicted since
         self._prefetches.use(cached)
@@ -51,7 +50,7 @@ class DirectHits:
         """Count a hit of another process, which has used the record of ``key``."""
         pool = self._pool_of[key.block]
         self._counters.looked_up(hits=1)
-        self._count((key,))
+        self.uses.update((key,))
         if pool.find(key) is not None:
             pool.touch((key,))
             self._prefetches.use((key,))
@@ -59,14 +58,4 @@ class DirectHits:
     def in_the_tier_above(self, keys: Sequence[ExpertKey]) -> None:
         """Count uses of copies in the tier above. They are hits of that tier, not of this one."""
         self._prefetches.use(keys)
-        self._count(keys)
-
-    def count_uses(self) -> dict[ExpertKey, int]:
-        """Return a dictionary from each key to the number of its uses. Counting begins with the first call."""
-        if self.uses is None:
-            self.uses = Counter()
-        return dict(self.uses)
-
-    def _count(self, keys: Sequence[ExpertKey]) -> None:
-        if self.uses is not None:
-            self.uses.update(keys)
+        self.uses.update(keys)

@@ -87,9 +87,14 @@ class Ledger:
         self._ahead = limits.ahead
         self._demands: set[Demand] = set()
 
+    @property
+    def closed_by(self) -> MoetierError | None:
+        """The error with which the ledger was closed; None while it is open."""
+        return self.loads.closed_by
+
     def check_open(self) -> None:
         """If the ledger was closed, raise the error with which it was closed."""
-        if (error := self.loads.closed_by) is not None:
+        if (error := self.closed_by) is not None:
             raise type(error)(error.cause, error.fix)  # a new object: the frames of a raised error would keep slots
 
     # -- demands ------------------------------------------------------------------------------------------------------
@@ -106,8 +111,7 @@ class Ledger:
             caller.demands[demand.number] = demand
         self.prefetches.request(pool, demand.block, (), caller)
         distinct = dict.fromkeys(keys)
-        if self.direct_hits.uses is not None:
-            self.direct_hits.uses.update(list(distinct))
+        self.direct_hits.uses.update(list(distinct))
         demand.is_scan = len(distinct) > pool.quota(demand.block)
         hits = []
         for key in distinct:

@@ -142,7 +142,7 @@ class Session(AsyncCaller):
 
         Raises ClosedError if the session or the tier was closed.
         """
-        if isinstance(self._ledger.loads.closed_by, StoreError):
+        if isinstance(self._ledger.closed_by, StoreError):
             return False
         self._check_open()
         return True

@@ -216,8 +216,8 @@ class HostTier(Closeable):
 
     @transition
     def uses(self) -> dict[ExpertKey, int]:
-        """Return a dictionary from each key to the number of its uses. Counting begins with the first call."""
-        return self._ledger.direct_hits.count_uses()
+        """Return a dictionary from each key to the number of its uses."""
+        return dict(self._ledger.direct_hits.uses)
 
     def prefetch(self, block: int, keys: Sequence[ExpertKey]) -> None:
         """Request prefetches as ``ExpertSource`` specifies. ``PrefetchQueue.next_place`` says which slots they take.
@@ -258,7 +258,7 @@ class HostTier(Closeable):
             self.condemn(StoreError(cause, "See the log, and report this bug. Load the model again."))
 
     def _run_loader(self) -> None:
-        while self._ledger.loads.closed_by is None:
+        while self._ledger.closed_by is None:
             self._notifier.loaders.get()
             while (load := self._take_load()) is not None:
                 self._read(load)
@@ -361,7 +361,7 @@ class HostTier(Closeable):
     @property
     def fault(self) -> StoreError | None:
         """The error with which the tier was condemned, or None."""
-        error = self._ledger.loads.closed_by
+        error = self._ledger.closed_by
         return error if isinstance(error, StoreError) else None
 
     @transition
@@ -370,7 +370,7 @@ class HostTier(Closeable):
 
         All callers and sessions get ``error``. Processes that have mapped the arena find no records in it any more.
         """
-        if self._ledger.loads.closed_by is None:
+        if self._ledger.closed_by is None:
             self._ledger.close(error)
             self._arena.directory.retire()
 
@@ -412,7 +412,7 @@ class HostTier(Closeable):
 
     def _check_open(self) -> None:
         self._monitor.fork_guard.check()
-        if self._ledger.loads.closed_by is not None:
+        if self._ledger.closed_by is not None:
             self._ledger.check_open()
 
 

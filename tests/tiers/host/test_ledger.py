@@ -844,11 +844,10 @@ def test_a_pool_is_not_filled_without_room_for_all_or_if_records_are_far_away(co
 def test_uses_are_counted_of_demands_and_of_what_clients_found() -> None:
     ledger, pool = ledger_of(6)
     ledger.end(demand(ledger, pool, 1, 3))
-    assert not ledger.direct_hits.count_uses()
     demand(ledger, pool, 1, 0, 1, 0)
     ledger.direct_hits.in_a_client(ExpertKey(1, 0))
     ledger.direct_hits.in_the_tier_above([ExpertKey(0, 2)])
-    assert ledger.direct_hits.count_uses() == {(1, 0): 2, (1, 1): 1, (0, 2): 1}
+    assert ledger.direct_hits.uses == {(1, 3): 1, (1, 0): 2, (1, 1): 1, (0, 2): 1}
 
 
 def test_callers_that_come_again_and_again_overtake_no_caller_for_ever() -> None:
