@@ -145,7 +145,7 @@ class CopySource(ExpertSource[Record], Protocol[Record]):
         the lease still holds when the copy has ended.
         """
 
-    def used(self, keys: Sequence[ExpertKey]) -> None:
+    def note_copy_uses(self, keys: Sequence[ExpertKey]) -> None:
         """Note that demands have found the records of ``keys`` in the tier above. Returns at once.
 
         If this source has prefetched one of the records, and the tier above copied it through ``pin``, the prefetch

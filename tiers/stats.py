@@ -141,7 +141,7 @@ class PrefetchOutcomes:
         if (began := self.began.pop(key, None)) is not None:
             self.unused[key] = self._clock() - began
 
-    def use(self, key: ExpertKey) -> None:
+    def note_use(self, key: ExpertKey) -> None:
         """Note a demand for a record. If it is the first since the prefetch, count the prefetch as useful or late."""
         if (seconds := self.unused.pop(key, None)) is not None:
             self._counters.useful += 1

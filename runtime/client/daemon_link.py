@@ -147,7 +147,7 @@ class Link:
         """Send a prefetch request. It is lost while the daemon is away."""
         self._send(wire.ClientMessage(prefetch=wire.Prefetch(requested=wire.Experts(block=block, experts=experts))))
 
-    def report(self, keys: Iterable[ExpertKey]) -> None:
+    def note_uses(self, keys: Iterable[ExpertKey]) -> None:
         """Report hits: records that were found in the arena's directory, the least recently used first.
 
         The report is sent before the next request, and after half a second at the latest.

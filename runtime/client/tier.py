@@ -104,7 +104,7 @@ class DaemonTier(Closeable):
             else:
                 cached.append((key, *place))
         if cached:
-            self._link.report([place[0] for place in reversed(cached)])
+            self._link.note_uses([place[0] for place in reversed(cached)])
         if block in self._prefetching:
             self._prefetching.discard(block)
             if not missing:  # with misses, their request tells the daemon that the demand has come
@@ -141,7 +141,7 @@ class DaemonTier(Closeable):
         distinct = dict.fromkeys(experts)
         if self._copied:
             self._copied.difference_update([ExpertKey(block, expert) for expert in distinct])
-        self._link.report([ExpertKey(block, expert) for expert in reversed(distinct)])
+        self._link.note_uses([ExpertKey(block, expert) for expert in reversed(distinct)])
         if block in self._prefetching:
             self._prefetching.discard(block)
             self._link.prefetch(block, [])
@@ -202,7 +202,7 @@ class DaemonTier(Closeable):
         if not proof.held:
             self._copied.discard(key)
 
-    def used(self, keys: Sequence[ExpertKey]) -> None:
+    def note_copy_uses(self, keys: Sequence[ExpertKey]) -> None:
         """Report uses of copies, as ``CopySource`` says: each key once after its record was pinned for a copy.
 
         The daemon counts the reported uses as hits.
@@ -210,7 +210,7 @@ class DaemonTier(Closeable):
         unreported = [key for key in keys if key in self._copied]
         self._copied.difference_update(unreported)
         if unreported:
-            self._link.report(unreported)
+            self._link.note_uses(unreported)
 
     def stats(self) -> TierStats:
         """Return the counters.

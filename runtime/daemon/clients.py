@@ -155,7 +155,7 @@ class SessionCall:
                 self._release(message.release)
             case "used":
                 keys = [key for entry in message.used.blocks for key in self._keys(entry)]
-                self._session.used(keys)
+                self._session.note_uses(keys)
                 self._model.count(used=len(keys))
                 self._client.hits += len(keys)
             case "prefetch":

@@ -78,7 +78,7 @@ def open_models(
                 loaders=config.loaders,
                 arena=arena,
                 policy=config.policy,
-                fills=store.is_local,
+                loads_rest=store.is_local,
             )
         )
         model = HostedModel(store.manifest, host, store.directory, patience=config.wait, learn=config.learn)

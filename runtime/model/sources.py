@@ -102,7 +102,7 @@ def _own(location: Path, manifest: Manifest, slots: Mapping[str, int], config: T
             where = f"this process, from {store.where}" if store.where else "this process"
         closing.enter_context(store)
         host = closing.enter_context(
-            HostTier(store, slots=slots, loaders=config.loaders, policy=config.policy, fills=store.is_local)
+            HostTier(store, slots=slots, loaders=config.loaders, policy=config.policy, loads_rest=store.is_local)
         )
         learner = closing.enter_context(contextlib.closing(Learner(host))) if config.learn else None
         store.on_fault(host.condemn)

@@ -48,8 +48,8 @@ class UnsteadySource:
                 lease = Lease(lease.key, _garbage(lease.record), -1 - lease.slot, lambda: False)
             yield lease
 
-    def used(self, keys: Sequence[ExpertKey]) -> None:
-        self.source.used(keys)
+    def note_copy_uses(self, keys: Sequence[ExpertKey]) -> None:
+        self.source.note_copy_uses(keys)
 
     def residents(self, block: int) -> None:
         return None  # so that all is leased

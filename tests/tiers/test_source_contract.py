@@ -360,9 +360,9 @@ def test_a_prediction_that_was_copied_is_useful_when_it_is_used_above(roomy: Ope
             assert lease is not None
             assert lease.holds()
     assert roomy.host.stats().useful == 0
-    roomy.source.used(keys(1, 0, 2))  # 2 was not predicted
+    roomy.source.note_copy_uses(keys(1, 0, 2))  # 2 was not predicted
     wait_until(lambda: roomy.host.stats().useful == 1)
-    roomy.source.used(keys(1, 0))
+    roomy.source.note_copy_uses(keys(1, 0))
     roomy.take(1, 0, 3, 5)
     wait_until(lambda: roomy.host.stats().useful == 3)
     stats = roomy.host.stats()

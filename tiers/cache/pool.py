@@ -153,7 +153,7 @@ class SlotPool:
             policy.demote(key)
         return evicted
 
-    def fill(self, slot: int) -> None:
+    def mark_ready(self, slot: int) -> None:
         """Make a LOADING slot READY, because its record has arrived. Claims on the slot become pins."""
         self._loading.remove(slot)
 

@@ -202,7 +202,7 @@ class DeviceFill:
         self._counters.bytes_in += pool.slot_bytes
         pool.copied[slot] = copy.ready
         pool.used[slot] = dict(copy.uses)
-        pool.fill(slot)
+        pool.mark_ready(slot)
         self._end_filling(demand)
         if began is not None:
             pool.pin(slot)

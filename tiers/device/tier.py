@@ -111,7 +111,7 @@ class DeviceTier:
         try:
             hits, missing, was_requested = self._begin(demand, distinct)
             if hits:
-                self._source.used(hits)
+                self._source.note_copy_uses(hits)
             if was_requested and not missing:  # cancel the requests; if records are missing, the source's demand does
                 self._source.prefetch(block, ())
             yield from self._leases(demand)
@@ -328,7 +328,7 @@ class DeviceTier:
         if self._promotes:
             self._promoter.request(block, (), ())
             for key in keys:
-                self._promoter.outcomes.use(key)
+                self._promoter.outcomes.note_use(key)
         for key in keys:
             slot = demand.pool.pin_ready(key)
             if slot is None:

@@ -317,7 +317,7 @@ class ExtentStore(DirectoryStore):
                 )
             view[-CHECKSUM_BYTES:] = checksum_bytes(crc)
 
-    def _fill(
+    def _read_part(
         self, extents: list[Extent], start: int, part: memoryview, payload: memoryview, piece: int, crc: int
     ) -> int:
         """Read a part of a record, as a ``Fill`` for ``read_in_pieces``."""

@@ -31,7 +31,7 @@ class DirectHits:
         self._prefetches = prefetches
         self.uses = Counter[ExpertKey]()  # number of uses of each key, those by demands of this tier among them
 
-    def in_this_process(self, block: int, experts: Sequence[int]) -> None:
+    def note_uses(self, block: int, experts: Sequence[int]) -> None:
         """Count a use of ``experts`` by compiled code of this process, which has found all of them. Each is a hit."""
         pool = self._pool_of[block]
         keys = [ExpertKey(block, expert) for expert in dict.fromkeys(experts)]
@@ -39,23 +39,23 @@ class DirectHits:
         self.uses.update(keys)
         self._counters.looked_up(hits=len(keys))
         cached = [key for key in keys if pool.holds(key)]  # others were evicted since
-        self._prefetches.use(cached)
+        self._prefetches.note_uses(cached)
         pool.touch(reversed(cached), scan=len(keys) > pool.quota(block))
 
     def discard(self, experts: Sequence[int]) -> None:
-        """Count hits of ``in_this_process`` as discarded, because records were replaced during their use."""
+        """Count hits of ``note_uses`` as discarded, because records were replaced during their use."""
         self._counters.looked_up(discarded=len(set(experts)))
 
-    def in_a_client(self, key: ExpertKey) -> None:
+    def note_client_use(self, key: ExpertKey) -> None:
         """Count a hit of another process, which has used the record of ``key``."""
         pool = self._pool_of[key.block]
         self._counters.looked_up(hits=1)
         self.uses.update((key,))
         if pool.find(key) is not None:
             pool.touch((key,))
-            self._prefetches.use((key,))
+            self._prefetches.note_uses((key,))
 
-    def in_the_tier_above(self, keys: Sequence[ExpertKey]) -> None:
+    def note_copy_uses(self, keys: Sequence[ExpertKey]) -> None:
         """Count uses of copies in the tier above. They are hits of that tier, not of this one."""
-        self._prefetches.use(keys)
+        self._prefetches.note_uses(keys)
         self.uses.update(keys)

@@ -52,7 +52,7 @@ class Ledger:
         notifier: wakes threads that can go on.
         limits: how many loads may be in progress.
         policy: the policy of eviction, a key of ``POLICIES``.
-        fills: whether pools with room for all of their records are filled in the background (``Loads.fill``).
+        loads_rest: whether pools with room for all of their records are filled in the background (``Loads.load_rest``).
         clock: returns the time in seconds.
     """
 
@@ -65,7 +65,7 @@ class Ledger:
         limits: LoadLimits,
         *,
         policy: str = DEFAULT_POLICY,
-        fills: bool = False,
+        loads_rest: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.manifest = manifest
@@ -80,7 +80,7 @@ class Ledger:
         self.direct_hits = DirectHits(self.pool_of, self.counters, self.prefetches)
         self.waiting = WaitingDemands(notifier, clock)
         self.loads = Loads(directory, self.counters, self.prefetches, self.waiting, notifier, limits.prefetches)
-        if fills:
+        if loads_rest:
             self.loads.unfilled = {self.pools[array]: blocks for array, blocks in manifest.members.items()}
         self._notifier = notifier
         self._clock = clock
@@ -125,7 +125,7 @@ class Ledger:
                 self.waiting.note_taken(demand)
         demand.hits = len(hits)
         self.counters.looked_up(hits=len(hits), misses=len(demand.pending))
-        self.prefetches.use(hits)
+        self.prefetches.note_uses(hits)
         if demand.pending:
             self._advance(demand)
         # in reverse, so that the first of the keys is evicted last; pending keys are touched when they get their slots
@@ -311,7 +311,7 @@ class Ledger:
                     slot = demand.pool.pin_ready(key)
                     assert slot is not None
                     demand.ready.append(slot)
-                    self.prefetches.use((key,))
+                    self.prefetches.note_uses((key,))
                 case Lookup.PENDING:  # a prefetch or another demand has begun to load the record
                     self.counters.joined += 1
                     self.loads.join(demand, key)
@@ -333,7 +333,7 @@ class Ledger:
         self.loads.begin(demand.pool, key, slot, is_prefetch=False, is_scan=demand.is_scan)
         self.loads.join(demand, key)
         self._notifier.wake_loader()
-        self.loads.fill(demand.pool)
+        self.loads.load_rest(demand.pool)
         return True
 
     def _may_load(self, demand: Demand) -> bool:

@@ -109,7 +109,7 @@ class Loads:
         most_prefetches: int,
     ) -> None:
         self.closed_by: MoetierError | None = None  # the error with which the tier was closed; None while it is open
-        self.unfilled: dict[Pool, Mapping[int, Block]] = {}  # from each pool that ``fill`` may fill to its blocks
+        self.unfilled: dict[Pool, Mapping[int, Block]] = {}  # from each pool that ``load_rest`` may read to its blocks
         self._directory = directory
         self._counters = counters
         self._prefetches = prefetches
@@ -154,7 +154,7 @@ class Loads:
         load = self._loads[key]
         load.pool.pin(load.slot)
         if load.is_prefetch:
-            self._prefetches.use((key,))
+            self._prefetches.note_uses((key,))
             # The loader of this record may have paused (``may_continue``). Wake it for every demand that joins, not
             # only for the first: the first may have left before the loader looked.
             self._notifier.wake_callers()
@@ -185,7 +185,7 @@ class Loads:
         self._prefetches.warmup.extend((pool, key) for key in keys)
         self.wake_loaders_for_prefetches()
 
-    def fill(self, pool: Pool) -> None:
+    def load_rest(self, pool: Pool) -> None:
         """Read the other records of a pool with room for all, as the warm-up does, once half of its slots are taken.
 
         After so many demands, the others will soon be needed, too. If a model is hardly used, only demands are read; of
@@ -265,7 +265,7 @@ class Loads:
         self._counters.bytes_in += load.pool.slot_bytes
         self._counters.warmed += load.is_warmup
         del self._loads[load.key]
-        load.pool.fill(load.slot)
+        load.pool.mark_ready(load.slot)
         self._directory.publish(load.key, load.pool.first + load.slot)
         if load.is_prefetch:
             self._prefetches.outcomes.arrive(load.key)

@@ -131,7 +131,7 @@ class PrefetchQueue:
         self.warmed.discard(key)
         self.outcomes.began.pop(key, None)
 
-    def use(self, keys: Iterable[ExpertKey]) -> None:
+    def note_uses(self, keys: Iterable[ExpertKey]) -> None:
         """Note that demands of this tier, or of the tier above, use the records of ``keys``."""
         for key in keys:
             self.copied.discard(key)
@@ -139,7 +139,7 @@ class PrefetchQueue:
                 self.warmed.remove(key)
                 self._counters.recalled += 1
             if key in self.outcomes.unused or key in self.outcomes.began:
-                self.outcomes.use(key)
+                self.outcomes.note_use(key)
 
     def evict(self, key: ExpertKey) -> None:
         """Note that a record is evicted from this tier. The tier above may still use its copy, if it has made one."""

@@ -54,7 +54,7 @@ class HostTier(Closeable):
         loaders: int = LOADERS,
         arena: Arena | None = None,
         policy: str = DEFAULT_POLICY,
-        fills: bool = False,
+        loads_rest: bool = False,
     ) -> None:
         """Allocate the memory, and start the loaders.
 
@@ -65,8 +65,8 @@ class HostTier(Closeable):
             arena: a reclaimed arena with the same numbers of slots; None to create an arena. The intact records of a
                 reclaimed arena are READY without a read, and processes that have mapped the arena can go on using it.
             policy: the policy of eviction, a key of ``POLICIES``.
-            fills: whether a tier with room for all records of one layout reads them all, in the background, once half
-                of them are there or on their way.
+            loads_rest: whether a tier with room for all records of one layout reads them all, in the background, once
+                half of them are there or on their way.
 
         Raises:
             BudgetError: the system does not have enough memory.
@@ -98,7 +98,7 @@ class HostTier(Closeable):
                 self._notifier,
                 LoadLimits.of(loaders, self.layout),
                 policy=policy,
-                fills=fills,
+                loads_rest=loads_rest,
             )
             undo.callback(self.close)
             if arena is not None:
@@ -202,7 +202,7 @@ class HostTier(Closeable):
     @deferred
     def note_uses(self, block: int, experts: Sequence[int]) -> None:
         """Count a demand, as ``ExpertSource`` specifies."""
-        self._ledger.direct_hits.in_this_process(block, experts)
+        self._ledger.direct_hits.note_uses(block, experts)
 
     @deferred
     def take_back_uses(self, block: int, experts: Sequence[int]) -> None:
@@ -210,9 +210,9 @@ class HostTier(Closeable):
         self._ledger.direct_hits.discard(experts)
 
     @transition
-    def used(self, keys: Sequence[ExpertKey]) -> None:
+    def note_copy_uses(self, keys: Sequence[ExpertKey]) -> None:
         """Note uses in the tier above, as ``CopySource`` specifies. The result of ``uses`` includes them."""
-        self._ledger.direct_hits.in_the_tier_above(keys)
+        self._ledger.direct_hits.note_copy_uses(keys)
 
     @transition
     def uses(self) -> dict[ExpertKey, int]:
@@ -403,7 +403,7 @@ class HostTier(Closeable):
         for slot, key in kept.items():
             pool = self._ledger.pool_of[key.block]
             pool.begin_fill(slot - pool.first, key)
-            pool.fill(slot - pool.first)
+            pool.mark_ready(slot - pool.first)
         self.recovered = len(kept)
 
     @transition

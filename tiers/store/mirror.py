@@ -168,7 +168,7 @@ class MirroredStore(WrapperStore):
         for copy in self._copies:
             copy.store.close()
 
-    def _fill(
+    def _read_part(
         self,
         key: ExpertKey,
         used: set[_Copy],
@@ -178,7 +178,7 @@ class MirroredStore(WrapperStore):
         piece: int,
         crc: int,
     ) -> int:
-        """Read a part of a record, and add the copies from which it was read to ``used``. See ``Fill``."""
+        """Read a part of a record, and add the copies from which it was read to ``used``. See ``ReadPart``."""
         shares = self._share(key, len(part))
         used.update(copy for copy, _ in shares)
         reads, first = [], 0

@@ -41,7 +41,7 @@ from .shard import (
 DIGEST_SECONDS = 0.1  # seconds for which ``open`` waits for the check: enough for a quick disk or a small store
 DIGEST_SHARE = 0.1  # share of the time that the check spends reading, once it runs in the background
 
-Fill = Callable[[int, memoryview, memoryview, int, int], int]
+ReadPart = Callable[[int, memoryview, memoryview, int, int], int]
 """Type of a function that reads a part of a record.
 
 Its arguments are: the offset of the part in the record; the memory for the part; the same memory without the record's
@@ -279,10 +279,10 @@ class ExpertStore(DirectoryStore):
         shard = self.shards[block]
         return shard, expert * shard.file.slot_bytes
 
-    def _fill(
+    def _read_part(
         self, shard: OpenShard, record: int, start: int, part: memoryview, payload: memoryview, piece: int, crc: int
     ) -> int:
-        """Read a part of the record that begins at the offset ``record`` of a shard. See ``Fill``."""
+        """Read a part of the record that begins at the offset ``record`` of a shard. See ``ReadPart``."""
         reads = [
             Read(self.pool, partial(shard.read, record + start + at, part[at : at + piece]), payload[at : at + piece])
             for at in range(0, len(part), piece)
@@ -303,7 +303,7 @@ def read_in_pieces(view: memoryview, pause: Pause | None, fill: Fill) -> int:
         start = stop
         if start < len(view) and not pause():
             pause = None  # read the rest in one part
-    return fill(start, view[start:], payload[start:], PIECE_BYTES, crc) if start < len(view) else crc
+    return read_part(start, view[start:], payload[start:], PIECE_BYTES, crc) if start < len(view) else crc
 
 
 def run_reads(reads: Sequence[Read], crc: int) -> int:

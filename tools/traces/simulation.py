@@ -179,7 +179,7 @@ class SimulatedTier:
 
     def _fill(self, slot: int, key: ExpertKey, *, scan: bool) -> None:
         self._pool.begin_fill(slot, key, scan=scan)
-        self._pool.fill(slot)
+        self._pool.mark_ready(slot)
 
     def _slot(self, key: ExpertKey) -> int:
         slot = self._pool.find(key)

@@ -120,7 +120,7 @@ class Cache:
 
     def _fill(self, slot: int, key: ExpertKey, *, prefetched: bool = False) -> None:
         self.pool.begin_fill(slot, key, prefetched=prefetched)
-        self.pool.fill(slot)
+        self.pool.mark_ready(slot)
 
     def resident(self, blocks: Iterable[int]) -> set[ExpertKey]:
         return {key for key in self.pool.held() if key.block in blocks}

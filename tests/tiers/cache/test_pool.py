@@ -44,12 +44,12 @@ class PoolMachine(RuleBasedStateMachine):
             self.model[slot] = (key, LOADING, 0)
 
     @precondition(lambda self: self.model)
-    @rule(data=st.data(), act=st.sampled_from(["fill", "fail", "pin", "unpin"]))
+    @rule(data=st.data(), act=st.sampled_from(["mark_ready", "fail", "pin", "unpin"]))
     def act(self, data: st.DataObject, act: str) -> None:
         slot = data.draw(st.sampled_from(sorted(self.model)))
         key, state, pins = self.model[slot]
         legal, after = {
-            "fill": (state == LOADING, (key, READY, pins)),
+            "mark_ready": (state == LOADING, (key, READY, pins)),
             "fail": (state == LOADING, None),
             "pin": (True, (key, state, pins + 1)),
             "unpin": (pins > 0, (key, state, pins - 1)),
@@ -115,7 +115,7 @@ TestPool = PoolMachine.TestCase
 
 def test_an_empty_slot_can_not_be_used() -> None:
     pool = pool_of(1)
-    for method in (pool.fill, pool.fail, pool.pin, pool.unpin, pool.key):
+    for method in (pool.mark_ready, pool.fail, pool.pin, pool.unpin, pool.key):
         with pytest.raises((AssertionError, KeyError)):
             method(0)
 
@@ -124,24 +124,24 @@ def filled(pool: SlotPool, key: ExpertKey, *, may_borrow: bool = False) -> int:
     slot = pool.choose(key.block, may_borrow=may_borrow)
     assert slot is not None
     pool.begin_fill(slot, key)
-    pool.fill(slot)
+    pool.mark_ready(slot)
     pool.check_integrity()
     return slot
 
 
 @pytest.mark.parametrize("steps", range(1, 40))
-@pytest.mark.parametrize("act", ["begin", "evict", "fill", "fail"])
+@pytest.mark.parametrize("act", ["begin", "evict", "mark_ready", "fail"])
 def test_a_change_that_was_cut_leaves_no_slot_ready_without_its_record(act: str, steps: int) -> None:
     pool = pool_of(1, 1)
     old, new = ExpertKey(0, 0), ExpertKey(0, 1)
     slot = filled(pool, old) if act == "evict" else 0
-    if act in ("fill", "fail"):
+    if act in ("mark_ready", "fail"):
         pool.begin_fill(slot, new)
-    acts = {"fill": lambda: pool.fill(slot), "fail": lambda: pool.fail(slot)}
+    acts = {"mark_ready": lambda: pool.mark_ready(slot), "fail": lambda: pool.fail(slot)}
     work = acts.get(act, lambda: pool.begin_fill(slot, new))
     cut(work, steps)
     was_ready = [key for key, loading in pool.contents() if key is not None and not loading]
-    possible = {"evict": [[], [old]], "fill": [[], [new]]}
+    possible = {"evict": [[], [old]], "mark_ready": [[], [new]]}
     assert was_ready in possible.get(act, [[]])
     cut(lambda: pool.repair([0, 0], {}), steps)
     pool.repair([0, 0], {})

@@ -148,7 +148,7 @@ class LedgerMachine(RuleBasedStateMachine):
             Notifier(self.monitor),
             LoadLimits(data.draw(st.integers(1, 4), "ahead"), data.draw(st.integers(1, 2), "prefetches")),
             policy=data.draw(st.sampled_from(sorted(POLICIES)), "policy"),
-            fills=data.draw(st.booleans(), "fills"),
+            loads_rest=data.draw(st.booleans(), "loads_rest"),
             clock=lambda: self.now,
         )
         self.monitor.after_wake = self.ledger.serve
@@ -227,7 +227,7 @@ class LedgerMachine(RuleBasedStateMachine):
                 self.callers.append(caller)
             assert self.ledger.counters == before
             if used:
-                self.ledger.direct_hits.in_the_tier_above([key])
+                self.ledger.direct_hits.note_copy_uses([key])
 
     @rule(block=BLOCKS, experts=st.lists(st.integers(0, EXPERTS - 1), max_size=5))
     def prefetch(self, block: int, experts: list[int]) -> None:
@@ -276,7 +276,7 @@ class LedgerMachine(RuleBasedStateMachine):
         if prefetch:
             session.prefetch(block, keys)
         else:
-            session.used(keys)
+            session.note_uses(keys)
 
     @precondition(lambda self: self.clients)
     @rule(data=st.data())
@@ -434,7 +434,7 @@ TestLedger.settings = settings(max_examples=100, stateful_step_count=60, deadlin
 def ledger_of(
     count: int,
     ahead: int = 4,
-    fills: bool = False,
+    loads_rest: bool = False,
     woken: Callable[[], None] = lambda: None,
     clock: Callable[[], float] = time.monotonic,
 ) -> tuple[Ledger, Pool]:
@@ -446,7 +446,7 @@ def ledger_of(
         directory,
         Notifier(Transitions(woken)),
         LoadLimits(ahead, prefetches=1),
-        fills=fills,
+        loads_rest=loads_rest,
         clock=clock,
     )
     return ledger, ledger.pools["small"]
@@ -738,7 +738,7 @@ def test_a_record_that_a_client_finds_in_the_directory_was_requested_rightly() -
     load = ledger.loads.take()
     assert load is not None
     ledger.loads.complete(load)
-    ledger.direct_hits.in_a_client(ExpertKey(1, 0))
+    ledger.direct_hits.note_client_use(ExpertKey(1, 0))
     assert (ledger.counters.useful, ledger.counters.late) == (1, 0)
 
 
@@ -816,7 +816,7 @@ def test_a_warm_up_that_yields_is_cancelled_when_a_demand_is_starved() -> None:
 
 
 def test_a_pool_with_room_for_all_is_filled_once_half_of_it_is_taken() -> None:
-    ledger, pool = ledger_of(12, ahead=9, fills=True)
+    ledger, pool = ledger_of(12, ahead=9, loads_rest=True)
     first = demand(ledger, pool, 1, 0, 1, 2)
     arrive_all(ledger)
     second = demand(ledger, pool, 3, 0, 1)
@@ -831,9 +831,9 @@ def test_a_pool_with_room_for_all_is_filled_once_half_of_it_is_taken() -> None:
     ledger.check_integrity()
 
 
-@pytest.mark.parametrize(("count", "fills"), [(11, True), (12, False)])
-def test_a_pool_is_not_filled_without_room_for_all_or_if_records_are_far_away(count: int, fills: bool) -> None:
-    ledger, pool = ledger_of(count, ahead=9, fills=fills)
+@pytest.mark.parametrize(("count", "loads_rest"), [(11, True), (12, False)])
+def test_a_pool_is_not_filled_without_room_for_all_or_if_records_are_far_away(count: int, loads_rest: bool) -> None:
+    ledger, pool = ledger_of(count, ahead=9, loads_rest=loads_rest)
     for block in (1, 3, 4):
         made = demand(ledger, pool, block, 0, 1, 2)
         arrive_all(ledger)
@@ -845,8 +845,8 @@ def test_uses_are_counted_of_demands_and_of_what_clients_found() -> None:
     ledger, pool = ledger_of(6)
     ledger.end(demand(ledger, pool, 1, 3))
     demand(ledger, pool, 1, 0, 1, 0)
-    ledger.direct_hits.in_a_client(ExpertKey(1, 0))
-    ledger.direct_hits.in_the_tier_above([ExpertKey(0, 2)])
+    ledger.direct_hits.note_client_use(ExpertKey(1, 0))
+    ledger.direct_hits.note_copy_uses([ExpertKey(0, 2)])
     assert ledger.direct_hits.uses == {(1, 3): 1, (1, 0): 2, (1, 1): 1, (0, 2): 1}
 
 
