@@ -35,8 +35,8 @@ class Lease(NamedTuple, Generic[Record]):
     The lease is valid until the next lease is taken from the iterator. If ``more`` is true, the next lease is already
     available, and this lease stays valid as long as the next one does.
 
-    The record may belong to another process, which may replace it during the computation. So call ``holds`` after the
-    last use of the record and before any use of the result. If ``holds`` returns False, discard the result; the
+    The record may belong to another process, which may replace it during the computation. So call ``end`` after the
+    last use of the record and before any use of the result. If ``end`` returns False, discard the result; the
     iterator will yield a lease of the same key again.
     """
 
@@ -46,8 +46,8 @@ class Lease(NamedTuple, Generic[Record]):
     proof: Callable[[], bool] | None = None  # returns whether the lease still holds; None: the record is pinned
     more: bool = False  # the next lease is available now, so the caller can compute with both records together
 
-    def holds(self) -> bool:
-        """Return whether the slot still holds the record that was leased. Call this method only once."""
+    def end(self) -> bool:
+        """End the use of the record, once. Return whether the slot has held the record until now."""
         return self.proof is None or self.proof()
 
 

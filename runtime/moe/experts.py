@@ -124,7 +124,7 @@ def _eager(
                 tokens, positions = tokens_of[lease.key.expert]
                 y = _expert(module, tiered, lease.record, hidden_states[tokens].to(compute))
                 y = (y * top_k_weights[tokens, positions, None]).to(accumulate)
-                if not lease.holds():
+                if not lease.end():
                     continue  # the record was replaced during the computation; it will be leased again
                 computed[lease.key.expert] = y
                 while waiting and waiting[0] in computed:

@@ -112,7 +112,7 @@ class Copies:
         ended = copies.record_event()
         if lease.proof is not None:
             ended.synchronize()
-        if not lease.holds():
+        if not lease.end():
             return None
         if self._arrange is None:
             return Copy(ended, ended, {})

@@ -98,7 +98,7 @@ with DaemonTier.open(folder, directory, read_manifest(store_folder(directory))) 
 
     def use():
         for lease in tier.acquire(wanted):
-            assert lease.holds()
+            assert lease.end()
 
     for _ in range(100):
         use()
@@ -145,7 +145,7 @@ def test_a_record_that_is_replaced_under_its_reader_comes_again(store: MappedSto
 
         def replace(lease: Lease) -> None:
             for pair in itertools.cycle(((2, 3), (4, 5))):  # that a record was used may be told between two loads
-                if not lease.holds():
+                if not lease.end():
                     return
                 store.take(other, 0, *pair)
 
@@ -160,7 +160,7 @@ def test_a_record_that_is_replaced_under_its_reader_comes_again(store: MappedSto
         again = []
         for lease in leases:
             data = bytes(lease.record)
-            assert lease.holds(), "what was asked for stays in place"
+            assert lease.end(), "what was asked for stays in place"
             assert data == store.records[lease.key]
             again.append(lease.key.expert)
         assert sorted(again) == [0, 1]
