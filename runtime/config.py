@@ -11,10 +11,10 @@ from fractions import Fraction
 from typing import TypedDict, Unpack
 
 from moetier.runtime.device_names import check_device, device_values
-from moetier.runtime.options import COUNT, Number, option, options_of, read_all
 from moetier.runtime.wire.address import Address, Credentials
 from moetier.tiers.cache.policies import DEFAULT_POLICY, POLICIES
 from moetier.tiers.errors import ConfigError
+from moetier.tiers.options import COUNT, Number, option, options_of, read_all
 from moetier.tiers.source import LOADERS
 
 SPECULATE = ("auto", "off", "always")

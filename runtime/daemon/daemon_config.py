@@ -11,9 +11,9 @@ from typing import Any
 
 from moetier.runtime.config import OPTIONS as TIER_OPTIONS
 from moetier.runtime.config import Size
-from moetier.runtime.options import Number, declared, option, options_of, read_all
 from moetier.runtime.wire.address import DEFAULT_NAME, Address
 from moetier.tiers.errors import ConfigError
+from moetier.tiers.options import Number, declared, option, options_of, read_all
 
 SEVERAL = Number(int, 1, 10_000, "Give 1 to 10,000.")
 WAIT = Number(float, 0, 86_400, "Give 0 to 86,400 seconds.")

@@ -9,8 +9,8 @@ from typing import Any
 
 from moetier.runtime.model.context import can_resume, counted, first_ids, longest_context
 from moetier.runtime.model.vocabulary import check_ids
-from moetier.runtime.options import COUNT, MOST, TINY, Number, Option, named
 from moetier.tiers.errors import BudgetError, ConfigError
+from moetier.tiers.options import COUNT, MOST, TINY, Number, Option, named
 
 _log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from moetier.runtime.config import DEFAULT_CONTEXT
 from moetier.runtime.libraries.transformers_internals import can_use_dynamic_cache
-from moetier.runtime.options import MOST
+from moetier.tiers.options import MOST
 
 STRETCHING = {"linear", "dynamic", "yarn"}  # rope types whose factor multiplies the original length
 _CHARACTERS = 16  # length of the first prefix that is tokenised, in characters for each allowed token

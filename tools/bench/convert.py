@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from moetier.runtime.config import OPTIONS, format_bytes
-from moetier.runtime.options import COUNT
 from moetier.tiers.errors import CheckpointError
 from moetier.tiers.layout import BITS
+from moetier.tiers.options import COUNT
 from moetier.tools.cli.arguments import add_option
 from moetier.tools.cli.settings import without_settings
 from moetier.tools.rates.hardware import Machine

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 
-from moetier.runtime.options import COUNT
+from moetier.tiers.options import COUNT
 
 from .model import Work, add_model_arguments, measure
 

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from moetier.runtime.config import format_bytes
-from moetier.runtime.options import SECONDS
+from moetier.tiers.options import SECONDS
 from moetier.tools.cli.parser import DIRECTORY, directory
 from moetier.tools.rates.hardware import Machine
 from moetier.tools.rates.reads import NO_FIO, RandomReads, fio_version, read_rate

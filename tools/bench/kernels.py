@@ -9,8 +9,8 @@ from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from moetier.runtime.config import OPTIONS
-from moetier.runtime.options import COUNT, SECONDS
 from moetier.tiers.layout import BITS, Bits, Projection, RecordLayout
+from moetier.tiers.options import COUNT, SECONDS
 from moetier.tools.cli.arguments import add_option
 from moetier.tools.cli.parser import UsageError, directory
 from moetier.tools.cli.report import format_seconds

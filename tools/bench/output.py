@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from moetier.runtime.options import COUNT
 from moetier.tiers.errors import TargetError
+from moetier.tiers.options import COUNT
 from moetier.tools.cli.report import table
 from moetier.tools.rates.hardware import Machine
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from moetier.runtime.config import OPTIONS, PREFILL_CHUNK, Size, TierConfig
 from moetier.runtime.generation.decoding import DECODING, ONE_SEQUENCE, SAMPLING, penalties_of, sampling_of
-from moetier.runtime.options import Option
 from moetier.runtime.wire.address import Credentials
+from moetier.tiers.options import Option
 
 from .parser import checked
 

@@ -9,9 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moetier.runtime.options import MOST, Number
 from moetier.tiers.cache.policies import DEFAULT_POLICY
 from moetier.tiers.errors import ConfigError
+from moetier.tiers.options import MOST, Number
 from moetier.tools.cli.arguments import CREDENTIALS, add_credentials, asked, credentials
 from moetier.tools.cli.parser import UsageError, file_or_address
 

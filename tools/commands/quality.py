@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from moetier.runtime.config import format_bytes
 from moetier.runtime.machine.memory import shortage
-from moetier.runtime.options import MOST, Number
 from moetier.tiers.errors import ConfigError
+from moetier.tiers.options import MOST, Number
 from moetier.tools.cli.arguments import add_resource_arguments, asked, numbers, resources_of
 from moetier.tools.cli.parser import UsageError, checked, source
 from moetier.tools.cli.report import table

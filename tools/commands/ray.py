@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from moetier.runtime.machine.threads import usable_cpus
-from moetier.runtime.options import Number
+from moetier.tiers.options import Number
 from moetier.tools.cli.failure import plain
 from moetier.tools.cli.parser import show_first
 from moetier.tools.ray.app import application

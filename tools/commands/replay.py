@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from moetier.runtime.config import Size, format_bytes
-from moetier.runtime.options import TINY, Number
 from moetier.tiers.cache.policies import DEFAULT_POLICY
+from moetier.tiers.options import TINY, Number
 from moetier.tools.cli.arguments import size
 from moetier.tools.cli.failure import plain
 from moetier.tools.cli.parser import UsageError

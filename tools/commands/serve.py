@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from moetier.runtime.options import Number
 from moetier.tiers.errors import ConfigError
+from moetier.tiers.options import Number
 from moetier.tools.cli.arguments import add_resource_arguments, resources_of
 from moetier.tools.cli.parser import DIRECTORY, directory, show_first
 from moetier.tools.serve.options import KEY, add_serving_arguments, api_key, check_packages, served_name

@@ -9,7 +9,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from moetier.runtime.config import format_bytes
-from moetier.runtime.options import Number
+from moetier.tiers.options import Number
 from moetier.tools.cli.arguments import add_credentials, credentials
 from moetier.tools.cli.failure import plain
 from moetier.tools.cli.parser import checked

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from moetier.runtime.config import OPTIONS, format_bytes
 from moetier.runtime.generation.decoding import DECODING
-from moetier.runtime.options import COUNT
+from moetier.tiers.options import COUNT
 from moetier.tools.cli.arguments import add_option
 from moetier.tools.cli.parser import UsageError
 from moetier.tools.synthetic.checkpoint import (

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moetier.runtime.config import OPTIONS, PREFILL_CHUNK
-from moetier.runtime.options import MOST, Number
 from moetier.tiers.errors import TargetError, TargetExistsError
+from moetier.tiers.options import MOST, Number
 from moetier.tools.cli.arguments import add_decoding_arguments, add_resource_arguments, decoding_of, resources_of
 from moetier.tools.cli.loading import loaded
 from moetier.tools.cli.parser import DIRECTORY, directory

@@ -16,10 +16,10 @@ from moetier.runtime.checkpoint.containers import Checkpoint
 from moetier.runtime.config import format_bytes
 from moetier.runtime.machine.memory import available_memory, peak_bytes
 from moetier.runtime.machine.threads import usable_cpus
-from moetier.runtime.options import command_words
 from moetier.tiers.errors import DiskSpaceError
 from moetier.tiers.layout import ExpertKey, Projection
 from moetier.tiers.manifest import FileSum, Manifest
+from moetier.tiers.options import command_words
 from moetier.tiers.quant.codec import WeightError
 from moetier.tiers.small_names import VOCABULARY
 from moetier.tiers.store.atomic import disk_errors

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from moetier.runtime.config import OPTIONS as TIER_OPTIONS
-from moetier.runtime.options import COUNT, declared, option, options_of
 from moetier.tiers.errors import ConfigError
 from moetier.tiers.layout import BITS, GROUPS, PAIR_TYPES, TRUNK_BITS, Bits
+from moetier.tiers.options import COUNT, declared, option, options_of
 
 NATIVE: Literal["native"] = "native"
 DEFAULT_BITS: Bits = 4

@@ -12,9 +12,9 @@ from typing import Any
 from moetier.runtime.config import DEFAULT_CONTEXT, OPTIONS, PREFILL_CHUNK, TierConfig
 from moetier.runtime.machine.memory import shortage
 from moetier.runtime.model.names import models_folder
-from moetier.runtime.options import command_words
 from moetier.tiers.errors import ConfigError, TargetError
 from moetier.tiers.layout import BITS, TRUNK_BITS
+from moetier.tiers.options import command_words
 from moetier.tools.cli.lean import lean_imports
 from moetier.tools.cli.parser import UsageError
 from moetier.tools.convert.model_files import nearest_folder

@@ -10,9 +10,9 @@ from typing import Any, NoReturn
 
 from moetier.runtime.config import OPTIONS
 from moetier.runtime.model.names import is_address
-from moetier.runtime.options import COUNT, command_words
 from moetier.tiers.addresses import check_address
 from moetier.tiers.errors import ConfigError
+from moetier.tiers.options import COUNT, command_words
 from moetier.tools.cli.arguments import SPECULATION, add_option
 from moetier.tools.cli.parser import DIRECTORY, CommandParser, add_cache_arguments
 from moetier.tools.cli.settings import SWITCH

@@ -8,8 +8,8 @@ import os
 from pathlib import Path
 
 from moetier.runtime.model import names as models
-from moetier.runtime.options import COUNT, MOST, Number
 from moetier.tiers.errors import ConfigError
+from moetier.tiers.options import COUNT, MOST, Number
 from moetier.tools.cli.arguments import add_prefill_argument, add_speculation_arguments
 
 KEY = "MOETIER_API_KEY"

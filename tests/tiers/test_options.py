@@ -10,8 +10,8 @@ import pytest
 from moetier.runtime import config
 from moetier.runtime.daemon import daemon_config as daemon
 from moetier.runtime.generation.decoding import DECODING
-from moetier.runtime.options import COUNT, Number, Option, command_words, named, read_all
 from moetier.tiers.errors import ConfigError
+from moetier.tiers.options import COUNT, Number, Option, command_words, named, read_all
 from moetier.tools.cli.arguments import add_options
 from moetier.tools.cli.parser import CommandParser
 from moetier.tools.convert import options as convert
