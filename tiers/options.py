@@ -1,8 +1,8 @@
 """Options, each declared once: its name, types, default, range and help.
 
 The command line, the settings file, the environment and the checks of values all read the declaration. ``TierConfig``,
-``DaemonConfig`` and ``convert``'s ``Options`` are frozen dataclasses whose fields ``option`` declares; ``named``
-declares options that belong to no class.
+``Credentials``, ``DaemonConfig`` and ``convert``'s ``Options`` are frozen dataclasses whose fields ``option`` declares;
+``named`` declares options that belong to no class.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Option:
         short: the short form on the command line, such as "-n".
         is_setting: whether the settings file and the environment may give the value. A flag that they may not give has
             no form with --no-, as it should be given each time.
-        name: the name in Python, in which "_" stands for "-" on the command line.
+        name: the name on the command line, with "_" for "-", and in errors; by default, that of the field.
     """
 
     default: Any
@@ -106,17 +106,23 @@ class Option:
         return value if self.parse is None else self.parse(value)
 
 
-def declared(option: Option) -> Any:
-    """Return the field of a dataclass for ``option``. Its default is converted when an object is made."""
+def option(default: Any, help: str, **more: Any) -> Any:
+    """Declare the field of a dataclass. The parameters are the attributes of ``Option``."""
+    return option_like(Option(default, help, **more))
+
+
+def file_option(help: str, group: str, name: str = "") -> Any:
+    """Declare the field of a dataclass for the path of a file, by default None."""
+    return option(None, help, name=name, types=Path | None, group=group, metavar="FILE")
+
+
+def option_like(option: Option, **changes: Any) -> Any:
+    """Declare the field of a dataclass as ``option`` with ``changes``. Its default is converted for each object."""
+    option = replace(option, **changes)
     parse = option.parse
     if parse is None:
         return field(default=option.default, metadata={"option": option})
     return field(default_factory=lambda: parse(option.default), metadata={"option": option})
-
-
-def option(default: Any, help: str, **more: Any) -> Any:
-    """Declare the field of a dataclass. The parameters are the attributes of ``Option``."""
-    return declared(Option(default, help, **more))
 
 
 def options_of(config: type) -> dict[str, Option]:
@@ -125,8 +131,8 @@ def options_of(config: type) -> dict[str, Option]:
 
 
 def named(**options: Option) -> dict[str, Option]:
-    """Return ``options`` by name, each with its name."""
-    return {name: replace(option, name=name) for name, option in options.items()}
+    """Return ``options`` by name. An option without a name gets this one."""
+    return {name: replace(option, name=option.name or name) for name, option in options.items()}
 
 
 def read_all(options: Mapping[str, Option], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,15 +5,15 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moetier.runtime.config import OPTIONS as TIER_OPTIONS
 from moetier.runtime.config import Size
-from moetier.runtime.wire.address import DEFAULT_NAME, Address
+from moetier.runtime.wire.address import CREDENTIALS, DEFAULT_NAME, Address
 from moetier.tiers.errors import ConfigError
-from moetier.tiers.options import Number, declared, option, options_of, read_all
+from moetier.tiers.options import Number, file_option, option, option_like, options_of, read_all
 
 SEVERAL = Number(int, 1, 10_000, "Give 1 to 10,000.")
 WAIT = Number(float, 0, 86_400, "Give 0 to 86,400 seconds.")
@@ -27,22 +27,19 @@ def _folder(text: str) -> Path:
     return folder
 
 
-def _of_tier(name: str, **changes: Any) -> Any:
-    """Declare an option of the daemon as the option of TierConfig that has this name, with ``changes``."""
-    return declared(replace(TIER_OPTIONS[name], group="", **changes))
-
-
 @dataclass(frozen=True, slots=True)
 class DaemonConfig:
     """Options of ``moetier daemon``. They are declared here only; ``of`` makes a checked DaemonConfig."""
 
     directories: tuple[Path, ...]
-    ram: Size | None = _of_tier(
-        "ram", help='host memory for all experts: "8GiB", or "50%%" of what is free (default: 80%%)'
+    ram: Size | None = option_like(
+        TIER_OPTIONS["ram"],
+        group="",
+        help='host memory for all experts: "8GiB", or "50%%" of what is free (default: 80%%)',
     )
-    policy: str = _of_tier("policy")
-    learn: bool = _of_tier("learn")
-    loaders: int = _of_tier("loaders")
+    policy: str = option_like(TIER_OPTIONS["policy"], group="")
+    learn: bool = option_like(TIER_OPTIONS["learn"], group="")
+    loaders: int = option_like(TIER_OPTIONS["loaders"], group="")
     folder: Path = option(
         DEFAULT_NAME,
         "folder for the daemon's sockets: a path, or a name in $XDG_RUNTIME_DIR/moetier (/tmp/moetier-UID without that "
@@ -78,26 +75,12 @@ class DaemonConfig:
         metavar="N",
     )
     listen: str = option("", "serve on TCP, too (port 0: any free port)", group=REMOTE, metavar="HOST:PORT")
-    tls_cert: Path | None = option(
-        None, "PEM file of the daemon's certificate and its chain", types=Path | None, group=REMOTE, metavar="FILE"
+    tls_cert: Path | None = file_option("PEM file of the daemon's certificate and its chain", REMOTE)
+    tls_key: Path | None = option_like(CREDENTIALS["key"], group=REMOTE)
+    tls_client_ca: Path | None = file_option(
+        "PEM file of the CA that must have signed the certificates of clients", REMOTE
     )
-    tls_key: Path | None = option(
-        None, "PEM file of the private key of --tls-cert", types=Path | None, group=REMOTE, metavar="FILE"
-    )
-    tls_client_ca: Path | None = option(
-        None,
-        "PEM file of the CA that must have signed the certificates of clients",
-        types=Path | None,
-        group=REMOTE,
-        metavar="FILE",
-    )
-    token_file: Path | None = option(
-        None,
-        "file that holds, in one line, the token that clients must send",
-        types=Path | None,
-        group=REMOTE,
-        metavar="FILE",
-    )
+    token_file: Path | None = file_option("file that holds, in one line, the token that clients must send", REMOTE)
     insecure: bool = option(
         False,
         "permit serving on TCP without a token, without TLS, or without both",

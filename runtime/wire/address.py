@@ -5,6 +5,8 @@ address of a daemon on another host is HOST:PORT. dns:///HOST:PORT means several
 name HOST. The folder also holds the daemon's card, daemon.json.
 """
 
+# ruff: noqa: RUF009 - each call of these functions returns a new field
+
 from __future__ import annotations
 
 import contextlib
@@ -18,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from moetier.tiers.errors import ConfigError, RefusedError, UnavailableError
+from moetier.tiers.options import file_option, option, options_of
 from moetier.tiers.ownership import parent_fault
 from moetier.tiers.redaction import redacted
 
@@ -26,6 +29,7 @@ SOCKET = "grpc.sock"  # the gRPC service
 CONTROL_SOCKET = "side.sock"  # gives clients a session id and the arena's descriptor
 CARD = "daemon.json"
 DIGEST_CHARS = 12  # characters of a digest that are shown: enough to tell two stores of one model apart
+REMOTE = "daemons on other hosts"  # title of a group of options
 _DNS = "dns:///"
 _NAME = re.compile(r"[\w-][\w.-]*")
 _HOST_PORT = re.compile(r"(\[[0-9a-fA-F:.%\w]+\]|[^\s:/@\[\]]+):(\d{1,5})")
@@ -117,11 +121,16 @@ class Address:
 class Credentials:
     """Files with which a client and a daemon on another host identify themselves to each other."""
 
-    token_file: Path | None = None  # the bearer token, in one line
-    ca: Path | None = None  # PEM; the system's roots by default
-    cert: Path | None = None  # PEM; the client's certificate, if the daemon asks for one
-    key: Path | None = None  # PEM; private key of ``cert``
-    insecure: bool = False  # no TLS
+    token_file: Path | None = file_option("file that holds the daemon's token in one line", REMOTE)
+    ca: Path | None = file_option(
+        "PEM file of the CA that signed the daemon's certificate (default: the system's CAs)", REMOTE, name="tls_ca"
+    )
+    cert: Path | None = file_option("PEM file of this client's certificate", REMOTE, name="tls_cert")
+    key: Path | None = file_option("PEM file of the private key of --tls-cert", REMOTE, name="tls_key")
+    insecure: bool = option(False, "connect without TLS", group=REMOTE, is_setting=False)
+
+
+CREDENTIALS = options_of(Credentials)
 
 
 def runtime_folder() -> Path:

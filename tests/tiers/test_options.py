@@ -10,6 +10,7 @@ import pytest
 from moetier.runtime import config
 from moetier.runtime.daemon import daemon_config as daemon
 from moetier.runtime.generation.decoding import DECODING
+from moetier.runtime.wire.address import CREDENTIALS
 from moetier.tiers.errors import ConfigError
 from moetier.tiers.options import COUNT, Number, Option, command_words, named, read_all
 from moetier.tools.cli.arguments import add_options
@@ -18,6 +19,7 @@ from moetier.tools.convert import options as convert
 
 OPTIONS = {
     **{f"TierConfig.{name}": option for name, option in config.OPTIONS.items() if name != "credentials"},
+    **{f"Credentials.{name}": option for name, option in CREDENTIALS.items()},
     **{f"DaemonConfig.{name}": option for name, option in daemon.OPTIONS.items()},
     **{f"convert.{name}": option for name, option in convert.OPTIONS.items()},
     **{f"decoding.{name}": option for name, option in DECODING.items()},

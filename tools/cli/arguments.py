@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from moetier.runtime.config import OPTIONS, PREFILL_CHUNK, Size, TierConfig
 from moetier.runtime.generation.decoding import DECODING, ONE_SEQUENCE, SAMPLING, penalties_of, sampling_of
-from moetier.runtime.wire.address import Credentials
+from moetier.runtime.wire.address import CREDENTIALS, Credentials
 from moetier.tiers.options import Option
 
 from .parser import checked
@@ -106,7 +105,7 @@ def resources_of(arguments: argparse.Namespace, **more: Any) -> dict[str, Any]:
     if where.mapped is not None:
         unused = {name: OPTIONS[name].default for name in ("ram", "policy", "learn", "loaders")}
     if not where.remote:
-        unused |= dict.fromkeys(("token_file", "tls_ca", "tls_cert", "tls_key"))
+        unused |= {option.name: option.default for option in CREDENTIALS.values()}
     for name, default in unused.items():
         if not asked(arguments, name):
             setattr(arguments, name, default)
@@ -123,33 +122,14 @@ def asked(arguments: argparse.Namespace, name: str) -> bool:
     return value is not None and value is not False and configured.get(name) != value
 
 
-CREDENTIALS = ("token_file", "tls_ca", "tls_cert", "tls_key", "insecure")
-
-
 def add_credentials(parser: argparse.ArgumentParser) -> None:
-    """Add the options whose names are in CREDENTIALS. They are for daemons on other hosts."""
-    group = _group(parser, "daemons on other hosts")
-    group.add_argument("--token-file", type=Path, metavar="FILE", help="file that holds the daemon's token in one line")
-    group.add_argument(
-        "--tls-ca",
-        type=Path,
-        metavar="FILE",
-        help="PEM file of the CA that signed the daemon's certificate (default: the system's CAs)",
-    )
-    group.add_argument("--tls-cert", type=Path, metavar="FILE", help="PEM file of this client's certificate")
-    group.add_argument("--tls-key", type=Path, metavar="FILE", help="PEM file of the private key of --tls-cert")
-    group.add_argument("--insecure", action="store_true", help="connect without TLS")
+    """Add the options of CREDENTIALS. They are for daemons on other hosts."""
+    add_options(parser, CREDENTIALS.values())
 
 
 def credentials(arguments: argparse.Namespace) -> Credentials:
     """Return the credentials that the options of ``add_credentials`` give."""
-    return Credentials(
-        token_file=arguments.token_file,
-        ca=arguments.tls_ca,
-        cert=arguments.tls_cert,
-        key=arguments.tls_key,
-        insecure=arguments.insecure,
-    )
+    return Credentials(**{field: getattr(arguments, option.name) for field, option in CREDENTIALS.items()})
 
 
 def add_decoding_arguments(parser: argparse.ArgumentParser, *, new_tokens: int) -> None:

@@ -8,7 +8,6 @@ import os
 import re
 import sys
 import traceback
-from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -77,7 +76,6 @@ def _place(error: Exception) -> str:
     return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "nowhere"
 
 
-_TLS = {name: f"tls_{name}" for name in ("ca", "cert", "key")}  # fields of Credentials whose options have another name
 # controls of ASCII and C1, DEL, and characters that change the direction of text: embeddings, overrides and isolates
 _CONTROLS = (*range(0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
 _READABLE = dict.fromkeys(_CONTROLS, "?") | {ord("\t"): "\t", ord("\n"): "\n", ord("\r"): ""}
@@ -109,14 +107,14 @@ def as_options(text: str) -> str:
         name = match[1] or _TLS.get(match[2], match[2])
         return f"--{name.replace('_', '-')}"
 
-    return _parameters().sub(option, text)
+    return re.sub(r"`([a-z_.]+)`", option, text)
 
 
 @cache
-def _parameters() -> re.Pattern[str]:
-    """Return a pattern that matches the parameters of ``load`` as errors write them, such as `device_memory`."""
+def _parameters() -> dict[str, str]:
+    """Return the options of the parameters of ``load``, as errors write both: "credentials.ca" -> "tls_ca"."""
     from moetier.runtime.config import OPTIONS
-    from moetier.runtime.wire.address import Credentials
+    from moetier.runtime.wire.address import CREDENTIALS
 
     names = "|".join([*OPTIONS, "store_cache", "store_cache_size"])
     return re.compile(rf"`(?:({names})|credentials\.({'|'.join(field.name for field in fields(Credentials))}))`")

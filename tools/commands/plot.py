@@ -9,10 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moetier.runtime.wire.address import CREDENTIALS
 from moetier.tiers.cache.policies import DEFAULT_POLICY
 from moetier.tiers.errors import ConfigError
 from moetier.tiers.options import MOST, Number
-from moetier.tools.cli.arguments import CREDENTIALS, add_credentials, asked, credentials
+from moetier.tools.cli.arguments import add_credentials, asked, credentials
 from moetier.tools.cli.parser import UsageError, file_or_address
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ EXAMPLES = ("moetier plot figure1 trace.npz -o figure1.svg", "moetier plot resid
 OF_TRACES = ("figure1", "hits", "recall", "heatmap")
 KINDS = (*OF_TRACES, "resident")
 ONLY = {"tokens": ("figure1",), "blocks": ("figure1",), "cached": ("figure1", "heatmap")}  # option -> its pictures
-ONLY |= dict.fromkeys(CREDENTIALS, ("resident",))
+ONLY |= {option.name: ("resident",) for option in CREDENTIALS.values()}
 FORMATS = (".png", ".svg")
 CACHED = Number(int, 0, MOST, "Give 0 to the number of experts in a block.")
 MOST_TOKENS = 200

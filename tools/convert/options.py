@@ -4,13 +4,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from moetier.runtime.config import OPTIONS as TIER_OPTIONS
 from moetier.tiers.errors import ConfigError
 from moetier.tiers.layout import BITS, GROUPS, PAIR_TYPES, TRUNK_BITS, Bits
-from moetier.tiers.options import COUNT, declared, option, options_of
+from moetier.tiers.options import COUNT, option, option_like, options_of
 
 NATIVE: Literal["native"] = "native"
 DEFAULT_BITS: Bits = 4
@@ -54,7 +54,7 @@ class Options:
         metavar="N",
         numbers=COUNT,
     )
-    threads: int | None = declared(replace(TIER_OPTIONS["threads"], group=""))
+    threads: int | None = option_like(TIER_OPTIONS["threads"], group="")
     overwrite: bool = option(
         False,
         "replace a model that is there already. It stays in place until the new one, made beside it, is complete",
