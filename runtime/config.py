@@ -112,6 +112,7 @@ class TierConfig:
         group=MEMORY,
         metavar="SIZE",
         parse=_size,
+        of_host_tier=True,
     )
     device_memory: Size | None = option(
         None,
@@ -129,11 +130,13 @@ class TierConfig:
         "cached experts in place. lrfu: as scan, but the experts used least often of late",
         group=MEMORY,
         choices=tuple(POLICIES),
+        of_host_tier=True,
     )
     learn: bool = option(
         False,
         "keep a list of the most used experts in $XDG_CACHE_HOME/moetier, and load those of earlier runs at the start",
         group=MEMORY,
+        of_host_tier=True,
     )
     loaders: int = option(
         LOADERS,
@@ -141,6 +144,7 @@ class TierConfig:
         group=MEMORY,
         metavar="N",
         numbers=Number(int, 1, 64, "Give 1 to 64."),
+        of_host_tier=True,
     )
     context: int = option(
         DEFAULT_CONTEXT,
@@ -249,13 +253,8 @@ class TierConfig:
     @property
     def of_own_tier(self) -> list[str]:
         """Names of the given options that have an effect only on a host tier of this process."""
-        asked = {
-            "`ram`": self.ram is not None,
-            "`policy`": self.policy != DEFAULT_POLICY,
-            "`learn`": self.learn,
-            "`loaders`": self.loaders != LOADERS,
-        }
-        return [name for name in asked if asked[name]]
+        defaults = TierConfig()
+        return [f"`{name}`" for name in OF_HOST_TIER if getattr(self, name) != getattr(defaults, name)]
 
     @property
     def remote(self) -> bool:
@@ -264,6 +263,8 @@ class TierConfig:
 
 
 OPTIONS = options_of(TierConfig)
+CACHE = ("store_cache", "store_cache_size")  # options for models in an object store, of ``load`` and of commands
+OF_HOST_TIER = tuple(name for name, option in OPTIONS.items() if option.of_host_tier)
 
 
 class TierOptions(TypedDict, total=False):

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import moetier
-from moetier.runtime.config import OPTIONS, DaemonChoice, LoadOptions, Size, TierConfig, format_bytes
+from moetier.runtime.config import OF_HOST_TIER, OPTIONS, DaemonChoice, LoadOptions, Size, TierConfig, format_bytes
+from moetier.runtime.daemon import options as daemon
 from moetier.tiers.errors import ConfigError
 
 
@@ -111,6 +112,7 @@ def test_an_unknown_option_is_refused_as_python_does() -> None:
 def test_options_are_declared_once() -> None:
     """The types for type checkers, the signature of ``load`` and its documentation name the same options."""
     assert LoadOptions.__annotations__.keys() == OPTIONS.keys()
+    assert daemon.OPTIONS.keys() >= set(OF_HOST_TIER)
     parameters = inspect.signature(moetier.load).parameters
     assert {name: parameters[name].default for name in OPTIONS} == {name: OPTIONS[name].default for name in OPTIONS}
     assert list(parameters)[-4:] == ["dtype", "attn_implementation", "store_cache", "store_cache_size"]

@@ -7,16 +7,21 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from moetier.runtime.config import OPTIONS, PREFILL_CHUNK, Size, TierConfig
+from moetier.runtime.config import OF_HOST_TIER, OPTIONS, PREFILL_CHUNK, Size, TierConfig
 from moetier.runtime.generation.decoding import DECODING, ONE_SEQUENCE, SAMPLING, penalties_of, sampling_of
 from moetier.runtime.wire.address import CREDENTIALS, Credentials
 from moetier.tiers.options import Option
 
 from .parser import checked
 
-SPECULATION = ("speculate", "look_ahead", "prefetch")  # options that only commands for generating text have
-OWN = ("credentials", "prefill_chunk", "all_logits", *SPECULATION)  # options that only some commands have
-RESOURCES = tuple(name for name in OPTIONS if name not in OWN)
+
+def _in_groups(*titles: str) -> tuple[str, ...]:
+    """Return the names of the options of TierConfig that --help lists under ``titles``."""
+    return tuple(name for name, option in OPTIONS.items() if option.group in titles)
+
+
+RESOURCES = _in_groups("memory and device", "daemon")
+SPECULATION = _in_groups("speculation")  # only commands for generating text have these
 
 
 def numbers(text: str) -> list[int]:
@@ -103,7 +108,7 @@ def resources_of(arguments: argparse.Namespace, **more: Any) -> dict[str, Any]:
     where = TierConfig.of(daemon=arguments.daemon)
     unused: dict[str, Any] = {}
     if where.mapped is not None:
-        unused = {name: OPTIONS[name].default for name in ("ram", "policy", "learn", "loaders")}
+        unused = {name: OPTIONS[name].default for name in OF_HOST_TIER}
     if not where.remote:
         unused |= {option.name: option.default for option in CREDENTIALS.values()}
     for name, default in unused.items():

@@ -113,7 +113,7 @@ def as_options(text: str) -> str:
 @cache
 def _parameters() -> dict[str, str]:
     """Return the options of the parameters of ``load``, as errors write both: "credentials.ca" -> "tls_ca"."""
-    from moetier.runtime.config import OPTIONS
+    from moetier.runtime.config import CACHE, OPTIONS
     from moetier.runtime.wire.address import CREDENTIALS
 
     names = "|".join([*OPTIONS, "store_cache", "store_cache_size"])

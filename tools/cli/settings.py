@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moetier.runtime.config import OPTIONS
+from moetier.runtime.config import CACHE, OPTIONS
 from moetier.tiers.addresses import HTTP_AUTHORIZATION
 from moetier.tiers.errors import ConfigError, MoetierError
 
@@ -23,12 +23,11 @@ from .parser import NUMBERS, settable
 
 PREFIX = "MOETIER_"
 GENERAL = "general"  # the section for all commands
-# The keys of GENERAL are options of this command. They also apply to options of other commands that have the same name,
-# type and choices.
-REFERENCE = "generate"
-GENERAL_KEYS = (
-    *(name.replace("_", "-") for name in OPTIONS if name not in ("credentials", "all_logits")),
-    *("store-cache", "store-cache-size"),
+REFERENCE = "generate"  # the command whose options the keys of GENERAL are
+# Keys of GENERAL also apply to options of other commands that have the same name, type and choices. Options of
+# TierConfig without a group are for Python only.
+GENERAL_KEYS = tuple(
+    name.replace("_", "-") for name in (*(name for name, option in OPTIONS.items() if option.group), *CACHE)
 )
 CONFIG = "MOETIER_CONFIG"
 OWN = (

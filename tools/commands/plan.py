@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from moetier.runtime.config import DEFAULT_CONTEXT, OPTIONS, format_bytes
+from moetier.runtime.config import CACHE, DEFAULT_CONTEXT, OPTIONS, format_bytes
 from moetier.tools.cli.arguments import add_option, add_prefill_argument, numbers
 from moetier.tools.cli.failure import plain
 from moetier.tools.cli.parser import source
@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
         context=arguments.context,
         into=arguments.into,
         disk=arguments.disk,
-        cache=[(name, getattr(arguments, name)) for name in ("store_cache", "store_cache_size")],
+        cache=[(name, getattr(arguments, name)) for name in CACHE],
         say=_to_a_terminal,
         **{name: getattr(arguments, name) for name in (*RESOURCES, "prefill_chunk")},
     )

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from moetier.runtime.config import OPTIONS
+from moetier.runtime.config import CACHE, OF_HOST_TIER, OPTIONS
 from moetier.runtime.model.names import is_address
 from moetier.tiers.addresses import check_address
 from moetier.tiers.errors import ConfigError
@@ -18,8 +18,12 @@ from moetier.tools.cli.parser import DIRECTORY, CommandParser, add_cache_argumen
 from moetier.tools.cli.settings import SWITCH
 from moetier.tools.serve.options import add_serving_arguments
 
-DAEMON = ("ram", "policy", "learn", "loaders")  # options of TierConfig that the daemons get
-REPLICA = ("context", "device", "device_memory", "exact")  # options of TierConfig that the replicas get
+REPLICA = (
+    "context",
+    "device",
+    "device_memory",
+    "exact",
+)  # options of TierConfig that the replicas get, while the daemons get those of the host tier
 HELP = {
     "ram": 'host memory of each node for experts: "64GiB", which Ray then counts as used, or "50%%" of what is free '
     "(default: 80%%)",
@@ -52,7 +56,7 @@ def add_application_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_serving_arguments(parser)
     group = parser.add_argument_group("memory and device")
-    for name in (*DAEMON, *REPLICA):
+    for name in (*OF_HOST_TIER, *REPLICA):
         add_option(group, replace(OPTIONS[name], help=HELP.get(name, OPTIONS[name].help)))
     add_cache_arguments(parser)
 
@@ -102,7 +106,7 @@ def parsed(options: Mapping[str, Any]) -> argparse.Namespace:
 
 def daemon_words(arguments: argparse.Namespace) -> list[str]:
     """Return the words after `moetier daemon`, without the daemon's folder."""
-    names = (*DAEMON, "store_cache", "store_cache_size")
+    names = (*OF_HOST_TIER, *CACHE)
     return [arguments.model, *command_words((name, getattr(arguments, name)) for name in names)]
 
 
