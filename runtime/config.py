@@ -126,8 +126,7 @@ class TierConfig:
     device: str = option("auto", device_values(), group=MEMORY, parse=check_device)
     policy: str = option(
         DEFAULT_POLICY,
-        "which experts are evicted first. lru: the least recently used. scan: as lru, but a long prompt leaves most "
-        "cached experts in place. lrfu: as scan, but the experts used least often of late",
+        ". ".join(["which experts are evicted first", *(f"{name}: {POLICIES[name].summary}" for name in POLICIES)]),
         group=MEMORY,
         choices=tuple(POLICIES),
         of_host_tier=True,

@@ -33,11 +33,11 @@ from moetier.tiers.host.demands import Granted
 from moetier.tiers.host.tier import HostTier
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Manifest
+from moetier.tiers.source import PATIENCE
 from moetier.tiers.store.checksum import crc32c
 
-from .leases import CALLS, CallLeases, no_thread, patience_of
+from .leases import CALLS, STALL, CallLeases, no_thread, patience_of
 
-STALL = 10.0  # seconds for which a client may take no piece while other clients wait
 BATCH_OUTPUTS = 256  # outputs that are computed together, which limits scratch memory
 _TYPES = {"bfloat16": BF16, "float32": FP32}
 _SAME = "Use the same version of moetier on both sides."
@@ -72,7 +72,7 @@ class ComputeCalls:
     its client takes the answer, it holds none.
     """
 
-    def __init__(self, host: HostTier, manifest: Manifest, *, patience: float = 10.0) -> None:
+    def __init__(self, host: HostTier, manifest: Manifest, *, patience: float = PATIENCE) -> None:
         """Raises ConfigError if no code can be compiled here."""
         if why := refusal():
             raise ConfigError(f"This daemon can't compute experts ({why}).", "Fetch records instead.")

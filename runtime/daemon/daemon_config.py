@@ -14,6 +14,7 @@ from moetier.runtime.config import Size
 from moetier.runtime.wire.address import CREDENTIALS, DEFAULT_NAME, Address
 from moetier.tiers.errors import ConfigError
 from moetier.tiers.options import Number, file_option, option, option_like, options_of, read_all
+from moetier.tiers.source import LEASES, PATIENCE
 
 SEVERAL = Number(int, 1, 10_000, "Give 1 to 10,000.")
 WAIT = Number(float, 0, 86_400, "Give 0 to 86,400 seconds.")
@@ -47,10 +48,10 @@ class DaemonConfig:
         metavar="NAME|PATH",
         parse=_folder,
     )
-    leases: int = option(8, "maximum number of slots that a client may hold at once", metavar="N", numbers=SEVERAL)
+    leases: int = option(LEASES, "maximum number of slots that a client may hold at once", metavar="N", numbers=SEVERAL)
     max_clients: int = option(64, "maximum number of clients at once", metavar="N", numbers=SEVERAL)
     wait: float = option(
-        10.0,
+        PATIENCE,
         "longest time that a request waits for a free slot before it fails (default: %(default)g)",
         metavar="SECONDS",
         numbers=WAIT,

@@ -17,8 +17,9 @@ from moetier.tiers.errors import ExhaustedError, ProtocolError
 from moetier.tiers.host.tier import HostTier
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Manifest
+from moetier.tiers.source import PATIENCE
 
-from .leases import CALLS, CallLeases, no_caller, patience_of
+from .leases import CALLS, STALL, CallLeases, no_caller, patience_of
 
 
 class FetchCalls:
@@ -35,8 +36,8 @@ class FetchCalls:
         manifest: Manifest,
         slots: Mapping[str, int],
         *,
-        stall: float = 10.0,
-        patience: float = 10.0,
+        stall: float = STALL,
+        patience: float = PATIENCE,
     ) -> None:
         self._host = host
         self._leases = CallLeases(host, patience=patience)

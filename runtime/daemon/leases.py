@@ -17,6 +17,7 @@ from moetier.tiers.host.tier import HostTier
 from moetier.tiers.layout import ExpertKey
 
 CALLS = 24  # most fetches, and most computations, at once, with those that wait: each takes a thread of the server
+STALL = 10.0  # seconds for which a client may take no piece of an answer while other clients wait
 MAX_DEADLINE = 3600.0  # seconds; a later deadline counts as none
 
 

@@ -7,10 +7,10 @@ demand loads. The prefill of a long prompt is often a scan.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from itertools import chain
 from math import inf, log2
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from moetier.tiers.layout import ExpertKey
 
@@ -22,6 +22,11 @@ class Policy(Protocol):
 
     The argument ``scan`` of the methods is true if the demand is a scan.
     """
+
+    summary: ClassVar[str]  # which records are evicted first, for users who choose a policy
+
+    def __init__(self, quota: int) -> None:
+        """Make the policy of a partition of ``quota`` slots."""
 
     def __len__(self) -> int: ...
 
@@ -45,6 +50,8 @@ class Policy(Protocol):
 
 class Recency:
     """The policy LRU: evict the least recently used record first. Scans are treated like other demands."""
+
+    summary: ClassVar[str] = "the least recently used"
 
     def __init__(self, quota: int) -> None:
         self._keys: OrderedDict[ExpertKey, None] = OrderedDict()
@@ -83,6 +90,8 @@ class ScanResistant:
     does not change the order. If there are ``room`` or more scanned records, a scan evicts only scanned records. A
     scanned record becomes an ordinary record when a demand that is not a scan uses it.
     """
+
+    summary: ClassVar[str] = "as lru, but a long prompt leaves most cached experts in place"
 
     def __init__(self, quota: int) -> None:
         self.room = max(2, quota // 8)  # enough for several reads at the same time, and few enough to evict little
@@ -139,6 +148,8 @@ class Frequency(ScanResistant):
     change their order. Therefore each count is stored as a logarithm without the decay.
     """
 
+    summary: ClassVar[str] = "as scan, but the experts used least often of late"
+
     def __init__(self, quota: int) -> None:
         super().__init__(quota)
         self._uses = 0
@@ -168,6 +179,5 @@ class Frequency(ScanResistant):
         self._ordinary[key] = -inf
 
 
-# a dictionary from the name of a policy to a function that makes the policy of a partition with a given quota
-POLICIES: Mapping[str, Callable[[int], Policy]] = {"lru": Recency, "scan": ScanResistant, "lrfu": Frequency}
+POLICIES: Mapping[str, type[Policy]] = {"lru": Recency, "scan": ScanResistant, "lrfu": Frequency}
 DEFAULT_POLICY = "lrfu"

@@ -22,7 +22,7 @@ from moetier.tiers.closeable import Closeable
 from moetier.tiers.errors import ClosedError, StoreError
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.locks import Monitor, deferred, posted, transition, waiting
-from moetier.tiers.source import LOADERS, Lease, Residents
+from moetier.tiers.source import LEASES, LOADERS, PATIENCE, Lease, Residents
 from moetier.tiers.stats import TierStats
 from moetier.tiers.store.base import Store
 
@@ -321,7 +321,7 @@ class HostTier(Closeable):
         pool_of = self._ledger.pool_of
         return [key for key in keys if not pool_of[key.block].holds(key)]
 
-    def session(self, deliver: Callable[[Event], None], *, leases: int = 8, patience: float = 10.0) -> Session:
+    def session(self, deliver: Callable[[Event], None], *, leases: int = LEASES, patience: float = PATIENCE) -> Session:
         """Open a session for another process. The caller has to close the session.
 
         Args:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moetier.runtime.config import Size, format_bytes
-from moetier.tiers.cache.policies import DEFAULT_POLICY
+from moetier.tiers.cache.policies import DEFAULT_POLICY, POLICIES
 from moetier.tiers.options import TINY, Number
 from moetier.tools.cli.arguments import size
 from moetier.tools.cli.failure import plain
@@ -38,8 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--policy",
         type=_policies,
         metavar="NAMES",
-        help="lru, scan, lrfu: policies of tiers; learned: lru that begins with the experts used most in earlier "
-        "sequences; belady: the upper bound (default: all)",
+        help=f"{', '.join(POLICIES)}: policies of tiers; learned: lru that begins with the experts used most in "
+        "earlier sequences; belady: the upper bound (default: all)",
     )
     parser.add_argument(
         "--device-slots",

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
+from typing import ClassVar
 
 import numpy as np
 
@@ -68,6 +69,8 @@ class Outcome:
 
 class Clairvoyant:
     """Policy that evicts the key whose next use is furthest in the future. No policy hits more often (Belady 1966)."""
+
+    summary: ClassVar[str] = "the one whose next use is furthest in the future"
 
     def __init__(self, uses: Mapping[ExpertKey, Sequence[int]]) -> None:
         """Make the policy. ``uses``: the times at which each key is used, in ascending order."""
