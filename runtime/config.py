@@ -267,7 +267,10 @@ OF_HOST_TIER = tuple(name for name, option in OPTIONS.items() if option.of_host_
 
 
 class TierOptions(TypedDict, total=False):
-    """The types of the keyword arguments of ``register``, for type checkers; a test compares them with TierConfig."""
+    """The types of the keyword arguments of ``register``, for type checkers, which read no declarations of options.
+
+    A test compares names and types with those of TierConfig.
+    """
 
     ram: str | int | None
     device_memory: str | int | None

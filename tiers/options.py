@@ -92,12 +92,15 @@ class Option:
         accepted = [value_class for value_class in (get_args(self.types) or (self.types,)) if value_class in WANTED]
         return accepted[0] if accepted else type(self.default)
 
+    @property
+    def python_type(self) -> Any:
+        """Type of the values that Python code may give, such as ``str | None``."""
+        types = self.types or (self.value_type if self.default is not None else self.value_type | None)
+        return types | int if self.value_type is float else types
+
     def read(self, value: Any) -> Any:
         """Check and convert a value. Raises ConfigError if it is not allowed."""
-        types = self.types or (self.value_type if self.default is not None else self.value_type | None)
-        if self.value_type is float:
-            types |= int
-        if not isinstance(value, types) or (isinstance(value, bool) and self.value_type is not bool):
+        if not isinstance(value, self.python_type) or (isinstance(value, bool) and self.value_type is not bool):
             raise ConfigError(f"`{self.name}` is {value!r}.", f"Give {self.wanted or WANTED[self.value_type]}.")
         if value is not None:
             if self.choices and value not in self.choices:

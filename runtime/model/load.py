@@ -70,8 +70,8 @@ def load(
             sending them: "auto" (where measurements show that this is faster) or "off". Hidden states then go to the
             daemons. The results have the same bits, if the daemon is honest: they can't be checked, as records are.
         credentials: token and certificates for daemons at HOST:PORT.
-        policy: which experts of a block are evicted first. "lru": the least recently used. "scan": as "lru", but a long
-            prompt leaves most cached experts in place. "lrfu": as "scan", but the experts used least often of late.
+        policy: which experts of a block are evicted first: a name in ``moetier.tiers.cache.policies.POLICIES``.
+            ``moetier generate --help`` says what each does.
         speculate: whether experts are loaded before they are needed, as predicted by the routers of the next layers
             from the present hidden state: "auto" (while measurements show that this is faster), "off" or "always". It
             does not change the text that a model generates.

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import inspect
 from fractions import Fraction
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 from hypothesis import given
@@ -111,7 +111,7 @@ def test_an_unknown_option_is_refused_as_python_does() -> None:
 
 def test_options_are_declared_once() -> None:
     """The types for type checkers, the signature of ``load`` and its documentation name the same options."""
-    assert LoadOptions.__annotations__.keys() == OPTIONS.keys()
+    assert get_type_hints(LoadOptions) == {name: option.python_type for name, option in OPTIONS.items()}
     assert daemon.OPTIONS.keys() >= set(OF_HOST_TIER)
     parameters = inspect.signature(moetier.load).parameters
     assert {name: parameters[name].default for name in OPTIONS} == {name: OPTIONS[name].default for name in OPTIONS}
