@@ -14,7 +14,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -179,7 +179,7 @@ def _keeps_rows(operation: loading.ConversionOps) -> bool:
             return False
 
 
-@dataclass
+@dataclass(frozen=True)
 class BlockBlueprint:
     """Recipes for the experts of one Experts module.
 
@@ -193,7 +193,6 @@ class BlockBlueprint:
     transposed: bool
     parameters: Mapping[str, tuple[tuple[int, ...], str]]
     recipes: Mapping[str, Recipe]
-    _whole: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def apart(self) -> bool:
@@ -205,22 +204,28 @@ class BlockBlueprint:
         """Files of the checkpoint that the block's experts are made from."""
         return frozenset(part.file for recipe in self.recipes.values() for part in recipe.parts)
 
-    def make(self, name: str, expert: int, turn: threading.Lock) -> torch.Tensor:
-        """Return one expert's slice of the parameter ``name``.
 
-        It is [rows, columns], or [columns, rows] if the block is ``transposed``; for a bias, it is [size]. ``turn`` is
-        held while it is merged, or while the whole parameter is made.
-        """
-        recipe = self.recipes[name]
+class Merging:
+    """Makes experts' slices of parameters, for several threads, and keeps parameters that have to be made whole.
+
+    One thread at a time merges what it has read, as that takes a second copy.
+    """
+
+    def __init__(self) -> None:
+        self._turn = threading.Lock()  # held while a parameter is merged; guards _whole
+        self._whole: dict[str, torch.Tensor] = {}  # by the parameter's name in the model
+
+    def make(self, recipe: Recipe, expert: int) -> torch.Tensor:
+        """Return one expert's slice of a parameter."""
         if recipe.apart:
-            return recipe.make(expert, turn)
-        with turn:
-            if name not in self._whole:
-                self._whole[name] = recipe.make(None)
-            return self._whole[name][expert]
+            return recipe.make(expert, self._turn)
+        with self._turn:
+            if recipe.target not in self._whole:
+                self._whole[recipe.target] = recipe.make(None)
+            return self._whole[recipe.target][expert]
 
     def release(self) -> None:
-        """Release the parameters that were read whole."""
+        """Release the parameters that were made whole."""
         self._whole.clear()
 
 
@@ -228,13 +233,13 @@ class BlockBlueprint:
 class Expert(Mapping[str, torch.Tensor]):
     """Dictionary from the parameters of one expert to their weights. A look-up makes the weights anew.
 
-    Weights are [rows, columns], or [columns, rows] if the block is transposed; a bias is [size]. The lock ``turn`` is
-    held while they are merged. A look-up raises CheckpointError if some are not finite numbers.
+    Weights are [rows, columns], or [columns, rows] if the block is transposed; a bias is [size]. A look-up raises
+    CheckpointError if some are not finite numbers.
     """
 
     block: BlockBlueprint
     index: int
-    turn: threading.Lock
+    merging: Merging
 
     def __getitem__(self, name: str) -> torch.Tensor:
         parameter = self.block.make(name, self.index, self.turn)

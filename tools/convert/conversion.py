@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Collection, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -274,7 +274,7 @@ def _encoder(planned: ConversionPlan, plan: Manifest, options: Options) -> Encod
     encoder = Encoder(planned.blueprint, plan, workers=workers, fast=options.fast)
     most = min(available_memory().bytes, encoder.promised_bytes - INTERPRETER_BYTES)
     while options.workers is None and encoder.workers > 1 and encoder.peak_bytes > most:
-        encoder.workers -= 1
+        encoder = replace(encoder, workers=encoder.workers - 1)
     return encoder
 
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import math
-import threading
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import islice
 from queue import SimpleQueue
 
@@ -22,7 +22,7 @@ import torch
 
 from moetier.runtime.checkpoint.blueprint import Blueprint
 from moetier.runtime.checkpoint.native import Kept, stored_in
-from moetier.runtime.checkpoint.recipe import Expert, Recipe
+from moetier.runtime.checkpoint.recipe import Expert, Merging, Recipe
 from moetier.runtime.formats.tensors import CHUNK_BYTES, Bytes, StoredTensor, read_at
 from moetier.runtime.kernels.quantise.encode import encode
 from moetier.runtime.moe.linear import WEIGHT, matrix_layout
@@ -58,15 +58,14 @@ def pool_of(workers: int) -> Iterator[ThreadPoolExecutor]:
             pool.shutdown(cancel_futures=True)
 
 
+@dataclass(frozen=True)
 class Encoder:
     """Makes the records of all experts of a planned store, with several workers."""
 
-    def __init__(self, blueprint: Blueprint, plan: Manifest, *, workers: int, fast: bool) -> None:
-        self.workers = workers
-        self._blueprint = blueprint
-        self._plan = plan
-        self._fast = fast
-        self._turn = threading.Lock()  # one worker at a time merges what it has read, as that takes a second copy
+    blueprint: Blueprint
+    plan: Manifest
+    workers: int
+    fast: bool  # round to the nearest value instead of using HQQ
 
     @property
     def peak_bytes(self) -> int:
@@ -77,8 +76,8 @@ class Encoder:
         records wait to be written.
         """
         peak = 0
-        for index, block in enumerate(self._blueprint.blocks):
-            layout = self._plan.layout(index)
+        for index, block in enumerate(self.blueprint.blocks):
+            layout = self.plan.layout(index)
             itemsize = max(getattr(torch, dtype).itemsize for _, dtype in block.parameters.values())
             sizes = [math.prod(shape) for shape, _ in block.parameters.values()]
             quantised = [p for p in layout.projections if p.bits != 16 and not p.coding]
@@ -98,7 +97,7 @@ class Encoder:
 
         A block whose experts can't be read one by one may take more.
         """
-        return max((8 * layout.weights for layout in self._plan.layouts.values()), default=0) + (1 << 30)
+        return max((8 * layout.weights for layout in self.plan.layouts.values()), default=0) + (1 << 30)
 
     def records(self, keys: Sequence[ExpertKey]) -> Generator[tuple[ExpertKey, Bytes, WeightError]]:
         """Yield the key, record and weight error of each of ``keys``, in order.
@@ -106,22 +105,23 @@ class Encoder:
         A record is valid until the next one is asked for. Close the generator to stop early.
         """
         free: SimpleQueue[Bytes] = SimpleQueue()  # buffers: one for each task, and one for the record that is yielded
-        size = max((self._plan.layout(key.block).record_bytes for key in keys), default=0)
+        size = max((self.plan.layout(key.block).record_bytes for key in keys), default=0)
         slots = self._slots(size)
         for _ in range(min(slots, len(keys))):
             free.put(torch.empty(size, dtype=torch.uint8).numpy())
         waiting = deque(keys)
         ahead: deque[tuple[ExpertKey, Future[tuple[Bytes, WeightError]]]] = deque()
+        merging = Merging()
         with pool_of(self.workers) as pool:
             while waiting or ahead:
                 while waiting and len(ahead) < slots and self._may_start(waiting[0], ahead):
                     key = waiting.popleft()
-                    ahead.append((key, pool.submit(self._encode, key, free)))
+                    ahead.append((key, pool.submit(self._encode, key, free, merging)))
                 key, future = ahead.popleft()
                 record, error = future.result()
                 if all(k.block != key.block for k in (*(k for k, _ in ahead), *islice(waiting, 1))):
-                    self._blueprint.blocks[key.block].release()  # all of its experts are encoded
-                yield key, record[: self._plan.layout(key.block).record_bytes], error
+                    merging.release()  # all experts of the block are encoded
+                yield key, record[: self.plan.layout(key.block).record_bytes], error
                 free.put(record)
 
     def _slots(self, record_bytes: int) -> int:
@@ -133,17 +133,17 @@ class Encoder:
 
         A block that is read as a whole must be encoded alone.
         """
-        blocks = self._blueprint.blocks
+        blocks = self.blueprint.blocks
         return all(k.block == key.block or (blocks[k.block].apart and blocks[key.block].apart) for k, _ in ahead)
 
-    def _encode(self, key: ExpertKey, free: SimpleQueue[Bytes]) -> tuple[Bytes, WeightError]:
-        layout, expert = self._plan.layout(key.block), Expert(self._blueprint.blocks[key.block], key.expert, self._turn)
+    def _encode(self, key: ExpertKey, free: SimpleQueue[Bytes], merging: Merging) -> tuple[Bytes, WeightError]:
+        layout, expert = self.plan.layout(key.block), Expert(self.blueprint.blocks[key.block], key.expert, merging)
         record = free.get()
         if any(p.coding for p in layout.projections):
             _copy(expert, layout, record[: layout.record_bytes])
             return record, WeightError()
         given = Kept(expert, layout) if any(p.pairs in ZERO_POINTS for p in layout.projections) else expert
-        errors = encode(given, layout, record[: layout.record_bytes], fast=self._fast)
+        errors = encode(given, layout, record[: layout.record_bytes], fast=self.fast)
         return record, sum(errors.values(), WeightError())
 
 

@@ -29,15 +29,16 @@ def test_a_block_that_is_read_whole_is_read_once(tmp_path: Path, monkeypatch: py
     source = save_checkpoint(tmp_path / "src", "ernie4_5_vl_moe")
     convert(source, tmp_path / "one", workers=1, fast=True)
     made: Counter[tuple[str, int | None]] = Counter()
-    released = threading.Event()
-    make, release, encode = Recipe.make, BlockBlueprint.release, records.encode
+    released, releases = threading.Event(), list[Merging]()
+    make, release, encode = Recipe.make, Merging.release, records.encode
 
     def count(recipe: Recipe, expert: int | None) -> Any:
         made[recipe.parameter, expert] += 1
         return make(recipe, expert)
 
-    def tell(block: BlockBlueprint) -> None:
-        release(block)
+    def tell(merging: Merging) -> None:
+        release(merging)
+        releases.append(merging)
         released.set()
 
     def hold(tensors: Any, *arguments: Any, **options: Any) -> Any:
@@ -47,7 +48,7 @@ def test_a_block_that_is_read_whole_is_read_once(tmp_path: Path, monkeypatch: py
         return encode(tensors, *arguments, **options)
 
     monkeypatch.setattr(Recipe, "make", count)
-    monkeypatch.setattr(BlockBlueprint, "release", tell)
+    monkeypatch.setattr(Merging, "release", tell)
     monkeypatch.setattr(records, "encode", hold)
     conversion = Conversion.plan(open_checkpoint(source), tmp_path / "two", Options(workers=2, fast=True))
     blocks = conversion.planned.blueprint.blocks
