@@ -220,9 +220,9 @@ class Merging:
         if recipe.apart:
             return recipe.make(expert, self._turn)
         with self._turn:
-            if recipe.target not in self._whole:
-                self._whole[recipe.target] = recipe.make(None)
-            return self._whole[recipe.target][expert]
+            if recipe.parameter not in self._whole:
+                self._whole[recipe.parameter] = recipe.make(None)
+            return self._whole[recipe.parameter][expert]
 
     def release(self) -> None:
         """Release the parameters that were made whole."""
@@ -242,7 +242,7 @@ class Expert(Mapping[str, torch.Tensor]):
     merging: Merging
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        parameter = self.block.make(name, self.index, self.turn)
+        parameter = self.merging.make(self.block.recipes[name], self.index)
         if not all(map(math.isfinite, torch.stack(parameter.aminmax()).tolist())):
             raise CheckpointError(
                 f"{self.block.path} expert {self.index}: {name} has weights that are not finite numbers.",

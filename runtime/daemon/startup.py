@@ -51,7 +51,7 @@ def open_models(
     """
     manifests = {digest: store.manifest for digest, store in stores.items()}
     passed = [(_systemd_holder(name), descriptor) for name, descriptor in manager.passed]
-    by_digest = reclaim_arenas(manifests, passed, patience=_DYING if was_killed else 0.0)
+    by_digest = reclaim_arenas(manifests, closing, passed, patience=_DYING if was_killed else 0.0)
     slots, kept = divide_memory(manifests, config.ram, available_memory(), by_digest)
     for digest, arenas in by_digest.items():
         for reclaimed in arenas:

@@ -302,7 +302,7 @@ class ExtentStore(DirectoryStore):
             view, extents = as_bytes(buffer), self.table.extents(key)
             assert len(view) == self.layout(key.block).slot_bytes, f"{len(view)} bytes are no slot"
             try:
-                crc = read_in_pieces(view, pause, partial(self._fill, extents))
+                crc = read_in_pieces(view, pause, partial(self._read_part, extents))
                 if not self.table.is_linked:  # else the checksum proves the bytes
                     for shard in {extent.shard for extent in extents}:
                         self._files[shard].check_unchanged()

@@ -226,7 +226,7 @@ class ExpertStore(DirectoryStore):
             assert len(view) == shard.file.slot_bytes, f"{len(view)} bytes are no slot"
             assert not shard.direct or _address(view) % PAGE == 0, "not on a page"
             try:
-                crc = read_in_pieces(view, pause, partial(self._fill, shard, offset))
+                crc = read_in_pieces(view, pause, partial(self._read_part, shard, offset))
             except StoreReadError as error:
                 raise StoreReadError(f"{_expert(self.manifest, key)}: {error.cause}", error.fix) from error
             shard.uncache(offset, len(view))
@@ -290,8 +290,8 @@ class ExpertStore(DirectoryStore):
         return run_reads(reads, crc)
 
 
-def read_in_pieces(view: memoryview, pause: Pause | None, fill: Fill) -> int:
-    """Read a record and its checksum into ``view``, in parts, with ``fill``. Return the CRC-32C of the record.
+def read_in_pieces(view: memoryview, pause: Pause | None, read_part: ReadPart) -> int:
+    """Read a record and its checksum into ``view``, in parts, with ``read_part``. Return the CRC-32C of the record.
 
     ``pause`` is called between two parts, as ``Store.read_into`` specifies. If it is None, there is one part.
     """
@@ -299,7 +299,7 @@ def read_in_pieces(view: memoryview, pause: Pause | None, fill: Fill) -> int:
     start, most, crc = 0, interruptible_bytes(len(view)), 0
     while pause is not None and start < len(view):
         stop = start + most
-        crc = fill(start, view[start:stop], payload[start:stop], most, crc)
+        crc = read_part(start, view[start:stop], payload[start:stop], most, crc)
         start = stop
         if start < len(view) and not pause():
             pause = None  # read the rest in one part

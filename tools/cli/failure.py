@@ -104,8 +104,8 @@ def as_options(text: str) -> str:
     """Return an error's text with options in place of parameters of ``load``: --device-memory for `device_memory`."""
 
     def option(match: re.Match[str]) -> str:
-        name = match[1] or _TLS.get(match[2], match[2])
-        return f"--{name.replace('_', '-')}"
+        name = _parameters().get(match[1])
+        return match[0] if name is None else f"--{name.replace('_', '-')}"
 
     return re.sub(r"`([a-z_.]+)`", option, text)
 
@@ -116,8 +116,8 @@ def _parameters() -> dict[str, str]:
     from moetier.runtime.config import CACHE, OPTIONS
     from moetier.runtime.wire.address import CREDENTIALS
 
-    names = "|".join([*OPTIONS, "store_cache", "store_cache_size"])
-    return re.compile(rf"`(?:({names})|credentials\.({'|'.join(field.name for field in fields(Credentials))}))`")
+    of_credentials = {f"credentials.{field}": option.name for field, option in CREDENTIALS.items()}
+    return {name: name for name in (*OPTIONS, *CACHE)} | of_credentials
 
 
 class PlainFormatter(logging.Formatter):

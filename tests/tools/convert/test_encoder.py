@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from checkpoints import save_checkpoint, tree
 
-from moetier.runtime.checkpoint.recipe import BlockBlueprint, Recipe
+from moetier.runtime.checkpoint.recipe import Merging, Recipe
 from moetier.runtime.checkpoint.safetensors_folder import open_checkpoint
 from moetier.tiers.layout import ExpertKey
 from moetier.tools.convert import encoder as records
