@@ -7,6 +7,7 @@ import hashlib
 import http.server
 import json
 import re
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -141,3 +142,17 @@ def _lfs(name: str, data: bytes) -> dict[str, dict[str, object]]:
     if not name.endswith(".safetensors"):
         return {}
     return {"lfs": {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}}
+
+
+def cache_of(original: Path, cache: Path) -> Path:
+    """A hub cache that holds ``acme/tiny-moe``; returns the snapshot."""
+    home = cache / "models--acme--tiny-moe"
+    snapshot = home / "snapshots" / REVISION
+    (home / "blobs").mkdir(parents=True)
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text(REVISION)
+    snapshot.mkdir(parents=True)
+    for number, path in enumerate(sorted(original.iterdir())):
+        shutil.copy(path, home / "blobs" / str(number))
+        (snapshot / path.name).symlink_to(Path("../../blobs") / str(number))
+    return snapshot

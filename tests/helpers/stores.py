@@ -9,6 +9,7 @@ import os
 import secrets
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from moetier.tiers.layout import CHECKSUM_BYTES, ExpertKey, Projection, RecordLa
 from moetier.tiers.manifest import Block, Manifest, method_of
 from moetier.tiers.store.base import Store
 from moetier.tiers.store.folder import GROUP, METADATA, read_manifest, store_folder
+from moetier.tiers.store.shard import ShardFile
 from moetier.tiers.store.writer import StoreWriter, array_metadata
 
 # A daemon reclaims the memory of a killed one that served a store of the same digest, whichever test it is: that of the
@@ -144,6 +146,21 @@ def _without(folder: Path, key: str) -> None:
     group = json.loads(path.read_bytes())
     del group["attributes"]["moetier"][key]
     path.write_text(json.dumps(group))
+
+
+def shard(folder: Path, block: int = 0, layout: RecordLayout | None = None) -> ShardFile:
+    """Describe a shard of the store that make_store writes by default."""
+    return ShardFile.of(folder / GROUP, make_plan(layout=layout), block)
+
+
+def edit(path: Path, *keys: str | int, to: Any) -> None:
+    """Change one value in a JSON file."""
+    value = json.loads(path.read_text())
+    inner = value
+    for key in keys[:-1]:
+        inner = inner[key]
+    inner[keys[-1]] = to
+    path.write_text(json.dumps(value))
 
 
 # zarr starts its event loop's thread when it is first used, for the life of the process. It starts here, when tests are

@@ -19,8 +19,6 @@ from typing import Any
 import google_crc32c
 import grpc
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from outlets import Outlet, outlet_of, serving
 from stores import make_plan, make_records, manifest_of, read_record, without_shards, write_store
 from threads import Task, run_all, wait_until
@@ -55,42 +53,6 @@ PLAIN = Credentials(insecure=True)
 PLAN = make_plan(blocks=4, experts=8)
 RECORDS = make_records(PLAN)
 KEYS = list(RECORDS)
-
-names = st.lists(st.text(min_size=1, max_size=20), min_size=1, max_size=6, unique=True)
-keys = st.builds(ExpertKey, st.integers(0, 300), st.integers(0, 600))
-
-
-@given(names, keys)
-def test_every_client_comes_to_the_same_order(daemons: list[str], key: ExpertKey) -> None:
-    order = rendezvous(daemons, key)
-    assert sorted(order) == sorted(daemons)
-    assert rendezvous(reversed(daemons), key) == order
-
-
-@given(names, keys, st.data())
-def test_a_daemon_that_is_removed_moves_only_its_own_keys(
-    daemons: list[str], key: ExpertKey, data: st.DataObject
-) -> None:
-    gone = data.draw(st.sampled_from(daemons))
-    order = rendezvous(daemons, key)
-    assert rendezvous([name for name in daemons if name != gone], key) == [name for name in order if name != gone]
-
-
-@settings(max_examples=30)
-@given(st.lists(st.text(min_size=1, max_size=20), min_size=2, max_size=5, unique=True))
-def test_shares_are_equal(daemons: list[str]) -> None:
-    """And so are the shares of one that is gone: nobody takes over all of it."""
-    every = [ExpertKey(block, expert) for block in range(24) for expert in range(64)]
-    first = Counter(rendezvous(daemons, key)[0] for key in every)
-    second = Counter(order[1] for key in every if (order := rendezvous(daemons, key))[0] == daemons[0])
-    for counts, shares in ((first, len(daemons)), (second, len(daemons) - 1)):
-        mean = counts.total() / shares
-        assert len(counts) == shares
-        # six standard deviations of a fair die
-        assert all(abs(count - mean) < 6 * (mean * (1 - 1 / shares)) ** 0.5 + 1 for count in counts.values())
-
-
-# -- over real host tiers ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

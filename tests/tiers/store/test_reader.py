@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import numpy as np
 import pytest
 from disks import cached_part
@@ -24,40 +23,21 @@ from faults import flip_bit, mounted, only, strace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from places import HELPERS
-from stores import layout_of, make_plan, make_store, read_record, read_records
+from stores import layout_of, make_plan, make_store, read_record, read_records, shard
 
 from moetier.tiers.errors import (
     ChecksumError,
     ClosedError,
-    IncompleteStoreError,
     MissingExpertError,
-    StoreError,
-    StoreFormatError,
     StoreReadError,
 )
 from moetier.tiers.layout import ExpertKey, RecordLayout
 from moetier.tiers.store.checksum import PIECE_BYTES
-from moetier.tiers.store.folder import GROUP, METADATA
+from moetier.tiers.store.folder import GROUP
 from moetier.tiers.store.reader import ExpertStore
 from moetier.tiers.store.shard import ShardFile
-from moetier.tiers.store.writer import StoreWriter
 
 LARGE = RecordLayout(layout_of(2048, 1560).projections)  # 18.3 MiB: three pieces, the last one short
-
-
-def shard(folder: Path, block: int = 0, layout: RecordLayout | None = None) -> ShardFile:
-    """Describe a shard of the store that make_store writes by default."""
-    return ShardFile.of(folder / GROUP, make_plan(layout=layout), block)
-
-
-def edit(path: Path, *keys: str | int, to: Any) -> None:
-    """Change one value in a JSON file."""
-    value = json.loads(path.read_text())
-    inner = value
-    for key in keys[:-1]:
-        inner = inner[key]
-    inner[keys[-1]] = to
-    path.write_text(json.dumps(value))
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -130,15 +110,6 @@ def test_what_is_opened_is_closed(tmp_path: Path) -> None:
     with pytest.raises(MissingExpertError):
         ExpertStore.open(tmp_path)
     assert {path.name for path in descriptors.iterdir()} == before
-
-
-def test_the_stored_checksums(tmp_path: Path) -> None:
-    records = make_store(tmp_path)
-    for block in range(3):
-        file = ShardFile.of(tmp_path / GROUP, make_plan(), block)
-        assert list(file.stored_checksums()) == [
-            google_crc32c.value(records[ExpertKey(block, expert)]) for expert in range(4)
-        ]
 
 
 def test_close_waits_for_reads_and_later_ones_are_refused(tmp_path: Path) -> None:
@@ -269,224 +240,9 @@ def test_one_flipped_bit_anywhere_in_a_record(
     assert file.experts == 4
 
 
-@settings(max_examples=40, deadline=None)
-@given(position=st.integers(1, 16 * 4 + 4), bit=st.integers(0, 7), block=st.integers(0, 2))
-def test_one_flipped_bit_anywhere_in_an_index(
-    lasting: tuple[Path, dict[ExpertKey, bytes]], position: int, bit: int, block: int
-) -> None:
-    folder, records = lasting
-    path = shard(folder, block).path
-    flip_bit(path, -position, bit)
-    try:
-        with pytest.raises(StoreFormatError, match="the index at the end of its shard") as caught:
-            ExpertStore.open(folder)
-        assert str(path) in caught.value.cause
-        with ExpertStore.open(folder, damaged=True) as store:
-            assert set(store.faults) == {block}
-            with pytest.raises(StoreFormatError):
-                read_record(store, ExpertKey(block, 0))
-            other = ExpertKey((block + 1) % 3, 3)
-            assert read_record(store, other) == records[other]
-    finally:
-        flip_bit(path, -position, bit)
-
-
 def test_padding_is_part_of_the_record() -> None:
     layout = layout_of(64, 31)
     assert layout.payload_bytes < layout.record_bytes  # else the test above would have nothing to flip there
-
-
-# --- shards -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("size", [0, 1, 4095, 16384 * 4, 16384 * 4 + 67, 16384 * 4 + 69, 1 << 20])
-def test_a_shard_of_the_wrong_size(tmp_path: Path, size: int) -> None:
-    records = make_store(tmp_path)
-    file = shard(tmp_path, 1)
-    os.truncate(file.path, size)
-    with pytest.raises(StoreFormatError) as caught:
-        ExpertStore.open(tmp_path)
-    assert f"{file.path} has {size:,} bytes; 65,604 were expected" in caught.value.cause
-    with ExpertStore.open(tmp_path, damaged=True) as store:
-        with pytest.raises(StoreFormatError):
-            read_record(store, ExpertKey(1, 0))
-        assert read_record(store, ExpertKey(2, 0)) == records[ExpertKey(2, 0)]
-
-
-def test_a_missing_shard(tmp_path: Path) -> None:
-    records = make_store(tmp_path)
-    path = shard(tmp_path, 1).path
-    path.unlink()
-    with pytest.raises(MissingExpertError) as caught:
-        ExpertStore.open(tmp_path)
-    assert f"block 1 (model.layers.1.mlp.experts): its shard {path} is missing; it should have" in caught.value.cause
-    with ExpertStore.open(tmp_path, damaged=True) as store:
-        with pytest.raises(MissingExpertError):
-            read_record(store, ExpertKey(1, 3))
-        assert read_record(store, ExpertKey(0, 3)) == records[ExpertKey(0, 3)]
-
-
-def test_a_folder_where_a_shard_has_to_be(tmp_path: Path) -> None:
-    make_store(tmp_path)
-    path = shard(tmp_path, 1).path
-    path.unlink()
-    path.mkdir()
-    with pytest.raises(StoreError, match=str(path)):
-        ExpertStore.open(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("expert", "entry"),
-    [(1, (16384 + 1, 16384)), (1, (16384, 16384 - 4096)), (3, (2**63, 16384)), (2, (0, 16384)), (2, (2**64 - 1,) * 2)],
-)
-def test_an_index_with_a_right_checksum_that_leads_astray(tmp_path: Path, expert: int, entry: tuple[int, int]) -> None:
-    make_store(tmp_path)
-    file = shard(tmp_path, 2)
-    index = np.frombuffer(file.make_index()[:-4], "<u8").reshape(-1, 2).copy()
-    index[expert] = entry
-    with file.path.open("r+b") as stream:
-        stream.seek(file.data_bytes)
-        stream.write(index.tobytes() + google_crc32c.value(index.tobytes()).to_bytes(4, "little"))
-    with pytest.raises(StoreFormatError, match="the index at the end of its shard") as caught:
-        ExpertStore.open(tmp_path)
-    assert str(file.path) in caught.value.cause
-
-
-@pytest.mark.parametrize("layout", [layout_of(), LARGE], ids=["small", "large"])
-def test_a_shard_that_is_cut_while_it_is_in_use(tmp_path: Path, layout: RecordLayout) -> None:
-    records = make_store(tmp_path, blocks=2, experts=2, layout=layout)
-    path = shard(tmp_path, 0, layout).path
-    with ExpertStore.open(tmp_path) as store:
-        os.truncate(path, layout.slot_bytes + layout.slot_bytes // 2 + 100)
-        with pytest.raises(StoreReadError, match="it was truncated while in use") as caught:
-            read_record(store, ExpertKey(0, 1))
-        assert str(path) in caught.value.cause
-        assert read_record(store, ExpertKey(0, 0)) == records[ExpertKey(0, 0)]
-        assert read_record(store, ExpertKey(1, 1)) == records[ExpertKey(1, 1)]
-
-
-# --- manifest and metadata --------------------------------------------------------------------------------------------
-
-
-def test_a_store_without_manifest_is_incomplete(tmp_path: Path) -> None:
-    make_store(tmp_path)
-    (tmp_path / GROUP / METADATA).unlink()
-    with pytest.raises(IncompleteStoreError, match="has no manifest") as caught:
-        ExpertStore.open(tmp_path)
-    assert "moetier convert SRC" in caught.value.fix
-
-
-def test_a_conversion_that_was_cut_names_what_resumes_it(tmp_path: Path) -> None:
-    folder = tmp_path / "a model"
-    with StoreWriter.open(folder / GROUP, make_plan(model="/models/my moe")):
-        pass
-    with pytest.raises(IncompleteStoreError, match="0 of 3 blocks") as caught:
-        ExpertStore.open(folder)
-    assert caught.value.fix == f"Resume it: moetier convert '/models/my moe' '{folder}'"
-
-
-MANIFEST = ("attributes", "moetier")
-FIRST = (*MANIFEST, "layouts", "records", "projections", 0)
-
-
-@pytest.mark.parametrize(
-    ("keys", "value", "message"),
-    [
-        ((*MANIFEST, "format"), 2, "format version 2; this version of moetier reads version 1"),
-        ((*MANIFEST, "requires"), ["codebooks", "int5"], "requires codebooks, int5"),
-        ((*FIRST, "bits"), 5, "bits is 5, not 16 or 8"),
-        ((*FIRST, "rows"), 127, "another kernel layout"),
-        ((*FIRST, "tile"), 32, "tile"),
-        ((*MANIFEST, "layouts", "records", "sections", 1, "offset"), 64, "another kernel layout"),
-        ((*MANIFEST, "layouts", "records", "record_bytes"), 4092, "another kernel layout"),
-        ((*MANIFEST, "layouts"), {}, "no layout"),
-        ((*MANIFEST, "blocks"), [], "blocks is empty"),
-        ((*MANIFEST, "blocks", 1, "index"), 0, "do not have the indexes"),
-        ((*MANIFEST, "blocks", 1, "experts"), 5, "differ in their number of experts"),
-        ((*MANIFEST, "blocks", 1, "top_k"), 5, r"blocks\[1\].top_k is 5, not a whole number from 1 to 4"),
-        ((*MANIFEST, "blocks", 1, "array"), "../elsewhere", "no layout"),
-        (MANIFEST, None, "no manifest"),
-        (("attributes",), [], "no manifest"),
-    ],
-)
-def test_a_manifest_that_is_not_of_this_format(
-    tmp_path: Path, keys: tuple[str | int, ...], value: Any, message: str
-) -> None:
-    make_store(tmp_path)
-    edit(tmp_path / GROUP / METADATA, *keys, to=value)
-    with pytest.raises(StoreFormatError, match=message):
-        ExpertStore.open(tmp_path)
-
-
-def test_an_array_that_would_lie_outside_the_store_is_refused(tmp_path: Path) -> None:
-    make_store(tmp_path)
-    path = tmp_path / GROUP / METADATA
-    path.write_text(path.read_text().replace('"records"', '"../records"'))
-    with pytest.raises(StoreFormatError, match="can't be the name of an array"):
-        ExpertStore.open(tmp_path)
-
-
-def test_unknown_optional_keys_are_ignored(tmp_path: Path) -> None:
-    records = make_store(tmp_path)
-    edit(tmp_path / GROUP / METADATA, *MANIFEST, "colour", to="blue")
-    with ExpertStore.open(tmp_path) as store:
-        assert read_records(store) == records
-
-
-CODECS = ("codecs", 0, "configuration")
-
-
-@pytest.mark.parametrize(
-    ("keys", "value"),
-    [
-        (("shape",), [4, 4, 16380]),
-        (("data_type",), "uint16"),
-        (("node_type",), "group"),
-        (("chunk_grid", "configuration", "chunk_shape"), [1, 2, 16380]),
-        (("chunk_key_encoding", "configuration", "separator"), "."),
-        ((*CODECS, "chunk_shape"), [1, 2, 16380]),
-        ((*CODECS, "codecs"), [{"name": "bytes"}]),
-        ((*CODECS, "codecs"), [{"name": "bytes"}, {"name": "zstd", "configuration": {"level": 3}}, {"name": "crc32c"}]),
-        ((*CODECS, "index_codecs"), [{"name": "bytes", "configuration": {"endian": "little"}}]),
-        ((*CODECS, "index_location"), "start"),
-    ],
-)
-def test_array_metadata_that_contradicts_the_manifest(tmp_path: Path, keys: tuple[str | int, ...], value: Any) -> None:
-    make_store(tmp_path)
-    path = tmp_path / GROUP / "records" / METADATA
-    edit(path, *keys, to=value)
-    with pytest.raises(StoreFormatError, match="does not match the manifest") as caught:
-        ExpertStore.open(tmp_path)
-    assert f"{path}: {keys[0]}" in caught.value.cause
-
-
-@pytest.mark.parametrize("name", [METADATA, f"records/{METADATA}"])
-@pytest.mark.parametrize("text", ["", "{", "[]", '"text"', "\x00\x01"])
-def test_metadata_that_is_no_json_object(tmp_path: Path, name: str, text: str) -> None:
-    make_store(tmp_path)
-    (tmp_path / GROUP / name).write_text(text)
-    with pytest.raises(StoreFormatError, match=r"is not (a )?JSON"):
-        ExpertStore.open(tmp_path)
-
-
-def test_array_metadata_that_is_missing(tmp_path: Path) -> None:
-    make_store(tmp_path)
-    (tmp_path / GROUP / "records" / METADATA).unlink()
-    with pytest.raises(StoreFormatError, match="is missing"):
-        ExpertStore.open(tmp_path)
-
-
-def test_places_that_are_no_model_directory(tmp_path: Path) -> None:
-    with pytest.raises(StoreFormatError, match="There is no folder"):
-        ExpertStore.open(tmp_path / "nowhere")
-    with pytest.raises(StoreFormatError, match="it has no experts"):
-        ExpertStore.open(tmp_path)
-    (tmp_path / "file").write_text("text")
-    with pytest.raises(StoreFormatError, match="is not a folder"):
-        ExpertStore.open(tmp_path / "file")
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(StoreFormatError, match="is a checkpoint, and not"):
-        ExpertStore.open(tmp_path)
 
 
 # --- disks that fail --------------------------------------------------------------------------------------------------

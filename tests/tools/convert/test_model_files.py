@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from moetier.tools.convert.model_files import users_of
+from moetier.tools.convert.model_files import disk_bytes, users_of
 
 HOLDS = """
 import ctypes, mmap, os, sys
@@ -52,3 +54,26 @@ def test_a_path_that_has_the_folders_in_it_is_another(tmp_path: Path, how: str) 
     folder.mkdir()
     with user(how, tmp_path / "backup" / folder.relative_to("/") / "file"):
         assert users_of(folder) == {}
+
+
+def test_what_it_takes_is_said_while_files_come_and_go(tmp_path: Path) -> None:
+    (tmp_path / "stays").write_bytes(b"1" * 5000)
+    ended = threading.Event()
+
+    def convert() -> None:
+        while not ended.is_set():
+            for number in range(100):
+                (tmp_path / f"{number}.partial").touch()
+            for number in range(100):
+                (tmp_path / f"{number}.partial").rename(tmp_path / str(number))
+            for number in range(100):
+                (tmp_path / str(number)).unlink()
+
+    with ThreadPoolExecutor(1) as pool:
+        converting = pool.submit(convert)
+        try:
+            for _ in range(100):
+                assert disk_bytes(tmp_path) == 8192
+        finally:
+            ended.set()
+        converting.result()

@@ -1,57 +1,20 @@
-"""Matrices of HQQ, AWQ and GPTQ are read as what these mean, bit for bit; what is damaged is refused by name."""
+"""Matrices of AWQ and GPTQ are read as what these mean, bit for bit; what is damaged is refused by name."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from affine_matrices import COLUMNS, NAN, ROWS, Edit, changed, same, source, weight, with_value, without
 from safetensors.torch import save_file
 from torch import Tensor
-from zero_point_checkpoints import AWQ, GPTQ, HQQ, awq, gptq, hqq
+from zero_point_checkpoints import AWQ, GPTQ, awq, gptq
 
-from moetier.runtime.formats.affine import AffineTensor
 from moetier.runtime.formats.registry import format_of
 from moetier.runtime.formats.tensors import read_tensors
 from moetier.tiers.errors import CheckpointError, UnsupportedModelError
-
-ROWS, COLUMNS = 96, 128
-
-
-def weight(rows: int = ROWS, columns: int = COLUMNS) -> Tensor:
-    made = torch.randn(rows, columns, generator=torch.Generator().manual_seed(7)) * 0.02
-    made[3] *= 1e-4  # scales that are denormal in fp16
-    return made
-
-
-def source(folder: Path, tensors: dict[str, Tensor], quantization: dict[str, Any], dtype: str) -> AffineTensor:
-    save_file({f"a.{name}": tensor for name, tensor in tensors.items()}, folder / "x.safetensors")
-    found = format_of(read_tensors(folder / "x.safetensors"), quantization, {}).sources(dtype)
-    assert list(found) == ["a.weight"]
-    assert isinstance(found["a.weight"], AffineTensor)
-    return found["a.weight"]
-
-
-def same(
-    folder: Path, made: tuple[dict[str, Tensor], Tensor], quantization: dict[str, Any], group: int
-) -> AffineTensor:
-    """It reads as what was meant, whole and in rows, in other types too, and keeps it in groups of a record."""
-    tensors, meant = made
-    own = str(meant.dtype).removeprefix("torch.")
-    for dtype in {own, "bfloat16", "float16"}:
-        found = source(folder, tensors, quantization, dtype)
-        assert found.shape == meant.shape
-        assert torch.equal(found.read(), meant.to(getattr(torch, dtype)))
-        assert torch.equal(found.read(5, 20), found.read()[5:25])
-    found = source(folder, tensors, quantization, own)
-    assert found.group == group
-    while group >= 16:
-        assert torch.equal(found.levels(group).weights(), meant)
-        assert found.levels(group).scales.shape == (meant.shape[0], meant.shape[1] // group)
-        group //= 2
-    return found
 
 
 @pytest.mark.parametrize("bits", [8, 4, 3, 2])
@@ -141,23 +104,6 @@ def test_awq(tmp_path: Path, group: int, kept: int) -> None:
     same(tmp_path, awq(weight(), group), AWQ | {"group_size": group}, kept)
 
 
-@pytest.mark.parametrize("nbits", [8, 6, 5, 4, 3, 2, 1.58])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize(("group", "kept"), [(16, 16), (64, 64), (128, 128), (8, 0), (256, 0)])
-def test_hqq(tmp_path: Path, nbits: float, dtype: torch.dtype, group: int, kept: int) -> None:
-    same(tmp_path, hqq(weight(), nbits, group, dtype=dtype), HQQ, kept)
-
-
-@pytest.mark.parametrize("nbits", [8, 4, 3, 2])
-def test_hqq_with_groups_across_rows(tmp_path: Path, nbits: float) -> None:
-    same(tmp_path, hqq(weight(), nbits, 64, axis=0), HQQ, 0)
-
-
-@pytest.mark.parametrize("nbits", [8, 4, 3, 2])
-def test_hqq_whose_bytes_are_called_floats(tmp_path: Path, nbits: float) -> None:
-    same(tmp_path, hqq(weight(), nbits, 64, view_as_float=True), HQQ, 64)
-
-
 def test_what_is_not_quantised_stays(tmp_path: Path) -> None:
     """A tensor that only has such a name, and a bias."""
     tensors, _ = gptq(weight())
@@ -168,27 +114,6 @@ def test_what_is_not_quantised_stays(tmp_path: Path) -> None:
     assert torch.equal(found["b.scales"].read(), others["b.scales"])
 
 
-# what is damaged
-
-Edit = Callable[[dict[str, Tensor]], Any]
-
-
-def without(name: str) -> Edit:
-    return lambda tensors: tensors.pop(name)
-
-
-def changed(name: str, change: Callable[[Tensor], Tensor]) -> Edit:
-    return lambda tensors: tensors.update({name: change(tensors[name]).contiguous()})
-
-
-def with_value(name: str, value: float) -> Edit:
-    def edit(tensors: dict[str, Tensor]) -> None:
-        tensors[name].view(-1)[1] = value
-
-    return edit
-
-
-NAN = float("nan")
 OF_WORDS: list[tuple[Edit, str]] = [
     (without("scales"), r"a\.weight is quantised, but a\.scales is missing"),
     (without("qzeros"), r"a\.weight is quantised, but a\.qzeros is missing"),
@@ -211,43 +136,14 @@ OF_GPTQ: list[tuple[Edit, str]] = [
     (changed("g_idx", lambda t: t.float()), r"a\.g_idx is float32"),
     (changed("g_idx", lambda t: t.view(2, 64)), r"a\.g_idx is int32 \[2, 64\], not int32 or int64 \[128\]"),
 ]
-OF_HQQ: list[tuple[Edit, str]] = [
-    (without("scale"), r"a\.weight is quantised, but a\.scale is missing"),
-    (without("zero"), r"a\.weight is quantised, but a\.zero is missing"),
-    (without("shape"), r"a\.weight is quantised, but a\.shape is missing"),
-    (changed("scale", lambda t: t[:-1]), r"a\.scale is bfloat16 \[191, 1\], not .* \[192, 1\]"),
-    (changed("zero", lambda t: t.float()), r"a\.zero is float32 \[192, 1\], not bfloat16"),
-    (changed("W_q", lambda t: t[:-1]), r"a\.W_q is uint8 \[95, 64\], which does not fit \[96, 128\] with 4 bits"),
-    (changed("W_q", lambda t: t[:, :-1]), r"a\.W_q is uint8 \[96, 63\], which does not fit"),
-    (changed("W_q", lambda t: t.view(-1)), r"a\.W_q is uint8 \[6144\], which does not fit"),
-    (changed("shape", lambda t: t * 2), r"a\.W_q .* does not fit \[192, 256\]"),
-    (changed("shape", lambda t: -t), r"groups of 64 along axis 1 do not fit \[-96, -128\]"),
-    (changed("shape", lambda t: t + 2**62), r"does not fit|do not fit"),
-    (changed("shape", lambda t: t[:1]), r"a\.weight: a\.shape is int64 \[1\]"),
-    (changed("nbits", lambda t: t.new_tensor([4, 4])), r"a\.weight: a\.nbits is int32 \[2\]"),
-    (with_value("zero", NAN), r"a\.weight: a\.zero has numbers that are not finite"),
-    (with_value("scale", float("-inf")), r"a\.weight: a\.scale has numbers that are not finite"),
-    (lambda t: t.update(axis=torch.tensor(2, dtype=torch.int32)), r"groups of 64 along axis 2 do not fit"),
-    (lambda t: t.update(group_size=torch.tensor(0, dtype=torch.int32)), r"groups of 0 along axis 1 do not fit"),
-    (lambda t: t.update(nbits=torch.tensor(7, dtype=torch.int32)), r"with HQQ to 7 bits, which moetier can't read"),
-    (lambda t: t.update(nbits=torch.tensor(1, dtype=torch.int32)), r"with HQQ to 1 bits, which moetier can't read"),
-    (lambda t: t.update(nbits=torch.tensor(float("nan"))), r"with HQQ to nan bits, which moetier can't read"),
-]
 
 
 @pytest.mark.parametrize(
     ("form", "edit", "said"),
-    [
-        *(("awq", *case) for case in OF_WORDS),
-        *(("gptq", *case) for case in [*OF_WORDS, *OF_GPTQ]),
-        *(("hqq", *case) for case in OF_HQQ),
-    ],
+    [*(("awq", *case) for case in OF_WORDS), *(("gptq", *case) for case in [*OF_WORDS, *OF_GPTQ])],
 )
 def test_damage_is_refused_by_name(tmp_path: Path, form: str, edit: Edit, said: str) -> None:
-    made, config = {"awq": (awq(weight()), AWQ), "gptq": (gptq(weight()), GPTQ), "hqq": (hqq(weight(), 4, 64), HQQ)}[
-        form
-    ]
-    tensors = made[0]
+    (tensors, _), config = {"awq": (awq(weight()), AWQ), "gptq": (gptq(weight()), GPTQ)}[form]
     edit(tensors)
     with pytest.raises(CheckpointError, match=said):
         source(tmp_path, tensors, config, "float16").read()

@@ -1,6 +1,6 @@
 """Six clients that come, work and die, and a daemon that is restarted twice: at the end everything is as it was.
 
-``SOAK_SECONDS=60 pytest -m slow tests/runtime/daemon/test_soak.py`` for another length of the long form.
+``SOAK_SECONDS=60 pytest -m slow tests/scenarios/test_soak.py`` for another length of the long form.
 """
 
 from __future__ import annotations

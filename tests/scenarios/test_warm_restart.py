@@ -19,16 +19,10 @@ from faults import need_strace
 from places import HELPERS
 from raw_client import RawClient
 from readers import PATIENCE
-from stores import layout_of, make_plan, make_records, make_store, write_store
-from threads import Task, wait_until
+from stores import layout_of, make_store
+from threads import wait_until
 
-from moetier.runtime.config import Size
-from moetier.runtime.daemon.reclaim import ReclaimedArena, reclaim_arenas
-from moetier.runtime.daemon.startup import divide_memory
-from moetier.runtime.machine.memory import Available
-from moetier.tiers.arena.arena import Arena
-from moetier.tiers.arena.layout import ArenaLayout
-from moetier.tiers.errors import BudgetError
+from moetier.runtime.daemon.reclaim import reclaim_arenas
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.store.folder import read_manifest
@@ -182,22 +176,6 @@ def test_what_other_tests_leave_is_none_of_these(store: Store, tmp_path: Path) -
     assert store[1].digest not in digests
 
 
-def test_an_owner_that_is_still_being_killed_is_waited_for_whatever_is_free_already(tmp_path: Path) -> None:
-    """Of two models: a read of one has not ended yet, and with it the lock of that arena."""
-    plans = [make_plan(experts=experts, model=f"acme/{experts}") for experts in (4, 6)]
-    manifests = [write_store(tmp_path / plan.model, plan, make_records(plan)) for plan in plans]
-    arenas = [Arena.create(ArenaLayout.of(manifest, {"records": 6})) for manifest in manifests]
-    kept = [(f"holder {number}", arena.export()) for number, arena in enumerate(arenas)]
-    arenas[0].close()
-    dying = Task(lambda: (time.sleep(0.2), arenas[1].close()), "the owner")
-    with contextlib.ExitStack() as closing:
-        found = reclaim_arenas({manifest.digest: manifest for manifest in manifests}, closing, kept, patience=PATIENCE)
-    dying.result()
-    for _, descriptor in kept:
-        os.close(descriptor)
-    assert found.keys() == {manifest.digest for manifest in manifests}
-
-
 def test_a_stopped_daemons_memory_is_taken_back_too(store: Store, tmp_path: Path) -> None:
     """An upgrade: SIGTERM, and the new version is started."""
     with (
@@ -347,59 +325,3 @@ def test_what_systemd_keeps_that_is_no_arena_is_closed(store: Store, tmp_path: P
 
 
 # -- which, and how much ----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def two(tmp_path: Path) -> dict[str, Manifest]:
-    """Models of 12 and 36 records."""
-    manifests = {}
-    for number, experts in enumerate((4, 12)):
-        plan = make_plan(experts=experts, model=f"acme/{experts}")
-        manifest = write_store(tmp_path / str(number), plan, make_records(plan, number))
-        manifests[manifest.digest] = manifest
-    return manifests
-
-
-@contextlib.contextmanager
-def leftover(manifest: Manifest, slots: int) -> Iterator[ReclaimedArena]:
-    arena = Arena.create(ArenaLayout.of(manifest, {"records": slots}))
-    try:
-        yield ReclaimedArena(arena, "process 1")
-    finally:
-        arena.close()
-
-
-PLENTY = Available(1 << 30, "this machine")
-
-
-def test_models_share_in_proportion(two: dict[str, Manifest]) -> None:
-    small, large = two
-    slots, kept = divide_memory(two, Size(bytes=24 * SLOT), PLENTY, {})
-    assert not kept
-    assert slots[small]["records"] == pytest.approx(6, abs=1)
-    assert slots[large]["records"] == pytest.approx(18, abs=1)
-    slots, _ = divide_memory(two, None, PLENTY, {})
-    assert [slots[digest]["records"] for digest in two] == [12, 36]
-    slots, _ = divide_memory(two, Size(bytes=4 * SLOT), PLENTY, {})
-    assert [slots[digest]["records"] for digest in two] == [2, 2]
-    with pytest.raises(BudgetError):
-        divide_memory(two, Size(bytes=4 * SLOT - 1), PLENTY, {})
-
-
-def test_a_leftovers_memory_is_there_to_be_used(two: dict[str, Manifest]) -> None:
-    small, large = two
-    tight = Available((16 << 20) + 400_000, "this machine")  # the margin, and enough for 6 slots, but not for 24
-    asked = Size(bytes=24 * SLOT)
-    with pytest.raises(BudgetError):
-        divide_memory(two, asked, tight, {})
-    wanted = divide_memory(two, asked, PLENTY, {})[0]
-    with leftover(two[large], wanted[large]["records"]) as fits, leftover(two[large], 3) as other:
-        slots, kept = divide_memory(two, asked, tight, {large: [other, fits]})
-        assert slots == wanted
-        assert kept == {large: fits}
-        with pytest.raises(BudgetError):  # what is not used gives nothing
-            divide_memory(two, asked, tight, {large: [other]})
-        # no number of bytes was asked for: it stays as it is, and the other gets of the rest
-        slots, kept = divide_memory(two, None, PLENTY, {large: [other, fits]})
-        assert (slots[large], slots[small]) == ({"records": 3}, {"records": 12})
-        assert kept == {large: other}

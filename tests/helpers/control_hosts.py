@@ -1,0 +1,42 @@
+"""A control server that admits each client."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+from readers import PATIENCE
+
+from moetier.runtime.daemon.control_server import ControlServer, Welcome
+from moetier.runtime.wire.address import CONTROL_SOCKET
+from moetier.tiers.errors import UnknownModelError
+
+DIGEST = "a" * 64
+ARENA = Path(__file__)  # in place of an arena
+
+
+class Host:
+    """Admits each client, and gives it ARENA."""
+
+    def __init__(self, folder: Path, **options: object) -> None:
+        self.folder = folder
+        self.admitted: list[tuple[str, str | None, int]] = []
+        self.left: list[str] = []
+        self.server = ControlServer(
+            folder, admit=self.admit, remove=self.left.append, version="1.2", **{"max_clients": 4, **options}
+        )
+
+    def admit(self, session: str, digest: str | None, pid: int) -> Welcome:
+        if digest == "0" * 64:
+            raise UnknownModelError("Not that.", "Another.")
+        self.admitted.append((session, digest, pid))
+        if digest is None:
+            return Welcome("", {})
+        return Welcome("acme", {"records": 3}, os.open(ARENA, os.O_RDONLY | os.O_CLOEXEC))
+
+    def raw(self) -> socket.socket:
+        end = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        end.connect(str(self.folder / CONTROL_SOCKET))  # waits where many wait
+        end.settimeout(PATIENCE)
+        return end

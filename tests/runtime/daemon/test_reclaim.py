@@ -1,0 +1,32 @@
+"""Arenas of daemons that have ended are taken back, once their owners are gone."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from pathlib import Path
+
+from readers import PATIENCE
+from stores import make_plan, make_records, write_store
+from threads import Task
+
+from moetier.runtime.daemon.reclaim import reclaim_arenas
+from moetier.tiers.arena.arena import Arena
+from moetier.tiers.arena.layout import ArenaLayout
+
+
+def test_an_owner_that_is_still_being_killed_is_waited_for_whatever_is_free_already(tmp_path: Path) -> None:
+    """Of two models: a read of one has not ended yet, and with it the lock of that arena."""
+    plans = [make_plan(experts=experts, model=f"acme/{experts}") for experts in (4, 6)]
+    manifests = [write_store(tmp_path / plan.model, plan, make_records(plan)) for plan in plans]
+    arenas = [Arena.create(ArenaLayout.of(manifest, {"records": 6})) for manifest in manifests]
+    kept = [(f"holder {number}", arena.export()) for number, arena in enumerate(arenas)]
+    arenas[0].close()
+    dying = Task(lambda: (time.sleep(0.2), arenas[1].close()), "the owner")
+    with contextlib.ExitStack() as closing:
+        found = reclaim_arenas({manifest.digest: manifest for manifest in manifests}, closing, kept, patience=PATIENCE)
+    dying.result()
+    for _, descriptor in kept:
+        os.close(descriptor)
+    assert found.keys() == {manifest.digest for manifest in manifests}

@@ -1,0 +1,97 @@
+"""Tests mirror the code: those of tiers/store/shard.py are in tests/tiers/store/test_shard.py.
+
+A module of up to MOST_STATEMENTS may be tested by the tests of its users. A larger one has a file of its own, or is in
+TESTED_BY with the file that tests it and the reason.
+"""
+
+from __future__ import annotations
+
+import ast
+
+from places import ROOT, TESTS
+
+MOST_STATEMENTS = 60
+
+CODE = "it writes compiled code, which is compared with torch as a whole"
+PARTS = "a part of the module whose tests these are, and used by it alone"
+COMMAND = "the work of a command, which is tested with its command line"
+PROCESS = "it needs real processes, or daemons and their clients"
+
+# module -> the file under tests/ whose tests run it, and why it has no file of its own
+TESTED_BY: dict[str, tuple[str, str]] = {
+    "runtime/checkpoint/containers.py": ("runtime/checkpoint/test_gguf_file.py", PARTS),
+    "runtime/checkpoint/recipe.py": ("runtime/checkpoint/test_blueprint.py", PARTS),
+    "runtime/checkpoint/decoded_trunk.py": ("runtime/model/test_trunk_files.py", PARTS),
+    "runtime/daemon/fetch.py": ("runtime/client/test_remote.py", "its answers are judged by the client that asks"),
+    "runtime/daemon/hosted_model.py": ("runtime/daemon/test_rpc.py", PROCESS),
+    "runtime/daemon/daemon_config.py": ("runtime/daemon/test_entry.py", PROCESS),
+    "runtime/daemon/process.py": ("runtime/daemon/test_entry.py", PROCESS),
+    "runtime/formats/gguf.py": ("runtime/checkpoint/test_gguf_file.py", "its tensors are in a whole file"),
+    "runtime/kernels/codings/row_codings.py": ("runtime/kernels/products/test_row_major.py", CODE),
+    "runtime/kernels/codings/row_emitter.py": ("runtime/kernels/products/test_row_major.py", CODE),
+    "runtime/kernels/experts/expert_products.py": ("runtime/kernels/experts/test_expert_kernels.py", CODE),
+    "runtime/kernels/jit/emitter.py": ("runtime/kernels/jit/test_team_code.py", CODE),
+    "runtime/kernels/layer/attention_code.py": ("runtime/kernels/layer/test_attention.py", CODE),
+    "runtime/kernels/layer/attention_tasks.py": ("runtime/kernels/layer/test_attention.py", CODE),
+    "runtime/kernels/layer/routing_code.py": ("runtime/kernels/layer/test_routing.py", CODE),
+    "runtime/kernels/products/gemm.py": ("runtime/kernels/products/test_api.py", CODE),
+    "runtime/kernels/products/gemm_avx2.py": ("runtime/kernels/products/test_processors.py", CODE),
+    "runtime/kernels/products/gemm_tile.py": ("runtime/kernels/products/test_api.py", CODE),
+    "runtime/kernels/products/rounding.py": ("runtime/kernels/products/test_api.py", CODE),
+    "runtime/kernels/quantise/hqq_code.py": ("runtime/kernels/quantise/test_encode.py", CODE),
+    "runtime/kernels/quantise/quantise_code.py": ("runtime/kernels/quantise/test_encode.py", CODE),
+    "runtime/libraries/transformers_internals.py": ("runtime/libraries/test_internals.py", "all libraries are in one"),
+    "runtime/model/attach.py": ("runtime/model/test_quantizer.py", "transformers calls it in the quantiser's place"),
+    "runtime/moe/layer_forms.py": ("runtime/moe/test_layers.py", PARTS),
+    "runtime/moe/snapshot.py": ("runtime/moe/test_layers.py", PARTS),
+    "tiers/device/copies.py": ("tiers/device/test_tier.py", PARTS),
+    "tiers/device/device_pool.py": ("tiers/device/test_tier.py", PARTS),
+    "tiers/device/fill.py": ("tiers/device/test_promoter.py", PARTS),
+    "tiers/device/views.py": ("tiers/test_source_contract.py", "a source of experts, tested as all of them are"),
+    "tiers/host/demands.py": ("tiers/host/test_ledger.py", "its queues mean something only with the ledger's slots"),
+    "tiers/objects/cache_folder.py": ("tiers/objects/test_push.py", "what was pushed is fetched"),
+    "tiers/objects/small_files.py": ("tiers/objects/test_push.py", "what was pushed is fetched"),
+    "tiers/store/base.py": ("tiers/test_store_contract.py", "an interface: each store is tested by its contract"),
+    "tools/bench/child.py": ("tools/commands/test_bench.py", COMMAND),
+    "tools/bench/convert.py": ("tools/commands/test_bench.py", COMMAND),
+    "tools/bench/kernels.py": ("tools/commands/test_bench.py", COMMAND),
+    "tools/bench/model.py": ("tools/commands/test_bench.py", COMMAND),
+    "tools/chat/answer.py": ("tools/commands/test_chat.py", COMMAND),
+    "tools/chat/dialogue.py": ("tools/commands/test_chat.py", COMMAND),
+    "tools/cli/arguments.py": ("tools/cli/test_settings.py", "values of arguments and of settings are parsed alike"),
+    "tools/cli/report.py": ("tools/commands/test_stats.py", COMMAND),
+    "tools/convert/convert.py": ("tools/commands/test_convert.py", COMMAND),
+    "tools/convert/mirror_writer.py": ("tools/commands/test_mirror.py", COMMAND),
+    "tools/convert/streaming.py": ("tools/commands/test_pull.py", COMMAND),
+    "tools/doctor/verification.py": ("tools/commands/test_verify.py", COMMAND),
+    "tools/plan/fit.py": ("tools/commands/test_plan.py", COMMAND),
+    "tools/plan/forecast.py": ("tools/commands/test_plan.py", COMMAND),
+    "tools/plan/speeds.py": ("tools/commands/test_plan.py", COMMAND),
+    "tools/rates/reads.py": ("tools/commands/test_plan.py", COMMAND),
+    "tools/serve/batched.py": ("tools/serve/test_engine.py", PARTS),
+    "tools/serve/completions.py": ("tools/serve/test_app.py", PARTS),
+    "tools/serve/listen.py": ("tools/serve/test_bounds.py", PROCESS),
+    "tools/top/watch.py": ("tools/top/test_app.py", PARTS),
+}
+
+
+def statements(source: str) -> int:
+    """Count the statements of a module; docstrings are none."""
+    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.stmt)]
+    return sum(not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)) for node in nodes)
+
+
+def test_every_module_has_tests_of_its_name_or_says_which_test_it() -> None:
+    without = {
+        path.relative_to(ROOT).as_posix()
+        for folder in ("tiers", "runtime", "tools")
+        for path in (ROOT / folder).rglob("*.py")
+        if not (TESTS / path.relative_to(ROOT).with_name(f"test_{path.name}")).exists()
+        if statements(path.read_text()) > MOST_STATEMENTS
+    }
+    assert without - TESTED_BY.keys() == set(), "add a test file of the same name in the same folder below tests/"
+    assert TESTED_BY.keys() - without == set(), "these have tests of their name now, or are small or gone"
+
+
+def test_the_named_tests_are_there() -> None:
+    assert {file for file, _ in TESTED_BY.values() if not (TESTS / file).exists()} == set()

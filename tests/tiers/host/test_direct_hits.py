@@ -1,0 +1,93 @@
+"""Direct hits: what is counted, what they make of prefetches, and which record is evicted next."""
+
+from __future__ import annotations
+
+import time
+
+from stores import keys
+
+from moetier.tiers.cache.budget import Partition
+from moetier.tiers.cache.policies import POLICIES
+from moetier.tiers.host.demands import Pool
+from moetier.tiers.host.direct_hits import DirectHits
+from moetier.tiers.host.prefetch import PrefetchQueue
+from moetier.tiers.layout import ExpertKey
+from moetier.tiers.stats import TierCounters
+
+
+class Tier:
+    """One block with ``slots`` slots, in which the first experts are READY."""
+
+    def __init__(self, slots: int = 3) -> None:
+        self.pool = Pool([Partition((0,), slots)], POLICIES["lru"], first=0, slot_bytes=1)
+        for key in keys(0, *range(slots)):
+            self.fill(key)
+        self.counters = TierCounters("host")
+        self.prefetches = PrefetchQueue(self.counters, time.monotonic)
+        self.hits = DirectHits([self.pool], self.counters, self.prefetches)
+
+    def fill(self, key: ExpertKey) -> None:
+        """Read a record into an EMPTY slot, or in place of the one that is evicted next."""
+        slot = self.pool.vacancy(key.block)
+        if slot is None:
+            slot = self.pool.choose(key.block)
+        assert slot is not None
+        self.pool.begin_fill(slot, key)
+        self.pool.mark_ready(slot)
+
+    def prefetched(self, key: ExpertKey) -> None:
+        self.prefetches.outcomes.begin(key)
+        self.prefetches.outcomes.arrive(key)
+
+
+def test_each_record_that_this_process_uses_is_a_hit_and_evicted_later() -> None:
+    tier = Tier()
+    tier.hits.note_uses(0, [0, 1, 0])
+    assert (tier.counters.hits, tier.counters.misses) == (2, 0)
+    tier.fill(ExpertKey(0, 7))
+    assert sorted(tier.pool.held()) == keys(0, 0, 1, 7), "2 was not used"
+
+
+def test_a_record_that_was_evicted_since_is_a_hit_all_the_same() -> None:
+    tier = Tier()
+    tier.fill(ExpertKey(0, 7))
+    tier.hits.note_uses(0, [0, 1])
+    assert tier.counters.hits == 2
+    tier.hits.note_client_use(ExpertKey(0, 0))
+    assert tier.counters.hits == 3
+    assert not tier.pool.holds(ExpertKey(0, 0))
+
+
+def test_discarded_hits_are_no_hits() -> None:
+    tier = Tier()
+    tier.hits.note_uses(0, [0, 1, 2])
+    tier.hits.discard([0, 2, 2])
+    assert (tier.counters.hits, tier.counters.discarded) == (1, 2)
+
+
+def test_a_hit_makes_a_prefetch_useful_and_ends_the_requests_of_its_block() -> None:
+    for use in (
+        lambda tier: tier.hits.note_uses(0, [1]),
+        lambda tier: tier.hits.note_client_use(ExpertKey(0, 1)),
+        lambda tier: tier.hits.note_copy_uses(keys(0, 1)),
+    ):
+        tier = Tier()
+        tier.prefetched(ExpertKey(0, 1))
+        use(tier)
+        use(tier)
+        assert (tier.counters.useful, tier.counters.late) == (1, 0)
+    tier = Tier()
+    tier.prefetches.request(tier.pool, 0, keys(0, 5), None)
+    tier.hits.note_uses(0, [1])
+    assert not tier.prefetches.is_requested(ExpertKey(0, 5))
+
+
+def test_uses_are_counted_from_the_first_call_on() -> None:
+    tier = Tier()
+    tier.hits.note_uses(0, [0])
+    assert tier.hits.uses == {}
+    tier.hits.note_uses(0, [0, 1])
+    tier.hits.note_client_use(ExpertKey(0, 1))
+    tier.hits.note_copy_uses(keys(0, 1, 6))
+    assert tier.hits.uses == {(0, 0): 1, (0, 1): 3, (0, 6): 1}
+    assert tier.counters.hits == 4, "those of the tier above are hits of that tier"

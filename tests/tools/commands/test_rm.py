@@ -1,0 +1,179 @@
+"""moetier rm removes what it is told to, and nothing else, whenever it is killed."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from prepared import Prepared
+from pulled_models import place
+from removals import IN_CHILD
+from terminals import Terminal
+
+from moetier.runtime.model.names import pulled
+from moetier.tiers.store.folder import GROUP, METADATA, replacement_folder
+from moetier.tools.main import main
+
+
+def test_rm_removes_all_that_is_named_or_nothing(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place(models, "acme/a:4bit", "acme/a:3bit", "acme/b:4bit")
+    partial = models / "acme--b" / "4bit" / "download" / "x" / "whole" / "y.incomplete"
+    partial.parent.mkdir(parents=True)
+    partial.write_bytes(b"1" * 5000)
+    assert main(["rm", "acme/b", "acme/c"]) == 1
+    assert (
+        capsys.readouterr().err
+        == "moetier: There is no pulled model acme/c.\n  Run moetier list to see the names of all pulled models.\n"
+    )
+    assert main(["rm", "./acme/b"]) == 1
+    assert "There is no pulled model ./acme/b." in capsys.readouterr().err
+    assert main(["rm", "acme/a"]) == 1
+    assert "Give one of them" in capsys.readouterr().err
+    assert len(pulled()) == 3
+    assert main(["rm", "acme/b", "acme/a:3bit"]) == 0
+    assert capsys.readouterr().out.startswith("acme/b:4bit: removed, ")
+    assert list(pulled()) == ["acme/a:4bit"]
+    assert [path.name for path in models.iterdir()] == ["acme--a"]
+
+
+@pytest.mark.parametrize("level", ["model", "id", "root"])
+def test_rm_removes_nothing_outside(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], level: str
+) -> None:
+    """Where a part of the way is a link, but for the folder of all models, which may be anywhere."""
+    elsewhere = tmp_path / "elsewhere" / "acme--a" / "4bit"
+    (elsewhere / GROUP).mkdir(parents=True)
+    (elsewhere / GROUP / METADATA).write_text("{}")
+    link = {"model": models / "acme--a" / "4bit", "id": models / "acme--a", "root": models}[level]
+    link.parent.mkdir(parents=True)
+    link.symlink_to({"model": elsewhere, "id": elsewhere.parent, "root": elsewhere.parents[1]}[level])
+    status = main(["rm", "acme/a", "--yes"])
+    if level == "root":
+        assert status == 0
+        assert not elsewhere.exists()
+        return
+    assert status == 1
+    assert "moetier removes nothing outside of" in capsys.readouterr().err
+    assert (elsewhere / GROUP / METADATA).exists()
+
+
+def test_rm_follows_no_link_within_a_model(models: Path, tmp_path: Path) -> None:
+    place(models, "acme/a:4bit")
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / METADATA).write_text("mine")
+    (models / "acme--a" / "4bit" / "download").symlink_to(tmp_path / "outside")
+    shutil.rmtree(models / "acme--a" / "4bit" / GROUP)
+    (models / "acme--a" / "4bit" / GROUP).symlink_to(tmp_path / "outside")
+    assert main(["rm", "acme/a:4bit"]) == 0
+    assert (tmp_path / "outside" / METADATA).read_text() == "mine"
+    assert not (models / "acme--a").exists()
+
+
+def test_rm_asks_at_a_terminal(models: Path) -> None:
+    place(models, "acme/a:4bit", "acme/b:4bit")
+    command = ["-m", "moetier.tools.main", "rm", "acme/a", "acme/b"]
+    with Terminal(*command, XDG_DATA_HOME=str(models.parents[1])) as terminal:
+        terminal.wait_for(r"Remove acme/a:4bit \(.*\)\? \[y/N\] ")
+        terminal.type("\n")
+        terminal.wait_for(r"Remove acme/b:4bit \(.*\)\? \[y/N\] ")
+        terminal.type("y\n")
+        terminal.wait_for("acme/b:4bit: removed")
+    assert list(pulled()) == ["acme/a:4bit"]
+
+
+def test_rm_looks_again_behind_the_answer(models: Path) -> None:
+    """Somebody began to use it meanwhile."""
+    place(models, "acme/a:4bit")
+    (file := models / "acme--a" / "4bit" / "config.json").write_text("{}")
+    command = ["-m", "moetier.tools.main", "rm", "acme/a"]
+    with Terminal(*command, XDG_DATA_HOME=str(models.parents[1])) as terminal:
+        terminal.wait_for(r"Remove acme/a:4bit \(.*\)\? \[y/N\] ")
+        with file.open() as stream:
+            user = subprocess.Popen(["sleep", "100"], stdin=stream)
+        try:
+            terminal.type("y\n")
+            terminal.wait_for(rf"acme/a:4bit is in use by process {user.pid} \(sleep 100\)")
+        finally:
+            user.kill()
+            user.wait()
+    assert file.exists()
+
+
+def test_rm_refuses_what_a_conversion_has_locked(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As one of another user does, whose files nobody sees."""
+    place(models, "acme/a:4bit")
+    store = models / "acme--a" / "4bit" / GROUP
+    (store / METADATA).write_text("{}")
+    lock = os.open(store, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert main(["rm", "acme/a"]) == 1
+    finally:
+        os.close(lock)
+    assert "acme/a:4bit is in use: a conversion is writing into it." in capsys.readouterr().err
+    assert (store / METADATA).exists()
+    assert main(["rm", "acme/a"]) == 0
+
+
+def test_rm_removes_what_would_replace_the_model_too(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Unless a conversion is writing it."""
+    place(models, "acme/a:4bit")
+    new = replacement_folder(models / "acme--a" / "4bit") / GROUP
+    new.mkdir(parents=True)
+    assert list(pulled()) == ["acme/a:4bit"]
+    lock = os.open(new, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert main(["rm", "acme/a"]) == 1
+    finally:
+        os.close(lock)
+    assert "a conversion is writing into it" in capsys.readouterr().err
+    assert list(pulled()) == ["acme/a:4bit"]
+    assert main(["rm", "acme/a"]) == 0
+    assert not (models / "acme--a").exists()
+
+
+REMOVED = """
+import json, shutil
+from moetier.runtime.model.names import models_folder, pulled
+from moetier.tools.main import main
+old, folder = sys.argv[1], models_folder() / 'acme--a' / '4bit'
+
+def removed(kill_at=None):
+    return in_child(lambda: main(['rm', 'acme/a:4bit']), kill_at)
+
+shutil.copytree(old, folder)
+status, steps = removed()
+left = []
+for step in range(1, steps + 1):
+    shutil.copytree(old, folder)
+    killed, _ = removed(step)
+    files = sum(len(names) for _, _, names in os.walk(folder))
+    names = list(pulled())
+    again = removed()[0] if names else 0
+    left.append([step, killed, files, names, again, folder.exists() and os.listdir(folder)])
+    shutil.rmtree(folder, ignore_errors=True)
+print(json.dumps([status, left]), file=sys.stderr)
+"""
+
+
+def test_rm_that_is_killed_leaves_nothing_without_a_name(models: Path, scripts: Prepared, tmp_path: Path) -> None:
+    (array := tmp_path / "old" / GROUP / "records" / "c").mkdir(parents=True)
+    (whole := tmp_path / "old" / "download" / "x" / "whole").mkdir(parents=True)
+    files = [array / "0", array / "1", array.parents[1] / METADATA, whole / "y", *(tmp_path / "old" / n for n in "az")]
+    for file in files:
+        file.write_bytes(b"1")
+    result = scripts.run(IN_CHILD + REMOVED, tmp_path / "old", environment=dict(os.environ))
+    assert result.returncode == 0, result.stderr
+    status, steps = json.loads(result.stderr)
+    assert status == 0
+    assert len(steps) > 10
+    for step, killed, count, names, again, rest in steps:
+        assert (killed, again) == (-9, 0), step
+        assert not count or names == ["acme/a:4bit"], step
+        assert not rest, step
