@@ -73,8 +73,7 @@ def activation_module(variant: Activation, rounding: Rounding, has_bias: bool) -
     fp32 [R, 2 * K] or without gates [R, K], and to n, t and sums as ``rounding_module`` writes them; K; the offset in a
     record of the bias, bf16 [2 * K] or [K]; ``Activation.numbers``. Those of ``variant`` are not used.
     """
-    module = new_module()
-    emit = Emitter(module, ACTIVATE, [POINTER])
+    emit = Emitter(new_module(), ACTIVATE, [POINTER])
     at, n, group = emit.at, emit.number, rounding.group
     begun, (count, jobs, inner, *rounded, columns, bias, alpha, limit, shift) = emit.fields(ACTIVATE_CONTEXT)
     jobs, inner, out, scales, sums = (at.inttoptr(address, POINTER) for address in (jobs, inner, *rounded))
@@ -104,8 +103,7 @@ def activation_module(variant: Activation, rounding: Rounding, has_bias: bool) -
                     up = load(products, biases, at.add(columns, start), group) if variant.gated else None
                 values = _activated(emit, variant.function, gate, up, *numbers)
                 emit_rounding(emit, rounding, values, at.add(at.mul(row, groups), g), out, scales, sums)
-    at.ret_void()
-    return module
+    return emit.finish()
 
 
 def placing_module(dtype: Dtype, has_bias: bool) -> ir.Module:
@@ -116,8 +114,7 @@ def placing_module(dtype: Dtype, has_bias: bool) -> ir.Module:
     the number of each row's row in the outputs, i64 [R], and to the outputs [*, N] of ``dtype``; N; the offset in a
     record of the bias, bf16 [N].
     """
-    module = new_module()
-    emit = Emitter(module, PLACE, [POINTER])
+    emit = Emitter(new_module(), PLACE, [POINTER])
     at, n = emit.at, emit.number
     begun, (count, jobs, part, places, outputs, columns, bias) = emit.fields(PLACE_CONTEXT)
     jobs, part, places, outputs = (at.inttoptr(address, POINTER) for address in (jobs, part, places, outputs))
@@ -133,8 +130,7 @@ def placing_module(dtype: Dtype, has_bias: bool) -> ir.Module:
                 if has_bias:
                     values = at.fadd(values, emit.load_floats(biases, at.mul(column, n(2)), BF16, LANES))
                 emit.store_floats(values, target, at.mul(column, n(dtype.itemsize)), dtype)
-    at.ret_void()
-    return module
+    return emit.finish()
 
 
 def adding_module(dtype: Dtype, weight_dtype: Dtype, has_residual: bool) -> ir.Module:
@@ -145,8 +141,7 @@ def adding_module(dtype: Dtype, weight_dtype: Dtype, has_residual: bool) -> ir.M
     [tokens, N] of ``dtype``; N; if ``has_residual``, a pointer to numbers [tokens, N] of ``dtype``, which are added to
     the rounded sums.
     """
-    module = new_module()
-    emit = Emitter(module, ADD_UP, [POINTER])
+    emit = Emitter(new_module(), ADD_UP, [POINTER])
     at, n = emit.at, emit.number
     begun, (tokens, outputs, weights, top_k, sums, columns, residual) = emit.fields(ADD_UP_CONTEXT)
     outputs, weights, sums, residual = (at.inttoptr(address, POINTER) for address in (outputs, weights, sums, residual))
@@ -167,8 +162,7 @@ def adding_module(dtype: Dtype, weight_dtype: Dtype, has_residual: bool) -> ir.M
                 place = at.add(at.mul(token, row_bytes), offset)
                 parts = (emit.load_floats(*part, dtype, LANES) for part in ((target, offset), (residual, place)))
                 emit.store_floats(at.fadd(*parts), target, offset, dtype)
-    at.ret_void()
-    return module
+    return emit.finish()
 
 
 def find_module() -> ir.Module:
@@ -178,8 +172,7 @@ def find_module() -> ir.Module:
     writes; top_k; a pointer to the experts, i64 [top_k]; the fields in ``Residents.numbers``; pointers to the arrays
     into which the jobs, slots and generations of the experts are written.
     """
-    module = new_module()
-    emit = Emitter(module, FIND, [POINTER])
+    emit = Emitter(new_module(), FIND, [POINTER])
     at, n = emit.at, emit.number
     resident, fields = emit.fields(FIND_CONTEXT)
     top_k, experts, size, table, generations, first, count, records, slot_bytes, jobs, slots, seen = fields
@@ -207,8 +200,7 @@ def find_module() -> ir.Module:
         at.store(slot, word(slots, i))
         at.store(generation, word(seen, i))
         at.store(at.add(i, n(1)), resident)
-    at.ret_void()
-    return module
+    return emit.finish()
 
 
 def prove_module() -> ir.Module:
@@ -217,8 +209,7 @@ def prove_module() -> ir.Module:
     The context: number of such slots, which PROVE writes; top_k; pointers to the directory's generations, and to the
     slots and the generations that FIND has written, i64 [top_k] each.
     """
-    module = new_module()
-    emit = Emitter(module, PROVE, [POINTER])
+    emit = Emitter(new_module(), PROVE, [POINTER])
     at, n = emit.at, emit.number
     same, (top_k, generations, slots, seen) = emit.fields(PROVE_CONTEXT)
     generations, slots, seen = (at.inttoptr(address, POINTER) for address in (generations, slots, seen))
@@ -227,8 +218,7 @@ def prove_module() -> ir.Module:
         slot, before = (emit.load(pointer, at.mul(i, n(8)), I64) for pointer in (slots, seen))
         now = at.load_atomic(emit.place(generations, at.mul(slot, n(8)), I64), "acquire", 8)
         at.store(at.add(at.load(same), at.zext(at.icmp_signed("==", now, before), I64)), same)
-    at.ret_void()
-    return module
+    return emit.finish()
 
 
 def _job(emit: Emitter, jobs: Value, item: Value) -> tuple[Value, Value, Value]:

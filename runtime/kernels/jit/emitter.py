@@ -99,6 +99,11 @@ class Emitter:
         self.function = ir.Function(module, ir.FunctionType(ir.VoidType(), arguments), name)
         self.at = ir.IRBuilder(self.function.append_basic_block("entry"))
 
+    def finish(self) -> ir.Module:
+        """Emit the end of the function, and return its module."""
+        self.at.ret_void()
+        return self.module
+
     def number(self, value: int) -> Value:
         """Return a constant of type i64."""
         return ir.Constant(I64, value)

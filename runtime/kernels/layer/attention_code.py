@@ -58,12 +58,12 @@ def attention_module(dtype: torch.dtype) -> ir.Module:
     q [groups, heads, D], keys, values, sinks [all heads] and out [groups, heads, V] are of ``dtype``. The mask is fp32
     [B, L rounded up to LANES]. D and V are multiples of LANES.
     """
-    return _Attention(new_module(), dtype).module
+    return _Attention(dtype).finish()
 
 
 class _Attention(Emitter):
-    def __init__(self, module: ir.Module, dtype: torch.dtype) -> None:
-        super().__init__(module, ATTEND, [POINTER])
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__(new_module(), ATTEND, [POINTER])
         self._dtype = dtype
         at, n = self.at, self.number
         (context,) = self.function.args
@@ -102,7 +102,6 @@ class _Attention(Emitter):
                 start = at.mul(at.mul(query_group, self._pieces), at.mul(self._result_numbers, n(4)))
                 start = at.inttoptr(at.add(results, start), POINTER)
                 self._merge(start, self._address(out, at.mul(query_group, sums)), at.mul(head, self._heads))
-        at.ret_void()
 
     def _padded(self, count: Value) -> Value:
         """Emit ``count`` rounded up to LANES."""

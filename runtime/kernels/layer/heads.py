@@ -7,7 +7,6 @@ Results have the same bits as those of transformers' code with the norms of ``no
 from __future__ import annotations
 
 import torch
-from llvmlite import ir
 
 from moetier.runtime.kernels.jit.emitter import F32, I32, LANES, POINTER, Emitter, Value, new_module, once, vector
 from moetier.runtime.kernels.jit.processor import this_processor
@@ -28,20 +27,14 @@ WEIGHTS, COS, SIN, CACHE, STRIDES = 9, 11, 12, 16, 18
 
 @once
 def heads_kernel(dtype: torch.dtype, scale: Scale | None) -> Kernel:
-    """Compile ``heads_module``, once for each type and scale."""
-    return compile_kernel(this_processor(), heads_module(dtype, scale), HEADS)
-
-
-def heads_module(dtype: torch.dtype, scale: Scale | None) -> ir.Module:
-    """Emit the function ``HEADS(context)``.
+    """Compile the function ``HEADS(context)``.
 
     q [heads, D], k [key heads, D], v [key heads, V], the norms' weights, cos [R] and sin [R] are of ``dtype``. Where
     pairs share cos and sin, these are [R / 2]. q is changed in place; k, which is changed too, and v are copied to the
     cache. Without ``scale`` there are no norms. D, V and R / 2 are multiples of LANES, and so are the numbers that a
     norm takes together.
     """
-    module = new_module()
-    emit = Emitter(module, HEADS, [POINTER])
+    emit = Emitter(new_module(), HEADS, [POINTER])
     at, n, size = emit.at, emit.number, dtype.itemsize
     squares = at.alloca(vector(F32, LANES))
     _, fields = emit.fields(CONTEXT)
@@ -87,5 +80,4 @@ def heads_module(dtype: torch.dtype, scale: Scale | None) -> ir.Module:
         copy(key, at.gep(to_keys, [at.mul(head, key_stride)]), width)
         value = at.gep(v, [at.mul(at.mul(head, values), n(size))])
         copy(value, at.gep(to_values, [at.mul(head, value_stride)]), values)
-    at.ret_void()
-    return module
+    return compile_kernel(this_processor(), emit.finish(), HEADS)

@@ -162,18 +162,11 @@ def _quick(class_: type, scale: Scale, eps: str) -> type:
 
 @once
 def norm_kernel(dtype: torch.dtype, scale: Scale) -> Callable[..., None]:
-    """Compile ``norm_module``, once for each type, scale and processor."""
-    arguments = (*[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 2, ctypes.c_float)
-    return this_processor().function(norm_module(dtype, scale), NORM, *arguments)
-
-
-def norm_module(dtype: torch.dtype, scale: Scale) -> ir.Module:
-    """Emit the function ``NORM(x, weight, y, rows, K, eps)``, which normalises x [rows, K] to y [rows, K].
+    """Compile the function ``NORM(x, weight, y, rows, K, eps)``, which normalises x [rows, K] to y [rows, K].
 
     The weight is [K]. All are of ``dtype``; K is a multiple of LANES.
     """
-    module = new_module()
-    emit = Emitter(module, NORM, [POINTER] * 3 + [I64] * 2 + [F32])
+    emit = Emitter(new_module(), NORM, [POINTER] * 3 + [I64] * 2 + [F32])
     at, n = emit.at, emit.number
     x, weight, y, rows, columns, eps = emit.function.args
     row_bytes = at.mul(columns, n(dtype.itemsize))
@@ -182,24 +175,18 @@ def norm_module(dtype: torch.dtype, scale: Scale) -> ir.Module:
         first = at.mul(row, row_bytes)
         source, target = at.gep(x, [first]), at.gep(y, [first])
         emit_norm(emit, source, weight, target, columns, eps, squares, dtype, scale)
-    at.ret_void()
-    return module
+    arguments = (*[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 2, ctypes.c_float)
+    return this_processor().function(emit.finish(), NORM, *arguments)
 
 
 @once
 def norm_task_kernel(dtype: torch.dtype, scale: Scale, adds: bool) -> Kernel:
-    """Compile ``norm_task_module``, once for each type, scale and processor."""
-    return compile_kernel(this_processor(), norm_task_module(dtype, scale, adds=adds), NORM_STEP)
-
-
-def norm_task_module(dtype: torch.dtype, scale: Scale, *, adds: bool) -> ir.Module:
-    """Emit the function ``NORM_STEP(context)``, which normalises the row x [K] to y [K].
+    """Compile the function ``NORM_STEP(context)``, which normalises the row x [K] to y [K].
 
     If ``adds``, the row ``more`` [K], multiplied by the factor, is added to x before, and the sum [K] is written too.
     All are of ``dtype``, the product too; K is a multiple of LANES.
     """
-    module = new_module()
-    emit = Emitter(module, NORM_STEP, [POINTER])
+    emit = Emitter(new_module(), NORM_STEP, [POINTER])
     at, n, size = emit.at, emit.number, dtype.itemsize
     squares = at.alloca(vector(F32, LANES))
     _, (*addresses, columns, eps, factor) = emit.fields(CONTEXT)
@@ -214,8 +201,7 @@ def norm_task_module(dtype: torch.dtype, scale: Scale, *, adds: bool) -> ir.Modu
             emit.store_floats(at.fadd(own, other), total, offset, dtype)
         x = total
     emit_norm(emit, x, weight, y, columns, at.bitcast(at.trunc(eps, I32), F32), squares, dtype, scale)
-    at.ret_void()
-    return module
+    return compile_kernel(this_processor(), emit.finish(), NORM_STEP)
 
 
 def emit_norm(

@@ -39,8 +39,12 @@ class RoutingCode(NamedTuple):
 
 @once
 def routing_kernel(code: RoutingCode) -> Kernel:
-    """Compile ``routing_module``, once for each code."""
-    return compile_kernel(this_processor(), routing_module(code), ROUTE)
+    """Compile the function ``ROUTE(context)``.
+
+    Logits [experts] and bias [experts] are of ``code.dtype``; the bias is added to the logits in memory. Weights
+    [top_k] are of ``code.weight_dtype``, experts [top_k] i64. The scratch memory has ``scratch_numbers`` fp32 numbers.
+    """
+    return compile_kernel(this_processor(), _Router(code).finish(), ROUTE)
 
 
 def _padded(count: int) -> int:
@@ -55,15 +59,6 @@ def scratch_numbers(experts: int, top_k: int) -> int:
     return 3 * _padded(experts) + _padded(top_k)
 
 
-def routing_module(code: RoutingCode) -> ir.Module:
-    """Emit the function ``ROUTE(context)``.
-
-    Logits [experts] and bias [experts] are of ``code.dtype``; the bias is added to the logits in memory. Weights
-    [top_k] are of ``code.weight_dtype``, experts [top_k] i64. The scratch memory has ``scratch_numbers`` fp32 numbers.
-    """
-    return _Router(new_module(), code).module
-
-
 class _Router(Emitter):
     """Emitter of the function ROUTE: scores of all experts, their keys, the top-k of these, and their weights.
 
@@ -71,8 +66,8 @@ class _Router(Emitter):
     infinity.
     """
 
-    def __init__(self, module: ir.Module, code: RoutingCode) -> None:
-        super().__init__(module, ROUTE, [POINTER])
+    def __init__(self, code: RoutingCode) -> None:
+        super().__init__(new_module(), ROUTE, [POINTER])
         at, n = self.at, self.number
         self._code = code
         _, (self._experts, self._top_k, *addresses, factor, correction, groups, best_groups) = self.fields(CONTEXT)
@@ -92,7 +87,6 @@ class _Router(Emitter):
             self._drop_groups(groups, best_groups)
         self._choose()
         self._weigh()
-        at.ret_void()
 
     def _padded(self, count: Value) -> Value:
         """Emit ``count`` rounded up to LANES."""

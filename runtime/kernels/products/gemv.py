@@ -82,8 +82,7 @@ def gemv_module(given: torch.dtype, kept: torch.dtype, output: torch.dtype) -> i
 
     x [K] is of type ``given``, W [N, K] of type ``kept``, and y [N] of type ``output``; K is a multiple of LANES.
     """
-    module = new_module()
-    emit = Emitter(module, GEMV, [POINTER])
+    emit = Emitter(new_module(), GEMV, [POINTER])
     at, n = emit.at, emit.number
     begun, (items, x, rows, columns, matrix, y) = emit.fields(CONTEXT)
     x, matrix, y = (at.inttoptr(address, POINTER) for address in (x, matrix, y))

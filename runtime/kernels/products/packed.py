@@ -65,20 +65,16 @@ class PackedKernels(Kernels):
         if not x.is_contiguous():
             x = x.contiguous()
         y = torch.empty((total, product.rows), dtype=x.dtype, device=CPU)
-        jobs: list[int] = []
-        first = 0
+        jobs, first = array("q"), 0
         for record, count in zip(records, rows, strict=True):
-            jobs += (record.data_ptr(), first, count)
+            jobs.extend((record.data_ptr(), first, count))
             first += count
         rounded = Rounded(self._rounded.take(own * product.row_bytes), own, product)
-        rounding = rounded.context(x.data_ptr())
-        table = array("q", jobs)
-        context = product.context(len(records), table, rounded, y.data_ptr(), has_own_rows=own == total)
-        threads = threads_for(product.rows * columns * total)
+        context = product.context(len(records), jobs, rounded, y.data_ptr(), has_own_rows=own == total)
         run_all(
             [
-                KernelTask(product.round, rounding, threads_for(own * columns)),
-                KernelTask(product.kernel, context, threads),
+                KernelTask(product.round, rounded.context(x.data_ptr()), threads_for(own * columns)),
+                KernelTask(product.kernel, context, threads_for(product.rows * columns * total)),
             ]
         )
         return y

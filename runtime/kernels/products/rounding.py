@@ -78,8 +78,7 @@ def rounding_module(rounding: Rounding, dtype: FloatType) -> ir.Module:
     ``rounding.is_exact``, n is x * FLOAT_SCALE, [rows, K] fp32, and nothing else is written.
     """
     group = rounding.group
-    module = new_module()
-    emit = Emitter(module, ROUND, [POINTER])
+    emit = Emitter(new_module(), ROUND, [POINTER])
     at, n = emit.at, emit.number
     begun, (rows, *addresses, columns) = emit.fields(ROUND_CONTEXT)
     x, out, scales, sums = (at.inttoptr(address, POINTER) for address in addresses)
@@ -89,8 +88,7 @@ def rounding_module(rounding: Rounding, dtype: FloatType) -> ir.Module:
         with emit.loop(first, at.add(first, groups)) as g:
             values = emit.load_floats(x, at.mul(g, n(group * dtype.itemsize)), dtype, group)
             emit_rounding(emit, rounding, values, g, out, scales, sums)
-    at.ret_void()
-    return module
+    return emit.finish()
 
 
 def emit_rounding(

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from llvmlite import ir
 from torch import Tensor, nn
 
 from moetier.runtime.kernels.jit.emitter import LANES, POINTER, Emitter, new_module, once
@@ -139,25 +138,18 @@ class ProductTasks:
 
 @once
 def bias_kernel(dtype: torch.dtype) -> Kernel:
-    """Compile ``bias_module``, once for each type."""
-    return compile_kernel(this_processor(), bias_module(dtype), BIAS)
-
-
-def bias_module(dtype: torch.dtype) -> ir.Module:
-    """Emit the function ``BIAS(context)``, which adds a bias [N] to y [N], both of ``dtype``.
+    """Compile the function ``BIAS(context)``, which adds a bias [N] to y [N], both of ``dtype``.
 
     N is a multiple of LANES. The context: unused; pointers to y and to the bias; N.
     """
-    module = new_module()
-    emit = Emitter(module, BIAS, [POINTER])
+    emit = Emitter(new_module(), BIAS, [POINTER])
     at, n = emit.at, emit.number
     _, (y, bias, rows) = emit.fields(4)
     y, bias = (at.inttoptr(address, POINTER) for address in (y, bias))
     with emit.loop(n(0), at.mul(rows, n(dtype.itemsize)), LANES * dtype.itemsize) as offset:
         parts = [emit.load_floats(part, offset, dtype, LANES) for part in (y, bias)]
         emit.store_floats(at.fadd(*parts), y, offset, dtype)
-    at.ret_void()
-    return module
+    return compile_kernel(this_processor(), emit.finish(), BIAS)
 
 
 class _Product:

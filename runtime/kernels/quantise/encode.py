@@ -110,7 +110,6 @@ class _Work:
                 self._errors.data_ptr() + 16 * block,
                 self._table.buffer_info()[0],
             )
-            context = array("q", fields)
             kernel.run(context, 1)
 
     def store_pairs(self, values: Tensor, which: int) -> None:
@@ -122,16 +121,8 @@ class _Work:
         p = self._p
         pairs, scales = (self._views[f"{p.name}.{section}"] for section in ("pairs", "pair_scales"))
         values[:, p.rows :] = values[:, p.rows - 1 : p.rows]
-        fields = (
-            0,
-            len(scales),
-            values.numel(),
-            values.data_ptr(),
-            pairs.data_ptr() + which,
-            scales.data_ptr() + 4 * which,
-        )
-        context = array("q", fields)
-        pairs_kernel(self._processor).run(context, 1)
+        addresses = (values.data_ptr(), pairs.data_ptr() + which, scales.data_ptr() + 4 * which)
+        pairs_kernel(self._processor).run(array("q", (0, len(scales), values.numel(), *addresses)), 1)
         values[:, p.rows :] = 0
         pairs[:, p.rows :, which] = 0
 

@@ -16,19 +16,13 @@ PAIRS = "moetier_pairs"  # name of the compiled function
 
 @once
 def pairs_kernel(processor: Processor) -> Kernel:
-    """Compile ``pairs_module``, once for each processor."""
-    return compile_kernel(processor, pairs_module(), PAIRS)
-
-
-def pairs_module() -> ir.Module:
-    """Emit the function ``PAIRS(context)``, which rounds runs of PAIR_BLOCK numbers to 8 bits until none is left.
+    """Compile the function ``PAIRS(context)``, which rounds runs of PAIR_BLOCK numbers to 8 bits until none is left.
 
     The context: number of runs that threads have taken, number of all runs, number of all numbers; pointers to the
     numbers (the function replaces them by their rounded values), to the first code (only each second byte is a code of
     these numbers), and to the scale and minimum of the first run, bf16.
     """
-    module = new_module()
-    emit = Emitter(module, PAIRS, [POINTER])
+    emit = Emitter(new_module(), PAIRS, [POINTER])
     at, n, wide = emit.at, emit.number, vector(F32, LANES)
     begun, (runs, count, *addresses) = emit.fields(6)
     numbers, codes, scales = (at.inttoptr(address, POINTER) for address in addresses)
@@ -62,5 +56,4 @@ def pairs_module() -> ir.Module:
             for i in range(LANES):
                 byte = at.extract_element(bytes_, ir.Constant(I32, i))
                 emit.store(byte, codes, at.add(at.mul(place, n(2)), n(2 * i)))
-    at.ret_void()
-    return module
+    return compile_kernel(processor, emit.finish(), PAIRS)

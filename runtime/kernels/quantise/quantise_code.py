@@ -11,7 +11,6 @@ from enum import Enum
 from typing import NamedTuple
 
 import torch
-from llvmlite import ir
 
 from moetier.runtime.kernels.jit.emitter import (
     F32,
@@ -64,22 +63,15 @@ class QuantiserVariant(NamedTuple):
 
 @once
 def quantising_kernel(processor: Processor, variant: QuantiserVariant) -> Kernel:
-    """Compile ``quantising_module``, once for each variant and processor."""
-    return compile_kernel(processor, quantising_module(variant), QUANTISE)
-
-
-def quantising_module(variant: QuantiserVariant) -> ir.Module:
-    """Emit the function ``QUANTISE(context)``, which quantises row blocks until none is left."""
-    module = new_module()
-    _Quantiser(module, variant)
-    return module
+    """Compile the function ``QUANTISE(context)``, which quantises row blocks until none is left."""
+    return compile_kernel(processor, _Quantiser(variant).finish(), QUANTISE)
 
 
 class _Quantiser(Emitter):
     """Emitter of the function QUANTISE: loops over row blocks, groups and slices, and the work on a slice."""
 
-    def __init__(self, module: ir.Module, variant: QuantiserVariant) -> None:
-        super().__init__(module, QUANTISE, [POINTER])
+    def __init__(self, variant: QuantiserVariant) -> None:
+        super().__init__(new_module(), QUANTISE, [POINTER])
         self._variant = variant
         at, n = self.at, self.number
         begun, fields = self.fields(CONTEXT)
@@ -107,7 +99,6 @@ class _Quantiser(Emitter):
                 for number, place in enumerate(self._sums):
                     total = self.reduce(at.load(place), at.fadd)
                     self.store(total, errors, at.add(at.mul(block, n(16)), n(8 * number)))
-        at.ret_void()
 
     def _quantise(self, row: Value, column: Value, half: Value) -> None:
         """Emit the work on the slice at ``row`` and ``column``.
