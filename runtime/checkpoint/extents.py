@@ -44,8 +44,7 @@ def extent_table(checkpoint: Checkpoint) -> ExtentTable:
     StoreReadError.
     """
     model, dtype = build_on_meta(checkpoint.config, checkpoint.first_dtype)
-    tensors = checkpoint.sources(model, str(dtype).removeprefix("torch."))
-    blueprint = make_blueprint(model, dtype, tensors)
+    blueprint = make_blueprint(model, dtype, checkpoint.sources(model, str(dtype).removeprefix("torch.")))
     if blueprint.unused:
         _log.warning(
             "%s: the model does not use %d tensors, such as %s: they are left out.",

@@ -231,8 +231,7 @@ class RemoteOutputs:
                 else:
                     self._place(part, data, outputs)
             if not failed and self.is_timed:  # the daemons compute at the same time
-                seconds = time.monotonic() - parts[0].began
-                self._owner._seconds.add(seconds, sum(part.count for part in parts))
+                self._owner._seconds.add(time.monotonic() - parts[0].began, sum(part.count for part in parts))
             self.close()
             if failed:
                 self.send(failed)
@@ -310,8 +309,7 @@ class RemoteOutputs:
     def _place(self, part: _Part, data: bytearray, outputs: int) -> None:
         size = self._products.row_bytes
         source = ctypes.addressof(ctypes.c_char.from_buffer(data))
-        places = (place for expert in part.experts for place in self._tokens_of[expert][1])
-        for number, place in enumerate(places):
+        for number, place in enumerate(place for expert in part.experts for place in self._tokens_of[expert][1]):
             ctypes.memmove(outputs + place * size, source + number * size, size)
 
     def _note_failure(self, part: _Part, error: MoetierError) -> None:

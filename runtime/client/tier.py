@@ -368,8 +368,7 @@ class Misses:
     def _from_fallback(self, host: HostTier) -> Generator[Lease[memoryview], None, None]:
         self.close()
         first = self._tier._arena.layout.slots  # the fallback's slots are numbered after the arena's
-        keys = [ExpertKey(self._block, expert) for expert in self.missing]
-        with closing(host.acquire(keys)) as leases:
+        with closing(host.acquire([ExpertKey(self._block, expert) for expert in self.missing])) as leases:
             for lease in leases:
                 yield Lease(lease.key, lease.record, first + lease.slot, lease.proof, lease.more)
                 self._tier._check_open()

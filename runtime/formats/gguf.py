@@ -94,8 +94,7 @@ class GgufTensor(SourceTensor):
             raw = self.stored.read(begin, int(rows.max()) + 1 - begin if count else 0)
             return dequantised(raw[torch.from_numpy(rows - begin)], self.ggml_type, dtype)
         if self.change is not None:
-            whole = self._whole(self.change)
-            return whole[first : first + count].to(dtype).contiguous()
+            return self._whole(self.change)[first : first + count].to(dtype).contiguous()
         return dequantised(self.stored.read(first, count), self.ggml_type, dtype)
 
     def _whole(self, change: Change) -> torch.Tensor:

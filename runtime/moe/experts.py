@@ -76,8 +76,7 @@ def _compute(
     kernels = kernels_of(module, tiered, hidden_states.dtype)
     if kernels is not None and has_memory(hidden_states) and has_memory(top_k_weights):
         return compute_grouped(kernels, tiered, hidden_states, top_k_index, top_k_weights)
-    work = partial(_eager, module, tiered, hidden_states, top_k_index, top_k_weights)
-    return tiered.kernels.with_room(work)
+    return tiered.kernels.with_room(partial(_eager, module, tiered, hidden_states, top_k_index, top_k_weights))
 
 
 def arithmetic(module: Any, hidden_states: Tensor, top_k_weights: Tensor) -> tuple[torch.dtype, torch.dtype]:

@@ -224,8 +224,7 @@ class DaemonCard:
         try:
             check_folder(folder)
             card = json.loads((folder / CARD).read_bytes())
-            models = tuple(ServedModel(**model) for model in card.pop("models"))
-            return cls(models=models, **card)
+            return cls(models=tuple(ServedModel(**model) for model in card.pop("models")), **card)
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             return None
 

@@ -62,8 +62,7 @@ def probe(
     with contextlib.ExitStack() as closing:
         bearer = None
         if address.folder is not None:
-            control = closing.enter_context(ControlConnection.open(address.folder, None, patience=patience))
-            bearer = control.session_id
+            bearer = closing.enter_context(ControlConnection.open(address.folder, None, patience=patience)).session_id
         channel = closing.enter_context(open_channel(address, credentials or Credentials(), bearer=bearer))
         yield DaemonProbe(channel, address, patience)
 

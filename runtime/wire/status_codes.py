@@ -82,8 +82,7 @@ def message_of(error: BaseException) -> Error:
 
 def error_from_message(message: Error, code: grpc.StatusCode = Code.INTERNAL) -> MoetierError:
     """Return the error that ``message`` describes. If this version lacks its class, ``code`` decides the class."""
-    value = {"kind": message.type, "cause": message.cause, "fix": message.fix}
-    return error_from(value, ERRORS.get(code, DaemonError))
+    return error_from({"kind": message.type, "cause": message.cause, "fix": message.fix}, ERRORS.get(code, DaemonError))
 
 
 def _cut(line: str) -> str:

@@ -284,8 +284,7 @@ class Ledger:
         while demand.ready:
             (slot,) = self.lease(demand)
             number = demand.pool.first + slot
-            key = demand.pool.key(slot)
-            caller.deliver(Granted(demand.number, key, number, self.directory.generation(number)))
+            caller.deliver(Granted(demand.number, demand.pool.key(slot), number, self.directory.generation(number)))
         if demand.is_over:
             self.end(demand)
         elif not demand.leased:

@@ -80,8 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
     least = format_seconds(arguments.rounds * products * arguments.seconds)
     print(f"bench kernels: this takes at least {least}", file=sys.stderr, flush=True)
     for title, layout in layouts.items():
-        records = rates.random_records(layout, rates.UNCACHED_BYTES)
-        probe = rates.KernelProbe(Cpu().kernels(), layout, records)
+        probe = rates.KernelProbe(Cpu().kernels(), layout, rates.random_records(layout, rates.UNCACHED_BYTES))
         ways: dict[tuple[str, int], Callable[[], Any]] = {MEMORY: partial(rates.memory_rate, rates.UNCACHED_BYTES)}
         for p, count in product(layout.projections, rows):
             ways[p.name, count] = partial(probe.seconds, p.name, count, at_least=arguments.seconds)

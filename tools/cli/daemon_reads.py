@@ -85,6 +85,5 @@ def _look(tiers: Tiers) -> tuple[tuple[int, ...], int, int]:
             described, stats = connected.describe(), connected.stats()
             for model in stats.models:
                 if model.digest == tiers.manifest.digest:
-                    process = described.pid, described.started_unix_ms
-                    return process, model.host.bytes_in, model.clients
+                    return (described.pid, described.started_unix_ms), model.host.bytes_in, model.clients
     return (), 0, 0

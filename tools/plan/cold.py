@@ -37,8 +37,7 @@ def cold_start(folder: Path) -> dict[str, Any] | None:
         def work(seed: int) -> int:
             chosen, done = random.Random(seed), 0
             while not done or time.monotonic() < stop:
-                block = chosen.randrange(len(manifest.blocks))
-                file = ShardFile.of(Path(GROUP), manifest, block)
+                file = ShardFile.of(Path(GROUP), manifest, chosen.randrange(len(manifest.blocks)))
                 view = memoryview(bytearray(min(file.slot_bytes, PIECE_BYTES)))
                 store.objects.read(file.path.as_posix(), chosen.randrange(file.experts) * file.slot_bytes, view)
                 done += len(view)

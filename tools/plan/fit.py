@@ -183,8 +183,7 @@ def impossible(asked: Sequence[Fit], evaluate: Callable[[TierConfig], list[Fit]]
 
     ``evaluate`` returns the fits of all choices with a given config.
     """
-    worst = min(asked, key=lambda fit: fit.choice.disk_bytes)
-    problem = worst.problem
+    problem = min(asked, key=lambda fit: fit.choice.disk_bytes).problem
     assert problem is not None
     if "Give `" in problem.fix:  # a budget is out of bounds, and the error names the bounds
         return problem

@@ -121,8 +121,7 @@ class History:
 def _counters(stats: ModelStats, details: Details) -> list[float]:
     host = stats.host
     counted = (host.hits, host.misses, host.bytes_in, host.evictions, host.wait_seconds)
-    uses = (use for block in details.blocks for use in block.uses)
-    return [*counted, stats.fetches, stats.fetched_bytes, *uses]
+    return [*counted, stats.fetches, stats.fetched_bytes, *(use for block in details.blocks for use in block.uses)]
 
 
 def _change(before: ModelStats, now: ModelStats, seconds: float) -> CounterRates:

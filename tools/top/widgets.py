@@ -200,8 +200,7 @@ def sparkline(values: Iterable[float | None], width: int, top: float) -> str:
 
     Any value above 0 has a higher bar than 0.
     """
-    last = list(values)[-width:]
-    marks = (" " if value is None else LEVELS[_level(value, top)] for value in last)
+    marks = (" " if value is None else LEVELS[_level(value, top)] for value in list(values)[-width:])
     return "".join(marks).rjust(width)
 
 
@@ -209,8 +208,7 @@ def clients(model: ModelHistory, *, local: bool) -> Table:
     """Return the table of a daemon's clients. If ``local``, they are processes of this machine: show their programs."""
     table = Table.grid(padding=(0, 1, 0, 0))
     numbers = ("leases", "hits/s", "miss/s", "hits")
-    head = ["pid", *(["program"] if local else []), "for", *numbers]
-    for name in head:
+    for name in ["pid", *(["program"] if local else []), "for", *numbers]:
         table.add_column(
             Text(name, "dim"),
             justify="right" if name in numbers else "left",
@@ -251,8 +249,7 @@ def program_of(pid: int) -> str:
     name = os.path.basename(words[0])  # noqa: PTH119
     if name in ("moetier", "moetier.tools.main"):
         return plain(" ".join(["moetier", *words[1:2]]))
-    text = " ".join([name, *words[1:]]).strip()
-    return plain(text) or "?"
+    return plain(" ".join([name, *words[1:]]).strip()) or "?"
 
 
 def prefetches(host: Tier) -> Text:

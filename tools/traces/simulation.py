@@ -238,8 +238,7 @@ def simulate(trace: Trace, policy: str, slots: int, *, device_slots: int = 0) ->
                 missed = [tier.demand(demand.keys, is_prompt=demand.is_prompt) for demand in demands]
             for demand, missing in zip(demands, missed, strict=True):
                 (prompts if demand.is_prompt else decoding).add(demand.keys, missing)
-    tokens = trace.tokens - sum(trace.n_prefill)
-    return Outcome(policy, slots, tokens, decoding, prompts, device, preloads)
+    return Outcome(policy, slots, trace.tokens - sum(trace.n_prefill), decoding, prompts, device, preloads)
 
 
 def _missed(tier: SimulatedTier, demands: Sequence[SimulatedDemand], count: Count) -> list[SimulatedDemand]:

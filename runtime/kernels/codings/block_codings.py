@@ -105,8 +105,7 @@ class _Q4_0(_Blocks):
     centre, largest = 8, 15
 
     def _of_block(self, emit: RowEmitter, stored: _Bytes, place: int) -> Iterator[ColumnGroup]:
-        scale = stored.half(place)
-        yield ColumnGroup(_nibbles(emit, [stored.word(place + 2 + 4 * i) for i in range(4)]), scale)
+        yield ColumnGroup(_nibbles(emit, [stored.word(place + 2 + 4 * i) for i in range(4)]), stored.half(place))
 
 
 class _Mxfp4(_Blocks):

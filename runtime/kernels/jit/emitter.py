@@ -337,6 +337,5 @@ class Emitter:
         """Emit x / (1 + e^-u), without an exponential that overflows."""
         at, count = self.at, x.type.count
         small = self.exp(at.fneg(self.size(u)))  # e^-|u|
-        one = self.all(F32, 1.0, count)
-        part = at.fdiv(x, at.fadd(one, small))
+        part = at.fdiv(x, at.fadd(self.all(F32, 1.0, count), small))
         return at.select(at.fcmp_ordered("<", u, self.all(F32, 0.0, count)), at.fmul(part, small), part)

@@ -116,8 +116,7 @@ class Program:
                 self._words.extend((kernel.address, context.buffer_info()[0], min(threads - 1, workers)))
             self._address = self._words.buffer_info()[0]
             self._team = team
-        run = team.run_locked if self._locked else team.run
-        run(team.address, self._address, len(self._tasks))
+        (team.run_locked if self._locked else team.run)(team.address, self._address, len(self._tasks))
 
 
 def run_all(tasks: Sequence[KernelTask]) -> None:

@@ -130,8 +130,7 @@ class _Router(Emitter):
         with self.loop(n(0), self._experts) as expert:
             value = self._number(self._scores, expert, vector(F32, 1))
             if dtype is not None:
-                place = at.mul(expert, n(dtype.itemsize))
-                value = at.fadd(value, self.load_floats(self._correction, place, dtype, 1))
+                value = at.fadd(value, self.load_floats(self._correction, at.mul(expert, n(dtype.itemsize)), dtype, 1))
             self._keep(self._ordered(at.bitcast(value, I32)), self._keys, expert)
 
     def _drop_groups(self, groups: Value, best_groups: Value) -> None:
@@ -210,5 +209,4 @@ class _Router(Emitter):
             self._keep(at.fmul(share, self._factor), self._picked, i)
         with self.loop(n(0), self._top_k) as rank:
             weight = self._number(self._picked, rank, vector(F32, 1))
-            place = at.mul(rank, n(code.weight_dtype.itemsize))
-            self.store_floats(weight, self._weights, place, code.weight_dtype)
+            self.store_floats(weight, self._weights, at.mul(rank, n(code.weight_dtype.itemsize)), code.weight_dtype)

@@ -78,8 +78,7 @@ class _Work:
         rest = p.rows % ROW_TILE
         self._parts = [(0, weights[: p.rows - rest])] if p.rows > rest else []
         if rest:
-            shape = (p.columns, ROW_TILE) if turned else (ROW_TILE, p.columns)
-            last = torch.zeros(shape, dtype=weights.dtype)
+            last = torch.zeros((p.columns, ROW_TILE) if turned else (ROW_TILE, p.columns), dtype=weights.dtype)
             last = last.T if turned else last
             last[:rest] = weights[p.rows - rest :]
             self._parts.append((p.rows - rest, last))
