@@ -34,8 +34,7 @@ class Fields:
 
     def __getitem__(self, name: str) -> Fields:
         """Return the member ``name`` of a JSON object. Raises ValueError if the object has no such member."""
-        member = self.get(name)
-        if member is None:
+        if (member := self.get(name)) is None:
             raise ValueError(f"{self._member(name)} is missing")
         return member
 

@@ -121,8 +121,7 @@ class Monitor:
             return result
 
         def attempt() -> Result | None:
-            result = change(*arguments)
-            if result is None:
+            if (result := change(*arguments)) is None:
                 sleeper.acquire(blocking=False)
                 self._sleepers.append(sleeper)
             return result

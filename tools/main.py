@@ -201,8 +201,7 @@ def _set_up_log() -> None:
     """
     from moetier.tools.cli.failure import PlainFormatter
 
-    level = os.environ.get("MOETIER_LOG", "")
-    if level and level not in LOG_LEVELS:
+    if (level := os.environ.get("MOETIER_LOG", "")) and level not in LOG_LEVELS:
         raise ConfigError(
             f"MOETIER_LOG is {level!r}, which is not a log level.", f"Set it to one of {', '.join(LOG_LEVELS)}."
         )

@@ -356,11 +356,9 @@ def _targets(key: str, converter: loading.WeightConverter | None) -> list[str]:
 
 def loaded_dtype(model: PreTrainedModel, name: str, own: torch.dtype, dtype: torch.dtype) -> torch.dtype:
     """Return the type in which from_pretrained loads a parameter. Some models keep a few parameters in fp32."""
-    plan = dtype_plan_of(model, dtype)
-    if plan:
+    if plan := dtype_plan_of(model, dtype):
         pattern, by_group, _ = loading.build_glob_alternation(list(plan))
-        match = pattern.search(name)
-        if match is not None and match.lastgroup is not None:
+        if (match := pattern.search(name)) is not None and match.lastgroup is not None:
             kept: torch.dtype = plan[by_group[match.lastgroup]]
             return kept
     return own

@@ -87,8 +87,7 @@ class GgufCheckpoint(Checkpoint):
 
     def generated_files(self) -> dict[str, bytes]:
         """Return a dictionary from names to contents of the tokenizer's files. Raises as ``tokenizer_of``."""
-        tokenizer = GgufFile().tokenizer(self.folder)
-        if tokenizer is None:
+        if (tokenizer := GgufFile().tokenizer(self.folder)) is None:
             return {}
         with tempfile.TemporaryDirectory() as folder:
             tokenizer.save_pretrained(folder)
@@ -214,8 +213,7 @@ def _config(path: Path, metadata: Mapping[str, Value], entries: Mapping[str, Ggu
     made_by = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
     if table is None or made_by is None:
         raise unsupported(path, architecture)
-    embedding = entries.get("token_embd.weight")
-    if embedding is None or len(embedding.shape) != 2:
+    if (embedding := entries.get("token_embd.weight")) is None or len(embedding.shape) != 2:
         raise CheckpointError(f"{path} has no token_embd.weight.", "Download the file again.")
     config = dict(ggml.GGUF_CONFIG_DEFAULTS_MAPPING.get(model_type, {}))
     renamed = table | FURTHER.get(model_type, {})

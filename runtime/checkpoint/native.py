@@ -30,8 +30,7 @@ def native_layout(block: BlockBlueprint) -> RecordLayout:
 def _as_stored(block: BlockBlueprint, plain: Projection) -> Projection:
     """Return the projection of a parameter as it is stored; ``plain`` if it is not quantised."""
     recipe = block.recipes[plain.name]
-    quantised = next((tensor for tensor in recipe.tensors if not tensor.is_plain), None)
-    if quantised is None:
+    if (quantised := next((tensor for tensor in recipe.tensors if not tensor.is_plain), None)) is None:
         return plain
     _, dtype = block.parameters[plain.name]
     projection = quantised.record_projection(dataclasses.replace(plain, dtype=dtype), recipe.by_expert())

@@ -112,8 +112,7 @@ def copied_files(folder: Path) -> tuple[str, ...]:
 
 def locate(source: str | Path, files: Sequence[str] = DOWNLOADED) -> tuple[str, Path]:
     """Return the name and the folder of a checkpoint. For a hub id, only ``files`` (names, patterns) are downloaded."""
-    folder = check_source(source)
-    if folder is None:
+    if (folder := check_source(source)) is None:
         return str(source), hub.fetch(str(source), files, or_folder=True)
     if _is_snapshot(folder):
         return folder.parents[1].name.removeprefix("models--").replace("--", "/"), folder

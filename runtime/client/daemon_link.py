@@ -173,8 +173,7 @@ class Link:
             request.events.put(None)
 
     def _send(self, message: wire.ClientMessage) -> None:
-        outbox = self._outbox
-        if outbox is not None:
+        if (outbox := self._outbox) is not None:
             outbox.put(message)
 
     # -- the link's thread --------------------------------------------------------------------------------------------
@@ -275,11 +274,9 @@ class Link:
             if request is not None and granted.expert in request.awaited:
                 del request.awaited[granted.expert]
                 request.events.put(SlotGranted(request, granted.expert, granted.slot, granted.generation, arena))
-        elif message.HasField("failed"):
-            request = self._requests.pop(message.failed.request, None)
-            if request is not None:
-                request.is_over = True
-                request.events.put(RequestFailed(request, error_from_message(message.failed.error)))
+        elif message.HasField("failed") and (request := self._requests.pop(message.failed.request, None)) is not None:
+            request.is_over = True
+            request.events.put(RequestFailed(request, error_from_message(message.failed.error)))
 
     # -- gRPC's thread ------------------------------------------------------------------------------------------------
 

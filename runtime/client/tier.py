@@ -98,8 +98,7 @@ class DaemonTier(Closeable):
         self._copied.difference_update(keys)  # this demand is reported to the daemon in any case
         cached, missing = [], []
         for key in dict.fromkeys(keys):
-            place = arena.directory.find(key)
-            if place is None:
+            if (place := arena.directory.find(key)) is None:
                 missing.append(key.expert)
             else:
                 cached.append((key, *place))
@@ -192,8 +191,7 @@ class DaemonTier(Closeable):
         self._manifest.check_keys(key.block, [key])
         self._check_open()
         arena = self._arena
-        place = arena.directory.find(key)
-        if place is None:
+        if (place := arena.directory.find(key)) is None:
             yield None
             return
         lease, proof = arena.lease(key, *place)

@@ -274,8 +274,7 @@ class Clients:
         UnavailableError once the daemon is ending.
         """
         with self._changed:
-            client = self._clients.get(session)
-            if client is None:
+            if (client := self._clients.get(session)) is None:
                 raise _no_client()
             if client.model is None:
                 raise UnknownModelError(

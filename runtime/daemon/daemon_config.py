@@ -22,8 +22,7 @@ REMOTE = "other hosts"  # title of a group of options
 
 
 def _folder(text: str) -> Path:
-    folder = Address.parse(text).folder
-    if folder is None:
+    if (folder := Address.parse(text).folder) is None:
         raise ConfigError(f"{text!r} is not a folder.", "Give a name or a path. To serve on TCP, use --listen.")
     return folder
 

@@ -101,7 +101,6 @@ def patience_of(context: grpc.ServicerContext, most: float, what: str) -> float:
     So it is answered before the client's deadline, after which the client would consider this daemon gone. Raises
     ProtocolError if the call has no deadline; ``what`` names the call.
     """
-    remaining = context.time_remaining()
-    if remaining is None or remaining > MAX_DEADLINE:
+    if (remaining := context.time_remaining()) is None or remaining > MAX_DEADLINE:
         raise ProtocolError(f"{what} needs a deadline.", f"Set a deadline of at most {MAX_DEADLINE:.0f} seconds.")
     return min(remaining / 2, most)

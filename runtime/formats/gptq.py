@@ -35,8 +35,7 @@ class Gptq(Format):
             bits: Any = quantization.get("bits", 4)
             if order is not None and len(packed.shape) == 2 and (columns := math.prod(order.shape)):
                 bits = packed.shape[0] * WORD / columns  # a module may have bits of its own (GPTQModel's "dynamic")
-            width = next((width for width in WIDTHS if width == bits), None)
-            if width is None:
+            if (width := next((width for width in WIDTHS if width == bits), None)) is None:
                 raise UnsupportedModelError(
                     f"{weight} is quantised with GPTQ to {shown(bits)} bits, which moetier can't read.",
                     f"Give a checkpoint with {', '.join(map(str, WIDTHS))} bits.",

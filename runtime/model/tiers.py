@@ -177,8 +177,7 @@ def close_later(close_sources: Callable[[], None], tiers: weakref.ref[Tiers]) ->
 
     The reference to ``tiers`` must be weak, because its speculation refers to the model.
     """
-    referent = tiers()
-    if referent is not None and referent.speculation is not None:
+    if (referent := tiers()) is not None and referent.speculation is not None:
         referent.speculation.detach()
     if threading.current_thread() is threading.main_thread() and not threading.main_thread().is_alive():
         close_sources()

@@ -93,8 +93,7 @@ class OneRowRouter:
             weight = parameters_of(router).get("weight")  # None if its class computes it from others
             if weight is None or x.numel() != weight.shape[-1] or torch.is_grad_enabled() or len(more) > 1:
                 return None
-            routing = self.routing(router, x.dtype)
-            if routing is None:
+            if (routing := self.routing(router, x.dtype)) is None:
                 return None
             (correction,) = more or _corrections(router)
             return routing.of(x, weight, parameters_of(router).get("bias"), correction)

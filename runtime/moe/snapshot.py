@@ -109,8 +109,7 @@ class Trials(Generic[Result]):
 
         After MOST_TRIALS trials, returns None for any other numbers, and from then on.
         """
-        last = self._last
-        if last is None or not has_numbers(module, last[0]):
+        if (last := self._last) is None or not has_numbers(module, last[0]):
             numbers = frozenset(numbers_of(module).items())
             if numbers in self._results or len(self._results) < MOST_TRIALS:
                 if numbers not in self._results:

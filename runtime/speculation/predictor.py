@@ -67,8 +67,7 @@ class Shortcuts:
 
         For a single token, [1, hidden size], on a CPU, this takes less time than ``rank``.
         """
-        shortcut = self._of[block]
-        if shortcut is not None and hidden.numel() == hidden.shape[-1]:
+        if (shortcut := self._of[block]) is not None and hidden.numel() == hidden.shape[-1]:
             return shortcut.predict(hidden)
         return self.rank(block, hidden).prediction()
 

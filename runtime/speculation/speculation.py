@@ -75,8 +75,7 @@ class Admission:
         keys = self._keys[block]
         likely = [expert for expert in prediction.likely if expert < len(keys)]  # larger indices have no record
         near = [expert for expert in prediction.near if expert < len(keys)]
-        absent = self._absent(keys, likely)
-        if absent or block in self.requested:
+        if (absent := self._absent(keys, likely)) or block in self.requested:
             absent |= self._absent(keys, near)
             resident = [keys[expert] for expert in dict.fromkeys([*near, *likely]) if expert not in absent]
             missing = [keys[expert] for expert in dict.fromkeys(likely) if expert in absent]

@@ -103,8 +103,7 @@ def _table_of_headers(folder: Path) -> ExtentTable:
     """Make the table of a checkpoint that is not linked, unless it was the last one to be made."""
     folder = folder.absolute()
     with _lock:
-        table = _tables.get(folder)
-        if table is None or not _is_current(folder, table):
+        if (table := _tables.get(folder)) is None or not _is_current(folder, table):
             _tables.clear()
             table = make_table(open_source(folder)) if "torch" in sys.modules else _make_in_process(folder)
             _tables[folder] = table

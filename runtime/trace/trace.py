@@ -49,8 +49,7 @@ class Trace:
 
     def __post_init__(self) -> None:
         for name, dtype in _ARRAYS.items():
-            value = getattr(self, name)
-            if value is not None:
+            if (value := getattr(self, name)) is not None:
                 value = np.asarray(value)
                 _require(value.dtype.kind in ("iu" if np.dtype(dtype).kind == "i" else "f"), f"{name} has a wrong type")
                 if np.dtype(dtype).kind == "i" and value.size:

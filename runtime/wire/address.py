@@ -63,8 +63,7 @@ class Address:
             return cls.of(Path(text))
         if _NAME.fullmatch(text):
             return cls.of(runtime_folder() / text)
-        match = _HOST_PORT.fullmatch(text.removeprefix(_DNS))
-        if match and 0 < int(match.group(2)) < 65536:
+        if (match := _HOST_PORT.fullmatch(text.removeprefix(_DNS))) and 0 < int(match.group(2)) < 65536:
             return cls(target=match.group(), is_dns_name=text.startswith(_DNS))
         if "@" in text:  # what stands before it may be a password
             raise ConfigError(
@@ -138,8 +137,7 @@ def runtime_folder() -> Path:
 
     Source: XDG Base Directory Specification 0.8.
     """
-    base = os.environ.get("XDG_RUNTIME_DIR")
-    if base and Path(base).is_absolute():
+    if (base := os.environ.get("XDG_RUNTIME_DIR")) and Path(base).is_absolute():
         return Path(base) / "moetier"
     return Path(tempfile.gettempdir()) / f"moetier-{os.getuid()}"
 
@@ -234,8 +232,7 @@ def known_daemons() -> dict[Address, DaemonCard]:
     cards = {}
     for folder in sorted(path for path in runtime_folder().glob("*") if path.is_dir()):
         with contextlib.suppress(RefusedError):  # another user's folder
-            card = DaemonCard.read(folder)
-            if card is not None:
+            if (card := DaemonCard.read(folder)) is not None:
                 cards[Address.of(folder)] = card
     return cards
 

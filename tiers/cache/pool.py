@@ -84,8 +84,7 @@ class SlotPool:
 
     def lookup(self, key: ExpertKey) -> Lookup:
         """Return the state of the record of ``key``."""
-        slot = self._slot_of.get(key)
-        if slot is None:
+        if (slot := self._slot_of.get(key)) is None:
             return Lookup.MISS
         return Lookup.PENDING if slot in self._loading else Lookup.HIT
 
@@ -175,8 +174,7 @@ class SlotPool:
 
     def pin_ready(self, key: ExpertKey) -> int | None:
         """If the record of ``key`` is a HIT, pin its slot and return the slot; otherwise return None."""
-        slot = self._slot_of.get(key)
-        if slot is None or slot in self._loading:
+        if (slot := self._slot_of.get(key)) is None or slot in self._loading:
             return None
         self._pins[slot] += 1
         return slot

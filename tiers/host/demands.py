@@ -194,16 +194,14 @@ class WaitingDemands:
 
     def take_recheck(self) -> Demand | None:
         """Take the first demand that ``recheck`` has marked, and return it. Return None if no demand is marked."""
-        demand = next(iter(self._rechecks), None)
-        if demand is not None:
+        if (demand := next(iter(self._rechecks), None)) is not None:
             del self._rechecks[demand]
         return demand
 
     def note_taken(self, demand: Demand) -> None:
         """Note that a demand holds or claims one more slot."""
         self.stop_waiting(demand)
-        caller = demand.async_caller
-        if caller is not None:
+        if (caller := demand.async_caller) is not None:
             self._deadlines.pop(demand, None)
             if caller.is_full:  # its starved demands may not take slots, so they must not keep other demands waiting
                 for other in caller.demands.values():
@@ -273,8 +271,7 @@ class WaitingDemands:
 
 
 def _exhausted(demand: Demand) -> ExhaustedError:
-    caller = demand.async_caller
-    if caller is not None and caller.is_full:
+    if (caller := demand.async_caller) is not None and caller.is_full:
         return ExhaustedError(
             f"The client holds all of its {caller.leases} leases, and released none for {demand.patience:g} seconds.",
             "Release leases in the client, or start the daemon with more --leases.",

@@ -60,8 +60,7 @@ class FairQueue:
 
     def add(self, caller: Hashable, load: Load) -> None:
         """Add a load to the queue of a caller. The same load may be in the queues of several callers."""
-        queue = self._queues.get(caller)
-        if queue is None:
+        if (queue := self._queues.get(caller)) is None:
             # Remove a caller with an empty queue if it comes before all callers that wait: when it comes back, it is
             # first in any case. Other callers with empty queues keep their place: without it, they would overtake the
             # callers that wait whenever they come back.
@@ -135,8 +134,7 @@ class Loads:
         is_warmup: bool = False,
     ) -> Load:
         """Begin the load of a record into a slot that is EMPTY or evictable, and return the load."""
-        evicted = pool.begin_fill(slot, key, scan=is_scan, prefetched=is_prefetch)
-        if evicted is not None:
+        if (evicted := pool.begin_fill(slot, key, scan=is_scan, prefetched=is_prefetch)) is not None:
             self._counters.evictions += 1
             self._prefetches.evict(evicted)
         self._prefetches.lose(key)  # the record is needed again, so the tier above no longer has its copy
@@ -234,8 +232,7 @@ class Loads:
 
     def wake_loaders_for_prefetches(self) -> None:
         """Wake as many loaders as there are prefetches that can now be read."""
-        unbegun = self._prefetches.unbegun
-        if unbegun and not self._is_for_demands:
+        if (unbegun := self._prefetches.unbegun) and not self._is_for_demands:
             for _ in range(min(unbegun, self._most_prefetches - self._prefetching)):
                 self._notifier.wake_loader()
 

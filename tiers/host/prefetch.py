@@ -101,10 +101,8 @@ class PrefetchQueue:
                 self._counters.cancelled += 1
         while self.warmup:
             pool, key = self.warmup.popleft()
-            if pool.find(key) is None and not pool.starved:
-                slot = pool.vacancy(key.block)
-                if slot is not None:
-                    return Place(pool, key, slot, is_warmup=True)
+            if pool.find(key) is None and not pool.starved and (slot := pool.vacancy(key.block)) is not None:
+                return Place(pool, key, slot, is_warmup=True)
         return None
 
     def _take_requests(self) -> Iterator[tuple[AsyncCaller | None, Pool, ExpertKey]]:

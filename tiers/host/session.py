@@ -80,8 +80,7 @@ class Session(AsyncCaller):
 
     @transition
     def _release(self, request: int, keys: Sequence[ExpertKey]) -> None:
-        demand = self.demands.get(request)
-        if demand is None:
+        if (demand := self.demands.get(request)) is None:
             return
         if keys:
             slots = [demand.pool.find(key) for key in keys]

@@ -90,8 +90,7 @@ def write_all(descriptor: int, data: memoryview | bytes, position: int) -> None:
     """
     view = memoryview(data)
     while view:
-        count = os.pwrite(descriptor, view, position)
-        if not count:
+        if not (count := os.pwrite(descriptor, view, position)):
             raise OSError(errno.EIO, "nothing was written")
         view = view[count:]
         position += count

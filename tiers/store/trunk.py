@@ -107,8 +107,7 @@ def trunk_records(directory: Path, manifest: Manifest) -> dict[str, int]:
         path = directory / name
         if name not in headers:
             headers[name] = _header(path)
-        entry = headers[name].get(tensor)
-        if entry is None or entry.dtype != "U8" or len(entry.shape) != 1:
+        if (entry := headers[name].get(tensor)) is None or entry.dtype != "U8" or len(entry.shape) != 1:
             what = f"has type {entry.dtype} and shape {list(entry.shape)}" if entry else "is missing"
             cause = f"{path}, a file of the trunk: {tensor} {what}; it should be a record."
             raise StoreFormatError(cause, remaking(path, FIX))
@@ -199,8 +198,7 @@ def read_pieces(descriptor: int, *, cached: bool = False) -> Iterator[memoryview
     position = 0
     while True:
         os.posix_fadvise(descriptor, position, AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
-        count = os.preadv(descriptor, [buffer], position)
-        if not count:
+        if not (count := os.preadv(descriptor, [buffer], position)):
             return
         yield buffer[:count]
         if not cached:

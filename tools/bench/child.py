@@ -77,8 +77,7 @@ def _chunk_of(model: Any, ids: Tensor, pieces: list[int]) -> int:
     from moetier.runtime.model.context import longest_context
 
     sequences, tokens = ids.shape
-    most = longest_context(model.config)
-    if most is not None and tokens > most:
+    if (most := longest_context(model.config)) is not None and tokens > most:
         raise ConfigError(
             f"The run needs {tokens:,} tokens, but the model's maximum context is {most:,}.",
             "Give less for --tokens, --prompt or --warm.",

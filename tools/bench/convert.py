@@ -59,8 +59,7 @@ def measure(arguments: argparse.Namespace, others: Mapping[str, Callable[[], dic
     Raises MoetierError.
     """
     check_bench(arguments)
-    files = sorted(arguments.source.glob("*.safetensors"))
-    if not files:
+    if not (files := sorted(arguments.source.glob("*.safetensors"))):
         raise CheckpointError(f"{arguments.source} has no safetensors files.", "Give the folder of a checkpoint.")
     fio = fio_version()
     reads = RandomReads.of_files(files)

@@ -56,8 +56,7 @@ class DaemonWatch:
 
     def end(self) -> DaemonReads | None:
         """Return what the daemon did since construction, or None if this process maps no daemon's memory."""
-        daemon = self._tiers.daemon
-        if daemon is None:
+        if (daemon := self._tiers.daemon) is None:
             return None
         (was, before, clients), (now, after, clients_now) = self._before, _look(self._tiers)
         is_counted, away = bool(was and now), daemon.away

@@ -72,6 +72,5 @@ def _warn(model: Any, ram: str | None, context: int) -> None:
             format_bytes(limits.bytes),
             limits.limiter,
         )
-    trained = longest_context(model.config)
-    if trained and context > trained and context != DEFAULT_CONTEXT:
+    if (trained := longest_context(model.config)) and context > trained and context != DEFAULT_CONTEXT:
         _log.warning("--context %d is more than the %d tokens that the model was trained for.", context, trained)

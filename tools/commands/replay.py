@@ -140,7 +140,6 @@ def _policies(text: str) -> list[str]:
     from moetier.tools.traces.simulation import SIMULATED
 
     names = list(dict.fromkeys(text.split(",")))
-    unknown = [name for name in names if name not in SIMULATED]
-    if unknown:
+    if unknown := [name for name in names if name not in SIMULATED]:
         raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not among {', '.join(SIMULATED)}")
     return names

@@ -114,8 +114,7 @@ def libraries() -> Iterator[Finding]:
         if not needed and _extra(wanted) is None:
             continue
         install = f'Install it: pip install "{wanted.name}{wanted.specifier}"'
-        installed = _version(wanted.name)
-        if installed is None:
+        if (installed := _version(wanted.name)) is None:
             if needed:
                 yield fail("libraries", f"{wanted.name} is missing.", install)
             else:

@@ -116,8 +116,7 @@ def fit_of(model_choices: ModelChoices, choice: Choice, config: TierConfig, room
 
 
 def _disk_problem(model_choices: ModelChoices, choice: Choice, room: MachineRoom) -> MoetierError | None:
-    headers = model_choices.headers
-    if headers is None or choice.as_it_is:
+    if (headers := model_choices.headers) is None or choice.as_it_is:
         return None
     needed, what = choice.disk_bytes + SLACK_BYTES, f"A model directory with {choice.options} takes"
     if headers.on_hub:

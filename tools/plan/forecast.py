@@ -89,8 +89,7 @@ def plan(
         return [fit_of(model_choices, choice, tried, room, kernels) for choice in model_choices.choices]
 
     fits = [fit for fit in evaluate(config) if fit.choice in chosen]
-    working = by_preference(fits)
-    if not working:
+    if not (working := by_preference(fits)):
         raise impossible(fits, evaluate, config)
     say("measuring this machine for some seconds")
     choices = [fit.choice for fit in working]

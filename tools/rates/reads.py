@@ -141,8 +141,7 @@ class RandomReads:
             def read(buffer: memoryview) -> None:
                 descriptor, place, done = random.choice(descriptors), random.choice(places), 0
                 while done < len(buffer):
-                    count = os.preadv(descriptor, [buffer[done:]], place + done)
-                    if not count:
+                    if not (count := os.preadv(descriptor, [buffer[done:]], place + done)):
                         raise StoreReadError(
                             f"{self.files[0]} became shorter while it was read.", "Convert the model again."
                         )

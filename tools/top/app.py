@@ -142,8 +142,7 @@ class Top(App[None]):
     def action_interval(self, step: int) -> None:
         """Change the interval to the next longer one (``step`` 1) or the next shorter one (-1) in INTERVALS."""
         now = self._watch.interval
-        others = [value for value in INTERVALS if (value - now) * step > 0]
-        if others:
+        if others := [value for value in INTERVALS if (value - now) * step > 0]:
             self._watch.change(interval=min(others, key=lambda value: abs(value - now)))
         self._show()
 
@@ -182,8 +181,7 @@ class Top(App[None]):
         if self._error is not None:
             self._away.update(Text(f"{plain(self._error.cause)} Trying again.", overflow="fold"))
         self._heading.update(self._head())
-        models = list(self.history.models.values())
-        if models:
+        if models := list(self.history.models.values()):
             self._show_model(models[self._model % len(models)], len(models))
 
     @property

@@ -110,8 +110,7 @@ class History:
 
     def _falls(self, stats: ModelStats, details: Details) -> bool:
         """Whether a counter of a model is less than before, or the number of experts of a block has changed."""
-        earlier = self.models.get(stats.digest)
-        if earlier is None:
+        if (earlier := self.models.get(stats.digest)) is None:
             return False
         if [len(block.uses) for block in details.blocks] != [len(block.uses) for block in earlier.details.blocks]:
             return True

@@ -41,6 +41,5 @@ def end_threads() -> None:
     Call this before a fork. Otherwise the forked child would inherit the list of these threads without the threads, and
     wait for them for ever. Other OpenMP libraries handle forks themselves.
     """
-    library = openmp()
-    if library is not None and hasattr(library, _PAUSE) and not hasattr(library, _NOT_GNU):
+    if (library := openmp()) is not None and hasattr(library, _PAUSE) and not hasattr(library, _NOT_GNU):
         getattr(library, _PAUSE)(_HARD)

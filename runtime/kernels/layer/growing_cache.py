@@ -183,8 +183,7 @@ class _InPlace(DynamicLayer):
         if not keys.used == values.used == self._end < min(keys.memory.shape[-2], values.memory.shape[-2]):
             return None
         addresses = keys.memory.data_ptr(), values.memory.data_ptr()
-        room = self._room
-        if room is None or room.addresses != addresses:
+        if (room := self._room) is None or room.addresses != addresses:
             room = self._room = _room(keys.memory, values.memory)
         return room
 

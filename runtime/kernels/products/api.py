@@ -82,8 +82,7 @@ class Kernels:
             [tokens, rows] in the type of x.
         """
         p = layout.projection(name)
-        stored = sections(record, layout).get(name)
-        if stored is None or stored.dtype != x.dtype:
+        if (stored := sections(record, layout).get(name)) is None or stored.dtype != x.dtype:
             stored = decode(record, layout, name, self._scratch(p.shape, x.dtype))
         if p.transposed:
             assert bias is None, "transposed matrices are of experts, which have none"
@@ -101,8 +100,7 @@ class Kernels:
         except torch.OutOfMemoryError as error:
             said = str(error)
         # outside the handler, because the error's frames keep tensors of the failed call alive
-        freed = self.make_room()
-        if freed:
+        if freed := self.make_room():
             try:
                 return work()
             except torch.OutOfMemoryError as error:

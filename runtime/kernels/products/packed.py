@@ -81,8 +81,7 @@ class PackedKernels(Kernels):
 
     def product(self, layout: RecordLayout, name: str, dtype: torch.dtype) -> ProjectionProduct:
         """Return the compiled product with the quantised projection ``name``, of x and y of ``dtype``."""
-        product = self._products.get((id(layout), name, dtype))
-        if product is None:
+        if (product := self._products.get((id(layout), name, dtype))) is None:
             product = self._products[id(layout), name, dtype] = ProjectionProduct(
                 layout, name, dtype, dtype, self.processor
             )

@@ -108,8 +108,7 @@ class ProductTasks:
                 self.tasks.append(task)
                 continue
             product = matrix.product(dtype)
-            given = rounded.get(product.round.address)
-            if given is None:
+            if (given := rounded.get(product.round.address)) is None:
                 memory = array("b", bytes(product.row_bytes))
                 given = rounded[product.round.address] = Rounded(memory.buffer_info()[0], 1, product)
                 self.tasks.append(KernelTask(product.round, given.context(0), 1, memory))
@@ -203,8 +202,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | N
     """
     if not isinstance(weight, RowWeight) or not lies_in_rows(weight) or refusal():
         return None
-    matrix = weight.matrix
-    if matrix is None or (matrix.rows, matrix.columns) != weight.shape:
+    if (matrix := weight.matrix) is None or (matrix.rows, matrix.columns) != weight.shape:
         matrix = weight.matrix = RowMatrix(weight, *weight.shape)
     if bias is not None and (bias.dtype, bias.shape) != (weight.dtype, weight.shape[:1]):
         return None
