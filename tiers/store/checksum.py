@@ -1,23 +1,17 @@
 """The checksum of records, shard indexes and trunk files: CRC-32C (Castagnoli), as in zarr's codec ``crc32c``.
 
-Only this module imports the library that computes the checksum.
+Only this module imports the library that computes the checksum: ``crc32c(data, before)`` returns the CRC-32C of
+contiguous bytes, where ``before`` is that of the bytes that precede ``data``, if any do. For 32 KiB or more, it
+releases the GIL.
 """
 
 from __future__ import annotations
 
-import crc32c as _library
+from crc32c import crc32c as crc32c
 
 from moetier.tiers.layout import CHECKSUM_BYTES
 
 PIECE_BYTES = 8 << 20  # size of the pieces in which a file or a record is read or written, and checksummed
-
-
-def crc32c(data: memoryview | bytes, before: int = 0) -> int:
-    """Return the CRC-32C of contiguous bytes. ``before`` is the CRC-32C of the bytes that precede ``data``, if any do.
-
-    For 32 KiB or more, the GIL is released during the computation.
-    """
-    return _library.crc32c(data, before)
 
 
 def checksum_bytes(crc: int) -> bytes:

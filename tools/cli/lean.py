@@ -62,10 +62,11 @@ def lean_imports() -> Iterator[None]:
 
 def _lighten(utils: Any) -> None:
     """Make the functions UNUSED return False, and let transformers search its folders only for names that are used."""
-    from moetier.runtime.devices.device import chosen_device
+    import torch
+
     from moetier.runtime.libraries.transformers_internals import search_later
 
-    for name in (*UNUSED, *(() if chosen_device("auto").has_memory else ON_CPU)):
+    for name in (*UNUSED, *(() if torch.accelerator.is_available() else ON_CPU)):
         setattr(utils, name, lambda *_, **__: False)
     search_later(utils)
 
