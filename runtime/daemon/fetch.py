@@ -73,7 +73,10 @@ class FetchCalls:
                 f"Bytes {start} to {end} are not a part of a record of {size} bytes.", "Ask for a part of the record."
             )
         until = time.monotonic() + patience
-        with self._admitted(key, entry.array, context, patience), self._lease(key, context, until) as slot:
+        batches = self._leases.batches([key], context, until)
+        with self._admitted(key, entry.array, context, patience), contextlib.closing(batches):
+            (granted,) = next(batches)
+            slot = self._host.whole(granted.slot)
             for at in range(start, end, PIECE_BYTES):
                 piece = slot[at : min(at + PIECE_BYTES, end)]
                 with self._state:
@@ -139,16 +142,6 @@ class FetchCalls:
             with self._state:
                 del self._offered[context]
                 self._state.notify_all()
-
-    @contextlib.contextmanager
-    def _lease(self, key: ExpertKey, context: grpc.ServicerContext, until: float) -> Iterator[memoryview]:
-        """Lease the record of ``key`` until the ``with`` block ends, and yield the slot: the record and its checksum.
-
-        Raises ExhaustedError if no slot is free before ``until`` (monotonic clock).
-        """
-        with contextlib.closing(self._leases.batches([key], context, until)) as batches:
-            (granted,) = next(batches)
-            yield self._host.whole(granted.slot)
 
     def _wake(self) -> None:
         with self._state:

@@ -72,7 +72,7 @@ def attach_tiers(model: PreTrainedModel, location: Path, files: TrunkFiles, conf
     layouts = [*tiers.manifest.layouts.values(), *(linear.layout for linear in linears)]
     if any(kernels.packs(layout) for layout in layouts):  # else the model computes bit for bit as the eager one
         _use_compiled_code(model)
-    _add_hook(model, tiers, files)
+    tiers.hooks.add(model.register_forward_pre_hook(lambda *_: files.check()))
     _attach_blocks(model, tiers, device.place)
 
 
@@ -164,12 +164,6 @@ def _use_compiled_code(model: PreTrainedModel) -> None:
     use_row_weights(model)
     use_quick_routers(model)
     use_quick_layers(model)
-
-
-def _add_hook(model: PreTrainedModel, tiers: Tiers, files: TrunkFiles) -> None:
-    """Check the trunk's files before each forward pass."""
-    check = files.check
-    tiers.hooks.add(model.register_forward_pre_hook(lambda *_: check()))
 
 
 def _attach_blocks(model: PreTrainedModel, tiers: Tiers, place: torch.device) -> None:

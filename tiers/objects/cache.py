@@ -28,7 +28,7 @@ from moetier.tiers.layout import CHECKSUM_BYTES, ExpertKey
 from moetier.tiers.locks import ForkGuard, UseCount
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.stats import Share
-from moetier.tiers.store.atomic import PARTIAL, disk_errors, make_folders, sync_folder, write_all
+from moetier.tiers.store.atomic import disk_errors, durable_file, make_folders, sync_folder, write_all
 from moetier.tiers.store.base import Pause, WrapperStore
 from moetier.tiers.store.checksum import PIECE_BYTES
 from moetier.tiers.store.folder import FETCHED, METADATA, check_array, has_store, is_cache, read_manifest, store_folder
@@ -379,11 +379,6 @@ def _make_sparse(file: ShardFile) -> None:
     if file.path.exists():
         return
     make_folders(file.path.parent)
-    partial = file.path.with_name(file.path.name + PARTIAL)
-    with partial.open("wb") as stream:
+    with durable_file(file.path) as stream:
         stream.seek(file.data_bytes)
         stream.write(file.make_index())
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.rename(file.path)
-    sync_folder(file.path.parent)

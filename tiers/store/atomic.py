@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO
 
 from moetier.tiers.errors import DiskSpaceError, StoreReadError, TargetError
 
@@ -199,15 +200,25 @@ def allocate(descriptor: int, size: int) -> None:
         raise
 
 
-def write_durably(path: Path, data: bytes) -> None:
-    """Write a whole file atomically. After a crash at any moment, the file has either its old content or ``data``."""
+@contextlib.contextmanager
+def durable_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a file that the ``with`` block writes, from its beginning to its end.
+
+    After a crash at any moment, the file has either its old content or all of the new.
+    """
     partial = path.with_name(path.name + PARTIAL)
     with partial.open("wb") as stream:
-        stream.write(data)
+        yield stream
         stream.flush()
         os.fsync(stream.fileno())
     partial.rename(path)
     sync_folder(path.parent)
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Write a whole file as a ``durable_file``."""
+    with durable_file(path) as stream:
+        stream.write(data)
 
 
 def rename_durably(path: Path, goal: Path) -> None:

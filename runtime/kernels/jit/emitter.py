@@ -132,6 +132,10 @@ class Emitter:
         places = [self.place(context, self.number(8 * i), I64) for i in range(count)]
         return places[0], [self.at.load(place) for place in places[1:]]
 
+    def padded(self, count: Value) -> Value:
+        """Emit ``count``, an i64, rounded up to a multiple of LANES."""
+        return self.at.and_(self.at.add(count, self.number(LANES - 1)), self.number(-LANES))
+
     @contextlib.contextmanager
     def loop(self, start: Value, stop: Value, step: int = 1) -> Iterator[Value]:
         """Emit a loop over indices from ``start`` to before ``stop``.

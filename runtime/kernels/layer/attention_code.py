@@ -93,7 +93,7 @@ class _Attention(Emitter):
             queries = at.mul(self._heads, self._width)
             self._take(self._address(q, at.mul(query_group, queries)), self._queries, queries, scale)
             self._score(self._begin(k, k_strides, sequence, head, first), k_strides[2], count)
-            self._soften(mask, at.add(at.mul(sequence, self._padded(length)), first), self._padded(count), result)
+            self._soften(mask, at.add(at.mul(sequence, self.padded(length)), first), self.padded(count), result)
             self._unite(self._begin(v, v_strides, sequence, head, first), v_strides[2], count, result)
 
             finished = self.place(context, at.mul(at.add(n(CONTEXT), query_group), n(8)), I64)
@@ -102,10 +102,6 @@ class _Attention(Emitter):
                 start = at.mul(at.mul(query_group, self._pieces), at.mul(self._result_numbers, n(4)))
                 start = at.inttoptr(at.add(results, start), POINTER)
                 self._merge(start, self._address(out, at.mul(query_group, sums)), at.mul(head, self._heads))
-
-    def _padded(self, count: Value) -> Value:
-        """Emit ``count`` rounded up to LANES."""
-        return self.at.and_(self.at.add(count, self.number(LANES - 1)), self.number(-LANES))
 
     def _address(self, base: Value, elements: Value) -> Value:
         return self.at.inttoptr(self.at.add(base, self.at.mul(elements, self.number(self._dtype.itemsize))), POINTER)
@@ -146,7 +142,7 @@ class _Attention(Emitter):
     def _score(self, keys: Value, stride: Value, count: Value) -> None:
         """Emit the scores of ``count`` positions, with -inf in the padding after them."""
         at, n = self.at, self.number
-        last = at.sub(self._padded(count), n(LANES))
+        last = at.sub(self.padded(count), n(LANES))
         with self.loop(n(0), self._heads) as head:
             self._keep(self.floats(-math.inf), self._scores, at.add(at.mul(head, n(PIECE)), last))
         with self.loop(n(0), count) as position:

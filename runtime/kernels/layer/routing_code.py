@@ -77,7 +77,7 @@ class _Router(Emitter):
         # variables: a key, an index, a sum
         self._key, self._index, self._total = at.alloca(I32), at.alloca(I64), at.alloca(vector(F32, LANES))
         self._factor = self.spread(at.bitcast(at.trunc(factor, I32), F32), LANES)
-        all_bytes = at.mul(self._padded(self._experts), n(4))
+        all_bytes = at.mul(self.padded(self._experts), n(4))
         self._keys = at.gep(self._scores, [all_bytes])
         self._group_keys = at.gep(self._keys, [all_bytes])
         self._picked = at.gep(self._group_keys, [all_bytes])
@@ -87,11 +87,6 @@ class _Router(Emitter):
             self._drop_groups(groups, best_groups)
         self._choose()
         self._weigh()
-
-    def _padded(self, count: Value) -> Value:
-        """Emit ``count`` rounded up to LANES."""
-        at, n = self.at, self.number
-        return at.mul(at.udiv(at.add(count, n(LANES - 1)), n(LANES)), n(LANES))
 
     def _number(self, pointer: Value, index: Value, type_: Value) -> Value:
         return self.load(pointer, self.at.mul(index, self.number(4)), type_)
@@ -110,7 +105,7 @@ class _Router(Emitter):
         at, n, code = self.at, self.number, self._code
         nothing = self.floats(0.0 if code.is_sigmoid else -math.inf)
         for values, count in ((self._scores, self._experts), (self._picked, self._top_k)):
-            self._keep(nothing, values, at.sub(self._padded(count), n(LANES)))  # the padding adds nothing to sums
+            self._keep(nothing, values, at.sub(self.padded(count), n(LANES)))  # the padding adds nothing to sums
         with self.loop(n(0), self._experts) as expert:
             place = at.mul(expert, n(code.dtype.itemsize))
             value = self.load_floats(self._logits, place, code.dtype, 1)
@@ -120,7 +115,7 @@ class _Router(Emitter):
                 value = self.load_floats(self._logits, place, code.dtype, 1)
             self._keep(value, self._scores, expert)
         if code.is_sigmoid:
-            with self.loop(n(0), self._padded(self._experts), LANES) as i:
+            with self.loop(n(0), self.padded(self._experts), LANES) as i:
                 value = self._number(self._scores, i, vector(F32, LANES))
                 self._keep(self.times_sigmoid(self.floats(1.0), value), self._scores, i)
 
@@ -197,12 +192,12 @@ class _Router(Emitter):
 
         at.store(self.floats(0.0), self._total)
         values, count = (self._picked, self._top_k) if code.normalised else (self._scores, self._experts)
-        with self.loop(n(0), self._padded(count), LANES) as i:
+        with self.loop(n(0), self.padded(count), LANES) as i:
             at.store(at.fadd(at.load(self._total), share_of(values, i)), self._total)
         whole = self.spread(self.reduce(at.load(self._total), at.fadd), LANES)
         if code.is_sigmoid:
             whole = at.fadd(whole, self.floats(_TINY))
-        with self.loop(n(0), self._padded(self._top_k), LANES) as i:
+        with self.loop(n(0), self.padded(self._top_k), LANES) as i:
             share = share_of(self._picked, i)
             if code.normalised or not code.is_sigmoid:
                 share = at.fdiv(share, whole)

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 
 from llvmlite import ir
 
-from moetier.runtime.kernels.jit.emitter import F32, I8, I16, I32, LANES, POINTER, Value, vector
+from moetier.runtime.kernels.jit.emitter import F32, I8, I16, I32, LANES, Value, vector
 from moetier.runtime.kernels.jit.processor import Processor
 
 from .gemm_tile import CENTRES, COLUMN, PAIRS_AHEAD, STEP, VECTORS, PackedVariant, TileEmitter
@@ -38,7 +38,7 @@ class AmxTile(TileEmitter):
         self._rows = rows = self.function.args[-1]
         self._depth = min(group, WIDTH)  # columns that an instruction multiplies
         self._height = self._least(rows, n(HEIGHT))
-        codes, sums, totals = map(self._memory, (group * WIDTH, VECTORS * TILE, MOST_AMX_ROWS * VECTORS * WIDTH))
+        codes, sums, totals = map(self.memory, (group * WIDTH, VECTORS * TILE, MOST_AMX_ROWS * VECTORS * WIDTH))
         self._configure()
         self._clear(totals)
         with self.loop(n(0), self._groups) as g:
@@ -66,11 +66,6 @@ class AmxTile(TileEmitter):
     def _least(self, a: Value, b: Value) -> Value:
         return self.at.select(self.at.icmp_signed("<", a, b), a, b)
 
-    def _memory(self, nbytes: int) -> Value:
-        place = self.at.alloca(ir.ArrayType(I8, nbytes))
-        place.align = WIDTH
-        return self.at.bitcast(place, POINTER)
-
     @contextlib.contextmanager
     def _blocks(self) -> Iterator[tuple[Value, Value]]:
         """Emit a loop over blocks of ``_height`` rows of x. Yields a block's first new row, and its first row.
@@ -82,7 +77,7 @@ class AmxTile(TileEmitter):
 
     def _configure(self) -> None:
         """Set the number of rows of each tile register, and the bytes of its rows."""
-        n, place = self.number, self._memory(64)
+        n, place = self.number, self.memory(64)
         height, codes = self.at.trunc(self._height, I8), ir.Constant(I8, self._depth // STEP)
         shapes = [*[(height, WIDTH)] * len(_SUMS), (height, self._depth), *[(codes, WIDTH)] * len(_CODES)]
         self.store(self.all(I8, 0, 64), place, n(0))

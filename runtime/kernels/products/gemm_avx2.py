@@ -79,8 +79,7 @@ class Avx2Tile(TileEmitter):
     def _emit_rows(self, rows: Value) -> None:
         at, n, group = self.at, self.number, self._variant.group
         count = self._planes * REGISTERS
-        codes = at.bitcast(self._array(group // STEP * count * BYTES), I8.as_pointer())
-        totals = at.bitcast(self._array(MOST_ROWS * VECTORS * LANES * 4), I8.as_pointer())
+        codes, totals = map(self.memory, (group // STEP * count * BYTES, MOST_ROWS * VECTORS * LANES * 4))
         with self.loop(n(0), self._groups) as g:
             self._prefetch_pairs(at.add(g, n(PAIRS_AHEAD)))
             first = at.mul(g, n(group))
@@ -137,11 +136,6 @@ class Avx2Tile(TileEmitter):
                 places.append(self.at.alloca(type_))
             self.at.store(ir.Constant(type_, [0] * type_.count), places[-1])
         return places
-
-    def _array(self, nbytes: int) -> Value:
-        place = self.at.alloca(ir.ArrayType(I8, nbytes))
-        place.align = BYTES
-        return place
 
     def _four(self, index: Value) -> Value:
         """Load four numbers n, beginning at ``index``, and repeat them in a register."""
