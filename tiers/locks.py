@@ -196,8 +196,7 @@ def transition(method: Callable[[Owner, *Arguments], Result]) -> Callable[[Owner
 
     @functools.wraps(method)
     def run(self: Any, *arguments: *Arguments) -> Result:
-        result: Result = self._monitor.run(method, self, *arguments)
-        return result
+        return self._monitor.run(method, self, *arguments)
 
     return run
 
@@ -210,8 +209,7 @@ def waiting(method: Callable[[Owner, *Arguments], Result | None]) -> Callable[[O
 
     @functools.wraps(method)
     def wait(self: Any, *arguments: *Arguments) -> Result:
-        result: Result = self._monitor.wait_for(method, self, *arguments)
-        return result
+        return self._monitor.wait_for(method, self, *arguments)
 
     return wait
 

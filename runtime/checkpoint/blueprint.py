@@ -359,8 +359,7 @@ def loaded_dtype(model: PreTrainedModel, name: str, own: torch.dtype, dtype: tor
     if plan := dtype_plan_of(model, dtype):
         pattern, by_group, _ = loading.build_glob_alternation(list(plan))
         if (match := pattern.search(name)) is not None and match.lastgroup is not None:
-            kept: torch.dtype = plan[by_group[match.lastgroup]]
-            return kept
+            return plan[by_group[match.lastgroup]]
     return own
 
 

@@ -179,7 +179,7 @@ class MetricsServer:
 
         def answer(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
             if environ["PATH_INFO"] != "/healthz":
-                return metrics(environ, start_response)  # type: ignore[no-any-return]
+                return metrics(environ, start_response)
             status, text = ("200 OK", b"SERVING\n") if is_serving() else ("503 Service Unavailable", b"NOT_SERVING\n")
             start_response(status, [("Content-Type", "text/plain"), ("Cache-Control", "no-store")])
             return [text]

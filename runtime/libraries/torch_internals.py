@@ -56,8 +56,7 @@ def has_bf16_instructions() -> bool:
 
 def arrange_int4(nibbles: Tensor, inner_tiles: int) -> Tensor:
     """Arrange codes of 4 bits, uint8 [rows, columns / 2], in the order of ``multiply_int4`` on CUDA, as int32."""
-    words: Tensor = torch.ops.aten._convert_weight_to_int4pack(nibbles, inner_tiles)
-    return words
+    return torch.ops.aten._convert_weight_to_int4pack(nibbles, inner_tiles)
 
 
 def multiply_int4(x: Tensor, arranged: Tensor, group: int, pairs: Tensor) -> Tensor:
@@ -65,5 +64,4 @@ def multiply_int4(x: Tensor, arranged: Tensor, group: int, pairs: Tensor) -> Ten
 
     ``pairs``: scale and offset of each group, bf16 [columns / group, rows, 2]. torch has no public int4 product.
     """
-    y: Tensor = torch.ops.aten._weight_int4pack_mm(x, arranged, group, pairs)
-    return y
+    return torch.ops.aten._weight_int4pack_mm(x, arranged, group, pairs)

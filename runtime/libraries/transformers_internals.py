@@ -21,8 +21,7 @@ def attention_of(config: Any) -> str:
 
     It is read past the config's own ``__getattribute__``, which takes too long for each layer and token.
     """
-    name: str = object.__getattribute__(config, "_attn_implementation_internal")
-    return name
+    return object.__getattribute__(config, "_attn_implementation_internal")
 
 
 def set_attention(config: Any, name: str) -> None:

@@ -94,5 +94,4 @@ def counted(tokens: int, most: int) -> str:
 
 
 def _ids(tokenizer: Any, text: str, options: Mapping[str, Any]) -> list[int]:
-    ids: list[int] = tokenizer(text, verbose=False, **options)["input_ids"]  # verbose=True would warn of long texts
-    return ids
+    return tokenizer(text, verbose=False, **options)["input_ids"]  # verbose=True would warn of long texts

@@ -177,5 +177,4 @@ def pieces_of(tokenizer: Any, token_ids: Sequence[int]) -> tuple[str, ...]:
 
 
 def _decode(tokenizer: Any, token_ids: Sequence[int]) -> str:
-    text: str = tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    return text
+    return tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)

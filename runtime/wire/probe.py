@@ -35,13 +35,11 @@ class DaemonProbe:
 
     def describe(self) -> pb.DescribeReply:
         """Return the daemon's process, version and models."""
-        reply: pb.DescribeReply = self._ask(self._stub.Describe, pb.DescribeRequest())
-        return reply
+        return self._ask(self._stub.Describe, pb.DescribeRequest())
 
     def stats(self, *, details: bool = False) -> pb.StatsReply:
         """Return the daemon's counters. With ``details``, the reply also describes its clients and blocks."""
-        reply: pb.StatsReply = self._ask(self._stub.Stats, pb.StatsRequest(details=details))
-        return reply
+        return self._ask(self._stub.Stats, pb.StatsRequest(details=details))
 
     def _ask(self, call: Callable[..., Any], request: object) -> Any:
         try:

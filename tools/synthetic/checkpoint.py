@@ -224,8 +224,7 @@ def tokens_json(geometry: str, vocabulary: int, seed: int) -> bytes:
 
 def read_tokens(folder: Path) -> list[int]:
     """Read the token ids from a folder that ``moetier synthetic`` made: a checkpoint, or its model directory."""
-    ids: list[int] = json.loads((folder / TOKENS_FILE).read_bytes())["token_ids"]
-    return ids
+    return json.loads((folder / TOKENS_FILE).read_bytes())["token_ids"]
 
 
 def record_tokens(model: Any, ids: Sequence[int]) -> Trace:

@@ -132,8 +132,7 @@ def threads_for(weights: int) -> int:
 def thread_count() -> int:
     """Return the number of threads to compute with: torch's; in a process without torch, the CPUs that it may use."""
     torch = sys.modules.get("torch")
-    count: int = _cpus() if torch is None else torch.get_num_threads()
-    return count
+    return _cpus() if torch is None else torch.get_num_threads()
 
 
 def is_small(weights: int) -> bool:

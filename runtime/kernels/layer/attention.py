@@ -103,8 +103,7 @@ def sink_mask(**given: Any) -> Tensor | None:
     """
     if given["q_length"] == 1 and one_token_mask(**given) is None:
         return None
-    mask: Tensor | None = eager_mask(**given)
-    return mask
+    return eager_mask(**given)
 
 
 def sink_attention(
@@ -132,8 +131,7 @@ def _in_slices(
     batch, heads, tokens, _ = query.shape
     most = max(1, SLICE_BYTES // (batch * heads * key.shape[2] * SCORE_BYTES))
     if tokens <= most or asks_more(named, {"s_aux", "scaling"}):
-        whole: tuple[Tensor, Tensor | None] = attend(module, query, key, value, mask, **named)
-        return whole
+        return attend(module, query, key, value, mask, **named)
     # a mask of one row is for all tokens
     masks = [None] * -(-tokens // most) if mask is None else torch.split(mask.expand(-1, -1, tokens, -1), most, 2)
     parts = [

@@ -125,8 +125,7 @@ def _layer_of(cache: Any, number: int) -> GrowingLayer | GrowingWindow | None:
     layer: Any = cache.layers[number]
     if type(layer) not in (GrowingLayer, GrowingWindow) or "update" in vars(layer) or "update" in vars(cache):
         return None
-    growing: GrowingLayer | GrowingWindow = layer
-    return growing
+    return layer
 
 
 class AttentionTasks:
