@@ -105,5 +105,4 @@ def gemv_module(given: torch.dtype, kept: torch.dtype, output: torch.dtype) -> i
             if output == torch.bfloat16:
                 total = at.extract_element(emit.narrow(emit.spread(total, LANES), LANES), ir.Constant(I32, 0))
             emit.store(total, y, at.mul(row, n(output.itemsize)))
-    at.ret_void()
-    return module
+    return emit.finish()

@@ -100,14 +100,17 @@ class _Work:
             stride = weights.stride(1 if self._variant.turned else 0) * weights.dtype.itemsize
             block, items = first // ROW_TILE, len(weights) // ROW_TILE
             codes = first * p.columns // 2
-            fields = (
-                *(0, items, p.columns, weights.data_ptr(), stride, p.padded_rows),
-                self._views[f"{p.name}.pairs"].data_ptr() + 4 * first,
-                *(values.data_ptr() + 4 * first for values in (self.scales, self.offsets)),
-                self._low.data_ptr() + codes,
-                0 if self._high is None else self._high.data_ptr() + codes,
-                self._errors.data_ptr() + 16 * block,
-                self._table.buffer_info()[0],
+            context = array(
+                "q",
+                (
+                    *(0, items, p.columns, weights.data_ptr(), stride, p.padded_rows),
+                    self._views[f"{p.name}.pairs"].data_ptr() + 4 * first,
+                    *(values.data_ptr() + 4 * first for values in (self.scales, self.offsets)),
+                    self._low.data_ptr() + codes,
+                    0 if self._high is None else self._high.data_ptr() + codes,
+                    self._errors.data_ptr() + 16 * block,
+                    self._table.buffer_info()[0],
+                ),
             )
             kernel.run(context, 1)
 
