@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import tqdm
+from compiled import FOLDER, share_compiled
 from hypothesis import HealthCheck, settings
 from prepared import Prepared, for_daemons, prepared
 
@@ -29,6 +31,10 @@ if TYPE_CHECKING:
 os.environ["OMP_NUM_THREADS"] = "1"
 if "torch" in sys.modules:  # imported by a plugin: it has read the environment already
     sys.modules["torch"].set_num_threads(1)
+
+# else each of pytest's processes compiles every module of the tests again
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 os.environ["XDG_RUNTIME_DIR"] = "/nonexistent"  # a daemon that happens to run here is none of the tests'
 os.environ["XDG_DATA_HOME"] = "/nonexistent"  # nor is a model that somebody pulled
@@ -50,6 +56,15 @@ tqdm.tqdm.monitor_interval = 0  # else the first progress bar of anybody starts 
 # how long an example takes tells of the machine's other work
 settings.register_profile("moetier", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("moetier")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Share compiled kernels among pytest's processes and those that they start."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:  # a worker inherits the folder
+        folder = tempfile.TemporaryDirectory()
+        config.add_cleanup(folder.cleanup)
+        os.environ[FOLDER] = folder.name
+    share_compiled()
 
 
 GRACE = 5.0  # seconds for what is ending already

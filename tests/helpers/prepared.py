@@ -38,6 +38,11 @@ SERVER = """
 import fcntl, gc, json, os, signal, socket, sys
 scripts = socket.socket(fileno=int(sys.argv[1]))
 exec(sys.argv[2])
+if "moetier.runtime.kernels.jit.processor" in sys.modules:
+    sys.path.append(sys.argv[3])
+    from compiled import share_compiled
+    share_compiled()
+    sys.path.pop()
 gc.collect()
 gc.freeze()
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)
@@ -118,7 +123,7 @@ class Prepared:
         self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self._process = subprocess.Popen(
-                [python, "-c", SERVER, str(theirs.fileno()), imports],
+                [python, "-c", SERVER, str(theirs.fileno()), imports, Path(__file__).parent],
                 stdin=subprocess.DEVNULL,
                 env=os.environ | environment,
                 pass_fds=[theirs.fileno()],

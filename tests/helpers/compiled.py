@@ -1,0 +1,51 @@
+"""Object files of compiled kernels, which all processes of a test run share: LLVM takes most of a short process's time.
+
+Each is kept under a digest of everything that LLVM makes it of, so that it is what the compiler would give again.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import llvmlite.binding as llvm
+
+from moetier.runtime.kernels.jit.processor import Processor
+
+FOLDER = "COMPILED_KERNELS_OF_TESTS"  # a variable of the environment
+LINKED_HERE = {"reloc": "pic", "codemodel": "small"}  # how the compiler is asked for an object file to run
+
+
+class Cached:
+    """A target machine of LLVM whose object file is in ``file``, or is written there."""
+
+    def __init__(self, file: Path, compiled: Callable[[], tuple[Any, Any]]) -> None:
+        self._file, self._compiled = file, compiled
+
+    def emit_object(self, _: object) -> bytes:
+        if not self._file.exists():
+            code, machine = self._compiled()
+            partial = self._file.with_suffix(f".{os.getpid()}")
+            partial.write_bytes(machine.emit_object(code))
+            partial.rename(self._file)
+        return self._file.read_bytes()
+
+
+def share_compiled() -> None:
+    """Take object files from the folder that the environment names, and leave new ones there."""
+    optimised = Processor.optimised
+
+    @functools.wraps(optimised)
+    def shared(self: Processor, module: Any, unroll: bool = True, **options: str) -> tuple[Any, Any]:
+        folder = os.environ.get(FOLDER)
+        if options != LINKED_HERE or folder is None or not Path(folder).is_dir():
+            return optimised(self, module, unroll, **options)
+        made_of = repr((llvm.llvm_version_info, self._cpu, unroll, str(module)))
+        file = Path(folder, hashlib.sha256(made_of.encode()).hexdigest())
+        return None, Cached(file, lambda: optimised(self, module, unroll, **options))
+
+    setattr(Processor, "optimised", shared)  # noqa: B010  # mypy forbids the assignment
