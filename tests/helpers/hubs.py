@@ -18,6 +18,9 @@ REVISION = "0123456789abcdef0123456789abcdef01234567"
 
 MODEL = "acme/tiny-moe"
 
+# for a script in a prepared process: the environment's settings were read when huggingface_hub was imported
+READ_SETTINGS = "import importlib, huggingface_hub.constants as constants; importlib.reload(constants)\n"
+
 
 @dataclass(frozen=True)
 class Hub:

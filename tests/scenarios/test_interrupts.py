@@ -30,11 +30,11 @@ PLAN = make_plan(blocks=1, experts=2, top_k=1)
 
 
 def cases() -> Iterator[Any]:
-    """50 interrupts of two kinds of tiers in the ordinary suite; 2,000 of each in the slow one."""
+    """20 interrupts of two kinds of tiers in the ordinary suite; 2,000 of each in the slow one."""
     for budget, where in itertools.product(("smallest", "half"), ("embedded", "daemon")):
         for kind in ("SIGINT", "SIGALRM"):
             if (budget, where) in {("smallest", "embedded"), ("half", "daemon")}:
-                yield budget, where, kind, 50
+                yield budget, where, kind, 20
             yield pytest.param(budget, where, kind, 2000, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])
 
 

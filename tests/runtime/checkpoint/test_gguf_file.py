@@ -7,8 +7,6 @@ import os
 import random
 import re
 import struct
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ pytest.importorskip("gguf")
 
 import gguf
 from gguf_files import MODELS, Kind, mostly, reference, tiny_weights, write_gguf
+from prepared import Prepared
 
 from moetier.runtime.checkpoint.containers import SAMPLE_BYTES
 from moetier.runtime.checkpoint.gguf_file import open_gguf
@@ -247,7 +246,7 @@ def test_a_tensor_of_another_shape_is_refused_by_name(name: str, shaped: Shapes,
         load(path)
 
 
-def test_without_the_package_it_says_how_to_install_it(tmp_path: Path) -> None:
+def test_without_the_package_it_says_how_to_install_it(scripts: Prepared, tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "model.gguf", tiny_weights("qwen3moe"), mostly("Q4_0"))
     code = f"""
 import sys
@@ -255,7 +254,7 @@ sys.modules["gguf"] = None
 from moetier.tools.main import main
 sys.exit(main(["generate", {str(path)!r}, "he"]))
 """
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    ended = scripts.run(code)
     assert ended.returncode == 1
     assert "need the package gguf" in ended.stderr
     assert 'pip install ".[gguf]"' in ended.stderr

@@ -149,7 +149,7 @@ def test_daemons_that_compute_at_the_same_time_are_timed_once(
 
 
 @pytest.mark.usefixtures("slow")
-@pytest.mark.parametrize("has_shards", [False, True])
+@pytest.mark.parametrize("has_shards", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_daemons_are_killed_frozen_and_started_again(
     tinymix_4bit: Path,
     bare: Path,

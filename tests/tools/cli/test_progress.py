@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from prepared import Prepared
 from terminals import Terminal
 
 import moetier
@@ -32,7 +32,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_generate_shows_how_far_its_prompt_is(tinymix_4bit: Path) -> None:
+def test_generate_shows_how_far_its_prompt_is(scripts: Prepared, tinymix_4bit: Path) -> None:
     options = "--max-new-tokens 4 --prefill-chunk 32 --daemon none"
     words = ["generate", str(tinymix_4bit), PROMPT, *options.split()]
     with Terminal("-c", SCRIPT, *words, size=SIZE) as terminal:
@@ -44,7 +44,8 @@ def test_generate_shows_how_far_its_prompt_is(tinymix_4bit: Path) -> None:
     assert parts[0] == 0
     last = list(re.finditer(SHOWN, screen))[-1].end()
     assert "tokens/s" in screen[last:], "it ends before the text"
-    done = subprocess.run([sys.executable, "-c", SCRIPT, *words], capture_output=True, text=True, check=True)
+    done = scripts.run(SCRIPT, *words)
+    assert done.returncode == 0
     assert "prompt of" not in done.stdout + done.stderr
 
 

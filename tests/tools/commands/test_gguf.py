@@ -77,9 +77,8 @@ def test_it_is_shown_and_examined(path: Path, capsys: pytest.CaptureFixture[str]
     assert any("without checksums" in json.dumps(line) for line in lines)
 
 
-def test_a_plan_has_it_as_the_one_choice(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"KERNEL_SECONDS": 0.0, "UNCACHED_BYTES": 1 << 20, "QUANTISED_WEIGHTS": 1 << 16}.items():
-        monkeypatch.setattr(speeds, name, value)
+@pytest.mark.usefixtures("short_probes")
+def test_a_plan_has_it_as_the_one_choice(path: Path) -> None:
     found = plan(str(path), disk=1.0)
     (choice,) = found["choices"]
     assert choice["as_it_is"]

@@ -98,9 +98,8 @@ def test_a_daemon_says_what_is_wrong_with_it(tinymix: Path, tmp_path: Path) -> N
         pass
 
 
-def test_a_plan_offers_it_as_it_is(tinymix: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"KERNEL_SECONDS": 0.0, "UNCACHED_BYTES": 1 << 20, "QUANTISED_WEIGHTS": 1 << 16}.items():
-        monkeypatch.setattr(speeds, name, value)
+@pytest.mark.usefixtures("short_probes")
+def test_a_plan_offers_it_as_it_is(tinymix: Path) -> None:
     found = plan(tinymix, bits=[16], trunk_bits=[16], disk=1.0)
     (choice,) = found["choices"]
     assert choice["as_it_is"]
@@ -113,12 +112,9 @@ def test_a_plan_offers_it_as_it_is(tinymix: Path, monkeypatch: pytest.MonkeyPatc
     assert "With experts of 16 bits no conversion is needed: the files, as downloaded, are the store." in text(found)
 
 
-def test_a_plan_for_weights_of_4_bits_keeps_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.usefixtures("short_probes")
+def test_a_plan_for_weights_of_4_bits_keeps_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """No other width is recommended, and nothing is converted. What it recommends works."""
-    for name, value in {"KERNEL_SECONDS": 0.0, "UNCACHED_BYTES": 1 << 20, "QUANTISED_WEIGHTS": 1 << 16}.items():
-        monkeypatch.setattr(speeds, name, value)
     folder, _ = save_native(tmp_path, "gpt-oss")
     before = sums(folder)
     found = plan(folder, disk=1.0)

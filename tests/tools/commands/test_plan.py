@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +14,8 @@ import pytest
 from cgroups import memory_limit
 from checkpoints import save_checkpoint
 from faults import mounted
-from hubs import MODEL, serve_hub
+from hubs import MODEL, READ_SETTINGS, serve_hub
+from prepared import Prepared
 from stores import NASTY
 
 import moetier
@@ -36,14 +35,9 @@ from moetier.tools.plan.forecast import plan
 from moetier.tools.plan.speeds import DiskRate, Speeds, probe_bytes
 from moetier.tools.rates.reads import RandomReads
 
+pytestmark = pytest.mark.usefixtures("short_probes")
+
 GB_PER_S = 1.0
-
-
-@pytest.fixture(autouse=True)
-def short_probes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan_speeds, "KERNEL_SECONDS", 0.0)
-    monkeypatch.setattr(plan_speeds, "UNCACHED_BYTES", 1 << 20)
-    monkeypatch.setattr(plan_speeds, "QUANTISED_WEIGHTS", 1 << 16)
 
 
 @pytest.fixture(scope="session")
@@ -156,7 +150,7 @@ def test_what_is_downloaded_takes_disk_too(index_only: Path, tmp_path: Path) -> 
 
 
 OF_HUB = """
-import json, sys
+import json, os, sys
 from pathlib import Path
 from moetier.tools.plan import speeds
 from moetier.tools.commands.plan import text
@@ -168,16 +162,17 @@ print(json.dumps([each | {"last": text(each).splitlines()[-2:]} for each in foun
 """
 
 
-def test_of_a_hub_id_it_recommends_pull_and_looks_at_the_disk_of_pulled_models(tmp_path: Path) -> None:
+def test_of_a_hub_id_it_recommends_pull_and_looks_at_the_disk_of_pulled_models(
+    scripts: Prepared, tmp_path: Path
+) -> None:
     """Unless it is said where the model is to be."""
     source = save_checkpoint(tmp_path / "source")
     with (
         serve_hub({path.name: path.read_bytes() for path in source.iterdir()}, tmp_path / "hub") as hub,
         mounted("tmpfs", tmp_path / "data", "size=300m") as data,
     ):
-        environment = os.environ | hub.settings | {"XDG_DATA_HOME": str(data / "not" / "yet")}
-        words = [sys.executable, "-c", OF_HUB, MODEL, tmp_path]
-        result = subprocess.run(words, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+        environment = hub.settings | {"XDG_DATA_HOME": str(data / "not" / "yet")}
+        result = scripts.run(READ_SETTINGS + OF_HUB, MODEL, tmp_path, environment=environment)
         assert result.returncode == 0, result.stderr
         assert not list(data.iterdir())
     pulled, converted = json.loads(result.stdout)

@@ -157,10 +157,11 @@ def test_groups_that_no_record_has_need_bits(tmp_path: Path) -> None:
         convert(source, source.with_suffix(".dst"), bits=8)
 
 
+@pytest.mark.usefixtures("short_probes")
 def test_a_checkpoint_is_planned_and_not_used_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = save_checkpoint(tmp_path / "src", shards=1)
     quantise(source, tmp_path / "plain", always(awq, group=32), AWQ)
-    assert main(["plan", str(source), "--json"]) == 0
+    assert main(["plan", str(source), "--disk", "1", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [choice["bits"] for choice in found["choices"] if choice["native"] and choice["trunk_bits"] == 16] == [4]
     assert "--bits native" in found["recommended"]["convert"]

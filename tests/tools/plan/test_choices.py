@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from checkpoints import save_checkpoint
-from hubs import serve_hub
+from hubs import READ_SETTINGS, serve_hub
+from prepared import Prepared
 from quantised_checkpoints import quantise_fp8, quantise_mxfp4
 from safetensors import safe_open
 
@@ -99,16 +97,14 @@ except CheckpointError as error:
 """
 
 
-def test_of_a_hub_only_headers_are_fetched(tmp_path: Path) -> None:
+def test_of_a_hub_only_headers_are_fetched(scripts: Prepared, tmp_path: Path) -> None:
     source = save_checkpoint(tmp_path / "source")
     files = {path.name: path.read_bytes() for path in source.iterdir()}
     weights = [name for name in files if name.endswith(".safetensors")]
     files |= {name: files[name] + bytes(1 << 20) for name in weights}  # far larger than a header and what goes with it
     expected = open_choices(source)
     with serve_hub(files, tmp_path / "hub") as hub:
-        result = subprocess.run(
-            [sys.executable, "-c", OPEN], env=os.environ | hub.settings, capture_output=True, text=True, check=False
-        )
+        result = scripts.run(READ_SETTINGS + OPEN, environment=hub.settings)
         assert result.stdout.split("\n")[0].split() == [
             *("acme/tiny-moe", "True", str(expected.source_bytes)),
             *(str(choice.disk_bytes) for choice in expected.choices),
