@@ -11,14 +11,16 @@ from pkgutil import resolve_name
 
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.store.base import DirectoryStore
+from moetier.tiers.store.reader import ExpertStore
 
-STORES = [  # module and class of each store; the first class that recognises a location opens it
+# Module and class of each store. The order does not matter, as the classes recognise different locations. Only in a
+# directory with the files of two stores, the first class opens it.
+STORES = [
     "moetier.tiers.store.mirror:MirroredStore",
     "moetier.tiers.store.reader:ExpertStore",
     "moetier.tiers.objects.cache:CachedStore",
     "moetier.runtime.stores.checkpoint_store:CheckpointStore",
 ]
-_OTHERS = STORES[1]  # for any other location: its errors say that there is no store, and how one is made
 
 
 def open_store(location: Path, *, damaged: bool = False) -> DirectoryStore:
@@ -42,7 +44,7 @@ def _class_for(location: Path) -> type[DirectoryStore]:
     for store_class in map(_load, STORES):
         if store_class.recognises(location):
             return store_class
-    return _load(_OTHERS)
+    return ExpertStore  # its errors say that there is no store, and how one is made
 
 
 def _load(name: str) -> type[DirectoryStore]:

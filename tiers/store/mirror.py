@@ -81,7 +81,11 @@ class MirroredStore(WrapperStore):
     @classmethod
     def recognises(cls, location: Path) -> bool:
         """Return whether ``location`` is a model directory, or its ``experts.zarr``, with a list of mirrors."""
-        return ExpertStore.recognises(location) and (store_folder(location).parent / MIRRORS).exists()
+        return (
+            has_store(location)
+            and not is_cache(folder := store_folder(location))
+            and (folder.parent / MIRRORS).exists()
+        )
 
     @classmethod
     def read_manifest(cls, location: Path) -> Manifest:

@@ -27,7 +27,7 @@ from moetier.tiers.source import interruptible_bytes
 from .atomic import read_errors
 from .base import DirectoryStore, Pause
 from .checksum import PIECE_BYTES, crc32c
-from .folder import CACHE, METADATA, check_array, command, has_store, is_cache, read_manifest, store_folder
+from .folder import CACHE, METADATA, MIRRORS, check_array, command, has_store, is_cache, read_manifest, store_folder
 from .shard import (
     REPAIR,
     OpenShard,
@@ -66,8 +66,15 @@ class ExpertStore(DirectoryStore):
 
     @classmethod
     def recognises(cls, location: Path) -> bool:
-        """Return whether ``location`` is a model directory or its ``experts.zarr``, complete or not, but no cache."""
-        return has_store(location) and not is_cache(store_folder(location))
+        """Return whether ``location`` is a model directory or its ``experts.zarr``, complete or not.
+
+        Caches and directories with mirrors have classes of their own.
+        """
+        return (
+            has_store(location)
+            and not is_cache(folder := store_folder(location))
+            and not (folder.parent / MIRRORS).exists()
+        )
 
     @classmethod
     def read_manifest(cls, location: Path) -> Manifest:

@@ -30,6 +30,12 @@ with open_store(Path(sys.argv[1])) as store:
 """
 
 
+@pytest.fixture(autouse=True, params=[1, -1], ids=["in order", "reversed"])
+def order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of the classes makes no difference."""
+    monkeypatch.setattr(registry, "STORES", registry.STORES[:: request.param])
+
+
 def imported(folder: Path) -> tuple[str, set[str]]:
     """The digest of the store in ``folder``, and the modules of a process that has opened it."""
     ended = subprocess.run([sys.executable, "-c", IMPORTED, folder], stdout=subprocess.PIPE, text=True, check=True)
