@@ -165,21 +165,19 @@ class Manifest:
         }
 
     @classmethod
-    def from_json(cls, value: object, where: str) -> Manifest:
+    def from_json(cls, value: object, where: str, fix: str = "Convert the model again.") -> Manifest:
         """Parse a manifest. Unknown fields are ignored.
 
         Args:
-            value: the attribute "moetier" of the store's zarr group, or the content of a plan.
+            value: what ``to_json`` returned when the store was written; anything else is refused.
             where: the name of the store in error messages.
+            fix: what to do if ``value`` is no manifest at all.
 
         Raises:
             StoreFormatError: ``value`` is not a manifest of version 1, or requires a feature that is not supported.
         """
         if not isinstance(value, dict) or "format" not in value:
-            raise StoreFormatError(
-                f"{where} is not a moetier store: it has no manifest (attributes.moetier of zarr.json).",
-                "Convert the model again.",
-            )
+            raise StoreFormatError(f"{where} is not a moetier store: it has no manifest.", fix)
         if type(value["format"]) is not int or value["format"] != FORMAT:
             raise StoreFormatError(
                 f"{where} has format version {shown(value['format'])}; this version of moetier reads version {FORMAT}.",

@@ -41,11 +41,11 @@ class TarStore(DirectoryStore):
         fix = "Write the file again."
         try:
             with read_errors(self._path), tarfile.open(self._path) as tar, tar.extractfile("manifest.json") as stream:
-                manifest = parse_json(stream.read(MAX_JSON_BYTES), f"The manifest in {self._path}", fix)
+                manifest = parse_json(stream.read(MAX_JSON_BYTES + 1), f"The manifest in {self._path}", fix)
                 self._offsets = {member.name: member.offset_data for member in tar}
         except (tarfile.TarError, KeyError) as error:
             raise StoreFormatError(f"{self._path} is not a store: {error}.", fix) from error
-        self.manifest = Manifest.from_json(manifest, str(directory))
+        self.manifest = Manifest.from_json(manifest, str(self._path), fix)
         if not self.manifest.record_checksums:
             raise StoreFormatError(f"{self._path} has no checksums.", fix)
         self._file = self._path.open("rb", buffering=0)

@@ -267,17 +267,14 @@ def read_table(folder: Path) -> ExtentTable | None:
                 data = stream.read(MAX_TABLE_BYTES + 1)
         except FileNotFoundError:
             continue
-        fix = f"Make it again: {command('link', folder)}"
-        if len(data) > MAX_TABLE_BYTES:
-            raise StoreFormatError(f"{path} has more than {MAX_TABLE_BYTES:,} bytes.", fix)
-        return _parsed(data, str(path), fix)
+        return _parsed(data, str(path), f"Make it again: {command('link', folder)}")
     return None
 
 
 @functools.lru_cache(maxsize=1)
 def _parsed(data: bytes, where: str, fix: str) -> ExtentTable:
     """Parse the content of a table. The last one is kept, as loading a model reads the table several times."""
-    return ExtentTable.from_json(parse_json(data, where, fix), where)
+    return ExtentTable.from_json(parse_json(data, where, fix, limit=MAX_TABLE_BYTES), where)
 
 
 def write_table(folder: Path, table: ExtentTable, *, into_cache: bool) -> Path:

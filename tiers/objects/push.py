@@ -15,7 +15,15 @@ from moetier.tiers.errors import MissingExpertError, StoreError, TargetExistsErr
 from moetier.tiers.manifest import TRUNK_NAME
 from moetier.tiers.store.atomic import read_errors
 from moetier.tiers.store.checksum import PIECE_BYTES, crc32c
-from moetier.tiers.store.folder import GROUP, MAX_JSON_BYTES, METADATA, check_directory, parse_json, read_json
+from moetier.tiers.store.folder import (
+    GROUP,
+    MAX_JSON_BYTES,
+    METADATA,
+    check_directory,
+    parse_json,
+    read_json,
+    store_folder,
+)
 from moetier.tiers.store.reader import ExpertStore
 from moetier.tiers.store.shard import ShardFile
 from moetier.tiers.store.trunk import check_trunk
@@ -42,6 +50,7 @@ def push(directory: Path, address: str, progress: Progress, *, overwrite: bool =
     object can't be written, and ConfigError if the address can't be used.
     """
     check_directory(directory)
+    store_folder(directory, "pushed")
     with ExpertStore.open(directory) as store, Objects(address, uploads=True) as objects:
         manifest = store.manifest
         if manifest.trunk:

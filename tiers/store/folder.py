@@ -50,9 +50,10 @@ def has_store(folder: Path) -> bool:
     return (folder / GROUP).is_dir() or (folder.name == GROUP and folder.is_dir())
 
 
-def store_folder(folder: Path) -> Path:
+def store_folder(folder: Path, purpose: str = "") -> Path:
     """Return the store's folder ``experts.zarr``. ``folder`` is that folder itself, or the model directory.
 
+    ``purpose``: what only such a store can be, such as "mirrored", for the error of a directory with another store.
     Raises StoreFormatError if ``folder`` is neither.
     """
     if has_store(folder):
@@ -70,6 +71,11 @@ def store_folder(folder: Path) -> Path:
         )
     if not folder.is_dir():
         raise StoreFormatError(f"{folder} is not a folder.", "Give a model directory.")
+    if any(folder.glob("trunk-*.safetensors")):  # files of a conversion
+        raise StoreFormatError(
+            f"{folder} has no {GROUP}{purpose and f', and only such stores can be {purpose}'}.",
+            "If that folder was lost, restore it, or convert the model again.",
+        )
     if (folder / "config.json").exists():
         raise StoreFormatError(
             f"{folder} is a checkpoint, and not a model directory.",
@@ -204,19 +210,17 @@ def read_json(path: Path, fix: str = "") -> dict[str, Any]:
             data = stream.read(MAX_JSON_BYTES + 1)
     except FileNotFoundError:
         raise StoreFormatError(f"{path} is missing.", fix) from None
-    if len(data) > MAX_JSON_BYTES:
-        raise StoreFormatError(
-            f"{path} has {path.stat().st_size:,} bytes, but moetier writes at most {MAX_JSON_BYTES:,} bytes.", fix
-        )
     return parse_json(data, str(path), fix)
 
 
-def parse_json(data: bytes, where: str, fix: str) -> dict[str, Any]:
-    """Parse a JSON object of at most MAX_JSON_BYTES.
+def parse_json(data: bytes, where: str, fix: str, *, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """Parse a JSON object of at most ``limit`` bytes. A caller that reads a file reads one byte more at most.
 
-    Raises StoreFormatError if ``data`` is not a JSON object, or nested too deeply. The error begins with ``where``, the
-    name of the data, and has ``fix`` as its advice.
+    Raises StoreFormatError if ``data`` is larger, not a JSON object, or nested too deeply. The error begins with
+    ``where``, the name of the data, and has ``fix`` as its advice.
     """
+    if len(data) > limit:
+        raise StoreFormatError(f"{where} has more than {limit:,} bytes, the most that moetier writes.", fix)
     try:
         value = json.loads(data, parse_int=_whole)
         deep = _is_deep(value)

@@ -31,7 +31,7 @@ def make_mirror(directory: Path, target: Path, *, quiet: bool = True, overwrite:
     Raises StoreError if a record can't be read, or if the finished mirror has the records of another conversion;
     TargetError if ``target`` overlaps with ``directory`` or holds other experts, or if its disk is too small.
     """
-    directory = store_folder(directory).parent
+    directory = store_folder(directory, "mirrored").parent
     check_place(target, directory)
     with ExpertStore.open(directory) as store:
         manifest = store.manifest

@@ -122,7 +122,7 @@ def health(directory: Path, *, checksums: bool) -> Iterator[Finding]:
         if not checksums:
             is_fetched = (directory / CACHE).exists()  # from an address in an object store
             verify = command("verify", cache_of(directory)[0] if is_fetched else directory)
-            yield ok("store", f"{what}; every file has its size; the bytes were not read ({verify} reads them)")
+            yield ok("store", f"{what}; opened without a fault; the bytes were not read ({verify} reads them)")
             return
         scrubbed = chain(scrub(store), store.scrub_other_files())
         bad = [problem for problem in scrubbed if not isinstance(problem, int)]
@@ -157,10 +157,10 @@ def disk(directory: Path | None, seconds: float, root: Path = Path("/")) -> Iter
         return
     name = place_of(place)
     if reads.direct:
-        yield ok("O_DIRECT", f"{name}: files are read past the page cache")
+        yield ok("O_DIRECT", f"{name}: files can be read past the page cache")
     else:
         advice = "Put model directories on ext4, xfs or btrfs."
-        yield warn("O_DIRECT", f"{name}: files are read through the page cache, which they fill", advice)
+        yield warn("O_DIRECT", f"{name}: files can only be read through the page cache, which they fill", advice)
     size = format_bytes(reads.block_bytes)
     text = f"{rate / 1e9:.2f} GB/s, random reads of {size}, {LOADERS} at a time, by {reads.by}"
     if rate < SLOW:
