@@ -5,16 +5,20 @@ The file has the manifest as ``manifest.json``, and the record of each expert as
 
 from __future__ import annotations
 
+import io
+import json
 import tarfile
+from collections.abc import Mapping
 from pathlib import Path
 
-from moetier.tiers.errors import ChecksumError, StoreFormatError
+from faults import flip_bit
+
+from moetier.tiers.errors import StoreFormatError
 from moetier.tiers.layout import CHECKSUM_BYTES, ExpertKey
 from moetier.tiers.locks import UseCount
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.store.atomic import read_errors
 from moetier.tiers.store.base import DirectoryStore, Pause
-from moetier.tiers.store.checksum import checksum_bytes, crc32c
 from moetier.tiers.store.folder import MAX_JSON_BYTES, parse_json
 from moetier.tiers.store.shard import read_at
 
@@ -43,24 +47,22 @@ class TarStore(DirectoryStore):
             with read_errors(self._path), tarfile.open(self._path) as tar, tar.extractfile("manifest.json") as stream:
                 manifest = parse_json(stream.read(MAX_JSON_BYTES + 1), f"The manifest in {self._path}", fix)
                 self._offsets = {member.name: member.offset_data for member in tar}
-        except (tarfile.TarError, KeyError) as error:
+        except (tarfile.TarError, KeyError, FileNotFoundError) as error:
             raise StoreFormatError(f"{self._path} is not a store: {error}.", fix) from error
         self.manifest = Manifest.from_json(manifest, str(self._path), fix)
         if not self.manifest.record_checksums:
             raise StoreFormatError(f"{self._path} has no checksums.", fix)
-        self._file = self._path.open("rb", buffering=0)
+        with read_errors(self._path):
+            self._file = self._path.open("rb", buffering=0)
 
     def read_into(self, key: ExpertKey, buffer: memoryview, pause: Pause | None = None) -> None:
         """Read a record at once. ``pause`` is not called."""
         with self._use:
             self.manifest.check_keys(key.block, (key,))
-            record = buffer[:-CHECKSUM_BYTES]
-            offset = self._offsets[f"{key.block}/{key.expert}"]
-            read_at(self._path, self._file.fileno(), offset, record, direct=False)
-            crc = crc32c(record)
-            if crc != self.manifest.checksums(key.block)[key.expert]:
-                raise ChecksumError(f"{self._path}: checksum mismatch in {key}.", self.remedy)
-            buffer[-CHECKSUM_BYTES:] = checksum_bytes(crc)
+            if (offset := self._offsets.get(f"{key.block}/{key.expert}")) is None:
+                raise StoreFormatError(f"{self._path} has no record of {key}.", self.remedy)
+            read_at(self._path, self._file.fileno(), offset, buffer[:-CHECKSUM_BYTES], direct=False)
+            self.check(key, buffer)
 
     def path(self, block: int) -> Path:
         """Return the path of the file."""
@@ -70,3 +72,25 @@ class TarStore(DirectoryStore):
         """Wait for reads, and close the file."""
         self._use.close()
         self._file.close()
+
+
+def pack(folder: Path, manifest: Manifest, records: Mapping[ExpertKey, bytes]) -> None:
+    """Write such a file."""
+    members = {"manifest.json": json.dumps(manifest.to_json()).encode()}
+    write_tar(folder, members | {f"{key.block}/{key.expert}": record for key, record in records.items()})
+
+
+def write_tar(folder: Path, members: Mapping[str, bytes]) -> None:
+    """Write a file with these members, by name."""
+    with tarfile.open(folder / NAME, "w") as tar:
+        for name, data in members.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
+
+
+def flip_bit_of_record(folder: Path, key: ExpertKey) -> None:
+    """Flip a bit of a record. A second call restores it."""
+    with tarfile.open(folder / NAME) as tar:
+        offset = tar.getmember(f"{key.block}/{key.expert}").offset_data
+    flip_bit(folder / NAME, offset + 1000)

@@ -20,14 +20,14 @@ from queue import Empty, SimpleQueue
 import numpy as np
 import numpy.typing as npt
 
-from moetier.tiers.errors import ChecksumError, MissingExpertError, StoreError, StoreFormatError, StoreReadError
+from moetier.tiers.errors import MissingExpertError, StoreError, StoreFormatError, StoreReadError
 from moetier.tiers.headers.gguf import SUFFIX, digest_of
 from moetier.tiers.headers.safetensors import MAX_HEADER_BYTES, read_header
-from moetier.tiers.layout import CHECKSUM_BYTES, PAGE, ExpertKey
+from moetier.tiers.layout import PAGE, ExpertKey
 from moetier.tiers.locks import ForkGuard, UseCount
 from moetier.tiers.store.atomic import read_errors
 from moetier.tiers.store.base import DirectoryStore, Pause, Problem
-from moetier.tiers.store.checksum import PIECE_BYTES, checksum_bytes, crc32c
+from moetier.tiers.store.checksum import PIECE_BYTES, crc32c
 from moetier.tiers.store.folder import command
 from moetier.tiers.store.reader import Read, as_bytes, read_in_pieces, run_reads
 from moetier.tiers.store.shard import read_at, try_direct

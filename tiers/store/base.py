@@ -19,10 +19,11 @@ from pathlib import Path
 
 from moetier.tiers.closeable import Closeable
 from moetier.tiers.errors import ChecksumError, StoreError
-from moetier.tiers.layout import ExpertKey, RecordLayout
+from moetier.tiers.layout import CHECKSUM_BYTES, ExpertKey, RecordLayout
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.stats import Share
 
+from .checksum import checksum_bytes, crc32c
 from .trunk import check_sum, trunk_faults
 
 Pause = Callable[[], bool]
@@ -47,11 +48,20 @@ class Store(Closeable):
 
     A fork must not use its parent's store: ``read_into`` raises ClosedError there, without waiting for a lock that
     another thread of the parent may have held. ``close`` works there: it closes the fork's copies of file descriptors,
-    and leaves everything alone that it shares with the parent (see ``ForkGuard``).
+    and leaves everything alone that it shares with the parent (see ``ForkGuard``). Some libraries forbid a fork even to
+    close what the parent has opened, as SQLite does: a store then opens it anew for each read, or leaves it open there.
+
+    All methods translate errors of the system and of libraries into a StoreError, as callers catch no others:
+    ``read_errors`` (``tiers.store.atomic``) does so for an OSError other than FileNotFoundError.
     """
 
     manifest: Manifest
-    """The blocks of the model, and the layout of their records. It does not change while the store is open."""
+    """The blocks of the model, and the layout of their records. It does not change while the store is open.
+
+    Its ``record_checksums`` are the CRC-32C of each record (``Manifest.checksums``). Only manifests of older stores and
+    of checkpoints lack them. A store that has no other way to notice records of another model may refuse such a
+    manifest with StoreFormatError.
+    """
 
     @abstractmethod
     def read_into(self, key: ExpertKey, buffer: memoryview, pause: Pause | None = None) -> None:
@@ -71,7 +81,8 @@ class Store(Closeable):
         Raises:
             MissingExpertError: the model does not have the expert (``Manifest.check_keys``). Nothing was written.
             ChecksumError: the bytes are not those that were written.
-            StoreError: the record can't be read.
+            StoreError: the record can't be read. The model has the expert, but the store lacks its record or has one of
+                another size: StoreFormatError. The system reported an error: StoreReadError.
             UnavailableError, ExhaustedError: the record can't be had from a daemon. Only stores that ask a daemon
                 raise these.
             ClosedError: the store was closed, or this process is a fork of the one that opened it.
@@ -144,6 +155,7 @@ class DirectoryStore(Store):
         """Open the store at ``location``, which ``recognises`` has recognised. Other processes may have it open, too.
 
         ``damaged``: open this copy alone, without mirrors, even if parts of it are bad. ``faults`` then has the errors.
+        It changes nothing for a store with one file, which can be opened or not, and whose reads find damage.
         Raises StoreError, or for a checkpoint CheckpointError.
         """
         raise NotImplementedError
@@ -153,6 +165,27 @@ class DirectoryStore(Store):
         """Return the manifest of the store at ``location``. The default opens the store. Raises as ``open``."""
         with cls.open(location, damaged=True) as store:
             return store.manifest
+
+    def check(self, key: ExpertKey, buffer: memoryview, crc: int | None = None) -> None:
+        """Compare a record with its checksum in the manifest, and write the checksum behind it. For ``read_into``.
+
+        Args:
+            key: the expert.
+            buffer: the slot of ``read_into``, which has the record.
+            crc: the CRC-32C of the record; None to compute it.
+
+        Raises ChecksumError if they differ. If the manifest has no checksums, nothing is compared.
+        """
+        if crc is None:
+            crc = crc32c(buffer[:-CHECKSUM_BYTES])
+        if (known := self.manifest.checksums(key.block)) and crc != known[key.expert]:
+            cause = f"{self.manifest.model}, {key}: checksum mismatch in {self._source(key)}."
+            raise ChecksumError(cause, self.remedy)
+        buffer[-CHECKSUM_BYTES:] = checksum_bytes(crc)
+
+    def _source(self, key: ExpertKey) -> str:
+        """Return the name of the file that has a record, for an error. The default is ``path`` of its block."""
+        return str(self.path(key.block))
 
     # what commands and the daemon ask
 
@@ -178,14 +211,16 @@ class DirectoryStore(Store):
     def check_digest(self) -> None:
         """Begin to compare what only all records together can show. The result comes through ``on_fault``.
 
-        Called for a store that was opened with ``damaged`` and has no faults. The default is for a store whose reads
-        are all checked: it does nothing. Raises ChecksumError if the records are found to be wrong at once.
+        Called for a store that was opened with ``damaged`` and has no faults. The default is for a store that compares
+        each read with ``record_checksums``: it does nothing. Others compare the manifest's digest. Raises ChecksumError
+        if the records are found to be wrong at once.
         """
 
     def compare_digest(self, checksums: Sequence[int]) -> None:
         """Raise ChecksumError if all records together, with these checksums, are not those of the manifest.
 
-        The default is for a store whose reads are all checked: it does nothing.
+        ``moetier verify`` calls it with what it has read. The default is for a store that compares each read with
+        ``record_checksums``: it does nothing.
         """
 
     @property

@@ -6,18 +6,14 @@ This is the promise of "A new store" in CONTRIBUTING.md.
 from __future__ import annotations
 
 import contextlib
-import io
-import json
 import shutil
-import tarfile
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
 from faults import flip_bit
 from stores import read_records
-from tar_store import NAME, TarStore
+from tar_store import NAME, TarStore, flip_bit_of_record, pack, write_tar
 
 import moetier
 from moetier.runtime.daemon.startup import open_stores
@@ -39,27 +35,12 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "STORES", [*registry.STORES, LINE])
 
 
-def pack(folder: Path, manifest: Manifest, records: Records) -> None:
-    members = {"manifest.json": json.dumps(manifest.to_json()).encode()}
-    write_tar(folder, members | {f"{key.block}/{key.expert}": record for key, record in records.items()})
-
-
-def write_tar(folder: Path, members: Mapping[str, bytes]) -> None:
-    with tarfile.open(folder / NAME, "w") as tar:
-        for name, data in members.items():
-            entry = tarfile.TarInfo(name)
-            entry.size = len(data)
-            tar.addfile(entry, io.BytesIO(data))
-
-
 class TestTarStore(StoreTests):
     def write(self, folder: Path, manifest: Manifest, records: Records) -> None:
         pack(folder, manifest, records)
 
     def damage(self, folder: Path, store: Store, key: ExpertKey) -> None:
-        with tarfile.open(folder / NAME) as tar:
-            offset = tar.getmember(f"{key.block}/{key.expert}").offset_data
-        flip_bit(folder / NAME, offset + 1000)
+        flip_bit_of_record(folder, key)
 
 
 @pytest.fixture
@@ -104,7 +85,7 @@ def test_commands_and_the_daemon_open_it(packed: Path, capsys: pytest.CaptureFix
     flip_bit(packed / NAME, packed.joinpath(NAME).stat().st_size // 2)
     capsys.readouterr()
     assert main(["verify", str(packed)]) == 1
-    assert f"{packed / NAME}: checksum mismatch in block" in capsys.readouterr().out
+    assert f"checksum mismatch in {packed / NAME}." in capsys.readouterr().out
     with contextlib.ExitStack() as closing:
         (store,) = open_stores([packed], closing).values()
         assert isinstance(store, TarStore)
