@@ -1,4 +1,4 @@
-"""Tests for stores of your own: derive a class from ``StoreTests``, and run it with pytest.
+"""``StoreTests``: what every store must do, as tests.
 
 For a store that ``open_store`` opens, ``write`` is enough:
 
@@ -11,18 +11,18 @@ For a store that ``open_store`` opens, ``write`` is enough:
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import mmap
 import os
 import random
 import secrets
-import select
-import signal
-import warnings
+import shutil
+import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,15 +30,16 @@ import pytest
 
 from moetier.runtime.stores.registry import open_store
 from moetier.tiers.cache.budget import slots_for, smallest_budget
-from moetier.tiers.errors import ChecksumError, ClosedError, MissingExpertError
+from moetier.tiers.errors import ChecksumError, ClosedError, MissingExpertError, MoetierError
 from moetier.tiers.host.tier import HostTier
 from moetier.tiers.layout import CHECKSUM_BYTES, ExpertKey, Projection, RecordLayout
 from moetier.tiers.manifest import Block, Manifest, method_of
-from moetier.tiers.store.base import Store
+from moetier.tiers.store.base import DirectoryStore, Problem, Store
 from moetier.tiers.store.checksum import checksum_bytes, crc32c
+from moetier.tiers.store.scrub import scrub
 from moetier.tiers.store.shard import store_digest
 
-PATIENCE = 60.0  # seconds until a read that hangs fails
+from .reads import PATIENCE, in_fork, paused_read, read_record, settles, slot_of, until_it_waits
 
 KEY = ExpertKey(0, 1)
 
@@ -183,8 +184,125 @@ class StoreTests:
                     read_record(store, bad)
                 for key in (KEY, ExpertKey(1, 1), ExpertKey(1, 3)):
                     assert read_record(store, key) == records[key]
+            if isinstance(store, DirectoryStore):
+                problems = [problem for problem in scrub(store) if isinstance(problem, Problem)]
+                assert [(problem.block, problem.expert) for problem in problems] == [bad]
             self.damage(tmp_path, store, bad)
             assert read_record(store, bad) == records[bad], "an error is not remembered"
+
+    def test_records_in_wrong_places_are_errors(self, small: Written, tmp_path: Path) -> None:
+        """If the store keeps the manifest that it is given, which has the checksum of each record."""
+        other = ExpertKey(1, 3)
+        swapped = {**small.records, KEY: small.records[other], other: small.records[KEY]}
+        self.write(tmp_path, small.manifest, swapped)
+        with self.open(tmp_path) as store:
+            if store.manifest.record_checksums != small.manifest.record_checksums:
+                pytest.skip("it makes a manifest of its own")
+            for key in (KEY, other):
+                with pytest.raises(ChecksumError):
+                    read_record(store, key)
+
+    def test_bad_files_are_errors_of_moetier(self, small: Written, tmp_path: Path) -> None:
+        """Each file is missing, empty, cut or a folder. Then records are right, or there is an error with advice."""
+        with self.open(small.folder) as store:
+            if not store.is_local:
+                pytest.skip("its files are those of another store")
+        opens: list[Callable[[Path], AbstractContextManager[Store]]] = [self.open]
+        if self._is_registered:
+            opens.append(partial(open_store, damaged=True))
+        folder = tmp_path / "store"
+        folder.mkdir()
+        self.write(folder, small.manifest, small.records)
+        for file in [path for path in sorted(folder.rglob("*")) if path.is_file()]:
+            for spoil in (Path.unlink, _empty, _cut, _replace_with_folder):
+                copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+                spoil(copy / file.relative_to(folder))
+                for opening in opens:
+                    with contextlib.suppress(MoetierError), opening(copy) as store:
+                        for key, record in small.records.items():
+                            with contextlib.suppress(MoetierError):
+                                assert read_record(store, key) == record
+                shutil.rmtree(copy)
+
+    def test_it_answers_what_commands_ask(self, small: Written) -> None:
+        with self.open(small.folder) as store:
+            if not isinstance(store, DirectoryStore):
+                pytest.skip("it is not in a directory")
+            assert store.directory.exists()
+            assert all(store.path(block).exists() for block in range(len(small.manifest.blocks)))
+            assert store.remedy.endswith(".")
+            assert all(path.is_file() for path in store.rest)
+            assert not store.rest_faults()
+            assert not [problem for problem in scrub(store) if isinstance(problem, Problem)]
+
+    def test_its_class_recognises_it_and_nothing_else(self, small: Written, tmp_path: Path) -> None:
+        if not self._is_registered:
+            pytest.skip("open_store does not open it")
+        with self.open(small.folder) as store:
+            assert isinstance(store, DirectoryStore)
+            assert store.directory == small.folder
+            store_class, manifest = type(store), store.manifest
+        (tmp_path / "config.json").write_text("{}")
+        (tmp_path / "empty").mkdir()
+        for location in (tmp_path, tmp_path / "config.json", tmp_path / "empty", tmp_path / "none"):
+            assert not store_class.recognises(location)
+        assert store_class.recognises(small.folder)
+        assert store_class.read_manifest(small.folder) == manifest
+        with store_class.open(small.folder, damaged=True) as store:
+            assert not store.faults
+            assert read_record(store, KEY) == small.records[KEY]
+
+    @property
+    def _is_registered(self) -> bool:
+        return type(self).open is StoreTests.open
+
+    def test_after_an_error_no_thread_writes(self, tmp_path: Path) -> None:
+        manifest, records = make_records(1, 2, 2048, 1560)
+        self.write(tmp_path, manifest, records)
+        threads = threading.active_count()
+        with self.open(tmp_path) as store:
+            self.damage(tmp_path, store, KEY)
+            slot = slot_of(manifest, KEY)
+            with pytest.raises(ChecksumError):
+                store.read_into(KEY, slot)
+            mark = b"\xa5" * len(slot)
+            slot[:] = mark
+        assert settles(lambda: threading.active_count() <= threads), "threads go on after close"
+        assert slot == mark
+
+    def test_close_releases_threads_and_descriptors(self, small: Written, large: Written) -> None:
+        def held() -> tuple[int, int]:
+            return threading.active_count(), len(list(Path("/proc/self/fd").iterdir()))
+
+        def read_all() -> None:
+            for written in (small, large):
+                with self.open(written.folder) as store:
+                    for key in written.records:
+                        read_record(store, key)
+
+        read_all()  # what libraries keep for the life of the process is made now
+        threads, descriptors = held()
+        read_all()
+        assert settles(lambda: held()[0] <= threads and held()[1] <= descriptors), (threads, descriptors, held())
+
+    def test_close_waits_for_a_read(self, small: Written) -> None:
+        """A store that asks another machine may end the read instead."""
+        with self.open(small.folder) as store, paused_read(store, KEY) as read:
+            closing = threading.Thread(target=store.close)
+            closing.start()
+            returns = until_it_waits(closing)
+            found = read.finish()
+            closing.join(PATIENCE)
+            assert not closing.is_alive(), "close hangs"
+            if found != small.records[KEY]:
+                assert isinstance(found, ClosedError if store.is_local else MoetierError), found
+                assert returns or not store.is_local, "the read failed, though close waited for it"
+
+    def test_a_fork_during_a_read_does_not_wait_for_it(self, small: Written) -> None:
+        with self.open(small.folder) as store, paused_read(store, KEY) as read:
+            assert "ClosedError" in in_fork(lambda: read_record(store, KEY))
+            assert in_fork(store.close) == "returned None"
+            assert read.finish() == small.records[KEY]
 
     def test_after_close_a_read_is_an_error(self, small: Written) -> None:
         with self.open(small.folder) as store:
@@ -215,36 +333,14 @@ class StoreTests:
             host.check_integrity()
 
 
-def slot_of(manifest: Manifest, key: ExpertKey) -> memoryview:
-    """Return a slot for a record, which begins on a page."""
-    return memoryview(mmap.mmap(-1, manifest.layout(key.block).slot_bytes))
+def _empty(path: Path) -> None:
+    os.truncate(path, 0)
 
 
-def read_record(store: Store, key: ExpertKey) -> bytes:
-    """Read a record. Return it without its checksum."""
-    slot = slot_of(store.manifest, key)
-    store.read_into(key, slot)
-    return bytes(slot[:-CHECKSUM_BYTES])
+def _cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
 
 
-def in_fork(work: Callable[[], object]) -> str:
-    """Call ``work`` in a forked child. Return its result or its error, as text. A hang fails."""
-    reading, writing = os.pipe()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # newer Pythons warn of forks of a process with threads
-        child = os.fork()
-    if not child:
-        try:
-            text = f"returned {work()}"
-        except BaseException as error:
-            text = f"{type(error).__name__}: {' '.join(str(error).splitlines())}"
-        os.write(writing, text.encode())
-        os._exit(0)
-    os.close(writing)
-    try:
-        assert select.select([reading], [], [], PATIENCE)[0], "the child hangs"
-        return os.read(reading, 4096).decode()
-    finally:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        os.close(reading)
+def _replace_with_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
