@@ -231,8 +231,8 @@ class StoreTests:
             assert store.directory.exists()
             assert all(store.path(block).exists() for block in range(len(small.manifest.blocks)))
             assert store.remedy.endswith(".")
-            assert all(path.is_file() for path in store.rest)
-            assert not store.rest_faults()
+            assert all(path.is_file() for path in store.other_files)
+            assert not store.other_file_faults()
             assert not [problem for problem in scrub(store) if isinstance(problem, Problem)]
 
     def test_its_class_recognises_it_and_nothing_else(self, small: Written, tmp_path: Path) -> None:

@@ -308,14 +308,11 @@ class ExtentStore(DirectoryStore):
                         self._files[shard].check_unchanged()
             except StoreReadError as error:
                 raise StoreReadError(f"{self._expert(key)}: {error.cause}", error.fix) from error
-            checksums = self.manifest.checksums(key.block)
-            if checksums and crc != checksums[key.expert]:
-                files = sorted({str(self.paths[extent.shard]) for extent in extents})
-                raise ChecksumError(
-                    f"{self._expert(key)}: checksum mismatch in {' or '.join(files)}.",
-                    f"Get the checkpoint's own files again: {command('verify', self.directory)} lists what differs.",
-                )
-            view[-CHECKSUM_BYTES:] = checksum_bytes(crc)
+            self.check(key, view, crc)
+
+    def _source(self, key: ExpertKey) -> str:
+        """Return the names of all files that have parts of a record."""
+        return " or ".join(sorted({str(self.paths[extent.shard]) for extent in self.table.extents(key)}))
 
     def _read_part(
         self, extents: list[Extent], start: int, part: memoryview, payload: memoryview, piece: int, crc: int

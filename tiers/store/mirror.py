@@ -23,7 +23,7 @@ from moetier.tiers.locks import UseCount
 from moetier.tiers.manifest import Manifest
 
 from .base import DirectoryStore, Pause, WrapperStore
-from .folder import MIRRORS, read_json, read_manifest, store_folder
+from .folder import MIRRORS, has_store, is_cache, read_json, read_manifest, store_folder
 from .reader import ExpertStore, Read, as_bytes, read_in_pieces, run_reads
 
 LEAST_BYTES = 256 << 10  # smallest part of a record that is worth a read of its own

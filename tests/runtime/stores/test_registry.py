@@ -11,6 +11,7 @@ from checkpoints import save_checkpoint
 from object_servers import served_folder
 from stores import make_store
 
+from moetier.runtime.stores import registry
 from moetier.runtime.stores.checkpoint_store import CheckpointStore
 from moetier.runtime.stores.registry import open_store, read_manifest
 from moetier.tiers.errors import StoreFormatError
@@ -24,6 +25,7 @@ from moetier.tools.convert.mirror_writer import make_mirror
 IMPORTED = """
 import sys
 from pathlib import Path
+from moetier.runtime.stores import registry
 from moetier.runtime.stores.registry import open_store
 with open_store(Path(sys.argv[1])) as store:
     print(store.manifest.digest, *sys.modules)

@@ -26,7 +26,6 @@ from moetier.runtime.stores.registry import read_manifest
 from moetier.tiers.layout import ExpertKey
 from moetier.tools.commands.plan import text
 from moetier.tools.main import main
-from moetier.tools.plan import speeds
 from moetier.tools.plan.forecast import plan
 
 PROMPT = "he said"

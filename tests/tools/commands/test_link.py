@@ -22,7 +22,6 @@ from moetier.runtime.stores.registry import read_manifest
 from moetier.tiers.extents.table import NAME, cached
 from moetier.tools.commands.plan import text
 from moetier.tools.main import main
-from moetier.tools.plan import speeds
 from moetier.tools.plan.forecast import plan
 
 PROMPT = "def read_lines(path):"
