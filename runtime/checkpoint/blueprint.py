@@ -22,9 +22,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from moetier.runtime.formats.tensors import SourceTensor
 from moetier.runtime.libraries.meta import made_on_meta
-from moetier.runtime.libraries.transformers_internals import dtype_plan_of
+from moetier.runtime.libraries.transformers_internals import dtype_plan_of, may_lack
 from moetier.runtime.moe.experts import EXPERT_PARAMETERS, experts_modules
 from moetier.tiers.errors import CheckpointError, UnsupportedModelError
+from moetier.tiers.fields import some
 from moetier.tiers.layout import RecordLayout
 from moetier.tiers.manifest import Block
 from moetier.tiers.store.trunk import RECORD
@@ -146,7 +147,7 @@ def make_blueprint(
 
     Raises:
         UnsupportedModelError: the experts have parameters that moetier does not know.
-        CheckpointError: the checkpoint lacks tensors of experts.
+        CheckpointError: the checkpoint lacks tensors.
     """
     modules = experts_modules(model)
     parameters = {
@@ -161,10 +162,9 @@ def make_blueprint(
     for key in origins:
         sorting.add(key, state, parameters, dtypes)
     recipes = sorting.recipes
-    if missing := sorted(parameters.keys() - recipes.keys()):
+    if lacking := _lacking(model, state, groups):
         raise CheckpointError(
-            f"The checkpoint has no tensor for {missing[0]}"
-            + (f" and {len(missing) - 1} more." if missing[1:] else "."),
+            f"The checkpoint has no tensor for {some(lacking)}.",
             "Download the checkpoint again, or check that config.json belongs to these weights.",
         )
     blocks = tuple(_block(model, path, module, dtypes, recipes) for path, module in modules.items())
@@ -172,6 +172,19 @@ def make_blueprint(
         _cut_down(path, module, recipes)
     trunk, unused = tuple(sorting.trunk), tuple(sorting.unused)
     return Blueprint(str(dtype).removeprefix("torch."), blocks, trunk, unused, sorting.matrices)
+
+
+def _lacking(model: PreTrainedModel, state: Mapping[str, Any], groups: Mapping[str, _Group]) -> list[str]:
+    """Return the keys of ``state`` that no group makes, without those that the model can do without.
+
+    ``state``: the tensors of ``model``. Weights that are tied need only one tensor.
+    """
+    made = {target for key, (converter, _) in groups.items() for target in _targets(key, converter)}
+    tied = model.all_tied_weights_keys
+    for source in set(tied.values()):
+        alike = {source, *(target for target in tied if tied[target] == source)}
+        made |= alike if made & alike else set()
+    return [key for key in state if key not in made and not may_lack(model, key)]
 
 
 @dataclass

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from moetier.runtime.formats.tensors import MAX_NAME, StoredTensor, read_tensors
 from moetier.tiers.errors import CheckpointError, StoreFormatError, UnsafeCheckpointError
 from moetier.tiers.extents.table import read_table
+from moetier.tiers.fields import some
 from moetier.tiers.small_names import COPIED, DOWNLOADED, SETTINGS, VOCABULARY
 from moetier.tiers.store.folder import remaking
 
@@ -299,9 +300,3 @@ def without_weights(place: str | Path, names: Iterable[str]) -> CheckpointError:
     return CheckpointError(
         f"{place} has neither {WEIGHTS} nor {INDEX}.", "Give the folder of a checkpoint in safetensors."
     )
-
-
-def some(names: Iterable[str]) -> str:
-    """Format ``names`` for a user: at most three of them, and the number of the others."""
-    listed = sorted(names)
-    return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")

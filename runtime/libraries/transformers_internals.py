@@ -7,6 +7,7 @@ What is public, and differs between the two, is in ``runtime.generation.compat``
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from operator import attrgetter
@@ -73,6 +74,11 @@ def dtype_plan_of(model: Any, dtype: Any) -> dict[str, Any]:
 def mark_initialised(module: Any) -> None:
     """Keep transformers from filling a module's parameters, which fails once they are removed."""
     module._is_hf_initialized = True
+
+
+def may_lack(model: Any, name: str) -> bool:
+    """Return whether a model's class says that checkpoints need not have a tensor of this name."""
+    return any(re.search(pattern, name) for pattern in model._keys_to_ignore_on_load_missing or ())
 
 
 def ignore_weights(model: Any, pattern: str) -> None:

@@ -28,6 +28,7 @@ from moetier.runtime.machine.memory import shortage_in
 from moetier.runtime.stores.checkpoint_store import check_shards
 from moetier.runtime.stores.registry import read_manifest
 from moetier.tiers.errors import ConfigError, MoetierError, StoreFormatError, UnsupportedModelError
+from moetier.tiers.fields import some
 from moetier.tiers.store.folder import check_directory, command
 from moetier.tiers.store.trunk import check_trunk
 
@@ -178,7 +179,8 @@ def model_of(
         dtype: the type in which the trunk is computed, or "auto".
         load: from_pretrained of the model's class, which gets the ``arguments`` and ``named`` too.
 
-    Raises the errors of transformers, and those of ``Checkpoint.trunk`` and ``TrunkFiles``.
+    Raises the errors of transformers, those of ``Checkpoint.trunk`` and ``TrunkFiles``, and StoreFormatError if the
+    trunk lacks tensors, which transformers would fill with random numbers.
     """
     chosen = _dtype(dtype)
     files = TrunkFiles(location, container_of(location).weight_files(location)) if is_checkpoint(location) else None
@@ -187,6 +189,7 @@ def model_of(
         # config_of has refused code unless link ignored it
         trunk = open_source(location, ignore_code=True).trunk(own) if files else None
         source = {} if trunk is None else {"state_dict": trunk.tensors}
+        wants_info = named.get("output_loading_info", False)
         named = named | {"config": config, "dtype": chosen, "use_safetensors": True} | source
         with asked_for(Asked(asked, location, files, trunk)):
             model = load(location if trunk is None else None, *arguments, **named)
@@ -197,7 +200,7 @@ def model_of(
             with contextlib.closing(files):
                 files.check()  # a change of a file explains any error
         raise
-    return model
+    return (model, info) if wants_info else model
 
 
 def _name_after(model: PreTrainedModel, location: Path) -> None:

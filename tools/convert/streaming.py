@@ -35,13 +35,13 @@ from moetier.runtime.checkpoint.safetensors_folder import (
     gathered,
     read_json,
     refuse_code,
-    some,
     weights_of,
     without_weights,
 )
 from moetier.runtime.config import format_bytes
 from moetier.runtime.formats.tensors import CHUNK_BYTES, StoredTensor, listed, read_at, read_tensors
 from moetier.tiers.errors import CheckpointError
+from moetier.tiers.fields import some
 from moetier.tiers.layout import PAGE
 from moetier.tiers.store.atomic import PARTIAL, make_folders, sync_folder, write_all, write_durably
 from moetier.tools.cli.progress import Progress

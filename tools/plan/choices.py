@@ -28,7 +28,6 @@ from moetier.runtime.checkpoint.safetensors_folder import (
     open_checkpoint,
     read_json,
     read_places,
-    some,
     weights_of,
 )
 from moetier.runtime.config import DEFAULT_CONTEXT
@@ -37,6 +36,7 @@ from moetier.runtime.model.context import context_of
 from moetier.runtime.moe.linear import matrix_layout
 from moetier.runtime.stores.checkpoint_store import table_of
 from moetier.tiers.errors import CheckpointError, ConfigError, StoreError
+from moetier.tiers.fields import some
 from moetier.tiers.layout import BITS, TRUNK_BITS, Bits, RecordLayout
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.store.folder import check_directory, read_manifest, store_folder

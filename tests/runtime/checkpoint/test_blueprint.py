@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,17 @@ from checkpoints import edit_json, edit_tensors, ordinary_model, save_checkpoint
 from safetensors.torch import load_file
 from torch import Tensor
 
+import moetier
+from moetier.runtime.checkpoint import blueprint
 from moetier.runtime.checkpoint.blueprint import build_on_meta, make_blueprint, supported_types
 from moetier.runtime.checkpoint.safetensors_folder import open_checkpoint
 from moetier.runtime.moe.experts import experts_modules
-from moetier.tiers.errors import CheckpointError, UnsupportedModelError
+from moetier.runtime.stores.checkpoint import table_of
+from moetier.tiers.errors import CheckpointError, StoreFormatError, UnsupportedModelError
 from moetier.tools.convert.conversion import Conversion
 from moetier.tools.convert.convert import convert
 from moetier.tools.convert.options import Options
+from moetier.tools.plan.choices import open_choices
 
 # beside the required ones: fused, interleaved or transposed checkpoints, two Experts modules in a layer, several towers
 TELLING = {"phimoe", "ernie4_5_vl_moe", "inkling", "inkling2_loop", "aria", "openai_privacy_filter", "qwen3_omni_moe"}
@@ -139,6 +144,43 @@ def test_an_expert_that_is_missing_is_named(tmp_path: Path, what: str) -> None:
     edit_tensors(source, edit)
     with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.experts"):
         convert(source, tmp_path / "dst", bits=16)
+
+
+@pytest.mark.parametrize("use", [plan, open_choices, table_of, moetier.load], ids=lambda use: use.__name__)
+def test_a_tensor_of_the_trunk_that_is_missing_is_named(use: Callable[[Path], object], tmp_path: Path) -> None:
+    """transformers would fill it with random numbers."""
+    source = save_checkpoint(tmp_path / "src", shards=1)
+    edit_tensors(source, lambda tensors: [tensors.pop(n) for n in list(tensors) if "q_proj" in n or "o_proj" in n])
+    with pytest.raises(
+        CheckpointError, match=r"no tensor for model\.layers\.0\.self_attn\.o_proj.* and 3 more\."
+    ) as error:
+        use(source)
+    assert "\n" not in error.value.cause
+
+
+def test_tied_weights_and_what_the_model_declares_may_be_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = save_checkpoint(tmp_path / "src", shards=1)
+    edit_tensors(source, lambda tensors: [tensors.pop("lm_head.weight"), tensors.pop("model.norm.weight")])
+    edit_json(source / "config.json", tie_word_embeddings=True)
+    with pytest.raises(CheckpointError, match=r"no tensor for model\.norm\.weight\."):
+        plan(source)
+    monkeypatch.setattr(transformers.MixtralForCausalLM, "_keys_to_ignore_on_load_missing", [r"model\.norm"])
+    assert "lm_head.weight" not in plan(source).planned.blueprint.trunk
+
+
+def test_a_model_directory_without_a_tensor_of_the_trunk_is_not_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Earlier conversions of such checkpoints did not notice it."""
+    source = save_checkpoint(tmp_path / "src", shards=1)
+    edit_tensors(source, lambda tensors: [tensors.pop(name) for name in list(tensors) if "q_proj" in name])
+    with monkeypatch.context() as patch:
+        patch.setattr(blueprint, "_lacking", lambda *given: [])
+        convert(source, tmp_path / "dst", bits=16)
+    with pytest.raises(StoreFormatError, match=r"no tensor for model\.layers\.0\.self_attn\.q_proj\.weight, "):
+        moetier.load(tmp_path / "dst", daemon="none")
 
 
 def test_weights_that_do_not_fit_the_config_are_refused(tmp_path: Path) -> None:

@@ -94,6 +94,7 @@ CHECKS: dict[str, Callable[[], bool]] = {
     "_supports_default_dynamic_cache": lambda: callable(transformers.GenerationMixin._supports_default_dynamic_cache),
     "_get_dtype_plan": lambda: [*inspect.signature(MODEL._get_dtype_plan).parameters] == ["self", "dtype"],
     "_is_hf_initialized": lambda: '"_is_hf_initialized"' in _source(modeling_utils),
+    "_keys_to_ignore_on_load_missing": lambda: hasattr(MODEL, "_keys_to_ignore_on_load_missing"),
     "_keys_to_ignore_on_load_unexpected": lambda: hasattr(MODEL, "_keys_to_ignore_on_load_unexpected"),
     "_tp_plan": lambda: hasattr(MODEL, "_tp_plan"),
     "_ep_plan": lambda: hasattr(MODEL, "_ep_plan"),
