@@ -1,6 +1,6 @@
-"""Tests for stores of your own: derive a class from ``StoreTests``, and run it with pytest."""
+"""Tests for stores and formats of your own: derive a class from ``StoreTests`` or ``FormatTests``; pytest runs it."""
 
 from .reads import in_fork
 from .stores import Records, StoreTests
 
-__all__ = ["Records", "StoreTests", "in_fork"]
+__all__ = ["FormatTests", "Records", "StoreTests", "in_fork"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from dataclasses import replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,32 +18,9 @@ from moetier.tiers.errors import CheckpointError
 from moetier.tiers.layout import ZERO_POINT_GROUPS, Bits, Projection
 
 from .registry import DAMAGED
-from .tensors import Runs, SourceTensor, StoredTensor
+from .tensors import Numbers, Runs, SourceTensor
 
 SCALES = ("float16", "bfloat16", "float32")  # torch's names of the types that scales may have
-
-
-class Numbers(Protocol):
-    """Scales or zero points in a checkpoint: a stored tensor, or numbers that are computed from several."""
-
-    @property
-    def name(self) -> str:
-        """Name of the stored tensor, or of the first of several."""
-
-    @property
-    def dtype(self) -> str:
-        """torch's name of the type that ``read`` returns."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of what ``read`` returns."""
-
-    @property
-    def parts(self) -> tuple[StoredTensor, ...]:
-        """Stored tensors that the numbers are read from."""
-
-    def read(self) -> torch.Tensor:
-        """Read all numbers, in ``shape``: [groups, rows], [groups, 1] or [1, groups]."""
 
 
 class AffineTensor(SourceTensor):
@@ -125,13 +102,6 @@ class AffineTensor(SourceTensor):
     def damaged(self, what: str) -> CheckpointError:
         """Return the error for a damaged matrix; ``what`` says what is wrong, after the matrix's name and a colon."""
         return CheckpointError(f"{self.name}: {what}.", DAMAGED)
-
-    def check(self, tensor: Numbers, shape: tuple[int, ...], *types: str) -> None:
-        """Raise CheckpointError unless ``tensor`` has the shape ``shape``, is not empty, and has one of ``types``."""
-        if tensor.shape != shape or tensor.dtype not in types or 0 in shape:
-            raise self.damaged(
-                f"{tensor.name} is {tensor.dtype} {list(tensor.shape)}, not {' or '.join(types)} {list(shape)}"
-            )
 
     def finite(self, tensor: Numbers) -> torch.Tensor:
         """Read scales or zero points, as [groups, ...] or [1, groups]. Raises CheckpointError if one is not finite."""

@@ -21,9 +21,9 @@ from moetier.tiers.errors import CheckpointError, UnsupportedModelError
 from moetier.tiers.layout import Bits
 from moetier.tiers.quant.zero_points import Levels
 
-from .affine import SCALES, AffineTensor, Numbers
+from .affine import SCALES, AffineTensor
 from .registry import DAMAGED, Format
-from .tensors import SourceTensor, StoredTensor
+from .tensors import Numbers, SourceTensor, StoredTensor, check
 
 MAIN = "W_q"  # name of a module's packed codes
 DESCRIBING = ("shape", "nbits", "group_size", "axis")  # names of the tensors that describe a matrix
@@ -99,8 +99,8 @@ class HqqTensor(AffineTensor):
                 f"{list(self.shape)} with {self.nbits:g} bits"
             )
         groups = (long, 1) if self.axis == 1 else (1, wide)
-        self.check(self.scale, groups, *SCALES)
-        self.check(self.zero, groups, self.scale.dtype)
+        check(self.scale, groups, *SCALES)
+        check(self.zero, groups, self.scale.dtype)
 
     @property
     def parts(self) -> tuple[StoredTensor, ...]:

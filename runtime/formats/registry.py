@@ -50,11 +50,12 @@ class Format(ABC):
 
     @abstractmethod
     def sources(self, dtype: str) -> dict[str, SourceTensor]:
-        """Return a dictionary from the names that transformers knows to source tensors. Reads no weights.
+        """Return a dictionary from names to source tensors: the names that a checkpoint in 16 bits would have.
 
-        ``dtype`` is torch's name of the type to which quantised tensors are decoded. Tensors that are not quantised
-        are returned as they are. Raises UnsupportedModelError for a variant of the format that can't be read, and
-        CheckpointError if the tensors of a weight do not fit together.
+        transformers may rename them when it loads them. Reads no weights. ``dtype`` is torch's name of the type to
+        which quantised tensors are decoded. Tensors that are not quantised are returned as they are. Raises
+        UnsupportedModelError for a variant of the format that can't be read, and CheckpointError if the tensors of a
+        weight do not fit together.
         """
 
     def joined(
@@ -73,9 +74,15 @@ class Format(ABC):
             make: makes the weight from its name, and a dictionary from the names above to its module's tensors. It is
                 not called if only names are known.
 
-        Raises CheckpointError if a module lacks one of ``needed``, or also has the weight itself.
+        Raises CheckpointError if a module lacks one of ``needed``, also has the weight itself, or has all of ``needed``
+        but neither ``main`` nor a weight.
         """
         own = (main, *needed, *others)
+        orphaned = [name for name in self.tensors if name.endswith(f".{needed[0]}")] if needed else []
+        for path in (name.removesuffix(f".{needed[0]}") for name in orphaned):
+            has_weight = f"{path}.{main}" in self.tensors or f"{path}.weight" in self.tensors
+            if not has_weight and all(f"{path}.{name}" in self.tensors for name in needed):
+                raise CheckpointError(f"{path}.{needed[0]} is there, but {path}.{main} is missing.", DAMAGED)
         paths = [name.removesuffix(f".{main}") for name in self.tensors if name.endswith(f".{main}")]
         taken = {f"{path}.{name}" for path in paths for name in own}
         sources: dict[str, SourceTensor] = {name: tensor for name, tensor in self.tensors.items() if name not in taken}
@@ -97,8 +104,7 @@ def format_of(
 
     Raises UnsupportedModelError for a format that moetier can't read.
     """
-    quantization = quantization or {}
-    method = str(quantization.get("quant_method") or _unnamed(tensors))
+    quantization, method = quantization or {}, quantised_with(tensors, quantization)
     if method not in FORMATS:
         raise UnsupportedModelError(
             f"The checkpoint is quantised with {method}, which moetier can't read.",
@@ -108,6 +114,7 @@ def format_of(
     return chosen
 
 
-def _unnamed(tensors: Mapping[str, StoredTensor]) -> str:
-    """Return the format of a checkpoint whose config names none."""
-    return next((MARKS[leaf] for name in tensors if (leaf := name.rpartition(".")[2]) in MARKS), "16 bits")
+def quantised_with(tensors: Mapping[str, StoredTensor], quantization: Mapping[str, Any] | None) -> str:
+    """Return the name of a checkpoint's format, as in FORMATS. The arguments are those of ``format_of``."""
+    marks = (MARKS[leaf] for name in tensors if (leaf := name.rpartition(".")[2]) in MARKS)
+    return str((quantization or {}).get("quant_method") or next(marks, "16 bits"))

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -52,7 +52,9 @@ class SourceTensor(ABC):
 
     is_plain: ClassVar[bool] = False  # whether ``read`` returns the very numbers of one stored tensor
     reads_rows: ClassVar[bool] = True  # whether reading a few rows does not read the whole tensor
-    # whether `convert` keeps the weights of experts as they are stored, unless --bits is given
+    # Whether `convert` keeps the weights of experts as they are stored, unless --bits is given. If records can't hold
+    # them so (``record_projection``), True makes `convert` refuse the checkpoint without --bits. With False, it
+    # quantises such weights anew, to 4 bits, and says so.
     is_kept: ClassVar[bool] = False
 
     if TYPE_CHECKING:  # a property would be taken for the default of a field
@@ -76,7 +78,10 @@ class SourceTensor(ABC):
     def read(self, first: int = 0, count: int | None = None) -> torch.Tensor:
         """Read ``count`` rows of the leading dimension, from row ``first`` on, into a new tensor [count, ...].
 
-        None reads all rows from ``first`` on. Raises CheckpointError if the tensor is damaged.
+        None reads all rows from ``first`` on; ``count`` may be 0. A quantised weight is computed in float32, and
+        rounded once, to ``dtype``. Raises CheckpointError if numbers that were read are not those of the format, such
+        as codes that are too large. Types and shapes are checked before, when the tensor is made: `moetier plan` never
+        reads. Scales that are not finite are best refused here, by name; else `convert` refuses the weights of experts.
         """
 
     @property
@@ -227,6 +232,43 @@ class StoredMatrix:
     stored: StoredTensor
     layout: RecordLayout
     order: npt.NDArray[np.int64] | None = None  # for each row of the model, its number in the file; None: the same
+
+
+class Numbers(Protocol):
+    """Codes, scales or zero points in a checkpoint: a stored tensor, or numbers that are computed from several."""
+
+    @property
+    def name(self) -> str:
+        """Name of the stored tensor, or of the first of several."""
+
+    @property
+    def dtype(self) -> str:
+        """torch's name of the type that ``read`` returns."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of what ``read`` returns."""
+
+    @property
+    def parts(self) -> tuple[StoredTensor, ...]:
+        """Stored tensors that the numbers are read from."""
+
+    def read(self) -> torch.Tensor:
+        """Read all numbers, in ``shape``: [groups, rows], [groups, 1] or [1, groups]."""
+
+
+def check(stored: Numbers, shape: Sequence[int | str], *dtypes: str) -> None:
+    """Raise CheckpointError unless a stored tensor has a type of ``dtypes`` and the shape ``shape``, and is not empty.
+
+    A name in ``shape``, such as "rows", stands for any size.
+    """
+    wanted = [size if isinstance(name, str) else name for name, size in zip(shape, stored.shape, strict=False)]
+    if len(shape) != len(wanted) or tuple(wanted) != stored.shape or stored.dtype not in dtypes or 0 in stored.shape:
+        raise CheckpointError(
+            f"{stored.name} is {stored.dtype} {list(stored.shape)}, not {' or '.join(dtypes)} "
+            f"[{', '.join(map(str, shape))}].",
+            "Download the checkpoint again.",
+        )
 
 
 def read_at(path: Path, offset: int, out: Bytes) -> None:

@@ -21,7 +21,7 @@ from moetier.tiers.quant.zero_points import Levels
 
 from .affine import SCALES, AffineTensor
 from .registry import NEEDS_BITS
-from .tensors import StoredTensor
+from .tensors import StoredTensor, check
 
 WORD = 32  # bits of a word
 AWQ, GPTQ, GPTQ_V2 = "awq", "gptq", "gptq_v2"  # values of ``WordsTensor.packing``
@@ -48,13 +48,13 @@ class WordsTensor(AffineTensor):
             raise self.damaged(f"{self.packed.name} is {list(self.packed.shape)}, which is no matrix of whole codes")
         rows, columns = self.shape
         groups = self.scale.shape[0] if self.scale.shape else 0
-        self.check(self.packed, self.packed.shape, "int32")
-        self.check(self.scale, (groups, rows), *SCALES)
-        self.check(self.zeros, (groups, rows * self.bits // WORD), "int32")
+        check(self.packed, self.packed.shape, "int32")
+        check(self.scale, (groups, rows), *SCALES)
+        check(self.zeros, (groups, rows * self.bits // WORD), "int32")
         if rows * self.bits % WORD:
             raise self.damaged(f"{rows} rows do not fill words of {WORD} bits")
         if self.order is not None:
-            self.check(self.order, (columns,), "int32", "int64")
+            check(self.order, (columns,), "int32", "int64")
         if -(-columns // self.per_group) != groups:
             raise self.damaged(f"{self.scale.name} has {groups} groups, which do not fit {columns} columns")
 

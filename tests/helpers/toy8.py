@@ -1,4 +1,4 @@
-"""An invented format, as somebody would add it by CONTRIBUTING.md: this module, and a line in the registry.
+"""An invented format, added as CONTRIBUTING.md says: by this module and a line in the registry.
 
 A weight is a code of 8 bits times a power of two, which a row shares.
 """
@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
-from moetier.runtime.formats.registry import DAMAGED, Format
-from moetier.runtime.formats.tensors import SourceTensor, StoredTensor
-from moetier.tiers.errors import CheckpointError, UnsupportedModelError
+from moetier.runtime.formats.registry import Format
+from moetier.runtime.formats.tensors import SourceTensor, StoredTensor, check
+from moetier.tiers.errors import UnsupportedModelError
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class Toy8Tensor(SourceTensor):
     dtype: str
 
     def __post_init__(self) -> None:
-        if self.exponents.shape != self.codes.shape[:1] or {self.codes.dtype, self.exponents.dtype} != {"int8"}:
-            raise CheckpointError(f"{self.exponents.name} does not fit {self.codes.name}.", DAMAGED)
+        check(self.codes, ("rows", "columns"), "int8")
+        check(self.exponents, self.codes.shape[:1], "int8")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -37,7 +37,7 @@ class Toy8Tensor(SourceTensor):
         return (self.codes, self.exponents)
 
     def read(self, first: int = 0, count: int | None = None) -> torch.Tensor:
-        """Read and decode rows."""
+        """Read and decode rows: [count, columns]."""
         scales = self.exponents.read(first, count).float().exp2()
         return (self.codes.read(first, count) * scales[:, None]).to(getattr(torch, self.dtype))
 
@@ -46,7 +46,7 @@ class Toy8(Format):
     """toy8, with 8 bits only."""
 
     def sources(self, dtype: str) -> dict[str, SourceTensor]:
-        """Return the source tensors."""
+        """Return the source tensors. Raises UnsupportedModelError for other bits."""
         if self.quantization.get("bits") != 8:
             raise UnsupportedModelError("The checkpoint has not 8 bits.", "Give a checkpoint of toy8 with 8 bits.")
 
