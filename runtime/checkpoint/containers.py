@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moetier.runtime.formats.registry import Format, format_of
+from moetier.runtime.formats.registry import Format, format_of, quantised_with
 from moetier.runtime.formats.tensors import SourceTensor, StoredTensor, read_at
 from moetier.tiers.errors import CheckpointError
 
@@ -75,6 +75,11 @@ class Checkpoint:
     def format(self) -> Format:
         """The format of the weights. Raises UnsupportedModelError or CheckpointError."""
         return format_of(self.tensors, self.quantization, self.config)
+
+    @property
+    def quantised_with(self) -> str:
+        """Name of the format of the weights, for messages. Raises CheckpointError."""
+        return quantised_with(self.tensors, self.quantization)
 
     def sources(self, model: PreTrainedModel, dtype: str) -> dict[str, SourceTensor]:
         """Return a dictionary from the names of the checkpoint's tensors to source tensors.

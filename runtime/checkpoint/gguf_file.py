@@ -64,6 +64,11 @@ class GgufCheckpoint(Checkpoint):
         """The architecture that the file names."""
         return str(self.metadata["general.architecture"])
 
+    @property
+    def quantised_with(self) -> str:
+        """Name of the format of the weights, for messages."""
+        return "GGUF"
+
     def sources(self, model: PreTrainedModel, dtype: str) -> dict[str, SourceTensor]:
         """Return a dictionary from the names of ``model``'s tensors to source tensors.
 

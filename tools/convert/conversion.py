@@ -106,10 +106,11 @@ class Conversion:
         if self.options.bits == NATIVE:
             stored = {_description(p) for layout in plan.layouts.values() for p in layout.projections}
             lines.append(f"experts stay as the checkpoint has them: {' and '.join(sorted(stored))}")
-        elif plan.bits < 16 and self.planned.has_few_bits:
+        elif plan.bits < 16 and (self.planned.has_few_bits or self.planned.has_only_values):
+            keeps = "16 keeps their values" if self.planned.has_only_values else "native keeps them as they are"
             lines.append(
-                f"experts are quantised already, and lose quality when they are quantised again, to {plan.bits} bits: "
-                "--bits native keeps them as they are"
+                f"experts are quantised already, with {self.checkpoint.quantised_with}, and lose quality when they are "
+                f"quantised again, to {plan.bits} bits: --bits {keeps}"
             )
         if self.download is not None:
             lines.append(self.download.announce(self._stages()))

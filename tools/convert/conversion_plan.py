@@ -128,6 +128,16 @@ class ConversionPlan:
         """Whether records can hold weights as the checkpoint has quantised them, and some have fewer than 8 bits."""
         return any(p.bits < 8 for p in self.kept)
 
+    @property
+    def has_only_values(self) -> bool:
+        """Whether experts are quantised in the checkpoint as records can't hold them: only 16 bits keep the values."""
+        return not self.kept and any(not tensor.is_plain for tensor in self._of_experts)
+
+    @property
+    def _of_experts(self) -> list[SourceTensor]:
+        recipes = [recipe for block in self.blueprint.blocks for recipe in block.recipes.values()]
+        return [tensor for recipe in recipes for tensor in recipe.tensors]
+
     def with_bits(self, options: Options) -> Options:
         """Return the options. If ``bits`` is None, it is replaced by its default for this checkpoint.
 
@@ -135,8 +145,7 @@ class ConversionPlan:
         """
         if options.bits is not None:
             return options
-        recipes = [recipe for block in self.blueprint.blocks for recipe in block.recipes.values()]
-        native = self.has_few_bits or any(tensor.is_kept for recipe in recipes for tensor in recipe.tensors)
+        native = self.has_few_bits or any(tensor.is_kept for tensor in self._of_experts)
         return replace(options, bits=NATIVE if native else DEFAULT_BITS)
 
     def records(self, *, workers: int, fast: bool) -> dict[str, MatrixRecord]:

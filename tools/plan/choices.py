@@ -184,6 +184,7 @@ class ModelChoices:
     model: Any  # on the meta device, its Experts modules cut down where possible
     choices: tuple[Choice, ...]
     passing_bytes: int = 0  # most bytes of downloaded files that are on the disk at any one time during a conversion
+    quantised_with: str | None = None  # format of experts that records can't hold as they are stored; None: they can
 
     @property
     def source_bytes(self) -> int:
@@ -225,12 +226,14 @@ def open_choices(source: str | Path) -> ModelChoices:
     if is_one_file(Path(source)):
         return _one_file(Path(source))
     headers, as_it_is = open_headers(source), _is_usable(Path(source))
-    checkpoint, choices, model, passing = headers.checkpoint, list[Choice](), None, 0
+    checkpoint, choices, model, passing, quantised = headers.checkpoint, list[Choice](), None, 0, None
     for trunk_bits in TRUNK_BITS:
         model, dtype = build_on_meta(checkpoint.config, checkpoint.first_dtype if headers.shaped else None)
         planned = ConversionPlan.of(model, dtype, headers.tensors(model, dtype), trunk_bits)
         if headers.on_hub:
             passing = max(passing, most_bytes(planned, checkpoint.tensors.values()))
+        if planned.has_only_values:
+            quantised = checkpoint.quantised_with
         records = planned.records(workers=1, fast=False)
         layouts = {path: record.layout for path, record in records.items()}
         size = sum(file.size for file in planned.trunk(records))
@@ -240,7 +243,7 @@ def open_choices(source: str | Path) -> ModelChoices:
             choice = _choice(manifest.bits, trunk_bits, manifest, size, layouts, model)
             usable = as_it_is and bits == own and trunk_bits == 16
             choices.append(replace(choice, as_it_is=usable, native=bits == NATIVE))
-    return ModelChoices(checkpoint.name, str(source), headers, model, tuple(choices), passing)
+    return ModelChoices(checkpoint.name, str(source), headers, model, tuple(choices), passing, quantised)
 
 
 def _is_usable(folder: Path) -> bool:

@@ -226,6 +226,7 @@ def estimate(
         "source_bytes": model_choices.source_bytes if headers is not None else None,
         "to_download": headers is not None and headers.on_hub,
         "names_code": headers is not None and headers.names_code,
+        "quantised_with": model_choices.quantised_with,
         "shapes": "converted" if headers is None else "headers" if headers.shaped else "the index, and the model",
         "blocks": len(manifest.blocks),
         "experts": max(block.experts for block in manifest.blocks),
