@@ -1,5 +1,6 @@
 """Tests for stores and formats of your own: derive a class from ``StoreTests`` or ``FormatTests``; pytest runs it."""
 
+from .formats import FormatTests
 from .reads import in_fork
 from .stores import Records, StoreTests
 

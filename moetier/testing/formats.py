@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import moetier
-from moetier.runtime.checkpoint.files import INDEX, WEIGHTS, open_checkpoint
+from moetier.runtime.checkpoint.safetensors_folder import INDEX, WEIGHTS, open_checkpoint
 from moetier.runtime.stores.registry import open_store
 from moetier.tiers.errors import CheckpointError, UnsupportedModelError
 from moetier.tiers.layout import ExpertKey

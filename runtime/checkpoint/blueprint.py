@@ -162,7 +162,7 @@ def make_blueprint(
     for key in origins:
         sorting.add(key, state, parameters, dtypes)
     recipes = sorting.recipes
-    if lacking := _lacking(model, state, groups):
+    if lacking := _lacking(model, state, origins):
         raise CheckpointError(
             f"The checkpoint has no tensor for {some(lacking)}.",
             "Download the checkpoint again, or check that config.json belongs to these weights.",
@@ -174,12 +174,12 @@ def make_blueprint(
     return Blueprint(str(dtype).removeprefix("torch."), blocks, trunk, unused, sorting.matrices)
 
 
-def _lacking(model: PreTrainedModel, state: Mapping[str, Any], groups: Mapping[str, _Group]) -> list[str]:
-    """Return the keys of ``state`` that no group makes, without those that the model can do without.
+def _lacking(model: PreTrainedModel, state: Mapping[str, Any], origins: Mapping[str, _Origin]) -> list[str]:
+    """Return the keys of ``state`` that no tensors make, without those that the model can do without.
 
     ``state``: the tensors of ``model``. Weights that are tied need only one tensor.
     """
-    made = {target for key, (converter, _) in groups.items() for target in _targets(key, converter)}
+    made = {target for key, (converter, _) in origins.items() for target in _targets(key, converter)}
     tied = model.all_tied_weights_keys
     for source in set(tied.values()):
         alike = {source, *(target for target in tied if tied[target] == source)}

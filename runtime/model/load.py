@@ -191,8 +191,15 @@ def model_of(
         source = {} if trunk is None else {"state_dict": trunk.tensors}
         wants_info = named.get("output_loading_info", False)
         named = named | {"config": config, "dtype": chosen, "use_safetensors": True} | source
+        named["output_loading_info"] = True
         with asked_for(Asked(asked, location, files, trunk)):
-            model = load(location if trunk is None else None, *arguments, **named)
+            model, info = load(location if trunk is None else None, *arguments, **named)
+        if lacking := info["missing_keys"]:
+            model.tiers.close()
+            raise StoreFormatError(
+                f"{location} can't be loaded: it has no tensor for {some(lacking)}.",
+                "Check that config.json belongs to these weights. If it does, get the checkpoint or convert it again.",
+            )
         if trunk is not None and location.is_dir():
             _name_after(model, location)
     except Exception:

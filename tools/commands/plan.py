@@ -159,10 +159,10 @@ def _sentences(forecast: dict[str, Any], best: dict[str, Any]) -> list[str]:
         lines.append("No conversion is needed: the files of the checkpoint, as downloaded, are the store.")
     elif any(choice["as_it_is"] for choice in forecast["choices"]):
         lines.append("With experts of 16 bits no conversion is needed: the files, as downloaded, are the store.")
-    if found["quantised_with"] is not None and bits < 16:
+    if forecast["quantised_with"] is not None and bits < 16:
         lines.append(
-            f"The experts are quantised already, with {plain(found['quantised_with'])}, and lose quality when they are "
-            "quantised again: --bits 16 keeps their values."
+            f"The experts are quantised already, with {plain(forecast['quantised_with'])}, and lose quality when they "
+            "are quantised again: --bits 16 keeps their values."
         )
     if best["all_resident"]:
         lines.append("Everything stays in memory once it has been read. More memory would not help.")
