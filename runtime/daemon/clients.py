@@ -244,11 +244,9 @@ class Clients:
         return welcome
 
     def remove(self, session: str) -> None:
-        """Remove a client whose control connection has ended, if it was registered, and end its stream."""
+        """Remove a client whose control connection has ended, and end its stream."""
         with self._changed:
-            client = self._clients.pop(session, None)
-            if client is None:
-                return
+            client = self._clients.pop(session)
             call = client.call  # read only once, as the thread of the stream sets it to None
         if call is not None:
             call.end(_no_client())

@@ -125,13 +125,13 @@ class ControlServer:
 
     def _serve(self, end: socket.socket, pid: int) -> None:
         """Answer a client's packet, and wait for the end of its connection. Any further packet ends it too."""
-        session = secrets.token_hex(16)
+        leaving = contextlib.ExitStack()
         try:
             end.settimeout(PACKET_SECONDS)
             # without room for descriptors, so that the kernel drops any that are sent
             packet, _, flags, _ = end.recvmsg(_MAX_GREETING)
             if packet:
-                self._greet(end, pid, session, b"" if flags & socket.MSG_TRUNC else packet)
+                self._greet(end, pid, leaving, b"" if flags & socket.MSG_TRUNC else packet)
                 end.settimeout(None)
                 end.recv(1)
         except MoetierError as error:
@@ -144,8 +144,9 @@ class ControlServer:
             if session:
                 self._on_end(session)
 
-    def _greet(self, end: socket.socket, pid: int, session: str, packet: bytes) -> None:
-        """Answer a client's first packet, and give it the id ``session``. Raises the MoetierError to send instead."""
+    def _greet(self, end: socket.socket, pid: int, leaving: contextlib.ExitStack, packet: bytes) -> None:
+        """Answer a client's first packet. ``leaving`` will end its session. Raises the MoetierError to send instead."""
+        session = secrets.token_hex(16)
         greeting = parse(packet, "the client")
         digest = greeting.get("digest")
         if greeting.get("protocol") != PROTOCOL or not (digest is None or isinstance(digest, str)):
@@ -165,6 +166,7 @@ class ControlServer:
                 f"The daemon can't pass on its arena's descriptor: {error.strerror}.",
                 "Raise the daemon's limit of open files (ulimit -n).",
             ) from None
+        leaving.callback(self._leave, session)
         reply = {
             "session": session,
             "model": welcome.model,
