@@ -141,8 +141,7 @@ class ControlServer:
         finally:
             self._remove(end)
             end.close()
-            if session:
-                self._on_end(session)
+            leaving.close()
 
     def _greet(self, end: socket.socket, pid: int, leaving: contextlib.ExitStack, packet: bytes) -> None:
         """Answer a client's first packet. ``leaving`` will end its session. Raises the MoetierError to send instead."""
@@ -166,7 +165,7 @@ class ControlServer:
                 f"The daemon can't pass on its arena's descriptor: {error.strerror}.",
                 "Raise the daemon's limit of open files (ulimit -n).",
             ) from None
-        leaving.callback(self._leave, session)
+        leaving.callback(self._on_end, session)
         reply = {
             "session": session,
             "model": welcome.model,

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import moetier
 from moetier.runtime.config import OF_HOST_TIER, OPTIONS, DaemonChoice, LoadOptions, Size, TierConfig, format_bytes
-from moetier.runtime.daemon import options as daemon
+from moetier.runtime.daemon import daemon_config as daemon
 from moetier.tiers.errors import ConfigError
 
 

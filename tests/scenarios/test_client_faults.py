@@ -21,7 +21,7 @@ from stores import keys
 from threads import Task, current_frames, threads_named, wait_until
 from workers import WorkerError
 
-from moetier.runtime.client.link import Link
+from moetier.runtime.client.daemon_link import Link
 from moetier.runtime.client.tier import GRACE, DaemonTier
 from moetier.runtime.wire.address import CONTROL_SOCKET
 from moetier.testing import in_fork

@@ -20,7 +20,7 @@ from moetier.runtime.checkpoint import blueprint
 from moetier.runtime.checkpoint.blueprint import build_on_meta, make_blueprint, supported_types
 from moetier.runtime.checkpoint.safetensors_folder import open_checkpoint
 from moetier.runtime.moe.experts import experts_modules
-from moetier.runtime.stores.checkpoint import table_of
+from moetier.runtime.stores.checkpoint_store import table_of
 from moetier.tiers.errors import CheckpointError, StoreFormatError, UnsupportedModelError
 from moetier.tools.convert.conversion import Conversion
 from moetier.tools.convert.convert import convert

@@ -21,9 +21,9 @@ from readers import PATIENCE
 from threads import wait_until
 
 from moetier.runtime.daemon import control_server
-from moetier.runtime.daemon.control_server import ControlServer
+from moetier.runtime.daemon.control_server import ControlServer, Welcome
 from moetier.runtime.wire.address import CONTROL_SOCKET
-from moetier.runtime.wire.control import ControlConnection, Welcome
+from moetier.runtime.wire.control import ControlConnection
 from moetier.tiers.errors import UnavailableError
 
 
@@ -250,7 +250,7 @@ def test_a_client_whose_answer_can_not_be_made_is_removed_and_the_arena_closed(f
         admitted.append(session)
         return Welcome("acme", {"records": object()}, os.open(arena, os.O_RDONLY | os.O_CLOEXEC))  # type: ignore[dict-item]
 
-    with contextlib.closing(ControlServer(folder, admit=admit, leave=left.append, max_clients=4, version="1")):
+    with contextlib.closing(ControlServer(folder, admit=admit, remove=left.append, max_clients=4, version="1")):
         with pytest.raises(UnavailableError):
             ControlConnection.open(folder, DIGEST)
         wait_until(lambda: left == admitted != [])

@@ -12,7 +12,7 @@ import torch
 from checkpoints import edit_json
 from torch import Tensor
 
-from moetier.runtime.checkpoint.files import open_checkpoint
+from moetier.runtime.checkpoint.safetensors_folder import open_checkpoint
 from moetier.runtime.formats import registry
 from moetier.testing import FormatTests
 from moetier.testing.formats import Checkpoints
@@ -24,7 +24,7 @@ from moetier.tools.convert.convert import convert
 from moetier.tools.convert.options import Options
 from moetier.tools.plan import speeds
 from moetier.tools.plan.choices import open_choices
-from moetier.tools.plan.plan import plan
+from moetier.tools.plan.forecast import plan
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -24,7 +24,7 @@ from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.store.base import Store
 from moetier.tiers.store.folder import GROUP
-from moetier.tools.doctor.store import health
+from moetier.tools.doctor.model_directory import health
 from moetier.tools.main import main
 
 LINE = "tar_store:TarStore"
