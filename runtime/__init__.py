@@ -17,13 +17,13 @@ All threads that moetier starts, by their names, which for several threads end i
         moetier-store       reads parts of large or mirrored records (``tiers.store.reader``, ``tiers.extents.reader``)
         moetier-digest      compares an older store with its digest (``tiers.store.reader``)
         moetier-cache       writes fetched records into the cache (``tiers.objects.cache``)
-        moetier-fetch       fetches what a cache needs before it is opened (``tiers.objects.fetch``)
+        moetier-fetch       fetches what a cache needs before it is opened (``tiers.objects.cache_folder``)
         moetier-verify      compares all records with their checksums (``tiers.store.scrub``)
     computing
         moetier-kernels     computes (``kernels.jit.team``)
         moetier-ahead       compiles what a command will need (``kernels.ahead``)
     clients
-        moetier-link        takes the answers of the daemon on this host (``client.link``)
+        moetier-link        takes the answers of the daemon on this host (``client.daemon_link``)
         moetier-remote      fetches parts of a record from another host (``client.remote``)
         moetier-check       checks daemons of other hosts at the start (``client.peers``)
         moetier-peers       checks them again, and resolves their names (``client.peers``)
@@ -33,9 +33,9 @@ All threads that moetier starts, by their names, which for several threads end i
         moetier-control     accepts clients of this host (``daemon.control_server``)
         moetier-greeter     greets a client, and waits for its end (``daemon.control_server``)
         moetier-fetches     cancels fetches whose clients take nothing (``daemon.fetch``)
-        moetier-opener      imports the compiler (``daemon.model``)
+        moetier-opener      imports the compiler (``daemon.hosted_model``)
         moetier-compiler    compiles code for the calls of other hosts (``daemon.compute``)
-        moetier-trunk       checks the trunk's files (``daemon.model``)
+        moetier-trunk       checks the trunk's files (``daemon.hosted_model``)
         moetier-metrics     answers requests for metrics (``daemon.metrics``)
     commands
         moetier-answers     computes answers one after the other (``tools.serve.sequential``)

@@ -176,9 +176,7 @@ def parts(path: Path) -> list[Path]:
     if (named := PART.fullmatch(path.name)) is None:
         return [path]
     number, count = int(named["number"]), int(named["count"])
-    of = [
-        path.with_name(f"{named['stem']}-{number:05}-of-{count:05}.gguf") for i in range(1, min(count, MAX_PARTS) + 1)
-    ]
+    of = [path.with_name(f"{named['stem']}-{i:05}-of-{count:05}.gguf") for i in range(1, min(count, MAX_PARTS) + 1)]
     if number != 1 or not 1 <= count <= MAX_PARTS:
         first = path.with_name(f"{named['stem']}-00001-of-{count:05}.gguf")
         raise CheckpointError(f"{path} is part {number} of {count}.", f"Give the first part: {first}")

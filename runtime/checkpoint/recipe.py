@@ -216,7 +216,7 @@ class Merging:
         self._whole: dict[str, torch.Tensor] = {}  # by the parameter's name in the model
 
     def make(self, recipe: Recipe, expert: int) -> torch.Tensor:
-        """Return one expert's slice of a parameter."""
+        """Return one expert's slice of a parameter: [rows, columns], or [size] for a bias."""
         if recipe.apart:
             return recipe.make(expert, self._turn)
         with self._turn:

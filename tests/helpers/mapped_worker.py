@@ -140,7 +140,7 @@ class Worker:
                 if pause:
                     time.sleep(pause)
                 crc = google_crc32c.extend(google_crc32c.value(first), bytes(lease.record[len(first) :]))
-                if not lease.holds():
+                if not lease.end():
                     self.thrown += 1
                     continue
                 self.used += 1

@@ -35,8 +35,9 @@ from overhead import load_warm
 from moetier.runtime.config import format_bytes
 from moetier.runtime.generation.compat import CACHE
 from moetier.tools.cli.report import table
-from moetier.tools.synthetic.checkpoint import TOKENS_FILE, make_synthetic, read_tokens
+from moetier.tools.synthetic.checkpoint import TOKENS_FILE, read_tokens
 from moetier.tools.synthetic.store import convert_synthetic
+from moetier.tools.synthetic.tensors import make_synthetic
 
 GEOMETRY = "qwen3-8L"
 SIZES: dict[str, Any] = {

@@ -41,8 +41,9 @@ from moetier.runtime.moe.experts import experts_modules
 from moetier.runtime.moe.layers import OneTokenLayer
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.store.folder import read_manifest, store_folder
-from moetier.tools.synthetic.checkpoint import TOKENS_FILE, make_synthetic, read_tokens
+from moetier.tools.synthetic.checkpoint import TOKENS_FILE, read_tokens
 from moetier.tools.synthetic.store import convert_synthetic
+from moetier.tools.synthetic.tensors import make_synthetic
 
 GEOMETRY, LAYERS = "qwen3-8L", 4
 SIZES = {"hidden_size": 256, "moe_intermediate_size": 128, "num_attention_heads": 4, "head_dim": 64}

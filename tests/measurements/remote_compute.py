@@ -37,8 +37,9 @@ from moetier.runtime.config import REMOTE_COMPUTE, Size
 from moetier.runtime.generation.compat import CACHE
 from moetier.runtime.wire.address import Credentials
 from moetier.tiers.store.folder import read_manifest, store_folder
-from moetier.tools.synthetic.checkpoint import TOKENS_FILE, make_synthetic, read_tokens
+from moetier.tools.synthetic.checkpoint import TOKENS_FILE, read_tokens
 from moetier.tools.synthetic.store import convert_synthetic
+from moetier.tools.synthetic.tensors import make_synthetic
 
 
 def main() -> None:

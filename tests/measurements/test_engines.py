@@ -12,7 +12,8 @@ from gguf_export import export_gguf
 
 from moetier.tiers.errors import ConfigError
 from moetier.tools.bench.sandbox import forget, memory_group
-from moetier.tools.synthetic.checkpoint import GEOMETRIES, make_synthetic, read_tokens
+from moetier.tools.synthetic.checkpoint import GEOMETRIES, read_tokens
+from moetier.tools.synthetic.tensors import make_synthetic
 
 HAS_LLAMA = all(importlib.util.find_spec(name) is not None for name in ("gguf", "llama_cpp"))
 needs_llama = pytest.mark.skipif(not HAS_LLAMA, reason="gguf or llama-cpp-python is not installed")

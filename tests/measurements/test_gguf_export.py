@@ -14,7 +14,8 @@ from engines import llama_logits
 from gguf_export import Kind, export_gguf
 
 from moetier.tiers.errors import TargetExistsError, UnsupportedModelError
-from moetier.tools.synthetic.checkpoint import GEOMETRIES, make_synthetic, read_tokens
+from moetier.tools.synthetic.checkpoint import GEOMETRIES, read_tokens
+from moetier.tools.synthetic.tensors import make_synthetic
 
 pytest.importorskip("gguf")
 

@@ -258,7 +258,7 @@ class CachedStore(WrapperStore):
                 self._release(copy)
                 return
             self._arrived[key] = copy
-        self._writer.submit(self._store_arrived)
+        self._writer.submit(self._store_arrived).add_done_callback(_log_error)
 
     def _release(self, copy: memoryview) -> None:
         """Give back the memory of a copy. The caller holds ``_room``."""

@@ -61,7 +61,7 @@ def model(work: dict[str, Any]) -> dict[str, Any]:
             "prefill_chunk": chunk,
             "load_s": load_seconds,
             **_feed(loaded, ids, chunk, work),
-            "slots": loaded.tiers.host.plan.slots_by_array,
+            "slots": loaded.tiers.host.layout.slots_by_array,
             "trunk_bytes": _trunk_bytes(loaded),
             "kv_bytes": kv_cache_bytes(loaded.config, ids.shape[1], len(ids), loaded.dtype),
             "peak_bytes": peak_bytes(),

@@ -34,7 +34,7 @@ def loaded(directory: Path, resources: dict[str, Any], *, sequences: int = 1) ->
         from moetier.runtime.kernels.ahead import compile_ahead
         from moetier.runtime.model.names import model_directory
 
-        if not chosen_device(resources["device"]).has_memory:
+        if not chosen_device(resources.get("device", "auto")).has_memory:
             compile_ahead(model_directory(directory))
 
         import transformers

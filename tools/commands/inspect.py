@@ -55,7 +55,7 @@ def _text(description: dict[str, Any]) -> str:
         f"{format_bytes(description['expert_bytes'])}, {description['bits_per_weight']:.3f} bits a weight as stored",
         f"trunk            {trunk}",
         f"tokenizer        {'there' if description['tokenizer'] else NO_TOKENIZER}",
-        f"reads            {'O_DIRECT' if description['direct'] else 'buffered (no O_DIRECT on this file system)'}",
+        f"reads            {'O_DIRECT' if description['direct'] else 'buffered'}",
     ]
     lines += [
         f"mirror           {path}" + ("" if Path(path).exists() else " (not there)") for path in description["mirrors"]

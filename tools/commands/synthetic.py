@@ -19,7 +19,6 @@ from moetier.tools.synthetic.checkpoint import (
     WHOLE,
     curve_table,
     lru_curve,
-    make_synthetic,
 )
 
 if TYPE_CHECKING:
@@ -64,6 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.geometry in WHOLE:
         return _run_whole(arguments)
     from moetier.runtime.machine.threads import use_threads
+    from moetier.tools.synthetic.tensors import make_synthetic
 
     use_threads(arguments.threads)
     size = make_synthetic(

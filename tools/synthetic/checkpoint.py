@@ -24,8 +24,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moetier.tiers.errors import DiskSpaceError, TargetExistsError
-from moetier.tools.cli.progress import Progress
 from moetier.tools.cli.report import table
 
 if TYPE_CHECKING:
@@ -275,46 +273,3 @@ def special_tokens() -> dict[str, Any]:
     """Return the bundled model's ids of special tokens, by their names in a config.json."""
     config = json.loads((tinymix() / "config.json").read_bytes())
     return {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in config}
-
-
-def make_synthetic(
-    folder: Path,
-    *,
-    geometry: str = "mixtral-4L",
-    blocks: int | None = None,
-    sizes: Mapping[str, Any] | None = None,
-    seed: int = 0,
-    quiet: bool = True,
-) -> int:
-    """Write a synthetic checkpoint into ``folder``, and return the size of its weights in bytes.
-
-    ``blocks`` and ``sizes`` replace values of the geometry's config.json. Raises TargetExistsError if ``folder`` is not
-    empty, or DiskSpaceError.
-    """
-    from moetier.runtime.checkpoint.safetensors_folder import INDEX
-    from moetier.tiers.store.atomic import disk_errors, make_folders, write_durably
-    from moetier.tools.convert.model_files import free_bytes
-    from moetier.tools.convert.trunk_writer import distribute_trunk, index_of
-
-    from .tensors import make_tensors
-
-    config = config_of(geometry, blocks, sizes)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise TargetExistsError(f"{folder} exists and is not an empty folder.", "Choose another folder, or empty it.")
-    shards = distribute_trunk(make_tensors(config, ROUTINGS[geometry].share, seed), "model")
-    size = sum(shard.size for shard in shards)
-    if size > (free := free_bytes(folder)):
-        raise DiskSpaceError(
-            f"{folder} needs {size:,} bytes; {free:,} are free.", "Free some space, or choose another disk."
-        )
-    config |= special_tokens()
-    make_folders(folder)
-    with disk_errors(folder / "model"), Progress("weights", size, quiet=quiet) as progress:
-        for shard in shards:
-            shard.write(folder, progress.advance)
-        write_durably(folder / INDEX, index_of(shards))
-        for name in TOKENIZER:
-            write_durably(folder / name, (tinymix() / name).read_bytes())
-        write_durably(folder / TOKENS_FILE, tokens_json(geometry, config["vocab_size"], seed))
-        write_durably(folder / "config.json", json.dumps(config, indent=2).encode() + b"\n")
-    return size

@@ -1,17 +1,34 @@
-"""Tensors of a synthetic checkpoint, whose values are made when they are read."""
+"""Tensors of a synthetic checkpoint, whose values are made when they are read, and the files that have them."""
 
 from __future__ import annotations
 
+import json
 import math
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from moetier.runtime.formats.tensors import SourceTensor, StoredTensor
+from moetier.tiers.errors import DiskSpaceError, TargetExistsError
+from moetier.tools.cli.progress import Progress
 
-from .checkpoint import POOL_WEIGHTS, TOPICS, deviation_of, shapes_of
+from .checkpoint import (
+    POOL_WEIGHTS,
+    ROUTINGS,
+    TOKENIZER,
+    TOKENS_FILE,
+    TOPICS,
+    config_of,
+    deviation_of,
+    shapes_of,
+    special_tokens,
+    tinymix,
+    tokens_json,
+)
 
 
 @dataclass(frozen=True)
@@ -88,3 +105,44 @@ def make_tensors(config: dict[str, Any], share: float, seed: int) -> dict[str, S
             tensor("topics", (TOPICS, embeddings[1]), share**0.5),
         )
     }
+
+
+def make_synthetic(
+    folder: Path,
+    *,
+    geometry: str = "mixtral-4L",
+    blocks: int | None = None,
+    sizes: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    quiet: bool = True,
+) -> int:
+    """Write a synthetic checkpoint into ``folder``, and return the size of its weights in bytes.
+
+    ``blocks`` and ``sizes`` replace values of the geometry's config.json. Raises TargetExistsError if ``folder`` is not
+    empty, or DiskSpaceError.
+    """
+    from moetier.runtime.checkpoint.safetensors_folder import INDEX
+    from moetier.tiers.store.atomic import disk_errors, make_folders, write_durably
+    from moetier.tools.convert.model_files import free_bytes
+    from moetier.tools.convert.trunk_writer import distribute_trunk, index_of
+
+    config = config_of(geometry, blocks, sizes)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise TargetExistsError(f"{folder} exists and is not an empty folder.", "Choose another folder, or empty it.")
+    shards = distribute_trunk(make_tensors(config, ROUTINGS[geometry].share, seed), "model")
+    size = sum(shard.size for shard in shards)
+    if size > (free := free_bytes(folder)):
+        raise DiskSpaceError(
+            f"{folder} needs {size:,} bytes; {free:,} are free.", "Free some space, or choose another disk."
+        )
+    config |= special_tokens()
+    make_folders(folder)
+    with disk_errors(folder / "model"), Progress("weights", size, quiet=quiet) as progress:
+        for shard in shards:
+            shard.write(folder, progress.advance)
+        write_durably(folder / INDEX, index_of(shards))
+        for name in TOKENIZER:
+            write_durably(folder / name, (tinymix() / name).read_bytes())
+        write_durably(folder / TOKENS_FILE, tokens_json(geometry, config["vocab_size"], seed))
+        write_durably(folder / "config.json", json.dumps(config, indent=2).encode() + b"\n")
+    return size

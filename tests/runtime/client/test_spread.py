@@ -361,7 +361,7 @@ def test_what_a_daemon_has_computed_counts_after_it_has_gone(
         (former,) = (share for share in peers(reader) if share.place == "former daemons")
         assert (former.computed, former.computed_bytes) == (8, 160)
         with pytest.raises(ClosedError):
-            gone.reader.compute(pb.ComputeRequest(), 1)
+            gone.store.compute(pb.ComputeRequest(), 1)
         held = weakref.ref(gone)
         del gone
         wait_until(lambda: held() is None)

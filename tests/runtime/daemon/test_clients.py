@@ -36,12 +36,13 @@ def gate() -> Iterator[GatedReader]:
 @pytest.fixture
 def clients(gate: GatedReader, tmp_path: Path) -> Iterator[Clients]:
     """They may hold 4 of 6 slots each."""
-    model = HostedModel(PLAN, HostTier(gate, slots={"records": 6}), tmp_path, patience=PATIENCE)
-    clients = Clients({MODEL: model}, leases=4, patience=PATIENCE)
-    yield clients
-    gate.open()
-    clients.end()
-    model.close()
+    with contextlib.closing(HostTier(gate, slots={"records": 6})) as host:
+        model = HostedModel(PLAN, host, tmp_path, patience=PATIENCE)
+        clients = Clients({MODEL: model}, leases=4, patience=PATIENCE)
+        yield clients
+        gate.open()
+        clients.end()
+        model.close()
 
 
 def admit(clients: Clients, session: str) -> None:

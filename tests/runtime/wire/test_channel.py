@@ -174,9 +174,7 @@ def test_wrong_credentials(
         SpreadStore.open(addresses, credentials, manifest, store)
 
 
-def test_accepted_and_refused_clients_are_logged_without_tokens(
-    store: Path, files: Files, manifest: Manifest, tmp_path: Path
-) -> None:
+def test_each_client_is_logged_without_its_token(store: Path, files: Files, manifest: Manifest, tmp_path: Path) -> None:
     with daemon(store, tmp_path / "d", "--token-file", files.token) as process:
         read(process.card.listen, Credentials(token_file=files.token, insecure=True), manifest)
         assert "level=info event=remote-client peer=ipv4:127.0.0.1:" in process.log

@@ -165,7 +165,7 @@ def test_what_an_error_calls_a_parameter_is_an_option_of_the_command_line() -> N
 @pytest.mark.parametrize("folder", ["tiers", "runtime"])
 def test_no_error_of_load_names_an_option(folder: str) -> None:
     """But where a command is named, or in what a command alone says."""
-    of_commands = {"options", "process", "control_server", "metrics", "address", "conversation"}
+    of_commands = {"options", "daemon_config", "process", "control_server", "metrics", "address", "conversation"}
     root = ROOT
     for path in sorted((root / folder).rglob("*.py")):
         if path.stem in of_commands or path.parent.name in ("checkpoint", "formats"):  # the converter's

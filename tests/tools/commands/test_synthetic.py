@@ -22,7 +22,8 @@ from moetier.tiers.store.reader import ExpertStore
 from moetier.tiers.store.writer import ShardWriter
 from moetier.tools.convert.convert import convert
 from moetier.tools.main import main
-from moetier.tools.synthetic.checkpoint import GEOMETRIES, WHOLE, config_of, make_synthetic, read_tokens, shapes_of
+from moetier.tools.synthetic.checkpoint import GEOMETRIES, WHOLE, config_of, read_tokens, shapes_of
+from moetier.tools.synthetic.tensors import make_synthetic
 
 SMALL: dict[str, dict[str, Any]] = {
     "mixtral-4L": {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2},

@@ -14,7 +14,8 @@ from cgroups import memory_limit
 from moetier.runtime.checkpoint.safetensors_folder import open_checkpoint
 from moetier.tools.convert.conversion import Conversion
 from moetier.tools.convert.options import Options
-from moetier.tools.synthetic.checkpoint import COMMON, GEOMETRIES, make_synthetic
+from moetier.tools.synthetic.checkpoint import COMMON, GEOMETRIES
+from moetier.tools.synthetic.tensors import make_synthetic
 
 GIB = 1 << 30
 ALLOCATOR_BYTES = 64 << 20  # glibc's arenas, one for each thread, and what they keep

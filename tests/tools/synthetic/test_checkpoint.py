@@ -21,11 +21,11 @@ from moetier.tools.synthetic.checkpoint import (
     TOPICS,
     TRACED,
     lru_curve,
-    make_synthetic,
     read_tokens,
     token_ids,
 )
 from moetier.tools.synthetic.store import convert_synthetic, routing_of
+from moetier.tools.synthetic.tensors import make_synthetic
 
 NARROW: dict[str, Any] = {"hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 2}
 INNER = {"mixtral-4L": {"intermediate_size": 1024}}
