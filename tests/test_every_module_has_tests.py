@@ -71,6 +71,7 @@ TESTED_BY: dict[str, tuple[str, str]] = {
     "tools/serve/batched.py": ("tools/serve/test_engine.py", PARTS),
     "tools/serve/completions.py": ("tools/serve/test_app.py", PARTS),
     "tools/serve/listen.py": ("tools/serve/test_bounds.py", PROCESS),
+    "tools/synthetic/tensors.py": ("tools/synthetic/test_checkpoint.py", PARTS),
     "tools/top/watch.py": ("tools/top/test_app.py", PARTS),
 }
 

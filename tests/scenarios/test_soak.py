@@ -103,7 +103,7 @@ class Seat:
             worker.do("open")
         except WorkerError as error:
             worker.end()
-            if error.type not in ("UnavailableError", "NoDaemonError"):
+            if error.kind not in ("UnavailableError", "NoDaemonError"):
                 raise
             return  # the daemon is being restarted
         for _ in range(self._random.randint(1, 3)):

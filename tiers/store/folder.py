@@ -132,9 +132,11 @@ def read_manifest(folder: Path) -> Manifest:
         raise _incomplete(folder)
     group = read_json(path)
     attributes = group.get("attributes")
-    manifest = Manifest.from_json(
-        attributes.get("moetier") if isinstance(attributes, dict) else None, str(folder.parent)
-    )
+    if not isinstance(attributes, dict) or "moetier" not in attributes:
+        raise StoreFormatError(
+            f"{folder.parent} is not a moetier store: {path} has no attributes.moetier.", "Convert the model again."
+        )
+    manifest = Manifest.from_json(attributes["moetier"], str(folder.parent))
     _compare(path, group, {"zarr_format": 3, "node_type": "group"})
     if not manifest.digest:
         raise StoreFormatError(f"The manifest in {path} has no digest.", remaking(path))

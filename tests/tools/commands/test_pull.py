@@ -191,14 +191,14 @@ from moetier.tools.main import main
 from moetier.tools.convert.encoder import Encoder
 begun, encode, first = Path(sys.argv[1]), Encoder._encode, True
 
-def patient(self, key, free):
+def patient(self, *arguments):
     global first
     deadline = time.monotonic() + 60
     while first and not begun.exists():  # the first of all experts, until another download is under way
         assert time.monotonic() < deadline, "nothing is downloaded meanwhile"
         time.sleep(0.01)
     first = False
-    return encode(self, key, free)
+    return encode(self, *arguments)
 
 Encoder._encode = patient
 sys.exit(main(sys.argv[2:]))
@@ -257,11 +257,11 @@ from moetier.tools.main import main
 from moetier.tools.convert.encoder import Encoder
 encode = Encoder._encode
 
-def patient(self, key, free):
+def patient(self, *arguments):
     for thread in threading.enumerate():
         if thread.name == "moetier-download":  # the next file is whole before a block is
             thread.join()
-    return encode(self, key, free)
+    return encode(self, *arguments)
 
 Encoder._encode = patient
 sys.exit(main(sys.argv[1:]))
