@@ -98,11 +98,8 @@ def plan(
     forecast = estimate(
         model_choices, fits, working[0], room, speeds, context=config.context, options=words, pulls=pulls
     )
-    return (
-        forecast | _cold_start(source, forecast, cache)
-        if model_choices.headers is None
-        else forecast | {"cold_start": None}
-    )
+    cold = _cold_start(source, forecast, cache) if model_choices.headers is None else {"cold_start": None}
+    return forecast | cold
 
 
 def _check(bits: list[int] | None, trunk_bits: list[int] | None, disk: float | None) -> None:
