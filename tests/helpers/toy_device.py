@@ -1,4 +1,4 @@
-"""An invented device, as somebody would add one: the module that a line of ``runtime.device_names`` refers to."""
+"""An invented device in a module of its own, to which a line of ``runtime.device_names`` refers."""
 
 from __future__ import annotations
 

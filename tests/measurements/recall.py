@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import moetier
-from moetier.runtime.trace.recall import GUESSES, compare
+from moetier.runtime.trace.recall import RULES, compare
 from moetier.runtime.trace.recorder import Recorder
 from moetier.runtime.trace.trace import Trace
 from moetier.tools.cli.report import table
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--look-ahead", type=int, default=3, help="(default: %(default)s)")
     arguments = parser.parse_args()
     model, tokenizer = moetier.load(arguments.directory, daemon=None)
-    rows = [["text", "tokens", "ahead", *GUESSES, "chance"]]
+    rows = [["text", "tokens", "ahead", *RULES, "chance"]]
     with model.tiers:
         for name, ids in tokenize(tokenizer, read_texts(arguments.texts), arguments.tokens).items():
             trace = trace_of(model, ids, arguments.look_ahead)

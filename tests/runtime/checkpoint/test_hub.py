@@ -50,10 +50,10 @@ def test_a_hub_id_is_found_in_the_cache_without_a_network(original: Path, tmp_pa
     ("name", "fix"), [("nowhere", "Check the name of the folder"), ("acme/x", "Check the name and ")]
 )
 def test_a_hub_that_is_not_reached(tmp_path: Path, name: str, fix: str) -> None:
-    """What is likely to be a folder that is not there is said to be one."""
-    nobody = {"HF_ENDPOINT": "http://127.0.0.1:1", "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+    """If the hub can't be reached, the advice depends on whether the source looks like an id or like a folder."""
+    unreachable = {"HF_ENDPOINT": "http://127.0.0.1:1", "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "0"}
     command = [sys.executable, "-m", "moetier.tools.main", "convert", name, str(tmp_path / "dst")]
-    result = subprocess.run(command, env=os.environ | nobody, capture_output=True, text=True, check=False)
+    result = subprocess.run(command, env=os.environ | unreachable, capture_output=True, text=True, check=False)
     cause, advice = result.stderr.splitlines()[-2:]
     reached = (
         f"The hub could not be reached for a model with the id {name}, and there is no such folder: ConnectError: "

@@ -1,4 +1,4 @@
-"""The link to a daemon: what is sent, in which order, and what becomes of requests when a stream or a daemon ends."""
+"""The link to a daemon: the order of messages, and open requests when a stream or a daemon ends."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ def directory(tmp_path: Path) -> Path:
 def test_it_is_opened_once_with_the_smallest_budget_and_closed_with_its_store(directory: Path) -> None:
     manifest = manifest_of(directory)
     fallback = Fallback(directory, manifest)
-    assert fallback.host is None, "nobody has needed it"
+    assert fallback.host is None, "it was not needed yet"
     host = fallback.open()
     assert host is not None
     assert fallback.open() is fallback.host is host

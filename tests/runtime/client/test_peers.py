@@ -47,7 +47,7 @@ def test_a_daemon_that_is_removed_moves_only_its_own_keys(
 @settings(max_examples=30)
 @given(st.lists(st.text(min_size=1, max_size=20), min_size=2, max_size=5, unique=True))
 def test_shares_are_equal(daemons: list[str]) -> None:
-    """And so are the shares of one that is gone: nobody takes over all of it."""
+    """The share of a daemon that is gone is divided among the others."""
     every = [ExpertKey(block, expert) for block in range(24) for expert in range(64)]
     first = Counter(rendezvous(daemons, key)[0] for key in every)
     second = Counter(order[1] for key in every if (order := rendezvous(daemons, key))[0] == daemons[0])

@@ -217,7 +217,7 @@ def test_shards_are_the_last_resort(three: list[Daemon], folder: Path, manifest:
             read(reader, key)
         assert shares(reader) == [0, len(KEYS), 0]
         three[1].go()
-    with SpreadStore.open(addresses, PLAIN, manifest, folder) as reader:  # nobody is there to begin with
+    with SpreadStore.open(addresses, PLAIN, manifest, folder) as reader:  # no daemon runs at first
         read(reader, KEYS[0])
         assert local_records(reader) == 1
 

@@ -17,7 +17,7 @@ from moetier.tiers.arena.layout import ArenaLayout
 
 
 def test_an_owner_that_is_still_being_killed_is_waited_for_whatever_is_free_already(tmp_path: Path) -> None:
-    """Of two models: a read of one has not ended yet, and with it the lock of that arena."""
+    """There are two models. A read of one has not ended yet, so its arena is still locked."""
     plans = [make_plan(experts=experts, model=f"acme/{experts}") for experts in (4, 6)]
     manifests = [write_store(tmp_path / plan.model, plan, make_records(plan)) for plan in plans]
     arenas = [Arena.create(ArenaLayout.of(manifest, {"records": 6})) for manifest in manifests]

@@ -80,7 +80,7 @@ BATCH, TOKENS = 2, 17
 
 
 def cached_bytes(model: Any) -> int:
-    """What transformers holds after a prefill, states of a constant size left out."""
+    """Return the bytes of transformers' cache after a prefill, without states of a constant size."""
     ids = torch.randint(2, 250, (BATCH, TOKENS))
     with torch.no_grad():
         cache = getattr(model(input_ids=ids, use_cache=True), CACHE)
