@@ -35,7 +35,7 @@ FIRST = (*MANIFEST, "layouts", "records", "projections", 0)
         ((*MANIFEST, "blocks", 1, "top_k"), 5, r"blocks\[1\].top_k is 5, not a whole number from 1 to 4"),
         ((*MANIFEST, "blocks", 1, "array"), "../elsewhere", "no layout"),
         (MANIFEST, None, "no manifest"),
-        (("attributes",), [], "no manifest"),
+        (("attributes",), [], "has no attributes.moetier"),
     ],
 )
 def test_a_manifest_that_is_not_of_this_format(
