@@ -3,10 +3,10 @@
     python tests/measurements/pairs.py OLD/.venv/bin/python NEW/.venv/bin/python --decode DIR --ram 2GiB
     python tests/measurements/pairs.py OLD/.venv/bin/python NEW/.venv/bin/python -- convert SOURCE {new} --bits 4
 
-With ``--decode``, each release loads the model once, in a process of its own, and both decode the same tokens by turns;
-the other process sleeps meanwhile. Otherwise a whole command is timed, in which ``{new}`` stands for a path that does
-not exist yet. Prints both medians, and how many times as fast NEW is: the geometric mean of the ratios, with its 95 %
-interval over the rounds.
+With ``--decode``, each release loads the model once, in a process of its own, and both decode the same tokens by turns,
+or with ``--prompt`` run the same prompts; the other process sleeps meanwhile. Otherwise a whole command is timed, in
+which ``{new}`` stands for a path that does not exist yet. Prints both medians, and how many times as fast NEW is: the
+geometric mean of the ratios, with its 95 % interval over the rounds.
 """
 
 from __future__ import annotations
@@ -26,15 +26,23 @@ from pathlib import Path
 from speculation import student
 
 STEPS = 32  # tokens of a round
-# decodes STEPS tokens for each line that it reads, and prints the median seconds of a step
+# for each line that it reads, decodes STEPS tokens or runs a prompt, and prints the seconds of a step
 DECODER = """
-import sys, time, statistics, warnings, torch, moetier
+import statistics, sys, time, warnings, torch, moetier
 warnings.simplefilter("ignore")
 model, _ = moetier.load(sys.argv[1], ram=sys.argv[2], daemon=None, speculate="off")
 random = torch.Generator().manual_seed(0)
 with torch.no_grad():
     model(torch.randint(1000, (1, 1024), generator=random), use_cache=False)  # loads what there is room for
+prompt = int(sys.argv[3])
 for line in sys.stdin:
+    if prompt:
+        ids = torch.randint(1000, (1, prompt), generator=random)
+        began = time.perf_counter()
+        with torch.no_grad():
+            model(ids, use_cache=False, logits_to_keep=1)
+        print(time.perf_counter() - began, flush=True)
+        continue
     ids = torch.randint(1000, (1, STEPS + 1), generator=random)
     seconds, past = [], None
     with torch.no_grad():
@@ -52,6 +60,7 @@ def main() -> None:
     parser.add_argument("new", help="another")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--decode", metavar="DIR", help="a model directory")
+    parser.add_argument("--prompt", type=int, default=0, metavar="N", help="with --decode: run prompts of N tokens")
     parser.add_argument("--ram", default="80%", help="for its experts (default: %(default)s)")
     parser.add_argument("command", nargs="*", metavar="ARGUMENT", help="of moetier, behind --")
     arguments = parser.parse_args()
@@ -77,8 +86,8 @@ def main() -> None:
 
 
 def decoder(ends: contextlib.ExitStack, python: str, arguments: argparse.Namespace) -> Callable[[], float]:
-    """Start a process that has loaded a model, and return a function that decodes in it and returns seconds a step."""
-    words = [python, "-c", DECODER, arguments.decode, arguments.ram]
+    """Start a process that has loaded a model, and return a function that runs one round in it and returns seconds."""
+    words = [python, "-c", DECODER, arguments.decode, arguments.ram, str(arguments.prompt)]
     process = ends.enter_context(subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
     ends.callback(process.kill)
     assert process.stdin is not None
