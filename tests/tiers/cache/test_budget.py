@@ -5,10 +5,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 
 import pytest
-from geometries import two_geometries
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stores import make_plan
+from two_layouts import two_layouts
 
 from moetier.tiers.cache.budget import Partition, partitions_of, slot_ranges, slots_for, smallest_budget
 from moetier.tiers.cache.policies import DEFAULT_POLICY, POLICIES, Policy
@@ -22,7 +22,7 @@ def cost(manifest: Manifest, slots: dict[str, int]) -> int:
     return sum(manifest.layouts[name].slot_bytes * count for name, count in slots.items())
 
 
-def test_one_geometry() -> None:
+def test_one_layout() -> None:
     plan = make_plan(blocks=3, experts=4, top_k=2)
     slot = plan.layouts["records"].slot_bytes
     assert smallest_budget(plan) == 2 * slot, "exactly one block's top-k records"
@@ -33,8 +33,8 @@ def test_one_geometry() -> None:
     assert slots_for(plan, 1 << 50) == {"records": 12}, "one slot for each record at most"
 
 
-def test_two_geometries() -> None:
-    plan = two_geometries()
+def test_two_layouts() -> None:
+    plan = two_layouts()
     assert slot_ranges(plan) == {"big": (3, 8), "small": (2, 12)}
     assert plan.members["big"].keys() == {0, 2}
     smallest, largest = smallest_budget(plan), plan.stored_bytes
@@ -45,7 +45,7 @@ def test_two_geometries() -> None:
     assert 2 < middle["small"] < 12
 
 
-@pytest.mark.parametrize("plan", [make_plan(), two_geometries()], ids=["one", "two"])
+@pytest.mark.parametrize("plan", [make_plan(), two_layouts()], ids=["one", "two"])
 def test_too_small_is_refused_with_what_works(plan: Manifest) -> None:
     with pytest.raises(BudgetError) as caught:
         slots_for(plan, smallest_budget(plan) - 1)
@@ -54,7 +54,7 @@ def test_too_small_is_refused_with_what_works(plan: Manifest) -> None:
     assert f"{plan.stored_bytes:,}" in caught.value.fix
 
 
-@given(st.data(), st.sampled_from([make_plan(), two_geometries()]))
+@given(st.data(), st.sampled_from([make_plan(), two_layouts()]))
 def test_a_budget_is_never_exceeded_and_never_wasted(data: st.DataObject, plan: Manifest) -> None:
     budget = data.draw(st.integers(smallest_budget(plan), plan.stored_bytes + 10_000))
     slots = dict(slots_for(plan, budget))
@@ -65,7 +65,7 @@ def test_a_budget_is_never_exceeded_and_never_wasted(data: st.DataObject, plan: 
 
 
 def blocks_of(*shapes: tuple[int, int]) -> dict[int, Block]:
-    """Make blocks of (experts, top_k). Their numbers have gaps, like those of one geometry among several."""
+    """Make blocks of (experts, top_k). Their numbers have gaps, like those of one record layout among several."""
     return {3 * i: Block(f"layers.{i}", "records", i, experts, k) for i, (experts, k) in enumerate(shapes)}
 
 

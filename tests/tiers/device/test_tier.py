@@ -12,12 +12,12 @@ import pytest
 import torch
 from consumers import PLAN, RECORDS, SMALLEST, Consumer, device_of, record_bytes
 from fake_device import Locked, Order
-from geometries import two_geometries
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from readers import GatedReader, RamReader
 from stores import keys, make_plan, make_records, make_store
 from threads import Task, run_all, sleeps, wait_until
+from two_layouts import two_layouts
 from unsteady import UnsteadySource
 
 from moetier.testing import in_fork
@@ -359,7 +359,7 @@ def test_a_passage_leaves_what_decoding_needs(policy: str, kept: bool, promotes:
 
 
 def test_two_record_sizes() -> None:
-    plan = two_geometries()
+    plan = two_layouts()
     records = make_records(plan)
     device = device_of()
     for budget in (smallest_budget(plan), plan.stored_bytes):

@@ -10,11 +10,11 @@ from dataclasses import replace
 
 import pytest
 from cuts import cut
-from geometries import two_geometries
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from stores import layout_of, make_plan
+from two_layouts import two_layouts
 
 from moetier.tiers.arena.directory import Directory
 from moetier.tiers.arena.layout import ArenaLayout
@@ -28,7 +28,7 @@ from moetier.tiers.host.session import Session
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.locks import Monitor
 
-MANIFEST = two_geometries()
+MANIFEST = two_layouts()
 EXPERTS = 4
 BLOCKS = st.integers(0, 4)
 PATIENCE = 10.0

@@ -14,7 +14,6 @@ from pathlib import Path
 from queue import SimpleQueue
 
 import pytest
-from geometries import two_geometries
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -23,6 +22,7 @@ from readers import PATIENCE, GatedReader, RamReader
 from stores import keys, make_plan, make_records
 from threads import Task, run_all, sleeps, wait_until
 from tier_states import held_lock, is_closed
+from two_layouts import two_layouts
 
 from moetier.testing import in_fork
 from moetier.tiers.cache.budget import slots_for, smallest_budget
@@ -93,7 +93,7 @@ def test_a_lease_is_readable_read_only_and_numbered() -> None:
 
 
 def test_two_record_sizes() -> None:
-    plan = two_geometries()
+    plan = two_layouts()
     records = make_records(plan)
     reader = RamReader(plan, records)
     for budget in (smallest_budget(plan), plan.stored_bytes):
@@ -119,14 +119,14 @@ def test_memory_that_can_not_be_had_leaves_nothing() -> None:
     output = in_child(
         """
         import os, resource, threading
-        from geometries import two_geometries
+        from two_layouts import two_layouts
         from readers import RamReader
         from moetier.tiers.errors import BudgetError
         from moetier.tiers.host.tier import HostTier
         resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
         before = os.listdir("/proc/self/fd")
         try:
-            HostTier(RamReader(two_geometries(), {}), slots={"small": 2, "big": 3})
+            HostTier(RamReader(two_layouts(), {}), slots={"small": 2, "big": 3})
         except BudgetError as error:
             print(error.cause)
         assert os.listdir("/proc/self/fd") == before

@@ -41,7 +41,7 @@ def read_all(folder: Path) -> dict[ExpertKey, bytes]:
         return read_records(store)
 
 
-def two_geometries() -> Manifest:
+def two_layouts() -> Manifest:
     """Make a plan with blocks 0 and 2 in one array and block 1, with other rows and experts, in another."""
     plan = make_plan(blocks=3)
     first, second, third = plan.blocks
@@ -69,7 +69,7 @@ print(json.dumps(found))
 
 
 def test_zarr_alone_reads_every_record(tmp_path: Path) -> None:
-    plan = two_geometries()
+    plan = two_layouts()
     records = make_records(plan)
     records[ExpertKey(0, 2)] = bytes(plan.layout(0).record_bytes)  # all zero: zarr would not write it by itself
     write_store(tmp_path, plan, records)
@@ -112,8 +112,8 @@ def test_an_all_zero_record_is_stored_and_reads_back(tmp_path: Path) -> None:
     assert read_all(tmp_path) == records
 
 
-def test_several_geometries_read_back(tmp_path: Path) -> None:
-    plan = two_geometries()
+def test_several_layouts_read_back(tmp_path: Path) -> None:
+    plan = two_layouts()
     records = make_records(plan)
     manifest = write_store(tmp_path, plan, records)
     assert read_all(tmp_path) == records

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from geometries import two_geometries
 from stores import make_plan
+from two_layouts import two_layouts
 
 from moetier.tiers.cache.budget import Partition
 from moetier.tools.bench.bound import Bound, BoundRates, Need, misses_of, need_of, rows_of
@@ -49,7 +49,7 @@ def test_bytes_of_a_step() -> None:
 
 
 def test_blocks_of_two_sizes_are_counted_in_their_own_bytes() -> None:
-    plan = two_geometries()
+    plan = two_layouts()
     sizes = [plan.layout(block).slot_bytes for block in range(5)]
     assert sizes[0] > sizes[1]
     need = need_of(plan, [[[0]] * 5], 1, {"big": 8, "small": 12}, trunk=0)

@@ -86,7 +86,7 @@ def test_what_is_in_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         assert part in text
 
 
-def test_two_geometries(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_layouts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan = make_plan(blocks=3)
     first, second, third = plan.blocks
     plan = replace(

@@ -8,14 +8,14 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
-from geometries import two_geometries
 from places import ROOT
+from two_layouts import two_layouts
 
 from moetier.tools.plan.choices import Choice
 from moetier.tools.plan.estimate import Caching, Cost, HitCurve, hit_curves, nearest_curve, prompt_cost, token_cost
 from moetier.tools.plan.speeds import DiskRate, MachineRates
 
-MANIFEST = two_geometries()  # top-3 of 4 in two blocks, top-2 of 4 in three
+MANIFEST = two_layouts()  # top-3 of 4 in two blocks, top-2 of 4 in three
 ALL = {"big": 8, "small": 12}
 RATES = MachineRates(DiskRate(1e9, 2e9, 4), 1e10, {16: 5e9, 4: 5e9}, {16: 1e11, 4: 1e11}, 5e9, 0.0)
 CHOICE = Choice(4, 16, MANIFEST, trunk_bytes=0, matrices=(), plain_bytes=1_000_000, layers=5)

@@ -7,7 +7,7 @@ from stores import SOURCE_DIGEST, layout_of
 from moetier.tiers.manifest import Block, Manifest
 
 
-def two_geometries() -> Manifest:
+def two_layouts() -> Manifest:
     """Blocks 0 and 2: top-3 of 4 big records; blocks 1, 3 and 4: top-2 of 4 small ones."""
     arrays = ["big", "small", "big", "small", "small"]
     return Manifest(
