@@ -6,9 +6,9 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 from moetier.runtime.device_names import check_device, device_values
 from moetier.runtime.wire.address import Address, Credentials
@@ -20,9 +20,6 @@ from moetier.tiers.source import LOADERS
 SPECULATE = ("auto", "off", "always")
 REMOTE_COMPUTE = ("auto", "off")
 DEFAULT_CONTEXT = 4096  # tokens
-# Tokens of a prompt that commands compute together. It does not depend on the memory if that is not short, because the
-# last bits of a result depend on which tokens are computed together.
-PREFILL_CHUNK = 1024
 NONE = "none"  # value of the option `daemon` that means None where only a text can be given
 AUTO = "auto"  # value of the option `daemon`: use a running daemon that serves this store, if there is one
 
@@ -240,6 +237,12 @@ class TierConfig:
             )
         return config
 
+    @classmethod
+    def of_command(cls, **options: Unpack[LoadOptions]) -> TierConfig:
+        """Check and convert options as ``of``. Those that are not given have the defaults of commands."""
+        defaults: Any = {name: option.default for name, option in COMMAND_OPTIONS.items()}
+        return cls.of(**defaults | options)
+
     @property
     def mapped(self) -> Address | None:
         """Address of the daemon that was named, if it is the only one and on this host; else None.
@@ -262,6 +265,9 @@ class TierConfig:
 
 
 OPTIONS = options_of(TierConfig)
+# The options as commands have them. Their chunk of a prompt does not depend on the memory if that is not short, because
+# the last bits of a result depend on which tokens are computed together.
+COMMAND_OPTIONS = OPTIONS | {"prefill_chunk": replace(OPTIONS["prefill_chunk"], default=1024)}
 CACHE = ("store_cache", "store_cache_size")  # options for models in an object store, of ``load`` and of commands
 OF_HOST_TIER = tuple(name for name, option in OPTIONS.items() if option.of_host_tier)
 

@@ -41,7 +41,6 @@ TESTED_BY: dict[str, tuple[str, str]] = {
     "runtime/kernels/quantise/hqq_code.py": ("runtime/kernels/quantise/test_encode.py", CODE),
     "runtime/kernels/quantise/quantise_code.py": ("runtime/kernels/quantise/test_encode.py", CODE),
     "runtime/libraries/transformers_internals.py": ("runtime/libraries/test_internals.py", "all libraries are in one"),
-    "runtime/model/attach.py": ("runtime/model/test_quantizer.py", "transformers calls it in the quantiser's place"),
     "runtime/moe/layer_forms.py": ("runtime/moe/test_layers.py", PARTS),
     "runtime/moe/snapshot.py": ("runtime/moe/test_layers.py", PARTS),
     "tiers/device/copies.py": ("tiers/device/test_tier.py", PARTS),

@@ -1,9 +1,11 @@
-"""Base class of objects with a method ``close``. It has a module of its own because all packages may use it."""
+"""Objects with a method ``close``. All packages may use this module."""
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
-from typing import Self
+from collections.abc import Iterator
+from typing import Protocol, Self, TypeVar
 
 
 class Closeable(ABC):
@@ -18,3 +20,23 @@ class Closeable(ABC):
     @abstractmethod
     def close(self) -> None:
         """Release what the object holds. A second call does nothing."""
+
+
+class HasClose(Protocol):
+    """Type of an object with a method ``close``."""
+
+    def close(self) -> object:
+        """Release what the object holds."""
+
+
+Opened = TypeVar("Opened", bound=HasClose)
+
+
+@contextlib.contextmanager
+def closed_on_error(opened: Opened) -> Iterator[Opened]:
+    """Yield ``opened`` for a ``with`` block, and close it if the block raises."""
+    try:
+        yield opened
+    except BaseException:
+        opened.close()
+        raise

@@ -26,6 +26,7 @@ from moetier.runtime.wire.address import Address, Credentials
 from moetier.runtime.wire.channel import open_channel
 from moetier.runtime.wire.control import ControlConnection
 from moetier.runtime.wire.status_codes import error_from_message, error_of
+from moetier.tiers.closeable import closed_on_error
 from moetier.tiers.errors import ClosedError, MoetierError, UnavailableError
 from moetier.tiers.layout import ExpertKey
 
@@ -107,11 +108,8 @@ class Link:
         self.connections = 0  # number of connections made, with the first
         self._thread = threading.Thread(target=self._run, args=(first,), name="moetier-link", daemon=True)
         self._thread.start()
-        try:
+        with closed_on_error(self):  # the error is a Ctrl-C
             self._tried.wait()  # so that prefetch requests that follow at once are not lost
-        except BaseException:  # Ctrl-C
-            self.close()
-            raise
 
     @property
     def error(self) -> MoetierError:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from moetier.runtime.stores.registry import open_store
 from moetier.runtime.wire.address import Address, Credentials
+from moetier.tiers.closeable import closed_on_error
 from moetier.tiers.errors import (
     BudgetError,
     CheckpointError,
@@ -67,11 +68,8 @@ class SpreadStore(Store):
             names=[address for address in addresses if address.is_dns_name],
             credentials=credentials,
         )
-        try:
+        with closed_on_error(store):
             store.peers.check_all(needed=store.local is None)
-        except BaseException:
-            store.close()
-            raise
         return store
 
     def __init__(

@@ -20,7 +20,7 @@ from queue import Empty, SimpleQueue
 
 from moetier.runtime.wire.address import Address
 from moetier.runtime.wire.control import ControlConnection
-from moetier.tiers.closeable import Closeable
+from moetier.tiers.closeable import Closeable, closed_on_error
 from moetier.tiers.errors import ClosedError, ExhaustedError, StoreError, UnavailableError
 from moetier.tiers.host.tier import HostTier
 from moetier.tiers.layout import ExpertKey
@@ -59,11 +59,8 @@ class DaemonTier(Closeable):
             ProtocolError: the daemon has another version.
         """
         control = ControlConnection.open(folder, manifest.digest)
-        try:
+        with closed_on_error(control):
             return cls(folder, manifest, control, Fallback(directory, manifest), patience)
-        except BaseException:
-            control.close()
-            raise
 
     def __init__(
         self, folder: Path, manifest: Manifest, control: ControlConnection, fallback: Fallback, patience: float

@@ -31,6 +31,7 @@ from moetier.runtime.speculation.controller import Mode
 from moetier.runtime.speculation.predictor import Shortcuts
 from moetier.runtime.speculation.speculation import Speculation
 from moetier.runtime.stores.registry import read_manifest
+from moetier.tiers.closeable import closed_on_error
 from moetier.tiers.errors import ConfigError
 
 from .budgets import kv_cache_bytes, largest_decoded
@@ -46,11 +47,11 @@ def attach_tiers(model: PreTrainedModel, location: Path, files: TrunkFiles, conf
     Args:
         model: its trunk is loaded; its experts have no parameters.
         location: its model directory, checkpoint folder or GGUF file.
-        files: the trunk's files, which are closed if nothing in memory needs them.
+        files: the trunk's files. They are closed if nothing in memory needs them.
         config: the options of the tiers.
 
     Raises the errors of ``Tiers.open``, StoreFormatError if a file of the trunk has changed, and ConfigError if the
-    trunk is on several devices, or on one on which moetier can't compute.
+    trunk is on several devices, or on one on which moetier can't compute. After an error the tiers are closed.
     """
     use_threads(config.threads)
     device = device_at(_place_of(model), config.device)
@@ -59,21 +60,16 @@ def attach_tiers(model: PreTrainedModel, location: Path, files: TrunkFiles, conf
     for linear in linears:
         linear.compute_with(kernels)
     shortcuts = _shortcuts(model, config)  # before the tiers, as this memory is then not free
-    tiers = _open_tiers(model, location, config, device, kernels, linears)
-    tiers.trunk_files = files
-    try:
+    with closed_on_error(_open_tiers(model, location, files, config, device, kernels, linears)) as tiers:
         files.finish_load(model, is_shared=tiers.daemon is not None)
-    except BaseException:
-        tiers.close()
-        raise
-    _keep(model, tiers)
-    if shortcuts is not None:
-        _speculate(shortcuts, config, tiers, experts_modules(model))
-    layouts = [*tiers.manifest.layouts.values(), *(linear.layout for linear in linears)]
-    if any(kernels.packs(layout) for layout in layouts):  # else the model computes bit for bit as the eager one
-        _use_compiled_code(model)
-    tiers.hooks.add(model.register_forward_pre_hook(lambda *_: files.check()))
-    _attach_blocks(model, tiers, device.place)
+        if shortcuts is not None:
+            _speculate(shortcuts, config, tiers, experts_modules(model))
+        layouts = [*tiers.manifest.layouts.values(), *(linear.layout for linear in linears)]
+        if any(kernels.packs(layout) for layout in layouts):  # else the model computes bit for bit as the eager one
+            _use_compiled_code(model)
+        tiers.hooks.add(model.register_forward_pre_hook(lambda *_: files.check()))
+        _attach_blocks(model, tiers, device.place)
+        _keep(model, tiers)
 
 
 def _place_of(model: PreTrainedModel) -> torch.device:
@@ -90,13 +86,14 @@ def _place_of(model: PreTrainedModel) -> torch.device:
 def _open_tiers(
     model: PreTrainedModel,
     location: Path,
+    files: TrunkFiles,
     config: TierConfig,
     device: ComputeDevice,
     kernels: Kernels,
     linears: list[QuantizedLinear],
 ) -> Tiers:
     """Open the tiers, which close when the model is garbage-collected. ``linears``: the trunk's quantised matrices."""
-    context = context_of(model.config, config.context, config.prefill_chunk)
+    context = context_of(model.config, config)
     tiers = Tiers.open(
         location,
         config,
@@ -107,6 +104,7 @@ def _open_tiers(
         width=model.dtype.itemsize,
         kernels=kernels,
         largest=largest_decoded((linear.layout for linear in linears), kernels),
+        trunk_files=files,
     )
     weakref.finalize(model, close_later, tiers.close_sources, weakref.ref(tiers))
     return tiers

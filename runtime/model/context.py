@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from moetier.runtime.config import DEFAULT_CONTEXT
+from moetier.runtime.config import DEFAULT_CONTEXT, TierConfig
 from moetier.runtime.libraries.transformers_internals import can_use_dynamic_cache
 from moetier.tiers.options import MOST
 
@@ -41,15 +41,15 @@ def _reaches(rope: Any, stated: int) -> Iterator[float]:
         yield from _reaches(layers, stated)
 
 
-def context_of(config: Any, tokens: int, chunk: int | None = None) -> int:
+def context_of(model_config: Any, config: TierConfig) -> int:
     """Return the context that memory is reserved for, in tokens.
 
-    That is ``tokens``, the option's value. If it is the default, it is at least a ``chunk`` of a prompt, and at most
-    ``longest_context(config)``.
+    That is the option ``context``. If it is the default, it is at least ``prefill_chunk``, and at most
+    ``longest_context(model_config)``.
     """
-    if tokens != DEFAULT_CONTEXT:
-        return tokens
-    return min(max(tokens, chunk or 0), longest_context(config) or MOST)
+    if config.context != DEFAULT_CONTEXT:
+        return config.context
+    return min(max(config.context, config.prefill_chunk or 0), longest_context(model_config) or MOST)
 
 
 def can_resume(model: Any) -> bool:

@@ -27,6 +27,7 @@ from moetier.runtime.devices.device import chosen_device
 from moetier.runtime.machine.memory import shortage_in
 from moetier.runtime.stores.checkpoint_store import check_shards
 from moetier.runtime.stores.registry import read_manifest
+from moetier.tiers.closeable import closed_on_error
 from moetier.tiers.errors import ConfigError, MoetierError, StoreFormatError, UnsupportedModelError
 from moetier.tiers.fields import some
 from moetier.tiers.store.folder import check_directory, command
@@ -38,6 +39,7 @@ from .quantizer import Asked, asked_for, install
 from .trunk_files import TrunkFiles
 from .vocabulary import check_tokenizer
 
+MISFIT = "Check that config.json belongs to these weights. If it does, get the checkpoint or convert it again."
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -145,14 +147,11 @@ def _load(
             device_map={"": str(device.place)} if device.has_memory else None,
             attn_implementation=attention,
         )
-        if attention is not None:  # not what has replaced it
-            model.set_attn_implementation(attention)
-    if tokenizer is not None:
-        try:
-            check_tokenizer(model, tokenizer, location)
-        except BaseException:
-            model.tiers.close()
-            raise
+        with closed_on_error(model.tiers):
+            if attention is not None:  # not what has replaced it
+                model.set_attn_implementation(attention)
+            if tokenizer is not None:
+                check_tokenizer(model, tokenizer, location)
     return model, tokenizer
 
 
@@ -184,7 +183,7 @@ def model_of(
     """
     chosen = _dtype(dtype)
     files = TrunkFiles(location, container_of(location).weight_files(location)) if is_checkpoint(location) else None
-    try:
+    with files.for_load() if files else contextlib.nullcontext():
         own = getattr(config, "dtype", None) if chosen == "auto" else chosen
         # config_of has refused code unless link ignored it
         trunk = open_source(location, ignore_code=True).trunk(own) if files else None
@@ -194,19 +193,11 @@ def model_of(
         named["output_loading_info"] = True
         with asked_for(Asked(asked, location, files, trunk)):
             model, info = load(location if trunk is None else None, *arguments, **named)
-        if lacking := info["missing_keys"]:
-            model.tiers.close()
-            raise StoreFormatError(
-                f"{location} can't be loaded: it has no tensor for {some(lacking)}.",
-                "Check that config.json belongs to these weights. If it does, get the checkpoint or convert it again.",
-            )
-        if trunk is not None and location.is_dir():
-            _name_after(model, location)
-    except Exception:
-        if files is not None:
-            with contextlib.closing(files):
-                files.check()  # a change of a file explains any error
-        raise
+        with closed_on_error(model.tiers):
+            if lacking := info["missing_keys"]:
+                raise StoreFormatError(f"{location} can't be loaded: it has no tensor for {some(lacking)}.", MISFIT)
+            if trunk is not None and location.is_dir():
+                _name_after(model, location)
     return (model, info) if wants_info else model
 
 
@@ -302,10 +293,7 @@ def _raise_own_error(error: Exception, location: Path) -> None:
             f"Check the directory: {command('verify', location)}; or convert the model again.",
         ) from error
     if (misfit := _misfit(error)) is not None:
-        raise StoreFormatError(
-            f"{location} can't be loaded: {misfit}.",
-            "Check that config.json belongs to these weights. If it does, get the checkpoint or convert it again.",
-        ) from error
+        raise StoreFormatError(f"{location} can't be loaded: {misfit}.", MISFIT) from error
 
 
 def _misfit(error: Exception) -> str | None:

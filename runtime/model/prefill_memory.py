@@ -113,7 +113,7 @@ def prefill_of(model: Any, manifest: Manifest, config: TierConfig, kernels: Kern
     ``config`` says how many: ``prefill_chunk``, or the first DEFAULT_CONTEXT tokens of the context. ``model`` may be on
     the meta device, ``kernels`` are those that it will be computed with.
     """
-    context = context_of(model.config, config.context, config.prefill_chunk)
+    context = context_of(model.config, config)
     size, resumes = model.dtype.itemsize, can_resume(model)
     text = model.config.get_text_config(decoder=True)
     is_quick = any(map(kernels.packs, manifest.layouts.values()))  # else norms and attention are those of transformers

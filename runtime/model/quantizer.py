@@ -203,9 +203,9 @@ class MoetierQuantizer(HfQuantizer):
         given: Any = self.quantization_config
         in_config: Any = {name: getattr(given, name) for name in IN_CONFIG}
         asked = _asked.get()
-        attach_tiers(
-            model, self._location, self._files, asked.config if asked else TierConfig.of(**(in_config | _options))
-        )
+        config = asked.config if asked else TierConfig.of(**(in_config | _options))
+        with self._files.for_load():
+            attach_tiers(model, self._location, self._files, config)
         return model
 
     def is_serializable(self) -> bool:

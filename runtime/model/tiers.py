@@ -10,7 +10,6 @@ import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NoReturn
 
 from moetier.runtime.config import TierConfig
@@ -22,6 +21,7 @@ from moetier.runtime.moe.block import refuse_copy
 from moetier.runtime.moe.gates import Observation
 from moetier.runtime.speculation.speculation import Speculation
 from moetier.runtime.stores.registry import read_manifest
+from moetier.tiers.closeable import Closeable
 from moetier.tiers.device.tier import DeviceTier
 from moetier.tiers.device.views import HostViews
 from moetier.tiers.errors import ConfigError
@@ -37,7 +37,7 @@ _log = logging.getLogger(__name__)
 _closers: set[threading.Thread] = set()
 
 
-class Tiers:
+class Tiers(Closeable):
     """Tiers of one model, kept as ``model.tiers``. A context manager, which closes them."""
 
     @classmethod
@@ -53,20 +53,21 @@ class Tiers:
         width: int = 4,
         kernels: Kernels | None = None,
         largest: int = 0,
+        trunk_files: TrunkFiles | None = None,
     ) -> Tiers:
         """Open the tiers of a model directory, to compute on ``device``.
 
-        ``trunk``: bytes of the trunk that still count as free memory.
-
-        ``cache``: bytes to leave for keys and values of a context.
-
-        ``prefill``: tokens of a prompt that are computed together. If memory is short, there will be fewer.
-
-        ``width``: bytes of each number in scratch memory.
-
-        ``kernels``: the kernels that the trunk uses; by default those of ``device``.
-
-        ``largest``: number of weights of the trunk's largest matrix that is decoded for each product.
+        Args:
+            location: the model directory, checkpoint folder or GGUF file.
+            config: the options of the tiers.
+            device: the device that computes.
+            trunk: bytes of the trunk that still count as free memory.
+            cache: bytes to leave for keys and values of a context.
+            prefill: tokens of a prompt that are computed together. If memory is short, there will be fewer.
+            width: bytes of each number in scratch memory.
+            kernels: the kernels that the trunk uses; by default those of ``device``.
+            largest: number of weights of the trunk's largest matrix that is decoded for each product.
+            trunk_files: the files of the trunk, which ``close`` closes.
 
         Raises StoreError if the store can't be opened, BudgetError if no memory budget is possible, DaemonError if
         ``config`` names a daemon that can't be used, and ConfigError for ``device_memory`` if ``device`` has none.
@@ -100,7 +101,7 @@ class Tiers:
                 kernels.make_room = tier.shrink
             elif origin.daemon is not None:
                 memory.beside_daemon(memory_for_model())
-            tiers = cls(manifest, origin, tier, kernels, memory.prefill)
+            tiers = cls(manifest, origin, tier, kernels, memory.prefill, trunk_files)
             undo.pop_all()
         if tiers.prefill_chunk < prefill.tokens:
             what = "to compute %s tokens of a prompt together" if prefill.resumes else "for a prompt of %s tokens"
@@ -114,6 +115,7 @@ class Tiers:
         device: HostViews | DeviceTier,
         kernels: Kernels,
         prefill: Prefill,
+        trunk_files: TrunkFiles | None = None,
     ) -> None:
         self.manifest = manifest
         self.prefill = prefill  # memory for the tokens of a prompt that are computed together
@@ -123,14 +125,12 @@ class Tiers:
         self.daemon = origin.daemon  # the host tier, if it belongs to a daemon on this host
         self.learns = origin.learner is not None
         self.shares = origin.shares  # returns what came from each daemon of another host, and from the store
-        self.remote_compute = (
-            origin.remote_compute
-        )  # computes experts at daemons of other hosts; None if there are none
+        self.remote_compute = origin.remote_compute  # computes experts at daemons of other hosts, if there are any
         self.device = device
         self.kernels = kernels
         self.speculation: Speculation | None = None
         self.hooks = Observation()  # hooks on the model, besides those of the speculation
-        self.trunk_files: TrunkFiles | None = None  # the files of the model's trunk
+        self._trunk_files = trunk_files
         self.close_sources = partial(_close_sources, device, origin)  # without a reference to the model
 
     def stats(self) -> list[TierStats]:
@@ -149,17 +149,9 @@ class Tiers:
         if self.speculation is not None:
             self.speculation.detach()
         self.hooks.close()
-        if self.trunk_files is not None:
-            self.trunk_files.close()
+        if self._trunk_files is not None:
+            self._trunk_files.close()
         self.close_sources()
-
-    def __enter__(self) -> Tiers:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _close_sources(device: HostViews | DeviceTier, origin: Origin) -> None:

@@ -7,6 +7,7 @@ files of any other trunk stay open, and are compared with what they were before 
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
@@ -15,6 +16,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from moetier.runtime.machine.memory import mapped_files
+from moetier.tiers.closeable import closed_on_error
 from moetier.tiers.errors import StoreError, StoreFormatError
 from moetier.tiers.store.folder import command
 from moetier.tiers.store.unchanged import Unchanged
@@ -49,6 +51,19 @@ class TrunkFiles:
                 file.check()
         except StoreError:
             if self.close.alive:  # else another thread has closed the descriptors meanwhile, and may use their numbers
+                raise
+
+    @contextlib.contextmanager
+    def for_load(self) -> Iterator[None]:
+        """Close the files if the ``with`` block, which loads the trunk, raises.
+
+        Raises StoreFormatError in place of the block's error if a file was written to, as that explains any error.
+        """
+        with closed_on_error(self):
+            try:
+                yield
+            except Exception:
+                self.check()
                 raise
 
     def finish_load(self, model: nn.Module, *, is_shared: bool) -> None:

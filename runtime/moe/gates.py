@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from moetier.tiers.closeable import Closeable
+from moetier.tiers.closeable import Closeable, closed_on_error
 
 from .experts import experts_modules
 from .routers import argument_names
@@ -168,7 +168,7 @@ class Gates:
         ``entry`` and ``layer`` may not be, and ``experts`` is.
         """
         observation = Observation()
-        try:
+        with closed_on_error(observation):
             for one in self.blocks if blocks is None else [self.blocks[block] for block in blocks]:
                 if layer is not None and one.decoder is not None:
                     observation.add(_before(one.decoder, one.block, layer, 0))
@@ -178,9 +178,6 @@ class Gates:
                     observation.add(one.gate.register_forward_hook(_at_gate(gate, one)))
                 if experts is not None:
                     observation.add(_before(one.experts, one.block, experts, 1, 2))
-        except BaseException:
-            observation.close()
-            raise
         return observation
 
 

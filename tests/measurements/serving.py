@@ -18,7 +18,7 @@ import torch
 import transformers
 
 import moetier
-from moetier.tools.cli.arguments import PREFILL_CHUNK
+from moetier.runtime.config import COMMAND_OPTIONS
 from moetier.tools.cli.report import table
 from moetier.tools.serve.batched import Together
 from moetier.tools.serve.engine import Engine, Job
@@ -53,7 +53,7 @@ def main() -> None:
     lines = [["requests at once", "tokens/s", "experts read a token"]]
     with model.tiers:
         for way in ("one by one", "together"):
-            parts = model, tokenizer, context, PREFILL_CHUNK
+            parts = model, tokenizer, context, COMMAND_OPTIONS["prefill_chunk"].default
             engine = OneByOne(*parts) if way == "one by one" else Together(*parts, most)
             with engine.running():
                 asyncio.run(answers(engine, prompts[-1:]))

@@ -20,6 +20,7 @@ from queue import Empty, SimpleQueue
 import numpy as np
 import numpy.typing as npt
 
+from moetier.tiers.closeable import closed_on_error
 from moetier.tiers.errors import MissingExpertError, StoreError, StoreFormatError, StoreReadError
 from moetier.tiers.headers.gguf import SUFFIX, digest_of
 from moetier.tiers.headers.safetensors import MAX_HEADER_BYTES, read_header
@@ -208,11 +209,8 @@ class ExtentStore(DirectoryStore):
         self._use = UseCount(f"The checkpoint {folder}")
         self._buffers: SimpleQueue[mmap.mmap] = SimpleQueue()  # one for each read that was in progress at a time
         self._pool = ThreadPoolExecutor(readers, thread_name_prefix="moetier-store")  # starts no thread yet
-        try:
+        with closed_on_error(self):
             self._open(damaged)
-        except BaseException:
-            self.close()
-            raise
 
     def _open(self, damaged: bool) -> None:
         advice = f"Get the checkpoint's own file again. If it was changed on purpose: {command('link', self.directory)}"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from moetier.runtime.config import OF_HOST_TIER, OPTIONS, PREFILL_CHUNK, Size, TierConfig
+from moetier.runtime.config import COMMAND_OPTIONS, OF_HOST_TIER, OPTIONS, Size, TierConfig
 from moetier.runtime.generation.decoding import DECODING, ONE_SEQUENCE, SAMPLING, penalties_of, sampling_of
 from moetier.runtime.wire.address import CREDENTIALS, Credentials
 from moetier.tiers.options import Option
@@ -114,7 +114,7 @@ def resources_of(arguments: argparse.Namespace, **more: Any) -> dict[str, Any]:
     for name, default in unused.items():
         if not asked(arguments, name):
             setattr(arguments, name, default)
-    options = {name: getattr(arguments, name) for name in OPTIONS if hasattr(arguments, name)}
+    options = {name: getattr(arguments, name, option.default) for name, option in COMMAND_OPTIONS.items()}
     options |= {"credentials": credentials(arguments)} | more
     with checked():
         TierConfig.of(**options)
@@ -145,7 +145,7 @@ def add_decoding_arguments(parser: argparse.ArgumentParser, *, new_tokens: int) 
 
 def add_prefill_argument(parser: argparse.ArgumentParser) -> None:
     """Add --prefill-chunk."""
-    add_options(parser, [replace(OPTIONS["prefill_chunk"], default=PREFILL_CHUNK)])
+    add_options(parser, [COMMAND_OPTIONS["prefill_chunk"]])
 
 
 def decoding_of(arguments: argparse.Namespace) -> dict[str, Any]:

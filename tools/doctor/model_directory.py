@@ -53,14 +53,14 @@ def _fit(directory: Path, left: Available) -> tuple[Fit, int]:
     from moetier.tools.cli.lean import lean_imports
 
     with lean_imports():
-        from moetier.runtime.config import PREFILL_CHUNK, TierConfig
+        from moetier.runtime.config import TierConfig
         from moetier.runtime.devices.device import chosen_device
         from moetier.tools.plan.choices import open_choices
         from moetier.tools.plan.fit import MachineRoom, fit_of
 
         device = chosen_device("auto")
         model_choices = open_choices(directory)
-    config = TierConfig.of(context=model_choices.context, prefill_chunk=PREFILL_CHUNK)
+    config = model_choices.with_context(TierConfig.of_command())
     choice = next((candidate for candidate in model_choices.choices if candidate.as_it_is), model_choices.choices[0])
     room = MachineRoom.measure(device, directory, left, 0)
     return fit_of(model_choices, choice, config, room, device.kernels()), config.context

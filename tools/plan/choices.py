@@ -30,7 +30,7 @@ from moetier.runtime.checkpoint.safetensors_folder import (
     read_places,
     weights_of,
 )
-from moetier.runtime.config import DEFAULT_CONTEXT
+from moetier.runtime.config import TierConfig
 from moetier.runtime.formats.tensors import SourceTensor, StoredTensor, listed
 from moetier.runtime.model.context import context_of
 from moetier.runtime.moe.linear import matrix_layout
@@ -193,10 +193,9 @@ class ModelChoices:
             return self.headers.nbytes
         return max(choice.disk_bytes for choice in self.choices)
 
-    @property
-    def context(self) -> int:
-        """Default context of a plan, in tokens: not longer than the model's maximum."""
-        return context_of(self.model.config, DEFAULT_CONTEXT)
+    def with_context(self, config: TierConfig) -> TierConfig:
+        """Return ``config`` with the context that memory is reserved for, as ``context_of`` chooses it."""
+        return replace(config, context=context_of(self.model.config, config))
 
     def chosen(self, bits: Collection[int] | None, trunk_bits: Collection[int] | None) -> list[Choice]:
         """Return the choices with the given bits; None stands for any. Raises ConfigError if there are none."""

@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from moetier.runtime.config import DEFAULT_CONTEXT, OPTIONS, PREFILL_CHUNK, TierConfig
+from moetier.runtime.config import COMMAND_OPTIONS, TierConfig
 from moetier.runtime.machine.memory import shortage
 from moetier.runtime.model.names import models_folder
 from moetier.tiers.errors import ConfigError, TargetError
@@ -40,7 +39,8 @@ def plan(
         source: a checkpoint's folder, a hub id, a GGUF file or a model directory.
         bits: bits per expert weight to choose from; None: all.
         trunk_bits: bits per weight of the trunk to choose from; None: all.
-        context: tokens; None: ``ModelChoices.context``, or the prefill chunk if that is more.
+        context: tokens; None: the default, but not longer than the model's maximum, or the prefill chunk if that is
+            more.
         into: folder whose disk is measured; None: for a hub id the folder of pulled models, else the current folder.
         disk: speed of the disk in GB/s; None: measure it.
         cache: names and values of the options of an object store's cache, for the recommended command line.
@@ -52,8 +52,7 @@ def plan(
     place = nearest_folder(models_folder()) if pulls else into or Path()
     if not place.is_dir():
         raise TargetError(f"{place} is not a folder.", "Create it, or name another folder with --into.")
-    resources = {"prefill_chunk": PREFILL_CHUNK} | resources
-    config = TierConfig.of(**resources, context=DEFAULT_CONTEXT if context is None else context)
+    config = TierConfig.of_command(**resources if context is None else resources | {"context": context})
     if short := shortage():
         _log.warning("%s", short)
     say(f"reading the configuration of {source}")
@@ -63,7 +62,6 @@ def plan(
         from moetier.runtime.devices.device import chosen_device
         from moetier.runtime.machine.memory import memory_for_model, resident_bytes
         from moetier.runtime.machine.threads import usable_cpus, use_threads
-        from moetier.runtime.model.context import context_of
 
         from .choices import open_choices
         from .estimate import estimate
@@ -82,8 +80,7 @@ def plan(
     model_choices = open_choices(source)
     chosen = model_choices.chosen(bits, trunk_bits)
     if context is None:
-        longest = context_of(model_choices.model.config, DEFAULT_CONTEXT, resources["prefill_chunk"])
-        config = replace(config, context=longest)
+        config = model_choices.with_context(config)
 
     def evaluate(tried: TierConfig) -> list[Fit]:
         return [fit_of(model_choices, choice, tried, room, kernels) for choice in model_choices.choices]
@@ -113,8 +110,7 @@ def _check(bits: list[int] | None, trunk_bits: list[int] | None, disk: float | N
 
 def _words(resources: dict[str, Any]) -> list[str]:
     """Return those ``resources`` that differ from the defaults of `moetier generate`, as words of a command line."""
-    defaults = {name: OPTIONS[name].default for name in resources} | {"prefill_chunk": PREFILL_CHUNK}
-    return command_words((name, value) for name, value in resources.items() if value != defaults[name])
+    return command_words((name, value) for name, value in resources.items() if value != COMMAND_OPTIONS[name].default)
 
 
 def _cold_start(source: str | Path, forecast: dict[str, Any], cache: Sequence[tuple[str, Any]]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from prepared import Prepared, prepared
 from transformers import MixtralConfig
 
 import moetier
-from moetier.runtime.config import DEFAULT_CONTEXT, Size
+from moetier.runtime.config import DEFAULT_CONTEXT, Size, TierConfig
 from moetier.runtime.generation.decoding import encode, longest_prompt
 from moetier.runtime.machine.memory import Available, usable
 from moetier.runtime.model.budgets import Needs
@@ -194,10 +194,10 @@ def test_a_prompt_that_cannot_be_divided_is_refused_if_it_has_no_room(
 
 def test_the_default_context_holds_a_chunk() -> None:
     config = MixtralConfig(max_position_embeddings=32768)
-    assert context_of(config, DEFAULT_CONTEXT, 8192) == 8192
-    assert context_of(config, DEFAULT_CONTEXT, 1024) == DEFAULT_CONTEXT
-    assert context_of(config, 512, 1024) == 512
-    assert context_of(config, DEFAULT_CONTEXT, 1 << 20) == 32768
+    assert context_of(config, TierConfig.of(prefill_chunk=8192)) == 8192
+    assert context_of(config, TierConfig.of(prefill_chunk=1024)) == DEFAULT_CONTEXT
+    assert context_of(config, TierConfig.of(context=512, prefill_chunk=1024)) == 512
+    assert context_of(config, TierConfig.of(prefill_chunk=1 << 20)) == 32768
 
 
 def test_a_chunk_shrinks_in_a_control_group(tmp_path: Path) -> None:
