@@ -31,9 +31,8 @@ class Counts:
     prefetched: int = 0  # prefetches whose read began; if it does not fail, each has one of the next four outcomes
     useful: int = 0  # the record was READY when a demand came, in this tier or in the tier above, which had copied it
     late: int = 0  # the record was still being read when a demand came
-    wasted: int = (
-        0  # the record was evicted before any demand; if the tier above has a copy, it counts when it is read again
-    )
+    # the record was evicted before any demand; if the tier above has a copy, it counts when it is read again
+    wasted: int = 0
     cancelled: int = 0  # prefetch requests that were replaced or got no slot, before their read or during it
     saved_seconds: float = 0.0  # how much longer demands would have waited without useful and late prefetches
     warmed: int = 0  # records that the warm-up has loaded: the most used of earlier runs, or the rest where all fit

@@ -112,9 +112,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             setattr(sys, name, open(os.devnull, mode))  # noqa: PTH123, SIM115 - open until the process ends
     if not faulthandler.is_enabled():
         # a fault, such as a SIGBUS of a mapped file that was cut, prints the line of code at which the process ends
-        with contextlib.suppress(
-            OSError, ValueError, AttributeError
-        ):  # a stream of another program, with no descriptor
+        # it may be a stream of another program, with no descriptor
+        with contextlib.suppress(OSError, ValueError, AttributeError):
             faulthandler.enable()
     try:
         return _run(argv)

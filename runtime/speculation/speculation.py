@@ -24,9 +24,8 @@ from moetier.tiers.source import ExpertSource
 from .controller import Controller, Mode
 from .predictor import Prediction, Ranking, Shortcuts
 
-MOST_TOKENS = (
-    8  # most tokens of a step that is predicted; a prefill uses nearly all experts, and is limited by computing
-)
+# most tokens of a step that is predicted; a prefill uses nearly all experts, and is limited by computing
+MOST_TOKENS = 8
 JUDGED = 128  # number of latest predictions by which speculation may be rejected
 POOR = 0.1  # speculation is rejected if less than this share of the predicted experts was right
 

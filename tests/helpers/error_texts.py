@@ -24,11 +24,12 @@ from moetier.tools.convert.convert import convert
 GOLDEN = Path(__file__).parents[1] / "tools" / "golden" / "errors"
 ASSETS = Path(__file__).parents[1] / "assets" / "tinymix"
 
+# of conftest's scripts
 MODULES = (
     "moetier.tools.commands.generate",
     "moetier.tools.commands.trace",
     "moetier.runtime.model.quantizer",
-)  # of conftest's scripts
+)
 
 
 def file_of(name: str) -> Path:

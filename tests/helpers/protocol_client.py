@@ -83,9 +83,8 @@ class Client:
             granted = message.granted
             slot = self.arena.slot(granted.slot)
             assert self.arena.generation(granted.slot) == granted.generation
-            self._said.put(
-                pb.ClientMessage(release=pb.Release(request=granted.request, experts=[granted.expert]))
-            )  # before the next is waited for
+            # before the next is waited for
+            self._said.put(pb.ClientMessage(release=pb.Release(request=granted.request, experts=[granted.expert])))
             yield granted.expert, slot
 
     def fetch(self, digest: str, block: int, expert: int, offset: int = 0, length: int = 0) -> bytes:

@@ -215,9 +215,8 @@ def test_without_a_descriptor_for_a_client_it_is_refused_and_the_others_served(s
         serves(client, store, 1, 0, 1)
         limits = resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE)
         used = {int(link.name) for link in Path(f"/proc/{daemon.pid}/fd").iterdir()}
-        last = next(
-            number for number in range(10_000) if number not in used
-        )  # the one that is left: for the connection
+        # the one that is left: for the connection
+        last = next(number for number in range(10_000) if number not in used)
         resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (last + 1, limits[1]))
         with pytest.raises(UnavailableError, match="Too many open files"):
             ControlConnection.open(daemon.folder, store[1].digest)

@@ -39,9 +39,8 @@ class Load:
     slot: int  # number of the slot in the pool
     is_prefetch: bool  # the load was begun for a prefetch request or for the warm-up, not for a demand
     is_warmup: bool  # the load was begun for the warm-up
-    is_taken: (
-        bool  # a loader reads the record; a prefetch is begun by the loader that reads it, so this is true at once
-    )
+    # a loader reads the record; a prefetch is begun by the loader that reads it, so this is true at once
+    is_taken: bool
     has_yielded: bool = False  # the read has paused while records were read for demands
     waiters: list[Demand] = field(default_factory=list)  # demands that wait for the record
 

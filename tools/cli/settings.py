@@ -30,14 +30,8 @@ GENERAL_KEYS = tuple(
     name.replace("_", "-") for name in (*(name for name, option in OPTIONS.items() if option.group), *CACHE)
 )
 CONFIG = "MOETIER_CONFIG"
-OWN = (
-    "MOETIER_API_KEY",
-    CONFIG,
-    "MOETIER_DEBUG",
-    HTTP_AUTHORIZATION,
-    "MOETIER_LEAN",
-    "MOETIER_LOG",
-)  # of moetier, and no settings
+# of moetier, and no settings
+OWN = ("MOETIER_API_KEY", CONFIG, "MOETIER_DEBUG", HTTP_AUTHORIZATION, "MOETIER_LEAN", "MOETIER_LOG")
 # variables that are not settings: OWN, those of the tests, and those that Kubernetes sets for a service called moetier
 OTHERS = re.compile(
     rf"{'|'.join(OWN)}|{PREFIX}((TEST|SOAK)_.*|SERVICE_HOST|SERVICE_PORT(_.*)?|PORT(_.*)?)",

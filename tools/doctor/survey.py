@@ -30,9 +30,8 @@ def survey(store: DirectoryStore) -> dict[str, Any]:
     # a store from before trunk files had checksums does not list them
     trunk = sum(store.other_files.values()) or sum(file.stat().st_size for file in directory.glob("*.safetensors"))
     of_blocks = [fault for _, fault in sorted(store.faults.items())]
-    faults = list(
-        dict.fromkeys([*of_blocks, *store.other_file_faults().values()])
-    )  # blocks of a checkpoint share files
+    # without duplicates, as blocks of a checkpoint share files
+    faults = list(dict.fromkeys([*of_blocks, *store.other_file_faults().values()]))
     matrices = 0
     if manifest.trunk_records and not faults:
         try:

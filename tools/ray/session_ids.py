@@ -17,9 +17,8 @@ from typing import Any
 
 from moetier.tools.serve.middleware import App, Message, Receive, Send
 
-HEADER = (
-    os.environ.get("RAY_SERVE_SESSION_ID_HEADER_KEY", "x-session-id").lower().encode()
-)  # Ray's variable and default
+# Ray's variable and default
+HEADER = os.environ.get("RAY_SERVE_SESSION_ID_HEADER_KEY", "x-session-id").lower().encode()
 START_BYTES = 128 << 10  # size of the beginning of a body; few conversations have a longer first message
 START_SECONDS = 10.0  # longest time until it has arrived
 PREFIX = 1000  # characters at the beginning of a text completion's prompt that tell conversations apart

@@ -48,9 +48,8 @@ def traces(draw: st.DrawFn) -> Trace:
     counts = draw(st.lists(st.sampled_from([3, 8, 254, 255, 256, 300]), min_size=blocks, max_size=blocks))
 
     def ids(*shape: int) -> Any:
-        found = np.stack(
-            [random.random((*shape, count)).argsort(-1)[..., :k] for count in counts], axis=-2
-        )  # [*shape, B, k]
+        # [*shape, B, k]
+        found = np.stack([random.random((*shape, count)).argsort(-1)[..., :k] for count in counts], axis=-2)
         found[random.random(found.shape) < 0.1] = NONE
         return found
 

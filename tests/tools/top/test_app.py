@@ -29,10 +29,11 @@ from moetier.tools.top.watch import Look, Watch
 from moetier.tools.top.widgets import DaemonPicker, Panel
 
 SLOT = layout_of().slot_bytes
+# with what else stands in the command line
 HOLD = (
     "import sys; from pathlib import Path; from moetier.runtime.wire.control import ControlConnection; "
     "side = ControlConnection.open(Path(sys.argv[1]), sys.argv[2]); print(flush=True); sys.stdin.read()"
-)  # with what else stands in the command line
+)
 
 
 @pytest.fixture
