@@ -91,26 +91,47 @@ _CPUS = os.cpu_count() or 1
 
 
 @dataclass(frozen=True, slots=True)
-class TierConfig:
-    """Options of the tiers of one process. They are declared here only.
-
-    The command line, settings files, ``load``, ``register`` and the ``quantization_config`` of a model directory take
-    names, defaults, ranges and help from here. The daemon takes the options of its host tier from here. ``of`` makes a
-    checked TierConfig from values as a user writes them.
-    """
+class HostTierConfig:
+    """Options of a host tier: that of this process, or that of the daemon which holds the experts."""
 
     ram: Size | None = option(
         None,
         'host memory for experts: a size such as "6GiB", or a share such as "50%%" of what trunk and context leave '
-        "(default: 80%%; 95%% in a control group with a limit). If a local daemon holds the experts, --ram, --policy, "
-        "--learn and --loaders have no effect here: give them to the daemon",
+        "(default: 80%%; 95%% in a control group with a limit)",
         types=int | str | None,
         wanted='a size such as "6GiB", a share: "50%", or a number of bytes',
         group=MEMORY,
         metavar="SIZE",
         parse=_size,
-        of_host_tier=True,
     )
+    policy: str = option(
+        DEFAULT_POLICY,
+        ". ".join(["which experts are evicted first", *(f"{name}: {POLICIES[name].summary}" for name in POLICIES)]),
+        group=MEMORY,
+        choices=tuple(POLICIES),
+    )
+    learn: bool = option(
+        False,
+        "keep a list of the most used experts in $XDG_CACHE_HOME/moetier, and load those of earlier runs at the start",
+        group=MEMORY,
+    )
+    loaders: int = option(
+        LOADERS,
+        "number of experts to read from the disk at the same time",
+        group=MEMORY,
+        metavar="N",
+        numbers=Number(int, 1, 64, "Give 1 to 64."),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class TierConfig(HostTierConfig):
+    """Options of the tiers of one process. They are declared here, and in HostTierConfig, only.
+
+    The command line, settings files, ``load``, ``register`` and the ``quantization_config`` of a model directory take
+    names, defaults, ranges and help from here. ``of`` makes a checked TierConfig from values as a user writes them.
+    """
+
     device_memory: Size | None = option(
         None,
         "GPU memory for experts, where there is a GPU",
@@ -121,27 +142,6 @@ class TierConfig:
         parse=_size,
     )
     device: str = option("auto", device_values(), group=MEMORY, parse=check_device)
-    policy: str = option(
-        DEFAULT_POLICY,
-        ". ".join(["which experts are evicted first", *(f"{name}: {POLICIES[name].summary}" for name in POLICIES)]),
-        group=MEMORY,
-        choices=tuple(POLICIES),
-        of_host_tier=True,
-    )
-    learn: bool = option(
-        False,
-        "keep a list of the most used experts in $XDG_CACHE_HOME/moetier, and load those of earlier runs at the start",
-        group=MEMORY,
-        of_host_tier=True,
-    )
-    loaders: int = option(
-        LOADERS,
-        "number of experts to read from the disk at the same time",
-        group=MEMORY,
-        metavar="N",
-        numbers=Number(int, 1, 64, "Give 1 to 64."),
-        of_host_tier=True,
-    )
     context: int = option(
         DEFAULT_CONTEXT,
         "tokens of context that memory budgets leave room for; a longer context takes more memory. No effect on a CPU "
@@ -160,7 +160,9 @@ class TierConfig:
         numbers=COUNT,
     )
     all_logits: bool = option(
-        False, "leave room for the logits of all tokens that are computed together, not only of the last one"
+        False,
+        "leave room for the logits of all tokens that are computed together, not only of the last one",
+        is_setting=False,
     )
     threads: int | None = option(
         None,
@@ -193,7 +195,12 @@ class TierConfig:
         choices=REMOTE_COMPUTE,
     )
     credentials: Credentials = option(
-        None, "", types=Credentials | None, wanted="moetier's Credentials", parse=lambda given: given or Credentials()
+        None,
+        "",
+        types=Credentials | None,
+        wanted="moetier's Credentials",
+        parse=lambda given: given or Credentials(),
+        is_setting=False,
     )
     speculate: str = option(
         "auto",
@@ -269,7 +276,7 @@ OPTIONS = options_of(TierConfig)
 # the last bits of a result depend on which tokens are computed together.
 COMMAND_OPTIONS = OPTIONS | {"prefill_chunk": replace(OPTIONS["prefill_chunk"], default=1024)}
 CACHE = ("store_cache", "store_cache_size")  # options for models in an object store, of ``load`` and of commands
-OF_HOST_TIER = tuple(name for name, option in OPTIONS.items() if option.of_host_tier)
+OF_HOST_TIER = tuple(options_of(HostTierConfig))
 
 
 class TierOptions(TypedDict, total=False):

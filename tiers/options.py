@@ -66,7 +66,6 @@ class Option:
         short: the short form on the command line, such as "-n".
         is_setting: whether the settings file and the environment may give the value. A flag that they may not give has
             no form with --no-, as it should be given each time.
-        of_host_tier: whether the option is for the process that has the host tier: the daemon, if it holds the experts.
         name: the name on the command line, with "_" for "-", and in errors; by default, that of the field.
     """
 
@@ -81,7 +80,6 @@ class Option:
     parse: Callable[[Any], Any] | None = None
     short: str = ""
     is_setting: bool = True
-    of_host_tier: bool = False
     name: str = ""
 
     @property

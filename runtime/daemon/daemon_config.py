@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moetier.runtime.config import OPTIONS as TIER_OPTIONS
-from moetier.runtime.config import Size
+from moetier.runtime.config import HostTierConfig, Size
 from moetier.runtime.wire.address import CREDENTIALS, DEFAULT_NAME, Address
 from moetier.tiers.errors import ConfigError
 from moetier.tiers.options import Number, file_option, option, option_like, options_of, read_all
@@ -28,18 +28,16 @@ def _folder(text: str) -> Path:
 
 
 @dataclass(frozen=True, slots=True)
-class DaemonConfig:
-    """Options of ``moetier daemon``. They are declared here only; ``of`` makes a checked DaemonConfig."""
+class DaemonConfig(HostTierConfig):
+    """Options of ``moetier daemon``. They are declared here, and in HostTierConfig, only.
 
-    directories: tuple[Path, ...]
+    ``of`` makes a checked DaemonConfig.
+    """
+
     ram: Size | None = option_like(
-        TIER_OPTIONS["ram"],
-        group="",
-        help='host memory for all experts: "8GiB", or "50%%" of what is free (default: 80%%)',
+        TIER_OPTIONS["ram"], help='host memory for all experts: "8GiB", or "50%%" of what is free (default: 80%%)'
     )
-    policy: str = option_like(TIER_OPTIONS["policy"], group="")
-    learn: bool = option_like(TIER_OPTIONS["learn"], group="")
-    loaders: int = option_like(TIER_OPTIONS["loaders"], group="")
+    directories: tuple[Path, ...] = ()
     folder: Path = option(
         DEFAULT_NAME,
         "folder for the daemon's sockets: a path, or a name in $XDG_RUNTIME_DIR/moetier (/tmp/moetier-UID without that "
@@ -95,7 +93,7 @@ class DaemonConfig:
         Raises ConfigError for a value that is not allowed, for options that contradict each other, and for a TCP
         address that is not protected.
         """
-        config = cls(directories, **read_all(OPTIONS, options))
+        config = cls(directories=directories, **read_all(OPTIONS, options))
         config._check()
         return config
 

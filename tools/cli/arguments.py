@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from moetier.runtime.config import COMMAND_OPTIONS, OF_HOST_TIER, OPTIONS, Size, TierConfig
+from moetier.runtime.config import COMMAND_OPTIONS, MEMORY, OF_HOST_TIER, OPTIONS, Size, TierConfig
 from moetier.runtime.generation.decoding import DECODING, ONE_SEQUENCE, SAMPLING, penalties_of, sampling_of
 from moetier.runtime.wire.address import CREDENTIALS, Credentials
 from moetier.tiers.options import Option
@@ -20,7 +20,7 @@ def _in_groups(*titles: str) -> tuple[str, ...]:
     return tuple(name for name, option in OPTIONS.items() if option.group in titles)
 
 
-RESOURCES = _in_groups("memory and device", "daemon")
+RESOURCES = _in_groups(MEMORY, "daemon")
 SPECULATION = _in_groups("speculation")  # only commands for generating text have these
 
 
@@ -88,7 +88,12 @@ def add_resource_arguments(parser: argparse.ArgumentParser, *, context: str = ""
 
     ``context`` replaces the help text of --context.
     """
-    changed = {"context": replace(OPTIONS["context"], help=context)} if context else {}
+    changed = {
+        name: replace(OPTIONS[name], help=f"{OPTIONS[name].help}. No effect if a local daemon holds the experts")
+        for name in OF_HOST_TIER
+    }
+    if context:
+        changed["context"] = replace(OPTIONS["context"], help=context)
     add_options(parser, [changed.get(name, OPTIONS[name]) for name in RESOURCES])
     add_credentials(parser)
 

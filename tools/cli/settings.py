@@ -24,11 +24,10 @@ from .parser import NUMBERS, settable
 PREFIX = "MOETIER_"
 GENERAL = "general"  # the section for all commands
 REFERENCE = "generate"  # the command whose options the keys of GENERAL are
-# Keys of GENERAL also apply to options of other commands that have the same name, type and choices. Options of
-# TierConfig without a group are for Python only.
-GENERAL_KEYS = tuple(
-    name.replace("_", "-") for name in (*(name for name, option in OPTIONS.items() if option.group), *CACHE)
-)
+# keys of GENERAL; they also apply to options of other commands that have the same name, type and choices
+GENERAL_KEYS = [
+    name.replace("_", "-") for name in (*(name for name, option in OPTIONS.items() if option.is_setting), *CACHE)
+]
 CONFIG = "MOETIER_CONFIG"
 # of moetier, and no settings
 OWN = ("MOETIER_API_KEY", CONFIG, "MOETIER_DEBUG", HTTP_AUTHORIZATION, "MOETIER_LEAN", "MOETIER_LOG")

@@ -13,17 +13,13 @@ from moetier.runtime.model.names import is_address
 from moetier.tiers.addresses import check_address
 from moetier.tiers.errors import ConfigError
 from moetier.tiers.options import COUNT, command_words
-from moetier.tools.cli.arguments import SPECULATION, add_option
+from moetier.tools.cli.arguments import SPECULATION, add_options
 from moetier.tools.cli.parser import DIRECTORY, CommandParser, add_cache_arguments
 from moetier.tools.cli.settings import SWITCH
 from moetier.tools.serve.options import add_serving_arguments
 
-REPLICA = (
-    "context",
-    "device",
-    "device_memory",
-    "exact",
-)  # options of TierConfig that the replicas get, while the daemons get those of the host tier
+# options of TierConfig that the replicas get, while the daemons get those of the host tier
+REPLICA = ("context", "device", "device_memory", "exact")
 HELP = {
     "ram": 'host memory of each node for experts: "64GiB", which Ray then counts as used, or "50%%" of what is free '
     "(default: 80%%)",
@@ -55,9 +51,8 @@ def add_application_arguments(parser: argparse.ArgumentParser) -> None:
         "of the machine on which the application is built)",
     )
     add_serving_arguments(parser)
-    group = parser.add_argument_group("memory and device")
-    for name in (*OF_HOST_TIER, *REPLICA):
-        add_option(group, replace(OPTIONS[name], help=HELP.get(name, OPTIONS[name].help)))
+    names = (*OF_HOST_TIER, *REPLICA)
+    add_options(parser, [replace(OPTIONS[name], help=HELP.get(name, OPTIONS[name].help)) for name in names])
     add_cache_arguments(parser)
 
 
