@@ -34,9 +34,10 @@ from moetier.tiers.errors import ChecksumError, ClosedError, MissingExpertError,
 from moetier.tiers.host.tier import HostTier
 from moetier.tiers.layout import CHECKSUM_BYTES, ExpertKey, Projection, RecordLayout
 from moetier.tiers.manifest import Block, Manifest, method_of
-from moetier.tiers.store.base import DirectoryStore, Problem, Store
+from moetier.tiers.store.base import DirectoryStore, Store
 from moetier.tiers.store.checksum import checksum_bytes, crc32c
 from moetier.tiers.store.scrub import scrub
+from moetier.tiers.store.scrubbable import Problem
 from moetier.tiers.store.shard import store_digest
 
 from .reads import PATIENCE, in_fork, paused_read, read_record, settles, slot_of, until_it_waits

@@ -27,10 +27,11 @@ from moetier.tiers.headers.safetensors import MAX_HEADER_BYTES, read_header
 from moetier.tiers.layout import PAGE, ExpertKey
 from moetier.tiers.locks import ForkGuard, UseCount
 from moetier.tiers.store.atomic import read_errors
-from moetier.tiers.store.base import DirectoryStore, Pause, Problem
+from moetier.tiers.store.base import DirectoryStore, Pause
 from moetier.tiers.store.checksum import PIECE_BYTES, crc32c
 from moetier.tiers.store.folder import command
 from moetier.tiers.store.reader import Read, as_bytes, read_in_pieces, run_reads
+from moetier.tiers.store.scrubbable import Problem
 from moetier.tiers.store.shard import read_at, try_direct
 from moetier.tiers.store.unchanged import Unchanged
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from moetier.tiers.closeable import Closeable
@@ -24,20 +23,10 @@ from moetier.tiers.manifest import Manifest
 from moetier.tiers.stats import Share
 
 from .checksum import checksum_bytes, crc32c
-from .trunk import check_sum, trunk_faults
+from .scrubbable import Problem, Scrubbable
 
 Pause = Callable[[], bool]
 """Type of a function that a read calls between two pieces of a record. See ``Store.read_into``."""
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """A fault of a store or of the files beside it."""
-
-    block: int | None  # number of the block; None if the fault is not in one block
-    expert: int | None  # number of the expert in its block; None if the fault is not in one record
-    file: str  # path of the file or folder
-    cause: str  # what is wrong, as a sentence
 
 
 class Store(Closeable):
@@ -132,11 +121,12 @@ class Store(Closeable):
         """
 
 
-class DirectoryStore(Store):
+class DirectoryStore(Store, Scrubbable):
     """A store in the directory of a model, where ``open_store`` finds it.
 
     Beside what ``Store`` asks for, such a store sets ``directory``, and has the class methods ``recognises`` and
-    ``open``. Its class has a line in ``STORES`` (``runtime.stores.registry``).
+    ``open``. Its class has a line in ``STORES`` (``runtime.stores.registry``). ``Scrubbable`` has the defaults of what
+    only ``moetier verify`` and the check of older stores ask for.
     """
 
     directory: Path
@@ -207,45 +197,6 @@ class DirectoryStore(Store):
     def remedy(self) -> str:
         """Advice about damaged files, as a sentence for users."""
         return "Restore the files named."
-
-    def check_digest(self) -> None:
-        """Begin to compare what only all records together can show. The result comes through ``on_fault``.
-
-        Called for a store that was opened with ``damaged`` and has no faults. The default is for a store that compares
-        each read with ``record_checksums``: it does nothing. Others compare the manifest's digest. Raises ChecksumError
-        if the records are found to be wrong at once.
-        """
-
-    def compare_digest(self, checksums: Sequence[int]) -> None:
-        """Raise ChecksumError if all records together, with these checksums, are not those of the manifest.
-
-        ``moetier verify`` calls it with what it has read. The default is for a store that compares each read with
-        ``record_checksums``: it does nothing.
-        """
-
-    @property
-    def other_files(self) -> Mapping[Path, int]:
-        """The files that ``scrub_other_files`` checks, with the number of bytes that it reads of each.
-
-        The default is the files of the trunk that the manifest lists.
-        """
-        return {self.directory / name: entry.bytes for name, entry in sorted(self.manifest.trunk.items())}
-
-    def other_file_faults(self) -> dict[str, StoreError]:
-        """Check sizes and headers of the files in ``other_files``. Return a dictionary from name to error."""
-        return trunk_faults(self.directory, self.manifest) if self.manifest.trunk else {}
-
-    def scrub_other_files(self) -> Iterator[int | Problem]:
-        """Check the bytes in ``other_files``. Yield problems, and as progress the size of each read in bytes."""
-        faults = self.other_file_faults()
-        for name, fault in faults.items():
-            yield Problem(None, None, str(self.directory / name), fault.cause)
-        for name, entry in sorted(self.manifest.trunk.items()):
-            if name not in faults:
-                try:
-                    yield from check_sum(self.directory / name, entry)
-                except StoreError as error:
-                    yield Problem(None, None, str(self.directory / name), error.cause)
 
 
 class WrapperStore(DirectoryStore):

@@ -10,7 +10,8 @@ from queue import SimpleQueue
 from moetier.tiers.errors import ChecksumError, StoreError
 from moetier.tiers.layout import CHECKSUM_BYTES, ExpertKey
 
-from .base import DirectoryStore, Problem
+from .base import DirectoryStore
+from .scrubbable import Problem
 
 READS = 8  # number of parallel reads, enough to keep a disk busy
 BUFFER_BYTES = 256 << 20  # memory for all parallel reads together, unless a single record is larger

@@ -22,8 +22,8 @@ from moetier.tiers.extents.link import link
 from moetier.tiers.extents.reader import header_digest
 from moetier.tiers.extents.table import BlockExtents, ExtentTable, Piece, Shard
 from moetier.tiers.layout import Bias, ExpertKey, Projection, RecordLayout
-from moetier.tiers.store.base import Problem
 from moetier.tiers.store.scrub import scrub
+from moetier.tiers.store.scrubbable import Problem
 
 GAPS = RecordLayout(  # sections that end between multiples of 64
     (Projection("gate_up_proj", 33, 17, bits=16), Projection("down_proj", 17, 33, bits=16)),
