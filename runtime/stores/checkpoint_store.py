@@ -23,19 +23,6 @@ from moetier.tiers.extents.table import ExtentTable, read_table
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.store.folder import command
 
-# it imports torch first, so that ``table_of`` makes the table there
-_MAKE_TABLE = """
-import json, sys
-from pathlib import Path
-import torch
-from moetier.runtime.stores.checkpoint_store import table_of
-from moetier.tiers.errors import MoetierError
-try:
-    json.dump(table_of(Path(sys.argv[1])).to_json(), sys.stdout)
-except MoetierError as error:
-    json.dump({"cause": error.cause, "fix": error.fix}, sys.stdout)
-"""
-
 _log = logging.getLogger(__name__)
 _lock = threading.Lock()  # guards ``_tables``; held while a table is made, so that it is made once
 _tables: dict[Path, ExtentTable] = {}  # the last table that was made, by folder
@@ -122,7 +109,8 @@ def _is_current(folder: Path, table: ExtentTable) -> bool:
 
 def _make_in_process(folder: Path) -> ExtentTable:
     """Make the table of a checkpoint in another process. Raises CheckpointError."""
-    ended = subprocess.run([sys.executable, "-c", _MAKE_TABLE, str(folder)], stdout=subprocess.PIPE, check=False)
+    command_line = [sys.executable, "-m", "moetier.runtime.stores.table_process", str(folder)]
+    ended = subprocess.run(command_line, stdout=subprocess.PIPE, check=False)
     try:
         answer = json.loads(ended.stdout)
     except ValueError as error:
