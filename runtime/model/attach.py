@@ -63,7 +63,7 @@ def attach_tiers(model: PreTrainedModel, location: Path, files: TrunkFiles, conf
     with closed_on_error(_open_tiers(model, location, files, config, device, kernels, linears)) as tiers:
         files.finish_load(model, is_shared=tiers.daemon is not None)
         if shortcuts is not None:
-            _speculate(shortcuts, config, tiers, experts_modules(model))
+            _speculate(shortcuts, config, device, tiers, experts_modules(model))
         layouts = [*tiers.manifest.layouts.values(), *(linear.layout for linear in linears)]
         if any(kernels.packs(layout) for layout in layouts):  # else the model computes bit for bit as the eager one
             _use_compiled_code(model)
@@ -129,7 +129,9 @@ def _shortcuts(model: PreTrainedModel, config: TierConfig) -> Shortcuts | None:
     return Shortcuts(gates) if gates.first is not None else None
 
 
-def _speculate(shortcuts: Shortcuts, config: TierConfig, tiers: Tiers, modules: Mapping[str, Any]) -> None:
+def _speculate(
+    shortcuts: Shortcuts, config: TierConfig, device: ComputeDevice, tiers: Tiers, modules: Mapping[str, Any]
+) -> None:
     """Begin to predict experts. ``modules``: the Experts modules by path."""
     tiers.speculation = Speculation(
         shortcuts,
@@ -137,6 +139,7 @@ def _speculate(shortcuts: Shortcuts, config: TierConfig, tiers: Tiers, modules: 
         look_ahead=config.look_ahead,
         mode=_mode(config, tiers, modules),
         most=config.prefetch,
+        is_queued=device.has_memory,
     )
     tiers.speculation.attach()
 

@@ -108,6 +108,7 @@ class Speculation:
         look_ahead: int,
         mode: Mode = Mode.AUTO,
         most: int | None = None,
+        is_queued: bool = False,
     ) -> None:
         """Prepare speculation.
 
@@ -117,7 +118,9 @@ class Speculation:
             look_ahead: number of layers, after the present one, whose blocks are predicted.
             mode: when to speculate.
             most: the largest number of absent records in one prefetch request; None for any number.
+            is_queued: whether the device that computes, such as a GPU, queues work and does it later.
         """
+        self._is_queued = is_queued
         self._shortcuts: Shortcuts | None = shortcuts  # None after detach
         gates = shortcuts.gates
         self._controller = Controller(mode)
@@ -215,14 +218,14 @@ class Speculation:
     def _at_entry(self, block: int, hidden: Tensor) -> None:
         is_of_step = self._is_predicting and _tokens(hidden) == self._step_tokens  # else of another part of the model
         self._entered = hidden if is_of_step else None
-        if hidden.device.type != "cpu":
+        if self._is_queued:
             began = time.perf_counter()
             self._ask(block)
             self._seconds += time.perf_counter() - began
 
     def _at_layer(self, block: int, hidden: Tensor) -> None:
-        """Predict the block of the layer that begins, if it is on a CPU. On a GPU, this would wait for the device."""
-        if self._is_predicting and hidden.device.type == "cpu" and block in self._admission.requested:
+        """Predict the block of the layer that begins. Where work is queued, this would wait for the device."""
+        if self._is_predicting and not self._is_queued and block in self._admission.requested:
             began = time.perf_counter()
             self._predict(block, 0, hidden)
             self._seconds += time.perf_counter() - began
@@ -257,10 +260,10 @@ class Speculation:
     def _predict(self, target: int, distance: int, hidden: Tensor) -> None:
         if (shortcuts := self._shortcuts) is None:
             return
-        if hidden.device.type == "cpu":
-            self._admit(target, distance, shortcuts.predict(target, hidden))
-        else:  # don't wait for the device: ``on_demand`` reads the result after the block has waited
+        if self._is_queued:  # don't wait for the device: ``on_demand`` reads the result after the block has waited
             self._pending.append(_Asked(target, distance, shortcuts.rank(target, hidden).on_cpu()))
+        else:
+            self._admit(target, distance, shortcuts.predict(target, hidden))
 
     def _admit(self, block: int, distance: int, prediction: Prediction) -> None:
         if experts := self._admission.admit(block, prediction):
