@@ -1,6 +1,17 @@
-"""Formats in which checkpoints store weights: 16 bits, FP8, FP4, INT4, HQQ, AWQ, GPTQ and the types of GGUF files.
+"""Formats in which checkpoints store weights. Each turns tensors of files into those of the model, decoded when read.
 
-A format turns the tensors of the files into those that the model has, which are decoded when they are read. Each has a
-module, and a line in ``registry``, which imports it when a checkpoint has that format. Other packages use ``registry``
-and ``tensors``, which do not import torch. The package imports ``runtime.moe`` and ``tiers``.
+    registry    the base class ``Format``, and the table of all formats
+    tensors     the base class ``SourceTensor``, and tensors in files
+    plain       16 and 32 bits
+    scaled      FP8, MXFP8, MXFP4 and NVFP4
+    compressed  compressed-tensors
+    affine      codes, scales and zero points: what the next four have in common
+    words       GPTQ's and AWQ's words of 32 bits
+    gptq, awq   GPTQ, AWQ
+    hqq         HQQ
+    gguf        the types of GGUF files
+    converted   refuses model directories, which are no checkpoints
+
+``registry`` imports the module of a format when a checkpoint has it. Other packages use ``registry`` and ``tensors``,
+which do not import torch. The package imports ``runtime.moe`` and ``tiers``.
 """

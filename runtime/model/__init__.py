@@ -1,5 +1,18 @@
 """Loading a model over the tiers: ``moetier.load``, and ``register`` for transformers' ``from_pretrained``.
 
+    load            ``moetier.load``
+    register        transformers' ``from_pretrained``
+    quantizer       what transformers calls while it loads
+    attach          attaches the tiers to the loaded model
+    tiers           ``model.tiers``
+    sources         the host tier: this process's own, or a daemon's
+    budgets         memory besides experts, and the budgets for experts
+    prefill_memory  memory that a prompt takes
+    context         the longest context
+    names           names and addresses of models
+    trunk_files     files of the trunk, mapped or copied
+    vocabulary      the check of its tokenizer
+
 Other packages use ``load``, ``register``, ``prefill_memory`` and ``tiers``. The package imports ``checkpoint``,
 ``client``, ``kernels``, ``moe`` and ``speculation`` of ``runtime``, and ``tiers``.
 """

@@ -1,5 +1,12 @@
 """Estimates for ``moetier plan``: a model's sizes, memory and speed on this machine, before its weights are downloaded.
 
+    forecast  plans a model on this machine
+    choices   what a model may be converted to
+    fit       whether a choice works here, and its slots
+    speeds    measures this machine
+    estimate  computes time and size of each choice
+    cold      the first start of a model in an object store
+
 Other packages use ``forecast`` and ``fit``. The package imports ``cli``, ``convert``, ``rates``, ``traces``,
 ``runtime`` and ``tiers``.
 """
