@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import mmap
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from shutil import copytree
 from typing import Any, ClassVar, NamedTuple
@@ -33,7 +33,9 @@ from moetier.runtime.stores.registry import open_store
 from moetier.tiers.errors import CheckpointError, UnsupportedModelError
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.quant.codec import sections
+from moetier.tools.convert.conversion import Conversion
 from moetier.tools.convert.convert import convert
+from moetier.tools.convert.options import Options
 from moetier.tools.plan.choices import open_choices
 
 # transformers renames the tensors of Mixtral when it loads a checkpoint, and keeps the names of Qwen3-MoE
@@ -77,12 +79,18 @@ class FormatTests:
     is_used_as_it_is: ClassVar[bool] = False
     """Whether ``moetier.load`` and ``--bits native`` take experts as the checkpoint stores them."""
 
+    is_kept: ClassVar[bool] = False
+    """Whether ``--bits native`` keeps their codes, scales and zero points, though ``moetier.load`` refuses them."""
+
+    needed: ClassVar[Collection[str] | None] = None
+    """Names of the tensors without which a module is refused; None: all that ``quantise`` returns."""
+
     def quantise(self, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Quantise a weight in bfloat16, [rows, columns], whose columns are a multiple of 64.
 
         Returns its tensors, by their names after the path of the module, such as "codes" for
-        "model.layers.0.self_attn.q_proj.codes", and the weight that they mean, in bfloat16. A module lacks none of the
-        tensors. The first is one that only quantised modules have.
+        "model.layers.0.self_attn.q_proj.codes", and the weight that they mean, in bfloat16. The first is one that only
+        quantised modules have.
         """
         raise NotImplementedError
 
@@ -142,22 +150,33 @@ class FormatTests:
     def test_experts_are_used_as_they_are_or_refused(self, checkpoints: Checkpoints, tmp_path: Path) -> None:
         if self.is_used_as_it_is:
             assert torch.equal(logits_in(checkpoints.quantised), checkpoints.logits)
+        else:
+            with pytest.raises(UnsupportedModelError) as error:
+                moetier.load(checkpoints.quantised, daemon="none")
+            assert "moetier convert" in error.value.fix
+        if self.is_used_as_it_is or self.is_kept:
             convert(checkpoints.quantised, tmp_path / "native", bits="native")
             assert torch.equal(logits_in(tmp_path / "native"), checkpoints.logits)
             return
         with pytest.raises(UnsupportedModelError) as error:
-            moetier.load(checkpoints.quantised, daemon="none")
-        assert "moetier convert" in error.value.fix
-        with pytest.raises(UnsupportedModelError) as error:
             convert(checkpoints.quantised, tmp_path / "native", bits="native")
         assert "--bits 16" in error.value.fix
 
-    def test_a_tensor_that_is_missing_is_named(self, checkpoints: Checkpoints, tmp_path: Path) -> None:
+    def test_a_conversion_says_that_it_quantises_anew(self, checkpoints: Checkpoints, tmp_path: Path) -> None:
+        """And which option does not."""
+        opened, is_kept = open_checkpoint(checkpoints.quantised), self.is_used_as_it_is or self.is_kept
+        keeps = "--bits native keeps them as they are" if is_kept else "--bits 16 keeps their values"
+        for bits in (8, 4, 3, 2, 16):
+            lines = " ".join(Conversion.plan(opened, tmp_path / "dst", Options(bits=bits)).announce())
+            assert (f"quantised already, with {opened.quantised_with}, and lose quality" in lines) == (bits < 16)
+            assert (keeps in lines) == (bits < 16)
+
+    def test_a_module_without_one_of_its_tensors_is_named(self, checkpoints: Checkpoints, tmp_path: Path) -> None:
         """The first tensor of a module leaves the others behind."""
         for path in (Q_PROJ, checkpoints.expert):
-            for leaf in checkpoints.modules[path]:
+            for leaf in self.needed or checkpoints.modules[path]:
                 folder = edited(checkpoints, tmp_path / "src", {f"{path}.{leaf}": None})
-                with pytest.raises(CheckpointError, match=re.escape(f"{path}.{leaf}")):
+                with pytest.raises(CheckpointError, match=re.escape(f"{path}.")):
                     convert(folder, tmp_path / "dst", bits=16)
 
     def test_a_weight_that_is_there_twice_is_refused(self, checkpoints: Checkpoints, tmp_path: Path) -> None:

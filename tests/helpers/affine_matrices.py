@@ -54,10 +54,6 @@ def same(
 Edit = Callable[[dict[str, Tensor]], Any]
 
 
-def without(name: str) -> Edit:
-    return lambda tensors: tensors.pop(name)
-
-
 def changed(name: str, change: Callable[[Tensor], Tensor]) -> Edit:
     return lambda tensors: tensors.update({name: change(tensors[name]).contiguous()})
 

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Collection, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,10 @@ from moetier.runtime.checkpoint import hub
 from moetier.runtime.checkpoint.blueprint import build_on_meta
 from moetier.runtime.checkpoint.containers import Checkpoint
 from moetier.runtime.config import format_bytes
-from moetier.runtime.machine.memory import available_memory, peak_bytes
-from moetier.runtime.machine.threads import usable_cpus
+from moetier.runtime.machine.memory import peak_bytes
 from moetier.tiers.errors import DiskSpaceError
 from moetier.tiers.layout import ExpertKey, Projection
-from moetier.tiers.manifest import FileSum, Manifest
+from moetier.tiers.manifest import FileSum
 from moetier.tiers.options import command_words
 from moetier.tiers.quant.codec import WeightError
 from moetier.tiers.small_names import VOCABULARY
@@ -45,6 +44,7 @@ class Conversion:
     encoder: Encoder
     options: Options
     records: list[MatrixRecord]  # of the trunk's quantised matrices
+    trunk_errors: dict[str, WeightError]  # errors of those matrices that were made, by path; filled by ``make``
     command: list[str]  # words of the command line that resumes the conversion
     download: Download | None  # of a hub checkpoint; None if the checkpoint is a folder
     quiet: bool  # print nothing on standard error
@@ -71,8 +71,8 @@ class Conversion:
         options = planned.with_bits(options)
         digest = checkpoint.digest if download is None else download.revision
         plan = planned.manifest(options, model=checkpoint.name, digest=digest)
-        encoder = _encoder(planned, plan, options)
-        records = planned.records(workers=encoder.workers, fast=options.fast)
+        encoder, errors = Encoder.of(planned.blueprint, plan, options), dict[str, WeightError]()
+        records = planned.records(errors, workers=encoder.workers, fast=options.fast)
         trunk = planned.trunk(records)
         if download is not None:
             download.keep_tensors(
@@ -83,7 +83,8 @@ class Conversion:
         command = ["moetier", *(resuming or ("convert", checkpoint.source, str(folder.resolve())))]
         given = ((name, getattr(options, name)) for name in RESUMING)
         command += command_words((name, value) for name, value in given if value != OPTIONS[name].default)
-        return cls(checkpoint, planned, target, encoder, options, list(records.values()), command, download, quiet)
+        matrices = list(records.values())
+        return cls(checkpoint, planned, target, encoder, options, matrices, errors, command, download, quiet)
 
     def say(self, line: str) -> None:
         """Print a line on standard error, unless ``quiet``."""
@@ -106,8 +107,8 @@ class Conversion:
         if self.options.bits == NATIVE:
             stored = {_description(p) for layout in plan.layouts.values() for p in layout.projections}
             lines.append(f"experts stay as the checkpoint has them: {' and '.join(sorted(stored))}")
-        elif plan.bits < 16 and (self.planned.has_few_bits or self.planned.has_only_values):
-            keeps = "16 keeps their values" if self.planned.has_only_values else "native keeps them as they are"
+        elif plan.bits < 16 and (self.planned.kept or self.planned.has_only_values):
+            keeps = "native keeps them as they are" if self.planned.kept else "16 keeps their values"
             lines.append(
                 f"experts are quantised already, with {self.checkpoint.quantised_with}, and lose quality when they are "
                 f"quantised again, to {plan.bits} bits: --bits {keeps}"
@@ -240,7 +241,7 @@ class Conversion:
 
         ``resumed_blocks``: number of blocks that an earlier run finished; ``was_complete``: this run had nothing to do.
         """
-        plan, trunk = self.target.plan, sum((record.error for record in self.records), WeightError())
+        plan, trunk = self.target.plan, sum(self.trunk_errors.values(), WeightError())
         return ConversionReport(
             model=plan.model,
             target=str(self.target.folder),
@@ -267,16 +268,6 @@ def _description(projection: Projection) -> str:
         name = {"e2m1": "FP4", "int4": "INT4", "e4m3": "FP8"}.get(projection.coding, projection.coding.upper())
         return f"{name} in groups of {projection.group}"
     return f"{projection.bits} bits" + (f" in groups of {projection.group}" if projection.group else "")
-
-
-def _encoder(planned: ConversionPlan, plan: Manifest, options: Options) -> Encoder:
-    """Make an encoder, by default with one worker for each thread or CPU, or fewer if memory is short."""
-    workers = options.workers or options.threads or usable_cpus()
-    encoder = Encoder(planned.blueprint, plan, workers=workers, fast=options.fast)
-    most = min(available_memory().bytes, encoder.promised_bytes - INTERPRETER_BYTES)
-    while options.workers is None and encoder.workers > 1 and encoder.peak_bytes > most:
-        encoder = replace(encoder, workers=encoder.workers - 1)
-    return encoder
 
 
 @dataclass(frozen=True)

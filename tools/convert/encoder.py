@@ -25,12 +25,16 @@ from moetier.runtime.checkpoint.native import Kept, stored_in
 from moetier.runtime.checkpoint.recipe import Expert, Merging, Recipe
 from moetier.runtime.formats.tensors import CHUNK_BYTES, Bytes, StoredTensor, read_at
 from moetier.runtime.kernels.quantise.encode import encode
+from moetier.runtime.machine.memory import available_memory
+from moetier.runtime.machine.threads import usable_cpus
 from moetier.runtime.moe.linear import WEIGHT, matrix_layout
 from moetier.tiers.errors import CheckpointError
 from moetier.tiers.layout import ROW_TILE, ZERO_POINTS, ExpertKey, RecordLayout
 from moetier.tiers.manifest import Manifest, TrunkRecords
 from moetier.tiers.quant.codec import WeightError, sections
 from moetier.tiers.quant.packing import band_bytes
+
+from .options import Options
 
 INTERPRETER_BYTES = 450 << 20  # torch, transformers, the solver's temporaries
 QUEUED_BYTES, MOST_QUEUED = 64 << 20, 32  # of finished records that wait for the disk; one may always wait
@@ -66,6 +70,15 @@ class Encoder:
     plan: Manifest
     workers: int
     fast: bool  # round to the nearest value instead of using HQQ
+
+    @classmethod
+    def of(cls, blueprint: Blueprint, plan: Manifest, options: Options) -> Encoder:
+        """Make an encoder, by default with one worker for each thread or CPU, or fewer if memory is short."""
+        most = options.workers or options.threads or usable_cpus()
+        least = 1 if options.workers is None else most
+        encoders = [cls(blueprint, plan, workers, options.fast) for workers in range(most, least - 1, -1)]
+        room = min(available_memory().bytes, encoders[0].promised_bytes - INTERPRETER_BYTES)
+        return next((encoder for encoder in encoders if encoder.peak_bytes <= room), encoders[-1])
 
     @property
     def peak_bytes(self) -> int:
@@ -162,20 +175,36 @@ def _copy(expert: Expert, layout: RecordLayout, record: Bytes) -> None:
 
 
 class MatrixRecord:
-    """Record of one quantised matrix, as a tensor of the trunk.
-
-    ``chunks`` makes the record, and sets ``error``, the WeightError of its weights.
-    """
+    """Record of one quantised matrix, as a tensor of the trunk. ``chunks`` makes the record."""
 
     dtype = "uint8"
 
-    def __init__(self, path: str, recipe: Recipe, trunk_records: TrunkRecords, *, workers: int, fast: bool) -> None:
+    def __init__(
+        self,
+        path: str,
+        recipe: Recipe,
+        trunk_records: TrunkRecords,
+        errors: dict[str, WeightError],
+        *,
+        workers: int,
+        fast: bool,
+    ) -> None:
+        """Prepare the record of the module at ``path``.
+
+        Args:
+            path: path of the module.
+            recipe: makes its weight [rows, columns].
+            trunk_records: how many bits the record has, and how they are grouped.
+            errors: the conversion's errors of weights, by path, into which ``chunks`` writes that of this record.
+            workers: number of threads that quantise.
+            fast: round to the nearest value instead of using HQQ.
+        """
         rows, columns = recipe.model.get_parameter(recipe.parameter).shape
         self.layout: RecordLayout = matrix_layout(rows, columns, trunk_records)
-        self.error = WeightError()
         self._path = path
         self._recipe = recipe
         self._trunk_records = trunk_records
+        self._errors = errors
         self._workers = workers
         self._fast = fast
 
@@ -236,5 +265,5 @@ class MatrixRecord:
             return error
 
         with pool_of(self._workers) as pool:
-            self.error = sum(pool.map(fill, range(0, p.rows, most)), WeightError())
+            self._errors[self._path] = sum(pool.map(fill, range(0, p.rows, most)), WeightError())
         return record

@@ -18,7 +18,7 @@ from moetier.runtime.moe.linear import WEIGHT, matrix_layout
 from moetier.tiers.errors import CheckpointError, ConfigError
 from moetier.tiers.layout import Bits
 from moetier.tiers.quant.codec import encode
-from moetier.tools.convert import conversion, encoder
+from moetier.tools.convert import encoder
 from moetier.tools.convert.conversion import Conversion
 from moetier.tools.convert.conversion_plan import choose_matrices, trunk_records_of
 from moetier.tools.convert.convert import convert
@@ -148,7 +148,7 @@ def test_where_memory_is_short_fewer_work_on_them_too(tmp_path: Path, monkeypatc
 
     workers, many = peaks(options)
     assert workers == 8
-    monkeypatch.setattr(conversion, "available_memory", lambda: Available(1, "a test"))
+    monkeypatch.setattr(encoder, "available_memory", lambda: Available(1, "a test"))
     workers, one = peaks(options)
     assert workers == 1
     assert one == peaks(replace(options, workers=1))[1]

@@ -35,12 +35,9 @@ def mixed(name: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], tor
 
 
 FORMS: dict[str, tuple[str, Make, dict[str, Any]]] = {
-    "hqq": ("mixtral", always(hqq, nbits=4, group=32), HQQ),
     "hqq mixed": ("mixtral", mixed, HQQ),
     "hqq 3 bits": ("qwen3_moe", always(hqq, nbits=3, group=16, dtype=torch.float16), HQQ),
     "awq": ("qwen3_moe", always(awq, group=-1), AWQ | {"group_size": -1}),
-    "awq groups": ("mixtral", always(awq, group=32), AWQ),
-    "gptq": ("mixtral", always(gptq, bits=4, group=32), GPTQ),
     "gptq 3 bits": (
         "mixtral",
         always(gptq, bits=3, group=32, form="gptq_v2"),
