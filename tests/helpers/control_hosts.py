@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from readers import PATIENCE
@@ -14,6 +16,21 @@ from moetier.tiers.errors import UnknownModelError
 
 DIGEST = "a" * 64
 ARENA = Path(__file__)  # in place of an arena
+
+
+def private(folder: Path) -> Path:
+    """Make a folder that only its owner may enter, as a control server asks for."""
+    folder.mkdir(mode=0o700)
+    return folder
+
+
+@contextmanager
+def hosting(folder: Path) -> Iterator[Host]:
+    """Yield a host, whose socket is gone afterwards."""
+    host = Host(folder)
+    yield host
+    host.server.close()
+    assert not (folder / CONTROL_SOCKET).exists()
 
 
 class Host:

@@ -85,6 +85,20 @@ def write_store(folder: Path, plan: Manifest, records: dict[ExpertKey, bytes]) -
         return writer.finish()
 
 
+def written(folder: Path, plan: Manifest, records: dict[ExpertKey, bytes]) -> Path:
+    """Write a store, and return its folder."""
+    write_store(folder, plan, records)
+    return folder
+
+
+def with_foreign_shard(folder: Path) -> Path:
+    """Make a store in ``folder / "model"`` whose block 1 belongs to another conversion. Return its folder."""
+    make_store(folder / "model")
+    make_store(folder / "other", seed=1)
+    shutil.copy(shard(folder / "other", 1).path, shard(folder / "model", 1).path)
+    return folder / "model"
+
+
 def make_store(
     folder: Path,
     *,

@@ -19,7 +19,7 @@ from daemons import DaemonProcess, running_daemon
 from faults import flip_bit, need_strace, only
 from outlets import PLAIN, served
 from readers import PATIENCE, RamReader
-from stores import keys, make_plan, make_records, make_store, without_table
+from stores import keys, make_plan, make_records, make_store, shard, with_foreign_shard, without_table
 from threads import wait_until
 
 import moetier
@@ -42,17 +42,10 @@ stored_checksums = ShardFile.stored_checksums
 SLOT = PLAN.layout(0).slot_bytes
 
 
-def shard(folder: Path, block: int) -> Path:
-    return ShardFile.of(folder / GROUP, PLAN, block).path
-
-
 @pytest.fixture
 def swapped(tmp_path: Path) -> Path:
     """A store whose block 1 is another's."""
-    make_store(tmp_path / "model")
-    make_store(tmp_path / "other", seed=1)
-    shutil.copy(shard(tmp_path / "other", 1), shard(tmp_path / "model", 1))
-    return tmp_path / "model"
+    return with_foreign_shard(tmp_path)
 
 
 @pytest.mark.parametrize("table", [True, False])
@@ -118,7 +111,7 @@ def test_a_damaged_trunk_is_named_by_its_daemon_and_by_a_load(tinymix_4bit: Path
 def daemon_of_slow_disk(folder: Path, place: Path) -> Iterator[DaemonProcess]:
     """A disk takes 100 ms for a small read, so that the check of the digest outlasts the start."""
     need_strace()
-    shards = [word for block in range(3) for word in ("-P", str(shard(folder, block)))]
+    shards = [word for block in range(3) for word in ("-P", str(shard(folder, block).path))]
     inject = ["-e", "inject=pread64:delay_exit=100000"]
     prefix = ["strace", "-D", "-f", "-qq", "-o", os.devnull, *only("pread64"), *shards, *inject]
     with running_daemon(

@@ -23,7 +23,7 @@ import trustme
 from daemons import DaemonProcess, running_daemon
 from networks import network
 from places import HELPERS
-from stores import layout_of, make_plan, make_records, manifest_of, read_record, without_shards, write_store
+from stores import layout_of, make_plan, make_records, manifest_of, read_record, without_shards, written
 from threads import Task, wait_until
 
 from moetier.runtime.client.peers import Peer, rendezvous
@@ -45,16 +45,12 @@ TOKEN = "s3cret"
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("small")
-    write_store(folder, PLAN, RECORDS)
-    return folder
+    return written(tmp_path_factory.mktemp("small"), PLAN, RECORDS)
 
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("large")
-    write_store(folder, LARGE_PLAN, LARGE_RECORDS)
-    return folder
+    return written(tmp_path_factory.mktemp("large"), LARGE_PLAN, LARGE_RECORDS)
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from cuts import cut
 from fake_device import FakeDevice
 from local_daemons import local_daemon
 from outlets import PLAIN, served
-from stores import keys, make_plan, make_records, write_store
+from stores import keys, make_plan, make_records, write_store, written
 from threads import Task, run_all, wait_until
 
 from moetier.runtime.client.remote import RemoteStore
@@ -70,9 +70,7 @@ class Opened:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("store")
-    write_store(made, PLAN, RECORDS)
-    return made
+    return written(tmp_path_factory.mktemp("store"), PLAN, RECORDS)
 
 
 @contextlib.contextmanager

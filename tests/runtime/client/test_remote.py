@@ -17,7 +17,7 @@ import google_crc32c
 import grpc
 import pytest
 from outlets import Behaviour, Outlet, outlet_of, serving
-from stores import layout_of, make_plan, make_records, manifest_of, slot_of, write_store
+from stores import layout_of, make_plan, make_records, manifest_of, slot_of, written
 from threads import Task, run_all, wait_until
 
 from moetier.proto import expert_store_pb2 as pb
@@ -54,23 +54,17 @@ HUGE_PLAN = make_plan(blocks=1, experts=3, top_k=1, layout=layout_of(rows=2048, 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("small")
-    write_store(folder, PLAN, RECORDS)
-    return folder
+    return written(tmp_path_factory.mktemp("small"), PLAN, RECORDS)
 
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("large")
-    write_store(folder, LARGE_PLAN, LARGE_RECORDS)
-    return folder
+    return written(tmp_path_factory.mktemp("large"), LARGE_PLAN, LARGE_RECORDS)
 
 
 @pytest.fixture(scope="module")
 def huge(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("huge")
-    write_store(folder, HUGE_PLAN, make_records(HUGE_PLAN))
-    return folder
+    return written(tmp_path_factory.mktemp("huge"), HUGE_PLAN, make_records(HUGE_PLAN))
 
 
 @contextmanager

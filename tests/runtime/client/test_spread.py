@@ -20,7 +20,7 @@ import google_crc32c
 import grpc
 import pytest
 from outlets import Outlet, outlet_of, serving
-from stores import make_plan, make_records, manifest_of, read_record, without_shards, write_store
+from stores import make_plan, make_records, manifest_of, read_record, without_shards, write_store, written
 from threads import Task, run_all, wait_until
 
 from moetier.proto import expert_store_pb2 as pb
@@ -57,9 +57,7 @@ KEYS = list(RECORDS)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("store")
-    write_store(made, PLAN, RECORDS)
-    return made
+    return written(tmp_path_factory.mktemp("store"), PLAN, RECORDS)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from control_hosts import DIGEST, Host
+from control_hosts import DIGEST, Host, hosting, private
 from readers import PATIENCE
 from threads import wait_until
 
@@ -29,17 +29,13 @@ from moetier.tiers.errors import UnavailableError
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    folder = tmp_path / "daemon"
-    folder.mkdir(mode=0o700)
-    return folder
+    return private(tmp_path / "daemon")
 
 
 @pytest.fixture
 def host(folder: Path) -> Iterator[Host]:
-    host = Host(folder)
-    yield host
-    host.server.close()
-    assert not (folder / CONTROL_SOCKET).exists()
+    with hosting(folder) as host:
+        yield host
 
 
 def test_a_killed_clients_place_is_free_within_a_second(host: Host) -> None:

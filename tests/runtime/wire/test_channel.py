@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 from daemons import DaemonProcess, running_daemon
-from stores import make_plan, make_records, manifest_of, read_record, slot_of, write_store
+from stores import make_plan, make_records, manifest_of, read_record, slot_of, written
 from threads import Task, wait_until
 
 from moetier.proto import expert_store_pb2 as pb
@@ -74,9 +74,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("store")
-    write_store(folder, PLAN, RECORDS)
-    return folder
+    return written(tmp_path_factory.mktemp("store"), PLAN, RECORDS)
 
 
 @pytest.fixture(scope="module")

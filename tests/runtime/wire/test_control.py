@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from control_hosts import ARENA, DIGEST, Host
+from control_hosts import ARENA, DIGEST, Host, hosting, private
 from threads import Task, wait_until
 from users import NOBODY, as_nobody, become_nobody, need_root
 
@@ -33,17 +33,13 @@ from moetier.tiers.errors import (
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    folder = tmp_path / "daemon"
-    folder.mkdir(mode=0o700)
-    return folder
+    return private(tmp_path / "daemon")
 
 
 @pytest.fixture
 def host(folder: Path) -> Iterator[Host]:
-    host = Host(folder)
-    yield host
-    host.server.close()
-    assert not (folder / CONTROL_SOCKET).exists()
+    with hosting(folder) as host:
+        yield host
 
 
 def test_a_client_gets_its_place_and_the_descriptor(host: Host) -> None:

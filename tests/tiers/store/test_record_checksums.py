@@ -6,7 +6,16 @@ import shutil
 from pathlib import Path
 
 import pytest
-from stores import make_plan, make_records, make_store, read_record, without_table, write_store
+from stores import (
+    make_plan,
+    make_records,
+    make_store,
+    read_record,
+    shard,
+    with_foreign_shard,
+    without_table,
+    write_store,
+)
 
 from moetier.tiers.errors import ChecksumError
 from moetier.tiers.layout import ExpertKey
@@ -17,23 +26,16 @@ from moetier.tiers.store.shard import ShardFile
 PLAN = make_plan()
 
 
-def shard(folder: Path, block: int) -> Path:
-    return ShardFile.of(folder / GROUP, PLAN, block).path
-
-
 @pytest.fixture
 def swapped(tmp_path: Path) -> Path:
     """Make a store whose block 1 belongs to another store."""
-    make_store(tmp_path / "model")
-    make_store(tmp_path / "other", seed=1)
-    shutil.copy(shard(tmp_path / "other", 1), shard(tmp_path / "model", 1))
-    return tmp_path / "model"
+    return with_foreign_shard(tmp_path)
 
 
 def test_it_is_refused_when_the_store_is_opened(swapped: Path) -> None:
     with pytest.raises(ChecksumError, match="to another conversion than the manifest") as caught:
         ExpertStore.open(swapped)
-    path = shard(swapped, 1)
+    path = shard(swapped, 1).path
     assert f"block 1 (model.layers.1.mlp.experts): its shard {path}" in caught.value.cause
     assert f"Copy {path} from the original" in caught.value.fix
 
@@ -46,7 +48,7 @@ def test_a_record_of_another_conversion_is_refused_when_it_is_read(tmp_path: Pat
     other = dict(records)
     other[key] = make_records(PLAN, seed=1)[key]
     write_store(tmp_path / "other", PLAN, other)
-    shutil.copy(shard(tmp_path / "other", 1), shard(tmp_path, 1))
+    shutil.copy(shard(tmp_path / "other", 1).path, shard(tmp_path, 1).path)
     with ExpertStore.open(tmp_path) as store:
         for each in records:
             if each != key:
@@ -54,8 +56,8 @@ def test_a_record_of_another_conversion_is_refused_when_it_is_read(tmp_path: Pat
         with pytest.raises(ChecksumError, match="to another conversion than the manifest") as caught:
             read_record(store, key)
     assert "block 1 (model.layers.1.mlp.experts), expert 2: its record in" in caught.value.cause
-    assert str(shard(tmp_path, 1)) in caught.value.cause
-    assert str(shard(tmp_path, 1)) in caught.value.fix
+    assert str(shard(tmp_path, 1).path) in caught.value.cause
+    assert str(shard(tmp_path, 1).path) in caught.value.fix
 
 
 def test_the_table_is_that_of_the_digest(tmp_path: Path) -> None:
