@@ -79,7 +79,7 @@ class FormatTests:
     is_used_as_it_is: ClassVar[bool] = False
     """Whether ``moetier.load`` and ``--bits native`` take experts as the checkpoint stores them."""
 
-    is_kept: ClassVar[bool] = False
+    is_native: ClassVar[bool] = False
     """Whether ``--bits native`` keeps their codes, scales and zero points, though ``moetier.load`` refuses them."""
 
     needed: ClassVar[Collection[str] | None] = None
@@ -154,7 +154,7 @@ class FormatTests:
             with pytest.raises(UnsupportedModelError) as error:
                 moetier.load(checkpoints.quantised, daemon="none")
             assert "moetier convert" in error.value.fix
-        if self.is_used_as_it_is or self.is_kept:
+        if self.is_used_as_it_is or self.is_native:
             convert(checkpoints.quantised, tmp_path / "native", bits="native")
             assert torch.equal(logits_in(tmp_path / "native"), checkpoints.logits)
             return
@@ -164,8 +164,8 @@ class FormatTests:
 
     def test_a_conversion_says_that_it_quantises_anew(self, checkpoints: Checkpoints, tmp_path: Path) -> None:
         """And which option does not."""
-        opened, is_kept = open_checkpoint(checkpoints.quantised), self.is_used_as_it_is or self.is_kept
-        keeps = "--bits native keeps them as they are" if is_kept else "--bits 16 keeps their values"
+        opened, is_native = open_checkpoint(checkpoints.quantised), self.is_used_as_it_is or self.is_native
+        keeps = "--bits native keeps them as they are" if is_native else "--bits 16 keeps their values"
         for bits in (8, 4, 3, 2, 16):
             lines = " ".join(Conversion.plan(opened, tmp_path / "dst", Options(bits=bits)).announce())
             assert (f"quantised already, with {opened.quantised_with}, and lose quality" in lines) == (bits < 16)

@@ -17,7 +17,7 @@ from moetier.tiers.errors import CheckpointError
 
 class TestHqq(FormatTests):
     quantization: ClassVar = HQQ
-    is_kept = True
+    is_native = True
     needed = ("W_q", "scale", "zero", "shape")
 
     def quantise(self, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:

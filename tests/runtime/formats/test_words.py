@@ -20,7 +20,7 @@ from moetier.tiers.errors import CheckpointError, UnsupportedModelError
 
 class TestGptq(FormatTests):
     quantization: ClassVar = GPTQ
-    is_kept = True
+    is_native = True
     needed = ("qweight", "qzeros", "scales")
 
     def quantise(self, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
@@ -30,7 +30,7 @@ class TestGptq(FormatTests):
 
 class TestAwq(FormatTests):
     quantization: ClassVar = AWQ
-    is_kept = True
+    is_native = True
 
     def quantise(self, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         tensors, meant = awq(weight)
