@@ -75,7 +75,7 @@ class DaemonChoice:
         assert text is not None
         names = text.split(",")
         if len(names) > 1 and not all(names):
-            raise ConfigError(f"{text!r} has a comma too many.", "Separate the daemons by single commas.")
+            raise ConfigError(f"{text!r} has a comma without a daemon.", "Separate the daemons by single commas.")
         addresses = tuple(map(Address.parse, names))
         if len(set(addresses)) != len(addresses):
             raise ConfigError(f"{text!r} names a daemon twice.", "Name each daemon once.")

@@ -233,9 +233,7 @@ class _Sorting:
         elif not of_experts:
             (self.trunk if any(target in state for target in targets) else self.unused).extend(members)
         elif len(of_experts) != len(targets):
-            raise UnsupportedModelError(
-                f"{members[0]} holds weights of experts and of the trunk.", "This architecture is not supported yet."
-            )
+            raise UnsupportedModelError(f"{members[0]} holds weights of experts and of the trunk.", _supported())
         else:
             for target in of_experts:
                 self.recipes[target] = self._recipe(key, target, dtypes[target], parameters[target].shape[0])
@@ -335,7 +333,7 @@ def _own(path: str, module: Any) -> list[tuple[str, torch.nn.Parameter]]:
         elif parameter.shape[:1] == (module.num_experts,):
             raise UnsupportedModelError(
                 f"{path} has a parameter {name} for each expert, which moetier does not know.",
-                "This architecture is not supported yet.",
+                _supported(),
             )
     return parameters
 
@@ -384,6 +382,4 @@ def _top_k(model: PreTrainedModel, path: str, module: Any) -> int:
             value = getattr(owner, name, None)
             if isinstance(value, int) and 1 <= value <= module.num_experts:
                 return value
-    raise UnsupportedModelError(
-        f"The config does not say how many experts of {path} a token uses.", "This architecture is not supported."
-    )
+    raise UnsupportedModelError(f"The config does not say how many experts of {path} a token uses.", _supported())

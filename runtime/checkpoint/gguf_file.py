@@ -119,7 +119,7 @@ def _opened(path: Path, stamps: tuple[tuple[str, int, int], ...]) -> GgufCheckpo
             )
         metadata = metadata or header.metadata
         if doubled := entries.keys() & header.tensors.keys():
-            raise CheckpointError(f"{part} has {shown(min(doubled))} a second time.", "Download the files again.")
+            raise CheckpointError(f"{part} repeats {shown(min(doubled))} of another part.", "Download the files again.")
         entries |= {name: (part, entry) for name, entry in header.tensors.items()}
     if (total := metadata.get("split.tensors.count", len(entries))) != len(entries):
         raise CheckpointError(

@@ -267,7 +267,7 @@ def gathered(
     for path, own in headers.items():
         of_file = _with_whole_names(own, named.get(path, []))
         if doubled := tensors.keys() & of_file.keys():
-            raise CheckpointError(f"{path} holds {some(doubled)} a second time.", "Download the checkpoint again.")
+            raise CheckpointError(f"{path} and another file have {some(doubled)}.", "Download the checkpoint again.")
         tensors |= of_file
     if absent := [name for name, path in places.items() if name not in tensors or tensors[name].file != path]:
         raise CheckpointError(

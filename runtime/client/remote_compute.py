@@ -72,7 +72,7 @@ class RemoteCompute:
 
     @property
     def is_possible(self) -> bool:
-        """Whether a daemon serves computations now."""
+        """True if a daemon serves computations now."""
         return any(peer.away is None and peer.store.computes for peer in self._store.peers)
 
     def note_uses(self, block: int, experts: Iterable[int]) -> None:
@@ -159,7 +159,7 @@ class _Part:
 
     @property
     def is_late(self) -> bool:
-        """Whether the call has so little time left that it may end although the daemon has answered."""
+        """True if the call has so little time left that it may end although the daemon has answered."""
         return not isinstance(self.call, MoetierError) and self.call.time_remaining() < self.peer.store.patience / 2
 
 

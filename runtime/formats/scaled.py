@@ -318,7 +318,7 @@ def pair_of_sizes(value: object) -> tuple[int, int] | None:
 
 
 def unreadable(what: str) -> UnsupportedModelError:
-    """Return the error for a checkpoint of compressed-tensors with ``what``."""
+    """Return the error for a variant of compressed-tensors that can't be read. ``what`` names it."""
     return UnsupportedModelError(
         f"The checkpoint is quantised with compressed-tensors, in {what}, which moetier can't read.",
         "Give a checkpoint in 16 or 32 bits, or in a format that docs/choosing.md lists.",

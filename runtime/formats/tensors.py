@@ -110,12 +110,12 @@ class SourceTensor(ABC):
 
     @property
     def alternate(self) -> bool:
-        """Whether rows of the runs of ``by_expert`` alternate in the parameter, instead of following one another."""
+        """True if rows of the runs of ``by_expert`` alternate in the parameter, instead of following one another."""
         return False
 
     @property
     def transposed(self) -> bool:
-        """Whether the rows of the runs of ``by_expert`` are the columns of the parameter."""
+        """True if the rows of the runs of ``by_expert`` are the columns of the parameter."""
         return False
 
     # records that hold the weights of experts as they are stored

@@ -109,7 +109,7 @@ class Address:
 
     @property
     def is_loopback(self) -> bool:
-        """Whether packets to this TCP address stay on this host."""
+        """True if packets to this TCP address stay on this host."""
         return _LOOPBACK.fullmatch(self.target.rpartition(":")[0]) is not None
 
     def __str__(self) -> str:

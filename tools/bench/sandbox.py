@@ -143,7 +143,7 @@ def fresh(work: dict[str, Any], *, limit: int | None = None, files: Iterable[Pat
     if result.returncode or not lines:
         said = next(reversed(result.stderr.splitlines()), f"exit status {result.returncode}")
         raise ConfigError(
-            f"The process that measures failed: {said}", "Check that moetier generate works with the same model."
+            f"The measuring process failed: {said}", "Check that moetier generate works with the same model."
         )
     printed: dict[str, Any] = json.loads(lines[-1])
     if "error" in printed:

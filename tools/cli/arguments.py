@@ -127,7 +127,7 @@ def resources_of(arguments: argparse.Namespace, **more: Any) -> dict[str, Any]:
 
 
 def asked(arguments: argparse.Namespace, name: str) -> bool:
-    """Whether the command line, and not only a setting, gives the option called ``name``."""
+    """Return whether the command line, and not only a setting, gives the option called ``name``."""
     value, configured = getattr(arguments, name), getattr(arguments, "configured", {})
     return value is not None and value is not False and configured.get(name) != value
 

@@ -51,7 +51,7 @@ class Setting:
 
     @property
     def is_default(self) -> bool:
-        """Whether neither the file nor the environment sets the value."""
+        """True if neither the file nor the environment sets the value."""
         return self.source == "default"
 
 
@@ -171,7 +171,7 @@ class Settings:
 
 
 def is_anything_set() -> bool:
-    """Whether there is a settings file, or a variable that may be meant as a setting."""
+    """Return whether there is a settings file, or a variable that may be meant as a setting."""
     named = any(name.startswith(PREFIX) and (name == CONFIG or not OTHERS.fullmatch(name)) for name in os.environ)
     return named or os.path.lexists(config_file())
 

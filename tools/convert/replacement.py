@@ -39,7 +39,7 @@ from .model_files import delete, locked
 from .target import copied_files, files_of_users, is_ours, remove
 
 FIRST = (
-    "Give --replace-first to remove the old model before the new one is made: it is lost then, even if the conversion "
+    "--replace-first, which removes the old model before the new one is made: it is lost then, even if the conversion "
     "fails."
 )
 
@@ -156,7 +156,7 @@ def check_replaceable(folder: Path) -> None:
     if not os.access(place, os.W_OK | os.X_OK):
         raise TargetError(f"{folder} can't be written, so it can't be replaced.", f"Run: chmod u+wx {folder}")
     if reason:
-        raise TargetError(f"{folder} can't be replaced atomically, as {reason}.", FIRST)
+        raise TargetError(f"{folder} can't be replaced atomically, as {reason}.", f"Give {FIRST}")
     with locked(str(folder), folder):
         pass
 
@@ -210,7 +210,7 @@ def _check_room(conversion: Conversion, making: Conversion) -> None:
         conversion.check_disks(replacing=True)
         raise DiskSpaceError(
             f"The old model stays until the new one is complete, and the disk has no room for both: {error.cause}",
-            f"Free some space. Or g{FIRST[1:]}",
+            f"Free some space. Or give {FIRST}",
         ) from error
 
 
@@ -279,7 +279,8 @@ def _take_place(new: Path, folder: Path) -> list[Path]:
                 _rename_both(new, place)
         except OSError as error:
             raise TargetError(
-                f"The new model in {new} is complete, but can't take the place of {folder} ({error.strerror}).", FIRST
+                f"The new model in {new} is complete, but can't take the place of {folder} ({error.strerror}).",
+                f"Give {FIRST}",
             ) from error
     return finish_replacement(folder)
 

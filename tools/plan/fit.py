@@ -65,7 +65,7 @@ class Fit:
 
     @property
     def works(self) -> bool:
-        """Whether the choice works on this machine."""
+        """True if the choice works on this machine."""
         return self.problem is None
 
     @property
@@ -75,12 +75,12 @@ class Fit:
 
     @property
     def all_resident(self) -> bool:
-        """Whether the host tier has a slot for every expert."""
+        """True if the host tier has a slot for every expert."""
         return self.works and self.slot_count == self.choice.manifest.record_count
 
     @property
     def streams(self) -> bool:
-        """Whether there are fewer slots than experts that one token uses in all blocks."""
+        """True if there are fewer slots than experts that one token uses in all blocks."""
         return self.works and self.slot_count < sum(block.top_k for block in self.choice.manifest.blocks)
 
 

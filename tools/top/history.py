@@ -109,7 +109,7 @@ class History:
                 self.models[model.digest] = ModelHistory(model, details)
 
     def _falls(self, stats: ModelStats, details: Details) -> bool:
-        """Whether a counter of a model is less than before, or the number of experts of a block has changed."""
+        """Return whether a counter of a model is less than before, or the number of experts of a block has changed."""
         if (earlier := self.models.get(stats.digest)) is None:
             return False
         if [len(block.uses) for block in details.blocks] != [len(block.uses) for block in earlier.details.blocks]:

@@ -35,7 +35,8 @@ class RowMatrix:
     def __init__(
         self, weight: Tensor, rows: int, columns: int, product: Callable[[torch.dtype], ProjectionProduct] | None = None
     ) -> None:
-        """
+        """Make a matrix.
+
         Args:
             weight: a record, uint8 [record bytes], or a bf16 matrix [rows, columns].
             rows: number of rows.
@@ -88,7 +89,8 @@ class ProductTasks:
     def __init__(
         self, matrices: Sequence[RowMatrix], dtype: torch.dtype, biases: Sequence[Tensor | None] | None = None
     ) -> None:
-        """
+        """Prepare products with ``matrices``.
+
         Args:
             matrices: the matrices.
             dtype: type of x and of the products.

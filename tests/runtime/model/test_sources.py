@@ -285,7 +285,7 @@ def test_a_config_can_name_no_daemon(directory: Path, tmp_path: Path) -> None:
         ("a:b:c", "not the address"),
         ("", "not the address"),
         ("a,a", "twice"),
-        ("a,", "comma too many"),
+        ("a,", "comma without a daemon"),
         ("h:99999", "not the address"),
     ],
 )

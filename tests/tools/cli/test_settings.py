@@ -114,7 +114,7 @@ def test_mistakes_name_the_file_the_key_and_the_fix(
         ("MOETIER_CONTEXT", "x", "MOETIER_CONTEXT is 'x'", "whole number"),
         ("MOETIER_RAM", "6GX", "MOETIER_RAM: '6GX' is not an amount of memory", '"6GiB"'),
         ("MOETIER_DEVICE", "gpu", "MOETIER_DEVICE: 'gpu' is not a device", '"cuda"'),
-        ("MOETIER_DAEMON", "a,,b", "MOETIER_DAEMON: 'a,,b' has a comma too many", "single commas"),
+        ("MOETIER_DAEMON", "a,,b", "MOETIER_DAEMON: 'a,,b' has a comma without a daemon", "single commas"),
         (
             "MOETIER_CONFIG",
             "/nonexistent/c.toml",
