@@ -34,9 +34,8 @@ from moetier.runtime.stores.registry import read_manifest
 from moetier.tiers.closeable import closed_on_error
 from moetier.tiers.errors import ConfigError
 
-from .budgets import kv_cache_bytes, largest_decoded
+from .budgets import Needs
 from .context import context_of
-from .prefill_memory import prefill_of
 from .tiers import Tiers, close_later
 from .trunk_files import TrunkFiles, mapped_bytes
 
@@ -93,19 +92,16 @@ def _open_tiers(
     linears: list[QuantizedLinear],
 ) -> Tiers:
     """Open the tiers, which close when the model is garbage-collected. ``linears``: the trunk's quantised matrices."""
-    context = context_of(model.config, config)
-    tiers = Tiers.open(
-        location,
+    needs = Needs.of(
+        model,
+        read_manifest(location),
         config,
-        device,
+        kernels,
+        context=context_of(model.config, config),
         trunk=mapped_bytes(model),
-        cache=kv_cache_bytes(model.config, context, dtype=model.dtype),
-        prefill=prefill_of(model, read_manifest(location), config, kernels),
-        width=model.dtype.itemsize,
-        kernels=kernels,
-        largest=largest_decoded((linear.layout for linear in linears), kernels),
-        trunk_files=files,
+        matrices=[linear.layout for linear in linears],
     )
+    tiers = Tiers.open(location, config, device, needs=needs, kernels=kernels, trunk_files=files)
     weakref.finalize(model, close_later, tiers.close_sources, weakref.ref(tiers))
     return tiers
 

@@ -20,7 +20,7 @@ from moetier.tiers.cache.budget import slots_for, smallest_budget
 from moetier.tiers.layout import RecordLayout
 from moetier.tiers.manifest import Manifest
 
-from .prefill_memory import NOTHING_PER_TOKEN, WINDOWED, Prefill
+from .prefill_memory import NONE, NOTHING_PER_TOKEN, WINDOWED, Prefill, prefill_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +30,40 @@ class Needs:
     If the device that computes has memory, all but ``trunk`` are bytes of that memory, not of the host's.
     """
 
-    trunk: int  # the part of the trunk whose memory still counts as free
-    cache: int  # keys and values of a context
-    scratch: int  # scratch memory of computations
-    prefill: Prefill  # tokens of a prompt that are computed together
+    trunk: int = 0  # the part of the trunk whose memory still counts as free
+    cache: int = 0  # keys and values of a context
+    scratch: int = 0  # scratch memory of computations
+    prefill: Prefill = NONE  # tokens of a prompt that are computed together
+
+    @classmethod
+    def of(
+        cls,
+        model: Any,
+        manifest: Manifest,
+        config: TierConfig,
+        kernels: Kernels,
+        *,
+        context: int,
+        trunk: int,
+        matrices: Iterable[RecordLayout],
+    ) -> Needs:
+        """Return the needs of a model, which may be on the meta device.
+
+        Args:
+            model: the model.
+            manifest: that of its store.
+            config: the options, which give the tokens that are computed together.
+            kernels: the kernels that it will be computed with.
+            context: tokens whose keys and values are kept.
+            trunk: bytes of the trunk whose memory still counts as free.
+            matrices: layouts of the trunk's quantised matrices.
+        """
+        return cls(
+            trunk=trunk,
+            cache=kv_cache_bytes(model.config, context, dtype=model.dtype),
+            scratch=scratch_numbers(manifest, matrices, kernels) * model.dtype.itemsize,
+            prefill=prefill_of(model, manifest, config, kernels),
+        )
 
     @property
     def reserve(self) -> int:
@@ -125,19 +155,16 @@ class ModelMemory:
         return slots_for(self._manifest, budget)
 
 
-def largest_decoded(matrices: Iterable[RecordLayout], kernels: Kernels) -> int:
-    """Return the number of weights of the largest of ``matrices`` that ``kernels`` must decode; 0 if there is none."""
-    return max((layout.weights for layout in matrices if not kernels.packs(layout)), default=0)
+def scratch_numbers(manifest: Manifest, matrices: Iterable[RecordLayout], kernels: Kernels) -> int:
+    """Return how many numbers the scratch memory for computing with experts and ``matrices`` has to hold.
 
-
-def scratch_numbers(manifest: Manifest, kernels: Kernels) -> int:
-    """Return how many numbers the scratch memory for computing with experts has to hold.
-
-    The scratch memory holds the largest projection that has to be decoded, or what compiled code keeps between products
-    for BATCH_OUTPUTS tokens. The latter is less than three times the inputs and outputs of the widest projection.
+    The scratch memory holds the largest matrix that has to be decoded, or what compiled code keeps between products for
+    BATCH_OUTPUTS tokens. The latter is less than three times the inputs and outputs of the widest projection.
     """
-    layouts = manifest.layouts.values()
-    decoded = [p.rows * p.columns for layout in layouts for p in layout.projections if not kernels.packs(layout)]
+    layouts = [*manifest.layouts.values()]
+    decoded = [
+        p.rows * p.columns for layout in (*layouts, *matrices) for p in layout.projections if not kernels.packs(layout)
+    ]
     wide = [
         3 * BATCH_OUTPUTS * (p.rows + p.columns)
         for layout in layouts

@@ -146,6 +146,11 @@ class MoetierQuantizer(HfQuantizer):
         asked = _asked.get()
         given = None if asked is None else asked.files
         self._files = given or TrunkFiles(self._location, list(map(Path, checkpoint_files or ())))
+        with self._files.for_load():
+            self._replace_modules(model, asked)
+
+    def _replace_modules(self, model: PreTrainedModel, asked: Asked | None) -> None:
+        """Remove the experts' parameters, and give the trunk modules for its records. Raises StoreFormatError."""
         modules = experts_modules(model)
         manifest, records = read_manifest(self._location), dict[str, int]()
         if is_checkpoint(self._location):

@@ -28,10 +28,12 @@ from moetier.tiers.errors import ConfigError
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.stats import TierStats
 
-from .budgets import ModelMemory, Needs, scratch_numbers
-from .prefill_memory import NONE, Prefill
+from .budgets import ModelMemory, Needs
+from .prefill_memory import Prefill
 from .sources import Origin, open_origin
 from .trunk_files import TrunkFiles
+
+NO_NEEDS = Needs()  # all memory is for experts
 
 _log = logging.getLogger(__name__)
 _closers: set[threading.Thread] = set()
@@ -47,12 +49,8 @@ class Tiers(Closeable):
         config: TierConfig,
         device: ComputeDevice,
         *,
-        trunk: int = 0,
-        cache: int = 0,
-        prefill: Prefill = NONE,
-        width: int = 4,
+        needs: Needs = NO_NEEDS,
         kernels: Kernels | None = None,
-        largest: int = 0,
         trunk_files: TrunkFiles | None = None,
     ) -> Tiers:
         """Open the tiers of a model directory, to compute on ``device``.
@@ -61,12 +59,8 @@ class Tiers(Closeable):
             location: the model directory, checkpoint folder or GGUF file.
             config: the options of the tiers.
             device: the device that computes.
-            trunk: bytes of the trunk that still count as free memory.
-            cache: bytes to leave for keys and values of a context.
-            prefill: tokens of a prompt that are computed together. If memory is short, there will be fewer.
-            width: bytes of each number in scratch memory.
+            needs: memory to leave besides that of experts. If it is short, fewer tokens will be computed together.
             kernels: the kernels that the trunk uses; by default those of ``device``.
-            largest: number of weights of the trunk's largest matrix that is decoded for each product.
             trunk_files: the files of the trunk, which ``close`` closes.
 
         Raises StoreError if the store can't be opened, BudgetError if no memory budget is possible, DaemonError if
@@ -79,8 +73,7 @@ class Tiers(Closeable):
             )
         manifest = read_manifest(location)
         kernels = kernels or device.kernels(exact=config.exact)
-        scratch = max(scratch_numbers(manifest, kernels), largest) * width
-        memory = ModelMemory(manifest, config, device, Needs(trunk, cache, scratch, prefill))
+        memory = ModelMemory(manifest, config, device, needs)
         with contextlib.ExitStack() as undo:
             compiled = isinstance(kernels, PackedKernels)
             origin = open_origin(
@@ -103,9 +96,9 @@ class Tiers(Closeable):
                 memory.beside_daemon(memory_for_model())
             tiers = cls(manifest, origin, tier, kernels, memory.prefill, trunk_files)
             undo.pop_all()
-        if tiers.prefill_chunk < prefill.tokens:
-            what = "to compute %s tokens of a prompt together" if prefill.resumes else "for a prompt of %s tokens"
-            _log.warning(f"Memory leaves room {what}, not %s.", f"{tiers.prefill_chunk:,}", f"{prefill.tokens:,}")
+        if tiers.prefill_chunk < (tokens := needs.prefill.tokens):
+            what = "to compute %s tokens of a prompt together" if needs.prefill.resumes else "for a prompt of %s tokens"
+            _log.warning(f"Memory leaves room {what}, not %s.", f"{tiers.prefill_chunk:,}", f"{tokens:,}")
         return tiers
 
     def __init__(

@@ -14,8 +14,7 @@ from moetier.runtime.config import TierConfig, format_bytes
 from moetier.runtime.devices.device import ComputeDevice
 from moetier.runtime.kernels.products.api import Kernels
 from moetier.runtime.machine.memory import MARGIN_BYTES, MARGIN_SHARE, Available
-from moetier.runtime.model.budgets import ModelMemory, Needs, kv_cache_bytes, largest_decoded, scratch_numbers
-from moetier.runtime.model.prefill_memory import prefill_of
+from moetier.runtime.model.budgets import ModelMemory, Needs
 from moetier.tiers.arena.layout import ArenaLayout
 from moetier.tiers.cache.budget import smallest_budget
 from moetier.tiers.errors import BudgetError, DiskSpaceError, MoetierError
@@ -91,14 +90,8 @@ def fit_of(model_choices: ModelChoices, choice: Choice, config: TierConfig, room
     small, no error is raised: the error is the ``problem`` of the result.
     """
     manifest, model = choice.manifest, model_choices.model
-    scratch = max(scratch_numbers(manifest, kernels), largest_decoded(choice.matrices, kernels))
-    on_host = not room.device.has_memory
-    needs = Needs(
-        trunk=choice.trunk_bytes if on_host else 0,
-        cache=kv_cache_bytes(model.config, config.context, dtype=model.dtype),
-        scratch=scratch * model.dtype.itemsize,
-        prefill=prefill_of(model, manifest, config, kernels),
-    )
+    trunk = 0 if room.device.has_memory else choice.trunk_bytes
+    needs = Needs.of(model, manifest, config, kernels, context=config.context, trunk=trunk, matrices=choice.matrices)
     memory = ModelMemory(manifest, config, room.device, needs)
     slots: Mapping[str, int] = {}
     device_slots, arena, problem, limited = None, 0, _disk_problem(model_choices, choice, room), room.host

@@ -49,7 +49,7 @@ from pathlib import Path
 import torch
 import moetier
 from moetier.runtime.generation.compat import CACHE
-from moetier.runtime.model import attach
+from moetier.runtime.model import budgets
 from moetier.runtime.model.budgets import kv_cache_bytes
 
 def own(name):
@@ -57,8 +57,8 @@ def own(name):
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 folder, chunk, tokens, exact = json.loads(sys.argv[1])
-needs, find = [], attach.prefill_of
-attach.prefill_of = lambda *given: needs.append(find(*given)) or needs[-1]
+needs, find = [], budgets.prefill_of
+budgets.prefill_of = lambda *given: needs.append(find(*given)) or needs[-1]
 model, _ = moetier.load(folder, daemon=None, context=tokens, prefill_chunk=chunk, exact=exact)
 ids = torch.randint(2, 250, (1, tokens), generator=torch.Generator().manual_seed(0))
 with model.tiers, torch.inference_mode():

@@ -22,7 +22,8 @@ from moetier.runtime.devices.cpu import Cpu
 from moetier.runtime.kernels.cuda_int4 import CudaInt4, FusedKernels
 from moetier.runtime.kernels.products.api import Kernels
 from moetier.runtime.machine.memory import mapped_files
-from moetier.runtime.model import budgets, tiers, trunk_files
+from moetier.runtime.model import trunk_files
+from moetier.runtime.model.budgets import scratch_numbers
 from moetier.runtime.model.trunk_files import mapped_bytes
 from moetier.runtime.moe.linear import WEIGHT, QuantizedLinear, matrix_layout, quantized_linears, replace_linears
 from moetier.tiers.errors import ChecksumError, ConfigError, StoreFormatError
@@ -32,7 +33,7 @@ from moetier.tiers.quant.codec import decode, encode
 from moetier.tiers.store.folder import read_manifest, store_folder
 
 IDS = torch.tensor([[5, 17, 200, 31, 99, 4, 4, 120]])
-FORM = TrunkRecords(4, 64, "bfloat16")
+TRUNK_RECORDS = TrunkRecords(4, 64, "bfloat16")
 
 
 def quantised(bits: Bits, dtype: torch.dtype, *, bias: bool, rows: int = 80) -> tuple[nn.Linear, QuantizedLinear]:
@@ -107,7 +108,7 @@ class TwoLinears(nn.Module):
 def test_what_is_named_is_replaced_and_tied_no_longer() -> None:
     with torch.device("meta"):
         model = TwoLinears()
-    replace_linears(model, {"first": 128 * 64 // 2 + 128 * 4}, FORM)
+    replace_linears(model, {"first": 128 * 64 // 2 + 128 * 4}, TRUNK_RECORDS)
     (module,) = quantized_linears(model)
     assert model.first is module  # type: ignore[comparison-overlap]
     assert set(model.state_dict()) == {"first.record", "first.bias", "norm.weight", "norm.bias"}
@@ -126,7 +127,7 @@ def test_what_is_named_is_replaced_and_tied_no_longer() -> None:
 )
 def test_a_record_that_does_not_fit_the_model(records: dict[str, int], words: str) -> None:
     with pytest.raises(StoreFormatError, match=words):
-        replace_linears(TwoLinears(), records, FORM)
+        replace_linears(TwoLinears(), records, TRUNK_RECORDS)
 
 
 # -- of a model --------------------------------------------------------------------------------------------------------
@@ -180,22 +181,12 @@ def test_the_head(tmp_path: Path, tied: bool) -> None:
         assert torch.equal(logits(model), logits(ordinary))
 
 
-def test_budgets_leave_room_for_the_largest_matrix(tiny: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The head is larger than any projection of an expert here."""
-    _, directory = tiny
-    reserves: list[int] = []
-    budget_for = budgets.budget_for
-
-    def noted(*given: Any, reserve: int, **named: Any) -> int:
-        reserves.append(reserve)
-        return budget_for(*given, reserve=reserve, **named)
-
-    monkeypatch.setattr(budgets, "budget_for", noted)
-    manifest = read_manifest(store_folder(directory))
-    for largest in (0, 10_000_000):
-        tiers.Tiers.open(directory, tiers.TierConfig.of(daemon=None), Cpu(), width=2, largest=largest).close()
+def test_budgets_leave_room_for_the_largest_matrix(tiny: tuple[Any, Path]) -> None:
+    """The head may be larger than any projection of an expert."""
+    manifest, head = read_manifest(store_folder(tiny[1])), matrix_layout(4000, 2560, TRUNK_RECORDS)
     projections = max(p.rows * p.columns for p in manifest.layout(0).projections)
-    assert reserves == [projections * 2, 20_000_000]
+    assert scratch_numbers(manifest, (), Kernels()) == projections
+    assert scratch_numbers(manifest, [head], Kernels()) == 4000 * 2560
 
 
 def test_records_that_the_manifest_does_not_know(tiny: tuple[Any, Path], tmp_path: Path) -> None:
