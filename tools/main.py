@@ -150,7 +150,7 @@ def _run(argv: Sequence[str] | None) -> int:
     try:
         _set_up_log()
         arguments, settings = parse(argv)
-        status: int = arguments.run(by_name(arguments))
+        status: int = arguments.run(by_name(arguments)) or 0
         sys.stdout.flush()
     except SystemExit:  # raised by --help, for example
         sys.stdout.flush()

@@ -138,7 +138,7 @@ def run_script(module: str, description: str, words: Sequence[str] | None = None
     parser.set_defaults(what=name)
     try:
         arguments = parser.parse_args(words)
-        status: int = arguments.run(by_name(arguments))
+        status: int = arguments.run(by_name(arguments)) or 0
     except MoetierError as error:
         return say(error)
     return status

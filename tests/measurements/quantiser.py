@@ -34,8 +34,8 @@ EXAMPLES = ("python tests/measurements/quantiser.py ./Mixtral-8x7B-v0.1",)
 BITS = 4  # of llama.cpp's weights
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Measure and print; return 0. Raises MoetierError."""
+def run(arguments: argparse.Namespace) -> None:
+    """Measure and print. Raises MoetierError."""
     if arguments.bits != BITS:
         raise ConfigError(f"llama.cpp's weights have {BITS} bits, and --bits is {arguments.bits}.", "Leave it out.")
     with tempfile.TemporaryDirectory(prefix="moetier-bench-", dir=arguments.into) as name:
@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
             export_gguf(arguments.source, source, ggml_type="F16", quiet=False)
         threads = arguments.workers or arguments.threads or usable_cpus()
         way = partial(quantize_once, source, folder / "target.gguf", threads)
-        return convert.measure(arguments, {"llama.cpp Q4_0": way})
+        convert.measure(arguments, {"llama.cpp Q4_0": way})
 
 
 def quantize_once(source: Path, target: Path, threads: int) -> dict[str, Any]:

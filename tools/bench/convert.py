@@ -47,13 +47,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_bench_arguments(parser)
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Run the command and return 0. Raises MoetierError."""
-    return measure(arguments, {})
+def run(arguments: argparse.Namespace) -> None:
+    """Run the command. Raises MoetierError."""
+    measure(arguments, {})
 
 
-def measure(arguments: argparse.Namespace, others: Mapping[str, Callable[[], dict[str, Any]]]) -> int:
-    """Convert a checkpoint in each of WAYS and of ``others``, by turns; print and write the results. Return 0.
+def measure(arguments: argparse.Namespace, others: Mapping[str, Callable[[], dict[str, Any]]]) -> None:
+    """Convert a checkpoint in each of WAYS and of ``others``, by turns; print and write the results.
 
     ``others`` is a dictionary from the names of further ways to functions that return what ``convert_once`` returns.
     Raises MoetierError.
@@ -104,7 +104,7 @@ def measure(arguments: argparse.Namespace, others: Mapping[str, Callable[[], dic
     ]
     machine = Machine.here(place=arguments.source, fio=fio)
     rates = {"disk_bytes_per_s": disk.to_json(), "disk_by": reads.by}
-    return report(arguments, machine, rows, results, notes=notes, rates=rates)
+    report(arguments, machine, rows, results, notes=notes, rates=rates)
 
 
 def convert_once(source: Path, into: Path | None, options: list[str], files: list[Path]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Run the command and return 0. Raises MoetierError."""
+def run(arguments: argparse.Namespace) -> None:
+    """Run the command. Raises MoetierError."""
     pieces = [arguments.prompt, *[1] * (arguments.warm + arguments.tokens)]
-    return measure(arguments, Work.of(arguments, pieces, measured=arguments.tokens, sequences=arguments.batch))
+    measure(arguments, Work.of(arguments, pieces, measured=arguments.tokens, sequences=arguments.batch))

@@ -32,8 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_bench_arguments(parser)
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Run the command and return 0. Raises MoetierError."""
+def run(arguments: argparse.Namespace) -> None:
+    """Run the command. Raises MoetierError."""
     from moetier.runtime.stores.registry import open_store
     from moetier.tiers.source import LOADERS
 
@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
     page_cache = "avoided (O_DIRECT)" if reads.direct else "dropped before each run; this file system has no O_DIRECT"
     notes = [f"page cache {page_cache}", *([] if fio else [NO_FIO])]
     machine = Machine.here(place=arguments.directory, fio=fio)
-    return report(arguments, machine, rows, results, notes=notes, by=reads.by, page_cache=page_cache)
+    report(arguments, machine, rows, results, notes=notes, by=reads.by, page_cache=page_cache)
 
 
 def store_rate(store: Store, record_bytes: int, depth: int, seconds: float) -> float:

@@ -63,8 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_bench_arguments(parser)
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Run the command and return 0. Raises MoetierError."""
+def run(arguments: argparse.Namespace) -> None:
+    """Run the command. Raises MoetierError."""
     check_bench(arguments)
     rows = arguments.rows or list(ROWS)
     layouts = dict(_layouts(arguments))
@@ -93,8 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
     dtype = str(rates.activation_dtype()).removeprefix("torch.")
     by = " or ".join(sorted({result["bound_by"] for result in results}))
     notes = [f"memory   read at the rate of torch's {by} over 512 MiB, whichever is quickest; activations in {dtype}"]
-    machine = Machine.here(threads=torch.get_num_threads())
-    return report(arguments, machine, table, results, notes=notes, activations=dtype)
+    report(arguments, Machine.here(threads=torch.get_num_threads()), table, results, notes=notes, activations=dtype)
 
 
 def result_of(

@@ -128,8 +128,8 @@ class Floor:
         return slots_for(self.manifest, limits.limit - self.resident_bytes)
 
 
-def measure(arguments: argparse.Namespace, work: Work) -> int:
-    """Measure ``work`` with every combination of --limit and --ram; print and write the results. Return 0.
+def measure(arguments: argparse.Namespace, work: Work) -> None:
+    """Measure ``work`` with every combination of --limit and --ram; print and write the results.
 
     The rates of disk, kernels and memory, from which the bounds are computed, are measured in the same rounds. Raises
     MoetierError.
@@ -163,7 +163,7 @@ def measure(arguments: argparse.Namespace, work: Work) -> int:
 
     rates, rates_json, notes = rated.summary(measured["disk"], measured["rates"], work)
     results = [result_of(limits, measured[limits], work, floor, rates) for limits in several]
-    return report(
+    report(
         arguments,
         Machine.here(threads=seen["threads"], place=folder, fio=fio),
         [list(TABLE), *map(_row, results)],

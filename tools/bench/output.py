@@ -102,8 +102,8 @@ def report(
     *,
     notes: list[str] | None = None,
     **more: Any,
-) -> int:
-    """Print the machine, the table ``rows`` and the ``notes``. With --json, write the results to a file too. Return 0.
+) -> None:
+    """Print the machine, the table ``rows`` and the ``notes``. With --json, write the results to a file too.
 
     The file has the machine, the notes, ``results`` (a JSON object for each row of the table) and the fields ``more``.
     """
@@ -124,4 +124,3 @@ def report(
             "results": results,
         }
         write_durably(arguments.json, json.dumps(document, indent=2).encode() + b"\n")
-    return 0

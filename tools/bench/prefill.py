@@ -24,6 +24,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Run the command and return 0. Raises MoetierError."""
-    return measure(arguments, Work.of(arguments, [WARM, arguments.tokens], measured=1))
+def run(arguments: argparse.Namespace) -> None:
+    """Run the command. Raises MoetierError."""
+    measure(arguments, Work.of(arguments, [WARM, arguments.tokens], measured=1))

@@ -50,8 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     show_first(parser, "--ram", "--context", "--system", "--max-new-tokens", "--temperature")
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Run the command and return 0. Raises MoetierError."""
+def run(arguments: argparse.Namespace) -> None:
+    """Run the command. Raises MoetierError."""
     resources = resources_of(arguments)
     decoding, most = decoding_of(arguments), arguments.max_new_tokens
     status: bool = sys.stderr.isatty() if arguments.status is None else arguments.status
@@ -83,4 +83,3 @@ def run(arguments: argparse.Namespace) -> int:
             dialogue.say("the model has no chat template: a plain one is used, which the model may not understand")
         dialogue.say("/help lists the commands")
         dialogue.talk(ChatInput())
-    return 0

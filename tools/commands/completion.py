@@ -16,10 +16,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("shell", choices=SHELLS, metavar="SHELL", help=f"the shell: {' or '.join(SHELLS)}")
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Print the script and return 0."""
+def run(arguments: argparse.Namespace) -> None:
+    """Print the script."""
     print(script(arguments.shell))
-    return 0
 
 
 def script(shell: str) -> str:
@@ -38,5 +37,4 @@ def script(shell: str) -> str:
             if action.type in (Path, directory, file_or_address):
                 folder = isinstance(action.metavar, str) and action.metavar in FOLDERS
                 action.complete = shtab.DIRECTORY if folder else shtab.FILE  # type: ignore[attr-defined]  # for shtab
-    text: str = shtab.complete(parser, shell=shell)
-    return text
+    return shtab.complete(parser, shell=shell)

@@ -63,11 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
         for command in settings.sections:  # show only those settings of a command that differ from the general ones
             own = [one for one in settings.of(command) if not _same(one, general.get(one.key))]
             shown |= {command: own} if own else {}
-    if arguments.json:
-        print(json.dumps(_json(settings, shown), indent=2))
-    else:
-        print(_text(settings, shown))
-    sys.stdout.flush()
+    print(json.dumps(_json(settings, shown), indent=2) if arguments.json else _text(settings, shown), flush=True)
     for said in settings.unknown_variables:
         print(f"moetier: {said}", file=sys.stderr)
     for fault in settings.faults:

@@ -49,10 +49,9 @@ def run(arguments: argparse.Namespace) -> int:
         if not arguments.json:
             print("\n".join(lines_of([finding], width)), flush=True)
     counts = {str(state): sum(finding.state is state for finding in results) for state in State}
-    if arguments.json:
-        print(json.dumps({"counts": counts, "findings": [asdict(finding) for finding in results]}, indent=2))
-    else:
-        print(", ".join(f"{count} {state}" for state, count in counts.items()))
+    result = {"counts": counts, "findings": [asdict(finding) for finding in results]}
+    text = ", ".join(f"{count} {state}" for state, count in counts.items())
+    print(json.dumps(result, indent=2) if arguments.json else text)
     return EXIT_BAD if counts[State.FAIL] else 0
 
 

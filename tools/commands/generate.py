@@ -49,8 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     show_first(parser, "--ram", "--max-new-tokens", "--temperature")
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Run the command and return 0. Raises MoetierError."""
+def run(arguments: argparse.Namespace) -> None:
+    """Run the command. Raises MoetierError."""
     resources = resources_of(arguments)
     decoding = decoding_of(arguments)
     prompt = _text_of_input(AT_FIRST) if arguments.prompt is None else arguments.prompt
@@ -95,7 +95,6 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         sys.stdout.flush()
         print(f"\n{short}{rest}", file=sys.stderr)
-    return 0
 
 
 def _text_of_input(most: int) -> str:

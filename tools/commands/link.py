@@ -25,8 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Read the checkpoint once, write the table and return 0. Raises MoetierError."""
+def run(arguments: argparse.Namespace) -> None:
+    """Read the checkpoint once, and write the table. Raises MoetierError."""
     from moetier.runtime.checkpoint.containers import open_source
     from moetier.runtime.checkpoint.model_config import is_checkpoint
     from moetier.runtime.stores.checkpoint_store import CheckpointStore, make_table
@@ -66,4 +66,3 @@ def run(arguments: argparse.Namespace) -> int:
         f"{path}: {table.manifest.record_count:,} experts in {files} file{'s' * (files > 1)}, {format_bytes(total)} "
         f"read in {seconds:.1f} s ({total / seconds / 1e9:.2f} GB/s)"
     )
-    return 0

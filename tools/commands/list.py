@@ -20,8 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON array")
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Print the pulled models and return 0."""
+def run(arguments: argparse.Namespace) -> None:
+    """Print the pulled models."""
     from moetier.runtime.model.names import models_folder, pulled
 
     models = []
@@ -30,13 +30,8 @@ def run(arguments: argparse.Namespace) -> int:
             with contextlib.suppress(FileNotFoundError):
                 models.append(_look(name, folder))
                 break
-    if arguments.json:
-        print(json.dumps(models, indent=2))
-    elif models:
-        print(_text(models))
-    else:
-        print(f"There are no pulled models in {models_folder()}.")
-    return 0
+    text = _text(models) if models else f"There are no pulled models in {models_folder()}."
+    print(json.dumps(models, indent=2) if arguments.json else text)
 
 
 def _look(name: str, folder: Path) -> dict[str, Any]:

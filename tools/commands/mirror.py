@@ -18,12 +18,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", type=local_folder, metavar="FOLDER", help="folder of the copy, on another disk")
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Run the command and return 0. Raises StoreError or TargetError."""
+def run(arguments: argparse.Namespace) -> None:
+    """Run the command. Raises StoreError or TargetError."""
     from moetier.tiers.store.folder import read_manifest, store_folder
     from moetier.tools.convert.mirror_writer import mirror_to
 
     mirror_to(arguments.directory, arguments.target)
     stored = read_manifest(store_folder(arguments.directory)).stored_bytes
     print(f"{arguments.target}: mirror of {arguments.directory}, {format_bytes(stored)}")
-    return 0

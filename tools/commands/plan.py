@@ -55,8 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(outline=True)
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Print the plan and return 0. Raises MoetierError if no choice that was asked for can work."""
+def run(arguments: argparse.Namespace) -> None:
+    """Print the plan. Raises MoetierError if no choice that was asked for can work."""
     from moetier.tools.plan.forecast import plan
 
     forecast = plan(
@@ -71,7 +71,6 @@ def run(arguments: argparse.Namespace) -> int:
         **{name: getattr(arguments, name) for name in (*RESOURCES, "prefill_chunk")},
     )
     print(json.dumps(forecast, indent=2) if arguments.json else text(forecast))
-    return 0
 
 
 def _to_a_terminal(line: str) -> None:

@@ -66,8 +66,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_credentials(parser)
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Draw the picture and return 0.
+def run(arguments: argparse.Namespace) -> None:
+    """Draw the picture.
 
     Raises UsageError for an option that only other pictures have, ConfigError if the options do not fit the trace or
     matplotlib is missing, DaemonError if no daemon answers, and TargetError if the picture can't be written.
@@ -101,7 +101,6 @@ def run(arguments: argparse.Namespace) -> int:
         raise TargetError(
             f"{arguments.output} can't be written: {error.strerror}.", "Name a file in a folder that can be written to."
         ) from error
-    return 0
 
 
 def _draw_daemon(arguments: argparse.Namespace) -> Figure:

@@ -22,19 +22,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON array")
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Print the running daemons and return 0."""
+def run(arguments: argparse.Namespace) -> None:
+    """Print the running daemons."""
     from moetier.runtime.wire.address import runtime_folder
     from moetier.runtime.wire.probe import running_daemons
 
     daemons = [_look(daemon) for daemon in running_daemons()]
-    if arguments.json:
-        print(json.dumps(daemons, indent=2))
-    elif daemons:
-        print(_text(daemons))
-    else:
-        print(f"No daemon runs in {runtime_folder()}.")
-    return 0
+    text = _text(daemons) if daemons else f"No daemon runs in {runtime_folder()}."
+    print(json.dumps(daemons, indent=2) if arguments.json else text)
 
 
 def _look(daemon: RunningDaemon) -> dict[str, Any]:

@@ -29,8 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Copy the directory and return 0. Raises MoetierError."""
+def run(arguments: argparse.Namespace) -> None:
+    """Copy the directory. Raises MoetierError."""
     from moetier.runtime.model.names import is_address
     from moetier.tiers.objects.push import push
     from moetier.tiers.redaction import redacted
@@ -40,4 +40,3 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"{redacted(arguments.address)!r} is not an address.", "Give one such as s3://bucket/model.")
     written = push(arguments.directory, arguments.address, shown("push"), overwrite=arguments.overwrite)
     print(f"{arguments.address}: the model of {arguments.directory}, {format_bytes(written)} written")
-    return 0

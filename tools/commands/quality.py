@@ -82,8 +82,8 @@ def _methods(value: str) -> list[str]:
     return methods
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Run the command and return 0. Raises MoetierError."""
+def run(arguments: argparse.Namespace) -> None:
+    """Run the command. Raises MoetierError."""
     converted = (Path(arguments.source) / "experts.zarr").is_dir()
     if arguments.fast and arguments.method not in (None, ["rounding"]):
         raise UsageError("--fast means --method rounding, but --method names another.", "Leave out --fast or --method.")
@@ -120,11 +120,8 @@ def run(arguments: argparse.Namespace) -> int:
         for row in measure_checkpoint(arguments.source, texts, arguments.tokens, ways):
             rows.append(row)
             print(f"quality: {len(rows)} of {len(ways) + 1} measured", file=sys.stderr)
-    if arguments.json:
-        print(json.dumps({"model": arguments.source, "tokens": arguments.tokens, "rows": to_json(rows)}))
-    else:
-        print(report(rows))
-    return 0
+    result = {"model": arguments.source, "tokens": arguments.tokens, "rows": to_json(rows)}
+    print(json.dumps(result) if arguments.json else report(rows))
 
 
 def _defaults(arguments: argparse.Namespace) -> argparse.Namespace:

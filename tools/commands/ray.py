@@ -40,8 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     show_first(parser, "--ram", "--threads", "--context", "--max-replicas", "--host", "--port", "--api-key-file")
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Deploy the model, or replace the one that is deployed, and return 0 once it is ready. Raises MoetierError."""
+def run(arguments: argparse.Namespace) -> None:
+    """Deploy the model, or replace the one that is deployed, and wait until it is ready. Raises MoetierError."""
     arguments.threads = arguments.threads or usable_cpus()
     built = application(arguments)
     from moetier.tools.ray.deploy import connect, deploy
@@ -51,4 +51,3 @@ def run(arguments: argparse.Namespace) -> int:
     waited = f"replicas of {plain(arguments.model)} run"
     print(f"ray: waiting until {waited}, which may take minutes ...", file=sys.stderr, flush=True)
     print(f"http://{deploy(built, arguments.host, arguments.port, key=key)}/v1")
-    return 0

@@ -63,8 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Simulate tiers on the traces, print the results and return 0.
+def run(arguments: argparse.Namespace) -> None:
+    """Simulate tiers on the traces, and print the results.
 
     Raises ConfigError for a file that is not a trace, UsageError for options that contradict each other.
     """
@@ -82,7 +82,6 @@ def run(arguments: argparse.Namespace) -> int:
         replay(path, arguments.slots, arguments.policy, arguments.device_slots, costs) for path in arguments.traces
     ]
     print(json.dumps({"traces": reports}, indent=2) if arguments.json else "\n\n".join(map(_text, reports)))
-    return 0
 
 
 def _text(report: dict[str, Any]) -> str:

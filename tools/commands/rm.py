@@ -21,8 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--yes", action="store_true", help="do not ask; without a terminal, rm never asks")
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Remove the models and return 0.
+def run(arguments: argparse.Namespace) -> None:
+    """Remove the models.
 
     Raises StoreFormatError for an unknown name, and TargetError if a model is in use. In both cases nothing is removed.
     If a model comes into use later, while the user is asked about it, TargetError is raised after the models before it
@@ -45,7 +45,6 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"{name}: removed, {size}")
         for mirror in mirrors:
             print(f"{plain(str(mirror))}: mirror of {name}, which is not removed")
-    return 0
 
 
 def _mirrors(folder: Path) -> list[Path]:

@@ -39,8 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     show_first(parser, "--ram", "--context", "--host", "--port", "--api-key-file", "--parallel")
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Serve until SIGTERM or SIGINT, then return 0. Raises MoetierError."""
+def run(arguments: argparse.Namespace) -> None:
+    """Serve until SIGTERM or SIGINT. Raises MoetierError."""
     resources = resources_of(arguments, context=arguments.context * arguments.parallel)
     name = served_name(arguments.directory, arguments.name)
     key = api_key(arguments.api_key_file)
@@ -66,4 +66,3 @@ def run(arguments: argparse.Namespace) -> int:
                 ),
                 ending=engine.cut,
             ).serve_until_told(bound)
-    return 0

@@ -42,8 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_credentials(parser)
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Print the counters, with --watch until Ctrl-C, and return 0. Raises UsageError, ConfigError or DaemonError."""
+def run(arguments: argparse.Namespace) -> None:
+    """Print the counters, with --watch until Ctrl-C. Raises UsageError, ConfigError or DaemonError."""
     from moetier.runtime.wire.probe import probe
 
     address = address_of(arguments.address)
@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
         now = daemon.describe(), daemon.stats()
         if arguments.watch is None:
             print(json.dumps(to_json(address, *now), indent=2) if arguments.json else _text(address, *now))
-            return 0
+            return
         with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C ends the watch
             if not arguments.json:
                 print(_HEAD, flush=True)
@@ -59,7 +59,6 @@ def run(arguments: argparse.Namespace) -> int:
                 time.sleep(arguments.watch)
                 before, now = now, (daemon.describe(), daemon.stats())
                 print(json.dumps(to_json(address, *now)) if arguments.json else changes(before, now), flush=True)
-    return 0
 
 
 def to_json(address: Address, described: DescribeReply, stats: StatsReply) -> dict[str, Any]:

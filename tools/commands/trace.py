@@ -48,8 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_resource_arguments(parser)
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Run the command and return 0. Raises MoetierError."""
+def run(arguments: argparse.Namespace) -> None:
+    """Run the command. Raises MoetierError."""
     # without speculation, because a recording need not be fast; --look-ahead is an option of the recorder
     resources = resources_of(arguments, speculate="off", look_ahead=OPTIONS["look_ahead"].default)
     decoding = decoding_of(arguments)
@@ -64,7 +64,6 @@ def run(arguments: argparse.Namespace) -> int:
     _check_target(arguments.output, force=arguments.force)
     trace.save(arguments.output)
     print(json.dumps(to_json(arguments.output, trace)) if arguments.json else f"{arguments.output}: {summary(trace)}")
-    return 0
 
 
 def _check_target(path: Path, *, force: bool) -> None:

@@ -22,15 +22,15 @@ MIXTRAL = str(TRACES / "mixtral_8x7b_instruct_h39s.npz")
 GPT_OSS = str(TRACES / "gptoss_120b_top2_bigmoeonedge.npz")
 
 
-def run(*words: str) -> int:
+def run(*words: str) -> None:
     parser = CommandParser()
     replay.add_arguments(parser)
-    return replay.run(parser.parse_args([*words]))
+    replay.run(parser.parse_args([*words]))
 
 
 def test_it_offers_every_policy_of_the_simulation(capsys: pytest.CaptureFixture[str]) -> None:
     for words in ([], ["--policy", ",".join(SIMULATED)]):
-        assert run(GPT_OSS, "--slots", "4", "--json", *words) == 0
+        run(GPT_OSS, "--slots", "4", "--json", *words)
         (report,) = json.loads(capsys.readouterr().out)["traces"]
         assert tuple(result["policy"] for result in report["results"]) == SIMULATED
     parser = ArgumentParser()
@@ -40,7 +40,7 @@ def test_it_offers_every_policy_of_the_simulation(capsys: pytest.CaptureFixture[
 
 def test_hit_ratios_bytes_and_speed(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--slots", "1-2,4", "--policy", "lru,belady", "--record", "10MB", "--disk", "2", "--compute", "5"]
-    assert run(MIXTRAL, *words, "--json") == 0
+    run(MIXTRAL, *words, "--json")
     (report,) = json.loads(capsys.readouterr().out)["traces"]
     assert (report["tokens"], report["blocks"], report["experts"], report["top_k"]) == (773, 32, 8, 2)
     assert report["recall"] == []
@@ -53,7 +53,7 @@ def test_hit_ratios_bytes_and_speed(capsys: pytest.CaptureFixture[str]) -> None:
     assert lru["tokens_per_s"] == pytest.approx(1 / (0.005 + lru["bytes_per_token"] / 2e9))
     assert found["belady", 4]["tokens_per_s"] > lru["tokens_per_s"]
 
-    assert run(MIXTRAL, "--slots", "4", *words[2:]) == 0
+    run(MIXTRAL, "--slots", "4", *words[2:])
     text = capsys.readouterr().out
     assert "773 tokens (0 of prompts) in 1 sequences; 32 blocks of 8 experts, top-2" in text
     assert "4      0.574   0.720" in text
@@ -62,14 +62,14 @@ def test_hit_ratios_bytes_and_speed(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_device_tier_and_a_link(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--slots", "8", "--policy", "lru", "--device-slots", "4", "--record", "1MiB", "--link", "10"]
-    assert run(MIXTRAL, *words, "--json") == 0
+    run(MIXTRAL, *words, "--json")
     ((result,),) = [report["results"] for report in json.loads(capsys.readouterr().out)["traces"]]
     assert result["device_hit_ratio"] == pytest.approx(0.574, abs=0.001)
     assert result["tokens_per_s"] == pytest.approx(1e10 / (result["copies_per_token"] * 2**20))
 
 
 def test_several_traces_and_slots_of_its_own_choice(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(MIXTRAL, GPT_OSS, "--policy", "lru", "--json") == 0
+    run(MIXTRAL, GPT_OSS, "--policy", "lru", "--json")
     reports = json.loads(capsys.readouterr().out)["traces"]
     assert [[result["slots"] for result in report["results"]] for report in reports] == [
         list(range(1, 9)),
@@ -91,14 +91,14 @@ def test_recall_where_there_are_predictions(tmp_path: Path, capsys: pytest.Captu
     Trace(
         experts=experts, offsets=(0, 4), num_experts=(8, 8), lookaheads=(0, 1), predictions=predictions, model=NASTY
     ).save(tmp_path / "t.npz")
-    assert run(str(tmp_path / "t.npz"), "--slots", "2", "--json") == 0
+    run(str(tmp_path / "t.npz"), "--slots", "2", "--json")
     (report,) = json.loads(capsys.readouterr().out)["traces"]
     assert report["model"] == NASTY
     assert report["recall"] == [
         {"lookahead": 0, "gates": 1.0, "popularity": 1.0, "previous_token": 1.0},
         {"lookahead": 1, "gates": 0.5, "popularity": 1.0, "previous_token": 1.0},
     ]
-    assert run(str(tmp_path / "t.npz"), "--slots", "2") == 0
+    run(str(tmp_path / "t.npz"), "--slots", "2")
     said = capsys.readouterr().out
     assert said.startswith(f"{tmp_path / 't.npz'}: x?[31m?]0;owned??y\n")
     assert "1           0.500       1.000           1.000" in said
@@ -110,7 +110,7 @@ def test_without_predictions_there_is_no_recall(tmp_path: Path, capsys: pytest.C
     experts = np.asarray([[[0], [1]]], np.int16)
     trace = Trace(experts=experts, offsets=(0, 1), num_experts=(2, 2), lookaheads=(1, 2), predictions=predictions)
     trace.save(tmp_path / "t.npz")
-    assert run(str(tmp_path / "t.npz"), "--json") == 0
+    run(str(tmp_path / "t.npz"), "--json")
 
     def refuse(constant: str) -> None:
         raise AssertionError(constant)
@@ -120,14 +120,14 @@ def test_without_predictions_there_is_no_recall(tmp_path: Path, capsys: pytest.C
         {"lookahead": 1, "gates": 1.0, "popularity": 1.0, "previous_token": None},
         {"lookahead": 2, "gates": None, "popularity": None, "previous_token": None},
     ]
-    assert run(str(tmp_path / "t.npz")) == 0
+    run(str(tmp_path / "t.npz"))
     assert "1           1.000       1.000               -" in capsys.readouterr().out
 
 
 def test_a_trace_of_prompts_has_no_hit_ratios(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     experts = np.asarray([[[0, 1]]] * 4, np.int16)
     Trace(experts=experts, offsets=(0, 4), num_experts=(8,), n_prefill=(4,)).save(tmp_path / "t.npz")
-    assert run(str(tmp_path / "t.npz")) == 0
+    run(str(tmp_path / "t.npz"))
     text = capsys.readouterr().out
     assert "Nothing was decoded" in text
     assert "hit ratio" not in text
