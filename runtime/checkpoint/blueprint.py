@@ -155,8 +155,8 @@ def make_blueprint(
     }
     dtypes = {name: loaded_dtype(model, name, parameter.dtype, dtype) for name, parameter in parameters.items()}
     mapping, state = get_model_conversion_mapping(model), model.state_dict()
-    names = sorted(tensors, key=loading.dot_natural_key)  # the order in which transformers merges
-    origins = _origins(names, mapping, state, model.base_model_prefix)
+    # in the order in which transformers merges
+    origins = _origins(sorted(tensors, key=loading.dot_natural_key), mapping, state, model.base_model_prefix)
     sorting = _Sorting(model, dtype, tensors, origins, _loadable(wanted, mapping, state, model.base_model_prefix))
     sorting.add_tied()
     for key in origins:

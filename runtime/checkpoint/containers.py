@@ -174,8 +174,7 @@ def is_one_file(path: Path) -> bool:
 
 def container_of(path: Path) -> Container:
     """Return the container for a file, a checkpoint's folder or a model directory. Its module is imported then."""
-    container: Container = resolve_name(FILES[path.suffix] if is_one_file(path) else FOLDER)()
-    return container
+    return resolve_name(FILES[path.suffix] if is_one_file(path) else FOLDER)()
 
 
 def open_source(source: str | Path, *, ignore_code: bool = False) -> Checkpoint:

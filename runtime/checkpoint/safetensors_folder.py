@@ -47,8 +47,7 @@ class SafetensorsFolder(Container):
                 raise UnsafeCheckpointError(
                     f"{path} has {name}, which makes transformers load other weights.", "Use another checkpoint."
                 )
-        whole_config: dict[str, Any] = with_floats(carried(config))
-        return whole_config
+        return with_floats(carried(config))
 
     def weight_files(self, path: Path) -> list[Path]:
         """Return model.safetensors, or the files that the index names."""

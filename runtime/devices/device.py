@@ -77,8 +77,7 @@ class ComputeDevice(ABC):
 
 def device_class(name: str) -> type[ComputeDevice]:
     """Return the class of the device called ``name`` in DEVICES."""
-    chosen: type[ComputeDevice] = resolve_name(DEVICES[name])
-    return chosen
+    return resolve_name(DEVICES[name])
 
 
 def chosen_device(option: str) -> ComputeDevice:

@@ -96,8 +96,7 @@ class AffineTensor(SourceTensor):
 
     def read(self, first: int = 0, count: int | None = None) -> torch.Tensor:
         """Read and dequantise ``count`` rows from row ``first`` on, [count, columns]. The whole matrix is read."""
-        stop = None if count is None else first + count
-        return self.weights()[first:stop].to(getattr(torch, self.dtype))
+        return self.weights()[first : None if count is None else first + count].to(getattr(torch, self.dtype))
 
     def damaged(self, what: str) -> CheckpointError:
         """Return the error for a damaged matrix; ``what`` says what is wrong, after the matrix's name and a colon."""

@@ -215,8 +215,7 @@ def _numbers(weight: str, tensor: StoredTensor) -> list[float]:
             f"{weight} is quantised with HQQ, and only its file says how. That file is not here yet.",
             "Download the whole checkpoint first (hf download ID --local-dir FOLDER), then use the folder.",
         )
-    numbers: list[float] = tensor.read().double().view(-1).tolist()
-    return numbers
+    return tensor.read().double().view(-1).tolist()
 
 
 def _requantised(weight: str, groups: int, codes: StoredTensor, scale: StoredTensor, zero: StoredTensor) -> Requantised:

@@ -110,8 +110,7 @@ def format_of(
             f"The checkpoint is quantised with {method}, which moetier can't read.",
             "Give a checkpoint in 16 or 32 bits, or in a format that docs/choosing.md lists.",
         )
-    chosen: Format = resolve_name(FORMATS[method])(tensors, quantization, config)
-    return chosen
+    return resolve_name(FORMATS[method])(tensors, quantization, config)
 
 
 def quantised_with(tensors: Mapping[str, StoredTensor], quantization: Mapping[str, Any] | None) -> str:

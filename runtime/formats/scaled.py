@@ -140,8 +140,7 @@ class ScaledTensor(SourceTensor):
 
     def component(self, name: str) -> StoredTensor:
         """Return the tensor of the section "codes", "scales" or "globals"."""
-        tensor: StoredTensor = getattr(self, name)
-        return tensor
+        return getattr(self, name)
 
     def slice(self, index: int) -> Self:
         """Return a slice of the leading dimension as a tensor of its own, without that dimension. Nothing is read."""

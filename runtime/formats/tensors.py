@@ -213,8 +213,7 @@ class StoredTensor(SourceTensor):
 
     def slice(self, index: int) -> StoredTensor:
         """Return a slice of the leading dimension as a tensor of its own, without that dimension. Nothing is read."""
-        size = self.nbytes // self.shape[0]
-        return replace(self, shape=self.shape[1:], offset=self.offset + index * size)
+        return replace(self, shape=self.shape[1:], offset=self.offset + index * (self.nbytes // self.shape[0]))
 
     def chunks(self) -> Iterator[Bytes]:
         """Yield the bytes in order, at most CHUNK_BYTES at a time, in one buffer that is reused."""

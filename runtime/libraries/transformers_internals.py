@@ -89,8 +89,7 @@ def ignore_weights(model: Any, pattern: str) -> None:
 def leave_out_of_plans(model: Any, part: str) -> None:
     """Remove the parameters with ``part`` in their names from the plans for several GPUs: transformers checks them."""
     for plan in ("_tp_plan", "_ep_plan"):
-        kept = {key: style for key, style in (getattr(model, plan) or {}).items() if part not in key}
-        setattr(model, plan, kept)
+        setattr(model, plan, {key: style for key, style in (getattr(model, plan) or {}).items() if part not in key})
 
 
 def is_experts_class(module_class: type) -> bool:

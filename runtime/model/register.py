@@ -65,8 +65,7 @@ def _serve_checkpoints() -> None:
             config = _config(cls, location, named.pop("config", None))
             named.pop("gguf_file", None)
             asked = TierConfig.of(**quantizer.options())
-            load = functools.partial(ordinary, cls)
-            return model_of(location, config, asked, dtype, load, *arguments, **named)
+            return model_of(location, config, asked, dtype, functools.partial(ordinary, cls), *arguments, **named)
 
         PreTrainedModel.from_pretrained = classmethod(from_pretrained)  # type: ignore[assignment]
 
@@ -79,8 +78,7 @@ def _checkpoint_of(cls: Any, name: Any, named: dict[str, Any]) -> Path | None:
     if not quantizer.options() or quantizer.is_loading() or name is None or named.get("state_dict") is not None:
         return None
     config = named.get("config")
-    chosen = named.get("experts_implementation") or experts_function_of(config)
-    if chosen or named.get("quantization_config"):
+    if named.get("experts_implementation") or experts_function_of(config) or named.get("quantization_config"):
         return None  # the caller has chosen how to compute or to quantise
     if not cls.__module__.startswith("transformers.") or cls.config_class.model_type not in _types_with_experts():
         return None

@@ -41,12 +41,5 @@ def read_manifest(location: Path) -> Manifest:
 
 def _class_for(location: Path) -> type[DirectoryStore]:
     """Return the class of the store at ``location``. Modules of later classes in ``STORES`` are not imported."""
-    for store_class in map(_load, STORES):
-        if store_class.recognises(location):
-            return store_class
-    return ExpertStore  # its errors say that there is no store, and how one is made
-
-
-def _load(name: str) -> type[DirectoryStore]:
-    store_class: type[DirectoryStore] = resolve_name(name)
-    return store_class
+    recognising = (store_class for store_class in map(resolve_name, STORES) if store_class.recognises(location))
+    return next(recognising, ExpertStore)  # its errors say that there is no store, and how one is made

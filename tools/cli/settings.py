@@ -124,8 +124,7 @@ class Settings:
                 return self._typed(action, Setting(key, text, "environment", name), Path())
         for section in sections:
             if key in self._sections.get(section, {}):
-                where = f"{self.file}, [{section}] {key}"
-                written = Setting(key, self._sections[section][key], "file", where)
+                written = Setting(key, self._sections[section][key], "file", f"{self.file}, [{section}] {key}")
                 return self._typed(action, written, self.file.parent)
         return Setting(key, action.default, "default")
 
@@ -194,8 +193,7 @@ def variable(section: str, key: str) -> str:
 
     Variables for keys of GENERAL do not name the section.
     """
-    words = [key] if section == GENERAL else [section, key]
-    return PREFIX + "_".join(words).replace("-", "_").upper()
+    return PREFIX + "_".join([key] if section == GENERAL else [section, key]).replace("-", "_").upper()
 
 
 def without_settings(environment: Mapping[str, str]) -> dict[str, str]:

@@ -193,8 +193,7 @@ class Target:
     def read_journal(self) -> dict[int, float]:
         """Return the relative errors of the blocks that earlier runs finished, by number; {} if they can't be read."""
         try:
-            journal = read_json(self.folder / JOURNAL)
-            return {int(block): float(error) for block, error in journal["errors"].items()}
+            return {int(block): float(error) for block, error in read_json(self.folder / JOURNAL)["errors"].items()}
         except (StoreError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
             return {}
 

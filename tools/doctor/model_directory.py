@@ -120,8 +120,8 @@ def health(directory: Path, *, checksums: bool) -> Iterator[Finding]:
             yield warn("store", f"{what}; without checksums", f"Make them: {command('link', directory)}")
             return
         if not checksums:
-            is_fetched = (directory / CACHE).exists()  # from an address in an object store
-            verify = command("verify", cache_of(directory)[0] if is_fetched else directory)
+            # a cache of an object store is verified by its address
+            verify = command("verify", cache_of(directory)[0] if (directory / CACHE).exists() else directory)
             yield ok("store", f"{what}; opened without a fault; the bytes were not read ({verify} reads them)")
             return
         scrubbed = chain(scrub(store), store.scrub_other_files())

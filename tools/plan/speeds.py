@@ -182,8 +182,7 @@ def _plain_rate(memory: float, nbytes: int) -> float:
     weight = RowWeight(torch.full((max(1, nbytes // 8192), 4096), 0.01, dtype=dtype), requires_grad=False)
     x = torch.ones((1, 4096), dtype=dtype)
     with torch.inference_mode():
-        run = partial(torch.nn.functional.linear, x, weight)
-        return weight.nbytes / median_seconds(run, least_runs=TIMES)
+        return weight.nbytes / median_seconds(partial(torch.nn.functional.linear, x, weight), least_runs=TIMES)
 
 
 def quantising_rates(widths: Collection[Bits]) -> dict[Bits, float]:
@@ -197,8 +196,7 @@ def quantising_rates(widths: Collection[Bits]) -> dict[Bits, float]:
 
     quantising = {}
     shape = (QUANTISED_WEIGHTS // 1024, 1024)
-    matrix = DEVIATION * torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    weights = {"weight": matrix.bfloat16()}
+    weights = {"weight": DEVIATION * torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()}
     with one_thread_each():
         torch.set_num_threads(1)
         for bits in widths:

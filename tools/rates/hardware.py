@@ -83,5 +83,4 @@ def place_of(place: Path) -> str:
     block = Path("/sys/dev/block") / number
     if not block.exists():
         return file_system
-    sectors = int((block / "size").read_text())
-    return f"{file_system} on {block.resolve().name}, {format_bytes(512 * sectors)}"
+    return f"{file_system} on {block.resolve().name}, {format_bytes(512 * int((block / 'size').read_text()))}"

@@ -101,8 +101,7 @@ def parsed(options: Mapping[str, Any]) -> argparse.Namespace:
 
 def daemon_words(arguments: argparse.Namespace) -> list[str]:
     """Return the words after `moetier daemon`, without the daemon's folder."""
-    names = (*OF_HOST_TIER, *CACHE)
-    return [arguments.model, *command_words((name, getattr(arguments, name)) for name in names)]
+    return [arguments.model, *command_words((name, getattr(arguments, name)) for name in (*OF_HOST_TIER, *CACHE))]
 
 
 def replica_resources(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:

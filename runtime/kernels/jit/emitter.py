@@ -30,8 +30,7 @@ def once(make: Callable[Parameters, Made]) -> Callable[Parameters, Made]:
     @functools.wraps(make)
     def get(*arguments: Parameters.args, **named: Parameters.kwargs) -> Made:
         with compile_lock:
-            value: Made = cached(*arguments, **named)
-            return value
+            return cached(*arguments, **named)
 
     return get
 
