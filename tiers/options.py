@@ -22,7 +22,7 @@ WANTED = {bool: "True or False", int: "a whole number", float: "a number", str: 
 class Number:
     """Type and range of a numeric option. As argparse's ``type``, it parses and checks a value.
 
-    ``fix`` is the advice in the error for a number out of range.
+    ``fix`` is that of the error for a number out of range.
     """
 
     value_type: type[int] | type[float]

@@ -18,7 +18,7 @@ Record = TypeVar("Record", covariant=True)  # memoryview in the host tier, torch
 
 LOADERS = 4  # number of records that a host tier reads at the same time, by default
 LEASES = 8  # most slots that a session of a host tier may hold or claim, by default
-PATIENCE = 10.0  # seconds without a slot after which a request to a host tier fails, by default
+SLOT_TIMEOUT = 10.0  # seconds without a slot after which a request to a host tier fails, by default
 INTERRUPTIBLE_BYTES = 2 << 20  # smallest piece of a record that is read in pieces, in bytes
 
 

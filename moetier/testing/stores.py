@@ -231,7 +231,7 @@ class StoreTests:
                 pytest.skip("it is not in a directory")
             assert store.directory.exists()
             assert all(store.path(block).exists() for block in range(len(small.manifest.blocks)))
-            assert store.remedy.endswith(".")
+            assert store.fix.endswith(".")
             assert all(path.is_file() for path in store.other_files)
             assert not store.other_file_faults()
             assert not [problem for problem in scrub(store) if isinstance(problem, Problem)]

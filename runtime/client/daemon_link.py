@@ -182,7 +182,7 @@ class Link:
             began, messages, connections = time.monotonic(), self._messages, self.connections
             try:
                 if control is None:
-                    control = ControlConnection.open(self._folder, self._digest, patience=_ANSWER)
+                    control = ControlConnection.open(self._folder, self._digest, timeout=_ANSWER)
                     began = time.monotonic()  # leave out the time that connecting took
                 with control:
                     self._error = self._run_connection(control)

@@ -52,7 +52,7 @@ _FINAL = (ClosedError, ExhaustedError, BudgetError, RefusedError, UnknownModelEr
 class RemoteStore(Store):
     """Store that reads from one daemon. It never returns a record with a wrong checksum.
 
-    Every call has a deadline: ``patience`` seconds, plus the time that its bytes take at SLOWEST bytes per second.
+    Every call has a deadline: ``timeout`` seconds, plus the time that its bytes take at SLOWEST bytes per second.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class RemoteStore(Store):
         manifest: Manifest,
         *,
         channels: int = CHANNELS,
-        patience: float = 10.0,
+        timeout: float = 10.0,
     ) -> None:
         """Prepare ``channels`` connections to the daemon at ``address``.
 
@@ -71,7 +71,7 @@ class RemoteStore(Store):
         self.manifest = manifest
         self.address = address
         self._credentials = credentials
-        self.patience = patience
+        self.timeout = timeout
         self._fork_guard = ForkGuard()
         self.count = channels
         self._state = threading.Lock()  # guards the two fields below
@@ -81,10 +81,10 @@ class RemoteStore(Store):
         self.checks = False  # whether its answers repeat the checksums of requests: those of older daemons don't
         self._pool = ThreadPoolExecutor(channels, thread_name_prefix="moetier-remote")
 
-    def check(self, patience: float = _ANSWER, *, again: bool = True) -> None:
+    def check(self, timeout: float = _ANSWER, *, again: bool = True) -> None:
         """Check that the daemon serves this store, over new connections if ``again``.
 
-        ``patience``: seconds for the daemon to answer.
+        ``timeout``: seconds for the daemon to answer.
 
         Raises UnavailableError if the daemon does not answer, RefusedError if it refuses the credentials or is not
         trusted, UnknownModelError if it does not serve the store, and ProtocolError if its version does not fit.
@@ -92,7 +92,7 @@ class RemoteStore(Store):
         self._fork_guard.check()
         channels = self._connected(again=again)
         try:
-            reply = ExpertStoreStub(channels.first).Describe(pb.DescribeRequest(), timeout=patience)
+            reply = ExpertStoreStub(channels.first).Describe(pb.DescribeRequest(), timeout=timeout)
         except CALL_ERRORS as error:
             raise error_of(error, self.address.target) from None
         model_card = next((model for model in reply.models if model.digest == self.manifest.digest), None)
@@ -131,7 +131,7 @@ class RemoteStore(Store):
             return self._read(key, view)
         except MoetierError as error:
             # try again after a quick failure; after a slow one the caller should ask another daemon
-            if isinstance(error, _FINAL) or time.monotonic() - began > self.patience / 2 or self._closed:
+            if isinstance(error, _FINAL) or time.monotonic() - began > self.timeout / 2 or self._closed:
                 raise
         # not in the handler: an error there would refer to the first one, whose frames hold the slot
         return self._read(key, view)
@@ -147,7 +147,7 @@ class RemoteStore(Store):
         self._fork_guard.check()
         data, crc = encode_request(request)
         try:
-            return self._connected().compute(data, timeout=self.patience + (len(data) + nbytes) / SLOWEST), crc
+            return self._connected().compute(data, timeout=self.timeout + (len(data) + nbytes) / SLOWEST), crc
         except CALL_ERRORS as error:
             raise error_of(error, self.address.target) from None
 
@@ -290,7 +290,7 @@ class _Transfer:
         )
         try:
             data, crc = encode_request(request)
-            call = fetch(data, timeout=store.patience + (end - start) / SLOWEST)
+            call = fetch(data, timeout=store.timeout + (end - start) / SLOWEST)
             with self._state:
                 if self._error is not None:
                     call.cancel()

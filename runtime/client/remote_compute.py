@@ -160,7 +160,7 @@ class _Part:
     @property
     def is_late(self) -> bool:
         """True if the call has so little time left that it may end although the daemon has answered."""
-        return not isinstance(self.call, MoetierError) and self.call.time_remaining() < self.peer.store.patience / 2
+        return not isinstance(self.call, MoetierError) and self.call.time_remaining() < self.peer.store.timeout / 2
 
 
 class RemoteOutputs:

@@ -34,7 +34,7 @@ from .costs import FetchRate
 from .peers import Peer, Peers, share_of
 from .remote import RemoteStore
 
-AWAY_PATIENCE = 30.0  # seconds that a read waits while every daemon is away and there are no local shards
+AWAY_TIMEOUT = 30.0  # seconds that a read waits while every daemon is away and there are no local shards
 
 _log = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ class SpreadStore(Store):
         peers: Sequence[Peer],
         local: Store | None = None,
         *,
-        patience: float = AWAY_PATIENCE,
+        timeout: float = AWAY_TIMEOUT,
         names: Sequence[Address] = (),
         credentials: Credentials | None = None,
     ) -> None:
@@ -88,7 +88,7 @@ class SpreadStore(Store):
         self.peers = Peers(manifest, peers, names, credentials or Credentials())
         self._places = [*(peer.name for peer in peers), *map(str, names)]
         self.rate = FetchRate()
-        self._patience = patience
+        self._timeout = timeout
         self._fork_guard = ForkGuard()
         self._counting = threading.Lock()  # guards ``_from_local``
         self._from_local = Counter[str]()
@@ -112,11 +112,11 @@ class SpreadStore(Store):
         """Read a record from a daemon, or from the local store, which alone calls ``pause``.
 
         If the local store can't read the block, raises StoreError if the daemons can't read the record, and the last
-        error, such as ExhaustedError or UnavailableError, if no daemon gives the record for ``patience`` seconds.
+        error, such as ExhaustedError or UnavailableError, if no daemon gives the record for ``timeout`` seconds.
         """
         self._fork_guard.check()
         self.manifest.check_keys(key.block, [key])
-        deadline = time.monotonic() + self._patience
+        deadline = time.monotonic() + self._timeout
         while (error := self._read_from_peers(key, buffer)) is not None:
             if self.local is not None and key.block not in self.local.faults:
                 self.local.read_into(key, buffer, pause)

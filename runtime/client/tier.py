@@ -45,11 +45,11 @@ class DaemonTier(Closeable):
     """
 
     @classmethod
-    def open(cls, folder: Path, directory: Path, manifest: Manifest, *, patience: float = 30.0) -> DaemonTier:
+    def open(cls, folder: Path, directory: Path, manifest: Manifest, *, timeout: float = 30.0) -> DaemonTier:
         """Connect to the daemon in ``folder``, as a client of the store with ``manifest``.
 
         The model directory ``directory`` is read only while the daemon is away or full. If it holds no records, a miss
-        waits ``patience`` seconds for the daemon.
+        waits ``timeout`` seconds for the daemon.
 
         Raises:
             UnavailableError: no daemon answers, or it accepts no more clients.
@@ -60,16 +60,16 @@ class DaemonTier(Closeable):
         """
         control = ControlConnection.open(folder, manifest.digest)
         with closed_on_error(control):
-            return cls(folder, manifest, control, Fallback(directory, manifest), patience)
+            return cls(folder, manifest, control, Fallback(directory, manifest), timeout)
 
     def __init__(
-        self, folder: Path, manifest: Manifest, control: ControlConnection, fallback: Fallback, patience: float
+        self, folder: Path, manifest: Manifest, control: ControlConnection, fallback: Fallback, timeout: float
     ) -> None:
         self._folder = folder
         self._manifest = manifest
         self._arena = MappedArena.of(control, manifest)
         self._fallback = fallback
-        self._patience = patience
+        self._timeout = timeout
         self._fork_guard = ForkGuard()
         self._closed_error: ClosedError | None = None
         self._prefetching: set[int] = set()  # blocks whose prefetch requests the daemon may still have to serve
@@ -214,7 +214,7 @@ class DaemonTier(Closeable):
         """
         self._fork_guard.check()
         layout, fallback = self._arena.layout, self._fallback.host
-        ready = 0 if self._closed_error is not None else self._arena.directory.filled
+        ready = 0 if self._closed_error is not None else self._arena.directory.ready
         with self._counting:
             stats = self._counters.snapshot(
                 slots=layout.slots, ready=ready, leased=None, slot_bytes=layout.nbytes - layout.directory_bytes
@@ -316,12 +316,12 @@ class Misses:
         """Return the next granted slot, or the fallback's tier if the daemon grants none in time."""
         tier, link, fallback = self._tier, self._tier._link, self._tier._fallback
         began = time.monotonic()
-        limit = began + tier._patience
+        deadline = began + tier._timeout
         try:
             while True:
                 tier._check_open()
                 away = link.away_since
-                due = limit if away is None or fallback.error else min(limit, max(away, began - GRACE) + GRACE)
+                due = deadline if away is None or fallback.error else min(deadline, max(away, began - GRACE) + GRACE)
                 event = _next_event(self._events, due)
                 if isinstance(event, SlotGranted):
                     if event.expert in self.missing:
@@ -329,21 +329,21 @@ class Misses:
                     # granted a second time, as it was requested again meanwhile
                     link.release(event.request, event.expert)
                 elif isinstance(event, RequestFailed):
-                    if (host := self._fail(event, limit)) is not None:
+                    if (host := self._fail(event, deadline)) is not None:
                         return host
                 elif time.monotonic() >= due:
                     if (host := fallback.open()) is not None:
                         return host
-                    if time.monotonic() >= limit:
+                    if time.monotonic() >= deadline:
                         raise self._timeout_error()
         finally:
             with tier._counting:
                 tier._counters.waited(time.monotonic() - began)
 
-    def _fail(self, event: RequestFailed, limit: float) -> HostTier | None:
+    def _fail(self, event: RequestFailed, deadline: float) -> HostTier | None:
         """Handle a failed request: return the fallback's tier, or None after the request was sent to the daemon again.
 
-        Raises the request's error if neither is possible. After ``limit`` (monotonic clock), no request is sent again.
+        Raises the request's error if neither is possible, as after ``deadline`` (monotonic clock).
         """
         tier, error = self._tier, event.error
         if isinstance(error, StoreError):
@@ -354,7 +354,7 @@ class Misses:
             raise error
         if (host := tier._fallback.open()) is not None:
             return host
-        if not is_ending or time.monotonic() + _RETRY >= limit:
+        if not is_ending or time.monotonic() + _RETRY >= deadline:
             raise error
         time.sleep(_RETRY)
         self.request(list(event.request.awaited))
@@ -371,9 +371,9 @@ class Misses:
     def _timeout_error(self) -> UnavailableError:
         tier, link = self._tier, self._tier._link
         if link.away_since is None:
-            cause = f"The daemon has not answered for {tier._patience:g} seconds."
+            cause = f"The daemon has not answered for {tier._timeout:g} seconds."
         else:
-            cause = f"The daemon has been away for {tier._patience:g} seconds or more: {link.error.cause}"
+            cause = f"The daemon has been away for {tier._timeout:g} seconds or more: {link.error.cause}"
         return UnavailableError(f"{cause} {tier._fallback.error}".rstrip(), "Restart the daemon: moetier daemon DIR")
 
 

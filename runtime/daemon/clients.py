@@ -73,7 +73,7 @@ class SessionCall:
     """
 
     def __init__(
-        self, client: Client, model: HostedModel, *, leases: int, patience: float, on_ended: Callable[[], None]
+        self, client: Client, model: HostedModel, *, leases: int, timeout: float, on_ended: Callable[[], None]
     ) -> None:
         self.refusal: UnavailableError | None = None
         self._client = client
@@ -83,7 +83,7 @@ class SessionCall:
         self._state = threading.Lock()  # guards the two fields below
         self._error: Exception | None = None
         self._ended = False
-        self._session = model.host.session(self._events.put, leases=leases, patience=patience)
+        self._session = model.host.session(self._events.put, leases=leases, timeout=timeout)
 
     @property
     def has_ended(self) -> bool:
@@ -184,7 +184,7 @@ class SessionCall:
         try:
             if self.refusal is not None:
                 raise self.refusal
-            self._session.acquire(request, keys, message.deadline_ms / 1e3 if message.deadline_ms else None)
+            self._session.acquire(request, keys, message.timeout_ms / 1e3 if message.timeout_ms else None)
         except ProtocolError:  # the request's number is in use
             raise
         except MoetierError as error:
@@ -208,16 +208,16 @@ class SessionCall:
 class Clients:
     """Registry of clients by session id, which the control socket issues. Thread-safe."""
 
-    def __init__(self, models: Mapping[str, HostedModel], *, leases: int, patience: float) -> None:
+    def __init__(self, models: Mapping[str, HostedModel], *, leases: int, timeout: float) -> None:
         """Serve ``models``, a dictionary from digests to models.
 
-        A client may hold ``leases`` slots at a time. A request waits at most ``patience`` seconds for a slot.
+        A client may hold ``leases`` slots at a time. A request waits at most ``timeout`` seconds for a slot.
         """
         self.models = models
         self.started = time.time()
         self.began = time.monotonic()
         self._leases = leases
-        self._patience = patience
+        self._timeout = timeout
         self._changed = threading.Condition()  # guards the four fields below
         self._clients: dict[str, Client] = {}
         self._numbers = itertools.count(1)
@@ -282,7 +282,7 @@ class Clients:
                 raise _stopping()
             former = client.call
             client.call = call = SessionCall(
-                client, client.model, leases=self._leases, patience=self._patience, on_ended=self._request_ended
+                client, client.model, leases=self._leases, timeout=self._timeout, on_ended=self._request_ended
             )
         if former is not None:
             former.end(UnavailableError("The client has opened another stream.", "Use the new stream."))

@@ -33,10 +33,10 @@ from moetier.tiers.host.demands import Granted
 from moetier.tiers.host.tier import HostTier
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Manifest
-from moetier.tiers.source import PATIENCE
+from moetier.tiers.source import SLOT_TIMEOUT
 from moetier.tiers.store.checksum import crc32c
 
-from .leases import CALLS, STALL, CallLeases, no_thread, patience_of
+from .leases import CALLS, STALL, CallLeases, no_thread, timeout_of
 
 BATCH_OUTPUTS = 256  # outputs that are computed together, which limits scratch memory
 _TYPES = {"bfloat16": BF16, "float32": FP32}
@@ -66,20 +66,20 @@ class Task:
 
 
 class ComputeCalls:
-    """Compute calls of other hosts on one host tier. A call waits at most ``patience`` seconds for a slot.
+    """Compute calls of other hosts on one host tier. A call waits at most ``timeout`` seconds for a slot.
 
     A call holds slots while it computes, and while it waits for other calls to compute or for its other records. While
     its client takes the answer, it holds none.
     """
 
-    def __init__(self, host: HostTier, manifest: Manifest, *, patience: float = PATIENCE) -> None:
+    def __init__(self, host: HostTier, manifest: Manifest, *, timeout: float = SLOT_TIMEOUT) -> None:
         """Raises ConfigError if no code can be compiled here."""
         if why := refusal():
             raise ConfigError(f"This daemon can't compute experts ({why}).", "Fetch records instead.")
         self._host = host
         self._manifest = manifest
-        self._patience = patience
-        self._leases = CallLeases(host, patience=patience)
+        self._timeout = timeout
+        self._leases = CallLeases(host, timeout=timeout)
         self._state = threading.Lock()  # guards the fields below
         # by layout, variant of the activation and type: None while code is compiled; an error if it can't be compiled
         self._products: dict[tuple[str, Activation, str], ExpertProducts | ConfigError | None] = {}
@@ -99,8 +99,8 @@ class ComputeCalls:
         what can't be computed; ExhaustedError if it asks for too much, too many calls are under way, or there is no
         slot; and the error of a failed load.
         """
-        patience = patience_of(context, self._patience, "A computation")
-        until = time.monotonic() + patience
+        timeout = timeout_of(context, self._timeout, "A computation")
+        deadline = time.monotonic() + timeout
         with self._state:
             if len(self._calls) == CALLS:
                 late = time.monotonic() - STALL
@@ -115,9 +115,9 @@ class ComputeCalls:
         try:
             task = self._check(request)
             outputs = np.empty((task.count, task.hidden_states.shape[1]), np.uint8)
-            with closing(self._leases.batches(task.keys, context, until, waits_for_reads=False)) as batches:
+            with closing(self._leases.batches(task.keys, context, deadline, waits_for_reads=False)) as batches:
                 for batch in batches:
-                    self._compute(task, batch, outputs, until)
+                    self._compute(task, batch, outputs, deadline)
             with self._state:
                 self.outputs += task.count
             data = outputs.reshape(-1).data
@@ -232,9 +232,9 @@ class ComputeCalls:
             raise no_thread(error) from None
         self._compilers.append(compiler)
 
-    def _compute(self, task: Task, leases: Sequence[Granted], outputs: npt.NDArray[Any], until: float) -> None:
-        """Compute experts whose records are leased. Raises ExhaustedError if other calls compute until ``until``."""
-        if not _computing.acquire(timeout=max(until - time.monotonic(), 0.0)):
+    def _compute(self, task: Task, leases: Sequence[Granted], outputs: npt.NDArray[Any], deadline: float) -> None:
+        """Compute experts whose records are leased. Raises ExhaustedError if other calls compute until ``deadline``."""
+        if not _computing.acquire(timeout=max(deadline - time.monotonic(), 0.0)):
             raise ExhaustedError("Other computations take all the time.", "Ask another daemon, or try again later.")
         try:
             batch: list[tuple[int, ExpertTokens]] = []

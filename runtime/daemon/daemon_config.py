@@ -14,7 +14,7 @@ from moetier.runtime.config import HostTierConfig, Size
 from moetier.runtime.wire.address import CREDENTIALS, DEFAULT_NAME, Address
 from moetier.tiers.errors import ConfigError
 from moetier.tiers.options import Number, file_option, option, option_like, options_of, read_all
-from moetier.tiers.source import LEASES, PATIENCE
+from moetier.tiers.source import LEASES, SLOT_TIMEOUT
 
 SEVERAL = Number(int, 1, 10_000, "Give 1 to 10,000.")
 WAIT = Number(float, 0, 86_400, "Give 0 to 86,400 seconds.")
@@ -48,7 +48,7 @@ class DaemonConfig(HostTierConfig):
     leases: int = option(LEASES, "maximum number of slots that a client may hold at once", metavar="N", numbers=SEVERAL)
     max_clients: int = option(64, "maximum number of clients at once", metavar="N", numbers=SEVERAL)
     wait: float = option(
-        PATIENCE,
+        SLOT_TIMEOUT,
         "longest time that a request waits for a free slot before it fails (default: %(default)g)",
         metavar="SECONDS",
         numbers=WAIT,

@@ -17,16 +17,16 @@ from moetier.tiers.errors import ExhaustedError, ProtocolError
 from moetier.tiers.host.tier import HostTier
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Manifest
-from moetier.tiers.source import PATIENCE
+from moetier.tiers.source import SLOT_TIMEOUT
 
-from .leases import CALLS, STALL, CallLeases, no_caller, patience_of
+from .leases import CALLS, STALL, CallLeases, no_caller, timeout_of
 
 
 class FetchCalls:
     """Fetch calls of other hosts on one host tier. A call holds a slot while its client takes the pieces.
 
     All calls together may hold a quarter of the slots of each record layout, and at least one slot. The other slots are
-    left to sessions of this host. A call waits at most ``patience`` seconds for a slot. A client that takes no
+    left to sessions of this host. A call waits at most ``timeout`` seconds for a slot. A client that takes no
     piece for ``stall`` seconds is cut off, whatever its deadline.
     """
 
@@ -37,14 +37,14 @@ class FetchCalls:
         slots: Mapping[str, int],
         *,
         stall: float = STALL,
-        patience: float = PATIENCE,
+        timeout: float = SLOT_TIMEOUT,
     ) -> None:
         self._host = host
-        self._leases = CallLeases(host, patience=patience)
+        self._leases = CallLeases(host, timeout=timeout)
         self._manifest = manifest
         self._limits = {array: max(1, count // 4) for array, count in slots.items()}
         self._stall = stall
-        self._patience = patience
+        self._timeout = timeout
         self._state = threading.Condition()  # guards the fields below
         # for each call under way: when (monotonic clock) the piece was offered that its client has yet to take
         self._offered: dict[grpc.ServicerContext, float] = {}
@@ -62,7 +62,7 @@ class FetchCalls:
         bytes outside the record, ExhaustedError if fetches hold all slots that they may, and the error of a failed
         load.
         """
-        patience = patience_of(context, self._patience, "A fetch")
+        timeout = timeout_of(context, self._timeout, "A fetch")
         key = ExpertKey(request.block, request.expert)
         self._manifest.check_keys(key.block, [key])
         entry = self._manifest.blocks[key.block]
@@ -72,9 +72,9 @@ class FetchCalls:
             raise ProtocolError(
                 f"Bytes {start} to {end} are not a part of a record of {size} bytes.", "Ask for a part of the record."
             )
-        until = time.monotonic() + patience
-        batches = self._leases.batches([key], context, until)
-        with self._admitted(key, entry.array, context, patience), contextlib.closing(batches):
+        deadline = time.monotonic() + timeout
+        batches = self._leases.batches([key], context, deadline)
+        with self._admitted(key, entry.array, context, timeout), contextlib.closing(batches):
             (granted,) = next(batches)
             slot = self._host.whole(granted.slot)
             for at in range(start, end, PIECE_BYTES):
@@ -100,11 +100,11 @@ class FetchCalls:
         self._leases.close()
 
     @contextlib.contextmanager
-    def _admitted(self, key: ExpertKey, array: str, context: grpc.ServicerContext, patience: float) -> Iterator[None]:
+    def _admitted(self, key: ExpertKey, array: str, context: grpc.ServicerContext, timeout: float) -> Iterator[None]:
         """Register a call, wait until fetches may hold its record, and count the record as held until the context ends.
 
         The number of distinct records that fetches hold is limited for each record layout (``array``). Raises
-        ExhaustedError if too many calls are under way, or if the limit does not allow the record for ``patience``
+        ExhaustedError if too many calls are under way, or if the limit does not allow the record for ``timeout``
         seconds. Raises ClosedError if the call or the daemon has ended.
         """
         held = self._held[array]
@@ -122,9 +122,9 @@ class FetchCalls:
             self._offered[context] = math.inf
         try:
             with self._state:
-                if not self._state.wait_for(free, patience):
+                if not self._state.wait_for(free, timeout):
                     raise ExhaustedError(
-                        f"Fetches of other records have held all slots that they may hold for {patience:.1f} seconds.",
+                        f"Fetches of other records have held all slots that they may hold for {timeout:.1f} seconds.",
                         "Ask another daemon, or try again later.",
                     )
                 if self._closed or not context.is_active():

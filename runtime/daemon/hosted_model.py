@@ -34,7 +34,7 @@ _log = logging.getLogger(__name__)
 class HostedModel:
     """A model's host tier, and counters of the requests of its clients.
 
-    A fetch waits at most ``patience`` seconds for a slot. With ``learn``, the most used experts are recorded and loaded
+    A fetch waits at most ``timeout`` seconds for a slot. With ``learn``, the most used experts are recorded and loaded
     at the next start. ``close`` does not close the tier.
 
     A background thread checks the checksums of the trunk's files once, and logs files that are damaged. The daemon
@@ -42,7 +42,7 @@ class HostedModel:
     """
 
     def __init__(
-        self, manifest: Manifest, host: HostTier, directory: Path, *, patience: float, learn: bool = False
+        self, manifest: Manifest, host: HostTier, directory: Path, *, timeout: float, learn: bool = False
     ) -> None:
         self.manifest = manifest
         self.name = manifest.model
@@ -51,7 +51,7 @@ class HostedModel:
         self.directory = directory
         self.slots = host.layout.slots_by_array
         self.budget_bytes = host.stats().slot_bytes
-        self._patience = patience
+        self._timeout = timeout
         self._opening = threading.Lock()  # guards ``_opener``
         self._opener: threading.Thread | None = None
         self._compute_calls: ComputeCalls | MoetierError | None = None  # None until the opener has run
@@ -63,7 +63,7 @@ class HostedModel:
             if learn:
                 undo.callback(Learner(host).close)
             undo.callback(self._close_compute_calls)
-            self.fetch_calls = FetchCalls(host, manifest, self.slots, patience=patience)
+            self.fetch_calls = FetchCalls(host, manifest, self.slots, timeout=timeout)
             undo.callback(self.fetch_calls.close)
             trunk_check = threading.Thread(target=self._check_trunk, name="moetier-trunk", daemon=True)
             trunk_check.start()
@@ -168,7 +168,7 @@ class HostedModel:
         try:
             from .compute import ComputeCalls
 
-            self._compute_calls = ComputeCalls(self.host, self.manifest, patience=self._patience)
+            self._compute_calls = ComputeCalls(self.host, self.manifest, timeout=self._timeout)
         except MoetierError as error:
             self._compute_calls = error.with_traceback(None)
         except Exception as error:  # llvmlite can't be imported, or there is no memory: callers must not wait for more

@@ -18,39 +18,39 @@ from moetier.tiers.layout import ExpertKey
 
 CALLS = 24  # most fetches, and most computations, at once, with those that wait: each takes a thread of the server
 STALL = 10.0  # seconds for which a client may take no piece of an answer while other clients wait
-MAX_DEADLINE = 3600.0  # seconds; a later deadline counts as none
+MAX_TIMEOUT = 3600.0  # seconds to a call's deadline; a later deadline counts as none
 
 
 class CallLeases:
     """Leases of all fetches, or of all computations. They share one session, so together they count as one client."""
 
-    def __init__(self, host: HostTier, *, patience: float) -> None:
-        """A call waits at most ``patience`` seconds for a slot."""
-        self._patience = patience
-        self._session = host.session(self._deliver, leases=CALLS, patience=patience)
+    def __init__(self, host: HostTier, *, timeout: float) -> None:
+        """A call waits at most ``timeout`` seconds for a slot."""
+        self._timeout = timeout
+        self._session = host.session(self._deliver, leases=CALLS, timeout=timeout)
         self._numbers = itertools.count(1)
         self._answers: dict[int, SimpleQueue[Event | None]] = {}  # keys: the numbers of the calls' requests
 
     def batches(
-        self, keys: Sequence[ExpertKey], context: grpc.ServicerContext, until: float, *, waits_for_reads: bool = True
+        self, keys: Sequence[ExpertKey], context: grpc.ServicerContext, deadline: float, *, waits_for_reads: bool = True
     ) -> Generator[list[Granted], None, None]:
         """Lease records of one block for a call, and yield lists of those that are available together.
 
         The leases of a list end when the next list is taken, or when the iterator is closed. Raises ExhaustedError if
-        the call has no slot before ``until`` (monotonic clock), or, unless it ``waits_for_reads``, not all records;
+        the call has no slot before ``deadline`` (monotonic clock), or, unless it ``waits_for_reads``, not all records;
         ClosedError if the call or the daemon has ended; and the error of a failed load. Reads that have begun go on.
         """
         number = next(self._numbers)
         answers = self._answers[number] = SimpleQueue[Event | None]()  # None: the call has ended
         try:
-            self._session.acquire(number, keys, max(until - time.monotonic(), 0.0))
+            self._session.acquire(number, keys, max(deadline - time.monotonic(), 0.0))
             if not context.add_callback(partial(answers.put, None)):
                 raise no_caller()
             left = len(keys)
             while left:
-                patience = None if waits_for_reads else max(until - time.monotonic(), 0.0)
+                timeout = None if waits_for_reads else max(deadline - time.monotonic(), 0.0)
                 try:
-                    batch = [_granted(answers.get(timeout=patience))]
+                    batch = [_granted(answers.get(timeout=timeout))]
                 except Empty:
                     raise ExhaustedError("The daemon did not have the records in time.", "Fetch them.") from None
                 with contextlib.suppress(Empty):
@@ -95,12 +95,12 @@ def no_thread(error: RuntimeError) -> ExhaustedError:
     return ExhaustedError(f"The daemon is short of threads ({error}).", "Fetch records, or try again later.")
 
 
-def patience_of(context: grpc.ServicerContext, most: float, what: str) -> float:
+def timeout_of(context: grpc.ServicerContext, most: float, what: str) -> float:
     """Return for how many seconds a call waits for a slot: half of its time, and at most ``most``.
 
     So it is answered before the client's deadline, after which the client would consider this daemon gone. Raises
     ProtocolError if the call has no deadline; ``what`` names the call.
     """
-    if (remaining := context.time_remaining()) is None or remaining > MAX_DEADLINE:
-        raise ProtocolError(f"{what} needs a deadline.", f"Set a deadline of at most {MAX_DEADLINE:.0f} seconds.")
+    if (remaining := context.time_remaining()) is None or remaining > MAX_TIMEOUT:
+        raise ProtocolError(f"{what} needs a deadline.", f"Set a deadline of at most {MAX_TIMEOUT:.0f} seconds.")
     return min(remaining / 2, most)

@@ -113,7 +113,7 @@ def _start(
     make_folder(config.folder)
     was_killed = closing.enter_context(locked_folder(config.folder))
     models = open_models(config, stores, manager, closing, was_killed=was_killed)
-    clients = Clients(models, leases=config.leases, patience=config.wait)
+    clients = Clients(models, leases=config.leases, timeout=config.wait)
     servers = [local_server(clients, sessions=config.max_clients)]
     if config.listen:
         servers.append(remote_server(clients, token=token))

@@ -34,16 +34,16 @@ def reclaim_arenas(
     closing: contextlib.ExitStack,
     passed: Iterable[tuple[str, int]] = (),
     *,
-    patience: float = 0.0,
+    timeout: float = 0.0,
 ) -> dict[str, list[ReclaimedArena]]:
     """Reclaim arenas of the stores in ``manifests``, a dictionary from digests to manifests.
 
     Returns a dictionary from digests to arenas, the fullest first. ``closing`` will close them. Arenas are looked for
     among the open files of this user's other processes and in ``passed``: pairs of a holder's name and a descriptor,
     which the caller has to close.
-    A daemon that is being killed may still lock its arenas, so locked arenas are tried again for ``patience`` seconds.
+    A daemon that is being killed may still lock its arenas, so locked arenas are tried again for ``timeout`` seconds.
     """
-    deadline = time.monotonic() + patience
+    deadline = time.monotonic() + timeout
     candidates: dict[str, list[ReclaimedArena]] = {}
     seen: set[tuple[int, int]] = set()  # files that need not be examined again
     while True:
@@ -70,7 +70,7 @@ def reclaim_arenas(
             break
         time.sleep(_POLL)
     for arenas in candidates.values():
-        arenas.sort(key=lambda reclaimed: reclaimed.arena.directory.filled, reverse=True)
+        arenas.sort(key=lambda reclaimed: reclaimed.arena.directory.ready, reverse=True)
     return candidates
 
 

@@ -51,7 +51,7 @@ def open_models(
     """
     manifests = {digest: store.manifest for digest, store in stores.items()}
     passed = [(_systemd_holder(name), descriptor) for name, descriptor in manager.passed]
-    by_digest = reclaim_arenas(manifests, closing, passed, patience=_DYING if was_killed else 0.0)
+    by_digest = reclaim_arenas(manifests, closing, passed, timeout=_DYING if was_killed else 0.0)
     slots, kept = divide_memory(manifests, config.ram, available_memory(), by_digest)
     for digest, arenas in by_digest.items():
         for reclaimed in arenas:
@@ -63,7 +63,7 @@ def open_models(
                 "leftover",
                 model=manifests[digest].model,
                 bytes=reclaimed.arena.layout.nbytes,
-                filled=reclaimed.arena.directory.filled,
+                filled=reclaimed.arena.directory.ready,
                 holder=reclaimed.holder,
             )
     models = {}
@@ -81,7 +81,7 @@ def open_models(
                 loads_rest=store.is_local,
             )
         )
-        model = HostedModel(store.manifest, host, store.directory, patience=config.wait, learn=config.learn)
+        model = HostedModel(store.manifest, host, store.directory, timeout=config.wait, learn=config.learn)
         closing.callback(model.close)
         models[digest] = model
         store.on_fault(model.condemn)

@@ -89,8 +89,8 @@ def open_channel(address: Address, credentials: Credentials, *, bearer: str | No
     return channel if bearer is None else grpc.intercept_channel(channel, _Bearer(bearer))
 
 
-def speaks_tls(target: str, patience: float) -> bool:
-    """Return whether ``target``, a HOST:PORT, answers a TLS handshake within ``patience`` seconds.
+def speaks_tls(target: str, timeout: float) -> bool:
+    """Return whether ``target``, a HOST:PORT, answers a TLS handshake within ``timeout`` seconds.
 
     The certificate is not checked.
     """
@@ -98,7 +98,7 @@ def speaks_tls(target: str, patience: float) -> bool:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     context.set_alpn_protocols(["h2"])
-    with contextlib.suppress(OSError), socket.create_connection((host.strip("[]"), int(port)), patience) as end:
+    with contextlib.suppress(OSError), socket.create_connection((host.strip("[]"), int(port)), timeout) as end:
         context.wrap_socket(end).close()
         return True
     return False

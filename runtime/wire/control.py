@@ -40,7 +40,7 @@ class ControlConnection(Closeable):
     """
 
     @classmethod
-    def open(cls, folder: Path, digest: str | None, *, patience: float = PACKET_SECONDS) -> ControlConnection:
+    def open(cls, folder: Path, digest: str | None, *, timeout: float = PACKET_SECONDS) -> ControlConnection:
         """Connect to the daemon in ``folder``.
 
         With the ``digest`` of a store, the daemon also passes the descriptor of that store's arena. With None it gives
@@ -48,7 +48,7 @@ class ControlConnection(Closeable):
 
         Raises:
             NoDaemonError: no daemon runs in ``folder``.
-            UnavailableError: the daemon does not answer within ``patience`` seconds, or accepts no more clients.
+            UnavailableError: the daemon does not answer within ``timeout`` seconds, or accepts no more clients.
             RefusedError: another user runs the daemon, or could enter or replace its folder.
             UnknownModelError: the daemon does not serve the store.
             ProtocolError: the daemon's answer is malformed.
@@ -67,9 +67,9 @@ class ControlConnection(Closeable):
         _opened_here.add(end)  # before it is connected, as another thread may fork while this one waits
         descriptors: list[int] = []
         try:
-            end.settimeout(patience)
+            end.settimeout(timeout)
             try:
-                _connect(end, folder / CONTROL_SOCKET, patience)
+                _connect(end, folder / CONTROL_SOCKET, timeout)
                 check_peer(end, f"the daemon in {folder}")
                 with contextlib.suppress(BrokenPipeError):  # the daemon has refused already, and its answer says why
                     end.send(json.dumps({"protocol": PROTOCOL, "digest": digest}).encode())
@@ -139,8 +139,8 @@ def _close_in_child() -> None:
 os.register_at_fork(after_in_child=_close_in_child)
 
 
-def _connect(end: socket.socket, path: Path, patience: float) -> None:
-    deadline = time.monotonic() + patience
+def _connect(end: socket.socket, path: Path, timeout: float) -> None:
+    deadline = time.monotonic() + timeout
     while True:
         try:
             end.connect(str(path))

@@ -19,19 +19,19 @@ from .channel import open_channel
 from .control import PACKET_SECONDS, ControlConnection
 from .status_codes import error_of
 
-PS_PATIENCE = 2.0  # seconds for each daemon to answer when all daemons are listed
+PS_TIMEOUT = 2.0  # seconds for each daemon to answer when all daemons are listed
 
 
 class DaemonProbe:
     """A connection to a daemon, made by ``probe``.
 
-    Every method raises DaemonError if the daemon refuses the call or does not answer within ``patience`` seconds.
+    Every method raises DaemonError if the daemon refuses the call or does not answer within ``timeout`` seconds.
     """
 
-    def __init__(self, channel: grpc.Channel, address: Address, patience: float) -> None:
+    def __init__(self, channel: grpc.Channel, address: Address, timeout: float) -> None:
         self._stub = ExpertStoreStub(channel)
         self._target = address.target
-        self._patience = patience
+        self._timeout = timeout
 
     def describe(self) -> pb.DescribeReply:
         """Return the daemon's process, version and models."""
@@ -43,16 +43,16 @@ class DaemonProbe:
 
     def _ask(self, call: Callable[..., Any], request: object) -> Any:
         try:
-            return call(request, timeout=self._patience)
+            return call(request, timeout=self._timeout)
         except grpc.RpcError as error:
             raise error_of(error, self._target) from None
 
 
 @contextlib.contextmanager
 def probe(
-    address: Address, credentials: Credentials | None = None, *, patience: float = PACKET_SECONDS
+    address: Address, credentials: Credentials | None = None, *, timeout: float = PACKET_SECONDS
 ) -> Iterator[DaemonProbe]:
-    """Connect to a daemon for the duration of the ``with`` block. ``patience``: seconds to wait for each answer.
+    """Connect to a daemon for the duration of the ``with`` block. ``timeout``: seconds to wait for each answer.
 
     Raises ConfigError if the credentials can't be used, UnavailableError if no daemon answers, and RefusedError if
     another user runs the daemon.
@@ -60,9 +60,9 @@ def probe(
     with contextlib.ExitStack() as closing:
         bearer = None
         if address.folder is not None:
-            bearer = closing.enter_context(ControlConnection.open(address.folder, None, patience=patience)).session_id
+            bearer = closing.enter_context(ControlConnection.open(address.folder, None, timeout=timeout)).session_id
         channel = closing.enter_context(open_channel(address, credentials or Credentials(), bearer=bearer))
-        yield DaemonProbe(channel, address, patience)
+        yield DaemonProbe(channel, address, timeout)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ def running_daemons() -> list[RunningDaemon]:
     for address, card in known_daemons().items():
         assert address.folder is not None
         try:
-            with probe(address, patience=PS_PATIENCE) as connected:
+            with probe(address, timeout=PS_TIMEOUT) as connected:
                 daemons.append(RunningDaemon(address.folder, card, connected.stats()))
         except DaemonError:
             if _is_running(card, address.folder):

@@ -21,8 +21,8 @@ from moetier.tiers.manifest import Manifest
 def local_daemon(host: HostTier, manifest: Manifest, directory: Path, folder: Path) -> Iterator[Path]:
     """Serves ``host``, which stays the caller's; yields the folder where clients find it."""
     make_folder(folder)
-    model = HostedModel(manifest, host, directory, patience=PATIENCE)
-    clients = Clients({manifest.digest: model}, leases=8, patience=PATIENCE)
+    model = HostedModel(manifest, host, directory, timeout=PATIENCE)
+    clients = Clients({manifest.digest: model}, leases=8, timeout=PATIENCE)
     server = local_server(clients, sessions=8)
     server.add_insecure_port(f"unix:{folder / SOCKET}")
     server.start()

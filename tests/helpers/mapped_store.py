@@ -47,9 +47,9 @@ class MappedStore:
             yield made
 
     @contextlib.contextmanager
-    def tier(self, daemon: DaemonProcess, *, fallback: bool = True, patience: float = 30.0) -> Iterator[DaemonTier]:
+    def tier(self, daemon: DaemonProcess, *, fallback: bool = True, timeout: float = 30.0) -> Iterator[DaemonTier]:
         directory = self.directory if fallback else self.scratch / "no-store"
-        with DaemonTier.open(daemon.folder, directory, self.manifest, patience=patience) as tier:
+        with DaemonTier.open(daemon.folder, directory, self.manifest, timeout=timeout) as tier:
             yield tier
 
     def take(self, source: ExpertSource[memoryview], block: int, *experts: int) -> list[int]:

@@ -30,7 +30,7 @@ from moetier.tiers.store.folder import read_manifest, store_folder
 
 
 class Worker:
-    def __init__(self, folder: Path, directory: Path, truth: Path, fallback: Path, patience: float) -> None:
+    def __init__(self, folder: Path, directory: Path, truth: Path, fallback: Path, timeout: float) -> None:
         self.manifest = read_manifest(store_folder(directory))
         words = truth.read_text().split()
         keys = [ExpertKey(b, e) for b, block in enumerate(self.manifest.blocks) for e in range(block.experts)]
@@ -38,7 +38,7 @@ class Worker:
         self.random = random.Random(os.getpid())
         self.used = self.thrown = self.wrong = 0
         self.open_leases: list[Generator[Lease[memoryview], None, None]] = []
-        self._open = lambda: DaemonTier.open(folder, fallback, self.manifest, patience=patience)
+        self._open = lambda: DaemonTier.open(folder, fallback, self.manifest, timeout=timeout)
         self._tier: DaemonTier | None = None
 
     @property
@@ -150,8 +150,8 @@ class Worker:
 
 
 def main() -> None:
-    folder, directory, truth, fallback, patience = sys.argv[1:]
-    worker = Worker(Path(folder), Path(directory), Path(truth), Path(fallback), float(patience))
+    folder, directory, truth, fallback, timeout = sys.argv[1:]
+    worker = Worker(Path(folder), Path(directory), Path(truth), Path(fallback), float(timeout))
     print(json.dumps("here"), flush=True)
     for line in sys.stdin:
         name, *arguments = json.loads(line)

@@ -72,7 +72,7 @@ class Client:
     def demand(self, block: int, experts: Sequence[int]) -> Iterator[tuple[int, bytes]]:
         """Request all of them, and return copies of their slots in order of arrival."""
         self._requests += 1
-        acquire = pb.Acquire(request=self._requests, block=block, experts=experts, deadline_ms=60_000)
+        acquire = pb.Acquire(request=self._requests, block=block, experts=experts, timeout_ms=60_000)
         self._said.put(pb.ClientMessage(acquire=acquire))
         for _ in experts:
             message = next(self._answers)

@@ -53,8 +53,8 @@ class RawClient:
     def send(self, **message: object) -> None:
         self.messages.put(pb.ClientMessage(**message))
 
-    def acquire(self, request: int, block: int, experts: Iterable[int], deadline_ms: int = 0) -> None:
-        self.send(acquire=pb.Acquire(request=request, block=block, experts=experts, deadline_ms=deadline_ms))
+    def acquire(self, request: int, block: int, experts: Iterable[int], timeout_ms: int = 0) -> None:
+        self.send(acquire=pb.Acquire(request=request, block=block, experts=experts, timeout_ms=timeout_ms))
 
     def release(self, request: int, experts: Iterable[int] = ()) -> None:
         self.send(release=pb.Release(request=request, experts=experts))

@@ -60,7 +60,7 @@ class TarStore(DirectoryStore):
         with self._use:
             self.manifest.check_keys(key.block, (key,))
             if (offset := self._offsets.get(f"{key.block}/{key.expert}")) is None:
-                raise StoreFormatError(f"{self._path} has no record of {key}.", self.remedy)
+                raise StoreFormatError(f"{self._path} has no record of {key}.", self.fix)
             read_at(self._path, self._file.fileno(), offset, buffer[:-CHECKSUM_BYTES], direct=False)
             self.check(key, buffer)
 

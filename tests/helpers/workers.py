@@ -31,8 +31,8 @@ class WorkerError(Exception):
 class WorkerProcess:
     """``tell`` and ``hear`` apart, or ``do``; by name, the commands of mapped_worker.Worker."""
 
-    def __init__(self, folder: Path, directory: Path, truth: Path, fallback: Path, patience: float) -> None:
-        arguments = [folder, directory, truth, fallback, patience]
+    def __init__(self, folder: Path, directory: Path, truth: Path, fallback: Path, timeout: float) -> None:
+        arguments = [folder, directory, truth, fallback, timeout]
         stdin, writing = os.pipe()
         reading, stdout = os.pipe()
         try:
@@ -108,10 +108,10 @@ class Crew:
         self._nowhere = scratch / "no-store"
         self.workers: list[WorkerProcess] = []
 
-    def start(self, count: int = 1, *, fallback: bool = True, patience: float = 30.0) -> list[WorkerProcess]:
+    def start(self, count: int = 1, *, fallback: bool = True, timeout: float = 30.0) -> list[WorkerProcess]:
         """``fallback``: with the local store to fall back on."""
         directory = self._directory if fallback else self._nowhere
-        new = [WorkerProcess(self._folder, self._directory, self._truth, directory, patience) for _ in range(count)]
+        new = [WorkerProcess(self._folder, self._directory, self._truth, directory, timeout) for _ in range(count)]
         self.workers += new
         for worker in new:
             worker.wait_started()

@@ -168,7 +168,7 @@ def test_a_daemon_gone_for_good_and_a_local_store(store: MappedStore, tmp_path: 
 
 
 def test_a_daemon_gone_for_good_and_nothing_else(store: MappedStore, tmp_path: Path) -> None:
-    with store.daemon(4, tmp_path / "daemon") as daemon, store.tier(daemon, fallback=False, patience=1.5) as tier:
+    with store.daemon(4, tmp_path / "daemon") as daemon, store.tier(daemon, fallback=False, timeout=1.5) as tier:
         store.take(tier, 0, 0, 1)
         daemon.kill()
         began = time.monotonic()
@@ -178,7 +178,7 @@ def test_a_daemon_gone_for_good_and_nothing_else(store: MappedStore, tmp_path: P
         assert "\n" not in error.value.cause
         assert store.take(tier, 0, 1, 0) == [1, 0], "hits go on"
         daemon.start()
-        daemon.wait_for("sessions == 1")  # the pause between two attempts may be longer than the patience
+        daemon.wait_for("sessions == 1")  # the pause between two attempts may be longer than the timeout
         assert store.take(tier, 1, 0) == [0]
 
 
@@ -218,8 +218,8 @@ def test_a_daemon_that_is_told_to_end_finishes_what_it_has_begun(store: MappedSt
 def test_a_daemon_that_stands_still(store: MappedStore, tmp_path: Path) -> None:
     with (
         store.daemon(4, tmp_path / "daemon") as daemon,
-        store.tier(daemon, fallback=False, patience=1.0) as poor,
-        store.tier(daemon, patience=1.0) as rich,
+        store.tier(daemon, fallback=False, timeout=1.0) as poor,
+        store.tier(daemon, timeout=1.0) as rich,
     ):
         for tier in (poor, rich):
             store.take(tier, 0, 0, 1)
@@ -229,7 +229,7 @@ def test_a_daemon_that_stands_still(store: MappedStore, tmp_path: Path) -> None:
         assert store.take(rich, 1, 0) == [0]
         assert store.take(poor, 0, 1, 0) == [1, 0]
         daemon.process.send_signal(signal.SIGCONT)
-        daemon.wait_for("sessions == 2 and clients == 2")  # else a second of patience may not be enough
+        daemon.wait_for("sessions == 2 and clients == 2")  # else a timeout of one second may not be enough
         assert sorted(store.take(poor, 1, 0, 3)) == [0, 3]
         daemon.wait_for("leases == 0")
 

@@ -100,7 +100,7 @@ class Nonsense:
                     experts = self.experts()
                 return pb.ClientMessage(
                     acquire=pb.Acquire(
-                        request=self._random.randrange(2**64), block=block, experts=experts, deadline_ms=deadline
+                        request=self._random.randrange(2**64), block=block, experts=experts, timeout_ms=deadline
                     )
                 )
             case 2:

@@ -54,7 +54,7 @@ def wire(daemon: DaemonProcess) -> Iterator[Flips]:
 
 def spread_over(wire: Flips, manifest: Manifest) -> SpreadStore:
     """A reader of the daemon, and of nothing else."""
-    reader = RemoteStore(Address.parse(wire.address), PLAIN, manifest, channels=1, patience=3.0)
+    reader = RemoteStore(Address.parse(wire.address), PLAIN, manifest, channels=1, timeout=3.0)
     reader.check()
     return SpreadStore(manifest, [Peer("one", reader)])
 

@@ -145,7 +145,7 @@ def test_one_that_is_frozen_is_not_waited_for_twice(
     manifest = manifest_of(small)
     credentials = Credentials(token_file=token, insecure=True)
     peers = [
-        Peer(str(address_of(daemon)), RemoteStore(address_of(daemon), credentials, manifest, patience=1.0))
+        Peer(str(address_of(daemon)), RemoteStore(address_of(daemon), credentials, manifest, timeout=1.0))
         for daemon in three
     ]
     with SpreadStore(manifest, peers) as reader:
@@ -257,7 +257,7 @@ def test_packets_that_are_lost_in_the_middle_of_a_record(large: Path, tmp_path: 
         )
         credentials = Credentials(token_file=token, ca=tmp_path / "ca")
         peers = [
-            Peer(name, RemoteStore(address_of(daemon), credentials, manifest, patience=1.0))
+            Peer(name, RemoteStore(address_of(daemon), credentials, manifest, timeout=1.0))
             for name, daemon in (("far", far), ("near", near))  # named by their ports, one may have no key of four
         ]
         over = threading.Event()
@@ -290,7 +290,7 @@ def test_packets_that_are_lost_in_the_middle_of_a_record(large: Path, tmp_path: 
                 longest = [task.result() for task in tasks]
             assert max(longest) < 20, "the deadline of one attempt, and then the other daemon"
 
-        with RemoteStore(address_of(far), credentials, manifest, patience=1.0) as alone:
+        with RemoteStore(address_of(far), credentials, manifest, timeout=1.0) as alone:
             key = ExpertKey(0, 0)
             read(alone, key, LARGE_RECORDS)
             net.drop()

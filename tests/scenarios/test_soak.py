@@ -98,7 +98,7 @@ class Seat:
             raise
 
     def _life(self) -> None:
-        (worker,) = self._crew.start(fallback=self._random.random() < 0.5, patience=60.0)
+        (worker,) = self._crew.start(fallback=self._random.random() < 0.5, timeout=60.0)
         try:
             worker.do("open")
         except WorkerError as error:

@@ -13,8 +13,8 @@ generation again. If the generation is unchanged, the slot held that record all 
 This is a seqlock: no process takes a lock or waits, and a dead reader blocks no other process.
 
 A seqlock requires that each word is read and written in one piece, and that other processes see loads and stores in
-program order. x86-64 guarantees both. The owner's order of stores is in ``begin_fill`` and ``publish``, a reader's
-order of loads is in ``find``.
+program order. x86-64 guarantees both. The owner's order of stores is in ``begin_fill`` and ``complete_fill``, and the
+order of a reader's loads is in ``find``.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ class Directory:
             raise _closed() from None
 
     @property
-    def filled(self) -> int:
+    def ready(self) -> int:
         """Number of slots that hold a record now."""
         return sum(self.content(slot) is not None for slot in range(self._layout.slots))
 
@@ -175,7 +175,7 @@ class Directory:
         self._step(slot)
         assert self._generations[slot] & 1, f"slot {slot} was being filled"
 
-    def publish(self, key: ExpertKey, slot: int) -> None:
+    def complete_fill(self, key: ExpertKey, slot: int) -> None:
         """Let readers find the record of ``key`` in a slot, which has been filled."""
         if self._retired:
             return
@@ -184,7 +184,7 @@ class Directory:
         self._step(slot)
         self._table[number] = slot
 
-    def invalidate(self, slot: int) -> None:
+    def abort_fill(self, slot: int) -> None:
         """Note that a slot holds no record, because filling it has failed."""
         self._contents[slot] = NONE
         self._step(slot)

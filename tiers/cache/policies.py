@@ -20,7 +20,7 @@ HALF_LIFE = 30  # a use counts half after this many further uses of records of t
 class Policy(Protocol):
     """Interface of a policy for the keys of one partition. A policy has a key from ``add`` to ``remove``.
 
-    The argument ``scan`` of the methods is true if the demand is a scan.
+    The argument ``is_scan`` of the methods is true if the demand is a scan.
     """
 
     summary: ClassVar[str]  # which records are evicted first, for users who choose a policy
@@ -32,13 +32,13 @@ class Policy(Protocol):
 
     def __iter__(self) -> Iterator[ExpertKey]: ...
 
-    def victims(self, *, scan: bool) -> Iterator[ExpertKey]:
+    def victims(self, *, is_scan: bool) -> Iterator[ExpertKey]:
         """Yield the keys whose records may be evicted, the first to be evicted first. A scan may get only some keys."""
 
-    def add(self, key: ExpertKey, *, scan: bool) -> None:
+    def add(self, key: ExpertKey, *, is_scan: bool) -> None:
         """Add a key whose record is being loaded. If the load is for a demand, a call of ``touch`` follows."""
 
-    def touch(self, key: ExpertKey, *, scan: bool) -> None:
+    def touch(self, key: ExpertKey, *, is_scan: bool) -> None:
         """Note that a demand uses the key's record now, or is about to use it."""
 
     def demote(self, key: ExpertKey) -> None:
@@ -48,7 +48,7 @@ class Policy(Protocol):
         """Remove a key whose record has lost its slot."""
 
 
-class Recency:
+class Lru:
     """The policy LRU: evict the least recently used record first. Scans are treated like other demands."""
 
     summary: ClassVar[str] = "the least recently used"
@@ -62,15 +62,15 @@ class Recency:
     def __iter__(self) -> Iterator[ExpertKey]:
         return iter(self._keys)
 
-    def victims(self, *, scan: bool) -> Iterator[ExpertKey]:
+    def victims(self, *, is_scan: bool) -> Iterator[ExpertKey]:
         """Yield all keys, the least recently used first."""
         return iter(self._keys)
 
-    def add(self, key: ExpertKey, *, scan: bool) -> None:
+    def add(self, key: ExpertKey, *, is_scan: bool) -> None:
         """Add the key as the most recently used."""
         self._keys[key] = None
 
-    def touch(self, key: ExpertKey, *, scan: bool) -> None:
+    def touch(self, key: ExpertKey, *, is_scan: bool) -> None:
         """Make the key the most recently used."""
         self._keys.move_to_end(key)
 
@@ -83,7 +83,7 @@ class Recency:
         del self._keys[key]
 
 
-class ScanResistant:
+class ScanLru:
     """The policy "scan": evict the least recently used record first, but keep most records when a scan comes.
 
     *Scanned* records, which a scan has loaded, are evicted before all others. A scan that finds a record in the cache
@@ -104,23 +104,23 @@ class ScanResistant:
     def __iter__(self) -> Iterator[ExpertKey]:
         return chain(self._scanned, self._ordinary)
 
-    def victims(self, *, scan: bool) -> Iterator[ExpertKey]:
+    def victims(self, *, is_scan: bool) -> Iterator[ExpertKey]:
         """Yield the keys of scanned records, and then those of ordinary records.
 
-        If ``scan`` is true and there are ``room`` or more scanned records, yield only the keys of scanned records.
+        If ``is_scan`` is true and there are ``room`` or more scanned records, yield only the keys of scanned records.
         """
-        return iter(self._scanned) if scan and len(self._scanned) >= self.room else iter(self)
+        return iter(self._scanned) if is_scan and len(self._scanned) >= self.room else iter(self)
 
-    def add(self, key: ExpertKey, *, scan: bool) -> None:
-        """Add the key: of a scanned record if ``scan`` is true, else of the most recently used ordinary record."""
-        if scan:
+    def add(self, key: ExpertKey, *, is_scan: bool) -> None:
+        """Add the key: of a scanned record if ``is_scan`` is true, else of the most recently used ordinary record."""
+        if is_scan:
             self._scanned[key] = None
         else:
             self._ordinary[key] = 0.0
 
-    def touch(self, key: ExpertKey, *, scan: bool) -> None:
+    def touch(self, key: ExpertKey, *, is_scan: bool) -> None:
         """Make the record an ordinary record, the most recently used one. A use by a scan changes nothing."""
-        if not scan:
+        if not is_scan:
             self._scanned.pop(key, None)
             self._ordinary[key] = 0.0
             self._ordinary.move_to_end(key)
@@ -137,11 +137,11 @@ class ScanResistant:
             del self._ordinary[key]
 
 
-class Frequency(ScanResistant):
+class Lrfu(ScanLru):
     """The policy LRFU: evict the least frequently used record first, but keep most records when a scan comes.
 
     A use counts half after ``HALF_LIFE`` further uses of records of the partition. If a record is evicted, the count of
-    its uses is kept for the next time that it is loaded. Scans are treated as ``ScanResistant`` treats them.
+    its uses is kept for the next time that it is loaded. Scans are treated as ``ScanLru`` treats them.
 
     LRFU is from Lee et al. 2001, "LRFU: a spectrum of policies that subsumes the least recently used and least
     frequently used policies", IEEE Transactions on Computers 50(12). All counts decay at the same rate, so only uses
@@ -158,15 +158,15 @@ class Frequency(ScanResistant):
     def __iter__(self) -> Iterator[ExpertKey]:  # in the order of eviction
         return chain(self._scanned, sorted(self._ordinary, key=self._ordinary.__getitem__))
 
-    def add(self, key: ExpertKey, *, scan: bool) -> None:
-        """Add the key: of a scanned record if ``scan`` is true, else of an ordinary record with its earlier count."""
-        super().add(key, scan=scan)
-        if not scan:
+    def add(self, key: ExpertKey, *, is_scan: bool) -> None:
+        """Add the key of a scanned record if ``is_scan`` is true, else of an ordinary record with its earlier count."""
+        super().add(key, is_scan=is_scan)
+        if not is_scan:
             self._ordinary[key] = self._counts.get(key, -inf)
 
-    def touch(self, key: ExpertKey, *, scan: bool) -> None:
+    def touch(self, key: ExpertKey, *, is_scan: bool) -> None:
         """Add a use to the key's count. A use by a scan changes nothing."""
-        if not scan:
+        if not is_scan:
             self._scanned.pop(key, None)
             self._uses += 1
             now, before = self._uses / HALF_LIFE, self._counts.get(key, -inf)
@@ -179,5 +179,5 @@ class Frequency(ScanResistant):
         self._ordinary[key] = -inf
 
 
-POLICIES: Mapping[str, type[Policy]] = {"lru": Recency, "scan": ScanResistant, "lrfu": Frequency}
+POLICIES: Mapping[str, type[Policy]] = {"lru": Lru, "scan": ScanLru, "lrfu": Lrfu}
 DEFAULT_POLICY = "lrfu"

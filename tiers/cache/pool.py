@@ -2,8 +2,8 @@
 
 A pool has keys and numbers of slots. It holds no records and has no lock.
 
-    EMPTY -- begin_fill --> LOADING -- fill --> READY -- begin_fill (another key) --> LOADING
-                               `------ fail --> EMPTY
+    EMPTY -- begin_fill --> LOADING -- complete_fill --> READY -- begin_fill (another key) --> LOADING
+                               `------ abort_fill --> EMPTY
 
 A *pin* keeps the record of a READY slot from being evicted. A pin on a LOADING slot is a *claim*: a demand waits for
 the record that is being loaded.
@@ -31,7 +31,7 @@ class Lookup(Enum):
     """The state of a record in a pool."""
 
     MISS = "it has no slot"
-    PENDING = "its slot is LOADING"
+    LOADING = "its slot is LOADING"
     HIT = "its slot is READY"
 
 
@@ -86,7 +86,7 @@ class SlotPool:
         """Return the state of the record of ``key``."""
         if (slot := self._slot_of.get(key)) is None:
             return Lookup.MISS
-        return Lookup.PENDING if slot in self._loading else Lookup.HIT
+        return Lookup.LOADING if slot in self._loading else Lookup.HIT
 
     def held(self) -> list[ExpertKey]:
         """Return all keys that have a slot, READY or LOADING."""
@@ -122,15 +122,15 @@ class SlotPool:
         return sum(pins > 0 and slot not in self._loading for slot, pins in enumerate(self._pins))
 
     def begin_fill(
-        self, slot: int, key: ExpertKey, *, scan: bool = False, prefetched: bool = False
+        self, slot: int, key: ExpertKey, *, is_scan: bool = False, is_prefetch: bool = False
     ) -> ExpertKey | None:
         """Begin to fill a slot that is EMPTY or evictable, which makes it LOADING.
 
         Args:
             slot: number of the slot in the pool.
             key: key of the record that the slot will hold. No other slot may have this key.
-            scan: whether the demand for the record is a scan.
-            prefetched: whether this is a prefetch. If so, the record is evicted before records that were used.
+            is_scan: whether the demand for the record is a scan.
+            is_prefetch: whether this is a prefetch. If so, the record is evicted before records that were used.
 
         Returns:
             The key of the record that was evicted, or None.
@@ -147,16 +147,16 @@ class SlotPool:
         self._keys[slot] = key
         self._slot_of[key] = slot
         policy = self._policy(key)
-        policy.add(key, scan=scan)
-        if prefetched:
+        policy.add(key, is_scan=is_scan)
+        if is_prefetch:
             policy.demote(key)
         return evicted
 
-    def mark_ready(self, slot: int) -> None:
+    def complete_fill(self, slot: int) -> None:
         """Make a LOADING slot READY, because its record has arrived. Claims on the slot become pins."""
         self._loading.remove(slot)
 
-    def fail(self, slot: int) -> None:
+    def abort_fill(self, slot: int) -> None:
         """Make a LOADING slot EMPTY, because its record will not arrive. Claims on the slot end."""
         assert slot in self._loading, f"slot {slot} is not loading"
         key = self.key(slot)
@@ -200,7 +200,7 @@ class SlotPool:
         block: int,
         *,
         may_borrow: bool = False,
-        scan: bool = False,
+        is_scan: bool = False,
         keep: Callable[[ExpertKey], bool] = lambda key: False,
     ) -> int | None:
         """Return a slot for a record of ``block``: an EMPTY slot, or a slot whose record is to be evicted.
@@ -213,7 +213,7 @@ class SlotPool:
             block: the block of the record.
             may_borrow: if there is no such slot, take an EMPTY slot or any evictable slot, also from another partition
                 or one that a scan would not evict. The other partition gets a slot back when it needs one.
-            scan: whether the demand for the record is a scan.
+            is_scan: whether the demand for the record is a scan.
             keep: returns True for keys whose records must not be evicted.
         """
         number = self._partition_of[block]
@@ -225,17 +225,17 @@ class SlotPool:
                 borrowers = (number for number in self._by_surplus() if self._surplus(number) > 0)
                 slot = self._first_victim(borrowers, keep)
         if slot is None:
-            slot = self._first_victim([number], keep, scan=scan)
+            slot = self._first_victim([number], keep, is_scan=is_scan)
         if slot is None and may_borrow:
             slot = self._empty()
             if slot is None:
                 slot = self._first_victim([number, *self._by_surplus()], keep)
         return slot
 
-    def touch(self, keys: Iterable[ExpertKey], *, scan: bool = False) -> None:
+    def note_uses(self, keys: Iterable[ExpertKey], *, is_scan: bool = False) -> None:
         """Note that demands use the records of ``keys``, in this order. All of them must have slots."""
         for key in keys:
-            self._policies[self._partition_of[key[0]]].touch(key, scan=scan)
+            self._policies[self._partition_of[key[0]]].touch(key, is_scan=is_scan)
 
     def _policy(self, key: ExpertKey) -> Policy:
         return self._policies[self._partition_of[key.block]]
@@ -244,14 +244,14 @@ class SlotPool:
         return next(reversed(self._free), None)
 
     def _first_victim(
-        self, numbers: Iterable[int], keep: Callable[[ExpertKey], bool], *, scan: bool = False
+        self, numbers: Iterable[int], keep: Callable[[ExpertKey], bool], *, is_scan: bool = False
     ) -> int | None:
         """Return the slot of the record to evict, from the first of the partitions ``numbers`` that has such a record.
 
         The slot must be evictable, and ``keep`` false for the key. Returns None if no partition has such a record.
         """
         for number in numbers:
-            for key in self._policies[number].victims(scan=scan):
+            for key in self._policies[number].victims(is_scan=is_scan):
                 slot = self._slot_of[key]
                 if self.is_evictable(slot) and not keep(key):
                     return slot
@@ -299,7 +299,7 @@ class SlotPool:
         placed = set[ExpertKey]().union(*self._policies)
         for key in self._slot_of:
             if key not in placed:
-                self._policy(key).add(key, scan=False)
+                self._policy(key).add(key, is_scan=False)
 
     def check_integrity(self) -> None:
         """For tests: assert that each slot is in one state, and each key in one slot and in the right partition."""

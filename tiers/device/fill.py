@@ -113,13 +113,13 @@ class DeviceFill:
             slot = pool.pin_ready(key)
             assert slot is not None
             self._counters.joined += 1
-            pool.touch((key,), scan=demand.is_scan)
+            pool.note_uses((key,), is_scan=demand.is_scan)
             self._admit(demand, slot, began)
             return True
-        if state is Lookup.PENDING or (slot := self._choose(demand, key.block)) is None:
+        if state is Lookup.LOADING or (slot := self._choose(demand, key.block)) is None:
             return None if wait else False
         self._begin(demand, slot, key)
-        pool.touch((key,), scan=demand.is_scan)
+        pool.note_uses((key,), is_scan=demand.is_scan)
         return True
 
     def promote(self, lease: Lease[memoryview]) -> None:
@@ -148,7 +148,7 @@ class DeviceFill:
             promoter.cancel(key)
             return None
         self.promotion = DeviceDemand(pool, threading.get_ident())
-        self._begin(self.promotion, slot, key, prefetched=True)
+        self._begin(self.promotion, slot, key, is_prefetch=True)
         promoter.note_begun(key, began)
         return self.promotion
 
@@ -168,13 +168,13 @@ class DeviceFill:
         def keep(key: ExpertKey) -> bool:
             return (demand.is_scan and key == demand.latest) or key in self._promoter
 
-        choose = partial(demand.pool.choose, block, scan=demand.is_scan)
+        choose = partial(demand.pool.choose, block, is_scan=demand.is_scan)
         slot = choose(keep=keep)
         return choose(may_borrow=True) if slot is None else slot
 
-    def _begin(self, demand: DeviceDemand, slot: int, key: ExpertKey, *, prefetched: bool = False) -> None:
+    def _begin(self, demand: DeviceDemand, slot: int, key: ExpertKey, *, is_prefetch: bool = False) -> None:
         demand.filling = (slot, key)
-        evicted = demand.pool.begin_fill(slot, key, scan=demand.is_scan, prefetched=prefetched)
+        evicted = demand.pool.begin_fill(slot, key, is_scan=demand.is_scan, is_prefetch=is_prefetch)
         if evicted is not None:
             self._counters.evictions += 1
             self._promoter.outcomes.evict(evicted)
@@ -202,7 +202,7 @@ class DeviceFill:
         self._counters.bytes_in += pool.slot_bytes
         pool.copied[slot] = copy.ready
         pool.used[slot] = dict(copy.uses)
-        pool.mark_ready(slot)
+        pool.complete_fill(slot)
         self._end_filling(demand)
         if began is not None:
             pool.pin(slot)
@@ -224,7 +224,7 @@ class DeviceFill:
         self._counters.failures += failures
         self._counters.discarded += discarded
         self._promoter.outcomes.began.pop(key, None)
-        demand.pool.fail(slot)
+        demand.pool.abort_fill(slot)
         self._end_filling(demand)
 
     def _end_filling(self, demand: DeviceDemand) -> None:

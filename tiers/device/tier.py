@@ -336,7 +336,7 @@ class DeviceTier:
             else:
                 demand.ready.append(slot)
                 hits.append(key)
-        demand.pool.touch(reversed(hits), scan=demand.is_scan)  # in reverse, so that the first key is evicted last
+        demand.pool.note_uses(reversed(hits), is_scan=demand.is_scan)  # the first key is evicted last
         if missing:
             self._promoter.pause()
             demand.misses = True

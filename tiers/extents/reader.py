@@ -43,23 +43,23 @@ BUFFER_BYTES = (4 << 20) + PAGE  # of pages that are read at a time; with 1 MiB,
 class OpenFile:
     """A shard of a checkpoint, open and compared with the table. Thread-safe, except for ``close``."""
 
-    def __init__(self, path: Path, shard: Shard, advice: str) -> None:
-        """Open a shard. ``advice`` is what errors advise.
+    def __init__(self, path: Path, shard: Shard, fix: str) -> None:
+        """Open a shard. ``fix`` is the fix in its errors.
 
         Raises MissingExpertError, StoreFormatError if it is not the file that the table describes, or StoreReadError.
         """
         self.path = path
-        self.advice = advice
+        self.fix = fix
         with read_errors(path):
             try:
                 self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             except FileNotFoundError:
-                raise MissingExpertError(f"{path}, a file of the checkpoint, is missing.", advice) from None
+                raise MissingExpertError(f"{path}, a file of the checkpoint, is missing.", fix) from None
         try:
             if header_digest(path) != shard.header:
-                raise StoreFormatError(f"{path} has another header than before: it was replaced.", advice)
+                raise StoreFormatError(f"{path} has another header than before: it was replaced.", fix)
             self._compare(shard)
-            self._unchanged = Unchanged(path, self.descriptor, advice)
+            self._unchanged = Unchanged(path, self.descriptor, fix)
             self.direct = try_direct(self.descriptor)
         except BaseException:
             os.close(self.descriptor)
@@ -71,17 +71,17 @@ class OpenFile:
         if status.st_size != shard.bytes:
             raise StoreFormatError(
                 f"{self.path} has {status.st_size:,} bytes, and had {shard.bytes:,}: it was cut or replaced.",
-                self.advice,
+                self.fix,
             )
         if status.st_mtime_ns != shard.mtime_ns:
-            raise StoreFormatError(f"{self.path} was changed or replaced: its modification time differs.", self.advice)
+            raise StoreFormatError(f"{self.path} was changed or replaced: its modification time differs.", self.fix)
 
     def check_unchanged(self) -> None:
         """Raise StoreFormatError if the file was written to since it was opened."""
         self._unchanged.check()
 
     def read(self, offset: int, view: memoryview, buffers: SimpleQueue[mmap.mmap]) -> None:
-        """Fill ``view`` with the bytes from ``offset`` on. Raises StoreReadError."""
+        """Read the bytes from ``offset`` on into ``view``. Raises StoreReadError."""
         try:
             if not self.direct:
                 read_at(self.path, self.descriptor, offset, view, direct=False)
@@ -97,7 +97,7 @@ class OpenFile:
                     begin = max(offset - first, 0)
                     target[first + begin - offset : first + least - offset] = source[begin:least]  # releases the GIL
         except StoreReadError as error:
-            raise StoreReadError(error.cause, self.advice) from error
+            raise StoreReadError(error.cause, self.fix) from error
 
     def close(self) -> None:
         """Close the descriptor."""
@@ -214,11 +214,11 @@ class ExtentStore(DirectoryStore):
             self._open(damaged)
 
     def _open(self, damaged: bool) -> None:
-        advice = f"Get the checkpoint's own file again. If it was changed on purpose: {command('link', self.directory)}"
+        fix = f"Get the checkpoint's own file again. If it was changed on purpose: {command('link', self.directory)}"
         faults = self._file_faults
         for number, shard in enumerate(self.table.shards):
             try:
-                self._files[number] = OpenFile(self.paths[number], shard, advice)
+                self._files[number] = OpenFile(self.paths[number], shard, fix)
             except StoreError as error:
                 if not damaged:
                     raise
@@ -248,8 +248,8 @@ class ExtentStore(DirectoryStore):
         return self.table.is_linked
 
     @property
-    def remedy(self) -> str:
-        """Advice about damaged files, as a sentence for users."""
+    def fix(self) -> str:
+        """What to do about damaged files, as a sentence for users."""
         return "Get the checkpoint's own files again. If they were changed on purpose, run moetier link again."
 
     @property
@@ -316,7 +316,7 @@ class ExtentStore(DirectoryStore):
     def _read_part(
         self, extents: list[Extent], start: int, part: memoryview, payload: memoryview, piece: int, crc: int
     ) -> int:
-        """Read a part of a record, as a ``Fill`` for ``read_in_pieces``."""
+        """Read a part of a record. See ``ReadPart``."""
         reads = [
             Read(
                 self._pool,
@@ -328,7 +328,7 @@ class ExtentStore(DirectoryStore):
         return run_reads(reads, crc)
 
     def _assemble(self, extents: list[Extent], start: int, part: memoryview) -> None:
-        """Fill ``part``, which begins at ``start`` in the record: extents, and zeros between and after them."""
+        """Assemble ``part``, which begins at ``start`` in the record: extents, and zeros between and after them."""
         done, stop = start, start + len(part)
         for extent in extents:
             first, end = max(extent.start, start), min(extent.start + extent.length, stop)
@@ -336,12 +336,12 @@ class ExtentStore(DirectoryStore):
                 continue
             if done < first:
                 part[done - start : first - start] = bytes(first - done)
-            self._fill_from(extent, first - extent.start, part[first - start : end - start])
+            self._read_extent(extent, first - extent.start, part[first - start : end - start])
             done = max(done, end)
         part[done - start :] = bytes(stop - done)
 
-    def _fill_from(self, extent: Extent, skipped: int, part: memoryview) -> None:
-        """Fill ``part``, which begins ``skipped`` bytes after the extent's first byte in the record."""
+    def _read_extent(self, extent: Extent, skipped: int, part: memoryview) -> None:
+        """Read ``part``, which begins ``skipped`` bytes after the extent's first byte in the record."""
         if not extent.row_bytes and not extent.is_wide:
             self._files[extent.shard].read(extent.offset + skipped, part, self._buffers)
             return

@@ -105,7 +105,7 @@ class Demand:
     caller: Hashable  # identifies the caller; loaders serve callers in turn
     async_caller: AsyncCaller | None = None  # the caller, if it is asynchronous
     number: int = 0  # the number that an asynchronous caller has given to the demand
-    patience: float = 0.0  # seconds without a slot after which the demand of an asynchronous caller fails
+    timeout: float = 0.0  # seconds without a slot after which the demand of an asynchronous caller fails
     is_scan: bool = False  # the demand is for more records than its block can keep
     pending: dict[ExpertKey, None] = field(default_factory=dict)  # keys for which the demand has no slot yet
     loads: list[Load] = field(default_factory=list)  # loads that the demand waits for; it has claims on their slots
@@ -172,7 +172,7 @@ class WaitingDemands:
         """Queue a starved demand in its pool's FIFO queue. A demand is starved if it needs a slot and holds none."""
         caller, starved = demand.async_caller, demand.pool.starved
         if caller is not None and demand not in self._deadlines:
-            self._deadlines[demand] = self._clock() + demand.patience
+            self._deadlines[demand] = self._clock() + demand.timeout
             self._notifier.wake_timekeeper()
         if demand not in starved and not (caller is not None and caller.is_full):
             starved.append(demand)
@@ -272,10 +272,10 @@ class WaitingDemands:
 def _exhausted(demand: Demand) -> ExhaustedError:
     if (caller := demand.async_caller) is not None and caller.is_full:
         return ExhaustedError(
-            f"The client holds all of its {caller.leases} leases, and released none for {demand.patience:g} seconds.",
+            f"The client holds all of its {caller.leases} leases, and released none for {demand.timeout:g} seconds.",
             "Release leases in the client, or start the daemon with more --leases.",
         )
     return ExhaustedError(
-        f"All slots of the host tier are leased, and none became free for {demand.patience:g} seconds.",
+        f"All slots of the host tier are leased, and none became free for {demand.timeout:g} seconds.",
         "Try again, give the daemon more memory (--ram), or run fewer clients at the same time.",
     )

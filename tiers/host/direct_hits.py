@@ -40,7 +40,7 @@ class DirectHits:
         self._counters.looked_up(hits=len(keys))
         cached = [key for key in keys if pool.holds(key)]  # others were evicted since
         self._prefetches.note_uses(cached)
-        pool.touch(reversed(cached), scan=len(keys) > pool.quota(block))
+        pool.note_uses(reversed(cached), is_scan=len(keys) > pool.quota(block))
 
     def discard(self, experts: Sequence[int]) -> None:
         """Count hits of ``note_uses`` as discarded, because records were replaced during their use."""
@@ -52,7 +52,7 @@ class DirectHits:
         self._counters.looked_up(hits=1)
         self.uses.update((key,))
         if pool.find(key) is not None:
-            pool.touch((key,))
+            pool.note_uses((key,))
             self._prefetches.note_uses((key,))
 
     def note_copy_uses(self, keys: Sequence[ExpertKey]) -> None:

@@ -128,8 +128,8 @@ class Ledger:
         self.prefetches.note_uses(hits)
         if demand.pending:
             self._advance(demand)
-        # in reverse, so that the first of the keys is evicted last; pending keys are touched when they get their slots
-        pool.touch([key for key in reversed(distinct) if key not in demand.pending], scan=demand.is_scan)
+        # in reverse, so that the first of the keys is evicted last; uses of pending keys are noted once they have slots
+        pool.note_uses([key for key in reversed(distinct) if key not in demand.pending], is_scan=demand.is_scan)
         if caller is not None:
             self.waiting.recheck(demand)
 
@@ -160,7 +160,7 @@ class Ledger:
         If the record of a key is READY, its slot is pinned for the demand. Otherwise the demand joins the load of the
         record that is in progress, or begins a load.
         """
-        demand.pool.touch(reversed(self._advance(demand)), scan=demand.is_scan)
+        demand.pool.note_uses(reversed(self._advance(demand)), is_scan=demand.is_scan)
 
     def lease(self, demand: Demand, most: int = 1) -> list[int]:
         """Lease up to ``most`` of the slots that are ready for the demand, and return these slots."""
@@ -265,9 +265,9 @@ class Ledger:
 
     def expire(self) -> float | None:
         """Fail asynchronous demands whose deadlines have passed. Return the next deadline, or None."""
-        until = self.waiting.expire()
+        deadline = self.waiting.expire()
         self.serve()
-        return until
+        return deadline
 
     def _serve(self, demand: Demand) -> None:
         """Advance an asynchronous demand, and deliver events to its caller: leases that are ready, or an error."""
@@ -298,7 +298,7 @@ class Ledger:
     # -- slots --------------------------------------------------------------------------------------------------------
 
     def _advance(self, demand: Demand) -> list[ExpertKey]:
-        """Serve pending keys as ``advance`` does. Return the keys that were served, which the caller has to touch."""
+        """Serve pending keys as ``advance`` does. Return those that were served; the caller has to note their uses."""
         served, may_load = list[ExpertKey](), True
         caller = demand.async_caller
         for key in list(demand.pending):
@@ -311,7 +311,7 @@ class Ledger:
                     assert slot is not None
                     demand.ready.append(slot)
                     self.prefetches.note_uses((key,))
-                case Lookup.PENDING:  # a prefetch or another demand has begun to load the record
+                case Lookup.LOADING:  # a prefetch or another demand has begun to load the record
                     self.counters.joined += 1
                     self.loads.join(demand, key)
                 case Lookup.MISS:
@@ -347,7 +347,7 @@ class Ledger:
 
         Records that are requested for a prefetch are evicted only if no other record can be.
         """
-        choose = partial(demand.pool.choose, demand.block, may_borrow=demand.is_idle, scan=demand.is_scan)
+        choose = partial(demand.pool.choose, demand.block, may_borrow=demand.is_idle, is_scan=demand.is_scan)
         slot = choose(keep=self.prefetches.is_requested)
         return choose() if slot is None else slot
 

@@ -134,7 +134,7 @@ class Loads:
         is_warmup: bool = False,
     ) -> Load:
         """Begin the load of a record into a slot that is EMPTY or evictable, and return the load."""
-        if (evicted := pool.begin_fill(slot, key, scan=is_scan, prefetched=is_prefetch)) is not None:
+        if (evicted := pool.begin_fill(slot, key, is_scan=is_scan, is_prefetch=is_prefetch)) is not None:
             self._counters.evictions += 1
             self._prefetches.evict(evicted)
         self._prefetches.lose(key)  # the record is needed again, so the tier above no longer has its copy
@@ -262,8 +262,8 @@ class Loads:
         self._counters.bytes_in += load.pool.slot_bytes
         self._counters.warmed += load.is_warmup
         del self._loads[load.key]
-        load.pool.mark_ready(load.slot)
-        self._directory.publish(load.key, load.pool.first + load.slot)
+        load.pool.complete_fill(load.slot)
+        self._directory.complete_fill(load.key, load.pool.first + load.slot)
         if load.is_prefetch:
             self._prefetches.outcomes.arrive(load.key)
         for demand in load.waiters:
@@ -305,8 +305,8 @@ class Loads:
         """Remove a load whose record will not arrive. The slot becomes EMPTY."""
         del self._loads[load.key]
         self._prefetches.fail(load.key)
-        load.pool.fail(load.slot)
-        self._directory.invalidate(load.pool.first + load.slot)
+        load.pool.abort_fill(load.slot)
+        self._directory.abort_fill(load.pool.first + load.slot)
 
     # -- repair and checks --------------------------------------------------------------------------------------------
 

@@ -30,15 +30,15 @@ class Session(AsyncCaller):
     """
 
     def __init__(
-        self, deliver: Callable[[Event], None], monitor: Monitor, ledger: Ledger, *, leases: int, patience: float
+        self, deliver: Callable[[Event], None], monitor: Monitor, ledger: Ledger, *, leases: int, timeout: float
     ) -> None:
         super().__init__(deliver, leases)
         self._monitor = monitor
         self._ledger = ledger
-        self._patience = patience
+        self._timeout = timeout
         self._closed = False
 
-    def acquire(self, request: int, keys: Sequence[ExpertKey], patience: float | None = None) -> None:
+    def acquire(self, request: int, keys: Sequence[ExpertKey], timeout: float | None = None) -> None:
         """Demand the records of ``keys``.
 
         A Granted event is delivered for each key. If the request fails, a Failed event is delivered instead of those
@@ -47,7 +47,7 @@ class Session(AsyncCaller):
         Args:
             request: a number for the request. No request that is not over may have it.
             keys: distinct keys of one block.
-            patience: seconds after which the request fails with ExhaustedError if during this time it holds no lease
+            timeout: seconds after which the request fails with ExhaustedError if during this time it holds no lease
                 and no record is read for it; None for the session's own value.
 
         Raises:
@@ -58,17 +58,17 @@ class Session(AsyncCaller):
         """
         if keys:
             self._ledger.manifest.check_keys(keys[0].block, keys)
-            self._acquire(request, keys, self._patience if patience is None else patience)
+            self._acquire(request, keys, self._timeout if timeout is None else timeout)
 
     @transition
-    def _acquire(self, request: int, keys: Sequence[ExpertKey], patience: float) -> None:
+    def _acquire(self, request: int, keys: Sequence[ExpertKey], timeout: float) -> None:
         self._check_open()
         if request in self.demands:
             raise ProtocolError(
                 f"A request with the number {request} is not over yet.", "Give each request a number of its own."
             )
         block = keys[0].block
-        self._ledger.begin(Demand(self._ledger.pool_of[block], block, self, self, request, patience), keys)
+        self._ledger.begin(Demand(self._ledger.pool_of[block], block, self, self, request, timeout), keys)
         self._ledger.serve()
 
     def release(self, request: int, keys: Sequence[ExpertKey] = ()) -> None:
@@ -183,11 +183,11 @@ class Timekeeper:
             self._thread.join()
 
     def _run(self, ledger: Ledger) -> None:
-        until: float | None = None
+        deadline: float | None = None
         while not self._closed:
             with contextlib.suppress(Empty):
-                self._alarm.get(timeout=None if until is None else max(until - time.monotonic(), 0.0))
-            until = self._expire(ledger)
+                self._alarm.get(timeout=None if deadline is None else max(deadline - time.monotonic(), 0.0))
+            deadline = self._expire(ledger)
 
     @transition
     def _expire(self, ledger: Ledger) -> float | None:

@@ -22,7 +22,7 @@ from moetier.tiers.closeable import Closeable
 from moetier.tiers.errors import ClosedError, StoreError
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.locks import Monitor, deferred, posted, transition, waiting
-from moetier.tiers.source import LEASES, LOADERS, PATIENCE, Lease, Residents
+from moetier.tiers.source import LEASES, LOADERS, SLOT_TIMEOUT, Lease, Residents
 from moetier.tiers.stats import TierStats
 from moetier.tiers.store.base import Store
 
@@ -321,20 +321,22 @@ class HostTier(Closeable):
         pool_of = self._ledger.pool_of
         return [key for key in keys if not pool_of[key.block].holds(key)]
 
-    def session(self, deliver: Callable[[Event], None], *, leases: int = LEASES, patience: float = PATIENCE) -> Session:
+    def session(
+        self, deliver: Callable[[Event], None], *, leases: int = LEASES, timeout: float = SLOT_TIMEOUT
+    ) -> Session:
         """Open a session for another process. The caller has to close the session.
 
         Args:
             deliver: called with each event, as ``AsyncCaller`` specifies.
             leases: the largest number of slots that the session may hold or claim at a time.
-            patience: seconds without a slot after which a request fails.
+            timeout: seconds without a slot after which a request fails.
 
         Raises:
             ClosedError: the tier was closed.
             StoreError: the tier was condemned (see ``condemn``).
         """
         self._timekeeper.start(self._ledger)  # before there are requests, in case the thread can't be started
-        return Session(deliver, self._monitor, self._ledger, leases=leases, patience=patience)
+        return Session(deliver, self._monitor, self._ledger, leases=leases, timeout=timeout)
 
     def export(self) -> int:
         """Return a new read-only file descriptor of the arena, which the caller has to close.
@@ -403,7 +405,7 @@ class HostTier(Closeable):
         for slot, key in kept.items():
             pool = self._ledger.pool_of[key.block]
             pool.begin_fill(slot - pool.first, key)
-            pool.mark_ready(slot - pool.first)
+            pool.complete_fill(slot - pool.first)
         self.recovered = len(kept)
 
     @transition

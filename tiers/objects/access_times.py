@@ -19,7 +19,7 @@ from moetier.tiers.manifest import Manifest
 from moetier.tiers.store.atomic import allocate
 
 ACCESS_TIMES = "uses.bin"  # in the store's folder: for each record a u64, the time of its last access in ns; 0: absent
-WAIT = 20.0  # longest wait for the lock, in seconds
+TIMEOUT = 20.0  # longest wait for the lock, in seconds
 
 
 class AccessTimes:
@@ -92,18 +92,18 @@ class AccessTimes:
     def locked(self) -> Iterator[None]:
         """Hold the file's lock. It excludes other processes, but not other threads of this one.
 
-        Raises TargetError if another process, one that is stopped for instance, has not released it after ``WAIT``
+        Raises TargetError if another process, one that is stopped for instance, has not released it after ``TIMEOUT``
         seconds.
         """
-        end = time.monotonic() + WAIT
+        deadline = time.monotonic() + TIMEOUT
         while self.is_durable:
             try:
                 fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if time.monotonic() > end:
+                if time.monotonic() > deadline:
                     raise TargetError(
-                        f"Another process has locked {self.path} for {WAIT:.0f} s.",
+                        f"Another process has locked {self.path} for {TIMEOUT:.0f} s.",
                         f"If it is stopped (`fuser -v {self.path}`), continue or end it.",
                     ) from None
                 time.sleep(0.01)

@@ -40,7 +40,7 @@ from .cache_folder import cache_of
 from .client import RETRIES, Objects, copy_bytes, until_right
 
 QUEUE_BYTES = 32 << 20  # most bytes of records that wait to be written, unless it is a single one
-ROOM_PATIENCE = 10.0  # most seconds that a read waits for room among these
+ROOM_TIMEOUT = 10.0  # most seconds that a read waits for room among these
 READS = 16  # GETs of pieces of large records at the same time
 
 _LIBRARY = ctypes.CDLL(None, use_errno=True)
@@ -109,7 +109,7 @@ class CachedStore(WrapperStore):
         self._waiting = 0  # bytes of these copies
         self._buffers: dict[int, list[memoryview]] = {}  # memory for further copies, by size
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="moetier-cache")  # starts no thread yet
-        self._patience = ROOM_PATIENCE  # 0 after a read has waited in vain
+        self._timeout = ROOM_TIMEOUT  # 0 after a read has waited in vain
         self._full = not self._cached.is_durable  # whether a write has failed, so that nothing is cached any more
         if self._full and not self.is_complete:
             _log.warning("%s can't be written: experts that it lacks are fetched at each use.", self.directory)
@@ -244,9 +244,9 @@ class CachedStore(WrapperStore):
         """
         with self._room:
             room = self._room.wait_for(
-                lambda: not self._waiting or self._waiting + len(view) <= QUEUE_BYTES or self._full, self._patience
+                lambda: not self._waiting or self._waiting + len(view) <= QUEUE_BYTES or self._full, self._timeout
             )
-            self._patience = ROOM_PATIENCE if room else 0.0
+            self._timeout = ROOM_TIMEOUT if room else 0.0
             if not room or self._full or key in self._arrived:
                 return
             spare = self._buffers.setdefault(len(view), [])

@@ -45,7 +45,7 @@ def is_small(name: str) -> bool:
 
 
 def check_small(sizes: Iterable[int], where: str, fix: str) -> None:
-    """Raise StoreFormatError with the advice ``fix`` if small files are too many or too large, given their sizes."""
+    """Raise StoreFormatError with this ``fix`` if small files are too many or too large, given their sizes."""
     all_sizes = list(sizes)
     if len(all_sizes) > MAX_SMALL_FILES or sum(all_sizes) > MAX_SMALL_BYTES:
         raise StoreFormatError(

@@ -170,7 +170,7 @@ class DirectoryStore(Store, Scrubbable):
             crc = crc32c(buffer[:-CHECKSUM_BYTES])
         if (known := self.manifest.checksums(key.block)) and crc != known[key.expert]:
             cause = f"{self.manifest.model}, {key}: checksum mismatch in {self._source(key)}."
-            raise ChecksumError(cause, self.remedy)
+            raise ChecksumError(cause, self.fix)
         buffer[-CHECKSUM_BYTES:] = checksum_bytes(crc)
 
     def _source(self, key: ExpertKey) -> str:
@@ -194,8 +194,8 @@ class DirectoryStore(Store, Scrubbable):
         return True
 
     @property
-    def remedy(self) -> str:
-        """Advice about damaged files, as a sentence for users."""
+    def fix(self) -> str:
+        """What to do about damaged files, as a sentence for users."""
         return "Restore the files named."
 
 
@@ -253,9 +253,9 @@ class WrapperStore(DirectoryStore):
         return self.store.has_checksums
 
     @property
-    def remedy(self) -> str:
-        """Advice about damaged files of ``store``."""
-        return self.store.remedy
+    def fix(self) -> str:
+        """What to do about damaged files of ``store``."""
+        return self.store.fix
 
     def check_digest(self) -> None:
         """Check the store's digest."""

@@ -202,7 +202,7 @@ def read_json(path: Path, fix: str = "") -> dict[str, Any]:
     """Return the JSON object in a file of a model directory, which is not trusted.
 
     Raises:
-        StoreFormatError: the file is missing, too large, or not a JSON object. The error has ``fix`` as its advice,
+        StoreFormatError: the file is missing, too large, or not a JSON object. The error has this ``fix``,
             or ``remaking``.
         StoreReadError: the system reported an error when the file was read.
     """
@@ -219,7 +219,7 @@ def parse_json(data: bytes, where: str, fix: str, *, limit: int = MAX_JSON_BYTES
     """Parse a JSON object of at most ``limit`` bytes. A caller that reads a file reads one byte more at most.
 
     Raises StoreFormatError if ``data`` is larger, not a JSON object, or nested too deeply. The error begins with
-    ``where``, the name of the data, and has ``fix`` as its advice.
+    ``where``, the name of the data, and has this ``fix``.
     """
     if len(data) > limit:
         raise StoreFormatError(f"{where} has more than {limit:,} bytes, the most that moetier writes.", fix)

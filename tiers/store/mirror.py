@@ -226,7 +226,7 @@ class MirroredStore(WrapperStore):
             return shares
 
     def _read(self, copy: _Copy, key: ExpertKey, start: int, part: memoryview) -> None:
-        """Fill ``part`` with bytes of a record from one copy, beginning ``start`` bytes after the start of the record.
+        """Read bytes of a record from one copy into ``part``, beginning ``start`` bytes after the start of the record.
 
         The duration of the read, or its failure, is noted in ``copy``. Raises StoreError.
         """

@@ -205,8 +205,8 @@ class ExpertStore(DirectoryStore):
         return all(shard.direct for shard in self.shards.values())
 
     @property
-    def remedy(self) -> str:
-        """Advice about damaged files. Those of a cache are fetched again."""
+    def fix(self) -> str:
+        """What to do about damaged files. Those of a cache are fetched again."""
         if (self.directory / CACHE).exists():
             return (
                 f"Remove {self.directory}, and give the address again. If that does not help, push the original there "

@@ -33,24 +33,24 @@ class Unchanged:
     """
 
     @classmethod
-    def open(cls, path: Path, advice: str) -> Unchanged:
+    def open(cls, path: Path, fix: str) -> Unchanged:
         """Open the file ``path``, which ``close`` closes. Raises StoreReadError, and FileNotFoundError."""
         with read_errors(path):
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            return cls(path, descriptor, advice)
+            return cls(path, descriptor, fix)
         except BaseException:
             os.close(descriptor)
             raise
 
-    def __init__(self, path: Path, descriptor: int, advice: str) -> None:
-        """Note size, times and samples. ``path`` is the file's name in errors, and ``advice`` what they advise.
+    def __init__(self, path: Path, descriptor: int, fix: str) -> None:
+        """Note size, times and samples. ``path`` is the file's name in errors, and ``fix`` the fix that they name.
 
         Raises StoreReadError.
         """
         self.path = path
         self._descriptor = descriptor
-        self._advice = advice
+        self._fix = fix
         with read_errors(path):
             self._status = os.fstat(descriptor)
         self._samples = _samples(descriptor, self._status.st_size)
@@ -83,7 +83,7 @@ class Unchanged:
                     self.path,
                 )
             return
-        raise StoreFormatError(f"{self.path} was changed while it was in use: {what}.", self._advice)
+        raise StoreFormatError(f"{self.path} was changed while it was in use: {what}.", self._fix)
 
     def is_replaced(self) -> bool:
         """Return whether the path names another file now, or none."""

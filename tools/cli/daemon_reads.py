@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from moetier.runtime.model.tiers import Tiers
 
 
-COUNTERS_PATIENCE = 2.0  # longest wait for the daemon's counters, in seconds; a report can do without them
+COUNTERS_TIMEOUT = 2.0  # longest wait for the daemon's counters, in seconds; a report can do without them
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ def _look(tiers: Tiers) -> tuple[tuple[int, ...], int, int]:
     if tiers.daemon is not None:
         from moetier.runtime.wire.probe import probe
 
-        with contextlib.suppress(MoetierError), probe(tiers.daemon.address, patience=COUNTERS_PATIENCE) as connected:
+        with contextlib.suppress(MoetierError), probe(tiers.daemon.address, timeout=COUNTERS_TIMEOUT) as connected:
             described, stats = connected.describe(), connected.stats()
             for model in stats.models:
                 if model.digest == tiers.manifest.digest:

@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
         description = survey(store)
     print(json.dumps(description, indent=2) if arguments.json else _text(description))
     if description["faults"] and not arguments.json:
-        print(store.remedy, file=sys.stderr)
+        print(store.fix, file=sys.stderr)
     return EXIT_ERROR if description["faults"] else 0
 
 

@@ -33,5 +33,5 @@ def run(arguments: argparse.Namespace) -> int:
         for path in verified.absent:
             print(f"mirror {path}: missing, so it was not checked")
         if verified.bad:
-            print(verified.store.remedy, file=sys.stderr)
+            print(verified.store.fix, file=sys.stderr)
     return EXIT_ERROR if verified.bad else 0

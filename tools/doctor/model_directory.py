@@ -109,7 +109,7 @@ def health(directory: Path, *, checksums: bool) -> Iterator[Finding]:
 
     with open_store(directory, damaged=True) as store:
         result = survey(store)
-        yield from (fail("store", fault, store.remedy) for fault in result["faults"])
+        yield from (fail("store", fault, store.fix) for fault in result["faults"])
         if result["faults"]:
             return
         what = (
@@ -126,7 +126,7 @@ def health(directory: Path, *, checksums: bool) -> Iterator[Finding]:
             return
         scrubbed = chain(scrub(store), store.scrub_other_files())
         bad = [problem for problem in scrubbed if not isinstance(problem, int)]
-        yield from (fail("store", problem.cause, store.remedy) for problem in bad)
+        yield from (fail("store", problem.cause, store.fix) for problem in bad)
         if not bad:
             yield ok("store", f"{what}; every byte is as it was written")
 

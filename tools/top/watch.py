@@ -25,7 +25,7 @@ class Look:
 
 def look(address: Address, credentials: Credentials) -> Look:
     """Query a daemon once. Raises DaemonError if it does not answer, ConfigError if the credentials can't be used."""
-    with probe(address, credentials, patience=REPLY_SECONDS) as daemon:
+    with probe(address, credentials, timeout=REPLY_SECONDS) as daemon:
         return _look(daemon)
 
 
@@ -72,7 +72,7 @@ class Watch:
     def _run(self, address: Address, tell: Callable[[Look | MoetierError], object]) -> None:
         while True:
             try:
-                with probe(address, self._credentials, patience=REPLY_SECONDS) as daemon:
+                with probe(address, self._credentials, timeout=REPLY_SECONDS) as daemon:
                     while True:
                         tell(_look(daemon))
                         if not self._wait(self.interval):

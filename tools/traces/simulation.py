@@ -84,15 +84,15 @@ class Clairvoyant:
     def __iter__(self) -> Iterator[ExpertKey]:
         return iter(self._next)
 
-    def victims(self, *, scan: bool) -> Iterator[ExpertKey]:
+    def victims(self, *, is_scan: bool) -> Iterator[ExpertKey]:
         """Return all keys, those with the furthest next use first."""
         return iter(sorted(self._next, key=self._next.__getitem__, reverse=True))
 
-    def add(self, key: ExpertKey, *, scan: bool) -> None:
+    def add(self, key: ExpertKey, *, is_scan: bool) -> None:
         """Add a key, and note its next use."""
         self._next[key] = self.next_use(key)
 
-    def touch(self, key: ExpertKey, *, scan: bool) -> None:
+    def touch(self, key: ExpertKey, *, is_scan: bool) -> None:
         """Update the key's next use."""
         self._next[key] = self.next_use(key)
 
@@ -134,7 +134,7 @@ class SimulatedTier:
             for key in reversed(keys):
                 if self._pool.find(key) is None:
                     self._load(key, keys)
-                self._pool.touch((key,))
+                self._pool.note_uses((key,))
         return missing
 
     def preload(self, keys: Sequence[ExpertKey]) -> int:
@@ -157,12 +157,12 @@ class SimulatedTier:
         if slot is None:  # fewer slots than one token needs
             slot = self._pool.choose(key.block)
         assert slot is not None
-        self._fill(slot, key, scan=False)
+        self._fill(slot, key, is_scan=False)
 
     def _stream(self, keys: Sequence[ExpertKey], missing: Sequence[ExpertKey]) -> None:
         """Use resident experts first, as a host tier does. Load each other one up to AHEAD loads before it is used."""
         resident = [key for key in keys if key not in set(missing)]
-        self._pool.touch(reversed(resident), scan=True)
+        self._pool.note_uses(reversed(resident), is_scan=True)
         waiting = deque(map(self._slot, resident))
         for slot in waiting:
             self._pool.pin(slot)
@@ -172,17 +172,17 @@ class SimulatedTier:
                 while waiting:
                     self._pool.unpin(waiting.popleft())
                 self._pool.unpin(loaded.popleft())
-            while (chosen := self._pool.choose(key.block, scan=True)) is None:
+            while (chosen := self._pool.choose(key.block, is_scan=True)) is None:
                 self._pool.unpin((waiting or loaded).popleft())
-            self._fill(chosen, key, scan=True)
+            self._fill(chosen, key, is_scan=True)
             self._pool.pin(chosen)
             loaded.append(chosen)
         for slot in (*waiting, *loaded):
             self._pool.unpin(slot)
 
-    def _fill(self, slot: int, key: ExpertKey, *, scan: bool) -> None:
-        self._pool.begin_fill(slot, key, scan=scan)
-        self._pool.mark_ready(slot)
+    def _fill(self, slot: int, key: ExpertKey, *, is_scan: bool) -> None:
+        self._pool.begin_fill(slot, key, is_scan=is_scan)
+        self._pool.complete_fill(slot)
 
     def _slot(self, key: ExpertKey) -> int:
         slot = self._pool.find(key)

@@ -259,7 +259,7 @@ def test_a_daemon_that_stands_still_is_not_waited_for(large: Path, when: str) ->
                 yield b""
 
     key = ExpertKey(0, 0)
-    with hostile(large, stands, patience=0.5) as (reader, outlet):
+    with hostile(large, stands, timeout=0.5) as (reader, outlet):
         began = time.monotonic()
         with pytest.raises(UnavailableError):
             reader.read_into(key, slot_of(reader.manifest, key))
@@ -394,7 +394,7 @@ def test_closing_ends_what_is_being_read(large: Path) -> None:
         yield from ()
 
     key = ExpertKey(0, 0)
-    with hostile(large, stands, patience=60) as (reader, outlet):
+    with hostile(large, stands, timeout=60) as (reader, outlet):
         task = Task(lambda: reader.read_into(key, slot_of(reader.manifest, key)))
         wait_until(lambda: len(outlet.requests) == 3)
         reader.close()
@@ -424,7 +424,7 @@ def test_renewed_connections_are_closed_and_calls_on_the_last_one_go_on(small: P
         return found
 
     outlet = Computer(manifest_of(small))
-    with serving(outlet) as address, RemoteStore(address, PLAIN, manifest_of(small), patience=60) as reader:
+    with serving(outlet) as address, RemoteStore(address, PLAIN, manifest_of(small), timeout=60) as reader:
         opened = []
         for _ in range(10):
             call, _ = reader.compute(pb.ComputeRequest(), 1)
@@ -515,7 +515,7 @@ def test_a_client_that_goes_gives_its_slot_back(huge: Path) -> None:
 
 def test_fetches_leave_slots_to_others(huge: Path) -> None:
     """Three slots: fetches hold one at most, and who wants another record is refused after a bounded wait."""
-    with served(huge, slots=3, stall=600, patience=0.3) as (address, host, _), ExitStack() as stack:
+    with served(huge, slots=3, stall=600, timeout=0.3) as (address, host, _), ExitStack() as stack:
         start_and_stall(address, stack, 0)
         start_and_stall(address, stack, 0)  # of the same record: no further slot
         with RemoteStore(address, PLAIN, manifest_of(huge)) as reader:
@@ -531,7 +531,7 @@ def test_fetches_leave_slots_to_others(huge: Path) -> None:
 def test_a_slot_that_is_not_to_be_had_is_waited_for_a_bounded_time(large: Path) -> None:
     """Somebody of the daemon's own host holds the only one."""
     with (
-        served(large, slots=1, patience=0.3) as (address, host, _),
+        served(large, slots=1, timeout=0.3) as (address, host, _),
         RemoteStore(address, PLAIN, manifest_of(large)) as reader,
     ):
         slot = slot_of(reader.manifest, ExpertKey(0, 1))
@@ -548,8 +548,8 @@ def test_a_slot_that_is_not_to_be_had_is_waited_for_a_bounded_time(large: Path) 
 def test_a_call_that_waits_for_a_slot_is_answered_before_its_deadline(large: Path) -> None:
     """As long as both are as patient as they are by default."""
     with (
-        served(large, slots=1, patience=1.0) as (address, host, _),
-        RemoteStore(address, PLAIN, manifest_of(large), patience=1.0, channels=1) as reader,
+        served(large, slots=1, timeout=1.0) as (address, host, _),
+        RemoteStore(address, PLAIN, manifest_of(large), timeout=1.0, channels=1) as reader,
     ):
         leases = host.acquire([ExpertKey(0, 0)])
         next(leases)
@@ -564,7 +564,7 @@ def test_a_call_that_waits_for_a_slot_is_answered_before_its_deadline(large: Pat
 @pytest.mark.parametrize("how", ["its client goes", "its deadline passes", "the daemon ends"])
 def test_no_call_waits_in_vain(large: Path, how: str) -> None:
     """A fetch that waits for a slot, when nobody wants it any more."""
-    with served(large, slots=1, patience=600) as (address, host, fetches):
+    with served(large, slots=1, timeout=600) as (address, host, fetches):
         leases = host.acquire([ExpertKey(0, 0)])
         next(leases)
         with grpc.insecure_channel(address.target) as channel:

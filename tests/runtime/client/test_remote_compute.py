@@ -337,7 +337,7 @@ def test_a_daemon_is_not_lost_if_its_answer_is_read_too_late(
     tinymix_4bit: Path, bare: Path, tmp_path: Path, token: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As other experts of the block take long."""
-    monkeypatch.setattr(spread, "RemoteStore", partial(RemoteStore, patience=2.0))
+    monkeypatch.setattr(spread, "RemoteStore", partial(RemoteStore, timeout=2.0))
     with one_daemon_computes(tmp_path, tinymix_4bit, bare, token, monkeypatch) as (model, compute):
         wanted = compute([0])
         assert torch.equal(compute([0], pause=3.0), wanted)

@@ -109,10 +109,10 @@ def bare(folder: Path, tmp_path: Path) -> Path:
 
 @contextmanager
 def spread_over(
-    daemons: list[Daemon], manifest: Manifest, local: ExpertStore | None = None, *, patience: float = 30.0
+    daemons: list[Daemon], manifest: Manifest, local: ExpertStore | None = None, *, timeout: float = 30.0
 ) -> Iterator[SpreadStore]:
-    peers = [Peer(str(d.address), RemoteStore(d.address, PLAIN, manifest, patience=1.0)) for d in daemons]
-    with SpreadStore(manifest, peers, local, patience=patience) as reader:
+    peers = [Peer(str(d.address), RemoteStore(d.address, PLAIN, manifest, timeout=1.0)) for d in daemons]
+    with SpreadStore(manifest, peers, local, timeout=timeout) as reader:
         yield reader
 
 
@@ -240,7 +240,7 @@ def test_some_shards_are_better_than_none(
 
 
 def test_all_away_is_waited_for_and_then_an_error(three: list[Daemon], manifest: Manifest) -> None:
-    with spread_over(three, manifest, patience=1.0) as reader:
+    with spread_over(three, manifest, timeout=1.0) as reader:
         for daemon in three:
             daemon.go()
         began = time.monotonic()

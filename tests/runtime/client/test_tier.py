@@ -277,7 +277,7 @@ def test_a_demand_that_hits_clears_the_blocks_prefetch_requests(store: MappedSto
 
 def test_what_is_granted_twice_is_given_back_at_once(store: MappedStore, tmp_path: Path) -> None:
     """As what was asked for again when a daemon was exchanged may be: else its slot could be what others wait for."""
-    with store.daemon(2, tmp_path / "daemon") as daemon, store.tier(daemon, fallback=False, patience=5.0) as tier:
+    with store.daemon(2, tmp_path / "daemon") as daemon, store.tier(daemon, fallback=False, timeout=5.0) as tier:
         misses = Misses(tier, 0)
         with contextlib.closing(misses):
             misses.request([0, 1])

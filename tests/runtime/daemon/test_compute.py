@@ -371,7 +371,7 @@ def test_a_compiler_that_can_not_be_imported_is_said(
     host: HostTier, manifest: Manifest, tinymix_4bit: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "moetier.runtime.daemon.compute", None)
-    model = HostedModel(manifest, host, tinymix_4bit, patience=1.0)
+    model = HostedModel(manifest, host, tinymix_4bit, timeout=1.0)
     try:
 
         def is_said() -> bool:
@@ -390,7 +390,7 @@ def test_a_compiler_that_can_not_be_imported_is_said(
 def test_without_a_thread_a_call_fails_and_the_next_one_computes(
     served: tuple[ComputeCalls, Address], host: HostTier, manifest: Manifest, tinymix_4bit: Path
 ) -> None:
-    model = HostedModel(manifest, host, tinymix_4bit, patience=1.0)
+    model = HostedModel(manifest, host, tinymix_4bit, timeout=1.0)
     try:
         with without_thread("moetier-opener"), pytest.raises(ExhaustedError, match="can't start new thread"):
             _ = model.compute_calls
@@ -404,7 +404,7 @@ def test_without_a_thread_a_call_fails_and_the_next_one_computes(
 
 
 def test_a_condemned_model_says_so(host: HostTier, manifest: Manifest, tinymix_4bit: Path) -> None:
-    model = HostedModel(manifest, host, tinymix_4bit, patience=1.0)
+    model = HostedModel(manifest, host, tinymix_4bit, timeout=1.0)
     try:
         model.condemn(StoreError("The shards are of two conversions.", "Convert the model again."))
 

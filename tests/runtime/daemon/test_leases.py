@@ -12,7 +12,7 @@ from readers import PATIENCE, GatedReader
 from stores import keys, make_plan, make_records
 from threads import wait_until
 
-from moetier.runtime.daemon.leases import MAX_DEADLINE, CallLeases, patience_of
+from moetier.runtime.daemon.leases import MAX_TIMEOUT, CallLeases, timeout_of
 from moetier.tiers.errors import ClosedError, ExhaustedError, ProtocolError, StoreReadError
 from moetier.tiers.host.tier import HostTier
 from moetier.tiers.layout import ExpertKey
@@ -59,7 +59,7 @@ def host(gate: GatedReader) -> Iterator[HostTier]:
 
 @pytest.fixture
 def leases(host: HostTier) -> Iterator[CallLeases]:
-    leases = CallLeases(host, patience=PATIENCE)
+    leases = CallLeases(host, timeout=PATIENCE)
     yield leases
     leases.close()
 
@@ -116,8 +116,8 @@ def test_the_end_of_a_call_or_of_the_daemon_ends_its_wait(leases: CallLeases, ga
 
 
 def test_a_call_waits_for_half_of_its_time_and_must_have_an_end() -> None:
-    assert patience_of(Call.context(8.0), 30.0, "A fetch") == 4.0
-    assert patience_of(Call.context(800.0), 30.0, "A fetch") == 30.0
-    for remaining in (None, MAX_DEADLINE + 1):
+    assert timeout_of(Call.context(8.0), 30.0, "A fetch") == 4.0
+    assert timeout_of(Call.context(800.0), 30.0, "A fetch") == 30.0
+    for remaining in (None, MAX_TIMEOUT + 1):
         with pytest.raises(ProtocolError, match="A fetch needs a deadline"):
-            patience_of(Call.context(remaining), 30.0, "A fetch")
+            timeout_of(Call.context(remaining), 30.0, "A fetch")

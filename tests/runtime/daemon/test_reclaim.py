@@ -25,7 +25,7 @@ def test_an_owner_that_is_still_being_killed_is_waited_for_whatever_is_free_alre
     arenas[0].close()
     dying = Task(lambda: (time.sleep(0.2), arenas[1].close()), "the owner")
     with contextlib.ExitStack() as closing:
-        found = reclaim_arenas({manifest.digest: manifest for manifest in manifests}, closing, kept, patience=PATIENCE)
+        found = reclaim_arenas({manifest.digest: manifest for manifest in manifests}, closing, kept, timeout=PATIENCE)
     dying.result()
     for _, descriptor in kept:
         os.close(descriptor)

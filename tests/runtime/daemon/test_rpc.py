@@ -190,7 +190,7 @@ def test_nonsense_ends_the_stream_and_its_leases(lasting: DaemonProcess, store: 
                 client.send(prefetch=pb.Prefetch(requested=pb.Experts(block=0, experts=[10**9])))
             case _:
                 for request in range(2, 300):
-                    client.acquire(request, 0, [0], deadline_ms=600_000)  # none fails before the last is sent
+                    client.acquire(request, 0, [0], timeout_ms=600_000)  # none fails before the last is sent
         error = client.ended()
         assert error is not None
         assert error.code() is (
@@ -262,7 +262,7 @@ def test_all_slots_leased_is_said_after_a_bounded_wait(daemon: DaemonProcess, st
         assert daemon.stats().leases == 12
         other = clients[3]
         for request, deadline in ((1, 0), (2, 30)):  # the daemon's own bound, and the request's
-            other.acquire(request, 2, [7], deadline_ms=deadline)
+            other.acquire(request, 2, [7], timeout_ms=deadline)
             failed = other.failed()
             assert failed.request == request
             assert isinstance(error_from_message(failed.error), ExhaustedError)
@@ -270,7 +270,7 @@ def test_all_slots_leased_is_said_after_a_bounded_wait(daemon: DaemonProcess, st
         assert other.granted().slot == leases[0][0].slot
         assert daemon.stats().host.slots == daemon.stats().host.ready == 12
         other.release(3)
-        other.acquire(4, 2, [7], deadline_ms=60_000)
+        other.acquire(4, 2, [7], timeout_ms=60_000)
         clients[0].release(1)
         lease = other.granted()
         assert other.record(lease.slot) == store[2][ExpertKey(2, 7)]

@@ -78,7 +78,7 @@ class AcceptsAnyRecord(TarStore):
     def check(self, key: ExpertKey, buffer: memoryview, crc: int | None = None) -> None:
         crc = crc32c(buffer[:-CHECKSUM_BYTES])
         if not any(crc in self.manifest.checksums(block) for block in range(len(self.manifest.blocks))):
-            raise ChecksumError(f"{key} is bad.", self.remedy)
+            raise ChecksumError(f"{key} is bad.", self.fix)
         buffer[-CHECKSUM_BYTES:] = checksum_bytes(crc)
 
 

@@ -97,7 +97,7 @@ def test_a_daemon_that_says_nothing_is_unavailable(folder: Path) -> None:
         silent.bind(str(folder / CONTROL_SOCKET))
         silent.listen(1)
         with pytest.raises(UnavailableError, match="does not answer"):
-            ControlConnection.open(folder, None, patience=0.1)
+            ControlConnection.open(folder, None, timeout=0.1)
 
 
 @pytest.mark.parametrize(

@@ -87,9 +87,9 @@ def life(steps: list[Step]) -> list[bytes]:
         if succeeds:
             arena.slot(slot)[half:] = data[half:]
             snapshot()
-            arena.directory.publish(key, slot)
+            arena.directory.complete_fill(key, slot)
         else:
-            arena.directory.invalidate(slot)
+            arena.directory.abort_fill(slot)
 
     do(None, 0, A, True)
     do(None, 1, B, True)

@@ -155,7 +155,7 @@ class Cache:
                 self._fill(slot, key)
                 self.pool.pin(slot)
                 slots[key] = slot
-        self.pool.touch(reversed(keys))
+        self.pool.note_uses(reversed(keys))
         for slot in slots.values():
             self.pool.unpin(slot)
         self.pool.check_integrity()
@@ -164,12 +164,12 @@ class Cache:
     def prefetch(self, block: int, expert: int) -> None:
         key = ExpertKey(block, expert)
         if self.pool.find(key) is None and (slot := self.pool.choose(block)) is not None:
-            self._fill(slot, key, prefetched=True)
+            self._fill(slot, key, is_prefetch=True)
         self.pool.check_integrity()
 
-    def _fill(self, slot: int, key: ExpertKey, *, prefetched: bool = False) -> None:
-        self.pool.begin_fill(slot, key, prefetched=prefetched)
-        self.pool.mark_ready(slot)
+    def _fill(self, slot: int, key: ExpertKey, *, is_prefetch: bool = False) -> None:
+        self.pool.begin_fill(slot, key, is_prefetch=is_prefetch)
+        self.pool.complete_fill(slot)
 
     def resident(self, blocks: Iterable[int]) -> set[ExpertKey]:
         return {key for key in self.pool.held() if key.block in blocks}

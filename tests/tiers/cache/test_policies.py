@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moetier.tiers.cache.policies import POLICIES, Frequency, Policy, Recency, ScanResistant
+from moetier.tiers.cache.policies import POLICIES, Lrfu, Lru, Policy, ScanLru
 from moetier.tiers.layout import ExpertKey
 from moetier.tools.traces.simulation import Clairvoyant
 
@@ -26,24 +26,24 @@ STEPS = st.lists(st.tuples(st.sampled_from(KEYS), st.booleans(), st.booleans()),
 def test_what_every_policy_keeps_to(name: str, quota: int, steps: list[tuple[ExpertKey, bool, bool]]) -> None:
     """A ``rare`` step removes a key that is there, and adds one that is not by a prefetch."""
     policy, held = MAKERS[name](quota), set[ExpertKey]()
-    for key, scan, rare in steps:
+    for key, is_scan, rare in steps:
         if key not in held:
             held.add(key)
             if rare:
-                policy.add(key, scan=False)
+                policy.add(key, is_scan=False)
                 policy.demote(key)
             else:
-                policy.add(key, scan=scan)
-                policy.touch(key, scan=scan)
+                policy.add(key, is_scan=is_scan)
+                policy.touch(key, is_scan=is_scan)
         elif rare:
             held.discard(key)
             policy.remove(key)
         else:
-            policy.touch(key, scan=scan)
+            policy.touch(key, is_scan=is_scan)
         assert len(policy) == len(held)
         assert sorted(policy) == sorted(held)
-        assert sorted(policy.victims(scan=False)) == sorted(held), "nothing is safe from a demand of one token"
-        offered = list(policy.victims(scan=True))
+        assert sorted(policy.victims(is_scan=False)) == sorted(held), "nothing is safe from a demand of one token"
+        offered = list(policy.victims(is_scan=True))
         assert len(set(offered)) == len(offered)
         assert set(offered) <= held
         assert offered or not held, "a scan goes on"
@@ -52,7 +52,7 @@ def test_what_every_policy_keeps_to(name: str, quota: int, steps: list[tuple[Exp
 @pytest.mark.parametrize("name", MAKERS)
 def test_what_is_not_there_is_not_removed(name: str) -> None:
     policy = MAKERS[name](4)
-    policy.add(KEYS[0], scan=False)
+    policy.add(KEYS[0], is_scan=False)
     with pytest.raises(KeyError):
         policy.remove(KEYS[1])
     policy.remove(KEYS[0])
@@ -64,10 +64,10 @@ def test_what_is_not_there_is_not_removed(name: str) -> None:
 def test_recency_and_scan_without_a_scan(uses: list[ExpertKey]) -> None:
     """Both then evict the key whose last use is the longest ago."""
     expected = sorted(set(uses), key=lambda key: max(i for i, use in enumerate(uses) if use == key))
-    for policy in (Recency(3), ScanResistant(3)):
+    for policy in (Lru(3), ScanLru(3)):
         for key in uses:
             use(policy, key)
-        assert list(policy.victims(scan=False)) == expected
+        assert list(policy.victims(is_scan=False)) == expected
 
 
 USES = st.lists(st.tuples(st.sampled_from(KEYS), st.sampled_from(["use", "use", "use", "leave", "learn"])), max_size=80)
@@ -77,13 +77,13 @@ def check_counts(policy: Policy, uses: Sequence[ExpertKey]) -> None:
     """Compute counts by the definition: a use counts half as much when it is 30 uses old."""
     counts = [sum(2 ** (-age / 30) for age, use in enumerate(reversed(uses)) if use == key) for key in policy]
     assert counts == pytest.approx(sorted(counts), rel=1e-9, abs=0)
-    assert list(policy.victims(scan=False)) == list(policy.victims(scan=True)) == list(policy)
+    assert list(policy.victims(is_scan=False)) == list(policy.victims(is_scan=True)) == list(policy)
 
 
 @given(USES)
 def test_frequency_by_its_definition(steps: list[tuple[ExpertKey, str]]) -> None:
     """It does not matter whether the record stayed all the time."""
-    policy, uses = Frequency(12), list[ExpertKey]()
+    policy, uses = Lrfu(12), list[ExpertKey]()
     for key, what in steps:
         if what == "use":
             use(policy, key)
@@ -91,13 +91,13 @@ def test_frequency_by_its_definition(steps: list[tuple[ExpertKey, str]]) -> None
         elif what == "leave" and key in set(policy):
             policy.remove(key)
         elif what == "learn" and key not in set(policy):
-            policy.add(key, scan=False)
+            policy.add(key, is_scan=False)
         check_counts(policy, uses)
 
 
 def test_frequency_by_its_definition_in_the_long_run() -> None:
     """Use some keys more than others, and other keys every 200 uses."""
-    policy, uses, chance = Frequency(12), list[ExpertKey](), random.Random(0)
+    policy, uses, chance = Lrfu(12), list[ExpertKey](), random.Random(0)
     for now in range(1000):
         turn = now // 200
         key = chance.choices([*KEYS[turn:], *KEYS[:turn]], range(1, 13))[0]
@@ -108,17 +108,17 @@ def test_frequency_by_its_definition_in_the_long_run() -> None:
 
 
 def test_what_was_evicted_comes_back_with_the_uses_it_had() -> None:
-    policy = Frequency(2)
+    policy = Lrfu(2)
     often, seldom = KEYS[:2]
     for key in (often, often, often, seldom):
         use(policy, key)
     policy.remove(often)
     for key in (often, seldom):
         use(policy, key)
-    assert list(policy.victims(scan=False)) == [seldom, often], "as if it had never been away"
+    assert list(policy.victims(is_scan=False)) == [seldom, often], "as if it had never been away"
     policy.remove(often)
-    policy.add(often, scan=False)
-    assert list(policy.victims(scan=False)) == [seldom, often], "before it is used, too"
+    policy.add(often, is_scan=False)
+    assert list(policy.victims(is_scan=False)) == [seldom, often], "before it is used, too"
 
 
 @pytest.mark.parametrize("make", POLICIES.values(), ids=POLICIES)
@@ -129,45 +129,45 @@ def test_what_a_prefetch_brings_goes_first_until_it_is_used(make: Callable[[int]
         use(policy, key)
     policy.remove(KEYS[0])
     for key in (KEYS[0], KEYS[3]):
-        policy.add(key, scan=False)
+        policy.add(key, is_scan=False)
         policy.demote(key)
-        assert next(policy.victims(scan=False)) == key
+        assert next(policy.victims(is_scan=False)) == key
     for key in (KEYS[0], KEYS[3]):
         use(policy, key)
-    found = list(policy.victims(scan=False))
-    assert found == ([*KEYS[1:4], KEYS[0]] if make is Frequency else [KEYS[1], KEYS[2], KEYS[0], KEYS[3]])
+    found = list(policy.victims(is_scan=False))
+    assert found == ([*KEYS[1:4], KEYS[0]] if make is Lrfu else [KEYS[1], KEYS[2], KEYS[0], KEYS[3]])
 
 
 def test_recency_takes_a_scan_as_any_use() -> None:
-    policy = Recency(2)
+    policy = Lru(2)
     for key in (*KEYS[:3], KEYS[0]):
-        use(policy, key, scan=True)
-    assert list(policy.victims(scan=True)) == [KEYS[1], KEYS[2], KEYS[0]]
+        use(policy, key, is_scan=True)
+    assert list(policy.victims(is_scan=True)) == [KEYS[1], KEYS[2], KEYS[0]]
 
 
-@pytest.mark.parametrize("make", [ScanResistant, Frequency])
+@pytest.mark.parametrize("make", [ScanLru, Lrfu])
 def test_a_scan_leaves_what_it_finds(make: Callable[[int], Policy]) -> None:
     policy = make(8)  # room for two in scan
     settled, brought = KEYS[:4], KEYS[4:8]
     for key in settled:
         use(policy, key)
     for _ in range(3):
-        use(policy, settled[0], scan=True)  # which changes nothing
-    use(policy, brought[0], scan=True)
-    assert list(policy.victims(scan=True)) == [brought[0], *settled]
-    use(policy, brought[1], scan=True)
-    assert list(policy.victims(scan=True)) == brought[:2], "it has its room, and evicts its own"
-    assert list(policy.victims(scan=False)) == [*brought[:2], *settled]
-    policy.touch(brought[1], scan=False)
-    assert list(policy.victims(scan=False)) == [brought[0], *settled, brought[1]]
-    assert list(policy.victims(scan=True)) == [brought[0], *settled, brought[1]]
+        use(policy, settled[0], is_scan=True)  # which changes nothing
+    use(policy, brought[0], is_scan=True)
+    assert list(policy.victims(is_scan=True)) == [brought[0], *settled]
+    use(policy, brought[1], is_scan=True)
+    assert list(policy.victims(is_scan=True)) == brought[:2], "it has its room, and evicts its own"
+    assert list(policy.victims(is_scan=False)) == [*brought[:2], *settled]
+    policy.touch(brought[1], is_scan=False)
+    assert list(policy.victims(is_scan=False)) == [brought[0], *settled, brought[1]]
+    assert list(policy.victims(is_scan=True)) == [brought[0], *settled, brought[1]]
 
 
-def use(policy: Policy, key: ExpertKey, *, scan: bool = False) -> None:
+def use(policy: Policy, key: ExpertKey, *, is_scan: bool = False) -> None:
     """Add and touch a key as a demand does."""
     if key not in set(policy):
-        policy.add(key, scan=scan)
-    policy.touch(key, scan=scan)
+        policy.add(key, is_scan=is_scan)
+    policy.touch(key, is_scan=is_scan)
 
 
 def hits_of(policy: Policy, demands: Sequence[frozenset[int]], quota: int) -> int:
@@ -182,7 +182,7 @@ def hits_of(policy: Policy, demands: Sequence[frozenset[int]], quota: int) -> in
                 use(policy, key)
         for key in sorted(wanted - held):
             if len(held) == quota:
-                victim = next(victim for victim in policy.victims(scan=False) if victim not in wanted)
+                victim = next(victim for victim in policy.victims(is_scan=False) if victim not in wanted)
                 policy.remove(victim)
                 held.discard(victim)
             use(policy, key)

@@ -44,13 +44,13 @@ class PoolMachine(RuleBasedStateMachine):
             self.model[slot] = (key, LOADING, 0)
 
     @precondition(lambda self: self.model)
-    @rule(data=st.data(), act=st.sampled_from(["mark_ready", "fail", "pin", "unpin"]))
+    @rule(data=st.data(), act=st.sampled_from(["complete_fill", "abort_fill", "pin", "unpin"]))
     def act(self, data: st.DataObject, act: str) -> None:
         slot = data.draw(st.sampled_from(sorted(self.model)))
         key, state, pins = self.model[slot]
         legal, after = {
-            "mark_ready": (state == LOADING, (key, READY, pins)),
-            "fail": (state == LOADING, None),
+            "complete_fill": (state == LOADING, (key, READY, pins)),
+            "abort_fill": (state == LOADING, None),
             "pin": (True, (key, state, pins + 1)),
             "unpin": (pins > 0, (key, state, pins - 1)),
         }[act]
@@ -77,7 +77,7 @@ class PoolMachine(RuleBasedStateMachine):
     def find(self, key: ExpertKey) -> None:
         slot = self.holder(key)
         assert self.pool.find(key) == slot
-        states = {READY: Lookup.HIT, LOADING: Lookup.PENDING}
+        states = {READY: Lookup.HIT, LOADING: Lookup.LOADING}
         assert self.pool.lookup(key) == (Lookup.MISS if slot is None else states[self.model[slot][1]])
         assert self.pool.holds(key) == (self.pool.lookup(key) is Lookup.HIT)
 
@@ -115,7 +115,7 @@ TestPool = PoolMachine.TestCase
 
 def test_an_empty_slot_can_not_be_used() -> None:
     pool = pool_of(1)
-    for method in (pool.mark_ready, pool.fail, pool.pin, pool.unpin, pool.key):
+    for method in (pool.complete_fill, pool.abort_fill, pool.pin, pool.unpin, pool.key):
         with pytest.raises((AssertionError, KeyError)):
             method(0)
 
@@ -124,24 +124,24 @@ def filled(pool: SlotPool, key: ExpertKey, *, may_borrow: bool = False) -> int:
     slot = pool.choose(key.block, may_borrow=may_borrow)
     assert slot is not None
     pool.begin_fill(slot, key)
-    pool.mark_ready(slot)
+    pool.complete_fill(slot)
     pool.check_integrity()
     return slot
 
 
 @pytest.mark.parametrize("steps", range(1, 40))
-@pytest.mark.parametrize("act", ["begin", "evict", "mark_ready", "fail"])
+@pytest.mark.parametrize("act", ["begin", "evict", "complete_fill", "abort_fill"])
 def test_a_change_that_was_cut_leaves_no_slot_ready_without_its_record(act: str, steps: int) -> None:
     pool = pool_of(1, 1)
     old, new = ExpertKey(0, 0), ExpertKey(0, 1)
     slot = filled(pool, old) if act == "evict" else 0
-    if act in ("mark_ready", "fail"):
+    if act in ("complete_fill", "abort_fill"):
         pool.begin_fill(slot, new)
-    acts = {"mark_ready": lambda: pool.mark_ready(slot), "fail": lambda: pool.fail(slot)}
+    acts = {"complete_fill": lambda: pool.complete_fill(slot), "abort_fill": lambda: pool.abort_fill(slot)}
     work = acts.get(act, lambda: pool.begin_fill(slot, new))
     cut(work, steps)
     was_ready = [key for key, loading in pool.contents() if key is not None and not loading]
-    possible = {"evict": [[], [old]], "mark_ready": [[], [new]]}
+    possible = {"evict": [[], [old]], "complete_fill": [[], [new]]}
     assert was_ready in possible.get(act, [[]])
     cut(lambda: pool.repair([0, 0], {}), steps)
     pool.repair([0, 0], {})
@@ -191,7 +191,7 @@ def test_what_is_to_be_kept_is_not_chosen() -> None:
         lambda pool: pool._loading.add(2),
         lambda pool: pool._pins.__setitem__(0, -1),
         lambda pool: pool._pins.__setitem__(2, 1),
-        lambda pool: pool._policies[1].add(ExpertKey(0, 0), scan=False),
+        lambda pool: pool._policies[1].add(ExpertKey(0, 0), is_scan=False),
         lambda pool: pool._policies[0].remove(ExpertKey(0, 0)),
     ],
 )

@@ -33,7 +33,7 @@ class Tier:
             slot = self.pool.choose(key.block)
         assert slot is not None
         self.pool.begin_fill(slot, key)
-        self.pool.mark_ready(slot)
+        self.pool.complete_fill(slot)
 
     def prefetched(self, key: ExpertKey) -> None:
         self.prefetches.outcomes.begin(key)

@@ -78,7 +78,7 @@ class Client:
 
     def __init__(self, machine: LedgerMachine, leases: int) -> None:
         self.machine = machine
-        self.session = Session(self.hear, machine.monitor, machine.ledger, leases=leases, patience=PATIENCE)
+        self.session = Session(self.hear, machine.monitor, machine.ledger, leases=leases, timeout=PATIENCE)
         self.leases = leases
         self.wanted: dict[int, set[ExpertKey]] = {}
         self.held: dict[int, dict[ExpertKey, tuple[int, int]]] = {}  # by request: slot and generation of each

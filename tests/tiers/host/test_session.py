@@ -31,12 +31,12 @@ WIDE_RECORDS = make_records(WIDE)
 class Client:
     """A session and the events that it was told, in their order."""
 
-    def __init__(self, tier: HostTier, *, leases: int = 8, patience: float = PATIENCE) -> None:
+    def __init__(self, tier: HostTier, *, leases: int = 8, timeout: float = PATIENCE) -> None:
         descriptor = tier.export()
         self.arena = Arena.map(descriptor, tier.layout)  # as another process does
         os.close(descriptor)
         self.events: SimpleQueue[Event] = SimpleQueue()
-        self.session = tier.session(self.events.put, leases=leases, patience=patience)
+        self.session = tier.session(self.events.put, leases=leases, timeout=timeout)
 
     def event(self) -> Event:
         return self.events.get(timeout=PATIENCE)
@@ -197,7 +197,7 @@ def test_a_session_that_holds_all_its_leases_is_told_so() -> None:
         client = Client(tier, leases=1)
         client.session.acquire(1, keys(0, 0))
         client.granted(1)
-        client.session.acquire(2, keys(0, 1), patience=0.01)
+        client.session.acquire(2, keys(0, 1), timeout=0.01)
         error = client.failed(2)
         assert isinstance(error, ExhaustedError)
         assert "holds all of its 1 leases" in error.cause
@@ -268,21 +268,21 @@ def test_a_load_that_fails_fails_each_request_that_waits_and_no_other(gate: Gate
 
 def test_a_request_without_a_slot_fails_in_time_and_hits_go_on() -> None:
     with HostTier(RamReader(PLAN, RECORDS), slots=SMALLEST) as tier:
-        holder, client = Client(tier), Client(tier, patience=0.2)
+        holder, client = Client(tier), Client(tier, timeout=0.2)
         holder.session.acquire(1, keys(0, 0, 1))
         held = [holder.granted(1) for _ in range(2)]
         began = time.monotonic()
         client.session.acquire(1, keys(1, 0, 1))
-        client.session.acquire(2, keys(1, 2), patience=0.4)
+        client.session.acquire(2, keys(1, 2), timeout=0.4)
         client.session.acquire(3, keys(0, 1))  # which is there
         assert client.granted(3).key == ExpertKey(0, 1)
-        for request, patience in ((1, 0.2), (2, 0.4)):
+        for request, timeout in ((1, 0.2), (2, 0.4)):
             error = client.failed(request)
-            assert time.monotonic() - began >= patience
+            assert time.monotonic() - began >= timeout
             assert isinstance(error, ExhaustedError)
-            assert f"{patience:g} seconds" in error.cause
+            assert f"{timeout:g} seconds" in error.cause
         tier.check_integrity()
-        client.session.acquire(4, keys(1, 0), patience=PATIENCE)
+        client.session.acquire(4, keys(1, 0), timeout=PATIENCE)
         holder.session.release(1, [held[0].key])
         assert client.granted(4).slot == held[0].slot
         tier.check_integrity()
@@ -290,10 +290,10 @@ def test_a_request_without_a_slot_fails_in_time_and_hits_go_on() -> None:
 
 def test_time_does_not_run_while_something_is_on_its_way_or_held(gate: GatedReader) -> None:
     with HostTier(gate, slots=SMALLEST) as tier:
-        client, other = Client(tier, patience=0.05), Client(tier, patience=0.1)
+        client, other = Client(tier, timeout=0.05), Client(tier, timeout=0.1)
         client.session.acquire(1, keys(0, 0, 1, 2))
         other.session.acquire(1, keys(1, 0))
-        assert isinstance(other.failed(1), ExhaustedError), "twice the patience of the first has passed"
+        assert isinstance(other.failed(1), ExhaustedError), "twice the timeout of the first has passed"
         gate.open()
         first = client.granted(1)
         client.granted(1)
@@ -580,7 +580,7 @@ def test_a_session_needs_no_thread_of_its_own() -> None:
         threads = threading.active_count()
         sessions: list[Session] = [Client(tier).session for _ in range(50)]
         assert threading.active_count() == threads + 1, "one for all that wait"
-        client, holder = Client(tier, patience=0.01), Client(tier)
+        client, holder = Client(tier, timeout=0.01), Client(tier)
         holder.session.acquire(1, keys(0, 0, 1))
         for number in range(3):
             client.session.acquire(number, keys(1, number))

@@ -177,7 +177,7 @@ def test_a_session_for_which_no_thread_is_to_be_had_leaves_the_tier_as_it_was() 
                 print(error)
             resource.setrlimit(resource.RLIMIT_AS, limits)
             events = SimpleQueue()
-            first, second = tier.session(events.put), tier.session(events.put, patience=0.01)
+            first, second = tier.session(events.put), tier.session(events.put, timeout=0.01)
             first.acquire(1, [ExpertKey(0, 0), ExpertKey(0, 1)])
             for _ in range(2):
                 events.get(timeout=30)

@@ -56,7 +56,7 @@ def test_a_file_of_another_size_is_refused_and_closed(tmp_path: Path) -> None:
 def test_a_lock_that_is_not_released_is_an_error_with_the_files_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(access_times, "WAIT", 0.02)
+    monkeypatch.setattr(access_times, "TIMEOUT", 0.02)
     path = tmp_path / "uses"
     with closing(AccessTimes(path, MANIFEST)) as times, closing(AccessTimes(path, MANIFEST)) as other:
 

@@ -424,7 +424,7 @@ def test_a_record_that_two_threads_fetch_is_kept_once(
         monkeypatch.setattr(cache, "QUEUE_BYTES", 16384)
         began = time.monotonic()
         read_record(store, ExpertKey(0, 0))
-        assert time.monotonic() - began < cache.ROOM_PATIENCE / 2, "there is room for others"
+        assert time.monotonic() - began < cache.ROOM_TIMEOUT / 2, "there is room for others"
     with opened(server, tmp_path) as store:
         assert check(store, records) == 2
 
@@ -433,7 +433,7 @@ def test_a_stopped_process_with_the_lock_does_not_hold_up_reads(
     server: FolderServer, tmp_path: Path, records: dict[ExpertKey, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cache, "QUEUE_BYTES", 16384)
-    monkeypatch.setattr(cache, "ROOM_PATIENCE", 0.5)
+    monkeypatch.setattr(cache, "ROOM_TIMEOUT", 0.5)
     with opened(server, tmp_path) as store, (store.folder / access_times.ACCESS_TIMES).open("rb") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         began = time.monotonic()
@@ -449,7 +449,7 @@ def test_a_stopped_process_with_the_lock_does_not_hold_up_reads(
 def test_a_stopped_process_with_the_lock_is_said_when_a_cache_is_opened(
     server: FolderServer, tmp_path: Path, records: dict[ExpertKey, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(access_times, "WAIT", 0.1)
+    monkeypatch.setattr(access_times, "TIMEOUT", 0.1)
     with opened(server, tmp_path) as store:
         path = store.folder / access_times.ACCESS_TIMES
     with path.open("rb") as held:

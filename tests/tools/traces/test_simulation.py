@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from places import ASSETS
 
 from moetier.runtime.trace.trace import Trace
-from moetier.tiers.cache.policies import DEFAULT_POLICY, POLICIES, Recency
+from moetier.tiers.cache.policies import DEFAULT_POLICY, POLICIES, Lru
 from moetier.tiers.layout import ExpertKey
 from moetier.tools.traces.simulation import SIMULATED, SimulatedDemand, demands_of, simulate
 
@@ -278,10 +278,10 @@ def test_a_device_tier_above() -> None:
     assert found.decoding.misses == 256, "each expert of each block comes from the disk once"
 
 
-class NewestFirst(Recency):
+class NewestFirst(Lru):
     """A policy that tiers do not have."""
 
-    def victims(self, *, scan: bool) -> Iterator[ExpertKey]:
+    def victims(self, *, is_scan: bool) -> Iterator[ExpertKey]:
         return reversed(self._keys)
 
 

@@ -61,7 +61,7 @@ class Arena:
         directory = Directory.create(memory, ARENA)
         for slot, key in enumerate((A, B)):
             directory.begin_fill(None, slot)
-            directory.publish(key, slot)
+            directory.complete_fill(key, slot)
         self.memory: dict[Any, int] = dict(enumerate(memory.cast("q")))
         self.memory |= {f"{half} {slot}": slot for half in HALVES for slot in range(2)} | {"proved": 0}
         self.stores: list[Store] = []
@@ -69,7 +69,7 @@ class Arena:
         for key, succeeds in refills:
             directory.begin_fill(held, 0)
             self.stores += [Store(f"{half} 0", key.expert) for half in HALVES]
-            directory.publish(key, 0) if succeeds else directory.invalidate(0)
+            directory.complete_fill(key, 0) if succeeds else directory.abort_fill(0)
             held = key if succeeds else None
 
     def explore(self, experts: Sequence[int], find: Callable[..., Thread], prove: Callable[..., Thread]) -> set[int]:
