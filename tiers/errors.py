@@ -29,6 +29,8 @@ MoetierError
 
 from __future__ import annotations
 
+from typing import Self
+
 
 class MoetierError(Exception):
     """Base of all errors of moetier.
@@ -40,6 +42,10 @@ class MoetierError(Exception):
         super().__init__(f"{cause}\n{fix}")
         self.cause = cause
         self.fix = fix
+
+    def fresh(self) -> Self:
+        """Return a copy without traceback. Each thread raises its own, as a raised error keeps frames of its thread."""
+        return type(self)(self.cause, self.fix)
 
     def __reduce__(self) -> tuple[type[MoetierError], tuple[str, str]]:
         return type(self), (self.cause, self.fix)

@@ -77,7 +77,7 @@ class TierCounters(Counts):
 
     latest_waits: deque[float] = field(default_factory=lambda: deque(maxlen=WAITS_KEPT))
 
-    def looked_up(self, *, hits: int = 0, misses: int = 0, discarded: int = 0) -> None:
+    def count_lookups(self, *, hits: int = 0, misses: int = 0, discarded: int = 0) -> None:
         """Count records that were looked up.
 
         ``discarded`` of the earlier hits were no hits, because their records were replaced during their use.
@@ -86,12 +86,55 @@ class TierCounters(Counts):
         self.misses += misses
         self.discarded += discarded
 
-    def loaded(self, seconds: float) -> None:
+    def count_joined(self) -> None:
+        """Count a miss that was already counted as one that joined a load."""
+        self.joined += 1
+
+    def count_load(self, seconds: float) -> None:
         """Count a load that took ``seconds``."""
         self.loads[bisect_left(LOAD_BOUNDS, seconds)] += 1
         self.load_seconds += seconds
 
-    def waited(self, seconds: float) -> None:
+    def count_arrival(self, nbytes: int, *, is_warmup: bool = False) -> None:
+        """Count a record of ``nbytes`` that is in its slot now."""
+        self.bytes_in += nbytes
+        self.warmed += is_warmup
+
+    def count_recalled(self) -> None:
+        """Count the first use of a record that the warm-up has loaded."""
+        self.recalled += 1
+
+    def count_evictions(self, count: int = 1) -> None:
+        """Count records that were evicted."""
+        self.evictions += count
+
+    def count_failures(self, count: int = 1) -> None:
+        """Count loads that have failed, or reads that succeeded only from another copy."""
+        self.failures += count
+
+    def count_discarded(self, count: int = 1) -> None:
+        """Count copies or results that are discarded, of records that were not counted as hits."""
+        self.discarded += count
+
+    def count_prefetch(self) -> None:
+        """Count a prefetch whose read begins."""
+        self.prefetched += 1
+
+    def count_cancelled(self, count: int = 1) -> None:
+        """Count prefetch requests that are cancelled."""
+        self.cancelled += count
+
+    def count_used_prefetch(self, saved_seconds: float, *, is_late: bool) -> None:
+        """Count a prefetch whose record a demand uses, and how much longer the demand would have waited without it."""
+        self.late += is_late
+        self.useful += not is_late
+        self.saved_seconds += saved_seconds
+
+    def count_wasted(self) -> None:
+        """Count a prefetch whose record was evicted before any use."""
+        self.wasted += 1
+
+    def count_wait(self, seconds: float) -> None:
         """Count a wait of ``seconds``."""
         self.waits += 1
         self.wait_seconds += seconds
@@ -143,16 +186,14 @@ class PrefetchOutcomes:
     def note_use(self, key: ExpertKey) -> None:
         """Note a demand for a record. If it is the first since the prefetch, count the prefetch as useful or late."""
         if (seconds := self.unused.pop(key, None)) is not None:
-            self._counters.useful += 1
-            self._counters.saved_seconds += seconds
+            self._counters.count_used_prefetch(seconds, is_late=False)
         elif (began := self.began.pop(key, None)) is not None:
-            self._counters.late += 1
-            self._counters.saved_seconds += self._clock() - began
+            self._counters.count_used_prefetch(self._clock() - began, is_late=True)
 
     def evict(self, key: ExpertKey) -> None:
         """Note that the record was evicted. If no demand has used it, count its prefetch as wasted."""
         if self.unused.pop(key, self.began.pop(key, None)) is not None:
-            self._counters.wasted += 1
+            self._counters.count_wasted()
 
     def repair(self, find: Callable[[ExpertKey], int | None]) -> None:
         """Remove keys without a slot, after an interrupted transition. ``find`` returns the slot of a key, or None."""

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 
@@ -28,6 +28,7 @@ from moetier.runtime.wire.control import ControlConnection
 from moetier.runtime.wire.status_codes import error_from_message, error_of
 from moetier.tiers.closeable import closed_on_error
 from moetier.tiers.errors import ClosedError, MoetierError, UnavailableError
+from moetier.tiers.host.demands import Failed, Granted
 from moetier.tiers.layout import ExpertKey
 
 from .mapped_arena import MappedArena
@@ -39,36 +40,16 @@ _ANSWER = 2.0  # seconds to wait for an answer that a working daemon gives at on
 _STEADY = 1.0  # seconds after which a connection counts as established, even without a message
 
 
-@dataclass(frozen=True, slots=True)
-class SlotGranted:
-    """Event: the daemon has leased to this client the slot of ``arena`` that holds the expert's record."""
-
-    request: SlotRequest
-    expert: int
-    slot: int
-    generation: int
-    arena: MappedArena
-
-
-@dataclass(frozen=True, slots=True)
-class RequestFailed:
-    """Event: the daemon has ended the request with an error."""
-
-    request: SlotRequest
-    error: MoetierError
-
-
 Outbox = SimpleQueue[wire.ClientMessage | None]  # messages to be sent on one stream; None is its end
-LinkEvent = SlotGranted | RequestFailed | None  # None: the daemon has gone away or come back, or the link was closed
 
 
 @dataclass(eq=False, slots=True)
 class SlotRequest:
-    """Request to the daemon for experts of one block. The link's thread puts the answers into ``events``."""
+    """Request to the daemon for experts of one block. The link's thread puts the answers into ``answers``."""
 
     block: int
     awaited: dict[int, None]  # experts not granted yet; only the link's thread removes them
-    events: SimpleQueue[LinkEvent]
+    answers: SimpleQueue[Answer | None]  # None: the daemon has gone away or come back, or the link was closed
     is_over: bool = False  # the daemon holds no lease for this request, or was told to release all
     number: int = field(default_factory=itertools.count(1).__next__)
 
@@ -76,6 +57,14 @@ class SlotRequest:
         """Return the message that asks for the experts still awaited."""
         acquire = wire.Acquire(request=self.number, block=self.block, experts=list(self.awaited))
         return wire.ClientMessage(acquire=acquire)
+
+
+class Answer(NamedTuple):
+    """An answer of the daemon."""
+
+    request: SlotRequest
+    event: Granted | Failed
+    arena: MappedArena  # has the slot that is granted
 
 
 class Link:
@@ -168,7 +157,7 @@ class Link:
             call.cancel()
         self._thread.join()
         for request in list(self._requests.values()):
-            request.events.put(None)
+            request.answers.put(None)
 
     def _send(self, message: wire.ClientMessage) -> None:
         if (outbox := self._outbox) is not None:
@@ -187,8 +176,7 @@ class Link:
                 with control:
                     self._error = self._run_connection(control)
             except MoetierError as error:
-                # a copy without the traceback, whose frames refer to the arena
-                self._error = type(error)(error.cause, error.fix)
+                self._error = error.fresh()  # without the traceback, whose frames refer to the arena
             except (OSError, RuntimeError) as error:  # out of descriptors, memory or threads
                 self._error = UnavailableError(
                     f"The daemon can't be reached: {error}.",
@@ -203,7 +191,7 @@ class Link:
             elif self.away_since is None:
                 self.away_since = began
             for request in list(self._requests.values()):
-                request.events.put(None)
+                request.answers.put(None)
             # random, so that the clients of a restarted daemon do not all reconnect at the same time
             self._closed.wait(pause * random.uniform(0.5, 1.0))
             pause = min(2 * pause, LONGEST_PAUSE)
@@ -262,7 +250,7 @@ class Link:
         for request in requests:  # cancel() may have been called while there was no outbox
             if request.number not in self._requests:
                 self._send(wire.ClientMessage(release=wire.Release(request=request.number)))
-            request.events.put(None)
+            request.answers.put(None)
 
     def _handle(self, message: wire.ServerMessage, arena: MappedArena) -> None:
         self._messages += 1
@@ -271,10 +259,13 @@ class Link:
             request = self._requests.get(granted.request)
             if request is not None and granted.expert in request.awaited:
                 del request.awaited[granted.expert]
-                request.events.put(SlotGranted(request, granted.expert, granted.slot, granted.generation, arena))
+                key = ExpertKey(request.block, granted.expert)
+                event = Granted(request.number, key, granted.slot, granted.generation)
+                request.answers.put(Answer(request, event, arena))
         elif message.HasField("failed") and (request := self._requests.pop(message.failed.request, None)) is not None:
             request.is_over = True
-            request.events.put(RequestFailed(request, error_from_message(message.failed.error)))
+            error = error_from_message(message.failed.error)
+            request.answers.put(Answer(request, Failed(request.number, error), arena))
 
     # -- gRPC's thread ------------------------------------------------------------------------------------------------
 

@@ -15,13 +15,14 @@ from moetier.tiers.manifest import Manifest
 
 
 class Fallback:
-    """Host tier with the smallest budget over the store in a model directory, opened when it is first needed."""
+    """Host tier with the smallest budget over the store at ``location``, opened when it is first needed."""
 
-    def __init__(self, directory: Path, manifest: Manifest) -> None:
-        self._directory = directory
+    def __init__(self, location: Path, manifest: Manifest) -> None:
+        self.first_slot = manifest.record_count  # its slots are numbered after those that an arena may have
+        self._location = location
         self._manifest = manifest
         self._fork_guard = ForkGuard()
-        self._lock = threading.Lock()  # guards the fields below; held while the tier is opened
+        self._lock = threading.Lock()  # guards: the fields below. Held while the tier is opened
         self._closing = contextlib.ExitStack()
         self._closed = False
         self.host: HostTier | None = None  # None before it is first needed
@@ -41,9 +42,11 @@ class Fallback:
                 self._closing.close()  # what an earlier attempt has opened that an exception interrupted
                 with contextlib.ExitStack() as opening:
                     try:
-                        store = opening.enter_context(open_store(self._directory))
+                        store = opening.enter_context(open_store(self._location))
                         if store.manifest.digest != self._manifest.digest:
-                            raise StoreError(f"{self._directory} holds a different store now.", "Load the model again.")
+                            raise StoreError(
+                                f"{self._location} holds another store than the daemon.", "Load the model again."
+                            )
                         slots = slots_for(self._manifest, smallest_budget(self._manifest))
                         host = opening.enter_context(HostTier(store, slots=slots))
                         store.on_fault(host.condemn)

@@ -22,7 +22,8 @@ from threads import Task, current_frames, threads_named, wait_until
 from workers import WorkerError
 
 from moetier.runtime.client.daemon_link import Link
-from moetier.runtime.client.tier import GRACE, DaemonTier
+from moetier.runtime.client.misses import GRACE
+from moetier.runtime.client.tier import DaemonTier
 from moetier.runtime.wire.address import CONTROL_SOCKET
 from moetier.testing import in_fork
 from moetier.tiers.device.views import HostViews

@@ -19,7 +19,7 @@ def stats_of(counters: TierCounters) -> TierStats:
 def test_each_load_is_in_one_bucket(seconds: list[float]) -> None:
     counters = TierCounters("host")
     for each in [*seconds, *LOAD_BOUNDS]:  # a bound is the last of its own bucket
-        counters.loaded(each)
+        counters.count_load(each)
     stats = stats_of(counters)
     assert len(stats.loads) == len(stats.load_bounds) + 1
     below = [sum(each <= bound for each in [*seconds, *LOAD_BOUNDS]) for bound in (*LOAD_BOUNDS, float("inf"))]
@@ -29,9 +29,9 @@ def test_each_load_is_in_one_bucket(seconds: list[float]) -> None:
 def test_a_snapshot_stays_as_it_was() -> None:
     counters = TierCounters("host")
     before = stats_of(counters)
-    counters.loaded(0.003)
-    counters.waited(0.5)
-    counters.waited(0.25)
+    counters.count_load(0.003)
+    counters.count_wait(0.5)
+    counters.count_wait(0.25)
     after = stats_of(counters)
     assert (sum(before.loads), before.waits, before.wait_median) == (0, 0, 0.0)
     assert (sum(after.loads), after.load_seconds) == (1, 0.003)

@@ -108,7 +108,7 @@ class DeviceSlots:
             for event in [event for uses in pool.used for event in uses.values()]:
                 event.synchronize()
         held = [key for pool in self.pools.values() for key in pool.held()]
-        self._counters.evictions += len(held)
+        self._counters.count_evictions(len(held))
         self.clear()
         return held
 

@@ -112,7 +112,7 @@ class DeviceFill:
         if state is Lookup.HIT:  # another caller has copied the record since the demand began
             slot = pool.pin_ready(key)
             assert slot is not None
-            self._counters.joined += 1
+            self._counters.count_joined()
             pool.note_uses((key,), is_scan=demand.is_scan)
             self._admit(demand, slot, began)
             return True
@@ -155,7 +155,7 @@ class DeviceFill:
     @transition
     def _end_promotion(self, key: ExpertKey, began: float) -> None:
         self._promoter.outcomes.arrive(key)
-        self._counters.loaded(time.perf_counter() - began)
+        self._counters.count_load(time.perf_counter() - began)
 
     def _choose(self, demand: DeviceDemand, block: int) -> int | None:
         """Return a slot for a demand; None if no slot is available.
@@ -176,7 +176,7 @@ class DeviceFill:
         demand.filling = (slot, key)
         evicted = demand.pool.begin_fill(slot, key, is_scan=demand.is_scan, is_prefetch=is_prefetch)
         if evicted is not None:
-            self._counters.evictions += 1
+            self._counters.count_evictions()
             self._promoter.outcomes.evict(evicted)
 
     def _transfer(self, demand: DeviceDemand, lease: Lease[memoryview]) -> Copy | None:
@@ -199,7 +199,7 @@ class DeviceFill:
         """
         assert demand.filling is not None
         pool, (slot, _) = demand.pool, demand.filling
-        self._counters.bytes_in += pool.slot_bytes
+        self._counters.count_arrival(pool.slot_bytes)
         pool.copied[slot] = copy.ready
         pool.used[slot] = dict(copy.uses)
         pool.complete_fill(slot)
@@ -221,8 +221,8 @@ class DeviceFill:
     def _cancel(self, demand: DeviceDemand, failures: int = 0, discarded: int = 0) -> None:
         assert demand.filling is not None
         slot, key = demand.filling
-        self._counters.failures += failures
-        self._counters.discarded += discarded
+        self._counters.count_failures(failures)
+        self._counters.count_discarded(discarded)
         self._promoter.outcomes.began.pop(key, None)
         demand.pool.abort_fill(slot)
         self._end_filling(demand)
@@ -237,7 +237,7 @@ class DeviceFill:
 
     def _admit(self, demand: DeviceDemand, slot: int, began: float) -> None:
         demand.ready.append(slot)
-        self._counters.waited(time.perf_counter() - began)
+        self._counters.count_wait(time.perf_counter() - began)
 
     def repair(self, demands: Collection[DeviceDemand]) -> None:
         """Make the slots agree with ``demands`` after an exception has interrupted a transition.

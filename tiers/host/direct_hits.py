@@ -37,19 +37,19 @@ class DirectHits:
         keys = [ExpertKey(block, expert) for expert in dict.fromkeys(experts)]
         self._prefetches.request(pool, block, (), None)
         self.uses.update(keys)
-        self._counters.looked_up(hits=len(keys))
+        self._counters.count_lookups(hits=len(keys))
         cached = [key for key in keys if pool.holds(key)]  # others were evicted since
         self._prefetches.note_uses(cached)
         pool.note_uses(reversed(cached), is_scan=len(keys) > pool.quota(block))
 
     def discard(self, experts: Sequence[int]) -> None:
         """Count hits of ``note_uses`` as discarded, because records were replaced during their use."""
-        self._counters.looked_up(discarded=len(set(experts)))
+        self._counters.count_lookups(discarded=len(set(experts)))
 
     def note_client_use(self, key: ExpertKey) -> None:
         """Count a hit of another process, which has used the record of ``key``."""
         pool = self._pool_of[key.block]
-        self._counters.looked_up(hits=1)
+        self._counters.count_lookups(hits=1)
         self.uses.update((key,))
         if pool.find(key) is not None:
             pool.note_uses((key,))

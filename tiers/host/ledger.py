@@ -124,7 +124,7 @@ class Ledger:
             if caller is not None:
                 self.waiting.note_taken(demand)
         demand.hits = len(hits)
-        self.counters.looked_up(hits=len(hits), misses=len(demand.pending))
+        self.counters.count_lookups(hits=len(hits), misses=len(demand.pending))
         self.prefetches.note_uses(hits)
         if demand.pending:
             self._advance(demand)
@@ -292,7 +292,7 @@ class Ledger:
 
     def _end_wait(self, demand: Demand) -> None:
         if demand.waits_since is not None:
-            self.counters.waited(self._clock() - demand.waits_since)
+            self.counters.count_wait(self._clock() - demand.waits_since)
             demand.waits_since = None
 
     # -- slots --------------------------------------------------------------------------------------------------------
@@ -306,13 +306,13 @@ class Ledger:
                 break
             match demand.pool.lookup(key):
                 case Lookup.HIT:  # another load has brought the record since this demand began
-                    self.counters.joined += 1
+                    self.counters.count_joined()
                     slot = demand.pool.pin_ready(key)
                     assert slot is not None
                     demand.ready.append(slot)
                     self.prefetches.note_uses((key,))
                 case Lookup.LOADING:  # a prefetch or another demand has begun to load the record
-                    self.counters.joined += 1
+                    self.counters.count_joined()
                     self.loads.join(demand, key)
                 case Lookup.MISS:
                     may_load = may_load and self._begin_load(demand, key)

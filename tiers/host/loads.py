@@ -135,7 +135,7 @@ class Loads:
     ) -> Load:
         """Begin the load of a record into a slot that is EMPTY or evictable, and return the load."""
         if (evicted := pool.begin_fill(slot, key, is_scan=is_scan, is_prefetch=is_prefetch)) is not None:
-            self._counters.evictions += 1
+            self._counters.count_evictions()
             self._prefetches.evict(evicted)
         self._prefetches.lose(key)  # the record is needed again, so the tier above no longer has its copy
         self._directory.begin_fill(evicted, pool.first + slot)
@@ -213,7 +213,7 @@ class Loads:
         else:
             is_wanted = self._prefetches.is_requested(load.key)
         if not is_wanted:
-            self._counters.cancelled += not load.is_warmup
+            self._counters.count_cancelled(not load.is_warmup)
             self._remove(load)
             self._notifier.wake_callers()
         return is_wanted
@@ -258,9 +258,8 @@ class Loads:
     def complete(self, load: Load, seconds: float | None = None) -> None:
         """End a load whose record is in its slot. ``seconds`` is the duration of the read, if it was measured."""
         if seconds is not None and not load.has_yielded:
-            self._counters.loaded(seconds)
-        self._counters.bytes_in += load.pool.slot_bytes
-        self._counters.warmed += load.is_warmup
+            self._counters.count_load(seconds)
+        self._counters.count_arrival(load.pool.slot_bytes, is_warmup=load.is_warmup)
         del self._loads[load.key]
         load.pool.complete_fill(load.slot)
         self._directory.complete_fill(load.key, load.pool.first + load.slot)
@@ -283,7 +282,7 @@ class Loads:
         """
         if self._loads.get(load.key) is not load:
             return  # ``complete`` was interrupted, and ``repair`` has made the key pending again in all demands
-        self._counters.failures += self.closed_by is None
+        self._counters.count_failures(self.closed_by is None)
         self._remove(load)
         for demand in load.waiters:
             demand.loads.remove(load)

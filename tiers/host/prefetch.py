@@ -64,7 +64,7 @@ class PrefetchQueue:
         """
         blocks, requested = self._requests.setdefault(caller, {}), frozenset(keys)
         if (before := blocks.pop(block, None)) is not None:
-            self._counters.cancelled += sum([key not in requested for key in before.unbegun])
+            self._counters.count_cancelled(sum([key not in requested for key in before.unbegun]))
         if not requested:
             return False
         lacking = deque([key for key in keys if pool.find(key) is None])
@@ -74,7 +74,7 @@ class PrefetchQueue:
     def cancel(self, caller: AsyncCaller) -> None:
         """Cancel all requests of a caller."""
         requests = self._requests.pop(caller, {}).values()
-        self._counters.cancelled += sum([len(request.unbegun) for request in requests])
+        self._counters.count_cancelled(sum([len(request.unbegun) for request in requests]))
 
     def repair(self) -> None:
         """Remove all requests, because a transition was interrupted or the tier is closed."""
@@ -96,9 +96,9 @@ class PrefetchQueue:
             if pool.find(key) is None:
                 if (slot := self._slot_for(pool, key)) is not None:
                     self._requests[caller] = self._requests.pop(caller)  # other callers are served before this one
-                    self._counters.prefetched += 1
+                    self._counters.count_prefetch()
                     return Place(pool, key, slot, is_warmup=False)
-                self._counters.cancelled += 1
+                self._counters.count_cancelled()
         while self.warmup:
             pool, key = self.warmup.popleft()
             if pool.find(key) is None and not pool.starved and (slot := pool.vacancy(key.block)) is not None:
@@ -135,7 +135,7 @@ class PrefetchQueue:
             self.copied.discard(key)
             if key in self.warmed:
                 self.warmed.remove(key)
-                self._counters.recalled += 1
+                self._counters.count_recalled()
             if key in self.outcomes.unused or key in self.outcomes.began:
                 self.outcomes.note_use(key)
 

@@ -358,7 +358,7 @@ class HostTier(Closeable):
     @transition
     def count_failure(self) -> None:
         """Count a read that failed, but succeeded from a mirror."""
-        self._ledger.counters.failures += 1
+        self._ledger.counters.count_failures()
 
     @property
     def fault(self) -> StoreError | None:

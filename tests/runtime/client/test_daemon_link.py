@@ -19,7 +19,7 @@ from threads import wait_until
 from moetier.proto import expert_store_pb2 as pb
 from moetier.proto.expert_store_pb2_grpc import ExpertStoreServicer, add_ExpertStoreServicer_to_server
 from moetier.runtime.client import daemon_link as link_module
-from moetier.runtime.client.daemon_link import Link, LinkEvent, RequestFailed, SlotGranted, SlotRequest
+from moetier.runtime.client.daemon_link import Answer, Link, SlotRequest
 from moetier.runtime.client.mapped_arena import MappedArena
 from moetier.runtime.wire.address import SOCKET
 from moetier.runtime.wire.control import ControlConnection
@@ -27,6 +27,8 @@ from moetier.runtime.wire.status_codes import message_of
 from moetier.tiers.arena.arena import Arena
 from moetier.tiers.arena.layout import ArenaLayout
 from moetier.tiers.errors import ClosedError, MissingExpertError
+from moetier.tiers.host.demands import Failed, Granted
+from moetier.tiers.layout import ExpertKey
 
 
 class Stream:
@@ -115,17 +117,17 @@ def link(daemon: Daemon, folder: Path) -> Iterator[Link]:
     arena.close()
 
 
-def request(link: Link, *experts: int) -> tuple[SlotRequest, Callable[[], LinkEvent]]:
-    """Send a request for experts of block 1, and return it with what takes its next event."""
-    events: SimpleQueue[LinkEvent] = SimpleQueue()
-    made = SlotRequest(1, dict.fromkeys(experts), events)
+def request(link: Link, *experts: int) -> tuple[SlotRequest, Callable[[], Answer | None]]:
+    """Send a request for experts of block 1, and return it with what takes its next answer."""
+    answers: SimpleQueue[Answer | None] = SimpleQueue()
+    made = SlotRequest(1, dict.fromkeys(experts), answers)
     link.request(made)
-    return made, lambda: events.get(timeout=PATIENCE)
+    return made, lambda: answers.get(timeout=PATIENCE)
 
 
 def test_each_expert_is_granted_once_and_an_error_ends_the_request(link: Link, daemon: Daemon) -> None:
     stream = daemon.stream()
-    made, next_event = request(link, 2, 3)
+    made, next_answer = request(link, 2, 3)
     asked = stream.hear().acquire
     assert (asked.request, asked.block, list(asked.experts)) == (made.number, 1, [2, 3])
     for _ in range(2):
@@ -133,11 +135,12 @@ def test_each_expert_is_granted_once_and_an_error_ends_the_request(link: Link, d
     stream.answers.put(
         pb.ServerMessage(failed=pb.Failed(request=made.number, error=message_of(MissingExpertError("No.", "Ask."))))
     )
-    granted, failed = next_event(), next_event()
-    assert isinstance(granted, SlotGranted)
-    assert (granted.expert, granted.slot, granted.generation) == (2, 3, 8)
-    assert isinstance(failed, RequestFailed)
-    assert isinstance(failed.error, MissingExpertError)
+    granted, failed = next_answer(), next_answer()
+    assert granted is not None
+    assert granted.event == Granted(made.number, ExpertKey(1, 2), slot=3, generation=8)
+    assert failed is not None
+    assert isinstance(failed.event, Failed)
+    assert isinstance(failed.event.error, MissingExpertError)
     assert made.is_over
     link.cancel(made)
     link.prefetch(0, [])
@@ -149,15 +152,16 @@ def test_what_is_still_awaited_is_requested_again_on_the_next_stream(
     link: Link, daemon: Daemon, status: grpc.StatusCode | None
 ) -> None:
     stream = daemon.stream()
-    made, next_event = request(link, 2, 3)
+    made, next_answer = request(link, 2, 3)
     assert stream.hear().HasField("acquire")
     stream.grant(made.number, 2)
-    assert isinstance(next_event(), SlotGranted)
+    assert (granted := next_answer()) is not None
+    assert isinstance(granted.event, Granted)
     stream.answers.put(status)
     stream = daemon.stream()
     again = stream.hear().acquire
     assert (again.request, list(again.experts)) == (made.number, [3])
-    assert next_event() is None, "the caller looks whether its leases still hold"
+    assert next_answer() is None, "the caller looks whether its leases still hold"
     assert link.away_since is None
     assert link.connections == (2 if status is None else 1), "a broken stream needs no other control connection"
 
@@ -187,13 +191,13 @@ def test_hits_are_reported_block_by_block_ahead_of_the_next_request(link: Link, 
 
 def test_closing_reports_the_last_hits_and_wakes_who_waits(link: Link, daemon: Daemon) -> None:
     stream = daemon.stream()
-    _, next_event = request(link, 1)
+    _, next_answer = request(link, 1)
     assert stream.hear().HasField("acquire")
     link.note_uses(keys(0, 2))
     link.close()
     link.close()
     assert list(stream.hear().used.blocks[0].experts) == [2]
-    assert next_event() is None
+    assert next_answer() is None
     with pytest.raises(ClosedError):
         request(link, 1)
 

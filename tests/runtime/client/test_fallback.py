@@ -51,5 +51,5 @@ def test_another_store_in_the_same_directory_is_not_used(directory: Path, tmp_pa
     make_store(tmp_path / "other", seed=1)
     fallback = Fallback(directory, manifest_of(tmp_path / "other"))
     assert fallback.open() is None
-    assert "holds a different store now" in fallback.error
+    assert "holds another store than the daemon" in fallback.error
     fallback.close()

@@ -26,7 +26,8 @@ from threads import Task, run_all, wait_until
 from workers import WorkerError
 
 from moetier.runtime.client.mapped_arena import MappedArena
-from moetier.runtime.client.tier import DaemonTier, Misses
+from moetier.runtime.client.misses import Misses
+from moetier.runtime.client.tier import DaemonTier
 from moetier.runtime.wire.control import ControlConnection
 from moetier.tiers.errors import ClosedError, ProtocolError, UnavailableError, UnknownModelError
 from moetier.tiers.host.tier import HostTier
@@ -278,7 +279,7 @@ def test_a_demand_that_hits_clears_the_blocks_prefetch_requests(store: MappedSto
 def test_what_is_granted_twice_is_given_back_at_once(store: MappedStore, tmp_path: Path) -> None:
     """As what was asked for again when a daemon was exchanged may be: else its slot could be what others wait for."""
     with store.daemon(2, tmp_path / "daemon") as daemon, store.tier(daemon, fallback=False, timeout=5.0) as tier:
-        misses = Misses(tier, 0)
+        misses = Misses(tier._misses, 0)
         with contextlib.closing(misses):
             misses.request([0, 1])
             misses.request([0, 1])
