@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 from fake_device import FakeDevice
+from integrity import check_integrity
 from stores import keys, make_plan, make_records
 
 from moetier.tiers.cache.budget import slots_for, smallest_budget
@@ -30,7 +31,7 @@ class Consumer:
     def run(self, block: int, experts: list[int]) -> None:
         for lease in self.tier.acquire(keys(block, *experts)):
             self.device.compute(partial(self.look, lease))
-            self.tier.check_integrity()
+            check_integrity(self.tier)
 
     def look(self, lease: Lease[torch.Tensor]) -> None:
         self.seen.append((lease.key, record_bytes(lease.record)))

@@ -20,6 +20,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from integrity import check_integrity
 
 import moetier
 
@@ -91,14 +92,14 @@ def main() -> None:
         sender.join()
         if turn % 5 == 4:
             with contextlib.suppress(AttributeError):
-                model.tiers.host.check_integrity()
+                check_integrity(model.tiers.host)
             index = turn % len(prompts)
             text = generate(prompts[index])
             assert text == right[index], f"after {turn + 1}: {text}, not {right[index]}"
     sys.last_value = None
     assert [generate(prompt) for prompt in prompts] == right
     with contextlib.suppress(AttributeError):
-        model.tiers.host.check_integrity()
+        check_integrity(model.tiers.host)
     print(
         json.dumps(
             {

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from daemons import running_daemon
+from integrity import check_integrity
 from places import HELPERS
 from prepared import Prepared
 from readers import GatedReader
@@ -76,7 +77,7 @@ def test_a_wait_for_a_read_ends_at_once() -> None:
             list(tier.acquire([ExpertKey(0, 0)]))
         task.result()
         assert not gate.reads, "the read has not ended"
-        tier.check_integrity()
+        check_integrity(tier)
 
 
 def test_ctrl_c_cuts_a_transition_and_the_next_one_repairs_first() -> None:

@@ -21,6 +21,7 @@ import outlets  # noqa: F401 - keeps gRPC's event loop from one test to the next
 import pytest
 import trustme
 from daemons import DaemonProcess, running_daemon
+from integrity import check_integrity
 from networks import network
 from places import HELPERS
 from stores import layout_of, make_plan, make_records, manifest_of, read_record, without_shards, written
@@ -136,7 +137,7 @@ def test_three_hold_a_third_each_and_one_is_killed_under_load(
                 over.set()
                 counts = [task.result() for task in tasks]
             assert min(counts) > 0
-            host.check_integrity()
+            check_integrity(host)
 
 
 def test_one_that_is_frozen_is_not_waited_for_twice(

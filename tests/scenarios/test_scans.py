@@ -6,6 +6,7 @@ import random
 from functools import partial
 
 import pytest
+from integrity import check_integrity
 from readers import RamReader
 from stores import make_plan, make_records
 from threads import run_all
@@ -22,7 +23,7 @@ SLOTS = {"records": 64}  # 32 for each block
 def use(tier: HostTier, block: int, *experts: int) -> None:
     for lease in tier.acquire([ExpertKey(block, expert) for expert in experts]):
         assert bytes(lease.record) == RECORDS[lease.key]
-    tier.check_integrity()
+    check_integrity(tier)
 
 
 def hits(tier: HostTier, block: int, *experts: int) -> int:

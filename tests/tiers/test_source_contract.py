@@ -16,6 +16,7 @@ import pytest
 import torch
 from cuts import cut
 from fake_device import FakeDevice
+from integrity import check_integrity
 from local_daemons import local_daemon
 from outlets import PLAIN, served
 from stores import keys, make_plan, make_records, write_store, written
@@ -63,9 +64,9 @@ class Opened:
         return arrived
 
     def check(self) -> None:
-        self.host.check_integrity()
+        check_integrity(self.host)
         if isinstance(self.source, DeviceTier):
-            self.source.check_integrity()
+            check_integrity(self.source)
 
 
 @pytest.fixture(scope="module")

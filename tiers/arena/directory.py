@@ -250,19 +250,6 @@ class Directory:
         for number, slot in held.items():
             self._table[number] = slot
 
-    def check_integrity(self, states: list[tuple[ExpertKey | None, bool]]) -> None:
-        """For tests: assert that the directory agrees with ``states`` (see ``repair``), unless it was closed."""
-        if self._closed:
-            return
-        table = [NONE] * self._layout.keys
-        for slot, (key, filling) in enumerate(states):
-            assert self._generations[slot] & 1 == filling, f"slot {slot}"
-            if not filling:
-                assert self.content(slot) == key, f"slot {slot}"
-                if key is not None:
-                    table[self._number(key)] = slot
-        assert self._table.tolist() == table
-
     def close(self) -> None:
         """Release the views of the arena's memory. Idempotent."""
         self._closed = True

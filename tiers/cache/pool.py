@@ -264,7 +264,7 @@ class SlotPool:
         """Return the numbers of all partitions, beginning with the partition that is furthest above its quota."""
         return sorted(range(len(self._policies)), key=lambda number: -self._surplus(number))
 
-    # -- repair and checks --------------------------------------------------------------------------------------------
+    # -- repair -------------------------------------------------------------------------------------------------------
 
     def contents(self) -> list[tuple[ExpertKey | None, bool]]:
         """Return for each slot its key (None if the slot is EMPTY) and whether it is LOADING."""
@@ -300,18 +300,6 @@ class SlotPool:
         for key in self._slot_of:
             if key not in placed:
                 self._policy(key).add(key, is_scan=False)
-
-    def check_integrity(self) -> None:
-        """For tests: assert that each slot is in one state, and each key in one slot and in the right partition."""
-        held = {key: slot for slot, key in enumerate(self._keys) if key is not None}
-        assert held == self._slot_of
-        assert sorted([*held.values(), *self._free]) == list(range(self.count))
-        assert self._loading <= set(held.values())
-        assert all(pins >= 0 for pins in self._pins)
-        assert not any(self._pins[slot] for slot in self._free)
-        placed = [(key, number) for number, policy in enumerate(self._policies) for key in policy]
-        assert sorted(placed) == sorted((key, self._partition_of[key.block]) for key in held)
-        assert [len(policy) for policy in self._policies] == [len(list(policy)) for policy in self._policies]
 
 
 def snapshot(counters: TierCounters, pools: Iterable[SlotPool]) -> TierStats:

@@ -151,11 +151,6 @@ class Promoter:
         if self._thread is not None and self._thread.ident is not None:
             self._thread.join()
 
-    def check_integrity(self, find: Callable[[ExpertKey], int | None]) -> None:
-        """For tests: assert that promoted records that are not used yet have slots. ``find`` returns a key's slot."""
-        assert self._missing >= 0
-        assert all(find(key) is not None for key in self.outcomes.unused)
-
     # -- the thread ---------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:

@@ -221,13 +221,6 @@ class DeviceTier:
         self._slots.clear()
         self._copies.clear()
 
-    @transition
-    def check_integrity(self) -> None:
-        """For tests: assert that slots, partitions and promotions agree."""
-        for pool in self._slots.pools.values():
-            pool.check_integrity()
-        self._promoter.check_integrity(self._slots.find)
-
     # -- transitions --------------------------------------------------------------------------------------------------
 
     @transition

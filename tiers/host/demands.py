@@ -235,7 +235,7 @@ class WaitingDemands:
             self._rechecks.pop(demand, None)
             self._deadlines.pop(demand, None)
 
-    # -- repair and checks --------------------------------------------------------------------------------------------
+    # -- repair -------------------------------------------------------------------------------------------------------
 
     def repair(self, demands: Collection[Demand], pools: Iterable[Pool]) -> None:
         """Make the queues agree with ``demands`` after an interrupted transition, and let all callers go on."""
@@ -252,21 +252,6 @@ class WaitingDemands:
                 caller.demands[demand.number] = demand
                 self.recheck(demand)
         self._notifier.wake_callers()
-
-    def check_integrity(self, demands: Collection[Demand]) -> None:
-        """For tests: assert that no asynchronous demand is lost, and that none of them waits although it can go on."""
-        for caller in {demand.async_caller for demand in demands if demand.async_caller is not None}:
-            assert set(caller.demands.values()) == {demand for demand in demands if demand.async_caller is caller}
-            assert caller.outstanding <= caller.leases
-            for demand in caller.demands.values():
-                rechecked = demand in self._rechecks
-                assert rechecked or not demand.ready, "slots that are ready are granted at once"
-                assert rechecked or not demand.is_over
-                waits = bool(demand.pending) and demand.is_idle
-                assert rechecked or waits == (demand in self._deadlines)
-                assert not caller.is_full or demand not in demand.pool.starved
-                assert rechecked or caller.is_full or not waits or demand in demand.pool.starved
-        assert all(demand in demands for demand in (*self._rechecks, *self._deadlines))
 
 
 def _exhausted(demand: Demand) -> ExhaustedError:

@@ -2,7 +2,7 @@
 
 The ledger does no I/O, and has neither threads nor a lock. Its methods are parts of transitions (``tiers.locks``), so
 their callers hold the host tier's lock. The module is long because its parts change in the same transitions: a reader
-must see all of them to know that each transition leaves the state consistent, as ``check_integrity`` specifies.
+must see all of them to know that each transition leaves the state consistent.
 
 A demand goes through ``begin``, ``next_leases`` as often as its caller wants leases, and ``end``. A load goes through
 ``Loads.begin``, ``take``, and ``complete`` or ``fail``.
@@ -360,7 +360,7 @@ class Ledger:
         if demand.async_caller is not None:
             self.waiting.note_released(demand, len(slots))
 
-    # -- repair and checks --------------------------------------------------------------------------------------------
+    # -- repair -------------------------------------------------------------------------------------------------------
 
     def repair(self) -> None:
         """Make the whole state consistent again after an exception has interrupted a transition at any instruction.
@@ -373,19 +373,6 @@ class Ledger:
             pool.repair(self._pins(pool), {load.slot: load.key for load in self.loads if load.pool is pool})
         self.directory.repair(self._contents())
         self.waiting.repair(self._demands, self.pools.values())
-
-    def check_integrity(self) -> None:
-        """For tests: assert that slots, partitions, loads, demands and the directory agree."""
-        for pool in self.pools.values():
-            pool.check_integrity()
-            assert self._pins(pool) == [pool.pins(slot) for slot in range(pool.count)]
-            loading = {key for key, is_loading in pool.contents() if is_loading}
-            assert loading == {load.key for load in self.loads if load.pool is pool}
-            assert all(demand in self._demands and demand.is_idle and demand.pending for demand in pool.starved)
-        self.directory.check_integrity(self._contents())
-        assert {load for demand in self._demands for load in demand.loads} <= set(self.loads)
-        self.loads.check_integrity()
-        self.waiting.check_integrity(self._demands)
 
     def _pins(self, pool: Pool) -> list[int]:
         """Return for each slot of a pool the number of demands that hold or claim the slot."""

@@ -307,7 +307,7 @@ class Loads:
         load.pool.abort_fill(load.slot)
         self._directory.abort_fill(load.pool.first + load.slot)
 
-    # -- repair and checks --------------------------------------------------------------------------------------------
+    # -- repair -------------------------------------------------------------------------------------------------------
 
     def repair(self, demands: Collection[Demand]) -> None:
         """Make the loads agree with ``demands`` after an interrupted transition.
@@ -330,12 +330,3 @@ class Loads:
                 for demand in load.waiters:
                     self._queue.add(demand.caller, load)
                 self._notifier.wake_loader()
-
-    def check_integrity(self) -> None:
-        """For tests: assert that the loads, the demands that wait for them, and the queue agree."""
-        for key, load in self._loads.items():
-            assert load.key == key
-            assert load.waiters == [demand for demand in load.waiters if load in demand.loads]
-        queued = list(self._queue)
-        assert all(self._loads[load.key] is load for load in queued)
-        assert {load.key for load in queued} == {key for key, load in self._loads.items() if not load.is_taken}

@@ -394,11 +394,6 @@ class HostTier(Closeable):
         self._residents.clear()
         self._arena.close()
 
-    @transition
-    def check_integrity(self) -> None:
-        """For tests: assert that slots, partitions, loads, callers and the directory agree."""
-        self._ledger.check_integrity()
-
     def _recover(self, arena: Arena, threads: int) -> None:
         kept = intact_slots(arena, self.manifest, threads)
         arena.directory.repair([(kept.get(slot), False) for slot in range(self.layout.slots)])

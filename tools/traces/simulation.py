@@ -148,10 +148,6 @@ class SimulatedTier:
         """Keys in slots that are READY."""
         return self._pool.held()
 
-    def check_integrity(self) -> None:
-        """Assert that slots and policy are consistent. Tests call it."""
-        self._pool.check_integrity()
-
     def _load(self, key: ExpertKey, keep: Sequence[ExpertKey]) -> None:
         slot = self._pool.choose(key.block, keep=keep.__contains__)
         if slot is None:  # fewer slots than one token needs

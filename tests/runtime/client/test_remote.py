@@ -16,6 +16,7 @@ from typing import Any
 import google_crc32c
 import grpc
 import pytest
+from integrity import check_integrity
 from outlets import Behaviour, Outlet, outlet_of, serving
 from stores import layout_of, make_plan, make_records, manifest_of, slot_of, written
 from threads import Task, run_all, wait_until
@@ -78,7 +79,7 @@ def served(folder: Path, slots: int = 3, **bounds: float) -> Iterator[tuple[Addr
                 yield address, host, fetches
         finally:
             fetches.close()
-        host.check_integrity()
+        check_integrity(host)
 
 
 @contextmanager
@@ -207,7 +208,7 @@ def test_wrong_bytes_are_an_error(large: Path, behaviour: Behaviour, expected: t
             with pytest.raises(expected):
                 list(host.acquire([key]))
             assert host.stats().ready == 0, "nothing is kept"
-            host.check_integrity()
+            check_integrity(host)
 
 
 def test_what_fails_is_tried_once_more(large: Path) -> None:

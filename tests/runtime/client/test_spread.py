@@ -19,6 +19,7 @@ from typing import Any
 import google_crc32c
 import grpc
 import pytest
+from integrity import check_integrity
 from outlets import Outlet, outlet_of, serving
 from stores import make_plan, make_records, manifest_of, read_record, without_shards, write_store, written
 from threads import Task, run_all, wait_until
@@ -573,7 +574,7 @@ def test_a_host_tier_on_three_daemons(three: list[Daemon], bare: Path, manifest:
                 assert seen == {key: RECORDS[key] for key in wanted}
 
         run_all([lambda seed=seed: caller(seed) for seed in range(4)])
-        host.check_integrity()
+        check_integrity(host)
         three[1].go()
         run_all([lambda seed=seed: caller(seed) for seed in range(4)])
 

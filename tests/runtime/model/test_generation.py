@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from comparison import convert_tiny, smallest_ram
+from integrity import check_integrity
 from prepared import Prepared
 from torch import Tensor
 from transformers import TextStreamer
@@ -95,7 +96,7 @@ def test_several_threads_at_once(pair: tuple[Any, Any]) -> None:
     with ThreadPoolExecutor(len(prompts)) as pool:
         found = list(pool.map(lambda ids: generate(tiered, ids), prompts))
     assert all(torch.equal(ours, generate(ordinary, ids)) for ours, ids in zip(found, prompts, strict=True))
-    tiered.tiers.host.check_integrity()
+    check_integrity(tiered.tiers.host)
 
 
 def test_streaming(tinymix_4bit: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,6 +16,7 @@ import torch
 from fake_device import FakeDevice, FakeStream, prompt_device
 from host_waits import HostWaits
 from int4 import cuda_operators
+from integrity import check_integrity
 from readers import RamReader
 from stores import make_plan
 from twins import inputs, pair
@@ -124,7 +125,7 @@ def full(bits: Bits, *, fused: bool, beside: int) -> Iterator[tuple[Any, FakeDev
         for block in range(5):
             list(tier.acquire([ExpertKey(block, expert) for expert in range(len(records))]))
         yield twin, device, tier, kernels
-        tier.check_integrity()
+        check_integrity(tier)
         tier.close()
 
 
@@ -168,7 +169,7 @@ def test_tokens_are_the_same_when_memory_runs_out_between(tinymix_4bit: Path, sp
                 module.tiered = dataclasses.replace(module.tiered, source=tier, kernels=kernels)
             assert torch.equal(model.generate(prompt, max_new_tokens=12, do_sample=False), expected)
             assert tier.stats().slots == sum(slots.values()) * 3 // 4 * 3 // 4
-            tier.check_integrity()
+            check_integrity(tier)
 
 
 def test_what_is_arranged_without_memory_shrinks_the_tier(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from integrity import check_integrity
 from torch import Tensor
 
 import moetier
@@ -61,7 +62,7 @@ def text(folder: Path, prompt: str = "La mattina seguente, don Rodrigo", **optio
     with model.tiers:
         encoded = tokenizer(prompt, return_tensors="pt")
         tokens = model.generate(**encoded, max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False)[0]
-        model.tiers.host.check_integrity()
+        check_integrity(model.tiers.host)
     return tokens.tolist(), model.tiers
 
 

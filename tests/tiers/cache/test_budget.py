@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from integrity import check_pool
 from stores import make_plan
 from two_layouts import two_layouts
 
@@ -158,14 +159,14 @@ class Cache:
         self.pool.note_uses(reversed(keys))
         for slot in slots.values():
             self.pool.unpin(slot)
-        self.pool.check_integrity()
+        check_pool(self.pool)
         return hits
 
     def prefetch(self, block: int, expert: int) -> None:
         key = ExpertKey(block, expert)
         if self.pool.find(key) is None and (slot := self.pool.choose(block)) is not None:
             self._fill(slot, key, is_prefetch=True)
-        self.pool.check_integrity()
+        check_pool(self.pool)
 
     def _fill(self, slot: int, key: ExpertKey, *, is_prefetch: bool = False) -> None:
         self.pool.begin_fill(slot, key, is_prefetch=is_prefetch)

@@ -10,6 +10,7 @@ from contextlib import closing
 import pytest
 import torch
 from consumers import PLAN, RECORDS, SMALLEST, Consumer, device_of
+from integrity import check_integrity
 from readers import PATIENCE, RamReader
 from stores import keys
 from threads import Task, run_all, sleeps, wait_until
@@ -43,12 +44,12 @@ def test_it_gives_back_a_quarter_and_goes_on(host: HostTier, promotes: bool) -> 
             assert device.left == 12 * SIZE - stats.slot_bytes
             assert freed > 0
             assert stats.ready == stats.misses + stats.prefetched - stats.joined - stats.evictions
-            tier.check_integrity()
+            check_integrity(tier)
         assert sizes == [9, 6, 4, 3, 2]
         assert tier.stats().slots == SMALLEST["records"]
         assert consumer.wrong() == 0
         assert len(consumer.seen) == 5 * 4 * 4
-        tier.check_integrity()
+        check_integrity(tier)
 
 
 def test_it_waits_for_who_computes_and_the_next_waits_for_it(host: HostTier) -> None:
@@ -73,7 +74,7 @@ def test_it_waits_for_who_computes_and_the_next_waits_for_it(host: HostTier) -> 
         assert first.result() == 12
         assert shrinking.result() == 3 * SIZE
         assert after.result() == [9]
-        tier.check_integrity()
+        check_integrity(tier)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -97,7 +98,7 @@ def test_callers_and_a_promoter_beside_it(host: HostTier, seed: int) -> None:
             return 0
 
         assert sum(run_all([*[lambda n=n: caller(n) for n in range(3)], shrink])) == 0
-        tier.check_integrity()
+        check_integrity(tier)
         assert tier.stats().slots == SMALLEST["records"]
 
 
@@ -109,7 +110,7 @@ def test_a_promotion_without_memory_shrinks_it(host: HostTier, caplog: pytest.Lo
         tier.prefetch(0, keys(0, 1, 2))
         wait_until(lambda: tier.stats().slots == 9)
         wait_until(lambda: tier.stats().ready == 1)  # the other wish comes true
-        tier.check_integrity()
+        check_integrity(tier)
         consumer = Consumer(tier, device)
         consumer.run(0, [1, 2])
         assert consumer.wrong() == 0

@@ -14,6 +14,7 @@ from consumers import PLAN, RECORDS, SMALLEST, Consumer, device_of
 from fake_device import FakeDevice, Order
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from integrity import check_integrity
 from readers import PATIENCE, GatedReader, RamReader
 from stores import keys
 from threads import Task, run_all, sleeps, wait_until
@@ -56,7 +57,7 @@ def tier(host: HostTier, device: FakeDevice) -> Iterator[DeviceTier]:
     """Three slots for two blocks, and two for the third."""
     with contextlib.closing(DeviceTier(host, PLAN, slots={"records": 8}, device=device, promotes=True)) as tier:
         yield tier
-        tier.check_integrity()
+        check_integrity(tier)
 
 
 def promoted(tier: DeviceTier, count: int) -> None:
@@ -72,7 +73,7 @@ def promoted(tier: DeviceTier, count: int) -> None:
 def idle(tier: DeviceTier) -> None:
     """Long enough for what would be wrong."""
     time.sleep(A_WHILE)
-    tier.check_integrity()
+    check_integrity(tier)
 
 
 # -- the orders --------------------------------------------------------------------------------------------------------
@@ -106,16 +107,16 @@ def test_every_computation_sees_its_record(
             tier.prefetch(wished, keys(wished, *wishes))
             if waits:
                 time.sleep(0.002)
-            tier.check_integrity()
+            check_integrity(tier)
             consumer.run(block, experts)
         assert consumer.wrong() == 0
         assert len(consumer.seen) == sum(len(experts) for _, experts, *_ in program)
         tier.close()
-        tier.check_integrity()
+        check_integrity(tier)
         stats = tier.stats()
         unused = stats.prefetched - (stats.useful + stats.late + stats.wasted)
         assert 0 <= unused <= (stats.ready if steady else stats.prefetched)
-        host.check_integrity()
+        check_integrity(host)
 
 
 @pytest.mark.parametrize("forgets", [None, Order.COMPUTE_AFTER_COPY])
@@ -231,8 +232,8 @@ def test_callers_who_demand_and_wish_on_streams_of_their_own(seed: int) -> None:
         assert run_all([lambda n=n: caller(n) for n in range(5)]) == [0] * 5
         assert tier.stats().prefetched >= 3
         tier.close()
-        tier.check_integrity()
-        host.check_integrity()
+        check_integrity(tier)
+        check_integrity(host)
 
 
 # -- wishes ------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from consumers import PLAN, RECORDS, SMALLEST, Consumer, device_of, record_bytes
 from fake_device import Locked, Order
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from integrity import check_integrity
 from readers import GatedReader, RamReader
 from stores import keys, make_plan, make_records, make_store
 from threads import Task, run_all, sleeps, wait_until
@@ -195,8 +196,8 @@ def test_a_callers_end_waits_for_the_copies_that_were_begun_ahead(reader: RamRea
         assert sum(device.pending.values()) == 2
         leases.close()
         assert not any(device.pending.values()), "the host may refill what was copied from"
-        tier.check_integrity()
-        host.check_integrity()
+        check_integrity(tier)
+        check_integrity(host)
         tier.close()
 
 
@@ -222,7 +223,7 @@ def test_what_is_arranged_is_seen_by_every_computation(seed: int, promotes: bool
             with device.stream():
                 for lease in tier.acquire(keys(block, step % 4, (step + 1) % 4, (step + 2) % 4)):
                     device.compute(lambda lease=lease: seen.append((lease.key, record_bytes(lease.record))))
-                    tier.check_integrity()
+                    check_integrity(tier)
             tier.prefetch((block + 1) % 3, keys((block + 1) % 3, (step + 1) % 4))
         device.finish()
         assert len(seen) == 36
@@ -268,7 +269,7 @@ def test_what_can_not_be_arranged_leaves_nothing_behind(host: HostTier) -> None:
     with pytest.raises(torch.OutOfMemoryError):
         consumer.run(0, [0])
     assert not any(device.pending.values())
-    tier.check_integrity()
+    check_integrity(tier)
     consumer.run(0, [0])
     assert consumer.wrong() == 0
     tier.close()
@@ -338,7 +339,7 @@ def test_a_passage_leaves_what_decoding_needs(policy: str, kept: bool, promotes:
             last = -1
             for lease in tier.acquire(keys(block, *experts)):
                 device.compute(lambda lease=lease: seen.append((lease.key, record_bytes(lease.record))))
-                tier.check_integrity()
+                check_integrity(tier)
                 assert lease.slot != last, "the copy would wait for the computation"
                 last = lease.slot
 
@@ -411,8 +412,8 @@ def test_callers_share_two_slots_on_streams_of_their_own(reader: RamReader) -> N
         assert run_all([lambda n=n: caller(n) for n in range(6)]) == [0] * 6
         stats = tier.stats()
         assert stats.hits + stats.misses == 6 * 8 * 4
-        tier.check_integrity()
-        host.check_integrity()
+        check_integrity(tier)
+        check_integrity(host)
         tier.close()
 
 
@@ -436,7 +437,7 @@ def test_a_caller_waits_for_a_slot_that_another_computes_on(reader: RamReader, e
         assert consumer.wrong() == 0
         assert len(consumer.seen) == 3
         holder.close()
-        tier.check_integrity()
+        check_integrity(tier)
         tier.close()
 
 
@@ -488,7 +489,7 @@ def test_a_lease_of_the_host_ends_when_the_copy_is_done(host: HostTier) -> None:
     next(leases)
     assert device.copies.queue, "the copy has not run"
     leases.close()
-    host.check_integrity()
+    check_integrity(host)
     assert host.stats().leased == 0
     assert not any(device.pending.values()), "it has run by now"
     tier.close()
@@ -613,8 +614,8 @@ def test_a_copy_that_fails_leaves_nothing_behind(host: HostTier) -> None:
     device.copy_error = RuntimeError("the device is gone")
     with pytest.raises(RuntimeError, match="gone"):
         Consumer(tier, device).run(0, [0, 1])
-    tier.check_integrity()
-    host.check_integrity()
+    check_integrity(tier)
+    check_integrity(host)
     assert host.stats().leased == 0
     assert (tier.stats().failures, tier.stats().ready) == (1, 0)
     consumer = Consumer(tier, device)
@@ -629,7 +630,7 @@ def test_an_error_of_the_store_passes_through(host: HostTier, reader: RamReader)
     reader.broken.add(ExpertKey(0, 1))
     with pytest.raises(StoreReadError):
         Consumer(tier, device).run(0, [1])
-    tier.check_integrity()
+    check_integrity(tier)
     reader.broken.clear()
     consumer = Consumer(tier, device)
     consumer.run(0, [1])

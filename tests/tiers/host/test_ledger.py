@@ -13,6 +13,7 @@ from cuts import cut
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from integrity import check_ledger
 from stores import layout_of, make_plan
 from two_layouts import two_layouts
 
@@ -368,7 +369,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def agrees(self) -> None:
         if not hasattr(self, "ledger"):
             return
-        self.ledger.check_integrity()
+        check_ledger(self.ledger)
         counters = self.ledger.counters
         assert counters.useful + counters.late + counters.wasted <= counters.prefetched
         for load in self.ledger.loads:  # from the moment on when its slot is taken, the old bytes are gone
@@ -517,7 +518,7 @@ def test_what_a_loader_has_begun_goes_on_when_its_caller_is_gone_and_no_more() -
     assert begun is not None
     assert begun.key == ExpertKey(1, 0)
     ledger.end(caller)
-    ledger.check_integrity()
+    check_ledger(ledger)
     assert pool.find(ExpertKey(1, 1)) is None
     wanted = ledger.loads.take()
     assert wanted is not None
@@ -542,7 +543,7 @@ def test_a_record_whose_arrival_was_cut_is_looked_for_again() -> None:
         if not is_cut:
             break
         ledger.repair()
-        ledger.check_integrity()
+        check_ledger(ledger)
         number += 1
         if load in list(ledger.loads):  # it counts as being read still
             continue
@@ -828,7 +829,7 @@ def test_a_pool_with_room_for_all_is_filled_once_half_of_it_is_taken() -> None:
     assert (pool.ready, found.misses, found.warmed, found.evictions) == (12, 7, 5, 0)
     for made in (first, second, third):
         ledger.end(made)
-    ledger.check_integrity()
+    check_ledger(ledger)
 
 
 @pytest.mark.parametrize(("count", "loads_rest"), [(11, True), (12, False)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 import pytest
+from integrity import check_loads
 from stores import keys, layout_of, make_plan
 
 from moetier.tiers.arena.directory import Directory
@@ -51,7 +52,7 @@ class Tier:
                 assert slot is not None
                 self.loads.begin(self.pool, key, slot, is_prefetch=False)
             self.loads.join(demand, key)
-        self.loads.check_integrity()
+        check_loads(self.loads)
         return demand
 
     def take(self) -> Load:
@@ -65,7 +66,7 @@ class Tier:
             demand.loads.remove(load)
             self.pool.unpin(load.slot)
             self.loads.withdraw(demand, load)
-        self.loads.check_integrity()
+        check_loads(self.loads)
 
 
 def test_callers_are_served_in_turn_and_each_load_once() -> None:

@@ -9,6 +9,7 @@ from contextlib import closing
 from queue import SimpleQueue
 
 import pytest
+from integrity import check_integrity
 from readers import PATIENCE, GatedReader, RamReader
 from stores import keys, layout_of, make_plan, make_records
 from threads import Task, run_all, wait_until
@@ -91,12 +92,12 @@ def test_what_is_ready_is_granted_at_once_and_the_rest_as_it_arrives(gate: Gated
             assert event.key == ExpertKey(0, expert)
             assert client.record(event) == RECORDS[event.key]
         assert client.session.outstanding == 3
-        tier.check_integrity()
+        check_integrity(tier)
         client.session.release(2)
         assert client.session.outstanding == 0
         stats = tier.stats()
         assert (stats.hits, stats.misses) == (1, 3)
-        tier.check_integrity()
+        check_integrity(tier)
 
 
 def test_a_request_waits_while_it_has_nothing(gate: GatedReader) -> None:
@@ -137,7 +138,7 @@ def test_what_is_leased_stays_and_what_is_released_may_go() -> None:
         client.session.release(1, keys(0, 0))
         other.take(9, keys(1, 0, 1, 2, 3))
         assert client.arena.directory.generation(held.slot) != held.generation
-        tier.check_integrity()
+        check_integrity(tier)
 
 
 def test_a_session_never_holds_more_than_its_leases() -> None:
@@ -153,7 +154,7 @@ def test_a_session_never_holds_more_than_its_leases() -> None:
             held.append(event)
             assert len(held) <= client.session.outstanding <= 3
             if len(held) == 3 or client.session.outstanding == len(held):
-                tier.check_integrity()
+                check_integrity(tier)
                 for event in held:
                     client.session.release(event.request, [event.key])
                 held.clear()
@@ -169,11 +170,11 @@ def test_what_a_session_gives_back_goes_to_its_own_other_request() -> None:
         client.session.acquire(1, keys(0, 0))
         client.granted(1)
         client.session.acquire(2, keys(1, 0))
-        tier.check_integrity()
+        check_integrity(tier)
         assert client.events.empty()
         client.session.release(1)
         client.granted(2)
-        tier.check_integrity()
+        check_integrity(tier)
 
 
 @pytest.mark.parametrize("leases", [1, 2])
@@ -225,7 +226,7 @@ def test_a_wrong_word_is_an_error_and_changes_nothing() -> None:
         assert client.session.outstanding == 1
         assert client.events.empty()
         assert tier.stats().misses == 1
-        tier.check_integrity()
+        check_integrity(tier)
 
 
 def test_used_are_hits_and_are_evicted_later() -> None:
@@ -261,7 +262,7 @@ def test_a_load_that_fails_fails_each_request_that_waits_and_no_other(gate: Gate
             assert isinstance(failure.error, StoreReadError)
             assert client.session.outstanding == 1, "the lease of the request that failed has ended"
         assert gate.reads[ExpertKey(0, 1)] == 1
-        tier.check_integrity()
+        check_integrity(tier)
         gate.broken.clear()
         clients[0].take(1, keys(0, 1))
 
@@ -281,11 +282,11 @@ def test_a_request_without_a_slot_fails_in_time_and_hits_go_on() -> None:
             assert time.monotonic() - began >= timeout
             assert isinstance(error, ExhaustedError)
             assert f"{timeout:g} seconds" in error.cause
-        tier.check_integrity()
+        check_integrity(tier)
         client.session.acquire(4, keys(1, 0), timeout=PATIENCE)
         holder.session.release(1, [held[0].key])
         assert client.granted(4).slot == held[0].slot
-        tier.check_integrity()
+        check_integrity(tier)
 
 
 def test_time_does_not_run_while_something_is_on_its_way_or_held(gate: GatedReader) -> None:
@@ -320,7 +321,7 @@ def test_close_gives_back_and_lets_loads_go_on(gate: GatedReader) -> None:
         with pytest.raises(ClosedError):
             client.session.prefetch(0, keys(0, 0))
         client.session.release(1)
-        tier.check_integrity()
+        check_integrity(tier)
         gate.open()
         other.granted(1)
         wait_until(lambda: tier.stats().ready == 2)
@@ -343,7 +344,7 @@ def test_the_end_of_the_tier_is_told(gate: GatedReader) -> None:
         with pytest.raises(ClosedError):
             client.session.acquire(2, keys(0, 0))
         client.session.close()
-    tier.check_integrity()
+    check_integrity(tier)
     with pytest.raises(ClosedError):
         tier.session(lambda event: None)
 
@@ -379,7 +380,7 @@ def test_a_session_that_ends_early_evicts_no_more_than_it_may_load() -> None:
         for request in range(100):
             client.session.acquire(request, keys(1, 60 + request))
             client.session.release(request)
-        tier.check_integrity()
+        check_integrity(tier)
         assert client.session.outstanding == 0
         assert ready - tier.stats().ready <= 4
         gate.open()
@@ -401,7 +402,7 @@ def test_a_prefill_does_not_delay_anothers_miss_beyond_the_loads_in_progress(slo
         gate.release(ExpertKey(1, 7))
         assert decode.granted(1).key == ExpertKey(1, 7)
         assert gate.begun[0] == second, "which was being read all the while"
-        tier.check_integrity()
+        check_integrity(tier)
         gate.open()
 
 
@@ -425,7 +426,7 @@ def test_nor_does_a_threads_prefill(slots: int) -> None:
         decode.session.release(1)
         prefill.result()
         leases.close()
-        tier.check_integrity()
+        check_integrity(tier)
 
 
 def test_whoever_joins_a_load_that_is_queued_has_it_in_his_turn_too() -> None:
@@ -495,7 +496,7 @@ def test_prefetch_requests_are_each_sessions_own_and_take_turns() -> None:
         events = [second.event() for _ in range(3)]
         assert {event.key for event in events if isinstance(event, Granted)} == set(keys(1, 0, 1) + keys(0, 150))
         assert sum(gate.reads.values()) <= begun + 2, "the rest was not requested any more"
-        tier.check_integrity()
+        check_integrity(tier)
 
 
 @pytest.mark.parametrize("slots", [2, 3, 7])
@@ -546,13 +547,13 @@ def test_a_storm_of_sessions_and_threads(slots: int) -> None:
 
         def check() -> None:
             while not done.wait(0.001):  # checking all the time would take lock and GIL from the others
-                tier.check_integrity()
+                check_integrity(tier)
 
         checker = Task(check)
         run_all([*(lambda seed=s: client(seed) for s in range(6)), *(lambda seed=s: thread(seed) for s in range(3))])
         done.set()
         checker.result()
-        tier.check_integrity()
+        check_integrity(tier)
         assert tier.stats().leased == 0
         stats = tier.stats()
         assert sum(reader.reads.values()) - stats.prefetched <= stats.misses - stats.joined

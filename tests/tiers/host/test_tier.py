@@ -17,6 +17,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from integrity import check_integrity
 from places import HELPERS
 from readers import PATIENCE, GatedReader, RamReader
 from stores import keys, make_plan, make_records
@@ -46,7 +47,7 @@ def take(tier: HostTier, block: int, *experts: int) -> list[ExpertKey]:
     arrived = []
     for lease in tier.acquire(keys(block, *experts)):
         assert bytes(lease.record) == RECORDS[lease.key]
-        tier.check_integrity()
+        check_integrity(tier)
         arrived.append(lease.key)
     return arrived
 
@@ -111,7 +112,7 @@ def test_two_record_sizes() -> None:
             assert sum(stats.loads) == stats.misses >= 12
             assert (stats.load_seconds > 0, stats.leased) == (True, 0)
             assert stats.slot_bytes == sum(plan.layouts[name].slot_bytes * count for name, count in slots.items())
-            tier.check_integrity()
+            check_integrity(tier)
 
 
 def test_memory_that_can_not_be_had_leaves_nothing() -> None:
@@ -229,7 +230,7 @@ def test_an_error_reaches_all_waiting_callers_and_is_not_remembered(gate: GatedR
         for task in tasks:
             with pytest.raises(StoreReadError, match="expert 1 can't be read"):
                 task.result()
-        tier.check_integrity()
+        check_integrity(tier)
         stats = tier.stats()
         assert (stats.failures, stats.ready) == (1, 1)
         assert gate.reads[ExpertKey(0, 1)] == 1
@@ -247,7 +248,7 @@ def test_an_error_of_any_class_reaches_the_caller() -> None:
         for _ in range(5):  # loaders live on
             with pytest.raises(SystemExit, match="what block 0 expert 0"):
                 list(tier.acquire(keys(0, 0)))
-        tier.check_integrity()
+        check_integrity(tier)
 
 
 def test_a_failed_read_keeps_no_hold_on_the_memory() -> None:
@@ -303,7 +304,7 @@ def test_a_closed_iterator_gives_everything_back(gate: GatedReader) -> None:
         assert next(leases).key == ExpertKey(0, 0)
         gate.wait_begun(ExpertKey(0, 1))
         leases.close()  # one leased, one in flight, one not begun
-        tier.check_integrity()
+        check_integrity(tier)
         gate.open()
         assert set(take(tier, 1, 0, 1, 2)) == set(keys(1, 0, 1, 2))
         wait_until(lambda: gate.reads[ExpertKey(0, 1)] == 1)  # its loader may be the last to notice
@@ -344,7 +345,7 @@ def test_a_lost_iterator_gives_back_wherever_the_collector_finds_it() -> None:
         finally:
             gc.set_threshold(*threshold)
         gc.collect()
-        tier.check_integrity()
+        check_integrity(tier)
         assert tier.stats().leased == 0
 
 
@@ -356,7 +357,7 @@ def test_when_all_slots_are_held_a_caller_waits_until_they_are_given_back() -> N
         waiting = Task(lambda: take(tier, 1, 0))
         wait_until(lambda: tier.stats().misses == 3)
         assert waiting.thread.is_alive()
-        tier.check_integrity()
+        check_integrity(tier)
         assert len(list(held)) < 2  # gives them back
         assert waiting.result() == keys(1, 0)
         stats = tier.stats()
@@ -487,7 +488,7 @@ def test_a_prefetch_that_yields_is_cancelled_when_its_block_wants_others(gate: G
         task.result()
         wait_until(lambda: tier.stats().cancelled == 1)
         assert set(gate.reads) == {ExpertKey(0, 1)}
-        tier.check_integrity()
+        check_integrity(tier)
         assert tier.absent(keys(0, 0, 1)) == keys(0, 0)
         assert take(tier, 0, 0, 1) == keys(0, 1, 0)
 
@@ -583,7 +584,7 @@ def test_nothing_is_lent_while_a_demand_finds_no_slot() -> None:
         first.close()
         task.result()
         second.close()
-        tier.check_integrity()
+        check_integrity(tier)
 
 
 def test_closing_ends_what_stands_back(gate: GatedReader) -> None:
@@ -631,7 +632,7 @@ def test_a_prefetch_that_can_not_be_read_affects_no_demand() -> None:
     with HostTier(reader, slots={"records": 6}) as tier:
         tier.prefetch(0, keys(0, 0))
         wait_until(lambda: tier.stats().failures == 1)
-        tier.check_integrity()
+        check_integrity(tier)
         reader.broken.clear()
         assert take(tier, 0, 0) == keys(0, 0)
 
@@ -646,7 +647,7 @@ def test_what_is_not_there_is_not_asked_for() -> None:
         with pytest.raises(AssertionError):
             list(tier.acquire([ExpertKey(0, 0), ExpertKey(1, 0)]))
         assert tier.stats().misses == 0
-        tier.check_integrity()
+        check_integrity(tier)
 
 
 # -- close -------------------------------------------------------------------------------------------------------------
@@ -668,7 +669,7 @@ def test_close_wakes_waiting_callers_and_waits_for_reads(gate: GatedReader) -> N
     closer.result()
     assert set(gate.reads) == {ExpertKey(0, 0)}, "what was not begun is not read"
     assert "memfd:moetier-arena" not in Path("/proc/self/maps").read_text()
-    tier.check_integrity()
+    check_integrity(tier)
     tier.close()
     with pytest.raises(ClosedError):
         list(tier.acquire(keys(0, 0)))
@@ -687,7 +688,7 @@ def test_a_lease_is_readable_after_close_and_ends_with_an_error() -> None:
     with pytest.raises(ClosedError):
         next(leases)
     lease = None
-    tier.check_integrity()
+    check_integrity(tier)
 
 
 # -- another process ---------------------------------------------------------------------------------------------------
@@ -737,7 +738,7 @@ def test_what_a_forked_child_gives_up_is_the_parents_still(gate: GatedReader) ->
         next(leases)
         gate.wait_begun(ExpertKey(0, 1))  # the others are not begun yet
         assert in_fork(leases.close) == "returned None"
-        tier.check_integrity()
+        check_integrity(tier)
         gate.open()
         assert {lease.key for lease in leases} == set(keys(0, 1, 2, 3))
 
@@ -849,7 +850,7 @@ class HostMachine(RuleBasedStateMachine):
     @invariant()
     def agrees(self) -> None:
         if hasattr(self, "tier"):
-            self.tier.check_integrity()
+            check_integrity(self.tier)
             for lease in self.leases.values():
                 assert bytes(lease.record) == self.oracle[lease.key], "a lease is valid until the next is taken"
 
@@ -859,7 +860,7 @@ class HostMachine(RuleBasedStateMachine):
             self.leases.clear()
             for leases, _ in self.suspended:
                 leases.close()
-            self.tier.check_integrity()
+            check_integrity(self.tier)
             self.tier.close()
 
 
