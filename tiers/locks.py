@@ -8,7 +8,15 @@ its lock. A method becomes a transition by one of four decorators, which differ 
     posted       now, or at the end of the transition that runs now; the caller never waits
     deferred     at the beginning of the next transition; the caller never waits
 
-A transition must not call another transition of the same monitor. It calls ordinary methods, which need the lock.
+A transition must not call another transition of the same monitor, which would wait for itself: this fails with an
+AssertionError. A transition calls ordinary methods, which need the lock.
+
+Locks are taken in this order. A thread that holds one of them takes only later ones:
+
+    1. Clients._changed of a daemon; Fallback._lock of its client
+    2. the lock of one Monitor. A thread in a transition of one tier begins none of another tier
+    3. SlotViews._lock
+    4. all other locks. They are held for a few statements, in which no lock is taken
 
 Finalizers must not wait for the lock. The garbage collector may close an unreachable iterator in any thread, even in a
 thread that is running a transition. So what a finalizer calls is ``posted``.
@@ -25,14 +33,17 @@ from __future__ import annotations
 import functools
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
+from threading import get_ident
 from types import TracebackType
 from typing import Any, TypeVar, TypeVarTuple
 
 from .errors import ClosedError, MoetierError
 
 POLL_SECONDS = 0.05  # longest single wait: a signal that arrives just before a wait is handled only after the wait
+REENTRY_SECONDS = 0.5  # time after which a transition that waits for itself fails
 MOST_DEFERRED = 32  # largest number of deferred functions that wait for the next transition
 
 Owner = TypeVar("Owner")
@@ -84,8 +95,10 @@ class Monitor:
         self.fork_guard = ForkGuard()
         self.after_wake: Callable[[], None] | None = None  # if set, runs as a transition after each that calls ``wake``
         self._repair = repair
-        self._lock = threading.Lock()  # guards what the transitions change, and the fields below
-        self._is_torn = False  # true while a transition runs, and after an exception has interrupted one
+        self._lock = threading.Lock()  # guards: what the transitions change, and the fields below
+        self._runner = (
+            0  # id of the thread whose transition runs, or was interrupted by an exception; 0 if there is none
+        )
         self._sleepers: list[threading.Lock] = []
         self._posted: deque[Callable[[], None]] = deque()
         self._deferred: deque[Callable[[], None]] = deque()
@@ -97,19 +110,17 @@ class Monitor:
         It may raise a MoetierError only while the state is consistent: the state is not repaired after this error.
         """
         self.fork_guard.check()
+        if self._runner == get_ident():
+            self._check_reentry()
         try:
             with self._lock:
-                if self._is_torn:
-                    self._repair()
-                self._is_torn = True
-                while self._deferred:
-                    self._deferred.popleft()()
+                self._prepare()
                 try:
                     result = change(*arguments)
                 except MoetierError:
-                    self._is_torn = False
+                    self._runner = 0
                     raise
-                self._is_torn = False
+                self._runner = 0
         finally:
             if self._posted:
                 self._run_posted()
@@ -168,11 +179,7 @@ class Monitor:
         # thread may take the lock between the check and ``with``. Its transition is short, and so is the wait for it.
         while self._posted and not self._lock.locked():
             with self._lock:
-                if self._is_torn:
-                    self._repair()
-                self._is_torn = True
-                while self._deferred:
-                    self._deferred.popleft()()
+                self._prepare()
                 while self._posted:
                     work = self._posted[0]
                     if work is self._attempted:
@@ -183,7 +190,22 @@ class Monitor:
                         work()
                         self._posted.popleft()
                     self._attempted = None
-                self._is_torn = False
+                self._runner = 0
+
+    def _prepare(self) -> None:
+        """Begin a transition: repair the state if the last one was interrupted, and run what was deferred."""
+        interrupted, self._runner = self._runner, get_ident()
+        if interrupted:
+            self._repair()
+        while self._deferred:
+            self._deferred.popleft()()
+
+    def _check_reentry(self) -> None:
+        """Fail if this thread is in a transition. If an exception has interrupted that, the lock is or becomes free."""
+        deadline = time.monotonic() + REENTRY_SECONDS
+        while self._runner == get_ident() and self._lock.locked():
+            assert time.monotonic() < deadline, "a transition has called another transition of the same monitor"
+            time.sleep(0.001)
 
 
 def _wait(sleeper: threading.Lock) -> None:
@@ -247,8 +269,8 @@ class UseCount:
         """``name`` is the name of the resource in error messages."""
         self._name = name
         self._fork_guard = ForkGuard()
-        self._lock = threading.Lock()  # guards the two fields after the next one
-        self._idle = threading.Condition(self._lock)
+        self._lock = threading.Lock()  # guards: ``_users``, ``_closed``
+        self._idle = threading.Condition(self._lock)  # notified when the last user has ended, once it is closed
         self._users = 0
         self._closed = False
 

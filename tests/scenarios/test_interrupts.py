@@ -26,7 +26,7 @@ from moetier.tiers.layout import ExpertKey
 from moetier.tiers.locks import Monitor
 from moetier.tiers.store.folder import read_manifest, store_folder
 
-SCRIPT = HELPERS / "interrupted.py"
+SCRIPT = f"import sys\nsys.path.insert(0, {str(HELPERS)!r})\nimport interrupted\ninterrupted.main()\n"
 PLAN = make_plan(blocks=1, experts=2, top_k=1)
 
 
@@ -54,7 +54,7 @@ def test_at_random_moments(
             running = closing.enter_context(running_daemon(tinymix_4bit, ram=ram, folder=folder))
             place = ["--daemon", folder]
         options = [*place, "--count", count, "--signal", kind, "--seed", count]
-        result = scripts.run(SCRIPT.read_text(), tinymix_4bit, *options, timeout=1000)
+        result = scripts.run(SCRIPT, tinymix_4bit, *options, timeout=1000)
         assert result.returncode == 0, result.stderr
         told = json.loads(result.stdout)
         assert told["interrupts"] == count, told

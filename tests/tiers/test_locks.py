@@ -58,6 +58,26 @@ def test_a_method_runs_when_its_decorator_says() -> None:
     assert account.log.count("pay in") == 1
 
 
+def test_a_transition_that_calls_another_one_fails_instead_of_waiting_for_itself() -> None:
+    account = Account()
+    monitor = account._monitor
+    with pytest.raises(AssertionError, match="another transition"):
+        monitor.run(lambda: account.pay_in(1))
+    assert account.pay_in(2) == 2, "the lock is free again"
+    assert Task(lambda: account.pay_in(3)).result() == 5
+
+
+def test_a_thread_goes_on_after_its_interrupted_transition_while_another_holds_the_lock() -> None:
+    account, entered, go = Account(), threading.Event(), threading.Event()
+    with pytest.raises(ZeroDivisionError):
+        account._monitor.run(lambda: 1 // 0)
+    other = Task(lambda: account._monitor.run(lambda: (entered.set(), go.wait(60))))
+    assert entered.wait(60)
+    threading.Timer(0.1, go.set).start()
+    assert account.pay_in(2) == 2
+    other.result()
+
+
 def test_transitions_run_one_at_a_time() -> None:
     monitor, count = Monitor(), 0
 
