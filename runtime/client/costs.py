@@ -17,7 +17,7 @@ class FetchRate:
     """Bytes per second that fetches get while at least one is under way. Thread-safe."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards the fields below
+        self._lock = threading.Lock()  # guards: the fields below
         self._under_way = 0
         self._since = 0.0  # when (monotonic clock) the time of the fetches under way was counted last
         self._seconds = 0.0

@@ -85,7 +85,7 @@ class Link:
         self._digest = digest
         self._connected = connected
         self._requests: dict[int, SlotRequest] = {}
-        self._lock = threading.Lock()  # held while a request is sent, for the first time or again
+        self._lock = threading.Lock()  # guards: changes of ``_outbox``, so that each request is sent once on a stream
         self._outbox: Outbox | None = None  # None while the daemon is away
         self._used: deque[ExpertKey] = deque(maxlen=REPORT_KEPT)
         self._closed = threading.Event()

@@ -72,7 +72,7 @@ class Peers:
         self._single = frozenset(self._peers)
         self._names: dict[Address, list[Address]] = {name: [] for name in names}  # from DNS names to their daemons
         self._credentials = credentials
-        self._state = threading.Condition()  # guards the peers' fields and all fields below
+        self._state = threading.Condition()  # guards: the peers' fields and all fields below
         self._from_former = Counter[str]()  # of daemons that have left their DNS name
         self._next_resolve = 0.0  # on the monotonic clock
         self._watcher: threading.Thread | None = None

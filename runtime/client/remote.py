@@ -74,7 +74,7 @@ class RemoteStore(Store):
         self.timeout = timeout
         self._fork_guard = ForkGuard()
         self.count = channels
-        self._state = threading.Lock()  # guards the two fields below
+        self._state = threading.Lock()  # guards: the two fields below
         self._channels: _Channels | None = None
         self._closed = False
         self.computes: bool | None = None  # whether the daemon serves Compute; None before the first check
@@ -247,7 +247,7 @@ class _Transfer:
         self._store = store
         self._key = key
         self._view = view  # [slot_bytes]
-        self._state = threading.Lock()  # guards the two fields below
+        self._state = threading.Lock()  # guards: the two fields below
         self._calls: list[Any] = []
         self._error: MoetierError | None = None
 

@@ -67,7 +67,7 @@ class RemoteCompute:
         self._uses = [RecentUses(block.experts) for block in self._manifest.blocks]
         self._least: dict[int, tuple[int, float]] = {}  # by block: demands left until it is looked up again, and uses
         self._seconds = OutputSeconds()
-        self._lock = threading.Lock()  # guards ``_waiting``
+        self._lock = threading.Lock()  # guards: ``_waiting``
         self._waiting = 0  # number of outputs that are waited for
 
     @property

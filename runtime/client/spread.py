@@ -90,7 +90,7 @@ class SpreadStore(Store):
         self.rate = FetchRate()
         self._timeout = timeout
         self._fork_guard = ForkGuard()
-        self._counting = threading.Lock()  # guards ``_from_local``
+        self._counting = threading.Lock()  # guards: ``_from_local``
         self._from_local = Counter[str]()
 
     @property
@@ -177,8 +177,9 @@ class SpreadStore(Store):
                 return None
             finally:
                 self.rate.end(brought)
-        away = order[0].away if order else None
-        return error or away or UnavailableError("Every daemon is away.", "Start one: moetier daemon DIR")
+        if error is None and order and (away := order[0].away) is not None:
+            error = away.fresh()
+        return error or UnavailableError("Every daemon is away.", "Start one: moetier daemon DIR")
 
 
 def _open_local(directory: Path) -> Store | None:

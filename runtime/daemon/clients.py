@@ -80,7 +80,7 @@ class SessionCall:
         self._model = model
         self._on_ended = on_ended
         self._events: SimpleQueue[Event | None] = SimpleQueue()  # None ends the answers
-        self._state = threading.Lock()  # guards the two fields below
+        self._state = threading.Lock()  # guards: ``_error``, ``_ended``
         self._error: Exception | None = None
         self._ended = False
         self._session = model.host.session(self._events.put, leases=leases, timeout=timeout)
@@ -218,7 +218,7 @@ class Clients:
         self.began = time.monotonic()
         self._leases = leases
         self._timeout = timeout
-        self._changed = threading.Condition()  # guards the four fields below
+        self._changed = threading.Condition()  # guards: the four fields below, and which call a client has
         self._clients: dict[str, Client] = {}
         self._numbers = itertools.count(1)
         self._fetching = 0

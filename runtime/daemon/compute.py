@@ -42,7 +42,7 @@ BATCH_OUTPUTS = 256  # outputs that are computed together, which limits scratch 
 _TYPES = {"bfloat16": BF16, "float32": FP32}
 _SAME = "Use the same version of moetier on both sides."
 
-# held while a call computes: all threads of the team compute one call after the other
+# guards: ``_memory`` and the team of threads, which compute one call after the other
 _computing = threading.Lock()
 _memory = Memory()
 
@@ -80,7 +80,7 @@ class ComputeCalls:
         self._manifest = manifest
         self._timeout = timeout
         self._leases = CallLeases(host, timeout=timeout)
-        self._state = threading.Lock()  # guards the fields below
+        self._state = threading.Lock()  # guards: the fields below
         # by layout, variant of the activation and type: None while code is compiled; an error if it can't be compiled
         self._products: dict[tuple[str, Activation, str], ExpertProducts | ConfigError | None] = {}
         self._compilers: list[threading.Thread] = []
@@ -200,7 +200,7 @@ class ComputeCalls:
         if products is None:
             raise ExhaustedError("The daemon compiles code for these experts.", "Fetch records meanwhile.")
         if isinstance(products, ConfigError):
-            raise ConfigError(products.cause, products.fix)
+            raise products.fresh()
         return products.with_activation(activation)
 
     def _compile(self, variant: tuple[str, Activation, str]) -> None:

@@ -65,7 +65,7 @@ class ControlServer:
         self._refusals = RateLimitedLog(_log, "client-refused")
         self._pauses = RateLimitedLog(_log, "side-socket-paused", pause=_LINE_SECONDS)
         self._closed = threading.Event()
-        self._state = threading.Lock()  # guards ``_connections``
+        self._state = threading.Lock()  # guards: ``_connections``
         self._connections: dict[socket.socket, bool] = {}  # True: counts as a client of a store
         self._threads = weakref.WeakSet[threading.Thread]()  # threads of the connections
         path = folder / CONTROL_SOCKET
@@ -165,15 +165,15 @@ class ControlServer:
                 f"The daemon can't pass on its arena's descriptor: {error.strerror}.",
                 "Raise the daemon's limit of open files (ulimit -n).",
             ) from None
-        leaving.callback(self._on_end, session)
-        reply = {
-            "session": session,
-            "model": welcome.model,
-            "slots": dict(welcome.slots),
-            "pid": os.getpid(),
-            "version": self._version,
-        }
         try:
+            leaving.callback(self._on_end, session)
+            reply = {
+                "session": session,
+                "model": welcome.model,
+                "slots": dict(welcome.slots),
+                "pid": os.getpid(),
+                "version": self._version,
+            }
             if not answer(end, reply, welcome.descriptor):
                 with contextlib.suppress(OSError):
                     end.shutdown(socket.SHUT_RDWR)  # makes room for another client at once

@@ -45,7 +45,7 @@ class FetchCalls:
         self._limits = {array: max(1, count // 4) for array, count in slots.items()}
         self._stall = stall
         self._timeout = timeout
-        self._state = threading.Condition()  # guards the fields below
+        self._state = threading.Condition()  # guards: the fields below
         # for each call under way: when (monotonic clock) the piece was offered that its client has yet to take
         self._offered: dict[grpc.ServicerContext, float] = {}
         self._held: dict[str, Counter[ExpertKey]] = {array: Counter() for array in slots}

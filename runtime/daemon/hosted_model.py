@@ -52,7 +52,7 @@ class HostedModel:
         self.slots = host.layout.slots_by_array
         self.budget_bytes = host.stats().slot_bytes
         self._timeout = timeout
-        self._opening = threading.Lock()  # guards ``_opener``
+        self._opening = threading.Lock()  # guards: ``_opener``
         self._opener: threading.Thread | None = None
         self._compute_calls: ComputeCalls | MoetierError | None = None  # None until the opener has run
         self._failures = RateLimitedLog(_log, "read-failed")
@@ -89,7 +89,7 @@ class HostedModel:
         if self._compute_calls is None:
             raise ExhaustedError("The daemon loads its compiler.", "Fetch records meanwhile.")
         if isinstance(self._compute_calls, MoetierError):
-            raise type(self._compute_calls)(self._compute_calls.cause, self._compute_calls.fix)
+            raise self._compute_calls.fresh()
         return self._compute_calls
 
     def condemn(self, error: StoreError) -> None:

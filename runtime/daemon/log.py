@@ -53,7 +53,7 @@ class RateLimitedLog:
         self._event = event
         self._level = level
         self._pause = pause
-        self._lock = threading.Lock()  # guards the two fields below
+        self._lock = threading.Lock()  # guards: the two fields below
         self._next = 0.0  # on the monotonic clock
         self._unsaid = 0
 

@@ -208,7 +208,7 @@ class _Server(ThreadingMixIn, WSGIServer):
     def __init__(self, family: int, place: Any) -> None:
         self.address_family = family
         self._open: dict[socket.socket, None] = {}  # oldest first
-        self._state = threading.Lock()  # guards ``_open``
+        self._state = threading.Lock()  # guards: ``_open``
         super().__init__(place, _Handler)
 
     def server_bind(self) -> None:

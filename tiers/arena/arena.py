@@ -91,7 +91,7 @@ class Arena:
 
     @classmethod
     def reclaim(cls, descriptor: int, manifest: Manifest) -> Arena:
-        """Take over an arena whose owner is dead. ``intact_slots`` must check its records before they are used.
+        """Take over an arena whose owner is dead. ``recover`` must check its records before they are used.
 
         Args:
             descriptor: any descriptor of the memory file. The caller still has to close it.
@@ -144,6 +144,7 @@ class Arena:
         self._mapping: mmap.mmap | None = mapping
         self._descriptor = descriptor  # the owner's descriptor; None in a process that only reads
         self._allocated = layout.nbytes if allocated is None else allocated  # bytes that are allocated, in order
+        self._is_allocated = bytearray(layout.slots)  # for each slot, whether ``allocate`` has seen to its pages
         self._allocator: threading.Thread | None = None
         self._closing = False
 
@@ -164,11 +165,14 @@ class Arena:
         Raises:
             BudgetError: the system does not have enough memory.
         """
+        if self._is_allocated[slot]:
+            return
         start, size = self.layout.offset(slot), self.layout.slot_bytes(slot)
         if start + size > self._allocated:
             assert self._descriptor is not None, "closed, or not the owner"
             with _enough_memory(self.layout):
                 os.posix_fallocate(self._descriptor, start, size)
+        self._is_allocated[slot] = True
 
     def _allocate_all(self) -> None:
         """Allocate pages piece by piece, until ``close``. Without memory, end: ``allocate`` says so."""
@@ -288,12 +292,12 @@ def _check_sealed(descriptor: int) -> ArenaHeader:
     return header
 
 
-def intact_slots(arena: Arena, manifest: Manifest, threads: int) -> dict[int, ExpertKey]:
-    """Check all records of a reclaimed arena. Its previous owner may have died at any moment.
+def recover(arena: Arena, manifest: Manifest, threads: int) -> dict[int, ExpertKey]:
+    """Check all records of a reclaimed arena, and keep those that are intact: its owner may have died at any moment.
 
-    Returns a dictionary from slot to key, with all slots whose record matches its checksum. If several slots have the
-    same key, the dictionary has one of them at most. A slot is left out if records of its key have another layout than
-    the slot's region. ``threads`` is the number of threads that compute checksums.
+    Returns a dictionary from slot to key, with all slots whose record matches its checksum. The directory then has only
+    these. If several slots have the same key, one of them is kept at most. A slot is not kept if records of its key
+    have another layout than the slot's region. ``threads`` is the number of threads that compute checksums.
     """
     layout = arena.layout
     claimed: dict[ExpertKey, int] = {}
@@ -310,7 +314,9 @@ def intact_slots(arena: Arena, manifest: Manifest, threads: int) -> dict[int, Ex
     with ThreadPoolExecutor(threads, thread_name_prefix="moetier-recovery") as pool:
         checks = [pool.submit(check) for _ in range(threads)]
     whole = {slot for done in checks for slot in done.result()}
-    return {slot: key for key, slot in claimed.items() if slot in whole}
+    kept = {slot: key for key, slot in claimed.items() if slot in whole}
+    arena.directory.repair([(kept.get(slot), False) for slot in range(layout.slots)])
+    return kept
 
 
 def _is_whole(data: memoryview, key: ExpertKey, manifest: Manifest) -> bool:

@@ -30,7 +30,7 @@ class SlotViews:
             prepare: called with the whole memory of the host tier before the first view of this memory is made.
             retire: called with the old memory after the host tier has replaced it.
         """
-        self._lock = threading.Lock()  # guards ``_memories`` and changes of ``_views``, which is read without it
+        self._lock = threading.Lock()  # guards: ``_memories`` and changes of ``_views``, which is read without it
         self._prepare = prepare
         self._retire = retire
         self._memories: list[object] = []  # the memory objects that have views; more than one only during a replacement

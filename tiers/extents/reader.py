@@ -297,7 +297,7 @@ class ExtentStore(DirectoryStore):
         with self._use:
             self.manifest.check_keys(key.block, (key,))
             if key.block in self._faults:
-                raise self._faults[key.block].with_traceback(None)
+                raise self._faults[key.block].fresh()
             view, extents = as_bytes(buffer), self.table.extents(key)
             assert len(view) == self.layout(key.block).slot_bytes, f"{len(view)} bytes are no slot"
             try:

@@ -126,6 +126,11 @@ class Demand:
         return not self.pending and self.is_idle
 
     @property
+    def held(self) -> list[int]:
+        """The slots that the demand holds or claims."""
+        return [*self.leased, *self.ready, *(load.slot for load in self.loads)]
+
+    @property
     def outstanding(self) -> int:
         """Number of slots that the demand holds or claims."""
         return len(self.loads) + len(self.ready) + len(self.leased)

@@ -46,14 +46,15 @@ class DirectHits:
         """Count hits of ``note_uses`` as discarded, because records were replaced during their use."""
         self._counters.count_lookups(discarded=len(set(experts)))
 
-    def note_client_use(self, key: ExpertKey) -> None:
-        """Count a hit of another process, which has used the record of ``key``."""
-        pool = self._pool_of[key.block]
-        self._counters.count_lookups(hits=1)
-        self.uses.update((key,))
-        if pool.find(key) is not None:
-            pool.note_uses((key,))
-            self._prefetches.note_uses((key,))
+    def note_client_uses(self, keys: Sequence[ExpertKey]) -> None:
+        """Count hits of another process, which has used the records of ``keys`` in this order."""
+        self._counters.count_lookups(hits=len(keys))
+        self.uses.update(keys)
+        for key in keys:
+            pool = self._pool_of[key.block]
+            if pool.find(key) is not None:
+                pool.note_uses((key,))
+                self._prefetches.note_uses((key,))
 
     def note_copy_uses(self, keys: Sequence[ExpertKey]) -> None:
         """Count uses of copies in the tier above. They are hits of that tier, not of this one."""

@@ -23,15 +23,14 @@ a process that does not return its slots can't block other callers.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
-from functools import partial
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 
 from moetier.tiers.arena.directory import Directory
 from moetier.tiers.arena.layout import ArenaLayout
 from moetier.tiers.cache.budget import partitions_of
 from moetier.tiers.cache.policies import DEFAULT_POLICY, POLICIES
 from moetier.tiers.cache.pool import Lookup
-from moetier.tiers.errors import MoetierError
+from moetier.tiers.errors import MoetierError, StoreError
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.stats import TierCounters
@@ -52,7 +51,7 @@ class Ledger:
         notifier: wakes threads that can go on.
         limits: how many loads may be in progress.
         policy: the policy of eviction, a key of ``POLICIES``.
-        loads_rest: whether pools with room for all of their records are filled in the background (``Loads.load_rest``).
+        loads_rest: whether all records are read, in the background, where there is room (``Loads.load_rest``).
         clock: returns the time in seconds.
     """
 
@@ -79,12 +78,11 @@ class Ledger:
         self.prefetches = PrefetchQueue(self.counters, clock)
         self.direct_hits = DirectHits(self.pool_of, self.counters, self.prefetches)
         self.waiting = WaitingDemands(notifier, clock)
-        self.loads = Loads(directory, self.counters, self.prefetches, self.waiting, notifier, limits.prefetches)
+        self.loads = Loads(directory, self.counters, self.prefetches, self.waiting, notifier, limits)
         if loads_rest:
-            self.loads.unfilled = {self.pools[array]: blocks for array, blocks in manifest.members.items()}
+            self.loads.rest = {self.pools[array]: blocks for array, blocks in manifest.members.items()}
         self._notifier = notifier
         self._clock = clock
-        self._ahead = limits.ahead
         self._demands: set[Demand] = set()
 
     @property
@@ -92,10 +90,15 @@ class Ledger:
         """The error with which the ledger was closed; None while it is open."""
         return self.loads.closed_by
 
+    @property
+    def fault(self) -> StoreError | None:
+        """The error with which the tier was condemned, or None."""
+        return self.closed_by if isinstance(self.closed_by, StoreError) else None
+
     def check_open(self) -> None:
         """If the ledger was closed, raise the error with which it was closed."""
         if (error := self.closed_by) is not None:
-            raise type(error)(error.cause, error.fix)  # a new object: the frames of a raised error would keep slots
+            raise error.fresh()  # the frames of a raised error would keep slots
 
     # -- demands ------------------------------------------------------------------------------------------------------
 
@@ -172,16 +175,19 @@ class Ledger:
         demand.hits = max(demand.hits - len(slots), 0)
         return slots
 
-    def release(self, demand: Demand, slots: Iterable[int] | None = None) -> None:
-        """End the demand's leases of ``slots``, or all of its leases if ``slots`` is None.
+    def release(self, demand: Demand, keys: Iterable[ExpertKey] | None = None) -> None:
+        """End the demand's leases of ``keys``, or all of its leases if ``keys`` is None.
 
-        Slots that the demand has not leased are ignored.
+        Keys that the demand has not leased are ignored.
         """
-        ended = [slot for slot in dict.fromkeys(demand.leased if slots is None else slots) if slot in demand.leased]
+        slots = demand.leased if keys is None else dict.fromkeys(demand.pool.find(key) for key in keys)
+        ended = [slot for slot in slots if slot in demand.leased]
         for slot in ended:
             del demand.leased[slot]
         if ended:
             self._unpin(demand, ended)
+        if demand.async_caller is not None:
+            self.waiting.recheck(demand)
 
     def end(self, demand: Demand) -> None:
         """End a demand: release its leases and claims, and cancel its pending keys.
@@ -193,7 +199,7 @@ class Ledger:
         self.waiting.remove(demand)
         demand.pending.clear()
         loads = list(demand.loads)
-        slots = [*demand.leased, *demand.ready, *(load.slot for load in loads)]
+        slots = demand.held
         demand.leased.clear()
         demand.ready.clear()
         demand.loads.clear()
@@ -228,7 +234,7 @@ class Ledger:
         self.loads.close(error)
         for demand in self._demands:
             if demand.async_caller is not None:
-                demand.error = demand.error or error
+                demand.error = demand.error or error.fresh()
                 self.waiting.recheck(demand)
         self._notifier.wake_callers()
         self.serve()
@@ -295,6 +301,12 @@ class Ledger:
             self.counters.count_wait(self._clock() - demand.waits_since)
             demand.waits_since = None
 
+    def end_caller(self, caller: AsyncCaller) -> None:
+        """End all demands of an asynchronous caller, and cancel its prefetch requests."""
+        self.end_all(caller)
+        self.prefetches.cancel(caller)
+        self.serve()
+
     # -- slots --------------------------------------------------------------------------------------------------------
 
     def _advance(self, demand: Demand) -> list[ExpertKey]:
@@ -315,7 +327,7 @@ class Ledger:
                     self.counters.count_joined()
                     self.loads.join(demand, key)
                 case Lookup.MISS:
-                    may_load = may_load and self._begin_load(demand, key)
+                    may_load = may_load and self.loads.begin_for(demand, key)
                     if not may_load:
                         continue
             del demand.pending[key]
@@ -325,32 +337,6 @@ class Ledger:
             self.waiting.wait_for_slot(demand)
         return served
 
-    def _begin_load(self, demand: Demand, key: ExpertKey) -> bool:
-        """Begin the load of a record for a demand, which waits for it. Return False if it may not begin one now."""
-        if not self._may_load(demand) or (slot := self._choose(demand)) is None:
-            return False
-        self.loads.begin(demand.pool, key, slot, is_prefetch=False, is_scan=demand.is_scan)
-        self.loads.join(demand, key)
-        self._notifier.wake_loader()
-        self.loads.load_rest(demand.pool)
-        return True
-
-    def _may_load(self, demand: Demand) -> bool:
-        starved = demand.pool.starved
-        if len(demand.loads) >= self._ahead or (starved and starved[0] is not demand):
-            return False
-        arrivals = len(demand.ready) - demand.hits
-        return demand.async_caller is not None or len(demand.loads) + arrivals < 2 * self._ahead
-
-    def _choose(self, demand: Demand) -> int | None:
-        """Return a slot for a load of the demand; None if there is no slot.
-
-        Records that are requested for a prefetch are evicted only if no other record can be.
-        """
-        choose = partial(demand.pool.choose, demand.block, may_borrow=demand.is_idle, is_scan=demand.is_scan)
-        slot = choose(keep=self.prefetches.is_requested)
-        return choose() if slot is None else slot
-
     def _unpin(self, demand: Demand, slots: Sequence[int]) -> None:
         """Unpin slots that a demand no longer holds or claims, so that other demands can use them."""
         pool = demand.pool
@@ -359,6 +345,14 @@ class Ledger:
             self._notifier.wake_callers()
         if demand.async_caller is not None:
             self.waiting.note_released(demand, len(slots))
+
+    def recover(self, kept: Mapping[int, ExpertKey]) -> int:
+        """Make slots READY that hold intact records of a reclaimed arena, by their keys. Return their number."""
+        for slot, key in kept.items():
+            pool = self.pool_of[key.block]
+            pool.begin_fill(slot - pool.first, key)
+            pool.complete_fill(slot - pool.first)
+        return len(kept)
 
     # -- repair -------------------------------------------------------------------------------------------------------
 
@@ -379,7 +373,7 @@ class Ledger:
         pins = [0] * pool.count
         for demand in self._demands:
             if demand.pool is pool:
-                for slot in [*demand.leased, *demand.ready, *(load.slot for load in demand.loads)]:
+                for slot in demand.held:
                     pins[slot] += 1
         return pins
 

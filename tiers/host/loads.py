@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from moetier.tiers.arena.directory import Directory
@@ -95,7 +96,7 @@ class Loads:
         prefetches: the queue of prefetches.
         waiting: the queues of demands.
         notifier: wakes threads that can go on.
-        most_prefetches: the largest number of reads for prefetches in progress at a time.
+        limits: how many loads may be in progress.
     """
 
     def __init__(
@@ -105,16 +106,16 @@ class Loads:
         prefetches: PrefetchQueue,
         waiting: WaitingDemands,
         notifier: Notifier,
-        most_prefetches: int,
+        limits: LoadLimits,
     ) -> None:
         self.closed_by: MoetierError | None = None  # the error with which the tier was closed; None while it is open
-        self.unfilled: dict[Pool, Mapping[int, Block]] = {}  # from each pool that ``load_rest`` may read to its blocks
+        self.rest: dict[Pool, Mapping[int, Block]] = {}  # from each pool that ``load_rest`` may read to its blocks
         self._directory = directory
         self._counters = counters
         self._prefetches = prefetches
         self._waiting = waiting
         self._notifier = notifier
-        self._most_prefetches = most_prefetches
+        self._limits = limits
         self._queue = FairQueue()
         self._loads: dict[ExpertKey, Load] = {}
 
@@ -122,6 +123,32 @@ class Loads:
         return iter(self._loads.values())
 
     # -- demands ------------------------------------------------------------------------------------------------------
+
+    def begin_for(self, demand: Demand, key: ExpertKey) -> bool:
+        """Begin the load of a record for a demand, which waits for it. Return False if it may not begin one now."""
+        if not self._may_begin(demand) or (slot := self._choose(demand)) is None:
+            return False
+        self.begin(demand.pool, key, slot, is_prefetch=False, is_scan=demand.is_scan)
+        self.join(demand, key)
+        self._notifier.wake_loader()
+        self.load_rest(demand.pool)
+        return True
+
+    def _may_begin(self, demand: Demand) -> bool:
+        starved, ahead = demand.pool.starved, self._limits.ahead
+        if len(demand.loads) >= ahead or (starved and starved[0] is not demand):
+            return False
+        arrivals = len(demand.ready) - demand.hits
+        return demand.async_caller is not None or len(demand.loads) + arrivals < 2 * ahead
+
+    def _choose(self, demand: Demand) -> int | None:
+        """Return a slot for a load of the demand; None if there is no slot.
+
+        Records that are requested for a prefetch are evicted only if no other record can be.
+        """
+        choose = partial(demand.pool.choose, demand.block, may_borrow=demand.is_idle, is_scan=demand.is_scan)
+        slot = choose(keep=self._prefetches.is_requested)
+        return choose() if slot is None else slot
 
     def begin(
         self,
@@ -189,8 +216,8 @@ class Loads:
         After so many demands, the others will soon be needed, too. If a model is hardly used, only demands are read; of
         any other, at most as much again.
         """
-        if pool in self.unfilled and 2 * (pool.ready + pool.loading) >= pool.count:
-            blocks = self.unfilled.pop(pool)
+        if pool in self.rest and 2 * (pool.ready + pool.loading) >= pool.count:
+            blocks = self.rest.pop(pool)
             keys = [ExpertKey(number, expert) for number, block in blocks.items() for expert in range(block.experts)]
             if len(keys) == pool.count:
                 self.warm(pool, keys)
@@ -224,7 +251,7 @@ class Loads:
         Returns None if there is no prefetch, if a record is being read for a demand, or if enough prefetches are being
         read.
         """
-        if self._is_for_demands or self._prefetching >= self._most_prefetches:
+        if self._is_for_demands or self._prefetching >= self._limits.prefetches:
             return None
         if (place := self._prefetches.next_place()) is None:
             return None
@@ -233,7 +260,7 @@ class Loads:
     def wake_loaders_for_prefetches(self) -> None:
         """Wake as many loaders as there are prefetches that can now be read."""
         if (unbegun := self._prefetches.unbegun) and not self._is_for_demands:
-            for _ in range(min(unbegun, self._most_prefetches - self._prefetching)):
+            for _ in range(min(unbegun, self._limits.prefetches - self._prefetching)):
                 self._notifier.wake_loader()
 
     @property
@@ -286,7 +313,7 @@ class Loads:
         self._remove(load)
         for demand in load.waiters:
             demand.loads.remove(load)
-            demand.error = demand.error or error
+            demand.error = demand.error or (error.fresh() if isinstance(error, MoetierError) else error)
             if demand.async_caller is not None:
                 self._waiting.note_released(demand, 1)
                 self._waiting.recheck(demand)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from queue import Empty, SimpleQueue
 
-from moetier.tiers.errors import ClosedError, ProtocolError, StoreError
+from moetier.tiers.errors import ClosedError, ProtocolError
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.locks import Monitor, transition
 
@@ -83,9 +83,7 @@ class Session(AsyncCaller):
         if (demand := self.demands.get(request)) is None:
             return
         if keys:
-            slots = [demand.pool.find(key) for key in keys]
-            self._ledger.release(demand, [slot for slot in slots if slot is not None])
-            self._ledger.waiting.recheck(demand)
+            self._ledger.release(demand, keys)
         else:
             self._ledger.end(demand)
         self._ledger.serve()
@@ -103,8 +101,7 @@ class Session(AsyncCaller):
     @transition
     def _note_uses(self, keys: Sequence[ExpertKey]) -> None:
         if self._takes_hints():
-            for key in keys:
-                self._ledger.direct_hits.note_client_use(key)
+            self._ledger.direct_hits.note_client_uses(keys)
 
     def prefetch(self, block: int, keys: Sequence[ExpertKey]) -> None:
         """Request prefetches as ``ExpertSource`` specifies. Only requests of the same session are replaced.
@@ -126,10 +123,7 @@ class Session(AsyncCaller):
         Loads that a loader has begun go on. No more events are delivered.
         """
         self._closed = True
-        for demand in list(self.demands.values()):
-            self._ledger.end(demand)
-        self._ledger.prefetches.cancel(self)
-        self._ledger.serve()
+        self._ledger.end_caller(self)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -141,7 +135,7 @@ class Session(AsyncCaller):
 
         Raises ClosedError if the session or the tier was closed.
         """
-        if isinstance(self._ledger.closed_by, StoreError):
+        if self._ledger.fault is not None:
             return False
         self._check_open()
         return True

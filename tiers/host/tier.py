@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from functools import partial
 
-from moetier.tiers.arena.arena import Arena, intact_slots
+from moetier.tiers.arena.arena import Arena, recover
 from moetier.tiers.arena.layout import ArenaLayout
 from moetier.tiers.cache.policies import DEFAULT_POLICY
 from moetier.tiers.cache.pool import snapshot
@@ -84,10 +84,8 @@ class HostTier(Closeable):
         with contextlib.ExitStack() as undo:
             self._arena = arena or Arena.create(self.layout)
             undo.callback(self._arena.close)
-            self._is_allocated = bytearray(self.layout.slots)  # for each slot, whether its memory was allocated
-            self._slots = [
-                self._arena.slot(slot) for slot in range(self.layout.slots)
-            ]  # writable views, for the loaders
+            # writable views, for the loaders
+            self._slots = [self._arena.slot(slot) for slot in range(self.layout.slots)]
             # a read-only view of each slot; always the same objects, for which the device tier can cache tensors
             self._records = [self._arena.view(slot) for slot in range(self.layout.slots)]
             self._residents: dict[int, Residents | None] = {}  # a dictionary from block to what ``residents`` returns
@@ -102,15 +100,11 @@ class HostTier(Closeable):
             )
             undo.callback(self.close)
             if arena is not None:
-                self._recover(arena, loaders)
+                self.recovered = self._ledger.recover(recover(arena, self.manifest, loaders))
             for number in range(loaders):
                 # daemon threads, so that a tier that is never closed does not keep the interpreter from ending
-                loader = threading.Thread(
-                    target=self._run_or_condemn,
-                    args=(self._run_loader,),
-                    name=f"moetier-loader-{number}",
-                    daemon=True,
-                )
+                run = partial(self._run_or_condemn, self._run_loader)
+                loader = threading.Thread(target=run, name=f"moetier-loader-{number}", daemon=True)
                 loader.start()
                 self._loaders.append(loader)
             undo.pop_all()
@@ -270,9 +264,7 @@ class HostTier(Closeable):
         pause = partial(self._pause, load) if load.is_prefetch and len(self._loaders) > 1 else None
         began = time.monotonic()
         try:
-            if not self._is_allocated[slot]:
-                self._arena.allocate(slot)
-                self._is_allocated[slot] = True
+            self._arena.allocate(slot)
             self._store.read_into(load.key, self._slots[slot], pause)
             self._complete_load(load, time.monotonic() - began)
         except _CancelledError:
@@ -363,8 +355,7 @@ class HostTier(Closeable):
     @property
     def fault(self) -> StoreError | None:
         """The error with which the tier was condemned, or None."""
-        error = self._ledger.closed_by
-        return error if isinstance(error, StoreError) else None
+        return self._ledger.fault
 
     @transition
     def condemn(self, error: StoreError) -> None:
@@ -393,15 +384,6 @@ class HostTier(Closeable):
         self._records.clear()
         self._residents.clear()
         self._arena.close()
-
-    def _recover(self, arena: Arena, threads: int) -> None:
-        kept = intact_slots(arena, self.manifest, threads)
-        arena.directory.repair([(kept.get(slot), False) for slot in range(self.layout.slots)])
-        for slot, key in kept.items():
-            pool = self._ledger.pool_of[key.block]
-            pool.begin_fill(slot - pool.first, key)
-            pool.complete_fill(slot - pool.first)
-        self.recovered = len(kept)
 
     @transition
     def _close_ledger(self) -> None:

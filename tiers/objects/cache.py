@@ -101,10 +101,10 @@ class CachedStore(WrapperStore):
         # ``close`` waits for reads before it closes what they use
         self._use = UseCount(f"The store {store.folder}")
         self._objects: Objects | None = None  # opened when the first record is fetched
-        self._lock = threading.Lock()  # guards ``_objects`` and the counts
+        self._lock = threading.Lock()  # guards: ``_objects`` and the counts
         self._fetched, self._from_cache = [0, 0], [0, 0]  # numbers of records, and of bytes
         self._access_times: AccessTimes | None = times
-        self._room = threading.Condition()  # guards the next three, and is notified when records are durable
+        self._room = threading.Condition()  # guards: the next three. Notified when records are durable
         self._arrived: dict[ExpertKey, memoryview] = {}  # copies of records that are not yet durable
         self._waiting = 0  # bytes of these copies
         self._buffers: dict[int, list[memoryview]] = {}  # memory for further copies, by size
@@ -359,9 +359,9 @@ class CachedStore(WrapperStore):
             times.close()
 
 
-def _log_error(settled: Future[None]) -> None:
-    """Log the error with which ``_settle`` has ended, if any. Its records are not kept."""
-    if (error := settled.exception()) is not None:
+def _log_error(stored: Future[None]) -> None:
+    """Log the error with which ``_store_arrived`` has ended, if any. Its records are not kept."""
+    if (error := stored.exception()) is not None:
         _log.error("Records were not kept in the cache.", exc_info=error)
 
 

@@ -133,10 +133,10 @@ class MirroredStore(WrapperStore):
         """
         for block, fault in sorted(stores[0].faults.items()):
             if all(block in store.faults for store in stores):
-                raise fault
+                raise fault.fresh()
         super().__init__(stores[0])
         self._copies = [_Copy(store) for store in stores]
-        self._lock = threading.Lock()  # guards the copies' state
+        self._lock = threading.Lock()  # guards: the copies' state
         self._watchers: list[Callable[[], None]] = []
         self._use = UseCount(f"The store {stores[0].folder}")
 

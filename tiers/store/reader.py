@@ -280,9 +280,9 @@ class ExpertStore(DirectoryStore):
         block, expert = key
         self.manifest.check_keys(block, (key,))
         if self._fault.done():
-            raise self._fault.result().with_traceback(None)
+            raise self._fault.result().fresh()
         if block in self._faults:
-            raise self._faults[block].with_traceback(None)
+            raise self._faults[block].fresh()
         shard = self.shards[block]
         return shard, expert * shard.file.slot_bytes
 

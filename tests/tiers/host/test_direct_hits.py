@@ -53,7 +53,7 @@ def test_a_record_that_was_evicted_since_is_a_hit_all_the_same() -> None:
     tier.fill(ExpertKey(0, 7))
     tier.hits.note_uses(0, [0, 1])
     assert tier.counters.hits == 2
-    tier.hits.note_client_use(ExpertKey(0, 0))
+    tier.hits.note_client_uses([ExpertKey(0, 0)])
     assert tier.counters.hits == 3
     assert not tier.pool.holds(ExpertKey(0, 0))
 
@@ -68,7 +68,7 @@ def test_discarded_hits_are_no_hits() -> None:
 def test_a_hit_makes_a_prefetch_useful_and_ends_the_requests_of_its_block() -> None:
     for use in (
         lambda tier: tier.hits.note_uses(0, [1]),
-        lambda tier: tier.hits.note_client_use(ExpertKey(0, 1)),
+        lambda tier: tier.hits.note_client_uses([ExpertKey(0, 1)]),
         lambda tier: tier.hits.note_copy_uses(keys(0, 1)),
     ):
         tier = Tier()
@@ -85,7 +85,7 @@ def test_a_hit_makes_a_prefetch_useful_and_ends_the_requests_of_its_block() -> N
 def test_uses_of_all_callers_are_counted() -> None:
     tier = Tier()
     tier.hits.note_uses(0, [0, 1])
-    tier.hits.note_client_use(ExpertKey(0, 1))
+    tier.hits.note_client_uses([ExpertKey(0, 1)])
     tier.hits.note_copy_uses(keys(0, 1, 6))
     assert tier.hits.uses == {(0, 0): 1, (0, 1): 3, (0, 6): 1}
     assert tier.counters.hits == 3, "those of the tier above are hits of that tier"

@@ -739,7 +739,7 @@ def test_a_record_that_a_client_finds_in_the_directory_was_requested_rightly() -
     load = ledger.loads.take()
     assert load is not None
     ledger.loads.complete(load)
-    ledger.direct_hits.note_client_use(ExpertKey(1, 0))
+    ledger.direct_hits.note_client_uses([ExpertKey(1, 0)])
     assert (ledger.counters.useful, ledger.counters.late) == (1, 0)
 
 
@@ -846,7 +846,7 @@ def test_uses_are_counted_of_demands_and_of_what_clients_found() -> None:
     ledger, pool = ledger_of(6)
     ledger.end(demand(ledger, pool, 1, 3))
     demand(ledger, pool, 1, 0, 1, 0)
-    ledger.direct_hits.note_client_use(ExpertKey(1, 0))
+    ledger.direct_hits.note_client_uses([ExpertKey(1, 0)])
     ledger.direct_hits.note_copy_uses([ExpertKey(0, 2)])
     assert ledger.direct_hits.uses == {(1, 3): 1, (1, 0): 2, (1, 1): 1, (0, 2): 1}
 

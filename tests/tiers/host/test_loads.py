@@ -41,7 +41,7 @@ class Tier:
         self.counters = TierCounters("host")
         self.prefetches = PrefetchQueue(self.counters, time.monotonic)
         waiting = WaitingDemands(notifier, time.monotonic)
-        self.loads = Loads(self.directory, self.counters, self.prefetches, waiting, notifier, prefetches)
+        self.loads = Loads(self.directory, self.counters, self.prefetches, waiting, notifier, LoadLimits(8, prefetches))
 
     def demand(self, *wanted: ExpertKey, caller: int = 0) -> Demand:
         """A demand that waits for the loads of ``wanted``, which it begins if there are none."""
@@ -114,7 +114,8 @@ def test_a_failed_load_tells_all_who_wait_and_the_record_can_be_read_again() -> 
     load = tier.take()
     tier.loads.fail(load, ERROR)
     tier.loads.fail(load, ERROR)
-    assert first.error is second.error is ERROR
+    assert repr(first.error) == repr(second.error) == repr(ERROR)
+    assert first.error is not second.error, "each thread raises an error of its own"
     assert [waited.key for waited in second.loads] == [B]
     assert tier.counters.failures == 1
     assert tier.pool.find(A) is None
@@ -172,7 +173,7 @@ def test_the_read_of_a_prefetch_yields_to_demands_goes_on_for_one_and_ends_unwan
 
 def test_a_pool_with_room_for_all_is_filled_once_half_was_read() -> None:
     tier = Tier()
-    tier.loads.unfilled = {tier.pool: MANIFEST.members["records"]}
+    tier.loads.rest = {tier.pool: MANIFEST.members["records"]}
     for key in (A, B, C):
         tier.demand(key)
         tier.loads.complete(tier.take())
@@ -196,7 +197,7 @@ def test_closing_fails_what_was_not_begun_and_lets_reads_end() -> None:
     load = tier.take()
     error = ClosedError("It was closed.", "Open it again.")
     tier.loads.close(error)
-    assert demand.error is error
+    assert repr(demand.error) == repr(error)
     assert [waiting.key for waiting in tier.loads] == [A]
     tier.loads.complete(load)
     assert tier.loads.take() is None
