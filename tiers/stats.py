@@ -213,3 +213,24 @@ class Share:
     lost: int = 0  # how often the daemon has become unavailable
     computed: int = 0  # outputs that the daemon has computed: one for each expert and token
     computed_bytes: int = 0  # hidden states and outputs that were sent for that, both ways
+
+
+@dataclass(slots=True)
+class ShareCounts:
+    """Counts of the records that come from one place. They are fields of ``Share``."""
+
+    records: int = 0
+    bytes: int = 0
+    computed: int = 0
+    computed_bytes: int = 0
+
+    def count(self, *, records: int = 0, bytes: int = 0, computed: int = 0, computed_bytes: int = 0) -> None:
+        """Count what has come from the place."""
+        self.records += records
+        self.bytes += bytes
+        self.computed += computed
+        self.computed_bytes += computed_bytes
+
+    def share(self, place: str, away: str = "", lost: int = 0) -> Share:
+        """Return the share of a place. ``away`` and ``lost`` are as in ``Share``."""
+        return Share(place, away=away, lost=lost, **asdict(self))

@@ -37,7 +37,7 @@ class Fallback:
         self._fork_guard.check()
         with self._lock:
             if self._closed:
-                raise ClosedError("The tier was closed.", "Load the model again.")
+                raise ClosedError("The tier of this model was closed.", "Load the model again.")
             if self.host is None and not self.error:
                 self._closing.close()  # what an earlier attempt has opened that an exception interrupted
                 with contextlib.ExitStack() as opening:

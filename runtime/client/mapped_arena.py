@@ -51,7 +51,8 @@ class MappedArena:
         slots = control.slots
         if control.descriptor is None or slots.keys() != manifest.layouts.keys() or min(slots.values()) < 1:
             raise ProtocolError(
-                "The daemon's arena does not fit this store.", "Use the same version of moetier on both sides."
+                "The daemon's arena has other record layouts than this store.",
+                "Use the same version of moetier on both sides.",
             )
         layout = ArenaLayout.of(manifest, slots)
         if (
@@ -97,7 +98,8 @@ class MappedArena:
             if slot < self.layout.slots:
                 raise ClosedError("The tier was closed.", "Load the model again.") from None
             raise ProtocolError(
-                f"The arena has no slot {slot}.", "Use the same version of moetier on both sides."
+                f"The daemon has granted slot {slot} of an arena with {self.layout.slots} slots.",
+                "Use the same version of moetier on both sides.",
             ) from None
 
     def close(self) -> None:

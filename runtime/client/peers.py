@@ -14,9 +14,9 @@ import contextlib
 import logging
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from functools import partial
 from hashlib import blake2b
 
@@ -24,7 +24,7 @@ from moetier.runtime.wire.address import Address, Credentials
 from moetier.tiers.errors import ClosedError, ConfigError, MoetierError, RefusedError, UnavailableError
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Manifest
-from moetier.tiers.stats import Share
+from moetier.tiers.stats import Share, ShareCounts
 
 from .remote import RemoteStore
 
@@ -49,7 +49,7 @@ class Peer:
     def __init__(self, name: str, store: RemoteStore) -> None:
         self.name = name
         self.store = store
-        self.counts = Counter[str]()  # fields of Share; daemons that have left their DNS name share one
+        self.counts = ShareCounts()  # daemons that have left their DNS name share one
         self.failures = 0  # number of times it went away
         self.away: MoetierError | None = None  # the reason while it is away
         self.backoff = 0.0  # seconds between checks while it is away; 0 once it has given a record
@@ -73,7 +73,7 @@ class Peers:
         self._names: dict[Address, list[Address]] = {name: [] for name in names}  # from DNS names to their daemons
         self._credentials = credentials
         self._state = threading.Condition()  # guards: the peers' fields and all fields below
-        self._from_former = Counter[str]()  # of daemons that have left their DNS name
+        self._former = ShareCounts()  # of daemons that have left their DNS name
         self._next_resolve = 0.0  # on the monotonic clock
         self._watcher: threading.Thread | None = None
         self._closed = False
@@ -91,22 +91,22 @@ class Peers:
     def count_record(self, peer: Peer, nbytes: int) -> None:
         """Count a record that a daemon has given."""
         with self._state:
-            peer.counts.update(records=1, bytes=nbytes)
+            peer.counts.count(records=1, bytes=nbytes)
             peer.backoff = 0.0
 
     def count_computed(self, peer: Peer, outputs: int, nbytes: int) -> None:
         """Count ``outputs`` that a daemon has computed, and the bytes that were sent for them in both directions."""
         with self._state:
-            peer.counts.update(computed=outputs, computed_bytes=nbytes)
+            peer.counts.count(computed=outputs, computed_bytes=nbytes)
 
     def shares(self) -> list[Share]:
         """Return what came from each daemon, in the order in which they were named, and from former ones."""
         with self._state:
             shares = [
-                share_of(peer.name, peer.counts, peer.away.cause if peer.away else "", peer.failures) for peer in self
+                peer.counts.share(peer.name, peer.away.cause if peer.away else "", peer.failures) for peer in self
             ]
-            if self._from_former:
-                shares.append(share_of("former daemons", self._from_former))
+            if self._former != ShareCounts():
+                shares.append(self._former.share("former daemons"))
         return shares
 
     def check_open(self) -> None:
@@ -267,8 +267,8 @@ class Peers:
             self._peers = peers | new
             self._orders = {}
             for peer in former:
-                self._from_former.update(peer.counts)
-                peer.counts = self._from_former  # calls may be under way
+                self._former.count(**asdict(peer.counts))
+                peer.counts = self._former  # calls may be under way
             self._state.notify_all()
         for peer in former:
             _log.info("the daemon %s has gone", peer.name)
@@ -276,11 +276,6 @@ class Peers:
         for name in new:
             _log.info("the daemon %s has come", name)
         return errors
-
-
-def share_of(place: str, counts: Counter[str], away: str = "", lost: int = 0) -> Share:
-    """Return the share of ``place`` from its counts, a dictionary from the fields of Share."""
-    return Share(place, counts["records"], counts["bytes"], away, lost, counts["computed"], counts["computed_bytes"])
 
 
 def _check(peer: Peer) -> MoetierError | None:

@@ -6,7 +6,6 @@ import contextlib
 import logging
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -27,11 +26,11 @@ from moetier.tiers.errors import (
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.locks import ForkGuard
 from moetier.tiers.manifest import Manifest
-from moetier.tiers.stats import Share
+from moetier.tiers.stats import Share, ShareCounts
 from moetier.tiers.store.base import Pause, Store
 
 from .costs import FetchRate
-from .peers import Peer, Peers, share_of
+from .peers import Peer, Peers
 from .remote import RemoteStore
 
 AWAY_TIMEOUT = 30.0  # seconds that a read waits while every daemon is away and there are no local shards
@@ -91,7 +90,7 @@ class SpreadStore(Store):
         self._timeout = timeout
         self._fork_guard = ForkGuard()
         self._counting = threading.Lock()  # guards: ``_from_local``
-        self._from_local = Counter[str]()
+        self._from_local = ShareCounts()
 
     @property
     def where(self) -> str:
@@ -121,7 +120,7 @@ class SpreadStore(Store):
             if self.local is not None and key.block not in self.local.faults:
                 self.local.read_into(key, buffer, pause)
                 with self._counting:
-                    self._from_local.update(records=1, bytes=len(buffer))
+                    self._from_local.count(records=1, bytes=len(buffer))
                 return
             if isinstance(error, StoreError):
                 raise error
@@ -132,7 +131,7 @@ class SpreadStore(Store):
         shares = self.peers.shares()
         if self.local is not None:
             with self._counting:
-                shares.append(share_of("the local store", self._from_local))
+                shares.append(self._from_local.share("the local store"))
         return shares
 
     def close(self) -> None:

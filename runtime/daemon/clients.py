@@ -108,7 +108,7 @@ class SessionCall:
                 self._on_ended()
                 self._model.log_failure(event.error)
                 message = pb.ServerMessage(failed=pb.Failed(request=event.request, error=message_of(event.error)))
-            self._model.count(session_bytes_out=message.ByteSize())
+            self._model.count(bytes_out=message.ByteSize())
             yield message
         if self._error is not None:
             raise self._error
@@ -120,7 +120,7 @@ class SessionCall:
         """
         with contextlib.suppress(Exception):  # gRPC raises once the client or the connection is gone
             for message in messages:
-                self._model.count(session_bytes_in=len(message))
+                self._model.count(bytes_in=len(message))
                 try:
                     self._handle(pb.ClientMessage.FromString(message))
                 except DecodeError:

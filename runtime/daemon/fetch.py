@@ -70,7 +70,8 @@ class FetchCalls:
         start, end = request.offset, request.offset + (request.length or size - request.offset)
         if not 0 <= start < end <= size:
             raise ProtocolError(
-                f"Bytes {start} to {end} are not a part of a record of {size} bytes.", "Ask for a part of the record."
+                f"The bytes from {start:,} to {end:,} were asked for; the record has {size:,} bytes.",
+                "Use the same version of moetier on both sides.",
             )
         deadline = time.monotonic() + timeout
         batches = self._leases.batches([key], context, deadline)
@@ -124,7 +125,7 @@ class FetchCalls:
             with self._state:
                 if not self._state.wait_for(free, timeout):
                     raise ExhaustedError(
-                        f"Fetches of other records have held all slots that they may hold for {timeout:.1f} seconds.",
+                        f"All slots that fetches may use were held for other records for {timeout:.1f} seconds.",
                         "Ask another daemon, or try again later.",
                     )
                 if self._closed or not context.is_active():

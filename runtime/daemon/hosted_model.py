@@ -6,8 +6,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +30,16 @@ TRUNK_SHARE = 0.1  # share of the time in which the trunk is checked; the rest i
 _log = logging.getLogger(__name__)
 
 
+@dataclass(slots=True)
+class SessionCounts:
+    """Counts of the sessions of a model. They are fields of ModelStats."""
+
+    requests: int = 0
+    used: int = 0
+    session_bytes_in: int = 0
+    session_bytes_out: int = 0
+
+
 class HostedModel:
     """A model's host tier, and counters of the requests of its clients.
 
@@ -42,13 +51,13 @@ class HostedModel:
     """
 
     def __init__(
-        self, manifest: Manifest, host: HostTier, directory: Path, *, timeout: float, learn: bool = False
+        self, manifest: Manifest, host: HostTier, location: Path, *, timeout: float, learn: bool = False
     ) -> None:
         self.manifest = manifest
         self.name = manifest.model
         self.digest = manifest.digest
         self.host = host
-        self.directory = directory
+        self.location = location
         self.slots = host.layout.slots_by_array
         self.budget_bytes = host.stats().slot_bytes
         self._timeout = timeout
@@ -56,8 +65,8 @@ class HostedModel:
         self._opener: threading.Thread | None = None
         self._compute_calls: ComputeCalls | MoetierError | None = None  # None until the opener has run
         self._failures = RateLimitedLog(_log, "read-failed")
-        self._lock = threading.Lock()  # guards the counts
-        self._counts = Counter[str]()  # fields of ModelStats
+        self._lock = threading.Lock()  # guards: ``_counts``
+        self._counts = SessionCounts()
         self._closing = threading.Event()
         with contextlib.ExitStack() as undo:
             if learn:
@@ -105,10 +114,13 @@ class HostedModel:
         if isinstance(error, StoreError) and not isinstance(error, MissingExpertError) and self.host.fault is None:
             self._failures.log(model=self.name, cause=error.cause)
 
-    def count(self, **amounts: int) -> None:
-        """Add ``amounts`` to the counters of the same names, which are fields of ModelStats."""
+    def count(self, *, requests: int = 0, used: int = 0, bytes_in: int = 0, bytes_out: int = 0) -> None:
+        """Count what sessions do: requests, hits that clients report, and bytes of their messages both ways."""
         with self._lock:
-            self._counts.update(amounts)
+            self._counts.requests += requests
+            self._counts.used += used
+            self._counts.session_bytes_in += bytes_in
+            self._counts.session_bytes_out += bytes_out
 
     def describe(self) -> pb.Model:
         """Return the message that describes the model to clients."""
@@ -117,7 +129,7 @@ class HostedModel:
             digest=self.digest,
             budget_bytes=self.budget_bytes,
             slots=self.slots,
-            directory=str(self.directory),
+            directory=str(self.location),
             computes=True,
             checks=True,
         )
@@ -138,7 +150,7 @@ class HostedModel:
                 computed=getattr(self._compute_calls, "outputs", 0),
                 recovered=self.host.recovered,
                 fault="" if self.host.fault is None else self.host.fault.cause,
-                **self._counts,
+                **asdict(self._counts),
             )
 
     def blocks(self) -> list[pb.Block]:
@@ -177,7 +189,7 @@ class HostedModel:
 
     def _check_trunk(self) -> None:
         for name, entry in self.manifest.trunk.items():
-            path = self.directory / name
+            path = self.location / name
             if not path.is_file():
                 continue
             try:

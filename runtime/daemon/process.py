@@ -140,7 +140,7 @@ def _start(
     )
     closing.callback(control.close)
     served = tuple(
-        ServedModel(model.name, model.digest, str(model.directory), model.budget_bytes) for model in models.values()
+        ServedModel(model.name, model.digest, str(model.location), model.budget_bytes) for model in models.values()
     )
     metrics = ""
     if config.metrics:

@@ -278,12 +278,12 @@ def test_packets_that_are_lost_in_the_middle_of_a_record(large: Path, tmp_path: 
             tasks = [Task(lambda: load(reader)) for _ in range(2)]
             try:
                 for _ in range(2):
-                    given = peers[0].counts["records"]
-                    wait_until(lambda given=given: peers[0].counts["records"] > given + 5)  # type: ignore[misc]
+                    given = peers[0].counts.records
+                    wait_until(lambda given=given: peers[0].counts.records > given + 5)  # type: ignore[misc]
                     net.drop()
                     wait_until(lambda: peers[0].away is not None)
-                    others = peers[1].counts["records"]
-                    wait_until(lambda others=others: peers[1].counts["records"] > others + 5)  # type: ignore[misc]
+                    others = peers[1].counts.records
+                    wait_until(lambda others=others: peers[1].counts.records > others + 5)  # type: ignore[misc]
                     net.flow()
                     wait_until(lambda: peers[0].away is None)
             finally:

@@ -60,14 +60,14 @@ class ArenaHeader:
         """Read the header of an open arena. Raises ArenaError if the file is not an arena of this version."""
         data = os.pread(descriptor, PAGE, 0)
         if len(data) < PAGE:
-            raise _no_arena("it is too short")
+            raise _no_arena(f"it has {len(data)} bytes, fewer than its header")
         magic, version, nbytes, keys, slots, regions, identity, digest, *_ = _FIXED.unpack_from(data)
         if magic != MAGIC:
             raise _no_arena("it does not begin with the magic number")
         if version != VERSION:
             raise _no_arena(f"it has version {version}, and this version of moetier supports {VERSION}")
         if _FIXED.size + regions * 2 * WORD > PAGE:
-            raise _no_arena(f"it has {regions:,} regions")
+            raise _no_arena(f"its header says that it has {regions:,} regions, more than fit into the header")
         pairs = struct.unpack_from(f"<{2 * regions}Q", data, _FIXED.size)
         return cls(nbytes, keys, slots, identity, digest.hex(), tuple(zip(pairs[::2], pairs[1::2], strict=True)))
 
@@ -81,7 +81,8 @@ class ArenaHeader:
             layout = ArenaLayout.of(manifest, slots)
             if self == ArenaHeader.of(layout, self.identity):
                 return layout
-        raise ArenaError("The sizes of the arena's regions do not fit the store.", "Create a new arena.")
+        has = ", ".join(f"{count:,} slots of {size:,} bytes" for count, size in self.regions)
+        raise ArenaError(f"The arena has {has}, which do not fit the store of {manifest.model}.", "Create a new arena.")
 
     def to_bytes(self) -> bytes:
         """Encode the header as bytes."""
@@ -258,7 +259,7 @@ class Directory:
 
 
 def _no_arena(why: str) -> ArenaError:
-    return ArenaError(f"The memory file is not a moetier arena: {why}.", "Connect to a moetier daemon.")
+    return ArenaError(f"The memory file is not an arena that this version can use: {why}.", "Restart the daemon.")
 
 
 def _closed() -> ClosedError:

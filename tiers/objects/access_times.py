@@ -50,7 +50,8 @@ class AccessTimes:
                     allocate(self._descriptor, size)  # writing a hole of a mapped file is SIGBUS if the disk is full
             if (actual := os.fstat(self._descriptor).st_size) != size:
                 raise StoreFormatError(
-                    f"{path} has {actual:,} bytes; {size:,} were expected.", f"Remove {path.parent.parent}."
+                    f"{path} has {actual:,} bytes; {size:,} were expected, 8 for each record.",
+                    f"It belongs to a cache. Remove {path.parent.parent}, and give the address of the model again.",
                 )
             self._memory = mmap.mmap(
                 self._descriptor, size, access=mmap.ACCESS_WRITE if self.is_durable else mmap.ACCESS_COPY
@@ -103,8 +104,8 @@ class AccessTimes:
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     raise TargetError(
-                        f"Another process has locked {self.path} for {TIMEOUT:.0f} s.",
-                        f"If it is stopped (`fuser -v {self.path}`), continue or end it.",
+                        f"Another process has held the lock of {self.path} for more than {TIMEOUT:.0f} seconds.",
+                        f"Find it (`fuser -v {self.path}`). If it is stopped, continue it (kill -CONT PID) or end it.",
                     ) from None
                 time.sleep(0.01)
         try:

@@ -27,7 +27,7 @@ from moetier.tiers.errors import ChecksumError, StoreError, TargetError
 from moetier.tiers.layout import CHECKSUM_BYTES, ExpertKey
 from moetier.tiers.locks import ForkGuard, UseCount
 from moetier.tiers.manifest import Manifest
-from moetier.tiers.stats import Share
+from moetier.tiers.stats import Share, ShareCounts
 from moetier.tiers.store.atomic import disk_errors, durable_file, make_folders, sync_folder, write_all
 from moetier.tiers.store.base import Pause, WrapperStore
 from moetier.tiers.store.checksum import PIECE_BYTES
@@ -102,7 +102,7 @@ class CachedStore(WrapperStore):
         self._use = UseCount(f"The store {store.folder}")
         self._objects: Objects | None = None  # opened when the first record is fetched
         self._lock = threading.Lock()  # guards: ``_objects`` and the counts
-        self._fetched, self._from_cache = [0, 0], [0, 0]  # numbers of records, and of bytes
+        self._fetched, self._from_cache = ShareCounts(), ShareCounts()
         self._access_times: AccessTimes | None = times
         self._room = threading.Condition()  # guards: the next three. Notified when records are durable
         self._arrived: dict[ExpertKey, memoryview] = {}  # copies of records that are not yet durable
@@ -136,13 +136,11 @@ class CachedStore(WrapperStore):
         """Return how many records were fetched, and how many came from the cache, since the store was opened."""
         retries = 0 if self._objects is None else self._objects.retries
         place = f"{self.address} ({retries} retries)" if retries else self.address
-        (fetched, nbytes), (cached, bytes_cached) = self._fetched, self._from_cache
-        return [Share(place, fetched, nbytes), Share(f"its cache {self.directory}", cached, bytes_cached)]
+        return [self._fetched.share(place), self._from_cache.share(f"its cache {self.directory}")]
 
-    def _count(self, counts: list[int], nbytes: int) -> None:
+    def _count(self, counts: ShareCounts, nbytes: int) -> None:
         with self._lock:
-            counts[0] += 1
-            counts[1] += nbytes
+            counts.count(records=1, bytes=nbytes)
 
     @property
     def _cached(self) -> AccessTimes:

@@ -199,11 +199,11 @@ class Objects(Closeable):
                     raise TimeoutError(f"only {count:,} bytes have come in {seconds:.0f} s")
                 since, count = since + seconds, 0
 
-    def _try(self, name: str, attempt: Callable[[bool], Result], *, fresh: bool = False) -> Result:
+    def _try(self, name: str, attempt: Callable[[bool], Result], *, fresh: bool = False, act: str = "read") -> Result:
         """Call ``attempt`` until it succeeds: for RETRY_SECONDS if failures may pass, or RETRIES times.
 
         ``attempt`` gets whether to ask past caches on the way: if ``fresh``, and after a wrong answer. ``fresh`` also
-        makes the first call count as a retry.
+        makes the first call count as a retry. ``act`` is what is done with the object, for errors.
         """
         end, delay, wrong, retry = math.inf, BACKOFF_SECONDS, 0, fresh
         while not self._closing.is_set():
@@ -217,7 +217,7 @@ class Objects(Closeable):
             except FileNotFoundError:
                 raise MissingExpertError(f"There is no object {name} at {self.where}.", FIX) from None
             except self._errors as error:
-                fault, most = self._fault(name, error)
+                fault, most = self._fault(f"{name} at {self.where} can't be {act}", error)
                 wrong += most < math.inf
                 fresh = fresh or wrong > 0
                 now = time.monotonic()
@@ -234,9 +234,9 @@ class Objects(Closeable):
     def _closed(self) -> ClosedError:
         return ClosedError(f"{self.where} was closed.", "Open it again.")
 
-    def _fault(self, name: str, error: BaseException) -> tuple[StoreReadError, float]:
+    def _fault(self, failure: str, error: BaseException) -> tuple[StoreReadError, float]:
         """Return the error to raise for an error of obstore, and the number of retries; inf: those in RETRY_SECONDS."""
-        text, said = str(error), f"{name} at {self.where} can't be read: {_said(error)}."
+        text, said = str(error), f"{failure}: {_said(error)}."
         if METADATA.search(text):
             return StoreReadError(
                 f"No credentials were found for {self.where}: {_said(error)}.", CREDENTIALS_FIX
@@ -305,11 +305,11 @@ class Objects(Closeable):
     def delete(self, name: str) -> None:
         """Remove an object, if it exists. Raises TargetError if it can't be removed."""
         try:
-            self._try(name, lambda fresh: self._obstore.delete(self._store, name))
+            self._try(name, lambda fresh: self._obstore.delete(self._store, name), act="removed")
         except MissingExpertError:
             pass
         except StoreReadError as error:
-            raise TargetError(error.cause.replace("can't be read", "can't be removed"), error.fix) from error
+            raise TargetError(error.cause, error.fix) from error
 
     def close(self) -> None:
         """Let reads that wait for a retry or for bytes, and later ones, end with ClosedError."""

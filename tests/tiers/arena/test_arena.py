@@ -186,7 +186,7 @@ def test_what_could_shrink_under_the_reader_is_not_mapped(tmp_path: Path) -> Non
 
     assert "not sealed" in refused(memory_file(0))
     assert "not sealed" in refused(memory_file(fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL))
-    assert "too short" in refused(memory_file(SEALS, content[:100]))
+    assert "fewer than its header" in refused(memory_file(SEALS, content[:100]))
     assert "does not begin with the magic" in refused(memory_file(SEALS, bytes(2 * PAGE)))
     assert "has version 2" in refused(memory_file(SEALS, content[:8] + b"\2" + content[9:]))
     assert "4,096 bytes; its header says 8,192" in refused(memory_file(SEALS, content[:PAGE]))

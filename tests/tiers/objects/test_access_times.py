@@ -64,6 +64,6 @@ def test_a_lock_that_is_not_released_is_an_error_with_the_files_name(
             with other.locked():
                 pass
 
-        with times.locked(), pytest.raises(TargetError, match=f"locked {path}"):
+        with times.locked(), pytest.raises(TargetError, match=f"the lock of {path}"):
             Task(lock).result()
         Task(lock).result()
