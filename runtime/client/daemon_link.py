@@ -85,9 +85,10 @@ class Link:
         self._digest = digest
         self._connected = connected
         self._requests: dict[int, SlotRequest] = {}
-        self._lock = threading.Lock()  # guards: changes of ``_outbox``, so that each request is sent once on a stream
+        # guards: ``_outbox`` and new requests, each of which is sent once on each stream. ``_send`` does not take it
+        self._lock = threading.Lock()
         self._outbox: Outbox | None = None  # None while the daemon is away
-        self._used: deque[ExpertKey] = deque(maxlen=REPORT_KEPT)
+        self._uses: deque[ExpertKey] = deque(maxlen=REPORT_KEPT)
         self._closed = threading.Event()
         self._tried = threading.Event()  # the first stream was opened, or failed to open
         self._call: Any = None
@@ -139,7 +140,7 @@ class Link:
 
         The report is sent before the next request, and after half a second at the latest.
         """
-        self._used.extend(keys)
+        self._uses.extend(keys)
 
     def close(self) -> None:
         """End the connection and both threads, and wake all callers that wait for a request. Idempotent.
@@ -150,7 +151,7 @@ class Link:
             self._closed.set()
             outbox = self._outbox
         call = self._call
-        if outbox is not None and self._used:
+        if outbox is not None and self._uses:
             outbox.put(None)  # the stream ends after a last report, and so does the link's thread
             self._thread.join(_ANSWER)
         if call is not None:
@@ -279,7 +280,7 @@ class Link:
                 if message is None and not self._closed.is_set():
                     return  # the stream is broken: hits are reported on the next one
                 # reported first, because the request might otherwise evict the records that were used last
-                if self._used and (message is None or not message.HasField("release")):
+                if self._uses and (message is None or not message.HasField("release")):
                     yield self._report()
                 if message is None:
                     return
@@ -290,8 +291,8 @@ class Link:
 
     def _report(self) -> wire.ClientMessage:
         blocks: list[wire.Experts] = []
-        for _ in range(len(self._used)):
-            block, expert = self._used.popleft()
+        for _ in range(len(self._uses)):
+            block, expert = self._uses.popleft()
             if not blocks or blocks[-1].block != block:
                 blocks.append(wire.Experts(block=block))
             blocks[-1].experts.append(expert)

@@ -166,17 +166,17 @@ class Directory:
 
     # -- the owner ----------------------------------------------------------------------------------------------------
 
-    def begin_fill(self, key: ExpertKey | None, slot: int) -> None:
+    def begin_fill(self, slot: int, evicted: ExpertKey | None) -> None:
         """Make a slot's generation odd, because the slot is about to be filled.
 
-        ``key`` is the key of the record that the slot holds until now; None if it holds no record.
+        ``evicted`` is the key of the record that the slot holds until now; None if it holds no record.
         """
-        if key is not None:
-            self._table[self._number(key)] = NONE
+        if evicted is not None:
+            self._table[self._number(evicted)] = NONE
         self._step(slot)
         assert self._generations[slot] & 1, f"slot {slot} was being filled"
 
-    def complete_fill(self, key: ExpertKey, slot: int) -> None:
+    def complete_fill(self, slot: int, key: ExpertKey) -> None:
         """Let readers find the record of ``key`` in a slot, which has been filled."""
         if self._retired:
             return

@@ -37,7 +37,7 @@ _log = logging.getLogger(__name__)
 class HotSet(dict[ExpertKey, float]):
     """A dictionary from each key to the number of its uses, in which uses in earlier runs count less."""
 
-    def use(self, keys: Iterable[ExpertKey]) -> None:
+    def note_uses(self, keys: Iterable[ExpertKey]) -> None:
         """Count one use of each key."""
         for key in keys:
             self[key] = self.get(key, 0) + 1

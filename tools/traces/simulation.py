@@ -229,7 +229,7 @@ def simulate(trace: Trace, policy: str, slots: int, *, device_slots: int = 0) ->
                     preloads += tier.preload(hot_set.hottest(block, quota))
                     used = HotSet()
                     for demand in demands:
-                        used.use(demand.keys)
+                        used.note_uses(demand.keys)
                     hot_set = used.after(hot_set, {block: experts})
                 missed = [tier.demand(demand.keys, is_prompt=demand.is_prompt) for demand in demands]
             for demand, missing in zip(demands, missed, strict=True):

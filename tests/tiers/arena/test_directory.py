@@ -81,14 +81,14 @@ def life(steps: list[Step]) -> list[bytes]:
         states.append(os.pread(descriptor, LAYOUT.nbytes, 0))
 
     def do(old: ExpertKey | None, slot: int, key: ExpertKey, succeeds: bool) -> None:
-        arena.directory.begin_fill(old, slot)
+        arena.directory.begin_fill(slot, old)
         data, half = stored(key), SLOT_BYTES // 2
         arena.slot(slot)[:half] = data[:half]
         snapshot()
         if succeeds:
             arena.slot(slot)[half:] = data[half:]
             snapshot()
-            arena.directory.complete_fill(key, slot)
+            arena.directory.complete_fill(slot, key)
         else:
             arena.directory.abort_fill(slot)
 

@@ -33,7 +33,7 @@ EXPERTS = {0: 4, 1: 8}
 
 def used(*uses: tuple[int, int]) -> HotSet:
     found = HotSet()
-    found.use(ExpertKey(*use) for use in uses)
+    found.note_uses(ExpertKey(*use) for use in uses)
     return found
 
 
@@ -184,7 +184,7 @@ def test_processes_that_write_at_the_same_time_lose_nothing(cache: Path) -> None
         "import sys; from moetier.tiers.host.warmup import HotSet, keep_hot_set\n"
         "from moetier.tiers.layout import ExpertKey\n"
         "print('ready', flush=True); sys.stdin.readline()\n"
-        "used = HotSet(); used.use([ExpertKey(0, int(sys.argv[1]))])\n"
+        "used = HotSet(); used.note_uses([ExpertKey(0, int(sys.argv[1]))])\n"
         f"for _ in range(20): keep_hot_set({DIGEST!r}, {EXPERTS}, used)"
     )
     command = [sys.executable, "-c", code]
@@ -214,7 +214,7 @@ def test_a_writer_that_is_killed_leaves_what_was_there(cache: Path) -> None:
         "import os, signal; import moetier.tiers.store.atomic as durable\n"
         "durable.os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)\n"
         "from moetier.tiers.host.warmup import HotSet, keep_hot_set; from moetier.tiers.layout import ExpertKey\n"
-        f"u = HotSet(); u.use([ExpertKey(1, 1)]); keep_hot_set({DIGEST!r}, {EXPERTS}, u)"
+        f"u = HotSet(); u.note_uses([ExpertKey(1, 1)]); keep_hot_set({DIGEST!r}, {EXPERTS}, u)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
     assert load_hot_set(DIGEST, EXPERTS) == {ExpertKey(0, 3): 1}

@@ -60,16 +60,16 @@ class Arena:
         memory = memoryview(bytearray(ARENA.directory_bytes))
         directory = Directory.create(memory, ARENA)
         for slot, key in enumerate((A, B)):
-            directory.begin_fill(None, slot)
-            directory.complete_fill(key, slot)
+            directory.begin_fill(slot, None)
+            directory.complete_fill(slot, key)
         self.memory: dict[Any, int] = dict(enumerate(memory.cast("q")))
         self.memory |= {f"{half} {slot}": slot for half in HALVES for slot in range(2)} | {"proved": 0}
         self.stores: list[Store] = []
         directory, held = Directory(Words(memory, self.stores), ARENA), A  # type: ignore[arg-type] # like a memoryview
         for key, succeeds in refills:
-            directory.begin_fill(held, 0)
+            directory.begin_fill(0, held)
             self.stores += [Store(f"{half} 0", key.expert) for half in HALVES]
-            directory.complete_fill(key, 0) if succeeds else directory.abort_fill(0)
+            directory.complete_fill(0, key) if succeeds else directory.abort_fill(0)
             held = key if succeeds else None
 
     def explore(self, experts: Sequence[int], find: Callable[..., Thread], prove: Callable[..., Thread]) -> set[int]:
