@@ -96,7 +96,7 @@ class MappedArena:
             return Lease(key, self._records[slot], slot, proof, more), proof
         except IndexError:
             if slot < self.layout.slots:
-                raise ClosedError("The tier was closed.", "Load the model again.") from None
+                raise ClosedError("The tier of this model was closed.", "Load the model again.") from None
             raise ProtocolError(
                 f"The daemon has granted slot {slot} of an arena with {self.layout.slots} slots.",
                 "Use the same version of moetier on both sides.",

@@ -61,19 +61,19 @@ class RemoteCompute:
     """Has experts that are absent in the tier ``host`` computed by the daemons of ``store``. Thread-safe."""
 
     def __init__(self, store: SpreadStore, host: HostTier) -> None:
-        self._store = store
+        self.store = store
         self._host = host
         self._manifest = store.manifest
         self._uses = [RecentUses(block.experts) for block in self._manifest.blocks]
         self._least: dict[int, tuple[int, float]] = {}  # by block: demands left until it is looked up again, and uses
-        self._seconds = OutputSeconds()
+        self.seconds = OutputSeconds()
         self._lock = threading.Lock()  # guards: ``_waiting``
         self._waiting = 0  # number of outputs that are waited for
 
     @property
     def is_possible(self) -> bool:
         """True if a daemon serves computations now."""
-        return any(peer.away is None and peer.store.computes for peer in self._store.peers)
+        return any(peer.away is None and peer.store.computes for peer in self.store.peers)
 
     def note_uses(self, block: int, experts: Iterable[int]) -> None:
         """Count uses of ``experts`` by one token. All of them are cached."""
@@ -106,14 +106,14 @@ class RemoteCompute:
                 raise
             sent.is_timed = len(sent.experts) == len(absent)
         elif absent:
-            self._seconds.fade()
+            self.seconds.fade()
         return sent
 
     def _fetches(self, key: ExpertKey, tokens: int, row_bytes: int) -> bool:
         """Return whether to fetch a record instead of sending ``tokens`` hidden states of ``row_bytes`` each."""
-        rate = self._store.rate.value
+        rate = self.store.rate.value
         fetch = self._manifest.layout(key.block).slot_bytes / rate
-        one = self._seconds.value + 2 * row_bytes / rate
+        one = self.seconds.value + 2 * row_bytes / rate
         uses = self._uses[key.block].of(key.expert)
         price = fetch / one
         if tokens >= price:
@@ -131,7 +131,7 @@ class RemoteCompute:
         self._least[block] = (left - 1, least)
         return least
 
-    def _acquire(self, outputs: int) -> bool:
+    def acquire(self, outputs: int) -> bool:
         """Count outputs that are waited for, and return True; False if there would be too many."""
         with self._lock:
             if self._waiting + outputs > MAX_WAITING:
@@ -139,7 +139,8 @@ class RemoteCompute:
             self._waiting += outputs
             return True
 
-    def _release(self, outputs: int) -> None:
+    def release(self, outputs: int) -> None:
+        """Count outputs that are no longer waited for."""
         with self._lock:
             self._waiting -= outputs
 
@@ -170,7 +171,7 @@ class RemoteOutputs:
         self, owner: RemoteCompute, products: ExpertProducts, block: int, x: int, tokens_of: TokensOfExperts
     ) -> None:
         self._owner = owner
-        self._store = owner._store
+        self._store = owner.store
         self._products = products
         self._block = block
         self._x = x
@@ -201,7 +202,7 @@ class RemoteOutputs:
             count = part.count + len(own)
             if len(picked) * row_bytes > INPUT_BYTES or count > MAX_OUTPUTS or count * row_bytes > OUTPUT_BYTES:
                 continue
-            if not self._owner._acquire(len(own)):
+            if not self._owner.acquire(len(own)):
                 break
             part.experts.append(expert)
             part.picked, part.count = picked, count
@@ -231,7 +232,7 @@ class RemoteOutputs:
                 else:
                     self._place(part, data, outputs)
             if not failed and self.is_timed:  # the daemons compute at the same time
-                self._owner._seconds.add(time.monotonic() - parts[0].began, sum(part.count for part in parts))
+                self._owner.seconds.add(time.monotonic() - parts[0].began, sum(part.count for part in parts))
             self.close()
             if failed:
                 self.send(failed)
@@ -244,7 +245,7 @@ class RemoteOutputs:
         for part in parts:
             if part.call is not None and not isinstance(part.call, MoetierError):
                 part.call.cancel()
-            self._owner._release(part.count)
+            self._owner.release(part.count)
 
     def _begin(self, part: _Part) -> None:
         """Send the hidden states of a part. An error is raised when the answer is read."""

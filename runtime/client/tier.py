@@ -7,9 +7,7 @@ request (``misses``). While the daemon is away or full, misses are read from the
 
 from __future__ import annotations
 
-import os
 import threading
-import weakref
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -64,14 +62,13 @@ class DaemonTier(Closeable):
         self._arena = MappedArena.of(control, manifest)
         self._fallback = fallback
         self._fork_guard = ForkGuard()
-        self._closed_error: ClosedError | None = None
+        self._closed = False
         self._prefetching: set[int] = set()  # blocks whose prefetch requests the daemon may still have to serve
         self._copied: set[ExpertKey] = set()  # keys pinned for a copy, and not reported as used since then
         self._counters = TierCounters("daemon")
         self._counting = threading.Lock()  # guards: the counters. Finalizers do not take it
         self._link = Link(folder, manifest.digest, control, self._connected)
         self._misses = MissContext(self._link, fallback, timeout, self._check_open, self._counters, self._counting)
-        _opened_here.add(self)
 
     def acquire(self, keys: Sequence[ExpertKey]) -> Generator[Lease[memoryview], None, None]:
         """Yield leases as ``ExpertSource`` says. Each has a proof, unless its record is from the local store.
@@ -121,7 +118,6 @@ class DaemonTier(Closeable):
 
     def residents(self, block: int) -> Residents | None:
         """Return where the block's records are in the daemon's arena, as ``ExpertSource`` says."""
-        self._fork_guard.check()
         self._check_open()
         return self._arena.residents(block, self._manifest.blocks[block].array)
 
@@ -207,7 +203,7 @@ class DaemonTier(Closeable):
         """
         self._fork_guard.check()
         layout, fallback = self._arena.layout, self._fallback.host
-        ready = 0 if self._closed_error is not None else self._arena.directory.ready
+        ready = 0 if self._closed else self._arena.directory.ready
         with self._counting:
             stats = self._counters.snapshot(
                 slots=layout.slots, ready=ready, leased=None, slot_bytes=layout.nbytes - layout.directory_bytes
@@ -238,11 +234,10 @@ class DaemonTier(Closeable):
         In a forked child, only the child's own mappings and descriptors are closed.
         """
         if self._fork_guard.is_owner:
-            self._closed_error = self._closed_error or ClosedError("The tier was closed.", "Load the model again.")
+            self._closed = True
             self._link.close()
         self._fallback.close()
         self._arena.close()
-        _opened_here.discard(self)
 
     def _connected(self, control: ControlConnection) -> MappedArena:
         """Map the arena of a new connection. The old arena is unmapped when its last lease ends."""
@@ -251,23 +246,6 @@ class DaemonTier(Closeable):
         return self._arena
 
     def _check_open(self) -> None:
-        if self._closed_error is not None:
-            raise self._closed_error.fresh()
-
-
-_opened_here: weakref.WeakSet[DaemonTier] = weakref.WeakSet()
-
-
-def _close_in_child() -> None:
-    """Make every use of an inherited tier raise in a forked child.
-
-    The child does not have the threads that a use would wait for.
-    """
-    for tier in list(_opened_here):
-        tier._closed_error = tier._closed_error or ClosedError(
-            "This is another process's tier: it was opened before this process was forked.",
-            "Load the model in the process that uses it, or start child processes by spawn.",
-        )
-
-
-os.register_at_fork(after_in_child=_close_in_child)
+        self._fork_guard.check()
+        if self._closed:
+            raise ClosedError("The tier of this model was closed.", "Load the model again.")
