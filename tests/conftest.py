@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import tqdm
-from compiled import FOLDER, share_compiled
+from compiled import FOLDER, digest_of_sources, share_compiled
 from hypothesis import HealthCheck, settings
 from prepared import Prepared, for_daemons, prepared
 
@@ -59,11 +59,22 @@ settings.load_profile("moetier")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Share compiled kernels among pytest's processes and those that they start."""
+    """Share compiled kernels among pytest's processes and those that they start, and with the next run of pytest.
+
+    Without pytest's cache (``-p no:cacheprovider``), or after a change of the kernels' sources, all are compiled anew.
+    """
     if "PYTEST_XDIST_WORKER" not in os.environ:  # a worker inherits the folder
-        folder = tempfile.TemporaryDirectory()
-        config.add_cleanup(folder.cleanup)
-        os.environ[FOLDER] = folder.name
+        if hasattr(config, "cache"):
+            folder = config.cache.mkdir("compiled-kernels") / digest_of_sources()
+            for other in folder.parent.iterdir():
+                if other != folder:
+                    shutil.rmtree(other, ignore_errors=True)
+            folder.mkdir(exist_ok=True)
+        else:
+            made = tempfile.TemporaryDirectory()
+            config.add_cleanup(made.cleanup)
+            folder = Path(made.name)
+        os.environ[FOLDER] = str(folder)
     share_compiled()
 
 
@@ -81,9 +92,27 @@ def _descriptors() -> Counter[str]:
     return targets
 
 
-def _arenas() -> int:
-    """Maps of arenas."""
-    return Path("/proc/self/maps").read_bytes().count(b"/memfd:moetier-arena")
+class Arenas:
+    """Counts the maps of arenas. The system takes milliseconds to list the maps of a process that has imported torch,
+    so they are listed only where there can be an arena."""
+
+    def __init__(self) -> None:
+        self._maps_made = 0
+        self._count, self._counted_at = 0, 0
+        sys.addaudithook(self._notice)
+
+    def _notice(self, event: str, _: object) -> None:
+        if event == "mmap.__new__":
+            self._maps_made += 1
+
+    def count(self) -> int:
+        if self._count or self._counted_at != self._maps_made:
+            self._counted_at = self._maps_made
+            self._count = Path("/proc/self/maps").read_bytes().count(b"/memfd:moetier-arena")
+        return self._count
+
+
+_arenas = Arenas()
 
 
 def _threads() -> set[threading.Thread]:
@@ -110,14 +139,14 @@ def restores_threads() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def leaves_nothing_behind() -> Iterator[None]:
     """Fails a test that leaks a thread, a descriptor or a map of a memory file."""
-    threads, descriptors, arenas = _threads(), _descriptors(), _arenas()
+    threads, descriptors, arenas = _threads(), _descriptors(), _arenas.count()
     yield
     deadline = time.monotonic() + GRACE
     while True:
         leaked = {
             "threads": [thread.name for thread in _threads() - threads],
             "descriptors": sorted((_descriptors() - descriptors).elements()),
-            "arenas": [""] * max(_arenas() - arenas, 0),
+            "arenas": [""] * max(_arenas.count() - arenas, 0),
         }
         if not any(leaked.values()):
             return

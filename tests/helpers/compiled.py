@@ -1,6 +1,8 @@
-"""Object files of compiled kernels, which all processes of a test run share: LLVM takes most of a short process's time.
+"""Object files of compiled kernels, which all processes of a test run share, and the next run takes over.
 
-Each is kept under a digest of everything that LLVM makes it of, so that it is what the compiler would give again.
+LLVM takes most of a short process's time. Each file is kept under a digest of everything that LLVM makes it of, so that
+it is what the compiler would give again. The folder is that of the sources of the kernels: if one changes, all are
+compiled anew.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import llvmlite.binding as llvm
+from places import ROOT
 
 from moetier.runtime.kernels.jit.processor import Processor
 
@@ -33,6 +36,14 @@ class Cached:
             partial.write_bytes(machine.emit_object(code))
             partial.rename(self._file)
         return self._file.read_bytes()
+
+
+def digest_of_sources() -> str:
+    """Return a digest of the sources of all kernels, and of what is kept of them."""
+    digest = hashlib.sha256(Path(__file__).read_bytes())
+    for path in sorted((ROOT / "runtime" / "kernels").rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def share_compiled() -> None:
