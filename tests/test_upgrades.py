@@ -16,15 +16,13 @@ from typing import Any
 
 import pytest
 from daemons import DaemonProcess
-from environments import BUILD, environment, install
 from prepared import MAIN, Prepared, prepared
 from threads import Task, wait_until
 
 ROOT = Path(__file__).parent.parent
 COMMIT = "f517865c12ee77379391eabacc760b91735ce0e9"  # of the former release
-# all but the weights of tinymix, which take long to compress
-CONTENTS = ("moetier", "proto", "tiers", "runtime", "tools", "tests/assets/__init__.py")
-FILES = ("pyproject.toml", "README.md", "LICENSE")
+# its folders, each after a folder to put it in, which make the package moetier, as in its wheel
+CONTENTS = (("", "moetier"), ("moetier/", "proto", "tiers", "runtime", "tools"))
 # what its commands import
 FORMER_MODULES = (
     "moetier.tools.convert",
@@ -51,35 +49,28 @@ while not Path(marks, "go on").exists():
     time.sleep(.01)
 say()
 """
-AWAY = {"PYTHONSAFEPATH": "1"}  # else the package in the current directory, which is this release's, is found first
 
 
 @pytest.fixture(scope="module")
 def former(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An interpreter with the former release, built as a wheel from its commit."""
+    """The source tree of the former release, from its commit."""
     if not shutil.which("git"):
         pytest.skip("git is missing")
     git = ["git", "-C", str(ROOT)]
     if subprocess.run([*git, "cat-file", "-e", f"{COMMIT}^{{commit}}"], check=False, capture_output=True).returncode:
         pytest.skip(f"commit {COMMIT[:7]} is not in the history of this source tree")
-    base = tmp_path_factory.mktemp("former")
-    source = base / "source"
-    source.mkdir()
-    archive = subprocess.run([*git, "archive", COMMIT, *CONTENTS, *FILES], check=True, stdout=subprocess.PIPE).stdout
-    subprocess.run(["tar", "-x", "-C", source], input=archive, check=True)
-    build = [sys.executable, "-c", BUILD, "wheel", str(base)]
-    subprocess.run(build, cwd=source, check=True, capture_output=True)
-    (wheel,) = base.glob("*.whl")
-    python = environment(base / "environment")
-    install(python, str(wheel))
-    return python
+    source = tmp_path_factory.mktemp("former")
+    for prefix, *folders in CONTENTS:
+        archive = [*git, "archive", f"--prefix={prefix}", COMMIT, *folders]
+        subprocess.run(["tar", "-x", "-C", source], input=subprocess.check_output(archive), check=True)
+    return source
 
 
 @dataclass
 class Release:
     """Runs commands of one release; ``store``: what it made of tinymix."""
 
-    python: Path
+    environment: dict[str, str]
     scripts: Prepared
     store: Path
 
@@ -95,9 +86,9 @@ class Release:
     @contextlib.contextmanager
     def daemon(self, store: Path, folder: Path, *options: str) -> Iterator[DaemonProcess]:
         """Its daemon, with room for half of the experts."""
-        command = [self.python, "-m", "moetier.tools.main", "daemon", store, "--folder", folder, "--ram", "8MiB"]
+        command = [sys.executable, "-m", "moetier.tools.main", "daemon", store, "--folder", folder, "--ram", "8MiB"]
         log = folder.parent / f"{folder.name}.log"
-        daemon = DaemonProcess([*map(str, command), *options], folder, log, os.environ | AWAY)
+        daemon = DaemonProcess([*map(str, command), *options], folder, log, os.environ | self.environment)
         try:
             yield daemon
         finally:
@@ -109,10 +100,12 @@ def releases(
     former: Path, scripts: Prepared, tinymix: Path, tinymix_4bit: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, Release]]:
     store = tmp_path_factory.mktemp("former-store") / "4bit"
-    with prepared(*FORMER_MODULES, commands=(), python=former, **AWAY) as former_scripts:
-        release = Release(former, former_scripts, store)
+    # else the package in the current directory, which is this release's, is found first
+    environment = {"PYTHONSAFEPATH": "1", "PYTHONPATH": str(former)}
+    with prepared(*FORMER_MODULES, commands=(), **environment) as former_scripts:
+        release = Release(environment, former_scripts, store)
         release("convert", tinymix, store, "--bits", 4)
-        yield {"former": release, "this": Release(Path(sys.executable), scripts, tinymix_4bit)}
+        yield {"former": release, "this": Release({}, scripts, tinymix_4bit)}
 
 
 def other(release: str) -> str:
@@ -125,11 +118,11 @@ def runtime_folder(base: Path) -> Path:
     return base / "moetier" / "daemon"
 
 
-def test_the_former_release_is_what_is_compared(releases: dict[str, Release]) -> None:
+def test_the_former_release_is_what_is_compared(releases: dict[str, Release], former: Path) -> None:
     where = "import moetier.tools.main as m; print(m.__file__)"
     files = [release.scripts.run(where).stdout for release in releases.values()]
     assert len(set(files)) == 2
-    assert str(releases["former"].python.parent.parent) in files[0]
+    assert str(former) in files[0]
 
 
 @pytest.mark.parametrize("reader", RELEASES)
