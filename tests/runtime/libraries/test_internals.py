@@ -6,6 +6,7 @@ A failure names the line to change when a library is upgraded.
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import inspect
 import re
@@ -119,20 +120,22 @@ class Use(NamedTuple):
     name: str
 
 
-def sources() -> dict[str, ast.Module]:
-    """Every module of the tree by its path."""
+def paths() -> list[str]:
+    """Return the paths of all modules of the tree."""
     folders = ("tiers", "runtime", "tools")
-    paths = [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
-    return {str(path.relative_to(ROOT)): ast.parse(path.read_text()) for path in paths}
+    return [str(path.relative_to(ROOT)) for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
 
 
-SOURCES = sources()
+@functools.cache
+def nodes_of(path: str) -> list[ast.AST]:
+    return [*ast.walk(ast.parse((ROOT / path).read_text()))]
 
 
-def own_names(tree: ast.Module) -> set[str]:
-    """Private names that a module defines: of functions, classes, variables and attributes."""
+@functools.cache
+def own_names(path: str) -> set[str]:
+    """Return the names that a module defines: of functions, classes, variables and attributes."""
     found = set[str]()
-    for node in ast.walk(tree):
+    for node in nodes_of(path):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             found.add(node.name)
         elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
@@ -143,13 +146,14 @@ def own_names(tree: ast.Module) -> set[str]:
     return found
 
 
-OWN = {path: own_names(tree) for path, tree in SOURCES.items()}
-ALL_OWN = set().union(*(names for path, names in OWN.items() if path not in HOMES))
+@functools.cache
+def all_own_names() -> set[str]:
+    return set().union(*(own_names(path) for path in paths() if path not in HOMES))
 
 
 def uses(path: str) -> Iterator[Use]:
     """The private names that a module does not define itself, as attributes, in imports and as strings."""
-    for node in ast.walk(SOURCES[path]):
+    for node in nodes_of(path):
         names: list[str] = []
         if isinstance(node, ast.Attribute):
             names = [node.attr]
@@ -159,7 +163,7 @@ def uses(path: str) -> Iterator[Use]:
             names = [node.module or "", *(alias.name for alias in node.names)]
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             names = [node.value]
-        yield from (Use(path, node.lineno, name) for name in names if is_private(name) and name not in OWN[path])
+        yield from (Use(path, node.lineno, name) for name in names if is_private(name) and name not in own_names(path))
 
 
 def is_private(name: str) -> bool:
@@ -183,10 +187,10 @@ def test_the_installed_library_has_each_private_name(use: Use) -> None:
 
 def test_other_modules_use_no_private_name_of_a_library() -> None:
     found = []
-    for path in SOURCES.keys() - HOMES.keys():
-        for node in ast.walk(SOURCES[path]):
+    for path in set(paths()) - HOMES.keys():
+        for node in nodes_of(path):
             if isinstance(node, ast.Attribute) and is_private(node.attr):
-                if node.attr not in OTHERS and node.attr not in OWN[path] and foreign(node, path):
+                if node.attr not in OTHERS and node.attr not in own_names(path) and foreign(node, path):
                     found.append(f"{path}:{node.lineno}: {ast.unparse(node)}")
             elif isinstance(node, ast.Constant) and node.value in CHECKS and path not in KEYS_OF_FILES:
                 found.append(f"{path}:{node.lineno}: {node.value!r}")
@@ -197,7 +201,7 @@ def test_other_modules_use_no_private_name_of_a_library() -> None:
 
 def foreign(node: ast.Attribute, path: str) -> bool:
     """Whether no class of this project has the attribute, or the one that a library has is meant."""
-    if node.attr not in ALL_OWN:
+    if node.attr not in all_own_names():
         return True
     return node.attr in CHECKS and not (isinstance(node.value, ast.Name) and node.value.id == "self")
 
@@ -216,14 +220,14 @@ def is_private_import(name: str) -> bool:
 def test_what_is_imported_from_libraries_is_there() -> None:
     """Also within functions, where a missing name would only show when it is used."""
     missing = []
-    for path, tree in SOURCES.items():
+    for path in paths():
         guarded = {
             inner
-            for node in ast.walk(tree)
+            for node in nodes_of(path)
             if isinstance(node, ast.Try) and any("ImportError" in ast.unparse(each) for each in node.handlers)
             for inner in ast.walk(node)
         }
-        for node in ast.walk(tree):
+        for node in nodes_of(path):
             library = (getattr(node, "module", None) or "").partition(".")[0]
             if not isinstance(node, ast.ImportFrom) or node.level or library not in LIBRARIES or node in guarded:
                 continue
