@@ -87,11 +87,10 @@ def scripts() -> Iterator[Prepared]:
     [
         ("qwen3_moe", CONTEXT, False),
         ("gpt_oss", 512, False),
-        ("qwen3_next", CONTEXT, False),
         *[
             pytest.param(*case, marks=pytest.mark.slow)
             for case in (
-                *[(model_type, CONTEXT, False) for model_type in ("mixtral", "gpt_oss", "deepseek_v3")],
+                *[(model_type, CONTEXT, False) for model_type in ("mixtral", "gpt_oss", "deepseek_v3", "qwen3_next")],
                 *[(model_type, 512, False) for model_type in ("mixtral", "qwen3_moe", "deepseek_v3")],
                 *[(model_type, 512, True) for model_type in ("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3")],
             )
@@ -171,7 +170,7 @@ def test_a_window_limits_the_mask() -> None:
     assert Prefill(256, context=8192, attentions=(Attention(mask=4, window=128),)).nbytes * 20 < wide
 
 
-@pytest.mark.parametrize("free", [60 << 20, 90 << 20])
+@pytest.mark.parametrize("free", [60 << 20, pytest.param(90 << 20, marks=pytest.mark.slow)])
 def test_a_prompt_that_cannot_be_divided_is_refused_if_it_has_no_room(
     free: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -142,7 +142,10 @@ def tensors(value: Any) -> Iterator[Tensor]:
             yield from tensors(each)
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(each, marks=[pytest.mark.slow] * (each in ("qwen2_moe", "mixtral"))) for each in MODELS],
+)
 def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Models]:
     found = Models(request.param, tmp_path_factory.mktemp(request.param))
     with found.all[0].tiers, found.all[1].tiers:

@@ -108,7 +108,7 @@ def shards_asked(hub: Hub) -> list[str]:
 # what is made
 
 
-@pytest.mark.parametrize("options", [[], ["--trunk-bits", "8"]])
+@pytest.mark.parametrize("options", [pytest.param([], marks=pytest.mark.slow), ["--trunk-bits", "8"]])
 def test_it_is_what_convert_makes_and_files_go_as_it_does(
     hub: Hub, scripts: Prepared, models: Path, tinymix_12: Path, tmp_path: Path, options: list[str]
 ) -> None:

@@ -192,7 +192,12 @@ sys.exit(main())
 
 
 @pytest.mark.parametrize(
-    ("place", "parallel"), [("gc.freeze", 1), ("gc.freeze", 2), ("ContinuousBatchingManager.get_result", 2)]
+    ("place", "parallel"),
+    [
+        ("gc.freeze", 1),
+        pytest.param("gc.freeze", 2, marks=pytest.mark.slow),
+        ("ContinuousBatchingManager.get_result", 2),
+    ],
 )
 def test_ctrl_c_while_the_server_starts_ends_it(
     scripts: Prepared, tinymix_4bit: Path, place: str, parallel: int

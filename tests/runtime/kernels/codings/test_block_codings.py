@@ -23,6 +23,9 @@ FIRST_CASES = [  # with one number of columns of each coding; the others are slo
     pytest.param(coding, columns, marks=[pytest.mark.slow] * (columns != COLUMNS[BLOCKS[coding].weights][0]))
     for coding, columns in CASES
 ]
+# one scale for a block, and scales of its parts; on other processors the other codings are slow
+QUICK_CODINGS = ("q4_0", "q6_k")
+QUICK_CASES = [(coding, COLUMNS[BLOCKS[coding].weights][0]) for coding in QUICK_CODINGS]
 
 
 @functools.cache
@@ -61,7 +64,10 @@ def test_products_are_those_with_decoded_weights(coding: str, columns: int, dtyp
         assert torch.equal(kernels_for(None).project(x[first:last], record, layout, "up_proj"), y[first:last])
 
 
-@pytest.mark.parametrize(("coding", "columns"), FIRST_CASES)
+@pytest.mark.parametrize(
+    ("coding", "columns"),
+    [pytest.param(*case, marks=[pytest.mark.slow] * (case not in QUICK_CASES)) for case in CASES],
+)
 def test_every_processor_gives_the_same_bits(coding: str, columns: int) -> None:
     layout, record = blocks(coding, 70, columns)
     x = torch.randn(5, columns, generator=torch.Generator().manual_seed(1))
@@ -73,7 +79,9 @@ def test_every_processor_gives_the_same_bits(coding: str, columns: int) -> None:
                 assert torch.equal(kernels_for(cpu).project(rows, record, layout, "up_proj"), wanted), cpu
 
 
-@pytest.mark.parametrize("coding", BLOCKS)
+@pytest.mark.parametrize(
+    "coding", [pytest.param(each, marks=[pytest.mark.slow] * (each not in QUICK_CODINGS)) for each in BLOCKS]
+)
 def test_tiles_of_sixteen_rows_have_the_same_bits(coding: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As with registers of 512 bits, though without their instructions."""
     columns = COLUMNS[BLOCKS[coding].weights][0]
