@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 from places import ROOT
 
-MODULES = [path for folder in ("tiers", "runtime", "tools") for path in sorted((ROOT / folder).rglob("*.py"))]
+PACKAGES = [
+    path.parent for folder in ("tiers", "runtime", "tools") for path in sorted((ROOT / folder).rglob("__init__.py"))
+]
+of_each_package = pytest.mark.parametrize("package", PACKAGES, ids=lambda path: str(path.relative_to(ROOT)))
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 SHAPE = re.compile(r"\[[a-z0-9][\w\s,.*+/x-]*\]")  # [tokens, hidden]
 
@@ -32,20 +35,21 @@ def takes_tensors(node: Definition) -> bool:
     return any(re.search(r"\bTensor\b", ast.unparse(each)) for each in annotations if each is not None)
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_public_names_are_documented(path: Path) -> None:
-    source = path.read_text()
-    tree = ast.parse(source)
-    assert ast.get_docstring(tree), "the module has no docstring"
-    missing = [name for name, node in public(tree) if not ast.get_docstring(node) and not is_setter(node)]
-    assert not missing, "no docstring"
-    lines = source.splitlines()
-    without_shapes = []
-    for name, node in public(tree):
-        comments = " ".join(re.findall(r"#(?! type:).*", "\n".join(lines[node.lineno - 1 : node.end_lineno])))
-        if takes_tensors(node) and not SHAPE.search(f"{ast.get_docstring(node)} {comments}"):
-            without_shapes.append(name)
-    assert not without_shapes, "tensors without shapes"
+@of_each_package
+def test_public_names_are_documented(package: Path) -> None:
+    for path in sorted(package.glob("*.py")):
+        source = path.read_text()
+        tree = ast.parse(source)
+        assert ast.get_docstring(tree), f"{path}: the module has no docstring"
+        missing = [name for name, node in public(tree) if not ast.get_docstring(node) and not is_setter(node)]
+        assert not missing, f"{path}: no docstring"
+        lines = source.splitlines()
+        without_shapes = []
+        for name, node in public(tree):
+            comments = " ".join(re.findall(r"#(?! type:).*", "\n".join(lines[node.lineno - 1 : node.end_lineno])))
+            if takes_tensors(node) and not SHAPE.search(f"{ast.get_docstring(node)} {comments}"):
+                without_shapes.append(name)
+        assert not without_shapes, f"{path}: tensors without shapes"
 
 
 def is_setter(node: Definition) -> bool:
@@ -59,25 +63,15 @@ NAMES = {".".join(Path(path).with_suffix("").parts).removesuffix(".__init__") fo
 REFERENCE = re.compile(r"(?P<path>(?:\w+/)*\w+\.py)|(?:moetier\.)?(?P<name>(?:tiers|runtime|tools|proto)(?:\.\w+)+)")
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_modules_that_a_text_names_exist(path: Path) -> None:
+@of_each_package
+def test_modules_that_a_text_names_exist(package: Path) -> None:
     """In docstrings and comments, between double backquotes."""
-    gone = []
-    for text in re.findall(r"``([^`\n]+)``", path.read_text()):
-        if not (named := REFERENCE.fullmatch(text)):
-            continue
-        if named["path"]:
-            if not any(f"/{each}".endswith(f"/{text}") for each in PATHS):
-                gone.append(text)
-            continue
-        parts = named["name"].split(".")
-        known = next((size for size in range(len(parts), 0, -1) if ".".join(parts[:size]) in NAMES), 0)
-        module = ".".join(parts[:known])
-        source = next(
-            (p for p in (f"{module.replace('.', '/')}.py", f"{module.replace('.', '/')}/__init__.py") if p in PATHS), ""
-        )
-        if known < 2 or (known < len(parts) and not re.search(rf"\b{parts[known]}\b", (ROOT / source).read_text())):
-            gone.append(text)
+    gone = [
+        f"{path}: {text}"
+        for path in sorted(package.glob("*.py"))
+        for text in re.findall(r"``([^`\n]+)``", path.read_text())
+        if not names_what_exists(text)
+    ]
     assert not gone
 
 
@@ -91,3 +85,18 @@ def test_a_package_that_lists_its_modules_lists_all(path: Path) -> None:
     listed = {name for row in rows for name in row.split(", ")}
     modules = {module.stem for module in path.parent.glob("*.py")} - {"__init__"}
     assert not listed & modules or listed == modules
+
+
+def names_what_exists(text: str) -> bool:
+    """Return False if ``text`` is the path or the dotted name of a module that does not exist."""
+    if not (named := REFERENCE.fullmatch(text)):
+        return True
+    if named["path"]:
+        return any(f"/{each}".endswith(f"/{text}") for each in PATHS)
+    parts = named["name"].split(".")
+    known = next((size for size in range(len(parts), 0, -1) if ".".join(parts[:size]) in NAMES), 0)
+    module = "/".join(parts[:known])
+    source = next((p for p in (f"{module}.py", f"{module}/__init__.py") if p in PATHS), "")
+    if known < 2:
+        return False
+    return known == len(parts) or bool(re.search(rf"\b{parts[known]}\b", (ROOT / source).read_text()))
