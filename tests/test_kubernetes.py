@@ -23,6 +23,7 @@ import pytest
 import yaml
 from object_servers import moto_bucket
 from places import DOCS
+from prepared import MAIN, Prepared, Process
 from readers import PATIENCE
 
 from moetier.runtime.config import Size
@@ -32,7 +33,6 @@ pytest.importorskip("uvicorn", reason='pip install ".[serve]"')
 DEPLOY = DOCS / "deploy"
 MANIFESTS = DEPLOY / "kubernetes"
 OVERLAYS = sorted(path.name for path in (MANIFESTS / "overlays").iterdir())
-PROGRAM = [sys.executable, "-m", "moetier.tools.main"]
 USER = "10001"
 PROMPT = "La mattina seguente, don Rodrigo"
 
@@ -165,6 +165,7 @@ class Node:
     settings: dict[str, str]
     secrets: dict[str, dict[str, bytes]]
     host: dict[str, Path]
+    scripts: Prepared
     daemon_port: int = field(default_factory=free_port)
 
     def volume(self, volume: dict[str, Any]) -> Path:
@@ -201,8 +202,7 @@ class Node:
                 word = re.sub(rf"(?<=[:=]){port}$", str(free), word)
             return word.replace("moetier-daemon:", "localhost:").replace(USER, str(os.getuid()))
 
-        words = [here(word) for word in (*container.get("command", []), *container.get("args", []))]
-        return words if "command" in container else [*PROGRAM, *words]
+        return [here(word) for word in (*container.get("command", []), *container.get("args", []))]
 
     @contextlib.contextmanager
     def running(self, name: str, pod: dict[str, Any]) -> Iterator[Running]:
@@ -219,9 +219,12 @@ class Node:
         for before in pod["spec"].get("initContainers", []):
             subprocess.run(self.command(pod, before, {}), env=environment, timeout=60, check=True)
         log = self.folder / f"{name}.log"
-        with log.open("wb") as out:
-            process = subprocess.Popen(
-                self.command(pod, container, ports), stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=environment
+        with log.open("wb") as out, Path(os.devnull).open() as nothing:
+            stdin, log_file = nothing.fileno(), out.fileno()
+            assert "command" not in container, "the image's own is moetier"
+            words = self.command(pod, container, ports)
+            process = self.scripts.start(
+                MAIN, *words, stdin=stdin, stdout=log_file, stderr=log_file, environment=environment
             )
         try:
             found = Running(process, log, {name: ports[port] for name, port in names.items()})
@@ -243,7 +246,7 @@ class Node:
 
 @dataclass
 class Running:
-    process: subprocess.Popen[bytes]
+    process: Process
     log: Path
     ports: dict[str, int]  # by name
 
@@ -276,7 +279,9 @@ class Running:
 @pytest.mark.parametrize(
     "overlay", [pytest.param(each, marks=[pytest.mark.slow] * (each == "local")) for each in OVERLAYS]
 )
-def test_every_command_runs(overlay: str, tinymix_4bit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_command_runs(
+    overlay: str, tinymix_4bit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scripts: Prepared
+) -> None:
     """All pods run at once. Servers on this node use the daemon's experts; a server on another node fetches them."""
     objects = objects_of(overlay)
     pods, settings = pods_of(objects), settings_of(objects)
@@ -288,8 +293,9 @@ def test_every_command_runs(overlay: str, tinymix_4bit: Path, tmp_path: Path, mo
         if overlay == "bucket":
             pytest.importorskip("obstore", reason='pip install ".[objects]"')
             stack.enter_context(moto_bucket(monkeypatch))
-            subprocess.run([*PROGRAM, "push", tinymix_4bit, settings["MODEL"]], timeout=60, check=True)
-        node = Node(tmp_path, settings, secrets_of(tmp_path / "secrets"), host)
+            pushed = scripts.run(MAIN, "push", tinymix_4bit, settings["MODEL"])
+            assert pushed.returncode == 0, pushed.stderr
+        node = Node(tmp_path, settings, secrets_of(tmp_path / "secrets"), host, scripts)
         key = node.secrets["moetier-api-key"]["key"].decode().strip()
         running, texts = {}, set()
         for name in ("moetier-daemon", "moetier-serve", "moetier-serve-remote"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -265,15 +264,19 @@ def test_a_budget_out_of_bounds_says_its_bounds(tinymix_4bit: Path) -> None:
     assert caught.value.fix.startswith("Give `ram` from ")
 
 
-def test_memory_is_what_the_control_group_leaves(index_only: Path) -> None:
-    code = f"""
+def test_memory_is_what_the_control_group_leaves(index_only: Path, scripts: Prepared) -> None:
+    code = """
+import os, sys
+from pathlib import Path
 from moetier.tools import main
 from moetier.tools.plan import speeds
+group, model = sys.argv[1:]
+Path(group, "cgroup.procs").write_text(str(os.getpid()))
 speeds.KERNEL_SECONDS, speeds.UNCACHED_BYTES = 0.0, 1 << 20
-main.main(["plan", {str(index_only)!r}, "--bits", "4", "--trunk-bits", "16", "--disk", "1", "--json"])
+main.main(["plan", model, "--bits", "4", "--trunk-bits", "16", "--disk", "1", "--json"])
 """
     with memory_limit(900 << 20) as group:
-        result = group.run([sys.executable, "-c", code])
+        result = scripts.run(code, group.folder, index_only)
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
     assert found["machine"]["memory_limiter"].startswith("the control group")
