@@ -21,7 +21,7 @@ import pytest
 import tqdm
 from compiled import FOLDER, digest_of_sources, share_compiled
 from hypothesis import HealthCheck, settings
-from prepared import Prepared, for_daemons, prepared
+from prepared import COMMANDS, Prepared, share_prepared, shared
 
 if TYPE_CHECKING:
     from moetier.tiers.manifest import Manifest
@@ -59,7 +59,7 @@ settings.load_profile("moetier")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Share compiled kernels among pytest's processes and those that they start, and with the next run of pytest.
+    """Share compiled kernels and prepared processes among pytest's processes; the kernels with the next run, too.
 
     Without pytest's cache (``-p no:cacheprovider``), or after a change of the kernels' sources, all are compiled anew.
     """
@@ -75,6 +75,7 @@ def pytest_configure(config: pytest.Config) -> None:
             config.add_cleanup(made.cleanup)
             folder = Path(made.name)
         os.environ[FOLDER] = str(folder)
+        config.add_cleanup(share_prepared())
     share_compiled()
 
 
@@ -82,13 +83,11 @@ GRACE = 5.0  # seconds for what is ending already
 
 
 def _descriptors() -> Counter[str]:
-    """Return what this process has open, by its target. What a process keeps until its end is left out."""
+    """Return what this process has open, by its target."""
     targets: Counter[str] = Counter()
-    kept = {str(for_daemons().socket.fileno())} if for_daemons.cache_info().currsize else set()
     for name in os.listdir("/proc/self/fd"):  # noqa: PTH208  # a path for each takes longer than most tests
-        if name not in kept:
-            with contextlib.suppress(OSError):  # the listing's own
-                targets[os.readlink(f"/proc/self/fd/{name}")] += 1  # noqa: PTH115
+        with contextlib.suppress(OSError):  # the listing's own
+            targets[os.readlink(f"/proc/self/fd/{name}")] += 1  # noqa: PTH115
     return targets
 
 
@@ -157,12 +156,10 @@ def leaves_nothing_behind() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def scripts() -> Iterator[Prepared]:
+def scripts() -> Prepared:
     """Runs scripts in processes that have imported what commands with a model need."""
-    with prepared(
-        "moetier.tools.commands.generate", "moetier.tools.commands.trace", "moetier.runtime.model.quantizer"
-    ) as process:
-        yield process
+    modules = ("moetier.tools.commands.generate", "moetier.tools.commands.trace", "moetier.runtime.model.quantizer")
+    return shared("commands", *COMMANDS, *modules)
 
 
 @pytest.fixture(scope="session")

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import functools
+import fcntl
 import json
 import os
 import select
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 # what converting a mixtral imports
@@ -31,12 +32,15 @@ DAEMONS = (
 )
 MAIN = "import sys; from moetier.tools.main import main; sys.exit(main())"  # the arguments are the command line
 
+SHARED = "PREPARED_PROCESSES_OF_TESTS"  # a variable of the environment: the folder of their sockets
+
 # For each script there are two processes: one runs the script, and the other, its parent, reports how it ended. The
 # first ends as any interpreter does: soon, as what was imported is frozen, and no collection at the end touches, and
-# so copies, its pages.
+# so copies, its pages. The server ends, with all scripts, when the last process that keeps it alive has ended.
 SERVER = """
-import fcntl, gc, json, os, signal, socket, sys
+import fcntl, gc, json, os, select, signal, socket, sys
 scripts = socket.socket(fileno=int(sys.argv[1]))
+alive = int(sys.argv[4])
 exec(sys.argv[2])
 if "moetier.runtime.kernels.jit.processor" in sys.modules:
     sys.path.append(sys.argv[3])
@@ -47,15 +51,17 @@ gc.collect()
 gc.freeze()
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 while True:
-    message, descriptors, _, _ = socket.recv_fds(scripts, 1 << 20, 32)
-    if not message:
-        sys.exit()
-    if not os.fork():
+    if alive in select.select([scripts, alive], [], [])[0]:
+        os.killpg(0, signal.SIGKILL)
+    with scripts.accept()[0] as connection:
+        message, descriptors, _, _ = socket.recv_fds(connection, 1 << 20, 32)
+    if message and not os.fork():
         break
     for descriptor in descriptors:
         os.close(descriptor)
 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 scripts.close()
+os.close(alive)
 report, *descriptors = descriptors
 if child := os.fork():
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
@@ -112,23 +118,30 @@ class Process:
         self.send_signal(signal.SIGKILL)
 
 
+def serve(address: Path, alive: int, modules: Iterable[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    """Start a process that imports ``modules``, and then runs the scripts that come to the socket ``address``. It ends
+    when the other end of the pipe ``alive`` is closed."""
+    imports = "\n".join(f"import {name}" for name in modules)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listening:
+        listening.bind(str(address))
+        listening.listen()
+        numbers = (listening.fileno(), alive)
+        words = [str(numbers[0]), imports, Path(__file__).parent, str(numbers[1])]
+        return subprocess.Popen(
+            [sys.executable, "-c", SERVER, *words],
+            stdin=subprocess.DEVNULL,
+            env=os.environ | environment,
+            pass_fds=numbers,
+            process_group=0,
+        )
+
+
 class Prepared:
     """``run`` or ``start`` a script: a process of its own, whose signals, descriptors and exit status are real."""
 
-    def __init__(
-        self, modules: Iterable[str], environment: dict[str, str], python: str | Path = sys.executable
-    ) -> None:
+    def __init__(self, address: Path, environment: dict[str, str]) -> None:
+        self._address = address
         self._environment = environment
-        imports = "\n".join(f"import {name}" for name in modules)
-        self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            self._process = subprocess.Popen(
-                [python, "-c", SERVER, str(theirs.fileno()), imports, Path(__file__).parent],
-                stdin=subprocess.DEVNULL,
-                env=os.environ | environment,
-                pass_fds=[theirs.fileno()],
-                process_group=0,
-            )
 
     def start(
         self,
@@ -147,7 +160,9 @@ class Prepared:
         job = {"script": script, "arguments": words, "environment": variables, "numbers": numbers}
         reading, writing = os.pipe()
         try:
-            socket.send_fds(self.socket, [json.dumps(job).encode()], [writing, stdin, stdout, stderr, *pass_fds])
+            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as scripts:
+                scripts.connect(str(self._address))
+                socket.send_fds(scripts, [json.dumps(job).encode()], [writing, stdin, stdout, stderr, *pass_fds])
         finally:
             os.close(writing)
         return Process(words, reading)
@@ -177,32 +192,55 @@ class Prepared:
             _, out, err = (stream.read() for stream in streams)
         return subprocess.CompletedProcess(process.args, status, out, err)
 
-    def close(self) -> None:
-        self.socket.close()
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)  # with scripts that hang
-        self._process.wait()
-
 
 @contextlib.contextmanager
-def prepared(
-    *modules: str, commands: Iterable[str] = COMMANDS, python: str | Path = sys.executable, **environment: str
-) -> Iterator[Prepared]:
+def prepared(*modules: str, commands: Iterable[str] = COMMANDS, **environment: str) -> Iterator[Prepared]:
     """Start a process that has imported ``commands`` and ``modules``, none of which begins a thread.
 
-    ``environment`` is what they read when they are imported; ``python`` the interpreter, where it is not that of the
-    tests.
+    ``environment`` is what they read when they are imported.
     """
-    process = Prepared((*commands, *modules), environment, python)
-    try:
-        yield process
-    finally:
-        process.close()
+    with tempfile.TemporaryDirectory() as folder:
+        alive, writing = os.pipe()
+        try:
+            process = serve(Path(folder, "scripts"), alive, (*commands, *modules), environment)
+            os.close(alive)
+            yield Prepared(Path(folder, "scripts"), environment)
+        finally:
+            os.close(writing)
+            process.wait()
 
 
-@functools.cache
+def share_prepared() -> Callable[[], None]:
+    """Make the folder of the processes that all of pytest's processes share. Return what ends them."""
+    folder = tempfile.mkdtemp()
+    os.mkfifo(f"{folder}/alive")
+    alive = os.open(f"{folder}/alive", os.O_RDWR)
+    os.environ[SHARED] = folder
+
+    def end() -> None:
+        os.close(alive)
+        shutil.rmtree(folder)
+
+    return end
+
+
+STARTED: list[subprocess.Popen[bytes]] = []  # they end by themselves
+
+
+def shared(name: str, *modules: str, **environment: str) -> Prepared:
+    """Return the process of this name, which has imported ``modules``. The first that asks for it starts it."""
+    if SHARED not in os.environ:
+        atexit.register(share_prepared())
+    folder = Path(os.environ[SHARED])
+    with (folder / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / name).exists():
+            alive = os.open(folder / "alive", os.O_RDONLY)
+            STARTED.append(serve(folder / name, alive, modules, environment))
+            os.close(alive)
+    return Prepared(folder / name, environment)
+
+
 def for_daemons() -> Prepared:
-    """Return a process that has imported what daemons and their clients need. It ends with this process."""
-    process = Prepared(("google_crc32c", "prometheus_client", *DAEMONS), {"GRPC_VERBOSITY": "NONE"})
-    atexit.register(process.close)
-    return process
+    """Return a process that has imported what daemons and their clients need."""
+    return shared("daemons", "google_crc32c", "prometheus_client", *DAEMONS, GRPC_VERBOSITY="NONE")

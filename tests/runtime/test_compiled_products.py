@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from prepared import prepared
+from prepared import Prepared
 
 LENGTHS = 32
 MOST = 36 << 20  # bytes; each length of a prompt takes more than 1.5 MiB if its products are kept
@@ -30,8 +30,7 @@ print(anonymous() - before)
 """
 
 
-def test_prompts_of_many_lengths_do_not_let_a_process_grow(tinymix_4bit: Path) -> None:
-    with prepared() as scripts:
-        ended = scripts.run(CHILD, json.dumps([str(tinymix_4bit), LENGTHS]))
+def test_prompts_of_many_lengths_do_not_let_a_process_grow(tinymix_4bit: Path, scripts: Prepared) -> None:
+    ended = scripts.run(CHILD, json.dumps([str(tinymix_4bit), LENGTHS]))
     assert ended.returncode == 0, ended.stderr
     assert int(ended.stdout) < MOST

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import pytest
 import torch
 from cgroups import memory_limit
 from comparison import convert_tiny
-from prepared import Prepared, prepared
+from prepared import Prepared
 from transformers import MixtralConfig
 
 import moetier
@@ -74,12 +73,6 @@ with model.tiers, torch.inference_mode():
     taken = own("VmHWM") - before["VmRSS"] - grown - kv_cache_bytes(model.config, tokens, dtype=model.dtype)
 print(json.dumps([taken, needs[0].nbytes, model.tiers.prefill_chunk]))
 """
-
-
-@pytest.fixture(scope="module")
-def scripts() -> Iterator[Prepared]:
-    with prepared() as process:
-        yield process
 
 
 @pytest.mark.parametrize(
