@@ -61,7 +61,7 @@ format: .venv/.ready  ## put the code into its form
 # Tests wait for other processes half of the time: four at once keep two processors busy. One that hangs where Python
 # runs no signal handler ends its worker, with the stacks of all threads.
 test: .venv/.ready  ## the tests, but for the slow ones
-	$(RUN) -m pytest -n 4 --dist loadfile --max-worker-restart 1 -o faulthandler_timeout=400 -o faulthandler_exit_on_timeout=true
+	$(RUN) -m pytest -n 4 --dist loadfile --no-loadscope-reorder --max-worker-restart 1 -o faulthandler_timeout=400 -o faulthandler_exit_on_timeout=true
 
 test-slow: .venv/.ready  ## the slow tests: minutes and gigabytes
 	$(RUN) -m pip install --quiet --disable-pip-version-check --editable ".[ray]"  # not for `make test`: 79 MB, and 40 packages
@@ -88,7 +88,7 @@ build/lowest/.ready: pyproject.toml
 	@touch build/lowest/.ready
 
 test-lowest: build/lowest/.ready  ## the tests with the lowest version of each dependency's range
-	build/lowest/bin/python -m pytest -n 2 --dist loadfile
+	build/lowest/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # what is wrong with a page, a link from one to another among it, ends it; every page anew, as warnings are not kept
 docs: .venv/.ready  ## build/docs/index.html: these pages, with the reference of Python names

@@ -21,6 +21,7 @@ import pytest
 import tqdm
 from compiled import FOLDER, digest_of_sources, share_compiled
 from hypothesis import HealthCheck, settings
+from longest_first import LongestFirst
 from prepared import COMMANDS, Prepared, share_prepared, shared
 
 if TYPE_CHECKING:
@@ -77,6 +78,8 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ[FOLDER] = str(folder)
         config.add_cleanup(share_prepared())
     share_compiled()
+    if hasattr(config, "cache"):
+        config.pluginmanager.register(LongestFirst(config.cache))
 
 
 GRACE = 5.0  # seconds for what is ending already
