@@ -14,7 +14,7 @@ from moetier.tiers.layout import CHECKSUM_BYTES, ExpertKey
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.store.base import Store
 
-PATIENCE = 60.0  # seconds until a test that hangs fails
+PATIENCE = 120.0  # seconds until a test that hangs fails
 
 
 class RamReader(Store):
