@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import ast
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from faults import only, strace
 from places import HELPERS, ROOT
+from prepared import Prepared
 from safetensors.numpy import load_file
 
 BEGIN = f"""
@@ -103,22 +102,21 @@ assert path.read_bytes() == b"before"
 )
 
 
-def run(script: str, folder: Path) -> str:
-    command = [sys.executable, "-c", script, str(folder)]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+def run(scripts: Prepared, script: str, folder: Path) -> str:
+    ended = scripts.run(script, folder)
     assert ended.returncode == 0, ended.stderr
     return ended.stdout.strip()
 
 
-def test_a_file_of_the_trunk(tmp_path: Path) -> None:
-    name = run(TRUNK, tmp_path)
+def test_a_file_of_the_trunk(tmp_path: Path, scripts: Prepared) -> None:
+    name = run(scripts, TRUNK, tmp_path)
     found, wanted = (load_file(tmp_path / each)["a"] for each in (name, "source.safetensors"))
     assert (found == wanted).all()
 
 
 @pytest.mark.parametrize("script", [RECORDS, SMALL], ids=["records", "small"])
-def test_other_files(tmp_path: Path, script: str) -> None:
-    run(script, tmp_path)
+def test_other_files(tmp_path: Path, script: str, scripts: Prepared) -> None:
+    run(scripts, script, tmp_path)
 
 
 NOTHING = """
