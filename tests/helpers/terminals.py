@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
+from prepared import Prepared, Process
+
 CTRL_C, CTRL_D, UP = "\x03", "\x04", "\x1b[A"
 PATIENCE = 120.0  # seconds, for a machine that has other work
 
@@ -23,6 +25,16 @@ _TAKE = (  # the terminal becomes the one whose Ctrl-C it gets, which who starte
     "signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.executable, sys.argv[1:])"
 )
 
+# the same in a fork of a process that has done its imports
+_TAKE_IN_A_FORK = """
+import fcntl, os, signal, termios
+os.setsid()
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+for name in ("COLUMNS", "LINES"):
+    os.environ.pop(name, None)
+"""
+
 
 def _plain(environment: Mapping[str, str]) -> dict[str, str]:
     """Without what says another size than the terminal itself, as where tests run side by side."""
@@ -30,22 +42,34 @@ def _plain(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 class Terminal:
-    """Runs Python with ``arguments``. A context manager, which ends what still runs. A terminal of ``size`` (columns,
-    lines) has it before anybody looks."""
+    """Runs Python with ``arguments``, or a script with them in a fork of ``scripts``. A context manager, which ends
+    what still runs. A terminal of ``size`` (columns, lines) has it before the process looks."""
 
-    def __init__(self, *arguments: str, size: tuple[int, int] | None = None, **environment: str) -> None:
+    def __init__(
+        self,
+        *arguments: str,
+        size: tuple[int, int] | None = None,
+        scripts: Prepared | None = None,
+        **environment: str,
+    ) -> None:
         self._master, slave = pty.openpty()
         if size is not None:
             termios.tcsetwinsize(self._master, size[::-1])
+        environment = {"TERM": "xterm", "INPUTRC": os.devnull} | environment
+        streams = {"stdin": slave, "stdout": slave, "stderr": slave}
+        self._process: subprocess.Popen[bytes] | Process
         try:
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", _TAKE, sys.executable, *arguments],
-                stdin=slave,
-                stdout=slave,
-                stderr=slave,
-                start_new_session=True,
-                env=_plain(os.environ) | {"TERM": "xterm", "INPUTRC": os.devnull} | environment,
-            )
+            if scripts is not None:
+                script, *words = arguments
+                script = _TAKE_IN_A_FORK + script
+                self._process = scripts.start(script, *words, environment=environment, **streams)
+            else:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-c", _TAKE, sys.executable, *arguments],
+                    start_new_session=True,
+                    env=_plain(os.environ) | environment,
+                    **streams,
+                )
         finally:
             os.close(slave)
         self.screen = ""  # all that was written, without carriage returns

@@ -35,7 +35,7 @@ sys.exit(main(sys.argv[1:]))
 def test_generate_shows_how_far_its_prompt_is(scripts: Prepared, tinymix_4bit: Path) -> None:
     options = "--max-new-tokens 4 --prefill-chunk 32 --daemon none"
     words = ["generate", str(tinymix_4bit), PROMPT, *options.split()]
-    with Terminal("-c", SCRIPT, *words, size=SIZE) as terminal:
+    with Terminal(SCRIPT, *words, size=SIZE, scripts=scripts) as terminal:
         terminal.wait_for("tokens/s")
         assert terminal.status() == 0
         screen = terminal.screen
@@ -49,9 +49,9 @@ def test_generate_shows_how_far_its_prompt_is(scripts: Prepared, tinymix_4bit: P
     assert "prompt of" not in done.stdout + done.stderr
 
 
-def test_chat_shows_how_far_its_prompt_is(tinymix_4bit: Path) -> None:
+def test_chat_shows_how_far_its_prompt_is(scripts: Prepared, tinymix_4bit: Path) -> None:
     words = ["chat", str(tinymix_4bit), "--max-new-tokens", "4", "--daemon", "none"]
-    with Terminal("-c", SCRIPT, *words, size=SIZE) as terminal:
+    with Terminal(SCRIPT, *words, size=SIZE, scripts=scripts) as terminal:
         terminal.wait_for(">>> ")
         terminal.type("la mattina " * 40 + "\n")
         terminal.wait_for(SHOWN)
