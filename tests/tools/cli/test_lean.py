@@ -33,46 +33,46 @@ def run(code: str, *words: str, **variables: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | variables).stdout
 
 
-def test_generating_imports_and_keeps_little(tinymix_4bit: Path) -> None:
-    code = """
+GENERATE = """
 import re, sys
 from pathlib import Path
 searched = set()
 sys.addaudithook(lambda event, given: searched.add(str(given[0])) if event in ("os.listdir", "os.scandir") else None)
 from moetier.tools.main import main
-assert main(["generate", sys.argv[1], "Il vecchio", "--max-new-tokens", "8", "--temperature", "0", "--json"]) == 0
+command = ["generate", sys.argv[1], "Il vecchio", "--max-new-tokens", "8", "--temperature", "0", "--json"]
+assert main([*command, "--daemon", "none"]) == 0
 rollup = Path("/proc/self/smaps_rollup").read_text()
 print(int(re.search(r"Anonymous: +(\\d+) kB", rollup)[1]) * 1024)
 print(*sys.modules)
 print(sum(Path(folder).parent.match("transformers/models") for folder in searched))
+from transformers.utils.import_utils import is_torch_distributed_available as has_distributed
+print(has_distributed(), type(sys.modules["torch._dynamo"]).__name__)
 """
-    said, anonymous, modules, searched = run(code, str(tinymix_4bit)).splitlines()
+
+
+def test_generating_imports_and_keeps_little(tinymix_4bit: Path) -> None:
+    said, anonymous, modules, searched, found = run(GENERATE, str(tinymix_4bit)).splitlines()
     assert UNUSED & set(modules.split()) == set()
     assert int(anonymous) < MOST
     assert 0 < int(searched) < 60, "of 560 folders of transformers"
-    model, tokenizer = moetier.load(tinymix_4bit, daemon=None)
+    assert found == "False _StandIn"
+    assert json.loads(said)["text"] == text_of(tinymix_4bit)
+
+
+def test_a_command_works_with_it_off(tinymix_4bit: Path) -> None:
+    """It builds and loads the model as transformers does, and says the same."""
+    said, _, modules, _, found = run(GENERATE, str(tinymix_4bit), MOETIER_LEAN="0").splitlines()
+    assert "sympy" in modules.split()
+    assert found == "True module"
+    assert json.loads(said)["text"] == text_of(tinymix_4bit)
+
+
+def text_of(directory: Path) -> str:
+    model, tokenizer = moetier.load(directory, daemon=None)
     with model.tiers:
         ids = tokenizer("Il vecchio", return_tensors="pt").input_ids
-        text = tokenizer.decode(model.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :])
-    assert json.loads(said)["text"] == text
-
-
-def test_a_command_works_with_it_off(tinymix: Path, tmp_path: Path) -> None:
-    """It builds and loads the model as transformers does, and says the same."""
-    code = """
-import sys
-from moetier.tools.main import main
-command = ["generate", sys.argv[1], "Il vecchio", "--max-new-tokens", "8", "--temperature", "0", "--json"]
-assert main([*command, "--daemon", "none"]) == 0
-from transformers.utils.import_utils import is_torch_distributed_available as has_distributed
-print(has_distributed(), "sympy" in sys.modules, type(sys.modules["torch._dynamo"]).__name__)
-"""
-    texts = []
-    for switch, expected in (("0", "True True module"), ("1", "False False _StandIn")):
-        said, found = run(code, str(tinymix), MOETIER_LEAN=switch, XDG_CACHE_HOME=str(tmp_path / switch)).splitlines()
-        assert found == expected
-        texts.append(json.loads(said)["text"])
-    assert texts[0] == texts[1]
+        text: str = tokenizer.decode(model.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :])
+    return text
 
 
 def test_transformers_has_all_its_names() -> None:
