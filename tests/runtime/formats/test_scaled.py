@@ -44,6 +44,27 @@ class TestFp8(FormatTests):
         return {"weight_scale_inv": scale, "weight": codes}, from_fp8(codes, scale)
 
 
+class TestInt4(FormatTests):
+    """The format "pack-quantized" of compressed-tensors."""
+
+    quantization: ClassVar = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "int"}}},
+    }
+    is_used_as_it_is = True
+    needed = ("weight_scale",)
+
+    def quantise(self, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        groups = weight.float().unflatten(1, (-1, 32))
+        scales = (groups.abs().amax(2).clamp_min(2**-100) / 7).bfloat16()
+        codes = (groups / scales.float()[:, :, None]).round().clamp(-8, 7)
+        words = (codes.flatten(1).long() + 8).unflatten(1, (-1, 8)) << torch.arange(0, 32, 4)
+        packed = words.sum(2).to(torch.int32)
+        stored = {"weight_packed": packed, "weight_scale": scales, "weight_shape": torch.tensor(weight.shape)}
+        return stored, (codes * scales.float()[:, :, None]).flatten(1).to(weight.dtype)
+
+
 @pytest.fixture
 def deepseek(tmp_path: Path) -> Path:
     """FP8 in blocks; every extent is a multiple of the block: transformers can't read others."""
