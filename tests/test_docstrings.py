@@ -75,15 +75,12 @@ def test_modules_that_a_text_names_exist(package: Path) -> None:
     assert not gone
 
 
-PACKAGES = [path for path in MODULES if path.name == "__init__.py"]
-
-
-@pytest.mark.parametrize("path", PACKAGES, ids=lambda path: path.parent.relative_to(ROOT).as_posix())
-def test_a_package_that_lists_its_modules_lists_all(path: Path) -> None:
-    docstring = ast.get_docstring(ast.parse(path.read_text())) or ""
+@of_each_package
+def test_a_package_that_lists_its_modules_lists_all(package: Path) -> None:
+    docstring = ast.get_docstring(ast.parse((package / "__init__.py").read_text())) or ""
     rows = re.findall(r"^    (\w+(?:, \w+)*) {2,}\S", docstring, re.MULTILINE)
     listed = {name for row in rows for name in row.split(", ")}
-    modules = {module.stem for module in path.parent.glob("*.py")} - {"__init__"}
+    modules = {module.stem for module in package.glob("*.py")} - {"__init__"}
     assert not listed & modules or listed == modules
 
 
