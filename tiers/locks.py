@@ -96,9 +96,8 @@ class Monitor:
         self.after_wake: Callable[[], None] | None = None  # if set, runs as a transition after each that calls ``wake``
         self._repair = repair
         self._lock = threading.Lock()  # guards: what the transitions change, and the fields below
-        self._runner = (
-            0  # id of the thread whose transition runs, or was interrupted by an exception; 0 if there is none
-        )
+        self._is_torn = False  # true while a transition runs, and after an exception has interrupted one
+        self._runner = 0  # id of the thread that runs a transition, or ran the latest one
         self._sleepers: list[threading.Lock] = []
         self._posted: deque[Callable[[], None]] = deque()
         self._deferred: deque[Callable[[], None]] = deque()
@@ -110,17 +109,22 @@ class Monitor:
         It may raise a MoetierError only while the state is consistent: the state is not repaired after this error.
         """
         self.fork_guard.check()
-        if self._runner == get_ident():
+        if self._is_torn and self._runner == get_ident():
             self._check_reentry()
         try:
             with self._lock:
-                self._prepare()
+                self._runner = get_ident()
+                if self._is_torn:
+                    self._repair()
+                self._is_torn = True
+                while self._deferred:
+                    self._deferred.popleft()()
                 try:
                     result = change(*arguments)
                 except MoetierError:
-                    self._runner = 0
+                    self._is_torn = False
                     raise
-                self._runner = 0
+                self._is_torn = False
         finally:
             if self._posted:
                 self._run_posted()
@@ -179,7 +183,12 @@ class Monitor:
         # thread may take the lock between the check and ``with``. Its transition is short, and so is the wait for it.
         while self._posted and not self._lock.locked():
             with self._lock:
-                self._prepare()
+                self._runner = get_ident()
+                if self._is_torn:
+                    self._repair()
+                self._is_torn = True
+                while self._deferred:
+                    self._deferred.popleft()()
                 while self._posted:
                     work = self._posted[0]
                     if work is self._attempted:
@@ -190,18 +199,10 @@ class Monitor:
                         work()
                         self._posted.popleft()
                     self._attempted = None
-                self._runner = 0
-
-    def _prepare(self) -> None:
-        """Begin a transition: repair the state if the last one was interrupted, and run what was deferred."""
-        interrupted, self._runner = self._runner, get_ident()
-        if interrupted:
-            self._repair()
-        while self._deferred:
-            self._deferred.popleft()()
+                self._is_torn = False
 
     def _check_reentry(self) -> None:
-        """Fail if this thread is in a transition. If an exception has interrupted that, the lock is or becomes free."""
+        """Fail if this thread is in a transition. The lock is free if an exception has interrupted that."""
         deadline = time.monotonic() + REENTRY_SECONDS
         while self._runner == get_ident() and self._lock.locked():
             assert time.monotonic() < deadline, "a transition has called another transition of the same monitor"
