@@ -106,7 +106,8 @@ class DaemonTier(Closeable):
                 lease, proof = arena.lease(key, slot, generation, more=number < len(cached))
                 proofs.append((key.expert, proof))
                 yield lease
-                self._check_open()
+                if self._closed:
+                    self._check_open()
             if lost := [expert for expert, proof in proofs if proof.held is False]:
                 with self._counting:
                     self._counters.count_lookups(misses=len(lost), discarded=len(lost))
