@@ -17,14 +17,17 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
+from moetier.tools.main import COMMANDS as NAMES
+
+ALL = tuple(f"moetier.tools.commands.{name.replace('-', '_')}" for name in NAMES)  # which each command line imports
 # what converting a mixtral imports
 COMMANDS = (
-    "moetier.tools.commands.convert",
+    *ALL,
     "moetier.tools.convert.convert",
     "transformers.models.mixtral.modeling_mixtral",
 )
 DAEMONS = (
-    "moetier.tools.commands.daemon",
+    *ALL,
     "moetier.runtime.daemon.compute",
     "moetier.runtime.daemon.metrics",
     "moetier.runtime.daemon.process",

@@ -112,6 +112,7 @@ def test_a_plan_offers_it_as_it_is(tinymix: Path) -> None:
 
 
 @pytest.mark.usefixtures("short_probes")
+@pytest.mark.usefixtures("short_probes")
 def test_a_plan_for_weights_of_4_bits_keeps_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """No other width is recommended, and nothing is converted. What it recommends works."""
     folder, _ = save_native(tmp_path, "gpt-oss")
