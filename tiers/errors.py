@@ -31,6 +31,10 @@ from __future__ import annotations
 
 from typing import Self
 
+# fixes of many errors
+SAME_VERSION = "Use the same version of moetier on both sides."
+DOWNLOAD_AGAIN = "Download the checkpoint again."
+
 
 class MoetierError(Exception):
     """Base of all errors of moetier.

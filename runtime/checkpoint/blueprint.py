@@ -24,7 +24,7 @@ from moetier.runtime.formats.tensors import SourceTensor
 from moetier.runtime.libraries.meta import made_on_meta
 from moetier.runtime.libraries.transformers_internals import dtype_plan_of, may_lack
 from moetier.runtime.moe.experts import EXPERT_PARAMETERS, experts_modules
-from moetier.tiers.errors import CheckpointError, UnsupportedModelError
+from moetier.tiers.errors import DOWNLOAD_AGAIN, CheckpointError, UnsupportedModelError
 from moetier.tiers.fields import some
 from moetier.tiers.layout import RecordLayout
 from moetier.tiers.manifest import Block
@@ -98,7 +98,7 @@ def _check_depth(config: Mapping[str, Any]) -> None:
         elif name.endswith("layers") and isinstance(value, int) and value > MAX_LAYERS:
             raise CheckpointError(
                 f"By its config, the model has {value:,} layers ({name}). moetier reads at most {MAX_LAYERS:,}.",
-                "Download the checkpoint again.",
+                DOWNLOAD_AGAIN,
             )
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from moetier.runtime.formats.registry import Format, format_of, quantised_with
 from moetier.runtime.formats.tensors import SourceTensor, StoredTensor, read_at
-from moetier.tiers.errors import CheckpointError
+from moetier.tiers.errors import DOWNLOAD_AGAIN, CheckpointError
 
 if TYPE_CHECKING:
     import torch
@@ -61,9 +61,7 @@ class Checkpoint:
         places = (self.config, self.config.get("text_config") or {})
         section = next((section for place in places if (section := place.get("quantization_config"))), None)
         if not isinstance(section, Mapping | None):
-            raise CheckpointError(
-                f"The quantization_config of {self.name} is not a JSON object.", "Download the checkpoint again."
-            )
+            raise CheckpointError(f"The quantization_config of {self.name} is not a JSON object.", DOWNLOAD_AGAIN)
         return section
 
     @property

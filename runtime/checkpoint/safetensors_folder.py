@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from moetier.runtime.formats.tensors import MAX_NAME, StoredTensor, read_tensors
-from moetier.tiers.errors import CheckpointError, StoreFormatError, UnsafeCheckpointError
+from moetier.tiers.errors import DOWNLOAD_AGAIN, CheckpointError, StoreFormatError, UnsafeCheckpointError
 from moetier.tiers.extents.table import read_table
 from moetier.tiers.fields import some
 from moetier.tiers.small_names import COPIED, DOWNLOADED, SETTINGS, VOCABULARY
@@ -178,9 +178,9 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"{path} can't be read: {error.strerror}.", "Check the file and its disk.") from error
     except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON ({error}).", "Download the checkpoint again.") from error
+        raise CheckpointError(f"{path} is not JSON ({error}).", DOWNLOAD_AGAIN) from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path} is not a JSON object.", "Download the checkpoint again.")
+        raise CheckpointError(f"{path} is not a JSON object.", DOWNLOAD_AGAIN)
     return value
 
 
@@ -226,7 +226,7 @@ def read_places(folder: Path, index: str) -> dict[str, str]:
     """
     places = read_json(folder, index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
-        raise CheckpointError(f"{folder / index} has no weight_map.", "Download the checkpoint again.")
+        raise CheckpointError(f"{folder / index} has no weight_map.", DOWNLOAD_AGAIN)
     for name in sorted(set(places.values())):
         contained(folder, name)
         if not name.endswith(".safetensors"):
@@ -245,7 +245,7 @@ def _read_tensors(folder: Path, config: Mapping[str, Any]) -> dict[str, StoredTe
             raise without_weights(folder, (path.name for path in folder.iterdir()))
         raise CheckpointError(
             f"{folder} lacks {some(missing)}, which {INDEX if places else 'config.json'} names.",
-            "Download the checkpoint again.",
+            DOWNLOAD_AGAIN,
         )
     named = {tensor: paths[file] for tensor, file in places.items()}
     return gathered({path: read_tensors(path) for path in paths.values()}, named, folder / INDEX)
@@ -266,12 +266,10 @@ def gathered(
     for path, own in headers.items():
         of_file = _with_whole_names(own, named.get(path, []))
         if doubled := tensors.keys() & of_file.keys():
-            raise CheckpointError(f"{path} and another file have {some(doubled)}.", "Download the checkpoint again.")
+            raise CheckpointError(f"{path} and another file have {some(doubled)}.", DOWNLOAD_AGAIN)
         tensors |= of_file
     if absent := [name for name, path in places.items() if name not in tensors or tensors[name].file != path]:
-        raise CheckpointError(
-            f"{index} names tensors that are not in their files: {some(absent)}.", "Download the checkpoint again."
-        )
+        raise CheckpointError(f"{index} names tensors that are not in their files: {some(absent)}.", DOWNLOAD_AGAIN)
     return tensors
 
 

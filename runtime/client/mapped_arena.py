@@ -8,7 +8,7 @@ from moetier.runtime.wire.control import ControlConnection
 from moetier.tiers.arena.arena import Arena
 from moetier.tiers.arena.directory import ArenaHeader
 from moetier.tiers.arena.layout import ArenaLayout
-from moetier.tiers.errors import ArenaError, ClosedError, ProtocolError
+from moetier.tiers.errors import SAME_VERSION, ArenaError, ClosedError, ProtocolError
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.source import Lease, Residents
@@ -52,7 +52,7 @@ class MappedArena:
         if control.descriptor is None or slots.keys() != manifest.layouts.keys() or min(slots.values()) < 1:
             raise ProtocolError(
                 "The daemon's arena has other record layouts than this store.",
-                "Use the same version of moetier on both sides.",
+                SAME_VERSION,
             )
         layout = ArenaLayout.of(manifest, slots)
         if (
@@ -99,7 +99,7 @@ class MappedArena:
                 raise ClosedError("The tier of this model was closed.", "Load the model again.") from None
             raise ProtocolError(
                 f"The daemon has granted slot {slot} of an arena with {self.layout.slots} slots.",
-                "Use the same version of moetier on both sides.",
+                SAME_VERSION,
             ) from None
 
     def close(self) -> None:

@@ -23,6 +23,7 @@ from moetier.runtime.wire.piece import PIECE_BYTES, decode_piece
 from moetier.runtime.wire.request import encode_request
 from moetier.runtime.wire.status_codes import CALL_ERRORS, error_of
 from moetier.tiers.errors import (
+    SAME_VERSION,
     BudgetError,
     ChecksumError,
     ClosedError,
@@ -301,7 +302,7 @@ class _Transfer:
                 if len(piece) > min(PIECE_BYTES, end - at):
                     raise ProtocolError(
                         f"A daemon sent more bytes of {key} than were requested.",
-                        "Use the same version of moetier on both sides.",
+                        SAME_VERSION,
                     )
                 self._view[at : at + len(piece)] = piece
                 at += len(piece)

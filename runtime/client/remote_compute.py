@@ -23,6 +23,7 @@ from moetier.runtime.wire.channel import INPUT_BYTES, MAX_OUTPUTS, OUTPUT_BYTES
 from moetier.runtime.wire.piece import decode_piece
 from moetier.runtime.wire.status_codes import CALL_ERRORS, error_of
 from moetier.tiers.errors import (
+    SAME_VERSION,
     BudgetError,
     ChecksumError,
     ClosedError,
@@ -298,7 +299,7 @@ class RemoteOutputs:
         if len(data) != size or crc is None:
             return ProtocolError(
                 f"The daemon {part.peer.name} did not send outputs of {size:,} bytes with a checksum.",
-                "Use the same version of moetier on both sides.",
+                SAME_VERSION,
             )
         if crc != crc32c(memoryview(data), part.crc):
             return ChecksumError(

@@ -20,6 +20,7 @@ from moetier.proto import expert_store_pb2 as pb
 from moetier.runtime.wire.address import DIGEST_CHARS
 from moetier.runtime.wire.status_codes import message_of
 from moetier.tiers.errors import (
+    SAME_VERSION,
     MoetierError,
     ProtocolError,
     RefusedError,
@@ -127,7 +128,7 @@ class SessionCall:
                     self.end(
                         ProtocolError(
                             "A message of the session can't be parsed.",
-                            "Use the same version of moetier on both sides.",
+                            SAME_VERSION,
                         )
                     )
                 except Exception as error:  # the client's error, or a bug of the daemon
@@ -170,7 +171,7 @@ class SessionCall:
         if not keys or len(set(keys)) != len(keys):
             raise ProtocolError(
                 f"Request {request} names no expert, or an expert twice.",
-                "Use the same version of moetier on both sides.",
+                SAME_VERSION,
             )
         if self._events.qsize() > MAX_UNREAD:
             raise ProtocolError("The client does not read the answers.", "Read the answers from the stream.")

@@ -28,7 +28,7 @@ from moetier.runtime.kernels.jit.processor import refusal
 from moetier.runtime.kernels.jit.team import Memory
 from moetier.runtime.wire.channel import MAX_OUTPUTS, OUTPUT_BYTES
 from moetier.runtime.wire.piece import PIECE_BYTES, encode_piece
-from moetier.tiers.errors import ConfigError, ExhaustedError, ProtocolError
+from moetier.tiers.errors import SAME_VERSION, ConfigError, ExhaustedError, ProtocolError
 from moetier.tiers.host.demands import Granted
 from moetier.tiers.host.tier import HostTier
 from moetier.tiers.layout import ExpertKey
@@ -40,7 +40,6 @@ from .leases import CALLS, STALL, CallLeases, no_thread, timeout_of
 
 BATCH_OUTPUTS = 256  # outputs that are computed together, which limits scratch memory
 _TYPES = {"bfloat16": BF16, "float32": FP32}
-_SAME = "Use the same version of moetier on both sides."
 
 # guards: ``_memory`` and the team of threads, which compute one call after the other
 _computing = threading.Lock()
@@ -147,7 +146,7 @@ class ComputeCalls:
         experts = list(request.experts)
         keys = [ExpertKey(request.block, expert) for expert in experts]
         if not keys or len(set(keys)) < len(keys):
-            raise ProtocolError("A computation names no expert, or an expert twice.", _SAME)
+            raise ProtocolError("A computation names no expert, or an expert twice.", SAME_VERSION)
         self._manifest.check_keys(request.block, keys)
         products = self._products_for(request)
         row_bytes = products.width * _TYPES[request.dtype].itemsize
@@ -156,17 +155,17 @@ class ComputeCalls:
             raise ProtocolError(
                 f"{len(request.hidden_states):,} bytes are not hidden states of {products.width} numbers of "
                 f"{request.dtype}.",
-                _SAME,
+                SAME_VERSION,
             )
         if not request.counts:
             picked = [np.arange(count)] * len(keys)
         else:
             indices = np.array(request.picked, np.int64)
             if len(request.counts) != len(keys) or sum(request.counts) != len(indices):
-                raise ProtocolError("The numbers of tokens do not fit the experts.", _SAME)
+                raise ProtocolError("The numbers of tokens do not fit the experts.", SAME_VERSION)
             picked = np.split(indices, np.cumsum(np.array(request.counts[:-1], np.int64)))
             if not all(request.counts) or indices.max() >= count:
-                raise ProtocolError("counts or picked is invalid: no token, or one that does not exist.", _SAME)
+                raise ProtocolError("counts or picked is invalid: no token, or one that does not exist.", SAME_VERSION)
         total = sum(map(len, picked))
         if total > MAX_OUTPUTS or total * row_bytes > OUTPUT_BYTES:
             raise _too_much(total)
@@ -188,9 +187,11 @@ class ComputeCalls:
         array_name = self._manifest.blocks[request.block].array
         asked = request.activation
         if request.dtype not in _TYPES or asked.function not in FUNCTIONS:
-            raise ProtocolError("The type of the hidden states or the activation is unknown.", _SAME)
+            raise ProtocolError("The type of the hidden states or the activation is unknown.", SAME_VERSION)
         if not (math.isfinite(asked.alpha) and math.isfinite(asked.shift) and asked.limit > 0):
-            raise ProtocolError("The numbers of the activation are not finite, or its limit is not above 0.", _SAME)
+            raise ProtocolError(
+                "The numbers of the activation are not finite, or its limit is not above 0.", SAME_VERSION
+            )
         activation = Activation(asked.function, asked.interleaved, asked.alpha, asked.limit, asked.shift, asked.gated)
         variant = (array_name, activation.variant, request.dtype)
         with self._state:

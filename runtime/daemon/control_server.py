@@ -18,7 +18,7 @@ from pathlib import Path
 
 from moetier.runtime.wire.address import CONTROL_SOCKET
 from moetier.runtime.wire.control import PACKET_SECONDS, PROTOCOL, answer, check_peer, error_json, parse
-from moetier.tiers.errors import MoetierError, ProtocolError, UnavailableError
+from moetier.tiers.errors import SAME_VERSION, MoetierError, ProtocolError, UnavailableError
 
 from .log import RateLimitedLog
 
@@ -151,7 +151,7 @@ class ControlServer:
         if greeting.get("protocol") != PROTOCOL or not (digest is None or isinstance(digest, str)):
             raise ProtocolError(
                 f"This daemon ({self._version}) speaks protocol {PROTOCOL} on its control socket; the client does not.",
-                "Use the same version of moetier on both sides.",
+                SAME_VERSION,
             )
         if digest is not None:
             with self._state:

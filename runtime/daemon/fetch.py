@@ -13,7 +13,7 @@ import grpc
 
 from moetier.proto import expert_store_pb2 as pb
 from moetier.runtime.wire.piece import PIECE_BYTES, encode_piece
-from moetier.tiers.errors import ExhaustedError, ProtocolError
+from moetier.tiers.errors import SAME_VERSION, ExhaustedError, ProtocolError
 from moetier.tiers.host.tier import HostTier
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Manifest
@@ -71,7 +71,7 @@ class FetchCalls:
         if not 0 <= start < end <= size:
             raise ProtocolError(
                 f"The bytes from {start:,} to {end:,} were asked for; the record has {size:,} bytes.",
-                "Use the same version of moetier on both sides.",
+                SAME_VERSION,
             )
         deadline = time.monotonic() + timeout
         batches = self._leases.batches([key], context, deadline)

@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from moetier.tiers.errors import CheckpointError
+from moetier.tiers.errors import DOWNLOAD_AGAIN, CheckpointError
 from moetier.tiers.layout import ZERO_POINT_GROUPS, Bits, Projection
 
-from .registry import DAMAGED
 from .tensors import Numbers, Runs, SourceTensor
 
 SCALES = ("float16", "bfloat16", "float32")  # torch's names of the types that scales may have
@@ -100,7 +99,7 @@ class AffineTensor(SourceTensor):
 
     def damaged(self, what: str) -> CheckpointError:
         """Return the error for a damaged matrix; ``what`` says what is wrong, after the matrix's name and a colon."""
-        return CheckpointError(f"{self.name}: {what}.", DAMAGED)
+        return CheckpointError(f"{self.name}: {what}.", DOWNLOAD_AGAIN)
 
     def finite(self, tensor: Numbers) -> torch.Tensor:
         """Read scales or zero points, as [groups, ...] or [1, groups]. Raises CheckpointError if one is not finite."""

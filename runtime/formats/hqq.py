@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 
-from moetier.tiers.errors import CheckpointError, UnsupportedModelError
+from moetier.tiers.errors import DOWNLOAD_AGAIN, CheckpointError, UnsupportedModelError
 from moetier.tiers.layout import Bits
 from moetier.tiers.quant.zero_points import Levels
 
 from .affine import SCALES, AffineTensor
-from .registry import DAMAGED, Format
+from .registry import Format
 from .tensors import Numbers, SourceTensor, StoredTensor, check
 
 MAIN = "W_q"  # name of a module's packed codes
@@ -208,7 +208,7 @@ def _numbers(weight: str, tensor: StoredTensor) -> list[float]:
     if math.prod(tensor.shape) != count or tensor.dtype not in types:
         raise CheckpointError(
             f"{weight}: {tensor.name} is {tensor.dtype} {list(tensor.shape)}, not {' or '.join(types)} [{count}].",
-            DAMAGED,
+            DOWNLOAD_AGAIN,
         )
     if not tensor.file.exists():
         raise CheckpointError(
@@ -226,7 +226,7 @@ def _requantised(weight: str, groups: int, codes: StoredTensor, scale: StoredTen
         or math.prod(scale.shape) not in (1, codes.shape[-1])
         or (scale.shape, scale.dtype) != (zero.shape, zero.dtype)
     ):
-        raise CheckpointError(f"{weight}: {codes.name}, {scale.name} and {zero.name} do not fit.", DAMAGED)
+        raise CheckpointError(f"{weight}: {codes.name}, {scale.name} and {zero.name} do not fit.", DOWNLOAD_AGAIN)
     return Requantised(codes, scale, zero, (1, groups))
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pkgutil import resolve_name
 from typing import Any, ClassVar
 
-from moetier.tiers.errors import CheckpointError, UnsupportedModelError
+from moetier.tiers.errors import DOWNLOAD_AGAIN, CheckpointError, UnsupportedModelError
 
 from .tensors import SourceTensor, StoredTensor
 
@@ -30,7 +30,6 @@ FORMATS = {
 }
 # from the last part of a tensor's name to the format, where no quant_method names one
 MARKS = {"W_q": "hqq"}  # mixtral-offloading's config does not say how it is quantised
-DAMAGED = "Download the checkpoint again."
 # advice where records can't hold the weights as a checkpoint stores them
 NEEDS_BITS = "Give --bits 16 for the values as they are, or 8, 4, 3 or 2 to quantise them anew."
 
@@ -82,7 +81,7 @@ class Format(ABC):
         for path in (name.removesuffix(f".{needed[0]}") for name in orphaned):
             has_weight = f"{path}.{main}" in self.tensors or f"{path}.weight" in self.tensors
             if not has_weight and all(f"{path}.{name}" in self.tensors for name in needed):
-                raise CheckpointError(f"{path}.{needed[0]} is there, but {path}.{main} is missing.", DAMAGED)
+                raise CheckpointError(f"{path}.{needed[0]} is there, but {path}.{main} is missing.", DOWNLOAD_AGAIN)
         paths = [name.removesuffix(f".{main}") for name in self.tensors if name.endswith(f".{main}")]
         taken = {f"{path}.{name}" for path in paths for name in own}
         sources: dict[str, SourceTensor] = {name: tensor for name, tensor in self.tensors.items() if name not in taken}
@@ -90,9 +89,9 @@ class Format(ABC):
             weight = f"{path}.weight"
             stored = {name: self.tensors[f"{path}.{name}"] for name in own if f"{path}.{name}" in self.tensors}
             if missing := [name for name in needed if name not in stored]:
-                raise CheckpointError(f"{weight} is quantised, but {path}.{missing[0]} is missing.", DAMAGED)
+                raise CheckpointError(f"{weight} is quantised, but {path}.{missing[0]} is missing.", DOWNLOAD_AGAIN)
             if weight in sources:
-                raise CheckpointError(f"{weight} is in the checkpoint twice, once quantised.", DAMAGED)
+                raise CheckpointError(f"{weight} is in the checkpoint twice, once quantised.", DOWNLOAD_AGAIN)
             sources[weight] = make(weight, stored) if stored[main].shape else replace(stored[main], name=weight)
         return sources
 

@@ -12,11 +12,11 @@ from typing import Self
 
 import torch
 
-from moetier.tiers.errors import CheckpointError, UnsupportedModelError
+from moetier.tiers.errors import DOWNLOAD_AGAIN, CheckpointError, UnsupportedModelError
 from moetier.tiers.layout import CODING_GROUPS, CODINGS, Projection
 from moetier.tiers.quant.codings import decode_rows
 
-from .registry import DAMAGED, Format
+from .registry import Format
 from .tensors import Runs, SourceTensor, StoredTensor
 
 TILE_WEIGHTS = 1 << 21  # most weights decoded at a time: 8 MiB in fp32
@@ -87,7 +87,7 @@ class ScaledTensor(SourceTensor):
                 raise CheckpointError(
                     f"{_said(globals_)} has type {globals_.spelling} and shape {list(globals_.shape)}, not one number "
                     "in F32 for each matrix.",
-                    DAMAGED,
+                    DOWNLOAD_AGAIN,
                 )
             globals_ = replace(globals_, shape=tuple(lead))
         projection = Projection(
@@ -199,7 +199,7 @@ def _coding_of(codes: StoredTensor, scales: StoredTensor, globals_: StoredTensor
             "Give a checkpoint in a format that docs/choosing.md lists.",
         )
     if len(codes.shape) < 2 or not all(codes.shape):
-        raise CheckpointError(f"{_said(codes)} has shape {list(codes.shape)}, which is no matrix.", DAMAGED)
+        raise CheckpointError(f"{_said(codes)} has shape {list(codes.shape)}, which is no matrix.", DOWNLOAD_AGAIN)
     return coding, scale_type
 
 
@@ -223,7 +223,7 @@ def _grid_of(
             return grid, (rows, columns)
     raise CheckpointError(
         f"{_said(scales)} has shape {list(scales.shape)}, which does not fit {codes.name} of shape {[*lead, *size]}.",
-        DAMAGED,
+        DOWNLOAD_AGAIN,
     )
 
 
@@ -250,7 +250,7 @@ class Scaled(Format):
         sources: dict[str, SourceTensor] = {}
         for name, tensor in self._weights(self.block, dtype):
             if name in sources:
-                raise CheckpointError(f"{name} is in {tensor.parts[0].file} in two forms.", DAMAGED)
+                raise CheckpointError(f"{name} is in {tensor.parts[0].file} in two forms.", DOWNLOAD_AGAIN)
             sources[name] = tensor
         return sources
 
@@ -286,7 +286,7 @@ class Scaled(Format):
             return
         tensor = self.tensors[name]
         if tensor.dtype.startswith("float8") or name.endswith(".weight_packed"):
-            raise CheckpointError(f"{_said(tensor)} is in {tensor.spelling} but has no scale.", DAMAGED)
+            raise CheckpointError(f"{_said(tensor)} is in {tensor.spelling} but has no scale.", DOWNLOAD_AGAIN)
         if name.endswith((".weight_zero_point", ".weight_g_idx")):
             raise unreadable("weights with zero points or an order of groups")
         yield name, tensor

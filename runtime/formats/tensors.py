@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 import numpy as np
 import numpy.typing as npt
 
-from moetier.tiers.errors import CheckpointError
+from moetier.tiers.errors import DOWNLOAD_AGAIN, CheckpointError
 from moetier.tiers.fields import shown
 from moetier.tiers.headers.safetensors import ITEM_BYTES, MAX_HEADER_BYTES, load_header, parse_header, read_header
 from moetier.tiers.layout import Projection, RecordLayout
@@ -266,7 +266,7 @@ def check(stored: Numbers, shape: Sequence[int | str], *dtypes: str) -> None:
         raise CheckpointError(
             f"{stored.name} is {stored.dtype} {list(stored.shape)}, not {' or '.join(dtypes)} "
             f"[{', '.join(map(str, shape))}].",
-            "Download the checkpoint again.",
+            DOWNLOAD_AGAIN,
         )
 
 
@@ -287,7 +287,7 @@ def read_at(path: Path, offset: int, out: Bytes) -> None:
                 if got == 0:
                     raise CheckpointError(
                         f"{path} ends at byte {offset + done}; a tensor needs {offset + out.nbytes}.",
-                        "Download the checkpoint again.",
+                        DOWNLOAD_AGAIN,
                     )
                 os.posix_fadvise(file.fileno(), offset + done, got, os.POSIX_FADV_DONTNEED)
                 done += got
@@ -301,7 +301,7 @@ def read_tensors(path: Path, place: Path | None = None) -> dict[str, StoredTenso
     The bytes of the tensors are read later: from ``place``, a copy of the file, if it is given, else from ``path``.
     Raises CheckpointError for a file that is not a whole safetensors file.
     """
-    fix = "Download the checkpoint again."
+    fix = DOWNLOAD_AGAIN
     try:
         raw, data = read_header(path, MAX_HEADER_BYTES)
     except OSError as error:

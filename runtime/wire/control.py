@@ -23,7 +23,14 @@ from typing import Any
 
 from moetier.tiers import errors
 from moetier.tiers.closeable import Closeable
-from moetier.tiers.errors import MoetierError, NoDaemonError, ProtocolError, RefusedError, UnavailableError
+from moetier.tiers.errors import (
+    SAME_VERSION,
+    MoetierError,
+    NoDaemonError,
+    ProtocolError,
+    RefusedError,
+    UnavailableError,
+)
 
 from .address import CONTROL_SOCKET, check_folder
 
@@ -88,7 +95,7 @@ class ControlConnection(Closeable):
             if len(descriptors) != (digest is not None):
                 raise ProtocolError(
                     f"The daemon in {folder} passed no arena.",
-                    "Use the same version of moetier on both sides.",
+                    SAME_VERSION,
                 )
             return cls(end, reply, descriptors[0] if descriptors else None)
         except BaseException:
@@ -104,7 +111,7 @@ class ControlConnection(Closeable):
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ProtocolError(
                 f"The daemon's answer on the control socket is malformed ({type(error).__name__}: {error}).",
-                "Use the same version of moetier on both sides.",
+                SAME_VERSION,
             ) from None
         self.descriptor = descriptor  # descriptor of the arena, read-only; closed together with the connection
         self._end = end
@@ -189,7 +196,7 @@ def parse(packet: bytes, sender: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ProtocolError(
             f"The packet that {sender} sent on the control socket is not a JSON object.",
-            "Use the same version of moetier on both sides.",
+            SAME_VERSION,
         )
     return value
 
@@ -227,7 +234,7 @@ def error_from(value: object, otherwise: type[MoetierError] = errors.DaemonError
     if not isinstance(value, dict):
         return ProtocolError(
             "The daemon sent an error that can't be read.",
-            "Use the same version of moetier on both sides.",
+            SAME_VERSION,
         )
     name, cause, fix = (" ".join(str(value.get(field, "")).split()) for field in ("kind", "cause", "fix"))
     named = getattr(errors, name, None)

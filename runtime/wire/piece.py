@@ -11,7 +11,7 @@ from __future__ import annotations
 from google.protobuf.message import DecodeError
 
 from moetier.proto.expert_store_pb2 import Piece
-from moetier.tiers.errors import ProtocolError
+from moetier.tiers.errors import SAME_VERSION, ProtocolError
 from moetier.tiers.layout import CHECKSUM_BYTES
 from moetier.tiers.store.checksum import checksum_bytes
 
@@ -53,6 +53,4 @@ def decode_piece(message: bytes) -> tuple[memoryview, int | None]:
         piece = Piece.FromString(message)
         return memoryview(piece.data), piece.crc32c if piece.HasField("crc32c") else None
     except DecodeError:
-        raise ProtocolError(
-            "A daemon sent a message that is not a piece of a record.", "Use the same version of moetier on both sides."
-        ) from None
+        raise ProtocolError("A daemon sent a message that is not a piece of a record.", SAME_VERSION) from None

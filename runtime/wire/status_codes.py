@@ -13,7 +13,7 @@ from google.protobuf.message import DecodeError
 
 from moetier.proto.expert_store_pb2 import Error
 from moetier.tiers import errors
-from moetier.tiers.errors import DaemonError, MoetierError, ProtocolError, RefusedError, UnavailableError
+from moetier.tiers.errors import SAME_VERSION, DaemonError, MoetierError, ProtocolError, RefusedError, UnavailableError
 
 from .channel import speaks_tls
 from .control import error_from
@@ -131,7 +131,7 @@ def _transport_error(code: grpc.StatusCode, details: str, target: str) -> Moetie
     """Return the error for a failure of the connection that ``details`` describes; None for any other failure."""
     said = details.lower()
     if code is Code.RESOURCE_EXHAUSTED and _TOO_LARGE in said:
-        return ProtocolError(f"A message is too large: {details}", "Use the same version of moetier on both sides.")
+        return ProtocolError(f"A message is too large: {details}", SAME_VERSION)
     if code is not Code.UNAVAILABLE:
         return None
     if _PLAIN in said:
@@ -165,6 +165,6 @@ _FIXES: dict[type[MoetierError], str] = {
     "(`credentials.ca`, `credentials.cert`) or does not use it (`credentials.insecure`).",
     errors.RefusedError: "Give the daemon's token (`credentials.token_file`) and, if the daemon requires one, a client "
     "certificate (`credentials.cert`).",
-    errors.ProtocolError: "Use the same version of moetier on both sides.",
+    errors.ProtocolError: SAME_VERSION,
     errors.UnknownModelError: "See which models the daemon serves (moetier ps).",
 }

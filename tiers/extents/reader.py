@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moetier.tiers.closeable import closed_on_error
-from moetier.tiers.errors import MissingExpertError, StoreError, StoreFormatError, StoreReadError
+from moetier.tiers.errors import DOWNLOAD_AGAIN, MissingExpertError, StoreError, StoreFormatError, StoreReadError
 from moetier.tiers.headers.gguf import SUFFIX, digest_of
 from moetier.tiers.headers.safetensors import MAX_HEADER_BYTES, read_header
 from moetier.tiers.layout import PAGE, ExpertKey
@@ -117,7 +117,7 @@ def header_digest(path: Path) -> str:
             return hashlib.sha256(read_header(path, MAX_HEADER_BYTES)[0]).hexdigest()
     except ValueError as error:
         cause = f"{path} is truncated, or no {'GGUF' if is_gguf else 'safetensors'} file: {error}."
-        raise StoreFormatError(cause, "Download the checkpoint again.") from error
+        raise StoreFormatError(cause, DOWNLOAD_AGAIN) from error
 
 
 @contextlib.contextmanager
