@@ -18,8 +18,8 @@ class Cpu(ComputeDevice):
     title = "processor"
     has_memory = False
 
-    def __init__(self, place: torch.device | str = HOST) -> None:
-        super().__init__(place)
+    def __init__(self, device: torch.device | str = HOST) -> None:
+        super().__init__(device)
 
     @classmethod
     def is_available(cls) -> bool:
@@ -30,5 +30,5 @@ class Cpu(ComputeDevice):
         """Return kernels compiled for this processor, or kernels of torch if none can be compiled."""
         if why := refusal():
             warn_once(f"No kernels can be compiled here ({why}): experts are decoded for each product, which is slow.")
-            return Kernels(self.place)
+            return Kernels(self.torch_device)
         return PackedKernels()

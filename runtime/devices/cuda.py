@@ -42,9 +42,9 @@ class Cuda(ComputeDevice):
             return
         for number in range(torch.cuda.device_count()):
             device = cls(f"cuda:{number}")
-            free, total = torch.cuda.mem_get_info(device.place)
-            name = torch.cuda.get_device_name(device.place)
-            text = f"{device.place} {name}, {format_bytes(free)} free of {format_bytes(total)}"
+            free, total = torch.cuda.mem_get_info(device.torch_device)
+            name = torch.cuda.get_device_name(device.torch_device)
+            text = f"{device.torch_device} {name}, {format_bytes(free)} free of {format_bytes(total)}"
             with warnings.catch_warnings(record=True) as said:
                 warnings.simplefilter("always")
                 kernels = device.kernels()
@@ -56,12 +56,12 @@ class Cuda(ComputeDevice):
 
     def fast_kernels(self) -> Kernels:
         """Return kernels with torch's int4 product, or kernels that decode experts if that product does not work."""
-        return fused_or_plain(self.place, CudaInt4())
+        return fused_or_plain(self.torch_device, CudaInt4())
 
     def free_memory(self) -> Available:
         """Return the memory of the GPU that is free."""
-        return Available(torch.cuda.mem_get_info(self.place)[0], str(self.place))
+        return Available(torch.cuda.mem_get_info(self.torch_device)[0], str(self.torch_device))
 
     def streams(self) -> CudaDevice:
         """Return streams of the GPU. Pages are locked by CUDA."""
-        return CudaDevice(self.place)
+        return CudaDevice(self.torch_device)

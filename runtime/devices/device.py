@@ -36,15 +36,15 @@ class ComputeDevice(ABC):
         title: its name in errors, after "no".
         has_memory: whether it has memory of its own. Then trunk, context and the slots of a device tier are there, and
             ``free_memory`` and ``streams`` are implemented. Otherwise it computes with the records in the host's slots.
-        place: where torch allocates the tensors that it computes with.
+        torch_device: where torch allocates the tensors that it computes with.
     """
 
     title: ClassVar[str]
     has_memory: ClassVar[bool]
 
-    def __init__(self, place: torch.device | str) -> None:
-        """Use the device ``place``, or the one that the option ``device`` of this text names."""
-        self.place = torch.device(place)
+    def __init__(self, device: torch.device | str) -> None:
+        """``device``: a torch device, or a value of the option `device`, such as "cuda:1"."""
+        self.torch_device = torch.device(device)
 
     @classmethod
     @abstractmethod
@@ -64,7 +64,7 @@ class ComputeDevice(ABC):
         """Return the fastest kernels. With ``exact``, return kernels with the same bits as the eager model."""
         if without_onednn():
             warn_once(f"As {PROTECTED}, {WITHOUT_ONEDNN}.")
-        return Kernels(self.place) if exact else self.fast_kernels()
+        return Kernels(self.torch_device) if exact else self.fast_kernels()
 
     def free_memory(self) -> Available:
         """Return the device's own memory that is free."""
@@ -92,15 +92,15 @@ def chosen_device(option: str) -> ComputeDevice:
     return device_type(option)
 
 
-def device_at(place: torch.device, option: str = "auto") -> ComputeDevice:
-    """Return the device of a trunk that is at ``place``: that of the option ``device``, or the one that torch names.
+def device_at(device: torch.device, option: str = "auto") -> ComputeDevice:
+    """Return the device of a trunk that is on ``device``: that of the option ``device``, or the one that torch names.
 
     Raises ConfigError if moetier can't compute there.
     """
-    name = place.type if option == "auto" else option.partition(":")[0]
+    name = device.type if option == "auto" else option.partition(":")[0]
     if name not in DEVICES:
-        raise ConfigError(f"The trunk is on {place}, where moetier can't compute.", f"Give {device_values()}.")
-    return device_class(name)(place)
+        raise ConfigError(f"The trunk is on {device}, where moetier can't compute.", f"Give {device_values()}.")
+    return device_class(name)(device)
 
 
 def without_onednn() -> bool:

@@ -53,7 +53,7 @@ def attach_tiers(model: PreTrainedModel, location: Path, files: TrunkFiles, conf
     trunk is on several devices, or on one on which moetier can't compute. After an error the tiers are closed.
     """
     use_threads(config.threads)
-    device = device_at(_place_of(model), config.device)
+    device = device_at(_device_of(model), config.device)
     kernels = device.kernels(exact=config.exact)
     linears = quantized_linears(model)
     for linear in linears:
@@ -67,11 +67,11 @@ def attach_tiers(model: PreTrainedModel, location: Path, files: TrunkFiles, conf
         if any(kernels.packs(layout) for layout in layouts):  # else the model computes bit for bit as the eager one
             _use_compiled_code(model)
         tiers.hooks.add(model.register_forward_pre_hook(lambda *_: files.check()))
-        _attach_blocks(model, tiers, device.place)
+        _attach_blocks(model, tiers, device.torch_device)
         _keep(model, tiers)
 
 
-def _place_of(model: PreTrainedModel) -> torch.device:
+def _device_of(model: PreTrainedModel) -> torch.device:
     """Return the trunk's device. Raises ConfigError if the trunk is on several devices."""
     devices = {parameter.device for parameter in model.parameters()}
     if len(devices) != 1:
@@ -131,7 +131,7 @@ def _speculate(
     """Begin to predict experts. ``modules``: the Experts modules by path."""
     tiers.speculation = Speculation(
         shortcuts,
-        tiers.device,
+        tiers.device_tier,
         look_ahead=config.look_ahead,
         mode=_mode(config, tiers, modules),
         most=config.prefetch,
@@ -163,12 +163,12 @@ def _use_compiled_code(model: PreTrainedModel) -> None:
     use_quick_layers(model)
 
 
-def _attach_blocks(model: PreTrainedModel, tiers: Tiers, place: torch.device) -> None:
-    """Give each Experts module its block of the tiers, to be computed at ``place``."""
+def _attach_blocks(model: PreTrainedModel, tiers: Tiers, device: torch.device) -> None:
+    """Give each Experts module its block of the tiers, to be computed on ``device``."""
     modules = experts_modules(model)
     on_demand = None if tiers.speculation is None else tiers.speculation.on_demand
     for number, block in enumerate(tiers.manifest.blocks):
         layout = tiers.manifest.layout(number)
         modules[block.path].tiered = TieredBlock(
-            number, layout, tiers.device, tiers.kernels, place, on_demand, remote_compute=tiers.remote_compute
+            number, layout, tiers.device_tier, tiers.kernels, device, on_demand, remote_compute=tiers.remote_compute
         )

@@ -144,7 +144,7 @@ def _load(
             asked,
             dtype,
             model_class.from_pretrained,
-            device_map={"": str(device.place)} if device.has_memory else None,
+            device_map={"": str(device.torch_device)} if device.has_memory else None,
             attn_implementation=attention,
         )
         with closed_on_error(model.tiers):

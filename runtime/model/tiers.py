@@ -105,7 +105,7 @@ class Tiers(Closeable):
         self,
         manifest: Manifest,
         origin: Origin,
-        device: HostViews | DeviceTier,
+        device_tier: HostViews | DeviceTier,
         kernels: Kernels,
         prefill: Prefill,
         trunk_files: TrunkFiles | None = None,
@@ -119,16 +119,16 @@ class Tiers(Closeable):
         self.learns = origin.learner is not None
         self.shares = origin.shares  # returns what came from each daemon of another host, and from the store
         self.remote_compute = origin.remote_compute  # computes experts at daemons of other hosts, if there are any
-        self.device = device
+        self.device_tier = device_tier
         self.kernels = kernels
         self.speculation: Speculation | None = None
         self.hooks = Observation()  # hooks on the model, besides those of the speculation
         self._trunk_files = trunk_files
-        self.close_sources = partial(_close_sources, device, origin)  # without a reference to the model
+        self.close_sources = partial(_close_sources, device_tier, origin)  # without a reference to the model
 
     def stats(self) -> list[TierStats]:
         """Return the counters of the host tier and, on a GPU, of the device tier."""
-        return [self.host.stats(), *([self.device.stats()] if isinstance(self.device, DeviceTier) else [])]
+        return [self.host.stats(), *([self.device_tier.stats()] if isinstance(self.device_tier, DeviceTier) else [])]
 
     def snapshot(self) -> dict[str, Any]:
         """Return a dictionary from the tiers' names ("host" or "daemon", and "device") to their counters, for JSON."""
@@ -147,8 +147,8 @@ class Tiers(Closeable):
         self.close_sources()
 
 
-def _close_sources(device: HostViews | DeviceTier, origin: Origin) -> None:
-    device.close()
+def _close_sources(device_tier: HostViews | DeviceTier, origin: Origin) -> None:
+    device_tier.close()
     origin.close()
 
 

@@ -19,7 +19,7 @@ class Toy(ComputeDevice):
     title = "toy"
     has_memory = True
 
-    def __init__(self, place: torch.device | str) -> None:
+    def __init__(self, device: torch.device | str) -> None:
         super().__init__("cpu")
 
     @classmethod
@@ -31,7 +31,7 @@ class Toy(ComputeDevice):
         yield Diagnosis("a toy", "Get a larger one.")
 
     def fast_kernels(self) -> Kernels:
-        return Kernels(self.place)
+        return Kernels(self.torch_device)
 
     def free_memory(self) -> Available:
         return Available(1 << 30, "the toy")

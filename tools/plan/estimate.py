@@ -245,7 +245,7 @@ def _machine(room: MachineRoom, speeds: Speeds) -> dict[str, Any]:
         "memory_bytes": room.host.bytes,
         "memory_limiter": room.host.limiter,
         "idle_bytes": room.idle_bytes,
-        "device": str(room.device.place),
+        "device": str(room.device.torch_device),
         "device_bytes": room.on_device.bytes if room.on_device else None,
         "disk_folder": str(room.into.resolve()),
         "disk_free_bytes": room.disk_free,

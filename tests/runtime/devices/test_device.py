@@ -53,7 +53,7 @@ def test_a_trunk_is_computed_where_it_is() -> None:
     assert type(device_at(torch.device("cpu"))) is Cpu
     device = device_at(torch.device("cuda:1"), "cuda")
     assert type(device) is Cuda
-    assert device.place == torch.device("cuda:1")
+    assert device.torch_device == torch.device("cuda:1")
     with pytest.raises(ConfigError, match="The trunk is on meta"):
         device_at(torch.device("meta"))
 
@@ -67,7 +67,7 @@ def test_a_device_of_one_line_loads_a_model_and_generates_the_same_tokens(tinymi
         with model.tiers:
             ids = tokenizer("Il vecchio", return_tensors="pt").input_ids
             texts.append(model.generate(ids, max_new_tokens=8, do_sample=False).tolist())
-            assert isinstance(model.tiers.device, DeviceTier) == (options["device"] == "toy")
+            assert isinstance(model.tiers.device_tier, DeviceTier) == (options["device"] == "toy")
     assert texts[0] == texts[1]
     assert model.tiers.snapshot()["device"]["misses"] > 0
 

@@ -39,7 +39,7 @@ def compute(model: Any, experts: list[int], on_demand: Callable[..., None] | Non
 
 
 def acquire(model: Any, *experts: int) -> None:
-    for lease in model.tiers.device.acquire([ExpertKey(BLOCK, expert) for expert in experts]):
+    for lease in model.tiers.device_tier.acquire([ExpertKey(BLOCK, expert) for expert in experts]):
         assert lease.end()
 
 
