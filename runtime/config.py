@@ -8,13 +8,14 @@ import os
 import re
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 from moetier.runtime.device_names import check_device, device_values
 from moetier.runtime.wire.address import Address, Credentials
 from moetier.tiers.cache.policies import DEFAULT_POLICY, POLICIES
 from moetier.tiers.errors import ConfigError
-from moetier.tiers.options import COUNT, Number, option, options_of, read_all
+from moetier.tiers.options import COUNT, Number, Option, named, option, options_of, read_all
 from moetier.tiers.source import LOADERS
 
 SPECULATE = ("auto", "off", "always")
@@ -196,7 +197,7 @@ class TierConfig(HostTierConfig):
     )
     credentials: Credentials = option(
         None,
-        "",
+        "token and certificates for daemons at HOST:PORT",
         types=Credentials | None,
         wanted="moetier's Credentials",
         parse=lambda given: given or Credentials(),
@@ -275,7 +276,22 @@ OPTIONS = options_of(TierConfig)
 # The options as commands have them. Their chunk of a prompt does not depend on the memory if that is not short, because
 # the last bits of a result depend on which tokens are computed together.
 COMMAND_OPTIONS = OPTIONS | {"prefill_chunk": replace(OPTIONS["prefill_chunk"], default=1024)}
-CACHE = ("store_cache", "store_cache_size")  # options for models in an object store, of ``load`` and of commands
+# options for models in an object store, of ``load`` and of commands
+CACHE = named(
+    store_cache=Option(
+        None,
+        "folder in which models at an address are cached (default: $XDG_CACHE_HOME/moetier/objects)",
+        types=Path | str | os.PathLike | None,
+        metavar="FOLDER",
+        parse=lambda folder: None if folder is None else Path(folder),
+    ),
+    store_cache_size=Option(
+        None,
+        'most bytes of experts of a model in that cache, such as "50GiB" (default: the size given last, or all)',
+        types=str | int | None,
+        metavar="SIZE",
+    ),
+)
 OF_HOST_TIER = tuple(options_of(HostTierConfig))
 
 

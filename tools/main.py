@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from moetier.tiers.errors import ConfigError, MoetierError
 from moetier.tiers.redaction import redacted
+from moetier.tools.cli.failure import DEBUG
 from moetier.tools.cli.parser import (
     EXIT_USAGE,
     CommandParser,
@@ -24,7 +25,7 @@ from moetier.tools.cli.parser import (
     parsers_of,
     settable,
 )
-from moetier.tools.cli.settings import Setting, Settings, is_anything_set, mentioned
+from moetier.tools.cli.settings import LOG, Setting, Settings, is_anything_set, mentioned
 
 COMMANDS = {  # name of a command -> its line in --help
     "plan": "estimate whether a model will run on this machine, and how fast, before downloading it",
@@ -162,7 +163,7 @@ def _run(argv: Sequence[str] | None) -> int:
     except BrokenPipeError:
         raise
     except Exception as error:
-        if os.environ.get("MOETIER_DEBUG") == "1":
+        if os.environ.get(DEBUG) == "1":
             raise
         return say(error, settings)
     return status
@@ -200,9 +201,9 @@ def _set_up_log() -> None:
     """
     from moetier.tools.cli.failure import PlainFormatter
 
-    if (level := os.environ.get("MOETIER_LOG", "")) and level not in LOG_LEVELS:
+    if (level := os.environ.get(LOG, "")) and level not in LOG_LEVELS:
         raise ConfigError(
-            f"MOETIER_LOG is {level!r}, which is not a log level.", f"Set it to one of {', '.join(LOG_LEVELS)}."
+            f"{LOG} is {level!r}, which is not a log level.", f"Set it to one of {', '.join(LOG_LEVELS)}."
         )
     if logging.lastResort is not None:
         logging.lastResort.setFormatter(PlainFormatter())

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from types import ModuleType
 from typing import Any
 
+LEAN = "MOETIER_LEAN"  # the variable that turns stand-ins off
 COMPILER = "torch._dynamo"
 META = "torch._meta_registrations"  # the meta device's operations that are Python code
 TRIED = ("2.13.",)  # releases of torch that were found to work without META
@@ -16,7 +17,7 @@ TRIED = ("2.13.",)  # releases of torch that were found to work without META
 
 def is_lean() -> bool:
     """Return whether imports may be replaced, and models built in a quicker way: unless $MOETIER_LEAN is 0."""
-    return os.environ.get("MOETIER_LEAN") != "0"
+    return os.environ.get(LEAN) != "0"
 
 
 def put_stand_ins() -> None:

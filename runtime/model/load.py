@@ -6,7 +6,9 @@ import contextlib
 import inspect
 import logging
 import os
+import re
 import sys
+import textwrap
 import threading
 import traceback
 from collections.abc import Callable, Iterator
@@ -22,7 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from moetier.runtime.checkpoint.containers import container_of, open_source
 from moetier.runtime.checkpoint.model_config import config_of, is_checkpoint
-from moetier.runtime.config import OPTIONS, LoadOptions, TierConfig
+from moetier.runtime.config import CACHE, OPTIONS, LoadOptions, TierConfig
 from moetier.runtime.devices.device import chosen_device
 from moetier.runtime.machine.memory import shortage_in
 from moetier.runtime.stores.checkpoint_store import check_shards
@@ -30,6 +32,7 @@ from moetier.runtime.stores.registry import read_manifest
 from moetier.tiers.closeable import closed_on_error
 from moetier.tiers.errors import ConfigError, MoetierError, StoreFormatError, UnsupportedModelError
 from moetier.tiers.fields import some
+from moetier.tiers.options import read_all
 from moetier.tiers.store.folder import check_directory, command
 from moetier.tiers.store.trunk import check_trunk
 
@@ -57,54 +60,22 @@ def load(
     The trunk is read at once, experts when they are first needed. Code in the directory is never run, and nothing
     outside the directory is read.
 
+    If daemons compute experts, hidden states go to them. The results have the same bits if the daemons are honest: they
+    can't be checked, as records are. Unless ``exact`` is true, quantised experts are multiplied as they are stored, on
+    a CPU with activations rounded to 8 bits. (transformers' default, "grouped_mm", rounds differently.) If memory has
+    no room for ``prefill_chunk`` tokens, a warning says so, and ``model.tiers.prefill_chunk`` is smaller.
+    ``generate()`` computes a whole prompt together unless it is given that number as ``prefill_chunk_size``. For a
+    model that can't divide a prompt, the number is that of the longest prompt that has room.
+
     Args:
         directory: the folder of the model, a GGUF file, the name of a pulled model, or the address of a model in an
             object store: s3://, gs://, az://, https:// or file://. The experts of a model at an address are fetched
             when they are first needed.
-        ram: host memory for experts: a size ("6GiB"), a share of what trunk and context leave ("50%"), or a number of
-            bytes. Default: "80%", or "95%" in a control group with a memory limit.
-        device_memory: GPU memory for experts, given as ``ram`` is.
-        device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N".
-        daemon: where experts come from. "auto": from a storage daemon of this user that serves this store, if there is
-            one, else from this process's own tier. None or "none": from this process's own tier. A daemon's name,
-            folder or HOST:PORT: from that daemon. Several of these, separated by commas: a share from each daemon.
-            "dns:///HOST:PORT": a share from the daemon at each IP address of HOST.
-        remote_compute: whether daemons at HOST:PORT may compute experts that are not in memory here, instead of
-            sending them: "auto" (where measurements show that this is faster) or "off". Hidden states then go to the
-            daemons. The results have the same bits, if the daemon is honest: they can't be checked, as records are.
-        credentials: token and certificates for daemons at HOST:PORT.
-        policy: which experts of a block are evicted first: a name in ``moetier.tiers.cache.policies.POLICIES``.
-            ``moetier generate --help`` says what each does.
-        speculate: whether experts are loaded before they are needed, as predicted by the routers of the next layers
-            from the present hidden state: "auto" (while measurements show that this is faster), "off" or "always". It
-            does not change the text that a model generates.
-        look_ahead: number of layers, after the present one, whose experts are predicted.
-        prefetch: most experts of a block to load on a prediction. Default: all that are predicted.
-        learn: keep a list of the most used experts in $XDG_CACHE_HOME/moetier, and load those of earlier runs at the
-            start, in the background.
-        loaders: number of experts that are read from the disk at the same time.
-        context: tokens of context that memory budgets leave room for. A longer context works if there is more memory.
-        prefill_chunk: tokens of a prompt that are computed together: memory budgets leave room for them. Where memory
-            has none, it is for fewer, ``model.tiers.prefill_chunk``, and a warning says so. ``generate()`` computes a
-            whole prompt together unless it is given that number as ``prefill_chunk_size``. For a model that can't
-            divide a prompt, the number is that of the longest prompt that has room. Default: the context, but at most
-            4096 tokens.
-        all_logits: leave room for the logits of all tokens that are computed together, as the loss of a text needs.
-            Otherwise there is room for those of the last token.
-        exact: compute bit for bit what the ordinary model computes with the decoded weights and
-            ``experts_implementation="eager"``, which is slower. Otherwise quantised experts are multiplied as they are
-            stored, on a CPU with activations rounded to 8 bits. (transformers' default, "grouped_mm", rounds
-            differently.)
-        threads: number of threads to compute with. It applies to the whole process, as in torch.set_num_threads.
-            Default: OMP_NUM_THREADS, else torch's number, but at most the number of CPUs that this process may use by
-            its CPU affinity and its control group's quota.
+        options: the options of ``TierConfig``, from the declarations of which this list is made when it is imported.
         dtype: the type in which the trunk is computed: torch.bfloat16, float16 or float32, or the name of one of these;
             "auto": the type that config.json names.
         attn_implementation: as in from_pretrained. Without it, if the model would use "sdpa", or a function of its own
             because it has attention sinks, attention of single tokens on a CPU is computed by moetier's own function.
-        store_cache: folder in which models at an address are cached. Default: $XDG_CACHE_HOME/moetier/objects.
-        store_cache_size: most bytes of this model's experts in that cache, such as "50GiB" or a number. Default: the
-            size that was given last for this model, or all.
 
     Returns:
         The model and its tokenizer (None if it has none). The tiers are ``model.tiers``: ``stats()`` returns their
@@ -115,7 +86,8 @@ def load(
         MoetierError: an option, the directory or the machine can't be used.
     """
     if is_address(name := os.fspath(directory)):
-        location = directory_at(name, None if store_cache is None else Path(store_cache), store_cache_size)
+        cache = read_all(CACHE, {"store_cache": store_cache, "store_cache_size": store_cache_size})
+        location = directory_at(name, *cache.values())
     else:
         location = model_directory(directory)
     return _load(location, TierConfig.of(**options), _dtype(dtype), _attention(attn_implementation))
@@ -220,11 +192,16 @@ def _name_after(model: PreTrainedModel, location: Path) -> None:
     )
 
 
-# the signature that editors and the documentation show: all options with their defaults
+# the signature and the arguments that editors and the documentation show: all options with their defaults
 _keywords = [
     inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option.default) for name, option in OPTIONS.items()
 ]
 _parameters = list(inspect.signature(load).parameters.values())
+_ARGUMENTS = "".join(
+    textwrap.fill(f"{name}: {option.help % ()}.", 112, initial_indent=" " * 8, subsequent_indent=" " * 12) + "\n"
+    for name, option in (OPTIONS | CACHE).items()
+)
+load.__doc__ = re.sub(r" +options: .*\n", lambda _: _ARGUMENTS, load.__doc__ or "")
 load.__signature__ = inspect.Signature([_parameters[0], *_keywords, *_parameters[1:-1]])  # type: ignore[attr-defined]
 
 

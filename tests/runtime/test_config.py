@@ -9,7 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import moetier
-from moetier.runtime.config import OF_HOST_TIER, OPTIONS, DaemonChoice, LoadOptions, Size, TierConfig, format_bytes
+from moetier.runtime.config import (
+    CACHE,
+    OF_HOST_TIER,
+    OPTIONS,
+    DaemonChoice,
+    LoadOptions,
+    Size,
+    TierConfig,
+    format_bytes,
+)
 from moetier.runtime.daemon import daemon_config as daemon
 from moetier.tiers.errors import ConfigError
 
@@ -114,8 +123,9 @@ def test_options_are_declared_once() -> None:
     assert get_type_hints(LoadOptions) == {name: option.python_type for name, option in OPTIONS.items()}
     assert daemon.OPTIONS.keys() >= set(OF_HOST_TIER)
     parameters = inspect.signature(moetier.load).parameters
-    assert {name: parameters[name].default for name in OPTIONS} == {name: OPTIONS[name].default for name in OPTIONS}
-    assert list(parameters)[-4:] == ["dtype", "attn_implementation", "store_cache", "store_cache_size"]
+    declared = OPTIONS | CACHE
+    assert {name: parameters[name].default for name in declared} == {name: declared[name].default for name in declared}
+    assert list(parameters)[-4:] == ["dtype", "attn_implementation", *CACHE]
     assert all(f"\n        {name}: " in (moetier.load.__doc__ or "") for name in parameters)
 
 

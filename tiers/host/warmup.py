@@ -19,10 +19,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from moetier.tiers.errors import ClosedError, StoreError
+from moetier.tiers.errors import ClosedError, StoreError, TargetError
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.locks import ForkGuard
 from moetier.tiers.store.atomic import make_folders, write_durably
+from moetier.tiers.store.folder import user_cache
 
 from .tier import HostTier
 
@@ -115,14 +116,11 @@ def hot_set_path(digest: str) -> Path:
 
     Raises FileNotFoundError if the user has no home directory.
     """
-    folder = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if not folder.is_absolute():  # the specification says to ignore relative paths
-        try:
-            folder = Path.home() / ".cache"
-        except RuntimeError:
-            raise FileNotFoundError(errno.ENOENT, "the user has no home directory", "~/.cache") from None
     assert re.fullmatch(r"[0-9a-f]+", digest), digest
-    return folder / "moetier" / f"hot-{digest}.json"
+    try:
+        return user_cache(f"hot-{digest}.json")
+    except TargetError:
+        raise FileNotFoundError(errno.ENOENT, "the user has no home directory", "~/.cache") from None
 
 
 def load_hot_set(digest: str, experts: Mapping[int, int]) -> HotSet:

@@ -104,7 +104,7 @@ def is_cache(folder: Path) -> bool:
 
 
 def user_cache(name: str) -> Path:
-    """Return the folder ``name`` in ``$XDG_CACHE_HOME/moetier`` (XDG Base Directory Specification 0.8).
+    """Return the path ``name`` in ``$XDG_CACHE_HOME/moetier`` (XDG Base Directory Specification 0.8).
 
     Raises TargetError if the user has no home folder.
     """

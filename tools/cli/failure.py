@@ -18,7 +18,8 @@ from moetier.tiers.redaction import redacted
 EXIT_ERROR = 1
 EXIT_FAULT = os.EX_SOFTWARE  # 70: a bug
 
-MORE = "Set MOETIER_DEBUG=1 to see where the error arose."
+DEBUG = "MOETIER_DEBUG"  # the variable that has errors raised with their traceback
+MORE = f"Set {DEBUG}=1 to see where the error arose."
 _FIXES = {
     errno.ENOENT: "Check the path, or create what is missing.",
     errno.ENOTDIR: "Check the path: one of its folders is a file.",
@@ -61,9 +62,7 @@ def failure_of(error: Exception) -> tuple[MoetierError, int]:
     return MoetierError(cause, fix), EXIT_ERROR
 
 
-_FAULT = (
-    "This is a bug in moetier or in a library. Run the command again with MOETIER_DEBUG=1, and report what it prints."
-)
+_FAULT = f"This is a bug in moetier or in a library. Run the command again with {DEBUG}=1, and report what it prints."
 
 
 def _of_system(error: OSError) -> str:

@@ -323,19 +323,13 @@ def arguments_by_name(parser: argparse.ArgumentParser) -> dict[str, object]:
 
 
 def add_cache_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options for models in an object store to a command that takes model directories."""
+    """Add the options CACHE, for models in an object store, to a command that takes model directories."""
+    from moetier.runtime.config import CACHE
+
     group = parser.add_argument_group("object store")
-    group.add_argument(
-        "--store-cache",
-        type=Path,
-        metavar="FOLDER",
-        help="folder in which models at an address are cached (default: $XDG_CACHE_HOME/moetier/objects)",
-    )
-    group.add_argument(
-        "--store-cache-size",
-        metavar="SIZE",
-        help='most bytes of experts of a model in that cache, such as "50GiB" (default: the size given last, or all)',
-    )
+    for name, option in CACHE.items():
+        flag = f"--{name.replace('_', '-')}"
+        group.add_argument(flag, type=option.value_type, metavar=option.metavar, help=option.help)
 
 
 def by_name(arguments: argparse.Namespace) -> argparse.Namespace:

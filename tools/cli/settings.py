@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from moetier.runtime.config import CACHE, OPTIONS
+from moetier.runtime.libraries.torch_stand_ins import LEAN
 from moetier.tiers.addresses import HTTP_AUTHORIZATION
 from moetier.tiers.errors import ConfigError, MoetierError
 
+from .failure import DEBUG
 from .parser import NUMBERS, settable
 
 PREFIX = "MOETIER_"
@@ -28,9 +30,9 @@ REFERENCE = "generate"  # the command whose options the keys of GENERAL are
 GENERAL_KEYS = [
     name.replace("_", "-") for name in (*(name for name, option in OPTIONS.items() if option.is_setting), *CACHE)
 ]
-CONFIG = "MOETIER_CONFIG"
+CONFIG, LOG = "MOETIER_CONFIG", "MOETIER_LOG"
 # of moetier, and no settings
-OWN = ("MOETIER_API_KEY", CONFIG, "MOETIER_DEBUG", HTTP_AUTHORIZATION, "MOETIER_LEAN", "MOETIER_LOG")
+OWN = ("MOETIER_API_KEY", CONFIG, DEBUG, HTTP_AUTHORIZATION, LEAN, LOG)
 # variables that are not settings: OWN, those of the tests, and those that Kubernetes sets for a service called moetier
 OTHERS = re.compile(
     rf"{'|'.join(OWN)}|{PREFIX}((TEST|SOAK)_.*|SERVICE_HOST|SERVICE_PORT(_.*)?|PORT(_.*)?)",
