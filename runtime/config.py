@@ -101,6 +101,7 @@ class HostTierConfig:
         "(default: 80%%; 95%% in a control group with a limit)",
         types=int | str | None,
         wanted='a size such as "6GiB", a share: "50%", or a number of bytes',
+        in_config=True,
         group=MEMORY,
         metavar="SIZE",
         parse=_size,
@@ -138,6 +139,7 @@ class TierConfig(HostTierConfig):
         "GPU memory for experts, where there is a GPU",
         types=int | str | None,
         wanted="a size, a share or a number of bytes",
+        in_config=True,
         group=MEMORY,
         metavar="SIZE",
         parse=_size,
@@ -147,6 +149,7 @@ class TierConfig(HostTierConfig):
         DEFAULT_CONTEXT,
         "tokens of context that memory budgets leave room for; a longer context takes more memory. No effect on a CPU "
         "if a local daemon holds the experts",
+        in_config=True,
         group=MEMORY,
         metavar="TOKENS",
         numbers=COUNT,
@@ -175,7 +178,10 @@ class TierConfig(HostTierConfig):
         numbers=Number(int, 1, _CPUS, f"Give 1 to {_CPUS}, the CPUs of this machine."),
     )
     exact: bool = option(
-        False, 'give exactly the results of transformers (experts_implementation="eager"); slower', group=MEMORY
+        False,
+        'give exactly the results of transformers (experts_implementation="eager"); slower',
+        in_config=True,
+        group=MEMORY,
     )
     daemon: DaemonChoice = option(
         AUTO,

@@ -66,6 +66,9 @@ class Option:
         short: the short form on the command line, such as "-n".
         is_setting: whether the settings file and the environment may give the value. A flag that they may not give has
             no form with --no-, as it should be given each time.
+        in_config: whether a user may add it to the config.json of a model directory.
+        resumes: whether the command that resumes a conversion needs it, as the result depends on it, or what is
+            downloaded for it.
         name: the name on the command line, with "_" for "-", and in errors; by default, that of the field.
     """
 
@@ -80,6 +83,8 @@ class Option:
     parse: Callable[[Any], Any] | None = None
     short: str = ""
     is_setting: bool = True
+    in_config: bool = False
+    resumes: bool = False
     name: str = ""
 
     @property

@@ -218,10 +218,10 @@ class _Sorting:
         parameters: Mapping[str, torch.nn.Parameter],
         dtypes: Mapping[str, torch.dtype],
     ) -> None:
-        """Add the tensors that make the model's ``key``.
+        """Assign the tensors behind the model's ``key`` to experts, trunk or unused.
 
         ``state``: the tensors of the model. ``parameters``, ``dtypes``: those of the experts, and the types in which
-        they are loaded. Raises UnsupportedModelError if they make weights of experts and of the trunk.
+        they are loaded. Raises UnsupportedModelError if one tensor feeds both experts and trunk.
         """
         converter, sources = self.origins[key]
         targets = _targets(key, converter)

@@ -30,7 +30,9 @@ def is_checkpoint(folder: Path) -> bool:
 
 
 def config_of(folder: Path) -> dict[str, Any]:
-    """Return the config.json of a directory; that of a checkpoint as the config of a model directory made from it.
+    """Return the config of the model at ``folder``.
+
+    For a checkpoint, it has the quantization_config that its model directory would have.
 
     Raises StoreFormatError, UnsafeCheckpointError, UnsupportedModelError or CheckpointError.
     """

@@ -158,7 +158,9 @@ class HqqTensor(AffineTensor):
 
 
 def unpacked(packed: torch.Tensor, bits: Bits) -> torch.Tensor:
-    """Return the codes in ``packed``, uint8 [n, columns], or int32 with 3 bits: uint8 [n * codes of an item, columns].
+    """Unpack codes. ``packed``: uint8 [n, columns], or int32 for 3 bits.
+
+    Returns uint8 [n * codes per item, columns].
 
     The highest bits of all items are the first n rows, and so on. A word of 32 bits has ten codes of 3 bits, and its
     highest two bits are not used.

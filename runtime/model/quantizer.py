@@ -47,7 +47,7 @@ from .attach import attach_tiers
 from .trunk_files import TrunkFiles
 
 _lock = threading.Lock()  # held while moetier is added to transformers' registries
-IN_CONFIG = ("ram", "device_memory", "context", "exact")  # what a model directory's config.json may set
+IN_CONFIG = tuple(name for name, option in OPTIONS.items() if option.in_config)
 
 _options: TierOptions = {}  # set by register(), for models that are loaded without load()
 

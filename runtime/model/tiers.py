@@ -15,7 +15,6 @@ from typing import Any, NoReturn
 from moetier.runtime.config import TierConfig
 from moetier.runtime.devices.device import ComputeDevice
 from moetier.runtime.kernels.products.api import Kernels
-from moetier.runtime.kernels.products.packed import PackedKernels
 from moetier.runtime.machine.memory import memory_for_model
 from moetier.runtime.moe.block import refuse_copy
 from moetier.runtime.moe.gates import Observation
@@ -75,9 +74,12 @@ class Tiers(Closeable):
         kernels = kernels or device.kernels(exact=config.exact)
         memory = ModelMemory(manifest, config, device, needs)
         with contextlib.ExitStack() as undo:
-            compiled = isinstance(kernels, PackedKernels)
             origin = open_origin(
-                location, manifest, config, lambda: memory.host_slots(memory_for_model()), computes=compiled
+                location,
+                manifest,
+                config,
+                lambda: memory.host_slots(memory_for_model()),
+                computes=kernels.processor is not None,
             )
             undo.callback(origin.close)
             tier: HostViews | DeviceTier = HostViews(origin.host)

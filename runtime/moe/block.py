@@ -63,7 +63,10 @@ class RemoteExperts(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TieredBlock:
-    """State of an experts module whose parameters were removed, stored as the module's attribute ``tiered``."""
+    """State of an experts module whose parameters were removed, stored as the module's attribute ``tiered``.
+
+    It is frozen, but ``compiled`` is a cache: ``runtime.moe.grouped`` adds the kernels that it compiles.
+    """
 
     block: int  # number of the block
     layout: RecordLayout

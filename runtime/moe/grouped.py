@@ -19,7 +19,6 @@ from torch import Tensor
 from moetier.runtime.kernels.experts.expert_code import Activation
 from moetier.runtime.kernels.experts.expert_kernels import ExpertKernels
 from moetier.runtime.kernels.products.api import CPU, FLOATS, Kernels, is_readable
-from moetier.runtime.kernels.products.packed import PackedKernels
 from moetier.runtime.libraries.torch_internals import children_of, hooks_after, hooks_before
 from moetier.tiers.layout import RecordLayout
 from moetier.tiers.source import Lease
@@ -80,7 +79,7 @@ def kernels_of(module: Any, tiered: TieredBlock, dtype: torch.dtype) -> ExpertKe
 
 def _compile(module: Any, tiered: TieredBlock, dtype: torch.dtype) -> ExpertKernels | None:
     activation = quick_activation(module, tiered.layout, tiered.kernels)
-    if activation is None or not isinstance(tiered.kernels, PackedKernels):
+    if activation is None or tiered.kernels.processor is None:
         return None
     computed = dtype if dtype in FLOATS else torch.float32
     return ExpertKernels(tiered.layout, activation, computed, module.num_experts, tiered.kernels.processor)
@@ -88,7 +87,7 @@ def _compile(module: Any, tiered: TieredBlock, dtype: torch.dtype) -> ExpertKern
 
 def quick_activation(module: Any, layout: RecordLayout, kernels: Kernels) -> Activation | None:
     """Return the activation with which a block's experts are computed in the quick way; None if they can't be."""
-    activation = activation_of(module) if isinstance(kernels, PackedKernels) else None
+    activation = activation_of(module) if kernels.processor is not None else None
     return activation if activation is not None and ExpertKernels.fit(layout, activation) else None
 
 

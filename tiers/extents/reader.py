@@ -140,7 +140,7 @@ def _narrowed(numbers: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
 
 
 def _place(rows: npt.NDArray[np.uint8], stride: int, begin: int, target: npt.NDArray[np.uint8]) -> None:
-    """Copy rows [n, bytes] to every ``stride`` bytes of ``target`` [bytes], from ``begin`` on.
+    """Scatter ``rows`` [n, bytes]: row i goes to ``target[begin + i * stride :]``. ``target`` is [bytes].
 
     ``begin`` may be negative. Bytes outside of ``target`` are left out.
     """

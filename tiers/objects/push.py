@@ -100,9 +100,9 @@ def _file(group: Any) -> bytes:
 
 
 def _parted(data: bytes) -> tuple[Any, Any]:
-    """Return a manifest's file as JSON without the sums of small files, and these sums.
+    """Split the bytes of a manifest file into its JSON without ``files``, and ``files``.
 
-    Returns ``data`` itself and None if it is not a manifest's file.
+    Returns (``data``, None) if they are no manifest.
     """
     try:
         group = parse_json(data, "", "")

@@ -102,7 +102,10 @@ def _state(status: os.stat_result) -> tuple[int, ...]:
 
 
 def _attributes(status: os.stat_result) -> tuple[int, ...]:
-    """Return what explains another ctime: links (a replaced file has one less), mode and owner."""
+    """Return the metadata whose change also changes ctime: link count, mode, owner.
+
+    If they differ, the content may still be the same.
+    """
     return status.st_nlink, status.st_mode, status.st_uid, status.st_gid
 
 

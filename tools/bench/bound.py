@@ -49,7 +49,7 @@ class Bound:
 
     @classmethod
     def of(cls, need: Need, rates: BoundRates) -> Bound:
-        """Return the bound: the bytes of a step, divided by the rates at which they are read or multiplied with."""
+        """Return the least seconds of each part: bytes, divided by bytes per second."""
         return cls(
             disk=need.missing / rates.disk,
             kernels=need.experts / rates.experts + need.trunk / rates.trunk,

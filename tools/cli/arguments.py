@@ -56,7 +56,10 @@ size = Checked(Size.parse)  # type of an argument that is an amount of memory, s
 
 
 def add_option(parser: argparse._ActionsContainer, option: Option) -> None:
-    """Add the argument that ``option`` declares. A text that has to be parsed stays a text."""
+    """Add the argument that ``option`` declares.
+
+    A value with ``parse`` is checked here and kept as text; ``TierConfig.of`` converts it.
+    """
     flags = [*([option.short] if option.short else []), f"--{option.name.replace('_', '-')}"]
     if option.value_type is bool and not option.is_setting:
         parser.add_argument(*flags, action="store_true", help=option.help)

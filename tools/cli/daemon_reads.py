@@ -55,7 +55,10 @@ class DaemonWatch:
         self._connections = tiers.daemon.connections if tiers.daemon is not None else 0
 
     def end(self) -> DaemonReads | None:
-        """Return what the daemon did since construction, or None if this process maps no daemon's memory."""
+        """Return how the daemon's counters have changed since this object was made.
+
+        Returns None if this process maps no daemon's memory.
+        """
         if (daemon := self._tiers.daemon) is None:
             return None
         (was, before, clients), (now, after, clients_now) = self._before, _look(self._tiers)

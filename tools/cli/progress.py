@@ -87,7 +87,7 @@ def shown(label: str) -> Callable[[int], contextlib.AbstractContextManager[Calla
 
 @contextlib.contextmanager
 def prompt_bar(model: Any, tokens: int, chunk: int) -> Iterator[None]:
-    """Show a bar while ``model`` computes a prompt in the block, if standard error is a terminal.
+    """Show a bar while ``model`` computes a prompt in the ``with`` block, if standard error is a terminal.
 
     The bar advances with each block of experts. It disappears before the first text is printed. ``tokens`` of the
     prompt are computed, in chunks of at most ``chunk``.

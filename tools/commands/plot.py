@@ -133,7 +133,8 @@ def _draw_trace(arguments: argparse.Namespace) -> Figure:
     cached = trace.top_k if arguments.cached is None else arguments.cached
     if not 0 <= cached <= max(trace.num_experts) or (cached == 0 and arguments.kind == "heatmap"):
         raise ConfigError(
-            f"{cached} experts of a block can't be cached.", f"Give --cached from 1 to {max(trace.num_experts)}."
+            f"--cached is {cached}, but a block has at most {max(trace.num_experts)} experts.",
+            f"Give 1 to {max(trace.num_experts)}.",
         )
     match arguments.kind:
         case "figure1":

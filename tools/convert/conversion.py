@@ -29,7 +29,7 @@ from moetier.tools.convert.model_files import free_bytes, nearest_folder
 
 from .conversion_plan import ConversionPlan, Stage, stages
 from .encoder import INTERPRETER_BYTES, Encoder, MatrixRecord
-from .options import NATIVE, OPTIONS, RESUMING, Options
+from .options import NATIVE, OPTIONS, Options
 from .streaming import Download
 from .target import Target, small_files
 
@@ -44,7 +44,6 @@ class Conversion:
     encoder: Encoder
     options: Options
     records: list[MatrixRecord]  # of the trunk's quantised matrices
-    trunk_errors: dict[str, WeightError]  # errors of those matrices that were made, by path; filled by ``make``
     command: list[str]  # words of the command line that resumes the conversion
     download: Download | None  # of a hub checkpoint; None if the checkpoint is a folder
     quiet: bool  # print nothing on standard error
@@ -71,8 +70,8 @@ class Conversion:
         options = planned.with_bits(options)
         digest = checkpoint.digest if download is None else download.revision
         plan = planned.manifest(options, model=checkpoint.name, digest=digest)
-        encoder, errors = Encoder.of(planned.blueprint, plan, options), dict[str, WeightError]()
-        records = planned.records(errors, workers=encoder.workers, fast=options.fast)
+        encoder = Encoder.of(planned.blueprint, plan, options)
+        records = planned.records(workers=encoder.workers, fast=options.fast)
         trunk = planned.trunk(records)
         if download is not None:
             download.keep_tensors(
@@ -81,10 +80,10 @@ class Conversion:
         small = small_files(checkpoint, plan.bits, options.trunk_bits, planned.blueprint.dtype, trunk)
         target = Target(folder, plan, trunk, small, passing=download is not None)
         command = ["moetier", *(resuming or ("convert", checkpoint.source, str(folder.resolve())))]
-        given = ((name, getattr(options, name)) for name in RESUMING)
-        command += command_words((name, value) for name, value in given if value != OPTIONS[name].default)
+        given = ((name, option, getattr(options, name)) for name, option in OPTIONS.items() if option.resumes)
+        command += command_words((name, value) for name, option, value in given if value != option.default)
         matrices = list(records.values())
-        return cls(checkpoint, planned, target, encoder, options, matrices, errors, command, download, quiet)
+        return cls(checkpoint, planned, target, encoder, options, matrices, command, download, quiet)
 
     def say(self, line: str) -> None:
         """Print a line on standard error, unless ``quiet``."""
@@ -241,7 +240,7 @@ class Conversion:
 
         ``resumed_blocks``: number of blocks that an earlier run finished; ``was_complete``: this run had nothing to do.
         """
-        plan, trunk = self.target.plan, sum(self.trunk_errors.values(), WeightError())
+        plan, trunk = self.target.plan, sum((record.error for record in self.records), WeightError())
         return ConversionReport(
             model=plan.model,
             target=str(self.target.folder),

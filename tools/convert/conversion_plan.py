@@ -26,7 +26,7 @@ from moetier.runtime.moe.linear import matrix_layout
 from moetier.tiers.errors import ConfigError, UnsupportedModelError
 from moetier.tiers.layout import TRUNK_BITS, ZERO_POINTS, Bits, Projection, RecordLayout
 from moetier.tiers.manifest import TRUNK_RECORDS, Manifest, TrunkRecords, method_of
-from moetier.tiers.quant.codec import DEFAULTS, WeightError, layout_for
+from moetier.tiers.quant.codec import DEFAULTS, layout_for
 from moetier.tiers.quant.hqq import SOLVER
 from moetier.tiers.store.trunk import RECORD
 
@@ -130,7 +130,7 @@ class ConversionPlan:
 
     @property
     def has_only_values(self) -> bool:
-        """True if experts are quantised in the checkpoint as records can't hold them: only 16 bits keep the values."""
+        """True if experts are quantised in a way that no record format holds: only `--bits 16` keeps their values."""
         return not self.kept and any(not tensor.is_plain for tensor in self._of_experts)
 
     @property
@@ -148,13 +148,13 @@ class ConversionPlan:
         native = self.has_few_bits or any(tensor.is_kept for tensor in self._of_experts)
         return replace(options, bits=NATIVE if native else DEFAULT_BITS)
 
-    def records(self, errors: dict[str, WeightError], *, workers: int, fast: bool) -> dict[str, MatrixRecord]:
+    def records(self, *, workers: int, fast: bool) -> dict[str, MatrixRecord]:
         """Return a MatrixRecord for each quantised matrix, by module path. Its ``chunks`` makes the bytes later.
 
         The parameters are those of MatrixRecord.
         """
         return {
-            path: MatrixRecord(path, recipe, self.trunk_records, errors, workers=workers, fast=fast)
+            path: MatrixRecord(path, recipe, self.trunk_records, workers=workers, fast=fast)
             for path, recipe in self.blueprint.matrices.items()
             if self.trunk_records
         }

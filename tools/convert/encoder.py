@@ -184,7 +184,6 @@ class MatrixRecord:
         path: str,
         recipe: Recipe,
         trunk_records: TrunkRecords,
-        errors: dict[str, WeightError],
         *,
         workers: int,
         fast: bool,
@@ -195,16 +194,15 @@ class MatrixRecord:
             path: path of the module.
             recipe: makes its weight [rows, columns].
             trunk_records: how many bits the record has, and how they are grouped.
-            errors: the conversion's errors of weights, by path, into which ``chunks`` writes that of this record.
             workers: number of threads that quantise.
             fast: round to the nearest value instead of using HQQ.
         """
         rows, columns = recipe.model.get_parameter(recipe.parameter).shape
         self.layout: RecordLayout = matrix_layout(rows, columns, trunk_records)
+        self.error = WeightError()  # of the weights; set when ``chunks`` has made the record
         self._path = path
         self._recipe = recipe
         self._trunk_records = trunk_records
-        self._errors = errors
         self._workers = workers
         self._fast = fast
 
@@ -265,5 +263,5 @@ class MatrixRecord:
             return error
 
         with pool_of(self._workers) as pool:
-            self._errors[self._path] = sum(pool.map(fill, range(0, p.rows, most)), WeightError())
+            self.error = sum(pool.map(fill, range(0, p.rows, most)), WeightError())
         return record

@@ -30,11 +30,13 @@ class Options:
         "if they are quantised to fewer than 8 bits, or by HQQ, AWQ or GPTQ)",
         types=int | str | None,
         choices=(*BITS, NATIVE),
+        resumes=True,
     )
     trunk_bits: Bits = option(
         16,
         "bits per weight of everything else, except embeddings, norms and routers, which stay as they are",
         choices=TRUNK_BITS,
+        resumes=True,
     )
     group_size: int | None = option(
         None,
@@ -42,11 +44,14 @@ class Options:
         types=int | None,
         metavar="N",
         choices=tuple(sorted(set[int]().union(*GROUPS.values()))),
+        resumes=True,
     )
     pairs: str | None = option(
-        None, "format of the scales (default: depends on --bits)", types=str | None, choices=PAIR_TYPES
+        None, "format of the scales (default: depends on --bits)", types=str | None, choices=PAIR_TYPES, resumes=True
     )
-    fast: bool = option(False, "round to the nearest value instead of optimising with HQQ: faster, but less accurate")
+    fast: bool = option(
+        False, "round to the nearest value instead of optimising with HQQ: faster, but less accurate", resumes=True
+    )
     workers: int | None = option(
         None,
         "number of experts to quantise at a time, each on a thread (default: as --threads, or fewer if memory is "
@@ -67,7 +72,7 @@ class Options:
         is_setting=False,
     )
     ignore_code: bool = option(
-        False, "accept a checkpoint with code of its own, which moetier never runs", is_setting=False
+        False, "accept a checkpoint with code of its own, which moetier never runs", is_setting=False, resumes=True
     )
     revision: str | None = option(
         None, "branch, tag or commit on the hub (default: main)", types=str | None, metavar="REV"
@@ -76,6 +81,7 @@ class Options:
         False,
         "keep downloaded files in huggingface_hub's cache (default: delete each file once it is converted)",
         is_setting=False,
+        resumes=True,
     )
 
     def __post_init__(self) -> None:
@@ -94,5 +100,3 @@ class Options:
 
 
 OPTIONS = options_of(Options)
-# options of the command that resumes a conversion: the result, or what is downloaded for it, depends on them
-RESUMING = ("bits", "trunk_bits", "group_size", "pairs", "fast", "ignore_code", "keep_source")

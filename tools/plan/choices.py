@@ -233,7 +233,7 @@ def open_choices(source: str | Path) -> ModelChoices:
             passing = max(passing, most_bytes(planned, checkpoint.tensors.values()))
         if planned.has_only_values:
             quantised = checkpoint.quantised_with
-        records = planned.records({}, workers=1, fast=False)
+        records = planned.records(workers=1, fast=False)
         layouts = {path: record.layout for path, record in records.items()}
         size = sum(file.size for file in planned.trunk(records))
         own: Literal["native", 16] = NATIVE if headers.shaped and planned.kept else 16  # as the checkpoint stores them

@@ -125,7 +125,7 @@ def _prompt(text: str, at: int) -> str:
 
 
 def _messages(text: str, at: int) -> list[Any]:
-    """Return the messages of the array at ``at`` up to the first of the user."""
+    """Parse the JSON array at offset ``at``, up to and including the first message with role "user"."""
     messages: list[Any] = []
     at = _after("[", text, at)
     while True:

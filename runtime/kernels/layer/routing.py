@@ -97,7 +97,7 @@ class CompiledRouter:
 
 
 class RoutingTasks:
-    """Tasks that choose experts for one row. Their contexts are made once."""
+    """Compiled tasks that route one token. Their argument arrays are made once, and reused."""
 
     def __init__(
         self, variant: RouterVariant, given: torch.dtype, weight: Tensor, bias: Tensor | None, correction: Tensor | None

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moetier.runtime.kernels.jit.processor import Processor
 from moetier.tiers.errors import BudgetError, ConfigError
 from moetier.tiers.layout import RecordLayout
 from moetier.tiers.quant.codec import decode, sections
@@ -24,7 +25,7 @@ _ORDINARY = frozenset({Tensor, nn.Parameter})
 
 
 def is_readable(x: Any) -> bool:
-    """Return whether compiled code can take x from a module: an ordinary tensor on a CPU, one number after the other.
+    """Return whether compiled code can take x from a module: an ordinary tensor on a CPU, contiguous.
 
     Subclasses of Tensor have operations of their own, and some have no memory.
     """
@@ -50,6 +51,9 @@ class Kernels:
     the output of an ordinary linear module with the decoded weights. Thread-safe: each thread has its own scratch
     memory.
     """
+
+    # the processor for which compiled code multiplies with records; None if there is no such code
+    processor: Processor | None = None
 
     # prepares a record (uint8 [record bytes], on the device) of the given layout in place, once, before its first use;
     # None if records need no preparation

@@ -87,7 +87,10 @@ class TileEmitter(Emitter):
                 return [codes]
 
     def _columns_at(self, plane: Value, place: Value) -> list[Value]:
-        """Load STEP columns of a plane as they are stored: two vectors of 64 bytes."""
+        """Load STEP columns of a plane as they are stored: two vectors of 64 bytes.
+
+        A plane has the same bits of all codes, such as the third bits of codes of 3 bits.
+        """
         bytes_ = vector(I8, 2 * COLUMN)
         if not self._processor.has_stream_prefetch:
             self.prefetch(plane, self.at.add(place, self.number(BYTES_AHEAD)), STEP * COLUMN)

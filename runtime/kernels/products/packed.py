@@ -21,7 +21,7 @@ class PackedKernels(Kernels):
 
     def __init__(self, processor: Processor | None = None) -> None:
         super().__init__()
-        self.processor = processor or this_processor()
+        self.processor: Processor = processor or this_processor()
         self._products: dict[tuple[int, str, torch.dtype], ProjectionProduct] = {}
         self._rounded = Scratch()
 
