@@ -61,7 +61,7 @@ class Needs:
         return cls(
             trunk=trunk,
             cache=kv_cache_bytes(model.config, context, dtype=model.dtype),
-            scratch=scratch_numbers(manifest, matrices, kernels) * model.dtype.itemsize,
+            scratch=scratch_elements(manifest, matrices, kernels) * model.dtype.itemsize,
             prefill=prefill_of(model, manifest, config, kernels),
         )
 
@@ -155,7 +155,7 @@ class ModelMemory:
         return slots_for(self._manifest, budget)
 
 
-def scratch_numbers(manifest: Manifest, matrices: Iterable[RecordLayout], kernels: Kernels) -> int:
+def scratch_elements(manifest: Manifest, matrices: Iterable[RecordLayout], kernels: Kernels) -> int:
     """Return how many numbers the scratch memory for computing with experts and ``matrices`` has to hold.
 
     The scratch memory holds the largest matrix that has to be decoded, or what compiled code keeps between products for

@@ -1,4 +1,15 @@
-"""``load``: the model and the tokenizer of a model directory."""
+"""``load``: the model and the tokenizer of a model directory.
+
+The calls of a load, in order:
+
+1. ``load`` checks the options, and ``_load`` checks the files and reads the tokenizer
+2. ``model_of`` puts options and files into a ``LoadRequest`` (``quantizer.py``), which a ContextVar keeps: transformers
+   calls the quantiser without arguments of moetier's
+3. transformers' ``from_pretrained`` builds the model on the meta device, and calls ``MoetierQuantizer``: before it
+   reads weights, to remove the experts' parameters, and afterwards
+4. ``attach_tiers`` (``attach.py``) then calls ``Tiers.open`` (``tiers.py``), and this ``open_origin`` (``sources.py``),
+   which opens the host tier
+"""
 
 from __future__ import annotations
 
@@ -38,7 +49,7 @@ from moetier.tiers.store.trunk import check_trunk
 
 from .context import longest_context
 from .names import directory_at, is_address, model_directory
-from .quantizer import Asked, asked_for, install
+from .quantizer import LoadRequest, install, loading
 from .trunk_files import TrunkFiles
 from .vocabulary import check_tokenizer
 
@@ -94,11 +105,11 @@ def load(
 
 
 def _load(
-    location: Path, asked: TierConfig, dtype: str | torch.dtype, attention: str | None
+    location: Path, tier_config: TierConfig, dtype: str | torch.dtype, attention: str | None
 ) -> tuple[Any, PreTrainedTokenizerBase | None]:
     """Load the model and the tokenizer at ``location``, with checked options. Raises MoetierError."""
     config_json, model_class = _checked_config(location)
-    device = chosen_device(asked.device)
+    device = chosen_device(tier_config.device)
     install()
     tokenizer = container_of(location).tokenizer(location)
     with _load_errors(location):
@@ -113,7 +124,7 @@ def _load(
         model = model_of(
             location,
             config,
-            asked,
+            tier_config,
             dtype,
             model_class.from_pretrained,
             device_map={"": str(device.torch_device)} if device.has_memory else None,
@@ -140,12 +151,19 @@ def _checked_config(location: Path) -> tuple[dict[str, Any], Any]:
 
 
 def model_of(
-    location: Path, config: Any, asked: TierConfig, dtype: Any, load: Callable[..., Any], *arguments: Any, **named: Any
+    location: Path,
+    config: Any,
+    tier_config: TierConfig,
+    dtype: Any,
+    load: Callable[..., Any],
+    *arguments: Any,
+    **named: Any,
 ) -> Any:
-    """Return the model of a model directory, or of a checkpoint as it is, with the tiers that ``asked`` describes.
+    """Return the model of a model directory, or of a checkpoint as it is, with tiers.
 
     Args:
         location: its model directory, checkpoint folder or GGUF file.
+        tier_config: the options of its tiers.
         config: transformers' config, made of ``config_of(location)``.
         dtype: the type in which the trunk is computed, or "auto".
         load: from_pretrained of the model's class, which gets the ``arguments`` and ``named`` too.
@@ -163,7 +181,7 @@ def model_of(
         wants_info = named.get("output_loading_info", False)
         named = named | {"config": config, "dtype": chosen, "use_safetensors": True} | source
         named["output_loading_info"] = True
-        with asked_for(Asked(asked, location, files, trunk)):
+        with loading(LoadRequest(tier_config, location, files, trunk)):
             model, info = load(location if trunk is None else None, *arguments, **named)
         with closed_on_error(model.tiers):
             if lacking := info["missing_keys"]:

@@ -53,7 +53,7 @@ _options: TierOptions = {}  # set by register(), for models that are loaded with
 
 
 @dataclass(frozen=True)
-class Asked:
+class LoadRequest:
     """Options and files that load() hands to from_pretrained for one model."""
 
     config: TierConfig  # in place of the options in config.json
@@ -62,17 +62,17 @@ class Asked:
     trunk: Trunk | None = None  # given to from_pretrained as a state dict; None if it reads the files
 
 
-_asked: ContextVar[Asked | None] = ContextVar("asked", default=None)
+_request: ContextVar[LoadRequest | None] = ContextVar("request", default=None)
 
 
 @contextlib.contextmanager
-def asked_for(asked: Asked) -> Iterator[None]:
-    """In this context, load the model that ``asked`` describes."""
-    token = _asked.set(asked)
+def loading(request: LoadRequest) -> Iterator[None]:
+    """In this context, load the model that ``request`` describes."""
+    token = _request.set(request)
     try:
         yield
     finally:
-        _asked.reset(token)
+        _request.reset(token)
 
 
 def set_options(options: TierOptions) -> None:
@@ -88,7 +88,7 @@ def options() -> TierOptions:
 
 def is_loading() -> bool:
     """Return whether load() is loading a model in this context."""
-    return _asked.get() is not None
+    return _request.get() is not None
 
 
 def install() -> None:
@@ -143,13 +143,13 @@ class MoetierQuantizer(HfQuantizer):
     ) -> None:
         self._location = _location_of(model, checkpoint_files)
         config_of(self._location)  # refuses what is unsafe
-        asked = _asked.get()
-        given = None if asked is None else asked.files
+        request = _request.get()
+        given = None if request is None else request.files
         self._files = given or TrunkFiles(self._location, list(map(Path, checkpoint_files or ())))
         with self._files.for_load():
-            self._replace_modules(model, asked)
+            self._replace_modules(model, request)
 
-    def _replace_modules(self, model: PreTrainedModel, asked: Asked | None) -> None:
+    def _replace_modules(self, model: PreTrainedModel, request: LoadRequest | None) -> None:
         """Remove the experts' parameters, and give the trunk modules for its records. Raises StoreFormatError."""
         modules = experts_modules(model)
         manifest, records = read_manifest(self._location), dict[str, int]()
@@ -168,8 +168,8 @@ class MoetierQuantizer(HfQuantizer):
             set_experts_function_alone(module.config, NAME)
         if manifest.trunk_records is not None:
             replace_linears(model, records, manifest.trunk_records)
-        if asked is not None and asked.trunk is not None:
-            replace_modules(model, asked.trunk.layouts)
+        if request is not None and request.trunk is not None:
+            replace_modules(model, request.trunk.layouts)
         set_experts_function(model.config, NAME)
         leave_out_of_plans(model, ".experts")
 
@@ -207,8 +207,8 @@ class MoetierQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         given: Any = self.quantization_config
         in_config: Any = {name: getattr(given, name) for name in IN_CONFIG}
-        asked = _asked.get()
-        config = asked.config if asked else TierConfig.of(**(in_config | _options))
+        request = _request.get()
+        config = request.config if request else TierConfig.of(**(in_config | _options))
         with self._files.for_load():
             attach_tiers(model, self._location, self._files, config)
         return model
@@ -235,11 +235,11 @@ def _location_of(model: PreTrainedModel, files: list[str] | None) -> Path:
     which transformers will load the trunk, are not the trunk's files in that folder.
     """
     if files is None:
-        given = _asked.get()
+        given = _request.get()
         assert given is not None, "weights given as a state dict have no store"
         return given.location
-    asked = model.config.name_or_path
-    location = Path(asked) if asked and Path(asked).is_dir() else Path(files[0]).parent
+    name = model.config.name_or_path
+    location = Path(name) if name and Path(name).is_dir() else Path(files[0]).parent
     as_it_is = is_checkpoint(location)
     for file in map(Path, files):
         fits = file.suffix == ".safetensors" if as_it_is else TRUNK_NAME.fullmatch(file.name)

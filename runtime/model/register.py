@@ -64,8 +64,8 @@ def _serve_checkpoints() -> None:
             dtype = named.pop("dtype", None) or named.pop("torch_dtype", None) or "auto"
             config = _config(cls, location, named.pop("config", None))
             named.pop("gguf_file", None)
-            asked = TierConfig.of(**quantizer.options())
-            return model_of(location, config, asked, dtype, functools.partial(ordinary, cls), *arguments, **named)
+            tier_config = TierConfig.of(**quantizer.options())
+            return model_of(location, config, tier_config, dtype, functools.partial(ordinary, cls), *arguments, **named)
 
         PreTrainedModel.from_pretrained = classmethod(from_pretrained)  # type: ignore[assignment]
 

@@ -25,6 +25,7 @@ from moetier.tiers.store.base import Store
 
 if TYPE_CHECKING:
     from moetier.runtime.client.remote_compute import RemoteCompute
+    from moetier.runtime.client.spread import SpreadStore
     from moetier.runtime.client.tier import DaemonTier
 
 _log = logging.getLogger(__name__)
@@ -49,9 +50,10 @@ def open_origin(
     """Open the host tier for the model at ``location``.
 
     ``slots`` returns the number of slots for each record layout, for a tier of this process. It is called only if
-    there will be such a tier, and may raise BudgetError. ``computes``: whether compiled
-    code of this machine computes experts, so that daemons of other hosts may do it, too. Raises StoreError if the store
-    can't be opened, and DaemonError if ``config`` names a daemon that can't be used.
+    there will be such a tier, and may raise BudgetError. ``computes``: whether compiled code of this machine computes
+    experts, so that daemons of other hosts may do it, too.
+
+    Raises StoreError if the store can't be opened, and DaemonError if ``config`` names a daemon that can't be used.
     """
     if config.mapped is not None:
         return _mapped(config.mapped, location, manifest)
@@ -91,6 +93,7 @@ def _mapped(daemon: Address, location: Path, manifest: Manifest) -> Origin:
 def _own(location: Path, manifest: Manifest, slots: Mapping[str, int], config: TierConfig, *, computes: bool) -> Origin:
     """Open a host tier of this process. It reads from the store, or from daemons of other hosts and the store."""
     store: Store
+    spread: SpreadStore | None = None
     with contextlib.ExitStack() as closing:
         if config.daemon.addresses:
             from moetier.runtime.client.spread import SpreadStore
@@ -108,7 +111,7 @@ def _own(location: Path, manifest: Manifest, slots: Mapping[str, int], config: T
         store.on_fault(host.condemn)
         store.on_recovery(host.count_failure)
         remote_compute = None
-        if config.daemon.addresses:
+        if spread is not None:
             if computes and config.remote_compute != "off":
                 from moetier.runtime.client.remote_compute import RemoteCompute
 

@@ -20,7 +20,7 @@ from moetier.tiers.options import COUNT
 from moetier.tools.cli.arguments import add_option
 from moetier.tools.cli.settings import without_settings
 from moetier.tools.rates.hardware import Machine
-from moetier.tools.rates.reads import NO_FIO, RandomReads, fio_version
+from moetier.tools.rates.reads import DISK_SECONDS, NO_FIO, RandomReads, fio_version
 
 from .output import Spread, add_bench_arguments, alternate, check_bench, report
 from .sandbox import drop_page_cache
@@ -30,7 +30,6 @@ EXAMPLES = ("moetier bench convert ./Mixtral-8x7B-v0.1",)
 MILLION = 1e6
 WAYS: dict[str, list[str]] = {"hqq": [], "fast": ["--fast"]}
 DEPTH = 4
-DISK_SECONDS = 2.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

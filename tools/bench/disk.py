@@ -11,7 +11,7 @@ from moetier.runtime.config import format_bytes
 from moetier.tiers.options import SECONDS
 from moetier.tools.cli.parser import DIRECTORY, directory
 from moetier.tools.rates.hardware import Machine
-from moetier.tools.rates.reads import NO_FIO, RandomReads, fio_version, read_rate
+from moetier.tools.rates.reads import GB, NO_FIO, RandomReads, fio_version, read_rate
 
 from .output import Spread, add_bench_arguments, alternate, check_bench, report
 
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from moetier.tiers.store.base import Store
 
 EXAMPLES = ("moetier bench disk ./mixtral-4bit",)
-
-GB = 1e9
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

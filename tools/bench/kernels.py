@@ -16,6 +16,7 @@ from moetier.tools.cli.parser import UsageError, directory
 from moetier.tools.cli.report import format_seconds
 from moetier.tools.rates import products as rates
 from moetier.tools.rates.hardware import Machine
+from moetier.tools.rates.reads import GB
 
 from .output import Spread, add_bench_arguments, alternate, check_bench, report
 
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 EXAMPLES = ("moetier bench kernels --bits 4 --rows 1",)
 
 ROWS = (1, 4, 16, 64, 512)
-GB = 1e9
 MEMORY = ("", 0)  # key of the measurement of memory, beside the products' keys (projection, rows)
 EXPERTS = {  # hidden and intermediate size
     "Mixtral-8x7B": (4096, 14336),

@@ -19,15 +19,13 @@ from moetier.tools.cli.arguments import add_option, size
 from moetier.tools.cli.parser import DIRECTORY, directory
 from moetier.tools.rates.hardware import Machine
 from moetier.tools.rates.products import UNCACHED_BYTES
-from moetier.tools.rates.reads import NO_FIO, RandomReads, fio_version
+from moetier.tools.rates.reads import DISK_SECONDS, GB, NO_FIO, RandomReads, fio_version
 
 from .bound import Bound, BoundRates, need_of, rows_of
 from .output import Spread, add_bench_arguments, alternate, check_bench, report
 from .sandbox import fresh
 from .token_ids import add_token_arguments, fixed_ids
 
-GB = 1e9
-DISK_SECONDS = 2.0  # of random reads in each round
 KERNEL_SECONDS = 1.0  # of matrix products in each round, for each number of rows
 TABLE = (
     *("limit", "--ram", "slots", "tokens/s", "bound", "by", "ratio", "ms a step", "hits", "read a token"),

@@ -22,13 +22,11 @@ from moetier.tools.rates.products import (
     memory_rate,
     random_records,
 )
-from moetier.tools.rates.reads import RandomReads
+from moetier.tools.rates.reads import DISK_SECONDS, GB, RandomReads
 
 from .choices import Choice, ModelChoices
 from .fit import MachineRoom
 
-GB = 1e9
-DISK_SECONDS = 2.0  # of random reads; during the first half, one read is in flight
 LEAST_FILE_BYTES = 64 << 20  # of an existing file that is read; in a smaller one, reads would repeat too often
 FILE_BYTES = 256 << 20  # of the temporary file that is read if there is no other; less for a smaller model
 LEAST_TEMPORARY_BYTES = 16 << 20  # least size of that temporary file
@@ -137,6 +135,7 @@ def _disk_rate(model_choices: ModelChoices, choices: Sequence[Choice], room: Mac
         else:
             size = probe_bytes(max(choice.disk_bytes for choice in choices), room.disk_free)
             reads, what = stack.enter_context(RandomReads.of_new_file(room.into, size, block)), "a temporary file"
+        # during the first half, one read is in flight
         one, several = (reads.rate(depth, DISK_SECONDS / 2) for depth in (1, LOADERS))
         return DiskRate(one, several, LOADERS), f"{reads.by}, on {what}"
 

@@ -19,6 +19,8 @@ from pathlib import Path
 
 from moetier.tiers.errors import CheckpointError, StoreReadError
 
+GB = 1e9
+DISK_SECONDS = 2.0  # of random reads, to measure the rate
 FILE_BLOCK_BYTES = 8 << 20  # size of a read from a file that holds no records
 NO_FIO = "fio is not installed: the disk's rate is measured with a loop over preadv in Python"
 

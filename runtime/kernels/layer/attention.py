@@ -33,7 +33,7 @@ from moetier.runtime.kernels.products.api import CPU, FLOATS, has_memory
 from moetier.runtime.libraries.torch_internals import parameters_of, replace_parameters
 from moetier.runtime.libraries.transformers_internals import attention_of, can_use_sdpa
 
-from .attention_code import PIECE, attention_kernel, scratch_numbers
+from .attention_code import PIECE, attention_kernel, scratch_elements
 
 _ASKS = r'_attn_implementation\s*(?:==|!=|in|not in)\s[^\n]*"{}"'  # for the attention function of this name
 # what code does with a mask other than give it on, such as to extend it
@@ -248,7 +248,7 @@ def _attend(
     share, groups, pieces = heads // key_heads, batch * key_heads, -(-length // PIECE)
     items = groups * pieces
     threads = min(items, threads_for(batch * heads * length * (width + values)))
-    of_thread, of_item = scratch_numbers(share, width, values)
+    of_thread, of_item = scratch_elements(share, width, values)
     nbytes = 4 * (threads * of_thread + items * of_item)
     scratch = _scratch.take(nbytes, spare=nbytes // 4)  # spare memory, because the context grows with each token
     scale = struct.unpack("I", struct.pack("f", width**-0.5 if scaling is None else scaling))[0]

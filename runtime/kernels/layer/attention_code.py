@@ -37,7 +37,7 @@ CONTEXT = 24
 BEGUN, ITEMS, LENGTH, PIECES, CACHE, SCRATCH, STRIDES, SINKS = 1, 2, 5, 8, 10, 14, 16, 23
 
 
-def scratch_numbers(heads: int, width: int, values: int) -> tuple[int, int]:
+def scratch_elements(heads: int, width: int, values: int) -> tuple[int, int]:
     """Return the sizes of memory in fp32 numbers: a thread's scratch memory, and the results of an item.
 
     A thread needs queries, scores, and rows of keys or values. The results of an item are all s, then all m, then all

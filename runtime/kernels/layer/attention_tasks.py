@@ -190,7 +190,7 @@ class AttentionTasks:
         self._finished = array("q", bytes(8 * key_count))
         further = (*[0] * 8, float_bits(variant.scaling), 0 if sinks is None else sinks.data_ptr())
         self._attention = array("q", (*numbers, q, 0, 0, 0, attended, *further, *self._finished))
-        self._of_thread, self._of_item = attend.scratch_numbers(count // key_count, width, values)
+        self._of_thread, self._of_item = attend.scratch_elements(count // key_count, width, values)
         self.tasks = [
             *self._first.tasks,
             KernelTask(heads_kernel(dtype, scale), self._heads, 1),

@@ -31,7 +31,7 @@ from .routing_code import (
     WEIGHTS,
     RoutingCode,
     routing_kernel,
-    scratch_numbers,
+    scratch_elements,
 )
 
 
@@ -105,7 +105,7 @@ class RoutingTasks:
         """``given`` is the type of x. ``weight`` is [experts, columns], and the others are [experts]."""
         self._variant = variant
         self._product = variant.product_dtype or weight.dtype
-        scratch = array("f", bytes(4 * scratch_numbers(len(weight), variant.top_k)))
+        scratch = array("f", bytes(4 * scratch_elements(len(weight), variant.top_k)))
         numbers = (0, len(weight), variant.top_k, 0, 0, scratch.buffer_info()[0], 0, 0, float_bits(variant.factor), 0)
         types = (self._product, variant.weight_dtype, variant.normalised, variant.is_sigmoid, bias is not None)
         added = None if correction is None else correction.dtype

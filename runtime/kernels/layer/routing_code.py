@@ -42,7 +42,7 @@ def routing_kernel(code: RoutingCode) -> Kernel:
     """Compile the function ``ROUTE(context)``.
 
     Logits [experts] and bias [experts] are of ``code.dtype``; the bias is added to the logits in memory. Weights
-    [top_k] are of ``code.weight_dtype``, experts [top_k] i64. The scratch memory has ``scratch_numbers`` fp32 numbers.
+    [top_k] are of ``code.weight_dtype``, experts [top_k] i64. The scratch memory has ``scratch_elements`` fp32 numbers.
     """
     return compile_kernel(this_processor(), _Router(code).finish(), ROUTE)
 
@@ -51,7 +51,7 @@ def _padded(count: int) -> int:
     return -(-count // LANES) * LANES
 
 
-def scratch_numbers(experts: int, top_k: int) -> int:
+def scratch_elements(experts: int, top_k: int) -> int:
     """Return the size of the scratch memory in fp32 numbers.
 
     It has the scores of all experts, their keys, the keys of groups, and the scores and then the weights of the top-k.

@@ -23,7 +23,7 @@ from moetier.runtime.kernels.cuda_int4 import CudaInt4, FusedKernels
 from moetier.runtime.kernels.products.api import Kernels
 from moetier.runtime.machine.memory import mapped_files
 from moetier.runtime.model import trunk_files
-from moetier.runtime.model.budgets import scratch_numbers
+from moetier.runtime.model.budgets import scratch_elements
 from moetier.runtime.model.trunk_files import mapped_bytes
 from moetier.runtime.moe.linear import WEIGHT, QuantizedLinear, matrix_layout, quantized_linears, replace_linears
 from moetier.tiers.errors import ChecksumError, ConfigError, StoreFormatError
@@ -185,8 +185,8 @@ def test_budgets_leave_room_for_the_largest_matrix(tiny: tuple[Any, Path]) -> No
     """The head may be larger than any projection of an expert."""
     manifest, head = read_manifest(store_folder(tiny[1])), matrix_layout(4000, 2560, TRUNK_RECORDS)
     projections = max(p.rows * p.columns for p in manifest.layout(0).projections)
-    assert scratch_numbers(manifest, (), Kernels()) == projections
-    assert scratch_numbers(manifest, [head], Kernels()) == 4000 * 2560
+    assert scratch_elements(manifest, (), Kernels()) == projections
+    assert scratch_elements(manifest, [head], Kernels()) == 4000 * 2560
 
 
 def test_records_that_the_manifest_does_not_know(tiny: tuple[Any, Path], tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from moetier.runtime.kernels.experts.expert_code import (
 from moetier.runtime.kernels.jit.emitter import BF16, FP32
 from moetier.runtime.kernels.jit.processor import Dot, Processor, arm_features, this_processor
 from moetier.runtime.kernels.jit.team import compile_kernel
-from moetier.runtime.kernels.layer.attention_code import ATTEND, PIECE, attention_module, scratch_numbers
+from moetier.runtime.kernels.layer.attention_code import ATTEND, PIECE, attention_module, scratch_elements
 from moetier.runtime.kernels.products.gemm import WORK, ProjectionProduct, Rounded, product_module, variant_of
 from moetier.runtime.kernels.products.gemm_tile import PackedVariant
 from moetier.runtime.kernels.products.gemv import GEMV, gemv_module
@@ -190,7 +190,7 @@ def test_attention(tmp_path: Path, memory: SharedMemory, dtype: torch.dtype) -> 
     value = memory.copy(torch.randn(1, key_heads, length, values, generator=random).to(dtype))
     out = memory.empty(1, share * key_heads, values, dtype=dtype)
     pieces = -(-length // PIECE)
-    of_thread, of_item = scratch_numbers(share, width, values)
+    of_thread, of_item = scratch_elements(share, width, values)
     scratch = memory.empty(of_thread, dtype=torch.float32)
     results = memory.empty(key_heads * pieces * of_item, dtype=torch.float32)
     scale = int(torch.tensor(0.2).view(torch.int32))
