@@ -113,7 +113,7 @@ class ExpertSource(Protocol[Record]):
         The caller then repeats the demand, and the repeated demand is counted.
         """
 
-    def reclaim(self) -> None:
+    def end_leases(self) -> None:
         """End all leases of the calling thread. Call this after an exception, which may have left leases open.
 
         The iterators that gave these leases must not be used any more.

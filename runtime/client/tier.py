@@ -33,7 +33,7 @@ class DaemonTier(Closeable):
     """Source of experts in the memory of a daemon on this host; a ``CopySource``.
 
     Thread-safe. A forked child must open a tier of its own. If an exception from outside, such as Ctrl-C, interrupts a
-    method, ``reclaim`` ends the leases that it has left open.
+    method, ``end_leases`` ends the leases that it has left open.
     """
 
     @classmethod
@@ -139,13 +139,13 @@ class DaemonTier(Closeable):
         with self._counting:
             self._counters.count_lookups(discarded=len(set(experts)))
 
-    def reclaim(self) -> None:
+    def end_leases(self) -> None:
         """End the leases of this thread that an exception has left open, as ``ExpertSource`` says."""
         self._fork_guard.check()
         if (misses := self._misses.by_thread.get(threading.get_ident())) is not None:
             misses.close()
         if self._fallback.host is not None:
-            self._fallback.host.reclaim()
+            self._fallback.host.end_leases()
 
     def prefetch(self, block: int, keys: Sequence[ExpertKey]) -> None:
         """Request prefetches as ``ExpertSource`` says, unless the daemon is away.

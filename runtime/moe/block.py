@@ -97,7 +97,7 @@ def end_open_leases() -> None:
     if (cut := getattr(_open, "source", None)) is not None:
         _open.source = None
         with suppress(MoetierError):  # the source may be closed, or belong to another process
-            cut.reclaim()
+            cut.end_leases()
 
 
 def arriving_leases(tiered: TieredBlock, experts: Collection[int]) -> Generator[list[Lease[Tensor]], None, None]:

@@ -52,7 +52,7 @@ class OneSlot:
 
     take_back_uses = note_uses
 
-    def reclaim(self) -> None:
+    def end_leases(self) -> None:
         """Nothing is kept of who acquired."""
 
     def absent(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:

@@ -59,8 +59,8 @@ class UnsteadySource:
 
     take_back_uses = note_uses
 
-    def reclaim(self) -> None:
-        self.source.reclaim()
+    def end_leases(self) -> None:
+        self.source.end_leases()
 
     def absent(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
         return self.source.absent(keys)

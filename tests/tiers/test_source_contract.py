@@ -205,7 +205,7 @@ def test_an_exception_from_outside_at_any_moment_breaks_nothing(smallest: Opened
             kept.append(error)
         else:
             error.__traceback__ = None
-        smallest.source.reclaim()
+        smallest.source.end_leases()
         smallest.check()
         block = number % 3
         found = Task(lambda block=block: smallest.take(block, 1, 4, 5)).result()  # type: ignore[misc]

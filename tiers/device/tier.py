@@ -129,10 +129,10 @@ class DeviceTier:
 
     take_back_uses = note_uses
 
-    def reclaim(self) -> None:
+    def end_leases(self) -> None:
         """End the calling thread's leases, as ``ExpertSource`` specifies."""
         self._reclaim(threading.get_ident())
-        self._source.reclaim()
+        self._source.end_leases()
 
     @transition
     def _reclaim(self, caller: int) -> None:

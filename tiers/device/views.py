@@ -101,9 +101,9 @@ class HostViews:
         """Let the source count the hits of an earlier ``note_uses`` as discarded."""
         self._source.take_back_uses(block, experts)
 
-    def reclaim(self) -> None:
+    def end_leases(self) -> None:
         """End all leases of the calling thread in the source."""
-        self._source.reclaim()
+        self._source.end_leases()
 
     def prefetch(self, block: int, keys: Sequence[ExpertKey]) -> None:
         """Request prefetches from the source."""

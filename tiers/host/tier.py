@@ -164,7 +164,7 @@ class HostTier(Closeable):
         return leases
 
     @transition
-    def reclaim(self) -> None:
+    def end_leases(self) -> None:
         """End the calling thread's leases, as ``ExpertSource`` specifies."""
         self._ledger.end_all(threading.get_ident())
 
