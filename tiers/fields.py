@@ -1,4 +1,4 @@
-"""Checked access to the fields of a JSON document. Errors name the place of the wrong field in the document."""
+"""Checked access to the fields of a JSON document. Errors name the path of the wrong field."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ def some(names: Iterable[str]) -> str:
 
 
 class Fields:
-    """A JSON value and its place in the document, for example "blocks[3].experts".
+    """A JSON value and its path in the document, for example "blocks[3].experts".
 
     Each method raises ValueError if the value does not have the type that the method returns. The message names the
-    place.
+    path.
     """
 
-    __slots__ = ("place", "value")
+    __slots__ = ("path", "value")
 
-    def __init__(self, value: Any, place: str = "") -> None:
+    def __init__(self, value: Any, path: str = "") -> None:
         self.value = value
-        self.place = place
+        self.path = path
 
     def __getitem__(self, name: str) -> Fields:
         """Return the member ``name`` of a JSON object. Raises ValueError if the object has no such member."""
@@ -57,8 +57,8 @@ class Fields:
         """Return the items of a list. Raises ValueError if there are more than ``most``, unless ``most`` is None."""
         values = self._of(list, "a list")
         if most is not None and len(values) > most:
-            raise ValueError(f"{self.place} has {len(values):,} items, more than {most}")
-        return [Fields(value, f"{self.place}[{i}]") for i, value in enumerate(values)]
+            raise ValueError(f"{self.path} has {len(values):,} items, more than {most}")
+        return [Fields(value, f"{self.path}[{i}]") for i, value in enumerate(values)]
 
     def text(self, pattern: str = r"[^\ud800-\udfff]*", what: str = "a text") -> str:
         """Return the string. Raises ValueError unless the whole string matches ``pattern``.
@@ -84,7 +84,7 @@ class Fields:
             if type(value) is type(self.value) and value == self.value:
                 return value
         names = " or ".join(map(shown, allowed))
-        raise ValueError(f"{self.place} is {shown(self.value)}, not {names}")
+        raise ValueError(f"{self.path} is {shown(self.value)}, not {names}")
 
     def equals(self, expected: Any, why: str) -> None:
         """Raise ValueError unless the value equals ``expected``.
@@ -96,22 +96,22 @@ class Fields:
                 self[name].equals(value, why)
             for name, member in self.members():
                 if name not in expected:
-                    raise ValueError(f"{member.place} is an unknown field: {why}")
+                    raise ValueError(f"{member.path} is an unknown field: {why}")
         elif isinstance(expected, list):
             items = self.items()
             for item, value in zip(items, expected, strict=False):
                 item.equals(value, why)
             if len(items) != len(expected):
-                raise ValueError(f"{self.place} has {len(items)} items, not {len(expected)}: {why}")
+                raise ValueError(f"{self.path} has {len(items)} items, not {len(expected)}: {why}")
         elif type(self.value) is not type(expected) or self.value != expected:
-            raise ValueError(f"{self.place} is {shown(self.value)}, not {shown(expected)}: {why}")
+            raise ValueError(f"{self.path} is {shown(self.value)}, not {shown(expected)}: {why}")
 
     def _member(self, name: str) -> str:
         name = name if len(name) <= SHOWN else f"{name[:SHOWN]}..."
-        return f"{self.place}.{name}" if self.place else name
+        return f"{self.path}.{name}" if self.path else name
 
     def _of(self, json_type: type, what: str) -> Any:
         return self.value if isinstance(self.value, json_type) else self._fail(what)
 
     def _fail(self, what: str) -> Any:
-        raise ValueError(f"{self.place} is {shown(self.value)}, not {what}")
+        raise ValueError(f"{self.path} is {shown(self.value)}, not {what}")

@@ -294,7 +294,7 @@ class RecordLayout:
         names = [p.name for p in projections] + [b.name for b in biases]
         if not projections or len(set(names)) != len(names):
             raise ValueError(
-                f"{value.place}.projections must not be empty, and no name may be in projections and biases twice: "
+                f"{value.path}.projections must not be empty, and no name may be in projections and biases twice: "
                 f"they are named {shown(names)}"
             )
         layout = cls(projections, biases)
@@ -318,7 +318,7 @@ def _projection(value: Fields) -> Projection:
     pairs = value["pairs"].among((*PAIR_TYPES, *ZERO_POINTS))
     group = value["group"].among(GROUPS.get(pairs, ZERO_POINT_GROUPS))
     if columns % group:
-        raise ValueError(f"{value.place}.group is {group}, which does not divide the {columns} columns")
+        raise ValueError(f"{value.path}.group is {group}, which does not divide the {columns} columns")
     return Projection(name, rows, columns, bits, value["dtype"].among(SOURCE_TYPES), transposed, group, pairs)
 
 
@@ -330,18 +330,18 @@ def _coded(p: Projection, value: Fields) -> Projection:
         value["group"].among((block.group,))
         value["pairs"].among(("",))
         if p.columns % block.weights:
-            raise ValueError(f"{value.place}.columns is {p.columns}, no multiple of {block.weights}")
+            raise ValueError(f"{value.path}.columns is {p.columns}, no multiple of {block.weights}")
         return replace(p, coding=coding, group=block.group)
     value["bits"].among((CODINGS[coding],))
     value["pairs"].among(("",))
     group = value["group"].number(1, MAX_SIZE) if p.bits == 8 else value["group"].among(CODING_GROUPS)
     if p.bits == 4 and p.columns % group:
-        raise ValueError(f"{value.place}.group is {group}, which does not divide the {p.columns} columns")
+        raise ValueError(f"{value.path}.group is {group}, which does not divide the {p.columns} columns")
     p = replace(p, coding=coding, group=group, scales=value["scales"].among(tuple(SCALE_TYPES)))
     if (parts := value.get("parts")) is not None:
         p = replace(p, parts=parts.number(2, p.rows))
         if p.rows % p.parts:
-            raise ValueError(f"{parts.place} is {p.parts}, which does not divide the {p.rows} rows")
+            raise ValueError(f"{parts.path} is {p.parts}, which does not divide the {p.rows} rows")
     if (block_rows := value.get("block_rows")) is not None:
         p = replace(p, block_rows=block_rows.number(2, MAX_SIZE))
     if (globals_ := value.get("globals")) is not None:

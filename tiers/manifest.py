@@ -262,7 +262,7 @@ def _blocks(values: Sequence[Fields]) -> tuple[Block, ...]:
 def _array(name: str, layout: Fields) -> str:
     """Return ``name``, the name of a zarr array. Raises ValueError if a folder can't have that name."""
     if not re.fullmatch(r"[\w-]+", name) or len(name.encode()) > MAX_NAME_BYTES:
-        raise ValueError(f"{layout.place}: {shown(name)} can't be the name of an array")
+        raise ValueError(f"{layout.path}: {shown(name)} can't be the name of an array")
     return name
 
 
@@ -271,7 +271,7 @@ def _sums(value: Fields, names: re.Pattern[str], what: str, least: int) -> dict[
     sums = {}
     for name, entry in value.members():
         if not names.fullmatch(name):
-            raise ValueError(f"{entry.place}: {shown(name)} can't be the name of {what}")
+            raise ValueError(f"{entry.path}: {shown(name)} can't be the name of {what}")
         sums[name] = FileSum(entry["bytes"].number(least, MAX_BYTES), entry["crc32c"].number(0, 2**32 - 1))
     return sums
 
@@ -280,7 +280,7 @@ def _table(value: Fields) -> bytes:
     try:
         return base64.b64decode(value.text(), validate=True)
     except (binascii.Error, ValueError) as error:
-        raise ValueError(f"{value.place} is {shown(value.value)}, not base64") from error
+        raise ValueError(f"{value.path} is {shown(value.value)}, not base64") from error
 
 
 def _trunk_records(value: Fields) -> TrunkRecords:

@@ -177,7 +177,7 @@ def _decoded(value: Fields) -> bytes:
     try:
         return base64.b64decode(value.text(), validate=True)
     except binascii.Error as error:
-        raise ValueError(f"{value.place} is not base64") from error
+        raise ValueError(f"{value.path} is not base64") from error
 
 
 def _shard(value: Fields) -> Shard:
@@ -204,19 +204,19 @@ def _block(value: Fields, manifest: Manifest, number: int, shards: tuple[Shard, 
     _check_rows(pieces)
     filled = [(section.name, section.nbytes) for section in layout.sections]
     if list(_sums(pieces)) != filled:
-        raise ValueError(f"{value.place}.pieces do not fill the sections of the record")
+        raise ValueError(f"{value.path}.pieces do not fill the sections of the record")
     data = _decoded(value["places"])
     if len(data) != 16 * experts * len(pieces):
-        raise ValueError(f"{value.place}.places has {len(data):,} bytes")
+        raise ValueError(f"{value.path}.places has {len(data):,} bytes")
     places = np.frombuffer(data, "<i8").reshape(experts, len(pieces), 2)
     shard, offset = places[..., 0], places[..., 1]
     sizes = np.array([file.bytes for file in shards], np.int64)
     if (shard < 0).any() or (shard >= len(shards)).any():
-        raise ValueError(f"{value.place}.places name a shard that is not listed")
+        raise ValueError(f"{value.path}.places name a shard that is not listed")
     # negative if the file is too small
     room = sizes[shard] - np.array([piece.file_bytes for piece in pieces], np.int64)
     if (offset < 0).any() or (offset > room).any():
-        raise ValueError(f"{value.place}.places lead out of a shard")
+        raise ValueError(f"{value.path}.places lead out of a shard")
     return BlockExtents(tuple(pieces), places)
 
 

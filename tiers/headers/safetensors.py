@@ -82,12 +82,12 @@ def parse_header(header: Mapping[str, object]) -> tuple[dict[str, SafetensorsEnt
         shape = tuple(size.number(0, MAX_BYTES) for size in sizes)
         begin, end = (offset.number(0, MAX_BYTES) for offset in offsets) if len(offsets) == 2 else (0, -1)
         if end - begin != math.prod(shape) * ITEM_BYTES[dtype]:
-            raise ValueError(f"{entry.place}: shape and dtype do not match data_offsets {begin:,} to {end:,}")
+            raise ValueError(f"{entry.path}: shape and dtype do not match data_offsets {begin:,} to {end:,}")
         entries[name] = SafetensorsEntry(dtype, shape, begin)
-        ranges.append((begin, end, entry.place))
+        ranges.append((begin, end, entry.path))
     at = 0
-    for begin, end, place in sorted(ranges):
+    for begin, end, path in sorted(ranges):
         if begin != at:
-            raise ValueError(f"{place}.data_offsets begin at {begin:,}, not at {at:,}")
+            raise ValueError(f"{path}.data_offsets begin at {begin:,}, not at {at:,}")
         at = end
     return entries, at
