@@ -62,7 +62,7 @@ class TarStore(DirectoryStore):
             if (offset := self._offsets.get(f"{key.block}/{key.expert}")) is None:
                 raise StoreFormatError(f"{self._path} has no record of {key}.", self.fix)
             read_at(self._path, self._file.fileno(), offset, buffer[:-CHECKSUM_BYTES], direct=False)
-            self.check(key, buffer)
+            self.check_record(key, buffer)
 
     def path(self, block: int) -> Path:
         """Return the path of the file."""

@@ -50,7 +50,7 @@ class TestWrapperStore(TestExpertStore):
     def test_it_passes_everything_to_the_store_that_it_wraps(self) -> None:
         members = {name for each in (Store, DirectoryStore) for name in vars(each) if not name.startswith("_")}
         made = {"open", "recognises", "read_manifest", "directory", "manifest"}  # by a derived class, or copied
-        computed = {"layout", "is_local", "check"}  # from what is passed
+        computed = {"layout", "is_local", "check_record"}  # from what is passed
         assert members - made - computed <= vars(WrapperStore).keys()
 
 

@@ -307,7 +307,7 @@ class ExtentStore(DirectoryStore):
                         self._files[shard].check_unchanged()
             except StoreReadError as error:
                 raise StoreReadError(f"{self._expert(key)}: {error.cause}", error.fix) from error
-            self.check(key, view, crc)
+            self.check_record(key, view, crc)
 
     def _source(self, key: ExpertKey) -> str:
         """Return the names of all files that have parts of a record."""

@@ -156,7 +156,7 @@ class DirectoryStore(Store, Scrubbable):
         with cls.open(location, damaged=True) as store:
             return store.manifest
 
-    def check(self, key: ExpertKey, buffer: memoryview, crc: int | None = None) -> None:
+    def check_record(self, key: ExpertKey, buffer: memoryview, crc: int | None = None) -> None:
         """Compare a record with its checksum in the manifest, and write the checksum behind it. For ``read_into``.
 
         Args:

@@ -159,7 +159,7 @@ class MirroredStore(WrapperStore):
             view, used = as_bytes(buffer), set[_Copy]()
             try:
                 crc = read_in_pieces(view, pause, partial(self._read_part, key, used))
-                self._copies[0].store.check_record(key, view, crc)
+                self._copies[0].store.compare_checksums(key, view, crc)
             except StoreError as error:
                 self._recover(key, buffer, pause, used, error)
             else:

@@ -237,9 +237,9 @@ class ExpertStore(DirectoryStore):
             except StoreReadError as error:
                 raise StoreReadError(f"{_expert(self.manifest, key)}: {error.cause}", error.fix) from error
             shard.uncache(offset, len(view))
-            self.check_record(key, view, crc)
+            self.compare_checksums(key, view, crc)
 
-    def check_record(self, key: ExpertKey, view: memoryview, crc: int) -> None:
+    def compare_checksums(self, key: ExpertKey, view: memoryview, crc: int) -> None:
         """Compare the checksum of a record with the stored checksum, and with the manifest's if the manifest has it.
 
         ``view`` has the record and the stored checksum; ``crc`` is the CRC-32C of the record. Raises ChecksumError if

@@ -471,7 +471,7 @@ def check(store: CachedStore, records: dict[ExpertKey, bytes]) -> int:
             stream.seek(offset)
             stream.readinto(slot)
         assert slot[:-4] == records[key], key
-        store.store.check_record(key, slot, int.from_bytes(slot[-4:], "little"))
+        store.store.compare_checksums(key, slot, int.from_bytes(slot[-4:], "little"))
     return len(there)
 
 
