@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import grpc
 
-from moetier.proto import expert_store_pb2 as wire
+from moetier.proto import expert_store_pb2 as pb
 from moetier.proto.expert_store_pb2_grpc import ExpertStoreStub
 from moetier.runtime.wire.address import Address, Credentials
 from moetier.runtime.wire.channel import open_channel
@@ -40,7 +40,7 @@ _ANSWER = 2.0  # seconds to wait for an answer that a working daemon gives at on
 _STEADY = 1.0  # seconds after which a connection counts as established, even without a message
 
 
-Outbox = SimpleQueue[wire.ClientMessage | None]  # messages to be sent on one stream; None is its end
+Outbox = SimpleQueue[pb.ClientMessage | None]  # messages to be sent on one stream; None is its end
 
 
 @dataclass(eq=False, slots=True)
@@ -53,10 +53,10 @@ class SlotRequest:
     is_over: bool = False  # the daemon holds no lease for this request, or was told to release all
     number: int = field(default_factory=itertools.count(1).__next__)
 
-    def message(self) -> wire.ClientMessage:
+    def message(self) -> pb.ClientMessage:
         """Return the message that asks for the experts still awaited."""
-        acquire = wire.Acquire(request=self.number, block=self.block, experts=list(self.awaited))
-        return wire.ClientMessage(acquire=acquire)
+        acquire = pb.Acquire(request=self.number, block=self.block, experts=list(self.awaited))
+        return pb.ClientMessage(acquire=acquire)
 
 
 class Answer(NamedTuple):
@@ -124,16 +124,16 @@ class Link:
         """
         self._requests.pop(request.number, None)
         if not request.is_over:
-            self._send(wire.ClientMessage(release=wire.Release(request=request.number)))
+            self._send(pb.ClientMessage(release=pb.Release(request=request.number)))
             request.is_over = True
 
     def release(self, request: SlotRequest, expert: int) -> None:
         """Release one lease of a request."""
-        self._send(wire.ClientMessage(release=wire.Release(request=request.number, experts=[expert])))
+        self._send(pb.ClientMessage(release=pb.Release(request=request.number, experts=[expert])))
 
     def prefetch(self, block: int, experts: Sequence[int]) -> None:
         """Send a prefetch request. It is lost while the daemon is away."""
-        self._send(wire.ClientMessage(prefetch=wire.Prefetch(requested=wire.Experts(block=block, experts=experts))))
+        self._send(pb.ClientMessage(prefetch=pb.Prefetch(requested=pb.Experts(block=block, experts=experts))))
 
     def note_uses(self, keys: Iterable[ExpertKey]) -> None:
         """Report hits: records that were found in the arena's directory, the least recently used first.
@@ -160,7 +160,7 @@ class Link:
         for request in list(self._requests.values()):
             request.answers.put(None)
 
-    def _send(self, message: wire.ClientMessage) -> None:
+    def _send(self, message: pb.ClientMessage) -> None:
         if (outbox := self._outbox) is not None:
             outbox.put(message)
 
@@ -210,7 +210,7 @@ class Link:
                 if error is None or self._closed.is_set() or self._messages == messages or not control.is_alive():
                     return error
                 # check that the daemon answers: one that was stopped (SIGSTOP) keeps its sockets open
-                if stub.Describe.future(wire.DescribeRequest(), timeout=_ANSWER).code() is not grpc.StatusCode.OK:
+                if stub.Describe.future(pb.DescribeRequest(), timeout=_ANSWER).code() is not grpc.StatusCode.OK:
                     return error
                 self._closed.wait(FIRST_PAUSE)  # a pause, as streams may break again and again
 
@@ -250,10 +250,10 @@ class Link:
         self._tried.set()
         for request in requests:  # cancel() may have been called while there was no outbox
             if request.number not in self._requests:
-                self._send(wire.ClientMessage(release=wire.Release(request=request.number)))
+                self._send(pb.ClientMessage(release=pb.Release(request=request.number)))
             request.answers.put(None)
 
-    def _handle(self, message: wire.ServerMessage, arena: MappedArena) -> None:
+    def _handle(self, message: pb.ServerMessage, arena: MappedArena) -> None:
         self._messages += 1
         if message.HasField("granted"):
             granted = message.granted
@@ -270,11 +270,11 @@ class Link:
 
     # -- gRPC's thread ------------------------------------------------------------------------------------------------
 
-    def _outgoing(self, outbox: Outbox, sent: threading.Event) -> Iterator[wire.ClientMessage]:
+    def _outgoing(self, outbox: Outbox, sent: threading.Event) -> Iterator[pb.ClientMessage]:
         """Yield the messages to send on one stream, and reports of hits between them; at the end, set ``sent``."""
         try:
             while True:
-                message: wire.ClientMessage | None = wire.ClientMessage()
+                message: pb.ClientMessage | None = pb.ClientMessage()
                 with contextlib.suppress(Empty):
                     message = outbox.get(timeout=REPORT_SECONDS)
                 if message is None and not self._closed.is_set():
@@ -289,11 +289,11 @@ class Link:
         finally:
             sent.set()
 
-    def _report(self) -> wire.ClientMessage:
-        blocks: list[wire.Experts] = []
+    def _report(self) -> pb.ClientMessage:
+        blocks: list[pb.Experts] = []
         for _ in range(len(self._uses)):
             block, expert = self._uses.popleft()
             if not blocks or blocks[-1].block != block:
-                blocks.append(wire.Experts(block=block))
+                blocks.append(pb.Experts(block=block))
             blocks[-1].experts.append(expert)
-        return wire.ClientMessage(used=wire.Used(blocks=blocks))
+        return pb.ClientMessage(used=pb.Used(blocks=blocks))

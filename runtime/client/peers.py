@@ -239,7 +239,7 @@ class Peers:
         for peer in self:
             if peer.store.computes is None and peer.away is None:
                 with contextlib.suppress(MoetierError):  # the next read will notice it
-                    peer.store.check(again=False)
+                    peer.store.probe(again=False)
 
     def _resolve(self) -> list[UnavailableError]:
         """Resolve the DNS names: connect to daemons that were added, and disconnect from those that were removed.
@@ -281,7 +281,7 @@ class Peers:
 def _check(peer: Peer) -> MoetierError | None:
     """Return why a daemon is away; None if it serves the store."""
     try:
-        peer.store.check()
+        peer.store.probe()
     except MoetierError as error:
         return error.with_traceback(None)
     return None

@@ -67,7 +67,7 @@ class RemoteStore(Store):
     ) -> None:
         """Prepare ``channels`` connections to the daemon at ``address``.
 
-        The first read or check makes the connections. It raises ConfigError if the credentials can't be used.
+        The first read or probe makes the connections. It raises ConfigError if the credentials can't be used.
         """
         self.manifest = manifest
         self.address = address
@@ -78,11 +78,11 @@ class RemoteStore(Store):
         self._state = threading.Lock()  # guards: the two fields below
         self._channels: _Channels | None = None
         self._closed = False
-        self.computes: bool | None = None  # whether the daemon serves Compute; None before the first check
+        self.computes: bool | None = None  # whether the daemon serves Compute; None before the first probe
         self.checks = False  # whether its answers repeat the checksums of requests: those of older daemons don't
         self._pool = ThreadPoolExecutor(channels, thread_name_prefix="moetier-remote")
 
-    def check(self, timeout: float = _ANSWER, *, again: bool = True) -> None:
+    def probe(self, timeout: float = _ANSWER, *, again: bool = True) -> None:
         """Check that the daemon serves this store, over new connections if ``again``.
 
         ``timeout``: seconds for the daemon to answer.

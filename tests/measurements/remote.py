@@ -84,7 +84,7 @@ def measure(
         contextlib.closing(mmap.mmap(-1, manifest.layout(0).slot_bytes)) as mapping,
         memoryview(mapping) as slot,
     ):
-        reader.check()
+        reader.probe()
         sides = [psutil.Process(daemon.pid), psutil.Process()]
         times, before = [], [0.0, 0.0]
         for number in range(-WARM, arguments.rounds):

@@ -55,7 +55,7 @@ def wire(daemon: DaemonProcess) -> Iterator[Flips]:
 def spread_over(wire: Flips, manifest: Manifest) -> SpreadStore:
     """A reader of the daemon, and of nothing else."""
     reader = RemoteStore(Address.parse(wire.address), PLAIN, manifest, channels=1, timeout=3.0)
-    reader.check()
+    reader.probe()
     return SpreadStore(manifest, [Peer("one", reader)])
 
 

@@ -300,8 +300,8 @@ def test_packets_that_are_lost_in_the_middle_of_a_record(large: Path, tmp_path: 
                 read(alone, key, LARGE_RECORDS)
             assert time.monotonic() - began < 15
             with pytest.raises(UnavailableError):
-                alone.check(1.0)
+                alone.probe(1.0)
             net.flow()
-            alone.check()
+            alone.probe()
             read(alone, key, LARGE_RECORDS)
         far.wait_for("leases == 0")

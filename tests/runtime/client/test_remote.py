@@ -103,7 +103,7 @@ def test_every_record_arrives_whole(small: Path, large: Path, channels: int) -> 
             served(folder) as (address, host, fetches),
             RemoteStore(address, PLAIN, manifest, channels=channels) as reader,
         ):
-            reader.check()
+            reader.probe()
             for key, record in records.items():
                 slot = slot_of(manifest, key)
                 reader.read_into(key, slot)
@@ -335,7 +335,7 @@ def test_another_store_is_refused(small: Path, large: Path) -> None:
         RemoteStore(address, PLAIN, manifest_of(large)) as reader,
         pytest.raises(UnknownModelError, match="acme/tiny-moe"),
     ):
-        reader.check()
+        reader.probe()
 
 
 def test_names_of_a_stranger_are_told_in_one_line(small: Path) -> None:
@@ -345,7 +345,7 @@ def test_names_of_a_stranger_are_told_in_one_line(small: Path) -> None:
         RemoteStore(address, PLAIN, manifest_of(small)) as reader,
         pytest.raises(UnknownModelError) as caught,
     ):
-        reader.check()
+        reader.probe()
     assert "it serves a ba ba b" in caught.value.cause
     assert "\n" not in caught.value.cause
     assert len(caught.value.cause) < 400
@@ -354,7 +354,7 @@ def test_names_of_a_stranger_are_told_in_one_line(small: Path) -> None:
 def test_nobody_there(small: Path) -> None:
     with RemoteStore(Address(target="127.0.0.1:1"), PLAIN, manifest_of(small)) as reader:
         with pytest.raises(UnavailableError):
-            reader.check()
+            reader.probe()
         with pytest.raises(UnavailableError):
             reader.read_into(ExpertKey(0, 0), slot_of(reader.manifest, ExpertKey(0, 0)))
 
@@ -370,7 +370,7 @@ def test_a_process_that_can_not_connect_says_so(small: Path, monkeypatch: pytest
     with RemoteStore(Address(target="127.0.0.1:1"), PLAIN, manifest_of(small)) as reader:
         slot = slot_of(reader.manifest, ExpertKey(0, 0))
         calls: list[Callable[[], object]] = [
-            reader.check,
+            reader.probe,
             lambda: reader.read_into(ExpertKey(0, 0), slot),
             lambda: reader.compute(pb.ComputeRequest(), 1),
         ]
@@ -381,10 +381,10 @@ def test_a_process_that_can_not_connect_says_so(small: Path, monkeypatch: pytest
 
 def test_a_check_in_a_fork_or_after_close_is_an_error(small: Path) -> None:
     reader = RemoteStore(Address(target="127.0.0.1:1"), PLAIN, manifest_of(small))
-    assert "ClosedError" in in_fork(reader.check)
+    assert "ClosedError" in in_fork(reader.probe)
     reader.close()
     with pytest.raises(ClosedError):
-        reader.check()
+        reader.probe()
 
 
 def test_closing_ends_what_is_being_read(large: Path) -> None:

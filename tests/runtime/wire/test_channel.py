@@ -114,7 +114,7 @@ def read(address: str, credentials: Credentials, manifest: Manifest) -> None:
     with RemoteStore(Address.parse(address), credentials, manifest) as reader:
         errors = []
         slot = slot_of(manifest, ExpertKey(0, 0))
-        for step in (reader.check, lambda: reader.read_into(key, slot)):
+        for step in (reader.probe, lambda: reader.read_into(key, slot)):
             try:
                 step()
             except MoetierError as error:
@@ -295,13 +295,13 @@ def test_over_its_unix_socket_too(with_tls: DaemonProcess, manifest: Manifest) -
     key = ExpertKey(0, 0)
     slot = slot_of(manifest, ExpertKey(0, 0))
     with RemoteStore(with_tls.address, Credentials(), manifest) as reader:
-        reader.check()
+        reader.probe()
         reader.read_into(key, slot)
         assert slot[:-CHECKSUM_BYTES] == RECORDS[key]
         with_tls.restart()
         with pytest.raises((RefusedError, UnavailableError)):
             reader.read_into(key, slot)
-        reader.check()
+        reader.probe()
         reader.read_into(key, slot)
     with open_channel(with_tls.address, Credentials(), bearer="0" * 32) as channel:
         describe = channel.unary_unary(
