@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+from moetier.tiers.closeable import closed_on_error
 from moetier.tiers.errors import ChecksumError, StoreError, StoreFormatError
 from moetier.tiers.fields import Fields
 from moetier.tiers.layout import PAGE, ExpertKey
@@ -112,12 +113,12 @@ class MirroredStore(WrapperStore):
             mirrors = []
             for path in listed:
                 try:
-                    mirror = opening.enter_context(open_mirror(path, cls.read_manifest(location).digest))
-                    _check(mirror)
+                    with closed_on_error(open_mirror(path, cls.read_manifest(location).digest)) as mirror:
+                        _check(mirror)
                 except StoreError as error:
                     _log.warning("The mirror %s of %s is not used: %s", path, directory, error.cause)
                 else:
-                    mirrors.append(mirror)
+                    mirrors.append(opening.enter_context(mirror))
             if not mirrors:
                 return ExpertStore.open(location)
             store = opening.enter_context(ExpertStore.open(location, damaged=True))
@@ -136,7 +137,7 @@ class MirroredStore(WrapperStore):
                 raise fault.fresh()
         super().__init__(stores[0])
         self._copies = [_Copy(store) for store in stores]
-        self._lock = threading.Lock()  # guards: the copies' state
+        self._lock = threading.Lock()  # guards: what changes in each _Copy
         self._watchers: list[Callable[[], None]] = []
         self._use = UseCount(f"The store {stores[0].folder}")
 
@@ -163,8 +164,9 @@ class MirroredStore(WrapperStore):
             except StoreError as error:
                 self._recover(key, buffer, pause, used, error)
             else:
-                for copy in used:
-                    copy.failures = 0
+                with self._lock:
+                    for copy in used:
+                        copy.failures = 0
 
     def close(self) -> None:
         """Wait for the reads in progress, and close all copies."""

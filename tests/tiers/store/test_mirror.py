@@ -307,6 +307,27 @@ def test_what_is_opened_is_closed(tmp_path: Path) -> None:
         read(store, KEY)
 
 
+def test_a_mirror_that_is_not_used_is_closed_although_another_one_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    make(tmp_path)
+    make_mirror(tmp_path / "a", tmp_path / "c")
+    opened: list[ExpertStore] = []
+
+    def check_digest(store: ExpertStore) -> None:
+        opened.append(store)
+        if store.directory == tmp_path / "b":
+            raise ChecksumError("Its digest is another.", "Copy it again.")
+
+    monkeypatch.setattr(ExpertStore, "check_digest", check_digest)
+    with open_both(tmp_path):
+        refused, *others = opened
+        assert refused.directory == tmp_path / "b"
+        assert len(others) == 2
+        assert refused.shards == {}, "it holds its descriptors"
+        assert "is not used: Its digest is another." in caplog.text
+
+
 def test_the_host_tier_counts_what_was_recovered_as_a_failure(tmp_path: Path) -> None:
     records = make(tmp_path)
     flip_bit(path_of(tmp_path / "b"), MIDDLE.slot_bytes + 10)
