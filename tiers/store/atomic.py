@@ -170,8 +170,7 @@ def large_file(
     ``errors`` returns a context manager that translates errors of writing. It encloses each write, but not the whole
     block.
     """
-    partial = path.with_name(path.name + PARTIAL)
-    try:
+    with _replacing(path) as partial:
         with errors():
             stream = partial.open("wb", buffering=0)
         with stream:
@@ -185,6 +184,14 @@ def large_file(
         with errors():
             partial.rename(path)
             sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Yield the temporary name of a file that will replace ``path``. If the block raises, remove the file."""
+    partial = path.with_name(path.name + PARTIAL)
+    try:
+        yield partial
     except BaseException:
         with contextlib.suppress(OSError):
             partial.unlink()
@@ -204,15 +211,16 @@ def allocate(descriptor: int, size: int) -> None:
 def durable_file(path: Path) -> Iterator[BinaryIO]:
     """Open a file that the ``with`` block writes, from its beginning to its end.
 
-    After a crash at any moment, the file has either its old content or all of the new.
+    After a crash at any moment, the file has either its old content or all of the new. If the block raises an
+    exception, the file keeps its old content.
     """
-    partial = path.with_name(path.name + PARTIAL)
-    with partial.open("wb") as stream:
-        yield stream
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.rename(path)
-    sync_folder(path.parent)
+    with _replacing(path) as partial:
+        with partial.open("wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.rename(path)
+        sync_folder(path.parent)
 
 
 def write_durably(path: Path, data: bytes) -> None:

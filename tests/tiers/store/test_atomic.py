@@ -12,7 +12,7 @@ from faults import mounted
 
 from moetier.tiers.errors import DiskSpaceError
 from moetier.tiers.store import atomic
-from moetier.tiers.store.atomic import LargeFile, disk_errors, large_file
+from moetier.tiers.store.atomic import LargeFile, disk_errors, durable_file, large_file
 
 
 @pytest.fixture(autouse=True)
@@ -29,6 +29,17 @@ def test_all_pieces_arrive(tmp_path: Path, piece: int) -> None:
             file.write(data[start : start + piece])
     assert (tmp_path / "file").read_bytes() == data
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_file_that_is_not_written_to_its_end_is_removed_and_the_old_one_stays(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"old")
+    with contextlib.suppress(KeyError), durable_file(tmp_path / "file") as stream:
+        stream.write(b"half")
+        raise KeyError
+    with contextlib.suppress(KeyError), large_file(tmp_path / "file", 4) as file:
+        file.write(b"half")
+        raise KeyError
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"file": b"old"}
 
 
 def test_what_the_disk_refuses_is_raised() -> None:
