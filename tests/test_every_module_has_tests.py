@@ -25,7 +25,6 @@ TESTED_BY: dict[str, tuple[str, str]] = {
     "runtime/daemon/fetch.py": ("runtime/client/test_remote.py", "its answers are judged by the client that asks"),
     "runtime/daemon/hosted_model.py": ("runtime/daemon/test_rpc.py", PROCESS),
     "runtime/daemon/daemon_config.py": ("runtime/daemon/test_entry.py", PROCESS),
-    "runtime/daemon/process.py": ("runtime/daemon/test_entry.py", PROCESS),
     "runtime/formats/gguf.py": ("runtime/checkpoint/test_gguf_file.py", "its tensors are in a whole file"),
     "runtime/client/misses.py": ("runtime/client/test_tier.py", PARTS),
     "runtime/kernels/codings/row_codings.py": ("runtime/kernels/products/test_row_major.py", CODE),

@@ -73,23 +73,8 @@ def locked_folder(folder: Path) -> Iterator[bool]:
     the folder is locked.
     """
     path = folder / LOCK
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            pid = os.pread(descriptor, 20, 0).decode(errors="replace").strip()
-            os.close(descriptor)
-            card = DaemonCard.read(folder)
-            serves = f" and serves {', '.join(model.name for model in card.models)}" if card is not None else ""
-            raise AlreadyRunningError(
-                f"A daemon already runs in {folder}: it is process {pid or '?'}{serves}.",
-                f"Use it, end it (kill {pid or 'PID'}), or start another daemon with --folder NAME.",
-            ) from None
-        with contextlib.suppress(FileNotFoundError):
-            if path.stat().st_ino == os.fstat(descriptor).st_ino:
-                break
-        os.close(descriptor)  # the file was just removed by a daemon that ended; lock a new one
+    while (descriptor := _lock(path)) is None:
+        pass  # a daemon that ended has just removed the file: lock a new one
     try:
         os.ftruncate(descriptor, 0)
         write_all(descriptor, f"{os.getpid()}\n".encode(), 0)
@@ -101,6 +86,31 @@ def locked_folder(folder: Path) -> Iterator[bool]:
         # removed before the lock is released, so that a daemon that has just opened this file tries again
         path.unlink(missing_ok=True)
         os.close(descriptor)
+
+
+def _lock(path: Path) -> int | None:
+    """Lock the file at ``path``, and return its descriptor; None if the file was removed meanwhile.
+
+    Raises AlreadyRunningError if a daemon has locked it.
+    """
+    with contextlib.ExitStack() as closing:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        closing.callback(os.close, descriptor)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pid = os.pread(descriptor, 20, 0).decode(errors="replace").strip()
+            card = DaemonCard.read(path.parent)
+            serves = f" and serves {', '.join(model.name for model in card.models)}" if card is not None else ""
+            raise AlreadyRunningError(
+                f"A daemon already runs in {path.parent}: it is process {pid or '?'}{serves}.",
+                f"Use it, end it (kill {pid or 'PID'}), or start another daemon with --folder NAME.",
+            ) from None
+        with contextlib.suppress(FileNotFoundError):
+            if path.stat().st_ino == os.fstat(descriptor).st_ino:
+                closing.pop_all()
+                return descriptor
+    return None
 
 
 def _start(
