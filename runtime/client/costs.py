@@ -86,8 +86,8 @@ class RecentUses:
         for expert, count in uses:
             self._counts[expert] += count * self._weight
         if self._weight > 1e100:
-            self._counts = [count / self._weight for count in self._counts]
-            self._weight = 1.0
+            weight, self._weight = self._weight, 1.0  # first: another thread must not add the old weight to new counts
+            self._counts = [count / weight for count in self._counts]
 
     def of(self, expert: int) -> float:
         """Return the number of recent uses of an expert."""

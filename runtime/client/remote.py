@@ -152,6 +152,10 @@ class RemoteStore(Store):
         except CALL_ERRORS as error:
             raise error_of(error, self.address.target) from None
 
+    def stop_computing(self) -> None:
+        """Note that the daemon's answers to computations are wrong: it is asked for none until the next ``probe``."""
+        self.computes = False
+
     def renew(self) -> None:
         """Use a new connection for computations, because headers that were changed on their way confuse the old one.
 

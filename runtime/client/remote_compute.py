@@ -14,7 +14,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +45,7 @@ from .spread import SpreadStore
 
 if TYPE_CHECKING:
     from moetier.runtime.kernels.experts.expert_products import ExpertProducts
+    from moetier.runtime.moe.block import TokensOfExperts
 
 MAX_WAITING = 4 * MAX_OUTPUTS  # most outputs that a process waits for at a time
 ATTEMPTS = 2  # calls to one daemon for a block, as a request or an answer may be changed on its way
@@ -54,12 +55,13 @@ _AWAY = (UnavailableError, RefusedError, UnknownModelError, ClosedError)
 
 _log = logging.getLogger(__name__)
 
-# for each expert: the numbers of the tokens that it computes, and the number of the output for each
-TokensOfExperts = Mapping[int, tuple[Sequence[int], Sequence[int]]]
-
 
 class RemoteCompute:
-    """Has experts that are absent in the tier ``host`` computed by the daemons of ``store``. Thread-safe."""
+    """Has experts that are absent in the tier ``host`` computed by the daemons of ``store``. Thread-safe.
+
+    The measured times and recent uses change without a lock: if two threads compute at the same time, a measurement or
+    a use may be lost, which changes only where an expert is computed.
+    """
 
     def __init__(self, store: SpreadStore, host: HostTier) -> None:
         self.store = store
@@ -132,7 +134,7 @@ class RemoteCompute:
         self._least[block] = (left - 1, least)
         return least
 
-    def acquire(self, outputs: int) -> bool:
+    def reserve(self, outputs: int) -> bool:
         """Count outputs that are waited for, and return True; False if there would be too many."""
         with self._lock:
             if self._waiting + outputs > MAX_WAITING:
@@ -140,7 +142,7 @@ class RemoteCompute:
             self._waiting += outputs
             return True
 
-    def release(self, outputs: int) -> None:
+    def free(self, outputs: int) -> None:
         """Count outputs that are no longer waited for."""
         with self._lock:
             self._waiting -= outputs
@@ -154,7 +156,7 @@ class _Part:
     failures: int  # of the peer, before the call
     experts: list[int]
     picked: dict[int, None]  # numbers of the tokens whose hidden states are sent
-    count: int  # number of outputs
+    outputs: int = 0  # number of outputs
     call: Any = None  # gRPC's call, or the MoetierError with which it could not begin
     crc: int = 0  # checksum of the request
     began: float = 0.0
@@ -197,18 +199,19 @@ class RemoteOutputs:
             )
             if peer is None:
                 continue
-            part = parts.get(peer.name) or _Part(peer, peer.failures, [], {}, 0)
+            part = parts.get(peer.name) or _Part(peer, peer.failures, [], {})
             own, _ = self._tokens_of[expert]
             picked = part.picked | dict.fromkeys(own)
-            count = part.count + len(own)
-            if len(picked) * row_bytes > INPUT_BYTES or count > MAX_OUTPUTS or count * row_bytes > OUTPUT_BYTES:
+            outputs = part.outputs + len(own)
+            if len(picked) * row_bytes > INPUT_BYTES or outputs > MAX_OUTPUTS or outputs * row_bytes > OUTPUT_BYTES:
                 continue
-            if not self._owner.acquire(len(own)):
+            if not self._owner.reserve(len(own)):
                 break
+            if not part.experts:
+                parts[peer.name] = part
+                self._parts.append(part)
             part.experts.append(expert)
-            part.picked, part.count = picked, count
-            parts[peer.name] = part
-        self._parts = list(parts.values())
+            part.picked, part.outputs = picked, outputs
         for part in self._parts:
             self._begin(part)
         self.experts = {expert for part in self._parts for expert in part.experts}
@@ -233,7 +236,7 @@ class RemoteOutputs:
                 else:
                     self._place(part, data, outputs)
             if not failed and self.is_timed:  # the daemons compute at the same time
-                self._owner.seconds.add(time.monotonic() - parts[0].began, sum(part.count for part in parts))
+                self._owner.seconds.add(time.monotonic() - parts[0].began, sum(part.outputs for part in parts))
             self.close()
             if failed:
                 self.send(failed)
@@ -243,10 +246,10 @@ class RemoteOutputs:
     def close(self) -> None:
         """Cancel all calls. Idempotent."""
         parts, self._parts = self._parts, []
+        self._owner.free(sum(part.outputs for part in parts))
         for part in parts:
             if part.call is not None and not isinstance(part.call, MoetierError):
                 part.call.cancel()
-            self._owner.release(part.count)
 
     def _begin(self, part: _Part) -> None:
         """Send the hidden states of a part. An error is raised when the answer is read."""
@@ -268,14 +271,14 @@ class RemoteOutputs:
                 gated=activation.gated,
             ),
         )
-        if len(numbers) > 1 or part.count > len(part.experts):  # a token may name an expert twice
+        if len(numbers) > 1 or part.outputs > len(part.experts):  # a token may name an expert twice
             for expert in part.experts:
                 own, _ = self._tokens_of[expert]
                 request.counts.append(len(own))
                 request.picked.extend([numbers[token] for token in own])
         part.began = time.monotonic()
         try:
-            part.call, part.crc = part.peer.store.compute(request, part.count * size)
+            part.call, part.crc = part.peer.store.compute(request, part.outputs * size)
         except MoetierError as error:
             part.call = error.with_traceback(None)
 
@@ -283,7 +286,7 @@ class RemoteOutputs:
         """Return the outputs of a part, or the error of the daemon or the network."""
         if isinstance(part.call, MoetierError):
             return part.call
-        size = part.count * self._products.row_bytes
+        size = part.outputs * self._products.row_bytes
         data, crc = bytearray(), None
         try:
             for message in part.call:
@@ -305,14 +308,14 @@ class RemoteOutputs:
             return ChecksumError(
                 f"Checksum mismatch in a computation by the daemon {part.peer.name}.", "Check the network, or use TLS."
             )
-        self._store.peers.count_computed(part.peer, part.count, len(part.picked) * self._products.row_bytes + size)
+        self._store.peers.count_computed(part.peer, part.outputs, len(part.picked) * self._products.row_bytes + size)
         return data
 
     def _place(self, part: _Part, data: bytearray, outputs: int) -> None:
         size = self._products.row_bytes
         source = ctypes.addressof(ctypes.c_char.from_buffer(data))
-        for number, place in enumerate(place for expert in part.experts for place in self._tokens_of[expert][1]):
-            ctypes.memmove(outputs + place * size, source + number * size, size)
+        for number, output in enumerate(output for expert in part.experts for output in self._tokens_of[expert][1]):
+            ctypes.memmove(outputs + output * size, source + number * size, size)
 
     def _note_failure(self, part: _Part, error: MoetierError) -> None:
         """Note that a call has failed. After ATTEMPTS the daemon is skipped for this block, or until its next check."""
@@ -332,5 +335,5 @@ class RemoteOutputs:
             if self._failures[name] < ATTEMPTS:
                 part.peer.store.renew()
             else:
-                part.peer.store.computes = False  # until it is checked again
+                part.peer.store.stop_computing()
                 _log.warning("The daemon %s is not asked to compute any more.", name)

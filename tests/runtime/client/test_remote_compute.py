@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -39,6 +40,7 @@ from moetier.runtime.wire.address import Credentials
 from moetier.runtime.wire.piece import encode_piece
 from moetier.runtime.wire.status_codes import abort
 from moetier.tiers.errors import BudgetError
+from moetier.tiers.layout import ExpertKey
 from moetier.tiers.stats import Share
 from moetier.tiers.store.checksum import crc32c
 from moetier.tiers.store.folder import read_manifest, store_folder
@@ -476,3 +478,23 @@ def test_outputs_in_flight_are_bounded(
         with model.tiers:
             assert torch.equal(logits(model), expected)
             assert sum(share.computed for share in shares_of(model)) > STEPS
+
+
+def test_outputs_are_waited_for_no_more_if_an_error_ends_the_choice_of_daemons(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The name of a daemon may be resolved anew meanwhile, and Ctrl-C may come at any time."""
+    monkeypatch.setattr(RemoteCompute, "_fetches", lambda *_: False)
+    peer = SimpleNamespace(name="a", failures=0, away=None, store=SimpleNamespace(computes=True))
+
+    def order(key: ExpertKey) -> list[Any]:
+        if key.expert:
+            raise KeyboardInterrupt
+        return [peer]
+
+    manifest: Any = SimpleNamespace(blocks=[SimpleNamespace(experts=2)])
+    store: Any = SimpleNamespace(manifest=manifest, peers=SimpleNamespace(order=order))
+    host: Any = SimpleNamespace(absent=lambda keys: keys)
+    products: Any = SimpleNamespace(row_bytes=4)
+    remote = RemoteCompute(store, host)
+    with pytest.raises(KeyboardInterrupt):
+        remote.send(products, 0, 0, 1, {0: ([0], [0]), 1: ([0], [1])})
+    assert remote.reserve(remote_compute.MAX_WAITING)
