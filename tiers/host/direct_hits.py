@@ -42,9 +42,13 @@ class DirectHits:
         self._prefetches.note_uses(cached)
         pool.note_uses(reversed(cached), is_scan=len(keys) > pool.quota(block))
 
-    def discard(self, experts: Sequence[int]) -> None:
+    def take_back_uses(self, experts: Sequence[int]) -> None:
         """Count hits of ``note_uses`` as discarded, because records were replaced during their use."""
         self._counters.count_lookups(discarded=len(set(experts)))
+
+    def note_demand(self, keys: Sequence[ExpertKey]) -> None:
+        """Count uses by a demand of this tier, which counts its hits and misses itself."""
+        self.uses.update(keys)
 
     def note_client_uses(self, keys: Sequence[ExpertKey]) -> None:
         """Count hits of another process, which has used the records of ``keys`` in this order."""

@@ -78,9 +78,8 @@ class Ledger:
         self.prefetches = PrefetchQueue(self.counters, clock)
         self.direct_hits = DirectHits(self.pool_of, self.counters, self.prefetches)
         self.waiting = WaitingDemands(notifier, clock)
-        self.loads = Loads(directory, self.counters, self.prefetches, self.waiting, notifier, limits)
-        if loads_rest:
-            self.loads.rest = {self.pools[array]: blocks for array, blocks in manifest.members.items()}
+        rest = {self.pools[array]: blocks for array, blocks in manifest.members.items()} if loads_rest else {}
+        self.loads = Loads(directory, self.counters, self.prefetches, self.waiting, notifier, limits, rest)
         self._notifier = notifier
         self._clock = clock
         self._demands: set[Demand] = set()
@@ -114,7 +113,7 @@ class Ledger:
             caller.demands[demand.number] = demand
         self.prefetches.request(pool, demand.block, (), caller)
         distinct = dict.fromkeys(keys)
-        self.direct_hits.uses.update(list(distinct))
+        self.direct_hits.note_demand(list(distinct))
         demand.is_scan = len(distinct) > pool.quota(demand.block)
         hits = []
         for key in distinct:
@@ -226,7 +225,7 @@ class Ledger:
         if slot is not None:
             self._demands.add(demand)
             demand.leased[slot] = None
-            self.prefetches.copied.add(key)
+            self.prefetches.note_copy(key)
         return slot
 
     def close(self, error: MoetierError) -> None:

@@ -97,6 +97,7 @@ class Loads:
         waiting: the queues of demands.
         notifier: wakes threads that can go on.
         limits: how many loads may be in progress.
+        rest: from each pool that ``load_rest`` may read to its blocks; pools are removed from it.
     """
 
     def __init__(
@@ -107,9 +108,10 @@ class Loads:
         waiting: WaitingDemands,
         notifier: Notifier,
         limits: LoadLimits,
+        rest: dict[Pool, Mapping[int, Block]],
     ) -> None:
         self.closed_by: MoetierError | None = None  # the error with which the tier was closed; None while it is open
-        self.rest: dict[Pool, Mapping[int, Block]] = {}  # from each pool that ``load_rest`` may read to its blocks
+        self._rest = rest
         self._directory = directory
         self._counters = counters
         self._prefetches = prefetches
@@ -168,10 +170,8 @@ class Loads:
         self._directory.begin_fill(pool.first + slot, evicted)
         load = Load(pool, key, slot, is_prefetch, is_warmup, is_taken=is_prefetch)
         self._loads[key] = load
-        if is_warmup:
-            self._prefetches.warmed.add(key)
-        elif is_prefetch:
-            self._prefetches.outcomes.begin(key)
+        if is_prefetch:
+            self._prefetches.begin(key, is_warmup=is_warmup)
         return load
 
     def join(self, demand: Demand, key: ExpertKey) -> None:
@@ -207,7 +207,7 @@ class Loads:
 
     def warm(self, pool: Pool, keys: Sequence[ExpertKey]) -> None:
         """Queue records for the warm-up. They are read after all prefetch requests, and only into EMPTY slots."""
-        self._prefetches.warmup.extend((pool, key) for key in keys)
+        self._prefetches.queue_warmup(pool, keys)
         self.wake_loaders_for_prefetches()
 
     def load_rest(self, pool: Pool) -> None:
@@ -216,8 +216,8 @@ class Loads:
         After so many demands, the others will soon be needed, too. If a model is hardly used, only demands are read; of
         any other, at most as much again.
         """
-        if pool in self.rest and 2 * (pool.ready + pool.loading) >= pool.count:
-            blocks = self.rest.pop(pool)
+        if pool in self._rest and 2 * (pool.ready + pool.loading) >= pool.count:
+            blocks = self._rest.pop(pool)
             keys = [ExpertKey(number, expert) for number, block in blocks.items() for expert in range(block.experts)]
             if len(keys) == pool.count:
                 self.warm(pool, keys)
@@ -253,9 +253,9 @@ class Loads:
         """
         if self._is_for_demands or self._prefetching >= self._limits.prefetches:
             return None
-        if (place := self._prefetches.next_place()) is None:
+        if (read := self._prefetches.next_read()) is None:
             return None
-        return self.begin(place.pool, place.key, place.slot, is_prefetch=True, is_warmup=place.is_warmup)
+        return self.begin(read.pool, read.key, read.slot, is_prefetch=True, is_warmup=read.is_warmup)
 
     def wake_loaders_for_prefetches(self) -> None:
         """Wake as many loaders as there are prefetches that can now be read."""
@@ -291,7 +291,7 @@ class Loads:
         load.pool.complete_fill(load.slot)
         self._directory.complete_fill(load.pool.first + load.slot, load.key)
         if load.is_prefetch:
-            self._prefetches.outcomes.arrive(load.key)
+            self._prefetches.arrive(load.key)
         for demand in load.waiters:
             demand.ready.append(load.slot)  # before ``remove``, so that an exception in between loses nothing
             demand.loads.remove(load)
@@ -322,8 +322,7 @@ class Loads:
     def close(self, error: MoetierError) -> None:
         """Begin no more reads. The loads that no loader has taken fail with ``error``."""
         self.closed_by = error
-        self._prefetches.repair()
-        self._prefetches.warmup.clear()
+        self._prefetches.clear(warmup=True)
         while (load := self._queue.pop()) is not None:
             self.fail(load, error)
 
@@ -342,7 +341,7 @@ class Loads:
         A load stays if a loader has taken it or a demand waits for it. Other loads are removed, and so are all prefetch
         requests.
         """
-        self._prefetches.repair()
+        self._prefetches.clear()
         for demand in demands:
             for load in [load for load in demand.loads if self._loads.get(load.key) is not load]:
                 if load.slot not in demand.ready:  # ``complete`` was interrupted; the demand looks the record up again

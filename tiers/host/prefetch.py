@@ -15,7 +15,7 @@ from moetier.tiers.stats import PrefetchOutcomes, TierCounters
 from .demands import AsyncCaller, Pool
 
 
-class Place(NamedTuple):
+class NextRead(NamedTuple):
     """A record that is to be read, and the slot for it."""
 
     pool: Pool
@@ -36,13 +36,13 @@ class PrefetchQueue:
     """The latest prefetch requests of each caller for each block. The caller None is the tier's own process."""
 
     def __init__(self, counters: TierCounters, clock: Callable[[], float]) -> None:
-        self.outcomes = PrefetchOutcomes(counters, clock)
+        self._outcomes = PrefetchOutcomes(counters, clock)
         self._counters = counters
         # a dictionary from caller to a dictionary from block to requests; the caller that was served last comes last
         self._requests: dict[AsyncCaller | None, dict[int, Request]] = {}
-        self.warmup: deque[tuple[Pool, ExpertKey]] = deque()  # records for the warm-up whose reads have not begun
-        self.warmed: set[ExpertKey] = set()  # records that the warm-up has begun to read and no demand has used yet
-        self.copied: set[ExpertKey] = set()  # records of which the tier above may have a copy, even after an eviction
+        self._warmup: deque[tuple[Pool, ExpertKey]] = deque()  # records for the warm-up whose reads have not begun
+        self._warmed: set[ExpertKey] = set()  # records that the warm-up has begun to read and no demand has used yet
+        self._copied: set[ExpertKey] = set()  # records of which the tier above may have a copy, even after an eviction
 
     # -- requests -----------------------------------------------------------------------------------------------------
 
@@ -50,7 +50,7 @@ class PrefetchQueue:
     def unbegun(self) -> int:
         """Number of records whose reads, for requests or for the warm-up, have not begun."""
         requests = [request for blocks in self._requests.values() for request in blocks.values()]
-        return sum([len(request.unbegun) for request in requests]) + len(self.warmup)
+        return sum([len(request.unbegun) for request in requests]) + len(self._warmup)
 
     def is_requested(self, key: ExpertKey) -> bool:
         """Return whether a record is among the latest requests of a caller, even if it is READY or being read."""
@@ -76,11 +76,20 @@ class PrefetchQueue:
         requests = self._requests.pop(caller, {}).values()
         self._counters.count_cancelled(sum([len(request.unbegun) for request in requests]))
 
-    def repair(self) -> None:
-        """Remove all requests, because a transition was interrupted or the tier is closed."""
-        self._requests.clear()
+    def queue_warmup(self, pool: Pool, keys: Iterable[ExpertKey]) -> None:
+        """Queue records for the warm-up, behind all requests."""
+        self._warmup.extend((pool, key) for key in keys)
 
-    def next_place(self) -> Place | None:
+    def clear(self, *, warmup: bool = False) -> None:
+        """Remove all requests, because a transition was interrupted or the tier is closed.
+
+        ``warmup``: whether to remove the records for the warm-up, too.
+        """
+        self._requests.clear()
+        if warmup:
+            self._warmup.clear()
+
+    def next_read(self) -> NextRead | None:
         """Choose the next record to read, and the slot for it. Return None if there is nothing to read.
 
         Requests come before the warm-up. A requested record gets the first of these slots that exists:
@@ -97,12 +106,12 @@ class PrefetchQueue:
                 if (slot := self._slot_for(pool, key)) is not None:
                     self._requests[caller] = self._requests.pop(caller)  # other callers are served before this one
                     self._counters.count_prefetch()
-                    return Place(pool, key, slot, is_warmup=False)
+                    return NextRead(pool, key, slot, is_warmup=False)
                 self._counters.count_cancelled()
-        while self.warmup:
-            pool, key = self.warmup.popleft()
+        while self._warmup:
+            pool, key = self._warmup.popleft()
             if pool.find(key) is None and not pool.starved and (slot := pool.vacancy(key.block)) is not None:
-                return Place(pool, key, slot, is_warmup=True)
+                return NextRead(pool, key, slot, is_warmup=True)
         return None
 
     def _take_requests(self) -> Iterator[tuple[AsyncCaller | None, Pool, ExpertKey]]:
@@ -113,10 +122,10 @@ class PrefetchQueue:
                     yield caller, request.pool, request.unbegun.popleft()
 
     def _slot_for(self, pool: Pool, key: ExpertKey) -> int | None:
-        """Return a slot for a requested record, as ``next_place`` specifies; None if there is no such slot."""
+        """Return a slot for a requested record, as ``next_read`` specifies; None if there is no such slot."""
         if (slot := pool.vacancy(key.block)) is not None:
             return slot
-        for unused in self.outcomes.unused:
+        for unused in self._outcomes.unused:
             slot = pool.find(unused)
             if slot is not None and not self.is_requested(unused) and pool.is_evictable(slot):
                 return slot
@@ -124,28 +133,43 @@ class PrefetchQueue:
 
     # -- outcomes -----------------------------------------------------------------------------------------------------
 
+    def begin(self, key: ExpertKey, *, is_warmup: bool) -> None:
+        """Note that the read of a record begins, for the warm-up or for a request."""
+        if is_warmup:
+            self._warmed.add(key)
+        else:
+            self._outcomes.begin(key)
+
+    def arrive(self, key: ExpertKey) -> None:
+        """Note that a record has arrived."""
+        self._outcomes.arrive(key)
+
+    def note_copy(self, key: ExpertKey) -> None:
+        """Note that the tier above may copy a record."""
+        self._copied.add(key)
+
     def fail(self, key: ExpertKey) -> None:
         """Note that a record will not arrive, because its read has failed or was cancelled."""
-        self.warmed.discard(key)
-        self.outcomes.began.pop(key, None)
+        self._warmed.discard(key)
+        self._outcomes.began.pop(key, None)
 
     def note_uses(self, keys: Iterable[ExpertKey]) -> None:
         """Note that demands of this tier, or of the tier above, use the records of ``keys``."""
         for key in keys:
-            self.copied.discard(key)
-            if key in self.warmed:
-                self.warmed.remove(key)
+            self._copied.discard(key)
+            if key in self._warmed:
+                self._warmed.remove(key)
                 self._counters.count_recalled()
-            if key in self.outcomes.unused or key in self.outcomes.began:
-                self.outcomes.note_use(key)
+            if key in self._outcomes.unused or key in self._outcomes.began:
+                self._outcomes.note_use(key)
 
     def evict(self, key: ExpertKey) -> None:
         """Note that a record is evicted from this tier. The tier above may still use its copy, if it has made one."""
-        if key not in self.copied:
+        if key not in self._copied:
             self.lose(key)
 
     def lose(self, key: ExpertKey) -> None:
         """Note that a record is in neither this tier nor the tier above any more. If it was not used, it was wasted."""
-        self.copied.discard(key)
-        self.warmed.discard(key)
-        self.outcomes.evict(key)
+        self._copied.discard(key)
+        self._warmed.discard(key)
+        self._outcomes.evict(key)

@@ -201,7 +201,7 @@ class HostTier(Closeable):
     @deferred
     def take_back_uses(self, block: int, experts: Sequence[int]) -> None:
         """Count the hits of an earlier ``note_uses`` as discarded, as ``ExpertSource`` specifies."""
-        self._ledger.direct_hits.discard(experts)
+        self._ledger.direct_hits.take_back_uses(experts)
 
     @transition
     def note_copy_uses(self, keys: Sequence[ExpertKey]) -> None:
@@ -214,7 +214,7 @@ class HostTier(Closeable):
         return dict(self._ledger.direct_hits.uses)
 
     def prefetch(self, block: int, keys: Sequence[ExpertKey]) -> None:
-        """Request prefetches as ``ExpertSource`` specifies. ``PrefetchQueue.next_place`` says which slots they take.
+        """Request prefetches as ``ExpertSource`` specifies. ``PrefetchQueue.next_read`` says which slots they take.
 
         Raises MissingExpertError if the model lacks one of the experts.
         """

@@ -36,8 +36,8 @@ class Tier:
         self.pool.complete_fill(slot)
 
     def prefetched(self, key: ExpertKey) -> None:
-        self.prefetches.outcomes.begin(key)
-        self.prefetches.outcomes.arrive(key)
+        self.prefetches.begin(key, is_warmup=False)
+        self.prefetches.arrive(key)
 
 
 def test_each_record_that_this_process_uses_is_a_hit_and_evicted_later() -> None:
@@ -61,7 +61,7 @@ def test_a_record_that_was_evicted_since_is_a_hit_all_the_same() -> None:
 def test_discarded_hits_are_no_hits() -> None:
     tier = Tier()
     tier.hits.note_uses(0, [0, 1, 2])
-    tier.hits.discard([0, 2, 2])
+    tier.hits.take_back_uses([0, 2, 2])
     assert (tier.counters.hits, tier.counters.discarded) == (1, 2)
 
 

@@ -28,7 +28,7 @@ A, B, C, D = keys(0, 0, 1, 2, 3)
 class Tier:
     """The parts of a host tier that loads belong to, with 8 slots and without a thread."""
 
-    def __init__(self, prefetches: int = 1) -> None:
+    def __init__(self, prefetches: int = 1, *, loads_rest: bool = False) -> None:
         layout = ArenaLayout.of(MANIFEST, {"records": 8})
         notifier = Notifier(Monitor())
         self.pool = Pool(
@@ -41,7 +41,9 @@ class Tier:
         self.counters = TierCounters("host")
         self.prefetches = PrefetchQueue(self.counters, time.monotonic)
         waiting = WaitingDemands(notifier, time.monotonic)
-        self.loads = Loads(self.directory, self.counters, self.prefetches, waiting, notifier, LoadLimits(8, prefetches))
+        rest = {self.pool: MANIFEST.members["records"]} if loads_rest else {}
+        limits = LoadLimits(8, prefetches)
+        self.loads = Loads(self.directory, self.counters, self.prefetches, waiting, notifier, limits, rest)
 
     def demand(self, *wanted: ExpertKey, caller: int = 0) -> Demand:
         """A demand that waits for the loads of ``wanted``, which it begins if there are none."""
@@ -172,8 +174,7 @@ def test_the_read_of_a_prefetch_yields_to_demands_goes_on_for_one_and_ends_unwan
 
 
 def test_a_pool_with_room_for_all_is_filled_once_half_was_read() -> None:
-    tier = Tier()
-    tier.loads.rest = {tier.pool: MANIFEST.members["records"]}
+    tier = Tier(loads_rest=True)
     for key in (A, B, C):
         tier.demand(key)
         tier.loads.complete(tier.take())

@@ -44,8 +44,8 @@ class Queue:
 
     def take(self, count: int = 100) -> list[ExpertKey]:
         found: list[ExpertKey] = []
-        while len(found) < count and (place := self.queue.next_place()) is not None:
-            found.append(place.key)
+        while len(found) < count and (read := self.queue.next_read()) is not None:
+            found.append(read.key)
         return found
 
 
