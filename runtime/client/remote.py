@@ -75,7 +75,7 @@ class RemoteStore(Store):
         self.timeout = timeout
         self._fork_guard = ForkGuard()
         self.count = channels
-        self._state = threading.Lock()  # guards: the two fields below
+        self._state = threading.Lock()  # guards: ``_channels``, ``_closed``. Held while connections are made
         self._channels: _Channels | None = None
         self._closed = False
         self.computes: bool | None = None  # whether the daemon serves Compute; None before the first probe
@@ -252,7 +252,7 @@ class _Transfer:
         self._store = store
         self._key = key
         self._view = view  # [slot_bytes]
-        self._state = threading.Lock()  # guards: the two fields below
+        self._state = threading.Lock()  # guards: ``_calls``, ``_error``
         self._calls: list[Any] = []
         self._error: MoetierError | None = None
 

@@ -104,7 +104,8 @@ class CachedStore(WrapperStore):
         self._lock = threading.Lock()  # guards: ``_objects`` and the counts
         self._fetched, self._from_cache = ShareCounts(), ShareCounts()
         self._access_times: AccessTimes | None = times
-        self._room = threading.Condition()  # guards: the next three. Notified when records are durable
+        # guards: ``_arrived``, ``_waiting``, ``_buffers``, ``_timeout``, ``_full``. Notified when records are durable
+        self._room = threading.Condition()
         self._arrived: dict[ExpertKey, memoryview] = {}  # copies of records that are not yet durable
         self._waiting = 0  # bytes of these copies
         self._buffers: dict[int, list[memoryview]] = {}  # memory for further copies, by size
@@ -282,7 +283,8 @@ class CachedStore(WrapperStore):
         except TargetError as error:  # the records are not kept
             _log.info("%s", error.cause)
         except OSError as error:
-            self._full = True
+            with self._room:
+                self._full = True
             _log.warning(
                 "Records of %s are no longer kept in %s (%s): free some space, or set --store-cache-size.",
                 self.address,
