@@ -146,7 +146,10 @@ class ComputeCalls:
         experts = list(request.experts)
         keys = [ExpertKey(request.block, expert) for expert in experts]
         if not keys or len(set(keys)) < len(keys):
-            raise ProtocolError("A computation names no expert, or an expert twice.", SAME_VERSION)
+            raise ProtocolError(
+                f"A computation names no expert, or an expert twice: {len(keys)}, {len(set(keys))} of them distinct.",
+                SAME_VERSION,
+            )
         self._manifest.check_keys(request.block, keys)
         products = self._products_for(request)
         row_bytes = products.width * _TYPES[request.dtype].itemsize
@@ -162,10 +165,16 @@ class ComputeCalls:
         else:
             indices = np.array(request.picked, np.int64)
             if len(request.counts) != len(keys) or sum(request.counts) != len(indices):
-                raise ProtocolError("The numbers of tokens do not fit the experts.", SAME_VERSION)
+                raise ProtocolError(
+                    f"{len(request.counts)} numbers of tokens, {sum(request.counts):,} in all, do not fit {len(keys)} "
+                    f"experts and {len(indices):,} picked tokens.",
+                    SAME_VERSION,
+                )
             picked = np.split(indices, np.cumsum(np.array(request.counts[:-1], np.int64)))
             if not all(request.counts) or indices.max() >= count:
-                raise ProtocolError("counts or picked is invalid: no token, or one that does not exist.", SAME_VERSION)
+                raise ProtocolError(
+                    f"counts or picked is invalid: no token, or one that does not exist among {count:,}.", SAME_VERSION
+                )
         total = sum(map(len, picked))
         if total > MAX_OUTPUTS or total * row_bytes > OUTPUT_BYTES:
             raise _too_much(total)

@@ -75,7 +75,7 @@ class ArenaHeader:
         """Return the layout of the arena. Raises ArenaError if the arena is not one for the store of ``manifest``."""
         ranges = slot_ranges(manifest)
         if self.digest != manifest.digest.rjust(64, "0"):
-            raise ArenaError("The arena holds records of another store.", "Create a new arena.")
+            raise ArenaError("The arena holds records of another store.", "Restart the daemon.")
         slots = {array: count for array, (count, _) in zip(sorted(ranges), self.regions, strict=False)}
         if all(least <= slots.get(array, 0) <= most for array, (least, most) in ranges.items()):
             layout = ArenaLayout.of(manifest, slots)

@@ -49,7 +49,9 @@ def check_small(sizes: Iterable[int], where: str, fix: str) -> None:
     all_sizes = list(sizes)
     if len(all_sizes) > MAX_SMALL_FILES or sum(all_sizes) > MAX_SMALL_BYTES:
         raise StoreFormatError(
-            f"The small files at {where} are more than {MAX_SMALL_FILES}, or more than {MAX_SMALL_BYTES:,} bytes.", fix
+            f"{where} has {len(all_sizes):,} small files with {sum(all_sizes):,} bytes, more than the "
+            f"{MAX_SMALL_FILES:,} files or {MAX_SMALL_BYTES:,} bytes that are allowed.",
+            fix,
         )
 
 
@@ -73,7 +75,10 @@ def fetch_small(
     if manifest.files:
         sizes = {name: entry.bytes for name, entry in manifest.files.items()}
         if strangers := [name for name in sizes if not is_small(name) and name not in required]:
-            raise StoreFormatError(f"The manifest at {objects.where} has the file {strangers[0]}.", DAMAGED)
+            raise StoreFormatError(
+                f"The manifest at {objects.where} has the file {strangers[0]}, which is no small file of a model.",
+                DAMAGED,
+            )
     else:
         _log.warning(
             "%s has no checksums of its config and tokenizer, so they are used without a check: `moetier push` of this "

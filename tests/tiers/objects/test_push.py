@@ -345,10 +345,10 @@ def test_small_files_have_at_most_what_is_accepted_in_all(
             fetch(server.address, tmp_path / "one")
         server.folder = tmp_path / "there"
         server.gets.clear()
-        with pytest.raises(StoreFormatError, match="The small files at http"):
+        with pytest.raises(StoreFormatError, match=r"http.* has .* small files with "):
             fetch(server.address, tmp_path / "two")
         assert {*server.gets} == {module.MANIFEST}, "said by their sums"
-    with pytest.raises(StoreFormatError, match=rf"The small files at {tinymix_4bit} are more than"):
+    with pytest.raises(StoreFormatError, match=rf"{tinymix_4bit} has .* small files with .* more than"):
         push(tinymix_4bit, f"file://{tmp_path / 'elsewhere'}", silent)
     assert not [*(tmp_path / "elsewhere").rglob("*")], "nothing was uploaded"
 
