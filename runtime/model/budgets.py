@@ -13,9 +13,9 @@ import torch
 
 from moetier.runtime.config import Size, TierConfig
 from moetier.runtime.devices.device import ComputeDevice
+from moetier.runtime.kernels.experts.expert_products import BATCH_OUTPUTS
 from moetier.runtime.kernels.products.api import Kernels
 from moetier.runtime.machine.memory import Available, budget_for, usable
-from moetier.runtime.moe.grouped import BATCH_OUTPUTS
 from moetier.tiers.cache.budget import slots_for, smallest_budget
 from moetier.tiers.layout import RecordLayout
 from moetier.tiers.manifest import Manifest

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from moetier.runtime.kernels.experts.expert_code import Activation
 from moetier.runtime.kernels.experts.expert_kernels import ExpertKernels
+from moetier.runtime.kernels.experts.expert_products import BATCH_OUTPUTS
 from moetier.runtime.kernels.products.api import CPU, FLOATS, Kernels, is_readable
 from moetier.runtime.libraries.torch_internals import children_of, hooks_after, hooks_before
 from moetier.tiers.layout import RecordLayout
@@ -26,8 +27,6 @@ from moetier.tiers.source import Lease
 from .activation import activation_of
 from .block import TieredBlock, TokensOfExperts, arriving_leases, end_open_leases, tokens_of_experts
 from .snapshot import Trials, has_global_hooks
-
-BATCH_OUTPUTS = 256  # most outputs computed together in the quick way, which limits memory for intermediate values
 
 
 def one_token(

@@ -25,6 +25,8 @@ from moetier.tiers.layout import RecordLayout
 
 from .expert_code import ACTIVATE, PLACE, Activation, activation_module, placing_module
 
+BATCH_OUTPUTS = 256  # most outputs that callers compute together, which limits memory for intermediate values
+
 
 class ExpertProducts:
     """Compiled functions for experts of one layout, with hidden states of one type. Thread-safe."""

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from twins import BLOCK, CPU, inputs, pair
 
+from moetier.runtime.kernels.experts.expert_products import BATCH_OUTPUTS
 from moetier.runtime.kernels.products.api import Kernels
 from moetier.runtime.kernels.products.packed import PackedKernels
 from moetier.runtime.moe.block import TieredBlock
 from moetier.runtime.moe.experts import experts_forward
-from moetier.runtime.moe.grouped import BATCH_OUTPUTS
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.source import Lease
 
