@@ -52,6 +52,13 @@ class Client:
     hits: int = 0  # number of hits that it has reported, over all its streams
     misses: int = 0  # number of experts that it has requested
     began: float = field(default_factory=time.monotonic)
+    _lock: threading.Lock = field(default_factory=threading.Lock)  # guards: ``hits``, ``misses``
+
+    def count(self, *, hits: int = 0, misses: int = 0) -> None:
+        """Count hits and misses. The client's former stream may count its last ones while the new one begins."""
+        with self._lock:
+            self.hits += hits
+            self.misses += misses
 
     def describe(self) -> pb.Client:
         """Return the message that describes the client in ``Stats``."""
@@ -89,7 +96,7 @@ class SessionCall:
     @property
     def has_ended(self) -> bool:
         """Whether no request is open: nothing is awaited, and no lease is held."""
-        return not self._session.demands
+        return not self._session.open_requests
 
     @property
     def leases(self) -> int:
@@ -158,7 +165,7 @@ class SessionCall:
                 keys = [key for entry in message.used.blocks for key in self._keys(entry)]
                 self._session.note_uses(keys)
                 self._model.count(used=len(keys))
-                self._client.hits += len(keys)
+                self._client.count(hits=len(keys))
             case "prefetch":
                 wanted = message.prefetch.requested
                 self._session.prefetch(wanted.block, self._keys(wanted))
@@ -175,13 +182,13 @@ class SessionCall:
             )
         if self._events.qsize() > MAX_UNREAD:
             raise ProtocolError("The client does not read the answers.", "Read the answers from the stream.")
-        if len(self._session.demands) >= MAX_REQUESTS:
+        if self._session.open_requests >= MAX_REQUESTS:
             raise ProtocolError(
                 f"The client has {MAX_REQUESTS} open requests, the most that it may have.",
                 "Release requests that are not needed any more.",
             )
         self._model.count(requests=1)
-        self._client.misses += len(keys)
+        self._client.count(misses=len(keys))
         try:
             if self.refusal is not None:
                 raise self.refusal
@@ -192,12 +199,11 @@ class SessionCall:
             self._events.put(Failed(request, error))
 
     def _release(self, message: pb.Release) -> None:
-        demand = self._session.demands.get(message.request)
-        if demand is None:  # the request has failed since the client sent this
+        if (block := self._session.block_of(message.request)) is None:  # it has failed since the client sent this
             return
-        keys = [ExpertKey(demand.block, expert) for expert in dict.fromkeys(message.experts)]
+        keys = [ExpertKey(block, expert) for expert in dict.fromkeys(message.experts)]
         self._session.release(message.request, keys)
-        if message.request not in self._session.demands:
+        if self._session.block_of(message.request) is None:
             self._on_ended()
 
     def _keys(self, named: pb.Experts) -> list[ExpertKey]:

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from moetier.proto import expert_store_pb2 as pb
 from moetier.runtime.kernels.experts.expert_code import FUNCTIONS, Activation
-from moetier.runtime.kernels.experts.expert_products import ExpertProducts
+from moetier.runtime.kernels.experts.expert_products import BATCH_OUTPUTS, ExpertProducts
 from moetier.runtime.kernels.jit.emitter import BF16, FP32
 from moetier.runtime.kernels.jit.processor import refusal
 from moetier.runtime.kernels.jit.team import Memory
@@ -38,7 +38,6 @@ from moetier.tiers.store.checksum import crc32c
 
 from .leases import CALLS, STALL, CallLeases, no_thread, timeout_of
 
-BATCH_OUTPUTS = 256  # outputs that are computed together, which limits scratch memory
 _TYPES = {"bfloat16": BF16, "float32": FP32}
 
 # guards: ``_memory`` and the team of threads, which compute one call after the other
@@ -61,7 +60,7 @@ class Task:
     products: ExpertProducts
     hidden_states: npt.NDArray[Any]  # as bytes, [tokens, bytes of a hidden state]
     parts: dict[int, list[ExpertTokens]]  # by expert
-    count: int  # number of outputs
+    outputs: int  # number of outputs
 
 
 class ComputeCalls:
@@ -85,7 +84,7 @@ class ComputeCalls:
         self._compilers: list[threading.Thread] = []
         # for each call under way: when (monotonic clock) the piece was offered that its client has yet to take
         self._calls: dict[grpc.ServicerContext, float] = {}
-        self.outputs = 0  # number of outputs that were computed
+        self._computed = 0  # number of outputs that were computed
 
     def serve(self, request: pb.ComputeRequest, context: grpc.ServicerContext) -> Generator[bytes, None, None]:
         """Yield the outputs as serialised pieces, once all are computed.
@@ -113,12 +112,12 @@ class ComputeCalls:
             self._calls[context] = math.inf
         try:
             task = self._check(request)
-            outputs = np.empty((task.count, task.hidden_states.shape[1]), np.uint8)
+            outputs = np.empty((task.outputs, task.hidden_states.shape[1]), np.uint8)
             with closing(self._leases.batches(task.keys, context, deadline, waits_for_reads=False)) as batches:
                 for batch in batches:
                     self._compute(task, batch, outputs, deadline)
             with self._state:
-                self.outputs += task.count
+                self._computed += task.outputs
             data = outputs.reshape(-1).data
             # the client thereby knows that these are the outputs for what it has sent
             crc = crc32c(data, request.crc32c) if request.HasField("crc32c") else None
@@ -130,6 +129,11 @@ class ComputeCalls:
         finally:
             with self._state:
                 del self._calls[context]
+
+    def counts(self) -> dict[str, int]:
+        """Return the counts of the calls. They are fields of ModelStats."""
+        with self._state:
+            return {"computed": self._computed}
 
     def close(self) -> None:
         """End the calls' requests, and wait for compilers. Idempotent."""

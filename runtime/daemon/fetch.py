@@ -50,8 +50,8 @@ class FetchCalls:
         self._offered: dict[grpc.ServicerContext, float] = {}
         self._held: dict[str, Counter[ExpertKey]] = {array: Counter() for array in slots}
         self._closed = False
-        self.count = 0  # calls answered in full
-        self.bytes = 0  # bytes of records sent
+        self._answered = 0  # calls answered in full
+        self._sent_bytes = 0  # of records
         self._watcher = threading.Thread(target=self._watch, name="moetier-fetches", daemon=True)
         self._watcher.start()
 
@@ -85,9 +85,14 @@ class FetchCalls:
                 is_last = at + PIECE_BYTES >= end
                 yield encode_piece(piece, request.crc32c if is_last and request.HasField("crc32c") else None)
                 with self._state:
-                    self.bytes += len(piece)
+                    self._sent_bytes += len(piece)
         with self._state:
-            self.count += 1
+            self._answered += 1
+
+    def counts(self) -> dict[str, int]:
+        """Return the counts of the calls. They are fields of ModelStats."""
+        with self._state:
+            return {"fetches": self._answered, "fetched_bytes": self._sent_bytes}
 
     def close(self) -> None:
         """Refuse new calls, and end those under way. Idempotent."""

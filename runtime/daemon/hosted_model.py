@@ -136,7 +136,8 @@ class HostedModel:
 
     def stats(self, *, clients: int, sessions: int, leases: int) -> pb.ModelStats:
         """Return all counters. ``clients``, ``sessions`` and ``leases`` are the present numbers of each."""
-        stats = self.host.stats()
+        stats, compute_calls = self.host.stats(), self._compute_calls
+        computed = {} if compute_calls is None or isinstance(compute_calls, MoetierError) else compute_calls.counts()
         with self._lock:
             return pb.ModelStats(
                 name=self.name,
@@ -145,12 +146,11 @@ class HostedModel:
                 clients=clients,
                 sessions=sessions,
                 leases=leases,
-                fetches=self.fetch_calls.count,
-                fetched_bytes=self.fetch_calls.bytes,
-                computed=getattr(self._compute_calls, "outputs", 0),
                 recovered=self.host.recovered,
                 fault="" if self.host.fault is None else self.host.fault.cause,
                 **asdict(self._counts),
+                **self.fetch_calls.counts(),
+                **computed,
             )
 
     def blocks(self) -> list[pb.Block]:

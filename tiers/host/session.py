@@ -38,6 +38,15 @@ class Session(AsyncCaller):
         self._timeout = timeout
         self._closed = False
 
+    @property
+    def open_requests(self) -> int:
+        """Number of requests that are not over."""
+        return len(self.demands)
+
+    def block_of(self, request: int) -> int | None:
+        """Return the block of a request; None once the request is over."""
+        return None if (demand := self.demands.get(request)) is None else demand.block
+
     def acquire(self, request: int, keys: Sequence[ExpertKey], timeout: float | None = None) -> None:
         """Demand the records of ``keys``.
 

@@ -315,7 +315,7 @@ def test_clients_that_read_nothing_make_room_for_others(
         stub = ExpertStoreStub(channel)
         answer(stub, long)
         calls = [ExpertStoreStub(other).Compute(long, timeout=600) for _ in range(CALLS)]
-        wait_until(lambda: computes.outputs == (1 + CALLS) * MAX_OUTPUTS)
+        wait_until(lambda: computes.counts() == {"computed": (1 + CALLS) * MAX_OUTPUTS})
         time.sleep(1.0)
         with pytest.raises(ExhaustedError, match="under way"):
             answer(stub, long)
