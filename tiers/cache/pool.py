@@ -92,6 +92,10 @@ class SlotPool:
         """Return all keys that have a slot, READY or LOADING."""
         return list(self._slot_of)
 
+    def number(self, slot: int) -> int:
+        """Return the tier's number of a slot of this pool."""
+        return self.first + slot
+
     def key(self, slot: int) -> ExpertKey:
         """Return the key of the record that a slot holds or is being filled with. The slot must not be EMPTY."""
         key = self._keys[slot]

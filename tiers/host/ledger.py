@@ -288,7 +288,7 @@ class Ledger:
             self._end_wait(demand)
         while demand.ready:
             (slot,) = self.lease(demand)
-            number = demand.pool.first + slot
+            number = demand.pool.number(slot)
             caller.deliver(Granted(demand.number, demand.pool.key(slot), number, self.directory.generation(number)))
         if demand.is_over:
             self.end(demand)

@@ -167,7 +167,7 @@ class Loads:
             self._counters.count_evictions()
             self._prefetches.evict(evicted)
         self._prefetches.lose(key)  # the record is needed again, so the tier above no longer has its copy
-        self._directory.begin_fill(pool.first + slot, evicted)
+        self._directory.begin_fill(pool.number(slot), evicted)
         load = Load(pool, key, slot, is_prefetch, is_warmup, is_taken=is_prefetch)
         self._loads[key] = load
         if is_prefetch:
@@ -289,7 +289,7 @@ class Loads:
         self._counters.count_arrival(load.pool.slot_bytes, is_warmup=load.is_warmup)
         del self._loads[load.key]
         load.pool.complete_fill(load.slot)
-        self._directory.complete_fill(load.pool.first + load.slot, load.key)
+        self._directory.complete_fill(load.pool.number(load.slot), load.key)
         if load.is_prefetch:
             self._prefetches.arrive(load.key)
         for demand in load.waiters:
@@ -331,7 +331,7 @@ class Loads:
         del self._loads[load.key]
         self._prefetches.fail(load.key)
         load.pool.abort_fill(load.slot)
-        self._directory.abort_fill(load.pool.first + load.slot)
+        self._directory.abort_fill(load.pool.number(load.slot))
 
     # -- repair -------------------------------------------------------------------------------------------------------
 

@@ -259,7 +259,7 @@ class HostTier(Closeable):
 
     def _read(self, load: Load) -> None:
         """Read the record of a load into its slot. If the read fails, all demands that wait for it get the error."""
-        slot = load.pool.first + load.slot
+        slot = load.pool.number(load.slot)
         # a read may pause only if there is a second loader, which reads for demands during the pause
         pause = partial(self._pause, load) if load.is_prefetch and len(self._loaders) > 1 else None
         began = time.monotonic()
