@@ -47,7 +47,6 @@ TESTED_BY: dict[str, tuple[str, str]] = {
     "tiers/device/device_pool.py": ("tiers/device/test_tier.py", PARTS),
     "tiers/device/fill.py": ("tiers/device/test_promoter.py", PARTS),
     "tiers/device/views.py": ("tiers/test_source_contract.py", "a source of experts, tested as all of them are"),
-    "tiers/host/demands.py": ("tiers/host/test_ledger.py", "its queues mean something only with the ledger's slots"),
     "tiers/objects/cache_folder.py": ("tiers/objects/test_push.py", "what was pushed is fetched"),
     "tiers/objects/small_files.py": ("tiers/objects/test_push.py", "what was pushed is fetched"),
     "tiers/store/base.py": ("tiers/test_store_contract.py", "an interface: each store is tested by its contract"),

@@ -750,7 +750,7 @@ class HostMachine(RuleBasedStateMachine):
     """The real tier with its threads over a disk that answers when told. The oracle is a dict of bytes.
 
     Suspended iterators hold at most as many slots as there are, less what the next caller needs: one thread can't give
-    itself a slot back while it waits. The interleavings of callers that do wait are test_ledger's.
+    itself a slot back while it waits. The interleavings of callers that do wait are test_ledger_machine's.
     """
 
     def __init__(self) -> None:
