@@ -85,12 +85,12 @@ class DaemonTier(Closeable):
         self._copied.difference_update(keys)  # this demand is reported to the daemon in any case
         cached, missing = [], []
         for key in dict.fromkeys(keys):
-            if (place := arena.directory.find(key)) is None:
+            if (placement := arena.directory.find(key)) is None:
                 missing.append(key.expert)
             else:
-                cached.append((key, *place))
+                cached.append((key, *placement))
         if cached:
-            self._link.note_uses([place[0] for place in reversed(cached)])
+            self._link.note_uses([hit[0] for hit in reversed(cached)])
         if block in self._prefetching:
             self._prefetching.discard(block)
             if not missing:  # with misses, their request tells the daemon that the demand has come
@@ -178,10 +178,10 @@ class DaemonTier(Closeable):
         self._manifest.check_keys(key.block, [key])
         self._check_open()
         arena = self._arena
-        if (place := arena.directory.find(key)) is None:
+        if (placement := arena.directory.find(key)) is None:
             yield None
             return
-        lease, proof = arena.lease(key, *place)
+        lease, proof = arena.lease(key, *placement)
         self._copied.add(key)  # before the copy is made, as a demand may find the copy at once
         yield lease
         if not proof.held:

@@ -313,6 +313,8 @@ class HostTier(Closeable):
         pool_of = self._ledger.pool_of
         return [key for key in keys if not pool_of[key.block].holds(key)]
 
+    # -- other processes, statistics, the end --------------------------------------------------------------------------
+
     def session(
         self, deliver: Callable[[Event], None], *, leases: int = LEASES, timeout: float = SLOT_TIMEOUT
     ) -> Session:
