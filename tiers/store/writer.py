@@ -15,7 +15,6 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +23,7 @@ from zarr.codecs import BytesCodec, Crc32cCodec
 from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import MemoryStore
 
+from moetier.tiers.closeable import Closeable
 from moetier.tiers.errors import StoreError, TargetExistsError
 from moetier.tiers.layout import CHECKSUM_BYTES
 from moetier.tiers.manifest import FileSum, Manifest
@@ -36,7 +36,7 @@ from .shard import ShardFile, store_digest
 Bytes = npt.NDArray[np.uint8]
 
 
-class StoreWriter:
+class StoreWriter(Closeable):
     """Writes the blocks of one plan, in any order. Several threads may write different blocks at the same time.
 
     The writer holds a lock on the folder until ``finish`` or ``close``, so the folder has one writer at a time.
@@ -160,14 +160,6 @@ class StoreWriter:
         if not self._closed:
             self._closed = True
             os.close(self._folder_lock)
-
-    def __enter__(self) -> StoreWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 class ShardWriter:
