@@ -75,7 +75,7 @@ class PassesOnErrorsOfLibraries(TarStore):
 
 
 class AcceptsAnyRecord(TarStore):
-    def check(self, key: ExpertKey, buffer: memoryview, crc: int | None = None) -> None:
+    def check_record(self, key: ExpertKey, buffer: memoryview, crc: int | None = None) -> None:
         crc = crc32c(buffer[:-CHECKSUM_BYTES])
         if not any(crc in self.manifest.checksums(block) for block in range(len(self.manifest.blocks))):
             raise ChecksumError(f"{key} is bad.", self.fix)
