@@ -195,10 +195,10 @@ class PrefetchOutcomes:
         if self.unused.pop(key, self.began.pop(key, None)) is not None:
             self._counters.count_wasted()
 
-    def repair(self, find: Callable[[ExpertKey], int | None]) -> None:
-        """Remove keys without a slot, after an interrupted transition. ``find`` returns the slot of a key, or None."""
+    def repair(self, has: Callable[[ExpertKey], bool]) -> None:
+        """Remove records that are gone, after an interrupted transition. ``has`` returns whether a record is there."""
         for keys in (self.began, self.unused):
-            for key in [key for key in keys if find(key) is None]:
+            for key in [key for key in keys if not has(key)]:
                 del keys[key]
 
 

@@ -26,7 +26,9 @@ class Fallback:
         self._closing = contextlib.ExitStack()
         self._closed = False
         self.host: HostTier | None = None  # None before it is first needed
-        self.error = ""  # why the tier could not be opened; once this is set to "", the next ``open`` tries again
+        # why the tier could not be opened. Once a daemon is back, this is set to "" without the lock, and the next
+        # ``open`` tries again; an attempt that fails at that moment keeps its error until a daemon is back once more
+        self.error = ""
 
     def open(self) -> HostTier | None:
         """Return the host tier, and open it first if it is not open yet.

@@ -136,7 +136,7 @@ class HostedModel:
 
     def stats(self, *, clients: int, sessions: int, leases: int) -> pb.ModelStats:
         """Return all counters. ``clients``, ``sessions`` and ``leases`` are the present numbers of each."""
-        stats, compute_calls = self.host.stats(), self._compute_calls
+        stats, compute_calls, fetched = self.host.stats(), self._compute_calls, self.fetch_calls.counts()
         computed = {} if compute_calls is None or isinstance(compute_calls, MoetierError) else compute_calls.counts()
         with self._lock:
             return pb.ModelStats(
@@ -149,7 +149,7 @@ class HostedModel:
                 recovered=self.host.recovered,
                 fault="" if self.host.fault is None else self.host.fault.cause,
                 **asdict(self._counts),
-                **self.fetch_calls.counts(),
+                **fetched,
                 **computed,
             )
 

@@ -41,6 +41,9 @@ def check_ledger(ledger: Ledger) -> None:
     check_directory(ledger.directory, ledger._contents())
     assert {load for demand in ledger._demands for load in demand.loads} <= set(ledger.loads)
     check_loads(ledger.loads)
+    queue = ledger.prefetches
+    followed = {*queue._outcomes.began, *queue._outcomes.unused, *queue._warmed}
+    assert all(key in queue._copied or ledger.pool_of[key.block].find(key) is not None for key in followed)
     _check_waiting(ledger.waiting, ledger._demands)
 
 

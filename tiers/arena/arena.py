@@ -104,7 +104,7 @@ class Arena:
             own = os.open(f"/proc/self/fd/{descriptor}", os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:
             raise ArenaError(
-                f"The arena's memory file can't be opened for writing ({error.strerror}).", "Create a new arena."
+                f"The arena's memory file can't be opened for writing ({error.strerror}).", "Restart the daemon."
             ) from error
         try:
             try:
@@ -116,13 +116,13 @@ class Arena:
                 ) from error
             except OSError as error:
                 raise ArenaError(
-                    f"The arena's memory file can't be locked ({error.strerror}).", "Create a new arena."
+                    f"The arena's memory file can't be locked ({error.strerror}).", "Restart the daemon."
                 ) from error
             layout = _check_sealed(own).layout(manifest)
             if os.fstat(own).st_blocks * 512 < layout.nbytes:
                 raise ArenaError(
                     "Some pages of the arena's memory file are not allocated: to write to them could fail.",
-                    "Create a new arena.",
+                    "Restart the daemon.",
                 )
             mapping = mmap.mmap(own, layout.nbytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
             return cls(mapping, layout, Directory(memoryview(mapping)[: layout.directory_bytes], layout), own)

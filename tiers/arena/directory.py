@@ -82,7 +82,7 @@ class ArenaHeader:
             if self == ArenaHeader.of(layout, self.identity):
                 return layout
         has = ", ".join(f"{count:,} slots of {size:,} bytes" for count, size in self.regions)
-        raise ArenaError(f"The arena has {has}, which do not fit the store of {manifest.model}.", "Create a new arena.")
+        raise ArenaError(f"The arena has {has}, which do not fit the store of {manifest.model}.", "Restart the daemon.")
 
     def to_bytes(self) -> bytes:
         """Encode the header as bytes."""

@@ -136,7 +136,7 @@ class Promoter:
         """
         self._missing = missing
         self._requests.clear()
-        self.outcomes.repair(find)
+        self.outcomes.repair(lambda key: find(key) is not None)
 
     # -- the end ------------------------------------------------------------------------------------------------------
 

@@ -365,6 +365,7 @@ class Ledger:
         for pool in self.pools.values():
             pool.repair(self._pins(pool), {load.slot: load.key for load in self.loads if load.pool is pool})
         self.directory.repair(self._contents())
+        self.prefetches.repair(lambda key: self.pool_of[key.block].find(key))
         self.waiting.repair(self._demands, self.pools.values())
 
     def _pins(self, pool: Pool) -> list[int]:

@@ -322,7 +322,7 @@ class Loads:
     def close(self, error: MoetierError) -> None:
         """Begin no more reads. The loads that no loader has taken fail with ``error``."""
         self.closed_by = error
-        self._prefetches.clear(warmup=True)
+        self._prefetches.clear()
         while (load := self._queue.pop()) is not None:
             self.fail(load, error)
 
@@ -338,10 +338,8 @@ class Loads:
     def repair(self, demands: Collection[Demand]) -> None:
         """Make the loads agree with ``demands`` after an interrupted transition.
 
-        A load stays if a loader has taken it or a demand waits for it. Other loads are removed, and so are all prefetch
-        requests.
+        A load stays if a loader has taken it or a demand waits for it. Other loads are removed.
         """
-        self._prefetches.clear()
         for demand in demands:
             for load in [load for load in demand.loads if self._loads.get(load.key) is not load]:
                 if load.slot not in demand.ready:  # ``complete`` was interrupted; the demand looks the record up again

@@ -80,14 +80,19 @@ class PrefetchQueue:
         """Queue records for the warm-up, behind all requests."""
         self._warmup.extend((pool, key) for key in keys)
 
-    def clear(self, *, warmup: bool = False) -> None:
-        """Remove all requests, because a transition was interrupted or the tier is closed.
+    def clear(self) -> None:
+        """Remove all requests, and the records for the warm-up, because the tier is closed."""
+        self._requests.clear()
+        self._warmup.clear()
 
-        ``warmup``: whether to remove the records for the warm-up, too.
+    def repair(self, find: Callable[[ExpertKey], int | None]) -> None:
+        """Remove all requests, and records that are in neither tier, because a transition was interrupted.
+
+        ``find`` returns the slot of a key, or None.
         """
         self._requests.clear()
-        if warmup:
-            self._warmup.clear()
+        self._outcomes.repair(lambda key: key in self._copied or find(key) is not None)
+        self._warmed = {key for key in self._warmed if key in self._copied or find(key) is not None}
 
     def next_read(self) -> NextRead | None:
         """Choose the next record to read, and the slot for it. Return None if there is nothing to read.

@@ -48,6 +48,7 @@ _LIBRARY.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctype
 _PUNCH_HOLE = 3  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
 
 _log = logging.getLogger(__name__)
+NOT_KEPT = "Records were not kept in the cache."
 
 
 class CachedStore(WrapperStore):
@@ -249,7 +250,11 @@ class CachedStore(WrapperStore):
             if not room or self._full or key in self._arrived:
                 return
             spare = self._buffers.setdefault(len(view), [])
-            copy = spare.pop() if spare else memoryview(mmap.mmap(-1, len(view)))
+            try:
+                copy = spare.pop() if spare else memoryview(mmap.mmap(-1, len(view)))
+            except OSError as error:  # no memory
+                _log.error(NOT_KEPT, exc_info=error)
+                return
             self._waiting += len(view)
         copy_bytes(copy, view)  # without the lock, as other threads copy too
         with self._room:
@@ -257,7 +262,10 @@ class CachedStore(WrapperStore):
                 self._release(copy)
                 return
             self._arrived[key] = copy
-        self._writer.submit(self._store_arrived).add_done_callback(_log_error)
+        try:
+            self._writer.submit(self._store_arrived).add_done_callback(_log_error)
+        except RuntimeError as error:  # there is no thread: the next record that arrives will be stored with this one
+            _log.error(NOT_KEPT, exc_info=error)
 
     def _release(self, copy: memoryview) -> None:
         """Give back the memory of a copy. The caller holds ``_room``."""
@@ -362,7 +370,7 @@ class CachedStore(WrapperStore):
 def _log_error(stored: Future[None]) -> None:
     """Log the error with which ``_store_arrived`` has ended, if any. Its records are not kept."""
     if (error := stored.exception()) is not None:
-        _log.error("Records were not kept in the cache.", exc_info=error)
+        _log.error(NOT_KEPT, exc_info=error)
 
 
 @contextlib.contextmanager

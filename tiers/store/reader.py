@@ -321,21 +321,54 @@ def run_reads(reads: Sequence[Read], crc: int) -> int:
     if len(reads) == 1:
         reads[0].call()
         return crc32c(reads[0].payload, crc)
-    futures = [read.pool.submit(read.call) for read in reads]
+    pieces = [_Piece(read.call) for read in reads]
+    try:
+        for read, piece in zip(reads, pieces, strict=True):
+            read.pool.submit(piece.read)
+    except RuntimeError:  # the pool can start no thread, or is closed
+        _log.debug("This thread reads what no other one can.", exc_info=True)
     try:
         # Checksum the pieces in order, while later pieces are read. This thread reads pieces that no other thread has
         # begun to read.
-        for read, future in zip(reads, futures, strict=True):
-            if future.cancel():
-                read.call()
-            else:
-                future.result()
+        for read, piece in zip(reads, pieces, strict=True):
+            piece.finish()
             crc = crc32c(read.payload, crc)
     finally:
-        for future in futures:  # wait for all: no thread may write to the slot after this function has returned
-            if not future.cancel():
-                future.exception()
+        for piece in pieces:  # no thread may write to the slot after this function has returned
+            piece.end()
     return crc
+
+
+class _Piece:
+    """A read that is made at most once, by the first thread that begins it."""
+
+    def __init__(self, call: Callable[[], None]) -> None:
+        self._call = call
+        self._lock = threading.Lock()  # guards: the fields below; held while the piece is read
+        self._is_over = False
+        self._error: BaseException | None = None
+
+    def read(self) -> None:
+        """Read the piece, unless it has been read, or ``end`` was called."""
+        with self._lock:
+            if self._is_over:
+                return
+            self._is_over = True
+            try:
+                self._call()
+            except BaseException as error:
+                self._error = error
+
+    def finish(self) -> None:
+        """Read the piece, or wait for the thread that reads it. Raises the error of the read."""
+        self.read()
+        if self._error is not None:
+            raise self._error
+
+    def end(self) -> None:
+        """Wait for the thread that reads the piece. No other thread will read it."""
+        with self._lock:
+            self._is_over = True
 
 
 def as_bytes(buffer: memoryview) -> memoryview:

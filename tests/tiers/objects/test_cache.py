@@ -20,7 +20,7 @@ import pytest
 from faults import flip_bit, mounted, remounted
 from object_servers import FolderServer, served_folder
 from stores import keys, layout_of, make_store, read_record, read_records, without_table
-from threads import run_all, wait_until
+from threads import run_all, wait_until, without_thread
 
 from moetier.tiers.errors import (
     ChecksumError,
@@ -124,6 +124,22 @@ def test_large_records_come_in_parallel_pieces(tmp_path: Path) -> None:
         assert slot[:-4] == expected[ExpertKey(0, 0)]
         assert len(server.records) == 2 * pieces
         assert asked == pieces - 1
+
+
+def test_a_record_that_can_not_be_kept_is_read_all_the_same(
+    server: FolderServer, tmp_path: Path, records: dict[ExpertKey, bytes], caplog: pytest.LogCaptureFixture
+) -> None:
+    """There is no thread to write it. The next record that arrives is stored with it."""
+    with opened(server, tmp_path) as store:
+        with without_thread("moetier-cache_0"):
+            assert read_record(store, KEY) == records[KEY]
+        assert caplog.messages[-1] == "Records were not kept in the cache."
+        other = ExpertKey(1, 3)
+        assert read_record(store, other) == records[other]
+    server.gets.clear()
+    with opened(server, tmp_path) as store:
+        assert [read_record(store, key) for key in (KEY, other)] == [records[key] for key in (KEY, other)]
+        assert not server.records
 
 
 @pytest.mark.parametrize("fault", ["short", "little", "range", "whole", "endless", "error", "drop"])

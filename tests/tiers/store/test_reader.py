@@ -24,6 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from places import HELPERS
 from stores import layout_of, make_plan, make_store, read_record, read_records, shard
+from threads import without_thread
 
 from moetier.tiers.errors import (
     ChecksumError,
@@ -157,6 +158,20 @@ def test_nothing_writes_to_the_slot_of_a_read_that_failed(tmp_path: Path) -> Non
             before = places.copy()
             time.sleep(0.05)
             assert np.array_equal(places, before)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_read_for_which_there_is_no_further_thread_is_made_by_its_own(tmp_path: Path, number: int) -> None:
+    """The pool keeps the piece for which it could start no thread. It must not be read later, into another record."""
+    records = make_store(tmp_path, blocks=1, experts=2, layout=LARGE)
+    slot = memoryview(mmap.mmap(-1, LARGE.slot_bytes))
+    with ExpertStore.open(tmp_path, readers=4) as store:
+        with without_thread(f"moetier-store_{number}"):
+            store.read_into(ExpertKey(0, 0), slot)
+        assert slot[:-4] == records[ExpertKey(0, 0)]
+        slot[:] = bytes(len(slot))
+        assert read_record(store, ExpertKey(0, 1)) == records[ExpertKey(0, 1)]  # threads take what the pool has kept
+        assert not any(slot)
 
 
 @pytest.mark.parametrize("kind", ["ramfs", "tmpfs"])
