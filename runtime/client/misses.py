@@ -26,7 +26,7 @@ _RETRY = 0.1  # seconds before a request that failed because the daemon was endi
 
 @dataclass(frozen=True, slots=True)
 class MissContext:
-    """What the misses of one tier share."""
+    """Objects that all misses of a client's tier use."""
 
     link: Link
     fallback: Fallback

@@ -3,6 +3,8 @@
     python tests/measurements/pairs.py OLD/.venv/bin/python NEW/.venv/bin/python --decode DIR --ram 2GiB
     python tests/measurements/pairs.py OLD/.venv/bin/python NEW/.venv/bin/python -- convert SOURCE {new} --bits 4
 
+Options such as ``--rounds`` go before OLD in the second form.
+
 With ``--decode``, each release loads the model once, in a process of its own, and both decode the same tokens by turns,
 or with ``--prompt`` run the same prompts; the other process sleeps meanwhile. Otherwise a whole command is timed, in
 which ``{new}`` stands for a path that does not exist yet. Prints both medians, and how many times as fast NEW is: the

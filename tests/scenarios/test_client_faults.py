@@ -122,7 +122,7 @@ def test_a_daemon_that_comes_back_with_another_arena(store: MappedStore, tmp_pat
             wait_until(lambda: tier.stats().slots == 5)
             assert sorted(store.take(tier, 2, 3, 4)) == [3, 4]
             assert bytes(lease.record) == store.records[lease.key]
-            assert lease.end(), "nobody writes to the old one any more"
+            assert lease.end(), "no process writes to the old arena any more"
             assert [lease.key.expert for lease in leases] == [1]
             del lease, leases
             wait_until(lambda: arenas() == 1)

@@ -107,7 +107,7 @@ def test_a_store_that_is_gone_is_named(packed: Path, capsys: pytest.CaptureFixtu
 
 
 def test_a_bad_manifest_is_an_error(packed: Path) -> None:
-    """Of a store, which is not always in zarr."""
+    """The error names the file, and what is wrong with its manifest."""
     for value, cause in (
         (b"[]", "is not a JSON object"),
         (b"{}", "it has no manifest"),

@@ -267,7 +267,7 @@ def test_a_wish_goes_through_every_tier(tier: DeviceTier, host: HostTier, reader
 
 
 def test_what_the_host_has_not_begun_is_wished_for_there_still(device: FakeDevice, reader: GatedReader) -> None:
-    """What is copied of a block takes none of its wishes away."""
+    """Copying one record of a block cancels no request for the others."""
     with HostTier(reader, slots=ALL, loaders=1) as host:
         list(host.acquire(keys(0, 0)))
         reader.shut()

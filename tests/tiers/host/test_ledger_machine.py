@@ -385,7 +385,7 @@ class LedgerMachine(RuleBasedStateMachine):
             assert not any(pool.pins(slot) for slot in range(pool.count))
             assert not pool.starved
         assert not list(self.ledger.loads)
-        assert self.ledger.expire() is None, "nobody waits"
+        assert self.ledger.expire() is None, "no demand waits"
 
 
 TestLedger = LedgerMachine.TestCase

@@ -94,7 +94,7 @@ def test_what_becomes_of_prefetches_is_counted() -> None:
     others = demand(ledger, pool, 3, 0, 1, 2)
     arrive_all(ledger)
     ledger.end(others)
-    assert counts() == (3, 1, 1, 1, 2), "evicted, and nobody had wanted it; and the next request found no slot"
+    assert counts() == (3, 1, 1, 1, 2), "evicted before a demand used it; and the next request found no slot"
     assert ledger.counters.saved_seconds == 0.75
 
 
@@ -154,7 +154,7 @@ def test_a_record_that_a_client_finds_in_the_directory_was_requested_rightly() -
 
 def test_a_warm_up_fills_what_is_empty_behind_demands_and_requests() -> None:
     ledger, pool = ledger_of(6)  # two for each of three blocks
-    ledger.end(demand(ledger, pool, 4, 0))  # begun, and nobody's any more
+    ledger.end(demand(ledger, pool, 4, 0))  # its read has begun, and no demand waits for it now
     ledger.loads.warm(pool, [ExpertKey(1, 3), ExpertKey(1, 2), ExpertKey(1, 1)])
     ledger.loads.warm(pool, [ExpertKey(3, 0), ExpertKey(3, 1)])
     ledger.loads.warm(pool, [ExpertKey(4, 0), ExpertKey(4, 1)])

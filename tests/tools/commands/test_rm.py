@@ -45,7 +45,7 @@ def test_rm_removes_all_that_is_named_or_nothing(models: Path, capsys: pytest.Ca
 def test_rm_removes_nothing_outside(
     models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], level: str
 ) -> None:
-    """Where a part of the way is a link, but for the folder of all models, which may be anywhere."""
+    """A link in the path is refused, except for the folder of all models, which may be a link."""
     elsewhere = tmp_path / "elsewhere" / "acme--a" / "4bit"
     (elsewhere / GROUP).mkdir(parents=True)
     (elsewhere / GROUP / METADATA).write_text("{}")
