@@ -69,7 +69,7 @@ def _compile(manifest: Manifest | None, dtype: torch.dtype, matrices: Collection
     norm_kernel(dtype, Scale.ROUNDED)
     for adds in (False, True):
         norm_task_kernel(dtype, Scale.ROUNDED, adds)
-    attention_kernel(dtype)
+    attention_kernel(processor, dtype, processor.multiplies_pairs and dtype == torch.bfloat16, True)
     for scale in (None, Scale.ROUNDED):
         heads_kernel(dtype, scale)
     for p in matrices:

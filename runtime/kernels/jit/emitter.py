@@ -332,6 +332,20 @@ class Emitter:
         scaled = at.fmul(value, at.bitcast(at.shl(exponent, self.all(I32, 23, count)), vector(F32, count)))
         return at.select(is_nothing, self.all(F32, 0.0, count), scaled)
 
+    def exp2(self, x: Value) -> Value:
+        """Emit 2^x of an fp32 vector for x <= 0, with a relative error of about 2e-7. Below -125 it is 0."""
+        at, count = self.at, x.type.count
+        lowest, shift = self.all(F32, -125.0, count), self.all(F32, ROUNDING + 127, count)
+        clamped = self.larger(lowest, x)  # NaN stays
+        shifted = at.fadd(clamped, shift)  # its lowest bits are the exponent
+        rest = at.fsub(clamped, at.fsub(shifted, shift))
+        value = self.all(F32, _POWERS[-1], count)
+        for power in reversed(_POWERS[:-1]):
+            value = self.multiply_add(value, rest, self.all(F32, power, count))
+        exponent = at.shl(at.bitcast(shifted, vector(I32, count)), self.all(I32, 23, count))
+        scaled = at.fmul(value, at.bitcast(exponent, vector(F32, count)))
+        return at.select(at.fcmp_ordered("<", x, lowest), self.all(F32, 0.0, count), scaled)
+
     def size(self, x: Value) -> Value:
         """Emit |x| of an fp32 vector."""
         return self.intrinsic(f"llvm.fabs.v{x.type.count}f32", x.type, x)

@@ -76,6 +76,8 @@ class Processor:
                 self._cpu = {"cpu": "", "features": features}
         flags = set(self._cpu["features"].split(","))
         self.dot = next((dot for dot, needed in _NEEDED.items() if needed <= flags), Dot.PLAIN)
+        self.has_wide_registers = "+avx512f" in flags  # of LANES fp32 numbers, 32 of them
+        self.multiplies_pairs = self.has_wide_registers and "+avx512bf16" in flags  # of bf16 numbers
         self.has_amx = self.dot is Dot.AVX512_VNNI and flags >= _AMX  # for products with many rows
         # Zen 4's hardware prefetchers load a long run of memory in time; software prefetches would cost 15 % there. On
         # Zen 3 they gain 14 to 21 %.

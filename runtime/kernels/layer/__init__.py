@@ -1,7 +1,9 @@
-"""Kernels for the rest of a decoder layer: attention of one token, its cache, norms and routers.
+"""Kernels for the rest of a decoder layer: attention, its cache, norms and routers.
 
-    attention        one token's attention: chooses the code, and replaces transformers' function
-    attention_code   emits it
+    attend           attention of one or many tokens
+    attention        replaces transformers' attention functions
+    attention_code   emits attention: blocks of rows, and how their pieces are merged
+    attention_piece  emits the attention of some rows to one piece
     attention_tasks  one token's attention as tasks, from the hidden state to the output projection
     heads            emits norms and rotation of queries and keys, and their place in a cache
     growing_cache    a KV cache that grows in place
@@ -9,6 +11,6 @@
     routing          a router's choice of experts for one token
     routing_code     emits it
 
-Other packages use ``attention``, ``attention_tasks``, ``growing_cache``, ``norm`` and ``routing``. The package imports
-``products`` and ``jit``.
+Other packages use ``attend``, ``attention``, ``attention_tasks``, ``growing_cache``, ``norm`` and ``routing``. The
+package imports ``products`` and ``jit``.
 """

@@ -1,12 +1,8 @@
-"""Attention of one new token on a CPU: softmax(q @ K.T * scale + mask) @ V, in fp32.
+"""Attention of one new token, in place of transformers' attention functions.
 
 torch's scaled_dot_product_attention takes many times as long as it takes to read keys and values, and compiles its
 matrix products anew for each length of a context (docs/benchmarks.md, Attention). Architectures with attention sinks,
 which SDPA does not have, compute with a function of their own, which is replaced for one token too.
-
-The compiled code divides its work into items, which threads take one by one. An item is at most PIECE positions of one
-head of keys and values with all the heads of queries that share it, so that keys and values are read once, and a few
-heads can use many threads. The result does not depend on other sequences or on the number of threads.
 """
 
 from __future__ import annotations
@@ -14,9 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 import re
-import struct
 import sys
-from array import array
 from collections.abc import Collection
 from typing import Any
 
@@ -28,12 +22,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from moetier.runtime.kernels.jit.emitter import LANES
-from moetier.runtime.kernels.jit.team import Scratch, threads_for
 from moetier.runtime.kernels.products.api import CPU, FLOATS, has_memory
 from moetier.runtime.libraries.torch_internals import parameters_of, replace_parameters
 from moetier.runtime.libraries.transformers_internals import attention_of, can_use_sdpa
 
-from .attention_code import PIECE, attention_kernel, scratch_elements
+from .attend import attend
+from .attention_piece import STEP
 
 _ASKS = r'_attn_implementation\s*(?:==|!=|in|not in)\s[^\n]*"{}"'  # for the attention function of this name
 # what code does with a mask other than give it on, such as to extend it
@@ -44,7 +38,6 @@ SCORE_BYTES = 12  # of one score: as it is, masked, and as a probability, in fp3
 SINKS = "sinks"  # name of the parameter [heads] of an attention that has them
 # arguments that change no results: positions are in cos and sin, windows in the mask, and hooks take what is output
 HARMLESS = {"position_ids", "sliding_window", "use_cache", "output_router_logits", "output_hidden_states"}
-_scratch = Scratch()
 
 
 def use_decode_attention(model: PreTrainedModel) -> None:
@@ -197,7 +190,7 @@ def decode_attention(
     position_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Compute attention of a single new token, in fp32. Other inputs go to transformers' function for SDPA.
+    """Compute attention of a single new token with ``attend``. Other inputs go to transformers' function for SDPA.
 
     A sequence's result depends only on that sequence and its padding.
 
@@ -240,26 +233,8 @@ def _attend(
         return None
     if sinks is not None and not (has_memory(sinks) and (sinks.dtype, sinks.shape) == (query.dtype, query.shape[1:2])):
         return None
-    batch, heads, _, width = query.shape
-    key_heads, length, values = key.shape[1], key.shape[2], value.shape[3]
-    query, sinks = query.contiguous(), None if sinks is None else sinks.contiguous()
-    out = torch.empty((batch, 1, heads, values), dtype=query.dtype, device=CPU)
-    added = None if mask is None else _added(mask, batch)
-    share, groups, pieces = heads // key_heads, batch * key_heads, -(-length // PIECE)
-    items = groups * pieces
-    threads = min(items, threads_for(batch * heads * length * (width + values)))
-    of_thread, of_item = scratch_elements(share, width, values)
-    nbytes = 4 * (threads * of_thread + items * of_item)
-    scratch = _scratch.take(nbytes, spare=nbytes // 4)  # spare memory, because the context grows with each token
-    scale = struct.unpack("I", struct.pack("f", width**-0.5 if scaling is None else scaling))[0]
-    shape = (0, 0, items, key_heads, share, length, width, values, pieces)
-    places = (query.data_ptr(), key.data_ptr(), value.data_ptr(), 0 if added is None else added.data_ptr())
-    memory = (out.data_ptr(), scratch, scratch + 4 * threads * of_thread)
-    strides = (*key.stride()[:3], *value.stride()[:3])
-    sink_place = 0 if sinks is None else sinks.data_ptr()
-    context = array("q", (*shape, *places, *memory, *strides, scale, sink_place, *bytes(groups)))
-    attention_kernel(query.dtype).run(context, threads)
-    return out
+    added = None if mask is None else _added(mask, len(query))
+    return attend(query, key, value, added, scaling=scaling, sinks=sinks)
 
 
 def _fits(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
@@ -274,7 +249,7 @@ def _fits(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> boo
         and query.shape[3] % LANES == value.shape[3] % LANES == 0
         and query.shape[1] % key.shape[1] == 0
         and query.shape[0] == key.shape[0] == value.shape[0]
-        and key.stride(3) == value.stride(3) == 1
+        and query.stride(3) == key.stride(3) == value.stride(3) == 1
         and key.shape[2] > 0
         and (mask is None or _is_row_of(mask, key, query.dtype))
     )
@@ -295,10 +270,10 @@ def _is_row_of(mask: Tensor, key: Tensor, dtype: torch.dtype) -> bool:
 
 
 def _added(mask: Tensor, batch: int) -> Tensor:
-    """Convert a mask to fp32 [batch, length rounded up to LANES], to be added to scores."""
-    numbers = mask[:, 0, 0]
+    """Convert a mask to fp32 [batch, 1, length rounded up to STEP], to be added to scores."""
+    numbers = mask[:, 0]
     if mask.dtype == torch.bool:
         lowest = torch.finfo(torch.float32).min
         numbers = torch.zeros(numbers.shape, dtype=torch.float32, device=CPU).masked_fill_(~numbers, lowest)
-    numbers = F.pad(numbers.float(), (0, -numbers.shape[1] % LANES))
-    return numbers.expand(batch, -1).contiguous()
+    numbers = F.pad(numbers.float(), (0, -numbers.shape[2] % STEP))
+    return numbers.expand(batch, -1, -1).contiguous()

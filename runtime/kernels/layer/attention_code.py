@@ -1,10 +1,12 @@
-"""Emit the compiled code of one token's attention. ``attention.py`` runs it.
+"""Emit the compiled code of attention, for one or many new tokens. ``attention.py`` runs it.
 
-A *query group* is one head of keys and values of a sequence, with all the heads of queries that share it. An item is a
-piece of a query group: at most PIECE positions. For each head of queries it has three results: the largest score m, the
-sum z of exp(score - m), and the sum s of the values, each multiplied by its exp(score - m). The thread that computes
-the last item of a query group merges the group's items, in the order of their positions (Milakov & Gimelshein 2018,
-arXiv 1805.02867).
+A *query group* is one head of keys and values of a sequence, with all the heads of queries that share it. A *block* is
+a query group's rows for some tokens next to one another. Its pieces (``attention_piece.py``) are merged in their order
+(Milakov & Gimelshein 2018, arXiv 1805.02867). Pieces begin at fixed positions, so that a row's result depends on what
+it attends to only: neither on the tokens that are computed with it nor on the number of threads.
+
+An item of work is a block with one of the pieces, or with all of them. In the former case the thread that computes the
+last item of a block merges its pieces.
 
 A *sink* is a score of a head of queries that belongs to no position: it takes part in the softmax, but has no value
 (Xiao et al. 2023, arXiv 2309.17453).
@@ -12,257 +14,306 @@ A *sink* is a score of a head of queries that belongs to no position: it takes p
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from llvmlite import ir
 
-from moetier.runtime.kernels.jit.emitter import F32, I32, I64, LANES, POINTER, Emitter, Value, new_module, once, vector
-from moetier.runtime.kernels.jit.processor import this_processor
+from moetier.runtime.kernels.jit.emitter import F32, I32, I64, LANES, POINTER, Dtype, Value, once
+from moetier.runtime.kernels.jit.processor import Processor
 from moetier.runtime.kernels.jit.team import Kernel, compile_kernel
+from moetier.runtime.kernels.products.words import has_pairs
+
+from .attention_piece import LOG2_E, PIECE, ROWS, Piece, PieceEmitter, Sight, held_numbers, result_numbers
 
 ATTEND = "moetier_attend"  # name of the compiled function
-PIECE = 512  # positions; a multiple of LANES. Each piece begins to read from memory anew, which takes time
-HEADS, POSITIONS = 4, 4  # heads for which scores are computed together, positions whose values are added together
-# Number of i64 fields in the context of the compiled function. In order: items that threads have taken, threads that
-# have begun, all items; key heads, query heads per key head; L (positions), D (width of a key), V (width of a value);
-# items of a group; pointers to q, K, V, the mask (0 if there is none), the output, the threads' scratch memory and the
-# results of items; strides of K, then of V, over sequences, heads and positions, in elements; the bits of the fp32
-# scale; a pointer to the sinks (0 if there are none). Then follows, for each group, the number of its items that are
-# finished.
-CONTEXT = 24
-# indices in a context: of the threads that have begun, all items, L, items of a group, the addresses of K and V, that
-# of the scratch memory, the strides, and the address of the sinks
-BEGUN, ITEMS, LENGTH, PIECES, CACHE, SCRATCH, STRIDES, SINKS = 1, 2, 5, 8, 10, 14, 16, 23
+BLOCK_ROWS = 10 * ROWS  # most rows of a block; more would need more memory than the processor's caches have
+NO_WINDOW = 1 << 40  # positions
 
 
-def scratch_elements(heads: int, width: int, values: int) -> tuple[int, int]:
-    """Return the sizes of memory in fp32 numbers: a thread's scratch memory, and the results of an item.
+class AttentionContext(NamedTuple):
+    """The i64 fields in the context of the compiled function.
 
-    A thread needs queries, scores, and rows of keys or values. The results of an item are all s, then all m, then all
-    z. ``heads`` are those of queries that share a key head.
+    After them comes, for each block, the number of its items that are finished. Strides are in numbers. Positions
+    are counted from the beginning of piece 0.
     """
-    return heads * (width + PIECE) + POSITIONS * max(width, values), heads * (values + 2)
+
+    begun: int  # items that threads have taken
+    threads: int  # threads that have begun
+    items: int  # number of all items
+    key_heads: int
+    share: int  # heads of queries that share a head of keys
+    tokens: int  # new tokens of a sequence
+    block: int  # tokens of a block
+    first: int  # position of the first key
+    end: int  # position after the last key
+    window: int  # most positions that a token attends to up to its own
+    after: int  # most positions after its own that a token attends to
+    key_width: int  # D, of a query or key; a multiple of LANES
+    value_width: int  # V; a multiple of LANES
+    pieces: int  # of a sequence
+    spans: int  # items of a block: 1, or as many as pieces
+    queries: int  # address of q
+    query_sequence: int  # stride
+    query_head: int  # stride
+    query_token: int  # stride
+    keys: int  # address of a table [sequences, pieces] of the addresses of a piece's first position
+    values: int  # address of the same for values
+    key_head: int  # stride
+    key_position: int  # stride
+    value_head: int  # stride
+    value_position: int  # stride
+    mask: int  # address of the mask; 0 if there is none
+    mask_sequence: int  # stride
+    mask_token: int  # stride
+    out: int  # address of the output
+    scratch: int  # address of the threads' memory
+    thread_bytes: int  # of a thread's memory
+    results: int  # address of the results of items, if a block has several
+    item_bytes: int  # of the results of an item
+    scaling: int  # bits of the fp32 factor of scores
+    sinks: int  # address of the sinks; 0 if there are none
+
+
+STRIDES = (  # of numbers of the kernel's type; the mask has others
+    *("query_sequence", "query_head", "query_token"),
+    *("key_head", "key_position", "value_head", "value_position"),
+)
+CONTEXT = len(AttentionContext._fields)
+PLACE = {name: place for place, name in enumerate(AttentionContext._fields)}  # index of a field
+
+
+class AttentionKernel(NamedTuple):
+    """The compiled function ``ATTEND(context)`` for blocks of a number of rows, and the memory that it needs."""
+
+    kernel: Kernel
+    thread_bytes: int  # of a thread's memory
+    item_bytes: int  # of the results of an item
+
+    @classmethod
+    @functools.cache
+    def of(cls, processor: Processor, dtype: torch.dtype, rows: int, widths: tuple[int, int]) -> AttentionKernel:
+        """Return the function for blocks of ``rows`` rows. ``widths``: of queries and keys, and of values."""
+        kernel = attention_kernel(processor, dtype, has_pairs(processor, dtype, widths[0]), rows <= ROWS)
+        item_bytes = 4 * rows * result_numbers(widths[1])
+        return cls(kernel, 4 * held_numbers(rows, *widths) + 2 * item_bytes, item_bytes)
 
 
 @once
-def attention_kernel(dtype: torch.dtype) -> Kernel:
-    """Compile ``attention_module``, once for each type."""
-    return compile_kernel(this_processor(), attention_module(dtype), ATTEND)
+def attention_kernel(processor: Processor, dtype: torch.dtype, has_pairs: bool, has_few_rows: bool) -> Kernel:
+    """Compile ``attention_module``, once for each type and for few and for many rows."""
+    module = attention_module(processor, dtype, has_pairs, has_few_rows)
+    return compile_kernel(processor, module, ATTEND, unroll=False)
 
 
-def attention_module(dtype: torch.dtype) -> ir.Module:
+def attention_module(processor: Processor, dtype: Dtype, has_pairs: bool, has_few_rows: bool) -> ir.Module:
     """Emit the function ``ATTEND(context)``, which computes items until none is left.
 
-    q [groups, heads, D], keys, values, sinks [all heads] and out [groups, heads, V] are of ``dtype``. The mask is fp32
-    [B, L rounded up to LANES]. D and V are multiples of LANES.
+    q [sequences, heads, tokens, D], keys, values, sinks [heads] and out [sequences, tokens, heads, V] are of ``dtype``.
+    The mask is fp32 [sequences, tokens, positions rounded up to a multiple of STEP]. A block has at most ROWS rows if
+    ``has_few_rows``.
     """
-    return _Attention(dtype).finish()
+    return _Attention(dtype, processor, has_pairs=has_pairs, has_few_rows=has_few_rows).finish()
 
 
-class _Attention(Emitter):
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__(new_module(), ATTEND, [POINTER])
-        self._dtype = dtype
+class _Block(NamedTuple):
+    """The block of an item, all i64."""
+
+    sequence: Value
+    head: Value  # of keys and values
+    token: Value  # the first
+    tokens: Value  # number of tokens
+    rows: Value  # number of rows
+    sight: Sight  # positions that any of its tokens attends to
+
+
+class _Attention(PieceEmitter):
+    _block: _Block  # of the present item
+    _base: Value  # first position of the present piece
+
+    def __init__(self, dtype: Dtype, processor: Processor, *, has_pairs: bool, has_few_rows: bool) -> None:
+        super().__init__(ATTEND, dtype, processor, has_pairs=has_pairs, has_few_rows=has_few_rows)
         at, n = self.at, self.number
         (context,) = self.function.args
         begun, fields = self.fields(CONTEXT)
-        items, key_heads, self._heads, length, self._width, self._values, self._pieces = fields[1:8]
-        q, k, v, mask, out, scratch, results = fields[8:15]
-        k_strides, v_strides = fields[15:18], fields[18:21]
-        scale, self._sinks = at.bitcast(at.trunc(fields[21], I32), F32), fields[22]
-        self._accumulators = [at.alloca(vector(F32, LANES)) for _ in range(HEADS)]
-        self._sink = at.alloca(vector(F32, LANES))
-        wide = at.select(at.icmp_signed(">", self._width, self._values), self._width, self._values)
-        numbers = at.add(at.mul(self._heads, at.add(self._width, n(PIECE))), at.mul(n(POSITIONS), wide))
+        given = AttentionContext(begun, *fields)
+        strides = {name: at.mul(getattr(given, name), n(dtype.itemsize)) for name in STRIDES}
+        self._given = given = given._replace(**strides)
+        self.key_width, self.value_width = given.key_width, given.value_width
+        self.key_stride, self.value_stride = given.key_position, given.value_position
+        scaling = at.bitcast(at.trunc(given.scaling, I32), F32)
+        self._scaling = self.spread(at.fmul(scaling, ir.Constant(F32, LOG2_E)), LANES)
         thread = at.atomic_rmw("add", self.place(context, n(8), I64), n(1), "monotonic")
-        self._queries = at.inttoptr(at.add(scratch, at.mul(thread, at.mul(numbers, n(4)))), POINTER)
-        self._rows = at.gep(self._queries, [at.mul(at.mul(self._heads, self._width), n(4))])
-        self._scores = at.gep(self._rows, [at.mul(wide, n(4 * POSITIONS))])  # [heads, PIECE]
-        sums = at.mul(self._heads, self._values)
-        self._result_numbers = at.add(sums, at.mul(self._heads, n(2)))
-        with self.items(begun, items) as item:
-            query_group, piece = at.udiv(item, self._pieces), at.urem(item, self._pieces)
-            sequence, head = at.udiv(query_group, key_heads), at.urem(query_group, key_heads)
-            first = at.mul(piece, n(PIECE))
-            left = at.sub(length, first)
-            count = at.select(at.icmp_signed("<", left, n(PIECE)), left, n(PIECE))
-            result = at.inttoptr(at.add(results, at.mul(item, at.mul(self._result_numbers, n(4)))), POINTER)
+        memory = at.inttoptr(at.add(given.scratch, at.mul(thread, given.thread_bytes)), POINTER)
+        self._state = self.hold(memory, at.mul(given.block, given.share))  # of the pieces before
+        self._result = at.gep(self._state, [given.item_bytes])
+        with self.items(begun, given.items) as item:
+            self._compute_item(context, item)
 
-            queries = at.mul(self._heads, self._width)
-            self._take(self._address(q, at.mul(query_group, queries)), self._queries, queries, scale)
-            self._score(self._begin(k, k_strides, sequence, head, first), k_strides[2], count)
-            self._soften(mask, at.add(at.mul(sequence, self.padded(length)), first), self.padded(count), result)
-            self._unite(self._begin(v, v_strides, sequence, head, first), v_strides[2], count, result)
+    def _compute_item(self, context: Value, item: Value) -> None:
+        at, n, given = self.at, self.number, self._given
+        is_split = at.icmp_signed(">", given.spans, n(1))
+        number, span = at.udiv(item, given.spans), at.urem(item, given.spans)
+        self._block = block = self._block_of(number)
+        begin, end = at.udiv(block.sight.low, n(PIECE)), at.udiv(at.add(block.sight.high, n(PIECE - 1)), n(PIECE))
+        results = at.inttoptr(at.add(given.results, at.mul(at.sub(item, span), given.item_bytes)), POINTER)
+        self._take_queries()
+        self._begin()
+        first = at.select(is_split, self._most(span, begin), begin)
+        last = at.select(is_split, self._least(at.add(span, n(1)), end), end)
+        with self.loop(first, last) as index:
+            self._base = at.mul(index, n(PIECE))
+            piece = self._piece(index)
+            self.arrange(piece)
+            result = at.select(is_split, at.gep(results, [at.mul(index, given.item_bytes)]), self._result)
+            with self.loop(n(0), block.rows, ROWS) as row:
+                count = self._least(at.sub(block.rows, row), n(ROWS))
+                sight = self._sight(row, at.sub(at.add(row, count), n(1)))
+                self.compute(piece, row, count, self._inside(sight), result)
+                with at.if_then(at.not_(is_split)):
+                    self._merge(row, count, result)
+        finished = self.place(context, at.mul(at.add(n(CONTEXT), number), n(8)), I64)
+        others = at.atomic_rmw("add", finished, n(1), "acq_rel")  # the last thread sees what the others wrote
+        with at.if_then(at.icmp_signed("==", at.add(others, n(1)), given.spans)):
+            with at.if_then(is_split), self.loop(begin, end) as index:
+                self._merge(n(0), block.rows, at.gep(results, [at.mul(index, given.item_bytes)]))
+            self._end()
 
-            finished = self.place(context, at.mul(at.add(n(CONTEXT), query_group), n(8)), I64)
-            others = at.atomic_rmw("add", finished, n(1), "acq_rel")  # the last thread sees what the others wrote
-            with at.if_then(at.icmp_signed("==", at.add(others, n(1)), self._pieces)):
-                start = at.mul(at.mul(query_group, self._pieces), at.mul(self._result_numbers, n(4)))
-                start = at.inttoptr(at.add(results, start), POINTER)
-                self._merge(start, self._address(out, at.mul(query_group, sums)), at.mul(head, self._heads))
+    def _block_of(self, number: Value) -> _Block:
+        """Emit the block with a number. A group's last tokens come first, because they attend to the most positions."""
+        at, n, given = self.at, self.number, self._given
+        blocks = at.udiv(at.add(given.tokens, at.sub(given.block, n(1))), given.block)
+        group, later = at.udiv(number, blocks), at.urem(number, blocks)
+        token = at.mul(at.sub(at.sub(blocks, n(1)), later), given.block)
+        tokens = self._least(given.block, at.sub(given.tokens, token))
+        sequence, head = at.udiv(group, given.key_heads), at.urem(group, given.key_heads)
+        low, high = self._sight_of(token).low, self._sight_of(at.sub(at.add(token, tokens), n(1))).high
+        return _Block(sequence, head, token, tokens, at.mul(tokens, given.share), Sight(low, high))
 
-    def _address(self, base: Value, elements: Value) -> Value:
-        return self.at.inttoptr(self.at.add(base, self.at.mul(elements, self.number(self._dtype.itemsize))), POINTER)
+    def _sight_of(self, token: Value) -> Sight:
+        """Emit what a token attends to, in positions of the sequence."""
+        at, given = self.at, self._given
+        last = at.add(at.sub(given.end, given.tokens), at.add(token, self.number(1)))
+        return Sight(
+            self._most(given.first, at.sub(last, given.window)), self._least(given.end, at.add(last, given.after))
+        )
 
-    def _begin(self, base: Value, strides: list[Value], *indices: Value) -> Value:
-        at, elements = self.at, self.number(0)
-        for stride, index in zip(strides, indices, strict=True):
-            elements = at.add(elements, at.mul(index, stride))
-        return self._address(base, elements)
+    def _sight(self, first: Value, last: Value) -> Sight:
+        """Emit what any of the rows ``first`` .. ``last`` of the block attends to, in positions of the sequence."""
+        at, block, share = self.at, self._block, self._given.share
+        one, other = (self._sight_of(at.add(block.token, at.udiv(row, share))) for row in (first, last))
+        return Sight(one.low, other.high)
 
-    def _floats(self, pointer: Value, index: Value) -> Value:
-        return self.load(pointer, self.at.mul(index, self.number(4)), vector(F32, LANES))
-
-    def _keep(self, value: Value, pointer: Value, index: Value) -> None:
-        self.store(value, pointer, self.at.mul(index, self.number(4)))
-
-    def _take(self, source: Value, target: Value, count: Value, scale: Value | None = None) -> None:
-        """Emit a copy of ``count`` numbers to ``target`` as fp32, multiplied by ``scale`` if there is one."""
+    def _inside(self, sight: Sight) -> Sight:
+        """Emit the part of a sight that is in the present piece, in its positions."""
         at, n = self.at, self.number
-        with self.loop(n(0), count, LANES) as i:
-            value = self.load_floats(source, at.mul(i, n(self._dtype.itemsize)), self._dtype, LANES)
-            if scale is not None:
-                value = at.fmul(value, self.spread(scale, LANES))
-            self._keep(value, target, i)
+        low, high = (self._least(self._most(at.sub(end, self._base), n(0)), n(PIECE)) for end in sight)
+        return Sight(low, high)
 
-    def _some(self, count: Value, together: int, body: Callable[[int, Value], None]) -> None:
-        """Emit a loop over ``count`` indices, ``together`` at a time, and a loop over the rest, one at a time.
+    def sight_of(self, row: Value) -> Sight:
+        """Emit what a row attends to in the present piece."""
+        return self._inside(self._sight(row, row))
 
-        ``body(number of indices, first index)`` emits the body of each loop.
-        """
-        at, n = self.at, self.number
-        whole = at.mul(at.udiv(count, n(together)), n(together))
-        with self.loop(n(0), whole, together) as first:
-            body(together, first)
-        with self.loop(whole, count) as first:
-            body(1, first)
+    def _piece(self, index: Value) -> Piece:
+        at, n, given, block = self.at, self.number, self._given, self._block
+        entry = at.mul(at.add(at.mul(block.sequence, given.pieces), index), n(8))
 
-    def _score(self, keys: Value, stride: Value, count: Value) -> None:
-        """Emit the scores of ``count`` positions, with -inf in the padding after them."""
-        at, n = self.at, self.number
-        last = at.sub(self.padded(count), n(LANES))
-        with self.loop(n(0), self._heads) as head:
-            self._keep(self.floats(-math.inf), self._scores, at.add(at.mul(head, n(PIECE)), last))
-        with self.loop(n(0), count) as position:
-            key = at.gep(keys, [at.mul(at.mul(position, stride), n(self._dtype.itemsize))])
-            self._take(key, self._rows, self._width)
+        def address(table: Value, stride: Value) -> Value:
+            return at.add(self.load(at.inttoptr(table, POINTER), entry, I64), at.mul(block.head, stride))
 
-            def dots(count: int, head: Value, position: Value = position) -> None:
-                heads = [at.add(head, n(i)) for i in range(count)]
-                for place in self._accumulators[:count]:
-                    at.store(self.floats(0.0), place)
-                with self.loop(n(0), self._width, LANES) as i:
-                    row = self._floats(self._rows, i)
-                    for h, place in zip(heads, self._accumulators, strict=False):
-                        query = self._floats(self._queries, at.add(at.mul(h, self._width), i))
-                        at.store(self.multiply_add(query, row, at.load(place)), place)
-                for h, place in zip(heads, self._accumulators, strict=False):
-                    total = self.reduce(at.load(place), at.fadd)
-                    self._keep(total, self._scores, at.add(at.mul(h, n(PIECE)), position))
+        keys, values = address(given.keys, given.key_head), address(given.values, given.value_head)
+        return Piece(keys, values, self._inside(block.sight))
 
-            self._some(self._heads, HEADS, dots)
+    @contextlib.contextmanager
+    def _heads(self) -> Iterator[tuple[Value, Value, Value]]:
+        """Emit a loop over the block's rows. Yields the row, its token, and its head of queries."""
+        at, n, given, block = self.at, self.number, self._given, self._block
+        with self.loop(n(0), block.rows) as row:
+            token = at.add(block.token, at.udiv(row, given.share))
+            yield row, token, at.add(at.mul(block.head, given.share), at.urem(row, given.share))
 
-    def _soften(self, mask: Value, first: Value, count: Value, result: Value) -> None:
-        """Emit exp(score - m) in place of ``count`` scores of each head, and all m and z of an item.
+    def _take_queries(self) -> None:
+        at, given, block = self.at, self._given, self._block
+        start = at.add(given.queries, at.mul(block.sequence, given.query_sequence))
+        with self._heads() as (row, token, head):
+            offset = at.add(at.mul(head, given.query_head), at.mul(token, given.query_token))
+            self.copy_query(at.inttoptr(at.add(start, offset), POINTER), row)
 
-        The mask is added to the scores first if there is one; ``first`` is the index in it of the item's first number.
-        """
-        at, n = self.at, self.number
-        largest, total = self._accumulators[:2]
-        with at.if_then(at.icmp_signed("!=", mask, n(0))):
-            added = at.inttoptr(at.add(mask, at.mul(first, n(4))), POINTER)
-            with self.loop(n(0), self._heads) as head, self.loop(n(0), count, LANES) as i:
-                place = at.add(at.mul(head, n(PIECE)), i)
-                self._keep(at.fadd(self._floats(self._scores, place), self._floats(added, i)), self._scores, place)
-        with self.loop(n(0), self._heads) as head:
-            begin = at.mul(head, n(PIECE))
-            at.store(self._lowest(), largest)
-            with self.loop(n(0), count, LANES) as i:
-                at.store(self.larger(self._floats(self._scores, at.add(begin, i)), at.load(largest)), largest)
-            top = self.reduce(at.load(largest), self.larger)
-            at.store(self.floats(0.0), total)
-            with self.loop(n(0), count, LANES) as i:
-                place = at.add(begin, i)
-                share = self.exp(at.fsub(self._floats(self._scores, place), self.spread(top, LANES)))
-                self._keep(share, self._scores, place)
-                at.store(at.fadd(at.load(total), share), total)
-            self._keep(top, result, self._index_of_m(head))
-            self._keep(self.reduce(at.load(total), at.fadd), result, self._index_of_z(head))
+    def scaled(self, scores: Value) -> Value:
+        """Emit a vector of scores times the scaling and LOG2_E."""
+        return self.at.fmul(scores, self._scaling)
 
-    def _unite(self, values: Value, stride: Value, count: Value, result: Value) -> None:
-        """Emit all s of an item: the sums of ``count`` values, weighted by what ``_soften`` has left."""
-        at, n = self.at, self.number
-        with self.loop(n(0), at.mul(self._heads, self._values), LANES) as i:
-            self._keep(self.floats(0.0), result, i)
+    def add_mask(self, scores: Value, row: Value, begin: Value, end: Value) -> None:
+        """Emit the addition of the mask, if there is one, to a row's scores."""
+        at, n, given, block = self.at, self.number, self._given, self._block
+        with at.if_then(at.icmp_signed("!=", given.mask, n(0))):
+            token = at.add(block.token, at.udiv(row, given.share))
+            start = at.add(at.mul(block.sequence, given.mask_sequence), at.mul(token, given.mask_token))
+            start = at.mul(start, n(4))
+            mask = at.inttoptr(at.add(at.add(given.mask, start), at.mul(self._base, n(4))), POINTER)
+            with self.loop(begin, end, LANES) as i:
+                added = at.fmul(self.floats_at(mask, i), self.floats(LOG2_E))
+                self.keep(at.fadd(self.floats_at(scores, i), added), scores, i)
 
-        def add(count: int, position: Value) -> None:
-            positions = [at.add(position, n(i)) for i in range(count)]
-            rows = [at.gep(self._rows, [at.mul(self._values, n(4 * i))]) for i in range(count)]
-            for p, row in zip(positions, rows, strict=True):
-                self._take(at.gep(values, [at.mul(at.mul(p, stride), n(self._dtype.itemsize))]), row, self._values)
-            with self.loop(n(0), self._heads) as head:
-                begin = at.mul(head, n(PIECE))
-                shares = [self._number(self._scores, at.add(begin, p)) for p in positions]
-                with self.loop(n(0), self._values, LANES) as i:
-                    place = at.add(at.mul(head, self._values), i)
-                    value = self._floats(result, place)
-                    for share, row in zip(shares, rows, strict=True):
-                        value = self.multiply_add(share, self._floats(row, i), value)
-                    self._keep(value, result, place)
+    # -- pieces together
 
-        self._some(count, POSITIONS, add)
-
-    def _merge(self, results: Value, out: Value, first: Value) -> None:
-        """Emit the output of a query group: the sum of all s / the sum of all z, each multiplied by exp(m - largest m).
-
-        A sink counts as an m, with z = 1 and s = 0. ``first`` is the number of the query group's first head of queries.
-        """
-        at, n = self.at, self.number
-        accumulator, total = self._accumulators[:2]
-        has_sinks = at.icmp_signed("!=", self._sinks, n(0))
-
-        def index(piece: Value, number: Value) -> Value:
-            return at.add(at.mul(piece, self._result_numbers), number)
-
-        with self.loop(n(0), self._heads) as head:
-            m, z = self._index_of_m(head), self._index_of_z(head)
-            at.store(self._lowest(), accumulator)
+    def _begin(self) -> None:
+        """Emit the state of the rows before the first piece: s = 0, and m and z of a sink, or of nothing."""
+        at, n, given = self.at, self.number, self._given
+        has_sinks = at.icmp_signed("!=", given.sinks, n(0))
+        m, z = self.registers
+        with self._heads() as (row, _, head):
+            state = self.result_of(self._state, row)
+            with self.loop(n(0), self.value_width, LANES) as i:
+                self.keep(self.floats(0.0), state, i)
+            at.store(self.lowest(), m)
+            at.store(self.floats(0.0), z)
             with at.if_then(has_sinks):
-                sink = self.load_floats(self._address(self._sinks, at.add(first, head)), n(0), self._dtype, 1)
-                at.store(self.pick(sink, sink, [0] * LANES), accumulator)
-            at.store(at.load(accumulator), self._sink)
-            with self.loop(n(0), self._pieces) as piece:
-                at.store(self.larger(self._number(results, index(piece, m)), at.load(accumulator)), accumulator)
-            top = at.load(accumulator)
-            share = self.exp(at.fsub(at.load(self._sink), top))
-            at.store(at.select(has_sinks, share, self.floats(0.0)), total)
-            with self.loop(n(0), self._pieces) as piece:
-                share = self.exp(at.fsub(self._number(results, index(piece, m)), top))
-                at.store(self.multiply_add(share, self._number(results, index(piece, z)), at.load(total)), total)
-                # the share takes the place of m, which is not needed any more
-                self._keep(at.extract_element(share, ir.Constant(I32, 0)), results, index(piece, m))
-            inverse = at.fdiv(self.floats(1.0), at.load(total))
-            with self.loop(n(0), self._values, LANES) as i:
-                place = at.add(at.mul(head, self._values), i)
-                at.store(self.floats(0.0), accumulator)
-                with self.loop(n(0), self._pieces) as piece:
-                    share, value = self._number(results, index(piece, m)), self._floats(results, index(piece, place))
-                    at.store(self.multiply_add(share, value, at.load(accumulator)), accumulator)
-                value = at.fmul(at.load(accumulator), inverse)
-                self.store_floats(value, out, at.mul(place, n(self._dtype.itemsize)), self._dtype)
+                sinks = at.inttoptr(given.sinks, POINTER)
+                sink = self.load_floats(sinks, at.mul(head, n(self.dtype.itemsize)), self.dtype, 1)
+                sink = at.fmul(self.pick(sink, sink, [0] * LANES), self.floats(LOG2_E))
+                at.store(self.larger(sink, self.lowest()), m)
+                at.store(self.exp2(at.fsub(sink, at.load(m))), z)
+            self._keep_sums(state, at.load(m), at.load(z))
 
-    def _index_of_m(self, head: Value) -> Value:
-        return self.at.add(self.at.mul(self._heads, self._values), head)
+    def _merge(self, row: Value, count: Value, results: Value) -> None:
+        """Emit the merging of a piece's results of ``count`` rows, from row ``row`` on, into their state."""
+        at, n = self.at, self.number
+        with self.loop(row, at.add(row, count)) as r:
+            state, new = self.result_of(self._state, r), self.result_of(results, r)
+            m, m_new = (self._number(numbers, self.value_width) for numbers in (state, new))
+            top = self.larger(m_new, m)
+            old_share, new_share = self.exp2(at.fsub(m, top)), self.exp2(at.fsub(m_new, top))
 
-    def _index_of_z(self, head: Value) -> Value:
-        return self.at.add(self._index_of_m(head), self._heads)
+            def merged(old: Value, added: Value) -> Value:
+                return self.multiply_add(new_share, added, at.fmul(old_share, old))
+
+            z = merged(*(self._number(numbers, at.add(self.value_width, n(1))) for numbers in (state, new)))
+            self._keep_sums(state, top, z)
+            with self.loop(n(0), self.value_width, LANES) as i:
+                self.keep(merged(self.floats_at(state, i), self.floats_at(new, i)), state, i)
+
+    def _keep_sums(self, state: Value, m: Value, z: Value) -> None:
+        mixed = self.pick(m, z, [0, LANES])
+        self.keep(mixed, state, self.value_width)
+
+    def _end(self) -> None:
+        """Emit the outputs of the block: s / z."""
+        at, n, given, block = self.at, self.number, self._given, self._block
+        heads = at.mul(given.key_heads, given.share)
+        with self._heads() as (row, token, head):
+            state = self.result_of(self._state, row)
+            inverse = at.fdiv(self.floats(1.0), self._number(state, at.add(self.value_width, n(1))))
+            number = at.add(at.mul(at.add(at.mul(block.sequence, given.tokens), token), heads), head)
+            start = at.mul(at.mul(number, self.value_width), n(self.dtype.itemsize))
+            out = at.inttoptr(at.add(given.out, start), POINTER)
+            with self.loop(n(0), self.value_width, LANES) as i:
+                value = at.fmul(self.floats_at(state, i), inverse)
+                self.store_floats(value, out, at.mul(i, n(self.dtype.itemsize)), self.dtype)
 
     def _number(self, pointer: Value, index: Value) -> Value:
         """Emit a vector whose elements all are the fp32 number at an index."""
         return self.spread(self.load(pointer, self.at.mul(index, self.number(4)), F32), LANES)
-
-    def _lowest(self) -> Value:
-        """Return the least finite numbers. As no m is less, there is no NaN where all scores of an item are -inf."""
-        return self.floats(torch.finfo(torch.float32).min)

@@ -19,16 +19,17 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 
 from moetier.runtime.kernels.jit.emitter import LANES
+from moetier.runtime.kernels.jit.processor import this_processor
 from moetier.runtime.kernels.jit.team import KernelTask, Scratch, threads_for
 from moetier.runtime.kernels.products.api import CPU, FLOATS, is_readable
 from moetier.runtime.kernels.products.row import ProductTasks, RowMatrix
 from moetier.runtime.libraries.torch_internals import buffers_of, children_of, parameters_of
 from moetier.runtime.libraries.transformers_internals import attention_of, set_attention
 
-from . import attention_code as attend
 from . import heads
 from .attention import NAME, SINKS, WITH_SINKS, asks_more, decode_attention
-from .attention_code import attention_kernel
+from .attention_code import CONTEXT, NO_WINDOW, PLACE, AttentionContext, AttentionKernel
+from .attention_piece import PIECE
 from .growing_cache import CacheMemory, GrowingLayer, GrowingWindow
 from .heads import heads_kernel
 from .norm import Scale, float_bits, is_quick_norm
@@ -104,7 +105,7 @@ def token_of(
         return None
     first, last = layer.place
     length = last + 1 - first
-    items = variant.key_heads * -(-length // attend.PIECE)
+    items = variant.key_heads * -(-length // PIECE)
     threads = min(items, threads_for(variant.heads * length * (variant.width + variant.values)))
     return Token(*position_embeddings, layer, room, first, length, items, threads)
 
@@ -169,6 +170,7 @@ class AttentionTasks:
     ) -> None:
         self._variant, self._threads, self._itemsize = variant, threads, dtype.itemsize
         self._room: CacheMemory | None = None
+        self._tables = [array("q"), array("q")]  # addresses of the pieces of keys, and of values
         self.columns, self._output = matrices[0].columns, matrices[3]
         count, key_count, width, values = variant[:4]
         self._memory = [torch.empty(size, dtype=dtype, device=CPU) for size in variant.rows]
@@ -186,15 +188,51 @@ class AttentionTasks:
         normed = (*(columns or [width, width]), float_bits(eps))
         apart = variant.rotated // 2 if variant.angles == variant.rotated else 0
         self._heads = array("q", (*shape, q, k, v, *(weights or [0, 0]), 0, 0, *normed, 0, 0, 0, 0, apart))
-        numbers = (0, 0, 0, key_count, count // key_count, 0, width, values, 0)
+        share = count // key_count
+        self._compiled = AttentionKernel.of(this_processor(), dtype, share, (width, values))
         self._finished = array("q", bytes(8 * key_count))
-        further = (*[0] * 8, float_bits(variant.scaling), 0 if sinks is None else sinks.data_ptr())
-        self._attention = array("q", (*numbers, q, 0, 0, 0, attended, *further, *self._finished))
-        self._of_thread, self._of_item = attend.scratch_elements(count // key_count, width, values)
+        given = AttentionContext(
+            begun=0,
+            threads=0,
+            items=0,
+            key_heads=key_count,
+            share=share,
+            tokens=1,
+            block=1,
+            first=0,
+            end=0,
+            window=NO_WINDOW,
+            after=0,
+            key_width=width,
+            value_width=values,
+            pieces=0,
+            spans=0,
+            queries=q,
+            query_sequence=0,
+            query_head=width,
+            query_token=0,
+            keys=0,
+            values=0,
+            key_head=0,
+            key_position=0,
+            value_head=0,
+            value_position=0,
+            mask=0,
+            mask_sequence=0,
+            mask_token=0,
+            out=attended,
+            scratch=0,
+            thread_bytes=self._compiled.thread_bytes,
+            results=0,
+            item_bytes=self._compiled.item_bytes,
+            scaling=float_bits(variant.scaling),
+            sinks=0 if sinks is None else sinks.data_ptr(),
+        )
+        self._attention = array("q", (*given, *self._finished))
         self.tasks = [
             *self._first.tasks,
             KernelTask(heads_kernel(dtype, scale), self._heads, 1),
-            KernelTask(attention_kernel(dtype), self._attention, threads),
+            KernelTask(self._compiled.kernel, self._attention, threads),
             *self._last.tasks,
         ]
 
@@ -207,21 +245,23 @@ class AttentionTasks:
         """Set the addresses and numbers of a token. This must be done before each run."""
         new, all_, size, length = self._heads, self._attention, self._itemsize, token.length
         new[heads.COS], new[heads.SIN] = token.cos.data_ptr(), token.sin.data_ptr()
-        strides = token.room.strides
+        strides, pieces = token.room.strides, token.items // self._variant.key_heads
         if token.room is not self._room:
             self._room = token.room
             new[heads.STRIDES], new[heads.STRIDES + 1] = size * strides[1], size * strides[4]
-            all_[attend.STRIDES : attend.STRIDES + 6] = array("q", strides)
+            all_[PLACE["key_head"] : PLACE["key_head"] + 4] = array("q", (*strides[1:3], *strides[4:]))
         for place, (begin, stride) in enumerate(zip(token.room.addresses, strides[2::3], strict=True)):
-            all_[attend.CACHE + place] = begin + size * token.first * stride
-            new[heads.CACHE + place] = begin + size * (token.first + length - 1) * stride
-        own = 4 * self._threads * self._of_thread
-        nbytes = own + 4 * token.items * self._of_item
+            start, step = begin + size * token.first * stride, size * PIECE * stride
+            self._tables[place] = table = array("q", [start + piece * step for piece in range(pieces)])
+            all_[PLACE["keys"] + place] = table.buffer_info()[0]
+            new[heads.CACHE + place] = start + size * (length - 1) * stride
+        own = self._threads * self._compiled.thread_bytes
+        nbytes = own + token.items * self._compiled.item_bytes
         scratch = _scratch.take(nbytes, spare=nbytes // 4)
-        all_[attend.SCRATCH], all_[attend.SCRATCH + 1] = scratch, scratch + own
-        all_[attend.BEGUN], all_[attend.ITEMS], all_[attend.LENGTH] = 0, token.items, length
-        all_[attend.PIECES] = token.items // self._variant.key_heads
-        all_[attend.CONTEXT :] = self._finished
+        all_[PLACE["scratch"]], all_[PLACE["results"]] = scratch, scratch + own
+        all_[PLACE["threads"]], all_[PLACE["items"]], all_[PLACE["end"]] = 0, token.items, length
+        all_[PLACE["pieces"]] = all_[PLACE["spans"]] = pieces
+        all_[CONTEXT:] = self._finished
 
 
 def _matrix_of(module: Any) -> RowMatrix | None:

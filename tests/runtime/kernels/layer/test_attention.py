@@ -21,7 +21,7 @@ from moetier.runtime.generation.compat import CACHE
 from moetier.runtime.kernels.jit.team import Kernel
 from moetier.runtime.kernels.layer import attention
 from moetier.runtime.kernels.layer.attention import NAME, WITH_SINKS, _fits, decode_attention, use_decode_attention
-from moetier.runtime.kernels.layer.attention_code import PIECE
+from moetier.runtime.kernels.layer.attention_piece import PIECE
 from moetier.runtime.kernels.layer.growing_cache import use_growing_layers
 from moetier.runtime.model.load import load
 

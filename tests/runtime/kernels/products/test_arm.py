@@ -28,7 +28,14 @@ from moetier.runtime.kernels.experts.expert_code import (
 from moetier.runtime.kernels.jit.emitter import BF16, FP32
 from moetier.runtime.kernels.jit.processor import Dot, Processor, arm_features, this_processor
 from moetier.runtime.kernels.jit.team import compile_kernel
-from moetier.runtime.kernels.layer.attention_code import ATTEND, PIECE, attention_module, scratch_elements
+from moetier.runtime.kernels.layer.attention_code import (
+    ATTEND,
+    BLOCK_ROWS,
+    NO_WINDOW,
+    AttentionContext,
+    attention_module,
+)
+from moetier.runtime.kernels.layer.attention_piece import PIECE, held_numbers, result_numbers
 from moetier.runtime.kernels.products.gemm import WORK, ProjectionProduct, Rounded, product_module, variant_of
 from moetier.runtime.kernels.products.gemm_tile import PackedVariant
 from moetier.runtime.kernels.products.gemv import GEMV, gemv_module
@@ -183,27 +190,42 @@ fused = pytest.mark.skipif(
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention(tmp_path: Path, memory: SharedMemory, dtype: torch.dtype) -> None:
-    share, key_heads, length, width, values = 3, 2, 2 * PIECE + 9, 32, 48
+    """Many tokens at once, and the last of them alone, which has the same bits."""
+    share, key_heads, length, key_width, value_width = 3, 2, 2 * PIECE + 9, 32, 48
     random = torch.Generator().manual_seed(3)
-    query = memory.copy(torch.randn(1, share * key_heads, 1, width, generator=random).to(dtype))
-    key = memory.copy(torch.randn(1, key_heads, length, width, generator=random).to(dtype))
-    value = memory.copy(torch.randn(1, key_heads, length, values, generator=random).to(dtype))
-    out = memory.empty(1, share * key_heads, values, dtype=dtype)
-    pieces = -(-length // PIECE)
-    of_thread, of_item = scratch_elements(share, width, values)
-    scratch = memory.empty(of_thread, dtype=torch.float32)
-    results = memory.empty(key_heads * pieces * of_item, dtype=torch.float32)
-    scale = int(torch.tensor(0.2).view(torch.int32))
-    fields = (
-        *(0, 0, key_heads * pieces, key_heads, share, length, width, values, pieces),
-        *(query.data_ptr(), key.data_ptr(), value.data_ptr(), 0, out.data_ptr(), scratch.data_ptr()),
-        *(results.data_ptr(), *key.stride()[:3], *value.stride()[:3], scale, *[0] * key_heads),
+    query = memory.copy(torch.randn(1, share * key_heads, BLOCK_ROWS // share, key_width, generator=random).to(dtype))
+    key, value = (
+        memory.copy(torch.randn(1, key_heads, length, width, generator=random).to(dtype))
+        for width in (key_width, value_width)
     )
+    tables = [
+        memory.context([tensor.data_ptr() + piece * PIECE * tensor.stride(2) * dtype.itemsize for piece in range(3)])
+        for tensor in (key, value)
+    ]
+    steps, results = [], []
+    for name, queries in (("moetier_many", query), ("moetier_one", query[:, :, -1:])):
+        tokens = queries.shape[2]
+        out = memory.empty(1, tokens, share * key_heads, value_width, dtype=dtype)
+        thread = 4 * (held_numbers(tokens * share, key_width, value_width) + 2 * tokens * share * result_numbers(48))
+        given = AttentionContext(
+            *(0, 0, key_heads, key_heads, share, tokens, tokens, 0, length, NO_WINDOW, 0, key_width, value_width, 3, 1),
+            *(queries.data_ptr(), *query.stride()[:3], *(table.data_ptr() for table in tables)),
+            *(*key.stride()[1:3], *value.stride()[1:3], 0, 0, 0, out.data_ptr()),
+            *(memory.empty(thread, dtype=torch.uint8).data_ptr(), thread, 0, 4 * tokens * share * result_numbers(48)),
+            *(int(torch.tensor(0.2).view(torch.int32)), 0),
+        )
+        steps.append((name, array("q", (*given, *bytes(key_heads)))))
+        results.append(out)
 
     def emit(processor: Processor) -> dict[str, ir.Module]:
-        return {ATTEND: attention_module(dtype)}
+        modules = {}
+        for name, has_few_rows in (("moetier_many", False), ("moetier_one", True)):
+            modules[name] = module = attention_module(processor, dtype, False, has_few_rows)
+            module.globals[ATTEND].name = name
+        return modules
 
-    compare(tmp_path, memory, Processor("", TRIPLE), emit, [(ATTEND, array("q", fields))], [out])
+    compare(tmp_path, memory, Processor("", TRIPLE), emit, steps, results)
+    assert torch.equal(results[0][:, -1:], results[1])
 
 
 @fused

@@ -1,0 +1,110 @@
+"""Attention of many tokens has the bits of attention of one, on all sets of instructions that this machine has."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from moetier.runtime.kernels.jit.processor import Processor, this_processor
+from moetier.runtime.kernels.layer.attend import attend
+from moetier.runtime.kernels.layer.attention_piece import PIECE
+
+FEATURES = {"this": None, "avx512": "+avx512f,+avx512bw,+avx512vl,+avx512dq,+fma", "avx2": "+avx2,+fma", "any": ""}
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+processors = functools.cache(Processor)  # compiles each kernel once
+
+
+@pytest.fixture(params=FEATURES)
+def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let ``attend`` compute with some of this processor's instructions."""
+    features = FEATURES[request.param]
+    if features and not set(features.split(",")) <= set(this_processor()._cpu["features"].split(",")):
+        pytest.skip("this processor lacks these instructions")
+    if features is not None:
+        monkeypatch.setattr("moetier.runtime.kernels.layer.attend.this_processor", lambda: processors(features))
+
+
+def numbers(dtype: torch.dtype, heads: int, length: int, widths: tuple[int, int], key_heads: int = 2) -> list[Tensor]:
+    """Return queries of ``length`` tokens, keys and values."""
+    random = torch.Generator().manual_seed(length)
+    shapes = (1, heads, length, widths[0]), (1, key_heads, length, widths[0]), (1, key_heads, length, widths[1])
+    return [torch.randn(shape, generator=random).to(dtype) for shape in shapes]
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    ("heads", "widths", "window", "first", "has_sinks"),
+    [(6, (64, 64), 0, 0, False), (2, (48, 80), 300, 200, True), (16, (32, 16), 40, 511, False)],
+    ids=["causal", "window and sinks", "short window"],
+)
+@pytest.mark.usefixtures("processor")
+def test_chunks_change_no_bit(
+    dtype: torch.dtype, heads: int, widths: tuple[int, int], window: int, first: int, has_sinks: bool
+) -> None:
+    length = 2 * PIECE - 150
+    query, key, value = numbers(dtype, heads, length, widths)
+    sinks = torch.linspace(-3, 3, heads).to(dtype) if has_sinks else None
+    given = {"sinks": sinks, "first": first, **({"window": window} if window else {})}
+
+    def chunk(start: int, stop: int) -> Tensor:
+        return attend(query[:, :, start:stop], key[:, :, :stop], value[:, :, :stop], **given)
+
+    whole = chunk(0, length)
+    for size, starts in (
+        (1, range(0, length, 97)),
+        (7, range(0, length, 111)),
+        (64, range(0, length, 64)),
+        (512, [0, 300]),
+    ):
+        for start in starts:
+            stop = min(start + size, length)
+            assert torch.equal(chunk(start, stop), whole[:, start:stop]), (start, stop)
+    seen = torch.ones(length, length, dtype=torch.bool).tril()
+    if window:
+        seen &= ~seen.tril(-window)
+    scores = query.double() @ key.double().repeat_interleave(heads // 2, 1).transpose(2, 3) * widths[0] ** -0.5
+    scores = scores.masked_fill(~seen, -math.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.double().view(1, -1, 1, 1).expand(1, heads, length, 1)], 3)
+    expected = scores.softmax(3)[..., :length] @ value.double().repeat_interleave(heads // 2, 1)
+    near = 1e-5 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(whole.double(), expected.transpose(1, 2), atol=near, rtol=near)
+
+
+@DTYPES
+def test_other_sequences_and_threads_change_no_bit(dtype: torch.dtype) -> None:
+    """And neither does where a cache has keys and values: in the order of positions, or of heads."""
+    parts = [numbers(dtype, 8, 700 + i, (64, 64)) for i in (0, 0, 0)]
+    query, key, value = (torch.cat([part[i] * (number + 1) for number, part in enumerate(parts)]) for i in range(3))
+    before, outputs = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 4):
+            torch.set_num_threads(threads)
+            outputs.append(attend(query, key, value))
+            outputs.append(torch.cat([attend(*(part[i : i + 1] for part in (query, key, value))) for i in range(3)]))
+            turned = [part.transpose(1, 2).contiguous().transpose(1, 2) for part in (query, key, value)]
+            outputs.append(attend(*turned))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(output, outputs[0]) for output in outputs)
+
+
+@DTYPES
+def test_a_mask_may_have_a_row_for_each_token(dtype: torch.dtype) -> None:
+    query, key, value = numbers(dtype, 4, 96, (32, 32))
+    mask = torch.where(torch.rand(1, 96, 96, generator=torch.Generator().manual_seed(0)) < 0.5, 0.0, -5.0)
+    expected = scaled_dot_product_attention(
+        *(part.double() for part in (query, key, value)),
+        mask.double().masked_fill(~torch.ones(96, 96, dtype=torch.bool).tril(), -math.inf)[:, None],
+        enable_gqa=True,
+    )
+    near = 1e-5 if dtype == torch.float32 else 1e-2
+    whole = attend(query, key, value, mask)
+    torch.testing.assert_close(whole.double(), expected.transpose(1, 2), atol=near, rtol=near)
+    last = attend(query[:, :, -1:], key, value, mask[:, -1:])
+    assert torch.equal(last, whole[:, -1:])
