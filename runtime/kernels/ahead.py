@@ -66,10 +66,11 @@ def _matrices(path: Path) -> set[Projection]:
 
 def _compile(manifest: Manifest | None, dtype: torch.dtype, matrices: Collection[Projection] = ()) -> None:
     processor = this_processor()
+    pairs = processor.multiplies_pairs and dtype == torch.bfloat16
     norm_kernel(dtype, Scale.ROUNDED)
     for adds in (False, True):
         norm_task_kernel(dtype, Scale.ROUNDED, adds)
-    attention_kernel(processor, dtype, processor.multiplies_pairs and dtype == torch.bfloat16, True)
+    attention_kernel(processor, dtype, pairs, True)
     for scale in (None, Scale.ROUNDED):
         heads_kernel(dtype, scale)
     for p in matrices:
@@ -85,4 +86,4 @@ def _compile(manifest: Manifest | None, dtype: torch.dtype, matrices: Collection
         rounding_kernel(processor, Rounding(trunk.group), FloatType.of(dtype))
     compiled(processor)
     for kept in {dtype, torch.float32}:  # of weights of the trunk, and of routers that predict
-        gemv_kernel(dtype, kept, kept)
+        gemv_kernel(processor, dtype, kept, kept, kept == dtype and pairs)

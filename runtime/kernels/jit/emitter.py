@@ -205,12 +205,15 @@ class Emitter:
         """Emit a store of ``value`` at ``pointer`` + ``offset`` bytes. The address need not be aligned."""
         self.at.store(value, self.place(pointer, offset, value.type), align=1)
 
-    def prefetch(self, pointer: Value, offset: Value, nbytes: int) -> None:
-        """Emit prefetches of ``nbytes`` bytes from ``pointer`` + ``offset`` bytes on. The memory need not be mapped."""
-        read, everywhere, data = (ir.Constant(I32, value) for value in (0, 3, 1))
+    def prefetch(self, pointer: Value, offset: Value, nbytes: int, *, near: bool = True) -> None:
+        """Emit prefetches of ``nbytes`` bytes from ``pointer`` + ``offset`` bytes on. The memory need not be mapped.
+
+        The bytes are fetched to all caches; if not ``near``, to all but the first level.
+        """
+        read, caches, data = (ir.Constant(I32, value) for value in (0, 3 if near else 2, 1))
         for line in range(0, nbytes, 64):
             place = self.at.gep(pointer, [self.at.add(offset, self.number(line))])
-            self.intrinsic("llvm.prefetch.p0", ir.VoidType(), place, read, everywhere, data)
+            self.intrinsic("llvm.prefetch.p0", ir.VoidType(), place, read, caches, data)
 
     def spread(self, value: Value, count: int) -> Value:
         """Emit a vector of ``count`` elements, which all are the scalar ``value``."""

@@ -74,7 +74,7 @@ class Processor:
                 self._cpu = {"cpu": llvm.get_host_cpu_name(), "features": _host_features()}
             else:
                 self._cpu = {"cpu": "", "features": features}
-        flags = set(self._cpu["features"].split(","))
+        self.features = flags = frozenset(self._cpu["features"].split(","))  # LLVM's names, such as ``+avx2``
         self.dot = next((dot for dot, needed in _NEEDED.items() if needed <= flags), Dot.PLAIN)
         self.has_wide_registers = "+avx512f" in flags  # of LANES fp32 numbers, 32 of them
         self.multiplies_pairs = self.has_wide_registers and "+avx512bf16" in flags  # of bf16 numbers

@@ -162,15 +162,15 @@ class _Attention(PieceEmitter):
         results = at.inttoptr(at.add(given.results, at.mul(at.sub(item, span), given.item_bytes)), POINTER)
         self._take_queries()
         self._begin()
-        first = at.select(is_split, self._most(span, begin), begin)
-        last = at.select(is_split, self._least(at.add(span, n(1)), end), end)
+        first = at.select(is_split, self.most(span, begin), begin)
+        last = at.select(is_split, self.least(at.add(span, n(1)), end), end)
         with self.loop(first, last) as index:
             self._base = at.mul(index, n(PIECE))
             piece = self._piece(index)
             self.arrange(piece)
             result = at.select(is_split, at.gep(results, [at.mul(index, given.item_bytes)]), self._result)
             with self.loop(n(0), block.rows, ROWS) as row:
-                count = self._least(at.sub(block.rows, row), n(ROWS))
+                count = self.least(at.sub(block.rows, row), n(ROWS))
                 sight = self._sight(row, at.sub(at.add(row, count), n(1)))
                 self.compute(piece, row, count, self._inside(sight), result)
                 with at.if_then(at.not_(is_split)):
@@ -188,7 +188,7 @@ class _Attention(PieceEmitter):
         blocks = at.udiv(at.add(given.tokens, at.sub(given.block, n(1))), given.block)
         group, later = at.udiv(number, blocks), at.urem(number, blocks)
         token = at.mul(at.sub(at.sub(blocks, n(1)), later), given.block)
-        tokens = self._least(given.block, at.sub(given.tokens, token))
+        tokens = self.least(given.block, at.sub(given.tokens, token))
         sequence, head = at.udiv(group, given.key_heads), at.urem(group, given.key_heads)
         low, high = self._sight_of(token).low, self._sight_of(at.sub(at.add(token, tokens), n(1))).high
         return _Block(sequence, head, token, tokens, at.mul(tokens, given.share), Sight(low, high))
@@ -198,7 +198,7 @@ class _Attention(PieceEmitter):
         at, given = self.at, self._given
         last = at.add(at.sub(given.end, given.tokens), at.add(token, self.number(1)))
         return Sight(
-            self._most(given.first, at.sub(last, given.window)), self._least(given.end, at.add(last, given.after))
+            self.most(given.first, at.sub(last, given.window)), self.least(given.end, at.add(last, given.after))
         )
 
     def _sight(self, first: Value, last: Value) -> Sight:
@@ -210,7 +210,7 @@ class _Attention(PieceEmitter):
     def _inside(self, sight: Sight) -> Sight:
         """Emit the part of a sight that is in the present piece, in its positions."""
         at, n = self.at, self.number
-        low, high = (self._least(self._most(at.sub(end, self._base), n(0)), n(PIECE)) for end in sight)
+        low, high = (self.least(self.most(at.sub(end, self._base), n(0)), n(PIECE)) for end in sight)
         return Sight(low, high)
 
     def sight_of(self, row: Value) -> Sight:

@@ -187,7 +187,7 @@ class PieceEmitter(WordEmitter):
         at, n = self.at, self.number
         with self.loop(self._down(begin, self.columns), end, self.columns) as position:
             if self.has_few_rows:
-                self._arrange_keys(piece, position, self._least(at.add(position, n(self.columns)), end))
+                self._arrange_keys(piece, position, self.least(at.add(position, n(self.columns)), end))
             tile = n(0) if self.has_few_rows else at.mul(position, self._word_bytes)
             keys = self.stored(at.gep(self._keys, [tile]), n(self.columns * WORD), self.vectors)
 
@@ -262,30 +262,16 @@ class PieceEmitter(WordEmitter):
         """Return the least finite numbers. As no m is less, there is no NaN where all scores of a piece are -inf."""
         return self.floats(torch.finfo(torch.float32).min)
 
-    def floats_at(self, pointer: Value, index: Value) -> Value:
-        """Emit a load of the LANES fp32 numbers from an index on."""
-        return self.load(pointer, self.at.mul(index, self.number(4)), vector(F32, LANES))
-
-    def keep(self, value: Value, pointer: Value, index: Value) -> None:
-        """Emit a store of fp32 numbers from an index on."""
-        self.store(value, pointer, self.at.mul(index, self.number(4)))
-
     def _row(self, base: Value, stride: Value, position: Value) -> Value:
         return self.at.inttoptr(self.at.add(base, self.at.mul(position, stride)), POINTER)
 
     def _nearest(self, position: Value, sight: Sight) -> Value:
-        return self._least(self._most(position, sight.low), self.at.sub(sight.high, self.number(1)))
+        return self.least(self.most(position, sight.low), self.at.sub(sight.high, self.number(1)))
 
     def _steps(self, sight: Sight) -> tuple[Value, Value]:
         """Emit the first step of words with the positions in sight, and the one after the last."""
         at, n = self.at, self.number
         return at.udiv(sight.low, n(self.numbers)), at.udiv(at.add(sight.high, n(self.numbers - 1)), n(self.numbers))
-
-    def _least(self, a: Value, b: Value) -> Value:
-        return self.at.select(self.at.icmp_signed("<", a, b), a, b)
-
-    def _most(self, a: Value, b: Value) -> Value:
-        return self.at.select(self.at.icmp_signed(">", a, b), a, b)
 
     def _down(self, index: Value, multiple: int) -> Value:
         return self.at.and_(index, self.number(-multiple))

@@ -10,6 +10,10 @@
     rounding   emits the rounding of x to 8 bits
     row        one row of x, and a matrix of the trunk
     gemv       one row of x, and a matrix of 16 or 32 bits: emits and runs it
+    matmul     the same for many rows of x, with the same bits
+    dots       emits the sums of products that gemv and matmul share
+    words      emits words of one or two numbers, and the order in which their products are added up
 
-Other packages use ``api``, ``packed``, ``row`` and ``gemv``. The package imports ``codings`` and ``jit``.
+Other packages use ``api``, ``packed``, ``row``, ``gemv``, ``matmul`` and ``words``. The
+package imports ``codings`` and ``jit``.
 """

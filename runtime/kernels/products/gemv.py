@@ -1,6 +1,6 @@
 """The product of one row with a matrix that is not quantised, y = W @ x.
 
-Sums are fp32, and each number of y depends only on its row of W and on x.
+Sums are fp32, and each number of y depends only on its row of W and on x (``dots.py``).
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import torch
 from llvmlite import ir
 from torch import Tensor
 
-from moetier.runtime.kernels.jit.emitter import F32, I32, LANES, POINTER, Emitter, new_module, once, vector
-from moetier.runtime.kernels.jit.processor import refusal, this_processor
+from moetier.runtime.kernels.jit.emitter import I32, LANES, POINTER, once
+from moetier.runtime.kernels.jit.processor import Processor, refusal, this_processor
 from moetier.runtime.kernels.jit.team import Kernel, KernelTask, compile_kernel, is_small, threads_for
 
 from .api import FLOATS, has_memory, is_readable
+from .dots import ROWS, DotEmitter, pairs_of
 
 GEMV = "moetier_gemv"  # name of the compiled function
-ROWS = 4  # rows of W that are read together
 # number of i64 fields in the context. In order: items that threads have taken, all items; pointer to x; rows N and
 # columns K of W; pointers to W and y
 CONTEXT = 7
@@ -39,7 +39,8 @@ def gemv_task(weight: Tensor, given: torch.dtype, output: torch.dtype | None = N
     rows, columns = weight.shape
     items = -(-rows // ROWS)
     context = array("q", (0, items, 0, rows, columns, 0, 0))
-    kernel = gemv_kernel(given, weight.dtype, output or weight.dtype)
+    pairs = pairs_of(this_processor(), given, weight.dtype, columns)
+    kernel = gemv_kernel(this_processor(), given, weight.dtype, output or weight.dtype, pairs)
     return KernelTask(kernel, context, min(items, threads_for(rows * columns)))
 
 
@@ -72,37 +73,33 @@ class Scores:
 
 
 @once
-def gemv_kernel(given: torch.dtype, kept: torch.dtype, output: torch.dtype) -> Kernel:
+def gemv_kernel(
+    processor: Processor, given: torch.dtype, kept: torch.dtype, output: torch.dtype, pairs: bool
+) -> Kernel:
     """Compile ``gemv_module``, once for these types and each processor."""
-    return compile_kernel(this_processor(), gemv_module(given, kept, output), GEMV)
+    return compile_kernel(processor, gemv_module(processor, given, kept, output, pairs), GEMV)
 
 
-def gemv_module(given: torch.dtype, kept: torch.dtype, output: torch.dtype) -> ir.Module:
+def gemv_module(
+    processor: Processor, given: torch.dtype, kept: torch.dtype, output: torch.dtype, pairs: bool
+) -> ir.Module:
     """Emit the function ``GEMV(context)``, which computes items, of ROWS rows of W each, until none is left.
 
-    x [K] is of type ``given``, W [N, K] of type ``kept``, and y [N] of type ``output``; K is a multiple of LANES.
+    x [K] is of type ``given``, W [N, K] of type ``kept``, and y [N] of type ``output``; K is a multiple of LANES, and
+    of 2 * LANES if words are ``pairs``.
     """
-    emit = Emitter(new_module(), GEMV, [POINTER])
+    emit = DotEmitter(GEMV, processor, given, kept, output, pairs=pairs)
     at, n = emit.at, emit.number
     begun, (items, x, rows, columns, matrix, y) = emit.fields(CONTEXT)
     x, matrix, y = (at.inttoptr(address, POINTER) for address in (x, matrix, y))
-    sums = [at.alloca(vector(F32, LANES)) for _ in range(ROWS)]
     row_bytes, last = at.mul(columns, n(kept.itemsize)), at.sub(rows, n(1))
     with emit.items(begun, items) as item:
         wanted = [at.add(at.mul(item, n(ROWS)), n(i)) for i in range(ROWS)]
         # if fewer than ROWS rows are left for the last item, it computes the last row again
         chosen = [at.select(at.icmp_signed("<", row, last), row, last) for row in wanted]
         sources = [at.gep(matrix, [at.mul(row, row_bytes)]) for row in chosen]
-        for place in sums:
-            at.store(emit.floats(0.0), place)
-        with emit.loop(n(0), columns, LANES) as column:
-            taken = emit.load_floats(x, at.mul(column, n(given.itemsize)), given, LANES)
-            for source, place in zip(sources, sums, strict=True):
-                weights = emit.load_floats(source, at.mul(column, n(kept.itemsize)), kept, LANES)
-                at.store(emit.multiply_add(weights, taken, at.load(place)), place)
-        for row, place in zip(chosen, sums, strict=True):
-            total = emit.reduce(at.load(place), at.fadd)
-            if output == torch.bfloat16:
-                total = at.extract_element(emit.narrow(emit.spread(total, LANES), LANES), ir.Constant(I32, 0))
-            emit.store(total, y, at.mul(row, n(output.itemsize)))
+        (sums,) = emit.dots(sources, [x], emit.words(columns))
+        totals = emit.totals(sums)
+        for i, row in enumerate(chosen):
+            emit.store(at.extract_element(totals, ir.Constant(I32, i)), y, at.mul(row, n(output.itemsize)))
     return emit.finish()

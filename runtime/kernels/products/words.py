@@ -68,11 +68,14 @@ class WordEmitter(Emitter):
         # LLVM's passes turn these into registers
         self._sums = [[self.at.alloca(_FLOATS) for _ in range(2 * self.vectors)] for _ in range(HEIGHTS[0])]
 
-    def load_words(self, pointer: Value, offset: Value) -> Value:
-        """Emit a load of the next LANES words of a row of numbers from ``pointer`` + ``offset`` bytes."""
+    def load_words(self, pointer: Value, offset: Value, dtype: Dtype | None = None) -> Value:
+        """Emit a load of the next LANES words of a row of numbers from ``pointer`` + ``offset`` bytes.
+
+        The numbers are of ``dtype``, if it is given. Words of them are as others are: pairs, or fp32 numbers.
+        """
         if self.has_pairs:
             return self.load(pointer, offset, _WORDS)
-        return self.at.bitcast(self.load_floats(pointer, offset, self.dtype, LANES), _WORDS)
+        return self.at.bitcast(self.load_floats(pointer, offset, dtype or self.dtype, LANES), _WORDS)
 
     def add_product(self, total: Value, a: Value, b: Value) -> Value:
         """Emit the fp32 numbers ``total`` plus the products of the words ``a`` and ``b``."""
@@ -180,3 +183,23 @@ class WordEmitter(Emitter):
             with self.loop(start, stop, number) as first:
                 body(number, first)
             start = stop
+
+    def floats_at(self, pointer: Value, index: Value) -> Value:
+        """Emit a load of the LANES fp32 numbers from an index on."""
+        return self.load(pointer, self.at.mul(index, self.number(4)), _FLOATS)
+
+    def keep(self, value: Value, pointer: Value, index: Value) -> None:
+        """Emit a store of fp32 numbers from an index on."""
+        self.store(value, pointer, self.at.mul(index, self.number(4)))
+
+    def load_stored(self, pointer: Value, index: Value) -> Value:
+        """Emit a load of the LANES words from an index on, which ``load_words`` or others have made."""
+        return self.load(pointer, self.at.mul(index, self.number(WORD)), _WORDS)
+
+    def least(self, a: Value, b: Value) -> Value:
+        """Emit the smaller of two i64."""
+        return self.at.select(self.at.icmp_signed("<", a, b), a, b)
+
+    def most(self, a: Value, b: Value) -> Value:
+        """Emit the larger of two i64."""
+        return self.at.select(self.at.icmp_signed(">", a, b), a, b)

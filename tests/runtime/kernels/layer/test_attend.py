@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import functools
 import math
 
 import pytest
 import torch
+from instructions import FEATURES, processor_with
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from moetier.runtime.kernels.jit.processor import Processor, this_processor
 from moetier.runtime.kernels.layer.attend import attend
 from moetier.runtime.kernels.layer.attention_piece import PIECE
 
-FEATURES = {"this": None, "avx512": "+avx512f,+avx512bw,+avx512vl,+avx512dq,+fma", "avx2": "+avx2,+fma", "any": ""}
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-processors = functools.cache(Processor)  # compiles each kernel once
 
 
 @pytest.fixture(params=FEATURES)
 def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let ``attend`` compute with some of this processor's instructions."""
-    features = FEATURES[request.param]
-    if features and not set(features.split(",")) <= set(this_processor()._cpu["features"].split(",")):
-        pytest.skip("this processor lacks these instructions")
-    if features is not None:
-        monkeypatch.setattr("moetier.runtime.kernels.layer.attend.this_processor", lambda: processors(features))
+    chosen = processor_with(request.param)
+    monkeypatch.setattr("moetier.runtime.kernels.layer.attend.this_processor", lambda: chosen)
 
 
 def numbers(dtype: torch.dtype, heads: int, length: int, widths: tuple[int, int], key_heads: int = 2) -> list[Tensor]:

@@ -36,10 +36,13 @@ from moetier.runtime.kernels.layer.attention_code import (
     attention_module,
 )
 from moetier.runtime.kernels.layer.attention_piece import PIECE, held_numbers, result_numbers
+from moetier.runtime.kernels.products.dots import ROWS
 from moetier.runtime.kernels.products.gemm import WORK, ProjectionProduct, Rounded, product_module, variant_of
 from moetier.runtime.kernels.products.gemm_tile import PackedVariant
 from moetier.runtime.kernels.products.gemv import GEMV, gemv_module
+from moetier.runtime.kernels.products.matmul import MATMUL, PADDING, matmul_module
 from moetier.runtime.kernels.products.rounding import ROUND, Rounding, rounding_module
+from moetier.runtime.kernels.products.words import WORD
 from moetier.tiers.layout import BLOCKS, Bits, RecordLayout
 
 FEATURES = {Dot.PLAIN: "", Dot.DOTPROD: "+dotprod", Dot.I8MM: "+dotprod,+i8mm"}
@@ -230,13 +233,22 @@ def test_attention(tmp_path: Path, memory: SharedMemory, dtype: torch.dtype) -> 
 
 @fused
 @pytest.mark.slow
-def test_one_row_with_a_matrix(tmp_path: Path, memory: SharedMemory) -> None:
+def test_rows_with_a_matrix(tmp_path: Path, memory: SharedMemory) -> None:
+    """Eleven rows at once, and the last of them alone, which has the same bits."""
     random = torch.Generator().manual_seed(4)
-    x, matrix = (memory.copy(torch.randn(rows, 96, generator=random).bfloat16()) for rows in (1, 50))
-    y = memory.empty(1, 50, dtype=torch.bfloat16)
-    context = array("q", (0, 13, x.data_ptr(), 50, 96, matrix.data_ptr(), y.data_ptr()))
+    x, matrix = (memory.copy(torch.randn(rows, 96, generator=random).bfloat16()) for rows in (11, 50))
+    y, alone = (memory.empty(rows, 50, dtype=torch.bfloat16) for rows in (11, 1))
+    nbytes = (12 + ROWS) * (96 * WORD + PADDING)
+    scratch = memory.empty(nbytes, dtype=torch.uint8).data_ptr()
+    addresses = [part.data_ptr() for part in (x, matrix, y)]
+    steps = [
+        (MATMUL, array("q", (0, 0, 1, *addresses, 11, 50, 96, 12, scratch, nbytes))),
+        (GEMV, array("q", (0, 13, x[-1:].data_ptr(), 50, 96, matrix.data_ptr(), alone.data_ptr()))),
+    ]
 
     def emit(processor: Processor) -> dict[str, ir.Module]:
-        return {GEMV: gemv_module(torch.bfloat16, torch.bfloat16, torch.bfloat16)}
+        given = (processor, *[torch.bfloat16] * 3, False)
+        return {MATMUL: matmul_module(*given), GEMV: gemv_module(*given)}
 
-    compare(tmp_path, memory, Processor("", TRIPLE), emit, [(GEMV, context)], [y])
+    compare(tmp_path, memory, Processor("", TRIPLE), emit, steps, [y, alone])
+    assert torch.equal(y[-1:], alone)
