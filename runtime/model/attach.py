@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from moetier.runtime.config import TierConfig
 from moetier.runtime.devices.device import ComputeDevice, device_at
-from moetier.runtime.kernels.layer.attention import use_decode_attention
+from moetier.runtime.kernels.layer.attention import use_causal_attention
 from moetier.runtime.kernels.layer.growing_cache import use_growing_layers
 from moetier.runtime.kernels.layer.norm import use_quick_norms
 from moetier.runtime.kernels.products.api import Kernels
@@ -155,7 +155,7 @@ def _mode(config: TierConfig, tiers: Tiers, modules: Mapping[str, Any]) -> Mode:
 
 def _use_compiled_code(model: PreTrainedModel) -> None:
     """Let compiled code do the work of modules for which it gives the same results as their own."""
-    use_decode_attention(model)
+    use_causal_attention(model)
     use_growing_layers(model)
     use_quick_norms(model)
     use_row_weights(model)

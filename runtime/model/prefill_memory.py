@@ -169,7 +169,7 @@ def _attentions(text: Any, size: int, *, is_eager: bool, is_sliced: bool, is_qui
     """Yield the attention of each layer of a model with the configuration ``text``, whose numbers have ``size`` bytes.
 
     ``is_eager``: whether scores of all tokens are computed, in slices if ``is_sliced``. ``is_quick``: whether
-    ``use_decode_attention`` is called for the model.
+    ``use_causal_attention`` is called for the model.
     """
     layers = text.per_layer_config
     layer_types = getattr(text, "layer_types", None) or [""] * len(layers)

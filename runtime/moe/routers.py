@@ -42,14 +42,14 @@ _SAME = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 class QuickRouter:
     """Class that is put before the class of a router among the base classes, so that its ``forward`` comes first.
 
-    With gradients, or for inputs that ``OneRowRouter`` refuses, the module computes as before.
+    With gradients, or for inputs that ``RowRouter`` refuses, the module computes as before.
     """
 
-    quick_router: OneRowRouter
+    quick_router: RowRouter
     weight: Tensor
 
     def forward(self, *arguments: Any, **named: Any) -> Any:
-        """Return logits [tokens, experts], weights [tokens, top_k] and experts [tokens, top_k] of a row.
+        """Return logits [tokens, experts], weights [tokens, top_k] and experts [tokens, top_k].
 
         ``arguments``: the hidden states, and the router's further arguments: none, or a correction [experts].
         """
@@ -57,16 +57,16 @@ class QuickRouter:
         return super().forward(*arguments, **named) if output is None else output  # type: ignore[misc]
 
 
-class OneRowRouter:
-    """A router for single rows. Threads may use it at the same time."""
+class RowRouter:
+    """A router for rows. Threads may use it at the same time."""
 
     def __init__(self, variants: dict[Any, RouterVariant | None]) -> None:
         """``variants``: those of routers that were tried. Routers that differ only in their weights are tried once."""
         self._variants = variants
         self._routings: dict[torch.dtype, Trials[CompiledRouter]] = {}  # by type of rows
 
-    def __deepcopy__(self, _: Any) -> OneRowRouter:
-        return OneRowRouter(self._variants)
+    def __deepcopy__(self, _: Any) -> RowRouter:
+        return RowRouter(self._variants)
 
     def routing(self, router: Any, dtype: torch.dtype) -> CompiledRouter | None:
         """Return the choice of a router for rows of a type; None if compiled code does not have it."""
@@ -85,13 +85,13 @@ class OneRowRouter:
         return None if variant is None else CompiledRouter(variant)
 
     def of(self, router: Any, x: Tensor, *more: Any) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Return logits [1, experts], weights [1, top_k] and experts [1, top_k] of one row x [1, columns].
+        """Return logits [rows, experts], weights [rows, top_k] and experts [rows, top_k] of x [rows, columns].
 
         x may have other leading dimensions. Returns None for other inputs.
         """
         with without_subclasses():  # attributes of a RowWeight are torch functions
             weight = parameters_of(router).get("weight")  # None if its class computes it from others
-            if weight is None or x.numel() != weight.shape[-1] or torch.is_grad_enabled() or len(more) > 1:
+            if weight is None or x.shape[-1] != weight.shape[-1] or torch.is_grad_enabled() or len(more) > 1:
                 return None
             if (routing := self.routing(router, x.dtype)) is None:
                 return None
@@ -144,7 +144,7 @@ def use_quick_routers(model: PreTrainedModel) -> None:
                 and not isinstance(module, nn.Linear)
                 and is_router(module)
             ):
-                module.__dict__["quick_router"] = OneRowRouter(variants)
+                module.__dict__["quick_router"] = RowRouter(variants)
                 module.__class__ = quick_class(QuickRouter, type(module))  # type: ignore[arg-type] # classes have a hash
 
 

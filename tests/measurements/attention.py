@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from moetier.runtime.kernels.layer.attend import attend
-from moetier.runtime.kernels.layer.attention import decode_attention
+from moetier.runtime.kernels.layer.attention import causal_attention
 from moetier.tools.bench.output import Spread, alternate
 from moetier.tools.cli.report import table
 
@@ -54,7 +54,7 @@ def one_token(lengths: list[int], rounds: int) -> None:
         module = nn.Module()
 
         def own_way(contexts: Iterator[Pair] = contexts, query: Tensor = query, module: nn.Module = module) -> None:
-            decode_attention(module, query, *next(contexts), None)
+            causal_attention(module, query, *next(contexts), None)
 
         def torchs_way(contexts: Iterator[Pair] = contexts, query: Tensor = query) -> None:
             scaled_dot_product_attention(query, *next(contexts), enable_gqa=True)

@@ -43,18 +43,19 @@ def attend(
         query: [batch, heads, tokens, width].
         key: [batch, key heads, length, width].
         value: [batch, key heads, length, values].
-        mask: fp32 [batch, tokens, ``first`` + length rounded up to a multiple of STEP], to be added to scores.
+        mask: fp32 [batch, tokens, ``first`` % PIECE + length, rounded up to a multiple of STEP], added to scores.
         scaling: factor of scores; None: width ** -0.5.
         sinks: [heads].
         window: most positions that a token attends to, its own included.
-        first: position of the first key, as pieces count positions.
+        first: position of the first key in its sequence.
 
     Returns:
         [batch, tokens, heads, values].
     """
     batch, heads, tokens, width = query.shape
     key_heads, length, values = key.shape[1], key.shape[2], value.shape[3]
-    share, end = heads // key_heads, first + length
+    share, first = heads // key_heads, first % PIECE  # nothing is before the first key
+    end = first + length
     out = torch.empty((batch, tokens, heads, values), dtype=query.dtype, device=CPU)
     pieces, block = -(-end // PIECE), max(1, min(tokens, BLOCK_ROWS // share))
     blocks = batch * key_heads * -(-tokens // block)

@@ -1,8 +1,9 @@
-"""Attention of one new token, in place of transformers' attention functions.
+"""Causal attention in place of transformers' attention functions.
 
-torch's scaled_dot_product_attention takes many times as long as it takes to read keys and values, and compiles its
-matrix products anew for each length of a context (docs/benchmarks.md, Attention). Architectures with attention sinks,
-which SDPA does not have, compute with a function of their own, which is replaced for one token too.
+For one token, torch's scaled_dot_product_attention takes many times as long as it takes to read keys and values, and
+compiles its matrix products anew for each length of a context (docs/benchmarks.md, Attention). Many tokens are computed
+with the bits of one, unless there is a mask. Architectures with attention sinks, which SDPA does not have, compute with
+a function of their own, which is replaced for one token only.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import inspect
 import re
 import sys
 from collections.abc import Collection
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,8 @@ from moetier.runtime.libraries.torch_internals import parameters_of, replace_par
 from moetier.runtime.libraries.transformers_internals import attention_of, can_use_sdpa
 
 from .attend import attend
-from .attention_piece import STEP
+from .attention_code import NO_WINDOW
+from .attention_piece import PIECE, STEP
 
 _ASKS = r'_attn_implementation\s*(?:==|!=|in|not in)\s[^\n]*"{}"'  # for the attention function of this name
 # what code does with a mask other than give it on, such as to extend it
@@ -35,16 +37,17 @@ _USES_MASK = re.compile(r"\battention_mask\b(?!\s*[,:)]|=[^=])")
 NAME, WITH_SINKS = "moetier_sdpa", "moetier_sinks"  # among transformers' attention functions
 SLICE_BYTES = 32 << 20  # largest size of the scores of queries that an architecture's own function takes together
 SCORE_BYTES = 12  # of one score: as it is, masked, and as a probability, in fp32
+_BAND = "moetier_band"  # name of an attribute of masks
 SINKS = "sinks"  # name of the parameter [heads] of an attention that has them
 # arguments that change no results: positions are in cos and sin, windows in the mask, and hooks take what is output
 HARMLESS = {"position_ids", "sliding_window", "use_cache", "output_router_logits", "output_hidden_states"}
 
 
-def use_decode_attention(model: PreTrainedModel) -> None:
+def use_causal_attention(model: PreTrainedModel) -> None:
     """Replace the attention function of a model for single tokens.
 
     This requires that the whole model uses one function, and that its code does not depend on the function's name. SDPA
-    is replaced by ``decode_attention``. The function of an architecture with sinks is replaced by ``sink_attention``,
+    is replaced by ``causal_attention``. The function of an architecture with sinks is replaced by ``sink_attention``,
     if the architecture can't use SDPA, its function computes the same for a trial token, and the configuration asks for
     no attention weights.
     """
@@ -53,8 +56,8 @@ def use_decode_attention(model: PreTrainedModel) -> None:
     if len(used) != 1 or any(_asks_for(attention_of(part.config), part) for part in parts):
         return
     if used == {"sdpa"}:
-        AttentionInterface.register(NAME, decode_attention)
-        AttentionMaskInterface.register(NAME, one_token_mask)
+        AttentionInterface.register(NAME, causal_attention)
+        AttentionMaskInterface.register(NAME, causal_mask)
         model.set_attn_implementation(NAME)
     elif used == {"eager"} and not can_use_sdpa(model) and not any(part.config.output_attentions for part in parts):
         modules = [module for module in model.modules() if SINKS in parameters_of(module)]
@@ -79,35 +82,73 @@ def _asks_for(name: str, model: PreTrainedModel) -> bool:
         return True
 
 
-def one_token_mask(**given: Any) -> Tensor | None:
-    """Return transformers' mask [batch, 1, tokens, cached] for SDPA, or None for a single token that may see all.
+class Band(NamedTuple):
+    """What a causal mask shows, if each token attends to the positions up to its own, or to the last of them."""
 
-    transformers makes such a mask for a token that attends to a whole sliding window.
+    first: int  # position of the first key in its sequence
+    window: int  # most positions that a token attends to, its own included
+
+
+def band_of(mask: Tensor | None) -> Band | None:
+    """Return the Band of a mask that ``causal_mask`` or ``sink_mask`` has made; None for other masks.
+
+    transformers gives attention functions no positions, so the mask carries its Band as an attribute. A mask that the
+    architecture's code derives from it has none.
     """
+    return None if mask is None else vars(mask).get(_BAND)
+
+
+def causal_mask(**given: Any) -> Tensor | None:
+    """Return transformers' mask [batch, 1, tokens, cached] for SDPA; None if tokens attend to all up to their own.
+
+    transformers makes such masks for tokens that follow others, and for a token that attends to a whole sliding window.
+    """
+    may_skip, first = given.get("allow_is_causal_skip", True), given.get("kv_offset", 0)
+    if 1 < given["q_length"] < given["kv_length"]:  # without a mask, SDPA would take the tokens for the first ones
+        given["allow_is_causal_skip"] = False
     mask: Tensor | None = sdpa_mask(**given)
-    if mask is not None and given["q_length"] == 1 and given.get("allow_is_causal_skip", True) and bool(mask.all()):
+    if mask is None or not may_skip:
+        return mask
+    tokens, length = mask.shape[2:]
+    window = length if tokens == 1 else int(mask[0, 0, -1].sum())
+    if not bool((mask == _causal(tokens, length, window, mask.device)).all()):
+        return mask
+    if window == length and first % PIECE == 0:
         return None
+    vars(mask)[_BAND] = Band(first, NO_WINDOW if window == length else window)
     return mask
 
 
+def _causal(tokens: int, length: int, window: int, device: torch.device) -> Tensor:
+    """Return the mask [tokens, length] of the last tokens of a sequence: each attends to ``window`` positions."""
+    mask = torch.ones((tokens, length), dtype=torch.bool, device=device).tril(length - tokens)
+    return mask if window == length else mask.triu(length - tokens - window + 1)
+
+
 def sink_mask(**given: Any) -> Tensor | None:
-    """Return transformers' mask [batch, 1, tokens, cached] for an architecture's own function, or None as
-    ``one_token_mask`` does.
+    """Return transformers' mask [batch, 1, tokens, cached] for an architecture's own function, with its Band.
+
+    Returns None for one token as ``causal_mask`` does.
     """
-    if given["q_length"] == 1 and one_token_mask(**given) is None:
+    shown = causal_mask(**given)
+    if shown is None and given["q_length"] == 1:
         return None
-    return eager_mask(**given)
+    mask: Tensor = eager_mask(**given)
+    if (band := Band(0, NO_WINDOW) if shown is None else band_of(shown)) is not None:
+        vars(mask)[_BAND] = band
+    return mask
 
 
 def sink_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **named: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute as ``decode_attention``, with sinks. Other inputs go to the architecture's own function.
+    """Compute as ``causal_attention``, with sinks. Other inputs go to the architecture's own function.
 
     ``named`` are ``s_aux``, the sinks [heads], and further arguments of transformers' attention functions.
     """
     sinks, scaling = named.get("s_aux"), named.get("scaling")
-    if sinks is not None and not asks_more(named, {"s_aux", "scaling"}):
+    is_causal = query.shape[2] == 1 or band_of(attention_mask) is not None  # without a mask, its tokens attend to all
+    if sinks is not None and is_causal and not asks_more(named, {"s_aux", "scaling"}):
         y = _attend(query, key, value, attention_mask, scaling, sinks)
         if y is not None:
             return y, None
@@ -179,7 +220,7 @@ def _has_plain_sinks(module: nn.Module) -> bool:
     )
 
 
-def decode_attention(
+def causal_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -188,11 +229,13 @@ def decode_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     position_bias: Tensor | None = None,
+    is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Compute attention of a single new token with ``attend``. Other inputs go to transformers' function for SDPA.
+    """Compute attention with ``attend``: of a single new token, and of many without a mask.
 
-    A sequence's result depends only on that sequence and its padding.
+    Other inputs go to transformers' function for SDPA. A sequence's result depends only on that sequence and its
+    padding.
 
     Args:
         query: [batch, heads, tokens, width].
@@ -203,10 +246,14 @@ def decode_attention(
     Returns:
         [batch, tokens, heads, values], and None in place of the attention weights.
     """
-    if dropout == 0.0 and position_bias is None and kwargs.get("softcap") is None:
+    tokens, length = query.shape[2], key.shape[2]
+    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if dropout == 0.0 and position_bias is None and kwargs.get("softcap") is None and (tokens == 1 or is_causal):
         y = _attend(query, key, value, attention_mask, scaling, kwargs.get("s_aux"))
         if y is not None:
             return y, None
+    if attention_mask is None and is_causal and 1 < tokens < length:  # see ``causal_mask``
+        attention_mask = _causal(tokens, length, length, query.device)
     values = value.shape[3]
     if query.device.type == "cpu" and values < key.shape[3]:
         # torch computes without the scores of all tokens only where keys and values are as wide
@@ -220,6 +267,7 @@ def decode_attention(
         dropout=dropout,
         scaling=scaling,
         position_bias=position_bias,
+        is_causal=is_causal,
         **kwargs,
     )
     return y[..., :values], None
@@ -228,18 +276,24 @@ def decode_attention(
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None, sinks: Tensor | None
 ) -> Tensor | None:
-    """Compute ``decode_attention`` with ``sinks`` [heads]. Return None for inputs that compiled code does not take."""
+    """Compute ``causal_attention`` with ``sinks`` [heads]. Return None for inputs that compiled code does not take."""
+    if (band := band_of(mask)) is not None:
+        mask = None
     if torch.is_grad_enabled() or not _fits(query, key, value, mask):
         return None
     if sinks is not None and not (has_memory(sinks) and (sinks.dtype, sinks.shape) == (query.dtype, query.shape[1:2])):
         return None
+    if query.stride(3) != 1:
+        query = query.contiguous()
+    first, window = band or (0, NO_WINDOW)
     added = None if mask is None else _added(mask, len(query))
-    return attend(query, key, value, added, scaling=scaling, sinks=sinks)
+    return attend(query, key, value, added, scaling=scaling, sinks=sinks, first=first, window=window)
 
 
 def _fits(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
     return (
-        query.shape[2] == 1
+        (query.shape[2] == 1 or mask is None)
+        and query.shape[2] <= key.shape[2]
         and query.shape[3] == key.shape[3]
         and key.shape[1:3] == value.shape[1:3]
         and type(query) is type(key) is type(value) is Tensor
@@ -249,8 +303,8 @@ def _fits(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> boo
         and query.shape[3] % LANES == value.shape[3] % LANES == 0
         and query.shape[1] % key.shape[1] == 0
         and query.shape[0] == key.shape[0] == value.shape[0]
-        and query.stride(3) == key.stride(3) == value.stride(3) == 1
-        and key.shape[2] > 0
+        and key.stride(3) == value.stride(3) == 1
+        and query.shape[2] > 0
         and (mask is None or _is_row_of(mask, key, query.dtype))
     )
 

@@ -27,7 +27,7 @@ from moetier.runtime.libraries.torch_internals import buffers_of, children_of, p
 from moetier.runtime.libraries.transformers_internals import attention_of, set_attention
 
 from . import heads
-from .attention import NAME, SINKS, WITH_SINKS, asks_more, decode_attention
+from .attention import NAME, SINKS, WITH_SINKS, asks_more, band_of, causal_attention
 from .attention_code import CONTEXT, NO_WINDOW, PLACE, AttentionContext, AttentionKernel
 from .attention_piece import PIECE
 from .growing_cache import CacheMemory, GrowingLayer, GrowingWindow
@@ -73,6 +73,7 @@ class Token(NamedTuple):
     room: CacheMemory  # of the layer
     first: int  # place in ``room`` of the first token that is attended to
     length: int  # number of tokens that are attended to, this one included
+    offset: int  # positions from the beginning of a piece to the first token that is attended to
     items: int  # number of items of the attention kernel
     threads: int  # number of threads of the attention kernel
 
@@ -94,7 +95,7 @@ def token_of(
     if (
         not isinstance(position_embeddings, tuple)
         or len(position_embeddings) != 2
-        or attention_mask is not None
+        or (attention_mask is not None and band_of(attention_mask) is None)
         or asks_more(others)
         or attention_of(module.config) not in (NAME, WITH_SINKS, _OBSERVED)
         or not _fits(variant, x, *position_embeddings)
@@ -104,10 +105,10 @@ def token_of(
     ):
         return None
     first, last = layer.place
-    length = last + 1 - first
-    items = variant.key_heads * -(-length // PIECE)
+    length, offset = last + 1 - first, layer.first_position % PIECE
+    items = variant.key_heads * -(-(offset + length) // PIECE)
     threads = min(items, threads_for(variant.heads * length * (variant.width + variant.values)))
-    return Token(*position_embeddings, layer, room, first, length, items, threads)
+    return Token(*position_embeddings, layer, room, first, length, offset, items, threads)
 
 
 def _fits(variant: AttentionVariant, x: Tensor, cos: Tensor, sin: Tensor) -> bool:
@@ -243,7 +244,7 @@ class AttentionTasks:
 
     def at(self, token: Token) -> None:
         """Set the addresses and numbers of a token. This must be done before each run."""
-        new, all_, size, length = self._heads, self._attention, self._itemsize, token.length
+        new, all_, size, end = self._heads, self._attention, self._itemsize, token.offset + token.length
         new[heads.COS], new[heads.SIN] = token.cos.data_ptr(), token.sin.data_ptr()
         strides, pieces = token.room.strides, token.items // self._variant.key_heads
         if token.room is not self._room:
@@ -251,15 +252,16 @@ class AttentionTasks:
             new[heads.STRIDES], new[heads.STRIDES + 1] = size * strides[1], size * strides[4]
             all_[PLACE["key_head"] : PLACE["key_head"] + 4] = array("q", (*strides[1:3], *strides[4:]))
         for place, (begin, stride) in enumerate(zip(token.room.addresses, strides[2::3], strict=True)):
-            start, step = begin + size * token.first * stride, size * PIECE * stride
+            start, step = begin + size * (token.first - token.offset) * stride, size * PIECE * stride
             self._tables[place] = table = array("q", [start + piece * step for piece in range(pieces)])
             all_[PLACE["keys"] + place] = table.buffer_info()[0]
-            new[heads.CACHE + place] = start + size * (length - 1) * stride
+            new[heads.CACHE + place] = start + size * (end - 1) * stride
         own = self._threads * self._compiled.thread_bytes
         nbytes = own + token.items * self._compiled.item_bytes
         scratch = _scratch.take(nbytes, spare=nbytes // 4)
         all_[PLACE["scratch"]], all_[PLACE["results"]] = scratch, scratch + own
-        all_[PLACE["threads"]], all_[PLACE["items"]], all_[PLACE["end"]] = 0, token.items, length
+        all_[PLACE["threads"]], all_[PLACE["items"]] = 0, token.items
+        all_[PLACE["first"]], all_[PLACE["end"]] = token.offset, end
         all_[PLACE["pieces"]] = all_[PLACE["spans"]] = pieces
         all_[CONTEXT:] = self._finished
 
@@ -310,7 +312,7 @@ def observe(module: Any) -> None:
 
 def _observed(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **named: Any) -> Any:
     vars(module)["seen"] = {**named, "mask": mask}, query.shape, key.shape, value.shape
-    return decode_attention(module, query, key, value, mask, **named)
+    return causal_attention(module, query, key, value, mask, **named)
 
 
 def variants(module: Any, angles: int) -> Iterator[AttentionVariant]:

@@ -192,6 +192,11 @@ class _InPlace(DynamicLayer):
         """Places in ``room``: of the first token that a new one attends to, and of the new one."""
         return self._begin, self._end
 
+    @property
+    def first_position(self) -> int:
+        """Position of the first token that a new one attends to."""
+        return 0
+
     def extend(self) -> None:
         """Take over a token whose key and value were written into the memory that ``room`` has returned."""
         assert self._buffers is not None
@@ -235,6 +240,11 @@ class GrowingWindow(_InPlace, DynamicSlidingWindowLayer):
 
     def _advance(self) -> None:
         self._begin = max(self._begin, self._end - self.sliding_window + 1)
+
+    @property
+    def first_position(self) -> int:
+        """Position of the first token that a new one attends to."""
+        return int(self.cumulative_length) - (self._end - self._begin)
 
     def room(self) -> CacheMemory | None:
         """Return the memory as ``_InPlace.room`` does; None if tokens that leave the window have to be kept."""

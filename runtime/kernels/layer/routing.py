@@ -1,10 +1,11 @@
-"""A router's choice of experts for one token in one call: logits, scores, the top-k of them, and the weights of these.
+"""A router's choice of experts: logits, scores, the top-k of them, and the weights of these.
 
 Scores are the softmax of the logits, or the sigmoid of each (DeepSeek-V3, arXiv 2412.19437). Weights are the scores of
 the chosen experts, which may be divided by their sum. For the choice, a correction may be added to the scores. Experts
 may be divided into groups of neighbours; then only experts of the best groups are chosen. A group's score is that of
-its best expert, or of its best two together. With torch the choice takes five to twenty operations, each of which costs
-more than its arithmetic. Of experts with equal scores, those with the smallest numbers are chosen.
+its best expert, or of its best two together. With torch the choice for one token takes five to twenty operations, each
+of which costs more than its arithmetic. Of experts with equal scores, those with the smallest numbers are chosen. A
+token's choice does not depend on the others.
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ import threading
 from array import array
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from moetier.runtime.kernels.jit.processor import refusal
-from moetier.runtime.kernels.jit.team import KernelTask, Program, is_small
+from moetier.runtime.kernels.jit.team import KernelTask, Program, is_small, threads_for
 from moetier.runtime.kernels.products.api import CPU, FLOATS, is_readable
 from moetier.runtime.kernels.products.gemv import W, X, Y, gemv_task, lies_in_rows
+from moetier.runtime.kernels.products.matmul import matmul
 from moetier.runtime.libraries.torch_internals import without_subclasses
 
 from .norm import float_bits
@@ -78,15 +81,17 @@ class CompiledRouter:
     def of(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, correction: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Return logits [1, experts], weights [1, top_k] and experts [1, top_k], int64, of one row x [1, columns].
+        """Return logits [rows, experts], weights [rows, top_k] and experts [rows, top_k], int64, of x [rows, columns].
 
         x may have other leading dimensions. Returns None for other inputs.
         """
         with without_subclasses():
             if not is_readable(x) or x.dtype not in FLOATS or torch.is_grad_enabled():
                 return None
-            if not self.fits(weight, bias, correction) or not x.numel() == x.shape[-1] == weight.shape[1]:
+            if not self.fits(weight, bias, correction) or not x.numel() or x.shape[-1] != weight.shape[1]:
                 return None
+            if x.numel() != x.shape[-1]:
+                return self._many(x.view(-1, x.shape[-1]), weight, bias, correction)
             call: _ThreadRouter | None = getattr(self._local, "call", None)
             added = None if correction is None else correction.dtype
             signature = (x.dtype, weight.dtype, weight.shape, bias is not None, added, torch.get_num_threads())
@@ -94,6 +99,45 @@ class CompiledRouter:
                 tasks = RoutingTasks(self.variant, x.dtype, weight, bias, correction)
                 call = self._local.call = _ThreadRouter(self.variant, signature, tasks, weight.numel())
             return call.of(x, weight, bias, correction)
+
+    def _many(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, correction: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        choice = Choice(self.variant, weight, bias, correction, rows=len(x))
+        logits = matmul(x, weight, choice.product_dtype)
+        weights, experts = choice.place(logits, bias, correction)
+        choice.task.kernel.run(choice.task.context, threads_for(len(x) * weight.numel()))
+        return logits.to(self.variant.logit_dtype), weights, experts
+
+
+class Choice:
+    """The task that chooses experts by logits. Its context is made once."""
+
+    def __init__(
+        self, variant: RouterVariant, weight: Tensor, bias: Tensor | None, correction: Tensor | None, rows: int = 1
+    ) -> None:
+        """``weight`` is [experts, columns], and the others are [experts]. ``rows``: number of rows of logits."""
+        self._variant, self._rows = variant, rows
+        self.product_dtype = variant.product_dtype or weight.dtype  # of the logits
+        scratch = np.empty(rows * scratch_elements(len(weight), variant.top_k), np.float32)
+        numbers = (0, rows, len(weight), variant.top_k, 0, 0, scratch.ctypes.data, 0, 0, float_bits(variant.factor), 0)
+        types = (self.product_dtype, variant.weight_dtype, variant.normalised, variant.is_sigmoid, bias is not None)
+        added = None if correction is None else correction.dtype
+        kernel = routing_kernel(RoutingCode(*types, added, variant.best_of_group))
+        self.task = KernelTask(kernel, array("q", (*numbers, variant.groups, variant.best_groups)), 1, scratch)
+
+    def place(self, logits: Tensor, bias: Tensor | None, correction: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Let the task read logits [rows, experts], ``bias`` and ``correction`` [experts].
+
+        Returns the new tensors that it fills: weights and experts, [rows, top_k] each.
+        """
+        shape, context = (self._rows, self._variant.top_k), self.task.context
+        weights = torch.empty(shape, dtype=self._variant.weight_dtype, device=CPU)
+        experts = torch.empty(shape, dtype=torch.int64, device=CPU)
+        context[LOGITS], context[WEIGHTS], context[EXPERTS] = (one.data_ptr() for one in (logits, weights, experts))
+        for place, vector_ in ((BIAS, bias), (CORRECTION, correction)):
+            context[place] = 0 if vector_ is None else vector_.data_ptr()
+        return weights, experts
 
 
 class RoutingTasks:
@@ -103,15 +147,8 @@ class RoutingTasks:
         self, variant: RouterVariant, given: torch.dtype, weight: Tensor, bias: Tensor | None, correction: Tensor | None
     ) -> None:
         """``given`` is the type of x. ``weight`` is [experts, columns], and the others are [experts]."""
-        self._variant = variant
-        self._product = variant.product_dtype or weight.dtype
-        scratch = array("f", bytes(4 * scratch_elements(len(weight), variant.top_k)))
-        numbers = (0, len(weight), variant.top_k, 0, 0, scratch.buffer_info()[0], 0, 0, float_bits(variant.factor), 0)
-        types = (self._product, variant.weight_dtype, variant.normalised, variant.is_sigmoid, bias is not None)
-        added = None if correction is None else correction.dtype
-        kernel = routing_kernel(RoutingCode(*types, added, variant.best_of_group))
-        context = array("q", (*numbers, variant.groups, variant.best_groups))
-        self.tasks = [gemv_task(weight, given, self._product), KernelTask(kernel, context, 1, scratch)]
+        self._choice = Choice(variant, weight, bias, correction)
+        self.tasks = [gemv_task(weight, given, self._choice.product_dtype), self._choice.task]
 
     def place(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, correction: Tensor | None
@@ -120,15 +157,10 @@ class RoutingTasks:
 
         Returns the new tensors that each run fills: logits [1, experts]; weights and experts, [1, top_k] each.
         """
-        top_k, dtype = self._variant.top_k, self._variant.weight_dtype
-        sizes = (len(weight), self._product), (top_k, dtype), (top_k, torch.int64)
-        logits, weights, experts = (torch.empty((1, size), dtype=dtype_, device=CPU) for size, dtype_ in sizes)
-        product, choice = (task.context for task in self.tasks)
+        logits = torch.empty((1, len(weight)), dtype=self._choice.product_dtype, device=CPU)
+        product = self.tasks[0].context
         product[X], product[W], product[Y] = x.data_ptr(), weight.data_ptr(), logits.data_ptr()
-        choice[LOGITS], choice[WEIGHTS], choice[EXPERTS] = (one.data_ptr() for one in (logits, weights, experts))
-        for place, vector_ in ((BIAS, bias), (CORRECTION, correction)):
-            choice[place] = 0 if vector_ is None else vector_.data_ptr()
-        return logits, weights, experts
+        return logits, *self._choice.place(logits, bias, correction)
 
 
 class _ThreadRouter:

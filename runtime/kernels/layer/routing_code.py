@@ -1,4 +1,4 @@
-"""Emit the compiled code of a router's choice of experts. ``routing.py`` runs it.
+"""Emit the compiled code of a router's choice of experts for rows of logits. ``routing.py`` runs it.
 
 All is computed in fp32; logits and weights are rounded to their types.
 """
@@ -16,11 +16,11 @@ from moetier.runtime.kernels.jit.processor import this_processor
 from moetier.runtime.kernels.jit.team import Kernel, compile_kernel
 
 ROUTE = "moetier_route"  # name of the compiled function
-# Number of i64 fields in the context. In order: unused; number of experts, top_k; pointers to the logits, the bias,
-# scratch memory, the weights, and the experts; the bits of the fp32 factor of the weights; a pointer to the correction;
-# number of groups, and of those to choose from
-CONTEXT = 12
-LOGITS, BIAS, WEIGHTS, EXPERTS, CORRECTION = 3, 4, 6, 7, 9  # indices of addresses in a context
+# Number of i64 fields in the context. In order: rows that threads have taken, all rows; number of experts, top_k;
+# pointers to the logits, the bias, scratch memory, the weights, and the experts; the bits of the fp32 factor of the
+# weights; a pointer to the correction; number of groups, and of those to choose from
+CONTEXT = 13
+LOGITS, BIAS, WEIGHTS, EXPERTS, CORRECTION = 4, 5, 7, 8, 10  # indices of addresses in a context
 _LEAST, _LARGEST = -(1 << 31), (1 << 31) - 1
 _TINY = 1e-20  # added to sums of sigmoids, as architectures do
 
@@ -41,8 +41,9 @@ class RoutingCode(NamedTuple):
 def routing_kernel(code: RoutingCode) -> Kernel:
     """Compile the function ``ROUTE(context)``.
 
-    Logits [experts] and bias [experts] are of ``code.dtype``; the bias is added to the logits in memory. Weights
-    [top_k] are of ``code.weight_dtype``, experts [top_k] i64. The scratch memory has ``scratch_elements`` fp32 numbers.
+    Logits [rows, experts] and bias [experts] are of ``code.dtype``; the bias is added to the logits in memory. Weights
+    [rows, top_k] are of ``code.weight_dtype``, experts [rows, top_k] i64. The scratch memory has ``scratch_elements``
+    fp32 numbers for each row.
     """
     return compile_kernel(this_processor(), _Router(code).finish(), ROUTE)
 
@@ -52,7 +53,7 @@ def _padded(count: int) -> int:
 
 
 def scratch_elements(experts: int, top_k: int) -> int:
-    """Return the size of the scratch memory in fp32 numbers.
+    """Return the size of the scratch memory of a row in fp32 numbers.
 
     It has the scores of all experts, their keys, the keys of groups, and the scores and then the weights of the top-k.
     """
@@ -70,23 +71,37 @@ class _Router(Emitter):
         super().__init__(new_module(), ROUTE, [POINTER])
         at, n = self.at, self.number
         self._code = code
-        _, (self._experts, self._top_k, *addresses, factor, correction, groups, best_groups) = self.fields(CONTEXT)
-        self._logits, self._bias, self._scores, self._weights, self._chosen, self._correction = (
-            at.inttoptr(address, POINTER) for address in (*addresses, correction)
+        begun, (rows, self._experts, self._top_k, *addresses, factor, correction, groups, best_groups) = self.fields(
+            CONTEXT
         )
-        # variables: a key, an index, a sum
+        # variables: a key, an index, a sum, and scores
         self._key, self._index, self._total = at.alloca(I32), at.alloca(I64), at.alloca(vector(F32, LANES))
+        self._first, self._second = at.alloca(F32), at.alloca(F32)
         self._factor = self.spread(at.bitcast(at.trunc(factor, I32), F32), LANES)
-        all_bytes = at.mul(self.padded(self._experts), n(4))
-        self._keys = at.gep(self._scores, [all_bytes])
-        self._group_keys = at.gep(self._keys, [all_bytes])
-        self._picked = at.gep(self._group_keys, [all_bytes])
-        self._score()
-        self._order()
-        if code.best_of_group:
-            self._drop_groups(groups, best_groups)
-        self._choose()
-        self._weigh()
+        score_bytes = at.mul(self.padded(self._experts), n(4))
+        row_bytes = at.add(at.mul(score_bytes, n(3)), at.mul(self.padded(self._top_k), n(4)))
+        strides = (
+            at.mul(self._experts, n(code.dtype.itemsize)),
+            n(0),
+            row_bytes,
+            at.mul(self._top_k, n(code.weight_dtype.itemsize)),
+            at.mul(self._top_k, n(8)),
+        )
+        self._correction = at.inttoptr(correction, POINTER)
+        with self.items(begun, rows) as row:
+            self._logits, self._bias, self._scores, self._weights, self._chosen = (
+                at.inttoptr(at.add(address, at.mul(row, stride)), POINTER)
+                for address, stride in zip(addresses, strides, strict=True)
+            )
+            self._keys = at.gep(self._scores, [score_bytes])
+            self._group_keys = at.gep(self._keys, [score_bytes])
+            self._picked = at.gep(self._group_keys, [score_bytes])
+            self._score()
+            self._order()
+            if code.best_of_group:
+                self._drop_groups(groups, best_groups)
+            self._choose()
+            self._weigh()
 
     def _number(self, pointer: Value, index: Value, type_: Value) -> Value:
         return self.load(pointer, self.at.mul(index, self.number(4)), type_)
@@ -135,7 +150,7 @@ class _Router(Emitter):
         """
         at, n = self.at, self.number
         size = at.udiv(self._experts, groups)
-        first, second = at.alloca(F32), at.alloca(F32)
+        first, second = self._first, self._second
         with self.loop(n(0), groups) as group:
             for place in (first, second):
                 at.store(ir.Constant(F32, -math.inf), place)

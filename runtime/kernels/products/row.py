@@ -1,7 +1,7 @@
-"""Products of one row with matrices of a trunk.
+"""Products of rows with matrices of a trunk.
 
 torch gives a product of one row with a bf16 matrix to oneDNN, which takes up to 2.7 times as long (docs/benchmarks.md,
-"One row").
+"One row"). Products of many rows have the bits of those of one.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from . import gemm, gemv, rounding
 from .api import CPU, FLOATS, is_readable
 from .gemm import ProjectionProduct, Rounded
 from .gemv import gemv_task, lies_in_rows
+from .matmul import matmul
 
 BIAS = "moetier_bias"  # name of the compiled function
 
@@ -172,7 +173,7 @@ class _Product:
 
 
 class RowWeight(nn.Parameter):
-    """A bf16 matrix with which F.linear multiplies one row by a RowMatrix, on a CPU and without gradients.
+    """A bf16 matrix with which F.linear multiplies by compiled code, on a CPU and without gradients.
 
     In all other cases torch computes as with any parameter.
     """
@@ -198,9 +199,9 @@ def _plain(weight: RowWeight) -> Tensor:
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
-    """Multiply as F.linear does, if ``weight`` is a RowWeight and x one row; return None for other inputs.
+    """Multiply x [tokens, columns] as F.linear does, if ``weight`` is a RowWeight; return None for other inputs.
 
-    The product is rounded to bf16 before the bias is added.
+    x may have other leading dimensions. The product is rounded to bf16 before the bias is added.
     """
     if not isinstance(weight, RowWeight) or not lies_in_rows(weight) or refusal():
         return None
@@ -208,8 +209,24 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | N
         matrix = weight.matrix = RowMatrix(weight, *weight.shape)
     if bias is not None and (bias.dtype, bias.shape) != (weight.dtype, weight.shape[:1]):
         return None
-    y = matrix.multiply(x)
+    y = matrix.multiply(x) if x.numel() == x.shape[-1] else _many_rows(x, weight)
     return y if y is None or bias is None else y.add_(bias)
+
+
+def _many_rows(x: Tensor, weight: Tensor) -> Tensor | None:
+    """Multiply many rows with a bf16 matrix, unless the processor has AMX, with which torch takes much less time."""
+    if (
+        type(x) is not Tensor
+        or not x.is_cpu
+        or x.dtype != weight.dtype
+        or x.shape[-1] != weight.shape[1]
+        or not x.numel()
+        or torch.is_grad_enabled()
+        or this_processor().has_amx
+    ):
+        return None
+    y = matmul(x.reshape(-1, x.shape[-1]).contiguous(), weight, weight.dtype)
+    return y.reshape(*x.shape[:-1], len(weight))
 
 
 def use_row_weights(model: nn.Module) -> None:

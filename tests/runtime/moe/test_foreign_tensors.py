@@ -22,7 +22,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRMSNorm
 
 import moetier
 from moetier.runtime.generation.compat import CACHE
-from moetier.runtime.kernels.layer.attention import decode_attention
+from moetier.runtime.kernels.layer.attention import causal_attention
 from moetier.runtime.kernels.layer.growing_cache import GrowingLayer
 from moetier.runtime.kernels.layer.norm import use_quick_norms
 from moetier.runtime.kernels.products.row import RowWeight
@@ -97,8 +97,8 @@ def test_tensors_without_memory_are_torchs(model: Any) -> None:
         assert type(found) is Wrapped
         assert torch.allclose(found.inner, wanted, rtol=0.1, atol=0.1)
     query, key = numbers(1, 2, 1, 32), numbers(1, 2, 5, 32)
-    found, _ = decode_attention(nn.Module(), Wrapped(query), Wrapped(key), Wrapped(key), None)
-    wanted, _ = decode_attention(nn.Module(), query, key, key, None)
+    found, _ = causal_attention(nn.Module(), Wrapped(query), Wrapped(key), Wrapped(key), None)
+    wanted, _ = causal_attention(nn.Module(), query, key, key, None)
     assert torch.allclose(found.inner, wanted, rtol=0.02, atol=0.02)  # type: ignore[attr-defined]
 
 
@@ -184,7 +184,7 @@ def test_a_mask_of_integers_is_refused() -> None:
     """They would be added to the scores."""
     query, key = numbers(1, 2, 1, 32), numbers(1, 2, 5, 32)
     with pytest.raises(RuntimeError, match="mask"):
-        decode_attention(nn.Module(), query, key, key, torch.ones(1, 1, 1, 5, dtype=torch.int64))
+        causal_attention(nn.Module(), query, key, key, torch.ones(1, 1, 1, 5, dtype=torch.int64))
 
 
 @torch.no_grad()
@@ -192,7 +192,7 @@ def test_keys_of_another_device_are_refused() -> None:
     query, key = numbers(1, 2, 1, 32), numbers(1, 2, 5, 32)
     for keys in ((key.to("meta"), key), (key, key.to("meta"))):
         with pytest.raises((RuntimeError, NotImplementedError)):
-            decode_attention(nn.Module(), query, *keys, None)
+            causal_attention(nn.Module(), query, *keys, None)
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from transformers import DynamicCache, StaticCache
 
 import moetier
 from moetier.runtime.generation.compat import CACHE
-from moetier.runtime.kernels.layer.attention import use_decode_attention
+from moetier.runtime.kernels.layer.attention import use_causal_attention
 from moetier.runtime.kernels.layer.growing_cache import TOKENS, use_growing_layers
 from moetier.runtime.kernels.layer.norm import use_quick_norms
 from moetier.runtime.kernels.products.row import use_row_weights
@@ -60,7 +60,7 @@ def wide(model_type: str) -> Any:
         model: Any = tiny_model(model_type, BF16)
     if model._supports_sdpa:
         model.set_attn_implementation("sdpa")
-    for use in (use_decode_attention, use_growing_layers, use_quick_norms, use_row_weights):
+    for use in (use_causal_attention, use_growing_layers, use_quick_norms, use_row_weights):
         use(model)
     use_quick_routers(model)
     use_quick_layers(model)

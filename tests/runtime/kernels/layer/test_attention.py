@@ -20,7 +20,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 from moetier.runtime.generation.compat import CACHE
 from moetier.runtime.kernels.jit.team import Kernel
 from moetier.runtime.kernels.layer import attention
-from moetier.runtime.kernels.layer.attention import NAME, WITH_SINKS, _fits, decode_attention, use_decode_attention
+from moetier.runtime.kernels.layer.attention import NAME, WITH_SINKS, _fits, causal_attention, use_causal_attention
 from moetier.runtime.kernels.layer.attention_piece import PIECE
 from moetier.runtime.kernels.layer.growing_cache import use_growing_layers
 from moetier.runtime.model.load import load
@@ -44,7 +44,7 @@ def test_it_is_what_torch_says(
     if mask == "added":
         given = torch.zeros(allowed.shape, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
     with torch.inference_mode():
-        found, _ = decode_attention(nn.Module(), query, key, value, given, scaling=0.2)
+        found, _ = causal_attention(nn.Module(), query, key, value, given, scaling=0.2)
     assert found.shape == (3, 1, heads, values)
     expected = scaled_dot_product_attention(
         query.float(),
@@ -74,7 +74,7 @@ def test_long_contexts_are_divided_into_pieces(dtype: torch.dtype, length: int, 
     query, key, value = attended(length, dtype)
     given = None if (row := MASKS[mask](length)) is None else row.expand(2, 1, 1, length)
     with torch.inference_mode():
-        found, _ = decode_attention(nn.Module(), query, key, value, given)
+        found, _ = causal_attention(nn.Module(), query, key, value, given)
     expected = scaled_dot_product_attention(
         query.double(),
         key.double(),
@@ -95,7 +95,7 @@ def test_sinks_take_their_share(dtype: torch.dtype, length: int, sink: float) ->
     sinks = torch.randn(6).to(dtype)
     sinks[::2] = -math.inf if math.isnan(sink) else sink
     with torch.inference_mode():
-        found, _ = decode_attention(nn.Module(), query, key, value, None, scaling=0.25, s_aux=sinks)
+        found, _ = causal_attention(nn.Module(), query, key, value, None, scaling=0.25, s_aux=sinks)
     keys, values = (tensor.double().repeat_interleave(3, dim=1) for tensor in (key, value))
     scores = 0.25 * query.double() @ keys.transpose(2, 3)
     scores = torch.cat([scores, sinks.double().view(1, 6, 1, 1).expand(2, 6, 1, 1)], -1)
@@ -115,14 +115,14 @@ def test_sinks_take_their_share(dtype: torch.dtype, length: int, sink: float) ->
 def test_an_architectures_own_function_is_replaced_if_it_has_sinks(kind: str, expected: str) -> None:
     """And if its code gives the mask on as it is: DeepSeek-V4 hides compressed tokens by extending it."""
     model = _tiny(kind, "cpu")
-    use_decode_attention(model)
+    use_causal_attention(model)
     assert model.config._attn_implementation == expected
 
 
 def test_an_own_function_that_is_asked_for_by_name_stays() -> None:
     """hy_v4 hides tokens that its indexer does not choose, if it computes so."""
     model = tiny_model("hy_v4", torch.float32)
-    use_decode_attention(model)
+    use_causal_attention(model)
     assert model.config._attn_implementation == "eager"
 
 
@@ -131,7 +131,7 @@ def test_a_model_with_sinks_says_the_same_as_with_its_own_function() -> None:
     """A prompt and single tokens, beyond a window of 16."""
     own = tiny_model("gpt_oss", torch.float32, head_dim=32)
     model = copy.deepcopy(own)
-    use_decode_attention(model)
+    use_causal_attention(model)
     use_growing_layers(model)
     caches: list[Any] = [None, None]
     for ids in ([5, 6, 7, 8, 9], *([token] for token in range(40, 70)), [3, 4, 5], [6]):
@@ -163,7 +163,7 @@ def test_a_prompt_with_sinks_is_computed_some_tokens_at_a_time(rows: int, monkey
 def test_an_own_function_that_shall_return_weights_stays() -> None:
     model = tiny_model("gpt_oss", torch.float32)
     model.config.output_attentions = True
-    use_decode_attention(model)
+    use_causal_attention(model)
     with torch.inference_mode():
         weights = model(torch.tensor([[5]])).attentions
     assert len(weights) == model.config.num_hidden_layers
@@ -174,7 +174,7 @@ def test_an_own_function_that_does_more_stays(monkeypatch: pytest.MonkeyPatch) -
     code = sys.modules[type(model).__module__]
     own = code.eager_attention_forward  # type: ignore[attr-defined]
     monkeypatch.setattr(code, "eager_attention_forward", lambda *given, **named: (own(*given, **named)[0] * 1.2, None))
-    use_decode_attention(model)
+    use_causal_attention(model)
     assert model.config._attn_implementation == "eager"
 
 
@@ -187,7 +187,7 @@ def test_the_number_of_threads_changes_no_bit(length: int) -> None:
             for threads in (1, 2, 3, 4):
                 torch.set_num_threads(threads)
                 # again and again, because other threads take other pieces and finish in another order
-                found += [decode_attention(nn.Module(), query, key, value, None)[0] for _ in range(20)]
+                found += [causal_attention(nn.Module(), query, key, value, None)[0] for _ in range(20)]
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(each, found[0]) for each in found)
@@ -201,7 +201,7 @@ def test_one_head_of_keys_uses_several_threads(monkeypatch: pytest.MonkeyPatch) 
     try:
         torch.set_num_threads(4)
         with torch.inference_mode():
-            decode_attention(nn.Module(), query, key, value, None)
+            causal_attention(nn.Module(), query, key, value, None)
     finally:
         torch.set_num_threads(before)
     assert asked == [4]
@@ -210,9 +210,9 @@ def test_one_head_of_keys_uses_several_threads(monkeypatch: pytest.MonkeyPatch) 
 def test_a_sequence_does_not_depend_on_others() -> None:
     query, key, value = attended(2 * PIECE + 1, torch.float32)
     with torch.inference_mode():
-        both, _ = decode_attention(nn.Module(), query, key, value, None)
+        both, _ = causal_attention(nn.Module(), query, key, value, None)
         for i in range(2):
-            alone, _ = decode_attention(nn.Module(), query[i : i + 1], key[i : i + 1], value[i : i + 1], None)
+            alone, _ = causal_attention(nn.Module(), query[i : i + 1], key[i : i + 1], value[i : i + 1], None)
             assert torch.equal(alone[0], both[i])
 
 
@@ -224,13 +224,25 @@ def attended(length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     return query.to(dtype), key.to(dtype), value.to(dtype)
 
 
-@pytest.mark.parametrize("tokens", [2, 5])
-def test_several_tokens_are_left_to_transformers(tokens: int) -> None:
-    query, key = torch.randn(1, 4, tokens, 16), torch.randn(1, 4, tokens, 16)
+@pytest.mark.parametrize("has_mask", [False, True])
+def test_several_tokens_attend_to_those_before_them(has_mask: bool) -> None:
+    """Without a mask, the new tokens are the last ones. torch takes them for the first ones."""
+    query, key = torch.randn(1, 4, 5, 16), torch.randn(1, 4, 8, 16)
+    mask = torch.ones(5, 8, dtype=torch.bool).tril(3)
     with torch.inference_mode():
-        found, _ = decode_attention(nn.Module(), query, key, key, None)
-        expected = scaled_dot_product_attention(query, key, key, is_causal=True)
-    assert torch.equal(found, expected.transpose(1, 2))
+        computed, _ = causal_attention(nn.Module(), query, key, key, mask[None, None] if has_mask else None)
+        expected = scaled_dot_product_attention(query, key, key, attn_mask=mask)
+    torch.testing.assert_close(computed, expected.transpose(1, 2), atol=1e-5, rtol=1e-5)
+
+
+def test_a_module_that_is_not_causal_attends_to_all() -> None:
+    module = nn.Module()
+    module.is_causal = False
+    query, key = torch.randn(1, 4, 5, 16), torch.randn(1, 4, 8, 16)
+    with torch.inference_mode():
+        computed, _ = causal_attention(module, query, key, key, None)
+        expected = scaled_dot_product_attention(query, key, key)
+    torch.testing.assert_close(computed, expected.transpose(1, 2), atol=1e-5, rtol=1e-5)
 
 
 def test_keys_and_values_lie_where_a_cache_has_them() -> None:
@@ -241,7 +253,7 @@ def test_keys_and_values_lie_where_a_cache_has_them() -> None:
     shared = torch.randn(1, 1, 33, 32).expand(2, 3, 33, 32)
     with torch.inference_mode():
         for values in (value, shared):
-            found, _ = decode_attention(nn.Module(), query, key, values, None)
+            found, _ = causal_attention(nn.Module(), query, key, values, None)
             expected = scaled_dot_product_attention(query, key, values, enable_gqa=True)
             torch.testing.assert_close(found, expected.transpose(1, 2), atol=1e-5, rtol=1e-5)
 
@@ -278,7 +290,7 @@ def test_a_model_says_the_same_as_with_sdpa(tinymix_4bit: Path, cache: str) -> N
 
 def test_a_gradient_flows() -> None:
     query, key = torch.randn(1, 4, 1, 16, requires_grad=True), torch.randn(1, 4, 3, 16)
-    found, _ = decode_attention(nn.Module(), query, key, key, None)
+    found, _ = causal_attention(nn.Module(), query, key, key, None)
     found.sum().backward()
     assert query.grad is not None
 
@@ -301,7 +313,7 @@ def test_an_unquantised_one_does_not(tmp_path: Path) -> None:
 def test_a_model_that_names_sdpa_keeps_it(kind: str, expected: str) -> None:
     """Gemma 4 asks for its name before it leaves out tokens."""
     model = _tiny(kind)
-    use_decode_attention(model)
+    use_causal_attention(model)
     assert model.config._attn_implementation == expected
 
 
@@ -311,7 +323,7 @@ def test_a_class_of_the_users_own_is_what_it_is_made_of() -> None:
 
     with torch.device("meta"):
         model = Own(AutoConfig.for_model("gemma4_text", num_hidden_layers=1))
-    use_decode_attention(model)
+    use_causal_attention(model)
     assert model.config._attn_implementation == "sdpa"
 
 
