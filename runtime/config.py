@@ -183,6 +183,12 @@ class TierConfig(HostTierConfig):
         in_config=True,
         group=MEMORY,
     )
+    same_bits: bool = option(
+        False,
+        "give a token the same bits in chunks of any size and beside any other sequences, also where a 16-bit trunk is "
+        "then slower: on processors with AMX (on others this is always so)",
+        group=MEMORY,
+    )
     daemon: DaemonChoice = option(
         AUTO,
         "where experts come from. auto: a local daemon if one serves this model, else this process's own tier. none: "
@@ -280,7 +286,7 @@ class TierConfig(HostTierConfig):
 
 OPTIONS = options_of(TierConfig)
 # The options as commands have them. Their chunk of a prompt does not depend on the memory if that is not short, because
-# the last bits of a result depend on which tokens are computed together.
+# some models' last bits depend on which tokens are computed together (``runtime.model.same_bits``).
 COMMAND_OPTIONS = OPTIONS | {"prefill_chunk": replace(OPTIONS["prefill_chunk"], default=1024)}
 # options for models in an object store, of ``load`` and of commands
 CACHE = named(
@@ -322,6 +328,7 @@ class TierOptions(TypedDict, total=False):
     prefill_chunk: int | None
     all_logits: bool
     exact: bool
+    same_bits: bool
     threads: int | None
 
 

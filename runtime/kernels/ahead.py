@@ -70,7 +70,7 @@ def _compile(manifest: Manifest | None, dtype: torch.dtype, matrices: Collection
     norm_kernel(dtype, Scale.ROUNDED)
     for adds in (False, True):
         norm_task_kernel(dtype, Scale.ROUNDED, adds)
-    attention_kernel(processor, dtype, pairs, True)
+    attention_kernel(processor, dtype, pairs, True, dtype)
     for scale in (None, Scale.ROUNDED):
         heads_kernel(dtype, scale)
     for p in matrices:

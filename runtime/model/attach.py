@@ -65,7 +65,7 @@ def attach_tiers(model: PreTrainedModel, location: Path, files: TrunkFiles, conf
             _speculate(shortcuts, config, device, tiers, experts_modules(model))
         layouts = [*tiers.manifest.layouts.values(), *(linear.layout for linear in linears)]
         if any(kernels.packs(layout) for layout in layouts):  # else the model computes bit for bit as the eager one
-            _use_compiled_code(model)
+            _use_compiled_code(model, config)
         tiers.hooks.add(model.register_forward_pre_hook(lambda *_: files.check()))
         _attach_blocks(model, tiers, device.torch_device)
         _keep(model, tiers)
@@ -153,12 +153,12 @@ def _mode(config: TierConfig, tiers: Tiers, modules: Mapping[str, Any]) -> Mode:
     return mode
 
 
-def _use_compiled_code(model: PreTrainedModel) -> None:
+def _use_compiled_code(model: PreTrainedModel, config: TierConfig) -> None:
     """Let compiled code do the work of modules for which it gives the same results as their own."""
     use_causal_attention(model)
     use_growing_layers(model)
     use_quick_norms(model)
-    use_row_weights(model)
+    use_row_weights(model, same_bits=config.same_bits)
     use_quick_routers(model)
     use_quick_layers(model)
 

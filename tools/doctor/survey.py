@@ -17,7 +17,8 @@ NO_TOKENIZER = "none: generate, chat and serve need the tokenizer files of the m
 def survey(store: DirectoryStore) -> dict[str, Any]:
     """Return the JSON that ``moetier inspect --json`` prints. Sizes are in bytes. No record is read."""
     from moetier.runtime.checkpoint.containers import container_of
-    from moetier.runtime.checkpoint.model_config import is_checkpoint
+    from moetier.runtime.checkpoint.model_config import config_of, is_checkpoint
+    from moetier.runtime.model.same_bits import varying_part
     from moetier.tiers.errors import StoreError
     from moetier.tiers.manifest import FORMAT
     from moetier.tiers.store.mirror import read_mirrors
@@ -67,6 +68,7 @@ def survey(store: DirectoryStore) -> dict[str, Any]:
         "trunk_bytes": trunk,
         "trunk_records": asdict(manifest.trunk_records) if manifest.trunk_records else None,
         "trunk_matrices": matrices,
+        "varying_part": varying_part(config_of(directory), manifest),
         "direct": store.direct,
         "trunk_files": {name: asdict(entry) for name, entry in sorted(manifest.trunk.items())},
         "tokenizer": container_of(directory).has_vocabulary(directory),

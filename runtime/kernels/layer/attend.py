@@ -63,7 +63,9 @@ def attend(
     spans = pieces if tokens == 1 or blocks < 2 * threads else 1
     items = blocks * spans
     threads = min(items, threads)
-    compiled = AttentionKernel.of(this_processor(), query.dtype, block * share, (width, values))
+    compiled = AttentionKernel.of(
+        this_processor(), query.dtype, block * share, (width, values), None if sinks is None else sinks.dtype
+    )
     own = threads * compiled.thread_bytes
     nbytes = own + (items * compiled.item_bytes if spans > 1 else 0)
     scratch = _scratch.take(nbytes, spare=nbytes // 4)  # spare memory, because the context grows with each token

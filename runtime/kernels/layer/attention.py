@@ -3,7 +3,7 @@
 For one token, torch's scaled_dot_product_attention takes many times as long as it takes to read keys and values, and
 compiles its matrix products anew for each length of a context (docs/benchmarks.md, Attention). Many tokens are computed
 with the bits of one, unless there is a mask. Architectures with attention sinks, which SDPA does not have, compute with
-a function of their own, which is replaced for one token only.
+a function of their own, which is replaced too.
 """
 
 from __future__ import annotations
@@ -281,13 +281,18 @@ def _attend(
         mask = None
     if torch.is_grad_enabled() or not _fits(query, key, value, mask):
         return None
-    if sinks is not None and not (has_memory(sinks) and (sinks.dtype, sinks.shape) == (query.dtype, query.shape[1:2])):
+    if sinks is not None and not fits_sinks(sinks, query.shape[1]):
         return None
     if query.stride(3) != 1:
         query = query.contiguous()
     first, window = band or (0, NO_WINDOW)
     added = None if mask is None else _added(mask, len(query))
     return attend(query, key, value, added, scaling=scaling, sinks=sinks, first=first, window=window)
+
+
+def fits_sinks(sinks: Tensor, heads: int) -> bool:
+    """Return whether compiled code can read sinks for a number of heads. Their type may be another than the keys'."""
+    return has_memory(sinks) and sinks.dtype in FLOATS and sinks.shape == (heads,)
 
 
 def _fits(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:

@@ -95,28 +95,43 @@ class AttentionKernel(NamedTuple):
 
     @classmethod
     @functools.cache
-    def of(cls, processor: Processor, dtype: torch.dtype, rows: int, widths: tuple[int, int]) -> AttentionKernel:
-        """Return the function for blocks of ``rows`` rows. ``widths``: of queries and keys, and of values."""
-        kernel = attention_kernel(processor, dtype, has_pairs(processor, dtype, widths[0]), rows <= ROWS)
+    def of(
+        cls,
+        processor: Processor,
+        dtype: torch.dtype,
+        rows: int,
+        widths: tuple[int, int],
+        sink_dtype: torch.dtype | None = None,
+    ) -> AttentionKernel:
+        """Return the function for blocks of ``rows`` rows.
+
+        ``widths``: of queries and keys, and of values. ``sink_dtype``: type of the sinks; None: the same.
+        """
+        pairs = has_pairs(processor, dtype, widths[0])
+        kernel = attention_kernel(processor, dtype, pairs, rows <= ROWS, sink_dtype or dtype)
         item_bytes = 4 * rows * result_numbers(widths[1])
         return cls(kernel, 4 * held_numbers(rows, *widths) + 2 * item_bytes, item_bytes)
 
 
 @once
-def attention_kernel(processor: Processor, dtype: torch.dtype, has_pairs: bool, has_few_rows: bool) -> Kernel:
-    """Compile ``attention_module``, once for each type and for few and for many rows."""
-    module = attention_module(processor, dtype, has_pairs, has_few_rows)
+def attention_kernel(
+    processor: Processor, dtype: torch.dtype, has_pairs: bool, has_few_rows: bool, sink_dtype: torch.dtype
+) -> Kernel:
+    """Compile ``attention_module``, once for these types and for few and for many rows."""
+    module = attention_module(processor, dtype, has_pairs, has_few_rows, sink_dtype)
     return compile_kernel(processor, module, ATTEND, unroll=False)
 
 
-def attention_module(processor: Processor, dtype: Dtype, has_pairs: bool, has_few_rows: bool) -> ir.Module:
+def attention_module(
+    processor: Processor, dtype: Dtype, has_pairs: bool, has_few_rows: bool, sink_dtype: Dtype
+) -> ir.Module:
     """Emit the function ``ATTEND(context)``, which computes items until none is left.
 
-    q [sequences, heads, tokens, D], keys, values, sinks [heads] and out [sequences, tokens, heads, V] are of ``dtype``.
-    The mask is fp32 [sequences, tokens, positions rounded up to a multiple of STEP]. A block has at most ROWS rows if
-    ``has_few_rows``.
+    q [sequences, heads, tokens, D], keys, values and out [sequences, tokens, heads, V] are of ``dtype``, and sinks
+    [heads] of ``sink_dtype``. The mask is fp32 [sequences, tokens, positions rounded up to a multiple of STEP]. A block
+    has at most ROWS rows if ``has_few_rows``.
     """
-    return _Attention(dtype, processor, has_pairs=has_pairs, has_few_rows=has_few_rows).finish()
+    return _Attention(dtype, processor, sink_dtype, has_pairs=has_pairs, has_few_rows=has_few_rows).finish()
 
 
 class _Block(NamedTuple):
@@ -134,7 +149,10 @@ class _Attention(PieceEmitter):
     _block: _Block  # of the present item
     _base: Value  # first position of the present piece
 
-    def __init__(self, dtype: Dtype, processor: Processor, *, has_pairs: bool, has_few_rows: bool) -> None:
+    def __init__(
+        self, dtype: Dtype, processor: Processor, sink_dtype: Dtype, *, has_pairs: bool, has_few_rows: bool
+    ) -> None:
+        self._sink_dtype = sink_dtype
         super().__init__(ATTEND, dtype, processor, has_pairs=has_pairs, has_few_rows=has_few_rows)
         at, n = self.at, self.number
         (context,) = self.function.args
@@ -273,7 +291,7 @@ class _Attention(PieceEmitter):
             at.store(self.floats(0.0), z)
             with at.if_then(has_sinks):
                 sinks = at.inttoptr(given.sinks, POINTER)
-                sink = self.load_floats(sinks, at.mul(head, n(self.dtype.itemsize)), self.dtype, 1)
+                sink = self.load_floats(sinks, at.mul(head, n(self._sink_dtype.itemsize)), self._sink_dtype, 1)
                 sink = at.fmul(self.pick(sink, sink, [0] * LANES), self.floats(LOG2_E))
                 at.store(self.larger(sink, self.lowest()), m)
                 at.store(self.exp2(at.fsub(sink, at.load(m))), z)

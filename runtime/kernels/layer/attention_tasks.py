@@ -27,7 +27,7 @@ from moetier.runtime.libraries.torch_internals import buffers_of, children_of, p
 from moetier.runtime.libraries.transformers_internals import attention_of, set_attention
 
 from . import heads
-from .attention import NAME, SINKS, WITH_SINKS, asks_more, band_of, causal_attention
+from .attention import NAME, SINKS, WITH_SINKS, asks_more, band_of, causal_attention, fits_sinks
 from .attention_code import CONTEXT, NO_WINDOW, PLACE, AttentionContext, AttentionKernel
 from .attention_piece import PIECE
 from .growing_cache import CacheMemory, GrowingLayer, GrowingWindow
@@ -142,7 +142,7 @@ class AttentionTasks:
         linears = [children_of(module)[name] for name in PROJECTIONS]
         matrices, biases = [*map(_matrix_of, linears)], [parameters_of(linear).get("bias") for linear in linears]
         norms = [part for name in NORMS if (part := children_of(module).get(name)) is not None]
-        sinks = parameters_of(module)[SINKS] if variant.has_sinks else None
+        sinks: Tensor | None = parameters_of(module)[SINKS] if variant.has_sinks else None
         if any(matrix is None or not matrix.fits(dtype) for matrix in matrices) or _norm_of(norms) != variant.norm:
             return None
         hidden, (q, k, v, attended) = matrices[0].columns, variant.rows  # type: ignore[union-attr]
@@ -151,7 +151,9 @@ class AttentionTasks:
             return None
         weights = [norm.weight for norm in norms]
         vectors = [(bias, rows) for bias, (rows, _) in zip(biases, shapes, strict=True) if bias is not None]
-        vectors += [(weight, weight.numel()) for weight in weights] + [(sinks, variant.heads)] * variant.has_sinks
+        vectors += [(weight, weight.numel()) for weight in weights]
+        if sinks is not None and not (is_readable(sinks) and fits_sinks(sinks, variant.heads)):
+            return None
         if any(not is_readable(vector) or (vector.dtype, vector.shape) != (dtype, (size,)) for vector, size in vectors):
             return None
         covered = [(len(weight), rows) for weight, rows in zip(weights, (q, k), strict=False)]
@@ -190,7 +192,9 @@ class AttentionTasks:
         apart = variant.rotated // 2 if variant.angles == variant.rotated else 0
         self._heads = array("q", (*shape, q, k, v, *(weights or [0, 0]), 0, 0, *normed, 0, 0, 0, 0, apart))
         share = count // key_count
-        self._compiled = AttentionKernel.of(this_processor(), dtype, share, (width, values))
+        self._compiled = AttentionKernel.of(
+            this_processor(), dtype, share, (width, values), None if sinks is None else sinks.dtype
+        )
         self._finished = array("q", bytes(8 * key_count))
         given = AttentionContext(
             begun=0,

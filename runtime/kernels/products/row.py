@@ -179,6 +179,7 @@ class RowWeight(nn.Parameter):
     """
 
     matrix: RowMatrix | None = None
+    same_bits = False  # whether products of many rows must have the bits of one row's
 
     @classmethod
     def __torch_function__(
@@ -213,8 +214,8 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | N
     return y if y is None or bias is None else y.add_(bias)
 
 
-def _many_rows(x: Tensor, weight: Tensor) -> Tensor | None:
-    """Multiply many rows with a bf16 matrix, unless the processor has AMX, with which torch takes much less time."""
+def _many_rows(x: Tensor, weight: RowWeight) -> Tensor | None:
+    """Multiply many rows with a bf16 matrix; return None for other inputs, and where torch's product is preferred."""
     if (
         type(x) is not Tensor
         or not x.is_cpu
@@ -222,17 +223,24 @@ def _many_rows(x: Tensor, weight: Tensor) -> Tensor | None:
         or x.shape[-1] != weight.shape[1]
         or not x.numel()
         or torch.is_grad_enabled()
-        or this_processor().has_amx
+        or (prefers_torch() and not weight.same_bits)
     ):
         return None
-    y = matmul(x.reshape(-1, x.shape[-1]).contiguous(), weight, weight.dtype)
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    y = matmul(rows, weight, weight.dtype)
     return y.reshape(*x.shape[:-1], len(weight))
 
 
-def use_row_weights(model: nn.Module) -> None:
+def prefers_torch() -> bool:
+    """Return whether torch multiplies many rows with bf16 matrices much faster than compiled code: with AMX."""
+    return this_processor().has_amx
+
+
+def use_row_weights(model: nn.Module, *, same_bits: bool = False) -> None:
     """Replace the ``weight`` of each module by a RowWeight if it is a bf16 matrix, except in embeddings.
 
-    Modules that share a weight still share it afterwards.
+    Modules that share a weight still share it afterwards. ``same_bits``: products of many rows must have the bits of
+    one row's, even where torch's are faster.
     """
     row_weights = {}
     for module in model.modules():
@@ -244,7 +252,7 @@ def use_row_weights(model: nn.Module) -> None:
             and lies_in_rows(weight)
         ):
             row_weights[id(weight)] = row_weight = RowWeight(weight.data, weight.requires_grad)
-            row_weight.matrix = RowMatrix(row_weight, *weight.shape)
+            row_weight.matrix, row_weight.same_bits = RowMatrix(row_weight, *weight.shape), same_bits
     for module in model.modules():
         for name, parameter in parameters_of(module).items():
             parameters_of(module)[name] = row_weights.get(id(parameter), parameter)

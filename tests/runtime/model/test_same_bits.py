@@ -7,18 +7,25 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import architectures
 import pytest
 import torch
+import torch.nn.functional as F
+from architectures import FURTHER, REQUIRED
 from comparison import convert_tiny
 from torch import Tensor
 from transformers import DynamicCache
 
+from moetier.runtime.checkpoint.config_json import read_config
 from moetier.runtime.generation.compat import CACHE
-from moetier.runtime.kernels.layer.attention import NAME, WITH_SINKS
+from moetier.runtime.kernels.products.matmul import matmul
 from moetier.runtime.model.load import load
+from moetier.runtime.model.same_bits import VARYING, varying_part, varying_part_here
+from moetier.runtime.stores.registry import read_manifest
+from moetier.tools.main import main
 
 TYPES = ["qwen3_moe", "mixtral", "gpt_oss", "olmoe", "glm4_moe", "granitemoe"]
-SIZES = {"hidden_size": 128, "head_dim": 32, "moe_intermediate_size": 64, "intermediate_size": 64}
+OTHERS = sorted((REQUIRED | FURTHER) - VARYING.keys() - {*TYPES})
 TRUNKS = [4, 8, 16]
 BEYOND = 530  # tokens: more than a piece of attention
 
@@ -30,6 +37,12 @@ def test_a_prompt_may_be_cut_anywhere(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", OTHERS)
+def test_all_types_that_are_not_said_to_vary(kind: str, tmp_path: Path) -> None:
+    _check(kind, 16, BEYOND, [[500, *[1] * 30], [7] * 76], tmp_path)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("trunk_bits", TRUNKS)
 @pytest.mark.parametrize("kind", TYPES)
 def test_a_long_prompt_may_be_cut_anywhere(kind: str, trunk_bits: Any, tmp_path: Path) -> None:
@@ -37,12 +50,21 @@ def test_a_long_prompt_may_be_cut_anywhere(kind: str, trunk_bits: Any, tmp_path:
     _check(kind, trunk_bits, length, [[size] * -(-length // size) for size in (1, 7, 64, 512, 1024)], tmp_path)
 
 
+@pytest.fixture(autouse=True)
+def widths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let tiny models have the widths that compiled code needs, as all published models do."""
+    for name in [*architectures.TINY]:
+        if name.endswith("intermediate_size"):
+            monkeypatch.setitem(architectures.TINY, name, 64)
+    monkeypatch.setitem(architectures.TINY, "qk_nope_head_dim", 24)
+
+
 def _check(kind: str, trunk_bits: Any, length: int, cuts: list[list[int]], folder: Path) -> None:
-    sizes = {**SIZES, "max_position_embeddings": 2 * length}
-    _, directory = convert_tiny(kind, torch.bfloat16, folder, bits=4, trunk_bits=trunk_bits, **sizes)
+    room = {"max_position_embeddings": 2 * length}
+    _, directory = convert_tiny(kind, torch.bfloat16, folder, bits=4, trunk_bits=trunk_bits, **room)
     model, _ = load(directory, daemon=None)
     ids = torch.randint(5, 250, (1, length), generator=torch.Generator().manual_seed(0))
-    assert model.config._attn_implementation in (NAME, WITH_SINKS)
+    assert varying_part_here(model) is None
     with model.tiers, torch.inference_mode():
         wanted = _logits(model, ids, [length])
         for sizes_ in cuts:
@@ -79,3 +101,34 @@ def _with_threads(*counts: int) -> Iterator[int]:
             yield count
     finally:
         torch.set_num_threads(before)
+
+
+def test_what_makes_bits_vary(tinymix_4bit: Path, tmp_path: Path) -> None:
+    manifest, config = read_manifest(tinymix_4bit), read_config(tinymix_4bit)
+    assert varying_part(config, manifest) is None
+    assert varying_part(config | {"model_type": "qwen3_next"}, manifest) == "linear attention"
+    assert varying_part(config | {"dtype": "float32"}, manifest) == "the trunk's products in float32"
+    _, wide = convert_tiny("mixtral", torch.bfloat16, tmp_path)
+    assert "16-bit experts" in str(varying_part(config, read_manifest(wide)))
+
+
+@pytest.mark.parametrize("same_bits", [False, True])
+def test_where_torch_is_faster_it_computes_16_bit_matrices(
+    tinymix_4bit: Path, same_bits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That is with AMX. ``--same-bits`` is to compute them with the bits of one row all the same."""
+    monkeypatch.setattr("moetier.runtime.kernels.products.row.prefers_torch", lambda: True)
+    model, _ = load(tinymix_4bit, daemon=None, same_bits=same_bits)
+    with model.tiers, torch.inference_mode():
+        assert (varying_part_here(model) is None) is same_bits
+        x, weight = torch.randn(64, model.config.hidden_size).to(model.dtype), model.lm_head.weight
+        plain = weight.detach().as_subclass(Tensor)
+        wanted = matmul(x, plain, plain.dtype) if same_bits else F.linear(x, plain)
+        assert torch.equal(F.linear(x, weight), wanted)
+
+
+def test_commands_say_so(tinymix_4bit: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(tinymix_4bit)]) == 0
+    assert "bits             a token has the same bits in every company\n" in capsys.readouterr().out
+    main(["doctor", str(tinymix_4bit)])
+    assert "same bits in every company" in " ".join(capsys.readouterr().out.split())

@@ -223,7 +223,7 @@ def test_attention(tmp_path: Path, memory: SharedMemory, dtype: torch.dtype) -> 
     def emit(processor: Processor) -> dict[str, ir.Module]:
         modules = {}
         for name, has_few_rows in (("moetier_many", False), ("moetier_one", True)):
-            modules[name] = module = attention_module(processor, dtype, False, has_few_rows)
+            modules[name] = module = attention_module(processor, dtype, False, has_few_rows, dtype)
             module.globals[ATTEND].name = name
         return modules
 
