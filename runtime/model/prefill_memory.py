@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from moetier.runtime.config import DEFAULT_CONTEXT, TierConfig
-from moetier.runtime.kernels.layer.attention import SCORE_BYTES, SINKS, SLICE_BYTES
+from moetier.runtime.kernels.layer.attention import SCORE_BYTES, SINKS
 from moetier.runtime.kernels.products.api import Kernels
 from moetier.runtime.libraries.torch_internals import parameters_of
 from moetier.runtime.libraries.transformers_internals import attention_of
@@ -35,7 +35,7 @@ INDEX = 48  # bytes per chosen expert of a token: its number, sorted in several 
 NOTHING_PER_TOKEN = ("linear", "mamba", "conv", "moe", "mlp")
 WINDOWED = ("sliding", "chunked")
 STATEFUL = ("linear", "mamba", "hybrid")  # they have states that are computed in fp32
-SMALL_BYTES = 14 << 20  # of scratch memory and small tensors, for any number of tokens
+SMALL_BYTES = 11 << 20  # of scratch memory and small tensors, for any number of tokens
 EXACT_BYTES = 32 << 20  # the same, more if torch multiplies with decoded experts
 SPARE = 1.25  # factor for freed memory that the allocator keeps in pieces
 
@@ -118,7 +118,7 @@ def prefill_of(model: Any, manifest: Manifest, config: TierConfig, kernels: Kern
     text = model.config.get_text_config(decoder=True)
     is_quick = any(map(kernels.packs, manifest.layouts.values()))  # else norms and attention are those of transformers
     is_eager = attention_of(model.config) == "eager"
-    is_sliced = is_eager and is_quick and any(SINKS in parameters_of(module) for module in model.modules())
+    has_sinks = is_eager and is_quick and any(SINKS in parameters_of(module) for module in model.modules())
     modules = experts_modules(model)
     of_block = max(
         _block(modules[block.path], manifest, number, model.dtype, kernels)
@@ -132,8 +132,10 @@ def prefill_of(model: Any, manifest: Manifest, config: TierConfig, kernels: Kern
         states=STATES * (size if is_quick else size + 4) * text.hidden_size,
         of_attention=_outputs(model),
         of_block=max(of_block, text.vocab_size * (size + 8) if config.all_logits else 0),  # in fp32, and logarithms
-        fixed=SMALL_BYTES + (EXACT_BYTES if config.exact else 0) + (SLICE_BYTES if is_sliced else 0),
-        attentions=tuple({*_attentions(text, size, is_eager=is_eager, is_sliced=is_sliced, is_quick=is_quick)}),
+        fixed=SMALL_BYTES + (EXACT_BYTES if config.exact else 0),
+        attentions=tuple(
+            {*_attentions(text, size, is_eager=is_eager and not has_sinks, has_mask=is_eager, is_quick=is_quick)}
+        ),
     )
 
 
@@ -165,11 +167,11 @@ def _state(module: Any) -> int:
     return int(CHUNK_SCANS * 4 * module.A_log.numel() * (width + module.chunk_size)) if width else 0
 
 
-def _attentions(text: Any, size: int, *, is_eager: bool, is_sliced: bool, is_quick: bool) -> Iterator[Attention]:
+def _attentions(text: Any, size: int, *, is_eager: bool, has_mask: bool, is_quick: bool) -> Iterator[Attention]:
     """Yield the attention of each layer of a model with the configuration ``text``, whose numbers have ``size`` bytes.
 
-    ``is_eager``: whether scores of all tokens are computed, in slices if ``is_sliced``. ``is_quick``: whether
-    ``use_causal_attention`` is called for the model.
+    ``is_eager``: whether scores of all tokens are computed. ``has_mask``: whether there is a mask for each prompt.
+    ``is_quick``: whether ``use_causal_attention`` is called for the model.
     """
     layers = text.per_layer_config
     layer_types = getattr(text, "layer_types", None) or [""] * len(layers)
@@ -184,17 +186,17 @@ def _attentions(text: Any, size: int, *, is_eager: bool, is_sliced: bool, is_qui
         values = sizes["v_head_dim"] or width
         expanded = heads * (keys + values) * size  # keys and values of all heads
         is_shared = heads != (getattr(layer, "num_key_value_heads", None) or heads)
-        # SDPA takes keys that several heads share as they are, if there is no mask; else they are repeated
+        # Compiled code takes keys that several heads share as they are. SDPA repeats them if there is a mask
         kept = (getattr(layer, "num_key_value_heads", None) or heads) * (keys + values) * size
         shares = not is_eager and keys <= 256 and (keys == values or (is_quick and keys > values))
         holds_scores = is_eager or (not is_quick and keys != values)
         plain = Attention(
             always=2 * expanded if sizes["kv_lora_rank"] else expanded * is_shared * (not shares),
-            masked=expanded * is_shared * shares,
+            masked=expanded * is_shared * shares * (not is_quick or bool(getattr(layer, "attention_chunk_size", None))),
             kept=0 if sizes["kv_lora_rank"] else kept,
-            scores=SCORE_BYTES * (heads * (holds_scores and not is_sliced) + sizes["index_n_heads"]),
+            scores=SCORE_BYTES * (heads * holds_scores + sizes["index_n_heads"]),
             mask=size + 1,
-            has_mask=is_eager,
+            has_mask=has_mask,
         )
         window = getattr(layer, "sliding_window", None) or getattr(layer, "attention_chunk_size", None) or 0
         is_windowed = any(name in layer_type for name in WINDOWED)

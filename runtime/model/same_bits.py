@@ -59,8 +59,6 @@ def varying_part_here(model: Any) -> str | None:
     return part
 
 
-def sentence(part: str | None) -> str:
-    """Return a sentence about what ``varying_part`` has returned."""
-    if part is None:
-        return "a token has the same bits in every company"
-    return f"the last bits depend on chunks and on other requests ({part})"
+def bits_of(part: str | None) -> str:
+    """Return what to say of a model's logits by what ``varying_part`` has returned."""
+    return "the same bits in every company" if part is None else f"last bits depend on chunks and company: {part}"

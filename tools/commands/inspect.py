@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _text(description: dict[str, Any]) -> str:
-    from moetier.runtime.model.same_bits import sentence
+    from moetier.runtime.model.same_bits import bits_of
 
     trunk = format_bytes(description["trunk_bytes"])
     if records := description["trunk_records"]:
@@ -57,7 +57,7 @@ def _text(description: dict[str, Any]) -> str:
         f"{format_bytes(description['expert_bytes'])}, {description['bits_per_weight']:.3f} bits a weight as stored",
         f"trunk            {trunk}",
         f"tokenizer        {'there' if description['tokenizer'] else NO_TOKENIZER}",
-        f"bits             {sentence(description['varying_part'])}",
+        f"logits           {bits_of(description['varying_part'])}",
         f"reads            {'O_DIRECT' if description['direct'] else 'buffered'}",
     ]
     lines += [

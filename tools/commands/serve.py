@@ -53,12 +53,12 @@ def run(arguments: argparse.Namespace) -> None:
                 f"Other machines can reach {arguments.host}, and there is no API key.",
                 f"Give --api-key-file, or set {KEY} (make a key: openssl rand -hex 32); or leave out --host.",
             )
-        from moetier.runtime.model.same_bits import sentence, varying_part_here
+        from moetier.runtime.model.same_bits import bits_of, varying_part_here
         from moetier.tools.serve.serving import serving
 
         with serving(arguments.directory, resources, arguments, name=name, key=key) as (app, engine):
             tiers, context = engine.model.tiers, engine.context
-            bits = sentence(varying_part_here(engine.model))
+            bits = bits_of(varying_part_here(engine.model))
             Server(
                 app,
                 connections=arguments.parallel + arguments.queue + SPARE_CONNECTIONS,

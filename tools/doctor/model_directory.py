@@ -100,7 +100,7 @@ def _memory_for(directory: Path, left: Available, text: str) -> Finding:
 
 def health(directory: Path, *, checksums: bool) -> Iterator[Finding]:
     """Check manifest, sizes and indexes and, if ``checksums``, all bytes. Raises StoreError if there is no store."""
-    from moetier.runtime.model.same_bits import sentence
+    from moetier.runtime.model.same_bits import bits_of
     from moetier.runtime.stores.registry import open_store
     from moetier.tiers.objects.cache_folder import cache_of
     from moetier.tiers.store.folder import CACHE, command
@@ -116,7 +116,7 @@ def health(directory: Path, *, checksums: bool) -> Iterator[Finding]:
         what = (
             f"{result['model']}: {result['records']:,} experts in {len(result['blocks'])} blocks, "
             f"{format_bytes(result['expert_bytes'])}, trunk {format_bytes(result['trunk_bytes'])}; "
-            f"{sentence(result['varying_part'])}"
+            f"{bits_of(result['varying_part'])}"
         )
         if result["linked"] is False:
             yield warn("store", f"{what}; without checksums", f"Make them: {command('link', directory)}")

@@ -17,8 +17,7 @@ NO_TOKENIZER = "none: generate, chat and serve need the tokenizer files of the m
 def survey(store: DirectoryStore) -> dict[str, Any]:
     """Return the JSON that ``moetier inspect --json`` prints. Sizes are in bytes. No record is read."""
     from moetier.runtime.checkpoint.containers import container_of
-    from moetier.runtime.checkpoint.model_config import config_of, is_checkpoint
-    from moetier.runtime.model.same_bits import varying_part
+    from moetier.runtime.checkpoint.model_config import is_checkpoint
     from moetier.tiers.errors import StoreError
     from moetier.tiers.manifest import FORMAT
     from moetier.tiers.store.mirror import read_mirrors
@@ -68,13 +67,24 @@ def survey(store: DirectoryStore) -> dict[str, Any]:
         "trunk_bytes": trunk,
         "trunk_records": asdict(manifest.trunk_records) if manifest.trunk_records else None,
         "trunk_matrices": matrices,
-        "varying_part": varying_part(config_of(directory), manifest),
+        "varying_part": _varying_part(directory, manifest),
         "direct": store.direct,
         "trunk_files": {name: asdict(entry) for name, entry in sorted(manifest.trunk.items())},
         "tokenizer": container_of(directory).has_vocabulary(directory),
         "mirrors": [*map(str, mirrors)],
         "faults": [fault.cause for fault in [*faults, *small]],
     }
+
+
+def _varying_part(directory: Path, manifest: Manifest) -> str | None:
+    from moetier.runtime.checkpoint.model_config import config_of
+    from moetier.runtime.model.same_bits import varying_part
+    from moetier.tiers.errors import MoetierError
+
+    try:
+        return varying_part(config_of(directory), manifest)
+    except MoetierError:  # the model can't be loaded, as `moetier verify` says
+        return "unknown without config.json"
 
 
 def _layout(layout: RecordLayout, manifest: Manifest, array: str) -> dict[str, Any]:

@@ -129,6 +129,6 @@ def test_where_torch_is_faster_it_computes_16_bit_matrices(
 
 def test_commands_say_so(tinymix_4bit: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(tinymix_4bit)]) == 0
-    assert "bits             a token has the same bits in every company\n" in capsys.readouterr().out
+    assert "logits           the same bits in every company\n" in capsys.readouterr().out
     main(["doctor", str(tinymix_4bit)])
     assert "same bits in every company" in " ".join(capsys.readouterr().out.split())

@@ -83,7 +83,10 @@ def streamed(client: OpenAI, **asked: Any) -> tuple[str, Any]:
 
 
 def test_it_says_where_it_is_and_whose_experts_it_has(server: ServerProcess, together: ServerProcess) -> None:
-    assert server.said == f"{NAME}, experts of this process, a context of 1,500 tokens: {server.url}/v1\n"
+    said = (
+        f"{NAME}, experts of this process, a context of 1,500 tokens, the same bits in every company: {server.url}/v1\n"
+    )
+    assert server.said == said
     assert "experts of the daemon" in together.said
 
 
