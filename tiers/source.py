@@ -37,19 +37,19 @@ class Lease(NamedTuple, Generic[Record]):
     The lease is valid until the next lease is taken from the iterator. If ``more`` is true, the next lease is already
     available, and this lease stays valid as long as the next one does.
 
-    The record may belong to another process, which may replace it during the computation. So call ``end`` after the
-    last use of the record and before any use of the result. If ``end`` returns False, discard the result; the
-    iterator will yield a lease of the same key again.
+    The record may belong to another process, which may replace it during the computation. So call ``validate`` after
+    the last use of the record and before any use of the result. If it returns False, discard the result; the iterator
+    will yield a lease of the same key again.
     """
 
     key: ExpertKey
     record: Record
     slot: int  # number of the slot in the tier that gave the lease
-    proof: Callable[[], bool] | None = None  # returns whether the lease still holds; None: the record is pinned
+    proof: Callable[[], bool] | None = None  # returns whether the lease is still valid; None: the record is pinned
     more: bool = False  # the next lease is available now, so the caller can compute with both records together
 
-    def end(self) -> bool:
-        """End the use of the record, once. Return whether the slot has held the record until now."""
+    def validate(self) -> bool:
+        """Return whether the slot has had the record until now. Call this once, after the last use of the record."""
         return self.proof is None or self.proof()
 
 
@@ -77,7 +77,7 @@ class ExpertSource(Protocol[Record]):
     def acquire(self, keys: Sequence[ExpertKey]) -> Generator[Lease[Record], None, None]:
         """Yield a lease for each distinct key: first for the records that the source holds, then for others on arrival.
 
-        All keys must belong to one block. If a lease did not hold, a lease of the same key is yielded again. A lease
+        All keys must belong to one block. If a lease was not valid until its end, the same key is leased again. A lease
         ends when the next lease is taken, or when the iterator is exhausted or closed. Leases that are available
         together (see ``Lease.more``) end together, after the last of them. So a block can use more experts than there
         are slots, and no caller waits while it holds a lease that it has not processed. Therefore two callers can't
@@ -144,7 +144,7 @@ class CopySource(ExpertSource[Record], Protocol[Record]):
 
         The lease ends with the ``with`` block. Never waits. This is not a demand: it is not counted as a hit, miss or
         use, and it changes neither the order of eviction nor prefetch requests. A copy of the record is valid only if
-        the lease still holds when the copy has ended.
+        the lease is still valid when the copy has ended.
         """
 
     def note_copy_uses(self, keys: Sequence[ExpertKey]) -> None:

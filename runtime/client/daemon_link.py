@@ -108,7 +108,7 @@ class Link:
 
     # -- callers ------------------------------------------------------------------------------------------------------
 
-    def request(self, request: SlotRequest) -> None:
+    def submit(self, request: SlotRequest) -> None:
         """Send a request now, or once the daemon is back. Raises ClosedError after ``close``."""
         with self._lock:
             if self._closed.is_set():

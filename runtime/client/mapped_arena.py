@@ -17,21 +17,21 @@ from moetier.tiers.source import Lease, Residents
 class Proof:
     """Check that a slot has not been refilled since a lease on it began.
 
-    A call returns whether the slot's generation is unchanged. ``held`` is what the last call returned; None before the
-    first call.
+    A call returns whether the slot's generation is unchanged. ``is_valid`` is what the last call returned; None before
+    the first call.
     """
 
-    __slots__ = ("_generation", "_generation_of", "_slot", "held")
+    __slots__ = ("_generation", "_generation_of", "_slot", "is_valid")
 
     def __init__(self, generation_of: Callable[[int], int], slot: int, generation: int) -> None:
         self._generation_of = generation_of
         self._slot = slot
         self._generation = generation
-        self.held: bool | None = None
+        self.is_valid: bool | None = None
 
     def __call__(self) -> bool:
-        self.held = self._generation_of(self._slot) == self._generation
-        return self.held
+        self.is_valid = self._generation_of(self._slot) == self._generation
+        return self.is_valid
 
 
 class MappedArena:

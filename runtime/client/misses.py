@@ -48,7 +48,7 @@ class Misses:
         self._answers: SimpleQueue[Answer | None] = SimpleQueue()
         self.missing: dict[int, None] = {}  # experts that the caller has not computed with yet
 
-    def request(self, experts: Sequence[int]) -> None:
+    def submit(self, experts: Sequence[int]) -> None:
         """Request experts from the daemon, in one message."""
         self.missing.update(dict.fromkeys(experts))
         request = SlotRequest(self._block, dict.fromkeys(experts), self._answers)
@@ -56,7 +56,7 @@ class Misses:
         self._requests.append(request)
         self._thread = threading.get_ident()
         self._context.by_thread[self._thread] = self
-        self._context.link.request(request)
+        self._context.link.submit(request)
 
     def close(self) -> None:
         """Cancel all requests. Never waits. After an interruption by an exception, it can be called again."""
@@ -78,7 +78,7 @@ class Misses:
             lease, proof = arena.lease(event.key, event.slot, event.generation)
             yield lease
             context.check_open()
-            if proof.held is not False:
+            if proof.is_valid is not False:
                 del self.missing[expert]
                 if self.missing:  # otherwise close() cancels the request and so releases this lease
                     context.link.release(request, expert)
@@ -86,7 +86,7 @@ class Misses:
                 with context.counting:
                     context.counters.count_discarded()
                 context.link.cancel(request)
-                self.request([expert, *request.awaited])
+                self.submit([expert, *request.awaited])
 
     def _wait(self) -> Answer | HostTier:
         """Return the next answer that grants a slot, or the fallback's tier if the daemon grants none in time."""
@@ -138,7 +138,7 @@ class Misses:
         if not is_ending or time.monotonic() + _RETRY >= deadline:
             raise error
         time.sleep(_RETRY)
-        self.request(list(request.awaited))
+        self.submit(list(request.awaited))
         return None
 
     def _from_fallback(self, host: HostTier) -> Generator[Lease[memoryview], None, None]:

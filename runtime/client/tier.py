@@ -100,7 +100,7 @@ class DaemonTier(Closeable):
         rest = Misses(self._misses, block)
         try:
             if missing:
-                rest.request(missing)
+                rest.submit(missing)
             proofs = []
             for number, (key, slot, generation) in enumerate(cached, 1):
                 lease, proof = arena.lease(key, slot, generation, more=number < len(cached))
@@ -108,10 +108,10 @@ class DaemonTier(Closeable):
                 yield lease
                 if self._closed:
                     self._check_open()
-            if lost := [expert for expert, proof in proofs if proof.held is False]:
+            if lost := [expert for expert, proof in proofs if proof.is_valid is False]:
                 with self._counting:
                     self._counters.count_lookups(misses=len(lost), discarded=len(lost))
-                rest.request(lost)
+                rest.submit(lost)
             if rest.missing:
                 yield from rest.leases()
         finally:
@@ -184,7 +184,7 @@ class DaemonTier(Closeable):
         lease, proof = arena.lease(key, *placement)
         self._copied.add(key)  # before the copy is made, as a demand may find the copy at once
         yield lease
-        if not proof.held:
+        if not proof.is_valid:
             self._copied.discard(key)
 
     def note_copy_uses(self, keys: Sequence[ExpertKey]) -> None:

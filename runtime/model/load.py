@@ -3,7 +3,7 @@
 The calls of a load, in order:
 
 1. ``load`` checks the options, and ``_load`` checks the files and reads the tokenizer
-2. ``model_of`` puts options and files into a ``LoadRequest`` (``quantizer.py``), which a ContextVar keeps: transformers
+2. ``model_of`` puts options and files into ``LoadArguments`` (``quantizer.py``), which a ContextVar keeps: transformers
    calls the quantiser without arguments of moetier's
 3. transformers' ``from_pretrained`` builds the model on the meta device, and calls ``MoetierQuantizer``: before it
    reads weights, to remove the experts' parameters, and afterwards
@@ -49,7 +49,7 @@ from moetier.tiers.store.trunk import check_trunk
 
 from .context import longest_context
 from .names import directory_at, is_address, model_directory
-from .quantizer import LoadRequest, install, loading
+from .quantizer import LoadArguments, install, loading
 from .trunk_files import TrunkFiles
 from .vocabulary import check_tokenizer
 
@@ -181,7 +181,7 @@ def model_of(
         wants_info = named.get("output_loading_info", False)
         named = named | {"config": config, "dtype": chosen, "use_safetensors": True} | source
         named["output_loading_info"] = True
-        with loading(LoadRequest(tier_config, location, files, trunk)):
+        with loading(LoadArguments(tier_config, location, files, trunk)):
             model, info = load(location if trunk is None else None, *arguments, **named)
         with closed_on_error(model.tiers):
             if lacking := info["missing_keys"]:

@@ -53,7 +53,7 @@ _options: TierOptions = {}  # set by register(), for models that are loaded with
 
 
 @dataclass(frozen=True)
-class LoadRequest:
+class LoadArguments:
     """Options and files that load() hands to from_pretrained for one model."""
 
     config: TierConfig  # in place of the options in config.json
@@ -62,17 +62,17 @@ class LoadRequest:
     trunk: Trunk | None = None  # given to from_pretrained as a state dict; None if it reads the files
 
 
-_request: ContextVar[LoadRequest | None] = ContextVar("request", default=None)
+_arguments: ContextVar[LoadArguments | None] = ContextVar("arguments", default=None)
 
 
 @contextlib.contextmanager
-def loading(request: LoadRequest) -> Iterator[None]:
-    """In this context, load the model that ``request`` describes."""
-    token = _request.set(request)
+def loading(arguments: LoadArguments) -> Iterator[None]:
+    """In this context, load the model that ``arguments`` describe."""
+    token = _arguments.set(arguments)
     try:
         yield
     finally:
-        _request.reset(token)
+        _arguments.reset(token)
 
 
 def set_options(options: TierOptions) -> None:
@@ -88,7 +88,7 @@ def options() -> TierOptions:
 
 def is_loading() -> bool:
     """Return whether load() is loading a model in this context."""
-    return _request.get() is not None
+    return _arguments.get() is not None
 
 
 def install() -> None:
@@ -143,13 +143,13 @@ class MoetierQuantizer(HfQuantizer):
     ) -> None:
         self._location = _location_of(model, checkpoint_files)
         config_of(self._location)  # refuses what is unsafe
-        request = _request.get()
-        given = None if request is None else request.files
+        arguments = _arguments.get()
+        given = None if arguments is None else arguments.files
         self._files = given or TrunkFiles(self._location, list(map(Path, checkpoint_files or ())))
         with self._files.for_load():
-            self._replace_modules(model, request)
+            self._replace_modules(model, arguments)
 
-    def _replace_modules(self, model: PreTrainedModel, request: LoadRequest | None) -> None:
+    def _replace_modules(self, model: PreTrainedModel, arguments: LoadArguments | None) -> None:
         """Remove the experts' parameters, and give the trunk modules for its records. Raises StoreFormatError."""
         modules = experts_modules(model)
         manifest, records = read_manifest(self._location), dict[str, int]()
@@ -168,8 +168,8 @@ class MoetierQuantizer(HfQuantizer):
             set_experts_function_alone(module.config, NAME)
         if manifest.trunk_records is not None:
             replace_linears(model, records, manifest.trunk_records)
-        if request is not None and request.trunk is not None:
-            replace_modules(model, request.trunk.layouts)
+        if arguments is not None and arguments.trunk is not None:
+            replace_modules(model, arguments.trunk.layouts)
         set_experts_function(model.config, NAME)
         leave_out_of_plans(model, ".experts")
 
@@ -207,8 +207,8 @@ class MoetierQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         given: Any = self.quantization_config
         in_config: Any = {name: getattr(given, name) for name in IN_CONFIG}
-        request = _request.get()
-        config = request.config if request else TierConfig.of(**(in_config | _options))
+        arguments = _arguments.get()
+        config = arguments.config if arguments else TierConfig.of(**(in_config | _options))
         with self._files.for_load():
             attach_tiers(model, self._location, self._files, config)
         return model
@@ -235,7 +235,7 @@ def _location_of(model: PreTrainedModel, files: list[str] | None) -> Path:
     which transformers will load the trunk, are not the trunk's files in that folder.
     """
     if files is None:
-        given = _request.get()
+        given = _arguments.get()
         assert given is not None, "weights given as a state dict have no store"
         return given.location
     name = model.config.name_or_path

@@ -123,7 +123,7 @@ def _eager(
                 tokens, positions = tokens_of[lease.key.expert]
                 y = _expert(module, tiered, lease.record, hidden_states[tokens].to(compute))
                 y = (y * top_k_weights[tokens, positions, None]).to(accumulate)
-                if not lease.end():
+                if not lease.validate():
                     continue  # the record was replaced during the computation; it will be leased again
                 computed[lease.key.expert] = y
                 while waiting and waiting[0] in computed:

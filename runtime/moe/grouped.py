@@ -209,7 +209,7 @@ def _arriving(
         for leases in arriving:
             compute(leases)
             for lease in leases:
-                lease.end()  # if the record was replaced, the expert is leased and computed again
+                lease.validate()  # if the record was replaced, the expert is leased and computed again
 
 
 Batch = list[tuple[Lease[Tensor], Tensor, Tensor]]  # (lease, tokens that use it, their positions in the top-k)

@@ -27,7 +27,7 @@ def _check_device(tier: Any) -> None:
         check_pool(pool)
     promoter = tier._promoter
     assert promoter._missing >= 0
-    assert all(tier._slots.find(key) is not None for key in promoter.outcomes.unused)
+    assert all(tier._slots.slot_of(key) is not None for key in promoter.outcomes.unused)
 
 
 def check_ledger(ledger: Ledger) -> None:
@@ -43,14 +43,14 @@ def check_ledger(ledger: Ledger) -> None:
     check_loads(ledger.loads)
     queue = ledger.prefetches
     followed = {*queue._outcomes.began, *queue._outcomes.unused, *queue._warmed}
-    assert all(key in queue._copied or ledger.pool_of[key.block].find(key) is not None for key in followed)
+    assert all(key in queue._copied or ledger.pool_of[key.block].slot_of(key) is not None for key in followed)
     _check_waiting(ledger.waiting, ledger._demands)
 
 
 def check_pool(pool: SlotPool) -> None:
     """Assert that each slot is in one state, and each key in one slot and in the right partition."""
     held = {key: slot for slot, (key, _) in enumerate(pool.contents()) if key is not None}
-    assert held == pool._slot_of
+    assert held == pool._slots
     assert sorted([*held.values(), *pool._free]) == list(range(pool.count))
     assert pool._loading <= set(held.values())
     pins = [pool.pins(slot) for slot in range(pool.count)]

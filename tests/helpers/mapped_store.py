@@ -57,7 +57,7 @@ class MappedStore:
         arrived = []
         for lease in source.acquire(keys(block, *experts)):
             data = bytes(lease.record)
-            if lease.end():
+            if lease.validate():
                 assert data == self.records[lease.key], f"wrong bytes for {lease.key}"
                 arrived.append(lease.key.expert)
         return arrived

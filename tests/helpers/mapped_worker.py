@@ -88,7 +88,7 @@ class Worker:
         self.open_leases.clear()
 
     def break_proof(self) -> None:
-        """Let every lease hold from now on, whatever the generations say."""
+        """Let every lease be valid from now on, whatever the generations say."""
         Proof.__call__ = lambda self: True  # type: ignore[method-assign]
 
     def fork_hold(self, block: int, *experts: int) -> int:
@@ -140,7 +140,7 @@ class Worker:
                 if pause:
                     time.sleep(pause)
                 crc = google_crc32c.extend(google_crc32c.value(first), bytes(lease.record[len(first) :]))
-                if not lease.end():
+                if not lease.validate():
                     self.thrown += 1
                     continue
                 self.used += 1

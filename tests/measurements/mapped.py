@@ -129,7 +129,7 @@ def token(source: ExpertSource[memoryview], step: int) -> float:
 
 
 def use(source: ExpertSource[memoryview], keys: Sequence[ExpertKey]) -> int:
-    return sum(lease.end() for lease in source.acquire(keys))
+    return sum(lease.validate() for lease in source.acquire(keys))
 
 
 def timed(work: object) -> float:

@@ -78,7 +78,9 @@ def restarts(store: ExpertStore, rounds: int) -> None:
     try:
         with HostTier(store, slots=slots, arena=arena) as tier:
             for block, entry in enumerate(manifest.blocks):
-                assert all(lease.end() for lease in tier.acquire([ExpertKey(block, e) for e in range(entry.experts)]))
+                assert all(
+                    lease.validate() for lease in tier.acquire([ExpertKey(block, e) for e in range(entry.experts)])
+                )
         times = []
         for _ in range(rounds):
             arena = Arena.reclaim(descriptor, manifest)

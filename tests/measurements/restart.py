@@ -65,7 +65,7 @@ def main() -> None:
 def visit(client: DaemonTier, manifest: Manifest) -> None:
     """Demands every expert."""
     for block, entry in enumerate(manifest.blocks):
-        held = [lease.end() for lease in client.acquire([ExpertKey(block, e) for e in range(entry.experts)])]
+        held = [lease.validate() for lease in client.acquire([ExpertKey(block, e) for e in range(entry.experts)])]
         assert sum(held) == entry.experts
 
 

@@ -122,7 +122,7 @@ def test_a_daemon_that_comes_back_with_another_arena(store: MappedStore, tmp_pat
             wait_until(lambda: tier.stats().slots == 5)
             assert sorted(store.take(tier, 2, 3, 4)) == [3, 4]
             assert bytes(lease.record) == store.records[lease.key]
-            assert lease.end(), "no process writes to the old arena any more"
+            assert lease.validate(), "no process writes to the old arena any more"
             assert [lease.key.expert for lease in leases] == [1]
             del lease, leases
             wait_until(lambda: arenas() == 1)
@@ -135,13 +135,13 @@ def test_views_keep_no_old_arena(store: MappedStore, tmp_path: Path) -> None:
     with store.daemon(18, tmp_path / "daemon") as first, store.tier(first, fallback=False) as tier:
         views = HostViews(tier)
         for block in range(3):
-            assert all(lease.end() for lease in views.acquire(keys(block, 0, 1, 2, 3, 4, 5)))
+            assert all(lease.validate() for lease in views.acquire(keys(block, 0, 1, 2, 3, 4, 5)))
         first.kill()
         with store.daemon(5, tmp_path / "daemon"):
             wait_until(lambda: tier.stats().slots == 5)
             for lease in views.acquire(keys(2, 3)):
                 assert lease.record.numpy().tobytes() == store.records[lease.key]
-                assert lease.end()
+                assert lease.validate()
             del lease
             wait_until(lambda: arenas() == 1)
         views.close()
@@ -206,8 +206,8 @@ def test_a_daemon_that_is_told_to_end_finishes_what_it_has_begun(store: MappedSt
         first = next(leases)
         daemon.process.send_signal(signal.SIGTERM)
         wait_until(lambda: "event=drain" in daemon.log or "event=stopping" in daemon.log or "SIGTERM" in daemon.log)
-        assert first.end()
-        assert len([lease.end() for lease in leases]) == 1, "what was asked for before is granted"
+        assert first.validate()
+        assert len([lease.validate() for lease in leases]) == 1, "what was asked for before is granted"
         assert daemon.process.wait(PATIENCE) == 0
         assert sorted(store.take(tier, 1, 2, 3)) == [2, 3], "the local store"
         assert sorted(store.take(tier, 0, 0, 1)) == [0, 1]
@@ -347,7 +347,7 @@ folder, directory = map(Path, sys.argv[1:])
 tier = DaemonTier.open(folder, directory, read_manifest(store_folder(directory)))
 
 def use(block):
-    return sum(lease.end() for lease in tier.acquire([ExpertKey(block, 0), ExpertKey(block, 1)]))
+    return sum(lease.validate() for lease in tier.acquire([ExpertKey(block, 0), ExpertKey(block, 1)]))
 
 def child():
     try:

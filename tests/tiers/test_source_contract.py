@@ -58,7 +58,7 @@ class Opened:
         arrived = []
         for lease in self.source.acquire(keys(block, *experts)):
             data = self.data(lease)
-            if lease.end():
+            if lease.validate():
                 assert data == RECORDS[lease.key], f"wrong bytes for {lease.key}"
                 arrived.append(lease.key)
         return arrived
@@ -341,7 +341,7 @@ def test_what_is_ready_is_lent_and_no_demand(roomy: Opened) -> None:
                 assert lease is not None
                 assert lease.key == key
                 assert roomy.data(lease) == RECORDS[key]
-                assert lease.end()
+                assert lease.validate()
         with roomy.source.pin(ExpertKey(0, 3)) as lease:
             assert lease is None
     with pytest.raises(ZeroDivisionError), roomy.source.pin(ExpertKey(0, 1)):
@@ -357,7 +357,7 @@ def test_a_prediction_that_was_copied_is_useful_when_it_is_used_above(roomy: Ope
     for key in keys(1, 0, 3):
         with roomy.source.pin(key) as lease:
             assert lease is not None
-            assert lease.end()
+            assert lease.validate()
     assert roomy.host.stats().useful == 0
     roomy.source.note_copy_uses(keys(1, 0, 2))  # 2 was not predicted
     wait_until(lambda: roomy.host.stats().useful == 1)
@@ -375,7 +375,7 @@ def test_a_loan_keeps_what_is_lent_or_tells_that_it_did_not(smallest: Opened) ->
         assert lease is not None
         smallest.take(1, 0, 1, 2)
         data = smallest.data(lease)
-        assert not lease.end() or data == RECORDS[lease.key]
+        assert not lease.validate() or data == RECORDS[lease.key]
     assert sorted(smallest.take(2, 0, 1)) == keys(2, 0, 1), "it holds nothing any more"
 
 
@@ -434,7 +434,7 @@ def test_a_storm(kind: str, folder: Path, slots: int) -> None:
                 for lease in leases:
                     assert lease.key in wanted
                     data = opened.data(lease)
-                    if not lease.end():
+                    if not lease.validate():
                         continue
                     wanted.remove(lease.key)
                     assert data == RECORDS[lease.key], f"wrong bytes for {lease.key}"

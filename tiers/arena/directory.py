@@ -191,7 +191,7 @@ class Directory:
         self._step(slot)
 
     def retire(self) -> None:
-        """Invalidate all slots for good. Readers find no records from now on, and none of their leases holds."""
+        """Invalidate all slots for good. Readers find no records from now on, and all their leases are invalid."""
         self._retired = True
         for number in range(self._layout.keys):
             self._table[number] = NONE

@@ -65,7 +65,7 @@ class SlotPool:
         self._keys: list[ExpertKey | None] = [None] * self.count
         self._loading: set[int] = set()
         self._pins = [0] * self.count
-        self._slot_of: dict[ExpertKey, int] = {}
+        self._slots: dict[ExpertKey, int] = {}
         self._free = dict.fromkeys(reversed(range(self.count)))  # an ordered set, of which the last slot is taken first
         self._quotas = [partition.quota for partition in partitions]
         self._partition_of = {block: number for number, part in enumerate(partitions) for block in part.blocks}
@@ -73,24 +73,24 @@ class SlotPool:
 
     # -- slots --------------------------------------------------------------------------------------------------------
 
-    def find(self, key: ExpertKey) -> int | None:
+    def slot_of(self, key: ExpertKey) -> int | None:
         """Return the slot that holds the record of ``key`` or is being filled with it, or None."""
-        return self._slot_of.get(key)
+        return self._slots.get(key)
 
-    def holds(self, key: ExpertKey) -> bool:
-        """Return whether the record of ``key`` is a HIT."""
-        slot = self._slot_of.get(key)
-        return slot is not None and slot not in self._loading
+    def is_ready(self, key: ExpertKey) -> bool:
+        """Return whether the record of ``key`` is in a READY slot."""
+        return self.lookup(key) is Lookup.HIT
 
     def lookup(self, key: ExpertKey) -> Lookup:
         """Return the state of the record of ``key``."""
-        if (slot := self._slot_of.get(key)) is None:
+        if (slot := self._slots.get(key)) is None:
             return Lookup.MISS
         return Lookup.LOADING if slot in self._loading else Lookup.HIT
 
-    def held(self) -> list[ExpertKey]:
-        """Return all keys that have a slot, READY or LOADING."""
-        return list(self._slot_of)
+    @property
+    def keys(self) -> list[ExpertKey]:
+        """All keys that have a slot, READY or LOADING."""
+        return list(self._slots)
 
     def number(self, slot: int) -> int:
         """Return the tier's number of a slot of this pool."""
@@ -113,7 +113,7 @@ class SlotPool:
     @property
     def ready(self) -> int:
         """The number of READY slots."""
-        return len(self._slot_of) - len(self._loading)
+        return len(self._slots) - len(self._loading)
 
     @property
     def loading(self) -> int:
@@ -139,7 +139,7 @@ class SlotPool:
         Returns:
             The key of the record that was evicted, or None.
         """
-        assert key not in self._slot_of, f"{key} has a slot"
+        assert key not in self._slots, f"{key} has a slot"
         evicted = self._keys[slot]
         assert evicted is None or self.is_evictable(slot), f"slot {slot} is loading or has {self._pins[slot]} pins"
         self._loading.add(slot)
@@ -147,9 +147,9 @@ class SlotPool:
             del self._free[slot]
         else:
             self._policy(evicted).remove(evicted)
-            del self._slot_of[evicted]
+            del self._slots[evicted]
         self._keys[slot] = key
-        self._slot_of[key] = slot
+        self._slots[key] = slot
         policy = self._policy(key)
         policy.add(key, is_scan=is_scan)
         if is_prefetch:
@@ -166,7 +166,7 @@ class SlotPool:
         key = self.key(slot)
         self._pins[slot] = 0
         self._policy(key).remove(key)
-        del self._slot_of[key]
+        del self._slots[key]
         self._keys[slot] = None
         self._loading.remove(slot)
         self._free[slot] = None
@@ -178,7 +178,7 @@ class SlotPool:
 
     def pin_ready(self, key: ExpertKey) -> int | None:
         """If the record of ``key`` is a HIT, pin its slot and return the slot; otherwise return None."""
-        if (slot := self._slot_of.get(key)) is None or slot in self._loading:
+        if (slot := self._slots.get(key)) is None or slot in self._loading:
             return None
         self._pins[slot] += 1
         return slot
@@ -256,7 +256,7 @@ class SlotPool:
         """
         for number in numbers:
             for key in self._policies[number].victims(is_scan=is_scan):
-                slot = self._slot_of[key]
+                slot = self._slots[key]
                 if self.is_evictable(slot) and not keep(key):
                     return slot
         return None
@@ -282,7 +282,7 @@ class SlotPool:
             loading: a dictionary from each slot that is being filled to the key of its record. These slots become
                 LOADING. Of the other slots, those that are READY stay so, and the rest become EMPTY.
         """
-        self._slot_of.clear()
+        self._slots.clear()
         self._free.clear()
         for slot in reversed(range(self.count)):
             if slot in loading:
@@ -296,12 +296,12 @@ class SlotPool:
             if key is None:
                 self._free[slot] = None
             else:
-                self._slot_of[key] = slot
+                self._slots[key] = slot
         for policy in self._policies:
-            for key in set(policy).difference(self._slot_of):
+            for key in set(policy).difference(self._slots):
                 policy.remove(key)
         placed = set[ExpertKey]().union(*self._policies)
-        for key in self._slot_of:
+        for key in self._slots:
             if key not in placed:
                 self._policy(key).add(key, is_scan=False)
 

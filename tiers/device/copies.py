@@ -102,8 +102,8 @@ class Copies:
         """Queue a copy of a leased record into a slot. The copy begins after all earlier uses of the slot.
 
         The slot must be LOADING, so that no other thread uses it. If the lease has a proof, this method waits for the
-        end of the copy and then checks whether the lease still holds, because another process may replace the record
-        during the copy. Returns None if the lease does not hold.
+        end of the copy and then checks whether the lease is still valid, because another process may replace the record
+        during the copy. Returns None if the lease is not valid.
         """
         copies, record = self._device.copy_stream(), pool.records[slot]
         for use in pool.used[slot].values():
@@ -112,7 +112,7 @@ class Copies:
         ended = copies.record_event()
         if lease.proof is not None:
             ended.synchronize()
-        if not lease.end():
+        if not lease.validate():
             return None
         if self._arrange is None:
             return Copy(ended, ended, {})

@@ -69,12 +69,12 @@ class DeviceSlots:
         """Return the pool for the records of a block."""
         return self.pools[self._manifest.blocks[block].array]
 
-    def find(self, key: ExpertKey) -> int | None:
+    def slot_of(self, key: ExpertKey) -> int | None:
         """Return the slot that holds the record of ``key`` or is being filled with it, or None.
 
         The number is that of the slot in its pool.
         """
-        return self.pool(key.block).find(key)
+        return self.pool(key.block).slot_of(key)
 
     @property
     def copying(self) -> int:
@@ -107,10 +107,10 @@ class DeviceSlots:
         for pool in self.pools.values():
             for event in [event for uses in pool.used for event in uses.values()]:
                 event.synchronize()
-        held = [key for pool in self.pools.values() for key in pool.held()]
-        self._counters.count_evictions(len(held))
+        keys = [key for pool in self.pools.values() for key in pool.keys]
+        self._counters.count_evictions(len(keys))
         self.clear()
-        return held
+        return keys
 
     def clear(self) -> None:
         """Release the memory of the slots. The memory of a leased record is freed only when the lease is gone."""

@@ -77,7 +77,7 @@ class DeviceFill:
     def demand(self, demand: DeviceDemand, lease: Lease[memoryview], began: float, *, wait: bool) -> bool:
         """Copy a record that the host tier has leased into a slot, for a demand.
 
-        If the lease does not hold, the copy is discarded, and the host tier will lease the record again.
+        If the lease is not valid any more, the copy is discarded, and the host tier will lease the record again.
 
         Args:
             demand: the demand.
@@ -140,7 +140,7 @@ class DeviceFill:
         promoter, pool = self._promoter, self._slots.pool(key.block)
         if not promoter.may_begin(key):
             return None
-        if pool.find(key) is not None:
+        if pool.slot_of(key) is not None:
             promoter.remove(key)
             return None
         slot = pool.choose(key.block, keep=promoter.__contains__)
@@ -180,7 +180,7 @@ class DeviceFill:
             self._promoter.outcomes.evict(evicted)
 
     def _transfer(self, demand: DeviceDemand, lease: Lease[memoryview]) -> Copy | None:
-        """Queue the copy of a record into the slot that ``demand`` is filling; None if the lease does not hold."""
+        """Queue the copy of a record into the slot that ``demand`` is filling; None if the lease is not valid."""
         assert demand.filling is not None
         try:
             copy = self._copies.queue(lease, demand.pool, demand.filling[0])

@@ -78,7 +78,7 @@ class Promoter:
 
     # -- requests and demands -----------------------------------------------------------------------------------------
 
-    def request(self, block: int, keys: Iterable[ExpertKey], lacking: Sequence[ExpertKey]) -> None:
+    def replace(self, block: int, keys: Iterable[ExpertKey], lacking: Sequence[ExpertKey]) -> None:
         """Replace a block's requests by ``keys``. The thread will promote those of them that are in ``lacking``.
 
         ``lacking`` are the keys whose records are not on the device, in the order of ``keys``.
@@ -129,14 +129,14 @@ class Promoter:
             requests[key] = False
         return waits
 
-    def repair(self, missing: int, find: Callable[[ExpertKey], int | None]) -> None:
+    def repair(self, missing: int, slot_of: Callable[[ExpertKey], int | None]) -> None:
         """Make the state consistent again after an interrupted transition. All requests are dropped.
 
-        ``missing`` is the number of demands that lack records. ``find`` returns the slot of a key, or None.
+        ``missing`` is the number of demands that lack records. ``slot_of`` returns the slot of a key, or None.
         """
         self._missing = missing
         self._requests.clear()
-        self.outcomes.repair(lambda key: find(key) is not None)
+        self.outcomes.repair(lambda key: slot_of(key) is not None)
 
     # -- the end ------------------------------------------------------------------------------------------------------
 

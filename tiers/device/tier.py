@@ -153,10 +153,10 @@ class DeviceTier:
     @transition
     def _request(self, block: int, keys: Collection[ExpertKey]) -> list[ExpertKey]:
         self._check_open()
-        lacking = [key for key in keys if self._slots.find(key) is None]
+        lacking = [key for key in keys if self._slots.slot_of(key) is None]
         self._requested.add(block)
         if self._promotes:
-            self._promoter.request(block, keys, lacking)
+            self._promoter.replace(block, keys, lacking)
         return lacking
 
     def absent(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
@@ -171,7 +171,7 @@ class DeviceTier:
 
     @transition
     def _absent(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
-        return [key for key in keys if not self._slots.pool(key.block).holds(key)]
+        return [key for key in keys if not self._slots.pool(key.block).is_ready(key)]
 
     @transition
     def stats(self) -> TierStats:
@@ -297,7 +297,7 @@ class DeviceTier:
                 self._closed = True
         self._fill.repair(self._demands)
         missing = sum(demand.misses for demand in self._demands) + (self._shrinking is not None)
-        self._promoter.repair(missing, self._slots.find)
+        self._promoter.repair(missing, self._slots.slot_of)
         self._monitor.wake()
 
     # -- a caller -----------------------------------------------------------------------------------------------------
@@ -319,7 +319,7 @@ class DeviceTier:
         demand.is_scan = len(keys) > demand.pool.quota(block)
         self._demands[demand] = None
         if self._promotes:
-            self._promoter.request(block, (), ())
+            self._promoter.replace(block, (), ())
             for key in keys:
                 self._promoter.outcomes.note_use(key)
         for key in keys:

@@ -126,7 +126,7 @@ class Demand:
         return not self.pending and self.is_idle
 
     @property
-    def held(self) -> list[int]:
+    def slots(self) -> list[int]:
         """The slots that the demand holds or claims."""
         return [*self.leased, *self.ready, *(load.slot for load in self.loads)]
 

@@ -35,10 +35,10 @@ class DirectHits:
         """Count a use of ``experts`` by compiled code of this process, which has found all of them. Each is a hit."""
         pool = self._pool_of[block]
         keys = [ExpertKey(block, expert) for expert in dict.fromkeys(experts)]
-        self._prefetches.request(pool, block, (), None)
+        self._prefetches.replace(pool, block, (), None)
         self.uses.update(keys)
         self._counters.count_lookups(hits=len(keys))
-        cached = [key for key in keys if pool.holds(key)]  # others were evicted since
+        cached = [key for key in keys if pool.is_ready(key)]  # others were evicted since
         self._prefetches.note_uses(cached)
         pool.note_uses(reversed(cached), is_scan=len(keys) > pool.quota(block))
 
@@ -56,7 +56,7 @@ class DirectHits:
         self.uses.update(keys)
         for key in keys:
             pool = self._pool_of[key.block]
-            if pool.find(key) is not None:
+            if pool.slot_of(key) is not None:
                 pool.note_uses((key,))
                 self._prefetches.note_uses((key,))
 

@@ -111,7 +111,7 @@ class Ledger:
         pool, caller = demand.pool, demand.async_caller
         if caller is not None:
             caller.demands[demand.number] = demand
-        self.prefetches.request(pool, demand.block, (), caller)
+        self.prefetches.replace(pool, demand.block, (), caller)
         distinct = dict.fromkeys(keys)
         self.direct_hits.note_demand(list(distinct))
         demand.is_scan = len(distinct) > pool.quota(demand.block)
@@ -179,7 +179,7 @@ class Ledger:
 
         Keys that the demand has not leased are ignored.
         """
-        slots = demand.leased if keys is None else dict.fromkeys(demand.pool.find(key) for key in keys)
+        slots = demand.leased if keys is None else dict.fromkeys(demand.pool.slot_of(key) for key in keys)
         ended = [slot for slot in slots if slot in demand.leased]
         for slot in ended:
             del demand.leased[slot]
@@ -198,7 +198,7 @@ class Ledger:
         self.waiting.remove(demand)
         demand.pending.clear()
         loads = list(demand.loads)
-        slots = demand.held
+        slots = demand.slots
         demand.leased.clear()
         demand.ready.clear()
         demand.loads.clear()
@@ -247,7 +247,7 @@ class Ledger:
         is already READY. Raises the same errors as ``begin``.
         """
         self.check_open()
-        if self.prefetches.request(self.pool_of[block], block, keys, caller):
+        if self.prefetches.replace(self.pool_of[block], block, keys, caller):
             self.loads.wake_loaders_for_prefetches()
 
     # -- asynchronous callers -----------------------------------------------------------------------------------------
@@ -365,7 +365,7 @@ class Ledger:
         for pool in self.pools.values():
             pool.repair(self._pins(pool), {load.slot: load.key for load in self.loads if load.pool is pool})
         self.directory.repair(self._contents())
-        self.prefetches.repair(lambda key: self.pool_of[key.block].find(key))
+        self.prefetches.repair(lambda key: self.pool_of[key.block].slot_of(key))
         self.waiting.repair(self._demands, self.pools.values())
 
     def _pins(self, pool: Pool) -> list[int]:
@@ -373,7 +373,7 @@ class Ledger:
         pins = [0] * pool.count
         for demand in self._demands:
             if demand.pool is pool:
-                for slot in demand.held:
+                for slot in demand.slots:
                     pins[slot] += 1
         return pins
 

@@ -24,7 +24,7 @@ class NextRead(NamedTuple):
     is_warmup: bool  # the record is read for the warm-up, not for a prefetch request
 
 
-class Request(NamedTuple):
+class BlockRequests(NamedTuple):
     """The latest prefetch requests of a caller for a block."""
 
     pool: Pool
@@ -39,7 +39,7 @@ class PrefetchQueue:
         self._outcomes = PrefetchOutcomes(counters, clock)
         self._counters = counters
         # a dictionary from caller to a dictionary from block to requests; the caller that was served last comes last
-        self._requests: dict[AsyncCaller | None, dict[int, Request]] = {}
+        self._requests: dict[AsyncCaller | None, dict[int, BlockRequests]] = {}
         self._warmup: deque[tuple[Pool, ExpertKey]] = deque()  # records for the warm-up whose reads have not begun
         self._warmed: set[ExpertKey] = set()  # records that the warm-up has begun to read and no demand has used yet
         self._copied: set[ExpertKey] = set()  # records of which the tier above may have a copy, even after an eviction
@@ -57,8 +57,8 @@ class PrefetchQueue:
         requests = [blocks[key.block] for blocks in self._requests.values() if key.block in blocks]
         return any(key in request.keys for request in requests)
 
-    def request(self, pool: Pool, block: int, keys: Collection[ExpertKey], caller: AsyncCaller | None) -> bool:
-        """Replace a caller's requests for a block by ``keys``, which are distinct.
+    def replace(self, pool: Pool, block: int, keys: Collection[ExpertKey], caller: AsyncCaller | None) -> bool:
+        """Replace a caller's requests for a block by requests for ``keys``, which are distinct.
 
         Return whether a requested record has no slot.
         """
@@ -67,8 +67,8 @@ class PrefetchQueue:
             self._counters.count_cancelled(sum([key not in requested for key in before.unbegun]))
         if not requested:
             return False
-        lacking = deque([key for key in keys if pool.find(key) is None])
-        blocks[block] = Request(pool, requested, lacking)
+        lacking = deque([key for key in keys if pool.slot_of(key) is None])
+        blocks[block] = BlockRequests(pool, requested, lacking)
         return bool(lacking)
 
     def cancel(self, caller: AsyncCaller) -> None:
@@ -85,14 +85,14 @@ class PrefetchQueue:
         self._requests.clear()
         self._warmup.clear()
 
-    def repair(self, find: Callable[[ExpertKey], int | None]) -> None:
+    def repair(self, slot_of: Callable[[ExpertKey], int | None]) -> None:
         """Remove all requests, and records that are in neither tier, because a transition was interrupted.
 
-        ``find`` returns the slot of a key, or None.
+        ``slot_of`` returns the slot of a key, or None.
         """
         self._requests.clear()
-        self._outcomes.repair(lambda key: key in self._copied or find(key) is not None)
-        self._warmed = {key for key in self._warmed if key in self._copied or find(key) is not None}
+        self._outcomes.repair(lambda key: key in self._copied or slot_of(key) is not None)
+        self._warmed = {key for key in self._warmed if key in self._copied or slot_of(key) is not None}
 
     def next_read(self) -> NextRead | None:
         """Choose the next record to read, and the slot for it. Return None if there is nothing to read.
@@ -107,7 +107,7 @@ class PrefetchQueue:
         read into a pool in which a demand waits for a slot.
         """
         for caller, pool, key in self._take_requests():
-            if pool.find(key) is None:
+            if pool.slot_of(key) is None:
                 if (slot := self._slot_for(pool, key)) is not None:
                     self._requests[caller] = self._requests.pop(caller)  # other callers are served before this one
                     self._counters.count_prefetch()
@@ -115,7 +115,7 @@ class PrefetchQueue:
                 self._counters.count_cancelled()
         while self._warmup:
             pool, key = self._warmup.popleft()
-            if pool.find(key) is None and not pool.starved and (slot := pool.vacancy(key.block)) is not None:
+            if pool.slot_of(key) is None and not pool.starved and (slot := pool.vacancy(key.block)) is not None:
                 return NextRead(pool, key, slot, is_warmup=True)
         return None
 
@@ -131,7 +131,7 @@ class PrefetchQueue:
         if (slot := pool.vacancy(key.block)) is not None:
             return slot
         for unused in self._outcomes.unused:
-            slot = pool.find(unused)
+            slot = pool.slot_of(unused)
             if slot is not None and not self.is_requested(unused) and pool.is_evictable(slot):
                 return slot
         return pool.choose(key.block, keep=self.is_requested)

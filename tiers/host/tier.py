@@ -311,7 +311,7 @@ class HostTier(Closeable):
         """
         self._monitor.fork_guard.check()
         pool_of = self._ledger.pool_of
-        return [key for key in keys if not pool_of[key.block].holds(key)]
+        return [key for key in keys if not pool_of[key.block].is_ready(key)]
 
     # -- other processes, statistics, the end --------------------------------------------------------------------------
 

@@ -127,12 +127,12 @@ class SimulatedTier:
         The first key is evicted last. A prompt that demands more keys than the block has slots is treated as a scan, as
         in a host tier.
         """
-        missing = [key for key in keys if self._pool.find(key) is None]
+        missing = [key for key in keys if self._pool.slot_of(key) is None]
         if is_prompt and len(keys) > self._pool.quota(keys[0].block):
             self._stream(keys, missing)
         else:
             for key in reversed(keys):
-                if self._pool.find(key) is None:
+                if self._pool.slot_of(key) is None:
                     self._load(key, keys)
                 self._pool.note_uses((key,))
         return missing
@@ -146,7 +146,7 @@ class SimulatedTier:
     @property
     def resident(self) -> list[ExpertKey]:
         """Keys in slots that are READY."""
-        return self._pool.held()
+        return self._pool.keys
 
     def _load(self, key: ExpertKey, keep: Sequence[ExpertKey]) -> None:
         slot = self._pool.choose(key.block, keep=keep.__contains__)
@@ -181,7 +181,7 @@ class SimulatedTier:
         self._pool.complete_fill(slot)
 
     def _slot(self, key: ExpertKey) -> int:
-        slot = self._pool.find(key)
+        slot = self._pool.slot_of(key)
         assert slot is not None
         return slot
 

@@ -121,7 +121,7 @@ def request(link: Link, *experts: int) -> tuple[SlotRequest, Callable[[], Answer
     """Send a request for experts of block 1, and return it with what takes its next answer."""
     answers: SimpleQueue[Answer | None] = SimpleQueue()
     made = SlotRequest(1, dict.fromkeys(experts), answers)
-    link.request(made)
+    link.submit(made)
     return made, lambda: answers.get(timeout=PATIENCE)
 
 

@@ -99,7 +99,7 @@ with DaemonTier.open(folder, directory, read_manifest(store_folder(directory))) 
 
     def use():
         for lease in tier.acquire(wanted):
-            assert lease.end()
+            assert lease.validate()
 
     for _ in range(100):
         use()
@@ -146,7 +146,7 @@ def test_a_record_that_is_replaced_under_its_reader_comes_again(store: MappedSto
 
         def replace(lease: Lease) -> None:
             for pair in itertools.cycle(((2, 3), (4, 5))):  # that a record was used may be told between two loads
-                if not lease.end():
+                if not lease.validate():
                     return
                 store.take(other, 0, *pair)
 
@@ -161,7 +161,7 @@ def test_a_record_that_is_replaced_under_its_reader_comes_again(store: MappedSto
         again = []
         for lease in leases:
             data = bytes(lease.record)
-            assert lease.end(), "what was asked for stays in place"
+            assert lease.validate(), "what was asked for stays in place"
             assert data == store.records[lease.key]
             again.append(lease.key.expert)
         assert sorted(again) == [0, 1]
@@ -281,9 +281,9 @@ def test_what_is_granted_twice_is_given_back_at_once(store: MappedStore, tmp_pat
     with store.daemon(2, tmp_path / "daemon") as daemon, store.tier(daemon, fallback=False, timeout=5.0) as tier:
         misses = Misses(tier._misses, 0)
         with contextlib.closing(misses):
-            misses.request([0, 1])
-            misses.request([0, 1])
-            misses.request([2])
+            misses.submit([0, 1])
+            misses.submit([0, 1])
+            misses.submit([2])
             assert sorted(lease.key.expert for lease in misses.leases()) == [0, 1, 2]
         daemon.wait_for("leases == 0")
 

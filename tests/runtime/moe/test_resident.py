@@ -40,7 +40,7 @@ def compute(model: Any, experts: list[int], on_demand: Callable[..., None] | Non
 
 def acquire(model: Any, *experts: int) -> None:
     for lease in model.tiers.device_tier.acquire([ExpertKey(BLOCK, expert) for expert in experts]):
-        assert lease.end()
+        assert lease.validate()
 
 
 def test_what_is_in_memory_takes_no_lease(model: Any) -> None:

@@ -164,7 +164,7 @@ class Cache:
 
     def prefetch(self, block: int, expert: int) -> None:
         key = ExpertKey(block, expert)
-        if self.pool.find(key) is None and (slot := self.pool.choose(block)) is not None:
+        if self.pool.slot_of(key) is None and (slot := self.pool.choose(block)) is not None:
             self._fill(slot, key, is_prefetch=True)
         check_pool(self.pool)
 
@@ -173,7 +173,7 @@ class Cache:
         self.pool.complete_fill(slot)
 
     def resident(self, blocks: Iterable[int]) -> set[ExpertKey]:
-        return {key for key in self.pool.held() if key.block in blocks}
+        return {key for key in self.pool.keys if key.block in blocks}
 
 
 class Oracle:
@@ -240,7 +240,7 @@ def test_a_prefetch_evicts_its_own_blocks_next_and_goes_first_itself(
         assert len(lost) <= 1
         assert all(key.block in partition.blocks for key in lost)
         if lost:  # the partition was full: the prefetch is the next to go
-            assert cache.pool.choose(block) == cache.pool.find(ExpertKey(block, expert))
+            assert cache.pool.choose(block) == cache.pool.slot_of(ExpertKey(block, expert))
 
 
 @pytest.mark.parametrize(("per_block", "expected"), [(2, 0.249), (3, 0.374), (4, 0.498), (8, 1.0)])

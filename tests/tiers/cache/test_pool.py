@@ -77,10 +77,10 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(key=KEYS)
     def find(self, key: ExpertKey) -> None:
         slot = self.holder(key)
-        assert self.pool.find(key) == slot
+        assert self.pool.slot_of(key) == slot
         states = {READY: Lookup.HIT, LOADING: Lookup.LOADING}
         assert self.pool.lookup(key) == (Lookup.MISS if slot is None else states[self.model[slot][1]])
-        assert self.pool.holds(key) == (self.pool.lookup(key) is Lookup.HIT)
+        assert self.pool.is_ready(key) == (self.pool.lookup(key) is Lookup.HIT)
 
     @rule(block=st.integers(0, 1))
     def choose(self, block: int) -> None:
@@ -147,7 +147,7 @@ def test_a_change_that_was_cut_leaves_no_slot_ready_without_its_record(act: str,
     cut(lambda: pool.repair([0, 0], {}), steps)
     pool.repair([0, 0], {})
     check_pool(pool)
-    assert pool.held() == was_ready
+    assert pool.keys == was_ready
 
 
 def test_pinned_slots_are_skipped_and_borrowed_quota_is_taken_back() -> None:
@@ -160,11 +160,11 @@ def test_pinned_slots_are_skipped_and_borrowed_quota_is_taken_back() -> None:
     assert borrowed not in held
     filled(pool, ExpertKey(1, 0))
     pool.pin(borrowed)
-    assert pool.choose(1) == pool.find(ExpertKey(1, 0)), "below its quota, but what was borrowed is held"
+    assert pool.choose(1) == pool.slot_of(ExpertKey(1, 0)), "below its quota, but what was borrowed is held"
     pool.unpin(borrowed)
     assert pool.choose(1) == borrowed, "below its quota: it takes back what was borrowed"
     pool.pin(borrowed)
-    other = pool.find(ExpertKey(1, 0))
+    other = pool.slot_of(ExpertKey(1, 0))
     assert pool.choose(0, may_borrow=True) == other
     assert other is not None
     pool.pin(other)
@@ -185,8 +185,8 @@ def test_what_is_to_be_kept_is_not_chosen() -> None:
     [
         lambda pool: pool._free.clear(),
         lambda pool: pool._free.update({0: None}),
-        lambda pool: pool._slot_of.clear(),
-        lambda pool: pool._slot_of.update({ExpertKey(0, 0): 1}),
+        lambda pool: pool._slots.clear(),
+        lambda pool: pool._slots.update({ExpertKey(0, 0): 1}),
         lambda pool: pool._keys.__setitem__(0, None),
         lambda pool: pool._keys.__setitem__(2, ExpertKey(1, 1)),
         lambda pool: pool._loading.add(2),

@@ -76,7 +76,7 @@ def test_a_caller_whose_blocks_slots_are_all_held_borrows_and_gives_back() -> No
         made = demand(ledger, pool, block, 0, 1)
         arrive_all(ledger)
         ledger.end(made)
-    held = [ExpertKey(b, e) for b in (1, 3, 4) for e in range(4) if pool.find(ExpertKey(b, e)) is not None]
+    held = [ExpertKey(b, e) for b in (1, 3, 4) for e in range(4) if pool.slot_of(ExpertKey(b, e)) is not None]
     assert held == [(1, 0), (1, 2), (3, 0), (3, 1), (4, 0), (4, 1)], "each block is back to its two"
 
 

@@ -45,7 +45,7 @@ def test_each_record_that_this_process_uses_is_a_hit_and_evicted_later() -> None
     tier.hits.note_uses(0, [0, 1, 0])
     assert (tier.counters.hits, tier.counters.misses) == (2, 0)
     tier.fill(ExpertKey(0, 7))
-    assert sorted(tier.pool.held()) == keys(0, 0, 1, 7), "2 was not used"
+    assert sorted(tier.pool.keys) == keys(0, 0, 1, 7), "2 was not used"
 
 
 def test_a_record_that_was_evicted_since_is_a_hit_all_the_same() -> None:
@@ -55,7 +55,7 @@ def test_a_record_that_was_evicted_since_is_a_hit_all_the_same() -> None:
     assert tier.counters.hits == 2
     tier.hits.note_client_uses([ExpertKey(0, 0)])
     assert tier.counters.hits == 3
-    assert not tier.pool.holds(ExpertKey(0, 0))
+    assert not tier.pool.is_ready(ExpertKey(0, 0))
 
 
 def test_discarded_hits_are_no_hits() -> None:
@@ -77,7 +77,7 @@ def test_a_hit_makes_a_prefetch_useful_and_ends_the_requests_of_its_block() -> N
         use(tier)
         assert (tier.counters.useful, tier.counters.late) == (1, 0)
     tier = Tier()
-    tier.prefetches.request(tier.pool, 0, keys(0, 5), None)
+    tier.prefetches.replace(tier.pool, 0, keys(0, 5), None)
     tier.hits.note_uses(0, [1])
     assert not tier.prefetches.is_requested(ExpertKey(0, 5))
 

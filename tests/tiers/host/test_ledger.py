@@ -27,8 +27,8 @@ def test_what_is_given_first_is_evicted_last() -> None:
     caller = demand(ledger, pool, 1, 2, 3)
     ledger.end(caller)
     demand(ledger, pool, 1, 0)
-    assert pool.find(ExpertKey(1, 2)) is not None
-    assert pool.find(ExpertKey(1, 3)) is None
+    assert pool.slot_of(ExpertKey(1, 2)) is not None
+    assert pool.slot_of(ExpertKey(1, 3)) is None
 
 
 def test_what_a_loader_has_begun_goes_on_when_its_caller_is_gone_and_no_more() -> None:
@@ -39,17 +39,17 @@ def test_what_a_loader_has_begun_goes_on_when_its_caller_is_gone_and_no_more() -
     assert begun.key == ExpertKey(1, 0)
     ledger.end(caller)
     check_ledger(ledger)
-    assert pool.find(ExpertKey(1, 1)) is None
+    assert pool.slot_of(ExpertKey(1, 1)) is None
     wanted = ledger.loads.take()
     assert wanted is not None
     assert wanted.key == ExpertKey(1, 2), "somebody else wants it"
     assert ledger.loads.take() is None
     ledger.loads.complete(begun)
     ledger.loads.complete(wanted)
-    slot = pool.find(ExpertKey(1, 0))
+    slot = pool.slot_of(ExpertKey(1, 0))
     assert slot is not None
     assert pool.is_evictable(slot)
-    assert list(other.ready) == [pool.find(ExpertKey(1, 2))]
+    assert list(other.ready) == [pool.slot_of(ExpertKey(1, 2))]
 
 
 def test_a_record_whose_arrival_was_cut_is_looked_for_again() -> None:

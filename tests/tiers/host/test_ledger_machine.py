@@ -128,7 +128,7 @@ class LedgerMachine(RuleBasedStateMachine):
         keys = [ExpertKey(block, expert) for expert in experts]
         pool = self.ledger.pool_of[block]
         with self.monitor.transition():
-            ready = {key for key in keys if pool.holds(key)}
+            ready = {key for key in keys if pool.is_ready(key)}
             hits, misses = self.ledger.counters.hits, self.ledger.counters.misses
             caller = Caller(Demand(pool, block, len(self.callers)), keys)
             self.callers.append(caller)
@@ -182,7 +182,7 @@ class LedgerMachine(RuleBasedStateMachine):
         before = replace(self.ledger.counters)
         with self.monitor.transition():
             slot = self.ledger.lease_for_copy(caller.demand, key)
-            assert (slot is not None) == (pool.holds(key) and not pool.starved)
+            assert (slot is not None) == (pool.is_ready(key) and not pool.starved)
             if slot is not None:
                 caller.held = [(key, slot)]
                 self.callers.append(caller)
@@ -318,7 +318,7 @@ class LedgerMachine(RuleBasedStateMachine):
             waiters = list(load.waiters)
             if error is not None:
                 self.ledger.loads.fail(load, error)
-                assert load.pool.find(load.key) is None, "nothing is cached"
+                assert load.pool.slot_of(load.key) is None, "nothing is cached"
                 assert all(demand.error is not None for demand in waiters)
             else:
                 self.memory[load.pool, load.slot] = load.key

@@ -52,7 +52,7 @@ def test_prefetches_yield_for_the_starved_and_are_bounded() -> None:
     other = ledger.loads.take()
     assert other is not None
     assert other.key == ExpertKey(4, 1)
-    assert pool.find(ExpertKey(4, 0)) is not None, "a prefetch does not evict what is requested"
+    assert pool.slot_of(ExpertKey(4, 0)) is not None, "a prefetch does not evict what is requested"
     ledger.loads.complete(other)
     assert ledger.counters.prefetched == 2
 
@@ -102,7 +102,7 @@ def test_a_prefetch_takes_the_place_of_one_that_was_wrong() -> None:
     ledger, pool = ledger_of(6)
 
     def there(*keys: tuple[int, int]) -> list[bool]:
-        return [pool.find(ExpertKey(*key)) is not None for key in keys]
+        return [pool.slot_of(ExpertKey(*key)) is not None for key in keys]
 
     ledger.prefetch(4, [ExpertKey(4, 0)])
     arrive_all(ledger)
@@ -127,7 +127,7 @@ def test_a_prefetch_takes_what_is_empty_before_what_was_wrong() -> None:
         ledger.prefetch(4, [])
         ledger.prefetch(key.block, [key])
         arrive_all(ledger)
-    assert None not in (pool.find(ExpertKey(4, 0)), pool.find(ExpertKey(1, 0)))
+    assert None not in (pool.slot_of(ExpertKey(4, 0)), pool.slot_of(ExpertKey(1, 0)))
     assert ledger.counters.wasted == 0
 
 
@@ -179,7 +179,7 @@ def test_what_was_warmed_is_evicted_before_what_was_used_and_the_hottest_last() 
         made = demand(ledger, pool, 1, expert)
         arrive_all(ledger)
         ledger.end(made)
-        assert [e for e in range(4) if pool.find(ExpertKey(1, e)) is not None] == held
+        assert [e for e in range(4) if pool.slot_of(ExpertKey(1, e)) is not None] == held
     assert (ledger.counters.warmed, ledger.counters.recalled) == (2, 0)
 
 

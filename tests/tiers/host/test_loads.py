@@ -106,7 +106,7 @@ def test_a_complete_load_is_ready_for_all_who_wait_and_in_the_directory() -> Non
     found = tier.directory.find(A)
     assert found is not None
     assert found[0] == load.slot
-    assert tier.pool.holds(A)
+    assert tier.pool.is_ready(A)
     assert (tier.counters.bytes_in, tier.counters.load_seconds) == (tier.pool.slot_bytes, 0.25)
 
 
@@ -120,7 +120,7 @@ def test_a_failed_load_tells_all_who_wait_and_the_record_can_be_read_again() -> 
     assert first.error is not second.error, "each thread raises an error of its own"
     assert [waited.key for waited in second.loads] == [B]
     assert tier.counters.failures == 1
-    assert tier.pool.find(A) is None
+    assert tier.pool.slot_of(A) is None
     tier.loads.complete(tier.take())
     tier.demand(A)
     assert tier.take().key == A
@@ -133,18 +133,18 @@ def test_a_load_is_cancelled_with_its_last_demand_unless_it_was_taken() -> None:
     assert [load.key for load in tier.loads] == [A]
     tier.leave(second)
     assert not [*tier.loads]
-    assert tier.pool.find(A) is None
+    assert tier.pool.slot_of(A) is None
     assert tier.loads.take() is None
     third = tier.demand(B)
     load = tier.take()
     tier.leave(third)
     tier.loads.complete(load)
-    assert tier.pool.holds(B)
+    assert tier.pool.is_ready(B)
 
 
 def test_prefetches_are_read_while_no_demand_is_and_no_more_than_allowed() -> None:
     tier = Tier(prefetches=2)
-    tier.prefetches.request(tier.pool, 0, [A, B, C], None)
+    tier.prefetches.replace(tier.pool, 0, [A, B, C], None)
     demand = tier.demand(D)
     assert tier.take().key == D
     assert tier.loads.take() is None, "a record is being read for a demand"
@@ -157,7 +157,7 @@ def test_prefetches_are_read_while_no_demand_is_and_no_more_than_allowed() -> No
 
 def test_the_read_of_a_prefetch_yields_to_demands_goes_on_for_one_and_ends_unwanted() -> None:
     tier = Tier()
-    tier.prefetches.request(tier.pool, 0, [A], None)
+    tier.prefetches.replace(tier.pool, 0, [A], None)
     load = tier.take()
     assert tier.loads.may_continue(load) is True
     other = tier.demand(B)
@@ -167,10 +167,10 @@ def test_the_read_of_a_prefetch_yields_to_demands_goes_on_for_one_and_ends_unwan
     tier.leave(joined)
     tier.leave(other)
     assert tier.loads.may_continue(load) is True
-    tier.prefetches.request(tier.pool, 0, [], None)
+    tier.prefetches.replace(tier.pool, 0, [], None)
     assert tier.loads.may_continue(load) is False
     assert tier.counters.cancelled == 1
-    assert tier.pool.find(A) is None
+    assert tier.pool.slot_of(A) is None
 
 
 def test_a_pool_with_room_for_all_is_filled_once_half_was_read() -> None:
@@ -194,7 +194,7 @@ def test_a_pool_with_room_for_all_is_filled_once_half_was_read() -> None:
 def test_closing_fails_what_was_not_begun_and_lets_reads_end() -> None:
     tier = Tier()
     demand = tier.demand(A, B)
-    tier.prefetches.request(tier.pool, 1, keys(1, 0), None)
+    tier.prefetches.replace(tier.pool, 1, keys(1, 0), None)
     load = tier.take()
     error = ClosedError("It was closed.", "Open it again.")
     tier.loads.close(error)

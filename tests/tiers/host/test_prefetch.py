@@ -34,7 +34,7 @@ class Queue:
     def request(self, caller: AsyncCaller, block: int, wanted: list[ExpertKey], pool: Pool | None = None) -> int:
         """Returns how many requests were cancelled."""
         before = self.counters.cancelled
-        self.queue.request(pool or self.pool, block, wanted, caller)
+        self.queue.replace(pool or self.pool, block, wanted, caller)
         return self.counters.cancelled - before
 
     def cancel(self, caller: AsyncCaller) -> int:
