@@ -43,7 +43,7 @@ class Conversion:
     target: Target
     encoder: Encoder
     options: Options
-    records: list[MatrixRecord]  # of the trunk's quantised matrices
+    matrices: list[MatrixRecord]  # the trunk's quantised matrices
     command: list[str]  # words of the command line that resumes the conversion
     download: Download | None  # of a hub checkpoint; None if the checkpoint is a folder
     quiet: bool  # print nothing on standard error
@@ -69,21 +69,20 @@ class Conversion:
         planned = ConversionPlan.of(model, dtype, tensors, options.trunk_bits)
         options = planned.with_bits(options)
         digest = checkpoint.digest if download is None else download.revision
-        plan = planned.manifest(options, model=checkpoint.name, digest=digest)
-        encoder = Encoder.of(planned.blueprint, plan, options)
-        records = planned.records(workers=encoder.workers, fast=options.fast)
-        trunk = planned.trunk(records)
+        manifest = planned.manifest(options, model=checkpoint.name, digest=digest)
+        encoder = Encoder.of(planned.blueprint, manifest, options)
+        matrices = planned.matrices(workers=encoder.workers, fast=options.fast)
+        trunk = planned.trunk(matrices)
         if download is not None:
             download.keep_tensors(
                 [part.name for file in trunk for tensor in file.tensors.values() for part in tensor.parts]
             )
-        small = small_files(checkpoint, plan.bits, options.trunk_bits, planned.blueprint.dtype, trunk)
-        target = Target(folder, plan, trunk, small, passing=download is not None)
+        small = small_files(checkpoint, manifest.bits, options.trunk_bits, planned.blueprint.dtype, trunk)
+        target = Target(folder, manifest, trunk, small, passing=download is not None)
         command = ["moetier", *(resuming or ("convert", checkpoint.source, str(folder.resolve())))]
         given = ((name, option, getattr(options, name)) for name, option in OPTIONS.items() if option.resumes)
         command += command_words((name, value) for name, option, value in given if value != option.default)
-        matrices = list(records.values())
-        return cls(checkpoint, planned, target, encoder, options, matrices, command, download, quiet)
+        return cls(checkpoint, planned, target, encoder, options, list(matrices.values()), command, download, quiet)
 
     def say(self, line: str) -> None:
         """Print a line on standard error, unless ``quiet``."""
@@ -92,34 +91,38 @@ class Conversion:
 
     def announce(self) -> list[str]:
         """Return lines that describe what the conversion will do."""
-        plan, blueprint, trunk = self.target.plan, self.planned.blueprint, sum(file.size for file in self.target.trunk)
-        bits = plan.stored_bytes * 8 / self._weights
-        peaks = [self.encoder.peak_bytes, *(record.peak_bytes for record in self.records)]
+        manifest, blueprint, trunk = (
+            self.target.manifest,
+            self.planned.blueprint,
+            sum(file.size for file in self.target.trunk),
+        )
+        bits = manifest.stored_bytes * 8 / self._weights
+        peaks = [self.encoder.peak_bytes, *(matrix.peak_bytes for matrix in self.matrices)]
         workers, memory = self.encoder.workers, INTERPRETER_BYTES + max(peaks)
         lines = [
-            f"{plan.model}: {format_bytes(self.checkpoint.nbytes)}, {len(plan.blocks)} blocks, "
-            f"{plan.record_count} experts of {self._weights // plan.record_count:,} weights",
+            f"{manifest.model}: {format_bytes(self.checkpoint.nbytes)}, {len(manifest.blocks)} blocks, "
+            f"{manifest.record_count} experts of {self._weights // manifest.record_count:,} weights",
             f"{self.target.folder}: {format_bytes(self.target.missing_bytes(replacing=True))} "
-            f"(trunk {format_bytes(trunk)}, experts {format_bytes(plan.stored_bytes)} at {bits:.2f} bits a weight)",
+            f"(trunk {format_bytes(trunk)}, experts {format_bytes(manifest.stored_bytes)} at {bits:.2f} bits a weight)",
             f"{workers} worker{'s' * (workers > 1)}, about {format_bytes(memory)} of memory",
         ]
         if self.options.bits == NATIVE:
-            stored = {_description(p) for layout in plan.layouts.values() for p in layout.projections}
+            stored = {_description(p) for layout in manifest.layouts.values() for p in layout.projections}
             lines.append(f"experts stay as the checkpoint has them: {' and '.join(sorted(stored))}")
-        elif plan.bits < 16 and (self.planned.kept or self.planned.has_only_values):
+        elif manifest.bits < 16 and (self.planned.kept or self.planned.has_only_values):
             keeps = "native keeps them as they are" if self.planned.kept else "16 keeps their values"
             lines.append(
                 f"experts are quantised already, with {self.checkpoint.quantised_with}, and lose quality when they are "
-                f"quantised again, to {plan.bits} bits: --bits {keeps}"
+                f"quantised again, to {manifest.bits} bits: --bits {keeps}"
             )
         if self.download is not None:
             lines.append(self.download.announce(self._stages()))
         if self.options.trunk_bits != 16:
-            weights = sum(record.layout.weights for record in self.records)
-            size = sum(record.layout.payload_bytes for record in self.records)
+            weights = sum(matrix.layout.weights for matrix in self.matrices)
+            size = sum(matrix.layout.payload_bytes for matrix in self.matrices)
             lines.append(
-                f"{len(self.records)} matrices of the trunk, {weights:,} weights, are quantised: {format_bytes(size)}, "
-                f"{size * 8 / max(weights, 1):.2f} bits a weight"
+                f"{len(self.matrices)} matrices of the trunk, {weights:,} weights, are quantised: "
+                f"{format_bytes(size)}, {size * 8 / max(weights, 1):.2f} bits a weight"
             )
         if whole := [block.path for block in blueprint.blocks if not block.apart]:
             lines.append(f"read as whole blocks, as the checkpoint does not store their experts apart: {whole[0]}, ...")
@@ -152,11 +155,11 @@ class Conversion:
         """
         start = time.monotonic()
         self.check_disks()
-        with StoreWriter.open(self.target.store, self.target.plan) as writer:
+        with StoreWriter.open(self.target.store, self.target.manifest) as writer:
             finished = writer.finished_blocks
             errors = {b: error for b, error in self.target.read_journal().items() if b in finished}
             if finished:
-                self.say(f"resumed: {len(finished)} of {len(self.target.plan.blocks)} blocks are complete")
+                self.say(f"resumed: {len(finished)} of {len(self.target.manifest.blocks)} blocks are complete")
             with disk_errors(self.target.store, self.target.missing_bytes):
                 self.target.write_journal(self.command, errors)
                 trunk = {} if self.download else self._write_trunk()
@@ -191,7 +194,7 @@ class Conversion:
         ``finished``: numbers of the blocks that are written already; by default, those whose shards are complete.
         """
         done = self.target.finished_blocks if finished is None else finished
-        missing = [block for block in range(len(self.target.plan.blocks)) if block not in done]
+        missing = [block for block in range(len(self.target.manifest.blocks)) if block not in done]
         if self.download is None:
             return [Stage(tuple(missing))]
         return stages({block: self.planned.blueprint.blocks[block].files for block in missing})
@@ -201,9 +204,9 @@ class Conversion:
             return {file.name: file.make(self.target.folder, progress.advance) for file in self.target.trunk}
 
     def _write_blocks(self, writer: StoreWriter, errors: dict[int, float]) -> None:
-        plan, order = self.target.plan, self._stages(writer.finished_blocks)
+        manifest, order = self.target.manifest, self._stages(writer.finished_blocks)
         blocks = [block for stage in order for block in stage.blocks]
-        total = sum(plan.blocks[block].experts * plan.layout(block).slot_bytes for block in blocks)
+        total = sum(manifest.blocks[block].experts * manifest.layout(block).slot_bytes for block in blocks)
         readable = (stage for stage in order) if self.download is None else self.download.stream(order, self.quiet)
         with Progress("experts", total, quiet=self.quiet) as progress, closing(readable):
             for stage in readable:
@@ -212,17 +215,17 @@ class Conversion:
     def _write_stage(
         self, blocks: Sequence[int], writer: StoreWriter, errors: dict[int, float], progress: Progress
     ) -> None:
-        plan = self.target.plan
-        keys = [ExpertKey(block, expert) for block in blocks for expert in range(plan.blocks[block].experts)]
+        manifest = self.target.manifest
+        keys = [ExpertKey(block, expert) for block in blocks for expert in range(manifest.blocks[block].experts)]
         with closing(self.encoder.records(keys)) as records:
             for block in blocks:
-                entry, error = plan.blocks[block], WeightError()
+                entry, error = manifest.blocks[block], WeightError()
                 with writer.block(block) as shard:
                     for _ in range(entry.experts):
                         _, record, one = next(records)
                         shard.write(record)
                         error += one
-                        progress.advance(plan.layout(block).slot_bytes)
+                        progress.advance(manifest.layout(block).slot_bytes)
                     errors[block] = error.relative
                     self.target.write_journal(self.command, errors)
                 if not sys.stderr.isatty():
@@ -230,8 +233,8 @@ class Conversion:
 
     @property
     def _weights(self) -> int:
-        plan = self.target.plan
-        return sum(block.experts * plan.layout(index).weights for index, block in enumerate(plan.blocks))
+        manifest = self.target.manifest
+        return sum(block.experts * manifest.layout(index).weights for index, block in enumerate(manifest.blocks))
 
     def report(
         self, errors: dict[int, float], *, seconds: float, resumed_blocks: int = 0, was_complete: bool = False
@@ -240,19 +243,19 @@ class Conversion:
 
         ``resumed_blocks``: number of blocks that an earlier run finished; ``was_complete``: this run had nothing to do.
         """
-        plan, trunk = self.target.plan, sum((record.error for record in self.records), WeightError())
+        manifest, trunk = self.target.manifest, sum((matrix.error for matrix in self.matrices), WeightError())
         return ConversionReport(
-            model=plan.model,
+            model=manifest.model,
             target=str(self.target.folder),
-            bits=plan.bits,
+            bits=manifest.bits,
             trunk_bits=self.options.trunk_bits,
             source_bytes=self.checkpoint.nbytes,
             trunk_bytes=sum(file.size for file in self.target.trunk),
-            trunk_matrices=len(self.records),
-            trunk_error=trunk.relative if self.records and not was_complete else None,
+            trunk_matrices=len(self.matrices),
+            trunk_error=trunk.relative if self.matrices and not was_complete else None,
             blocks=tuple(
-                BlockReport(b.path, b.experts, b.experts * plan.layout(i).slot_bytes, errors.get(i))
-                for i, b in enumerate(plan.blocks)
+                BlockReport(b.path, b.experts, b.experts * manifest.layout(i).slot_bytes, errors.get(i))
+                for i, b in enumerate(manifest.blocks)
             ),
             weights=self._weights,
             seconds=seconds,

@@ -148,8 +148,8 @@ class ConversionPlan:
         native = self.has_few_bits or any(tensor.is_kept for tensor in self._of_experts)
         return replace(options, bits=NATIVE if native else DEFAULT_BITS)
 
-    def records(self, *, workers: int, fast: bool) -> dict[str, MatrixRecord]:
-        """Return a MatrixRecord for each quantised matrix, by module path. Its ``chunks`` makes the bytes later.
+    def matrices(self, *, workers: int, fast: bool) -> dict[str, MatrixRecord]:
+        """Return the quantised matrices of the trunk, by module path. ``MatrixRecord.chunks`` makes the bytes later.
 
         The parameters are those of MatrixRecord.
         """
@@ -159,10 +159,10 @@ class ConversionPlan:
             if self.trunk_records
         }
 
-    def trunk(self, records: Mapping[str, MatrixRecord]) -> tuple[TrunkFile, ...]:
-        """Return the files of the trunk; ``records`` are those of its quantised matrices."""
+    def trunk(self, matrices: Mapping[str, MatrixRecord]) -> tuple[TrunkFile, ...]:
+        """Return the files of the trunk. ``matrices`` are its quantised matrices, by module path."""
         of_trunk: dict[str, TrunkTensor] = {name: self.tensors[name] for name in self.blueprint.trunk}
-        return distribute_trunk(of_trunk | {f"{path}{RECORD}": record for path, record in records.items()})
+        return distribute_trunk(of_trunk | {f"{path}{RECORD}": matrix for path, matrix in matrices.items()})
 
 
 @dataclass(frozen=True)

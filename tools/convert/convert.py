@@ -162,7 +162,7 @@ def _kept(conversion: Conversion) -> list[Path]:
     dst = target.folder
     lacking = [path for path in copied_files(dst) if path.relative_to(dst).as_posix() not in target.small]
     with contextlib.suppress(StoreError):
-        if (earlier := target.existing_plan()) and earlier.source_digest == target.plan.source_digest:
+        if (earlier := target.existing_manifest()) and earlier.source_digest == target.manifest.source_digest:
             return lacking
     for path in lacking:
         path.rename(goal := free_path(dst, path.relative_to(dst), in_use=True))

@@ -64,19 +64,19 @@ def pool_of(workers: int) -> Iterator[ThreadPoolExecutor]:
 
 @dataclass(frozen=True)
 class Encoder:
-    """Makes the records of all experts of a planned store, with several workers."""
+    """Makes the records of all experts of a store, with several workers."""
 
     blueprint: Blueprint
-    plan: Manifest
+    manifest: Manifest  # of the store that is made
     workers: int
     fast: bool  # round to the nearest value instead of using HQQ
 
     @classmethod
-    def of(cls, blueprint: Blueprint, plan: Manifest, options: Options) -> Encoder:
+    def of(cls, blueprint: Blueprint, manifest: Manifest, options: Options) -> Encoder:
         """Make an encoder, by default with one worker for each thread or CPU, or fewer if memory is short."""
         most = options.workers or options.threads or usable_cpus()
         least = 1 if options.workers is None else most
-        encoders = [cls(blueprint, plan, workers, options.fast) for workers in range(most, least - 1, -1)]
+        encoders = [cls(blueprint, manifest, workers, options.fast) for workers in range(most, least - 1, -1)]
         room = min(available_memory().bytes, encoders[0].promised_bytes - INTERPRETER_BYTES)
         return next((encoder for encoder in encoders if encoder.peak_bytes <= room), encoders[-1])
 
@@ -90,7 +90,7 @@ class Encoder:
         """
         peak = 0
         for index, block in enumerate(self.blueprint.blocks):
-            layout = self.plan.layout(index)
+            layout = self.manifest.layout(index)
             itemsize = max(getattr(torch, dtype).itemsize for _, dtype in block.parameters.values())
             sizes = [math.prod(shape) for shape, _ in block.parameters.values()]
             quantised = [p for p in layout.projections if p.bits != 16 and not p.coding]
@@ -110,7 +110,7 @@ class Encoder:
 
         A block whose experts can't be read one by one may take more.
         """
-        return max((8 * layout.weights for layout in self.plan.layouts.values()), default=0) + (1 << 30)
+        return max((8 * layout.weights for layout in self.manifest.layouts.values()), default=0) + (1 << 30)
 
     def records(self, keys: Sequence[ExpertKey]) -> Generator[tuple[ExpertKey, Bytes, WeightError]]:
         """Yield the key, record and weight error of each of ``keys``, in order.
@@ -118,7 +118,7 @@ class Encoder:
         A record is valid until the next one is asked for. Close the generator to stop early.
         """
         free: SimpleQueue[Bytes] = SimpleQueue()  # buffers: one for each task, and one for the record that is yielded
-        size = max((self.plan.layout(key.block).record_bytes for key in keys), default=0)
+        size = max((self.manifest.layout(key.block).record_bytes for key in keys), default=0)
         slots = self._slots(size)
         for _ in range(min(slots, len(keys))):
             free.put(torch.empty(size, dtype=torch.uint8).numpy())
@@ -134,7 +134,7 @@ class Encoder:
                 record, error = future.result()
                 if all(k.block != key.block for k in (*(k for k, _ in ahead), *islice(waiting, 1))):
                     merging.release()  # all experts of the block are encoded
-                yield key, record[: self.plan.layout(key.block).record_bytes], error
+                yield key, record[: self.manifest.layout(key.block).record_bytes], error
                 free.put(record)
 
     def _slots(self, record_bytes: int) -> int:
@@ -150,7 +150,7 @@ class Encoder:
         return all(k.block == key.block or (blocks[k.block].apart and blocks[key.block].apart) for k, _ in ahead)
 
     def _encode(self, key: ExpertKey, free: SimpleQueue[Bytes], merging: Merging) -> tuple[Bytes, WeightError]:
-        layout, expert = self.plan.layout(key.block), Expert(self.blueprint.blocks[key.block], key.expert, merging)
+        layout, expert = self.manifest.layout(key.block), Expert(self.blueprint.blocks[key.block], key.expert, merging)
         record = free.get()
         if any(p.coding for p in layout.projections):
             _copy(expert, layout, record[: layout.record_bytes])

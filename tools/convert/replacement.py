@@ -184,7 +184,9 @@ def replace_model(conversion: Conversion) -> ConversionReport:
         remove(new)  # it was begun with another plan
         complete = False
     if complete:
-        report = making.report(making.target.read_journal(), seconds=0.0, resumed_blocks=len(making.target.plan.blocks))
+        report = making.report(
+            making.target.read_journal(), seconds=0.0, resumed_blocks=len(making.target.manifest.blocks)
+        )
     else:
         _check_room(conversion, making)
         for line in making.announce():

@@ -88,11 +88,11 @@ class Target:
     ``folder``.
 
     ``passing``: whether the source is downloaded during the conversion. If so, its digest is known only at the end.
-    Until then, ``plan`` has the commit in place of the digest. The file ``ORIGIN`` keeps the commit.
+    Until then, ``manifest`` has the commit in place of the digest. The file ``ORIGIN`` keeps the commit.
     """
 
     folder: Path
-    plan: Manifest
+    manifest: Manifest  # of the store, without what is known only at the end (``Manifest.plan``)
     trunk: tuple[TrunkFile, ...]
     small: Mapping[str, bytes]
     passing: bool = False
@@ -118,7 +118,7 @@ class Target:
                 "Choose another folder, or empty this one; moetier deletes no files that it did not write.",
             )
         try:
-            earlier = self.existing_plan()
+            earlier = self.existing_manifest()
         except StoreError as error:
             raise self._differs(f"its plan can't be read ({error.cause})") from error
         if earlier is None:
@@ -126,20 +126,20 @@ class Target:
                 raise self._differs("its plan is missing, as after an interrupted removal")
             return False
         finished = (self.store / METADATA).exists()
-        if differing := difference(earlier, self.plan):
+        if differing := difference(earlier, self.manifest):
             raise self._differs(differing)
         whole = (
             finished
             and all(file.is_complete(self.folder) for file in self.trunk)
             and all((self.folder / name).is_file() for name in self.small)
-            and len(self.finished_blocks) == len(self.plan.blocks)
+            and len(self.finished_blocks) == len(self.manifest.blocks)
         )
         if finished and self.passing and not whole:  # the downloaded source was deleted, so it can't be completed
             raise self._differs("it was complete, and some of its files are missing now")
         return whole
 
-    def existing_plan(self) -> Manifest | None:
-        """Return the plan of what the folder holds, to be compared with ``plan``; None if it has no plan.
+    def existing_manifest(self) -> Manifest | None:
+        """Return the planned manifest of what the folder holds, to compare it with ``manifest``; None if there is none.
 
         Raises StoreError if it can't be read.
         """
@@ -157,12 +157,12 @@ class Target:
     @property
     def finished_blocks(self) -> frozenset[int]:
         """Numbers of the blocks whose shards are complete."""
-        blocks = range(len(self.plan.blocks))
-        return frozenset(block for block in blocks if is_complete(ShardFile.of(self.store, self.plan, block)))
+        blocks = range(len(self.manifest.blocks))
+        return frozenset(block for block in blocks if is_complete(ShardFile.of(self.store, self.manifest, block)))
 
     def missing_bytes(self, *, replacing: bool = False) -> int:
         """Return how many bytes are still to be written; with ``replacing``, the bytes of the whole result."""
-        shards = [ShardFile.of(self.store, self.plan, block) for block in range(len(self.plan.blocks))]
+        shards = [ShardFile.of(self.store, self.manifest, block) for block in range(len(self.manifest.blocks))]
         return (
             sum(shard.file_bytes for shard in shards if replacing or not is_complete(shard))
             + sum(file.size for file in self.trunk if replacing or not file.is_complete(self.folder))

@@ -233,9 +233,9 @@ def open_choices(source: str | Path) -> ModelChoices:
             passing = max(passing, most_bytes(planned, checkpoint.tensors.values()))
         if planned.has_only_values:
             quantised = checkpoint.quantised_with
-        records = planned.records(workers=1, fast=False)
-        layouts = {path: record.layout for path, record in records.items()}
-        size = sum(file.size for file in planned.trunk(records))
+        matrices = planned.matrices(workers=1, fast=False)
+        layouts = {path: matrix.layout for path, matrix in matrices.items()}
+        size = sum(file.size for file in planned.trunk(matrices))
         own: Literal["native", 16] = NATIVE if headers.shaped and planned.kept else 16  # as the checkpoint stores them
         for bits in (*BITS, own) if own == NATIVE else BITS:
             manifest = planned.manifest(Options(bits, trunk_bits), model=checkpoint.name, digest="")

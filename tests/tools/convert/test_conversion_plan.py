@@ -144,7 +144,7 @@ def test_where_memory_is_short_fewer_work_on_them_too(tmp_path: Path, monkeypatc
 
     def peaks(options: Options) -> tuple[int, list[int]]:
         plan = Conversion.plan(source, tmp_path / "dst", options)
-        return plan.encoder.workers, [record.peak_bytes for record in plan.records]
+        return plan.encoder.workers, [record.peak_bytes for record in plan.matrices]
 
     workers, many = peaks(options)
     assert workers == 8

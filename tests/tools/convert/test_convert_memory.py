@@ -37,7 +37,7 @@ def fast(bits: int) -> list[str]:
 
 def weights_of(source: Path) -> tuple[int, int]:
     """(of one expert, of one block)."""
-    plan = Conversion.plan(open_checkpoint(source), source / "x", Options(bits=16)).target.plan
+    plan = Conversion.plan(open_checkpoint(source), source / "x", Options(bits=16)).target.manifest
     return plan.layout(0).weights, plan.layout(0).weights * plan.blocks[0].experts
 
 

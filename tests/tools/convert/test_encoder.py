@@ -103,7 +103,7 @@ def test_reading_overlaps_with_quantising(tmp_path: Path, monkeypatch: pytest.Mo
 def test_workers_go_on_while_a_record_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = save_checkpoint(tmp_path / "src", "mixtral")
     conversion = Conversion.plan(open_checkpoint(source), tmp_path / "dst", Options(workers=2, fast=True))
-    encode, finished, plan = records.encode, threading.Semaphore(0), conversion.target.plan
+    encode, finished, plan = records.encode, threading.Semaphore(0), conversion.target.manifest
     keys = [ExpertKey(b, e) for b, block in enumerate(plan.blocks) for e in range(block.experts)]
     assert len(keys) > 5
 
