@@ -22,8 +22,6 @@ TESTED_BY: dict[str, tuple[str, str]] = {
     "runtime/checkpoint/containers.py": ("runtime/checkpoint/test_gguf_file.py", PARTS),
     "runtime/checkpoint/recipe.py": ("runtime/checkpoint/test_blueprint.py", PARTS),
     "runtime/checkpoint/decoded_trunk.py": ("runtime/model/test_trunk_files.py", PARTS),
-    "runtime/daemon/fetch.py": ("runtime/client/test_remote.py", "its answers are judged by the client that asks"),
-    "runtime/daemon/hosted_model.py": ("runtime/daemon/test_rpc.py", PROCESS),
     "runtime/daemon/daemon_config.py": ("runtime/daemon/test_entry.py", PROCESS),
     "runtime/formats/gguf.py": ("runtime/checkpoint/test_gguf_file.py", "its tensors are in a whole file"),
     "runtime/client/misses.py": ("runtime/client/test_tier.py", PARTS),

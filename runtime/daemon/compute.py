@@ -27,7 +27,6 @@ from moetier.runtime.kernels.jit.emitter import BF16, FP32
 from moetier.runtime.kernels.jit.processor import refusal
 from moetier.runtime.kernels.jit.team import Memory
 from moetier.runtime.wire.channel import MAX_OUTPUTS, OUTPUT_BYTES
-from moetier.runtime.wire.piece import PIECE_BYTES, encode_piece
 from moetier.tiers.errors import SAME_VERSION, ConfigError, ExhaustedError, ProtocolError
 from moetier.tiers.host.demands import Granted
 from moetier.tiers.host.tier import HostTier
@@ -36,7 +35,7 @@ from moetier.tiers.manifest import Manifest
 from moetier.tiers.source import SLOT_TIMEOUT
 from moetier.tiers.store.checksum import crc32c
 
-from .leases import CALLS, STALL, CallLeases, no_thread, timeout_of
+from .leases import CallLeases, OpenCalls, no_thread, timeout_of
 
 _TYPES = {"bfloat16": BF16, "float32": FP32}
 
@@ -78,12 +77,11 @@ class ComputeCalls:
         self._manifest = manifest
         self._timeout = timeout
         self._leases = CallLeases(host, timeout=timeout)
+        self._calls = OpenCalls("computations")
         self._state = threading.Lock()  # guards: the fields below
         # by layout, variant of the activation and type: None while code is compiled; an error if it can't be compiled
         self._products: dict[tuple[str, Activation, str], ExpertProducts | ConfigError | None] = {}
         self._compilers: list[threading.Thread] = []
-        # for each call under way: when (monotonic clock) the piece was offered that its client has yet to take
-        self._calls: dict[grpc.ServicerContext, float] = {}
         self._computed = 0  # number of outputs that were computed
 
     def serve(self, request: pb.ComputeRequest, context: grpc.ServicerContext) -> Generator[bytes, None, None]:
@@ -91,26 +89,13 @@ class ComputeCalls:
 
         The last has a checksum of request and outputs, if the request has one.
 
-        If too many calls are under way, those whose clients have taken no piece for STALL seconds are cancelled.
-
         Raises MissingExpertError if the model has no such expert; ProtocolError if the call has no deadline or asks for
         what can't be computed; ExhaustedError if it asks for too much, too many calls are under way, or there is no
         slot; and the error of a failed load.
         """
         timeout = timeout_of(context, self._timeout, "A computation")
         deadline = time.monotonic() + timeout
-        with self._state:
-            if len(self._calls) == CALLS:
-                late = time.monotonic() - STALL
-                for call, offered in self._calls.items():
-                    if offered < late:
-                        call.cancel()
-                raise ExhaustedError(
-                    f"{CALLS} computations are under way, the most that the daemon allows.",
-                    "Ask another daemon, or try again later.",
-                )
-            self._calls[context] = math.inf
-        try:
+        with self._calls.admit(context):
             task = self._check(request)
             outputs = np.empty((task.outputs, task.hidden_states.shape[1]), np.uint8)
             with closing(self._leases.batches(task.keys, context, deadline, waits_for_reads=False)) as batches:
@@ -121,14 +106,7 @@ class ComputeCalls:
             data = outputs.reshape(-1).data
             # the client thereby knows that these are the outputs for what it has sent
             crc = crc32c(data, request.crc32c) if request.HasField("crc32c") else None
-            for at in range(0, len(data), PIECE_BYTES):
-                with self._state:
-                    self._calls[context] = time.monotonic()
-                is_last = at + PIECE_BYTES >= len(data)
-                yield encode_piece(data[at : at + PIECE_BYTES], crc if is_last else None)
-        finally:
-            with self._state:
-                del self._calls[context]
+            yield from self._calls.pieces(context, data, crc)
 
     def counts(self) -> dict[str, int]:
         """Return the counts of the calls. They are fields of ModelStats."""
@@ -220,7 +198,8 @@ class ComputeCalls:
     def _compile(self, variant: tuple[str, Activation, str]) -> None:
         """Begin to compile code in the background, as a client takes a daemon that does not answer for lost.
 
-        Raises ProtocolError if it can't be compiled, ExhaustedError if there is no thread for it.
+        The caller holds ``_state``. Raises ProtocolError if it can't be compiled, ExhaustedError if there is no thread
+        for it.
         """
         array_name, activation, dtype = variant
         layout = self._manifest.layouts[array_name]
@@ -249,7 +228,7 @@ class ComputeCalls:
     def _compute(self, task: Task, leases: Sequence[Granted], outputs: npt.NDArray[Any], deadline: float) -> None:
         """Compute experts whose records are leased. Raises ExhaustedError if other calls compute until ``deadline``."""
         if not _computing.acquire(timeout=max(deadline - time.monotonic(), 0.0)):
-            raise ExhaustedError("Other computations take all the time.", "Ask another daemon, or try again later.")
+            raise ExhaustedError("Other computations did not end in time.", "Ask another daemon, or try again later.")
         try:
             batch: list[tuple[int, ExpertTokens]] = []
             left = BATCH_OUTPUTS

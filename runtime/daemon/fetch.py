@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import threading
 import time
 from collections import Counter
@@ -12,14 +11,13 @@ from collections.abc import Generator, Iterator, Mapping
 import grpc
 
 from moetier.proto import expert_store_pb2 as pb
-from moetier.runtime.wire.piece import PIECE_BYTES, encode_piece
 from moetier.tiers.errors import SAME_VERSION, ExhaustedError, ProtocolError
 from moetier.tiers.host.tier import HostTier
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.source import SLOT_TIMEOUT
 
-from .leases import CALLS, STALL, CallLeases, no_caller, timeout_of
+from .leases import STALL, CallLeases, OpenCalls, no_caller, timeout_of
 
 
 class FetchCalls:
@@ -45,13 +43,12 @@ class FetchCalls:
         self._limits = {array: max(1, count // 4) for array, count in slots.items()}
         self._stall = stall
         self._timeout = timeout
-        self._state = threading.Condition()  # guards: the fields below
-        # for each call under way: when (monotonic clock) the piece was offered that its client has yet to take
-        self._offered: dict[grpc.ServicerContext, float] = {}
-        self._held: dict[str, Counter[ExpertKey]] = {array: Counter() for array in slots}
+        self._calls = OpenCalls("fetches")
+        self._state = threading.Condition()  # guards: ``_leased``, ``_closed``, ``_answered``
+        # by array: the number of calls for each record that fetches lease or are about to lease
+        self._leased: dict[str, Counter[ExpertKey]] = {array: Counter() for array in slots}
         self._closed = False
         self._answered = 0  # calls answered in full
-        self._sent_bytes = 0  # of records
         self._watcher = threading.Thread(target=self._watch, name="moetier-fetches", daemon=True)
         self._watcher.start()
 
@@ -75,78 +72,59 @@ class FetchCalls:
             )
         deadline = time.monotonic() + timeout
         batches = self._leases.batches([key], context, deadline)
-        with self._admitted(key, entry.array, context, timeout), contextlib.closing(batches):
+        with self._calls.admit(context), self._counted(key, entry.array, context, timeout), contextlib.closing(batches):
             (granted,) = next(batches)
-            slot = self._host.whole(granted.slot)
-            for at in range(start, end, PIECE_BYTES):
-                piece = slot[at : min(at + PIECE_BYTES, end)]
-                with self._state:
-                    self._offered[context] = time.monotonic()
-                is_last = at + PIECE_BYTES >= end
-                yield encode_piece(piece, request.crc32c if is_last and request.HasField("crc32c") else None)
-                with self._state:
-                    self._sent_bytes += len(piece)
+            crc = request.crc32c if request.HasField("crc32c") else None
+            yield from self._calls.pieces(context, self._host.whole(granted.slot)[start:end], crc)
         with self._state:
             self._answered += 1
 
     def counts(self) -> dict[str, int]:
         """Return the counts of the calls. They are fields of ModelStats."""
         with self._state:
-            return {"fetches": self._answered, "fetched_bytes": self._sent_bytes}
+            return {"fetches": self._answered, "fetched_bytes": self._calls.sent_bytes}
 
     def close(self) -> None:
         """Refuse new calls, and end those under way. Idempotent."""
         with self._state:
             self._closed = True
             self._state.notify_all()
-            calls = list(self._offered)
-        for call in calls:
-            call.cancel()
+        self._calls.cancel()
         self._watcher.join()
         self._leases.close()
 
     @contextlib.contextmanager
-    def _admitted(self, key: ExpertKey, array: str, context: grpc.ServicerContext, timeout: float) -> Iterator[None]:
-        """Register a call, wait until fetches may hold its record, and count the record as held until the context ends.
+    def _counted(self, key: ExpertKey, array: str, context: grpc.ServicerContext, timeout: float) -> Iterator[None]:
+        """Wait until fetches may lease a record, and count the record as leased until the ``with`` block ends.
 
-        The number of distinct records that fetches hold is limited for each record layout (``array``). Raises
-        ExhaustedError if too many calls are under way, or if the limit does not allow the record for ``timeout``
-        seconds. Raises ClosedError if the call or the daemon has ended.
+        The number of distinct records that fetches lease is limited for each record layout (``array``). Raises
+        ExhaustedError if the limit does not allow the record for ``timeout`` seconds, and ClosedError if the call or
+        the daemon has ended.
         """
-        held = self._held[array]
+        leased = self._leased[array]
 
-        def free() -> bool:
-            return self._closed or not context.is_active() or key in held or len(held) < self._limits[array]
+        def may_go_on() -> bool:
+            is_over = self._closed or not context.is_active()
+            return is_over or key in leased or len(leased) < self._limits[array]
 
         context.add_callback(self._wake)  # so that the wait for a slot ends when the client is gone
         with self._state:
-            if len(self._offered) == CALLS:
+            if not self._state.wait_for(may_go_on, timeout):
                 raise ExhaustedError(
-                    f"{CALLS} fetches are under way, the most that the daemon allows.",
+                    f"All slots that fetches may use were held for other records for {timeout:.1f} seconds.",
                     "Ask another daemon, or try again later.",
                 )
-            self._offered[context] = math.inf
+            if self._closed or not context.is_active():
+                raise no_caller()
+            leased[key] += 1
+            self._state.notify_all()  # wakes the watcher
         try:
-            with self._state:
-                if not self._state.wait_for(free, timeout):
-                    raise ExhaustedError(
-                        f"All slots that fetches may use were held for other records for {timeout:.1f} seconds.",
-                        "Ask another daemon, or try again later.",
-                    )
-                if self._closed or not context.is_active():
-                    raise no_caller()
-                held[key] += 1
-                self._state.notify_all()  # wakes the watcher
-            try:
-                yield
-            finally:
-                with self._state:
-                    held[key] -= 1
-                    if not held[key]:
-                        del held[key]
+            yield
         finally:
             with self._state:
-                del self._offered[context]
+                leased[key] -= 1
+                if not leased[key]:
+                    del leased[key]
                 self._state.notify_all()
 
     def _wake(self) -> None:
@@ -160,8 +138,5 @@ class FetchCalls:
         """
         with self._state:
             while not self._closed:
-                late = time.monotonic() - self._stall
-                for call, offered in self._offered.items():
-                    if offered < late:
-                        call.cancel()
-                self._state.wait(self._stall / 4 if self._offered else None)
+                self._calls.cancel(self._stall)
+                self._state.wait(self._stall / 4 if self._calls else None)

@@ -1,16 +1,19 @@
-"""Leases for calls of other hosts: a caller of the host tier that waits in the call's own thread."""
+"""Calls of other hosts: how many may be under way, and their leases, for which each waits in its own thread."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
+import math
+import threading
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from functools import partial
 from queue import Empty, SimpleQueue
 
 import grpc
 
+from moetier.runtime.wire.piece import PIECE_BYTES, encode_piece
 from moetier.tiers.errors import ClosedError, ExhaustedError, ProtocolError
 from moetier.tiers.host.demands import Event, Failed, Granted
 from moetier.tiers.host.tier import HostTier
@@ -19,6 +22,60 @@ from moetier.tiers.layout import ExpertKey
 CALLS = 24  # most fetches, and most computations, at once, with those that wait: each takes a thread of the server
 STALL = 10.0  # seconds for which a client may take no piece of an answer while other clients wait
 MAX_TIMEOUT = 3600.0  # seconds to a call's deadline; a later deadline counts as none
+
+
+class OpenCalls:
+    """The fetches, or the computations, that are under way: at most CALLS. Thread-safe."""
+
+    def __init__(self, name: str) -> None:
+        """``name`` is the word for the calls in errors."""
+        self._name = name
+        self._lock = threading.Lock()  # guards: the fields below
+        # for each call: when (monotonic clock) the piece was offered that its client has yet to take
+        self._offered: dict[grpc.ServicerContext, float] = {}
+        self.sent_bytes = 0  # number of bytes that clients have taken
+
+    def __len__(self) -> int:
+        return len(self._offered)
+
+    @contextlib.contextmanager
+    def admit(self, context: grpc.ServicerContext) -> Iterator[None]:
+        """Count a call as under way for the duration of the ``with`` block.
+
+        If too many are, raise ExhaustedError, and cancel those whose clients have taken no piece for STALL seconds.
+        """
+        with self._lock:
+            if is_admitted := len(self._offered) < CALLS:
+                self._offered[context] = math.inf
+        if not is_admitted:
+            self.cancel(STALL)
+            raise ExhaustedError(
+                f"{CALLS} {self._name} are under way, the most that the daemon allows.",
+                "Ask another daemon, or try again later.",
+            )
+        try:
+            yield
+        finally:
+            with self._lock:
+                del self._offered[context]
+
+    def pieces(self, context: grpc.ServicerContext, data: memoryview, crc: int | None) -> Iterator[bytes]:
+        """Yield the answer ``data`` of an admitted call as serialised pieces. The last has ``crc``."""
+        for start in range(0, len(data), PIECE_BYTES):
+            piece, is_last = data[start : start + PIECE_BYTES], start + PIECE_BYTES >= len(data)
+            with self._lock:
+                self._offered[context] = time.monotonic()
+            yield encode_piece(piece, crc if is_last else None)
+            with self._lock:
+                self.sent_bytes += len(piece)
+
+    def cancel(self, stall: float = -math.inf) -> None:
+        """Cancel the calls whose clients have taken no piece for ``stall`` seconds; by default all calls."""
+        late = time.monotonic() - stall
+        with self._lock:
+            calls = [call for call, offered in self._offered.items() if offered <= late]
+        for call in calls:
+            call.cancel()
 
 
 class CallLeases:
@@ -61,7 +118,7 @@ class CallLeases:
                 if left:
                     self._session.release(number, [granted.key for granted in batch])
         finally:
-            self._session.release(number)
+            self._session.release(number, ())
             del self._answers[number]
 
     def close(self) -> None:

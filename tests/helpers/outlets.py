@@ -6,8 +6,10 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 from concurrent import futures
+from pathlib import Path
 
 import grpc
+from integrity import check_integrity
 
 from moetier.proto import expert_store_pb2 as pb
 from moetier.proto.expert_store_pb2_grpc import ExpertStoreServicer
@@ -18,6 +20,7 @@ from moetier.runtime.wire.status_codes import abort
 from moetier.tiers.errors import MoetierError
 from moetier.tiers.host.tier import HostTier
 from moetier.tiers.manifest import Manifest
+from moetier.tiers.store.reader import ExpertStore
 
 PLAIN = Credentials(insecure=True)
 
@@ -74,6 +77,20 @@ def served(host: HostTier) -> Iterator[Address]:
             yield address
     finally:
         fetches.close()
+
+
+@contextlib.contextmanager
+def served_folder(folder: Path, slots: int = 3, **bounds: float) -> Iterator[tuple[Address, HostTier, FetchCalls]]:
+    """A host tier of ``slots`` slots, and where its records are fetched."""
+    counts = {"records": slots}
+    with ExpertStore.open(folder) as store, HostTier(store, slots=counts) as host:
+        fetches = FetchCalls(host, store.manifest, counts, **bounds)
+        try:
+            with serving(outlet_of(fetches, store.manifest)) as address:
+                yield address, host, fetches
+        finally:
+            fetches.close()
+        check_integrity(host)
 
 
 # gRPC opens what its event loop polls when it is first used, and closes it with the last of its objects: in between

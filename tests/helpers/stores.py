@@ -11,11 +11,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import numpy as np
 
 from moetier.tiers.layout import CHECKSUM_BYTES, ExpertKey, Projection, RecordLayout
 from moetier.tiers.manifest import Block, Manifest, method_of
 from moetier.tiers.store.base import Store
+from moetier.tiers.store.checksum import checksum_bytes
 from moetier.tiers.store.folder import GROUP, METADATA, read_manifest, store_folder
 from moetier.tiers.store.shard import ShardFile
 from moetier.tiers.store.writer import StoreWriter, array_metadata
@@ -180,3 +182,8 @@ def edit(path: Path, *keys: str | int, to: Any) -> None:
 # zarr starts its event loop's thread when it is first used, for the life of the process. It starts here, when tests are
 # collected, and not in a test that looks for threads and descriptors left behind.
 array_metadata(make_plan(), "records")
+
+
+def slot_with(record: bytes) -> bytes:
+    """A record and its checksum."""
+    return record + checksum_bytes(google_crc32c.value(record))

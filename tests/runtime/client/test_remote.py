@@ -13,18 +13,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import grpc
 import pytest
 from integrity import check_integrity
-from outlets import Behaviour, Outlet, outlet_of, serving
-from stores import layout_of, make_plan, make_records, manifest_of, slot_of, written
+from outlets import Behaviour, Outlet, served_folder, serving
+from stores import layout_of, make_plan, make_records, manifest_of, slot_of, slot_with, written
 from threads import Task, run_all, wait_until
 
 from moetier.proto import expert_store_pb2 as pb
 from moetier.runtime.client import remote
 from moetier.runtime.client.remote import RemoteStore
-from moetier.runtime.daemon.fetch import FetchCalls
 from moetier.runtime.wire.address import Address, Credentials
 from moetier.runtime.wire.piece import PIECE_BYTES, decode_piece, encode_piece
 from moetier.testing import in_fork
@@ -40,7 +38,6 @@ from moetier.tiers.errors import (
 from moetier.tiers.host.tier import HostTier
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Manifest
-from moetier.tiers.store.checksum import checksum_bytes
 from moetier.tiers.store.reader import ExpertStore
 
 PLAIN = Credentials(insecure=True)
@@ -49,8 +46,6 @@ PLAN = make_plan(blocks=2, experts=3)
 RECORDS = make_records(PLAN)
 LARGE_PLAN = make_plan(blocks=1, experts=3, top_k=1, layout=LARGE)
 LARGE_RECORDS = make_records(LARGE_PLAN)
-# 47 MB: more than sockets and HTTP/2 take in for a reader that stands still
-HUGE_PLAN = make_plan(blocks=1, experts=3, top_k=1, layout=layout_of(rows=2048, columns=3840))
 
 
 @pytest.fixture(scope="module")
@@ -63,25 +58,6 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return written(tmp_path_factory.mktemp("large"), LARGE_PLAN, LARGE_RECORDS)
 
 
-@pytest.fixture(scope="module")
-def huge(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return written(tmp_path_factory.mktemp("huge"), HUGE_PLAN, make_records(HUGE_PLAN))
-
-
-@contextmanager
-def served(folder: Path, slots: int = 3, **bounds: float) -> Iterator[tuple[Address, HostTier, FetchCalls]]:
-    """A host tier of ``slots`` slots, and where its records are fetched."""
-    counts = {"records": slots}
-    with ExpertStore.open(folder) as store, HostTier(store, slots=counts) as host:
-        fetches = FetchCalls(host, store.manifest, counts, **bounds)
-        try:
-            with serving(outlet_of(fetches, store.manifest)) as address:
-                yield address, host, fetches
-        finally:
-            fetches.close()
-        check_integrity(host)
-
-
 @contextmanager
 def hostile(folder: Path, behaviour: Behaviour, **bounds: float) -> Iterator[tuple[RemoteStore, Outlet]]:
     with ExpertStore.open(folder) as store:
@@ -91,16 +67,12 @@ def hostile(folder: Path, behaviour: Behaviour, **bounds: float) -> Iterator[tup
         yield reader, outlet
 
 
-def slot_with(record: bytes) -> bytes:
-    return record + checksum_bytes(google_crc32c.value(record))
-
-
 @pytest.mark.parametrize("channels", [1, 2, 3, 5])
 def test_every_record_arrives_whole(small: Path, large: Path, channels: int) -> None:
     for folder, records in ((small, RECORDS), (large, LARGE_RECORDS)):
         manifest = manifest_of(folder)
         with (
-            served(folder) as (address, host, fetches),
+            served_folder(folder) as (address, host, fetches),
             RemoteStore(address, PLAIN, manifest, channels=channels) as reader,
         ):
             reader.probe()
@@ -114,7 +86,7 @@ def test_every_record_arrives_whole(small: Path, large: Path, channels: int) -> 
 
 def test_a_cold_record_wanted_by_eight_is_read_once(large: Path) -> None:
     manifest, key = manifest_of(large), ExpertKey(0, 1)
-    with served(large) as (address, host, _), ExitStack() as stack:
+    with served_folder(large) as (address, host, _), ExitStack() as stack:
         readers = [stack.enter_context(RemoteStore(address, PLAIN, manifest)) for _ in range(8)]
         slots = [slot_of(manifest, key) for _ in readers]
         run_all([lambda r=r, s=s: r.read_into(key, s) for r, s in zip(readers, slots, strict=True)])
@@ -319,7 +291,7 @@ def test_a_part_without_a_thread_that_can_read_it(large: Path, monkeypatch: pyte
     """There is no thread to be had: nothing is written behind the caller's back."""
     key = ExpertKey(0, 0)
     monkeypatch.setattr(remote, "ThreadPoolExecutor", WithoutThreads)
-    with served(large) as (address, _, _), RemoteStore(address, PLAIN, manifest_of(large)) as reader:
+    with served_folder(large) as (address, _, _), RemoteStore(address, PLAIN, manifest_of(large)) as reader:
         slot = slot_of(reader.manifest, key)
         with pytest.raises(UnavailableError, match="can't be called"):
             reader.read_into(key, slot)
@@ -331,7 +303,7 @@ def test_a_part_without_a_thread_that_can_read_it(large: Path, monkeypatch: pyte
 
 def test_another_store_is_refused(small: Path, large: Path) -> None:
     with (
-        served(small) as (address, _, _),
+        served_folder(small) as (address, _, _),
         RemoteStore(address, PLAIN, manifest_of(large)) as reader,
         pytest.raises(UnknownModelError, match="acme/tiny-moe"),
     ):
@@ -435,153 +407,3 @@ def test_renewed_connections_are_closed_and_calls_on_the_last_one_go_on(small: P
         wait_until(lambda: connections() <= opened[1])
         outlet.goes_on.set()
         assert [decode_piece(message)[0] for message in call] == [b"ended"]
-
-
-# -- the daemon's side ------------------------------------------------------------------------------------------------
-
-
-def ask(address: Address, timeout: float | None, **request: int) -> Callable[[], bytes]:
-    def call() -> bytes:
-        with grpc.insecure_channel(address.target) as channel:
-            fetch = channel.unary_stream(
-                "/moetier.v1.ExpertStore/Fetch", pb.FetchRequest.SerializeToString, pb.Piece.FromString
-            )
-            return b"".join(piece.data for piece in fetch(pb.FetchRequest(**request), timeout=timeout))
-
-    return call
-
-
-def test_any_part_of_a_record_by_plain_protocol_buffers(small: Path) -> None:
-    key = ExpertKey(1, 2)
-    whole = slot_with(RECORDS[key])
-    with served(small) as (address, _, _):
-        for offset, length in ((0, 0), (0, len(whole)), (1, 1), (len(whole) - 7, 5), (len(whole) - 2, 0), (4096, 9000)):
-            got = ask(address, 10, block=1, expert=2, offset=offset, length=length)()
-            assert got == whole[offset : offset + length if length else None]
-
-
-@pytest.mark.parametrize(
-    ("timeout", "request_", "code"),
-    [
-        (None, {}, grpc.StatusCode.INVALID_ARGUMENT),
-        (1e6, {}, grpc.StatusCode.INVALID_ARGUMENT),
-        (10, {"block": 2}, grpc.StatusCode.NOT_FOUND),
-        (10, {"expert": 10**9}, grpc.StatusCode.NOT_FOUND),
-        (10, {"offset": PLAN.layout(0).slot_bytes}, grpc.StatusCode.INVALID_ARGUMENT),
-        (10, {"offset": 1, "length": PLAN.layout(0).slot_bytes}, grpc.StatusCode.INVALID_ARGUMENT),
-        (10, {"offset": 2**64 - 1, "length": 2**64 - 1}, grpc.StatusCode.INVALID_ARGUMENT),
-    ],
-)
-def test_what_can_not_be_asked(
-    small: Path, timeout: float | None, request_: dict[str, int], code: grpc.StatusCode
-) -> None:
-    with served(small) as (address, _, _):
-        with pytest.raises(grpc.RpcError) as caught:
-            ask(address, timeout, **request_)()
-        assert caught.value.code() is code
-        assert len(ask(address, 10)()) == PLAN.layout(0).slot_bytes
-
-
-def start_and_stall(address: Address, stack: ExitStack, expert: int) -> grpc.Call:
-    """A fetch whose reader takes one piece, and no more: not even into buffers, which may grow to a whole record."""
-    narrow = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1 << 16)]
-    channel = stack.enter_context(grpc.insecure_channel(address.target, narrow))
-    fetch = channel.unary_stream(
-        "/moetier.v1.ExpertStore/Fetch", pb.FetchRequest.SerializeToString, pb.Piece.FromString
-    )
-    call = fetch(pb.FetchRequest(expert=expert), timeout=600)
-    next(call)
-    stack.callback(call.cancel)  # and so it lives as long: a lost call is cancelled
-    return call
-
-
-def test_a_reader_that_stands_still_holds_a_slot_for_a_bounded_time(huge: Path) -> None:
-    with served(huge, slots=1, stall=1.0) as (address, host, _), ExitStack() as stack:
-        call = start_and_stall(address, stack, 0)
-        assert host.stats().leased == 1
-        assert len(list(host.acquire([ExpertKey(0, 1)]))) == 1, "waited for, and got"
-        assert host.stats().leased == 0
-        with pytest.raises(grpc.RpcError):
-            list(call)
-
-
-def test_a_client_that_goes_gives_its_slot_back(huge: Path) -> None:
-    with served(huge, slots=1, stall=600) as (address, host, _):
-        with ExitStack() as stack:
-            start_and_stall(address, stack, 0)
-            assert host.stats().leased == 1
-        wait_until(lambda: host.stats().leased == 0)
-        assert len(list(host.acquire([ExpertKey(0, 1)]))) == 1
-
-
-def test_fetches_leave_slots_to_others(huge: Path) -> None:
-    """Three slots: fetches hold one at most, and who wants another record is refused after a bounded wait."""
-    with served(huge, slots=3, stall=600, timeout=0.3) as (address, host, _), ExitStack() as stack:
-        start_and_stall(address, stack, 0)
-        start_and_stall(address, stack, 0)  # of the same record: no further slot
-        with RemoteStore(address, PLAIN, manifest_of(huge)) as reader:
-            with pytest.raises(ExhaustedError):
-                reader.read_into(ExpertKey(0, 1), slot_of(reader.manifest, ExpertKey(0, 1)))
-            assert host.stats().leased == 1
-            assert len(list(host.acquire([ExpertKey(0, 1), ExpertKey(0, 2)]))) == 2
-            stack.close()
-            wait_until(lambda: host.stats().leased == 0)
-            reader.read_into(ExpertKey(0, 1), slot_of(reader.manifest, ExpertKey(0, 1)))
-
-
-def test_a_slot_that_is_not_to_be_had_is_waited_for_a_bounded_time(large: Path) -> None:
-    """Somebody of the daemon's own host holds the only one."""
-    with (
-        served(large, slots=1, timeout=0.3) as (address, host, _),
-        RemoteStore(address, PLAIN, manifest_of(large)) as reader,
-    ):
-        slot = slot_of(reader.manifest, ExpertKey(0, 1))
-        leases = host.acquire([ExpertKey(0, 0)])
-        next(leases)
-        with pytest.raises(ExhaustedError):
-            reader.read_into(ExpertKey(0, 1), slot)
-        leases.close()
-        reader.read_into(ExpertKey(0, 1), slot)
-        wait_until(lambda: host.stats().leased == 0)
-        assert slot == slot_with(LARGE_RECORDS[ExpertKey(0, 1)])
-
-
-def test_a_call_that_waits_for_a_slot_is_answered_before_its_deadline(large: Path) -> None:
-    """As long as both are as patient as they are by default."""
-    with (
-        served(large, slots=1, timeout=1.0) as (address, host, _),
-        RemoteStore(address, PLAIN, manifest_of(large), timeout=1.0, channels=1) as reader,
-    ):
-        leases = host.acquire([ExpertKey(0, 0)])
-        next(leases)
-        with pytest.raises(grpc.RpcError) as caught:
-            ask(address, 1.0, expert=1)()
-        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-        with pytest.raises(ExhaustedError):
-            reader.read_into(ExpertKey(0, 1), slot_of(reader.manifest, ExpertKey(0, 1)))
-        leases.close()
-
-
-@pytest.mark.parametrize("how", ["its client goes", "its deadline passes", "the daemon ends"])
-def test_no_call_waits_in_vain(large: Path, how: str) -> None:
-    """A fetch that waits for a slot, when nobody wants it any more."""
-    with served(large, slots=1, timeout=600) as (address, host, fetches):
-        leases = host.acquire([ExpertKey(0, 0)])
-        next(leases)
-        with grpc.insecure_channel(address.target) as channel:
-            fetch = channel.unary_stream(
-                "/moetier.v1.ExpertStore/Fetch", pb.FetchRequest.SerializeToString, pb.Piece.FromString
-            )
-            call = fetch(pb.FetchRequest(expert=1), timeout=1 if how == "its deadline passes" else 600)
-            wait_until(lambda: host.stats().misses == 2)
-            if how == "its client goes":
-                call.cancel()
-            elif how == "the daemon ends":
-                fetches.close()
-            with pytest.raises(grpc.RpcError):
-                next(call)
-            if how != "the daemon ends":  # fetches may hold one record: another is waited for once the first is not
-                other = fetch(pb.FetchRequest(expert=2), timeout=600)
-                wait_until(lambda: host.stats().misses == 3)
-                other.cancel()
-        leases.close()

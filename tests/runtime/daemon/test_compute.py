@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-import sys
 import time
 from array import array
 from collections.abc import Iterator
@@ -25,7 +24,7 @@ from torch import Tensor
 
 from moetier.proto import expert_store_pb2 as pb
 from moetier.proto.expert_store_pb2_grpc import ExpertStoreStub
-from moetier.runtime.daemon import compute
+from moetier.runtime.daemon import leases
 from moetier.runtime.daemon.compute import ComputeCalls
 from moetier.runtime.daemon.hosted_model import HostedModel
 from moetier.runtime.daemon.leases import CALLS
@@ -42,7 +41,6 @@ from moetier.tiers.errors import (
     MissingExpertError,
     MoetierError,
     ProtocolError,
-    StoreError,
     UnknownModelError,
 )
 from moetier.tiers.host.tier import HostTier
@@ -319,7 +317,7 @@ def test_clients_that_read_nothing_make_room_for_others(
         time.sleep(1.0)
         with pytest.raises(ExhaustedError, match="under way"):
             answer(stub, long)
-        monkeypatch.setattr(compute, "STALL", 0.5)
+        monkeypatch.setattr(leases, "STALL", 0.5)
 
         def is_computed() -> bool:
             try:
@@ -367,26 +365,6 @@ def test_code_that_can_not_be_compiled_is_not_waited_for(
         answer(ExpertStoreStub(channel), message(manifest, hidden_states(manifest, 1), [1]))
 
 
-def test_a_compiler_that_can_not_be_imported_is_said(
-    host: HostTier, manifest: Manifest, tinymix_4bit: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "moetier.runtime.daemon.compute", None)
-    model = HostedModel(manifest, host, tinymix_4bit, timeout=1.0)
-    try:
-
-        def is_said() -> bool:
-            try:
-                return not model.compute_calls
-            except ConfigError as error:
-                return "can't compute experts" in error.cause
-            except ExhaustedError:
-                return False
-
-        wait_until(is_said)
-    finally:
-        model.close()
-
-
 def test_without_a_thread_a_call_fails_and_the_next_one_computes(
     served: tuple[ComputeCalls, Address], host: HostTier, manifest: Manifest, tinymix_4bit: Path
 ) -> None:
@@ -399,23 +377,5 @@ def test_without_a_thread_a_call_fails_and_the_next_one_computes(
             with without_thread("moetier-compiler"), pytest.raises(ExhaustedError, match="can't start new thread"):
                 answer(ExpertStoreStub(channel), request)
             assert answer(ExpertStoreStub(channel), request)
-    finally:
-        model.close()
-
-
-def test_a_condemned_model_says_so(host: HostTier, manifest: Manifest, tinymix_4bit: Path) -> None:
-    model = HostedModel(manifest, host, tinymix_4bit, timeout=1.0)
-    try:
-        model.condemn(StoreError("The shards are of two conversions.", "Convert the model again."))
-
-        def is_said() -> bool:
-            try:
-                return not model.compute_calls
-            except StoreError as error:
-                return error.cause == "The shards are of two conversions."
-            except ExhaustedError:
-                return False
-
-        wait_until(is_said)
     finally:
         model.close()
