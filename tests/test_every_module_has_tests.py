@@ -24,7 +24,6 @@ TESTED_BY: dict[str, tuple[str, str]] = {
     "runtime/checkpoint/decoded_trunk.py": ("runtime/model/test_trunk_files.py", PARTS),
     "runtime/daemon/daemon_config.py": ("runtime/daemon/test_entry.py", PROCESS),
     "runtime/formats/gguf.py": ("runtime/checkpoint/test_gguf_file.py", "its tensors are in a whole file"),
-    "runtime/client/misses.py": ("runtime/client/test_tier.py", PARTS),
     "runtime/kernels/codings/row_codings.py": ("runtime/kernels/products/test_row_major.py", CODE),
     "runtime/kernels/codings/row_emitter.py": ("runtime/kernels/products/test_row_major.py", CODE),
     "runtime/kernels/experts/expert_products.py": ("runtime/kernels/experts/test_expert_kernels.py", CODE),

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from queue import Empty, SimpleQueue
 
 from moetier.tiers.errors import ClosedError, ExhaustedError, StoreError, UnavailableError
@@ -25,22 +26,22 @@ _RETRY = 0.1  # seconds before a request that failed because the daemon was endi
 
 
 @dataclass(frozen=True, slots=True)
-class MissContext:
-    """Objects that all misses of a client's tier use."""
+class ClientContext:
+    """Objects that a client's tier shares with all its misses."""
 
     link: Link
     fallback: Fallback
     timeout: float  # seconds for which a miss waits for the daemon
     check_open: Callable[[], None]  # raises ClosedError once the tier is closed
-    counters: TierCounters
-    counting: threading.Lock  # guards: ``counters``. Finalizers do not take it
+    counting: threading.Lock = field(default_factory=threading.Lock)  # guards: ``counters``. No finalizer takes it
+    counters: TierCounters = field(default_factory=partial(TierCounters, "daemon"))
     by_thread: dict[int, Misses] = field(default_factory=dict)  # misses that hold or await leases
 
 
 class Misses:
     """The misses of one call of ``acquire``, all of one block. The daemon grants them, or the local store is read."""
 
-    def __init__(self, context: MissContext, block: int) -> None:
+    def __init__(self, context: ClientContext, block: int) -> None:
         self._context = context
         self._block = block
         self._thread = 0  # set by the first request

@@ -21,12 +21,12 @@ from moetier.tiers.layout import ExpertKey
 from moetier.tiers.locks import ForkGuard
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.source import Lease, Residents
-from moetier.tiers.stats import TierCounters, TierStats
+from moetier.tiers.stats import TierStats
 
 from .daemon_link import Link
 from .fallback import Fallback
 from .mapped_arena import MappedArena
-from .misses import MissContext, Misses
+from .misses import ClientContext, Misses
 
 
 class DaemonTier(Closeable):
@@ -59,16 +59,15 @@ class DaemonTier(Closeable):
     ) -> None:
         self._folder = folder
         self._manifest = manifest
-        self._arena = MappedArena.of(control, manifest)
         self._fallback = fallback
         self._fork_guard = ForkGuard()
         self._closed = False
         self._prefetching: set[int] = set()  # blocks whose prefetch requests the daemon may still have to serve
         self._copied: set[ExpertKey] = set()  # keys pinned for a copy, and not reported as used since then
-        self._counters = TierCounters("daemon")
-        self._counting = threading.Lock()  # guards: the counters. Finalizers do not take it
-        self._link = Link(folder, manifest.digest, control, self._connected)
-        self._misses = MissContext(self._link, fallback, timeout, self._check_open, self._counters, self._counting)
+        self._arena = MappedArena.of(control, manifest)
+        with closed_on_error(self._arena):
+            self._link = Link(folder, manifest.digest, control, self._connected)
+        self._context = ClientContext(self._link, fallback, timeout, self._check_open)
 
     def acquire(self, keys: Sequence[ExpertKey]) -> Generator[Lease[memoryview], None, None]:
         """Yield leases as ``ExpertSource`` says. Each has a proof, unless its record is from the local store.
@@ -95,9 +94,9 @@ class DaemonTier(Closeable):
             self._prefetching.discard(block)
             if not missing:  # with misses, their request tells the daemon that the demand has come
                 self._link.prefetch(block, [])
-        with self._counting:
-            self._counters.count_lookups(hits=len(cached), misses=len(missing))
-        rest = Misses(self._misses, block)
+        with self._context.counting:
+            self._context.counters.count_lookups(hits=len(cached), misses=len(missing))
+        rest = Misses(self._context, block)
         try:
             if missing:
                 rest.submit(missing)
@@ -109,8 +108,8 @@ class DaemonTier(Closeable):
                 if self._closed:
                     self._check_open()
             if lost := [expert for expert, proof in proofs if proof.is_valid is False]:
-                with self._counting:
-                    self._counters.count_lookups(misses=len(lost), discarded=len(lost))
+                with self._context.counting:
+                    self._context.counters.count_lookups(misses=len(lost), discarded=len(lost))
                 rest.submit(lost)
             if rest.missing:
                 yield from rest.leases()
@@ -131,18 +130,18 @@ class DaemonTier(Closeable):
         if block in self._prefetching:
             self._prefetching.discard(block)
             self._link.prefetch(block, [])
-        with self._counting:
-            self._counters.count_lookups(hits=len(distinct))
+        with self._context.counting:
+            self._context.counters.count_lookups(hits=len(distinct))
 
     def take_back_uses(self, block: int, experts: Sequence[int]) -> None:
         """Take back uses in this client's counters, as ``ExpertSource`` says. The daemon goes on counting them."""
-        with self._counting:
-            self._counters.count_lookups(discarded=len(set(experts)))
+        with self._context.counting:
+            self._context.counters.count_lookups(discarded=len(set(experts)))
 
     def end_leases(self) -> None:
         """End the leases of this thread that an exception has left open, as ``ExpertSource`` says."""
         self._fork_guard.check()
-        if (misses := self._misses.by_thread.get(threading.get_ident())) is not None:
+        if (misses := self._context.by_thread.get(threading.get_ident())) is not None:
             misses.close()
         if self._fallback.host is not None:
             self._fallback.host.end_leases()
@@ -154,8 +153,7 @@ class DaemonTier(Closeable):
         """
         self._manifest.check_keys(block, keys)
         self._check_open()
-        find = self._arena.directory.find
-        if not all(find(key) for key in keys):
+        if self.absent(keys):
             self._prefetching.add(block)
         elif block in self._prefetching:
             self._prefetching.discard(block)
@@ -165,8 +163,7 @@ class DaemonTier(Closeable):
 
     def absent(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
         """Return absent keys as ``ExpertSource`` says: those that are not in the arena's directory."""
-        find = self._arena.directory.find
-        return [key for key in keys if find(key) is None]
+        return [key for key in keys if self._arena.directory.find(key) is None]
 
     @contextmanager
     def pin(self, key: ExpertKey) -> Iterator[Lease[memoryview] | None]:
@@ -205,8 +202,8 @@ class DaemonTier(Closeable):
         self._fork_guard.check()
         layout, fallback = self._arena.layout, self._fallback.host
         ready = 0 if self._closed else self._arena.directory.ready
-        with self._counting:
-            stats = self._counters.snapshot(
+        with self._context.counting:
+            stats = self._context.counters.snapshot(
                 slots=layout.slots, ready=ready, leased=None, slot_bytes=layout.nbytes - layout.directory_bytes
             )
         if fallback is None:

@@ -129,15 +129,16 @@ def _speculate(
     shortcuts: Shortcuts, config: TierConfig, device: ComputeDevice, tiers: Tiers, modules: Mapping[str, Any]
 ) -> None:
     """Begin to predict experts. ``modules``: the Experts modules by path."""
-    tiers.speculation = Speculation(
-        shortcuts,
-        tiers.device_tier,
-        look_ahead=config.look_ahead,
-        mode=_mode(config, tiers, modules),
-        most=config.prefetch,
-        is_queued=device.has_memory,
+    tiers.speculate(
+        Speculation(
+            shortcuts,
+            tiers.device_tier,
+            look_ahead=config.look_ahead,
+            mode=_mode(config, tiers, modules),
+            most=config.prefetch,
+            is_queued=device.has_memory,
+        )
     )
-    tiers.speculation.attach()
 
 
 def _mode(config: TierConfig, tiers: Tiers, modules: Mapping[str, Any]) -> Mode:

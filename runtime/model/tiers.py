@@ -93,7 +93,7 @@ class Tiers(Closeable):
                     policy=config.policy,
                     arrange=kernels.arrange,
                 )
-                kernels.make_room = tier.shrink
+                kernels.on_out_of_memory(tier.shrink)
             elif origin.daemon is not None:
                 memory.beside_daemon(memory_for_model())
             tiers = cls(manifest, origin, tier, kernels, memory.prefill, trunk_files)
@@ -123,10 +123,15 @@ class Tiers(Closeable):
         self.remote_compute = origin.remote_compute  # computes experts at daemons of other hosts, if there are any
         self.device_tier = device_tier
         self.kernels = kernels
-        self.speculation: Speculation | None = None
+        self.speculation: Speculation | None = None  # set by ``speculate``
         self.hooks = Observation()  # hooks on the model, besides those of the speculation
         self._trunk_files = trunk_files
         self.close_sources = partial(_close_sources, device_tier, origin)  # without a reference to the model
+
+    def speculate(self, speculation: Speculation) -> None:
+        """Predict experts with ``speculation`` until ``close``."""
+        self.speculation = speculation
+        speculation.attach()
 
     def stats(self) -> list[TierStats]:
         """Return the counters of the host tier and, on a GPU, of the device tier."""
@@ -158,9 +163,9 @@ def close_later(close_sources: Callable[[], None], tiers: weakref.ref[Tiers]) ->
     """Close the tiers of a model that was garbage-collected, in a thread of its own.
 
     The garbage collector may call this in any thread, even in a loader or in a thread that holds a tier's lock. Closing
-    waits for both, so another thread has to do it. It is a daemon thread, as starting one waits for nothing that the
-    calling thread may hold. At the interpreter's end a new thread would not finish, but this call then interrupts no
-    other work, so it closes the tiers itself.
+    waits for both, so another thread has to do it. It is a daemon thread, because starting one takes no lock that the
+    calling thread may hold. At the interpreter's end, a new thread would not finish. This call then interrupts no other
+    work, so it closes the tiers itself.
 
     The reference to ``tiers`` must be weak, because its speculation refers to the model.
     """

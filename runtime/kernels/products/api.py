@@ -59,12 +59,17 @@ class Kernels:
     # None if records need no preparation
     arrange: Callable[[Tensor, RecordLayout], None] | None = None
 
-    # makes the device tier give memory back, and returns how many bytes; the caller must hold no lease
-    make_room: Callable[[], int] = staticmethod(lambda: 0)
-
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
         self._local = threading.local()
+        self._make_room: Callable[[], int] = lambda: 0
+
+    def on_out_of_memory(self, make_room: Callable[[], int]) -> None:
+        """Register ``make_room``, which makes the device tier give memory back, and returns how many bytes.
+
+        It is called by threads that hold no lease.
+        """
+        self._make_room = make_room
 
     def packs(self, layout: RecordLayout) -> bool:
         """Return whether these kernels multiply with all projections of a layout as they are stored, undecoded."""
@@ -104,7 +109,7 @@ class Kernels:
         except torch.OutOfMemoryError as error:
             said = str(error)
         # outside the handler, because the error's frames keep tensors of the failed call alive
-        if freed := self.make_room():
+        if freed := self._make_room():
             try:
                 return work()
             except torch.OutOfMemoryError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import mmap
 import os
@@ -22,11 +21,10 @@ from prepared import for_daemons
 from readers import GatedReader
 from relays import relay
 from stores import keys, layout_of, make_plan, make_records, write_store
-from threads import Task, run_all, wait_until
+from threads import Task, run_all, wait_until, without_thread
 from workers import WorkerError
 
 from moetier.runtime.client.mapped_arena import MappedArena
-from moetier.runtime.client.misses import Misses
 from moetier.runtime.client.tier import DaemonTier
 from moetier.runtime.wire.control import ControlConnection
 from moetier.tiers.errors import ClosedError, ProtocolError, UnavailableError, UnknownModelError
@@ -127,18 +125,6 @@ def test_a_hit_is_no_system_call(store: MappedStore, tmp_path: Path) -> None:
     # a window in which another thread wants the interpreter has calls of that; most have none
     assert len(windows) == 20
     assert windows.count(0) > 0, f"120 hits each, with so many system calls: {windows}"
-
-
-def test_all_misses_of_a_block_are_one_message_ahead_of_its_hits(store: MappedStore, tmp_path: Path) -> None:
-    with store.daemon(18, tmp_path / "daemon") as daemon, store.tier(daemon) as tier:
-        store.take(tier, 0, 2)
-        leases = tier.acquire(keys(0, 5, 1, 2, 0))
-        assert next(leases).key.expert == 2, "what is there comes first"
-        assert daemon.wait_for("requests == 2").host.name == "host"
-        daemon.wait_for("leases == 3")
-        assert {lease.key.expert for lease in leases} == {0, 1, 5}
-        daemon.wait_for("leases == 0")
-        assert daemon.stats().requests == 2
 
 
 def test_a_record_that_is_replaced_under_its_reader_comes_again(store: MappedStore, tmp_path: Path) -> None:
@@ -276,18 +262,6 @@ def test_a_demand_that_hits_clears_the_blocks_prefetch_requests(store: MappedSto
         assert set(reader.reads) == set(keys(1, 0, 1, 2, 3, 4, 5)) | set(keys(2, 0)) | set(keys(0, 0))
 
 
-def test_what_is_granted_twice_is_given_back_at_once(store: MappedStore, tmp_path: Path) -> None:
-    """As what was asked for again when a daemon was exchanged may be: else its slot could be what others wait for."""
-    with store.daemon(2, tmp_path / "daemon") as daemon, store.tier(daemon, fallback=False, timeout=5.0) as tier:
-        misses = Misses(tier._misses, 0)
-        with contextlib.closing(misses):
-            misses.submit([0, 1])
-            misses.submit([0, 1])
-            misses.submit([2])
-            assert sorted(lease.key.expert for lease in misses.leases()) == [0, 1, 2]
-        daemon.wait_for("leases == 0")
-
-
 def test_no_weights_cross_the_socket(store: MappedStore, tmp_path: Path) -> None:
     with store.daemon(2, tmp_path / "daemon") as daemon, relay(daemon.folder, tmp_path / "relay") as between:
         with DaemonTier.open(between.folder, store.directory, store.manifest) as tier:
@@ -346,6 +320,17 @@ def test_no_daemon_and_a_daemon_of_another_model(store: MappedStore, tmp_path: P
         DaemonTier.open(daemon.folder, store.directory, store.manifest)
 
 
+def test_without_a_thread_for_the_link_the_arena_is_unmapped(store: MappedStore, tmp_path: Path) -> None:
+    def mapped() -> int:
+        return Path("/proc/self/maps").read_text().count("moetier-arena")
+
+    with store.daemon(2, tmp_path / "daemon") as daemon, without_thread("moetier-link"):
+        before = mapped()
+        with pytest.raises(RuntimeError) as raised:  # its frames refer to what was opened
+            DaemonTier.open(daemon.folder, store.directory, store.manifest)
+        assert (mapped(), raised.type) == (before, RuntimeError)
+
+
 def test_what_is_granted_while_it_closes(store: MappedStore, tmp_path: Path) -> None:
     """Is no fault of the daemon's; a slot that there is not is."""
     with (
@@ -384,24 +369,6 @@ def test_no_room_to_map_the_arena(tmp_path: Path) -> None:
     with running_daemon(tmp_path / "model", folder=tmp_path / "daemon"):
         result = for_daemons().run(LIMITED, tmp_path / "daemon", tmp_path / "model")
         assert "can't be mapped (Cannot allocate memory)" in result.stdout, result.stderr
-
-
-def test_closing_wakes_waiting_threads(store: MappedStore, tmp_path: Path) -> None:
-    with (
-        store.daemon(2, tmp_path / "daemon") as daemon,
-        store.crew(daemon) as crew,
-        store.tier(daemon, fallback=False) as tier,
-    ):
-        (holder,) = crew.start()
-        holder.do("hold", 0, 0, 1)
-        task = Task(lambda: store.take(tier, 1, 0))
-        daemon.wait_for("requests == 2")
-        tier.close()
-        with pytest.raises(ClosedError):
-            task.result()
-        with pytest.raises(ClosedError):
-            tier.prefetch(0, keys(0, 1))
-        assert tier.stats().misses == 1
 
 
 UNCLOSED = """

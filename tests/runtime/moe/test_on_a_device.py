@@ -120,7 +120,7 @@ def full(bits: Bits, *, fused: bool, beside: int) -> Iterator[tuple[Any, FakeDev
             device.allocate(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
         )
         tier = DeviceTier(host, plan, slots={"records": 48}, device=device, arrange=kernels.arrange)
-        kernels.make_room = tier.shrink
+        kernels.on_out_of_memory(tier.shrink)
         twin.tiered = TieredBlock(5, layout, tier, kernels, cpu)
         for block in range(5):
             list(tier.acquire([ExpertKey(block, expert) for expert in range(len(records))]))
@@ -164,7 +164,7 @@ def test_tokens_are_the_same_when_memory_runs_out_between(tinymix_4bit: Path, sp
         with contextlib.closing(
             DeviceTier(tiers.host, tiers.manifest, slots=slots, device=device, promotes=True)
         ) as tier:
-            kernels.make_room = tier.shrink
+            kernels.on_out_of_memory(tier.shrink)
             for module in experts_modules(model).values():
                 module.tiered = dataclasses.replace(module.tiered, source=tier, kernels=kernels)
             assert torch.equal(model.generate(prompt, max_new_tokens=12, do_sample=False), expected)
