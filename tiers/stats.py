@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass
 from statistics import median, quantiles
 from typing import Any
 
@@ -16,9 +16,9 @@ WAITS_KEPT = 65_536  # number of the latest waits, of which the median and the 9
 LOAD_BOUNDS = (1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 
-@dataclass(slots=True)
-class Counts:
-    """The counters of a tier, which are 0 when it is opened.
+@dataclass(frozen=True, slots=True)
+class TierStats:
+    """Snapshot of a tier: its counters, which are 0 when it is opened, and the state of its slots.
 
     A wait is a time during which a caller was blocked in ``acquire``, or during which a request of another process
     waited for records and held no lease.
@@ -42,16 +42,10 @@ class Counts:
     discarded: int = 0  # copies or results discarded because the record was replaced while it was in use
     bytes_in: int = 0  # bytes that were loaded into this tier
     # number of loads for each bin of their duration; LOAD_BOUNDS are the upper bounds, and the last bin has none
-    loads: list[int] = field(default_factory=lambda: [0] * (len(LOAD_BOUNDS) + 1))
+    loads: tuple[int, ...] = (0,) * (len(LOAD_BOUNDS) + 1)
     load_seconds: float = 0.0  # total duration of the loads in ``loads``
     waits: int = 0
     wait_seconds: float = 0.0  # total duration of all waits
-
-
-@dataclass(slots=True)
-class TierStats(Counts):
-    """Snapshot of a tier: its counts, and the state of its slots."""
-
     slots: int = 0  # number of slots
     ready: int = 0  # number of slots that are READY
     leased: int | None = None  # number of READY slots that are leased; None in a daemon's client, which can't know it
@@ -71,11 +65,19 @@ class TierStats(Counts):
         return asdict(self) | {"hit_ratio": self.hit_ratio}
 
 
-@dataclass(slots=True)
-class TierCounters(Counts):
-    """The counters of a tier, of which ``snapshot`` makes ``TierStats``. The tier changes them under its lock."""
+class TierCounters:
+    """The counters of a tier, which the tier changes under its lock. ``TierStats`` says what each of them counts."""
 
-    latest_waits: deque[float] = field(default_factory=lambda: deque(maxlen=WAITS_KEPT))
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.hits = self.misses = self.joined = 0
+        self.prefetched = self.useful = self.late = self.wasted = self.cancelled = 0
+        self.saved_seconds = 0.0
+        self.warmed = self.recalled = self.evictions = self.failures = self.discarded = self.bytes_in = 0
+        self.loads = [0] * (len(LOAD_BOUNDS) + 1)
+        self.load_seconds = 0.0
+        self.waits, self.wait_seconds = 0, 0.0
+        self._latest_waits = deque[float](maxlen=WAITS_KEPT)
 
     def count_lookups(self, *, hits: int = 0, misses: int = 0, discarded: int = 0) -> None:
         """Count records that were looked up.
@@ -138,17 +140,17 @@ class TierCounters(Counts):
         """Count a wait of ``seconds``."""
         self.waits += 1
         self.wait_seconds += seconds
-        self.latest_waits.append(seconds)
+        self._latest_waits.append(seconds)
 
     def snapshot(self, *, slots: int, ready: int, leased: int | None, slot_bytes: int) -> TierStats:
         """Return a copy of the counters, together with the given state of the slots.
 
         The caller holds the tier's lock. The only work that takes time is to sort the latest waits.
         """
-        waits = sorted(self.latest_waits)
-        counts = {field.name: getattr(self, field.name) for field in fields(Counts)}
+        waits = sorted(self._latest_waits)
+        counts = {name: value for name, value in vars(self).items() if not name.startswith("_")}
         return TierStats(
-            **counts | {"loads": list(self.loads)},
+            **counts | {"loads": tuple(self.loads)},
             slots=slots,
             ready=ready,
             leased=leased,

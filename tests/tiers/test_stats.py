@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import FrozenInstanceError, asdict
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -36,6 +37,8 @@ def test_a_snapshot_stays_as_it_was() -> None:
     assert (sum(before.loads), before.waits, before.wait_median) == (0, 0, 0.0)
     assert (sum(after.loads), after.load_seconds) == (1, 0.003)
     assert (after.waits, after.wait_seconds, after.wait_median) == (2, 0.75, 0.375)
+    with pytest.raises(FrozenInstanceError):
+        after.waits = 3  # type: ignore[misc]
 
 
 def test_the_contract_has_every_counter() -> None:

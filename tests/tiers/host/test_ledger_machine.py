@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import copy
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -179,14 +179,14 @@ class LedgerMachine(RuleBasedStateMachine):
         """For as long as any other lease."""
         pool = self.ledger.pool_of[key.block]
         caller = Caller(Demand(pool, key.block, len(self.callers)), [])
-        before = replace(self.ledger.counters)
+        before = copy.deepcopy(vars(self.ledger.counters))
         with self.monitor.transition():
             slot = self.ledger.lease_for_copy(caller.demand, key)
             assert (slot is not None) == (pool.is_ready(key) and not pool.starved)
             if slot is not None:
                 caller.held = [(key, slot)]
                 self.callers.append(caller)
-            assert self.ledger.counters == before
+            assert vars(self.ledger.counters) == before
             if used:
                 self.ledger.direct_hits.note_copy_uses([key])
 
