@@ -96,9 +96,9 @@ class Monitor:
         have come at any instruction of the transition.
         """
         self.fork_guard = ForkGuard()
-        self.after_wake: Callable[[], None] | None = None  # if set, runs as a transition after each that calls ``wake``
         self._repair = repair
         self._lock = threading.Lock()  # guards: what the transitions change, and the fields below
+        self._after_wake: Callable[[], None] | None = None
         self._is_torn = False  # true while a transition runs, and after an exception has interrupted one
         self._runner = 0  # id of the thread that runs a transition, or ran the latest one
         self._sleepers: list[threading.Lock] = []
@@ -116,12 +116,7 @@ class Monitor:
             self._check_reentry()
         try:
             with self._lock:
-                self._runner = get_ident()
-                if self._is_torn:
-                    self._repair()
-                self._is_torn = True
-                while self._deferred:
-                    self._deferred.popleft()()
+                self._begin()
                 try:
                     result = change(*arguments)
                 except MoetierError:
@@ -155,8 +150,12 @@ class Monitor:
             if sleeper.locked():
                 sleeper.release()
         self._sleepers.clear()
-        if self.after_wake is not None:
-            self.post(self.after_wake)
+        if self._after_wake is not None:
+            self.post(self._after_wake)
+
+    def run_after_wake(self, work: Callable[[], None]) -> None:
+        """From now on, run ``work`` as a transition after each transition that calls ``wake``."""
+        self._after_wake = work
 
     def post(self, work: Callable[[], None]) -> None:
         """Run ``work`` as a transition: now, or when the running transition has ended. Never waits.
@@ -181,17 +180,21 @@ class Monitor:
         if len(self._deferred) > MOST_DEFERRED:
             self.run(lambda: None)
 
+    def _begin(self) -> None:
+        """Begin a transition: repair the state if need be, and do the deferred work. The caller holds ``_lock``."""
+        self._runner = get_ident()
+        if self._is_torn:
+            self._repair()
+        self._is_torn = True
+        while self._deferred:
+            self._deferred.popleft()()
+
     def _run_posted(self) -> None:
         # A thread that has run a transition calls this method, and so runs the work that was posted meanwhile. Another
         # thread may take the lock between the check and ``with``. Its transition is short, and so is the wait for it.
         while self._posted and not self._lock.locked():
             with self._lock:
-                self._runner = get_ident()
-                if self._is_torn:
-                    self._repair()
-                self._is_torn = True
-                while self._deferred:
-                    self._deferred.popleft()()
+                self._begin()
                 while self._posted:
                     work = self._posted[0]
                     if work is self._attempted:

@@ -50,9 +50,7 @@ class Fallback:
                                 f"{self._location} holds another store than the daemon.", "Load the model again."
                             )
                         slots = slots_for(self._manifest, smallest_budget(self._manifest))
-                        host = opening.enter_context(HostTier(store, slots=slots))
-                        store.on_fault(host.condemn)
-                        store.on_recovery(host.count_failure)
+                        host = opening.enter_context(HostTier.open(store, slots=slots))
                     except (StoreError, CheckpointError, BudgetError) as error:
                         self.error = error.cause
                     else:

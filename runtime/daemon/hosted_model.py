@@ -63,7 +63,7 @@ class HostedModel:
         self._timeout = timeout
         self._opening = threading.Lock()  # guards: ``_opener``
         self._opener: threading.Thread | None = None
-        self._compute_calls: ComputeCalls | MoetierError | None = None  # None until the opener has run
+        self._compute_calls: ComputeCalls | MoetierError | None = None  # set by the opener
         self._failures = RateLimitedLog(_log, "read-failed")
         self._lock = threading.Lock()  # guards: ``_counts``
         self._counts = SessionCounts()
@@ -101,13 +101,9 @@ class HostedModel:
             raise self._compute_calls.fresh()
         return self._compute_calls
 
-    def condemn(self, error: StoreError) -> None:
-        """Stop serving the model, because its store does not have the digest in its manifest.
-
-        Clients get ``error`` from now on. Other models are still served.
-        """
+    def log_condemned(self, error: StoreError) -> None:
+        """Log that the tier was condemned: clients of the model get ``error``. Other models are still served."""
         log_event(_log, "condemned", logging.ERROR, model=self.name, cause=error.cause, fix=error.fix)
-        self.host.condemn(error)
 
     def log_failure(self, error: BaseException) -> None:
         """Log ``error``, with which a request has failed, if a failed read is its cause."""

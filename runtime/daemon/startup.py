@@ -72,20 +72,12 @@ def open_models(
         taken = kept.get(digest)
         arena = None if taken is None else taken.arena
         host = closing.enter_context(
-            HostTier(
-                store,
-                slots=slots[digest],
-                loaders=config.loaders,
-                arena=arena,
-                policy=config.policy,
-                loads_rest=store.is_local,
-            )
+            HostTier.open(store, slots=slots[digest], loaders=config.loaders, arena=arena, policy=config.policy)
         )
         model = HostedModel(store.manifest, host, store.directory, timeout=config.wait, learn=config.learn)
         closing.callback(model.close)
         models[digest] = model
-        store.on_fault(model.condemn)
-        store.on_recovery(host.count_failure)
+        store.on_fault(model.log_condemned)
         _give_to_systemd(model, taken, manager)
         if taken is not None:
             seconds = f"{time.monotonic() - began:.3f}"

@@ -7,7 +7,7 @@ from typing import Any
 
 from moetier.tiers.arena.directory import NONE, Directory
 from moetier.tiers.cache.pool import SlotPool
-from moetier.tiers.host.demands import Demand, WaitingDemands
+from moetier.tiers.host.demands import AsyncCaller, Demand, WaitingDemands
 from moetier.tiers.host.ledger import Ledger
 from moetier.tiers.host.loads import Loads
 from moetier.tiers.host.tier import HostTier
@@ -88,8 +88,8 @@ def check_directory(directory: Directory, states: Sequence[tuple[ExpertKey | Non
 
 def _check_waiting(waiting: WaitingDemands, demands: Collection[Demand]) -> None:
     """Assert that no asynchronous demand is lost, and that none of them waits although it can go on."""
-    for caller in {demand.async_caller for demand in demands if demand.async_caller is not None}:
-        assert set(caller.demands.values()) == {demand for demand in demands if demand.async_caller is caller}
+    for caller in {demand.caller for demand in demands if isinstance(demand.caller, AsyncCaller)}:
+        assert set(caller.demands.values()) == {demand for demand in demands if demand.caller is caller}
         assert caller.outstanding <= caller.leases
         for demand in caller.demands.values():
             rechecked = demand in waiting._rechecks

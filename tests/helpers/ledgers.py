@@ -10,7 +10,7 @@ from two_layouts import two_layouts
 
 from moetier.tiers.arena.directory import Directory
 from moetier.tiers.arena.layout import ArenaLayout
-from moetier.tiers.host.demands import Demand, Notifier, Pool
+from moetier.tiers.host.demands import Demand, Notifier, Pool, ThreadCaller
 from moetier.tiers.host.ledger import Ledger
 from moetier.tiers.host.loads import LoadLimits
 from moetier.tiers.layout import ExpertKey
@@ -72,7 +72,7 @@ def ledger_of(
 
 
 def demand(ledger: Ledger, pool: Pool, block: int, *experts: int) -> Demand:
-    made = Demand(pool, block, block)
+    made = Demand(pool, block, ThreadCaller(block))
     ledger.begin(made, [ExpertKey(block, expert) for expert in experts])
     return made
 

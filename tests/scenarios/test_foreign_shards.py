@@ -176,10 +176,9 @@ def test_an_older_store_is_checked_while_a_process_computes_from_it(
     found = threading.Event()
     with (
         ExpertStore.open(swapped) as store,
-        HostTier(store, slots=slots_for(store.manifest, 12 * SLOT)) as host,
+        HostTier.open(store, slots=slots_for(store.manifest, 12 * SLOT)) as host,
     ):
         list(host.acquire(keys(0, 0, 1)))
-        store.on_fault(host.condemn)
         store.on_fault(lambda error: found.set())
         assert found.wait(PATIENCE)
         for block in (0, 1):  # a hit, and a miss

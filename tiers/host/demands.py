@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from queue import SimpleQueue
+from typing import NamedTuple
 
 from moetier.tiers.cache.budget import Partition
 from moetier.tiers.cache.policies import Policy
@@ -66,6 +67,17 @@ class Failed:
 Event = Granted | Failed
 
 
+class ThreadCaller(NamedTuple):
+    """A thread of this process, which sleeps until its records are available. It may take any number of slots."""
+
+    thread: int  # id of the thread
+
+    @property
+    def is_full(self) -> bool:
+        """False: a thread may always take more slots."""
+        return False
+
+
 class AsyncCaller:
     """A caller that gets events, instead of sleeping until its records are available.
 
@@ -102,8 +114,7 @@ class Demand:
 
     pool: Pool
     block: int
-    caller: Hashable  # identifies the caller; loaders serve callers in turn
-    async_caller: AsyncCaller | None = None  # the caller, if it is asynchronous
+    caller: ThreadCaller | AsyncCaller  # loaders serve callers in turn
     number: int = 0  # the number that an asynchronous caller has given to the demand
     timeout: float = 0.0  # seconds without a slot after which the demand of an asynchronous caller fails
     is_scan: bool = False  # the demand is for more records than its block can keep
@@ -175,11 +186,11 @@ class WaitingDemands:
 
     def wait_for_slot(self, demand: Demand) -> None:
         """Queue a starved demand in its pool's FIFO queue. A demand is starved if it needs a slot and holds none."""
-        caller, starved = demand.async_caller, demand.pool.starved
-        if caller is not None and demand not in self._deadlines:
+        caller, starved = demand.caller, demand.pool.starved
+        if isinstance(caller, AsyncCaller) and demand not in self._deadlines:
             self._deadlines[demand] = self._clock() + demand.timeout
             self._notifier.wake_timekeeper()
-        if demand not in starved and not (caller is not None and caller.is_full):
+        if demand not in starved and not caller.is_full:
             starved.append(demand)
 
     def stop_waiting(self, demand: Demand) -> None:
@@ -193,8 +204,9 @@ class WaitingDemands:
     # -- asynchronous demands -----------------------------------------------------------------------------------------
 
     def recheck(self, demand: Demand) -> None:
-        """Mark an asynchronous demand to be served again, because it may be able to go on."""
-        self._rechecks[demand] = None
+        """Mark an asynchronous demand to be served again, because it may be able to go on. No effect on others."""
+        if isinstance(demand.caller, AsyncCaller):
+            self._rechecks[demand] = None
 
     def take_recheck(self) -> Demand | None:
         """Take the first demand that ``recheck`` has marked, and return it. Return None if no demand is marked."""
@@ -205,16 +217,17 @@ class WaitingDemands:
     def note_taken(self, demand: Demand) -> None:
         """Note that a demand holds or claims one more slot."""
         self.stop_waiting(demand)
-        if (caller := demand.async_caller) is not None:
+        if isinstance(caller := demand.caller, AsyncCaller):
             self._deadlines.pop(demand, None)
             if caller.is_full:  # its starved demands may not take slots, so they must not keep other demands waiting
                 for other in caller.demands.values():
                     self.stop_waiting(other)
 
     def note_released(self, demand: Demand, slots: int) -> None:
-        """Note that an asynchronous demand no longer holds or claims ``slots`` slots."""
-        caller = demand.async_caller
-        assert caller is not None
+        """Note that a demand no longer holds or claims ``slots`` slots. No effect unless it is asynchronous."""
+        caller = demand.caller
+        if not isinstance(caller, AsyncCaller):
+            return
         if caller.outstanding < caller.leases <= caller.outstanding + slots:  # the caller was full before
             # Demands without a slot are served first, in the order of their deadlines. Otherwise a demand for many keys
             # would keep the caller's other demands waiting.
@@ -236,9 +249,8 @@ class WaitingDemands:
         """Remove a demand that has ended from all queues."""
         if demand.pool.starved:
             self.stop_waiting(demand)
-        if demand.async_caller is not None:
-            self._rechecks.pop(demand, None)
-            self._deadlines.pop(demand, None)
+        self._rechecks.pop(demand, None)
+        self._deadlines.pop(demand, None)
 
     # -- repair -------------------------------------------------------------------------------------------------------
 
@@ -253,14 +265,14 @@ class WaitingDemands:
                 del self._deadlines[demand]
         self._rechecks.clear()
         for demand in demands:
-            if (caller := demand.async_caller) is not None:
-                caller.demands[demand.number] = demand
+            if isinstance(demand.caller, AsyncCaller):
+                demand.caller.demands[demand.number] = demand
                 self.recheck(demand)
         self._notifier.wake_callers()
 
 
 def _exhausted(demand: Demand) -> ExhaustedError:
-    if (caller := demand.async_caller) is not None and caller.is_full:
+    if isinstance(caller := demand.caller, AsyncCaller) and caller.is_full:
         return ExhaustedError(
             f"The client holds all of its {caller.leases} leases, and released none for {demand.timeout:g} seconds.",
             "Release leases in the client, or start the daemon with more --leases.",

@@ -23,7 +23,7 @@ a process that does not return its slots can't block other callers.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from moetier.tiers.arena.directory import Directory
 from moetier.tiers.arena.layout import ArenaLayout
@@ -35,7 +35,7 @@ from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.stats import TierCounters
 
-from .demands import AsyncCaller, Demand, Failed, Granted, Notifier, Pool, WaitingDemands
+from .demands import AsyncCaller, Demand, Failed, Granted, Notifier, Pool, ThreadCaller, WaitingDemands
 from .direct_hits import DirectHits
 from .loads import LoadLimits, Loads
 from .prefetch import PrefetchQueue
@@ -108,23 +108,23 @@ class Ledger:
         """
         self.check_open()
         self._demands.add(demand)
-        pool, caller = demand.pool, demand.async_caller
-        if caller is not None:
-            caller.demands[demand.number] = demand
-        self.prefetches.replace(pool, demand.block, (), caller)
+        pool, caller = demand.pool, demand.caller
+        session = caller if isinstance(caller, AsyncCaller) else None
+        if session is not None:
+            session.demands[demand.number] = demand
+        self.prefetches.replace(pool, demand.block, (), session)
         distinct = dict.fromkeys(keys)
         self.direct_hits.note_demand(list(distinct))
         demand.is_scan = len(distinct) > pool.quota(demand.block)
         hits = []
         for key in distinct:
-            slot = None if caller is not None and caller.is_full else pool.pin_ready(key)
+            slot = None if caller.is_full else pool.pin_ready(key)
             if slot is None:
                 demand.pending[key] = None
                 continue
             demand.ready.append(slot)
             hits.append(key)
-            if caller is not None:
-                self.waiting.note_taken(demand)
+            self.waiting.note_taken(demand)
         demand.hits = len(hits)
         self.counters.count_lookups(hits=len(hits), misses=len(demand.pending))
         self.prefetches.note_uses(hits)
@@ -132,8 +132,7 @@ class Ledger:
             self._advance(demand)
         # in reverse, so that the first of the keys is evicted last; uses of pending keys are noted once they have slots
         pool.note_uses([key for key in reversed(distinct) if key not in demand.pending], is_scan=demand.is_scan)
-        if caller is not None:
-            self.waiting.recheck(demand)
+        self.waiting.recheck(demand)
 
     def next_leases(self, demand: Demand) -> tuple[list[int], bool] | None:
         """End the demand's leases, and lease the slots that are ready for it.
@@ -185,8 +184,7 @@ class Ledger:
             del demand.leased[slot]
         if ended:
             self._unpin(demand, ended)
-        if demand.async_caller is not None:
-            self.waiting.recheck(demand)
+        self.waiting.recheck(demand)
 
     def end(self, demand: Demand) -> None:
         """End a demand: release its leases and claims, and cancel its pending keys.
@@ -205,11 +203,11 @@ class Ledger:
         self._unpin(demand, slots)
         for load in loads:
             self.loads.withdraw(demand, load)
-        if demand.async_caller is not None:
-            demand.async_caller.demands.pop(demand.number, None)
+        if isinstance(demand.caller, AsyncCaller):
+            demand.caller.demands.pop(demand.number, None)
         self._demands.discard(demand)
 
-    def end_all(self, caller: Hashable) -> None:
+    def end_all(self, caller: ThreadCaller | AsyncCaller) -> None:
         """End all demands of ``caller``."""
         for demand in [demand for demand in self._demands if demand.caller == caller]:
             self.end(demand)
@@ -232,7 +230,7 @@ class Ledger:
         """Close the ledger: fail all demands with ``error``, and begin no more loads."""
         self.loads.close(error)
         for demand in self._demands:
-            if demand.async_caller is not None:
+            if isinstance(demand.caller, AsyncCaller):
                 demand.error = demand.error or error.fresh()
                 self.waiting.recheck(demand)
         self._notifier.wake_callers()
@@ -262,7 +260,7 @@ class Ledger:
                 self._serve(demand)
             # if the first starved demand of a pool is not asynchronous, its thread was woken and advances it
             firsts = [pool.starved[0] for pool in self.pools.values() if pool.starved]
-            firsts = [demand for demand in firsts if demand.async_caller is not None]
+            firsts = [demand for demand in firsts if isinstance(demand.caller, AsyncCaller)]
             for demand in firsts:
                 self._serve(demand)
             if all(demand.is_idle for demand in firsts):
@@ -276,8 +274,8 @@ class Ledger:
 
     def _serve(self, demand: Demand) -> None:
         """Advance an asynchronous demand, and deliver events to its caller: leases that are ready, or an error."""
-        caller = demand.async_caller
-        assert caller is not None
+        caller = demand.caller
+        assert isinstance(caller, AsyncCaller)
         if demand.error is None and demand.pending:
             self.advance(demand)
         if demand.error is not None:
@@ -311,9 +309,8 @@ class Ledger:
     def _advance(self, demand: Demand) -> list[ExpertKey]:
         """Serve pending keys as ``advance`` does. Return those that were served; the caller has to note their uses."""
         served, may_load = list[ExpertKey](), True
-        caller = demand.async_caller
         for key in list(demand.pending):
-            if caller is not None and caller.is_full:
+            if demand.caller.is_full:
                 break
             match demand.pool.lookup(key):
                 case Lookup.HIT:  # another load has brought the record since this demand began
@@ -342,8 +339,7 @@ class Ledger:
         freed = [slot for slot in slots if not pool.unpin(slot)]
         if freed and pool.starved:
             self._notifier.wake_callers()
-        if demand.async_caller is not None:
-            self.waiting.note_released(demand, len(slots))
+        self.waiting.note_released(demand, len(slots))
 
     def recover(self, kept: Mapping[int, ExpertKey]) -> int:
         """Make slots READY that hold intact records of a reclaimed arena, by their keys. Return their number."""

@@ -22,7 +22,7 @@ from moetier.tiers.manifest import Block
 from moetier.tiers.source import interruptible_bytes
 from moetier.tiers.stats import TierCounters
 
-from .demands import Demand, Load, Notifier, Pool, WaitingDemands
+from .demands import AsyncCaller, Demand, Load, Notifier, Pool, WaitingDemands
 from .prefetch import PrefetchQueue
 
 
@@ -141,7 +141,7 @@ class Loads:
         if len(demand.loads) >= ahead or (starved and starved[0] is not demand):
             return False
         arrivals = len(demand.ready) - demand.hits
-        return demand.async_caller is not None or len(demand.loads) + arrivals < 2 * ahead
+        return isinstance(demand.caller, AsyncCaller) or len(demand.loads) + arrivals < 2 * ahead
 
     def _choose(self, demand: Demand) -> int | None:
         """Return a slot for a load of the demand; None if there is no slot.
@@ -295,8 +295,7 @@ class Loads:
         for demand in load.waiters:
             demand.ready.append(load.slot)  # before ``remove``, so that an exception in between loses nothing
             demand.loads.remove(load)
-            if demand.async_caller is not None:
-                self._waiting.recheck(demand)
+            self._waiting.recheck(demand)
         self._notifier.wake_callers()
         if load.waiters or not load.is_prefetch:
             self.wake_loaders_for_prefetches()  # this may have been the last read for a demand
@@ -314,9 +313,8 @@ class Loads:
         for demand in load.waiters:
             demand.loads.remove(load)
             demand.error = demand.error or (error.fresh() if isinstance(error, MoetierError) else error)
-            if demand.async_caller is not None:
-                self._waiting.note_released(demand, 1)
-                self._waiting.recheck(demand)
+            self._waiting.note_released(demand, 1)
+            self._waiting.recheck(demand)
         self._notifier.wake_callers()
 
     def close(self, error: MoetierError) -> None:

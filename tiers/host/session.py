@@ -77,18 +77,15 @@ class Session(AsyncCaller):
                 f"A request with the number {request} is not over yet.", "Give each request a number of its own."
             )
         block = keys[0].block
-        self._ledger.begin(Demand(self._ledger.pool_of[block], block, self, self, request, timeout), keys)
+        self._ledger.begin(Demand(self._ledger.pool_of[block], block, self, request, timeout), keys)
         self._ledger.serve()
 
+    @transition
     def release(self, request: int, keys: Sequence[ExpertKey] = ()) -> None:
         """End the leases of ``keys`` that a request holds. If there are no ``keys``, end the whole request.
 
         Keys without a lease are ignored, because the request may have failed since the caller decided to release them.
         """
-        self._release(request, keys)
-
-    @transition
-    def _release(self, request: int, keys: Sequence[ExpertKey]) -> None:
         if (demand := self.demands.get(request)) is None:
             return
         if keys:
@@ -176,7 +173,7 @@ class Timekeeper:
             )
             thread.start()
             self._thread = thread
-            self._monitor.after_wake = ledger.serve
+            self._monitor.run_after_wake(ledger.serve)
 
     def close(self) -> None:
         """End the thread. Idempotent."""

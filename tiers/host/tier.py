@@ -13,6 +13,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 from moetier.tiers.arena.arena import Arena, recover
 from moetier.tiers.arena.layout import ArenaLayout
@@ -26,7 +27,7 @@ from moetier.tiers.source import LEASES, LOADERS, SLOT_TIMEOUT, Lease, Residents
 from moetier.tiers.stats import TierStats
 from moetier.tiers.store.base import Store
 
-from .demands import Demand, Event, Load, Notifier, Pool
+from .demands import Demand, Event, Load, Notifier, Pool, ThreadCaller
 from .ledger import Ledger
 from .loads import LoadLimits
 from .session import Session, Timekeeper
@@ -45,6 +46,18 @@ class HostTier(Closeable):
     A thread that iterates over ``acquire`` must not call ``acquire`` again inside the loop: with the smallest budget,
     the inner call would wait for slots that the outer call holds.
     """
+
+    @classmethod
+    def open(cls, store: Store, **options: Any) -> HostTier:
+        """Open a tier over a store, which reads all records where there is room, unless reads need requests.
+
+        The tier is condemned if the store finds that records are not those of the manifest, and it counts failed reads
+        that succeed from another copy. ``options`` and errors are those of ``HostTier``.
+        """
+        host = cls(store, loads_rest=store.is_local, **options)
+        store.on_fault(host.condemn)
+        store.on_recovery(host.count_failure)
+        return host
 
     def __init__(
         self,
@@ -120,7 +133,7 @@ class HostTier(Closeable):
             return
         block = keys[0].block
         self.manifest.check_keys(block, keys)
-        demand = Demand(self._ledger.pool_of[block], block, threading.get_ident())
+        demand = Demand(self._ledger.pool_of[block], block, ThreadCaller(threading.get_ident()))
         try:
             at_once = self._begin(demand, keys)
             if at_once is not None and demand.loads:
@@ -166,7 +179,7 @@ class HostTier(Closeable):
     @transition
     def end_leases(self) -> None:
         """End the calling thread's leases, as ``ExpertSource`` specifies."""
-        self._ledger.end_all(threading.get_ident())
+        self._ledger.end_all(ThreadCaller(threading.get_ident()))
 
     @contextlib.contextmanager
     def pin(self, key: ExpertKey) -> Iterator[Lease[memoryview] | None]:
@@ -175,7 +188,7 @@ class HostTier(Closeable):
         Raises MissingExpertError if the model does not have the expert.
         """
         self.manifest.check_keys(key.block, [key])
-        demand = Demand(self._ledger.pool_of[key.block], key.block, threading.get_ident())
+        demand = Demand(self._ledger.pool_of[key.block], key.block, ThreadCaller(threading.get_ident()))
         try:
             yield self._lease_for_copy(demand, key)
         finally:

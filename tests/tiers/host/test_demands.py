@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Hashable
 
 from ledgers import arrive_all, demand, ledger_of
 from stores import layout_of, make_plan
 
 from moetier.tiers.arena.directory import Directory
 from moetier.tiers.arena.layout import ArenaLayout
-from moetier.tiers.host.demands import Demand, Notifier
+from moetier.tiers.host.demands import AsyncCaller, Demand, Notifier, ThreadCaller
 from moetier.tiers.host.ledger import Ledger
 from moetier.tiers.host.loads import LoadLimits
 from moetier.tiers.layout import ExpertKey
@@ -89,13 +88,10 @@ def test_callers_that_come_again_and_again_overtake_no_caller_for_ever() -> None
     pool = ledger.pools["records"]
     experts = iter(range(1000))
 
-    class Someone:
-        pass
-
-    def ask(caller: Hashable) -> None:
+    def ask(caller: ThreadCaller | AsyncCaller) -> None:
         ledger.begin(Demand(pool, 0, caller), [ExpertKey(0, next(experts))])
 
-    def serve() -> Hashable:
+    def serve() -> ThreadCaller | AsyncCaller:
         load = ledger.loads.take()
         assert load is not None
         (demand,) = load.waiters
@@ -103,20 +99,21 @@ def test_callers_that_come_again_and_again_overtake_no_caller_for_ever() -> None
         ledger.end(demand)
         return demand.caller
 
-    waiting = set(range(2, 202))
+    waiting = {ThreadCaller(number) for number in range(2, 202)}
     for caller in waiting:
         ask(caller)
     for step in range(len(waiting) + 2):
-        ask(step % 2)
+        ask(ThreadCaller(step % 2))
         waiting.discard(serve())
     assert not waiting
     while list(ledger.loads):
         serve()
-    once = weakref.WeakSet[Someone]()
+    once = weakref.WeakSet[AsyncCaller]()
     for _ in range(100):
-        someone = Someone()
-        once.add(someone)
-        ask(someone)
-        assert serve() is someone
-    del someone
+        caller = AsyncCaller(lambda event: None, leases=1)
+        once.add(caller)
+        ask(caller)
+        assert serve() is caller
+        ledger.end_caller(caller)
+    del caller
     assert len(once) <= 2, "callers that come once are not kept"

@@ -15,7 +15,7 @@ from moetier.tiers.arena.layout import ArenaLayout
 from moetier.tiers.cache.budget import slot_ranges
 from moetier.tiers.cache.policies import POLICIES
 from moetier.tiers.errors import ExhaustedError
-from moetier.tiers.host.demands import Demand, Event, Failed, Granted, Load, Notifier, Pool
+from moetier.tiers.host.demands import AsyncCaller, Demand, Event, Failed, Granted, Load, Notifier, Pool, ThreadCaller
 from moetier.tiers.host.ledger import Ledger
 from moetier.tiers.host.loads import LoadLimits
 from moetier.tiers.host.session import Session
@@ -112,7 +112,7 @@ class LedgerMachine(RuleBasedStateMachine):
             loads_rest=data.draw(st.booleans(), "loads_rest"),
             clock=lambda: self.now,
         )
-        self.monitor.after_wake = self.ledger.serve
+        self.monitor.run_after_wake(self.ledger.serve)
         self.loaders = data.draw(st.integers(1, 3), "loaders")
 
     def woken(self) -> None:
@@ -130,7 +130,7 @@ class LedgerMachine(RuleBasedStateMachine):
         with self.monitor.transition():
             ready = {key for key in keys if pool.is_ready(key)}
             hits, misses = self.ledger.counters.hits, self.ledger.counters.misses
-            caller = Caller(Demand(pool, block, len(self.callers)), keys)
+            caller = Caller(Demand(pool, block, ThreadCaller(len(self.callers))), keys)
             self.callers.append(caller)
             self.ledger.begin(caller.demand, keys)
             assert self.ledger.counters.hits - hits == len(ready)
@@ -178,7 +178,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def lease_for_copy(self, key: ExpertKey, used: bool) -> None:
         """For as long as any other lease."""
         pool = self.ledger.pool_of[key.block]
-        caller = Caller(Demand(pool, key.block, len(self.callers)), [])
+        caller = Caller(Demand(pool, key.block, ThreadCaller(len(self.callers))), [])
         before = copy.deepcopy(vars(self.ledger.counters))
         with self.monitor.transition():
             slot = self.ledger.lease_for_copy(caller.demand, key)
@@ -323,7 +323,9 @@ class LedgerMachine(RuleBasedStateMachine):
             else:
                 self.memory[load.pool, load.slot] = load.key
                 self.ledger.loads.complete(load)
-        assert all(demand.async_caller is None or demand.error is None or demand.is_over for demand in waiters)
+        assert all(
+            not isinstance(demand.caller, AsyncCaller) or demand.error is None or demand.is_over for demand in waiters
+        )
 
     @invariant()
     def agrees(self) -> None:

@@ -13,7 +13,7 @@ from moetier.tiers.arena.layout import ArenaLayout
 from moetier.tiers.cache.budget import partitions_of
 from moetier.tiers.cache.policies import POLICIES
 from moetier.tiers.errors import ClosedError, StoreReadError
-from moetier.tiers.host.demands import Demand, Load, Notifier, Pool, WaitingDemands
+from moetier.tiers.host.demands import Demand, Load, Notifier, Pool, ThreadCaller, WaitingDemands
 from moetier.tiers.host.loads import FairQueue, LoadLimits, Loads
 from moetier.tiers.host.prefetch import PrefetchQueue
 from moetier.tiers.layout import ExpertKey
@@ -47,7 +47,7 @@ class Tier:
 
     def demand(self, *wanted: ExpertKey, caller: int = 0) -> Demand:
         """A demand that waits for the loads of ``wanted``, which it begins if there are none."""
-        demand = Demand(self.pool, wanted[0].block, caller)
+        demand = Demand(self.pool, wanted[0].block, ThreadCaller(caller))
         for key in wanted:
             if key not in [load.key for load in self.loads]:
                 slot = self.pool.vacancy(key.block)

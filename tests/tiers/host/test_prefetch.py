@@ -9,7 +9,7 @@ from stores import keys
 
 from moetier.tiers.cache.budget import Partition
 from moetier.tiers.cache.policies import POLICIES
-from moetier.tiers.host.demands import AsyncCaller, Demand, Pool
+from moetier.tiers.host.demands import AsyncCaller, Demand, Pool, ThreadCaller
 from moetier.tiers.host.prefetch import PrefetchQueue
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.stats import TierCounters
@@ -74,7 +74,7 @@ def test_requests_wait_while_a_demand_of_their_pool_is_starved() -> None:
     queue, other = Queue(), make_pool()
     queue.request(FIRST, 1, keys(1, 5))
     queue.request(FIRST, 2, keys(2, 6), other)
-    queue.pool.starved.append(Demand(queue.pool, 0, 0))
+    queue.pool.starved.append(Demand(queue.pool, 0, ThreadCaller(0)))
     assert queue.take() == keys(2, 6)
     assert queue.queue.unbegun == 1
     queue.pool.starved.clear()

@@ -332,8 +332,7 @@ def test_the_host_tier_counts_what_was_recovered_as_a_failure(tmp_path: Path) ->
     records = make(tmp_path)
     flip_bit(path_of(tmp_path / "b"), MIDDLE.slot_bytes + 10)
     flip_bit(path_of(tmp_path / "b"), 2 * MIDDLE.slot_bytes - 10)
-    with MirroredStore.open(tmp_path / "a") as store, HostTier(store, slots={"records": 3}) as host:
-        store.on_recovery(host.count_failure)
+    with MirroredStore.open(tmp_path / "a") as store, HostTier.open(store, slots={"records": 3}) as host:
         for _ in range(3):
             for block in range(2):
                 for lease in host.acquire([ExpertKey(block, expert) for expert in range(3)]):
