@@ -49,4 +49,54 @@ All threads that moetier starts, by their names, which for several threads end i
         moetier-daemon      runs a daemon beside Ray (``tools.ray.daemon_actor``)
         moetier-daemon-log  copies its log (``tools.ray.daemon_actor``)
         moetier-hold        keeps it alive (``tools.ray.daemon_actor``)
+
+All locks, and what each guards. The comment at a lock names the fields. ``tiers.locks`` has the order in which locks
+are taken, and the rule for the fields.
+
+    tiers and stores
+        Monitor._lock           all state of a host tier or device tier (``tiers.locks``)
+        UseCount._lock          the number of uses in progress, which ``close`` waits for (``tiers.locks``)
+        SlotViews._lock         the cache of tensors on the host's slots (``tiers.device.views``)
+        MirroredStore._lock     failures and speed of each copy (``tiers.store.mirror``)
+        _Piece._lock            the read of one piece, which one thread makes (``tiers.store.reader``)
+        CachedStore._lock       the opening of the client of an object store, and counts (``tiers.objects.cache``)
+        CachedStore._room       fetched records that are yet to be written (``tiers.objects.cache``)
+        Objects._lock           counts of requests, and when failures are logged (``tiers.objects.client``)
+        checkpoint_store._lock  the table of a checkpoint, which one thread makes (``stores.checkpoint_store``)
+    computing
+        emitter.compile_lock    LLVM (``kernels.jit.emitter``)
+        team._making            the making of the team of threads (``kernels.jit.team``)
+        Team._starting          the starting of its threads (``kernels.jit.team``)
+    loading
+        quantizer._lock         transformers' registries (``model.quantizer``)
+        register._lock          the replacement of ``from_pretrained`` (``model.register``)
+    clients
+        ClientContext.counting  the client's counters (``client.misses``)
+        Link._lock              requests that are sent, for the first time or again (``client.daemon_link``)
+        Fallback._lock          the opening of the local store (``client.fallback``)
+        Peers._state            the daemons, and which are away (``client.peers``)
+        RemoteStore._state      the connections to one daemon (``client.remote``)
+        _Transfer._state        the calls that fetch one record (``client.remote``)
+        RemoteCompute._lock     the number of outputs that are waited for (``client.remote_compute``)
+        FetchRate._lock         bytes and seconds of fetches (``client.costs``)
+        SpreadStore._counting   counts of the local store (``client.spread``)
+    daemon
+        Clients._changed        the registered clients and their calls (``daemon.clients``)
+        Client._lock            a client's counts (``daemon.clients``)
+        SessionCall._state      whether a stream has ended (``daemon.clients``)
+        ControlServer._state    the control connections (``daemon.control_server``)
+        HostedModel._opening    the start of the thread that imports the compiler (``daemon.hosted_model``)
+        HostedModel._lock       the counts of sessions (``daemon.hosted_model``)
+        OpenCalls._lock         the calls of other hosts that are under way (``daemon.leases``)
+        FetchCalls._state       the records that fetches lease (``daemon.fetch``)
+        ComputeCalls._state     code that is or will be compiled (``daemon.compute``)
+        compute._computing      the team of threads, which computes one call at a time (``daemon.compute``)
+        RateLimitedLog._lock    when the next line may be logged (``daemon.log``)
+        _Server._state          the connections for metrics (``daemon.metrics``)
+    commands
+        Merging._turn           the merging of parameters, by one thread at a time (``checkpoint.recipe``)
+        Answer._lock            the end of an answer (``tools.serve.engine``)
+        Tally._lock             counts of answers (``tools.serve.metrics``)
+        UnknownFields._lock     names of fields that were logged (``tools.serve.request``)
+        Watch._changed          what the user has set (``tools.top.watch``)
 """

@@ -17,9 +17,13 @@ Locks are taken in this order. A thread that holds one of them takes only later 
     2. the lock of one Monitor. A thread in a transition of one tier begins none of another tier
     3. SlotViews._lock
     4. long locks, held while something is made, opened or computed: Merging._turn, checkpoint_store._lock,
-       RemoteStore._state, CachedStore._lock and _room, _computing of a daemon, and compile_lock of compiled code,
+       RemoteStore._state, CachedStore._lock and _room, compute._computing, and emitter.compile_lock of compiled code,
        which alone is taken while another of these is held
     5. all other locks. They are held for a few statements, in which no lock is taken
+
+``moetier.runtime`` lists all locks. The comment at a lock says "guards:", and names fields. Outside of ``__init__``
+they are written only by a thread that holds the lock, or in methods that the comment names. Where they are read without
+it, one read is enough, and an old value does no harm.
 
 Finalizers must not wait for the lock. The garbage collector may close an unreachable iterator in any thread, even in a
 thread that is running a transition. So what a finalizer calls is ``posted``.
@@ -97,7 +101,9 @@ class Monitor:
         """
         self.fork_guard = ForkGuard()
         self._repair = repair
-        self._lock = threading.Lock()  # guards: what the transitions change, and the fields below
+        # guards: what the transitions change, ``_is_torn``, ``_runner``, ``_sleepers``, ``_attempted``. ``wait_for``
+        # and ``wake`` change ``_sleepers`` within transitions. Work is added to the two queues without the lock
+        self._lock = threading.Lock()
         self._after_wake: Callable[[], None] | None = None
         self._is_torn = False  # true while a transition runs, and after an exception has interrupted one
         self._runner = 0  # id of the thread that runs a transition, or ran the latest one

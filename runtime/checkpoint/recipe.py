@@ -212,7 +212,8 @@ class Merging:
     """
 
     def __init__(self) -> None:
-        self._turn = threading.Lock()  # held while a parameter is merged; guards _whole
+        # guards: ``_whole``; ``release`` does not take it. Held while a parameter is merged
+        self._turn = threading.Lock()
         self._whole: dict[str, torch.Tensor] = {}  # by the parameter's name in the model
 
     def make(self, recipe: Recipe, expert: int) -> torch.Tensor:

@@ -44,6 +44,7 @@ class FetchRate:
         return self._bytes / self._seconds if self._bytes else RATE
 
     def _count(self) -> None:
+        """Count the time since the last change. The caller holds ``_lock``."""
         now = time.monotonic()
         if self._under_way:
             self._seconds += now - self._since

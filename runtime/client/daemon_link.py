@@ -85,7 +85,8 @@ class Link:
         self._digest = digest
         self._connected = connected
         self._requests: dict[int, SlotRequest] = {}
-        # guards: ``_outbox`` and new requests, each of which is sent once on each stream. ``_send`` does not take it
+        # guards: ``_outbox`` and additions to ``_requests``, so that each request is sent once on each stream.
+        # ``cancel`` and ``_handle`` remove requests without it, and ``_send`` reads ``_outbox``
         self._lock = threading.Lock()
         self._outbox: Outbox | None = None  # None while the daemon is away
         self._uses: deque[ExpertKey] = deque(maxlen=REPORT_KEPT)

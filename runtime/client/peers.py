@@ -72,7 +72,7 @@ class Peers:
         self._single = frozenset(self._peers)
         self._names: dict[Address, list[Address]] = {name: [] for name in names}  # from DNS names to their daemons
         self._credentials = credentials
-        self._state = threading.Condition()  # guards: the peers' fields and all fields below
+        self._state = threading.Condition()  # guards: what changes in each Peer, and the fields below
         self._former = ShareCounts()  # of daemons that have left their DNS name
         self._next_resolve = 0.0  # on the monotonic clock
         self._watcher: threading.Thread | None = None
@@ -185,6 +185,7 @@ class Peers:
             self._start_watcher()
 
     def _note_away(self, peer: Peer, error: MoetierError) -> None:
+        """Note that a peer is away, and when to check it again. The caller holds ``_state``."""
         peer.away = error
         peer.backoff = min(max(SHORTEST, 2 * peer.backoff), LONGEST)
         peer.next_check = time.monotonic() + peer.backoff

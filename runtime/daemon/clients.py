@@ -225,9 +225,8 @@ class Clients:
         self.began = time.monotonic()
         self._leases = leases
         self._timeout = timeout
-        self._changed = (
-            threading.Condition()
-        )  # guards: ``_clients``, ``_fetching``, ``_stopping``, and the call of a client
+        # guards: ``_clients``, ``_fetching``, ``_stopping``, and the call of a client
+        self._changed = threading.Condition()
         self._clients: dict[str, Client] = {}
         self._numbers = itertools.count(1)
         self._fetching = 0

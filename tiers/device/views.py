@@ -30,7 +30,7 @@ class SlotViews:
             prepare: called with the whole memory of the host tier before the first view of this memory is made.
             retire: called with the old memory after the host tier has replaced it.
         """
-        self._lock = threading.Lock()  # guards: ``_memories`` and changes of ``_views``, which is read without it
+        self._lock = threading.Lock()  # guards: ``_memories``, ``_views``; ``clear`` does not take it
         self._prepare = prepare
         self._retire = retire
         self._memories: list[object] = []  # the memory objects that have views; more than one only during a replacement
@@ -52,6 +52,7 @@ class SlotViews:
         return known[1]
 
     def _make(self, record: memoryview) -> torch.Tensor:
+        """Make the view of a record. The caller holds ``_lock``."""
         if not any(memory is record.obj for memory in self._memories):
             self._prepare(record.obj)  # may be called again for the same memory, after an exception
             self._memories.append(record.obj)
@@ -60,7 +61,10 @@ class SlotViews:
             return torch.frombuffer(record, dtype=torch.uint8)
 
     def _drop(self, replaced: object) -> None:
-        """Release all views of memory that the host tier has replaced. A single view would keep all of it mapped."""
+        """Release all views of memory that the host tier has replaced. A single view would keep all of it mapped.
+
+        The caller holds ``_lock``.
+        """
         self._views = {slot: known for slot, known in self._views.items() if known[0].obj is not replaced}
         self._memories = [memory for memory in self._memories if memory is not replaced]
         self._retire(replaced)

@@ -102,7 +102,7 @@ class CachedStore(WrapperStore):
         # ``close`` waits for reads before it closes what they use
         self._use = UseCount(f"The store {store.folder}")
         self._objects: Objects | None = None  # opened when the first record is fetched
-        self._lock = threading.Lock()  # guards: ``_objects`` and the counts
+        self._lock = threading.Lock()  # guards: ``_objects``, ``_fetched``, ``_from_cache``
         self._fetched, self._from_cache = ShareCounts(), ShareCounts()
         self._access_times: AccessTimes | None = times
         # guards: ``_arrived``, ``_waiting``, ``_buffers``, ``_timeout``, ``_full``. Notified when records are durable

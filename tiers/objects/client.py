@@ -97,7 +97,7 @@ class Objects(Closeable):
         self.where = f"{self.address} ({endpoint})" if endpoint else self.address  # for errors
         self.gets = 0  # number of GETs, without retries
         self.retries = 0
-        self._lock = threading.Lock()  # guards: the counters and ``_silent_until``
+        self._lock = threading.Lock()  # guards: ``gets``, ``retries``, ``_silent_until``
         self._silent_until = 0.0  # time before which failures are not logged
         self._closing = threading.Event()
         self._obstore: Any = obstore

@@ -59,7 +59,7 @@ def open_mirror(folder: Path, digest: str) -> ExpertStore:
     """
     if (its_digest := read_manifest(store_folder(folder)).digest) != digest:
         raise StoreFormatError(
-            f"{folder} is the copy of another store: its digest is {its_digest}, and not {digest}.",
+            f"{folder} is the copy of another store: its digest is {its_digest}, not {digest}.",
             "Remove this folder, and make the mirror again with moetier mirror.",
         )
     return ExpertStore.open(folder, damaged=True)
@@ -137,7 +137,7 @@ class MirroredStore(WrapperStore):
                 raise fault.fresh()
         super().__init__(stores[0])
         self._copies = [_Copy(store) for store in stores]
-        self._lock = threading.Lock()  # guards: what changes in each _Copy
+        self._lock = threading.Lock()  # guards: what changes in each of ``_copies``
         self._watchers: list[Callable[[], None]] = []
         self._use = UseCount(f"The store {stores[0].folder}")
 

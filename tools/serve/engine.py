@@ -58,7 +58,7 @@ class Answer:
         self._stops = StopStrings(job.stop)
         self._queue: asyncio.Queue[Any] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
-        self._lock = threading.Lock()  # makes sure that the answer ends only once
+        self._lock = threading.Lock()  # guards: ``job``, so that the answer ends only once
         engine.tally.add(under_way=1)
 
     @property

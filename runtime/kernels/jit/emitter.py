@@ -13,7 +13,8 @@ from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 import llvmlite.binding as llvm
 from llvmlite import ir
 
-# A fork waits for this lock: a child must not inherit LLVM's state, or llvmlite's own lock, in the middle of a change.
+# held while LLVM compiles. A fork waits for this lock: a child must not inherit LLVM's state, or llvmlite's own lock,
+# in the middle of a change
 compile_lock = threading.RLock()
 os.register_at_fork(
     before=compile_lock.acquire, after_in_parent=compile_lock.release, after_in_child=compile_lock.release
