@@ -14,7 +14,7 @@ WRITABLE = stat.S_IWGRP | stat.S_IWOTH
 
 
 def parent_fault(part: Path, status: os.stat_result) -> tuple[str, str] | None:
-    """Return why other users could replace what lies below a folder, and what to do about it; None if they can't.
+    """Return why other users could replace files below a folder, and what to do about it; None if they can't.
 
     ``part`` is the folder, or a symbolic link on the way, and ``status`` the result of its ``lstat``.
     """

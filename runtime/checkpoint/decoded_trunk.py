@@ -88,7 +88,7 @@ def trunk_with_records(model: PreTrainedModel, dtype: torch.dtype, sources: Mapp
 def trunk_matrices(
     model: PreTrainedModel, dtype: torch.dtype, sources: Mapping[str, SourceTensor]
 ) -> dict[str, tuple[str, StoredMatrix]]:
-    """Return the weights of the trunk that stay as they are: names and matrices, by the paths of their modules.
+    """Map the path of each module whose weight is not decoded to the weight's name and matrix.
 
     The arguments are those of ``trunk_with_records``.
     """

@@ -187,7 +187,7 @@ def _header(path: Path) -> GgufHeader:
     try:
         return read_gguf(path)
     except ValueError as error:
-        raise CheckpointError(f"{path} is no whole GGUF file: {error}.", "Download the file again.") from error
+        raise CheckpointError(f"{path} is not a complete GGUF file: {error}.", "Download the file again.") from error
     except OSError as error:
         raise CheckpointError(f"{path} can't be read: {error.strerror}.", "Check the file and its disk.") from error
 

@@ -26,7 +26,7 @@ HEADERS_AT_ONCE = 8
 
 @dataclass(frozen=True, slots=True)
 class RemoteFile:
-    """Size of a file on the hub, and the ``sha256`` of a large one."""
+    """Size of a file on the hub, and its ``sha256``; None for a small file."""
 
     size: int
     sha256: str | None

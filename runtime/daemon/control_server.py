@@ -33,7 +33,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Welcome:
-    """Answer to a client that is admitted. ``descriptor`` is that of the arena; the server closes it after sending."""
+    """Answer to a client that is admitted. ``descriptor`` refers to the arena; the server closes it after sending."""
 
     model: str
     slots: Mapping[str, int]  # number of slots for each record layout, by its zarr array

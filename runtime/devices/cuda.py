@@ -32,7 +32,7 @@ class Cuda(ComputeDevice):
 
     @classmethod
     def diagnose(cls) -> Iterator[Diagnosis]:
-        """Yield each GPU with its memory and kernels, or that torch can't use the driver that is there."""
+        """Yield a line on each GPU, with its memory and kernels; or one that says why torch can't use the driver."""
         if not cls.is_available():
             if DRIVER.exists():
                 yield Diagnosis(

@@ -214,7 +214,7 @@ def _numbers(weight: str, tensor: StoredTensor) -> list[float]:
         )
     if not tensor.file.exists():
         raise CheckpointError(
-            f"{weight} is quantised with HQQ, and only its file says how. That file is not here yet.",
+            f"{weight} is quantised with HQQ, and only its file says how. That file was not downloaded yet.",
             "Download the whole checkpoint first (hf download ID --local-dir FOLDER), then use the folder.",
         )
     return tensor.read().double().view(-1).tolist()

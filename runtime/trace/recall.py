@@ -70,7 +70,7 @@ def compare(trace: Trace) -> list[Comparison]:
 
 
 def of_predictions(trace: Trace, lookahead: int) -> Recall:
-    """Return the recall of gates that are asked ``lookahead`` layers ahead, a number in ``trace.lookaheads``."""
+    """Return the recall of predictions that gates make ``lookahead`` layers ahead, one of ``trace.lookaheads``."""
     assert trace.predictions is not None, "a trace with predictions"
     return _recall(trace.experts, trace.predictions[trace.lookaheads.index(lookahead)])
 

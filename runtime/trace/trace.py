@@ -67,7 +67,7 @@ class Trace:
 
     @property
     def block_count(self) -> int:
-        """B: the number of blocks."""
+        """Number of blocks, B."""
         return int(self.experts.shape[1])
 
     @property

@@ -299,6 +299,6 @@ def write_table(folder: Path, table: ExtentTable, *, into_cache: bool) -> Path:
         write_durably(path, data)
     except OSError as error:
         raise TargetError(
-            f"{path} can't be written ({error.strerror}).", "Set XDG_CACHE_HOME to a folder that can."
+            f"{path} can't be written ({error.strerror}).", "Set XDG_CACHE_HOME to a folder that can be written."
         ) from error
     return path

@@ -200,7 +200,7 @@ def test_what_can_t_be_used_is_refused_by_name(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "model.gguf", model, mostly("Q4_0"))
     data = path.read_bytes()
     cases: list[tuple[bytes, type[MoetierError], str]] = [
-        (b"GGML" + data[4:], CheckpointError, "is no whole GGUF file: it begins with"),
+        (b"GGML" + data[4:], CheckpointError, "is not a complete GGUF file: it begins with"),
         (data[:-5000], CheckpointError, "the file at"),
         (data[:200], CheckpointError, "truncated"),
         (data.replace(b"qwen3moe", b"deepseek"), UnsupportedModelError, "architecture 'deepseek'"),
