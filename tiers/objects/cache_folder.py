@@ -18,7 +18,7 @@ import re
 import signal
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from moetier.tiers.addresses import check_address, endpoint_of
@@ -42,7 +42,7 @@ from moetier.tiers.store.folder import (
 )
 from moetier.tiers.store.trunk import check_sum
 
-from .client import Objects, until_right
+from .client import Objects, finish, until_right
 from .small_files import DAMAGED, fetch_small
 
 READS = 8  # GETs of the trunk at the same time
@@ -294,16 +294,7 @@ def _fetch_pieces(
             return len(view)
 
         pieces = [pool.submit(fetch_piece, start) for start in range(0, entry.bytes, PIECE_BYTES)]
-        try:
-            for piece in pieces:
-                advance(piece.result())
-        except BaseException:
-            objects.close()  # so that none waits for a retry
-            raise
-        finally:
-            for piece in pieces:  # none may write once the descriptor is closed
-                piece.cancel()
-            wait(pieces)
+        finish(objects, pieces, advance)  # none may write once the descriptor is closed
         os.fsync(descriptor)
     finally:
         os.close(descriptor)

@@ -14,7 +14,8 @@ import random
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from concurrent.futures import Future, wait
 from datetime import timedelta
 from functools import cached_property
 from typing import Any, TypeVar
@@ -327,6 +328,26 @@ def until_right(read: Callable[[bool], Result]) -> Result:
         except (ChecksumError, StoreFormatError) as error:
             _log.info("%s It is fetched again.", error.cause)
     return read(True)
+
+
+def finish(objects: Objects, tasks: Collection[Future[Result]], advance: Callable[[Result], object]) -> None:
+    """Wait for tasks that read ``objects``, and call ``advance`` with the result of each, in order.
+
+    The error of a task is raised once no task runs any more. So that none of them waits for a retry, ``objects`` is
+    closed then, unless data is damaged and is to be read again.
+    """
+    try:
+        for task in tasks:
+            advance(task.result())
+    except (ChecksumError, StoreFormatError):
+        raise
+    except BaseException:
+        objects.close()
+        raise
+    finally:
+        for task in tasks:
+            task.cancel()
+        wait(tasks)
 
 
 def copy_bytes(target: memoryview, source: memoryview) -> None:

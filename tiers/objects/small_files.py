@@ -10,7 +10,7 @@ import json
 import logging
 import re
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from moetier.tiers.errors import ChecksumError, MissingExpertError, StoreFormatError
@@ -21,7 +21,7 @@ from moetier.tiers.store.checksum import crc32c
 from moetier.tiers.store.folder import CACHE, GROUP, MAX_JSON_BYTES, METADATA, ORIGIN
 from moetier.tiers.store.trunk import INDEX
 
-from .client import Objects, RefusedReadError
+from .client import Objects, RefusedReadError, finish
 
 MAX_SMALL_BYTES = 256 << 20  # most bytes of all small files, such as the tokenizer's
 MAX_SMALL_FILES = 100
@@ -91,6 +91,7 @@ def fetch_small(
     check_small([(sizes or {}).get(name, 0) for name in wanted], objects.where, "Check the address.")
 
     def copy(name: str, most: int) -> int:
+        """Fetch a file, and return its size; 0 if it does not exist."""
         try:
             data = _read_small(objects, name, manifest.files.get(name), most, fresh)
         except MissingExpertError:
@@ -106,19 +107,9 @@ def fetch_small(
         return len(data)
 
     if sizes is not None:
+        # none may write when the files are fetched again
         copies = [pool.submit(copy, name, sizes.get(name, 0) + SLACK_BYTES) for name in wanted]
-        try:
-            for copied in copies:
-                copied.result()
-        except (ChecksumError, StoreFormatError):
-            raise
-        except BaseException:
-            objects.close()  # so that none waits for a retry
-            raise
-        finally:
-            for copied in copies:  # none may write when the files are fetched again
-                copied.cancel()
-            wait(copies)
+        finish(objects, copies, lambda size: None)
         return
     left = MAX_SMALL_BYTES
     for name in wanted:
