@@ -22,13 +22,12 @@ class Fallback:
         self._location = location
         self._manifest = manifest
         self._fork_guard = ForkGuard()
-        self._lock = threading.Lock()  # guards: the fields below. Held while the tier is opened
+        # guards: the fields below; ``try_again`` does not take it. Held while the tier is opened
+        self._lock = threading.Lock()
         self._closing = contextlib.ExitStack()
         self._closed = False
         self.host: HostTier | None = None  # None before it is first needed
-        # why the tier could not be opened. Once a daemon is back, this is set to "" without the lock, and the next
-        # ``open`` tries again; an attempt that fails at that moment keeps its error until a daemon is back once more
-        self.error = ""
+        self.error = ""  # why the tier could not be opened
 
     def open(self) -> HostTier | None:
         """Return the host tier, and open it first if it is not open yet.
@@ -57,6 +56,13 @@ class Fallback:
                         self._closing = opening.pop_all()
                         self.host = host
             return self.host
+
+    def try_again(self) -> None:
+        """Let the next ``open`` try again, as a daemon is back. Never waits.
+
+        If an attempt fails at this moment, its error is kept until this is called once more.
+        """
+        self.error = ""
 
     def close(self) -> None:
         """Close the tier and its store. Idempotent."""

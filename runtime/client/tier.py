@@ -240,7 +240,7 @@ class DaemonTier(Closeable):
     def _connected(self, control: ControlConnection) -> MappedArena:
         """Map the arena of a new connection. The old arena is unmapped when its last lease ends."""
         self._arena = MappedArena.of(control, self._manifest, self._arena)
-        self._fallback.error = ""
+        self._fallback.try_again()
         return self._arena
 
     def _check_open(self) -> None:

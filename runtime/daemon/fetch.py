@@ -136,7 +136,8 @@ class FetchCalls:
 
         The threads of these calls then wake and release their leases.
         """
-        with self._state:
-            while not self._closed:
-                self._calls.cancel(self._stall)
-                self._state.wait(self._stall / 4 if self._calls else None)
+        while not self._closed:
+            self._calls.cancel(self._stall)
+            with self._state:
+                if not self._closed:
+                    self._state.wait(self._stall / 4 if self._calls else None)
