@@ -1,6 +1,6 @@
 """Names of a model's small files: those of the tokenizer, templates, settings and licences.
 
-All that look for such files, copy, fetch or download them take their names from here.
+All code that looks for, copies, fetches or downloads such files takes their names from here.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ SPELLINGS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 @dataclass(frozen=True)
 class Trunk:
-    """Trunk for from_pretrained, in place of files: tensors, or objects that read one when they are indexed."""
+    """The trunk that from_pretrained gets in place of files: tensors, or objects that read one when indexed."""
 
     tensors: Mapping[str, Any]  # by the model's names; names of records are module paths and RECORD
     layouts: Mapping[str, RecordLayout]  # of the records, by the paths of their modules

@@ -66,7 +66,7 @@ class GgufTensor(SourceTensor):
         return (self.stored,)
 
     def component(self, name: str) -> StoredTensor:
-        """Return the stored tensor: the scales are among the codes."""
+        """Return the stored tensor, whose blocks have both codes and scales."""
         return self.stored
 
     def as_matrix(self) -> StoredMatrix | None:

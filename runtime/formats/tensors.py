@@ -115,7 +115,7 @@ class SourceTensor(ABC):
 
     @property
     def transposed(self) -> bool:
-        """True if the rows of the runs of ``by_expert`` are the columns of the parameter."""
+        """True if what ``by_expert`` returns as rows are the columns of the parameter."""
         return False
 
     # records that hold the weights of experts as they are stored
@@ -152,7 +152,7 @@ class SourceTensor(ABC):
     # the trunk
 
     def as_matrix(self) -> StoredMatrix | None:
-        """Return the matrix as it lies in its file, if modules can multiply with it so; else None."""
+        """Return the stored matrix if modules can multiply with it undecoded; else None."""
         return None
 
 

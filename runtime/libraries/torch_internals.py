@@ -39,7 +39,7 @@ def replace_parameters(module: nn.Module, parameters: dict[str, Any]) -> None:
 
 
 def replace_buffers(module: nn.Module, buffers: dict[str, Any]) -> None:
-    """Give a module a dictionary of buffers of its own, as a copy shares that of its original."""
+    """Give a module its own dictionary of buffers, because a copy of a module shares that of the original."""
     module.__dict__["_buffers"] = buffers
 
 

@@ -73,7 +73,7 @@ class Prefill:
 
     @property
     def later(self) -> int:
-        """Tokens for which the same bytes suffice after the first chunk: later chunks may need masks."""
+        """Most tokens of a chunk after the first that fit into the same bytes, as later chunks may need masks."""
         return self._most(self.nbytes, self.tokens)
 
     def bytes_of(self, tokens: int, *, is_whole: bool) -> int:
