@@ -128,7 +128,7 @@ class RemoteCompute:
         """Return the uses of the cached expert of a block that is used least; 0 if there are empty slots."""
         left, least = self._least.get(block, (0, 0.0))
         if not left:
-            stats, ready = self._host.stats(), self._host.ready(block)
+            stats, ready = self._host.stats(), self._host.ready_experts(block)
             least = min(map(self._uses[block].of, ready), default=0.0) if stats.ready >= stats.slots else 0.0
             left = LOOKUP_DEMANDS
         self._least[block] = (left - 1, least)

@@ -76,14 +76,13 @@ class Client:
 class SessionCall:
     """A client's stream, which is one Session call. One thread reads the client's messages, another sends the answers.
 
-    ``on_ended`` is called whenever a request has ended, in any thread. Once ``refusal`` is set, new requests fail with
-    that error. Earlier requests are still answered.
+    ``on_ended`` is called whenever a request has ended, in any thread.
     """
 
     def __init__(
         self, client: Client, model: HostedModel, *, leases: int, timeout: float, on_ended: Callable[[], None]
     ) -> None:
-        self.refusal: UnavailableError | None = None
+        self._refusal: UnavailableError | None = None  # the error with which new requests fail
         self._client = client
         self._model = model
         self._on_ended = on_ended
@@ -132,17 +131,16 @@ class SessionCall:
                 try:
                     self._handle(pb.ClientMessage.FromString(message))
                 except DecodeError:
-                    self.end(
-                        ProtocolError(
-                            "A message of the session can't be parsed.",
-                            SAME_VERSION,
-                        )
-                    )
+                    self.end(ProtocolError("A message of the session can't be parsed.", SAME_VERSION))
                 except Exception as error:  # the client's error, or a bug of the daemon
                     self.end(error)
                 if self._ended:
                     return
         self.end()
+
+    def refuse(self, error: UnavailableError) -> None:
+        """Let new requests fail with ``error``. Earlier requests are still answered."""
+        self._refusal = error
 
     def end(self, error: Exception | None = None) -> None:
         """End the call: release all leases, and send the answers queued so far. Idempotent; the first error counts."""
@@ -190,8 +188,8 @@ class SessionCall:
         self._model.count(requests=1)
         self._client.count(misses=len(keys))
         try:
-            if self.refusal is not None:
-                raise self.refusal
+            if self._refusal is not None:
+                raise self._refusal
             self._session.acquire(request, keys, message.timeout_ms / 1e3 if message.timeout_ms else None)
         except ProtocolError:  # the request's number is in use
             raise
@@ -344,7 +342,7 @@ class Clients:
         with self._changed:
             self._stopping = True
             for call in self._calls():
-                call.refusal = _stopping()
+                call.refuse(_stopping())
 
     def wait(self, seconds: float) -> bool:
         """Wait until no request is open, for at most ``seconds``. Return whether none is open."""

@@ -154,7 +154,7 @@ class HostedModel:
         uses = self.host.uses()
         return [
             pb.Block(
-                ready=self.host.ready(number),
+                ready=self.host.ready_experts(number),
                 uses=[uses.get(ExpertKey(number, expert), 0) for expert in range(block.experts)],
             )
             for number, block in enumerate(self.manifest.blocks)

@@ -74,7 +74,7 @@ def test_records_that_an_older_daemon_left_in_memory_are_compared(tmp_path: Path
         os.close(descriptor)
     with HostTier(RamReader(manifest, records), slots={"records": 12}, arena=arena) as new:
         assert new.recovered == 8
-        assert [new.ready(block) for block in range(3)] == [[0, 1, 2, 3], [], [0, 1, 2, 3]]
+        assert [new.ready_experts(block) for block in range(3)] == [[0, 1, 2, 3], [], [0, 1, 2, 3]]
 
 
 def test_another_host_sends_a_record_of_another_conversion(tmp_path: Path) -> None:

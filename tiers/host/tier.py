@@ -312,7 +312,7 @@ class HostTier(Closeable):
     def _may_continue(self, load: Load) -> bool | None:
         return self._ledger.loads.may_continue(load)
 
-    def ready(self, block: int) -> list[int]:
+    def ready_experts(self, block: int) -> list[int]:
         """Return the experts of a block whose records are READY now."""
         find, experts = self._arena.directory.find, self.manifest.blocks[block].experts
         return [expert for expert in range(experts) if find(ExpertKey(block, expert)) is not None]
