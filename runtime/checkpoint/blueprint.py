@@ -332,8 +332,7 @@ def _own(path: str, module: Any) -> list[tuple[str, torch.nn.Parameter]]:
             parameters.append((name, parameter))
         elif parameter.shape[:1] == (module.num_experts,):
             raise UnsupportedModelError(
-                f"{path} has a parameter {name} for each expert, which moetier does not know.",
-                _supported(),
+                f"{path} has a parameter {name} for each expert, which moetier does not know.", _supported()
             )
     return parameters
 

@@ -244,8 +244,7 @@ def _read_tensors(folder: Path, config: Mapping[str, Any]) -> dict[str, StoredTe
         if missing == [WEIGHTS] and not places:
             raise without_weights(folder, (path.name for path in folder.iterdir()))
         raise CheckpointError(
-            f"{folder} lacks {some(missing)}, which {INDEX if places else 'config.json'} names.",
-            DOWNLOAD_AGAIN,
+            f"{folder} lacks {some(missing)}, which {INDEX if places else 'config.json'} names.", DOWNLOAD_AGAIN
         )
     named = {tensor: paths[file] for tensor, file in places.items()}
     return gathered({path: read_tensors(path) for path in paths.values()}, named, folder / INDEX)

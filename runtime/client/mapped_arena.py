@@ -50,10 +50,7 @@ class MappedArena:
         """
         slots = control.slots
         if control.descriptor is None or slots.keys() != manifest.layouts.keys() or min(slots.values()) < 1:
-            raise ProtocolError(
-                "The daemon's arena has other record layouts than this store.",
-                SAME_VERSION,
-            )
+            raise ProtocolError("The daemon's arena has other record layouts than this store.", SAME_VERSION)
         layout = ArenaLayout.of(manifest, slots)
         if (
             mapped
@@ -98,8 +95,7 @@ class MappedArena:
             if slot < self.layout.slots:
                 raise ClosedError("The tier of this model was closed.", "Load the model again.") from None
             raise ProtocolError(
-                f"The daemon has granted slot {slot} of an arena with {self.layout.slots} slots.",
-                SAME_VERSION,
+                f"The daemon has granted slot {slot} of an arena with {self.layout.slots} slots.", SAME_VERSION
             ) from None
 
     def close(self) -> None:

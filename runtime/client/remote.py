@@ -304,10 +304,7 @@ class _Transfer:
             for message in call:
                 piece, repeated = decode_piece(message)
                 if len(piece) > min(PIECE_BYTES, end - at):
-                    raise ProtocolError(
-                        f"A daemon sent more bytes of {key} than were requested.",
-                        SAME_VERSION,
-                    )
+                    raise ProtocolError(f"A daemon sent more bytes of {key} than were requested.", SAME_VERSION)
                 self._view[at : at + len(piece)] = piece
                 at += len(piece)
             if at != end:

@@ -301,8 +301,7 @@ class RemoteOutputs:
             return error.with_traceback(None)
         if len(data) != size or crc is None:
             return ProtocolError(
-                f"The daemon {part.peer.name} did not send outputs of {size:,} bytes with a checksum.",
-                SAME_VERSION,
+                f"The daemon {part.peer.name} did not send outputs of {size:,} bytes with a checksum.", SAME_VERSION
             )
         if crc != crc32c(memoryview(data), part.crc):
             return ChecksumError(

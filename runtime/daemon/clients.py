@@ -174,10 +174,7 @@ class SessionCall:
         request = message.request
         keys = [ExpertKey(message.block, expert) for expert in message.experts]
         if not keys or len(set(keys)) != len(keys):
-            raise ProtocolError(
-                f"Request {request} names no expert, or an expert twice.",
-                SAME_VERSION,
-            )
+            raise ProtocolError(f"Request {request} names no expert, or an expert twice.", SAME_VERSION)
         if self._events.qsize() > MAX_UNREAD:
             raise ProtocolError("The client does not read the answers.", "Read the answers from the stream.")
         if self._session.open_requests >= MAX_REQUESTS:

@@ -67,8 +67,7 @@ class FetchCalls:
         start, end = request.offset, request.offset + (request.length or size - request.offset)
         if not 0 <= start < end <= size:
             raise ProtocolError(
-                f"The bytes from {start:,} to {end:,} were asked for; the record has {size:,} bytes.",
-                SAME_VERSION,
+                f"The bytes from {start:,} to {end:,} were asked for; the record has {size:,} bytes.", SAME_VERSION
             )
         deadline = time.monotonic() + timeout
         batches = self._leases.batches([key], context, deadline)

@@ -93,10 +93,7 @@ class ControlConnection(Closeable):
             if "error" in reply:
                 raise error_from(reply["error"])
             if len(descriptors) != (digest is not None):
-                raise ProtocolError(
-                    f"The daemon in {folder} passed no arena.",
-                    SAME_VERSION,
-                )
+                raise ProtocolError(f"The daemon in {folder} passed no arena.", SAME_VERSION)
             return cls(end, reply, descriptors[0] if descriptors else None)
         except BaseException:
             end.close()
@@ -194,10 +191,7 @@ def parse(packet: bytes, sender: str) -> dict[str, Any]:
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
-        raise ProtocolError(
-            f"The packet that {sender} sent on the control socket is not a JSON object.",
-            SAME_VERSION,
-        )
+        raise ProtocolError(f"The packet that {sender} sent on the control socket is not a JSON object.", SAME_VERSION)
     return value
 
 
@@ -232,10 +226,7 @@ def error_from(value: object, otherwise: type[MoetierError] = errors.DaemonError
     this version has no error class with the name in ``value``.
     """
     if not isinstance(value, dict):
-        return ProtocolError(
-            "The daemon sent an error that can't be read.",
-            SAME_VERSION,
-        )
+        return ProtocolError("The daemon sent an error that can't be read.", SAME_VERSION)
     name, cause, fix = (" ".join(str(value.get(field, "")).split()) for field in ("kind", "cause", "fix"))
     named = getattr(errors, name, None)
     error_class = named if isinstance(named, type) and issubclass(named, MoetierError) else otherwise

@@ -136,8 +136,7 @@ def _transport_error(code: grpc.StatusCode, details: str, target: str) -> Moetie
         return None
     if _PLAIN in said:
         return RefusedError(
-            "The daemon does not use TLS, but this client does.",
-            "Give `credentials.insecure` to connect without TLS.",
+            "The daemon does not use TLS, but this client does.", "Give `credentials.insecure` to connect without TLS."
         )
     if any(sign in said for sign in _NO_TRUST):
         return RefusedError(

@@ -70,8 +70,7 @@ class OpenFile:
         status = os.fstat(self.descriptor)
         if status.st_size != shard.bytes:
             raise StoreFormatError(
-                f"{self.path} has {status.st_size:,} bytes, and had {shard.bytes:,}: it was cut or replaced.",
-                self.fix,
+                f"{self.path} has {status.st_size:,} bytes, and had {shard.bytes:,}: it was cut or replaced.", self.fix
             )
         if status.st_mtime_ns != shard.mtime_ns:
             raise StoreFormatError(f"{self.path} was changed or replaced: its modification time differs.", self.fix)

@@ -78,8 +78,7 @@ def store_folder(folder: Path, purpose: str = "") -> Path:
         )
     if (folder / "config.json").exists():
         raise StoreFormatError(
-            f"{folder} is a checkpoint, and not a model directory.",
-            f"Convert it: {command('convert', folder, 'DST')}",
+            f"{folder} is a checkpoint, and not a model directory.", f"Convert it: {command('convert', folder, 'DST')}"
         )
     raise StoreFormatError(
         f"{folder} is not a model directory: it has no experts.zarr.",

@@ -128,8 +128,7 @@ class OpenShard:
                 size = os.fstat(descriptor).st_size
                 if size != file.file_bytes:
                     raise StoreFormatError(
-                        f"{name}: its shard {file.path} has {size:,} bytes; {file.file_bytes:,} were expected.",
-                        REPAIR,
+                        f"{name}: its shard {file.path} has {size:,} bytes; {file.file_bytes:,} were expected.", REPAIR
                     )
                 end = os.pread(descriptor, CHECKSUM_BYTES + file.index_bytes, file.data_bytes - CHECKSUM_BYTES)
             if end[CHECKSUM_BYTES:] != file.make_index():
@@ -198,8 +197,7 @@ def read_at(
                 count -= count % PAGE  # after a short read, the next read must begin at a multiple of PAGE again
             if not count:
                 raise StoreReadError(
-                    f"{path} ends before byte {offset + least:,}: it was truncated while in use.",
-                    REPAIR,
+                    f"{path} ends before byte {offset + least:,}: it was truncated while in use.", REPAIR
                 )
             done += count
 
