@@ -80,16 +80,15 @@ class HostedModel:
             undo.callback(self._closing.set)
             self._release = undo.pop_all().close
 
-    @property
-    def compute_calls(self) -> ComputeCalls:
-        """Compute calls of other hosts.
+    def open_compute_calls(self) -> ComputeCalls:
+        """Return the compute calls of other hosts. The first call imports the compiler, in the background.
 
-        The first use imports the compiler, in the background. Raises ExhaustedError until that is done, or if there is
-        no thread for it; ConfigError if no code can be compiled here; and StoreError if the tier was condemned before.
+        Raises ExhaustedError until that is done, or if there is no thread for it; ConfigError if no code can be
+        compiled here; and StoreError if the tier was condemned before.
         """
         with self._opening:
             if self._opener is None and not self._closing.is_set():
-                opener = threading.Thread(target=self._open_compute_calls, name="moetier-opener")
+                opener = threading.Thread(target=self._import_compiler, name="moetier-opener")
                 try:
                     opener.start()
                 except RuntimeError as error:
@@ -172,7 +171,7 @@ class HostedModel:
         if self._compute_calls is not None and not isinstance(self._compute_calls, MoetierError):
             self._compute_calls.close()
 
-    def _open_compute_calls(self) -> None:
+    def _import_compiler(self) -> None:
         try:
             from .compute import ComputeCalls
 

@@ -73,7 +73,7 @@ class Service(ExpertStoreServicer):
     def Compute(self, request: pb.ComputeRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
         """Compute experts for hidden states [tokens, hidden], and send the outputs as serialised pieces."""
         with _errors_as_codes(context), self._clients.fetching(request.digest) as model:
-            yield from model.compute_calls.serve(request, context)
+            yield from model.open_compute_calls().serve(request, context)
 
     def Stats(self, request: pb.StatsRequest, context: grpc.ServicerContext) -> pb.StatsReply:
         """Return the counters of all models."""

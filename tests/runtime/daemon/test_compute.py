@@ -371,7 +371,7 @@ def test_without_a_thread_a_call_fails_and_the_next_one_computes(
     model = HostedModel(manifest, host, tinymix_4bit, timeout=1.0)
     try:
         with without_thread("moetier-opener"), pytest.raises(ExhaustedError, match="can't start new thread"):
-            _ = model.compute_calls
+            _ = model.open_compute_calls()
         request = message(manifest, hidden_states(manifest, 1), [1])
         with open_channel(served[1], Credentials(insecure=True)) as channel:
             with without_thread("moetier-compiler"), pytest.raises(ExhaustedError, match="can't start new thread"):

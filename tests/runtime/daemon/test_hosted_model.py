@@ -34,7 +34,7 @@ def test_a_compiler_that_can_not_be_imported_is_said(
 
         def is_said() -> bool:
             try:
-                return not model.compute_calls
+                return not model.open_compute_calls()
             except ConfigError as error:
                 return "can't compute experts" in error.cause
             except ExhaustedError:
@@ -52,7 +52,7 @@ def test_a_condemned_model_says_so(host: HostTier, tinymix_4bit: Path) -> None:
 
         def is_said() -> bool:
             try:
-                return not model.compute_calls
+                return not model.open_compute_calls()
             except StoreError as error:
                 return error.cause == "The shards are of two conversions."
             except ExhaustedError:
