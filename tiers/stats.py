@@ -79,6 +79,28 @@ class TierCounters:
         self.waits, self.wait_seconds = 0, 0.0
         self._latest_waits = deque[float](maxlen=WAITS_KEPT)
 
+    def count(
+        self,
+        *,
+        joined: int = 0,
+        prefetched: int = 0,
+        cancelled: int = 0,
+        wasted: int = 0,
+        recalled: int = 0,
+        evictions: int = 0,
+        failures: int = 0,
+        discarded: int = 0,
+    ) -> None:
+        """Count what has happened. A miss that has ``joined`` a load is counted as a miss, too."""
+        self.joined += joined
+        self.prefetched += prefetched
+        self.cancelled += cancelled
+        self.wasted += wasted
+        self.recalled += recalled
+        self.evictions += evictions
+        self.failures += failures
+        self.discarded += discarded
+
     def count_lookups(self, *, hits: int = 0, misses: int = 0, discarded: int = 0) -> None:
         """Count records that were looked up.
 
@@ -87,10 +109,6 @@ class TierCounters:
         self.hits += hits - discarded
         self.misses += misses
         self.discarded += discarded
-
-    def count_joined(self) -> None:
-        """Count a miss that was already counted as one that joined a load."""
-        self.joined += 1
 
     def count_load(self, seconds: float) -> None:
         """Count a load that took ``seconds``."""
@@ -102,39 +120,11 @@ class TierCounters:
         self.bytes_in += nbytes
         self.warmed += is_warmup
 
-    def count_recalled(self) -> None:
-        """Count the first use of a record that the warm-up has loaded."""
-        self.recalled += 1
-
-    def count_evictions(self, count: int = 1) -> None:
-        """Count records that were evicted."""
-        self.evictions += count
-
-    def count_failures(self, count: int = 1) -> None:
-        """Count loads that have failed, or reads that succeeded only from another copy."""
-        self.failures += count
-
-    def count_discarded(self, count: int = 1) -> None:
-        """Count copies or results that are discarded, of records that were not counted as hits."""
-        self.discarded += count
-
-    def count_prefetch(self) -> None:
-        """Count a prefetch whose read begins."""
-        self.prefetched += 1
-
-    def count_cancelled(self, count: int = 1) -> None:
-        """Count prefetch requests that are cancelled."""
-        self.cancelled += count
-
     def count_used_prefetch(self, saved_seconds: float, *, is_late: bool) -> None:
         """Count a prefetch whose record a demand uses, and how much longer the demand would have waited without it."""
         self.late += is_late
         self.useful += not is_late
         self.saved_seconds += saved_seconds
-
-    def count_wasted(self) -> None:
-        """Count a prefetch whose record was evicted before any use."""
-        self.wasted += 1
 
     def count_wait(self, seconds: float) -> None:
         """Count a wait of ``seconds``."""
@@ -195,7 +185,7 @@ class PrefetchOutcomes:
     def evict(self, key: ExpertKey) -> None:
         """Note that the record was evicted. If no demand has used it, count its prefetch as wasted."""
         if self.unused.pop(key, self.began.pop(key, None)) is not None:
-            self._counters.count_wasted()
+            self._counters.count(wasted=1)
 
     def repair(self, has: Callable[[ExpertKey], bool]) -> None:
         """Remove records that are gone, after an interrupted transition. ``has`` returns whether a record is there."""

@@ -85,7 +85,7 @@ class Misses:
                     context.link.release(request, expert)
             else:  # the daemon that granted the slot is gone, and another one has refilled it
                 with context.counting:
-                    context.counters.count_discarded()
+                    context.counters.count(discarded=1)
                 context.link.cancel(request)
                 self.submit([expert, *request.awaited])
 
@@ -130,7 +130,7 @@ class Misses:
         """
         if isinstance(error, StoreError):
             with self._context.counting:
-                self._context.counters.count_failures()
+                self._context.counters.count(failures=1)
         is_ending = isinstance(error, UnavailableError | ClosedError)
         if not is_ending and not isinstance(error, ExhaustedError):
             raise error

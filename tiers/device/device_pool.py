@@ -108,7 +108,7 @@ class DeviceSlots:
             for event in [event for uses in pool.used for event in uses.values()]:
                 event.synchronize()
         keys = [key for pool in self.pools.values() for key in pool.keys]
-        self._counters.count_evictions(len(keys))
+        self._counters.count(evictions=len(keys))
         self.clear()
         return keys
 

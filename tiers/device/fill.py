@@ -112,7 +112,7 @@ class DeviceFill:
         if state is Lookup.HIT:  # another caller has copied the record since the demand began
             slot = pool.pin_ready(key)
             assert slot is not None
-            self._counters.count_joined()
+            self._counters.count(joined=1)
             pool.note_uses((key,), is_scan=demand.is_scan)
             self._admit(demand, slot, began)
             return True
@@ -176,7 +176,7 @@ class DeviceFill:
         demand.filling = (slot, key)
         evicted = demand.pool.begin_fill(slot, key, is_scan=demand.is_scan, is_prefetch=is_prefetch)
         if evicted is not None:
-            self._counters.count_evictions()
+            self._counters.count(evictions=1)
             self._promoter.outcomes.evict(evicted)
 
     def _transfer(self, demand: DeviceDemand, lease: Lease[memoryview]) -> Copy | None:
@@ -221,8 +221,7 @@ class DeviceFill:
     def _cancel(self, demand: DeviceDemand, failures: int = 0, discarded: int = 0) -> None:
         assert demand.filling is not None
         slot, key = demand.filling
-        self._counters.count_failures(failures)
-        self._counters.count_discarded(discarded)
+        self._counters.count(failures=failures, discarded=discarded)
         self._promoter.outcomes.began.pop(key, None)
         demand.pool.abort_fill(slot)
         self._end_filling(demand)

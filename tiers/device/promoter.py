@@ -85,7 +85,7 @@ class Promoter:
         """
         before = self._requests.pop(block, {})
         requests = dict.fromkeys(keys, False) | dict.fromkeys(lacking, True)
-        self._counters.count_cancelled(sum([waits and key not in requests for key, waits in before.items()]))
+        self._counters.count(cancelled=sum([waits and key not in requests for key, waits in before.items()]))
         if requests:
             self._requests[block] = requests
         if lacking:
@@ -114,12 +114,12 @@ class Promoter:
     def note_begun(self, key: ExpertKey, began: float) -> None:
         """Note that the promotion of a record has begun, at the time ``began`` by ``time.perf_counter``."""
         self.remove(key)
-        self._counters.count_prefetch()
+        self._counters.count(prefetched=1)
         self.outcomes.began[key] = began
 
     def cancel(self, key: ExpertKey) -> None:
         """Cancel the request for a record, because no slot is available or the record can't be copied."""
-        self._counters.count_cancelled(self.remove(key))
+        self._counters.count(cancelled=self.remove(key))
 
     def remove(self, key: ExpertKey) -> bool:
         """Remove a record from those whose promotion is yet to begin. Return whether it was one of these."""

@@ -314,13 +314,13 @@ class Ledger:
                 break
             match demand.pool.lookup(key):
                 case Lookup.HIT:  # another load has brought the record since this demand began
-                    self.counters.count_joined()
+                    self.counters.count(joined=1)
                     slot = demand.pool.pin_ready(key)
                     assert slot is not None
                     demand.ready.append(slot)
                     self.prefetches.note_uses((key,))
                 case Lookup.LOADING:  # a prefetch or another demand has begun to load the record
-                    self.counters.count_joined()
+                    self.counters.count(joined=1)
                     self.loads.join(demand, key)
                 case Lookup.MISS:
                     may_load = may_load and self.loads.begin_for(demand, key)

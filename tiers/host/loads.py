@@ -164,7 +164,7 @@ class Loads:
     ) -> Load:
         """Begin the load of a record into a slot that is EMPTY or evictable, and return the load."""
         if (evicted := pool.begin_fill(slot, key, is_scan=is_scan, is_prefetch=is_prefetch)) is not None:
-            self._counters.count_evictions()
+            self._counters.count(evictions=1)
             self._prefetches.evict(evicted)
         self._prefetches.lose(key)  # the record is needed again, so the tier above no longer has its copy
         self._directory.begin_fill(pool.number(slot), evicted)
@@ -240,7 +240,7 @@ class Loads:
         else:
             is_wanted = self._prefetches.is_requested(load.key)
         if not is_wanted:
-            self._counters.count_cancelled(not load.is_warmup)
+            self._counters.count(cancelled=not load.is_warmup)
             self._remove(load)
             self._notifier.wake_callers()
         return is_wanted
@@ -308,7 +308,7 @@ class Loads:
         """
         if self._loads.get(load.key) is not load:
             return  # ``complete`` was interrupted, and ``repair`` has made the key pending again in all demands
-        self._counters.count_failures(self.closed_by is None)
+        self._counters.count(failures=self.closed_by is None)
         self._remove(load)
         for demand in load.waiters:
             demand.loads.remove(load)

@@ -64,7 +64,7 @@ class PrefetchQueue:
         """
         blocks, requested = self._requests.setdefault(caller, {}), frozenset(keys)
         if (before := blocks.pop(block, None)) is not None:
-            self._counters.count_cancelled(sum([key not in requested for key in before.unbegun]))
+            self._counters.count(cancelled=sum([key not in requested for key in before.unbegun]))
         if not requested:
             return False
         lacking = deque([key for key in keys if pool.slot_of(key) is None])
@@ -74,7 +74,7 @@ class PrefetchQueue:
     def cancel(self, caller: AsyncCaller) -> None:
         """Cancel all requests of a caller."""
         requests = self._requests.pop(caller, {}).values()
-        self._counters.count_cancelled(sum([len(request.unbegun) for request in requests]))
+        self._counters.count(cancelled=sum([len(request.unbegun) for request in requests]))
 
     def queue_warmup(self, pool: Pool, keys: Iterable[ExpertKey]) -> None:
         """Queue records for the warm-up, behind all requests."""
@@ -110,9 +110,9 @@ class PrefetchQueue:
             if pool.slot_of(key) is None:
                 if (slot := self._slot_for(pool, key)) is not None:
                     self._requests[caller] = self._requests.pop(caller)  # other callers are served before this one
-                    self._counters.count_prefetch()
+                    self._counters.count(prefetched=1)
                     return NextRead(pool, key, slot, is_warmup=False)
-                self._counters.count_cancelled()
+                self._counters.count(cancelled=1)
         while self._warmup:
             pool, key = self._warmup.popleft()
             if pool.slot_of(key) is None and not pool.starved and (slot := pool.vacancy(key.block)) is not None:
@@ -164,7 +164,7 @@ class PrefetchQueue:
             self._copied.discard(key)
             if key in self._warmed:
                 self._warmed.remove(key)
-                self._counters.count_recalled()
+                self._counters.count(recalled=1)
             if key in self._outcomes.unused or key in self._outcomes.began:
                 self._outcomes.note_use(key)
 

@@ -365,7 +365,7 @@ class HostTier(Closeable):
     @transition
     def count_failure(self) -> None:
         """Count a read that failed, but succeeded from a mirror."""
-        self._ledger.counters.count_failures()
+        self._ledger.counters.count(failures=1)
 
     @property
     def fault(self) -> StoreError | None:
