@@ -214,10 +214,18 @@ def test_without_a_descriptor_for_a_client_it_is_refused_and_the_others_served(s
     ):
         serves(client, store, 1, 0, 1)
         limits = resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE)
-        used = {int(link.name) for link in Path(f"/proc/{daemon.pid}/fd").iterdir()}
-        # the one that is left: for the connection
-        last = next(number for number in range(10_000) if number not in used)
-        resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (last + 1, limits[1]))
+
+        def used() -> set[int]:
+            return {int(link.name) for link in Path(f"/proc/{daemon.pid}/fd").iterdir()}
+
+        def is_one_left() -> bool:
+            """For the connection. A descriptor that the daemon has only for a moment must not be counted as used."""
+            last = min(set(range(10_000)) - used())
+            resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (last + 1, limits[1]))
+            time.sleep(0.05)
+            return used() >= set(range(last)) and last not in used()
+
+        wait_until(is_one_left)
         with pytest.raises(UnavailableError, match="Too many open files"):
             ControlConnection.open(daemon.folder, store[1].digest)
         serves(client, store, 1, 1, 1)
