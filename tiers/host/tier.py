@@ -406,8 +406,7 @@ class HostTier(Closeable):
 
     def _check_open(self) -> None:
         self._monitor.fork_guard.check()
-        if self._ledger.closed_by is not None:
-            self._ledger.check_open()
+        self._ledger.check_open()
 
 
 class _CancelledError(Exception):
