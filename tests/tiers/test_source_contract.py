@@ -134,7 +134,7 @@ def roomy(kind: str, folder: Path) -> Iterator[Opened]:
         opened.check()
 
 
-@pytest.mark.parametrize("slots", [2, 3, 5, 6, 7, 11, 18])
+@pytest.mark.parametrize("slots", [2, 5, 18, *(pytest.param(each, marks=pytest.mark.slow) for each in (3, 6, 7, 11))])
 def test_each_key_comes_once_with_its_bytes(kind: str, folder: Path, slots: int) -> None:
     with open_source(kind, folder, {"records": slots}) as opened:
         for experts in ([0, 1, 2, 3, 4, 5], [5, 3], [2], [4, 0, 1]) * 3:
@@ -187,7 +187,7 @@ def test_a_lease_is_valid_until_the_next_is_taken(smallest: Opened) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # cut in a finalizer
-@pytest.mark.parametrize("stride", [83, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stride", [167, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("keeps", [False, True], ids=["frames go", "frames stay"])
 def test_an_exception_from_outside_at_any_moment_breaks_nothing(smallest: Opened, stride: int, keeps: bool) -> None:
     """A signal handler raises it. A traceback that is kept keeps the iterators of its frames."""

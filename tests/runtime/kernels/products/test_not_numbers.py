@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,15 @@ from moetier.tiers.quant.codec import TORCH_TYPES, decode, sections
 CPUS = [None, "+avx2,+fma", ""]  # features of LLVM; None: this processor
 NAME = "up_proj"
 NAN_CODES = [0x7F, 0xFF]
+
+
+def on_processors(*cases: tuple[str, ...]) -> list[Any]:
+    """Each case with each processor. Of the other processors, one of each case is quick, by turns."""
+    return [
+        pytest.param(*case, cpu, marks=[pytest.mark.slow] * (at > 0 and number % 2 == at % 2))
+        for number, case in enumerate(cases)
+        for at, cpu in enumerate(CPUS)
+    ]
 
 
 @functools.cache
@@ -66,13 +76,12 @@ def test_every_fp8_code_anywhere_in_a_row(columns: int, cpu: str | None) -> None
             assert_same(y, (rows[:, :1] * wanted).expand_as(y))
 
 
-@pytest.mark.parametrize("cpu", CPUS)
 @pytest.mark.parametrize(
-    ("coding", "scales"),
-    [
+    ("coding", "scales", "cpu"),
+    on_processors(
         *(("int4", "float16"), ("int4", "bfloat16"), ("int4", "float32")),
         *(("e2m1", "e8m0"), ("e2m1", "e4m3"), ("e4m3", "e8m0")),
-    ],
+    ),
 )
 def test_every_scale(coding: str, scales: str, cpu: str | None) -> None:
     kind = {"e8m0": torch.float8_e8m0fnu, "e4m3": torch.float8_e4m3fn}.get(scales) or TORCH_TYPES[scales]
@@ -93,8 +102,7 @@ def _globals(coding: str, scales: str) -> dict[str, str]:
     return {"globals": "multiply"} if (coding, scales) == ("e2m1", "e4m3") else {}
 
 
-@pytest.mark.parametrize("cpu", CPUS)
-@pytest.mark.parametrize("coding", ["q4_0", "q8_0", "q6_k", "mxfp4"])
+@pytest.mark.parametrize(("coding", "cpu"), on_processors(("q4_0",), ("q8_0",), ("q6_k",), ("mxfp4",)))
 def test_every_scale_of_a_block(coding: str, cpu: str | None) -> None:
     form = BLOCKS[coding]
     at, kind = {"q6_k": (208, torch.float16), "mxfp4": (0, torch.uint8)}.get(coding, (0, torch.float16))

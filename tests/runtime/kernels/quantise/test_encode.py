@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,7 @@ def both(weights: torch.Tensor, layout: RecordLayout, *, fast: bool, features: s
     assert ours.squared_norm == pytest.approx(theirs.squared_norm, rel=1e-4)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     bits=st.sampled_from(QUANTISED),
     group=st.sampled_from(GROUPS["uint8"]),
@@ -74,9 +75,17 @@ def test_it_makes_torchs_bytes(
     both(weights.T.contiguous() if transposed else weights, layout, fast=fast)
 
 
-@pytest.mark.parametrize("features", ["+avx2,+fma,+f16c", ""])
-@pytest.mark.parametrize("bits", QUANTISED)
-@pytest.mark.parametrize(("pairs", "dtype"), [("bfloat16", "bfloat16"), ("uint8", "float16")])
+def each_two_of_three() -> Iterator[Any]:
+    """Yield all cases. Some that have every two of processor, bits and pairs are quick, as each is compiled anew."""
+    types = (("bfloat16", "bfloat16"), ("uint8", "float16"))
+    for number, features in enumerate(("+avx2,+fma,+f16c", "")):
+        for bits in QUANTISED:
+            for at, (pairs, dtype) in enumerate(types):
+                is_quick = (number + at + QUANTISED.index(bits)) % 2 == 0
+                yield pytest.param(features, bits, pairs, dtype, marks=[] if is_quick else [pytest.mark.slow])
+
+
+@pytest.mark.parametrize(("features", "bits", "pairs", "dtype"), each_two_of_three())
 def test_the_bytes_do_not_depend_on_the_processor(features: str, bits: Bits, pairs: str, dtype: str) -> None:
     """Some weights are small and some so large that their errors shrink."""
     weights = torch.cat([normal(100, 256, std) for std in (0.02, 3.0)]).to(getattr(torch, dtype))
