@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +22,7 @@ import tqdm
 from compiled import FOLDER, digest_of_sources, share_compiled
 from hypothesis import HealthCheck, settings
 from longest_first import LongestFirst
-from prepared import COMMANDS, Prepared, share_prepared, shared
+from prepared import Prepared, for_commands, share_prepared
 
 if TYPE_CHECKING:
     from moetier.tiers.manifest import Manifest
@@ -80,6 +80,20 @@ def pytest_configure(config: pytest.Config) -> None:
     share_compiled()
     if hasattr(config, "cache"):
         config.pluginmanager.register(LongestFirst(config.cache))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Import less: without collections of garbage, as what is imported stays; and where all files are imported, without
+    the compiler of torch, which hqq needs, which transformers imports for a cache that no test uses."""
+    gc.disable()
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            if "PYTEST_XDIST_WORKER" in os.environ:
+                patch.setattr("transformers.utils.is_hqq_available", lambda *_: False)
+            return (yield)
+    finally:
+        gc.enable()
 
 
 GRACE = 5.0  # seconds for what is ending already
@@ -161,8 +175,7 @@ def leaves_nothing_behind() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def scripts() -> Prepared:
     """Runs scripts in processes that have imported what commands with a model need."""
-    modules = ("moetier.tools.commands.generate", "moetier.tools.commands.trace", "moetier.runtime.model.quantizer")
-    return shared("commands", *COMMANDS, *modules)
+    return for_commands()
 
 
 @pytest.fixture(scope="session")

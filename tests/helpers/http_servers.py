@@ -16,6 +16,7 @@ from typing import Any
 
 import httpx2
 from openai import OpenAI
+from prepared import MAIN, Process, for_commands
 from readers import PATIENCE
 
 KEY = "a-key-of-the-tests"
@@ -66,23 +67,19 @@ class ServerProcess:
     def __init__(
         self, directory: Path, place: Path, arguments: Sequence[str] = (), *, under: Sequence[str] = ()
     ) -> None:
-        """``under``: a Python script that starts it, with its own arguments."""
+        """``under``: a Python script that starts it, with its own arguments. Without, it is a fork of a prepared
+        process."""
         self._log, said = place / "log", place / "said"
-        command = [
-            sys.executable,
-            *under,
-            *([sys.executable] if under else []),
-            "-m",
-            "moetier.tools.main",
-            "serve",
-            str(directory),
-            "--port",
-            "0",
-            *arguments,
-        ]
-        environment = os.environ | {"MOETIER_API_KEY": KEY, "MOETIER_LOG": "info"}
-        with self._log.open("wb") as log, said.open("wb") as out:
-            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=log, env=environment)
+        words = ["serve", str(directory), "--port", "0", *arguments]
+        variables = {"MOETIER_API_KEY": KEY, "MOETIER_LOG": "info"}
+        self.process: subprocess.Popen[bytes] | Process
+        with Path(os.devnull).open() as nothing, self._log.open("wb") as log, said.open("wb") as out:
+            streams = {"stdin": nothing.fileno(), "stdout": out.fileno(), "stderr": log.fileno()}
+            if under:
+                command = [sys.executable, *under, sys.executable, "-m", "moetier.tools.main", *words]
+                self.process = subprocess.Popen(command, env=os.environ | variables, **streams)
+            else:
+                self.process = for_commands().start(MAIN, *words, environment=variables, **streams)
         try:
             self.url = self._wait(lambda: re.search(r"http://\S+(?=/v1\n)", said.read_text()))
             assert httpx2.get(self.url + "/health", timeout=PATIENCE).json() == {"status": "ok"}

@@ -44,6 +44,7 @@ SERVER = """
 import fcntl, gc, json, os, select, signal, socket, sys
 scripts = socket.socket(fileno=int(sys.argv[1]))
 alive = int(sys.argv[4])
+gc.disable()
 exec(sys.argv[2])
 if "moetier.runtime.kernels.jit.processor" in sys.modules:
     sys.path.append(sys.argv[3])
@@ -52,6 +53,7 @@ if "moetier.runtime.kernels.jit.processor" in sys.modules:
     sys.path.pop()
 gc.collect()
 gc.freeze()
+gc.enable()
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 while True:
     if alive in select.select([scripts, alive], [], [])[0]:
@@ -142,9 +144,14 @@ def serve(address: Path, alive: int, modules: Iterable[str], environment: dict[s
 class Prepared:
     """``run`` or ``start`` a script: a process of its own, whose signals, descriptors and exit status are real."""
 
-    def __init__(self, address: Path, environment: dict[str, str]) -> None:
+    def __init__(self, address: Path, environment: dict[str, str], before: str = "") -> None:
         self._address = address
         self._environment = environment
+        self._before = before
+
+    def extended(self, before: str, **environment: str) -> Prepared:
+        """Return the same with more variables of the environment, where ``before`` begins each script."""
+        return Prepared(self._address, self._environment | environment, self._before + before)
 
     def start(
         self,
@@ -160,7 +167,7 @@ class Prepared:
         words = [str(argument) for argument in arguments]
         variables = os.environ | self._environment | (environment or {})
         numbers = [0, 1, 2, *pass_fds]
-        job = {"script": script, "arguments": words, "environment": variables, "numbers": numbers}
+        job = {"script": self._before + script, "arguments": words, "environment": variables, "numbers": numbers}
         reading, writing = os.pipe()
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as scripts:
@@ -242,6 +249,12 @@ def shared(name: str, *modules: str, **environment: str) -> Prepared:
             STARTED.append(serve(folder / name, alive, modules, environment))
             os.close(alive)
     return Prepared(folder / name, environment)
+
+
+def for_commands() -> Prepared:
+    """Return a process that has imported what commands with a model need."""
+    modules = ("moetier.tools.commands.generate", "moetier.tools.commands.trace", "moetier.runtime.model.quantizer")
+    return shared("commands", *COMMANDS, *modules)
 
 
 def for_daemons() -> Prepared:

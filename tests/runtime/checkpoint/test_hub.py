@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from checkpoints import save_checkpoint, tree
-from hubs import REVISION, Hub, cache_of, serve_hub
-from prepared import MAIN, Prepared, prepared
+from hubs import READ_SETTINGS, REVISION, Hub, cache_of, serve_hub
+from prepared import MAIN, Prepared
 
 from moetier.runtime.checkpoint.safetensors_folder import open_checkpoint
 from moetier.tools.convert.convert import convert
@@ -31,29 +28,27 @@ print(checkpoint.name, len(checkpoint.tensors), *checkpoint.copied)
 """
 
 
-def open_in_process(name: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """huggingface_hub reads its settings when it is imported."""
-    command = [sys.executable, "-c", OPEN, name]
-    return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
+@pytest.fixture(scope="module")
+def scripts(scripts: Prepared) -> Prepared:
+    return scripts.extended(READ_SETTINGS)
 
 
-def test_a_hub_id_is_found_in_the_cache_without_a_network(original: Path, tmp_path: Path) -> None:
+def test_a_hub_id_is_found_in_the_cache_without_a_network(scripts: Prepared, original: Path, tmp_path: Path) -> None:
     cache_of(original, tmp_path / "hub")
     offline = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
-    result = open_in_process("acme/tiny-moe", **offline)
+    result = scripts.run(OPEN, "acme/tiny-moe", environment=offline)
     assert result.stdout.split()[:2] == ["acme/tiny-moe", str(len(open_checkpoint(original).tensors))], result.stderr
-    result = open_in_process("acme/nothing", **offline)
+    result = scripts.run(OPEN, "acme/nothing", environment=offline)
     assert "CheckpointError: The hub could not be reached for a model with the id acme/nothing" in result.stderr
 
 
 @pytest.mark.parametrize(
     ("name", "fix"), [("nowhere", "Check the name of the folder"), ("acme/x", "Check the name and ")]
 )
-def test_a_hub_that_is_not_reached(tmp_path: Path, name: str, fix: str) -> None:
+def test_a_hub_that_is_not_reached(scripts: Prepared, tmp_path: Path, name: str, fix: str) -> None:
     """If the hub can't be reached, the advice depends on whether the source looks like an id or like a folder."""
     unreachable = {"HF_ENDPOINT": "http://127.0.0.1:1", "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "0"}
-    command = [sys.executable, "-m", "moetier.tools.main", "convert", name, str(tmp_path / "dst")]
-    result = subprocess.run(command, env=os.environ | unreachable, capture_output=True, text=True, check=False)
+    result = scripts.run(MAIN, "convert", name, tmp_path / "dst", environment=unreachable)
     cause, advice = result.stderr.splitlines()[-2:]
     reached = (
         f"The hub could not be reached for a model with the id {name}, and there is no such folder: ConnectError: "
@@ -69,13 +64,6 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
         yield served
 
 
-@pytest.fixture(scope="module")
-def scripts(hub: Hub) -> Iterator[Prepared]:
-    """They use the hub."""
-    with prepared(**hub.settings) as process:
-        yield process
-
-
 def offer(hub: Hub, name: str, original: Path) -> dict[str, bytes]:
     """A repository with more than is wanted."""
     files = {path.name: path.read_bytes() for path in original.iterdir()}
@@ -86,16 +74,16 @@ def offer(hub: Hub, name: str, original: Path) -> dict[str, bytes]:
     return files
 
 
-def test_a_hub_id_is_downloaded_but_for_code_and_pickle(hub: Hub, original: Path) -> None:
+def test_a_hub_id_is_downloaded_but_for_code_and_pickle(hub: Hub, scripts: Prepared, original: Path) -> None:
     offer(hub, "acme/tiny-moe", original)
-    result = open_in_process("acme/tiny-moe", **hub.settings)
+    result = scripts.run(OPEN, "acme/tiny-moe", environment=hub.settings)
     tensors = str(len(open_checkpoint(original).tensors))
     assert result.stdout.split() == ["acme/tiny-moe", tensors, "LICENSE", "generation_config.json", "tokenizer.json"]
     wanted = {path.name for path in original.iterdir()} | {"tokenizer.json", "LICENSE"}
     assert hub.downloaded() == wanted
     assert (
         "CheckpointError: The hub did not give a model with the id acme/nothing, and"
-        in open_in_process("acme/nothing", **hub.settings).stderr
+        in scripts.run(OPEN, "acme/nothing", environment=hub.settings).stderr
     )
 
 
@@ -112,7 +100,7 @@ def test_a_hub_id_that_is_refused_costs_no_download_of_weights(
 ) -> None:
     files = offer(hub, name, original)
     files["config.json"] = json.dumps(json.loads(files["config.json"]) | changes).encode()
-    result = scripts.run(MAIN, "convert", name, tmp_path / "dst")
+    result = scripts.run(MAIN, "convert", name, tmp_path / "dst", environment=hub.settings)
     assert result.returncode == 1
     assert error in result.stderr
     downloaded = hub.downloaded(name)
@@ -123,7 +111,7 @@ def test_a_hub_id_that_is_refused_costs_no_download_of_weights(
 
 def test_a_hub_id_is_converted(hub: Hub, scripts: Prepared, original: Path, tmp_path: Path) -> None:
     offer(hub, "acme/converted", original)
-    result = scripts.run(MAIN, "convert", "acme/converted", tmp_path / "dst", "--fast")
+    result = scripts.run(MAIN, "convert", "acme/converted", tmp_path / "dst", "--fast", environment=hub.settings)
     assert result.returncode == 0, result.stderr
     convert(original, tmp_path / "local", fast=True)
     made, local = tree(tmp_path / "dst"), tree(tmp_path / "local")
@@ -135,12 +123,13 @@ def test_a_hub_id_is_converted(hub: Hub, scripts: Prepared, original: Path, tmp_
 
 
 @pytest.mark.parametrize(("start", "refusal"), [("/api", (403, "GatedRepo")), ("/api", (404, ""))])
-def test_secrets_in_the_hubs_endpoint_are_not_printed(tmp_path: Path, start: str, refusal: tuple[int, str]) -> None:
+def test_secrets_in_the_hubs_endpoint_are_not_printed(
+    scripts: Prepared, tmp_path: Path, start: str, refusal: tuple[int, str]
+) -> None:
     with serve_hub({}, tmp_path / "cache") as hub:
         hub.refused[start] = refusal
         secret = hub.settings | {"HF_ENDPOINT": hub.settings["HF_ENDPOINT"].replace("://", "://user:SECRET@")}
-        command = [sys.executable, "-m", "moetier.tools.main", "plan", "acme/x"]
-        result = subprocess.run(command, env=os.environ | secret, capture_output=True, text=True, check=False)
+        result = scripts.run(MAIN, "plan", "acme/x", environment=secret)
         assert hub.asked
     assert "acme/x" in result.stderr
     assert "SECRET" not in result.stdout + result.stderr

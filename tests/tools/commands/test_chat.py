@@ -12,6 +12,7 @@ from shutil import copytree
 from typing import Any
 
 import pytest
+from prepared import MAIN, Prepared
 from terminals import CTRL_C, CTRL_D, UP, Terminal
 
 import moetier
@@ -265,11 +266,11 @@ def test_lines_are_edited_cleared_and_come_back() -> None:
         assert terminal.status() == 0
 
 
-def test_a_person_talks_in_a_terminal(endless: Path, tmp_path: Path) -> None:
+def test_a_person_talks_in_a_terminal(scripts: Prepared, endless: Path, tmp_path: Path) -> None:
     """No answer ends by itself: each is stopped by Ctrl-C, and what it said stays."""
     saved = tmp_path / "saved.json"
     options = ["--context", "100000", "--max-new-tokens", "90000", "--daemon", "none", "--ram", "32MiB"]
-    with Terminal("-m", "moetier.tools.main", "chat", str(endless), *options) as terminal:
+    with Terminal(MAIN, "chat", str(endless), *options, scripts=scripts) as terminal:
         terminal.wait_for(f"loading {endless} \\.\\.\\.\n")
         terminal.wait_for("experts of this process; a context of 100,000 tokens\n.*>>> ")
         shown = []

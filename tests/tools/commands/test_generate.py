@@ -360,14 +360,17 @@ def test_a_prompt_beyond_the_context_is_refused_with_both_numbers(
     assert generate(capsys, str(short_context), "a b c " * 10)["new_tokens"] == 1
 
 
-def test_an_endless_prompt_is_refused(tinymix_4bit: Path) -> None:
+def test_an_endless_prompt_is_refused(scripts: Prepared, tinymix_4bit: Path, tmp_path: Path) -> None:
     """Standard input is read as far as it has to be."""
-    command = [sys.executable, "-m", "moetier.tools.main", "generate", str(tinymix_4bit)]
-    with subprocess.Popen(["yes", "La mattina seguente"], stdout=subprocess.PIPE) as endless:
-        result = subprocess.run(command, stdin=endless.stdout, capture_output=True, text=True, check=False, timeout=120)
+    with (
+        subprocess.Popen(["yes", "La mattina seguente"], stdout=subprocess.PIPE) as endless,
+        (tmp_path / "said").open("w") as said,
+    ):
+        assert endless.stdout is not None
+        streams = {"stdin": endless.stdout.fileno(), "stdout": said.fileno(), "stderr": said.fileno()}
+        assert scripts.start(MAIN, "generate", tinymix_4bit, **streams).wait(120) == 1
         endless.kill()
-    assert result.returncode == 1
-    assert "has more than 4,096 tokens, and the model's maximum context is 2,048" in result.stderr
+    assert "has more than 4,096 tokens, and the model's maximum context is 2,048" in (tmp_path / "said").read_text()
 
 
 def test_the_text_ends_where_the_context_does(

@@ -16,14 +16,15 @@ from pathlib import Path
 import pytest
 from checkpoints import edit_json, reshard, save_checkpoint, tree
 from faults import mounted
-from hubs import REVISION, Hub, serve_hub
-from prepared import Prepared, prepared
+from hubs import READ_SETTINGS, REVISION, Hub, serve_hub
+from prepared import Prepared
 from safetensors.torch import load_file, save_file
 from threads import wait_until
 
 from moetier.tools.convert.conversion_plan import stages
 from moetier.tools.convert.convert import convert
 from moetier.tools.convert.target import JOURNAL
+from moetier.tools.main import main
 
 MAIN = "import sys; from moetier.tools.main import main; sys.exit(main(sys.argv[1:]))"
 OFFLINE = "import huggingface_hub.constants as constants; constants.HF_HUB_OFFLINE = True\n"  # read when it is imported
@@ -69,9 +70,8 @@ def hub(served: Hub) -> Iterator[Hub]:
 
 
 @pytest.fixture(scope="module")
-def scripts(served: Hub, place: Path) -> Iterator[Prepared]:
-    with prepared(**served.settings, XDG_DATA_HOME=str(place / "data")) as process:
-        yield process
+def scripts(scripts: Prepared, served: Hub, place: Path) -> Prepared:
+    return scripts.extended(READ_SETTINGS, **served.settings, XDG_DATA_HOME=str(place / "data"))
 
 
 @pytest.fixture(scope="module")
@@ -596,12 +596,17 @@ def failed(result: subprocess.CompletedProcess[str]) -> str:
 
 
 def test_a_revision_that_there_is_not_and_ids_that_are_none(
-    hub: Hub, scripts: Prepared, small: Path, place: Path
+    hub: Hub, scripts: Prepared, small: Path, place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     offer(hub, "acme/revised", small)
     assert "it has no such revision" in failed(scripts.run(MAIN, "pull", "acme/revised", "--revision", "v9"))
+    hub.asked.clear()
     for name in ("..", "../../x", "a/b/c", "a--b/c", "acme/revised:4bit", "/etc"):
-        assert "is not an id on the Hugging Face hub" in failed(scripts.run(MAIN, "pull", name))
+        assert main(["pull", name]) == 1
+        cause, fix = capsys.readouterr().err.splitlines()
+        assert "is not an id on the Hugging Face hub" in cause
+        assert fix.startswith("  ")
+    assert not hub.asked
     assert not (place / "data" / "moetier" / "x").exists()
 
 
