@@ -18,7 +18,7 @@ import moetier
 from moetier.runtime.moe.layers import OneTokenLayer
 from moetier.tools.cli.progress import prompt_bar
 
-PROMPT = "la mattina seguente " * 100
+PROMPT = "la mattina seguente " * 40
 SIZE = 100, 30  # of the terminal
 SHOWN = r"prompt of \d,?\d+ tokens: +(\d+)%"
 

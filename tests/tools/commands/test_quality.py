@@ -30,7 +30,7 @@ def change(rows: list[dict[str, Any]], bits: int, method: str) -> float:
 
 
 def test_every_width_keeps_its_promise(tinymix: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = quality(capsys, str(tinymix), "--text", str(TEXTS), "--tokens", "1024")
+    rows = quality(capsys, str(tinymix), "--text", str(TEXTS), "--tokens", "512")
     assert [row["bits"] for row in rows] == [None, 16, 8, 4, 3, 2]
     assert change(rows, 16, "") == 0  # its checkpoint is bf16
     assert abs(change(rows, 8, "hqq")) < 0.001
@@ -45,7 +45,7 @@ def test_every_width_keeps_its_promise(tinymix: Path, capsys: pytest.CaptureFixt
 
 def test_hqq_is_better_than_plain_rounding_at_two_bits(tinymix: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = quality(
-        capsys, str(tinymix), "--text", str(TEXTS), "--tokens", "1024", "--bits", "2", "--method", "hqq,rounding"
+        capsys, str(tinymix), "--text", str(TEXTS), "--tokens", "512", "--bits", "2", "--method", "hqq,rounding"
     )
     assert [row["method"] for row in rows] == ["", "hqq", "rounding"]
     _, hqq, rounding = rows

@@ -228,7 +228,7 @@ def parsed(kind: str, pieces: Iterable[str]) -> list[tuple[str, Any]]:
 
 
 @pytest.mark.parametrize("kind", [kind for kind in scripted.FORMS if kind != "olmoe"])
-@settings(max_examples=100)
+@settings(max_examples=50)
 @given(data=st.data())
 def test_an_answer_has_the_same_parts_in_any_pieces(kind: str, data: st.DataObject) -> None:
     """With malformed calls, and with what looks like the beginning of a mark."""
