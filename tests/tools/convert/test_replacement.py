@@ -115,15 +115,23 @@ def check_killed(tmp_path: Path, lines: list[tuple[int, int, int]]) -> None:
     assert found == sorted(found, key=lambda digest: digest == new), "once the new one is in place, it stays there"
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a checkpoint, a model of 8 bits, with a user's file, and one of 4."""
+    folder = tmp_path_factory.mktemp("made")
+    source = save_checkpoint(folder / "src")
+    convert(source, folder / "new", fast=True)
+    convert(source, folder / "old", bits=8, fast=True)
+    (folder / "old" / "notes").mkdir()
+    (folder / "old" / "notes" / "a.txt").write_text("mine")
+    return folder
+
+
 @pytest.fixture
-def both(tmp_path: Path) -> Path:
-    """A checkpoint; beside it are a model of 8 bits, with a user's file, and one of 4."""
-    source = save_checkpoint(tmp_path / "src")
-    convert(source, tmp_path / "new", fast=True)
-    convert(source, tmp_path / "old", bits=8, fast=True)
-    (tmp_path / "old" / "notes").mkdir()
-    (tmp_path / "old" / "notes" / "a.txt").write_text("mine")
-    return source
+def both(made: Path, tmp_path: Path) -> Path:
+    """A checkpoint; beside it are a model of 8 bits, with a user's file, and one of 4. They may be changed."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    return tmp_path / "src"
 
 
 # steps before which a replacement is killed: ``first`` is the one that makes the folder of the old model
