@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -75,26 +76,22 @@ def test_it_makes_torchs_bytes(
     both(weights.T.contiguous() if transposed else weights, layout, fast=fast)
 
 
-def each_two_of_three() -> Iterator[Any]:
-    """Yield all cases. Some that have every two of processor, bits and pairs are quick, as each is compiled anew."""
-    types = (("bfloat16", "bfloat16"), ("uint8", "float16"))
-    for number, features in enumerate(("+avx2,+fma,+f16c", "")):
-        for bits in QUANTISED:
-            for at, (pairs, dtype) in enumerate(types):
-                is_quick = (number + at + QUANTISED.index(bits)) % 2 == 0
-                yield pytest.param(features, bits, pairs, dtype, marks=[] if is_quick else [pytest.mark.slow])
+def each_two(*values: Sequence[Any]) -> Iterator[Any]:
+    """Yield all cases. Half of them, which have every two values of different parameters, are quick."""
+    for places in itertools.product(*map(range, map(len, values))):
+        case = [of[place] for of, place in zip(values, places, strict=True)]
+        yield pytest.param(*case, marks=[pytest.mark.slow] * (sum(places) % 2))
 
 
-@pytest.mark.parametrize(("features", "bits", "pairs", "dtype"), each_two_of_three())
-def test_the_bytes_do_not_depend_on_the_processor(features: str, bits: Bits, pairs: str, dtype: str) -> None:
+@pytest.mark.parametrize(("features", "bits", "pairs"), each_two(("+avx2,+fma,+f16c", ""), QUANTISED, PAIRS))
+def test_the_bytes_do_not_depend_on_the_processor(features: str, bits: Bits, pairs: str) -> None:
     """Some weights are small and some so large that their errors shrink."""
+    dtype = {"bfloat16": "bfloat16", "uint8": "float16"}[pairs]
     weights = torch.cat([normal(100, 256, std) for std in (0.02, 3.0)]).to(getattr(torch, dtype))
     both(weights, layout_of(200, 256, dtype, bits=bits, pairs=pairs), fast=False, features=features)
 
 
-@pytest.mark.parametrize("bits", QUANTISED)
-@pytest.mark.parametrize("pairs", PAIRS)
-@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize(("bits", "pairs", "fast"), each_two(QUANTISED, PAIRS, (False, True)))
 def test_unusual_groups(bits: Bits, pairs: str, fast: bool) -> None:
     """Constant, huge, tiny and denormal ones, zeros of either sign, and outliers, alone and side by side."""
     rows = 64
@@ -119,10 +116,9 @@ def test_all_fp16_numbers_are_read() -> None:
     both(finite, layout_of(len(finite), 256, "float16", bits=8), fast=False)
 
 
-@pytest.mark.parametrize("pairs", PAIRS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize(
+    ("pairs", "dtype", "wrong", "fast"), each_two(PAIRS, DTYPES, (math.nan, math.inf, -math.inf), (False, True))
+)
 def test_weights_that_are_no_numbers_are_refused(pairs: str, dtype: str, wrong: float, fast: bool) -> None:
     layout = layout_of(70, 96, dtype, bits=4, pairs=pairs)
     for place in ((0, 0), (69, 95), (40, 33)):
