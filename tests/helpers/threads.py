@@ -109,7 +109,8 @@ def run_all(functions: Iterable[Callable[[], Result]]) -> list[Result]:
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE
+    deadline, pause = time.monotonic() + PATIENCE, 0.001
     while not condition():
         assert time.monotonic() < deadline, "it never came true"
-        time.sleep(0.001)
+        time.sleep(pause)
+        pause = min(1.1 * pause, 0.01)  # a long wait leaves the processor to what it waits for

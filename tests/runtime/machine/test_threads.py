@@ -130,6 +130,7 @@ def test_a_quota_of_version_1_for_real(tinymix_4bit: Path) -> None:
     """The quota is the outer group's, the process in the inner one. torch itself begins a thread for each CPU."""
     code = """
 import os, sys, torch, moetier
+sys.modules["hqq"] = None  # transformers would import it, and with it torch's compiler
 from moetier.runtime.machine.threads import use_threads
 print(torch.get_num_threads())
 os.environ["OMP_NUM_THREADS"] = "2"  # as a user who asks for them
