@@ -84,6 +84,8 @@ class _InPlace(DynamicLayer):
     _begin = _end = 0  # places in the buffers: of this layer's first token, and after its last
     _is_longer = False  # whether ``extend`` has added tokens since ``_views`` were made
     _room: CacheMemory | None = None  # what ``room`` has returned last
+    # keys and values of new tokens [batch, heads, tokens, width], in the order in which they came; None: not collected
+    new: list[tuple[Tensor, Tensor]] | None = None
 
     # ``keys`` and ``values`` are views of the buffers, and are made only when they are read, because that takes long.
     # ``vars(self)`` has those that were made or set last.
@@ -199,6 +201,9 @@ class _InPlace(DynamicLayer):
         self._is_longer = True
         for buffer in self._buffers:
             buffer.used += 1
+        if self.new is not None:
+            keys, values = (buffer.memory.narrow(-2, self._end - 1, 1) for buffer in self._buffers)
+            self.new.append((keys, values))
         self._advance()
 
 
@@ -214,6 +219,8 @@ class GrowingLayer(_InPlace):
 
         These are [batch, heads, length + tokens, width].
         """
+        if self.new is not None:
+            self.new.append((key_states, value_states))
         if torch.is_grad_enabled() or not self._joins(key_states, value_states):
             return super().update(key_states, value_states, *args, **kwargs)
         return self._append(key_states, value_states, 0)
@@ -227,6 +234,8 @@ class GrowingWindow(_InPlace, DynamicSlidingWindowLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append keys and values of new tokens [batch, heads, tokens, width]; return those of the window before too."""
+        if self.new is not None:
+            self.new.append((key_states, value_states))
         is_usual = not self.record_past and key_states.shape[-2] <= TOKENS
         if torch.is_grad_enabled() or not is_usual or not self._joins(key_states, value_states):
             return super().update(key_states, value_states, *args, **kwargs)

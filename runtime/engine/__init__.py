@@ -1,0 +1,10 @@
+"""The engine: computes the answers of many requests with one model, step by step.
+
+- ``sequence``: a request, and the sequence of tokens that answers it.
+- ``prefix_tree``: keys and values of earlier tokens in pages, found by their token ids.
+- ``kv_cache``: the pages of each running sequence, within a budget.
+- ``scheduler``: chooses what the next step computes.
+- ``runner``: computes a step; the interface, and one that calls transformers' forward.
+- ``sampling``: chooses the next token of a sequence from its logits.
+- ``engine``: the loop of steps, on a thread of its own, and the streams of its answers.
+"""

@@ -1,0 +1,141 @@
+"""The loop of steps, on a thread of its own, and the streams of its answers."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from queue import SimpleQueue
+from typing import Any
+
+from .kv_cache import KVCache
+from .prefix_tree import PAGE
+from .runner import Runner, Stopped, Task
+from .sampling import Sampler, prepared
+from .scheduler import Scheduler
+from .sequence import Finish, Request, Sequence
+
+_log = logging.getLogger(__name__)
+
+
+class Engine:
+    """Computes the answers of many requests with one model.
+
+    Requests may be submitted on any thread. Tokens are sampled on the engine's own thread.
+    """
+
+    def __init__(self, model: Any, runner: Runner, *, pages: int, most: int, chunk: int, context: int) -> None:
+        """Start the engine's thread.
+
+        Args:
+            model: a model that can generate.
+            runner: computes with the model.
+            pages: number of pages for keys and values.
+            most: most sequences that run at a time.
+            chunk: most tokens of a prompt that are computed together.
+            context: most tokens of a sequence.
+        """
+        self.context = min(context, PAGE * pages)
+        self._model = model
+        self._runner = runner
+        self._scheduler = Scheduler(
+            KVCache(pages, runner, keeps=runner.can_resume), most=most, chunk=chunk if runner.can_resume else context
+        )
+        self._samplers: dict[Sequence, Callable[..., int]] = {}
+        self._ends: dict[Sequence, frozenset[int]] = {}
+        self._changed = threading.Condition()  # guards the next two
+        self._arrived: list[Sequence] = []
+        self._is_closed = False
+        self._thread = threading.Thread(target=self._work, name="moetier-engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, request: Request, on_token: Callable[[int], object], on_end: Callable[[], object]) -> Sequence:
+        """Begin to compute a request, and return its sequence.
+
+        ``on_token`` is called with each new token, and ``on_end`` once after the last one, on the engine's thread.
+        Raises ValueError if the prompt is empty or does not fit into the context.
+        """
+        if not 0 < len(request.ids) < self.context:
+            raise ValueError(f"a prompt of {len(request.ids)} tokens in a context of {self.context}")
+        sequence = Sequence(request, on_token, on_end)
+        with self._changed:
+            self._arrived.append(sequence)
+            self._changed.notify()
+        return sequence
+
+    def stream(self, request: Request) -> Iterator[int]:
+        """Yield the tokens of a request's answer. If the iterator is closed, the rest is not computed."""
+        tokens = SimpleQueue[int | None]()
+        sequence = self.submit(request, tokens.put, lambda: tokens.put(None))
+        try:
+            while (token := tokens.get()) is not None:
+                yield token
+        finally:
+            sequence.cancel()
+        if sequence.error is not None:
+            raise sequence.error
+
+    def close(self) -> None:
+        """Cancel all sequences, and end the thread after the layer that is being computed."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify()
+        self._thread.join()
+
+    def step(self) -> None:
+        """Compute one step: choose tasks, run them, and append a token to each sequence that is complete."""
+        for sequence in [*self._scheduler.running, *self._scheduler.waiting]:
+            if sequence.is_cancelled:
+                self._end(sequence, Finish.CANCELLED)
+        tasks, stopped = self._scheduler.schedule()
+        for sequence in stopped:
+            self._runner.end(sequence)
+        for task in tasks:
+            self._run(task)
+
+    def _run(self, task: Task) -> None:
+        sequence = task.sequence
+        try:
+            if sequence not in self._samplers:
+                found = prepared(self._model, sequence)
+                self._ends[sequence] = found.ends
+                self._samplers[sequence] = Sampler(
+                    sequence.ids, found.processors, samples=found.samples, seed=sequence.request.seed
+                )
+            logits = self._runner.run(task, lambda: sequence.is_cancelled)
+        except Stopped:
+            self._end(sequence, Finish.CANCELLED)
+            return
+        except Exception as error:
+            sequence.error = error
+            self._end(sequence, Finish.FAILED)
+            return
+        self._scheduler.computed(task)
+        if logits is None:
+            return
+        token = self._samplers[sequence](logits)
+        sequence.append(token)
+        if token in self._ends[sequence]:
+            self._end(sequence, Finish.END)
+        elif sequence.new_tokens == sequence.request.max_new_tokens or len(sequence.ids) == self.context:
+            self._end(sequence, Finish.LENGTH)
+
+    def _end(self, sequence: Sequence, finish: Finish) -> None:
+        self._scheduler.remove(sequence)
+        self._runner.end(sequence)
+        self._samplers.pop(sequence, None)
+        self._ends.pop(sequence, None)
+        sequence.end(finish)
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._arrived or self._is_closed or self._scheduler.has_work)
+                arrived, self._arrived = self._arrived, []
+                if self._is_closed:
+                    for sequence in (*arrived, *self._scheduler.running, *self._scheduler.waiting):
+                        self._end(sequence, Finish.CANCELLED)
+                    return
+            for sequence in arrived:
+                self._scheduler.add(sequence)
+            self.step()

@@ -1,0 +1,60 @@
+"""Interface of runners, which compute the tokens of sequences with a model."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What a step computes of one sequence: its next ``tokens`` tokens after those that are computed."""
+
+    sequence: Sequence
+    tokens: int
+    pages: list[int]  # numbers of the pages of all tokens up to the end of these, from the sequence's first token on
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all tokens of the sequence are computed after the step, so that the next one can be sampled."""
+        return self.tokens == self.sequence.remaining
+
+
+class Stopped(Exception):
+    """Ends the computation of a task between two layers, because its result is not wanted any more."""
+
+
+class Runner(ABC):
+    """Computes the tasks of a step, and has the memory of pages.
+
+    A page holds the keys and values of PAGE consecutive tokens of a sequence, in all layers.
+    """
+
+    can_resume: bool  # whether a sequence can be computed in several parts, and continue after pages of another one
+    page_bytes: int  # bytes of a full page
+
+    @abstractmethod
+    def run(self, task: Task, should_stop: Callable[[], bool]) -> Tensor | None:
+        """Compute a task. Return the logits after the sequence's last token [vocabulary] if it is complete.
+
+        Keys and values of the computed tokens are then in the task's pages. If the tokens before were computed by
+        another sequence, they are taken from the pages. Raises Stopped between two layers if ``should_stop`` returns
+        True; then pages of computed tokens are as before.
+        """
+
+    @abstractmethod
+    def end(self, sequence: Sequence) -> None:
+        """Forget what is kept of a sequence besides its pages. Nothing may be kept."""
+
+    @abstractmethod
+    def copy_page(self, source: int, target: int, tokens: int) -> None:
+        """Copy the keys and values of the first ``tokens`` tokens of a page to another page."""
+
+    @abstractmethod
+    def free_page(self, page: int) -> None:
+        """Forget the contents of a page. It may have none."""

@@ -1,0 +1,74 @@
+"""A request for text, and the sequence of tokens that answers it."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A prompt, and how it is to be continued."""
+
+    ids: tuple[int, ...]  # token ids of the prompt: at least one
+    max_new_tokens: int
+    decoding: Mapping[str, Any] = field(default_factory=dict)  # sampling options, whose names are in SAMPLING
+    seed: int | None = None
+    user: str = ""  # requests of different users share no keys and values
+
+
+class Finish(enum.Enum):
+    """Why a sequence has ended."""
+
+    END = "end"  # the model has ended it
+    LENGTH = "length"  # it has as many tokens as the request asked for, or the context has room for
+    CANCELLED = "cancelled"
+    FAILED = "failed"
+
+
+class Sequence:
+    """The tokens of a request and its answer so far.
+
+    ``computed`` is the number of tokens whose keys and values are kept; the tokens after them are to be computed next.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        on_token: Callable[[int], object] = lambda _: None,
+        on_end: Callable[[], object] = lambda: None,
+    ) -> None:
+        self.request = request
+        self.ids = list(request.ids)
+        self.computed = 0
+        self.finish: Finish | None = None  # None before the end
+        self.error: BaseException | None = None
+        self.is_cancelled = False  # may be set on any thread
+        self._on_token = on_token
+        self._on_end = on_end
+
+    @property
+    def new_tokens(self) -> int:
+        """Number of tokens of the answer so far."""
+        return len(self.ids) - len(self.request.ids)
+
+    @property
+    def remaining(self) -> int:
+        """Number of tokens to compute before the next token can be sampled."""
+        return len(self.ids) - self.computed
+
+    def append(self, token: int) -> None:
+        """Append a sampled token, and pass it on."""
+        self.ids.append(token)
+        self._on_token(token)
+
+    def cancel(self) -> None:
+        """End the sequence soon. May be called on any thread, and after the end."""
+        self.is_cancelled = True
+
+    def end(self, finish: Finish) -> None:
+        """Note why the sequence has ended, and tell that it has."""
+        self.finish = finish
+        self._on_end()
