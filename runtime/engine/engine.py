@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from queue import SimpleQueue
 from typing import Any
 
+from moetier.tiers.errors import MoetierError
+
 from .kv_cache import KVCache
 from .prefix_tree import PAGE
 from .runner import Runner, Stopped, Task
@@ -16,6 +18,10 @@ from .scheduler import Scheduler
 from .sequence import Finish, Request, Sequence
 
 _log = logging.getLogger(__name__)
+
+
+class EngineError(MoetierError):
+    """The engine can't compute any more."""
 
 
 class Engine:
@@ -46,19 +52,33 @@ class Engine:
         self._changed = threading.Condition()  # guards the next two
         self._arrived: list[Sequence] = []
         self._is_closed = False
+        self._failure: BaseException | None = None  # what has ended the thread
         self._thread = threading.Thread(target=self._work, name="moetier-engine", daemon=True)
         self._thread.start()
 
-    def submit(self, request: Request, on_token: Callable[[int], object], on_end: Callable[[], object]) -> Sequence:
+    @property
+    def is_alive(self) -> bool:
+        """Whether the engine can compute further requests."""
+        return self._failure is None and not self._is_closed
+
+    def submit(
+        self, request: Request, on_token: Callable[[int], object], on_end: Callable[[Sequence], object]
+    ) -> Sequence:
         """Begin to compute a request, and return its sequence.
 
         ``on_token`` is called with each new token, and ``on_end`` once after the last one, on the engine's thread.
-        Raises ValueError if the prompt is empty or does not fit into the context.
+        Raises ValueError if the prompt is empty or does not fit into the context, and EngineError if the engine has
+        ended.
         """
         if not 0 < len(request.ids) < self.context:
             raise ValueError(f"a prompt of {len(request.ids)} tokens in a context of {self.context}")
         sequence = Sequence(request, on_token, on_end)
         with self._changed:
+            if self._failure is not None or self._is_closed:
+                raise EngineError(
+                    f"The thread that computes answers has ended: {self._failure or 'the engine is closed'}.",
+                    "Load the model again.",
+                )
             self._arrived.append(sequence)
             self._changed.notify()
         return sequence
@@ -66,7 +86,7 @@ class Engine:
     def stream(self, request: Request) -> Iterator[int]:
         """Yield the tokens of a request's answer. If the iterator is closed, the rest is not computed."""
         tokens = SimpleQueue[int | None]()
-        sequence = self.submit(request, tokens.put, lambda: tokens.put(None))
+        sequence = self.submit(request, tokens.put, lambda _: tokens.put(None))
         try:
             while (token := tokens.get()) is not None:
                 yield token
@@ -74,6 +94,12 @@ class Engine:
             sequence.cancel()
         if sequence.error is not None:
             raise sequence.error
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Cancel all sequences, and end the thread after the layer that is being computed."""
@@ -128,14 +154,29 @@ class Engine:
         sequence.end(finish)
 
     def _work(self) -> None:
-        while True:
+        try:
+            while self._take():
+                self.step()
+        except BaseException as error:  # an error of one sequence ends only that sequence
             with self._changed:
-                self._changed.wait_for(lambda: self._arrived or self._is_closed or self._scheduler.has_work)
-                arrived, self._arrived = self._arrived, []
-                if self._is_closed:
-                    for sequence in (*arrived, *self._scheduler.running, *self._scheduler.waiting):
-                        self._end(sequence, Finish.CANCELLED)
-                    return
-            for sequence in arrived:
-                self._scheduler.add(sequence)
-            self.step()
+                self._failure = error
+            _log.critical("The thread that computes answers has failed: %s", error)
+        with self._changed:
+            arrived, self._arrived = self._arrived, []
+        for sequence in (*arrived, *self._scheduler.running, *self._scheduler.waiting):
+            sequence.error = self._failure
+            self._end(sequence, Finish.CANCELLED if self._failure is None else Finish.FAILED)
+
+    def _take(self) -> bool:
+        """Wait until there is work, and let the scheduler have the sequences that have arrived.
+
+        Returns False if the engine is to end.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._arrived or self._is_closed or self._scheduler.has_work)
+            if self._is_closed:
+                return False
+            arrived, self._arrived = self._arrived, []
+        for sequence in arrived:
+            self._scheduler.add(sequence)
+        return True

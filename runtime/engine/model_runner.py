@@ -82,7 +82,8 @@ class ModelRunner(Runner):
             return inputs
         from transformers import DynamicCache
 
-        cache = inputs[CACHE] = DynamicCache(config=self._model.config.get_text_config(decoder=True))
+        cache: Any = DynamicCache(config=self._model.config.get_text_config(decoder=True))
+        inputs[CACHE] = cache
         grow(cache)
         begin = task.sequence.computed
         if begin:
@@ -104,7 +105,8 @@ class ModelRunner(Runner):
                 count = min(PAGE - at % PAGE, begin + new[0].shape[1] - at)
                 page = self._pages.setdefault(pages[at // PAGE], [])
                 if number == len(page):
-                    page.append(tuple(part.new_empty((part.shape[0], PAGE, part.shape[2])) for part in new))
+                    keys, values = (part.new_empty((part.shape[0], PAGE, part.shape[2])) for part in new)
+                    page.append((keys, values))
                 for memory, part in zip(page[number], new, strict=True):
                     memory[:, at % PAGE : at % PAGE + count] = part[:, at - begin : at - begin + count]
                 at += count

@@ -38,11 +38,12 @@ class Sequence:
         self,
         request: Request,
         on_token: Callable[[int], object] = lambda _: None,
-        on_end: Callable[[], object] = lambda: None,
+        on_end: Callable[[Sequence], object] = lambda _: None,
     ) -> None:
         self.request = request
         self.ids = list(request.ids)
         self.computed = 0
+        self.cached = 0  # tokens of the prompt whose keys and values were there already when the sequence first began
         self.finish: Finish | None = None  # None before the end
         self.error: BaseException | None = None
         self.is_cancelled = False  # may be set on any thread
@@ -71,4 +72,4 @@ class Sequence:
     def end(self, finish: Finish) -> None:
         """Note why the sequence has ended, and tell that it has."""
         self.finish = finish
-        self._on_end()
+        self._on_end(self)

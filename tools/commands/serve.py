@@ -55,8 +55,8 @@ def run(arguments: argparse.Namespace) -> None:
             )
         from moetier.tools.serve.serving import serving
 
-        with serving(arguments.directory, resources, arguments, name=name, key=key) as (app, engine):
-            tiers, context = engine.model.tiers, engine.context
+        with serving(arguments.directory, resources, arguments, name=name, key=key) as (app, service):
+            tiers, context = service.model.tiers, service.context
             Server(
                 app,
                 connections=arguments.parallel + arguments.queue + SPARE_CONNECTIONS,
@@ -64,5 +64,5 @@ def run(arguments: argparse.Namespace) -> None:
                     f"{name}, experts of {tiers.where}, a context of {context:,} tokens: {url_of(bound)}/v1",
                     flush=True,
                 ),
-                ending=engine.cut,
+                ending=service.cut,
             ).serve_until_told(bound)

@@ -15,12 +15,13 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from transformers.cli.serving.utils import BaseHandler, Modality, ReasoningText, ToolCall
 
+from moetier.runtime.engine.sequence import Request
 from moetier.runtime.generation.conversation import PLAIN_STOP, PLAIN_TEMPLATE
-from moetier.runtime.generation.decoding import SAMPLING
+from moetier.runtime.generation.decoding import SAMPLING, penalties_of, sampling_of
 from moetier.runtime.model.context import counted, first_ids, longest_context
 from moetier.runtime.model.vocabulary import unknown_token
 
-from .engine import Answer, Engine, Job
+from .answers import Answer, AnswerService, Job
 from .middleware import Message, Receive, Send
 from .parsing import AnswerParser, form_of
 from .refusal import Refusal
@@ -43,13 +44,15 @@ class Completions(ABC):
     stop: tuple[str, ...] = ()  # strings that end every answer
     adds_special_tokens = True  # whether the tokenizer adds its special tokens to the prompt
 
-    def __init__(self, name: str, engine: Engine, unknown: UnknownFields, alive_seconds: float = ALIVE_SECONDS) -> None:
-        """Serve the engine's model under ``name``, and note requests' unknown fields in ``unknown``.
+    def __init__(
+        self, name: str, service: AnswerService, unknown: UnknownFields, alive_seconds: float = ALIVE_SECONDS
+    ) -> None:
+        """Serve the service's model under ``name``, and note requests' unknown fields in ``unknown``.
 
         In ``alive_seconds`` a stream sends at least a comment.
         """
         self._name = name
-        self._engine = engine
+        self._service = service
         self._unknown = unknown
         self._alive_seconds = alive_seconds
 
@@ -59,7 +62,7 @@ class Completions(ABC):
         job, is_stream = await on_thread(
             partial(self._job, (await receive())["body"], Headers(scope=scope).get("content-type", ""))
         )
-        answer = self._engine.submit(job)
+        answer = self._service.submit(job)
         try:
             response: Response
             async with aclosing(kept_alive(self._events(answer, job), self._alive_seconds)) as events:
@@ -80,9 +83,9 @@ class Completions(ABC):
         given = parsed(content, content_type)
         body = checked(given, self.body, self._name)
         self._unknown.note(unknown_fields(given, self.body))
-        model, context = self._engine.model, self._engine.context
+        model, context = self._service.model, self._service.context
         text = self._text(body)
-        ids = first_ids(self._engine.tokenizer, text, context, add_special_tokens=self.adds_special_tokens)
+        ids = first_ids(self._service.tokenizer, text, context, add_special_tokens=self.adds_special_tokens)
         if not ids:
             raise Refusal(400, f"{self.prompt}: the prompt has no tokens.", param=self.prompt)
         if len(ids) >= context:
@@ -95,15 +98,19 @@ class Completions(ABC):
                 param=self.prompt,
                 code="context_length_exceeded",
             )
-        if (token := unknown_token(model, self._engine.tokenizer, ids)) is not None:
+        if (token := unknown_token(model, self._service.tokenizer, ids)) is not None:
             message = f"The prompt has the token {token!r}, for which the model has no embedding."
             raise Refusal(400, message, param=self.prompt)
         most = max(NEW_TOKENS, model.generation_config.max_new_tokens or 0)
-        job = Job(
-            ids,
+        asked = {name: body[name] for name in SAMPLING if name in body}
+        request = Request(
+            tuple(ids),
             min(body.get("max_completion_tokens", body.get("max_tokens", most)), context - len(ids)),
-            asked={name: body[name] for name in SAMPLING if name in body},
+            {**sampling_of(asked), **penalties_of(asked)},
             seed=body.get("seed"),
+        )
+        job = Job(
+            request,
             stop=[*body.get("stop", ()), *self.stop],
             parser=self._parser(body, text),
             one_call=body.get("parallel_tool_calls") is False,
@@ -135,11 +142,14 @@ class Completions(ABC):
         async for piece in answer.pieces():
             yield chunk(self._choice(piece, calls))
             calls += isinstance(piece, ToolCall)
-        prompt, new = len(job.ids), answer.new_tokens
-        usage: dict[str, Any] = {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
-        if answer.kept_tokens is not None:
-            usage["prompt_tokens_details"] = {"cached_tokens": answer.kept_tokens}
-        reason = "tool_calls" if calls else "length" if new >= job.most else "stop"
+        prompt, new = len(job.request.ids), answer.new_tokens
+        usage = {
+            "prompt_tokens": prompt,
+            "completion_tokens": new,
+            "total_tokens": prompt + new,
+            "prompt_tokens_details": {"cached_tokens": answer.kept_tokens},
+        }
+        reason = "tool_calls" if calls else "length" if new >= job.request.max_new_tokens else "stop"
         yield {**chunk(self._choice("", calls), reason), "usage": usage}
 
     @abstractmethod
@@ -168,11 +178,13 @@ class ChatCompletions(Completions):
     body, prompt, object, chunk = ChatBody, "messages", "chat.completion", "chat.completion.chunk"
     opening = ({"delta": {"role": "assistant"}},)
 
-    def __init__(self, name: str, engine: Engine, unknown: UnknownFields, alive_seconds: float = ALIVE_SECONDS) -> None:
+    def __init__(
+        self, name: str, service: AnswerService, unknown: UnknownFields, alive_seconds: float = ALIVE_SECONDS
+    ) -> None:
         """As in Completions; with PLAIN_TEMPLATE if the model has no chat template."""
-        super().__init__(name, engine, unknown, alive_seconds)
-        self._form = form_of(engine.model, engine.tokenizer)
-        self._is_plain = not engine.tokenizer.chat_template
+        super().__init__(name, service, unknown, alive_seconds)
+        self._form = form_of(service.model, service.tokenizer)
+        self._is_plain = not service.tokenizer.chat_template
         self.adds_special_tokens = self._is_plain
         if self._is_plain:
             self.stop = (PLAIN_STOP,)
@@ -187,7 +199,7 @@ class ChatCompletions(Completions):
     def _rendered(self, body: dict[str, Any], tools: list[Any] | None, *, begins_answer: bool = True) -> str:
         messages = BaseHandler.get_processor_inputs_from_messages(body["messages"], Modality.LLM)
         try:
-            text: str = self._engine.tokenizer.apply_chat_template(
+            text: str = self._service.tokenizer.apply_chat_template(
                 messages,
                 chat_template=PLAIN_TEMPLATE if self._is_plain else None,
                 add_generation_prompt=begins_answer,

@@ -14,15 +14,15 @@ from moetier.tiers.errors import ConfigError
 from moetier.tools.cli.loading import loaded
 
 if TYPE_CHECKING:  # transformers is imported by ``loaded``, which takes less time and memory
-    from .engine import Engine
+    from .answers import AnswerService
     from .middleware import App
 
 
 @contextlib.contextmanager
 def serving(
     directory: Path, resources: dict[str, Any], arguments: argparse.Namespace, *, name: str, key: str | None
-) -> Iterator[tuple[App, Engine]]:
-    """Load a model, and yield the application that serves it with its engine. Stop the engine after the block.
+) -> Iterator[tuple[App, AnswerService]]:
+    """Load a model, and yield the application that serves it with its answers. Stop computing after the block.
 
     Args:
         directory: the model directory.
@@ -38,11 +38,13 @@ def serving(
 
         transformers.utils.logging.set_verbosity_error()  # otherwise transformers warns at each request
 
+        from moetier.runtime.engine.engine import Engine
+        from moetier.runtime.engine.model_runner import ModelRunner
+        from moetier.runtime.engine.prefix_tree import PAGE
         from moetier.runtime.generation.decoding import longest_prompt
 
+        from .answers import AnswerService
         from .app import application
-        from .batched import Together
-        from .sequential import OneByOne
 
         if not hasattr(tokenizer, "backend_tokenizer"):
             raise ConfigError(
@@ -51,12 +53,18 @@ def serving(
             )
         limits = longest_context(model.config), longest_prompt(model)
         context = min([arguments.context, *(tokens for tokens in limits if tokens is not None)])
-        parts = model, tokenizer, context, model.tiers.prefill_chunk
-        engine = OneByOne(*parts) if arguments.parallel == 1 else Together(*parts, arguments.parallel)
-        with engine.running():
+        with Engine(
+            model,
+            ModelRunner(model),
+            pages=arguments.parallel * -(-context // PAGE),
+            most=arguments.parallel,
+            chunk=model.tiers.prefill_chunk,
+            context=context,
+        ) as engine:
+            service = AnswerService(model, tokenizer, engine)
             try:
                 gc.collect()
                 gc.freeze()  # collections stop all threads: from now on they visit only what requests have made
-                yield application(name, engine, key, arguments.parallel + arguments.queue), engine
+                yield application(name, service, key, arguments.parallel + arguments.queue), service
             finally:
                 gc.unfreeze()

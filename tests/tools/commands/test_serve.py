@@ -148,15 +148,15 @@ def test_a_seed_says_what_is_sampled(client: OpenAI) -> None:
     assert first == again != other
 
 
-def test_together_each_samples_in_its_own_way_but_without_a_seed(together: ServerProcess) -> None:
+def test_together_each_samples_by_its_own_options_and_seed(together: ServerProcess) -> None:
     with together.client() as client, ThreadPoolExecutor(8) as pool:
         warm = pool.map(lambda _: text_of(client, **SAMPLED), range(4))
         cold = pool.map(lambda _: text_of(client, CERTAIN, temperature=0, max_tokens=1), range(4))
+        seeded = [*pool.map(lambda seed: text_of(client, seed=seed, **SAMPLED), (1, 2, 1, 2))]
         assert len(set(warm)) > 1
         assert set(cold) == {"ia"}
-        with pytest.raises(openai.BadRequestError, match="seed") as refused:
-            text_of(client, seed=1, **SAMPLED)
-    assert refused.value.param == "seed"
+        assert seeded == [text_of(client, seed=seed, **SAMPLED) for seed in (1, 2, 1, 2)]
+        assert seeded[0] != seeded[1]
 
 
 def test_eight_requests_at_once(either: ServerProcess) -> None:
