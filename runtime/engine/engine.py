@@ -5,23 +5,61 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterator
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any
 
-from moetier.tiers.errors import MoetierError
+from moetier.tiers.errors import MoetierError, UnsupportedModelError
 
 from .kv_cache import KVCache
+from .model_runner import ModelRunner
 from .prefix_tree import PAGE
 from .runner import Runner, Stopped, Task
-from .sampling import Sampler, prepared
+from .sampling import Sampler, generates_itself
 from .scheduler import Scheduler
 from .sequence import Finish, Request, Sequence
 
+POLL_SECONDS = 0.05  # a stream asks this often whether it is still wanted
 _log = logging.getLogger(__name__)
 
 
 class EngineError(MoetierError):
     """The engine can't compute any more."""
+
+
+class Stream:
+    """The tokens of one sequence, as they are sampled."""
+
+    def __init__(self, sequence: Sequence, tokens: SimpleQueue[int | None]) -> None:
+        """``tokens`` gets the sequence's tokens, then None."""
+        self.sequence = sequence
+        self._tokens = tokens
+
+    def __iter__(self) -> Iterator[int]:
+        return self.tokens()
+
+    def tokens(self, should_stop: Callable[[], bool] = lambda: False) -> Iterator[int]:
+        """Yield the tokens. If ``should_stop`` returns True, or the iterator is closed, the rest is not computed.
+
+        The sequence has ended when the iterator ends. Raises the error with which the sequence has failed.
+        """
+        try:
+            while (token := self._next(should_stop)) is not None:
+                yield token
+        finally:
+            self.sequence.cancel()
+            while self.sequence.finish is None:
+                self._tokens.get()
+        if self.sequence.error is not None:
+            raise self.sequence.error
+
+    def _next(self, should_stop: Callable[[], bool]) -> int | None:
+        while True:
+            if should_stop():
+                self.sequence.cancel()
+            try:
+                return self._tokens.get(timeout=POLL_SECONDS)
+            except Empty:
+                continue
 
 
 class Engine:
@@ -30,31 +68,46 @@ class Engine:
     Requests may be submitted on any thread. Tokens are sampled on the engine's own thread.
     """
 
-    def __init__(self, model: Any, runner: Runner, *, pages: int, most: int, chunk: int, context: int) -> None:
+    def __init__(self, runner: Runner, *, pages: int, most: int, chunk: int, context: int) -> None:
         """Start the engine's thread.
 
         Args:
-            model: a model that can generate.
-            runner: computes with the model.
+            runner: computes with a model.
             pages: number of pages for keys and values.
             most: most sequences that run at a time.
             chunk: most tokens of a prompt that are computed together.
             context: most tokens of a sequence.
         """
         self.context = min(context, PAGE * pages)
-        self._model = model
         self._runner = runner
         self._scheduler = Scheduler(
             KVCache(pages, runner, keeps=runner.can_resume), most=most, chunk=chunk if runner.can_resume else context
         )
-        self._samplers: dict[Sequence, Callable[..., int]] = {}
-        self._ends: dict[Sequence, frozenset[int]] = {}
+        self._samplers: dict[Sequence, Sampler] = {}
         self._changed = threading.Condition()  # guards the next two
         self._arrived: list[Sequence] = []
         self._is_closed = False
         self._failure: BaseException | None = None  # what has ended the thread
         self._thread = threading.Thread(target=self._work, name="moetier-engine", daemon=True)
         self._thread.start()
+
+    @classmethod
+    def of(cls, model: Any, *, context: int, most: int = 1) -> Engine:
+        """Return an engine for ``most`` sequences at a time, each of up to ``context`` tokens.
+
+        Raises UnsupportedModelError if the model generates text in another way than token by token.
+        """
+        if generates_itself(model):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} does not generate text token by token.", "Use `moetier generate`."
+            )
+        pages = most * -(-context // PAGE)
+        return cls(model, ModelRunner(model), pages=pages, most=most, chunk=model.tiers.prefill_chunk, context=context)
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        """Sequences that run or wait."""
+        return [*self._scheduler.running, *self._scheduler.waiting]
 
     @property
     def is_alive(self) -> bool:
@@ -83,17 +136,10 @@ class Engine:
             self._changed.notify()
         return sequence
 
-    def stream(self, request: Request) -> Iterator[int]:
-        """Yield the tokens of a request's answer. If the iterator is closed, the rest is not computed."""
+    def stream(self, request: Request) -> Stream:
+        """Begin to compute a request, and return the stream of its tokens. Raises what ``submit`` raises."""
         tokens = SimpleQueue[int | None]()
-        sequence = self.submit(request, tokens.put, lambda _: tokens.put(None))
-        try:
-            while (token := tokens.get()) is not None:
-                yield token
-        finally:
-            sequence.cancel()
-        if sequence.error is not None:
-            raise sequence.error
+        return Stream(self.submit(request, tokens.put, lambda _: tokens.put(None)), tokens)
 
     def __enter__(self) -> Engine:
         return self
@@ -110,7 +156,7 @@ class Engine:
 
     def step(self) -> None:
         """Compute one step: choose tasks, run them, and append a token to each sequence that is complete."""
-        for sequence in [*self._scheduler.running, *self._scheduler.waiting]:
+        for sequence in self.sequences:
             if sequence.is_cancelled:
                 self._end(sequence, Finish.CANCELLED)
         tasks, stopped = self._scheduler.schedule()
@@ -123,11 +169,7 @@ class Engine:
         sequence = task.sequence
         try:
             if sequence not in self._samplers:
-                found = prepared(self._model, sequence)
-                self._ends[sequence] = found.ends
-                self._samplers[sequence] = Sampler(
-                    sequence.ids, found.processors, samples=found.samples, seed=sequence.request.seed
-                )
+                self._samplers[sequence] = self._runner.sampler(sequence)
             logits = self._runner.run(task, lambda: sequence.is_cancelled)
         except Stopped:
             self._end(sequence, Finish.CANCELLED)
@@ -139,9 +181,10 @@ class Engine:
         self._scheduler.computed(task)
         if logits is None:
             return
-        token = self._samplers[sequence](logits)
+        sampler = self._samplers[sequence]
+        token = sampler(logits)
         sequence.append(token)
-        if token in self._ends[sequence]:
+        if token in sampler.ends:
             self._end(sequence, Finish.END)
         elif sequence.new_tokens == sequence.request.max_new_tokens or len(sequence.ids) == self.context:
             self._end(sequence, Finish.LENGTH)
@@ -150,7 +193,6 @@ class Engine:
         self._scheduler.remove(sequence)
         self._runner.end(sequence)
         self._samplers.pop(sequence, None)
-        self._ends.pop(sequence, None)
         sequence.end(finish)
 
     def _work(self) -> None:
@@ -163,7 +205,7 @@ class Engine:
             _log.critical("The thread that computes answers has failed: %s", error)
         with self._changed:
             arrived, self._arrived = self._arrived, []
-        for sequence in (*arrived, *self._scheduler.running, *self._scheduler.waiting):
+        for sequence in (*arrived, *self.sequences):
             sequence.error = self._failure
             self._end(sequence, Finish.CANCELLED if self._failure is None else Finish.FAILED)
 

@@ -21,7 +21,7 @@ from moetier.runtime.moe.experts import experts_modules
 
 from .prefix_tree import PAGE
 from .runner import Runner, Stopped, Task
-from .sampling import prepared
+from .sampling import Sampler, prepared
 from .sequence import Sequence
 
 Page = list[tuple[Tensor, Tensor]]  # for each layer: keys [heads, PAGE, width] and values [heads, PAGE, width]
@@ -36,6 +36,10 @@ class ModelRunner(Runner):
         self.page_bytes = kv_cache_bytes(model.config, PAGE, dtype=model.dtype)
         self._pages: dict[int, Page] = {}
         self._inputs: dict[Sequence, dict[str, Any]] = {}  # arguments of forward, the cache among them
+
+    def sampler(self, sequence: Sequence) -> Sampler:
+        """Return a sampler that chooses tokens as the model's ``generate()`` would."""
+        return prepared(self._model, sequence)[1]
 
     def run(self, task: Task, should_stop: Callable[[], bool]) -> Tensor | None:
         """Compute a task through the model's forward. See Runner."""
@@ -77,7 +81,7 @@ class ModelRunner(Runner):
 
     def _open(self, task: Task) -> dict[str, Any]:
         """Return the arguments of forward for a sequence, whose cache has the tokens that are computed."""
-        inputs = dict(prepared(self._model, task.sequence).inputs)
+        inputs, _ = prepared(self._model, task.sequence)
         if not self.can_resume:
             return inputs
         from transformers import DynamicCache

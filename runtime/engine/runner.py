@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from .sampling import Sampler
 from .sequence import Sequence
 
 
@@ -37,6 +38,10 @@ class Runner(ABC):
 
     can_resume: bool  # whether a sequence can be computed in several parts, and continue after pages of another one
     page_bytes: int  # bytes of a full page
+
+    @abstractmethod
+    def sampler(self, sequence: Sequence) -> Sampler:
+        """Return the sampler of a sequence that begins. Raises ValueError for options that the model refuses."""
 
     @abstractmethod
     def run(self, task: Task, should_stop: Callable[[], bool]) -> Tensor | None:

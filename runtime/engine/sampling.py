@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +18,15 @@ TOKENS = 256  # memory is allocated for a multiple of this many token ids
 class Sampler:
     """Chooses the tokens of one sequence. Its random numbers depend on the seed alone."""
 
-    def __init__(self, ids: list[int], processors: Callable[..., Tensor], *, samples: bool, seed: int | None) -> None:
+    def __init__(
+        self,
+        ids: list[int],
+        processors: Callable[..., Tensor],
+        *,
+        samples: bool,
+        seed: int | None,
+        ends: frozenset[int],
+    ) -> None:
         """Continue ``ids``.
 
         Args:
@@ -26,7 +34,9 @@ class Sampler:
             processors: transformers' logits processors, called with ids [1, tokens] and scores [1, vocabulary].
             samples: whether to sample; otherwise the most likely token is chosen.
             seed: of the random numbers; None: another one each time.
+            ends: token ids that end the sequence.
         """
+        self.ends = ends
         self._ids = torch.empty((1, -(-(len(ids) + 1) // TOKENS) * TOKENS), dtype=torch.int64)
         self._ids[0, : len(ids)] = torch.tensor(ids)
         self._length = len(ids)
@@ -49,28 +59,36 @@ class Sampler:
         return token
 
 
-class Prepared(NamedTuple):
-    """What transformers' ``generate()`` prepares before its loop."""
+def prepared(model: Any, sequence: Sequence) -> tuple[dict[str, Any], Sampler]:
+    """Return what ``generate()`` prepares for a sequence: arguments of the model's forward, and a sampler.
 
-    inputs: dict[str, Any]  # arguments of the model's forward, the cache among them
-    processors: Callable[..., Tensor]  # called with ids [1, tokens] and scores [1, vocabulary]
-    samples: bool
-    ends: frozenset[int]  # token ids that end the sequence
-
-
-def prepared(model: Any, sequence: Sequence) -> Prepared:
-    """Return what ``generate()`` prepares for a sequence. Raises ValueError for options that it refuses."""
-    found: dict[str, Any] = {}
+    Raises ValueError for options that ``generate()`` refuses.
+    """
+    inputs: dict[str, Any] = {}
 
     def take(_: Any, input_ids: Tensor, **given: Any) -> Tensor:
-        found.update(given)
+        inputs.update(given)
         return input_ids
 
     ids = torch.tensor([sequence.ids], device=model.device)
     decoding = behind(len(sequence.request.ids), {**sequence.request.decoding, **ONE_SEQUENCE})
     most = max(1, sequence.request.max_new_tokens - sequence.new_tokens)
     model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=most, custom_generate=take, **decoding)
-    config, processors = found.pop("generation_config"), found.pop("logits_processor")
-    found.pop("stopping_criteria")
+    config, processors = inputs.pop("generation_config"), inputs.pop("logits_processor")
+    inputs.pop("stopping_criteria")
     ends = config.eos_token_id
-    return Prepared(found, processors, config.do_sample, frozenset(ends if isinstance(ends, list) else [ends]) - {None})
+    sampler = Sampler(
+        sequence.ids,
+        processors,
+        samples=config.do_sample,
+        seed=sequence.request.seed,
+        ends=frozenset(ends if isinstance(ends, list) else [ends]) - {None},
+    )
+    return inputs, sampler
+
+
+def generates_itself(model: Any) -> bool:
+    """Return whether a model has a ``generate()`` of its own, for which there is no runner."""
+    from transformers import GenerationMixin
+
+    return type(model).generate is not GenerationMixin.generate

@@ -194,7 +194,6 @@ class Dialogue:
 
     def _reset(self, _: str) -> None:
         self._conversation.reset()
-        self._answering.kept.clear()
 
     def _save(self, name: str) -> None:
         from moetier.tiers.store.atomic import write_durably

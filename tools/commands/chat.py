@@ -53,33 +53,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Run the command. Raises MoetierError."""
     resources = resources_of(arguments)
-    decoding, most = decoding_of(arguments), arguments.max_new_tokens
+    decoding = decoding_of(arguments)
+    most: int = decoding.pop("max_new_tokens")
     status: bool = sys.stderr.isatty() if arguments.status is None else arguments.status
     if status and sys.stderr.isatty():
         print(f"loading {plain(str(arguments.directory))} ...", file=sys.stderr, flush=True)
     with loaded(arguments.directory, resources) as (model, tokenizer, _):
-        import torch
+        from moetier.runtime.engine.engine import Engine
 
-        torch.manual_seed(arguments.seed)
         limits = longest_context(model.config), longest_prompt(model)
         context = min([arguments.context, *(tokens for tokens in limits if tokens is not None)])
         conversation = Conversation(
             tokenizer, system=arguments.system, context=context, room=min(most, context // ROOM)
         )
-        answering = Answering(
-            model, tokenizer, decoding, chunk=model.tiers.prefill_chunk, is_plain=conversation.is_plain
-        )
-        dialogue = Dialogue(
-            conversation,
-            answering,
-            model.tiers,
-            DaemonWatch(model.tiers),
-            most=most,
-            as_json=arguments.json,
-            status=status,
-        )
-        dialogue.say(f"{arguments.directory}, experts of {model.tiers.where}; a context of {context:,} tokens")
-        if conversation.is_plain:
-            dialogue.say("the model has no chat template: a plain one is used, which the model may not understand")
-        dialogue.say("/help lists the commands")
-        dialogue.talk(ChatInput())
+        with Engine.of(model, context=context) as engine:
+            answering = Answering(
+                model, tokenizer, engine, decoding, seed=arguments.seed, is_plain=conversation.is_plain
+            )
+            dialogue = Dialogue(
+                conversation,
+                answering,
+                model.tiers,
+                DaemonWatch(model.tiers),
+                most=most,
+                as_json=arguments.json,
+                status=status,
+            )
+            dialogue.say(f"{arguments.directory}, experts of {model.tiers.where}; a context of {context:,} tokens")
+            if conversation.is_plain:
+                dialogue.say("the model has no chat template: a plain one is used, which the model may not understand")
+            dialogue.say("/help lists the commands")
+            dialogue.talk(ChatInput())

@@ -39,8 +39,6 @@ def serving(
         transformers.utils.logging.set_verbosity_error()  # otherwise transformers warns at each request
 
         from moetier.runtime.engine.engine import Engine
-        from moetier.runtime.engine.model_runner import ModelRunner
-        from moetier.runtime.engine.prefix_tree import PAGE
         from moetier.runtime.generation.decoding import longest_prompt
 
         from .answers import AnswerService
@@ -53,14 +51,7 @@ def serving(
             )
         limits = longest_context(model.config), longest_prompt(model)
         context = min([arguments.context, *(tokens for tokens in limits if tokens is not None)])
-        with Engine(
-            model,
-            ModelRunner(model),
-            pages=arguments.parallel * -(-context // PAGE),
-            most=arguments.parallel,
-            chunk=model.tiers.prefill_chunk,
-            context=context,
-        ) as engine:
+        with Engine.of(model, context=context, most=arguments.parallel) as engine:
             service = AnswerService(model, tokenizer, engine)
             try:
                 gc.collect()

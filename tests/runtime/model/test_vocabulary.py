@@ -97,7 +97,7 @@ def test_a_token_without_embedding_is_refused_where_it_stands(further: Path) -> 
         assert encode(model, tokenizer, "Ciao")["input_ids"].max() < ROWS
         with pytest.raises(ConfigError, match="has the token '<further>'"):
             encode(model, tokenizer, f"Ciao {FURTHER}", "Prompt 2")
-        answering = Answering(model, tokenizer, {}, chunk=16, is_plain=False)
+        answering = Answering(model, tokenizer, None, {}, seed=0, is_plain=False)  # type: ignore[arg-type] # not used
         with pytest.raises(ConfigError, match="has the token '<further>'"):
             answering.answer(tokenizer(FURTHER)["input_ids"], most=2, is_interrupted=lambda: False, echo=False)  # type: ignore[arg-type]
 
