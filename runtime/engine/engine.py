@@ -102,7 +102,7 @@ class Engine:
                 f"{type(model).__name__} does not generate text token by token.", "Use `moetier generate`."
             )
         pages = most * -(-context // PAGE)
-        return cls(model, ModelRunner(model), pages=pages, most=most, chunk=model.tiers.prefill_chunk, context=context)
+        return cls(ModelRunner(model), pages=pages, most=most, chunk=model.tiers.prefill_chunk, context=context)
 
     @property
     def sequences(self) -> list[Sequence]:
@@ -170,7 +170,7 @@ class Engine:
         try:
             if sequence not in self._samplers:
                 self._samplers[sequence] = self._runner.sampler(sequence)
-            logits = self._runner.run(task, lambda: sequence.is_cancelled)
+            logits = self._runner.run(task, lambda: sequence.is_cancelled or self._is_closed)
         except Stopped:
             self._end(sequence, Finish.CANCELLED)
             return

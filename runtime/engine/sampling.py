@@ -23,9 +23,9 @@ class Sampler:
         ids: list[int],
         processors: Callable[..., Tensor],
         *,
-        samples: bool,
-        seed: int | None,
-        ends: frozenset[int],
+        samples: bool = False,
+        seed: int | None = None,
+        ends: frozenset[int] = frozenset(),
     ) -> None:
         """Continue ``ids``.
 

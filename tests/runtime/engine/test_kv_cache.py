@@ -7,6 +7,7 @@ from collections.abc import Sequence as Ids
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from toy_runner import WrittenPages
 
 from moetier.runtime.engine.kv_cache import KVCache
 from moetier.runtime.engine.prefix_tree import PAGE
@@ -26,32 +27,12 @@ TEXTS = [
 ]
 
 
-class Written:
-    """Memory of pages that has token ids in place of their keys and values: the ids of all tokens up to each one."""
-
-    def __init__(self) -> None:
-        self.pages: dict[int, list[tuple[int, ...]]] = {}
-
-    def write(self, pages: Ids[int], ids: Ids[int], begin: int, end: int) -> None:
-        for at in range(begin, end):
-            page = self.pages.setdefault(pages[at // PAGE], [])
-            del page[at % PAGE :]
-            page.append(tuple(ids[: at + 1]))
-
-    def copy_page(self, source: int, target: int, tokens: int) -> None:
-        assert target not in self.pages
-        self.pages[target] = self.pages[source][:tokens]
-
-    def free_page(self, page: int) -> None:
-        self.pages.pop(page, None)
-
-
 class Cache(RuleBasedStateMachine):
     """Sequences of two users in one cache."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.memory = Written()
+        self.memory = WrittenPages()
         self.cache = KVCache(PAGES, self.memory)
         self.running: list[tuple[Sequence, str]] = []
         self.computed: dict[str, set[tuple[int, ...]]] = {"": set(), "other": set()}
@@ -116,7 +97,7 @@ TestCache = Cache.TestCase
 TestCache.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
 
 
-def begun(cache: KVCache, memory: Written, ids: Ids[int], user: str = "") -> Sequence:
+def begun(cache: KVCache, memory: WrittenPages, ids: Ids[int], user: str = "") -> Sequence:
     sequence = Sequence(Request(tuple(ids), 100, user=user))
     cache.begin(sequence)
     sequence.cached = sequence.computed  # type: ignore[attr-defined]
@@ -128,7 +109,7 @@ def begun(cache: KVCache, memory: Written, ids: Ids[int], user: str = "") -> Seq
 
 
 def test_a_prompt_continues_after_the_longest_prefix_that_is_kept() -> None:
-    memory = Written()
+    memory = WrittenPages()
     cache = KVCache(PAGES, memory)
     first = begun(cache, memory, [*range(100)])
     assert begun(cache, memory, [*range(100), 5]).cached == PAGE, "a running sequence shares its full pages"
@@ -138,7 +119,7 @@ def test_a_prompt_continues_after_the_longest_prefix_that_is_kept() -> None:
 
 
 def test_the_least_recently_used_page_is_evicted_first() -> None:
-    memory = Written()
+    memory = WrittenPages()
     cache = KVCache(4, memory)
     for text in ([1] * 100, [2] * 100):
         cache.end(begun(cache, memory, text))
@@ -149,7 +130,7 @@ def test_the_least_recently_used_page_is_evicted_first() -> None:
 
 
 def test_a_longer_page_replaces_the_one_that_it_continues() -> None:
-    memory = Written()
+    memory = WrittenPages()
     cache = KVCache(PAGES, memory)
     cache.end(begun(cache, memory, [*range(10)]))
     cache.end(begun(cache, memory, [*range(50)]))
@@ -157,7 +138,7 @@ def test_a_longer_page_replaces_the_one_that_it_continues() -> None:
 
 
 def test_a_sequence_begins_only_if_it_has_room_beside_those_that_run() -> None:
-    memory = Written()
+    memory = WrittenPages()
     cache = KVCache(3, memory)
     first = begun(cache, memory, [*range(2 * PAGE)])
     assert not cache.has_room(Sequence(Request((9,) * PAGE, 1)))
