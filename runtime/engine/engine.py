@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from queue import Empty, SimpleQueue
 from typing import Any
 
+from torch import Tensor
+
 from moetier.tiers.errors import MoetierError, UnsupportedModelError
 
 from .kv_cache import KVCache
@@ -162,25 +164,42 @@ class Engine:
         tasks, stopped = self._scheduler.schedule()
         for sequence in stopped:
             self._runner.end(sequence)
-        for task in tasks:
-            self._run(task)
+        tasks = [task for task in tasks if self._has_sampler(task.sequence)]
+        for group in [tasks] if self._runner.computes_together else [[task] for task in tasks]:
+            self._run(group)
 
-    def _run(self, task: Task) -> None:
-        sequence = task.sequence
-        try:
-            if sequence not in self._samplers:
+    def _has_sampler(self, sequence: Sequence) -> bool:
+        """Return whether a sequence has a sampler, and make it one. A sequence that can't have one ends."""
+        if sequence not in self._samplers:
+            try:
                 self._samplers[sequence] = self._runner.sampler(sequence)
-            logits = self._runner.run(task, lambda: sequence.is_cancelled or self._is_closed)
+            except Exception as error:
+                self._fail(sequence, error)
+                return False
+        return True
+
+    def _run(self, tasks: list[Task]) -> None:
+        """Run tasks together. If that fails, run each alone: an error of one sequence does not end others."""
+        prompts = [task.sequence for task in tasks if task.tokens > 1]
+        try:
+            logits = self._runner.run(
+                tasks, lambda: self._is_closed or any(sequence.is_cancelled for sequence in prompts)
+            )
         except Stopped:
-            self._end(sequence, Finish.CANCELLED)
-            return
+            return  # the next step runs without what was cancelled
         except Exception as error:
-            sequence.error = error
-            self._end(sequence, Finish.FAILED)
+            if len(tasks) == 1:
+                self._fail(tasks[0].sequence, error)
+            else:
+                for task in tasks:
+                    self._run([task])
             return
-        self._scheduler.computed(task)
-        if logits is None:
-            return
+        for task, row in zip(tasks, logits, strict=True):
+            self._scheduler.computed(task)
+            if row is not None:
+                self._sample(task.sequence, row)
+
+    def _sample(self, sequence: Sequence, logits: Tensor) -> None:
         sampler = self._samplers[sequence]
         token = sampler(logits)
         sequence.append(token)
@@ -188,6 +207,10 @@ class Engine:
             self._end(sequence, Finish.END)
         elif sequence.new_tokens == sequence.request.max_new_tokens or len(sequence.ids) == self.context:
             self._end(sequence, Finish.LENGTH)
+
+    def _fail(self, sequence: Sequence, error: Exception) -> None:
+        sequence.error = error
+        self._end(sequence, Finish.FAILED)
 
     def _end(self, sequence: Sequence, finish: Finish) -> None:
         self._scheduler.remove(sequence)

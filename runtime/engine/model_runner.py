@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from collections.abc import Sequence as ManyOf
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ class ModelRunner(Runner):
     def __init__(self, model: Any) -> None:
         self._model = model
         self.can_resume = can_resume(model)
+        self.computes_together = False
         self.page_bytes = kv_cache_bytes(model.config, PAGE, dtype=model.dtype)
         self._pages: dict[int, Page] = {}
         self._inputs: dict[Sequence, dict[str, Any]] = {}  # arguments of forward, the cache among them
@@ -41,8 +43,9 @@ class ModelRunner(Runner):
         """Return a sampler that chooses tokens as the model's ``generate()`` would."""
         return prepared(self._model, sequence)[1]
 
-    def run(self, task: Task, should_stop: Callable[[], bool]) -> Tensor | None:
-        """Compute a task through the model's forward. See Runner."""
+    def run(self, tasks: ManyOf[Task], should_stop: Callable[[], bool]) -> list[Tensor | None]:
+        """Compute one task through the model's forward. See Runner."""
+        (task,) = tasks
         sequence, begin = task.sequence, task.sequence.computed
         end = begin + task.tokens
         try:
@@ -50,7 +53,7 @@ class ModelRunner(Runner):
                 self._inputs[sequence] = self._open(task)
             inputs = self._inputs[sequence]
             ids = torch.tensor([sequence.ids[begin:end]], device=self._model.device)
-            with torch.no_grad(), _stopping(self._model, should_stop if task.tokens > 1 else None):
+            with torch.no_grad(), stopping(self._model, should_stop if task.tokens > 1 else None):
                 given = self._model.prepare_inputs_for_generation(
                     ids, **_sliced(inputs, begin, end), is_first_iteration=not begin
                 )
@@ -61,7 +64,7 @@ class ModelRunner(Runner):
         inputs[CACHE] = outputs.get(CACHE)
         if self.can_resume:
             self._write(inputs[CACHE], task.pages, begin)
-        return outputs.logits[0, -1] if task.is_complete else None
+        return [outputs.logits[0, -1] if task.is_complete else None]
 
     def end(self, sequence: Sequence) -> None:
         """Forget a sequence's cache."""
@@ -128,8 +131,8 @@ def _sliced(inputs: dict[str, Any], begin: int, end: int) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _stopping(model: Any, should_stop: Callable[[], bool] | None) -> Iterator[None]:
-    """Raise Stopped before a block of experts if ``should_stop`` returns True."""
+def stopping(model: Any, should_stop: Callable[[], bool] | None) -> Iterator[None]:
+    """Raise Stopped in the block before a block of experts if ``should_stop`` returns True."""
     if should_stop is None:
         yield
         return

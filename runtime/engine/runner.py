@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from collections.abc import Sequence as ManyOf
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -19,6 +20,16 @@ class Task:
     sequence: Sequence
     tokens: int
     pages: list[int]  # numbers of the pages of all tokens up to the end of these, from the sequence's first token on
+
+    @property
+    def begin(self) -> int:
+        """Position of the first of these tokens."""
+        return self.sequence.computed
+
+    @property
+    def end(self) -> int:
+        """Position after the last one."""
+        return self.sequence.computed + self.tokens
 
     @property
     def is_complete(self) -> bool:
@@ -37,6 +48,7 @@ class Runner(ABC):
     """
 
     can_resume: bool  # whether a sequence can be computed in several parts, and continue after pages of another one
+    computes_together: bool  # whether ``run`` takes several tasks
     page_bytes: int  # bytes of a full page
 
     @abstractmethod
@@ -44,12 +56,12 @@ class Runner(ABC):
         """Return the sampler of a sequence that begins. Raises ValueError for options that the model refuses."""
 
     @abstractmethod
-    def run(self, task: Task, should_stop: Callable[[], bool]) -> Tensor | None:
-        """Compute a task. Return the logits after the sequence's last token [vocabulary] if it is complete.
+    def run(self, tasks: ManyOf[Task], should_stop: Callable[[], bool]) -> list[Tensor | None]:
+        """Compute tasks. Return, for each that is complete, the logits after its sequence's last token [vocabulary].
 
-        Keys and values of the computed tokens are then in the task's pages. If the tokens before were computed by
-        another sequence, they are taken from the pages. Raises Stopped between two layers if ``should_stop`` returns
-        True; then pages of computed tokens are as before.
+        Keys and values of the computed tokens are then in the tasks' pages. Those of earlier tokens are taken from
+        there. Raises Stopped between two layers if ``should_stop`` returns True. After Stopped or an error, the same
+        tasks can be computed again.
         """
 
     @abstractmethod

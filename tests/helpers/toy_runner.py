@@ -39,7 +39,7 @@ class WrittenPages:
 class ToyRunner(WrittenPages, Runner):
     """Fails if a page has not what its sequence needs. A token is ``next_token`` of those before it."""
 
-    can_resume = True
+    can_resume = computes_together = True
     page_bytes = 1
 
     def __init__(self, *, fails_after: int = 1 << 30) -> None:
@@ -50,7 +50,10 @@ class ToyRunner(WrittenPages, Runner):
     def sampler(self, sequence: engine.Sequence) -> Sampler:
         return Sampler(sequence.ids, lambda _, scores: scores, ends=frozenset([0]))
 
-    def run(self, task: Task, should_stop: Callable[[], bool]) -> Tensor | None:
+    def run(self, tasks: Sequence[Task], should_stop: Callable[[], bool]) -> list[Tensor | None]:
+        return [self.compute(task, should_stop) for task in tasks]
+
+    def compute(self, task: Task, should_stop: Callable[[], bool]) -> Tensor | None:
         ids, begin = task.sequence.ids, task.sequence.computed
         end = begin + task.tokens
         if should_stop():
