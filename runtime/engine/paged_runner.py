@@ -123,7 +123,7 @@ class _Step:
             q = query[:, :, first : first + task.tokens]
             outputs.append(_reference(q, k, v, task.begin, scaling, sinks, window))
             first += task.tokens
-        return torch.cat(outputs, 2).transpose(1, 2)
+        return torch.cat(outputs, 2).transpose(1, 2).contiguous()
 
 
 def _reference(

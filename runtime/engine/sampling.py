@@ -88,7 +88,7 @@ def prepared(model: Any, sequence: Sequence) -> tuple[dict[str, Any], Sampler]:
 
 
 def generates_itself(model: Any) -> bool:
-    """Return whether a model has a ``generate()`` of its own, for which there is no runner."""
+    """Return whether a model has no ``generate()``, or one of its own, for which there is no runner."""
     from transformers import GenerationMixin
 
-    return type(model).generate is not GenerationMixin.generate
+    return getattr(type(model), "generate", None) is not GenerationMixin.generate
