@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from queue import Empty, SimpleQueue
 from typing import Any
 
 from torch import Tensor
 
+from moetier.runtime.generation.decoding import longest_prompt
+from moetier.runtime.kernels.layer.paged_cache import PAGE
+from moetier.runtime.model.context import longest_context
 from moetier.tiers.errors import MoetierError, UnsupportedModelError
 
 from .kv_cache import KVCache
 from .model_runner import ModelRunner
-from .prefix_tree import PAGE
+from .packed_runner import PackedRunner, can_pack
 from .runner import Runner, Stopped, Task
 from .sampling import Sampler, generates_itself
 from .scheduler import Scheduler
@@ -94,17 +99,22 @@ class Engine:
         self._thread.start()
 
     @classmethod
-    def of(cls, model: Any, *, context: int, most: int = 1) -> Engine:
-        """Return an engine for ``most`` sequences at a time, each of up to ``context`` tokens.
+    def of(cls, model: Any, *, most: int = 1, tokens: int = 0) -> Engine:
+        """Return an engine for ``most`` sequences at a time, with the pages for which the model's tiers leave memory.
 
-        Raises UnsupportedModelError if the model generates text in another way than token by token.
+        There are pages for a sequence of ``tokens`` tokens in any case. Raises UnsupportedModelError if the model
+        generates text in another way than token by token.
         """
         if generates_itself(model):
             raise UnsupportedModelError(
                 f"{type(model).__name__} does not generate text token by token.", "Use `moetier generate`."
             )
-        pages = most * -(-context // PAGE)
-        return cls(ModelRunner(model), pages=pages, most=most, chunk=model.tiers.prefill_chunk, context=context)
+        kv = model.tiers.kv
+        limits = kv.context, longest_prompt(model), longest_context(model.config)
+        context = max(tokens, min(limit for limit in limits if limit is not None))
+        pages = max(kv.pages, -(-tokens // PAGE))
+        runner = (PackedRunner if most > 1 and can_pack(model) else ModelRunner)(model, pages)
+        return cls(runner, pages=pages, most=most, chunk=model.tiers.prefill_chunk, context=context)
 
     @property
     def sequences(self) -> list[Sequence]:
@@ -142,6 +152,27 @@ class Engine:
         """Begin to compute a request, and return the stream of its tokens. Raises what ``submit`` raises."""
         tokens = SimpleQueue[int | None]()
         return Stream(self.submit(request, tokens.put, lambda _: tokens.put(None)), tokens)
+
+    async def stream_async(self, request: Request) -> AsyncGenerator[int]:
+        """Begin to compute a request, and yield its tokens in the running event loop.
+
+        If the generator is closed, the rest is not computed. Raises what ``submit`` raises, and the error with which
+        the sequence has failed.
+        """
+        loop, tokens = asyncio.get_running_loop(), asyncio.Queue[int | None]()
+
+        def put(token: int | None) -> None:
+            with contextlib.suppress(RuntimeError):  # the event loop is closed
+                loop.call_soon_threadsafe(tokens.put_nowait, token)
+
+        sequence = self.submit(request, put, lambda _: put(None))
+        try:
+            while (token := await tokens.get()) is not None:
+                yield token
+        finally:
+            sequence.cancel()
+        if sequence.error is not None:
+            raise sequence.error
 
     def __enter__(self) -> Engine:
         return self

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import heapq
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from .prefix_tree import PAGE, Node, PrefixTree
+from moetier.runtime.kernels.layer.paged_cache import PAGE
+
+from .free_pages import FreePages
+from .prefix_tree import Node, PrefixTree
 from .sequence import Sequence
 
 
@@ -16,9 +18,6 @@ class PageMemory(Protocol):
     def copy_page(self, source: int, target: int, tokens: int) -> None:
         """Copy the keys and values of the first ``tokens`` tokens of a page to another page."""
 
-    def free_page(self, page: int) -> None:
-        """Forget what is in a page, whose memory is not needed any more."""
-
 
 @dataclass(slots=True)
 class _Held:
@@ -27,6 +26,11 @@ class _Held:
     node: Node
     shared: list[int]
     own: list[int] = field(default_factory=list)
+
+    @property
+    def pages(self) -> list[int]:
+        """Numbers of all pages, from the sequence's first token on."""
+        return self.shared + self.own
 
 
 class KVCache:
@@ -40,36 +44,41 @@ class KVCache:
         self.size = pages
         self._keeps = keeps
         self._memory = memory
-        self._free = list(range(pages))  # a heap: low numbers are used again first
+        self._free = FreePages(pages)
         self._tree = PrefixTree()
         self._held: dict[Sequence, _Held] = {}
 
     def has_room(self, sequence: Sequence) -> bool:
         """Return whether there are pages for all tokens of a sequence that has not begun, and for its next token."""
         nodes = self._tree.match(sequence.request.user, sequence.ids[:-1]).nodes
-        held = {page for running in self._held for page in self.pages_of(running)} | {node.page for node in nodes}
-        return -(-(len(sequence.ids) + 1) // PAGE) - len(nodes) <= self.size - len(held)
+        pages = {page for held in self._held.values() for page in held.pages} | {node.page for node in nodes}
+        return -(-(len(sequence.ids) + 1) // PAGE) - len(nodes) <= self.size - len(pages)
 
     def begin(self, sequence: Sequence) -> None:
         """Let a sequence continue after the longest prefix of its tokens that is kept. Sets ``sequence.computed``.
 
-        At least one token is left to compute. Of a page that is only partly equal, the equal part is copied.
+        At least one token is left to compute. A last page that is not full is taken over if all of it is equal and no
+        other sequence runs on from it. Of one that is only partly equal, the equal part is copied.
         """
         assert sequence not in self._held
         match = self._tree.match(sequence.request.user, sequence.ids[:-1])
         node = match.nodes[-1] if match.nodes else self._tree.root(sequence.request.user)
         node.pins += 1
         held = _Held(node, [node.page for node in match.nodes])
-        shared = 0
-        if match.partial is not None:
-            match.partial.pins += 1  # stays while a page is found for the copy
+        partial, shared = match.partial, match.shared
+        if partial is not None and not partial.is_full and not partial.pins and shared == len(partial.tokens):
+            self._tree.remove(partial)
+            held.own = [partial.page]
+        elif partial is not None:
+            partial.pins += 1  # stays while a page is found for the copy
             try:
-                copies = self._take(1)
+                held.own = self._take(1, held.pages)
             finally:
-                match.partial.pins -= 1
-            if copies:
-                self._memory.copy_page(match.partial.page, copies[0], match.shared)
-                held.own, shared = copies, match.shared
+                partial.pins -= 1
+            if held.own:
+                self._memory.copy_page(partial.page, held.own[0], shared)
+            else:
+                shared = 0
         self._held[sequence] = held
         sequence.computed = PAGE * len(held.shared) + shared
 
@@ -78,7 +87,7 @@ class KVCache:
         held = self._held[sequence]
         missing = -(-(sequence.computed + tokens) // PAGE) - len(held.shared) - len(held.own)
         if missing > 0:
-            pages = self._take(missing)
+            pages = self._take(missing, held.pages)
             if not pages:
                 return False
             held.own += pages
@@ -86,8 +95,7 @@ class KVCache:
 
     def pages_of(self, sequence: Sequence) -> list[int]:
         """Return the numbers of a sequence's pages, from its first token on."""
-        held = self._held[sequence]
-        return held.shared + held.own
+        return self._held[sequence].pages
 
     def keep(self, sequence: Sequence) -> None:
         """Let other sequences find the full pages of a sequence. Sets no other state of the sequence."""
@@ -103,7 +111,7 @@ class KVCache:
         rest = sequence.computed - PAGE * len(held.shared)
         if rest > 0 and self._keeps:
             self._add(sequence, held, rest, pins=False)
-        self._release(held.own)
+        self._free.release(held.own)
 
     def free_pages(self) -> int:
         """Return the number of pages that hold nothing."""
@@ -113,22 +121,17 @@ class KVCache:
         begin = PAGE * len(held.shared)
         page = held.own.pop(0)
         node, unneeded = self._tree.add(held.node, sequence.ids[begin : begin + count], page)
-        self._release(unneeded)
+        self._free.release(unneeded)
         if pins:
             node.pins += 1
             held.node.pins -= 1
         held.node = node
         held.shared.append(node.page)
 
-    def _take(self, count: int) -> list[int]:
-        """Return ``count`` pages, or none if there are fewer, even with what can be evicted."""
+    def _take(self, count: int, before: list[int]) -> list[int]:
+        """Return ``count`` pages to follow those in ``before``, or none if there are fewer, even with evicted ones."""
         if len(self._free) < count:
-            self._release(self._tree.evict(count - len(self._free)))
+            self._free.release(self._tree.evict(count - len(self._free)))
         if len(self._free) < count:
             return []
-        return [heapq.heappop(self._free) for _ in range(count)]
-
-    def _release(self, pages: list[int]) -> None:
-        for page in pages:
-            self._memory.free_page(page)
-            heapq.heappush(self._free, page)
+        return self._free.take(count, before[-1] if before else None)

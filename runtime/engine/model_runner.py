@@ -1,7 +1,6 @@
-"""Runner for any architecture: transformers' forward with a cache of its own for each sequence.
+"""Runner for any architecture: one sequence at a time through transformers' forward, with a cache in pages.
 
-The cache is made from pages when a sequence begins, and what it gets is written into pages. So a running sequence has
-its keys and values twice.
+A model that can't resume has a cache of its own for each sequence instead, which computes the whole prompt together.
 """
 
 from __future__ import annotations
@@ -15,55 +14,54 @@ import torch
 from torch import Tensor
 
 from moetier.runtime.generation.compat import CACHE
-from moetier.runtime.kernels.layer.growing_cache import grow
-from moetier.runtime.model.budgets import kv_cache_bytes
+from moetier.runtime.kernels.layer.paged_cache import PagedCache, PageMemory
 from moetier.runtime.model.context import can_resume
 from moetier.runtime.moe.experts import experts_modules
 
-from .prefix_tree import PAGE
 from .runner import Runner, Stopped, Task
 from .sampling import Sampler, prepared
 from .sequence import Sequence
 
-Page = list[tuple[Tensor, Tensor]]  # for each layer: keys [heads, PAGE, width] and values [heads, PAGE, width]
-
 
 class ModelRunner(Runner):
-    """Computes one sequence at a time through a model's forward."""
+    """Computes one sequence at a time."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, pages: int) -> None:
         self._model = model
         self.can_resume = can_resume(model)
         self.computes_together = False
-        self.page_bytes = kv_cache_bytes(model.config, PAGE, dtype=model.dtype)
-        self._pages: dict[int, Page] = {}
-        self._inputs: dict[Sequence, dict[str, Any]] = {}  # arguments of forward, the cache among them
+        self.windows = windows_of(model) if self.can_resume else []
+        self._memory = PageMemory(pages)
+        self._cache = PagedCache(self._memory, self.windows)
+        self._inputs: dict[Sequence, dict[str, Any]] = {}  # arguments of forward; the own cache among them, if any
 
     def sampler(self, sequence: Sequence) -> Sampler:
         """Return a sampler that chooses tokens as the model's ``generate()`` would."""
-        return prepared(self._model, sequence)[1]
+        self._inputs[sequence], sampler = prepared(self._model, sequence)
+        return sampler
 
     def run(self, tasks: ManyOf[Task], should_stop: Callable[[], bool]) -> list[Tensor | None]:
-        """Compute one task through the model's forward. See Runner."""
+        """Compute one task through the model's forward. Return its logits [vocabulary] as Runner says."""
         (task,) = tasks
-        sequence, begin = task.sequence, task.sequence.computed
-        end = begin + task.tokens
+        sequence = task.sequence
+        if sequence not in self._inputs:  # it has waited for pages, or its computation has failed
+            self._inputs[sequence], _ = prepared(self._model, sequence)
+        inputs = self._inputs[sequence]
+        if self.can_resume:
+            self._cache.move(task.pages, task.begin)
+            inputs[CACHE] = self._cache
+        ids = torch.tensor([sequence.ids[task.begin : task.end]], device=self._model.device)
         try:
-            if sequence not in self._inputs:
-                self._inputs[sequence] = self._open(task)
-            inputs = self._inputs[sequence]
-            ids = torch.tensor([sequence.ids[begin:end]], device=self._model.device)
             with torch.no_grad(), stopping(self._model, should_stop if task.tokens > 1 else None):
                 given = self._model.prepare_inputs_for_generation(
-                    ids, **_sliced(inputs, begin, end), is_first_iteration=not begin
+                    ids, **_sliced(inputs, task.begin, task.end), is_first_iteration=not task.begin
                 )
                 outputs = self._model(**given, return_dict=True)
         except BaseException:
-            self.end(sequence)  # its layers may have different numbers of tokens
+            self.end(sequence)  # the layers of a cache of its own may have different numbers of tokens
             raise
-        inputs[CACHE] = outputs.get(CACHE)
-        if self.can_resume:
-            self._write(inputs[CACHE], task.pages, begin)
+        if not self.can_resume:
+            inputs[CACHE] = outputs.get(CACHE)
         return [outputs.logits[0, -1] if task.is_complete else None]
 
     def end(self, sequence: Sequence) -> None:
@@ -72,51 +70,15 @@ class ModelRunner(Runner):
 
     def copy_page(self, source: int, target: int, tokens: int) -> None:
         """Copy the first ``tokens`` tokens of a page to another page."""
-        copies = [(torch.empty_like(keys), torch.empty_like(values)) for keys, values in self._pages[source]]
-        for new, old in zip(copies, self._pages[source], strict=True):
-            for copy, original in zip(new, old, strict=True):
-                copy[:, :tokens] = original[:, :tokens]
-        self._pages[target] = copies
+        self._memory.copy_page(source, target, tokens)
 
-    def free_page(self, page: int) -> None:
-        """Forget the contents of a page."""
-        self._pages.pop(page, None)
 
-    def _open(self, task: Task) -> dict[str, Any]:
-        """Return the arguments of forward for a sequence, whose cache has the tokens that are computed."""
-        inputs, _ = prepared(self._model, task.sequence)
-        if not self.can_resume:
-            return inputs
-        from transformers import DynamicCache
+def windows_of(model: Any) -> list[int | None]:
+    """Return, for each layer of a model that can resume, most tokens that a token attends to; None: all."""
+    from transformers import DynamicCache
 
-        cache: Any = DynamicCache(config=self._model.config.get_text_config(decoder=True))
-        inputs[CACHE] = cache
-        grow(cache)
-        begin = task.sequence.computed
-        if begin:
-            pages = [self._pages[page] for page in task.pages[: -(-begin // PAGE)]]
-            for number, parts in enumerate(zip(*pages, strict=True)):
-                keys, values = (torch.cat(tensors, 1)[None, :, :begin] for tensors in zip(*parts, strict=True))
-                cache.layers[number].update(keys, values)
-        for layer in cache.layers:
-            layer.new = []
-        return inputs
-
-    def _write(self, cache: Any, pages: list[int], begin: int) -> None:
-        """Write what a cache has got since the last time into the pages of a sequence, from token ``begin`` on."""
-        for number, layer in enumerate(cache.layers):
-            new = [torch.cat(parts, -2)[0] for parts in zip(*layer.new, strict=True)]
-            layer.new.clear()
-            at = begin
-            while at < begin + new[0].shape[1]:
-                count = min(PAGE - at % PAGE, begin + new[0].shape[1] - at)
-                page = self._pages.setdefault(pages[at // PAGE], [])
-                if number == len(page):
-                    keys, values = (part.new_empty((part.shape[0], PAGE, part.shape[2])) for part in new)
-                    page.append((keys, values))
-                for memory, part in zip(page[number], new, strict=True):
-                    memory[:, at % PAGE : at % PAGE + count] = part[:, at - begin : at - begin + count]
-                at += count
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    return [getattr(layer, "sliding_window", None) for layer in cache.layers]
 
 
 def _sliced(inputs: dict[str, Any], begin: int, end: int) -> dict[str, Any]:

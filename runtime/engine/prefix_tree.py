@@ -13,7 +13,7 @@ import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-PAGE = 64  # tokens
+from moetier.runtime.kernels.layer.paged_cache import PAGE
 
 
 @dataclass(eq=False, slots=True)
@@ -99,6 +99,12 @@ class PrefixTree:
         node = parent.children[key] = Node(key, page, parent, used=self._time)
         return node, [child.page for child in replaced]
 
+    def remove(self, node: Node) -> None:
+        """Remove a leaf that is not pinned."""
+        assert _is_evictable(node)
+        assert node.parent is not None
+        del node.parent.children[node.tokens]
+
     def evict(self, count: int) -> list[int]:
         """Remove up to ``count`` pages that are not pinned, and return their numbers."""
         leaves = [(node.used, id(node), node) for node in self._nodes() if _is_evictable(node)]
@@ -106,10 +112,9 @@ class PrefixTree:
         pages = list[int]()
         while leaves and len(pages) < count:
             _, _, node = heapq.heappop(leaves)
-            assert node.parent is not None
-            del node.parent.children[node.tokens]
+            self.remove(node)
             pages.append(node.page)
-            if _is_evictable(node.parent):
+            if node.parent is not None and _is_evictable(node.parent):
                 heapq.heappush(leaves, (node.parent.used, id(node.parent), node.parent))
         self._roots = {name: root for name, root in self._roots.items() if root.children or root.pins}
         return pages

@@ -49,7 +49,6 @@ class Runner(ABC):
 
     can_resume: bool  # whether a sequence can be computed in several parts, and continue after pages of another one
     computes_together: bool  # whether ``run`` takes several tasks
-    page_bytes: int  # bytes of a full page
 
     @abstractmethod
     def sampler(self, sequence: Sequence) -> Sampler:
@@ -71,7 +70,3 @@ class Runner(ABC):
     @abstractmethod
     def copy_page(self, source: int, target: int, tokens: int) -> None:
         """Copy the keys and values of the first ``tokens`` tokens of a page to another page."""
-
-    @abstractmethod
-    def free_page(self, page: int) -> None:
-        """Forget the contents of a page. It may have none."""

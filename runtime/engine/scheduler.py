@@ -42,8 +42,7 @@ class Scheduler:
         if self.waiting and len(self.running) < self._most and self._cache.has_room(self.waiting[0]):
             sequence = self.waiting.popleft()
             self._cache.begin(sequence)
-            if not sequence.new_tokens:
-                sequence.cached = sequence.computed
+            sequence.begin()
             self.running.append(sequence)
         prompt = next((sequence for sequence in self.running if sequence.remaining > 1), None)
         tasks, stopped = list[Task](), list[Sequence]()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,19 @@ class Request:
     decoding: Mapping[str, Any] = field(default_factory=dict)  # sampling options, whose names are in SAMPLING
     seed: int | None = None
     user: str = ""  # requests of different users share no keys and values
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How much of a prompt is computed."""
+
+    done: int  # tokens, those that were there already among them
+    total: int
+    seconds_left: float | None  # until all are; None if that can't be told yet
+
+    def __str__(self) -> str:
+        left = "" if self.seconds_left is None else f", {self.seconds_left:.0f} s left"
+        return f"{self.done:,} of {self.total:,} prompt tokens{left}"
 
 
 class Finish(enum.Enum):
@@ -44,6 +58,7 @@ class Sequence:
         self.ids = list(request.ids)
         self.computed = 0
         self.cached = 0  # tokens of the prompt whose keys and values were there already when the sequence first began
+        self.began: float | None = None  # time at which it first began; None while it waits
         self.finish: Finish | None = None  # None before the end
         self.error: BaseException | None = None
         self.is_cancelled = False  # may be set on any thread
@@ -59,6 +74,21 @@ class Sequence:
     def remaining(self) -> int:
         """Number of tokens to compute before the next token can be sampled."""
         return len(self.ids) - self.computed
+
+    def begin(self) -> None:
+        """Note that the sequence begins to run, with its ``computed`` tokens. Not its first time changes nothing."""
+        if self.began is None:
+            self.cached, self.began = self.computed, time.monotonic()
+
+    @property
+    def progress(self) -> Progress:
+        """How much of the prompt is computed. May be read on any thread."""
+        total = len(self.request.ids)
+        done = min(self.computed, total)
+        new = done - self.cached
+        if self.began is None or new <= 0:
+            return Progress(done, total, None)
+        return Progress(done, total, (total - done) * (time.monotonic() - self.began) / new)
 
     def append(self, token: int) -> None:
         """Append a sampled token, and pass it on."""

@@ -26,7 +26,7 @@ class Conversation:
 
     A prompt has fewer than ``context`` tokens. If the next prompt would leave fewer than ``room`` tokens for an answer,
     its oldest turns are left out until half of the context is free. So turns are seldom left out. At all other times, a
-    prompt begins with the previous prompt and its answer, which are in the prompt cache. The system prompt is never
+    prompt begins with the previous prompt and its answer, whose keys and values are kept. The system prompt is never
     left out, and ``messages`` keeps all turns.
     """
 

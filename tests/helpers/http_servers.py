@@ -44,7 +44,7 @@ def answering(model: Any, tokenizer: Any, *, context: int, chunk: int = 16, para
     from moetier.tools.serve.answers import AnswerService
 
     pages = parallel * -(-context // 64)
-    with Engine(ModelRunner(model), pages=pages, most=parallel, chunk=chunk, context=context) as engine:
+    with Engine(ModelRunner(model, pages), pages=pages, most=parallel, chunk=chunk, context=context) as engine:
         yield AnswerService(model, tokenizer, engine)
 
 

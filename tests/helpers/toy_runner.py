@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from moetier.runtime.engine import sequence as engine
-from moetier.runtime.engine.prefix_tree import PAGE
 from moetier.runtime.engine.runner import Runner, Stopped, Task
 from moetier.runtime.engine.sampling import Sampler
+from moetier.runtime.kernels.layer.paged_cache import PAGE
 
 VOCABULARY = 50
 
@@ -29,18 +29,13 @@ class WrittenPages:
             page.append(tuple(ids[: at + 1]))
 
     def copy_page(self, source: int, target: int, tokens: int) -> None:
-        assert target not in self.pages
         self.pages[target] = self.pages[source][:tokens]
-
-    def free_page(self, page: int) -> None:
-        self.pages.pop(page, None)
 
 
 class ToyRunner(WrittenPages, Runner):
     """Fails if a page has not what its sequence needs. A token is ``next_token`` of those before it."""
 
     can_resume = computes_together = True
-    page_bytes = 1
 
     def __init__(self, *, fails_after: int = 1 << 30) -> None:
         super().__init__()

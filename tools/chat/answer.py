@@ -54,7 +54,7 @@ class Answer:
     text: str
     finish_reason: str  # END, CUT (the limit of tokens was reached) or INTERRUPTED
     prompt_tokens: int
-    kept_tokens: int  # prompt tokens that were in the prompt cache
+    kept_tokens: int  # prompt tokens whose keys and values were kept
     timing: Timing  # its prompt tokens are those computed or, after an interruption, those added to the cache
     hits: int  # demands that found their record in the fastest tier
     misses: int  # all other demands

@@ -100,8 +100,9 @@ def prompt_bar(model: Any, sequence: Sequence, chunk: int) -> Iterator[None]:
 
     modules = experts_modules(model).values()
     bar = tqdm(
+        total=len(sequence.request.ids),
         desc=f"prompt of {len(sequence.request.ids):,} tokens",
-        bar_format="{l_bar}{bar}| {elapsed}<{remaining}",
+        bar_format="{l_bar}{bar}| {n:.0f} of {total_fmt} computed, {elapsed}<{remaining}",
         delay=PROMPT_SECONDS,
         leave=False,
     )
@@ -114,9 +115,9 @@ def prompt_bar(model: Any, sequence: Sequence, chunk: int) -> Iterator[None]:
         bar.close()
 
     def advance() -> None:
-        bar.total = len(modules) * -(-(len(sequence.request.ids) - sequence.cached) // chunk)
-        bar.update()
-        if bar.n >= bar.total:  # the last block begins
+        bar.total = len(sequence.request.ids) - sequence.cached
+        bar.update(min(chunk, sequence.remaining) / len(modules))
+        if bar.n > bar.total - 0.5:  # the last block begins
             end()
 
     try:

@@ -6,8 +6,6 @@ import argparse
 import sys
 
 from moetier.runtime.generation.conversation import Conversation
-from moetier.runtime.generation.decoding import longest_prompt
-from moetier.runtime.model.context import longest_context
 from moetier.tools.chat.answer import Answering
 from moetier.tools.chat.dialogue import ChatInput, Dialogue
 from moetier.tools.cli.arguments import (
@@ -46,8 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_decoding_arguments(parser, new_tokens=NEW_TOKENS)
     add_prefill_argument(parser)
     add_speculation_arguments(parser)
-    add_resource_arguments(parser, context="maximum length of the conversation, in tokens; memory is reserved for it")
-    show_first(parser, "--ram", "--context", "--system", "--max-new-tokens", "--temperature")
+    add_resource_arguments(
+        parser,
+        context="maximum length of the conversation, in tokens (default: what fits into --kv-cache, at most the "
+        "model's own length)",
+    )
+    show_first(parser, "--ram", "--kv-cache", "--context", "--system", "--max-new-tokens", "--temperature")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -61,12 +63,11 @@ def run(arguments: argparse.Namespace) -> None:
     with loaded(arguments.directory, resources) as (model, tokenizer, _):
         from moetier.runtime.engine.engine import Engine
 
-        limits = longest_context(model.config), longest_prompt(model)
-        context = min([arguments.context, *(tokens for tokens in limits if tokens is not None)])
-        conversation = Conversation(
-            tokenizer, system=arguments.system, context=context, room=min(most, context // ROOM)
-        )
-        with Engine.of(model, context=context) as engine:
+        with Engine.of(model) as engine:
+            context = engine.context
+            conversation = Conversation(
+                tokenizer, system=arguments.system, context=context, room=min(most, context // ROOM)
+            )
             answering = Answering(
                 model, tokenizer, engine, decoding, seed=arguments.seed, is_plain=conversation.is_plain
             )
@@ -79,7 +80,7 @@ def run(arguments: argparse.Namespace) -> None:
                 as_json=arguments.json,
                 status=status,
             )
-            dialogue.say(f"{arguments.directory}, experts of {model.tiers.where}; a context of {context:,} tokens")
+            dialogue.say(f"{arguments.directory}, experts of {model.tiers.where}; {model.tiers.describe_context()}")
             if conversation.is_plain:
                 dialogue.say("the model has no chat template: a plain one is used, which the model may not understand")
             dialogue.say("/help lists the commands")

@@ -79,7 +79,7 @@ def run(arguments: argparse.Namespace) -> None:
                 streamer.take(model.generate(**inputs, **behind(tokens, given))[0, tokens:].tolist())
             else:
                 most = given.pop("max_new_tokens")
-                with Engine.of(model, context=tokens + most) as engine:
+                with Engine.of(model, tokens=tokens + most) as engine:
                     stream = engine.stream(Request(tuple(inputs["input_ids"][0].tolist()), most, given, arguments.seed))
                     with prompt_bar(model, stream.sequence, model.tiers.prefill_chunk):
                         streamer.take(stream)

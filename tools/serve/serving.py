@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moetier.runtime.model.context import longest_context
 from moetier.tiers.errors import ConfigError
 from moetier.tools.cli.loading import loaded
 
@@ -27,19 +26,18 @@ def serving(
     Args:
         directory: the model directory.
         resources: keyword arguments of ``load``.
-        arguments: the options of ``add_serving_arguments``, and ``context``: most tokens of a prompt and its answer.
+        arguments: the options of ``add_serving_arguments``.
         name: name of the model in requests.
         key: API key that requests must send; None: they need no key.
 
     Raises MoetierError if the model can't be loaded, or its tokenizer can't decode text piece by piece.
     """
-    with loaded(directory, resources, sequences=arguments.parallel) as (model, tokenizer, _):
+    with loaded(directory, resources) as (model, tokenizer, _):
         import transformers
 
         transformers.utils.logging.set_verbosity_error()  # otherwise transformers warns at each request
 
         from moetier.runtime.engine.engine import Engine
-        from moetier.runtime.generation.decoding import longest_prompt
 
         from .answers import AnswerService
         from .app import application
@@ -49,9 +47,7 @@ def serving(
                 f"The model's tokenizer ({type(tokenizer).__name__}) can't decode text piece by piece.",
                 "Add a tokenizer.json to the model directory.",
             )
-        limits = longest_context(model.config), longest_prompt(model)
-        context = min([arguments.context, *(tokens for tokens in limits if tokens is not None)])
-        with Engine.of(model, context=context, most=arguments.parallel) as engine:
+        with Engine.of(model, most=arguments.parallel) as engine:
             service = AnswerService(model, tokenizer, engine)
             try:
                 gc.collect()

@@ -34,7 +34,7 @@ from moetier.runtime.libraries.torch_internals import parameters_of, replace_par
 from moetier.runtime.libraries.transformers_internals import attention_of, can_use_sdpa
 
 from .attention_code import PIECE, attention_kernel, scratch_elements
-from .paging import paged_step
+from .packing import attend_to_each, packed_step
 
 _ASKS = r'_attn_implementation\s*(?:==|!=|in|not in)\s[^\n]*"{}"'  # for the attention function of this name
 # what code does with a mask other than give it on, such as to extend it
@@ -115,8 +115,8 @@ def sink_attention(
     ``named`` are ``s_aux``, the sinks [heads], and further arguments of transformers' attention functions.
     """
     sinks, scaling = named.get("s_aux"), named.get("scaling")
-    if (step := paged_step()) is not None:
-        return step.attend(_layer_of(module), query, scaling, sinks, getattr(module, "sliding_window", None)), None
+    if (step := packed_step()) is not None:
+        return attend_to_each(step, sink_attention, module, query, named, adds_mask=True)
     if sinks is not None and not asks_more(named, {"s_aux", "scaling"}):
         y = _attend(query, key, value, attention_mask, scaling, sinks)
         if y is not None:
@@ -213,9 +213,9 @@ def decode_attention(
     Returns:
         [batch, tokens, heads, values], and None in place of the attention weights.
     """
-    if (step := paged_step()) is not None:
-        window = kwargs.get("sliding_window")
-        return step.attend(_layer_of(module), query, scaling, kwargs.get("s_aux"), window), None
+    if (step := packed_step()) is not None:
+        named = {"dropout": dropout, "scaling": scaling, "position_bias": position_bias, **kwargs}
+        return attend_to_each(step, decode_attention, module, query, named)
     if dropout == 0.0 and position_bias is None and kwargs.get("softcap") is None:
         y = _attend(query, key, value, attention_mask, scaling, kwargs.get("s_aux"))
         if y is not None:
@@ -236,11 +236,6 @@ def decode_attention(
         **kwargs,
     )
     return y[..., :values], None
-
-
-def _layer_of(module: Any) -> int:
-    """Return the number of an attention's layer."""
-    return int(module.layer_idx)
 
 
 def _attend(

@@ -32,6 +32,7 @@ from .attention_code import attention_kernel
 from .growing_cache import CacheMemory, GrowingLayer, GrowingWindow
 from .heads import heads_kernel
 from .norm import Scale, float_bits, is_quick_norm
+from .paged_cache import PagedLayer
 
 PROJECTIONS, NORMS = ("q_proj", "k_proj", "v_proj", "o_proj"), ("q_norm", "k_norm")
 CACHES = ("cache", "past_key_values")  # names of the cache among the arguments of an attention's forward
@@ -68,7 +69,7 @@ class Token(NamedTuple):
 
     cos: Tensor  # of the position, [1, 1, angles]
     sin: Tensor  # [1, 1, angles]
-    layer: GrowingLayer | GrowingWindow  # of the cache
+    layer: GrowingLayer | GrowingWindow | PagedLayer  # of the cache
     room: CacheMemory  # of the layer
     first: int  # place in ``room`` of the first token that is attended to
     length: int  # number of tokens that are attended to, this one included
@@ -118,12 +119,16 @@ def _fits(variant: AttentionVariant, x: Tensor, cos: Tensor, sin: Tensor) -> boo
     )
 
 
-def _layer_of(cache: Any, number: int) -> GrowingLayer | GrowingWindow | None:
+def _layer_of(cache: Any, number: int) -> GrowingLayer | GrowingWindow | PagedLayer | None:
     """Return layer ``number`` of a cache if nothing but the layer has to be updated; else None."""
     if getattr(type(cache), "update", None) is not Cache.update or cache.offloading or number >= len(cache.layers):
         return None
     layer: Any = cache.layers[number]
-    if type(layer) not in (GrowingLayer, GrowingWindow) or "update" in vars(layer) or "update" in vars(cache):
+    if (
+        type(layer) not in (GrowingLayer, GrowingWindow, PagedLayer)
+        or "update" in vars(layer)
+        or "update" in vars(cache)
+    ):
         return None
     return layer
 

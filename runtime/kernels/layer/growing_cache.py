@@ -84,8 +84,6 @@ class _InPlace(DynamicLayer):
     _begin = _end = 0  # places in the buffers: of this layer's first token, and after its last
     _is_longer = False  # whether ``extend`` has added tokens since ``_views`` were made
     _room: CacheMemory | None = None  # what ``room`` has returned last
-    # keys and values of new tokens [batch, heads, tokens, width], in the order in which they came; None: not collected
-    new: list[tuple[Tensor, Tensor]] | None = None
 
     # ``keys`` and ``values`` are views of the buffers, and are made only when they are read, because that takes long.
     # ``vars(self)`` has those that were made or set last.
@@ -186,7 +184,7 @@ class _InPlace(DynamicLayer):
             return None
         addresses = keys.memory.data_ptr(), values.memory.data_ptr()
         if (room := self._room) is None or room.addresses != addresses:
-            room = self._room = _room(keys.memory, values.memory)
+            room = self._room = memory_of(keys.memory, values.memory)
         return room
 
     @property
@@ -201,9 +199,6 @@ class _InPlace(DynamicLayer):
         self._is_longer = True
         for buffer in self._buffers:
             buffer.used += 1
-        if self.new is not None:
-            keys, values = (buffer.memory.narrow(-2, self._end - 1, 1) for buffer in self._buffers)
-            self.new.append((keys, values))
         self._advance()
 
 
@@ -219,8 +214,6 @@ class GrowingLayer(_InPlace):
 
         These are [batch, heads, length + tokens, width].
         """
-        if self.new is not None:
-            self.new.append((key_states, value_states))
         if torch.is_grad_enabled() or not self._joins(key_states, value_states):
             return super().update(key_states, value_states, *args, **kwargs)
         return self._append(key_states, value_states, 0)
@@ -234,8 +227,6 @@ class GrowingWindow(_InPlace, DynamicSlidingWindowLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append keys and values of new tokens [batch, heads, tokens, width]; return those of the window before too."""
-        if self.new is not None:
-            self.new.append((key_states, value_states))
         is_usual = not self.record_past and key_states.shape[-2] <= TOKENS
         if torch.is_grad_enabled() or not is_usual or not self._joins(key_states, value_states):
             return super().update(key_states, value_states, *args, **kwargs)
@@ -258,7 +249,8 @@ class GrowingWindow(_InPlace, DynamicSlidingWindowLayer):
 _GROWING: dict[Any, Any] = {DynamicLayer: GrowingLayer, DynamicSlidingWindowLayer: GrowingWindow}
 
 
-def _room(keys: Tensor, values: Tensor) -> CacheMemory | None:
+def memory_of(keys: Tensor, values: Tensor) -> CacheMemory | None:
+    """Return the memory of keys and values [1, heads, capacity, width]; None if compiled code can't read them."""
     if keys.shape[:2] != values.shape[:2] or keys.shape[0] != 1 or keys.dtype != values.dtype:
         return None
     if not is_readable(keys) or not is_readable(values):

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
+import random
 import threading
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -11,9 +15,10 @@ from threads import run_all, wait_until
 from toy_runner import ToyRunner, answer_alone
 
 from moetier.runtime.engine.engine import Engine, EngineError
-from moetier.runtime.engine.prefix_tree import PAGE
 from moetier.runtime.engine.sequence import Finish, Request
+from moetier.runtime.kernels.layer.paged_cache import PAGE
 
+DESCRIPTORS = Path("/proc/self/fd")
 PROMPTS = [[*range(1, 100)], [*range(1, 70)], [*range(1, 65)], [7] * 150, [7] * 20, [9]]
 
 
@@ -106,3 +111,78 @@ def test_a_prompt_that_does_not_fit_is_refused(ids: tuple[int, ...]) -> None:
         pytest.raises(ValueError, match="prompt of"),
     ):
         engine.stream(Request(ids, 1))
+
+
+@pytest.mark.parametrize("count", [1000, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_many_requests_leave_nothing_but_pages(count: int) -> None:
+    """Some are cancelled, and there are pages for a few at a time."""
+    random_, runner, pages = random.Random(0), ToyRunner(), 30
+    with Engine(runner, pages=pages, most=6, chunk=64, context=2000) as engine:
+
+        def run(requests: int) -> None:
+            streams = []
+            for _ in range(requests):
+                ids = random_.choice(PROMPTS)[: random_.randrange(1, 150)]
+                streams.append(engine.stream(Request(tuple(ids), random_.randrange(1, 30))))
+                if random_.random() < 0.2:
+                    streams[-1].sequence.cancel()
+                if len(streams) > 20:
+                    tuple(streams.pop(0))
+            for stream in streams:
+                tuple(stream)
+            assert not engine.sequences
+
+        run(100)
+        gc.collect()
+        before = len([*DESCRIPTORS.iterdir()]), threading.active_count(), len(gc.get_objects())
+        run(count)
+        gc.collect()
+        after = len([*DESCRIPTORS.iterdir()]), threading.active_count(), len(gc.get_objects())
+        assert after[:2] == before[:2]
+        assert after[2] < before[2] + 1000
+        # all pages can be had again
+        assert len(tokens_of(engine, [3] * (pages * PAGE - 5), 5)) in range(1, 6)
+    assert len(runner.pages) <= pages
+
+
+def test_tokens_come_in_an_event_loop() -> None:
+    async def ask(engine: Engine, ids: list[int], most: int = 20) -> list[int]:
+        return [token async for token in engine.stream_async(Request(tuple(ids), most))]
+
+    async def first(engine: Engine) -> int:
+        tokens = engine.stream_async(Request((1, 2, 3), 900))
+        token = await anext(tokens)
+        await tokens.aclose()
+        return token
+
+    async def ask_all(engine: Engine) -> list[list[int]]:
+        assert await first(engine) == answer_alone([1, 2, 3], 1, 1000)[0]
+        with pytest.raises(OSError, match="a disk failed"):
+            await ask(engine, [8] * 200)
+        return await asyncio.gather(*(ask(engine, ids) for ids in PROMPTS))
+
+    with Engine(ToyRunner(fails_after=180), pages=30, most=3, chunk=64, context=1000) as engine:
+        assert asyncio.run(ask_all(engine)) == [answer_alone(ids, 20, 1000) for ids in PROMPTS]
+        wait_until(lambda: not engine.sequences)
+
+
+def test_progress_tells_tokens_and_time() -> None:
+    entered, may = threading.Event(), threading.Event()
+
+    class Slow(ToyRunner):
+        def run(self, *given: object) -> object:  # type: ignore[override]
+            if self.computed:
+                entered.set()
+                may.wait(20)
+            return super().run(*given)  # type: ignore[arg-type]
+
+    with Engine(Slow(), pages=20, most=1, chunk=64, context=1000) as engine:
+        stream = engine.stream(Request((5,) * 192, 1))
+        assert entered.wait(20)
+        progress = stream.sequence.progress
+        assert (progress.done, progress.total) == (64, 192)
+        assert progress.seconds_left is not None
+        assert str(progress).startswith("64 of 192 prompt tokens, ")
+        may.set()
+        assert len([*stream]) == 1
+        assert stream.sequence.progress.done == 192

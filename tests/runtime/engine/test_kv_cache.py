@@ -10,8 +10,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from toy_runner import WrittenPages
 
 from moetier.runtime.engine.kv_cache import KVCache
-from moetier.runtime.engine.prefix_tree import PAGE
 from moetier.runtime.engine.sequence import Request, Sequence
+from moetier.runtime.kernels.layer.paged_cache import PAGE
 
 PAGES = 7
 # few prompts, of which many begin alike, and which differ in the middle of a page and at its end
@@ -80,7 +80,8 @@ class Cache(RuleBasedStateMachine):
 
     @invariant()
     def no_page_is_lost(self) -> None:
-        assert len(self.memory.pages) + self.cache.free_pages() <= PAGES
+        held = {page for sequence, _ in self.running for page in self.cache.pages_of(sequence)}
+        assert len(held) + self.cache.free_pages() <= PAGES
 
     def teardown(self) -> None:
         for sequence, _ in self.running:
