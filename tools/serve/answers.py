@@ -33,6 +33,7 @@ class Job:
     stop: Sequence[str] = ()  # strings that end the answer
     parser: AnswerParser | None = None  # of reasoning and tool calls; None if all of the answer is text
     one_call: bool = False  # whether the first tool call ends the answer
+    prompt: str = ""  # text of the prompt
 
 
 class Answer:
@@ -78,6 +79,13 @@ class Answer:
     def kept_tokens(self) -> int:
         """Prompt tokens whose keys and values were there already."""
         return 0 if self.sequence is None else self.sequence.cached
+
+    def say(self) -> str:
+        """Return how far the computation is, for a client that waits."""
+        if self.sequence is None or self.sequence.began is None:
+            return "waiting"
+        progress = self.sequence.progress
+        return f"computing: {progress if progress.done < progress.total else f'{self.new_tokens:,} new tokens'}"
 
     def add(self, token: int) -> None:
         """Add a new token, and pass on its text. End the answer if its text contains a stop string.
@@ -208,6 +216,11 @@ class AnswerService:
             raise
         self.tally.add(prompt_tokens=len(job.request.ids))
         return answer
+
+    def prompt_tokens_left(self) -> tuple[int, float]:
+        """Return how many prompt tokens of all answers are not computed yet, and the seconds until they are."""
+        under_way = [answer.sequence.progress for answer in [*self._answers] if answer.sequence is not None]
+        return sum(each.total - each.done for each in under_way), sum(each.seconds_left or 0.0 for each in under_way)
 
     def drop(self, answer: Answer) -> None:
         """Remove an answer that has ended, and let the engine compute no more of it."""

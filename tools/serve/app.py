@@ -30,7 +30,7 @@ def application(
     requests at a time. In ``alive_seconds`` a stream sends at least a comment.
     """
     tiers = service.model.tiers
-    registry = registry_of(ServeCollector(name, tiers.stats, service.tally))
+    registry = registry_of(ServeCollector(name, tiers.stats, service.tally, service.prompt_tokens_left))
     card = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "moetier"}
 
     unknown = UnknownFields()
