@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,12 +12,14 @@ import torch
 from architectures import tiny_model
 from torch import Tensor
 
+import moetier
 from moetier.runtime.engine.engine import Engine
 from moetier.runtime.engine.faster_way import FasterWay
 from moetier.runtime.engine.packed_runner import PackedRunner, can_pack
 from moetier.runtime.engine.runner import Task
 from moetier.runtime.engine.sequence import Finish, Request, Sequence
 from moetier.runtime.kernels.layer.attention import use_decode_attention
+from moetier.runtime.moe.layers import OneTokenLayer
 
 PAGES, MOST_PROMPT, SCHEDULES = 14, 150, 12
 
@@ -87,6 +90,28 @@ def test_company_changes_no_token(model: Any, seed: int) -> None:
             for one, other in zip(logits, runner.logits.get(stream.sequence, []), strict=False):
                 torch.testing.assert_close(one.log_softmax(-1), other.log_softmax(-1), rtol=1e-4, atol=1e-4)
         assert not engine.sequences
+
+
+def test_one_sequence_is_decoded_by_compiled_layers(tinymix_4bit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where its pages are consecutive, as they are in a conversation that goes on."""
+    computed, of = list[bool](), OneTokenLayer.of
+
+    def seen(layer: OneTokenLayer, given: Any, hidden: Tensor, *arguments: Any, **named: Any) -> Any:
+        found = of(layer, given, hidden, *arguments, **named)
+        if hidden.shape[1] == 1:
+            computed.append(found is not None)
+        return found
+
+    monkeypatch.setattr(OneTokenLayer, "of", seen)
+    model, _ = moetier.load(tinymix_4bit, daemon=None)
+    with model.tiers, Engine.of(model, most=2) as engine:
+        ids = [*range(3, 60)]
+        for _ in range(3):
+            ids += [*engine.stream(Request(tuple(ids), 30, {"do_sample": False})), 7, 8, 9]
+            [*engine.stream(Request((99, 98, 97), 2))]  # of another conversation
+        blocks = len(model.tiers.manifest.blocks)
+        assert sum(computed) >= blocks * 3 * 29
+        assert all(computed[blocks:]), "the first token finds out how layers can be computed"
 
 
 def test_a_model_whose_trial_fails_is_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:

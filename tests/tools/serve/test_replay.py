@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+pytest.importorskip("starlette", reason='pip install ".[serve]"')
+pytest.importorskip("uvicorn", reason='pip install ".[serve]"')
+
+import httpx2
+import scripted
+from http_servers import answering, listening
+from readers import PATIENCE
+
+import moetier
+from moetier.tools.serve.app import application
 from moetier.tools.serve.replay import Turns
 
 END = "<end>"
@@ -75,3 +86,52 @@ def test_another_history_is_another_turn() -> None:
         [{"role": "system", "content": "Lie."}, *PROMPT, answered("Noon."), {"role": "user", "content": "Where?"}],
     ):
         assert turns.continued(messages, render, tokenizer, 10_000) == []
+
+
+# an answer begins with the mark that chooses its text; calls are written in another way than the model writes them
+TEMPLATE = (
+    "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ start if m.role == 'assistant' }}"
+    "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}"
+    "{% for call in m.tool_calls %}{{ call.function.name }}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{{ start }}{% endif %}"
+)
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}]
+
+
+@pytest.mark.parametrize("start", [scripted.TOOL, scripted.TWICE, ""])
+def test_of_a_conversation_over_http_only_new_tokens_are_computed(start: str, tmp_path: Path) -> None:
+    """Answers with a call, with two, and with reasoning; by turns with another conversation."""
+    model, tokenizer = moetier.load(scripted.write_checkpoint(tmp_path / "model", "qwen3_moe"), daemon=None)
+    assert tokenizer is not None
+    tokenizer.chat_template = TEMPLATE
+    with (
+        model.tiers,
+        answering(model, tokenizer, context=1500, chunk=64, parallel=3) as service,
+        listening(application("small", service, None, 8)) as url,
+        httpx2.Client(base_url=url, timeout=PATIENCE) as client,
+    ):
+
+        def ask(messages: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
+            body = {"messages": messages, "tools": TOOLS, "chat_template_kwargs": {"start": start}, "temperature": 0}
+            done = client.post("/v1/chat/completions", json=body)
+            assert done.status_code == 200, done.text
+            return done.json()["choices"][0]["message"], done.json()["usage"]
+
+        messages: list[dict[str, Any]] = [{"role": "user", "content": "Che ora è? " * 10}]
+        before = 0  # tokens whose keys and values are there
+        for turn in range(4):
+            answer, usage = ask(messages)
+            assert usage["prompt_tokens_details"]["cached_tokens"] >= before
+            before = usage["total_tokens"] - 1  # the last token was sampled, but not computed
+            messages.append(answer)
+            if "tool_calls" in answer:
+                messages += [
+                    {"role": "tool", "tool_call_id": call["id"], "content": f"{turn}"} for call in answer["tool_calls"]
+                ]
+            else:
+                messages.append({"role": "user", "content": f"E poi {turn}?"})
+            ask([{"role": "user", "content": f"Un titolo, {turn}"}])
+        messages[1] = {"role": "assistant", "content": "Chi sa?"}  # the client changes something
+        changed = usage["prompt_tokens_details"]["cached_tokens"]
+        assert ask(messages)[1]["prompt_tokens_details"]["cached_tokens"] < changed
