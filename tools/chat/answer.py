@@ -8,15 +8,17 @@ import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from moetier.runtime.engine.engine import Engine
 from moetier.runtime.engine.sequence import Finish, Request
 from moetier.runtime.generation.conversation import PLAIN_STOP
 from moetier.runtime.model.vocabulary import check_ids
 from moetier.tools.cli.failure import show
 from moetier.tools.cli.progress import prompt_bar
 from moetier.tools.cli.report import Timing, tokens_text
+
+if TYPE_CHECKING:  # it imports transformers, which ``loaded`` does in less time and memory
+    from moetier.runtime.engine.engine import Engine
 
 END, CUT, INTERRUPTED = "stop", "length", "interrupted"
 REASONS = {Finish.END: END, Finish.LENGTH: CUT, Finish.CANCELLED: INTERRUPTED}
