@@ -17,6 +17,7 @@ class Scheduler:
         self._cache = cache
         self._most = most
         self._chunk = chunk
+        self._step = 0
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in the order in which they began
 
@@ -37,14 +38,19 @@ class Scheduler:
     def schedule(self) -> tuple[list[Task], list[Sequence]]:
         """Return the tasks of the next step, and running sequences that now wait again because there is no page.
 
-        Every sequence whose prompt is computed takes part. Of the others, the first one computes a part of its prompt.
+        Every sequence whose prompt is computed takes part. Of the others, one computes a part of its prompt: that
+        whose last part, if any, is longest ago, so that a short prompt does not wait for the end of a long one.
         """
+        self._step += 1
         if self.waiting and len(self.running) < self._most and self._cache.has_room(self.waiting[0]):
             sequence = self.waiting.popleft()
             self._cache.begin(sequence)
             sequence.begin()
             self.running.append(sequence)
-        prompt = next((sequence for sequence in self.running if sequence.remaining > 1), None)
+        prompts = [sequence for sequence in self.running if sequence.remaining > 1]
+        prompt = min(prompts, key=lambda sequence: sequence.last_step, default=None)
+        if prompt is not None:
+            prompt.last_step = self._step
         tasks, stopped = list[Task](), list[Sequence]()
         for sequence in [*self.running]:
             if sequence in stopped or (sequence.remaining > 1 and sequence is not prompt):

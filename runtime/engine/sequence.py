@@ -59,6 +59,7 @@ class Sequence:
         self.computed = 0
         self.cached = 0  # tokens of the prompt whose keys and values were there already when the sequence first began
         self.began: float | None = None  # time at which it first began; None while it waits
+        self.last_step = 0  # number of the step that computed a part of its prompt last
         self.finish: Finish | None = None  # None before the end
         self.error: BaseException | None = None
         self.is_cancelled = False  # may be set on any thread

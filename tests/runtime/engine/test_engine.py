@@ -68,6 +68,24 @@ def test_a_turn_computes_only_what_is_new() -> None:
         assert runner.computed - before == 3
 
 
+def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:
+    ended, arrived = list[int](), threading.Event()
+
+    class Begun(ToyRunner):
+        def run(self, *given: object) -> object:  # type: ignore[override]
+            arrived.wait(20)
+            return super().run(*given)  # type: ignore[arg-type]
+
+    with Engine(Begun(), pages=40, most=3, chunk=64, context=2000) as engine:
+        sequences = [
+            engine.submit(Request((1,) * tokens, 1), lambda _: None, lambda sequence: ended.append(len(sequence.ids)))
+            for tokens in (1000, 100)
+        ]
+        arrived.set()
+        wait_until(lambda: all(sequence.finish is not None for sequence in sequences))
+    assert ended == [101, 1001]
+
+
 def test_an_error_ends_only_its_sequence() -> None:
     with Engine(ToyRunner(fails_after=70), pages=20, most=3, chunk=64, context=1000) as engine:
         streams = [engine.stream(Request(tuple(ids), 5)) for ids in ([1] * 100, [2] * 20)]
