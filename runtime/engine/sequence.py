@@ -11,13 +11,21 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A prompt, and how it is to be continued."""
+    """A prompt, and how it is to be continued.
 
-    ids: tuple[int, ...]  # token ids of the prompt: at least one
+    Attributes:
+        ids: token ids of the prompt: at least one.
+        max_new_tokens: most tokens of the answer.
+        decoding: arguments of ``generate()`` that choose tokens, and ``presence_penalty`` and ``frequency_penalty``.
+        seed: of the random numbers; None: another one each time.
+        user: requests of different users share no keys and values.
+    """
+
+    ids: tuple[int, ...]
     max_new_tokens: int
-    decoding: Mapping[str, Any] = field(default_factory=dict)  # sampling options, whose names are in SAMPLING
+    decoding: Mapping[str, Any] = field(default_factory=dict)
     seed: int | None = None
-    user: str = ""  # requests of different users share no keys and values
+    user: str = ""
 
 
 @dataclass(frozen=True, slots=True)
