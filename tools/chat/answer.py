@@ -60,6 +60,7 @@ class Answer:
     timing: Timing  # its prompt tokens are those computed or, after an interruption, those added to the cache
     hits: int  # demands that found their record in the fastest tier
     misses: int  # all other demands
+    ids: tuple[int, ...] = ()  # tokens of the prompt and the answer
 
     @property
     def hit_ratio(self) -> float:
@@ -146,4 +147,5 @@ class Answering:
             Timing(computed, streamer.tokens, *streamer.seconds, min(streamer.tokens, 1)),
             after.hits - before.hits,
             after.misses - before.misses,
+            tuple(sequence.ids),
         )

@@ -184,7 +184,7 @@ class Dialogue:
             print(json.dumps(answer.to_json()), flush=True)
         self.say(answer.line())
         if answer.text:  # else leave out the question, too: templates require that questions and answers alternate
-            self._conversation.add(text, answer.text)
+            self._conversation.add(text, answer.text, answer.ids)
 
     def _stats(self, _: str) -> None:
         if self._json:
