@@ -3,6 +3,7 @@
 The public names are imported when they are first used, so that ``import moetier`` costs no torch:
 
     load(DIR, ram=..., device_memory=..., device=...)  -> (model, tokenizer)
+    Engine.of(model, most=...)                         computes several requests at a time: Request(ids, max_new_tokens)
     register(ram=..., exact=..., daemon=...)           afterwards plain from_pretrained(DIR) works
 
 The subpackages in this folder are links to the folders proto, tiers, runtime and tools beside it, where the code is:
@@ -19,6 +20,8 @@ from .tiers.exports import exports
 
 if TYPE_CHECKING:
     __version__: str
+    from .runtime.engine.engine import Engine as Engine
+    from .runtime.engine.sequence import Request as Request
     from .runtime.model.load import load as load
     from .runtime.model.register import register as register
     from .tiers.errors import MoetierError as MoetierError
@@ -27,10 +30,16 @@ set_variables()  # before anything imports torch
 
 _exported = exports(
     __name__,
-    {"MoetierError": "tiers.errors", "load": "runtime.model.load", "register": "runtime.model.register"},
+    {
+        "Engine": "runtime.engine.engine",
+        "MoetierError": "tiers.errors",
+        "Request": "runtime.engine.sequence",
+        "load": "runtime.model.load",
+        "register": "runtime.model.register",
+    },
 )
 
-__all__ = ["MoetierError", "__version__", "load", "register"]
+__all__ = ["Engine", "MoetierError", "Request", "__version__", "load", "register"]
 
 
 def __getattr__(name: str) -> object:

@@ -38,7 +38,7 @@ All threads that moetier starts, by their names, which for several threads end i
         moetier-trunk       checks the trunk's files (``daemon.hosted_model``)
         moetier-metrics     answers requests for metrics (``daemon.metrics``)
     commands
-        moetier-answers     computes answers one after the other (``tools.serve.sequential``)
+        moetier-engine      computes the steps of all sequences (``engine.engine``)
         moetier-watch       queries a daemon (``tools.top.watch``)
         moetier-convert     encodes records (``tools.convert.encoder``)
         moetier-download    downloads the next file of a checkpoint (``tools.convert.streaming``)

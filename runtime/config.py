@@ -20,7 +20,6 @@ from moetier.tiers.source import LOADERS
 
 SPECULATE = ("auto", "off", "always")
 REMOTE_COMPUTE = ("auto", "off")
-DEFAULT_CONTEXT = 4096  # tokens
 NONE = "none"  # value of the option `daemon` that means None where only a text can be given
 AUTO = "auto"  # value of the option `daemon`: use a running daemon that serves this store, if there is one
 
@@ -145,22 +144,39 @@ class TierConfig(HostTierConfig):
         parse=_size,
     )
     device: str = option("auto", device_values(), group=MEMORY, parse=check_device)
-    context: int = option(
-        DEFAULT_CONTEXT,
-        "tokens of context that memory budgets leave room for; a longer context takes more memory. No effect on a CPU "
-        "if a local daemon holds the experts",
+    context: int | None = option(
+        None,
+        "most tokens of a prompt and its answer together; memory is reserved for their keys and values (default: what "
+        "fits into --kv-cache, at most the model's own length)",
         in_config=True,
         group=MEMORY,
         metavar="TOKENS",
         numbers=COUNT,
     )
+    kv_cache: Size | None = option(
+        None,
+        'memory for keys and values, of all sequences and of earlier prompts: a size such as "2GiB", or a share such '
+        'as "50%%" of what the trunk leaves (default: 25%%, or less if --ram leaves less, but enough for --context if '
+        "that is given)",
+        types=int | str | None,
+        wanted="a size, a share or a number of bytes",
+        in_config=True,
+        group=MEMORY,
+        metavar="SIZE",
+        parse=_size,
+    )
     prefill_chunk: int | None = option(
         None,
         "number of prompt tokens to compute together, if the model supports it; they share each expert that is read. "
-        "Budgets leave room for them; where memory has none, fewer are computed together. At most the context, whose "
-        "default is no shorter than a chunk",
+        "Budgets leave room for them; where memory has none, fewer are computed together. At most the context",
         group="generation",
         metavar="N",
+        numbers=COUNT,
+    )
+    sequences: int = option(
+        1,
+        "number of sequences that are computed at a time: by default, kv_cache is no more than their contexts need",
+        is_setting=False,
         numbers=COUNT,
     )
     all_logits: bool = option(
@@ -324,7 +340,9 @@ class TierOptions(TypedDict, total=False):
     prefetch: int | None
     learn: bool
     loaders: int
-    context: int
+    context: int | None
+    kv_cache: str | int | None
+    sequences: int
     prefill_chunk: int | None
     all_logits: bool
     exact: bool

@@ -33,6 +33,7 @@ ORDER = (
     {"runtime.trace", "runtime.client", "runtime.daemon"},
     {"runtime.model"},
     {"runtime.generation"},
+    {"runtime.engine"},
     {"tools.cli"},
     {"tools", "tools.chat", "tools.convert", "tools.rates", "tools.serve", "tools.top", "tools.traces"},
     {"tools.quality", "tools.ray", "tools.synthetic"},
@@ -163,7 +164,11 @@ def test_a_daemon_does_without_torch() -> None:
 def test_public_names_are_what_is_said() -> None:
     import moetier
 
-    assert sorted(moetier.__all__) == dir(moetier) == ["MoetierError", "__version__", "load", "register"]
+    assert (
+        sorted(moetier.__all__)
+        == dir(moetier)
+        == ["Engine", "MoetierError", "Request", "__version__", "load", "register"]
+    )
     for name in moetier.__all__:
         assert getattr(moetier, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):

@@ -1,4 +1,4 @@
-"""Generating text with a loaded model: samplers, penalties, stop strings, the cache of earlier prompts, streaming.
+"""Generating text with a loaded model: samplers, penalties, stop strings, streaming.
 
-The commands ``generate``, ``chat`` and ``serve`` use this package. It imports nothing from ``tools``.
+The engine and the commands ``generate``, ``chat`` and ``serve`` use this package. It imports nothing from ``tools``.
 """

@@ -26,7 +26,7 @@ class Conversation:
 
     A prompt has fewer than ``context`` tokens. If the next prompt would leave fewer than ``room`` tokens for an answer,
     its oldest turns are left out until half of the context is free. So turns are seldom left out. At all other times, a
-    prompt begins with the previous prompt and its answer, which are in the prompt cache. The system prompt is never
+    prompt begins with the previous prompt and its answer, whose keys and values are kept. The system prompt is never
     left out, and ``messages`` keeps all turns.
     """
 
@@ -37,6 +37,9 @@ class Conversation:
         self._system: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         self._turns: list[Message] = []  # of the user and the assistant alternately
         self._out = 0  # number of turns, from the first on, that prompts leave out
+        self._last = "", 0  # text and number of tokens of the last prompt
+        # text and tokens of a prompt and its answer: the same text may have other tokens than the model has sampled
+        self._computed: tuple[str, list[int]] | None = None
         self.is_plain = not tokenizer.chat_template
         self._encode([{"role": "user", "content": "."}])  # raises now if the template refuses the system prompt
 
@@ -69,13 +72,15 @@ class Conversation:
                 "Shorten the message, or give a longer --context, if the model supports it.",
             )
         self._out = out
+        self._last = self._render([*self._turns[out:], said]), len(ids)
         return ids
 
-    def add(self, text: str, answer: str) -> None:
+    def add(self, text: str, answer: str, ids: Sequence[int] = ()) -> None:
         """Append the user's ``text`` and the model's ``answer`` to the conversation.
 
-        Raises ConfigError, and appends nothing, if the chat template refuses the answer: it would refuse every later
-        prompt, too.
+        ``ids`` are the tokens of the last prompt and the answer, if the next prompt may begin with them. Raises
+        ConfigError, and appends nothing, if the chat template refuses the answer: it would refuse every later prompt,
+        too.
         """
         said: list[Message] = [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
         try:
@@ -86,13 +91,24 @@ class Conversation:
                 "Ask again, in other words.",
             ) from error
         self._turns += said
+        tokens = [*ids]
+        while tokens and tokens[-1] in getattr(
+            self._tokenizer, "all_special_ids", ()
+        ):  # the end, which the template writes
+            tokens.pop()
+        prompt, count = self._last
+        is_same = len(tokens) > count and self._tokenizer.decode(tokens[count:]) == answer
+        self._computed = (prompt + answer, tokens) if is_same else None
 
     def reset(self) -> None:
         """Remove all messages but the system prompt."""
-        self._turns, self._out = [], 0
+        self._turns, self._out, self._computed = [], 0, None
 
     def _encode(self, turns: Sequence[Message]) -> list[int]:
         text = self._render(turns)
+        if self._computed is not None and text.startswith(self._computed[0]):
+            rest = text.removeprefix(self._computed[0])
+            return [*self._computed[1], *first_ids(self._tokenizer, rest, self.context, add_special_tokens=False)]
         return first_ids(self._tokenizer, text, self.context, add_special_tokens=self.is_plain)
 
     def _render(self, turns: Sequence[Message]) -> str:

@@ -16,8 +16,6 @@ class OccurrencePenalties(LogitsProcessor):
     ``frequency`` for each occurrence. Negative penalties raise the scores.
     """
 
-    supports_continuous_batching = False  # with it, a processor would see only the last token of each request
-
     def __init__(self, prompt: int, presence: float, frequency: float) -> None:
         self._prompt = prompt
         self._presence = presence

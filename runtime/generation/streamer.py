@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from transformers import PreTrainedTokenizerBase, TextStreamer
@@ -25,7 +25,7 @@ class TimedStreamer(TextStreamer):
         skip_special_tokens: bool = False,
         stop: str = "",
     ) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=skip_special_tokens)
+        super().__init__(tokenizer, skip_special_tokens=skip_special_tokens)
         self.text = ""
         self.stopped = False  # whether ``stop`` was found
         self._echo = echo
@@ -33,14 +33,17 @@ class TimedStreamer(TextStreamer):
         self._moments: list[float] = []
         self._start = time.perf_counter()
 
-    def put(self, value: torch.Tensor) -> None:
-        """Take token ids from ``generate()``: first the prompt, [1, tokens]; then one token at a time, [1] each."""
-        if not (self.skip_prompt and self.next_tokens_are_prompt):
+    def take(self, tokens: Iterable[int]) -> None:
+        """Take the tokens of an answer, until they end or ``stop`` is found."""
+        for token in tokens:
             self._moments.append(time.perf_counter())
-        super().put(value)
+            self.put(torch.tensor([token]))
+            if self.stopped:
+                break
+        self.end()
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Take text that ``put`` has decoded."""
+        """Take text that has been decoded."""
         pieces = self._stops.feed(text)
         self.stopped = self._stops.ended
         if stream_end:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -105,8 +104,6 @@ def apply_gate(module: Any, x: Any) -> Any:
 # -- serving -----------------------------------------------------------------------------------------------------------
 
 
-# the lock of continuous batching's OutputRouter, which guards its ``result_handlers``
-lock_of: Callable[[Any], AbstractContextManager[Any]] = attrgetter("_lock")
 # of a ResponseParser: the text that it has got, the prompt's end first; how many of its characters are parsed; and the
 # field of the response template in which it is
 parsed_text: Callable[[Any], str] = attrgetter("_buffer")

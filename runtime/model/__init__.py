@@ -7,6 +7,7 @@
     tiers           ``model.tiers``
     sources         the host tier: this process's own, or a daemon's
     budgets         memory besides experts, and the budgets for experts
+    kv_budget       memory for keys and values, and the context
     prefill_memory  memory that a prompt takes
     context         the longest context
     names           names and addresses of models

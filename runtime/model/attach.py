@@ -19,6 +19,7 @@ from moetier.runtime.kernels.layer.norm import use_quick_norms
 from moetier.runtime.kernels.products.api import Kernels
 from moetier.runtime.kernels.products.row import use_row_weights
 from moetier.runtime.libraries.transformers_internals import forget_quantised
+from moetier.runtime.machine.memory import memory_for_model
 from moetier.runtime.machine.threads import use_threads
 from moetier.runtime.moe.block import TieredBlock, refuse_copy
 from moetier.runtime.moe.experts import experts_modules
@@ -35,7 +36,6 @@ from moetier.tiers.closeable import closed_on_error
 from moetier.tiers.errors import ConfigError
 
 from .budgets import Needs
-from .context import context_of
 from .tiers import Tiers, close_later
 from .trunk_files import TrunkFiles, mapped_bytes
 
@@ -97,7 +97,7 @@ def _open_tiers(
         read_manifest(location),
         config,
         kernels,
-        context=context_of(model.config, config),
+        available=device.free_memory() if device.has_memory else memory_for_model(),
         trunk=mapped_bytes(model),
         matrices=[linear.layout for linear in linears],
     )

@@ -14,12 +14,14 @@ import torch
 from moetier.runtime.config import Size, TierConfig
 from moetier.runtime.devices.device import ComputeDevice
 from moetier.runtime.kernels.experts.expert_products import BATCH_OUTPUTS
+from moetier.runtime.kernels.layer.paged_cache import PAGE
 from moetier.runtime.kernels.products.api import Kernels
 from moetier.runtime.machine.memory import Available, budget_for, usable
 from moetier.tiers.cache.budget import slots_for, smallest_budget
 from moetier.tiers.layout import RecordLayout
 from moetier.tiers.manifest import Manifest
 
+from .kv_budget import NO_KV, KVBudget
 from .prefill_memory import NONE, NOTHING_PER_TOKEN, WINDOWED, Prefill, prefill_of
 
 
@@ -31,7 +33,7 @@ class Needs:
     """
 
     trunk: int = 0  # the part of the trunk whose memory still counts as free
-    cache: int = 0  # keys and values of a context
+    kv: KVBudget = NO_KV  # keys and values
     scratch: int = 0  # scratch memory of computations
     prefill: Prefill = NONE  # tokens of a prompt that are computed together
 
@@ -43,7 +45,7 @@ class Needs:
         config: TierConfig,
         kernels: Kernels,
         *,
-        context: int,
+        available: Available,
         trunk: int,
         matrices: Iterable[RecordLayout],
     ) -> Needs:
@@ -54,25 +56,28 @@ class Needs:
             manifest: that of its store.
             config: the options, which give the tokens that are computed together.
             kernels: the kernels that it will be computed with.
-            context: tokens whose keys and values are kept.
+            available: the free memory of the device that computes, with ``trunk``.
             trunk: bytes of the trunk whose memory still counts as free.
             matrices: layouts of the trunk's quantised matrices.
         """
-        return cls(
-            trunk=trunk,
-            cache=kv_cache_bytes(model.config, context, dtype=model.dtype),
-            scratch=scratch_elements(manifest, matrices, kernels) * model.dtype.itemsize,
-            prefill=prefill_of(model, manifest, config, kernels),
+        scratch = scratch_elements(manifest, matrices, kernels) * model.dtype.itemsize
+        kv = KVBudget.of(
+            model.config,
+            config,
+            page_bytes=kv_cache_bytes(model.config, PAGE, dtype=model.dtype),
+            room=max(usable(available.bytes - trunk - scratch), 0),
+            experts=manifest.stored_bytes,
         )
+        return cls(trunk, kv, scratch, prefill_of(model, manifest, config, kernels, kv.context))
 
     @property
     def reserve(self) -> int:
-        """Bytes for cache, scratch and prefill together."""
-        return self.cache + self.scratch + self.prefill.nbytes
+        """Bytes for keys and values, scratch and prefill together."""
+        return self.kv.nbytes + self.scratch + self.prefill.nbytes
 
     def room(self, available: Available) -> int:
         """Return how many bytes of ``available`` memory trunk, cache and scratch leave for experts and prefill."""
-        return usable(available.bytes - self.trunk - self.cache - self.scratch)
+        return usable(available.bytes - self.trunk - self.kv.nbytes - self.scratch)
 
     def within(self, asked: Size | None, largest: int, available: Available, *, smallest: int = 0) -> Needs:
         """Return the needs with fewer tokens computed together, if ``available`` has no room for all of them.

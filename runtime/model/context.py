@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from moetier.runtime.config import DEFAULT_CONTEXT, TierConfig
 from moetier.runtime.libraries.transformers_internals import can_use_dynamic_cache
-from moetier.tiers.options import MOST
 
 STRETCHING = {"linear", "dynamic", "yarn"}  # rope types whose factor multiplies the original length
 _CHARACTERS = 16  # length of the first prefix that is tokenised, in characters for each allowed token
@@ -39,17 +37,6 @@ def _reaches(rope: Any, stated: int) -> Iterator[float]:
         yield factor * original
     for layers in rope.values():
         yield from _reaches(layers, stated)
-
-
-def context_of(model_config: Any, config: TierConfig) -> int:
-    """Return the context that memory is reserved for, in tokens.
-
-    That is the option ``context``. If it is the default, it is at least ``prefill_chunk``, and at most
-    ``longest_context(model_config)``.
-    """
-    if config.context != DEFAULT_CONTEXT:
-        return config.context
-    return min(max(config.context, config.prefill_chunk or 0), longest_context(model_config) or MOST)
 
 
 def can_resume(model: Any) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from moetier.runtime.config import DEFAULT_CONTEXT, TierConfig
+from moetier.runtime.config import TierConfig
 from moetier.runtime.kernels.layer.attention import SCORE_BYTES, SINKS
 from moetier.runtime.kernels.products.api import Kernels
 from moetier.runtime.libraries.torch_internals import parameters_of
@@ -21,8 +21,9 @@ from moetier.runtime.moe.experts import experts_modules, output_bytes
 from moetier.runtime.moe.grouped import quick_activation
 from moetier.tiers.manifest import Manifest
 
-from .context import can_resume, context_of
+from .context import can_resume
 
+DEFAULT_TOKENS = 4096  # most tokens that are computed together if no option says how many
 LEAST = 32  # least number of tokens that are computed together; a smaller chunk is a multiple of it
 STATES = 4  # tensors [tokens, hidden] of a layer: residual, normed, output and their sum; some in fp32 too if not quick
 COPIES = 3  # times that outputs of linear modules are held: as they are, rotated or activated, and multiplied
@@ -107,13 +108,12 @@ class Prefill:
 NONE = Prefill(0)
 
 
-def prefill_of(model: Any, manifest: Manifest, config: TierConfig, kernels: Kernels) -> Prefill:
+def prefill_of(model: Any, manifest: Manifest, config: TierConfig, kernels: Kernels, context: int) -> Prefill:
     """Return the memory for a prompt's tokens that are computed together.
 
-    ``config`` says how many: ``prefill_chunk``, or the first DEFAULT_CONTEXT tokens of the context. ``model`` may be on
-    the meta device, ``kernels`` are those that it will be computed with.
+    ``config`` says how many: ``prefill_chunk``, or DEFAULT_TOKENS, but no more than a ``context`` has. ``model`` may be
+    on the meta device, ``kernels`` are those that it will be computed with.
     """
-    context = context_of(model.config, config)
     size, resumes = model.dtype.itemsize, can_resume(model)
     text = model.config.get_text_config(decoder=True)
     is_quick = any(map(kernels.packs, manifest.layouts.values()))  # else norms and attention are those of transformers
@@ -126,7 +126,7 @@ def prefill_of(model: Any, manifest: Manifest, config: TierConfig, kernels: Kern
         if block.path in modules  # else loading refuses the model
     )
     return Prefill(
-        tokens=min(context, config.prefill_chunk or DEFAULT_CONTEXT),
+        tokens=min(context, config.prefill_chunk or DEFAULT_TOKENS),
         context=context,
         resumes=resumes,
         states=STATES * (size if is_quick else size + 4) * text.hidden_size,

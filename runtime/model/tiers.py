@@ -28,6 +28,7 @@ from moetier.tiers.manifest import Manifest
 from moetier.tiers.stats import TierStats
 
 from .budgets import ModelMemory, Needs
+from .kv_budget import NO_KV, KVBudget
 from .prefill_memory import Prefill
 from .sources import Origin, open_origin
 from .trunk_files import TrunkFiles
@@ -96,7 +97,7 @@ class Tiers(Closeable):
                 kernels.on_out_of_memory(tier.shrink)
             elif origin.daemon is not None:
                 memory.beside_daemon(memory_for_model())
-            tiers = cls(manifest, origin, tier, kernels, memory.prefill, trunk_files)
+            tiers = cls(manifest, origin, tier, kernels, memory.prefill, needs.kv, trunk_files)
             undo.pop_all()
         if tiers.prefill_chunk < (tokens := needs.prefill.tokens):
             what = "to compute %s tokens of a prompt together" if needs.prefill.resumes else "for a prompt of %s tokens"
@@ -110,11 +111,13 @@ class Tiers(Closeable):
         device_tier: HostViews | DeviceTier,
         kernels: Kernels,
         prefill: Prefill,
+        kv: KVBudget = NO_KV,
         trunk_files: TrunkFiles | None = None,
     ) -> None:
         self.manifest = manifest
         self.prefill = prefill  # memory for the tokens of a prompt that are computed together
         self.prefill_chunk = prefill.tokens  # most tokens of a prompt that memory leaves room to compute together
+        self.kv = kv  # memory for keys and values, and the context
         self.host = origin.host
         self.where = origin.where  # text for a user: where the experts come from
         self.daemon = origin.daemon  # the host tier, if it belongs to a daemon on this host
@@ -136,6 +139,10 @@ class Tiers(Closeable):
     def stats(self) -> list[TierStats]:
         """Return the counters of the host tier and, on a GPU, of the device tier."""
         return [self.host.stats(), *([self.device_tier.stats()] if isinstance(self.device_tier, DeviceTier) else [])]
+
+    def describe_context(self) -> str:
+        """Return the length of the context, and what its keys and values cost, for a user."""
+        return self.kv.describe(self.manifest.stored_bytes // self.manifest.record_count)
 
     def snapshot(self) -> dict[str, Any]:
         """Return a dictionary from the tiers' names ("host" or "daemon", and "device") to their counters, for JSON."""

@@ -11,7 +11,9 @@ products from records (``kernels/products/packed.py``).
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
+from collections.abc import Iterator
 from contextlib import closing
 from functools import partial
 from typing import Any
@@ -38,6 +40,19 @@ def experts_modules(model: nn.Module) -> dict[str, Any]:
         for path, module in model.named_modules()
         if is_experts_class(type(module)) and hasattr(module, "has_bias") and hasattr(module, "is_transposed")
     }
+
+
+@contextlib.contextmanager
+def without_experts(model: nn.Module) -> Iterator[None]:
+    """Let all Experts modules return their hidden states within the block, for trials of what is not experts."""
+    modules = experts_modules(model).values()
+    for module in modules:
+        module.__dict__["forward"] = lambda hidden_states, *_, **__: hidden_states
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.__dict__["forward"]
 
 
 def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

@@ -24,22 +24,29 @@ KEY = "a-key-of-the-tests"
 
 @contextmanager
 def serving(
-    directory: Path, *, context: int, together: bool, template: Any = None, most: int = 64, **seconds: float
+    directory: Path, *, context: int, parallel: int = 2, template: Any = None, most: int = 64, **seconds: float
 ) -> Iterator[tuple[Any, Any]]:
-    """(application, engine), without a key; with another chat ``template`` than the model's."""
+    """(application, service), without a key; with another chat ``template`` than the model's."""
     import moetier
     from moetier.tools.serve.app import application
-    from moetier.tools.serve.batched import Together
-    from moetier.tools.serve.sequential import OneByOne
 
     model, tokenizer = moetier.load(directory, daemon=None)
     assert tokenizer is not None
     tokenizer.chat_template = template or tokenizer.chat_template
-    with model.tiers:
-        parts = model, tokenizer, context, 16
-        engine: Any = Together(*parts, 2) if together else OneByOne(*parts)
-        with engine.running():
-            yield application("small", engine, None, most, **seconds), engine
+    with model.tiers, answering(model, tokenizer, context=context, parallel=parallel) as service:
+        yield application("small", service, None, most, **seconds), service
+
+
+@contextmanager
+def answering(model: Any, tokenizer: Any, *, context: int, chunk: int = 16, parallel: int = 2) -> Iterator[Any]:
+    """A service that answers with a model, up to ``parallel`` requests at a time."""
+    from moetier.runtime.engine.engine import Engine
+    from moetier.runtime.engine.model_runner import ModelRunner
+    from moetier.tools.serve.answers import AnswerService
+
+    pages = parallel * -(-context // 64)
+    with Engine(ModelRunner(model, pages), pages=pages, most=parallel, chunk=chunk, context=context) as engine:
+        yield AnswerService(model, tokenizer, engine)
 
 
 @contextmanager

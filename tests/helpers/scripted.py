@@ -152,7 +152,7 @@ def write_checkpoint(folder: Path, model_type: str) -> Path:
             transformers.Gemma4TextConfig, **size, vocab_size_per_layer_input=size["vocab_size"], sliding_window=512
         )
         config = tiny_config(made.config_class, text_config=text.to_dict())
-    elif model_type == "qwen3_5_moe_text":  # continuous batching takes no linear attention
+    elif model_type == "qwen3_5_moe_text":  # without linear attention, so that prefixes are kept
         config = tiny_config(made.config_class, **size, layer_types=["full_attention"] * 3)
     else:
         config = tiny_config(made.config_class, **size)

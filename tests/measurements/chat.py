@@ -37,29 +37,32 @@ def main() -> None:
     arguments = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
     context = arguments.tokens + 1024
-    model, tokenizer = moetier.load(arguments.directory, ram=arguments.ram, daemon=None, context=context)
+    model, tokenizer = moetier.load(
+        arguments.directory, ram=arguments.ram, daemon=None, context=context, prefill_chunk=arguments.chunk
+    )
     assert tokenizer is not None, "it has no tokenizer"
     with model.tiers:
         ids = tokenizer(arguments.text.read_text())["input_ids"]
         ids = (ids * (arguments.tokens // len(ids) + 1))[: arguments.tokens]
         conversation = Conversation(tokenizer, system=None, context=context, room=ANSWER)
-        answering = Answering(
-            model, tokenizer, {"do_sample": False}, chunk=arguments.chunk, is_plain=conversation.is_plain
-        )
 
-        def answer(prompt: list[int]) -> Answer:
+        def answer(prompt: list[int], engine: moetier.Engine) -> Answer:
+            answering = Answering(
+                model, tokenizer, engine, {"do_sample": False}, seed=0, is_plain=conversation.is_plain
+            )
             return answering.answer(prompt, most=ANSWER, is_interrupted=lambda: False, echo=False)
 
         first = tokenizer.decode(ids)
-        prompt = conversation.prompt(first)
-        conversation.add(first, answer(prompt).text)
+        prompt, kept, anew = conversation.prompt(first), [], []
+        with moetier.Engine.of(model) as engine:
+            conversation.add(first, answer(prompt, engine).text)
         second = conversation.prompt(SECOND)
-        kept, anew = [], []
         for _ in range(arguments.rounds):
-            kept.append(answer(second))
-            answering.kept.clear()
-            anew.append(answer(second))
-            answer(prompt)  # of which all but a token is kept: as it was before the second turn
+            with moetier.Engine.of(model) as engine:  # without pages of earlier prompts
+                answer(prompt, engine)
+                kept.append(answer(second, engine))
+            with moetier.Engine.of(model) as engine:
+                anew.append(answer(second, engine))
     spreads = []
     for name, answers in (("kept", kept), ("anew", anew)):
         spreads.append(Spread.of(each.timing.first_token for each in answers))

@@ -1,10 +1,10 @@
-"""Measure the engines of `moetier serve`, which answer requests one by one, or together as with --parallel.
+"""Measure the engine with several requests at a time, computed one after the other or together.
 
     python tests/measurements/serving.py DIR [--ram SIZE] [--requests 1 2 4 8] [--prompt 64] [--tokens 32]
 
-``--requests`` gives how many requests an engine gets at once. There is no HTTP. Prints the tokens per second of all
+``--requests`` gives how many requests the engine gets at once. There is no HTTP. Prints the tokens per second of all
 requests together, and how many experts are read per token. Prompts are random tokens, all different; decoding is
-greedy. Each engine answers one request before it is measured.
+greedy. The engine answers one request before it is measured.
 """
 
 from __future__ import annotations
@@ -18,11 +18,7 @@ import torch
 import transformers
 
 import moetier
-from moetier.runtime.config import COMMAND_OPTIONS
 from moetier.tools.cli.report import table
-from moetier.tools.serve.batched import Together
-from moetier.tools.serve.engine import Engine, Job
-from moetier.tools.serve.sequential import OneByOne
 
 
 def main() -> None:
@@ -36,32 +32,30 @@ def main() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     most, context = max(arguments.requests), arguments.prompt + arguments.tokens
-    model, tokenizer = moetier.load(
-        arguments.directory, ram=arguments.ram, daemon=None, context=most * context, speculate="off"
+    model, _ = moetier.load(
+        arguments.directory, ram=arguments.ram, daemon=None, context=context, sequences=most + 1, speculate="off"
     )
     torch.manual_seed(0)
     prompts = torch.randint(10, model.config.vocab_size - 10, (most + 1, arguments.prompt)).tolist()
 
-    async def answers(engine: Engine, prompts: list[list[int]]) -> int:
+    async def answer(engine: moetier.Engine, prompt: list[int]) -> int:
         """How many tokens came."""
-        given = [engine.submit(Job(ids, arguments.tokens, {"temperature": 0})) for ids in prompts]
-        for answer in given:
-            async for _ in answer.pieces():
-                pass
-        return sum(answer.new_tokens for answer in given)
+        request = moetier.Request(tuple(prompt), arguments.tokens, {"do_sample": False})
+        return len([token async for token in engine.stream_async(request)])
+
+    async def answers(engine: moetier.Engine, prompts: list[list[int]]) -> int:
+        return sum(await asyncio.gather(*(answer(engine, prompt) for prompt in prompts)))
 
     lines = [["requests at once", "tokens/s", "experts read a token"]]
     with model.tiers:
-        for way in ("one by one", "together"):
-            parts = model, tokenizer, context, COMMAND_OPTIONS["prefill_chunk"].default
-            engine = OneByOne(*parts) if way == "one by one" else Together(*parts, most)
-            with engine.running():
-                asyncio.run(answers(engine, prompts[-1:]))
-                for requests in arguments.requests:
+        for way, together in (("one by one", 1), ("together", most)):
+            for requests in arguments.requests:
+                with moetier.Engine.of(model, most=together) as engine:  # another one has none of these prompts
+                    asyncio.run(answers(engine, prompts[-1:]))
                     before, start = model.tiers.stats()[0].misses, time.perf_counter()
                     tokens = asyncio.run(answers(engine, prompts[:requests]))
                     seconds, misses = time.perf_counter() - start, model.tiers.stats()[0].misses - before
-                    lines.append([f"{requests} {way}", f"{tokens / seconds:.1f}", f"{misses / tokens:.1f}"])
+                lines.append([f"{requests} {way}", f"{tokens / seconds:.1f}", f"{misses / tokens:.1f}"])
     print(table(lines))
 
 

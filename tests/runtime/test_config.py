@@ -99,7 +99,7 @@ def test_policies_are_checked() -> None:
         ("look_ahead", ["1", 1.0, True]),
         ("prefetch", ["1", True]),
         ("learn", ["yes", 1, None]),
-        ("context", ["4096", 4096.0, True, None]),
+        ("context", ["4096", 4096.0, True]),
         ("exact", ["yes", "false", 0, 1, None]),
         ("threads", ["2", 2.0, True]),
     ],

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from moetier.runtime.engine.sequence import Finish, Request
 from moetier.runtime.generation.conversation import PLAIN_STOP
-from moetier.runtime.generation.decoding import behind
-from moetier.runtime.generation.prompt_cache import PromptCache
 from moetier.runtime.model.vocabulary import check_ids
 from moetier.tools.cli.failure import show
 from moetier.tools.cli.progress import prompt_bar
 from moetier.tools.cli.report import Timing, tokens_text
 
+if TYPE_CHECKING:  # it imports transformers, which ``loaded`` does in less time and memory
+    from moetier.runtime.engine.engine import Engine
+
 END, CUT, INTERRUPTED = "stop", "length", "interrupted"
+REASONS = {Finish.END: END, Finish.LENGTH: CUT, Finish.CANCELLED: INTERRUPTED}
 
 
 class Leave(KeyboardInterrupt):
@@ -52,10 +56,11 @@ class Answer:
     text: str
     finish_reason: str  # END, CUT (the limit of tokens was reached) or INTERRUPTED
     prompt_tokens: int
-    kept_tokens: int  # prompt tokens that were in the prompt cache
+    kept_tokens: int  # prompt tokens whose keys and values were kept
     timing: Timing  # its prompt tokens are those computed or, after an interruption, those added to the cache
     hits: int  # demands that found their record in the fastest tier
     misses: int  # all other demands
+    ids: tuple[int, ...] = ()  # tokens of the prompt and the answer
 
     @property
     def hit_ratio(self) -> float:
@@ -95,62 +100,52 @@ class Answer:
 class Answering:
     """A loaded model that answers the prompts of one conversation, one after the other."""
 
-    def __init__(self, model: Any, tokenizer: Any, decoding: dict[str, Any], *, chunk: int, is_plain: bool) -> None:
-        """Answer with ``decoding``, which ``decoding_of`` returned, and compute prompts in chunks of ``chunk`` tokens.
+    def __init__(
+        self, model: Any, tokenizer: Any, engine: Engine, decoding: dict[str, Any], *, seed: int, is_plain: bool
+    ) -> None:
+        """Answer with ``engine`` and ``decoding``, which ``decoding_of`` returned. Each answer has another seed.
 
         ``is_plain`` means that the model has no chat template. Such a model may go on to write the user's next message,
         so its text is cut at PLAIN_STOP.
         """
         self._model = model
         self._tokenizer = tokenizer
-        self._decoding = decoding | ({"stop_strings": [PLAIN_STOP]} if is_plain else {})
+        self._engine = engine
+        self._decoding = decoding
+        self._seeds = itertools.count(seed)
         self._stop = PLAIN_STOP if is_plain else ""
-        self._chunk = chunk
-        self.kept = PromptCache(model)
 
     def answer(self, ids: list[int], *, most: int, is_interrupted: Callable[[], bool], echo: bool) -> Answer:
         """Return an answer of at most ``most`` tokens to the prompt ``ids``, a list of token ids.
 
-        If ``echo``, print the text while it is generated. ``is_interrupted`` is called between two layers while the
-        prompt is computed, and after each token. The answer ends when it returns True. Raises ConfigError if the model
-        has no embedding for one of ``ids``.
+        If ``echo``, print the text while it is generated. The answer ends when ``is_interrupted`` returns True, at the
+        next layer of the prompt or the next token. Raises ConfigError if the model has no embedding for one of ``ids``.
         """
         from moetier.runtime.generation.streamer import TimedStreamer
 
         check_ids(self._model, self._tokenizer, ids)
         before = self._model.tiers.stats()[-1]
-        known = self.kept.begin(ids)
         streamer = TimedStreamer(
             self._tokenizer, echo=show if echo else None, skip_special_tokens=True, stop=self._stop
         )
-        sequence = ids
+        stream = self._engine.stream(Request(tuple(ids), most, self._decoding, next(self._seeds)))
+        sequence = stream.sequence
         try:
-            with prompt_bar(self._model, len(ids) - known, self._chunk):
-                sequence = self.kept.generate(
-                    ids,
-                    chunk=self._chunk,
-                    should_stop=is_interrupted,
-                    tokenizer=self._tokenizer,
-                    streamer=streamer,
-                    **behind(len(ids), self._decoding) | {"max_new_tokens": most},
-                )
+            with prompt_bar(self._model, sequence, self._model.tiers.prefill_chunk):
+                streamer.take(stream.tokens(is_interrupted))
         finally:
-            if echo and len(sequence) == len(ids):  # an error or Ctrl-C may have come within a line of text
+            if echo and not sequence.new_tokens:  # an error or Ctrl-C may have come within a line of text
                 print(flush=True)
         after = self._model.tiers.stats()[-1]
-        computed = len(ids) - known if streamer.tokens else max(self.kept.length - known, 0)
+        assert sequence.finish is not None
+        computed = min(sequence.computed, len(ids)) - sequence.cached
         return Answer(
             streamer.text.strip() if self._stop else streamer.text,
-            self._why(streamer, sequence, most, is_interrupted()),
+            END if streamer.stopped else REASONS[sequence.finish],
             len(ids),
-            known,
+            sequence.cached,
             Timing(computed, streamer.tokens, *streamer.seconds, min(streamer.tokens, 1)),
             after.hits - before.hits,
             after.misses - before.misses,
+            tuple(sequence.ids),
         )
-
-    def _why(self, streamer: Any, sequence: list[int], most: int, is_interrupted: bool) -> str:
-        ends = self._model.generation_config.eos_token_id
-        if streamer.stopped or (streamer.tokens and sequence[-1] in (ends if isinstance(ends, list) else [ends])):
-            return END
-        return CUT if streamer.tokens == most else INTERRUPTED if is_interrupted else END

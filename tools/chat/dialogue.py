@@ -184,7 +184,7 @@ class Dialogue:
             print(json.dumps(answer.to_json()), flush=True)
         self.say(answer.line())
         if answer.text:  # else leave out the question, too: templates require that questions and answers alternate
-            self._conversation.add(text, answer.text)
+            self._conversation.add(text, answer.text, answer.ids)
 
     def _stats(self, _: str) -> None:
         if self._json:
@@ -194,7 +194,6 @@ class Dialogue:
 
     def _reset(self, _: str) -> None:
         self._conversation.reset()
-        self._answering.kept.clear()
 
     def _save(self, name: str) -> None:
         from moetier.tiers.store.atomic import write_durably

@@ -19,13 +19,12 @@ _log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def loaded(directory: Path, resources: dict[str, Any], *, sequences: int = 1) -> Iterator[tuple[Any, Any, float]]:
+def loaded(directory: Path, resources: dict[str, Any]) -> Iterator[tuple[Any, Any, float]]:
     """Load a model. Yield it with its tokenizer and the seconds that loading took. Close its tiers after the block.
 
-    ``resources`` are the keyword arguments of ``load``. Their ``context`` is the total for all ``sequences`` that run
-    at a time. A warning is logged if memory is short, if the budget exceeds the machine's memory, or if the context
-    exceeds the one that the model was trained for. Raises MoetierError if the model can't be loaded, or has no
-    tokenizer.
+    ``resources`` are the keyword arguments of ``load``. A warning is logged if memory is short, if the budget exceeds
+    the machine's memory, or if the context exceeds the one that the model was trained for. Raises MoetierError if the
+    model can't be loaded, or has no tokenizer.
     """
     if short := shortage():
         _log.warning("%s", short)
@@ -55,12 +54,12 @@ def loaded(directory: Path, resources: dict[str, Any], *, sequences: int = 1) ->
                 if directory.is_file()
                 else "Copy the tokenizer files of the model into it.",
             )
-        _warn(model, resources["ram"], resources["context"] // sequences)
+        _warn(model, resources["ram"], resources["context"])
         yield model, tokenizer, seconds
 
 
-def _warn(model: Any, ram: str | None, context: int) -> None:
-    from moetier.runtime.config import DEFAULT_CONTEXT, Size, format_bytes
+def _warn(model: Any, ram: str | None, context: int | None) -> None:
+    from moetier.runtime.config import Size, format_bytes
     from moetier.runtime.machine.memory import exceeded
     from moetier.runtime.model.context import longest_context
 
@@ -72,5 +71,5 @@ def _warn(model: Any, ram: str | None, context: int) -> None:
             format_bytes(limits.bytes),
             limits.limiter,
         )
-    if (trained := longest_context(model.config)) and context > trained and context != DEFAULT_CONTEXT:
+    if context is not None and (trained := longest_context(model.config)) and context > trained:
         _log.warning("--context %d is more than the %d tokens that the model was trained for.", context, trained)

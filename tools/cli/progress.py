@@ -15,7 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from moetier.runtime.config import format_bytes
-from moetier.runtime.generation.decoding import chunks_of
+from moetier.runtime.engine.sequence import Sequence
 
 from .failure import plain
 
@@ -86,11 +86,11 @@ def shown(label: str) -> Callable[[int], contextlib.AbstractContextManager[Calla
 
 
 @contextlib.contextmanager
-def prompt_bar(model: Any, tokens: int, chunk: int) -> Iterator[None]:
-    """Show a bar while ``model`` computes a prompt in the ``with`` block, if standard error is a terminal.
+def prompt_bar(model: Any, sequence: Sequence, chunk: int) -> Iterator[None]:
+    """Show a bar while the prompt of ``sequence`` is computed in the ``with`` block, if standard error is a terminal.
 
-    The bar advances with each block of experts. It disappears before the first text is printed. ``tokens`` of the
-    prompt are computed, in chunks of at most ``chunk``.
+    The bar advances with each block of experts. It disappears before the first text is printed. ``chunk`` is the most
+    tokens that are computed together.
     """
     if not sys.stderr.isatty():
         yield
@@ -99,11 +99,10 @@ def prompt_bar(model: Any, tokens: int, chunk: int) -> Iterator[None]:
     from moetier.runtime.moe.gates import Observer
 
     modules = experts_modules(model).values()
-    total = len(modules) * (-(-tokens // chunk) if chunks_of(model, tokens, chunk) else 1)
     bar = tqdm(
-        total=total,
-        desc=f"prompt of {tokens:,} tokens",
-        bar_format="{l_bar}{bar}| {elapsed}<{remaining}",
+        total=len(sequence.request.ids),
+        desc=f"prompt of {len(sequence.request.ids):,} tokens",
+        bar_format="{l_bar}{bar}| {n:.0f} of {total_fmt} computed, {elapsed}<{remaining}",
         delay=PROMPT_SECONDS,
         leave=False,
     )
@@ -116,8 +115,9 @@ def prompt_bar(model: Any, tokens: int, chunk: int) -> Iterator[None]:
         bar.close()
 
     def advance() -> None:
-        bar.update()
-        if bar.n >= total:  # the last block begins
+        bar.total = len(sequence.request.ids) - sequence.cached
+        bar.update(min(chunk, sequence.remaining) / len(modules))
+        if bar.n > bar.total - 0.5:  # the last block begins
             end()
 
     try:

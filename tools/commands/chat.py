@@ -6,8 +6,6 @@ import argparse
 import sys
 
 from moetier.runtime.generation.conversation import Conversation
-from moetier.runtime.generation.decoding import longest_prompt
-from moetier.runtime.model.context import longest_context
 from moetier.tools.chat.answer import Answering
 from moetier.tools.chat.dialogue import ChatInput, Dialogue
 from moetier.tools.cli.arguments import (
@@ -46,40 +44,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_decoding_arguments(parser, new_tokens=NEW_TOKENS)
     add_prefill_argument(parser)
     add_speculation_arguments(parser)
-    add_resource_arguments(parser, context="maximum length of the conversation, in tokens; memory is reserved for it")
-    show_first(parser, "--ram", "--context", "--system", "--max-new-tokens", "--temperature")
+    add_resource_arguments(
+        parser,
+        context="maximum length of the conversation, in tokens (default: what fits into --kv-cache, at most the "
+        "model's own length)",
+    )
+    show_first(parser, "--ram", "--kv-cache", "--context", "--system", "--max-new-tokens", "--temperature")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Run the command. Raises MoetierError."""
     resources = resources_of(arguments)
-    decoding, most = decoding_of(arguments), arguments.max_new_tokens
+    decoding = decoding_of(arguments)
+    most: int = decoding.pop("max_new_tokens")
     status: bool = sys.stderr.isatty() if arguments.status is None else arguments.status
     if status and sys.stderr.isatty():
         print(f"loading {plain(str(arguments.directory))} ...", file=sys.stderr, flush=True)
     with loaded(arguments.directory, resources) as (model, tokenizer, _):
-        import torch
+        from moetier.runtime.engine.engine import Engine
 
-        torch.manual_seed(arguments.seed)
-        limits = longest_context(model.config), longest_prompt(model)
-        context = min([arguments.context, *(tokens for tokens in limits if tokens is not None)])
-        conversation = Conversation(
-            tokenizer, system=arguments.system, context=context, room=min(most, context // ROOM)
-        )
-        answering = Answering(
-            model, tokenizer, decoding, chunk=model.tiers.prefill_chunk, is_plain=conversation.is_plain
-        )
-        dialogue = Dialogue(
-            conversation,
-            answering,
-            model.tiers,
-            DaemonWatch(model.tiers),
-            most=most,
-            as_json=arguments.json,
-            status=status,
-        )
-        dialogue.say(f"{arguments.directory}, experts of {model.tiers.where}; a context of {context:,} tokens")
-        if conversation.is_plain:
-            dialogue.say("the model has no chat template: a plain one is used, which the model may not understand")
-        dialogue.say("/help lists the commands")
-        dialogue.talk(ChatInput())
+        with Engine.of(model) as engine:
+            context = engine.context
+            conversation = Conversation(
+                tokenizer, system=arguments.system, context=context, room=min(most, context // ROOM)
+            )
+            answering = Answering(
+                model, tokenizer, engine, decoding, seed=arguments.seed, is_plain=conversation.is_plain
+            )
+            dialogue = Dialogue(
+                conversation,
+                answering,
+                model.tiers,
+                DaemonWatch(model.tiers),
+                most=most,
+                as_json=arguments.json,
+                status=status,
+            )
+            dialogue.say(f"{arguments.directory}, experts of {model.tiers.where}; {model.tiers.describe_context()}")
+            if conversation.is_plain:
+                dialogue.say("the model has no chat template: a plain one is used, which the model may not understand")
+            dialogue.say("/help lists the commands")
+            dialogue.talk(ChatInput())

@@ -8,7 +8,7 @@ import resource
 import sys
 from typing import Any
 
-from moetier.runtime.generation.decoding import behind, chunks_of, encode, warn_if_cut, within_context
+from moetier.runtime.generation.decoding import behind, encode, warn_if_cut, within_context
 from moetier.runtime.model.context import first_ids, longest_context
 from moetier.tiers.errors import ConfigError
 from moetier.tools.cli.arguments import (
@@ -61,20 +61,28 @@ def run(arguments: argparse.Namespace) -> None:
         import torch
         import transformers
 
+        from moetier.runtime.engine.engine import Engine
+        from moetier.runtime.engine.sampling import generates_itself
+        from moetier.runtime.engine.sequence import Request
         from moetier.runtime.generation.streamer import TimedStreamer
 
         if arguments.prompt is None and len(prompt) == AT_FIRST:
             prompt = read_on(prompt, model, tokenizer)
         inputs = encode(model, tokenizer, prompt)
         tokens = inputs["input_ids"].shape[1]
-        torch.manual_seed(arguments.seed)
         watch = DaemonWatch(model.tiers)
         streamer = TimedStreamer(tokenizer, echo=None if arguments.json else show)
-        given = behind(tokens, within_context(model, tokens, decoding))
+        given = dict(within_context(model, tokens, decoding))
         try:
-            with prompt_bar(model, tokens, model.tiers.prefill_chunk):
-                chunks = chunks_of(model, tokens, model.tiers.prefill_chunk)
-                model.generate(**inputs, **given, **chunks, streamer=streamer)
+            if generates_itself(model):
+                torch.manual_seed(arguments.seed)
+                streamer.take(model.generate(**inputs, **behind(tokens, given))[0, tokens:].tolist())
+            else:
+                most = given.pop("max_new_tokens")
+                with Engine.of(model, tokens=tokens + most) as engine:
+                    stream = engine.stream(Request(tuple(inputs["input_ids"][0].tolist()), most, given, arguments.seed))
+                    with prompt_bar(model, stream.sequence, model.tiers.prefill_chunk):
+                        streamer.take(stream)
         except BaseException:
             if streamer.text and not arguments.json:
                 print(flush=True)  # so that the error message begins on a line of its own

@@ -9,13 +9,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from moetier.runtime.config import CACHE, DEFAULT_CONTEXT, OPTIONS, format_bytes
+from moetier.runtime.config import CACHE, OPTIONS, format_bytes
 from moetier.tools.cli.arguments import add_option, add_prefill_argument, numbers
 from moetier.tools.cli.failure import plain
 from moetier.tools.cli.parser import source
 from moetier.tools.cli.report import table
 
-RESOURCES = ("ram", "device_memory", "device", "threads")  # options of TierConfig that plan has, too
+RESOURCES = (
+    "ram",
+    "context",
+    "kv_cache",
+    "device_memory",
+    "device",
+    "threads",
+)  # options of TierConfig that plan has, too
 EXAMPLES = (
     "moetier plan Qwen/Qwen3-30B-A3B",
     "moetier plan mistralai/Mixtral-8x7B-v0.1 --bits 4,3 --ram 12GiB",
@@ -40,8 +47,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ram = replace(OPTIONS["ram"], help="host memory for experts (default: as much as generate would use)")
     for option in (ram, *(OPTIONS[name] for name in RESOURCES[1:])):
         add_option(parser, option)
-    shorter = f"length of the context (default: {DEFAULT_CONTEXT}, or the model's maximum if that is less)"
-    add_option(parser, replace(OPTIONS["context"], default=None, help=shorter))
     add_prefill_argument(parser)
     parser.add_argument(
         "--into",
@@ -63,7 +68,6 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.source,
         bits=arguments.bits,
         trunk_bits=arguments.trunk_bits,
-        context=arguments.context,
         into=arguments.into,
         disk=arguments.disk,
         cache=[(name, getattr(arguments, name)) for name in CACHE],
@@ -109,10 +113,19 @@ def _heading(forecast: dict[str, Any], best: dict[str, Any]) -> list[str]:
         f"{machine['workers']} CPUs",
         f"disk     {format_bytes(machine['disk_free_bytes'])} free, {disk:.2f} GB/s ({machine['disk_by']})",
         f"trunk    {sizes}",
-        f"context  {forecast['context']} tokens: {format_bytes(memory['kv_cache_bytes'])} of keys and values; "
-        f"{best['prefill_chunk']} tokens of a prompt are computed together: {format_bytes(memory['computing_bytes'])}",
+        f"context  {forecast['context']} tokens: {format_bytes(memory['kv_cache_bytes'])} of keys and values"
+        f"{_at_the_end(best)}; {best['prefill_chunk']} tokens of a prompt are computed together: "
+        f"{format_bytes(memory['computing_bytes'])}",
         *_cold_start(forecast["cold_start"]),
     ]
+
+
+def _at_the_end(best: dict[str, Any]) -> str:
+    """Return how fast a choice decodes at the end of a long context, which has more keys and values to read."""
+    decode = best["decode"]
+    if decode is None or decode["tokens_per_s_at_the_end"] > 0.99 * decode["tokens_per_s"]:
+        return ""
+    return f", {_rate(decode['tokens_per_s_at_the_end'])} tokens/s at the end, {_rate(decode['tokens_per_s'])} before"
 
 
 def _cold_start(cold: dict[str, Any] | None) -> list[str]:

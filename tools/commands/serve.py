@@ -34,14 +34,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_serving_arguments(parser)
     add_resource_arguments(
-        parser, context="maximum length of a prompt with its answer, in tokens; memory is reserved for it"
+        parser,
+        context="maximum length of a prompt with its answer, in tokens (default: what fits into --kv-cache, at "
+        "most the model's own length)",
     )
-    show_first(parser, "--ram", "--context", "--host", "--port", "--api-key-file", "--parallel")
+    show_first(parser, "--ram", "--kv-cache", "--context", "--host", "--port", "--api-key-file", "--parallel")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Serve until SIGTERM or SIGINT. Raises MoetierError."""
-    resources = resources_of(arguments, context=arguments.context * arguments.parallel)
+    resources = resources_of(arguments, sequences=arguments.parallel)
     name = served_name(arguments.directory, arguments.name)
     key = api_key(arguments.api_key_file)
     check_packages("moetier serve")
@@ -56,15 +58,14 @@ def run(arguments: argparse.Namespace) -> None:
         from moetier.runtime.model.same_bits import bits_of, varying_part_here
         from moetier.tools.serve.serving import serving
 
-        with serving(arguments.directory, resources, arguments, name=name, key=key) as (app, engine):
-            tiers, context = engine.model.tiers, engine.context
-            bits = bits_of(varying_part_here(engine.model))
+        with serving(arguments.directory, resources, arguments, name=name, key=key) as (app, service):
+            tiers, bits = service.model.tiers, bits_of(varying_part_here(service.model))
             Server(
                 app,
                 connections=arguments.parallel + arguments.queue + SPARE_CONNECTIONS,
                 ready=lambda: print(
-                    f"{name}, experts of {tiers.where}, a context of {context:,} tokens, {bits}: {url_of(bound)}/v1",
+                    f"{name}, experts of {tiers.where}, {tiers.describe_context()}, {bits}: {url_of(bound)}/v1",
                     flush=True,
                 ),
-                ending=engine.cut,
+                ending=service.cut,
             ).serve_until_told(bound)

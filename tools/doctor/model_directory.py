@@ -60,10 +60,10 @@ def _fit(directory: Path, left: Available) -> tuple[Fit, int]:
 
         device = chosen_device("auto")
         model_choices = open_choices(directory)
-    config = model_choices.with_context(TierConfig.of_command())
     choice = next((candidate for candidate in model_choices.choices if candidate.as_it_is), model_choices.choices[0])
     room = MachineRoom.measure(device, directory, left, 0)
-    return fit_of(model_choices, choice, config, room, device.kernels()), config.context
+    fit = fit_of(model_choices, choice, TierConfig.of_command(), room, device.kernels())
+    return fit, fit.needs.kv.context
 
 
 def _all_fit(directory: Path, root: Path) -> bool:

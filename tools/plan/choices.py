@@ -30,9 +30,7 @@ from moetier.runtime.checkpoint.safetensors_folder import (
     read_places,
     weights_of,
 )
-from moetier.runtime.config import TierConfig
 from moetier.runtime.formats.tensors import SourceTensor, StoredTensor, listed
-from moetier.runtime.model.context import context_of
 from moetier.runtime.moe.linear import matrix_layout
 from moetier.runtime.stores.checkpoint_store import table_of
 from moetier.tiers.errors import CheckpointError, ConfigError, StoreError
@@ -192,10 +190,6 @@ class ModelChoices:
         if self.headers is not None and self.headers.nbytes is not None:
             return self.headers.nbytes
         return max(choice.disk_bytes for choice in self.choices)
-
-    def with_context(self, config: TierConfig) -> TierConfig:
-        """Return ``config`` with the context that memory is reserved for, as ``context_of`` chooses it."""
-        return replace(config, context=context_of(self.model.config, config))
 
     def chosen(self, bits: Collection[int] | None, trunk_bits: Collection[int] | None) -> list[Choice]:
         """Return the choices with the given bits; None stands for any. Raises ConfigError if there are none."""

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from moetier.runtime.kernels.layer.paged_cache import PAGE
 from moetier.runtime.model.names import tag_of
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.store.checksum import PIECE_BYTES
@@ -81,6 +82,7 @@ LAYER_OPERATIONS = 100.0  # for a layer, which compiled code computes in two cal
 MISS_OPERATIONS = 200.0  # for each record that is read: threads wait for each other
 PASSING_OPERATIONS = 1000.0  # the same if a prompt needs more experts than a block has slots: little is read ahead
 PROMPT_LAYER_OPERATIONS, PROMPT_EXPERT_OPERATIONS = 4000.0, 430.0  # in a prompt, whose tokens are sorted by expert
+CONTEXT_TOKENS = 4096  # tokens of context, or all of a shorter one, for which the speed of decoding is estimated
 PROMPT_TOKENS = 512  # length of the prompt whose rate is estimated
 MEMORY_BOUND = 0.6  # if reading memory takes more than this share of the time without the disk, it is the limit
 
@@ -148,7 +150,7 @@ class Caching:
 def token_cost(choice: Choice, caching: Caching, rates: MachineRates, cache_bytes: int) -> tuple[Cost, float]:
     """Return the cost of decoding a token, and the bytes that it reads from the disk.
 
-    ``cache_bytes``: size of the keys and values of its context.
+    ``cache_bytes``: size of the keys and values that it attends to.
     """
     missing = misses = experts = disk = 0.0
     for number, block in enumerate(choice.manifest.blocks):
@@ -205,7 +207,6 @@ def estimate(
     room: MachineRoom,
     speeds: Speeds,
     *,
-    context: int,
     options: Sequence[str],
     pulls: bool = False,
 ) -> dict[str, Any]:
@@ -214,7 +215,6 @@ def estimate(
     Args:
         fits: the choices to estimate, each with its slots and bytes on this machine (see ``Fit``).
         best: the one of ``fits`` that is recommended.
-        context: length of the context in tokens.
         options: options of `moetier generate` to recommend, as words of a command line.
         pulls: whether to recommend `moetier pull`, not `moetier convert`.
     """
@@ -232,11 +232,11 @@ def estimate(
         "experts": max(block.experts for block in manifest.blocks),
         "top_k": max(block.top_k for block in manifest.blocks),
         "records": manifest.record_count,
-        "context": context,
+        "context": best.needs.kv.context,
         "prompt_tokens": PROMPT_TOKENS,
         "machine": _machine(room, speeds),
         "choices": [_choice(model_choices, fit, room, speeds) for fit in fits],
-        "recommended": _recommended(model_choices, best, context, options, None if pulls else room.into),
+        "recommended": _recommended(model_choices, best, options, None if pulls else room.into),
     }
 
 
@@ -287,9 +287,17 @@ def _choice(model_choices: ModelChoices, fit: Fit, room: MachineRoom, speeds: Sp
         "prefill": None,
     }
     if speeds.rates is not None:
-        token, read = token_cost(choice, caching, speeds.rates, fit.needs.cache)
+        kv = fit.needs.kv
+        nbytes = min(kv.nbytes, kv.page_bytes * -(-CONTEXT_TOKENS // PAGE))
+        token, read = token_cost(choice, caching, speeds.rates, nbytes)
+        last, _ = token_cost(choice, caching, speeds.rates, kv.page_bytes * -(-kv.context // PAGE))
         prompt = prompt_cost(choice, caching, speeds.rates)
-        entry["decode"] = {"tokens_per_s": 1 / token.seconds, "read_bytes_per_token": read, **token.to_json()}
+        entry["decode"] = {
+            "tokens_per_s": 1 / token.seconds,
+            "tokens_per_s_at_the_end": 1 / last.seconds,
+            "read_bytes_per_token": read,
+            **token.to_json(),
+        }
         entry["prefill"] = {"tokens_per_s": PROMPT_TOKENS / prompt.seconds, **prompt.to_json()}
     return entry
 
@@ -314,9 +322,7 @@ def _conversion(model_choices: ModelChoices, choice: Choice, speeds: Speeds) -> 
     return max(moved, quantised)
 
 
-def _recommended(
-    model_choices: ModelChoices, best: Fit, context: int, options: Sequence[str], into: Path | None
-) -> dict[str, Any]:
+def _recommended(model_choices: ModelChoices, best: Fit, options: Sequence[str], into: Path | None) -> dict[str, Any]:
     """Return the recommended bits, and command lines to make and to run the model.
 
     ``into``: the folder for `moetier convert`; None to recommend `moetier pull`.
@@ -334,7 +340,7 @@ def _recommended(
             stem = model_choices.name.rpartition("/")[2]
             directory = str(into / (f"{stem}-native" if choice.native else f"{stem}-{choice.bits}bit"))
             convert = f"moetier convert {source} {shlex.quote(directory)} {choice.options}{code}"
-    words = ["moetier", "generate", directory, *options, "--context", str(context), "Once upon a time"]
+    words = ["moetier", "generate", directory, *options, "Once upon a time"]
     return {
         "bits": choice.bits,
         "trunk_bits": choice.trunk_bits,

@@ -91,7 +91,8 @@ def fit_of(model_choices: ModelChoices, choice: Choice, config: TierConfig, room
     """
     manifest, model = choice.manifest, model_choices.model
     trunk = 0 if room.device.has_memory else choice.trunk_bytes
-    needs = Needs.of(model, manifest, config, kernels, context=config.context, trunk=trunk, matrices=choice.matrices)
+    free = room.host if room.on_device is None else _without(room.on_device, choice.trunk_bytes)
+    needs = Needs.of(model, manifest, config, kernels, available=free, trunk=trunk, matrices=choice.matrices)
     memory = ModelMemory(manifest, config, room.device, needs)
     slots: Mapping[str, int] = {}
     device_slots, arena, problem, limited = None, 0, _disk_problem(model_choices, choice, room), room.host
@@ -99,13 +100,17 @@ def fit_of(model_choices: ModelChoices, choice: Choice, config: TierConfig, room
         slots = memory.host_slots(room.host)
         if room.on_device is not None:
             limited = room.on_device
-            device_slots = memory.device_slots(replace(limited, bytes=max(limited.bytes - choice.trunk_bytes, 0)))
+            device_slots = memory.device_slots(free)
         arena = ArenaLayout.of(manifest, slots).nbytes
     except BudgetError as error:
         problem, slots = problem or _memory_problem(error, choice, memory.needs, config, limited, room), {}
     if problem:
         slots, device_slots = {}, None
     return Fit(choice, memory.needs, slots, device_slots, arena, problem)
+
+
+def _without(available: Available, nbytes: int) -> Available:
+    return replace(available, bytes=max(available.bytes - nbytes, 0))
 
 
 def _disk_problem(model_choices: ModelChoices, choice: Choice, room: MachineRoom) -> MoetierError | None:
@@ -141,7 +146,7 @@ def _memory_problem(
     else:
         needed = needed_bytes(needs.reserve + least) + choice.trunk_bytes
         what = (
-            f"the trunk ({format_bytes(choice.trunk_bytes)}), a context of {config.context} tokens "
+            f"the trunk ({format_bytes(choice.trunk_bytes)}), a context of {needs.kv.context} tokens "
             f"({format_bytes(needs.reserve)}) and {experts} need {format_bytes(needed)}"
         )
     on_gpu = limited is room.on_device
@@ -185,9 +190,10 @@ def impossible(asked: Sequence[Fit], evaluate: Callable[[TierConfig], list[Fit]]
             nearest = max(fits, key=lambda fit: (fit.choice.bits, fit.choice.trunk_bits))
             context = f" --context {tried.context}" if tried.context != config.context else ""
             return type(problem)(problem.cause, f"{nearest.choice.options}{context} works. {problem.fix}")
-        if tried.context <= LEAST_CONTEXT:
+        tokens = tried.context or max(fit.needs.kv.context for fit in asked)
+        if tokens <= LEAST_CONTEXT:
             return type(problem)(problem.cause, f"Other bits or a shorter context would not help. {problem.fix}")
-        tried = replace(tried, context=max(tried.context // 2, LEAST_CONTEXT))
+        tried = replace(tried, context=max(tokens // 2, LEAST_CONTEXT))
 
 
 def memory_of(fit: Fit, room: MachineRoom) -> dict[str, Any]:
@@ -196,8 +202,8 @@ def memory_of(fit: Fit, room: MachineRoom) -> dict[str, Any]:
     parts = {
         "idle_bytes": room.idle_bytes,
         "trunk_bytes": fit.choice.trunk_bytes,
-        "kv_cache_bytes": fit.needs.cache,
-        "computing_bytes": fit.needs.reserve - fit.needs.cache,
+        "kv_cache_bytes": fit.needs.kv.nbytes,
+        "computing_bytes": fit.needs.reserve - fit.needs.kv.nbytes,
         "experts_bytes": fit.arena_bytes,
     }
     beside = () if on_host else ("trunk_bytes", "kv_cache_bytes", "computing_bytes")  # these are on the device

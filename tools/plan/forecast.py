@@ -26,7 +26,6 @@ def plan(
     *,
     bits: list[int] | None = None,
     trunk_bits: list[int] | None = None,
-    context: int | None = None,
     into: Path | None = None,
     disk: float | None = None,
     cache: Sequence[tuple[str, Any]] = (),
@@ -39,20 +38,19 @@ def plan(
         source: a checkpoint's folder, a hub id, a GGUF file or a model directory.
         bits: bits per expert weight to choose from; None: all.
         trunk_bits: bits per weight of the trunk to choose from; None: all.
-        context: tokens; None: the default, but not longer than the model's maximum, or the prefill chunk if that is
-            more.
         into: folder whose disk is measured; None: for a hub id the folder of pulled models, else the current folder.
         disk: speed of the disk in GB/s; None: measure it.
         cache: names and values of the options of an object store's cache, for the recommended command line.
         say: called with a line of progress before each measurement that takes long.
-        resources: ``ram``, ``device_memory``, ``device``, ``threads`` and ``prefill_chunk``, as in ``load``.
+        resources: ``ram``, ``context``, ``kv_cache``, ``device_memory``, ``device``, ``threads`` and ``prefill_chunk``,
+            as in ``load``.
     """
     _check(bits, trunk_bits, disk)
     pulls = into is None and not Path(source).exists()
     place = nearest_folder(models_folder()) if pulls else into or Path()
     if not place.is_dir():
         raise TargetError(f"{place} is not a folder.", "Create it, or name another folder with --into.")
-    config = TierConfig.of_command(**resources if context is None else resources | {"context": context})
+    config = TierConfig.of_command(**resources)
     if short := shortage():
         _log.warning("%s", short)
     say(f"reading the configuration of {source}")
@@ -79,8 +77,6 @@ def plan(
     kernels, room = device.kernels(), MachineRoom.measure(device, place, memory_for_model(), resident_bytes())
     model_choices = open_choices(source)
     chosen = model_choices.chosen(bits, trunk_bits)
-    if context is None:
-        config = model_choices.with_context(config)
 
     def evaluate(tried: TierConfig) -> list[Fit]:
         return [fit_of(model_choices, choice, tried, room, kernels) for choice in model_choices.choices]
@@ -92,9 +88,7 @@ def plan(
     choices = [fit.choice for fit in working]
     speeds = Speeds.measure(model_choices, choices, room, disk, config.threads or usable_cpus())
     words = _words(resources)
-    forecast = estimate(
-        model_choices, fits, working[0], room, speeds, context=config.context, options=words, pulls=pulls
-    )
+    forecast = estimate(model_choices, fits, working[0], room, speeds, options=words, pulls=pulls)
     cold = _cold_start(source, forecast, cache) if model_choices.headers is None else {"cold_start": None}
     return forecast | cold
 
@@ -110,7 +104,8 @@ def _check(bits: list[int] | None, trunk_bits: list[int] | None, disk: float | N
 
 def _words(resources: dict[str, Any]) -> list[str]:
     """Return those ``resources`` that differ from the defaults of `moetier generate`, as words of a command line."""
-    return command_words((name, value) for name, value in resources.items() if value != COMMAND_OPTIONS[name].default)
+    given = {name: resources[name] for name in COMMAND_OPTIONS if name in resources}
+    return command_words((name, value) for name, value in given.items() if value != COMMAND_OPTIONS[name].default)
 
 
 def _cold_start(source: str | Path, forecast: dict[str, Any], cache: Sequence[tuple[str, Any]]) -> dict[str, Any]:

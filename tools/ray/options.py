@@ -19,7 +19,7 @@ from moetier.tools.cli.settings import SWITCH
 from moetier.tools.serve.options import add_serving_arguments
 
 # options of TierConfig that the replicas get, while the daemons get those of the host tier
-REPLICA = ("context", "device", "device_memory", "exact", "same_bits")
+REPLICA = ("context", "kv_cache", "device", "device_memory", "exact", "same_bits")
 HELP = {
     "ram": 'host memory of each node for experts: "64GiB", which Ray then counts as used, or "50%%" of what is free '
     "(default: 80%%)",
@@ -107,4 +107,4 @@ def daemon_words(arguments: argparse.Namespace) -> list[str]:
 def replica_resources(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Return keyword arguments of ``load`` for a replica, which uses the daemon in ``folder``."""
     values = {name: getattr(arguments, name) for name in ("threads", "prefill_chunk", *REPLICA, *SPECULATION)}
-    return values | {"ram": None, "context": arguments.context * arguments.parallel, "daemon": str(folder)}
+    return values | {"ram": None, "sequences": arguments.parallel, "daemon": str(folder)}

@@ -58,7 +58,7 @@ class Replica:
         )
         folder = hold_daemon(daemon_words(arguments), partial(daemon_bytes, directory, arguments.ram))
         self._closing = contextlib.ExitStack()
-        self._app, self._engine = self._closing.enter_context(
+        self._app, self._service = self._closing.enter_context(
             serving(
                 directory,
                 replica_resources(arguments, folder),
@@ -74,5 +74,5 @@ class Replica:
 
     def check_health(self) -> None:
         """Raise RuntimeError if the replica can't compute answers any more. Ray then replaces the replica."""
-        if not self._engine.is_alive:
+        if not self._service.is_alive:
             raise RuntimeError("The thread that computes answers has failed.")

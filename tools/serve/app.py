@@ -13,22 +13,24 @@ from starlette.routing import Route
 
 from moetier.runtime.daemon.metrics import registry_of
 
+from .answers import AnswerService
 from .completions import ALIVE_SECONDS, ChatCompletions, TextCompletions
-from .engine import Engine
 from .metrics import ServeCollector
 from .middleware import HEALTH, AccessControl, App, RequestLimits, most_bytes
 from .refusal import Refusal
 from .request import UnknownFields, unknown_model
 
 
-def application(name: str, engine: Engine, key: str | None, most: int, *, alive_seconds: float = ALIVE_SECONDS) -> App:
-    """Return an ASGI application that serves the engine's model under ``name``.
+def application(
+    name: str, service: AnswerService, key: str | None, most: int, *, alive_seconds: float = ALIVE_SECONDS
+) -> App:
+    """Return an ASGI application that serves the service's model under ``name``.
 
     ``key`` is the API key that requests must send; None: they need no key. ``most`` is the maximum number of POST
     requests at a time. In ``alive_seconds`` a stream sends at least a comment.
     """
-    tiers = engine.model.tiers
-    registry = registry_of(ServeCollector(name, tiers.stats, engine.tally))
+    tiers = service.model.tiers
+    registry = registry_of(ServeCollector(name, tiers.stats, service.tally, service.prompt_tokens_left))
     card = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "moetier"}
 
     unknown = UnknownFields()
@@ -42,7 +44,7 @@ def application(name: str, engine: Engine, key: str | None, most: int, *, alive_
         return JSONResponse(card)
 
     def health(_: Request) -> Response:
-        if engine.is_alive:
+        if service.is_alive:
             return JSONResponse({"status": "ok"})
         return JSONResponse({"status": "unhealthy", "reason": "cb_worker_dead"}, status_code=503)
 
@@ -56,13 +58,13 @@ def application(name: str, engine: Engine, key: str | None, most: int, *, alive_
             Route("/metrics", metrics),
             Route("/v1/models", models),
             Route("/v1/models/{model:path}", model),
-            Route("/v1/chat/completions", ChatCompletions(name, engine, unknown, alive_seconds), methods=["POST"]),
-            Route("/v1/completions", TextCompletions(name, engine, unknown, alive_seconds), methods=["POST"]),
+            Route("/v1/chat/completions", ChatCompletions(name, service, unknown, alive_seconds), methods=["POST"]),
+            Route("/v1/completions", TextCompletions(name, service, unknown, alive_seconds), methods=["POST"]),
         ],
         exception_handlers={HTTPException: _refused, Exception: _refused},
     )
     app.router.redirect_slashes = False
-    return AccessControl(RequestLimits(app, most, most_bytes(engine.context)), key)
+    return AccessControl(RequestLimits(app, most, most_bytes(service.context)), key)
 
 
 async def _refused(request: Request, error: Exception) -> Response:

@@ -6,7 +6,7 @@ import json
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from functools import partial
 from typing import Any, ClassVar
@@ -15,15 +15,17 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from transformers.cli.serving.utils import BaseHandler, Modality, ReasoningText, ToolCall
 
+from moetier.runtime.engine.sequence import Finish, Request
 from moetier.runtime.generation.conversation import PLAIN_STOP, PLAIN_TEMPLATE
-from moetier.runtime.generation.decoding import SAMPLING
+from moetier.runtime.generation.decoding import SAMPLING, penalties_of, sampling_of
 from moetier.runtime.model.context import counted, first_ids, longest_context
 from moetier.runtime.model.vocabulary import unknown_token
 
-from .engine import Answer, Engine, Job
+from .answers import Answer, AnswerService, Job
 from .middleware import Message, Receive, Send
 from .parsing import AnswerParser, form_of
 from .refusal import Refusal
+from .replay import Turns
 from .request import Body, ChatBody, TextBody, UnknownFields, checked, parsed, unknown_fields
 from .waiting import kept_alive, on_thread
 
@@ -43,13 +45,15 @@ class Completions(ABC):
     stop: tuple[str, ...] = ()  # strings that end every answer
     adds_special_tokens = True  # whether the tokenizer adds its special tokens to the prompt
 
-    def __init__(self, name: str, engine: Engine, unknown: UnknownFields, alive_seconds: float = ALIVE_SECONDS) -> None:
-        """Serve the engine's model under ``name``, and note requests' unknown fields in ``unknown``.
+    def __init__(
+        self, name: str, service: AnswerService, unknown: UnknownFields, alive_seconds: float = ALIVE_SECONDS
+    ) -> None:
+        """Serve the service's model under ``name``, and note requests' unknown fields in ``unknown``.
 
         In ``alive_seconds`` a stream sends at least a comment.
         """
         self._name = name
-        self._engine = engine
+        self._service = service
         self._unknown = unknown
         self._alive_seconds = alive_seconds
 
@@ -59,10 +63,10 @@ class Completions(ABC):
         job, is_stream = await on_thread(
             partial(self._job, (await receive())["body"], Headers(scope=scope).get("content-type", ""))
         )
-        answer = self._engine.submit(job)
+        answer = self._service.submit(job)
         try:
             response: Response
-            async with aclosing(kept_alive(self._events(answer, job), self._alive_seconds)) as events:
+            async with aclosing(kept_alive(self._events(answer, job), self._alive_seconds, answer.say)) as events:
                 if is_stream:
                     response = StreamingResponse(events, media_type="text/event-stream")
                 else:
@@ -80,9 +84,11 @@ class Completions(ABC):
         given = parsed(content, content_type)
         body = checked(given, self.body, self._name)
         self._unknown.note(unknown_fields(given, self.body))
-        model, context = self._engine.model, self._engine.context
+        model, context = self._service.model, self._service.context
         text = self._text(body)
-        ids = first_ids(self._engine.tokenizer, text, context, add_special_tokens=self.adds_special_tokens)
+        ids = self._continued(body) or first_ids(
+            self._service.tokenizer, text, context, add_special_tokens=self.adds_special_tokens
+        )
         if not ids:
             raise Refusal(400, f"{self.prompt}: the prompt has no tokens.", param=self.prompt)
         if len(ids) >= context:
@@ -95,18 +101,23 @@ class Completions(ABC):
                 param=self.prompt,
                 code="context_length_exceeded",
             )
-        if (token := unknown_token(model, self._engine.tokenizer, ids)) is not None:
+        if (token := unknown_token(model, self._service.tokenizer, ids)) is not None:
             message = f"The prompt has the token {token!r}, for which the model has no embedding."
             raise Refusal(400, message, param=self.prompt)
         most = max(NEW_TOKENS, model.generation_config.max_new_tokens or 0)
-        job = Job(
-            ids,
+        asked = {name: body[name] for name in SAMPLING if name in body}
+        request = Request(
+            tuple(ids),
             min(body.get("max_completion_tokens", body.get("max_tokens", most)), context - len(ids)),
-            asked={name: body[name] for name in SAMPLING if name in body},
+            {**sampling_of(asked), **penalties_of(asked)},
             seed=body.get("seed"),
+        )
+        job = Job(
+            request,
             stop=[*body.get("stop", ()), *self.stop],
             parser=self._parser(body, text),
             one_call=body.get("parallel_tool_calls") is False,
+            prompt=text,
         )
         return job, body.get("stream", False)
 
@@ -129,18 +140,31 @@ class Completions(ABC):
         def chunk(choice: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
             return {**head, "choices": [{"index": 0, **choice, "finish_reason": reason}]}
 
-        calls = 0
+        calls, sent = 0, list[dict[str, Any]]()
         for choice in self.opening:
             yield chunk(choice)
         async for piece in answer.pieces():
-            yield chunk(self._choice(piece, calls))
+            sent.append(self._choice(piece, calls))
             calls += isinstance(piece, ToolCall)
-        prompt, new = len(job.ids), answer.new_tokens
-        usage: dict[str, Any] = {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
-        if answer.kept_tokens is not None:
-            usage["prompt_tokens_details"] = {"cached_tokens": answer.kept_tokens}
-        reason = "tool_calls" if calls else "length" if new >= job.most else "stop"
+            yield chunk(sent[-1])
+        self._note(job, answer, sent)
+        prompt, new = len(job.request.ids), answer.new_tokens
+        usage = {
+            "prompt_tokens": prompt,
+            "completion_tokens": new,
+            "total_tokens": prompt + new,
+            "prompt_tokens_details": {"cached_tokens": answer.kept_tokens},
+        }
+        reason = "tool_calls" if calls else "length" if new >= job.request.max_new_tokens else "stop"
         yield {**chunk(self._choice("", calls), reason), "usage": usage}
+
+    def _continued(self, body: dict[str, Any]) -> list[int]:
+        """Return the tokens of a prompt that begins with those of an earlier answer; none if it does not."""
+        return []
+
+    def _note(self, job: Job, answer: Answer, choices: list[dict[str, Any]]) -> None:
+        """Note a complete answer, which was sent as ``choices``: a later prompt may begin with its tokens."""
+        return
 
     @abstractmethod
     def _text(self, body: dict[str, Any]) -> str:
@@ -168,11 +192,14 @@ class ChatCompletions(Completions):
     body, prompt, object, chunk = ChatBody, "messages", "chat.completion", "chat.completion.chunk"
     opening = ({"delta": {"role": "assistant"}},)
 
-    def __init__(self, name: str, engine: Engine, unknown: UnknownFields, alive_seconds: float = ALIVE_SECONDS) -> None:
+    def __init__(
+        self, name: str, service: AnswerService, unknown: UnknownFields, alive_seconds: float = ALIVE_SECONDS
+    ) -> None:
         """As in Completions; with PLAIN_TEMPLATE if the model has no chat template."""
-        super().__init__(name, engine, unknown, alive_seconds)
-        self._form = form_of(engine.model, engine.tokenizer)
-        self._is_plain = not engine.tokenizer.chat_template
+        super().__init__(name, service, unknown, alive_seconds)
+        self._form = form_of(service.model, service.tokenizer)
+        self._is_plain = not service.tokenizer.chat_template
+        self._turns = Turns()
         self.adds_special_tokens = self._is_plain
         if self._is_plain:
             self.stop = (PLAIN_STOP,)
@@ -184,11 +211,30 @@ class ChatCompletions(Completions):
             raise Refusal(400, "tools: the model's chat template does not support tools.", param="tools")
         return text
 
+    def _continued(self, body: dict[str, Any]) -> list[int]:
+        messages = BaseHandler.get_processor_inputs_from_messages(body["messages"], Modality.LLM)
+        render = partial(self._render, body, _tools(body))
+        try:
+            return self._turns.continued(messages, render, self._service.tokenizer, self._service.context)
+        except Refusal:  # the template takes all messages, but not a part of them
+            return []
+
+    def _note(self, job: Job, answer: Answer, choices: list[dict[str, Any]]) -> None:
+        if answer.sequence is not None and answer.sequence.finish is Finish.END:
+            ids = answer.sequence.ids
+            end = self._service.tokenizer.decode(ids[-1:])
+            self._turns.note(job.prompt, [choice["delta"] for choice in choices], ids, end)
+
     def _rendered(self, body: dict[str, Any], tools: list[Any] | None, *, begins_answer: bool = True) -> str:
         messages = BaseHandler.get_processor_inputs_from_messages(body["messages"], Modality.LLM)
+        return self._render(body, tools, messages, begins_answer=begins_answer)
+
+    def _render(
+        self, body: dict[str, Any], tools: list[Any] | None, messages: Sequence[Any], *, begins_answer: bool = True
+    ) -> str:
         try:
-            text: str = self._engine.tokenizer.apply_chat_template(
-                messages,
+            text: str = self._service.tokenizer.apply_chat_template(
+                [*messages],
                 chat_template=PLAIN_TEMPLATE if self._is_plain else None,
                 add_generation_prompt=begins_answer,
                 tools=tools,

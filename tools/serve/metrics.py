@@ -23,6 +23,10 @@ METRICS: dict[str, tuple[type[GaugeMetricFamily | CounterMetricFamily], str, str
     ),
     "new_tokens": (CounterMetricFamily, "new_tokens", "Tokens that were generated."),
 }
+LEFT = (  # names and help texts of the metrics of what is left to compute
+    ("prompt_tokens_left", "Tokens of prompts under way that are not computed yet."),
+    ("prompt_seconds_left", "Seconds until the prompts that have begun are computed, at their speeds so far."),
+)
 
 
 class Tally:
@@ -50,10 +54,18 @@ class ServeCollector(Collector):
     ``model`` is the name that requests use. (A daemon labels its metrics with the name in the store's manifest.)
     """
 
-    def __init__(self, model: str, stats: Callable[[], list[TierStats]], tally: Tally) -> None:
+    def __init__(
+        self,
+        model: str,
+        stats: Callable[[], list[TierStats]],
+        tally: Tally,
+        left: Callable[[], tuple[int, float]] = lambda: (0, 0.0),
+    ) -> None:
+        """``left`` returns how many prompt tokens are not computed yet, and the seconds until they are."""
         self._model = model
         self._stats = stats
         self._tally = tally
+        self._left = left
 
     def collect(self) -> Iterator[Metric]:
         """Yield the metrics."""
@@ -69,3 +81,7 @@ class ServeCollector(Collector):
             metric = family(f"moetier_serve_{name}", meaning, labels=["model"])
             metric.add_metric([self._model], counts[count])
             yield metric
+        for (name, meaning), value in zip(LEFT, self._left(), strict=True):
+            gauge = GaugeMetricFamily(f"moetier_serve_{name}", meaning, labels=["model"])
+            gauge.add_metric([self._model], value)
+            yield gauge

@@ -32,10 +32,10 @@ def add_serving_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--parallel",
         type=COUNT,
-        default=1,
+        default=8,
         metavar="N",
-        help="number of requests to compute together, so that they share loaded experts; each needs memory for its "
-        "own context (default: %(default)s)",
+        help="most requests to compute together, so that they share loaded experts. Their keys and values share "
+        "--kv-cache: those for which it has no room wait (default: %(default)s)",
     )
     parser.add_argument(
         "--queue",

@@ -9,54 +9,49 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moetier.runtime.model.context import longest_context
 from moetier.tiers.errors import ConfigError
 from moetier.tools.cli.loading import loaded
 
 if TYPE_CHECKING:  # transformers is imported by ``loaded``, which takes less time and memory
-    from .engine import Engine
+    from .answers import AnswerService
     from .middleware import App
 
 
 @contextlib.contextmanager
 def serving(
     directory: Path, resources: dict[str, Any], arguments: argparse.Namespace, *, name: str, key: str | None
-) -> Iterator[tuple[App, Engine]]:
-    """Load a model, and yield the application that serves it with its engine. Stop the engine after the block.
+) -> Iterator[tuple[App, AnswerService]]:
+    """Load a model, and yield the application that serves it with its answers. Stop computing after the block.
 
     Args:
         directory: the model directory.
         resources: keyword arguments of ``load``.
-        arguments: the options of ``add_serving_arguments``, and ``context``: most tokens of a prompt and its answer.
+        arguments: the options of ``add_serving_arguments``.
         name: name of the model in requests.
         key: API key that requests must send; None: they need no key.
 
     Raises MoetierError if the model can't be loaded, or its tokenizer can't decode text piece by piece.
     """
-    with loaded(directory, resources, sequences=arguments.parallel) as (model, tokenizer, _):
+    with loaded(directory, resources) as (model, tokenizer, _):
         import transformers
 
         transformers.utils.logging.set_verbosity_error()  # otherwise transformers warns at each request
 
-        from moetier.runtime.generation.decoding import longest_prompt
+        from moetier.runtime.engine.engine import Engine
 
+        from .answers import AnswerService
         from .app import application
-        from .batched import Together
-        from .sequential import OneByOne
 
         if not hasattr(tokenizer, "backend_tokenizer"):
             raise ConfigError(
                 f"The model's tokenizer ({type(tokenizer).__name__}) can't decode text piece by piece.",
                 "Add a tokenizer.json to the model directory.",
             )
-        limits = longest_context(model.config), longest_prompt(model)
-        context = min([arguments.context, *(tokens for tokens in limits if tokens is not None)])
-        parts = model, tokenizer, context, model.tiers.prefill_chunk
-        engine = OneByOne(*parts) if arguments.parallel == 1 else Together(*parts, arguments.parallel)
-        with engine.running():
+        with Engine.of(model, most=arguments.parallel) as engine:
+            service = AnswerService(model, tokenizer, engine)
             try:
                 gc.collect()
                 gc.freeze()  # collections stop all threads: from now on they visit only what requests have made
-                yield application(name, engine, key, arguments.parallel + arguments.queue), engine
+                yield application(name, service, key, arguments.parallel + arguments.queue), service
             finally:
                 gc.unfreeze()

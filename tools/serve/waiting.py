@@ -9,8 +9,6 @@ from typing import TypeVar, cast
 
 T = TypeVar("T")
 
-ALIVE = ": computing\n\n"  # a comment in a stream of server-sent events, which clients ignore
-
 
 async def on_thread(work: Callable[[], T]) -> T:
     """Run ``work`` on another thread and return its result.
@@ -36,17 +34,18 @@ async def on_thread(work: Callable[[], T]) -> T:
         raise
 
 
-async def kept_alive(events: AsyncIterator[str], seconds: float) -> AsyncGenerator[str]:
-    """Yield ``events``, and the comment ALIVE whenever there was no event for ``seconds``.
+async def kept_alive(events: AsyncIterator[str], seconds: float, say: Callable[[], str]) -> AsyncGenerator[str]:
+    """Yield ``events``, and a comment whenever there was no event for ``seconds``. ``say`` returns its text.
 
-    Proxies often close a connection on which nothing arrives for a minute.
+    Clients ignore comments in a stream of server-sent events. Proxies often close a connection on which nothing arrives
+    for a minute.
     """
     upcoming: asyncio.Future[str] | None = None
     try:
         while True:
             upcoming = asyncio.ensure_future(anext(events))
             while not (await asyncio.wait({upcoming}, timeout=seconds))[0]:
-                yield ALIVE
+                yield f": {say()}\n\n"
             try:
                 event = upcoming.result()
             except StopAsyncIteration:

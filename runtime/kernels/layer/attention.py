@@ -13,14 +13,13 @@ import inspect
 import re
 import sys
 from collections.abc import Collection
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import eager_mask, sdpa_mask
 
 from moetier.runtime.kernels.jit.emitter import LANES
 from moetier.runtime.kernels.products.api import CPU, FLOATS, has_memory
@@ -29,7 +28,9 @@ from moetier.runtime.libraries.transformers_internals import attention_of, can_u
 
 from .attend import attend
 from .attention_code import NO_WINDOW
-from .attention_piece import PIECE, STEP
+from .attention_piece import STEP
+from .masks import band_of, causal, causal_mask, sink_mask
+from .packing import attend_to_each, packed_step
 
 _ASKS = r'_attn_implementation\s*(?:==|!=|in|not in)\s[^\n]*"{}"'  # for the attention function of this name
 # what code does with a mask other than give it on, such as to extend it
@@ -37,7 +38,6 @@ _USES_MASK = re.compile(r"\battention_mask\b(?!\s*[,:)]|=[^=])")
 NAME, WITH_SINKS = "moetier_sdpa", "moetier_sinks"  # among transformers' attention functions
 SLICE_BYTES = 32 << 20  # largest size of the scores of queries that an architecture's own function takes together
 SCORE_BYTES = 12  # of one score: as it is, masked, and as a probability, in fp32
-_BAND = "moetier_band"  # name of an attribute of masks
 SINKS = "sinks"  # name of the parameter [heads] of an attention that has them
 # arguments that change no results: positions are in cos and sin, windows in the mask, and hooks take what is output
 HARMLESS = {"position_ids", "sliding_window", "use_cache", "output_router_logits", "output_hidden_states"}
@@ -82,63 +82,6 @@ def _asks_for(name: str, model: PreTrainedModel) -> bool:
         return True
 
 
-class Band(NamedTuple):
-    """What a causal mask shows, if each token attends to the positions up to its own, or to the last of them."""
-
-    first: int  # position of the first key in its sequence
-    window: int  # most positions that a token attends to, its own included
-
-
-def band_of(mask: Tensor | None) -> Band | None:
-    """Return the Band of a mask that ``causal_mask`` or ``sink_mask`` has made; None for other masks.
-
-    transformers gives attention functions no positions, so the mask carries its Band as an attribute. A mask that the
-    architecture's code derives from it has none.
-    """
-    return None if mask is None else vars(mask).get(_BAND)
-
-
-def causal_mask(**given: Any) -> Tensor | None:
-    """Return transformers' mask [batch, 1, tokens, cached] for SDPA; None if tokens attend to all up to their own.
-
-    transformers makes such masks for tokens that follow others, and for a token that attends to a whole sliding window.
-    """
-    may_skip, first = given.get("allow_is_causal_skip", True), given.get("kv_offset", 0)
-    if 1 < given["q_length"] < given["kv_length"]:  # without a mask, SDPA would take the tokens for the first ones
-        given["allow_is_causal_skip"] = False
-    mask: Tensor | None = sdpa_mask(**given)
-    if mask is None or not may_skip:
-        return mask
-    tokens, length = mask.shape[2:]
-    window = length if tokens == 1 else int(mask[0, 0, -1].sum())
-    if not bool((mask == _causal(tokens, length, window, mask.device)).all()):
-        return mask
-    if window == length and first % PIECE == 0:
-        return None
-    vars(mask)[_BAND] = Band(first, NO_WINDOW if window == length else window)
-    return mask
-
-
-def _causal(tokens: int, length: int, window: int, device: torch.device) -> Tensor:
-    """Return the mask [tokens, length] of the last tokens of a sequence: each attends to ``window`` positions."""
-    mask = torch.ones((tokens, length), dtype=torch.bool, device=device).tril(length - tokens)
-    return mask if window == length else mask.triu(length - tokens - window + 1)
-
-
-def sink_mask(**given: Any) -> Tensor | None:
-    """Return transformers' mask [batch, 1, tokens, cached] for an architecture's own function, with its Band.
-
-    Returns None for one token as ``causal_mask`` does.
-    """
-    shown = causal_mask(**given)
-    if shown is None and given["q_length"] == 1:
-        return None
-    mask: Tensor = eager_mask(**given)
-    if (band := Band(0, NO_WINDOW) if shown is None else band_of(shown)) is not None:
-        vars(mask)[_BAND] = band
-    return mask
-
-
 def sink_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **named: Any
 ) -> tuple[Tensor, Tensor | None]:
@@ -147,6 +90,8 @@ def sink_attention(
     ``named`` are ``s_aux``, the sinks [heads], and further arguments of transformers' attention functions.
     """
     sinks, scaling = named.get("s_aux"), named.get("scaling")
+    if (step := packed_step()) is not None:
+        return attend_to_each(step, sink_attention, module, query, named, adds_mask=True)
     is_causal = query.shape[2] == 1 or band_of(attention_mask) is not None  # without a mask, its tokens attend to all
     if sinks is not None and is_causal and not asks_more(named, {"s_aux", "scaling"}):
         y = _attend(query, key, value, attention_mask, scaling, sinks)
@@ -246,6 +191,9 @@ def causal_attention(
     Returns:
         [batch, tokens, heads, values], and None in place of the attention weights.
     """
+    if (step := packed_step()) is not None:
+        named = {"dropout": dropout, "scaling": scaling, "position_bias": position_bias, **kwargs}
+        return attend_to_each(step, causal_attention, module, query, named)
     tokens, length = query.shape[2], key.shape[2]
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if dropout == 0.0 and position_bias is None and kwargs.get("softcap") is None and (tokens == 1 or is_causal):
@@ -253,7 +201,7 @@ def causal_attention(
         if y is not None:
             return y, None
     if attention_mask is None and is_causal and 1 < tokens < length:  # see ``causal_mask``
-        attention_mask = _causal(tokens, length, length, query.device)
+        attention_mask = causal(tokens, length, length, query.device)
     values = value.shape[3]
     if query.device.type == "cpu" and values < key.shape[3]:
         # torch computes without the scores of all tokens only where keys and values are as wide

@@ -27,12 +27,14 @@ from moetier.runtime.libraries.torch_internals import buffers_of, children_of, p
 from moetier.runtime.libraries.transformers_internals import attention_of, set_attention
 
 from . import heads
-from .attention import NAME, SINKS, WITH_SINKS, asks_more, band_of, causal_attention, fits_sinks
+from .attention import NAME, SINKS, WITH_SINKS, asks_more, causal_attention, fits_sinks
 from .attention_code import CONTEXT, NO_WINDOW, PLACE, AttentionContext, AttentionKernel
 from .attention_piece import PIECE
 from .growing_cache import CacheMemory, GrowingLayer, GrowingWindow
 from .heads import heads_kernel
+from .masks import band_of
 from .norm import Scale, float_bits, is_quick_norm
+from .paged_cache import PagedLayer
 
 PROJECTIONS, NORMS = ("q_proj", "k_proj", "v_proj", "o_proj"), ("q_norm", "k_norm")
 CACHES = ("cache", "past_key_values")  # names of the cache among the arguments of an attention's forward
@@ -69,7 +71,7 @@ class Token(NamedTuple):
 
     cos: Tensor  # of the position, [1, 1, angles]
     sin: Tensor  # [1, 1, angles]
-    layer: GrowingLayer | GrowingWindow  # of the cache
+    layer: GrowingLayer | GrowingWindow | PagedLayer  # of the cache
     room: CacheMemory  # of the layer
     first: int  # place in ``room`` of the first token that is attended to
     length: int  # number of tokens that are attended to, this one included
@@ -120,12 +122,16 @@ def _fits(variant: AttentionVariant, x: Tensor, cos: Tensor, sin: Tensor) -> boo
     )
 
 
-def _layer_of(cache: Any, number: int) -> GrowingLayer | GrowingWindow | None:
+def _layer_of(cache: Any, number: int) -> GrowingLayer | GrowingWindow | PagedLayer | None:
     """Return layer ``number`` of a cache if nothing but the layer has to be updated; else None."""
     if getattr(type(cache), "update", None) is not Cache.update or cache.offloading or number >= len(cache.layers):
         return None
     layer: Any = cache.layers[number]
-    if type(layer) not in (GrowingLayer, GrowingWindow) or "update" in vars(layer) or "update" in vars(cache):
+    if (
+        type(layer) not in (GrowingLayer, GrowingWindow, PagedLayer)
+        or "update" in vars(layer)
+        or "update" in vars(cache)
+    ):
         return None
     return layer
 

@@ -184,7 +184,7 @@ class _InPlace(DynamicLayer):
             return None
         addresses = keys.memory.data_ptr(), values.memory.data_ptr()
         if (room := self._room) is None or room.addresses != addresses:
-            room = self._room = _room(keys.memory, values.memory)
+            room = self._room = memory_of(keys.memory, values.memory)
         return room
 
     @property
@@ -259,7 +259,8 @@ class GrowingWindow(_InPlace, DynamicSlidingWindowLayer):
 _GROWING: dict[Any, Any] = {DynamicLayer: GrowingLayer, DynamicSlidingWindowLayer: GrowingWindow}
 
 
-def _room(keys: Tensor, values: Tensor) -> CacheMemory | None:
+def memory_of(keys: Tensor, values: Tensor) -> CacheMemory | None:
+    """Return the memory of keys and values [1, heads, capacity, width]; None if compiled code can't read them."""
     if keys.shape[:2] != values.shape[:2] or keys.shape[0] != 1 or keys.dtype != values.dtype:
         return None
     if not is_readable(keys) or not is_readable(values):

@@ -50,6 +50,28 @@ def test_the_models_own_template_says_how_it_is_put(tokenizer: Any) -> None:
     assert talk.messages[1]["content"] == "<think>Hm.</think>Yes."
 
 
+def test_a_prompt_begins_with_the_tokens_that_were_sampled(tokenizer: Any) -> None:
+    """The same text may have other tokens. They are not used if the template has changed the text."""
+    tokenizer.chat_template = CHATML
+
+    def begun(answer: str) -> tuple[list[int], list[int]]:
+        talk = conversation(tokenizer, system=None, context=400)
+        letters = [tokenizer(letter, add_special_tokens=False)["input_ids"] for letter in answer]
+        ids = [*talk.prompt("Hello?"), *(token for tokens in letters for token in tokens)]
+        talk.add("Hello?", answer, [*ids, *tokenizer.all_special_ids[:1]])
+        return ids, talk.prompt("Who?")
+
+    ids, found = begun("Nobody at all.")
+    assert found[: len(ids)] == ids
+    assert tokenizer.decode(found).endswith(
+        "Nobody at all.<|im_end|>\n<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert found != tokenizer(tokenizer.decode(found))["input_ids"]
+    ids, found = begun("<think>Hm.</think>Nobody.")
+    assert found[: len(ids)] != ids
+    assert "Hm." not in tokenizer.decode(found)
+
+
 def test_what_a_template_refuses_is_said_at_the_start(tokenizer: Any) -> None:
     tokenizer.chat_template = NO_SYSTEM
     conversation(tokenizer, system=None)

@@ -199,12 +199,12 @@ class Server:
         return str(answer.json()["error"]["message"])
 
 
-@pytest.fixture(scope="module", params=["one by one", "together"])
-def server(request: pytest.FixtureRequest, tinymix_4bit: Path) -> Iterator[Server]:
+@pytest.fixture(scope="module")
+def server(tinymix_4bit: Path) -> Iterator[Server]:
     pytest.importorskip("starlette", reason='pip install ".[serve]"')
     from http_servers import serving
 
-    with serving(tinymix_4bit, context=400, together=request.param == "together") as (app, _):
+    with serving(tinymix_4bit, context=400) as (app, _):
         found = Server(app)
         found.text(max_tokens=1)  # its threads are there now
         yield found
@@ -219,20 +219,14 @@ def test_requests_have_samplers(server: Server) -> None:
     assert server.text(**CERTAIN, top_k=0, top_p=1, min_p=0, repetition_penalty=1, presence_penalty=0) == greedy
 
 
-def test_requests_have_penalties_where_it_can_be(server: Server, loaded: tuple[Any, Any]) -> None:
-    asked = {"presence_penalty": 2.0, "frequency_penalty": 0.5}
-    others = {"min_p": 1.0, "repetition_penalty": 1.2}
-    if "--parallel" not in str(server.ask(repetition_penalty=1.2).text):
-        assert server.text(seed=0, **asked) == penalised(loaded, 2.0, 0.5)
-        torch.manual_seed(3)
-        sampled = text_of(loaded, do_sample=True, **QWEN3)
-        assert server.text(seed=3, **QWEN3) == sampled
-        assert {server.text(**CERTAIN, min_p=1.0, temperature=2.0) for _ in range(8)} == {"ia"}
-        expected = text_of(loaded, do_sample=False, repetition_penalty=1.2)
-        assert server.text(seed=0, temperature=0, repetition_penalty=1.2) == expected
-    else:
-        for name, value in (asked | others).items():
-            assert "with --parallel" in server.refuses(name, value)
+def test_requests_have_penalties_and_seeds(server: Server, loaded: tuple[Any, Any]) -> None:
+    assert server.text(seed=0, presence_penalty=2.0, frequency_penalty=0.5) == penalised(loaded, 2.0, 0.5)
+    torch.manual_seed(3)
+    sampled = text_of(loaded, do_sample=True, **QWEN3)
+    assert server.text(seed=3, **QWEN3) == sampled
+    assert {server.text(**CERTAIN, min_p=1.0, temperature=2.0) for _ in range(8)} == {"ia"}
+    expected = text_of(loaded, do_sample=False, repetition_penalty=1.2)
+    assert server.text(seed=0, temperature=0, repetition_penalty=1.2) == expected
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ import functools
 import importlib
 import inspect
 import re
-import threading
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from typing import Any, NamedTuple
@@ -20,7 +19,6 @@ import torch
 import transformers
 from places import ROOT
 from transformers import modeling_utils
-from transformers.generation.continuous_batching.continuous_api import OutputRouter
 from transformers.integrations import moe
 from transformers.quantizers import base
 from transformers.utils import import_utils
@@ -100,7 +98,6 @@ CHECKS: dict[str, Callable[[], bool]] = {
     "_tp_plan": lambda: hasattr(MODEL, "_tp_plan"),
     "_ep_plan": lambda: hasattr(MODEL, "_ep_plan"),
     "_apply_gate": lambda: "_apply_gate" in _source(moe.use_experts_implementation),
-    "_lock": lambda: isinstance(OutputRouter()._lock, type(threading.Lock())),
     **{name: _has_names(ResponseParser, name) for name in ("_buffer", "_pos", "_current")},
     "_LazyModule": lambda: hasattr(import_utils, "_LazyModule"),
     **{

@@ -13,14 +13,12 @@ import torch
 from cgroups import memory_limit
 from comparison import convert_tiny
 from prepared import Prepared
-from transformers import MixtralConfig
 
 import moetier
-from moetier.runtime.config import DEFAULT_CONTEXT, Size, TierConfig
+from moetier.runtime.config import Size
 from moetier.runtime.generation.decoding import encode, longest_prompt
 from moetier.runtime.machine.memory import Available, usable
 from moetier.runtime.model.budgets import Needs
-from moetier.runtime.model.context import context_of
 from moetier.runtime.model.prefill_memory import LEAST, Attention, Prefill
 from moetier.tiers.errors import BudgetError
 
@@ -119,7 +117,7 @@ HERE = Available(1 << 30, "this machine")
     ],
 )
 def test_fewer_tokens_where_memory_is_short(asked: str | None, experts: int, share: float) -> None:
-    needs = Needs(trunk=0, cache=0, scratch=0, prefill=Prefill(1 << 20, states=4096))
+    needs = Needs(prefill=Prefill(1 << 20, states=4096))
     found = needs.within(None if asked is None else Size.parse(asked), experts, HERE).prefill
     assert found.nbytes == pytest.approx(share * HERE.bytes, abs=40 << 20)
     assert found.nbytes + min(experts, HERE.bytes - found.nbytes) <= HERE.bytes
@@ -130,7 +128,7 @@ def test_fewer_tokens_where_memory_is_short(asked: str | None, experts: int, sha
 
 
 def test_the_experts_get_what_they_need_at_least() -> None:
-    needs = Needs(trunk=0, cache=0, scratch=0, prefill=Prefill(1 << 20, states=4096))
+    needs = Needs(prefill=Prefill(1 << 20, states=4096))
     found = needs.within(None, 4 << 30, HERE, smallest=700 << 20).prefill
     assert found.tokens > LEAST
     assert found.nbytes <= usable(HERE.bytes) - (700 << 20)
@@ -182,14 +180,6 @@ def test_a_prompt_that_cannot_be_divided_is_refused_if_it_has_no_room(
             encode(model, lambda *_, **__: {"input_ids": ids}, "a")
         assert encode(model, lambda *_, **__: {"input_ids": ids[1:]}, "a")["input_ids"].shape == (1, room)
     assert not caplog.text
-
-
-def test_the_default_context_holds_a_chunk() -> None:
-    config = MixtralConfig(max_position_embeddings=32768)
-    assert context_of(config, TierConfig.of(prefill_chunk=8192)) == 8192
-    assert context_of(config, TierConfig.of(prefill_chunk=1024)) == DEFAULT_CONTEXT
-    assert context_of(config, TierConfig.of(context=512, prefill_chunk=1024)) == 512
-    assert context_of(config, TierConfig.of(prefill_chunk=1 << 20)) == 32768
 
 
 def test_a_chunk_shrinks_in_a_control_group(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from moetier.runtime.devices.cpu import Cpu
 from moetier.runtime.machine.memory import available_memory
 from moetier.runtime.model import trunk_files
 from moetier.runtime.model.budgets import Needs
+from moetier.runtime.model.kv_budget import KVBudget
 from moetier.runtime.model.tiers import Tiers
 from moetier.runtime.model.trunk_files import mapped_bytes
 from moetier.tiers.errors import BudgetError, ClosedError
@@ -53,10 +54,12 @@ def test_closing_ends_every_tier(directory: Path) -> None:
         assert "device" not in caught.value.cause, "a CPU's user has none"
 
 
-@pytest.mark.parametrize("taken", ["trunk", "cache"])
+@pytest.mark.parametrize("taken", ["trunk", "kv"])
 def test_memory_that_is_spoken_for_is_no_budget(directory: Path, taken: str) -> None:
+    much = 2 * available_memory().bytes
+    needs = Needs(trunk=much) if taken == "trunk" else Needs(kv=KVBudget(64, 1, much))
     with pytest.raises(BudgetError, match="The rest is less than"):
-        Tiers.open(directory, TierConfig.of(), CPU, needs=Needs(**{taken: 2 * available_memory().bytes}))
+        Tiers.open(directory, TierConfig.of(), CPU, needs=needs)
 
 
 def test_the_trunk_counts_as_taken_where_it_lies_in_mapped_files(

@@ -24,7 +24,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_nothing_is_set() -> None:
     arguments, settings = parse(GENERATE)
-    assert (arguments.context, arguments.configured, settings) == (4096, {}, [])
+    assert (arguments.context, arguments.configured, settings) == (None, {}, [])
 
 
 def test_each_place_goes_before_the_next(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,7 +40,7 @@ def test_all(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     by_name = {section.splitlines()[0]: section.splitlines()[1:] for section in sections[1:]}
     rows = {(name, line.split()[0]): line.split(maxsplit=2)[1:] for name, lines in by_name.items() for line in lines}
     assert rows["[general]", "ram"] == ["50%", f"{config}, [general] ram"]
-    assert rows["[general]", "context"] == ["4096", "default"]
+    assert rows["[general]", "context"] == ["-", "default"]
     assert rows["[generate]", "context"] == ["100", f"{config}, [generate] context"]
     assert rows["[convert]", "bits"] == ["3", "MOETIER_CONVERT_BITS"]
     assert rows["[replay]", "slots"][0] == "1,2,3"

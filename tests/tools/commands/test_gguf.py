@@ -113,7 +113,7 @@ def test_a_server_answers_from_it(path: Path) -> None:
         async with httpx2.AsyncClient(transport=transport, base_url="http://localhost:8000", timeout=60) as client:
             return await client.post("/v1/completions", json={"prompt": PROMPT, "max_tokens": 2})
 
-    with serving(path, context=100, together=False) as (app, _):
+    with serving(path, context=100) as (app, _):
         answer = asyncio.run(ask(app))
     assert answer.status_code == 200, answer.text
 

@@ -112,7 +112,7 @@ def test_for_people_it_is_a_table_of_100_columns(index_only: Path, capsys: pytes
     table = [line for line in lines if line.startswith(("experts", "16 bits", "8 bits", "4 bits", "3 bits", "2 bits"))]
     assert len(table) == 6
     assert max(map(len, table)) <= 100
-    assert lines[-1].startswith("moetier generate tinymix-8bit --context 2048 ")
+    assert lines[-1].startswith("moetier generate tinymix-8bit 'Once")
     assert lines[-2].endswith("tinymix-8bit --bits 8 --trunk-bits 4")
 
 
@@ -202,7 +202,7 @@ def test_a_context_that_is_too_long_names_one_that_is_not(index_only: Path) -> N
 def test_a_default_context_is_no_longer_than_the_models(index_only: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = plan(index_only, bits=[4], disk=GB_PER_S)
     assert found["context"] == json.loads((index_only / "config.json").read_text())["max_position_embeddings"] == 2048
-    assert "--context 2048 " in found["recommended"]["generate"]
+    assert "--context" not in found["recommended"]["generate"], "generate has the same default"
     assert plan(index_only, bits=[4], context=4096, disk=GB_PER_S)["context"] == 4096
 
 
@@ -217,7 +217,7 @@ def test_a_trunk_that_is_quantised_takes_its_time_too(index_only: Path) -> None:
     for trunk_bits in (16, 4):
         (choice,) = model_choices.chosen([4], [trunk_bits])
         fit = fit_of(model_choices, choice, TierConfig.of(), room, cpu.kernels())
-        found = estimate(model_choices, [fit], fit, room, speeds, context=1, options=[])
+        found = estimate(model_choices, [fit], fit, room, speeds, options=[])
         times[trunk_bits] = found["choices"][0]["convert_s"]
     weights = sum(layout.weights for layout in choice.matrices)
     assert weights > 1_000_000
@@ -227,7 +227,7 @@ def test_a_trunk_that_is_quantised_takes_its_time_too(index_only: Path) -> None:
 @pytest.mark.parametrize(
     ("host", "device", "words", "fix"),
     [
-        (8 << 30, 20 << 20, r"trunk \(.*, a context of 4096 .* need .*; cuda:0 leaves 20 MiB", "--device cpu"),
+        (8 << 30, 20 << 20, r"trunk \(.*, a context of 256 .* need .*; cuda:0 leaves 20 MiB", "--device cpu"),
         (10 << 20, 8 << 30, r"With --bits 4, the experts .* of the host's memory; this machine", "raise the"),
         (10 << 20, 10 << 20, "of the host's memory; this machine leaves 10 MiB", "Free some memory"),
         (8 << 30, 8 << 30, "", ""),

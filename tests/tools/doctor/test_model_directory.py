@@ -76,7 +76,7 @@ def test_a_control_group_that_is_too_small(tinymix_4bit: Path, tmp_path: Path, m
     (found,) = doctor_store.memory(tinymix_4bit, root)
     assert (found.state, "the control group /job" in found.found) == (State.FAIL, True)
     assert re.search(
-        r"a context of 2048 tokens .* the experts that a token uses in a block \(440 KiB\) need", found.found
+        r"a context of 256 tokens .* the experts that a token uses in a block \(440 KiB\) need", found.found
     )
     (found,) = doctor_store.memory(tinymix_4bit, control_group(tmp_path, 90_000_000))
     assert (found.state, "experts 440 KiB to 13.75 MiB: by default 13.75 MiB, 64 of 64" in found.found) == (

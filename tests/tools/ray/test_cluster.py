@@ -165,7 +165,7 @@ def test_each_node_has_one_arena(two: RayCluster) -> None:
 
 
 def test_a_conversation_returns_to_its_replica(two: RayCluster) -> None:
-    """Each turn finds the one before in its replica's prompt cache."""
+    """Each turn finds keys and values of the one before at its replica."""
     before = {pid: cpu_seconds(pid) for pid in two.replicas}
     with two.client() as client:
         for number in range(12):

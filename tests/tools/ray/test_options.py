@@ -61,7 +61,7 @@ def test_each_process_gets_its_own_options(tmp_path: Path) -> None:
     assert daemon_words(found) == words
     resources = replica_resources(found, tmp_path)
     assert resources["daemon"] == str(tmp_path)
-    assert (resources["ram"], resources["context"], resources["speculate"]) == (None, 200, "off")
+    assert (resources["ram"], resources["context"], resources["speculate"]) == (None, 100, "off")
     assert "learn" not in resources
 
 

@@ -21,24 +21,23 @@ from readers import PATIENCE
 from threads import wait_until
 
 from moetier.tools.serve.app import application
-from moetier.tools.serve.waiting import ALIVE
 
 TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
 USER = {"role": "user", "content": "Ciao."}
 HALF = "\ud800"  # of a character
 
 
-@pytest.fixture(scope="module", params=["one by one", "together"])
-def app(request: pytest.FixtureRequest, tinymix_4bit: Path) -> Iterator[Any]:
-    with serving(tinymix_4bit, context=400, together=request.param == "together") as (found, _):
+@pytest.fixture(scope="module")
+def app(tinymix_4bit: Path) -> Iterator[Any]:
+    with serving(tinymix_4bit, context=400) as (found, _):
         answer_of(found, TEXT, {"prompt": "Uno"})  # whatever thread it needs is there now
         yield found
 
 
 @pytest.fixture(scope="module")
 def engine(tinymix_4bit: Path) -> Iterator[Any]:
-    """One by one, with a context that limits no body."""
-    with serving(tinymix_4bit, context=1 << 20, together=False) as (_, found):
+    """With a context that limits no body."""
+    with serving(tinymix_4bit, context=1 << 20) as (_, found):
         yield found
 
 
@@ -257,7 +256,7 @@ def test_others_are_answered_while_a_prompt_is(tinymix_4bit: Path, path: str, bo
                 others += not slow.done()
             return await slow, others
 
-    with serving(tinymix_4bit, context=50_000, together=False, template=SLOW_TO_RENDER) as (app, _):
+    with serving(tinymix_4bit, context=50_000, template=SLOW_TO_RENDER) as (app, _):
         answer, others = asyncio.run(ask(app))
     assert answer.status_code == 400
     assert others > 2  # one could be before the prompt
@@ -342,7 +341,7 @@ def test_clients_that_leave_keep_their_places_while_their_prompts_are_made(tinym
         scope = {"type": "http", "method": "POST", "path": CHAT, "headers": headers, "query_string": b""}
         await app(scope | {"root_path": "", "http_version": "1.1"}, receive, send)
 
-    with serving(tinymix_4bit, context=400, together=False, most=3) as (app, engine):
+    with serving(tinymix_4bit, context=400, most=3) as (app, engine):
         template = engine.tokenizer.apply_chat_template
 
         def slow(*given: Any, **options: Any) -> Any:
@@ -365,8 +364,7 @@ def test_stream_chunks_say_that_they_are_not_the_last(app: Any) -> None:
         assert reasons == [None] * (len(reasons) - 1) + ["length"]
 
 
-@pytest.mark.parametrize("together", [False, True], ids=["one by one", "together"])
-def test_a_stream_says_that_it_is_alive(tinymix_4bit: Path, together: bool) -> None:
+def test_a_stream_says_that_it_is_alive(tinymix_4bit: Path) -> None:
     """While its prompt is computed, and while it waits for its turn; proxies would close the connection otherwise."""
     events: list[str] = []
     may = threading.Event()
@@ -385,7 +383,7 @@ def test_a_stream_says_that_it_is_alive(tinymix_4bit: Path, together: bool) -> N
             events.append(message.get("body", b"").decode())
             if message["type"] == "http.response.body" and not message["more_body"]:
                 answered.set()
-            if sum(event == ALIVE for event in events) == 6:
+            if sum(event.startswith(": ") for event in events) == 6:
                 may.set()
 
         headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
@@ -396,14 +394,14 @@ def test_a_stream_says_that_it_is_alive(tinymix_4bit: Path, together: bool) -> N
         async with asyncio.timeout(PATIENCE):
             await asyncio.gather(*[ask(app, path) for path in (TEXT, CHAT, TEXT)])
 
-    with serving(tinymix_4bit, context=400, together=together, alive_seconds=0.05) as (app, engine):
+    with serving(tinymix_4bit, context=400, alive_seconds=0.05) as (app, engine):
         hook = engine.model.register_forward_pre_hook(lambda *_: may.wait(PATIENCE) and None)
         asyncio.run(ask_all(app))
         hook.remove()
     assert may.is_set()
-    assert events.count(ALIVE) >= 6
+    assert sum(event.startswith(": ") for event in events) >= 6
     assert events.count("data: [DONE]\n\n") == 3
-    assert all(event == ALIVE or event.startswith("data: ") for event in events if event)
+    assert all(event.startswith(": ") or event.startswith("data: ") for event in events if event)
 
 
 def test_a_prompt_beyond_the_models_own_context(tinymix_4bit: Path) -> None:
@@ -412,7 +410,7 @@ def test_a_prompt_beyond_the_models_own_context(tinymix_4bit: Path) -> None:
         (2048, "2,048", "the model's maximum context"),
         (100, "100", "the context of this server (--context)"),
     ):
-        with serving(tinymix_4bit, context=context, together=False) as (app, _):
+        with serving(tinymix_4bit, context=context) as (app, _):
             for prompt, tokens in ((" la" * 3005, "3,005"), (" la" * 300_000, f"more than {2 * context:,}")):
                 said = refused(app, TEXT, {"prompt": prompt})
                 if context == 100 and tokens == "3,005":
@@ -435,9 +433,8 @@ def test_a_fault_of_the_server(engine: Any, caplog: pytest.LogCaptureFixture) ->
     assert "POST /v1/completions failed with OSError" in caplog.messages
 
 
-@pytest.mark.parametrize("together", [False, True], ids=["one by one", "together"])
-def test_a_worker_that_is_dead(tinymix_4bit: Path, together: bool) -> None:
-    """An error outside of any request ends the thread that computes together; later requests and probes are told."""
+def test_a_worker_that_is_dead(tinymix_4bit: Path) -> None:
+    """An error outside of any request ends the thread that computes; later requests and probes are told."""
 
     async def ask(app: Any, engine: Any) -> list[httpx2.Response]:
         transport = httpx2.ASGITransport(app=app)
@@ -449,8 +446,8 @@ def test_a_worker_that_is_dead(tinymix_4bit: Path, together: bool) -> None:
     def end(*_: Any, **__: Any) -> None:
         raise SystemExit
 
-    with serving(tinymix_4bit, context=400, together=together) as (app, engine):
-        engine.model.forward = None if together else end  # None can't be called
+    with serving(tinymix_4bit, context=400) as (app, engine):
+        engine.model.forward = end
         answers = asyncio.run(ask(app, engine))
         del engine.model.forward
     assert [answer.status_code for answer in answers] == [500, 503, 503]

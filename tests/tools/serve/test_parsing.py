@@ -21,16 +21,14 @@ pytest.importorskip("uvicorn", reason='pip install ".[serve]"')
 
 import httpx2
 import scripted
-from http_servers import listening
+from http_servers import answering, listening
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from readers import PATIENCE
 
 import moetier
 from moetier.tools.serve.app import application
-from moetier.tools.serve.batched import Together
 from moetier.tools.serve.parsing import form_of
-from moetier.tools.serve.sequential import OneByOne
 
 CHAT = "/v1/chat/completions"
 TOOLS = [
@@ -39,7 +37,6 @@ TOOLS = [
         "function": {"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}},
     }
 ]
-UNBATCHED = "gemma4"  # transformers' continuous batching does not take it
 
 
 @dataclass(frozen=True)
@@ -112,30 +109,19 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="module")
 def served(request: pytest.FixtureRequest, paths: Callable[[str], Path]) -> Iterator[Served]:
-    kind, together = request.param
+    kind = request.param
     model, tokenizer = moetier.load(paths(kind), daemon=None)
-    with model.tiers:
-        parts = model, tokenizer, 400, 64
-        engine: Any = Together(*parts, 2) if together else OneByOne(*parts)
-        with engine.running():
-            found = Served(kind.removesuffix(".gguf"), engine)
-            with found.asks(None) as ask:
-                ask(max_tokens=1)  # whatever thread it needs is there now
-            yield found
+    with model.tiers, answering(model, tokenizer, context=400, chunk=64) as engine:
+        found = Served(kind.removesuffix(".gguf"), engine)
+        with found.asks(None) as ask:
+            ask(max_tokens=1)  # whatever thread it needs is there now
+        yield found
 
 
-QUICK = {
-    ("qwen3_moe", False), ("qwen3_moe", True), ("qwen3_5_moe_text", False), ("gemma4", False), ("mixtral", False),
-    ("qwen3_moe.gguf", False),
-}  # fmt: skip
-KINDS = [  # types of models with an engine each (True: together)
-    pytest.param(
-        (kind, together),
-        id=f"{kind} {'together' if together else 'one by one'}",
-        marks=[] if (kind, together) in QUICK else [pytest.mark.slow],
-    )
-    for kind in ("qwen3_moe", "qwen3_5_moe_text", UNBATCHED, "mixtral", "qwen3_moe.gguf")
-    for together in ((False,) if kind == UNBATCHED else (False, True))
+QUICK = {"qwen3_moe", "qwen3_5_moe_text", "gemma4", "mixtral", "qwen3_moe.gguf"}
+KINDS = [  # types of models with an engine each
+    pytest.param(kind, id=kind, marks=[] if kind in QUICK else [pytest.mark.slow])
+    for kind in ("qwen3_moe", "qwen3_5_moe_text", "gemma4", "mixtral", "qwen3_moe.gguf")
 ]
 of_each_kind = pytest.mark.parametrize("served", KINDS, indirect=True)
 
@@ -152,7 +138,7 @@ def test_an_answer_has_nothing_of_its_prompt(served: Served, template: str) -> N
 
 
 @pytest.mark.parametrize("template", ["none", "own", "foreign"])
-@pytest.mark.parametrize("served", [("olmoe", False)], indirect=True)
+@pytest.mark.parametrize("served", ["olmoe"], indirect=True)
 def test_an_unknown_form_stays_text(served: Served, template: str) -> None:
     with served.asks(templates(served.kind)[template]) as ask:
         assert _shown(ask()) == ("<think>Penso</think>\n\nCiao mondo", None, [], "stop")
@@ -177,7 +163,7 @@ def test_calls(served: Served, template: str) -> None:
     assert [(name, json.loads(arguments)) for name, arguments in calls] == [("f", {"a": 1})]
 
 
-@pytest.mark.parametrize("served", [("qwen3_moe", False), ("qwen3_moe", True)], indirect=True)
+@pytest.mark.parametrize("served", ["qwen3_moe"], indirect=True)
 def test_no_calls_without_tools_and_one_call_alone(served: Served) -> None:
     text = scripted.texts_of(served.kind)[scripted.TOOL]
     with served.asks(scripted.own_template(served.kind)) as ask:
@@ -195,7 +181,7 @@ def test_no_calls_without_tools_and_one_call_alone(served: Served) -> None:
 
 
 @pytest.mark.parametrize("mark", [scripted.NO_JSON, scripted.NO_NAME])
-@pytest.mark.parametrize("served", [("qwen3_moe", False), ("gemma4", False), ("mixtral", False)], indirect=True)
+@pytest.mark.parametrize("served", ["qwen3_moe", "gemma4", "mixtral"], indirect=True)
 def test_a_malformed_call_is_text(served: Served, mark: str) -> None:
     """So is what follows, without special tokens."""
     text = scripted.texts_of(served.kind).get(mark)

@@ -21,10 +21,10 @@ MOST = 400  # tokens: seconds of work
 STEPS = 12  # of the event loop, until the first text is on its way
 
 
-@pytest.fixture(scope="module", params=["one by one", "together"])
-def served(request: pytest.FixtureRequest, tinymix_4bit: Path) -> Iterator[tuple[Any, Any]]:
+@pytest.fixture(scope="module")
+def served(tinymix_4bit: Path) -> Iterator[tuple[Any, Any]]:
     """(application, engine); it has answered once."""
-    with serving(tinymix_4bit, context=MOST + 100, together=request.param == "together") as (app, engine):
+    with serving(tinymix_4bit, context=MOST + 100) as (app, engine):
         asyncio.run(ask(app, engine, stream=False, most=1))
         yield app, engine
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from http_servers import answering
 
 pytest.importorskip("starlette", reason='pip install ".[serve]"')
 
@@ -22,9 +23,9 @@ PROMPT = "parola-segreta"
 def test_a_damaged_record_fails_an_answer_and_says_so_in_the_log(
     tinymix_4bit: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from moetier.tools.serve.engine import Job
+    from moetier.runtime.engine.sequence import Request
+    from moetier.tools.serve.answers import AnswerService, Job
     from moetier.tools.serve.refusal import FAILED, Refusal
-    from moetier.tools.serve.sequential import OneByOne
 
     damaged = tmp_path / "damaged"
     shutil.copytree(tinymix_4bit, damaged)
@@ -35,17 +36,15 @@ def test_a_damaged_record_fails_an_answer_and_says_so_in_the_log(
         shard.write_bytes(content)
     model, tokenizer = moetier.load(damaged, daemon=None)
 
-    async def answer(engine: OneByOne) -> list[Any]:
+    async def answer(service: AnswerService) -> list[Any]:
         ids = tokenizer(PROMPT)["input_ids"]  # type: ignore[misc]
-        return [piece async for piece in engine.submit(Job(ids, 4)).pieces()]
+        return [piece async for piece in service.submit(Job(Request(tuple(ids), 4))).pieces()]
 
-    with model.tiers:
-        engine = OneByOne(model, tokenizer, 64, 16)
-        with engine.running():
-            for _ in range(2):
-                with pytest.raises(Refusal, match=re.escape(FAILED)):
-                    asyncio.run(answer(engine))
-        counts = engine.tally.counts()
+    with model.tiers, answering(model, tokenizer, context=64) as service:
+        for _ in range(2):
+            with pytest.raises(Refusal, match=re.escape(FAILED)):
+                asyncio.run(answer(service))
+        counts = service.tally.counts()
         assert [counts[name] for name in ("answered", "cancelled", "failed", "under_way")] == [0, 0, 2, 0]
     errors = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
     assert len(errors) == 2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,19 +14,16 @@ pytest.importorskip("uvicorn", reason='pip install ".[serve]"')
 
 import httpx2
 import scripted
-from http_servers import listening
+from http_servers import answering, listening
 from prepared import Prepared
 from readers import PATIENCE
 from tokenizers import decoders
 from tokenizers.decoders import Decoder
-from transformers.generation.continuous_batching.requests import GenerationOutput
 
 import moetier
+from moetier.runtime.engine.sequence import Request
+from moetier.tools.serve.answers import Answer, Job
 from moetier.tools.serve.app import application
-from moetier.tools.serve.batched import Together
-from moetier.tools.serve.engine import Answer, Job
-from moetier.tools.serve.refusal import Refusal
-from moetier.tools.serve.sequential import OneByOne
 
 KIND = "qwen3_moe"
 TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -35,15 +31,12 @@ TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "
 STEPS = range(1, 13)  # tokens of answers beside the one that goes wrong: in each step one of them ends
 
 
-@pytest.fixture(scope="module", params=["one by one", "together"])
-def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     model, tokenizer = moetier.load(scripted.write_checkpoint(tmp_path_factory.mktemp("scripted"), KIND), daemon=None)
-    with model.tiers:
-        parts = model, tokenizer, 200, 400
-        found: Any = Together(*parts, 16) if request.param == "together" else OneByOne(*parts)
-        with found.running():
-            asyncio.run(ask_all(found, [(TEXT, text(1))]))  # whatever thread it needs is there now
-            yield found
+    with model.tiers, answering(model, tokenizer, context=200, chunk=400, parallel=16) as service:
+        asyncio.run(ask_all(service, [(TEXT, text(1))]))  # whatever thread it needs is there now
+        yield service
 
 
 async def ask_all(engine: Any, requests: list[tuple[str, dict[str, Any]]]) -> list[httpx2.Response]:
@@ -105,7 +98,7 @@ def test_a_closed_event_loop_reaches_nobody_else(engine: Any) -> None:
     loop = asyncio.new_event_loop()
 
     async def begun() -> None:
-        answer = engine.submit(Job(engine.tokenizer(scripted.LOOP)["input_ids"], 150))
+        answer = engine.submit(Job(Request(tuple(engine.tokenizer(scripted.LOOP)["input_ids"]), 150)))
         assert await anext(answer.pieces()) == "x"
 
     loop.run_until_complete(begun())
@@ -130,59 +123,8 @@ def test_an_end_that_fails_is_an_end(engine: Any, monkeypatch: pytest.MonkeyPatc
     assert texts(answers) == ["xx", ""]
 
 
-@pytest.mark.parametrize("engine", ["together"], indirect=True)
-def test_outputs_of_cancelled_answers_are_not_kept(engine: Any) -> None:
-    """Their clients leave while a step computes the next token."""
-    leaving = list[Answer]()
-
-    def leave(*_: Any) -> None:
-        while leaving:
-            leaving.pop().cancel()
-
-    async def ask() -> None:
-        ids = engine.tokenizer(scripted.LOOP)["input_ids"]
-        for _ in range(20):
-            answer = engine.submit(Job(ids, 150))
-            leaving.append(answer)
-            async with asyncio.timeout(PATIENCE):
-                while not answer.ended:
-                    await asyncio.sleep(0.001)
-        assert len([piece async for piece in engine.submit(Job(ids, 8)).pieces()]) == 8
-
-    hook = engine.model.register_forward_pre_hook(leave)
-    try:
-        asyncio.run(ask())
-    finally:
-        hook.remove()
-    assert sum(isinstance(each, GenerationOutput) for each in gc.get_objects()) < 5
-
-
-def test_a_request_that_comes_while_the_thread_ends_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It was let in before, and is queued after the thread has looked at its queue for the last time."""
-    model, tokenizer = moetier.load(scripted.write_checkpoint(tmp_path, KIND), daemon=None)
-
-    async def ask() -> None:
-        engine.submit(Job([0], 1))
-
-    with model.tiers:
-        engine = Together(model, tokenizer, 200, 400, 2)
-        with engine.running():
-            queue = engine._batching.input_queue
-            put = queue.put
-
-            def late(*given: Any, **named: Any) -> None:
-                engine._batching.stop(hard_stop=True)
-                put(*given, **named)
-
-            monkeypatch.setattr(queue, "put", late)
-            with pytest.raises(Refusal, match="failed"):
-                asyncio.run(ask())
-        assert engine.tally.counts()["under_way"] == 0
-
-
 INTERRUPTED = """
 import gc, os, signal, sys
-from transformers import ContinuousBatchingManager
 from moetier.tools.main import main
 def interrupt(*_, **__):
     os.kill(os.getpid(), signal.SIGINT)
@@ -191,19 +133,10 @@ sys.exit(main())
 """
 
 
-@pytest.mark.parametrize(
-    ("place", "parallel"),
-    [
-        ("gc.freeze", 1),
-        pytest.param("gc.freeze", 2, marks=pytest.mark.slow),
-        ("ContinuousBatchingManager.get_result", 2),
-    ],
-)
-def test_ctrl_c_while_the_server_starts_ends_it(
-    scripts: Prepared, tinymix_4bit: Path, place: str, parallel: int
-) -> None:
-    """Its thread computes already, or is being tried."""
-    words = ["serve", tinymix_4bit, "--port", 0, "--daemon", "none", "--parallel", parallel, "--context", 64]
+@pytest.mark.parametrize("place", ["gc.freeze", "gc.collect"])
+def test_ctrl_c_while_the_server_starts_ends_it(scripts: Prepared, tinymix_4bit: Path, place: str) -> None:
+    """Its thread computes already."""
+    words = ["serve", tinymix_4bit, "--port", 0, "--daemon", "none", "--context", 64]
     done = scripts.run(INTERRUPTED.replace("{}", place), *words, timeout=PATIENCE)
     assert done.returncode == 130
     assert done.stderr.endswith("moetier: interrupted\n")

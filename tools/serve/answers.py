@@ -1,20 +1,21 @@
-"""Base class of engines, which compute answers; the jobs that an engine gets; the answers that clients wait for."""
+"""Answers that clients wait for: the text of sequences that an engine computes."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import threading
 import uuid
-from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from tokenizers.decoders import DecodeStream
 from transformers.cli.serving.utils import ToolCall
 
+from moetier.runtime.engine.engine import Engine, EngineError
+from moetier.runtime.engine.sequence import Finish, Request
+from moetier.runtime.engine.sequence import Sequence as TokenSequence
 from moetier.runtime.generation.stop_strings import StopStrings
 
 from .metrics import Tally
@@ -26,15 +27,13 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """Prompt of a request, and the options for generating its answer."""
+    """A request for an engine, and how the text of its answer is taken apart."""
 
-    ids: list[int]  # token ids of the prompt: at least one, and fewer than the engine's context
-    most: int  # maximum number of tokens of the answer
-    asked: dict[str, float] = field(default_factory=dict)  # sampling options (SAMPLING) that the request gives
-    seed: int | None = None
+    request: Request
     stop: Sequence[str] = ()  # strings that end the answer
     parser: AnswerParser | None = None  # of reasoning and tool calls; None if all of the answer is text
     one_call: bool = False  # whether the first tool call ends the answer
+    prompt: str = ""  # text of the prompt
 
 
 class Answer:
@@ -45,13 +44,13 @@ class Answer:
     after the end are ignored.
     """
 
-    def __init__(self, job: Job, engine: Engine) -> None:
+    def __init__(self, job: Job, service: AnswerService) -> None:
         self.id = str(uuid.uuid4())
         self.job: Job | None = job  # None after the end: this frees the prompt while a queue still holds the answer
         self.new_tokens = 0
-        self.kept_tokens: int | None = None  # prompt tokens that were in the prompt cache; None: unknown
-        self._prompt_tokens = len(job.ids)
-        self._engine = engine
+        self.sequence: TokenSequence | None = None  # None until the engine has it
+        self._prompt_tokens = len(job.request.ids)
+        self._service = service
         self._decoder = DecodeStream([], skip_special_tokens=job.parser is None)
         self._parser = job.parser
         self._one_call = job.one_call
@@ -59,7 +58,7 @@ class Answer:
         self._queue: asyncio.Queue[Any] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
         self._lock = threading.Lock()  # guards: ``job``, so that the answer ends only once
-        engine.tally.add(under_way=1)
+        service.tally.add(under_way=1)
 
     @property
     def ended(self) -> bool:
@@ -76,23 +75,45 @@ class Answer:
                 raise piece
             yield piece
 
-    def add(self, tokens: Sequence[int]) -> None:
-        """Add new token ids, and pass on their text. End the answer if its text contains a stop string.
+    @property
+    def kept_tokens(self) -> int:
+        """Prompt tokens whose keys and values were there already."""
+        return 0 if self.sequence is None else self.sequence.cached
+
+    def say(self) -> str:
+        """Return how far the computation is, for a client that waits."""
+        if self.sequence is None or self.sequence.began is None:
+            return "waiting"
+        progress = self.sequence.progress
+        return f"computing: {progress if progress.done < progress.total else f'{self.new_tokens:,} new tokens'}"
+
+    def add(self, token: int) -> None:
+        """Add a new token, and pass on its text. End the answer if its text contains a stop string.
 
         Like all methods of an answer, this raises nothing: the engine computes other answers, too. If it can't take
-        the tokens, the answer fails.
+        the token, the answer fails.
         """
         if self.ended:
             return
-        self._engine.tally.add(new_tokens=len(tokens))  # before the text is sent: a client that has it may read counts
-        self.new_tokens += len(tokens)
+        self._service.tally.add(new_tokens=1)  # before the text is sent: a client that has it may read counts
+        self.new_tokens += 1
         try:
-            for token in tokens:
-                self._take(token)
+            self._take(token)
         except Exception as error:
             self.fail(error)
 
-    def close(self) -> None:
+    def finish(self, sequence: TokenSequence) -> None:
+        """End the answer as its sequence has ended."""
+        match sequence.finish:
+            case Finish.FAILED:
+                assert sequence.error is not None
+                self.fail(sequence.error)
+            case Finish.CANCELLED:
+                self.cancel()
+            case _:
+                self._close()
+
+    def _close(self) -> None:
         """End the answer because it is complete."""
         if self.ended:
             return
@@ -121,7 +142,7 @@ class Answer:
     def _take(self, token: int) -> None:
         if self._parser is not None and token in self._parser.skipped:
             return
-        text = self._decoder.step(self._engine.tokenizer.backend_tokenizer, token)
+        text = self._decoder.step(self._service.tokenizer.backend_tokenizer, token)
         if text is not None:
             self._pass_on([text] if self._parser is None else self._parser.feed(text))
 
@@ -145,79 +166,69 @@ class Answer:
             if self.ended:
                 return False
             self.job = None
-        self._engine.tally.add(under_way=-1, **{outcome: 1})
-        kept = "" if self.kept_tokens is None else f" ({self.kept_tokens} of them cached)"
-        _log.info("%s: %d prompt tokens%s, %d new tokens", outcome, self._prompt_tokens, kept, self.new_tokens)
+        self._service.tally.add(under_way=-1, kept_tokens=self.kept_tokens, **{outcome: 1})
+        _log.info(
+            "%s: %d prompt tokens (%d of them cached), %d new tokens",
+            outcome,
+            self._prompt_tokens,
+            self.kept_tokens,
+            self.new_tokens,
+        )
         try:
-            self._engine.drop(self)
+            self._service.drop(self)
         except Exception as error:  # the client must get the end of its answer nevertheless
             log_failure("Removing an answer from the engine", error)
         return True
 
 
-class Engine(ABC):
-    """Base class of engines, which compute answers with one model.
+class AnswerService:
+    """Submits jobs to an engine, and has the answers that have not ended.
 
-    It computes in the block of ``running``. ``context`` is the maximum number of tokens of a prompt and its answer
-    together.
+    ``context`` is the maximum number of tokens of a prompt and its answer together.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, context: int) -> None:
+    def __init__(self, model: Any, tokenizer: Any, engine: Engine) -> None:
         self.model = model
         self.tokenizer = tokenizer
-        self.context = context
+        self.context = engine.context
         self.tally = Tally()
-        self._answers: set[Answer] = set()  # answers that have not ended
+        self._engine = engine
+        self._answers: set[Answer] = set()
 
     @property
     def is_alive(self) -> bool:
         """Whether the engine can still compute answers."""
-        return True
+        return self._engine.is_alive
 
-    @abstractmethod
     def submit(self, job: Job) -> Answer:
-        """Queue a job, and return its answer, which has no text yet. Must be called in the event loop.
+        """Submit a job, and return its answer, which has no text yet. Must be called in the event loop.
 
-        Raises Refusal if the engine can't compute the job.
+        Raises Refusal if the engine has failed.
         """
+        answer = Answer(job, self)
+        self._answers.add(answer)
+        try:
+            answer.sequence = self._engine.submit(job.request, answer.add, answer.finish)
+        except BaseException as error:
+            answer.cancel()
+            if isinstance(error, EngineError):
+                raise Refusal(503, FAILED) from None
+            raise
+        self.tally.add(prompt_tokens=len(job.request.ids))
+        return answer
+
+    def prompt_tokens_left(self) -> tuple[int, float]:
+        """Return how many prompt tokens of all answers are not computed yet, and the seconds until they are."""
+        under_way = [answer.sequence.progress for answer in [*self._answers] if answer.sequence is not None]
+        return sum(each.total - each.done for each in under_way), sum(each.seconds_left or 0.0 for each in under_way)
 
     def drop(self, answer: Answer) -> None:
-        """Remove a finished answer from the engine."""
+        """Remove an answer that has ended, and let the engine compute no more of it."""
         self._answers.discard(answer)
+        if answer.sequence is not None:
+            answer.sequence.cancel()
 
     def cut(self) -> None:
         """End all answers because the server shuts down."""
         for answer in list(self._answers):
             answer.cut()
-
-    @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
-        """Start the engine, and stop it after the block.
-
-        An exception stops it at any moment, such as one of Ctrl-C while it starts: Python's exit would wait for its
-        thread. Raises ConfigError if the engine can't compute the model.
-        """
-        try:
-            self._start()
-            yield
-        finally:
-            self._stop()
-
-    @abstractmethod
-    def _start(self) -> None:
-        """Start to compute. Raises ConfigError if the engine can't compute the model."""
-
-    @abstractmethod
-    def _stop(self) -> None:
-        """Stop computing after the present step or answer. The engine may not have started, or only partly."""
-
-    @contextlib.contextmanager
-    def _begun(self, job: Job) -> Iterator[Answer]:
-        """Yield the answer of a job. Cancel the answer if the block raises an exception."""
-        answer = Answer(job, self)
-        self._answers.add(answer)
-        try:
-            yield answer
-        except BaseException:
-            answer.cancel()
-            raise

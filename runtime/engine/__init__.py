@@ -1,0 +1,11 @@
+"""The engine: computes the answers of many requests with one model, step by step.
+
+- ``sequence``: a request, and the sequence of tokens that answers it.
+- ``prefix_tree``: keys and values of earlier tokens in pages, found by their token ids.
+- ``kv_cache``: the pages of each running sequence, within a budget; ``free_pages``: those that hold nothing.
+- ``scheduler``: chooses what the next step computes.
+- ``runner``: the interface of what computes a step; ``model_runner``: one sequence at a time, for any architecture;
+  ``packed_runner``: tokens of several sequences in one forward pass; ``faster_way``: whether that is faster.
+- ``sampling``: chooses the next token of a sequence from its logits.
+- ``engine``: the loop of steps, on a thread of its own, and the streams of its answers.
+"""

@@ -1,0 +1,278 @@
+"""The loop of steps, on a thread of its own, and the streams of its answers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+from collections.abc import AsyncGenerator, Callable, Iterator
+from queue import Empty, SimpleQueue
+from typing import Any
+
+from torch import Tensor
+
+from moetier.runtime.generation.decoding import longest_prompt
+from moetier.runtime.kernels.layer.paged_cache import PAGE
+from moetier.runtime.model.context import longest_context
+from moetier.tiers.errors import MoetierError, UnsupportedModelError
+
+from .kv_cache import KVCache
+from .model_runner import ModelRunner
+from .packed_runner import PackedRunner, can_pack
+from .runner import Runner, Stopped, Task
+from .sampling import Sampler, generates_itself
+from .scheduler import Scheduler
+from .sequence import Finish, Request, Sequence
+
+POLL_SECONDS = 0.05  # a stream asks this often whether it is still wanted
+_log = logging.getLogger(__name__)
+
+
+class EngineError(MoetierError):
+    """The engine can't compute any more."""
+
+
+class Stream:
+    """The tokens of one sequence, as they are sampled."""
+
+    def __init__(self, sequence: Sequence, tokens: SimpleQueue[int | None]) -> None:
+        """``tokens`` gets the sequence's tokens, then None."""
+        self.sequence = sequence
+        self._tokens = tokens
+
+    def __iter__(self) -> Iterator[int]:
+        return self.tokens()
+
+    def tokens(self, should_stop: Callable[[], bool] = lambda: False) -> Iterator[int]:
+        """Yield the tokens. If ``should_stop`` returns True, or the iterator is closed, the rest is not computed.
+
+        The sequence has ended when the iterator ends. Raises the error with which the sequence has failed.
+        """
+        try:
+            while (token := self._next(should_stop)) is not None:
+                yield token
+        finally:
+            self.sequence.cancel()
+            while self.sequence.finish is None:
+                self._tokens.get()
+        if self.sequence.error is not None:
+            raise self.sequence.error
+
+    def _next(self, should_stop: Callable[[], bool]) -> int | None:
+        while True:
+            if should_stop():
+                self.sequence.cancel()
+            try:
+                return self._tokens.get(timeout=POLL_SECONDS)
+            except Empty:
+                continue
+
+
+class Engine:
+    """Computes the answers of many requests with one model.
+
+    Requests may be submitted on any thread. Tokens are sampled on the engine's own thread.
+    """
+
+    def __init__(self, runner: Runner, *, pages: int, most: int, chunk: int, context: int) -> None:
+        """Start the engine's thread.
+
+        Args:
+            runner: computes with a model.
+            pages: number of pages for keys and values.
+            most: most sequences that run at a time.
+            chunk: most tokens of a prompt that are computed together.
+            context: most tokens of a sequence.
+        """
+        self.context = min(context, PAGE * pages)
+        self._runner = runner
+        self._scheduler = Scheduler(
+            KVCache(pages, runner, keeps=runner.can_resume), most=most, chunk=chunk if runner.can_resume else context
+        )
+        self._samplers: dict[Sequence, Sampler] = {}
+        self._changed = threading.Condition()  # guards the next two
+        self._arrived: list[Sequence] = []
+        self._is_closed = False
+        self._failure: BaseException | None = None  # what has ended the thread
+        self._thread = threading.Thread(target=self._work, name="moetier-engine", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def of(cls, model: Any, *, most: int = 1, tokens: int = 0) -> Engine:
+        """Return an engine for ``most`` sequences at a time, with the pages for which the model's tiers leave memory.
+
+        There are pages for a sequence of ``tokens`` tokens in any case. Raises UnsupportedModelError if the model
+        generates text in another way than token by token.
+        """
+        if generates_itself(model):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} does not generate text token by token.", "Use `moetier generate`."
+            )
+        kv = model.tiers.kv
+        limits = kv.context, longest_prompt(model), longest_context(model.config)
+        context = max(tokens, min(limit for limit in limits if limit is not None))
+        pages = max(kv.pages, -(-tokens // PAGE))
+        runner = (PackedRunner if most > 1 and can_pack(model) else ModelRunner)(model, pages)
+        return cls(runner, pages=pages, most=most, chunk=model.tiers.prefill_chunk, context=context)
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        """Sequences that run or wait."""
+        return [*self._scheduler.running, *self._scheduler.waiting]
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the engine can compute further requests."""
+        return self._failure is None and not self._is_closed
+
+    def submit(
+        self, request: Request, on_token: Callable[[int], object], on_end: Callable[[Sequence], object]
+    ) -> Sequence:
+        """Begin to compute a request, and return its sequence.
+
+        ``on_token`` is called with each new token, and ``on_end`` once after the last one, on the engine's thread.
+        Raises ValueError if the prompt is empty or does not fit into the context, and EngineError if the engine has
+        ended.
+        """
+        if not 0 < len(request.ids) < self.context:
+            raise ValueError(f"a prompt of {len(request.ids)} tokens in a context of {self.context}")
+        sequence = Sequence(request, on_token, on_end)
+        with self._changed:
+            if self._failure is not None or self._is_closed:
+                raise EngineError(
+                    f"The thread that computes answers has ended: {self._failure or 'the engine is closed'}.",
+                    "Load the model again.",
+                )
+            self._arrived.append(sequence)
+            self._changed.notify()
+        return sequence
+
+    def stream(self, request: Request) -> Stream:
+        """Begin to compute a request, and return the stream of its tokens. Raises what ``submit`` raises."""
+        tokens = SimpleQueue[int | None]()
+        return Stream(self.submit(request, tokens.put, lambda _: tokens.put(None)), tokens)
+
+    async def stream_async(self, request: Request) -> AsyncGenerator[int]:
+        """Begin to compute a request, and yield its tokens in the running event loop.
+
+        If the generator is closed, the rest is not computed. Raises what ``submit`` raises, and the error with which
+        the sequence has failed.
+        """
+        loop, tokens = asyncio.get_running_loop(), asyncio.Queue[int | None]()
+
+        def put(token: int | None) -> None:
+            with contextlib.suppress(RuntimeError):  # the event loop is closed
+                loop.call_soon_threadsafe(tokens.put_nowait, token)
+
+        sequence = self.submit(request, put, lambda _: put(None))
+        try:
+            while (token := await tokens.get()) is not None:
+                yield token
+        finally:
+            sequence.cancel()
+        if sequence.error is not None:
+            raise sequence.error
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Cancel all sequences, and end the thread after the layer that is being computed."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify()
+        self._thread.join()
+
+    def step(self) -> None:
+        """Compute one step: choose tasks, run them, and append a token to each sequence that is complete."""
+        for sequence in self.sequences:
+            if sequence.is_cancelled:
+                self._end(sequence, Finish.CANCELLED)
+        tasks, stopped = self._scheduler.schedule()
+        for sequence in stopped:
+            self._runner.end(sequence)
+        tasks = [task for task in tasks if self._has_sampler(task.sequence)]
+        for group in [tasks] if self._runner.computes_together else [[task] for task in tasks]:
+            self._run(group)
+
+    def _has_sampler(self, sequence: Sequence) -> bool:
+        """Return whether a sequence has a sampler, and make it one. A sequence that can't have one ends."""
+        if sequence not in self._samplers:
+            try:
+                self._samplers[sequence] = self._runner.sampler(sequence)
+            except Exception as error:
+                self._fail(sequence, error)
+                return False
+        return True
+
+    def _run(self, tasks: list[Task]) -> None:
+        """Run tasks together. If that fails, run each alone: an error of one sequence does not end others."""
+        prompts = [task.sequence for task in tasks if task.tokens > 1]
+        try:
+            logits = self._runner.run(
+                tasks, lambda: self._is_closed or any(sequence.is_cancelled for sequence in prompts)
+            )
+        except Stopped:
+            return  # the next step runs without what was cancelled
+        except Exception as error:
+            if len(tasks) == 1:
+                self._fail(tasks[0].sequence, error)
+            else:
+                for task in tasks:
+                    self._run([task])
+            return
+        for task, row in zip(tasks, logits, strict=True):
+            self._scheduler.computed(task)
+            if row is not None:
+                self._sample(task.sequence, row)
+
+    def _sample(self, sequence: Sequence, logits: Tensor) -> None:
+        sampler = self._samplers[sequence]
+        token = sampler(logits)
+        sequence.append(token)
+        if token in sampler.ends:
+            self._end(sequence, Finish.END)
+        elif sequence.new_tokens == sequence.request.max_new_tokens or len(sequence.ids) == self.context:
+            self._end(sequence, Finish.LENGTH)
+
+    def _fail(self, sequence: Sequence, error: Exception) -> None:
+        sequence.error = error
+        self._end(sequence, Finish.FAILED)
+
+    def _end(self, sequence: Sequence, finish: Finish) -> None:
+        self._scheduler.remove(sequence)
+        self._runner.end(sequence)
+        self._samplers.pop(sequence, None)
+        sequence.end(finish)
+
+    def _work(self) -> None:
+        try:
+            while self._take():
+                self.step()
+        except BaseException as error:  # an error of one sequence ends only that sequence
+            with self._changed:
+                self._failure = error
+            _log.critical("The thread that computes answers has failed: %s", error)
+        with self._changed:
+            arrived, self._arrived = self._arrived, []
+        for sequence in (*arrived, *self.sequences):
+            sequence.error = self._failure
+            self._end(sequence, Finish.CANCELLED if self._failure is None else Finish.FAILED)
+
+    def _take(self) -> bool:
+        """Wait until there is work, and let the scheduler have the sequences that have arrived.
+
+        Returns False if the engine is to end.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._arrived or self._is_closed or self._scheduler.has_work)
+            if self._is_closed:
+                return False
+            arrived, self._arrived = self._arrived, []
+        for sequence in arrived:
+            self._scheduler.add(sequence)
+        return True

@@ -1,0 +1,142 @@
+"""Prefix tree of pages: finds the keys and values of a prompt's first tokens by their token ids.
+
+A page holds the keys and values of up to PAGE tokens in all layers. A node of the tree is a page, and its path from the
+root has all tokens of the sequence up to there. So sequences that begin alike share pages. Only the last page of a
+sequence has fewer than PAGE tokens; it is a leaf.
+
+As in SGLang's radix cache (Zheng et al. 2023, arXiv 2312.07104), but nodes are whole pages, so none is ever split.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from moetier.runtime.kernels.layer.paged_cache import PAGE
+
+
+@dataclass(eq=False, slots=True)
+class Node:
+    """A page in the tree. The root of a tree has no page."""
+
+    tokens: tuple[int, ...]  # token ids of the page
+    page: int  # number of the page; -1 in a root
+    parent: Node | None
+    children: dict[tuple[int, ...], Node] = field(default_factory=dict)  # by their tokens
+    pins: int = 0  # number of running sequences whose tokens continue after this node
+    used: int = 0  # time at which the node was last matched or added
+
+    @property
+    def is_full(self) -> bool:
+        """Whether further pages may follow: the node is a root, or its page has PAGE tokens."""
+        return self.parent is None or len(self.tokens) == PAGE
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """The longest prefix of some tokens that a tree has."""
+
+    nodes: tuple[Node, ...]  # full pages, from the first token on
+    partial: Node | None  # page whose first ``shared`` tokens follow; None: no further token
+    shared: int
+
+    @property
+    def tokens(self) -> int:
+        """Length of the prefix."""
+        return PAGE * len(self.nodes) + self.shared
+
+
+class PrefixTree:
+    """Trees of pages, one for each name: requests under one name find no pages of another's.
+
+    A pinned node and its ancestors stay. All others may be evicted, the least recently used leaf first.
+    """
+
+    def __init__(self) -> None:
+        self._roots: dict[str, Node] = {}
+        self._time = 0
+
+    def match(self, name: str, ids: Sequence[int]) -> Match:
+        """Return the longest prefix of ``ids`` in the tree ``name``, and note that its pages were used."""
+        self._time += 1
+        node, nodes = self.root(name), list[Node]()
+        while (child := node.children.get(tuple(ids[PAGE * len(nodes) : PAGE * (len(nodes) + 1)]))) and child.is_full:
+            node = child
+            node.used = self._time
+            nodes.append(node)
+        rest = tuple(ids[PAGE * len(nodes) : PAGE * (len(nodes) + 1)])
+        partial = max(node.children.values(), key=lambda child: _common(child.tokens, rest), default=None)
+        shared = 0 if partial is None else _common(partial.tokens, rest)
+        if partial is None or not shared:
+            return Match(tuple(nodes), None, 0)
+        partial.used = self._time
+        return Match(tuple(nodes), partial, shared)
+
+    def root(self, name: str) -> Node:
+        """Return the root of the tree ``name``, which is made if there is none."""
+        return self._roots.setdefault(name, Node((), -1, None))
+
+    def add(self, parent: Node, tokens: Sequence[int], page: int) -> tuple[Node, list[int]]:
+        """Add a page after ``parent``, a full node. Return its node, and the pages that are not needed any more.
+
+        If the tree has this page already, that is ``page`` itself, and the node is the one that was there. A leaf that
+        has only some of the first of these tokens is replaced.
+        """
+        assert parent.is_full, "a page follows one that is not full"
+        self._time += 1
+        key = tuple(tokens)
+        if (node := parent.children.get(key)) is not None:
+            node.used = self._time
+            return node, [page]
+        replaced = [
+            child
+            for length in range(1, len(key))
+            if (child := parent.children.get(key[:length])) is not None and not child.pins
+        ]
+        for child in replaced:
+            del parent.children[child.tokens]
+        node = parent.children[key] = Node(key, page, parent, used=self._time)
+        return node, [child.page for child in replaced]
+
+    def remove(self, node: Node) -> None:
+        """Remove a leaf that is not pinned."""
+        assert _is_evictable(node)
+        assert node.parent is not None
+        del node.parent.children[node.tokens]
+
+    def evict(self, count: int) -> list[int]:
+        """Remove up to ``count`` pages that are not pinned, and return their numbers."""
+        leaves = [(node.used, id(node), node) for node in self._nodes() if _is_evictable(node)]
+        heapq.heapify(leaves)
+        pages = list[int]()
+        while leaves and len(pages) < count:
+            _, _, node = heapq.heappop(leaves)
+            self.remove(node)
+            pages.append(node.page)
+            if node.parent is not None and _is_evictable(node.parent):
+                heapq.heappush(leaves, (node.parent.used, id(node.parent), node.parent))
+        self._roots = {name: root for name, root in self._roots.items() if root.children or root.pins}
+        return pages
+
+    def pages(self) -> list[int]:
+        """Return the numbers of all pages."""
+        return [node.page for node in self._nodes()]
+
+    def _nodes(self) -> Iterator[Node]:
+        waiting = [*self._roots.values()]
+        while waiting:
+            node = waiting.pop()
+            waiting += node.children.values()
+            if node.parent is not None:
+                yield node
+
+
+def _is_evictable(node: Node) -> bool:
+    return node.parent is not None and not node.children and not node.pins
+
+
+def _common(some: Sequence[int], others: Sequence[int]) -> int:
+    """Return the length of the common prefix of two sequences."""
+    pairs = zip(some, others, strict=False)
+    return next((at for at, (one, other) in enumerate(pairs) if one != other), min(len(some), len(others)))

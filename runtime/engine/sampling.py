@@ -1,0 +1,94 @@
+"""Choosing the next token of a sequence from its logits, as transformers' ``generate()`` does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moetier.runtime.generation.decoding import ONE_SEQUENCE, behind
+
+from .sequence import Sequence
+
+TOKENS = 256  # memory is allocated for a multiple of this many token ids
+
+
+class Sampler:
+    """Chooses the tokens of one sequence. Its random numbers depend on the seed alone."""
+
+    def __init__(
+        self,
+        ids: list[int],
+        processors: Callable[..., Tensor],
+        *,
+        samples: bool = False,
+        seed: int | None = None,
+        ends: frozenset[int] = frozenset(),
+    ) -> None:
+        """Continue ``ids``.
+
+        Args:
+            ids: token ids of the prompt.
+            processors: transformers' logits processors, called with ids [1, tokens] and scores [1, vocabulary].
+            samples: whether to sample; otherwise the most likely token is chosen.
+            seed: of the random numbers; None: another one each time.
+            ends: token ids that end the sequence.
+        """
+        self.ends = ends
+        self._ids = torch.empty((1, -(-(len(ids) + 1) // TOKENS) * TOKENS), dtype=torch.int64)
+        self._ids[0, : len(ids)] = torch.tensor(ids)
+        self._length = len(ids)
+        self._processors = processors
+        self._random = torch.Generator() if samples else None
+        if self._random is not None:
+            self._random.seed() if seed is None else self._random.manual_seed(seed)
+
+    def __call__(self, logits: Tensor) -> int:
+        """Return the next token, chosen by its logits [vocabulary], and append it to the ids."""
+        scores = self._processors(self._ids[:, : self._length], logits.to(copy=True, dtype=torch.float32)[None])
+        if self._random is None:
+            token = int(scores.argmax())
+        else:
+            token = int(torch.multinomial(scores.softmax(-1), 1, generator=self._random))
+        if self._length == self._ids.shape[1]:
+            self._ids = torch.nn.functional.pad(self._ids, (0, self._length))
+        self._ids[0, self._length] = token
+        self._length += 1
+        return token
+
+
+def prepared(model: Any, sequence: Sequence) -> tuple[dict[str, Any], Sampler]:
+    """Return what ``generate()`` prepares for a sequence: arguments of the model's forward, and a sampler.
+
+    Raises ValueError for options that ``generate()`` refuses.
+    """
+    inputs: dict[str, Any] = {}
+
+    def take(_: Any, input_ids: Tensor, **given: Any) -> Tensor:
+        inputs.update(given)
+        return input_ids
+
+    ids = torch.tensor([sequence.ids], device=model.device)
+    decoding = behind(len(sequence.request.ids), {**sequence.request.decoding, **ONE_SEQUENCE})
+    most = max(1, sequence.request.max_new_tokens - sequence.new_tokens)
+    model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=most, custom_generate=take, **decoding)
+    config, processors = inputs.pop("generation_config"), inputs.pop("logits_processor")
+    inputs.pop("stopping_criteria")
+    ends = config.eos_token_id
+    sampler = Sampler(
+        sequence.ids,
+        processors,
+        samples=config.do_sample,
+        seed=sequence.request.seed,
+        ends=frozenset(ends if isinstance(ends, list) else [ends]) - {None},
+    )
+    return inputs, sampler
+
+
+def generates_itself(model: Any) -> bool:
+    """Return whether a model has no ``generate()``, or one of its own, for which there is no runner."""
+    from transformers import GenerationMixin
+
+    return getattr(type(model), "generate", None) is not GenerationMixin.generate

@@ -1,0 +1,114 @@
+"""A request for text, and the sequence of tokens that answers it."""
+
+from __future__ import annotations
+
+import enum
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A prompt, and how it is to be continued.
+
+    Attributes:
+        ids: token ids of the prompt: at least one.
+        max_new_tokens: most tokens of the answer.
+        decoding: arguments of ``generate()`` that choose tokens, and ``presence_penalty`` and ``frequency_penalty``.
+        seed: of the random numbers; None: another one each time.
+        user: requests of different users share no keys and values.
+    """
+
+    ids: tuple[int, ...]
+    max_new_tokens: int
+    decoding: Mapping[str, Any] = field(default_factory=dict)
+    seed: int | None = None
+    user: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How much of a prompt is computed."""
+
+    done: int  # tokens, those that were there already among them
+    total: int
+    seconds_left: float | None  # until all are; None if that can't be told yet
+
+    def __str__(self) -> str:
+        left = "" if self.seconds_left is None else f", {self.seconds_left:.0f} s left"
+        return f"{self.done:,} of {self.total:,} prompt tokens{left}"
+
+
+class Finish(enum.Enum):
+    """Why a sequence has ended."""
+
+    END = "end"  # the model has ended it
+    LENGTH = "length"  # it has as many tokens as the request asked for, or the context has room for
+    CANCELLED = "cancelled"
+    FAILED = "failed"
+
+
+class Sequence:
+    """The tokens of a request and its answer so far.
+
+    ``computed`` is the number of tokens whose keys and values are kept; the tokens after them are to be computed next.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        on_token: Callable[[int], object] = lambda _: None,
+        on_end: Callable[[Sequence], object] = lambda _: None,
+    ) -> None:
+        self.request = request
+        self.ids = list(request.ids)
+        self.computed = 0
+        self.cached = 0  # tokens of the prompt whose keys and values were there already when the sequence first began
+        self.began: float | None = None  # time at which it first began; None while it waits
+        self.last_step = 0  # number of the step that computed a part of its prompt last
+        self.finish: Finish | None = None  # None before the end
+        self.error: BaseException | None = None
+        self.is_cancelled = False  # may be set on any thread
+        self._on_token = on_token
+        self._on_end = on_end
+
+    @property
+    def new_tokens(self) -> int:
+        """Number of tokens of the answer so far."""
+        return len(self.ids) - len(self.request.ids)
+
+    @property
+    def remaining(self) -> int:
+        """Number of tokens to compute before the next token can be sampled."""
+        return len(self.ids) - self.computed
+
+    def begin(self) -> None:
+        """Note that the sequence begins to run, with its ``computed`` tokens. Not its first time changes nothing."""
+        if self.began is None:
+            self.cached, self.began = self.computed, time.monotonic()
+
+    @property
+    def progress(self) -> Progress:
+        """How much of the prompt is computed. May be read on any thread."""
+        total = len(self.request.ids)
+        done = min(self.computed, total)
+        new = done - self.cached
+        if self.began is None or new <= 0:
+            return Progress(done, total, None)
+        return Progress(done, total, (total - done) * (time.monotonic() - self.began) / new)
+
+    def append(self, token: int) -> None:
+        """Append a sampled token, and pass it on."""
+        self.ids.append(token)
+        self._on_token(token)
+
+    def cancel(self) -> None:
+        """End the sequence soon. May be called on any thread, and after the end."""
+        self.is_cancelled = True
+
+    def end(self, finish: Finish) -> None:
+        """Note why the sequence has ended, and tell that it has."""
+        self.finish = finish
+        self._on_end(self)

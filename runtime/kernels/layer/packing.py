@@ -1,0 +1,81 @@
+"""The step that this thread computes for several sequences, whose tokens are packed into one row.
+
+All modules but attention compute each token by itself. Attention functions compute sequence by sequence.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from .masks import band_of, with_band
+
+
+class Part(NamedTuple):
+    """Attention of one sequence's new tokens."""
+
+    query: Tensor  # [1, heads, tokens, width]
+    keys: Tensor  # [1, key heads, length, width]
+    values: Tensor  # [1, key heads, length, values]
+    mask: Tensor | None  # as ``band_mask`` returns it
+
+
+class PackedStep(Protocol):
+    """Keys and values of several sequences."""
+
+    def parts(self, layer: int, query: Tensor) -> Iterator[Part]:
+        """Take the queries [1, heads, tokens, width] of all sequences' new tokens apart."""
+
+
+_step: ContextVar[PackedStep | None] = ContextVar("moetier_packed_step", default=None)
+
+
+@contextlib.contextmanager
+def packed(step: PackedStep | None) -> Iterator[None]:
+    """Let attention functions compute with ``step`` within the block, on this thread."""
+    token = _step.set(step)
+    try:
+        yield
+    finally:
+        _step.reset(token)
+
+
+def packed_step() -> PackedStep | None:
+    """Return the step that this thread computes for several sequences; None if there is none."""
+    return _step.get()
+
+
+def attend_to_each(
+    step: PackedStep,
+    attend: Callable[..., Any],
+    module: Any,
+    query: Tensor,
+    named: dict[str, Any],
+    *,
+    adds_mask: bool = False,
+) -> tuple[Tensor, None]:
+    """Call transformers' attention function ``attend`` for each sequence of a step.
+
+    ``named`` are further arguments of the function. ``adds_mask``: the function adds its mask to scores. Returns
+    [1, tokens, heads, values], and None in place of the attention weights.
+    """
+    outputs = list[Tensor]()
+    with packed(None):
+        for part in step.parts(module.layer_idx, query):
+            mask = _numbers(part.mask, query) if adds_mask else part.mask
+            outputs.append(attend(module, *part[:3], mask, **named)[0])
+    return torch.cat(outputs, 1), None
+
+
+def _numbers(mask: Tensor | None, query: Tensor) -> Tensor | None:
+    """Return a mask, with its Band, as numbers of the query's type, to be added to scores."""
+    if mask is None:
+        return None
+    zeros = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device)
+    numbers, band = zeros.masked_fill_(~mask, torch.finfo(zeros.dtype).min), band_of(mask)
+    return numbers if band is None else with_band(numbers, band)

@@ -1,0 +1,136 @@
+"""KV cache in pages: transformers' Cache of one sequence, whose keys and values lie in memory that sequences share.
+
+A page holds the keys and values of PAGE consecutive tokens of a sequence, in all layers. Pages with consecutive numbers
+lie next to one another, as the tokens of one tensor. So what computes with a sequence whose pages are consecutive reads
+them where they are, the compiled layers of one token too. Those of other sequences are copied for each step.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer
+
+from .growing_cache import CacheMemory, memory_of
+
+PAGE = 64  # tokens
+
+
+class PageMemory:
+    """Memory of keys and values, by layers and by numbers of pages."""
+
+    def __init__(self, pages: int) -> None:
+        self._pages = pages
+        # keys and values [1, heads, pages * PAGE, width] of a layer. The kernel gives memory to what is written first
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def write(self, layer: int, pages: list[int], begin: int, keys: Tensor, values: Tensor) -> None:
+        """Write keys and values [1, heads, tokens, width] of the tokens from ``begin`` on into a sequence's pages."""
+        if layer not in self._layers:
+            size = self._pages * PAGE
+            self._layers[layer] = tuple(  # type: ignore[assignment] # two tensors
+                part.new_empty((1, part.shape[1], size, part.shape[3])) for part in (keys, values)
+            )
+        at, end = begin, begin + keys.shape[2]
+        while at < end:
+            count = min(PAGE - at % PAGE, end - at)
+            place = PAGE * pages[at // PAGE] + at % PAGE
+            for memory, part in zip(self._layers[layer], (keys, values), strict=True):
+                memory[:, :, place : place + count] = part[:, :, at - begin : at - begin + count]
+            at += count
+
+    def read(self, layer: int, pages: list[int], begin: int, end: int) -> tuple[Tensor, Tensor]:
+        """Return keys and values [1, heads, end - begin, width] of a sequence's tokens from ``begin`` to ``end``."""
+        first = begin // PAGE
+        used = pages[first : -(-end // PAGE)]
+        keys, values = self._layers[layer]
+        if are_consecutive(used):
+            place = PAGE * used[0] + begin % PAGE
+            return keys.narrow(2, place, end - begin), values.narrow(2, place, end - begin)
+        parts = (torch.cat([part.narrow(2, PAGE * page, PAGE) for page in used], 2) for part in (keys, values))
+        keys, values = (part.narrow(2, begin % PAGE, end - begin) for part in parts)
+        return keys, values
+
+    def copy_page(self, source: int, target: int, tokens: int) -> None:
+        """Copy the keys and values of the first ``tokens`` tokens of a page to another page."""
+        for layer in self._layers.values():
+            for memory in layer:
+                memory.narrow(2, PAGE * target, tokens).copy_(memory.narrow(2, PAGE * source, tokens))
+
+    def room(self, layer: int) -> CacheMemory | None:
+        """Return the memory of all pages in a layer, as compiled code needs it; None if it can't be read so."""
+        return memory_of(*self._layers[layer]) if layer in self._layers else None
+
+
+def are_consecutive(pages: list[int]) -> bool:
+    """Return whether each page is followed by the one with the next number."""
+    return not pages or pages == [*range(pages[0], pages[0] + len(pages))]
+
+
+class PagedCache(Cache):
+    """Cache of the sequence that is computed: ``move`` says which. Nothing but its layers has to be updated."""
+
+    def __init__(self, memory: PageMemory, windows: list[int | None]) -> None:
+        """``windows``: for each layer, most tokens that a token attends to, itself included; None: all."""
+        self.pages: list[int] = []
+        self.is_consecutive = True
+        self._paged = [PagedLayer(self, memory, *layer) for layer in enumerate(windows)]
+        super().__init__(layers=[*self._paged])
+
+    def move(self, pages: list[int], computed: int) -> None:
+        """Continue the sequence that has these pages after its first ``computed`` tokens."""
+        self.pages, self.is_consecutive = pages, are_consecutive(pages)
+        for layer in self._paged:
+            layer.end, layer.is_initialized = computed, computed > 0
+
+
+class PagedLayer(DynamicLayer):
+    """Layer of a PagedCache."""
+
+    def __init__(self, cache: PagedCache, memory: PageMemory, number: int, window: int | None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.is_sliding = window is not None
+        self.end = 0  # number of tokens
+        self._cache, self._memory, self._number, self._window = cache, memory, number, window
+        self._room: CacheMemory | None = None  # what ``room`` has returned last
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Append keys and values of new tokens [1, heads, tokens, width]; return those of all that they attend to."""
+        first, begin = self.first_position, self.end
+        self._memory.write(self._number, self._cache.pages, begin, key_states, value_states)
+        self.end, self.is_initialized = begin + key_states.shape[2], True
+        return self._memory.read(self._number, self._cache.pages, first, self.end)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return how many tokens new ones attend to, with themselves, and the position of the first of these."""
+        return self.end - self.first_position + query_length, self.first_position
+
+    def get_seq_length(self) -> int:
+        """Return the number of tokens."""
+        return self.end
+
+    def room(self) -> CacheMemory | None:
+        """Return the memory of all pages, if the sequence's are consecutive. They have room for the next token."""
+        if not self._cache.is_consecutive:
+            return None
+        if self._room is None:
+            self._room = self._memory.room(self._number)
+        return self._room
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Places in ``room``: of the first token that a new one attends to, and of the new one."""
+        begin = PAGE * self._cache.pages[0]
+        return begin + self.first_position, begin + self.end
+
+    @property
+    def first_position(self) -> int:
+        """Position of the first token that a new one attends to."""
+        return 0 if self._window is None else max(0, self.end - self._window + 1)
+
+    def extend(self) -> None:
+        """Take over a token whose key and value were written into the memory that ``room`` has returned."""
+        self.end += 1

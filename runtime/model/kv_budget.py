@@ -1,0 +1,76 @@
+"""Memory for keys and values, in pages, and the context that it has room for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+from moetier.runtime.config import Size, TierConfig, format_bytes
+from moetier.runtime.kernels.layer.paged_cache import PAGE
+
+from .context import longest_context
+
+SHARE = Fraction(1, 4)  # of the memory that the trunk leaves, for keys and values by default
+LEAST_PAGES = 4  # so many there are by default, however little memory there is
+
+
+@dataclass(frozen=True, slots=True)
+class KVBudget:
+    """Pages for keys and values of all sequences, and the longest sequence."""
+
+    context: int = 0  # most tokens of a sequence
+    pages: int = 0
+    page_bytes: int = 0  # of PAGE tokens in all layers
+
+    @classmethod
+    def of(cls, config: Any, tier_config: TierConfig, *, page_bytes: int, room: int, experts: int) -> KVBudget:
+        """Return the budget that the options ask for.
+
+        By default that is SHARE of ``room``, but enough for the option ``context``, and no more than the sequences that
+        are computed at a time can need.
+
+        Args:
+            config: the model's config in transformers.
+            tier_config: the options of the tiers.
+            page_bytes: bytes of a page; 0 if the model keeps no keys and values.
+            room: bytes that the trunk and scratch memory leave.
+            experts: bytes of all experts.
+        """
+        longest = tier_config.context or longest_context(config)
+        most = None if longest is None else -(-longest // PAGE)  # pages of a sequence
+        if not page_bytes:
+            pages = tier_config.sequences * (most or LEAST_PAGES)
+        elif tier_config.kv_cache is not None:
+            pages = tier_config.kv_cache.of(room) // page_bytes
+        else:
+            pages = max(LEAST_PAGES, _default_bytes(tier_config.ram, room, experts) // page_bytes)
+            pages = pages if most is None else min(pages, tier_config.sequences * most)
+            if tier_config.context is not None:
+                pages = max(pages, -(-tier_config.context // PAGE))
+        pages = max(pages, 1)
+        return cls(min(longest or PAGE * pages, PAGE * pages), pages, page_bytes)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all pages."""
+        return self.pages * self.page_bytes
+
+    def describe(self, record_bytes: int) -> str:
+        """Return what the context costs, for a user. ``record_bytes``: bytes of an expert's record."""
+        what = f"a context of {self.context:,} tokens"
+        if not self.page_bytes:
+            return what
+        experts = self.nbytes // max(record_bytes, 1)
+        return f"{what} ({format_bytes(self.nbytes)} for keys and values, as much as {experts:,} experts take)"
+
+
+def _default_bytes(ram: Size | None, room: int, experts: int) -> int:
+    """Return the bytes for keys and values if no option gives them. ``ram``: the option for experts."""
+    if ram is None or ram.bytes is None:
+        return int(SHARE * room)
+    # what the experts leave is also for the tokens of a prompt that are computed together
+    return min(int(SHARE * room), max(room - min(ram.bytes, experts), 0) // 2)
+
+
+NO_KV = KVBudget()

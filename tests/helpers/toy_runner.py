@@ -1,0 +1,80 @@
+"""A runner without a model: the next token depends on all tokens before it, as pages have them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from moetier.runtime.engine import sequence as engine
+from moetier.runtime.engine.runner import Runner, Stopped, Task
+from moetier.runtime.engine.sampling import Sampler
+from moetier.runtime.kernels.layer.paged_cache import PAGE
+
+VOCABULARY = 50
+
+
+class WrittenPages:
+    """Memory of pages that has, in place of a token's keys and values, the ids of all tokens up to it."""
+
+    def __init__(self) -> None:
+        self.pages: dict[int, list[tuple[int, ...]]] = {}
+
+    def write(self, pages: Sequence[int], ids: Sequence[int], begin: int, end: int) -> None:
+        for at in range(begin, end):
+            page = self.pages.setdefault(pages[at // PAGE], [])
+            del page[at % PAGE :]
+            page.append(tuple(ids[: at + 1]))
+
+    def copy_page(self, source: int, target: int, tokens: int) -> None:
+        self.pages[target] = self.pages[source][:tokens]
+
+
+class ToyRunner(WrittenPages, Runner):
+    """Fails if a page has not what its sequence needs. A token is ``next_token`` of those before it."""
+
+    can_resume = computes_together = True
+
+    def __init__(self, *, fails_after: int = 1 << 30) -> None:
+        super().__init__()
+        self.computed = 0  # tokens
+        self.fails_after = fails_after  # tokens of a sequence, after which it fails
+
+    def sampler(self, sequence: engine.Sequence) -> Sampler:
+        return Sampler(sequence.ids, lambda _, scores: scores, ends=frozenset([0]))
+
+    def run(self, tasks: Sequence[Task], should_stop: Callable[[], bool]) -> list[Tensor | None]:
+        return [self.compute(task, should_stop) for task in tasks]
+
+    def compute(self, task: Task, should_stop: Callable[[], bool]) -> Tensor | None:
+        ids, begin = task.sequence.ids, task.sequence.computed
+        end = begin + task.tokens
+        if should_stop():
+            raise Stopped
+        if end > self.fails_after:
+            raise OSError("a disk failed")
+        assert [self.pages[task.pages[at // PAGE]][at % PAGE] for at in range(begin)] == [
+            tuple(ids[: at + 1]) for at in range(begin)
+        ]
+        self.write(task.pages, ids, begin, end)
+        self.computed += task.tokens
+        return torch.eye(VOCABULARY)[next_token(ids[:end])] if task.is_complete else None
+
+    def end(self, sequence: engine.Sequence) -> None:
+        pass
+
+
+def next_token(ids: Sequence[int]) -> int:
+    return hashlib.sha256(repr([*ids]).encode()).digest()[0] % VOCABULARY
+
+
+def answer_alone(ids: Sequence[int], most: int, context: int) -> list[int]:
+    """What a sequence gets that runs alone."""
+    found = [*ids]
+    while len(found) < min(len(ids) + most, context):
+        found.append(next_token(found))
+        if found[-1] == 0:
+            break
+    return found[len(ids) :]

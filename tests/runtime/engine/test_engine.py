@@ -1,0 +1,206 @@
+"""Whatever company a request has, and however few pages there are, its answer is that of its run alone."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import random
+import threading
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from threads import run_all, wait_until
+from toy_runner import ToyRunner, answer_alone
+
+from moetier.runtime.engine.engine import Engine, EngineError
+from moetier.runtime.engine.sequence import Finish, Request
+from moetier.runtime.kernels.layer.paged_cache import PAGE
+
+DESCRIPTORS = Path("/proc/self/fd")
+PROMPTS = [[*range(1, 100)], [*range(1, 70)], [*range(1, 65)], [7] * 150, [7] * 20, [9]]
+
+
+def tokens_of(engine: Engine, ids: list[int], most: int = 20, **options: object) -> list[int]:
+    return [*engine.stream(Request(tuple(ids), most, **options))]  # type: ignore[arg-type]
+
+
+@given(
+    requests=st.lists(
+        st.tuples(st.sampled_from(PROMPTS), st.integers(1, 90), st.one_of(st.none(), st.integers(0, 5))),
+        min_size=1,
+        max_size=12,
+    ),
+    pages=st.integers(4, 12),
+    most=st.integers(1, 5),
+    chunk=st.sampled_from([1, 7, 64, 200]),
+)
+@settings(max_examples=60, deadline=None)
+def test_company_changes_no_answer(
+    requests: list[tuple[list[int], int, int | None]], pages: int, most: int, chunk: int
+) -> None:
+    runner = ToyRunner()
+    with Engine(runner, pages=pages, most=most, chunk=chunk, context=1000) as engine:
+        streams = [engine.stream(Request(tuple(ids), tokens)) for ids, tokens, _ in requests]
+        for stream, (ids, tokens, cancelled_after) in zip(streams, requests, strict=True):
+            answer, expected = list[int](), answer_alone(ids, tokens, engine.context)
+            for token in stream:
+                answer.append(token)
+                if len(answer) == cancelled_after:
+                    break
+            assert answer == expected[: len(answer)]
+            if not cancelled_after:
+                assert answer == expected
+        assert not engine.sequences
+    assert len(runner.pages) <= pages
+
+
+def test_a_turn_computes_only_what_is_new() -> None:
+    runner = ToyRunner()
+    with Engine(runner, pages=20, most=2, chunk=64, context=1000) as engine:
+        first = tokens_of(engine, [*range(1, 300)], 40)
+        before = runner.computed
+        stream = engine.stream(Request((*range(1, 300), *first, 5, 6), 1))
+        assert len([*stream]) == 1
+        # the last token of an answer was sampled, but not computed
+        assert stream.sequence.cached == 299 + len(first) - 1
+        assert runner.computed - before == 3
+
+
+def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:
+    ended, arrived = list[int](), threading.Event()
+
+    class Begun(ToyRunner):
+        def run(self, *given: object) -> object:  # type: ignore[override]
+            arrived.wait(20)
+            return super().run(*given)  # type: ignore[arg-type]
+
+    with Engine(Begun(), pages=40, most=3, chunk=64, context=2000) as engine:
+        sequences = [
+            engine.submit(Request((1,) * tokens, 1), lambda _: None, lambda sequence: ended.append(len(sequence.ids)))
+            for tokens in (1000, 100)
+        ]
+        arrived.set()
+        wait_until(lambda: all(sequence.finish is not None for sequence in sequences))
+    assert ended == [101, 1001]
+
+
+def test_an_error_ends_only_its_sequence() -> None:
+    with Engine(ToyRunner(fails_after=70), pages=20, most=3, chunk=64, context=1000) as engine:
+        streams = [engine.stream(Request(tuple(ids), 5)) for ids in ([1] * 100, [2] * 20)]
+        assert [*streams[1]] == answer_alone([2] * 20, 5, 1000)
+        with pytest.raises(OSError, match="a disk failed"):
+            [*streams[0]]
+        assert streams[0].sequence.finish is Finish.FAILED
+
+
+def test_a_thread_that_fails_fails_all_and_refuses_further_requests() -> None:
+    runner = ToyRunner()
+    with Engine(runner, pages=20, most=3, chunk=64, context=1000) as engine:
+        runner.sampler = lambda _: (_ for _ in ()).throw(SystemExit)  # type: ignore[method-assign]
+        with pytest.raises(SystemExit):
+            tokens_of(engine, [1])
+        wait_until(lambda: not engine.is_alive)
+        with pytest.raises(EngineError, match="has ended"):
+            tokens_of(engine, [1])
+
+
+def test_closing_cancels_what_runs_and_what_waits() -> None:
+    entered, may = threading.Event(), threading.Event()
+
+    class Slow(ToyRunner):
+        def run(self, *given: object) -> object:  # type: ignore[override]
+            entered.set()
+            may.wait(20)
+            return super().run(*given)  # type: ignore[arg-type]
+
+    engine = Engine(Slow(), pages=8, most=1, chunk=64, context=1000)
+    streams = [engine.stream(Request((1, 2, 3), 100)) for _ in range(3)]
+    assert entered.wait(20)
+    run_all([engine.close, may.set])
+    assert [stream.sequence.finish for stream in streams] == [Finish.CANCELLED] * 3
+
+
+@pytest.mark.parametrize("ids", [(), (1,) * (2 * PAGE)])
+def test_a_prompt_that_does_not_fit_is_refused(ids: tuple[int, ...]) -> None:
+    with (
+        Engine(ToyRunner(), pages=2, most=1, chunk=64, context=1000) as engine,
+        pytest.raises(ValueError, match="prompt of"),
+    ):
+        engine.stream(Request(ids, 1))
+
+
+@pytest.mark.parametrize("count", [1000, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_many_requests_leave_nothing_but_pages(count: int) -> None:
+    """Some are cancelled, and there are pages for a few at a time."""
+    random_, runner, pages = random.Random(0), ToyRunner(), 30
+    with Engine(runner, pages=pages, most=6, chunk=64, context=2000) as engine:
+
+        def run(requests: int) -> None:
+            streams = []
+            for _ in range(requests):
+                ids = random_.choice(PROMPTS)[: random_.randrange(1, 150)]
+                streams.append(engine.stream(Request(tuple(ids), random_.randrange(1, 30))))
+                if random_.random() < 0.2:
+                    streams[-1].sequence.cancel()
+                if len(streams) > 20:
+                    tuple(streams.pop(0))
+            for stream in streams:
+                tuple(stream)
+            assert not engine.sequences
+
+        run(100)
+        gc.collect()
+        before = len([*DESCRIPTORS.iterdir()]), threading.active_count(), len(gc.get_objects())
+        run(count)
+        gc.collect()
+        after = len([*DESCRIPTORS.iterdir()]), threading.active_count(), len(gc.get_objects())
+        assert after[:2] == before[:2]
+        assert after[2] < before[2] + 1000
+        # all pages can be had again
+        assert len(tokens_of(engine, [3] * (pages * PAGE - 5), 5)) in range(1, 6)
+    assert len(runner.pages) <= pages
+
+
+def test_tokens_come_in_an_event_loop() -> None:
+    async def ask(engine: Engine, ids: list[int], most: int = 20) -> list[int]:
+        return [token async for token in engine.stream_async(Request(tuple(ids), most))]
+
+    async def first(engine: Engine) -> int:
+        tokens = engine.stream_async(Request((1, 2, 3), 900))
+        token = await anext(tokens)
+        await tokens.aclose()
+        return token
+
+    async def ask_all(engine: Engine) -> list[list[int]]:
+        assert await first(engine) == answer_alone([1, 2, 3], 1, 1000)[0]
+        with pytest.raises(OSError, match="a disk failed"):
+            await ask(engine, [8] * 200)
+        return await asyncio.gather(*(ask(engine, ids) for ids in PROMPTS))
+
+    with Engine(ToyRunner(fails_after=180), pages=30, most=3, chunk=64, context=1000) as engine:
+        assert asyncio.run(ask_all(engine)) == [answer_alone(ids, 20, 1000) for ids in PROMPTS]
+        wait_until(lambda: not engine.sequences)
+
+
+def test_progress_tells_tokens_and_time() -> None:
+    entered, may = threading.Event(), threading.Event()
+
+    class Slow(ToyRunner):
+        def run(self, *given: object) -> object:  # type: ignore[override]
+            if self.computed:
+                entered.set()
+                may.wait(20)
+            return super().run(*given)  # type: ignore[arg-type]
+
+    with Engine(Slow(), pages=20, most=1, chunk=64, context=1000) as engine:
+        stream = engine.stream(Request((5,) * 192, 1))
+        assert entered.wait(20)
+        progress = stream.sequence.progress
+        assert (progress.done, progress.total) == (64, 192)
+        assert progress.seconds_left is not None
+        assert str(progress).startswith("64 of 192 prompt tokens, ")
+        may.set()
+        assert len([*stream]) == 1
+        assert stream.sequence.progress.done == 192

@@ -1,0 +1,152 @@
+"""A request has the same tokens alone and in any company: random schedules with real models."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from architectures import tiny_model
+from torch import Tensor
+
+import moetier
+from moetier.runtime.engine.engine import Engine
+from moetier.runtime.engine.faster_way import FasterWay
+from moetier.runtime.engine.packed_runner import PackedRunner, can_pack
+from moetier.runtime.engine.runner import Task
+from moetier.runtime.engine.sequence import Finish, Request, Sequence
+from moetier.runtime.kernels.layer.attention import use_causal_attention
+from moetier.runtime.moe.layers import OneTokenLayer
+
+PAGES, MOST_PROMPT, SCHEDULES = 14, 150, 12
+
+
+@pytest.fixture(scope="module", params=["qwen3_moe", "mixtral", "gpt_oss"])
+def model(request: pytest.FixtureRequest) -> Any:
+    model = tiny_model(request.param, torch.float32)
+    use_causal_attention(model)
+    assert can_pack(model, near=0.01)
+    return model
+
+
+class Recorded(PackedRunner):
+    """Notes the logits of each sequence's tokens."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model, PAGES)
+        self.logits: dict[Sequence, list[Tensor]] = {}
+
+    def run(self, tasks: Any, should_stop: Callable[[], bool]) -> list[Tensor | None]:
+        found = super().run(tasks, should_stop)
+        for task, logits in zip(tasks, found, strict=True):
+            if logits is not None:
+                self.logits.setdefault(task.sequence, []).append(logits)
+        return found
+
+
+def requests(seed: int) -> list[Request]:
+    """Prompts that begin alike in part, with samplers and penalties of all kinds."""
+    random_ = random.Random(seed)
+    text = [random_.randrange(2, 250) for _ in range(MOST_PROMPT)]
+    found = []
+    for number in range(random_.randrange(2, 6)):
+        ids = text[: random_.randrange(1, 90)] + [random_.randrange(2, 250) for _ in range(random_.randrange(1, 60))]
+        decoding = random_.choice(
+            [
+                {"do_sample": False},
+                {"do_sample": True, "temperature": 0.7, "top_p": 0.9},
+                {"do_sample": True, "top_k": 5},
+                {"do_sample": False, "presence_penalty": 0.5, "frequency_penalty": 0.2, "repetition_penalty": 1.2},
+            ]
+        )
+        found.append(Request(tuple(ids), random_.randrange(1, 40), decoding, seed=number))
+    return found
+
+
+@pytest.mark.parametrize("seed", [*range(SCHEDULES), *(pytest.param(n, marks=pytest.mark.slow) for n in range(12, 70))])
+def test_company_changes_no_token(model: Any, seed: int) -> None:
+    random_, asked = random.Random(seed), requests(seed)
+    alone = []
+    for request in asked:
+        runner = Recorded(model)
+        with Engine(runner, pages=PAGES, most=1, chunk=1000, context=400) as engine:
+            stream = engine.stream(request)
+            alone.append(([*stream], runner.logits[stream.sequence]))
+    runner = Recorded(model)
+    most, chunk = random_.randrange(2, 5), random_.choice([8, 33, 64, 500])
+    with Engine(runner, pages=PAGES, most=most, chunk=chunk, context=400) as engine:
+        streams = [engine.stream(request) for request in asked]
+        cancelled = random_.choice([None, streams[0]])
+        if cancelled is not None:
+            cancelled.sequence.cancel()
+        for stream, (tokens, logits) in zip(streams, alone, strict=True):
+            found = [*stream]
+            assert found == tokens[: len(found)]
+            if stream is not cancelled:
+                assert found == tokens
+            for one, other in zip(logits, runner.logits.get(stream.sequence, []), strict=False):
+                torch.testing.assert_close(one.log_softmax(-1), other.log_softmax(-1), rtol=1e-4, atol=1e-4)
+        assert not engine.sequences
+
+
+def test_one_sequence_is_decoded_by_compiled_layers(tinymix_4bit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where its pages are consecutive, as they are in a conversation that goes on."""
+    computed, of = list[bool](), OneTokenLayer.of
+
+    def seen(layer: OneTokenLayer, given: Any, hidden: Tensor, *arguments: Any, **named: Any) -> Any:
+        found = of(layer, given, hidden, *arguments, **named)
+        if hidden.shape[1] == 1:
+            computed.append(found is not None)
+        return found
+
+    monkeypatch.setattr(OneTokenLayer, "of", seen)
+    model, _ = moetier.load(tinymix_4bit, daemon=None)
+    with model.tiers, Engine.of(model, most=2) as engine:
+        ids = [*range(3, 60)]
+        for _ in range(3):
+            ids += [*engine.stream(Request(tuple(ids), 30, {"do_sample": False})), 7, 8, 9]
+            [*engine.stream(Request((99, 98, 97), 2))]  # of another conversation
+        blocks = len(model.tiers.manifest.blocks)
+        assert sum(computed) >= blocks * 3 * 29
+        assert all(computed[blocks:]), "the first token finds out how layers can be computed"
+
+
+def test_a_model_whose_trial_fails_is_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("qwen3_moe", torch.float32)
+    use_causal_attention(model)
+    right = PackedRunner.run_together
+
+    def wrong(self: PackedRunner, tasks: list[Task], *more: Any) -> Any:
+        return [None if logits is None else logits.flip(0) for logits in right(self, tasks, *more)]
+
+    monkeypatch.setattr(PackedRunner, "run_together", wrong)
+    assert not can_pack(model, near=0.01)
+
+
+def test_a_cancelled_prompt_ends_between_two_layers(model: Any) -> None:
+    with Engine(PackedRunner(model, PAGES), pages=PAGES, most=2, chunk=1000, context=800) as engine:
+        stream = engine.stream(Request((5,) * 700, 5, {"do_sample": False}))
+        stream.sequence.cancel()
+        assert [*stream] == []
+        assert stream.sequence.finish is Finish.CANCELLED
+
+
+def test_the_faster_way_is_taken_and_the_other_one_tried_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, taken = [0.0], list[str]()
+    monkeypatch.setattr("moetier.runtime.engine.faster_way.time.perf_counter", lambda: clock[0])
+
+    def way(name: str, seconds: float) -> Callable[[], str]:
+        def run() -> str:
+            clock[0] += seconds
+            taken.append(name)
+            return name
+
+        return run
+
+    ways = FasterWay()
+    for _ in range(100):
+        ways.run(4, way("slow", 2.0), way("quick", 1.0))
+    assert taken.count("slow") == 1 + 3

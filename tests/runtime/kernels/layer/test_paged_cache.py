@@ -1,0 +1,67 @@
+"""A model computes with keys and values in pages what it computes with transformers' own cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from architectures import tiny_model
+from transformers import DynamicCache
+
+from moetier.runtime.engine.model_runner import windows_of
+from moetier.runtime.generation.compat import CACHE
+from moetier.runtime.kernels.layer.attention import use_causal_attention
+from moetier.runtime.kernels.layer.paged_cache import PAGE, PagedCache, PageMemory
+
+PAGES = 6
+CONSECUTIVE, SCATTERED = [2, 3, 4], [4, 0, 2]
+PARTS = (100, 1, 1, 30, 1)  # tokens that are computed together
+
+
+@pytest.mark.parametrize("pages", [CONSECUTIVE, SCATTERED], ids=["consecutive", "scattered"])
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss", "deepseek_v3", "gemma4"])
+def test_pages_hold_what_a_cache_holds(model_type: str, pages: list[int]) -> None:
+    """Full and latent attention, sinks, and windows of 16 tokens."""
+    model = tiny_model(model_type, torch.float32)
+    use_causal_attention(model)
+    text = model.config.get_text_config(decoder=True)
+    own: Any = DynamicCache(config=text)
+    paged = PagedCache(PageMemory(PAGES), windows_of(model))
+    ids, at = torch.randint(2, 250, (1, sum(PARTS)), generator=torch.Generator().manual_seed(0)), 0
+    with torch.no_grad():
+        for part in PARTS:
+            given = ids[:, at : at + part]
+            paged.move(pages, at)
+            wanted, found = (model(input_ids=given, **{CACHE: cache}).logits for cache in (own, paged))
+            assert torch.equal(wanted, found) or torch.allclose(wanted, found, rtol=1e-5, atol=1e-5)
+            at += part
+            assert paged.get_seq_length() == at
+
+
+def test_a_page_is_copied_up_to_a_token() -> None:
+    memory, keys = PageMemory(3), torch.arange(2.0 * 20 * 4).reshape(1, 2, 20, 4)
+    memory.write(0, [0], 0, keys, 2 * keys)
+    memory.write(0, [2], 0, torch.zeros_like(keys), torch.zeros_like(keys))
+    memory.copy_page(0, 2, 7)
+    copied, values = memory.read(0, [2], 0, 20)
+    assert torch.equal(copied[:, :, :7], keys[:, :, :7])
+    assert not copied[:, :, 7:].any()
+    assert torch.equal(values, 2 * copied)
+
+
+@pytest.mark.parametrize(("pages", "is_room"), [(CONSECUTIVE, True), (SCATTERED, False)])
+def test_compiled_layers_get_pages_that_are_consecutive(pages: list[int], is_room: bool) -> None:
+    memory = PageMemory(PAGES)
+    cache = PagedCache(memory, [None, 16])
+    keys = torch.randn(1, 2, 100, 16)
+    cache.move(pages, 0)
+    for number, layer in enumerate(cache.layers):
+        assert layer.room() is None, "there is no memory yet"
+        cache.update(keys, keys, number)
+        assert (layer.room() is not None) == is_room
+    begin = PAGE * pages[0]
+    assert [layer.place for layer in cache.layers] == [(begin, begin + 100), (begin + 85, begin + 100)]
+    for layer in cache.layers:
+        layer.extend()
+        assert layer.get_seq_length() == 101

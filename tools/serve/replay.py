@@ -1,0 +1,87 @@
+"""Replays what the model has sampled, so that the next prompt of a conversation begins with tokens that are computed.
+
+A chat template may render an answer in other ways than the model wrote it: tool calls, reasoning, and blanks. Even the
+same text may have other tokens. So the tokens of each answer are kept, and found again by what the client got of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from array import array
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from moetier.runtime.model.context import first_ids
+
+MOST = 256  # answers that are kept; those that were found or kept longest ago are forgotten first
+TEXT, REASONING = "moetier-answer-7f3a", "moetier-reasoning-7f3a"  # stand for an answer in a rendered prompt
+
+Render = Callable[[Sequence[Mapping[str, Any]]], str]  # renders messages, and the beginning of an answer
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """A prompt and its complete answer."""
+
+    ids: array[int]  # tokens of both
+    has_reasoning: bool
+    end: str  # text of the last token, which ends the answer
+
+
+class Turns:
+    """The last turns of all conversations. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards ``_turns``
+        self._turns = OrderedDict[bytes, Turn]()
+
+    def note(self, prompt: str, deltas: Iterable[Mapping[str, Any]], ids: Sequence[int], end: str) -> None:
+        """Keep a turn.
+
+        Args:
+            prompt: text of the prompt.
+            deltas: what the client got of the answer, in OpenAI's form.
+            ids: tokens of the prompt and the answer.
+            end: text of the last token, which ends the answer.
+        """
+        deltas = list(deltas)
+        content = "".join(delta.get("content", "") for delta in deltas)
+        calls = [call["id"] for delta in deltas for call in delta.get("tool_calls", ())]
+        has_reasoning = any("reasoning_content" in delta for delta in deltas)
+        with self._lock:
+            self._turns[_key(prompt, content, calls)] = Turn(array("i", ids), has_reasoning, end)
+            while len(self._turns) > MOST:
+                self._turns.popitem(last=False)
+
+    def continued(self, messages: Sequence[Mapping[str, Any]], render: Render, tokenizer: Any, most: int) -> list[int]:
+        """Return the tokens of a prompt that continues the turn of the last answer in ``messages``.
+
+        The result is empty if no such turn is kept, or the template does not keep all of its answer. Of a prompt with
+        far more than ``most`` tokens, only a prefix is returned.
+        """
+        last = max((at for at, message in enumerate(messages) if message["role"] == "assistant"), default=0)
+        before, message = render(messages[:last]) if last else "", messages[last]
+        calls = [call.get("id", "") for call in message.get("tool_calls") or ()]
+        with self._lock:
+            turn = self._turns.get(key := _key(before, message.get("content") or "", calls)) if last else None
+            if turn is None:
+                return []
+            self._turns.move_to_end(key)
+        answer = {"role": "assistant", "content": TEXT}
+        if turn.has_reasoning:
+            answer["reasoning_content"] = REASONING
+        head, _, tail = render([*messages[:last], answer, *messages[last + 1 :]]).partition(TEXT)
+        keeps = head.startswith(before) and REASONING in head if turn.has_reasoning else head == before
+        if not keeps or not tail.startswith(turn.end):
+            return []
+        more = first_ids(tokenizer, tail.removeprefix(turn.end), most, add_special_tokens=False)
+        return [*turn.ids, *more]
+
+
+def _key(prompt: str, content: str, calls: Sequence[str]) -> bytes:
+    """Return a key of a turn. Clients may trim an answer's text, or leave it out beside tool calls."""
+    answer = "\0".join(calls) if calls else content.strip()
+    return hashlib.blake2b(f"{len(prompt)}\0{prompt}{answer}".encode()).digest()
