@@ -7,6 +7,7 @@
     tiers           ``model.tiers``
     sources         the host tier: this process's own, or a daemon's
     budgets         memory besides experts, and the budgets for experts
+    same_bits       whether a token has the same bits in every company
     prefill_memory  memory that a prompt takes
     context         the longest context
     names           names and addresses of models

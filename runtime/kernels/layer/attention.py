@@ -90,7 +90,7 @@ class Band(NamedTuple):
 
 
 def band_of(mask: Tensor | None) -> Band | None:
-    """Return the Band of a mask that ``causal_mask`` or ``sink_mask`` has made; None for other masks.
+    """Return the Band of a mask [batch, 1, tokens, cached] of ``causal_mask`` or ``sink_mask``; None for others.
 
     transformers gives attention functions no positions, so the mask carries its Band as an attribute. A mask that the
     architecture's code derives from it has none.
@@ -147,7 +147,8 @@ def sink_attention(
     ``named`` are ``s_aux``, the sinks [heads], and further arguments of transformers' attention functions.
     """
     sinks, scaling = named.get("s_aux"), named.get("scaling")
-    is_causal = query.shape[2] == 1 or band_of(attention_mask) is not None  # without a mask, its tokens attend to all
+    # without a mask, many tokens attend to all
+    is_causal = getattr(module, "is_causal", True) and (query.shape[2] == 1 or band_of(attention_mask) is not None)
     if sinks is not None and is_causal and not asks_more(named, {"s_aux", "scaling"}):
         y = _attend(query, key, value, attention_mask, scaling, sinks)
         if y is not None:
@@ -291,7 +292,7 @@ def _attend(
 
 
 def fits_sinks(sinks: Tensor, heads: int) -> bool:
-    """Return whether compiled code can read sinks for a number of heads. Their type may be another than the keys'."""
+    """Return whether compiled code can read sinks [heads]. Their type may be another than the keys'."""
     return has_memory(sinks) and sinks.dtype in FLOATS and sinks.shape == (heads,)
 
 
