@@ -80,8 +80,8 @@ class Release:
         return done.stdout
 
     def text(self, store: Path, *options: object) -> str:
-        """What it generates."""
-        return self("generate", store, PROMPT, "--max-new-tokens", 12, "--temperature", 0, *options)
+        """What it generates exactly: in other ways the last bits of a release may differ."""
+        return self("generate", store, PROMPT, "--max-new-tokens", 12, "--temperature", 0, "--exact", *options)
 
     @contextlib.contextmanager
     def daemon(self, store: Path, folder: Path, *options: str) -> Iterator[DaemonProcess]:

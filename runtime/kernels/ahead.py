@@ -23,6 +23,7 @@ from moetier.runtime.kernels.layer.norm import Scale, norm_kernel, norm_task_ker
 from moetier.runtime.kernels.products.gemm import multiplies, product_kernel, variant_of
 from moetier.runtime.kernels.products.gemm_tile import PackedVariant
 from moetier.runtime.kernels.products.gemv import gemv_kernel
+from moetier.runtime.kernels.products.matmul import matmul_kernel
 from moetier.runtime.kernels.products.rounding import Rounding, rounding_kernel
 from moetier.tiers.extents.table import read_table
 from moetier.tiers.headers.gguf import SUFFIX, read_gguf
@@ -70,7 +71,8 @@ def _compile(manifest: Manifest | None, dtype: torch.dtype, matrices: Collection
     norm_kernel(dtype, Scale.ROUNDED)
     for adds in (False, True):
         norm_task_kernel(dtype, Scale.ROUNDED, adds)
-    attention_kernel(processor, dtype, pairs, True, dtype)
+    for has_few_rows in (True, False):
+        attention_kernel(processor, dtype, pairs, has_few_rows, dtype)
     for scale in (None, Scale.ROUNDED):
         heads_kernel(dtype, scale)
     for p in matrices:
@@ -87,3 +89,4 @@ def _compile(manifest: Manifest | None, dtype: torch.dtype, matrices: Collection
     compiled(processor)
     for kept in {dtype, torch.float32}:  # of weights of the trunk, and of routers that predict
         gemv_kernel(processor, dtype, kept, kept, kept == dtype and pairs)
+    matmul_kernel(processor, dtype, dtype, dtype, pairs)

@@ -171,7 +171,9 @@ def apart(model_type: str, dtype: torch.dtype, folder: Path) -> list[float]:
             assert exact or any(tiers.kernels.packs(layout) for layout in tiers.manifest.layouts.values())
             results = [_logits(model, ids)]
             if model.can_generate() and model_type not in GENERATES_OTHERWISE:
-                results.append(torch.cat(_steps(model, ids, steps=4, prefix_allowed_tokens_fn=lambda *_: [7])))
+                results.append(
+                    torch.cat(_steps(model, ids, steps=4, prefix_allowed_tokens_fn=lambda _, sent: [7 * len(sent)]))
+                )
             logits.append(results)
     return [
         float(((quick - exact).float().norm(dim=-1) / exact.float().norm(dim=-1)).median())

@@ -26,6 +26,7 @@ from moetier.tiers.layout import RecordLayout
 from .expert_code import ACTIVATE, PLACE, Activation, activation_module, placing_module
 
 BATCH_OUTPUTS = 256  # most outputs that callers compute together, which limits memory for intermediate values
+PIECE = 16  # most rows of an expert that a thread takes at a time between and after the products
 
 
 class ExpertProducts:
@@ -115,30 +116,40 @@ class ExpertProducts:
         up, down, rows, count = self._up, self._down, len(places), len(jobs) // JOB
         taken, inner, activated, part = (scratch + start for start in starts[:4])
         given, rounded = Rounded(taken, own, up), Rounded(activated, rows, down)
+        pieces = jobs if count == rows else _pieces(jobs)  # ``jobs`` may not be filled yet if each has one row
+        items = (0, len(pieces) // JOB, pieces.buffer_info()[0])
         numbers = (inner, *rounded.places, down.columns, self._biases[0], *self._activation_numbers)
-        activation = array("q", (0, count, jobs.buffer_info()[0], *numbers))
-        placing = array(
-            "q", (0, count, jobs.buffer_info()[0], part, places.buffer_info()[0], outputs, down.rows, self._biases[1])
-        )
+        activation = array("q", (*items, *numbers))
+        placing = array("q", (*items, part, places.buffer_info()[0], outputs, down.rows, self._biases[1]))
         weights = rows * up.columns * up.rows
         return [
             KernelTask(up.round, given.context(0), threads_for(own * up.columns)),
             KernelTask(
                 up.kernel, up.context(count, jobs, given, inner, has_own_rows=own == rows), threads_for(weights)
             ),
-            KernelTask(self._activate, activation, min(count, threads_for(rows * up.rows))),
+            KernelTask(self._activate, activation, min(items[1], threads_for(rows * up.rows))),
             KernelTask(
                 down.kernel,
                 down.context(count, jobs, rounded, part, has_own_rows=True),
                 threads_for(rows * down.columns * down.rows),
             ),
-            KernelTask(self._place, placing, min(count, threads_for(rows * down.rows)), (jobs, places)),
+            KernelTask(self._place, placing, min(items[1], threads_for(rows * down.rows)), (jobs, pieces, places)),
         ]
 
 
 def _first(activation: Activation) -> str:
     """Return the name of the projection before the activation."""
     return "gate_up_proj" if activation.gated else "up_proj"
+
+
+def _pieces(jobs: array[int]) -> array[int]:
+    """Cut jobs into jobs of at most PIECE rows."""
+    pieces = array("q")
+    for i in range(0, len(jobs), JOB):
+        record, first, rows = jobs[i : i + JOB]
+        for skip in range(0, rows, PIECE):
+            pieces.extend((record, first + skip, min(PIECE, rows - skip)))
+    return pieces
 
 
 @once

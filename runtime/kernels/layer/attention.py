@@ -92,7 +92,8 @@ def sink_attention(
     sinks, scaling = named.get("s_aux"), named.get("scaling")
     if (step := packed_step()) is not None:
         return attend_to_each(step, sink_attention, module, query, named, adds_mask=True)
-    is_causal = query.shape[2] == 1 or band_of(attention_mask) is not None  # without a mask, its tokens attend to all
+    # without a mask, many tokens attend to all
+    is_causal = getattr(module, "is_causal", True) and (query.shape[2] == 1 or band_of(attention_mask) is not None)
     if sinks is not None and is_causal and not asks_more(named, {"s_aux", "scaling"}):
         y = _attend(query, key, value, attention_mask, scaling, sinks)
         if y is not None:
@@ -239,7 +240,7 @@ def _attend(
 
 
 def fits_sinks(sinks: Tensor, heads: int) -> bool:
-    """Return whether compiled code can read sinks for a number of heads. Their type may be another than the keys'."""
+    """Return whether compiled code can read sinks [heads]. Their type may be another than the keys'."""
     return has_memory(sinks) and sinks.dtype in FLOATS and sinks.shape == (heads,)
 
 

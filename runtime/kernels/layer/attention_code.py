@@ -82,8 +82,8 @@ STRIDES = (  # of numbers of the kernel's type; the mask has others
     *("query_sequence", "query_head", "query_token"),
     *("key_head", "key_position", "value_head", "value_position"),
 )
-CONTEXT = len(AttentionContext._fields)
-PLACE = {name: place for place, name in enumerate(AttentionContext._fields)}  # index of a field
+PLACE = {name: place for place, name in enumerate(AttentionContext.__annotations__)}  # index of a field
+CONTEXT = len(PLACE)
 
 
 class AttentionKernel(NamedTuple):

@@ -26,7 +26,7 @@ class Band(NamedTuple):
 
 
 def band_of(mask: Tensor | None) -> Band | None:
-    """Return the Band of a mask that ``causal_mask`` or ``sink_mask`` has made; None for other masks.
+    """Return the Band of a mask [batch, 1, tokens, cached] of ``causal_mask`` or ``sink_mask``; None for others.
 
     transformers gives attention functions no positions, so the mask carries its Band as an attribute. A mask that the
     architecture's code derives from it has none.

@@ -5,7 +5,8 @@
     gemm       compiles products with records, and chooses among the emitters below
     gemm_tile  emits tiles for AVX-512, Arm and any processor
     gemm_avx2  emits tiles for AVX2, with or without AVX-VNNI
-    gemm_amx   emits products of many rows of x for AMX
+    gemm_rows  emits tiles of many rows of x for AVX-512
+    gemm_amx   emits tiles of many rows of x for AMX
     row_major  emits products with matrices in the coding of a checkpoint
     rounding   emits the rounding of x to 8 bits
     row        one row of x, and a matrix of the trunk

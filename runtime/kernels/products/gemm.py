@@ -20,23 +20,25 @@ from llvmlite import ir
 
 from moetier.runtime.kernels.codings.row_codings import coding_of
 from moetier.runtime.kernels.jit.emitter import I64, POINTER, Dtype, Emitter, FloatType, Value, new_module, once
-from moetier.runtime.kernels.jit.processor import Processor
-from moetier.runtime.kernels.jit.team import Kernel, compile_kernel
+from moetier.runtime.kernels.jit.processor import Dot, Processor
+from moetier.runtime.kernels.jit.team import Kernel, compile_kernel, thread_count
 from moetier.tiers.layout import ROW_TILE, Projection, RecordLayout
 
-from .gemm_amx import LEAST_ROWS, MOST_AMX_ROWS, AmxTile
+from .gemm_amx import AmxTile
 from .gemm_avx2 import MOST_ROWS, Avx2Tile, is_narrow
+from .gemm_rows import RowsTile
 from .gemm_tile import PackedVariant, Tile
 from .rounding import Rounding, rounding_kernel
 from .row_major import ITEM_ROWS, RowMajorVariant, RowTile
 
 JOB = 3  # i64 fields of each job: pointer to its record, its first row of x and y, its number of rows
 # Number of i64 fields in the context of WORK. In order: number of items that threads have taken, number of all items,
-# row tiles of a matrix, pointer to the jobs; pointers to n, to t and t * sum of n, to sum of n, and to y; K, N, N
-# padded; 1 if each job has its own rows of x, 0 if all have the same row; offsets in a record of the codes, their
-# second plane, the pairs and the pairs' scales, or with a coding of the codes, the scales and the globals
-CONTEXT = 16
-Y = 7  # index of the address of y in a context of WORK
+# row tiles of a matrix, runs into which they are cut, pointer to the jobs; pointers to n, to t and t * sum of n, to sum
+# of n, and to y; K, N, N padded; 1 if each job has its own rows of x, 0 if all have the same row; offsets in a record
+# of the codes, their second plane, the pairs and the pairs' scales, or with a coding of the codes, the scales and the
+# globals
+CONTEXT = 17
+Y = 8  # index of the address of y in a context of WORK
 WORK = "moetier_work"  # name of the compiled function; it must not be a name in the C library
 
 
@@ -78,7 +80,7 @@ class ProjectionProduct:
         ``jobs`` has JOB numbers for each job. With ``has_own_rows``, each job has its own rows of x. Otherwise all jobs
         use the same row.
         """
-        items = (0, count * self.tiles, self.tiles, jobs.buffer_info()[0])
+        items = (0, count * self.tiles, self.tiles, thread_count(), jobs.buffer_info()[0])
         return array("q", (*items, *x.places, y, *self._shape, int(has_own_rows), *self._offsets))
 
 
@@ -128,7 +130,9 @@ def product_module(variant: PackedVariant | RowMajorVariant, processor: Processo
         emit.items_of_any_height(one, several)
     else:
         tiles = {height: Tile(module, variant, processor, height).function for height in (4, 2, 1)}
-        many = AmxTile(module, variant, processor).function if processor.has_amx else None
+        many: AmxTile | RowsTile | None = None
+        if processor.dot is Dot.AVX512_VNNI:
+            many = (AmxTile if processor.has_amx else RowsTile)(module, variant, processor)
         emit = _ProductEmitter(module, Rounding(variant.group), variant.out)
         emit.items_by_height(tiles, many)
     return module
@@ -142,8 +146,8 @@ class _ProductEmitter(Emitter):
         at = self.at
         self._rounding, self._out = rounding, out
         self._begun, fields = self.fields(CONTEXT)
-        self._items, self._row_tiles, jobs, xn, xt, xs, y, self._columns, self._out_rows, self._padded, *more = fields
-        self._own, *self._offsets = more
+        self._items, self._row_tiles, self._runs, jobs, xn, xt, xs, y, *more = fields
+        self._columns, self._out_rows, self._padded, self._own, *self._offsets = more
         self._xn, self._xt, self._xs, self._y, self._jobs = (at.inttoptr(v, POINTER) for v in (xn, xt, xs, y, jobs))
         self._groups = at.udiv(self._columns, self.number(rounding.group))
 
@@ -161,21 +165,21 @@ class _ProductEmitter(Emitter):
                         self._call(several, row, self._least(left, MOST_ROWS))
         at.ret_void()
 
-    def items_by_height(self, tiles: dict[int, Value], many: Value | None) -> None:
+    def items_by_height(self, tiles: dict[int, Value], many: AmxTile | RowsTile | None) -> None:
         """Emit all items with tiles' functions by their number of rows of x, the highest first.
 
-        ``many`` is a function for LEAST_ROWS to MOST_AMX_ROWS rows; None if there is none.
+        ``many`` is a tile for many rows; None if there is none.
         """
         at, n = self.at, self.number
         with self.items(self._begun, self._items) as item:
             rows = self._begin_item(item)
             begin, left = n(0), rows
             if many is not None:
-                rest = at.urem(rows, n(MOST_AMX_ROWS))
-                left = at.select(at.icmp_signed("<", rest, n(LEAST_ROWS)), rest, n(0))
+                rest = at.urem(rows, n(many.most))
+                left = at.select(at.icmp_signed("<", rest, n(many.least)), rest, at.urem(rest, n(many.step)))
                 begin = at.sub(rows, left)
-                with self.loop(n(0), begin, MOST_AMX_ROWS) as row:
-                    self._call(many, row, self._least(at.sub(begin, row), MOST_AMX_ROWS))
+                with self.loop(n(0), begin, many.most) as row:
+                    self._call(many.function, row, self._least(at.sub(begin, row), many.most))
             for height, tile in tiles.items():
                 whole = at.sub(rows, at.and_(left, n(height - 1)))
                 with self.loop(begin, whole, height) as row:
@@ -187,11 +191,24 @@ class _ProductEmitter(Emitter):
         """Emit what the calls for an item have in common. Return the number of rows of x."""
         at, n = self.at, self.number
         job = at.gep(self._jobs, [at.mul(at.udiv(item, self._row_tiles), n(8 * JOB))])
-        self._tile = at.urem(item, self._row_tiles)
+        self._tile = self._tile_of(at.urem(item, self._row_tiles))
         record, self._first, rows = (at.load(self.place(job, n(8 * i), I64)) for i in range(JOB))
         self._sections = [at.inttoptr(at.add(record, offset), POINTER) for offset in self._offsets]
         self._read = at.mul(self._first, self._own)
         return rows
+
+    def _tile_of(self, number: Value) -> Value:
+        """Return the row tile that is the item ``number`` of a job.
+
+        The tiles are cut into as many runs of neighbours as there are threads, and items take one of each run in turn.
+        So threads hardly ever write to neighbouring memory at the same time, which hardware prefetchers would move from
+        one processor core's cache to the other's.
+        """
+        at = self.at
+        run, place = at.urem(number, self._runs), at.udiv(number, self._runs)
+        length, longer = at.udiv(self._row_tiles, self._runs), at.urem(self._row_tiles, self._runs)
+        before = at.select(at.icmp_signed("<", run, longer), run, longer)
+        return at.add(at.add(at.mul(run, length), before), place)
 
     def _call(self, tile: Value, row: Value, *count: Value) -> None:
         """Emit a call of a tile's function, from row ``row`` of the item's rows of x on."""

@@ -2,7 +2,7 @@
 
 A tile register has 16 rows of 64 bytes. The instruction TDPBSSD multiplies 16 rows of n, 64 columns each, with the
 codes of 16 rows of W, and adds the products up in a register of 16 x 16 integers. The codes of a group are unpacked
-once for up to MOST_AMX_ROWS rows of x, less their centre. So a group's sums are the same integers as those of
+once for up to ``most`` rows of x, less their centre. So a group's sums are the same integers as those of
 ``gemm_tile.py``, and they are scaled by the same operations. Scaling takes most of the time.
 """
 
@@ -18,8 +18,6 @@ from moetier.runtime.kernels.jit.processor import Processor
 
 from .gemm_tile import CENTRES, COLUMN, PAIRS_AHEAD, STEP, VECTORS, PackedVariant, TileEmitter
 
-LEAST_ROWS = 8  # rows of x for which AMX pays
-MOST_AMX_ROWS = 128  # rows of x that one call multiplies
 HEIGHT = 16  # rows of a tile register
 WIDTH = 64  # bytes of its rows
 TILE = HEIGHT * WIDTH  # bytes of a tile register
@@ -27,10 +25,12 @@ _SUMS, _NUMBERS, _CODES = range(VECTORS), VECTORS, range(VECTORS + 1, 8)  # tile
 
 
 class AmxTile(TileEmitter):
-    """The function ``tile_rows``, which multiplies ROW_TILE rows of W with LEAST_ROWS to MOST_AMX_ROWS rows of x.
+    """The function ``tile_rows``, which multiplies ROW_TILE rows of W with ``least`` to ``most`` rows of x.
 
     The number of rows of x is its last argument.
     """
+
+    least, most, step = 8, 128, 1  # with fewer rows AMX does not pay
 
     def __init__(self, module: ir.Module, variant: PackedVariant, processor: Processor) -> None:
         super().__init__(module, "tile_rows", variant, processor, 5)
@@ -38,7 +38,7 @@ class AmxTile(TileEmitter):
         self._rows = rows = self.function.args[-1]
         self._depth = min(group, WIDTH)  # columns that an instruction multiplies
         self._height = self._least(rows, n(HEIGHT))
-        codes, sums, totals = map(self.memory, (group * WIDTH, VECTORS * TILE, MOST_AMX_ROWS * VECTORS * WIDTH))
+        codes, sums, totals = map(self.memory, (group * WIDTH, VECTORS * TILE, self.most * VECTORS * WIDTH))
         self._configure()
         self._clear(totals)
         with self.loop(n(0), self._groups) as g:
@@ -57,14 +57,8 @@ class AmxTile(TileEmitter):
                     self.prefetch(self._xn, at.add(at.mul(r, self._columns), at.add(first, n(group))), group)
                     self._add_group(g, r, at.gep(sums, [at.mul(at.sub(r, begin), n(WIDTH))]), pairs, totals)
         self.intrinsic("llvm.x86.tilerelease", ir.VoidType())
-        with self.loop(n(0), rows) as row:
-            for number in range(VECTORS):
-                place = at.mul(at.add(at.mul(row, n(VECTORS)), n(number)), n(WIDTH))
-                self._write(self.load(totals, place, vector(F32, LANES)), row, number * LANES)
+        self._write_totals(totals, n(0), rows)
         at.ret_void()
-
-    def _least(self, a: Value, b: Value) -> Value:
-        return self.at.select(self.at.icmp_signed("<", a, b), a, b)
 
     @contextlib.contextmanager
     def _blocks(self) -> Iterator[tuple[Value, Value]]:
@@ -120,10 +114,8 @@ class AmxTile(TileEmitter):
     ) -> None:
         """Add a group's products with a row of x, scaled, to ``totals``."""
         at, n = self.at, self.number
-        place = at.mul(at.add(at.mul(row, self._groups), g), n(8))
-        t, t_sum = (self.spread(self.load(self._xt, at.add(place, n(i)), F32), LANES) for i in (0, 4))
-        for number, (s, b) in enumerate(pairs):
-            part = at.sitofp(self.load(sums, n(number * TILE), vector(I32, LANES)), vector(F32, LANES))
-            place = at.mul(at.add(at.mul(row, n(VECTORS)), n(number)), n(WIDTH))
-            value = at.fadd(self.load(totals, place, vector(F32, LANES)), at.fmul(part, at.fmul(s, t)))
-            self.store(at.fadd(value, at.fmul(b, t_sum)), totals, place)
+        scales = self._scales_of(at.add(at.mul(row, self._groups), g))
+        for number, pair in enumerate(pairs):
+            whole, place = self.load(sums, n(number * TILE), vector(I32, LANES)), self._total_at(row, number)
+            before = self.load(totals, place, vector(F32, LANES))
+            self.store(self._add_scaled(before, whole, pair, scales), totals, place)

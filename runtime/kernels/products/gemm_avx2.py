@@ -19,7 +19,7 @@ from llvmlite import ir
 from moetier.runtime.kernels.jit.emitter import F32, I8, I16, I32, LANES, Value, vector
 from moetier.runtime.kernels.jit.processor import Dot, Processor
 
-from .gemm_tile import CENTRES, COLUMN, PAIRS_AHEAD, STEP, VECTORS, PackedVariant, TileEmitter
+from .gemm_tile import COLUMN, PAIRS_AHEAD, STEP, VECTORS, PackedVariant, TileEmitter
 
 BYTES = 32  # of a register
 SPAN = 32  # columns whose products are added up in 16 bits
@@ -95,10 +95,7 @@ class Avx2Tile(TileEmitter):
                 with self.loop(begun, whole, height) as row:
                     self._emit_block(g, [at.add(row, n(i)) for i in range(height)], codes, pairs, totals)
                 begun = whole
-        with self.loop(n(0), rows) as row:
-            for number in range(VECTORS):
-                place = at.mul(at.add(at.mul(row, n(VECTORS)), n(number)), n(4 * LANES))
-                self._write(self.load(totals, place, vector(F32, LANES)), row, number * LANES)
+        self._write_totals(totals, n(0), rows)
 
     def _emit_block(
         self, g: Value, rows: Sequence[Value], codes: Value, pairs: list[tuple[Value, Value]], totals: Value
@@ -122,8 +119,7 @@ class Avx2Tile(TileEmitter):
                 for own, places in zip(sums, short, strict=True):
                     self._widen_sums(own[first : first + 2], places)
         for row, own in zip(rows, sums, strict=True):
-            begin = at.mul(row, n(4 * LANES * VECTORS))
-            places = [self.place(totals, at.add(begin, n(4 * LANES * i)), vector(F32, LANES)) for i in range(VECTORS)]
+            places = [self.place(totals, self._total_at(row, i), vector(F32, LANES)) for i in range(VECTORS)]
             self._add_group(g, own, pairs, row, places)
 
     # -- both ---------------------------------------------------------------------------------------------------------
@@ -210,13 +206,8 @@ class Avx2Tile(TileEmitter):
             high, low = values[:REGISTERS], values[REGISTERS:]
             values = [at.add(at.shl(h, four), v) for h, v in zip(high, low, strict=True)]
         index = at.add(at.mul(row, self._groups), g)
-        centre = at.mul(self.load(self._xs, at.mul(index, n(4)), I32), ir.Constant(I32, -CENTRES[self._variant.bits]))
-        place = at.mul(index, n(8))
-        t = self.spread(self.load(self._xt, place, F32), LANES)
-        t_sum = self.spread(self.load(self._xt, at.add(place, n(4)), F32), LANES)
-        for (s, b), whole, total in zip(pairs, self._in_order(values), totals, strict=True):
-            part = at.sitofp(at.add(whole, self.spread(centre, LANES)), vector(F32, LANES))
+        centre, scales = self._centre_sum(index), self._scales_of(index)
+        for pair, whole, total in zip(pairs, self._in_order(values), totals, strict=True):
             # not zeros that a loop has stored: LLVM would call memset, which ``executable.py`` does not link
             before = at.select(is_first, self.floats(0.0), at.load(total, align=4))
-            value = at.fadd(before, at.fmul(part, at.fmul(s, t)))
-            at.store(at.fadd(value, at.fmul(b, t_sum)), total, align=4)
+            at.store(self._add_scaled(before, at.add(whole, centre), pair, scales), total, align=4)

@@ -134,6 +134,18 @@ class TileEmitter(Emitter):
         low, four = self.all(I8, 15, length), self.all(I8, 4, length)
         return [*(at.and_(v, low) for v in united), *(at.lshr(v, four) for v in united)]
 
+    def _places_of(self, place: Value) -> list[Value]:
+        """Return the addresses of byte ``place`` of a plane of 4-bit codes in the planes that are stored."""
+        at, bits = self.at, self._variant.bits
+        planes = [(self._codes, 2 if bits < 4 else 1)]  # and the number of parts that are folded
+        if bits in (8, 3):
+            planes.append((self._second, 4 if bits == 3 else 1))
+        nbytes = at.udiv(at.mul(self._padded, self._columns), self.number(2))
+        return [at.gep(plane, [at.urem(place, at.udiv(nbytes, self.number(parts)))]) for plane, parts in planes]
+
+    def _least(self, a: Value, b: Value) -> Value:
+        return self.at.select(self.at.icmp_signed("<", a, b), a, b)
+
     def _prefetch_pairs(self, g: Value) -> None:
         """Prefetch the pairs of group ``g``. They are not in the page of the codes."""
         at, n = self.at, self.number
@@ -186,6 +198,41 @@ class TileEmitter(Emitter):
             return self.widen_half(self.load(self._pairs, place, vector(I16, 2 * LANES)), 2 * LANES)
         return self.load_floats(self._pairs, place, FP32 if dtype == "float32" else BF16, 2 * LANES)
 
+    def _centre_sum(self, index: Value) -> Value:
+        """Load a sum of n times -centre, repeated in a vector; ``index`` is that of the group among those of all rows.
+
+        A sum of products of codes and n that begins with it is one of codes less their centre.
+        """
+        total = self.load(self._xs, self.at.mul(index, self.number(4)), I32)
+        return self.spread(self.at.mul(total, ir.Constant(I32, -CENTRES[self._variant.bits])), LANES)
+
+    def _scales_of(self, index: Value) -> tuple[Value, Value]:
+        """Load t and t * sum of n of the group ``index`` among those of all rows, each repeated in a vector."""
+        place = self.at.mul(index, self.number(8))
+        t, t_sum = (self.load(self._xt, self.at.add(place, self.number(i)), F32) for i in (0, 4))
+        return self.spread(t, LANES), self.spread(t_sum, LANES)
+
+    def _add_scaled(self, total: Value, whole: Value, pair: tuple[Value, Value], scales: tuple[Value, Value]) -> Value:
+        """Add a group's sum of products, ``whole``, to ``total``, scaled by its pair (s, b) and its scales (t, t_sum).
+
+        ``whole`` is i32 [LANES]. The operations and their order are those of all tiles, which gives them the same bits.
+        """
+        at, (s, b), (t, t_sum) = self.at, pair, scales
+        part = at.sitofp(whole, vector(F32, LANES))
+        return at.fadd(at.fadd(total, at.fmul(part, at.fmul(s, t))), at.fmul(b, t_sum))
+
+    def _total_at(self, row: Value, number: int) -> Value:
+        """Return the offset in totals, fp32 [rows of x, VECTORS, LANES], of vector ``number`` of a row."""
+        at, n = self.at, self.number
+        return at.mul(at.add(at.mul(row, n(VECTORS)), n(number)), n(4 * LANES))
+
+    def _write_totals(self, totals: Value, first: Value, last: Value) -> None:
+        """Write the sums of rows of x, from ``first`` to before ``last``."""
+        with self.loop(first, last) as row:
+            for number in range(VECTORS):
+                total = self.load(totals, self._total_at(row, number), vector(F32, LANES))
+                self._write(total, row, number * LANES)
+
     def _write(self, value: Value, row: Value, first: int) -> None:
         """Write LANES numbers of a row of y, except those beyond the row's end."""
         at, n, variant = self.at, self.number, self._variant
@@ -216,8 +263,7 @@ class Tile(TileEmitter):
         with self.loop(n(0), self._groups) as g:
             rows = [at.add(at.mul(n(row), self._groups), g) for row in range(height)]
             for row in range(height):
-                total = self.load(self._xs, at.mul(rows[row], n(4)), I32)
-                begin = self.spread(at.mul(total, ir.Constant(I32, -CENTRES[variant.bits])), LANES)
+                begin = self._centre_sum(rows[row])
                 for place in integers[row]:
                     at.store(begin, place)
             first = at.mul(g, n(group))
@@ -233,13 +279,9 @@ class Tile(TileEmitter):
                             at.store(self._dot(at.load(place), q, x), place)
             pairs = self._load_pairs(g)
             for row in range(height):
-                place = at.mul(rows[row], n(8))
-                t = self.spread(self.load(self._xt, place, F32), LANES)
-                t_sum = self.spread(self.load(self._xt, at.add(place, n(4)), F32), LANES)
-                for (s, b), whole, total in zip(pairs, integers[row], sums[row], strict=True):
-                    part = at.sitofp(at.load(whole), vector(F32, LANES))
-                    value = at.fadd(at.load(total), at.fmul(part, at.fmul(s, t)))
-                    at.store(at.fadd(value, at.fmul(b, t_sum)), total)
+                scales = self._scales_of(rows[row])
+                for pair, whole, total in zip(pairs, integers[row], sums[row], strict=True):
+                    at.store(self._add_scaled(at.load(total), at.load(whole), pair, scales), total)
         for row in range(height):
             for number, place in enumerate(sums[row]):
                 self._write(at.load(place), n(row), number * LANES)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from moetier.runtime.kernels.experts.expert_code import FUNCTIONS, Activation
 from moetier.runtime.kernels.experts.expert_kernels import ExpertKernels
+from moetier.runtime.kernels.experts.expert_products import PIECE
 from moetier.runtime.kernels.jit.processor import Processor
 from moetier.runtime.moe.activation import activation_of
 from moetier.runtime.moe.experts import experts_modules
@@ -123,7 +124,7 @@ def test_every_activation(activation: Activation, bias: bool) -> None:
     ids=str,
 )
 def test_every_coding_and_unequal_numbers_of_rows(form: dict[str, Any], dtype: torch.dtype) -> None:
-    activation, rows = Activation(), [3, 1, 7, 4, 2]
+    activation, rows = Activation(), [3, 1, 2 * PIECE + 5, 4, PIECE]
     layout, records = records_of(activation, **form)
     kernels = ExpertKernels(layout, activation, dtype, EXPERTS)
     x = torch.randn(sum(rows), HIDDEN, generator=torch.Generator().manual_seed(2)).to(dtype)

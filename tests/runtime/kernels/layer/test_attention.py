@@ -160,6 +160,21 @@ def test_a_prompt_with_sinks_is_computed_some_tokens_at_a_time(rows: int, monkey
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_tokens_with_sinks_that_attend_to_all_do_so() -> None:
+    """transformers makes no mask for SDPA, as it makes none for a causal prompt."""
+    layer = copy.deepcopy(tiny_model("gpt_oss", torch.float32).model.layers[0].self_attn)
+    layer.is_causal = False
+    heads, key_heads, width = layer.config.num_attention_heads, layer.config.num_key_value_heads, layer.head_dim
+    query, keys = torch.randn(2, heads, 5, width), torch.randn(2, key_heads, 5, width)
+    mask = torch.zeros(2, 1, 5, 5)
+    with_band(mask, Band(0, 5))
+    given = {"scaling": 0.2, "dropout": 0.0, "s_aux": layer.sinks}
+    with torch.inference_mode():
+        expected, _ = eager_attention_forward(layer, query, keys, keys, mask, **given)
+        computed, _ = attention.sink_attention(layer, query, keys, keys, mask, **given)
+    assert torch.equal(computed, expected)
+
+
 def test_an_own_function_that_shall_return_weights_stays() -> None:
     model = tiny_model("gpt_oss", torch.float32)
     model.config.output_attentions = True

@@ -15,7 +15,7 @@ from quantised_records import quantised
 from moetier.runtime.kernels.jit.emitter import BF16
 from moetier.runtime.kernels.jit.processor import Processor, this_processor
 from moetier.runtime.kernels.products.gemm import product_module
-from moetier.runtime.kernels.products.gemm_amx import LEAST_ROWS, MOST_AMX_ROWS
+from moetier.runtime.kernels.products.gemm_amx import AmxTile
 from moetier.runtime.kernels.products.gemm_tile import PackedVariant
 from moetier.runtime.kernels.products.packed import PackedKernels
 from moetier.testing import in_fork
@@ -30,8 +30,8 @@ FORMS: list[tuple[Bits, int, str]] = [
     (3, 32, "bfloat16"),
     (2, 128, "uint8"),
 ]
-MOST = MOST_AMX_ROWS
-ROWS = (LEAST_ROWS - 1, LEAST_ROWS, 15, 16, 17, 40, MOST, MOST + LEAST_ROWS - 1, MOST + LEAST_ROWS, 2 * MOST + 44)
+LEAST, MOST = AmxTile.least, AmxTile.most
+ROWS = (LEAST - 1, LEAST, 15, 16, 17, 40, MOST, MOST + LEAST - 1, MOST + LEAST, 2 * MOST + 44)
 
 
 @pytest.fixture
