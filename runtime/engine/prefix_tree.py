@@ -80,15 +80,19 @@ class PrefixTree:
     def add(self, parent: Node, tokens: Sequence[int], page: int) -> tuple[Node, list[int]]:
         """Add a page after ``parent``, a full node. Return its node, and the pages that are not needed any more.
 
-        If the tree has this page already, that is ``page`` itself, and the node is the one that was there. A leaf that
-        has only some of the first of these tokens is replaced.
+        If the tree has a page of these tokens already, the node stays, with ``page`` in its place unless a running
+        sequence uses it. A leaf that has only some of the first of these tokens is replaced.
         """
         assert parent.is_full, "a page follows one that is not full"
         self._time += 1
         key = tuple(tokens)
         if (node := parent.children.get(key)) is not None:
             node.used = self._time
-            return node, [page]
+            if _is_held(node):
+                return node, [page]
+            # that of the sequence that runs, as pages with consecutive numbers are read fastest
+            unneeded, node.page = node.page, page
+            return node, [unneeded]
         replaced = [
             child
             for length in range(1, len(key))
@@ -124,16 +128,25 @@ class PrefixTree:
         return [node.page for node in self._nodes()]
 
     def _nodes(self) -> Iterator[Node]:
-        waiting = [*self._roots.values()]
-        while waiting:
-            node = waiting.pop()
-            waiting += node.children.values()
-            if node.parent is not None:
-                yield node
+        return (node for node in _below(*self._roots.values()) if node.parent is not None)
 
 
 def _is_evictable(node: Node) -> bool:
     return node.parent is not None and not node.children and not node.pins
+
+
+def _is_held(node: Node) -> bool:
+    """Return whether a running sequence uses the page of a node."""
+    return any(below.pins for below in _below(node))
+
+
+def _below(*nodes: Node) -> Iterator[Node]:
+    """Yield nodes and all that follow them."""
+    waiting = [*nodes]
+    while waiting:
+        node = waiting.pop()
+        waiting += node.children.values()
+        yield node
 
 
 def _common(some: Sequence[int], others: Sequence[int]) -> int:

@@ -130,6 +130,25 @@ def test_the_least_recently_used_page_is_evicted_first() -> None:
     assert begun(cache, memory, [1] * 100).cached >= PAGE
 
 
+def test_a_sequence_that_computes_what_is_there_keeps_its_own_pages() -> None:
+    """They are next to one another. Those that another one uses stay."""
+    memory = WrittenPages()
+    cache = KVCache(40, memory)
+    first = begun(cache, memory, [*range(3 * PAGE)])
+    second = begun(cache, memory, [*range(PAGE), 1])
+    for sequence in (first, second):
+        cache.end(sequence)
+    again = begun(cache, memory, [*range(20)])  # a part of a page is copied
+    again.ids += [*range(20, 3 * PAGE)]
+    assert cache.reserve(again, again.remaining)
+    pages = cache.pages_of(again)
+    memory.write(pages, again.ids, 20, 3 * PAGE)
+    again.computed = 3 * PAGE
+    cache.keep(again)
+    assert cache.pages_of(again) == pages == [*range(pages[0], pages[0] + 3)]
+    assert cache.free_pages() == 40 - 3 - 1
+
+
 def test_a_longer_page_replaces_the_one_that_it_continues() -> None:
     memory = WrittenPages()
     cache = KVCache(PAGES, memory)

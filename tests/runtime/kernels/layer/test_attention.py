@@ -23,6 +23,7 @@ from moetier.runtime.kernels.layer import attention
 from moetier.runtime.kernels.layer.attention import NAME, WITH_SINKS, _fits, causal_attention, use_causal_attention
 from moetier.runtime.kernels.layer.attention_piece import PIECE
 from moetier.runtime.kernels.layer.growing_cache import use_growing_layers
+from moetier.runtime.kernels.layer.masks import Band, with_band
 from moetier.runtime.model.load import load
 
 
