@@ -100,15 +100,13 @@ class Arena:
         Raises:
             ArenaError: the owner is alive, or the file is not a sealed arena of this store, or it can't be opened.
         """
-        try:
-            own = os.open(f"/proc/self/fd/{descriptor}", os.O_RDWR | os.O_CLOEXEC)
-        except OSError as error:
-            raise ArenaError(
-                f"The arena's memory file can't be opened for writing ({error.strerror}).", "Restart the daemon."
-            ) from error
-        try:
+        with contextlib.ExitStack() as undo:
             try:
+                own = os.open(f"/proc/self/fd/{descriptor}", os.O_RDWR | os.O_CLOEXEC)
+                undo.callback(os.close, own)
                 fcntl.flock(own, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                layout = _check_sealed(own).layout(manifest)
+                mapping = mmap.mmap(own, layout.nbytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
             except BlockingIOError as error:
                 raise ArenaError(
                     "The process that owns the arena is still running.",
@@ -116,19 +114,17 @@ class Arena:
                 ) from error
             except OSError as error:
                 raise ArenaError(
-                    f"The arena's memory file can't be locked ({error.strerror}).", "Restart the daemon."
+                    f"The arena's memory file can't be opened, locked and mapped ({error.strerror}).",
+                    "Restart the daemon.",
                 ) from error
-            layout = _check_sealed(own).layout(manifest)
             if os.fstat(own).st_blocks * 512 < layout.nbytes:
                 raise ArenaError(
                     "Some pages of the arena's memory file are not allocated: to write to them could fail.",
                     "Restart the daemon.",
                 )
-            mapping = mmap.mmap(own, layout.nbytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
-            return cls(mapping, layout, Directory(memoryview(mapping)[: layout.directory_bytes], layout), own)
-        except BaseException:
-            os.close(own)
-            raise
+            arena = cls(mapping, layout, Directory(memoryview(mapping)[: layout.directory_bytes], layout), own)
+            undo.pop_all()
+            return arena
 
     def __init__(
         self,

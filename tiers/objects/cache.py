@@ -70,8 +70,8 @@ class CachedStore(WrapperStore):
     def open(cls, location: Path, *, damaged: bool = False) -> CachedStore:
         """Open the cache at ``location``, which ``fetch`` has made. No request is sent.
 
-        ``damaged`` has no effect, as bad records are fetched again. Raises StoreError, and TargetError if shards can't
-        be made or another process keeps the cache locked.
+        ``damaged`` has no effect, as bad records are fetched again. Raises StoreError, also if shards can't be made or
+        another process keeps the cache locked.
         """
         folder = store_folder(location)
         manifest = read_manifest(folder)
@@ -79,12 +79,15 @@ class CachedStore(WrapperStore):
             check_array(folder / array / METADATA, manifest, array)
         files = [ShardFile.of(folder, manifest, block) for block in range(len(manifest.blocks))]
         with contextlib.ExitStack() as undo:
-            with disk_errors(folder):
-                times = AccessTimes(folder / ACCESS_TIMES, manifest)
-                undo.callback(times.close)
-            with times.locked(), disk_errors(folder):
-                for file in files:
-                    _make_sparse(file)
+            try:
+                with disk_errors(folder):
+                    times = AccessTimes(folder / ACCESS_TIMES, manifest)
+                    undo.callback(times.close)
+                    with times.locked():
+                        for file in files:
+                            _make_sparse(file)
+            except TargetError as error:
+                raise StoreError(error.cause, error.fix) from error
             shards = dict[int, OpenShard]()
             for block, file in enumerate(files):
                 shards[block] = OpenShard.open(file, f"block {block}", ())
@@ -256,7 +259,12 @@ class CachedStore(WrapperStore):
                 _log.error(NOT_KEPT, exc_info=error)
                 return
             self._waiting += len(view)
-        copy_bytes(copy, view)  # without the lock, as other threads copy too
+        try:
+            copy_bytes(copy, view)  # without the lock, as other threads copy too
+        except BaseException:
+            with self._room:
+                self._release(copy)
+            raise
         with self._room:
             if key in self._arrived:  # another thread has fetched it too
                 self._release(copy)

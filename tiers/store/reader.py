@@ -163,7 +163,12 @@ class ExpertStore(DirectoryStore):
         if self.manifest.record_checksums:
             return
         check = threading.Thread(target=self._compare_digest, name="moetier-digest", daemon=True)
-        check.start()
+        try:
+            check.start()
+        except RuntimeError as error:
+            raise StoreReadError(
+                f"The digest of {self.manifest.model} can't be checked: {error}.", "End other processes, and try again."
+            ) from error
         self._digest_check = check
         self._digest_check.join(DIGEST_SECONDS)
         if self._fault.done():

@@ -29,7 +29,6 @@ from moetier.tiers.errors import (
     StoreError,
     StoreFormatError,
     StoreReadError,
-    TargetError,
 )
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.objects import access_times, cache, client
@@ -470,7 +469,7 @@ def test_a_stopped_process_with_the_lock_is_said_when_a_cache_is_opened(
         path = store.folder / access_times.ACCESS_TIMES
     with path.open("rb") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        with pytest.raises(TargetError, match=f"Another process has held the lock of {path}"):
+        with pytest.raises(StoreError, match=f"Another process has held the lock of {path}"):
             opened(server, tmp_path)
     with opened(server, tmp_path) as store:
         assert read_records(store) == records
