@@ -11,7 +11,6 @@ from pathlib import Path
 
 from moetier.runtime.stores.registry import open_store
 from moetier.runtime.wire.address import Address, Credentials
-from moetier.tiers.closeable import closed_on_error
 from moetier.tiers.errors import (
     BudgetError,
     CheckpointError,
@@ -60,15 +59,21 @@ class SpreadStore(Store):
         if len(set(addresses)) != len(addresses):
             raise ConfigError("A daemon is named twice.", "Name each daemon once.")
         single = [address for address in addresses if not address.is_dns_name]
-        store = cls(
-            manifest,
-            [Peer(str(address), RemoteStore(address, credentials, manifest)) for address in single],
-            _open_local(directory) if directory is not None else None,
-            names=[address for address in addresses if address.is_dns_name],
-            credentials=credentials,
-        )
-        with closed_on_error(store):
-            store.peers.check_all(needed=store.local is None)
+        with contextlib.ExitStack() as undo:
+            local = _open_local(directory) if directory is not None else None
+            if local is not None:
+                undo.push(local)
+            store = undo.enter_context(
+                cls(
+                    manifest,
+                    [Peer(str(address), RemoteStore(address, credentials, manifest)) for address in single],
+                    local,
+                    names=[address for address in addresses if address.is_dns_name],
+                    credentials=credentials,
+                )
+            )
+            store.peers.check_all(needed=local is None)
+            undo.pop_all()
         return store
 
     def __init__(

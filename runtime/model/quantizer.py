@@ -145,6 +145,7 @@ class MoetierQuantizer(HfQuantizer):
         config_of(self._location)  # refuses what is unsafe
         arguments = _arguments.get()
         given = None if arguments is None else arguments.files
+        # closed with this object if transformers raises between this method and the next: see ``TrunkFiles.close``
         self._files = given or TrunkFiles(self._location, list(map(Path, checkpoint_files or ())))
         with self._files.for_load():
             self._replace_modules(model, arguments)

@@ -93,6 +93,7 @@ class Tiers(Closeable):
                     policy=config.policy,
                     arrange=kernels.arrange,
                 )
+                undo.callback(tier.close)
                 kernels.on_out_of_memory(tier.shrink)
             elif origin.daemon is not None:
                 memory.beside_daemon(memory_for_model())
