@@ -26,7 +26,7 @@ from moetier.tiers.layout import CHECKSUM_BYTES, ExpertKey
 from moetier.tiers.locks import ForkGuard
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.source import Residents
-from moetier.tiers.store.checksum import crc32c
+from moetier.tiers.store.checksum import crc32c, stored_checksum
 
 from .directory import ArenaHeader, Directory
 from .layout import WORD, ArenaLayout
@@ -316,7 +316,6 @@ def recover(arena: Arena, manifest: Manifest, threads: int) -> dict[int, ExpertK
 
 
 def _is_whole(data: memoryview, key: ExpertKey, manifest: Manifest) -> bool:
-    stored = int.from_bytes(data[-CHECKSUM_BYTES:], "little")
-    if (checksums := manifest.checksums(key.block)) and checksums[key.expert] != stored:
-        return False  # an older version of moetier may have read the record from a shard of another conversion
-    return crc32c(data[:-CHECKSUM_BYTES]) == stored
+    # an older version of moetier may have read the record from a shard of another conversion
+    stored = stored_checksum(data)
+    return manifest.has_record(key, stored) and crc32c(data[:-CHECKSUM_BYTES]) == stored

@@ -30,7 +30,7 @@ from moetier.tiers.manifest import Manifest
 from moetier.tiers.stats import Share, ShareCounts
 from moetier.tiers.store.atomic import disk_errors, durable_file, make_folders, sync_folder, write_all
 from moetier.tiers.store.base import Pause, WrapperStore
-from moetier.tiers.store.checksum import PIECE_BYTES
+from moetier.tiers.store.checksum import PIECE_BYTES, stored_checksum
 from moetier.tiers.store.folder import FETCHED, METADATA, check_array, has_store, is_cache, read_manifest, store_folder
 from moetier.tiers.store.reader import ExpertStore, Read, as_bytes, run_reads
 from moetier.tiers.store.shard import OpenShard, ShardFile
@@ -234,8 +234,7 @@ class CachedStore(WrapperStore):
             crc = run_reads(reads[done:], crc)
         except StoreError as error:
             raise type(error)(f"{self.manifest.model}, {key}: {error.cause}", error.fix) from error
-        expected = self.manifest.checksums(key.block)[key.expert]
-        if crc != expected or crc != int.from_bytes(view[-CHECKSUM_BYTES:], "little"):
+        if crc != stored_checksum(view) or not self.manifest.has_record(key, crc):
             where = f"{self.manifest.model}, {key}: {name} at {objects.where}"
             raise ChecksumError(f"{where} has other bytes than the manifest says.", "")
 

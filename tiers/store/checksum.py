@@ -14,6 +14,11 @@ from moetier.tiers.layout import CHECKSUM_BYTES
 PIECE_BYTES = 8 << 20  # size of the pieces in which a file or a record is read or written, and checksummed
 
 
+def stored_checksum(slot: memoryview) -> int:
+    """Return the checksum that a slot has behind its record."""
+    return int.from_bytes(slot[-CHECKSUM_BYTES:], "little")
+
+
 def checksum_bytes(crc: int) -> bytes:
     """Return a checksum as it is stored: 4 bytes, little endian."""
     return crc.to_bytes(CHECKSUM_BYTES, "little")

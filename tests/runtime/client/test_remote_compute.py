@@ -483,7 +483,7 @@ def test_outputs_in_flight_are_bounded(
 def test_outputs_are_waited_for_no_more_if_an_error_ends_the_choice_of_daemons(monkeypatch: pytest.MonkeyPatch) -> None:
     """The name of a daemon may be resolved anew meanwhile, and Ctrl-C may come at any time."""
     monkeypatch.setattr(RemoteCompute, "_fetches", lambda *_: False)
-    peer = SimpleNamespace(name="a", failures=0, away=None, store=SimpleNamespace(computes=True))
+    peer: Any = SimpleNamespace(name="a", failures=0, away=None, store=SimpleNamespace(computes=True))
 
     def order(key: ExpertKey) -> list[Any]:
         if key.expert:
@@ -497,4 +497,4 @@ def test_outputs_are_waited_for_no_more_if_an_error_ends_the_choice_of_daemons(m
     remote = RemoteCompute(store, host)
     with pytest.raises(KeyboardInterrupt):
         remote.send(products, 0, 0, 1, {0: ([0], [0]), 1: ([0], [1])})
-    assert remote.reserve(remote_compute.MAX_WAITING)
+    assert remote.reserve(remote_compute._Part(peer, 0, [], {}), remote_compute.MAX_WAITING)
