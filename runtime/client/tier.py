@@ -91,7 +91,7 @@ class DaemonTier(Closeable):
             else:
                 cached.append((key, *placement))
         if cached:
-            self._link.note_uses([hit[0] for hit in reversed(cached)])
+            self._link.report_hits([hit[0] for hit in reversed(cached)])
         if block in self._prefetching:
             self._prefetching.discard(block)
             if not missing:  # with misses, their request tells the daemon that the demand has come
@@ -128,7 +128,7 @@ class DaemonTier(Closeable):
         distinct = dict.fromkeys(experts)
         if self._copied:
             self._copied.difference_update([ExpertKey(block, expert) for expert in distinct])
-        self._link.note_uses([ExpertKey(block, expert) for expert in reversed(distinct)])
+        self._link.report_hits([ExpertKey(block, expert) for expert in reversed(distinct)])
         if block in self._prefetching:
             self._prefetching.discard(block)
             self._link.prefetch(block, [])
@@ -196,7 +196,7 @@ class DaemonTier(Closeable):
         unreported = [key for key in keys if key in self._copied]
         self._copied.difference_update(unreported)
         if unreported:
-            self._link.note_uses(unreported)
+            self._link.report_hits(unreported)
 
     def stats(self) -> TierStats:
         """Return the counters.

@@ -161,7 +161,7 @@ class SessionCall:
                 self._release(message.release)
             case "used":
                 keys = [key for entry in message.used.blocks for key in self._keys(entry)]
-                self._session.note_uses(keys)
+                self._session.count_hits(keys)
                 self._model.count(used=len(keys))
                 self._client.count(hits=len(keys))
             case "prefetch":
@@ -220,11 +220,11 @@ class Clients:
         self.began = time.monotonic()
         self._leases = leases
         self._timeout = timeout
-        # guards: ``_clients``, ``_fetching``, ``_stopping``, and the call of a client
+        # guards: ``_clients``, ``_remote_calls``, ``_stopping``, and the call of a client
         self._changed = threading.Condition()
         self._clients: dict[str, Client] = {}
         self._numbers = itertools.count(1)
-        self._fetching = 0
+        self._remote_calls = 0
         self._stopping = False
 
     # -- for the control socket ---------------------------------------------------------------------------------------
@@ -298,14 +298,14 @@ class Clients:
                     client.call = None
 
     @contextlib.contextmanager
-    def fetching(self, digest: str) -> Iterator[HostedModel]:
+    def remote_call(self, digest: str) -> Iterator[HostedModel]:
         """Count a call of another host for the duration of the ``with`` block, and yield the model with ``digest``.
 
         Raises UnknownModelError if the daemon does not serve it, and UnavailableError once the daemon is ending.
         """
         with self._changed:
             model = self._model(digest)
-            self._fetching += 1
+            self._remote_calls += 1
         try:
             yield model
         except StoreError as error:
@@ -313,7 +313,7 @@ class Clients:
             raise
         finally:
             with self._changed:
-                self._fetching -= 1
+                self._remote_calls -= 1
                 self._changed.notify_all()
 
     def stats(self) -> list[pb.ModelStats]:
@@ -345,7 +345,7 @@ class Clients:
         """Wait until no request is open, for at most ``seconds``. Return whether none is open."""
         with self._changed:
             return self._changed.wait_for(
-                lambda: not self._fetching and all(call.has_ended for call in self._calls()),
+                lambda: not self._remote_calls and all(call.has_ended for call in self._calls()),
                 max(seconds, 0.0),
             )
 

@@ -236,7 +236,7 @@ class SlotPool:
                 slot = self._first_victim([number, *self._by_surplus()], keep)
         return slot
 
-    def note_uses(self, keys: Iterable[ExpertKey], *, is_scan: bool = False) -> None:
+    def touch(self, keys: Iterable[ExpertKey], *, is_scan: bool = False) -> None:
         """Note that demands use the records of ``keys``, in this order. All of them must have slots."""
         for key in keys:
             self._policies[self._partition_of[key[0]]].touch(key, is_scan=is_scan)

@@ -114,7 +114,7 @@ class Ledger:
             session.demands[demand.number] = demand
         self.prefetches.replace(pool, demand.block, (), session)
         distinct = dict.fromkeys(keys)
-        self.direct_hits.note_demand(list(distinct))
+        self.direct_hits.count_demand(list(distinct))
         demand.is_scan = len(distinct) > pool.quota(demand.block)
         hits = []
         for key in distinct:
@@ -127,11 +127,11 @@ class Ledger:
             self.waiting.note_taken(demand)
         demand.hits = len(hits)
         self.counters.count_lookups(hits=len(hits), misses=len(demand.pending))
-        self.prefetches.note_uses(hits)
+        self.prefetches.use(hits)
         if demand.pending:
             self._advance(demand)
         # in reverse, so that the first of the keys is evicted last; uses of pending keys are noted once they have slots
-        pool.note_uses([key for key in reversed(distinct) if key not in demand.pending], is_scan=demand.is_scan)
+        pool.touch([key for key in reversed(distinct) if key not in demand.pending], is_scan=demand.is_scan)
         self.waiting.recheck(demand)
 
     def next_leases(self, demand: Demand) -> tuple[list[int], bool] | None:
@@ -161,7 +161,7 @@ class Ledger:
         If the record of a key is READY, its slot is pinned for the demand. Otherwise the demand joins the load of the
         record that is in progress, or begins a load.
         """
-        demand.pool.note_uses(reversed(self._advance(demand)), is_scan=demand.is_scan)
+        demand.pool.touch(reversed(self._advance(demand)), is_scan=demand.is_scan)
 
     def lease(self, demand: Demand, most: int = 1) -> list[int]:
         """Lease up to ``most`` of the slots that are ready for the demand, and return these slots."""
@@ -318,7 +318,7 @@ class Ledger:
                     slot = demand.pool.pin_ready(key)
                     assert slot is not None
                     demand.ready.append(slot)
-                    self.prefetches.note_uses((key,))
+                    self.prefetches.use((key,))
                 case Lookup.LOADING:  # a prefetch or another demand has begun to load the record
                     self.counters.count(joined=1)
                     self.loads.join(demand, key)

@@ -179,7 +179,7 @@ class Loads:
         load = self._loads[key]
         load.pool.pin(load.slot)
         if load.is_prefetch:
-            self._prefetches.note_uses((key,))
+            self._prefetches.use((key,))
             # The loader of this record may have paused (``may_continue``). Wake it for every demand that joins, not
             # only for the first: the first may have left before the loader looked.
             self._notifier.wake_callers()
@@ -327,7 +327,7 @@ class Loads:
     def _remove(self, load: Load) -> None:
         """Remove a load whose record will not arrive. The slot becomes EMPTY."""
         del self._loads[load.key]
-        self._prefetches.fail(load.key)
+        self._prefetches.drop(load.key)
         load.pool.abort_fill(load.slot)
         self._directory.abort_fill(load.pool.number(load.slot))
 

@@ -153,12 +153,12 @@ class PrefetchQueue:
         """Note that the tier above may copy a record."""
         self._copied.add(key)
 
-    def fail(self, key: ExpertKey) -> None:
+    def drop(self, key: ExpertKey) -> None:
         """Note that a record will not arrive, because its read has failed or was cancelled."""
         self._warmed.discard(key)
         self._outcomes.began.pop(key, None)
 
-    def note_uses(self, keys: Iterable[ExpertKey]) -> None:
+    def use(self, keys: Iterable[ExpertKey]) -> None:
         """Note that demands of this tier, or of the tier above, use the records of ``keys``."""
         for key in keys:
             self._copied.discard(key)

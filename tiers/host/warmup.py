@@ -38,7 +38,7 @@ _log = logging.getLogger(__name__)
 class HotSet(dict[ExpertKey, float]):
     """A dictionary from each key to the number of its uses, in which uses in earlier runs count less."""
 
-    def note_uses(self, keys: Iterable[ExpertKey]) -> None:
+    def add(self, keys: Iterable[ExpertKey]) -> None:
         """Count one use of each key."""
         for key in keys:
             self[key] = self.get(key, 0) + 1
@@ -80,7 +80,7 @@ class Learner:
         self._experts = {number: block.experts for number, block in enumerate(host.manifest.blocks)}
         self._every = every
         self._ending = threading.Event()
-        self._kept = host.uses()
+        self._saved = host.uses()
         self._thread = threading.Thread(target=self._run, name="moetier-learner", daemon=True)
         self._thread.start()
 
@@ -105,10 +105,10 @@ class Learner:
 
     def _keep(self) -> None:
         uses = self._host.uses()
-        new = {key: count - self._kept.get(key, 0) for key, count in uses.items()}
-        self._kept = uses
+        new = {key: count - self._saved.get(key, 0) for key, count in uses.items()}
+        self._saved = uses
         if used := {key: count for key, count in new.items() if count}:
-            keep_hot_set(self._digest, self._experts, HotSet(used))
+            save_hot_set(self._digest, self._experts, HotSet(used))
 
 
 def hot_set_path(digest: str) -> Path:
@@ -142,7 +142,7 @@ def load_hot_set(digest: str, experts: Mapping[int, int]) -> HotSet:
         return HotSet()
 
 
-def keep_hot_set(digest: str, experts: Mapping[int, int], used: HotSet) -> None:
+def save_hot_set(digest: str, experts: Mapping[int, int], used: HotSet) -> None:
     """Add the uses of one run to the saved counts. The file is replaced atomically.
 
     A lock makes sure that no counts are lost if another process saves its counts at the same time. If the file can't be
