@@ -22,7 +22,7 @@ from moetier.tiers.manifest import Block
 from moetier.tiers.source import interruptible_bytes
 from moetier.tiers.stats import TierCounters
 
-from .demands import AsyncCaller, Demand, Load, Notifier, Pool, WaitingDemands
+from .demands import Demand, Load, Notifier, Pool, WaitingDemands
 from .prefetch import PrefetchQueue
 
 
@@ -141,7 +141,7 @@ class Loads:
         if len(demand.loads) >= ahead or (starved and starved[0] is not demand):
             return False
         arrivals = len(demand.ready) - demand.hits
-        return isinstance(demand.caller, AsyncCaller) or len(demand.loads) + arrivals < 2 * ahead
+        return demand.caller.is_asynchronous or len(demand.loads) + arrivals < 2 * ahead
 
     def _choose(self, demand: Demand) -> int | None:
         """Return a slot for a load of the demand; None if there is no slot.
