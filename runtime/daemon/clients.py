@@ -32,7 +32,7 @@ from moetier.tiers.host.demands import Event, Failed, Granted
 from moetier.tiers.layout import ExpertKey
 
 from .control_server import Welcome
-from .hosted_model import HostedModel
+from .hosted_model import HostedModel, SessionCounts
 from .log import log_event
 
 MAX_REQUESTS = 256  # most open requests of one client
@@ -49,16 +49,8 @@ class Client:
     model: HostedModel | None
     number: int = 0
     call: SessionCall | None = None
-    hits: int = 0  # number of hits that it has reported, over all its streams
-    misses: int = 0  # number of experts that it has requested
+    counts: SessionCounts = field(default_factory=SessionCounts)  # over all its streams
     began: float = field(default_factory=time.monotonic)
-    _lock: threading.Lock = field(default_factory=threading.Lock)  # guards: ``hits``, ``misses``
-
-    def count(self, *, hits: int = 0, misses: int = 0) -> None:
-        """Count hits and misses. The client's former stream may count its last ones while the new one begins."""
-        with self._lock:
-            self.hits += hits
-            self.misses += misses
 
     def describe(self) -> pb.Client:
         """Return the message that describes the client in ``Stats``."""
@@ -68,8 +60,8 @@ class Client:
             pid=self.pid,
             connected_s=time.monotonic() - self.began,
             leases=0 if call is None else call.leases,
-            hits=self.hits,
-            misses=self.misses,
+            hits=self.counts.hits,
+            misses=self.counts.misses,
         )
 
 
@@ -115,7 +107,7 @@ class SessionCall:
                 self._on_ended()
                 self._model.log_failure(event.error)
                 message = pb.ServerMessage(failed=pb.Failed(request=event.request, error=message_of(event.error)))
-            self._model.count(bytes_out=message.ByteSize())
+            self._count(bytes_out=message.ByteSize())
             yield message
         if self._error is not None:
             raise self._error
@@ -127,7 +119,7 @@ class SessionCall:
         """
         with contextlib.suppress(Exception):  # gRPC raises once the client or the connection is gone
             for message in messages:
-                self._model.count(bytes_in=len(message))
+                self._count(bytes_in=len(message))
                 try:
                     self._handle(pb.ClientMessage.FromString(message))
                 except DecodeError:
@@ -162,8 +154,7 @@ class SessionCall:
             case "used":
                 keys = [key for entry in message.used.blocks for key in self._keys(entry)]
                 self._session.count_hits(keys)
-                self._model.count(used=len(keys))
-                self._client.count(hits=len(keys))
+                self._count(hits=len(keys))
             case "prefetch":
                 wanted = message.prefetch.requested
                 self._session.prefetch(wanted.block, self._keys(wanted))
@@ -182,8 +173,7 @@ class SessionCall:
                 f"The client has {MAX_REQUESTS} open requests, the most that it may have.",
                 "Release requests that are not needed any more.",
             )
-        self._model.count(requests=1)
-        self._client.count(misses=len(keys))
+        self._count(requests=1, misses=len(keys))
         try:
             if self._refusal is not None:
                 raise self._refusal
@@ -192,6 +182,11 @@ class SessionCall:
             raise
         except MoetierError as error:
             self._events.put(Failed(request, error))
+
+    def _count(self, **counts: int) -> None:
+        """Count an event of the client, as ``SessionCounts.count`` specifies."""
+        self._client.counts.count(**counts)
+        self._model.counts.count(**counts)
 
     def _release(self, message: pb.Release) -> None:
         if (block := self._session.block_of(message.request)) is None:  # it has failed since the client sent this
