@@ -60,7 +60,7 @@ def attach_tiers(model: PreTrainedModel, location: Path, files: TrunkFiles, conf
         linear.compute_with(kernels)
     shortcuts = _shortcuts(model, config)  # before the tiers, as this memory is then not free
     with closed_on_error(_open_tiers(model, location, files, config, device, kernels, linears)) as tiers:
-        files.finish_load(model, is_shared=tiers.daemon is not None)
+        files.finish_load(model, is_shared=tiers.origin.daemon is not None)
         if shortcuts is not None:
             _speculate(shortcuts, config, device, tiers, experts_modules(model))
         layouts = [*tiers.manifest.layouts.values(), *(linear.layout for linear in linears)]
@@ -147,7 +147,7 @@ def _mode(config: TierConfig, tiers: Tiers, modules: Mapping[str, Any]) -> Mode:
     ``modules`` is as in ``_speculate``.
     """
     mode = Mode(config.speculate)
-    if mode is Mode.AUTO and tiers.remote_compute is not None and tiers.remote_compute.is_possible:
+    if mode is Mode.AUTO and tiers.origin.remote_compute is not None and tiers.origin.remote_compute.is_possible:
         for number, block in enumerate(tiers.manifest.blocks):
             if quick_activation(modules[block.path], tiers.manifest.layout(number), tiers.kernels) is not None:
                 return Mode.OFF
@@ -171,5 +171,11 @@ def _attach_blocks(model: PreTrainedModel, tiers: Tiers, device: torch.device) -
     for number, block in enumerate(tiers.manifest.blocks):
         layout = tiers.manifest.layout(number)
         modules[block.path].tiered = TieredBlock(
-            number, layout, tiers.device_tier, tiers.kernels, device, on_demand, remote_compute=tiers.remote_compute
+            number,
+            layout,
+            tiers.device_tier,
+            tiers.kernels,
+            device,
+            on_demand,
+            remote_compute=tiers.origin.remote_compute,
         )
