@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass, replace
+from enum import Enum
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
@@ -18,7 +19,8 @@ from moetier.tiers.errors import ConfigError
 from moetier.tiers.options import COUNT, Number, Option, named, option, options_of, read_all
 from moetier.tiers.source import LOADERS
 
-SPECULATE = ("auto", "off", "always")
+DEFAULT_SHARE = 0.8  # share of the free memory: the page cache, other programs and a longer context need the rest
+GROUP_SHARE = 0.95  # the share in a control group with a limit: other programs are few, and experts need no page cache
 REMOTE_COMPUTE = ("auto", "off")
 DEFAULT_CONTEXT = 4096  # tokens
 NONE = "none"  # value of the option `daemon` that means None where only a text can be given
@@ -87,6 +89,14 @@ def _size(text: str | int | None) -> Size | None:
     return None if text is None else Size.parse(text)
 
 
+class SpeculationMode(Enum):
+    """Times at which to speculate: while it pays, never, or always."""
+
+    AUTO = "auto"
+    OFF = "off"
+    ALWAYS = "always"
+
+
 MEMORY = "memory and device"  # title of a group of options
 _CPUS = os.cpu_count() or 1
 
@@ -98,7 +108,7 @@ class HostTierConfig:
     ram: Size | None = option(
         None,
         'host memory for experts: a size such as "6GiB", or a share such as "50%%" of what trunk and context leave '
-        "(default: 80%%; 95%% in a control group with a limit)",
+        f"(default: {DEFAULT_SHARE:.0%}%; {GROUP_SHARE:.0%}% in a control group with a limit)",
         types=int | str | None,
         wanted='a size such as "6GiB", a share: "50%", or a number of bytes',
         in_config=True,
@@ -122,7 +132,7 @@ class HostTierConfig:
         "number of experts to read from the disk at the same time",
         group=MEMORY,
         metavar="N",
-        numbers=Number(int, 1, 64, "Give 1 to 64."),
+        numbers=Number(int, 1, 64),
     )
 
 
@@ -220,14 +230,14 @@ class TierConfig(HostTierConfig):
         "load experts early that the routers of the next layers will probably choose (auto: while measurements show "
         "that this is faster)",
         group="speculation",
-        choices=SPECULATE,
+        choices=tuple(mode.value for mode in SpeculationMode),
     )
     look_ahead: int = option(  # predictions for later layers fail more often (tests/measurements/speculation.py)
         1,
         "number of layers ahead whose experts are predicted",
         group="speculation",
         metavar="N",
-        numbers=Number(int, 1, 8, "Give 1 to 8."),
+        numbers=Number(int, 1, 8),
     )
     prefetch: int | None = option(
         None,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from moetier.runtime.config import TierConfig
+from moetier.runtime.config import SpeculationMode, TierConfig
 from moetier.runtime.devices.device import ComputeDevice, device_at
 from moetier.runtime.kernels.layer.attention import use_causal_attention
 from moetier.runtime.kernels.layer.growing_cache import use_growing_layers
@@ -27,7 +27,6 @@ from moetier.runtime.moe.grouped import quick_activation
 from moetier.runtime.moe.layers import use_quick_layers
 from moetier.runtime.moe.linear import QuantizedLinear, quantized_linears
 from moetier.runtime.moe.routers import use_quick_routers
-from moetier.runtime.speculation.controller import Mode
 from moetier.runtime.speculation.predictor import Shortcuts
 from moetier.runtime.speculation.speculation import Speculation
 from moetier.runtime.stores.registry import read_manifest
@@ -117,7 +116,7 @@ def _keep(model: PreTrainedModel, tiers: Tiers) -> None:
 
 def _shortcuts(model: PreTrainedModel, config: TierConfig) -> Shortcuts | None:
     """Return the shortcuts that predict experts; None if speculation is off, or if no gate can predict."""
-    if Mode(config.speculate) is Mode.OFF:
+    if SpeculationMode(config.speculate) is SpeculationMode.OFF:
         return None
     gates = Gates(model)
     if (refusals := gates.refusals()) is not None:
@@ -141,16 +140,20 @@ def _speculate(
     )
 
 
-def _mode(config: TierConfig, tiers: Tiers, modules: Mapping[str, Any]) -> Mode:
+def _mode(config: TierConfig, tiers: Tiers, modules: Mapping[str, Any]) -> SpeculationMode:
     """Return when to speculate. A prefetch is a whole record, which a daemon that computes need not send.
 
     ``modules`` is as in ``_speculate``.
     """
-    mode = Mode(config.speculate)
-    if mode is Mode.AUTO and tiers.origin.remote_compute is not None and tiers.origin.remote_compute.is_possible:
+    mode = SpeculationMode(config.speculate)
+    if (
+        mode is SpeculationMode.AUTO
+        and tiers.origin.remote_compute is not None
+        and tiers.origin.remote_compute.is_possible
+    ):
         for number, block in enumerate(tiers.manifest.blocks):
             if quick_activation(modules[block.path], tiers.manifest.layout(number), tiers.kernels) is not None:
-                return Mode.OFF
+                return SpeculationMode.OFF
     return mode
 
 

@@ -59,7 +59,7 @@ def test_the_command_line_has_the_default_and_the_range(option: Option, capsys: 
         (Option(1, "", numbers=COUNT), True, "`it` is True.", "Give a whole number."),
         (Option(1, "", numbers=COUNT), None, "`it` is None.", "Give a whole number."),
         (Option(None, "", numbers=COUNT), 0, "`it` is 0.", COUNT.fix),
-        (Option(0.5, "", numbers=Number(float, 0, 1, "Give 0 to 1.")), 2, "`it` is 2.", "Give 0 to 1."),
+        (Option(0.5, "", numbers=Number(float, 0, 1)), 2, "`it` is 2.", "Give 0 to 1."),
         (Option(False, ""), 1, "`it` is 1.", "Give True or False."),
         (Option(None, "", types=int | str | None, choices=(4, "native")), 5, "`it` is 5.", "Give one of 4, native."),
     ],

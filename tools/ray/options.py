@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from moetier.runtime.config import CACHE, OF_HOST_TIER, OPTIONS
+from moetier.runtime.config import CACHE, DEFAULT_SHARE, OF_HOST_TIER, OPTIONS
 from moetier.runtime.model.names import is_address
 from moetier.tiers.addresses import check_address
 from moetier.tiers.errors import ConfigError
@@ -22,7 +22,7 @@ from moetier.tools.serve.options import add_serving_arguments
 REPLICA = ("context", "device", "device_memory", "exact", "same_bits")
 HELP = {
     "ram": 'host memory of each node for experts: "64GiB", which Ray then counts as used, or "50%%" of what is free '
-    "(default: 80%%)",
+    f"(default: {DEFAULT_SHARE:.0%}%)",
     "context": "maximum length of a prompt with its answer, in tokens",
 }
 
