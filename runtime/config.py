@@ -23,7 +23,7 @@ DEFAULT_SHARE = 0.8  # share of the free memory: the page cache, other programs 
 GROUP_SHARE = 0.95  # the share in a control group with a limit: other programs are few, and experts need no page cache
 REMOTE_COMPUTE = ("auto", "off")
 DEFAULT_CONTEXT = 4096  # tokens
-NONE = "none"  # value of the option `daemon` that means None where only a text can be given
+NO_DAEMON = "none"  # value of the option `daemon` that means None where only a text can be given
 AUTO = "auto"  # value of the option `daemon`: use a running daemon that serves this store, if there is one
 
 _UNITS = {"": 1, "b": 1} | {
@@ -73,7 +73,7 @@ class DaemonChoice:
     @classmethod
     def parse(cls, text: str | None) -> DaemonChoice:
         """Parse "auto", "none" (or None), or addresses separated by commas. Raises ConfigError for any other text."""
-        if text in (None, NONE, AUTO):
+        if text in (None, NO_DAEMON, AUTO):
             return cls(find=text == AUTO)
         assert text is not None
         names = text.split(",")
@@ -253,7 +253,7 @@ class TierConfig(HostTierConfig):
 
         Raises ConfigError for a value that is not allowed, and TypeError for an unknown option.
         """
-        config = cls(**read_all(OPTIONS, options))
+        config = cls(**read_all(TIER_OPTIONS, options))
         if config.mapped is not None and (asked := config.of_own_tier):
             raise ConfigError(
                 f"The daemon {config.mapped} holds the experts in its own memory.",
@@ -294,10 +294,10 @@ class TierConfig(HostTierConfig):
         return any(address.target for address in self.daemon.addresses)
 
 
-OPTIONS = options_of(TierConfig)
+TIER_OPTIONS = options_of(TierConfig)
 # The options as commands have them. Their chunk of a prompt does not depend on the memory if that is not short, because
 # some models' last bits depend on which tokens are computed together (``runtime.model.same_bits``).
-COMMAND_OPTIONS = OPTIONS | {"prefill_chunk": replace(OPTIONS["prefill_chunk"], default=1024)}
+COMMAND_OPTIONS = TIER_OPTIONS | {"prefill_chunk": replace(TIER_OPTIONS["prefill_chunk"], default=1024)}
 # options for models in an object store, of ``load`` and of commands
 CACHE = named(
     store_cache=Option(

@@ -19,7 +19,7 @@ from moetier.proto.expert_store_pb2_grpc import ExpertStoreStub
 from moetier.runtime.wire.address import DIGEST_CHARS, Address, Credentials
 from moetier.runtime.wire.channel import SERVICE, open_channel
 from moetier.runtime.wire.control import ControlConnection
-from moetier.runtime.wire.piece import PIECE_BYTES, decode_piece
+from moetier.runtime.wire.piece import WIRE_PIECE_BYTES, decode_piece
 from moetier.runtime.wire.request import encode_request
 from moetier.runtime.wire.status_codes import CALL_ERRORS, error_of
 from moetier.tiers.errors import (
@@ -304,7 +304,7 @@ class _Transfer:
             at, repeated = start, None
             for message in call:
                 piece, repeated = decode_piece(message)
-                if len(piece) > min(PIECE_BYTES, end - at):
+                if len(piece) > min(WIRE_PIECE_BYTES, end - at):
                     raise ProtocolError(f"A daemon sent more bytes of {key} than were requested.", SAME_VERSION)
                 self._view[at : at + len(piece)] = piece
                 at += len(piece)
@@ -335,9 +335,9 @@ class _Transfer:
 def _parts(size: int, channels: int) -> Iterator[tuple[int, int]]:
     """Divide a record of ``size`` bytes into parts (start, end), one for each call.
 
-    All parts but the last are a multiple of PIECE_BYTES long.
+    All parts but the last are a multiple of WIRE_PIECE_BYTES long.
     """
-    pieces = -(-size // PIECE_BYTES)
-    length = -(-pieces // (channels if size > SPLIT_BYTES else 1)) * PIECE_BYTES
+    pieces = -(-size // WIRE_PIECE_BYTES)
+    length = -(-pieces // (channels if size > SPLIT_BYTES else 1)) * WIRE_PIECE_BYTES
     for start in range(0, size, length):
         yield start, min(start + length, size)

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moetier.runtime.config import DEFAULT_SHARE, HostTierConfig, Size
-from moetier.runtime.config import OPTIONS as TIER_OPTIONS
+from moetier.runtime.config import DEFAULT_SHARE, TIER_OPTIONS, HostTierConfig, Size
 from moetier.runtime.wire.address import CREDENTIALS, DEFAULT_NAME, Address
 from moetier.tiers.errors import ConfigError
 from moetier.tiers.options import Number, file_option, option, option_like, options_of, read_all
@@ -94,7 +93,7 @@ class DaemonConfig(HostTierConfig):
         Raises ConfigError for a value that is not allowed, for options that contradict each other, and for a TCP
         address that is not protected.
         """
-        config = cls(directories=directories, **read_all(OPTIONS, options))
+        config = cls(directories=directories, **read_all(DAEMON_OPTIONS, options))
         config._check()
         return config
 
@@ -141,7 +140,7 @@ class DaemonConfig(HostTierConfig):
             )
 
 
-OPTIONS = options_of(DaemonConfig)
+DAEMON_OPTIONS = options_of(DaemonConfig)
 
 
 def _tcp(address: str, said: str) -> Address:

@@ -20,7 +20,7 @@ from moetier.tiers.cache.budget import slots_for, smallest_budget
 from moetier.tiers.layout import RecordLayout
 from moetier.tiers.manifest import Manifest
 
-from .prefill_memory import NONE, NOTHING_PER_TOKEN, WINDOWED, Prefill, prefill_of
+from .prefill_memory import NO_PREFILL, NOTHING_PER_TOKEN, WINDOWED, Prefill, prefill_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class Needs:
     trunk: int = 0  # the part of the trunk whose memory still counts as free
     cache: int = 0  # keys and values of a context
     scratch: int = 0  # scratch memory of computations
-    prefill: Prefill = NONE  # tokens of a prompt that are computed together
+    prefill: Prefill = NO_PREFILL  # tokens of a prompt that are computed together
 
     @classmethod
     def of(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from moetier.tiers.arena.directory import NONE, Directory
+from moetier.tiers.arena.directory import NO_ENTRY, Directory
 from moetier.tiers.cache.pool import SlotPool
 from moetier.tiers.host.demands import AsyncCaller, Demand, WaitingDemands
 from moetier.tiers.host.ledger import Ledger
@@ -76,7 +76,7 @@ def check_directory(directory: Directory, states: Sequence[tuple[ExpertKey | Non
     """Assert that the directory agrees with ``states`` (see ``Directory.repair``), unless it was closed."""
     if directory._closed:
         return
-    table = [NONE] * directory._layout.keys
+    table = [NO_ENTRY] * directory._layout.keys
     for slot, (key, is_loading) in enumerate(states):
         assert directory.generation(slot) & 1 == is_loading, f"slot {slot}"
         if not is_loading:

@@ -18,10 +18,10 @@ from moetier.tools.cli.parser import CommandParser
 from moetier.tools.convert import options as convert
 
 OPTIONS = {
-    **{f"TierConfig.{name}": option for name, option in config.OPTIONS.items() if name != "credentials"},
+    **{f"TierConfig.{name}": option for name, option in config.TIER_OPTIONS.items() if name != "credentials"},
     **{f"Credentials.{name}": option for name, option in CREDENTIALS.items()},
-    **{f"DaemonConfig.{name}": option for name, option in daemon.OPTIONS.items()},
-    **{f"convert.{name}": option for name, option in convert.OPTIONS.items()},
+    **{f"DaemonConfig.{name}": option for name, option in daemon.DAEMON_OPTIONS.items()},
+    **{f"convert.{name}": option for name, option in convert.CONVERT_OPTIONS.items()},
     **{f"decoding.{name}": option for name, option in DECODING.items()},
 }
 

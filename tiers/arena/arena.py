@@ -35,7 +35,7 @@ NAME = "moetier-arena"  # in /proc/PID/fd, the file is shown as "/memfd:moetier-
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _TOO_MUCH = (errno.ENOSPC, errno.ENOMEM, errno.EFBIG)
 FIRST_BYTES = 256 << 20  # that are allocated at once; some gigabytes take seconds
-PIECE_BYTES = 32 << 20  # that are allocated at a time in the background
+ALLOCATION_BYTES = 32 << 20  # that are allocated at a time in the background
 
 
 class Arena:
@@ -176,7 +176,7 @@ class Arena:
         assert descriptor is not None
         with contextlib.suppress(OSError):
             while self._allocated < whole and not self._closing:
-                size = min(whole - self._allocated, PIECE_BYTES)
+                size = min(whole - self._allocated, ALLOCATION_BYTES)
                 os.posix_fallocate(descriptor, self._allocated, size)
                 self._allocated += size
 

@@ -29,7 +29,8 @@ from .tier import HostTier
 
 EVERY = 300.0  # seconds between two writes of the file; a process that is killed loses the uses since the latest write
 FORMAT = 1  # version of the file's format
-HALF_LIFE = 512  # a use in an earlier run counts half after this many further uses, times the block's number of experts
+# a use in an earlier run counts half after this many further uses, times the block's number of experts
+HOT_SET_HALF_LIFE = 512
 MOST_BYTES = 16 << 20  # size of the largest file that is read
 
 _log = logging.getLogger(__name__)
@@ -62,7 +63,7 @@ class HotSet(dict[ExpertKey, float]):
             uses[key.block] += count
         hot_set = HotSet(self)
         for key, count in earlier.items():
-            faded = count * 0.5 ** (uses[key.block] / (HALF_LIFE * experts[key.block]))
+            faded = count * 0.5 ** (uses[key.block] / (HOT_SET_HALF_LIFE * experts[key.block]))
             hot_set[key] = hot_set.get(key, 0) + faded
         return hot_set
 

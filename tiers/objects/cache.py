@@ -30,7 +30,7 @@ from moetier.tiers.manifest import Manifest
 from moetier.tiers.stats import Share, ShareCounts
 from moetier.tiers.store.atomic import disk_errors, durable_file, make_folders, sync_folder, write_all
 from moetier.tiers.store.base import Pause, WrapperStore
-from moetier.tiers.store.checksum import PIECE_BYTES, stored_checksum
+from moetier.tiers.store.checksum import READ_PIECE_BYTES, stored_checksum
 from moetier.tiers.store.folder import FETCHED, METADATA, check_array, has_store, is_cache, read_manifest, store_folder
 from moetier.tiers.store.reader import ExpertStore, Read, as_bytes, run_reads
 from moetier.tiers.store.shard import OpenShard, ShardFile
@@ -219,10 +219,10 @@ class CachedStore(WrapperStore):
         reads = [
             Read(
                 self.store.pool,
-                partial(objects.read, name, offset + at, view[at : at + PIECE_BYTES], fresh=fresh),
-                payload[at : at + PIECE_BYTES],
+                partial(objects.read, name, offset + at, view[at : at + READ_PIECE_BYTES], fresh=fresh),
+                payload[at : at + READ_PIECE_BYTES],
             )
-            for at in range(0, len(view), PIECE_BYTES)
+            for at in range(0, len(view), READ_PIECE_BYTES)
         ]
         crc, done = 0, 0
         try:

@@ -11,7 +11,7 @@ from crc32c import crc32c as crc32c
 
 from moetier.tiers.layout import CHECKSUM_BYTES
 
-PIECE_BYTES = 8 << 20  # size of the pieces in which a file or a record is read or written, and checksummed
+READ_PIECE_BYTES = 8 << 20  # size of the pieces in which a file or a record is read or written, and checksummed
 
 
 def stored_checksum(slot: memoryview) -> int:

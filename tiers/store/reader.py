@@ -26,7 +26,7 @@ from moetier.tiers.source import interruptible_bytes
 
 from .atomic import read_errors
 from .base import DirectoryStore, Pause
-from .checksum import PIECE_BYTES, crc32c, stored_checksum
+from .checksum import READ_PIECE_BYTES, crc32c, stored_checksum
 from .folder import CACHE, METADATA, MIRRORS, check_array, command, has_store, is_cache, read_manifest, store_folder
 from .shard import (
     REPAIR,
@@ -315,7 +315,7 @@ def read_in_pieces(view: memoryview, pause: Pause | None, read_part: ReadPart) -
         start = stop
         if start < len(view) and not pause():
             pause = None  # read the rest in one part
-    return read_part(start, view[start:], payload[start:], PIECE_BYTES, crc) if start < len(view) else crc
+    return read_part(start, view[start:], payload[start:], READ_PIECE_BYTES, crc) if start < len(view) else crc
 
 
 def run_reads(reads: Sequence[Read], crc: int) -> int:

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from moetier.runtime.trace.trace import NONE, Trace
+from moetier.runtime.trace.trace import NO_EXPERT, Trace
 from moetier.tiers.cache.budget import Partition, partitions_of
 from moetier.tiers.cache.policies import DEFAULT_POLICY, POLICIES, Policy
 from moetier.tiers.cache.pool import SlotPool
@@ -269,4 +269,4 @@ def _foresee(block: int, quota: int, demands: Sequence[SimulatedDemand]) -> list
 
 
 def _keys(block: int, experts: object) -> tuple[ExpertKey, ...]:
-    return tuple(ExpertKey(block, int(expert)) for expert in np.unique(np.asarray(experts)) if expert != NONE)
+    return tuple(ExpertKey(block, int(expert)) for expert in np.unique(np.asarray(experts)) if expert != NO_EXPERT)

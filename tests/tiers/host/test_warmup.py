@@ -23,7 +23,7 @@ from threads import wait_until
 from moetier.testing import in_fork
 from moetier.tiers.device.tier import DeviceTier
 from moetier.tiers.host.tier import HostTier
-from moetier.tiers.host.warmup import HALF_LIFE, HotSet, Learner, hot_set_path, load_hot_set, save_hot_set
+from moetier.tiers.host.warmup import HOT_SET_HALF_LIFE, HotSet, Learner, hot_set_path, load_hot_set, save_hot_set
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.store.reader import ExpertStore
 
@@ -55,10 +55,10 @@ def test_the_hottest(uses: list[tuple[int, int]], most: int) -> None:
 
 def test_earlier_runs_fade_by_use() -> None:
     earlier = HotSet({ExpertKey(0, 0): 100.0, ExpertKey(1, 0): 100.0})
-    now = used(*[(0, 1)] * (HALF_LIFE * 4))
+    now = used(*[(0, 1)] * (HOT_SET_HALF_LIFE * 4))
     found = now.after(earlier, EXPERTS)
     assert found[ExpertKey(0, 0)] == pytest.approx(50)
-    assert found[ExpertKey(0, 1)] == HALF_LIFE * 4
+    assert found[ExpertKey(0, 1)] == HOT_SET_HALF_LIFE * 4
     assert found[ExpertKey(1, 0)] == 100, "its block was not used"
 
 

@@ -34,7 +34,7 @@ from moetier.tiers.layout import ExpertKey
 from moetier.tiers.objects import access_times, cache, client
 from moetier.tiers.objects.cache import CachedStore
 from moetier.tiers.objects.cache_folder import fetch
-from moetier.tiers.store.checksum import PIECE_BYTES
+from moetier.tiers.store.checksum import READ_PIECE_BYTES
 from moetier.tiers.store.folder import CACHE, is_cache
 from moetier.tiers.store.reader import ExpertStore
 from moetier.tiers.store.shard import ShardFile
@@ -107,7 +107,7 @@ def test_an_incomplete_cache_is_not_taken_for_a_store(server: FolderServer, tmp_
 def test_large_records_come_in_parallel_pieces(tmp_path: Path) -> None:
     expected = make_store(tmp_path / "large", blocks=1, experts=2, layout=layout_of(2048, 1560))
     with served_folder(tmp_path / "large") as server, opened(server, tmp_path / "cache") as store:
-        pieces = -(-store.layout(0).slot_bytes // PIECE_BYTES)
+        pieces = -(-store.layout(0).slot_bytes // READ_PIECE_BYTES)
         assert pieces == 3
         assert read_record(store, ExpertKey(0, 1)) == expected[ExpertKey(0, 1)]
         assert len(server.records) == pieces
