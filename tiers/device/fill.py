@@ -244,7 +244,7 @@ class DeviceFill:
         Leases stay, and so do slots that are being filled for a demand or a promotion. Part of a transition.
         """
         for pool in self._slots.pools.values():
-            pins = [0] * pool.count
+            pins = [0] * pool.slot_count
             loading: dict[int, ExpertKey] = {}
             for demand in (*demands, *([self.promotion] if self.promotion is not None else [])):
                 if demand.pool is pool:

@@ -363,7 +363,7 @@ class Ledger:
 
     def _pins(self, pool: Pool) -> list[int]:
         """Return for each slot of a pool the number of demands that hold or claim the slot."""
-        pins = [0] * pool.count
+        pins = [0] * pool.slot_count
         for demand in self._demands:
             if demand.pool is pool:
                 for slot in demand.slots:

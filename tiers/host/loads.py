@@ -216,10 +216,10 @@ class Loads:
         After so many demands, the others will soon be needed, too. If a model is hardly used, only demands are read; of
         any other, at most as much again.
         """
-        if pool in self._rest and 2 * (pool.ready + pool.loading) >= pool.count:
+        if pool in self._rest and 2 * (pool.ready + pool.loading) >= pool.slot_count:
             blocks = self._rest.pop(pool)
             keys = [ExpertKey(number, expert) for number, block in blocks.items() for expert in range(block.experts)]
-            if len(keys) == pool.count:
+            if len(keys) == pool.slot_count:
                 self.warm(pool, keys)
 
     def may_continue(self, load: Load) -> bool | None:

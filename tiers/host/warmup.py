@@ -93,7 +93,7 @@ class Learner:
         if self._fork_guard.is_owner:
             self._ending.set()
             self._thread.join()
-            self._keep()
+            self._save()
 
     def _run(self) -> None:
         hot = load_hot_set(self._digest, self._experts)
@@ -102,9 +102,9 @@ class Learner:
         except (ClosedError, StoreError):
             return
         while not self._ending.wait(self._every):
-            self._keep()
+            self._save()
 
-    def _keep(self) -> None:
+    def _save(self) -> None:
         uses = self._host.uses()
         new = {key: count - self._saved.get(key, 0) for key, count in uses.items()}
         self._saved = uses

@@ -384,7 +384,7 @@ class LedgerMachine(RuleBasedStateMachine):
             assert client.session.outstanding == 0
             client.session.close()
         for pool in self.ledger.pools.values():
-            assert not any(pool.pins(slot) for slot in range(pool.count))
+            assert not any(pool.pins(slot) for slot in range(pool.slot_count))
             assert not pool.starved
         assert not list(self.ledger.loads)
         assert self.ledger.expire() is None, "no demand waits"
