@@ -11,6 +11,7 @@ from pathlib import Path
 
 from moetier.runtime.stores.registry import open_store
 from moetier.runtime.wire.address import Address, Credentials
+from moetier.tiers.closeable import closed_on_error
 from moetier.tiers.errors import (
     BudgetError,
     CheckpointError,
@@ -59,21 +60,15 @@ class SpreadStore(Store):
         if len(set(addresses)) != len(addresses):
             raise ConfigError("A daemon is named twice.", "Name each daemon once.")
         single = [address for address in addresses if not address.is_dns_name]
-        with contextlib.ExitStack() as undo:
-            local = _open_local(directory) if directory is not None else None
-            if local is not None:
-                undo.push(local)
-            store = undo.enter_context(
-                cls(
-                    manifest,
-                    [Peer(str(address), RemoteStore(address, credentials, manifest)) for address in single],
-                    local,
-                    names=[address for address in addresses if address.is_dns_name],
-                    credentials=credentials,
-                )
-            )
-            store.peers.check_all(needed=local is None)
-            undo.pop_all()
+        store = cls(
+            manifest,
+            [Peer(str(address), RemoteStore(address, credentials, manifest)) for address in single],
+            names=[address for address in addresses if address.is_dns_name],
+            credentials=credentials,
+        )
+        with closed_on_error(store):
+            store.local = _open_local(directory) if directory is not None else None
+            store.peers.check_all(needed=store.local is None)
         return store
 
     def __init__(
