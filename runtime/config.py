@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass, replace
+from enum import Enum
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
@@ -18,9 +19,10 @@ from moetier.tiers.errors import ConfigError
 from moetier.tiers.options import COUNT, Number, Option, named, option, options_of, read_all
 from moetier.tiers.source import LOADERS
 
-SPECULATE = ("auto", "off", "always")
+DEFAULT_SHARE = 0.8  # share of the free memory: the page cache, other programs and a longer context need the rest
+GROUP_SHARE = 0.95  # the share in a control group with a limit: other programs are few, and experts need no page cache
 REMOTE_COMPUTE = ("auto", "off")
-NONE = "none"  # value of the option `daemon` that means None where only a text can be given
+NO_DAEMON = "none"  # value of the option `daemon` that means None where only a text can be given
 AUTO = "auto"  # value of the option `daemon`: use a running daemon that serves this store, if there is one
 
 _UNITS = {"": 1, "b": 1} | {
@@ -70,7 +72,7 @@ class DaemonChoice:
     @classmethod
     def parse(cls, text: str | None) -> DaemonChoice:
         """Parse "auto", "none" (or None), or addresses separated by commas. Raises ConfigError for any other text."""
-        if text in (None, NONE, AUTO):
+        if text in (None, NO_DAEMON, AUTO):
             return cls(find=text == AUTO)
         assert text is not None
         names = text.split(",")
@@ -86,6 +88,14 @@ def _size(text: str | int | None) -> Size | None:
     return None if text is None else Size.parse(text)
 
 
+class SpeculationMode(Enum):
+    """Times at which to speculate: while it pays, never, or always."""
+
+    AUTO = "auto"
+    OFF = "off"
+    ALWAYS = "always"
+
+
 MEMORY = "memory and device"  # title of a group of options
 _CPUS = os.cpu_count() or 1
 
@@ -97,7 +107,7 @@ class HostTierConfig:
     ram: Size | None = option(
         None,
         'host memory for experts: a size such as "6GiB", or a share such as "50%%" of what trunk and context leave '
-        "(default: 80%%; 95%% in a control group with a limit)",
+        f"(default: {DEFAULT_SHARE:.0%}%; {GROUP_SHARE:.0%}% in a control group with a limit)",
         types=int | str | None,
         wanted='a size such as "6GiB", a share: "50%", or a number of bytes',
         in_config=True,
@@ -121,7 +131,7 @@ class HostTierConfig:
         "number of experts to read from the disk at the same time",
         group=MEMORY,
         metavar="N",
-        numbers=Number(int, 1, 64, "Give 1 to 64."),
+        numbers=Number(int, 1, 64),
     )
 
 
@@ -236,14 +246,14 @@ class TierConfig(HostTierConfig):
         "load experts early that the routers of the next layers will probably choose (auto: while measurements show "
         "that this is faster)",
         group="speculation",
-        choices=SPECULATE,
+        choices=tuple(mode.value for mode in SpeculationMode),
     )
     look_ahead: int = option(  # predictions for later layers fail more often (tests/measurements/speculation.py)
         1,
         "number of layers ahead whose experts are predicted",
         group="speculation",
         metavar="N",
-        numbers=Number(int, 1, 8, "Give 1 to 8."),
+        numbers=Number(int, 1, 8),
     )
     prefetch: int | None = option(
         None,
@@ -259,7 +269,7 @@ class TierConfig(HostTierConfig):
 
         Raises ConfigError for a value that is not allowed, and TypeError for an unknown option.
         """
-        config = cls(**read_all(OPTIONS, options))
+        config = cls(**read_all(TIER_OPTIONS, options))
         if config.mapped is not None and (asked := config.of_own_tier):
             raise ConfigError(
                 f"The daemon {config.mapped} holds the experts in its own memory.",
@@ -300,10 +310,10 @@ class TierConfig(HostTierConfig):
         return any(address.target for address in self.daemon.addresses)
 
 
-OPTIONS = options_of(TierConfig)
+TIER_OPTIONS = options_of(TierConfig)
 # The options as commands have them. Their chunk of a prompt does not depend on the memory if that is not short, because
 # some models' last bits depend on which tokens are computed together (``runtime.model.same_bits``).
-COMMAND_OPTIONS = OPTIONS | {"prefill_chunk": replace(OPTIONS["prefill_chunk"], default=1024)}
+COMMAND_OPTIONS = TIER_OPTIONS | {"prefill_chunk": replace(TIER_OPTIONS["prefill_chunk"], default=1024)}
 # options for models in an object store, of ``load`` and of commands
 CACHE = named(
     store_cache=Option(

@@ -95,6 +95,10 @@ class Manifest:
         """Return the CRC-32C of each record of a block; () for an older store, whose manifest has only the digest."""
         return self._checksums[block] if self.record_checksums else ()
 
+    def has_record(self, key: ExpertKey, crc: int) -> bool:
+        """Return whether the record of ``key`` has the CRC-32C ``crc``. True for an older store without checksums."""
+        return not self.record_checksums or self._checksums[key.block][key.expert] == crc
+
     @property
     def plan(self) -> Manifest:
         """The manifest without the fields that are unknown until the store is written."""

@@ -22,13 +22,13 @@ WANTED = {bool: "True or False", int: "a whole number", float: "a number", str: 
 class Number:
     """Type and range of a numeric option. As argparse's ``type``, it parses and checks a value.
 
-    ``fix`` is that of the error for a number out of range.
+    ``hint`` says what to give in place of a number out of range, where its range alone does not say enough.
     """
 
     value_type: type[int] | type[float]
     least: float
     most: float
-    fix: str
+    hint: str = ""
 
     def __call__(self, text: str) -> float:
         """Parse a number. Raises ConfigError if it is out of range, ValueError if the text is not a number."""
@@ -38,6 +38,13 @@ class Number:
         return number
 
     @property
+    def fix(self) -> str:
+        """What to do about a number out of range."""
+        most = "2^31 - 1" if self.most == MOST else f"{self.most:,}"
+        least = "a number greater than 0 and at most" if self.least == TINY else f"{self.least:,} to"
+        return self.hint or f"Give {least} {most}."
+
+    @property
     def __name__(self) -> str:
         """Name of the type in argparse's errors."""
         return self.value_type.__name__
@@ -45,8 +52,8 @@ class Number:
 
 MOST = (1 << 31) - 1  # largest count: a far larger number could overflow, or take for ever to compute with
 TINY = math.ulp(0.0)  # the least float above 0
-COUNT = Number(int, 1, MOST, "Give 1 to 2^31 - 1.")
-SECONDS = Number(float, TINY, 86_400, "Give a number greater than 0 and at most 86,400.")
+COUNT = Number(int, 1, MOST)
+SECONDS = Number(float, TINY, 86_400)
 
 
 @dataclass(frozen=True, slots=True)

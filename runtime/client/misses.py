@@ -21,7 +21,7 @@ from moetier.tiers.stats import TierCounters
 from .daemon_link import Answer, Link, SlotRequest
 from .fallback import Fallback
 
-GRACE = 1.0  # seconds that a daemon may be away before the local store is read
+AWAY_GRACE = 1.0  # seconds that a daemon may be away before the local store is read
 _RETRY = 0.1  # seconds before a request that failed because the daemon was ending is sent again
 
 
@@ -98,7 +98,11 @@ class Misses:
             while True:
                 context.check_open()
                 away = link.away_since
-                due = deadline if away is None or fallback.error else min(deadline, max(away, began - GRACE) + GRACE)
+                due = (
+                    deadline
+                    if away is None or fallback.error
+                    else min(deadline, max(away, began - AWAY_GRACE) + AWAY_GRACE)
+                )
                 answer = self._next_answer(due)
                 if answer is None:
                     if time.monotonic() >= due and (host := fallback.open()) is not None:

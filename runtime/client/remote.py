@@ -19,7 +19,7 @@ from moetier.proto.expert_store_pb2_grpc import ExpertStoreStub
 from moetier.runtime.wire.address import DIGEST_CHARS, Address, Credentials
 from moetier.runtime.wire.channel import SERVICE, open_channel
 from moetier.runtime.wire.control import ControlConnection
-from moetier.runtime.wire.piece import PIECE_BYTES, decode_piece
+from moetier.runtime.wire.piece import WIRE_PIECE_BYTES, decode_piece
 from moetier.runtime.wire.request import encode_request
 from moetier.runtime.wire.status_codes import CALL_ERRORS, error_of
 from moetier.tiers.errors import (
@@ -38,7 +38,7 @@ from moetier.tiers.layout import CHECKSUM_BYTES, ExpertKey
 from moetier.tiers.locks import ForkGuard
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.store.base import Pause, Store
-from moetier.tiers.store.checksum import crc32c
+from moetier.tiers.store.checksum import crc32c, stored_checksum
 
 CHANNELS = 3  # number of connections, as one core limits the speed of TLS on a single connection
 SPLIT_BYTES = 8 << 20  # larger records are read over all channels at once
@@ -74,7 +74,7 @@ class RemoteStore(Store):
         self._credentials = credentials
         self.timeout = timeout
         self._fork_guard = ForkGuard()
-        self.count = channels
+        self._channel_count = channels
         self._state = threading.Lock()  # guards: ``_channels``, ``_closed``. Held while connections are made
         self._channels: _Channels | None = None
         self._closed = False
@@ -183,7 +183,7 @@ class RemoteStore(Store):
                 raise ClosedError(f"The connection to the daemon {self.address} was closed.", "Load the model again.")
             if self._channels is None or again:
                 try:
-                    opened = _Channels(self.address, self._credentials, self.count)
+                    opened = _Channels(self.address, self._credentials, self._channel_count)
                 except (OSError, RuntimeError) as error:
                     raise error_of(error, self.address.target) from None
                 if self._channels is not None:
@@ -194,12 +194,12 @@ class RemoteStore(Store):
     def _read(self, key: ExpertKey, view: memoryview) -> None:
         _Transfer(self, key, view).run(self._connected(), self._pool)
         crc = crc32c(view[:-CHECKSUM_BYTES])
-        if crc != int.from_bytes(view[-CHECKSUM_BYTES:], "little"):
+        if crc != stored_checksum(view):
             raise ChecksumError(
                 f"{self.manifest.model}, {key}: checksum mismatch in the record that the daemon {self.address} sent.",
                 "Check the daemon's store (moetier verify) and the network.",
             )
-        if (checksums := self.manifest.checksums(key.block)) and crc != checksums[key.expert]:
+        if not self.manifest.has_record(key, crc):
             raise ChecksumError(
                 f"{self.manifest.model}, {key}: the daemon {self.address} sent a record of another conversion.",
                 "On the daemon's host, check the store (moetier verify), copy its shards again, restart the daemon.",
@@ -214,16 +214,17 @@ class _Channels:
     Over a Unix socket, the control connection that gave the session id stays open as long as the channels.
     """
 
-    def __init__(self, address: Address, credentials: Credentials, count: int) -> None:
+    def __init__(self, address: Address, credentials: Credentials, channel_count: int) -> None:
         with contextlib.ExitStack() as opened:
             bearer = None
             if address.folder is not None:
                 bearer = opened.enter_context(ControlConnection.open(address.folder, None)).session_id
             self._open = partial(open_channel, address, credentials, bearer=bearer)
-            channels = [opened.enter_context(self._open()) for _ in range(count)]
+            channels = [opened.enter_context(self._open()) for _ in range(channel_count)]
             self._computing = [self._open()]  # the channel for computations, and then the one that it replaced
             self._opened = opened.pop_all()
         self.first = channels[0]
+        self.channel_count = channel_count
         # they take and yield serialised messages: see ``encode_request`` and ``decode_piece``
         self.fetches: Iterator[Any] = itertools.cycle(
             [channel.unary_stream(f"/{SERVICE}/Fetch") for channel in channels]
@@ -261,15 +262,15 @@ class _Transfer:
 
         Raises the error of the part that fails first. Afterwards no thread writes to the record's buffer.
         """
-        fetches, parts = channels.fetches, list(_parts(len(self._view), self._store.count))
+        fetches, parts = channels.fetches, list(_parts(len(self._view), channels.channel_count))
         others: list[Future[None]] = []
         try:
             for part in parts[1:]:  # one by one, so that ``finally`` waits for all that have begun
-                others += [pool.submit(self._bring, next(fetches), *part)]
-            self._bring(next(fetches), *parts[0])
+                others += [pool.submit(self._fetch, next(fetches), *part)]
+            self._fetch(next(fetches), *parts[0])
             for other, part in zip(others, parts[1:], strict=True):
                 if other.cancel():  # all threads of the pool were busy
-                    self._bring(next(fetches), *part)
+                    self._fetch(next(fetches), *part)
                 else:
                     other.result()
         except RuntimeError as error:  # the pool was closed, or can start no thread
@@ -284,7 +285,7 @@ class _Transfer:
         if self._error is not None:
             raise self._error
 
-    def _bring(self, fetch: Any, start: int, end: int) -> None:
+    def _fetch(self, fetch: Any, start: int, end: int) -> None:
         """Fetch the record's bytes from ``start`` to ``end``.
 
         An error of the network or the daemon ends the transfer.
@@ -303,7 +304,7 @@ class _Transfer:
             at, repeated = start, None
             for message in call:
                 piece, repeated = decode_piece(message)
-                if len(piece) > min(PIECE_BYTES, end - at):
+                if len(piece) > min(WIRE_PIECE_BYTES, end - at):
                     raise ProtocolError(f"A daemon sent more bytes of {key} than were requested.", SAME_VERSION)
                 self._view[at : at + len(piece)] = piece
                 at += len(piece)
@@ -334,9 +335,9 @@ class _Transfer:
 def _parts(size: int, channels: int) -> Iterator[tuple[int, int]]:
     """Divide a record of ``size`` bytes into parts (start, end), one for each call.
 
-    All parts but the last are a multiple of PIECE_BYTES long.
+    All parts but the last are a multiple of WIRE_PIECE_BYTES long.
     """
-    pieces = -(-size // PIECE_BYTES)
-    length = -(-pieces // (channels if size > SPLIT_BYTES else 1)) * PIECE_BYTES
+    pieces = -(-size // WIRE_PIECE_BYTES)
+    length = -(-pieces // (channels if size > SPLIT_BYTES else 1)) * WIRE_PIECE_BYTES
     for start in range(0, size, length):
         yield start, min(start + length, size)

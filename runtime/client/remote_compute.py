@@ -70,8 +70,8 @@ class RemoteCompute:
         self._uses = [RecentUses(block.experts) for block in self._manifest.blocks]
         self._least: dict[int, tuple[int, float]] = {}  # by block: demands left until it is looked up again, and uses
         self.seconds = OutputSeconds()
-        self._lock = threading.Lock()  # guards: ``_waiting``
-        self._waiting = 0  # number of outputs that are waited for
+        self._lock = threading.Lock()  # guards: ``_waiting``, and the outputs of each part
+        self._waiting: set[_Part] = set()  # parts with outputs that are waited for
 
     @property
     def is_possible(self) -> bool:
@@ -134,18 +134,19 @@ class RemoteCompute:
         self._least[block] = (left - 1, least)
         return least
 
-    def reserve(self, outputs: int) -> bool:
-        """Count outputs that are waited for, and return True; False if there would be too many."""
+    def reserve(self, part: _Part, outputs: int) -> bool:
+        """Add outputs to a part, which is waited for, and return True; False if there would be too many in all."""
         with self._lock:
-            if self._waiting + outputs > MAX_WAITING:
+            if sum(waiting.outputs for waiting in self._waiting) + outputs > MAX_WAITING:
                 return False
-            self._waiting += outputs
+            self._waiting.add(part)
+            part.outputs += outputs
             return True
 
-    def free(self, outputs: int) -> None:
-        """Count outputs that are no longer waited for."""
+    def free(self, parts: Iterable[_Part]) -> None:
+        """Wait for the outputs of ``parts`` no longer."""
         with self._lock:
-            self._waiting -= outputs
+            self._waiting.difference_update(parts)
 
 
 @dataclass(slots=True, eq=False)
@@ -199,19 +200,19 @@ class RemoteOutputs:
             )
             if peer is None:
                 continue
-            part = parts.get(peer.name) or _Part(peer, peer.failures, [], {})
+            if (part := parts.get(peer.name)) is None:
+                part = parts[peer.name] = _Part(peer, peer.failures, [], {})
+                self._parts.append(part)  # before anything is reserved for it
             own, _ = self._tokens_of[expert]
             picked = part.picked | dict.fromkeys(own)
             outputs = part.outputs + len(own)
             if len(picked) * row_bytes > INPUT_BYTES or outputs > MAX_OUTPUTS or outputs * row_bytes > OUTPUT_BYTES:
                 continue
-            if not self._owner.reserve(len(own)):
+            if not self._owner.reserve(part, len(own)):
                 break
-            if not part.experts:
-                parts[peer.name] = part
-                self._parts.append(part)
             part.experts.append(expert)
-            part.picked, part.outputs = picked, outputs
+            part.picked = picked
+        self._parts = [part for part in self._parts if part.experts]
         for part in self._parts:
             self._begin(part)
         self.experts = {expert for part in self._parts for expert in part.experts}
@@ -246,7 +247,7 @@ class RemoteOutputs:
     def close(self) -> None:
         """Cancel all calls. Idempotent."""
         parts, self._parts = self._parts, []
-        self._owner.free(sum(part.outputs for part in parts))
+        self._owner.free(parts)
         for part in parts:
             if part.call is not None and not isinstance(part.call, MoetierError):
                 part.call.cancel()

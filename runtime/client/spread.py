@@ -63,11 +63,11 @@ class SpreadStore(Store):
         store = cls(
             manifest,
             [Peer(str(address), RemoteStore(address, credentials, manifest)) for address in single],
-            _open_local(directory) if directory is not None else None,
             names=[address for address in addresses if address.is_dns_name],
             credentials=credentials,
         )
         with closed_on_error(store):
+            store.local = _open_local(directory) if directory is not None else None
             store.peers.check_all(needed=store.local is None)
         return store
 

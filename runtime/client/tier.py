@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -62,6 +62,8 @@ class DaemonTier(Closeable):
         self._fallback = fallback
         self._fork_guard = ForkGuard()
         self._closed = False
+        # Both sets change without a lock: each call of a set's method is atomic, and if two threads compute one block,
+        # at most a use or the end of a prefetch is reported twice.
         self._prefetching: set[int] = set()  # blocks whose prefetch requests the daemon may still have to serve
         self._copied: set[ExpertKey] = set()  # keys pinned for a copy, and not reported as used since then
         self._arena = MappedArena.of(control, manifest)
@@ -89,7 +91,7 @@ class DaemonTier(Closeable):
             else:
                 cached.append((key, *placement))
         if cached:
-            self._link.note_uses([hit[0] for hit in reversed(cached)])
+            self._link.report_hits([hit[0] for hit in reversed(cached)])
         if block in self._prefetching:
             self._prefetching.discard(block)
             if not missing:  # with misses, their request tells the daemon that the demand has come
@@ -126,7 +128,7 @@ class DaemonTier(Closeable):
         distinct = dict.fromkeys(experts)
         if self._copied:
             self._copied.difference_update([ExpertKey(block, expert) for expert in distinct])
-        self._link.note_uses([ExpertKey(block, expert) for expert in reversed(distinct)])
+        self._link.report_hits([ExpertKey(block, expert) for expert in reversed(distinct)])
         if block in self._prefetching:
             self._prefetching.discard(block)
             self._link.prefetch(block, [])
@@ -179,10 +181,12 @@ class DaemonTier(Closeable):
             yield None
             return
         lease, proof = arena.lease(key, *placement)
-        self._copied.add(key)  # before the copy is made, as a demand may find the copy at once
-        yield lease
-        if not proof.is_valid:
-            self._copied.discard(key)
+        with ExitStack() as undo:
+            undo.callback(self._copied.discard, key)
+            self._copied.add(key)  # before the copy is made, as a demand may find the copy at once
+            yield lease
+            if proof.is_valid:
+                undo.pop_all()
 
     def note_copy_uses(self, keys: Sequence[ExpertKey]) -> None:
         """Report uses of copies, as ``CopySource`` says: each key once after its record was pinned for a copy.
@@ -192,7 +196,7 @@ class DaemonTier(Closeable):
         unreported = [key for key in keys if key in self._copied]
         self._copied.difference_update(unreported)
         if unreported:
-            self._link.note_uses(unreported)
+            self._link.report_hits(unreported)
 
     def stats(self) -> TierStats:
         """Return the counters.

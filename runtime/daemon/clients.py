@@ -32,7 +32,7 @@ from moetier.tiers.host.demands import Event, Failed, Granted
 from moetier.tiers.layout import ExpertKey
 
 from .control_server import Welcome
-from .hosted_model import HostedModel
+from .hosted_model import HostedModel, SessionCounts
 from .log import log_event
 
 MAX_REQUESTS = 256  # most open requests of one client
@@ -49,16 +49,8 @@ class Client:
     model: HostedModel | None
     number: int = 0
     call: SessionCall | None = None
-    hits: int = 0  # number of hits that it has reported, over all its streams
-    misses: int = 0  # number of experts that it has requested
+    counts: SessionCounts = field(default_factory=SessionCounts)  # over all its streams
     began: float = field(default_factory=time.monotonic)
-    _lock: threading.Lock = field(default_factory=threading.Lock)  # guards: ``hits``, ``misses``
-
-    def count(self, *, hits: int = 0, misses: int = 0) -> None:
-        """Count hits and misses. The client's former stream may count its last ones while the new one begins."""
-        with self._lock:
-            self.hits += hits
-            self.misses += misses
 
     def describe(self) -> pb.Client:
         """Return the message that describes the client in ``Stats``."""
@@ -68,8 +60,8 @@ class Client:
             pid=self.pid,
             connected_s=time.monotonic() - self.began,
             leases=0 if call is None else call.leases,
-            hits=self.hits,
-            misses=self.misses,
+            hits=self.counts.hits,
+            misses=self.counts.misses,
         )
 
 
@@ -115,7 +107,7 @@ class SessionCall:
                 self._on_ended()
                 self._model.log_failure(event.error)
                 message = pb.ServerMessage(failed=pb.Failed(request=event.request, error=message_of(event.error)))
-            self._model.count(bytes_out=message.ByteSize())
+            self._count(bytes_out=message.ByteSize())
             yield message
         if self._error is not None:
             raise self._error
@@ -127,7 +119,7 @@ class SessionCall:
         """
         with contextlib.suppress(Exception):  # gRPC raises once the client or the connection is gone
             for message in messages:
-                self._model.count(bytes_in=len(message))
+                self._count(bytes_in=len(message))
                 try:
                     self._handle(pb.ClientMessage.FromString(message))
                 except DecodeError:
@@ -161,9 +153,8 @@ class SessionCall:
                 self._release(message.release)
             case "used":
                 keys = [key for entry in message.used.blocks for key in self._keys(entry)]
-                self._session.note_uses(keys)
-                self._model.count(used=len(keys))
-                self._client.count(hits=len(keys))
+                self._session.count_hits(keys)
+                self._count(hits=len(keys))
             case "prefetch":
                 wanted = message.prefetch.requested
                 self._session.prefetch(wanted.block, self._keys(wanted))
@@ -182,8 +173,7 @@ class SessionCall:
                 f"The client has {MAX_REQUESTS} open requests, the most that it may have.",
                 "Release requests that are not needed any more.",
             )
-        self._model.count(requests=1)
-        self._client.count(misses=len(keys))
+        self._count(requests=1, misses=len(keys))
         try:
             if self._refusal is not None:
                 raise self._refusal
@@ -192,6 +182,11 @@ class SessionCall:
             raise
         except MoetierError as error:
             self._events.put(Failed(request, error))
+
+    def _count(self, **counts: int) -> None:
+        """Count an event of the client, as ``SessionCounts.count`` specifies."""
+        self._client.counts.count(**counts)
+        self._model.counts.count(**counts)
 
     def _release(self, message: pb.Release) -> None:
         if (block := self._session.block_of(message.request)) is None:  # it has failed since the client sent this
@@ -220,11 +215,11 @@ class Clients:
         self.began = time.monotonic()
         self._leases = leases
         self._timeout = timeout
-        # guards: ``_clients``, ``_fetching``, ``_stopping``, and the call of a client
+        # guards: ``_clients``, ``_remote_calls``, ``_stopping``, and the call of a client
         self._changed = threading.Condition()
         self._clients: dict[str, Client] = {}
         self._numbers = itertools.count(1)
-        self._fetching = 0
+        self._remote_calls = 0
         self._stopping = False
 
     # -- for the control socket ---------------------------------------------------------------------------------------
@@ -298,14 +293,14 @@ class Clients:
                     client.call = None
 
     @contextlib.contextmanager
-    def fetching(self, digest: str) -> Iterator[HostedModel]:
+    def remote_call(self, digest: str) -> Iterator[HostedModel]:
         """Count a call of another host for the duration of the ``with`` block, and yield the model with ``digest``.
 
         Raises UnknownModelError if the daemon does not serve it, and UnavailableError once the daemon is ending.
         """
         with self._changed:
             model = self._model(digest)
-            self._fetching += 1
+            self._remote_calls += 1
         try:
             yield model
         except StoreError as error:
@@ -313,7 +308,7 @@ class Clients:
             raise
         finally:
             with self._changed:
-                self._fetching -= 1
+                self._remote_calls -= 1
                 self._changed.notify_all()
 
     def stats(self) -> list[pb.ModelStats]:
@@ -345,7 +340,7 @@ class Clients:
         """Wait until no request is open, for at most ``seconds``. Return whether none is open."""
         with self._changed:
             return self._changed.wait_for(
-                lambda: not self._fetching and all(call.has_ended for call in self._calls()),
+                lambda: not self._remote_calls and all(call.has_ended for call in self._calls()),
                 max(seconds, 0.0),
             )
 

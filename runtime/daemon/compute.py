@@ -155,7 +155,8 @@ class ComputeCalls:
             picked = np.split(indices, np.cumsum(np.array(request.counts[:-1], np.int64)))
             if not all(request.counts) or indices.max() >= count:
                 raise ProtocolError(
-                    f"counts or picked is invalid: no token, or one that does not exist among {count:,}.", SAME_VERSION
+                    f"An expert is to be computed for no token, or for one that is not among the {count:,} sent.",
+                    SAME_VERSION,
                 )
         total = sum(map(len, picked))
         if total > MAX_OUTPUTS or total * row_bytes > OUTPUT_BYTES:

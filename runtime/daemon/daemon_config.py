@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moetier.runtime.config import OPTIONS as TIER_OPTIONS
-from moetier.runtime.config import HostTierConfig, Size
+from moetier.runtime.config import DEFAULT_SHARE, TIER_OPTIONS, HostTierConfig, Size
 from moetier.runtime.wire.address import CREDENTIALS, DEFAULT_NAME, Address
 from moetier.tiers.errors import ConfigError
 from moetier.tiers.options import Number, file_option, option, option_like, options_of, read_all
 from moetier.tiers.source import LEASES, SLOT_TIMEOUT
 
-SEVERAL = Number(int, 1, 10_000, "Give 1 to 10,000.")
+SEVERAL = Number(int, 1, 10_000)
 WAIT = Number(float, 0, 86_400, "Give 0 to 86,400 seconds.")
 REMOTE = "other hosts"  # title of a group of options
 
@@ -35,7 +34,8 @@ class DaemonConfig(HostTierConfig):
     """
 
     ram: Size | None = option_like(
-        TIER_OPTIONS["ram"], help='host memory for all experts: "8GiB", or "50%%" of what is free (default: 80%%)'
+        TIER_OPTIONS["ram"],
+        help=f'host memory for all experts: "8GiB", or "50%%" of what is free (default: {DEFAULT_SHARE:.0%}%)',
     )
     directories: tuple[Path, ...] = ()
     folder: Path = option(
@@ -93,7 +93,7 @@ class DaemonConfig(HostTierConfig):
         Raises ConfigError for a value that is not allowed, for options that contradict each other, and for a TCP
         address that is not protected.
         """
-        config = cls(directories=directories, **read_all(OPTIONS, options))
+        config = cls(directories=directories, **read_all(DAEMON_OPTIONS, options))
         config._check()
         return config
 
@@ -140,7 +140,7 @@ class DaemonConfig(HostTierConfig):
             )
 
 
-OPTIONS = options_of(DaemonConfig)
+DAEMON_OPTIONS = options_of(DaemonConfig)
 
 
 def _tcp(address: str, said: str) -> Address:

@@ -11,6 +11,7 @@ from collections.abc import Generator, Iterator, Mapping
 import grpc
 
 from moetier.proto import expert_store_pb2 as pb
+from moetier.tiers.closeable import closed_on_error
 from moetier.tiers.errors import SAME_VERSION, ExhaustedError, ProtocolError
 from moetier.tiers.host.tier import HostTier
 from moetier.tiers.layout import ExpertKey
@@ -50,7 +51,8 @@ class FetchCalls:
         self._closed = False
         self._answered = 0  # calls answered in full
         self._watcher = threading.Thread(target=self._watch, name="moetier-fetches", daemon=True)
-        self._watcher.start()
+        with closed_on_error(self._leases):
+            self._watcher.start()
 
     def serve(self, request: pb.FetchRequest, context: grpc.ServicerContext) -> Generator[bytes, None, None]:
         """Yield the requested bytes of a record as serialised pieces. The last repeats the request's checksum, if any.

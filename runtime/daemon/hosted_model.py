@@ -6,7 +6,7 @@ import contextlib
 import logging
 import threading
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,12 +32,25 @@ _log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class SessionCounts:
-    """Counts of the sessions of a model. They are fields of ModelStats."""
+    """Counts of all streams of a client, or of all clients of a model. Thread-safe."""
 
-    requests: int = 0
-    used: int = 0
-    session_bytes_in: int = 0
-    session_bytes_out: int = 0
+    requests: int = 0  # requests for experts
+    hits: int = 0  # hits that clients have reported
+    misses: int = 0  # experts that clients have requested
+    bytes_in: int = 0
+    bytes_out: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock)  # guards: the counts
+
+    def count(
+        self, *, requests: int = 0, hits: int = 0, misses: int = 0, bytes_in: int = 0, bytes_out: int = 0
+    ) -> None:
+        """Count an event."""
+        with self._lock:
+            self.requests += requests
+            self.hits += hits
+            self.misses += misses
+            self.bytes_in += bytes_in
+            self.bytes_out += bytes_out
 
 
 class HostedModel:
@@ -65,8 +78,7 @@ class HostedModel:
         self._opener: threading.Thread | None = None
         self._compute_calls: ComputeCalls | MoetierError | None = None  # set by the opener
         self._failures = RateLimitedLog(_log, "read-failed")
-        self._lock = threading.Lock()  # guards: ``_counts``
-        self._counts = SessionCounts()
+        self.counts = SessionCounts()
         self._closing = threading.Event()
         with contextlib.ExitStack() as undo:
             if learn:
@@ -109,14 +121,6 @@ class HostedModel:
         if isinstance(error, StoreError) and not isinstance(error, MissingExpertError) and self.host.fault is None:
             self._failures.log(model=self.name, cause=error.cause)
 
-    def count(self, *, requests: int = 0, used: int = 0, bytes_in: int = 0, bytes_out: int = 0) -> None:
-        """Count what sessions do: requests, hits that clients report, and bytes of their messages both ways."""
-        with self._lock:
-            self._counts.requests += requests
-            self._counts.used += used
-            self._counts.session_bytes_in += bytes_in
-            self._counts.session_bytes_out += bytes_out
-
     def describe(self) -> pb.Model:
         """Return the message that describes the model to clients."""
         return pb.Model(
@@ -133,20 +137,22 @@ class HostedModel:
         """Return all counters. ``clients``, ``sessions`` and ``leases`` are the present numbers of each."""
         stats, compute_calls, fetched = self.host.stats(), self._compute_calls, self.fetch_calls.counts()
         computed = {} if compute_calls is None or isinstance(compute_calls, MoetierError) else compute_calls.counts()
-        with self._lock:
-            return pb.ModelStats(
-                name=self.name,
-                digest=self.digest,
-                host=pb.Tier(**asdict(stats)),
-                clients=clients,
-                sessions=sessions,
-                leases=leases,
-                recovered=self.host.recovered,
-                fault="" if self.host.fault is None else self.host.fault.cause,
-                **asdict(self._counts),
-                **fetched,
-                **computed,
-            )
+        return pb.ModelStats(
+            name=self.name,
+            digest=self.digest,
+            host=pb.Tier(**asdict(stats)),
+            clients=clients,
+            sessions=sessions,
+            leases=leases,
+            recovered=self.host.recovered,
+            fault="" if self.host.fault is None else self.host.fault.cause,
+            requests=self.counts.requests,
+            used=self.counts.hits,
+            session_bytes_in=self.counts.bytes_in,
+            session_bytes_out=self.counts.bytes_out,
+            **fetched,
+            **computed,
+        )
 
     def blocks(self) -> list[pb.Block]:
         """Return, for each block, which experts are in slots now and how often each was used."""

@@ -13,7 +13,7 @@ from queue import Empty, SimpleQueue
 
 import grpc
 
-from moetier.runtime.wire.piece import PIECE_BYTES, encode_piece
+from moetier.runtime.wire.piece import WIRE_PIECE_BYTES, encode_piece
 from moetier.tiers.errors import ClosedError, ExhaustedError, ProtocolError
 from moetier.tiers.host.demands import Event, Failed, Granted
 from moetier.tiers.host.tier import HostTier
@@ -61,8 +61,8 @@ class OpenCalls:
 
     def pieces(self, context: grpc.ServicerContext, data: memoryview, crc: int | None) -> Iterator[bytes]:
         """Yield the answer ``data`` of an admitted call as serialised pieces. The last has ``crc``."""
-        for start in range(0, len(data), PIECE_BYTES):
-            piece, is_last = data[start : start + PIECE_BYTES], start + PIECE_BYTES >= len(data)
+        for start in range(0, len(data), WIRE_PIECE_BYTES):
+            piece, is_last = data[start : start + WIRE_PIECE_BYTES], start + WIRE_PIECE_BYTES >= len(data)
             with self._lock:
                 self._offered[context] = time.monotonic()
             yield encode_piece(piece, crc if is_last else None)

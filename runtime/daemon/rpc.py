@@ -67,12 +67,12 @@ class Service(ExpertStoreServicer):
 
     def Fetch(self, request: pb.FetchRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
         """Send a record, or a part of it, as serialised pieces."""
-        with _errors_as_codes(context), self._clients.fetching(request.digest) as model:
+        with _errors_as_codes(context), self._clients.remote_call(request.digest) as model:
             yield from model.fetch_calls.serve(request, context)
 
     def Compute(self, request: pb.ComputeRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
         """Compute experts for hidden states [tokens, hidden], and send the outputs as serialised pieces."""
-        with _errors_as_codes(context), self._clients.fetching(request.digest) as model:
+        with _errors_as_codes(context), self._clients.remote_call(request.digest) as model:
             yield from model.open_compute_calls().serve(request, context)
 
     def Stats(self, request: pb.StatsRequest, context: grpc.ServicerContext) -> pb.StatsReply:

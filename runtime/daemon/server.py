@@ -24,7 +24,7 @@ from .leases import CALLS
 from .log import RateLimitedLog
 from .rpc import Service, add_service, bearer_of, peer_of
 
-OPTIONS: tuple[tuple[str, int], ...] = (
+SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.so_reuseport", 0),  # so that a second daemon can't listen on the same port
     # keepalive pings both ways on idle connections
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
@@ -87,7 +87,7 @@ def _server(
     server = grpc.server(
         ThreadPoolExecutor(threads, thread_name_prefix="moetier-grpc"),
         interceptors=[auth],
-        options=(*OPTIONS, *bounds),
+        options=(*SERVER_OPTIONS, *bounds),
         maximum_concurrent_rpcs=threads + _QUEUED,
     )
     add_service(service, server)

@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from moetier.runtime.config import Size
-from moetier.runtime.machine.memory import DEFAULT_SHARE, Available, available_memory, budget_for
+from moetier.runtime.config import DEFAULT_SHARE, Size
+from moetier.runtime.machine.memory import Available, available_memory, budget_for
 from moetier.runtime.stores.registry import open_store
 from moetier.tiers.cache.budget import slots_for, smallest_budget
 from moetier.tiers.errors import ConfigError

@@ -98,7 +98,10 @@ class GgufTensor(SourceTensor):
         return dequantised(self.stored.read(first, count), self.ggml_type, dtype)
 
     def _whole(self, change: Change) -> torch.Tensor:
-        """Read the whole tensor, changed, in fp32. Raises CheckpointError as ``read``."""
+        """Read the whole tensor as fp32, and return ``change`` of it, which has the shape that the model needs.
+
+        Raises CheckpointError as ``read``.
+        """
         weights = dequantised(self.stored.read(), self.ggml_type, torch.float32)
         try:
             if (changed := change(weights)).shape == self.shape:

@@ -17,13 +17,11 @@ from pathlib import Path
 
 import psutil
 
-from moetier.runtime.config import Size, format_bytes
+from moetier.runtime.config import DEFAULT_SHARE, GROUP_SHARE, Size, format_bytes
 from moetier.tiers.errors import BudgetError, MoetierError
 
 from .control_groups import ControlGroup, control_groups
 
-DEFAULT_SHARE = 0.8  # share of the free memory: the page cache, other programs and a longer context need the rest
-GROUP_SHARE = 0.95  # the share in a control group with a limit: other programs are few, and experts need no page cache
 MARGIN_SHARE = 1 / 64  # share of the free memory: page tables and the kernel's index grow with the mapped memory
 MARGIN_BYTES = 16 << 20  # for memory that the kernel charges in batches for each core, and stacks of loader threads
 # anonymous memory of a command: Python, torch, transformers, a tokenizer and compiled products, without a model

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from moetier.runtime.config import TierConfig
+from moetier.runtime.config import SpeculationMode, TierConfig
 from moetier.runtime.devices.device import ComputeDevice, device_at
 from moetier.runtime.kernels.layer.attention import use_causal_attention
 from moetier.runtime.kernels.layer.growing_cache import use_growing_layers
@@ -28,7 +28,6 @@ from moetier.runtime.moe.grouped import quick_activation
 from moetier.runtime.moe.layers import use_quick_layers
 from moetier.runtime.moe.linear import QuantizedLinear, quantized_linears
 from moetier.runtime.moe.routers import use_quick_routers
-from moetier.runtime.speculation.controller import Mode
 from moetier.runtime.speculation.predictor import Shortcuts
 from moetier.runtime.speculation.speculation import Speculation
 from moetier.runtime.stores.registry import read_manifest
@@ -60,7 +59,7 @@ def attach_tiers(model: PreTrainedModel, location: Path, files: TrunkFiles, conf
         linear.compute_with(kernels)
     shortcuts = _shortcuts(model, config)  # before the tiers, as this memory is then not free
     with closed_on_error(_open_tiers(model, location, files, config, device, kernels, linears)) as tiers:
-        files.finish_load(model, is_shared=tiers.daemon is not None)
+        files.finish_load(model, is_shared=tiers.origin.daemon is not None)
         if shortcuts is not None:
             _speculate(shortcuts, config, device, tiers, experts_modules(model))
         layouts = [*tiers.manifest.layouts.values(), *(linear.layout for linear in linears)]
@@ -117,7 +116,7 @@ def _keep(model: PreTrainedModel, tiers: Tiers) -> None:
 
 def _shortcuts(model: PreTrainedModel, config: TierConfig) -> Shortcuts | None:
     """Return the shortcuts that predict experts; None if speculation is off, or if no gate can predict."""
-    if Mode(config.speculate) is Mode.OFF:
+    if SpeculationMode(config.speculate) is SpeculationMode.OFF:
         return None
     gates = Gates(model)
     if (refusals := gates.refusals()) is not None:
@@ -141,16 +140,20 @@ def _speculate(
     )
 
 
-def _mode(config: TierConfig, tiers: Tiers, modules: Mapping[str, Any]) -> Mode:
+def _mode(config: TierConfig, tiers: Tiers, modules: Mapping[str, Any]) -> SpeculationMode:
     """Return when to speculate. A prefetch is a whole record, which a daemon that computes need not send.
 
     ``modules`` is as in ``_speculate``.
     """
-    mode = Mode(config.speculate)
-    if mode is Mode.AUTO and tiers.remote_compute is not None and tiers.remote_compute.is_possible:
+    mode = SpeculationMode(config.speculate)
+    if (
+        mode is SpeculationMode.AUTO
+        and tiers.origin.remote_compute is not None
+        and tiers.origin.remote_compute.is_possible
+    ):
         for number, block in enumerate(tiers.manifest.blocks):
             if quick_activation(modules[block.path], tiers.manifest.layout(number), tiers.kernels) is not None:
-                return Mode.OFF
+                return SpeculationMode.OFF
     return mode
 
 
@@ -171,5 +174,11 @@ def _attach_blocks(model: PreTrainedModel, tiers: Tiers, device: torch.device) -
     for number, block in enumerate(tiers.manifest.blocks):
         layout = tiers.manifest.layout(number)
         modules[block.path].tiered = TieredBlock(
-            number, layout, tiers.device_tier, tiers.kernels, device, on_demand, remote_compute=tiers.remote_compute
+            number,
+            layout,
+            tiers.device_tier,
+            tiers.kernels,
+            device,
+            on_demand,
+            remote_compute=tiers.origin.remote_compute,
         )

@@ -22,7 +22,7 @@ from moetier.tiers.layout import RecordLayout
 from moetier.tiers.manifest import Manifest
 
 from .kv_budget import NO_KV, KVBudget
-from .prefill_memory import NONE, NOTHING_PER_TOKEN, WINDOWED, Prefill, prefill_of
+from .prefill_memory import NO_PREFILL, NOTHING_PER_TOKEN, WINDOWED, Prefill, prefill_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class Needs:
     trunk: int = 0  # the part of the trunk whose memory still counts as free
     kv: KVBudget = NO_KV  # keys and values
     scratch: int = 0  # scratch memory of computations
-    prefill: Prefill = NONE  # tokens of a prompt that are computed together
+    prefill: Prefill = NO_PREFILL  # tokens of a prompt that are computed together
 
     @classmethod
     def of(

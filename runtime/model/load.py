@@ -35,7 +35,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from moetier.runtime.checkpoint.containers import container_of, open_source
 from moetier.runtime.checkpoint.model_config import config_of, is_checkpoint
-from moetier.runtime.config import CACHE, OPTIONS, LoadOptions, TierConfig
+from moetier.runtime.config import CACHE, TIER_OPTIONS, LoadOptions, TierConfig
 from moetier.runtime.devices.device import chosen_device
 from moetier.runtime.machine.memory import shortage_in
 from moetier.runtime.stores.checkpoint_store import check_shards
@@ -212,12 +212,13 @@ def _name_after(model: PreTrainedModel, location: Path) -> None:
 
 # the signature and the arguments that editors and the documentation show: all options with their defaults
 _keywords = [
-    inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option.default) for name, option in OPTIONS.items()
+    inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option.default)
+    for name, option in TIER_OPTIONS.items()
 ]
 _parameters = list(inspect.signature(load).parameters.values())
 _ARGUMENTS = "".join(
     textwrap.fill(f"{name}: {option.help % ()}.", 112, initial_indent=" " * 8, subsequent_indent=" " * 12) + "\n"
-    for name, option in (OPTIONS | CACHE).items()
+    for name, option in (TIER_OPTIONS | CACHE).items()
 )
 load.__doc__ = re.sub(r" +options: .*\n", lambda _: _ARGUMENTS, load.__doc__ or "")
 load.__signature__ = inspect.Signature([_parameters[0], *_keywords, *_parameters[1:-1]])  # type: ignore[attr-defined]

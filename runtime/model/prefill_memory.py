@@ -105,7 +105,7 @@ class Prefill:
         return sizes[fitting - 1] if fitting else min(LEAST, most)
 
 
-NONE = Prefill(0)
+NO_PREFILL = Prefill(0)
 
 
 def prefill_of(model: Any, manifest: Manifest, config: TierConfig, kernels: Kernels, context: int) -> Prefill:
@@ -140,7 +140,11 @@ def prefill_of(model: Any, manifest: Manifest, config: TierConfig, kernels: Kern
 
 
 def _outputs(model: Any) -> int:
-    """Return the bytes of the outputs of linear modules, and of states, that a layer holds for each token."""
+    """Return the bytes that the layer with the largest modules needs for each token of a prompt.
+
+    These are the outputs of the linear modules of one parent, with copies that torch makes of them, and the states of a
+    state-space module.
+    """
     head, size = model.get_output_embeddings(), model.dtype.itemsize
     text = model.config.get_text_config(decoder=True)
     # ``_attentions`` counts keys and values that are expanded from latent ones

@@ -27,7 +27,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from moetier.runtime.checkpoint.config_json import NAME
 from moetier.runtime.checkpoint.decoded_trunk import Trunk
 from moetier.runtime.checkpoint.model_config import config_of, is_checkpoint
-from moetier.runtime.config import OPTIONS, TierConfig, TierOptions
+from moetier.runtime.config import TIER_OPTIONS, TierConfig, TierOptions
 from moetier.runtime.libraries.torch_internals import parameters_of
 from moetier.runtime.libraries.transformers_internals import (
     ignore_weights,
@@ -47,7 +47,7 @@ from .attach import attach_tiers
 from .trunk_files import TrunkFiles
 
 _lock = threading.Lock()  # held while moetier is added to transformers' registries
-IN_CONFIG = tuple(name for name, option in OPTIONS.items() if option.in_config)
+IN_CONFIG = tuple(name for name, option in TIER_OPTIONS.items() if option.in_config)
 
 _options: TierOptions = {}  # set by register(), for models that are loaded without load()
 
@@ -128,7 +128,7 @@ class MoetierConfig(QuantizationConfigMixin):
         self.quant_method: Any = quant_method
         self.format = format
         for name in IN_CONFIG:
-            setattr(self, name, options.get(name, OPTIONS[name].default))
+            setattr(self, name, options.get(name, TIER_OPTIONS[name].default))
         self.bits = bits
         self.trunk_bits = trunk_bits
 
@@ -145,6 +145,7 @@ class MoetierQuantizer(HfQuantizer):
         config_of(self._location)  # refuses what is unsafe
         arguments = _arguments.get()
         given = None if arguments is None else arguments.files
+        # closed with this object if transformers raises between this method and the next: see ``TrunkFiles.close``
         self._files = given or TrunkFiles(self._location, list(map(Path, checkpoint_files or ())))
         with self._files.for_load():
             self._replace_modules(model, arguments)

@@ -94,6 +94,7 @@ class Tiers(Closeable):
                     policy=config.policy,
                     arrange=kernels.arrange,
                 )
+                undo.callback(tier.close)
                 kernels.on_out_of_memory(tier.shrink)
             elif origin.daemon is not None:
                 memory.beside_daemon(memory_for_model())
@@ -115,15 +116,12 @@ class Tiers(Closeable):
         trunk_files: TrunkFiles | None = None,
     ) -> None:
         self.manifest = manifest
+        self.origin = origin
         self.prefill = prefill  # memory for the tokens of a prompt that are computed together
         self.prefill_chunk = prefill.tokens  # most tokens of a prompt that memory leaves room to compute together
         self.kv = kv  # memory for keys and values, and the context
         self.host = origin.host
         self.where = origin.where  # text for a user: where the experts come from
-        self.daemon = origin.daemon  # the host tier, if it belongs to a daemon on this host
-        self.learns = origin.learner is not None
-        self.shares = origin.shares  # returns what came from each daemon of another host, and from the store
-        self.remote_compute = origin.remote_compute  # computes experts at daemons of other hosts, if there are any
         self.device_tier = device_tier
         self.kernels = kernels
         self.speculation: Speculation | None = None  # set by ``speculate``

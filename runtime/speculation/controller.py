@@ -6,22 +6,15 @@ The module does no I/O.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum
 from statistics import fmean, median
+
+from moetier.runtime.config import SpeculationMode
 
 SPAN = 4  # number of steps in a window
 PAIRS = 24  # number of pairs of windows in a trial
 HOLD = 1024  # number of steps for which a new verdict holds
 LONGEST = 4096  # largest number of steps for which a verdict holds that was confirmed several times
 ODD = 4.0  # a step is left out if it takes longer than this multiple of its window's median
-
-
-class Mode(Enum):
-    """Times at which to speculate: never, while it pays, or always."""
-
-    OFF = "off"
-    AUTO = "auto"
-    ALWAYS = "always"
 
 
 @dataclass(slots=True)
@@ -33,7 +26,7 @@ class Controller:
     verdict holds for a number of steps, which doubles each time that the next trial has the same verdict.
     """
 
-    mode: Mode
+    mode: SpeculationMode
     is_on: bool = field(init=False)
     trials: int = field(init=False, default=0)  # number of trials that have ended
     steps_on: int = field(init=False, default=0)  # number of steps with speculation
@@ -46,7 +39,7 @@ class Controller:
 
     def __post_init__(self) -> None:
         self._begin_trial()
-        self.is_on = self.mode is not Mode.OFF
+        self.is_on = self.mode is not SpeculationMode.OFF
 
     def step(self, seconds: float) -> None:
         """Take the duration of the last step, which was done with or without speculation as ``is_on`` said."""
@@ -54,7 +47,7 @@ class Controller:
             self.steps_on += 1
         else:
             self.steps_off += 1
-        if self.mode is not Mode.AUTO:
+        if self.mode is not SpeculationMode.AUTO:
             return
         if self._left:
             self._left -= 1
@@ -71,7 +64,7 @@ class Controller:
 
     def reject(self) -> None:
         """Turn speculation off without a trial, because its predictions are too often wrong."""
-        if self.mode is Mode.AUTO and self.is_on:
+        if self.mode is SpeculationMode.AUTO and self.is_on:
             self._conclude(pays=False)
 
     def _end_window(self) -> None:

@@ -17,11 +17,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from moetier.runtime.config import SpeculationMode
 from moetier.runtime.moe.gates import Observation
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.source import ExpertSource
 
-from .controller import Controller, Mode
+from .controller import Controller
 from .predictor import Prediction, Ranking, Shortcuts
 
 # most tokens of a step that is predicted; a prefill uses nearly all experts, and is limited by computing
@@ -106,7 +107,7 @@ class Speculation:
         source: ExpertSource[Any],
         *,
         look_ahead: int,
-        mode: Mode = Mode.AUTO,
+        mode: SpeculationMode = SpeculationMode.AUTO,
         most: int | None = None,
         is_queued: bool = False,
     ) -> None:
@@ -150,7 +151,11 @@ class Speculation:
         """Register hooks on the model, unless the mode is OFF. Idempotent."""
         shortcuts = self._shortcuts
         assert shortcuts is not None, "it was detached"
-        if self._first_observation is None and self._first is not None and self._controller.mode is not Mode.OFF:
+        if (
+            self._first_observation is None
+            and self._first is not None
+            and self._controller.mode is not SpeculationMode.OFF
+        ):
             self._first_observation = shortcuts.gates.observe(entry=self._at_first, blocks=[self._first])
 
     def detach(self) -> None:

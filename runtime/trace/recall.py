@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .trace import NONE, Ints, Trace
+from .trace import NO_EXPERT, Ints, Trace
 
 Counts = npt.NDArray[np.int64]
 
@@ -77,10 +77,10 @@ def of_predictions(trace: Trace, lookahead: int) -> Recall:
 
 def of_popularity(trace: Trace) -> Recall:
     """Return the recall of the best fixed prediction: each block's K most used experts, as known in hindsight."""
-    predicted = np.full_like(trace.experts[:1], NONE)  # [1, B, K]
+    predicted = np.full_like(trace.experts[:1], NO_EXPERT)  # [1, B, K]
     for block, count in enumerate(trace.num_experts):
         used = trace.experts[:, block]
-        uses = np.bincount(used[used != NONE], minlength=count)
+        uses = np.bincount(used[used != NO_EXPERT], minlength=count)
         best = np.argsort(-uses, kind="stable")[: trace.top_k]
         predicted[0, block, : len(best)] = best
     return _recall(trace.experts, np.broadcast_to(predicted, trace.experts.shape))
@@ -88,7 +88,7 @@ def of_popularity(trace: Trace) -> Recall:
 
 def of_previous_token(trace: Trace) -> Recall:
     """Return the recall of the rule that predicts the experts of the previous token of the sequence."""
-    predicted = np.full_like(trace.experts, NONE)
+    predicted = np.full_like(trace.experts, NO_EXPERT)
     for tokens in trace.sequences:
         predicted[tokens.start + 1 : tokens.stop] = trace.experts[tokens.start : tokens.stop - 1]
     return _recall(trace.experts, predicted)
@@ -96,7 +96,7 @@ def of_previous_token(trace: Trace) -> Recall:
 
 def _recall(experts: Ints, predicted: npt.NDArray[Any]) -> Recall:
     """Return the recall of P predicted experts, [T, B, P], for the K used ones, [T, B, K], of each token and block."""
-    counted = (experts != NONE) & (predicted != NONE).any(-1, keepdims=True)
+    counted = (experts != NO_EXPERT) & (predicted != NO_EXPERT).any(-1, keepdims=True)
     named = np.zeros_like(counted)
     for choice in np.moveaxis(predicted, -1, 0):  # [T, B]
         named |= experts == choice[..., None]

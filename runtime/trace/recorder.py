@@ -15,7 +15,7 @@ from moetier.runtime.moe.gates import Gates
 from moetier.tiers.closeable import Closeable
 from moetier.tiers.errors import UnsupportedModelError
 
-from .trace import NONE, Trace
+from .trace import NO_EXPERT, Trace
 
 Array = npt.NDArray[Any]
 
@@ -64,7 +64,7 @@ class Recorder(Closeable):
 
     def _at_experts(self, block: int, experts: Tensor, weights: Tensor) -> None:
         is_own = experts < self._gates.blocks[block].experts.num_experts  # other devices compute the rest, or none does
-        self._note("experts", 0, block, experts.where(is_own, NONE))
+        self._note("experts", 0, block, experts.where(is_own, NO_EXPERT))
         self._note("weights", 0, block, weights.where(is_own, 0))
 
     def _note(self, name: str, distance: int, block: int, rows: Tensor) -> None:
@@ -109,7 +109,7 @@ class Recorder(Closeable):
         has_probabilities = any(name == "probabilities" for name, _, _ in self._columns)
         ahead = self._lookaheads
         return Trace(
-            experts=self._gathered("experts", 0, NONE),
+            experts=self._gathered("experts", 0, NO_EXPERT),
             offsets=tuple(self._offsets),
             num_experts=counts,
             n_prefill=tuple(self._n_prefill),
@@ -118,7 +118,7 @@ class Recorder(Closeable):
             token_ids=np.asarray(self._token_ids, np.int32),
             pieces=tuple(self._pieces),
             lookaheads=ahead,
-            predictions=np.stack([self._gathered("predictions", d, NONE) for d in ahead]) if ahead else None,
+            predictions=np.stack([self._gathered("predictions", d, NO_EXPERT) for d in ahead]) if ahead else None,
             prediction_probabilities=np.stack([self._gathered("prediction_probabilities", d, 0.0) for d in ahead])
             if ahead
             else None,

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from moetier.tiers.errors import ConfigError, TargetError
 from moetier.tiers.store.atomic import write_durably
 
-NONE = -1  # stands for "no expert"
+NO_EXPERT = -1  # stands for "no expert"
 NONE_BYTE = 255  # the same in an array of bytes, which is used only if no block has an expert with this number
 MOST_EXPERTS = 2**15 - 1
 
@@ -32,7 +32,7 @@ class Trace:
     Arrays are read-only. The constructor raises ValueError if fields contradict each other.
     """
 
-    experts: Ints  # [T, B, K], NONE if a token has fewer than K; without ``weights`` their order has no meaning
+    experts: Ints  # [T, B, K], NO_EXPERT if a token has fewer than K; without ``weights`` their order has no meaning
     offsets: tuple[int, ...]  # sequence i is the tokens offsets[i]:offsets[i + 1]
     num_experts: tuple[int, ...]  # number of experts of each block
     n_prefill: tuple[int, ...] = ()  # for each sequence, the number of tokens of its prompt; () if unknown
@@ -118,9 +118,9 @@ class Trace:
 
     def _check_ids(self, name: str, ids: Ints) -> None:
         most = np.asarray(self.num_experts)[:, None]
-        _require(bool(((ids >= NONE) & (ids < most)).all()), f"{name} names experts that the model does not have")
+        _require(bool(((ids >= NO_EXPERT) & (ids < most)).all()), f"{name} names experts that the model does not have")
         ordered = np.sort(ids, axis=-1)
-        twice = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] != NONE)
+        twice = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] != NO_EXPERT)
         _require(not twice.any(), f"{name} names an expert twice for one token")
 
     def save(self, path: Path) -> None:
@@ -234,13 +234,13 @@ def _require(holds: bool, fault: str) -> None:
 
 def _narrow(ids: Ints, experts: int) -> npt.NDArray[Any]:
     """Return ids as bytes if they fit, else unchanged."""
-    return np.where(ids == NONE, NONE_BYTE, ids).astype(np.uint8) if experts <= NONE_BYTE else ids
+    return np.where(ids == NO_EXPERT, NONE_BYTE, ids).astype(np.uint8) if experts <= NONE_BYTE else ids
 
 
 def _widen(ids: npt.NDArray[Any], experts: int) -> npt.NDArray[Any]:
     if ids.dtype != np.uint8 or experts > NONE_BYTE:
         return ids
-    return np.where(ids == NONE_BYTE, NONE, ids.astype(np.int16))
+    return np.where(ids == NONE_BYTE, NO_EXPERT, ids.astype(np.int16))
 
 
 def _ints(name: str, value: npt.NDArray[Any]) -> tuple[int, ...]:

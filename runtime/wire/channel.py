@@ -32,7 +32,7 @@ MESSAGE_BYTES = 1 << 20  # largest message that a daemon takes
 # limits of a call of Compute: number and bytes of outputs, and bytes of hidden states, which fit one message
 MAX_OUTPUTS, OUTPUT_BYTES, INPUT_BYTES = 1024, 4 << 20, MESSAGE_BYTES - (16 << 10)
 
-OPTIONS: tuple[tuple[str, int], ...] = (
+CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     # so that a peer that has vanished or hangs is noticed, even on an idle connection
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 10_000),
@@ -71,7 +71,7 @@ def open_channel(address: Address, credentials: Credentials, *, bearer: str | No
             ) from None
         # the target is a URI: quote characters that have a meaning there
         target = "unix:" + quote(str(address.folder / SOCKET))
-        channel = grpc.insecure_channel(target, options=OPTIONS)
+        channel = grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
     else:
         if bearer is None and credentials.token_file is not None:
             bearer = read_token(credentials.token_file)
@@ -82,10 +82,10 @@ def open_channel(address: Address, credentials: Credentials, *, bearer: str | No
                     f"`credentials.insecure` turns TLS off, but `credentials.{files[0]}` is for TLS.",
                     "Give only one of the two.",
                 )
-            channel = grpc.insecure_channel(target, options=OPTIONS)
+            channel = grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
         else:
             name = (("grpc.ssl_target_name_override", address.tls_name),) if address.tls_name else ()
-            channel = grpc.secure_channel(target, _tls(credentials), options=(*OPTIONS, *name))
+            channel = grpc.secure_channel(target, _tls(credentials), options=(*CHANNEL_OPTIONS, *name))
     return channel if bearer is None else grpc.intercept_channel(channel, _Bearer(bearer))
 
 

@@ -15,7 +15,7 @@ from moetier.tiers.errors import SAME_VERSION, ProtocolError
 from moetier.tiers.layout import CHECKSUM_BYTES
 from moetier.tiers.store.checksum import checksum_bytes
 
-PIECE_BYTES = 1 << 20  # largest part of a record in one message
+WIRE_PIECE_BYTES = 1 << 20  # largest part of a record in one message
 CHECKSUM_TAG = b"\x7d"  # field 15, 32 bits: the checksum of a piece or a request
 _TAG = 0x0A  # field 1, length-delimited
 
@@ -53,4 +53,6 @@ def decode_piece(message: bytes) -> tuple[memoryview, int | None]:
         piece = Piece.FromString(message)
         return memoryview(piece.data), piece.crc32c if piece.HasField("crc32c") else None
     except DecodeError:
-        raise ProtocolError("A daemon sent a message that is not a piece of a record.", SAME_VERSION) from None
+        raise ProtocolError(
+            "A daemon sent a message that can't be parsed as a part of its answer.", SAME_VERSION
+        ) from None

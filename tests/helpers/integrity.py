@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from moetier.tiers.arena.directory import NONE, Directory
+from moetier.tiers.arena.directory import NO_ENTRY, Directory
 from moetier.tiers.cache.pool import SlotPool
 from moetier.tiers.host.demands import AsyncCaller, Demand, WaitingDemands
 from moetier.tiers.host.ledger import Ledger
@@ -34,7 +34,7 @@ def check_ledger(ledger: Ledger) -> None:
     """Assert that slots, partitions, loads, demands and the directory agree."""
     for pool in ledger.pools.values():
         check_pool(pool)
-        assert ledger._pins(pool) == [pool.pins(slot) for slot in range(pool.count)]
+        assert ledger._pins(pool) == [pool.pins(slot) for slot in range(pool.slot_count)]
         loading = {key for key, is_loading in pool.contents() if is_loading}
         assert loading == {load.key for load in ledger.loads if load.pool is pool}
         assert all(demand in ledger._demands and demand.is_idle and demand.pending for demand in pool.starved)
@@ -51,9 +51,9 @@ def check_pool(pool: SlotPool) -> None:
     """Assert that each slot is in one state, and each key in one slot and in the right partition."""
     held = {key: slot for slot, (key, _) in enumerate(pool.contents()) if key is not None}
     assert held == pool._slots
-    assert sorted([*held.values(), *pool._free]) == list(range(pool.count))
+    assert sorted([*held.values(), *pool._free]) == list(range(pool.slot_count))
     assert pool._loading <= set(held.values())
-    pins = [pool.pins(slot) for slot in range(pool.count)]
+    pins = [pool.pins(slot) for slot in range(pool.slot_count)]
     assert min(pins) >= 0
     assert not any(pins[slot] for slot in pool._free)
     placed = [(key, number) for number, policy in enumerate(pool._policies) for key in policy]
@@ -76,7 +76,7 @@ def check_directory(directory: Directory, states: Sequence[tuple[ExpertKey | Non
     """Assert that the directory agrees with ``states`` (see ``Directory.repair``), unless it was closed."""
     if directory._closed:
         return
-    table = [NONE] * directory._layout.keys
+    table = [NO_ENTRY] * directory._layout.keys
     for slot, (key, is_loading) in enumerate(states):
         assert directory.generation(slot) & 1 == is_loading, f"slot {slot}"
         if not is_loading:

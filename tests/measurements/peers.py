@@ -17,7 +17,7 @@ from typing import Any
 
 from engines import Run, accelerate_decode, llama_run, run_script
 
-from moetier.runtime.config import OPTIONS, Size, format_bytes
+from moetier.runtime.config import TIER_OPTIONS, Size, format_bytes
 from moetier.runtime.machine.threads import usable_cpus
 from moetier.tiers.options import COUNT
 from moetier.tools.bench.model import Work
@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prefill", action="store_true", help="feed the measured tokens as one prompt; not with accelerate"
     )
     add_token_arguments(parser)
-    add_option(parser, OPTIONS["threads"])
+    add_option(parser, TIER_OPTIONS["threads"])
     add_bench_arguments(parser)
 
 

@@ -99,7 +99,7 @@ def main() -> None:
                 )
                 with model.tiers:
                     rate, sent, last = decode(model, ids, links, arguments.warm, arguments.steps)
-                    shares = model.tiers.shares()
+                    shares = model.tiers.origin.shares()
                 results[way].append((rate, sent))
                 assert torch.equal(logits.setdefault("first", last), last), "logits differ"
                 records, computed = sum(s.records for s in shares), sum(s.computed for s in shares)

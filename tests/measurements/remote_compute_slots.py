@@ -16,7 +16,7 @@ from collections import Counter
 from pathlib import Path
 
 from moetier.runtime.client.costs import RecentUses, earns_slot
-from moetier.runtime.trace.trace import NONE, Trace
+from moetier.runtime.trace.trace import NO_EXPERT, Trace
 
 PRICES = (3, 10, 30, 100, 300)
 SHARES = (0.1, 0.25, 0.5)  # of a block's experts, that have slots
@@ -35,7 +35,7 @@ def main() -> None:
             for share in SHARES:
                 parts = []
                 for block in range(0, trace.block_count, -(-trace.block_count // arguments.blocks)):
-                    tokens = [[int(e) for e in token if e != NONE] for token in trace.experts[:, block]]
+                    tokens = [[int(e) for e in token if e != NO_EXPERT] for token in trace.experts[:, block]]
                     tokens *= -(-TOKENS // len(tokens))
                     slots = max(round(share * trace.num_experts[block]), 1)
                     rows = sum(map(len, tokens))

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 import moetier
-from moetier.runtime.config import OPTIONS, Size, format_bytes
+from moetier.runtime.config import TIER_OPTIONS, Size, format_bytes
 from moetier.runtime.generation.compat import CACHE
 from moetier.runtime.moe.gates import Gates
 from moetier.runtime.speculation.predictor import Prediction
@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--tokens", type=int, default=64, help="of a round (default: %(default)s)")
     parser.add_argument("--policy", choices=list(POLICIES), default=DEFAULT_POLICY, help="(default: %(default)s)")
-    parser.add_argument("--look-ahead", type=int, default=OPTIONS["look_ahead"].default)
+    parser.add_argument("--look-ahead", type=int, default=TIER_OPTIONS["look_ahead"].default)
     parser.add_argument("--ways", default=",".join(WAYS), help="(default: %(default)s)")
     parser.add_argument("--text", type=Path, help="whose tokens are fed; random ones without it")
     arguments = parser.parse_args()

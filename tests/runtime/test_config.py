@@ -12,7 +12,7 @@ import moetier
 from moetier.runtime.config import (
     CACHE,
     OF_HOST_TIER,
-    OPTIONS,
+    TIER_OPTIONS,
     DaemonChoice,
     LoadOptions,
     Size,
@@ -120,10 +120,10 @@ def test_an_unknown_option_is_refused_as_python_does() -> None:
 
 def test_options_are_declared_once() -> None:
     """The types for type checkers, the signature of ``load`` and its documentation name the same options."""
-    assert get_type_hints(LoadOptions) == {name: option.python_type for name, option in OPTIONS.items()}
-    assert daemon.OPTIONS.keys() >= set(OF_HOST_TIER)
+    assert get_type_hints(LoadOptions) == {name: option.python_type for name, option in TIER_OPTIONS.items()}
+    assert daemon.DAEMON_OPTIONS.keys() >= set(OF_HOST_TIER)
     parameters = inspect.signature(moetier.load).parameters
-    declared = OPTIONS | CACHE
+    declared = TIER_OPTIONS | CACHE
     assert {name: parameters[name].default for name in declared} == {name: declared[name].default for name in declared}
     assert list(parameters)[-4:] == ["dtype", "attn_implementation", *CACHE]
     assert all(f"\n        {name}: " in (moetier.load.__doc__ or "") for name in parameters)

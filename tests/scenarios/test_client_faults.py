@@ -22,7 +22,7 @@ from threads import Task, current_frames, threads_named, wait_until
 from workers import WorkerError
 
 from moetier.runtime.client.daemon_link import Link
-from moetier.runtime.client.misses import GRACE
+from moetier.runtime.client.misses import AWAY_GRACE
 from moetier.runtime.client.tier import DaemonTier
 from moetier.runtime.wire.address import CONTROL_SOCKET
 from moetier.testing import in_fork
@@ -155,7 +155,7 @@ def test_a_daemon_gone_for_good_and_a_local_store(store: MappedStore, tmp_path: 
             assert sorted(store.take(tier, block, 0, 1, 2, 3, 4, 5)) == [0, 1, 2, 3, 4, 5]
         began = time.monotonic()
         assert sorted(store.take(tier, 2, 4, 5)) == [4, 5]
-        assert time.monotonic() - began < GRACE, "who has waited once does not wait again"
+        assert time.monotonic() - began < AWAY_GRACE, "who has waited once does not wait again"
         stats = tier.stats()
         assert stats.bytes_in == sum(stats.loads) * store.slot_bytes > 0
         daemon.start()

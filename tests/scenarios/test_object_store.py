@@ -55,7 +55,7 @@ def test_the_same_tokens_come_cold_and_warm(tinymix_4bit: Path, tmp_path: Path) 
         assert server.address in model.tiers.where
         asked = len(server.gets)
         assert tokens(model) == expected
-        fetched, found = model.tiers.shares()
+        fetched, found = model.tiers.origin.shares()
         assert len(server.gets) - asked == len(server.records) == fetched.records + model.tiers.host.stats().warmed
         assert len(set(server.records)) <= len(server.records)
         assert found.records == 0

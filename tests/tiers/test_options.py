@@ -18,10 +18,10 @@ from moetier.tools.cli.parser import CommandParser
 from moetier.tools.convert import options as convert
 
 OPTIONS = {
-    **{f"TierConfig.{name}": option for name, option in config.OPTIONS.items() if name != "credentials"},
+    **{f"TierConfig.{name}": option for name, option in config.TIER_OPTIONS.items() if name != "credentials"},
     **{f"Credentials.{name}": option for name, option in CREDENTIALS.items()},
-    **{f"DaemonConfig.{name}": option for name, option in daemon.OPTIONS.items()},
-    **{f"convert.{name}": option for name, option in convert.OPTIONS.items()},
+    **{f"DaemonConfig.{name}": option for name, option in daemon.DAEMON_OPTIONS.items()},
+    **{f"convert.{name}": option for name, option in convert.CONVERT_OPTIONS.items()},
     **{f"decoding.{name}": option for name, option in DECODING.items()},
 }
 
@@ -59,7 +59,7 @@ def test_the_command_line_has_the_default_and_the_range(option: Option, capsys: 
         (Option(1, "", numbers=COUNT), True, "`it` is True.", "Give a whole number."),
         (Option(1, "", numbers=COUNT), None, "`it` is None.", "Give a whole number."),
         (Option(None, "", numbers=COUNT), 0, "`it` is 0.", COUNT.fix),
-        (Option(0.5, "", numbers=Number(float, 0, 1, "Give 0 to 1.")), 2, "`it` is 2.", "Give 0 to 1."),
+        (Option(0.5, "", numbers=Number(float, 0, 1)), 2, "`it` is 2.", "Give 0 to 1."),
         (Option(False, ""), 1, "`it` is 1.", "Give True or False."),
         (Option(None, "", types=int | str | None, choices=(4, "native")), 5, "`it` is 5.", "Give one of 4, native."),
     ],

@@ -26,7 +26,7 @@ from moetier.tiers.layout import CHECKSUM_BYTES, ExpertKey
 from moetier.tiers.locks import ForkGuard
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.source import Residents
-from moetier.tiers.store.checksum import crc32c
+from moetier.tiers.store.checksum import crc32c, stored_checksum
 
 from .directory import ArenaHeader, Directory
 from .layout import WORD, ArenaLayout
@@ -35,7 +35,7 @@ NAME = "moetier-arena"  # in /proc/PID/fd, the file is shown as "/memfd:moetier-
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _TOO_MUCH = (errno.ENOSPC, errno.ENOMEM, errno.EFBIG)
 FIRST_BYTES = 256 << 20  # that are allocated at once; some gigabytes take seconds
-PIECE_BYTES = 32 << 20  # that are allocated at a time in the background
+ALLOCATION_BYTES = 32 << 20  # that are allocated at a time in the background
 
 
 class Arena:
@@ -100,15 +100,13 @@ class Arena:
         Raises:
             ArenaError: the owner is alive, or the file is not a sealed arena of this store, or it can't be opened.
         """
-        try:
-            own = os.open(f"/proc/self/fd/{descriptor}", os.O_RDWR | os.O_CLOEXEC)
-        except OSError as error:
-            raise ArenaError(
-                f"The arena's memory file can't be opened for writing ({error.strerror}).", "Restart the daemon."
-            ) from error
-        try:
+        with contextlib.ExitStack() as undo:
             try:
+                own = os.open(f"/proc/self/fd/{descriptor}", os.O_RDWR | os.O_CLOEXEC)
+                undo.callback(os.close, own)
                 fcntl.flock(own, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                layout = _check_sealed(own).layout(manifest)
+                mapping = mmap.mmap(own, layout.nbytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
             except BlockingIOError as error:
                 raise ArenaError(
                     "The process that owns the arena is still running.",
@@ -116,19 +114,17 @@ class Arena:
                 ) from error
             except OSError as error:
                 raise ArenaError(
-                    f"The arena's memory file can't be locked ({error.strerror}).", "Restart the daemon."
+                    f"The arena's memory file can't be opened, locked and mapped ({error.strerror}).",
+                    "Restart the daemon.",
                 ) from error
-            layout = _check_sealed(own).layout(manifest)
             if os.fstat(own).st_blocks * 512 < layout.nbytes:
                 raise ArenaError(
                     "Some pages of the arena's memory file are not allocated: to write to them could fail.",
                     "Restart the daemon.",
                 )
-            mapping = mmap.mmap(own, layout.nbytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
-            return cls(mapping, layout, Directory(memoryview(mapping)[: layout.directory_bytes], layout), own)
-        except BaseException:
-            os.close(own)
-            raise
+            arena = cls(mapping, layout, Directory(memoryview(mapping)[: layout.directory_bytes], layout), own)
+            undo.pop_all()
+            return arena
 
     def __init__(
         self,
@@ -180,7 +176,7 @@ class Arena:
         assert descriptor is not None
         with contextlib.suppress(OSError):
             while self._allocated < whole and not self._closing:
-                size = min(whole - self._allocated, PIECE_BYTES)
+                size = min(whole - self._allocated, ALLOCATION_BYTES)
                 os.posix_fallocate(descriptor, self._allocated, size)
                 self._allocated += size
 
@@ -320,7 +316,6 @@ def recover(arena: Arena, manifest: Manifest, threads: int) -> dict[int, ExpertK
 
 
 def _is_whole(data: memoryview, key: ExpertKey, manifest: Manifest) -> bool:
-    stored = int.from_bytes(data[-CHECKSUM_BYTES:], "little")
-    if (checksums := manifest.checksums(key.block)) and checksums[key.expert] != stored:
-        return False  # an older version of moetier may have read the record from a shard of another conversion
-    return crc32c(data[:-CHECKSUM_BYTES]) == stored
+    # an older version of moetier may have read the record from a shard of another conversion
+    stored = stored_checksum(data)
+    return manifest.has_record(key, stored) and crc32c(data[:-CHECKSUM_BYTES]) == stored

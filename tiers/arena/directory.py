@@ -33,7 +33,7 @@ from .layout import WORD, ArenaLayout
 
 MAGIC = int.from_bytes(b"moetier\0", "little")
 VERSION = 1
-NONE = -1  # means "no slot" in the table, and "no key" in the slots
+NO_ENTRY = -1  # means "no slot" in the table, and "no key" in the slots
 _WORDS = 1 << 64  # number of values that a word can have
 _FIXED = struct.Struct("<6Q16s32s4Q")
 
@@ -103,9 +103,9 @@ class Directory:
         assert len(header) == layout.header_words * WORD <= PAGE
         directory = cls(memory, layout)
         for number in range(layout.keys):
-            directory._table[number] = NONE
+            directory._table[number] = NO_ENTRY
         for slot in range(layout.slots):
-            directory._contents[slot] = NONE
+            directory._contents[slot] = NO_ENTRY
         memory[WORD : len(header)] = header[WORD:]
         memory[:WORD] = header[:WORD]  # the magic is written last, so that no reader accepts an unfinished header
         return directory
@@ -172,7 +172,7 @@ class Directory:
         ``evicted`` is the key of the record that the slot holds until now; None if it holds no record.
         """
         if evicted is not None:
-            self._table[self._number(evicted)] = NONE
+            self._table[self._number(evicted)] = NO_ENTRY
         self._step(slot)
         assert self._generations[slot] & 1, f"slot {slot} was being filled"
 
@@ -187,16 +187,16 @@ class Directory:
 
     def abort_fill(self, slot: int) -> None:
         """Note that a slot holds no record, because filling it has failed."""
-        self._contents[slot] = NONE
+        self._contents[slot] = NO_ENTRY
         self._step(slot)
 
     def retire(self) -> None:
         """Invalidate all slots for good. Readers find no records from now on, and all their leases are invalid."""
         self._retired = True
         for number in range(self._layout.keys):
-            self._table[number] = NONE
+            self._table[number] = NO_ENTRY
         for slot in range(self._layout.slots):
-            self._contents[slot] = NONE
+            self._contents[slot] = NO_ENTRY
             self._generations[slot] = (self._generations[slot] + 2) % _WORDS | 1
 
     def _number(self, key: ExpertKey) -> int:
@@ -233,9 +233,11 @@ class Directory:
             return
         held = {self._number(key): slot for slot, (key, filling) in enumerate(states) if key and not filling}
         for number in range(self._layout.keys):
-            slot = held.get(number, NONE)
-            if self._table[number] not in (slot, NONE) or (slot != NONE and self.content(slot) != states[slot][0]):
-                self._table[number] = NONE
+            slot = held.get(number, NO_ENTRY)
+            if self._table[number] not in (slot, NO_ENTRY) or (
+                slot != NO_ENTRY and self.content(slot) != states[slot][0]
+            ):
+                self._table[number] = NO_ENTRY
         for slot, (key, filling) in enumerate(states):
             is_odd = bool(self._generations[slot] & 1)
             if filling:
@@ -246,7 +248,7 @@ class Directory:
                     self._step(slot)
                 # This is done before the generation becomes even. So if the owner dies in between, the next owner never
                 # finds an even generation with the wrong key.
-                self._contents[slot] = NONE if key is None else self._number(key)
+                self._contents[slot] = NO_ENTRY if key is None else self._number(key)
                 self._step(slot)
         for number, slot in held.items():
             self._table[number] = slot

@@ -36,8 +36,8 @@ def slots_for(manifest: Manifest, budget_bytes: int) -> Mapping[str, int]:
     smallest, largest = smallest_budget(manifest), manifest.stored_bytes
     if budget_bytes < smallest:
         raise BudgetError(
-            f"A budget of {budget_bytes:,} bytes can't hold the experts that one token needs in one block.",
-            f"Give the tier from {smallest:,} to {largest:,} bytes.",
+            f"A memory budget of {budget_bytes:,} bytes is too small for the experts that a token uses in one block.",
+            f"Give {smallest:,} to {largest:,} bytes.",
         )
     ranges = slot_ranges(manifest)
     slots = {name: least for name, (least, _) in ranges.items()}

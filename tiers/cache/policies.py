@@ -14,7 +14,7 @@ from typing import ClassVar, Protocol
 
 from moetier.tiers.layout import ExpertKey
 
-HALF_LIFE = 30  # a use counts half after this many further uses of records of the partition
+EVICTION_HALF_LIFE = 30  # a use counts half after this many further uses of records of the partition
 
 
 class Policy(Protocol):
@@ -140,8 +140,8 @@ class ScanLru:
 class Lrfu(ScanLru):
     """The policy LRFU: evict the least frequently used record first, but keep most records when a scan comes.
 
-    A use counts half after ``HALF_LIFE`` further uses of records of the partition. If a record is evicted, the count of
-    its uses is kept for the next time that it is loaded. Scans are treated as ``ScanLru`` treats them.
+    A use counts half after ``EVICTION_HALF_LIFE`` further uses of records of the partition. If a record is evicted, the
+    count of its uses is kept for the next time that it is loaded. Scans are treated as ``ScanLru`` treats them.
 
     LRFU is from Lee et al. 2001, "LRFU: a spectrum of policies that subsumes the least recently used and least
     frequently used policies", IEEE Transactions on Computers 50(12). All counts decay at the same rate, so only uses
@@ -169,7 +169,7 @@ class Lrfu(ScanLru):
         if not is_scan:
             self._scanned.pop(key, None)
             self._uses += 1
-            now, before = self._uses / HALF_LIFE, self._counts.get(key, -inf)
+            now, before = self._uses / EVICTION_HALF_LIFE, self._counts.get(key, -inf)
             self._counts[key] = self._ordinary[key] = now + log2(1.0 + 2.0 ** (before - now))
             self._ordinary.move_to_end(key)
 

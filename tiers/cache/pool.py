@@ -57,16 +57,17 @@ class SlotPool:
             first: number of the pool's first slot in the tier.
             slot_bytes: size of a slot in bytes.
         """
-        self.count = sum(partition.quota for partition in partitions)
+        self.slot_count = sum(partition.quota for partition in partitions)
         self.first = first
         self.slot_bytes = slot_bytes
         # A slot is READY if it has a key and is not LOADING. The methods change the state in such an order that only
         # slots with whole records are READY, wherever an exception interrupts a method.
-        self._keys: list[ExpertKey | None] = [None] * self.count
+        self._keys: list[ExpertKey | None] = [None] * self.slot_count
         self._loading: set[int] = set()
-        self._pins = [0] * self.count
+        self._pins = [0] * self.slot_count
         self._slots: dict[ExpertKey, int] = {}
-        self._free = dict.fromkeys(reversed(range(self.count)))  # an ordered set, of which the last slot is taken first
+        # an ordered set, of which the last slot is taken first
+        self._free = dict.fromkeys(reversed(range(self.slot_count)))
         self._quotas = [partition.quota for partition in partitions]
         self._partition_of = {block: number for number, part in enumerate(partitions) for block in part.blocks}
         self._policies = [make_policy(quota) for quota in self._quotas]
@@ -236,7 +237,7 @@ class SlotPool:
                 slot = self._first_victim([number, *self._by_surplus()], keep)
         return slot
 
-    def note_uses(self, keys: Iterable[ExpertKey], *, is_scan: bool = False) -> None:
+    def touch(self, keys: Iterable[ExpertKey], *, is_scan: bool = False) -> None:
         """Note that demands use the records of ``keys``, in this order. All of them must have slots."""
         for key in keys:
             self._policies[self._partition_of[key[0]]].touch(key, is_scan=is_scan)
@@ -284,7 +285,7 @@ class SlotPool:
         """
         self._slots.clear()
         self._free.clear()
-        for slot in reversed(range(self.count)):
+        for slot in reversed(range(self.slot_count)):
             if slot in loading:
                 self._loading.add(slot)
                 self._keys[slot] = loading[slot]
@@ -310,8 +311,8 @@ def snapshot(counters: TierCounters, pools: Iterable[SlotPool]) -> TierStats:
     """Return the statistics of a tier: its counters, and the state of the slots in its ``pools``."""
     pools = list(pools)
     return counters.snapshot(
-        slots=sum(pool.count for pool in pools),
+        slots=sum(pool.slot_count for pool in pools),
         ready=sum(pool.ready for pool in pools),
         leased=sum(pool.leased for pool in pools),
-        slot_bytes=sum(pool.count * pool.slot_bytes for pool in pools),
+        slot_bytes=sum(pool.slot_count * pool.slot_bytes for pool in pools),
     )

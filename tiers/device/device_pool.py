@@ -63,7 +63,7 @@ class DeviceSlots:
         first = 0
         for array, slots in memory.items():
             self.pools[array] = DevicePool(self._manifest, array, first, slots, self._policy)
-            first += self.pools[array].count
+            first += self.pools[array].slot_count
 
     def pool(self, block: int) -> DevicePool:
         """Return the pool for the records of a block."""
@@ -84,7 +84,7 @@ class DeviceSlots:
     @property
     def counts(self) -> dict[str, int]:
         """A dictionary from the name of each zarr array to the number of slots for its records."""
-        return {array: pool.count for array, pool in self.pools.items()}
+        return {array: pool.slot_count for array, pool in self.pools.items()}
 
     @property
     def is_dropped(self) -> bool:

@@ -113,13 +113,13 @@ class DeviceFill:
             slot = pool.pin_ready(key)
             assert slot is not None
             self._counters.count(joined=1)
-            pool.note_uses((key,), is_scan=demand.is_scan)
+            pool.touch((key,), is_scan=demand.is_scan)
             self._admit(demand, slot, began)
             return True
         if state is Lookup.LOADING or (slot := self._choose(demand, key.block)) is None:
             return None if wait else False
         self._begin(demand, slot, key)
-        pool.note_uses((key,), is_scan=demand.is_scan)
+        pool.touch((key,), is_scan=demand.is_scan)
         return True
 
     def promote(self, lease: Lease[memoryview]) -> None:
@@ -244,7 +244,7 @@ class DeviceFill:
         Leases stay, and so do slots that are being filled for a demand or a promotion. Part of a transition.
         """
         for pool in self._slots.pools.values():
-            pins = [0] * pool.count
+            pins = [0] * pool.slot_count
             loading: dict[int, ExpertKey] = {}
             for demand in (*demands, *([self.promotion] if self.promotion is not None else [])):
                 if demand.pool is pool:

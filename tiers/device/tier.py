@@ -329,7 +329,7 @@ class DeviceTier:
             else:
                 demand.ready.append(slot)
                 hits.append(key)
-        demand.pool.note_uses(reversed(hits), is_scan=demand.is_scan)  # the first key is evicted last
+        demand.pool.touch(reversed(hits), is_scan=demand.is_scan)  # the first key is evicted last
         if missing:
             self._promoter.pause()
             demand.misses = True

@@ -28,7 +28,7 @@ from moetier.tiers.layout import PAGE, ExpertKey
 from moetier.tiers.locks import ForkGuard, UseCount
 from moetier.tiers.store.atomic import read_errors
 from moetier.tiers.store.base import DirectoryStore, Pause
-from moetier.tiers.store.checksum import PIECE_BYTES, crc32c
+from moetier.tiers.store.checksum import READ_PIECE_BYTES, crc32c
 from moetier.tiers.store.folder import command
 from moetier.tiers.store.reader import Read, as_bytes, read_in_pieces, run_reads
 from moetier.tiers.store.scrubbable import Problem
@@ -161,13 +161,13 @@ def read_ranges(path: Path, ranges: list[tuple[int, int]]) -> Iterator[memoryvie
 
     Raises StoreReadError.
     """
-    buffer = memoryview(bytearray(PIECE_BYTES))
+    buffer = memoryview(bytearray(READ_PIECE_BYTES))
     with read_errors(path):
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         for first, end in ranges:
-            for start in range(first, end, PIECE_BYTES):
-                piece = buffer[: min(PIECE_BYTES, end - start)]
+            for start in range(first, end, READ_PIECE_BYTES):
+                piece = buffer[: min(READ_PIECE_BYTES, end - start)]
                 read_at(path, descriptor, start, piece, direct=False)
                 os.posix_fadvise(descriptor, start, len(piece), os.POSIX_FADV_DONTNEED)
                 yield piece

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from queue import SimpleQueue
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import ClassVar
 
 from moetier.tiers.cache.budget import Partition
 from moetier.tiers.cache.policies import Policy
@@ -67,15 +68,26 @@ class Failed:
 Event = Granted | Failed
 
 
-class ThreadCaller(NamedTuple):
-    """A thread of this process, which sleeps until its records are available. It may take any number of slots."""
+@dataclass(frozen=True, slots=True)
+class ThreadCaller:
+    """A thread of this process, which sleeps until its records are available. It may take any number of slots.
+
+    It has the attributes and methods of ``AsyncCaller``, except ``deliver``. Its demands are not kept or counted here.
+    """
 
     thread: int  # id of the thread
 
-    @property
-    def is_full(self) -> bool:
-        """False: a thread may always take more slots."""
-        return False
+    is_asynchronous: ClassVar = False
+    is_full: ClassVar = False
+    leases: ClassVar = math.inf
+    outstanding: ClassVar = 0
+    demands: ClassVar[Mapping[int, Demand]] = MappingProxyType({})
+
+    def register(self, demand: Demand) -> None:
+        """Do nothing: the thread itself has the demand."""
+
+    def deregister(self, demand: Demand) -> None:
+        """Do nothing."""
 
 
 class AsyncCaller:
@@ -84,6 +96,8 @@ class AsyncCaller:
     ``deliver`` is called with each event, in any thread, with the tier's lock held. It must neither wait nor call the
     tier. The caller holds or claims at most ``leases`` slots at a time.
     """
+
+    is_asynchronous = True
 
     def __init__(self, deliver: Callable[[Event], None], leases: int) -> None:
         assert leases > 0
@@ -101,6 +115,17 @@ class AsyncCaller:
         """True if the caller's demands hold or claim ``leases`` slots, so that they may not take more."""
         return self.outstanding >= self.leases
 
+    def register(self, demand: Demand) -> None:
+        """Note that a demand of the caller has begun."""
+        self.demands[demand.number] = demand
+
+    def deregister(self, demand: Demand) -> None:
+        """Note that a demand of the caller is over."""
+        self.demands.pop(demand.number, None)
+
+
+Caller = ThreadCaller | AsyncCaller
+
 
 @dataclass(eq=False, slots=True)
 class Demand:
@@ -114,7 +139,7 @@ class Demand:
 
     pool: Pool
     block: int
-    caller: ThreadCaller | AsyncCaller  # loaders serve callers in turn
+    caller: Caller  # loaders serve callers in turn
     number: int = 0  # the number that an asynchronous caller has given to the demand
     timeout: float = 0.0  # seconds without a slot after which the demand of an asynchronous caller fails
     is_scan: bool = False  # the demand is for more records than its block can keep
@@ -187,7 +212,7 @@ class WaitingDemands:
     def wait_for_slot(self, demand: Demand) -> None:
         """Queue a starved demand in its pool's FIFO queue. A demand is starved if it needs a slot and holds none."""
         caller, starved = demand.caller, demand.pool.starved
-        if isinstance(caller, AsyncCaller) and demand not in self._deadlines:
+        if caller.is_asynchronous and demand not in self._deadlines:
             self._deadlines[demand] = self._clock() + demand.timeout
             self._notifier.wake_timekeeper()
         if demand not in starved and not caller.is_full:
@@ -205,7 +230,7 @@ class WaitingDemands:
 
     def recheck(self, demand: Demand) -> None:
         """Mark an asynchronous demand to be served again, because it may be able to go on. No effect on others."""
-        if isinstance(demand.caller, AsyncCaller):
+        if demand.caller.is_asynchronous:
             self._rechecks[demand] = None
 
     def take_recheck(self) -> Demand | None:
@@ -217,17 +242,14 @@ class WaitingDemands:
     def note_taken(self, demand: Demand) -> None:
         """Note that a demand holds or claims one more slot."""
         self.stop_waiting(demand)
-        if isinstance(caller := demand.caller, AsyncCaller):
-            self._deadlines.pop(demand, None)
-            if caller.is_full:  # its starved demands may not take slots, so they must not keep other demands waiting
-                for other in caller.demands.values():
-                    self.stop_waiting(other)
+        self._deadlines.pop(demand, None)
+        if demand.caller.is_full:  # its starved demands may not take slots, so they must not keep other demands waiting
+            for other in demand.caller.demands.values():
+                self.stop_waiting(other)
 
     def note_released(self, demand: Demand, slots: int) -> None:
-        """Note that a demand no longer holds or claims ``slots`` slots. No effect unless it is asynchronous."""
+        """Note that a demand no longer holds or claims ``slots`` slots. Its caller's other demands may then go on."""
         caller = demand.caller
-        if not isinstance(caller, AsyncCaller):
-            return
         if caller.outstanding < caller.leases <= caller.outstanding + slots:  # the caller was full before
             # Demands without a slot are served first, in the order of their deadlines. Otherwise a demand for many keys
             # would keep the caller's other demands waiting.
@@ -265,14 +287,14 @@ class WaitingDemands:
                 del self._deadlines[demand]
         self._rechecks.clear()
         for demand in demands:
-            if isinstance(demand.caller, AsyncCaller):
-                demand.caller.demands[demand.number] = demand
-                self.recheck(demand)
+            demand.caller.register(demand)
+            self.recheck(demand)
         self._notifier.wake_callers()
 
 
 def _exhausted(demand: Demand) -> ExhaustedError:
-    if isinstance(caller := demand.caller, AsyncCaller) and caller.is_full:
+    caller = demand.caller
+    if caller.is_full:
         return ExhaustedError(
             f"The client holds all of its {caller.leases} leases, and released none for {demand.timeout:g} seconds.",
             "Release leases in the client, or start the daemon with more --leases.",

@@ -31,7 +31,7 @@ class DirectHits:
         self._prefetches = prefetches
         self.uses = Counter[ExpertKey]()  # number of uses of each key, those by demands of this tier among them
 
-    def note_uses(self, block: int, experts: Sequence[int]) -> None:
+    def count_hits(self, block: int, experts: Sequence[int]) -> None:
         """Count a use of ``experts`` by compiled code of this process, which has found all of them. Each is a hit."""
         pool = self._pool_of[block]
         keys = [ExpertKey(block, expert) for expert in dict.fromkeys(experts)]
@@ -39,28 +39,28 @@ class DirectHits:
         self.uses.update(keys)
         self._counters.count_lookups(hits=len(keys))
         cached = [key for key in keys if pool.is_ready(key)]  # others were evicted since
-        self._prefetches.note_uses(cached)
-        pool.note_uses(reversed(cached), is_scan=len(keys) > pool.quota(block))
+        self._prefetches.use(cached)
+        pool.touch(reversed(cached), is_scan=len(keys) > pool.quota(block))
 
-    def take_back_uses(self, experts: Sequence[int]) -> None:
-        """Count hits of ``note_uses`` as discarded, because records were replaced during their use."""
+    def discard_hits(self, experts: Sequence[int]) -> None:
+        """Count hits of ``count_hits`` as discarded, because records were replaced during their use."""
         self._counters.count_lookups(discarded=len(set(experts)))
 
-    def note_demand(self, keys: Sequence[ExpertKey]) -> None:
+    def count_demand(self, keys: Sequence[ExpertKey]) -> None:
         """Count uses by a demand of this tier, which counts its hits and misses itself."""
         self.uses.update(keys)
 
-    def note_client_uses(self, keys: Sequence[ExpertKey]) -> None:
+    def count_client_hits(self, keys: Sequence[ExpertKey]) -> None:
         """Count hits of another process, which has used the records of ``keys`` in this order."""
         self._counters.count_lookups(hits=len(keys))
         self.uses.update(keys)
         for key in keys:
             pool = self._pool_of[key.block]
             if pool.slot_of(key) is not None:
-                pool.note_uses((key,))
-                self._prefetches.note_uses((key,))
+                pool.touch((key,))
+                self._prefetches.use((key,))
 
-    def note_copy_uses(self, keys: Sequence[ExpertKey]) -> None:
+    def count_copy_uses(self, keys: Sequence[ExpertKey]) -> None:
         """Count uses of copies in the tier above. They are hits of that tier, not of this one."""
-        self._prefetches.note_uses(keys)
+        self._prefetches.use(keys)
         self.uses.update(keys)

@@ -35,7 +35,7 @@ from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.stats import TierCounters
 
-from .demands import AsyncCaller, Demand, Failed, Granted, Notifier, Pool, ThreadCaller, WaitingDemands
+from .demands import AsyncCaller, Caller, Demand, Failed, Granted, Notifier, Pool, WaitingDemands
 from .direct_hits import DirectHits
 from .loads import LoadLimits, Loads
 from .prefetch import PrefetchQueue
@@ -109,12 +109,10 @@ class Ledger:
         self.check_open()
         self._demands.add(demand)
         pool, caller = demand.pool, demand.caller
-        session = caller if isinstance(caller, AsyncCaller) else None
-        if session is not None:
-            session.demands[demand.number] = demand
-        self.prefetches.replace(pool, demand.block, (), session)
+        caller.register(demand)
+        self.prefetches.replace(pool, demand.block, (), caller if caller.is_asynchronous else None)
         distinct = dict.fromkeys(keys)
-        self.direct_hits.note_demand(list(distinct))
+        self.direct_hits.count_demand(list(distinct))
         demand.is_scan = len(distinct) > pool.quota(demand.block)
         hits = []
         for key in distinct:
@@ -127,11 +125,11 @@ class Ledger:
             self.waiting.note_taken(demand)
         demand.hits = len(hits)
         self.counters.count_lookups(hits=len(hits), misses=len(demand.pending))
-        self.prefetches.note_uses(hits)
+        self.prefetches.use(hits)
         if demand.pending:
-            self._advance(demand)
+            self._take_slots(demand)
         # in reverse, so that the first of the keys is evicted last; uses of pending keys are noted once they have slots
-        pool.note_uses([key for key in reversed(distinct) if key not in demand.pending], is_scan=demand.is_scan)
+        pool.touch([key for key in reversed(distinct) if key not in demand.pending], is_scan=demand.is_scan)
         self.waiting.recheck(demand)
 
     def next_leases(self, demand: Demand) -> tuple[list[int], bool] | None:
@@ -161,7 +159,7 @@ class Ledger:
         If the record of a key is READY, its slot is pinned for the demand. Otherwise the demand joins the load of the
         record that is in progress, or begins a load.
         """
-        demand.pool.note_uses(reversed(self._advance(demand)), is_scan=demand.is_scan)
+        demand.pool.touch(reversed(self._take_slots(demand)), is_scan=demand.is_scan)
 
     def lease(self, demand: Demand, most: int = 1) -> list[int]:
         """Lease up to ``most`` of the slots that are ready for the demand, and return these slots."""
@@ -203,11 +201,10 @@ class Ledger:
         self._unpin(demand, slots)
         for load in loads:
             self.loads.withdraw(demand, load)
-        if isinstance(demand.caller, AsyncCaller):
-            demand.caller.demands.pop(demand.number, None)
+        demand.caller.deregister(demand)
         self._demands.discard(demand)
 
-    def end_all(self, caller: ThreadCaller | AsyncCaller) -> None:
+    def end_all(self, caller: Caller) -> None:
         """End all demands of ``caller``."""
         for demand in [demand for demand in self._demands if demand.caller == caller]:
             self.end(demand)
@@ -230,7 +227,7 @@ class Ledger:
         """Close the ledger: fail all demands with ``error``, and begin no more loads."""
         self.loads.close(error)
         for demand in self._demands:
-            if isinstance(demand.caller, AsyncCaller):
+            if demand.caller.is_asynchronous:
                 demand.error = demand.error or error.fresh()
                 self.waiting.recheck(demand)
         self._notifier.wake_callers()
@@ -257,12 +254,12 @@ class Ledger:
         """
         while True:
             while (demand := self.waiting.take_recheck()) is not None:
-                self._serve(demand)
+                self._deliver(demand)
             # if the first starved demand of a pool is not asynchronous, its thread was woken and advances it
             firsts = [pool.starved[0] for pool in self.pools.values() if pool.starved]
-            firsts = [demand for demand in firsts if isinstance(demand.caller, AsyncCaller)]
+            firsts = [demand for demand in firsts if demand.caller.is_asynchronous]
             for demand in firsts:
-                self._serve(demand)
+                self._deliver(demand)
             if all(demand.is_idle for demand in firsts):
                 return
 
@@ -272,7 +269,7 @@ class Ledger:
         self.serve()
         return deadline
 
-    def _serve(self, demand: Demand) -> None:
+    def _deliver(self, demand: Demand) -> None:
         """Advance an asynchronous demand, and deliver events to its caller: leases that are ready, or an error."""
         caller = demand.caller
         assert isinstance(caller, AsyncCaller)
@@ -306,8 +303,8 @@ class Ledger:
 
     # -- slots --------------------------------------------------------------------------------------------------------
 
-    def _advance(self, demand: Demand) -> list[ExpertKey]:
-        """Serve pending keys as ``advance`` does. Return those that were served; the caller has to note their uses."""
+    def _take_slots(self, demand: Demand) -> list[ExpertKey]:
+        """Take slots for pending keys, as ``advance`` does. Return these keys; the caller touches them in the pool."""
         served, may_load = list[ExpertKey](), True
         for key in list(demand.pending):
             if demand.caller.is_full:
@@ -318,7 +315,7 @@ class Ledger:
                     slot = demand.pool.pin_ready(key)
                     assert slot is not None
                     demand.ready.append(slot)
-                    self.prefetches.note_uses((key,))
+                    self.prefetches.use((key,))
                 case Lookup.LOADING:  # a prefetch or another demand has begun to load the record
                     self.counters.count(joined=1)
                     self.loads.join(demand, key)
@@ -366,7 +363,7 @@ class Ledger:
 
     def _pins(self, pool: Pool) -> list[int]:
         """Return for each slot of a pool the number of demands that hold or claim the slot."""
-        pins = [0] * pool.count
+        pins = [0] * pool.slot_count
         for demand in self._demands:
             if demand.pool is pool:
                 for slot in demand.slots:

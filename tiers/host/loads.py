@@ -22,7 +22,7 @@ from moetier.tiers.manifest import Block
 from moetier.tiers.source import interruptible_bytes
 from moetier.tiers.stats import TierCounters
 
-from .demands import AsyncCaller, Demand, Load, Notifier, Pool, WaitingDemands
+from .demands import Demand, Load, Notifier, Pool, WaitingDemands
 from .prefetch import PrefetchQueue
 
 
@@ -141,7 +141,7 @@ class Loads:
         if len(demand.loads) >= ahead or (starved and starved[0] is not demand):
             return False
         arrivals = len(demand.ready) - demand.hits
-        return isinstance(demand.caller, AsyncCaller) or len(demand.loads) + arrivals < 2 * ahead
+        return demand.caller.is_asynchronous or len(demand.loads) + arrivals < 2 * ahead
 
     def _choose(self, demand: Demand) -> int | None:
         """Return a slot for a load of the demand; None if there is no slot.
@@ -179,7 +179,7 @@ class Loads:
         load = self._loads[key]
         load.pool.pin(load.slot)
         if load.is_prefetch:
-            self._prefetches.note_uses((key,))
+            self._prefetches.use((key,))
             # The loader of this record may have paused (``may_continue``). Wake it for every demand that joins, not
             # only for the first: the first may have left before the loader looked.
             self._notifier.wake_callers()
@@ -216,10 +216,10 @@ class Loads:
         After so many demands, the others will soon be needed, too. If a model is hardly used, only demands are read; of
         any other, at most as much again.
         """
-        if pool in self._rest and 2 * (pool.ready + pool.loading) >= pool.count:
+        if pool in self._rest and 2 * (pool.ready + pool.loading) >= pool.slot_count:
             blocks = self._rest.pop(pool)
             keys = [ExpertKey(number, expert) for number, block in blocks.items() for expert in range(block.experts)]
-            if len(keys) == pool.count:
+            if len(keys) == pool.slot_count:
                 self.warm(pool, keys)
 
     def may_continue(self, load: Load) -> bool | None:
@@ -327,7 +327,7 @@ class Loads:
     def _remove(self, load: Load) -> None:
         """Remove a load whose record will not arrive. The slot becomes EMPTY."""
         del self._loads[load.key]
-        self._prefetches.fail(load.key)
+        self._prefetches.drop(load.key)
         load.pool.abort_fill(load.slot)
         self._directory.abort_fill(load.pool.number(load.slot))
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.stats import PrefetchOutcomes, TierCounters
 
-from .demands import AsyncCaller, Pool
+from .demands import AsyncCaller, Caller, Pool
 
 
 class NextRead(NamedTuple):
@@ -39,7 +39,7 @@ class PrefetchQueue:
         self._outcomes = PrefetchOutcomes(counters, clock)
         self._counters = counters
         # a dictionary from caller to a dictionary from block to requests; the caller that was served last comes last
-        self._requests: dict[AsyncCaller | None, dict[int, BlockRequests]] = {}
+        self._requests: dict[Caller | None, dict[int, BlockRequests]] = {}
         self._warmup: deque[tuple[Pool, ExpertKey]] = deque()  # records for the warm-up whose reads have not begun
         self._warmed: set[ExpertKey] = set()  # records that the warm-up has begun to read and no demand has used yet
         self._copied: set[ExpertKey] = set()  # records of which the tier above may have a copy, even after an eviction
@@ -57,7 +57,7 @@ class PrefetchQueue:
         requests = [blocks[key.block] for blocks in self._requests.values() if key.block in blocks]
         return any(key in request.keys for request in requests)
 
-    def replace(self, pool: Pool, block: int, keys: Collection[ExpertKey], caller: AsyncCaller | None) -> bool:
+    def replace(self, pool: Pool, block: int, keys: Collection[ExpertKey], caller: Caller | None) -> bool:
         """Replace a caller's requests for a block by requests for ``keys``, which are distinct.
 
         Return whether a requested record has no slot.
@@ -119,7 +119,7 @@ class PrefetchQueue:
                 return NextRead(pool, key, slot, is_warmup=True)
         return None
 
-    def _take_requests(self) -> Iterator[tuple[AsyncCaller | None, Pool, ExpertKey]]:
+    def _take_requests(self) -> Iterator[tuple[Caller | None, Pool, ExpertKey]]:
         """Take requests one by one, and yield them: by the turn of the caller, then by the arrival of the request."""
         for caller, blocks in list(self._requests.items()):
             for request in blocks.values():
@@ -153,12 +153,12 @@ class PrefetchQueue:
         """Note that the tier above may copy a record."""
         self._copied.add(key)
 
-    def fail(self, key: ExpertKey) -> None:
+    def drop(self, key: ExpertKey) -> None:
         """Note that a record will not arrive, because its read has failed or was cancelled."""
         self._warmed.discard(key)
         self._outcomes.began.pop(key, None)
 
-    def note_uses(self, keys: Iterable[ExpertKey]) -> None:
+    def use(self, keys: Iterable[ExpertKey]) -> None:
         """Note that demands of this tier, or of the tier above, use the records of ``keys``."""
         for key in keys:
             self._copied.discard(key)

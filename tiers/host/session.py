@@ -94,7 +94,7 @@ class Session(AsyncCaller):
             self._ledger.end(demand)
         self._ledger.serve()
 
-    def note_uses(self, keys: Sequence[ExpertKey]) -> None:
+    def count_hits(self, keys: Sequence[ExpertKey]) -> None:
         """Count hits of the other process, which has found ``keys`` in the directory and used their records.
 
         ``keys`` are in the order of use. Raises MissingExpertError if the model does not have one of the experts.
@@ -102,12 +102,12 @@ class Session(AsyncCaller):
         for key in keys:
             self._ledger.manifest.check_keys(key.block, (key,))
         for at in range(0, len(keys), MOST_USES):
-            self._note_uses(keys[at : at + MOST_USES])
+            self._count_some_hits(keys[at : at + MOST_USES])
 
     @transition
-    def _note_uses(self, keys: Sequence[ExpertKey]) -> None:
+    def _count_some_hits(self, keys: Sequence[ExpertKey]) -> None:
         if self._takes_hints():
-            self._ledger.direct_hits.note_client_uses(keys)
+            self._ledger.direct_hits.count_client_hits(keys)
 
     def prefetch(self, block: int, keys: Sequence[ExpertKey]) -> None:
         """Request prefetches as ``ExpertSource`` specifies. Only requests of the same session are replaced.

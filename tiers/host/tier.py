@@ -209,17 +209,17 @@ class HostTier(Closeable):
     @deferred
     def note_uses(self, block: int, experts: Sequence[int]) -> None:
         """Count a demand, as ``ExpertSource`` specifies."""
-        self._ledger.direct_hits.note_uses(block, experts)
+        self._ledger.direct_hits.count_hits(block, experts)
 
     @deferred
     def take_back_uses(self, block: int, experts: Sequence[int]) -> None:
         """Count the hits of an earlier ``note_uses`` as discarded, as ``ExpertSource`` specifies."""
-        self._ledger.direct_hits.take_back_uses(experts)
+        self._ledger.direct_hits.discard_hits(experts)
 
     @transition
     def note_copy_uses(self, keys: Sequence[ExpertKey]) -> None:
         """Note uses in the tier above, as ``CopySource`` specifies. The result of ``uses`` includes them."""
-        self._ledger.direct_hits.note_copy_uses(keys)
+        self._ledger.direct_hits.count_copy_uses(keys)
 
     @transition
     def uses(self) -> dict[ExpertKey, int]:

@@ -29,7 +29,8 @@ from .tier import HostTier
 
 EVERY = 300.0  # seconds between two writes of the file; a process that is killed loses the uses since the latest write
 FORMAT = 1  # version of the file's format
-HALF_LIFE = 512  # a use in an earlier run counts half after this many further uses, times the block's number of experts
+# a use in an earlier run counts half after this many further uses, times the block's number of experts
+HOT_SET_HALF_LIFE = 512
 MOST_BYTES = 16 << 20  # size of the largest file that is read
 
 _log = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ _log = logging.getLogger(__name__)
 class HotSet(dict[ExpertKey, float]):
     """A dictionary from each key to the number of its uses, in which uses in earlier runs count less."""
 
-    def note_uses(self, keys: Iterable[ExpertKey]) -> None:
+    def add(self, keys: Iterable[ExpertKey]) -> None:
         """Count one use of each key."""
         for key in keys:
             self[key] = self.get(key, 0) + 1
@@ -62,7 +63,7 @@ class HotSet(dict[ExpertKey, float]):
             uses[key.block] += count
         hot_set = HotSet(self)
         for key, count in earlier.items():
-            faded = count * 0.5 ** (uses[key.block] / (HALF_LIFE * experts[key.block]))
+            faded = count * 0.5 ** (uses[key.block] / (HOT_SET_HALF_LIFE * experts[key.block]))
             hot_set[key] = hot_set.get(key, 0) + faded
         return hot_set
 
@@ -80,7 +81,7 @@ class Learner:
         self._experts = {number: block.experts for number, block in enumerate(host.manifest.blocks)}
         self._every = every
         self._ending = threading.Event()
-        self._kept = host.uses()
+        self._saved = host.uses()
         self._thread = threading.Thread(target=self._run, name="moetier-learner", daemon=True)
         self._thread.start()
 
@@ -92,7 +93,7 @@ class Learner:
         if self._fork_guard.is_owner:
             self._ending.set()
             self._thread.join()
-            self._keep()
+            self._save()
 
     def _run(self) -> None:
         hot = load_hot_set(self._digest, self._experts)
@@ -101,14 +102,14 @@ class Learner:
         except (ClosedError, StoreError):
             return
         while not self._ending.wait(self._every):
-            self._keep()
+            self._save()
 
-    def _keep(self) -> None:
+    def _save(self) -> None:
         uses = self._host.uses()
-        new = {key: count - self._kept.get(key, 0) for key, count in uses.items()}
-        self._kept = uses
+        new = {key: count - self._saved.get(key, 0) for key, count in uses.items()}
+        self._saved = uses
         if used := {key: count for key, count in new.items() if count}:
-            keep_hot_set(self._digest, self._experts, HotSet(used))
+            save_hot_set(self._digest, self._experts, HotSet(used))
 
 
 def hot_set_path(digest: str) -> Path:
@@ -142,7 +143,7 @@ def load_hot_set(digest: str, experts: Mapping[int, int]) -> HotSet:
         return HotSet()
 
 
-def keep_hot_set(digest: str, experts: Mapping[int, int], used: HotSet) -> None:
+def save_hot_set(digest: str, experts: Mapping[int, int], used: HotSet) -> None:
     """Add the uses of one run to the saved counts. The file is replaced atomically.
 
     A lock makes sure that no counts are lost if another process saves its counts at the same time. If the file can't be

@@ -30,7 +30,7 @@ from moetier.tiers.manifest import Manifest
 from moetier.tiers.stats import Share, ShareCounts
 from moetier.tiers.store.atomic import disk_errors, durable_file, make_folders, sync_folder, write_all
 from moetier.tiers.store.base import Pause, WrapperStore
-from moetier.tiers.store.checksum import PIECE_BYTES
+from moetier.tiers.store.checksum import READ_PIECE_BYTES, stored_checksum
 from moetier.tiers.store.folder import FETCHED, METADATA, check_array, has_store, is_cache, read_manifest, store_folder
 from moetier.tiers.store.reader import ExpertStore, Read, as_bytes, run_reads
 from moetier.tiers.store.shard import OpenShard, ShardFile
@@ -70,8 +70,8 @@ class CachedStore(WrapperStore):
     def open(cls, location: Path, *, damaged: bool = False) -> CachedStore:
         """Open the cache at ``location``, which ``fetch`` has made. No request is sent.
 
-        ``damaged`` has no effect, as bad records are fetched again. Raises StoreError, and TargetError if shards can't
-        be made or another process keeps the cache locked.
+        ``damaged`` has no effect, as bad records are fetched again. Raises StoreError, also if shards can't be made or
+        another process keeps the cache locked.
         """
         folder = store_folder(location)
         manifest = read_manifest(folder)
@@ -79,12 +79,15 @@ class CachedStore(WrapperStore):
             check_array(folder / array / METADATA, manifest, array)
         files = [ShardFile.of(folder, manifest, block) for block in range(len(manifest.blocks))]
         with contextlib.ExitStack() as undo:
-            with disk_errors(folder):
-                times = AccessTimes(folder / ACCESS_TIMES, manifest)
-                undo.callback(times.close)
-            with times.locked(), disk_errors(folder):
-                for file in files:
-                    _make_sparse(file)
+            try:
+                with disk_errors(folder):
+                    times = AccessTimes(folder / ACCESS_TIMES, manifest)
+                    undo.callback(times.close)
+                    with times.locked():
+                        for file in files:
+                            _make_sparse(file)
+            except TargetError as error:
+                raise StoreError(error.cause, error.fix) from error
             shards = dict[int, OpenShard]()
             for block, file in enumerate(files):
                 shards[block] = OpenShard.open(file, f"block {block}", ())
@@ -216,10 +219,10 @@ class CachedStore(WrapperStore):
         reads = [
             Read(
                 self.store.pool,
-                partial(objects.read, name, offset + at, view[at : at + PIECE_BYTES], fresh=fresh),
-                payload[at : at + PIECE_BYTES],
+                partial(objects.read, name, offset + at, view[at : at + READ_PIECE_BYTES], fresh=fresh),
+                payload[at : at + READ_PIECE_BYTES],
             )
-            for at in range(0, len(view), PIECE_BYTES)
+            for at in range(0, len(view), READ_PIECE_BYTES)
         ]
         crc, done = 0, 0
         try:
@@ -231,8 +234,7 @@ class CachedStore(WrapperStore):
             crc = run_reads(reads[done:], crc)
         except StoreError as error:
             raise type(error)(f"{self.manifest.model}, {key}: {error.cause}", error.fix) from error
-        expected = self.manifest.checksums(key.block)[key.expert]
-        if crc != expected or crc != int.from_bytes(view[-CHECKSUM_BYTES:], "little"):
+        if crc != stored_checksum(view) or not self.manifest.has_record(key, crc):
             where = f"{self.manifest.model}, {key}: {name} at {objects.where}"
             raise ChecksumError(f"{where} has other bytes than the manifest says.", "")
 
@@ -256,7 +258,12 @@ class CachedStore(WrapperStore):
                 _log.error(NOT_KEPT, exc_info=error)
                 return
             self._waiting += len(view)
-        copy_bytes(copy, view)  # without the lock, as other threads copy too
+        try:
+            copy_bytes(copy, view)  # without the lock, as other threads copy too
+        except BaseException:
+            with self._room:
+                self._release(copy)
+            raise
         with self._room:
             if key in self._arrived:  # another thread has fetched it too
                 self._release(copy)

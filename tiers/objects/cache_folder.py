@@ -28,7 +28,7 @@ from moetier.tiers.headers.safetensors import MAX_HEADER_BYTES
 from moetier.tiers.manifest import FileSum, Manifest
 from moetier.tiers.ownership import check_cache_folder
 from moetier.tiers.store.atomic import PARTIAL, disk_errors, make_folders, sync_folder, write_all, write_durably
-from moetier.tiers.store.checksum import PIECE_BYTES
+from moetier.tiers.store.checksum import READ_PIECE_BYTES
 from moetier.tiers.store.folder import (
     CACHE,
     FETCHED,
@@ -288,12 +288,12 @@ def _fetch_pieces(
         os.posix_fallocate(descriptor, 0, entry.bytes)
 
         def fetch_piece(start: int) -> int:
-            view = memoryview(bytearray(min(PIECE_BYTES, entry.bytes - start)))
+            view = memoryview(bytearray(min(READ_PIECE_BYTES, entry.bytes - start)))
             objects.read(name, start, view, fresh=fresh)
             write_all(descriptor, view, start)
             return len(view)
 
-        pieces = [pool.submit(fetch_piece, start) for start in range(0, entry.bytes, PIECE_BYTES)]
+        pieces = [pool.submit(fetch_piece, start) for start in range(0, entry.bytes, READ_PIECE_BYTES)]
         finish(objects, pieces, advance)  # none may write once the descriptor is closed
         os.fsync(descriptor)
     finally:

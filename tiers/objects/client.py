@@ -233,7 +233,7 @@ class Objects(Closeable):
         raise self._closed()
 
     def _closed(self) -> ClosedError:
-        return ClosedError(f"{self.where} was closed.", "Open it again.")
+        return ClosedError(f"The connection to {self.where} was closed.", "Open the store again.")
 
     def _fault(self, failure: str, error: BaseException) -> tuple[StoreReadError, float]:
         """Return the error to raise for an error of obstore, and the number of retries; inf: those in RETRY_SECONDS."""

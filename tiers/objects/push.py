@@ -14,7 +14,7 @@ from typing import Any
 from moetier.tiers.errors import MissingExpertError, StoreError, TargetExistsError
 from moetier.tiers.manifest import TRUNK_NAME
 from moetier.tiers.store.atomic import read_errors
-from moetier.tiers.store.checksum import PIECE_BYTES, crc32c
+from moetier.tiers.store.checksum import READ_PIECE_BYTES, crc32c
 from moetier.tiers.store.folder import (
     GROUP,
     MAX_JSON_BYTES,
@@ -67,7 +67,7 @@ def push(directory: Path, address: str, progress: Progress, *, overwrite: bool =
         with progress(total) as advance:
             for name in missing:
                 pieces = _pieces(directory / name, advance)
-                objects.put(name, b"".join(pieces) if sizes[name] <= PIECE_BYTES else pieces)
+                objects.put(name, b"".join(pieces) if sizes[name] <= READ_PIECE_BYTES else pieces)
         objects.put(MANIFEST, data)
         objects.delete(PUSH)
         return total
@@ -172,6 +172,6 @@ def _leftovers(stored: Collection[str], wanted: Iterable[str]) -> set[str]:
 
 def _pieces(path: Path, advance: Advance) -> Iterator[bytes]:
     with read_errors(path), path.open("rb", buffering=0) as stream:
-        while piece := stream.read(PIECE_BYTES):
+        while piece := stream.read(READ_PIECE_BYTES):
             yield piece
             advance(len(piece))

@@ -168,7 +168,7 @@ class DirectoryStore(Store, Scrubbable):
         """
         if crc is None:
             crc = crc32c(buffer[:-CHECKSUM_BYTES])
-        if (known := self.manifest.checksums(key.block)) and crc != known[key.expert]:
+        if not self.manifest.has_record(key, crc):
             cause = f"{self.manifest.model}, {key}: checksum mismatch in {self._source(key)}."
             raise ChecksumError(cause, self.fix)
         buffer[-CHECKSUM_BYTES:] = checksum_bytes(crc)

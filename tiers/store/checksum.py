@@ -11,7 +11,12 @@ from crc32c import crc32c as crc32c
 
 from moetier.tiers.layout import CHECKSUM_BYTES
 
-PIECE_BYTES = 8 << 20  # size of the pieces in which a file or a record is read or written, and checksummed
+READ_PIECE_BYTES = 8 << 20  # size of the pieces in which a file or a record is read or written, and checksummed
+
+
+def stored_checksum(slot: memoryview) -> int:
+    """Return the checksum that a slot has behind its record."""
+    return int.from_bytes(slot[-CHECKSUM_BYTES:], "little")
 
 
 def checksum_bytes(crc: int) -> bytes:

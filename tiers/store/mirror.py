@@ -12,7 +12,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -103,7 +103,7 @@ class MirroredStore(WrapperStore):
         """
         if damaged:
             return ExpertStore.open(location, damaged=True)
-        directory = store_folder(location).parent
+        directory, digest = store_folder(location).parent, cls.read_manifest(location).digest
         try:
             listed = read_mirrors(directory)
         except StoreError as error:
@@ -113,7 +113,7 @@ class MirroredStore(WrapperStore):
             mirrors = []
             for path in listed:
                 try:
-                    with closed_on_error(open_mirror(path, cls.read_manifest(location).digest)) as mirror:
+                    with closed_on_error(open_mirror(path, digest)) as mirror:
                         _check(mirror)
                 except StoreError as error:
                     _log.warning("The mirror %s of %s is not used: %s", path, directory, error.cause)
@@ -166,7 +166,7 @@ class MirroredStore(WrapperStore):
             else:
                 with self._lock:
                     for copy in used:
-                        copy.failures = 0
+                        copy.note_success()
 
     def close(self) -> None:
         """Wait for the reads in progress, and close all copies."""
@@ -185,47 +185,53 @@ class MirroredStore(WrapperStore):
         crc: int,
     ) -> int:
         """Read a part of a record, and add the copies from which it was read to ``used``. See ``ReadPart``."""
-        shares = self._share(key, len(part))
-        used.update(copy for copy, _ in shares)
-        reads, first = [], 0
-        for copy, length in shares:
-            for begin in range(first, first + length, piece):
-                end = min(begin + piece, first + length)
-                read = partial(self._read, copy, key, start + begin, part[begin:end])
-                reads.append(Read(copy.store.pool, read, payload[begin:end]))
-            first += length
-        try:
+        with self._queued(key, len(part)) as shares:
+            used.update(copy for copy, _ in shares)
+            reads, first = [], 0
+            for copy, length in shares:
+                for begin in range(first, first + length, piece):
+                    end = min(begin + piece, first + length)
+                    read = partial(self._read, copy, key, start + begin, part[begin:end])
+                    reads.append(Read(copy.store.pool, read, payload[begin:end]))
+                first += length
             return run_reads(reads, crc)
+
+    @contextlib.contextmanager
+    def _queued(self, key: ExpertKey, length: int) -> Iterator[list[tuple[_Copy, int]]]:
+        """Yield the shares of ``_share``. They count as queued until the ``with`` block ends."""
+        with self._lock:
+            shares = self._share(key, length)
+            for copy, share in shares:
+                copy.queue(share)
+        try:
+            yield shares
         finally:
             with self._lock:
-                for copy, length in shares:
-                    copy.queued -= length
+                for copy, share in shares:
+                    copy.queue(-share)
 
     def _share(self, key: ExpertKey, length: int) -> list[tuple[_Copy, int]]:
         """Divide ``length`` bytes between the two copies that would finish first, so that both finish at the same time.
 
         Returns each copy with its number of bytes. If the second copy would get less than LEAST_BYTES, the first copy
         gets all bytes. A copy that was not read for STALE seconds takes the place of the second, so that its rate is
-        measured again. Such a copy gets at least LEAST_BYTES, or all bytes if ``length`` is less than that.
+        measured again. Such a copy gets at least LEAST_BYTES, or all bytes if ``length`` is less than that. The caller
+        holds ``_lock``.
         """
-        with self._lock:
-            now = time.monotonic()
-            usable = [copy for copy in self._copies if copy.may_read(key, now)] or self._copies
-            first, *others = sorted(usable, key=lambda copy: copy.seconds(length))
-            stale = [copy for copy in others if copy.is_stale(now)]
-            shares = [(first, length)]
-            if others:
-                second = (stale or others)[0]
-                seconds = (first.queued + second.queued + length) / (first.rate + second.rate)
-                rest = length - max(round((seconds * first.rate - first.queued) / PAGE) * PAGE, LEAST_BYTES)
-                if stale:
-                    rest = min(max(rest, LEAST_BYTES), length)
-                if rest >= LEAST_BYTES or stale:
-                    shares = [(first, length - rest), (second, rest)]
-            shares = [(copy, share) for copy, share in shares if share]
-            for copy, share in shares:
-                copy.queued += share
-            return shares
+        now = time.monotonic()
+        usable = [copy for copy in self._copies if copy.may_read(key, now)] or self._copies
+        first, *others = sorted(usable, key=lambda copy: copy.seconds(length))
+        stale = [copy for copy in others if copy.is_stale(now)]
+        shares = [(first, length)]
+        if others:
+            second = (stale or others)[0]
+            seconds = (first.queued + second.queued + length) / (first.rate + second.rate)
+            rest = length - max(round((seconds * first.rate - first.queued) / PAGE) * PAGE, LEAST_BYTES)
+            if stale:
+                rest = min(max(rest, LEAST_BYTES), length)
+            if rest >= LEAST_BYTES or stale:
+                shares = [(first, length - rest), (second, rest)]
+        return [(copy, share) for copy, share in shares if share]
 
     def _read(self, copy: _Copy, key: ExpertKey, start: int, part: memoryview) -> None:
         """Read bytes of a record from one copy into ``part``, beginning ``start`` bytes after the start of the record.
@@ -285,13 +291,7 @@ class MirroredStore(WrapperStore):
     def _fail(self, copy: _Copy, key: ExpertKey, error: StoreError) -> None:
         """Note that a read from a copy has failed. After FAILURES failures in a row, set the copy aside for a while."""
         with self._lock:
-            if isinstance(error, ChecksumError):
-                copy.damaged.add(key)
-            copy.failures += 1
-            now = time.monotonic()
-            rests = copy.failures >= FAILURES and now >= copy.rests_until
-            if rests:
-                copy.rests_until = now + REST
+            rests = copy.note_failure(key, error, time.monotonic())
         if rests:
             _log.warning("%s is set aside for %.0f s: %s", copy.store.folder.parent, REST, error.cause)
 
@@ -319,6 +319,23 @@ class _Copy:
     def seconds(self, length: int) -> float:
         """Return how many seconds it would take to read the queued bytes and ``length`` more bytes."""
         return (self.queued + length) / self.rate
+
+    def queue(self, nbytes: int) -> None:
+        """Count ``nbytes`` more that are yet to be read. A negative number counts bytes that need no longer be read."""
+        self.queued += nbytes
+
+    def note_success(self) -> None:
+        """Note that a whole record was read."""
+        self.failures = 0
+
+    def note_failure(self, key: ExpertKey, error: StoreError, now: float) -> bool:
+        """Note that a read failed at the time ``now``. Return whether the copy is set aside from now on."""
+        if isinstance(error, ChecksumError):
+            self.damaged.add(key)
+        self.failures += 1
+        if rests := self.failures >= FAILURES and now >= self.rests_until:
+            self.rests_until = now + REST
+        return rests
 
     def begin(self, now: float) -> None:
         """Note that a read begins at the time ``now``."""

@@ -26,7 +26,7 @@ from moetier.tiers.source import interruptible_bytes
 
 from .atomic import read_errors
 from .base import DirectoryStore, Pause
-from .checksum import PIECE_BYTES, crc32c
+from .checksum import READ_PIECE_BYTES, crc32c, stored_checksum
 from .folder import CACHE, METADATA, MIRRORS, check_array, command, has_store, is_cache, read_manifest, store_folder
 from .shard import (
     REPAIR,
@@ -163,7 +163,12 @@ class ExpertStore(DirectoryStore):
         if self.manifest.record_checksums:
             return
         check = threading.Thread(target=self._compare_digest, name="moetier-digest", daemon=True)
-        check.start()
+        try:
+            check.start()
+        except RuntimeError as error:
+            raise StoreReadError(
+                f"The digest of {self.manifest.model} can't be checked: {error}.", "End other processes, and try again."
+            ) from error
         self._digest_check = check
         self._digest_check.join(DIGEST_SECONDS)
         if self._fault.done():
@@ -245,12 +250,12 @@ class ExpertStore(DirectoryStore):
         ``view`` has the record and the stored checksum; ``crc`` is the CRC-32C of the record. Raises ChecksumError if
         they differ.
         """
-        if crc != int.from_bytes(view[-CHECKSUM_BYTES:], "little"):
+        if crc != stored_checksum(view):
             raise ChecksumError(
                 f"{_expert(self.manifest, key)}: checksum mismatch in {self.path(key.block)}.",
                 f"{REPAIR} {command('verify', self.directory)} lists everything that is damaged.",
             )
-        if (checksums := self.manifest.checksums(key.block)) and crc != checksums[key.expert]:
+        if not self.manifest.has_record(key, crc):
             path = self.path(key.block)
             raise foreign_record(f"{_expert(self.manifest, key)}: its record in {path}", path)
 
@@ -310,7 +315,7 @@ def read_in_pieces(view: memoryview, pause: Pause | None, read_part: ReadPart) -
         start = stop
         if start < len(view) and not pause():
             pause = None  # read the rest in one part
-    return read_part(start, view[start:], payload[start:], PIECE_BYTES, crc) if start < len(view) else crc
+    return read_part(start, view[start:], payload[start:], READ_PIECE_BYTES, crc) if start < len(view) else crc
 
 
 def run_reads(reads: Sequence[Read], crc: int) -> int:

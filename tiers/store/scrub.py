@@ -8,9 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 
 from moetier.tiers.errors import ChecksumError, StoreError
-from moetier.tiers.layout import CHECKSUM_BYTES, ExpertKey
+from moetier.tiers.layout import ExpertKey
 
 from .base import DirectoryStore
+from .checksum import stored_checksum
 from .scrubbable import Problem
 
 READS = 8  # number of parallel reads, enough to keep a disk busy
@@ -56,7 +57,7 @@ def checksums(store: DirectoryStore) -> Iterator[tuple[ExpertKey, int | StoreErr
         try:
             slot = buffer[: store.layout(key.block).slot_bytes]
             store.read_into(key, slot)
-            return int.from_bytes(slot[-CHECKSUM_BYTES:], "little")
+            return stored_checksum(slot)
         except StoreError as error:
             return error
         finally:

@@ -12,7 +12,7 @@ from moetier.tiers.headers.safetensors import SafetensorsEntry, parse_header, re
 from moetier.tiers.manifest import MAX_BYTES, TRUNK_NAME, FileSum, Manifest
 
 from .atomic import read_errors
-from .checksum import PIECE_BYTES, crc32c
+from .checksum import READ_PIECE_BYTES, crc32c
 from .folder import MAX_JSON_BYTES, parse_json, read_json, remaking
 
 INDEX = "model.safetensors.index.json"
@@ -192,7 +192,7 @@ def read_pieces(descriptor: int, *, cached: bool = False) -> Iterator[memoryview
 
     Unless ``cached`` is true, the file is first dropped from the page cache, so that it is read from the disk.
     """
-    buffer = memoryview(bytearray(min(PIECE_BYTES, max(os.fstat(descriptor).st_size, 1))))
+    buffer = memoryview(bytearray(min(READ_PIECE_BYTES, max(os.fstat(descriptor).st_size, 1))))
     if not cached:
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     position = 0

@@ -29,7 +29,7 @@ from moetier.tiers.layout import CHECKSUM_BYTES
 from moetier.tiers.manifest import FileSum, Manifest
 
 from .atomic import PARTIAL, LargeFile, disk_errors, large_file, make_folders, sync_folder, write_durably
-from .checksum import PIECE_BYTES, checksum_bytes, crc32c
+from .checksum import READ_PIECE_BYTES, checksum_bytes, crc32c
 from .folder import METADATA, PLAN, read_plan
 from .shard import ShardFile, store_digest
 
@@ -180,8 +180,8 @@ class ShardWriter:
         assert self.written < self._file.experts
         assert len(data) == self._file.slot_bytes - CHECKSUM_BYTES, f"{len(data)} bytes are no record"
         crc = 0
-        for start in range(0, len(data), PIECE_BYTES):
-            piece = data[start : start + PIECE_BYTES]
+        for start in range(0, len(data), READ_PIECE_BYTES):
+            piece = data[start : start + READ_PIECE_BYTES]
             crc = crc32c(piece, crc)
             self._stream.write(piece)
         self._stream.write(checksum_bytes(crc))

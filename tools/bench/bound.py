@@ -89,9 +89,14 @@ def misses_of(routing: Routing, partitions: Sequence[Partition], policy: str = D
 
 
 def need_of(manifest: Manifest, routing: Routing, measured: int, slots: Mapping[str, int], trunk: float) -> Need:
-    """Return the bytes that one of the last ``measured`` steps of ``routing`` needs, on average.
+    """Return the mean bytes that a step of ``routing`` reads and multiplies with.
 
-    ``slots``: slots of the cache by zarr array; ``trunk``: bytes of the trunk that a step multiplies with.
+    Args:
+        manifest: the manifest of the store.
+        routing: the experts that the routers choose.
+        measured: number of steps at the end of ``routing`` over which the mean is taken. Earlier steps fill the cache.
+        slots: slots of the cache by zarr array.
+        trunk: bytes of the trunk that a step multiplies with.
     """
     sizes = [manifest.layout(block).slot_bytes for block in range(len(manifest.blocks))]
     payloads = [manifest.layout(block).payload_bytes for block in range(len(manifest.blocks))]

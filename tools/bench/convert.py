@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from moetier.runtime.config import OPTIONS, format_bytes
+from moetier.runtime.config import TIER_OPTIONS, format_bytes
 from moetier.tiers.errors import CheckpointError
 from moetier.tiers.layout import BITS
 from moetier.tiers.options import COUNT
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers", type=COUNT, metavar="N", help="experts that are quantised at a time, as in moetier convert"
     )
-    add_option(parser, OPTIONS["threads"])
+    add_option(parser, TIER_OPTIONS["threads"])
     add_bench_arguments(parser)
 
 

@@ -8,7 +8,7 @@ from functools import partial
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
-from moetier.runtime.config import OPTIONS
+from moetier.runtime.config import TIER_OPTIONS
 from moetier.tiers.layout import BITS, Bits, Projection, RecordLayout
 from moetier.tiers.options import COUNT, SECONDS
 from moetier.tools.cli.arguments import add_option
@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seconds", type=SECONDS, default=0.3, metavar="S", help="seconds per multiplication (default: %(default)s)"
     )
-    add_option(parser, OPTIONS["threads"])
+    add_option(parser, TIER_OPTIONS["threads"])
     add_bench_arguments(parser)
 
 

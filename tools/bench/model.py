@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from moetier.runtime.config import OPTIONS, Size, format_bytes
+from moetier.runtime.config import TIER_OPTIONS, Size, format_bytes
 from moetier.runtime.machine.memory import machine_memory
 from moetier.tiers.cache.budget import slots_for, smallest_budget
 from moetier.tiers.errors import BudgetError
@@ -51,7 +51,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="memory limit of the control group that each run is in; may be repeated (default: none)",
     )
     add_token_arguments(parser)
-    add_option(parser, OPTIONS["threads"])
+    add_option(parser, TIER_OPTIONS["threads"])
     add_bench_arguments(parser)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from moetier.runtime.config import COMMAND_OPTIONS, MEMORY, OF_HOST_TIER, OPTIONS, Size, TierConfig
+from moetier.runtime.config import COMMAND_OPTIONS, MEMORY, OF_HOST_TIER, TIER_OPTIONS, Size, TierConfig
 from moetier.runtime.generation.decoding import DECODING, ONE_SEQUENCE, SAMPLING, penalties_of, sampling_of
 from moetier.runtime.wire.address import CREDENTIALS, Credentials
 from moetier.tiers.options import Option
@@ -17,7 +17,7 @@ from .parser import checked
 
 def _in_groups(*titles: str) -> tuple[str, ...]:
     """Return the names of the options of TierConfig that --help lists under ``titles``."""
-    return tuple(name for name, option in OPTIONS.items() if option.group in titles)
+    return tuple(name for name, option in TIER_OPTIONS.items() if option.group in titles)
 
 
 RESOURCES = _in_groups(MEMORY, "daemon")
@@ -92,18 +92,20 @@ def add_resource_arguments(parser: argparse.ArgumentParser, *, context: str = ""
     ``context`` replaces the help text of --context.
     """
     changed = {
-        name: replace(OPTIONS[name], help=f"{OPTIONS[name].help}. No effect if a local daemon holds the experts")
+        name: replace(
+            TIER_OPTIONS[name], help=f"{TIER_OPTIONS[name].help}. No effect if a local daemon holds the experts"
+        )
         for name in OF_HOST_TIER
     }
     if context:
-        changed["context"] = replace(OPTIONS["context"], help=context)
-    add_options(parser, [changed.get(name, OPTIONS[name]) for name in RESOURCES])
+        changed["context"] = replace(TIER_OPTIONS["context"], help=context)
+    add_options(parser, [changed.get(name, TIER_OPTIONS[name]) for name in RESOURCES])
     add_credentials(parser)
 
 
 def add_speculation_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options whose names are in SPECULATION."""
-    add_options(parser, [OPTIONS[name] for name in SPECULATION])
+    add_options(parser, [TIER_OPTIONS[name] for name in SPECULATION])
 
 
 def resources_of(arguments: argparse.Namespace, **more: Any) -> dict[str, Any]:
@@ -116,7 +118,7 @@ def resources_of(arguments: argparse.Namespace, **more: Any) -> dict[str, Any]:
     where = TierConfig.of(daemon=arguments.daemon)
     unused: dict[str, Any] = {}
     if where.mapped is not None:
-        unused = {name: OPTIONS[name].default for name in OF_HOST_TIER}
+        unused = {name: TIER_OPTIONS[name].default for name in OF_HOST_TIER}
     if not where.remote:
         unused |= {option.name: option.default for option in CREDENTIALS.values()}
     for name, default in unused.items():

@@ -52,14 +52,14 @@ class DaemonWatch:
     def __init__(self, tiers: Tiers) -> None:
         self._tiers = tiers
         self._before = _look(tiers)
-        self._connections = tiers.daemon.connections if tiers.daemon is not None else 0
+        self._connections = tiers.origin.daemon.connections if tiers.origin.daemon is not None else 0
 
     def end(self) -> DaemonReads | None:
         """Return how the daemon's counters have changed since this object was made.
 
         Returns None if this process maps no daemon's memory.
         """
-        if (daemon := self._tiers.daemon) is None:
+        if (daemon := self._tiers.origin.daemon) is None:
             return None
         (was, before, clients), (now, after, clients_now) = self._before, _look(self._tiers)
         is_counted, away = bool(was and now), daemon.away
@@ -80,10 +80,13 @@ def _look(tiers: Tiers) -> tuple[tuple[int, ...], int, int]:
 
     The identity is (process id, start in ms since 1970). Returns (), 0, 0 if no daemon answers.
     """
-    if tiers.daemon is not None:
+    if tiers.origin.daemon is not None:
         from moetier.runtime.wire.probe import probe
 
-        with contextlib.suppress(MoetierError), probe(tiers.daemon.address, timeout=COUNTERS_TIMEOUT) as connected:
+        with (
+            contextlib.suppress(MoetierError),
+            probe(tiers.origin.daemon.address, timeout=COUNTERS_TIMEOUT) as connected,
+        ):
             described, stats = connected.describe(), connected.stats()
             for model in stats.models:
                 if model.digest == tiers.manifest.digest:

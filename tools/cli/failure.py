@@ -112,11 +112,11 @@ def as_options(text: str) -> str:
 @cache
 def _parameters() -> dict[str, str]:
     """Return the options of the parameters of ``load``, as errors write both: "credentials.ca" -> "tls_ca"."""
-    from moetier.runtime.config import CACHE, OPTIONS
+    from moetier.runtime.config import CACHE, TIER_OPTIONS
     from moetier.runtime.wire.address import CREDENTIALS
 
     of_credentials = {f"credentials.{field}": option.name for field, option in CREDENTIALS.items()}
-    return {name: name for name in (*OPTIONS, *CACHE)} | of_credentials
+    return {name: name for name in (*TIER_OPTIONS, *CACHE)} | of_credentials
 
 
 class PlainFormatter(logging.Formatter):

@@ -86,7 +86,7 @@ def summary(timing: Timing, tiers: Tiers, reads: DaemonReads | None, *, load: fl
     waits = tier_json(stats[-1], timing)["wait_share"]
     lines = [line("load", f"{load:.2f} s"), *_rates(timing)]
     lines.append(line("hits", f"{hits}; waiting for misses took {waits:.1%} of the time"))
-    if tiers.daemon is None:
+    if tiers.origin.daemon is None:
         tokens = timing.prompt_tokens + timing.new_tokens
         nbytes = stats[0].bytes_in
         lines.append(line("read", f"{format_bytes(nbytes)}, {format_bytes(nbytes / max(tokens, 1))} a token"))
@@ -105,7 +105,7 @@ def details(timing: Timing, tiers: Tiers) -> str:
     lines = [line("experts", f"of {tiers.where}"), tier_table(timing, stats)]
     if tiers.speculation is not None:
         lines += _predictions(tiers.speculation.stats(), stats)
-    if tiers.learns:
+    if tiers.origin.learner is not None:
         host = stats[0]
         lines.append(line("preloaded", f"{host.warmed} experts, {host.recalled} of them used"))
     return "\n".join(lines)
@@ -116,7 +116,7 @@ def run_json(timing: Timing, tiers: Tiers, reads: DaemonReads | None = None) -> 
     return {
         "experts": tiers.where,
         "daemon": None if reads is None else asdict(reads),
-        "shares": [asdict(share) for share in tiers.shares()],
+        "shares": [asdict(share) for share in tiers.origin.shares()],
         **timing.to_json(),
         "tiers": {stats.name: tier_json(stats, timing) for stats in tiers.stats()},
         "speculation": tiers.speculation.stats().to_json() if tiers.speculation is not None else None,
@@ -182,7 +182,7 @@ def _rates(timing: Timing) -> list[str]:
 def _sources(tiers: Tiers, reads: DaemonReads | None) -> list[str]:
     """Return lines about the daemons that records came from, and about lost connections to them."""
     lines = [] if reads is None else [line("daemon", reads.text())]
-    for share in tiers.shares():
+    for share in tiers.origin.shares():
         text = f"{share.records} records, {format_bytes(share.bytes)}, from {share.place}"
         if share.away:
             text += f", which can't be reached: {share.away.removesuffix('.')}"

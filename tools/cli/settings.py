@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moetier.runtime.config import CACHE, OPTIONS
+from moetier.runtime.config import CACHE, TIER_OPTIONS
 from moetier.runtime.libraries.torch_stand_ins import LEAN
 from moetier.tiers.addresses import HTTP_AUTHORIZATION
 from moetier.tiers.errors import ConfigError, MoetierError
@@ -28,7 +28,7 @@ GENERAL = "general"  # the section for all commands
 REFERENCE = "generate"  # the command whose options the keys of GENERAL are
 # keys of GENERAL; they also apply to options of other commands that have the same name, type and choices
 GENERAL_KEYS = [
-    name.replace("_", "-") for name in (*(name for name, option in OPTIONS.items() if option.is_setting), *CACHE)
+    name.replace("_", "-") for name in (*(name for name, option in TIER_OPTIONS.items() if option.is_setting), *CACHE)
 ]
 CONFIG, LOG = "MOETIER_CONFIG", "MOETIER_LOG"
 # of moetier, and no settings

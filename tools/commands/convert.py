@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from moetier.tools.cli.arguments import add_options
 from moetier.tools.cli.parser import checked, local_folder
-from moetier.tools.convert.options import OPTIONS, Options
+from moetier.tools.convert.options import CONVERT_OPTIONS, Options
 
 if TYPE_CHECKING:
     from moetier.tools.convert.conversion import ConversionReport
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that `moetier convert` and `moetier pull` share."""
-    add_options(parser, OPTIONS.values())
+    add_options(parser, CONVERT_OPTIONS.values())
     parser.add_argument("--json", action="store_true", help="print one JSON object on standard output")
 
 
@@ -72,7 +72,7 @@ def options_of(arguments: argparse.Namespace) -> dict[str, Any]:
 
         import moetier.tools.convert.convert  # noqa: F401
 
-    options = {name: getattr(arguments, name) for name in OPTIONS}
+    options = {name: getattr(arguments, name) for name in CONVERT_OPTIONS}
     with checked():
         Options(**options)
     return options

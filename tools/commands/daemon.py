@@ -6,7 +6,7 @@ import argparse
 import importlib.util
 import os
 
-from moetier.runtime.daemon.daemon_config import OPTIONS, DaemonConfig
+from moetier.runtime.daemon.daemon_config import DAEMON_OPTIONS, DaemonConfig
 from moetier.tools.cli.arguments import add_options
 from moetier.tools.cli.parser import checked, directory
 
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="model directories, names of pulled models, folders of checkpoints, GGUF files, or addresses in an object "
         "store",
     )
-    add_options(parser, OPTIONS.values())
+    add_options(parser, DAEMON_OPTIONS.values())
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -49,6 +49,8 @@ def run(arguments: argparse.Namespace) -> int:
                 "Give the number of a descriptor that the daemon inherits.",
             ) from None
     with checked():
-        config = DaemonConfig.of(tuple(arguments.directories), **{name: getattr(arguments, name) for name in OPTIONS})
+        config = DaemonConfig.of(
+            tuple(arguments.directories), **{name: getattr(arguments, name) for name in DAEMON_OPTIONS}
+        )
     log_to_stderr()
     return serve(config)

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from moetier.runtime.config import CACHE, OPTIONS, format_bytes
+from moetier.runtime.config import CACHE, TIER_OPTIONS, format_bytes
 from moetier.tools.cli.arguments import add_option, add_prefill_argument, numbers
 from moetier.tools.cli.failure import plain
 from moetier.tools.cli.parser import source
@@ -44,8 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trunk-bits", type=numbers, metavar="N,...", help="bits per weight of everything else (default: 16,8,4)"
     )
-    ram = replace(OPTIONS["ram"], help="host memory for experts (default: as much as generate would use)")
-    for option in (ram, *(OPTIONS[name] for name in RESOURCES[1:])):
+    ram = replace(TIER_OPTIONS["ram"], help="host memory for experts (default: as much as generate would use)")
+    for option in (ram, *(TIER_OPTIONS[name] for name in RESOURCES[1:])):
         add_option(parser, option)
     add_prefill_argument(parser)
     parser.add_argument(

@@ -18,7 +18,7 @@ EXAMPLES = (
     "moetier ray s3://bucket/mixtral-4bit --ram 64GiB --threads 16 --max-replicas 4",
 )
 
-PORT = Number(int, 1, 65535, "Give 1 to 65535.")
+PORT = Number(int, 1, 65535)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

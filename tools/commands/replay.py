@@ -19,7 +19,7 @@ EXAMPLES = (
     "moetier replay trace.npz --slots 2,4 --policy lru,lrfu --record 84MiB --disk 3.5",
 )
 
-SLOTS = Number(int, 1, 32_767, "Give 1 to 32,767.")
+SLOTS = Number(int, 1, 32_767)
 RATE = Number(float, TINY, 1e6, "Give a speed in GB/s: more than 0, and 1,000,000 at most.")
 MILLISECONDS = Number(float, 0, 1e6, "Give 0 to 1,000,000 milliseconds.")
 

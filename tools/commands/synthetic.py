@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moetier.runtime.config import OPTIONS, format_bytes
+from moetier.runtime.config import TIER_OPTIONS, format_bytes
 from moetier.runtime.generation.decoding import DECODING
 from moetier.tiers.options import COUNT
 from moetier.tools.cli.arguments import add_option
@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also convert the checkpoint to 4 bits, by rounding, into DIR; compare its routing with that of a trained "
         "model",
     )
-    add_option(parser, OPTIONS["threads"])
+    add_option(parser, TIER_OPTIONS["threads"])
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 

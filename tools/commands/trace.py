@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moetier.runtime.config import OPTIONS
+from moetier.runtime.config import TIER_OPTIONS
 from moetier.tiers.errors import TargetError, TargetExistsError
 from moetier.tiers.options import MOST, Number
 from moetier.tools.cli.arguments import add_decoding_arguments, add_resource_arguments, decoding_of, resources_of
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Run the command. Raises MoetierError."""
     # without speculation, because a recording need not be fast; --look-ahead is an option of the recorder
-    resources = resources_of(arguments, speculate="off", look_ahead=OPTIONS["look_ahead"].default)
+    resources = resources_of(arguments, speculate="off", look_ahead=TIER_OPTIONS["look_ahead"].default)
     decoding = decoding_of(arguments)
     prompts = read_prompts(arguments.prompts)
     _check_target(arguments.output, force=arguments.force)

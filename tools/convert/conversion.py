@@ -29,7 +29,7 @@ from moetier.tools.convert.model_files import free_bytes, nearest_folder
 
 from .conversion_plan import ConversionPlan, Stage, stages
 from .encoder import INTERPRETER_BYTES, Encoder, MatrixRecord
-from .options import NATIVE, OPTIONS, Options
+from .options import CONVERT_OPTIONS, NATIVE, Options
 from .streaming import Download
 from .target import Target, small_files
 
@@ -80,7 +80,7 @@ class Conversion:
         small = small_files(checkpoint, manifest.bits, options.trunk_bits, planned.blueprint.dtype, trunk)
         target = Target(folder, manifest, trunk, small, passing=download is not None)
         command = ["moetier", *(resuming or ("convert", checkpoint.source, str(folder.resolve())))]
-        given = ((name, option, getattr(options, name)) for name, option in OPTIONS.items() if option.resumes)
+        given = ((name, option, getattr(options, name)) for name, option in CONVERT_OPTIONS.items() if option.resumes)
         command += command_words((name, value) for name, option, value in given if value != option.default)
         return cls(checkpoint, planned, target, encoder, options, list(matrices.values()), command, download, quiet)
 

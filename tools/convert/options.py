@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from moetier.runtime.config import OPTIONS as TIER_OPTIONS
+from moetier.runtime.config import TIER_OPTIONS
 from moetier.tiers.errors import ConfigError
 from moetier.tiers.layout import BITS, GROUPS, PAIR_TYPES, TRUNK_BITS, Bits
 from moetier.tiers.options import COUNT, option, option_like, options_of
@@ -87,7 +87,7 @@ class Options:
     def __post_init__(self) -> None:
         from moetier.tiers.quant.codec import group_and_pairs
 
-        for name, declaration in OPTIONS.items():
+        for name, declaration in CONVERT_OPTIONS.items():
             declaration.read(getattr(self, name))
         fast = self.fast and self.trunk_bits == 16
         bits = 16 if self.bits == NATIVE else self.bits or DEFAULT_BITS
@@ -99,4 +99,4 @@ class Options:
         group_and_pairs(bits, self.group_size, self.pairs)
 
 
-OPTIONS = options_of(Options)
+CONVERT_OPTIONS = options_of(Options)

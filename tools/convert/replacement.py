@@ -175,7 +175,10 @@ def replace_model(conversion: Conversion) -> ConversionReport:
         command=[*conversion.command, "--overwrite"],
     )
     if has_manifest(new) and not (new / JOURNAL).exists():
-        raise TargetExistsError(f"{new} holds a model.", f"Move it elsewhere: the model for {folder} is made there.")
+        raise TargetExistsError(
+            f"{new}, where the new model for {folder} is made before it takes its place, holds another model.",
+            f"Move {new} elsewhere.",
+        )
     try:
         complete = making.target.is_complete()
     except TargetExistsError:

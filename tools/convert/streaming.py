@@ -48,7 +48,7 @@ from moetier.tools.cli.progress import Progress
 
 from .conversion_plan import Stage
 
-GRACE = 15.0  # seconds to wait for a download that was told to stop; huggingface_hub gives up a silent hub after 10
+DOWNLOAD_GRACE = 15.0  # seconds for a download that was told to stop; huggingface_hub gives a silent hub up after 10
 MIN_START = 8 + len("{}")  # least number of bytes before a file's tensors: the header's length, and an empty header
 
 
@@ -141,7 +141,7 @@ class Download:
                 self._release([path])
         finally:
             self._halted.set()
-            wait([self._next] if self._next else [], GRACE)
+            wait([self._next] if self._next else [], DOWNLOAD_GRACE)
 
     # what is to be downloaded
 
@@ -198,7 +198,7 @@ class Download:
         link = path.with_name(path.name + PARTIAL)
         link.unlink(missing_ok=True)
         link.symlink_to(file.absolute())
-        self._check_halted()  # after GRACE seconds stream() returns, and another conversion may use the folder
+        self._check_halted()  # after DOWNLOAD_GRACE seconds stream() returns, and another conversion may use the folder
         link.rename(path)
         sync_folder(path.parent)
 

@@ -48,7 +48,7 @@ def _of_experts(name: str, manifest: Manifest) -> str:
 
 
 # options that can be told from a manifest: the fields that an option affects, its description, and how to get its value
-OPTIONS: tuple[tuple[set[str], str, Callable[[Manifest], str]], ...] = (
+COMPARED_OPTIONS: tuple[tuple[set[str], str, Callable[[Manifest], str]], ...] = (
     ({"layouts"}, "experts of {} bits", partial(_of_experts, "bits")),
     ({"layouts"}, "experts in groups of {}", partial(_of_experts, "group")),
     ({"layouts"}, "scales of experts in {}", partial(_of_experts, "pairs")),
@@ -66,7 +66,7 @@ def difference(earlier: Manifest, asked: Manifest) -> str:
         return f"it is of {earlier.model}, not of {asked.model}"
     rest = [field.name for field in fields(asked) if getattr(earlier, field.name) != getattr(asked, field.name)]
     said = []
-    for names, option, of in OPTIONS:
+    for names, option, of in COMPARED_OPTIONS:
         if names & set(rest) and (old := of(earlier)) != (new := of(asked)):
             said.append(f"it has {option.format(old)}, not {new}")
             rest = [field for field in rest if field not in names]  # the option explains these fields

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moetier.tiers.source import LOADERS
-from moetier.tiers.store.checksum import PIECE_BYTES
+from moetier.tiers.store.checksum import READ_PIECE_BYTES
 from moetier.tiers.store.folder import GROUP
 from moetier.tiers.store.shard import ShardFile
 
@@ -38,7 +38,7 @@ def cold_start(folder: Path) -> dict[str, Any] | None:
             chosen, done = random.Random(seed), 0
             while not done or time.monotonic() < stop:
                 file = ShardFile.of(Path(GROUP), manifest, chosen.randrange(len(manifest.blocks)))
-                view = memoryview(bytearray(min(file.slot_bytes, PIECE_BYTES)))
+                view = memoryview(bytearray(min(file.slot_bytes, READ_PIECE_BYTES)))
                 store.objects.read(file.path.as_posix(), chosen.randrange(file.experts) * file.slot_bytes, view)
                 done += len(view)
             return done

@@ -24,7 +24,7 @@ import numpy as np
 from moetier.runtime.kernels.layer.paged_cache import PAGE
 from moetier.runtime.model.names import tag_of
 from moetier.tiers.manifest import Manifest
-from moetier.tiers.store.checksum import PIECE_BYTES
+from moetier.tiers.store.checksum import READ_PIECE_BYTES
 from moetier.tools.cli.failure import as_options
 from moetier.tools.traces.simulation import all_partitions
 
@@ -156,7 +156,7 @@ def token_cost(choice: Choice, caching: Caching, rates: MachineRates, cache_byte
     for number, block in enumerate(choice.manifest.blocks):
         layout = choice.manifest.layout(number)
         absent = block.top_k * (1 - caching.hit_ratios[number])
-        pieces = -(-layout.slot_bytes // PIECE_BYTES)
+        pieces = -(-layout.slot_bytes // READ_PIECE_BYTES)
         misses += absent
         missing += absent * layout.slot_bytes
         disk += absent * layout.slot_bytes / rates.disk.at(absent * pieces)

@@ -53,7 +53,10 @@ class MachineRoom:
 
 @dataclass(frozen=True)
 class Fit:
-    """Slots and bytes of a choice on this machine. If it can't work, ``problem`` says why, and there are no slots."""
+    """The slots and the memory that a choice would have on this machine.
+
+    If disk or memory is too small for it, ``problem`` is the error, ``slots`` is empty and ``device_slots`` is None.
+    """
 
     choice: Choice
     needs: Needs

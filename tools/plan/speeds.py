@@ -11,7 +11,7 @@ from pathlib import Path
 from moetier.runtime.formats.tensors import StoredTensor
 from moetier.tiers.layout import ROW_TILE, Bits, RecordLayout
 from moetier.tiers.source import LOADERS
-from moetier.tiers.store.checksum import PIECE_BYTES
+from moetier.tiers.store.checksum import READ_PIECE_BYTES
 from moetier.tiers.store.folder import GROUP, is_cache
 from moetier.tools.rates.products import (
     TIMES,
@@ -64,7 +64,7 @@ class MachineRates:
     operation: float  # seconds of an operation of torch on a few numbers
 
     def seconds(self, nbytes: float, bits: Bits, rows: float) -> float:
-        """Return the seconds of products of ``rows`` rows with ``nbytes`` of weights that are stored in ``bits``."""
+        """Return the seconds that it takes to multiply ``rows`` tokens with ``nbytes`` of weights of ``bits`` bits."""
         return max(nbytes / self.one_row[bits], nbytes * rows / self.many_rows[bits])
 
     @classmethod
@@ -125,7 +125,7 @@ def _disk_rate(model_choices: ModelChoices, choices: Sequence[Choice], room: Mac
     It reads records of a model directory. For a checkpoint, it reads the checkpoint's files if they are on the disk of
     ``room.into``, or else a temporary file.
     """
-    block = min(max(layout.slot_bytes for layout in choices[0].manifest.layouts.values()), PIECE_BYTES)
+    block = min(max(layout.slot_bytes for layout in choices[0].manifest.layouts.values()), READ_PIECE_BYTES)
     with ExitStack() as stack:
         folder, headers = Path(model_choices.source), model_choices.headers
         if headers is None and not is_cache(folder / GROUP):

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from moetier.runtime.config import CACHE, OF_HOST_TIER, OPTIONS
+from moetier.runtime.config import CACHE, DEFAULT_SHARE, OF_HOST_TIER, TIER_OPTIONS
 from moetier.runtime.model.names import is_address
 from moetier.tiers.addresses import check_address
 from moetier.tiers.errors import ConfigError
@@ -22,7 +22,7 @@ from moetier.tools.serve.options import add_serving_arguments
 REPLICA = ("context", "kv_cache", "device", "device_memory", "exact", "same_bits")
 HELP = {
     "ram": 'host memory of each node for experts: "64GiB", which Ray then counts as used, or "50%%" of what is free '
-    "(default: 80%%)",
+    f"(default: {DEFAULT_SHARE:.0%}%)",
     "context": "maximum length of a prompt with its answer, in tokens",
 }
 
@@ -52,7 +52,7 @@ def add_application_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_serving_arguments(parser)
     names = (*OF_HOST_TIER, *REPLICA)
-    add_options(parser, [replace(OPTIONS[name], help=HELP.get(name, OPTIONS[name].help)) for name in names])
+    add_options(parser, [replace(TIER_OPTIONS[name], help=HELP.get(name, TIER_OPTIONS[name].help)) for name in names])
     add_cache_arguments(parser)
 
 
@@ -90,7 +90,7 @@ def parsed(options: Mapping[str, Any]) -> argparse.Namespace:
             words.append(str(value))
         elif value is None:
             continue
-        elif name in OPTIONS and OPTIONS[name].value_type is bool:
+        elif name in TIER_OPTIONS and TIER_OPTIONS[name].value_type is bool:
             if (chosen := SWITCH.get(str(value).lower())) is None:
                 raise ConfigError(f"{name} can't be {value!r}.", "Give true or false.")
             words.append(f"--{flag}" if chosen else f"--no-{flag}")

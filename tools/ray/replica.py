@@ -9,8 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from moetier.runtime.config import Size
-from moetier.runtime.machine.memory import DEFAULT_SHARE, available_memory, budget_for
+from moetier.runtime.config import DEFAULT_SHARE, Size
+from moetier.runtime.machine.memory import available_memory, budget_for
 from moetier.runtime.model.names import directory_at, is_address, model_directory
 from moetier.runtime.stores.registry import open_store
 from moetier.tiers.cache.budget import smallest_budget

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from moetier.proto.expert_store_pb2 import Client, DescribeReply, Details, ModelStats, StatsReply, Tier
 
 KEPT = 600  # maximum number of changes that are kept
-HALF_LIFE = 30.0  # seconds after which a use counts half in ``lately``
+HEAT_HALF_LIFE = 30.0  # seconds after which a use counts half in ``lately``
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ def reads_of(host: Tier) -> int:
 class ModelHistory:
     """Latest state of a model, and the changes that led to it.
 
-    ``lately[block][expert]`` is the number of recent uses of an expert, in which a use counts half after HALF_LIFE.
+    ``lately[block][expert]`` is the number of recent uses of an expert, which count half after HEAT_HALF_LIFE.
     """
 
     stats: ModelStats
@@ -71,7 +71,7 @@ class ModelHistory:
             for client in details.clients
             for was in [former.get(client.number, Client())]
         }
-        fading = 0.5 ** (seconds / HALF_LIFE)
+        fading = 0.5 ** (seconds / HEAT_HALF_LIFE)
         before = self.lately or [[0.0] * len(block.uses) for block in details.blocks]
         self.lately = [
             [value * fading + new - old for value, old, new in zip(values, was.uses, now.uses, strict=True)]

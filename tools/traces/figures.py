@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from moetier.proto.expert_store_pb2 import Block, StatsReply
 from moetier.runtime.trace.recall import compare
-from moetier.runtime.trace.trace import NONE, Trace
+from moetier.runtime.trace.trace import NO_EXPERT, Trace
 from moetier.tiers.cache.policies import DEFAULT_POLICY, POLICIES
 from moetier.tiers.layout import ExpertKey
 from moetier.tools.cli.failure import plain
@@ -235,7 +235,7 @@ def _shades(trace: Trace, tokens: range, block: int) -> npt.NDArray[np.float32]:
     shades = np.zeros((trace.num_experts[block], len(tokens)), np.float32)
     for column, token in enumerate(tokens):
         for place, expert in enumerate(trace.experts[token, block]):
-            if expert != NONE:
+            if expert != NO_EXPERT:
                 weight = None if trace.weights is None else float(trace.weights[token, block, place])
                 shades[expert, column] = 0.8 if weight is None else 0.25 + 0.75 * min(max(weight, 0.0), 1.0)
     return shades
@@ -254,7 +254,7 @@ def _resident(trace: Trace, tokens: range, block: int, cached: int, policy: str)
             if token in tokens:
                 resident[token - tokens.start, [key.expert for key in tier.resident]] = True
             used = np.unique(trace.experts[token, block])
-            tier.demand([ExpertKey(block, int(expert)) for expert in used if expert != NONE])
+            tier.demand([ExpertKey(block, int(expert)) for expert in used if expert != NO_EXPERT])
     return resident
 
 
@@ -269,7 +269,7 @@ def _uses(trace: Trace, cached: int, policy: str) -> tuple[npt.NDArray[np.float6
         for sequence, span in enumerate(trace.sequences):
             tier = SimulatedTier.of_block(block, min(cached, experts), POLICIES[policy])
             rows = trace.experts[span.start : span.stop, block]
-            np.add.at(used[block], rows[rows != NONE], 1)
+            np.add.at(used[block], rows[rows != NO_EXPERT], 1)
             for demand in demands_of(trace, sequence, block):
                 missing = tier.demand(demand.keys, is_prompt=demand.is_prompt)
                 hits[block, [key.expert for key in missing]] -= 1

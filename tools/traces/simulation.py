@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from moetier.runtime.trace.trace import NONE, Trace
+from moetier.runtime.trace.trace import NO_EXPERT, Trace
 from moetier.tiers.cache.budget import Partition, partitions_of
 from moetier.tiers.cache.policies import DEFAULT_POLICY, POLICIES, Policy
 from moetier.tiers.cache.pool import SlotPool
@@ -134,7 +134,7 @@ class SimulatedTier:
             for key in reversed(keys):
                 if self._pool.slot_of(key) is None:
                     self._load(key, keys)
-                self._pool.note_uses((key,))
+                self._pool.touch((key,))
         return missing
 
     def preload(self, keys: Sequence[ExpertKey]) -> int:
@@ -158,7 +158,7 @@ class SimulatedTier:
     def _stream(self, keys: Sequence[ExpertKey], missing: Sequence[ExpertKey]) -> None:
         """Use resident experts first, as a host tier does. Load each other one up to AHEAD loads before it is used."""
         resident = [key for key in keys if key not in set(missing)]
-        self._pool.note_uses(reversed(resident), is_scan=True)
+        self._pool.touch(reversed(resident), is_scan=True)
         waiting = deque(map(self._slot, resident))
         for slot in waiting:
             self._pool.pin(slot)
@@ -229,7 +229,7 @@ def simulate(trace: Trace, policy: str, slots: int, *, device_slots: int = 0) ->
                     preloads += tier.preload(hot_set.hottest(block, quota))
                     used = HotSet()
                     for demand in demands:
-                        used.note_uses(demand.keys)
+                        used.add(demand.keys)
                     hot_set = used.after(hot_set, {block: experts})
                 missed = [tier.demand(demand.keys, is_prompt=demand.is_prompt) for demand in demands]
             for demand, missing in zip(demands, missed, strict=True):
@@ -269,4 +269,4 @@ def _foresee(block: int, quota: int, demands: Sequence[SimulatedDemand]) -> list
 
 
 def _keys(block: int, experts: object) -> tuple[ExpertKey, ...]:
-    return tuple(ExpertKey(block, int(expert)) for expert in np.unique(np.asarray(experts)) if expert != NONE)
+    return tuple(ExpertKey(block, int(expert)) for expert in np.unique(np.asarray(experts)) if expert != NO_EXPERT)

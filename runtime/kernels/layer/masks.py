@@ -35,7 +35,7 @@ def band_of(mask: Tensor | None) -> Band | None:
 
 
 def with_band(mask: Tensor, band: Band) -> Tensor:
-    """Note a mask's Band, and return the mask."""
+    """Note the Band of a mask [batch, 1, tokens, cached], and return the mask."""
     vars(mask)[_BAND] = band
     return mask
 

@@ -102,7 +102,7 @@ def test_rows_that_alternate_are_read_in_parts(tmp_path: Path, monkeypatch: pyte
         record = bytearray(layout.slot_bytes)
         store.read_into(key, memoryview(record))
         for size in random.Random(0).sample(range(50, layout.payload_bytes), 50):
-            monkeypatch.setattr(store_reader, "PIECE_BYTES", size)
+            monkeypatch.setattr(store_reader, "READ_PIECE_BYTES", size)
             again = bytearray(b"?" * layout.slot_bytes)
             store.read_into(key, memoryview(again))
             assert again == record, size

@@ -24,7 +24,7 @@ from moetier.proto import expert_store_pb2 as pb
 from moetier.runtime.client import remote
 from moetier.runtime.client.remote import RemoteStore
 from moetier.runtime.wire.address import Address, Credentials
-from moetier.runtime.wire.piece import PIECE_BYTES, decode_piece, encode_piece
+from moetier.runtime.wire.piece import WIRE_PIECE_BYTES, decode_piece, encode_piece
 from moetier.testing import in_fork
 from moetier.tiers.errors import (
     ChecksumError,
@@ -104,7 +104,7 @@ def honest(request: pb.FetchRequest) -> bytes:
     return whole[request.offset : request.offset + request.length]
 
 
-def pieces(data: bytes, size: int = PIECE_BYTES) -> Iterator[bytes]:
+def pieces(data: bytes, size: int = WIRE_PIECE_BYTES) -> Iterator[bytes]:
     for at in range(0, len(data), size):
         yield encode_piece(memoryview(data)[at : at + size])
 
@@ -123,7 +123,7 @@ def another(request: pb.FetchRequest, context: grpc.ServicerContext) -> Iterator
 
 
 def swapped(request: pb.FetchRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
-    yield from reversed(list(pieces(honest(request), PIECE_BYTES // 2)))
+    yield from reversed(list(pieces(honest(request), WIRE_PIECE_BYTES // 2)))
 
 
 def short(request: pb.FetchRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
@@ -140,15 +140,15 @@ def longer(request: pb.FetchRequest, context: grpc.ServicerContext) -> Iterator[
 
 def endless(request: pb.FetchRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
     while context.is_active():
-        yield from pieces(bytes(PIECE_BYTES))
+        yield from pieces(bytes(WIRE_PIECE_BYTES))
 
 
 def too_large(request: pb.FetchRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
-    yield from pieces(honest(request), 2 * PIECE_BYTES)
+    yield from pieces(honest(request), 2 * WIRE_PIECE_BYTES)
 
 
 def far_too_large(request: pb.FetchRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
-    yield encode_piece(memoryview(bytes(16 * PIECE_BYTES)))
+    yield encode_piece(memoryview(bytes(16 * WIRE_PIECE_BYTES)))
 
 
 def noise(request: pb.FetchRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
@@ -226,7 +226,7 @@ def test_a_daemon_that_stands_still_is_not_waited_for(large: Path, when: str) ->
         over = threading.Event()
         context.add_callback(over.set)
         if when == "in the middle":
-            yield from pieces(honest(request)[:PIECE_BYTES])
+            yield from pieces(honest(request)[:WIRE_PIECE_BYTES])
         while not over.wait(0.05):
             if when == "with empty pieces":
                 yield b""

@@ -116,7 +116,7 @@ def load(directory: Path, addresses: list[str], token: Path, ram: int, **options
 
 
 def shares_of(model: Any) -> list[Share]:
-    return [share for share in model.tiers.shares() if share.place != "the local store"]
+    return [share for share in model.tiers.origin.shares() if share.place != "the local store"]
 
 
 @pytest.mark.usefixtures("slow")
@@ -179,7 +179,7 @@ def test_daemons_are_killed_frozen_and_started_again(
             }
             assert torch.equal(logits(model, actions), expected)
             assert [share.lost > 0 for share in shares_of(model)] == [True, True, has_shards]
-            local = [share for share in model.tiers.shares() if share.place == "the local store"]
+            local = [share for share in model.tiers.origin.shares() if share.place == "the local store"]
             assert bool(local and local[0].records) == has_shards
 
 
@@ -317,7 +317,7 @@ def one_daemon_computes(
             def compute(places: list[int], pause: float = 0.0) -> Tensor | None:
                 outputs = torch.zeros(max(places) + 1, kernels.width, dtype=torch.bfloat16)
                 rows = {2: ([0] * len(places), places)}
-                with closing(model.tiers.remote_compute.send(kernels, 1, x.data_ptr(), 1, rows)) as sent:
+                with closing(model.tiers.origin.remote_compute.send(kernels, 1, x.data_ptr(), 1, rows)) as sent:
                     time.sleep(pause)
                     return outputs if sent.experts and not sent.collect(outputs.data_ptr()) else None
 
@@ -483,7 +483,7 @@ def test_outputs_in_flight_are_bounded(
 def test_outputs_are_waited_for_no_more_if_an_error_ends_the_choice_of_daemons(monkeypatch: pytest.MonkeyPatch) -> None:
     """The name of a daemon may be resolved anew meanwhile, and Ctrl-C may come at any time."""
     monkeypatch.setattr(RemoteCompute, "_fetches", lambda *_: False)
-    peer = SimpleNamespace(name="a", failures=0, away=None, store=SimpleNamespace(computes=True))
+    peer: Any = SimpleNamespace(name="a", failures=0, away=None, store=SimpleNamespace(computes=True))
 
     def order(key: ExpertKey) -> list[Any]:
         if key.expert:
@@ -497,4 +497,4 @@ def test_outputs_are_waited_for_no_more_if_an_error_ends_the_choice_of_daemons(m
     remote = RemoteCompute(store, host)
     with pytest.raises(KeyboardInterrupt):
         remote.send(products, 0, 0, 1, {0: ([0], [0]), 1: ([0], [1])})
-    assert remote.reserve(remote_compute.MAX_WAITING)
+    assert remote.reserve(remote_compute._Part(peer, 0, [], {}), remote_compute.MAX_WAITING)

@@ -84,6 +84,19 @@ def test_hits_are_reported_before_a_tier_closes(store: MappedStore, tmp_path: Pa
         assert daemon.wait_for("clients == 0").used == 15
 
 
+def test_a_copy_that_was_interrupted_is_no_use(store: MappedStore, tmp_path: Path) -> None:
+    with store.daemon(18, tmp_path / "daemon") as daemon:
+        with store.tier(daemon) as tier:
+            store.take(tier, 1, 0, 3)
+            with pytest.raises(KeyboardInterrupt), tier.pin(ExpertKey(1, 0)):
+                raise KeyboardInterrupt
+            with tier.pin(ExpertKey(1, 3)) as lease:
+                assert lease is not None
+                assert lease.validate()
+            tier.note_copy_uses(keys(1, 0, 3))
+        assert daemon.wait_for("clients == 0").used == 1
+
+
 HITS = """
 import os, sys
 from pathlib import Path

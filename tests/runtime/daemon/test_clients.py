@@ -198,14 +198,14 @@ def test_a_daemon_that_ends_answers_what_it_was_asked_and_refuses_the_rest(clien
         assert isinstance(stream.answer(), UnavailableError)
     with pytest.raises(UnavailableError):
         clients.admit("b", MODEL, 1)
-    with pytest.raises(UnavailableError), clients.fetching(MODEL):
+    with pytest.raises(UnavailableError), clients.remote_call(MODEL):
         pass
 
 
 def test_fetches_of_other_hosts_are_waited_for(clients: Clients) -> None:
-    with clients.fetching(MODEL) as model:
+    with clients.remote_call(MODEL) as model:
         assert model is clients.models[MODEL]
         assert not clients.wait(0)
     assert clients.wait(0)
-    with pytest.raises(UnknownModelError), clients.fetching("0" * 64):
+    with pytest.raises(UnknownModelError), clients.remote_call("0" * 64):
         pass

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import time
 from pathlib import Path
 
+import pytest
 from readers import PATIENCE
 from stores import make_plan, make_records, write_store
 from threads import Task
@@ -14,6 +16,24 @@ from threads import Task
 from moetier.runtime.daemon.reclaim import reclaim_arenas
 from moetier.tiers.arena.arena import Arena
 from moetier.tiers.arena.layout import ArenaLayout
+
+
+def test_an_arena_that_can_not_be_mapped_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = make_plan()
+    manifest = write_store(tmp_path, plan, make_records(plan))
+    owner = Arena.create(ArenaLayout.of(manifest, {"records": 6}))
+    descriptor = owner.export()
+    owner.close()
+
+    def refuse(*arguments: object) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    with contextlib.ExitStack() as closing, monkeypatch.context() as change:
+        change.setattr("moetier.tiers.arena.arena.mmap.mmap", refuse)
+        assert not reclaim_arenas({manifest.digest: manifest}, closing, [("holder", descriptor)])
+        change.undo()
+        assert reclaim_arenas({manifest.digest: manifest}, closing, [("holder", descriptor)])
+    os.close(descriptor)
 
 
 def test_an_owner_that_is_still_being_killed_is_waited_for_whatever_is_free_already(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from moetier.runtime.device_names import DEVICES, check_device
 from moetier.runtime.devices.cpu import Cpu
 from moetier.runtime.devices.cuda import Cuda
 from moetier.runtime.devices.device import ComputeDevice, Diagnosis, chosen_device, device_at, device_class
+from moetier.runtime.kernels.products.api import Kernels
 from moetier.runtime.machine.memory import Available
 from moetier.tiers.device.tier import DeviceTier
 from moetier.tiers.errors import BudgetError, ConfigError
@@ -70,6 +71,20 @@ def test_a_device_of_one_line_loads_a_model_and_generates_the_same_tokens(tinymi
             assert isinstance(model.tiers.device_tier, DeviceTier) == (options["device"] == "toy")
     assert texts[0] == texts[1]
     assert model.tiers.snapshot()["device"]["misses"] > 0
+
+
+@pytest.mark.usefixtures("toy")
+def test_a_tier_is_closed_if_its_model_can_not_be_loaded(tinymix_4bit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed, close = list[DeviceTier](), DeviceTier.close
+
+    def fail(kernels: Kernels, shrink: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(DeviceTier, "close", lambda tier: (closed.append(tier), close(tier)))
+    monkeypatch.setattr(Kernels, "on_out_of_memory", fail)
+    with pytest.raises(KeyboardInterrupt):
+        moetier.load(tinymix_4bit, daemon=None, device="toy", device_memory="4MiB")
+    assert closed
 
 
 @pytest.mark.usefixtures("toy")

@@ -12,8 +12,8 @@ import psutil
 import pytest
 from cgroups import memory_limit
 
-from moetier.runtime.config import Size
-from moetier.runtime.machine.memory import GROUP_SHARE, Available, available_memory, budget_for, whole_memory
+from moetier.runtime.config import GROUP_SHARE, Size
+from moetier.runtime.machine.memory import Available, available_memory, budget_for, whole_memory
 from moetier.tiers.errors import BudgetError
 
 GIB = 1 << 30

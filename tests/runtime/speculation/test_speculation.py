@@ -12,9 +12,9 @@ from integrity import check_integrity
 from torch import Tensor
 
 import moetier
+from moetier.runtime.config import SpeculationMode
 from moetier.runtime.moe.experts import experts_modules
 from moetier.runtime.moe.gates import Gates
-from moetier.runtime.speculation.controller import Mode
 from moetier.runtime.speculation.predictor import Prediction, Shortcuts
 from moetier.runtime.speculation.speculation import JUDGED, MOST_TOKENS, Admission, Speculation
 from moetier.tiers.errors import ConfigError
@@ -112,7 +112,7 @@ def model(tinymix_4bit: Path) -> Any:
 
 
 def attached(
-    model: Any, gates: Any, mode: Mode, look_ahead: int = 2, shortcuts: Shortcuts | None = None
+    model: Any, gates: Any, mode: SpeculationMode, look_ahead: int = 2, shortcuts: Shortcuts | None = None
 ) -> tuple[Speculation, Requests]:
     from dataclasses import replace
 
@@ -127,7 +127,7 @@ def attached(
 def test_what_the_gates_choose_is_prefetched(model: Any) -> None:
     """Of the next two blocks as soon as a block has made its demand; of a block once more before its attention."""
     gates = Gates(model)
-    _, requests = attached(model, gates, Mode.ALWAYS)
+    _, requests = attached(model, gates, SpeculationMode.ALWAYS)
     said: list[tuple[int, list[int]]] = []
 
     def entry(block: int, hidden: Tensor) -> None:
@@ -149,7 +149,7 @@ def test_what_the_gates_choose_is_prefetched(model: Any) -> None:
 
 
 def test_nothing_is_predicted_for_a_long_prompt(model: Any) -> None:
-    speculation, requests = attached(model, Gates(model), Mode.ALWAYS)
+    speculation, requests = attached(model, Gates(model), SpeculationMode.ALWAYS)
     with torch.no_grad():
         model(torch.arange(2, 2 + PROMPT)[None])
         assert requests.made == []
@@ -159,7 +159,7 @@ def test_nothing_is_predicted_for_a_long_prompt(model: Any) -> None:
 
 
 def test_several_sequences_want_what_any_of_them_wants(model: Any) -> None:
-    speculation, requests = attached(model, Gates(model), Mode.ALWAYS, look_ahead=1)
+    speculation, requests = attached(model, Gates(model), SpeculationMode.ALWAYS, look_ahead=1)
     decode(model, rows=3, steps=8)
     assert any(len(experts) > 2 for _, experts in requests.made)
     assert all(len(set(experts)) == len(experts) for _, experts in requests.made)
@@ -187,7 +187,7 @@ def test_wrong_predictions_turn_it_off(model: Any) -> None:
         wrong.step += hidden.shape[1] == 1
 
     with gates.observe(entry=count, blocks=[0]):
-        speculation, _ = attached(model, gates, Mode.AUTO, look_ahead=1, shortcuts=wrong)
+        speculation, _ = attached(model, gates, SpeculationMode.AUTO, look_ahead=1, shortcuts=wrong)
         decode(model, steps=60)
     stats = speculation.stats()
     assert not stats.is_on
@@ -197,7 +197,7 @@ def test_wrong_predictions_turn_it_off(model: Any) -> None:
 
 def test_another_tower_beside_it_is_left_alone(model: Any) -> None:
     """Its blocks are entered with other tokens than those of the step."""
-    speculation, requests = attached(model, Gates(model), Mode.ALWAYS, look_ahead=1)
+    speculation, requests = attached(model, Gates(model), SpeculationMode.ALWAYS, look_ahead=1)
     with torch.no_grad():
         model(torch.tensor([[5]]))
         requests.made.clear()
@@ -215,7 +215,7 @@ def test_it_lets_go(model: Any) -> None:
         return sum(len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules())
 
     before = hooks()
-    speculation, requests = attached(model, Gates(model), Mode.ALWAYS)
+    speculation, requests = attached(model, Gates(model), SpeculationMode.ALWAYS)
     assert hooks() > before
     speculation.detach()
     speculation.detach()

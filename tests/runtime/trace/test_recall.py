@@ -15,13 +15,13 @@ from moetier.runtime.trace.recall import (
     of_predictions,
     of_previous_token,
 )
-from moetier.runtime.trace.trace import NONE, Trace
+from moetier.runtime.trace.trace import NO_EXPERT, Trace
 
 
 def hand_made() -> Trace:
     """Two sequences, of three tokens and of two; two blocks of four experts, top 2."""
-    experts = [[[0, 1], [2, 3]], [[0, 2], [3, 2]], [[1, 2], [NONE, 3]], [[3, 0], [0, 1]], [[0, 3], [0, NONE]]]
-    predictions = np.full((1, 5, 2, 2), NONE)
+    experts = [[[0, 1], [2, 3]], [[0, 2], [3, 2]], [[1, 2], [NO_EXPERT, 3]], [[3, 0], [0, 1]], [[0, 3], [0, NO_EXPERT]]]
+    predictions = np.full((1, 5, 2, 2), NO_EXPERT)
     predictions[0, :, 1] = [[3, 0], [2, 3], [1, 0], [0, 2], [0, 1]]
     return Trace(
         experts=np.array(experts), offsets=(0, 3, 5), num_experts=(4, 4), lookaheads=(1,), predictions=predictions
@@ -77,7 +77,7 @@ def test_rules_are_compared_over_the_blocks_that_are_predicted() -> None:
 
 def test_a_rule_without_predictions_has_no_recall() -> None:
     """No token is the first one's previous, and two blocks ahead nobody foretells these two blocks."""
-    predictions = np.full((2, 1, 2, 1), NONE)
+    predictions = np.full((2, 1, 2, 1), NO_EXPERT)
     predictions[0, 0, 1] = 1
     one = Trace(
         experts=np.array([[[0], [1]]]), offsets=(0, 1), num_experts=(2, 2), lookaheads=(1, 2), predictions=predictions
@@ -92,7 +92,7 @@ def random_trace(seed: int) -> Trace:
 
     def some(*shape: int) -> Any:
         found = random.permuted(np.broadcast_to(np.arange(experts), (*shape, experts)), axis=-1)[..., :k].copy()
-        found[random.random(found.shape) < 0.2] = NONE
+        found[random.random(found.shape) < 0.2] = NO_EXPERT
         return found
 
     offsets = (0, *sorted(random.choice(np.arange(1, tokens), 2, replace=False).tolist()), tokens)
@@ -110,8 +110,8 @@ def counted(trace: Trace, guess: Any) -> Recall:
     named, wanted = Counter[int](), Counter[int]()
     for token in range(trace.tokens):
         for block in range(trace.block_count):
-            real = set(trace.experts[token, block].tolist()) - {NONE}
-            if guesses := set(guess(token, block)) - {NONE}:
+            real = set(trace.experts[token, block].tolist()) - {NO_EXPERT}
+            if guesses := set(guess(token, block)) - {NO_EXPERT}:
                 named[block] += len(real & guesses)
                 wanted[block] += len(real)
     blocks = range(trace.block_count)
@@ -128,7 +128,7 @@ def test_it_is_what_counting_by_hand_gives(seed: int) -> None:
         return [] if token in trace.offsets else trace.experts[token - 1, block].tolist()
 
     def popular(_: int, block: int) -> Any:
-        uses = Counter(e for e in trace.experts[:, block].ravel().tolist() if e != NONE)
+        uses = Counter(e for e in trace.experts[:, block].ravel().tolist() if e != NO_EXPERT)
         return sorted(uses, key=lambda e: (-uses[e], e))[: trace.top_k]
 
     for found, guess in (

@@ -23,7 +23,7 @@ from moetier.runtime.generation.compat import CACHE
 from moetier.runtime.moe.experts import experts_modules
 from moetier.runtime.trace.recall import of_popularity, of_predictions, of_previous_token
 from moetier.runtime.trace.recorder import UNFINISHED, Recorder, pieces_of
-from moetier.runtime.trace.trace import NONE, Trace
+from moetier.runtime.trace.trace import NO_EXPERT, Trace
 from moetier.tiers.errors import UnsupportedModelError
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.quant.codec import decode
@@ -137,7 +137,7 @@ def test_predictions_are_those_of_the_plain_models_gates(plain: Any, recorded: t
                 found = trace.predictions[ahead, span, block]
                 told = trace.prediction_probabilities[ahead, span, block]
                 if block < lookahead:
-                    assert (found == NONE).all()
+                    assert (found == NO_EXPERT).all()
                     assert (told == 0).all()
                     continue
                 states = layers[block].post_attention_layernorm(here[block - lookahead])[0]
@@ -214,7 +214,7 @@ def test_every_architecture_is_recorded(model_type: str) -> None:
     for block, module in enumerate(experts_modules(model).values()):
         module.register_forward_pre_hook(lambda _, inputs, block=block: given.setdefault(block, []).append(inputs[1]))
     trace = record(model, some_ids(9), some_ids(5, seed=2))
-    idle = {block for block in range(trace.block_count) if (trace.experts[:, block] == NONE).all()}
+    idle = {block for block in range(trace.block_count) if (trace.experts[:, block] == NO_EXPERT).all()}
     assert idle == IDLE.get(model_type, set())
     for block in set(range(trace.block_count)) - idle:
         assert np.array_equal(trace.experts[:, block], torch.cat(given[block]).numpy())
@@ -237,7 +237,7 @@ def test_a_block_that_begins_late_was_idle_before() -> None:
         model(input_ids=image[None], moe_mm_token_type_ids=torch.ones_like(image)[None])
         recorder.end_sequence(image.tolist(), n_prefill=5)
         trace = recorder.trace()
-    used = (trace.experts != NONE).all(-1)  # [T, B]
+    used = (trace.experts != NO_EXPERT).all(-1)  # [T, B]
     assert used[:9].tolist() == [[True, False, True, False]] * 9
     assert used[9:].tolist() == [[False, True, False, True]] * 5
 
@@ -255,7 +255,7 @@ def test_experts_that_are_computed_nowhere_are_none() -> None:
     experts: npt.NDArray[Any] = record_skipping(model)
     wrongly.remove()
     assert (experts[:, 1] != 3).all()
-    assert (experts[:, 1] == NONE).any()
+    assert (experts[:, 1] == NO_EXPERT).any()
 
 
 @torch.no_grad()
@@ -265,7 +265,7 @@ def record_skipping(model: Any) -> npt.NDArray[Any]:
         module.forward = lambda hidden, experts, weights: torch.zeros_like(hidden)
     trace = record(model, some_ids(64))
     assert trace.weights is not None
-    assert ((trace.weights == 0) == (trace.experts == NONE)).all()
+    assert ((trace.weights == 0) == (trace.experts == NO_EXPERT)).all()
     return trace.experts
 
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from places import ASSETS
 
-from moetier.runtime.trace.trace import NONE, Trace
+from moetier.runtime.trace.trace import NO_EXPERT, Trace
 from moetier.tiers.errors import ConfigError, TargetError
 
 TRACES = ASSETS / "traces"
@@ -22,12 +22,12 @@ TRACES = ASSETS / "traces"
 def small(**changes: Any) -> Trace:
     """Three tokens in two sequences, two blocks of three and four experts, top 2."""
     parts: dict[str, Any] = {
-        "experts": np.array([[[0, 1], [3, 0]], [[2, NONE], [1, 2]], [[1, 2], [NONE, NONE]]]),
+        "experts": np.array([[[0, 1], [3, 0]], [[2, NO_EXPERT], [1, 2]], [[1, 2], [NO_EXPERT, NO_EXPERT]]]),
         "offsets": (0, 2, 3),
         "num_experts": (3, 4),
         "n_prefill": (1, 1),
         "lookaheads": (1,),
-        "predictions": np.array([[[[NONE], [1]], [[NONE], [2]], [[NONE], [0]]]]),
+        "predictions": np.array([[[[NO_EXPERT], [1]], [[NO_EXPERT], [2]], [[NO_EXPERT], [0]]]]),
     }
     return Trace(**parts | changes)
 
@@ -50,7 +50,7 @@ def traces(draw: st.DrawFn) -> Trace:
     def ids(*shape: int) -> Any:
         # [*shape, B, k]
         found = np.stack([random.random((*shape, count)).argsort(-1)[..., :k] for count in counts], axis=-2)
-        found[random.random(found.shape) < 0.1] = NONE
+        found[random.random(found.shape) < 0.1] = NO_EXPERT
         return found
 
     def halves(*shape: int) -> Any:
@@ -96,7 +96,7 @@ def test_traces_of_real_models(path: Path, tmp_path: Path) -> None:
     trace = Trace.load(path)
     with np.load(path) as raw:
         ids = raw["experts"].astype(int)  # none has 255 experts: 255 is none
-        assert np.array_equal(trace.experts, np.where(ids == 255, NONE, ids))
+        assert np.array_equal(trace.experts, np.where(ids == 255, NO_EXPERT, ids))
         assert trace.top_k == raw["top_k"]
         assert set(trace.num_experts) == {int(raw["num_experts"])}
         assert trace.offsets == tuple(raw["offsets"])
@@ -262,7 +262,7 @@ def test_a_damaged_file_is_refused_or_read_right(tmp_path: Path) -> None:
 def test_ids_that_a_byte_can_not_say_are_wider(tmp_path: Path, counts: tuple[int, int]) -> None:
     """With 256 experts, 255 is one of them, and not none."""
     last = np.array(counts)[:, None] - 1  # [B, 1]
-    experts = np.stack([last, np.full((2, 1), NONE)])
+    experts = np.stack([last, np.full((2, 1), NO_EXPERT)])
     trace = Trace(experts=experts, offsets=(0, 2), num_experts=counts)
     trace.save(tmp_path / "T.npz")
     with np.load(tmp_path / "T.npz") as raw:

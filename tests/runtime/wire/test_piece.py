@@ -7,7 +7,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from moetier.proto.expert_store_pb2 import Piece
-from moetier.runtime.wire.piece import PIECE_BYTES, decode_piece, encode_piece
+from moetier.runtime.wire.piece import WIRE_PIECE_BYTES, decode_piece, encode_piece
 from moetier.tiers.errors import ProtocolError
 
 CHECKSUMS = st.none() | st.integers(0, 2**32 - 1)
@@ -23,7 +23,7 @@ def parsed(message: bytes) -> tuple[bytes, int | None]:
 @example(bytes(128), 7)
 @example(bytes(16_383), 7)
 @example(bytes(16_384), 7)
-@example(bytes(PIECE_BYTES), 7)
+@example(bytes(WIRE_PIECE_BYTES), 7)
 def test_it_is_the_message(data: bytes, crc: int | None) -> None:
     message = Piece(data=data, crc32c=crc).SerializeToString()
     assert encode_piece(memoryview(data), crc) == message

@@ -262,7 +262,7 @@ def slow_pages(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
         allocate(descriptor, offset, length)
 
     monkeypatch.setattr(arena_module, "FIRST_BYTES", PAGE)
-    monkeypatch.setattr(arena_module, "PIECE_BYTES", PAGE)
+    monkeypatch.setattr(arena_module, "ALLOCATION_BYTES", PAGE)
     monkeypatch.setattr(os, "posix_fallocate", wait_and_allocate)
     return goes_on
 

@@ -188,7 +188,7 @@ class LedgerMachine(RuleBasedStateMachine):
                 self.callers.append(caller)
             assert vars(self.ledger.counters) == before
             if used:
-                self.ledger.direct_hits.note_copy_uses([key])
+                self.ledger.direct_hits.count_copy_uses([key])
 
     @rule(block=BLOCKS, experts=st.lists(st.integers(0, EXPERTS - 1), max_size=5))
     def prefetch(self, block: int, experts: list[int]) -> None:
@@ -237,7 +237,7 @@ class LedgerMachine(RuleBasedStateMachine):
         if prefetch:
             session.prefetch(block, keys)
         else:
-            session.note_uses(keys)
+            session.count_hits(keys)
 
     @precondition(lambda self: self.clients)
     @rule(data=st.data())
@@ -384,7 +384,7 @@ class LedgerMachine(RuleBasedStateMachine):
             assert client.session.outstanding == 0
             client.session.close()
         for pool in self.ledger.pools.values():
-            assert not any(pool.pins(slot) for slot in range(pool.count))
+            assert not any(pool.pins(slot) for slot in range(pool.slot_count))
             assert not pool.starved
         assert not list(self.ledger.loads)
         assert self.ledger.expire() is None, "no demand waits"

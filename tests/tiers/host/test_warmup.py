@@ -23,7 +23,7 @@ from threads import wait_until
 from moetier.testing import in_fork
 from moetier.tiers.device.tier import DeviceTier
 from moetier.tiers.host.tier import HostTier
-from moetier.tiers.host.warmup import HALF_LIFE, HotSet, Learner, hot_set_path, keep_hot_set, load_hot_set
+from moetier.tiers.host.warmup import HOT_SET_HALF_LIFE, HotSet, Learner, hot_set_path, load_hot_set, save_hot_set
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.store.reader import ExpertStore
 
@@ -33,7 +33,7 @@ EXPERTS = {0: 4, 1: 8}
 
 def used(*uses: tuple[int, int]) -> HotSet:
     found = HotSet()
-    found.note_uses(ExpertKey(*use) for use in uses)
+    found.add(ExpertKey(*use) for use in uses)
     return found
 
 
@@ -55,18 +55,18 @@ def test_the_hottest(uses: list[tuple[int, int]], most: int) -> None:
 
 def test_earlier_runs_fade_by_use() -> None:
     earlier = HotSet({ExpertKey(0, 0): 100.0, ExpertKey(1, 0): 100.0})
-    now = used(*[(0, 1)] * (HALF_LIFE * 4))
+    now = used(*[(0, 1)] * (HOT_SET_HALF_LIFE * 4))
     found = now.after(earlier, EXPERTS)
     assert found[ExpertKey(0, 0)] == pytest.approx(50)
-    assert found[ExpertKey(0, 1)] == HALF_LIFE * 4
+    assert found[ExpertKey(0, 1)] == HOT_SET_HALF_LIFE * 4
     assert found[ExpertKey(1, 0)] == 100, "its block was not used"
 
 
 def test_what_is_kept_is_there_again(cache: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert load_hot_set(DIGEST, EXPERTS) == {}
-    keep_hot_set(DIGEST, EXPERTS, used((0, 3), (0, 3), (1, 7)))
+    save_hot_set(DIGEST, EXPERTS, used((0, 3), (0, 3), (1, 7)))
     assert load_hot_set(DIGEST, EXPERTS) == {ExpertKey(0, 3): 2, ExpertKey(1, 7): 1}
-    keep_hot_set(DIGEST, EXPERTS, used((0, 1)))
+    save_hot_set(DIGEST, EXPERTS, used((0, 1)))
     assert load_hot_set(DIGEST, EXPERTS)[ExpertKey(0, 3)] == pytest.approx(2, abs=0.01)
     assert load_hot_set("0" * 64, EXPERTS) == {}, "another store's"
     assert hot_set_path(DIGEST).parent == cache / "moetier"
@@ -88,7 +88,7 @@ def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch, caplog: pytest.L
     monkeypatch.setattr(Path, "home", no_home)
     assert load_hot_set(DIGEST, EXPERTS) == {}
     assert not caplog.records
-    keep_hot_set(DIGEST, EXPERTS, used((0, 3)))
+    save_hot_set(DIGEST, EXPERTS, used((0, 3)))
     assert "in $XDG_CACHE_HOME can't be saved (the user has no home directory)." in caplog.text
 
 
@@ -137,20 +137,20 @@ SPOILT: dict[str, Callable[[Path], None]] = {
 
 @pytest.mark.parametrize("name", SPOILT)
 def test_what_is_wrong_is_ignored_with_a_warning(name: str, caplog: pytest.LogCaptureFixture) -> None:
-    keep_hot_set(DIGEST, EXPERTS, used((0, 3)))
+    save_hot_set(DIGEST, EXPERTS, used((0, 3)))
     SPOILT[name](hot_set_path(DIGEST))
     with caplog.at_level(logging.WARNING):
         assert load_hot_set(DIGEST, EXPERTS) == {}
     (record,) = caplog.records
     assert str(hot_set_path(DIGEST)) in record.getMessage()
-    keep_hot_set(DIGEST, EXPERTS, used((1, 2)))  # and made anew, where that is possible
+    save_hot_set(DIGEST, EXPERTS, used((1, 2)))  # and made anew, where that is possible
     if name != "a folder":
         assert load_hot_set(DIGEST, EXPERTS) == {ExpertKey(1, 2): 1}
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="gives a file away")
 def test_another_users_file_is_not_read(caplog: pytest.LogCaptureFixture) -> None:
-    keep_hot_set(DIGEST, EXPERTS, used((0, 3)))
+    save_hot_set(DIGEST, EXPERTS, used((0, 3)))
     os.chown(hot_set_path(DIGEST), 65534, 65534)
     assert load_hot_set(DIGEST, EXPERTS) == {}
     assert "not a regular file of this user" in caplog.text
@@ -158,7 +158,7 @@ def test_another_users_file_is_not_read(caplog: pytest.LogCaptureFixture) -> Non
 
 def test_where_nothing_can_be_kept(cache: Path, caplog: pytest.LogCaptureFixture) -> None:
     (cache / "moetier").write_text("a file in the folder's place")
-    keep_hot_set(DIGEST, EXPERTS, used((0, 3)))
+    save_hot_set(DIGEST, EXPERTS, used((0, 3)))
     assert "be saved" in caplog.text
 
 
@@ -167,12 +167,12 @@ def test_a_full_disk_is_a_warning_and_what_was_kept_stays(
 ) -> None:
     with mounted("tmpfs", tmp_path / "disk", "size=64k") as disk:
         monkeypatch.setenv("XDG_CACHE_HOME", str(disk))
-        keep_hot_set(DIGEST, EXPERTS, used((0, 3)))
+        save_hot_set(DIGEST, EXPERTS, used((0, 3)))
         with contextlib.suppress(OSError), (disk / "other").open("wb", buffering=0) as other:
             while True:
                 other.write(bytes(4096))
         assert not caplog.records
-        keep_hot_set(DIGEST, EXPERTS, used((1, 7)))
+        save_hot_set(DIGEST, EXPERTS, used((1, 7)))
         (record,) = caplog.records
         assert record.levelno == logging.WARNING
         assert "No space left on device" in record.getMessage()
@@ -181,11 +181,11 @@ def test_a_full_disk_is_a_warning_and_what_was_kept_stays(
 
 def test_processes_that_write_at_the_same_time_lose_nothing(cache: Path) -> None:
     code = (
-        "import sys; from moetier.tiers.host.warmup import HotSet, keep_hot_set\n"
+        "import sys; from moetier.tiers.host.warmup import HotSet, save_hot_set\n"
         "from moetier.tiers.layout import ExpertKey\n"
         "print('ready', flush=True); sys.stdin.readline()\n"
-        "used = HotSet(); used.note_uses([ExpertKey(0, int(sys.argv[1]))])\n"
-        f"for _ in range(20): keep_hot_set({DIGEST!r}, {EXPERTS}, used)"
+        "used = HotSet(); used.add([ExpertKey(0, int(sys.argv[1]))])\n"
+        f"for _ in range(20): save_hot_set({DIGEST!r}, {EXPERTS}, used)"
     )
     command = [sys.executable, "-c", code]
     writers = [
@@ -209,16 +209,16 @@ def test_processes_that_write_at_the_same_time_lose_nothing(cache: Path) -> None
 
 def test_a_writer_that_is_killed_leaves_what_was_there(cache: Path) -> None:
     """In the middle of the write, by the kernel; the lock goes with it."""
-    keep_hot_set(DIGEST, EXPERTS, used((0, 3)))
+    save_hot_set(DIGEST, EXPERTS, used((0, 3)))
     code = (
         "import os, signal; import moetier.tiers.store.atomic as durable\n"
         "durable.os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "from moetier.tiers.host.warmup import HotSet, keep_hot_set; from moetier.tiers.layout import ExpertKey\n"
-        f"u = HotSet(); u.note_uses([ExpertKey(1, 1)]); keep_hot_set({DIGEST!r}, {EXPERTS}, u)"
+        "from moetier.tiers.host.warmup import HotSet, save_hot_set; from moetier.tiers.layout import ExpertKey\n"
+        f"u = HotSet(); u.add([ExpertKey(1, 1)]); save_hot_set({DIGEST!r}, {EXPERTS}, u)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
     assert load_hot_set(DIGEST, EXPERTS) == {ExpertKey(0, 3): 1}
-    keep_hot_set(DIGEST, EXPERTS, used((1, 1)))
+    save_hot_set(DIGEST, EXPERTS, used((1, 1)))
     assert load_hot_set(DIGEST, EXPERTS) == {ExpertKey(0, 3): 1, ExpertKey(1, 1): 1}
 
 

@@ -29,13 +29,12 @@ from moetier.tiers.errors import (
     StoreError,
     StoreFormatError,
     StoreReadError,
-    TargetError,
 )
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.objects import access_times, cache, client
 from moetier.tiers.objects.cache import CachedStore
 from moetier.tiers.objects.cache_folder import fetch
-from moetier.tiers.store.checksum import PIECE_BYTES
+from moetier.tiers.store.checksum import READ_PIECE_BYTES
 from moetier.tiers.store.folder import CACHE, is_cache
 from moetier.tiers.store.reader import ExpertStore
 from moetier.tiers.store.shard import ShardFile
@@ -108,7 +107,7 @@ def test_an_incomplete_cache_is_not_taken_for_a_store(server: FolderServer, tmp_
 def test_large_records_come_in_parallel_pieces(tmp_path: Path) -> None:
     expected = make_store(tmp_path / "large", blocks=1, experts=2, layout=layout_of(2048, 1560))
     with served_folder(tmp_path / "large") as server, opened(server, tmp_path / "cache") as store:
-        pieces = -(-store.layout(0).slot_bytes // PIECE_BYTES)
+        pieces = -(-store.layout(0).slot_bytes // READ_PIECE_BYTES)
         assert pieces == 3
         assert read_record(store, ExpertKey(0, 1)) == expected[ExpertKey(0, 1)]
         assert len(server.records) == pieces
@@ -470,7 +469,7 @@ def test_a_stopped_process_with_the_lock_is_said_when_a_cache_is_opened(
         path = store.folder / access_times.ACCESS_TIMES
     with path.open("rb") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        with pytest.raises(TargetError, match=f"Another process has held the lock of {path}"):
+        with pytest.raises(StoreError, match=f"Another process has held the lock of {path}"):
             opened(server, tmp_path)
     with opened(server, tmp_path) as store:
         assert read_records(store) == records

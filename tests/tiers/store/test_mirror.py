@@ -19,7 +19,7 @@ from disks import throttled_disks
 from faults import flip_bit
 from stores import layout_of, make_plan, make_store, without_table
 
-from moetier.tiers.errors import ChecksumError, ClosedError, MissingExpertError
+from moetier.tiers.errors import ChecksumError, ClosedError, MissingExpertError, StoreFormatError
 from moetier.tiers.host.tier import HostTier
 from moetier.tiers.layout import PAGE, ExpertKey, RecordLayout
 from moetier.tiers.store import mirror
@@ -281,6 +281,16 @@ def test_a_mirror_that_cannot_be_used_is_a_warning(tmp_path: Path, caplog: pytes
     (tmp_path / "a" / MIRRORS).unlink()
     with MirroredStore.open(tmp_path / "a") as store:
         assert isinstance(store, ExpertStore)
+
+
+def test_damage_of_the_stores_own_manifest_is_an_error_and_not_the_mirrors(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make(tmp_path)
+    (tmp_path / "a" / GROUP / METADATA).write_text("{")
+    with pytest.raises(StoreFormatError, match=str(tmp_path / "a")):
+        MirroredStore.open(tmp_path / "a")
+    assert not caplog.messages
 
 
 def test_a_store_without_a_table_of_checksums(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ from moetier.tiers.errors import (
     StoreReadError,
 )
 from moetier.tiers.layout import ExpertKey, RecordLayout
-from moetier.tiers.store.checksum import PIECE_BYTES
+from moetier.tiers.store.checksum import READ_PIECE_BYTES
 from moetier.tiers.store.folder import GROUP
 from moetier.tiers.store.reader import ExpertStore
 from moetier.tiers.store.shard import ShardFile
@@ -54,7 +54,7 @@ def test_every_record_reads_back(tmp_path: Path) -> None:
 
 
 def test_large_records_are_read_in_pieces_by_a_pool_that_goes_with_the_store(tmp_path: Path) -> None:
-    assert 2 * PIECE_BYTES < LARGE.slot_bytes < 3 * PIECE_BYTES
+    assert 2 * READ_PIECE_BYTES < LARGE.slot_bytes < 3 * READ_PIECE_BYTES
     records = make_store(tmp_path, blocks=1, experts=2, layout=LARGE)
     before = threading.active_count()
     for readers in (1, 4):
@@ -154,7 +154,7 @@ def test_nothing_writes_to_the_slot_of_a_read_that_failed(tmp_path: Path) -> Non
         for expert in (0, 1, 0, 1):
             with pytest.raises(StoreReadError, match="Bad address"):
                 store.read_into(ExpertKey(0, expert), slot.data)
-            places = slot[PIECE_BYTES - 1 :: PIECE_BYTES // 8]
+            places = slot[READ_PIECE_BYTES - 1 :: READ_PIECE_BYTES // 8]
             before = places.copy()
             time.sleep(0.05)
             assert np.array_equal(places, before)

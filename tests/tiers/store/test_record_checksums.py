@@ -16,8 +16,9 @@ from stores import (
     without_table,
     write_store,
 )
+from threads import without_thread
 
-from moetier.tiers.errors import ChecksumError
+from moetier.tiers.errors import ChecksumError, StoreReadError
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.store.folder import GROUP, read_manifest
 from moetier.tiers.store.reader import ExpertStore
@@ -68,6 +69,13 @@ def test_the_table_is_that_of_the_digest(tmp_path: Path) -> None:
     without_table(tmp_path)
     assert read_manifest(tmp_path / GROUP).checksums(0) == ()
     assert read_manifest(tmp_path / GROUP).digest == manifest.digest
+
+
+def test_an_older_store_can_not_be_opened_without_a_thread_for_the_check(tmp_path: Path) -> None:
+    make_store(tmp_path)
+    without_table(tmp_path)
+    with without_thread("moetier-digest"), pytest.raises(StoreReadError, match="can't start new thread"):
+        ExpertStore.open(tmp_path)
 
 
 def test_an_older_store_of_small_size_is_refused_when_it_is_opened(swapped: Path) -> None:

@@ -116,7 +116,7 @@ def test_any_flipped_bit_is_noticed(tmp_path_factory: pytest.TempPathFactory, pl
 
 
 def test_a_file_of_several_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trunk, "PIECE_BYTES", 100)
+    monkeypatch.setattr(trunk, "READ_PIECE_BYTES", 100)
     path = tmp_path / NAMES[0]
     path.write_bytes(os.urandom(1050))
     assert list(check_sum(path, summed(path))) == [*[100] * 10, 50]

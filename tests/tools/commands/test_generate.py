@@ -131,7 +131,7 @@ def test_a_daemon_that_reads_and_is_lost_and_comes_back_is_reported(tinymix_4bit
             assert (reads.bytes_read, reads.clients, reads.lost, reads.local_bytes) == (read, 1, 0, 0)
             assert reads.text() == f"{daemon.folder} read {format_bytes(read)} for this run"
             daemon.kill()
-            wait_until(lambda: bool(model.tiers.daemon.away))
+            wait_until(lambda: bool(model.tiers.origin.daemon.away))
             model.generate(**inputs, max_new_tokens=2)
             reads = watch.end()
             assert reads is not None
@@ -140,7 +140,7 @@ def test_a_daemon_that_reads_and_is_lost_and_comes_back_is_reported(tinymix_4bit
                 r"\S+/d; it can't be reached: .*; [\d.]+ MiB were read from the local store instead", reads.text()
             )
             daemon.restart()
-            wait_until(lambda: not model.tiers.daemon.away)
+            wait_until(lambda: not model.tiers.origin.daemon.away)
             model.generate(**inputs, max_new_tokens=2)
             reads = watch.end()
             assert reads is not None

@@ -18,7 +18,7 @@ from matplotlib.image import imread
 from places import ASSETS
 from stores import NASTY
 
-from moetier.runtime.trace.trace import NONE, Trace
+from moetier.runtime.trace.trace import NO_EXPERT, Trace
 from moetier.tiers.cache.policies import DEFAULT_POLICY
 from moetier.tiers.errors import ConfigError, TargetError
 from moetier.tools.commands import plot
@@ -46,9 +46,9 @@ def run(*words: object) -> None:
 def recorded(folder: Path) -> Path:
     """A small trace with everything: texts, predictions of which a known part is right, a token without experts."""
     experts = np.asarray(
-        [[[0, 1], [2, 3], [4, 5]], [[1, 2], [3, 4], [5, 0]], [[NONE, NONE], [2, 3], [4, 5]]] * 4, np.int16
+        [[[0, 1], [2, 3], [4, 5]], [[1, 2], [3, 4], [5, 0]], [[NO_EXPERT, NO_EXPERT], [2, 3], [4, 5]]] * 4, np.int16
     )
-    predictions = np.stack([experts, np.where(np.arange(2) == 0, experts, NONE)]).astype(np.int16)
+    predictions = np.stack([experts, np.where(np.arange(2) == 0, experts, NO_EXPERT)]).astype(np.int16)
     Trace(
         experts=experts,
         offsets=(0, 6, 12),
@@ -152,7 +152,7 @@ def test_figure_2_right(tmp_path: Path) -> None:
 def test_a_look_ahead_without_predictions_has_no_point(tmp_path: Path) -> None:
     trace = Trace.load(recorded(tmp_path))
     assert trace.predictions is not None
-    predictions = np.where(np.arange(2)[:, None, None, None] == 1, NONE, trace.predictions)
+    predictions = np.where(np.arange(2)[:, None, None, None] == 1, NO_EXPERT, trace.predictions)
     figure = figures.draw_recall(replace(trace, predictions=predictions))
     values = [np.asarray(line.get_ydata(), float) for line in figure.axes[0].lines]
     assert [np.isnan(ratios).tolist() for ratios in values] == [[False, True]] * 3
@@ -189,7 +189,7 @@ def test_hit_ratios_are_those_of_the_default_policy() -> None:
 
 
 def test_models_whose_blocks_differ(tmp_path: Path) -> None:
-    experts = np.asarray([[[0, 1], [2, 3]], [[1, NONE], [6, 7]]] * 5, np.int16)
+    experts = np.asarray([[[0, 1], [2, 3]], [[1, NO_EXPERT], [6, 7]]] * 5, np.int16)
     trace = Trace(experts=experts, offsets=(0, 10), num_experts=(2, 8), n_prefill=(3,))
     use, hits = images(figures.draw_heatmap(trace, cached=2))
     assert np.isnan(use[0, 2:]).all(), "there are none"

@@ -287,7 +287,7 @@ from pathlib import Path
 from moetier.tools.convert.convert import pull
 from moetier.tools.convert import streaming
 from moetier.tools.convert.streaming import Download
-streaming.GRACE, check_sum = 0, Download._check_sum
+streaming.DOWNLOAD_GRACE, check_sum = 0, Download._check_sum
 
 def late(self, found, remote, name):
     check_sum(self, found, remote, name)

@@ -14,7 +14,7 @@ from daemons import running_daemon
 from prepared import Prepared
 
 import moetier
-from moetier.runtime.trace.trace import NONE, Trace
+from moetier.runtime.trace.trace import NO_EXPERT, Trace
 from moetier.tiers.errors import ConfigError
 from moetier.tiers.store.folder import read_manifest, store_folder
 from moetier.tools.main import main
@@ -59,7 +59,7 @@ def test_it_records_what_the_model_does(tinymix_4bit: Path, prompts: Path, tmp_p
     assert found.num_experts == (8,) * 8
     assert [len(span) - prompt for span, prompt in zip(found.sequences, found.n_prefill, strict=True)] == [4, 4]
     assert found.lookaheads == (1, 2)
-    assert (found.experts != NONE).all()
+    assert (found.experts != NO_EXPERT).all()
     pieces = ["".join(found.pieces[token] for token in span[:prompt]) for span, prompt in spans(found)]
     assert pieces == [line for line in PROMPTS.splitlines() if line]
 
