@@ -75,7 +75,9 @@ class Engine:
     Requests may be submitted on any thread. Tokens are sampled on the engine's own thread.
     """
 
-    def __init__(self, runner: Runner, *, pages: int, most: int, chunk: int, context: int) -> None:
+    def __init__(
+        self, runner: Runner, *, pages: int, most: int, chunk: int, context: int, later: int | None = None
+    ) -> None:
         """Start the engine's thread.
 
         Args:
@@ -84,11 +86,15 @@ class Engine:
             most: most sequences that run at a time.
             chunk: most tokens of a prompt that are computed together.
             context: most tokens of a sequence.
+            later: the same as ``chunk`` for tokens behind others, or beside other sequences; None: ``chunk``.
         """
         self.context = min(context, PAGE * pages)
         self._runner = runner
         self._scheduler = Scheduler(
-            KVCache(pages, runner, keeps=runner.can_resume), most=most, chunk=chunk if runner.can_resume else context
+            KVCache(pages, runner, keeps=runner.can_resume),
+            most=most,
+            chunk=chunk if runner.can_resume else context,
+            later=min(chunk, later or chunk) if runner.can_resume else context,
         )
         self._samplers: dict[Sequence, Sampler] = {}
         self._changed = threading.Condition()  # guards the next two
@@ -114,7 +120,8 @@ class Engine:
         context = max(tokens, min(limit for limit in limits if limit is not None))
         pages = max(kv.pages, -(-tokens // PAGE))
         runner = (PackedRunner if most > 1 and can_pack(model) else ModelRunner)(model, pages)
-        return cls(runner, pages=pages, most=most, chunk=model.tiers.prefill_chunk, context=context)
+        prefill = model.tiers.prefill
+        return cls(runner, pages=pages, most=most, chunk=prefill.tokens, context=context, later=prefill.later)
 
     @property
     def sequences(self) -> list[Sequence]:
@@ -132,9 +139,11 @@ class Engine:
         """Begin to compute a request, and return its sequence.
 
         ``on_token`` is called with each new token, and ``on_end`` once after the last one, on the engine's thread.
-        Raises ValueError if the prompt is empty or does not fit into the context, and EngineError if the engine has
-        ended.
+        Raises ValueError if the prompt is empty or does not fit into the context, or if no token is wanted, and
+        EngineError if the engine has ended.
         """
+        if request.max_new_tokens < 1:
+            raise ValueError(f"{request.max_new_tokens} new tokens")
         if not 0 < len(request.ids) < self.context:
             raise ValueError(f"a prompt of {len(request.ids)} tokens in a context of {self.context}")
         sequence = Sequence(request, on_token, on_end)
@@ -211,13 +220,18 @@ class Engine:
 
     def _run(self, tasks: list[Task]) -> None:
         """Run tasks together. If that fails, run each alone: an error of one sequence does not end others."""
+        if not tasks:
+            return
         prompts = [task.sequence for task in tasks if task.tokens > 1]
         try:
             logits = self._runner.run(
                 tasks, lambda: self._is_closed or any(sequence.is_cancelled for sequence in prompts)
             )
-        except Stopped:
-            return  # the next step runs without what was cancelled
+        except Stopped:  # the others go on at once, or clients that cancel their prompts would stop them
+            self._run(
+                [task for task in tasks if task.tokens == 1 and not (self._is_closed or task.sequence.is_cancelled)]
+            )
+            return
         except Exception as error:
             if len(tasks) == 1:
                 self._fail(tasks[0].sequence, error)
@@ -228,7 +242,10 @@ class Engine:
         for task, row in zip(tasks, logits, strict=True):
             self._scheduler.computed(task)
             if row is not None:
-                self._sample(task.sequence, row)
+                try:
+                    self._sample(task.sequence, row)
+                except Exception as error:
+                    self._fail(task.sequence, error)
 
     def _sample(self, sequence: Sequence, logits: Tensor) -> None:
         sampler = self._samplers[sequence]
@@ -259,9 +276,15 @@ class Engine:
             _log.critical("The thread that computes answers has failed: %s", error)
         with self._changed:
             arrived, self._arrived = self._arrived, []
+        finish = Finish.CANCELLED if self._failure is None else Finish.FAILED
         for sequence in (*arrived, *self.sequences):
             sequence.error = self._failure
-            self._end(sequence, Finish.CANCELLED if self._failure is None else Finish.FAILED)
+            try:
+                self._end(sequence, finish)
+            except Exception as error:  # the others must end nevertheless
+                _log.error("The end of a sequence has failed: %s", error)
+                with contextlib.suppress(Exception):
+                    sequence.end(finish)
 
     def _take(self) -> bool:
         """Wait until there is work, and let the scheduler have the sequences that have arrived.

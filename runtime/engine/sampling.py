@@ -47,7 +47,7 @@ class Sampler:
 
     def __call__(self, logits: Tensor) -> int:
         """Return the next token, chosen by its logits [vocabulary], and append it to the ids."""
-        scores = self._processors(self._ids[:, : self._length], logits.to(copy=True, dtype=torch.float32)[None])
+        scores = self._processors(self._ids[:, : self._length], logits.to("cpu", torch.float32, copy=True)[None])
         if self._random is None:
             token = int(scores.argmax())
         else:

@@ -12,11 +12,15 @@ from .sequence import Sequence
 class Scheduler:
     """Sequences that wait, in the order in which they came, and those that run. A running sequence holds pages."""
 
-    def __init__(self, cache: KVCache, *, most: int, chunk: int) -> None:
-        """Run at most ``most`` sequences at a time, and compute at most ``chunk`` tokens of a prompt in a step."""
+    def __init__(self, cache: KVCache, *, most: int, chunk: int, later: int | None = None) -> None:
+        """Run at most ``most`` sequences at a time, and compute at most ``chunk`` tokens of a prompt in a step.
+
+        Behind other tokens, or beside other sequences, at most ``later`` are computed, as they take more memory.
+        """
         self._cache = cache
         self._most = most
         self._chunk = chunk
+        self._later = later or chunk
         self._step = 0
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in the order in which they began
@@ -43,8 +47,9 @@ class Scheduler:
         """
         self._step += 1
         if self.waiting and len(self.running) < self._most and self._cache.has_room(self.waiting[0]):
-            sequence = self.waiting.popleft()
+            sequence = self.waiting[0]  # it is in one of the two lists even if it can't begin
             self._cache.begin(sequence)
+            self.waiting.popleft()
             sequence.begin()
             self.running.append(sequence)
         prompts = [sequence for sequence in self.running if sequence.remaining > 1]
@@ -55,10 +60,12 @@ class Scheduler:
         for sequence in [*self.running]:
             if sequence in stopped or (sequence.remaining > 1 and sequence is not prompt):
                 continue
-            tokens = min(sequence.remaining, self._chunk)
+            is_alone = not sequence.computed and len(self.running) == 1
+            tokens = min(sequence.remaining, self._chunk if is_alone else self._later)
             while not self._cache.reserve(sequence, tokens):
-                last = self.running.pop()  # the one that began last can wait best
+                last = self.running[-1]  # the one that began last can wait best
                 self._cache.end(last)
+                self.running.pop()
                 self.waiting.appendleft(last)
                 stopped.append(last)
                 if last is sequence:

@@ -51,8 +51,9 @@ def can_resume(model: Any) -> bool:
     plain = {"DynamicLayer", "DynamicSlidingWindowLayer"}
     config = model.config.get_text_config()
     layers = {type(layer).__name__ for layer in DynamicCache(config=model.config).layers}
-    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
-    return bool(layers) and not layers - plain and rope != "longrope"  # longrope's angles depend on the chunk's length
+    rope = getattr(config, "rope_parameters", None) or {}
+    types = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)}
+    return bool(layers) and not layers - plain and "longrope" not in types  # its angles depend on the chunk's length
 
 
 def first_ids(tokenizer: Any, text: str, most: int | None, **options: Any) -> list[int]:

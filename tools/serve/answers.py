@@ -108,8 +108,8 @@ class Answer:
             case Finish.FAILED:
                 assert sequence.error is not None
                 self.fail(sequence.error)
-            case Finish.CANCELLED:
-                self.cancel()
+            case Finish.CANCELLED:  # by the engine, as an answer that its client has left has ended
+                self.cut()
             case _:
                 self._close()
 
@@ -194,6 +194,7 @@ class AnswerService:
         self.tally = Tally()
         self._engine = engine
         self._answers: set[Answer] = set()
+        self._is_ending = False
 
     @property
     def is_alive(self) -> bool:
@@ -205,6 +206,8 @@ class AnswerService:
 
         Raises Refusal if the engine has failed.
         """
+        if self._is_ending:
+            raise Refusal(503, ENDING)
         answer = Answer(job, self)
         self._answers.add(answer)
         try:
@@ -214,6 +217,8 @@ class AnswerService:
             if isinstance(error, EngineError):
                 raise Refusal(503, FAILED) from None
             raise
+        if answer.ended:  # before the engine's sequence was known
+            answer.sequence.cancel()
         self.tally.add(prompt_tokens=len(job.request.ids))
         return answer
 
@@ -229,6 +234,7 @@ class AnswerService:
             answer.sequence.cancel()
 
     def cut(self) -> None:
-        """End all answers because the server shuts down."""
+        """End all answers, and refuse others, because the server shuts down."""
+        self._is_ending = True
         for answer in list(self._answers):
             answer.cut()

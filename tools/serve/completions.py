@@ -213,9 +213,14 @@ class ChatCompletions(Completions):
 
     def _continued(self, body: dict[str, Any]) -> list[int]:
         messages = BaseHandler.get_processor_inputs_from_messages(body["messages"], Modality.LLM)
+        # transformers drops reasoning, and what is said beside calls
+        sent = [
+            message | {name: one[name] for name in ("content", "reasoning_content") if isinstance(one.get(name), str)}
+            for message, one in zip(messages, body["messages"], strict=True)
+        ]
         render = partial(self._render, body, _tools(body))
         try:
-            return self._turns.continued(messages, render, self._service.tokenizer, self._service.context)
+            return self._turns.continued(messages, render, self._service.tokenizer, self._service.context, sent)
         except Refusal:  # the template takes all messages, but not a part of them
             return []
 

@@ -7,6 +7,7 @@ same text may have other tokens. So the tokens of each answer are kept, and foun
 from __future__ import annotations
 
 import hashlib
+import json
 import threading
 from array import array
 from collections import OrderedDict
@@ -27,8 +28,22 @@ class Turn:
     """A prompt and its complete answer."""
 
     ids: array[int]  # tokens of both
-    has_reasoning: bool
+    content: str
+    reasoning: str
+    calls: tuple[tuple[str, Any], ...]  # name and arguments of each
     end: str  # text of the last token, which ends the answer
+
+    def is_said_by(self, message: Mapping[str, Any]) -> bool:
+        """Return whether a message is this answer as its client got it.
+
+        The client may trim its text, and beside tool calls, whose ids nobody else knows, leave out text and reasoning.
+        """
+        content, reasoning = (str(message.get(name) or "").strip() for name in ("content", "reasoning_content"))
+        return (
+            _calls(message) == self.calls
+            and (content == self.content.strip() or bool(self.calls and not content))
+            and (reasoning == self.reasoning.strip() or bool(self.calls and not reasoning))
+        )
 
 
 class Turns:
@@ -49,36 +64,58 @@ class Turns:
         """
         deltas = list(deltas)
         content = "".join(delta.get("content", "") for delta in deltas)
-        calls = [call["id"] for delta in deltas for call in delta.get("tool_calls", ())]
-        has_reasoning = any("reasoning_content" in delta for delta in deltas)
+        reasoning = "".join(delta.get("reasoning_content", "") for delta in deltas)
+        calls = [call for delta in deltas for call in delta.get("tool_calls", ())]
+        turn = Turn(array("i", ids), content, reasoning, _calls({"tool_calls": calls}), end)
         with self._lock:
-            self._turns[_key(prompt, content, calls)] = Turn(array("i", ids), has_reasoning, end)
+            self._turns[_key(prompt, content, [call["id"] for call in calls])] = turn
             while len(self._turns) > MOST:
                 self._turns.popitem(last=False)
 
-    def continued(self, messages: Sequence[Mapping[str, Any]], render: Render, tokenizer: Any, most: int) -> list[int]:
+    def continued(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        render: Render,
+        tokenizer: Any,
+        most: int,
+        sent: Sequence[Mapping[str, Any]] | None = None,
+    ) -> list[int]:
         """Return the tokens of a prompt that continues the turn of the last answer in ``messages``.
 
         The result is empty if no such turn is kept, or the template does not keep all of its answer. Of a prompt with
-        far more than ``most`` tokens, only a prefix is returned.
+        far more than ``most`` tokens, only a prefix is returned. ``sent``: the messages as the client sent them, if the
+        template gets others.
         """
         last = max((at for at, message in enumerate(messages) if message["role"] == "assistant"), default=0)
         before, message = render(messages[:last]) if last else "", messages[last]
         calls = [call.get("id", "") for call in message.get("tool_calls") or ()]
         with self._lock:
             turn = self._turns.get(key := _key(before, message.get("content") or "", calls)) if last else None
-            if turn is None:
+            if turn is None or not turn.is_said_by((sent or messages)[last]):
                 return []
             self._turns.move_to_end(key)
         answer = {"role": "assistant", "content": TEXT}
-        if turn.has_reasoning:
+        if turn.reasoning:
             answer["reasoning_content"] = REASONING
         head, _, tail = render([*messages[:last], answer, *messages[last + 1 :]]).partition(TEXT)
-        keeps = head.startswith(before) and REASONING in head if turn.has_reasoning else head == before
+        keeps = head.startswith(before) and REASONING in head if turn.reasoning else head == before
         if not keeps or not tail.startswith(turn.end):
             return []
         more = first_ids(tokenizer, tail.removeprefix(turn.end), most, add_special_tokens=False)
         return [*turn.ids, *more]
+
+
+def _calls(message: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """Return the name and the arguments of each tool call of a message. Clients may write the arguments anew."""
+    calls = [call.get("function") or call for call in message.get("tool_calls") or ()]
+    return tuple((call.get("name", ""), _parsed(call.get("arguments"))) for call in calls)
+
+
+def _parsed(arguments: Any) -> Any:
+    try:
+        return json.loads(arguments) if isinstance(arguments, str) else arguments
+    except ValueError:
+        return arguments
 
 
 def _key(prompt: str, content: str, calls: Sequence[str]) -> bytes:

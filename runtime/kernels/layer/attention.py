@@ -281,7 +281,7 @@ def _added(mask: Tensor, batch: int) -> Tensor:
     """Convert a mask to fp32 [batch, 1, length rounded up to STEP], to be added to scores."""
     numbers = mask[:, 0]
     if mask.dtype == torch.bool:
-        lowest = torch.finfo(torch.float32).min
+        lowest = torch.finfo(torch.float32).min / 2  # finite when it is multiplied by LOG2_E
         numbers = torch.zeros(numbers.shape, dtype=torch.float32, device=CPU).masked_fill_(~numbers, lowest)
     numbers = F.pad(numbers.float(), (0, -numbers.shape[2] % STEP))
     return numbers.expand(batch, -1, -1).contiguous()

@@ -324,7 +324,9 @@ class _Attention(PieceEmitter):
         heads = at.mul(given.key_heads, given.share)
         with self._heads() as (row, token, head):
             state = self.result_of(self._state, row)
-            inverse = at.fdiv(self.floats(1.0), self._number(state, at.add(self.value_width, n(1))))
+            z = self._number(state, at.add(self.value_width, n(1)))
+            nothing = at.fcmp_ordered("==", z, self.floats(0.0))  # a token that attends to nothing gives 0
+            inverse = at.select(nothing, self.floats(0.0), at.fdiv(self.floats(1.0), z))
             number = at.add(at.mul(at.add(at.mul(block.sequence, given.tokens), token), heads), head)
             start = at.mul(at.mul(number, self.value_width), n(self.dtype.itemsize))
             out = at.inttoptr(at.add(given.out, start), POINTER)

@@ -63,7 +63,7 @@ def causal_mask(**given: Any) -> Tensor | None:
         return mask
     tokens, length = mask.shape[2:]
     window = length if tokens == 1 else int(mask[0, 0, -1].sum())
-    if not bool((mask == causal(tokens, length, window, mask.device)).all()):
+    if not window or not bool((mask == causal(tokens, length, window, mask.device)).all()):
         return mask
     if window == length and first % PIECE == 0:
         return None

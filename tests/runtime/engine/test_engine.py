@@ -6,15 +6,19 @@ import asyncio
 import gc
 import random
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from readers import PATIENCE
 from threads import run_all, wait_until
+from torch import Tensor
 from toy_runner import ToyRunner, answer_alone
 
 from moetier.runtime.engine.engine import Engine, EngineError
+from moetier.runtime.engine.runner import Task
 from moetier.runtime.engine.sequence import Finish, Request
 from moetier.runtime.kernels.layer.paged_cache import PAGE
 
@@ -93,6 +97,48 @@ def test_an_error_ends_only_its_sequence() -> None:
         with pytest.raises(OSError, match="a disk failed"):
             [*streams[0]]
         assert streams[0].sequence.finish is Finish.FAILED
+
+
+def test_an_error_while_a_token_is_sampled_ends_only_its_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Engine(ToyRunner(), pages=20, most=2, chunk=64, context=1000) as engine:
+        other = engine.stream(Request((5, 6, 7), 30))
+
+        def refuse(_: int) -> None:
+            raise ValueError("no")
+
+        ended = threading.Event()
+        bad = engine.submit(Request((9,), 30), refuse, lambda _: ended.set())
+        assert [*other] == answer_alone([5, 6, 7], 30, 1000)
+        assert ended.wait(PATIENCE)
+        assert bad.finish is Finish.FAILED
+        assert engine.is_alive
+
+
+def test_prompts_that_are_cancelled_do_not_stop_other_sequences() -> None:
+    """Each prompt is cancelled while it is computed; the other sequence gets a token in each step all the same."""
+    runner, others = ToyRunner(), list[int]()
+    ids = next(ids for token in range(10, 50) if len(answer_alone(ids := [token] * 20, 40, 1000)) == 40)
+    compute = runner.compute
+
+    def cancelled(task: Task, should_stop: Callable[[], bool]) -> Tensor | None:
+        if task.tokens > 1 and task.sequence.request.ids[0] == 8:
+            task.sequence.cancel()
+            others.append(len(first.sequence.ids))
+        return compute(task, should_stop)
+
+    runner.compute = cancelled  # type: ignore[method-assign]
+    with Engine(runner, pages=20, most=2, chunk=64, context=1000) as engine:
+        first = engine.stream(Request((*ids,), 40))
+        prompts = [engine.submit(Request((8,) * 30, 5), lambda _: None, lambda _: None) for _ in range(10)]
+        assert [*first] == answer_alone(ids, 40, 1000)
+        wait_until(lambda: all(prompt.finish is Finish.CANCELLED for prompt in prompts))
+    assert others == sorted(set(others)), "a token more for each prompt"
+
+
+@pytest.mark.parametrize("most", [0, -5])
+def test_no_tokens_are_refused(most: int) -> None:
+    with Engine(ToyRunner(), pages=4, most=1, chunk=64, context=100) as engine, pytest.raises(ValueError, match="new"):
+        engine.stream(Request((5,), most))
 
 
 def test_a_thread_that_fails_fails_all_and_refuses_further_requests() -> None:

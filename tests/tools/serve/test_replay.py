@@ -54,7 +54,7 @@ def answered(text: str = "", *calls: str) -> dict[str, Any]:
 
 def test_a_call_is_found_by_its_id_and_not_written_anew() -> None:
     turns = Turns()
-    ids = sampled(turns, '<call {"name":  "clock"}>', {"tool_calls": [{"id": "call_1"}]})
+    ids = sampled(turns, '<call {"name":  "clock"}>', {"tool_calls": [{"id": "call_1", "function": {"name": "clock"}}]})
     messages = [*PROMPT, answered("", "call_1"), {"role": "tool", "content": "Noon."}]
     found = turns.continued(messages, render, tokenizer, 10_000)
     assert found == [*ids, *tokenizer(f"<tool>Noon.{END}<assistant>")["input_ids"]]
@@ -72,9 +72,28 @@ def test_a_text_is_found_though_a_client_has_trimmed_it() -> None:
 def test_reasoning_is_replayed_only_if_the_template_keeps_it(keeps: bool) -> None:
     turns = Turns()
     ids = sampled(turns, "<think>Hm.</think>Noon.", {"reasoning_content": "Hm."}, {"content": "Noon."})
-    messages = [*PROMPT, answered("Noon."), {"role": "user", "content": "Where?"}]
+    answer = answered("Noon.") | {"reasoning_content": "Hm."}
+    messages = [*PROMPT, answer, {"role": "user", "content": "Where?"}]
     found = turns.continued(messages, lambda given: render(given, keeps_reasoning=keeps), tokenizer, 10_000)
     assert found[: len(ids)] == (ids if keeps else [])
+
+
+def test_an_answer_that_a_client_has_changed_is_another() -> None:
+    """And reasoning that it does not know stays unknown: another client may have had the same answer."""
+    turns = Turns()
+    call = {"id": "call_1", "function": {"name": "clock", "arguments": '{"zone": 1}'}}
+    sampled(turns, "<call>", {"tool_calls": [call]})
+    sampled(turns, "<think>Hm.</think>Noon.", {"reasoning_content": "Hm."}, {"content": "Noon."})
+    answer = {"role": "assistant", "content": ""}
+    for changed in (
+        answered("Not I.", "call_1"),
+        answer | {"tool_calls": [{"id": "call_1", "function": {"name": "clock", "arguments": '{"zone": 2}'}}]},
+        answer | {"tool_calls": [{"id": "call_1", "function": {"name": "calendar", "arguments": '{"zone": 1}'}}]},
+        answered("Noon."),
+        answered("Noon.") | {"reasoning_content": "Other."},
+    ):
+        messages = [*PROMPT, changed, {"role": "user", "content": "Where?"}]
+        assert turns.continued(messages, render, tokenizer, 10_000) == []
 
 
 def test_another_history_is_another_turn() -> None:

@@ -347,3 +347,15 @@ def _tiny(kind: str, device: str = "meta") -> Any:
     sizes = {"hidden_size": 64, "intermediate_size": 64, "vocab_size": 99} if device == "cpu" else {}
     with torch.device(device):
         return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, num_hidden_layers=1, **sizes))
+
+
+@torch.inference_mode()
+def test_chunks_of_a_padded_batch_that_are_padding_only(tinymix_4bit: Path) -> None:
+    """They attend to nothing, and what they leave in the cache must be numbers."""
+    model, _ = load(tinymix_4bit, daemon=None, dtype=torch.float32)
+    ids = torch.tensor([[0] * 9 + [5, 6, 7], [0] * 9 + [8, 9, 10]])
+    given = {"attention_mask": (ids > 0).long(), "max_new_tokens": 3, "do_sample": False}
+    with model.tiers:
+        whole = model.generate(ids, **given)
+        for chunk in (1, 4):
+            assert torch.equal(model.generate(ids, prefill_chunk_size=chunk, **given), whole)

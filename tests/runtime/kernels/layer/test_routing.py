@@ -88,6 +88,9 @@ def test_the_types_are_the_routers() -> None:
 )
 def test_rows_do_not_depend_on_one_another(options: dict[str, Any], given: torch.dtype) -> None:
     x, weight, bias = numbers(37, 64, dtype=given), numbers(32, 64), numbers(32)
+    few = route(x, weight[:2], top_k=1)
+    assert torch.equal(few[2][:1], route(x[:1], weight[:2], top_k=1)[2])
+    assert all(torch.equal(all_[9:10], one) for all_, one in zip(few, route(x[9:10], weight[:2], top_k=1), strict=True))
     together = route(x.view(1, 37, 64), weight, bias, top_k=5, **options)
     for i, row in enumerate(x):
         for one, all_ in zip(route(row[None], weight, bias, top_k=5, **options), together, strict=True):
