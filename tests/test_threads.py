@@ -62,7 +62,7 @@ class Lock(NamedTuple):
 
     @property
     def guarded(self) -> set[str]:
-        """What the lock guards, and the methods that need not take it."""
+        """Return the fields that the lock guards, and the methods that need not take it."""
         words = {f"self.{word}" for word in re.findall(r"``(\w+)``", self.comment)}
         return words | set(self.later if "fields below" in self.comment else ())
 
@@ -88,7 +88,7 @@ def locks_of(path: Path) -> Iterator[Lock]:
 
 
 def targets(node: ast.AST) -> list[str]:
-    """What a statement or a call changes, such as "self._calls"."""
+    """Return the fields that a statement or a call changes, such as "self._calls"."""
     changed: list[ast.expr] = []
     if isinstance(node, ast.Assign | ast.Delete):
         changed = node.targets

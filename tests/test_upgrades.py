@@ -80,7 +80,7 @@ class Release:
         return done.stdout
 
     def text(self, store: Path, *options: object) -> str:
-        """What it generates exactly: in other ways the last bits of a release may differ."""
+        """Generate with --exact: without it, the last bits of two releases may differ."""
         return self("generate", store, PROMPT, "--max-new-tokens", 12, "--temperature", 0, "--exact", *options)
 
     @contextlib.contextmanager

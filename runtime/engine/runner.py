@@ -15,7 +15,7 @@ from .sequence import Sequence
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What a step computes of one sequence: its next ``tokens`` tokens after those that are computed."""
+    """The tokens of one sequence that a step computes: the next ``tokens`` of those that are not computed yet."""
 
     sequence: Sequence
     tokens: int

@@ -71,7 +71,7 @@ def next_token(ids: Sequence[int]) -> int:
 
 
 def answer_alone(ids: Sequence[int], most: int, context: int) -> list[int]:
-    """What a sequence gets that runs alone."""
+    """Return the new tokens of a sequence that runs alone."""
     found = [*ids]
     while len(found) < min(len(ids) + most, context):
         found.append(next_token(found))

@@ -19,7 +19,7 @@ _BAND = "moetier_band"  # name of an attribute of masks
 
 
 class Band(NamedTuple):
-    """What a causal mask shows, if each token attends to the positions up to its own, or to the last of them."""
+    """A causal mask in two numbers: each token attends to its own position and to the ``window`` - 1 before it."""
 
     first: int  # position of the first key in its sequence
     window: int  # most positions that a token attends to, its own included

@@ -1,4 +1,4 @@
-"""Misses of a daemon's client: one request for a block, and what becomes of it."""
+"""Misses of a daemon's client: a request for experts of a block, until their records are there or have failed."""
 
 from __future__ import annotations
 

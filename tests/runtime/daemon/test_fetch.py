@@ -166,7 +166,7 @@ def test_a_call_that_waits_for_a_slot_is_answered_before_its_deadline(large: Pat
 
 @pytest.mark.parametrize("how", ["its client goes", "its deadline passes", "the daemon ends"])
 def test_no_call_waits_in_vain(large: Path, how: str) -> None:
-    """A fetch that waits for a slot, when nobody wants it any more."""
+    """A fetch is cancelled while it waits for a slot."""
     with served_folder(large, slots=1, timeout=600) as (address, host, fetches):
         leases = host.acquire([ExpertKey(0, 0)])
         next(leases)

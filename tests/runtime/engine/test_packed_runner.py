@@ -93,7 +93,7 @@ def test_company_changes_no_token(model: Any, seed: int) -> None:
 
 
 def test_one_sequence_is_decoded_by_compiled_layers(tinymix_4bit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where its pages are consecutive, as they are in a conversation that goes on."""
+    """The pages are consecutive, as those of a conversation usually are."""
     computed, of = list[bool](), OneTokenLayer.of
 
     def seen(layer: OneTokenLayer, given: Any, hidden: Tensor, *arguments: Any, **named: Any) -> Any:

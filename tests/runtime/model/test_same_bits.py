@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from moetier.runtime.checkpoint.config_json import read_config
+from moetier.runtime.engine.model_runner import windows_of
 from moetier.runtime.generation.compat import CACHE
 from moetier.runtime.kernels.products.matmul import matmul
 from moetier.runtime.model.load import load
@@ -69,6 +70,12 @@ def _check(kind: str, trunk_bits: Any, length: int, cuts: list[list[int]], folde
         wanted = _logits(model, ids, [length])
         for sizes_ in cuts:
             assert _differing(_logits(model, ids, sizes_), wanted) == [], sizes_[:3]
+        if all(window is None for window in windows_of(model)):  # transformers can't cut a full window
+            cache = DynamicCache(config=model.config)
+            model(ids[:, :400], **{CACHE: cache}, use_cache=True)
+            cache.crop(-150)
+            rest = model(ids[:, 250:], **{CACHE: cache}, use_cache=True).logits
+            assert _differing(rest, wanted[:, 250:]) == [], "after cutting and continuing"
         for threads in _with_threads(1, 3, 4):
             assert _differing(_logits(model, ids, [300, 200, *[1] * 10]), wanted[:, :510]) == [], f"{threads} threads"
         for others in (1, 2, 7):
