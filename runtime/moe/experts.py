@@ -28,7 +28,7 @@ from moetier.tiers.quant.codec import sections
 
 from .block import TieredBlock, arriving_leases, end_open_leases, tokens_of_experts
 from .gradients import without_gradient
-from .grouped import compute_grouped, kernels_of
+from .grouped import Routed, compute_grouped, kernels_of
 
 EXPERT_PARAMETERS = ("gate_up_proj", "up_proj", "down_proj", "gate_up_proj_bias", "up_proj_bias", "down_proj_bias")
 
@@ -90,7 +90,8 @@ def _compute(
 ) -> Tensor:
     kernels = kernels_of(module, tiered, hidden_states.dtype)
     if kernels is not None and has_memory(hidden_states) and has_memory(top_k_weights):
-        return compute_grouped(kernels, tiered, hidden_states, top_k_index, top_k_weights)
+        (out,) = compute_grouped(kernels, tiered, [Routed(hidden_states, top_k_index, top_k_weights)])
+        return out
     return tiered.kernels.with_room(partial(_eager, module, tiered, hidden_states, top_k_index, top_k_weights))
 
 

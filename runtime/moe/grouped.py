@@ -2,16 +2,19 @@
 
 If all experts of a single token are resident, it takes no lease: compiled code looks the records up, and proves
 afterwards that none of them was replaced. The result does not depend on which experts are available together.
+
+Experts of many tokens are computed in groups, in ascending order, and each group's outputs are added to the tokens'
+sums. So each expert is leased once for all tokens of a prompt, and the memory for outputs is that of one group.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,12 +24,14 @@ from moetier.runtime.kernels.experts.expert_kernels import ExpertKernels
 from moetier.runtime.kernels.experts.expert_products import BATCH_OUTPUTS
 from moetier.runtime.kernels.products.api import CPU, FLOATS, Kernels, is_readable
 from moetier.runtime.libraries.torch_internals import children_of, hooks_after, hooks_before
-from moetier.tiers.layout import RecordLayout
+from moetier.tiers.layout import ExpertKey, RecordLayout
 from moetier.tiers.source import Lease
 
 from .activation import activation_of
-from .block import TieredBlock, TokensOfExperts, arriving_leases, end_open_leases, tokens_of_experts
+from .block import TieredBlock, TokensOfExperts, arriving_leases, end_open_leases
 from .snapshot import Trials, has_global_hooks
+
+GROUP_OUTPUTS = 2048  # most outputs of a group of experts: [GROUP_OUTPUTS, hidden] numbers, and as many inputs
 
 
 def one_token(
@@ -90,21 +95,39 @@ def quick_activation(module: Any, layout: RecordLayout, kernels: Kernels) -> Act
     return activation if activation is not None and ExpertKernels.fit(layout, activation) else None
 
 
-def compute_grouped(
-    kernels: ExpertKernels, tiered: TieredBlock, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
-) -> Tensor:
-    """Compute ``experts_forward`` with compiled code, all experts that are available in one call.
+class Routed(NamedTuple):
+    """Tokens, and the experts that compute them."""
 
-    [tokens, hidden] -> [tokens, hidden].
+    x: Tensor  # [tokens, hidden]
+    top_k_index: Tensor  # [tokens, top_k]
+    weights: Tensor  # [tokens, top_k]
+
+
+def compute_grouped(
+    kernels: ExpertKernels, tiered: TieredBlock, parts: Sequence[Routed], between: Callable[[], object] = lambda: None
+) -> Iterator[Tensor]:
+    """Compute ``experts_forward`` with compiled code for several calls together, and yield their results.
+
+    An expert is leased once for all of them. ``between`` is called when no expert is leased.
     """
+    given = [_checked(kernels, *part) for part in parts]
+    (x, index, weights), dtype = given[0], parts[0].x.dtype
+    if len(parts) == len(x) == 1 and (out := _one_token(kernels, tiered, x, index.tolist()[0], weights)) is not None:
+        yield out.to(dtype)
+        return
+    sums = _tokens(kernels, tiered, given, between)
+    for part in torch.split(sums, [len(x) for x, *_ in given]):
+        yield part.to(dtype)
+
+
+def _checked(kernels: ExpertKernels, x: Tensor, top_k_index: Tensor, weights: Tensor) -> Routed:
+    """Return tokens in the type that compiled code takes. Raises ValueError if shapes do not fit."""
     shape = top_k_index.shape
-    if hidden_states.shape != (shape[0], kernels.width) or top_k_weights.shape != shape:
-        given = f"{[*hidden_states.shape]}, {[*shape]} and {[*top_k_weights.shape]}"
+    if x.shape != (shape[0], kernels.width) or weights.shape != shape:
+        given = f"{[*x.shape]}, {[*shape]} and {[*weights.shape]}"
         raise ValueError(f"hidden states, experts and weights of shapes {given}, where hidden is {kernels.width}")
-    weights = top_k_weights if top_k_weights.dtype in FLOATS else top_k_weights.float()
-    x, weights = hidden_states.to(kernels.dtype).contiguous(), weights.contiguous()
-    out = _one_token(kernels, tiered, x, top_k_index.tolist()[0], weights) if len(x) == 1 else None
-    return (_tokens(kernels, tiered, x, top_k_index, weights) if out is None else out).to(hidden_states.dtype)
+    weights = weights if weights.dtype in FLOATS else weights.float()
+    return Routed(x.to(kernels.dtype).contiguous(), top_k_index, weights.contiguous())
 
 
 def _one_token(
@@ -148,31 +171,120 @@ def _one_token(
         return {expert: ([0], [place]) for expert, place in places.items()}
 
     _experts(kernels, tiered, x, places, placed, compute, outputs)
-    out = kernels.add_up(outputs, weights)
+    order, bounds = (
+        torch.tensor(numbers, device=CPU)
+        for numbers in (sorted(range(len(experts)), key=experts.__getitem__), (0, len(experts)))
+    )
+    out = torch.empty_like(x)
+    kernels.add_up(outputs, weights.reshape(-1), order, bounds, out)
     return out if residual is None else residual + out
 
 
-def _tokens(kernels: ExpertKernels, tiered: TieredBlock, x: Tensor, top_k_index: Tensor, weights: Tensor) -> Tensor:
-    """Compute several tokens, x [tokens, hidden]. An expert is leased once for all tokens that use it."""
-    tokens, k = top_k_index.shape
-    tokens_of = tokens_of_experts(top_k_index, kernels.experts)
-    outputs = x.new_zeros(tokens * k, x.shape[1])
+def _tokens(
+    kernels: ExpertKernels, tiered: TieredBlock, parts: Sequence[Routed], between: Callable[[], object]
+) -> Tensor:
+    """Compute the tokens of all parts. Return their sums [tokens, hidden], in fp32 if there were several groups."""
+    index, weights = (torch.cat([part[number] for part in parts]) for number in (1, 2))
+    tokens, k = index.shape
+    experts = index.reshape(-1).clamp(max=kernels.experts)
+    by_expert = torch.argsort(experts, stable=True)  # places of all outputs in ``index``, by expert and then by token
+    counts = torch.bincount(experts, minlength=kernels.experts + 1)[:-1]
+    groups = _groups(counts.tolist())
+    is_part = len(groups) > 1
+    if is_part:
+        sums = torch.zeros((tokens, kernels.width), device=CPU)
+    else:
+        sums = parts[0].x.new_empty((tokens, kernels.width))
+    on_demand, source = tiered.on_demand, tiered.source
+    if is_part:
+        tiered = replace(tiered, on_demand=None)
+    buffer = parts[0].x.new_empty((max((group[-1].end - group[0].begin for group in groups), default=0), kernels.width))
+    for number, group in enumerate(groups):
+        if is_part:
+            coming = [
+                ExpertKey(tiered.block, span.expert) for later in groups[number + 1 : number + 3] for span in later
+            ]
+            if absent := source.absent(coming):
+                source.prefetch(tiered.block, absent)
+        begin, end = group[0].begin, group[-1].end
+        places = by_expert[begin:end]
+        own = places.div(k, rounding_mode="floor")
+        computed, rows = torch.unique(own, return_inverse=True)
+        outputs = buffer[: end - begin]
+        _group(
+            kernels, tiered, _rows(parts, computed), [Span(e, b - begin, c - begin) for e, b, c in group], rows, outputs
+        )
+        if is_part and on_demand is not None and not number:
+            on_demand(tiered.block, counts.nonzero()[:, 0].tolist())
+        bounds = torch.zeros(tokens + 1, dtype=torch.int64, device=CPU)
+        torch.cumsum(torch.bincount(own, minlength=tokens), 0, out=bounds[1:])
+        order = torch.argsort(rows, stable=True)  # by token, and then by expert
+        kernels.add_up(outputs, weights.reshape(-1)[places], order, bounds, sums, is_part=is_part)
+        between()
+    return sums
+
+
+class Span(NamedTuple):
+    """Outputs of one expert: ``begin`` to ``end`` of all outputs, which are in ascending order of experts."""
+
+    expert: int
+    begin: int
+    end: int
+
+
+def _groups(counts: Sequence[int]) -> list[list[Span]]:
+    """Divide the outputs of all experts, ``counts`` of each, into groups of at most GROUP_OUTPUTS."""
+    groups, left, begin = list[list[Span]](), 0, 0
+    for expert, count in enumerate(counts):
+        for first in range(begin, begin + count, GROUP_OUTPUTS):
+            span = Span(expert, first, min(first + GROUP_OUTPUTS, begin + count))
+            if span.end - span.begin > left:
+                groups.append([])
+                left = GROUP_OUTPUTS
+            groups[-1].append(span)
+            left -= span.end - span.begin
+        begin += count
+    return groups
+
+
+def _rows(parts: Sequence[Routed], tokens: Tensor) -> Tensor:
+    """Return the hidden states of ``tokens``, ascending numbers [n] among those of all parts: [n, hidden]."""
+    ends = torch.tensor([len(part.x) for part in parts], device=CPU).cumsum(0)
+    numbers = torch.bincount(torch.bucketize(tokens, ends, right=True), minlength=len(parts)).tolist()
+    starts = [0, *ends.tolist()]
+    chosen = zip(parts, torch.split(tokens, numbers), starts, strict=False)
+    return torch.cat([part.x.index_select(0, own - start) for part, own, start in chosen if len(own)])
+
+
+def _group(
+    kernels: ExpertKernels, tiered: TieredBlock, x: Tensor, spans: Sequence[Span], rows: Tensor, outputs: Tensor
+) -> None:
+    """Compute a group of experts.
+
+    Args:
+        kernels: compiled code.
+        tiered: the block.
+        x: [tokens, hidden].
+        spans: outputs of each expert.
+        rows: [R], the row of x for each output.
+        outputs: [R, hidden].
+    """
+    span_of = {span[0]: span for span in spans}
 
     def compute(leases: Sequence[Lease[Tensor]]) -> None:
-        for batch in _batches(leases, tokens_of):
+        for batch in _batches(leases, span_of):
             jobs, first = array("q"), 0
-            for lease, token, _ in batch:
-                jobs.extend((lease.record.data_ptr(), first, len(token)))
-                first += len(token)
-            gathered = torch.cat([token for _, token, _ in batch])
-            places = gathered * k + torch.cat([position for _, _, position in batch])
-            kernels.compute(x.index_select(0, gathered), jobs, array("q", places.tolist()), outputs)
+            for lease, begin, end in batch:
+                jobs.extend((lease.record.data_ptr(), first, end - begin))
+                first += end - begin
+            gathered = torch.cat([rows[begin:end] for _, begin, end in batch])
+            places = array("q", (place for _, begin, end in batch for place in range(begin, end)))
+            kernels.compute(x.index_select(0, gathered), jobs, places, outputs)
 
     def placed() -> TokensOfExperts:
-        return {expert: (own.tolist(), (own * k + position).tolist()) for expert, (own, position) in tokens_of.items()}
+        return {expert: (rows[begin:end].tolist(), range(begin, end)) for expert, begin, end in spans}
 
-    _experts(kernels, tiered, x, tokens_of, placed, compute, outputs)
-    return kernels.add_up(outputs, weights)
+    _experts(kernels, tiered, x, span_of, placed, compute, outputs)
 
 
 def _experts(
@@ -212,20 +324,20 @@ def _arriving(
                 lease.validate()  # if the record was replaced, the expert is leased and computed again
 
 
-Batch = list[tuple[Lease[Tensor], Tensor, Tensor]]  # (lease, tokens that use it, their positions in the top-k)
+Batch = list[tuple[Lease[Tensor], int, int]]  # (lease, where its outputs begin and end)
 
 
-def _batches(leases: Sequence[Lease[Tensor]], tokens_of: dict[int, tuple[Tensor, Tensor]]) -> Iterator[Batch]:
-    """Divide the tokens of leased experts into batches of at most BATCH_OUTPUTS outputs."""
+def _batches(leases: Sequence[Lease[Tensor]], spans: Mapping[int, Span]) -> Iterator[Batch]:
+    """Divide the outputs of leased experts into batches of at most BATCH_OUTPUTS."""
     batch: Batch = []
     left = BATCH_OUTPUTS
     for lease in leases:
-        for tokens, positions in zip(
-            *(torch.split(index, BATCH_OUTPUTS) for index in tokens_of[lease.key.expert]), strict=True
-        ):
-            if batch and len(tokens) > left:
+        _, begin, end = spans[lease.key.expert]
+        for first in range(begin, end, BATCH_OUTPUTS):
+            last = min(first + BATCH_OUTPUTS, end)
+            if batch and last - first > left:
                 yield batch
                 batch, left = [], BATCH_OUTPUTS
-            batch.append((lease, tokens, positions))
-            left -= len(tokens)
+            batch.append((lease, first, last))
+            left -= last - first
     yield batch

@@ -16,6 +16,7 @@ from llvmlite import ir
 from moetier.runtime.kernels.jit.emitter import (
     BF16,
     F32,
+    FP32,
     I32,
     I64,
     LANES,
@@ -32,7 +33,7 @@ from moetier.runtime.kernels.products.rounding import Rounding, emit_rounding
 # names of the compiled functions
 ACTIVATE, PLACE, ADD_UP, FIND, PROVE = (f"moetier_{name}" for name in ("activate", "place", "add_up", "find", "prove"))
 # Numbers of i64 fields in their contexts. The docstring of the function that emits each lists them.
-ACTIVATE_CONTEXT, PLACE_CONTEXT, ADD_UP_CONTEXT, FIND_CONTEXT, PROVE_CONTEXT = 12, 8, 8, 13, 5
+ACTIVATE_CONTEXT, PLACE_CONTEXT, ADD_UP_CONTEXT, FIND_CONTEXT, PROVE_CONTEXT = 12, 8, 9, 13, 5
 
 
 Function = Literal["silu", "gelu", "gelu_tanh", "relu2"]
@@ -133,31 +134,45 @@ def placing_module(dtype: Dtype, has_bias: bool) -> ir.Module:
     return emit.finish()
 
 
-def adding_module(dtype: Dtype, weight_dtype: Dtype, has_residual: bool) -> ir.Module:
+def adding_module(dtype: Dtype, weight_dtype: Dtype, has_residual: bool, is_part: bool = False) -> ir.Module:
     """Emit the function ``ADD_UP(context)``, which computes items until none is left. An item is a token.
 
-    The context: number of tokens that threads have taken, number of all tokens; pointers to the outputs
-    [tokens, top_k, N] of ``dtype`` and to the weights [tokens, top_k] of ``weight_dtype``; top_k; a pointer to the sums
-    [tokens, N] of ``dtype``; N; if ``has_residual``, a pointer to numbers [tokens, N] of ``dtype``, which are added to
-    the rounded sums.
+    The context: number of tokens that threads have taken, number of all tokens; pointers to the outputs [R, N] of
+    ``dtype`` and to their weights [R] of ``weight_dtype``; pointers to the rows of each token's outputs, i64 [R], in
+    the order in which they are added, and to the number of rows before those of each token, i64 [tokens + 1]; a pointer
+    to the sums [tokens, N] of ``dtype``; N; if ``has_residual``, a pointer to numbers [tokens, N] of ``dtype``, which are
+    added to the rounded sums.
+
+    With ``is_part``, the outputs are only some of the tokens': sums are fp32, and the outputs are added to them.
     """
     emit = Emitter(new_module(), ADD_UP, [POINTER])
     at, n = emit.at, emit.number
-    begun, (tokens, outputs, weights, top_k, sums, columns, residual) = emit.fields(ADD_UP_CONTEXT)
-    outputs, weights, sums, residual = (at.inttoptr(address, POINTER) for address in (outputs, weights, sums, residual))
+    begun, (tokens, outputs, weights, rows, bounds, sums, columns, residual) = emit.fields(ADD_UP_CONTEXT)
+    outputs, weights, rows, bounds, sums, residual = (
+        at.inttoptr(address, POINTER) for address in (outputs, weights, rows, bounds, sums, residual)
+    )
     total = at.alloca(vector(F32, LANES))
     row_bytes = at.mul(columns, n(dtype.itemsize))
+    sum_dtype = FP32 if is_part else dtype
+
+    def word(pointer: Value, index: Value) -> Value:
+        return at.load(emit.place(pointer, at.mul(index, n(8)), I64))
+
     with emit.items(begun, tokens) as token:
-        first = at.mul(token, top_k)
-        target = at.gep(sums, [at.mul(token, row_bytes)])
-        with emit.loop(n(0), row_bytes, LANES * dtype.itemsize) as offset:
-            at.store(emit.floats(0.0), total)
-            with emit.loop(first, at.add(first, top_k)) as place:
-                given = emit.load_floats(weights, at.mul(place, n(weight_dtype.itemsize)), weight_dtype, 1)
+        first, end = word(bounds, token), word(bounds, at.add(token, n(1)))
+        target = at.gep(sums, [at.mul(token, at.mul(columns, n(sum_dtype.itemsize)))])
+        with emit.loop(n(0), columns, LANES) as column:
+            offset = at.mul(column, n(dtype.itemsize))
+            at.store(
+                emit.load_floats(target, at.mul(column, n(4)), FP32, LANES) if is_part else emit.floats(0.0), total
+            )
+            with emit.loop(first, end) as number:
+                row = word(rows, number)
+                given = emit.load_floats(weights, at.mul(row, n(weight_dtype.itemsize)), weight_dtype, 1)
                 weight = emit.pick(given, given, [0] * LANES)
-                values = emit.load_floats(outputs, at.add(at.mul(place, row_bytes), offset), dtype, LANES)
+                values = emit.load_floats(outputs, at.add(at.mul(row, row_bytes), offset), dtype, LANES)
                 at.store(_multiply_add(emit, weight, values, at.load(total)), total)
-            emit.store_floats(at.load(total), target, offset, dtype)
+            emit.store_floats(at.load(total), target, at.mul(column, n(sum_dtype.itemsize)), sum_dtype)
             if has_residual:
                 place = at.add(at.mul(token, row_bytes), offset)
                 parts = (emit.load_floats(*part, dtype, LANES) for part in ((target, offset), (residual, place)))

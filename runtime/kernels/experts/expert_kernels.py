@@ -1,8 +1,8 @@
 """Compute experts of a block on a CPU in one call, with the weighted sum of their outputs.
 
-A token's outputs (``expert_products.py``) are multiplied by their weights and added up in fp32, in the order of its
-top-k. So a token's result depends only on that token and its routing: not on other tokens, on the order in which
-experts arrive, or on the number of threads.
+A token's outputs (``expert_products.py``) are multiplied by their weights and added up in fp32, in ascending order of
+experts. So a token's result depends only on that token and its routing: not on other tokens, on the order in which
+experts arrive, or on the number of threads; and experts can be computed a few at a time, for all tokens of a prompt.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moetier.runtime.kernels.jit.processor import Processor
 from moetier.runtime.kernels.jit.team import Kernel, KernelTask, Program, Scratch, run_all, threads_for
-from moetier.runtime.kernels.products.api import CPU, FLOATS
+from moetier.runtime.kernels.products.api import FLOATS
 from moetier.runtime.kernels.products.gemm import JOB
 from moetier.runtime.kernels.products.rounding import X
 from moetier.tiers.layout import RecordLayout
@@ -25,7 +25,7 @@ from moetier.tiers.source import Residents
 from .expert_code import ADD_UP, FIND, PROVE, Activation, adding_module, find_module, prove_module
 from .expert_products import ExpertProducts, compiled
 
-WEIGHTS, SUMS, RESIDUAL = 3, 5, 7  # indices of addresses in a context of ADD_UP
+TOKENS, WEIGHTS, SUMS, RESIDUAL = 1, 3, 6, 8  # indices of addresses in a context of ADD_UP
 _scratch = Scratch()
 
 
@@ -48,8 +48,8 @@ class ExpertKernels(ExpertProducts):
         self._find = compiled(self._processor, find_module, FIND)
         self._prove = compiled(self._processor, prove_module, PROVE)
         self._local = threading.local()  # ``token``: the thread's OneToken
-        # by type of the weights, and whether there is a residual; so ``add_up`` does not wait while a thread compiles
-        self._add_up: dict[tuple[torch.dtype, bool], Kernel] = {}
+        # by arguments of ``adding_module``, so that ``add_up`` does not wait while a thread compiles
+        self._add_up: dict[tuple[torch.dtype, bool, bool], Kernel] = {}
 
     # -- experts as they arrive ---------------------------------------------------------------------------------------
 
@@ -65,17 +65,26 @@ class ExpertKernels(ExpertProducts):
         """
         self.compute_at(x.data_ptr(), len(x), jobs, places, outputs.data_ptr(), _scratch)
 
-    def add_up(self, outputs: Tensor, weights: Tensor) -> Tensor:
-        """Multiply outputs [tokens * top_k, hidden] by weights [tokens, top_k], and add up those of each token.
+    def add_up(
+        self, outputs: Tensor, weights: Tensor, rows: Tensor, bounds: Tensor, sums: Tensor, *, is_part: bool = False
+    ) -> None:
+        """Multiply outputs by their weights, and add up those of each token.
 
-        Weights are fp32 or bf16. Returns [tokens, hidden] in the type of the outputs.
+        Args:
+            outputs: [R, hidden], in the type of hidden states.
+            weights: [R], fp32 or bf16.
+            rows: [R], int64: the rows of the first token's outputs, in ascending order of experts, then those of the
+                second, and so on.
+            bounds: [tokens + 1], int64: where in ``rows`` those of each token begin, and the end.
+            sums: [tokens, hidden]: gets the sums, in the type of hidden states.
+            is_part: the outputs are only some of the tokens'. They are added to ``sums``, which are fp32.
         """
-        tokens, top_k = weights.shape
-        out = torch.empty((tokens, outputs.shape[1]), dtype=self.dtype, device=CPU)
-        task = self._adding(weights.dtype, tokens, top_k, outputs.data_ptr(), threads_for(outputs.numel()))
-        task.context[WEIGHTS], task.context[SUMS] = weights.data_ptr(), out.data_ptr()
+        threads = threads_for(outputs.numel())
+        task = self._adding(
+            weights.dtype, outputs.data_ptr(), rows.data_ptr(), bounds.data_ptr(), threads, is_part=is_part
+        )
+        task.context[TOKENS], task.context[WEIGHTS], task.context[SUMS] = len(sums), weights.data_ptr(), sums.data_ptr()
         run_all([task])
-        return out
 
     def one_token(self, top_k: int, weight_dtype: torch.dtype, *, has_residual: bool) -> OneToken:
         """Return the calling thread's object for tokens with ``top_k`` experts, valid until the thread asks again."""
@@ -88,18 +97,19 @@ class ExpertKernels(ExpertProducts):
     def _adding(
         self,
         weight_dtype: torch.dtype,
-        tokens: int,
-        top_k: int,
         outputs: int,
+        rows: int,
+        bounds: int,
         threads: int,
         *,
         has_residual: bool = False,
+        is_part: bool = False,
     ) -> KernelTask:
-        """Return the task of ``add_up``, whose context still lacks the addresses WEIGHTS, SUMS and RESIDUAL."""
-        if (kernel := self._add_up.get((weight_dtype, has_residual))) is None:
-            kernel = compiled(self._processor, adding_module, ADD_UP, self.dtype, weight_dtype, has_residual)
-            self._add_up[weight_dtype, has_residual] = kernel
-        return KernelTask(kernel, array("q", (0, tokens, outputs, 0, top_k, 0, self._down.rows, 0)), threads)
+        """Return the task of ``add_up`` for one token, whose context still lacks WEIGHTS, SUMS and RESIDUAL."""
+        variant = weight_dtype, has_residual, is_part
+        if (kernel := self._add_up.get(variant)) is None:
+            kernel = self._add_up[variant] = compiled(self._processor, adding_module, ADD_UP, self.dtype, *variant)
+        return KernelTask(kernel, array("q", (0, 1, outputs, 0, rows, bounds, 0, self._down.rows, 0)), threads)
 
 
 class OneToken:
@@ -124,7 +134,9 @@ class OneToken:
         self._proof = array("q", (0, self._top_k, 0, *addresses[1:]))
         outputs = self.scratch + starts[4]
         tasks = kernels._tasks(1, self._jobs, array("q", range(self._top_k)), self.scratch, starts, outputs)
-        adding = kernels._adding(weight_dtype, 1, self._top_k, outputs, 1, has_residual=has_residual)
+        self._order, bounds = array("q", bytes(8 * self._top_k)), array("q", (0, self._top_k))
+        rows, bound = (numbers.buffer_info()[0] for numbers in (self._order, bounds))
+        adding = kernels._adding(weight_dtype, outputs, rows, bound, 1, has_residual=has_residual)._replace(kept=bounds)
         self._x, self._sums = tasks[0].context, adding.context
         self._program = Program([*tasks, adding, KernelTask(kernels._prove, self._proof, 1)])
 
@@ -133,6 +145,7 @@ class OneToken:
         wanted, lookup = array("q", experts), self._lookup
         lookup[0], lookup[2], lookup[3:10] = 0, wanted.buffer_info()[0], array("q", residents.numbers)
         self._proof[2] = residents.generations
+        self._order[:] = array("q", sorted(range(self._top_k), key=experts.__getitem__))
         self._find.call_locked(lookup.buffer_info()[0])
         return lookup[0] == self._top_k
 

@@ -159,6 +159,7 @@ def test_what_is_between_and_after_products(tmp_path: Path, memory: SharedMemory
     places = memory.context(array("q", (2, 0, 1)))
     outputs, out = (memory.empty(count, columns, dtype=torch.bfloat16) for count in (rows, 1))
     weights = memory.copy(torch.rand(1, rows, generator=random))
+    order, bounds = memory.context(array("q", reversed(range(rows)))), memory.context(array("q", (0, rows)))
     steps = [
         (
             ACTIVATE,
@@ -170,7 +171,16 @@ def test_what_is_between_and_after_products(tmp_path: Path, memory: SharedMemory
             PLACE,
             array("q", (0, 1, jobs.data_ptr(), part.data_ptr(), places.data_ptr(), outputs.data_ptr(), columns, 0)),
         ),
-        (ADD_UP, array("q", (0, 1, outputs.data_ptr(), weights.data_ptr(), rows, out.data_ptr(), columns, 0))),
+        (
+            ADD_UP,
+            array(
+                "q",
+                (
+                    *(0, 1, outputs.data_ptr(), weights.data_ptr(), order.data_ptr(), bounds.data_ptr()),
+                    *(out.data_ptr(), columns, 0),
+                ),
+            ),
+        ),
     ]
 
     def emit(processor: Processor) -> dict[str, ir.Module]:
