@@ -6,11 +6,11 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import TypedDict, Unpack
 
 from moetier.runtime.device_names import check_device, device_values
 from moetier.runtime.wire.address import Address, Credentials
@@ -283,12 +283,6 @@ class TierConfig(HostTierConfig):
             )
         return config
 
-    @classmethod
-    def of_command(cls, **options: Unpack[LoadOptions]) -> TierConfig:
-        """Check and convert options as ``of``. Those that are not given have the defaults of commands."""
-        defaults: Any = {name: option.default for name, option in COMMAND_OPTIONS.items()}
-        return cls.of(**defaults | options)
-
     @property
     def mapped(self) -> Address | None:
         """Address of the daemon that was named, if it is the only one and on this host; else None.
@@ -311,9 +305,6 @@ class TierConfig(HostTierConfig):
 
 
 TIER_OPTIONS = options_of(TierConfig)
-# The options as commands have them. Their chunk of a prompt does not depend on the memory if that is not short, because
-# some models' last bits depend on which tokens are computed together (``runtime.model.same_bits``).
-COMMAND_OPTIONS = TIER_OPTIONS | {"prefill_chunk": replace(TIER_OPTIONS["prefill_chunk"], default=1024)}
 # options for models in an object store, of ``load`` and of commands
 CACHE = named(
     store_cache=Option(

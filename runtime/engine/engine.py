@@ -6,7 +6,9 @@ import asyncio
 import contextlib
 import logging
 import threading
+import time
 from collections.abc import AsyncGenerator, Callable, Iterator
+from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -19,12 +21,14 @@ from moetier.tiers.errors import MoetierError, UnsupportedModelError
 
 from .kv_cache import KVCache
 from .model_runner import ModelRunner
-from .packed_runner import PackedRunner, can_pack
+from .packed_runner import PackedRunner, may_pack
 from .runner import Runner, Stopped, Task
 from .sampling import Sampler, generates_itself
 from .scheduler import Scheduler
 from .sequence import Finish, Request, Sequence
 
+PROMPT_TURNS = 3.0  # a long prompt is computed this many times as long as the step of other sequences before it
+LONGEST_TURN = 0.3  # seconds after which others are computed, unless their step takes longer itself
 POLL_SECONDS = 0.05  # a stream asks this often whether it is still wanted
 _log = logging.getLogger(__name__)
 
@@ -95,7 +99,10 @@ class Engine:
             most=most,
             chunk=chunk if runner.can_resume else context,
             later=min(chunk, later or chunk) if runner.can_resume else context,
+            block=runner.block,
         )
+        self._beside: set[Sequence] = set()  # sequences of the long tasks that are being computed
+        self._next_turn = 0.0  # time at which other sequences are computed beside them
         self._samplers: dict[Sequence, Sampler] = {}
         self._changed = threading.Condition()  # guards the next two
         self._arrived: list[Sequence] = []
@@ -119,8 +126,11 @@ class Engine:
         limits = kv.context, longest_prompt(model), longest_context(model.config)
         context = max(tokens, min(limit for limit in limits if limit is not None))
         pages = max(kv.pages, -(-tokens // PAGE))
-        runner = (PackedRunner if most > 1 and can_pack(model) else ModelRunner)(model, pages)
         prefill = model.tiers.prefill
+        if prefill.in_blocks is not None and may_pack(model):
+            runner: Runner = PackedRunner(model, pages, chunk=prefill.later)
+            return cls(runner, pages=pages, most=most, chunk=prefill.in_blocks, context=context)
+        runner = ModelRunner(model, pages)
         return cls(runner, pages=pages, most=most, chunk=prefill.tokens, context=context, later=prefill.later)
 
     @property
@@ -198,15 +208,45 @@ class Engine:
 
     def step(self) -> None:
         """Compute one step: choose tasks, run them, and append a token to each sequence that is complete."""
+        short, long = self._schedule()
+        self._run(short)
+        self._beside = {task.sequence for task in long}
+        try:
+            self._run(long)
+        finally:
+            self._beside = set()
+
+    def _schedule(self) -> tuple[list[Task], list[Task]]:
+        """Return the tasks of the next step: short ones, whose tokens must not wait, and long ones."""
         for sequence in self.sequences:
-            if sequence.is_cancelled:
+            if sequence.is_cancelled and sequence not in self._beside:
                 self._end(sequence, Finish.CANCELLED)
-        tasks, stopped = self._scheduler.schedule()
+        tasks, stopped = self._scheduler.schedule(self._beside)
         for sequence in stopped:
             self._runner.end(sequence)
         tasks = [task for task in tasks if self._has_sampler(task.sequence)]
-        for group in [tasks] if self._runner.computes_together else [[task] for task in tasks]:
-            self._run(group)
+        return [task for task in tasks if not self._is_long(task)], [task for task in tasks if self._is_long(task)]
+
+    def _is_long(self, task: Task) -> bool:
+        return self._runner.block is not None and task.tokens > self._runner.block
+
+    def _between(self, tasks: list[Task], share: float) -> None:
+        """Compute a step of other sequences if it is their turn, after a share of long ``tasks`` is done.
+
+        Raises Stopped if the engine is closed.
+        """
+        for task in tasks:
+            task.sequence.underway = share * task.tokens
+        if self._is_closed:
+            raise Stopped
+        began = time.monotonic()
+        if began < self._next_turn:
+            return
+        self._add_arrived()
+        short, _ = self._schedule()
+        self._run(short)
+        now = time.monotonic()
+        self._next_turn = now + max(min(PROMPT_TURNS * (now - began), LONGEST_TURN), now - began)
 
     def _has_sampler(self, sequence: Sequence) -> bool:
         """Return whether a sequence has a sampler, and make it one. A sequence that can't have one ends."""
@@ -219,13 +259,22 @@ class Engine:
         return True
 
     def _run(self, tasks: list[Task]) -> None:
-        """Run tasks together. If that fails, run each alone: an error of one sequence does not end others."""
+        """Run tasks, together if the runner can.
+
+        If that fails, run each alone: an error of one sequence does not end others.
+        """
+        if len(tasks) > 1 and not self._runner.computes_together:
+            for task in tasks:
+                self._run([task])
+            return
         if not tasks:
             return
         prompts = [task.sequence for task in tasks if task.tokens > 1]
         try:
             logits = self._runner.run(
-                tasks, lambda: self._is_closed or any(sequence.is_cancelled for sequence in prompts)
+                tasks,
+                lambda: self._is_closed or any(sequence.is_cancelled for sequence in prompts),
+                partial(self._between, tasks),
             )
         except Stopped:  # the others go on at once, or clients that cancel their prompts would stop them
             self._run(
@@ -239,7 +288,12 @@ class Engine:
                 for task in tasks:
                     self._run([task])
             return
+        finally:
+            for sequence in prompts:
+                sequence.underway = 0.0
         for task, row in zip(tasks, logits, strict=True):
+            if self._is_long(task) and task.sequence.is_cancelled:
+                continue  # it may not have been computed
             self._scheduler.computed(task)
             if row is not None:
                 try:
@@ -295,7 +349,11 @@ class Engine:
             self._changed.wait_for(lambda: self._arrived or self._is_closed or self._scheduler.has_work)
             if self._is_closed:
                 return False
+        self._add_arrived()
+        return True
+
+    def _add_arrived(self) -> None:
+        with self._changed:
             arrived, self._arrived = self._arrived, []
         for sequence in arrived:
             self._scheduler.add(sequence)
-        return True

@@ -40,7 +40,12 @@ class ModelRunner(Runner):
         self._inputs[sequence], sampler = prepared(self._model, sequence)
         return sampler
 
-    def run(self, tasks: ManyOf[Task], should_stop: Callable[[], bool]) -> list[Tensor | None]:
+    def run(
+        self,
+        tasks: ManyOf[Task],
+        should_stop: Callable[[], bool],
+        between: Callable[[float], object] = lambda share: None,
+    ) -> list[Tensor | None]:
         """Compute one task through the model's forward. Return its logits [vocabulary] as Runner says."""
         (task,) = tasks
         sequence = task.sequence

@@ -1,13 +1,15 @@
 """Runner for architectures whose attention is moetier's own: tokens of several sequences in one forward pass.
 
 The tokens of all tasks are one row of transformers' forward, as if they were one sequence. All modules but attention
-compute each token by itself. Attention is computed sequence by sequence, with keys and values in pages.
+compute each token by itself. Attention is computed sequence by sequence, with keys and values in pages. Long prompts
+are computed in blocks of tokens, layer by layer (``moe/lockstep.py``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as ManyOf
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +24,9 @@ from moetier.runtime.kernels.layer.packing import Part, packed
 from moetier.runtime.kernels.layer.paged_cache import PageMemory
 from moetier.runtime.libraries.transformers_internals import attention_of
 from moetier.runtime.model.context import can_resume
-from moetier.runtime.moe.experts import without_experts
+from moetier.runtime.model.prefill_memory import BLOCK
+from moetier.runtime.moe.experts import experts_modules, without_experts
+from moetier.runtime.moe.lockstep import Pass, run_in_lockstep
 
 from .faster_way import FasterWay
 from .model_runner import ModelRunner, stopping
@@ -34,26 +38,59 @@ OWN_ANGLES = ("dynamic", "longrope")  # rope types whose angles depend on the le
 
 
 class PackedRunner(ModelRunner):
-    """Computes all tasks of a step together, where that is faster than by turns."""
+    """Computes all tasks of a step together, where that is faster than by turns, and long ones in blocks."""
 
-    def __init__(self, model: Any, pages: int) -> None:
+    def __init__(self, model: Any, pages: int, *, chunk: int, packs: bool | None = None) -> None:
+        """Compute at most ``chunk`` tokens in one forward pass.
+
+        ``packs``: whether the model ``can_pack``; None: try it when several sequences or a long prompt come.
+        """
         super().__init__(model, pages)
         self.computes_together = True
+        self.block = BLOCK
+        self._chunk = chunk
+        self._packs = packs
         self._ways = FasterWay()
 
-    def run(self, tasks: ManyOf[Task], should_stop: Callable[[], bool]) -> list[Tensor | None]:
-        """Compute tasks in one forward pass, or by turns. Return logits [vocabulary] as Runner says."""
-        if len(tasks) == 1:
+    def run(
+        self,
+        tasks: ManyOf[Task],
+        should_stop: Callable[[], bool],
+        between: Callable[[float], object] = lambda share: None,
+    ) -> list[Tensor | None]:
+        """Compute tasks in one forward pass, by turns, or in blocks. Return logits [vocabulary] as Runner says."""
+        is_long = any(task.tokens > BLOCK for task in tasks)
+        if len(tasks) == 1 and not is_long:
             return super().run(tasks, should_stop)
+        if self._packs is None:
+            self._packs = can_pack(self._model)
+        if not self._packs:
+            return self._by_turns(tasks, should_stop)
+        if is_long:
+            return self._in_blocks(tasks, between)
         if any(task.tokens > 1 for task in tasks):
             return self.run_together(tasks, should_stop)
         return self._ways.run(
             len(tasks),
             lambda: self.run_together(tasks, should_stop),
-            lambda: [logits for task in tasks for logits in super(PackedRunner, self).run([task], should_stop)],
+            lambda: self._by_turns(tasks, should_stop),
         )
 
-    def run_together(self, tasks: ManyOf[Task], should_stop: Callable[[], bool]) -> list[Tensor | None]:
+    def _by_turns(self, tasks: ManyOf[Task], should_stop: Callable[[], bool]) -> list[Tensor | None]:
+        chunks = [task.parts(self._chunk) for task in tasks]
+        return [[super(PackedRunner, self).run([part], should_stop) for part in parts][-1][0] for parts in chunks]
+
+    def _in_blocks(self, tasks: ManyOf[Task], between: Callable[[float], object]) -> list[Tensor | None]:
+        """Compute tasks in blocks of tokens, and each layer's experts for all of them together."""
+        blocks = [part for task in tasks for part in task.parts(BLOCK)]
+        passes = [Pass(partial(self.run_together, [part], None), partial(_is_wanted, part.sequence)) for part in blocks]
+        work = (len(experts_modules(self._model)) + 1) * len(blocks)
+        with torch.no_grad():
+            results = run_in_lockstep(passes, lambda done: between(done / work))
+        last = {block.sequence: result for block, result in zip(blocks, results, strict=True)}
+        return [None if (result := last[task.sequence]) is None else result[0] for task in tasks]
+
+    def run_together(self, tasks: ManyOf[Task], should_stop: Callable[[], bool] | None) -> list[Tensor | None]:
         """Compute tasks in one forward pass. Return logits [vocabulary] as Runner says."""
         ids = [token for task in tasks for token in task.sequence.ids[task.begin : task.end]]
         positions = [position for task in tasks for position in range(task.begin, task.end)]
@@ -76,6 +113,10 @@ class PackedRunner(ModelRunner):
         return [next(rows) if task.is_complete else None for task in tasks]
 
 
+def _is_wanted(sequence: Sequence) -> bool:
+    return not sequence.is_cancelled
+
+
 class _Step:
     """Pages of the tasks that are computed together."""
 
@@ -83,7 +124,6 @@ class _Step:
         self._memory = memory
         self._windows = windows
         self._tasks = tasks
-        self._masks: dict[tuple[int, int, int | None], Tensor | None] = {}  # by first token, end and window
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """Write the keys and values of all new tokens, [1, heads, tokens, width], into their pages."""
@@ -97,10 +137,8 @@ class _Step:
         queries = torch.split(query, [task.tokens for task in self._tasks], 2)
         for task, q in zip(self._tasks, queries, strict=True):
             first = 0 if window is None else max(0, task.begin - window + 1)
-            if (key := (task.begin, task.end, window)) not in self._masks:
-                band = Band(first, window or NO_WINDOW)
-                self._masks[key] = band_mask(task.tokens, task.end - first, band, query.device)
-            yield Part(q, *self._memory.read(layer, task.pages, first, task.end), self._masks[key])
+            mask = band_mask(task.tokens, task.end - first, Band(first, window or NO_WINDOW), query.device)
+            yield Part(q, *self._memory.read(layer, task.pages, first, task.end), mask)
 
 
 class _PackedCache(Cache):
@@ -128,38 +166,43 @@ class _PackedCache(Cache):
 def can_pack(model: Any, *, near: float = 0.0) -> bool:
     """Return whether a model computes tokens of several sequences together as it computes each by itself.
 
-    Its attention function and configuration must allow it, and a trial with a few tokens must give the logits of the
-    model's own forward: the same bits, so that a request has the same answer in any company, or, with ``near``, nearly
-    the same. The trial uses no experts, which would be read for it.
+    It must be one that ``may_pack``, and a trial with a few tokens must give the logits of the model's own forward: the
+    same bits, so that a request has the same answer in any company, or, with ``near``, nearly the same. The trial uses
+    no experts, which would be read for it.
 
     ``near`` is the largest difference of logits, as a share of the largest logit.
     """
+    if not may_pack(model):
+        return False
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    try:
+        with without_experts(model), torch.no_grad():
+            return all(_is_near(*pair, near) for pair in _trial(model, vocabulary))
+    except Exception:  # the architecture needs or gives something else
+        return False
+
+
+def may_pack(model: Any) -> bool:
+    """Return whether a model's attention function and configuration allow what ``can_pack`` tries."""
     text = model.config.get_text_config(decoder=True)
     rope = getattr(text, "rope_parameters", None) or {}
     ropes = [rope, *(part for part in rope.values() if isinstance(part, dict))]
-    if (
-        not can_resume(model)
-        or attention_of(model.config) not in (NAME, WITH_SINKS)
-        or not {*(getattr(text, "layer_types", None) or ())} <= LAYER_TYPES
-        or any(part.get("rope_type") in OWN_ANGLES for part in ropes)
-    ):
-        return False
-    try:
-        with without_experts(model), torch.no_grad():
-            return all(_is_near(*pair, near) for pair in _trial(model, text.vocab_size))
-    except Exception:  # the architecture needs or gives something else
-        return False
+    return (
+        can_resume(model)
+        and attention_of(model.config) in (NAME, WITH_SINKS)
+        and {*(getattr(text, "layer_types", None) or ())} <= LAYER_TYPES
+        and not any(part.get("rope_type") in OWN_ANGLES for part in ropes)
+    )
 
 
 def _trial(model: Any, vocabulary: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield logits that must be equal: those after two prompts computed in parts, and those of the model's forward."""
     prompts = [[(7 * number + 3) % vocabulary for number in range(begin, begin + 5)] for begin in (0, 40)]
-    runner = PackedRunner(model, 2)
+    runner = PackedRunner(model, 2, chunk=len(prompts[0]), packs=True)
     sequences = [Sequence(Request(tuple(prompt), 1)) for prompt in prompts]
     # the first prompt but for its last token; then that token, and the whole other prompt
-    runner.run_together([Task(sequences[0], 4, [1])], lambda: False)
-    sequences[0].computed = 4
-    together = runner.run_together([Task(sequences[0], 1, [1]), Task(sequences[1], 5, [0])], lambda: False)
+    runner.run_together([Task(sequences[0], 0, 4, [1])], None)
+    together = runner.run_together([Task(sequences[0], 4, 1, [1]), Task(sequences[1], 0, 5, [0])], None)
     for prompt, logits in zip(prompts, together, strict=True):
         assert logits is not None
         ids = torch.tensor([prompt], device=model.device)

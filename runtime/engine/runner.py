@@ -15,26 +15,29 @@ from .sequence import Sequence
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """The tokens of one sequence that a step computes: the next ``tokens`` of those that are not computed yet."""
+    """The tokens of one sequence that a step computes: ``tokens`` of them from position ``begin`` on."""
 
     sequence: Sequence
+    begin: int
     tokens: int
     pages: list[int]  # numbers of the pages of all tokens up to the end of these, from the sequence's first token on
 
     @property
-    def begin(self) -> int:
-        """Position of the first of these tokens."""
-        return self.sequence.computed
-
-    @property
     def end(self) -> int:
         """Position after the last one."""
-        return self.sequence.computed + self.tokens
+        return self.begin + self.tokens
 
     @property
     def is_complete(self) -> bool:
-        """Whether all tokens of the sequence are computed after the step, so that the next one can be sampled."""
-        return self.tokens == self.sequence.remaining
+        """Whether these are the sequence's last tokens, so that the next one can be sampled."""
+        return self.end == len(self.sequence.ids)
+
+    def parts(self, most: int) -> list[Task]:
+        """Return tasks of at most ``most`` tokens each, one after the other."""
+        return [
+            Task(self.sequence, begin, min(most, self.end - begin), self.pages)
+            for begin in range(self.begin, self.end, most)
+        ]
 
 
 class Stopped(Exception):
@@ -49,18 +52,30 @@ class Runner(ABC):
 
     can_resume: bool  # whether a sequence can be computed in several parts, and continue after pages of another one
     computes_together: bool  # whether ``run`` takes several tasks
+    block: int | None = None  # a task with more tokens takes long, and ``run`` calls ``between``; None: it never does
 
     @abstractmethod
     def sampler(self, sequence: Sequence) -> Sampler:
         """Return the sampler of a sequence that begins. Raises ValueError for options that the model refuses."""
 
     @abstractmethod
-    def run(self, tasks: ManyOf[Task], should_stop: Callable[[], bool]) -> list[Tensor | None]:
+    def run(
+        self,
+        tasks: ManyOf[Task],
+        should_stop: Callable[[], bool],
+        between: Callable[[float], object] = lambda share: None,
+    ) -> list[Tensor | None]:
         """Compute tasks. Return, for each that is complete, the logits after its sequence's last token [vocabulary].
 
         Keys and values of the computed tokens are then in the tasks' pages. Those of earlier tokens are taken from
-        there. Raises Stopped between two layers if ``should_stop`` returns True. After Stopped or an error, the same
-        tasks can be computed again.
+        there. After Stopped or an error, the same tasks can be computed again.
+
+        Args:
+            tasks: several only if the runner ``computes_together``.
+            should_stop: if it returns True between two layers, Stopped is raised. Not called for long tasks, of which
+                those whose sequence is cancelled are not computed further.
+            between: called with the share of the work that is done, between parts of long tasks. It may run other
+                tasks, and raise an error, which ends these.
         """
 
     @abstractmethod

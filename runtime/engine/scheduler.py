@@ -1,8 +1,9 @@
-"""Chooses what the next step computes: the next token of each running sequence, and a part of one prompt."""
+"""Chooses what the next step computes: the next token of each running sequence, and parts of prompts."""
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Collection
 
 from .kv_cache import KVCache
 from .runner import Task
@@ -12,15 +13,20 @@ from .sequence import Sequence
 class Scheduler:
     """Sequences that wait, in the order in which they came, and those that run. A running sequence holds pages."""
 
-    def __init__(self, cache: KVCache, *, most: int, chunk: int, later: int | None = None) -> None:
-        """Run at most ``most`` sequences at a time, and compute at most ``chunk`` tokens of a prompt in a step.
+    def __init__(
+        self, cache: KVCache, *, most: int, chunk: int, later: int | None = None, block: int | None = None
+    ) -> None:
+        """Run at most ``most`` sequences at a time, and compute at most ``chunk`` tokens of prompts in a step.
 
         Behind other tokens, or beside other sequences, at most ``later`` are computed, as they take more memory.
+        Prompts of more than ``block`` tokens are computed together, and short ones beside them. If it is None, prompts
+        are computed one by one.
         """
         self._cache = cache
         self._most = most
         self._chunk = chunk
         self._later = later or chunk
+        self._block = block
         self._step = 0
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in the order in which they began
@@ -39,11 +45,16 @@ class Scheduler:
             self.waiting.remove(sequence)
         return False
 
-    def schedule(self) -> tuple[list[Task], list[Sequence]]:
+    def schedule(self, beside: Collection[Sequence] = ()) -> tuple[list[Task], list[Sequence]]:
         """Return the tasks of the next step, and running sequences that now wait again because there is no page.
 
         Every sequence whose prompt is computed takes part. Of the others, one computes a part of its prompt: that
-        whose last part, if any, is longest ago, so that a short prompt does not wait for the end of a long one.
+        whose last part, if any, is longest ago, so that a short prompt does not wait for the end of a long one. If
+        prompts are computed together, all long ones take part in it, as far as they fit into a chunk.
+
+        Args:
+            beside: sequences of a step that is still being computed. They keep their pages, and of other prompts only
+                short ones are computed.
         """
         self._step += 1
         if self.waiting and len(self.running) < self._most and self._cache.has_room(self.waiting[0]):
@@ -52,27 +63,41 @@ class Scheduler:
             self.waiting.popleft()
             sequence.begin()
             self.running.append(sequence)
-        prompts = [sequence for sequence in self.running if sequence.remaining > 1]
-        prompt = min(prompts, key=lambda sequence: sequence.last_step, default=None)
-        if prompt is not None:
-            prompt.last_step = self._step
+        wanted = self._tokens([sequence for sequence in self.running if sequence not in beside], is_beside=bool(beside))
         tasks, stopped = list[Task](), list[Sequence]()
-        for sequence in [*self.running]:
-            if sequence in stopped or (sequence.remaining > 1 and sequence is not prompt):
+        for sequence, tokens in wanted.items():
+            if sequence in stopped:
                 continue
-            is_alone = not sequence.computed and len(self.running) == 1
-            tokens = min(sequence.remaining, self._chunk if is_alone else self._later)
             while not self._cache.reserve(sequence, tokens):
-                last = self.running[-1]  # the one that began last can wait best
+                # the one that began last can wait best
+                last = next(other for other in reversed(self.running) if other not in beside)
                 self._cache.end(last)
-                self.running.pop()
+                self.running.remove(last)
                 self.waiting.appendleft(last)
                 stopped.append(last)
                 if last is sequence:
                     break
             else:
-                tasks.append(Task(sequence, tokens, self._cache.pages_of(sequence)))
+                tasks.append(Task(sequence, sequence.computed, tokens, self._cache.pages_of(sequence)))
         return [task for task in tasks if task.sequence not in stopped], stopped
+
+    def _tokens(self, running: list[Sequence], *, is_beside: bool) -> dict[Sequence, int]:
+        """Return how many tokens of which sequences the next step is to compute, in the order of ``running``."""
+        prompts = sorted((s for s in running if s.remaining > 1), key=lambda sequence: sequence.last_step)
+        if self._block is None:
+            is_alone = len(self.running) == 1 and not self.running[0].computed
+            left, chosen = self._chunk if is_alone else self._later, prompts[:1]
+        else:
+            long = [sequence for sequence in prompts if sequence.remaining > self._block]
+            short = [sequence for sequence in prompts if sequence.remaining <= self._block]
+            left, chosen = self._chunk, short[:1] + ([] if is_beside else long)
+        tokens = {sequence: 1 for sequence in running if sequence.remaining == 1}
+        for sequence in chosen:
+            if left > 0:
+                sequence.last_step = self._step
+                tokens[sequence] = min(sequence.remaining, left)
+                left -= tokens[sequence]
+        return {sequence: tokens[sequence] for sequence in running if sequence in tokens}
 
     def computed(self, task: Task) -> None:
         """Note that a task was computed: other sequences may find its full pages."""

@@ -67,6 +67,7 @@ class Sequence:
         self.computed = 0
         self.cached = 0  # tokens of the prompt whose keys and values were there already when the sequence first began
         self.began: float | None = None  # time at which it first began; None while it waits
+        self.underway = 0.0  # tokens' worth of computing that a part of its prompt has had, while it is being computed
         self.last_step = 0  # number of the step that computed a part of its prompt last
         self.finish: Finish | None = None  # None before the end
         self.error: BaseException | None = None
@@ -93,7 +94,7 @@ class Sequence:
     def progress(self) -> Progress:
         """How much of the prompt is computed. May be read on any thread."""
         total = len(self.request.ids)
-        done = min(self.computed, total)
+        done = min(self.computed + int(self.underway), total)
         new = done - self.cached
         if self.began is None or new <= 0:
             return Progress(done, total, None)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -23,6 +24,10 @@ from moetier.tiers.manifest import Manifest
 
 from .kv_budget import NO_KV, KVBudget
 from .prefill_memory import NO_PREFILL, NOTHING_PER_TOKEN, WINDOWED, Prefill, prefill_of
+
+# Most of the memory that trunk and cache leave, for the tokens of a prompt that are computed together, if not all
+# experts fit: by default, and if an option says how many tokens.
+DEFAULT_SHARE, GIVEN_SHARE = Fraction(1, 5), Fraction(1, 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,14 +84,22 @@ class Needs:
         """Return how many bytes of ``available`` memory trunk, cache and scratch leave for experts and prefill."""
         return usable(available.bytes - self.trunk - self.kv.nbytes - self.scratch)
 
-    def within(self, asked: Size | None, largest: int, available: Available, *, smallest: int = 0) -> Needs:
+    def within(
+        self,
+        asked: Size | None,
+        largest: int,
+        available: Available,
+        *,
+        smallest: int = 0,
+        share: Fraction = DEFAULT_SHARE,
+    ) -> Needs:
         """Return the needs with fewer tokens computed together, if ``available`` has no room for all of them.
 
-        They leave ``largest`` bytes for experts if possible; else those that the user's option ``asked`` gives, or half
-        of what trunk and cache leave, but at least ``smallest``.
+        They leave ``largest`` bytes for experts if possible; else those that the user's option ``asked`` gives, or what
+        ``share`` leaves of the memory that trunk and cache leave, but at least ``smallest``.
         """
         room = self.room(available)
-        experts = max(room // 2, smallest) if asked is None or asked.bytes is None else asked.bytes
+        experts = max(room - int(share * room), smallest) if asked is None or asked.bytes is None else asked.bytes
         return replace(self, prefill=self.prefill.within(room - min(experts, largest)))
 
 
@@ -153,7 +166,10 @@ class ModelMemory:
 
     def _compute_within(self, asked: Size | None, available: Available) -> None:
         """Leave memory for the experts to which the user's option gives ``asked``."""
-        self.needs = self.needs.within(asked, self._manifest.stored_bytes, available, smallest=self._smallest)
+        share = DEFAULT_SHARE if self._config.prefill_chunk is None else GIVEN_SHARE
+        self.needs = self.needs.within(
+            asked, self._manifest.stored_bytes, available, smallest=self._smallest, share=share
+        )
 
     def _slots(self, budget: int, available: Available) -> Mapping[str, int]:
         self._left = self.needs.room(available) - budget

@@ -18,12 +18,13 @@ from moetier.runtime.kernels.products.api import Kernels
 from moetier.runtime.libraries.torch_internals import parameters_of
 from moetier.runtime.libraries.transformers_internals import attention_of
 from moetier.runtime.moe.experts import experts_modules, output_bytes
-from moetier.runtime.moe.grouped import quick_activation
-from moetier.tiers.manifest import Manifest
+from moetier.runtime.moe.grouped import GROUP_OUTPUTS, quick_activation
+from moetier.tiers.manifest import Block, Manifest
 
 from .context import can_resume
 
 DEFAULT_TOKENS = 4096  # most tokens that are computed together if no option says how many
+BLOCK = 256  # tokens of a forward pass, if a prompt is computed in blocks
 LEAST = 32  # least number of tokens that are computed together; a smaller chunk is a multiple of it
 STATES = 4  # tensors [tokens, hidden] of a layer: residual, normed, output and their sum; some in fp32 too if not quick
 COPIES = 3  # times that outputs of linear modules are held: as they are, rotated or activated, and multiplied
@@ -55,11 +56,23 @@ class Attention:
 
 
 @dataclass(frozen=True, slots=True)
+class Lockstep:
+    """Memory for computing a prompt in blocks of BLOCK tokens, whose experts are computed together.
+
+    ``moe/lockstep.py`` does so.
+    """
+
+    states: int  # bytes for each token while experts are computed
+    fixed: int  # bytes for any number of tokens
+
+
+@dataclass(frozen=True, slots=True)
 class Prefill:
     """Memory for computing ``tokens`` of a prompt together, in a context of ``context`` tokens."""
 
     tokens: int
     context: int = 0
+    lockstep: Lockstep | None = None  # None: prompts can't be computed in blocks
     resumes: bool = True  # whether a prompt can be divided; otherwise it is computed as a whole
     states: int = 0  # bytes for each token: hidden states, which a layer holds all the time
     of_attention: int = 0  # bytes for each token while attention is computed
@@ -76,6 +89,15 @@ class Prefill:
     def later(self) -> int:
         """Most tokens of a chunk after the first that fit into the same bytes, as later chunks may need masks."""
         return self._most(self.nbytes, self.tokens)
+
+    @property
+    def in_blocks(self) -> int | None:
+        """Most tokens of a prompt that fit into the same bytes in blocks; None if it can't be computed so."""
+        if self.lockstep is None:
+            return None
+        block = replace(self, attentions=tuple(replace(attention, mask=0) for attention in self.attentions))
+        room = self.nbytes - self.lockstep.fixed - block.bytes_of(BLOCK, is_whole=False)
+        return max(min(int(room / (SPARE * self.lockstep.states)), self.context), BLOCK)
 
     def bytes_of(self, tokens: int, *, is_whole: bool) -> int:
         """Return the bytes for computing ``tokens`` together: a whole prompt, or the last tokens of the context."""
@@ -125,9 +147,25 @@ def prefill_of(model: Any, manifest: Manifest, config: TierConfig, kernels: Kern
         for number, block in enumerate(manifest.blocks)
         if block.path in modules  # else loading refuses the model
     )
+    heads = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    in_blocks = (
+        resumes
+        and (not is_eager or has_sinks)
+        and len(modules) == len(manifest.blocks)
+        and all(
+            quick_activation(modules[block.path], manifest.layout(number), kernels) is not None
+            for number, block in enumerate(manifest.blocks)
+        )
+    )
+    lockstep = Lockstep(
+        # what three tensors hold between attention and experts, the angles, and the experts' sums
+        states=text.hidden_size * (3 * size + 4) + 2 * heads * size + max(map(_choices, manifest.blocks)),
+        fixed=2 * GROUP_OUTPUTS * size * text.hidden_size,
+    )
     return Prefill(
         tokens=min(context, config.prefill_chunk or DEFAULT_TOKENS),
         context=context,
+        lockstep=lockstep if in_blocks else None,
         resumes=resumes,
         states=STATES * (size if is_quick else size + 4) * text.hidden_size,
         of_attention=_outputs(model),
@@ -137,6 +175,11 @@ def prefill_of(model: Any, manifest: Manifest, config: TierConfig, kernels: Kern
             {*_attentions(text, size, is_eager=is_eager and not has_sinks, has_mask=is_eager, is_quick=is_quick)}
         ),
     )
+
+
+def _choices(block: Block) -> int:
+    """Return the bytes that a block's router gives for each token: logits, probabilities, and the choice."""
+    return 8 * block.experts + INDEX * block.top_k
 
 
 def _outputs(model: Any) -> int:

@@ -100,7 +100,8 @@ class Tiers(Closeable):
                 memory.beside_daemon(memory_for_model())
             tiers = cls(manifest, origin, tier, kernels, memory.prefill, needs.kv, trunk_files)
             undo.pop_all()
-        if tiers.prefill_chunk < (tokens := needs.prefill.tokens):
+        is_wanted = config.prefill_chunk is not None or not needs.prefill.resumes
+        if is_wanted and tiers.prefill_chunk < (tokens := needs.prefill.tokens):
             what = "to compute %s tokens of a prompt together" if needs.prefill.resumes else "for a prompt of %s tokens"
             _log.warning(f"Memory leaves room {what}, not %s.", f"{tiers.prefill_chunk:,}", f"{tokens:,}")
         return tiers

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
+from contextvars import Context, ContextVar, copy_context
 from functools import partial
 from typing import Any
 
@@ -29,6 +30,8 @@ from moetier.tiers.quant.codec import sections
 from .block import TieredBlock, arriving_leases, end_open_leases, tokens_of_experts
 from .gradients import without_gradient
 from .grouped import Routed, compute_grouped, kernels_of
+
+_pause: ContextVar[Callable[[Any, Routed], Tensor] | None] = ContextVar("moetier_pause", default=None)
 
 EXPERT_PARAMETERS = ("gate_up_proj", "up_proj", "down_proj", "gate_up_proj_bias", "up_proj_bias", "down_proj_bias")
 
@@ -77,22 +80,40 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     tiered: TieredBlock = self.tiered
     if hidden_states.device != tiered.device:
         raise moved_error(hidden_states.device, tiered.device)
-    end_open_leases()
+    routed = Routed(hidden_states, top_k_index, top_k_weights)
+    if (pause := _pause.get()) is not None:
+        return pause(self, routed)
     if not torch.is_grad_enabled():
-        return _compute(self, tiered, hidden_states, top_k_index, top_k_weights)
+        return next(compute_together(self, [routed]))
     with torch.no_grad():
-        out = _compute(self, tiered, hidden_states, top_k_index, top_k_weights)
+        out = next(compute_together(self, [routed]))
     return without_gradient(out, hidden_states, top_k_weights)
 
 
-def _compute(
-    module: Any, tiered: TieredBlock, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
-) -> Tensor:
-    kernels = kernels_of(module, tiered, hidden_states.dtype)
-    if kernels is not None and has_memory(hidden_states) and has_memory(top_k_weights):
-        (out,) = compute_grouped(kernels, tiered, [Routed(hidden_states, top_k_index, top_k_weights)])
-        return out
-    return tiered.kernels.with_room(partial(_eager, module, tiered, hidden_states, top_k_index, top_k_weights))
+def compute_together(
+    module: Any, parts: Sequence[Routed], between: Callable[[], object] = lambda: None
+) -> Generator[Tensor, None, None]:
+    """Compute an Experts module without gradients for several calls together, and yield their results.
+
+    Each expert is leased once for all of them. ``between`` is called between parts of the work, while no expert is
+    leased.
+    """
+    end_open_leases()
+    tiered: TieredBlock = module.tiered
+    kernels = kernels_of(module, tiered, parts[0].x.dtype)
+    if kernels is not None and all(has_memory(part.x) and has_memory(part.weights) for part in parts):
+        yield from compute_grouped(kernels, tiered, parts, between)
+        return
+    together = [torch.cat(tensors) if len(parts) > 1 else tensors[0] for tensors in zip(*parts, strict=True)]
+    out = tiered.kernels.with_room(partial(_eager, module, tiered, *together))
+    yield from torch.split(out, [len(part.x) for part in parts])
+
+
+def pausing(pause: Callable[[Any, Routed], Tensor]) -> Context:
+    """Return a context in which Experts modules return what ``pause`` returns for the module and its inputs."""
+    context = copy_context()
+    context.run(_pause.set, pause)
+    return context
 
 
 def arithmetic(module: Any, hidden_states: Tensor, top_k_weights: Tensor) -> tuple[torch.dtype, torch.dtype]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from moetier.runtime.config import COMMAND_OPTIONS, MEMORY, OF_HOST_TIER, TIER_OPTIONS, Size, TierConfig
+from moetier.runtime.config import MEMORY, OF_HOST_TIER, TIER_OPTIONS, Size, TierConfig
 from moetier.runtime.generation.decoding import DECODING, ONE_SEQUENCE, SAMPLING, penalties_of, sampling_of
 from moetier.runtime.wire.address import CREDENTIALS, Credentials
 from moetier.tiers.options import Option
@@ -124,7 +124,7 @@ def resources_of(arguments: argparse.Namespace, **more: Any) -> dict[str, Any]:
     for name, default in unused.items():
         if not asked(arguments, name):
             setattr(arguments, name, default)
-    options = {name: getattr(arguments, name, option.default) for name, option in COMMAND_OPTIONS.items()}
+    options = {name: getattr(arguments, name, option.default) for name, option in TIER_OPTIONS.items()}
     options |= {"credentials": credentials(arguments)} | more
     with checked():
         TierConfig.of(**options)
@@ -155,7 +155,7 @@ def add_decoding_arguments(parser: argparse.ArgumentParser, *, new_tokens: int) 
 
 def add_prefill_argument(parser: argparse.ArgumentParser) -> None:
     """Add --prefill-chunk."""
-    add_options(parser, [COMMAND_OPTIONS["prefill_chunk"]])
+    add_options(parser, [TIER_OPTIONS["prefill_chunk"]])
 
 
 def decoding_of(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def _fit(directory: Path, left: Available) -> tuple[Fit, int]:
         model_choices = open_choices(directory)
     choice = next((candidate for candidate in model_choices.choices if candidate.as_it_is), model_choices.choices[0])
     room = MachineRoom.measure(device, directory, left, 0)
-    fit = fit_of(model_choices, choice, TierConfig.of_command(), room, device.kernels())
+    fit = fit_of(model_choices, choice, TierConfig.of(), room, device.kernels())
     return fit, fit.needs.kv.context
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from moetier.runtime.config import COMMAND_OPTIONS, TierConfig
+from moetier.runtime.config import TIER_OPTIONS, TierConfig
 from moetier.runtime.machine.memory import shortage
 from moetier.runtime.model.names import models_folder
 from moetier.tiers.errors import ConfigError, TargetError
@@ -50,7 +50,7 @@ def plan(
     place = nearest_folder(models_folder()) if pulls else into or Path()
     if not place.is_dir():
         raise TargetError(f"{place} is not a folder.", "Create it, or name another folder with --into.")
-    config = TierConfig.of_command(**resources)
+    config = TierConfig.of(**resources)
     if short := shortage():
         _log.warning("%s", short)
     say(f"reading the configuration of {source}")
@@ -104,8 +104,8 @@ def _check(bits: list[int] | None, trunk_bits: list[int] | None, disk: float | N
 
 def _words(resources: dict[str, Any]) -> list[str]:
     """Return those ``resources`` that differ from the defaults of `moetier generate`, as words of a command line."""
-    given = {name: resources[name] for name in COMMAND_OPTIONS if name in resources}
-    return command_words((name, value) for name, value in given.items() if value != COMMAND_OPTIONS[name].default)
+    given = {name: resources[name] for name in TIER_OPTIONS if name in resources}
+    return command_words((name, value) for name, value in given.items() if value != TIER_OPTIONS[name].default)
 
 
 def _cold_start(source: str | Path, forecast: dict[str, Any], cache: Sequence[tuple[str, Any]]) -> dict[str, Any]:

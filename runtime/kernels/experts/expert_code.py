@@ -140,8 +140,8 @@ def adding_module(dtype: Dtype, weight_dtype: Dtype, has_residual: bool, is_part
     The context: number of tokens that threads have taken, number of all tokens; pointers to the outputs [R, N] of
     ``dtype`` and to their weights [R] of ``weight_dtype``; pointers to the rows of each token's outputs, i64 [R], in
     the order in which they are added, and to the number of rows before those of each token, i64 [tokens + 1]; a pointer
-    to the sums [tokens, N] of ``dtype``; N; if ``has_residual``, a pointer to numbers [tokens, N] of ``dtype``, which are
-    added to the rounded sums.
+    to the sums [tokens, N] of ``dtype``; N; if ``has_residual``, a pointer to numbers [tokens, N] of ``dtype``, which
+    are added to the rounded sums.
 
     With ``is_part``, the outputs are only some of the tokens': sums are fp32, and the outputs are added to them.
     """

@@ -29,7 +29,7 @@ from moetier.runtime.libraries.transformers_internals import attention_of, can_u
 from .attend import attend
 from .attention_code import NO_WINDOW
 from .attention_piece import STEP
-from .masks import band_of, causal, causal_mask, sink_mask
+from .masks import band_of, causal, causal_mask, sink_mask, written_out
 from .packing import attend_to_each, packed_step
 
 _ASKS = r'_attn_implementation\s*(?:==|!=|in|not in)\s[^\n]*"{}"'  # for the attention function of this name
@@ -91,13 +91,17 @@ def sink_attention(
     """
     sinks, scaling = named.get("s_aux"), named.get("scaling")
     if (step := packed_step()) is not None:
-        return attend_to_each(step, sink_attention, module, query, named, adds_mask=True)
+        return attend_to_each(step, sink_attention, module, query, named)
     # without a mask, many tokens attend to all
     is_causal = getattr(module, "is_causal", True) and (query.shape[2] == 1 or band_of(attention_mask) is not None)
     if sinks is not None and is_causal and not asks_more(named, {"s_aux", "scaling"}):
         y = _attend(query, key, value, attention_mask, scaling, sinks)
         if y is not None:
             return y, None
+    attention_mask = written_out(attention_mask)
+    if attention_mask is not None and attention_mask.dtype == torch.bool:  # the function adds its mask to scores
+        zeros = torch.zeros(attention_mask.shape, dtype=query.dtype, device=query.device)
+        attention_mask = zeros.masked_fill_(~attention_mask, torch.finfo(query.dtype).min)
     return _in_slices(_own_function(module), module, query, key, value, attention_mask, **named)
 
 
@@ -201,6 +205,7 @@ def causal_attention(
         y = _attend(query, key, value, attention_mask, scaling, kwargs.get("s_aux"))
         if y is not None:
             return y, None
+    attention_mask = written_out(attention_mask)
     if attention_mask is None and is_causal and 1 < tokens < length:  # see ``causal_mask``
         attention_mask = causal(tokens, length, length, query.device)
     values = value.shape[3]

@@ -43,11 +43,21 @@ def with_band(mask: Tensor, band: Band) -> Tensor:
 def band_mask(tokens: int, length: int, band: Band, device: torch.device) -> Tensor | None:
     """Return a mask, bool [1, 1, tokens, length], of the last tokens of a sequence; None if none is needed.
 
-    ``length`` is the number of keys, of which the first is at ``band.first``.
+    ``length`` is the number of keys, of which the first is at ``band.first``. The mask has no memory but its Band:
+    ``written_out`` gives its numbers.
     """
     if tokens == 1 and band.first % PIECE == 0:
         return None
-    return with_band(causal(tokens, length, min(band.window, length), device)[None, None], band)
+    return with_band(torch.ones((), dtype=torch.bool, device=device).expand(1, 1, tokens, length), band)
+
+
+def written_out(mask: Tensor | None) -> Tensor | None:
+    """Return a mask with all its numbers, if ``band_mask`` has made it; others unchanged."""
+    band = band_of(mask)
+    if mask is None or band is None or any(mask.stride()):
+        return mask
+    tokens, length = mask.shape[2:]
+    return causal(tokens, length, min(band.window, length), mask.device)[None, None]
 
 
 def causal_mask(**given: Any) -> Tensor | None:

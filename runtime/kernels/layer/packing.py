@@ -13,8 +13,6 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .masks import band_of, with_band
-
 
 class Part(NamedTuple):
     """Attention of one sequence's new tokens."""
@@ -51,31 +49,13 @@ def packed_step() -> PackedStep | None:
 
 
 def attend_to_each(
-    step: PackedStep,
-    attend: Callable[..., Any],
-    module: Any,
-    query: Tensor,
-    named: dict[str, Any],
-    *,
-    adds_mask: bool = False,
+    step: PackedStep, attend: Callable[..., Any], module: Any, query: Tensor, named: dict[str, Any]
 ) -> tuple[Tensor, None]:
     """Call transformers' attention function ``attend`` for each sequence of a step.
 
-    ``named`` are further arguments of the function. ``adds_mask``: the function adds its mask to scores. Returns
-    [1, tokens, heads, values], and None in place of the attention weights.
+    ``named`` are further arguments of the function. Returns [1, tokens, heads, values], and None in place of the
+    attention weights.
     """
-    outputs = list[Tensor]()
     with packed(None):
-        for part in step.parts(module.layer_idx, query):
-            mask = _numbers(part.mask, query) if adds_mask else part.mask
-            outputs.append(attend(module, *part[:3], mask, **named)[0])
+        outputs = [attend(module, *part, **named)[0] for part in step.parts(module.layer_idx, query)]
     return torch.cat(outputs, 1), None
-
-
-def _numbers(mask: Tensor | None, query: Tensor) -> Tensor | None:
-    """Return a mask, with its Band, as numbers of the query's type, to be added to scores."""
-    if mask is None:
-        return None
-    zeros = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device)
-    numbers, band = zeros.masked_fill_(~mask, torch.finfo(zeros.dtype).min), band_of(mask)
-    return numbers if band is None else with_band(numbers, band)

@@ -1,0 +1,90 @@
+"""Run several forward passes of one model in lockstep, and compute each block's experts for all of them together.
+
+A long prompt is computed in parts, because attention of all its tokens would take too much memory. Each part is a
+forward pass of its own, in a greenlet, which pauses at each block's experts until all parts are there. So the experts
+of a block are read once for the whole prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from typing import Any, NamedTuple
+
+from greenlet import getcurrent, greenlet
+from torch import Tensor
+
+from .experts import compute_together, pausing
+from .grouped import Routed
+
+
+class Pass(NamedTuple):
+    """A forward pass of a part of a prompt."""
+
+    run: Callable[[], Any]
+    is_wanted: Callable[[], bool] = lambda: True  # if it returns False, the rest is not computed
+
+
+class _Paused(NamedTuple):
+    """A forward pass that waits for the outputs of an Experts module."""
+
+    thread: greenlet
+    module: Any
+    routed: Routed
+
+
+def run_in_lockstep(passes: Sequence[Pass], between: Callable[[int], object]) -> list[Any]:
+    """Return the results of forward passes of a model; None for those that are not wanted any more.
+
+    Each pass goes on to its next block of experts before those after it do. So it may use what those before it have
+    left in caches, such as keys and values.
+
+    Args:
+        passes: forward passes, which are called without gradients.
+        between: is called between parts of the work, while no expert is leased, with the number of times that passes
+            have gone on: once for each block of experts, and once more. It may compute with the model, and raise an
+            exception, which ends all passes.
+    """
+    results: list[Any] = [None] * len(passes)
+    paused: dict[int, _Paused] = {}  # by number of the pass, ascending
+    done = 0
+
+    def proceed(number: int, thread: greenlet, *given: Any) -> None:
+        """Let a pass run until it pauses or ends."""
+        nonlocal done
+        reached = thread.switch(*given)
+        done += 1
+        if thread.dead:
+            results[number] = reached
+        else:
+            paused[number] = _Paused(thread, *reached)
+
+    try:
+        for number, part in enumerate(passes):
+            if part.is_wanted():
+                thread = greenlet(part.run)
+                thread.gr_context = pausing(_pause)
+                proceed(number, thread)
+                between(done)
+        while paused:
+            for number in [number for number in paused if not passes[number].is_wanted()]:
+                paused.pop(number).thread.throw()  # GreenletExit
+            module = next((part.module for part in paused.values()), None)
+            waiting = [number for number, part in paused.items() if part.module is module]
+            if not waiting:
+                break
+            routed = [paused[number].routed for number in waiting]
+            with closing(compute_together(module, routed, lambda: between(done))) as outputs:
+                for number, output in zip(waiting, outputs, strict=True):
+                    proceed(number, paused.pop(number).thread, output)
+                    between(done)
+    finally:
+        while paused:
+            paused.popitem()[1].thread.throw()
+    return results
+
+
+def _pause(module: Any, routed: Routed) -> Tensor:
+    """Return the outputs of an Experts module once ``run_in_lockstep`` has computed them."""
+    outputs: Tensor = getcurrent().parent.switch((module, routed))
+    return outputs
