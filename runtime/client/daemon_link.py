@@ -136,8 +136,8 @@ class Link:
         """Send a prefetch request. It is lost while the daemon is away."""
         self._send(pb.ClientMessage(prefetch=pb.Prefetch(requested=pb.Experts(block=block, experts=experts))))
 
-    def report_hits(self, keys: Iterable[ExpertKey]) -> None:
-        """Report hits: records that were found in the arena's directory, the least recently used first.
+    def note_uses(self, keys: Iterable[ExpertKey]) -> None:
+        """Report uses of records that were found in the arena's directory, the least recently used first.
 
         The report is sent before the next request, and after half a second at the latest.
         """

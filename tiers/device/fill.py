@@ -149,12 +149,12 @@ class DeviceFill:
             return None
         self.promotion = DeviceDemand(pool, threading.get_ident())
         self._begin(self.promotion, slot, key, is_prefetch=True)
-        promoter.note_begun(key, began)
+        promoter.begin(key)
         return self.promotion
 
     @transition
     def _end_promotion(self, key: ExpertKey, began: float) -> None:
-        self._promoter.outcomes.arrive(key)
+        self._promoter.outcomes.complete(key)
         self._counters.count_load(time.perf_counter() - began)
 
     def _choose(self, demand: DeviceDemand, block: int) -> int | None:
@@ -199,7 +199,7 @@ class DeviceFill:
         """
         assert demand.filling is not None
         pool, (slot, _) = demand.pool, demand.filling
-        self._counters.count_arrival(pool.slot_bytes)
+        self._counters.count_fill(pool.slot_bytes)
         pool.copied[slot] = copy.ready
         pool.used[slot] = dict(copy.uses)
         pool.complete_fill(slot)
@@ -222,7 +222,7 @@ class DeviceFill:
         assert demand.filling is not None
         slot, key = demand.filling
         self._counters.count(failures=failures, discarded=discarded)
-        self._promoter.outcomes.began.pop(key, None)
+        self._promoter.outcomes.abort(key)
         demand.pool.abort_fill(slot)
         self._end_filling(demand)
 

@@ -43,8 +43,14 @@ class Load:
     is_warmup: bool  # the load was begun for the warm-up
     # a loader reads the record; a prefetch is begun by the loader that reads it, so this is true at once
     is_taken: bool
+    is_cancelled: bool = False  # the record is not needed any more, and no loader has taken the load
     has_yielded: bool = False  # the read has paused while records were read for demands
     waiters: list[Demand] = field(default_factory=list)  # demands that wait for the record
+
+    @property
+    def is_queued(self) -> bool:
+        """True until a loader takes the load, or the load is cancelled."""
+        return not (self.is_taken or self.is_cancelled)
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,9 +36,9 @@ from moetier.tiers.manifest import Manifest
 from moetier.tiers.stats import TierCounters
 
 from .demands import AsyncCaller, Caller, Demand, Failed, Granted, Notifier, Pool, WaitingDemands
-from .direct_hits import DirectHits
 from .loads import LoadLimits, Loads
 from .prefetch import PrefetchQueue
+from .uses import Uses
 
 
 class Ledger:
@@ -76,7 +76,7 @@ class Ledger:
             self.pools[region.array] = Pool(partitions, POLICIES[policy], first=first, slot_bytes=region.slot_bytes)
         self.pool_of = [self.pools[block.array] for block in manifest.blocks]  # for each block, the pool of its records
         self.prefetches = PrefetchQueue(self.counters, clock)
-        self.direct_hits = DirectHits(self.pool_of, self.counters, self.prefetches)
+        self.uses = Uses(self.pool_of, self.counters, self.prefetches)
         self.waiting = WaitingDemands(notifier, clock)
         rest = {self.pools[array]: blocks for array, blocks in manifest.members.items()} if loads_rest else {}
         self.loads = Loads(directory, self.counters, self.prefetches, self.waiting, notifier, limits, rest)
@@ -112,7 +112,7 @@ class Ledger:
         caller.register(demand)
         self.prefetches.replace(pool, demand.block, (), caller if caller.is_asynchronous else None)
         distinct = dict.fromkeys(keys)
-        self.direct_hits.count_demand(list(distinct))
+        self.uses.note_demand(list(distinct))
         demand.is_scan = len(distinct) > pool.quota(demand.block)
         hits = []
         for key in distinct:
@@ -125,7 +125,7 @@ class Ledger:
             self.waiting.note_taken(demand)
         demand.hits = len(hits)
         self.counters.count_lookups(hits=len(hits), misses=len(demand.pending))
-        self.prefetches.use(hits)
+        self.prefetches.note_uses(hits)
         if demand.pending:
             self._take_slots(demand)
         # in reverse, so that the first of the keys is evicted last; uses of pending keys are noted once they have slots
@@ -315,7 +315,7 @@ class Ledger:
                     slot = demand.pool.pin_ready(key)
                     assert slot is not None
                     demand.ready.append(slot)
-                    self.prefetches.use((key,))
+                    self.prefetches.note_uses((key,))
                 case Lookup.LOADING:  # a prefetch or another demand has begun to load the record
                     self.counters.count(joined=1)
                     self.loads.join(demand, key)

@@ -145,35 +145,34 @@ class PrefetchQueue:
         else:
             self._outcomes.begin(key)
 
-    def arrive(self, key: ExpertKey) -> None:
+    def complete(self, key: ExpertKey) -> None:
         """Note that a record has arrived."""
-        self._outcomes.arrive(key)
+        self._outcomes.complete(key)
+
+    def abort(self, key: ExpertKey) -> None:
+        """Note that a record will not arrive, because its read has failed or was cancelled."""
+        self._warmed.discard(key)
+        self._outcomes.abort(key)
 
     def note_copy(self, key: ExpertKey) -> None:
         """Note that the tier above may copy a record."""
         self._copied.add(key)
 
-    def drop(self, key: ExpertKey) -> None:
-        """Note that a record will not arrive, because its read has failed or was cancelled."""
-        self._warmed.discard(key)
-        self._outcomes.began.pop(key, None)
-
-    def use(self, keys: Iterable[ExpertKey]) -> None:
+    def note_uses(self, keys: Iterable[ExpertKey]) -> None:
         """Note that demands of this tier, or of the tier above, use the records of ``keys``."""
         for key in keys:
             self._copied.discard(key)
             if key in self._warmed:
                 self._warmed.remove(key)
                 self._counters.count(recalled=1)
-            if key in self._outcomes.unused or key in self._outcomes.began:
-                self._outcomes.note_use(key)
+            self._outcomes.note_use(key)
 
     def evict(self, key: ExpertKey) -> None:
         """Note that a record is evicted from this tier. The tier above may still use its copy, if it has made one."""
         if key not in self._copied:
-            self.lose(key)
+            self.evict_copy(key)
 
-    def lose(self, key: ExpertKey) -> None:
+    def evict_copy(self, key: ExpertKey) -> None:
         """Note that a record is in neither this tier nor the tier above any more. If it was not used, it was wasted."""
         self._copied.discard(key)
         self._warmed.discard(key)

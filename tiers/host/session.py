@@ -20,7 +20,7 @@ from moetier.tiers.locks import Monitor, transition
 from .demands import AsyncCaller, Demand, Event
 from .ledger import Ledger
 
-MOST_USES = 1024  # most uses that are counted in one transition: one message of another process may have a million
+MOST_USES = 1024  # most uses that are noted in one transition: one message of another process may have a million
 
 
 class Session(AsyncCaller):
@@ -94,20 +94,20 @@ class Session(AsyncCaller):
             self._ledger.end(demand)
         self._ledger.serve()
 
-    def count_hits(self, keys: Sequence[ExpertKey]) -> None:
-        """Count hits of the other process, which has found ``keys`` in the directory and used their records.
+    def note_uses(self, keys: Sequence[ExpertKey]) -> None:
+        """Note uses by the other process, which has found ``keys`` in the directory. Each is a hit.
 
         ``keys`` are in the order of use. Raises MissingExpertError if the model does not have one of the experts.
         """
         for key in keys:
             self._ledger.manifest.check_keys(key.block, (key,))
         for at in range(0, len(keys), MOST_USES):
-            self._count_some_hits(keys[at : at + MOST_USES])
+            self._note_some_uses(keys[at : at + MOST_USES])
 
     @transition
-    def _count_some_hits(self, keys: Sequence[ExpertKey]) -> None:
+    def _note_some_uses(self, keys: Sequence[ExpertKey]) -> None:
         if self._takes_hints():
-            self._ledger.direct_hits.count_client_hits(keys)
+            self._ledger.uses.note_client_uses(keys)
 
     def prefetch(self, block: int, keys: Sequence[ExpertKey]) -> None:
         """Request prefetches as ``ExpertSource`` specifies. Only requests of the same session are replaced.

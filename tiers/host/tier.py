@@ -209,22 +209,22 @@ class HostTier(Closeable):
     @deferred
     def note_uses(self, block: int, experts: Sequence[int]) -> None:
         """Count a demand, as ``ExpertSource`` specifies."""
-        self._ledger.direct_hits.count_hits(block, experts)
+        self._ledger.uses.note_uses(block, experts)
 
     @deferred
     def take_back_uses(self, block: int, experts: Sequence[int]) -> None:
         """Count the hits of an earlier ``note_uses`` as discarded, as ``ExpertSource`` specifies."""
-        self._ledger.direct_hits.discard_hits(experts)
+        self._ledger.uses.take_back_uses(experts)
 
     @transition
     def note_copy_uses(self, keys: Sequence[ExpertKey]) -> None:
         """Note uses in the tier above, as ``CopySource`` specifies. The result of ``uses`` includes them."""
-        self._ledger.direct_hits.count_copy_uses(keys)
+        self._ledger.uses.note_copy_uses(keys)
 
     @transition
     def uses(self) -> dict[ExpertKey, int]:
         """Return a dictionary from each key to the number of its uses."""
-        return dict(self._ledger.direct_hits.uses)
+        return dict(self._ledger.uses.counts)
 
     def prefetch(self, block: int, keys: Sequence[ExpertKey]) -> None:
         """Request prefetches as ``ExpertSource`` specifies. ``PrefetchQueue.next_read`` says which slots they take.

@@ -188,7 +188,7 @@ class LedgerMachine(RuleBasedStateMachine):
                 self.callers.append(caller)
             assert vars(self.ledger.counters) == before
             if used:
-                self.ledger.direct_hits.count_copy_uses([key])
+                self.ledger.uses.note_copy_uses([key])
 
     @rule(block=BLOCKS, experts=st.lists(st.integers(0, EXPERTS - 1), max_size=5))
     def prefetch(self, block: int, experts: list[int]) -> None:
@@ -237,7 +237,7 @@ class LedgerMachine(RuleBasedStateMachine):
         if prefetch:
             session.prefetch(block, keys)
         else:
-            session.count_hits(keys)
+            session.note_uses(keys)
 
     @precondition(lambda self: self.clients)
     @rule(data=st.data())
