@@ -97,7 +97,7 @@ class Engine:
             later=min(chunk, later or chunk) if runner.can_resume else context,
         )
         self._samplers: dict[Sequence, Sampler] = {}
-        self._changed = threading.Condition()  # guards the next two
+        self._changed = threading.Condition()  # guards: ``_arrived``, ``_is_closed``, ``_failure``
         self._arrived: list[Sequence] = []
         self._is_closed = False
         self._failure: BaseException | None = None  # what has ended the thread
@@ -201,6 +201,10 @@ class Engine:
         for sequence in self.sequences:
             if sequence.is_cancelled:
                 self._end(sequence, Finish.CANCELLED)
+        try:
+            self._scheduler.begin_next()
+        except Exception as error:
+            self._fail(self._scheduler.waiting[0], error)
         tasks, stopped = self._scheduler.schedule()
         for sequence in stopped:
             self._runner.end(sequence)

@@ -29,29 +29,34 @@ class Scheduler:
         """Let a sequence wait behind all others."""
         self.waiting.append(sequence)
 
-    def remove(self, sequence: Sequence) -> bool:
-        """Remove a sequence that has ended. Its pages may be found by others. Returns whether it was running."""
+    def remove(self, sequence: Sequence) -> None:
+        """Remove a sequence that has ended. Its pages may be found by others."""
         if sequence in self.running:
             self.running.remove(sequence)
             self._cache.end(sequence)
-            return True
-        if sequence in self.waiting:
+        elif sequence in self.waiting:
             self.waiting.remove(sequence)
-        return False
 
-    def schedule(self) -> tuple[list[Task], list[Sequence]]:
-        """Return the tasks of the next step, and running sequences that now wait again because there is no page.
+    def begin_next(self) -> None:
+        """Begin the sequence that waits first, if there is room for it. If that raises an error, it still waits.
 
-        Every sequence whose prompt is computed takes part. Of the others, one computes a part of its prompt: that
-        whose last part, if any, is longest ago, so that a short prompt does not wait for the end of a long one.
+        This is called once a step: more prompts at a time would not be computed sooner, but would hold pages.
         """
-        self._step += 1
         if self.waiting and len(self.running) < self._most and self._cache.has_room(self.waiting[0]):
             sequence = self.waiting[0]  # it is in one of the two lists even if it can't begin
             self._cache.begin(sequence)
             self.waiting.popleft()
             sequence.begin()
             self.running.append(sequence)
+
+    def schedule(self) -> tuple[list[Task], list[Sequence]]:
+        """Return the tasks of the next step, and running sequences that now wait again because there is no page.
+
+        Every sequence whose prompt is computed takes part. Of the others, one computes a part of its prompt: that
+        whose last part, if any, is longest ago, so that a short prompt does not wait for the end of a long one. If
+        there is no page, the sequence that began last waits again.
+        """
+        self._step += 1
         prompts = [sequence for sequence in self.running if sequence.remaining > 1]
         prompt = min(prompts, key=lambda sequence: sequence.last_step, default=None)
         if prompt is not None:
@@ -63,7 +68,7 @@ class Scheduler:
             is_alone = not sequence.computed and len(self.running) == 1
             tokens = min(sequence.remaining, self._chunk if is_alone else self._later)
             while not self._cache.reserve(sequence, tokens):
-                last = self.running[-1]  # the one that began last can wait best
+                last = self.running[-1]  # it has no task yet, as tasks are made in the order of ``running``
                 self._cache.end(last)
                 self.running.pop()
                 self.waiting.appendleft(last)
@@ -72,7 +77,7 @@ class Scheduler:
                     break
             else:
                 tasks.append(Task(sequence, tokens, self._cache.pages_of(sequence)))
-        return [task for task in tasks if task.sequence not in stopped], stopped
+        return tasks, stopped
 
     def computed(self, task: Task) -> None:
         """Note that a task was computed: other sequences may find its full pages."""
