@@ -141,7 +141,7 @@ class ComputeCalls:
         count, rest = divmod(len(request.hidden_states), row_bytes)
         if rest or not count:
             raise ProtocolError(
-                f"hidden_states has {len(request.hidden_states):,} bytes, not a multiple of {row_bytes:,}: "
+                f"hidden_states has {len(request.hidden_states):,} bytes, not a positive multiple of {row_bytes:,}: "
                 f"{products.width:,} numbers of {request.dtype} for each token.",
                 SAME_VERSION,
             )
