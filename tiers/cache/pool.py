@@ -97,6 +97,10 @@ class SlotPool:
         """Return the tier's number of a slot of this pool."""
         return self.first + slot
 
+    def slot(self, number: int) -> int:
+        """Return the slot of this pool that has the tier's ``number``."""
+        return number - self.first
+
     def key(self, slot: int) -> ExpertKey:
         """Return the key of the record that a slot holds or is being filled with. The slot must not be EMPTY."""
         key = self._keys[slot]

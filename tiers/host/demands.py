@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from queue import SimpleQueue
-from types import MappingProxyType
 from typing import ClassVar
 
 from moetier.tiers.cache.budget import Partition
@@ -74,29 +73,41 @@ class Failed:
 Event = Granted | Failed
 
 
-@dataclass(frozen=True, slots=True)
-class ThreadCaller:
-    """A thread of this process, which sleeps until its records are available. It may take any number of slots.
+class Caller:
+    """The caller of demands. This base class fits a thread, which may take any number of slots."""
 
-    It has the attributes and methods of ``AsyncCaller``, except ``deliver``. Its demands are not kept or counted here.
-    """
+    __slots__ = ()
+
+    is_asynchronous: ClassVar[bool] = False  # the caller gets events
+
+    @property
+    def is_full(self) -> bool:
+        """True if the caller's demands may not take more slots."""
+        return False
+
+    def was_full(self, released: int) -> bool:
+        """Return whether the caller was full, and no longer is, since its demands have released so many slots."""
+        return False
+
+    def open_demands(self) -> Collection[Demand]:
+        """Return the caller's demands that have been registered and are not over."""
+        return ()
+
+    def register(self, demand: Demand) -> None:
+        """Note that a demand of the caller has begun."""
+
+    def deregister(self, demand: Demand) -> None:
+        """Note that a demand of the caller is over."""
+
+
+@dataclass(frozen=True, slots=True)
+class ThreadCaller(Caller):
+    """A thread of this process, which sleeps until its records are available."""
 
     thread: int  # id of the thread
 
-    is_asynchronous: ClassVar = False
-    is_full: ClassVar = False
-    leases: ClassVar = math.inf
-    outstanding: ClassVar = 0
-    demands: ClassVar[Mapping[int, Demand]] = MappingProxyType({})
 
-    def register(self, demand: Demand) -> None:
-        """Do nothing: the thread itself has the demand."""
-
-    def deregister(self, demand: Demand) -> None:
-        """Do nothing."""
-
-
-class AsyncCaller:
+class AsyncCaller(Caller):
     """A caller that gets events, instead of sleeping until its records are available.
 
     ``deliver`` is called with each event, in any thread, with the tier's lock held. It must neither wait nor call the
@@ -121,6 +132,14 @@ class AsyncCaller:
         """True if the caller's demands hold or claim ``leases`` slots, so that they may not take more."""
         return self.outstanding >= self.leases
 
+    def was_full(self, released: int) -> bool:
+        """Return whether the caller was full, and no longer is, since its demands have released so many slots."""
+        return self.outstanding < self.leases <= self.outstanding + released
+
+    def open_demands(self) -> Collection[Demand]:
+        """Return the caller's demands that are not over."""
+        return self.demands.values()
+
     def register(self, demand: Demand) -> None:
         """Note that a demand of the caller has begun."""
         self.demands[demand.number] = demand
@@ -128,9 +147,6 @@ class AsyncCaller:
     def deregister(self, demand: Demand) -> None:
         """Note that a demand of the caller is over."""
         self.demands.pop(demand.number, None)
-
-
-Caller = ThreadCaller | AsyncCaller
 
 
 @dataclass(eq=False, slots=True)
@@ -188,8 +204,12 @@ class Notifier:
         self.timekeeper: SimpleQueue[None] = SimpleQueue()  # an item makes the timekeeper look at the deadlines again
 
     def wake_callers(self) -> None:
-        """Wake all callers that sleep, and all loaders that have paused. ``Ledger.serve`` runs after the transition."""
+        """Wake all callers that sleep, and all loaders that have paused, and ``serve_asynchronous``."""
         self._monitor.wake()
+
+    def serve_asynchronous(self) -> None:
+        """Let ``Ledger.serve`` run after this transition."""
+        self._monitor.mark()
 
     def wake_loader(self) -> None:
         """Wake one loader, because there is a record to read."""
@@ -238,6 +258,7 @@ class WaitingDemands:
         """Mark an asynchronous demand to be served again, because it may be able to go on. No effect on others."""
         if demand.caller.is_asynchronous:
             self._rechecks[demand] = None
+            self._notifier.serve_asynchronous()
 
     def take_recheck(self) -> Demand | None:
         """Take the first demand that ``recheck`` has marked, and return it. Return None if no demand is marked."""
@@ -250,18 +271,17 @@ class WaitingDemands:
         self.stop_waiting(demand)
         self._deadlines.pop(demand, None)
         if demand.caller.is_full:  # its starved demands may not take slots, so they must not keep other demands waiting
-            for other in demand.caller.demands.values():
+            for other in demand.caller.open_demands():
                 self.stop_waiting(other)
 
     def note_released(self, demand: Demand, slots: int) -> None:
         """Note that a demand no longer holds or claims ``slots`` slots. Its caller's other demands may then go on."""
-        caller = demand.caller
-        if caller.outstanding < caller.leases <= caller.outstanding + slots:  # the caller was full before
+        if demand.caller.was_full(slots):
             # Demands without a slot are served first, in the order of their deadlines. Otherwise a demand for many keys
             # would keep the caller's other demands waiting.
-            for other in sorted(caller.demands.values(), key=lambda other: self._deadlines.get(other, math.inf)):
-                if other.pending:
-                    self.recheck(other)
+            waiting = [other for other in demand.caller.open_demands() if other.pending]
+            for other in sorted(waiting, key=lambda other: self._deadlines.get(other, math.inf)):
+                self.recheck(other)
             self._notifier.wake_callers()
 
     def expire(self) -> float | None:
@@ -300,7 +320,7 @@ class WaitingDemands:
 
 def _exhausted(demand: Demand) -> ExhaustedError:
     caller = demand.caller
-    if caller.is_full:
+    if isinstance(caller, AsyncCaller) and caller.is_full:
         return ExhaustedError(
             f"The client holds all of its {caller.leases} leases, and released none for {demand.timeout:g} seconds.",
             "Release leases in the client, or start the daemon with more --leases.",

@@ -15,9 +15,12 @@ slot, and finds none. Starved demands get the slots that are returned, in order 
 no other demand of its pool begins a load.
 
 A caller is either a thread, which sleeps until it is woken, or *asynchronous*, such as a session of another process.
-``serve`` advances the demands of asynchronous callers and delivers events to the callers. An asynchronous caller may
-hold several leases at a time, up to a limit. If one of its demands is without a slot for too long, the demand fails. So
-a process that does not return its slots can't block other callers.
+``serve`` advances the demands of asynchronous callers and delivers events to the callers. It runs after each transition
+that lets such a demand go on (``WaitingDemands.recheck``) or wakes callers. An asynchronous caller may hold several
+leases at a time, up to a limit. If one of its demands is without a slot for too long, the demand fails. So a process
+that does not return its slots can't block other callers.
+
+The tier calls two parts itself: ``loads``, for its loaders, and ``uses``.
 """
 
 from __future__ import annotations
@@ -29,11 +32,11 @@ from moetier.tiers.arena.directory import Directory
 from moetier.tiers.arena.layout import ArenaLayout
 from moetier.tiers.cache.budget import partitions_of
 from moetier.tiers.cache.policies import DEFAULT_POLICY, POLICIES
-from moetier.tiers.cache.pool import Lookup
+from moetier.tiers.cache.pool import Lookup, snapshot
 from moetier.tiers.errors import MoetierError, StoreError
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Manifest
-from moetier.tiers.stats import TierCounters
+from moetier.tiers.stats import TierCounters, TierStats
 
 from .demands import AsyncCaller, Caller, Demand, Failed, Granted, Notifier, Pool, WaitingDemands
 from .loads import LoadLimits, Loads
@@ -99,7 +102,19 @@ class Ledger:
         if (error := self.closed_by) is not None:
             raise error.fresh()  # the frames of a raised error would keep slots
 
+    def stats(self) -> TierStats:
+        """Return a snapshot of the counters and of the state of the slots."""
+        return snapshot(self.counters, self.pools.values())
+
+    def is_ready(self, key: ExpertKey) -> bool:
+        """Return whether the record of ``key`` is READY."""
+        return self.pool_of[key.block].is_ready(key)
+
     # -- demands ------------------------------------------------------------------------------------------------------
+
+    def demand(self, block: int, caller: Caller, number: int = 0, timeout: float = 0.0) -> Demand:
+        """Return a demand for records of ``block``, which has not begun. ``number`` and ``timeout`` are its fields."""
+        return Demand(self.pool_of[block], block, caller, number, timeout)
 
     def begin(self, demand: Demand, keys: Sequence[ExpertKey]) -> None:
         """Begin a demand for ``keys``: pin READY records, join loads in progress, and begin other loads if possible.
@@ -231,7 +246,6 @@ class Ledger:
                 demand.error = demand.error or error.fresh()
                 self.waiting.recheck(demand)
         self._notifier.wake_callers()
-        self.serve()
 
     # -- prefetches ---------------------------------------------------------------------------------------------------
 
@@ -245,12 +259,22 @@ class Ledger:
         if self.prefetches.replace(self.pool_of[block], block, keys, caller):
             self.loads.wake_loaders_for_prefetches()
 
+    def quotas(self) -> list[int]:
+        """Return for each block the quota of its partition, in slots."""
+        return [pool.quota(block) for block, pool in enumerate(self.pool_of)]
+
+    def warm(self, wanted: Sequence[Sequence[ExpertKey]]) -> None:
+        """Queue records for the warm-up: ``wanted`` has keys for each block. Raises the same errors as ``begin``."""
+        self.check_open()
+        for pool, keys in zip(self.pool_of, wanted, strict=True):
+            self.loads.warm(pool, keys)
+
     # -- asynchronous callers -----------------------------------------------------------------------------------------
 
     def serve(self) -> None:
-        """Advance all asynchronous demands that can go on. This must be called after each ``Notifier.wake_callers``.
+        """Advance all asynchronous demands that can go on. Others are advanced by the threads of their callers.
 
-        Other demands are advanced by the threads of their callers.
+        ``Notifier`` lets this run after the transitions that it has to follow.
         """
         while True:
             while (demand := self.waiting.take_recheck()) is not None:
@@ -265,9 +289,7 @@ class Ledger:
 
     def expire(self) -> float | None:
         """Fail asynchronous demands whose deadlines have passed. Return the next deadline, or None."""
-        deadline = self.waiting.expire()
-        self.serve()
-        return deadline
+        return self.waiting.expire()
 
     def _deliver(self, demand: Demand) -> None:
         """Advance an asynchronous demand, and deliver events to its caller: leases that are ready, or an error."""
@@ -299,7 +321,6 @@ class Ledger:
         """End all demands of an asynchronous caller, and cancel its prefetch requests."""
         self.end_all(caller)
         self.prefetches.cancel(caller)
-        self.serve()
 
     # -- slots --------------------------------------------------------------------------------------------------------
 
@@ -340,10 +361,10 @@ class Ledger:
 
     def recover(self, kept: Mapping[int, ExpertKey]) -> int:
         """Make slots READY that hold intact records of a reclaimed arena, by their keys. Return their number."""
-        for slot, key in kept.items():
+        for number, key in kept.items():
             pool = self.pool_of[key.block]
-            pool.begin_fill(slot - pool.first, key)
-            pool.complete_fill(slot - pool.first)
+            pool.begin_fill(pool.slot(number), key)
+            pool.complete_fill(pool.slot(number))
         return len(kept)
 
     # -- repair -------------------------------------------------------------------------------------------------------

@@ -112,7 +112,7 @@ class LedgerMachine(RuleBasedStateMachine):
             loads_rest=data.draw(st.booleans(), "loads_rest"),
             clock=lambda: self.now,
         )
-        self.monitor.run_after_wake(self.ledger.serve)
+        self.monitor.run_after_mark(self.ledger.serve)
         self.loaders = data.draw(st.integers(1, 3), "loaders")
 
     def woken(self) -> None:
