@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 from .fields import Fields, shown
 
-PAGE = 4096  # size of a page in bytes; each record begins on a page
+PAGE_BYTES = 4096  # size of a page in bytes; each record begins on a page
 CHECKSUM_BYTES = 4  # size of the CRC-32C, little endian, after each record
 ALIGNMENT = 64  # each section begins at a multiple of this many bytes
 ROW_TILE = 64  # quantised projections are padded to a multiple of this many rows, as torch's int4 kernel takes them
@@ -248,8 +248,8 @@ class RecordLayout:
 
     @cached_property
     def slot_bytes(self) -> int:
-        """Size of a slot for the record and its checksum, in bytes. It is a multiple of PAGE."""
-        return -(-(self.payload_bytes + CHECKSUM_BYTES) // PAGE) * PAGE
+        """Size of a slot for the record and its checksum, in bytes. It is a multiple of PAGE_BYTES."""
+        return -(-(self.payload_bytes + CHECKSUM_BYTES) // PAGE_BYTES) * PAGE_BYTES
 
     def projection(self, name: str) -> Projection:
         """Return the projection ``name``."""

@@ -49,7 +49,7 @@ class SlotRequest:
 
     block: int
     awaited: dict[int, None]  # experts not granted yet; only the link's thread removes them
-    answers: SimpleQueue[Answer | None]  # None: the daemon has gone away or come back, or the link was closed
+    answers: SimpleQueue[SlotAnswer | None]  # None: the daemon has gone away or come back, or the link was closed
     is_over: bool = False  # the daemon holds no lease for this request, or was told to release all
     number: int = field(default_factory=itertools.count(1).__next__)
 
@@ -59,7 +59,7 @@ class SlotRequest:
         return pb.ClientMessage(acquire=acquire)
 
 
-class Answer(NamedTuple):
+class SlotAnswer(NamedTuple):
     """An answer of the daemon."""
 
     request: SlotRequest
@@ -263,11 +263,11 @@ class Link:
                 del request.awaited[granted.expert]
                 key = ExpertKey(request.block, granted.expert)
                 event = Granted(request.number, key, granted.slot, granted.generation)
-                request.answers.put(Answer(request, event, arena))
+                request.answers.put(SlotAnswer(request, event, arena))
         elif message.HasField("failed") and (request := self._requests.pop(message.failed.request, None)) is not None:
             request.is_over = True
             error = error_from_message(message.failed.error)
-            request.answers.put(Answer(request, Failed(request.number, error), arena))
+            request.answers.put(SlotAnswer(request, Failed(request.number, error), arena))
 
     # -- gRPC's thread ------------------------------------------------------------------------------------------------
 

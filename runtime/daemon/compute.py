@@ -52,7 +52,7 @@ class ExpertTokens(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
+class ComputeTask:
     """The checked request of one call."""
 
     keys: list[ExpertKey]
@@ -124,7 +124,7 @@ class ComputeCalls:
         for compiler in compilers:
             compiler.join()
 
-    def _check(self, request: pb.ComputeRequest) -> Task:
+    def _check(self, request: pb.ComputeRequest) -> ComputeTask:
         """Check a request. Raises as ``serve`` does."""
         if (asked := max(len(request.experts), len(request.picked))) > MAX_OUTPUTS:  # before they become large lists
             raise _too_much(asked)
@@ -172,7 +172,7 @@ class ComputeCalls:
             for expert, first, tokens in zip(experts, firsts, picked, strict=False)
         }
         hidden_states = np.frombuffer(request.hidden_states, np.uint8).reshape(count, row_bytes)
-        return Task(keys, products, hidden_states, parts, total)
+        return ComputeTask(keys, products, hidden_states, parts, total)
 
     def _products_for(self, request: pb.ComputeRequest) -> ExpertProducts:
         """Return compiled code for a request.
@@ -232,7 +232,9 @@ class ComputeCalls:
             raise no_thread(error) from None
         self._compilers.append(compiler)
 
-    def _compute(self, task: Task, leases: Sequence[Granted], outputs: npt.NDArray[Any], deadline: float) -> None:
+    def _compute(
+        self, task: ComputeTask, leases: Sequence[Granted], outputs: npt.NDArray[Any], deadline: float
+    ) -> None:
         """Compute experts whose records are leased. Raises ExhaustedError if other calls compute until ``deadline``."""
         if not _computing.acquire(timeout=max(deadline - time.monotonic(), 0.0)):
             raise ExhaustedError("Other computations did not end in time.", "Ask another daemon, or try again later.")
@@ -260,7 +262,7 @@ def _too_much(outputs: int) -> ExhaustedError:
     )
 
 
-def _compute_batch(task: Task, batch: Sequence[tuple[int, ExpertTokens]], outputs: npt.NDArray[Any]) -> None:
+def _compute_batch(task: ComputeTask, batch: Sequence[tuple[int, ExpertTokens]], outputs: npt.NDArray[Any]) -> None:
     """Compute at most BATCH_OUTPUTS outputs; ``batch`` has the address of a record for each part."""
     jobs, places = array("q"), array("q")
     for address, part in batch:

@@ -13,7 +13,7 @@ from .prefix_tree import Node, PrefixTree
 from .sequence import Sequence
 
 
-class PageMemory(Protocol):
+class CopyablePages(Protocol):
     """Memory of pages, by their numbers."""
 
     def copy_page(self, source: int, target: int, tokens: int) -> None:
@@ -37,7 +37,7 @@ class _Held:
 class KVCache:
     """Keys and values in pages. Each running sequence holds the pages of all its computed tokens."""
 
-    def __init__(self, pages: int, memory: PageMemory, *, keeps: bool = True) -> None:
+    def __init__(self, pages: int, memory: CopyablePages, *, keeps: bool = True) -> None:
         """Use at most ``pages`` pages of ``memory``.
 
         ``keeps``: whether a sequence may continue after pages of another one.

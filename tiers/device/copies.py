@@ -13,7 +13,7 @@ from moetier.tiers.layout import RecordLayout
 from moetier.tiers.source import Lease
 
 from .device_pool import DevicePool
-from .stream import Device, Event, Stream
+from .stream import Device, DeviceStream, Event
 from .views import SlotViews
 
 Arrange = Callable[[torch.Tensor, RecordLayout], None]
@@ -81,7 +81,7 @@ class Copy(NamedTuple):
 
     ended: Event  # the end of the copy; from then on the host tier's record may be released
     ready: Event  # the end of all work that prepares the record; from then on it can be computed with
-    uses: Mapping[Stream, Event]  # from each stream that works on the slot after the copy to the end of that work
+    uses: Mapping[DeviceStream, Event]  # from each stream that works on the slot after the copy to the end of that work
 
 
 class Copies:

@@ -15,7 +15,7 @@ from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.stats import TierCounters, TierStats
 
-from .stream import Device, Event, Stream
+from .stream import Device, DeviceStream, Event
 
 
 class DevicePool(SlotPool):
@@ -39,7 +39,7 @@ class DevicePool(SlotPool):
         self.records = [slot[: layout.record_bytes] for slot in slots]
         self.copied: list[Event | None] = [None] * len(slots)  # for each slot, when its record can be computed with
         # for each slot, a dictionary from each stream that has used the slot to the end of the latest use
-        self.used: list[dict[Stream, Event]] = [{} for _ in slots]
+        self.used: list[dict[DeviceStream, Event]] = [{} for _ in slots]
 
 
 class DeviceSlots:

@@ -21,7 +21,7 @@ from moetier.tiers.stats import TierCounters
 from .copies import Copies, Copy
 from .device_pool import DevicePool, DeviceSlots
 from .promoter import Promoter
-from .stream import Event, Stream
+from .stream import DeviceStream, Event
 
 
 @dataclass(eq=False, slots=True)
@@ -39,7 +39,7 @@ class DeviceDemand:
     latest: ExpertKey | None = None  # key of the record that was leased last
     misses: bool = False  # records of the demand are not on the device; no promotion begins until the demand ends
     ready: deque[int] = field(default_factory=deque)  # slots that are pinned for the demand, but not leased yet
-    leased: tuple[int, Stream] | None = None  # the slot that is leased, and the stream that computes with its record
+    leased: tuple[int, DeviceStream] | None = None  # the slot that is leased, and the stream that computes with it
     filling: tuple[int, ExpertKey] | None = None  # the slot that is LOADING and its key, until the copy is queued
     copied: Event | None = None  # the end of the latest copy, by which all earlier copies have ended too
 
