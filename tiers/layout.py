@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, NewType
 
 from .fields import Fields, shown
 
@@ -44,6 +44,9 @@ SCALE_TYPES = {
     "float16": "float16",
     "float32": "float32",
 }  # a dictionary from the type of a coding's scales to the item type of the section that holds them
+
+PoolSlot = NewType("PoolSlot", int)  # number of a slot in a pool of slots of one size (``cache.pool``)
+TierSlot = NewType("TierSlot", int)  # number of a slot in a tier: of all its pools, in the order of their slots
 
 
 class BlockLayout(NamedTuple):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
-from .layout import PAGE_BYTES, ExpertKey
+from .layout import PAGE_BYTES, ExpertKey, TierSlot
 from .stats import TierStats
 
 Record = TypeVar("Record", covariant=True)  # memoryview in the host tier, torch.Tensor in the device tier
@@ -44,7 +44,7 @@ class Lease(NamedTuple, Generic[Record]):
 
     key: ExpertKey
     record: Record
-    slot: int  # number of the slot in the tier that gave the lease
+    slot: TierSlot  # in the tier that gave the lease
     proof: Callable[[], bool] | None = None  # returns whether the lease is still valid; None: the record is pinned
     more: bool = False  # the next lease is available now, so the caller can compute with both records together
 

@@ -29,7 +29,7 @@ from moetier.runtime.wire.status_codes import error_from_message, error_of
 from moetier.tiers.closeable import closed_on_error
 from moetier.tiers.errors import ClosedError, MoetierError, UnavailableError
 from moetier.tiers.host.demands import Failed, Granted
-from moetier.tiers.layout import ExpertKey
+from moetier.tiers.layout import ExpertKey, TierSlot
 
 from .mapped_arena import MappedArena
 
@@ -262,7 +262,7 @@ class Link:
             if request is not None and granted.expert in request.awaited:
                 del request.awaited[granted.expert]
                 key = ExpertKey(request.block, granted.expert)
-                event = Granted(request.number, key, granted.slot, granted.generation)
+                event = Granted(request.number, key, TierSlot(granted.slot), granted.generation)
                 request.answers.put(SlotAnswer(request, event, arena))
         elif message.HasField("failed") and (request := self._requests.pop(message.failed.request, None)) is not None:
             request.is_over = True

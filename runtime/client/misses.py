@@ -13,7 +13,7 @@ from queue import Empty, SimpleQueue
 from moetier.tiers.errors import ClosedError, ExhaustedError, StoreError, UnavailableError
 from moetier.tiers.host.demands import Granted
 from moetier.tiers.host.tier import HostTier
-from moetier.tiers.layout import ExpertKey
+from moetier.tiers.layout import ExpertKey, TierSlot
 from moetier.tiers.locks import POLL_SECONDS
 from moetier.tiers.source import Lease
 from moetier.tiers.stats import TierCounters
@@ -151,7 +151,7 @@ class Misses:
         first = self._context.fallback.first_slot
         with closing(host.acquire([ExpertKey(self._block, expert) for expert in self.missing])) as leases:
             for lease in leases:
-                yield lease._replace(slot=first + lease.slot)
+                yield lease._replace(slot=TierSlot(first + lease.slot))
                 self._context.check_open()
 
     def _timeout_error(self) -> UnavailableError:

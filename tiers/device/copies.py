@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from moetier.tiers.layout import RecordLayout
+from moetier.tiers.layout import PoolSlot, RecordLayout
 from moetier.tiers.source import Lease
 
 from .device_pool import DevicePool
@@ -98,7 +98,7 @@ class Copies:
         self.locks = PageLocks(device)
         self._views = SlotViews(self.locks.lock, self.locks.retire)
 
-    def queue(self, lease: Lease[memoryview], pool: DevicePool, slot: int) -> Copy | None:
+    def queue(self, lease: Lease[memoryview], pool: DevicePool, slot: PoolSlot) -> Copy | None:
         """Queue a copy of a leased record into a slot. The copy begins after all earlier uses of the slot.
 
         The slot must be LOADING, so that no other thread uses it. If the lease has a proof, this method waits for the
@@ -126,7 +126,7 @@ class Copies:
         ready = arranging.record_event()
         return Copy(ended, ready, {arranging: ready})
 
-    def abandon(self, pool: DevicePool, slot: int) -> Event:
+    def abandon(self, pool: DevicePool, slot: PoolSlot) -> Event:
         """Give up a copy into a slot, whether or not the copy was queued. Return an event after its end.
 
         Later copies into the slot will wait for this event.

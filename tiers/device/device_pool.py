@@ -11,7 +11,7 @@ from moetier.tiers.cache.budget import partitions_of, slot_ranges
 from moetier.tiers.cache.policies import POLICIES
 from moetier.tiers.cache.pool import SlotPool, snapshot
 from moetier.tiers.errors import BudgetError
-from moetier.tiers.layout import ExpertKey
+from moetier.tiers.layout import ExpertKey, PoolSlot
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.stats import TierCounters, TierStats
 
@@ -69,7 +69,7 @@ class DeviceSlots:
         """Return the pool for the records of a block."""
         return self.pools[self._manifest.blocks[block].array]
 
-    def slot_of(self, key: ExpertKey) -> int | None:
+    def slot_of(self, key: ExpertKey) -> PoolSlot | None:
         """Return the slot that holds the record of ``key`` or is being filled with it, or None.
 
         The number is that of the slot in its pool.

@@ -377,7 +377,7 @@ class DeviceTier:
         copied, key = pool.copied[slot], pool.key(slot)
         demand.latest = key
         assert copied is not None
-        return Lease(key, pool.records[slot], pool.first + slot), copied
+        return Lease(key, pool.records[slot], pool.number(slot)), copied
 
     @transition
     def _release(self, demand: DeviceDemand) -> None:

@@ -17,7 +17,7 @@ from moetier.tiers.cache.budget import Partition
 from moetier.tiers.cache.policies import Policy
 from moetier.tiers.cache.pool import SlotPool
 from moetier.tiers.errors import ExhaustedError
-from moetier.tiers.layout import ExpertKey
+from moetier.tiers.layout import ExpertKey, PoolSlot, TierSlot
 from moetier.tiers.locks import Monitor
 
 
@@ -37,7 +37,7 @@ class Load:
 
     pool: Pool
     key: ExpertKey
-    slot: int  # number of the slot in the pool
+    slot: PoolSlot
     is_prefetch: bool  # the load was begun for a prefetch request or for the warm-up, not for a demand
     is_warmup: bool  # the load was begun for the warm-up
     # a loader reads the record; a prefetch is begun by the loader that reads it, so this is true at once
@@ -58,7 +58,7 @@ class Granted:
 
     request: int  # number of the request
     key: ExpertKey
-    slot: int  # number of the slot in the tier
+    slot: TierSlot
     generation: int  # generation of the slot in the arena's directory
 
 
@@ -167,9 +167,9 @@ class Demand:
     is_scan: bool = False  # the demand is for more records than its block can keep
     pending: dict[ExpertKey, None] = field(default_factory=dict)  # keys for which the demand has no slot yet
     loads: list[Load] = field(default_factory=list)  # loads that the demand waits for; it has claims on their slots
-    ready: deque[int] = field(default_factory=deque)  # slots that are pinned for the demand, but not leased yet
+    ready: deque[PoolSlot] = field(default_factory=deque)  # slots that are pinned for the demand, but not leased yet
     hits: int = 0  # how many of the slots in ``ready`` were READY when the demand came
-    leased: dict[int, None] = field(default_factory=dict)  # slots that are pinned and leased
+    leased: dict[PoolSlot, None] = field(default_factory=dict)  # slots that are pinned and leased
     error: BaseException | None = None  # the error with which the demand has failed
     waits_since: float | None = None  # time since when the caller has waited without a lease; None while it has one
 
@@ -184,7 +184,7 @@ class Demand:
         return not self.pending and self.is_idle
 
     @property
-    def slots(self) -> list[int]:
+    def slots(self) -> list[PoolSlot]:
         """The slots that the demand holds or claims."""
         return [*self.leased, *self.ready, *(load.slot for load in self.loads)]
 

@@ -34,7 +34,7 @@ from moetier.tiers.cache.budget import partitions_of
 from moetier.tiers.cache.policies import DEFAULT_POLICY, POLICIES
 from moetier.tiers.cache.pool import Lookup, snapshot
 from moetier.tiers.errors import MoetierError, StoreError
-from moetier.tiers.layout import ExpertKey
+from moetier.tiers.layout import ExpertKey, PoolSlot, TierSlot
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.stats import TierCounters, TierStats
 
@@ -147,7 +147,7 @@ class Ledger:
         pool.touch([key for key in reversed(distinct) if key not in demand.pending], is_scan=demand.is_scan)
         self.waiting.recheck(demand)
 
-    def next_leases(self, demand: Demand) -> tuple[list[int], bool] | None:
+    def next_leases(self, demand: Demand) -> tuple[list[PoolSlot], bool] | None:
         """End the demand's leases, and lease the slots that are ready for it.
 
         Returns the leased slots, and whether they are the last of the demand; None if the caller has to wait. If the
@@ -176,9 +176,9 @@ class Ledger:
         """
         demand.pool.touch(reversed(self._take_slots(demand)), is_scan=demand.is_scan)
 
-    def lease(self, demand: Demand, most: int = 1) -> list[int]:
+    def lease(self, demand: Demand, most: int = 1) -> list[PoolSlot]:
         """Lease up to ``most`` of the slots that are ready for the demand, and return these slots."""
-        slots: list[int] = []
+        slots: list[PoolSlot] = []
         while demand.ready and len(slots) < most:
             slot = demand.ready.popleft()
             demand.leased[slot] = None
@@ -224,7 +224,7 @@ class Ledger:
         for demand in [demand for demand in self._demands if demand.caller == caller]:
             self.end(demand)
 
-    def lease_for_copy(self, demand: Demand, key: ExpertKey) -> int | None:
+    def lease_for_copy(self, demand: Demand, key: ExpertKey) -> PoolSlot | None:
         """Lease the slot of a key to the tier above, if the slot is READY and no demand of its pool is starved.
 
         Returns the slot, or None. ``demand`` holds the lease until ``end``. This does not count as a use of the record.
@@ -351,7 +351,7 @@ class Ledger:
             self.waiting.wait_for_slot(demand)
         return served
 
-    def _unpin(self, demand: Demand, slots: Sequence[int]) -> None:
+    def _unpin(self, demand: Demand, slots: Sequence[PoolSlot]) -> None:
         """Unpin slots that a demand no longer holds or claims, so that other demands can use them."""
         pool = demand.pool
         freed = [slot for slot in slots if not pool.unpin(slot)]
@@ -359,7 +359,7 @@ class Ledger:
             self._notifier.wake_callers()
         self.waiting.note_released(demand, len(slots))
 
-    def recover(self, kept: Mapping[int, ExpertKey]) -> int:
+    def recover(self, kept: Mapping[TierSlot, ExpertKey]) -> int:
         """Make slots READY that hold intact records of a reclaimed arena, by their keys. Return their number."""
         for number, key in kept.items():
             pool = self.pool_of[key.block]

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from moetier.tiers.arena.directory import Directory
 from moetier.tiers.arena.layout import ArenaLayout
 from moetier.tiers.errors import MoetierError
-from moetier.tiers.layout import ExpertKey
+from moetier.tiers.layout import ExpertKey, PoolSlot
 from moetier.tiers.manifest import Block
 from moetier.tiers.source import interruptible_bytes
 from moetier.tiers.stats import TierCounters
@@ -143,7 +143,7 @@ class Loads:
         arrivals = len(demand.ready) - demand.hits
         return demand.caller.is_asynchronous or len(demand.loads) + arrivals < 2 * ahead
 
-    def _choose(self, demand: Demand) -> int | None:
+    def _choose(self, demand: Demand) -> PoolSlot | None:
         """Return a slot for a load of the demand; None if there is no slot.
 
         Records that are requested for a prefetch are evicted only if no other record can be.
@@ -156,7 +156,7 @@ class Loads:
         self,
         pool: Pool,
         key: ExpertKey,
-        slot: int,
+        slot: PoolSlot,
         *,
         is_prefetch: bool,
         is_scan: bool = False,

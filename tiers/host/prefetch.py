@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import NamedTuple
 
-from moetier.tiers.layout import ExpertKey
+from moetier.tiers.layout import ExpertKey, PoolSlot
 from moetier.tiers.stats import PrefetchOutcomes, TierCounters
 
 from .demands import AsyncCaller, Caller, Pool
@@ -20,7 +20,7 @@ class NextRead(NamedTuple):
 
     pool: Pool
     key: ExpertKey
-    slot: int  # number of the slot in the pool
+    slot: PoolSlot
     is_warmup: bool  # the record is read for the warm-up, not for a prefetch request
 
 
@@ -85,7 +85,7 @@ class PrefetchQueue:
         self._requests.clear()
         self._warmup.clear()
 
-    def repair(self, slot_of: Callable[[ExpertKey], int | None]) -> None:
+    def repair(self, slot_of: Callable[[ExpertKey], object]) -> None:
         """Remove all requests, and records that are in neither tier, because a transition was interrupted.
 
         ``slot_of`` returns the slot of a key, or None.
@@ -126,7 +126,7 @@ class PrefetchQueue:
                 while request.unbegun and not request.pool.starved:
                     yield caller, request.pool, request.unbegun.popleft()
 
-    def _slot_for(self, pool: Pool, key: ExpertKey) -> int | None:
+    def _slot_for(self, pool: Pool, key: ExpertKey) -> PoolSlot | None:
         """Return a slot for a requested record, as ``next_read`` specifies; None if there is no such slot."""
         if (slot := pool.vacancy(key.block)) is not None:
             return slot

@@ -20,7 +20,7 @@ from moetier.tiers.arena.layout import ArenaLayout
 from moetier.tiers.cache.policies import DEFAULT_POLICY
 from moetier.tiers.closeable import Closeable
 from moetier.tiers.errors import ClosedError, StoreError
-from moetier.tiers.layout import ExpertKey
+from moetier.tiers.layout import ExpertKey, PoolSlot, TierSlot
 from moetier.tiers.locks import Monitor, deferred, posted, transition, waiting
 from moetier.tiers.source import LEASES, LOADERS, SLOT_TIMEOUT, Lease, Residents
 from moetier.tiers.stats import TierStats
@@ -97,9 +97,9 @@ class HostTier(Closeable):
             self._arena = arena or Arena.create(self.layout)
             undo.callback(self._arena.close)
             # writable views, for the loaders
-            self._slots = [self._arena.slot(slot) for slot in range(self.layout.slots)]
+            self._slots = [self._arena.slot(TierSlot(slot)) for slot in range(self.layout.slots)]
             # a read-only view of each slot; always the same objects, for which the device tier can cache tensors
-            self._records = [self._arena.view(slot) for slot in range(self.layout.slots)]
+            self._records = [self._arena.view(TierSlot(slot)) for slot in range(self.layout.slots)]
             self._residents: dict[int, Residents | None] = {}  # a dictionary from block to what ``residents`` returns
             self._ledger = Ledger(
                 self.manifest,
@@ -169,7 +169,7 @@ class HostTier(Closeable):
         ready = self._ledger.next_leases(demand)
         return None if ready is None else (self._leases(demand, ready[0]), ready[1])
 
-    def _leases(self, demand: Demand, slots: Sequence[int]) -> deque[Lease[memoryview]]:
+    def _leases(self, demand: Demand, slots: Sequence[PoolSlot]) -> deque[Lease[memoryview]]:
         pool, leases = demand.pool, deque[Lease[memoryview]]()
         for slot in slots:
             number = pool.number(slot)
@@ -351,7 +351,7 @@ class HostTier(Closeable):
         self._check_open()
         return self._arena.export()
 
-    def whole(self, slot: int) -> memoryview:
+    def whole(self, slot: TierSlot) -> memoryview:
         """Return a read-only view of the record in a leased slot and its checksum, to send to another host."""
         return self._arena.whole(slot)
 

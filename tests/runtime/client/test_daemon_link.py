@@ -19,7 +19,7 @@ from threads import wait_until
 from moetier.proto import expert_store_pb2 as pb
 from moetier.proto.expert_store_pb2_grpc import ExpertStoreServicer, add_ExpertStoreServicer_to_server
 from moetier.runtime.client import daemon_link as link_module
-from moetier.runtime.client.daemon_link import Answer, Link, SlotRequest
+from moetier.runtime.client.daemon_link import Link, SlotAnswer, SlotRequest
 from moetier.runtime.client.mapped_arena import MappedArena
 from moetier.runtime.wire.address import SOCKET
 from moetier.runtime.wire.control import ControlConnection
@@ -117,9 +117,9 @@ def link(daemon: Daemon, folder: Path) -> Iterator[Link]:
     arena.close()
 
 
-def request(link: Link, *experts: int) -> tuple[SlotRequest, Callable[[], Answer | None]]:
+def request(link: Link, *experts: int) -> tuple[SlotRequest, Callable[[], SlotAnswer | None]]:
     """Send a request for experts of block 1, and return it with what takes its next answer."""
-    answers: SimpleQueue[Answer | None] = SimpleQueue()
+    answers: SimpleQueue[SlotAnswer | None] = SimpleQueue()
     made = SlotRequest(1, dict.fromkeys(experts), answers)
     link.submit(made)
     return made, lambda: answers.get(timeout=PATIENCE)
