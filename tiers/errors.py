@@ -1,5 +1,7 @@
 """Errors that moetier raises. Their causes lie outside its code; an ``assert`` fails if the code itself has a bug.
 
+Those with a module in brackets are defined there, as only its package raises them.
+
 MoetierError
 ├── StoreError                 the SSD tier
 │   ├── StoreFormatError       not a store that this version can read
@@ -7,6 +9,7 @@ MoetierError
 │   ├── MissingExpertError     a record that does not exist
 │   ├── ChecksumError          a record whose bytes are not those that were written
 │   └── StoreReadError         the system reported an error when a file was read
+│       └── RefusedReadError   an object store refused a request (tiers.objects.client)
 ├── CheckpointError            a source checkpoint that can't be read
 │   ├── UnsafeCheckpointError  pickle, custom code, or paths that lead out of the checkpoint
 │   └── UnsupportedModelError  dense, or without transformers' experts interface
@@ -24,6 +27,8 @@ MoetierError
 │   ├── ProtocolError          a message that this version does not understand
 │   └── AlreadyRunningError    another daemon is running in this folder
 ├── ConfigError                an unknown or malformed option
+│   └── UsageError             options that are wrong for every model and machine (tools.cli.parser)
+├── EngineError                the engine can't compute any more (runtime.engine.engine)
 └── ClosedError                an object was used after close(), or in a forked child
 """
 

@@ -11,11 +11,11 @@ import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, NewType
 
 from .fields import Fields, shown
 
-PAGE = 4096  # size of a page in bytes; each record begins on a page
+PAGE_BYTES = 4096  # size of a page in bytes; each record begins on a page
 CHECKSUM_BYTES = 4  # size of the CRC-32C, little endian, after each record
 ALIGNMENT = 64  # each section begins at a multiple of this many bytes
 ROW_TILE = 64  # quantised projections are padded to a multiple of this many rows, as torch's int4 kernel takes them
@@ -44,6 +44,9 @@ SCALE_TYPES = {
     "float16": "float16",
     "float32": "float32",
 }  # a dictionary from the type of a coding's scales to the item type of the section that holds them
+
+PoolSlot = NewType("PoolSlot", int)  # number of a slot in a pool of slots of one size (``cache.pool``)
+TierSlot = NewType("TierSlot", int)  # number of a slot in a tier: of all its pools, in the order of their slots
 
 
 class BlockLayout(NamedTuple):
@@ -248,8 +251,8 @@ class RecordLayout:
 
     @cached_property
     def slot_bytes(self) -> int:
-        """Size of a slot for the record and its checksum, in bytes. It is a multiple of PAGE."""
-        return -(-(self.payload_bytes + CHECKSUM_BYTES) // PAGE) * PAGE
+        """Size of a slot for the record and its checksum, in bytes. It is a multiple of PAGE_BYTES."""
+        return -(-(self.payload_bytes + CHECKSUM_BYTES) // PAGE_BYTES) * PAGE_BYTES
 
     def projection(self, name: str) -> Projection:
         """Return the projection ``name``."""

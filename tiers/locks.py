@@ -101,10 +101,12 @@ class Monitor:
         """
         self.fork_guard = ForkGuard()
         self._repair = repair
-        # guards: what the transitions change, ``_is_torn``, ``_runner``, ``_sleepers``, ``_attempted``. ``wait_for``
-        # and ``wake`` change ``_sleepers`` within transitions. Work is added to the two queues without the lock
+        # guards: what the transitions change, ``_is_torn``, ``_runner``, ``_sleepers``, ``_attempted``, ``_is_marked``.
+        # ``wait_for``, ``wake``, ``mark`` and ``_run_marked`` change fields within transitions. Work is added to the
+        # two queues without the lock
         self._lock = threading.Lock()
-        self._after_wake: Callable[[], None] | None = None
+        self._after_mark: Callable[[], None] | None = None
+        self._is_marked = False  # whether ``_run_marked`` is among ``_posted``
         self._is_torn = False  # true while a transition runs, and after an exception has interrupted one
         self._runner = 0  # id of the thread that runs a transition, or ran the latest one
         self._sleepers: list[threading.Lock] = []
@@ -151,17 +153,27 @@ class Monitor:
         return result
 
     def wake(self) -> None:
-        """Wake all threads that sleep in ``wait_for``. Call this within a transition."""
+        """Wake all threads that sleep in ``wait_for``, and ``mark``. Call this within a transition."""
         for sleeper in self._sleepers:
             if sleeper.locked():
                 sleeper.release()
         self._sleepers.clear()
-        if self._after_wake is not None:
-            self.post(self._after_wake)
+        self.mark()
 
-    def run_after_wake(self, work: Callable[[], None]) -> None:
-        """From now on, run ``work`` as a transition after each transition that calls ``wake``."""
-        self._after_wake = work
+    def mark(self) -> None:
+        """Let the work of ``run_after_mark`` run after the transition in which this is called."""
+        if self._after_mark is not None and not self._is_marked:
+            self.post(self._run_marked)
+            self._is_marked = True  # only now, so that the work is posted twice, and not never, after an interruption
+
+    def run_after_mark(self, work: Callable[[], None]) -> None:
+        """From now on, run ``work`` as a transition after each transition that calls ``mark`` or ``wake``."""
+        self._after_mark = work
+
+    def _run_marked(self) -> None:
+        self._is_marked = False
+        assert self._after_mark is not None
+        self._after_mark()
 
     def post(self, work: Callable[[], None]) -> None:
         """Run ``work`` as a transition: now, or when the running transition has ended. Never waits.

@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
-from .layout import PAGE, ExpertKey
+from .layout import PAGE_BYTES, ExpertKey, TierSlot
 from .stats import TierStats
 
 Record = TypeVar("Record", covariant=True)  # memoryview in the host tier, torch.Tensor in the device tier
@@ -28,7 +28,7 @@ def interruptible_bytes(length: int) -> int:
     Between two pieces the read can pause or stop, so a demand waits for one piece at most. A piece is an eighth of the
     record, in whole pages. It has at least INTERRUPTIBLE_BYTES, so that the system call is worth its cost.
     """
-    return min(length, max(INTERRUPTIBLE_BYTES, -(-length // (8 * PAGE)) * PAGE))
+    return min(length, max(INTERRUPTIBLE_BYTES, -(-length // (8 * PAGE_BYTES)) * PAGE_BYTES))
 
 
 class Lease(NamedTuple, Generic[Record]):
@@ -44,7 +44,7 @@ class Lease(NamedTuple, Generic[Record]):
 
     key: ExpertKey
     record: Record
-    slot: int  # number of the slot in the tier that gave the lease
+    slot: TierSlot  # in the tier that gave the lease
     proof: Callable[[], bool] | None = None  # returns whether the lease is still valid; None: the record is pinned
     more: bool = False  # the next lease is available now, so the caller can compute with both records together
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from statistics import median, quantiles
 from typing import Any
@@ -91,7 +91,10 @@ class TierCounters:
         failures: int = 0,
         discarded: int = 0,
     ) -> None:
-        """Count what has happened. A miss that has ``joined`` a load is counted as a miss, too."""
+        """Count what has happened. A miss that has ``joined`` a load is counted as a miss, too.
+
+        ``discarded`` copies were not used, because their records were replaced meanwhile.
+        """
         self.joined += joined
         self.prefetched += prefetched
         self.cancelled += cancelled
@@ -101,22 +104,23 @@ class TierCounters:
         self.failures += failures
         self.discarded += discarded
 
-    def count_lookups(self, *, hits: int = 0, misses: int = 0, discarded: int = 0) -> None:
-        """Count records that were looked up.
-
-        ``discarded`` of the earlier hits were no hits, because their records were replaced during their use.
-        """
-        self.hits += hits - discarded
+    def count_lookups(self, *, hits: int = 0, misses: int = 0) -> None:
+        """Count records that were looked up."""
+        self.hits += hits
         self.misses += misses
-        self.discarded += discarded
+
+    def take_back_hits(self, hits: int) -> None:
+        """Count so many of the earlier hits as discarded, because their records were replaced during their use."""
+        self.hits -= hits
+        self.discarded += hits
 
     def count_load(self, seconds: float) -> None:
         """Count a load that took ``seconds``."""
         self.loads[bisect_left(LOAD_BOUNDS, seconds)] += 1
         self.load_seconds += seconds
 
-    def count_arrival(self, nbytes: int, *, is_warmup: bool = False) -> None:
-        """Count a record of ``nbytes`` that is in its slot now."""
+    def count_fill(self, nbytes: int, *, is_warmup: bool = False) -> None:
+        """Count a slot that was filled with a record of ``nbytes``."""
         self.bytes_in += nbytes
         self.warmed += is_warmup
 
@@ -153,43 +157,50 @@ class TierCounters:
 class PrefetchOutcomes:
     """Follows each prefetch from the beginning of its read until its record is used or evicted, and counts its outcome.
 
-    Callers hold the tier's lock. Both attributes are dictionaries from keys:
-
-    - ``began`` has the prefetches whose reads are in progress, with the time by ``clock`` at which each read began.
-    - ``unused`` has the prefetched records that have arrived and were not used yet, the oldest first, with the duration
-      of each read in seconds.
+    Callers hold the tier's lock.
     """
 
     def __init__(self, counters: TierCounters, clock: Callable[[], float]) -> None:
         self._counters = counters
         self._clock = clock
-        self.began: dict[ExpertKey, float] = {}
-        self.unused: dict[ExpertKey, float] = {}
+        # by key: the time at which the read of a prefetch began that is in progress
+        self._began: dict[ExpertKey, float] = {}
+        # by key, the oldest first: the seconds that the read of a prefetched record took that was not used yet
+        self._unused: dict[ExpertKey, float] = {}
+
+    @property
+    def unused(self) -> Collection[ExpertKey]:
+        """Keys of the prefetched records that have arrived and were not used yet, the oldest first."""
+        return self._unused.keys()
 
     def begin(self, key: ExpertKey) -> None:
         """Note that the read of a prefetch begins now."""
-        self.began[key] = self._clock()
+        self._began[key] = self._clock()
 
-    def arrive(self, key: ExpertKey) -> None:
+    def complete(self, key: ExpertKey) -> None:
         """Note that the record has arrived. It is ``unused`` from now on, unless a demand came while it was read."""
-        if (began := self.began.pop(key, None)) is not None:
-            self.unused[key] = self._clock() - began
+        if (began := self._began.pop(key, None)) is not None:
+            self._unused[key] = self._clock() - began
+
+    def abort(self, key: ExpertKey) -> None:
+        """Note that the record will not arrive, because its read has failed or was cancelled."""
+        self._began.pop(key, None)
 
     def note_use(self, key: ExpertKey) -> None:
         """Note a demand for a record. If it is the first since the prefetch, count the prefetch as useful or late."""
-        if (seconds := self.unused.pop(key, None)) is not None:
+        if (seconds := self._unused.pop(key, None)) is not None:
             self._counters.count_used_prefetch(seconds, is_late=False)
-        elif (began := self.began.pop(key, None)) is not None:
+        elif (began := self._began.pop(key, None)) is not None:
             self._counters.count_used_prefetch(self._clock() - began, is_late=True)
 
     def evict(self, key: ExpertKey) -> None:
         """Note that the record was evicted. If no demand has used it, count its prefetch as wasted."""
-        if self.unused.pop(key, self.began.pop(key, None)) is not None:
+        if self._unused.pop(key, self._began.pop(key, None)) is not None:
             self._counters.count(wasted=1)
 
     def repair(self, has: Callable[[ExpertKey], bool]) -> None:
         """Remove records that are gone, after an interrupted transition. ``has`` returns whether a record is there."""
-        for keys in (self.began, self.unused):
+        for keys in (self._began, self._unused):
             for key in [key for key in keys if not has(key)]:
                 del keys[key]
 
@@ -224,5 +235,5 @@ class ShareCounts:
         self.computed_bytes += computed_bytes
 
     def share(self, place: str, away: str = "", lost: int = 0) -> Share:
-        """Return the share of a place. ``away`` and ``lost`` are as in ``Share``."""
+        """Return these counts, labelled with ``place``. ``away`` and ``lost`` are as in ``Share``."""
         return Share(place, away=away, lost=lost, **asdict(self))

@@ -21,7 +21,7 @@ import numpy as np
 
 from moetier.tiers.errors import UnsupportedModelError
 from moetier.tiers.extents.reader import header_digest
-from moetier.tiers.extents.table import BlockExtents, ExtentTable, Piece, Shard
+from moetier.tiers.extents.table import BlockExtents, ExtentTable, RecordPiece, Shard
 from moetier.tiers.layout import RecordLayout
 from moetier.tiers.manifest import Block, Manifest, method_of
 from moetier.tiers.store.atomic import read_errors
@@ -97,7 +97,7 @@ def _block(
         row_bytes = row_bytes_of(block, section)
         for stored in stored_in(block, section):
             is_wide = is_narrowed(stored[0], section)
-            pieces.append(Piece(section.name, stored[0].nbytes // (2 if is_wide else 1), row_bytes, is_wide))
+            pieces.append(RecordPiece(section.name, stored[0].nbytes // (2 if is_wide else 1), row_bytes, is_wide))
             places.append([(numbers[tensor.file], tensor.offset) for tensor in stored])
     return BlockExtents(tuple(pieces), np.array(places, np.int64).transpose(1, 0, 2))
 

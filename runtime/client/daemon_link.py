@@ -29,7 +29,7 @@ from moetier.runtime.wire.status_codes import error_from_message, error_of
 from moetier.tiers.closeable import closed_on_error
 from moetier.tiers.errors import ClosedError, MoetierError, UnavailableError
 from moetier.tiers.host.demands import Failed, Granted
-from moetier.tiers.layout import ExpertKey
+from moetier.tiers.layout import ExpertKey, TierSlot
 
 from .mapped_arena import MappedArena
 
@@ -49,7 +49,7 @@ class SlotRequest:
 
     block: int
     awaited: dict[int, None]  # experts not granted yet; only the link's thread removes them
-    answers: SimpleQueue[Answer | None]  # None: the daemon has gone away or come back, or the link was closed
+    answers: SimpleQueue[SlotAnswer | None]  # None: the daemon has gone away or come back, or the link was closed
     is_over: bool = False  # the daemon holds no lease for this request, or was told to release all
     number: int = field(default_factory=itertools.count(1).__next__)
 
@@ -59,7 +59,7 @@ class SlotRequest:
         return pb.ClientMessage(acquire=acquire)
 
 
-class Answer(NamedTuple):
+class SlotAnswer(NamedTuple):
     """An answer of the daemon."""
 
     request: SlotRequest
@@ -136,8 +136,8 @@ class Link:
         """Send a prefetch request. It is lost while the daemon is away."""
         self._send(pb.ClientMessage(prefetch=pb.Prefetch(requested=pb.Experts(block=block, experts=experts))))
 
-    def report_hits(self, keys: Iterable[ExpertKey]) -> None:
-        """Report hits: records that were found in the arena's directory, the least recently used first.
+    def note_uses(self, keys: Iterable[ExpertKey]) -> None:
+        """Report uses of records that were found in the arena's directory, the least recently used first.
 
         The report is sent before the next request, and after half a second at the latest.
         """
@@ -262,12 +262,12 @@ class Link:
             if request is not None and granted.expert in request.awaited:
                 del request.awaited[granted.expert]
                 key = ExpertKey(request.block, granted.expert)
-                event = Granted(request.number, key, granted.slot, granted.generation)
-                request.answers.put(Answer(request, event, arena))
+                event = Granted(request.number, key, TierSlot(granted.slot), granted.generation)
+                request.answers.put(SlotAnswer(request, event, arena))
         elif message.HasField("failed") and (request := self._requests.pop(message.failed.request, None)) is not None:
             request.is_over = True
             error = error_from_message(message.failed.error)
-            request.answers.put(Answer(request, Failed(request.number, error), arena))
+            request.answers.put(SlotAnswer(request, Failed(request.number, error), arena))
 
     # -- gRPC's thread ------------------------------------------------------------------------------------------------
 

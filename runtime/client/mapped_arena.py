@@ -9,7 +9,7 @@ from moetier.tiers.arena.arena import Arena
 from moetier.tiers.arena.directory import ArenaHeader
 from moetier.tiers.arena.layout import ArenaLayout
 from moetier.tiers.errors import SAME_VERSION, ArenaError, ClosedError, ProtocolError
-from moetier.tiers.layout import ExpertKey
+from moetier.tiers.layout import ExpertKey, TierSlot
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.source import Lease, Residents
 
@@ -23,7 +23,7 @@ class Proof:
 
     __slots__ = ("_generation", "_generation_of", "_slot", "is_valid")
 
-    def __init__(self, generation_of: Callable[[int], int], slot: int, generation: int) -> None:
+    def __init__(self, generation_of: Callable[[TierSlot], int], slot: TierSlot, generation: int) -> None:
         self._generation_of = generation_of
         self._slot = slot
         self._generation = generation
@@ -71,7 +71,7 @@ class MappedArena:
         self.directory = arena.directory
         self._arena = arena
         # by slot; the objects stay the same, so that callers can recognise a record that they have wrapped before
-        self._records = [arena.view(slot) for slot in range(arena.layout.slots)]
+        self._records = [arena.view(TierSlot(slot)) for slot in range(arena.layout.slots)]
         self._residents: dict[int, Residents | None] = {}  # by block
 
     def residents(self, block: int, array: str) -> Residents | None:
@@ -81,7 +81,7 @@ class MappedArena:
         return self._residents[block]
 
     def lease(
-        self, key: ExpertKey, slot: int, generation: int, *, more: bool = False
+        self, key: ExpertKey, slot: TierSlot, generation: int, *, more: bool = False
     ) -> tuple[Lease[memoryview], Proof]:
         """Return a lease of the record in ``slot``, and the lease's proof.
 

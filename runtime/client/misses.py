@@ -13,12 +13,12 @@ from queue import Empty, SimpleQueue
 from moetier.tiers.errors import ClosedError, ExhaustedError, StoreError, UnavailableError
 from moetier.tiers.host.demands import Granted
 from moetier.tiers.host.tier import HostTier
-from moetier.tiers.layout import ExpertKey
+from moetier.tiers.layout import ExpertKey, TierSlot
 from moetier.tiers.locks import POLL_SECONDS
 from moetier.tiers.source import Lease
 from moetier.tiers.stats import TierCounters
 
-from .daemon_link import Answer, Link, SlotRequest
+from .daemon_link import Link, SlotAnswer, SlotRequest
 from .fallback import Fallback
 
 AWAY_GRACE = 1.0  # seconds that a daemon may be away before the local store is read
@@ -46,7 +46,7 @@ class Misses:
         self._block = block
         self._thread = 0  # set by the first request
         self._requests: list[SlotRequest] = []
-        self._answers: SimpleQueue[Answer | None] = SimpleQueue()
+        self._answers: SimpleQueue[SlotAnswer | None] = SimpleQueue()
         self.missing: dict[int, None] = {}  # experts that the caller has not computed with yet
 
     def submit(self, experts: Sequence[int]) -> None:
@@ -89,7 +89,7 @@ class Misses:
                 context.link.cancel(request)
                 self.submit([expert, *request.awaited])
 
-    def _wait(self) -> Answer | HostTier:
+    def _wait(self) -> SlotAnswer | HostTier:
         """Return the next answer that grants a slot, or the fallback's tier if the daemon grants none in time."""
         context, link, fallback = self._context, self._context.link, self._context.fallback
         began = time.monotonic()
@@ -120,7 +120,7 @@ class Misses:
             with context.counting:
                 context.counters.count_wait(time.monotonic() - began)
 
-    def _next_answer(self, due: float) -> Answer | None:
+    def _next_answer(self, due: float) -> SlotAnswer | None:
         """Return the next answer; None if there is none before ``due`` (monotonic clock), or within POLL_SECONDS."""
         try:
             return self._answers.get(timeout=min(max(due - time.monotonic(), 0.0), POLL_SECONDS))
@@ -151,7 +151,7 @@ class Misses:
         first = self._context.fallback.first_slot
         with closing(host.acquire([ExpertKey(self._block, expert) for expert in self.missing])) as leases:
             for lease in leases:
-                yield lease._replace(slot=first + lease.slot)
+                yield lease._replace(slot=TierSlot(first + lease.slot))
                 self._context.check_open()
 
     def _timeout_error(self) -> UnavailableError:

@@ -182,7 +182,7 @@ class Peers:
             _log.warning("the daemon %s is away: %s", peer.name, error.cause)
             peer.failures += 1
             self._note_away(peer, error)
-            self._start_watcher()
+        self._start_watcher()
 
     def _note_away(self, peer: Peer, error: MoetierError) -> None:
         """Note that a peer is away, and when to check it again. The caller holds ``_state``."""

@@ -91,7 +91,7 @@ class DaemonTier(Closeable):
             else:
                 cached.append((key, *placement))
         if cached:
-            self._link.report_hits([hit[0] for hit in reversed(cached)])
+            self._link.note_uses([hit[0] for hit in reversed(cached)])
         if block in self._prefetching:
             self._prefetching.discard(block)
             if not missing:  # with misses, their request tells the daemon that the demand has come
@@ -111,7 +111,8 @@ class DaemonTier(Closeable):
                     self._check_open()
             if lost := [expert for expert, proof in proofs if proof.is_valid is False]:
                 with self._context.counting:
-                    self._context.counters.count_lookups(misses=len(lost), discarded=len(lost))
+                    self._context.counters.take_back_hits(len(lost))
+                    self._context.counters.count_lookups(misses=len(lost))
                 rest.submit(lost)
             if rest.missing:
                 yield from rest.leases()
@@ -128,7 +129,7 @@ class DaemonTier(Closeable):
         distinct = dict.fromkeys(experts)
         if self._copied:
             self._copied.difference_update([ExpertKey(block, expert) for expert in distinct])
-        self._link.report_hits([ExpertKey(block, expert) for expert in reversed(distinct)])
+        self._link.note_uses([ExpertKey(block, expert) for expert in reversed(distinct)])
         if block in self._prefetching:
             self._prefetching.discard(block)
             self._link.prefetch(block, [])
@@ -138,7 +139,7 @@ class DaemonTier(Closeable):
     def take_back_uses(self, block: int, experts: Sequence[int]) -> None:
         """Take back uses in this client's counters, as ``ExpertSource`` says. The daemon goes on counting them."""
         with self._context.counting:
-            self._context.counters.count_lookups(discarded=len(set(experts)))
+            self._context.counters.take_back_hits(len(set(experts)))
 
     def end_leases(self) -> None:
         """End the leases of this thread that an exception has left open, as ``ExpertSource`` says."""
@@ -196,7 +197,7 @@ class DaemonTier(Closeable):
         unreported = [key for key in keys if key in self._copied]
         self._copied.difference_update(unreported)
         if unreported:
-            self._link.report_hits(unreported)
+            self._link.note_uses(unreported)
 
     def stats(self) -> TierStats:
         """Return the counters.

@@ -153,7 +153,7 @@ class SessionCall:
                 self._release(message.release)
             case "used":
                 keys = [key for entry in message.used.blocks for key in self._keys(entry)]
-                self._session.count_hits(keys)
+                self._session.note_uses(keys)
                 self._count(hits=len(keys))
             case "prefetch":
                 wanted = message.prefetch.requested

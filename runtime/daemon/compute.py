@@ -35,7 +35,7 @@ from moetier.tiers.manifest import Manifest
 from moetier.tiers.source import SLOT_TIMEOUT
 from moetier.tiers.store.checksum import crc32c
 
-from .leases import CallLeases, OpenCalls, no_thread, timeout_of
+from .leases import CallLeases, OpenCalls, no_caller, no_thread, timeout_of
 
 _TYPES = {"bfloat16": BF16, "float32": FP32}
 
@@ -52,7 +52,7 @@ class ExpertTokens(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
+class ComputeTask:
     """The checked request of one call."""
 
     keys: list[ExpertKey]
@@ -79,6 +79,7 @@ class ComputeCalls:
         self._leases = CallLeases(host, timeout=timeout)
         self._calls = OpenCalls("computations")
         self._state = threading.Lock()  # guards: the fields below
+        self._closed = False
         # by layout, variant of the activation and type: None while code is compiled; an error if it can't be compiled
         self._products: dict[tuple[str, Activation, str], ExpertProducts | ConfigError | None] = {}
         self._compilers: list[threading.Thread] = []
@@ -114,14 +115,16 @@ class ComputeCalls:
             return {"computed": self._computed}
 
     def close(self) -> None:
-        """End the calls' requests, and wait for compilers. Idempotent."""
-        self._leases.close()
+        """Refuse new calls, end those under way, and wait for compilers. Idempotent."""
         with self._state:
+            self._closed = True
             compilers = [*self._compilers]
+        self._calls.cancel()
+        self._leases.close()
         for compiler in compilers:
             compiler.join()
 
-    def _check(self, request: pb.ComputeRequest) -> Task:
+    def _check(self, request: pb.ComputeRequest) -> ComputeTask:
         """Check a request. Raises as ``serve`` does."""
         if (asked := max(len(request.experts), len(request.picked))) > MAX_OUTPUTS:  # before they become large lists
             raise _too_much(asked)
@@ -138,8 +141,8 @@ class ComputeCalls:
         count, rest = divmod(len(request.hidden_states), row_bytes)
         if rest or not count:
             raise ProtocolError(
-                f"{len(request.hidden_states):,} bytes are not hidden states of {products.width} numbers of "
-                f"{request.dtype}.",
+                f"hidden_states has {len(request.hidden_states):,} bytes, not a positive multiple of {row_bytes:,}: "
+                f"{products.width:,} numbers of {request.dtype} for each token.",
                 SAME_VERSION,
             )
         if not request.counts:
@@ -169,12 +172,13 @@ class ComputeCalls:
             for expert, first, tokens in zip(experts, firsts, picked, strict=False)
         }
         hidden_states = np.frombuffer(request.hidden_states, np.uint8).reshape(count, row_bytes)
-        return Task(keys, products, hidden_states, parts, total)
+        return ComputeTask(keys, products, hidden_states, parts, total)
 
     def _products_for(self, request: pb.ComputeRequest) -> ExpertProducts:
         """Return compiled code for a request.
 
-        Raises ProtocolError or ConfigError if it can't be compiled, ExhaustedError while it is being compiled.
+        Raises ProtocolError or ConfigError if it can't be compiled, ExhaustedError while it is being compiled, and
+        ClosedError after ``close``.
         """
         array_name = self._manifest.blocks[request.block].array
         asked = request.activation
@@ -187,6 +191,8 @@ class ComputeCalls:
         activation = Activation(asked.function, asked.interleaved, asked.alpha, asked.limit, asked.shift, asked.gated)
         variant = (array_name, activation.variant, request.dtype)
         with self._state:
+            if self._closed:
+                raise no_caller()
             if variant not in self._products:
                 self._compile(variant)
             products = self._products[variant]
@@ -226,7 +232,9 @@ class ComputeCalls:
             raise no_thread(error) from None
         self._compilers.append(compiler)
 
-    def _compute(self, task: Task, leases: Sequence[Granted], outputs: npt.NDArray[Any], deadline: float) -> None:
+    def _compute(
+        self, task: ComputeTask, leases: Sequence[Granted], outputs: npt.NDArray[Any], deadline: float
+    ) -> None:
         """Compute experts whose records are leased. Raises ExhaustedError if other calls compute until ``deadline``."""
         if not _computing.acquire(timeout=max(deadline - time.monotonic(), 0.0)):
             raise ExhaustedError("Other computations did not end in time.", "Ask another daemon, or try again later.")
@@ -254,7 +262,7 @@ def _too_much(outputs: int) -> ExhaustedError:
     )
 
 
-def _compute_batch(task: Task, batch: Sequence[tuple[int, ExpertTokens]], outputs: npt.NDArray[Any]) -> None:
+def _compute_batch(task: ComputeTask, batch: Sequence[tuple[int, ExpertTokens]], outputs: npt.NDArray[Any]) -> None:
     """Compute at most BATCH_OUTPUTS outputs; ``batch`` has the address of a record for each part."""
     jobs, places = array("q"), array("q")
     for address, part in batch:

@@ -34,12 +34,12 @@ _log = logging.getLogger(__name__)
 class SessionCounts:
     """Counts of all streams of a client, or of all clients of a model. Thread-safe."""
 
+    _lock: threading.Lock = field(default_factory=threading.Lock)  # guards: the fields below
     requests: int = 0  # requests for experts
     hits: int = 0  # hits that clients have reported
     misses: int = 0  # experts that clients have requested
     bytes_in: int = 0
     bytes_out: int = 0
-    _lock: threading.Lock = field(default_factory=threading.Lock)  # guards: the counts
 
     def count(
         self, *, requests: int = 0, hits: int = 0, misses: int = 0, bytes_in: int = 0, bytes_out: int = 0

@@ -104,7 +104,7 @@ class Engine:
         self._beside: set[Sequence] = set()  # sequences of the long tasks that are being computed
         self._next_turn = 0.0  # time at which other sequences are computed beside them
         self._samplers: dict[Sequence, Sampler] = {}
-        self._changed = threading.Condition()  # guards the next two
+        self._changed = threading.Condition()  # guards: ``_arrived``, ``_is_closed``, ``_failure``
         self._arrived: list[Sequence] = []
         self._is_closed = False
         self._failure: BaseException | None = None  # what has ended the thread
@@ -221,6 +221,11 @@ class Engine:
         for sequence in self.sequences:
             if sequence.is_cancelled and sequence not in self._beside:
                 self._end(sequence, Finish.CANCELLED)
+        try:
+            while self._scheduler.begin_next():
+                pass
+        except Exception as error:
+            self._fail(self._scheduler.waiting[0], error)
         tasks, stopped = self._scheduler.schedule(self._beside)
         for sequence in stopped:
             self._runner.end(sequence)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -12,7 +13,7 @@ from .prefix_tree import Node, PrefixTree
 from .sequence import Sequence
 
 
-class PageMemory(Protocol):
+class CopyablePages(Protocol):
     """Memory of pages, by their numbers."""
 
     def copy_page(self, source: int, target: int, tokens: int) -> None:
@@ -36,7 +37,7 @@ class _Held:
 class KVCache:
     """Keys and values in pages. Each running sequence holds the pages of all its computed tokens."""
 
-    def __init__(self, pages: int, memory: PageMemory, *, keeps: bool = True) -> None:
+    def __init__(self, pages: int, memory: CopyablePages, *, keeps: bool = True) -> None:
         """Use at most ``pages`` pages of ``memory``.
 
         ``keeps``: whether a sequence may continue after pages of another one.
@@ -58,27 +59,31 @@ class KVCache:
         """Let a sequence continue after the longest prefix of its tokens that is kept. Sets ``sequence.computed``.
 
         At least one token is left to compute. A last page that is not full is taken over if all of it is equal and no
-        other sequence runs on from it. Of one that is only partly equal, the equal part is copied.
+        other sequence runs on from it. Of one that is only partly equal, the equal part is copied. If that raises an
+        error, nothing has begun.
         """
         assert sequence not in self._held
         match = self._tree.match(sequence.request.user, sequence.ids[:-1])
         node = match.nodes[-1] if match.nodes else self._tree.root(sequence.request.user)
-        node.pins += 1
         held = _Held(node, [node.page for node in match.nodes])
         partial, shared = match.partial, match.shared
-        if partial is not None and not partial.is_full and not partial.pins and shared == len(partial.tokens):
-            self._tree.remove(partial)
-            held.own = [partial.page]
-        elif partial is not None:
-            partial.pins += 1  # stays while a page is found for the copy
-            try:
+        node.pins += 1
+        with ExitStack() as undo:
+            undo.callback(_unpin, node)
+            if partial is not None and not partial.is_full and not partial.pins and shared == len(partial.tokens):
+                self._tree.remove(partial)
+                held.own = [partial.page]
+            elif partial is not None:
+                partial.pins += 1  # it stays while a page is found for the copy
+                undo.callback(_unpin, partial)
                 held.own = self._take(1, held.pages)
-            finally:
+                undo.callback(self._free.release, held.own)
+                if held.own:
+                    self._memory.copy_page(partial.page, held.own[0], shared)
+                else:
+                    shared = 0
                 partial.pins -= 1
-            if held.own:
-                self._memory.copy_page(partial.page, held.own[0], shared)
-            else:
-                shared = 0
+            undo.pop_all()  # the node stays pinned
         self._held[sequence] = held
         sequence.computed = PAGE * len(held.shared) + shared
 
@@ -135,3 +140,7 @@ class KVCache:
         if len(self._free) < count:
             return []
         return self._free.take(count, before[-1] if before else None)
+
+
+def _unpin(node: Node) -> None:
+    node.pins -= 1

@@ -35,41 +35,49 @@ class Scheduler:
         """Let a sequence wait behind all others."""
         self.waiting.append(sequence)
 
-    def remove(self, sequence: Sequence) -> bool:
-        """Remove a sequence that has ended. Its pages may be found by others. Returns whether it was running."""
+    def remove(self, sequence: Sequence) -> None:
+        """Remove a sequence that has ended. Its pages may be found by others."""
         if sequence in self.running:
             self.running.remove(sequence)
             self._cache.end(sequence)
-            return True
-        if sequence in self.waiting:
+        elif sequence in self.waiting:
             self.waiting.remove(sequence)
-        return False
+
+    def begin_next(self) -> bool:
+        """Begin the sequence that waits first, if there is room for it. If that raises an error, it still waits.
+
+        Returns whether another one may begin in this step. If prompts are computed one by one, more of them would not
+        be computed sooner, but would hold pages.
+        """
+        if not self.waiting or len(self.running) >= self._most or not self._cache.has_room(self.waiting[0]):
+            return False
+        sequence = self.waiting[0]  # it is in one of the two lists even if it can't begin
+        self._cache.begin(sequence)
+        self.waiting.popleft()
+        sequence.begin()
+        self.running.append(sequence)
+        return self._block is not None
 
     def schedule(self, beside: Collection[Sequence] = ()) -> tuple[list[Task], list[Sequence]]:
         """Return the tasks of the next step, and running sequences that now wait again because there is no page.
 
         Every sequence whose prompt is computed takes part. Of the others, one computes a part of its prompt: that
         whose last part, if any, is longest ago, so that a short prompt does not wait for the end of a long one. If
-        prompts are computed together, all long ones take part in it, as far as they fit into a chunk.
+        prompts are computed together, all long ones take part in it, as far as they fit into a chunk. If there is no
+        page, the sequence that began last waits again.
 
         Args:
             beside: sequences of a step that is still being computed. They keep their pages, and of other prompts only
                 short ones are computed.
         """
         self._step += 1
-        if self.waiting and len(self.running) < self._most and self._cache.has_room(self.waiting[0]):
-            sequence = self.waiting[0]  # it is in one of the two lists even if it can't begin
-            self._cache.begin(sequence)
-            self.waiting.popleft()
-            sequence.begin()
-            self.running.append(sequence)
         wanted = self._tokens([sequence for sequence in self.running if sequence not in beside], is_beside=bool(beside))
         tasks, stopped = list[Task](), list[Sequence]()
         for sequence, tokens in wanted.items():
             if sequence in stopped:
                 continue
             while not self._cache.reserve(sequence, tokens):
-                # the one that began last can wait best
+                # it has no task yet, as tasks are made in the order of ``running``
                 last = next(other for other in reversed(self.running) if other not in beside)
                 self._cache.end(last)
                 self.running.remove(last)
@@ -79,7 +87,7 @@ class Scheduler:
                     break
             else:
                 tasks.append(Task(sequence, sequence.computed, tokens, self._cache.pages_of(sequence)))
-        return [task for task in tasks if task.sequence not in stopped], stopped
+        return tasks, stopped
 
     def _tokens(self, running: list[Sequence], *, is_beside: bool) -> dict[Sequence, int]:
         """Return how many tokens of which sequences the next step is to compute, in the order of ``running``."""

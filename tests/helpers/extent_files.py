@@ -10,7 +10,7 @@ import google_crc32c
 import numpy as np
 
 from moetier.tiers.extents.reader import ExtentStore, header_digest
-from moetier.tiers.extents.table import BlockExtents, ExtentTable, Piece, Shard
+from moetier.tiers.extents.table import BlockExtents, ExtentTable, RecordPiece, Shard
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Manifest
 
@@ -27,7 +27,7 @@ def write_extents(folder: Path, plan: Manifest, records: dict[ExpertKey, bytes],
         pieces = []
         for section in sections:
             half = section.nbytes // 2 // 2 * 2
-            pieces += [Piece(section.name, half), Piece(section.name, section.nbytes - half)]
+            pieces += [RecordPiece(section.name, half), RecordPiece(section.name, section.nbytes - half)]
         data, entries, places = bytes(ODD), {"odd": _entry(0, ODD)}, np.zeros((block.experts, len(pieces), 2), np.int64)
         for expert in range(block.experts):
             record = records[ExpertKey(number, expert)]

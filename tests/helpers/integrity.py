@@ -42,7 +42,7 @@ def check_ledger(ledger: Ledger) -> None:
     assert {load for demand in ledger._demands for load in demand.loads} <= set(ledger.loads)
     check_loads(ledger.loads)
     queue = ledger.prefetches
-    followed = {*queue._outcomes.began, *queue._outcomes.unused, *queue._warmed}
+    followed = {*queue._outcomes._began, *queue._outcomes.unused, *queue._warmed}
     assert all(key in queue._copied or ledger.pool_of[key.block].slot_of(key) is not None for key in followed)
     _check_waiting(ledger.waiting, ledger._demands)
 
@@ -69,7 +69,7 @@ def check_loads(loads: Loads) -> None:
         assert load.waiters == [demand for demand in load.waiters if load in demand.loads]
     queued = list(loads._queue)
     assert all(by_key[load.key] is load for load in queued)
-    assert {load.key for load in queued} == {load.key for load in loads if not load.is_taken}
+    assert {load.key for load in queued} == {load.key for load in loads if load.is_queued}
 
 
 def check_directory(directory: Directory, states: Sequence[tuple[ExpertKey | None, bool]]) -> None:

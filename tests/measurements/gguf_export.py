@@ -24,7 +24,7 @@ from moetier.runtime.checkpoint.safetensors_folder import open_checkpoint
 from moetier.runtime.formats.tensors import StoredTensor
 from moetier.tiers.errors import ConfigError, TargetExistsError, UnsupportedModelError
 from moetier.tiers.store.atomic import PARTIAL
-from moetier.tools.cli.progress import Progress
+from moetier.tools.cli.progress import ByteProgress
 
 Kind = Literal["Q4_0", "F16", "F32"]
 EXPERTS = {  # of the model type: where they are, and what llama.cpp knows their projections as
@@ -98,7 +98,7 @@ def export_gguf(source: Path, target: Path, *, ggml_type: Kind = "Q4_0", quiet: 
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        with Progress("gguf", sum(tensor.nbytes for tensor in tensors), quiet=quiet) as progress:
+        with ByteProgress("gguf", sum(tensor.nbytes for tensor in tensors), quiet=quiet) as progress:
             _write(writer, tensors, progress.advance)
     finally:
         writer.close()

@@ -9,7 +9,17 @@ from typing import Any
 import pytest
 
 from moetier.tiers.fields import Fields
-from moetier.tiers.layout import ALIGNMENT, BITS, PAGE, PAIR_TYPES, ZERO_POINTS, Bias, Bits, Projection, RecordLayout
+from moetier.tiers.layout import (
+    ALIGNMENT,
+    BITS,
+    PAGE_BYTES,
+    PAIR_TYPES,
+    ZERO_POINTS,
+    Bias,
+    Bits,
+    Projection,
+    RecordLayout,
+)
 
 
 def layout_of(bits: Bits, pairs: str = "bfloat16") -> RecordLayout:
@@ -26,7 +36,7 @@ def test_sections_are_aligned_apart_and_within_the_record(bits: Bits, pairs: str
     for before, after in itertools.pairwise(layout.sections):
         assert before.offset + before.nbytes <= after.offset
     assert layout.payload_bytes <= layout.record_bytes == layout.slot_bytes - 4
-    assert layout.slot_bytes % PAGE == 0
+    assert layout.slot_bytes % PAGE_BYTES == 0
     assert layout.weights == 100 * 64 + 64 * 96 + 164
     assert RecordLayout.from_json(Fields(layout.to_json())) == layout
 

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from moetier.tiers.errors import ArenaError, BudgetError, ClosedError
-from moetier.tiers.layout import CHECKSUM_BYTES, ExpertKey
+from moetier.tiers.layout import CHECKSUM_BYTES, ExpertKey, TierSlot
 from moetier.tiers.locks import ForkGuard
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.source import Residents
@@ -144,7 +144,7 @@ class Arena:
         self._allocator: threading.Thread | None = None
         self._closing = False
 
-    def slot(self, slot: int) -> memoryview:
+    def slot(self, slot: TierSlot) -> memoryview:
         """Return a view of a whole slot: the record and its checksum. The owner's views are writable.
 
         Raises:
@@ -155,7 +155,7 @@ class Arena:
         start = self.layout.offset(slot)
         return memoryview(self._mapping)[start : start + self.layout.slot_bytes(slot)]
 
-    def allocate(self, slot: int) -> None:
+    def allocate(self, slot: TierSlot) -> None:
         """Allocate the pages of a slot, unless that is done. Only for the owner, before it writes to the slot.
 
         Raises:
@@ -180,11 +180,11 @@ class Arena:
                 os.posix_fallocate(descriptor, self._allocated, size)
                 self._allocated += size
 
-    def whole(self, slot: int) -> memoryview:
+    def whole(self, slot: TierSlot) -> memoryview:
         """Return a read-only view of a whole slot: the record and its checksum."""
         return self.slot(slot).toreadonly()
 
-    def view(self, slot: int) -> memoryview:
+    def view(self, slot: TierSlot) -> memoryview:
         """Return a read-only view of the record in a slot, without its checksum."""
         return self.whole(slot)[:-CHECKSUM_BYTES]
 
@@ -288,7 +288,7 @@ def _check_sealed(descriptor: int) -> ArenaHeader:
     return header
 
 
-def recover(arena: Arena, manifest: Manifest, threads: int) -> dict[int, ExpertKey]:
+def recover(arena: Arena, manifest: Manifest, threads: int) -> dict[TierSlot, ExpertKey]:
     """Check all records of a reclaimed arena, and keep those that are intact: its owner may have died at any moment.
 
     Returns a dictionary from slot to key, with all slots whose record matches its checksum. The directory then has only
@@ -296,22 +296,22 @@ def recover(arena: Arena, manifest: Manifest, threads: int) -> dict[int, ExpertK
     have another layout than the slot's region. ``threads`` is the number of threads that compute checksums.
     """
     layout = arena.layout
-    claimed: dict[ExpertKey, int] = {}
+    claimed: dict[ExpertKey, TierSlot] = {}
     for region, first in zip(layout.regions, layout.first_slots, strict=True):
-        for slot in range(first, first + region.slots):
+        for slot in map(TierSlot, range(first, first + region.slots)):
             key = arena.directory.content(slot)
             if key is not None and manifest.blocks[key.block].array == region.array:
                 claimed.setdefault(key, slot)
     pending = iter(list(claimed.items()))  # shared by all threads; each takes the next item when it is free
 
-    def check() -> list[int]:
+    def check() -> list[TierSlot]:
         return [slot for key, slot in pending if _is_whole(arena.whole(slot), key, manifest)]
 
     with ThreadPoolExecutor(threads, thread_name_prefix="moetier-recovery") as pool:
         checks = [pool.submit(check) for _ in range(threads)]
     whole = {slot for done in checks for slot in done.result()}
     kept = {slot: key for key, slot in claimed.items() if slot in whole}
-    arena.directory.repair([(kept.get(slot), False) for slot in range(layout.slots)])
+    arena.directory.repair([(kept.get(TierSlot(slot)), False) for slot in range(layout.slots)])
     return kept
 
 

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 
 from moetier.tiers.cache.budget import slot_ranges
 from moetier.tiers.errors import ArenaError, ClosedError
-from moetier.tiers.layout import PAGE, ExpertKey
+from moetier.tiers.layout import PAGE_BYTES, ExpertKey, TierSlot
 from moetier.tiers.manifest import Manifest
 
 from .layout import WORD, ArenaLayout
@@ -58,15 +58,15 @@ class ArenaHeader:
     @classmethod
     def read(cls, descriptor: int) -> ArenaHeader:
         """Read the header of an open arena. Raises ArenaError if the file is not an arena of this version."""
-        data = os.pread(descriptor, PAGE, 0)
-        if len(data) < PAGE:
+        data = os.pread(descriptor, PAGE_BYTES, 0)
+        if len(data) < PAGE_BYTES:
             raise _no_arena(f"it has {len(data)} bytes, fewer than its header")
         magic, version, nbytes, keys, slots, regions, identity, digest, *_ = _FIXED.unpack_from(data)
         if magic != MAGIC:
             raise _no_arena("it does not begin with the magic number")
         if version != VERSION:
             raise _no_arena(f"it has version {version}, and this version of moetier supports {VERSION}")
-        if _FIXED.size + regions * 2 * WORD > PAGE:
+        if _FIXED.size + regions * 2 * WORD > PAGE_BYTES:
             raise _no_arena(f"its header says that it has {regions:,} regions, more than fit into the header")
         pairs = struct.unpack_from(f"<{2 * regions}Q", data, _FIXED.size)
         return cls(nbytes, keys, slots, identity, digest.hex(), tuple(zip(pairs[::2], pairs[1::2], strict=True)))
@@ -100,7 +100,7 @@ class Directory:
     def create(cls, memory: memoryview, layout: ArenaLayout) -> Directory:
         """Write a directory without records into ``memory``, the beginning of a new arena. All of its bytes are 0."""
         header = ArenaHeader.of(layout, os.urandom(16)).to_bytes()
-        assert len(header) == layout.header_words * WORD <= PAGE
+        assert len(header) == layout.header_words * WORD <= PAGE_BYTES
         directory = cls(memory, layout)
         for number in range(layout.keys):
             directory._table[number] = NO_ENTRY
@@ -133,7 +133,7 @@ class Directory:
 
     # -- readers ------------------------------------------------------------------------------------------------------
 
-    def find(self, key: ExpertKey) -> tuple[int, int] | None:
+    def find(self, key: ExpertKey) -> tuple[TierSlot, int] | None:
         """Return the slot of a key's record and the slot's generation, or None if no slot holds the record now.
 
         The model must have the expert. Raises ClosedError after ``close``.
@@ -150,9 +150,9 @@ class Directory:
                 return None
         except ValueError:
             raise _closed() from None
-        return slot, generation
+        return TierSlot(slot), generation
 
-    def generation(self, slot: int) -> int:
+    def generation(self, slot: TierSlot) -> int:
         """Return the generation of a slot. Raises ClosedError after ``close``."""
         try:
             return self._generations[slot]
@@ -166,7 +166,7 @@ class Directory:
 
     # -- the owner ----------------------------------------------------------------------------------------------------
 
-    def begin_fill(self, slot: int, evicted: ExpertKey | None) -> None:
+    def begin_fill(self, slot: TierSlot, evicted: ExpertKey | None) -> None:
         """Make a slot's generation odd, because the slot is about to be filled.
 
         ``evicted`` is the key of the record that the slot holds until now; None if it holds no record.
@@ -176,7 +176,7 @@ class Directory:
         self._step(slot)
         assert self._generations[slot] & 1, f"slot {slot} was being filled"
 
-    def complete_fill(self, slot: int, key: ExpertKey) -> None:
+    def complete_fill(self, slot: TierSlot, key: ExpertKey) -> None:
         """Let readers find the record of ``key`` in a slot, which has been filled."""
         if self._retired:
             return
@@ -185,7 +185,7 @@ class Directory:
         self._step(slot)
         self._table[number] = slot
 
-    def abort_fill(self, slot: int) -> None:
+    def abort_fill(self, slot: TierSlot) -> None:
         """Note that a slot holds no record, because filling it has failed."""
         self._contents[slot] = NO_ENTRY
         self._step(slot)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 
-from moetier.tiers.layout import PAGE, ExpertKey
+from moetier.tiers.layout import PAGE_BYTES, ExpertKey
 from moetier.tiers.manifest import Manifest
 
 WORD = 8  # size of each number in the directory, in bytes
@@ -28,7 +28,7 @@ class Region:
 
     array: str  # name of the zarr array that has these records in the store
     slots: int  # number of slots
-    slot_bytes: int  # size of each slot in bytes, a multiple of PAGE
+    slot_bytes: int  # size of each slot in bytes, a multiple of PAGE_BYTES
 
     @property
     def nbytes(self) -> int:
@@ -77,7 +77,7 @@ class ArenaLayout:
         return tuple(accumulate((region.slots for region in self.regions), initial=0))[:-1]
 
     def offset(self, slot: int) -> int:
-        """Return the offset of a slot from the start of the arena in bytes, a multiple of PAGE."""
+        """Return the offset of a slot from the start of the arena in bytes, a multiple of PAGE_BYTES."""
         number = self._region_number(slot)
         return self._starts[number] + (slot - self.first_slots[number]) * self.regions[number].slot_bytes
 
@@ -125,5 +125,5 @@ class ArenaLayout:
 
     @cached_property
     def directory_bytes(self) -> int:
-        """Size of the directory in bytes, a multiple of PAGE: a header, one word per key and two words per slot."""
-        return -(-(self.header_words + self.keys + 2 * self.slots) * WORD // PAGE) * PAGE
+        """Size of the directory in bytes, in whole pages: a header, one word per key and two words per slot."""
+        return -(-(self.header_words + self.keys + 2 * self.slots) * WORD // PAGE_BYTES) * PAGE_BYTES

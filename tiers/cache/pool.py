@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import Enum
 
-from moetier.tiers.layout import ExpertKey
+from moetier.tiers.layout import ExpertKey, PoolSlot, TierSlot
 from moetier.tiers.stats import TierCounters, TierStats
 
 from .budget import Partition
@@ -63,18 +63,18 @@ class SlotPool:
         # A slot is READY if it has a key and is not LOADING. The methods change the state in such an order that only
         # slots with whole records are READY, wherever an exception interrupts a method.
         self._keys: list[ExpertKey | None] = [None] * self.slot_count
-        self._loading: set[int] = set()
+        self._loading: set[PoolSlot] = set()
         self._pins = [0] * self.slot_count
-        self._slots: dict[ExpertKey, int] = {}
+        self._slots: dict[ExpertKey, PoolSlot] = {}
         # an ordered set, of which the last slot is taken first
-        self._free = dict.fromkeys(reversed(range(self.slot_count)))
+        self._free = dict.fromkeys(map(PoolSlot, reversed(range(self.slot_count))))
         self._quotas = [partition.quota for partition in partitions]
         self._partition_of = {block: number for number, part in enumerate(partitions) for block in part.blocks}
         self._policies = [make_policy(quota) for quota in self._quotas]
 
     # -- slots --------------------------------------------------------------------------------------------------------
 
-    def slot_of(self, key: ExpertKey) -> int | None:
+    def slot_of(self, key: ExpertKey) -> PoolSlot | None:
         """Return the slot that holds the record of ``key`` or is being filled with it, or None."""
         return self._slots.get(key)
 
@@ -93,21 +93,25 @@ class SlotPool:
         """All keys that have a slot, READY or LOADING."""
         return list(self._slots)
 
-    def number(self, slot: int) -> int:
+    def number(self, slot: PoolSlot) -> TierSlot:
         """Return the tier's number of a slot of this pool."""
-        return self.first + slot
+        return TierSlot(self.first + slot)
 
-    def key(self, slot: int) -> ExpertKey:
+    def slot(self, number: TierSlot) -> PoolSlot:
+        """Return the slot of this pool that has the tier's ``number``."""
+        return PoolSlot(number - self.first)
+
+    def key(self, slot: PoolSlot) -> ExpertKey:
         """Return the key of the record that a slot holds or is being filled with. The slot must not be EMPTY."""
         key = self._keys[slot]
         assert key is not None, f"slot {slot} is empty"
         return key
 
-    def is_evictable(self, slot: int) -> bool:
+    def is_evictable(self, slot: PoolSlot) -> bool:
         """Return whether the slot is READY and not pinned."""
         return not self._pins[slot] and self._keys[slot] is not None and slot not in self._loading
 
-    def pins(self, slot: int) -> int:
+    def pins(self, slot: PoolSlot) -> int:
         """Return the number of pins on the slot, claims included."""
         return self._pins[slot]
 
@@ -127,7 +131,7 @@ class SlotPool:
         return sum(pins > 0 and slot not in self._loading for slot, pins in enumerate(self._pins))
 
     def begin_fill(
-        self, slot: int, key: ExpertKey, *, is_scan: bool = False, is_prefetch: bool = False
+        self, slot: PoolSlot, key: ExpertKey, *, is_scan: bool = False, is_prefetch: bool = False
     ) -> ExpertKey | None:
         """Begin to fill a slot that is EMPTY or evictable, which makes it LOADING.
 
@@ -157,11 +161,11 @@ class SlotPool:
             policy.demote(key)
         return evicted
 
-    def complete_fill(self, slot: int) -> None:
+    def complete_fill(self, slot: PoolSlot) -> None:
         """Make a LOADING slot READY, because its record has arrived. Claims on the slot become pins."""
         self._loading.remove(slot)
 
-    def abort_fill(self, slot: int) -> None:
+    def abort_fill(self, slot: PoolSlot) -> None:
         """Make a LOADING slot EMPTY, because its record will not arrive. Claims on the slot end."""
         assert slot in self._loading, f"slot {slot} is not loading"
         key = self.key(slot)
@@ -172,19 +176,19 @@ class SlotPool:
         self._loading.remove(slot)
         self._free[slot] = None
 
-    def pin(self, slot: int) -> None:
+    def pin(self, slot: PoolSlot) -> None:
         """Add a pin to a READY slot, or a claim to a LOADING slot."""
         assert self._keys[slot] is not None, f"slot {slot} is empty"
         self._pins[slot] += 1
 
-    def pin_ready(self, key: ExpertKey) -> int | None:
+    def pin_ready(self, key: ExpertKey) -> PoolSlot | None:
         """If the record of ``key`` is a HIT, pin its slot and return the slot; otherwise return None."""
         if (slot := self._slots.get(key)) is None or slot in self._loading:
             return None
         self._pins[slot] += 1
         return slot
 
-    def unpin(self, slot: int) -> int:
+    def unpin(self, slot: PoolSlot) -> int:
         """Remove one pin or claim from a slot. Return how many are left on it."""
         assert self._pins[slot] > 0, f"slot {slot} is not pinned"
         self._pins[slot] -= 1
@@ -196,7 +200,7 @@ class SlotPool:
         """Return the quota of the block's partition, in slots. A demand for more records than the quota is a scan."""
         return self._quotas[self._partition_of[block]]
 
-    def vacancy(self, block: int) -> int | None:
+    def vacancy(self, block: int) -> PoolSlot | None:
         """Return an EMPTY slot, or None if there is no such slot or the block's partition has no room in its quota."""
         return self._empty() if self._surplus(self._partition_of[block]) < 0 else None
 
@@ -207,7 +211,7 @@ class SlotPool:
         may_borrow: bool = False,
         is_scan: bool = False,
         keep: Callable[[ExpertKey], bool] = lambda key: False,
-    ) -> int | None:
+    ) -> PoolSlot | None:
         """Return a slot for a record of ``block``: an EMPTY slot, or a slot whose record is to be evicted.
 
         If the block's partition has fewer slots than its quota, it gets an EMPTY slot, or a slot from a partition that
@@ -222,7 +226,7 @@ class SlotPool:
             keep: returns True for keys whose records must not be evicted.
         """
         number = self._partition_of[block]
-        slot: int | None = None
+        slot: PoolSlot | None = None
         if self._surplus(number) < 0:
             # If the partition is below its quota and no slot is EMPTY, another partition is above its quota.
             slot = self._empty()
@@ -245,12 +249,12 @@ class SlotPool:
     def _policy(self, key: ExpertKey) -> Policy:
         return self._policies[self._partition_of[key.block]]
 
-    def _empty(self) -> int | None:
+    def _empty(self) -> PoolSlot | None:
         return next(reversed(self._free), None)
 
     def _first_victim(
         self, numbers: Iterable[int], keep: Callable[[ExpertKey], bool], *, is_scan: bool = False
-    ) -> int | None:
+    ) -> PoolSlot | None:
         """Return the slot of the record to evict, from the first of the partitions ``numbers`` that has such a record.
 
         The slot must be evictable, and ``keep`` false for the key. Returns None if no partition has such a record.
@@ -275,7 +279,7 @@ class SlotPool:
         """Return for each slot its key (None if the slot is EMPTY) and whether it is LOADING."""
         return [(key, slot in self._loading) for slot, key in enumerate(self._keys)]
 
-    def repair(self, pins: Sequence[int], loading: Mapping[int, ExpertKey]) -> None:
+    def repair(self, pins: Sequence[int], loading: Mapping[PoolSlot, ExpertKey]) -> None:
         """Make slots and partitions consistent again after an exception has interrupted a change.
 
         Args:
@@ -285,7 +289,7 @@ class SlotPool:
         """
         self._slots.clear()
         self._free.clear()
-        for slot in reversed(range(self.slot_count)):
+        for slot in map(PoolSlot, reversed(range(self.slot_count))):
             if slot in loading:
                 self._loading.add(slot)
                 self._keys[slot] = loading[slot]

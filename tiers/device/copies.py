@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from moetier.tiers.layout import RecordLayout
+from moetier.tiers.layout import PoolSlot, RecordLayout
 from moetier.tiers.source import Lease
 
 from .device_pool import DevicePool
-from .stream import Device, Event, Stream
+from .stream import Device, DeviceStream, Event
 from .views import SlotViews
 
 Arrange = Callable[[torch.Tensor, RecordLayout], None]
@@ -81,7 +81,7 @@ class Copy(NamedTuple):
 
     ended: Event  # the end of the copy; from then on the host tier's record may be released
     ready: Event  # the end of all work that prepares the record; from then on it can be computed with
-    uses: Mapping[Stream, Event]  # from each stream that works on the slot after the copy to the end of that work
+    uses: Mapping[DeviceStream, Event]  # from each stream that works on the slot after the copy to the end of that work
 
 
 class Copies:
@@ -98,7 +98,7 @@ class Copies:
         self.locks = PageLocks(device)
         self._views = SlotViews(self.locks.lock, self.locks.retire)
 
-    def queue(self, lease: Lease[memoryview], pool: DevicePool, slot: int) -> Copy | None:
+    def queue(self, lease: Lease[memoryview], pool: DevicePool, slot: PoolSlot) -> Copy | None:
         """Queue a copy of a leased record into a slot. The copy begins after all earlier uses of the slot.
 
         The slot must be LOADING, so that no other thread uses it. If the lease has a proof, this method waits for the
@@ -126,7 +126,7 @@ class Copies:
         ready = arranging.record_event()
         return Copy(ended, ready, {arranging: ready})
 
-    def abandon(self, pool: DevicePool, slot: int) -> Event:
+    def abandon(self, pool: DevicePool, slot: PoolSlot) -> Event:
         """Give up a copy into a slot, whether or not the copy was queued. Return an event after its end.
 
         Later copies into the slot will wait for this event.

@@ -11,11 +11,11 @@ from moetier.tiers.cache.budget import partitions_of, slot_ranges
 from moetier.tiers.cache.policies import POLICIES
 from moetier.tiers.cache.pool import SlotPool, snapshot
 from moetier.tiers.errors import BudgetError
-from moetier.tiers.layout import ExpertKey
+from moetier.tiers.layout import ExpertKey, PoolSlot
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.stats import TierCounters, TierStats
 
-from .stream import Device, Event, Stream
+from .stream import Device, DeviceStream, Event
 
 
 class DevicePool(SlotPool):
@@ -39,7 +39,7 @@ class DevicePool(SlotPool):
         self.records = [slot[: layout.record_bytes] for slot in slots]
         self.copied: list[Event | None] = [None] * len(slots)  # for each slot, when its record can be computed with
         # for each slot, a dictionary from each stream that has used the slot to the end of the latest use
-        self.used: list[dict[Stream, Event]] = [{} for _ in slots]
+        self.used: list[dict[DeviceStream, Event]] = [{} for _ in slots]
 
 
 class DeviceSlots:
@@ -69,7 +69,7 @@ class DeviceSlots:
         """Return the pool for the records of a block."""
         return self.pools[self._manifest.blocks[block].array]
 
-    def slot_of(self, key: ExpertKey) -> int | None:
+    def slot_of(self, key: ExpertKey) -> PoolSlot | None:
         """Return the slot that holds the record of ``key`` or is being filled with it, or None.
 
         The number is that of the slot in its pool.

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from moetier.tiers.cache.pool import Lookup
-from moetier.tiers.layout import ExpertKey
+from moetier.tiers.layout import ExpertKey, PoolSlot
 from moetier.tiers.locks import Monitor, transition, waiting
 from moetier.tiers.source import Lease
 from moetier.tiers.stats import TierCounters
@@ -21,7 +21,7 @@ from moetier.tiers.stats import TierCounters
 from .copies import Copies, Copy
 from .device_pool import DevicePool, DeviceSlots
 from .promoter import Promoter
-from .stream import Event, Stream
+from .stream import DeviceStream, Event
 
 
 @dataclass(eq=False, slots=True)
@@ -38,9 +38,9 @@ class DeviceDemand:
     is_scan: bool = False  # the demand is for more records than its block can keep
     latest: ExpertKey | None = None  # key of the record that was leased last
     misses: bool = False  # records of the demand are not on the device; no promotion begins until the demand ends
-    ready: deque[int] = field(default_factory=deque)  # slots that are pinned for the demand, but not leased yet
-    leased: tuple[int, Stream] | None = None  # the slot that is leased, and the stream that computes with its record
-    filling: tuple[int, ExpertKey] | None = None  # the slot that is LOADING and its key, until the copy is queued
+    ready: deque[PoolSlot] = field(default_factory=deque)  # slots that are pinned for the demand, but not leased yet
+    leased: tuple[PoolSlot, DeviceStream] | None = None  # the slot that is leased, and the stream that computes with it
+    filling: tuple[PoolSlot, ExpertKey] | None = None  # the slot that is LOADING and its key, until the copy is queued
     copied: Event | None = None  # the end of the latest copy, by which all earlier copies have ended too
 
     def end_copies(self) -> None:
@@ -149,15 +149,15 @@ class DeviceFill:
             return None
         self.promotion = DeviceDemand(pool, threading.get_ident())
         self._begin(self.promotion, slot, key, is_prefetch=True)
-        promoter.note_begun(key, began)
+        promoter.begin(key)
         return self.promotion
 
     @transition
     def _end_promotion(self, key: ExpertKey, began: float) -> None:
-        self._promoter.outcomes.arrive(key)
+        self._promoter.outcomes.complete(key)
         self._counters.count_load(time.perf_counter() - began)
 
-    def _choose(self, demand: DeviceDemand, block: int) -> int | None:
+    def _choose(self, demand: DeviceDemand, block: int) -> PoolSlot | None:
         """Return a slot for a demand; None if no slot is available.
 
         Some records are evicted only if no other record can be: records that are requested for a promotion and, in a
@@ -172,7 +172,7 @@ class DeviceFill:
         slot = choose(keep=keep)
         return choose(may_borrow=True) if slot is None else slot
 
-    def _begin(self, demand: DeviceDemand, slot: int, key: ExpertKey, *, is_prefetch: bool = False) -> None:
+    def _begin(self, demand: DeviceDemand, slot: PoolSlot, key: ExpertKey, *, is_prefetch: bool = False) -> None:
         demand.filling = (slot, key)
         evicted = demand.pool.begin_fill(slot, key, is_scan=demand.is_scan, is_prefetch=is_prefetch)
         if evicted is not None:
@@ -199,7 +199,7 @@ class DeviceFill:
         """
         assert demand.filling is not None
         pool, (slot, _) = demand.pool, demand.filling
-        self._counters.count_arrival(pool.slot_bytes)
+        self._counters.count_fill(pool.slot_bytes)
         pool.copied[slot] = copy.ready
         pool.used[slot] = dict(copy.uses)
         pool.complete_fill(slot)
@@ -222,7 +222,7 @@ class DeviceFill:
         assert demand.filling is not None
         slot, key = demand.filling
         self._counters.count(failures=failures, discarded=discarded)
-        self._promoter.outcomes.began.pop(key, None)
+        self._promoter.outcomes.abort(key)
         demand.pool.abort_fill(slot)
         self._end_filling(demand)
 
@@ -234,7 +234,7 @@ class DeviceFill:
             locks.unlock_retired()
         self._monitor.wake()
 
-    def _admit(self, demand: DeviceDemand, slot: int, began: float) -> None:
+    def _admit(self, demand: DeviceDemand, slot: PoolSlot, began: float) -> None:
         demand.ready.append(slot)
         self._counters.count_wait(time.perf_counter() - began)
 
@@ -245,7 +245,7 @@ class DeviceFill:
         """
         for pool in self._slots.pools.values():
             pins = [0] * pool.slot_count
-            loading: dict[int, ExpertKey] = {}
+            loading: dict[PoolSlot, ExpertKey] = {}
             for demand in (*demands, *([self.promotion] if self.promotion is not None else [])):
                 if demand.pool is pool:
                     for slot in [*demand.ready, *([demand.leased[0]] if demand.leased is not None else [])]:

@@ -111,11 +111,11 @@ class Promoter:
         """Return whether the promotion of a record is yet to begin and may begin now, as no demand lacks records."""
         return not self._missing and self._requests.get(key.block, {}).get(key, False)
 
-    def note_begun(self, key: ExpertKey, began: float) -> None:
-        """Note that the promotion of a record has begun, at the time ``began`` by ``time.perf_counter``."""
+    def begin(self, key: ExpertKey) -> None:
+        """Note that the promotion of a record begins."""
         self.remove(key)
         self._counters.count(prefetched=1)
-        self.outcomes.began[key] = began
+        self.outcomes.begin(key)
 
     def cancel(self, key: ExpertKey) -> None:
         """Cancel the request for a record, because no slot is available or the record can't be copied."""

@@ -23,7 +23,7 @@ class Event(Protocol):
         """Wait until all work that was queued before the event is done."""
 
 
-class Stream(Protocol):
+class DeviceStream(Protocol):
     """A queue of work, which the device does in order while the caller goes on.
 
     Streams are hashable. Two objects are equal if they refer to the same stream of the device.
@@ -42,10 +42,10 @@ class Device(Protocol):
     def allocate(self, nbytes: int) -> torch.Tensor:
         """Return a tensor uint8 [nbytes] on the device. Raises torch.OutOfMemoryError if there is not enough memory."""
 
-    def current_stream(self) -> Stream:
+    def current_stream(self) -> DeviceStream:
         """Return the stream on which the calling thread computes."""
 
-    def copy_stream(self) -> Stream:
+    def copy_stream(self) -> DeviceStream:
         """Return the stream on which records are copied to the device."""
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
@@ -54,10 +54,10 @@ class Device(Protocol):
         Both are uint8 [record bytes]. They must stay unchanged until the copy has ended.
         """
 
-    def arranging_stream(self) -> Stream:
+    def arranging_stream(self) -> DeviceStream:
         """Return the stream on which copied records are arranged (see ``Copies``), while other records are copied."""
 
-    def run(self, stream: Stream, work: Callable[[], None]) -> None:
+    def run(self, stream: DeviceStream, work: Callable[[], None]) -> None:
         """Call ``work`` so that it queues its computations on ``stream``."""
 
     def lock_pages(self, memory: torch.Tensor, *, read_only: bool) -> bool:
@@ -75,8 +75,8 @@ class CudaDevice:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._copies: Stream = _cuda.Stream(device)
-        self._arranging: Stream = _cuda.Stream(device)
+        self._copies: DeviceStream = _cuda.Stream(device)
+        self._arranging: DeviceStream = _cuda.Stream(device)
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         """Return an uninitialised tensor uint8 [nbytes] on the device.
@@ -86,12 +86,12 @@ class CudaDevice:
         with torch.inference_mode(False):  # a tensor made in inference mode can't be changed outside of that mode
             return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
 
-    def current_stream(self) -> Stream:
+    def current_stream(self) -> DeviceStream:
         """Return the calling thread's current stream in torch."""
-        stream: Stream = _cuda.current_stream(self._device)
+        stream: DeviceStream = _cuda.current_stream(self._device)
         return stream
 
-    def copy_stream(self) -> Stream:
+    def copy_stream(self) -> DeviceStream:
         """Return this object's stream for copies."""
         return self._copies
 
@@ -100,11 +100,11 @@ class CudaDevice:
         with _cuda.stream(self._copies):
             target.copy_(source, non_blocking=True)
 
-    def arranging_stream(self) -> Stream:
+    def arranging_stream(self) -> DeviceStream:
         """Return this object's stream for arranging records."""
         return self._arranging
 
-    def run(self, stream: Stream, work: Callable[[], None]) -> None:
+    def run(self, stream: DeviceStream, work: Callable[[], None]) -> None:
         """Call ``work`` with ``stream`` as torch's current stream."""
         with _cuda.stream(stream):
             work()

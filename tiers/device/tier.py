@@ -40,7 +40,7 @@ from .copies import Arrange, Copies
 from .device_pool import DeviceSlots, allocate, fewer
 from .fill import DeviceDemand, DeviceFill
 from .promoter import Promoter
-from .stream import Device, Event, Stream
+from .stream import Device, DeviceStream, Event
 
 _log = logging.getLogger(__name__)
 
@@ -369,7 +369,7 @@ class DeviceTier:
             self._release(demand)
 
     @transition
-    def _next_lease(self, demand: DeviceDemand, stream: Stream) -> tuple[Lease[torch.Tensor], Event]:
+    def _next_lease(self, demand: DeviceDemand, stream: DeviceStream) -> tuple[Lease[torch.Tensor], Event]:
         self._end_lease(demand)
         self._check_open()
         pool, slot = demand.pool, demand.ready.popleft()
@@ -377,7 +377,7 @@ class DeviceTier:
         copied, key = pool.copied[slot], pool.key(slot)
         demand.latest = key
         assert copied is not None
-        return Lease(key, pool.records[slot], pool.first + slot), copied
+        return Lease(key, pool.records[slot], pool.number(slot)), copied
 
     @transition
     def _release(self, demand: DeviceDemand) -> None:

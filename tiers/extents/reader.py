@@ -24,7 +24,7 @@ from moetier.tiers.closeable import closed_on_error
 from moetier.tiers.errors import DOWNLOAD_AGAIN, MissingExpertError, StoreError, StoreFormatError, StoreReadError
 from moetier.tiers.headers.gguf import SUFFIX, digest_of
 from moetier.tiers.headers.safetensors import MAX_HEADER_BYTES, read_header
-from moetier.tiers.layout import PAGE, ExpertKey
+from moetier.tiers.layout import PAGE_BYTES, ExpertKey
 from moetier.tiers.locks import ForkGuard, UseCount
 from moetier.tiers.store.atomic import read_errors
 from moetier.tiers.store.base import DirectoryStore, Pause
@@ -37,7 +37,7 @@ from moetier.tiers.store.unchanged import Unchanged
 
 from .table import Extent, ExtentTable, Shard
 
-BUFFER_BYTES = (4 << 20) + PAGE  # of pages that are read at a time; with 1 MiB, the disk waits for copies
+BUFFER_BYTES = (4 << 20) + PAGE_BYTES  # of pages that are read at a time; with 1 MiB, the disk waits for copies
 
 
 class OpenFile:
@@ -89,9 +89,9 @@ class OpenFile:
             target = np.frombuffer(view, np.uint8)
             with _borrowed(buffers) as buffer:
                 source, end = np.frombuffer(buffer, np.uint8), offset + len(view)
-                for first in range(offset - offset % PAGE, end, BUFFER_BYTES):
+                for first in range(offset - offset % PAGE_BYTES, end, BUFFER_BYTES):
                     least = min(end - first, BUFFER_BYTES)
-                    pages = memoryview(buffer)[: -(-least // PAGE) * PAGE]
+                    pages = memoryview(buffer)[: -(-least // PAGE_BYTES) * PAGE_BYTES]
                     read_at(self.path, self.descriptor, first, pages, direct=True, least=least)
                     begin = max(offset - first, 0)
                     target[first + begin - offset : first + least - offset] = source[begin:least]  # releases the GIL

@@ -1,6 +1,6 @@
 """The table of extents: which bytes of a checkpoint's files make the record of each expert.
 
-An *extent* is a run of bytes of a file that lies in a section of the record: unchanged, or as ``Piece`` says.
+An *extent* is a run of bytes of a file that lies in a section of the record: unchanged, or as ``RecordPiece`` says.
 ``moetier link`` writes a table of a checkpoint, with a checksum for each record. The table is beside the checkpoint, or
 in ``$XDG_CACHE_HOME/moetier/extents`` (XDG Base Directory Specification 0.8). docs/format.md describes the file.
 """
@@ -37,7 +37,7 @@ MAX_SHARDS = 10_000
 MAX_PIECES = 64  # extents of a record
 
 
-class Piece(NamedTuple):
+class RecordPiece(NamedTuple):
     """A part of a record that is one extent in each expert of a block."""
 
     section: str  # name of the section that it is in, after earlier pieces of the same section
@@ -78,7 +78,7 @@ class Shard:
 class BlockExtents:
     """The extents of one block's records."""
 
-    pieces: tuple[Piece, ...]  # in the order of the record; together they fill its sections
+    pieces: tuple[RecordPiece, ...]  # in the order of the record; together they fill its sections
     places: npt.NDArray[np.int64]  # [experts, pieces, 2]: number of the shard, offset in the file
 
     def of(self, layout: RecordLayout, expert: int) -> list[Extent]:
@@ -196,7 +196,7 @@ def _block(value: Fields, manifest: Manifest, number: int, shards: tuple[Shard, 
     pieces = []
     for item in value["pieces"].items(MAX_PIECES):
         name, length, *more = item.items(4)
-        piece = Piece(name.text(), length.number(1, MAX_BYTES))
+        piece = RecordPiece(name.text(), length.number(1, MAX_BYTES))
         if more:
             row_bytes, is_wide = more
             piece = piece._replace(row_bytes=row_bytes.number(0, piece.length), is_wide=is_wide.flag())
@@ -220,7 +220,7 @@ def _block(value: Fields, manifest: Manifest, number: int, shards: tuple[Shard, 
     return BlockExtents(tuple(pieces), places)
 
 
-def _check_rows(pieces: list[Piece]) -> None:
+def _check_rows(pieces: list[RecordPiece]) -> None:
     """Raise ValueError unless the pieces of each section whose rows alternate have rows alike, and as many."""
     for name in {piece.section for piece in pieces if piece.row_bytes}:
         alike = {(piece.length, piece.row_bytes) for piece in pieces if piece.section == name}
@@ -230,7 +230,7 @@ def _check_rows(pieces: list[Piece]) -> None:
         raise ValueError("a piece of fp32 numbers, or a row of it, has half a number")
 
 
-def _sums(pieces: list[Piece]) -> Iterator[tuple[str, int]]:
+def _sums(pieces: list[RecordPiece]) -> Iterator[tuple[str, int]]:
     """Yield the name and total size of each run of pieces of one section."""
     name, size = "", 0
     for piece in pieces:

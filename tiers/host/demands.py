@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from queue import SimpleQueue
-from types import MappingProxyType
 from typing import ClassVar
 
 from moetier.tiers.cache.budget import Partition
 from moetier.tiers.cache.policies import Policy
 from moetier.tiers.cache.pool import SlotPool
 from moetier.tiers.errors import ExhaustedError
-from moetier.tiers.layout import ExpertKey
+from moetier.tiers.layout import ExpertKey, PoolSlot, TierSlot
 from moetier.tiers.locks import Monitor
 
 
@@ -38,13 +37,19 @@ class Load:
 
     pool: Pool
     key: ExpertKey
-    slot: int  # number of the slot in the pool
+    slot: PoolSlot
     is_prefetch: bool  # the load was begun for a prefetch request or for the warm-up, not for a demand
     is_warmup: bool  # the load was begun for the warm-up
     # a loader reads the record; a prefetch is begun by the loader that reads it, so this is true at once
     is_taken: bool
+    is_cancelled: bool = False  # the record is not needed any more, and no loader has taken the load
     has_yielded: bool = False  # the read has paused while records were read for demands
     waiters: list[Demand] = field(default_factory=list)  # demands that wait for the record
+
+    @property
+    def is_queued(self) -> bool:
+        """True until a loader takes the load, or the load is cancelled."""
+        return not (self.is_taken or self.is_cancelled)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +58,7 @@ class Granted:
 
     request: int  # number of the request
     key: ExpertKey
-    slot: int  # number of the slot in the tier
+    slot: TierSlot
     generation: int  # generation of the slot in the arena's directory
 
 
@@ -68,29 +73,41 @@ class Failed:
 Event = Granted | Failed
 
 
-@dataclass(frozen=True, slots=True)
-class ThreadCaller:
-    """A thread of this process, which sleeps until its records are available. It may take any number of slots.
+class Caller:
+    """The caller of demands. This base class fits a thread, which may take any number of slots."""
 
-    It has the attributes and methods of ``AsyncCaller``, except ``deliver``. Its demands are not kept or counted here.
-    """
+    __slots__ = ()
+
+    is_asynchronous: ClassVar[bool] = False  # the caller gets events
+
+    @property
+    def is_full(self) -> bool:
+        """True if the caller's demands may not take more slots."""
+        return False
+
+    def was_full(self, released: int) -> bool:
+        """Return whether the caller was full, and no longer is, since its demands have released so many slots."""
+        return False
+
+    def open_demands(self) -> Collection[Demand]:
+        """Return the caller's demands that have been registered and are not over."""
+        return ()
+
+    def register(self, demand: Demand) -> None:
+        """Note that a demand of the caller has begun."""
+
+    def deregister(self, demand: Demand) -> None:
+        """Note that a demand of the caller is over."""
+
+
+@dataclass(frozen=True, slots=True)
+class ThreadCaller(Caller):
+    """A thread of this process, which sleeps until its records are available."""
 
     thread: int  # id of the thread
 
-    is_asynchronous: ClassVar = False
-    is_full: ClassVar = False
-    leases: ClassVar = math.inf
-    outstanding: ClassVar = 0
-    demands: ClassVar[Mapping[int, Demand]] = MappingProxyType({})
 
-    def register(self, demand: Demand) -> None:
-        """Do nothing: the thread itself has the demand."""
-
-    def deregister(self, demand: Demand) -> None:
-        """Do nothing."""
-
-
-class AsyncCaller:
+class AsyncCaller(Caller):
     """A caller that gets events, instead of sleeping until its records are available.
 
     ``deliver`` is called with each event, in any thread, with the tier's lock held. It must neither wait nor call the
@@ -115,6 +132,14 @@ class AsyncCaller:
         """True if the caller's demands hold or claim ``leases`` slots, so that they may not take more."""
         return self.outstanding >= self.leases
 
+    def was_full(self, released: int) -> bool:
+        """Return whether the caller was full, and no longer is, since its demands have released so many slots."""
+        return self.outstanding < self.leases <= self.outstanding + released
+
+    def open_demands(self) -> Collection[Demand]:
+        """Return the caller's demands that are not over."""
+        return self.demands.values()
+
     def register(self, demand: Demand) -> None:
         """Note that a demand of the caller has begun."""
         self.demands[demand.number] = demand
@@ -122,9 +147,6 @@ class AsyncCaller:
     def deregister(self, demand: Demand) -> None:
         """Note that a demand of the caller is over."""
         self.demands.pop(demand.number, None)
-
-
-Caller = ThreadCaller | AsyncCaller
 
 
 @dataclass(eq=False, slots=True)
@@ -145,9 +167,9 @@ class Demand:
     is_scan: bool = False  # the demand is for more records than its block can keep
     pending: dict[ExpertKey, None] = field(default_factory=dict)  # keys for which the demand has no slot yet
     loads: list[Load] = field(default_factory=list)  # loads that the demand waits for; it has claims on their slots
-    ready: deque[int] = field(default_factory=deque)  # slots that are pinned for the demand, but not leased yet
+    ready: deque[PoolSlot] = field(default_factory=deque)  # slots that are pinned for the demand, but not leased yet
     hits: int = 0  # how many of the slots in ``ready`` were READY when the demand came
-    leased: dict[int, None] = field(default_factory=dict)  # slots that are pinned and leased
+    leased: dict[PoolSlot, None] = field(default_factory=dict)  # slots that are pinned and leased
     error: BaseException | None = None  # the error with which the demand has failed
     waits_since: float | None = None  # time since when the caller has waited without a lease; None while it has one
 
@@ -162,7 +184,7 @@ class Demand:
         return not self.pending and self.is_idle
 
     @property
-    def slots(self) -> list[int]:
+    def slots(self) -> list[PoolSlot]:
         """The slots that the demand holds or claims."""
         return [*self.leased, *self.ready, *(load.slot for load in self.loads)]
 
@@ -182,8 +204,12 @@ class Notifier:
         self.timekeeper: SimpleQueue[None] = SimpleQueue()  # an item makes the timekeeper look at the deadlines again
 
     def wake_callers(self) -> None:
-        """Wake all callers that sleep, and all loaders that have paused. ``Ledger.serve`` runs after the transition."""
+        """Wake all callers that sleep, and all loaders that have paused, and ``serve_asynchronous``."""
         self._monitor.wake()
+
+    def serve_asynchronous(self) -> None:
+        """Let ``Ledger.serve`` run after this transition."""
+        self._monitor.mark()
 
     def wake_loader(self) -> None:
         """Wake one loader, because there is a record to read."""
@@ -232,6 +258,7 @@ class WaitingDemands:
         """Mark an asynchronous demand to be served again, because it may be able to go on. No effect on others."""
         if demand.caller.is_asynchronous:
             self._rechecks[demand] = None
+            self._notifier.serve_asynchronous()
 
     def take_recheck(self) -> Demand | None:
         """Take the first demand that ``recheck`` has marked, and return it. Return None if no demand is marked."""
@@ -244,18 +271,17 @@ class WaitingDemands:
         self.stop_waiting(demand)
         self._deadlines.pop(demand, None)
         if demand.caller.is_full:  # its starved demands may not take slots, so they must not keep other demands waiting
-            for other in demand.caller.demands.values():
+            for other in demand.caller.open_demands():
                 self.stop_waiting(other)
 
     def note_released(self, demand: Demand, slots: int) -> None:
         """Note that a demand no longer holds or claims ``slots`` slots. Its caller's other demands may then go on."""
-        caller = demand.caller
-        if caller.outstanding < caller.leases <= caller.outstanding + slots:  # the caller was full before
+        if demand.caller.was_full(slots):
             # Demands without a slot are served first, in the order of their deadlines. Otherwise a demand for many keys
             # would keep the caller's other demands waiting.
-            for other in sorted(caller.demands.values(), key=lambda other: self._deadlines.get(other, math.inf)):
-                if other.pending:
-                    self.recheck(other)
+            waiting = [other for other in demand.caller.open_demands() if other.pending]
+            for other in sorted(waiting, key=lambda other: self._deadlines.get(other, math.inf)):
+                self.recheck(other)
             self._notifier.wake_callers()
 
     def expire(self) -> float | None:
@@ -294,7 +320,7 @@ class WaitingDemands:
 
 def _exhausted(demand: Demand) -> ExhaustedError:
     caller = demand.caller
-    if caller.is_full:
+    if isinstance(caller, AsyncCaller) and caller.is_full:
         return ExhaustedError(
             f"The client holds all of its {caller.leases} leases, and released none for {demand.timeout:g} seconds.",
             "Release leases in the client, or start the daemon with more --leases.",

@@ -15,9 +15,12 @@ slot, and finds none. Starved demands get the slots that are returned, in order 
 no other demand of its pool begins a load.
 
 A caller is either a thread, which sleeps until it is woken, or *asynchronous*, such as a session of another process.
-``serve`` advances the demands of asynchronous callers and delivers events to the callers. An asynchronous caller may
-hold several leases at a time, up to a limit. If one of its demands is without a slot for too long, the demand fails. So
-a process that does not return its slots can't block other callers.
+``serve`` advances the demands of asynchronous callers and delivers events to the callers. It runs after each transition
+that lets such a demand go on (``WaitingDemands.recheck``) or wakes callers. An asynchronous caller may hold several
+leases at a time, up to a limit. If one of its demands is without a slot for too long, the demand fails. So a process
+that does not return its slots can't block other callers.
+
+The tier calls two parts itself: ``loads``, for its loaders, and ``uses``.
 """
 
 from __future__ import annotations
@@ -29,16 +32,16 @@ from moetier.tiers.arena.directory import Directory
 from moetier.tiers.arena.layout import ArenaLayout
 from moetier.tiers.cache.budget import partitions_of
 from moetier.tiers.cache.policies import DEFAULT_POLICY, POLICIES
-from moetier.tiers.cache.pool import Lookup
+from moetier.tiers.cache.pool import Lookup, snapshot
 from moetier.tiers.errors import MoetierError, StoreError
-from moetier.tiers.layout import ExpertKey
+from moetier.tiers.layout import ExpertKey, PoolSlot, TierSlot
 from moetier.tiers.manifest import Manifest
-from moetier.tiers.stats import TierCounters
+from moetier.tiers.stats import TierCounters, TierStats
 
 from .demands import AsyncCaller, Caller, Demand, Failed, Granted, Notifier, Pool, WaitingDemands
-from .direct_hits import DirectHits
 from .loads import LoadLimits, Loads
 from .prefetch import PrefetchQueue
+from .uses import Uses
 
 
 class Ledger:
@@ -76,7 +79,7 @@ class Ledger:
             self.pools[region.array] = Pool(partitions, POLICIES[policy], first=first, slot_bytes=region.slot_bytes)
         self.pool_of = [self.pools[block.array] for block in manifest.blocks]  # for each block, the pool of its records
         self.prefetches = PrefetchQueue(self.counters, clock)
-        self.direct_hits = DirectHits(self.pool_of, self.counters, self.prefetches)
+        self.uses = Uses(self.pool_of, self.counters, self.prefetches)
         self.waiting = WaitingDemands(notifier, clock)
         rest = {self.pools[array]: blocks for array, blocks in manifest.members.items()} if loads_rest else {}
         self.loads = Loads(directory, self.counters, self.prefetches, self.waiting, notifier, limits, rest)
@@ -99,7 +102,19 @@ class Ledger:
         if (error := self.closed_by) is not None:
             raise error.fresh()  # the frames of a raised error would keep slots
 
+    def stats(self) -> TierStats:
+        """Return a snapshot of the counters and of the state of the slots."""
+        return snapshot(self.counters, self.pools.values())
+
+    def is_ready(self, key: ExpertKey) -> bool:
+        """Return whether the record of ``key`` is READY."""
+        return self.pool_of[key.block].is_ready(key)
+
     # -- demands ------------------------------------------------------------------------------------------------------
+
+    def demand(self, block: int, caller: Caller, number: int = 0, timeout: float = 0.0) -> Demand:
+        """Return a demand for records of ``block``, which has not begun. ``number`` and ``timeout`` are its fields."""
+        return Demand(self.pool_of[block], block, caller, number, timeout)
 
     def begin(self, demand: Demand, keys: Sequence[ExpertKey]) -> None:
         """Begin a demand for ``keys``: pin READY records, join loads in progress, and begin other loads if possible.
@@ -112,7 +127,7 @@ class Ledger:
         caller.register(demand)
         self.prefetches.replace(pool, demand.block, (), caller if caller.is_asynchronous else None)
         distinct = dict.fromkeys(keys)
-        self.direct_hits.count_demand(list(distinct))
+        self.uses.note_demand(list(distinct))
         demand.is_scan = len(distinct) > pool.quota(demand.block)
         hits = []
         for key in distinct:
@@ -125,14 +140,14 @@ class Ledger:
             self.waiting.note_taken(demand)
         demand.hits = len(hits)
         self.counters.count_lookups(hits=len(hits), misses=len(demand.pending))
-        self.prefetches.use(hits)
+        self.prefetches.note_uses(hits)
         if demand.pending:
             self._take_slots(demand)
         # in reverse, so that the first of the keys is evicted last; uses of pending keys are noted once they have slots
         pool.touch([key for key in reversed(distinct) if key not in demand.pending], is_scan=demand.is_scan)
         self.waiting.recheck(demand)
 
-    def next_leases(self, demand: Demand) -> tuple[list[int], bool] | None:
+    def next_leases(self, demand: Demand) -> tuple[list[PoolSlot], bool] | None:
         """End the demand's leases, and lease the slots that are ready for it.
 
         Returns the leased slots, and whether they are the last of the demand; None if the caller has to wait. If the
@@ -161,9 +176,9 @@ class Ledger:
         """
         demand.pool.touch(reversed(self._take_slots(demand)), is_scan=demand.is_scan)
 
-    def lease(self, demand: Demand, most: int = 1) -> list[int]:
+    def lease(self, demand: Demand, most: int = 1) -> list[PoolSlot]:
         """Lease up to ``most`` of the slots that are ready for the demand, and return these slots."""
-        slots: list[int] = []
+        slots: list[PoolSlot] = []
         while demand.ready and len(slots) < most:
             slot = demand.ready.popleft()
             demand.leased[slot] = None
@@ -209,7 +224,7 @@ class Ledger:
         for demand in [demand for demand in self._demands if demand.caller == caller]:
             self.end(demand)
 
-    def lease_for_copy(self, demand: Demand, key: ExpertKey) -> int | None:
+    def lease_for_copy(self, demand: Demand, key: ExpertKey) -> PoolSlot | None:
         """Lease the slot of a key to the tier above, if the slot is READY and no demand of its pool is starved.
 
         Returns the slot, or None. ``demand`` holds the lease until ``end``. This does not count as a use of the record.
@@ -231,7 +246,6 @@ class Ledger:
                 demand.error = demand.error or error.fresh()
                 self.waiting.recheck(demand)
         self._notifier.wake_callers()
-        self.serve()
 
     # -- prefetches ---------------------------------------------------------------------------------------------------
 
@@ -245,12 +259,22 @@ class Ledger:
         if self.prefetches.replace(self.pool_of[block], block, keys, caller):
             self.loads.wake_loaders_for_prefetches()
 
+    def quotas(self) -> list[int]:
+        """Return for each block the quota of its partition, in slots."""
+        return [pool.quota(block) for block, pool in enumerate(self.pool_of)]
+
+    def warm(self, wanted: Sequence[Sequence[ExpertKey]]) -> None:
+        """Queue records for the warm-up: ``wanted`` has keys for each block. Raises the same errors as ``begin``."""
+        self.check_open()
+        for pool, keys in zip(self.pool_of, wanted, strict=True):
+            self.loads.warm(pool, keys)
+
     # -- asynchronous callers -----------------------------------------------------------------------------------------
 
     def serve(self) -> None:
-        """Advance all asynchronous demands that can go on. This must be called after each ``Notifier.wake_callers``.
+        """Advance all asynchronous demands that can go on. Others are advanced by the threads of their callers.
 
-        Other demands are advanced by the threads of their callers.
+        ``Notifier`` lets this run after the transitions that it has to follow.
         """
         while True:
             while (demand := self.waiting.take_recheck()) is not None:
@@ -265,9 +289,7 @@ class Ledger:
 
     def expire(self) -> float | None:
         """Fail asynchronous demands whose deadlines have passed. Return the next deadline, or None."""
-        deadline = self.waiting.expire()
-        self.serve()
-        return deadline
+        return self.waiting.expire()
 
     def _deliver(self, demand: Demand) -> None:
         """Advance an asynchronous demand, and deliver events to its caller: leases that are ready, or an error."""
@@ -299,7 +321,6 @@ class Ledger:
         """End all demands of an asynchronous caller, and cancel its prefetch requests."""
         self.end_all(caller)
         self.prefetches.cancel(caller)
-        self.serve()
 
     # -- slots --------------------------------------------------------------------------------------------------------
 
@@ -315,7 +336,7 @@ class Ledger:
                     slot = demand.pool.pin_ready(key)
                     assert slot is not None
                     demand.ready.append(slot)
-                    self.prefetches.use((key,))
+                    self.prefetches.note_uses((key,))
                 case Lookup.LOADING:  # a prefetch or another demand has begun to load the record
                     self.counters.count(joined=1)
                     self.loads.join(demand, key)
@@ -330,7 +351,7 @@ class Ledger:
             self.waiting.wait_for_slot(demand)
         return served
 
-    def _unpin(self, demand: Demand, slots: Sequence[int]) -> None:
+    def _unpin(self, demand: Demand, slots: Sequence[PoolSlot]) -> None:
         """Unpin slots that a demand no longer holds or claims, so that other demands can use them."""
         pool = demand.pool
         freed = [slot for slot in slots if not pool.unpin(slot)]
@@ -338,12 +359,12 @@ class Ledger:
             self._notifier.wake_callers()
         self.waiting.note_released(demand, len(slots))
 
-    def recover(self, kept: Mapping[int, ExpertKey]) -> int:
+    def recover(self, kept: Mapping[TierSlot, ExpertKey]) -> int:
         """Make slots READY that hold intact records of a reclaimed arena, by their keys. Return their number."""
-        for slot, key in kept.items():
+        for number, key in kept.items():
             pool = self.pool_of[key.block]
-            pool.begin_fill(slot - pool.first, key)
-            pool.complete_fill(slot - pool.first)
+            pool.begin_fill(pool.slot(number), key)
+            pool.complete_fill(pool.slot(number))
         return len(kept)
 
     # -- repair -------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from moetier.tiers.arena.directory import Directory
 from moetier.tiers.arena.layout import ArenaLayout
 from moetier.tiers.errors import MoetierError
-from moetier.tiers.layout import ExpertKey
+from moetier.tiers.layout import ExpertKey, PoolSlot
 from moetier.tiers.manifest import Block
 from moetier.tiers.source import interruptible_bytes
 from moetier.tiers.stats import TierCounters
@@ -57,7 +57,7 @@ class FairQueue:
 
     def __iter__(self) -> Iterator[Load]:
         """Yield the loads that no loader has taken. A load that several callers wait for is yielded once for each."""
-        return (load for queue in self._queues.values() for load in queue if not load.is_taken)
+        return (load for queue in self._queues.values() for load in queue if load.is_queued)
 
     def add(self, caller: Hashable, load: Load) -> None:
         """Add a load to the queue of a caller. The same load may be in the queues of several callers."""
@@ -76,7 +76,7 @@ class FairQueue:
         for caller, queue in self._queues.items():
             while queue:
                 load = queue.popleft()
-                if not load.is_taken:  # it may have been taken for another caller, which waits for the same record
+                if load.is_queued:  # it may have been taken for another caller, which waits for the same record
                     load.is_taken = True
                     self._queues.move_to_end(caller)
                     return load
@@ -143,7 +143,7 @@ class Loads:
         arrivals = len(demand.ready) - demand.hits
         return demand.caller.is_asynchronous or len(demand.loads) + arrivals < 2 * ahead
 
-    def _choose(self, demand: Demand) -> int | None:
+    def _choose(self, demand: Demand) -> PoolSlot | None:
         """Return a slot for a load of the demand; None if there is no slot.
 
         Records that are requested for a prefetch are evicted only if no other record can be.
@@ -156,7 +156,7 @@ class Loads:
         self,
         pool: Pool,
         key: ExpertKey,
-        slot: int,
+        slot: PoolSlot,
         *,
         is_prefetch: bool,
         is_scan: bool = False,
@@ -166,7 +166,7 @@ class Loads:
         if (evicted := pool.begin_fill(slot, key, is_scan=is_scan, is_prefetch=is_prefetch)) is not None:
             self._counters.count(evictions=1)
             self._prefetches.evict(evicted)
-        self._prefetches.lose(key)  # the record is needed again, so the tier above no longer has its copy
+        self._prefetches.evict_copy(key)  # the record is needed again, so the tier above no longer has its copy
         self._directory.begin_fill(pool.number(slot), evicted)
         load = Load(pool, key, slot, is_prefetch, is_warmup, is_taken=is_prefetch)
         self._loads[key] = load
@@ -179,7 +179,7 @@ class Loads:
         load = self._loads[key]
         load.pool.pin(load.slot)
         if load.is_prefetch:
-            self._prefetches.use((key,))
+            self._prefetches.note_uses((key,))
             # The loader of this record may have paused (``may_continue``). Wake it for every demand that joins, not
             # only for the first: the first may have left before the loader looked.
             self._notifier.wake_callers()
@@ -197,8 +197,8 @@ class Loads:
         if load.waiters:
             return
         if not load.is_taken:
-            self._remove(load)
-            load.is_taken = True
+            load.is_cancelled = True
+            self._abort(load)
         if not self._is_for_demands:  # prefetches that yielded to the load may go on
             self._notifier.wake_callers()
             self.wake_loaders_for_prefetches()
@@ -241,7 +241,7 @@ class Loads:
             is_wanted = self._prefetches.is_requested(load.key)
         if not is_wanted:
             self._counters.count(cancelled=not load.is_warmup)
-            self._remove(load)
+            self._abort(load)
             self._notifier.wake_callers()
         return is_wanted
 
@@ -286,12 +286,12 @@ class Loads:
         """End a load whose record is in its slot. ``seconds`` is the duration of the read, if it was measured."""
         if seconds is not None and not load.has_yielded:
             self._counters.count_load(seconds)
-        self._counters.count_arrival(load.pool.slot_bytes, is_warmup=load.is_warmup)
+        self._counters.count_fill(load.pool.slot_bytes, is_warmup=load.is_warmup)
         del self._loads[load.key]
         load.pool.complete_fill(load.slot)
         self._directory.complete_fill(load.pool.number(load.slot), load.key)
         if load.is_prefetch:
-            self._prefetches.arrive(load.key)
+            self._prefetches.complete(load.key)
         for demand in load.waiters:
             demand.ready.append(load.slot)  # before ``remove``, so that an exception in between loses nothing
             demand.loads.remove(load)
@@ -309,7 +309,7 @@ class Loads:
         if self._loads.get(load.key) is not load:
             return  # ``complete`` was interrupted, and ``repair`` has made the key pending again in all demands
         self._counters.count(failures=self.closed_by is None)
-        self._remove(load)
+        self._abort(load)
         for demand in load.waiters:
             demand.loads.remove(load)
             demand.error = demand.error or (error.fresh() if isinstance(error, MoetierError) else error)
@@ -324,10 +324,10 @@ class Loads:
         while (load := self._queue.pop()) is not None:
             self.fail(load, error)
 
-    def _remove(self, load: Load) -> None:
+    def _abort(self, load: Load) -> None:
         """Remove a load whose record will not arrive. The slot becomes EMPTY."""
         del self._loads[load.key]
-        self._prefetches.drop(load.key)
+        self._prefetches.abort(load.key)
         load.pool.abort_fill(load.slot)
         self._directory.abort_fill(load.pool.number(load.slot))
 

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import NamedTuple
 
-from moetier.tiers.layout import ExpertKey
+from moetier.tiers.layout import ExpertKey, PoolSlot
 from moetier.tiers.stats import PrefetchOutcomes, TierCounters
 
 from .demands import AsyncCaller, Caller, Pool
@@ -20,7 +20,7 @@ class NextRead(NamedTuple):
 
     pool: Pool
     key: ExpertKey
-    slot: int  # number of the slot in the pool
+    slot: PoolSlot
     is_warmup: bool  # the record is read for the warm-up, not for a prefetch request
 
 
@@ -85,7 +85,7 @@ class PrefetchQueue:
         self._requests.clear()
         self._warmup.clear()
 
-    def repair(self, slot_of: Callable[[ExpertKey], int | None]) -> None:
+    def repair(self, slot_of: Callable[[ExpertKey], object]) -> None:
         """Remove all requests, and records that are in neither tier, because a transition was interrupted.
 
         ``slot_of`` returns the slot of a key, or None.
@@ -126,7 +126,7 @@ class PrefetchQueue:
                 while request.unbegun and not request.pool.starved:
                     yield caller, request.pool, request.unbegun.popleft()
 
-    def _slot_for(self, pool: Pool, key: ExpertKey) -> int | None:
+    def _slot_for(self, pool: Pool, key: ExpertKey) -> PoolSlot | None:
         """Return a slot for a requested record, as ``next_read`` specifies; None if there is no such slot."""
         if (slot := pool.vacancy(key.block)) is not None:
             return slot
@@ -145,35 +145,34 @@ class PrefetchQueue:
         else:
             self._outcomes.begin(key)
 
-    def arrive(self, key: ExpertKey) -> None:
+    def complete(self, key: ExpertKey) -> None:
         """Note that a record has arrived."""
-        self._outcomes.arrive(key)
+        self._outcomes.complete(key)
+
+    def abort(self, key: ExpertKey) -> None:
+        """Note that a record will not arrive, because its read has failed or was cancelled."""
+        self._warmed.discard(key)
+        self._outcomes.abort(key)
 
     def note_copy(self, key: ExpertKey) -> None:
         """Note that the tier above may copy a record."""
         self._copied.add(key)
 
-    def drop(self, key: ExpertKey) -> None:
-        """Note that a record will not arrive, because its read has failed or was cancelled."""
-        self._warmed.discard(key)
-        self._outcomes.began.pop(key, None)
-
-    def use(self, keys: Iterable[ExpertKey]) -> None:
+    def note_uses(self, keys: Iterable[ExpertKey]) -> None:
         """Note that demands of this tier, or of the tier above, use the records of ``keys``."""
         for key in keys:
             self._copied.discard(key)
             if key in self._warmed:
                 self._warmed.remove(key)
                 self._counters.count(recalled=1)
-            if key in self._outcomes.unused or key in self._outcomes.began:
-                self._outcomes.note_use(key)
+            self._outcomes.note_use(key)
 
     def evict(self, key: ExpertKey) -> None:
         """Note that a record is evicted from this tier. The tier above may still use its copy, if it has made one."""
         if key not in self._copied:
-            self.lose(key)
+            self.evict_copy(key)
 
-    def lose(self, key: ExpertKey) -> None:
+    def evict_copy(self, key: ExpertKey) -> None:
         """Note that a record is in neither this tier nor the tier above any more. If it was not used, it was wasted."""
         self._copied.discard(key)
         self._warmed.discard(key)

@@ -17,10 +17,10 @@ from moetier.tiers.errors import ClosedError, ProtocolError
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.locks import Monitor, transition
 
-from .demands import AsyncCaller, Demand, Event
+from .demands import AsyncCaller, Event
 from .ledger import Ledger
 
-MOST_USES = 1024  # most uses that are counted in one transition: one message of another process may have a million
+MOST_USES = 1024  # most uses that are noted in one transition: one message of another process may have a million
 
 
 class Session(AsyncCaller):
@@ -35,6 +35,7 @@ class Session(AsyncCaller):
         super().__init__(deliver, leases)
         self._monitor = monitor
         self._ledger = ledger
+        self._manifest, self._uses = ledger.manifest, ledger.uses
         self._timeout = timeout
         self._closed = False
 
@@ -66,7 +67,7 @@ class Session(AsyncCaller):
             StoreError: the tier was condemned (``HostTier.condemn``).
         """
         if keys:
-            self._ledger.manifest.check_keys(keys[0].block, keys)
+            self._manifest.check_keys(keys[0].block, keys)
             self._acquire(request, keys, self._timeout if timeout is None else timeout)
 
     @transition
@@ -76,9 +77,7 @@ class Session(AsyncCaller):
             raise ProtocolError(
                 f"A request with the number {request} is not over yet.", "Give each request a number of its own."
             )
-        block = keys[0].block
-        self._ledger.begin(Demand(self._ledger.pool_of[block], block, self, request, timeout), keys)
-        self._ledger.serve()
+        self._ledger.begin(self._ledger.demand(keys[0].block, self, request, timeout), keys)
 
     @transition
     def release(self, request: int, keys: Sequence[ExpertKey] = ()) -> None:
@@ -92,29 +91,28 @@ class Session(AsyncCaller):
             self._ledger.release(demand, keys)
         else:
             self._ledger.end(demand)
-        self._ledger.serve()
 
-    def count_hits(self, keys: Sequence[ExpertKey]) -> None:
-        """Count hits of the other process, which has found ``keys`` in the directory and used their records.
+    def note_uses(self, keys: Sequence[ExpertKey]) -> None:
+        """Note uses by the other process, which has found ``keys`` in the directory. Each is a hit.
 
         ``keys`` are in the order of use. Raises MissingExpertError if the model does not have one of the experts.
         """
         for key in keys:
-            self._ledger.manifest.check_keys(key.block, (key,))
+            self._manifest.check_keys(key.block, (key,))
         for at in range(0, len(keys), MOST_USES):
-            self._count_some_hits(keys[at : at + MOST_USES])
+            self._note_some_uses(keys[at : at + MOST_USES])
 
     @transition
-    def _count_some_hits(self, keys: Sequence[ExpertKey]) -> None:
+    def _note_some_uses(self, keys: Sequence[ExpertKey]) -> None:
         if self._takes_hints():
-            self._ledger.direct_hits.count_client_hits(keys)
+            self._uses.note_client_uses(keys)
 
     def prefetch(self, block: int, keys: Sequence[ExpertKey]) -> None:
         """Request prefetches as ``ExpertSource`` specifies. Only requests of the same session are replaced.
 
         Raises MissingExpertError if the model does not have one of the experts.
         """
-        self._ledger.manifest.check_keys(block, keys)
+        self._manifest.check_keys(block, keys)
         self._prefetch(block, dict.fromkeys(keys))  # the other process may name a key many times
 
     @transition
@@ -173,7 +171,7 @@ class Timekeeper:
             )
             thread.start()
             self._thread = thread
-            self._monitor.run_after_wake(ledger.serve)
+            self._monitor.run_after_mark(ledger.serve)
 
     def close(self) -> None:
         """End the thread. Idempotent."""

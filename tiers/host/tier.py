@@ -18,16 +18,15 @@ from typing import Any
 from moetier.tiers.arena.arena import Arena, recover
 from moetier.tiers.arena.layout import ArenaLayout
 from moetier.tiers.cache.policies import DEFAULT_POLICY
-from moetier.tiers.cache.pool import snapshot
 from moetier.tiers.closeable import Closeable
 from moetier.tiers.errors import ClosedError, StoreError
-from moetier.tiers.layout import ExpertKey
+from moetier.tiers.layout import ExpertKey, PoolSlot, TierSlot
 from moetier.tiers.locks import Monitor, deferred, posted, transition, waiting
 from moetier.tiers.source import LEASES, LOADERS, SLOT_TIMEOUT, Lease, Residents
 from moetier.tiers.stats import TierStats
 from moetier.tiers.store.base import Store
 
-from .demands import Demand, Event, Load, Notifier, Pool, ThreadCaller
+from .demands import Demand, Event, Load, Notifier, ThreadCaller
 from .ledger import Ledger
 from .loads import LoadLimits
 from .session import Session, Timekeeper
@@ -98,9 +97,9 @@ class HostTier(Closeable):
             self._arena = arena or Arena.create(self.layout)
             undo.callback(self._arena.close)
             # writable views, for the loaders
-            self._slots = [self._arena.slot(slot) for slot in range(self.layout.slots)]
+            self._slots = [self._arena.slot(TierSlot(slot)) for slot in range(self.layout.slots)]
             # a read-only view of each slot; always the same objects, for which the device tier can cache tensors
-            self._records = [self._arena.view(slot) for slot in range(self.layout.slots)]
+            self._records = [self._arena.view(TierSlot(slot)) for slot in range(self.layout.slots)]
             self._residents: dict[int, Residents | None] = {}  # a dictionary from block to what ``residents`` returns
             self._ledger = Ledger(
                 self.manifest,
@@ -111,6 +110,7 @@ class HostTier(Closeable):
                 policy=policy,
                 loads_rest=loads_rest,
             )
+            self._loads, self._uses = self._ledger.loads, self._ledger.uses
             undo.callback(self.close)
             if arena is not None:
                 self.recovered = self._ledger.recover(recover(arena, self.manifest, loaders))
@@ -133,7 +133,7 @@ class HostTier(Closeable):
             return
         block = keys[0].block
         self.manifest.check_keys(block, keys)
-        demand = Demand(self._ledger.pool_of[block], block, ThreadCaller(threading.get_ident()))
+        demand = self._ledger.demand(block, ThreadCaller(threading.get_ident()))
         try:
             at_once = self._begin(demand, keys)
             if at_once is not None and demand.loads:
@@ -169,10 +169,10 @@ class HostTier(Closeable):
         ready = self._ledger.next_leases(demand)
         return None if ready is None else (self._leases(demand, ready[0]), ready[1])
 
-    def _leases(self, demand: Demand, slots: Sequence[int]) -> deque[Lease[memoryview]]:
+    def _leases(self, demand: Demand, slots: Sequence[PoolSlot]) -> deque[Lease[memoryview]]:
         pool, leases = demand.pool, deque[Lease[memoryview]]()
         for slot in slots:
-            number = pool.first + slot
+            number = pool.number(slot)
             leases.append(Lease(pool.key(slot), self._records[number], number, None, slot != slots[-1]))
         return leases
 
@@ -188,7 +188,7 @@ class HostTier(Closeable):
         Raises MissingExpertError if the model does not have the expert.
         """
         self.manifest.check_keys(key.block, [key])
-        demand = Demand(self._ledger.pool_of[key.block], key.block, ThreadCaller(threading.get_ident()))
+        demand = self._ledger.demand(key.block, ThreadCaller(threading.get_ident()))
         try:
             yield self._lease_for_copy(demand, key)
         finally:
@@ -209,22 +209,22 @@ class HostTier(Closeable):
     @deferred
     def note_uses(self, block: int, experts: Sequence[int]) -> None:
         """Count a demand, as ``ExpertSource`` specifies."""
-        self._ledger.direct_hits.count_hits(block, experts)
+        self._uses.note_uses(block, experts)
 
     @deferred
     def take_back_uses(self, block: int, experts: Sequence[int]) -> None:
         """Count the hits of an earlier ``note_uses`` as discarded, as ``ExpertSource`` specifies."""
-        self._ledger.direct_hits.discard_hits(experts)
+        self._uses.take_back_uses(experts)
 
     @transition
     def note_copy_uses(self, keys: Sequence[ExpertKey]) -> None:
         """Note uses in the tier above, as ``CopySource`` specifies. The result of ``uses`` includes them."""
-        self._ledger.direct_hits.count_copy_uses(keys)
+        self._uses.note_copy_uses(keys)
 
     @transition
     def uses(self) -> dict[ExpertKey, int]:
         """Return a dictionary from each key to the number of its uses."""
-        return dict(self._ledger.direct_hits.uses)
+        return dict(self._uses.counts)
 
     def prefetch(self, block: int, keys: Sequence[ExpertKey]) -> None:
         """Request prefetches as ``ExpertSource`` specifies. ``PrefetchQueue.next_read`` says which slots they take.
@@ -245,13 +245,11 @@ class HostTier(Closeable):
         prefetch requests go first. The warm-up evicts no record, and does not read a record that already has a slot.
         Returns at once.
         """
-        self._warm([(pool, hottest(block, pool.quota(block))) for block, pool in enumerate(self._ledger.pool_of)])
+        self._warm([hottest(block, quota) for block, quota in enumerate(self._ledger.quotas())])
 
     @transition
-    def _warm(self, wanted: Sequence[tuple[Pool, Sequence[ExpertKey]]]) -> None:
-        self._ledger.check_open()
-        for pool, keys in wanted:
-            self._ledger.loads.warm(pool, keys)
+    def _warm(self, wanted: Sequence[Sequence[ExpertKey]]) -> None:
+        self._ledger.warm(wanted)
 
     # -- loaders ------------------------------------------------------------------------------------------------------
 
@@ -298,19 +296,19 @@ class HostTier(Closeable):
 
     @transition
     def _take_load(self) -> Load | None:
-        return self._ledger.loads.take()
+        return self._loads.take()
 
     @transition
     def _complete_load(self, load: Load, seconds: float) -> None:
-        self._ledger.loads.complete(load, seconds)
+        self._loads.complete(load, seconds)
 
     @transition
     def _fail_load(self, load: Load, error: BaseException) -> None:
-        self._ledger.loads.fail(load, error)
+        self._loads.fail(load, error)
 
     @waiting
     def _may_continue(self, load: Load) -> bool | None:
-        return self._ledger.loads.may_continue(load)
+        return self._loads.may_continue(load)
 
     def ready_experts(self, block: int) -> list[int]:
         """Return the experts of a block whose records are READY now."""
@@ -323,8 +321,8 @@ class HostTier(Closeable):
         This takes no lock, so the result may be out of date when the caller gets it.
         """
         self._monitor.fork_guard.check()
-        pool_of = self._ledger.pool_of
-        return [key for key in keys if not pool_of[key.block].is_ready(key)]
+        is_ready = self._ledger.is_ready
+        return [key for key in keys if not is_ready(key)]
 
     # -- other processes, statistics, the end --------------------------------------------------------------------------
 
@@ -353,14 +351,14 @@ class HostTier(Closeable):
         self._check_open()
         return self._arena.export()
 
-    def whole(self, slot: int) -> memoryview:
+    def whole(self, slot: TierSlot) -> memoryview:
         """Return a read-only view of the record in a leased slot and its checksum, to send to another host."""
         return self._arena.whole(slot)
 
     @transition
     def stats(self) -> TierStats:
         """Return a snapshot of the counters and of the state of the slots."""
-        return snapshot(self._ledger.counters, self._ledger.pools.values())
+        return self._ledger.stats()
 
     @transition
     def count_failure(self) -> None:

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moetier.tiers.errors import ChecksumError, StoreError, TargetError
+from moetier.tiers.errors import ChecksumError, ClosedError, StoreError, TargetError
 from moetier.tiers.layout import CHECKSUM_BYTES, ExpertKey
 from moetier.tiers.locks import ForkGuard, UseCount
 from moetier.tiers.manifest import Manifest
@@ -105,7 +105,8 @@ class CachedStore(WrapperStore):
         # ``close`` waits for reads before it closes what they use
         self._use = UseCount(f"The store {store.folder}")
         self._objects: Objects | None = None  # opened when the first record is fetched
-        self._lock = threading.Lock()  # guards: ``_objects``, ``_fetched``, ``_from_cache``
+        self._closed = False
+        self._lock = threading.Lock()  # guards: ``_objects``, ``_closed``, ``_fetched``, ``_from_cache``
         self._fetched, self._from_cache = ShareCounts(), ShareCounts()
         self._access_times: AccessTimes | None = times
         # guards: ``_arrived``, ``_waiting``, ``_buffers``, ``_timeout``, ``_full``. Notified when records are durable
@@ -126,8 +127,13 @@ class CachedStore(WrapperStore):
 
     @property
     def objects(self) -> Objects:
-        """The objects that records are fetched from. Raises ConfigError if obstore is not installed."""
+        """The objects that records are fetched from.
+
+        Raises ConfigError if obstore is not installed, and ClosedError once ``close`` was called.
+        """
         with self._lock:
+            if self._closed:
+                raise ClosedError(f"The store {self.folder} was closed.", "Open it again.")
             if self._objects is None:
                 self._objects = Objects(self.address)
             return self._objects
@@ -139,9 +145,10 @@ class CachedStore(WrapperStore):
 
     def shares(self) -> list[Share]:
         """Return how many records were fetched, and how many came from the cache, since the store was opened."""
-        retries = 0 if self._objects is None else self._objects.retries
-        place = f"{self.address} ({retries} retries)" if retries else self.address
-        return [self._fetched.share(place), self._from_cache.share(f"its cache {self.directory}")]
+        with self._lock:
+            retries = 0 if self._objects is None else self._objects.retries
+            place = f"{self.address} ({retries} retries)" if retries else self.address
+            return [self._fetched.share(place), self._from_cache.share(f"its cache {self.directory}")]
 
     def _count(self, counts: ShareCounts, nbytes: int) -> None:
         with self._lock:
@@ -363,9 +370,11 @@ class CachedStore(WrapperStore):
 
     def close(self) -> None:
         """Wait for reads in progress and for records to become durable, then close all."""
-        if self._objects is not None:
-            self._objects.close()
         if self._fork_guard.is_owner:
+            with self._lock:
+                self._closed = True
+            if self._objects is not None:
+                self._objects.close()
             self._use.close()
             self._writer.shutdown()
         self.store.close()

@@ -26,7 +26,7 @@ from .client import Objects, RefusedReadError, finish
 MAX_SMALL_BYTES = 256 << 20  # most bytes of all small files, such as the tokenizer's
 MAX_SMALL_FILES = 100
 SLACK_BYTES = 1 << 20  # by which an answer may be longer than the small file, so that the error can describe it
-PAGE = re.compile(rb"\s*<(!doctype html|html)\b", re.IGNORECASE)
+WEB_PAGE = re.compile(rb"\s*<(!doctype html|html)\b", re.IGNORECASE)
 DAMAGED = (
     "Nothing of it was cached. See what the server sends (a proxy or a sign-in page may answer in its place). If the "
     "object itself is damaged, write it again: moetier push --overwrite DIR ADDRESS"
@@ -123,7 +123,7 @@ def _read_small(objects: Objects, name: str, entry: FileSum | None, most: int, f
     of more than MAX_JSON_BYTES is not parsed, as a hostile one may take fifty times its size in memory.
     """
     data, where = objects.read_whole(name, most, fresh=fresh), f"{name} at {objects.where}"
-    if PAGE.match(data):
+    if WEB_PAGE.match(data):
         raise StoreFormatError(f"{where} is a web page, and not the file of a model.", DAMAGED)
     if entry is not None and entry != FileSum(len(data), crc32c(data)):
         raise ChecksumError(f"{where} has other bytes than the manifest says.", DAMAGED)

@@ -19,7 +19,7 @@ from pathlib import Path
 from moetier.tiers.closeable import closed_on_error
 from moetier.tiers.errors import ChecksumError, StoreError, StoreFormatError
 from moetier.tiers.fields import Fields
-from moetier.tiers.layout import PAGE, ExpertKey
+from moetier.tiers.layout import PAGE_BYTES, ExpertKey
 from moetier.tiers.locks import UseCount
 from moetier.tiers.manifest import Manifest
 
@@ -226,7 +226,7 @@ class MirroredStore(WrapperStore):
         if others:
             second = (stale or others)[0]
             seconds = (first.queued + second.queued + length) / (first.rate + second.rate)
-            rest = length - max(round((seconds * first.rate - first.queued) / PAGE) * PAGE, LEAST_BYTES)
+            rest = length - max(round((seconds * first.rate - first.queued) / PAGE_BYTES) * PAGE_BYTES, LEAST_BYTES)
             if stale:
                 rest = min(max(rest, LEAST_BYTES), length)
             if rest >= LEAST_BYTES or stale:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moetier.tiers.errors import ChecksumError, IncompleteStoreError, StoreError, StoreReadError
-from moetier.tiers.layout import CHECKSUM_BYTES, PAGE, ExpertKey
+from moetier.tiers.layout import CHECKSUM_BYTES, PAGE_BYTES, ExpertKey
 from moetier.tiers.locks import ForkGuard, UseCount
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.source import interruptible_bytes
@@ -236,7 +236,7 @@ class ExpertStore(DirectoryStore):
             shard, offset = self.locate(key)
             view = as_bytes(buffer)
             assert len(view) == shard.file.slot_bytes, f"{len(view)} bytes are no slot"
-            assert not shard.direct or _address(view) % PAGE == 0, "not on a page"
+            assert not shard.direct or _address(view) % PAGE_BYTES == 0, "not on a page"
             try:
                 crc = read_in_pieces(view, pause, partial(self._read_part, shard, offset))
             except StoreReadError as error:

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from moetier.tiers.errors import ChecksumError, MissingExpertError, StoreFormatError, StoreReadError
-from moetier.tiers.layout import CHECKSUM_BYTES, PAGE
+from moetier.tiers.layout import CHECKSUM_BYTES, PAGE_BYTES
 from moetier.tiers.manifest import Manifest
 
 from .atomic import read_errors
@@ -92,7 +92,7 @@ class OpenShard:
 
     file: ShardFile
     descriptor: int
-    direct: bool  # true with O_DIRECT: addresses, offsets and lengths of reads must be multiples of PAGE
+    direct: bool  # true with O_DIRECT: addresses, offsets and lengths of reads must be multiples of PAGE_BYTES
     unchanged: Unchanged | None = None  # notices writes to the file after each read; None: records have checksums
 
     @classmethod
@@ -194,7 +194,7 @@ def read_at(
             if done + count >= least:
                 return
             if direct:
-                count -= count % PAGE  # after a short read, the next read must begin at a multiple of PAGE again
+                count -= count % PAGE_BYTES  # after a short read, the next read must begin on a page again
             if not count:
                 raise StoreReadError(
                     f"{path} ends before byte {offset + least:,}: it was truncated while in use.", REPAIR
@@ -228,10 +228,10 @@ def foreign_shards(manifest: Manifest, digest: str, folder: Path) -> ChecksumErr
 def try_direct(descriptor: int) -> bool:
     """Switch an open file to O_DIRECT if a trial read with O_DIRECT succeeds. Return whether it succeeded."""
     flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
-    with mmap.mmap(-1, PAGE) as page:
+    with mmap.mmap(-1, PAGE_BYTES) as page:
         try:
             fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | os.O_DIRECT)
-            if os.preadv(descriptor, [page], 0) == PAGE:
+            if os.preadv(descriptor, [page], 0) == PAGE_BYTES:
                 return True
         except OSError:
             pass

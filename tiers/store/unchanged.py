@@ -16,7 +16,7 @@ import os
 from pathlib import Path
 
 from moetier.tiers.errors import StoreFormatError
-from moetier.tiers.layout import PAGE
+from moetier.tiers.layout import PAGE_BYTES
 
 from .atomic import read_errors
 from .checksum import crc32c
@@ -111,9 +111,9 @@ def _attributes(status: os.stat_result) -> tuple[int, ...]:
 
 def _samples(descriptor: int, size: int) -> int:
     """Return the CRC-32C of SAMPLES pages of a file of ``size`` bytes. A page that can't be read counts as zeros."""
-    last = max(size - 1, 0) // PAGE
-    with mmap.mmap(-1, SAMPLES * PAGE) as pages, memoryview(pages) as view:  # aligned, as O_DIRECT requires
+    last = max(size - 1, 0) // PAGE_BYTES
+    with mmap.mmap(-1, SAMPLES * PAGE_BYTES) as pages, memoryview(pages) as view:  # aligned, as O_DIRECT requires
         for number in range(SAMPLES):
-            with view[number * PAGE : (number + 1) * PAGE] as page, contextlib.suppress(OSError):
-                os.preadv(descriptor, [page], last * number // (SAMPLES - 1) * PAGE)
+            with view[number * PAGE_BYTES : (number + 1) * PAGE_BYTES] as page, contextlib.suppress(OSError):
+                os.preadv(descriptor, [page], last * number // (SAMPLES - 1) * PAGE_BYTES)
         return crc32c(view)

@@ -50,7 +50,7 @@ def interruptible() -> Iterator[Callable[[], bool]]:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class Reply:
     """One answer: its text, the reason why it ended, and its counts and times."""
 
     text: str
@@ -115,7 +115,7 @@ class Answering:
         self._seeds = itertools.count(seed)
         self._stop = PLAIN_STOP if is_plain else ""
 
-    def answer(self, ids: list[int], *, most: int, is_interrupted: Callable[[], bool], echo: bool) -> Answer:
+    def answer(self, ids: list[int], *, most: int, is_interrupted: Callable[[], bool], echo: bool) -> Reply:
         """Return an answer of at most ``most`` tokens to the prompt ``ids``, a list of token ids.
 
         If ``echo``, print the text while it is generated. The answer ends when ``is_interrupted`` returns True, at the
@@ -139,7 +139,7 @@ class Answering:
         after = self._model.tiers.stats()[-1]
         assert sequence.finish is not None
         computed = min(sequence.computed, len(ids)) - sequence.cached
-        return Answer(
+        return Reply(
             streamer.text.strip() if self._stop else streamer.text,
             END if streamer.stopped else REASONS[sequence.finish],
             len(ids),

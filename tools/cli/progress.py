@@ -23,7 +23,7 @@ LINE_SECONDS = 10.0
 PROMPT_SECONDS = 1.0  # time after which a prompt that is being computed gets a bar
 
 
-class Progress:
+class ByteProgress:
     """Count bytes up to ``total``, and show the progress unless ``quiet``. Not thread-safe."""
 
     def __init__(self, label: str, total: int, *, quiet: bool = False) -> None:
@@ -61,7 +61,7 @@ class Progress:
         """Print a line on standard output, above the progress bar if there is one."""
         tqdm.write(plain(line), file=sys.stdout)
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> ByteProgress:
         return self
 
     def __exit__(
@@ -79,7 +79,7 @@ def shown(label: str) -> Callable[[int], contextlib.AbstractContextManager[Calla
 
     @contextlib.contextmanager
     def begin(total: int) -> Iterator[Callable[[int], None]]:
-        with Progress(label, total) as progress:
+        with ByteProgress(label, total) as progress:
             yield progress.advance
 
     return begin

@@ -86,14 +86,14 @@ def report_of(work: Callable[[], ConversionReport], as_json: bool) -> int:
     try:
         with _stopped_by_signals():
             report = work()
-    except Stopped as stop:
+    except Interrupted as stop:
         print("moetier: stopped. Run the same command again: it resumes where it stopped.", file=sys.stderr)
         return 128 + stop.number
     print(json.dumps(report.to_json()) if as_json else report.table())
     return 0
 
 
-class Stopped(BaseException):
+class Interrupted(BaseException):
     """Raised by a signal that ends the conversion."""
 
     def __init__(self, number: int) -> None:
@@ -103,12 +103,12 @@ class Stopped(BaseException):
 
 @contextmanager
 def _stopped_by_signals() -> Iterator[None]:
-    """Raise Stopped in the block at the first SIGINT or SIGTERM, and ignore further ones while the block cleans up."""
+    """Raise Interrupted in the block at the first SIGINT or SIGTERM, and ignore others while the block cleans up."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         for signal_number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signal_number, signal.SIG_IGN)
-        raise Stopped(number)
+        raise Interrupted(number)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

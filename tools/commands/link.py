@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> None:
     from moetier.tiers.extents.table import write_table
     from moetier.tiers.store.folder import GROUP, command
     from moetier.tools.cli.lean import lean_imports
-    from moetier.tools.cli.progress import Progress
+    from moetier.tools.cli.progress import ByteProgress
 
     folder = Path(arguments.directory)
     if folder.suffix == ".gguf" and not folder.exists():
@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> None:
         table = make_table(open_source(folder, ignore_code=arguments.ignore_code))
     table = replace(table, ignored_code=arguments.ignore_code)
     total = sum(shard.bytes for shard in table.shards)
-    with CheckpointStore.with_table(folder, table) as store, Progress("link", total) as progress:
+    with CheckpointStore.with_table(folder, table) as store, ByteProgress("link", total) as progress:
         for linked in link(store):
             if isinstance(linked, int):
                 progress.advance(linked)

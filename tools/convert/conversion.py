@@ -23,7 +23,7 @@ from moetier.tiers.quant.codec import WeightError
 from moetier.tiers.small_names import VOCABULARY
 from moetier.tiers.store.atomic import disk_errors
 from moetier.tiers.store.writer import StoreWriter
-from moetier.tools.cli.progress import Progress
+from moetier.tools.cli.progress import ByteProgress
 from moetier.tools.cli.report import table
 from moetier.tools.convert.model_files import free_bytes, nearest_folder
 
@@ -200,7 +200,7 @@ class Conversion:
         return stages({block: self.planned.blueprint.blocks[block].files for block in missing})
 
     def _write_trunk(self) -> dict[str, FileSum]:
-        with Progress("trunk", sum(file.size for file in self.target.trunk), quiet=self.quiet) as progress:
+        with ByteProgress("trunk", sum(file.size for file in self.target.trunk), quiet=self.quiet) as progress:
             return {file.name: file.make(self.target.folder, progress.advance) for file in self.target.trunk}
 
     def _write_blocks(self, writer: StoreWriter, errors: dict[int, float]) -> None:
@@ -208,12 +208,12 @@ class Conversion:
         blocks = [block for stage in order for block in stage.blocks]
         total = sum(manifest.blocks[block].experts * manifest.layout(block).slot_bytes for block in blocks)
         readable = (stage for stage in order) if self.download is None else self.download.stream(order, self.quiet)
-        with Progress("experts", total, quiet=self.quiet) as progress, closing(readable):
+        with ByteProgress("experts", total, quiet=self.quiet) as progress, closing(readable):
             for stage in readable:
                 self._write_stage(stage.blocks, writer, errors, progress)
 
     def _write_stage(
-        self, blocks: Sequence[int], writer: StoreWriter, errors: dict[int, float], progress: Progress
+        self, blocks: Sequence[int], writer: StoreWriter, errors: dict[int, float], progress: ByteProgress
     ) -> None:
         manifest = self.target.manifest
         keys = [ExpertKey(block, expert) for block in blocks for expert in range(manifest.blocks[block].experts)]

@@ -17,7 +17,7 @@ from moetier.tiers.store.mirror import read_mirrors
 from moetier.tiers.store.reader import ExpertStore
 from moetier.tiers.store.shard import ShardFile
 from moetier.tiers.store.writer import StoreWriter, is_complete
-from moetier.tools.cli.progress import Progress
+from moetier.tools.cli.progress import ByteProgress
 
 from .model_files import empty, free_bytes, locked
 from .target import check_place, freed_bytes, is_ours, outside_store
@@ -52,7 +52,7 @@ def make_mirror(directory: Path, target: Path, *, quiet: bool = True, overwrite:
             if replaced:
                 with locked(str(target), target):
                     empty(target, [])
-            digest = _copy(store, target / GROUP, shards, trunk, Progress("mirror", missing, quiet=quiet))
+            digest = _copy(store, target / GROUP, shards, trunk, ByteProgress("mirror", missing, quiet=quiet))
     if digest != manifest.digest:
         raise ChecksumError(
             f"The records in {target} and in {directory} come from different conversions.",
@@ -104,7 +104,7 @@ def _manifest_sums(target: Path) -> tuple[str, Mapping[str, FileSum]]:
 
 
 def _copy(
-    store: ExpertStore, folder: Path, shards: list[ShardFile], trunk: Mapping[str, FileSum], progress: Progress
+    store: ExpertStore, folder: Path, shards: list[ShardFile], trunk: Mapping[str, FileSum], progress: ByteProgress
 ) -> str:
     """Copy the shards that are missing in the store ``folder``, write its manifest, and return its digest."""
     buffer = memoryview(mmap.mmap(-1, max(shard.slot_bytes for shard in shards)))

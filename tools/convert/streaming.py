@@ -42,9 +42,9 @@ from moetier.runtime.config import format_bytes
 from moetier.runtime.formats.tensors import CHUNK_BYTES, StoredTensor, listed, read_at, read_tensors
 from moetier.tiers.errors import CheckpointError
 from moetier.tiers.fields import some
-from moetier.tiers.layout import PAGE
+from moetier.tiers.layout import PAGE_BYTES
 from moetier.tiers.store.atomic import PARTIAL, make_folders, sync_folder, write_all, write_durably
-from moetier.tools.cli.progress import Progress
+from moetier.tools.cli.progress import ByteProgress
 
 from .conversion_plan import Stage
 
@@ -115,8 +115,8 @@ class Download:
         if self.keep:
             return 0, sum(coming.values())
         copies = [path for path in self._tensors if not self._cached(path) and not self._has_copy(path)]
-        pages = sum(-(-size // PAGE) * PAGE + PAGE for path in copies for _, size in self._ranges(path))
-        return _most(in_order, coming) + pages, 0
+        pages = sum(-(-size // PAGE_BYTES) + 1 for path in copies for _, size in self._ranges(path))
+        return _most(in_order, coming) + PAGE_BYTES * pages, 0
 
     def stream(self, in_order: Sequence[Stage], quiet: bool) -> Generator[Stage, None, None]:
         """Yield each stage, ``in_order``, once its files are on the disk; delete files that no later stage needs.
@@ -177,7 +177,7 @@ class Download:
         if _is_whole(path):
             return
         name, remote = self._names[path], self._files[path]
-        with Progress(name, remote.size, quiet=quiet) as progress:
+        with ByteProgress(name, remote.size, quiet=quiet) as progress:
             file = self._cached(path)
             if file is None:
 

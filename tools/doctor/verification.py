@@ -19,7 +19,7 @@ from moetier.tiers.store.mirror import open_mirror, read_mirrors
 from moetier.tiers.store.scrub import scrub
 from moetier.tiers.store.scrubbable import Problem
 from moetier.tools.cli.failure import plain
-from moetier.tools.cli.progress import Progress
+from moetier.tools.cli.progress import ByteProgress
 from moetier.tools.convert.model_files import small_faults
 
 
@@ -123,7 +123,7 @@ def _run(checks: Iterable[int | Problem], total: int, *, shows: bool) -> tuple[l
     """
     bad: dict[str, Problem] = {}  # by cause
     nbytes = 0
-    with Progress("verify", total) as progress:
+    with ByteProgress("verify", total) as progress:
         for result in checks:
             if isinstance(result, int):
                 nbytes += result

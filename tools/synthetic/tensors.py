@@ -14,7 +14,7 @@ import torch
 
 from moetier.runtime.formats.tensors import SourceTensor, StoredTensor
 from moetier.tiers.errors import DiskSpaceError, TargetExistsError
-from moetier.tools.cli.progress import Progress
+from moetier.tools.cli.progress import ByteProgress
 
 from .checkpoint import (
     POOL_WEIGHTS,
@@ -137,7 +137,7 @@ def make_synthetic(
         )
     config |= special_tokens()
     make_folders(folder)
-    with disk_errors(folder / "model"), Progress("weights", size, quiet=quiet) as progress:
+    with disk_errors(folder / "model"), ByteProgress("weights", size, quiet=quiet) as progress:
         for shard in shards:
             shard.write(folder, progress.advance)
         write_durably(folder / INDEX, index_of(shards))

@@ -16,7 +16,7 @@ from moetier.tiers.cache.budget import Partition, partitions_of
 from moetier.tiers.cache.policies import DEFAULT_POLICY, POLICIES, Policy
 from moetier.tiers.cache.pool import SlotPool
 from moetier.tiers.host.warmup import HotSet
-from moetier.tiers.layout import ExpertKey
+from moetier.tiers.layout import ExpertKey, PoolSlot
 from moetier.tiers.manifest import Manifest
 
 SIMULATED = (*POLICIES, "learned", "belady")  # the policies of real tiers, and two for comparison
@@ -162,7 +162,7 @@ class SimulatedTier:
         waiting = deque(map(self._slot, resident))
         for slot in waiting:
             self._pool.pin(slot)
-        loaded: deque[int] = deque()
+        loaded: deque[PoolSlot] = deque()
         for key in missing:
             if len(loaded) == AHEAD:
                 while waiting:
@@ -176,11 +176,11 @@ class SimulatedTier:
         for slot in (*waiting, *loaded):
             self._pool.unpin(slot)
 
-    def _fill(self, slot: int, key: ExpertKey, *, is_scan: bool) -> None:
+    def _fill(self, slot: PoolSlot, key: ExpertKey, *, is_scan: bool) -> None:
         self._pool.begin_fill(slot, key, is_scan=is_scan)
         self._pool.complete_fill(slot)
 
-    def _slot(self, key: ExpertKey) -> int:
+    def _slot(self, key: ExpertKey) -> PoolSlot:
         slot = self._pool.slot_of(key)
         assert slot is not None
         return slot

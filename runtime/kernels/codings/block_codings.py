@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from moetier.runtime.kernels.jit.emitter import F32, I8, I16, I32, Value, vector
 from moetier.tiers.layout import BLOCKS, Projection
 
-from .row_emitter import DOUBLED_E2M1, UNIT, Coding, ColumnGroup, RowEmitter
+from .row_emitter import BIASED_E2M1, UNIT, Coding, ColumnGroup, RowEmitter
 
 COLUMNS = 64  # columns whose blocks are loaded together, unless a single block has more
 
@@ -115,7 +115,7 @@ class _Mxfp4(_Blocks):
         at, lanes = emit.at, emit.lanes
         scale = emit.powers(at.shl(stored.byte(place), emit.all(I32, 23, lanes)))
         codes = _nibbles(emit, [stored.word(place + 1 + 4 * i) for i in range(4)])
-        yield ColumnGroup([emit.lookup(code, DOUBLED_E2M1) for code in codes], scale)
+        yield ColumnGroup([emit.lookup(code, BIASED_E2M1) for code in codes], scale)
 
 
 class _Q8_0(_Blocks):

@@ -8,7 +8,7 @@ from moetier.runtime.kernels.jit.emitter import F32, I32, LANES, Value, vector
 from moetier.tiers.layout import ITEM_BYTES, SCALE_TYPES, Projection
 
 from .block_codings import BLOCK_CODINGS
-from .row_emitter import DOUBLED_E2M1, UNIT, Coding, ColumnGroup, RowEmitter
+from .row_emitter import BIASED_E2M1, UNIT, Coding, ColumnGroup, RowEmitter
 
 MOST_COLUMNS = 128  # most columns of groups that are loaded together, unless a single group has more
 FLOAT_COLUMNS = 64  # columns whose products with fp32 numbers are added up before they are scaled
@@ -88,7 +88,7 @@ class _E2m1(_Nibbles):
     """FP4 numbers, which doubled are integers from -12 to 12."""
 
     centre, largest, unit = 12, 24, 0.5
-    table = DOUBLED_E2M1
+    table = BIASED_E2M1
 
 
 class _E4m3(_Scaled):

@@ -22,7 +22,7 @@ WIDE = frozenset({Dot.AVX512_VNNI})  # values of Processor.dot with registers of
 UNIT = 16  # bytes of a row that are transposed at a time
 NAN_BITS = -0x7F7F7F80  # 0x80808080: the highest bit of each byte
 # 2 * v + 12 for the values v of the codes of FP4 numbers
-DOUBLED_E2M1 = (12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0)
+BIASED_E2M1 = (12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0)
 
 
 class ColumnGroup(NamedTuple):

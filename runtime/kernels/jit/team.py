@@ -233,7 +233,7 @@ def compiled(processor: Processor) -> tuple[Callable[..., None], Callable[..., N
 
 
 _team: Team | None = None
-_making = threading.Lock()  # guards changes of ``_team``
+_making = threading.Lock()  # guards changes of ``_team``; in a forked child ``_forget`` does not take it
 
 
 def the_team() -> Team:

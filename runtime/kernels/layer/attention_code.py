@@ -27,7 +27,7 @@ from moetier.runtime.kernels.jit.processor import Processor
 from moetier.runtime.kernels.jit.team import Kernel, compile_kernel
 from moetier.runtime.kernels.products.words import has_pairs
 
-from .attention_piece import LOG2_E, PIECE, ROWS, Piece, PieceEmitter, Sight, held_numbers, result_numbers
+from .attention_piece import LOG2_E, PIECE, ROWS, KeyPiece, PieceEmitter, Sight, held_numbers, result_numbers
 
 ATTEND = "moetier_attend"  # name of the compiled function
 BLOCK_ROWS = 10 * ROWS  # most rows of a block; more would need more memory than the processor's caches have
@@ -235,7 +235,7 @@ class _Attention(PieceEmitter):
         """Emit what a row attends to in the present piece."""
         return self._inside(self._sight(row, row))
 
-    def _piece(self, index: Value) -> Piece:
+    def _piece(self, index: Value) -> KeyPiece:
         at, n, given, block = self.at, self.number, self._given, self._block
         entry = at.mul(at.add(at.mul(block.sequence, given.pieces), index), n(8))
 
@@ -243,7 +243,7 @@ class _Attention(PieceEmitter):
             return at.add(self.load(at.inttoptr(table, POINTER), entry, I64), at.mul(block.head, stride))
 
         keys, values = address(given.keys, given.key_head), address(given.values, given.value_head)
-        return Piece(keys, values, self._inside(block.sight))
+        return KeyPiece(keys, values, self._inside(block.sight))
 
     @contextlib.contextmanager
     def _heads(self) -> Iterator[tuple[Value, Value, Value]]:

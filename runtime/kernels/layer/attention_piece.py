@@ -48,7 +48,7 @@ class Sight(NamedTuple):
     high: Value
 
 
-class Piece(NamedTuple):
+class KeyPiece(NamedTuple):
     """Addresses of a head's keys and values of a piece, and what a block of rows attends to in it."""
 
     keys: Value  # i64
@@ -106,13 +106,13 @@ class PieceEmitter(WordEmitter):
                 self.prefetch(ahead, offset, LANES * WORD)
             self.store(self.load_words(source, offset), target, at.mul(i, n(WORD)))
 
-    def arrange(self, piece: Piece) -> None:
+    def arrange(self, piece: KeyPiece) -> None:
         """Emit copies of a piece's keys and values as words, for ``compute`` with more than ROWS rows."""
         if not self.has_few_rows:
             self._arrange_keys(piece, self._down(piece.sight.low, self.columns), piece.sight.high)
             self._arrange_values(piece)
 
-    def _arrange_keys(self, piece: Piece, begin: Value, end: Value) -> None:
+    def _arrange_keys(self, piece: KeyPiece, begin: Value, end: Value) -> None:
         """Emit copies of the keys of positions from ``begin`` to before ``end``.
 
         Positions outside of the piece's sight, whose scores are not used, get the key of the nearest in it.
@@ -134,7 +134,7 @@ class PieceEmitter(WordEmitter):
                     offset = at.mul(at.add(i, n(number)), n(self.columns * WORD))
                     self.store(words, self._keys, at.add(tile, offset))
 
-    def _arrange_values(self, piece: Piece) -> None:
+    def _arrange_values(self, piece: KeyPiece) -> None:
         at, n = self.at, self.number
         with self.loop(*self._steps(piece.sight)) as step:
             rows, target = self._values_of(piece, step), at.mul(step, self._value_bytes)
@@ -142,14 +142,14 @@ class PieceEmitter(WordEmitter):
                 (words,) = self.paired(rows, at.mul(i, n(self.dtype.itemsize)), 1)
                 self.store(words, self._value_words, at.add(target, at.mul(i, n(WORD))))
 
-    def _values_of(self, piece: Piece, step: Value) -> list[Value]:
+    def _values_of(self, piece: KeyPiece, step: Value) -> list[Value]:
         """Emit pointers to the values of a step's positions: one, or a pair."""
         at, n = self.at, self.number
         first = at.mul(step, n(self.numbers))
         positions = [self._nearest(at.add(first, n(i)), piece.sight) for i in range(self.numbers)]
         return [self._row(piece.values, self.value_stride, position) for position in positions]
 
-    def compute(self, piece: Piece, row: Value, count: Value, sight: Sight, result: Value) -> None:
+    def compute(self, piece: KeyPiece, row: Value, count: Value, sight: Sight, result: Value) -> None:
         """Emit m, z and s of ``count`` rows, at most ROWS, from row ``row`` of the queries on.
 
         ``result`` points to the results of all rows. ``sight`` has what any of the rows attends to.
@@ -182,7 +182,7 @@ class PieceEmitter(WordEmitter):
             results, [self.at.mul(row, self.at.mul(self.at.add(self.value_width, self.number(LANES)), self.number(4)))]
         )
 
-    def _score(self, piece: Piece, row: Value, count: Value, begin: Value, end: Value) -> None:
+    def _score(self, piece: KeyPiece, row: Value, count: Value, begin: Value, end: Value) -> None:
         """Emit the scores of ``count`` rows for the tiles with positions from ``begin`` to before ``end``."""
         at, n = self.at, self.number
         with self.loop(self._down(begin, self.columns), end, self.columns) as position:
@@ -230,7 +230,7 @@ class PieceEmitter(WordEmitter):
         self.keep(m, result, self.value_width)
         self.keep(self.reduce(at.load(total), at.fadd), result, at.add(self.value_width, n(1)))
 
-    def _unite(self, piece: Piece, row: Value, count: Value, sight: Sight, result: Value) -> None:
+    def _unite(self, piece: KeyPiece, row: Value, count: Value, sight: Sight, result: Value) -> None:
         """Emit s of ``count`` rows: the sums of the values, weighted by what ``_soften`` has left."""
         at, n = self.at, self.number
 

@@ -103,14 +103,14 @@ class CompiledRouter:
     def _many(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, correction: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        choice = Choice(self.variant, weight, bias, correction, rows=len(x))
+        choice = RoutingTask(self.variant, weight, bias, correction, rows=len(x))
         logits = matmul(x, weight, choice.product_dtype)
         weights, experts = choice.place(logits, bias, correction)
         choice.task.kernel.run(choice.task.context, threads_for(len(x) * weight.numel()))
         return logits.to(self.variant.logit_dtype), weights, experts
 
 
-class Choice:
+class RoutingTask:
     """The task that chooses experts by logits. Its context is made once."""
 
     def __init__(
@@ -147,7 +147,7 @@ class RoutingTasks:
         self, variant: RouterVariant, given: torch.dtype, weight: Tensor, bias: Tensor | None, correction: Tensor | None
     ) -> None:
         """``given`` is the type of x. ``weight`` is [experts, columns], and the others are [experts]."""
-        self._choice = Choice(variant, weight, bias, correction)
+        self._choice = RoutingTask(variant, weight, bias, correction)
         self.tasks = [gemv_task(weight, given, self._choice.product_dtype), self._choice.task]
 
     def place(

@@ -19,7 +19,7 @@ from threads import wait_until
 from moetier.proto import expert_store_pb2 as pb
 from moetier.proto.expert_store_pb2_grpc import ExpertStoreServicer, add_ExpertStoreServicer_to_server
 from moetier.runtime.client import daemon_link as link_module
-from moetier.runtime.client.daemon_link import Answer, Link, SlotRequest
+from moetier.runtime.client.daemon_link import Link, SlotAnswer, SlotRequest
 from moetier.runtime.client.mapped_arena import MappedArena
 from moetier.runtime.wire.address import SOCKET
 from moetier.runtime.wire.control import ControlConnection
@@ -117,9 +117,9 @@ def link(daemon: Daemon, folder: Path) -> Iterator[Link]:
     arena.close()
 
 
-def request(link: Link, *experts: int) -> tuple[SlotRequest, Callable[[], Answer | None]]:
+def request(link: Link, *experts: int) -> tuple[SlotRequest, Callable[[], SlotAnswer | None]]:
     """Send a request for experts of block 1, and return it with what takes its next answer."""
-    answers: SimpleQueue[Answer | None] = SimpleQueue()
+    answers: SimpleQueue[SlotAnswer | None] = SimpleQueue()
     made = SlotRequest(1, dict.fromkeys(experts), answers)
     link.submit(made)
     return made, lambda: answers.get(timeout=PATIENCE)
@@ -182,7 +182,7 @@ def test_one_release_cancels_a_request(link: Link, daemon: Daemon) -> None:
 
 def test_hits_are_reported_block_by_block_ahead_of_the_next_request(link: Link, daemon: Daemon) -> None:
     stream = daemon.stream()
-    link.report_hits([*keys(0, 3, 1), *keys(2, 2), *keys(0, 0)])
+    link.note_uses([*keys(0, 3, 1), *keys(2, 2), *keys(0, 0)])
     request(link, 5)
     used = stream.hear().used
     assert [(entry.block, list(entry.experts)) for entry in used.blocks] == [(0, [3, 1]), (2, [2]), (0, [0])]
@@ -193,7 +193,7 @@ def test_closing_reports_the_last_hits_and_wakes_who_waits(link: Link, daemon: D
     stream = daemon.stream()
     _, next_answer = request(link, 1)
     assert stream.hear().HasField("acquire")
-    link.report_hits(keys(0, 2))
+    link.note_uses(keys(0, 2))
     link.close()
     link.close()
     assert list(stream.hear().used.blocks[0].experts) == [2]

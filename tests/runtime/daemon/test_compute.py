@@ -19,7 +19,7 @@ import torch
 from daemons import DaemonProcess, running_daemon
 from readers import PATIENCE, GatedReader
 from stores import read_records
-from threads import wait_until, without_thread
+from threads import threads_named, wait_until, without_thread
 from torch import Tensor
 
 from moetier.proto import expert_store_pb2 as pb
@@ -36,6 +36,7 @@ from moetier.runtime.wire.channel import MAX_OUTPUTS, open_channel
 from moetier.runtime.wire.status_codes import abort, error_of
 from moetier.tiers.cache.budget import slots_for
 from moetier.tiers.errors import (
+    ClosedError,
     ConfigError,
     ExhaustedError,
     MissingExpertError,
@@ -171,8 +172,8 @@ BAD: list[tuple[dict[str, object], type[MoetierError], str]] = [
     ({"experts": []}, ProtocolError, "no expert"),
     ({"experts": [1, 1]}, ProtocolError, "twice"),
     ({"experts": [1] * (MAX_OUTPUTS + 1)}, ExhaustedError, "more than the"),
-    ({"hidden_states": b""}, ProtocolError, "0 bytes are not hidden states"),
-    ({"hidden_states": b"123"}, ProtocolError, "3 bytes are not hidden states"),
+    ({"hidden_states": b""}, ProtocolError, "has 0 bytes, not a positive multiple of"),
+    ({"hidden_states": b"123"}, ProtocolError, "has 3 bytes, not a positive multiple"),
     ({"dtype": "float64"}, ProtocolError, "is unknown"),
     ({"activation": pb.Activation()}, ProtocolError, "is unknown"),
     ({"activation": pb.Activation(function="silu", alpha=math.nan, limit=1.0)}, ProtocolError, "not finite"),
@@ -379,3 +380,29 @@ def test_without_a_thread_a_call_fails_and_the_next_one_computes(
             assert answer(ExpertStoreStub(channel), request)
     finally:
         model.close()
+
+
+def test_once_closed_nothing_is_computed_or_compiled(
+    served: tuple[ComputeCalls, Address], manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, address = served
+    monkeypatch.setattr(ExpertProducts, "__init__", lambda *_: pytest.fail("code was compiled"))
+    calls.close()
+    with open_channel(address, Credentials(insecure=True)) as channel, pytest.raises(ClosedError):
+        answer(ExpertStoreStub(channel), message(manifest, hidden_states(manifest, 1), [1]))
+    assert not threads_named("moetier-compiler")
+
+
+def test_closing_ends_answers_that_are_not_taken(served: tuple[ComputeCalls, Address], manifest: Manifest) -> None:
+    calls, address = served
+    x = hidden_states(manifest, 1, torch.float32)
+    long = message(manifest, x, [1], counts=[MAX_OUTPUTS], picked=[0] * MAX_OUTPUTS)
+    narrow = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1 << 16)]
+    with grpc.insecure_channel(address.target, narrow) as channel:
+        stub = ExpertStoreStub(channel)
+        answer(stub, long)
+        call = stub.Compute(long, timeout=600)
+        wait_until(lambda: calls.counts() == {"computed": 2 * MAX_OUTPUTS})
+        calls.close()
+        with pytest.raises(grpc.RpcError):
+            list(call)

@@ -313,7 +313,7 @@ def test_a_fault_of_ours_is_told_and_logged(
         RawClient(folder, store[1]) as client,
     ):
         with monkeypatch.context() as broken:
-            broken.setattr(Session, "count_hits", fault)
+            broken.setattr(Session, "note_uses", fault)
             client.acquire(1, 0, [0])
             client.granted()
             client.send(used=pb.Used(blocks=[pb.Experts(block=0, experts=[0])]))

@@ -99,6 +99,22 @@ def test_an_error_ends_only_its_sequence() -> None:
         assert streams[0].sequence.finish is Finish.FAILED
 
 
+def test_a_sequence_that_can_not_begin_ends_alone() -> None:
+    """It begins with a part of a page of another one, which can't be copied."""
+
+    class NoCopies(ToyRunner):
+        def copy_page(self, source: int, target: int, tokens: int) -> None:
+            raise MemoryError("no memory for a copy")
+
+    with Engine(NoCopies(), pages=8, most=2, chunk=64, context=1000) as engine:
+        expected = answer_alone(PROMPTS[0], 20, engine.context)
+        assert tokens_of(engine, PROMPTS[0]) == expected
+        with pytest.raises(MemoryError, match="no memory for a copy"):
+            tokens_of(engine, [*range(1, 80), 5])
+        assert tokens_of(engine, PROMPTS[4]) == answer_alone(PROMPTS[4], 20, engine.context)
+        assert engine.is_alive
+
+
 def test_an_error_while_a_token_is_sampled_ends_only_its_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
     with Engine(ToyRunner(), pages=20, most=2, chunk=64, context=1000) as engine:
         other = engine.stream(Request((5, 6, 7), 30))

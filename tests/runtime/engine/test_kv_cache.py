@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Ids
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -165,3 +166,23 @@ def test_a_sequence_begins_only_if_it_has_room_beside_those_that_run() -> None:
     assert cache.has_room(Sequence(Request((*range(2 * PAGE), 9), 1))), "it shares two pages"
     cache.end(first)
     assert cache.has_room(Sequence(Request((9,) * PAGE, 1)))
+
+
+def test_a_sequence_that_can_not_begin_holds_nothing() -> None:
+    """The copy of a page fails, as memory is short. Then the sequence begins after all."""
+    memory = WrittenPages()
+    cache = KVCache(4, memory)
+    cache.end(begun(cache, memory, [*range(100)]))
+    free, again = cache.free_pages(), Sequence(Request((*range(90), 7), 1))
+    with pytest.MonkeyPatch.context() as broken:
+
+        def fail(*_: int) -> None:
+            raise MemoryError
+
+        broken.setattr(memory, "copy_page", fail)
+        with pytest.raises(MemoryError):
+            cache.begin(again)
+    assert cache.free_pages() == free
+    cache.end(begun(cache, memory, [1000] * (4 * PAGE)))  # no page of the first is pinned
+    cache.begin(again)
+    assert again.computed == 0

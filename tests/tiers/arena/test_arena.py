@@ -23,11 +23,11 @@ from moetier.tiers.arena import arena as arena_module
 from moetier.tiers.arena.arena import SEALS, Arena
 from moetier.tiers.arena.layout import ArenaLayout, Region
 from moetier.tiers.errors import ArenaError, BudgetError, ClosedError
-from moetier.tiers.layout import PAGE
+from moetier.tiers.layout import PAGE_BYTES
 
 
 def layout_of(slots: int, pages: int = 1) -> ArenaLayout:
-    return ArenaLayout("ab" * 32, (slots,), (Region("records", slots, pages * PAGE),))
+    return ArenaLayout("ab" * 32, (slots,), (Region("records", slots, pages * PAGE_BYTES),))
 
 
 def arena_maps() -> int:
@@ -50,12 +50,12 @@ def test_slots_are_apart_and_begin_on_pages() -> None:
     arena = Arena.create(layout_of(3, 2))
     for index in range(3):
         slot = arena.slot(index)
-        assert len(slot) == 2 * PAGE
-        assert np.frombuffer(slot, np.uint8).ctypes.data % PAGE == 0
+        assert len(slot) == 2 * PAGE_BYTES
+        assert np.frombuffer(slot, np.uint8).ctypes.data % PAGE_BYTES == 0
         slot[:] = bytes([index + 1]) * len(slot)
     for index in range(3):
         assert bytes(arena.view(index)[:100]) == bytes([index + 1]) * 100
-        assert bytes(arena.slot(index)) == bytes([index + 1]) * 2 * PAGE
+        assert bytes(arena.slot(index)) == bytes([index + 1]) * 2 * PAGE_BYTES
     del slot
     arena.close()
 
@@ -77,8 +77,8 @@ def test_the_memory_file_is_private_sealed_and_not_under_dev_shm() -> None:
     descriptor = arena.export()
     status = os.fstat(descriptor)
     assert stat.S_IMODE(status.st_mode) == 0o600
-    assert status.st_size == 3 * PAGE
-    assert status.st_blocks * 512 == 3 * PAGE, "allocated, not sparse"
+    assert status.st_size == 3 * PAGE_BYTES
+    assert status.st_blocks * 512 == 3 * PAGE_BYTES, "allocated, not sparse"
     assert fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) == SEALS
     assert not os.get_inheritable(descriptor)
     assert str(Path(f"/proc/self/fd/{descriptor}").readlink()) == "/memfd:moetier-arena (deleted)"
@@ -112,16 +112,16 @@ def test_another_process_reads_and_can_do_nothing_else() -> None:
         from moetier.tiers.arena.arena import Arena
         from moetier.tiers.arena.layout import ArenaLayout, Region
         descriptor = int(sys.argv[1])
-        arena = Arena.map(descriptor, ArenaLayout("ab" * 32, (2,), (Region("records", 2, {PAGE}),)))
+        arena = Arena.map(descriptor, ArenaLayout("ab" * 32, (2,), (Region("records", 2, {PAGE_BYTES}),)))
         print(bytes(arena.view(1)[:6]).decode())
         print(arena.view(1)[:6].readonly)
         again = os.open(f"/proc/self/fd/{{descriptor}}", os.O_RDWR)  # the same user may: a restarted owner has to
         for attempt in (
-            lambda: mmap.mmap(descriptor, {2 * PAGE}, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE),
+            lambda: mmap.mmap(descriptor, {2 * PAGE_BYTES}, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE),
             lambda: os.pwrite(descriptor, b"x", 0),
             lambda: os.ftruncate(descriptor, 0),
             lambda: os.ftruncate(again, 0),
-            lambda: os.ftruncate(again, {4 * PAGE}),
+            lambda: os.ftruncate(again, {4 * PAGE_BYTES}),
         ):
             try:
                 attempt()
@@ -171,11 +171,11 @@ def test_what_could_shrink_under_the_reader_is_not_mapped(tmp_path: Path) -> Non
             os.close(descriptor)
 
     file = tmp_path / "file"
-    file.write_bytes(bytes(2 * PAGE))
+    file.write_bytes(bytes(2 * PAGE_BYTES))
     assert "not refer to a memory file" in refused(os.open(file, os.O_RDONLY))
 
     arena = Arena.create(layout_of(1))
-    content = os.pread(descriptor := arena.export(), 2 * PAGE, 0)
+    content = os.pread(descriptor := arena.export(), 2 * PAGE_BYTES, 0)
     os.close(descriptor)
 
     def memory_file(seals: int, content: bytes = content) -> int:
@@ -187,9 +187,9 @@ def test_what_could_shrink_under_the_reader_is_not_mapped(tmp_path: Path) -> Non
     assert "not sealed" in refused(memory_file(0))
     assert "not sealed" in refused(memory_file(fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL))
     assert "fewer than its header" in refused(memory_file(SEALS, content[:100]))
-    assert "does not begin with the magic" in refused(memory_file(SEALS, bytes(2 * PAGE)))
+    assert "does not begin with the magic" in refused(memory_file(SEALS, bytes(2 * PAGE_BYTES)))
     assert "has version 2" in refused(memory_file(SEALS, content[:8] + b"\2" + content[9:]))
-    assert "4,096 bytes; its header says 8,192" in refused(memory_file(SEALS, content[:PAGE]))
+    assert "4,096 bytes; its header says 8,192" in refused(memory_file(SEALS, content[:PAGE_BYTES]))
     assert "not the one" in refused(arena.export(), slots=2)
     arena.close()
 
@@ -219,7 +219,7 @@ def test_no_memory_is_a_budget_error() -> None:
         from moetier.tiers.arena.layout import ArenaLayout, Region
         before = os.listdir("/proc/self/fd")
         try:
-            Arena.create(ArenaLayout("", (1024,), (Region("records", 1024, {PAGE}),)))
+            Arena.create(ArenaLayout("", (1024,), (Region("records", 1024, {PAGE_BYTES}),)))
         except BudgetError as error:
             print(error.cause)
             print(error.fix)
@@ -236,7 +236,7 @@ def test_no_memory_is_a_budget_error() -> None:
 def test_a_full_memory_is_a_budget_error(code: str) -> None:
     program = (
         "from moetier.tiers.arena.arena import Arena; from moetier.tiers.arena.layout import ArenaLayout, Region; "
-        f"Arena.create(ArenaLayout('', (4,), (Region('records', 4, {PAGE}),)))"
+        f"Arena.create(ArenaLayout('', (4,), (Region('records', 4, {PAGE_BYTES}),)))"
     )
     injected = subprocess.run(
         ["strace", "-qq", "-o", "/dev/null", "-e", f"inject=fallocate:error={code}", sys.executable, "-c", program],
@@ -261,8 +261,8 @@ def slow_pages(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
             goes_on.wait()
         allocate(descriptor, offset, length)
 
-    monkeypatch.setattr(arena_module, "FIRST_BYTES", PAGE)
-    monkeypatch.setattr(arena_module, "ALLOCATION_BYTES", PAGE)
+    monkeypatch.setattr(arena_module, "FIRST_BYTES", PAGE_BYTES)
+    monkeypatch.setattr(arena_module, "ALLOCATION_BYTES", PAGE_BYTES)
     monkeypatch.setattr(os, "posix_fallocate", wait_and_allocate)
     return goes_on
 
@@ -270,7 +270,7 @@ def slow_pages(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
 def pages_of(arena: Arena) -> int:
     descriptor = arena.export()
     try:
-        return os.fstat(descriptor).st_blocks * 512 // PAGE
+        return os.fstat(descriptor).st_blocks * 512 // PAGE_BYTES
     finally:
         os.close(descriptor)
 
@@ -295,7 +295,7 @@ def test_closing_ends_the_allocation(slow_pages: threading.Event) -> None:
     wait_until(lambda: joins(closing.thread))
     slow_pages.set()
     closing.result()
-    assert os.fstat(descriptor).st_blocks * 512 < 100 * PAGE
+    assert os.fstat(descriptor).st_blocks * 512 < 100 * PAGE_BYTES
     os.close(descriptor)
 
 
@@ -318,7 +318,7 @@ def test_without_a_thread_slots_are_allocated_when_they_are_used(monkeypatch: py
     def start(self: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(arena_module, "FIRST_BYTES", PAGE)
+    monkeypatch.setattr(arena_module, "FIRST_BYTES", PAGE_BYTES)
     monkeypatch.setattr(threading.Thread, "start", start)
     arena = Arena.create(layout_of(4))
     arena.allocate(3)

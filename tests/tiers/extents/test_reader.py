@@ -20,7 +20,7 @@ from moetier.tiers.errors import ChecksumError, MissingExpertError, StoreFormatE
 from moetier.tiers.extents import reader
 from moetier.tiers.extents.link import link
 from moetier.tiers.extents.reader import header_digest
-from moetier.tiers.extents.table import BlockExtents, ExtentTable, Piece, Shard
+from moetier.tiers.extents.table import BlockExtents, ExtentTable, RecordPiece, Shard
 from moetier.tiers.layout import Bias, ExpertKey, Projection, RecordLayout
 from moetier.tiers.store.scrub import scrub
 from moetier.tiers.store.scrubbable import Problem
@@ -194,7 +194,7 @@ def test_fp32_numbers_become_those_of_torch(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header + given.tobytes())
     places = np.array([[[0, 8 + len(header)], [0, 8 + len(header)]]], np.int64)
-    pieces = Piece("up_proj", 128), Piece("up_proj_bias", 2 * len(given), 0, True)
+    pieces = RecordPiece("up_proj", 128), RecordPiece("up_proj_bias", 2 * len(given), 0, True)
     found = path.stat()
     shard = Shard(path.name, found.st_size, found.st_mtime_ns, header_digest(path))
     with open_extents(tmp_path, ExtentTable(plan, (shard,), (BlockExtents(pieces, places),))) as store:

@@ -112,7 +112,7 @@ class LedgerMachine(RuleBasedStateMachine):
             loads_rest=data.draw(st.booleans(), "loads_rest"),
             clock=lambda: self.now,
         )
-        self.monitor.run_after_wake(self.ledger.serve)
+        self.monitor.run_after_mark(self.ledger.serve)
         self.loaders = data.draw(st.integers(1, 3), "loaders")
 
     def woken(self) -> None:
@@ -188,7 +188,7 @@ class LedgerMachine(RuleBasedStateMachine):
                 self.callers.append(caller)
             assert vars(self.ledger.counters) == before
             if used:
-                self.ledger.direct_hits.count_copy_uses([key])
+                self.ledger.uses.note_copy_uses([key])
 
     @rule(block=BLOCKS, experts=st.lists(st.integers(0, EXPERTS - 1), max_size=5))
     def prefetch(self, block: int, experts: list[int]) -> None:
@@ -237,7 +237,7 @@ class LedgerMachine(RuleBasedStateMachine):
         if prefetch:
             session.prefetch(block, keys)
         else:
-            session.count_hits(keys)
+            session.note_uses(keys)
 
     @precondition(lambda self: self.clients)
     @rule(data=st.data())

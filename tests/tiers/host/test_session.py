@@ -215,7 +215,7 @@ def test_a_wrong_word_is_an_error_and_changes_nothing() -> None:
             with pytest.raises(MissingExpertError):
                 client.session.prefetch(block, keys(block, expert))
             with pytest.raises(MissingExpertError):
-                client.session.count_hits(keys(block, expert))
+                client.session.note_uses(keys(block, expert))
         client.session.acquire(1, keys(0, 0))
         client.granted(1)
         with pytest.raises(ProtocolError, match="not over"):
@@ -233,9 +233,9 @@ def test_used_are_hits_and_are_evicted_later() -> None:
     with HostTier(RamReader(PLAN, RECORDS), slots={"records": 6}) as tier:  # two for each block
         client = Client(tier)
         client.take(1, keys(0, 0, 1))
-        client.session.count_hits(keys(0, 0))  # else it would be the next to go, as it was asked for first
-        client.session.count_hits(keys(0, 1))
-        client.session.count_hits([ExpertKey(0, 0), ExpertKey(2, 3)])
+        client.session.note_uses(keys(0, 0))  # else it would be the next to go, as it was asked for first
+        client.session.note_uses(keys(0, 1))
+        client.session.note_uses([ExpertKey(0, 0), ExpertKey(2, 3)])
         assert tier.stats().hits == 4
         client.take(2, keys(0, 2))
         assert tier.absent(keys(0, 0, 1)) == keys(0, 1)
@@ -526,7 +526,7 @@ def test_a_storm_of_sessions_and_threads(slots: int) -> None:
                     if chance.random() < 0.3:
                         block = chance.randrange(3)
                         one.session.prefetch(block, keys(block, *chance.sample(range(4), 2)))
-                        one.session.count_hits(keys(block, 1))
+                        one.session.note_uses(keys(block, 1))
                     while not one.events.empty():  # what came while it gave all back
                         one.event()
                 if chance.random() < 0.5:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,13 @@ from typing import Any
 import pytest
 from faults import flip_bit, mounted, remounted
 from object_servers import FolderServer, served_folder
+from readers import PATIENCE
 from stores import keys, layout_of, make_store, read_record, read_records, without_table
-from threads import run_all, wait_until, without_thread
+from threads import Task, run_all, wait_until, without_thread
 
 from moetier.tiers.errors import (
     ChecksumError,
+    ClosedError,
     IncompleteStoreError,
     MissingExpertError,
     StoreError,
@@ -363,6 +365,39 @@ def test_an_error_while_records_are_written_is_logged(
     with opened(server, tmp_path) as store:
         read_record(store, KEY)
     assert "The store is bad." in caplog.text
+
+
+def test_a_read_that_would_fetch_ends_once_the_store_is_closed(
+    server: FolderServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The read has begun when ``close`` is called, which waits for the read; the server's address is not opened."""
+    begun, goes_on = threading.Event(), threading.Event()
+
+    def wait(read: Callable[[bool], None]) -> None:
+        begun.set()
+        assert goes_on.wait(PATIENCE)
+        client.until_right(read)
+
+    def is_closed() -> bool:
+        try:
+            return not store.objects
+        except ClosedError:
+            return True
+
+    monkeypatch.setattr(cache, "until_right", wait)
+    opened_clients = list[client.Objects]()
+    monkeypatch.setattr(cache, "Objects", lambda address: opened_clients.append(client.Objects(address)))
+    store = opened(server, tmp_path)
+    reading = Task(lambda: read_record(store, KEY))
+    assert begun.wait(PATIENCE)
+    closing_store = Task(store.close)
+    wait_until(is_closed)
+    opened_clients.clear()
+    goes_on.set()
+    with pytest.raises(ClosedError):
+        reading.result()
+    closing_store.result()
+    assert not opened_clients
 
 
 def test_threads_and_stores_share_a_cache(

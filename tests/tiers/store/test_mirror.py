@@ -21,7 +21,7 @@ from stores import layout_of, make_plan, make_store, without_table
 
 from moetier.tiers.errors import ChecksumError, ClosedError, MissingExpertError, StoreFormatError
 from moetier.tiers.host.tier import HostTier
-from moetier.tiers.layout import PAGE, ExpertKey, RecordLayout
+from moetier.tiers.layout import PAGE_BYTES, ExpertKey, RecordLayout
 from moetier.tiers.store import mirror
 from moetier.tiers.store.folder import GROUP, METADATA, MIRRORS
 from moetier.tiers.store.mirror import LEAST_BYTES, MirroredStore
@@ -114,7 +114,7 @@ def test_both_disks_read_a_record_and_a_small_one_is_read_from_one(
         reads = Reads(monkeypatch)
         read(store, KEY)
         assert sum(reads.bytes.values()) == MIDDLE.slot_bytes
-        assert min(reads.bytes.values()) > MIDDLE.slot_bytes // 2 - 2 * PAGE
+        assert min(reads.bytes.values()) > MIDDLE.slot_bytes // 2 - 2 * PAGE_BYTES
         assert MIDDLE.slot_bytes > 2 * LEAST_BYTES
     with open_both(tmp_path / "small") as store:
         reads.bytes = {"a": 0, "b": 0}

@@ -24,7 +24,7 @@ from moetier.tiers.manifest import FileSum
 from moetier.tiers.store.folder import GROUP, METADATA, read_manifest
 from moetier.tiers.store.shard import ShardFile
 from moetier.tiers.store.writer import StoreWriter
-from moetier.tools.cli.progress import Progress
+from moetier.tools.cli.progress import ByteProgress
 from moetier.tools.commands import verify
 from moetier.tools.main import main
 
@@ -249,6 +249,6 @@ def test_names_are_told_in_what_can_be_read(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_what_is_bad_is_told_in_what_can_be_read(capsys: pytest.CaptureFixture[str]) -> None:
-    with Progress("verify", 1) as progress:
+    with ByteProgress("verify", 1) as progress:
         progress.say(f"bad: {NASTY}")
     assert capsys.readouterr().out == "bad: x?[31m?]0;owned??y\n"

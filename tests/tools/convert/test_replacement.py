@@ -22,7 +22,7 @@ from users import NOBODY, as_nobody, need_root
 
 import moetier
 from moetier.tiers.errors import CheckpointError, DiskSpaceError, StoreFormatError, TargetError, TargetExistsError
-from moetier.tiers.layout import PAGE, Bits, ExpertKey
+from moetier.tiers.layout import PAGE_BYTES, Bits, ExpertKey
 from moetier.tiers.store.folder import GROUP, JOURNAL, REPLACED, replacement_folder
 from moetier.tiers.store.mirror import read_mirrors
 from moetier.tiers.store.reader import ExpertStore
@@ -496,7 +496,7 @@ def test_where_the_new_one_does_not_fit_the_old_one_stays(tmp_path: Path, bits: 
     new = tree(tmp_path / "new")
     convert(source, tmp_path / "old", bits=bits, fast=bits < 16)
     old = tree(tmp_path / "old")
-    room = sum(-(-len(data) // PAGE) * PAGE for data in new.values()) + SLACK_BYTES
+    room = sum(-(-len(data) // PAGE_BYTES) * PAGE_BYTES for data in new.values()) + SLACK_BYTES
     with mounted("tmpfs", tmp_path / "disk", f"size={room + (1 << 16)}") as disk:
         dst = Path(shutil.copytree(tmp_path / "old", disk / "dst"))
 

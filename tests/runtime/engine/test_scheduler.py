@@ -1,0 +1,113 @@
+"""What the next step computes: which prompt takes its turn, which sequence begins, and which waits again for a page."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from toy_runner import WrittenPages
+
+from moetier.runtime.engine.kv_cache import KVCache
+from moetier.runtime.engine.scheduler import Scheduler
+from moetier.runtime.engine.sequence import Request, Sequence
+from moetier.runtime.kernels.layer.paged_cache import PAGE
+
+
+def scheduler_of(pages: int, *, most: int = 8, chunk: int = 4 * PAGE, later: int | None = None) -> Scheduler:
+    return Scheduler(KVCache(pages, WrittenPages()), most=most, chunk=chunk, later=later)
+
+
+def added(scheduler: Scheduler, tokens: int) -> Sequence:
+    """Let a sequence wait whose tokens are those of no other."""
+    first = 1000 * (len(scheduler.waiting) + len(scheduler.running) + 1)
+    sequence = Sequence(Request(tuple(range(first, first + tokens)), 1000))
+    scheduler.add(sequence)
+    return sequence
+
+
+def step(scheduler: Scheduler, *, samples: bool = True) -> tuple[dict[Sequence, int], list[Sequence]]:
+    """Compute the tasks of a step; return how many tokens of each sequence were computed, and which wait again."""
+    scheduler.begin_next()
+    tasks, stopped = scheduler.schedule()
+    for task in tasks:
+        scheduler.computed(task)
+        if samples and not task.sequence.remaining:
+            task.sequence.append(1)
+    return {task.sequence: task.tokens for task in tasks}, stopped
+
+
+def test_one_sequence_begins_in_a_step() -> None:
+    scheduler = scheduler_of(8, most=2)
+    first, second, third = (added(scheduler, 3) for _ in range(3))
+    assert step(scheduler)[0] == {first: 3}
+    assert step(scheduler)[0] == {first: 1, second: 3}
+    assert step(scheduler)[0] == {first: 1, second: 1}, "two run at most"
+    scheduler.remove(first)
+    assert step(scheduler)[0] == {second: 1, third: 3}
+
+
+def test_prompts_are_computed_in_turn_and_in_chunks() -> None:
+    scheduler = scheduler_of(8, chunk=50, later=20)
+    long = added(scheduler, 100)
+    assert step(scheduler)[0] == {long: 50}, "alone, and behind nothing"
+    short = added(scheduler, 30)
+    turns = [step(scheduler)[0] for _ in range(4)]
+    assert turns == [{short: 20}, {long: 20}, {short: 10}, {long: 20, short: 1}]
+
+
+def test_the_sequence_that_began_last_waits_again_for_one_that_began_before() -> None:
+    scheduler = scheduler_of(2)
+    first, second = added(scheduler, PAGE - 1), added(scheduler, PAGE - 2)
+    step(scheduler)
+    assert step(scheduler) == ({first: 1, second: PAGE - 2}, [])
+    assert step(scheduler) == ({first: 1}, [second]), "each has one page, and the first needs another one"
+    assert list(scheduler.waiting) == [second]
+
+
+def test_a_sequence_that_began_last_waits_again_itself() -> None:
+    scheduler = scheduler_of(3)
+    first, second = added(scheduler, PAGE + 1), added(scheduler, PAGE - 1)
+    step(scheduler)
+    step(scheduler)
+    assert step(scheduler) == ({first: 1, second: 1}, [])
+    later = added(scheduler, 1)
+    assert step(scheduler) == ({first: 1}, [second]), "it needs a second page"
+    assert list(scheduler.waiting) == [second, later], "it is the next to begin"
+
+
+def test_a_sequence_that_can_not_begin_still_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = scheduler_of(8)
+    first = added(scheduler, 3)
+
+    def fail(sequence: Sequence) -> None:
+        raise OSError("no memory")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(scheduler._cache, "begin", fail)
+        with pytest.raises(OSError, match="no memory"):
+            scheduler.begin_next()
+    assert (list(scheduler.waiting), scheduler.running) == ([first], [])
+    assert step(scheduler)[0] == {first: 3}
+
+
+@given(
+    prompts=st.lists(st.integers(1, 3 * PAGE), min_size=1, max_size=8),
+    pages=st.integers(4, 6),
+    most=st.integers(1, 4),
+    chunk=st.integers(1, 2 * PAGE),
+)
+def test_tasks_are_of_sequences_that_run(prompts: list[int], pages: int, most: int, chunk: int) -> None:
+    """And every sequence comes to its end, however few pages there are."""
+    scheduler = scheduler_of(pages, most=most, chunk=chunk)
+    sequences = [added(scheduler, tokens) for tokens in prompts]
+    for _ in range(2000):
+        if not scheduler.has_work:
+            break
+        computed, stopped = step(scheduler)
+        assert not computed.keys() & set(stopped)
+        assert computed.keys() <= set(scheduler.running)
+        for sequence in [*computed]:
+            if sequence.new_tokens == 20 or len(sequence.ids) == PAGE * pages:
+                scheduler.remove(sequence)
+    assert not scheduler.has_work
+    assert all(sequence.new_tokens == 20 for sequence in sequences)
