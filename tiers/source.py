@@ -74,7 +74,7 @@ class Residents(NamedTuple):
 class ExpertSource(Protocol[Record]):
     """Interface of a source of experts: a tier, or the client of a daemon. Thread-safe."""
 
-    def acquire(self, keys: Sequence[ExpertKey]) -> Generator[Lease[Record], None, None]:
+    def acquire(self, keys: Sequence[ExpertKey], wanted: int = 0) -> Generator[Lease[Record], None, None]:
         """Yield a lease for each distinct key: first for the records that the source holds, then for others on arrival.
 
         All keys must belong to one block. If a lease was not valid until its end, the same key is leased again. A lease
@@ -82,6 +82,12 @@ class ExpertSource(Protocol[Record]):
         together (see ``Lease.more``) end together, after the last of them. So a block can use more experts than there
         are slots, and no caller waits while it holds a lease that it has not processed. Therefore two callers can't
         deadlock, even with the smallest budget. Of these records, the record of the first key is evicted last.
+
+        Args:
+            keys: keys of one block.
+            wanted: number of the block's records that the caller acquires a few at a time, these among them; 0: no more
+                than these. If the source can't keep so many, these evict few others. Prefetch requests for the block
+                stay.
 
         Raises:
             StoreError: the load of a record has failed. Each caller that waits for this record gets the error, and no

@@ -41,9 +41,11 @@ class ClientContext:
 class Misses:
     """The misses of one call of ``acquire``, all of one block. The daemon grants them, or the local store is read."""
 
-    def __init__(self, context: ClientContext, block: int) -> None:
+    def __init__(self, context: ClientContext, block: int, wanted: int = 0) -> None:
+        """``wanted`` is that of ``ExpertSource.acquire``."""
         self._context = context
         self._block = block
+        self._wanted = wanted
         self._thread = 0  # set by the first request
         self._requests: list[SlotRequest] = []
         self._answers: SimpleQueue[SlotAnswer | None] = SimpleQueue()
@@ -52,7 +54,7 @@ class Misses:
     def submit(self, experts: Sequence[int]) -> None:
         """Request experts from the daemon, in one message."""
         self.missing.update(dict.fromkeys(experts))
-        request = SlotRequest(self._block, dict.fromkeys(experts), self._answers)
+        request = SlotRequest(self._block, dict.fromkeys(experts), self._answers, self._wanted)
         # appended first, so that close() cancels it even if an exception interrupts what follows
         self._requests.append(request)
         self._thread = threading.get_ident()
@@ -149,7 +151,7 @@ class Misses:
     def _from_fallback(self, host: HostTier) -> Generator[Lease[memoryview], None, None]:
         self.close()
         first = self._context.fallback.first_slot
-        with closing(host.acquire([ExpertKey(self._block, expert) for expert in self.missing])) as leases:
+        with closing(host.acquire([ExpertKey(self._block, expert) for expert in self.missing], self._wanted)) as leases:
             for lease in leases:
                 yield lease._replace(slot=TierSlot(first + lease.slot))
                 self._context.check_open()

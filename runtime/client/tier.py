@@ -71,7 +71,7 @@ class DaemonTier(Closeable):
             self._link = Link(folder, manifest.digest, control, self._connected)
         self._context = ClientContext(self._link, fallback, timeout, self._check_open)
 
-    def acquire(self, keys: Sequence[ExpertKey]) -> Generator[Lease[memoryview], None, None]:
+    def acquire(self, keys: Sequence[ExpertKey], wanted: int = 0) -> Generator[Lease[memoryview], None, None]:
         """Yield leases as ``ExpertSource`` says. Each has a proof, unless its record is from the local store.
 
         Raises MissingExpertError for a key that the model does not have. If the local store can't be read, also raises
@@ -92,13 +92,13 @@ class DaemonTier(Closeable):
                 cached.append((key, *placement))
         if cached:
             self._link.note_uses([hit[0] for hit in reversed(cached)])
-        if block in self._prefetching:
+        if block in self._prefetching and not wanted:
             self._prefetching.discard(block)
             if not missing:  # with misses, their request tells the daemon that the demand has come
                 self._link.prefetch(block, [])
         with self._context.counting:
             self._context.counters.count_lookups(hits=len(cached), misses=len(missing))
-        rest = Misses(self._context, block)
+        rest = Misses(self._context, block, wanted)
         try:
             if missing:
                 rest.submit(missing)

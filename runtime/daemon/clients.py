@@ -177,7 +177,8 @@ class SessionCall:
         try:
             if self._refusal is not None:
                 raise self._refusal
-            self._session.acquire(request, keys, message.timeout_ms / 1e3 if message.timeout_ms else None)
+            timeout = message.timeout_ms / 1e3 if message.timeout_ms else None
+            self._session.acquire(request, keys, timeout, message.wanted)
         except ProtocolError:  # the request's number is in use
             raise
         except MoetierError as error:

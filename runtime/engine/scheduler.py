@@ -101,7 +101,7 @@ class Scheduler:
             left, chosen = self._chunk, short[:1] + ([] if is_beside else long)
         tokens = {sequence: 1 for sequence in running if sequence.remaining == 1}
         for sequence in chosen:
-            if left > 0:
+            if left >= min(sequence.remaining, self._block or 1):  # few tokens would need as many experts as many do
                 sequence.last_step = self._step
                 tokens[sequence] = min(sequence.remaining, left)
                 left -= tokens[sequence]

@@ -158,8 +158,8 @@ def prefill_of(model: Any, manifest: Manifest, config: TierConfig, kernels: Kern
         )
     )
     lockstep = Lockstep(
-        # what three tensors hold between attention and experts, the angles, and the experts' sums
-        states=text.hidden_size * (3 * size + 4) + 2 * heads * size + max(map(_choices, manifest.blocks)),
+        # four tensors (embeddings, input of the layer, residual and normed state), the angles, and the experts' sums
+        states=text.hidden_size * (4 * size + 4) + 2 * heads * size + max(map(_choices, manifest.blocks)),
         fixed=2 * GROUP_OUTPUTS * size * text.hidden_size,
     )
     return Prefill(

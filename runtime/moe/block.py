@@ -100,17 +100,19 @@ def end_open_leases() -> None:
             cut.end_leases()
 
 
-def arriving_leases(tiered: TieredBlock, experts: Collection[int]) -> Generator[list[Lease[Tensor]], None, None]:
+def arriving_leases(
+    tiered: TieredBlock, experts: Collection[int], wanted: int = 0
+) -> Generator[list[Lease[Tensor]], None, None]:
     """Lease a block's experts, and yield lists of leases that are valid at the same time.
 
-    Records are uint8 [record bytes]. ``tiered.on_demand`` is called once. If all experts are available together, it is
-    called before they are yielded. Otherwise it is called after the first list has been computed: at that time other
-    experts are still being read, so the call delays nothing.
+    Records are uint8 [record bytes]. ``wanted`` is that of ``ExpertSource.acquire``. ``tiered.on_demand`` is called
+    once. If all experts are available together, it is called before they are yielded. Otherwise it is called after the
+    first list has been computed: at that time other experts are still being read, so the call delays nothing.
     """
     _open.source = tiered.source
     left = len(experts)
     on_demand = tiered.on_demand  # set to None once it was called
-    with closing(tiered.source.acquire([ExpertKey(tiered.block, expert) for expert in experts])) as leases:
+    with closing(tiered.source.acquire([ExpertKey(tiered.block, expert) for expert in experts], wanted)) as leases:
         together = []
         for lease in leases:
             together.append(lease)

@@ -10,6 +10,7 @@ sums. So each expert is leased once for all tokens of a prompt, and the memory f
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -31,6 +32,7 @@ from .activation import activation_of
 from .block import TieredBlock, TokensOfExperts, arriving_leases, end_open_leases
 from .snapshot import Trials, has_global_hooks
 
+READ_AHEAD = 6  # experts that are read before their group is computed
 GROUP_OUTPUTS = 2048  # most outputs of a group of experts: [GROUP_OUTPUTS, hidden] numbers, and as many inputs
 
 
@@ -195,32 +197,29 @@ def _tokens(
         sums = torch.zeros((tokens, kernels.width), device=CPU)
     else:
         sums = parts[0].x.new_empty((tokens, kernels.width))
-    on_demand, source = tiered.on_demand, tiered.source
+    experts_used = counts.nonzero()[:, 0].tolist()
+    on_demand, wanted = tiered.on_demand, len(experts_used) if is_part else 0
     if is_part:
         tiered = replace(tiered, on_demand=None)
     buffer = parts[0].x.new_empty((max((group[-1].end - group[0].begin for group in groups), default=0), kernels.width))
     for number, group in enumerate(groups):
         if is_part:
-            coming = [
-                ExpertKey(tiered.block, span.expert) for later in groups[number + 1 : number + 3] for span in later
-            ]
-            if absent := source.absent(coming):
-                source.prefetch(tiered.block, absent)
+            _read_ahead(tiered, experts_used, group)
         begin, end = group[0].begin, group[-1].end
         places = by_expert[begin:end]
         own = places.div(k, rounding_mode="floor")
         computed, rows = torch.unique(own, return_inverse=True)
-        outputs = buffer[: end - begin]
-        _group(
-            kernels, tiered, _rows(parts, computed), [Span(e, b - begin, c - begin) for e, b, c in group], rows, outputs
-        )
+        outputs, spans = buffer[: end - begin], [Span(e, b - begin, c - begin) for e, b, c in group]
+        _group(kernels, tiered, _rows(parts, computed), spans, rows, outputs, wanted)
         if is_part and on_demand is not None and not number:
-            on_demand(tiered.block, counts.nonzero()[:, 0].tolist())
+            on_demand(tiered.block, experts_used)
         bounds = torch.zeros(tokens + 1, dtype=torch.int64, device=CPU)
         torch.cumsum(torch.bincount(own, minlength=tokens), 0, out=bounds[1:])
         order = torch.argsort(rows, stable=True)  # by token, and then by expert
         kernels.add_up(outputs, weights.reshape(-1)[places], order, bounds, sums, is_part=is_part)
         between()
+    if is_part:
+        tiered.source.prefetch(tiered.block, ())
     return sums
 
 
@@ -247,6 +246,15 @@ def _groups(counts: Sequence[int]) -> list[list[Span]]:
     return groups
 
 
+def _read_ahead(tiered: TieredBlock, used: Sequence[int], group: Sequence[Span]) -> None:
+    """Let the experts after a group be read while it is computed. ``used``: all experts, ascending."""
+    first = bisect_left(used, group[0].expert)
+    end = bisect_left(used, group[-1].expert) + 1
+    ahead = [ExpertKey(tiered.block, expert) for expert in used[first : end + READ_AHEAD]]
+    if tiered.source.absent(ahead):
+        tiered.source.prefetch(tiered.block, ahead)
+
+
 def _rows(parts: Sequence[Routed], tokens: Tensor) -> Tensor:
     """Return the hidden states of ``tokens``, ascending numbers [n] among those of all parts: [n, hidden]."""
     ends = torch.tensor([len(part.x) for part in parts], device=CPU).cumsum(0)
@@ -257,7 +265,13 @@ def _rows(parts: Sequence[Routed], tokens: Tensor) -> Tensor:
 
 
 def _group(
-    kernels: ExpertKernels, tiered: TieredBlock, x: Tensor, spans: Sequence[Span], rows: Tensor, outputs: Tensor
+    kernels: ExpertKernels,
+    tiered: TieredBlock,
+    x: Tensor,
+    spans: Sequence[Span],
+    rows: Tensor,
+    outputs: Tensor,
+    wanted: int,
 ) -> None:
     """Compute a group of experts.
 
@@ -268,6 +282,7 @@ def _group(
         spans: outputs of each expert.
         rows: [R], the row of x for each output.
         outputs: [R, hidden].
+        wanted: as in ``ExpertSource.acquire``.
     """
     span_of = {span[0]: span for span in spans}
 
@@ -284,7 +299,7 @@ def _group(
     def placed() -> TokensOfExperts:
         return {expert: (rows[begin:end].tolist(), range(begin, end)) for expert, begin, end in spans}
 
-    _experts(kernels, tiered, x, span_of, placed, compute, outputs)
+    _experts(kernels, tiered, x, span_of, placed, compute, outputs, wanted)
 
 
 def _experts(
@@ -295,6 +310,7 @@ def _experts(
     tokens_of: Callable[[], TokensOfExperts],
     compute: Callable[[Sequence[Lease[Tensor]]], None],
     outputs: Tensor,
+    wanted: int = 0,
 ) -> None:
     """Compute all ``experts`` of x [tokens, hidden], some of them on other hosts, and fill their places in ``outputs``.
 
@@ -306,18 +322,18 @@ def _experts(
             if sent.experts and tiered.on_demand is not None:
                 tiered.on_demand(tiered.block, experts)
                 tiered = replace(tiered, on_demand=None)
-            _arriving(tiered, [expert for expert in experts if expert not in sent.experts], compute)
+            _arriving(tiered, [expert for expert in experts if expert not in sent.experts], compute, wanted)
             left = sent.collect(outputs.data_ptr())
-    _arriving(tiered, left, compute)
+    _arriving(tiered, left, compute, wanted)
 
 
 def _arriving(
-    tiered: TieredBlock, experts: Collection[int], compute: Callable[[Sequence[Lease[Tensor]]], None]
+    tiered: TieredBlock, experts: Collection[int], compute: Callable[[Sequence[Lease[Tensor]]], None], wanted: int
 ) -> None:
     """Call ``compute`` with the leases of experts that are available together, until all were computed."""
     if not experts:
         return
-    with closing(arriving_leases(tiered, experts)) as arriving:
+    with closing(arriving_leases(tiered, experts, wanted)) as arriving:
         for leases in arriving:
             compute(leases)
             for lease in leases:

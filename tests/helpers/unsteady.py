@@ -25,7 +25,7 @@ class UnsteadySource:
         self.broken = 0  # leases that did not hold
         self.unasked = 0  # leases that were neither proved nor the last when the next was taken
 
-    def acquire(self, keys: Sequence[ExpertKey]) -> Generator[Lease[Any], None, None]:
+    def acquire(self, keys: Sequence[ExpertKey], wanted: int = 0) -> Generator[Lease[Any], None, None]:
         wanted = list(keys)
         while wanted:
             again: list[ExpertKey] = []

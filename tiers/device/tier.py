@@ -97,7 +97,7 @@ class DeviceTier:
         self._requested: set[int] = set()  # blocks with prefetch requests that were passed on to the source
         self._closed = False
 
-    def acquire(self, keys: Sequence[ExpertKey]) -> Generator[Lease[torch.Tensor], None, None]:
+    def acquire(self, keys: Sequence[ExpertKey], wanted: int = 0) -> Generator[Lease[torch.Tensor], None, None]:
         """Yield leases as ``ExpertSource`` specifies. Their records are uint8 [record bytes] on the device.
 
         The caller must compute with a record in the stream that is current when it takes the lease. Raises
@@ -109,14 +109,16 @@ class DeviceTier:
         self._manifest.check_keys(block, distinct)
         demand = DeviceDemand(self._slots.pool(block), caller=threading.get_ident())
         try:
-            hits, missing, was_requested = self._begin(demand, distinct)
+            hits, missing, was_requested = self._begin(demand, distinct, wanted)
             if hits:
                 self._source.note_copy_uses(hits)
-            if was_requested and not missing:  # cancel the requests; if records are missing, the source's demand does
+            if (
+                was_requested and not missing and not wanted
+            ):  # cancel the requests; if records are missing, the source's demand does
                 self._source.prefetch(block, ())
             yield from self._leases(demand)
             if missing:
-                yield from self._bring(demand, missing)
+                yield from self._bring(demand, missing, wanted)
         finally:
             self._end(demand)
 
@@ -304,7 +306,7 @@ class DeviceTier:
 
     @waiting
     def _begin(
-        self, demand: DeviceDemand, keys: Sequence[ExpertKey]
+        self, demand: DeviceDemand, keys: Sequence[ExpertKey], wanted: int
     ) -> tuple[list[ExpertKey], list[ExpertKey], bool] | None:
         """Begin a demand for distinct keys: pin the slots of those whose records are READY.
 
@@ -316,7 +318,7 @@ class DeviceTier:
             return None
         block, hits, missing = keys[0].block, list[ExpertKey](), list[ExpertKey]()
         demand.pool = self._slots.pool(block)
-        demand.is_scan = len(keys) > demand.pool.quota(block)
+        demand.is_scan = max(len(keys), wanted) > demand.pool.quota(block)
         self._demands[demand] = None
         if self._promotes:
             self._promoter.replace(block, (), ())
@@ -338,9 +340,11 @@ class DeviceTier:
         self._requested.discard(block)
         return hits, missing, was_requested
 
-    def _bring(self, demand: DeviceDemand, missing: Sequence[ExpertKey]) -> Generator[Lease[torch.Tensor], None, None]:
+    def _bring(
+        self, demand: DeviceDemand, missing: Sequence[ExpertKey], wanted: int
+    ) -> Generator[Lease[torch.Tensor], None, None]:
         """Copy the records that the device lacks, as the source leases them, and yield leases of the copies."""
-        with closing(self._source.acquire(missing)) as leases:
+        with closing(self._source.acquire(missing, wanted)) as leases:
             began = time.perf_counter()
             try:
                 for lease in leases:

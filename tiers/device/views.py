@@ -83,10 +83,10 @@ class HostViews:
         self._views = SlotViews()
         self._closed = False
 
-    def acquire(self, keys: Sequence[ExpertKey]) -> Generator[Lease[torch.Tensor], None, None]:
+    def acquire(self, keys: Sequence[ExpertKey], wanted: int = 0) -> Generator[Lease[torch.Tensor], None, None]:
         """Yield leases as ``ExpertSource`` specifies. Records are uint8 [record bytes] in the source's memory."""
         self._check_open()
-        with closing(self._source.acquire(keys)) as leases:
+        with closing(self._source.acquire(keys, wanted)) as leases:
             for lease in leases:
                 if self._closed:
                     self._check_open()

@@ -116,19 +116,21 @@ class Ledger:
         """Return a demand for records of ``block``, which has not begun. ``number`` and ``timeout`` are its fields."""
         return Demand(self.pool_of[block], block, caller, number, timeout)
 
-    def begin(self, demand: Demand, keys: Sequence[ExpertKey]) -> None:
+    def begin(self, demand: Demand, keys: Sequence[ExpertKey], wanted: int = 0) -> None:
         """Begin a demand for ``keys``: pin READY records, join loads in progress, and begin other loads if possible.
 
-        Raises ClosedError if the tier was closed, or the StoreError with which it was condemned (``HostTier.condemn``).
+        ``wanted`` is that of ``ExpertSource.acquire``. Raises ClosedError if the tier was closed, or the StoreError
+        with which it was condemned (``HostTier.condemn``).
         """
         self.check_open()
         self._demands.add(demand)
         pool, caller = demand.pool, demand.caller
         caller.register(demand)
-        self.prefetches.replace(pool, demand.block, (), caller if caller.is_asynchronous else None)
+        if not wanted:
+            self.prefetches.replace(pool, demand.block, (), caller if caller.is_asynchronous else None)
         distinct = dict.fromkeys(keys)
         self.uses.note_demand(list(distinct))
-        demand.is_scan = len(distinct) > pool.quota(demand.block)
+        demand.is_scan = max(len(distinct), wanted) > pool.quota(demand.block)
         hits = []
         for key in distinct:
             slot = None if caller.is_full else pool.pin_ready(key)

@@ -48,7 +48,7 @@ class Session(AsyncCaller):
         """Return the block of a request; None once the request is over."""
         return None if (demand := self.demands.get(request)) is None else demand.block
 
-    def acquire(self, request: int, keys: Sequence[ExpertKey], timeout: float | None = None) -> None:
+    def acquire(self, request: int, keys: Sequence[ExpertKey], timeout: float | None = None, wanted: int = 0) -> None:
         """Demand the records of ``keys``.
 
         A Granted event is delivered for each key. If the request fails, a Failed event is delivered instead of those
@@ -59,6 +59,7 @@ class Session(AsyncCaller):
             keys: distinct keys of one block.
             timeout: seconds after which the request fails with ExhaustedError if during this time it holds no lease
                 and no record is read for it; None for the session's own value.
+            wanted: as in ``ExpertSource.acquire``.
 
         Raises:
             MissingExpertError: the model does not have one of the experts.
@@ -68,16 +69,16 @@ class Session(AsyncCaller):
         """
         if keys:
             self._manifest.check_keys(keys[0].block, keys)
-            self._acquire(request, keys, self._timeout if timeout is None else timeout)
+            self._acquire(request, keys, self._timeout if timeout is None else timeout, wanted)
 
     @transition
-    def _acquire(self, request: int, keys: Sequence[ExpertKey], timeout: float) -> None:
+    def _acquire(self, request: int, keys: Sequence[ExpertKey], timeout: float, wanted: int) -> None:
         self._check_open()
         if request in self.demands:
             raise ProtocolError(
                 f"A request with the number {request} is not over yet.", "Give each request a number of its own."
             )
-        self._ledger.begin(self._ledger.demand(keys[0].block, self, request, timeout), keys)
+        self._ledger.begin(self._ledger.demand(keys[0].block, self, request, timeout), keys, wanted)
 
     @transition
     def release(self, request: int, keys: Sequence[ExpertKey] = ()) -> None:

@@ -124,7 +124,7 @@ class HostTier(Closeable):
 
     # -- demands ------------------------------------------------------------------------------------------------------
 
-    def acquire(self, keys: Sequence[ExpertKey]) -> Generator[Lease[memoryview], None, None]:
+    def acquire(self, keys: Sequence[ExpertKey], wanted: int = 0) -> Generator[Lease[memoryview], None, None]:
         """Yield leases as ``ExpertSource`` specifies.
 
         Raises MissingExpertError if the model lacks one of the experts.
@@ -135,7 +135,7 @@ class HostTier(Closeable):
         self.manifest.check_keys(block, keys)
         demand = self._ledger.demand(block, ThreadCaller(threading.get_ident()))
         try:
-            at_once = self._begin(demand, keys)
+            at_once = self._begin(demand, keys, wanted)
             if at_once is not None and demand.loads:
                 time.sleep(HANDOVER)
             is_last = False
@@ -151,9 +151,9 @@ class HostTier(Closeable):
             self._end(demand)
 
     @transition
-    def _begin(self, demand: Demand, keys: Sequence[ExpertKey]) -> Leases | None:
+    def _begin(self, demand: Demand, keys: Sequence[ExpertKey], wanted: int) -> Leases | None:
         """Begin a demand. Return the leases that are available at once; None if the caller has to wait."""
-        self._ledger.begin(demand, keys)
+        self._ledger.begin(demand, keys, wanted)
         return self._ready(demand)
 
     @waiting

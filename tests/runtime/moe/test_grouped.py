@@ -38,7 +38,7 @@ class Groups:
     def residents(self, block: int) -> None:
         return None
 
-    def acquire(self, keys: Sequence[ExpertKey]) -> Generator[Lease[Tensor], None, None]:
+    def acquire(self, keys: Sequence[ExpertKey], wanted: int = 0) -> Generator[Lease[Tensor], None, None]:
         wanted = list(keys)
         self.random.shuffle(wanted)
         while wanted:
