@@ -24,7 +24,7 @@ class Scheduler:
         """
         self._cache = cache
         self._most = most
-        self._chunk = chunk
+        self._chunk = max(chunk, block or 1)
         self._later = later or chunk
         self._block = block
         self._step = 0

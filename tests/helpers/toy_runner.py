@@ -37,20 +37,33 @@ class ToyRunner(WrittenPages, Runner):
 
     can_resume = computes_together = True
 
-    def __init__(self, *, fails_after: int = 1 << 30) -> None:
+    def __init__(self, *, fails_after: int = 1 << 30, block: int | None = None) -> None:
         super().__init__()
+        self.block = block
         self.computed = 0  # tokens
         self.fails_after = fails_after  # tokens of a sequence, after which it fails
 
     def sampler(self, sequence: engine.Sequence) -> Sampler:
         return Sampler(sequence.ids, lambda _, scores: scores, ends=frozenset([0]))
 
-    def run(self, tasks: Sequence[Task], should_stop: Callable[[], bool]) -> list[Tensor | None]:
-        return [self.compute(task, should_stop) for task in tasks]
+    def run(
+        self,
+        tasks: Sequence[Task],
+        should_stop: Callable[[], bool],
+        between: Callable[[float], object] = lambda share: None,
+    ) -> list[Tensor | None]:
+        if self.block is None or all(task.tokens <= self.block for task in tasks):
+            return [self.compute(task, should_stop) for task in tasks]
+        blocks = [(number, block) for number, task in enumerate(tasks) for block in task.parts(self.block)]
+        logits: list[Tensor | None] = [None] * len(tasks)
+        for done, (number, block) in enumerate(blocks):
+            between(done / len(blocks))
+            if not block.sequence.is_cancelled:
+                logits[number] = self.compute(block, lambda: False)
+        return logits
 
     def compute(self, task: Task, should_stop: Callable[[], bool]) -> Tensor | None:
-        ids, begin = task.sequence.ids, task.sequence.computed
-        end = begin + task.tokens
+        ids, begin, end = task.sequence.ids, task.begin, task.end
         if should_stop():
             raise Stopped
         if end > self.fails_after:

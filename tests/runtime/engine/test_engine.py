@@ -6,6 +6,7 @@ import asyncio
 import gc
 import random
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +20,8 @@ from toy_runner import ToyRunner, answer_alone
 
 from moetier.runtime.engine.engine import Engine, EngineError
 from moetier.runtime.engine.runner import Task
-from moetier.runtime.engine.sequence import Finish, Request
+from moetier.runtime.engine.sampling import Sampler
+from moetier.runtime.engine.sequence import Finish, Request, Sequence
 from moetier.runtime.kernels.layer.paged_cache import PAGE
 
 DESCRIPTORS = Path("/proc/self/fd")
@@ -39,12 +41,13 @@ def tokens_of(engine: Engine, ids: list[int], most: int = 20, **options: object)
     pages=st.integers(4, 12),
     most=st.integers(1, 5),
     chunk=st.sampled_from([1, 7, 64, 200]),
+    block=st.sampled_from([None, 1, 16]),
 )
 @settings(max_examples=60, deadline=None)
 def test_company_changes_no_answer(
-    requests: list[tuple[list[int], int, int | None]], pages: int, most: int, chunk: int
+    requests: list[tuple[list[int], int, int | None]], pages: int, most: int, chunk: int, block: int | None
 ) -> None:
-    runner = ToyRunner()
+    runner = ToyRunner(block=block)
     with Engine(runner, pages=pages, most=most, chunk=chunk, context=1000) as engine:
         streams = [engine.stream(Request(tuple(ids), tokens)) for ids, tokens, _ in requests]
         for stream, (ids, tokens, cancelled_after) in zip(streams, requests, strict=True):
@@ -266,3 +269,61 @@ def test_progress_tells_tokens_and_time() -> None:
         may.set()
         assert len([*stream]) == 1
         assert stream.sequence.progress.done == 192
+
+
+class Endless(ToyRunner):
+    """Notes when a block of a long prompt is computed. No token ends a sequence."""
+
+    def __init__(self) -> None:
+        super().__init__(block=8)
+        self.events = list[str]()
+
+    def sampler(self, sequence: Sequence) -> Sampler:
+        return Sampler(sequence.ids, lambda _, scores: scores)
+
+    def compute(self, task: Task, should_stop: Callable[[], bool]) -> Tensor | None:
+        if len(task.sequence.request.ids) > 500:
+            self.events.append(f"block of {task.sequence.request.ids[0]}")
+            time.sleep(0.001)
+        return super().compute(task, should_stop)
+
+
+def test_streams_and_short_prompts_go_on_beside_a_long_one() -> None:
+    runner = Endless()
+    with Engine(runner, pages=40, most=4, chunk=2000, context=2000) as engine:
+        engine.submit(Request((5,), 1500), lambda _: runner.events.append("token"), lambda _: None)
+        long = engine.submit(Request((1,) * 800, 1), lambda _: None, lambda _: None)
+        wait_until(lambda: "block of 1" in runner.events)
+        assert long.progress.done < 800
+        assert len(tokens_of(engine, [7] * 5, 3)) == 3
+        runner.events.append("short")
+        wait_until(lambda: long.finish is not None)
+    begin = runner.events.index("block of 1")
+    end = len(runner.events) - runner.events[::-1].index("block of 1")
+    assert runner.events[begin:end].count("token") > 3
+    assert "short" in runner.events[begin:end]
+
+
+def test_long_prompts_share_a_step_and_one_that_is_cancelled_stops_no_other() -> None:
+    runner = Endless()
+    with Engine(runner, pages=60, most=4, chunk=4000, context=2000) as engine:
+        blocker = engine.submit(Request((5,), 1500), lambda _: time.sleep(0.002), lambda _: None)
+        long = [engine.submit(Request((n,) * 700, 1), lambda _: None, lambda _: None) for n in (1, 2, 3)]
+        wait_until(lambda: "block of 2" in runner.events)
+        long[1].cancel()
+        wait_until(lambda: all(sequence.finish is not None for sequence in long))
+        blocker.cancel()
+    assert [sequence.finish for sequence in long] == [Finish.LENGTH, Finish.CANCELLED, Finish.LENGTH]
+    blocks = [event for event in runner.events if event.startswith("block")]
+    assert (blocks.count("block of 1"), blocks.count("block of 3")) == (88, 88), "each is computed once"
+    assert blocks.count("block of 2") < 88
+
+
+def test_an_engine_is_closed_while_a_long_prompt_is_computed() -> None:
+    runner, ended = Endless(), threading.Event()
+    with Engine(runner, pages=60, most=4, chunk=4000, context=4000) as engine:
+        long = engine.submit(Request((1,) * 3000, 1), lambda _: None, lambda _: ended.set())
+        wait_until(lambda: "block of 1" in runner.events)
+    assert ended.is_set()
+    assert long.finish is Finish.CANCELLED
+    assert runner.events.count("block of 1") < 375

@@ -13,8 +13,10 @@ from moetier.runtime.engine.sequence import Request, Sequence
 from moetier.runtime.kernels.layer.paged_cache import PAGE
 
 
-def scheduler_of(pages: int, *, most: int = 8, chunk: int = 4 * PAGE, later: int | None = None) -> Scheduler:
-    return Scheduler(KVCache(pages, WrittenPages()), most=most, chunk=chunk, later=later)
+def scheduler_of(
+    pages: int, *, most: int = 8, chunk: int = 4 * PAGE, later: int | None = None, block: int | None = None
+) -> Scheduler:
+    return Scheduler(KVCache(pages, WrittenPages()), most=most, chunk=chunk, later=later, block=block)
 
 
 def added(scheduler: Scheduler, tokens: int) -> Sequence:
@@ -53,6 +55,45 @@ def test_prompts_are_computed_in_turn_and_in_chunks() -> None:
     short = added(scheduler, 30)
     turns = [step(scheduler)[0] for _ in range(4)]
     assert turns == [{short: 20}, {long: 20}, {short: 10}, {long: 20, short: 1}]
+
+
+def test_long_prompts_are_computed_together_and_a_short_one_beside_them() -> None:
+    scheduler = scheduler_of(20, chunk=150, block=10)
+    running = added(scheduler, 5)
+    step(scheduler)
+    long, short, longest = added(scheduler, 60), added(scheduler, 7), added(scheduler, 200)
+    while scheduler.begin_next():
+        pass
+    tasks, _ = scheduler.schedule()
+    assert {task.sequence: task.tokens for task in tasks} == {running: 1, long: 60, short: 7, longest: 83}
+    beside, _ = scheduler.schedule({long, longest})
+    assert {task.sequence: task.tokens for task in beside} == {running: 1, short: 7}
+    last = added(scheduler, 100)
+    scheduler.begin_next()
+    assert last in scheduler.running
+    assert last not in {task.sequence for task in scheduler.schedule({long, longest})[0]}, "it is long itself"
+
+
+def test_a_few_tokens_are_not_the_rest_of_a_chunk() -> None:
+    scheduler = scheduler_of(20, chunk=100, block=10)
+    first, second = added(scheduler, 95), added(scheduler, 50)
+    while scheduler.begin_next():
+        pass
+    assert step(scheduler)[0] == {first: 95}
+    assert step(scheduler)[0] == {first: 1, second: 50}
+
+
+def test_sequences_that_are_computed_keep_their_pages() -> None:
+    scheduler = scheduler_of(3, block=10)
+    first = added(scheduler, PAGE - 1)
+    step(scheduler)
+    second = added(scheduler, 2 * PAGE - 5)
+    scheduler.begin_next()
+    of_first, of_second = scheduler.schedule()[0]
+    assert (of_first.sequence, of_second.sequence) == (first, second)
+    scheduler.computed(of_first)
+    first.append(1)
+    assert scheduler.schedule({second}) == ([], [first]), "the one that began last would have to wait otherwise"
 
 
 def test_the_sequence_that_began_last_waits_again_for_one_that_began_before() -> None:
