@@ -40,14 +40,14 @@ OWN_ANGLES = ("dynamic", "longrope")  # rope types whose angles depend on the le
 class PackedRunner(ModelRunner):
     """Computes all tasks of a step together, where that is faster than by turns, and long ones in blocks."""
 
-    def __init__(self, model: Any, pages: int, *, chunk: int, packs: bool | None = None) -> None:
-        """Compute at most ``chunk`` tokens in one forward pass.
+    def __init__(self, model: Any, pages: int, *, chunk: int, packs: bool | None = None, block: int = BLOCK) -> None:
+        """Compute at most ``chunk`` tokens in one forward pass, and long prompts in blocks of ``block`` tokens.
 
         ``packs``: whether the model ``can_pack``; None: try it when several sequences or a long prompt come.
         """
         super().__init__(model, pages)
         self.computes_together = True
-        self.block = BLOCK
+        self._block = self.block = block
         self._chunk = chunk
         self._packs = packs
         self._ways = FasterWay()
@@ -59,7 +59,7 @@ class PackedRunner(ModelRunner):
         between: Callable[[float], object] = lambda share: None,
     ) -> list[Tensor | None]:
         """Compute tasks in one forward pass, by turns, or in blocks. Return logits [vocabulary] as Runner says."""
-        is_long = any(task.tokens > BLOCK for task in tasks)
+        is_long = any(task.tokens > self._block for task in tasks)
         if len(tasks) == 1 and not is_long:
             return super().run(tasks, should_stop)
         if self._packs is None:
@@ -82,7 +82,7 @@ class PackedRunner(ModelRunner):
 
     def _in_blocks(self, tasks: ManyOf[Task], between: Callable[[float], object]) -> list[Tensor | None]:
         """Compute tasks in blocks of tokens, and each layer's experts for all of them together."""
-        blocks = [part for task in tasks for part in task.parts(BLOCK)]
+        blocks = [part for task in tasks for part in task.parts(self._block)]
         passes = [Pass(partial(self.run_together, [part], None), partial(_is_wanted, part.sequence)) for part in blocks]
         work = (len(experts_modules(self._model)) + 1) * len(blocks)
         with torch.no_grad():

@@ -55,7 +55,7 @@ def test_every_type_generates_through_the_engine_what_generate_gives(model_type:
     packs, pages = can_pack(model, near=0.01), 12
     if model_type in PACKED:
         assert packs
-    runner = (PackedRunner if packs else ModelRunner)(model, pages)
+    runner = PackedRunner(model, pages, chunk=32, packs=True, block=10) if packs else ModelRunner(model, pages)
     expected = wanted(model)
     with Engine(runner, pages=pages, most=3, chunk=32, context=200) as engine:
         for _ in range(2):  # the second time after pages of the first

@@ -35,12 +35,12 @@ def model(request: pytest.FixtureRequest) -> Any:
 class Recorded(PackedRunner):
     """Notes the logits of each sequence's tokens."""
 
-    def __init__(self, model: Any) -> None:
-        super().__init__(model, PAGES)
+    def __init__(self, model: Any, block: int) -> None:
+        super().__init__(model, PAGES, chunk=1000, packs=True, block=block)
         self.logits: dict[Sequence, list[Tensor]] = {}
 
-    def run(self, tasks: Any, should_stop: Callable[[], bool]) -> list[Tensor | None]:
-        found = super().run(tasks, should_stop)
+    def run(self, tasks: Any, *more: Any) -> list[Tensor | None]:  # type: ignore[override]
+        found = super().run(tasks, *more)
         for task, logits in zip(tasks, found, strict=True):
             if logits is not None:
                 self.logits.setdefault(task.sequence, []).append(logits)
@@ -71,12 +71,12 @@ def test_company_changes_no_token(model: Any, seed: int) -> None:
     random_, asked = random.Random(seed), requests(seed)
     alone = []
     for request in asked:
-        runner = Recorded(model)
+        runner = Recorded(model, 1000)
         with Engine(runner, pages=PAGES, most=1, chunk=1000, context=400) as engine:
             stream = engine.stream(request)
             alone.append(([*stream], runner.logits[stream.sequence]))
-    runner = Recorded(model)
     most, chunk = random_.randrange(2, 5), random_.choice([8, 33, 64, 500])
+    runner = Recorded(model, random_.choice([8, 40, 1000]))
     with Engine(runner, pages=PAGES, most=most, chunk=chunk, context=400) as engine:
         streams = [engine.stream(request) for request in asked]
         cancelled = random_.choice([None, streams[0]])
@@ -127,7 +127,9 @@ def test_a_model_whose_trial_fails_is_not_packed(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_cancelled_prompt_ends_between_two_layers(model: Any) -> None:
-    with Engine(PackedRunner(model, PAGES), pages=PAGES, most=2, chunk=1000, context=800) as engine:
+    with Engine(
+        PackedRunner(model, PAGES, chunk=1000, packs=True), pages=PAGES, most=2, chunk=1000, context=800
+    ) as engine:
         stream = engine.stream(Request((5,) * 700, 5, {"do_sample": False}))
         stream.sequence.cancel()
         assert [*stream] == []

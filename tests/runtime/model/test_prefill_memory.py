@@ -109,8 +109,8 @@ HERE = Available(1 << 30, "this machine")
 @pytest.mark.parametrize(
     ("asked", "experts", "share"),
     [
-        (None, 4 << 30, 0.5),  # half is left for experts
-        ("100%", 4 << 30, 0.5),
+        (None, 4 << 30, 0.2),  # most is left for experts
+        ("100%", 4 << 30, 0.2),
         ("800MiB", 4 << 30, 224 / 1024),
         ("6GiB", 100 << 20, 924 / 1024),  # all experts fit beside it
         (None, 0, 1.0),  # a daemon has them
