@@ -177,8 +177,9 @@ class TierConfig(HostTierConfig):
     )
     prefill_chunk: int | None = option(
         None,
-        "number of prompt tokens to compute together, if the model supports it; they share each expert that is read. "
-        "Budgets leave room for them; where memory has none, fewer are computed together. At most the context",
+        "number of prompt tokens to compute in one forward pass, for which budgets leave room (default: 4096, in at "
+        "most a fifth of the memory if not all experts fit). Most models compute prompts in blocks, for about three "
+        "times as many tokens in the same memory; they share each expert that is read",
         group="generation",
         metavar="N",
         numbers=COUNT,

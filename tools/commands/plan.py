@@ -116,8 +116,17 @@ def _heading(forecast: dict[str, Any], best: dict[str, Any]) -> list[str]:
         f"context  {forecast['context']} tokens: {format_bytes(memory['kv_cache_bytes'])} of keys and values"
         f"{_at_the_end(best)}; {best['prefill_chunk']} tokens of a prompt are computed together: "
         f"{format_bytes(memory['computing_bytes'])}",
+        *_prompts(best["prompts"]),
         *_cold_start(forecast["cold_start"]),
     ]
+
+
+def _prompts(prompts: list[dict[str, Any]]) -> list[str]:
+    parts = [
+        f"{prompt['tokens']:,} tokens in {_time(prompt['seconds'])}, {format_bytes(round(prompt['read_bytes']))} read"
+        for prompt in prompts
+    ]
+    return [f"prompts  {'; '.join(parts)}"] if parts else []
 
 
 def _at_the_end(best: dict[str, Any]) -> str:

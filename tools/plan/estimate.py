@@ -13,7 +13,7 @@ import json
 import math
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -84,6 +84,7 @@ PASSING_OPERATIONS = 1000.0  # the same if a prompt needs more experts than a bl
 PROMPT_LAYER_OPERATIONS, PROMPT_EXPERT_OPERATIONS = 4000.0, 430.0  # in a prompt, whose tokens are sorted by expert
 CONTEXT_TOKENS = 4096  # tokens of context, or all of a shorter one, for which the speed of decoding is estimated
 PROMPT_TOKENS = 512  # length of the prompt whose rate is estimated
+LONG_PROMPTS = (1000, 8000, 32_000)  # tokens of further prompts, whose seconds and reads are estimated
 MEMORY_BOUND = 0.6  # if reading memory takes more than this share of the time without the disk, it is the limit
 
 
@@ -172,23 +173,51 @@ def token_cost(choice: Choice, caching: Caching, rates: MachineRates, cache_byte
     ), missing
 
 
-def prompt_cost(choice: Choice, caching: Caching, rates: MachineRates) -> Cost:
-    """Return the cost of a process's first prompt, which has PROMPT_TOKENS tokens.
+def prompt_cost(choice: Choice, caching: Caching, rates: MachineRates, tokens: int = PROMPT_TOKENS) -> Cost:
+    """Return the cost of a process's first prompt, without attention.
 
     No record is cached, and all tokens are computed together. They are assumed to choose experts evenly.
     """
-    trunk_bytes, kernels = _trunk_cost(choice, rates, PROMPT_TOKENS)
+    trunk_bytes, kernels = _trunk_cost(choice, rates, tokens)
     disk, memory = 0.0, trunk_bytes / rates.memory
     overhead = (STEP_OPERATIONS + PROMPT_LAYER_OPERATIONS * choice.layers) * rates.operation
     for number, block in enumerate(choice.manifest.blocks):
         layout = choice.manifest.layout(number)
-        wanted = block.experts * (1 - (1 - block.top_k / block.experts) ** PROMPT_TOKENS)
+        wanted = block.experts * (1 - (1 - block.top_k / block.experts) ** tokens)
         disk += wanted * layout.slot_bytes / rates.disk.all
-        kernels += rates.seconds(wanted * layout.payload_bytes, choice.bits, PROMPT_TOKENS * block.top_k / wanted)
+        kernels += rates.seconds(wanted * layout.payload_bytes, choice.bits, tokens * block.top_k / wanted)
         miss = PASSING_OPERATIONS if wanted > caching.slots[number] else MISS_OPERATIONS
         overhead += (PROMPT_EXPERT_OPERATIONS + miss) * wanted * rates.operation
         memory += wanted * layout.payload_bytes / rates.memory
     return Cost(disk, kernels, overhead, memory, overlaps=True)
+
+
+def long_prompts(model: Any, fit: Fit, caching: Caching, rates: MachineRates) -> list[dict[str, Any]]:
+    """Return the seconds and the bytes read for a process's first prompt of each of LONG_PROMPTS, as JSON.
+
+    Those that do not fit into the context are left out. ``model``: on the meta device.
+    """
+    choice, prefill = fit.choice, fit.needs.prefill
+    together = prefill.in_blocks or prefill.tokens
+    layers = model.config.get_text_config(decoder=True).per_layer_config
+    heads = [
+        layer.num_attention_heads * (getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads)
+        for layer in layers
+    ]
+    prompts = []
+    for tokens in (tokens for tokens in LONG_PROMPTS if tokens <= fit.needs.kv.context):
+        passes = -(-tokens // together)
+        cost = prompt_cost(choice, caching, rates, -(-tokens // passes))
+        # scores and sums of values: each token attends to half of the others on average
+        attention = sum(2 * width * tokens**2 / 2 * 2 for width in heads) / rates.many_rows[16]
+        cost = replace(
+            cost, disk=passes * cost.disk, kernels=passes * cost.kernels + attention, overhead=passes * cost.overhead
+        )
+        read = cost.disk * rates.disk.all
+        prompts.append(
+            {"tokens": tokens, "seconds": cost.seconds, "read_bytes": read, "together": min(tokens, together)}
+        )
+    return prompts
 
 
 def _trunk_cost(choice: Choice, rates: MachineRates, tokens: float) -> tuple[int, float]:
@@ -279,12 +308,13 @@ def _choice(model_choices: ModelChoices, fit: Fit, room: MachineRoom, speeds: Sp
         "device_slots": None if fit.device_slots is None else sum(fit.device_slots.values()),
         "all_resident": fit.all_resident,
         "streams": fit.streams,
-        "prefill_chunk": fit.needs.prefill.tokens,
+        "prefill_chunk": fit.needs.prefill.in_blocks or fit.needs.prefill.tokens,
         "hit_ratio": caching.mean(choice.manifest),
         "hit_curve": caching.curve,
         "memory": memory_of(fit, room),
         "decode": None,
         "prefill": None,
+        "prompts": [],
     }
     if speeds.rates is not None:
         kv = fit.needs.kv
@@ -299,6 +329,7 @@ def _choice(model_choices: ModelChoices, fit: Fit, room: MachineRoom, speeds: Sp
             **token.to_json(),
         }
         entry["prefill"] = {"tokens_per_s": PROMPT_TOKENS / prompt.seconds, **prompt.to_json()}
+        entry["prompts"] = long_prompts(model_choices.model, fit, caching, speeds.rates)
     return entry
 
 
