@@ -92,12 +92,12 @@ class Prefill:
 
     @property
     def in_blocks(self) -> int | None:
-        """Most tokens of a prompt that fit into the same bytes in blocks; None if it can't be computed so."""
+        """Most tokens of prompts that fit into the same bytes in blocks; None if they can't be computed so."""
         if self.lockstep is None:
             return None
         block = replace(self, attentions=tuple(replace(attention, mask=0) for attention in self.attentions))
         room = self.nbytes - self.lockstep.fixed - block.bytes_of(BLOCK, is_whole=False)
-        return max(min(int(room / (SPARE * self.lockstep.states)), self.context), BLOCK)
+        return max(int(room / (SPARE * self.lockstep.states)), BLOCK)
 
     def bytes_of(self, tokens: int, *, is_whole: bool) -> int:
         """Return the bytes for computing ``tokens`` together: a whole prompt, or the last tokens of the context."""

@@ -308,7 +308,7 @@ def _choice(model_choices: ModelChoices, fit: Fit, room: MachineRoom, speeds: Sp
         "device_slots": None if fit.device_slots is None else sum(fit.device_slots.values()),
         "all_resident": fit.all_resident,
         "streams": fit.streams,
-        "prefill_chunk": fit.needs.prefill.in_blocks or fit.needs.prefill.tokens,
+        "prefill_chunk": min(fit.needs.prefill.in_blocks or fit.needs.prefill.tokens, fit.needs.kv.context),
         "hit_ratio": caching.mean(choice.manifest),
         "hit_curve": caching.curve,
         "memory": memory_of(fit, room),

@@ -52,7 +52,7 @@ def band_mask(tokens: int, length: int, band: Band, device: torch.device) -> Ten
 
 
 def written_out(mask: Tensor | None) -> Tensor | None:
-    """Return a mask with all its numbers, if ``band_mask`` has made it; others unchanged."""
+    """Return a mask [batch, 1, tokens, length] with all its numbers, if ``band_mask`` made it; others unchanged."""
     band = band_of(mask)
     if mask is None or band is None or any(mask.stride()):
         return mask
