@@ -85,7 +85,7 @@ class SessionCall:
         self._session = model.host.session(self._events.put, leases=leases, timeout=timeout)
 
     @property
-    def has_ended(self) -> bool:
+    def is_idle(self) -> bool:
         """Whether no request is open: nothing is awaited, and no lease is held."""
         return not self._session.open_requests
 
@@ -340,7 +340,7 @@ class Clients:
         """Wait until no request is open, for at most ``seconds``. Return whether none is open."""
         with self._changed:
             return self._changed.wait_for(
-                lambda: not self._remote_calls and all(call.has_ended for call in self._calls()),
+                lambda: not self._remote_calls and all(call.is_idle for call in self._calls()),
                 max(seconds, 0.0),
             )
 

@@ -63,7 +63,7 @@ class ControlServer:
         self._max_clients = max_clients
         self._version = version
         self._refusals = RateLimitedLog(_log, "client-refused")
-        self._pauses = RateLimitedLog(_log, "side-socket-paused", pause=_LINE_SECONDS)
+        self._pauses = RateLimitedLog(_log, "control-socket-paused", pause=_LINE_SECONDS)
         self._closed = threading.Event()
         self._state = threading.Lock()  # guards: ``_connections``
         self._connections: dict[socket.socket, bool] = {}  # True: counts as a client of a store

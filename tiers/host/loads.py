@@ -97,7 +97,7 @@ class Loads:
         waiting: the queues of demands.
         notifier: wakes threads that can go on.
         limits: how many loads may be in progress.
-        rest: from each pool that ``load_rest`` may read to its blocks; pools are removed from it.
+        rest: from each pool that ``load_rest`` may read to its blocks.
     """
 
     def __init__(
@@ -108,10 +108,10 @@ class Loads:
         waiting: WaitingDemands,
         notifier: Notifier,
         limits: LoadLimits,
-        rest: dict[Pool, Mapping[int, Block]],
+        rest: Mapping[Pool, Mapping[int, Block]],
     ) -> None:
         self.closed_by: MoetierError | None = None  # the error with which the tier was closed; None while it is open
-        self._rest = rest
+        self._rest = dict(rest)  # without pools that ``load_rest`` has read
         self._directory = directory
         self._counters = counters
         self._prefetches = prefetches

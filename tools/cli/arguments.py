@@ -161,8 +161,8 @@ def add_prefill_argument(parser: argparse.ArgumentParser) -> None:
 def decoding_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return keyword arguments for ``generate()`` from the decoding options, without the seed.
 
-    They may include ``decoding.PENALTIES``, which ``generate()`` does not accept. ``behind`` replaces these by a logits
-    processor.
+    They may include ``decoding.PENALTIES``, which ``generate()`` does not accept. ``decoding.behind`` replaces these by
+    a logits processor.
     """
     asked = {name: value for name in SAMPLING if (value := getattr(arguments, name)) is not None}
     return {**sampling_of(asked), **penalties_of(asked), **ONE_SEQUENCE, "max_new_tokens": arguments.max_new_tokens}

@@ -118,7 +118,7 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class Caching:
-    """Estimated hit ratios with a number of slots, block by block."""
+    """Estimated hit ratio of each block with the slots that it gets."""
 
     slots: tuple[float, ...]  # of each block; 0 for a block that shares its slots with others
     hit_ratios: tuple[float, ...]

@@ -122,12 +122,12 @@ def test_what_is_granted_is_leased_until_it_is_released(clients: Clients, gate: 
         stream.acquire(7, 1, 2)
         granted = [stream.answer(), stream.answer()]
         assert {(each.granted.request, each.granted.expert) for each in granted} == {(7, 1), (7, 2)}
-        assert not stream.call.has_ended
+        assert not stream.call.is_idle
         stream.say(release=pb.Release(request=7, experts=[1]))
         wait_until(lambda: stream.call.leases == 1)
         stream.say(used=pb.Used(blocks=[pb.Experts(block=0, experts=[1, 2, 1])]))
         stream.say(release=pb.Release(request=7))
-        wait_until(lambda: stream.call.has_ended)
+        wait_until(lambda: stream.call.is_idle)
         (described,) = clients.details()[0].clients
         assert (described.pid, described.leases, described.hits, described.misses) == (os.getpid(), 0, 3, 2)
         assert clients.wait(0)

@@ -180,7 +180,7 @@ def test_without_descriptors_it_waits_until_there_are_some(
             os.close(descriptor)
     assert "session" in json.loads(end.recv(65536))
     end.close()
-    assert caplog.messages.count("side-socket-paused") == 1
+    assert caplog.messages.count("control-socket-paused") == 1
 
 
 @contextlib.contextmanager
