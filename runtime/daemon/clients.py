@@ -224,7 +224,7 @@ class Clients:
 
     # -- for the control socket ---------------------------------------------------------------------------------------
 
-    def admit(self, session: str, digest: str | None, pid: int) -> Welcome:
+    def register(self, session: str, digest: str | None, pid: int) -> Welcome:
         """Register the client in process ``pid`` under the id ``session``, and return the answer to it.
 
         ``digest`` names the store that the client will use; with None, the client gets only the session id. With a

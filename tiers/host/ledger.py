@@ -123,7 +123,7 @@ class Ledger:
         caller.register(demand)
         self.prefetches.replace(pool, demand.block, (), caller if caller.is_asynchronous else None)
         distinct = dict.fromkeys(keys)
-        self.uses.note_demand(list(distinct))
+        self.uses.counts.update(distinct.keys())
         demand.is_scan = len(distinct) > pool.quota(demand.block)
         hits = []
         for key in distinct:

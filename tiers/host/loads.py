@@ -240,8 +240,7 @@ class Loads:
         else:
             is_wanted = self._prefetches.is_requested(load.key)
         if not is_wanted:
-            self._counters.count(cancelled=not load.is_warmup)
-            self._abort(load)
+            self._abort(load, is_cancelled=True)
             self._notifier.wake_callers()
         return is_wanted
 
@@ -324,10 +323,10 @@ class Loads:
         while (load := self._queue.pop()) is not None:
             self.fail(load, error)
 
-    def _abort(self, load: Load) -> None:
-        """Remove a load whose record will not arrive. The slot becomes EMPTY."""
+    def _abort(self, load: Load, *, is_cancelled: bool = False) -> None:
+        """Remove a load whose record will not arrive. The slot becomes EMPTY. ``is_cancelled``: it is a prefetch."""
         del self._loads[load.key]
-        self._prefetches.abort(load.key)
+        self._prefetches.abort(load.key, is_cancelled=is_cancelled)
         load.pool.abort_fill(load.slot)
         self._directory.abort_fill(load.pool.number(load.slot))
 
