@@ -297,4 +297,4 @@ class Link:
             if not blocks or blocks[-1].block != block:
                 blocks.append(pb.Experts(block=block))
             blocks[-1].experts.append(expert)
-        return pb.ClientMessage(used=pb.Used(blocks=blocks))
+        return pb.ClientMessage(uses=pb.Uses(blocks=blocks))

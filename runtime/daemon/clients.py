@@ -151,8 +151,8 @@ class SessionCall:
                 self._acquire(message.acquire)
             case "release":
                 self._release(message.release)
-            case "used":
-                keys = [key for entry in message.used.blocks for key in self._keys(entry)]
+            case "uses":
+                keys = [key for entry in message.uses.blocks for key in self._keys(entry)]
                 self._session.note_uses(keys)
                 self._count(hits=len(keys))
             case "prefetch":

@@ -125,7 +125,7 @@ def test_what_is_granted_is_leased_until_it_is_released(clients: Clients, gate: 
         assert not stream.call.is_idle
         stream.say(release=pb.Release(request=7, experts=[1]))
         wait_until(lambda: stream.call.leases == 1)
-        stream.say(used=pb.Used(blocks=[pb.Experts(block=0, experts=[1, 2, 1])]))
+        stream.say(uses=pb.Uses(blocks=[pb.Experts(block=0, experts=[1, 2, 1])]))
         stream.say(release=pb.Release(request=7))
         wait_until(lambda: stream.call.is_idle)
         (described,) = clients.details()[0].clients
