@@ -86,7 +86,7 @@ class SessionCall:
 
     @property
     def is_idle(self) -> bool:
-        """Whether no request is open: nothing is awaited, and no lease is held."""
+        """True if no request is open: nothing is awaited, and no lease is held."""
         return not self._session.open_requests
 
     @property
@@ -259,7 +259,7 @@ class Clients:
 
     @property
     def is_serving(self) -> bool:
-        """Whether the daemon serves: it is not ending, and at least one model is not condemned (``HostedModel``)."""
+        """True if the daemon serves: it is not ending, and at least one model is not condemned (``HostedModel``)."""
         return not self._stopping and any(model.host.fault is None for model in self.models.values())
 
     @contextlib.contextmanager
