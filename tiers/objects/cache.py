@@ -225,7 +225,7 @@ class CachedStore(WrapperStore):
         name = shard.file.path.relative_to(self.directory).as_posix()
         reads = [
             Read(
-                self.store.pool,
+                self.store.threads,
                 partial(objects.read, name, offset + at, view[at : at + READ_PIECE_BYTES], fresh=fresh),
                 payload[at : at + READ_PIECE_BYTES],
             )
