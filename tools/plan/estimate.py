@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from moetier.runtime.kernels.layer.paged_cache import PAGE
+from moetier.runtime.kernels.layer.paged_cache import PAGE_TOKENS
 from moetier.runtime.model.names import tag_of
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.store.checksum import READ_PIECE_BYTES
@@ -288,9 +288,9 @@ def _choice(model_choices: ModelChoices, fit: Fit, room: MachineRoom, speeds: Sp
     }
     if speeds.rates is not None:
         kv = fit.needs.kv
-        nbytes = min(kv.nbytes, kv.page_bytes * -(-CONTEXT_TOKENS // PAGE))
+        nbytes = min(kv.nbytes, kv.page_bytes * -(-CONTEXT_TOKENS // PAGE_TOKENS))
         token, read = token_cost(choice, caching, speeds.rates, nbytes)
-        last, _ = token_cost(choice, caching, speeds.rates, kv.page_bytes * -(-kv.context // PAGE))
+        last, _ = token_cost(choice, caching, speeds.rates, kv.page_bytes * -(-kv.context // PAGE_TOKENS))
         prompt = prompt_cost(choice, caching, speeds.rates)
         entry["decode"] = {
             "tokens_per_s": 1 / token.seconds,
