@@ -48,16 +48,16 @@ class Model(_message.Message):
     def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., budget_bytes: _Optional[int] = ..., slots: _Optional[_Mapping[str, int]] = ..., directory: _Optional[str] = ..., computes: bool = ..., checks: bool = ...) -> None: ...
 
 class ClientMessage(_message.Message):
-    __slots__ = ("acquire", "release", "used", "prefetch")
+    __slots__ = ("acquire", "release", "uses", "prefetch")
     ACQUIRE_FIELD_NUMBER: _ClassVar[int]
     RELEASE_FIELD_NUMBER: _ClassVar[int]
-    USED_FIELD_NUMBER: _ClassVar[int]
+    USES_FIELD_NUMBER: _ClassVar[int]
     PREFETCH_FIELD_NUMBER: _ClassVar[int]
     acquire: Acquire
     release: Release
-    used: Used
+    uses: Uses
     prefetch: Prefetch
-    def __init__(self, acquire: _Optional[_Union[Acquire, _Mapping]] = ..., release: _Optional[_Union[Release, _Mapping]] = ..., used: _Optional[_Union[Used, _Mapping]] = ..., prefetch: _Optional[_Union[Prefetch, _Mapping]] = ...) -> None: ...
+    def __init__(self, acquire: _Optional[_Union[Acquire, _Mapping]] = ..., release: _Optional[_Union[Release, _Mapping]] = ..., uses: _Optional[_Union[Uses, _Mapping]] = ..., prefetch: _Optional[_Union[Prefetch, _Mapping]] = ...) -> None: ...
 
 class Acquire(_message.Message):
     __slots__ = ("request", "block", "experts", "timeout_ms", "wanted")
@@ -81,7 +81,7 @@ class Release(_message.Message):
     experts: _containers.RepeatedScalarFieldContainer[int]
     def __init__(self, request: _Optional[int] = ..., experts: _Optional[_Iterable[int]] = ...) -> None: ...
 
-class Used(_message.Message):
+class Uses(_message.Message):
     __slots__ = ("blocks",)
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
     blocks: _containers.RepeatedCompositeFieldContainer[Experts]

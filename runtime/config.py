@@ -106,8 +106,8 @@ class HostTierConfig:
 
     ram: Size | None = option(
         None,
-        'host memory for experts: a size such as "6GiB", or a share such as "50%%" of what trunk and context leave '
-        f"(default: {DEFAULT_SHARE:.0%}%; {GROUP_SHARE:.0%}% in a control group with a limit)",
+        'host memory for experts: a size such as "6GiB", or a share such as "50%" of what trunk and context leave '
+        f"(default: {DEFAULT_SHARE:.0%}; {GROUP_SHARE:.0%} in a control group with a limit)",
         types=int | str | None,
         wanted='a size such as "6GiB", a share: "50%", or a number of bytes',
         in_config=True,
@@ -166,7 +166,7 @@ class TierConfig(HostTierConfig):
     kv_cache: Size | None = option(
         None,
         'memory for keys and values, of all sequences and of earlier prompts: a size such as "2GiB", or a share such '
-        'as "50%%" of what the trunk leaves (default: 25%%, or less if --ram leaves less, but enough for --context if '
+        'as "50%" of what the trunk leaves (default: 25%, or less if --ram leaves less, but enough for --context if '
         "that is given)",
         types=int | str | None,
         wanted="a size, a share or a number of bytes",
@@ -242,12 +242,14 @@ class TierConfig(HostTierConfig):
         parse=lambda given: given or Credentials(),
         is_setting=False,
     )
-    speculate: str = option(
+    speculate: SpeculationMode = option(
         "auto",
         "load experts early that the routers of the next layers will probably choose (auto: while measurements show "
         "that this is faster)",
         group="speculation",
+        types=str,
         choices=tuple(mode.value for mode in SpeculationMode),
+        parse=SpeculationMode,
     )
     look_ahead: int = option(  # predictions for later layers fail more often (tests/measurements/speculation.py)
         1,

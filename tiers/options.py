@@ -39,7 +39,7 @@ class Number:
 
     @property
     def fix(self) -> str:
-        """What to do about a number out of range."""
+        """The advice about a number out of range."""
         most = "2^31 - 1" if self.most == MOST else f"{self.most:,}"
         least = "a number greater than 0 and at most" if self.least == TINY else f"{self.least:,} to"
         return self.hint or f"Give {least} {most}."

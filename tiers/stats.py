@@ -182,9 +182,10 @@ class PrefetchOutcomes:
         if (began := self._began.pop(key, None)) is not None:
             self._unused[key] = self._clock() - began
 
-    def abort(self, key: ExpertKey) -> None:
-        """Note that the record will not arrive, because its read has failed or was cancelled."""
-        self._began.pop(key, None)
+    def abort(self, key: ExpertKey, *, is_cancelled: bool = False) -> None:
+        """Note that the record will not arrive: its read has failed, or was cancelled, which is counted."""
+        if self._began.pop(key, None) is not None:
+            self._counters.count(cancelled=is_cancelled)
 
     def note_use(self, key: ExpertKey) -> None:
         """Note a demand for a record. If it is the first since the prefetch, count the prefetch as useful or late."""

@@ -331,9 +331,7 @@ def _own(path: str, module: Any) -> list[tuple[str, torch.nn.Parameter]]:
         if name in EXPERT_PARAMETERS:
             parameters.append((name, parameter))
         elif parameter.shape[:1] == (module.num_experts,):
-            raise UnsupportedModelError(
-                f"{path} has a parameter {name} for each expert, which moetier does not know.", _supported()
-            )
+            raise UnsupportedModelError(f"{path} has an unknown expert parameter {name}.", _supported())
     return parameters
 
 

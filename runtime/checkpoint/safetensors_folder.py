@@ -265,7 +265,8 @@ def gathered(
     for path, own in headers.items():
         of_file = _with_whole_names(own, named.get(path, []))
         if doubled := tensors.keys() & of_file.keys():
-            raise CheckpointError(f"{path} and another file have {some(doubled)}.", DOWNLOAD_AGAIN)
+            name = min(doubled)
+            raise CheckpointError(f"{name} is in both {tensors[name].file} and {path}.", DOWNLOAD_AGAIN)
         tensors |= of_file
     if absent := [name for name, path in places.items() if name not in tensors or tensors[name].file != path]:
         raise CheckpointError(f"{index} names tensors that are not in their files: {some(absent)}.", DOWNLOAD_AGAIN)

@@ -33,7 +33,7 @@ from moetier.tiers.layout import ExpertKey, TierSlot
 
 from .mapped_arena import MappedArena
 
-REPORT_KEPT = 65_536  # most hits that wait to be reported; the oldest are dropped while the daemon is away
+REPORT_KEPT = 65_536  # most uses that wait to be reported; the oldest are dropped while the daemon is away
 REPORT_SECONDS = 0.5  # longest time until a hit is reported to the daemon
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0  # seconds between attempts to connect; each pause is twice the last
 _ANSWER = 2.0  # seconds to wait for an answer that a working daemon gives at once
@@ -147,7 +147,7 @@ class Link:
     def close(self) -> None:
         """End the connection and both threads, and wake all callers that wait for a request. Idempotent.
 
-        Hits that wait are reported first. If the daemon does not take the report for two seconds, they are lost.
+        Uses that wait are reported first. If the daemon does not take the report for two seconds, they are lost.
         """
         with self._lock:
             self._closed.set()
@@ -273,14 +273,14 @@ class Link:
     # -- gRPC's thread ------------------------------------------------------------------------------------------------
 
     def _outgoing(self, outbox: Outbox, sent: threading.Event) -> Iterator[pb.ClientMessage]:
-        """Yield the messages to send on one stream, and reports of hits between them; at the end, set ``sent``."""
+        """Yield the messages to send on one stream, and reports of uses between them; at the end, set ``sent``."""
         try:
             while True:
                 message: pb.ClientMessage | None = pb.ClientMessage()
                 with contextlib.suppress(Empty):
                     message = outbox.get(timeout=REPORT_SECONDS)
                 if message is None and not self._closed.is_set():
-                    return  # the stream is broken: hits are reported on the next one
+                    return  # the stream is broken: uses are reported on the next one
                 # reported first, because the request might otherwise evict the records that were used last
                 if self._uses and (message is None or not message.HasField("release")):
                     yield self._report()
@@ -298,4 +298,4 @@ class Link:
             if not blocks or blocks[-1].block != block:
                 blocks.append(pb.Experts(block=block))
             blocks[-1].experts.append(expert)
-        return pb.ClientMessage(used=pb.Used(blocks=blocks))
+        return pb.ClientMessage(uses=pb.Uses(blocks=blocks))

@@ -25,9 +25,9 @@ AWAY_GRACE = 1.0  # seconds that a daemon may be away before the local store is 
 _RETRY = 0.1  # seconds before a request that failed because the daemon was ending is sent again
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, slots=True)
 class ClientContext:
-    """Objects that a client's tier shares with all its misses."""
+    """Objects and counts that a client's tier shares with all its misses."""
 
     link: Link
     fallback: Fallback

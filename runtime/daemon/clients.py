@@ -85,8 +85,8 @@ class SessionCall:
         self._session = model.host.session(self._events.put, leases=leases, timeout=timeout)
 
     @property
-    def has_ended(self) -> bool:
-        """Whether no request is open: nothing is awaited, and no lease is held."""
+    def is_idle(self) -> bool:
+        """True if no request is open: nothing is awaited, and no lease is held."""
         return not self._session.open_requests
 
     @property
@@ -151,8 +151,8 @@ class SessionCall:
                 self._acquire(message.acquire)
             case "release":
                 self._release(message.release)
-            case "used":
-                keys = [key for entry in message.used.blocks for key in self._keys(entry)]
+            case "uses":
+                keys = [key for entry in message.uses.blocks for key in self._keys(entry)]
                 self._session.note_uses(keys)
                 self._count(hits=len(keys))
             case "prefetch":
@@ -225,7 +225,7 @@ class Clients:
 
     # -- for the control socket ---------------------------------------------------------------------------------------
 
-    def admit(self, session: str, digest: str | None, pid: int) -> Welcome:
+    def register(self, session: str, digest: str | None, pid: int) -> Welcome:
         """Register the client in process ``pid`` under the id ``session``, and return the answer to it.
 
         ``digest`` names the store that the client will use; with None, the client gets only the session id. With a
@@ -260,7 +260,7 @@ class Clients:
 
     @property
     def is_serving(self) -> bool:
-        """Whether the daemon serves: it is not ending, and at least one model is not condemned (``HostedModel``)."""
+        """True if the daemon serves: it is not ending, and at least one model is not condemned (``HostedModel``)."""
         return not self._stopping and any(model.host.fault is None for model in self.models.values())
 
     @contextlib.contextmanager
@@ -341,7 +341,7 @@ class Clients:
         """Wait until no request is open, for at most ``seconds``. Return whether none is open."""
         with self._changed:
             return self._changed.wait_for(
-                lambda: not self._remote_calls and all(call.has_ended for call in self._calls()),
+                lambda: not self._remote_calls and all(call.is_idle for call in self._calls()),
                 max(seconds, 0.0),
             )
 

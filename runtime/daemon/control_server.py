@@ -33,7 +33,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Welcome:
-    """Answer to a client that is admitted. ``descriptor`` refers to the arena; the server closes it after sending."""
+    """Answer to a client that is registered. ``descriptor`` refers to the arena; the server closes it after sending."""
 
     model: str
     slots: Mapping[str, int]  # number of slots for each record layout, by its zarr array
@@ -43,27 +43,27 @@ class Welcome:
 class ControlServer:
     """Server of the control socket in a daemon's folder, with a thread for each connection.
 
-    ``admit(session, digest, pid)`` returns the answer to a client. If it raises a MoetierError, that is sent to the
-    client instead. ``admit`` raises OSError if the process has no descriptor left. ``remove(session)`` is called when a
-    client's connection has ended.
+    ``register(session, digest, pid)`` returns the answer to a client. If it raises a MoetierError, that is sent to the
+    client instead. ``register`` raises OSError if the process has no descriptor left. ``remove(session)`` is called
+    when a client's connection has ended.
     """
 
     def __init__(
         self,
         folder: Path,
         *,
-        admit: Callable[[str, str | None, int], Welcome],
+        register: Callable[[str, str | None, int], Welcome],
         remove: Callable[[str], None],
         max_clients: int,
         version: str,
     ) -> None:
         """Listen on the control socket, and replace a stale one. Raises OSError if the socket can't be created."""
-        self._admit = admit
+        self._register = register
         self._on_end = remove
         self._max_clients = max_clients
         self._version = version
         self._refusals = RateLimitedLog(_log, "client-refused")
-        self._pauses = RateLimitedLog(_log, "side-socket-paused", pause=_LINE_SECONDS)
+        self._pauses = RateLimitedLog(_log, "control-socket-paused", pause=_LINE_SECONDS)
         self._closed = threading.Event()
         self._state = threading.Lock()  # guards: ``_connections``
         self._connections: dict[socket.socket, bool] = {}  # True: counts as a client of a store
@@ -159,7 +159,7 @@ class ControlServer:
                     raise self._full()
                 self._connections[end] = True
         try:
-            welcome = self._admit(session, digest, pid)
+            welcome = self._register(session, digest, pid)
         except OSError as error:  # out of descriptors: other clients are still served
             raise UnavailableError(
                 f"The daemon can't pass on its arena's descriptor: {error.strerror}.",

@@ -35,7 +35,7 @@ class DaemonConfig(HostTierConfig):
 
     ram: Size | None = option_like(
         TIER_OPTIONS["ram"],
-        help=f'host memory for all experts: "8GiB", or "50%%" of what is free (default: {DEFAULT_SHARE:.0%}%)',
+        help=f'host memory for all experts: "8GiB", or "50%" of what is free (default: {DEFAULT_SHARE:.0%})',
     )
     directories: tuple[Path, ...] = ()
     folder: Path = option(
@@ -49,13 +49,13 @@ class DaemonConfig(HostTierConfig):
     max_clients: int = option(64, "maximum number of clients at once", metavar="N", numbers=SEVERAL)
     wait: float = option(
         SLOT_TIMEOUT,
-        "longest time that a request waits for a free slot before it fails (default: %(default)g)",
+        f"longest time that a request waits for a free slot before it fails (default: {SLOT_TIMEOUT:g})",
         metavar="SECONDS",
         numbers=WAIT,
     )
     drain: float = option(
         10.0,
-        "time for running requests to finish at shutdown (default: %(default)g)",
+        "time for running requests to finish at shutdown (default: 10)",
         metavar="SECONDS",
         numbers=WAIT,
     )

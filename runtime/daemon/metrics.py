@@ -71,7 +71,7 @@ OF_CLIENTS_NOW = {
     "leases": ("leases", "Slots held for clients of this host, or on their way to them."),
     "recovered_slots": ("recovered", "Slots that were reclaimed with their records when the daemon started."),
 }
-FAULTY = "1 if the model is no longer served, because its shards are not all of one conversion; else 0."
+FAULTY = "1 if the model is no longer served: its shards are not of one conversion, or a thread has failed; else 0."
 OF_CLIENTS = {
     "requests": ("requests", "Requests of clients for the missing experts of a block."),
     "reported_hits": ("used", "Hits in the directory, as clients report them."),

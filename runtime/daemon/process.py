@@ -143,7 +143,7 @@ def _start(
         server.start()
     control = ControlServer(
         config.folder,
-        admit=clients.admit,
+        register=clients.register,
         remove=clients.remove,
         max_clients=config.max_clients,
         version=version("moetier"),

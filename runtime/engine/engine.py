@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from moetier.runtime.generation.decoding import longest_prompt
-from moetier.runtime.kernels.layer.paged_cache import PAGE
+from moetier.runtime.kernels.layer.paged_cache import PAGE_TOKENS
 from moetier.runtime.model.context import longest_context
 from moetier.tiers.errors import MoetierError, UnsupportedModelError
 
@@ -92,7 +92,7 @@ class Engine:
             context: most tokens of a sequence.
             later: the same as ``chunk`` for tokens behind others, or beside other sequences; None: ``chunk``.
         """
-        self.context = min(context, PAGE * pages)
+        self.context = min(context, PAGE_TOKENS * pages)
         self._runner = runner
         self._scheduler = Scheduler(
             KVCache(pages, runner, keeps=runner.can_resume),
@@ -125,7 +125,7 @@ class Engine:
         kv = model.tiers.kv
         limits = kv.context, longest_prompt(model), longest_context(model.config)
         context = max(tokens, min(limit for limit in limits if limit is not None))
-        pages = max(kv.pages, -(-tokens // PAGE))
+        pages = max(kv.pages, -(-tokens // PAGE_TOKENS))
         prefill = model.tiers.prefill
         if prefill.in_blocks is not None and may_pack(model):
             runner: Runner = PackedRunner(model, pages, chunk=prefill.later)

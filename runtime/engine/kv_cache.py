@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from moetier.runtime.kernels.layer.paged_cache import PAGE
+from moetier.runtime.kernels.layer.paged_cache import PAGE_TOKENS
 
 from .free_pages import FreePages
 from .prefix_tree import Node, PrefixTree
@@ -53,7 +53,7 @@ class KVCache:
         """Return whether there are pages for all tokens of a sequence that has not begun, and for its next token."""
         nodes = self._tree.match(sequence.request.user, sequence.ids[:-1]).nodes
         pages = {page for held in self._held.values() for page in held.pages} | {node.page for node in nodes}
-        return -(-(len(sequence.ids) + 1) // PAGE) - len(nodes) <= self.size - len(pages)
+        return -(-(len(sequence.ids) + 1) // PAGE_TOKENS) - len(nodes) <= self.size - len(pages)
 
     def begin(self, sequence: Sequence) -> None:
         """Let a sequence continue after the longest prefix of its tokens that is kept. Sets ``sequence.computed``.
@@ -85,12 +85,12 @@ class KVCache:
                 partial.pins -= 1
             undo.pop_all()  # the node stays pinned
         self._held[sequence] = held
-        sequence.computed = PAGE * len(held.shared) + shared
+        sequence.computed = PAGE_TOKENS * len(held.shared) + shared
 
     def reserve(self, sequence: Sequence, tokens: int) -> bool:
         """Take pages for the next ``tokens`` tokens of a sequence. Returns False, and takes none, if there are none."""
         held = self._held[sequence]
-        missing = -(-(sequence.computed + tokens) // PAGE) - len(held.shared) - len(held.own)
+        missing = -(-(sequence.computed + tokens) // PAGE_TOKENS) - len(held.shared) - len(held.own)
         if missing > 0:
             pages = self._take(missing, held.pages)
             if not pages:
@@ -105,15 +105,15 @@ class KVCache:
     def keep(self, sequence: Sequence) -> None:
         """Let other sequences find the full pages of a sequence. Sets no other state of the sequence."""
         held = self._held[sequence]
-        while self._keeps and held.own and PAGE * (len(held.shared) + 1) <= sequence.computed:
-            self._add(sequence, held, PAGE)
+        while self._keeps and held.own and PAGE_TOKENS * (len(held.shared) + 1) <= sequence.computed:
+            self._add(sequence, held, PAGE_TOKENS)
 
     def end(self, sequence: Sequence) -> None:
         """Let other sequences find all pages of a sequence that has ended, and let them be evicted."""
         self.keep(sequence)
         held = self._held.pop(sequence)
         held.node.pins -= 1
-        rest = sequence.computed - PAGE * len(held.shared)
+        rest = sequence.computed - PAGE_TOKENS * len(held.shared)
         if rest > 0 and self._keeps:
             self._add(sequence, held, rest, pins=False)
         self._free.release(held.own)
@@ -123,7 +123,7 @@ class KVCache:
         return len(self._free)
 
     def _add(self, sequence: Sequence, held: _Held, count: int, *, pins: bool = True) -> None:
-        begin = PAGE * len(held.shared)
+        begin = PAGE_TOKENS * len(held.shared)
         page = held.own.pop(0)
         node, unneeded = self._tree.add(held.node, sequence.ids[begin : begin + count], page)
         self._free.release(unneeded)

@@ -1,8 +1,8 @@
 """Prefix tree of pages: finds the keys and values of a prompt's first tokens by their token ids.
 
-A page holds the keys and values of up to PAGE tokens in all layers. A node of the tree is a page, and its path from the
-root has all tokens of the sequence up to there. So sequences that begin alike share pages. Only the last page of a
-sequence has fewer than PAGE tokens; it is a leaf.
+A page holds the keys and values of up to PAGE_TOKENS tokens in all layers. A node of the tree is a page, and its path
+from the root has all tokens of the sequence up to there. So sequences that begin alike share pages. Only the last page
+of a sequence has fewer than PAGE_TOKENS tokens; it is a leaf.
 
 As in SGLang's radix cache (Zheng et al. 2023, arXiv 2312.07104), but nodes are whole pages, so none is ever split.
 """
@@ -13,7 +13,7 @@ import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from moetier.runtime.kernels.layer.paged_cache import PAGE
+from moetier.runtime.kernels.layer.paged_cache import PAGE_TOKENS
 
 
 @dataclass(eq=False, slots=True)
@@ -29,8 +29,8 @@ class Node:
 
     @property
     def is_full(self) -> bool:
-        """Whether further pages may follow: the node is a root, or its page has PAGE tokens."""
-        return self.parent is None or len(self.tokens) == PAGE
+        """Whether further pages may follow: the node is a root, or its page has PAGE_TOKENS tokens."""
+        return self.parent is None or len(self.tokens) == PAGE_TOKENS
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class Match:
     @property
     def tokens(self) -> int:
         """Length of the prefix."""
-        return PAGE * len(self.nodes) + self.shared
+        return PAGE_TOKENS * len(self.nodes) + self.shared
 
 
 class PrefixTree:
@@ -61,11 +61,13 @@ class PrefixTree:
         """Return the longest prefix of ``ids`` in the tree ``name``, and note that its pages were used."""
         self._time += 1
         node, nodes = self.root(name), list[Node]()
-        while (child := node.children.get(tuple(ids[PAGE * len(nodes) : PAGE * (len(nodes) + 1)]))) and child.is_full:
+        while (
+            child := node.children.get(tuple(ids[PAGE_TOKENS * len(nodes) : PAGE_TOKENS * (len(nodes) + 1)]))
+        ) and child.is_full:
             node = child
             node.used = self._time
             nodes.append(node)
-        rest = tuple(ids[PAGE * len(nodes) : PAGE * (len(nodes) + 1)])
+        rest = tuple(ids[PAGE_TOKENS * len(nodes) : PAGE_TOKENS * (len(nodes) + 1)])
         partial = max(node.children.values(), key=lambda child: _common(child.tokens, rest), default=None)
         shared = 0 if partial is None else _common(partial.tokens, rest)
         if partial is None or not shared:

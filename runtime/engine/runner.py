@@ -47,7 +47,7 @@ class Stopped(Exception):
 class Runner(ABC):
     """Computes the tasks of a step, and has the memory of pages.
 
-    A page holds the keys and values of PAGE consecutive tokens of a sequence, in all layers.
+    A page holds the keys and values of PAGE_TOKENS consecutive tokens of a sequence, in all layers.
     """
 
     can_resume: bool  # whether a sequence can be computed in several parts, and continue after pages of another one

@@ -86,7 +86,7 @@ class Sequence:
         return len(self.ids) - self.computed
 
     def begin(self) -> None:
-        """Note that the sequence begins to run, with its ``computed`` tokens. Not its first time changes nothing."""
+        """Note that the sequence begins to run, with its ``computed`` tokens. Only the first time has an effect."""
         if self.began is None:
             self.cached, self.began = self.computed, time.monotonic()
 

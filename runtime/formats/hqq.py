@@ -228,7 +228,8 @@ def _requantised(weight: str, groups: int, codes: StoredTensor, scale: StoredTen
         or math.prod(scale.shape) not in (1, codes.shape[-1])
         or (scale.shape, scale.dtype) != (zero.shape, zero.dtype)
     ):
-        raise CheckpointError(f"{weight}: {codes.name}, {scale.name} and {zero.name} do not fit.", DOWNLOAD_AGAIN)
+        shapes = ", ".join(f"{part.name} {list(part.shape)}" for part in (codes, scale, zero))
+        raise CheckpointError(f"{weight} has {groups:,} groups, which do not fit {shapes}.", DOWNLOAD_AGAIN)
     return Requantised(codes, scale, zero, (1, groups))
 
 

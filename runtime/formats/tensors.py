@@ -133,7 +133,7 @@ class SourceTensor(ABC):
 
         ``name`` is "" in a record of 16 bits. Raises ValueError if a record's bytes are in another order.
         """
-        raise ValueError(f"{self.stored_name} is packed in another way than a record")
+        raise ValueError(f"{self.stored_name}: its bytes are in another order than a record's")
 
     def levels(self, group: int) -> Levels:
         """Read the codes, and a scale and a zero point for each ``group`` weights of a row.

@@ -116,7 +116,7 @@ def _keep(model: PreTrainedModel, tiers: Tiers) -> None:
 
 def _shortcuts(model: PreTrainedModel, config: TierConfig) -> Shortcuts | None:
     """Return the shortcuts that predict experts; None if speculation is off, or if no gate can predict."""
-    if SpeculationMode(config.speculate) is SpeculationMode.OFF:
+    if config.speculate is SpeculationMode.OFF:
         return None
     gates = Gates(model)
     if (refusals := gates.refusals()) is not None:
@@ -145,16 +145,15 @@ def _mode(config: TierConfig, tiers: Tiers, modules: Mapping[str, Any]) -> Specu
 
     ``modules`` is as in ``_speculate``.
     """
-    mode = SpeculationMode(config.speculate)
     if (
-        mode is SpeculationMode.AUTO
+        config.speculate is SpeculationMode.AUTO
         and tiers.origin.remote_compute is not None
         and tiers.origin.remote_compute.is_possible
     ):
         for number, block in enumerate(tiers.manifest.blocks):
             if quick_activation(modules[block.path], tiers.manifest.layout(number), tiers.kernels) is not None:
                 return SpeculationMode.OFF
-    return mode
+    return config.speculate
 
 
 def _use_compiled_code(model: PreTrainedModel, config: TierConfig) -> None:

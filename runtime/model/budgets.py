@@ -15,7 +15,7 @@ import torch
 from moetier.runtime.config import Size, TierConfig
 from moetier.runtime.devices.device import ComputeDevice
 from moetier.runtime.kernels.experts.expert_products import BATCH_OUTPUTS
-from moetier.runtime.kernels.layer.paged_cache import PAGE
+from moetier.runtime.kernels.layer.paged_cache import PAGE_TOKENS
 from moetier.runtime.kernels.products.api import Kernels
 from moetier.runtime.machine.memory import Available, budget_for, usable
 from moetier.tiers.cache.budget import slots_for, smallest_budget
@@ -69,7 +69,7 @@ class Needs:
         kv = KVBudget.of(
             model.config,
             config,
-            page_bytes=kv_cache_bytes(model.config, PAGE, dtype=model.dtype),
+            page_bytes=kv_cache_bytes(model.config, PAGE_TOKENS, dtype=model.dtype),
             room=max(usable(available.bytes - trunk - scratch), 0),
             experts=manifest.stored_bytes,
         )

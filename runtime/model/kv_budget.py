@@ -7,7 +7,7 @@ from fractions import Fraction
 from typing import Any
 
 from moetier.runtime.config import Size, TierConfig, format_bytes
-from moetier.runtime.kernels.layer.paged_cache import PAGE
+from moetier.runtime.kernels.layer.paged_cache import PAGE_TOKENS
 
 from .context import longest_context
 
@@ -21,7 +21,7 @@ class KVBudget:
 
     context: int = 0  # most tokens of a sequence
     pages: int = 0
-    page_bytes: int = 0  # of PAGE tokens in all layers
+    page_bytes: int = 0  # of PAGE_TOKENS tokens in all layers
 
     @classmethod
     def of(cls, config: Any, tier_config: TierConfig, *, page_bytes: int, room: int, experts: int) -> KVBudget:
@@ -38,7 +38,7 @@ class KVBudget:
             experts: bytes of all experts.
         """
         longest = tier_config.context or longest_context(config)
-        most = None if longest is None else -(-longest // PAGE)  # pages of a sequence
+        most = None if longest is None else -(-longest // PAGE_TOKENS)  # pages of a sequence
         if not page_bytes:
             pages = tier_config.sequences * (most or LEAST_PAGES)
         elif tier_config.kv_cache is not None:
@@ -47,9 +47,9 @@ class KVBudget:
             pages = max(LEAST_PAGES, _default_bytes(tier_config.ram, room, experts) // page_bytes)
             pages = pages if most is None else min(pages, tier_config.sequences * most)
             if tier_config.context is not None:
-                pages = max(pages, -(-tier_config.context // PAGE))
+                pages = max(pages, -(-tier_config.context // PAGE_TOKENS))
         pages = max(pages, 1)
-        return cls(min(longest or PAGE * pages, PAGE * pages), pages, page_bytes)
+        return cls(min(longest or PAGE_TOKENS * pages, PAGE_TOKENS * pages), pages, page_bytes)
 
     @property
     def nbytes(self) -> int:

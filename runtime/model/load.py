@@ -217,7 +217,7 @@ _keywords = [
 ]
 _parameters = list(inspect.signature(load).parameters.values())
 _ARGUMENTS = "".join(
-    textwrap.fill(f"{name}: {option.help % ()}.", 112, initial_indent=" " * 8, subsequent_indent=" " * 12) + "\n"
+    textwrap.fill(f"{name}: {option.help}.", 112, initial_indent=" " * 8, subsequent_indent=" " * 12) + "\n"
     for name, option in (TIER_OPTIONS | CACHE).items()
 )
 load.__doc__ = re.sub(r" +options: .*\n", lambda _: _ARGUMENTS, load.__doc__ or "")

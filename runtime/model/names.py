@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from moetier.tiers.addresses import ADDRESS, check_address
-from moetier.tiers.errors import ConfigError, StoreFormatError
+from moetier.tiers.errors import ConfigError, NotFoundError, StoreFormatError
 from moetier.tiers.layout import Bits
 from moetier.tiers.redaction import redacted
 
@@ -65,9 +65,9 @@ def model_directory(name: str | os.PathLike[str]) -> Path:
     The tag may be left out if the model was pulled with one tag only. A text that can't be a name is taken for the path
     of a folder, which need not exist. An address means the folder that ``directory_at`` returns for it.
 
-    Raises StoreFormatError if there is neither such a folder or GGUF file nor such a pulled model, if ``name`` has no
-    tag and the model was pulled with several tags, or if an address is not that of an object store; and as
-    ``directory_at``.
+    Raises NotFoundError if there is neither such a folder or GGUF file nor such a pulled model, StoreFormatError if
+    ``name`` has no tag and the model was pulled with several tags, or if an address is not that of an object store; and
+    as ``directory_at``.
     """
     text, folder = os.fspath(name), Path(name)
     if is_address(text):
@@ -78,11 +78,11 @@ def model_directory(name: str | os.PathLike[str]) -> Path:
             "Give s3://BUCKET/NAME, or an address that begins with gs://, az://, https://, http:// or file://.",
         )
     if text.endswith(".gguf") and not folder.exists():
-        raise StoreFormatError(f"There is no file {folder.absolute()}.", "Check the path of the GGUF file.")
+        raise NotFoundError(f"There is no file {folder.absolute()}.", "Check the path of the GGUF file.")
     if not may_be_name(text) or folder.exists():
         return folder
     if (named := _named(text)) is None:
-        raise StoreFormatError(f"There is no folder {folder.absolute()}, and no pulled model {text}.", _advice(text))
+        raise NotFoundError(f"There is no folder {folder.absolute()}, and no pulled model {text}.", _advice(text))
     return named[1]
 
 
@@ -129,10 +129,11 @@ def directory_at(
 def pulled_model(name: str) -> tuple[str, Path]:
     """Return the full name, with its tag, and the folder of a pulled model.
 
-    Raises StoreFormatError if there is none, or if ``name`` has no tag and the model was pulled with several tags.
+    Raises NotFoundError if there is none, and StoreFormatError if ``name`` has no tag and the model was pulled with
+    several tags.
     """
     if (named := _named(name)) is None:
-        raise StoreFormatError(
+        raise NotFoundError(
             f"There is no pulled model {name}.", "Run moetier list to see the names of all pulled models."
         )
     return named

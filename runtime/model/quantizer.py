@@ -186,9 +186,10 @@ class MoetierQuantizer(HfQuantizer):
             )
         blocks = {block.path: (number, block) for number, block in enumerate(manifest.blocks)}
         if strangers := sorted(modules.keys() ^ blocks.keys()):
-            whose = "model" if strangers[0] in modules else "store"
+            has, lacks = ("model", "store") if strangers[0] in modules else ("store", "model")
             raise StoreFormatError(
-                f"{self._location} does not fit {type(model).__name__}: only the {whose} has {strangers[0]}.",
+                f"{self._location} does not fit {type(model).__name__}: the {lacks} lacks the experts module "
+                f"{strangers[0]}, which the {has} has.",
                 "Load the class that config.json names in architectures, or convert the model again.",
             )
         for path, module in modules.items():

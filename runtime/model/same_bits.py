@@ -1,4 +1,4 @@
-"""Whether a token's logits have the same bits in every company.
+"""Check whether a token's logits have the same bits in every company.
 
 That is: they depend on the tokens up to it only, neither on the chunks in which a prompt is computed, nor on other
 sequences, cached keys and values, threads or memory. Compiled code computes attention, matrices, routers and experts so

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from moetier.runtime.config import TierConfig
+from moetier.runtime.config import SpeculationMode, TierConfig
 from moetier.runtime.devices.device import ComputeDevice
 from moetier.runtime.kernels.products.api import Kernels
 from moetier.runtime.machine.memory import memory_for_model
@@ -90,7 +90,7 @@ class Tiers(Closeable):
                     manifest,
                     slots=memory.device_slots(device.free_memory()),
                     device=device.streams(),
-                    promotes=config.speculate != "off",
+                    promotes=config.speculate is not SpeculationMode.OFF,
                     policy=config.policy,
                     arrange=kernels.arrange,
                 )

@@ -139,7 +139,7 @@ class _Trial:
     """A layer with random weights of its norms, its inputs, and its results for the last of them."""
 
     def __init__(self, layer: Any, parts: Parts, dtype: torch.dtype, angles: int, scale: float) -> None:
-        """``dtype``: type of hidden states, cos and sin; ``angles``: number of numbers in cos and in sin.
+        """``dtype``: type of hidden states, cos and sin; ``angles``: width of cos and of sin.
 
         ``scale``: mean of the norms' weights.
         """

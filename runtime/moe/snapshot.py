@@ -78,7 +78,7 @@ class Snapshot:
             return False
 
     def has_hooks(self) -> bool:
-        """Return whether the parts have hooks now."""
+        """Return whether the module, or a module in it, has hooks now."""
         return any(self._hooks)
 
 

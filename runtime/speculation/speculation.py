@@ -70,7 +70,7 @@ class Admission:
         self._keys = [[ExpertKey(block, expert) for expert in range(count)] for block, count in enumerate(experts)]
         self.requested: set[int] = set()  # blocks for which prefetches were requested since their latest demand
 
-    def admit(self, block: int, prediction: Prediction) -> list[int]:
+    def request(self, block: int, prediction: Prediction) -> list[int]:
         """Request prefetches for a block. Return the predicted experts, each once for each token that may use it."""
         keys = self._keys[block]
         likely = [expert for expert in prediction.likely if expert < len(keys)]  # larger indices have no record
@@ -271,7 +271,7 @@ class Speculation:
             self._admit(target, distance, shortcuts.predict(target, hidden))
 
     def _admit(self, block: int, distance: int, prediction: Prediction) -> None:
-        if experts := self._admission.admit(block, prediction):
+        if experts := self._admission.request(block, prediction):
             self._predicted.setdefault(block, []).append((distance, experts))
 
     def _judge(self, distance: int, predicted: list[int], demanded: set[int]) -> None:

@@ -39,7 +39,7 @@ class Recall:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Recall of each rule, over the blocks that gates predict ``lookahead`` layers ahead; None without a prediction."""
+    """Recall of each rule, on only those blocks that gates predicted ``lookahead`` layers earlier; None without any."""
 
     lookahead: int
     gates: float | None

@@ -1,4 +1,4 @@
-"""A control server that admits each client."""
+"""A control server that registers each client."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ class Host:
 
     def __init__(self, folder: Path, **options: object) -> None:
         self.folder = folder
-        self.admitted: list[tuple[str, str | None, int]] = []
+        self.registered: list[tuple[str, str | None, int]] = []
         self.left: list[str] = []
         self.server = ControlServer(
-            folder, admit=self.admit, remove=self.left.append, version="1.2", **{"max_clients": 4, **options}
+            folder, register=self.register, remove=self.left.append, version="1.2", **{"max_clients": 4, **options}
         )
 
-    def admit(self, session: str, digest: str | None, pid: int) -> Welcome:
+    def register(self, session: str, digest: str | None, pid: int) -> Welcome:
         if digest == "0" * 64:
             raise UnknownModelError("Not that.", "Another.")
-        self.admitted.append((session, digest, pid))
+        self.registered.append((session, digest, pid))
         if digest is None:
             return Welcome("", {})
         return Welcome("acme", {"records": 3}, os.open(ARENA, os.O_RDONLY | os.O_CLOEXEC))

@@ -67,7 +67,7 @@ class Client:
             if (copied := self.arena.copy(block, expert)) is not None:
                 used.append(expert)
                 yield expert, copied
-        self._said.put(pb.ClientMessage(used=pb.Used(blocks=[pb.Experts(block=block, experts=used)])))
+        self._said.put(pb.ClientMessage(uses=pb.Uses(blocks=[pb.Experts(block=block, experts=used)])))
 
     def demand(self, block: int, experts: Sequence[int]) -> Iterator[tuple[int, bytes]]:
         """Request all of them, and return copies of their slots in order of arrival."""

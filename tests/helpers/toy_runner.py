@@ -11,7 +11,7 @@ from torch import Tensor
 from moetier.runtime.engine import sequence as engine
 from moetier.runtime.engine.runner import Runner, Stopped, Task
 from moetier.runtime.engine.sampling import Sampler
-from moetier.runtime.kernels.layer.paged_cache import PAGE
+from moetier.runtime.kernels.layer.paged_cache import PAGE_TOKENS
 
 VOCABULARY = 50
 
@@ -24,8 +24,8 @@ class WrittenPages:
 
     def write(self, pages: Sequence[int], ids: Sequence[int], begin: int, end: int) -> None:
         for at in range(begin, end):
-            page = self.pages.setdefault(pages[at // PAGE], [])
-            del page[at % PAGE :]
+            page = self.pages.setdefault(pages[at // PAGE_TOKENS], [])
+            del page[at % PAGE_TOKENS :]
             page.append(tuple(ids[: at + 1]))
 
     def copy_page(self, source: int, target: int, tokens: int) -> None:
@@ -68,7 +68,7 @@ class ToyRunner(WrittenPages, Runner):
             raise Stopped
         if end > self.fails_after:
             raise OSError("a disk failed")
-        assert [self.pages[task.pages[at // PAGE]][at % PAGE] for at in range(begin)] == [
+        assert [self.pages[task.pages[at // PAGE_TOKENS]][at % PAGE_TOKENS] for at in range(begin)] == [
             tuple(ids[: at + 1]) for at in range(begin)
         ]
         self.write(task.pages, ids, begin, end)

@@ -95,7 +95,7 @@ def main() -> None:
         for name in told:
             tell(models[name], routing, is_right=name == "perfect")
     if "asking" in models:
-        models["asking"].tiers.speculation._admission.admit = lambda block, prediction: prediction.likely
+        models["asking"].tiers.speculation._admission.request = lambda block, prediction: prediction.likely
     before = {name: model.tiers.stats()[0] for name, model in models.items()}
     times: dict[str, list[float]] = {name: [] for name in ways}
     for number, part in enumerate(parts):

@@ -109,7 +109,7 @@ class Nonsense:
                 blocks = [pb.Experts(block=self._random.randrange(3), experts=[1, 2]) for _ in range(3)]
                 if self._random.random() < 0.05:
                     blocks.append(pb.Experts(block=block, experts=self.experts()))
-                return pb.ClientMessage(used=pb.Used(blocks=blocks))
+                return pb.ClientMessage(uses=pb.Uses(blocks=blocks))
             case 4:
                 requested = pb.Experts(block=self._random.randrange(3), experts=self._random.sample(range(8), 3))
                 return pb.ClientMessage(prefetch=pb.Prefetch(requested=requested))

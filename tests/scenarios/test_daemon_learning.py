@@ -32,7 +32,7 @@ def use(daemon: DaemonProcess, manifest: Manifest) -> None:
         client.granted()
         client.granted()
         client.release(1)
-        client.send(used=pb.Used(blocks=[pb.Experts(block=0, experts=[2])] * 2))
+        client.send(uses=pb.Uses(blocks=[pb.Experts(block=0, experts=[2])] * 2))
         daemon.wait_for("used == 2")
 
 

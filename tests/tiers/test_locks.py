@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 import threading
+from collections.abc import Callable
 
 import pytest
 from cuts import cut
@@ -149,6 +150,43 @@ def test_a_posted_work_is_done_before_its_poster_sleeps() -> None:
         return given or None
 
     assert Task(lambda: monitor.wait_for(change)).result()
+
+
+def test_marked_work_runs_once_after_each_transition_that_marks_or_wakes() -> None:
+    monitor, log = Monitor(), list[str]()
+
+    def change(*steps: Callable[[], None]) -> None:
+        for step in steps:
+            step()
+        log.append("changed")
+
+    def work() -> None:
+        log.append("worked")
+        if log.count("worked") == 1:
+            monitor.mark()  # it has to run again
+
+    monitor.run(change, monitor.mark)
+    assert log == ["changed"], "there is no work yet"
+    monitor.run_after_mark(work)
+    monitor.run(change, monitor.mark, monitor.wake, monitor.mark)
+    assert log[1:] == ["changed", "worked", "worked"]
+    monitor.run(change)
+    monitor.run(change, monitor.wake)
+    assert log[4:] == ["changed", "changed", "worked"]
+
+
+def test_marked_work_runs_after_a_later_mark_wherever_an_exception_cuts_one() -> None:
+    number = 0
+    while True:
+        monitor, done = Monitor(), list[int]()
+        monitor.run_after_mark(lambda: done.append(1))  # noqa: B023
+        if cut(lambda: monitor.run(monitor.mark), number) is None:  # noqa: B023
+            break
+        done.clear()
+        monitor.run(monitor.mark)
+        assert done, number
+        number += 1
+    assert number > 5
 
 
 def test_an_error_leaves_the_lock_free_and_does_posted_work() -> None:

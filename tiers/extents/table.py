@@ -38,7 +38,7 @@ MAX_PIECES = 64  # extents of a record
 
 
 class RecordPiece(NamedTuple):
-    """A part of a record that is one extent in each expert of a block."""
+    """A byte range of the record that each expert of a block stores as one extent."""
 
     section: str  # name of the section that it is in, after earlier pieces of the same section
     length: int  # bytes in the record
@@ -110,7 +110,7 @@ class ExtentTable:
 
     @property
     def is_linked(self) -> bool:
-        """Whether the table has the checksums of all records, with which reads are compared."""
+        """True if the table has the checksums of all records, with which reads are compared."""
         return bool(self.manifest.record_checksums)
 
     def extents(self, key: ExpertKey) -> list[Extent]:

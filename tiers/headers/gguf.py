@@ -130,7 +130,7 @@ def _read(state: _State) -> GgufHeader:
             entries[name] = cursor.entry(name)
         alignment = metadata.get("general.alignment", 32)
         if type(alignment) is not int or not 1 <= alignment <= 1 << 16 or alignment & (alignment - 1):
-            raise ValueError(f"general.alignment is {shown(alignment)}")
+            raise ValueError(f"general.alignment is {shown(alignment)}, not a power of two up to 65,536")
         start = -(-cursor.at // alignment) * alignment
         placed = {name: entry._replace(begin=start + entry.begin) for name, entry in entries.items()}
         _check_places(placed, start, alignment, size)
@@ -213,7 +213,7 @@ class _Cursor:
         elif value_type in NUMBERS:
             yield from self.unpack(f"{count}{NUMBERS[value_type]}")
         else:
-            raise ValueError(f"{shown(key)} has values of type {value_type}")
+            raise ValueError(f"{shown(key)} has values of type {value_type}, which GGUF does not define")
 
     def _texts(self, key: str, count: int) -> Iterator[str]:
         """Yield ``count`` strings. This takes less time for each than ``text``: a vocabulary has some 100,000."""

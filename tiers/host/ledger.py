@@ -86,16 +86,12 @@ class Ledger:
         self._notifier = notifier
         self._clock = clock
         self._demands: set[Demand] = set()
+        self.fault: StoreError | None = None  # the error with which the tier was condemned
 
     @property
     def closed_by(self) -> MoetierError | None:
         """The error with which the ledger was closed; None while it is open."""
         return self.loads.closed_by
-
-    @property
-    def fault(self) -> StoreError | None:
-        """The error with which the tier was condemned, or None."""
-        return self.closed_by if isinstance(self.closed_by, StoreError) else None
 
     def check_open(self) -> None:
         """If the ledger was closed, raise the error with which it was closed."""
@@ -129,7 +125,7 @@ class Ledger:
         if not wanted:
             self.prefetches.replace(pool, demand.block, (), caller if caller.is_asynchronous else None)
         distinct = dict.fromkeys(keys)
-        self.uses.note_demand(list(distinct))
+        self.uses.counts.update(distinct.keys())
         demand.is_scan = max(len(distinct), wanted) > pool.quota(demand.block)
         hits = []
         for key in distinct:
@@ -239,6 +235,13 @@ class Ledger:
             demand.leased[slot] = None
             self.prefetches.note_copy(key)
         return slot
+
+    def condemn(self, error: StoreError) -> None:
+        """Close the ledger with ``error`` unless it is closed, and let readers of the directory find no record."""
+        if self.closed_by is None:
+            self.fault = error
+            self.close(error)
+            self.directory.retire()
 
     def close(self, error: MoetierError) -> None:
         """Close the ledger: fail all demands with ``error``, and begin no more loads."""

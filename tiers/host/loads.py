@@ -97,7 +97,7 @@ class Loads:
         waiting: the queues of demands.
         notifier: wakes threads that can go on.
         limits: how many loads may be in progress.
-        rest: from each pool that ``load_rest`` may read to its blocks; pools are removed from it.
+        rest: from each pool that ``load_rest`` may read to its blocks.
     """
 
     def __init__(
@@ -108,10 +108,10 @@ class Loads:
         waiting: WaitingDemands,
         notifier: Notifier,
         limits: LoadLimits,
-        rest: dict[Pool, Mapping[int, Block]],
+        rest: Mapping[Pool, Mapping[int, Block]],
     ) -> None:
         self.closed_by: MoetierError | None = None  # the error with which the tier was closed; None while it is open
-        self._rest = rest
+        self._rest = dict(rest)  # without pools that ``load_rest`` has read
         self._directory = directory
         self._counters = counters
         self._prefetches = prefetches
@@ -240,8 +240,7 @@ class Loads:
         else:
             is_wanted = self._prefetches.is_requested(load.key)
         if not is_wanted:
-            self._counters.count(cancelled=not load.is_warmup)
-            self._abort(load)
+            self._abort(load, is_cancelled=True)
             self._notifier.wake_callers()
         return is_wanted
 
@@ -324,10 +323,10 @@ class Loads:
         while (load := self._queue.pop()) is not None:
             self.fail(load, error)
 
-    def _abort(self, load: Load) -> None:
-        """Remove a load whose record will not arrive. The slot becomes EMPTY."""
+    def _abort(self, load: Load, *, is_cancelled: bool = False) -> None:
+        """Remove a load whose record will not arrive. The slot becomes EMPTY. ``is_cancelled``: it is a prefetch."""
         del self._loads[load.key]
-        self._prefetches.abort(load.key)
+        self._prefetches.abort(load.key, is_cancelled=is_cancelled)
         load.pool.abort_fill(load.slot)
         self._directory.abort_fill(load.pool.number(load.slot))
 

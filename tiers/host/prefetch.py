@@ -149,10 +149,10 @@ class PrefetchQueue:
         """Note that a record has arrived."""
         self._outcomes.complete(key)
 
-    def abort(self, key: ExpertKey) -> None:
+    def abort(self, key: ExpertKey, *, is_cancelled: bool = False) -> None:
         """Note that a record will not arrive, because its read has failed or was cancelled."""
         self._warmed.discard(key)
-        self._outcomes.abort(key)
+        self._outcomes.abort(key, is_cancelled=is_cancelled)
 
     def note_copy(self, key: ExpertKey) -> None:
         """Note that the tier above may copy a record."""

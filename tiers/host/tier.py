@@ -376,9 +376,7 @@ class HostTier(Closeable):
 
         All callers and sessions get ``error``. Processes that have mapped the arena find no records in it any more.
         """
-        if self._ledger.closed_by is None:
-            self._ledger.close(error)
-            self._arena.directory.retire()
+        self._ledger.condemn(error)
 
     def close(self) -> None:
         """Close the tier, as ``ExpertSource`` specifies.

@@ -29,7 +29,7 @@ class Uses:
         self._pool_of = pool_of
         self._counters = counters
         self._prefetches = prefetches
-        self.counts = Counter[ExpertKey]()  # number of uses of each key
+        self.counts = Counter[ExpertKey]()  # number of uses of each key; ``Ledger.begin`` adds those by demands
 
     def note_uses(self, block: int, experts: Sequence[int]) -> None:
         """Note a use of ``experts`` by compiled code of this process, which has found all of them. Each is a hit."""
@@ -45,10 +45,6 @@ class Uses:
     def take_back_uses(self, experts: Sequence[int]) -> None:
         """Count hits of ``note_uses`` as discarded, because records were replaced during their use."""
         self._counters.take_back_hits(len(set(experts)))
-
-    def note_demand(self, keys: Sequence[ExpertKey]) -> None:
-        """Note uses by a demand of this tier, which counts its hits and misses itself."""
-        self.counts.update(keys)
 
     def note_client_uses(self, keys: Sequence[ExpertKey]) -> None:
         """Note uses by another process, which has found the records of ``keys``, in this order. Each is a hit."""

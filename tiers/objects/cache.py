@@ -197,7 +197,7 @@ class CachedStore(WrapperStore):
 
     @property
     def is_complete(self) -> bool:
-        """Whether all records are in the cache, so that it is an ordinary store."""
+        """True if all records are in the cache, so that it is an ordinary store."""
         return not is_cache(self.folder)
 
     def _fetch(self, key: ExpertKey, view: memoryview, pause: Pause | None) -> None:
@@ -225,7 +225,7 @@ class CachedStore(WrapperStore):
         name = shard.file.path.relative_to(self.directory).as_posix()
         reads = [
             Read(
-                self.store.pool,
+                self.store.threads,
                 partial(objects.read, name, offset + at, view[at : at + READ_PIECE_BYTES], fresh=fresh),
                 payload[at : at + READ_PIECE_BYTES],
             )

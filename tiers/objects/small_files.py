@@ -132,7 +132,7 @@ def _read_small(objects: Objects, name: str, entry: FileSum | None, most: int, f
             if len(data) <= MAX_JSON_BYTES:
                 json.loads(data)
             elif not ENDS.fullmatch(data.lstrip()[:1] + data.rstrip()[-1:]):
-                raise ValueError("it is cut off")
+                raise ValueError("it does not end as its first bracket requires")
         except (ValueError, RecursionError) as error:
             raise StoreFormatError(f"{where} is not JSON ({error}).", DAMAGED) from error
     return data

@@ -195,7 +195,7 @@ class DirectoryStore(Store, Scrubbable):
 
     @property
     def fix(self) -> str:
-        """What to do about damaged files, as a sentence for users."""
+        """The advice about damaged files, as a sentence for users."""
         return "Restore the files named."
 
 
@@ -254,7 +254,7 @@ class WrapperStore(DirectoryStore):
 
     @property
     def fix(self) -> str:
-        """What to do about damaged files of ``store``."""
+        """The advice about damaged files of ``store``."""
         return self.store.fix
 
     def check_digest(self) -> None:

@@ -13,7 +13,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from moetier.tiers.errors import IncompleteStoreError, StoreError, StoreFormatError, TargetError
+from moetier.tiers.errors import IncompleteStoreError, NotFoundError, StoreError, StoreFormatError, TargetError
 from moetier.tiers.fields import Fields
 from moetier.tiers.manifest import Manifest
 
@@ -54,19 +54,19 @@ def store_folder(folder: Path, purpose: str = "") -> Path:
     """Return the store's folder ``experts.zarr``. ``folder`` is that folder itself, or the model directory.
 
     ``purpose``: what only such a store can be, such as "mirrored", for the error of a directory with another store.
-    Raises StoreFormatError if ``folder`` is neither.
+    Raises NotFoundError if there is no ``folder``, and StoreFormatError if it is neither.
     """
     if has_store(folder):
         return folder / GROUP if (folder / GROUP).is_dir() else folder
     if not folder.exists():
         if folder.suffix == ".gguf":
-            raise StoreFormatError(f"There is no file {folder.absolute()}.", "Check the path of the GGUF file.")
+            raise NotFoundError(f"There is no file {folder.absolute()}.", "Check the path of the GGUF file.")
         if (new := replacement_folder(folder)).joinpath(REPLACED, GROUP).exists():
-            raise StoreFormatError(
+            raise NotFoundError(
                 f"There is no folder {folder.absolute()}: its replacement was interrupted.",
                 f"Put the new model in its place: {shlex.join(['mv', str(new), str(folder.resolve())])}",
             )
-        raise StoreFormatError(
+        raise NotFoundError(
             f"There is no folder {folder.absolute()}.", f"Convert a model: {command('convert', 'SRC', folder)}"
         )
     if not folder.is_dir():

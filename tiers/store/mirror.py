@@ -192,7 +192,7 @@ class MirroredStore(WrapperStore):
                 for begin in range(first, first + length, piece):
                     end = min(begin + piece, first + length)
                     read = partial(self._read, copy, key, start + begin, part[begin:end])
-                    reads.append(Read(copy.store.pool, read, payload[begin:end]))
+                    reads.append(Read(copy.store.threads, read, payload[begin:end]))
                 first += length
             return run_reads(reads, crc)
 

@@ -53,7 +53,7 @@ returns the CRC-32C of the record up to the end of the part.
 class Read(NamedTuple):
     """The read of one piece of a record."""
 
-    pool: ThreadPoolExecutor  # threads that read from the disk that has the piece
+    threads: ThreadPoolExecutor  # threads that read from the disk that has the piece
     call: Callable[[], None]  # reads the piece
     payload: memoryview  # the memory for the piece, without the record's checksum
 
@@ -151,7 +151,7 @@ class ExpertStore(DirectoryStore):
         self._fault = Future[ChecksumError]()  # gets a result if the records have another digest than the manifest
         # ``close`` waits for reads: another file could get the number of a descriptor that is closed during a read
         self._use = UseCount(f"The store {folder}")
-        self.pool = ThreadPoolExecutor(readers, thread_name_prefix="moetier-store")  # starts no thread yet
+        self.threads = ThreadPoolExecutor(readers, thread_name_prefix="moetier-store")  # starts no thread yet
 
     def check_digest(self) -> None:
         """Compare the digest of the checksums in the shards with that in the manifest of an older store.
@@ -211,7 +211,7 @@ class ExpertStore(DirectoryStore):
 
     @property
     def fix(self) -> str:
-        """What to do about damaged files. Those of a cache are fetched again."""
+        """The advice about damaged files. Those of a cache are fetched again."""
         if (self.directory / CACHE).exists():
             return (
                 f"Remove {self.directory}, and give the address again. If that does not help, push the original there "
@@ -273,7 +273,7 @@ class ExpertStore(DirectoryStore):
         self._use.close()
         shards, self.shards = self.shards, {}
         if self._fork_guard.is_owner:
-            self.pool.shutdown()
+            self.threads.shutdown()
         for shard in shards.values():
             shard.close()
 
@@ -296,7 +296,9 @@ class ExpertStore(DirectoryStore):
     ) -> int:
         """Read a part of the record that begins at the offset ``record`` of a shard. See ``ReadPart``."""
         reads = [
-            Read(self.pool, partial(shard.read, record + start + at, part[at : at + piece]), payload[at : at + piece])
+            Read(
+                self.threads, partial(shard.read, record + start + at, part[at : at + piece]), payload[at : at + piece]
+            )
             for at in range(0, len(part), piece)
         ]
         return run_reads(reads, crc)
@@ -329,8 +331,8 @@ def run_reads(reads: Sequence[Read], crc: int) -> int:
     pieces = [_Piece(read.call) for read in reads]
     try:
         for read, piece in zip(reads, pieces, strict=True):
-            read.pool.submit(piece.read)
-    except RuntimeError:  # the pool can start no thread, or is closed
+            read.threads.submit(piece.read)
+    except RuntimeError:  # no thread can be started, or they have ended
         _log.debug("This thread reads what no other one can.", exc_info=True)
     try:
         # Checksum the pieces in order, while later pieces are read. This thread reads pieces that no other thread has

@@ -76,7 +76,7 @@ class ChatInput:
         return line.rstrip().removesuffix(QUOTES).strip("\n"), False
 
     def was_empty(self) -> bool:
-        """Whether the line that Ctrl-C interrupted was empty, and not in a block."""
+        """True if the line that Ctrl-C interrupted was empty, and not in a block."""
         return not self._in_block and not self._buffer()
 
 

@@ -60,16 +60,16 @@ def add_option(parser: argparse._ActionsContainer, option: Option) -> None:
 
     A value with ``parse`` is checked here and kept as text; ``TierConfig.of`` converts it.
     """
+    text = option.help.replace("%", "%%")  # argparse formats it
     flags = [*([option.short] if option.short else []), f"--{option.name.replace('_', '-')}"]
     if option.value_type is bool and not option.is_setting:
-        parser.add_argument(*flags, action="store_true", help=option.help)
+        parser.add_argument(*flags, action="store_true", help=text)
         return
     if option.value_type is bool:
         # with default=, argparse would add the default to the help
-        parser.add_argument(*flags, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=option.help)
+        parser.add_argument(*flags, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
         parser.set_defaults(**{option.name: option.default})
         return
-    text = option.help
     if option.default not in (None, "") and "default:" not in text:
         text += " (default: %(default)s)"
     more: dict[str, Any] = {"type": option.numbers or (None if option.value_type is str else option.value_type)}
@@ -161,8 +161,8 @@ def add_prefill_argument(parser: argparse.ArgumentParser) -> None:
 def decoding_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return keyword arguments for ``generate()`` from the decoding options, without the seed.
 
-    They may include ``decoding.PENALTIES``, which ``generate()`` does not accept. ``behind`` replaces these by a logits
-    processor.
+    They may include ``decoding.PENALTIES``, which ``generate()`` does not accept. ``decoding.behind`` replaces these by
+    a logits processor.
     """
     asked = {name: value for name in SAMPLING if (value := getattr(arguments, name)) is not None}
     return {**sampling_of(asked), **penalties_of(asked), **ONE_SEQUENCE, "max_new_tokens": arguments.max_new_tokens}

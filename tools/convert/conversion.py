@@ -78,7 +78,7 @@ class Conversion:
                 [part.name for file in trunk for tensor in file.tensors.values() for part in tensor.parts]
             )
         small = small_files(checkpoint, manifest.bits, options.trunk_bits, planned.blueprint.dtype, trunk)
-        target = Target(folder, manifest, trunk, small, passing=download is not None)
+        target = Target(folder, manifest, trunk, small, is_streamed=download is not None)
         command = ["moetier", *(resuming or ("convert", checkpoint.source, str(folder.resolve())))]
         given = ((name, option, getattr(options, name)) for name, option in CONVERT_OPTIONS.items() if option.resumes)
         command += command_words((name, value) for name, option, value in given if value != option.default)

@@ -154,10 +154,7 @@ def _remove_first(conversion: Conversion) -> None:
 
 
 def _kept(conversion: Conversion) -> list[Path]:
-    """Return the copied files in the target folder that the new model lacks, and that it can use.
-
-    Those of another checkpoint are set aside.
-    """
+    """Set copied files of another checkpoint aside. Return those that the new model lacks, but can use."""
     target = conversion.target
     dst = target.folder
     lacking = [path for path in copied_files(dst) if path.relative_to(dst).as_posix() not in target.small]

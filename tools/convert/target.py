@@ -87,7 +87,7 @@ class Target:
     ``small`` has the content of every file that belongs neither to the trunk nor to the store, by its path in
     ``folder``.
 
-    ``passing``: whether the source is downloaded during the conversion. If so, its digest is known only at the end.
+    ``is_streamed``: whether the source is downloaded during the conversion. If so, its digest is known only at the end.
     Until then, ``manifest`` has the commit in place of the digest. The file ``ORIGIN`` keeps the commit.
     """
 
@@ -95,7 +95,7 @@ class Target:
     manifest: Manifest  # of the store, without what is known only at the end (``Manifest.plan``)
     trunk: tuple[TrunkFile, ...]
     small: Mapping[str, bytes]
-    passing: bool = False
+    is_streamed: bool = False
 
     @property
     def store(self) -> Path:
@@ -134,7 +134,7 @@ class Target:
             and all((self.folder / name).is_file() for name in self.small)
             and len(self.finished_blocks) == len(self.manifest.blocks)
         )
-        if finished and self.passing and not whole:  # the downloaded source was deleted, so it can't be completed
+        if finished and self.is_streamed and not whole:  # the downloaded source was deleted, so it can't be completed
             raise self._differs("it was complete, and some of its files are missing now")
         return whole
 
@@ -144,7 +144,7 @@ class Target:
         Raises StoreError if it can't be read.
         """
         earlier = read_plan(self.store)
-        if earlier is not None and self.passing and (self.store / METADATA).exists():
+        if earlier is not None and self.is_streamed and (self.store / METADATA).exists():
             return replace(earlier, source_digest=read_origin(self.folder).get("revision", ""))
         return earlier
 

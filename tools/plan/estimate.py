@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from moetier.runtime.kernels.layer.paged_cache import PAGE
+from moetier.runtime.kernels.layer.paged_cache import PAGE_TOKENS
 from moetier.runtime.model.names import tag_of
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.store.checksum import READ_PIECE_BYTES
@@ -119,7 +119,7 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class Caching:
-    """Estimated hit ratios with a number of slots, block by block."""
+    """Estimated hit ratio of each block with the slots that it gets."""
 
     slots: tuple[float, ...]  # of each block; 0 for a block that shares its slots with others
     hit_ratios: tuple[float, ...]
@@ -318,9 +318,9 @@ def _choice(model_choices: ModelChoices, fit: Fit, room: MachineRoom, speeds: Sp
     }
     if speeds.rates is not None:
         kv = fit.needs.kv
-        nbytes = min(kv.nbytes, kv.page_bytes * -(-CONTEXT_TOKENS // PAGE))
+        nbytes = min(kv.nbytes, kv.page_bytes * -(-CONTEXT_TOKENS // PAGE_TOKENS))
         token, read = token_cost(choice, caching, speeds.rates, nbytes)
-        last, _ = token_cost(choice, caching, speeds.rates, kv.page_bytes * -(-kv.context // PAGE))
+        last, _ = token_cost(choice, caching, speeds.rates, kv.page_bytes * -(-kv.context // PAGE_TOKENS))
         prompt = prompt_cost(choice, caching, speeds.rates)
         entry["decode"] = {
             "tokens_per_s": 1 / token.seconds,

@@ -157,7 +157,10 @@ class _Q4_K(_Blocks):
                 yield ColumnGroup(half, factor(scales, number, scale), factor(minima, number, least))
 
     def _codes(self, emit: RowEmitter, stored: _Bytes, place: int, words: list[Value], first: int) -> list[Value]:
-        """Return the codes of groups ``first`` and ``first`` + 1, whose low halves are in ``words``."""
+        """Return the codes of groups ``first`` and ``first`` + 1, whose low halves are in ``words``.
+
+        ``words`` are 8 vectors i32 [lanes], each with four codes of both groups for each row.
+        """
         return _nibbles(emit, words)
 
 

@@ -178,8 +178,10 @@ class Coding(ABC):
     with ``scale`` and ``low`` of its ColumnGroup. If ``is_exact``, codes are fp32 numbers instead, and x
     is not rounded.
 
-    If ``is_signed``, ``centre`` and ``largest`` are 128. Codes are c - centre, from -128 to 127, unless the processor
-    ``takes_bytes``: then they are c, from 0 to 255.
+    If ``is_signed``, ``centre`` and ``largest`` are 128. The codes of the compiled products are then:
+
+    - on a processor that multiplies signed numbers: c - centre, from -128 to 127;
+    - on a processor that ``takes_bytes``: c, from 0 to 255.
     """
 
     centre: int = 0

@@ -117,7 +117,7 @@ class Emitter:
         return self.all(F32, float(value), LANES)
 
     def memory(self, nbytes: int) -> Value:
-        """Emit ``nbytes`` bytes of memory of the function's own, aligned to 64 bytes. Return a pointer to them."""
+        """Allocate ``nbytes`` bytes on the function's stack, aligned to 64 bytes, and return a pointer to them."""
         with self.at.goto_entry_block():
             place = self.at.alloca(ir.ArrayType(I8, nbytes))
         place.align = 64

@@ -37,7 +37,7 @@ NO_WINDOW = 1 << 40  # positions
 class AttentionContext(NamedTuple):
     """The i64 fields in the context of the compiled function.
 
-    After them comes, for each block, the number of its items that are finished. Strides are in numbers. Positions
+    After the fields: one i64 for each block of query rows, its finished work items. Strides are in numbers. Positions
     are counted from the beginning of piece 0.
     """
 

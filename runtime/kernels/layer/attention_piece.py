@@ -57,9 +57,10 @@ class KeyPiece(NamedTuple):
 
 
 class PieceEmitter(WordEmitter):
-    """Emitter of a function that takes a context and attends. ``has_few_rows``: to compute at most ROWS at once.
+    """Emits attention over one piece of keys. The function takes a context.
 
-    With more rows, keys and values are arranged as words once for all of them.
+    With few rows (``has_few_rows``: at most ROWS at once), keys are read in place. With more, keys and values are
+    arranged as words once for all rows.
     """
 
     # numbers and addresses, i64, which the function must set
@@ -115,7 +116,7 @@ class PieceEmitter(WordEmitter):
     def _arrange_keys(self, piece: KeyPiece, begin: Value, end: Value) -> None:
         """Emit copies of the keys of positions from ``begin`` to before ``end``.
 
-        Positions outside of the piece's sight, whose scores are not used, get the key of the nearest in it.
+        Positions outside the window [low, high) get a copy of the nearest key inside it; their scores are discarded.
         """
         at, n = self.at, self.number
         with self.loop(begin, end, LANES) as first:

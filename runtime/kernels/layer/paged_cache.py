@@ -1,8 +1,9 @@
 """KV cache in pages: transformers' Cache of one sequence, whose keys and values lie in memory that sequences share.
 
-A page holds the keys and values of PAGE consecutive tokens of a sequence, in all layers. Pages with consecutive numbers
-lie next to one another, as the tokens of one tensor. So what computes with a sequence whose pages are consecutive reads
-them where they are, the compiled layers of one token too. Those of other sequences are copied for each step.
+A page holds the keys and values of PAGE_TOKENS consecutive tokens of a sequence, in all layers. Pages with consecutive
+numbers lie next to one another, as the tokens of one tensor. So what computes with a sequence whose pages are
+consecutive reads them where they are, the compiled layers of one token too. Those of other sequences are copied for
+each step.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from transformers.cache_utils import DynamicLayer
 
 from .growing_cache import CacheMemory, memory_of
 
-PAGE = 64  # tokens
+PAGE_TOKENS = 64  # tokens
 
 
 class PageMemory:
@@ -24,41 +25,43 @@ class PageMemory:
 
     def __init__(self, pages: int) -> None:
         self._pages = pages
-        # keys and values [1, heads, pages * PAGE, width] of a layer. The kernel gives memory to what is written first
+        # keys and values [1, heads, pages * PAGE_TOKENS, width] of a layer. The kernel gives memory at the first write
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def write(self, layer: int, pages: list[int], begin: int, keys: Tensor, values: Tensor) -> None:
         """Write keys and values [1, heads, tokens, width] of the tokens from ``begin`` on into a sequence's pages."""
         if layer not in self._layers:
-            size = self._pages * PAGE
+            size = self._pages * PAGE_TOKENS
             self._layers[layer] = tuple(  # type: ignore[assignment] # two tensors
                 part.new_empty((1, part.shape[1], size, part.shape[3])) for part in (keys, values)
             )
         at, end = begin, begin + keys.shape[2]
         while at < end:
-            count = min(PAGE - at % PAGE, end - at)
-            place = PAGE * pages[at // PAGE] + at % PAGE
+            count = min(PAGE_TOKENS - at % PAGE_TOKENS, end - at)
+            place = PAGE_TOKENS * pages[at // PAGE_TOKENS] + at % PAGE_TOKENS
             for memory, part in zip(self._layers[layer], (keys, values), strict=True):
                 memory[:, :, place : place + count] = part[:, :, at - begin : at - begin + count]
             at += count
 
     def read(self, layer: int, pages: list[int], begin: int, end: int) -> tuple[Tensor, Tensor]:
         """Return keys and values [1, heads, end - begin, width] of a sequence's tokens from ``begin`` to ``end``."""
-        first = begin // PAGE
-        used = pages[first : -(-end // PAGE)]
+        first = begin // PAGE_TOKENS
+        used = pages[first : -(-end // PAGE_TOKENS)]
         keys, values = self._layers[layer]
         if are_consecutive(used):
-            place = PAGE * used[0] + begin % PAGE
+            place = PAGE_TOKENS * used[0] + begin % PAGE_TOKENS
             return keys.narrow(2, place, end - begin), values.narrow(2, place, end - begin)
-        parts = (torch.cat([part.narrow(2, PAGE * page, PAGE) for page in used], 2) for part in (keys, values))
-        keys, values = (part.narrow(2, begin % PAGE, end - begin) for part in parts)
+        parts = (
+            torch.cat([part.narrow(2, PAGE_TOKENS * page, PAGE_TOKENS) for page in used], 2) for part in (keys, values)
+        )
+        keys, values = (part.narrow(2, begin % PAGE_TOKENS, end - begin) for part in parts)
         return keys, values
 
     def copy_page(self, source: int, target: int, tokens: int) -> None:
         """Copy the keys and values of the first ``tokens`` tokens of a page to another page."""
         for layer in self._layers.values():
             for memory in layer:
-                memory.narrow(2, PAGE * target, tokens).copy_(memory.narrow(2, PAGE * source, tokens))
+                memory.narrow(2, PAGE_TOKENS * target, tokens).copy_(memory.narrow(2, PAGE_TOKENS * source, tokens))
 
     def room(self, layer: int) -> CacheMemory | None:
         """Return the memory of all pages in a layer, as compiled code needs it; None if it can't be read so."""
@@ -123,7 +126,7 @@ class PagedLayer(DynamicLayer):
     @property
     def place(self) -> tuple[int, int]:
         """Places in ``room``: of the first token that a new one attends to, and of the new one."""
-        begin = PAGE * self._cache.pages[0]
+        begin = PAGE_TOKENS * self._cache.pages[0]
         return begin + self.first_position, begin + self.end
 
     @property

@@ -199,9 +199,10 @@ class TileEmitter(Emitter):
         return self.load_floats(self._pairs, place, FP32 if dtype == "float32" else BF16, 2 * LANES)
 
     def _centre_sum(self, index: Value) -> Value:
-        """Load a sum of n times -centre, repeated in a vector; ``index`` is that of the group among those of all rows.
+        """Load -centre × sum(n) of one group (n: rounded activations), broadcast to i32 [LANES].
 
-        A sum of products of codes and n that begins with it is one of codes less their centre.
+        Adding products code × n to it gives sum((code - centre) × n). ``index`` is that of the group among those of all
+        rows.
         """
         total = self.load(self._xs, self.at.mul(index, self.number(4)), I32)
         return self.spread(self.at.mul(total, ir.Constant(I32, -CENTRES[self._variant.bits])), LANES)

@@ -86,7 +86,7 @@ class WordEmitter(Emitter):
         return self.multiply_add(at.bitcast(a, _FLOATS), at.bitcast(b, _FLOATS), total)
 
     def words_of(self, parts: Sequence[Value]) -> Value:
-        """Emit the words of as many fp32 vectors as a word has numbers, one after the other."""
+        """Emit words from fp32 vectors: two if a word is a pair of bf16 numbers, else one, whose numbers it keeps."""
         at = self.at
         if not self.has_pairs:
             return at.bitcast(parts[0], _WORDS)

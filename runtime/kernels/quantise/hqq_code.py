@@ -100,7 +100,7 @@ class Solver:
         self._set("sizes", at.fadd(self._get("sizes"), sizes))
 
     def _error(self, place: Value, offset: Value) -> Value:
-        """Emit the difference between weights and their codes, divided by the scale."""
+        """Emit the rounding error of scaled weights: (w/s - b) - nearest code."""
         emit = self._emit
         scaled = emit.at.fsub(emit.load(self._scaled, place, vector(F32, LANES)), offset)
         return emit.at.fsub(scaled, emit.nearest(scaled, -self._half, self._half - 1)[1])

@@ -1,4 +1,4 @@
-"""Clients of a daemon and their streams, without sockets: what is admitted, answered, refused and ended."""
+"""Clients of a daemon and their streams, without sockets: what is registered, answered, refused and ended."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ def clients(gate: GatedReader, tmp_path: Path) -> Iterator[Clients]:
         model.close()
 
 
-def admit(clients: Clients, session: str) -> None:
+def register(clients: Clients, session: str) -> None:
     """Register a client of the model."""
-    descriptor = clients.admit(session, MODEL, os.getpid()).descriptor
+    descriptor = clients.register(session, MODEL, os.getpid()).descriptor
     assert descriptor is not None
     os.close(descriptor)
 
@@ -92,7 +92,7 @@ def streaming(clients: Clients, session: str) -> Iterator[Stream]:
 
 
 def test_a_client_is_known_until_its_connection_ends(clients: Clients) -> None:
-    admit(clients, "a")
+    register(clients, "a")
     assert clients.knows("a")
     assert not clients.knows(None)
     with streaming(clients, "a") as stream:
@@ -107,34 +107,34 @@ def test_a_client_is_known_until_its_connection_ends(clients: Clients) -> None:
 
 def test_who_names_no_store_or_an_unknown_one_gets_no_stream(clients: Clients) -> None:
     with pytest.raises(UnknownModelError):
-        clients.admit("a", "0" * 64, 1)
+        clients.register("a", "0" * 64, 1)
     assert not clients.knows("a")
-    assert clients.admit("b", None, 1).descriptor is None
+    assert clients.register("b", None, 1).descriptor is None
     with pytest.raises(UnknownModelError, match="not for a model"), streaming(clients, "b"):
         pass
     assert clients.stats()[0].clients == 0
 
 
 def test_what_is_granted_is_leased_until_it_is_released(clients: Clients, gate: GatedReader) -> None:
-    admit(clients, "a")
+    register(clients, "a")
     gate.open()
     with streaming(clients, "a") as stream:
         stream.acquire(7, 1, 2)
         granted = [stream.answer(), stream.answer()]
         assert {(each.granted.request, each.granted.expert) for each in granted} == {(7, 1), (7, 2)}
-        assert not stream.call.has_ended
+        assert not stream.call.is_idle
         stream.say(release=pb.Release(request=7, experts=[1]))
         wait_until(lambda: stream.call.leases == 1)
-        stream.say(used=pb.Used(blocks=[pb.Experts(block=0, experts=[1, 2, 1])]))
+        stream.say(uses=pb.Uses(blocks=[pb.Experts(block=0, experts=[1, 2, 1])]))
         stream.say(release=pb.Release(request=7))
-        wait_until(lambda: stream.call.has_ended)
+        wait_until(lambda: stream.call.is_idle)
         (described,) = clients.details()[0].clients
         assert (described.pid, described.leases, described.hits, described.misses) == (os.getpid(), 0, 3, 2)
         assert clients.wait(0)
 
 
 def test_a_second_stream_ends_the_first_and_its_leases(clients: Clients, gate: GatedReader) -> None:
-    admit(clients, "a")
+    register(clients, "a")
     gate.open()
     with streaming(clients, "a") as first:
         first.acquire(1, 0)
@@ -150,7 +150,7 @@ def test_a_second_stream_ends_the_first_and_its_leases(clients: Clients, gate: G
 
 @pytest.mark.parametrize("experts", [(), (1, 1)], ids=["none", "one twice"])
 def test_a_request_that_names_its_experts_wrongly_ends_the_stream(clients: Clients, experts: tuple[int, ...]) -> None:
-    admit(clients, "a")
+    register(clients, "a")
     with streaming(clients, "a") as stream:
         stream.acquire(1, *experts)
         error = stream.answer()
@@ -159,7 +159,7 @@ def test_a_request_that_names_its_experts_wrongly_ends_the_stream(clients: Clien
 
 
 def test_open_requests_are_bounded(clients: Clients) -> None:
-    admit(clients, "a")
+    register(clients, "a")
     with streaming(clients, "a") as stream:
         for request in range(MAX_REQUESTS + 1):
             stream.acquire(request, 0)
@@ -169,14 +169,14 @@ def test_open_requests_are_bounded(clients: Clients) -> None:
 
 
 def test_bytes_that_are_no_message_end_the_stream(clients: Clients) -> None:
-    admit(clients, "a")
+    register(clients, "a")
     with streaming(clients, "a") as stream:
         stream.messages.put(b"\xff\xff")
         assert isinstance(stream.answer(), ProtocolError)
 
 
 def test_a_daemon_that_ends_answers_what_it_was_asked_and_refuses_the_rest(clients: Clients, gate: GatedReader) -> None:
-    admit(clients, "a")
+    register(clients, "a")
     with streaming(clients, "a") as stream:
         stream.acquire(1, 0)
         gate.wait_begun(ExpertKey(0, 0))
@@ -197,7 +197,7 @@ def test_a_daemon_that_ends_answers_what_it_was_asked_and_refuses_the_rest(clien
         clients.end()
         assert isinstance(stream.answer(), UnavailableError)
     with pytest.raises(UnavailableError):
-        clients.admit("b", MODEL, 1)
+        clients.register("b", MODEL, 1)
     with pytest.raises(UnavailableError), clients.remote_call(MODEL):
         pass
 

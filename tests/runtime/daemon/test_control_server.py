@@ -50,7 +50,7 @@ def test_a_killed_clients_place_is_free_within_a_second(host: Host) -> None:
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
             sessions.append(process.stdout.readline().strip())
-            assert host.admitted[-1] == (sessions[-1], DIGEST, process.pid)
+            assert host.registered[-1] == (sessions[-1], DIGEST, process.pid)
             process.send_signal(signal.SIGKILL)
             process.wait(PATIENCE)
             began = time.monotonic()
@@ -81,7 +81,7 @@ def test_a_greeting_that_is_none_gets_an_error_and_the_end(host: Host, packet: b
         end.send(packet)
         assert json.loads(end.recv(65536))["error"]["kind"] == "ProtocolError"
         assert end.recv(1) == b""
-    assert not host.admitted
+    assert not host.registered
     assert not host.left
 
 
@@ -148,7 +148,7 @@ def test_random_packets_do_no_harm(host: Host) -> None:
                     end.send(nonsense())
                 except (BrokenPipeError, ConnectionResetError):
                     break
-    wait_until(lambda: len(host.left) == len(host.admitted))
+    wait_until(lambda: len(host.left) == len(host.registered))
     with ControlConnection.open(host.folder, DIGEST) as client:
         assert client.slots == {"records": 3}
     assert len(list(Path("/proc/self/task").iterdir())) < 20
@@ -180,7 +180,7 @@ def test_without_descriptors_it_waits_until_there_are_some(
             os.close(descriptor)
     assert "session" in json.loads(end.recv(65536))
     end.close()
-    assert caplog.messages.count("side-socket-paused") == 1
+    assert caplog.messages.count("control-socket-paused") == 1
 
 
 @contextlib.contextmanager
@@ -239,15 +239,15 @@ def test_closing_twice_closes_nothing_of_others(folder: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_client_whose_answer_can_not_be_made_is_removed_and_the_arena_closed(folder: Path, tmp_path: Path) -> None:
-    arena, admitted, left = tmp_path / "arena", list[str](), list[str]()
+    arena, registered, left = tmp_path / "arena", list[str](), list[str]()
     arena.touch()
 
-    def admit(session: str, digest: str | None, pid: int) -> Welcome:
-        admitted.append(session)
+    def register(session: str, digest: str | None, pid: int) -> Welcome:
+        registered.append(session)
         return Welcome("acme", {"records": object()}, os.open(arena, os.O_RDONLY | os.O_CLOEXEC))  # type: ignore[dict-item]
 
-    with contextlib.closing(ControlServer(folder, admit=admit, remove=left.append, max_clients=4, version="1")):
+    with contextlib.closing(ControlServer(folder, register=register, remove=left.append, max_clients=4, version="1")):
         with pytest.raises(UnavailableError):
             ControlConnection.open(folder, DIGEST)
-        wait_until(lambda: left == admitted != [])
+        wait_until(lambda: left == registered != [])
     assert not [link for link in Path("/proc/self/fd").iterdir() if link.resolve() == arena]

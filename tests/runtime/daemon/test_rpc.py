@@ -112,7 +112,7 @@ def test_hits_are_counted_and_requested_prefetches_are_loaded(daemon: DaemonProc
     with RawClient(daemon.folder, store[1]) as client:
         client.send(prefetch=pb.Prefetch(requested=pb.Experts(block=1, experts=[0, 7])))
         daemon.wait_for("host.ready == 2")
-        client.send(used=pb.Used(blocks=[pb.Experts(block=1, experts=[0, 7])]))
+        client.send(uses=pb.Uses(blocks=[pb.Experts(block=1, experts=[0, 7])]))
         stats = daemon.wait_for("used == 2")
         assert (stats.host.hits, stats.host.misses, stats.host.prefetched) == (2, 0, 2)
 
@@ -131,7 +131,7 @@ def test_details_are_told_on_request(daemon: DaemonProcess, store: Store) -> Non
         client.acquire(1, 0, [3, 5])
         client.granted()
         client.granted()
-        client.send(used=pb.Used(blocks=[pb.Experts(block=0, experts=[5, 5])]))
+        client.send(uses=pb.Uses(blocks=[pb.Experts(block=0, experts=[5, 5])]))
         daemon.wait_for("used == 2")
         client.open_stream()
         client.acquire(1, 2, [7])
@@ -185,7 +185,7 @@ def test_nonsense_ends_the_stream_and_its_leases(lasting: DaemonProcess, store: 
             case "in use":
                 client.acquire(1, 0, [2])
             case "missing used":
-                client.send(used=pb.Used(blocks=[pb.Experts(block=9, experts=[1])]))
+                client.send(uses=pb.Uses(blocks=[pb.Experts(block=9, experts=[1])]))
             case "missing prefetch":
                 client.send(prefetch=pb.Prefetch(requested=pb.Experts(block=0, experts=[10**9])))
             case _:
@@ -316,7 +316,7 @@ def test_a_fault_of_ours_is_told_and_logged(
             broken.setattr(Session, "note_uses", fault)
             client.acquire(1, 0, [0])
             client.granted()
-            client.send(used=pb.Used(blocks=[pb.Experts(block=0, experts=[0])]))
+            client.send(uses=pb.Uses(blocks=[pb.Experts(block=0, experts=[0])]))
             error = client.ended()
         assert error is not None
         assert error.code() is grpc.StatusCode.INTERNAL

@@ -22,7 +22,7 @@ from moetier.runtime.engine.engine import Engine, EngineError
 from moetier.runtime.engine.runner import Task
 from moetier.runtime.engine.sampling import Sampler
 from moetier.runtime.engine.sequence import Finish, Request, Sequence
-from moetier.runtime.kernels.layer.paged_cache import PAGE
+from moetier.runtime.kernels.layer.paged_cache import PAGE_TOKENS
 
 DESCRIPTORS = Path("/proc/self/fd")
 PROMPTS = [[*range(1, 100)], [*range(1, 70)], [*range(1, 65)], [7] * 150, [7] * 20, [9]]
@@ -187,7 +187,7 @@ def test_closing_cancels_what_runs_and_what_waits() -> None:
     assert [stream.sequence.finish for stream in streams] == [Finish.CANCELLED] * 3
 
 
-@pytest.mark.parametrize("ids", [(), (1,) * (2 * PAGE)])
+@pytest.mark.parametrize("ids", [(), (1,) * (2 * PAGE_TOKENS)])
 def test_a_prompt_that_does_not_fit_is_refused(ids: tuple[int, ...]) -> None:
     with (
         Engine(ToyRunner(), pages=2, most=1, chunk=64, context=1000) as engine,
@@ -224,7 +224,7 @@ def test_many_requests_leave_nothing_but_pages(count: int) -> None:
         assert after[:2] == before[:2]
         assert after[2] < before[2] + 1000
         # all pages can be had again
-        assert len(tokens_of(engine, [3] * (pages * PAGE - 5), 5)) in range(1, 6)
+        assert len(tokens_of(engine, [3] * (pages * PAGE_TOKENS - 5), 5)) in range(1, 6)
     assert len(runner.pages) <= pages
 
 

@@ -12,17 +12,17 @@ from toy_runner import WrittenPages
 
 from moetier.runtime.engine.kv_cache import KVCache
 from moetier.runtime.engine.sequence import Request, Sequence
-from moetier.runtime.kernels.layer.paged_cache import PAGE
+from moetier.runtime.kernels.layer.paged_cache import PAGE_TOKENS
 
 PAGES = 7
 # few prompts, of which many begin alike, and which differ in the middle of a page and at its end
 TEXTS = [
-    [*range(PAGE), *range(PAGE), 1],
-    [*range(PAGE), *range(PAGE), 2, 3],
-    [*range(PAGE), *range(40), 9],
-    [*range(PAGE), 5],
-    [*range(PAGE)],
-    [7] * (2 * PAGE),
+    [*range(PAGE_TOKENS), *range(PAGE_TOKENS), 1],
+    [*range(PAGE_TOKENS), *range(PAGE_TOKENS), 2, 3],
+    [*range(PAGE_TOKENS), *range(40), 9],
+    [*range(PAGE_TOKENS), 5],
+    [*range(PAGE_TOKENS)],
+    [7] * (2 * PAGE_TOKENS),
     [7] * 30,
     [8],
 ]
@@ -77,7 +77,7 @@ class Cache(RuleBasedStateMachine):
             pages = self.cache.pages_of(sequence)
             assert len(pages) == len(set(pages))
             for at in range(sequence.computed):
-                assert self.memory.pages[pages[at // PAGE]][at % PAGE] == tuple(sequence.ids[: at + 1])
+                assert self.memory.pages[pages[at // PAGE_TOKENS]][at % PAGE_TOKENS] == tuple(sequence.ids[: at + 1])
 
     @invariant()
     def no_page_is_lost(self) -> None:
@@ -88,9 +88,9 @@ class Cache(RuleBasedStateMachine):
         for sequence, _ in self.running:
             self.cache.end(sequence)
         # with nothing pinned, one sequence can have all pages
-        sequence = Sequence(Request(tuple(range(1000, 1000 + PAGE * PAGES)), 1))
+        sequence = Sequence(Request(tuple(range(1000, 1000 + PAGE_TOKENS * PAGES)), 1))
         self.cache.begin(sequence)
-        assert self.cache.reserve(sequence, PAGE * PAGES)
+        assert self.cache.reserve(sequence, PAGE_TOKENS * PAGES)
         self.cache.end(sequence)
         assert len(self.memory.pages) <= PAGES
 
@@ -114,7 +114,7 @@ def test_a_prompt_continues_after_the_longest_prefix_that_is_kept() -> None:
     memory = WrittenPages()
     cache = KVCache(PAGES, memory)
     first = begun(cache, memory, [*range(100)])
-    assert begun(cache, memory, [*range(100), 5]).cached == PAGE, "a running sequence shares its full pages"
+    assert begun(cache, memory, [*range(100), 5]).cached == PAGE_TOKENS, "a running sequence shares its full pages"
     cache.end(first)
     assert begun(cache, memory, [*range(90), 7, 8]).cached == 90, "one that has ended shares the rest, too"
     assert begun(cache, memory, [*range(100)], user="other").cached == 0
@@ -127,24 +127,24 @@ def test_the_least_recently_used_page_is_evicted_first() -> None:
         cache.end(begun(cache, memory, text))
     cache.end(begun(cache, memory, [1] * 100))
     cache.end(begun(cache, memory, [3] * 60))
-    assert begun(cache, memory, [2] * 100).cached == PAGE, "the end of a sequence goes before its beginning"
-    assert begun(cache, memory, [1] * 100).cached >= PAGE
+    assert begun(cache, memory, [2] * 100).cached == PAGE_TOKENS, "the end of a sequence goes before its beginning"
+    assert begun(cache, memory, [1] * 100).cached >= PAGE_TOKENS
 
 
 def test_a_sequence_that_computes_what_is_there_keeps_its_own_pages() -> None:
     """They are next to one another. Those that another one uses stay."""
     memory = WrittenPages()
     cache = KVCache(40, memory)
-    first = begun(cache, memory, [*range(3 * PAGE)])
-    second = begun(cache, memory, [*range(PAGE), 1])
+    first = begun(cache, memory, [*range(3 * PAGE_TOKENS)])
+    second = begun(cache, memory, [*range(PAGE_TOKENS), 1])
     for sequence in (first, second):
         cache.end(sequence)
     again = begun(cache, memory, [*range(20)])  # a part of a page is copied
-    again.ids += [*range(20, 3 * PAGE)]
+    again.ids += [*range(20, 3 * PAGE_TOKENS)]
     assert cache.reserve(again, again.remaining)
     pages = cache.pages_of(again)
-    memory.write(pages, again.ids, 20, 3 * PAGE)
-    again.computed = 3 * PAGE
+    memory.write(pages, again.ids, 20, 3 * PAGE_TOKENS)
+    again.computed = 3 * PAGE_TOKENS
     cache.keep(again)
     assert cache.pages_of(again) == pages == [*range(pages[0], pages[0] + 3)]
     assert cache.free_pages() == 40 - 3 - 1
@@ -161,11 +161,11 @@ def test_a_longer_page_replaces_the_one_that_it_continues() -> None:
 def test_a_sequence_begins_only_if_it_has_room_beside_those_that_run() -> None:
     memory = WrittenPages()
     cache = KVCache(3, memory)
-    first = begun(cache, memory, [*range(2 * PAGE)])
-    assert not cache.has_room(Sequence(Request((9,) * PAGE, 1)))
-    assert cache.has_room(Sequence(Request((*range(2 * PAGE), 9), 1))), "it shares two pages"
+    first = begun(cache, memory, [*range(2 * PAGE_TOKENS)])
+    assert not cache.has_room(Sequence(Request((9,) * PAGE_TOKENS, 1)))
+    assert cache.has_room(Sequence(Request((*range(2 * PAGE_TOKENS), 9), 1))), "it shares two pages"
     cache.end(first)
-    assert cache.has_room(Sequence(Request((9,) * PAGE, 1)))
+    assert cache.has_room(Sequence(Request((9,) * PAGE_TOKENS, 1)))
 
 
 def test_a_sequence_that_can_not_begin_holds_nothing() -> None:
@@ -183,6 +183,6 @@ def test_a_sequence_that_can_not_begin_holds_nothing() -> None:
         with pytest.raises(MemoryError):
             cache.begin(again)
     assert cache.free_pages() == free
-    cache.end(begun(cache, memory, [1000] * (4 * PAGE)))  # no page of the first is pinned
+    cache.end(begun(cache, memory, [1000] * (4 * PAGE_TOKENS)))  # no page of the first is pinned
     cache.begin(again)
     assert again.computed == 0

@@ -10,11 +10,11 @@ from toy_runner import WrittenPages
 from moetier.runtime.engine.kv_cache import KVCache
 from moetier.runtime.engine.scheduler import Scheduler
 from moetier.runtime.engine.sequence import Request, Sequence
-from moetier.runtime.kernels.layer.paged_cache import PAGE
+from moetier.runtime.kernels.layer.paged_cache import PAGE_TOKENS
 
 
 def scheduler_of(
-    pages: int, *, most: int = 8, chunk: int = 4 * PAGE, later: int | None = None, block: int | None = None
+    pages: int, *, most: int = 8, chunk: int = 4 * PAGE_TOKENS, later: int | None = None, block: int | None = None
 ) -> Scheduler:
     return Scheduler(KVCache(pages, WrittenPages()), most=most, chunk=chunk, later=later, block=block)
 
@@ -85,9 +85,9 @@ def test_a_few_tokens_are_not_the_rest_of_a_chunk() -> None:
 
 def test_sequences_that_are_computed_keep_their_pages() -> None:
     scheduler = scheduler_of(3, block=10)
-    first = added(scheduler, PAGE - 1)
+    first = added(scheduler, PAGE_TOKENS - 1)
     step(scheduler)
-    second = added(scheduler, 2 * PAGE - 5)
+    second = added(scheduler, 2 * PAGE_TOKENS - 5)
     scheduler.begin_next()
     of_first, of_second = scheduler.schedule()[0]
     assert (of_first.sequence, of_second.sequence) == (first, second)
@@ -98,16 +98,16 @@ def test_sequences_that_are_computed_keep_their_pages() -> None:
 
 def test_the_sequence_that_began_last_waits_again_for_one_that_began_before() -> None:
     scheduler = scheduler_of(2)
-    first, second = added(scheduler, PAGE - 1), added(scheduler, PAGE - 2)
+    first, second = added(scheduler, PAGE_TOKENS - 1), added(scheduler, PAGE_TOKENS - 2)
     step(scheduler)
-    assert step(scheduler) == ({first: 1, second: PAGE - 2}, [])
+    assert step(scheduler) == ({first: 1, second: PAGE_TOKENS - 2}, [])
     assert step(scheduler) == ({first: 1}, [second]), "each has one page, and the first needs another one"
     assert list(scheduler.waiting) == [second]
 
 
 def test_a_sequence_that_began_last_waits_again_itself() -> None:
     scheduler = scheduler_of(3)
-    first, second = added(scheduler, PAGE + 1), added(scheduler, PAGE - 1)
+    first, second = added(scheduler, PAGE_TOKENS + 1), added(scheduler, PAGE_TOKENS - 1)
     step(scheduler)
     step(scheduler)
     assert step(scheduler) == ({first: 1, second: 1}, [])
@@ -132,10 +132,10 @@ def test_a_sequence_that_can_not_begin_still_waits(monkeypatch: pytest.MonkeyPat
 
 
 @given(
-    prompts=st.lists(st.integers(1, 3 * PAGE), min_size=1, max_size=8),
+    prompts=st.lists(st.integers(1, 3 * PAGE_TOKENS), min_size=1, max_size=8),
     pages=st.integers(4, 6),
     most=st.integers(1, 4),
-    chunk=st.integers(1, 2 * PAGE),
+    chunk=st.integers(1, 2 * PAGE_TOKENS),
 )
 def test_tasks_are_of_sequences_that_run(prompts: list[int], pages: int, most: int, chunk: int) -> None:
     """And every sequence comes to its end, however few pages there are."""
@@ -148,7 +148,7 @@ def test_tasks_are_of_sequences_that_run(prompts: list[int], pages: int, most: i
         assert not computed.keys() & set(stopped)
         assert computed.keys() <= set(scheduler.running)
         for sequence in [*computed]:
-            if sequence.new_tokens == 20 or len(sequence.ids) == PAGE * pages:
+            if sequence.new_tokens == 20 or len(sequence.ids) == PAGE_TOKENS * pages:
                 scheduler.remove(sequence)
     assert not scheduler.has_work
     assert all(sequence.new_tokens == 20 for sequence in sequences)

@@ -10,7 +10,7 @@ from transformers import MixtralConfig
 
 import moetier
 from moetier.runtime.config import TierConfig
-from moetier.runtime.kernels.layer.paged_cache import PAGE
+from moetier.runtime.kernels.layer.paged_cache import PAGE_TOKENS
 from moetier.runtime.model.kv_budget import LEAST_PAGES, KVBudget
 
 MiB = 1 << 20
@@ -25,19 +25,19 @@ def budget(room: int = 400 * MiB, *, page_bytes: int = MiB, experts: int = 1000 
 @pytest.mark.parametrize(
     ("options", "pages", "context"),
     [
-        ({}, 100, 100 * PAGE),  # a quarter of the room
-        ({"kv_cache": "50%"}, 200, 200 * PAGE),
-        ({"kv_cache": 10 * MiB}, 10, 10 * PAGE),
+        ({}, 100, 100 * PAGE_TOKENS),  # a quarter of the room
+        ({"kv_cache": "50%"}, 200, 200 * PAGE_TOKENS),
+        ({"kv_cache": 10 * MiB}, 10, 10 * PAGE_TOKENS),
         ({"kv_cache": 10 * MiB, "context": 100}, 10, 100),
-        ({"kv_cache": 10 * MiB, "context": 4096}, 10, 10 * PAGE),
+        ({"kv_cache": 10 * MiB, "context": 4096}, 10, 10 * PAGE_TOKENS),
         ({"context": 100}, 2, 100),
         ({"context": 8192}, 128, 8192),  # more than a quarter, as it is asked for
         ({"context": 4096, "sequences": 4}, 100, 4096),
         ({"context": 512, "sequences": 4}, 32, 512),
-        ({"sequences": 4}, 100, 100 * PAGE),
-        ({"ram": 300 * MiB}, 50, 50 * PAGE),  # half of what the experts leave
-        ({"ram": "90%"}, 100, 100 * PAGE),  # of what keys and values leave
-        ({"ram": 4000 * MiB}, LEAST_PAGES, LEAST_PAGES * PAGE),
+        ({"sequences": 4}, 100, 100 * PAGE_TOKENS),
+        ({"ram": 300 * MiB}, 50, 50 * PAGE_TOKENS),  # half of what the experts leave
+        ({"ram": "90%"}, 100, 100 * PAGE_TOKENS),  # of what keys and values leave
+        ({"ram": 4000 * MiB}, LEAST_PAGES, LEAST_PAGES * PAGE_TOKENS),
     ],
 )
 def test_options(options: dict[str, Any], pages: int, context: int) -> None:
@@ -47,8 +47,8 @@ def test_options(options: dict[str, Any], pages: int, context: int) -> None:
 
 def test_no_more_than_the_models_length_is_reserved() -> None:
     assert budget(room=1 << 40).context == MODEL_LENGTH
-    assert budget(room=1 << 40).pages == MODEL_LENGTH // PAGE
-    assert budget(room=1 << 40, sequences=8).pages == 8 * MODEL_LENGTH // PAGE
+    assert budget(room=1 << 40).pages == MODEL_LENGTH // PAGE_TOKENS
+    assert budget(room=1 << 40, sequences=8).pages == 8 * MODEL_LENGTH // PAGE_TOKENS
 
 
 def test_a_model_without_keys_and_values_has_the_context_that_is_asked_for() -> None:
@@ -66,4 +66,8 @@ def test_the_cost_is_told() -> None:
 def test_a_loaded_model_has_the_budget(tinymix_4bit: Path) -> None:
     model, _ = moetier.load(tinymix_4bit, daemon=None, kv_cache="2MiB")
     with model.tiers:
-        assert model.tiers.kv.context == PAGE * model.tiers.kv.pages == PAGE * (2 * MiB // model.tiers.kv.page_bytes)
+        assert (
+            model.tiers.kv.context
+            == PAGE_TOKENS * model.tiers.kv.pages
+            == PAGE_TOKENS * (2 * MiB // model.tiers.kv.page_bytes)
+        )

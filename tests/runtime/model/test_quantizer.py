@@ -438,8 +438,8 @@ def _set(**values: Any) -> Callable[[dict[str, Any]], None]:
         (_set(quantization_config={"quant_method": "moetier", "format": 2}), StoreFormatError, "version 2.*version 1"),
         (_set(num_local_experts=4), StoreFormatError, "8 experts .* and 4 "),
         (_set(intermediate_size=32), StoreFormatError, r"\(192, 64\).*\(64, 64\)"),
-        (_set(num_hidden_layers=4), StoreFormatError, r"only the model has model\.layers\.3\."),
-        (_set(num_hidden_layers=2), StoreFormatError, r"only the store has model\.layers\.2\."),
+        (_set(num_hidden_layers=4), StoreFormatError, r"the store lacks the experts module model\.layers\.3\."),
+        (_set(num_hidden_layers=2), StoreFormatError, r"the model lacks the experts module model\.layers\.2\."),
         (
             _set(architectures=["LlamaForCausalLM"], model_type="llama"),
             UnsupportedModelError,

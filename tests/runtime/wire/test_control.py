@@ -46,7 +46,7 @@ def test_a_client_gets_its_place_and_the_descriptor(host: Host) -> None:
     assert stat.S_IMODE((host.folder / CONTROL_SOCKET).stat().st_mode) == 0o600
     with ControlConnection.open(host.folder, DIGEST) as client:
         assert client.slots == {"records": 3}
-        assert host.admitted == [(client.session_id, DIGEST, os.getpid())]
+        assert host.registered == [(client.session_id, DIGEST, os.getpid())]
         assert len(client.session_id) == 32
         assert client.descriptor is not None
         assert os.fstat(client.descriptor).st_ino == ARENA.stat().st_ino
@@ -210,7 +210,7 @@ def test_without_a_descriptor_for_its_socket_a_client_is_told_so(host: Host) -> 
             ControlConnection.open(host.folder, None)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-    assert not host.admitted
+    assert not host.registered
 
 
 @pytest.fixture
@@ -254,7 +254,7 @@ def test_another_user_gets_nothing(
         assert "RefusedError" in refused
         assert f"User {NOBODY} runs the client" in refused
         assert refused.endswith("[])")
-        assert not host.admitted
+        assert not host.registered
         assert "belongs to another user" in as_nobody(lambda: ControlConnection.open(reachable, digest))
     finally:
         host.server.close()

@@ -162,5 +162,5 @@ def test_a_checkpoint_is_planned_and_not_used_as_it_is(tmp_path: Path, capsys: p
     found = json.loads(capsys.readouterr().out)
     assert [choice["bits"] for choice in found["choices"] if choice["native"] and choice["trunk_bits"] == 16] == [4]
     assert "--bits native" in found["recommended"]["convert"]
-    with pytest.raises(UnsupportedModelError, match="is packed in another way than a record"):
+    with pytest.raises(UnsupportedModelError, match="its bytes are in another order than a record"):
         moetier.load(source)

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from moetier.runtime.engine.model_runner import windows_of
 from moetier.runtime.generation.compat import CACHE
 from moetier.runtime.kernels.layer.attention import use_causal_attention
-from moetier.runtime.kernels.layer.paged_cache import PAGE, PagedCache, PageMemory
+from moetier.runtime.kernels.layer.paged_cache import PAGE_TOKENS, PagedCache, PageMemory
 
 PAGES = 6
 CONSECUTIVE, SCATTERED = [2, 3, 4], [4, 0, 2]
@@ -60,7 +60,7 @@ def test_compiled_layers_get_pages_that_are_consecutive(pages: list[int], is_roo
         assert layer.room() is None, "there is no memory yet"
         cache.update(keys, keys, number)
         assert (layer.room() is not None) == is_room
-    begin = PAGE * pages[0]
+    begin = PAGE_TOKENS * pages[0]
     assert [layer.place for layer in cache.layers] == [(begin, begin + 100), (begin + 85, begin + 100)]
     for layer in cache.layers:
         layer.extend()
