@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import architectures
 import pytest
 import torch
 import torch.nn.functional as F
 from architectures import FURTHER, REQUIRED
+from chunks import logits_in_chunks, published_widths
 from comparison import convert_tiny
 from torch import Tensor
 from transformers import DynamicCache
@@ -52,12 +51,9 @@ def test_a_long_prompt_may_be_cut_anywhere(kind: str, trunk_bits: Any, tmp_path:
 
 
 @pytest.fixture(autouse=True)
-def widths(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let tiny models have the widths that compiled code needs, as all published models do."""
-    for name in [*architectures.TINY]:
-        if name.endswith("intermediate_size"):
-            monkeypatch.setitem(architectures.TINY, name, 64)
-    monkeypatch.setitem(architectures.TINY, "qk_nope_head_dim", 24)
+def widths() -> Iterator[None]:
+    with published_widths():
+        yield
 
 
 def _check(kind: str, trunk_bits: Any, length: int, cuts: list[list[int]], folder: Path) -> None:
@@ -67,9 +63,9 @@ def _check(kind: str, trunk_bits: Any, length: int, cuts: list[list[int]], folde
     ids = torch.randint(5, 250, (1, length), generator=torch.Generator().manual_seed(0))
     assert varying_part_here(model) is None
     with model.tiers, torch.inference_mode():
-        wanted = _logits(model, ids, [length])
+        wanted = logits_in_chunks(model, ids, [length])
         for sizes_ in cuts:
-            assert _differing(_logits(model, ids, sizes_), wanted) == [], sizes_[:3]
+            assert _differing(logits_in_chunks(model, ids, sizes_), wanted) == [], sizes_[:3]
         if all(window is None for window in windows_of(model)):  # transformers can't cut a full window
             cache = DynamicCache(config=model.config)
             model(ids[:, :400], **{CACHE: cache}, use_cache=True)
@@ -77,21 +73,12 @@ def _check(kind: str, trunk_bits: Any, length: int, cuts: list[list[int]], folde
             rest = model(ids[:, 250:], **{CACHE: cache}, use_cache=True).logits
             assert _differing(rest, wanted[:, 250:]) == [], "after cutting and continuing"
         for threads in _with_threads(1, 3, 4):
-            assert _differing(_logits(model, ids, [300, 200, *[1] * 10]), wanted[:, :510]) == [], f"{threads} threads"
+            some = logits_in_chunks(model, ids, [300, 200, *[1] * 10])
+            assert _differing(some, wanted[:, :510]) == [], f"{threads} threads"
         for others in (1, 2, 7):
             company = torch.cat([ids, *(ids.roll(i + 1, 1) for i in range(others))])
             cut = [length // 2, 1, 1, length - length // 2 - 2]
-            assert _differing(_logits(model, company, cut)[:1], wanted) == [], f"{others} others"
-
-
-def _logits(model: Any, ids: Tensor, sizes: Iterable[int]) -> Tensor:
-    """Compute the logits [batch, tokens, vocabulary] of ids [batch, length] in chunks of these sizes."""
-    cache = DynamicCache(config=model.config)
-    ends = [0, *itertools.accumulate(sizes)]
-    parts = [
-        model(ids[:, begin:end], **{CACHE: cache}, use_cache=True).logits for begin, end in itertools.pairwise(ends)
-    ]
-    return torch.cat(parts, 1)
+            assert _differing(logits_in_chunks(model, company, cut)[:1], wanted) == [], f"{others} others"
 
 
 def _differing(computed: Tensor, wanted: Tensor) -> list[int]:
