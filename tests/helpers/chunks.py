@@ -43,7 +43,7 @@ def published_widths() -> Iterator[None]:
         for name in architectures.TINY:
             if name.endswith("intermediate_size"):
                 patch.setitem(architectures.TINY, name, 64)
-        patch.setitem(architectures.TINY, "qk_nope_head_dim", 24)
+        patch.setitem(architectures.TINY, "qk_rope_head_dim", 16)  # torch rounds rotations of 8 in two ways
         yield
 
 
