@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +16,10 @@ from torch import Tensor
 
 import moetier
 from moetier.runtime.generation.compat import CACHE
+from moetier.runtime.model.same_bits import Apart
 
 LENGTH = 150  # tokens of a prompt
 SIZES = (1, 7, 33, LENGTH)  # of chunks
-
-
-@dataclass(frozen=True, slots=True)
-class Apart:
-    """How far the logits of a token are apart between chunks of any two of SIZES.
-
-    ``largest`` is the largest difference of a logit, and ``share`` that of the tokens with a logit that differs.
-    """
-
-    largest: float
-    share: float
-
-    def __str__(self) -> str:
-        return f"{self.largest:.2g}, {self.share:.0%}"
 
 
 @contextlib.contextmanager
@@ -57,19 +43,19 @@ def logits_in_chunks(model: Any, ids: Tensor, sizes: Iterable[int]) -> Tensor:
     return torch.cat(parts, 1)
 
 
-def apart(model_type: str, folder: Path, *, prompts: int) -> dict[str, Apart]:
+def apart(model_type: str, folder: Path, *, prompts: int) -> tuple[Apart, Apart]:
     """Return how far logits are apart in a tiny model with experts of 4 bits and a trunk of 16.
 
     First as moetier computes them, and then as plain transformers does, with the same weights.
     """
     with published_widths():
         _, directory = convert_tiny(model_type, torch.bfloat16, folder, bits=4, max_position_embeddings=2 * LENGTH)
-    found = {}
-    for name, exact in (("moetier", False), ("transformers", True)):
+    found = []
+    for exact in (False, True):
         model, _ = moetier.load(directory, daemon=None, exact=exact)
         with model.tiers, torch.inference_mode():
-            found[name] = _apart(model, prompts)
-    return found
+            found.append(_apart(model, prompts))
+    return found[0], found[1]
 
 
 def _apart(model: Any, prompts: int) -> Apart:

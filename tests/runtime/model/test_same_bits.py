@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from architectures import FURTHER, REQUIRED
-from chunks import logits_in_chunks, published_widths
+from chunks import apart, logits_in_chunks, published_widths
 from comparison import convert_tiny
 from torch import Tensor
 from transformers import DynamicCache
@@ -26,6 +26,10 @@ from moetier.tools.main import main
 
 TYPES = ["qwen3_moe", "mixtral", "gpt_oss", "olmoe", "glm4_moe", "granitemoe"]
 OTHERS = sorted((REQUIRED | FURTHER) - VARYING.keys() - {*TYPES})
+QUICK = ["qwen3_next", "mimo_v2_flash"]
+# qwen4_exp is further apart: attention of one token to chosen positions is compiled, that of many is torch's
+MEASURED = [kind for kind, varying in VARYING.items() if varying.moetier and kind not in (*QUICK, "qwen4_exp")]
+OTHER_EXPERT = 2.5  # how far a logit may move if a last bit sends a token to another expert
 TRUNKS = [4, 8, 16]
 BEYOND = 530  # tokens: more than a piece of attention
 
@@ -54,6 +58,20 @@ def test_a_long_prompt_may_be_cut_anywhere(kind: str, trunk_bits: Any, tmp_path:
 def widths() -> Iterator[None]:
     with published_widths():
         yield
+
+
+@pytest.mark.parametrize("kind", [*QUICK, *(pytest.param(kind, marks=pytest.mark.slow) for kind in MEASURED)])
+def test_logits_are_no_further_apart_than_in_plain_transformers(kind: str, tmp_path: Path) -> None:
+    found, plain = apart(kind, tmp_path, prompts=1)
+    assert found.share <= plain.share + 0.02
+    assert found.largest <= max(plain.largest, OTHER_EXPERT)
+
+
+@pytest.mark.slow
+def test_latent_attention_has_the_same_bits_where_plain_transformers_has_not(tmp_path: Path) -> None:
+    found, plain = apart("deepseek_v3", tmp_path, prompts=1)
+    assert found == (0, 0)
+    assert plain.share > 0.1
 
 
 def _check(kind: str, trunk_bits: Any, length: int, cuts: list[list[int]], folder: Path) -> None:
@@ -100,7 +118,8 @@ def _with_threads(*counts: int) -> Iterator[int]:
 def test_what_makes_bits_vary(tinymix_4bit: Path, tmp_path: Path) -> None:
     manifest, config = read_manifest(tinymix_4bit), read_config(tinymix_4bit)
     assert varying_part(config, manifest) is None
-    assert varying_part(config | {"model_type": "qwen3_next"}, manifest) == "linear attention"
+    assert str(varying_part(config | {"model_type": "qwen3_next"}, manifest)).startswith("linear attention (in a tiny")
+    assert varying_part(config | {"model_type": "qwen3_omni_moe"}, manifest) == "an attention of its own"
     assert varying_part(config | {"dtype": "float32"}, manifest) == "the trunk's products in float32"
     _, wide = convert_tiny("mixtral", torch.bfloat16, tmp_path)
     assert "16-bit experts" in str(varying_part(config, read_manifest(wide)))
