@@ -30,6 +30,7 @@ def published_widths() -> Iterator[None]:
             if name.endswith("intermediate_size"):
                 patch.setitem(architectures.TINY, name, 64)
         patch.setitem(architectures.TINY, "qk_rope_head_dim", 16)  # torch rounds rotations of 8 in two ways
+        patch.setitem(architectures.OWN["HYV4VLTextConfig"]["rope_parameters"], "mrope_section", [4, 2, 2])
         yield
 
 
