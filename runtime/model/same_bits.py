@@ -34,8 +34,8 @@ class Varying(NamedTuple):
         if self.moetier is None:
             return self.part
         return (
-            f"{self.part} (in a tiny model, logits differ between chunks at {self.moetier}; in plain transformers at "
-            f"{self.transformers})"
+            f"{self.part} (tokens of a tiny model whose logits differ between chunks: {self.moetier}; in plain "
+            f"transformers: {self.transformers})"
         )
 
 

@@ -118,7 +118,7 @@ def _with_threads(*counts: int) -> Iterator[int]:
 def test_what_makes_bits_vary(tinymix_4bit: Path, tmp_path: Path) -> None:
     manifest, config = read_manifest(tinymix_4bit), read_config(tinymix_4bit)
     assert varying_part(config, manifest) is None
-    assert str(varying_part(config | {"model_type": "qwen3_next"}, manifest)).startswith("linear attention (in a tiny")
+    assert str(varying_part(config | {"model_type": "qwen3_next"}, manifest)).startswith("linear attention (tokens")
     assert varying_part(config | {"model_type": "qwen3_omni_moe"}, manifest) == "an attention of its own"
     assert varying_part(config | {"dtype": "float32"}, manifest) == "the trunk's products in float32"
     _, wide = convert_tiny("mixtral", torch.bfloat16, tmp_path)
