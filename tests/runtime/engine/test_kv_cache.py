@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence as Ids
 
 import pytest
@@ -84,6 +85,17 @@ class Cache(RuleBasedStateMachine):
         held = {page for sequence, _ in self.running for page in self.cache.pages_of(sequence)}
         assert len(held) + self.cache.free_pages() <= PAGES
 
+    @invariant()
+    def running_sequences_hold_a_page_more_than_their_tokens_need(self) -> None:
+        """Each at most; pages that several share count once."""
+        held = {page for sequence, _ in self.running for page in self.cache.pages_of(sequence)}
+        full = {
+            (user, *sequence.ids[:end])
+            for sequence, user in self.running
+            for end in range(PAGE, sequence.computed + 1, PAGE)
+        }
+        assert len(held) <= len(full) + len(self.running)
+
     def teardown(self) -> None:
         for sequence, _ in self.running:
             self.cache.end(sequence)
@@ -156,6 +168,27 @@ def test_a_longer_page_replaces_the_one_that_it_continues() -> None:
     cache.end(begun(cache, memory, [*range(10)]))
     cache.end(begun(cache, memory, [*range(50)]))
     assert cache.free_pages() == PAGES - 1
+
+
+def test_pages_hold_little_more_than_tokens_need() -> None:
+    """Running sequences and those that have ended take a page more each at most. Shared pages count once."""
+    random_, memory, size = random.Random(0), WrittenPages(), 400
+    cache, tokens, running = KVCache(size, memory), dict[tuple[int, ...], int](), list[Sequence]()
+    text = [random_.randrange(50) for _ in range(1000)]
+
+    def check() -> None:
+        assert PAGE * (size - cache.free_pages()) <= 1.02 * sum(tokens.values()) + PAGE * len(running)
+
+    for _ in range(20):
+        ids = text[: random_.randrange(1000)] + [random_.randrange(50) for _ in range(random_.randrange(1, 200))]
+        running.append(begun(cache, memory, ids))
+        for begin in range(0, len(ids), PAGE):
+            page = ids[begin : begin + PAGE]
+            tokens[*ids[:begin], *page] = len(page)
+        check()
+    for sequence in running:
+        cache.end(sequence)
+        check()
 
 
 def test_a_sequence_begins_only_if_it_has_room_beside_those_that_run() -> None:
