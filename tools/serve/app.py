@@ -14,11 +14,16 @@ from starlette.routing import Route
 from moetier.runtime.daemon.metrics import registry_of
 
 from .answers import AnswerService
-from .completions import ALIVE_SECONDS, ChatCompletions, TextCompletions
+from .endpoint import ALIVE_SECONDS, Endpoint
 from .metrics import ServeCollector
 from .middleware import HEALTH, AccessControl, App, RequestLimits, most_bytes
-from .refusal import Refusal
-from .request import UnknownFields, unknown_model
+from .prompts import Prompts
+from .protocols.body import UnknownFields, unknown_model
+from .protocols.chat import Chat
+from .protocols.completions import Completions
+from .protocols.refusal import Refusal
+
+PROTOCOLS = (Chat(), Completions())
 
 
 def application(
@@ -33,7 +38,7 @@ def application(
     registry = registry_of(ServeCollector(name, tiers.stats, service.tally, service.prompt_tokens_left))
     card = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "moetier"}
 
-    unknown = UnknownFields()
+    unknown, prompts = UnknownFields(), Prompts(service.model, service.tokenizer, service.context)
 
     def models(_: Request) -> Response:
         return JSONResponse({"object": "list", "data": [card]})
@@ -58,8 +63,12 @@ def application(
             Route("/metrics", metrics),
             Route("/v1/models", models),
             Route("/v1/models/{model:path}", model),
-            Route("/v1/chat/completions", ChatCompletions(name, service, unknown, alive_seconds), methods=["POST"]),
-            Route("/v1/completions", TextCompletions(name, service, unknown, alive_seconds), methods=["POST"]),
+            *(
+                Route(
+                    protocol.path, Endpoint(protocol, name, service, prompts, unknown, alive_seconds), methods=["POST"]
+                )
+                for protocol in PROTOCOLS
+            ),
         ],
         exception_handlers={HTTPException: _refused, Exception: _refused},
     )

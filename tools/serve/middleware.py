@@ -11,7 +11,7 @@ import re
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from .refusal import HEADER_BYTES, Refusal, headers_too_long, log_failure
+from .protocols.refusal import HEADER_BYTES, Refusal, headers_too_long, log_failure
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]

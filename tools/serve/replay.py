@@ -11,11 +11,13 @@ import json
 import threading
 from array import array
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from moetier.runtime.model.context import first_ids
+
+from .protocols.events import Answered
 
 MOST = 256  # answers that are kept; those that were found or kept longest ago are forgotten first
 TEXT, REASONING = "moetier-answer-7f3a", "moetier-reasoning-7f3a"  # stand for an answer in a rendered prompt
@@ -53,22 +55,19 @@ class Turns:
         self._lock = threading.Lock()  # guards ``_turns``
         self._turns = OrderedDict[bytes, Turn]()
 
-    def note(self, prompt: str, deltas: Iterable[Mapping[str, Any]], ids: Sequence[int], end: str) -> None:
+    def note(self, prompt: str, answered: Answered, ids: Sequence[int], end: str) -> None:
         """Keep a turn.
 
         Args:
             prompt: text of the prompt.
-            deltas: what the client got of the answer, in OpenAI's form.
+            answered: what the client got of the answer.
             ids: tokens of the prompt and the answer.
             end: text of the last token, which ends the answer.
         """
-        deltas = list(deltas)
-        content = "".join(delta.get("content", "") for delta in deltas)
-        reasoning = "".join(delta.get("reasoning_content", "") for delta in deltas)
-        calls = [call for delta in deltas for call in delta.get("tool_calls", ())]
-        turn = Turn(array("i", ids), content, reasoning, _calls({"tool_calls": calls}), end)
+        calls = tuple((call.name, _parsed(call.arguments)) for call in answered.calls)
+        turn = Turn(array("i", ids), answered.text, answered.reasoning, calls, end)
         with self._lock:
-            self._turns[_key(prompt, content, [call["id"] for call in calls])] = turn
+            self._turns[_key(prompt, answered.text, [call.id for call in answered.calls])] = turn
             while len(self._turns) > MOST:
                 self._turns.popitem(last=False)
 
