@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from functools import partial
+from typing import Any, Generic
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -13,7 +14,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from .answers import Answer, AnswerService, Job
 from .middleware import Message, Receive, Send
 from .prompts import Prompts
-from .protocols.body import Body, UnknownFields, checked, parsed, unknown_fields
+from .protocols.body import AnyBody, Body, UnknownFields
 from .protocols.events import Answered, End, Events
 from .protocols.protocol import Protocol, Reply
 from .protocols.refusal import Refusal
@@ -59,7 +60,7 @@ class Endpoint:
                     response = StreamingResponse(events, media_type="text/event-stream")
                 else:
                     response = JSONResponse(await self._whole(reply, answer, job))
-                response.headers["x-request-id"] = answer.id
+                response.headers["x-request-id"] = response.headers["request-id"] = answer.id
                 await response(scope, receive, send)
         finally:
             answer.cancel()
@@ -69,9 +70,7 @@ class Endpoint:
 
         Raises Refusal if the body is invalid, or a prompt is empty or exceeds the context.
         """
-        given = parsed(content, content_type)
-        body = checked(given, self._protocol.body, self._name)
-        self._unknown.note(unknown_fields(given, self._protocol.body))
+        body = self._unknown.checked(content, content_type, self._protocol.body, self._name)
         return body, self._prompts.jobs(body.query(), body.prompt_field)
 
     def _stream(self, reply: Reply, answer: Answer, job: Job) -> AsyncGenerator[str]:
@@ -99,3 +98,24 @@ class Endpoint:
             if isinstance(event, End):
                 self._prompts.note(job, answer, answered)
             yield 0, event
+
+
+class BodyEndpoint(Generic[AnyBody]):
+    """ASGI endpoint that answers a request with JSON, for which nothing is generated."""
+
+    def __init__(
+        self, name: str, body: type[AnyBody], answer: Callable[[AnyBody], dict[str, Any]], unknown: UnknownFields
+    ) -> None:
+        """``answer`` is called on a thread with the valid body of a request for the model ``name``."""
+        self._name = name
+        self._body = body
+        self._answer = answer
+        self._unknown = unknown
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Answer a request. Raises Refusal if the request is invalid."""
+        content, content_type = (await receive())["body"], Headers(scope=scope).get("content-type", "")
+        answer = await on_thread(
+            lambda: self._answer(self._unknown.checked(content, content_type, self._body, self._name))
+        )
+        await JSONResponse(answer)(scope, receive, send)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
-
-from transformers.cli.serving.utils import BaseHandler, Modality
 
 from moetier.runtime.engine.sequence import Finish, Request
 from moetier.runtime.generation.conversation import PLAIN_STOP, PLAIN_TEMPLATE
@@ -18,10 +17,11 @@ from .answers import Answer, Job
 from .parsing import AnswerParser, form_of
 from .protocols.events import Answered
 from .protocols.query import Dialogue, Query
-from .protocols.refusal import Refusal
+from .protocols.refusal import TOO_LONG, Refusal
 from .replay import Turns
 
 NEW_TOKENS = 1024  # limit of an answer's tokens if the request has none; generation_config.json may raise it
+SWITCHES = ("enable_thinking", "thinking")  # variables by which chat templates turn reasoning on and off
 
 
 class Prompts:
@@ -34,7 +34,15 @@ class Prompts:
         self._context = context
         self._form = form_of(model, tokenizer)
         self._is_plain = not tokenizer.chat_template
+        self._switches = [name for name in SWITCHES if has_variable(tokenizer.chat_template, name)]
         self._turns = Turns()
+
+    def count(self, query: Query) -> list[int]:
+        """Return the number of tokens of each prompt of a query; far more than the context are not all counted.
+
+        Raises Refusal if the chat template refuses the messages.
+        """
+        return [len(self._read(prompt)[1]) for prompt in query.prompts]
 
     def jobs(self, query: Query, field: str) -> list[Job]:
         """Return a job for each answer that a query wants.
@@ -51,12 +59,7 @@ class Prompts:
 
     def _job(self, query: Query, prompt: Dialogue | str | Sequence[int], field: str) -> Job:
         dialogue = prompt if isinstance(prompt, Dialogue) else None
-        if dialogue is not None:
-            text = self._text(dialogue)
-            ids = self._continued(dialogue) or self._ids(text, add_special_tokens=self._is_plain)
-        else:
-            assert isinstance(prompt, str)
-            text, ids = prompt, self._ids(prompt)
+        text, ids = self._read(prompt)
         self._check(ids, field)
         most = max(NEW_TOKENS, self._model.generation_config.max_new_tokens or 0)
         request = Request(
@@ -74,6 +77,14 @@ class Prompts:
             dialogue=dialogue,
         )
 
+    def _read(self, prompt: Dialogue | str | Sequence[int]) -> tuple[str, list[int]]:
+        """Return the text and the token ids of a prompt. Raises Refusal if the chat template refuses it."""
+        if isinstance(prompt, Dialogue):
+            text = self._text(prompt)
+            return text, self._continued(prompt) or self._ids(text, add_special_tokens=self._is_plain)
+        assert isinstance(prompt, str)
+        return prompt, self._ids(prompt)
+
     def _ids(self, text: str, **options: Any) -> list[int]:
         return first_ids(self._tokenizer, text, self._context, **options)
 
@@ -90,7 +101,7 @@ class Prompts:
                 f"The prompt has {counted(len(ids), context)} tokens, but {whose} is {context:,} for prompt and answer "
                 "together.",
                 param=field,
-                code="context_length_exceeded",
+                code=TOO_LONG,
             )
         if (token := unknown_token(self._model, self._tokenizer, ids)) is not None:
             message = f"The prompt has the token {token!r}, for which the model has no embedding."
@@ -108,23 +119,16 @@ class Prompts:
 
     def _continued(self, dialogue: Dialogue) -> list[int]:
         """Return the tokens of a prompt that begins with those of an earlier answer; none if it does not."""
-        messages = BaseHandler.get_processor_inputs_from_messages([*map(dict, dialogue.messages)], Modality.LLM)
-        # transformers drops reasoning, and what is said beside calls
-        sent = [
-            message | {name: one[name] for name in ("content", "reasoning_content") if isinstance(one.get(name), str)}
-            for message, one in zip(messages, dialogue.messages, strict=True)
-        ]
         render = partial(self._render, dialogue, dialogue.tools)
         try:
-            return self._turns.continued(messages, render, self._tokenizer, self._context, sent)
+            return self._turns.continued([*map(_plain, dialogue.messages)], render, self._tokenizer, self._context)
         except Refusal:  # the template takes all messages, but not a part of them
             return []
 
     def _rendered(
         self, dialogue: Dialogue, tools: Sequence[Mapping[str, Any]] | None, *, begins_answer: bool = True
     ) -> str:
-        messages = BaseHandler.get_processor_inputs_from_messages([*map(dict, dialogue.messages)], Modality.LLM)
-        return self._render(dialogue, tools, messages, begins_answer=begins_answer)
+        return self._render(dialogue, tools, [*map(_plain, dialogue.messages)], begins_answer=begins_answer)
 
     def _render(
         self,
@@ -134,7 +138,9 @@ class Prompts:
         *,
         begins_answer: bool = True,
     ) -> str:
-        variables = {} if dialogue.effort is None else {"reasoning_effort": dialogue.effort}
+        variables: dict[str, Any] = {} if dialogue.effort is None else {"reasoning_effort": dialogue.effort}
+        if dialogue.reasons is not None:
+            variables |= dict.fromkeys(self._switches, dialogue.reasons)
         try:
             text: str = self._tokenizer.apply_chat_template(
                 [*messages],
@@ -157,3 +163,20 @@ class Prompts:
         messages = self._rendered(dialogue, dialogue.tools, begins_answer=False)
         prefill = text.removeprefix(messages) if text.startswith(messages) else ""
         return self._form.parser(prefill, dialogue.tools)
+
+
+def _plain(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a message as chat templates take it, with one text as its content, and without fields they do not know."""
+    content = message.get("content") or ""
+    text = content if isinstance(content, str) else " ".join(part["text"] for part in content)
+    plain = {"role": message["role"], "content": text}
+    plain |= {name: message[name] for name in ("tool_calls", "tool_call_id") if message.get(name)}
+    if isinstance(reasoning := message.get("reasoning_content"), str) and reasoning:
+        plain["reasoning_content"] = reasoning
+    return plain
+
+
+def has_variable(template: Any, name: str) -> bool:
+    """Return whether a chat template, or one of several, may have a variable of this name."""
+    templates = template.values() if isinstance(template, dict) else [template or ""]
+    return any(re.search(rf"(?<![\w.'\"]){name}(?![\w'\"])", each) is not None for each in templates)

@@ -71,26 +71,18 @@ class Turns:
             while len(self._turns) > MOST:
                 self._turns.popitem(last=False)
 
-    def continued(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        render: Render,
-        tokenizer: Any,
-        most: int,
-        sent: Sequence[Mapping[str, Any]] | None = None,
-    ) -> list[int]:
+    def continued(self, messages: Sequence[Mapping[str, Any]], render: Render, tokenizer: Any, most: int) -> list[int]:
         """Return the tokens of a prompt that continues the turn of the last answer in ``messages``.
 
         The result is empty if no such turn is kept, or the template does not keep all of its answer. Of a prompt with
-        far more than ``most`` tokens, only a prefix is returned. ``sent``: the messages as the client sent them, if the
-        template gets others.
+        far more than ``most`` tokens, only a prefix is returned.
         """
         last = max((at for at, message in enumerate(messages) if message["role"] == "assistant"), default=0)
         before, message = render(messages[:last]) if last else "", messages[last]
         calls = [call.get("id", "") for call in message.get("tool_calls") or ()]
         with self._lock:
             turn = self._turns.get(key := _key(before, message.get("content") or "", calls)) if last else None
-            if turn is None or not turn.is_said_by((sent or messages)[last]):
+            if turn is None or not turn.is_said_by(message):
                 return []
             self._turns.move_to_end(key)
         answer = {"role": "assistant", "content": TEXT}

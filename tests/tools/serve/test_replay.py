@@ -111,14 +111,6 @@ def test_another_history_is_another_turn() -> None:
         assert turns.continued(messages, render, tokenizer, 10_000) == []
 
 
-# an answer begins with the mark that chooses its text; calls are written in another way than the model writes them
-TEMPLATE = (
-    "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ start if m.role == 'assistant' }}"
-    "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}"
-    "{% for call in m.tool_calls %}{{ call.function.name }}{% endfor %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{{ start }}{% endif %}"
-)
 TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}]
 
 
@@ -127,7 +119,7 @@ def test_of_a_conversation_over_http_only_new_tokens_are_computed(start: str, tm
     """Answers with a call, with two, and with reasoning; by turns with another conversation."""
     model, tokenizer = moetier.load(scripted.write_checkpoint(tmp_path / "model", "qwen3_moe"), daemon=None)
     assert tokenizer is not None
-    tokenizer.chat_template = TEMPLATE
+    tokenizer.chat_template = scripted.TURNS
     with (
         model.tiers,
         answering(model, tokenizer, context=1500, chunk=64, parallel=3) as service,

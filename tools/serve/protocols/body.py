@@ -173,6 +173,16 @@ class UnknownFields:
         self._lock = threading.Lock()  # guards ``_names``
         self._names: set[str] = set()
 
+    def checked(self, content: bytes, content_type: str, kind: type[AnyBody], model: str) -> AnyBody:
+        """Return the content of a request as a valid body for ``model``, and note its unknown fields.
+
+        Raises Refusal if it is not valid.
+        """
+        given = parsed(content, content_type)
+        body = checked(given, kind, model)
+        self.note(unknown_fields(given, kind))
+        return body
+
     def note(self, names: Iterable[str]) -> None:
         """Log those of ``names`` that are new. They come from clients, so only their first letters are logged."""
         for name in names:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,23 +64,64 @@ Event = Text | Call | End
 Events = AsyncIterator[tuple[int, Event]]  # each with the number of its answer: a query may want several
 
 
-@dataclass(slots=True)
 class Answered:
     """A whole answer, made of its events."""
 
-    text: str = ""
-    reasoning: str = ""
-    calls: list[Call] = field(default_factory=list)
-    end: End | None = None  # None until the answer is complete
+    def __init__(self) -> None:
+        self._parts: list[Text | Call] = []
+        self.end: End | None = None  # None until the answer is complete
 
     def add(self, event: Event) -> None:
         """Add the next event."""
-        match event:
-            case Text(text, is_reasoning=True):
-                self.reasoning += text
-            case Text(text):
-                self.text += text
-            case Call():
-                self.calls.append(event)
-            case End():
-                self.end = event
+        if isinstance(event, End):
+            self.end = event
+        else:
+            self._parts.append(event)
+
+    @property
+    def text(self) -> str:
+        """All text that is no reasoning."""
+        return "".join(part.text for part in self._parts if isinstance(part, Text) and not part.is_reasoning)
+
+    @property
+    def reasoning(self) -> str:
+        """All reasoning."""
+        return "".join(part.text for part in self._parts if isinstance(part, Text) and part.is_reasoning)
+
+    @property
+    def calls(self) -> list[Call]:
+        """All tool calls."""
+        return [part for part in self._parts if isinstance(part, Call)]
+
+    @property
+    def blocks(self) -> list[Text | Call]:
+        """The answer as few parts as possible, in order. Text that is blank is left out, as ``without_blank`` does."""
+        merged = list[Text | Call]()
+        for part in self._parts:
+            last = merged[-1] if merged else None
+            if isinstance(part, Text) and isinstance(last, Text) and part.is_reasoning == last.is_reasoning:
+                merged[-1] = Text(last.text + part.text, part.is_reasoning)
+            else:
+                merged.append(part)
+        bare = [Text(part.text.lstrip("\n"), part.is_reasoning) if isinstance(part, Text) else part for part in merged]
+        return [part for part in bare if not isinstance(part, Text) or part.text.strip()]
+
+
+async def without_blank(events: AsyncIterator[Event]) -> AsyncIterator[Event]:
+    """Yield events without text that is blank between others, and without line ends before a text.
+
+    Models write line ends between reasoning, text and tool calls, which APIs with blocks have no place for.
+    """
+    held, is_begun, is_reasoning = "", False, False  # what was not passed on of the present text, and its kind
+    async for event in events:
+        if not isinstance(event, Text):
+            held, is_begun = "", False
+            yield event
+            continue
+        if event.is_reasoning != is_reasoning:
+            held, is_begun, is_reasoning = "", False, event.is_reasoning
+        held = held + event.text if is_begun else (held + event.text).lstrip("\n")
+        if held.strip() or (is_begun and held):
+            is_begun = True
+            yield Text(held, is_reasoning)
+            held = ""
