@@ -59,6 +59,7 @@ class Answer:
         self._one_call = job.one_call
         self._stops = StopStrings(job.stop)
         self._calls = 0
+        self._reasoning_tokens = self._counted_tokens = 0  # of reasoning; all whose text was sent
         self._queue: asyncio.Queue[Event | Refusal] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
         self._lock = threading.Lock()  # guards: ``job``, so that the answer ends only once
@@ -167,13 +168,16 @@ class Answer:
                     self._send(self._event(passed))
 
     def _event(self, piece: Any) -> Event:
+        if isinstance(piece, ReasoningText):
+            self._reasoning_tokens += self.new_tokens - self._counted_tokens
+        self._counted_tokens = self.new_tokens
         if isinstance(piece, ToolCall):
             self._calls += 1
             return Call(f"call_{uuid.uuid4().hex}", piece.name, piece.arguments)
         return Text(str(piece), is_reasoning=isinstance(piece, ReasoningText))
 
     def _complete(self, reason: Reason) -> None:
-        usage = Usage(self._prompt_tokens, self.kept_tokens, self.new_tokens)
+        usage = Usage(self._prompt_tokens, self.kept_tokens, self.new_tokens, self._reasoning_tokens)
         if self._end("answered"):
             stop = self._stops.found if reason is Reason.STOP else None
             self._send(End(Reason.CALLS if self._calls else reason, usage, stop))

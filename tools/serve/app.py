@@ -25,8 +25,9 @@ from .protocols.chat import Chat
 from .protocols.completions import Completions
 from .protocols.messages import CountBody, Messages
 from .protocols.refusal import MESSAGES, Refusal
+from .protocols.responses import Responses
 
-PROTOCOLS = (Chat(), Completions(), Messages())
+PROTOCOLS = (Chat(), Completions(), Responses(), Messages())
 
 
 def application(

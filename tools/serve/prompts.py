@@ -35,6 +35,7 @@ class Prompts:
         self._form = form_of(model, tokenizer)
         self._is_plain = not tokenizer.chat_template
         self._switches = [name for name in SWITCHES if has_variable(tokenizer.chat_template, name)]
+        self._has_developer = "developer" in str(tokenizer.chat_template)
         self._turns = Turns()
 
     def count(self, query: Query) -> list[int]:
@@ -121,14 +122,14 @@ class Prompts:
         """Return the tokens of a prompt that begins with those of an earlier answer; none if it does not."""
         render = partial(self._render, dialogue, dialogue.tools)
         try:
-            return self._turns.continued([*map(_plain, dialogue.messages)], render, self._tokenizer, self._context)
+            return self._turns.continued([*map(self._plain, dialogue.messages)], render, self._tokenizer, self._context)
         except Refusal:  # the template takes all messages, but not a part of them
             return []
 
     def _rendered(
         self, dialogue: Dialogue, tools: Sequence[Mapping[str, Any]] | None, *, begins_answer: bool = True
     ) -> str:
-        return self._render(dialogue, tools, [*map(_plain, dialogue.messages)], begins_answer=begins_answer)
+        return self._render(dialogue, tools, [*map(self._plain, dialogue.messages)], begins_answer=begins_answer)
 
     def _render(
         self,
@@ -164,16 +165,18 @@ class Prompts:
         prefill = text.removeprefix(messages) if text.startswith(messages) else ""
         return self._form.parser(prefill, dialogue.tools)
 
-
-def _plain(message: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a message as chat templates take it, with one text as its content, and without fields they do not know."""
-    content = message.get("content") or ""
-    text = content if isinstance(content, str) else " ".join(part["text"] for part in content)
-    plain = {"role": message["role"], "content": text}
-    plain |= {name: message[name] for name in ("tool_calls", "tool_call_id") if message.get(name)}
-    if isinstance(reasoning := message.get("reasoning_content"), str) and reasoning:
-        plain["reasoning_content"] = reasoning
-    return plain
+    def _plain(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a message as chat templates take it: one text is its content, and it has only fields they know."""
+        content = message.get("content") or ""
+        text = content if isinstance(content, str) else " ".join(part["text"] for part in content)
+        role = message["role"]
+        if role == "developer" and not self._has_developer:  # such templates leave it out, or refuse it
+            role = "system"
+        plain = {"role": role, "content": text}
+        plain |= {name: message[name] for name in ("tool_calls", "tool_call_id") if message.get(name)}
+        if isinstance(reasoning := message.get("reasoning_content"), str) and reasoning:
+            plain["reasoning_content"] = reasoning
+        return plain
 
 
 def has_variable(template: Any, name: str) -> bool:

@@ -100,6 +100,12 @@ class Body(BaseModel, ABC):
     stream: bool | None = None
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = sampling("top_k")
+    min_p: float | None = sampling("min_p")
+    repetition_penalty: float | None = sampling("repetition_penalty")
+    presence_penalty: float | None = sampling("presence_penalty")
+    frequency_penalty: float | None = sampling("frequency_penalty")
+    seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63)
 
     @abstractmethod
     def query(self) -> Query:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Discriminator, FailFast, Field, Tag
 
-from .body import MOST_TOKENS, Body, NotEmpty, Open, sampling
+from .body import MOST_TOKENS, Body, NotEmpty, Open
 from .events import Answered, Call, End, Events, Reason, Text, Usage, without_blank
 from .protocol import Protocol, Reply, event
 from .query import Dialogue, Query
@@ -183,7 +183,6 @@ class MessagesBody(CountBody):
     """Body of a request for a message."""
 
     max_tokens: int = Field(ge=1, le=MOST_TOKENS)
-    top_k: int | None = sampling("top_k")
     stop_sequences: Annotated[list[NotEmpty], Field(max_length=64)] | None = None
 
     def query(self) -> Query:
@@ -193,6 +192,7 @@ class MessagesBody(CountBody):
             prompts=asked.prompts,
             max_tokens=self.max_tokens,
             sampling=self.sampling_options,
+            seed=self.seed,
             stop=self.stop_sequences or (),
             one_call=asked.one_call,
         )

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, Field
 
-from .body import MOST_TOKENS, Body, NotEmpty, as_list, sampling
+from .body import MOST_TOKENS, Body, NotEmpty, as_list
 
 
 class OpenAIBody(Body):
@@ -42,10 +42,4 @@ class OpenAIBody(Body):
     })  # fmt: skip
 
     max_tokens: int | None = Field(None, ge=1, le=MOST_TOKENS)
-    top_k: int | None = sampling("top_k")
-    min_p: float | None = sampling("min_p")
-    repetition_penalty: float | None = sampling("repetition_penalty")
-    presence_penalty: float | None = sampling("presence_penalty")
-    frequency_penalty: float | None = sampling("frequency_penalty")
-    seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63)
     stop: Annotated[list[NotEmpty], Field(max_length=4), BeforeValidator(as_list)] | None = None
