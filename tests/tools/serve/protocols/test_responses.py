@@ -173,8 +173,7 @@ def test_an_answer_is_items_and_its_stream_the_same(service: Any, start: str) ->
     asked: dict[str, Any] = {"model": "small", "input": "?", "max_output_tokens": 12, "tools": [TOOL], "temperature": 0}
     with scripted_client(service, start) as client, openai_of(client) as openai:
         whole = openai.responses.create(**asked)
-        with openai.responses.stream(**asked) as stream:
-            events = [*stream]
+        events: list[Any] = [*openai.responses.create(**asked, stream=True)]
         final = events[-1].response
     assert [event.sequence_number for event in events] == [*range(len(events))]
     assert [event.type for event in events[:2]] == ["response.created", "response.in_progress"]
