@@ -72,6 +72,7 @@ TESTED_BY: dict[str, tuple[str, str]] = {
     "tools/serve/endpoint.py": ("tools/serve/test_app.py", PARTS),
     "tools/serve/listen.py": ("tools/serve/test_bounds.py", PROCESS),
     "tools/serve/protocols/events.py": ("tools/serve/protocols/test_messages.py", PARTS),
+    "tools/serve/metrics.py": ("tools/serve/test_keys.py", PARTS),
     "tools/serve/protocols/responses_body.py": ("tools/serve/protocols/test_responses.py", PARTS),
     "tools/synthetic/tensors.py": ("tools/synthetic/test_checkpoint.py", PARTS),
     "tools/top/watch.py": ("tools/top/test_app.py", PARTS),

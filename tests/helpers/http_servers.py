@@ -38,7 +38,9 @@ def serving(
 
 
 @contextmanager
-def answering(model: Any, tokenizer: Any, *, context: int, chunk: int = 16, parallel: int = 2) -> Iterator[Any]:
+def answering(
+    model: Any, tokenizer: Any, *, context: int, chunk: int = 16, parallel: int = 2, keys: Any = None
+) -> Iterator[Any]:
     """A service that answers with a model, up to ``parallel`` requests at a time."""
     from moetier.runtime.engine.engine import Engine
     from moetier.runtime.engine.model_runner import ModelRunner
@@ -46,7 +48,7 @@ def answering(model: Any, tokenizer: Any, *, context: int, chunk: int = 16, para
 
     pages = parallel * -(-context // 64)
     with Engine(ModelRunner(model, pages), pages=pages, most=parallel, chunk=chunk, context=context) as engine:
-        yield AnswerService(model, tokenizer, engine)
+        yield AnswerService(model, tokenizer, engine, keys)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 import uuid
 from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass
@@ -18,10 +19,11 @@ from moetier.runtime.engine.sequence import Finish, Request, Sampled
 from moetier.runtime.engine.sequence import Sequence as TokenSequence
 from moetier.runtime.generation.stop_strings import StopStrings
 
+from .keys import Keys
 from .metrics import Tally
 from .parsing import AnswerParser
-from .protocols.events import Call, End, Event, Reason, Text, Token, Usage
-from .protocols.query import Dialogue
+from .protocols.events import Call, End, Event, Reason, ScoredToken, Text, Usage
+from .protocols.query import ChatPrompt
 from .protocols.refusal import ENDING, FAILED, Refusal, log_failure
 from .token_bytes import TokenBytes
 
@@ -38,7 +40,7 @@ class Job:
     parser: AnswerParser | None = None  # of reasoning and tool calls; None if all of the answer is text
     one_call: bool = False  # whether the first tool call ends the answer
     prompt: str = ""  # text of the prompt
-    dialogue: Dialogue | None = None  # the messages of the prompt; None if it has none
+    chat: ChatPrompt | None = None  # the messages of the prompt; None if it has none
     echo: bool = False  # whether the answer begins with the prompt
     is_silent: bool = False  # whether the token that must be generated is no part of the answer
 
@@ -67,11 +69,14 @@ class Answer:
         self._reasoning_tokens = self._counted_tokens = 0  # of reasoning; all whose text was sent
         self._is_silent = job.is_silent
         self._echo = job.prompt if job.echo else None
-        self._tokens: list[Token] = []  # with log probabilities, whose text was not sent yet
+        self._tokens: list[ScoredToken] = []  # with log probabilities, whose text was not sent yet
         self._queue: asyncio.Queue[Event | Refusal] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
         self._lock = threading.Lock()  # guards: ``job``, so that the answer ends only once
-        service.tally.add(under_way=1)
+        self._user = job.request.user
+        self._submitted = time.monotonic()
+        self._first: float | None = None  # time of the first new token
+        service.tally.add(self._user, under_way=1)
 
     @property
     def ended(self) -> bool:
@@ -103,7 +108,7 @@ class Answer:
         request = self.sequence.request
         if request.logprobs is None:
             return Text(prompt)
-        first = Token(self._service.bytes_of(request.ids[0]), None)
+        first = ScoredToken(self._service.bytes_of(request.ids[0]), None)
         scores = self.sequence.prompt_scores
         return Text(prompt, tokens=(first, *(self._service.token(scores[at]) for at in range(1, len(request.ids)))))
 
@@ -127,7 +132,11 @@ class Answer:
         """
         if self.ended or self._is_silent:
             return
-        self._service.tally.add(new_tokens=1)  # before the text is sent: a client that has it may read counts
+        if self._first is None:
+            self._first = time.monotonic()
+        self._service.tally.add(
+            self._user, new_tokens=1
+        )  # before the text is sent: a client that has it may read counts
         self.new_tokens += 1
         try:
             if sampled.logprob is not None:
@@ -216,13 +225,25 @@ class Answer:
         except RuntimeError:  # the event loop is closed, so no request waits any longer
             self._end("cancelled")
 
+    def _measured(self) -> dict[str, float]:
+        """Return values for the HISTOGRAMS: those of tokens, and those of times that are known."""
+        values: dict[str, float] = {"prompt": self._prompt_tokens, "cached": self.kept_tokens, "new": self.new_tokens}
+        if self.sequence is not None and self.sequence.began is not None:
+            values["queue"] = max(0.0, self.sequence.began - self._submitted)
+        if self._first is not None:
+            values["first_token"] = self._first - self._submitted
+            if self.new_tokens > 1:
+                values["per_token"] = (time.monotonic() - self._first) / (self.new_tokens - 1)
+        return values
+
     def _end(self, outcome: str) -> bool:
         """End the answer with ``outcome``, one of OUTCOMES. Return False if the answer had ended before."""
         with self._lock:
             if self.ended:
                 return False
             self.job = None
-        self._service.tally.add(under_way=-1, kept_tokens=self.kept_tokens, **{outcome: 1})
+        self._service.tally.add(self._user, under_way=-1, kept_tokens=self.kept_tokens, **{outcome: 1})
+        self._service.tally.observe(self._user, **self._measured())
         _log.info(
             "%s: %d prompt tokens (%d of them cached), %d new tokens",
             outcome,
@@ -244,21 +265,22 @@ class AnswerService:
     whose tokens have log probabilities. ``bytes_of`` returns the bytes of a token's text.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, engine: Engine) -> None:
+    def __init__(self, model: Any, tokenizer: Any, engine: Engine, keys: Keys | None = None) -> None:
+        """``keys`` are the API keys with whose names requests come; None: there are none."""
         self.model = model
         self.tokenizer = tokenizer
         self.context = engine.context
         self.most_scored = engine.most_scored
         self.bytes_of = TokenBytes(tokenizer)
-        self.tally = Tally()
+        self.tally = Tally([""] if keys is None else keys.names)
         self._engine = engine
         self._answers: set[Answer] = set()
         self._is_ending = False
 
-    def token(self, sampled: Sampled) -> Token:
+    def token(self, sampled: Sampled) -> ScoredToken:
         """Return a token and the most likely ones with their texts."""
         top = tuple((self.bytes_of(token), logprob) for token, logprob in sampled.top)
-        return Token(self.bytes_of(sampled.token), sampled.logprob, top)
+        return ScoredToken(self.bytes_of(sampled.token), sampled.logprob, top)
 
     @property
     def is_alive(self) -> bool:
@@ -283,7 +305,7 @@ class AnswerService:
             raise
         if answer.ended:  # before the engine's sequence was known
             answer.sequence.cancel()
-        self.tally.add(prompt_tokens=len(job.request.ids))
+        self.tally.add(job.request.user, prompt_tokens=len(job.request.ids))
         return answer
 
     def prompt_tokens_left(self) -> tuple[int, float]:

@@ -14,9 +14,9 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from .answers import AnswerService, Job
 from .choices import Choices
-from .middleware import Message, Receive, Send
+from .middleware import USER, Message, Receive, Send
 from .prompts import Prompts
-from .protocols.body import AnyBody, Body, UnknownFields
+from .protocols.body import AnyBody, QueryBody, UnknownFields
 from .protocols.events import Answered
 from .protocols.protocol import Protocol, Reply
 from .protocols.refusal import Refusal
@@ -52,7 +52,7 @@ class Endpoint:
         """Answer a request. Stop computing if the client disconnects. Raises Refusal if the request is invalid."""
         # on a thread, because turning a long prompt into tokens takes seconds
         content, content_type = (await receive())["body"], Headers(scope=scope).get("content-type", "")
-        body, jobs = await on_thread(partial(self._jobs, content, content_type))
+        body, jobs = await on_thread(partial(self._jobs, content, content_type, scope.get(USER, "")))
         choices = Choices(self._service, self._prompts, jobs)
         try:
             reply = Reply(choices.id, self._name, int(time.time()), body, choices.prompt_tokens, choices.count)
@@ -67,13 +67,13 @@ class Endpoint:
         finally:
             choices.cancel()
 
-    def _jobs(self, content: bytes, content_type: str) -> tuple[Body, list[list[Job]]]:
-        """Return a request's valid body, and the jobs that it asks for.
+    def _jobs(self, content: bytes, content_type: str, user: str) -> tuple[QueryBody, list[list[Job]]]:
+        """Return a request's valid body, and the jobs that it asks for. ``user`` is the name of its API key.
 
         Raises Refusal if the body is invalid, or a prompt is empty or exceeds the context.
         """
         body = self._unknown.checked(content, content_type, self._protocol.body, self._name)
-        return body, self._prompts.jobs(body.query(), body.prompt_field)
+        return body, self._prompts.jobs(body.query(), body.prompt_field, user)
 
     def _stream(self, reply: Reply, choices: Choices) -> AsyncGenerator[str]:
         """Return a stream of server-sent events. If an answer fails, its error comes last."""
@@ -98,9 +98,12 @@ class BodyEndpoint(Generic[AnyBody]):
     """ASGI endpoint that answers a request with JSON, for which nothing is generated."""
 
     def __init__(
-        self, name: str, body: type[AnyBody], answer: Callable[[AnyBody], dict[str, Any]], unknown: UnknownFields
+        self, name: str, body: type[AnyBody], answer: Callable[[AnyBody, str], dict[str, Any]], unknown: UnknownFields
     ) -> None:
-        """``answer`` is called on a thread with the valid body of a request for the model ``name``."""
+        """Answer requests for the model ``name``.
+
+        ``answer`` is called on a thread with the valid body of a request and the name of its key.
+        """
         self._name = name
         self._body = body
         self._answer = answer
@@ -110,6 +113,8 @@ class BodyEndpoint(Generic[AnyBody]):
         """Answer a request. Raises Refusal if the request is invalid."""
         content, content_type = (await receive())["body"], Headers(scope=scope).get("content-type", "")
         answer = await on_thread(
-            lambda: self._answer(self._unknown.checked(content, content_type, self._body, self._name))
+            lambda: self._answer(
+                self._unknown.checked(content, content_type, self._body, self._name), scope.get(USER, "")
+            )
         )
         await JSONResponse(answer)(scope, receive, send)

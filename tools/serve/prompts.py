@@ -17,7 +17,7 @@ from moetier.runtime.model.vocabulary import embeddings_of, unknown_token
 from .answers import Answer, Job
 from .parsing import AnswerParser, form_of
 from .protocols.events import Answered
-from .protocols.query import Dialogue, Prompt, Query
+from .protocols.query import ChatPrompt, Prompt, Query
 from .protocols.refusal import TOO_LONG, Refusal
 from .replay import Turns
 
@@ -46,12 +46,15 @@ class Prompts:
         self._has_developer = "developer" in str(tokenizer.chat_template)
         self._turns = Turns()
 
-    def count(self, query: Query, user: str = "") -> list[int]:
-        """Return the number of tokens of each prompt of a query; far more than the context are not all counted.
+    def tokens(self, prompt: Prompt, user: str = "", *, add_special_tokens: bool = True) -> list[int]:
+        """Return the token ids of a prompt; of one with far more than the context, only the first ones.
 
-        Raises Refusal if the chat template refuses the messages.
+        ``add_special_tokens``: whether the tokenizer adds its own to a text. Raises Refusal if the template refuses the
+        messages.
         """
-        return [len(self._read(prompt, user)[1]) for prompt in query.prompts]
+        if isinstance(prompt, str):
+            return self._ids(prompt, add_special_tokens=add_special_tokens)
+        return self._read(prompt, user)[1]
 
     def jobs(self, query: Query, field: str, user: str = "") -> list[list[Job]]:
         """Return, for each prompt of a query, a job for each answer to it. ``user`` is whose request it is.
@@ -66,14 +69,14 @@ class Prompts:
 
     def note(self, job: Job, answer: Answer, answered: Answered) -> None:
         """Note a complete answer: the prompt of a later request may begin with its tokens."""
-        if job.dialogue is not None and answer.sequence is not None and answer.sequence.finish is Finish.END:
+        if job.chat is not None and answer.sequence is not None and answer.sequence.finish is Finish.END:
             ids = answer.sequence.ids
             end = self._tokenizer.decode(ids[-1:])
             self._turns.note(job.prompt, answered, ids, end, user=job.request.user)
 
     def _jobs_of(self, query: Query, prompt: Prompt, field: str, user: str) -> list[Job]:
         """Return a job for each answer to one prompt. They differ in their seeds."""
-        dialogue = prompt if isinstance(prompt, Dialogue) else None
+        chat = prompt if isinstance(prompt, ChatPrompt) else None
         text, ids = self._read(prompt, user)
         self._check(ids, field)
         scores = query.echo and query.logprobs is not None
@@ -93,11 +96,11 @@ class Prompts:
             Job(
                 request if query.seed is None else replace(request, seed=query.seed + number),
                 stop=query.stop,
-                ends=(PLAIN_STOP,) if dialogue and self._is_plain else (),
-                parser=None if dialogue is None else self._parser(dialogue, text),
+                ends=(PLAIN_STOP,) if chat and self._is_plain else (),
+                parser=None if chat is None else self._parser(chat, text),
                 one_call=query.one_call,
                 prompt=text or self._tokenizer.decode(ids) if query.echo else text,
-                dialogue=dialogue,
+                chat=chat,
                 echo=query.echo,
                 is_silent=query.max_tokens == 0,
             )
@@ -106,7 +109,7 @@ class Prompts:
 
     def _read(self, prompt: Prompt, user: str) -> tuple[str, list[int]]:
         """Return the text and the token ids of a prompt. Raises Refusal if the chat template refuses it."""
-        if isinstance(prompt, Dialogue):
+        if isinstance(prompt, ChatPrompt):
             text = self._text(prompt)
             return text, self._continued(prompt, user) or self._ids(text, add_special_tokens=self._is_plain)
         if isinstance(prompt, str):
@@ -137,39 +140,39 @@ class Prompts:
 
     # -- the chat template ---------------------------------------------------------------------------------------------
 
-    def _text(self, dialogue: Dialogue) -> str:
+    def _text(self, chat: ChatPrompt) -> str:
         """Return the prompt's text. Raises Refusal if the chat template refuses the messages."""
-        tools = dialogue.tools
-        text = self._rendered(dialogue, tools)
-        if tools and text == self._rendered(dialogue, None):
+        tools = chat.tools
+        text = self._rendered(chat, tools)
+        if tools and text == self._rendered(chat, None):
             raise Refusal(400, "tools: the model's chat template does not support tools.", param="tools")
         return text
 
-    def _continued(self, dialogue: Dialogue, user: str) -> list[int]:
+    def _continued(self, chat: ChatPrompt, user: str) -> list[int]:
         """Return the tokens of a prompt that begins with those of an earlier answer; none if it does not."""
-        render = partial(self._render, dialogue, dialogue.tools)
+        render = partial(self._render, chat, chat.tools)
         try:
-            messages = [*map(self._plain, dialogue.messages)]
+            messages = [*map(self._plain, chat.messages)]
             return self._turns.continued(messages, render, self._tokenizer, self._context, user=user)
         except Refusal:  # the template takes all messages, but not a part of them
             return []
 
     def _rendered(
-        self, dialogue: Dialogue, tools: Sequence[Mapping[str, Any]] | None, *, begins_answer: bool = True
+        self, chat: ChatPrompt, tools: Sequence[Mapping[str, Any]] | None, *, begins_answer: bool = True
     ) -> str:
-        return self._render(dialogue, tools, [*map(self._plain, dialogue.messages)], begins_answer=begins_answer)
+        return self._render(chat, tools, [*map(self._plain, chat.messages)], begins_answer=begins_answer)
 
     def _render(
         self,
-        dialogue: Dialogue,
+        chat: ChatPrompt,
         tools: Sequence[Mapping[str, Any]] | None,
         messages: Sequence[Any],
         *,
         begins_answer: bool = True,
     ) -> str:
-        variables: dict[str, Any] = {} if dialogue.effort is None else {"reasoning_effort": dialogue.effort}
-        if dialogue.reasons is not None:
-            variables |= dict.fromkeys(self._switches, dialogue.reasons)
+        variables: dict[str, Any] = {} if chat.effort is None else {"reasoning_effort": chat.effort}
+        if chat.reasons is not None:
+            variables |= dict.fromkeys(self._switches, chat.reasons)
         try:
             text: str = self._tokenizer.apply_chat_template(
                 [*messages],
@@ -177,21 +180,21 @@ class Prompts:
                 add_generation_prompt=begins_answer,
                 tools=tools,
                 tokenize=False,
-                **variables | {**dialogue.variables},
+                **variables | {**chat.variables},
             )
         except Exception as error:  # a template may raise any exception
             message = f"The model's chat template refuses these messages: {str(error).partition(chr(10))[0]}"
             raise Refusal(400, message, param="messages") from None
         return text
 
-    def _parser(self, dialogue: Dialogue, text: str) -> AnswerParser | None:
+    def _parser(self, chat: ChatPrompt, text: str) -> AnswerParser | None:
         """Return a parser for the answer to the prompt ``text``; None if all of the answer is text."""
         if self._form is None:
             return None
         # only what the template adds to the messages may open a region: messages may have marks, too
-        messages = self._rendered(dialogue, dialogue.tools, begins_answer=False)
+        messages = self._rendered(chat, chat.tools, begins_answer=False)
         prefill = text.removeprefix(messages) if text.startswith(messages) else ""
-        return self._form.parser(prefill, dialogue.tools)
+        return self._form.parser(prefill, chat.tools)
 
     def _plain(self, message: Mapping[str, Any]) -> dict[str, Any]:
         """Return a message as chat templates take it: one text is its content, and it has only fields they know."""

@@ -86,7 +86,7 @@ class Open(BaseModel):
     model_config = ConfigDict(extra="allow")
 
 
-class Body(BaseModel, ABC):
+class Body(BaseModel):
     """Body of a request."""
 
     model_config = ConfigDict(extra="ignore")
@@ -94,9 +94,15 @@ class Body(BaseModel, ABC):
     ignored: ClassVar[Iterable[str]] = ()  # fields on which no answer depends
     neutral: ClassVar[Mapping[str, Any]] = {}  # unsupported fields, each with its one value that changes nothing
     unsupported: ClassVar[Iterable[str]] = ()  # fields that would change an answer; no value of them is supported
-    prompt_field: ClassVar[str]  # name of the field that has the prompt
 
     model: str | None = None
+
+
+class QueryBody(Body, ABC):
+    """Body of a request for text."""
+
+    prompt_field: ClassVar[str]  # name of the field that has the prompt
+
     stream: bool | None = None
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)

@@ -15,11 +15,11 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from .body import MOST_TOKENS, Open, arguments_of
 from .bounded_json import BoundedJson
-from .events import Answered, Call, End, Events, Text, Token
+from .events import Answered, Call, End, Events, ScoredToken, Text
 from .openai_body import MOST_TOP, OpenAIBody
 from .openai_chunks import REASONS, Chunks, object_of, total, usage_of
 from .protocol import Protocol, Reply
-from .query import Dialogue, Query
+from .query import ChatPrompt, Query
 from .refusal import Refusal
 
 Effort = Annotated[str, Field(max_length=32)]
@@ -54,7 +54,7 @@ def _arguments(given: Any, info: Info[BoundedJson]) -> Any:
     return arguments_of(given, info.context)
 
 
-def _of_template(given: dict[str, Any]) -> dict[str, Any]:
+def of_template(given: dict[str, Any]) -> dict[str, Any]:
     """Return ``given``, variables for the model's chat template, unchanged.
 
     Raises PydanticCustomError if a name is in NOT_OF_TEMPLATES. Such a variable would replace the template, or change
@@ -65,11 +65,18 @@ def _of_template(given: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
+class TextPart(Open):
+    """Part of a message's content."""
+
+    type: Literal["text"]
+    text: str
+
+
 class FunctionCall(Open):
     """Function that a tool call names, with its arguments."""
 
     name: str
-    arguments: Annotated[dict[str, Any], BeforeValidator(_arguments)]
+    arguments: Annotated[dict[str, Any], BeforeValidator(_arguments, json_schema_input_type=str | dict[str, Any])]
 
 
 class ToolCall(Open):
@@ -99,7 +106,7 @@ class Message(Open):
     """Message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[Any, BeforeValidator(_text)] = None
+    content: Annotated[Any, BeforeValidator(_text, json_schema_input_type=str | list[TextPart] | None)] = None
     tool_calls: Annotated[list[ToolCall] | None, FailFast()] = None
     tool_call_id: str | None = None
 
@@ -110,7 +117,7 @@ class Switch(Open):
     type: Literal["enabled", "disabled", "adaptive", "auto"]
 
 
-class Reasoning(Open):
+class ReasoningOptions(Open):
     """Whether and how much to reason, as OpenRouter has it. A budget of tokens is a hint, which is not used."""
 
     enabled: bool | None = None
@@ -131,10 +138,10 @@ class ChatBody(OpenAIBody):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MOST_TOP)
     reasoning_effort: Effort | None = None
-    reasoning: Reasoning | None = None
+    reasoning: ReasoningOptions | None = None
     thinking: Switch | None = None
     enable_thinking: bool | None = None
-    chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(_of_template)] | None = None
+    chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(of_template)] | None = None
 
     def query(self) -> Query:
         """Return what the request asks for. Raises Refusal for top_logprobs without logprobs."""
@@ -142,7 +149,7 @@ class ChatBody(OpenAIBody):
             raise Refusal(400, "top_logprobs: it needs logprobs, which is not true.", param="top_logprobs")
         given = self.model_dump(include={"messages", "tools"}, exclude_none=True)
         effort = self.reasoning_effort or (self.reasoning.effort if self.reasoning else None)
-        dialogue = Dialogue(
+        chat = ChatPrompt(
             given["messages"],
             None if self.tool_choice == "none" else given.get("tools"),
             self.chat_template_kwargs or {},
@@ -150,7 +157,7 @@ class ChatBody(OpenAIBody):
             reasons=self._reasons(effort),
         )
         return self.query_of(
-            [dialogue],
+            [chat],
             max_tokens=self.max_completion_tokens or self.max_tokens,
             one_call=self.parallel_tool_calls is False,
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
@@ -225,7 +232,7 @@ def _call(call: Call) -> dict[str, Any]:
     return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
-def _logprobs(tokens: Sequence[Token]) -> dict[str, Any]:
+def _logprobs(tokens: Sequence[ScoredToken]) -> dict[str, Any]:
     """Return log probabilities of the tokens of reasoning, text and calls."""
 
     def entry(raw: bytes, logprob: float | None) -> dict[str, Any]:

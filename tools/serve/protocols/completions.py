@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, FailFast, Field
 from pydantic_core import PydanticCustomError
 
 from .body import MOST_TOKENS
-from .events import Answered, End, Events, Text, Token
+from .events import Answered, End, Events, ScoredToken, Text
 from .openai_body import MOST_TOP, OpenAIBody
 from .openai_chunks import REASONS, Chunks, object_of, total, usage_of
 from .protocol import Protocol, Reply
@@ -40,7 +40,12 @@ class CompletionsBody(OpenAIBody):
     prompt_field = "prompt"
     neutral: ClassVar[dict[str, Any]] = OpenAIBody.neutral | {"top_logprobs": 0}
 
-    prompt: Annotated[list[str | list[int]], FailFast(), Field(min_length=1), BeforeValidator(_prompts)]
+    prompt: Annotated[
+        list[str | list[int]],
+        FailFast(),
+        Field(min_length=1),
+        BeforeValidator(_prompts, json_schema_input_type=str | list[int] | list[str | list[int]]),
+    ]
     max_tokens: int | None = Field(None, ge=0, le=MOST_TOKENS)
     echo: bool | None = None
     logprobs: Annotated[int | None, BeforeValidator(_number)] = Field(None, ge=0, le=MOST_TOP)
@@ -85,7 +90,7 @@ def _choice(number: int, answer: Answered, reply: Reply) -> dict[str, Any]:
     return {"index": number, "text": answer.text, "finish_reason": REASONS[answer.end.reason], **logprobs}
 
 
-def _logprobs(tokens: Sequence[Token], offset: int) -> dict[str, Any]:
+def _logprobs(tokens: Sequence[ScoredToken], offset: int) -> dict[str, Any]:
     """Return log probabilities of tokens whose text begins at ``offset``. A prompt's first token has none."""
     offsets = list[int]()
     for token in tokens:
@@ -99,7 +104,7 @@ def _logprobs(tokens: Sequence[Token], offset: int) -> dict[str, Any]:
     }
 
 
-def _top(token: Token) -> dict[str, float] | None:
+def _top(token: ScoredToken) -> dict[str, float] | None:
     """Return the log probabilities of the most likely tokens and of ``token``, by their texts."""
     if token.logprob is None:
         return None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Token:
+class ScoredToken:
     """A token with its log probability; None for the first token of a prompt."""
 
     raw: bytes  # of its text, which may be a part of a character
@@ -27,7 +27,7 @@ class Text:
 
     text: str
     is_reasoning: bool = False
-    tokens: tuple[Token, ...] = ()
+    tokens: tuple[ScoredToken, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +104,7 @@ class Answered:
         return "".join(part.text for part in self._parts if isinstance(part, Text) and part.is_reasoning)
 
     @property
-    def tokens(self) -> list[Token]:
+    def tokens(self) -> list[ScoredToken]:
         """All tokens, if the query wants log probabilities."""
         return [token for part in self._parts if isinstance(part, Text) for token in part.tokens]
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Discriminator, FailFast, Field, Tag
 
-from .body import MOST_TOKENS, Body, NotEmpty, Open
+from .body import MOST_TOKENS, NotEmpty, Open, QueryBody
 from .events import Answered, Call, End, Events, Reason, Text, Usage, without_blank
 from .protocol import Protocol, Reply, event
-from .query import Dialogue, Query
+from .query import ChatPrompt, Query
 from .refusal import MESSAGES, Refusal
 
 SIGNATURE = "moetier"  # of thinking blocks; clients only send it back
@@ -57,7 +58,9 @@ def _as_blocks(given: Any) -> Any:
     return [{"type": "text", "text": given}] if isinstance(given, str) else [] if given is None else given
 
 
-TextBlocks = Annotated[list[TextBlock] | None, FailFast(), BeforeValidator(_as_blocks)]
+TextBlocks = Annotated[
+    list[TextBlock] | None, FailFast(), BeforeValidator(_as_blocks, json_schema_input_type=str | list[TextBlock] | None)
+]
 
 
 class ResultBlock(Open):
@@ -87,11 +90,11 @@ Block = Annotated[
 ]
 
 
-class Turn(Open):
+class AnthropicMessage(Open):
     """Message of a conversation."""
 
     role: Literal["user", "assistant", "system"]
-    content: Annotated[list[Block], FailFast(), BeforeValidator(_as_blocks)]
+    content: Annotated[list[Block], FailFast(), BeforeValidator(_as_blocks, json_schema_input_type=str | list[Block])]
 
 
 class ClientTool(Open):
@@ -123,7 +126,7 @@ class OutputConfig(Open):
     format: None = None
 
 
-class CountBody(Body):
+class CountBody(QueryBody):
     """Body of a request for the number of tokens of a prompt: that of a message without the limits of its answer."""
 
     prompt_field = "messages"
@@ -133,7 +136,7 @@ class CountBody(Body):
     )  # fmt: skip
     neutral: ClassVar[dict[str, Any]] = {"mcp_servers": []}
 
-    messages: Annotated[list[Turn], FailFast()] = Field(min_length=1)
+    messages: Annotated[list[AnthropicMessage], FailFast()] = Field(min_length=1)
     system: TextBlocks = None
     tools: Annotated[list[ClientTool] | None, FailFast()] = None
     tool_choice: ToolChoice | None = None
@@ -146,37 +149,24 @@ class CountBody(Body):
             message = "messages: the last message must not be one of the assistant: an answer can't be begun for it."
             raise Refusal(400, message, param="messages")
         choice = self.tool_choice or ToolChoice(type="auto")
-        dialogue = Dialogue(
+        chat = ChatPrompt(
             [*self._chat()],
             None if choice.type == "none" or not self.tools else [_function(tool) for tool in self.tools],
             effort=None if self.output_config is None else self.output_config.effort,
             reasons=self.thinking is not None and self.thinking.type != "disabled",
         )
-        return Query(prompts=[dialogue], one_call=bool(choice.disable_parallel_tool_use))
+        return Query(prompts=[chat], one_call=bool(choice.disable_parallel_tool_use))
 
     def _chat(self) -> Iterator[dict[str, Any]]:
         """Yield the messages in the form of chat completions. Texts of the user that follow each other are one."""
         if self.system:
             yield {"role": "system", "content": _joined(self.system)}
-        texts = list[Any]()  # of the user
-        for turn in self.messages:
-            if turn.role == "user":
-                for block in turn.content:
-                    if isinstance(block, ResultBlock):
-                        if texts:
-                            yield {"role": "user", "content": _joined(texts)}
-                            texts = []
-                        content = _joined(block.content or ())
-                        yield {"role": "tool", "tool_call_id": block.tool_use_id, "content": content}
-                    elif isinstance(block, TextBlock):
-                        texts.append(block)
-                continue
-            if texts:
-                yield {"role": "user", "content": _joined(texts)}
-                texts = []
-            yield _answer(turn) if turn.role == "assistant" else {"role": "system", "content": _joined(turn.content)}
-        if texts:
-            yield {"role": "user", "content": _joined(texts)}
+        messages = [one for message in self.messages for one in _plain(message)]
+        for is_users, group in itertools.groupby(messages, lambda message: message["role"] == "user"):
+            if is_users:
+                yield {"role": "user", "content": "\n\n".join(message["content"] for message in group)}
+            else:
+                yield from group
 
 
 class MessagesBody(CountBody):
@@ -288,12 +278,28 @@ def _joined(blocks: Sequence[Any]) -> str:
     return "\n\n".join(block.text for block in blocks if isinstance(block, TextBlock))
 
 
-def _answer(turn: Turn) -> dict[str, Any]:
+def _plain(message: AnthropicMessage) -> Iterator[dict[str, Any]]:
+    """Yield a message in the form of chat completions; of the user, one for each block."""
+    match message.role:
+        case "system":
+            yield {"role": "system", "content": _joined(message.content)}
+        case "assistant":
+            yield _answer(message.content)
+        case "user":
+            for block in message.content:
+                if isinstance(block, ResultBlock):
+                    content = _joined(block.content or ())
+                    yield {"role": "tool", "tool_call_id": block.tool_use_id, "content": content}
+                elif isinstance(block, TextBlock):
+                    yield {"role": "user", "content": block.text}
+
+
+def _answer(blocks: Sequence[Any]) -> dict[str, Any]:
     """Return an earlier answer in the form of chat completions."""
-    message: dict[str, Any] = {"role": "assistant", "content": _joined(turn.content)}
-    if thoughts := [block.thinking for block in turn.content if isinstance(block, ThinkingBlock)]:
+    message: dict[str, Any] = {"role": "assistant", "content": _joined(blocks)}
+    if thoughts := [block.thinking for block in blocks if isinstance(block, ThinkingBlock)]:
         message["reasoning_content"] = "\n\n".join(thoughts)
-    if calls := [block for block in turn.content if isinstance(block, CallBlock)]:
+    if calls := [block for block in blocks if isinstance(block, CallBlock)]:
         message["tool_calls"] = [
             {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.input}}
             for call in calls

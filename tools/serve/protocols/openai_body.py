@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, Field
 
-from .body import MOST_TOKENS, Body, NotEmpty, Open, as_list
+from .body import MOST_TOKENS, NotEmpty, Open, QueryBody, as_list
 from .query import Prompt, Query
 
 MOST_CHOICES = 128  # answers to a prompt
@@ -24,7 +24,7 @@ class StreamOptions(Open):
     include_usage: bool | None = None
 
 
-class OpenAIBody(Body):
+class OpenAIBody(QueryBody):
     """Body of a chat or text completion request."""
 
     ignored: ClassVar = (
@@ -53,7 +53,10 @@ class OpenAIBody(Body):
     n: int | None = Field(None, ge=1, le=MOST_CHOICES)
     logit_bias: Annotated[dict[TokenId, Bias], Field(max_length=MOST_BIASES)] | None = None
     stream_options: StreamOptions | None = None
-    stop: Annotated[list[NotEmpty], Field(max_length=4), BeforeValidator(as_list)] | None = None
+    stop: (
+        Annotated[list[NotEmpty], Field(max_length=4), BeforeValidator(as_list, json_schema_input_type=str | list[str])]
+        | None
+    ) = None
 
     @property
     def usage_chunk(self) -> bool | None:

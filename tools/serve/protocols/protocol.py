@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from .body import Body
+from .body import QueryBody
 from .events import Answered, Events
 from .refusal import Refusal
 
@@ -20,7 +20,7 @@ class Reply:
     id: str
     model: str
     created: int  # seconds since 1970
-    body: Body  # of the request
+    body: QueryBody  # of the request
     prompt_tokens: int
     answers: int  # number of them
 
@@ -29,7 +29,7 @@ class Protocol(ABC):
     """An API: how requests and answers are written."""
 
     path: ClassVar[str]  # of its route
-    body: ClassVar[type[Body]]
+    body: ClassVar[type[QueryBody]]
 
     @abstractmethod
     def stream(self, reply: Reply, events: Events) -> AsyncIterator[str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
-class Dialogue:
+class ChatPrompt:
     """Messages that the model's chat template turns into a prompt.
 
     Attributes:
@@ -26,7 +26,7 @@ class Dialogue:
     reasons: bool | None = None
 
 
-Prompt = Dialogue | str | Sequence[int]
+Prompt = ChatPrompt | str | Sequence[int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +34,7 @@ class Query:
     """Prompts, and which answers to them are wanted.
 
     Attributes:
-        prompts: each is a dialogue, a text, or token ids.
+        prompts: each is a chat, a text, or token ids.
         choices: number of answers to each prompt.
         max_tokens: most tokens of an answer; None: the server's own limit; 0 only with ``echo``.
         sampling: values of options in SAMPLING, by name.

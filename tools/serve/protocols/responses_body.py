@@ -11,9 +11,9 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Discriminator, FailFast, Field, Tag
 from pydantic import ValidationInfo as Info
 
-from .body import MOST_TOKENS, Body, Open, arguments_of
+from .body import MOST_TOKENS, Open, QueryBody, arguments_of
 from .bounded_json import BoundedJson
-from .query import Dialogue, Query
+from .query import ChatPrompt, Query
 from .refusal import Refusal
 
 HOSTED = ("web_search", "image_generation", "tool_search")  # tools that OpenAI runs; the model is not offered them
@@ -29,14 +29,16 @@ def _arguments(given: Any, info: Info[BoundedJson]) -> Any:
     return arguments_of(given, info.context)
 
 
-class Part(Open):
+class ContentPart(Open):
     """Text of a message."""
 
     type: Literal["input_text", "output_text", "text", "reasoning_text", "summary_text"]
     text: str
 
 
-Parts = Annotated[list[Part], FailFast(), BeforeValidator(_as_parts)]
+ContentParts = Annotated[
+    list[ContentPart], FailFast(), BeforeValidator(_as_parts, json_schema_input_type=str | list[ContentPart])
+]
 
 
 class MessageItem(Open):
@@ -44,7 +46,7 @@ class MessageItem(Open):
 
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
-    content: Parts
+    content: ContentParts
 
 
 class CallItem(Open):
@@ -53,7 +55,7 @@ class CallItem(Open):
     type: Literal["function_call"]
     call_id: str
     name: str
-    arguments: Annotated[dict[str, Any], BeforeValidator(_arguments)]
+    arguments: Annotated[dict[str, Any], BeforeValidator(_arguments, json_schema_input_type=str | dict[str, Any])]
 
 
 class OutputItem(Open):
@@ -61,14 +63,14 @@ class OutputItem(Open):
 
     type: Literal["function_call_output"]
     call_id: str
-    output: Parts
+    output: ContentParts
 
 
 class ReasoningItem(Open):
     """Reasoning of an earlier answer."""
 
     type: Literal["reasoning"]
-    content: Annotated[list[Part] | None, FailFast()] = None
+    content: Annotated[list[ContentPart] | None, FailFast()] = None
     encrypted_content: str | None = None
 
     @property
@@ -119,7 +121,7 @@ def _without_hosted(given: Any) -> Any:
     return [tool for tool in given if not (isinstance(tool, dict) and str(tool.get("type")).startswith(HOSTED))]
 
 
-class Reasoning(Open):
+class ReasoningConfig(Open):
     """How much to reason. There are no summaries."""
 
     effort: Annotated[str, Field(max_length=32)] | None = None
@@ -137,7 +139,7 @@ class TextConfig(Open):
     format: TextFormat | None = None
 
 
-class ResponsesBody(Body):
+class ResponsesBody(QueryBody):
     """Body of a request for a response."""
 
     prompt_field = "input"
@@ -148,13 +150,15 @@ class ResponsesBody(Body):
     neutral: ClassVar[dict[str, Any]] = {"background": False, "truncation": "disabled", "top_logprobs": 0}
     unsupported: ClassVar = ("prompt", "moderation")
 
-    input: Annotated[list[Item], Field(min_length=1), FailFast(), BeforeValidator(_as_items)]
+    input: Annotated[
+        list[Item], Field(min_length=1), FailFast(), BeforeValidator(_as_items, json_schema_input_type=str | list[Item])
+    ]
     instructions: str | None = None
     max_output_tokens: int | None = Field(None, ge=1, le=MOST_TOKENS)
     tools: Annotated[list[ResponsesTool] | None, FailFast(), BeforeValidator(_without_hosted)] = None
     tool_choice: Literal["auto", "none"] | None = None
     parallel_tool_calls: bool | None = None
-    reasoning: Reasoning | None = None
+    reasoning: ReasoningConfig | None = None
     text: TextConfig | None = None
     include: list[str] | None = None
     store: bool | None = None
@@ -168,14 +172,14 @@ class ResponsesBody(Body):
                 message = f"{name}: this server keeps no responses. Send the whole conversation as the input."
                 raise Refusal(400, message, param=name)
         effort = None if self.reasoning is None else self.reasoning.effort
-        dialogue = Dialogue(
+        chat = ChatPrompt(
             [*self._chat()],
             None if self.tool_choice == "none" or not self.tools else [_function(tool) for tool in self.tools],
             effort=effort,
             reasons=False if effort == "none" else None,
         )
         return Query(
-            prompts=[dialogue],
+            prompts=[chat],
             max_tokens=self.max_output_tokens,
             sampling=self.sampling_options,
             seed=self.seed,
@@ -227,7 +231,7 @@ def _message(item: Item) -> dict[str, Any]:
     return {"role": item.role, "content": _joined(item.content)}
 
 
-def _joined(parts: Sequence[Part]) -> str:
+def _joined(parts: Sequence[ContentPart]) -> str:
     return "\n\n".join(part.text for part in parts)
 
 

@@ -19,7 +19,7 @@ from http_servers import answering, scripted_client
 import moetier
 from moetier.tools.serve.protocols.body import checked
 from moetier.tools.serve.protocols.messages import MessagesBody
-from moetier.tools.serve.protocols.query import Dialogue, Query
+from moetier.tools.serve.protocols.query import ChatPrompt, Query
 from moetier.tools.serve.protocols.refusal import Refusal
 
 USER = {"role": "user", "content": "Che ora è?"}
@@ -30,9 +30,9 @@ def query_of(**fields: Any) -> Query:
     return checked({"max_tokens": 8, "messages": [USER]} | fields, MessagesBody, "small").query()
 
 
-def dialogue_of(**fields: Any) -> Dialogue:
+def chat_of(**fields: Any) -> ChatPrompt:
     (prompt,) = query_of(**fields).prompts
-    assert isinstance(prompt, Dialogue)
+    assert isinstance(prompt, ChatPrompt)
     return prompt
 
 
@@ -60,9 +60,9 @@ def test_a_conversation_with_tools_becomes_a_chat() -> None:
         },
         {"role": "user", "content": "And?"},
     ]
-    dialogue = dialogue_of(messages=messages, system=[{"type": "text", "text": "Be brief."} | cached], tools=[TOOL])
+    chat = chat_of(messages=messages, system=[{"type": "text", "text": "Be brief."} | cached], tools=[TOOL])
     calls = [("call_1", {"a": 1}), ("call_2", {})]
-    assert dialogue.messages == [
+    assert chat.messages == [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "a\n\nb"},
         {
@@ -78,7 +78,7 @@ def test_a_conversation_with_tools_becomes_a_chat() -> None:
         {"role": "tool", "tool_call_id": "call_2", "content": "4"},
         {"role": "user", "content": "Now?\n\nAnd?"},
     ]
-    assert dialogue.tools == [
+    assert chat.tools == [
         {"type": "function", "function": {"name": "f", "description": "d", "parameters": TOOL["input_schema"]}}
     ]
 
@@ -90,8 +90,8 @@ def test_options_are_those_of_the_query() -> None:
     )  # fmt: skip
     assert (query.max_tokens, query.stop, query.one_call) == (8, ["x"], True)
     assert query.sampling == {"temperature": 0.5, "top_k": 3, "top_p": 0.9}
-    assert dialogue_of(tools=[TOOL], tool_choice={"type": "none"}).tools is None
-    assert dialogue_of(output_config={"effort": "low"}).effort == "low"
+    assert chat_of(tools=[TOOL], tool_choice={"type": "none"}).tools is None
+    assert chat_of(output_config={"effort": "low"}).effort == "low"
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_options_are_those_of_the_query() -> None:
     ],
 )
 def test_reasoning_is_for_those_who_ask_for_it(thinking: Any, reasons: bool) -> None:
-    assert dialogue_of(thinking=thinking).reasons is reasons
+    assert chat_of(thinking=thinking).reasons is reasons
 
 
 def test_what_agents_send_is_taken() -> None:
@@ -112,7 +112,7 @@ def test_what_agents_send_is_taken() -> None:
         "metadata": {"user_id": "u"}, "context_management": {"edits": []}, "service_tier": "auto", "mcp_servers": [],
         "cache_control": {"type": "ephemeral"}, "output_config": {"effort": "high"}, "betas": ["x"],
     }  # fmt: skip
-    assert dialogue_of(**hints).messages == [USER]
+    assert chat_of(**hints).messages == [USER]
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from openai import OpenAI
 
 import moetier
 from moetier.tools.serve.protocols.body import checked
-from moetier.tools.serve.protocols.query import Dialogue, Query
+from moetier.tools.serve.protocols.query import ChatPrompt, Query
 from moetier.tools.serve.protocols.refusal import Refusal
 from moetier.tools.serve.protocols.responses_body import ResponsesBody
 
@@ -31,9 +31,9 @@ def query_of(**fields: Any) -> Query:
     return checked({"input": "?"} | fields, ResponsesBody, "small").query()
 
 
-def dialogue_of(**fields: Any) -> Dialogue:
+def chat_of(**fields: Any) -> ChatPrompt:
     (prompt,) = query_of(**fields).prompts
-    assert isinstance(prompt, Dialogue)
+    assert isinstance(prompt, ChatPrompt)
     return prompt
 
 
@@ -42,7 +42,7 @@ def said(role: str, text: str, kind: str = "input_text") -> dict[str, Any]:
 
 
 def test_a_text_is_a_message_of_the_user() -> None:
-    assert dialogue_of(input="Hi").messages == [{"role": "user", "content": "Hi"}]
+    assert chat_of(input="Hi").messages == [{"role": "user", "content": "Hi"}]
 
 
 def test_items_become_a_chat() -> None:
@@ -60,9 +60,9 @@ def test_items_become_a_chat() -> None:
         said("assistant", "Done.", "output_text"),
         said("user", "And?"),
     ]
-    dialogue = dialogue_of(input=items, instructions="Be brief.", tools=[TOOL, {"type": "web_search"}])
+    chat = chat_of(input=items, instructions="Be brief.", tools=[TOOL, {"type": "web_search"}])
     calls = [("call_1", {"a": 1}), ("call_2", {})]
-    assert dialogue.messages == [
+    assert chat.messages == [
         {"role": "system", "content": "Be brief.\n\nRules."},
         {"role": "user", "content": "Context."},
         {"role": "user", "content": "Do it."},
@@ -81,7 +81,7 @@ def test_items_become_a_chat() -> None:
         {"role": "user", "content": "And?"},
     ]
     function = {"name": "f", "description": "d", "parameters": {"type": "object"}}
-    assert dialogue.tools == [{"type": "function", "function": function}]
+    assert chat.tools == [{"type": "function", "function": function}]
 
 
 @pytest.mark.parametrize(
@@ -90,16 +90,16 @@ def test_items_become_a_chat() -> None:
 def test_reasoning_may_come_back_in_the_form_that_hides_it(encrypted: str | None, text: str | None) -> None:
     """That of other servers is no text."""
     items = [said("user", "?"), {"type": "reasoning", "summary": [], "encrypted_content": encrypted}]
-    assert dialogue_of(input=items).messages[1].get("reasoning_content") == text
+    assert chat_of(input=items).messages[1].get("reasoning_content") == text
 
 
 def test_options_are_those_of_the_query() -> None:
     query = query_of(max_output_tokens=5, temperature=0.5, top_p=0.9, seed=3, parallel_tool_calls=False)
     assert (query.max_tokens, query.seed, query.one_call) == (5, 3, True)
     assert query.sampling == {"temperature": 0.5, "top_p": 0.9}
-    assert dialogue_of(tools=[TOOL], tool_choice="none").tools is None
-    assert (dialogue_of(reasoning={"effort": "low"}).effort, dialogue_of().effort) == ("low", None)
-    assert (dialogue_of(reasoning={"effort": "none"}).reasons, dialogue_of().reasons) == (False, None)
+    assert chat_of(tools=[TOOL], tool_choice="none").tools is None
+    assert (chat_of(reasoning={"effort": "low"}).effort, chat_of().effort) == ("low", None)
+    assert (chat_of(reasoning={"effort": "none"}).reasons, chat_of().reasons) == (False, None)
 
 
 def test_what_agents_send_is_taken() -> None:
@@ -109,7 +109,7 @@ def test_what_agents_send_is_taken() -> None:
         "stream_options": {"include_obfuscation": False}, "service_tier": "auto", "truncation": "disabled",
         "context_management": [], "safety_identifier": "s", "background": False, "previous_response_id": None,
     }  # fmt: skip
-    assert dialogue_of(**hints).messages == dialogue_of().messages
+    assert chat_of(**hints).messages == chat_of().messages
 
 
 @pytest.mark.parametrize(
