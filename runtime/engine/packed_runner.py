@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as ManyOf
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -97,8 +98,7 @@ class PackedRunner(ModelRunner):
         ends, total = list[int](), 0
         for task in tasks:
             total += task.tokens
-            if task.is_complete:
-                ends.append(total - 1)
+            ends += range(total - (task.tokens if task.scores else int(task.is_complete)), total)
         step, device = _Step(self._memory, self.windows, tasks), self._model.device
         with torch.no_grad(), stopping(self._model, should_stop if len(ids) > len(tasks) else None), packed(step):
             logits = self._model(
@@ -110,7 +110,10 @@ class PackedRunner(ModelRunner):
                 **{CACHE: _PackedCache(step)},
             ).logits[0]
         rows = iter(logits)
-        return [next(rows) if task.is_complete else None for task in tasks]
+        return [
+            torch.stack([*islice(rows, task.tokens)]) if task.scores else next(rows) if task.is_complete else None
+            for task in tasks
+        ]
 
 
 def _is_wanted(sequence: Sequence) -> bool:

@@ -39,6 +39,11 @@ class Task:
             for begin in range(self.begin, self.end, most)
         ]
 
+    @property
+    def scores(self) -> bool:
+        """Whether the logits after each of the tokens are needed: they score the prompt."""
+        return self.sequence.request.scores_prompt and self.begin < len(self.sequence.request.ids)
+
 
 class Stopped(Exception):
     """Ends the computation of a task between two layers, because its result is not wanted any more."""
@@ -66,6 +71,8 @@ class Runner(ABC):
         between: Callable[[float], object] = lambda share: None,
     ) -> list[Tensor | None]:
         """Compute tasks. Return, for each that is complete, the logits after its sequence's last token [vocabulary].
+
+        For each task that ``scores``, return the logits after all of its tokens [tokens, vocabulary].
 
         Keys and values of the computed tokens are then in the tasks' pages. Those of earlier tokens are taken from
         there. After Stopped or an error, the same tasks can be computed again.

@@ -14,19 +14,28 @@ class Scheduler:
     """Sequences that wait, in the order in which they came, and those that run. A running sequence holds pages."""
 
     def __init__(
-        self, cache: KVCache, *, most: int, chunk: int, later: int | None = None, block: int | None = None
+        self,
+        cache: KVCache,
+        *,
+        most: int,
+        chunk: int,
+        later: int | None = None,
+        scored: int | None = None,
+        block: int | None = None,
     ) -> None:
         """Run at most ``most`` sequences at a time, and compute at most ``chunk`` tokens of prompts in a step.
 
-        Behind other tokens, or beside other sequences, at most ``later`` are computed, as they take more memory.
-        Prompts of more than ``block`` tokens are computed together, and short ones beside them. If it is None, prompts
-        are computed one by one.
+        Behind other tokens, or beside other sequences, at most ``later`` are computed, as they take more memory. Of a
+        prompt that is scored, at most ``scored``, as each has logits for the whole vocabulary. Prompts of more than
+        ``block`` tokens are computed together, and short ones beside them. If it is None, prompts are computed one by
+        one.
         """
         self._cache = cache
         self._most = most
         self._chunk = max(chunk, block or 1)
         self._later = later or chunk
         self._block = block
+        self._scored = scored or chunk
         self._step = 0
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in the order in which they began
@@ -96,16 +105,22 @@ class Scheduler:
             is_alone = len(self.running) == 1 and not self.running[0].computed
             left, chosen = self._chunk if is_alone else self._later, prompts[:1]
         else:
-            long = [sequence for sequence in prompts if sequence.remaining > self._block]
-            short = [sequence for sequence in prompts if sequence.remaining <= self._block]
+            long = [sequence for sequence in prompts if self._most_of(sequence) > self._block]
+            short = [sequence for sequence in prompts if sequence not in long]
             left, chosen = self._chunk, short[:1] + ([] if is_beside else long)
         tokens = {sequence: 1 for sequence in running if sequence.remaining == 1}
         for sequence in chosen:
-            if left >= min(sequence.remaining, self._block or 1):  # few tokens would need as many experts as many do
+            if left >= min(
+                self._most_of(sequence), self._block or 1
+            ):  # few tokens would need as many experts as many do
                 sequence.last_step = self._step
-                tokens[sequence] = min(sequence.remaining, left)
+                tokens[sequence] = min(self._most_of(sequence), left)
                 left -= tokens[sequence]
         return {sequence: tokens[sequence] for sequence in running if sequence in tokens}
+
+    def _most_of(self, sequence: Sequence) -> int:
+        """Return how many tokens of a sequence a step computes at most."""
+        return min(sequence.remaining, self._scored) if sequence.request.scores_prompt else sequence.remaining
 
     def computed(self, task: Task) -> None:
         """Note that a task was computed: other sequences may find its full pages."""

@@ -110,8 +110,7 @@ def read_token(path: Path, what: str = "token") -> str:
     ``what`` names the secret in errors. Raises ConfigError if the file can't be read, or does not hold one line of
     printable ASCII characters without spaces.
     """
-    text = _read(path, f"{what}'s file")
-    _warn_if_world_readable(path, what)
+    text = read_secret(path, what)
     try:
         token = text.decode("ascii").removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError:
@@ -122,6 +121,16 @@ def read_token(path: Path, what: str = "token") -> str:
             f"Make a {what.split()[-1]}: openssl rand -hex 32",
         )
     return token
+
+
+def read_secret(path: Path, what: str) -> bytes:
+    """Return the content of a file with secrets. Log a warning if every user can read the file.
+
+    ``what`` names the secret in errors. Raises ConfigError if the file can't be read.
+    """
+    content = _read(path, f"{what}'s file")
+    _warn_if_world_readable(path, what)
+    return content
 
 
 def read_pem(path: Path, what: str) -> bytes:

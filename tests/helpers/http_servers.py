@@ -38,7 +38,9 @@ def serving(
 
 
 @contextmanager
-def answering(model: Any, tokenizer: Any, *, context: int, chunk: int = 16, parallel: int = 2) -> Iterator[Any]:
+def answering(
+    model: Any, tokenizer: Any, *, context: int, chunk: int = 16, parallel: int = 2, keys: Any = None
+) -> Iterator[Any]:
     """A service that answers with a model, up to ``parallel`` requests at a time."""
     from moetier.runtime.engine.engine import Engine
     from moetier.runtime.engine.model_runner import ModelRunner
@@ -46,7 +48,7 @@ def answering(model: Any, tokenizer: Any, *, context: int, chunk: int = 16, para
 
     pages = parallel * -(-context // 64)
     with Engine(ModelRunner(model, pages), pages=pages, most=parallel, chunk=chunk, context=context) as engine:
-        yield AnswerService(model, tokenizer, engine)
+        yield AnswerService(model, tokenizer, engine, keys)
 
 
 @contextmanager
@@ -66,6 +68,22 @@ def listening(app: Any) -> Iterator[str]:
             server.should_exit = True
             thread.join(PATIENCE)
             assert not thread.is_alive()
+
+
+@contextmanager
+def scripted_client(service: Any, start: str, template: str | None = None, **options: Any) -> Iterator[httpx2.Client]:
+    """A client of a server of a scripted qwen3_moe, which answers with the text that ``start`` chooses."""
+    import scripted
+
+    from moetier.tools.serve.app import application
+
+    template = template or scripted.own_template("qwen3_moe")
+    service.tokenizer.chat_template = f"{{% set start = '{start}' %}}{template}"
+    with (
+        listening(application("small", service, None, 8, **options)) as url,
+        httpx2.Client(base_url=url, timeout=PATIENCE) as client,
+    ):
+        yield client
 
 
 class ServerProcess:

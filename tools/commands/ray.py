@@ -11,7 +11,7 @@ from moetier.tools.cli.failure import plain
 from moetier.tools.cli.parser import show_first
 from moetier.tools.ray.app import application
 from moetier.tools.ray.options import add_application_arguments
-from moetier.tools.serve.options import api_key
+from moetier.tools.serve.keys import keys_of
 
 EXAMPLES = (
     "moetier ray ./mixtral-4bit --ram 64GiB",
@@ -46,8 +46,8 @@ def run(arguments: argparse.Namespace) -> None:
     built = application(arguments)
     from moetier.tools.ray.deploy import connect, deploy
 
-    key = api_key(arguments.api_key_file)
+    keys = keys_of(arguments.api_key_file, arguments.api_keys)
     connect(arguments.threads)
     waited = f"replicas of {plain(arguments.model)} run"
     print(f"ray: waiting until {waited}, which may take minutes ...", file=sys.stderr, flush=True)
-    print(f"http://{deploy(built, arguments.host, arguments.port, key=key)}/v1")
+    print(f"http://{deploy(built, arguments.host, arguments.port, keys=keys)}/v1")

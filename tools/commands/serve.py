@@ -8,7 +8,8 @@ from moetier.tiers.errors import ConfigError
 from moetier.tiers.options import Number
 from moetier.tools.cli.arguments import add_resource_arguments, resources_of
 from moetier.tools.cli.parser import DIRECTORY, directory, show_first
-from moetier.tools.serve.options import KEY, add_serving_arguments, api_key, check_packages, served_name
+from moetier.tools.serve.keys import KEY, keys_of
+from moetier.tools.serve.options import add_serving_arguments, check_packages, served_name
 
 EXAMPLES = (
     "moetier serve ./mixtral-4bit --ram 6GiB --port 8080",
@@ -45,12 +46,12 @@ def run(arguments: argparse.Namespace) -> None:
     """Serve until SIGTERM or SIGINT. Raises MoetierError."""
     resources = resources_of(arguments, sequences=arguments.parallel)
     name = served_name(arguments.directory, arguments.name)
-    key = api_key(arguments.api_key_file)
+    keys = keys_of(arguments.api_key_file, arguments.api_keys)
     check_packages("moetier serve")
     from moetier.tools.serve.listen import Server, bind, is_loopback, url_of
 
     with bind(arguments.host, arguments.port) as bound:
-        if key is None and not is_loopback(bound):
+        if keys is None and not is_loopback(bound):
             raise ConfigError(
                 f"Other machines can reach {arguments.host}, and there is no API key.",
                 f"Give --api-key-file, or set {KEY} (make a key: openssl rand -hex 32); or leave out --host.",
@@ -58,7 +59,7 @@ def run(arguments: argparse.Namespace) -> None:
         from moetier.runtime.model.same_bits import bits_of, varying_part_here
         from moetier.tools.serve.serving import serving
 
-        with serving(arguments.directory, resources, arguments, name=name, key=key) as (app, service):
+        with serving(arguments.directory, resources, arguments, name=name, keys=keys) as (app, service):
             tiers, bits = service.model.tiers, bits_of(varying_part_here(service.model))
             Server(
                 app,

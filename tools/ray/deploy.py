@@ -12,7 +12,7 @@ from ray.serve.context import _get_global_client
 
 from moetier.runtime.wire.address import Address
 from moetier.tiers.errors import ConfigError, MoetierError
-from moetier.tools.serve.options import KEY
+from moetier.tools.serve.keys import KEY, Keys
 
 NAME = "moetier"  # of the application; deploying again replaces it
 PROXIES = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "moetier.ray.session_ids"}  # proxies inherit the controller's
@@ -35,7 +35,7 @@ def connect(cpus: int) -> None:
         )
 
 
-def deploy(application: Any, host: str, port: int, *, key: str | None) -> Address:
+def deploy(application: Any, host: str, port: int, *, keys: Keys | None) -> Address:
     """Deploy the application, or replace the one that an earlier call has deployed, and wait until it runs.
 
     Call ``connect`` first.
@@ -44,7 +44,7 @@ def deploy(application: Any, host: str, port: int, *, key: str | None) -> Addres
         application: what ``application`` returns.
         host: address on which Ray Serve listens if it does not run yet.
         port: its port.
-        key: the API key; None: there is none.
+        keys: the API keys; None: there are none.
 
     Returns:
         The address on which Ray Serve listens.
@@ -57,7 +57,7 @@ def deploy(application: Any, host: str, port: int, *, key: str | None) -> Addres
     http_config = _get_global_client().http_config
     host = f"[{http_config.host}]" if ":" in http_config.host else http_config.host
     address = Address(target=f"{host}:{http_config.port}")
-    if key is None and not address.is_loopback:
+    if keys is None and not address.is_loopback:
         raise ConfigError(
             f"Other machines can reach Ray Serve at {address}, and there is no API key.",
             f"Give --api-key-file, or set {KEY} here and for ray start; or end Ray Serve (serve shutdown), and leave "

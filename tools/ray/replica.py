@@ -14,8 +14,9 @@ from moetier.runtime.machine.memory import available_memory, budget_for
 from moetier.runtime.model.names import directory_at, is_address, model_directory
 from moetier.runtime.stores.registry import open_store
 from moetier.tiers.cache.budget import smallest_budget
+from moetier.tools.serve.keys import keys_of
 from moetier.tools.serve.middleware import App
-from moetier.tools.serve.options import api_key, served_name
+from moetier.tools.serve.options import served_name
 from moetier.tools.serve.serving import serving
 
 from .daemon_actor import hold_daemon
@@ -64,7 +65,7 @@ class Replica:
                 replica_resources(arguments, folder),
                 arguments,
                 name=served_name(directory, arguments.name),
-                key=api_key(arguments.api_key_file),
+                keys=keys_of(arguments.api_key_file, arguments.api_keys),
             )
         )
 

@@ -5,22 +5,27 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 import uuid
 from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tokenizers.decoders import DecodeStream
-from transformers.cli.serving.utils import ToolCall
+from transformers.cli.serving.utils import ReasoningText, ToolCall
 
 from moetier.runtime.engine.engine import Engine, EngineError
-from moetier.runtime.engine.sequence import Finish, Request
+from moetier.runtime.engine.sequence import Finish, Request, Sampled
 from moetier.runtime.engine.sequence import Sequence as TokenSequence
 from moetier.runtime.generation.stop_strings import StopStrings
 
+from .keys import Keys
 from .metrics import Tally
 from .parsing import AnswerParser
-from .refusal import ENDING, FAILED, Refusal, log_failure
+from .protocols.events import Call, End, Event, Reason, ScoredToken, Text, Usage
+from .protocols.query import ChatPrompt
+from .protocols.refusal import ENDING, FAILED, Refusal, log_failure
+from .token_bytes import TokenBytes
 
 _log = logging.getLogger(__name__)
 
@@ -31,9 +36,13 @@ class Job:
 
     request: Request
     stop: Sequence[str] = ()  # strings that end the answer
+    ends: Sequence[str] = ()  # strings by which the model ends an answer
     parser: AnswerParser | None = None  # of reasoning and tool calls; None if all of the answer is text
     one_call: bool = False  # whether the first tool call ends the answer
     prompt: str = ""  # text of the prompt
+    chat: ChatPrompt | None = None  # the messages of the prompt; None if it has none
+    echo: bool = False  # whether the answer begins with the prompt
+    is_silent: bool = False  # whether the token that must be generated is no part of the answer
 
 
 class Answer:
@@ -54,26 +63,54 @@ class Answer:
         self._decoder = DecodeStream([], skip_special_tokens=job.parser is None)
         self._parser = job.parser
         self._one_call = job.one_call
-        self._stops = StopStrings(job.stop)
-        self._queue: asyncio.Queue[Any] = asyncio.Queue()
+        self._stops = StopStrings((*job.stop, *job.ends))
+        self._ends = job.ends
+        self._calls = 0
+        self._reasoning_tokens = self._counted_tokens = 0  # of reasoning; all whose text was sent
+        self._is_silent = job.is_silent
+        self._echo = job.prompt if job.echo else None
+        self._tokens: list[ScoredToken] = []  # with log probabilities, whose text was not sent yet
+        self._queue: asyncio.Queue[Event | Refusal] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
         self._lock = threading.Lock()  # guards: ``job``, so that the answer ends only once
-        service.tally.add(under_way=1)
+        self._user = job.request.user
+        self._submitted = time.monotonic()
+        self._first: float | None = None  # time of the first new token
+        service.tally.add(self._user, under_way=1)
 
     @property
     def ended(self) -> bool:
         """Whether the answer has ended, with any outcome."""
         return self.job is None
 
-    async def pieces(self) -> AsyncIterator[Any]:
-        """Yield the answer as pieces of text, and as transformers' ReasoningText and ToolCall objects.
+    async def events(self) -> AsyncIterator[Event]:
+        """Yield the events of the answer, an End as the last one.
 
         Raises Refusal if the answer fails, or the server shuts down before the answer is complete.
         """
-        while (piece := await self._queue.get()) is not None:
-            if isinstance(piece, Refusal):
-                raise piece
-            yield piece
+        event: Event | None = None
+        while not isinstance(event, End):
+            event = await self._take_event()
+            if self._echo is not None:
+                yield self._echoed(self._echo)
+                self._echo = None
+            yield event
+
+    async def _take_event(self) -> Event:
+        event = await self._queue.get()
+        if isinstance(event, Refusal):
+            raise event
+        return event
+
+    def _echoed(self, prompt: str) -> Text:
+        """Return the prompt as the beginning of the answer."""
+        assert self.sequence is not None
+        request = self.sequence.request
+        if request.logprobs is None:
+            return Text(prompt)
+        first = ScoredToken(self._service.bytes_of(request.ids[0]), None)
+        scores = self.sequence.prompt_scores
+        return Text(prompt, tokens=(first, *(self._service.token(scores[at]) for at in range(1, len(request.ids)))))
 
     @property
     def kept_tokens(self) -> int:
@@ -87,18 +124,24 @@ class Answer:
         progress = self.sequence.progress
         return f"computing: {progress if progress.done < progress.total else f'{self.new_tokens:,} new tokens'}"
 
-    def add(self, token: int) -> None:
+    def add(self, sampled: Sampled) -> None:
         """Add a new token, and pass on its text. End the answer if its text contains a stop string.
 
         Like all methods of an answer, this raises nothing: the engine computes other answers, too. If it can't take
         the token, the answer fails.
         """
-        if self.ended:
+        if self.ended or self._is_silent:
             return
-        self._service.tally.add(new_tokens=1)  # before the text is sent: a client that has it may read counts
+        if self._first is None:
+            self._first = time.monotonic()
+        self._service.tally.add(
+            self._user, new_tokens=1
+        )  # before the text is sent: a client that has it may read counts
         self.new_tokens += 1
         try:
-            self._take(token)
+            if sampled.logprob is not None:
+                self._tokens.append(self._service.token(sampled))
+            self._take(sampled.token)
         except Exception as error:
             self.fail(error)
 
@@ -110,17 +153,17 @@ class Answer:
                 self.fail(sequence.error)
             case Finish.CANCELLED:  # by the engine, as an answer that its client has left has ended
                 self.cut()
-            case _:
-                self._close()
+            case finish:
+                self._close(Reason.LENGTH if finish is Finish.LENGTH else Reason.END)
 
-    def _close(self) -> None:
+    def _close(self, reason: Reason) -> None:
         """End the answer because it is complete."""
         if self.ended:
             return
         try:
             if self._parser is not None:
                 self._pass_on(self._parser.finish())
-            self._pass_on([None])
+            self._pass_on([None], reason)
         except Exception as error:
             self.fail(error)
 
@@ -146,19 +189,52 @@ class Answer:
         if text is not None:
             self._pass_on([text] if self._parser is None else self._parser.feed(text))
 
-    def _pass_on(self, pieces: Iterable[Any]) -> None:
+    def _pass_on(self, pieces: Iterable[Any], reason: Reason = Reason.STOP) -> None:
+        """Send pieces of the answer as events. ``reason``: why the answer ends, if one of them or a stop ends it."""
         for piece in pieces:
             is_last = self._one_call and isinstance(piece, ToolCall)
-            for found in (*self._stops.feed(piece), *(self._stops.feed(None) if is_last else ())):
-                if found is None:
-                    self._end("answered")
-                self._send(found)
+            for passed in (*self._stops.feed(piece), *(self._stops.feed(None) if is_last else ())):
+                if passed is None:
+                    self._complete(reason)
+                elif passed:
+                    self._send(self._event(passed))
 
-    def _send(self, piece: Any) -> None:
+    def _event(self, piece: Any) -> Event:
+        if isinstance(piece, ReasoningText):
+            self._reasoning_tokens += self.new_tokens - self._counted_tokens
+        self._counted_tokens = self.new_tokens
+        if isinstance(piece, ToolCall):
+            self._calls += 1
+            return Call(f"call_{uuid.uuid4().hex}", piece.name, piece.arguments)
+        tokens, self._tokens = tuple(self._tokens), []
+        return Text(str(piece), isinstance(piece, ReasoningText), tokens)
+
+    def _complete(self, reason: Reason) -> None:
+        if self._tokens and reason is not Reason.STOP:  # those whose text is empty, and the end
+            self._send(Text("", tokens=tuple(self._tokens)))
+        if reason is Reason.STOP and self._stops.found in self._ends:
+            reason = Reason.END
+        usage = Usage(self._prompt_tokens, self.kept_tokens, self.new_tokens, self._reasoning_tokens)
+        if self._end("answered"):
+            stop = self._stops.found if reason is Reason.STOP else None
+            self._send(End(Reason.CALLS if self._calls else reason, usage, stop))
+
+    def _send(self, event: Event | Refusal) -> None:
         try:
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, piece)
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, event)
         except RuntimeError:  # the event loop is closed, so no request waits any longer
             self._end("cancelled")
+
+    def _measured(self) -> dict[str, float]:
+        """Return values for the HISTOGRAMS: those of tokens, and those of times that are known."""
+        values: dict[str, float] = {"prompt": self._prompt_tokens, "cached": self.kept_tokens, "new": self.new_tokens}
+        if self.sequence is not None and self.sequence.began is not None:
+            values["queue"] = max(0.0, self.sequence.began - self._submitted)
+        if self._first is not None:
+            values["first_token"] = self._first - self._submitted
+            if self.new_tokens > 1:
+                values["per_token"] = (time.monotonic() - self._first) / (self.new_tokens - 1)
+        return values
 
     def _end(self, outcome: str) -> bool:
         """End the answer with ``outcome``, one of OUTCOMES. Return False if the answer had ended before."""
@@ -166,7 +242,8 @@ class Answer:
             if self.ended:
                 return False
             self.job = None
-        self._service.tally.add(under_way=-1, kept_tokens=self.kept_tokens, **{outcome: 1})
+        self._service.tally.add(self._user, under_way=-1, kept_tokens=self.kept_tokens, **{outcome: 1})
+        self._service.tally.observe(self._user, **self._measured())
         _log.info(
             "%s: %d prompt tokens (%d of them cached), %d new tokens",
             outcome,
@@ -184,17 +261,26 @@ class Answer:
 class AnswerService:
     """Submits jobs to an engine, and has the answers that have not ended.
 
-    ``context`` is the maximum number of tokens of a prompt and its answer together.
+    ``context`` is the maximum number of tokens of a prompt and its answer together, ``most_scored`` that of a prompt
+    whose tokens have log probabilities. ``bytes_of`` returns the bytes of a token's text.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, engine: Engine) -> None:
+    def __init__(self, model: Any, tokenizer: Any, engine: Engine, keys: Keys | None = None) -> None:
+        """``keys`` are the API keys with whose names requests come; None: there are none."""
         self.model = model
         self.tokenizer = tokenizer
         self.context = engine.context
-        self.tally = Tally()
+        self.most_scored = engine.most_scored
+        self.bytes_of = TokenBytes(tokenizer)
+        self.tally = Tally([""] if keys is None else keys.names)
         self._engine = engine
         self._answers: set[Answer] = set()
         self._is_ending = False
+
+    def token(self, sampled: Sampled) -> ScoredToken:
+        """Return a token and the most likely ones with their texts."""
+        top = tuple((self.bytes_of(token), logprob) for token, logprob in sampled.top)
+        return ScoredToken(self.bytes_of(sampled.token), sampled.logprob, top)
 
     @property
     def is_alive(self) -> bool:
@@ -219,7 +305,7 @@ class AnswerService:
             raise
         if answer.ended:  # before the engine's sequence was known
             answer.sequence.cancel()
-        self.tally.add(prompt_tokens=len(job.request.ids))
+        self.tally.add(job.request.user, prompt_tokens=len(job.request.ids))
         return answer
 
     def prompt_tokens_left(self) -> tuple[int, float]:

@@ -1,11 +1,14 @@
-"""Counters of a server's requests and tokens, and the Prometheus metrics of these and of the model's tiers."""
+"""Counts of a server's requests and tokens by API key, and the Prometheus metrics of these and of the model's tiers."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from moetier.runtime.daemon.metrics import tier_metrics
@@ -23,29 +26,91 @@ METRICS: dict[str, tuple[type[GaugeMetricFamily | CounterMetricFamily], str, str
     ),
     "new_tokens": (CounterMetricFamily, "new_tokens", "Tokens that were generated."),
 }
+SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0, 500.0)
+SIZES = (*(4.0**power for power in range(1, 10)),)  # tokens: 4 to 262,144
+# name of a histogram -> (name of the metric without its prefix, upper bounds of its buckets, help text)
+HISTOGRAMS: dict[str, tuple[str, Sequence[float], str]] = {
+    "queue": ("queue_seconds", SECONDS, "Time from a request's arrival until its prompt began to be computed."),
+    "first_token": ("first_token_seconds", SECONDS, "Time from a request's arrival until its first new token."),
+    "per_token": ("token_seconds", SECONDS, "Mean time of an answer's new tokens after the first one."),
+    "prompt": ("request_prompt_tokens", SIZES, "Tokens of a request's prompt."),
+    "cached": ("request_cached_tokens", SIZES, "Tokens of a request's prompt that were cached."),
+    "new": ("request_new_tokens", SIZES, "Tokens that were generated for a request."),
+}
+DEFAULT = "default"  # label of the key "": Prometheus takes an empty label for a missing one
 LEFT = (  # names and help texts of the metrics of what is left to compute
     ("prompt_tokens_left", "Tokens of prompts under way that are not computed yet."),
     ("prompt_seconds_left", "Seconds until the prompts that have begun are computed, at their speeds so far."),
 )
 
 
+class Histogram:
+    """Numbers of values by buckets."""
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)  # the last one is of values above all bounds
+        self.sum = 0.0
+
+    def add(self, value: float) -> None:
+        """Count a value."""
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self.sum += value
+
+    @property
+    def buckets(self) -> list[tuple[str, float]]:
+        """Upper bounds, as Prometheus writes them, with the numbers of values up to each."""
+        return [*zip([*map(str, self._bounds), "+Inf"], map(float, accumulate(self._counts)), strict=True)]
+
+
 class Tally:
-    """Counts of requests and tokens since the server started. Refused requests are not counted. Thread-safe."""
+    """Counts of requests and tokens since the server started, by API key. Refused requests are not counted.
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards ``_counts``
-        self._counts = dict.fromkeys((*OUTCOMES, *METRICS), 0)
+    Thread-safe.
+    """
 
-    def add(self, **more: int) -> None:
+    def __init__(self, keys: Sequence[str] = ("",)) -> None:
+        """Count for the names ``keys`` of API keys; "" is that of the only key, or of none."""
+        self._lock = threading.Lock()  # guards the next two
+        self._counts = {key: Counter(dict.fromkeys((*OUTCOMES, *METRICS), 0)) for key in keys}
+        self._histograms = {
+            key: {name: Histogram(bounds) for name, (_, bounds, _) in HISTOGRAMS.items()} for key in keys
+        }
+
+    def add(self, key: str, **more: int) -> None:
         """Increase each of the named counts, which are the keys of METRICS and the names in OUTCOMES."""
         with self._lock:
-            for name, count in more.items():
-                self._counts[name] += count
+            self._counts[key].update(more)
+
+    def observe(self, key: str, **values: float) -> None:
+        """Count values in the named histograms, which are the keys of HISTOGRAMS."""
+        with self._lock:
+            for name, value in values.items():
+                self._histograms[key][name].add(value)
 
     def counts(self) -> dict[str, int]:
-        """Return a dictionary from the name of each count to its value, all read at one moment."""
+        """Return a dictionary from the name of each count to its value for all keys, all read at one moment."""
+        counts = self.by_key().values()
+        return {name: sum(each[name] for each in counts) for name in (*OUTCOMES, *METRICS)}
+
+    def by_key(self) -> dict[str, dict[str, int]]:
+        """Return the counts of each key, all read at one moment."""
         with self._lock:
-            return dict(self._counts)
+            return {key: dict(counts) for key, counts in self._counts.items()}
+
+    def used_tokens(self, key: str) -> int:
+        """Return how many tokens of prompts and answers were counted for a key."""
+        with self._lock:
+            return self._counts[key]["prompt_tokens"] + self._counts[key]["new_tokens"]
+
+    def histograms(self, model: str) -> Iterator[Metric]:
+        """Yield the histograms, labelled by model and key."""
+        for name, (metric, _, meaning) in HISTOGRAMS.items():
+            family = HistogramMetricFamily(f"moetier_serve_{metric}", meaning, labels=["model", "key"])
+            with self._lock:
+                for key, histograms in self._histograms.items():
+                    family.add_metric([model, key or DEFAULT], histograms[name].buckets, histograms[name].sum)
+            yield family
 
 
 class ServeCollector(Collector):
@@ -70,17 +135,20 @@ class ServeCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         """Yield the metrics."""
         yield from tier_metrics([(self._model, tier) for tier in self._stats()])
-        counts = self._tally.counts()
+        counts = self._tally.by_key()
         requests = CounterMetricFamily(
-            "moetier_serve_requests", "Requests for an answer that have ended.", labels=["model", "outcome"]
+            "moetier_serve_requests", "Requests for an answer that have ended.", labels=["model", "key", "outcome"]
         )
-        for outcome in OUTCOMES:
-            requests.add_metric([self._model, outcome], counts[outcome])
+        for key, of_key in counts.items():
+            for outcome in OUTCOMES:
+                requests.add_metric([self._model, key or DEFAULT, outcome], of_key[outcome])
         yield requests
         for count, (family, name, meaning) in METRICS.items():
-            metric = family(f"moetier_serve_{name}", meaning, labels=["model"])
-            metric.add_metric([self._model], counts[count])
+            metric = family(f"moetier_serve_{name}", meaning, labels=["model", "key"])
+            for key, of_key in counts.items():
+                metric.add_metric([self._model, key or DEFAULT], of_key[count])
             yield metric
+        yield from self._tally.histograms(self._model)
         for (name, meaning), value in zip(LEFT, self._left(), strict=True):
             gauge = GaugeMetricFamily(f"moetier_serve_{name}", meaning, labels=["model"])
             gauge.add_metric([self._model], value)

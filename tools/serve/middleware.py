@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
-import hmac
 import itertools
 import re
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from .refusal import HEADER_BYTES, Refusal, headers_too_long, log_failure
+from .keys import Keys, RateLimits
+from .protocols.refusal import HEADER_BYTES, TOO_LONG, Refusal, headers_too_long, log_failure
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 
-HEALTH = "/health"  # the only path that needs no key
+HEALTH = "/health"
+OPEN = {("GET", HEALTH), ("HEAD", HEALTH), ("HEAD", "/")}  # what needs no key
+USER = "moetier.user"  # field of a scope: the name of the API key that the request has
 JSON = b"application/json"
 NAME_OF_THIS_HOST = re.compile(rb"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d+)?", re.IGNORECASE)
 
@@ -37,14 +38,16 @@ def most_bytes(context: int) -> int:
 class AccessControl:
     """Pass on the requests that may use the server, refuse all others, and log errors of the application.
 
-    A request must send ``key`` as its bearer token, except for the path HEALTH. If ``key`` is None, no request needs a
+    A request must send one of ``keys`` as its bearer token or as ``x-api-key``, except for what is in OPEN. The scope
+    has the key's name under USER. A POST must also be within the key's limits. If ``keys`` is None, no request needs a
     key, but its Host header must be localhost, 127.x.x.x or [::1]. Without this check a web page could reach the server
     through a host name of its own that resolves to this machine (DNS rebinding).
     """
 
-    def __init__(self, app: App, key: str | None) -> None:
+    def __init__(self, app: App, keys: Keys | None, limits: RateLimits) -> None:
         self._app = app
-        self._key = None if key is None else _digest(key.encode())
+        self._keys = keys
+        self._limits = limits
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -52,50 +55,58 @@ class AccessControl:
             return
         headers: dict[bytes, bytes] = dict(scope["headers"])
         try:
-            self._check(scope, headers)
+            user = self._check(scope, headers)
         except Refusal as refusal:
-            await refusal.response()(scope, receive, send)
+            await refusal.response(scope["path"])(scope, receive, send)
             return
         headers[b"content-type"] = headers.get(b"content-type") or JSON
         try:
-            await self._app({**scope, "headers": [*headers.items()]}, receive, send)
+            await self._app({**scope, "headers": [*headers.items()], USER: user}, receive, send)
         except Exception as error:  # the client has received an error response
             log_failure(f"{scope['method']} {scope['path']}", error)
 
-    def _check(self, scope: Message, headers: dict[bytes, bytes]) -> None:
-        """Check host, key, content type and the headers' size. Raises Refusal if one does not permit the request."""
+    def _check(self, scope: Message, headers: dict[bytes, bytes]) -> str:
+        """Check host, key, content type and the headers' size. Return the name of the key.
+
+        Raises Refusal if one does not permit the request.
+        """
         parts = [scope.get("raw_path") or b"", scope["query_string"], *itertools.chain(*scope["headers"])]
         if sum(map(len, parts)) > HEADER_BYTES:  # the listener limits only headers that arrive in several parts
             raise headers_too_long()
-        if self._key is None and not NAME_OF_THIS_HOST.fullmatch(headers.get(b"host", b"")):
+        if self._keys is None and not NAME_OF_THIS_HOST.fullmatch(headers.get(b"host", b"")):
             raise Refusal(
                 400,
                 "This server has no API key, so it accepts only requests to localhost, 127.0.0.1 or [::1]. Use one of "
                 "these as the host, or start the server with a key (--api-key-file).",
                 code="invalid_host",
             )
-        if scope["path"] != HEALTH and not self._knows(headers.get(b"authorization", b"")):
-            raise Refusal(
-                401,
-                "The API key is missing or wrong. Send it in the header 'Authorization: Bearer KEY'.",
-                code="invalid_api_key",
-                headers={"WWW-Authenticate": "Bearer"},
-            )
+        user = "" if self._keys is None or (scope["method"], scope["path"]) in OPEN else self._admit(scope, headers)
         if scope["method"] == "POST" and not headers.get(b"content-type") and b"origin" in headers:
             # a web page can send a POST to another site without that site's consent (a preflight request), unless its
             # Content-Type is application/json
             raise Refusal(400, "A request from a web page needs the header 'Content-Type: application/json'.")
+        return user
 
-    def _knows(self, authorization: bytes) -> bool:
-        if self._key is None:
-            return True
-        scheme, _, shown = authorization.partition(b" ")
-        return hmac.compare_digest(_digest(shown.strip()), self._key) and scheme.lower() == b"bearer"
-
-
-def _digest(key: bytes) -> bytes:
-    """Return a digest of a key. As all digests have the same length, the time of a comparison reveals nothing."""
-    return hashlib.sha256(key).digest()
+    def _admit(self, scope: Message, headers: dict[bytes, bytes]) -> str:
+        """Return the name of a request's key. Raises Refusal if it has none, or too many requests have it."""
+        assert self._keys is not None
+        key = self._keys.shown_by(headers)
+        if key is None:
+            raise Refusal(
+                401,
+                "The API key is missing or wrong. Send it in the header 'Authorization: Bearer KEY' or 'x-api-key'.",
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+        if scope["method"] == "POST" and (exceeded := self._limits.admit(key)) is not None:
+            limit, seconds = exceeded
+            raise Refusal(
+                429,
+                f"This API key may use {limit} a minute. Try again in {seconds} s.",
+                code="rate_limit_exceeded",
+                headers={"Retry-After": str(seconds)},
+            )
+        return key.name
 
 
 class RequestLimits:
@@ -134,7 +145,7 @@ class RequestLimits:
             finally:
                 self._under_way -= 1
         except Refusal as refusal:
-            await refusal.response()(scope, receive, send)
+            await refusal.response(scope["path"])(scope, receive, send)
 
     async def _received(self, headers: dict[bytes, bytes], receive: Receive) -> asyncio.Queue[Message] | None:
         """Return a queue that holds one message, with the whole body, so that nothing else holds the body.
@@ -162,7 +173,7 @@ class RequestLimits:
             raise Refusal(
                 413,
                 f"The body has more than {self._most_bytes:,} bytes, and the context has no room for more.",
-                code="context_length_exceeded",
+                code=TOO_LONG,
                 headers={"Connection": "close"},
             )
         messages: asyncio.Queue[Message] = asyncio.Queue()

@@ -1,10 +1,9 @@
-"""Options of a server that do not depend on how its requests arrive, and the API key."""
+"""Options of a server that do not depend on how its requests arrive."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
 from pathlib import Path
 
 from moetier.runtime.model import names as models
@@ -12,7 +11,8 @@ from moetier.tiers.errors import ConfigError
 from moetier.tiers.options import COUNT, MOST, Number
 from moetier.tools.cli.arguments import add_prefill_argument, add_speculation_arguments
 
-KEY = "MOETIER_API_KEY"
+from .keys import KEY
+
 QUEUE = Number(int, 0, MOST, "Give 0 or more; with 0, a request that can't be computed at once is refused.")
 NEEDED = ("starlette", "uvicorn", "pydantic", "prometheus_client")
 
@@ -28,6 +28,13 @@ def add_serving_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help=f"file that holds, in one line, the key that requests must send (default: the key in ${KEY}). Without a "
         "key, the server answers only programs on this machine",
+    )
+    parser.add_argument(
+        "--api-keys",
+        type=Path,
+        metavar="FILE",
+        help="TOML file with several keys, each with a name, and limits of requests and tokens a minute if you like; "
+        "in place of --api-key-file",
     )
     parser.add_argument(
         "--parallel",
@@ -63,18 +70,3 @@ def served_name(directory: Path, name: str | None) -> str:
     if not found or not found.isprintable():
         raise ConfigError(f"{found!r} can't be the name of a model.", "Give a printable name: --name NAME.")
     return found
-
-
-def api_key(file: Path | None) -> str | None:
-    """Return the API key from ``file`` or else from the environment, or None if there is none.
-
-    Raises ConfigError if the key can't be read, or is not one word.
-    """
-    from moetier.runtime.wire.channel import read_token
-
-    if file is not None:
-        return read_token(file, "API key")
-    key = os.environ.get(KEY)
-    if key and not (key.isascii() and key.isprintable() and " " not in key):
-        raise ConfigError(f"{KEY} is not one word of printable ASCII characters.", "Make a key: openssl rand -hex 32")
-    return key or None

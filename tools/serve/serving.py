@@ -14,12 +14,13 @@ from moetier.tools.cli.loading import loaded
 
 if TYPE_CHECKING:  # transformers is imported by ``loaded``, which takes less time and memory
     from .answers import AnswerService
+    from .keys import Keys
     from .middleware import App
 
 
 @contextlib.contextmanager
 def serving(
-    directory: Path, resources: dict[str, Any], arguments: argparse.Namespace, *, name: str, key: str | None
+    directory: Path, resources: dict[str, Any], arguments: argparse.Namespace, *, name: str, keys: Keys | None
 ) -> Iterator[tuple[App, AnswerService]]:
     """Load a model, and yield the application that serves it with its answers. Stop computing after the block.
 
@@ -28,7 +29,7 @@ def serving(
         resources: keyword arguments of ``load``.
         arguments: the options of ``add_serving_arguments``.
         name: name of the model in requests.
-        key: API key that requests must send; None: they need no key.
+        keys: API keys, of which requests must send one; None: they need no key.
 
     Raises MoetierError if the model can't be loaded, or its tokenizer can't decode text piece by piece.
     """
@@ -48,10 +49,10 @@ def serving(
                 "Add a tokenizer.json to the model directory.",
             )
         with Engine.of(model, most=arguments.parallel) as engine:
-            service = AnswerService(model, tokenizer, engine)
+            service = AnswerService(model, tokenizer, engine, keys)
             try:
                 gc.collect()
                 gc.freeze()  # collections stop all threads: from now on they visit only what requests have made
-                yield application(name, service, key, arguments.parallel + arguments.queue), service
+                yield application(name, service, keys, arguments.parallel + arguments.queue), service
             finally:
                 gc.unfreeze()

@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from toy_runner import WrittenPages
 
 from moetier.runtime.engine.kv_cache import KVCache
-from moetier.runtime.engine.sequence import Request, Sequence
+from moetier.runtime.engine.sequence import Request, Sampled, Sequence
 from moetier.runtime.kernels.layer.paged_cache import PAGE_TOKENS
 
 PAGES = 7
@@ -64,7 +64,7 @@ class Cache(RuleBasedStateMachine):
         sequence.computed = end
         self.cache.keep(sequence)
         if not sequence.remaining:
-            sequence.append(new)
+            sequence.append(Sampled(new))
 
     @precondition(lambda self: self.running)
     @rule(number=st.integers(0, 10))
@@ -92,7 +92,7 @@ class Cache(RuleBasedStateMachine):
         full = {
             (user, *sequence.ids[:end])
             for sequence, user in self.running
-            for end in range(PAGE, sequence.computed + 1, PAGE)
+            for end in range(PAGE_TOKENS, sequence.computed + 1, PAGE_TOKENS)
         }
         assert len(held) <= len(full) + len(self.running)
 
@@ -177,13 +177,13 @@ def test_pages_hold_little_more_than_tokens_need() -> None:
     text = [random_.randrange(50) for _ in range(1000)]
 
     def check() -> None:
-        assert PAGE * (size - cache.free_pages()) <= 1.02 * sum(tokens.values()) + PAGE * len(running)
+        assert PAGE_TOKENS * (size - cache.free_pages()) <= 1.02 * sum(tokens.values()) + PAGE_TOKENS * len(running)
 
     for _ in range(20):
         ids = text[: random_.randrange(1000)] + [random_.randrange(50) for _ in range(random_.randrange(1, 200))]
         running.append(begun(cache, memory, ids))
-        for begin in range(0, len(ids), PAGE):
-            page = ids[begin : begin + PAGE]
+        for begin in range(0, len(ids), PAGE_TOKENS):
+            page = ids[begin : begin + PAGE_TOKENS]
             tokens[*ids[:begin], *page] = len(page)
         check()
     for sequence in running:

@@ -242,11 +242,11 @@ def test_what_was_said_before_is_not_computed_anew(client: OpenAI) -> None:
 @pytest.mark.parametrize(
     ("asked", "param"),
     [
-        ({"n": 2}, "n"),
+        ({"n": 0}, "n"),
         ({"frequency_penalty": 3.0}, "frequency_penalty"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"temperature": 3}, "temperature"),
-        ({"prompt": [1, 2]}, "prompt"),
+        ({"prompt": [1, "a"]}, "prompt"),
         ({"stop": ["a", "b", "c", "d", "e"]}, "stop"),
         ({"extra_body": {"generation_config": "{}"}}, "generation_config"),
     ],
@@ -292,7 +292,7 @@ def test_another_model_is_not_found(client: OpenAI, tinymix_4bit: Path) -> None:
         assert refused.value.code == "model_not_found"
 
 
-@pytest.mark.parametrize("path", ["/load_model", "/reset", "/v1/responses", "/v1/systemone", "/docs", "/v1/models/"])
+@pytest.mark.parametrize("path", ["/load_model", "/reset", "/v1/systemone", "/docs", "/v1/models/"])
 def test_other_routes_are_not_there(server: ServerProcess, path: str) -> None:
     headers = {"Authorization": f"Bearer {KEY}"}
     for method in ("GET", "POST"):

@@ -21,6 +21,7 @@ from readers import PATIENCE
 from starlette.applications import Starlette
 from threads import wait_until
 
+from moetier.tools.serve.keys import Keys, RateLimits
 from moetier.tools.serve.listen import LingeringTransport, Server, bind
 from moetier.tools.serve.middleware import MOST_BYTES, AccessControl, RequestLimits
 
@@ -78,7 +79,11 @@ def serving(
     application: Application, body_seconds: float = PATIENCE, key: str | None = None, **seconds: float
 ) -> Iterator[tuple[str, int]]:
     ready = threading.Event()
-    app = AccessControl(RequestLimits(application, MOST, MOST_BYTES, body_seconds=body_seconds), key)
+    app = AccessControl(
+        RequestLimits(application, MOST, MOST_BYTES, body_seconds=body_seconds),
+        None if key is None else Keys.only(key),
+        RateLimits(lambda _: 0),
+    )
     seconds = {"header_seconds": PATIENCE, "answer_seconds": PATIENCE} | seconds
     with bind("127.0.0.1", 0) as bound:
         server = Server(app, connections=CONNECTIONS, ready=ready.set, ending=lambda: None, **seconds)

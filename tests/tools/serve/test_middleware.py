@@ -12,6 +12,7 @@ pytest.importorskip("uvicorn", reason='pip install ".[serve]"')
 
 import httpx2
 
+from moetier.tools.serve.keys import Keys, RateLimits
 from moetier.tools.serve.listen import bind, is_loopback, url_of
 from moetier.tools.serve.middleware import AccessControl
 
@@ -26,7 +27,8 @@ async def behind(scope: Any, receive: Any, send: Any) -> None:
 
 def asked(key: str | None, **headers: str) -> httpx2.Response:
     async def ask() -> httpx2.Response:
-        transport = httpx2.ASGITransport(app=AccessControl(behind, key))
+        keys = None if key is None else Keys.only(key)
+        transport = httpx2.ASGITransport(app=AccessControl(behind, keys, RateLimits(lambda _: 0)))
         async with httpx2.AsyncClient(transport=transport, base_url="http://localhost:8000") as client:
             return await client.get(PATH, headers=headers)
 
@@ -67,3 +69,9 @@ def test_without_a_key_other_names_are_refused_as_openai_does(host: str) -> None
 def test_with_a_key_any_name_will_do() -> None:
     assert asked("secret", Host="big-host.example", Authorization="Bearer secret").text == "served"
     assert asked("secret", Host="localhost").status_code == 401
+
+
+def test_anthropics_header_for_the_key_will_do() -> None:
+    assert asked("secret", **{"x-api-key": "secret"}).text == "served"
+    assert asked("secret", **{"x-api-key": "secret", "Authorization": "Bearer another"}).text == "served"
+    assert asked("secret", **{"x-api-key": "another"}).status_code == 401

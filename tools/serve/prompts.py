@@ -1,0 +1,216 @@
+"""Makes jobs for the engine of what requests ask for: renders and tokenises their prompts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from moetier.runtime.engine.sequence import Finish, Request
+from moetier.runtime.generation.conversation import PLAIN_STOP, PLAIN_TEMPLATE
+from moetier.runtime.generation.decoding import BIASES, penalties_of, sampling_of
+from moetier.runtime.model.context import counted, first_ids, longest_context
+from moetier.runtime.model.vocabulary import embeddings_of, unknown_token
+
+from .answers import Answer, Job
+from .parsing import AnswerParser, form_of
+from .protocols.events import Answered
+from .protocols.query import ChatPrompt, Prompt, Query
+from .protocols.refusal import TOO_LONG, Refusal
+from .replay import Turns
+
+MOST_ANSWERS = 1024  # maximum number of answers that one request may ask for
+NEW_TOKENS = 1024  # limit of an answer's tokens if the request has none; generation_config.json may raise it
+SWITCHES = ("enable_thinking", "thinking")  # variables by which chat templates turn reasoning on and off
+
+
+class Prompts:
+    """Makes the prompts of one model."""
+
+    def __init__(self, model: Any, tokenizer: Any, *, context: int, most_scored: int) -> None:
+        """Make prompts of fewer than ``context`` tokens; with PLAIN_TEMPLATE if the model has no chat template.
+
+        ``most_scored`` is the maximum length of a prompt whose tokens have log probabilities.
+        """
+        self._model = model
+        self._tokenizer = tokenizer
+        self._context = context
+        self._most_scored = most_scored
+        self._most_new = max(NEW_TOKENS, model.generation_config.max_new_tokens or 0)
+        self._vocabulary = min(embeddings_of(model), model.config.get_text_config(decoder=True).vocab_size)
+        self._form = form_of(model, tokenizer)
+        self._is_plain = not tokenizer.chat_template
+        self._switches = [name for name in SWITCHES if has_variable(tokenizer.chat_template, name)]
+        self._has_developer = "developer" in str(tokenizer.chat_template)
+        self._turns = Turns()
+
+    def tokens(self, prompt: Prompt, user: str = "", *, add_special_tokens: bool = True) -> list[int]:
+        """Return the token ids of a prompt; of one with far more than the context, only the first ones.
+
+        ``add_special_tokens``: whether the tokenizer adds its own to a text. Raises Refusal if the template refuses the
+        messages.
+        """
+        if isinstance(prompt, str):
+            return self._ids(prompt, add_special_tokens=add_special_tokens)
+        return self._read(prompt, user)[1]
+
+    def jobs(self, query: Query, field: str, user: str = "") -> list[list[Job]]:
+        """Return, for each prompt of a query, a job for each answer to it. ``user`` is whose request it is.
+
+        Raises Refusal, which names ``field``, if a prompt is empty, exceeds the context, or the model can't read it.
+        """
+        if len(query.prompts) * query.choices > MOST_ANSWERS:
+            raise Refusal(400, f"{field}: a request may have at most {MOST_ANSWERS} answers.", param=field)
+        if (unknown := max(query.biases, default=0)) >= self._vocabulary:
+            raise Refusal(400, f"logit_bias: the model has no token {unknown}.", param="logit_bias")
+        return [self._jobs_of(query, prompt, field, user) for prompt in query.prompts]
+
+    def note(self, job: Job, answer: Answer, answered: Answered) -> None:
+        """Note a complete answer: the prompt of a later request may begin with its tokens."""
+        if job.chat is not None and answer.sequence is not None and answer.sequence.finish is Finish.END:
+            ids = answer.sequence.ids
+            end = self._tokenizer.decode(ids[-1:])
+            self._turns.note(job.prompt, answered, ids, end, user=job.request.user)
+
+    def _jobs_of(self, query: Query, prompt: Prompt, field: str, user: str) -> list[Job]:
+        """Return a job for each answer to one prompt. They differ in their seeds."""
+        chat = prompt if isinstance(prompt, ChatPrompt) else None
+        text, ids = self._read(prompt, user)
+        self._check(ids, field)
+        scores = query.echo and query.logprobs is not None
+        if scores and len(ids) > self._most_scored:
+            message = f"{field}: this model can give log probabilities for a prompt of {self._most_scored} tokens."
+            raise Refusal(400, message, param=field)
+        biases = {BIASES: dict(query.biases)} if query.biases else {}
+        request = Request(
+            tuple(ids),
+            max(1, min(self._most_new if query.max_tokens is None else query.max_tokens, self._context - len(ids))),
+            {**sampling_of(query.sampling), **penalties_of(query.sampling), **biases},
+            user=user,
+            logprobs=query.logprobs,
+            scores_prompt=scores,
+        )
+        return [
+            Job(
+                request if query.seed is None else replace(request, seed=query.seed + number),
+                stop=query.stop,
+                ends=(PLAIN_STOP,) if chat and self._is_plain else (),
+                parser=None if chat is None else self._parser(chat, text),
+                one_call=query.one_call,
+                prompt=text or self._tokenizer.decode(ids) if query.echo else text,
+                chat=chat,
+                echo=query.echo,
+                is_silent=query.max_tokens == 0,
+            )
+            for number in range(query.choices)
+        ]
+
+    def _read(self, prompt: Prompt, user: str) -> tuple[str, list[int]]:
+        """Return the text and the token ids of a prompt. Raises Refusal if the chat template refuses it."""
+        if isinstance(prompt, ChatPrompt):
+            text = self._text(prompt)
+            return text, self._continued(prompt, user) or self._ids(text, add_special_tokens=self._is_plain)
+        if isinstance(prompt, str):
+            return prompt, self._ids(prompt)
+        return "", [*prompt]
+
+    def _ids(self, text: str, **options: Any) -> list[int]:
+        return first_ids(self._tokenizer, text, self._context, **options)
+
+    def _check(self, ids: Sequence[int], field: str) -> None:
+        """Raise Refusal if the model can't compute a prompt."""
+        if not ids:
+            raise Refusal(400, f"{field}: the prompt has no tokens.", param=field)
+        context = self._context
+        if len(ids) >= context:
+            is_models = context == longest_context(self._model.config)
+            whose = "the model's maximum context" if is_models else "the context of this server (--context)"
+            raise Refusal(
+                400,
+                f"The prompt has {counted(len(ids), context)} tokens, but {whose} is {context:,} for prompt and answer "
+                "together.",
+                param=field,
+                code=TOO_LONG,
+            )
+        if (token := unknown_token(self._model, self._tokenizer, ids)) is not None:
+            message = f"The prompt has the token {token!r}, for which the model has no embedding."
+            raise Refusal(400, message, param=field)
+
+    # -- the chat template ---------------------------------------------------------------------------------------------
+
+    def _text(self, chat: ChatPrompt) -> str:
+        """Return the prompt's text. Raises Refusal if the chat template refuses the messages."""
+        tools = chat.tools
+        text = self._rendered(chat, tools)
+        if tools and text == self._rendered(chat, None):
+            raise Refusal(400, "tools: the model's chat template does not support tools.", param="tools")
+        return text
+
+    def _continued(self, chat: ChatPrompt, user: str) -> list[int]:
+        """Return the tokens of a prompt that begins with those of an earlier answer; none if it does not."""
+        render = partial(self._render, chat, chat.tools)
+        try:
+            messages = [*map(self._plain, chat.messages)]
+            return self._turns.continued(messages, render, self._tokenizer, self._context, user=user)
+        except Refusal:  # the template takes all messages, but not a part of them
+            return []
+
+    def _rendered(
+        self, chat: ChatPrompt, tools: Sequence[Mapping[str, Any]] | None, *, begins_answer: bool = True
+    ) -> str:
+        return self._render(chat, tools, [*map(self._plain, chat.messages)], begins_answer=begins_answer)
+
+    def _render(
+        self,
+        chat: ChatPrompt,
+        tools: Sequence[Mapping[str, Any]] | None,
+        messages: Sequence[Any],
+        *,
+        begins_answer: bool = True,
+    ) -> str:
+        variables: dict[str, Any] = {} if chat.effort is None else {"reasoning_effort": chat.effort}
+        if chat.reasons is not None:
+            variables |= dict.fromkeys(self._switches, chat.reasons)
+        try:
+            text: str = self._tokenizer.apply_chat_template(
+                [*messages],
+                chat_template=PLAIN_TEMPLATE if self._is_plain else None,
+                add_generation_prompt=begins_answer,
+                tools=tools,
+                tokenize=False,
+                **variables | {**chat.variables},
+            )
+        except Exception as error:  # a template may raise any exception
+            message = f"The model's chat template refuses these messages: {str(error).partition(chr(10))[0]}"
+            raise Refusal(400, message, param="messages") from None
+        return text
+
+    def _parser(self, chat: ChatPrompt, text: str) -> AnswerParser | None:
+        """Return a parser for the answer to the prompt ``text``; None if all of the answer is text."""
+        if self._form is None:
+            return None
+        # only what the template adds to the messages may open a region: messages may have marks, too
+        messages = self._rendered(chat, chat.tools, begins_answer=False)
+        prefill = text.removeprefix(messages) if text.startswith(messages) else ""
+        return self._form.parser(prefill, chat.tools)
+
+    def _plain(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a message as chat templates take it: one text is its content, and it has only fields they know."""
+        content = message.get("content") or ""
+        text = content if isinstance(content, str) else " ".join(part["text"] for part in content)
+        role = message["role"]
+        if role == "developer" and not self._has_developer:  # such templates leave it out, or refuse it
+            role = "system"
+        plain = {"role": role, "content": text}
+        plain |= {name: message[name] for name in ("tool_calls", "tool_call_id") if message.get(name)}
+        if isinstance(reasoning := message.get("reasoning_content"), str) and reasoning:
+            plain["reasoning_content"] = reasoning
+        return plain
+
+
+def has_variable(template: Any, name: str) -> bool:
+    """Return whether a chat template, or one of several, may have a variable of this name."""
+    templates = template.values() if isinstance(template, dict) else [template or ""]
+    return any(re.search(rf"(?<![\w.'\"]){name}(?![\w'\"])", each) is not None for each in templates)
