@@ -7,6 +7,7 @@ import contextlib
 import logging
 import threading
 from collections.abc import AsyncGenerator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -25,6 +26,7 @@ from .sampling import Sampler, generates_itself
 from .scheduler import Scheduler
 from .sequence import Finish, Request, Sequence
 
+MASK_THREADS = 2  # one may have a mask that takes long
 POLL_SECONDS = 0.05  # a stream asks this often whether it is still wanted
 _log = logging.getLogger(__name__)
 
@@ -97,6 +99,7 @@ class Engine:
             later=min(chunk, later or chunk) if runner.can_resume else context,
         )
         self._samplers: dict[Sequence, Sampler] = {}
+        self._masks = ThreadPoolExecutor(MASK_THREADS, "moetier-masks")
         self._changed = threading.Condition()  # guards the next two
         self._arrived: list[Sequence] = []
         self._is_closed = False
@@ -195,6 +198,7 @@ class Engine:
             self._is_closed = True
             self._changed.notify()
         self._thread.join()
+        self._masks.shutdown(cancel_futures=True)
 
     def step(self) -> None:
         """Compute one step: choose tasks, run them, and append a token to each sequence that is complete."""
@@ -212,7 +216,8 @@ class Engine:
         """Return whether a sequence has a sampler, and make it one. A sequence that can't have one ends."""
         if sequence not in self._samplers:
             try:
-                self._samplers[sequence] = self._runner.sampler(sequence)
+                sampler = self._samplers[sequence] = self._runner.sampler(sequence)
+                sampler.begin(self._masks)
             except Exception as error:
                 self._fail(sequence, error)
                 return False
@@ -251,7 +256,7 @@ class Engine:
         sampler = self._samplers[sequence]
         token = sampler(logits)
         sequence.append(token)
-        if token in sampler.ends:
+        if sampler.is_last(token):
             self._end(sequence, Finish.END)
         elif sequence.new_tokens == sequence.request.max_new_tokens or len(sequence.ids) == self.context:
             self._end(sequence, Finish.LENGTH)

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from .grammar import CompiledGrammar
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -19,6 +21,7 @@ class Request:
         decoding: arguments of ``generate()`` that choose tokens, and ``presence_penalty`` and ``frequency_penalty``.
         seed: of the random numbers; None: another one each time.
         user: requests of different users share no keys and values.
+        grammar: what the answer may be, compiled for the model's tokenizer.
     """
 
     ids: tuple[int, ...]
@@ -26,6 +29,7 @@ class Request:
     decoding: Mapping[str, Any] = field(default_factory=dict)
     seed: int | None = None
     user: str = ""
+    grammar: CompiledGrammar | None = None
 
 
 @dataclass(frozen=True, slots=True)
