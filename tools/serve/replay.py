@@ -11,11 +11,13 @@ import json
 import threading
 from array import array
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from moetier.runtime.model.context import first_ids
+
+from .protocols.events import Answered
 
 MOST = 256  # answers that are kept; those that were found or kept longest ago are forgotten first
 TEXT, REASONING = "moetier-answer-7f3a", "moetier-reasoning-7f3a"  # stand for an answer in a rendered prompt
@@ -53,45 +55,34 @@ class Turns:
         self._lock = threading.Lock()  # guards ``_turns``
         self._turns = OrderedDict[bytes, Turn]()
 
-    def note(self, prompt: str, deltas: Iterable[Mapping[str, Any]], ids: Sequence[int], end: str) -> None:
+    def note(self, prompt: str, answered: Answered, ids: Sequence[int], end: str) -> None:
         """Keep a turn.
 
         Args:
             prompt: text of the prompt.
-            deltas: what the client got of the answer, in OpenAI's form.
+            answered: what the client got of the answer.
             ids: tokens of the prompt and the answer.
             end: text of the last token, which ends the answer.
         """
-        deltas = list(deltas)
-        content = "".join(delta.get("content", "") for delta in deltas)
-        reasoning = "".join(delta.get("reasoning_content", "") for delta in deltas)
-        calls = [call for delta in deltas for call in delta.get("tool_calls", ())]
-        turn = Turn(array("i", ids), content, reasoning, _calls({"tool_calls": calls}), end)
+        calls = tuple((call.name, _parsed(call.arguments)) for call in answered.calls)
+        turn = Turn(array("i", ids), answered.text, answered.reasoning, calls, end)
         with self._lock:
-            self._turns[_key(prompt, content, [call["id"] for call in calls])] = turn
+            self._turns[_key(prompt, answered.text, [call.id for call in answered.calls])] = turn
             while len(self._turns) > MOST:
                 self._turns.popitem(last=False)
 
-    def continued(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        render: Render,
-        tokenizer: Any,
-        most: int,
-        sent: Sequence[Mapping[str, Any]] | None = None,
-    ) -> list[int]:
+    def continued(self, messages: Sequence[Mapping[str, Any]], render: Render, tokenizer: Any, most: int) -> list[int]:
         """Return the tokens of a prompt that continues the turn of the last answer in ``messages``.
 
         The result is empty if no such turn is kept, or the template does not keep all of its answer. Of a prompt with
-        far more than ``most`` tokens, only a prefix is returned. ``sent``: the messages as the client sent them, if the
-        template gets others.
+        far more than ``most`` tokens, only a prefix is returned.
         """
         last = max((at for at, message in enumerate(messages) if message["role"] == "assistant"), default=0)
         before, message = render(messages[:last]) if last else "", messages[last]
         calls = [call.get("id", "") for call in message.get("tool_calls") or ()]
         with self._lock:
             turn = self._turns.get(key := _key(before, message.get("content") or "", calls)) if last else None
-            if turn is None or not turn.is_said_by((sent or messages)[last]):
+            if turn is None or not turn.is_said_by(message):
                 return []
             self._turns.move_to_end(key)
         answer = {"role": "assistant", "content": TEXT}

@@ -18,6 +18,7 @@ from readers import PATIENCE
 
 import moetier
 from moetier.tools.serve.app import application
+from moetier.tools.serve.protocols.events import Answered, Call, Event, Text
 from moetier.tools.serve.replay import Turns
 
 END = "<end>"
@@ -41,20 +42,24 @@ def render(messages: Sequence[Mapping[str, Any]], *, keeps_reasoning: bool = Tru
     return text + "<assistant>"
 
 
-def sampled(turns: Turns, text: str, *deltas: dict[str, Any]) -> list[int]:
+def sampled(turns: Turns, text: str, *events: Event) -> list[int]:
     """Tokens of PROMPT and an answer, which differ from those of their text."""
     ids = [*tokenizer(render(PROMPT))["input_ids"], *(1000 + ord(letter) for letter in text), 7]
-    turns.note(render(PROMPT), deltas, ids, END)
+    answered = Answered()
+    for event in events:
+        answered.add(event)
+    turns.note(render(PROMPT), answered, ids, END)
     return ids
 
 
 def answered(text: str = "", *calls: str) -> dict[str, Any]:
-    return {"role": "assistant", "content": text, "tool_calls": [{"id": call, "name": "clock"} for call in calls]}
+    named = [{"id": call, "name": "clock", "arguments": {}} for call in calls]
+    return {"role": "assistant", "content": text, "tool_calls": named}
 
 
 def test_a_call_is_found_by_its_id_and_not_written_anew() -> None:
     turns = Turns()
-    ids = sampled(turns, '<call {"name":  "clock"}>', {"tool_calls": [{"id": "call_1", "function": {"name": "clock"}}]})
+    ids = sampled(turns, '<call {"name":  "clock"}>', Call("call_1", "clock", "{}"))
     messages = [*PROMPT, answered("", "call_1"), {"role": "tool", "content": "Noon."}]
     found = turns.continued(messages, render, tokenizer, 10_000)
     assert found == [*ids, *tokenizer(f"<tool>Noon.{END}<assistant>")["input_ids"]]
@@ -63,7 +68,7 @@ def test_a_call_is_found_by_its_id_and_not_written_anew() -> None:
 
 def test_a_text_is_found_though_a_client_has_trimmed_it() -> None:
     turns = Turns()
-    ids = sampled(turns, " Noon. \n", {"content": " Noon."}, {"content": " \n"})
+    ids = sampled(turns, " Noon. \n", Text(" Noon."), Text(" \n"))
     messages = [*PROMPT, answered("Noon."), {"role": "user", "content": "Where?"}]
     assert turns.continued(messages, render, tokenizer, 10_000)[: len(ids)] == ids
 
@@ -71,7 +76,7 @@ def test_a_text_is_found_though_a_client_has_trimmed_it() -> None:
 @pytest.mark.parametrize("keeps", [True, False])
 def test_reasoning_is_replayed_only_if_the_template_keeps_it(keeps: bool) -> None:
     turns = Turns()
-    ids = sampled(turns, "<think>Hm.</think>Noon.", {"reasoning_content": "Hm."}, {"content": "Noon."})
+    ids = sampled(turns, "<think>Hm.</think>Noon.", Text("Hm.", is_reasoning=True), Text("Noon."))
     answer = answered("Noon.") | {"reasoning_content": "Hm."}
     messages = [*PROMPT, answer, {"role": "user", "content": "Where?"}]
     found = turns.continued(messages, lambda given: render(given, keeps_reasoning=keeps), tokenizer, 10_000)
@@ -81,9 +86,8 @@ def test_reasoning_is_replayed_only_if_the_template_keeps_it(keeps: bool) -> Non
 def test_an_answer_that_a_client_has_changed_is_another() -> None:
     """And reasoning that it does not know stays unknown: another client may have had the same answer."""
     turns = Turns()
-    call = {"id": "call_1", "function": {"name": "clock", "arguments": '{"zone": 1}'}}
-    sampled(turns, "<call>", {"tool_calls": [call]})
-    sampled(turns, "<think>Hm.</think>Noon.", {"reasoning_content": "Hm."}, {"content": "Noon."})
+    sampled(turns, "<call>", Call("call_1", "clock", '{"zone": 1}'))
+    sampled(turns, "<think>Hm.</think>Noon.", Text("Hm.", is_reasoning=True), Text("Noon."))
     answer = {"role": "assistant", "content": ""}
     for changed in (
         answered("Not I.", "call_1"),
@@ -98,7 +102,7 @@ def test_an_answer_that_a_client_has_changed_is_another() -> None:
 
 def test_another_history_is_another_turn() -> None:
     turns = Turns()
-    sampled(turns, "Noon.", {"content": "Noon."})
+    sampled(turns, "Noon.", Text("Noon."))
     for messages in (
         PROMPT,
         [{"role": "user", "content": "What day is it?"}, answered("Noon."), {"role": "user", "content": "Where?"}],
@@ -107,14 +111,6 @@ def test_another_history_is_another_turn() -> None:
         assert turns.continued(messages, render, tokenizer, 10_000) == []
 
 
-# an answer begins with the mark that chooses its text; calls are written in another way than the model writes them
-TEMPLATE = (
-    "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ start if m.role == 'assistant' }}"
-    "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}"
-    "{% for call in m.tool_calls %}{{ call.function.name }}{% endfor %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{{ start }}{% endif %}"
-)
 TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}]
 
 
@@ -123,7 +119,7 @@ def test_of_a_conversation_over_http_only_new_tokens_are_computed(start: str, tm
     """Answers with a call, with two, and with reasoning; by turns with another conversation."""
     model, tokenizer = moetier.load(scripted.write_checkpoint(tmp_path / "model", "qwen3_moe"), daemon=None)
     assert tokenizer is not None
-    tokenizer.chat_template = TEMPLATE
+    tokenizer.chat_template = scripted.TURNS
     with (
         model.tiers,
         answering(model, tokenizer, context=1500, chunk=64, parallel=3) as service,
