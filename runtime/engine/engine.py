@@ -26,7 +26,6 @@ from .sampling import Sampler, generates_itself
 from .scheduler import Scheduler
 from .sequence import Finish, Request, Sequence
 
-MASK_THREADS = 2  # one may have a mask that takes long
 POLL_SECONDS = 0.05  # a stream asks this often whether it is still wanted
 _log = logging.getLogger(__name__)
 
@@ -99,7 +98,7 @@ class Engine:
             later=min(chunk, later or chunk) if runner.can_resume else context,
         )
         self._samplers: dict[Sequence, Sampler] = {}
-        self._masks = ThreadPoolExecutor(MASK_THREADS, "moetier-masks")
+        self._masks = ThreadPoolExecutor(1, "moetier-masks")
         self._changed = threading.Condition()  # guards the next two
         self._arrived: list[Sequence] = []
         self._is_closed = False

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 # Limits of grammars, which may come from clients. What they allow is compiled or refused in about a tenth of a second.
 MOST_LETTERS = 1 << 20  # of a grammar with its parts
 MOST_OBJECTS = 5_000  # of a schema
-MOST_RULES = 1_500  # of a Lark grammar, counted as colons and opening brackets
+MOST_RULES = 5_000  # of a Lark grammar, counted as colons and opening brackets
 MOST_SYMBOLS = 10_000  # of a compiled grammar: the slowest mask takes about 10 ms
 MOST_REMAINDERS = 10_000  # llguidance makes a state for each remainder of a division by `multipleOf`
 MOST_ITEMS = 5_000  # of the parser at a place: a schema with 1,000 optional properties has 4,000
@@ -105,7 +105,7 @@ class GrammarCompiler:
             )
         self._source = tokenizer
         self._making = threading.Lock()  # guards ``_made``
-        self._made: tuple[LLTokenizer, int] | None = None
+        self._made: tuple[LLTokenizer, int] | GrammarError | None = None
 
     def compile(self, grammar: Grammar) -> CompiledGrammar:
         """Return a compiled grammar.
@@ -124,19 +124,23 @@ class GrammarCompiler:
         compiled.matcher().forbidden({end})
         return compiled
 
-    def _tokenizer(self) -> tuple[LLTokenizer, int]:
-        """Return llguidance's tokenizer, and the id of END."""
-        from tokenizers import Tokenizer
+    def marks(self) -> dict[str, int]:
+        """Return the ids of added tokens, by their texts, that do not match their texts: grammars name them by id."""
+        tokenizer, _ = self._tokenizer()
+        added = self._source.added_tokens_decoder
+        return {token.content: number for number, token in added.items() if tokenizer.is_special_token(number)}
 
+    def _tokenizer(self) -> tuple[LLTokenizer, int]:
+        """Return llguidance's tokenizer, and the id of END. Raises GrammarError if it can't be made."""
         with self._making:
             if self._made is None:
-                copied = Tokenizer.from_str(self._source.backend_tokenizer.to_str())
-                copied.no_padding()
-                copied.no_truncation()
-                copied.add_special_tokens([END])
-                end = copied.token_to_id(END)
-                assert end is not None
-                self._made = _llguidance().LLTokenizer(copied.to_str(), eos_token=end), end
+                try:
+                    self._made = _tokenizer_of(self._source.backend_tokenizer)
+                except ValueError as error:
+                    cause = f"llguidance can't use the model's tokenizer: {_line(error)}."
+                    self._made = GrammarError(cause, "Ask for answers of any form.")
+            if isinstance(self._made, GrammarError):
+                raise self._made.fresh()
             return self._made
 
 
@@ -215,8 +219,25 @@ def _llguidance() -> Any:
 def _check(matcher: LLMatcher) -> None:
     """Raise GrammarError if llguidance's matcher has failed."""
     if error := matcher.get_error():
-        said = " ".join(error.split())[:SAID_LETTERS].rstrip(".")
-        raise GrammarError(f"llguidance can't use the grammar: {said}.", "Change the grammar.")
+        raise GrammarError(f"llguidance can't use the grammar: {_line(error)}.", "Change the grammar.")
+
+
+def _line(error: object) -> str:
+    """Return the beginning of an error of llguidance in one line, without its period."""
+    return " ".join(str(error).split())[:SAID_LETTERS].rstrip(".")
+
+
+def _tokenizer_of(source: Any) -> tuple[LLTokenizer, int]:
+    """Return llguidance's tokenizer for one of the library tokenizers, and the id of END. Raises ValueError."""
+    from tokenizers import Tokenizer
+
+    copied = Tokenizer.from_str(source.to_str())
+    copied.no_padding()
+    copied.no_truncation()
+    copied.add_special_tokens([END])
+    end = copied.token_to_id(END)
+    assert end is not None
+    return _llguidance().LLTokenizer(copied.to_str(), eos_token=end), end
 
 
 def _on_large_stack(compiled: Callable[[], LLMatcher]) -> LLMatcher:
@@ -253,6 +274,8 @@ def _check_size(grammar: Grammar) -> None:
             _check_schema(found["json_schema"])
         elif sum(map(found["lark_grammar"].count, ":([{")) > MOST_RULES:
             raise _too_large(f"more than {MOST_RULES:,} rules")
+        elif "%json" in found["lark_grammar"]:  # which has no limits
+            raise GrammarError("A Lark grammar has %json.", "Give the schema as a part of the grammar, or alone.")
 
 
 def _check_schema(schema: Mapping[str, Any]) -> None:

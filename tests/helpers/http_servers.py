@@ -46,6 +46,7 @@ def answering(model: Any, tokenizer: Any, *, context: int, chunk: int = 16, para
 
     pages = parallel * -(-context // 64)
     with Engine(ModelRunner(model, pages), pages=pages, most=parallel, chunk=chunk, context=context) as engine:
+        engine._masks.submit(int).result()  # its thread is there now
         yield AnswerService(model, tokenizer, engine)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from moetier.runtime.engine.grammar import CompiledGrammar
 from moetier.runtime.engine.sequence import Finish, Request
 from moetier.runtime.generation.conversation import PLAIN_STOP, PLAIN_TEMPLATE
 from moetier.runtime.generation.decoding import penalties_of, sampling_of
@@ -14,6 +15,7 @@ from moetier.runtime.model.context import counted, first_ids, longest_context
 from moetier.runtime.model.vocabulary import unknown_token
 
 from .answers import Answer, Job
+from .constraints import Constraints
 from .parsing import AnswerParser, form_of
 from .protocols.events import Answered
 from .protocols.query import Dialogue, Query
@@ -33,6 +35,7 @@ class Prompts:
         self._tokenizer = tokenizer
         self._context = context
         self._form = form_of(model, tokenizer)
+        self._constraints = Constraints(tokenizer, None if self._form is None else self._form.template)
         self._is_plain = not tokenizer.chat_template
         self._switches = [name for name in SWITCHES if has_variable(tokenizer.chat_template, name)]
         self._has_developer = "developer" in str(tokenizer.chat_template)
@@ -63,20 +66,28 @@ class Prompts:
         text, ids = self._read(prompt)
         self._check(ids, field)
         most = max(NEW_TOKENS, self._model.generation_config.max_new_tokens or 0)
+        parser = None if dialogue is None else self._parser(dialogue, text, is_formed=query.form is not None)
         request = Request(
             tuple(ids),
             min(query.max_tokens or most, self._context - len(ids)),
             {**sampling_of(query.sampling), **penalties_of(query.sampling)},
             seed=query.seed,
+            grammar=self._grammar(query, dialogue, parser),
         )
         return Job(
             request,
             stop=[*query.stop, *([PLAIN_STOP] if dialogue and self._is_plain else [])],
-            parser=None if dialogue is None else self._parser(dialogue, text),
+            parser=parser,
             one_call=query.one_call,
             prompt=text,
             dialogue=dialogue,
         )
+
+    def _grammar(self, query: Query, dialogue: Dialogue | None, parser: AnswerParser | None) -> CompiledGrammar | None:
+        if dialogue is None:
+            return self._constraints.of_text(query.form)
+        region = None if parser is None else parser.region
+        return self._constraints.of_dialogue(dialogue, query.form, one_call=query.one_call, region=region)
 
     def _read(self, prompt: Dialogue | str | Sequence[int]) -> tuple[str, list[int]]:
         """Return the text and the token ids of a prompt. Raises Refusal if the chat template refuses it."""
@@ -156,14 +167,14 @@ class Prompts:
             raise Refusal(400, message, param="messages") from None
         return text
 
-    def _parser(self, dialogue: Dialogue, text: str) -> AnswerParser | None:
+    def _parser(self, dialogue: Dialogue, text: str, *, is_formed: bool) -> AnswerParser | None:
         """Return a parser for the answer to the prompt ``text``; None if all of the answer is text."""
         if self._form is None:
             return None
         # only what the template adds to the messages may open a region: messages may have marks, too
         messages = self._rendered(dialogue, dialogue.tools, begins_answer=False)
         prefill = text.removeprefix(messages) if text.startswith(messages) else ""
-        return self._form.parser(prefill, dialogue.tools)
+        return self._form.parser(prefill, dialogue.tools, is_formed=is_formed)
 
     def _plain(self, message: Mapping[str, Any]) -> dict[str, Any]:
         """Return a message as chat templates take it: one text is its content, and it has only fields they know."""

@@ -17,7 +17,7 @@ from .bounded_json import BoundedJson
 from .events import Answered, Call, End, Event, Events, Reason, Text, Usage
 from .openai_body import OpenAIBody
 from .protocol import Protocol, Reply, event
-from .query import Dialogue, Query
+from .query import Dialogue, Query, must_call
 
 DONE = "data: [DONE]\n\n"  # ends a complete stream
 REASONS = {Reason.END: "stop", Reason.STOP: "stop", Reason.LENGTH: "length", Reason.CALLS: "tool_calls"}
@@ -102,6 +102,19 @@ class Message(Open):
     tool_call_id: str | None = None
 
 
+class NamedFunction(Open):
+    """Name of a function."""
+
+    name: str
+
+
+class NamedTool(Open):
+    """Function that the answer must call."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
 class ChatBody(OpenAIBody):
     """Body of a chat completion request."""
 
@@ -110,7 +123,7 @@ class ChatBody(OpenAIBody):
     messages: Annotated[list[Message], FailFast()] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1, le=MOST_TOKENS)
     tools: Annotated[list[Tool] | None, FailFast()] = None
-    tool_choice: Literal["auto", "none"] | None = None
+    tool_choice: Literal["auto", "none", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: Annotated[str, Field(max_length=32)] | None = None
     chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(_of_template)] | None = None
@@ -118,9 +131,11 @@ class ChatBody(OpenAIBody):
     def query(self) -> Query:
         """Return what the request asks for."""
         given = self.model_dump(include={"messages", "tools"}, exclude_none=True)
+        named = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
         dialogue = Dialogue(
             given["messages"],
             None if self.tool_choice == "none" else given.get("tools"),
+            must_call(self.tool_choice == "required", named, [tool.function.name for tool in self.tools or ()]),
             self.chat_template_kwargs or {},
             effort=self.reasoning_effort,
         )
@@ -130,7 +145,8 @@ class ChatBody(OpenAIBody):
             sampling=self.sampling_options,
             seed=self.seed,
             stop=self.stop or (),
-            one_call=self.parallel_tool_calls is False,
+            one_call=self.parallel_tool_calls is False or named is not None,
+            form=self.form,
         )
 
 

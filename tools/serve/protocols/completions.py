@@ -27,6 +27,7 @@ class CompletionsBody(OpenAIBody):
             sampling=self.sampling_options,
             seed=self.seed,
             stop=self.stop or (),
+            form=self.form,
         )
 
 
