@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Sequence as ManyOf
 from concurrent.futures import Executor
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from moetier.runtime.generation.decoding import ONE_SEQUENCE, behind
 
 from .constraint import Constraint
-from .sequence import Sequence
+from .sequence import Sampled, Sequence
 
 TOKENS = 256  # memory is allocated for a multiple of this many token ids
 
@@ -29,6 +30,7 @@ class Sampler:
         seed: int | None = None,
         ends: frozenset[int] = frozenset(),
         constraint: Constraint | None = None,
+        logprobs: int | None = None,
     ) -> None:
         """Continue ``ids``.
 
@@ -39,6 +41,7 @@ class Sampler:
             seed: of the random numbers; None: another one each time.
             ends: token ids that end the sequence.
             constraint: one of the processors, for a request with a grammar.
+            logprobs: number of most likely tokens whose log probabilities come with a token; None: not even its own.
         """
         self.ends = ends
         self._constraint = constraint
@@ -46,6 +49,7 @@ class Sampler:
         self._ids[0, : len(ids)] = torch.tensor(ids)
         self._length = len(ids)
         self._processors = processors
+        self._logprobs = logprobs
         self._random = torch.Generator() if samples else None
         if self._random is not None:
             self._random.seed() if seed is None else self._random.manual_seed(seed)
@@ -61,7 +65,7 @@ class Sampler:
             return token in self.ends
         return self._constraint.is_complete
 
-    def __call__(self, logits: Tensor) -> int:
+    def __call__(self, logits: Tensor) -> Sampled:
         """Return the next token, chosen by its logits [vocabulary], and append it to the ids.
 
         Raises GrammarError if the grammar of the request allows none.
@@ -77,7 +81,19 @@ class Sampler:
         self._length += 1
         if self._constraint is not None and token not in self.ends:
             self._constraint.advance(token)
-        return token
+        return Sampled(token) if self._logprobs is None else scored(logits[None], [token], self._logprobs)[0]
+
+
+def scored(logits: Tensor, tokens: ManyOf[int], top: int) -> list[Sampled]:
+    """Return tokens with their log probabilities, and with those of the ``top`` most likely tokens in their places.
+
+    ``logits`` is [tokens, vocabulary].
+    """
+    logprobs = logits.to("cpu", torch.float32).log_softmax(-1)
+    chosen = logprobs.gather(1, torch.tensor(tokens)[:, None])[:, 0].tolist()
+    values, ids = logprobs.topk(top)
+    tops = [tuple(zip(*pair, strict=True)) for pair in zip(ids.tolist(), values.tolist(), strict=True)]
+    return [Sampled(*parts) for parts in zip(tokens, chosen, tops, strict=True)]
 
 
 def prepared(model: Any, sequence: Sequence) -> tuple[dict[str, Any], Sampler]:
@@ -109,6 +125,7 @@ def prepared(model: Any, sequence: Sequence) -> tuple[dict[str, Any], Sampler]:
         seed=sequence.request.seed,
         ends=frozenset(ends if isinstance(ends, list) else [ends]) - {None},
         constraint=constraint,
+        logprobs=sequence.request.logprobs,
     )
     return inputs, sampler
 

@@ -55,8 +55,8 @@ class Turns:
         self._lock = threading.Lock()  # guards ``_turns``
         self._turns = OrderedDict[bytes, Turn]()
 
-    def note(self, prompt: str, answered: Answered, ids: Sequence[int], end: str) -> None:
-        """Keep a turn.
+    def note(self, prompt: str, answered: Answered, ids: Sequence[int], end: str, *, user: str = "") -> None:
+        """Keep a turn. Only prompts of the same ``user`` continue it.
 
         Args:
             prompt: text of the prompt.
@@ -67,11 +67,13 @@ class Turns:
         calls = tuple((call.name, _parsed(call.arguments)) for call in answered.calls)
         turn = Turn(array("i", ids), answered.text, answered.reasoning, calls, end)
         with self._lock:
-            self._turns[_key(prompt, answered.text, [call.id for call in answered.calls])] = turn
+            self._turns[_key(user, prompt, answered.text, [call.id for call in answered.calls])] = turn
             while len(self._turns) > MOST:
                 self._turns.popitem(last=False)
 
-    def continued(self, messages: Sequence[Mapping[str, Any]], render: Render, tokenizer: Any, most: int) -> list[int]:
+    def continued(
+        self, messages: Sequence[Mapping[str, Any]], render: Render, tokenizer: Any, most: int, *, user: str = ""
+    ) -> list[int]:
         """Return the tokens of a prompt that continues the turn of the last answer in ``messages``.
 
         The result is empty if no such turn is kept, or the template does not keep all of its answer. Of a prompt with
@@ -81,7 +83,7 @@ class Turns:
         before, message = render(messages[:last]) if last else "", messages[last]
         calls = [call.get("id", "") for call in message.get("tool_calls") or ()]
         with self._lock:
-            turn = self._turns.get(key := _key(before, message.get("content") or "", calls)) if last else None
+            turn = self._turns.get(key := _key(user, before, message.get("content") or "", calls)) if last else None
             if turn is None or not turn.is_said_by(message):
                 return []
             self._turns.move_to_end(key)
@@ -109,7 +111,7 @@ def _parsed(arguments: Any) -> Any:
         return arguments
 
 
-def _key(prompt: str, content: str, calls: Sequence[str]) -> bytes:
+def _key(user: str, prompt: str, content: str, calls: Sequence[str]) -> bytes:
     """Return a key of a turn. Clients may trim an answer's text, or leave it out beside tool calls."""
     answer = "\0".join(calls) if calls else content.strip()
-    return hashlib.blake2b(f"{len(prompt)}\0{prompt}{answer}".encode()).digest()
+    return hashlib.blake2b(f"{user}\0{len(prompt)}\0{prompt}{answer}".encode()).digest()
