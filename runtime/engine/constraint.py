@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from concurrent.futures import Executor
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -27,21 +28,29 @@ class Constraint(LogitsProcessor):
         """Begin to make the mask of the first token, on threads of ``executor``. ``ends`` are the tokens of the end."""
         self._ends = ends
         self._executor = executor
-        self._mask = executor.submit(self._make)
+        self._start()
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Return scores [1, vocabulary], of forbidden tokens -inf. Raises GrammarError if the grammar can't go on."""
-        return _masked(scores, self._mask.result())
+        return _masked(scores, self._taken())
 
     def advance(self, token: int) -> None:
         """Begin to make the mask of the token after ``token``, which does not end the sequence."""
-        self._mask = self._executor.submit(self._make, token)
+        self._start(token)
 
     @property
     def is_complete(self) -> bool:
         """Whether no text can follow the token that was chosen last."""
         self._mask.exception()  # waits
         return self._matcher.is_complete
+
+    def _start(self, token: int | None = None) -> None:
+        self._task = partial(self._make, token)
+        self._mask = self._executor.submit(self._task)
+
+    def _taken(self) -> Tensor:
+        """Return the mask. It is made here if the executor has not begun it: other processes may use all CPUs."""
+        return self._task() if self._mask.cancel() else self._mask.result()
 
     def _make(self, token: int | None = None) -> Tensor:
         if token is not None:
