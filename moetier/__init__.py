@@ -4,6 +4,7 @@ The public names are imported when they are first used, so that ``import moetier
 
     load(DIR, ram=..., device_memory=..., device=...)  -> (model, tokenizer)
     Engine.of(model, most=...)                         computes several requests at a time: Request(ids, max_new_tokens)
+    GrammarCompiler(tokenizer).compile(Grammar...)     what an answer may be: a JSON schema, a regular expression, Lark
     register(ram=..., exact=..., daemon=...)           afterwards plain from_pretrained(DIR) works
 
 The subpackages in this folder are links to the folders proto, tiers, runtime and tools beside it, where the code is:
@@ -20,7 +21,10 @@ from .tiers.exports import exports
 
 if TYPE_CHECKING:
     __version__: str
+    from .runtime.engine.constraint import GrammarProcessor as GrammarProcessor
     from .runtime.engine.engine import Engine as Engine
+    from .runtime.engine.grammar import Grammar as Grammar
+    from .runtime.engine.grammar import GrammarCompiler as GrammarCompiler
     from .runtime.engine.sequence import Request as Request
     from .runtime.model.load import load as load
     from .runtime.model.register import register as register
@@ -32,6 +36,9 @@ _exported = exports(
     __name__,
     {
         "Engine": "runtime.engine.engine",
+        "Grammar": "runtime.engine.grammar",
+        "GrammarCompiler": "runtime.engine.grammar",
+        "GrammarProcessor": "runtime.engine.constraint",
         "MoetierError": "tiers.errors",
         "Request": "runtime.engine.sequence",
         "load": "runtime.model.load",
@@ -39,7 +46,17 @@ _exported = exports(
     },
 )
 
-__all__ = ["Engine", "MoetierError", "Request", "__version__", "load", "register"]
+__all__ = [
+    "Engine",
+    "Grammar",
+    "GrammarCompiler",
+    "GrammarProcessor",
+    "MoetierError",
+    "Request",
+    "__version__",
+    "load",
+    "register",
+]
 
 
 def __getattr__(name: str) -> object:

@@ -39,6 +39,8 @@ All threads that moetier starts, by their names, which for several threads end i
         moetier-metrics     answers requests for metrics (``daemon.metrics``)
     commands
         moetier-engine      computes the steps of all sequences (``engine.engine``)
+        moetier-masks       makes the masks of grammars (``engine.engine``)
+        moetier-grammar     compiles a grammar (``engine.grammar``)
         moetier-watch       queries a daemon (``tools.top.watch``)
         moetier-convert     encodes records (``tools.convert.encoder``)
         moetier-download    downloads the next file of a checkpoint (``tools.convert.streaming``)
@@ -95,9 +97,11 @@ are taken, and the rule for the fields.
     commands
         Merging._turn           the merging of parameters, by one thread at a time (``checkpoint.recipe``)
         Engine._changed         the engine's sequences (``engine.engine``)
+        GrammarCompiler._making the making of llguidance's tokenizer (``engine.grammar``)
+        grammar._stack_size     the size of the stacks of new threads (``engine.grammar``)
         Answer._lock            the end of an answer (``tools.serve.answers``)
         Turns._lock             sampled tokens of answers (``tools.serve.replay``)
         Tally._lock             counts of answers (``tools.serve.metrics``)
-        UnknownFields._lock     names of fields that were logged (``tools.serve.request``)
+        UnknownFields._lock     names of fields that were logged (``tools.serve.protocols.body``)
         Watch._changed          what the user has set (``tools.top.watch``)
 """

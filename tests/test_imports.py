@@ -61,6 +61,7 @@ HOMES = {
     "uvicorn": {"tools.serve"},
     "pydantic": {"tools.serve"},
     "pydantic_core": {"tools.serve"},
+    "llguidance": {"runtime.engine"},
     "prometheus_client": {"runtime.daemon", "tools.serve"},
     "llvmlite": {"runtime.kernels"},
     "obstore": {"tiers.objects.client", "tiers.objects.aws_profile"},
@@ -168,7 +169,10 @@ def test_public_names_are_what_is_said() -> None:
     assert (
         sorted(moetier.__all__)
         == dir(moetier)
-        == ["Engine", "MoetierError", "Request", "__version__", "load", "register"]
+        == [
+            *("Engine", "Grammar", "GrammarCompiler", "GrammarProcessor", "MoetierError", "Request"),
+            *("__version__", "load", "register"),
+        ]
     )
     for name in moetier.__all__:
         assert getattr(moetier, name) is not None

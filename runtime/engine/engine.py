@@ -8,6 +8,7 @@ import logging
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -106,6 +107,7 @@ class Engine:
         self._beside: set[Sequence] = set()  # sequences of the long tasks that are being computed
         self._next_turn = 0.0  # time at which other sequences are computed beside them
         self._samplers: dict[Sequence, Sampler] = {}
+        self._masks = ThreadPoolExecutor(1, "moetier-masks")
         self._changed = threading.Condition()  # guards: ``_arrived``, ``_is_closed``, ``_failure``
         self._arrived: list[Sequence] = []
         self._is_closed = False
@@ -216,6 +218,7 @@ class Engine:
             self._is_closed = True
             self._changed.notify()
         self._thread.join()
+        self._masks.shutdown(cancel_futures=True)
 
     def step(self) -> None:
         """Compute one step: choose tasks, run them, and append a token to each sequence that is complete."""
@@ -268,7 +271,8 @@ class Engine:
         """Return whether a sequence has a sampler, and make it one. A sequence that can't have one ends."""
         if sequence not in self._samplers:
             try:
-                self._samplers[sequence] = self._runner.sampler(sequence)
+                sampler = self._samplers[sequence] = self._runner.sampler(sequence)
+                sampler.begin(self._masks)
             except Exception as error:
                 self._fail(sequence, error)
                 return False
@@ -331,7 +335,7 @@ class Engine:
         sampler = self._samplers[sequence]
         sampled = sampler(logits)
         sequence.append(sampled)
-        if sampled.token in sampler.ends:
+        if sampler.is_last(sampled.token):
             self._end(sequence, Finish.END)
         elif sequence.new_tokens == sequence.request.max_new_tokens or len(sequence.ids) == self.context:
             self._end(sequence, Finish.LENGTH)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as ManyOf
+from concurrent.futures import Executor
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from moetier.runtime.generation.decoding import ONE_SEQUENCE, behind
 
+from .constraint import Constraint
 from .sequence import Sampled, Sequence
 
 TOKENS = 256  # memory is allocated for a multiple of this many token ids
@@ -27,6 +29,7 @@ class Sampler:
         samples: bool = False,
         seed: int | None = None,
         ends: frozenset[int] = frozenset(),
+        constraint: Constraint | None = None,
         logprobs: int | None = None,
     ) -> None:
         """Continue ``ids``.
@@ -37,9 +40,11 @@ class Sampler:
             samples: whether to sample; otherwise the most likely token is chosen.
             seed: of the random numbers; None: another one each time.
             ends: token ids that end the sequence.
+            constraint: one of the processors, for a request with a grammar.
             logprobs: number of most likely tokens whose log probabilities come with a token; None: not even its own.
         """
         self.ends = ends
+        self._constraint = constraint
         self._ids = torch.empty((1, -(-(len(ids) + 1) // TOKENS) * TOKENS), dtype=torch.int64)
         self._ids[0, : len(ids)] = torch.tensor(ids)
         self._length = len(ids)
@@ -49,8 +54,22 @@ class Sampler:
         if self._random is not None:
             self._random.seed() if seed is None else self._random.manual_seed(seed)
 
+    def begin(self, executor: Executor) -> None:
+        """Let ``executor`` make the masks of a grammar."""
+        if self._constraint is not None:
+            self._constraint.begin(self.ends, executor)
+
+    def is_last(self, token: int) -> bool:
+        """Return whether ``token``, which was chosen last, ends the sequence."""
+        if self.ends or self._constraint is None:
+            return token in self.ends
+        return self._constraint.is_complete
+
     def __call__(self, logits: Tensor) -> Sampled:
-        """Return the next token, chosen by its logits [vocabulary], and append it to the ids."""
+        """Return the next token, chosen by its logits [vocabulary], and append it to the ids.
+
+        Raises GrammarError if the grammar of the request allows none.
+        """
         scores = self._processors(self._ids[:, : self._length], logits.to("cpu", torch.float32, copy=True)[None])
         if self._random is None:
             token = int(scores.argmax())
@@ -60,6 +79,8 @@ class Sampler:
             self._ids = torch.nn.functional.pad(self._ids, (0, self._length))
         self._ids[0, self._length] = token
         self._length += 1
+        if self._constraint is not None and token not in self.ends:
+            self._constraint.advance(token)
         return Sampled(token) if self._logprobs is None else scored(logits[None], [token], self._logprobs)[0]
 
 
@@ -88,6 +109,10 @@ def prepared(model: Any, sequence: Sequence) -> tuple[dict[str, Any], Sampler]:
 
     ids = torch.tensor([sequence.ids], device=model.device)
     decoding = behind(len(sequence.request.ids), {**sequence.request.decoding, **ONE_SEQUENCE})
+    grammar = sequence.request.grammar
+    constraint = None if grammar is None else Constraint(grammar)
+    if constraint is not None:  # it comes before samplers such as top_k, which would leave tokens that it forbids
+        decoding["logits_processor"] = [*decoding.get("logits_processor", ()), constraint]
     most = max(1, sequence.request.max_new_tokens - sequence.new_tokens)
     model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=most, custom_generate=take, **decoding)
     config, processors = inputs.pop("generation_config"), inputs.pop("logits_processor")
@@ -99,6 +124,7 @@ def prepared(model: Any, sequence: Sequence) -> tuple[dict[str, Any], Sampler]:
         samples=config.do_sample,
         seed=sequence.request.seed,
         ends=frozenset(ends if isinstance(ends, list) else [ends]) - {None},
+        constraint=constraint,
         logprobs=sequence.request.logprobs,
     )
     return inputs, sampler

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from .grammar import CompiledGrammar
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -20,6 +22,7 @@ class Request:
             ``logit_bias``: what is added to the scores of tokens, by id.
         seed: of the random numbers; None: another one each time.
         user: requests of different users share no keys and values.
+        grammar: what the answer may be, compiled for the model's tokenizer.
         logprobs: number of most likely tokens whose log probabilities come with each new token; None: not even its own.
         scores_prompt: whether to give log probabilities of the prompt's tokens, too. All of it is then computed.
     """
@@ -29,6 +32,7 @@ class Request:
     decoding: Mapping[str, Any] = field(default_factory=dict)
     seed: int | None = None
     user: str = ""
+    grammar: CompiledGrammar | None = None
     logprobs: int | None = None
     scores_prompt: bool = False
 

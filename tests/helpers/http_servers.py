@@ -48,6 +48,7 @@ def answering(
 
     pages = parallel * -(-context // 64)
     with Engine(ModelRunner(model, pages), pages=pages, most=parallel, chunk=chunk, context=context) as engine:
+        engine._masks.submit(int).result()  # its thread is there now
         yield AnswerService(model, tokenizer, engine, keys)
 
 

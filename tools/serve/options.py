@@ -14,7 +14,7 @@ from moetier.tools.cli.arguments import add_prefill_argument, add_speculation_ar
 from .keys import KEY
 
 QUEUE = Number(int, 0, MOST, "Give 0 or more; with 0, a request that can't be computed at once is refused.")
-NEEDED = ("starlette", "uvicorn", "pydantic", "prometheus_client")
+NEEDED = ("starlette", "uvicorn", "pydantic", "prometheus_client", "llguidance")
 
 
 def add_serving_arguments(parser: argparse.ArgumentParser) -> None:

@@ -26,7 +26,7 @@ class AnswerForm:
 
     def __init__(self, template: ResponseTemplate, special: Mapping[int, str]) -> None:
         """``special`` has the text of each special token of the tokenizer, by id."""
-        self._template = template
+        self.template = template
         self._textual = dataclasses.replace(
             template, fields={name: field for name, field in template.fields.items() if name != CALLS}
         )
@@ -36,12 +36,12 @@ class AnswerForm:
         self.special = special
         self.unmarked = frozenset(number for number, text in special.items() if text not in literal)
 
-    def parser(self, prefill: str, tools: Sequence[Any] | None) -> AnswerParser:
+    def parser(self, prefill: str, tools: Sequence[Any] | None, *, is_formed: bool = False) -> AnswerParser:
         """Return a parser for one answer, whose beginning ``prefill`` is the end of the prompt.
 
-        Without ``tools``, tool calls stay part of the text.
+        Without ``tools``, tool calls stay part of the text. If the text ``is_formed``, no mark is in it.
         """
-        return AnswerParser(self, self._template if tools else self._textual, prefill, tools)
+        return AnswerParser(self, self.template if tools else self._textual, prefill, tools, is_formed=is_formed)
 
 
 def form_of(model: Any, tokenizer: Any) -> AnswerForm | None:
@@ -65,11 +65,21 @@ class AnswerParser:
     that began the call. The parts depend on the answer's text alone, not on the pieces in which it comes.
     """
 
-    def __init__(self, form: AnswerForm, template: ResponseTemplate, prefill: str, tools: Sequence[Any] | None) -> None:
+    def __init__(
+        self,
+        form: AnswerForm,
+        template: ResponseTemplate,
+        prefill: str,
+        tools: Sequence[Any] | None,
+        *,
+        is_formed: bool = False,
+    ) -> None:
         self._parser: ResponseParser | None = _begun(template, prefill, list(tools or ()))
         self._form = form
         self._template = template
+        self._is_formed = is_formed
         self._start = len(parsed_text(self._parser))  # place in the parser's text where the rest would begin
+        self.region = parsed_field(self._parser)  # field that the prompt has begun
 
     @property
     def skipped(self) -> Container[int]:
@@ -90,6 +100,9 @@ class AnswerParser:
             else:
                 if parsed_field(self._parser) != CALLS:
                     self._start = parsed_length(self._parser)
+                if self._is_formed and any(type(part) is str and part.strip() for part in parts):
+                    parts.append(self._unparsed)
+                    self._parser = None
         return [part for _, like in itertools.groupby(parts, type) for part in _joined(like)]
 
     def finish(self) -> list[Any]:

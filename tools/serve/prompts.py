@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from moetier.runtime.engine.grammar import CompiledGrammar
 from moetier.runtime.engine.sequence import Finish, Request
 from moetier.runtime.generation.conversation import PLAIN_STOP, PLAIN_TEMPLATE
 from moetier.runtime.generation.decoding import BIASES, penalties_of, sampling_of
@@ -15,6 +16,7 @@ from moetier.runtime.model.context import counted, first_ids, longest_context
 from moetier.runtime.model.vocabulary import embeddings_of, unknown_token
 
 from .answers import Answer, Job
+from .constraints import Constraints
 from .parsing import AnswerParser, form_of
 from .protocols.events import Answered
 from .protocols.query import ChatPrompt, Prompt, Query
@@ -41,6 +43,7 @@ class Prompts:
         self._most_new = max(NEW_TOKENS, model.generation_config.max_new_tokens or 0)
         self._vocabulary = min(embeddings_of(model), model.config.get_text_config(decoder=True).vocab_size)
         self._form = form_of(model, tokenizer)
+        self._constraints = Constraints(tokenizer, None if self._form is None else self._form.template)
         self._is_plain = not tokenizer.chat_template
         self._switches = [name for name in SWITCHES if has_variable(tokenizer.chat_template, name)]
         self._has_developer = "developer" in str(tokenizer.chat_template)
@@ -89,6 +92,7 @@ class Prompts:
             max(1, min(self._most_new if query.max_tokens is None else query.max_tokens, self._context - len(ids))),
             {**sampling_of(query.sampling), **penalties_of(query.sampling), **biases},
             user=user,
+            grammar=self._grammar(query, chat, text),
             logprobs=query.logprobs,
             scores_prompt=scores,
         )
@@ -97,7 +101,7 @@ class Prompts:
                 request if query.seed is None else replace(request, seed=query.seed + number),
                 stop=query.stop,
                 ends=(PLAIN_STOP,) if chat and self._is_plain else (),
-                parser=None if chat is None else self._parser(chat, text),
+                parser=None if chat is None else self._parser(chat, text, is_formed=query.form is not None),
                 one_call=query.one_call,
                 prompt=text or self._tokenizer.decode(ids) if query.echo else text,
                 chat=chat,
@@ -106,6 +110,14 @@ class Prompts:
             )
             for number in range(query.choices)
         ]
+
+    def _grammar(self, query: Query, chat: ChatPrompt | None, text: str) -> CompiledGrammar | None:
+        """Return what the answer to the prompt ``text`` must be. Raises Refusal if that can't be compiled."""
+        if chat is None:
+            return self._constraints.of_text(query.form)
+        parser = self._parser(chat, text, is_formed=False)
+        region = None if parser is None else parser.region
+        return self._constraints.of_dialogue(chat, query.form, one_call=query.one_call, region=region)
 
     def _read(self, prompt: Prompt, user: str) -> tuple[str, list[int]]:
         """Return the text and the token ids of a prompt. Raises Refusal if the chat template refuses it."""
@@ -187,14 +199,14 @@ class Prompts:
             raise Refusal(400, message, param="messages") from None
         return text
 
-    def _parser(self, chat: ChatPrompt, text: str) -> AnswerParser | None:
+    def _parser(self, chat: ChatPrompt, text: str, *, is_formed: bool) -> AnswerParser | None:
         """Return a parser for the answer to the prompt ``text``; None if all of the answer is text."""
         if self._form is None:
             return None
         # only what the template adds to the messages may open a region: messages may have marks, too
         messages = self._rendered(chat, chat.tools, begins_answer=False)
         prefill = text.removeprefix(messages) if text.startswith(messages) else ""
-        return self._form.parser(prefill, chat.tools)
+        return self._form.parser(prefill, chat.tools, is_formed=is_formed)
 
     def _plain(self, message: Mapping[str, Any]) -> dict[str, Any]:
         """Return a message as chat templates take it: one text is its content, and it has only fields they know."""

@@ -9,7 +9,7 @@ from toy_runner import WrittenPages
 
 from moetier.runtime.engine.kv_cache import KVCache
 from moetier.runtime.engine.scheduler import Scheduler
-from moetier.runtime.engine.sequence import Request, Sequence
+from moetier.runtime.engine.sequence import Request, Sampled, Sequence
 from moetier.runtime.kernels.layer.paged_cache import PAGE_TOKENS
 
 
@@ -34,7 +34,7 @@ def step(scheduler: Scheduler, *, samples: bool = True) -> tuple[dict[Sequence, 
     for task in tasks:
         scheduler.computed(task)
         if samples and not task.sequence.remaining:
-            task.sequence.append(1)
+            task.sequence.append(Sampled(1))
     return {task.sequence: task.tokens for task in tasks}, stopped
 
 
@@ -92,7 +92,7 @@ def test_sequences_that_are_computed_keep_their_pages() -> None:
     of_first, of_second = scheduler.schedule()[0]
     assert (of_first.sequence, of_second.sequence) == (first, second)
     scheduler.computed(of_first)
-    first.append(1)
+    first.append(Sampled(1))
     assert scheduler.schedule({second}) == ([], [first]), "the one that began last would have to wait otherwise"
 
 

@@ -19,7 +19,7 @@ from .events import Answered, Call, End, Events, ScoredToken, Text
 from .openai_body import MOST_TOP, OpenAIBody
 from .openai_chunks import REASONS, Chunks, object_of, total, usage_of
 from .protocol import Protocol, Reply
-from .query import ChatPrompt, Query
+from .query import ChatPrompt, Query, must_call
 from .refusal import Refusal
 
 Effort = Annotated[str, Field(max_length=32)]
@@ -111,6 +111,19 @@ class Message(Open):
     tool_call_id: str | None = None
 
 
+class NamedFunction(Open):
+    """Name of a function."""
+
+    name: str
+
+
+class NamedTool(Open):
+    """Function that the answer must call."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
 class Switch(Open):
     """Whether to reason, as several servers have it."""
 
@@ -133,7 +146,7 @@ class ChatBody(OpenAIBody):
     messages: Annotated[list[Message], FailFast()] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1, le=MOST_TOKENS)
     tools: Annotated[list[Tool] | None, FailFast()] = None
-    tool_choice: Literal["auto", "none"] | None = None
+    tool_choice: Literal["auto", "none", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MOST_TOP)
@@ -148,10 +161,12 @@ class ChatBody(OpenAIBody):
         if self.top_logprobs and not self.logprobs:
             raise Refusal(400, "top_logprobs: it needs logprobs, which is not true.", param="top_logprobs")
         given = self.model_dump(include={"messages", "tools"}, exclude_none=True)
+        named = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
         effort = self.reasoning_effort or (self.reasoning.effort if self.reasoning else None)
         chat = ChatPrompt(
             given["messages"],
             None if self.tool_choice == "none" else given.get("tools"),
+            must_call(self.tool_choice == "required", named, [tool.function.name for tool in self.tools or ()]),
             self.chat_template_kwargs or {},
             effort=effort,
             reasons=self._reasons(effort),
@@ -159,7 +174,7 @@ class ChatBody(OpenAIBody):
         return self.query_of(
             [chat],
             max_tokens=self.max_completion_tokens or self.max_tokens,
-            one_call=self.parallel_tool_calls is False,
+            one_call=self.parallel_tool_calls is False or named is not None,
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
         )
 

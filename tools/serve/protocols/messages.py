@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Discriminator, FailFast, Field, Tag
 from .body import MOST_TOKENS, NotEmpty, Open, QueryBody
 from .events import Answered, Call, End, Events, Reason, Text, Usage, without_blank
 from .protocol import Protocol, Reply, event
-from .query import ChatPrompt, Query
+from .query import AnswerFormat, ChatPrompt, Query, must_call
 from .refusal import MESSAGES, Refusal
 
 SIGNATURE = "moetier"  # of thinking blocks; clients only send it back
@@ -107,9 +107,10 @@ class ClientTool(Open):
 
 
 class ToolChoice(Open):
-    """Whether the model may call tools."""
+    """Whether the model may or must call tools, and which one."""
 
-    type: Literal["auto", "none"]
+    type: Literal["auto", "none", "any", "tool"]
+    name: str | None = None
     disable_parallel_tool_use: bool | None = None
 
 
@@ -119,11 +120,18 @@ class Thinking(Open):
     type: Literal["enabled", "disabled", "adaptive"]
 
 
+class OutputFormat(Open):
+    """Form of an answer's text."""
+
+    type: Literal["json_schema"]
+    definition: dict[str, Any] | bool = Field(alias="schema")
+
+
 class OutputConfig(Open):
-    """How much effort an answer is worth."""
+    """How much effort an answer is worth, and the form of its text."""
 
     effort: Annotated[str, Field(max_length=32)] | None = None
-    format: None = None
+    format: OutputFormat | None = None
 
 
 class CountBody(QueryBody):
@@ -148,14 +156,22 @@ class CountBody(QueryBody):
         if self.messages[-1].role == "assistant":
             message = "messages: the last message must not be one of the assistant: an answer can't be begun for it."
             raise Refusal(400, message, param="messages")
-        choice = self.tool_choice or ToolChoice(type="auto")
+        choice, config = self.tool_choice or ToolChoice(type="auto"), self.output_config or OutputConfig()
+        named = (choice.name or "") if choice.type == "tool" else None
         chat = ChatPrompt(
             [*self._chat()],
             None if choice.type == "none" or not self.tools else [_function(tool) for tool in self.tools],
-            effort=None if self.output_config is None else self.output_config.effort,
+            must_call(choice.type == "any", named, [tool.name for tool in self.tools or ()]),
+            effort=config.effort,
             reasons=self.thinking is not None and self.thinking.type != "disabled",
         )
-        return Query(prompts=[chat], one_call=bool(choice.disable_parallel_tool_use))
+        return Query(
+            prompts=[chat],
+            one_call=bool(choice.disable_parallel_tool_use) or named is not None,
+            form=None
+            if config.format is None
+            else AnswerFormat.of_json(config.format.definition, None, "output_config"),
+        )
 
     def _chat(self) -> Iterator[dict[str, Any]]:
         """Yield the messages in the form of chat completions. Texts of the user that follow each other are one."""
@@ -185,6 +201,7 @@ class MessagesBody(CountBody):
             seed=self.seed,
             stop=self.stop_sequences or (),
             one_call=asked.one_call,
+            form=asked.form,
         )
 
 

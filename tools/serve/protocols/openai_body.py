@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, Field
 
+from .answer_formats import ResponseFormat, StructuredOutputs, format_of
 from .body import MOST_TOKENS, NotEmpty, Open, QueryBody, as_list
 from .query import Prompt, Query
 
@@ -33,7 +34,6 @@ class OpenAIBody(QueryBody):
     )  # fmt: skip
     neutral: ClassVar[dict[str, Any]] = {
         "best_of": 1,
-        "response_format": {"type": "text"},
         "modalities": ["text"],
         "min_tokens": 0,
         "ignore_eos": False,
@@ -44,11 +44,13 @@ class OpenAIBody(QueryBody):
         "add_generation_prompt", "chat_template", "continue_final_message", "documents", "allowed_token_ids",
         "bad_words", "stop_token_ids", "skip_special_tokens", "include_stop_str_in_output", "format", "grammar",
         "guided_choice", "guided_grammar", "guided_json", "guided_regex", "json_schema", "regex", "ebnf",
-        "structured_outputs", "length_penalty", "mirostat", "repeat_penalty", "tfs_z", "top_a", "top_n_sigma",
+        "length_penalty", "mirostat", "repeat_penalty", "tfs_z", "top_a", "top_n_sigma",
         "typical_p", "xtc_probability", "dry_multiplier", "dynatemp_range", "samplers", "n_predict", "num_predict",
         "num_ctx", "options", "n_probs", "prompt_logprobs", "truncate_prompt_tokens", "lora",
     })  # fmt: skip
 
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     max_tokens: int | None = Field(None, ge=1, le=MOST_TOKENS)
     n: int | None = Field(None, ge=1, le=MOST_CHOICES)
     logit_bias: Annotated[dict[TokenId, Bias], Field(max_length=MOST_BIASES)] | None = None
@@ -73,5 +75,6 @@ class OpenAIBody(QueryBody):
             biases=self.logit_bias or {},
             seed=self.seed,
             stop=self.stop or (),
+            form=format_of(self.response_format, self.structured_outputs),
             **more,
         )

@@ -145,7 +145,7 @@ def _response(reply: Reply, items: Sequence[dict[str, Any]], end: End | None) ->
     body = reply.body
     assert isinstance(body, ResponsesBody)
     is_cut = end is not None and end.reason is Reason.LENGTH
-    given = body.model_dump(include={"tools", "reasoning", "text"}, exclude_none=True)
+    given = body.model_dump(include={"tools", "reasoning", "text", "tool_choice"}, exclude_none=True, by_alias=True)
     return {
         "id": f"resp_{reply.id}",
         "object": "response",
@@ -164,7 +164,7 @@ def _response(reply: Reply, items: Sequence[dict[str, Any]], end: End | None) ->
         "store": False,
         "temperature": body.temperature,
         "text": {"format": {"type": "text"}} | given.get("text", {}),
-        "tool_choice": body.tool_choice or "auto",
+        "tool_choice": given.get("tool_choice", "auto"),
         "tools": given.get("tools", []),
         "top_p": body.top_p,
         "truncation": "disabled",

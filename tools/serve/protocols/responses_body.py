@@ -8,12 +8,13 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Discriminator, FailFast, Field, Tag
+from pydantic import BeforeValidator, Discriminator, FailFast, Field, Tag, model_validator
 from pydantic import ValidationInfo as Info
+from pydantic_core import PydanticCustomError
 
 from .body import MOST_TOKENS, Open, QueryBody, arguments_of
 from .bounded_json import BoundedJson
-from .query import ChatPrompt, Query
+from .query import AnswerFormat, ChatPrompt, Query, must_call
 from .refusal import Refusal
 
 HOSTED = ("web_search", "image_generation", "tool_search")  # tools that OpenAI runs; the model is not offered them
@@ -130,7 +131,22 @@ class ReasoningConfig(Open):
 class TextFormat(Open):
     """Form of an answer."""
 
-    type: Literal["text"]
+    type: Literal["text", "json_object", "json_schema"]
+    definition: dict[str, Any] | bool | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+    @model_validator(mode="after")
+    def _has_schema(self) -> TextFormat:
+        if (self.type == "json_schema") != (self.definition is not None):
+            raise PydanticCustomError("schema", "a format has a schema if it is json_schema, and only then")
+        return self
+
+
+class NamedFunction(Open):
+    """Function that the answer must call."""
+
+    type: Literal["function"]
+    name: str
 
 
 class TextConfig(Open):
@@ -156,7 +172,7 @@ class ResponsesBody(QueryBody):
     instructions: str | None = None
     max_output_tokens: int | None = Field(None, ge=1, le=MOST_TOKENS)
     tools: Annotated[list[ResponsesTool] | None, FailFast(), BeforeValidator(_without_hosted)] = None
-    tool_choice: Literal["auto", "none"] | None = None
+    tool_choice: Literal["auto", "none", "required"] | NamedFunction | None = None
     parallel_tool_calls: bool | None = None
     reasoning: ReasoningConfig | None = None
     text: TextConfig | None = None
@@ -172,9 +188,11 @@ class ResponsesBody(QueryBody):
                 message = f"{name}: this server keeps no responses. Send the whole conversation as the input."
                 raise Refusal(400, message, param=name)
         effort = None if self.reasoning is None else self.reasoning.effort
+        named = self.tool_choice.name if isinstance(self.tool_choice, NamedFunction) else None
         chat = ChatPrompt(
             [*self._chat()],
             None if self.tool_choice == "none" or not self.tools else [_function(tool) for tool in self.tools],
+            must_call(self.tool_choice == "required", named, [tool.name for tool in self.tools or ()]),
             effort=effort,
             reasons=False if effort == "none" else None,
         )
@@ -183,8 +201,16 @@ class ResponsesBody(QueryBody):
             max_tokens=self.max_output_tokens,
             sampling=self.sampling_options,
             seed=self.seed,
-            one_call=self.parallel_tool_calls is False,
+            one_call=self.parallel_tool_calls is False or named is not None,
+            form=self._form,
         )
+
+    @property
+    def _form(self) -> AnswerFormat | None:
+        asked = None if self.text is None else self.text.format
+        if asked is None or asked.type == "text":
+            return None
+        return AnswerFormat.of_json(asked.definition, asked.strict, "text")
 
     def _chat(self) -> Iterator[dict[str, Any]]:
         """Yield the input in the form of chat completions.

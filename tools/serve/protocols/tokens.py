@@ -30,7 +30,7 @@ class TokenizeBody(Body):
         if self.prompt is not None:
             return self.prompt
         given = self.model_dump(include={"messages", "tools"}, exclude_none=True)
-        return ChatPrompt(given["messages"], given.get("tools"), self.chat_template_kwargs or {})
+        return ChatPrompt(given["messages"], given.get("tools"), variables=self.chat_template_kwargs or {})
 
 
 class DetokenizeBody(Body):

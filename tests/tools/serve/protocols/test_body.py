@@ -53,23 +53,13 @@ ROLES = "'system', 'developer', 'user', 'assistant' or 'tool'"
         ({"messages": [USER], "stop": ["a", ""]}, "stop[1]: String should have at least 1 character.", "stop"),
         ({"messages": [USER], "stop": [1]}, "stop[0]: Input should be a valid string.", "stop"),
         (
-            {"messages": [USER], "response_format": {"type": "json_object"}},
-            'response_format: only {"type": "text"} is supported.',
+            {"messages": [USER], "response_format": {"type": "json_schema"}},
+            "response_format: json_schema is missing.",
             "response_format",
         ),
         ({"messages": [USER], "audio": {}}, "audio: this field is not supported.", "audio"),
         ({"messages": [USER], "zzz": 1, "grammar": ""}, "grammar: this field is not supported.", "grammar"),
         ({"messages": [USER], "modalities": ["audio"]}, 'modalities: only ["text"] is supported.', "modalities"),
-        (
-            {"messages": [USER], "tool_choice": "required"},
-            "tool_choice: Input should be 'auto' or 'none'.",
-            "tool_choice",
-        ),
-        (
-            {"messages": [USER], "tool_choice": {"type": "function", "function": {"name": "f"}}},
-            "tool_choice: Input should be 'auto' or 'none'.",
-            "tool_choice",
-        ),
     ],
 )
 def test_what_can_not_be_is_named_where_it_stands(body: dict[str, Any], said: str, param: str) -> None:

@@ -131,7 +131,7 @@ def test_what_agents_send_is_taken() -> None:
             "input[0].function_call.arguments: it must be a string that holds a JSON object.",
         ),
         ({"tools": [{"type": "custom", "name": "x"}]}, "tools[0].type: Input should be 'function'."),
-        ({"text": {"format": {"type": "json_schema"}}}, "text.format.type: Input should be 'text'."),
+        ({"text": {"format": {"type": "json_schema"}}}, "text.format: a format has a schema if it is json_schema"),
         ({"max_output_tokens": 0}, "max_output_tokens: Input should be greater"),
     ],
 )

@@ -1,0 +1,306 @@
+"""Answers are what their grammars say, in any company and at any temperature."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("llguidance", reason='pip install ".[serve]"')
+
+import moetier
+from moetier.runtime.engine import grammar as grammars
+from moetier.runtime.engine.constraint import GrammarProcessor
+from moetier.runtime.engine.engine import Engine
+from moetier.runtime.engine.grammar import CompiledGrammar, Grammar, GrammarCompiler, GrammarError
+from moetier.runtime.engine.sequence import Finish, Request
+from moetier.tiers.errors import ConfigError
+
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 20},
+        "age": {"type": "integer", "minimum": 0, "maximum": 150},
+        "tags": {"type": "array", "items": {"enum": ["a", "b"]}, "maxItems": 3},
+    },
+    "required": ["name", "age", "tags"],
+    "additionalProperties": False,
+}
+CODE = r"(ja|nein/no)[0-9]{2,4}"
+NESTED = 'start: "(" (start ",")? /[a-z]{1,5}/ ")"'
+SAMPLED = {"do_sample": True, "temperature": 1.0, "top_k": 20, "top_p": 0.9}
+
+
+@pytest.fixture(scope="module")
+def loaded(tinymix_4bit: Path) -> Iterator[tuple[Any, Any]]:
+    model, tokenizer = moetier.load(tinymix_4bit, ram="100%")
+    yield model, tokenizer
+    model.tiers.close()
+
+
+@pytest.fixture(scope="module")
+def compiler(loaded: tuple[Any, Any]) -> GrammarCompiler:
+    return GrammarCompiler(loaded[1])
+
+
+def is_person(text: str) -> bool:
+    value = json.loads(text)
+    return (
+        [*value] == ["name", "age", "tags"]
+        and isinstance(value["name"], str)
+        and len(value["name"]) <= 20
+        and value["age"] in range(151)
+        and {*value["tags"]} <= {"a", "b"}
+        and len(value["tags"]) <= 3
+    )
+
+
+def test_answers_are_as_their_grammars_say_and_company_changes_none(
+    loaded: tuple[Any, Any], compiler: GrammarCompiler
+) -> None:
+    model, tokenizer = loaded
+    ids = tuple(tokenizer("Chi era don Abbondio?")["input_ids"])
+    kinds = {
+        "schema": compiler.compile(Grammar.json_schema(PERSON)),
+        "regex": compiler.compile(Grammar.regex(CODE)),
+        "lark": compiler.compile(Grammar.lark(NESTED)),
+        "none": None,
+    }
+    asked = [
+        (kind, Request(ids, 200 if grammar else 20, SAMPLED, seed=seed, grammar=grammar))
+        for seed in range(2)
+        for kind, grammar in kinds.items()
+    ]
+    with Engine.of(model, most=4) as engine:
+        streams = [engine.stream(request) for _, request in asked]
+        answers = [[*stream] for stream in streams]
+        alone = [[*engine.stream(request)] for _, request in asked]
+    assert answers == alone
+    for (kind, request), stream, answer in zip(asked, streams, answers, strict=True):
+        if request.grammar is None:
+            continue
+        assert (stream.sequence.finish, answer[-1]) == (Finish.END, tokenizer.eos_token_id)
+        text = tokenizer.decode(answer[:-1])
+        match kind:
+            case "schema":
+                assert is_person(text)
+            case "regex":
+                assert re.fullmatch(CODE, text)
+            case _:
+                assert re.fullmatch(r"(\()+[a-z]{1,5}\)(,[a-z]{1,5}\))*", text)
+
+
+def test_generate_has_the_same_answer(loaded: tuple[Any, Any], compiler: GrammarCompiler) -> None:
+    model, tokenizer = loaded
+    grammar = compiler.compile(Grammar.json_schema(PERSON))
+    inputs = tokenizer("Chi era don Abbondio?", return_tensors="pt")
+    prompt = inputs["input_ids"][0].tolist()
+    with Engine.of(model) as engine:
+        answer = [*engine.stream(Request(tuple(prompt), 30, {"do_sample": False}, grammar=grammar))]
+    generated = model.generate(
+        **inputs, max_new_tokens=30, do_sample=False, logits_processor=[GrammarProcessor(grammar)]
+    )
+    assert generated[0].tolist() == [*prompt, *answer]
+
+
+def test_rows_and_beams_of_generate(loaded: tuple[Any, Any], compiler: GrammarCompiler) -> None:
+    model, tokenizer = loaded
+    grammar = compiler.compile(Grammar.regex(CODE))
+    tokenizer.padding_side = "left"
+    inputs = tokenizer(["Chi era don Abbondio?", "Lucia"], return_tensors="pt", padding=True)
+    for options in {"num_beams": 3}, {"do_sample": True}:
+        torch.manual_seed(0)
+        rows = model.generate(**inputs, max_new_tokens=20, logits_processor=[GrammarProcessor(grammar)], **options)
+        for row in rows[:, inputs["input_ids"].shape[1] :]:
+            assert re.fullmatch(CODE, tokenizer.decode(row, skip_special_tokens=True))
+
+
+def walk(grammar: CompiledGrammar, seed: int, most: int, ends: frozenset[int]) -> list[int]:
+    """Return random tokens that a grammar allows."""
+    random_, matcher, tokens = random.Random(seed), grammar.matcher(), list[int]()
+    while len(tokens) < most:
+        allowed = (~matcher.forbidden(ends)).nonzero().flatten().tolist()
+        tokens.append(random_.choice(allowed))
+        if tokens[-1] in ends:
+            break
+        matcher.consume(tokens[-1])
+    return tokens
+
+
+def test_an_answer_that_is_cut_can_be_continued(loaded: tuple[Any, Any], compiler: GrammarCompiler) -> None:
+    _, tokenizer = loaded
+    grammar, ends = compiler.compile(Grammar.json_schema(PERSON)), frozenset({1})
+    special = {*tokenizer.all_special_ids}
+    for seed in range(20):
+        tokens = walk(grammar, seed, 300, ends)
+        assert tokens[-1] == 1
+        assert not special & {*tokens[:-1]}
+        assert is_person(tokenizer.decode(tokens[:-1]))
+        matcher = grammar.matcher()
+        for token in tokens[: len(tokens) // 2]:
+            matcher.consume(token)
+        assert not matcher.forbidden(ends).all()
+
+
+def test_a_complete_answer_ends_with_any_token_of_the_end(compiler: GrammarCompiler) -> None:
+    grammar = compiler.compile(Grammar.regex("a"))
+    for ends in frozenset({1}), frozenset({1, 77}):
+        matcher = grammar.matcher()
+        assert not {*ends} & {*(~matcher.forbidden(ends)).nonzero().flatten().tolist()}
+        matcher.consume(walk(grammar, 0, 1, ends)[0])
+        assert {*(~matcher.forbidden(ends)).nonzero().flatten().tolist()} == ends
+        assert matcher.is_complete
+
+
+def test_an_answer_without_a_token_of_the_end_ends(loaded: tuple[Any, Any], compiler: GrammarCompiler) -> None:
+    model, tokenizer = loaded
+    decoding = {"do_sample": False, "eos_token_id": None}
+    before, model.generation_config.eos_token_id = model.generation_config.eos_token_id, None
+    try:
+        with Engine.of(model) as engine:
+            stream = engine.stream(Request((5, 6), 50, decoding, grammar=compiler.compile(Grammar.regex("[a-c]{7}"))))
+            text = tokenizer.decode([*stream])
+    finally:
+        model.generation_config.eos_token_id = before
+    assert re.fullmatch("[a-c]{7}", text)
+    assert stream.sequence.finish is Finish.END
+
+
+def test_a_grammar_that_fails_ends_only_its_own_sequence(loaded: tuple[Any, Any], compiler: GrammarCompiler) -> None:
+    """The options of one request never allow the only token that its grammar does."""
+    model, _ = loaded
+    grammar = compiler.compile(Grammar.regex("a"))
+    letter = walk(grammar, 0, 1, frozenset())[0]
+    with Engine.of(model, most=3) as engine:
+        other = engine.stream(Request((5, 6), 40, {"do_sample": False}))
+        bad = [
+            engine.stream(Request((5, 6), 40, {"suppress_tokens": [letter], **options}, seed=1, grammar=grammar))
+            for options in ({"do_sample": False}, {"do_sample": True})
+        ]
+        for stream in bad:
+            with pytest.raises((GrammarError, RuntimeError)):
+                tuple(stream)
+            assert stream.sequence.finish is Finish.FAILED
+        assert len([*other]) > 0
+        assert other.sequence.finish in (Finish.END, Finish.LENGTH)
+        assert engine.is_alive
+
+
+def test_answers_that_are_cancelled_leave_the_others(loaded: tuple[Any, Any], compiler: GrammarCompiler) -> None:
+    model, tokenizer = loaded
+    grammar = compiler.compile(Grammar.json_schema(PERSON))
+    with Engine.of(model, most=4) as engine:
+        wanted = [*engine.stream(Request((5, 6), 200, SAMPLED, seed=3, grammar=grammar))]
+        kept = engine.stream(Request((5, 6), 200, SAMPLED, seed=3, grammar=grammar))
+        for seed in range(6):
+            stream = engine.stream(Request((5, 6, seed), 200, SAMPLED, seed=seed, grammar=grammar))
+            for count, _ in enumerate(stream):
+                if count == seed:
+                    break
+        assert [*kept] == wanted
+        assert is_person(tokenizer.decode(wanted[:-1]))
+
+
+def combinations(branches: int, parts: int) -> dict[str, Any]:
+    """A schema whose parts may be combined in ``branches`` to the power of ``parts`` ways."""
+    return {
+        "allOf": [
+            {
+                "anyOf": [
+                    {"type": "object", "properties": {f"{a}.{b}": {}}, "required": [f"{a}.{b}"]}
+                    for b in range(branches)
+                ]
+            }
+            for a in range(parts)
+        ]
+    }
+
+
+def chain(links: int, **more: Any) -> dict[str, Any]:
+    """A schema of references that lead to each other."""
+    defs: dict[str, Any] = {f"d{at}": {"$ref": f"#/$defs/d{at + 1}"} | more for at in range(links)}
+    return {"$defs": defs | {f"d{links}": {"type": "null"}}, "$ref": "#/$defs/d0"}
+
+
+@pytest.mark.parametrize(
+    ("grammar", "said"),
+    [
+        (Grammar.json_schema({"type": "strin"}), "Invalid type"),
+        (Grammar.json_schema({"not": {"type": "string"}}), 'Unimplemented keys: \\["not"\\]'),
+        (Grammar.json_schema(False), "not"),
+        (Grammar.json_schema({"$ref": "#/no"}), "does not exist"),
+        (Grammar.json_schema({"$ref": "https://example.com/schema"}), "not present"),
+        (Grammar.json_schema({"$ref": "#"}), "."),
+        (Grammar.json_schema({"type": "string", "pattern": "(?=a)b"}), "look-around|regex"),
+        (Grammar.json_schema({"allOf": [{"type": "string"}, {"type": "null"}]}), "Unsatisfiable"),
+        (Grammar.json_schema(combinations(10, 8)), "large"),
+        (Grammar.json_schema(combinations(5, 5)), "too big"),
+        (Grammar.json_schema(chain(6000)), "more than 5,000 JSON objects"),
+        (Grammar.json_schema({"type": "integer", "multipleOf": 999_983}), "remainders"),
+        (Grammar.json_schema({"multipleOf": 0.000030517578125}), "remainders"),
+        (Grammar.json_schema({"allOf": [{"multipleOf": 997}, {"multipleOf": 991}]}), "remainders"),
+        (Grammar.json_schema({"multipleOf": 997, "anyOf": [{"multipleOf": 991}]}), "remainders"),
+        (Grammar.json_schema({"multipleOf": float("inf")}), "."),
+        (Grammar.json_schema({"enum": ["x" * grammars.MOST_LETTERS]}), "letters"),
+        (Grammar.regex("(" * 5000 + ")" * 5000), "."),
+        (Grammar.regex("(a"), "regex"),
+        (Grammar.lark("start: " + "(" * 400 + '"a"' + ")" * 400), "nested"),
+        (Grammar.lark("".join(f"r{at}: r{at + 1}\n" for at in range(20_000))), "rules"),
+        (Grammar.lark("start: a"), "."),
+        (Grammar.lark("\0"), "."),
+        (Grammar.lark("start: @missing"), "missing"),
+    ],
+)
+def test_what_can_not_be_compiled_is_refused_at_once(compiler: GrammarCompiler, grammar: Grammar, said: str) -> None:
+    taken = []
+    for _ in range(3):
+        began = time.process_time()  # the machine may have other work
+        with pytest.raises(GrammarError, match=said) as raised:
+            compiler.compile(grammar)
+        taken.append(time.process_time() - began)
+    assert len(str(raised.value)) < 500
+    assert min(taken) < 0.1
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        chain(4000),
+        chain(2000, type=["object", "array", "null"]),
+        {"properties": {str(at): {"type": "string"} for at in range(1000)}, "type": "object"},
+        {"enum": [f"value {at}" for at in range(5000)]},
+        {"type": "integer", "multipleOf": 9973},
+        {"properties": {"a": {"multipleOf": 0.01}, "b": {"multipleOf": 1009}, "c": {"multipleOf": 1013}}},
+        {"type": "string", "pattern": "^(a|b)*a(a|b){300}$"},
+        {"type": "string", "maxLength": 10**9},
+        True,
+    ],
+)
+def test_large_schemas_can_be_used(compiler: GrammarCompiler, schema: Any) -> None:
+    """A chain of references needs more stack than a thread usually has."""
+    walk(compiler.compile(Grammar.json_schema(schema)), 0, 20, frozenset({1}))
+
+
+def test_a_lenient_schema_ignores_what_is_not_known(compiler: GrammarCompiler) -> None:
+    schema = {"type": "array", "items": {"enum": [5]}, "uniqueItems": True, "minItems": 2, "maxItems": 2}
+    with pytest.raises(GrammarError, match="uniqueItems"):
+        compiler.compile(Grammar.json_schema(schema))
+    compiler.compile(Grammar.json_schema(schema, lenient=True))
+
+
+def test_a_lark_grammar_may_have_parts(loaded: tuple[Any, Any], compiler: GrammarCompiler) -> None:
+    parts = {"answer": Grammar.json_schema({"const": 5}), "code": Grammar.regex("[ab]")}
+    grammar = compiler.compile(Grammar.lark('start: "x" @answer @code', parts))
+    assert loaded[1].decode(walk(grammar, 0, 9, frozenset({1}))[:-1]) in ("x5a", "x5b")
+
+
+def test_a_tokenizer_must_be_a_fast_one() -> None:
+    with pytest.raises(ConfigError, match="no fast tokenizer"):
+        GrammarCompiler(object())

@@ -1,0 +1,77 @@
+"""Fields of OpenAI's bodies that say what the text of an answer must be."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from moetier.runtime.engine.grammar import Grammar
+
+from .body import NotEmpty, Open
+from .query import AnswerFormat
+from .refusal import Refusal
+
+
+class JsonSchema(Open):
+    """Schema of an answer."""
+
+    definition: dict[str, Any] | bool = Field({}, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Open):
+    """Form of an answer's text."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _has_schema(self) -> ResponseFormat:
+        if self.type == "json_schema" and self.json_schema is None:
+            raise PydanticCustomError("schema", "json_schema is missing")
+        return self
+
+
+class StructuredOutputs(BaseModel):
+    """Form of an answer's text, as vLLM has it: one of these."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    json_: dict[str, Any] | bool | None = Field(None, alias="json")
+    json_object: Literal[True] | None = None
+    regex: str | None = None
+    choice: Annotated[list[NotEmpty], Field(min_length=1)] | None = None
+    grammar: str | None = None
+
+    @model_validator(mode="after")
+    def _is_one(self) -> StructuredOutputs:
+        if len(self.model_fields_set) != 1:
+            raise PydanticCustomError("outputs", "give one of json, json_object, regex, choice and grammar")
+        return self
+
+
+def format_of(asked: ResponseFormat | None, outputs: StructuredOutputs | None) -> AnswerFormat | None:
+    """Return what the text of an answer must be; None: any text. Raises Refusal if it is said twice."""
+    if asked is None or asked.type == "text":
+        return None if outputs is None else _outputs(outputs)
+    if outputs is not None:
+        message = "structured_outputs: response_format says already what the answer must be."
+        raise Refusal(400, message, param="structured_outputs")
+    if asked.json_schema is None or asked.type == "json_object":
+        return AnswerFormat.of_json(None, None, "response_format")
+    return AnswerFormat.of_json(asked.json_schema.definition, asked.json_schema.strict, "response_format")
+
+
+def _outputs(asked: StructuredOutputs) -> AnswerFormat:
+    if asked.regex is not None:
+        grammar = Grammar.regex(asked.regex)
+    elif asked.choice is not None:
+        grammar = Grammar.regex("|".join(map(re.escape, asked.choice)))
+    elif asked.grammar is not None:
+        grammar = Grammar.lark(asked.grammar)
+    else:
+        grammar = Grammar.json_object() if asked.json_ is None else Grammar.json_schema(asked.json_)
+    return AnswerFormat(grammar, "structured_outputs")
