@@ -6,7 +6,7 @@ import asyncio
 import logging
 import threading
 import uuid
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +33,8 @@ class Job:
     stop: Sequence[str] = ()  # strings that end the answer
     parser: AnswerParser | None = None  # of reasoning and tool calls; None if all of the answer is text
     one_call: bool = False  # whether the first tool call ends the answer
-    prompt: str = ""  # text of the prompt
+    messages: Sequence[Mapping[str, Any]] = ()  # of the prompt, for the chat template; none if it has none
+    opening: str = ""  # what the template has added to the messages, which begins the answer
 
 
 class Answer:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse, Response, StreamingResponse
-from transformers.cli.serving.utils import BaseHandler, Modality, ReasoningText, ToolCall
+from transformers.cli.serving.utils import ReasoningText, ToolCall
 
 from moetier.runtime.engine.sequence import Finish, Request
 from moetier.runtime.generation.conversation import PLAIN_STOP, PLAIN_TEMPLATE
@@ -22,6 +22,7 @@ from moetier.runtime.model.context import counted, first_ids, longest_context
 from moetier.runtime.model.vocabulary import unknown_token
 
 from .answers import Answer, AnswerService, Job
+from .messages import for_template
 from .middleware import Message, Receive, Send
 from .parsing import AnswerParser, form_of
 from .refusal import Refusal
@@ -85,7 +86,7 @@ class Completions(ABC):
         body = checked(given, self.body, self._name)
         self._unknown.note(unknown_fields(given, self.body))
         model, context = self._service.model, self._service.context
-        text = self._text(body)
+        text, opening = self._text(body)
         ids = self._continued(body) or first_ids(
             self._service.tokenizer, text, context, add_special_tokens=self.adds_special_tokens
         )
@@ -115,9 +116,10 @@ class Completions(ABC):
         job = Job(
             request,
             stop=[*body.get("stop", ()), *self.stop],
-            parser=self._parser(body, text),
+            parser=self._parser(body, opening),
             one_call=body.get("parallel_tool_calls") is False,
-            prompt=text,
+            messages=self._messages(body),
+            opening=opening,
         )
         return job, body.get("stream", False)
 
@@ -166,13 +168,20 @@ class Completions(ABC):
         """Note a complete answer, which was sent as ``choices``: a later prompt may begin with its tokens."""
         return
 
-    @abstractmethod
-    def _text(self, body: dict[str, Any]) -> str:
-        """Return the text of the prompt. Raises Refusal if the chat template refuses the messages."""
+    def _messages(self, body: dict[str, Any]) -> list[dict[str, Any]]:
+        """Return the messages of the prompt, for the chat template; none if it has none."""
+        return []
 
     @abstractmethod
-    def _parser(self, body: dict[str, Any], text: str) -> AnswerParser | None:
-        """Return a parser for the answer to the prompt ``text``; None if all of the answer is text."""
+    def _text(self, body: dict[str, Any]) -> tuple[str, str]:
+        """Return the text of the prompt, and its end that begins the answer.
+
+        Raises Refusal if the chat template refuses the messages.
+        """
+
+    @abstractmethod
+    def _parser(self, body: dict[str, Any], opening: str) -> AnswerParser | None:
+        """Return a parser for the answer, which begins with ``opening``; None if all of the answer is text."""
 
     @abstractmethod
     def _choice(self, piece: Any, calls: int) -> dict[str, Any]:
@@ -204,35 +213,36 @@ class ChatCompletions(Completions):
         if self._is_plain:
             self.stop = (PLAIN_STOP,)
 
-    def _text(self, body: dict[str, Any]) -> str:
-        tools = _tools(body)
-        text = self._rendered(body, tools)
-        if tools and text == self._rendered(body, None):
+    def _messages(self, body: dict[str, Any]) -> list[dict[str, Any]]:
+        return for_template(body["messages"])
+
+    def _text(self, body: dict[str, Any]) -> tuple[str, str]:
+        messages, tools = self._messages(body), _tools(body)
+        text = self._render(body, tools, messages)
+        if tools and text == self._render(body, None, messages):
             raise Refusal(400, "tools: the model's chat template does not support tools.", param="tools")
-        return text
+        # only what the template adds to the messages may open a region: messages may have marks, too
+        told = self._render(body, tools, messages, begins_answer=False)
+        return text, text.removeprefix(told) if text.startswith(told) else ""
 
     def _continued(self, body: dict[str, Any]) -> list[int]:
-        messages = BaseHandler.get_processor_inputs_from_messages(body["messages"], Modality.LLM)
-        # transformers drops reasoning, and what is said beside calls
-        sent = [
-            message | {name: one[name] for name in ("content", "reasoning_content") if isinstance(one.get(name), str)}
-            for message, one in zip(messages, body["messages"], strict=True)
-        ]
-        render = partial(self._render, body, _tools(body))
         try:
-            return self._turns.continued(messages, render, self._service.tokenizer, self._service.context, sent)
-        except Refusal:  # the template takes all messages, but not a part of them
+            return self._turns.continued(
+                self._messages(body),
+                partial(self._render, body, _tools(body)),
+                self._service.tokenizer,
+                self._service.context,
+                add_special_tokens=self.adds_special_tokens,
+            )
+        except Refusal:  # the template takes the messages, but not without their calls
             return []
 
     def _note(self, job: Job, answer: Answer, choices: list[dict[str, Any]]) -> None:
-        if answer.sequence is not None and answer.sequence.finish is Finish.END:
-            ids = answer.sequence.ids
-            end = self._service.tokenizer.decode(ids[-1:])
-            self._turns.note(job.prompt, [choice["delta"] for choice in choices], ids, end)
-
-    def _rendered(self, body: dict[str, Any], tools: list[Any] | None, *, begins_answer: bool = True) -> str:
-        messages = BaseHandler.get_processor_inputs_from_messages(body["messages"], Modality.LLM)
-        return self._render(body, tools, messages, begins_answer=begins_answer)
+        sequence, is_last_call = answer.sequence, job.one_call and "tool_calls" in choices[-1]["delta"]
+        if sequence is not None and (is_last_call or sequence.finish in (Finish.END, Finish.LENGTH)):
+            ids = sequence.ids[len(job.request.ids) :]
+            end = self._service.tokenizer.decode(ids[-1:]) if sequence.finish is Finish.END else ""
+            self._turns.note(job.messages, [choice["delta"] for choice in choices], ids, job.opening, end)
 
     def _render(
         self, body: dict[str, Any], tools: list[Any] | None, messages: Sequence[Any], *, begins_answer: bool = True
@@ -252,13 +262,8 @@ class ChatCompletions(Completions):
             raise Refusal(400, message, param="messages") from None
         return text
 
-    def _parser(self, body: dict[str, Any], text: str) -> AnswerParser | None:
-        if self._form is None:
-            return None
-        # only what the template adds to the messages may open a region: messages may have marks, too
-        messages = self._rendered(body, _tools(body), begins_answer=False)
-        prefill = text.removeprefix(messages) if text.startswith(messages) else ""
-        return self._form.parser(prefill, _tools(body))
+    def _parser(self, body: dict[str, Any], opening: str) -> AnswerParser | None:
+        return None if self._form is None else self._form.parser(opening, _tools(body))
 
     def _choice(self, piece: Any, calls: int) -> dict[str, Any]:
         if isinstance(piece, ToolCall):
@@ -291,11 +296,10 @@ class TextCompletions(Completions):
 
     body, prompt, object, chunk = TextBody, "prompt", "text_completion", "text_completion"
 
-    def _text(self, body: dict[str, Any]) -> str:
-        text: str = body["prompt"]
-        return text
+    def _text(self, body: dict[str, Any]) -> tuple[str, str]:
+        return body["prompt"], ""
 
-    def _parser(self, body: dict[str, Any], text: str) -> AnswerParser | None:
+    def _parser(self, body: dict[str, Any], opening: str) -> AnswerParser | None:
         return None
 
     def _choice(self, piece: Any, calls: int) -> dict[str, Any]:
