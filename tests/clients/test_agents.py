@@ -1,0 +1,155 @@
+"""Agents from npm edit a file in a repository, in two sessions by turns, and only what is new is computed.
+
+The model's whole forward runs; a script chooses its tokens (scripted_server.py). No host but the server can be reached.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("starlette", reason='pip install ".[serve]"')
+pytest.importorskip("uvicorn", reason='pip install ".[serve]"')
+
+import httpx2
+from agent_model import write_model
+from agents import MODEL, OPENCODE, PI, Agent, Session, without_internet
+from http_servers import KEY, ServerProcess
+from prometheus import scrape
+from readers import PATIENCE
+from recorded_requests import Asked, computed_before, recorded
+from transformers import AutoTokenizer
+
+from moetier.runtime.kernels.layer.paged_cache import PAGE
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+
+HELPERS = Path(__file__).parent.parent / "helpers"
+SESSIONS = ("[session A]", "[session B]")  # in the first message of each
+SIDE = "A title"
+
+
+@pytest.fixture(scope="module")
+def model(tinymix: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("agents") / "model", tinymix)
+
+
+def thought(text: str) -> str:
+    return f"<think>\n{text}\n</think>\n\n"
+
+
+def call(name: str, arguments: dict[str, Any]) -> str:
+    """A call in JSON that no template writes so."""
+    return f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments}, indent=1)}\n</tool_call>"
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A text of the script, with the number of tool calls that the agent gets of it."""
+
+    text: str
+    calls: int = 0
+
+    @property
+    def thinks(self) -> bool:
+        return self.text.startswith("<think>")
+
+
+def answers(agent: Agent, mark: str, file: Path) -> list[list[Answer]]:
+    """The answers of a session, for each message of the user."""
+
+    def edit(number: int) -> str:
+        return call(*agent.edit(file, f"line {number}\n", f'line {number}\nè "{mark}" \\ <b>\nline {number + 1}\n'))
+
+    def say(text: str) -> str:
+        return call(*agent.shell(f"echo '{text} of {mark}'"))
+
+    return [
+        [
+            Answer(thought("First look.") + "I look.\n" + call(*agent.shell("cat notes.txt")), 1),
+            Answer(edit(0), 1),
+            Answer(f"Two at once.\n{say('result 1')}\n{say('result 2')}", 2),
+            Answer(thought("That's all.") + "Done once."),
+        ],
+        [Answer(edit(1), 1), Answer('A bad call: <tool_call>\n{"name": "x", "arguments": {"a": }\n</tool_call>')],
+        [Answer(edit(2), 1), Answer("A call that is cut:\n" + call(*agent.shell("true; " * 2000)))],
+        [Answer(say("result 3"), 1), Answer(thought("One more.") + edit(3), 1), Answer("Done.")],
+        [Answer(edit(4), 1), Answer("Done again.")],
+    ]
+
+
+def edited(mark: str) -> str:
+    """What is in the file after a session."""
+    return "line 0\n" + "".join(f'è "{mark}" \\ <b>\nline {number + 1}\n' for number in range(5))
+
+
+@pytest.mark.parametrize("agent", [PI, OPENCODE], ids=lambda agent: agent.name)
+def test_only_what_is_new_is_computed(
+    agent: Agent, model: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    program = agent.installed(request.config.cache.mkdir("agents"))
+    files = {mark: tmp_path / mark[-2] / "repository" / "notes.txt" for mark in SESSIONS}
+    script = {mark: answers(agent, mark, file) for mark, file in files.items()}
+    texts = {mark: [each.text for turn in turns for each in turn] for mark, turns in script.items()}
+    (tmp_path / "script").write_text(json.dumps({"sessions": texts, "side": SIDE, "end": "The script has ended."}))
+    with without_internet() as (host, before):
+        server = ServerProcess(
+            model,
+            tmp_path,
+            ["--name", MODEL, "--host", host, "--daemon", "none"],
+            under=[str(HELPERS / "scripted_server.py"), str(tmp_path / "script"), str(tmp_path / "record")],
+        )
+        try:
+            url = f"{server.url}/v1"
+            sessions = {mark: Session(agent, program, tmp_path / mark[-2], url, before) for mark in SESSIONS}
+            for number in range(len(script[SESSIONS[0]])):
+                for mark, session in sessions.items():
+                    session.say(f"{mark} Message {number}")
+                    ask_for_title(url, mark)
+            metrics = scrape(f"{server.url}/metrics", KEY)
+        finally:
+            server.end()
+    asked = recorded(tmp_path / "record", AutoTokenizer.from_pretrained(model))
+    for at, each in enumerate(asked):
+        had = computed_before(each, asked[:at])
+        assert had - PAGE < each.cached <= had
+        assert each.usage["prompt_tokens_details"]["cached_tokens"] == each.cached
+    assert f'kept_tokens_total{{model="{MODEL}"}} {float(sum(each.cached for each in asked))}' in metrics
+    for mark in SESSIONS:
+        check_prefixes(script[mark], [each for each in asked if mark in each.text and each.has_tools])
+        assert files[mark].read_text() == edited(mark)
+
+
+def ask_for_title(url: str, mark: str) -> None:
+    """A request beside a session, about it: some agents make one at the start only, others none."""
+    messages = [{"role": "user", "content": f"A title for {mark}?"}]
+    with httpx2.Client(headers={"Authorization": f"Bearer {KEY}"}, timeout=PATIENCE) as client:
+        done = client.post(f"{url}/chat/completions", json={"messages": messages})
+    assert done.json()["choices"][0]["message"]["content"] == SIDE
+
+
+def check_prefixes(turns: list[list[Answer]], asked: list[Asked]) -> None:
+    """Every prompt has the results of all calls, and begins with the one before and its answer.
+
+    But for what the template drops: reasoning of answers to earlier messages of the user.
+    """
+    assert len(asked) == sum(map(len, turns))
+    calls, before = 0, list[tuple[Answer, Asked]]()  # of the last message of the user
+    requests = iter(asked)
+    for turn in turns:
+        dropped = next((each.prompt for answer, each in before if answer.thinks), None)
+        for number, answer in enumerate(turn):
+            each = next(requests)
+            assert each.text.count("<tool_response>") == calls
+            start = [*before[-1][1].prompt, *before[-1][1].answer] if before else []
+            if number == 0 and dropped is not None:
+                start = dropped[:-1]  # its last line's end may be one token with what follows
+            assert each.prompt[: len(start)] == start
+            calls += answer.calls
+            before = [*(before if number else ()), (answer, each)]
+    for number in (1, 2, 3):
+        assert any(f"<tool_response>\nresult {number} of" in each.text for each in asked)
