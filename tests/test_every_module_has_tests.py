@@ -66,8 +66,11 @@ TESTED_BY: dict[str, tuple[str, str]] = {
     "tools/plan/forecast.py": ("tools/commands/test_plan.py", COMMAND),
     "tools/plan/speeds.py": ("tools/commands/test_plan.py", COMMAND),
     "tools/rates/reads.py": ("tools/commands/test_plan.py", COMMAND),
-    "tools/serve/completions.py": ("tools/serve/test_app.py", PARTS),
+    "tools/serve/prompts.py": ("tools/serve/test_app.py", PARTS),
+    "tools/serve/endpoint.py": ("tools/serve/test_app.py", PARTS),
     "tools/serve/listen.py": ("tools/serve/test_bounds.py", PROCESS),
+    "tools/serve/protocols/chat.py": ("tools/serve/protocols/test_body.py", PARTS),
+    "tools/serve/protocols/events.py": ("tools/serve/protocols/test_messages.py", PARTS),
     "tools/synthetic/tensors.py": ("tools/synthetic/test_checkpoint.py", PARTS),
     "tools/top/watch.py": ("tools/top/test_app.py", PARTS),
 }

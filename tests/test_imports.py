@@ -35,6 +35,7 @@ ORDER = (
     {"runtime.generation"},
     {"runtime.engine"},
     {"tools.cli"},
+    {"tools.serve.protocols"},
     {"tools", "tools.chat", "tools.convert", "tools.rates", "tools.serve", "tools.top", "tools.traces"},
     {"tools.quality", "tools.ray", "tools.synthetic"},
     {"tools.bench", "tools.plan"},

@@ -16,6 +16,7 @@ class StopStrings:
         self._strings = tuple(strings)
         self._held = ""
         self.ended = False
+        self.found: str | None = None  # the stop string that has ended the text
 
     def feed(self, item: Any) -> list[Any]:
         """Return the items to pass on after ``item``, which is a piece of text, None for the end, or another object.
@@ -30,10 +31,11 @@ class StopStrings:
             held, self._held = self._held, ""
             return [held, item] if held else [item]
         text = self._held + item
-        found = [at for at in map(text.find, self._strings) if at >= 0]
+        found = [(at, string) for string in self._strings if (at := text.find(string)) >= 0]
         if found:
             self.ended = True
-            text = text[: min(found)]
+            begin, self.found = min(found)
+            text = text[:begin]
             return [text, None] if text else [None]
         keep = max((_overlap(text, string) for string in self._strings), default=0)
         self._held = text[len(text) - keep :]

@@ -68,6 +68,22 @@ def listening(app: Any) -> Iterator[str]:
             assert not thread.is_alive()
 
 
+@contextmanager
+def scripted_client(service: Any, start: str, template: str | None = None, **options: Any) -> Iterator[httpx2.Client]:
+    """A client of a server of a scripted qwen3_moe, which answers with the text that ``start`` chooses."""
+    import scripted
+
+    from moetier.tools.serve.app import application
+
+    template = template or scripted.own_template("qwen3_moe")
+    service.tokenizer.chat_template = f"{{% set start = '{start}' %}}{template}"
+    with (
+        listening(application("small", service, None, 8, **options)) as url,
+        httpx2.Client(base_url=url, timeout=PATIENCE) as client,
+    ):
+        yield client
+
+
 class ServerProcess:
     """Ready when it is made. ``log`` is what it wrote to stderr so far."""
 

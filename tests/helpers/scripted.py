@@ -55,6 +55,16 @@ FOREIGN = (
     "{% if add_generation_prompt %}ANSWER:\n{{ start | default('') }}{% endif %}"
 )
 
+# of qwen3_moe: an answer begins with the mark that chooses its text, also in later prompts; calls are written in
+# another way than the model writes them
+TURNS = (
+    "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ start if m.role == 'assistant' }}"
+    "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}"
+    "{% for call in m.tool_calls %}{{ call.function.name }}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{{ start }}{% endif %}"
+)
+
 
 def own_template(model_type: str) -> str:
     """A chat template like the one of the models for which transformers' parser was made."""

@@ -1,8 +1,8 @@
-"""An HTTP server that speaks the OpenAI API.
+"""An HTTP server that speaks APIs of OpenAI and Anthropic.
 
-A request passes through ``listen``, ``middleware``, ``app`` and ``completions``. ``completions`` parses the request's
-body (``bounded_json``), checks it (``request``), and submits a job to the server's engine (``answers``). ``messages``
-and ``replay`` make the messages and the tokens of a prompt; ``parsing`` finds thoughts and tool calls in an answer. The
+A request passes through ``listen``, ``middleware``, ``app`` and ``endpoint``. Its protocol (``protocols``) checks the
+body, and says what it asks for. ``prompts`` renders and tokenises the prompt, ``answers`` submits it to the engine and
+turns tokens into events, and ``parsing`` finds thoughts and tool calls in them. The protocol writes the events. The
 package imports ``cli``, ``runtime.generation``, ``runtime.engine`` and ``runtime.model``. Of other packages only
 ``tools.ray`` imports Starlette.
 """

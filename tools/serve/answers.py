@@ -6,12 +6,12 @@ import asyncio
 import logging
 import threading
 import uuid
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tokenizers.decoders import DecodeStream
-from transformers.cli.serving.utils import ToolCall
+from transformers.cli.serving.utils import ReasoningText, ToolCall
 
 from moetier.runtime.engine.engine import Engine, EngineError
 from moetier.runtime.engine.sequence import Finish, Request
@@ -20,7 +20,9 @@ from moetier.runtime.generation.stop_strings import StopStrings
 
 from .metrics import Tally
 from .parsing import AnswerParser
-from .refusal import ENDING, FAILED, Refusal, log_failure
+from .protocols.events import Call, End, Event, Reason, Text, Usage
+from .protocols.query import Dialogue
+from .protocols.refusal import ENDING, FAILED, Refusal, log_failure
 
 _log = logging.getLogger(__name__)
 
@@ -33,8 +35,8 @@ class Job:
     stop: Sequence[str] = ()  # strings that end the answer
     parser: AnswerParser | None = None  # of reasoning and tool calls; None if all of the answer is text
     one_call: bool = False  # whether the first tool call ends the answer
-    messages: Sequence[Mapping[str, Any]] = ()  # of the prompt, for the chat template; none if it has none
-    opening: str = ""  # what the template has added to the messages, which begins the answer
+    dialogue: Dialogue | None = None  # the messages of the prompt; None if it has none
+    opening: str = ""  # what the chat template has added to them, which begins the answer
 
 
 class Answer:
@@ -56,7 +58,9 @@ class Answer:
         self._parser = job.parser
         self._one_call = job.one_call
         self._stops = StopStrings(job.stop)
-        self._queue: asyncio.Queue[Any] = asyncio.Queue()
+        self._calls = 0
+        self._reasoning_tokens = self._counted_tokens = 0  # of reasoning; all whose text was sent
+        self._queue: asyncio.Queue[Event | Refusal] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
         self._lock = threading.Lock()  # guards: ``job``, so that the answer ends only once
         service.tally.add(under_way=1)
@@ -66,15 +70,21 @@ class Answer:
         """Whether the answer has ended, with any outcome."""
         return self.job is None
 
-    async def pieces(self) -> AsyncIterator[Any]:
-        """Yield the answer as pieces of text, and as transformers' ReasoningText and ToolCall objects.
+    async def events(self) -> AsyncIterator[Event]:
+        """Yield the events of the answer, an End as the last one.
 
         Raises Refusal if the answer fails, or the server shuts down before the answer is complete.
         """
-        while (piece := await self._queue.get()) is not None:
-            if isinstance(piece, Refusal):
-                raise piece
-            yield piece
+        event: Event | None = None
+        while not isinstance(event, End):
+            event = await self._take_event()
+            yield event
+
+    async def _take_event(self) -> Event:
+        event = await self._queue.get()
+        if isinstance(event, Refusal):
+            raise event
+        return event
 
     @property
     def kept_tokens(self) -> int:
@@ -111,17 +121,17 @@ class Answer:
                 self.fail(sequence.error)
             case Finish.CANCELLED:  # by the engine, as an answer that its client has left has ended
                 self.cut()
-            case _:
-                self._close()
+            case finish:
+                self._close(Reason.LENGTH if finish is Finish.LENGTH else Reason.END)
 
-    def _close(self) -> None:
+    def _close(self, reason: Reason) -> None:
         """End the answer because it is complete."""
         if self.ended:
             return
         try:
             if self._parser is not None:
                 self._pass_on(self._parser.finish())
-            self._pass_on([None])
+            self._pass_on([None], reason)
         except Exception as error:
             self.fail(error)
 
@@ -147,17 +157,34 @@ class Answer:
         if text is not None:
             self._pass_on([text] if self._parser is None else self._parser.feed(text))
 
-    def _pass_on(self, pieces: Iterable[Any]) -> None:
+    def _pass_on(self, pieces: Iterable[Any], reason: Reason = Reason.STOP) -> None:
+        """Send pieces of the answer as events. ``reason``: why the answer ends, if one of them or a stop ends it."""
         for piece in pieces:
             is_last = self._one_call and isinstance(piece, ToolCall)
-            for found in (*self._stops.feed(piece), *(self._stops.feed(None) if is_last else ())):
-                if found is None:
-                    self._end("answered")
-                self._send(found)
+            for passed in (*self._stops.feed(piece), *(self._stops.feed(None) if is_last else ())):
+                if passed is None:
+                    self._complete(reason)
+                elif passed:
+                    self._send(self._event(passed))
 
-    def _send(self, piece: Any) -> None:
+    def _event(self, piece: Any) -> Event:
+        if isinstance(piece, ReasoningText):
+            self._reasoning_tokens += self.new_tokens - self._counted_tokens
+        self._counted_tokens = self.new_tokens
+        if isinstance(piece, ToolCall):
+            self._calls += 1
+            return Call(f"call_{uuid.uuid4().hex}", piece.name, piece.arguments)
+        return Text(str(piece), is_reasoning=isinstance(piece, ReasoningText))
+
+    def _complete(self, reason: Reason) -> None:
+        usage = Usage(self._prompt_tokens, self.kept_tokens, self.new_tokens, self._reasoning_tokens)
+        if self._end("answered"):
+            stop = self._stops.found if reason is Reason.STOP else None
+            self._send(End(Reason.CALLS if self._calls else reason, usage, stop))
+
+    def _send(self, event: Event | Refusal) -> None:
         try:
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, piece)
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, event)
         except RuntimeError:  # the event loop is closed, so no request waits any longer
             self._end("cancelled")
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from datetime import UTC, datetime
+from typing import Any
 
 from prometheus_client.exposition import choose_encoder
 from starlette.applications import Starlette
@@ -14,11 +16,18 @@ from starlette.routing import Route
 from moetier.runtime.daemon.metrics import registry_of
 
 from .answers import AnswerService
-from .completions import ALIVE_SECONDS, ChatCompletions, TextCompletions
+from .endpoint import ALIVE_SECONDS, BodyEndpoint, Endpoint
 from .metrics import ServeCollector
 from .middleware import HEALTH, AccessControl, App, RequestLimits, most_bytes
-from .refusal import Refusal
-from .request import UnknownFields, unknown_model
+from .prompts import Prompts
+from .protocols.body import UnknownFields, unknown_model
+from .protocols.chat import Chat
+from .protocols.completions import Completions
+from .protocols.messages import CountBody, Messages
+from .protocols.refusal import MESSAGES, Refusal
+from .protocols.responses import Responses
+
+PROTOCOLS = (Chat(), Completions(), Responses(), Messages())
 
 
 def application(
@@ -31,12 +40,13 @@ def application(
     """
     tiers = service.model.tiers
     registry = registry_of(ServeCollector(name, tiers.stats, service.tally, service.prompt_tokens_left))
-    card = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "moetier"}
+    card = card_of(name, int(time.time()))
 
-    unknown = UnknownFields()
+    unknown, prompts = UnknownFields(), Prompts(service.model, service.tokenizer, service.context)
 
     def models(_: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [card]})
+        of_anthropic = {"has_more": False, "first_id": name, "last_id": name}
+        return JSONResponse({"object": "list", "data": [card], **of_anthropic})
 
     def model(request: Request) -> Response:
         if (asked := request.path_params["model"]) != name:
@@ -55,11 +65,21 @@ def application(
     app = Starlette(
         routes=[
             Route(HEALTH, health),
+            Route("/", lambda _: Response(), methods=["HEAD"]),  # clients ask whether there is a server
             Route("/metrics", metrics),
             Route("/v1/models", models),
             Route("/v1/models/{model:path}", model),
-            Route("/v1/chat/completions", ChatCompletions(name, service, unknown, alive_seconds), methods=["POST"]),
-            Route("/v1/completions", TextCompletions(name, service, unknown, alive_seconds), methods=["POST"]),
+            *(
+                Route(
+                    protocol.path, Endpoint(protocol, name, service, prompts, unknown, alive_seconds), methods=["POST"]
+                )
+                for protocol in PROTOCOLS
+            ),
+            Route(
+                f"{MESSAGES}/count_tokens",
+                BodyEndpoint(name, CountBody, lambda body: {"input_tokens": sum(prompts.count(body.query()))}, unknown),
+                methods=["POST"],
+            ),
         ],
         exception_handlers={HTTPException: _refused, Exception: _refused},
     )
@@ -67,12 +87,20 @@ def application(
     return AccessControl(RequestLimits(app, most, most_bytes(service.context)), key)
 
 
+def card_of(name: str, created: int) -> dict[str, Any]:
+    """Return what lists of models say of the served one, in OpenAI's form and in Anthropic's."""
+    of_openai = {"id": name, "object": "model", "created": created, "owned_by": "moetier"}
+    since = datetime.fromtimestamp(created, UTC).isoformat().replace("+00:00", "Z")
+    return of_openai | {"type": "model", "display_name": name, "created_at": since}
+
+
 async def _refused(request: Request, error: Exception) -> Response:
+    path = request.scope["path"]
     match error:
         case Refusal():
-            return error.response()
+            return error.response(path)
         case HTTPException():  # 404 or 405
-            message = f"This server does not answer {request.method} {request.scope['path']}."
-            return Refusal(404, message, code="unknown_url").response()
+            message = f"This server does not answer {request.method} {path}."
+            return Refusal(404, message, code="unknown_url").response(path)
         case _:  # Starlette raises the error again, and AccessControl logs it
-            return Refusal(500, "The request failed; the server's log says why.").response()
+            return Refusal(500, "The request failed; the server's log says why.").response(path)

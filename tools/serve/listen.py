@@ -16,7 +16,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from moetier.tiers.errors import ConfigError
 
-from .refusal import HEADER_BYTES, Refusal, headers_too_long
+from .protocols.refusal import HEADER_BYTES, Refusal, headers_too_long
 
 GRACE = 5  # seconds in which clients can receive their last answers when the server shuts down
 HEADER_SECONDS = 20.0  # longest wait for all headers of a request, from the connection or the previous answer on

@@ -11,14 +11,15 @@ import re
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from .refusal import HEADER_BYTES, Refusal, headers_too_long, log_failure
+from .protocols.refusal import HEADER_BYTES, TOO_LONG, Refusal, headers_too_long, log_failure
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 
-HEALTH = "/health"  # the only path that needs no key
+HEALTH = "/health"
+OPEN = {("GET", HEALTH), ("HEAD", HEALTH), ("HEAD", "/")}  # what needs no key
 JSON = b"application/json"
 NAME_OF_THIS_HOST = re.compile(rb"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d+)?", re.IGNORECASE)
 
@@ -37,9 +38,9 @@ def most_bytes(context: int) -> int:
 class AccessControl:
     """Pass on the requests that may use the server, refuse all others, and log errors of the application.
 
-    A request must send ``key`` as its bearer token, except for the path HEALTH. If ``key`` is None, no request needs a
-    key, but its Host header must be localhost, 127.x.x.x or [::1]. Without this check a web page could reach the server
-    through a host name of its own that resolves to this machine (DNS rebinding).
+    A request must send ``key`` as its bearer token or as ``x-api-key``, except for what is in OPEN. If ``key`` is None,
+    no request needs a key, but its Host header must be localhost, 127.x.x.x or [::1]. Without this check a web page
+    could reach the server through a host name of its own that resolves to this machine (DNS rebinding).
     """
 
     def __init__(self, app: App, key: str | None) -> None:
@@ -54,7 +55,7 @@ class AccessControl:
         try:
             self._check(scope, headers)
         except Refusal as refusal:
-            await refusal.response()(scope, receive, send)
+            await refusal.response(scope["path"])(scope, receive, send)
             return
         headers[b"content-type"] = headers.get(b"content-type") or JSON
         try:
@@ -74,10 +75,10 @@ class AccessControl:
                 "these as the host, or start the server with a key (--api-key-file).",
                 code="invalid_host",
             )
-        if scope["path"] != HEALTH and not self._knows(headers.get(b"authorization", b"")):
+        if (scope["method"], scope["path"]) not in OPEN and not self._knows(headers):
             raise Refusal(
                 401,
-                "The API key is missing or wrong. Send it in the header 'Authorization: Bearer KEY'.",
+                "The API key is missing or wrong. Send it in the header 'Authorization: Bearer KEY' or 'x-api-key'.",
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
@@ -86,11 +87,11 @@ class AccessControl:
             # Content-Type is application/json
             raise Refusal(400, "A request from a web page needs the header 'Content-Type: application/json'.")
 
-    def _knows(self, authorization: bytes) -> bool:
-        if self._key is None:
-            return True
-        scheme, _, shown = authorization.partition(b" ")
-        return hmac.compare_digest(_digest(shown.strip()), self._key) and scheme.lower() == b"bearer"
+    def _knows(self, headers: dict[bytes, bytes]) -> bool:
+        """Return whether a request has the key. A client may send another one beside it, as Anthropic's do."""
+        scheme, _, shown = headers.get(b"authorization", b"").partition(b" ")
+        keys = [headers.get(b"x-api-key", b""), *([shown] if scheme.lower() == b"bearer" else [])]
+        return self._key is None or any(hmac.compare_digest(_digest(key.strip()), self._key) for key in keys)
 
 
 def _digest(key: bytes) -> bytes:
@@ -134,7 +135,7 @@ class RequestLimits:
             finally:
                 self._under_way -= 1
         except Refusal as refusal:
-            await refusal.response()(scope, receive, send)
+            await refusal.response(scope["path"])(scope, receive, send)
 
     async def _received(self, headers: dict[bytes, bytes], receive: Receive) -> asyncio.Queue[Message] | None:
         """Return a queue that holds one message, with the whole body, so that nothing else holds the body.
@@ -162,7 +163,7 @@ class RequestLimits:
             raise Refusal(
                 413,
                 f"The body has more than {self._most_bytes:,} bytes, and the context has no room for more.",
-                code="context_length_exceeded",
+                code=TOO_LONG,
                 headers={"Connection": "close"},
             )
         messages: asyncio.Queue[Message] = asyncio.Queue()

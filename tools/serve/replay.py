@@ -18,6 +18,8 @@ from typing import Any
 
 from moetier.runtime.model.context import first_ids
 
+from .protocols.events import Answered
+
 MOST_TOKENS = 1 << 22  # of answers that are kept; those that were found or kept longest ago are forgotten first
 TRIALS = 3  # a template may drop some of the answers: so often others are tried
 MARK_LETTERS = 64  # most letters of the mark between the beginning of an answer and its reasoning
@@ -68,7 +70,7 @@ class Turns:
     def note(
         self,
         messages: Sequence[Message],
-        deltas: Iterable[Mapping[str, Any]],
+        answered: Answered,
         ids: Sequence[int],
         opening: str,
         end: str,
@@ -77,19 +79,17 @@ class Turns:
 
         Args:
             messages: those before it, for the chat template.
-            deltas: what the client got of the answer, in OpenAI's form.
+            answered: what the client got of the answer.
             ids: tokens of the answer.
             opening: end of the prompt's text, which began the answer.
             end: text of the last token, if that ended the answer.
         """
-        deltas = list(deltas)
-        content = "".join(delta.get("content", "") for delta in deltas)
-        reasoning = "".join(delta.get("reasoning_content", "") for delta in deltas)
-        answer = {"content": content, "tool_calls": [call for delta in deltas for call in delta.get("tool_calls", ())]}
+        calls = tuple((call.name, _parsed(call.arguments)) for call in answered.calls)
+        turn = Turn(array("i", ids), answered.text, answered.reasoning, calls, opening, end)
         *_, history = _histories(messages)
-        turn = Turn(array("i", ids), content, reasoning, _calls(answer), opening, end)
+        key = _key(history, answered.text, [call.id for call in answered.calls])
         with self._lock:
-            self._forget(key := _key(history, answer))
+            self._forget(key)
             self._turns[key] = turn
             self._tokens += len(turn.ids)
             while self._tokens > MOST_TOKENS:
@@ -120,8 +120,10 @@ class Turns:
         for place, (message, history) in enumerate(zip(messages, _histories(messages), strict=False)):
             if message["role"] != "assistant":
                 continue
+            calls = [call.get("id") or "" for call in message.get("tool_calls") or ()]
+            key = _key(history, message.get("content") or "", calls)
             with self._lock:
-                turn = self._turns.get(key := _key(history, message))
+                turn = self._turns.get(key)
                 if turn is not None and turn.is_said_by(message):
                     self._turns.move_to_end(key)
                     turns[place] = turn
@@ -205,8 +207,7 @@ def _histories(messages: Iterable[Message]) -> Iterator[bytes]:
         yield digest.digest()
 
 
-def _key(history: bytes, answer: Message) -> bytes:
+def _key(history: bytes, content: str, calls: Sequence[str]) -> bytes:
     """Return a key of an answer: the ids of its calls, which no other answer has, or its history and trimmed text."""
-    calls = [call.get("id") or "" for call in answer.get("tool_calls") or ()]
-    told = "\0".join(calls).encode() if any(calls) else history + (answer.get("content") or "").strip().encode()
+    told = "\0".join(calls).encode() if any(calls) else history + content.strip().encode()
     return hashlib.blake2b(told).digest()

@@ -35,17 +35,16 @@ async def on_thread(work: Callable[[], T]) -> T:
 
 
 async def kept_alive(events: AsyncIterator[str], seconds: float, say: Callable[[], str]) -> AsyncGenerator[str]:
-    """Yield ``events``, and a comment whenever there was no event for ``seconds``. ``say`` returns its text.
+    """Yield ``events``, and what ``say`` returns whenever there was no event for ``seconds``.
 
-    Clients ignore comments in a stream of server-sent events. Proxies often close a connection on which nothing arrives
-    for a minute.
+    Proxies often close a connection on which nothing arrives for a minute.
     """
     upcoming: asyncio.Future[str] | None = None
     try:
         while True:
             upcoming = asyncio.ensure_future(anext(events))
             while not (await asyncio.wait({upcoming}, timeout=seconds))[0]:
-                yield f": {say()}\n\n"
+                yield say()
             try:
                 event = upcoming.result()
             except StopAsyncIteration:

@@ -24,6 +24,7 @@ import moetier
 from moetier.runtime.engine.sequence import Request
 from moetier.tools.serve.answers import Answer, Job
 from moetier.tools.serve.app import application
+from moetier.tools.serve.protocols.events import Text
 
 KIND = "qwen3_moe"
 TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -99,7 +100,7 @@ def test_a_closed_event_loop_reaches_nobody_else(engine: Any) -> None:
 
     async def begun() -> None:
         answer = engine.submit(Job(Request(tuple(engine.tokenizer(scripted.LOOP)["input_ids"]), 150)))
-        assert await anext(answer.pieces()) == "x"
+        assert await anext(answer.events()) == Text("x")
 
     loop.run_until_complete(begun())
     loop.close()

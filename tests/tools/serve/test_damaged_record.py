@@ -25,7 +25,7 @@ def test_a_damaged_record_fails_an_answer_and_says_so_in_the_log(
 ) -> None:
     from moetier.runtime.engine.sequence import Request
     from moetier.tools.serve.answers import AnswerService, Job
-    from moetier.tools.serve.refusal import FAILED, Refusal
+    from moetier.tools.serve.protocols.refusal import FAILED, Refusal
 
     damaged = tmp_path / "damaged"
     shutil.copytree(tinymix_4bit, damaged)
@@ -38,7 +38,7 @@ def test_a_damaged_record_fails_an_answer_and_says_so_in_the_log(
 
     async def answer(service: AnswerService) -> list[Any]:
         ids = tokenizer(PROMPT)["input_ids"]  # type: ignore[misc]
-        return [piece async for piece in service.submit(Job(Request(tuple(ids), 4))).pieces()]
+        return [piece async for piece in service.submit(Job(Request(tuple(ids), 4))).events()]
 
     with model.tiers, answering(model, tokenizer, context=64) as service:
         for _ in range(2):

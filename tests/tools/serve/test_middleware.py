@@ -67,3 +67,9 @@ def test_without_a_key_other_names_are_refused_as_openai_does(host: str) -> None
 def test_with_a_key_any_name_will_do() -> None:
     assert asked("secret", Host="big-host.example", Authorization="Bearer secret").text == "served"
     assert asked("secret", Host="localhost").status_code == 401
+
+
+def test_anthropics_header_for_the_key_will_do() -> None:
+    assert asked("secret", **{"x-api-key": "secret"}).text == "served"
+    assert asked("secret", **{"x-api-key": "secret", "Authorization": "Bearer another"}).text == "served"
+    assert asked("secret", **{"x-api-key": "another"}).status_code == 401

@@ -19,6 +19,7 @@ from readers import PATIENCE
 import moetier
 from moetier.tools.serve import replay
 from moetier.tools.serve.app import application
+from moetier.tools.serve.protocols.events import Answered, Call, Event, Text
 from moetier.tools.serve.replay import Turns
 
 END, OPENING = "<end>", "<assistant>"
@@ -51,20 +52,24 @@ def drops_reasoning(messages: Sequence[Mapping[str, Any]]) -> str:
 
 
 def sampled(
-    turns: Turns, text: str, *deltas: dict[str, Any], messages: Sequence[Mapping[str, Any]] = PROMPT, end: str = END
+    turns: Turns, text: str, *events: Event, messages: Sequence[Mapping[str, Any]] = PROMPT, end: str = END
 ) -> list[int]:
     """Note an answer; return its tokens, which differ from those of its text."""
     ids = [*(1000 + ord(letter) for letter in text), *([7] if end else [])]
-    turns.note(messages, deltas, ids, OPENING, end)
+    answer = Answered()
+    for event in events:
+        answer.add(event)
+    turns.note(messages, answer, ids, OPENING, end)
     return ids
 
 
 def answered(text: str = "", *calls: str) -> dict[str, Any]:
-    return {"role": "assistant", "content": text, "tool_calls": [{"id": call, "name": "clock"} for call in calls]}
+    named = [{"id": call, "name": "clock", "arguments": {}} for call in calls]
+    return {"role": "assistant", "content": text, "tool_calls": named}
 
 
-def called(call: str) -> dict[str, Any]:
-    return {"tool_calls": [{"id": call, "function": {"name": "clock"}}]}
+def called(call: str) -> Call:
+    return Call(call, "clock", "{}")
 
 
 def user(text: str) -> dict[str, Any]:
@@ -82,7 +87,7 @@ def test_a_call_is_found_by_its_id_and_not_written_anew() -> None:
 
 def test_a_text_is_found_though_a_client_has_trimmed_it() -> None:
     turns = Turns()
-    ids = sampled(turns, " Noon. \n", {"content": " Noon."}, {"content": " \n"})
+    ids = sampled(turns, " Noon. \n", Text(" Noon."), Text(" \n"))
     messages = [*PROMPT, answered("Noon."), user("Where?")]
     start = [*tokens(render(PROMPT)), *ids]
     assert turns.continued(messages, render, tokenizer, 10_000)[: len(start)] == start
@@ -90,7 +95,7 @@ def test_a_text_is_found_though_a_client_has_trimmed_it() -> None:
 
 def test_an_answer_that_was_cut_is_replayed_without_an_end() -> None:
     turns = Turns()
-    ids = sampled(turns, "Noo", {"content": "Noo"}, end="")
+    ids = sampled(turns, "Noo", Text("Noo"), end="")
     messages = [*PROMPT, answered("Noo"), user("Go on.")]
     continued = turns.continued(messages, render, tokenizer, 10_000)
     assert continued == [*tokens(render(PROMPT)), *ids, *tokens(f"{END}<user>Go on.{END}{OPENING}")]
@@ -99,7 +104,7 @@ def test_an_answer_that_was_cut_is_replayed_without_an_end() -> None:
 @pytest.mark.parametrize("keeps", [True, False])
 def test_reasoning_is_replayed_only_if_the_template_keeps_it(keeps: bool) -> None:
     turns = Turns()
-    ids = sampled(turns, "<think>Hm.</think>Noon.", {"reasoning_content": "Hm."}, {"content": "Noon."})
+    ids = sampled(turns, "<think>Hm.</think>Noon.", Text("Hm.", is_reasoning=True), Text("Noon."))
     answer = answered("Noon.") | {"reasoning_content": "Hm."}
     messages = [*PROMPT, answer, user("Where?")]
     continued = turns.continued(messages, render if keeps else drops_reasoning, tokenizer, 10_000)
@@ -112,11 +117,11 @@ def test_answers_before_and_after_one_that_is_unknown_are_replayed() -> None:
     turns = Turns()
     first = sampled(turns, "<call  1>", called("call_1"))
     messages = [*PROMPT, answered("", "call_1"), {"role": "tool", "content": "Noon."}]
-    sampled(turns, "<think>Hm.</think>Noon.", {"reasoning_content": "Hm."}, {"content": "Noon."}, messages=messages)
+    sampled(turns, "<think>Hm.</think>Noon.", Text("Hm.", is_reasoning=True), Text("Noon."), messages=messages)
     thought = answered("Noon.") | {"reasoning_content": "Hm."}
     for second in answered("I don't know."), thought:
         longer = [*messages, second, user("Where?")]
-        last = sampled(turns, "Here,  of course.", {"content": "Here, of course."}, messages=longer)
+        last = sampled(turns, "Here,  of course.", Text("Here, of course."), messages=longer)
         longer += [answered("Here, of course."), user("Why?")]
         between = f"<tool>Noon.{END}<assistant>{second['content']}{END}<user>Where?{END}{OPENING}"
         assert turns.continued(longer, drops_reasoning, tokenizer, 10_000) == [
@@ -127,9 +132,8 @@ def test_answers_before_and_after_one_that_is_unknown_are_replayed() -> None:
 def test_an_answer_that_a_client_has_changed_is_another() -> None:
     """And reasoning that it does not know stays unknown: another client may have had the same answer."""
     turns = Turns()
-    call = {"id": "call_1", "function": {"name": "clock", "arguments": '{"zone": 1}'}}
-    sampled(turns, "<call>", {"tool_calls": [call]})
-    sampled(turns, "<think>Hm.</think>Noon.", {"reasoning_content": "Hm."}, {"content": "Noon."})
+    sampled(turns, "<call>", Call("call_1", "clock", '{"zone": 1}'))
+    sampled(turns, "<think>Hm.</think>Noon.", Text("Hm.", is_reasoning=True), Text("Noon."))
     answer = {"role": "assistant", "content": ""}
     for changed in (
         answered("Not I.", "call_1"),
@@ -143,7 +147,7 @@ def test_an_answer_that_a_client_has_changed_is_another() -> None:
 
 def test_another_history_is_another_answer() -> None:
     turns = Turns()
-    sampled(turns, "Noon.", {"content": "Noon."})
+    sampled(turns, "Noon.", Text("Noon."))
     for messages in (
         PROMPT,
         [user("What day is it?"), answered("Noon."), user("Where?")],
@@ -171,14 +175,6 @@ def test_a_prompt_that_is_far_too_long_is_cut() -> None:
     assert 20 < len(turns.continued(messages, render, tokenizer, 10)) < 100
 
 
-# an answer begins with the mark that chooses its text; calls are written in another way than the model writes them
-TEMPLATE = (
-    "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ start if m.role == 'assistant' }}"
-    "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}"
-    "{% for call in m.tool_calls %}{{ call.function.name }}{% endfor %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{{ start }}{% endif %}"
-)
 TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}]
 
 
@@ -187,7 +183,7 @@ def test_of_a_conversation_over_http_only_new_tokens_are_computed(start: str, tm
     """Answers with a call, with two, and with reasoning; by turns with another conversation."""
     model, tokenizer = moetier.load(scripted.write_checkpoint(tmp_path / "model", "qwen3_moe"), daemon=None)
     assert tokenizer is not None
-    tokenizer.chat_template = TEMPLATE
+    tokenizer.chat_template = scripted.TURNS
     with (
         model.tiers,
         answering(model, tokenizer, context=1500, chunk=64, parallel=3) as service,

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 pytest.importorskip("starlette", reason='pip install ".[serve]"')
 
-from moetier.tools.serve import bounded_json
-from moetier.tools.serve.bounded_json import MOST_DEPTH, MOST_DIGITS, MOST_VALUES, BoundedJson, BoundsError
+from moetier.tools.serve.protocols import bounded_json
+from moetier.tools.serve.protocols.bounded_json import MOST_DEPTH, MOST_DIGITS, MOST_VALUES, BoundedJson, BoundsError
 
 HARD = st.text(alphabet='\\"[]{},:a\u0122\U0001f600\n', max_size=30)
 VALUES = st.recursive(

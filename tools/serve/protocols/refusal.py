@@ -1,4 +1,4 @@
-"""Errors of requests in the form of OpenAI's API, and the log lines of failures."""
+"""Errors of requests in the forms of the APIs, and the log lines of failures."""
 
 from __future__ import annotations
 
@@ -14,6 +14,17 @@ from moetier.tiers.errors import MoetierError
 HEADER_BYTES = 16 << 10  # maximum size of a request's headers with its first line
 FAILED = "The answer failed; the server's log says why."
 ENDING = "The server is shutting down."
+TOO_LONG = "context_length_exceeded"  # code of the error of a prompt for which the context has no room
+
+MESSAGES = "/v1/messages"  # routes that begin so are those of Anthropic's API
+ANTHROPIC_TYPES = {  # types of errors by status; 400 and 500 are for all others below and above 500
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
 
 _log = logging.getLogger(__name__)
 
@@ -36,14 +47,20 @@ class Refusal(HTTPException):
         super().__init__(status_code=status, detail=message, headers=headers)
         self.param, self.code = param, code
 
-    def body(self) -> dict[str, Any]:
-        """Return the error as OpenAI's JSON object."""
-        kind = "invalid_request_error" if self.status_code < 500 else "server_error"
+    def body(self, path: str = "") -> dict[str, Any]:
+        """Return the error as the JSON object of the API to which the route ``path`` belongs: by default OpenAI's."""
+        is_clients = self.status_code < 500
+        if path.startswith(MESSAGES):
+            kind = ANTHROPIC_TYPES.get(self.status_code, "invalid_request_error" if is_clients else "api_error")
+            # clients look for these words, and then shorten the conversation
+            too_long = "prompt is too long: " if self.code == TOO_LONG else ""
+            return {"type": "error", "error": {"type": kind, "message": too_long + self.detail}}
+        kind = "invalid_request_error" if is_clients else "server_error"
         return {"error": {"message": self.detail, "type": kind, "param": self.param, "code": self.code}}
 
-    def response(self) -> JSONResponse:
-        """Return the error as an HTTP response."""
-        return JSONResponse(self.body(), status_code=self.status_code, headers=self.headers)
+    def response(self, path: str = "") -> JSONResponse:
+        """Return the error as an HTTP response for the route ``path``."""
+        return JSONResponse(self.body(path), status_code=self.status_code, headers=self.headers)
 
 
 def headers_too_long() -> Refusal:

@@ -11,11 +11,20 @@ pytest.importorskip("starlette", reason='pip install ".[serve]"')
 
 from pydantic import ValidationError
 
-from moetier.tools.serve.bounded_json import BoundedJson
-from moetier.tools.serve.refusal import Refusal
-from moetier.tools.serve.request import ChatBody, TextBody, UnknownFields, checked, unknown_fields
+from moetier.tools.serve.protocols.body import Body, UnknownFields, checked, unknown_fields
+from moetier.tools.serve.protocols.bounded_json import BoundedJson
+from moetier.tools.serve.protocols.chat import ChatBody
+from moetier.tools.serve.protocols.completions import CompletionsBody
+from moetier.tools.serve.protocols.refusal import Refusal
 
 USER = {"role": "user", "content": "Chi era don Abbondio?"}
+
+
+def fields(body: dict[str, Any], kind: type[Body] = ChatBody) -> dict[str, Any]:
+    """The fields that are left of a valid body."""
+    return checked(body, kind, "small").model_dump(exclude_none=True)
+
+
 ROLES = "'system', 'developer', 'user', 'assistant' or 'tool'"
 
 
@@ -65,7 +74,7 @@ ROLES = "'system', 'developer', 'user', 'assistant' or 'tool'"
 )
 def test_what_can_not_be_is_named_where_it_stands(body: dict[str, Any], said: str, param: str) -> None:
     with pytest.raises(Refusal) as refused:
-        checked(body, ChatBody, "small")
+        fields(body)
     assert (refused.value.detail, refused.value.param, refused.value.status_code) == (said, param, 400)
 
 
@@ -73,7 +82,7 @@ def test_what_can_not_be_is_named_where_it_stands(body: dict[str, Any], said: st
 @pytest.mark.parametrize("content", ["text", [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], []])
 def test_messages_are_taken_as_they_are(role: str, content: object) -> None:
     message = {"role": role, "content": content, "name": "somebody"}
-    assert checked({"messages": [message]}, ChatBody, "small") == {"messages": [message]}
+    assert fields({"messages": [message]}) == {"messages": [message]}
 
 
 def test_tools_and_calls_of_them_are_passed_on_in_the_order_that_templates_have() -> None:
@@ -82,10 +91,10 @@ def test_tools_and_calls_of_them_are_passed_on_in_the_order_that_templates_have(
     tool = {"type": "function", "function": {"name": "f", "description": "d", "parameters": schema, "strict": True}}
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"b": None, "a": [None]}}}
     asked = {"messages": [{"role": "assistant", "tool_calls": [call]}], "tools": [tool]}
-    assert json.dumps(checked(asked, ChatBody, "small")) == json.dumps(asked)
+    assert json.dumps(fields(asked)) == json.dumps(asked)
     written = call | {"function": {"arguments": '{"b": null, "a": [null]}', "name": "f"}}
     asked |= {"messages": [{"role": "assistant", "tool_calls": [written]}]}
-    assert json.dumps(checked(asked, ChatBody, "small")["messages"][0]["tool_calls"]) == json.dumps([call])
+    assert json.dumps(fields(asked)["messages"][0]["tool_calls"]) == json.dumps([call])
 
 
 @pytest.mark.parametrize(
@@ -102,7 +111,7 @@ def test_tools_and_calls_of_them_are_passed_on_in_the_order_that_templates_have(
 def test_arguments_that_were_cut_keep_what_is_whole(written: str, kept: dict[str, Any]) -> None:
     """Else a conversation with such a call would be refused for ever."""
     asked = {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": written}}]}]}
-    (message,) = checked(asked, ChatBody, "small")["messages"]
+    (message,) = fields(asked)["messages"]
     assert message["tool_calls"][0]["function"]["arguments"] == kept
 
 
@@ -110,7 +119,7 @@ def test_arguments_that_were_cut_keep_what_is_whole(written: str, kept: dict[str
 def test_arguments_that_are_no_object_are_refused(written: str) -> None:
     asked = {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": written}}]}]}
     with pytest.raises(Refusal, match="it must be a string that holds a JSON object") as refused:
-        checked(asked, ChatBody, "small")
+        fields(asked)
     assert refused.value.param == "messages"
 
 
@@ -119,7 +128,7 @@ def test_unknown_fields_are_named_once_and_not_all(caplog: pytest.LogCaptureFixt
     body = {"messages": [USER], "seed": 1, "user": "u", "n": 1, "gone": None} | dict.fromkeys(names, 5)
     noted = UnknownFields()
     for _ in range(2):
-        assert checked(body, ChatBody, "small").keys() == {"messages", "seed"}
+        assert fields(body).keys() == {"messages", "seed"}
         noted.note(unknown_fields(body, ChatBody))
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == 100
@@ -130,7 +139,7 @@ def test_unknown_fields_are_named_once_and_not_all(caplog: pytest.LogCaptureFixt
 
 @pytest.mark.parametrize("stop", ["a", ["a"], ["a", "b", "c", "d"]])
 def test_stop_strings_are_a_list(stop: str | list[str]) -> None:
-    asked = checked({"prompt": "?", "stop": stop, "seed": None}, TextBody, "small")
+    asked = fields({"prompt": "?", "stop": stop, "seed": None}, CompletionsBody)
     assert asked == {"prompt": "?", "stop": [stop] if isinstance(stop, str) else stop}
 
 
@@ -172,7 +181,7 @@ def test_a_request_has_no_say_in_how_its_template_is_applied(name: str, value: o
 
 def test_what_a_template_may_know_is_passed_on() -> None:
     asked = {"messages": [USER], "chat_template_kwargs": {"enable_thinking": False, "thinking_budget": None}}
-    assert checked(asked, ChatBody, "small")["chat_template_kwargs"]["enable_thinking"] is False
+    assert fields(asked)["chat_template_kwargs"]["enable_thinking"] is False
 
 
 @pytest.mark.parametrize(

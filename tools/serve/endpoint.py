@@ -1,0 +1,121 @@
+"""Endpoint that answers the requests of one protocol: checks a request, submits its job, and sends the answer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
+from functools import partial
+from typing import Any, Generic
+
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse, Response, StreamingResponse
+
+from .answers import Answer, AnswerService, Job
+from .middleware import Message, Receive, Send
+from .prompts import Prompts
+from .protocols.body import AnyBody, Body, UnknownFields
+from .protocols.events import Answered, End, Events
+from .protocols.protocol import Protocol, Reply
+from .protocols.refusal import Refusal
+from .waiting import kept_alive, on_thread
+
+ALIVE_SECONDS = 10.0  # longest silence of a stream
+
+
+class Endpoint:
+    """ASGI endpoint of one protocol."""
+
+    def __init__(
+        self,
+        protocol: Protocol,
+        name: str,
+        service: AnswerService,
+        prompts: Prompts,
+        unknown: UnknownFields,
+        alive_seconds: float = ALIVE_SECONDS,
+    ) -> None:
+        """Answer requests for the model ``name``, and note their unknown fields in ``unknown``.
+
+        In ``alive_seconds`` a stream sends at least a sign of life.
+        """
+        self._protocol = protocol
+        self._name = name
+        self._service = service
+        self._prompts = prompts
+        self._unknown = unknown
+        self._alive_seconds = alive_seconds
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Answer a request. Stop computing if the client disconnects. Raises Refusal if the request is invalid."""
+        # on a thread, because turning a long prompt into tokens takes seconds
+        content, content_type = (await receive())["body"], Headers(scope=scope).get("content-type", "")
+        body, (job,) = await on_thread(partial(self._jobs, content, content_type))
+        answer = self._service.submit(job)
+        try:
+            reply = Reply(answer.id, self._name, int(time.time()), body, len(job.request.ids))
+            response: Response
+            async with aclosing(self._stream(reply, answer, job)) as events:
+                if body.stream:
+                    response = StreamingResponse(events, media_type="text/event-stream")
+                else:
+                    response = JSONResponse(await self._whole(reply, answer, job))
+                response.headers["x-request-id"] = response.headers["request-id"] = answer.id
+                await response(scope, receive, send)
+        finally:
+            answer.cancel()
+
+    def _jobs(self, content: bytes, content_type: str) -> tuple[Body, list[Job]]:
+        """Return a request's valid body, and the jobs that it asks for.
+
+        Raises Refusal if the body is invalid, or a prompt is empty or exceeds the context.
+        """
+        body = self._unknown.checked(content, content_type, self._protocol.body, self._name)
+        return body, self._prompts.jobs(body.query(), body.prompt_field)
+
+    def _stream(self, reply: Reply, answer: Answer, job: Job) -> AsyncGenerator[str]:
+        """Return a stream of server-sent events. If the answer fails, its error comes last."""
+
+        async def sent() -> AsyncIterator[str]:
+            try:
+                async for event in self._protocol.stream(reply, self._events(answer, job, Answered())):
+                    yield event
+            except Refusal as refusal:
+                yield self._protocol.error(reply, refusal)
+
+        return kept_alive(sent(), self._alive_seconds, lambda: self._protocol.alive(answer.say()))
+
+    async def _whole(self, reply: Reply, answer: Answer, job: Job) -> dict[str, object]:
+        answered = Answered()
+        async for _ in self._events(answer, job, answered):
+            pass
+        return self._protocol.whole(reply, [answered])
+
+    async def _events(self, answer: Answer, job: Job, answered: Answered) -> Events:
+        """Yield the answer's events, and add them to ``answered``. Raises Refusal if the answer fails."""
+        async for event in answer.events():
+            answered.add(event)
+            if isinstance(event, End):
+                self._prompts.note(job, answer, answered)
+            yield 0, event
+
+
+class BodyEndpoint(Generic[AnyBody]):
+    """ASGI endpoint that answers a request with JSON, for which nothing is generated."""
+
+    def __init__(
+        self, name: str, body: type[AnyBody], answer: Callable[[AnyBody], dict[str, Any]], unknown: UnknownFields
+    ) -> None:
+        """``answer`` is called on a thread with the valid body of a request for the model ``name``."""
+        self._name = name
+        self._body = body
+        self._answer = answer
+        self._unknown = unknown
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Answer a request. Raises Refusal if the request is invalid."""
+        content, content_type = (await receive())["body"], Headers(scope=scope).get("content-type", "")
+        answer = await on_thread(
+            lambda: self._answer(self._unknown.checked(content, content_type, self._body, self._name))
+        )
+        await JSONResponse(answer)(scope, receive, send)

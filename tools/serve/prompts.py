@@ -1,0 +1,191 @@
+"""Makes jobs for the engine of what requests ask for: renders and tokenises their prompts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from moetier.runtime.engine.sequence import Finish, Request
+from moetier.runtime.generation.conversation import PLAIN_STOP, PLAIN_TEMPLATE
+from moetier.runtime.generation.decoding import penalties_of, sampling_of
+from moetier.runtime.model.context import counted, first_ids, longest_context
+from moetier.runtime.model.vocabulary import unknown_token
+
+from .answers import Answer, Job
+from .parsing import form_of
+from .protocols.events import Answered
+from .protocols.query import Dialogue, Query
+from .protocols.refusal import TOO_LONG, Refusal
+from .replay import Turns
+
+NEW_TOKENS = 1024  # limit of an answer's tokens if the request has none; generation_config.json may raise it
+SWITCHES = ("enable_thinking", "thinking")  # variables by which chat templates turn reasoning on and off
+
+
+class Prompts:
+    """Makes the prompts of one model."""
+
+    def __init__(self, model: Any, tokenizer: Any, context: int) -> None:
+        """Make prompts of fewer than ``context`` tokens; with PLAIN_TEMPLATE if the model has no chat template."""
+        self._model = model
+        self._tokenizer = tokenizer
+        self._context = context
+        self._form = form_of(model, tokenizer)
+        self._is_plain = not tokenizer.chat_template
+        self._switches = [name for name in SWITCHES if has_variable(tokenizer.chat_template, name)]
+        self._has_developer = "developer" in str(tokenizer.chat_template)
+        self._turns = Turns()
+
+    def count(self, query: Query) -> list[int]:
+        """Return the number of tokens of each prompt of a query; far more than the context are not all counted.
+
+        Raises Refusal if the chat template refuses the messages.
+        """
+        return [len(self._read(prompt)[1]) for prompt in query.prompts]
+
+    def jobs(self, query: Query, field: str) -> list[Job]:
+        """Return a job for each answer that a query wants.
+
+        Raises Refusal, which names ``field``, if a prompt is empty, exceeds the context, or the model can't read it.
+        """
+        return [self._job(query, prompt, field) for prompt in query.prompts]
+
+    def note(self, job: Job, answer: Answer, answered: Answered) -> None:
+        """Note a complete answer: the prompt of a later request may begin with its tokens."""
+        sequence, end = answer.sequence, answered.end
+        if job.dialogue is None or sequence is None or end is None or end.stop is not None:
+            return  # the client has not got all that was sampled
+        ids = sequence.ids[len(job.request.ids) :]
+        mark = self._tokenizer.decode(ids[-1:]) if sequence.finish is Finish.END else ""
+        self._turns.note(self._plain(job.dialogue), answered, ids, job.opening, mark)
+
+    def _job(self, query: Query, prompt: Dialogue | str | Sequence[int], field: str) -> Job:
+        dialogue = prompt if isinstance(prompt, Dialogue) else None
+        opening, ids = self._read(prompt)
+        self._check(ids, field)
+        most = max(NEW_TOKENS, self._model.generation_config.max_new_tokens or 0)
+        request = Request(
+            tuple(ids),
+            min(query.max_tokens or most, self._context - len(ids)),
+            {**sampling_of(query.sampling), **penalties_of(query.sampling)},
+            seed=query.seed,
+        )
+        return Job(
+            request,
+            stop=[*query.stop, *([PLAIN_STOP] if dialogue and self._is_plain else [])],
+            parser=None if dialogue is None or self._form is None else self._form.parser(opening, dialogue.tools),
+            one_call=query.one_call,
+            dialogue=dialogue,
+            opening=opening,
+        )
+
+    def _read(self, prompt: Dialogue | str | Sequence[int]) -> tuple[str, list[int]]:
+        """Return the end of a prompt that begins the answer, and the prompt's token ids.
+
+        Raises Refusal if the chat template refuses it.
+        """
+        if isinstance(prompt, Dialogue):
+            text, opening = self._text(prompt)
+            return opening, self._continued(prompt) or self._ids(text, add_special_tokens=self._is_plain)
+        assert isinstance(prompt, str)
+        return "", self._ids(prompt)
+
+    def _ids(self, text: str, **options: Any) -> list[int]:
+        return first_ids(self._tokenizer, text, self._context, **options)
+
+    def _check(self, ids: Sequence[int], field: str) -> None:
+        """Raise Refusal if the model can't compute a prompt."""
+        if not ids:
+            raise Refusal(400, f"{field}: the prompt has no tokens.", param=field)
+        context = self._context
+        if len(ids) >= context:
+            is_models = context == longest_context(self._model.config)
+            whose = "the model's maximum context" if is_models else "the context of this server (--context)"
+            raise Refusal(
+                400,
+                f"The prompt has {counted(len(ids), context)} tokens, but {whose} is {context:,} for prompt and answer "
+                "together.",
+                param=field,
+                code=TOO_LONG,
+            )
+        if (token := unknown_token(self._model, self._tokenizer, ids)) is not None:
+            message = f"The prompt has the token {token!r}, for which the model has no embedding."
+            raise Refusal(400, message, param=field)
+
+    # -- the chat template ---------------------------------------------------------------------------------------------
+
+    def _text(self, dialogue: Dialogue) -> tuple[str, str]:
+        """Return the prompt's text, and its end that begins the answer.
+
+        Raises Refusal if the chat template refuses the messages.
+        """
+        messages, tools = self._plain(dialogue), dialogue.tools
+        text = self._render(dialogue, tools, messages)
+        if tools and text == self._render(dialogue, None, messages):
+            raise Refusal(400, "tools: the model's chat template does not support tools.", param="tools")
+        # only what the template adds to the messages may open a region: messages may have marks, too
+        told = self._render(dialogue, tools, messages, begins_answer=False)
+        return text, text.removeprefix(told) if text.startswith(told) else ""
+
+    def _continued(self, dialogue: Dialogue) -> list[int]:
+        """Return the tokens of a prompt in which answers are replayed; none if none of them is kept."""
+        try:
+            return self._turns.continued(
+                self._plain(dialogue),
+                partial(self._render, dialogue, dialogue.tools),
+                self._tokenizer,
+                self._context,
+                add_special_tokens=self._is_plain,
+            )
+        except Refusal:  # the template takes the messages, but not without their calls
+            return []
+
+    def _render(
+        self,
+        dialogue: Dialogue,
+        tools: Sequence[Mapping[str, Any]] | None,
+        messages: Sequence[Any],
+        *,
+        begins_answer: bool = True,
+    ) -> str:
+        variables: dict[str, Any] = {} if dialogue.effort is None else {"reasoning_effort": dialogue.effort}
+        if dialogue.reasons is not None:
+            variables |= dict.fromkeys(self._switches, dialogue.reasons)
+        try:
+            text: str = self._tokenizer.apply_chat_template(
+                [*messages],
+                chat_template=PLAIN_TEMPLATE if self._is_plain else None,
+                add_generation_prompt=begins_answer,
+                tools=tools,
+                tokenize=False,
+                **variables | {**dialogue.variables},
+            )
+        except Exception as error:  # a template may raise any exception
+            message = f"The model's chat template refuses these messages: {str(error).partition(chr(10))[0]}"
+            raise Refusal(400, message, param="messages") from None
+        return text
+
+    def _plain(self, dialogue: Dialogue) -> list[dict[str, Any]]:
+        """Return messages as chat templates take them: content is one text, and there are only fields they know."""
+        return [self._plain_message(message) for message in dialogue.messages]
+
+    def _plain_message(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a message as chat templates take it: one text is its content, and it has only fields they know."""
+        content = message.get("content") or ""
+        text = content if isinstance(content, str) else " ".join(part["text"] for part in content)
+        role = message["role"]
+        if role == "developer" and not self._has_developer:  # such templates leave it out, or refuse it
+            role = "system"
+        plain = {"role": role, "content": text}
+        plain |= {name: message[name] for name in ("tool_calls", "tool_call_id") if message.get(name)}
+        if isinstance(reasoning := message.get("reasoning_content"), str) and reasoning:
+            plain["reasoning_content"] = reasoning
+        return plain
+
+
+def has_variable(template: Any, name: str) -> bool:
+    """Return whether a chat template, or one of several, may have a variable of this name."""
+    templates = template.values() if isinstance(template, dict) else [template or ""]
+    return any(re.search(rf"(?<![\w.'\"]){name}(?![\w'\"])", each) is not None for each in templates)

@@ -1,0 +1,127 @@
+"""Parts of an answer as they come, and the whole answer, in the terms of no protocol."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Further text of an answer."""
+
+    text: str
+    is_reasoning: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A whole tool call."""
+
+    id: str
+    name: str
+    arguments: str  # a JSON object
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Numbers of tokens."""
+
+    prompt: int = 0
+    cached: int = 0  # of the prompt, those whose keys and values were there already
+    new: int = 0
+    reasoning: int = 0  # of the new ones, those of reasoning
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(
+            self.prompt + other.prompt,
+            self.cached + other.cached,
+            self.new + other.new,
+            self.reasoning + other.reasoning,
+        )
+
+
+class Reason(enum.Enum):
+    """Why an answer has ended."""
+
+    END = "end"  # the model has ended it
+    STOP = "stop"  # it has one of the request's stop strings
+    LENGTH = "length"
+    CALLS = "calls"  # the model waits for the results of its tool calls
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """The last event of an answer."""
+
+    reason: Reason
+    usage: Usage
+    stop: str | None = None  # the stop string
+
+
+Event = Text | Call | End
+Events = AsyncIterator[tuple[int, Event]]  # each with the number of its answer: a query may want several
+
+
+class Answered:
+    """A whole answer, made of its events."""
+
+    def __init__(self) -> None:
+        self._parts: list[Text | Call] = []
+        self.end: End | None = None  # None until the answer is complete
+
+    def add(self, event: Event) -> None:
+        """Add the next event."""
+        if isinstance(event, End):
+            self.end = event
+        else:
+            self._parts.append(event)
+
+    @property
+    def text(self) -> str:
+        """All text that is no reasoning."""
+        return "".join(part.text for part in self._parts if isinstance(part, Text) and not part.is_reasoning)
+
+    @property
+    def reasoning(self) -> str:
+        """All reasoning."""
+        return "".join(part.text for part in self._parts if isinstance(part, Text) and part.is_reasoning)
+
+    @property
+    def calls(self) -> list[Call]:
+        """All tool calls."""
+        return [part for part in self._parts if isinstance(part, Call)]
+
+    @property
+    def blocks(self) -> list[Text | Call]:
+        """The answer as few parts as possible, in order. Text that is blank is left out, as ``without_blank`` does."""
+        merged = list[Text | Call]()
+        for part in self._parts:
+            last = merged[-1] if merged else None
+            if isinstance(part, Text) and isinstance(last, Text) and part.is_reasoning == last.is_reasoning:
+                merged[-1] = Text(last.text + part.text, part.is_reasoning)
+            else:
+                merged.append(part)
+        bare = [Text(part.text.lstrip("\n"), part.is_reasoning) if isinstance(part, Text) else part for part in merged]
+        return [part for part in bare if not isinstance(part, Text) or part.text.strip()]
+
+
+async def without_blank(events: AsyncIterator[Event]) -> AsyncIterator[Event]:
+    """Yield events without text that is blank between others, and without line ends before a text.
+
+    Models write line ends between reasoning, text and tool calls, which APIs with blocks have no place for.
+    """
+    held, is_begun, is_reasoning = "", False, False  # what was not passed on of the present text, and its kind
+    async for event in events:
+        if not isinstance(event, Text):
+            held, is_begun = "", False
+            yield event
+            continue
+        if event.is_reasoning != is_reasoning:
+            held, is_begun, is_reasoning = "", False, event.is_reasoning
+        held = held + event.text if is_begun else (held + event.text).lstrip("\n")
+        if held.strip() or (is_begun and held):
+            is_begun = True
+            yield Text(held, is_reasoning)
+            held = ""

@@ -1,0 +1,235 @@
+"""Requests for OpenAI's responses, without state: a request has the whole conversation."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, Discriminator, FailFast, Field, Tag
+from pydantic import ValidationInfo as Info
+
+from .body import MOST_TOKENS, Body, Open, arguments_of
+from .bounded_json import BoundedJson
+from .query import Dialogue, Query
+from .refusal import Refusal
+
+HOSTED = ("web_search", "image_generation", "tool_search")  # tools that OpenAI runs; the model is not offered them
+ENCRYPTED = "reasoning.encrypted_content"  # what a request includes to get reasoning that it can send back
+
+
+def _as_parts(given: Any) -> Any:
+    """Return a text as a list of one part; anything else unchanged."""
+    return [{"type": "input_text", "text": given}] if isinstance(given, str) else [] if given is None else given
+
+
+def _arguments(given: Any, info: Info[BoundedJson]) -> Any:
+    return arguments_of(given, info.context)
+
+
+class Part(Open):
+    """Text of a message."""
+
+    type: Literal["input_text", "output_text", "text", "reasoning_text", "summary_text"]
+    text: str
+
+
+Parts = Annotated[list[Part], FailFast(), BeforeValidator(_as_parts)]
+
+
+class MessageItem(Open):
+    """Message of a conversation."""
+
+    type: Literal["message"] = "message"
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Parts
+
+
+class CallItem(Open):
+    """Tool call of an earlier answer."""
+
+    type: Literal["function_call"]
+    call_id: str
+    name: str
+    arguments: Annotated[dict[str, Any], BeforeValidator(_arguments)]
+
+
+class OutputItem(Open):
+    """Result of a tool call."""
+
+    type: Literal["function_call_output"]
+    call_id: str
+    output: Parts
+
+
+class ReasoningItem(Open):
+    """Reasoning of an earlier answer."""
+
+    type: Literal["reasoning"]
+    content: Annotated[list[Part] | None, FailFast()] = None
+    encrypted_content: str | None = None
+
+    @property
+    def text(self) -> str:
+        """The reasoning; empty if only its summary is there."""
+        if self.content:
+            return _joined(self.content)
+        try:
+            return base64.b64decode(self.encrypted_content or "", validate=True).decode()
+        except (binascii.Error, ValueError):  # another server's
+            return ""
+
+
+def _type_of(item: Any) -> str | None:
+    return item.get("type", "message") if isinstance(item, dict) else getattr(item, "type", None)
+
+
+Item = Annotated[
+    Annotated[MessageItem, Tag("message")]
+    | Annotated[CallItem, Tag("function_call")]
+    | Annotated[OutputItem, Tag("function_call_output")]
+    | Annotated[ReasoningItem, Tag("reasoning")],
+    Discriminator(
+        _type_of,
+        custom_error_type="item",
+        custom_error_message="only message, function_call, function_call_output and reasoning are supported",
+    ),
+]
+
+
+def _as_items(given: Any) -> Any:
+    return [{"role": "user", "content": given}] if isinstance(given, str) else given
+
+
+class ResponsesTool(Open):
+    """Function that the client runs."""
+
+    type: Literal["function"]
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+
+
+def _without_hosted(given: Any) -> Any:
+    """Return a list of tools without those that OpenAI runs; anything else unchanged."""
+    if not isinstance(given, list):
+        return given
+    return [tool for tool in given if not (isinstance(tool, dict) and str(tool.get("type")).startswith(HOSTED))]
+
+
+class Reasoning(Open):
+    """How much to reason. There are no summaries."""
+
+    effort: Annotated[str, Field(max_length=32)] | None = None
+
+
+class TextFormat(Open):
+    """Form of an answer."""
+
+    type: Literal["text"]
+
+
+class TextConfig(Open):
+    """Form and length of an answer; the length is a hint, which is not used."""
+
+    format: TextFormat | None = None
+
+
+class ResponsesBody(Body):
+    """Body of a request for a response."""
+
+    prompt_field = "input"
+    ignored: ClassVar = (
+        "metadata", "client_metadata", "prompt_cache_key", "prompt_cache_retention", "safety_identifier", "user",
+        "service_tier", "stream_options", "max_tool_calls", "context_management",
+    )  # fmt: skip
+    neutral: ClassVar[dict[str, Any]] = {"background": False, "truncation": "disabled", "top_logprobs": 0}
+    unsupported: ClassVar = ("prompt", "moderation")
+
+    input: Annotated[list[Item], Field(min_length=1), FailFast(), BeforeValidator(_as_items)]
+    instructions: str | None = None
+    max_output_tokens: int | None = Field(None, ge=1, le=MOST_TOKENS)
+    tools: Annotated[list[ResponsesTool] | None, FailFast(), BeforeValidator(_without_hosted)] = None
+    tool_choice: Literal["auto", "none"] | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning: Reasoning | None = None
+    text: TextConfig | None = None
+    include: list[str] | None = None
+    store: bool | None = None
+    previous_response_id: str | None = None
+    conversation: Any = None
+
+    def query(self) -> Query:
+        """Return what the request asks for. Raises Refusal if it needs a response that was stored."""
+        for name in ("store", "previous_response_id", "conversation"):
+            if getattr(self, name):
+                message = f"{name}: this server keeps no responses. Send the whole conversation as the input."
+                raise Refusal(400, message, param=name)
+        effort = None if self.reasoning is None else self.reasoning.effort
+        dialogue = Dialogue(
+            [*self._chat()],
+            None if self.tool_choice == "none" or not self.tools else [_function(tool) for tool in self.tools],
+            effort=effort,
+            reasons=False if effort == "none" else None,
+        )
+        return Query(
+            prompts=[dialogue],
+            max_tokens=self.max_output_tokens,
+            sampling=self.sampling_options,
+            seed=self.seed,
+            one_call=self.parallel_tool_calls is False,
+        )
+
+    def _chat(self) -> Iterator[dict[str, Any]]:
+        """Yield the input in the form of chat completions.
+
+        Instructions and the first system messages are one message, as many templates take only one. The items of an
+        answer are one message, too.
+        """
+        items = [*self.input]
+        system = [] if self.instructions is None else [self.instructions]
+        while items and isinstance(item := items[0], MessageItem) and item.role in ("system", "developer"):
+            system.append(_joined(item.content))
+            del items[0]
+        if system:
+            yield {"role": "system", "content": "\n\n".join(system)}
+        for is_answer, group in itertools.groupby(items, _is_answers):
+            if is_answer:
+                yield _answer([*group])
+            else:
+                yield from map(_message, group)
+
+
+def _is_answers(item: Item) -> bool:
+    return isinstance(item, CallItem | ReasoningItem) or (isinstance(item, MessageItem) and item.role == "assistant")
+
+
+def _answer(items: Sequence[Item]) -> dict[str, Any]:
+    """Return the items of one answer as a message."""
+    texts = [_joined(item.content) for item in items if isinstance(item, MessageItem)]
+    message: dict[str, Any] = {"role": "assistant", "content": "\n\n".join(texts)}
+    if thoughts := [item.text for item in items if isinstance(item, ReasoningItem) and item.text]:
+        message["reasoning_content"] = "\n\n".join(thoughts)
+    if calls := [item for item in items if isinstance(item, CallItem)]:
+        message["tool_calls"] = [
+            {"id": call.call_id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in calls
+        ]
+    return message
+
+
+def _message(item: Item) -> dict[str, Any]:
+    if isinstance(item, OutputItem):
+        return {"role": "tool", "tool_call_id": item.call_id, "content": _joined(item.output)}
+    assert isinstance(item, MessageItem)
+    return {"role": item.role, "content": _joined(item.content)}
+
+
+def _joined(parts: Sequence[Part]) -> str:
+    return "\n\n".join(part.text for part in parts)
+
+
+def _function(tool: ResponsesTool) -> dict[str, Any]:
+    return {"type": "function", "function": tool.model_dump(exclude={"type", "strict"}, exclude_none=True)}
