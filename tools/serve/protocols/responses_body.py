@@ -53,6 +53,7 @@ class CallItem(Open):
     type: Literal["function_call"]
     call_id: str
     name: str
+    namespace: str | None = None
     arguments: Annotated[dict[str, Any], BeforeValidator(_arguments)]
 
 
@@ -119,6 +120,17 @@ def _without_hosted(given: Any) -> Any:
     return [tool for tool in given if not (isinstance(tool, dict) and str(tool.get("type")).startswith(HOSTED))]
 
 
+class Namespace(Open):
+    """Functions under a common name. The model is offered each under both names, as in "files.read"."""
+
+    type: Literal["namespace"]
+    name: str
+    tools: Annotated[list[ResponsesTool], FailFast(), BeforeValidator(_without_hosted)]
+
+
+Tool = Annotated[ResponsesTool | Namespace, Field(discriminator="type")]
+
+
 class Reasoning(Open):
     """How much to reason. There are no summaries."""
 
@@ -151,7 +163,7 @@ class ResponsesBody(Body):
     input: Annotated[list[Item], Field(min_length=1), FailFast(), BeforeValidator(_as_items)]
     instructions: str | None = None
     max_output_tokens: int | None = Field(None, ge=1, le=MOST_TOKENS)
-    tools: Annotated[list[ResponsesTool] | None, FailFast(), BeforeValidator(_without_hosted)] = None
+    tools: Annotated[list[Tool] | None, FailFast(), BeforeValidator(_without_hosted)] = None
     tool_choice: Literal["auto", "none"] | None = None
     parallel_tool_calls: bool | None = None
     reasoning: Reasoning | None = None
@@ -170,7 +182,7 @@ class ResponsesBody(Body):
         effort = None if self.reasoning is None else self.reasoning.effort
         dialogue = Dialogue(
             [*self._chat()],
-            None if self.tool_choice == "none" or not self.tools else [_function(tool) for tool in self.tools],
+            None if self.tool_choice == "none" or not self.tools else [*self._functions()],
             effort=effort,
             reasons=False if effort == "none" else None,
         )
@@ -181,6 +193,20 @@ class ResponsesBody(Body):
             seed=self.seed,
             one_call=self.parallel_tool_calls is False,
         )
+
+    def names(self, function: str) -> dict[str, str]:
+        """Return the fields of a call that name a function by the name under which the model is offered it."""
+        for tool in self.tools or ():
+            if isinstance(tool, Namespace) and any(function == _full(tool.name, each.name) for each in tool.tools):
+                return {"namespace": tool.name, "name": function.removeprefix(_full(tool.name, ""))}
+        return {"name": function}
+
+    def _functions(self) -> Iterator[dict[str, Any]]:
+        for tool in self.tools or ():
+            if isinstance(tool, Namespace):
+                yield from (_function(each, tool.name) for each in tool.tools)
+            else:
+                yield _function(tool)
 
     def _chat(self) -> Iterator[dict[str, Any]]:
         """Yield the input in the form of chat completions.
@@ -214,7 +240,11 @@ def _answer(items: Sequence[Item]) -> dict[str, Any]:
         message["reasoning_content"] = "\n\n".join(thoughts)
     if calls := [item for item in items if isinstance(item, CallItem)]:
         message["tool_calls"] = [
-            {"id": call.call_id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            {
+                "id": call.call_id,
+                "type": "function",
+                "function": {"name": _full(call.namespace, call.name), "arguments": call.arguments},
+            }
             for call in calls
         ]
     return message
@@ -231,5 +261,11 @@ def _joined(parts: Sequence[Part]) -> str:
     return "\n\n".join(part.text for part in parts)
 
 
-def _function(tool: ResponsesTool) -> dict[str, Any]:
-    return {"type": "function", "function": tool.model_dump(exclude={"type", "strict"}, exclude_none=True)}
+def _full(namespace: str | None, name: str) -> str:
+    """Return the name under which the model is offered a function."""
+    return name if namespace is None else f"{namespace}.{name}"
+
+
+def _function(tool: ResponsesTool, namespace: str | None = None) -> dict[str, Any]:
+    given = tool.model_dump(exclude={"type", "strict"}, exclude_none=True)
+    return {"type": "function", "function": given | {"name": _full(namespace, tool.name)}}

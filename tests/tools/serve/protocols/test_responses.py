@@ -19,8 +19,11 @@ from openai import OpenAI
 
 import moetier
 from moetier.tools.serve.protocols.body import checked
+from moetier.tools.serve.protocols.events import Answered, Call
+from moetier.tools.serve.protocols.protocol import Reply
 from moetier.tools.serve.protocols.query import Dialogue, Query
 from moetier.tools.serve.protocols.refusal import Refusal
+from moetier.tools.serve.protocols.responses import Responses
 from moetier.tools.serve.protocols.responses_body import ResponsesBody
 
 TOOL = {"type": "function", "name": "f", "description": "d", "strict": False, "parameters": {"type": "object"}}
@@ -91,6 +94,23 @@ def test_reasoning_may_come_back_in_the_form_that_hides_it(encrypted: str | None
     """That of other servers is no text."""
     items = [said("user", "?"), {"type": "reasoning", "summary": [], "encrypted_content": encrypted}]
     assert dialogue_of(input=items).messages[1].get("reasoning_content") == text
+
+
+def test_functions_in_a_namespace_are_offered_under_both_names() -> None:
+    """As Codex has some: calls of them, those in the input too, have the two names apart."""
+    space = {"type": "namespace", "name": "agents", "description": "d", "tools": [TOOL, {"type": "web_search"}]}
+    call = {"type": "function_call", "call_id": "call_1", "name": "f", "namespace": "agents", "arguments": "{}"}
+    given = {"input": [{"role": "user", "content": "?"}, call], "tools": [TOOL, space]}
+    body = checked(given, ResponsesBody, "small")
+    (dialogue,) = body.query().prompts
+    assert isinstance(dialogue, Dialogue)
+    assert [tool["function"]["name"] for tool in dialogue.tools or ()] == ["f", "agents.f"]
+    assert dialogue.messages[1]["tool_calls"][0]["function"]["name"] == "agents.f"
+    answer = Answered()
+    for name in "agents.f", "f":
+        answer.add(Call("call_2", name, "{}"))
+    items = Responses().whole(Reply("1", "small", 0, body, 1), [answer])["output"]
+    assert [(item["name"], item.get("namespace")) for item in items] == [("f", "agents"), ("f", None)]
 
 
 def test_options_are_those_of_the_query() -> None:
