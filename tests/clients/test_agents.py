@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,11 @@ pytest.importorskip("uvicorn", reason='pip install ".[serve]"')
 
 import httpx2
 from agent_model import write_model
-from agents import MODEL, OPENCODE, PI, Agent, Session, without_internet
+from agents import CLAUDE, CODEX, MODEL, OPENCODE, PI, QWEN, Agent, Session, without_internet
 from http_servers import KEY, ServerProcess
 from prometheus import scrape
 from readers import PATIENCE
-from recorded_requests import Asked, computed_before, recorded
+from recorded_requests import Asked, Usage, computed_before, recorded
 from transformers import AutoTokenizer
 
 from moetier.runtime.kernels.layer.paged_cache import PAGE
@@ -68,15 +69,20 @@ def answers(agent: Agent, mark: str, file: Path) -> list[list[Answer]]:
     def say(text: str) -> str:
         return call(*agent.shell(f"echo '{text} of {mark}'"))
 
+    cut = Answer("A call that is cut:\n" + call(*agent.shell("true; " * 2000)))
     return [
         [
-            Answer(thought("First look.") + "I look.\n" + call(*agent.shell("cat notes.txt")), 1),
+            Answer(thought("First look.") + "I look.\n" + call(*agent.read(file)), 1),
             Answer(edit(0), 1),
             Answer(f"Two at once.\n{say('result 1')}\n{say('result 2')}", 2),
             Answer(thought("That's all.") + "Done once."),
         ],
         [Answer(edit(1), 1), Answer('A bad call: <tool_call>\n{"name": "x", "arguments": {"a": }\n</tool_call>')],
-        [Answer(edit(2), 1), Answer("A call that is cut:\n" + call(*agent.shell("true; " * 2000)))],
+        [
+            Answer(edit(2), 1),
+            *([cut] if agent.limits else ()),
+            *([Answer("So far.")] if agent.goes_on or not agent.limits else ()),
+        ],
         [Answer(say("result 3"), 1), Answer(thought("One more.") + edit(3), 1), Answer("Done.")],
         [Answer(edit(4), 1), Answer("Done again.")],
     ]
@@ -87,7 +93,7 @@ def edited(mark: str) -> str:
     return "line 0\n" + "".join(f'è "{mark}" \\ <b>\nline {number + 1}\n' for number in range(5))
 
 
-@pytest.mark.parametrize("agent", [PI, OPENCODE], ids=lambda agent: agent.name)
+@pytest.mark.parametrize("agent", [PI, OPENCODE, QWEN, CODEX, CLAUDE], ids=lambda agent: agent.name)
 def test_only_what_is_new_is_computed(
     agent: Agent, model: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
@@ -117,7 +123,7 @@ def test_only_what_is_new_is_computed(
     for at, each in enumerate(asked):
         had = computed_before(each, asked[:at])
         assert had - PAGE < each.cached <= had
-        assert each.usage["prompt_tokens_details"]["cached_tokens"] == each.cached
+        assert each.usage == Usage(len(each.prompt), each.cached, len(each.answer))
     assert f'kept_tokens_total{{model="{MODEL}"}} {float(sum(each.cached for each in asked))}' in metrics
     for mark in SESSIONS:
         check_prefixes(script[mark], [each for each in asked if mark in each.text and each.has_tools])
@@ -135,7 +141,8 @@ def ask_for_title(url: str, mark: str) -> None:
 def check_prefixes(turns: list[list[Answer]], asked: list[Asked]) -> None:
     """Every prompt has the results of all calls, and begins with the one before and its answer.
 
-    But for what the template drops: reasoning of answers to earlier messages of the user.
+    But for what the template drops: reasoning of answers to earlier messages of the user; and for what the agent has
+    changed in the messages before.
     """
     assert len(asked) == sum(map(len, turns))
     calls, before = 0, list[tuple[Answer, Asked]]()  # of the last message of the user
@@ -148,8 +155,27 @@ def check_prefixes(turns: list[list[Answer]], asked: list[Asked]) -> None:
             start = [*before[-1][1].prompt, *before[-1][1].answer] if before else []
             if number == 0 and dropped is not None:
                 start = dropped[:-1]  # its last line's end may be one token with what follows
+            if before:
+                start = start[: unchanged(before[-1][1], each)]
             assert each.prompt[: len(start)] == start
             calls += answer.calls
             before = [*(before if number else ()), (answer, each)]
     for number in (1, 2, 3):
         assert any(f"<tool_response>\nresult {number} of" in each.text for each in asked)
+
+
+def unchanged(before: Asked, asked: Asked) -> int | None:
+    """Return how many tokens of a prompt come before the first message of its chat that a later request has changed.
+
+    None: all are as they were.
+    """
+    messages, later = (each.body["messages"] if "chat" in each.path else [] for each in (before, asked))
+    pairs = zip(messages, later, strict=False)
+    place = next((place for place, (one, other) in enumerate(pairs) if one != other), None)
+    if place is None:
+        return None
+    begins = [at for at, token in enumerate(before.prompt) if token == before.prompt[0]]
+    is_result = [
+        message["role"] == "tool" for message in messages[: place + 1]
+    ]  # results that follow each other are one
+    return begins[sum(not (each and last) for last, each in pairwise([False, *is_result])) - 1]

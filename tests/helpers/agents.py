@@ -23,6 +23,9 @@ RUN_SECONDS = 250
 INSTALL_SECONDS = 280
 
 
+Call = tuple[str, dict[str, Any]]
+
+
 @dataclass(frozen=True, slots=True)
 class Agent:
     """A program that drives a model.
@@ -32,7 +35,10 @@ class Agent:
         package: npm's name of the package, with its exact version.
         configure: called with a home, a repository and the server's URL, which ends in /v1. Returns the environment.
         first, further: arguments before the first message of a session, and before the further ones.
-        edit, shell: texts of the tool's name and arguments that replace one text in a file, and run a command.
+        read, edit, shell: name and arguments of the tool call that reads a file, replaces a text in it by another, and
+            runs a command.
+        limits: whether it limits the tokens of an answer.
+        goes_on: whether it lets the model go on, without a message of the user, after an answer that was cut.
     """
 
     name: str
@@ -40,8 +46,11 @@ class Agent:
     configure: Callable[[Path, Path, str], Mapping[str, str]]
     first: Sequence[str]
     further: Sequence[str]
-    edit: Callable[[Path, str, str], tuple[str, dict[str, Any]]]
-    shell: Callable[[str], tuple[str, dict[str, Any]]]
+    read: Callable[[Path], Call]
+    edit: Callable[[Path, str, str], Call]
+    shell: Callable[[str], Call]
+    limits: bool = True
+    goes_on: bool = False
 
     def installed(self, cache: Path) -> Path:
         """Return the program, installed in the folder ``cache`` if it is not there. Skips the test if npm can't."""
@@ -147,12 +156,59 @@ def _opencode(_: Path, repository: Path, url: str) -> Mapping[str, str]:
     return {"OPENCODE_DISABLE_MODELS_FETCH": "1", "OPENCODE_DISABLE_LSP_DOWNLOAD": "1"}
 
 
+def _claude(home: Path, _: Path, url: str) -> Mapping[str, str]:
+    _write(home / ".claude.json", {"hasCompletedOnboarding": True})
+    models = ("ANTHROPIC_MODEL", "ANTHROPIC_DEFAULT_HAIKU_MODEL", "ANTHROPIC_DEFAULT_SONNET_MODEL")
+    return dict.fromkeys(models, MODEL) | {
+        "ANTHROPIC_BASE_URL": url.removesuffix("/v1"),
+        "ANTHROPIC_AUTH_TOKEN": KEY,
+        "CLAUDE_CODE_MAX_OUTPUT_TOKENS": str(ANSWER),
+        "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
+        "IS_SANDBOX": "1",  # else root may not skip permissions
+    }
+
+
+def _codex(home: Path, _: Path, url: str) -> Mapping[str, str]:
+    config = f"""
+        model = "{MODEL}"
+        model_provider = "moetier"
+        approval_policy = "never"
+        sandbox_mode = "danger-full-access"
+        [model_providers.moetier]
+        name = "moetier"
+        base_url = "{url}"
+        env_key = "MOETIER_API_KEY"
+        wire_api = "responses"
+    """
+    _write(home / ".codex" / "config.toml", config)
+    return {"MOETIER_API_KEY": KEY}
+
+
+def _qwen(home: Path, _: Path, url: str) -> Mapping[str, str]:
+    generation = {"samplingParams": {"max_tokens": ANSWER}}
+    _write(
+        home / ".qwen" / "settings.json", {"model": {"generationConfig": generation}, "telemetry": {"enabled": False}}
+    )
+    return {"OPENAI_BASE_URL": url, "OPENAI_API_KEY": KEY, "OPENAI_MODEL": MODEL}
+
+
+def _replacement(file: Path, old: str, new: str) -> dict[str, Any]:
+    return {"file_path": str(file), "old_string": old, "new_string": new}
+
+
+def _patch(file: Path, old: str, new: str) -> Call:
+    lines = [f"-{line}" for line in old.splitlines()] + [f"+{line}" for line in new.splitlines()]
+    patch = ["*** Begin Patch", f"*** Update File: {file}", "@@", *lines, "*** End Patch"]
+    return "exec_command", {"cmd": "\n".join(["apply_patch <<'PATCH'", *patch, "PATCH"])}
+
+
 PI = Agent(
     "pi",
     "@mariozechner/pi-coding-agent@0.73.1",
     _pi,
     ["--model", f"moetier/{MODEL}", "-p"],
     ["--model", f"moetier/{MODEL}", "--continue", "-p"],
+    lambda file: ("read", {"path": str(file)}),
     lambda file, old, new: ("edit", {"path": str(file), "edits": [{"oldText": old, "newText": new}]}),
     lambda command: ("bash", {"command": command}),
 )
@@ -162,6 +218,39 @@ OPENCODE = Agent(
     _opencode,
     ["run"],
     ["run", "--continue"],
+    lambda file: ("read", {"filePath": str(file)}),
     lambda file, old, new: ("edit", {"filePath": str(file), "oldString": old, "newString": new}),
     lambda command: ("bash", {"command": command, "description": "Run a command"}),
+)
+CLAUDE = Agent(
+    "claude",
+    "@anthropic-ai/claude-code@2.1.332",
+    _claude,
+    ["--dangerously-skip-permissions", "-p"],
+    ["--dangerously-skip-permissions", "--continue", "-p"],
+    lambda file: ("Read", {"file_path": str(file)}),
+    lambda file, old, new: ("Edit", _replacement(file, old, new) | {"replace_all": False}),
+    lambda command: ("Bash", {"command": command, "description": "Run a command"}),
+    goes_on=True,
+)
+CODEX = Agent(
+    "codex",
+    "@openai/codex@0.171.0",
+    _codex,
+    ["exec"],
+    ["exec", "resume", "--last"],
+    lambda file: ("exec_command", {"cmd": f"cat {file}"}),
+    _patch,
+    lambda command: ("exec_command", {"cmd": command}),
+    limits=False,
+)
+QWEN = Agent(
+    "qwen",
+    "@qwen-code/qwen-code@0.24.4",
+    _qwen,
+    ["--yolo", "-p"],
+    ["--yolo", "--continue", "-p"],
+    lambda file: ("read_file", {"file_path": str(file)}),
+    lambda file, old, new: ("edit", _replacement(file, old, new)),
+    lambda command: ("run_shell_command", {"command": command, "is_background": False}),
 )

@@ -16,7 +16,7 @@ class Asked:
 
     Attributes:
         path, body: of the request.
-        usage: the last usage in the response.
+        usage: what the response tells.
         prompt, answer: token ids.
         text: text of the prompt.
         cached: number of the prompt's tokens that were not computed.
@@ -24,7 +24,7 @@ class Asked:
 
     path: str
     body: dict[str, Any]
-    usage: dict[str, Any]
+    usage: Usage
     prompt: list[int]
     answer: list[int]
     text: str
@@ -47,7 +47,7 @@ def recorded(path: Path, tokenizer: Any) -> list[Asked]:
             Asked(
                 entry["path"],
                 entry["body"],
-                _usage(entry["response"]),
+                usage_in(entry["response"]),
                 sequence["prompt"],
                 sequence["answer"],
                 tokenizer.decode(sequence["prompt"]),
@@ -71,13 +71,34 @@ def computed_before(asked: Asked, earlier: list[Asked]) -> int:
     return max((common(asked.prompt[:-1], [*each.prompt, *each.answer][:-1]) for each in earlier), default=0)
 
 
-def _usage(response: str) -> dict[str, Any]:
-    """Return the last object "usage" in a response: JSON, or server-sent events."""
+def events_of(response: str) -> list[dict[str, Any]]:
+    """Return the data of server-sent events; a response that is no stream is one event."""
     events = [line.removeprefix("data: ") for line in response.splitlines() if line.startswith("data: {")]
-    usages = [usage for event in events or [response] if (usage := _of(json.loads(event)))]
-    return usages[-1] if usages else {}
+    return [json.loads(event) for event in events or [response]]
 
 
-def _of(event: dict[str, Any]) -> dict[str, Any] | None:
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Numbers of tokens that a response tells: of the prompt, those of it that were cached, and of the answer."""
+
+    prompt: int
+    cached: int
+    new: int
+
+
+def usage_in(response: str) -> Usage:
+    """Return the last usage in a response of any of the APIs."""
+    found = [usage for event in events_of(response) if (usage := _usage_of(event))]
+    match found[-1]:
+        case {"prompt_tokens": prompt, "prompt_tokens_details": {"cached_tokens": cached}, "completion_tokens": new}:
+            return Usage(prompt, cached, new)
+        case {"input_tokens": prompt, "input_tokens_details": {"cached_tokens": cached}, "output_tokens": new}:
+            return Usage(prompt, cached, new)
+        case {"input_tokens": rest, "cache_read_input_tokens": cached, "output_tokens": new}:
+            return Usage(rest + cached, cached, new)
+    raise AssertionError(found[-1])
+
+
+def _usage_of(event: dict[str, Any]) -> dict[str, Any] | None:
     usage: dict[str, Any] | None = event.get("usage") or (event.get("response") or {}).get("usage")
     return usage

@@ -20,7 +20,9 @@ from typing import Any
 
 from agent_model import ANSWERS, MARKS, TOOLS
 
-PIECE = 3  # letters of an answer that are tokenised together: no text is written with the tokens of a rendered prompt
+_MARK = "|".join(map(re.escape, MARKS))
+# what is tokenised together in an answer: a mark, or a few letters, so that its tokens are not those of a rendered text
+PIECES = re.compile(f"{_MARK}|(?:(?!{_MARK}).){{1,3}}", re.DOTALL)
 
 _sequences = contextvars.ContextVar[list[Any]]("sequences")  # of the request
 
@@ -28,16 +30,17 @@ _sequences = contextvars.ContextVar[list[Any]]("sequences")  # of the request
 class Script:
     """Chooses the text of an answer by its prompt."""
 
-    def __init__(self, path: Path, tokenizer: Any) -> None:
-        self._script = json.loads(path.read_text())
+    def __init__(self, script: dict[str, Any], tokenizer: Any) -> None:
+        self.prompts: list[str] = []  # that were answered
+        self._script = script
         self._tokenizer = tokenizer
         self._answers: dict[int, list[int]] = {}  # by the identity of a sequence
 
     def next_token(self, sequence: Any) -> int:
         """Return the token that follows those of a sequence."""
         if not sequence.new_tokens:
-            prompt = self._tokenizer.decode(sequence.request.ids)
-            self._answers[id(sequence)] = self._ids(self.answer(prompt))
+            self.prompts.append(self._tokenizer.decode(sequence.request.ids))
+            self._answers[id(sequence)] = self._ids(self.answer(self.prompts[-1]))
         return self._answers[id(sequence)][sequence.new_tokens]
 
     def answer(self, prompt: str) -> str:
@@ -49,30 +52,24 @@ class Script:
         return str(self._script["side"])
 
     def _ids(self, text: str) -> list[int]:
-        pieces = re.findall(f"{'|'.join(map(re.escape, MARKS))}|.{{1,{PIECE}}}?", text, re.DOTALL)
+        pieces = PIECES.findall(text)
         ids = self._tokenizer(pieces, add_special_tokens=False)["input_ids"]
         return [*(token for piece in ids for token in piece), self._tokenizer.eos_token_id]
 
 
-def script_runners(script: Script) -> None:
-    """Let the logits of every runner choose the tokens of a script."""
-    from moetier.runtime.engine.model_runner import ModelRunner
-    from moetier.runtime.engine.packed_runner import PackedRunner
+def scripted(compute: Any, script: Script) -> Any:
+    """Return ``compute``, the method ``run`` of a runner, with logits that choose the tokens of a script."""
 
-    def scripted(compute: Any) -> Any:
-        def run(self: Any, tasks: Any, should_stop: Any) -> Any:
-            logits = compute(self, tasks, should_stop)
-            for task, row in zip(tasks, logits, strict=True):
-                if row is not None:
-                    token = script.next_token(task.sequence)
-                    row.fill_(row.min() - 100)
-                    row[token] = row[token] + 100
-            return logits
+    def run(self: Any, tasks: Any, should_stop: Any) -> Any:
+        logits = compute(self, tasks, should_stop)
+        for task, row in zip(tasks, logits, strict=True):
+            if row is not None:
+                token = script.next_token(task.sequence)
+                row.fill_(row.min() - 100)
+                row[token] = row[token] + 100
+        return logits
 
-        return run
-
-    for runner in (ModelRunner, PackedRunner):
-        runner.run = scripted(runner.run)
+    return run
 
 
 def record_requests(path: Path) -> None:
@@ -144,8 +141,12 @@ if __name__ == "__main__":
     sys.argv = sys.argv[5:]
     from transformers import AutoTokenizer
 
+    from moetier.runtime.engine.model_runner import ModelRunner
+    from moetier.runtime.engine.packed_runner import PackedRunner
     from moetier.tools.main import main
 
-    script_runners(Script(script_file, AutoTokenizer.from_pretrained(sys.argv[2])))
+    script = Script(json.loads(script_file.read_text()), AutoTokenizer.from_pretrained(sys.argv[2]))
+    for runner in (ModelRunner, PackedRunner):
+        runner.run = scripted(runner.run, script)
     record_requests(record_file)
     sys.exit(main())

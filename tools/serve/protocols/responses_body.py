@@ -188,7 +188,8 @@ class ResponsesBody(Body):
         )
         return Query(
             prompts=[dialogue],
-            max_tokens=self.max_output_tokens,
+            max_tokens=self.max_output_tokens
+            or MOST_TOKENS,  # agents give no limit, and take a cut answer for an error
             sampling=self.sampling_options,
             seed=self.seed,
             one_call=self.parallel_tool_calls is False,
