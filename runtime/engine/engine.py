@@ -21,10 +21,11 @@ from .kv_cache import KVCache
 from .model_runner import ModelRunner
 from .packed_runner import PackedRunner, can_pack
 from .runner import Runner, Stopped, Task
-from .sampling import Sampler, generates_itself
+from .sampling import Sampler, generates_itself, scored
 from .scheduler import Scheduler
-from .sequence import Finish, Request, Sequence
+from .sequence import Finish, Request, Sampled, Sequence
 
+SCORED = 128  # most tokens of a prompt that are scored together: each has logits for the whole vocabulary
 POLL_SECONDS = 0.05  # a stream asks this often whether it is still wanted
 _log = logging.getLogger(__name__)
 
@@ -95,6 +96,7 @@ class Engine:
             most=most,
             chunk=chunk if runner.can_resume else context,
             later=min(chunk, later or chunk) if runner.can_resume else context,
+            scored=SCORED if runner.can_resume else context,
         )
         self._samplers: dict[Sequence, Sampler] = {}
         self._changed = threading.Condition()  # guards the next two
@@ -133,19 +135,26 @@ class Engine:
         """Whether the engine can compute further requests."""
         return self._failure is None and not self._is_closed
 
+    @property
+    def most_scored(self) -> int:
+        """Most tokens of a prompt that can be scored."""
+        return self.context if self._runner.can_resume else min(SCORED, self.context)
+
     def submit(
-        self, request: Request, on_token: Callable[[int], object], on_end: Callable[[Sequence], object]
+        self, request: Request, on_token: Callable[[Sampled], object], on_end: Callable[[Sequence], object]
     ) -> Sequence:
         """Begin to compute a request, and return its sequence.
 
         ``on_token`` is called with each new token, and ``on_end`` once after the last one, on the engine's thread.
-        Raises ValueError if the prompt is empty or does not fit into the context, or if no token is wanted, and
-        EngineError if the engine has ended.
+        Raises ValueError if the prompt is empty, does not fit into the context or is too long to be scored, or if no
+        token is wanted, and EngineError if the engine has ended.
         """
         if request.max_new_tokens < 1:
             raise ValueError(f"{request.max_new_tokens} new tokens")
         if not 0 < len(request.ids) < self.context:
             raise ValueError(f"a prompt of {len(request.ids)} tokens in a context of {self.context}")
+        if request.scores_prompt and len(request.ids) > self.most_scored:
+            raise ValueError(f"a prompt of {len(request.ids)} tokens, of which {self.most_scored} can be scored")
         sequence = Sequence(request, on_token, on_end)
         with self._changed:
             if self._failure is not None or self._is_closed:
@@ -160,7 +169,9 @@ class Engine:
     def stream(self, request: Request) -> Stream:
         """Begin to compute a request, and return the stream of its tokens. Raises what ``submit`` raises."""
         tokens = SimpleQueue[int | None]()
-        return Stream(self.submit(request, tokens.put, lambda _: tokens.put(None)), tokens)
+        return Stream(
+            self.submit(request, lambda sampled: tokens.put(sampled.token), lambda _: tokens.put(None)), tokens
+        )
 
     async def stream_async(self, request: Request) -> AsyncGenerator[int]:
         """Begin to compute a request, and yield its tokens in the running event loop.
@@ -174,7 +185,7 @@ class Engine:
             with contextlib.suppress(RuntimeError):  # the event loop is closed
                 loop.call_soon_threadsafe(tokens.put_nowait, token)
 
-        sequence = self.submit(request, put, lambda _: put(None))
+        sequence = self.submit(request, lambda sampled: put(sampled.token), lambda _: put(None))
         try:
             while (token := await tokens.get()) is not None:
                 yield token
@@ -239,19 +250,29 @@ class Engine:
                 for task in tasks:
                     self._run([task])
             return
-        for task, row in zip(tasks, logits, strict=True):
+        for task, output in zip(tasks, logits, strict=True):
+            scores, is_complete, begin = task.scores, task.is_complete, task.begin
             self._scheduler.computed(task)
-            if row is not None:
+            if output is not None:
                 try:
-                    self._sample(task.sequence, row)
+                    if scores:
+                        self._score(task.sequence, begin, output)
+                    if is_complete:
+                        self._sample(task.sequence, output[-1] if scores else output)
                 except Exception as error:
                     self._fail(task.sequence, error)
 
+    def _score(self, sequence: Sequence, begin: int, logits: Tensor) -> None:
+        """Note the log probabilities of the prompt's tokens after those from position ``begin`` on."""
+        tokens = sequence.request.ids[begin + 1 : begin + 1 + len(logits)]
+        scores = scored(logits[: len(tokens)], tokens, sequence.request.logprobs or 0)
+        sequence.prompt_scores |= dict(enumerate(scores, begin + 1))
+
     def _sample(self, sequence: Sequence, logits: Tensor) -> None:
         sampler = self._samplers[sequence]
-        token = sampler(logits)
-        sequence.append(token)
-        if token in sampler.ends:
+        sampled = sampler(logits)
+        sequence.append(sampled)
+        if sampled.token in sampler.ends:
             self._end(sequence, Finish.END)
         elif sequence.new_tokens == sequence.request.max_new_tokens or len(sequence.ids) == self.context:
             self._end(sequence, Finish.LENGTH)

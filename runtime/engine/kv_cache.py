@@ -50,7 +50,7 @@ class KVCache:
 
     def has_room(self, sequence: Sequence) -> bool:
         """Return whether there are pages for all tokens of a sequence that has not begun, and for its next token."""
-        nodes = self._tree.match(sequence.request.user, sequence.ids[:-1]).nodes
+        nodes = self._tree.match(sequence.request.user, _reusable(sequence)).nodes
         pages = {page for held in self._held.values() for page in held.pages} | {node.page for node in nodes}
         return -(-(len(sequence.ids) + 1) // PAGE) - len(nodes) <= self.size - len(pages)
 
@@ -61,7 +61,7 @@ class KVCache:
         other sequence runs on from it. Of one that is only partly equal, the equal part is copied.
         """
         assert sequence not in self._held
-        match = self._tree.match(sequence.request.user, sequence.ids[:-1])
+        match = self._tree.match(sequence.request.user, _reusable(sequence))
         node = match.nodes[-1] if match.nodes else self._tree.root(sequence.request.user)
         node.pins += 1
         held = _Held(node, [node.page for node in match.nodes])
@@ -135,3 +135,8 @@ class KVCache:
         if len(self._free) < count:
             return []
         return self._free.take(count, before[-1] if before else None)
+
+
+def _reusable(sequence: Sequence) -> list[int]:
+    """Return the first tokens of a sequence, those whose keys and values may be taken from another one."""
+    return [] if sequence.request.scores_prompt else sequence.ids[:-1]

@@ -56,13 +56,15 @@ class ModelRunner(Runner):
                 given = self._model.prepare_inputs_for_generation(
                     ids, **_sliced(inputs, task.begin, task.end), is_first_iteration=not task.begin
                 )
+                if task.scores:
+                    given.pop("logits_to_keep", None)  # all
                 outputs = self._model(**given, return_dict=True)
         except BaseException:
             self.end(sequence)  # the layers of a cache of its own may have different numbers of tokens
             raise
         if not self.can_resume:
             inputs[CACHE] = outputs.get(CACHE)
-        return [outputs.logits[0, -1] if task.is_complete else None]
+        return [outputs.logits[0] if task.scores else outputs.logits[0, -1] if task.is_complete else None]
 
     def end(self, sequence: Sequence) -> None:
         """Forget a sequence's cache."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as ManyOf
+from itertools import islice
 from typing import Any
 
 import torch
@@ -60,8 +61,7 @@ class PackedRunner(ModelRunner):
         ends, total = list[int](), 0
         for task in tasks:
             total += task.tokens
-            if task.is_complete:
-                ends.append(total - 1)
+            ends += range(total - (task.tokens if task.scores else int(task.is_complete)), total)
         step, device = _Step(self._memory, self.windows, tasks), self._model.device
         with torch.no_grad(), stopping(self._model, should_stop if len(ids) > len(tasks) else None), packed(step):
             logits = self._model(
@@ -73,7 +73,10 @@ class PackedRunner(ModelRunner):
                 **{CACHE: _PackedCache(step)},
             ).logits[0]
         rows = iter(logits)
-        return [next(rows) if task.is_complete else None for task in tasks]
+        return [
+            torch.stack([*islice(rows, task.tokens)]) if task.scores else next(rows) if task.is_complete else None
+            for task in tasks
+        ]
 
 
 class _Step:

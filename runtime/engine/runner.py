@@ -36,6 +36,11 @@ class Task:
         """Whether all tokens of the sequence are computed after the step, so that the next one can be sampled."""
         return self.tokens == self.sequence.remaining
 
+    @property
+    def scores(self) -> bool:
+        """Whether the logits after each of the tokens are needed: they score the prompt."""
+        return self.sequence.request.scores_prompt and self.begin < len(self.sequence.request.ids)
+
 
 class Stopped(Exception):
     """Ends the computation of a task between two layers, because its result is not wanted any more."""
@@ -57,6 +62,8 @@ class Runner(ABC):
     @abstractmethod
     def run(self, tasks: ManyOf[Task], should_stop: Callable[[], bool]) -> list[Tensor | None]:
         """Compute tasks. Return, for each that is complete, the logits after its sequence's last token [vocabulary].
+
+        For each task that ``scores``, return the logits after all of its tokens [tokens, vocabulary].
 
         Keys and values of the computed tokens are then in the tasks' pages. Those of earlier tokens are taken from
         there. Raises Stopped between two layers if ``should_stop`` returns True. After Stopped or an error, the same

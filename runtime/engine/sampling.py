@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Sequence as ManyOf
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from moetier.runtime.generation.decoding import ONE_SEQUENCE, behind
 
-from .sequence import Sequence
+from .sequence import Sampled, Sequence
 
 TOKENS = 256  # memory is allocated for a multiple of this many token ids
 
@@ -26,6 +27,7 @@ class Sampler:
         samples: bool = False,
         seed: int | None = None,
         ends: frozenset[int] = frozenset(),
+        logprobs: int | None = None,
     ) -> None:
         """Continue ``ids``.
 
@@ -35,17 +37,19 @@ class Sampler:
             samples: whether to sample; otherwise the most likely token is chosen.
             seed: of the random numbers; None: another one each time.
             ends: token ids that end the sequence.
+            logprobs: number of most likely tokens whose log probabilities come with a token; None: not even its own.
         """
         self.ends = ends
         self._ids = torch.empty((1, -(-(len(ids) + 1) // TOKENS) * TOKENS), dtype=torch.int64)
         self._ids[0, : len(ids)] = torch.tensor(ids)
         self._length = len(ids)
         self._processors = processors
+        self._logprobs = logprobs
         self._random = torch.Generator() if samples else None
         if self._random is not None:
             self._random.seed() if seed is None else self._random.manual_seed(seed)
 
-    def __call__(self, logits: Tensor) -> int:
+    def __call__(self, logits: Tensor) -> Sampled:
         """Return the next token, chosen by its logits [vocabulary], and append it to the ids."""
         scores = self._processors(self._ids[:, : self._length], logits.to("cpu", torch.float32, copy=True)[None])
         if self._random is None:
@@ -56,7 +60,19 @@ class Sampler:
             self._ids = torch.nn.functional.pad(self._ids, (0, self._length))
         self._ids[0, self._length] = token
         self._length += 1
-        return token
+        return Sampled(token) if self._logprobs is None else scored(logits[None], [token], self._logprobs)[0]
+
+
+def scored(logits: Tensor, tokens: ManyOf[int], top: int) -> list[Sampled]:
+    """Return tokens with their log probabilities, and with those of the ``top`` most likely tokens in their places.
+
+    ``logits`` is [tokens, vocabulary].
+    """
+    logprobs = logits.to("cpu", torch.float32).log_softmax(-1)
+    chosen = logprobs.gather(1, torch.tensor(tokens)[:, None])[:, 0].tolist()
+    values, ids = logprobs.topk(top)
+    tops = [tuple(zip(*pair, strict=True)) for pair in zip(ids.tolist(), values.tolist(), strict=True)]
+    return [Sampled(*parts) for parts in zip(tokens, chosen, tops, strict=True)]
 
 
 def prepared(model: Any, sequence: Sequence) -> tuple[dict[str, Any], Sampler]:
@@ -83,6 +99,7 @@ def prepared(model: Any, sequence: Sequence) -> tuple[dict[str, Any], Sampler]:
         samples=config.do_sample,
         seed=sequence.request.seed,
         ends=frozenset(ends if isinstance(ends, list) else [ends]) - {None},
+        logprobs=sequence.request.logprobs,
     )
     return inputs, sampler
 

@@ -12,15 +12,19 @@ from .sequence import Sequence
 class Scheduler:
     """Sequences that wait, in the order in which they came, and those that run. A running sequence holds pages."""
 
-    def __init__(self, cache: KVCache, *, most: int, chunk: int, later: int | None = None) -> None:
+    def __init__(
+        self, cache: KVCache, *, most: int, chunk: int, later: int | None = None, scored: int | None = None
+    ) -> None:
         """Run at most ``most`` sequences at a time, and compute at most ``chunk`` tokens of a prompt in a step.
 
-        Behind other tokens, or beside other sequences, at most ``later`` are computed, as they take more memory.
+        Behind other tokens, or beside other sequences, at most ``later`` are computed, as they take more memory. Of a
+        prompt that is scored, at most ``scored``, as each has logits for the whole vocabulary.
         """
         self._cache = cache
         self._most = most
         self._chunk = chunk
         self._later = later or chunk
+        self._scored = scored or chunk
         self._step = 0
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in the order in which they began
@@ -62,6 +66,8 @@ class Scheduler:
                 continue
             is_alone = not sequence.computed and len(self.running) == 1
             tokens = min(sequence.remaining, self._chunk if is_alone else self._later)
+            if sequence.request.scores_prompt:
+                tokens = min(tokens, self._scored)
             while not self._cache.reserve(sequence, tokens):
                 last = self.running[-1]  # the one that began last can wait best
                 self._cache.end(last)

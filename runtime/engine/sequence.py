@@ -16,9 +16,12 @@ class Request:
     Attributes:
         ids: token ids of the prompt: at least one.
         max_new_tokens: most tokens of the answer.
-        decoding: arguments of ``generate()`` that choose tokens, and ``presence_penalty`` and ``frequency_penalty``.
+        decoding: arguments of ``generate()`` that choose tokens, ``presence_penalty``, ``frequency_penalty``, and
+            ``logit_bias``: what is added to the scores of tokens, by id.
         seed: of the random numbers; None: another one each time.
         user: requests of different users share no keys and values.
+        logprobs: number of most likely tokens whose log probabilities come with each new token; None: not even its own.
+        scores_prompt: whether to give log probabilities of the prompt's tokens, too. All of it is then computed.
     """
 
     ids: tuple[int, ...]
@@ -26,6 +29,25 @@ class Request:
     decoding: Mapping[str, Any] = field(default_factory=dict)
     seed: int | None = None
     user: str = ""
+    logprobs: int | None = None
+    scores_prompt: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """A token of a sequence, with its log probability.
+
+    Log probabilities are the model's own: samplers and penalties do not change them.
+
+    Attributes:
+        token: its id.
+        logprob: natural logarithm of its probability; None if the request did not ask for it.
+        top: ids and log probabilities of the most likely tokens in its place, the most likely one first.
+    """
+
+    token: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +81,12 @@ class Sequence:
     def __init__(
         self,
         request: Request,
-        on_token: Callable[[int], object] = lambda _: None,
+        on_token: Callable[[Sampled], object] = lambda _: None,
         on_end: Callable[[Sequence], object] = lambda _: None,
     ) -> None:
         self.request = request
         self.ids = list(request.ids)
+        self.prompt_scores: dict[int, Sampled] = {}  # by position in the prompt; all but the first if it is scored
         self.computed = 0
         self.cached = 0  # tokens of the prompt whose keys and values were there already when the sequence first began
         self.began: float | None = None  # time at which it first began; None while it waits
@@ -99,10 +122,10 @@ class Sequence:
             return Progress(done, total, None)
         return Progress(done, total, (total - done) * (time.monotonic() - self.began) / new)
 
-    def append(self, token: int) -> None:
+    def append(self, sampled: Sampled) -> None:
         """Append a sampled token, and pass it on."""
-        self.ids.append(token)
-        self._on_token(token)
+        self.ids.append(sampled.token)
+        self._on_token(sampled)
 
     def cancel(self) -> None:
         """End the sequence soon. May be called on any thread, and after the end."""

@@ -95,6 +95,7 @@ DECODING = {  # options of commands that generate text
 }
 NEUTRAL = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}  # samplers, and their values that exclude no token
 PENALTIES = ("presence_penalty", "frequency_penalty")  # not in transformers
+BIASES = "logit_bias"  # option of a request that is not in transformers either: what is added to scores, by token id
 LEAST_TEMPERATURE = 1e-5  # a lower one counts as 0, because scores divided by it may overflow
 
 
@@ -121,16 +122,18 @@ def penalties_of(asked: Mapping[str, float]) -> dict[str, float]:
 
 
 def behind(prompt: int, decoding: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options ``decoding`` with a logits processor in place of PENALTIES, as ``generate()`` takes them.
+    """Return the options ``decoding`` with logits processors in place of PENALTIES and BIASES, for ``generate()``.
 
-    The processor counts only tokens after the prompt. ``prompt`` is the length of the prompt in tokens.
+    Penalties count only tokens after the prompt. ``prompt`` is the length of the prompt in tokens.
     """
     presence, frequency = (decoding.get(name, 0.0) for name in PENALTIES)
-    given = {name: value for name, value in decoding.items() if name not in PENALTIES}
-    if presence or frequency:
-        from .penalties import OccurrencePenalties
+    biases = decoding.get(BIASES)
+    given = {name: value for name, value in decoding.items() if name not in (*PENALTIES, BIASES)}
+    if presence or frequency or biases:
+        from .penalties import Biases, OccurrencePenalties
 
-        given["logits_processor"] = [OccurrencePenalties(prompt, presence, frequency)]
+        penalties = [OccurrencePenalties(prompt, presence, frequency)] if presence or frequency else []
+        given["logits_processor"] = [*penalties, *([Biases(biases)] if biases else [])]
     return given
 
 

@@ -43,7 +43,8 @@ class ToyRunner(WrittenPages, Runner):
         self.fails_after = fails_after  # tokens of a sequence, after which it fails
 
     def sampler(self, sequence: engine.Sequence) -> Sampler:
-        return Sampler(sequence.ids, lambda _, scores: scores, ends=frozenset([0]))
+        logprobs = sequence.request.logprobs
+        return Sampler(sequence.ids, lambda _, scores: scores, ends=frozenset([0]), logprobs=logprobs)
 
     def run(self, tasks: Sequence[Task], should_stop: Callable[[], bool]) -> list[Tensor | None]:
         return [self.compute(task, should_stop) for task in tasks]
@@ -60,7 +61,9 @@ class ToyRunner(WrittenPages, Runner):
         ]
         self.write(task.pages, ids, begin, end)
         self.computed += task.tokens
-        return torch.eye(VOCABULARY)[next_token(ids[:end])] if task.is_complete else None
+        if task.scores:
+            return torch.stack([logits_after(ids[:at]) for at in range(begin + 1, end + 1)])
+        return logits_after(ids[:end]) if task.is_complete else None
 
     def end(self, sequence: engine.Sequence) -> None:
         pass
@@ -68,6 +71,10 @@ class ToyRunner(WrittenPages, Runner):
 
 def next_token(ids: Sequence[int]) -> int:
     return hashlib.sha256(repr([*ids]).encode()).digest()[0] % VOCABULARY
+
+
+def logits_after(ids: Sequence[int]) -> Tensor:
+    return torch.eye(VOCABULARY)[next_token(ids)]
 
 
 def answer_alone(ids: Sequence[int], most: int, context: int) -> list[int]:

@@ -14,15 +14,16 @@ from tokenizers.decoders import DecodeStream
 from transformers.cli.serving.utils import ReasoningText, ToolCall
 
 from moetier.runtime.engine.engine import Engine, EngineError
-from moetier.runtime.engine.sequence import Finish, Request
+from moetier.runtime.engine.sequence import Finish, Request, Sampled
 from moetier.runtime.engine.sequence import Sequence as TokenSequence
 from moetier.runtime.generation.stop_strings import StopStrings
 
 from .metrics import Tally
 from .parsing import AnswerParser
-from .protocols.events import Call, End, Event, Reason, Text, Usage
+from .protocols.events import Call, End, Event, Reason, Text, Token, Usage
 from .protocols.query import Dialogue
 from .protocols.refusal import ENDING, FAILED, Refusal, log_failure
+from .token_bytes import TokenBytes
 
 _log = logging.getLogger(__name__)
 
@@ -33,10 +34,13 @@ class Job:
 
     request: Request
     stop: Sequence[str] = ()  # strings that end the answer
+    ends: Sequence[str] = ()  # strings by which the model ends an answer
     parser: AnswerParser | None = None  # of reasoning and tool calls; None if all of the answer is text
     one_call: bool = False  # whether the first tool call ends the answer
     dialogue: Dialogue | None = None  # the messages of the prompt; None if it has none
     opening: str = ""  # what the chat template has added to them, which begins the answer
+    echo: str | None = None  # text of the prompt, if the answer begins with it
+    is_silent: bool = False  # whether the token that must be generated is no part of the answer
 
 
 class Answer:
@@ -57,9 +61,13 @@ class Answer:
         self._decoder = DecodeStream([], skip_special_tokens=job.parser is None)
         self._parser = job.parser
         self._one_call = job.one_call
-        self._stops = StopStrings(job.stop)
+        self._stops = StopStrings((*job.stop, *job.ends))
+        self._ends = job.ends
         self._calls = 0
         self._reasoning_tokens = self._counted_tokens = 0  # of reasoning; all whose text was sent
+        self._is_silent = job.is_silent
+        self._echo = job.echo
+        self._tokens: list[Token] = []  # with log probabilities, whose text was not sent yet
         self._queue: asyncio.Queue[Event | Refusal] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
         self._lock = threading.Lock()  # guards: ``job``, so that the answer ends only once
@@ -78,6 +86,9 @@ class Answer:
         event: Event | None = None
         while not isinstance(event, End):
             event = await self._take_event()
+            if self._echo is not None:
+                yield self._echoed(self._echo)
+                self._echo = None
             yield event
 
     async def _take_event(self) -> Event:
@@ -85,6 +96,16 @@ class Answer:
         if isinstance(event, Refusal):
             raise event
         return event
+
+    def _echoed(self, prompt: str) -> Text:
+        """Return the prompt as the beginning of the answer."""
+        assert self.sequence is not None
+        request = self.sequence.request
+        if request.logprobs is None:
+            return Text(prompt)
+        first = Token(self._service.bytes_of(request.ids[0]), None)
+        scores = self.sequence.prompt_scores
+        return Text(prompt, tokens=(first, *(self._service.token(scores[at]) for at in range(1, len(request.ids)))))
 
     @property
     def kept_tokens(self) -> int:
@@ -98,18 +119,20 @@ class Answer:
         progress = self.sequence.progress
         return f"computing: {progress if progress.done < progress.total else f'{self.new_tokens:,} new tokens'}"
 
-    def add(self, token: int) -> None:
+    def add(self, sampled: Sampled) -> None:
         """Add a new token, and pass on its text. End the answer if its text contains a stop string.
 
         Like all methods of an answer, this raises nothing: the engine computes other answers, too. If it can't take
         the token, the answer fails.
         """
-        if self.ended:
+        if self.ended or self._is_silent:
             return
         self._service.tally.add(new_tokens=1)  # before the text is sent: a client that has it may read counts
         self.new_tokens += 1
         try:
-            self._take(token)
+            if sampled.logprob is not None:
+                self._tokens.append(self._service.token(sampled))
+            self._take(sampled.token)
         except Exception as error:
             self.fail(error)
 
@@ -174,9 +197,14 @@ class Answer:
         if isinstance(piece, ToolCall):
             self._calls += 1
             return Call(f"call_{uuid.uuid4().hex}", piece.name, piece.arguments)
-        return Text(str(piece), is_reasoning=isinstance(piece, ReasoningText))
+        tokens, self._tokens = tuple(self._tokens), []
+        return Text(str(piece), isinstance(piece, ReasoningText), tokens)
 
     def _complete(self, reason: Reason) -> None:
+        if self._tokens and reason is not Reason.STOP:  # those whose text is empty, and the end
+            self._send(Text("", tokens=tuple(self._tokens)))
+        if reason is Reason.STOP and self._stops.found in self._ends:
+            reason = Reason.END
         usage = Usage(self._prompt_tokens, self.kept_tokens, self.new_tokens, self._reasoning_tokens)
         if self._end("answered"):
             stop = self._stops.found if reason is Reason.STOP else None
@@ -212,17 +240,25 @@ class Answer:
 class AnswerService:
     """Submits jobs to an engine, and has the answers that have not ended.
 
-    ``context`` is the maximum number of tokens of a prompt and its answer together.
+    ``context`` is the maximum number of tokens of a prompt and its answer together, ``most_scored`` that of a prompt
+    whose tokens have log probabilities. ``bytes_of`` returns the bytes of a token's text.
     """
 
     def __init__(self, model: Any, tokenizer: Any, engine: Engine) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.context = engine.context
+        self.most_scored = engine.most_scored
+        self.bytes_of = TokenBytes(tokenizer)
         self.tally = Tally()
         self._engine = engine
         self._answers: set[Answer] = set()
         self._is_ending = False
+
+    def token(self, sampled: Sampled) -> Token:
+        """Return a token and the most likely ones with their texts."""
+        top = tuple((self.bytes_of(token), logprob) for token, logprob in sampled.top)
+        return Token(self.bytes_of(sampled.token), sampled.logprob, top)
 
     @property
     def is_alive(self) -> bool:

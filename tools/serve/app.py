@@ -42,7 +42,8 @@ def application(
     registry = registry_of(ServeCollector(name, tiers.stats, service.tally, service.prompt_tokens_left))
     card = card_of(name, int(time.time()))
 
-    unknown, prompts = UnknownFields(), Prompts(service.model, service.tokenizer, service.context)
+    unknown = UnknownFields()
+    prompts = Prompts(service.model, service.tokenizer, context=service.context, most_scored=service.most_scored)
 
     def models(_: Request) -> Response:
         of_anthropic = {"has_more": False, "first_id": name, "last_id": name}

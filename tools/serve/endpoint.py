@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from functools import partial
@@ -11,11 +12,12 @@ from typing import Any, Generic
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from .answers import Answer, AnswerService, Job
+from .answers import AnswerService, Job
+from .choices import Choices
 from .middleware import Message, Receive, Send
 from .prompts import Prompts
 from .protocols.body import AnyBody, Body, UnknownFields
-from .protocols.events import Answered, End, Events
+from .protocols.events import Answered
 from .protocols.protocol import Protocol, Reply
 from .protocols.refusal import Refusal
 from .waiting import kept_alive, on_thread
@@ -50,22 +52,22 @@ class Endpoint:
         """Answer a request. Stop computing if the client disconnects. Raises Refusal if the request is invalid."""
         # on a thread, because turning a long prompt into tokens takes seconds
         content, content_type = (await receive())["body"], Headers(scope=scope).get("content-type", "")
-        body, (job,) = await on_thread(partial(self._jobs, content, content_type))
-        answer = self._service.submit(job)
+        body, jobs = await on_thread(partial(self._jobs, content, content_type))
+        choices = Choices(self._service, self._prompts, jobs)
         try:
-            reply = Reply(answer.id, self._name, int(time.time()), body, len(job.request.ids))
+            reply = Reply(choices.id, self._name, int(time.time()), body, choices.prompt_tokens, choices.count)
             response: Response
-            async with aclosing(self._stream(reply, answer, job)) as events:
+            async with aclosing(self._stream(reply, choices)) as events:
                 if body.stream:
                     response = StreamingResponse(events, media_type="text/event-stream")
                 else:
-                    response = JSONResponse(await self._whole(reply, answer, job))
-                response.headers["x-request-id"] = response.headers["request-id"] = answer.id
+                    response = JSONResponse(await self._whole(reply, choices))
+                response.headers["x-request-id"] = response.headers["request-id"] = choices.id
                 await response(scope, receive, send)
         finally:
-            answer.cancel()
+            choices.cancel()
 
-    def _jobs(self, content: bytes, content_type: str) -> tuple[Body, list[Job]]:
+    def _jobs(self, content: bytes, content_type: str) -> tuple[Body, list[list[Job]]]:
         """Return a request's valid body, and the jobs that it asks for.
 
         Raises Refusal if the body is invalid, or a prompt is empty or exceeds the context.
@@ -73,31 +75,23 @@ class Endpoint:
         body = self._unknown.checked(content, content_type, self._protocol.body, self._name)
         return body, self._prompts.jobs(body.query(), body.prompt_field)
 
-    def _stream(self, reply: Reply, answer: Answer, job: Job) -> AsyncGenerator[str]:
-        """Return a stream of server-sent events. If the answer fails, its error comes last."""
+    def _stream(self, reply: Reply, choices: Choices) -> AsyncGenerator[str]:
+        """Return a stream of server-sent events. If an answer fails, its error comes last."""
 
         async def sent() -> AsyncIterator[str]:
             try:
-                async for event in self._protocol.stream(reply, self._events(answer, job, Answered())):
+                async for event in self._protocol.stream(reply, choices.events()):
                     yield event
             except Refusal as refusal:
                 yield self._protocol.error(reply, refusal)
 
-        return kept_alive(sent(), self._alive_seconds, lambda: self._protocol.alive(answer.say()))
+        return kept_alive(sent(), self._alive_seconds, lambda: self._protocol.alive(choices.say()))
 
-    async def _whole(self, reply: Reply, answer: Answer, job: Job) -> dict[str, object]:
-        answered = Answered()
-        async for _ in self._events(answer, job, answered):
-            pass
-        return self._protocol.whole(reply, [answered])
-
-    async def _events(self, answer: Answer, job: Job, answered: Answered) -> Events:
-        """Yield the answer's events, and add them to ``answered``. Raises Refusal if the answer fails."""
-        async for event in answer.events():
-            answered.add(event)
-            if isinstance(event, End):
-                self._prompts.note(job, answer, answered)
-            yield 0, event
+    async def _whole(self, reply: Reply, choices: Choices) -> dict[str, Any]:
+        answers = defaultdict[int, Answered](Answered)
+        async for number, event in choices.events():
+            answers[number].add(event)
+        return self._protocol.whole(reply, [answers[number] for number in sorted(answers)])
 
 
 class BodyEndpoint(Generic[AnyBody]):

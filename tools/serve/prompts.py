@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from moetier.runtime.engine.sequence import Finish, Request
 from moetier.runtime.generation.conversation import PLAIN_STOP, PLAIN_TEMPLATE
-from moetier.runtime.generation.decoding import penalties_of, sampling_of
+from moetier.runtime.generation.decoding import BIASES, penalties_of, sampling_of
 from moetier.runtime.model.context import counted, first_ids, longest_context
-from moetier.runtime.model.vocabulary import unknown_token
+from moetier.runtime.model.vocabulary import embeddings_of, unknown_token
 
 from .answers import Answer, Job
 from .parsing import form_of
 from .protocols.events import Answered
-from .protocols.query import Dialogue, Query
+from .protocols.query import Dialogue, Prompt, Query
 from .protocols.refusal import TOO_LONG, Refusal
 from .replay import Turns
 
+MOST_ANSWERS = 1024  # maximum number of answers that one request may ask for
 NEW_TOKENS = 1024  # limit of an answer's tokens if the request has none; generation_config.json may raise it
 SWITCHES = ("enable_thinking", "thinking")  # variables by which chat templates turn reasoning on and off
 
@@ -27,70 +29,95 @@ SWITCHES = ("enable_thinking", "thinking")  # variables by which chat templates 
 class Prompts:
     """Makes the prompts of one model."""
 
-    def __init__(self, model: Any, tokenizer: Any, context: int) -> None:
-        """Make prompts of fewer than ``context`` tokens; with PLAIN_TEMPLATE if the model has no chat template."""
+    def __init__(self, model: Any, tokenizer: Any, *, context: int, most_scored: int) -> None:
+        """Make prompts of fewer than ``context`` tokens; with PLAIN_TEMPLATE if the model has no chat template.
+
+        ``most_scored`` is the maximum length of a prompt whose tokens have log probabilities.
+        """
         self._model = model
         self._tokenizer = tokenizer
         self._context = context
+        self._most_scored = most_scored
+        self._most_new = max(NEW_TOKENS, model.generation_config.max_new_tokens or 0)
+        self._vocabulary = min(embeddings_of(model), model.config.get_text_config(decoder=True).vocab_size)
         self._form = form_of(model, tokenizer)
         self._is_plain = not tokenizer.chat_template
         self._switches = [name for name in SWITCHES if has_variable(tokenizer.chat_template, name)]
         self._has_developer = "developer" in str(tokenizer.chat_template)
         self._turns = Turns()
 
-    def count(self, query: Query) -> list[int]:
+    def count(self, query: Query, user: str = "") -> list[int]:
         """Return the number of tokens of each prompt of a query; far more than the context are not all counted.
 
         Raises Refusal if the chat template refuses the messages.
         """
-        return [len(self._read(prompt)[1]) for prompt in query.prompts]
+        return [len(self._read(prompt, user)[1]) for prompt in query.prompts]
 
-    def jobs(self, query: Query, field: str) -> list[Job]:
-        """Return a job for each answer that a query wants.
+    def jobs(self, query: Query, field: str, user: str = "") -> list[list[Job]]:
+        """Return, for each prompt of a query, a job for each answer to it. ``user`` is whose request it is.
 
         Raises Refusal, which names ``field``, if a prompt is empty, exceeds the context, or the model can't read it.
         """
-        return [self._job(query, prompt, field) for prompt in query.prompts]
+        if len(query.prompts) * query.choices > MOST_ANSWERS:
+            raise Refusal(400, f"{field}: a request may have at most {MOST_ANSWERS} answers.", param=field)
+        if (unknown := max(query.biases, default=0)) >= self._vocabulary:
+            raise Refusal(400, f"logit_bias: the model has no token {unknown}.", param="logit_bias")
+        return [self._jobs_of(query, prompt, field, user) for prompt in query.prompts]
 
     def note(self, job: Job, answer: Answer, answered: Answered) -> None:
         """Note a complete answer: the prompt of a later request may begin with its tokens."""
         sequence, end = answer.sequence, answered.end
-        if job.dialogue is None or sequence is None or end is None or end.stop is not None:
+        if job.dialogue is None or sequence is None or end is None:
+            return
+        is_last_call = job.one_call and answered.calls
+        if end.stop is not None or not (is_last_call or sequence.finish in (Finish.END, Finish.LENGTH)):
             return  # the client has not got all that was sampled
         ids = sequence.ids[len(job.request.ids) :]
         mark = self._tokenizer.decode(ids[-1:]) if sequence.finish is Finish.END else ""
-        self._turns.note(self._plain(job.dialogue), answered, ids, job.opening, mark)
+        self._turns.note(self._plain(job.dialogue), answered, ids, job.opening, mark, user=job.request.user)
 
-    def _job(self, query: Query, prompt: Dialogue | str | Sequence[int], field: str) -> Job:
+    def _jobs_of(self, query: Query, prompt: Prompt, field: str, user: str) -> list[Job]:
+        """Return a job for each answer to one prompt. They differ in their seeds."""
         dialogue = prompt if isinstance(prompt, Dialogue) else None
-        opening, ids = self._read(prompt)
+        opening, ids = self._read(prompt, user)
         self._check(ids, field)
-        most = max(NEW_TOKENS, self._model.generation_config.max_new_tokens or 0)
+        scores = query.echo and query.logprobs is not None
+        if scores and len(ids) > self._most_scored:
+            message = f"{field}: this model can give log probabilities for a prompt of {self._most_scored} tokens."
+            raise Refusal(400, message, param=field)
+        biases = {BIASES: dict(query.biases)} if query.biases else {}
         request = Request(
             tuple(ids),
-            min(query.max_tokens or most, self._context - len(ids)),
-            {**sampling_of(query.sampling), **penalties_of(query.sampling)},
-            seed=query.seed,
+            max(1, min(self._most_new if query.max_tokens is None else query.max_tokens, self._context - len(ids))),
+            {**sampling_of(query.sampling), **penalties_of(query.sampling), **biases},
+            user=user,
+            logprobs=query.logprobs,
+            scores_prompt=scores,
         )
-        return Job(
-            request,
-            stop=[*query.stop, *([PLAIN_STOP] if dialogue and self._is_plain else [])],
-            parser=None if dialogue is None or self._form is None else self._form.parser(opening, dialogue.tools),
-            one_call=query.one_call,
-            dialogue=dialogue,
-            opening=opening,
-        )
+        return [
+            Job(
+                request if query.seed is None else replace(request, seed=query.seed + number),
+                stop=query.stop,
+                ends=(PLAIN_STOP,) if dialogue and self._is_plain else (),
+                parser=None if dialogue is None or self._form is None else self._form.parser(opening, dialogue.tools),
+                one_call=query.one_call,
+                dialogue=dialogue,
+                opening=opening,
+                echo=(prompt if isinstance(prompt, str) else self._tokenizer.decode(ids)) if query.echo else None,
+                is_silent=query.max_tokens == 0,
+            )
+            for number in range(query.choices)
+        ]
 
-    def _read(self, prompt: Dialogue | str | Sequence[int]) -> tuple[str, list[int]]:
+    def _read(self, prompt: Prompt, user: str) -> tuple[str, list[int]]:
         """Return the end of a prompt that begins the answer, and the prompt's token ids.
 
         Raises Refusal if the chat template refuses it.
         """
         if isinstance(prompt, Dialogue):
             text, opening = self._text(prompt)
-            return opening, self._continued(prompt) or self._ids(text, add_special_tokens=self._is_plain)
-        assert isinstance(prompt, str)
-        return "", self._ids(prompt)
+            return opening, self._continued(prompt, user) or self._ids(text, add_special_tokens=self._is_plain)
+        return "", self._ids(prompt) if isinstance(prompt, str) else [*prompt]
 
     def _ids(self, text: str, **options: Any) -> list[int]:
         return first_ids(self._tokenizer, text, self._context, **options)
@@ -129,7 +156,7 @@ class Prompts:
         told = self._render(dialogue, tools, messages, begins_answer=False)
         return text, text.removeprefix(told) if text.startswith(told) else ""
 
-    def _continued(self, dialogue: Dialogue) -> list[int]:
+    def _continued(self, dialogue: Dialogue, user: str) -> list[int]:
         """Return the tokens of a prompt in which answers are replayed; none if none of them is kept."""
         try:
             return self._turns.continued(
@@ -137,6 +164,7 @@ class Prompts:
                 partial(self._render, dialogue, dialogue.tools),
                 self._tokenizer,
                 self._context,
+                user=user,
                 add_special_tokens=self._is_plain,
             )
         except Refusal:  # the template takes the messages, but not without their calls

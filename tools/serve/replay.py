@@ -74,8 +74,10 @@ class Turns:
         ids: Sequence[int],
         opening: str,
         end: str,
+        *,
+        user: str = "",
     ) -> None:
-        """Keep an answer.
+        """Keep an answer. Only prompts of the same ``user`` have it.
 
         Args:
             messages: those before it, for the chat template.
@@ -86,8 +88,8 @@ class Turns:
         """
         calls = tuple((call.name, _parsed(call.arguments)) for call in answered.calls)
         turn = Turn(array("i", ids), answered.text, answered.reasoning, calls, opening, end)
-        *_, history = _histories(messages)
-        key = _key(history, answered.text, [call.id for call in answered.calls])
+        *_, history = _histories(messages, user)
+        key = _key(user, history, answered.text, [call.id for call in answered.calls])
         with self._lock:
             self._forget(key)
             self._turns[key] = turn
@@ -96,7 +98,14 @@ class Turns:
                 self._forget(next(iter(self._turns)))
 
     def continued(
-        self, messages: Sequence[Message], render: Render, tokenizer: Any, most: int, **options: Any
+        self,
+        messages: Sequence[Message],
+        render: Render,
+        tokenizer: Any,
+        most: int,
+        *,
+        user: str = "",
+        **options: Any,
     ) -> list[int]:
         """Return the tokens of a prompt, with those of the kept answers among its messages as they were sampled.
 
@@ -104,7 +113,7 @@ class Turns:
         a prompt with far more than ``most`` tokens, only a prefix is returned. ``options``: keyword arguments of the
         tokenizer for the beginning of the prompt.
         """
-        turns = self._kept(messages)
+        turns = self._kept(messages, user)
         for _ in range(TRIALS):
             if not turns:
                 break
@@ -114,14 +123,14 @@ class Turns:
             turns = {place: turn for place, turn in turns.items() if place not in dropped}
         return []
 
-    def _kept(self, messages: Sequence[Message]) -> dict[int, Turn]:
+    def _kept(self, messages: Sequence[Message], user: str) -> dict[int, Turn]:
         """Return the kept answers that are said by messages, by their places."""
         turns = dict[int, Turn]()
-        for place, (message, history) in enumerate(zip(messages, _histories(messages), strict=False)):
+        for place, (message, history) in enumerate(zip(messages, _histories(messages, user), strict=False)):
             if message["role"] != "assistant":
                 continue
             calls = [call.get("id") or "" for call in message.get("tool_calls") or ()]
-            key = _key(history, message.get("content") or "", calls)
+            key = _key(user, history, message.get("content") or "", calls)
             with self._lock:
                 turn = self._turns.get(key)
                 if turn is not None and turn.is_said_by(message):
@@ -197,9 +206,9 @@ def _parsed(arguments: Any) -> Any:
         return arguments
 
 
-def _histories(messages: Iterable[Message]) -> Iterator[bytes]:
+def _histories(messages: Iterable[Message], user: str) -> Iterator[bytes]:
     """Yield a digest of the messages before each message, and of all. Reasoning is left out, as clients drop it."""
-    digest = hashlib.blake2b()
+    digest = hashlib.blake2b(user.encode() + b"\0")
     yield digest.digest()
     for message in messages:
         told = {name: value for name, value in message.items() if name != "reasoning_content"}
@@ -207,7 +216,7 @@ def _histories(messages: Iterable[Message]) -> Iterator[bytes]:
         yield digest.digest()
 
 
-def _key(history: bytes, content: str, calls: Sequence[str]) -> bytes:
+def _key(user: str, history: bytes, content: str, calls: Sequence[str]) -> bytes:
     """Return a key of an answer: the ids of its calls, which no other answer has, or its history and trimmed text."""
-    told = "\0".join(calls).encode() if any(calls) else history + content.strip().encode()
+    told = "\0".join([user, *calls]).encode() if any(calls) else history + content.strip().encode()
     return hashlib.blake2b(told).digest()

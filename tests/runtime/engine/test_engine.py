@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from readers import PATIENCE
 from threads import run_all, wait_until
 from torch import Tensor
-from toy_runner import ToyRunner, answer_alone
+from toy_runner import ToyRunner, answer_alone, next_token
 
-from moetier.runtime.engine.engine import Engine, EngineError
+from moetier.runtime.engine.engine import SCORED, Engine, EngineError
 from moetier.runtime.engine.runner import Task
-from moetier.runtime.engine.sequence import Finish, Request
+from moetier.runtime.engine.sequence import Finish, Request, Sampled
 from moetier.runtime.kernels.layer.paged_cache import PAGE
 
 DESCRIPTORS = Path("/proc/self/fd")
@@ -72,6 +72,32 @@ def test_a_turn_computes_only_what_is_new() -> None:
         assert runner.computed - before == 3
 
 
+@pytest.mark.parametrize("pages", [5, 20])
+def test_scores_of_a_prompt_are_the_same_whatever_waits_for_pages(pages: int) -> None:
+    """All of it is computed, though another request had the same prompt."""
+    runner, ids = ToyRunner(), [at % 49 + 1 for at in range(149)]
+    with Engine(runner, pages=pages, most=3, chunk=64, context=1000) as engine:
+        tokens_of(engine, ids, 1)
+        before = runner.computed
+        streams = [engine.stream(Request(tuple(ids), 30, logprobs=1, scores_prompt=True)) for _ in range(3)]
+        for stream in streams:
+            assert [*stream] == answer_alone(ids, 30, 1000)
+            scores = stream.sequence.prompt_scores
+            assert [scores[at].token for at in range(1, 149)] == ids[1:]
+            assert [scores[at].top[0][0] for at in range(1, 149)] == [next_token(ids[:at]) for at in range(1, 149)]
+        assert runner.computed - before >= 3 * 149
+
+
+def test_a_model_that_can_not_resume_scores_only_short_prompts() -> None:
+    """It computes a prompt in one piece, and each token has logits for the whole vocabulary."""
+    runner = ToyRunner()
+    runner.can_resume = False
+    with Engine(runner, pages=20, most=1, chunk=64, context=1000) as engine:
+        assert tokens_of(engine, [5] * SCORED, 1, scores_prompt=True)
+        with pytest.raises(ValueError, match="can be scored"):
+            tokens_of(engine, [5] * (SCORED + 1), 1, scores_prompt=True)
+
+
 def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:
     ended, arrived = list[int](), threading.Event()
 
@@ -103,7 +129,7 @@ def test_an_error_while_a_token_is_sampled_ends_only_its_sequence(monkeypatch: p
     with Engine(ToyRunner(), pages=20, most=2, chunk=64, context=1000) as engine:
         other = engine.stream(Request((5, 6, 7), 30))
 
-        def refuse(_: int) -> None:
+        def refuse(_: Sampled) -> None:
             raise ValueError("no")
 
         ended = threading.Event()

@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from toy_runner import WrittenPages
 
 from moetier.runtime.engine.kv_cache import KVCache
-from moetier.runtime.engine.sequence import Request, Sequence
+from moetier.runtime.engine.sequence import Request, Sampled, Sequence
 from moetier.runtime.kernels.layer.paged_cache import PAGE
 
 PAGES = 7
@@ -62,7 +62,7 @@ class Cache(RuleBasedStateMachine):
         sequence.computed = end
         self.cache.keep(sequence)
         if not sequence.remaining:
-            sequence.append(new)
+            sequence.append(Sampled(new))
 
     @precondition(lambda self: self.running)
     @rule(number=st.integers(0, 10))

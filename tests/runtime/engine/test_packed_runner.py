@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from architectures import tiny_model
+from readers import PATIENCE
 from torch import Tensor
 
 import moetier
 from moetier.runtime.engine.engine import Engine
 from moetier.runtime.engine.faster_way import FasterWay
+from moetier.runtime.engine.model_runner import ModelRunner
 from moetier.runtime.engine.packed_runner import PackedRunner, can_pack
 from moetier.runtime.engine.runner import Task
-from moetier.runtime.engine.sequence import Finish, Request, Sequence
+from moetier.runtime.engine.sequence import Finish, Request, Sampled, Sequence
 from moetier.runtime.kernels.layer.attention import use_causal_attention
 from moetier.runtime.moe.layers import OneTokenLayer
 
@@ -90,6 +94,40 @@ def test_company_changes_no_token(model: Any, seed: int) -> None:
             for one, other in zip(logits, runner.logits.get(stream.sequence, []), strict=False):
                 torch.testing.assert_close(one.log_softmax(-1), other.log_softmax(-1), rtol=1e-4, atol=1e-4)
         assert not engine.sequences
+
+
+@pytest.mark.parametrize("runner_type", [ModelRunner, PackedRunner])
+def test_prompts_are_scored_by_the_models_own_probabilities(model: Any, runner_type: type[ModelRunner]) -> None:
+    """In company, in chunks, and after another request with the same prompt; biases and samplers change no score."""
+    prompts = [[*range(3, 3 + length)] for length in (150, 140, 1)]
+    decoding = {"do_sample": True, "temperature": 2.0, "logit_bias": {7: 50.0}}
+    with Engine(runner_type(model, PAGES), pages=PAGES, most=3, chunk=64, context=400) as engine:
+        [*engine.stream(Request(tuple(prompts[0]), 1))]
+        tokens: list[list[Sampled]] = [[] for _ in prompts]
+        ended = [threading.Event() for _ in prompts]
+        sequences = [
+            engine.submit(
+                Request(tuple(ids), 3, decoding, logprobs=4, scores_prompt=True), tokens[at].append, partial(note, end)
+            )
+            for at, (ids, end) in enumerate(zip(prompts, ended, strict=True))
+        ]
+        assert all(end.wait(PATIENCE) for end in ended)
+    for ids, sequence, new in zip(prompts, sequences, tokens, strict=True):
+        assert [sampled.token for sampled in new] == sequence.ids[len(ids) :] == [7] * 3
+        scores = [*(sequence.prompt_scores[at] for at in range(1, len(ids))), *new]
+        with torch.no_grad():
+            expected = model(torch.tensor([sequence.ids]), use_cache=False).logits[0].float().log_softmax(-1)
+        for sampled, logprobs, token in zip(scores, expected, sequence.ids[1:], strict=False):
+            assert sampled.token == token
+            assert sampled.logprob == pytest.approx(float(logprobs[token]), abs=1e-3)
+            assert [value for _, value in sampled.top] == pytest.approx(logprobs.topk(4).values.tolist(), abs=1e-3)
+            assert [float(logprobs[at]) for at, _ in sampled.top] == pytest.approx(
+                [v for _, v in sampled.top], abs=1e-3
+            )
+
+
+def note(end: threading.Event, _: Sequence) -> None:
+    end.set()
 
 
 def test_one_sequence_is_decoded_by_compiled_layers(tinymix_4bit: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -14,13 +15,14 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from .body import MOST_TOKENS, Open, arguments_of
 from .bounded_json import BoundedJson
-from .events import Answered, Call, End, Event, Events, Reason, Text, Usage
-from .openai_body import OpenAIBody
-from .protocol import Protocol, Reply, event
+from .events import Answered, Call, End, Events, Text, Token
+from .openai_body import MOST_TOP, OpenAIBody
+from .openai_chunks import REASONS, Chunks, object_of, total, usage_of
+from .protocol import Protocol, Reply
 from .query import Dialogue, Query
+from .refusal import Refusal
 
-DONE = "data: [DONE]\n\n"  # ends a complete stream
-REASONS = {Reason.END: "stop", Reason.STOP: "stop", Reason.LENGTH: "length", Reason.CALLS: "tool_calls"}
+Effort = Annotated[str, Field(max_length=32)]
 NOT_OF_TEMPLATES = {  # names refused in chat_template_kwargs: parameters of the functions that render a template
     *("messages", "load_audio_from_video", "compiled_template"),
     *(
@@ -102,36 +104,67 @@ class Message(Open):
     tool_call_id: str | None = None
 
 
+class Switch(Open):
+    """Whether to reason, as several servers have it."""
+
+    type: Literal["enabled", "disabled", "adaptive", "auto"]
+
+
+class Reasoning(Open):
+    """Whether and how much to reason, as OpenRouter has it. A budget of tokens is a hint, which is not used."""
+
+    enabled: bool | None = None
+    effort: Effort | None = None
+
+
 class ChatBody(OpenAIBody):
     """Body of a chat completion request."""
 
     prompt_field = "messages"
+    neutral: ClassVar[dict[str, Any]] = OpenAIBody.neutral | {"echo": False}
 
     messages: Annotated[list[Message], FailFast()] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1, le=MOST_TOKENS)
     tools: Annotated[list[Tool] | None, FailFast()] = None
     tool_choice: Literal["auto", "none"] | None = None
     parallel_tool_calls: bool | None = None
-    reasoning_effort: Annotated[str, Field(max_length=32)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MOST_TOP)
+    reasoning_effort: Effort | None = None
+    reasoning: Reasoning | None = None
+    thinking: Switch | None = None
+    enable_thinking: bool | None = None
     chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(_of_template)] | None = None
 
     def query(self) -> Query:
-        """Return what the request asks for."""
+        """Return what the request asks for. Raises Refusal for top_logprobs without logprobs."""
+        if self.top_logprobs and not self.logprobs:
+            raise Refusal(400, "top_logprobs: it needs logprobs, which is not true.", param="top_logprobs")
         given = self.model_dump(include={"messages", "tools"}, exclude_none=True)
+        effort = self.reasoning_effort or (self.reasoning.effort if self.reasoning else None)
         dialogue = Dialogue(
             given["messages"],
             None if self.tool_choice == "none" else given.get("tools"),
             self.chat_template_kwargs or {},
-            effort=self.reasoning_effort,
+            effort=effort,
+            reasons=self._reasons(effort),
         )
-        return Query(
-            prompts=[dialogue],
+        return self.query_of(
+            [dialogue],
             max_tokens=self.max_completion_tokens or self.max_tokens,
-            sampling=self.sampling_options,
-            seed=self.seed,
-            stop=self.stop or (),
             one_call=self.parallel_tool_calls is False,
+            logprobs=(self.top_logprobs or 0) if self.logprobs else None,
         )
+
+    def _reasons(self, effort: str | None) -> bool | None:
+        """Return whether the model is to reason; None if the request does not say so."""
+        if self.enable_thinking is not None:
+            return self.enable_thinking
+        if self.thinking is not None:
+            return self.thinking.type != "disabled"
+        if self.reasoning is not None and self.reasoning.enabled is not None:
+            return self.reasoning.enabled
+        return False if effort == "none" else None
 
 
 class Chat(Protocol):
@@ -141,56 +174,64 @@ class Chat(Protocol):
     body: ClassVar = ChatBody
 
     async def stream(self, reply: Reply, events: Events) -> AsyncIterator[str]:
-        """Yield a chunk for each event, then DONE. The last chunk has the token counts."""
-        head = {"id": reply.id, "object": "chat.completion.chunk", "created": reply.created, "model": reply.model}
+        """Yield a chunk for each event, then DONE. By default the last chunk has the token counts, too."""
 
-        def chunk(delta: dict[str, Any], reason: str | None = None, **more: Any) -> str:
-            return event({**head, "choices": [{"index": 0, "delta": delta, "finish_reason": reason}], **more})
+        def choice(number: int, delta: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
+            return {"index": number, "delta": delta, "finish_reason": reason}
 
-        yield chunk({"role": "assistant"})
-        calls = 0
-        async for _, part in events:
+        assert isinstance(reply.body, ChatBody)
+        chunks = Chunks(reply, "chat.completion.chunk", reply.body)
+        for number in range(reply.body.n or 1):
+            yield chunks.chunk(choice(number, {"role": "assistant"}))
+        calls = Counter[int]()
+        async for number, part in events:
             if isinstance(part, End):
-                yield chunk({}, REASONS[part.reason], usage=usage_of(part.usage))
+                yield chunks.last(choice(number, {}, REASONS[part.reason]), part)
             else:
-                yield chunk(_delta(part, calls))
-                calls += isinstance(part, Call)
-        yield DONE
+                logprobs = {"logprobs": _logprobs(part.tokens)} if isinstance(part, Text) and part.tokens else {}
+                yield chunks.chunk(choice(number, _delta(part, calls[number])) | logprobs)
+                calls[number] += isinstance(part, Call)
+        for end in chunks.end():
+            yield end
 
     def whole(self, reply: Reply, answers: Sequence[Answered]) -> dict[str, Any]:
-        """Return OpenAI's object for a whole answer."""
-        (answer,) = answers
-        assert answer.end is not None
-        message: dict[str, Any] = {"role": "assistant", "content": answer.text}
-        if answer.reasoning:
-            message["reasoning_content"] = answer.reasoning
-        if answer.calls:
-            message["tool_calls"] = [_call(call) for call in answer.calls]
-        choice = {"index": 0, "message": message, "finish_reason": REASONS[answer.end.reason]}
-        head = {"id": reply.id, "object": "chat.completion", "created": reply.created, "model": reply.model}
-        return {**head, "choices": [choice], "usage": usage_of(answer.end.usage)}
+        """Return OpenAI's object for whole answers."""
+        choices = [_choice(number, answer, reply) for number, answer in enumerate(answers)]
+        return object_of(reply, "chat.completion", choices) | {"usage": usage_of(total(answers))}
 
 
-def _delta(part: Event, calls: int) -> dict[str, Any]:
+def _choice(number: int, answer: Answered, reply: Reply) -> dict[str, Any]:
+    assert answer.end is not None
+    assert isinstance(reply.body, ChatBody)
+    message: dict[str, Any] = {"role": "assistant", "content": answer.text}
+    if answer.reasoning:
+        message["reasoning_content"] = answer.reasoning
+    if answer.calls:
+        message["tool_calls"] = [_call(call) for call in answer.calls]
+    logprobs = {"logprobs": _logprobs(answer.tokens)} if reply.body.logprobs else {}
+    return {"index": number, "message": message, "finish_reason": REASONS[answer.end.reason], **logprobs}
+
+
+def _delta(part: Text | Call, calls: int) -> dict[str, Any]:
     """Return the part of a message that an event adds, after ``calls`` tool calls."""
     match part:
         case Call():
             return {"tool_calls": [{"index": calls, **_call(part)}]}
         case Text(text, is_reasoning):
             return {"reasoning_content" if is_reasoning else "content": text}
-    return {}
 
 
 def _call(call: Call) -> dict[str, Any]:
     return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
-def usage_of(usage: Usage) -> dict[str, Any]:
-    """Return numbers of tokens in the form of chat and text completions."""
-    return {
-        "prompt_tokens": usage.prompt,
-        "completion_tokens": usage.new,
-        "total_tokens": usage.prompt + usage.new,
-        "prompt_tokens_details": {"cached_tokens": usage.cached},
-        "completion_tokens_details": {"reasoning_tokens": usage.reasoning},
-    }
+def _logprobs(tokens: Sequence[Token]) -> dict[str, Any]:
+    """Return log probabilities of the tokens of reasoning, text and calls."""
+
+    def entry(raw: bytes, logprob: float | None) -> dict[str, Any]:
+        return {"token": raw.decode(errors="replace"), "logprob": logprob, "bytes": [*raw]}
+
+    content = [
+        {**entry(token.raw, token.logprob), "top_logprobs": [entry(*top) for top in token.top]} for token in tokens
+    ]
+    return {"content": content, "refusal": None}

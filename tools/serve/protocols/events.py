@@ -8,11 +8,26 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
+class Token:
+    """A token with its log probability; None for the first token of a prompt."""
+
+    raw: bytes  # of its text, which may be a part of a character
+    logprob: float | None
+    top: tuple[tuple[bytes, float], ...] = ()  # the most likely tokens in its place, the most likely one first
+
+    @property
+    def text(self) -> str:
+        """Its text."""
+        return self.raw.decode(errors="replace")
+
+
+@dataclass(frozen=True, slots=True)
 class Text:
-    """Further text of an answer."""
+    """Further text of an answer, and the tokens that were computed for it if the query wants log probabilities."""
 
     text: str
     is_reasoning: bool = False
+    tokens: tuple[Token, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +102,11 @@ class Answered:
     def reasoning(self) -> str:
         """All reasoning."""
         return "".join(part.text for part in self._parts if isinstance(part, Text) and part.is_reasoning)
+
+    @property
+    def tokens(self) -> list[Token]:
+        """All tokens, if the query wants log probabilities."""
+        return [token for part in self._parts if isinstance(part, Text) for token in part.tokens]
 
     @property
     def calls(self) -> list[Call]:

@@ -2,44 +2,73 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, Field
 
-from .body import MOST_TOKENS, Body, NotEmpty, as_list
+from .body import MOST_TOKENS, Body, NotEmpty, Open, as_list
+from .query import Prompt, Query
+
+MOST_CHOICES = 128  # answers to a prompt
+MOST_BIASES = 1024  # tokens in logit_bias
+MOST_TOP = 20  # most likely tokens whose log probabilities are given
+
+TokenId = Annotated[int, Field(ge=0, lt=MOST_TOKENS)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+
+
+class StreamOptions(Open):
+    """Which further events a stream has."""
+
+    include_usage: bool | None = None
 
 
 class OpenAIBody(Body):
     """Body of a chat or text completion request."""
 
-    # every stream ends with the usage, for any stream_options
     ignored: ClassVar = (
-        "user", "safety_identifier", "prompt_cache_key", "metadata", "store", "service_tier", "stream_options",
+        "user", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "metadata", "client_metadata",
+        "store", "service_tier", "verbosity",
     )  # fmt: skip
     neutral: ClassVar[dict[str, Any]] = {
-        "n": 1,
         "best_of": 1,
-        "echo": False,
-        "logprobs": False,
-        "logit_bias": {},
         "response_format": {"type": "text"},
         "modalities": ["text"],
-        "top_logprobs": 0,
-        "verbosity": "medium",
         "min_tokens": 0,
         "ignore_eos": False,
         "use_beam_search": False,
     }
     unsupported: ClassVar = frozenset({  # of OpenAI's API and of other servers
         "audio", "function_call", "functions", "prediction", "suffix", "web_search_options", "generation_config",
-        "add_generation_prompt", "chat_template", "continue_final_message", "documents", "enable_thinking",
-        "reasoning", "thinking", "allowed_token_ids", "bad_words", "stop_token_ids", "skip_special_tokens",
-        "include_stop_str_in_output", "format", "grammar", "guided_choice", "guided_grammar", "guided_json",
-        "guided_regex", "json_schema", "regex", "ebnf", "structured_outputs", "length_penalty", "mirostat",
-        "repeat_penalty", "tfs_z", "top_a", "top_n_sigma", "typical_p", "xtc_probability", "dry_multiplier",
-        "dynatemp_range", "samplers", "n_predict", "num_predict", "num_ctx", "options", "n_probs", "prompt_logprobs",
-        "truncate_prompt_tokens", "lora",
+        "add_generation_prompt", "chat_template", "continue_final_message", "documents", "allowed_token_ids",
+        "bad_words", "stop_token_ids", "skip_special_tokens", "include_stop_str_in_output", "format", "grammar",
+        "guided_choice", "guided_grammar", "guided_json", "guided_regex", "json_schema", "regex", "ebnf",
+        "structured_outputs", "length_penalty", "mirostat", "repeat_penalty", "tfs_z", "top_a", "top_n_sigma",
+        "typical_p", "xtc_probability", "dry_multiplier", "dynatemp_range", "samplers", "n_predict", "num_predict",
+        "num_ctx", "options", "n_probs", "prompt_logprobs", "truncate_prompt_tokens", "lora",
     })  # fmt: skip
 
     max_tokens: int | None = Field(None, ge=1, le=MOST_TOKENS)
+    n: int | None = Field(None, ge=1, le=MOST_CHOICES)
+    logit_bias: Annotated[dict[TokenId, Bias], Field(max_length=MOST_BIASES)] | None = None
+    stream_options: StreamOptions | None = None
     stop: Annotated[list[NotEmpty], Field(max_length=4), BeforeValidator(as_list)] | None = None
+
+    @property
+    def usage_chunk(self) -> bool | None:
+        """Whether the usage has a chunk of a stream to itself, or (False) is left out; None: it is in the last one."""
+        return None if self.stream_options is None else self.stream_options.include_usage
+
+    def query_of(self, prompts: Sequence[Prompt], *, max_tokens: int | None, **more: Any) -> Query:
+        """Return a query with the fields that chat and text completions have in common, and with ``more``."""
+        return Query(
+            prompts=prompts,
+            choices=self.n or 1,
+            max_tokens=max_tokens,
+            sampling=self.sampling_options,
+            biases=self.logit_bias or {},
+            seed=self.seed,
+            stop=self.stop or (),
+            **more,
+        )

@@ -22,6 +22,7 @@ class Reply:
     created: int  # seconds since 1970
     body: Body  # of the request
     prompt_tokens: int
+    answers: int  # number of them
 
 
 class Protocol(ABC):

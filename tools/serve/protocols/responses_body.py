@@ -128,7 +128,10 @@ class Namespace(Open):
     tools: Annotated[list[ResponsesTool], FailFast(), BeforeValidator(_without_hosted)]
 
 
-Tool = Annotated[ResponsesTool | Namespace, Field(discriminator="type")]
+Tool = Annotated[
+    Annotated[ResponsesTool, Tag("function")] | Annotated[Namespace, Tag("namespace")],
+    Discriminator(_type_of, custom_error_type="tool", custom_error_message="only function and namespace are supported"),
+]
 
 
 class Reasoning(Open):

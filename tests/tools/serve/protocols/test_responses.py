@@ -109,7 +109,7 @@ def test_functions_in_a_namespace_are_offered_under_both_names() -> None:
     answer = Answered()
     for name in "agents.f", "f":
         answer.add(Call("call_2", name, "{}"))
-    items = Responses().whole(Reply("1", "small", 0, body, 1), [answer])["output"]
+    items = Responses().whole(Reply("1", "small", 0, body, 1, 1), [answer])["output"]
     assert [(item["name"], item.get("namespace")) for item in items] == [("f", "agents"), ("f", None)]
 
 
@@ -150,7 +150,7 @@ def test_what_agents_send_is_taken() -> None:
             {"input": [{"type": "function_call", "call_id": "1", "name": "f", "arguments": "5"}]},
             "input[0].function_call.arguments: it must be a string that holds a JSON object.",
         ),
-        ({"tools": [{"type": "custom", "name": "x"}]}, "tools[0].type: Input should be 'function'."),
+        ({"tools": [{"type": "custom", "name": "x"}]}, "tools[0]: only function and namespace are supported."),
         ({"text": {"format": {"type": "json_schema"}}}, "text.format.type: Input should be 'text'."),
         ({"max_output_tokens": 0}, "max_output_tokens: Input should be greater"),
     ],
