@@ -28,7 +28,7 @@ from transformers import AutoTokenizer
 
 from moetier.runtime.kernels.layer.paged_cache import PAGE
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
 HELPERS = Path(__file__).parent.parent / "helpers"
 SESSIONS = ("[session A]", "[session B]")  # in the first message of each

@@ -20,7 +20,7 @@ from networks import network
 MODEL = "agent"  # name of the model in requests
 CONTEXT, ANSWER = 100_000, 500  # what the agents are told of the model: its context, most tokens of an answer
 RUN_SECONDS = 250
-INSTALL_SECONDS = 280
+INSTALL_SECONDS = 900
 
 
 Call = tuple[str, dict[str, Any]]
