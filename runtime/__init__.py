@@ -98,6 +98,6 @@ are taken, and the rule for the fields.
         Answer._lock            the end of an answer (``tools.serve.answers``)
         Turns._lock             sampled tokens of answers (``tools.serve.replay``)
         Tally._lock             counts of answers (``tools.serve.metrics``)
-        UnknownFields._lock     names of fields that were logged (``tools.serve.request``)
+        UnknownFields._lock     names of fields that were logged (``tools.serve.protocols.body``)
         Watch._changed          what the user has set (``tools.top.watch``)
 """

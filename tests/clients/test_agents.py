@@ -70,6 +70,7 @@ def answers(agent: Agent, mark: str, file: Path) -> list[list[Answer]]:
     def say(text: str) -> str:
         return call(*agent.shell(f"echo '{text} of {mark}'"))
 
+    again = [Answer(call(*agent.read(file)), 1)] if agent.forgets else []
     cut = Answer("A call that is cut:\n" + call(*agent.shell("true; " * 2000)))
     return [
         [
@@ -78,14 +79,19 @@ def answers(agent: Agent, mark: str, file: Path) -> list[list[Answer]]:
             Answer(f"Two at once.\n{say('result 1')}\n{say('result 2')}", 2),
             Answer(thought("That's all.") + "Done once."),
         ],
-        [Answer(edit(1), 1), Answer('A bad call: <tool_call>\n{"name": "x", "arguments": {"a": }\n</tool_call>')],
         [
+            *again,
+            Answer(edit(1), 1),
+            Answer('A bad call: <tool_call>\n{"name": "x", "arguments": {"a": }\n</tool_call>'),
+        ],
+        [
+            *again,
             Answer(edit(2), 1),
             *([cut] if agent.limits else ()),
             *([Answer("So far.")] if agent.goes_on or not agent.limits else ()),
         ],
-        [Answer(say("result 3"), 1), Answer(thought("One more.") + edit(3), 1), Answer("Done.")],
-        [Answer(edit(4), 1), Answer("Done again.")],
+        [*again, Answer(say("result 3"), 1), Answer(thought("One more.") + edit(3), 1), Answer("Done.")],
+        [*again, Answer(edit(4), 1), Answer("Done again.")],
     ]
 
 

@@ -39,6 +39,7 @@ class Agent:
             runs a command.
         limits: whether it limits the tokens of an answer.
         goes_on: whether it lets the model go on, without a message of the user, after an answer that was cut.
+        forgets: whether it edits a file only after it was read since the last message of the user.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Agent:
     shell: Callable[[str], Call]
     limits: bool = True
     goes_on: bool = False
+    forgets: bool = False
 
     def installed(self, cache: Path) -> Path:
         """Return the program, installed in the folder ``cache`` if it is not there. Skips the test if npm can't."""
@@ -252,5 +254,7 @@ QWEN = Agent(
     ["--yolo", "--continue", "-p"],
     lambda file: ("read_file", {"file_path": str(file)}),
     lambda file, old, new: ("edit", _replacement(file, old, new)),
-    lambda command: ("run_shell_command", {"command": command, "is_background": False}),
+    # of a command that ends at once it may lose the output
+    lambda command: ("run_shell_command", {"command": f"{command}; sleep 1", "is_background": False}),
+    forgets=True,
 )
