@@ -39,9 +39,9 @@ class Job:
     ends: Sequence[str] = ()  # strings by which the model ends an answer
     parser: AnswerParser | None = None  # of reasoning and tool calls; None if all of the answer is text
     one_call: bool = False  # whether the first tool call ends the answer
-    prompt: str = ""  # text of the prompt
     chat: ChatPrompt | None = None  # the messages of the prompt; None if it has none
-    echo: bool = False  # whether the answer begins with the prompt
+    opening: str = ""  # what the chat template has added to them, which begins the answer
+    echo: str | None = None  # text of the prompt, if the answer begins with it
     is_silent: bool = False  # whether the token that must be generated is no part of the answer
 
 
@@ -68,7 +68,7 @@ class Answer:
         self._calls = 0
         self._reasoning_tokens = self._counted_tokens = 0  # of reasoning; all whose text was sent
         self._is_silent = job.is_silent
-        self._echo = job.prompt if job.echo else None
+        self._echo = job.echo
         self._tokens: list[ScoredToken] = []  # with log probabilities, whose text was not sent yet
         self._queue: asyncio.Queue[Event | Refusal] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()

@@ -72,15 +72,20 @@ class Prompts:
 
     def note(self, job: Job, answer: Answer, answered: Answered) -> None:
         """Note a complete answer: the prompt of a later request may begin with its tokens."""
-        if job.chat is not None and answer.sequence is not None and answer.sequence.finish is Finish.END:
-            ids = answer.sequence.ids
-            end = self._tokenizer.decode(ids[-1:])
-            self._turns.note(job.prompt, answered, ids, end, user=job.request.user)
+        sequence, end = answer.sequence, answered.end
+        if job.chat is None or sequence is None or end is None:
+            return
+        is_last_call = job.one_call and answered.calls
+        if end.stop is not None or not (is_last_call or sequence.finish in (Finish.END, Finish.LENGTH)):
+            return  # the client has not got all that was sampled
+        ids = sequence.ids[len(job.request.ids) :]
+        mark = self._tokenizer.decode(ids[-1:]) if sequence.finish is Finish.END else ""
+        self._turns.note(self._plain(job.chat), answered, ids, job.opening, mark, user=job.request.user)
 
     def _jobs_of(self, query: Query, prompt: Prompt, field: str, user: str) -> list[Job]:
         """Return a job for each answer to one prompt. They differ in their seeds."""
         chat = prompt if isinstance(prompt, ChatPrompt) else None
-        text, ids = self._read(prompt, user)
+        opening, ids = self._read(prompt, user)
         self._check(ids, field)
         scores = query.echo and query.logprobs is not None
         if scores and len(ids) > self._most_scored:
@@ -92,7 +97,7 @@ class Prompts:
             max(1, min(self._most_new if query.max_tokens is None else query.max_tokens, self._context - len(ids))),
             {**sampling_of(query.sampling), **penalties_of(query.sampling), **biases},
             user=user,
-            grammar=self._grammar(query, chat, text),
+            grammar=self._grammar(query, chat, opening),
             logprobs=query.logprobs,
             scores_prompt=scores,
         )
@@ -101,32 +106,39 @@ class Prompts:
                 request if query.seed is None else replace(request, seed=query.seed + number),
                 stop=query.stop,
                 ends=(PLAIN_STOP,) if chat and self._is_plain else (),
-                parser=None if chat is None else self._parser(chat, text, is_formed=query.form is not None),
+                parser=self._parser(chat, opening, is_formed=query.form is not None),
                 one_call=query.one_call,
-                prompt=text or self._tokenizer.decode(ids) if query.echo else text,
                 chat=chat,
-                echo=query.echo,
+                opening=opening,
+                echo=(prompt if isinstance(prompt, str) else self._tokenizer.decode(ids)) if query.echo else None,
                 is_silent=query.max_tokens == 0,
             )
             for number in range(query.choices)
         ]
 
-    def _grammar(self, query: Query, chat: ChatPrompt | None, text: str) -> CompiledGrammar | None:
-        """Return what the answer to the prompt ``text`` must be. Raises Refusal if that can't be compiled."""
+    def _grammar(self, query: Query, chat: ChatPrompt | None, opening: str) -> CompiledGrammar | None:
+        """Return what an answer must be that begins with ``opening``. Raises Refusal if that can't be compiled."""
         if chat is None:
             return self._constraints.of_text(query.form)
-        parser = self._parser(chat, text, is_formed=False)
+        parser = self._parser(chat, opening, is_formed=False)
         region = None if parser is None else parser.region
         return self._constraints.of_dialogue(chat, query.form, one_call=query.one_call, region=region)
 
+    def _parser(self, chat: ChatPrompt | None, opening: str, *, is_formed: bool) -> AnswerParser | None:
+        """Return a parser for an answer that begins with ``opening``; None if all of the answer is text."""
+        return (
+            None if chat is None or self._form is None else self._form.parser(opening, chat.tools, is_formed=is_formed)
+        )
+
     def _read(self, prompt: Prompt, user: str) -> tuple[str, list[int]]:
-        """Return the text and the token ids of a prompt. Raises Refusal if the chat template refuses it."""
+        """Return the end of a prompt that begins the answer, and the prompt's token ids.
+
+        Raises Refusal if the chat template refuses it.
+        """
         if isinstance(prompt, ChatPrompt):
-            text = self._text(prompt)
-            return text, self._continued(prompt, user) or self._ids(text, add_special_tokens=self._is_plain)
-        if isinstance(prompt, str):
-            return prompt, self._ids(prompt)
-        return "", [*prompt]
+            text, opening = self._text(prompt)
+            return opening, self._continued(prompt, user) or self._ids(text, add_special_tokens=self._is_plain)
+        return "", self._ids(prompt) if isinstance(prompt, str) else [*prompt]
 
     def _ids(self, text: str, **options: Any) -> list[int]:
         return first_ids(self._tokenizer, text, self._context, **options)
@@ -152,27 +164,32 @@ class Prompts:
 
     # -- the chat template ---------------------------------------------------------------------------------------------
 
-    def _text(self, chat: ChatPrompt) -> str:
-        """Return the prompt's text. Raises Refusal if the chat template refuses the messages."""
-        tools = chat.tools
-        text = self._rendered(chat, tools)
-        if tools and text == self._rendered(chat, None):
+    def _text(self, chat: ChatPrompt) -> tuple[str, str]:
+        """Return the prompt's text, and its end that begins the answer.
+
+        Raises Refusal if the chat template refuses the messages.
+        """
+        messages, tools = self._plain(chat), chat.tools
+        text = self._render(chat, tools, messages)
+        if tools and text == self._render(chat, None, messages):
             raise Refusal(400, "tools: the model's chat template does not support tools.", param="tools")
-        return text
+        # only what the template adds to the messages may open a region: messages may have marks, too
+        told = self._render(chat, tools, messages, begins_answer=False)
+        return text, text.removeprefix(told) if text.startswith(told) else ""
 
     def _continued(self, chat: ChatPrompt, user: str) -> list[int]:
-        """Return the tokens of a prompt that begins with those of an earlier answer; none if it does not."""
-        render = partial(self._render, chat, chat.tools)
+        """Return the tokens of a prompt in which answers are replayed; none if none of them is kept."""
         try:
-            messages = [*map(self._plain, chat.messages)]
-            return self._turns.continued(messages, render, self._tokenizer, self._context, user=user)
-        except Refusal:  # the template takes all messages, but not a part of them
+            return self._turns.continued(
+                self._plain(chat),
+                partial(self._render, chat, chat.tools),
+                self._tokenizer,
+                self._context,
+                user=user,
+                add_special_tokens=self._is_plain,
+            )
+        except Refusal:  # the template takes the messages, but not without their calls
             return []
-
-    def _rendered(
-        self, chat: ChatPrompt, tools: Sequence[Mapping[str, Any]] | None, *, begins_answer: bool = True
-    ) -> str:
-        return self._render(chat, tools, [*map(self._plain, chat.messages)], begins_answer=begins_answer)
 
     def _render(
         self,
@@ -199,16 +216,11 @@ class Prompts:
             raise Refusal(400, message, param="messages") from None
         return text
 
-    def _parser(self, chat: ChatPrompt, text: str, *, is_formed: bool) -> AnswerParser | None:
-        """Return a parser for the answer to the prompt ``text``; None if all of the answer is text."""
-        if self._form is None:
-            return None
-        # only what the template adds to the messages may open a region: messages may have marks, too
-        messages = self._rendered(chat, chat.tools, begins_answer=False)
-        prefill = text.removeprefix(messages) if text.startswith(messages) else ""
-        return self._form.parser(prefill, chat.tools, is_formed=is_formed)
+    def _plain(self, chat: ChatPrompt) -> list[dict[str, Any]]:
+        """Return messages as chat templates take them: content is one text, and there are only fields they know."""
+        return [self._plain_message(message) for message in chat.messages]
 
-    def _plain(self, message: Mapping[str, Any]) -> dict[str, Any]:
+    def _plain_message(self, message: Mapping[str, Any]) -> dict[str, Any]:
         """Return a message as chat templates take it: one text is its content, and it has only fields they know."""
         content = message.get("content") or ""
         text = content if isinstance(content, str) else " ".join(part["text"] for part in content)

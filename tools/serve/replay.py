@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import secrets
 import threading
 from array import array
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,23 +20,33 @@ from moetier.runtime.model.context import first_ids
 
 from .protocols.events import Answered
 
-MOST = 256  # answers that are kept; those that were found or kept longest ago are forgotten first
-TEXT, REASONING = "moetier-answer-7f3a", "moetier-reasoning-7f3a"  # stand for an answer in a rendered prompt
+MOST_TOKENS = 1 << 22  # of answers that are kept; those that were found or kept longest ago are forgotten first
+TRIALS = 3  # a template may drop some of the answers: so often others are tried
+MARK_LETTERS = 64  # most letters of the mark between the beginning of an answer and its reasoning
 
-Render = Callable[[Sequence[Mapping[str, Any]]], str]  # renders messages, and the beginning of an answer
+Message = Mapping[str, Any]
+Render = Callable[[Sequence[Message]], str]  # renders messages, and the beginning of an answer
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """A prompt and its complete answer."""
+    """A complete answer.
 
-    ids: array[int]  # tokens of both
+    Attributes:
+        ids: its tokens.
+        content, reasoning, calls: what the client got of it; of a call its name and arguments.
+        opening: end of the prompt's text, which began the answer.
+        end: text of the last token, if that ended the answer.
+    """
+
+    ids: array[int]
     content: str
     reasoning: str
-    calls: tuple[tuple[str, Any], ...]  # name and arguments of each
-    end: str  # text of the last token, which ends the answer
+    calls: tuple[tuple[str, Any], ...]
+    opening: str
+    end: str
 
-    def is_said_by(self, message: Mapping[str, Any]) -> bool:
+    def is_said_by(self, message: Message) -> bool:
         """Return whether a message is this answer as its client got it.
 
         The client may trim its text, and beside tool calls, whose ids nobody else knows, leave out text and reasoning.
@@ -49,56 +60,140 @@ class Turn:
 
 
 class Turns:
-    """The last turns of all conversations. Thread-safe."""
+    """The last answers of all conversations. Thread-safe."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards ``_turns``
+        self._lock = threading.Lock()  # guards the next two
         self._turns = OrderedDict[bytes, Turn]()
+        self._tokens = 0
 
-    def note(self, prompt: str, answered: Answered, ids: Sequence[int], end: str, *, user: str = "") -> None:
-        """Keep a turn. Only prompts of the same ``user`` continue it.
+    def note(
+        self,
+        messages: Sequence[Message],
+        answered: Answered,
+        ids: Sequence[int],
+        opening: str,
+        end: str,
+        *,
+        user: str = "",
+    ) -> None:
+        """Keep an answer. Only prompts of the same ``user`` have it.
 
         Args:
-            prompt: text of the prompt.
+            messages: those before it, for the chat template.
             answered: what the client got of the answer.
-            ids: tokens of the prompt and the answer.
-            end: text of the last token, which ends the answer.
+            ids: tokens of the answer.
+            opening: end of the prompt's text, which began the answer.
+            end: text of the last token, if that ended the answer.
         """
         calls = tuple((call.name, _parsed(call.arguments)) for call in answered.calls)
-        turn = Turn(array("i", ids), answered.text, answered.reasoning, calls, end)
+        turn = Turn(array("i", ids), answered.text, answered.reasoning, calls, opening, end)
+        *_, history = _histories(messages, user)
+        key = _key(user, history, answered.text, [call.id for call in answered.calls])
         with self._lock:
-            self._turns[_key(user, prompt, answered.text, [call.id for call in answered.calls])] = turn
-            while len(self._turns) > MOST:
-                self._turns.popitem(last=False)
+            self._forget(key)
+            self._turns[key] = turn
+            self._tokens += len(turn.ids)
+            while self._tokens > MOST_TOKENS:
+                self._forget(next(iter(self._turns)))
 
     def continued(
-        self, messages: Sequence[Mapping[str, Any]], render: Render, tokenizer: Any, most: int, *, user: str = ""
+        self,
+        messages: Sequence[Message],
+        render: Render,
+        tokenizer: Any,
+        most: int,
+        *,
+        user: str = "",
+        **options: Any,
     ) -> list[int]:
-        """Return the tokens of a prompt that continues the turn of the last answer in ``messages``.
+        """Return the tokens of a prompt, with those of the kept answers among its messages as they were sampled.
 
-        The result is empty if no such turn is kept, or the template does not keep all of its answer. Of a prompt with
-        far more than ``most`` tokens, only a prefix is returned.
+        The result is empty if none of them is kept. An answer is replayed only where the template keeps all of it. Of
+        a prompt with far more than ``most`` tokens, only a prefix is returned. ``options``: keyword arguments of the
+        tokenizer for the beginning of the prompt.
         """
-        last = max((at for at, message in enumerate(messages) if message["role"] == "assistant"), default=0)
-        before, message = render(messages[:last]) if last else "", messages[last]
-        calls = [call.get("id", "") for call in message.get("tool_calls") or ()]
-        with self._lock:
-            turn = self._turns.get(key := _key(user, before, message.get("content") or "", calls)) if last else None
-            if turn is None or not turn.is_said_by(message):
-                return []
-            self._turns.move_to_end(key)
-        answer = {"role": "assistant", "content": TEXT}
-        if turn.reasoning:
-            answer["reasoning_content"] = REASONING
-        head, _, tail = render([*messages[:last], answer, *messages[last + 1 :]]).partition(TEXT)
-        keeps = head.startswith(before) and REASONING in head if turn.reasoning else head == before
-        if not keeps or not tail.startswith(turn.end):
-            return []
-        more = first_ids(tokenizer, tail.removeprefix(turn.end), most, add_special_tokens=False)
-        return [*turn.ids, *more]
+        turns = self._kept(messages, user)
+        for _ in range(TRIALS):
+            if not turns:
+                break
+            parts, dropped = _split(messages, render, turns)
+            if not dropped:
+                return _joined(parts, tokenizer, most, options)
+            turns = {place: turn for place, turn in turns.items() if place not in dropped}
+        return []
+
+    def _kept(self, messages: Sequence[Message], user: str) -> dict[int, Turn]:
+        """Return the kept answers that are said by messages, by their places."""
+        turns = dict[int, Turn]()
+        for place, (message, history) in enumerate(zip(messages, _histories(messages, user), strict=False)):
+            if message["role"] != "assistant":
+                continue
+            calls = [call.get("id") or "" for call in message.get("tool_calls") or ()]
+            key = _key(user, history, message.get("content") or "", calls)
+            with self._lock:
+                turn = self._turns.get(key)
+                if turn is not None and turn.is_said_by(message):
+                    self._turns.move_to_end(key)
+                    turns[place] = turn
+        return turns
+
+    def _forget(self, key: bytes) -> None:
+        turn = self._turns.pop(key, None)
+        self._tokens -= 0 if turn is None else len(turn.ids)
 
 
-def _calls(message: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+def _split(
+    messages: Sequence[Message], render: Render, turns: Mapping[int, Turn]
+) -> tuple[list[str | array[int]], list[int]]:
+    """Render messages, and return the text between the answers ``turns``, with their tokens in their places.
+
+    Returns, too, the places of answers that can't be replayed, because the template does not keep all of them.
+    """
+    nonce = secrets.token_hex(8)  # no message contains the marks that stand for answers
+    replaced, dropped = [*messages], list[int]()
+    parts: list[str | array[int]] = []
+    for place, turn in turns.items():
+        reasoning = {"reasoning_content": f"reasoning-{nonce}-{place}."} if turn.reasoning else {}
+        replaced[place] = {"role": "assistant", "content": f"answer-{nonce}-{place}.", **reasoning}
+    rest = render(replaced)
+    for place, turn in turns.items():
+        head, _, tail = rest.partition(f"answer-{nonce}-{place}.")
+        start = _start(head, turn, f"reasoning-{nonce}-{place}.")
+        if start is None or not tail.startswith(turn.end):
+            dropped.append(place)
+        else:
+            parts += [head[:start], turn.ids]
+            rest = tail.removeprefix(turn.end)
+    return [*parts, rest], dropped
+
+
+def _start(head: str, turn: Turn, reasoning: str) -> int | None:
+    """Return where an answer starts in ``head``, the text before its content; None if it does not start as it did."""
+    if not turn.opening:
+        return None
+    if not turn.reasoning:
+        return len(head) if head.endswith(turn.opening) else None
+    place = head.rfind(turn.opening)
+    start = place + len(turn.opening)
+    return start if place >= 0 and reasoning in head[start : start + MARK_LETTERS + len(reasoning)] else None
+
+
+def _joined(parts: Iterable[str | array[int]], tokenizer: Any, most: int, options: Mapping[str, Any]) -> list[int]:
+    """Return the tokens of all parts, or a prefix of them that has far more than ``most``."""
+    ids = list[int]()
+    for part in parts:
+        if isinstance(part, str):
+            ids += first_ids(tokenizer, part, most, **options) if part else ()
+            options = {"add_special_tokens": False}
+        else:
+            ids += part
+        if len(ids) > 2 * most:
+            break
+    return ids
+
+
+def _calls(message: Message) -> tuple[tuple[str, Any], ...]:
     """Return the name and the arguments of each tool call of a message. Clients may write the arguments anew."""
     calls = [call.get("function") or call for call in message.get("tool_calls") or ()]
     return tuple((call.get("name", ""), _parsed(call.get("arguments"))) for call in calls)
@@ -111,7 +206,17 @@ def _parsed(arguments: Any) -> Any:
         return arguments
 
 
-def _key(user: str, prompt: str, content: str, calls: Sequence[str]) -> bytes:
-    """Return a key of a turn. Clients may trim an answer's text, or leave it out beside tool calls."""
-    answer = "\0".join(calls) if calls else content.strip()
-    return hashlib.blake2b(f"{user}\0{len(prompt)}\0{prompt}{answer}".encode()).digest()
+def _histories(messages: Iterable[Message], user: str) -> Iterator[bytes]:
+    """Yield a digest of the messages before each message, and of all. Reasoning is left out, as clients drop it."""
+    digest = hashlib.blake2b(user.encode() + b"\0")
+    yield digest.digest()
+    for message in messages:
+        told = {name: value for name, value in message.items() if name != "reasoning_content"}
+        digest.update(json.dumps(told, sort_keys=True).encode())
+        yield digest.digest()
+
+
+def _key(user: str, history: bytes, content: str, calls: Sequence[str]) -> bytes:
+    """Return a key of an answer: the ids of its calls, which no other answer has, or its history and trimmed text."""
+    told = "\0".join([user, *calls]).encode() if any(calls) else history + content.strip().encode()
+    return hashlib.blake2b(told).digest()

@@ -17,16 +17,21 @@ from http_servers import answering, listening
 from readers import PATIENCE
 
 import moetier
+from moetier.tools.serve import replay
 from moetier.tools.serve.app import application
 from moetier.tools.serve.protocols.events import Answered, Call, Event, Text
 from moetier.tools.serve.replay import Turns
 
-END = "<end>"
+END, OPENING = "<end>", "<assistant>"
 PROMPT = [{"role": "user", "content": "What time is it?"}]
 
 
 def tokenizer(text: str, **_: Any) -> dict[str, list[int]]:
     return {"input_ids": [ord(letter) for letter in text]}
+
+
+def tokens(text: str) -> list[int]:
+    return tokenizer(text)["input_ids"]
 
 
 def render(messages: Sequence[Mapping[str, Any]], *, keeps_reasoning: bool = True) -> str:
@@ -39,16 +44,22 @@ def render(messages: Sequence[Mapping[str, Any]], *, keeps_reasoning: bool = Tru
         text += (
             f"<{message['role']}>" + (f"<think>{thought}</think>" if thought else "") + message["content"] + calls + END
         )
-    return text + "<assistant>"
+    return text + OPENING
 
 
-def sampled(turns: Turns, text: str, *events: Event) -> list[int]:
-    """Tokens of PROMPT and an answer, which differ from those of their text."""
-    ids = [*tokenizer(render(PROMPT))["input_ids"], *(1000 + ord(letter) for letter in text), 7]
-    answered = Answered()
+def drops_reasoning(messages: Sequence[Mapping[str, Any]]) -> str:
+    return render(messages, keeps_reasoning=False)
+
+
+def sampled(
+    turns: Turns, text: str, *events: Event, messages: Sequence[Mapping[str, Any]] = PROMPT, end: str = END
+) -> list[int]:
+    """Note an answer; return its tokens, which differ from those of its text."""
+    ids = [*(1000 + ord(letter) for letter in text), *([7] if end else [])]
+    answer = Answered()
     for event in events:
-        answered.add(event)
-    turns.note(render(PROMPT), answered, ids, END)
+        answer.add(event)
+    turns.note(messages, answer, ids, OPENING, end)
     return ids
 
 
@@ -57,20 +68,37 @@ def answered(text: str = "", *calls: str) -> dict[str, Any]:
     return {"role": "assistant", "content": text, "tool_calls": named}
 
 
+def called(call: str) -> Call:
+    return Call(call, "clock", "{}")
+
+
+def user(text: str) -> dict[str, Any]:
+    return {"role": "user", "content": text}
+
+
 def test_a_call_is_found_by_its_id_and_not_written_anew() -> None:
     turns = Turns()
-    ids = sampled(turns, '<call {"name":  "clock"}>', Call("call_1", "clock", "{}"))
+    ids = sampled(turns, '<call {"name":  "clock"}>', called("call_1"))
     messages = [*PROMPT, answered("", "call_1"), {"role": "tool", "content": "Noon."}]
-    found = turns.continued(messages, render, tokenizer, 10_000)
-    assert found == [*ids, *tokenizer(f"<tool>Noon.{END}<assistant>")["input_ids"]]
+    continued = turns.continued(messages, render, tokenizer, 10_000)
+    assert continued == [*tokens(render(PROMPT)), *ids, *tokens(f"<tool>Noon.{END}{OPENING}")]
     assert turns.continued([*PROMPT, answered("", "call_2"), messages[-1]], render, tokenizer, 10_000) == []
 
 
 def test_a_text_is_found_though_a_client_has_trimmed_it() -> None:
     turns = Turns()
     ids = sampled(turns, " Noon. \n", Text(" Noon."), Text(" \n"))
-    messages = [*PROMPT, answered("Noon."), {"role": "user", "content": "Where?"}]
-    assert turns.continued(messages, render, tokenizer, 10_000)[: len(ids)] == ids
+    messages = [*PROMPT, answered("Noon."), user("Where?")]
+    start = [*tokens(render(PROMPT)), *ids]
+    assert turns.continued(messages, render, tokenizer, 10_000)[: len(start)] == start
+
+
+def test_an_answer_that_was_cut_is_replayed_without_an_end() -> None:
+    turns = Turns()
+    ids = sampled(turns, "Noo", Text("Noo"), end="")
+    messages = [*PROMPT, answered("Noo"), user("Go on.")]
+    continued = turns.continued(messages, render, tokenizer, 10_000)
+    assert continued == [*tokens(render(PROMPT)), *ids, *tokens(f"{END}<user>Go on.{END}{OPENING}")]
 
 
 @pytest.mark.parametrize("keeps", [True, False])
@@ -78,9 +106,27 @@ def test_reasoning_is_replayed_only_if_the_template_keeps_it(keeps: bool) -> Non
     turns = Turns()
     ids = sampled(turns, "<think>Hm.</think>Noon.", Text("Hm.", is_reasoning=True), Text("Noon."))
     answer = answered("Noon.") | {"reasoning_content": "Hm."}
-    messages = [*PROMPT, answer, {"role": "user", "content": "Where?"}]
-    found = turns.continued(messages, lambda given: render(given, keeps_reasoning=keeps), tokenizer, 10_000)
-    assert found[: len(ids)] == (ids if keeps else [])
+    messages = [*PROMPT, answer, user("Where?")]
+    continued = turns.continued(messages, render if keeps else drops_reasoning, tokenizer, 10_000)
+    start = [*tokens(render(PROMPT)), *ids]
+    assert continued[: len(start)] == (start if keeps else [])
+
+
+def test_answers_before_and_after_one_that_is_unknown_are_replayed() -> None:
+    """One that the client has changed, and one of which the template drops the reasoning."""
+    turns = Turns()
+    first = sampled(turns, "<call  1>", called("call_1"))
+    messages = [*PROMPT, answered("", "call_1"), {"role": "tool", "content": "Noon."}]
+    sampled(turns, "<think>Hm.</think>Noon.", Text("Hm.", is_reasoning=True), Text("Noon."), messages=messages)
+    thought = answered("Noon.") | {"reasoning_content": "Hm."}
+    for second in answered("I don't know."), thought:
+        longer = [*messages, second, user("Where?")]
+        last = sampled(turns, "Here,  of course.", Text("Here, of course."), messages=longer)
+        longer += [answered("Here, of course."), user("Why?")]
+        between = f"<tool>Noon.{END}<assistant>{second['content']}{END}<user>Where?{END}{OPENING}"
+        assert turns.continued(longer, drops_reasoning, tokenizer, 10_000) == [
+            *tokens(render(PROMPT)), *first, *tokens(between), *last, *tokens(f"<user>Why?{END}{OPENING}"),
+        ]  # fmt: skip
 
 
 def test_an_answer_that_a_client_has_changed_is_another() -> None:
@@ -96,19 +142,37 @@ def test_an_answer_that_a_client_has_changed_is_another() -> None:
         answered("Noon."),
         answered("Noon.") | {"reasoning_content": "Other."},
     ):
-        messages = [*PROMPT, changed, {"role": "user", "content": "Where?"}]
-        assert turns.continued(messages, render, tokenizer, 10_000) == []
+        assert turns.continued([*PROMPT, changed, user("Where?")], render, tokenizer, 10_000) == []
 
 
-def test_another_history_is_another_turn() -> None:
+def test_another_history_is_another_answer() -> None:
     turns = Turns()
     sampled(turns, "Noon.", Text("Noon."))
     for messages in (
         PROMPT,
-        [{"role": "user", "content": "What day is it?"}, answered("Noon."), {"role": "user", "content": "Where?"}],
-        [{"role": "system", "content": "Lie."}, *PROMPT, answered("Noon."), {"role": "user", "content": "Where?"}],
+        [user("What day is it?"), answered("Noon."), user("Where?")],
+        [{"role": "system", "content": "Lie."}, *PROMPT, answered("Noon."), user("Where?")],
     ):
         assert turns.continued(messages, render, tokenizer, 10_000) == []
+
+
+def test_the_least_recently_used_answers_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replay, "MOST_TOKENS", 20)
+    turns = Turns()
+    for number in range(3):
+        sampled(turns, "12345", called(f"call_{number}"))  # 6 tokens
+    first = [*PROMPT, answered("", "call_0")]
+    assert turns.continued(first, render, tokenizer, 10_000)
+    sampled(turns, "12345", called("call_3"))
+    kept = [bool(turns.continued([*PROMPT, answered("", f"call_{n}")], render, tokenizer, 10_000)) for n in range(4)]
+    assert kept == [True, False, True, True]
+
+
+def test_a_prompt_that_is_far_too_long_is_cut() -> None:
+    turns = Turns()
+    sampled(turns, "<call>", called("call_1"))
+    messages = [*PROMPT, answered("", "call_1"), *[{"role": "tool", "content": "Noon."}] * 1000]
+    assert 20 < len(turns.continued(messages, render, tokenizer, 10)) < 100
 
 
 TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}]

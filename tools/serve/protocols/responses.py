@@ -48,9 +48,9 @@ class Responses(Protocol):
                                 yield opening
                         yield text.add(sent, part)
                     case Call():
-                        for whole in _call_events(sent, part, len(items)):
+                        for whole in _call_events(sent, _call_item(reply, part), len(items)):
                             yield whole
-                        items.append(_call_item(part))
+                        items.append(_call_item(reply, part))
                     case End():
                         response = _response(reply, items, part)
                         yield sent(response["status"], response=response)
@@ -65,7 +65,7 @@ class Responses(Protocol):
         items = list[dict[str, Any]]()
         for part in answer.blocks:
             if isinstance(part, Call):
-                items.append(_call_item(part))
+                items.append(_call_item(reply, part))
             else:
                 items.append(_TextItem(_is_encrypted(reply), len(items), part.is_reasoning, part.text).item())
         return _response(reply, items, answer.end)
@@ -126,18 +126,18 @@ def _is_encrypted(reply: Reply) -> bool:
     return ENCRYPTED in (reply.body.include or ())
 
 
-def _call_item(call: Call, status: str = "completed") -> dict[str, Any]:
-    arguments = call.arguments if status == "completed" else ""
-    item = {"id": f"fc_{call.id}", "type": "function_call", "status": status}
-    return {**item, "call_id": call.id, "name": call.name, "arguments": arguments}
+def _call_item(reply: Reply, call: Call) -> dict[str, Any]:
+    assert isinstance(reply.body, ResponsesBody)
+    item = {"id": f"fc_{call.id}", "type": "function_call", "status": "completed", "call_id": call.id}
+    return {**item, **reply.body.names(call.name), "arguments": call.arguments}
 
 
-def _call_events(sent: Sent, call: Call, index: int) -> Iterator[str]:
-    place = {"item_id": f"fc_{call.id}", "output_index": index}
-    yield sent("output_item.added", output_index=index, item=_call_item(call, "in_progress"))
-    yield sent("function_call_arguments.delta", **place, delta=call.arguments)
-    yield sent("function_call_arguments.done", **place, name=call.name, arguments=call.arguments)
-    yield sent("output_item.done", output_index=index, item=_call_item(call))
+def _call_events(sent: Sent, item: dict[str, Any], index: int) -> Iterator[str]:
+    place = {"item_id": item["id"], "output_index": index}
+    yield sent("output_item.added", output_index=index, item=item | {"status": "in_progress", "arguments": ""})
+    yield sent("function_call_arguments.delta", **place, delta=item["arguments"])
+    yield sent("function_call_arguments.done", **place, name=item["name"], arguments=item["arguments"])
+    yield sent("output_item.done", output_index=index, item=item)
 
 
 def _response(reply: Reply, items: Sequence[dict[str, Any]], end: End | None) -> dict[str, Any]:

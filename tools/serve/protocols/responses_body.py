@@ -56,6 +56,7 @@ class CallItem(Open):
     type: Literal["function_call"]
     call_id: str
     name: str
+    namespace: str | None = None
     arguments: Annotated[dict[str, Any], BeforeValidator(_arguments, json_schema_input_type=str | dict[str, Any])]
 
 
@@ -122,6 +123,20 @@ def _without_hosted(given: Any) -> Any:
     return [tool for tool in given if not (isinstance(tool, dict) and str(tool.get("type")).startswith(HOSTED))]
 
 
+class Namespace(Open):
+    """Functions under a common name. The model is offered each under both names, as in "files.read"."""
+
+    type: Literal["namespace"]
+    name: str
+    tools: Annotated[list[ResponsesTool], FailFast(), BeforeValidator(_without_hosted)]
+
+
+Tool = Annotated[
+    Annotated[ResponsesTool, Tag("function")] | Annotated[Namespace, Tag("namespace")],
+    Discriminator(_type_of, custom_error_type="tool", custom_error_message="only function and namespace are supported"),
+]
+
+
 class ReasoningConfig(Open):
     """How much to reason. There are no summaries."""
 
@@ -171,7 +186,7 @@ class ResponsesBody(QueryBody):
     ]
     instructions: str | None = None
     max_output_tokens: int | None = Field(None, ge=1, le=MOST_TOKENS)
-    tools: Annotated[list[ResponsesTool] | None, FailFast(), BeforeValidator(_without_hosted)] = None
+    tools: Annotated[list[Tool] | None, FailFast(), BeforeValidator(_without_hosted)] = None
     tool_choice: Literal["auto", "none", "required"] | NamedFunction | None = None
     parallel_tool_calls: bool | None = None
     reasoning: ReasoningConfig | None = None
@@ -189,16 +204,18 @@ class ResponsesBody(QueryBody):
                 raise Refusal(400, message, param=name)
         effort = None if self.reasoning is None else self.reasoning.effort
         named = self.tool_choice.name if isinstance(self.tool_choice, NamedFunction) else None
+        functions = [*self._functions()]
         chat = ChatPrompt(
             [*self._chat()],
-            None if self.tool_choice == "none" or not self.tools else [_function(tool) for tool in self.tools],
-            must_call(self.tool_choice == "required", named, [tool.name for tool in self.tools or ()]),
+            None if self.tool_choice == "none" or not functions else functions,
+            must_call(self.tool_choice == "required", named, [function["function"]["name"] for function in functions]),
             effort=effort,
             reasons=False if effort == "none" else None,
         )
         return Query(
             prompts=[chat],
-            max_tokens=self.max_output_tokens,
+            max_tokens=self.max_output_tokens
+            or MOST_TOKENS,  # agents give no limit, and take a cut answer for an error
             sampling=self.sampling_options,
             seed=self.seed,
             one_call=self.parallel_tool_calls is False or named is not None,
@@ -211,6 +228,20 @@ class ResponsesBody(QueryBody):
         if asked is None or asked.type == "text":
             return None
         return AnswerFormat.of_json(asked.definition, asked.strict, "text")
+
+    def names(self, function: str) -> dict[str, str]:
+        """Return the fields of a call that name a function by the name under which the model is offered it."""
+        for tool in self.tools or ():
+            if isinstance(tool, Namespace) and any(function == _full(tool.name, each.name) for each in tool.tools):
+                return {"namespace": tool.name, "name": function.removeprefix(_full(tool.name, ""))}
+        return {"name": function}
+
+    def _functions(self) -> Iterator[dict[str, Any]]:
+        for tool in self.tools or ():
+            if isinstance(tool, Namespace):
+                yield from (_function(each, tool.name) for each in tool.tools)
+            else:
+                yield _function(tool)
 
     def _chat(self) -> Iterator[dict[str, Any]]:
         """Yield the input in the form of chat completions.
@@ -244,7 +275,11 @@ def _answer(items: Sequence[Item]) -> dict[str, Any]:
         message["reasoning_content"] = "\n\n".join(thoughts)
     if calls := [item for item in items if isinstance(item, CallItem)]:
         message["tool_calls"] = [
-            {"id": call.call_id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            {
+                "id": call.call_id,
+                "type": "function",
+                "function": {"name": _full(call.namespace, call.name), "arguments": call.arguments},
+            }
             for call in calls
         ]
     return message
@@ -261,5 +296,11 @@ def _joined(parts: Sequence[ContentPart]) -> str:
     return "\n\n".join(part.text for part in parts)
 
 
-def _function(tool: ResponsesTool) -> dict[str, Any]:
-    return {"type": "function", "function": tool.model_dump(exclude={"type", "strict"}, exclude_none=True)}
+def _full(namespace: str | None, name: str) -> str:
+    """Return the name under which the model is offered a function."""
+    return name if namespace is None else f"{namespace}.{name}"
+
+
+def _function(tool: ResponsesTool, namespace: str | None = None) -> dict[str, Any]:
+    given = tool.model_dump(exclude={"type", "strict"}, exclude_none=True)
+    return {"type": "function", "function": given | {"name": _full(namespace, tool.name)}}

@@ -19,8 +19,11 @@ from openai import OpenAI
 
 import moetier
 from moetier.tools.serve.protocols.body import checked
+from moetier.tools.serve.protocols.events import Answered, Call
+from moetier.tools.serve.protocols.protocol import Reply
 from moetier.tools.serve.protocols.query import ChatPrompt, Query
 from moetier.tools.serve.protocols.refusal import Refusal
+from moetier.tools.serve.protocols.responses import Responses
 from moetier.tools.serve.protocols.responses_body import ResponsesBody
 
 TOOL = {"type": "function", "name": "f", "description": "d", "strict": False, "parameters": {"type": "object"}}
@@ -93,6 +96,23 @@ def test_reasoning_may_come_back_in_the_form_that_hides_it(encrypted: str | None
     assert chat_of(input=items).messages[1].get("reasoning_content") == text
 
 
+def test_functions_in_a_namespace_are_offered_under_both_names() -> None:
+    """As Codex has some: calls of them, those in the input too, have the two names apart."""
+    space = {"type": "namespace", "name": "agents", "description": "d", "tools": [TOOL, {"type": "web_search"}]}
+    call = {"type": "function_call", "call_id": "call_1", "name": "f", "namespace": "agents", "arguments": "{}"}
+    given = {"input": [{"role": "user", "content": "?"}, call], "tools": [TOOL, space]}
+    body = checked(given, ResponsesBody, "small")
+    (chat,) = body.query().prompts
+    assert isinstance(chat, ChatPrompt)
+    assert [tool["function"]["name"] for tool in chat.tools or ()] == ["f", "agents.f"]
+    assert chat.messages[1]["tool_calls"][0]["function"]["name"] == "agents.f"
+    answer = Answered()
+    for name in "agents.f", "f":
+        answer.add(Call("call_2", name, "{}"))
+    items = Responses().whole(Reply("1", "small", 0, body, 1, 1), [answer])["output"]
+    assert [(item["name"], item.get("namespace")) for item in items] == [("f", "agents"), ("f", None)]
+
+
 def test_options_are_those_of_the_query() -> None:
     query = query_of(max_output_tokens=5, temperature=0.5, top_p=0.9, seed=3, parallel_tool_calls=False)
     assert (query.max_tokens, query.seed, query.one_call) == (5, 3, True)
@@ -130,7 +150,7 @@ def test_what_agents_send_is_taken() -> None:
             {"input": [{"type": "function_call", "call_id": "1", "name": "f", "arguments": "5"}]},
             "input[0].function_call.arguments: it must be a string that holds a JSON object.",
         ),
-        ({"tools": [{"type": "custom", "name": "x"}]}, "tools[0].type: Input should be 'function'."),
+        ({"tools": [{"type": "custom", "name": "x"}]}, "tools[0]: only function and namespace are supported."),
         ({"text": {"format": {"type": "json_schema"}}}, "text.format: a format has a schema if it is json_schema"),
         ({"max_output_tokens": 0}, "max_output_tokens: Input should be greater"),
     ],
