@@ -147,7 +147,10 @@ def prefill_of(model: Any, manifest: Manifest, config: TierConfig, kernels: Kern
         for number, block in enumerate(manifest.blocks)
         if block.path in modules  # else loading refuses the model
     )
-    heads = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    angles = max(
+        getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
+        for layer in text.per_layer_config
+    )
     in_blocks = (
         resumes
         and (not is_eager or has_sinks)
@@ -159,7 +162,7 @@ def prefill_of(model: Any, manifest: Manifest, config: TierConfig, kernels: Kern
     )
     lockstep = Lockstep(
         # four tensors (embeddings, input of the layer, residual and normed state), the angles, and the experts' sums
-        states=text.hidden_size * (4 * size + 4) + 2 * heads * size + max(map(_choices, manifest.blocks)),
+        states=text.hidden_size * (4 * size + 4) + 2 * angles * size + max(map(_choices, manifest.blocks)),
         fixed=2 * GROUP_OUTPUTS * size * text.hidden_size,
     )
     return Prefill(
