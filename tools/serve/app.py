@@ -43,16 +43,30 @@ METRICS, MODELS, OPENAPI = "/metrics", "/v1/models", "/openapi.json"
 
 
 def application(
-    name: str, service: AnswerService, keys: Keys | None, most: int, *, alive_seconds: float = ALIVE_SECONDS
+    name: str,
+    service: AnswerService,
+    keys: Keys | None,
+    most: int,
+    *,
+    leave_out: str | None = None,
+    alive_seconds: float = ALIVE_SECONDS,
 ) -> App:
     """Return an ASGI application that serves the service's model under ``name``.
 
     ``keys`` are the API keys, of which requests must send one; None: they need no key. ``most`` is the maximum number
-    of POST requests at a time. In ``alive_seconds`` a stream sends at least a comment.
+    of POST requests at a time. ``leave_out`` is a regular expression of what is left out of system prompts. In
+    ``alive_seconds`` a stream sends at least a comment.
     """
+    prompts = Prompts(
+        service.model,
+        service.tokenizer,
+        context=service.context,
+        most_scored=service.most_scored,
+        leave_out=leave_out,
+    )
     unknown = UnknownFields()
     app = Starlette(
-        routes=[*_plain_routes(name, service), *_post_routes(name, service, unknown, alive_seconds)],
+        routes=[*_plain_routes(name, service), *_post_routes(name, service, prompts, unknown, alive_seconds)],
         exception_handlers={HTTPException: _refused, Exception: _refused},
     )
     app.router.redirect_slashes = False
@@ -60,10 +74,10 @@ def application(
     return AccessControl(limited, keys, RateLimits(service.tally.used_tokens))
 
 
-def _post_routes(name: str, service: AnswerService, unknown: UnknownFields, alive_seconds: float) -> Iterator[Route]:
+def _post_routes(
+    name: str, service: AnswerService, prompts: Prompts, unknown: UnknownFields, alive_seconds: float
+) -> Iterator[Route]:
     """Yield the routes of requests with a body."""
-    tokenizer = service.tokenizer
-    prompts = Prompts(service.model, tokenizer, context=service.context, most_scored=service.most_scored)
     for protocol in PROTOCOLS:
         endpoint = Endpoint(protocol, name, service, prompts, unknown, alive_seconds)
         yield Route(protocol.path, endpoint, methods=["POST"])
@@ -77,7 +91,7 @@ def _post_routes(name: str, service: AnswerService, unknown: UnknownFields, aliv
         return {"count": len(tokens), "max_model_len": service.context, "tokens": tokens}
 
     def detokenize(body: DetokenizeBody, _: str) -> dict[str, Any]:
-        return {"prompt": tokenizer.decode(body.tokens)}
+        return {"prompt": service.tokenizer.decode(body.tokens)}
 
     yield Route(COUNT, BodyEndpoint(name, CountBody, count, unknown), methods=["POST"])
     yield Route(TOKENIZE, BodyEndpoint(name, TokenizeBody, tokenize, unknown), methods=["POST"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import re
 from pathlib import Path
 
 from moetier.runtime.model import names as models
@@ -37,6 +38,13 @@ def add_serving_arguments(parser: argparse.ArgumentParser) -> None:
         "in place of --api-key-file",
     )
     parser.add_argument(
+        "--leave-out",
+        type=pattern,
+        metavar="REGEX",
+        help="regular expression of what is left out of system prompts, because a client changes it in every request "
+        "(default: nothing)",
+    )
+    parser.add_argument(
         "--parallel",
         type=COUNT,
         default=8,
@@ -53,6 +61,15 @@ def add_serving_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_prefill_argument(parser)
     add_speculation_arguments(parser)
+
+
+def pattern(text: str) -> str:
+    """Return ``text`` unchanged if it is a regular expression. Raises ConfigError if it is not."""
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ConfigError(f"{text!r} is not a regular expression: {error}.", "See Python's module re.") from None
+    return text
 
 
 def check_packages(command: str) -> None:

@@ -17,6 +17,7 @@ from moetier.runtime.model.vocabulary import embeddings_of, unknown_token
 
 from .answers import Answer, Job
 from .constraints import Constraints
+from .early_difference import EarlyDifference
 from .parsing import AnswerParser, form_of
 from .protocols.events import Answered
 from .protocols.query import ChatPrompt, Prompt, Query
@@ -31,10 +32,13 @@ SWITCHES = ("enable_thinking", "thinking")  # variables by which chat templates 
 class Prompts:
     """Makes the prompts of one model."""
 
-    def __init__(self, model: Any, tokenizer: Any, *, context: int, most_scored: int) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, *, context: int, most_scored: int, leave_out: str | None = None
+    ) -> None:
         """Make prompts of fewer than ``context`` tokens; with PLAIN_TEMPLATE if the model has no chat template.
 
-        ``most_scored`` is the maximum length of a prompt whose tokens have log probabilities.
+        ``most_scored`` is the maximum length of a prompt whose tokens have log probabilities. ``leave_out`` is a
+        regular expression of what is left out of system prompts.
         """
         self._model = model
         self._tokenizer = tokenizer
@@ -48,6 +52,8 @@ class Prompts:
         self._switches = [name for name in SWITCHES if has_variable(tokenizer.chat_template, name)]
         self._has_developer = "developer" in str(tokenizer.chat_template)
         self._turns = Turns()
+        self._left_out = None if leave_out is None else re.compile(leave_out)
+        self._differences = EarlyDifference()
 
     def tokens(self, prompt: Prompt, user: str = "", *, add_special_tokens: bool = True) -> list[int]:
         """Return the token ids of a prompt; of one with far more than the context, only the first ones.
@@ -87,6 +93,8 @@ class Prompts:
         chat = prompt if isinstance(prompt, ChatPrompt) else None
         opening, ids = self._read(prompt, user)
         self._check(ids, field)
+        if chat is not None:
+            self._differences.note(user, ids)
         scores = query.echo and query.logprobs is not None
         if scores and len(ids) > self._most_scored:
             message = f"{field}: this model can give log probabilities for a prompt of {self._most_scored} tokens."
@@ -227,6 +235,8 @@ class Prompts:
         role = message["role"]
         if role == "developer" and not self._has_developer:  # such templates leave it out, or refuse it
             role = "system"
+        if self._left_out is not None and role in ("system", "developer"):
+            text = self._left_out.sub("", text)
         plain = {"role": role, "content": text}
         plain |= {name: message[name] for name in ("tool_calls", "tool_call_id") if message.get(name)}
         if isinstance(reasoning := message.get("reasoning_content"), str) and reasoning:

@@ -53,6 +53,7 @@ def serving(
             try:
                 gc.collect()
                 gc.freeze()  # collections stop all threads: from now on they visit only what requests have made
-                yield application(name, service, keys, arguments.parallel + arguments.queue), service
+                most = arguments.parallel + arguments.queue
+                yield application(name, service, keys, most, leave_out=arguments.leave_out), service
             finally:
                 gc.unfreeze()

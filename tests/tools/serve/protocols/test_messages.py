@@ -292,3 +292,17 @@ def test_a_server_is_there_for_who_asks(service: Any) -> None:
         assert client.head("/").status_code == 200
         (card,) = client.get("/v1/models").json()["data"]
     assert (card["type"], card["display_name"], card["created_at"][-1]) == ("model", "small", "Z")
+
+
+@pytest.mark.parametrize("leave_out", [None, r"^x-anthropic-billing-header:[^\n]*\n*"])
+def test_a_header_that_changes_is_left_out_if_the_server_is_told_so(service: Any, leave_out: str | None) -> None:
+    with scripted_client(service, scripted.MAIN, leave_out=leave_out) as client:
+
+        def tokens(header: str) -> int:
+            system = [{"type": "text", "text": header}, {"type": "text", "text": "Be brief."}]
+            body = {"messages": [{"role": "user", "content": "x-anthropic-billing-header: mine"}], "system": system}
+            count: int = client.post("/v1/messages/count_tokens", json=body).json()["input_tokens"]
+            return count
+
+        short, long = tokens("x-anthropic-billing-header: 1;"), tokens("x-anthropic-billing-header: 1; cch=12345;")
+    assert (short == long) == (leave_out is not None)
