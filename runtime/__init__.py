@@ -102,6 +102,8 @@ are taken, and the rule for the fields.
         Answer._lock            the end of an answer (``tools.serve.answers``)
         Turns._lock             sampled tokens of answers (``tools.serve.replay``)
         Tally._lock             counts of answers (``tools.serve.metrics``)
+        RateLimits._lock        what each key has used (``tools.serve.keys``)
+        EarlyDifference._lock   the latest prompt of each client (``tools.serve.early_difference``)
         UnknownFields._lock     names of fields that were logged (``tools.serve.protocols.body``)
         Watch._changed          what the user has set (``tools.top.watch``)
 """

@@ -37,6 +37,7 @@ TESTED_BY: dict[str, tuple[str, str]] = {
     "runtime/kernels/experts/expert_products.py": ("runtime/kernels/experts/test_expert_kernels.py", CODE),
     "runtime/kernels/jit/emitter.py": ("runtime/kernels/jit/test_team_code.py", CODE),
     "runtime/kernels/layer/attention_code.py": ("runtime/kernels/layer/test_attend.py", CODE),
+    "runtime/engine/constraint.py": ("runtime/engine/test_grammar.py", PARTS),
     "runtime/kernels/layer/attention_piece.py": ("runtime/kernels/layer/test_attend.py", CODE),
     "runtime/kernels/layer/attention_tasks.py": ("runtime/kernels/layer/test_attention.py", CODE),
     "runtime/kernels/layer/routing_code.py": ("runtime/kernels/layer/test_routing.py", CODE),

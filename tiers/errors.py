@@ -30,6 +30,7 @@ MoetierError
 ├── ConfigError                an unknown or malformed option
 │   └── UsageError             options that are wrong for every model and machine (tools.cli.parser)
 ├── EngineError                the engine can't compute any more (runtime.engine.engine)
+├── GrammarError               a grammar that can't be compiled (runtime.engine.grammar)
 └── ClosedError                an object was used after close(), or in a forked child
 """
 

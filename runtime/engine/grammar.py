@@ -31,7 +31,7 @@ BLANKS = r"\x20|\r?\n[\x20\t]{0,40}"
 END = "<|moetier: the answer may end here|>"  # a token for llguidance only
 SAID_LETTERS = 200  # of an error of llguidance, which may quote all of a grammar
 
-_stack_size = threading.Lock()  # guards: the size of the stacks of new threads
+_stack_size = threading.Lock()  # held while new threads get larger stacks
 
 
 class GrammarError(MoetierError):
@@ -104,7 +104,7 @@ class GrammarCompiler:
                 "Add a tokenizer.json to the model directory.",
             )
         self._source = tokenizer
-        self._making = threading.Lock()  # guards ``_made``
+        self._making = threading.Lock()  # guards: ``_made``
         self._made: tuple[LLTokenizer, int] | GrammarError | None = None
 
     def compile(self, grammar: Grammar) -> CompiledGrammar:

@@ -35,7 +35,7 @@ class Scheduler:
         self._chunk = max(chunk, block or 1)
         self._later = later or chunk
         self._block = block
-        self._scored = scored or chunk
+        self._scored = min(scored or chunk, block or chunk)
         self._step = 0
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in the order in which they began

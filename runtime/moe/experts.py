@@ -93,7 +93,7 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
 def compute_together(
     module: Any, parts: Sequence[Routed], between: Callable[[], object] = lambda: None
 ) -> Generator[Tensor, None, None]:
-    """Compute an Experts module without gradients for several calls together, and yield their results.
+    """Compute an Experts module without gradients for several calls together, and yield their results [tokens, hidden].
 
     Each expert is leased once for all of them. ``between`` is called between parts of the work, while no expert is
     leased.
@@ -110,7 +110,7 @@ def compute_together(
 
 
 def pausing(pause: Callable[[Any, Routed], Tensor]) -> Context:
-    """Return a context in which Experts modules return what ``pause`` returns for the module and its inputs."""
+    """Return a context in which Experts modules return what ``pause`` does: [tokens, hidden] for a module's inputs."""
     context = copy_context()
     context.run(_pause.set, pause)
     return context

@@ -108,7 +108,7 @@ class Routed(NamedTuple):
 def compute_grouped(
     kernels: ExpertKernels, tiered: TieredBlock, parts: Sequence[Routed], between: Callable[[], object] = lambda: None
 ) -> Iterator[Tensor]:
-    """Compute ``experts_forward`` with compiled code for several calls together, and yield their results.
+    """Compute ``experts_forward`` with compiled code for several calls together, and yield [tokens, hidden] of each.
 
     An expert is leased once for all of them. ``between`` is called when no expert is leased.
     """

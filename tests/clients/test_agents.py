@@ -26,7 +26,7 @@ from readers import PATIENCE
 from recorded_requests import Asked, Usage, computed_before, recorded
 from transformers import AutoTokenizer
 
-from moetier.runtime.kernels.layer.paged_cache import PAGE
+from moetier.runtime.kernels.layer.paged_cache import PAGE_TOKENS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
@@ -129,7 +129,7 @@ def test_only_what_is_new_is_computed(
     asked = recorded(tmp_path / "record", AutoTokenizer.from_pretrained(model))
     for at, each in enumerate(asked):
         had = computed_before(each, asked[:at])
-        assert had - PAGE < each.cached <= had
+        assert had - PAGE_TOKENS < each.cached <= had
         assert each.usage == Usage(len(each.prompt), each.cached, len(each.answer))
     assert f'kept_tokens_total{{model="{MODEL}"}} {float(sum(each.cached for each in asked))}' in metrics
     for mark in SESSIONS:

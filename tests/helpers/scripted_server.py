@@ -60,8 +60,8 @@ class Script:
 def scripted(compute: Any, script: Script) -> Any:
     """Return ``compute``, the method ``run`` of a runner, with logits that choose the tokens of a script."""
 
-    def run(self: Any, tasks: Any, should_stop: Any) -> Any:
-        logits = compute(self, tasks, should_stop)
+    def run(self: Any, tasks: Any, *more: Any) -> Any:
+        logits = compute(self, tasks, *more)
         for task, row in zip(tasks, logits, strict=True):
             if row is not None:
                 token = script.next_token(task.sequence)
@@ -144,9 +144,12 @@ if __name__ == "__main__":
     from moetier.runtime.engine.model_runner import ModelRunner
     from moetier.runtime.engine.packed_runner import PackedRunner
     from moetier.tools.main import main
+    from moetier.tools.serve.constraints import Constraints
 
     script = Script(json.loads(script_file.read_text()), AutoTokenizer.from_pretrained(sys.argv[2]))
     for runner in (ModelRunner, PackedRunner):
         runner.run = scripted(runner.run, script)
+    # as for a model whose calls are not known: otherwise none can be malformed
+    Constraints.of_dialogue = lambda *_, **__: None
     record_requests(record_file)
     sys.exit(main())

@@ -27,7 +27,7 @@ class EarlyDifference:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards the next two
+        self._lock = threading.Lock()  # guards: ``_prompts``, ``_is_logged``
         self._prompts = OrderedDict[str, deque[Sequence[int]]]()
         self._is_logged = False
 

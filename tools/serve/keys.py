@@ -157,7 +157,7 @@ class RateLimits:
         """``used`` returns how many tokens have been used with the key of a name; ``clock`` returns seconds."""
         self._used = used
         self._clock = clock
-        self._lock = threading.Lock()  # guards the next three
+        self._lock = threading.Lock()  # guards: ``_requests``, ``_tokens``, ``_counted``
         self._requests: dict[str, Bucket] = {}
         self._tokens: dict[str, Bucket] = {}
         self._counted: dict[str, int] = {}  # tokens that were removed from a bucket

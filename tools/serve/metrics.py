@@ -71,7 +71,7 @@ class Tally:
 
     def __init__(self, keys: Sequence[str] = ("",)) -> None:
         """Count for the names ``keys`` of API keys; "" is that of the only key, or of none."""
-        self._lock = threading.Lock()  # guards the next two
+        self._lock = threading.Lock()  # guards: ``_counts``, ``_histograms``
         self._counts = {key: Counter(dict.fromkeys((*OUTCOMES, *METRICS), 0)) for key in keys}
         self._histograms = {
             key: {name: Histogram(bounds) for name, (_, bounds, _) in HISTOGRAMS.items()} for key in keys

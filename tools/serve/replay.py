@@ -63,7 +63,7 @@ class Turns:
     """The last answers of all conversations. Thread-safe."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards the next two
+        self._lock = threading.Lock()  # guards: ``_turns``, ``_tokens``
         self._turns = OrderedDict[bytes, Turn]()
         self._tokens = 0
 
@@ -139,6 +139,7 @@ class Turns:
         return turns
 
     def _forget(self, key: bytes) -> None:
+        """Forget an answer. The caller holds ``_lock``."""
         turn = self._turns.pop(key, None)
         self._tokens -= 0 if turn is None else len(turn.ids)
 

@@ -20,7 +20,7 @@ import moetier
 from moetier.runtime.engine.engine import Engine, Stream
 from moetier.runtime.engine.packed_runner import PackedRunner
 from moetier.runtime.engine.sequence import Request
-from moetier.runtime.kernels.layer.paged_cache import PAGE
+from moetier.runtime.kernels.layer.paged_cache import PAGE_TOKENS
 
 PAGES, CONTEXT = 30, 2000
 WARM = 200  # requests before memory is counted, as allocators and caches of libraries grow at first
@@ -42,7 +42,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 def test_many_requests_leave_nothing(model: Any, count: int) -> None:
     """Prompts begin alike in part; one of five is cancelled; there are pages for a few at a time."""
     random_ = random.Random(0)
-    with Engine(PackedRunner(model, PAGES), pages=PAGES, most=6, chunk=64, context=CONTEXT) as engine:
+    with Engine(
+        PackedRunner(model, PAGES, chunk=64, block=100), pages=PAGES, most=6, chunk=64, context=CONTEXT
+    ) as engine:
         ask(engine, random_, WARM)
         before = in_use()
         ask(engine, random_, count)
@@ -50,7 +52,7 @@ def test_many_requests_leave_nothing(model: Any, count: int) -> None:
         assert after[:2] == before[:2], "descriptors and threads"
         assert after[2] - before[2] < NOISE_KIB + KIB_A_REQUEST * count, "KiB of memory"
         # all pages can be had again
-        assert len([*engine.stream(Request((3,) * (PAGES * PAGE - 5), 5, {"do_sample": False}))]) == 5
+        assert len([*engine.stream(Request((3,) * (PAGES * PAGE_TOKENS - 5), 5, {"do_sample": False}))]) == 5
 
 
 def ask(engine: Engine, random_: random.Random, count: int) -> None:

@@ -96,12 +96,12 @@ def test_company_changes_no_token(model: Any, seed: int) -> None:
         assert not engine.sequences
 
 
-@pytest.mark.parametrize("runner_type", [ModelRunner, PackedRunner])
-def test_prompts_are_scored_by_the_models_own_probabilities(model: Any, runner_type: type[ModelRunner]) -> None:
+@pytest.mark.parametrize("runner_of", [ModelRunner, partial(PackedRunner, chunk=64, packs=True, block=10)])
+def test_prompts_are_scored_by_the_models_own_probabilities(model: Any, runner_of: Callable[..., ModelRunner]) -> None:
     """In company, in chunks, and after another request with the same prompt; biases and samplers change no score."""
     prompts = [[*range(3, 3 + length)] for length in (150, 140, 1)]
     decoding = {"do_sample": True, "temperature": 2.0, "logit_bias": {7: 50.0}}
-    with Engine(runner_type(model, PAGES), pages=PAGES, most=3, chunk=64, context=400) as engine:
+    with Engine(runner_of(model, PAGES), pages=PAGES, most=3, chunk=64, context=400) as engine:
         [*engine.stream(Request(tuple(prompts[0]), 1))]
         tokens: list[list[Sampled]] = [[] for _ in prompts]
         ended = [threading.Event() for _ in prompts]

@@ -102,7 +102,7 @@ def test_company_changes_no_bit(model: Model, seed: int) -> None:
         arrivals.append(arrival)
         expected.append(alone(model.alone, arrival))
     torch.set_num_threads(random_.randrange(1, 4))
-    runner = random_.choice([PackedRunner, PackedRunner, ModelRunner])
+    block = random_.choice([8, 30, 1000, None])
     pages, most = random_.choice([6, 6, 8, 11]), random_.randrange(2, 6)
     chunk = random_.choice([1, 8, 33, 64, 500])
     later = random_.choice([None, 5, 40])
@@ -110,7 +110,10 @@ def test_company_changes_no_bit(model: Model, seed: int) -> None:
     assert can_pack(client)
     with (
         client.tiers,
-        Engine(runner(client, pages), pages=pages, most=most, chunk=chunk, context=CONTEXT, later=later) as engine,
+        Engine(
+            ModelRunner(client, pages) if block is None else PackedRunner(client, pages, chunk=chunk, block=block),
+            **{"pages": pages, "most": most, "chunk": chunk, "context": CONTEXT, "later": later},
+        ) as engine,
     ):
         run(engine, arrivals)
         assert not engine.sequences

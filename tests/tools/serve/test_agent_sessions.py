@@ -26,6 +26,7 @@ from scripted_server import Script, scripted
 import moetier
 from moetier.runtime.engine.model_runner import ModelRunner
 from moetier.tools.serve.app import application
+from moetier.tools.serve.constraints import Constraints
 
 SYSTEM = "You are a filler. " * 30
 SCHEMA = {
@@ -244,6 +245,8 @@ def served(tinymix: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         answering(model, tokenizer, context=4096, chunk=512, parallel=2) as service,
     ):
         patch.setattr(ModelRunner, "run", scripted(ModelRunner.run, script))
+        # as for a model whose calls are not known: otherwise none can be malformed
+        patch.setattr(Constraints, "of_dialogue", lambda *_, **__: None)
         yield service, script
 
 
