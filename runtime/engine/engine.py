@@ -252,11 +252,11 @@ class Engine:
     def _between(self, tasks: list[Task], share: float) -> None:
         """Compute a step of other sequences if it is their turn, after a share of long ``tasks`` is done.
 
-        Raises Stopped if the engine is closed.
+        Raises Stopped if the engine is closed, or nothing of the tasks is wanted any more.
         """
         for task in tasks:
             task.sequence.underway = share * task.tokens
-        if self._is_closed:
+        if self._is_closed or all(task.sequence.is_cancelled for task in tasks):
             raise Stopped
         began = time.monotonic()
         if began < self._next_turn:
@@ -348,7 +348,10 @@ class Engine:
         self._scheduler.remove(sequence)
         self._runner.end(sequence)
         self._samplers.pop(sequence, None)
-        sequence.end(finish)
+        try:
+            sequence.end(finish)
+        except Exception as error:  # of the caller's function; the sequences that are computed need not end
+            _log.error("A function that was to be called at the end of a sequence has failed: %s", error)
 
     def _work(self) -> None:
         try:

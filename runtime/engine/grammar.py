@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # Limits of grammars, which may come from clients. What they allow is compiled or refused in about a tenth of a second.
+MOST_REGEX_LETTERS = 10_000  # of a Lark grammar with %regex, of which each letter may be many states
 MOST_LETTERS = 1 << 20  # of a grammar with its parts
 MOST_OBJECTS = 5_000  # of a schema
 MOST_RULES = 5_000  # of a Lark grammar, counted as colons and opening brackets
@@ -274,6 +275,8 @@ def _check_size(grammar: Grammar) -> None:
             _check_schema(found["json_schema"])
         elif sum(map(found["lark_grammar"].count, ":([{")) > MOST_RULES:
             raise _too_large(f"more than {MOST_RULES:,} rules")
+        elif "%regex" in found["lark_grammar"] and len(found["lark_grammar"]) > MOST_REGEX_LETTERS:
+            raise _too_large(f"more than {MOST_REGEX_LETTERS:,} letters beside %regex")
         elif "%json" in found["lark_grammar"]:  # which has no limits
             raise GrammarError("A Lark grammar has %json.", "Give the schema as a part of the grammar, or alone.")
 

@@ -7,6 +7,7 @@ are computed in blocks of tokens, layer by layer (``moe/lockstep.py``).
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as ManyOf
 from functools import partial
@@ -31,7 +32,7 @@ from moetier.runtime.moe.lockstep import Pass, run_in_lockstep
 
 from .faster_way import FasterWay
 from .model_runner import ModelRunner, stopping
-from .runner import Task
+from .runner import Stopped, Task
 from .sequence import Request, Sequence
 
 LAYER_TYPES = {"full_attention", "sliding_attention"}  # layers of others have masks of their own
@@ -66,7 +67,7 @@ class PackedRunner(ModelRunner):
         if self._packs is None:
             self._packs = can_pack(self._model)
         if not self._packs:
-            return self._by_turns(tasks, should_stop)
+            return self._in_chunks(tasks, between) if is_long else self._by_turns(tasks, should_stop)
         if is_long:
             return self._in_blocks(tasks, between)
         if any(task.tokens > 1 for task in tasks):
@@ -79,7 +80,22 @@ class PackedRunner(ModelRunner):
 
     def _by_turns(self, tasks: ManyOf[Task], should_stop: Callable[[], bool]) -> list[Tensor | None]:
         chunks = [task.parts(self._chunk) for task in tasks]
-        return [[super(PackedRunner, self).run([part], should_stop) for part in parts][-1][0] for parts in chunks]
+        outputs = [[super(PackedRunner, self).run([part], should_stop)[0] for part in parts] for parts in chunks]
+        return [
+            torch.cat(of_parts) if task.scores else of_parts[-1]  # type: ignore[arg-type] # each part has scores
+            for task, of_parts in zip(tasks, outputs, strict=True)
+        ]
+
+    def _in_chunks(self, tasks: ManyOf[Task], between: Callable[[float], object]) -> list[Tensor | None]:
+        """Compute long tasks of a model that can't be packed, one after the other."""
+        results: list[Tensor | None] = [None] * len(tasks)
+        chunks = [(number, part) for number, task in enumerate(tasks) for part in task.parts(self._chunk)]
+        for done, (number, part) in enumerate(chunks):
+            between(done / len(chunks))
+            if _is_wanted(part.sequence):
+                with contextlib.suppress(Stopped):
+                    (results[number],) = super().run([part], partial(_is_cancelled, part.sequence))
+        return results
 
     def _in_blocks(self, tasks: ManyOf[Task], between: Callable[[float], object]) -> list[Tensor | None]:
         """Compute tasks in blocks of tokens, and each layer's experts for all of them together."""
@@ -118,6 +134,10 @@ class PackedRunner(ModelRunner):
 
 def _is_wanted(sequence: Sequence) -> bool:
     return not sequence.is_cancelled
+
+
+def _is_cancelled(sequence: Sequence) -> bool:
+    return sequence.is_cancelled
 
 
 class _Step:

@@ -9,6 +9,8 @@ from .kv_cache import KVCache
 from .runner import Task
 from .sequence import Sequence
 
+BLOCKS_BESIDE = 4  # most blocks of a prompt that is computed beside long ones, a block at a time
+
 
 class Scheduler:
     """Sequences that wait, in the order in which they came, and those that run. A running sequence holds pages."""
@@ -76,8 +78,8 @@ class Scheduler:
         page, the sequence that began last waits again.
 
         Args:
-            beside: sequences of a step that is still being computed. They keep their pages, and of other prompts only
-                short ones are computed.
+            beside: sequences of a step that is still being computed. They keep their pages, and of another prompt a
+                block is computed, unless it is long itself.
         """
         self._step += 1
         wanted = self._tokens([sequence for sequence in self.running if sequence not in beside], is_beside=bool(beside))
@@ -107,7 +109,11 @@ class Scheduler:
         else:
             long = [sequence for sequence in prompts if self._most_of(sequence) > self._block]
             short = [sequence for sequence in prompts if sequence not in long]
-            left, chosen = self._chunk, short[:1] + ([] if is_beside else long)
+            left, chosen = self._chunk, short[:1] + long
+            if is_beside:
+                # a block of a prompt that is not very long; the others wait for a step of their own
+                left = self._block
+                chosen = [sequence for sequence in prompts if self._most_of(sequence) <= BLOCKS_BESIDE * left][:1]
         tokens = {sequence: 1 for sequence in running if sequence.remaining == 1}
         for sequence in chosen:
             if left >= min(

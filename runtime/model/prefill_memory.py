@@ -14,7 +14,7 @@ from typing import Any
 
 from moetier.runtime.config import TierConfig
 from moetier.runtime.kernels.layer.attention import SCORE_BYTES, SINKS
-from moetier.runtime.kernels.products.api import Kernels
+from moetier.runtime.kernels.products.api import FLOATS, Kernels
 from moetier.runtime.libraries.torch_internals import parameters_of
 from moetier.runtime.libraries.transformers_internals import attention_of
 from moetier.runtime.moe.experts import experts_modules, output_bytes
@@ -97,7 +97,8 @@ class Prefill:
             return None
         block = replace(self, attentions=tuple(replace(attention, mask=0) for attention in self.attentions))
         room = self.nbytes - self.lockstep.fixed - block.bytes_of(BLOCK, is_whole=False)
-        return max(int(room / (SPARE * self.lockstep.states)), BLOCK)
+        tokens = int(room / (SPARE * self.lockstep.states))
+        return tokens if tokens >= BLOCK else None
 
     def bytes_of(self, tokens: int, *, is_whole: bool) -> int:
         """Return the bytes for computing ``tokens`` together: a whole prompt, or the last tokens of the context."""
@@ -153,6 +154,7 @@ def prefill_of(model: Any, manifest: Manifest, config: TierConfig, kernels: Kern
     )
     in_blocks = (
         resumes
+        and model.dtype in FLOATS  # compiled attention takes no others
         and (not is_eager or has_sinks)
         and len(modules) == len(manifest.blocks)
         and all(

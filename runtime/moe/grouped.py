@@ -195,8 +195,8 @@ def _tokens(
     is_part = len(groups) > 1
     if is_part:
         sums = torch.zeros((tokens, kernels.width), device=CPU)
-    else:
-        sums = parts[0].x.new_empty((tokens, kernels.width))
+    else:  # without a group no expert computes anything
+        sums = (parts[0].x.new_empty if groups else parts[0].x.new_zeros)((tokens, kernels.width))
     experts_used = counts.nonzero()[:, 0].tolist()
     on_demand, wanted = tiered.on_demand, len(experts_used) if is_part else 0
     if is_part:

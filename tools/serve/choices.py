@@ -29,6 +29,7 @@ class Choices:
         self._prompts = prompts
         self._jobs = jobs
         self._room = asyncio.Semaphore(AT_ONCE)
+        self._is_cancelled = False
         self._queue: asyncio.Queue[tuple[int, Event] | BaseException | None] = asyncio.Queue()
         self._answers = [service.submit(jobs[0][0])]
 
@@ -52,7 +53,8 @@ class Choices:
         return next((answer for answer in self._answers if not answer.ended), self._answers[-1]).say()
 
     def cancel(self) -> None:
-        """End all answers because their client no longer waits for them."""
+        """End all answers because their client no longer waits for them. No further one is submitted."""
+        self._is_cancelled = True
         for answer in self._answers:
             answer.cancel()
 
@@ -105,6 +107,8 @@ class Choices:
                 self._queue.put_nowait((number, event))
 
     def _submit(self, job: Job) -> Answer:
+        if self._is_cancelled:
+            raise asyncio.CancelledError
         answer = self._service.submit(job)
         self._answers.append(answer)
         return answer

@@ -74,7 +74,9 @@ class Prompts:
             raise Refusal(400, f"{field}: a request may have at most {MOST_ANSWERS} answers.", param=field)
         if (unknown := max(query.biases, default=0)) >= self._vocabulary:
             raise Refusal(400, f"logit_bias: the model has no token {unknown}.", param="logit_bias")
-        return [self._jobs_of(query, prompt, field, user) for prompt in query.prompts]
+        is_chat = isinstance(query.prompts[0], ChatPrompt)
+        of_text = None if is_chat else self._constraints.of_text(query.form)  # once for all prompts
+        return [self._jobs_of(query, prompt, field, user, of_text) for prompt in query.prompts]
 
     def note(self, job: Job, answer: Answer, answered: Answered) -> None:
         """Note a complete answer: the prompt of a later request may begin with its tokens."""
@@ -88,7 +90,9 @@ class Prompts:
         mark = self._tokenizer.decode(ids[-1:]) if sequence.finish is Finish.END else ""
         self._turns.note(self._plain(job.chat), answered, ids, job.opening, mark, user=job.request.user)
 
-    def _jobs_of(self, query: Query, prompt: Prompt, field: str, user: str) -> list[Job]:
+    def _jobs_of(
+        self, query: Query, prompt: Prompt, field: str, user: str, of_text: CompiledGrammar | None
+    ) -> list[Job]:
         """Return a job for each answer to one prompt. They differ in their seeds."""
         chat = prompt if isinstance(prompt, ChatPrompt) else None
         opening, ids = self._read(prompt, user)
@@ -105,7 +109,7 @@ class Prompts:
             max(1, min(self._most_new if query.max_tokens is None else query.max_tokens, self._context - len(ids))),
             {**sampling_of(query.sampling), **penalties_of(query.sampling), **biases},
             user=user,
-            grammar=self._grammar(query, chat, opening),
+            grammar=of_text if chat is None else self._grammar(query, chat, opening),
             logprobs=query.logprobs,
             scores_prompt=scores,
         )
@@ -124,10 +128,8 @@ class Prompts:
             for number in range(query.choices)
         ]
 
-    def _grammar(self, query: Query, chat: ChatPrompt | None, opening: str) -> CompiledGrammar | None:
+    def _grammar(self, query: Query, chat: ChatPrompt, opening: str) -> CompiledGrammar | None:
         """Return what an answer must be that begins with ``opening``. Raises Refusal if that can't be compiled."""
-        if chat is None:
-            return self._constraints.of_text(query.form)
         parser = self._parser(chat, opening, is_formed=False)
         region = None if parser is None else parser.region
         return self._constraints.of_dialogue(chat, query.form, one_call=query.one_call, region=region)

@@ -20,6 +20,7 @@ from moetier.runtime.model.context import first_ids
 
 from .protocols.events import Answered
 
+TURN_TOKENS = 256  # a kept answer takes as much memory besides its tokens as so many of them
 MOST_TOKENS = 1 << 22  # of answers that are kept; those that were found or kept longest ago are forgotten first
 TRIALS = 3  # a template may drop some of the answers: so often others are tried
 MARK_LETTERS = 64  # most letters of the mark between the beginning of an answer and its reasoning
@@ -93,7 +94,7 @@ class Turns:
         with self._lock:
             self._forget(key)
             self._turns[key] = turn
-            self._tokens += len(turn.ids)
+            self._tokens += len(turn.ids) + TURN_TOKENS
             while self._tokens > MOST_TOKENS:
                 self._forget(next(iter(self._turns)))
 
@@ -141,7 +142,7 @@ class Turns:
     def _forget(self, key: bytes) -> None:
         """Forget an answer. The caller holds ``_lock``."""
         turn = self._turns.pop(key, None)
-        self._tokens -= 0 if turn is None else len(turn.ids)
+        self._tokens -= 0 if turn is None else len(turn.ids) + TURN_TOKENS
 
 
 def _split(

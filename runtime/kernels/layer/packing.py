@@ -56,6 +56,9 @@ def attend_to_each(
     ``named`` are further arguments of the function. Returns [1, tokens, heads, values], and None in place of the
     attention weights.
     """
+    outputs = list[Tensor]()
     with packed(None):
-        outputs = [attend(module, *part, **named)[0] for part in step.parts(module.layer_idx, query)]
+        for part in step.parts(module.layer_idx, query):
+            outputs.append(attend(module, *part, **named)[0])
+            del part  # keys and values may be copies
     return torch.cat(outputs, 1), None

@@ -330,6 +330,17 @@ def test_streams_and_short_prompts_go_on_beside_a_long_one() -> None:
     assert "short" in runner.events[begin:end]
 
 
+def test_a_prompt_of_some_blocks_does_not_wait_for_a_long_one() -> None:
+    runner = Endless()
+    with Engine(runner, pages=60, most=4, chunk=2000, context=2000) as engine:
+        long = engine.submit(Request((1,) * 1500, 1), lambda _: None, lambda _: None)
+        wait_until(lambda: "block of 1" in runner.events)
+        assert len(tokens_of(engine, [7] * 30, 3)) == 3
+        assert long.finish is None
+        long.cancel()
+        wait_until(lambda: long.finish is not None)
+
+
 def test_long_prompts_share_a_step_and_one_that_is_cancelled_stops_no_other() -> None:
     runner = Endless()
     with Engine(runner, pages=60, most=4, chunk=4000, context=2000) as engine:

@@ -190,3 +190,24 @@ def test_the_faster_way_is_taken_and_the_other_one_tried_now_and_then(monkeypatc
     for _ in range(100):
         ways.run(4, way("slow", 2.0), way("quick", 1.0))
     assert taken.count("slow") == 1 + 3
+
+
+def test_long_prompts_of_a_model_that_can_not_be_packed_let_others_go_on(model: Any) -> None:
+    """They are computed in chunks, and one that is cancelled stops no other."""
+    runner, shares = PackedRunner(model, PAGES, chunk=10, packs=False, block=20), list[float]()
+    long, other = (Sequence(Request(tuple(range(first, first + 55)), 1)) for first in (3, 90))
+    tasks = [Task(long, 0, 55, [*range(1)]), Task(other, 0, 55, [1])]
+
+    def between(share: float) -> None:
+        shares.append(share)
+        if len(shares) == 3:
+            long.cancel()
+
+    dropped, logits = runner.run(tasks, lambda: False, between)
+    assert shares == [number / 12 for number in range(12)]
+    assert dropped is None
+    ids = torch.tensor([other.ids])
+    with torch.no_grad():
+        expected = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0, -1]
+    assert logits is not None
+    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)

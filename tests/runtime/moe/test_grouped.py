@@ -120,3 +120,13 @@ def test_an_expert_twice_and_one_of_another_device(tokens: int, chosen: tuple[in
     quick = computed(twin, PackedKernels(), Groups(records, Random(1)), (states, index, weights))
     exact = computed(twin, Kernels(), Groups(records, Random(1)), (states, index, weights))
     assert float((quick - exact).norm() / exact.norm()) < 0.03
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_tokens_whose_experts_are_all_elsewhere_get_zeros(tokens: int) -> None:
+    """With expert parallelism, a number of ``num_experts`` means an expert of another device."""
+    ordinary, twin, records = ways("mixtral", torch.bfloat16)
+    states, index, weights = inputs(ordinary, torch.bfloat16, tokens=tokens)
+    index = torch.full_like(index, twin.num_experts)
+    found = computed(twin, PackedKernels(), Groups(records, Random(1)), (states, index, weights))
+    assert torch.equal(found, torch.zeros_like(states))
