@@ -131,7 +131,8 @@ def test_only_what_is_new_is_computed(
         had = computed_before(each, asked[:at])
         assert had - PAGE_TOKENS < each.cached <= had
         assert each.usage == Usage(len(each.prompt), each.cached, len(each.answer))
-    assert f'kept_tokens_total{{model="{MODEL}"}} {float(sum(each.cached for each in asked))}' in metrics
+    kept = float(sum(each.cached for each in asked))
+    assert f'kept_tokens_total{{key="default",model="{MODEL}"}} {kept}' in metrics
     for mark in SESSIONS:
         check_prefixes(script[mark], [each for each in asked if mark in each.text and each.has_tools])
         assert files[mark].read_text() == edited(mark)
