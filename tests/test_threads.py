@@ -75,7 +75,7 @@ class Lock(NamedTuple):
 
     @property
     def prefixes(self) -> tuple[str, ...]:
-        """What stands before the names of the lock and of its fields, where they are used."""
+        """The text before the names of the lock and of its fields, such as ``self.``, in code that uses them."""
         return ("",) if isinstance(self.owner, ast.Module) else HELD_AS.get(self.name, ("self.",))
 
     def functions(self) -> Iterator[tuple[Function, bool]]:

@@ -96,7 +96,7 @@ def answers(agent: Agent, mark: str, file: Path) -> list[list[Answer]]:
 
 
 def edited(mark: str) -> str:
-    """What is in the file after a session."""
+    """Return the text of the file that a session has edited."""
     return "line 0\n" + "".join(f'è "{mark}" \\ <b>\nline {number + 1}\n' for number in range(5))
 
 

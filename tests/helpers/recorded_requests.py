@@ -1,4 +1,4 @@
-"""What a scripted server has recorded (scripted_server.py), and what of it a cache of keys and values must have."""
+"""Reads the record of scripted_server.py, and computes how many tokens of each prompt must be cached."""
 
 from __future__ import annotations
 

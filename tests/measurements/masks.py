@@ -1,4 +1,4 @@
-"""What answers of a given form cost: microseconds for a mask, and the share of a step.
+"""Measure the cost of answers of a given form: microseconds for a mask, and the share of a step.
 
     python tests/measurements/masks.py DIR --tokens 200 --rounds 5
 

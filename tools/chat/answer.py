@@ -131,7 +131,7 @@ class Answering:
         stream = self._engine.stream(Request(tuple(ids), most, self._decoding, next(self._seeds)))
         sequence = stream.sequence
         try:
-            with prompt_bar(self._model, sequence, self._model.tiers.prefill_chunk):
+            with prompt_bar(self._model, sequence):
                 streamer.take(stream.tokens(is_interrupted))
         finally:
             if echo and not sequence.new_tokens:  # an error or Ctrl-C may have come within a line of text

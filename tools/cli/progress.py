@@ -86,11 +86,10 @@ def shown(label: str) -> Callable[[int], contextlib.AbstractContextManager[Calla
 
 
 @contextlib.contextmanager
-def prompt_bar(model: Any, sequence: Sequence, chunk: int) -> Iterator[None]:
+def prompt_bar(model: Any, sequence: Sequence) -> Iterator[None]:
     """Show a bar while the prompt of ``sequence`` is computed in the ``with`` block, if standard error is a terminal.
 
-    The bar advances with each block of experts. It disappears before the first text is printed. ``chunk`` is the most
-    tokens that are computed together.
+    The bar advances with each block of experts. It disappears before the first text is printed.
     """
     if not sys.stderr.isatty():
         yield
@@ -114,15 +113,21 @@ def prompt_bar(model: Any, sequence: Sequence, chunk: int) -> Iterator[None]:
         hooks.clear()
         bar.close()
 
-    def advance() -> None:
+    def tokens_of(_: Any, positional: tuple[Any, ...], named: dict[str, Any]) -> tuple[int]:
+        hidden = next(iter((*positional, *named.values())))  # [tokens, hidden], or with more leading dimensions
+        return (hidden.shape[:-1].numel(),)
+
+    def advance(tokens: int) -> None:
         bar.total = len(sequence.request.ids) - sequence.cached
-        bar.update(min(chunk, sequence.remaining) / len(modules))
+        bar.update(tokens / len(modules))
         if bar.n > bar.total - 0.5:  # the last block begins
             end()
 
     try:
         # an Observer, as a model with other hooks computes in other ways than without the bar
-        hooks += [module.register_forward_pre_hook(Observer(advance, lambda *_: ())) for module in modules]
+        hooks += [
+            module.register_forward_pre_hook(Observer(advance, tokens_of), with_kwargs=True) for module in modules
+        ]
         yield
     finally:
         end()

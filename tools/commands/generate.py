@@ -81,7 +81,7 @@ def run(arguments: argparse.Namespace) -> None:
                 most = given.pop("max_new_tokens")
                 with Engine.of(model, tokens=tokens + most) as engine:
                     stream = engine.stream(Request(tuple(inputs["input_ids"][0].tolist()), most, given, arguments.seed))
-                    with prompt_bar(model, stream.sequence, model.tiers.prefill_chunk):
+                    with prompt_bar(model, stream.sequence):
                         streamer.take(stream)
         except BaseException:
             if streamer.text and not arguments.json:

@@ -125,7 +125,7 @@ def _parsed(path: Path, content: bytes) -> dict[str, Key]:
 
 
 class Bucket:
-    """What a key may still use: it fills up to ``most`` within a minute."""
+    """The amount that a key may still use. It grows to ``most`` within a minute."""
 
     def __init__(self, most: int, now: float) -> None:
         self._most = most

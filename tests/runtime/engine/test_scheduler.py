@@ -1,4 +1,4 @@
-"""What the next step computes: which prompt takes its turn, which sequence begins, and which waits again for a page."""
+"""The scheduler chooses the prompts of a step, begins sequences, and lets some wait again if there is no page."""
 
 from __future__ import annotations
 

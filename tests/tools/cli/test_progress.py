@@ -17,6 +17,7 @@ from terminals import Terminal
 import moetier
 from moetier.runtime.engine.sequence import Request, Sequence
 from moetier.runtime.moe.layers import OneTokenLayer
+from moetier.tools.cli import progress
 from moetier.tools.cli.progress import prompt_bar
 
 PROMPT = "la mattina seguente " * 40
@@ -89,8 +90,23 @@ def test_a_bar_does_not_change_how_a_prompt_is_computed(
         for stderr in (sys.stderr, sys.stderr, tty):  # the first prompt finds out how layers can be computed
             computed.clear()
             monkeypatch.setattr(sys, "stderr", stderr)
-            with prompt_bar(model, Sequence(Request(tuple(range(3, 20)), 1)), 16):
+            with prompt_bar(model, Sequence(Request(tuple(range(3, 20)), 1))):
                 model.generate(**prompt, max_new_tokens=1, prefill_chunk_size=16, do_sample=False)
             ways.append(computed[:])
     assert any(ways[1])
     assert ways[1] == ways[2]
+
+
+def test_the_bar_of_a_prompt_in_blocks_reaches_its_end_with_the_last_block(
+    tinymix_4bit: Path, tty: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    updates = list[float]()
+    monkeypatch.setattr(progress.tqdm, "update", lambda bar, n: updates.append(n))
+    model, _ = moetier.load(tinymix_4bit, daemon=None, context=1000)
+    monkeypatch.setattr(sys, "stderr", tty)
+    with model.tiers, moetier.Engine.of(model) as engine:
+        stream = engine.stream(Request(tuple(range(3, 603)), 1))
+        with prompt_bar(model, stream.sequence):
+            assert len([*stream]) == 1
+    assert 600 <= sum(updates) < 640, "the trial whether prompts can be computed in blocks has a few tokens, too"
+    assert max(updates) == 256 / len(model.tiers.manifest.blocks)

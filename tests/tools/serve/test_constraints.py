@@ -1,4 +1,4 @@
-"""What a request demands of its answer holds, whatever the model would write; and reasoning comes before it."""
+"""An answer has the form that its request demands, whatever the model would write. Reasoning may come before it."""
 
 from __future__ import annotations
 
@@ -285,7 +285,7 @@ def test_marks_in_text_of_a_given_form_are_text() -> None:
 
 
 class Person(BaseModel):
-    """What pydantic's schemas have: references, options, lists, limits."""
+    """A model of pydantic whose schema has references, options, lists and limits."""
 
     class Address(BaseModel):
         street: str = Field(max_length=12)

@@ -33,7 +33,7 @@ class Served:
         return ids
 
     def logprobs(self, ids: list[int]) -> Any:
-        """Of all tokens after each one, as the model's own forward has them."""
+        """Return the log probabilities after each token [tokens, vocabulary], by the model's own forward."""
         with torch.no_grad():
             return self.model(torch.tensor([ids]), use_cache=False).logits[0].float().log_softmax(-1)
 
