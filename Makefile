@@ -12,15 +12,20 @@ DEMO_PROMPT ?= La mattina seguente, don Rodrigo
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
 
-setup: .venv/.ready  ## a virtual environment with everything
+setup: .venv/.ready-dev  ## a virtual environment with everything
 
 .venv/.ready: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "moetier needs Python 3.11 or newer; name one: make PYTHON=python3.12 ..." >&2; exit 1; }
 	@echo "Setting up .venv, once: torch, transformers and the rest are downloaded, which takes some minutes." >&2
 	$(PYTHON) -m venv .venv
-	$(RUN) -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	$(RUN) -m pip install --quiet --disable-pip-version-check --editable .
 	@touch .venv/.ready
+
+# the same environment with an extra of pyproject.toml: .venv/.ready-test has what the tests need
+.venv/.ready-%: .venv/.ready
+	$(RUN) -m pip install --quiet --disable-pip-version-check --editable ".[$*]"
+	@touch $@
 
 demo: .venv/.ready  ## convert the bundled model and generate with room for a quarter of its experts
 	$(RUN) -m moetier.tools.main convert tests/assets/tinymix $(DEMO) --bits 4
@@ -46,29 +51,29 @@ build/protoc/.ready: Makefile
 proto: build/protoc/.ready  ## generate proto/*_pb2*.py from the wire contract
 	$(PROTOC) -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. moetier/proto/expert_store.proto
 
-golden: .venv/.ready  ## write what commands say of faults to tests/tools/golden, which tests compare
+golden: .venv/.ready-test  ## write what commands say of faults to tests/tools/golden, which tests compare
 	$(RUN) tests/helpers/error_texts.py
 
-check: .venv/.ready  ## lint, format, types
+check: .venv/.ready-dev  ## lint, format, types
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
-format: .venv/.ready  ## put the code into its form
+format: .venv/.ready-dev  ## put the code into its form
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
 # Tests wait for other processes and for timeouts: five at once keep two processors busy. One that hangs where Python
 # runs no signal handler ends its worker, with the stacks of all threads.
-test: .venv/.ready  ## the tests, but for the slow ones
+test: .venv/.ready-test  ## the tests, but for the slow ones
 	$(RUN) -m pytest -n 5 --dist loadfile --no-loadscope-reorder --max-worker-restart 1 -o faulthandler_timeout=400 -o faulthandler_exit_on_timeout=true
 
-test-slow: .venv/.ready  ## the slow tests: minutes and gigabytes
+test-slow: .venv/.ready-test  ## the slow tests: minutes and gigabytes
 	$(RUN) -m pip install --quiet --disable-pip-version-check --editable ".[ray]"  # not for `make test`: 79 MB, and 40 packages
 	$(RUN) -m pytest -m slow
 
 # the rest is that of .venv; what differs between the two is in runtime/generation/compat.py
-build/transformers/.ready: pyproject.toml tests/helpers/environments.py .venv/.ready
+build/transformers/.ready: pyproject.toml tests/helpers/environments.py .venv/.ready-test
 	rm -rf build/transformers
 	$(RUN) tests/helpers/environments.py build/transformers 'transformers==5.23.*'
 	@touch build/transformers/.ready
@@ -84,18 +89,18 @@ build/lowest/.ready: pyproject.toml
 	rm -rf build/lowest
 	$(PYTHON) -m venv build/lowest
 	build/lowest/bin/python -m pip install --quiet --disable-pip-version-check uv
-	build/lowest/bin/uv pip install --python build/lowest/bin/python --resolution lowest-direct --editable '.[dev]'
+	build/lowest/bin/uv pip install --python build/lowest/bin/python --resolution lowest-direct --editable '.[test]'
 	@touch build/lowest/.ready
 
 test-lowest: build/lowest/.ready  ## the tests with the lowest version of each dependency's range
 	build/lowest/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # what is wrong with a page, a link from one to another among it, ends it; every page anew, as warnings are not kept
-docs: .venv/.ready  ## build/docs/index.html: these pages, with the reference of Python names
+docs: .venv/.ready-docs  ## build/docs/index.html: these pages, with the reference of Python names
 	$(RUN) -m sphinx --fail-on-warning --keep-going --nitpicky --fresh-env --quiet docs build/docs
 	@echo build/docs/index.html
 
-wheel: .venv/.ready  ## build/dist/*.whl
+wheel: .venv/.ready-test  ## build/dist/*.whl
 	$(RUN) -m build --wheel --outdir build/dist .
 
 clean:  ## everything that was made, the environment too

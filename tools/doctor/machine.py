@@ -273,9 +273,9 @@ def daemons() -> Iterator[Finding]:
 
 
 def _extra(wanted: Requirement) -> str | None:
-    """Return the extra of moetier that has the requirement, or None; the extra for development does not count."""
+    """Return the extra of moetier that has the requirement, or None; extras for development do not count."""
     names = metadata("moetier").get_all("Provides-Extra") or []
-    return next((e for e in names if e != "dev" and wanted.marker and wanted.marker.evaluate({"extra": e})), None)
+    return next((e for e in names if e not in ("test", "dev") and wanted.marker and wanted.marker.evaluate({"extra": e})), None)
 
 
 def _version(name: str) -> str | None:
