@@ -7,7 +7,7 @@ DEMO_RAM := 3520KiB
 # for another: make demo DEMO_PROMPT='...'
 DEMO_PROMPT ?= La mattina seguente, don Rodrigo
 
-.PHONY: help setup demo synthetic proto golden check format test test-slow test-transformers test-lowest docs wheel clean
+.PHONY: help setup demo synthetic proto golden check format test test-slow test-transformers test-lowest docs release clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -100,8 +100,11 @@ docs: .venv/.ready-docs  ## build/docs/index.html: these pages, with the referen
 	$(RUN) -m sphinx --fail-on-warning --keep-going --nitpicky --fresh-env --quiet docs build/docs
 	@echo build/docs/index.html
 
-wheel: .venv/.ready-test  ## build/dist/*.whl
-	$(RUN) -m build --wheel --outdir build/dist .
+release: .venv/.ready-release  ## build/dist: the wheel and the source package, checked; nothing is uploaded
+	rm -rf build/dist
+	$(RUN) -m build --outdir build/dist .
+	$(RUN) -m twine check --strict build/dist/*
+	$(RUN) -m check_wheel_contents build/dist/*.whl
 
 clean:  ## everything that was made, the environment too
 	rm -rf .venv build *.egg-info

@@ -120,7 +120,7 @@ def test_the_first_program_runs(
 
 SOURCES = [path for name in ("tools", "runtime", "tiers", "tests") for path in sorted((ROOT / name).rglob("*.py"))]
 SOURCES.remove(Path(__file__))
-DEV = ("test", "dev")  # extras for those who work on moetier
+DEV = ("test", "dev", "release")  # extras for those who work on moetier
 EXTRAS = {*tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]}
 
 

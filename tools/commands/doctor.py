@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moetier.tools.cli.parser import DIRECTORY, directory
+from moetier.tools.cli.parser import DIRECTORY, WIDTH, directory
 
 if TYPE_CHECKING:
     from moetier.tools.doctor.machine import Finding
@@ -32,6 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"what to check, with its disk: {DIRECTORY} (default: check the disk of the current folder)",
     )
     parser.add_argument("--checksums", action="store_true", help="read every byte of DIR, as moetier verify does")
+    parser.add_argument(
+        "--report", action="store_true", help="print a block for a bug report, with the home folder as ~"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -46,12 +49,16 @@ def run(arguments: argparse.Namespace) -> int:
     width = min(shutil.get_terminal_size((100, 24)).columns, 120)
     for finding in findings(arguments.directory, checksums=arguments.checksums):
         results.append(finding)
-        if not arguments.json:
+        if not arguments.json and not arguments.report:
             print("\n".join(lines_of([finding], width)), flush=True)
     counts = {str(state): sum(finding.state is state for finding in results) for state in State}
     result = {"counts": counts, "findings": [asdict(finding) for finding in results]}
     text = ", ".join(f"{count} {state}" for state, count in counts.items())
-    print(json.dumps(result, indent=2) if arguments.json else text)
+    if arguments.report:
+        lines = "\n".join((*lines_of(results, WIDTH), text))
+        print(f"```text\n{lines}\n```".replace(str(Path.home()), "~"))
+    else:
+        print(json.dumps(result, indent=2) if arguments.json else text)
     return EXIT_BAD if counts[State.FAIL] else 0
 
 

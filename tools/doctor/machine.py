@@ -275,7 +275,7 @@ def daemons() -> Iterator[Finding]:
 def _extra(wanted: Requirement) -> str | None:
     """Return the extra of moetier that has the requirement, or None; extras for development do not count."""
     names = metadata("moetier").get_all("Provides-Extra") or []
-    users = (name for name in names if name not in ("test", "dev"))
+    users = (name for name in names if name not in ("test", "dev", "release"))
     return next((e for e in users if wanted.marker and wanted.marker.evaluate({"extra": e})), None)
 
 

@@ -46,6 +46,18 @@ def test_the_command_with_a_model(tinymix_4bit: Path, capsys: pytest.CaptureFixt
     assert sum(found["counts"].values()) == len(found["findings"])
 
 
+def test_a_report_does_not_name_the_home_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    main(["doctor", str(tmp_path / "model"), "--report"])
+    out = capsys.readouterr().out
+    assert out.startswith("```text\n")
+    assert out.endswith("\n```\n")
+    assert "~/model" in out
+    assert str(tmp_path) not in out
+
+
 def test_what_is_broken_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", str(tmp_path / "nothing")]) == 1
     lines = capsys.readouterr().out.splitlines()
