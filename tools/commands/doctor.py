@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moetier.tools.cli.parser import DIRECTORY, directory
+from moetier.tools.cli.parser import DIRECTORY, add_json, directory
 
 if TYPE_CHECKING:
     from moetier.tools.doctor.machine import Finding
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"what to check, with its disk: {DIRECTORY} (default: check the disk of the current folder)",
     )
     parser.add_argument("--checksums", action="store_true", help="read every byte of DIR, as moetier verify does")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
