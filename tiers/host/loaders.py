@@ -10,6 +10,7 @@ from functools import partial
 
 from moetier.tiers.locks import Monitor, transition, waiting
 from moetier.tiers.store.base import Pause
+from moetier.tiers.threads import start_thread
 
 from .demands import Load
 from .loads import Loads
@@ -46,11 +47,7 @@ class Loaders:
         """Start ``count`` threads."""
         for number in range(count):
             # daemon threads, so that a tier that is never closed does not keep the interpreter from ending
-            loader = threading.Thread(
-                target=self._run_or_condemn, args=(self._run,), name=f"moetier-loader-{number}", daemon=True
-            )
-            loader.start()
-            self._threads.append(loader)
+            self._threads.append(start_thread(f"moetier-loader-{number}", self._run_or_condemn, self._run))
 
     def close(self) -> None:
         """End the threads, once the reads in progress have ended. The loads have been closed before. Idempotent."""

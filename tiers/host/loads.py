@@ -168,7 +168,7 @@ class Loads:
         if (evicted := pool.begin_fill(slot, key, is_scan=is_scan, is_prefetch=load.is_prefetch)) is not None:
             self._counters.count(evictions=1)
             self._prefetches.evict(evicted)
-        self._prefetches.evict_copy(key)  # the record is needed again, so the tier above no longer has its copy
+        self._prefetches.forget_copy(key)  # the record is needed again, so the tier above no longer has its copy
         self._directory.begin_fill(pool.number(slot), evicted)
         self._loads[key] = load
         if load.is_prefetch:

@@ -170,9 +170,9 @@ class PrefetchQueue:
     def evict(self, key: ExpertKey) -> None:
         """Note that a record is evicted from this tier. The tier above may still use its copy, if it has made one."""
         if key not in self._copied:
-            self.evict_copy(key)
+            self.forget_copy(key)
 
-    def evict_copy(self, key: ExpertKey) -> None:
+    def forget_copy(self, key: ExpertKey) -> None:
         """Note that a record is in neither this tier nor the tier above any more. If it was not used, it was wasted."""
         self._copied.discard(key)
         self._warmed.discard(key)

@@ -15,6 +15,7 @@ from queue import Empty, SimpleQueue
 from moetier.tiers.errors import ClosedError, ProtocolError
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.locks import Monitor, transition
+from moetier.tiers.threads import start_thread
 
 from .demands import AsyncCaller, Event
 from .ledger import Ledger
@@ -171,11 +172,7 @@ class Timekeeper:
         """
         self._ledger.check_open()
         if self._thread is None:
-            thread = threading.Thread(
-                target=self._run_or_condemn, args=(self._run,), name="moetier-timekeeper", daemon=True
-            )
-            thread.start()
-            self._thread = thread
+            self._thread = start_thread("moetier-timekeeper", self._run_or_condemn, self._run)
             self._monitor.run_after_mark(self._ledger.serve)
 
     def close(self) -> None:

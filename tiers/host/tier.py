@@ -337,14 +337,14 @@ class HostTier(Closeable):
         Callers that sleep in ``acquire`` wake up and get ClosedError. The record of a lease stays readable as long as
         the lease object exists. In a forked child, this only closes the child's mappings and file descriptors.
         """
-        if self._monitor.fork_guard.is_owner:
-            self._close_ledger()
-            self._loaders.close()
-            self._timekeeper.close()
-        self._slots.clear()
-        self._records.clear()
-        self._residents.clear()
-        self._arena.close()
+        with contextlib.closing(self._arena):
+            if self._monitor.fork_guard.is_owner:
+                self._close_ledger()
+                self._loaders.close()
+                self._timekeeper.close()
+            self._slots.clear()
+            self._records.clear()
+            self._residents.clear()
 
     @transition
     def _close_ledger(self) -> None:
