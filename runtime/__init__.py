@@ -6,7 +6,7 @@ line, settings files and the daemon. ``device_names`` has a line for each device
 All threads that moetier starts, by their names, which for several threads end in a number:
 
     any process with a tier
-        moetier-loader      reads records into slots (``tiers.host.tier``)
+        moetier-loader      reads records into slots (``tiers.host.loaders``)
         moetier-timekeeper  ends requests of other processes whose time is over (``tiers.host.session``)
         moetier-learner     loads the most used experts, and saves which they are (``tiers.host.warmup``)
         moetier-promoter    copies predicted records to a GPU (``tiers.device.promoter``)

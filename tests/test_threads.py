@@ -12,18 +12,24 @@ from places import ROOT
 
 import moetier.runtime
 
-SOURCES = [path for name in ("proto", "tiers", "runtime", "tools") for path in sorted((ROOT / name).rglob("*.py"))]
+SOURCES = [
+    path
+    for name in ("proto", "tiers", "runtime", "tools")
+    for path in sorted((ROOT / name).rglob("*.py"))
+    if path.name != "threads.py"
+]
 
 
 def names(source: Path) -> Iterator[str]:
     """Yield the name of each thread that is started in a module, or the prefix for the threads of a pool."""
     for node in ast.walk(ast.parse(source.read_text())):
         if isinstance(node, ast.Call) and (called := ast.unparse(node.func)) in (
+            "start_thread",
             "threading.Thread",
             "ThreadPoolExecutor",
         ):
             named = [word.value for word in node.keywords if word.arg in ("name", "thread_name_prefix")]
-            named += node.args[1:2] if called == "ThreadPoolExecutor" else []
+            named += node.args[1:2] if called == "ThreadPoolExecutor" else node.args[:1]
             assert named, f"{source}:{node.lineno}: a thread without a name"
             yield re.split(r"-?\{", ast.unparse(named[0]).strip("f'\""))[0]
 

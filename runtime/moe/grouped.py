@@ -94,7 +94,7 @@ def _compile(module: Any, tiered: TieredBlock, dtype: torch.dtype) -> ExpertKern
 def quick_activation(module: Any, layout: RecordLayout, kernels: Kernels) -> Activation | None:
     """Return the activation with which a block's experts are computed in the quick way; None if they can't be."""
     activation = activation_of(module) if kernels.processor is not None else None
-    return activation if activation is not None and ExpertKernels.fit(layout, activation) else None
+    return activation if activation is not None and ExpertKernels.can_compile(layout, activation) else None
 
 
 class Routed(NamedTuple):

@@ -144,7 +144,7 @@ def _check_places(entries: dict[str, GgufEntry], start: int, alignment: int, siz
         if (entry.begin - start) % alignment:
             raise ValueError(f"{shown(name)} begins at {entry.begin - start:,}, no multiple of {alignment}")
         if entry.begin + entry.nbytes > size:
-            raise ValueError(f"{shown(name)} ends at byte {entry.begin + entry.nbytes:,}, and the file at {size:,}")
+            raise ValueError(f"{shown(name)} ends at {entry.begin + entry.nbytes:,}, but the file has {size:,} bytes")
     ordered = sorted(entries.items(), key=lambda item: (item[1].begin, item[1].nbytes))
     for (name, entry), (after, following) in pairwise(ordered):
         if entry.begin + entry.nbytes > following.begin:

@@ -22,8 +22,9 @@ from moetier.tiers.manifest import Block
 from moetier.tiers.source import interruptible_bytes
 from moetier.tiers.stats import TierCounters
 
-from .demands import Demand, Load, Notifier, Pool, WaitingDemands
+from .demands import Demand, Load, LoadState, Pool, Purpose
 from .prefetch import PrefetchQueue
+from .waiting import Notifier, WaitingDemands
 
 
 class LoadLimits(NamedTuple):
@@ -57,7 +58,7 @@ class FairQueue:
 
     def __iter__(self) -> Iterator[Load]:
         """Yield the loads that no loader has taken. A load that several callers wait for is yielded once for each."""
-        return (load for queue in self._queues.values() for load in queue if load.is_queued)
+        return (load for queue in self._queues.values() for load in queue if load.state is LoadState.QUEUED)
 
     def add(self, caller: Hashable, load: Load) -> None:
         """Add a load to the queue of a caller. The same load may be in the queues of several callers."""
@@ -76,8 +77,9 @@ class FairQueue:
         for caller, queue in self._queues.items():
             while queue:
                 load = queue.popleft()
-                if load.is_queued:  # it may have been taken for another caller, which waits for the same record
-                    load.is_taken = True
+                # it may have been taken for another caller, which waits for the same record
+                if load.state is LoadState.QUEUED:
+                    load.take()
                     self._queues.move_to_end(caller)
                     return load
         return None
@@ -130,7 +132,7 @@ class Loads:
         """Begin the load of a record for a demand, which waits for it. Return False if it may not begin one now."""
         if not self._may_begin(demand) or (slot := self._choose(demand)) is None:
             return False
-        self.begin(demand.pool, key, slot, is_prefetch=False, is_scan=demand.is_scan)
+        self.begin(demand.pool, key, slot, is_scan=demand.is_scan)
         self.join(demand, key)
         self._notifier.wake_loader()
         self.load_rest(demand.pool)
@@ -157,21 +159,21 @@ class Loads:
         pool: Pool,
         key: ExpertKey,
         slot: PoolSlot,
+        purpose: Purpose = Purpose.DEMAND,
         *,
-        is_prefetch: bool,
         is_scan: bool = False,
-        is_warmup: bool = False,
     ) -> Load:
         """Begin the load of a record into a slot that is EMPTY or evictable, and return the load."""
-        if (evicted := pool.begin_fill(slot, key, is_scan=is_scan, is_prefetch=is_prefetch)) is not None:
+        load = Load(pool, key, slot, purpose)
+        if (evicted := pool.begin_fill(slot, key, is_scan=is_scan, is_prefetch=load.is_prefetch)) is not None:
             self._counters.count(evictions=1)
             self._prefetches.evict(evicted)
-        self._prefetches.evict_copy(key)  # the record is needed again, so the tier above no longer has its copy
+        self._prefetches.forget_copy(key)  # the record is needed again, so the tier above no longer has its copy
         self._directory.begin_fill(pool.number(slot), evicted)
-        load = Load(pool, key, slot, is_prefetch, is_warmup, is_taken=is_prefetch)
         self._loads[key] = load
-        if is_prefetch:
-            self._prefetches.begin(key, is_warmup=is_warmup)
+        if load.is_prefetch:
+            load.take()  # by the loader that calls this
+            self._prefetches.begin(key, purpose)
         return load
 
     def join(self, demand: Demand, key: ExpertKey) -> None:
@@ -183,9 +185,8 @@ class Loads:
             # The loader of this record may have paused (``may_continue``). Wake it for every demand that joins, not
             # only for the first: the first may have left before the loader looked.
             self._notifier.wake_callers()
-        load.waiters.append(demand)
-        demand.loads.append(load)
-        if not load.is_taken:
+        load.add_waiter(demand)
+        if load.state is LoadState.QUEUED:
             self._queue.add(demand.caller, load)
 
     def withdraw(self, demand: Demand, load: Load) -> None:
@@ -193,11 +194,11 @@ class Loads:
 
         The load is cancelled if no loader has taken it and no other demand waits for it.
         """
-        load.waiters.remove(demand)
+        load.remove_waiter(demand)
         if load.waiters:
             return
-        if not load.is_taken:
-            load.is_cancelled = True
+        if load.state is LoadState.QUEUED:
+            load.cancel()
             self._abort(load)
         if not self._is_for_demands:  # prefetches that yielded to the load may go on
             self._notifier.wake_callers()
@@ -233,9 +234,9 @@ class Loads:
         if load.waiters:
             return True
         if self.closed_by is None and self._is_for_demands:
-            load.has_yielded = True
+            load.note_pause()
             return None
-        if load.is_warmup:
+        if load.purpose is Purpose.WARMUP:
             is_wanted = self.closed_by is None and not load.pool.starved
         else:
             is_wanted = self._prefetches.is_requested(load.key)
@@ -254,7 +255,7 @@ class Loads:
             return None
         if (read := self._prefetches.next_read()) is None:
             return None
-        return self.begin(read.pool, read.key, read.slot, is_prefetch=True, is_warmup=read.is_warmup)
+        return self.begin(*read)
 
     def wake_loaders_for_prefetches(self) -> None:
         """Wake as many loaders as there are prefetches that can now be read."""
@@ -265,7 +266,7 @@ class Loads:
     @property
     def _is_for_demands(self) -> bool:
         """True if a load for a demand is in progress or waits for a loader."""
-        return any(load.waiters or not load.is_prefetch for load in self._loads.values())
+        return any(load.is_for_demands for load in self._loads.values())
 
     @property
     def _prefetching(self) -> int:
@@ -285,18 +286,17 @@ class Loads:
         """End a load whose record is in its slot. ``seconds`` is the duration of the read, if it was measured."""
         if seconds is not None and not load.has_yielded:
             self._counters.count_load(seconds)
-        self._counters.count_fill(load.pool.slot_bytes, is_warmup=load.is_warmup)
+        self._counters.count_fill(load.pool.slot_bytes, is_warmup=load.purpose is Purpose.WARMUP)
         del self._loads[load.key]
         load.pool.complete_fill(load.slot)
         self._directory.complete_fill(load.pool.number(load.slot), load.key)
         if load.is_prefetch:
             self._prefetches.complete(load.key)
         for demand in load.waiters:
-            demand.ready.append(load.slot)  # before ``remove``, so that an exception in between loses nothing
-            demand.loads.remove(load)
+            demand.complete(load)
             self._waiting.recheck(demand)
         self._notifier.wake_callers()
-        if load.waiters or not load.is_prefetch:
+        if load.is_for_demands:
             self.wake_loaders_for_prefetches()  # this may have been the last read for a demand
 
     def fail(self, load: Load, error: BaseException) -> None:
@@ -310,8 +310,7 @@ class Loads:
         self._counters.count(failures=self.closed_by is None)
         self._abort(load)
         for demand in load.waiters:
-            demand.loads.remove(load)
-            demand.error = demand.error or (error.fresh() if isinstance(error, MoetierError) else error)
+            demand.lose(load, error)
             self._waiting.note_released(demand, 1)
             self._waiting.recheck(demand)
         self._notifier.wake_callers()
@@ -339,15 +338,15 @@ class Loads:
         """
         for demand in demands:
             for load in [load for load in demand.loads if self._loads.get(load.key) is not load]:
-                if load.slot not in demand.ready:  # ``complete`` was interrupted; the demand looks the record up again
-                    demand.pending[load.key] = None
-                demand.loads.remove(load)
+                demand.look_up_again(load)  # ``complete`` was interrupted
         self._queue.clear()
         for load in list(self._loads.values()):
-            load.waiters = [demand for demand in demands if load in demand.loads]
-            if not load.is_taken and not load.waiters:
+            load.repair_waiters(demands)
+            if load.state is LoadState.TAKEN:
+                continue
+            if not load.waiters:
                 del self._loads[load.key]
-            elif not load.is_taken:
+            else:
                 for demand in load.waiters:
                     self._queue.add(demand.caller, load)
                 self._notifier.wake_loader()

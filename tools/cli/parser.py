@@ -212,6 +212,16 @@ DIRECTORY = (
 )
 
 
+def add_directory(parser: argparse.ArgumentParser) -> None:
+    """Add the argument ``directory`` of commands that use a model."""
+    parser.add_argument("directory", type=directory, metavar="DIR", help=DIRECTORY)
+
+
+def add_json(parser: argparse.ArgumentParser, what: str = "one JSON object") -> None:
+    """Add the flag ``--json``, with which a command prints ``what``."""
+    parser.add_argument("--json", action="store_true", help=f"print {what}")
+
+
 def check_utf8(text: str, name: str) -> str:
     """Return ``text``, which errors call ``name``. Raise ConfigError if it was read from bytes that are not UTF-8."""
     try:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moetier.tools.cli.failure import plain
+from moetier.tools.cli.parser import add_json
 
 EXAMPLES = ("moetier list", "moetier list --json")
 LOOKS = 3
@@ -17,7 +18,7 @@ LOOKS = 3
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `moetier list`."""
-    parser.add_argument("--json", action="store_true", help="print one JSON array")
+    add_json(parser, "one JSON array")
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -34,7 +34,8 @@ from moetier.tiers.store.folder import (
 )
 from moetier.tiers.store.mirror import read_mirrors
 
-from .conversion import Conversion, ConversionReport
+from .conversion import Conversion
+from .conversion_report import ConversionReport
 from .model_files import delete, locked
 from .target import copied_files, files_of_users, is_ours, remove
 
