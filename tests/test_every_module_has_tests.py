@@ -24,7 +24,6 @@ TESTED_BY: dict[str, tuple[str, str]] = {
     "runtime/checkpoint/decoded_trunk.py": ("runtime/model/test_trunk_files.py", PARTS),
     "runtime/daemon/daemon_config.py": ("runtime/daemon/test_entry.py", PROCESS),
     "runtime/client/mapped_arena.py": ("runtime/client/test_tier.py", PROCESS),
-    "runtime/engine/prefix_tree.py": ("runtime/engine/test_kv_cache.py", PARTS),
     "runtime/engine/sampling.py": (
         "runtime/engine/test_grammar.py",
         "it is compared with generate(), as the engine is",

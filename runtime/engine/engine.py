@@ -82,14 +82,14 @@ class Engine:
     """
 
     def __init__(
-        self, runner: Runner, *, pages: int, most: int, chunk: int, context: int, later: int | None = None
+        self, runner: Runner, *, pages: int, max_sequences: int, chunk: int, context: int, later: int | None = None
     ) -> None:
         """Start the engine's thread.
 
         Args:
             runner: computes with a model.
             pages: number of pages for keys and values.
-            most: most sequences that run at a time.
+            max_sequences: most sequences that run at a time.
             chunk: most tokens of a prompt that are computed together.
             context: most tokens of a sequence.
             later: the same as ``chunk`` for tokens behind others, or beside other sequences; None: ``chunk``.
@@ -98,10 +98,10 @@ class Engine:
         self._runner = runner
         self._scheduler = Scheduler(
             KVCache(pages, runner, keeps=runner.can_resume),
-            most=most,
+            max_sequences=max_sequences,
             chunk=chunk if runner.can_resume else context,
             later=min(chunk, later or chunk) if runner.can_resume else context,
-            block=runner.block,
+            prefill_block=runner.prefill_block,
             scored=SCORED if runner.can_resume else context,
         )
         self._beside: set[Sequence] = set()  # sequences of the long tasks that are being computed
@@ -116,11 +116,11 @@ class Engine:
         self._thread.start()
 
     @classmethod
-    def of(cls, model: Any, *, most: int = 1, tokens: int = 0) -> Engine:
-        """Return an engine for ``most`` sequences at a time, with the pages for which the model's tiers leave memory.
+    def of(cls, model: Any, *, max_sequences: int = 1, tokens: int = 0) -> Engine:
+        """Return an engine with the pages for which the model's tiers leave memory.
 
-        There are pages for a sequence of ``tokens`` tokens in any case. Raises UnsupportedModelError if the model
-        generates text in another way than token by token.
+        It computes at most ``max_sequences`` sequences at a time, and has pages for one of ``tokens`` tokens in any
+        case. Raises UnsupportedModelError if the model generates text in another way than token by token.
         """
         if generates_itself(model):
             raise UnsupportedModelError(
@@ -133,9 +133,11 @@ class Engine:
         prefill = model.tiers.prefill
         if prefill.in_blocks is not None and may_pack(model):
             runner: Runner = PackedRunner(model, pages, chunk=prefill.later)
-            return cls(runner, pages=pages, most=most, chunk=prefill.in_blocks, context=context)
+            return cls(runner, pages=pages, max_sequences=max_sequences, chunk=prefill.in_blocks, context=context)
         runner = ModelRunner(model, pages)
-        return cls(runner, pages=pages, most=most, chunk=prefill.tokens, context=context, later=prefill.later)
+        return cls(
+            runner, pages=pages, max_sequences=max_sequences, chunk=prefill.tokens, context=context, later=prefill.later
+        )
 
     @property
     def sequences(self) -> list[Sequence]:
@@ -148,7 +150,7 @@ class Engine:
         return self._failure is None and not self._is_closed
 
     @property
-    def most_scored(self) -> int:
+    def max_scored(self) -> int:
         """Most tokens of a prompt that can be scored."""
         return self.context if self._runner.can_resume else min(SCORED, self.context)
 
@@ -165,8 +167,8 @@ class Engine:
             raise ValueError(f"{request.max_new_tokens} new tokens")
         if not 0 < len(request.ids) < self.context:
             raise ValueError(f"a prompt of {len(request.ids)} tokens in a context of {self.context}")
-        if request.scores_prompt and len(request.ids) > self.most_scored:
-            raise ValueError(f"a prompt of {len(request.ids)} tokens, of which {self.most_scored} can be scored")
+        if request.scores_prompt and len(request.ids) > self.max_scored:
+            raise ValueError(f"a prompt of {len(request.ids)} tokens, of which {self.max_scored} can be scored")
         sequence = Sequence(request, on_token, on_end)
         with self._changed:
             if self._failure is not None or self._is_closed:
@@ -247,15 +249,15 @@ class Engine:
         return [task for task in tasks if not self._is_long(task)], [task for task in tasks if self._is_long(task)]
 
     def _is_long(self, task: Task) -> bool:
-        return self._runner.block is not None and task.tokens > self._runner.block
+        return self._runner.prefill_block is not None and task.tokens > self._runner.prefill_block
 
-    def _between(self, tasks: list[Task], share: float) -> None:
-        """Compute a step of other sequences if it is their turn, after a share of long ``tasks`` is done.
+    def _between(self, tasks: list[Task], done: float) -> None:
+        """Compute a step of other sequences if it is their turn. ``done``: fraction of long ``tasks`` that is computed.
 
         Raises Stopped if the engine is closed, or nothing of the tasks is wanted any more.
         """
         for task in tasks:
-            task.sequence.underway = share * task.tokens
+            task.sequence.underway = done * task.tokens
         if self._is_closed or all(task.sequence.is_cancelled for task in tasks):
             raise Stopped
         began = time.monotonic()
@@ -327,7 +329,7 @@ class Engine:
 
     def _score(self, sequence: Sequence, begin: int, logits: Tensor) -> None:
         """Note the log probabilities of the prompt's tokens after those from position ``begin`` on."""
-        tokens = sequence.request.ids[begin + 1 : begin + 1 + len(logits)]
+        tokens = sequence.ids[begin + 1 : min(begin + 1 + len(logits), len(sequence.request.ids))]
         scores = scored(logits[: len(tokens)], tokens, sequence.request.logprobs or 0)
         sequence.prompt_scores |= dict(enumerate(scores, begin + 1))
 

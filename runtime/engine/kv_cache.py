@@ -49,7 +49,7 @@ class KVCache:
         self._tree = PrefixTree()
         self._held: dict[Sequence, _Held] = {}
 
-    def has_room(self, sequence: Sequence) -> bool:
+    def has_pages_for(self, sequence: Sequence) -> bool:
         """Return whether there are pages for all tokens of a sequence that has not begun, and for its next token."""
         nodes = self._tree.match(sequence.request.user, _reusable(sequence)).nodes
         pages = {page for held in self._held.values() for page in held.pages} | {node.page for node in nodes}
@@ -67,25 +67,25 @@ class KVCache:
         node = match.nodes[-1] if match.nodes else self._tree.root(sequence.request.user)
         held = _Held(node, [node.page for node in match.nodes])
         partial, shared = match.partial, match.shared
-        node.pins += 1
+        self._tree.pin(node)
         with ExitStack() as undo:
-            undo.callback(_unpin, node)
+            undo.callback(self._tree.unpin, node)
             if partial is not None and not partial.is_full and not partial.pins and shared == len(partial.tokens):
                 self._tree.remove(partial)
                 held.own = [partial.page]
             elif partial is not None:
-                partial.pins += 1  # it stays while a page is found for the copy
-                undo.callback(_unpin, partial)
+                self._tree.pin(partial)  # it stays while a page is found for the copy
+                undo.callback(self._tree.unpin, partial)
                 held.own = self._take(1, held.pages)
                 undo.callback(self._free.release, held.own)
                 if held.own:
                     self._memory.copy_page(partial.page, held.own[0], shared)
                 else:
                     shared = 0
-                partial.pins -= 1
+                self._tree.unpin(partial)
             undo.pop_all()  # the node stays pinned
         self._held[sequence] = held
-        sequence.computed = PAGE_TOKENS * len(held.shared) + shared
+        sequence.resume_at(PAGE_TOKENS * len(held.shared) + shared)
 
     def reserve(self, sequence: Sequence, tokens: int) -> bool:
         """Take pages for the next ``tokens`` tokens of a sequence. Returns False, and takes none, if there are none."""
@@ -112,7 +112,7 @@ class KVCache:
         """Let other sequences find all pages of a sequence that has ended, and let them be evicted."""
         self.keep(sequence)
         held = self._held.pop(sequence)
-        held.node.pins -= 1
+        self._tree.unpin(held.node)
         rest = sequence.computed - PAGE_TOKENS * len(held.shared)
         if rest > 0 and self._keeps:
             self._add(sequence, held, rest, pins=False)
@@ -128,8 +128,8 @@ class KVCache:
         node, unneeded = self._tree.add(held.node, sequence.ids[begin : begin + count], page)
         self._free.release(unneeded)
         if pins:
-            node.pins += 1
-            held.node.pins -= 1
+            self._tree.pin(node)
+            self._tree.unpin(held.node)
         held.node = node
         held.shared.append(node.page)
 
@@ -140,10 +140,6 @@ class KVCache:
         if len(self._free) < count:
             return []
         return self._free.take(count, before[-1] if before else None)
-
-
-def _unpin(node: Node) -> None:
-    node.pins -= 1
 
 
 def _reusable(sequence: Sequence) -> list[int]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from collections.abc import Sequence as ManyOf
 from typing import Any
 
 import torch
@@ -42,9 +41,9 @@ class ModelRunner(Runner):
 
     def run(
         self,
-        tasks: ManyOf[Task],
+        tasks: list[Task],
         should_stop: Callable[[], bool],
-        between: Callable[[float], object] = lambda share: None,
+        between: Callable[[float], object] = lambda done: None,
     ) -> list[Tensor | None]:
         """Compute one task through the model's forward. Return its logits [vocabulary] as Runner says."""
         (task,) = tasks

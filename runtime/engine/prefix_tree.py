@@ -75,6 +75,15 @@ class PrefixTree:
         partial.used = self._time
         return Match(tuple(nodes), partial, shared)
 
+    def pin(self, node: Node) -> None:
+        """Keep a node and its ancestors until ``unpin`` is called as often as this."""
+        node.pins += 1
+
+    def unpin(self, node: Node) -> None:
+        """Undo one ``pin``."""
+        assert node.pins
+        node.pins -= 1
+
     def root(self, name: str) -> Node:
         """Return the root of the tree ``name``, which is made if there is none."""
         return self._roots.setdefault(name, Node((), -1, None))

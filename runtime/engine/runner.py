@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from collections.abc import Sequence as ManyOf
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -32,11 +31,11 @@ class Task:
         """Whether these are the sequence's last tokens, so that the next one can be sampled."""
         return self.end == len(self.sequence.ids)
 
-    def parts(self, most: int) -> list[Task]:
-        """Return tasks of at most ``most`` tokens each, one after the other."""
+    def parts(self, max_tokens: int) -> list[Task]:
+        """Return tasks of at most ``max_tokens`` tokens each, one after the other."""
         return [
-            Task(self.sequence, begin, min(most, self.end - begin), self.pages)
-            for begin in range(self.begin, self.end, most)
+            Task(self.sequence, begin, min(max_tokens, self.end - begin), self.pages)
+            for begin in range(self.begin, self.end, max_tokens)
         ]
 
     @property
@@ -57,7 +56,9 @@ class Runner(ABC):
 
     can_resume: bool  # whether a sequence can be computed in several parts, and continue after pages of another one
     computes_together: bool  # whether ``run`` takes several tasks
-    block: int | None = None  # a task with more tokens takes long, and ``run`` calls ``between``; None: it never does
+    prefill_block: int | None = (
+        None  # a task with more tokens takes long, and ``run`` calls ``between``; None: it never does
+    )
 
     @abstractmethod
     def sampler(self, sequence: Sequence) -> Sampler:
@@ -66,9 +67,9 @@ class Runner(ABC):
     @abstractmethod
     def run(
         self,
-        tasks: ManyOf[Task],
+        tasks: list[Task],
         should_stop: Callable[[], bool],
-        between: Callable[[float], object] = lambda share: None,
+        between: Callable[[float], object] = lambda done: None,
     ) -> list[Tensor | None]:
         """Compute tasks. Return, for each that is complete, the logits after its sequence's last token [vocabulary].
 
@@ -81,7 +82,7 @@ class Runner(ABC):
             tasks: several only if the runner ``computes_together``.
             should_stop: if it returns True between two layers, Stopped is raised. Not called for long tasks, of which
                 those whose sequence is cancelled are not computed further.
-            between: called with the share of the work that is done, between parts of long tasks. It may run other
+            between: called with the fraction of the work that is done, between parts of long tasks. It may run other
                 tasks, and raise an error, which ends these.
         """
 

@@ -19,25 +19,25 @@ class Scheduler:
         self,
         cache: KVCache,
         *,
-        most: int,
+        max_sequences: int,
         chunk: int,
         later: int | None = None,
         scored: int | None = None,
-        block: int | None = None,
+        prefill_block: int | None = None,
     ) -> None:
-        """Run at most ``most`` sequences at a time, and compute at most ``chunk`` tokens of prompts in a step.
+        """Run at most ``max_sequences`` sequences at a time, and compute at most ``chunk`` tokens of prompts in a step.
 
         Behind other tokens, or beside other sequences, at most ``later`` are computed, as they take more memory. Of a
         prompt that is scored, at most ``scored``, as each has logits for the whole vocabulary. Prompts of more than
-        ``block`` tokens are computed together, and short ones beside them. If it is None, prompts are computed one by
-        one.
+        ``prefill_block`` tokens are computed together, and short ones beside them. If it is None, prompts are computed
+        one by one.
         """
         self._cache = cache
-        self._most = most
-        self._chunk = max(chunk, block or 1)
+        self._max_sequences = max_sequences
+        self._chunk = max(chunk, prefill_block or 1)
         self._later = later or chunk
-        self._block = block
-        self._scored = min(scored or chunk, block or chunk)
+        self._prefill_block = prefill_block
+        self._scored = min(scored or chunk, prefill_block or chunk)
         self._step = 0
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in the order in which they began
@@ -60,14 +60,18 @@ class Scheduler:
         Returns whether another one may begin in this step. If prompts are computed one by one, more of them would not
         be computed sooner, but would hold pages.
         """
-        if not self.waiting or len(self.running) >= self._most or not self._cache.has_room(self.waiting[0]):
+        if (
+            not self.waiting
+            or len(self.running) >= self._max_sequences
+            or not self._cache.has_pages_for(self.waiting[0])
+        ):
             return False
         sequence = self.waiting[0]  # it is in one of the two lists even if it can't begin
         self._cache.begin(sequence)
         self.waiting.popleft()
         sequence.begin()
         self.running.append(sequence)
-        return self._block is not None
+        return self._prefill_block is not None
 
     def schedule(self, beside: Collection[Sequence] = ()) -> tuple[list[Task], list[Sequence]]:
         """Return the tasks of the next step, and running sequences that now wait again because there is no page.
@@ -82,9 +86,9 @@ class Scheduler:
                 block is computed, unless it is long itself.
         """
         self._step += 1
-        wanted = self._tokens([sequence for sequence in self.running if sequence not in beside], is_beside=bool(beside))
+        chosen = self._tokens([sequence for sequence in self.running if sequence not in beside], is_beside=bool(beside))
         tasks, stopped = list[Task](), list[Sequence]()
-        for sequence, tokens in wanted.items():
+        for sequence, tokens in chosen.items():
             if sequence in stopped:
                 continue
             while not self._cache.reserve(sequence, tokens):
@@ -103,34 +107,34 @@ class Scheduler:
     def _tokens(self, running: list[Sequence], *, is_beside: bool) -> dict[Sequence, int]:
         """Return how many tokens of which sequences the next step is to compute, in the order of ``running``."""
         prompts = sorted((s for s in running if s.remaining > 1), key=lambda sequence: sequence.last_step)
-        if self._block is None:
+        if self._prefill_block is None:
             is_alone = len(self.running) == 1 and not self.running[0].computed
             left, chosen = self._chunk if is_alone else self._later, prompts[:1]
         else:
-            long = [sequence for sequence in prompts if self._most_of(sequence) > self._block]
+            long = [sequence for sequence in prompts if self._max_tokens(sequence) > self._prefill_block]
             short = [sequence for sequence in prompts if sequence not in long]
             left, chosen = self._chunk, short[:1] + long
             if is_beside:
                 # a block of a prompt that is not very long; the others wait for a step of their own
-                left = self._block
-                chosen = [sequence for sequence in prompts if self._most_of(sequence) <= BLOCKS_BESIDE * left][:1]
+                left = self._prefill_block
+                chosen = [sequence for sequence in prompts if self._max_tokens(sequence) <= BLOCKS_BESIDE * left][:1]
         tokens = {sequence: 1 for sequence in running if sequence.remaining == 1}
         for sequence in chosen:
             if left >= min(
-                self._most_of(sequence), self._block or 1
+                self._max_tokens(sequence), self._prefill_block or 1
             ):  # few tokens would need as many experts as many do
                 sequence.last_step = self._step
-                tokens[sequence] = min(self._most_of(sequence), left)
+                tokens[sequence] = min(self._max_tokens(sequence), left)
                 left -= tokens[sequence]
         return {sequence: tokens[sequence] for sequence in running if sequence in tokens}
 
-    def _most_of(self, sequence: Sequence) -> int:
+    def _max_tokens(self, sequence: Sequence) -> int:
         """Return how many tokens of a sequence a step computes at most."""
         return min(sequence.remaining, self._scored) if sequence.request.scores_prompt else sequence.remaining
 
     def computed(self, task: Task) -> None:
         """Note that a task was computed: other sequences may find its full pages."""
-        task.sequence.computed += task.tokens
+        task.sequence.advance(task.tokens)
         self._cache.keep(task.sequence)
 
     @property

@@ -112,6 +112,14 @@ class Sequence:
         """Number of tokens to compute before the next token can be sampled."""
         return len(self.ids) - self.computed
 
+    def resume_at(self, position: int) -> None:
+        """Continue after the first ``position`` tokens, whose keys and values are there."""
+        self.computed = position
+
+    def advance(self, tokens: int) -> None:
+        """Note that the next ``tokens`` tokens were computed."""
+        self.computed += tokens
+
     def begin(self) -> None:
         """Note that the sequence begins to run, with its ``computed`` tokens. Only the first time has an effect."""
         if self.began is None:

@@ -37,9 +37,9 @@ class ToyRunner(WrittenPages, Runner):
 
     can_resume = computes_together = True
 
-    def __init__(self, *, fails_after: int = 1 << 30, block: int | None = None) -> None:
+    def __init__(self, *, fails_after: int = 1 << 30, prefill_block: int | None = None) -> None:
         super().__init__()
-        self.block = block
+        self.prefill_block = prefill_block
         self.computed = 0  # tokens
         self.fails_after = fails_after  # tokens of a sequence, after which it fails
 
@@ -51,11 +51,11 @@ class ToyRunner(WrittenPages, Runner):
         self,
         tasks: Sequence[Task],
         should_stop: Callable[[], bool],
-        between: Callable[[float], object] = lambda share: None,
+        between: Callable[[float], object] = lambda done: None,
     ) -> list[Tensor | None]:
-        if self.block is None or all(task.tokens <= self.block for task in tasks):
+        if self.prefill_block is None or all(task.tokens <= self.prefill_block for task in tasks):
             return [self.compute(task, should_stop) for task in tasks]
-        blocks = [(number, block) for number, task in enumerate(tasks) for block in task.parts(self.block)]
+        blocks = [(number, block) for number, task in enumerate(tasks) for block in task.parts(self.prefill_block)]
         logits: list[Tensor | None] = [None] * len(tasks)
         for done, (number, block) in enumerate(blocks):
             between(done / len(blocks))

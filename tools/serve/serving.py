@@ -48,7 +48,7 @@ def serving(
                 f"The model's tokenizer ({type(tokenizer).__name__}) can't decode text piece by piece.",
                 "Add a tokenizer.json to the model directory.",
             )
-        with Engine.of(model, most=arguments.parallel) as engine:
+        with Engine.of(model, max_sequences=arguments.parallel) as engine:
             service = AnswerService(model, tokenizer, engine, keys)
             try:
                 gc.collect()

@@ -78,7 +78,7 @@ def test_answers_are_as_their_grammars_say_and_company_changes_none(
         for seed in range(2)
         for kind, grammar in kinds.items()
     ]
-    with Engine.of(model, most=4) as engine:
+    with Engine.of(model, max_sequences=4) as engine:
         streams = [engine.stream(request) for _, request in asked]
         answers = [[*stream] for stream in streams]
         alone = [[*engine.stream(request)] for _, request in asked]
@@ -178,7 +178,7 @@ def test_a_grammar_that_fails_ends_only_its_own_sequence(loaded: tuple[Any, Any]
     model, _ = loaded
     grammar = compiler.compile(Grammar.regex("a"))
     letter = walk(grammar, 0, 1, frozenset())[0]
-    with Engine.of(model, most=3) as engine:
+    with Engine.of(model, max_sequences=3) as engine:
         other = engine.stream(Request((5, 6), 40, {"do_sample": False}))
         bad = [
             engine.stream(Request((5, 6), 40, {"suppress_tokens": [letter], **options}, seed=1, grammar=grammar))
@@ -196,7 +196,7 @@ def test_a_grammar_that_fails_ends_only_its_own_sequence(loaded: tuple[Any, Any]
 def test_answers_that_are_cancelled_leave_the_others(loaded: tuple[Any, Any], compiler: GrammarCompiler) -> None:
     model, tokenizer = loaded
     grammar = compiler.compile(Grammar.json_schema(PERSON))
-    with Engine.of(model, most=4) as engine:
+    with Engine.of(model, max_sequences=4) as engine:
         wanted = [*engine.stream(Request((5, 6), 200, SAMPLED, seed=3, grammar=grammar))]
         kept = engine.stream(Request((5, 6), 200, SAMPLED, seed=3, grammar=grammar))
         for seed in range(6):

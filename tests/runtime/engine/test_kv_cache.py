@@ -42,7 +42,7 @@ class Cache(RuleBasedStateMachine):
     @rule(text=st.sampled_from(TEXTS), user=st.sampled_from(["", "other"]))
     def begin(self, text: list[int], user: str) -> None:
         sequence = Sequence(Request(tuple(text), 100, user=user))
-        if not self.cache.has_room(sequence):
+        if not self.cache.has_pages_for(sequence):
             return
         self.cache.begin(sequence)
         self.running.append((sequence, user))
@@ -195,10 +195,10 @@ def test_a_sequence_begins_only_if_it_has_room_beside_those_that_run() -> None:
     memory = WrittenPages()
     cache = KVCache(3, memory)
     first = begun(cache, memory, [*range(2 * PAGE_TOKENS)])
-    assert not cache.has_room(Sequence(Request((9,) * PAGE_TOKENS, 1)))
-    assert cache.has_room(Sequence(Request((*range(2 * PAGE_TOKENS), 9), 1))), "it shares two pages"
+    assert not cache.has_pages_for(Sequence(Request((9,) * PAGE_TOKENS, 1)))
+    assert cache.has_pages_for(Sequence(Request((*range(2 * PAGE_TOKENS), 9), 1))), "it shares two pages"
     cache.end(first)
-    assert cache.has_room(Sequence(Request((9,) * PAGE_TOKENS, 1)))
+    assert cache.has_pages_for(Sequence(Request((9,) * PAGE_TOKENS, 1)))
 
 
 def test_a_sequence_that_can_not_begin_holds_nothing() -> None:

@@ -65,7 +65,7 @@ def check_answers(model: Any, tokenizer: Any) -> None:
     }
     ids = tuple(tokenizer("Chi era don Abbondio?")["input_ids"])
     ended, invalid = 0, list[str]()
-    with Engine.of(model, most=8) as engine:
+    with Engine.of(model, max_sequences=8) as engine:
         streams = [
             (schema, grammar, engine.stream(Request(ids, MOST_TOKENS, decoding, seed=number, grammar=grammar)))
             for number, (schema, grammar) in enumerate(pairs)
