@@ -37,8 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=source,
         metavar="SRC",
         help="a checkpoint's folder, which needs only config.json and the index of its weights; the checkpoint's id on "
-        "the Hugging Face hub (no weights are downloaded); a GGUF file; a model directory; a pulled model (ID:TAG); or "
-        "an address in an object store",
+        "the Hugging Face hub (no weights are downloaded); a GGUF file; a model directory; a name that moetier list "
+        "shows; or an address in an object store",
     )
     parser.add_argument("--bits", type=numbers, metavar="N,...", help="bits per expert weight (default: 16,8,4,3,2)")
     parser.add_argument(
