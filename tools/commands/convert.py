@@ -52,10 +52,14 @@ def run(arguments: argparse.Namespace) -> int:
     Raises UsageError, CheckpointError, TargetError or ConfigError.
     """
     options = options_of(arguments)
+    from moetier.runtime.model.name_files import register_name
     from moetier.tools.convert.convert import convert
 
     def work() -> ConversionReport:
-        return convert(arguments.source, arguments.target, mirror=arguments.mirror, quiet=False, **options)
+        report = convert(arguments.source, arguments.target, mirror=arguments.mirror, quiet=False, **options)
+        if (name := register_name(arguments.target)) is not None:
+            print(f"Every command takes it by the name {name}: moetier generate {name} ...", file=sys.stderr)
+        return report
 
     return report_of(work, arguments.json)
 

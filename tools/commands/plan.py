@@ -38,8 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=source,
         metavar="SRC",
         help="a checkpoint's folder, which needs only config.json and the index of its weights; the checkpoint's id on "
-        "the Hugging Face hub (no weights are downloaded); a GGUF file; a model directory; a pulled model (ID:TAG); or "
-        "an address in an object store",
+        "the Hugging Face hub (no weights are downloaded); a GGUF file; a model directory; a name that moetier list "
+        "shows; or an address in an object store",
     )
     add_bits(parser, TRUNK_BITS)
     ram = replace(TIER_OPTIONS["ram"], help="host memory for experts (default: as much as generate would use)")

@@ -7,7 +7,7 @@ import argparse
 from moetier.tiers.errors import ConfigError
 from moetier.tiers.options import Number
 from moetier.tools.cli.arguments import add_resource_arguments, resources_of
-from moetier.tools.cli.parser import add_directory, show_first
+from moetier.tools.cli.parser import add_model_argument, show_first
 from moetier.tools.serve.keys import KEY, keys_of
 from moetier.tools.serve.options import add_serving_arguments, check_packages, served_name
 
@@ -22,7 +22,7 @@ SPARE_CONNECTIONS = 128  # connections for health checks, metrics, and clients b
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `moetier serve`."""
-    add_directory(parser)
+    add_model_argument(parser)
     parser.add_argument(
         "--host", default="127.0.0.1", metavar="HOST", help="the address to listen on (default: %(default)s)"
     )
