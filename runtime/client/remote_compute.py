@@ -144,7 +144,7 @@ class RemoteCompute:
             return True
 
     def free(self, parts: Iterable[_Part]) -> None:
-        """Wait for the outputs of ``parts`` no longer."""
+        """Note that the outputs of ``parts`` are not needed any more."""
         with self._lock:
             self._waiting.difference_update(parts)
 

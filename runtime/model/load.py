@@ -323,9 +323,9 @@ def _misfit(error: Exception) -> str | None:
 
 @contextlib.contextmanager
 def _report_held_back() -> Iterator[None]:
-    """Hold transformers' report of a loaded model's weights back, and log it unless an exception says it better.
+    """Let transformers' report about the weights of a model be logged at the end, and not at all after an exception.
 
-    Reports that other threads log are not held back: those are about other models.
+    The exception says the same more clearly. Reports of other threads are logged at once: they are about other models.
     """
     held: list[logging.LogRecord] = []
     own = threading.get_ident()

@@ -162,7 +162,7 @@ class _Cursor:
         self.values = 0  # number of values of all arrays so far
 
     def need(self, count: int) -> None:
-        """Read on until ``count`` bytes follow the present place. Raises ValueError if there are fewer."""
+        """Read more of the file, until ``count`` bytes follow the present place. Raises ValueError if it has fewer."""
         end = self.at + count
         if end > self.most:
             raise ValueError(f"it is truncated, or its header has more than {MAX_HEADER_BYTES:,} bytes")

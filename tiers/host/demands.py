@@ -1,7 +1,7 @@
 """Demands, and what they refer to: pools of slots, loads, callers and events.
 
 These classes refer to one another, so they are in one module. Callers of their methods hold the host tier's lock. A
-demand and a load change their own fields, in their methods; other code only reads these fields.
+demand changes its own fields, in its methods. Only the module ``loads`` changes a load. Other code reads these fields.
 """
 
 from __future__ import annotations
@@ -66,31 +66,6 @@ class Load:
     def is_for_demands(self) -> bool:
         """True if the load was begun for a demand, or a demand waits for it."""
         return bool(self.waiters) or not self.is_prefetch
-
-    def take(self) -> None:
-        """Note that a loader reads the record."""
-        self.state = LoadState.TAKEN
-
-    def cancel(self) -> None:
-        """Note that the record is not needed any more."""
-        self.state = LoadState.CANCELLED
-
-    def note_pause(self) -> None:
-        """Note that the read pauses while records are read for demands."""
-        self.has_yielded = True
-
-    def add_waiter(self, demand: Demand) -> None:
-        """Let a demand wait for the record, and claim the slot."""
-        self.waiters.append(demand)
-        demand.wait_for(self)
-
-    def remove_waiter(self, demand: Demand) -> None:
-        """End the wait of a demand, which no longer claims the slot."""
-        self.waiters.remove(demand)
-
-    def repair_waiters(self, demands: Collection[Demand]) -> None:
-        """Make the waiters agree with what ``demands``, all that are not over, say that they wait for."""
-        self.waiters = [demand for demand in demands if self in demand.loads]
 
 
 @dataclass(frozen=True, slots=True)

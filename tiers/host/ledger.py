@@ -31,7 +31,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from moetier.tiers.arena.directory import Directory
 from moetier.tiers.arena.layout import ArenaLayout
 from moetier.tiers.cache.policies import DEFAULT_POLICY
-from moetier.tiers.cache.pool import Lookup
+from moetier.tiers.cache.pool import Lookup, snapshot
 from moetier.tiers.errors import MoetierError, StoreError
 from moetier.tiers.layout import ExpertKey, PoolSlot
 from moetier.tiers.manifest import Manifest
@@ -97,7 +97,7 @@ class Ledger:
 
     def stats(self) -> TierStats:
         """Return a snapshot of the counters and of the state of the slots."""
-        return self.slots.stats(self.counters)
+        return snapshot(self.counters, self.slots.pools.values())
 
     # -- demands ------------------------------------------------------------------------------------------------------
 

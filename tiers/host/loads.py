@@ -79,7 +79,7 @@ class FairQueue:
                 load = queue.popleft()
                 # it may have been taken for another caller, which waits for the same record
                 if load.state is LoadState.QUEUED:
-                    load.take()
+                    load.state = LoadState.TAKEN
                     self._queues.move_to_end(caller)
                     return load
         return None
@@ -172,7 +172,7 @@ class Loads:
         self._directory.begin_fill(pool.number(slot), evicted)
         self._loads[key] = load
         if load.is_prefetch:
-            load.take()  # by the loader that calls this
+            load.state = LoadState.TAKEN  # by the loader that calls this
             self._prefetches.begin(key, purpose)
         return load
 
@@ -185,7 +185,8 @@ class Loads:
             # The loader of this record may have paused (``may_continue``). Wake it for every demand that joins, not
             # only for the first: the first may have left before the loader looked.
             self._notifier.wake_callers()
-        load.add_waiter(demand)
+        load.waiters.append(demand)
+        demand.wait_for(load)
         if load.state is LoadState.QUEUED:
             self._queue.add(demand.caller, load)
 
@@ -194,11 +195,11 @@ class Loads:
 
         The load is cancelled if no loader has taken it and no other demand waits for it.
         """
-        load.remove_waiter(demand)
+        load.waiters.remove(demand)
         if load.waiters:
             return
         if load.state is LoadState.QUEUED:
-            load.cancel()
+            load.state = LoadState.CANCELLED
             self._abort(load)
         if not self._is_for_demands:  # prefetches that yielded to the load may go on
             self._notifier.wake_callers()
@@ -212,10 +213,10 @@ class Loads:
         self.wake_loaders_for_prefetches()
 
     def load_rest(self, pool: Pool) -> None:
-        """Read the other records of a pool with room for all, as the warm-up does, once half of its slots are taken.
+        """Queue all other records of a pool for the warm-up, if it has a slot for each and half of them are taken.
 
-        After so many demands, the others will soon be needed, too. If a model is hardly used, only demands are read; of
-        any other, at most as much again.
+        After so many demands, the other records will soon be needed, too. So of a model that is hardly used, only what
+        demands need is read; of any other, at most twice as much.
         """
         if pool in self._rest and 2 * (pool.ready + pool.loading) >= pool.slot_count:
             blocks = self._rest.pop(pool)
@@ -234,7 +235,7 @@ class Loads:
         if load.waiters:
             return True
         if self.closed_by is None and self._is_for_demands:
-            load.note_pause()
+            load.has_yielded = True
             return None
         if load.purpose is Purpose.WARMUP:
             is_wanted = self.closed_by is None and not load.pool.starved
@@ -341,7 +342,7 @@ class Loads:
                 demand.look_up_again(load)  # ``complete`` was interrupted
         self._queue.clear()
         for load in list(self._loads.values()):
-            load.repair_waiters(demands)
+            load.waiters = [demand for demand in demands if load in demand.loads]
             if load.state is LoadState.TAKEN:
                 continue
             if not load.waiters:

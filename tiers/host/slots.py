@@ -10,10 +10,8 @@ from collections.abc import Iterable, Mapping
 from moetier.tiers.arena.layout import ArenaLayout
 from moetier.tiers.cache.budget import partitions_of
 from moetier.tiers.cache.policies import POLICIES
-from moetier.tiers.cache.pool import snapshot
 from moetier.tiers.layout import ExpertKey, PoolSlot, TierSlot
 from moetier.tiers.manifest import Manifest
-from moetier.tiers.stats import TierCounters, TierStats
 
 from .demands import Demand, Load, Pool
 
@@ -44,10 +42,6 @@ class HostSlots:
     def starved(self) -> list[Demand]:
         """Return the first starved demand of each pool that has one."""
         return [pool.starved[0] for pool in self.pools.values() if pool.starved]
-
-    def stats(self, counters: TierCounters) -> TierStats:
-        """Return a snapshot of the tier's counters and of the state of the slots."""
-        return snapshot(counters, self.pools.values())
 
     def contents(self) -> list[tuple[ExpertKey | None, bool]]:
         """Return for each slot of the tier its key (None if the slot is EMPTY) and whether the slot is LOADING."""

@@ -173,9 +173,10 @@ class _Router(Emitter):
                 self._keep(ir.Constant(I32, _LEAST), self._keys, expert)
 
     def _index_of(self, keys: Value, count: Value, order: str, start: int) -> Value:
-        """Emit the search for a key that is before all others in an order; return its index.
+        """Emit the search for the largest key, if ``order`` is ">", or the smallest, if it is "<="; return its index.
 
-        ``start`` is the key with which the search begins. Keys that are equal: with ">" the first, with "<=" the last.
+        Of equal keys, the largest is the first of them, and the smallest the last. ``start`` is a key that is not
+        before any other.
         """
         at, n = self.at, self.number
         at.store(ir.Constant(I32, start), self._key)

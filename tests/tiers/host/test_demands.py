@@ -22,7 +22,7 @@ def test_each_key_is_in_one_place_until_its_lease_ends() -> None:
     demand = a_demand()
     load = Load(demand.pool, B, PoolSlot(4))
     demand.hold(A, PoolSlot(3), is_hit=True)
-    load.add_waiter(demand)
+    demand.wait_for(load)
     assert (list(demand.pending), demand.loads, list(demand.ready)) == ([C], [load], [3])
     demand.complete(load)
     assert demand.slots == [3, 4]
@@ -47,7 +47,7 @@ def test_hits_are_those_of_the_slots_that_are_ready_still() -> None:
 def test_the_first_error_stays_and_each_demand_gets_its_own() -> None:
     demand, error = a_demand(), StoreReadError("The disk has failed.", "Replace it.")
     load = Load(demand.pool, A, PoolSlot(0))
-    load.add_waiter(demand)
+    demand.wait_for(load)
     demand.lose(load, error)
     demand.fail(ClosedError("It was closed.", "Open it."))
     assert not demand.loads
@@ -69,11 +69,8 @@ def test_a_prefetch_is_for_demands_once_one_waits() -> None:
     load = Load(demand.pool, A, PoolSlot(0), Purpose.WARMUP)
     assert load.is_prefetch
     assert not load.is_for_demands
-    load.add_waiter(demand)
+    load.waiters.append(demand)
     assert load.is_for_demands
-    load.remove_waiter(demand)
-    load.repair_waiters([demand])
-    assert load.waiters == [demand], "the demand still says that it waits"
 
 
 def test_a_caller_is_full_with_all_that_its_demands_hold_or_claim() -> None:
@@ -82,7 +79,7 @@ def test_a_caller_is_full_with_all_that_its_demands_hold_or_claim() -> None:
     caller.register(demand)
     demand.hold(A, PoolSlot(0))
     assert not caller.is_full
-    Load(demand.pool, B, PoolSlot(1)).add_waiter(demand)
+    demand.wait_for(Load(demand.pool, B, PoolSlot(1)))
     assert caller.is_full
     slots, _ = demand.clear()
     assert not caller.is_full
