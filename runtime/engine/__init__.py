@@ -8,5 +8,5 @@
   ``packed_runner``: tokens of several sequences in one forward pass; ``faster_way``: whether that is faster.
 - ``sampling``: chooses the next token of a sequence from its logits.
 - ``grammar``: what an answer may be; ``constraint``: leaves only the tokens that a grammar allows.
-- ``engine``: the loop of steps, on a thread of its own, and the streams of its answers.
+- ``engine``: the loop of steps, on a thread of its own; ``stream``: the tokens of an answer, as they are sampled.
 """

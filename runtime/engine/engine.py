@@ -1,4 +1,4 @@
-"""The loop of steps, on a thread of its own, and the streams of its answers."""
+"""The loop of steps, on a thread of its own."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from typing import Any
 
 from torch import Tensor
@@ -26,53 +26,17 @@ from .packed_runner import PackedRunner, may_pack
 from .runner import Runner, Stopped, Task
 from .sampling import Sampler, generates_itself, scored
 from .scheduler import Scheduler
-from .sequence import Finish, Request, Sampled, Sequence
+from .sequence import DeadlineError, Finish, Request, Sampled, Sequence
+from .stream import Stream
 
 PROMPT_TURNS = 3.0  # a long prompt is computed this many times as long as the step of other sequences before it
 LONGEST_TURN = 0.3  # seconds after which others are computed, unless their step takes longer itself
 SCORED = 128  # most tokens of a prompt that are scored together: each has logits for the whole vocabulary
-POLL_SECONDS = 0.05  # a stream asks this often whether it is still wanted
 _log = logging.getLogger(__name__)
 
 
 class EngineError(MoetierError):
     """The engine can't compute any more."""
-
-
-class Stream:
-    """The tokens of one sequence, as they are sampled."""
-
-    def __init__(self, sequence: Sequence, tokens: SimpleQueue[int | None]) -> None:
-        """``tokens`` gets the sequence's tokens, then None."""
-        self.sequence = sequence
-        self._tokens = tokens
-
-    def __iter__(self) -> Iterator[int]:
-        return self.tokens()
-
-    def tokens(self, should_stop: Callable[[], bool] = lambda: False) -> Iterator[int]:
-        """Yield the tokens. If ``should_stop`` returns True, or the iterator is closed, the rest is not computed.
-
-        The sequence has ended when the iterator ends. Raises the error with which the sequence has failed.
-        """
-        try:
-            while (token := self._next(should_stop)) is not None:
-                yield token
-        finally:
-            self.sequence.cancel()
-            while self.sequence.finish is None:
-                self._tokens.get()
-        if self.sequence.error is not None:
-            raise self.sequence.error
-
-    def _next(self, should_stop: Callable[[], bool]) -> int | None:
-        while True:
-            if should_stop():
-                self.sequence.cancel()
-            try:
-                return self._tokens.get(timeout=POLL_SECONDS)
-            except Empty:
-                continue
 
 
 class Engine:
@@ -235,8 +199,8 @@ class Engine:
     def _schedule(self) -> tuple[list[Task], list[Task]]:
         """Return the tasks of the next step: short ones, whose tokens must not wait, and long ones."""
         for sequence in self.sequences:
-            if sequence.is_cancelled and sequence not in self._beside:
-                self._end(sequence, Finish.CANCELLED)
+            if sequence.is_over and sequence not in self._beside:
+                self._end_early(sequence)
         try:
             while self._scheduler.begin_next():
                 pass
@@ -258,7 +222,7 @@ class Engine:
         """
         for task in tasks:
             task.sequence.underway = done * task.tokens
-        if self._is_closed or all(task.sequence.is_cancelled for task in tasks):
+        if self._is_closed or all(task.sequence.is_over for task in tasks):
             raise Stopped
         began = time.monotonic()
         if began < self._next_turn:
@@ -291,41 +255,47 @@ class Engine:
             return
         if not tasks:
             return
-        prompts = [task.sequence for task in tasks if task.tokens > 1]
         try:
-            logits = self._runner.run(
-                tasks,
-                lambda: self._is_closed or any(sequence.is_cancelled for sequence in prompts),
-                partial(self._between, tasks),
-            )
+            outputs = self._compute(tasks)
         except Stopped:  # the others go on at once, or clients that cancel their prompts would stop them
-            self._run(
-                [task for task in tasks if task.tokens == 1 and not (self._is_closed or task.sequence.is_cancelled)]
-            )
-            return
+            self._run([task for task in tasks if task.tokens == 1 and not (self._is_closed or task.sequence.is_over)])
         except Exception as error:
             if len(tasks) == 1:
                 self._fail(tasks[0].sequence, error)
             else:
                 for task in tasks:
                     self._run([task])
-            return
+        else:
+            for task, output in zip(tasks, outputs, strict=True):
+                if not (self._is_long(task) and task.sequence.is_over):  # it may not have been computed
+                    self._advance(task, output)
+
+    def _compute(self, tasks: list[Task]) -> list[Tensor | None]:
+        """Return what the runner computes, which stops if a prompt among ``tasks`` is over."""
+        prompts = [task.sequence for task in tasks if task.tokens > 1]
+        try:
+            return self._runner.run(
+                tasks,
+                lambda: self._is_closed or any(sequence.is_over for sequence in prompts),
+                partial(self._between, tasks),
+            )
         finally:
             for sequence in prompts:
                 sequence.underway = 0.0
-        for task, output in zip(tasks, logits, strict=True):
-            if self._is_long(task) and task.sequence.is_cancelled:
-                continue  # it may not have been computed
-            scores, is_complete = task.scores, task.is_complete
-            self._scheduler.computed(task)
-            if output is not None:
-                try:
-                    if scores:
-                        self._score(task.sequence, task.begin, output)
-                    if is_complete:
-                        self._sample(task.sequence, output[-1] if scores else output)
-                except Exception as error:
-                    self._fail(task.sequence, error)
+
+    def _advance(self, task: Task, output: Tensor | None) -> None:
+        """Let a sequence go on after a computed task. ``output``: its logits, as ``Runner.run`` returns them."""
+        scores, is_complete = task.scores, task.is_complete
+        self._scheduler.computed(task)
+        if output is None:
+            return
+        try:
+            if scores:
+                self._score(task.sequence, task.begin, output)
+            if is_complete:
+                self._sample(task.sequence, output[-1] if scores else output)
+        except Exception as error:
+            self._fail(task.sequence, error)
 
     def _score(self, sequence: Sequence, begin: int, logits: Tensor) -> None:
         """Note the log probabilities of the prompt's tokens after those from position ``begin`` on."""
@@ -341,6 +311,18 @@ class Engine:
             self._end(sequence, Finish.END)
         elif sequence.new_tokens == sequence.request.max_new_tokens or len(sequence.ids) == self.context:
             self._end(sequence, Finish.LENGTH)
+
+    def _end_early(self, sequence: Sequence) -> None:
+        """End a sequence that ``is_over``."""
+        if sequence.is_cancelled:
+            self._end(sequence, Finish.CANCELLED)
+            return
+        done = f"{sequence.new_tokens:,} of at most {sequence.request.max_new_tokens:,} tokens"
+        sequence.error = DeadlineError(
+            f"The deadline of a request has passed after {done} of its answer.",
+            "Ask for fewer tokens, send fewer requests at a time, or give it a later deadline.",
+        )
+        self._end(sequence, Finish.DEADLINE)
 
     def _fail(self, sequence: Sequence, error: Exception) -> None:
         sequence.error = error

@@ -95,7 +95,7 @@ class PackedRunner(ModelRunner):
             between(done / len(chunks))
             if _goes_on(part.sequence):
                 with contextlib.suppress(Stopped):
-                    (results[number],) = super().run([part], partial(_is_cancelled, part.sequence))
+                    (results[number],) = super().run([part], partial(_is_over, part.sequence))
         return results
 
     def _in_blocks(self, tasks: list[Task], between: Callable[[float], object]) -> list[Tensor | None]:
@@ -134,11 +134,11 @@ class PackedRunner(ModelRunner):
 
 
 def _goes_on(sequence: Sequence) -> bool:
-    return not sequence.is_cancelled
+    return not sequence.is_over
 
 
-def _is_cancelled(sequence: Sequence) -> bool:
-    return sequence.is_cancelled
+def _is_over(sequence: Sequence) -> bool:
+    return sequence.is_over
 
 
 class _Step:

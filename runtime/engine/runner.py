@@ -81,7 +81,7 @@ class Runner(ABC):
         Args:
             tasks: several only if the runner ``computes_together``.
             should_stop: if it returns True between two layers, Stopped is raised. Not called for long tasks, of which
-                those whose sequence is cancelled are not computed further.
+                those whose sequence ``is_over`` are not computed further.
             between: called with the fraction of the work that is done, between parts of long tasks. It may run other
                 tasks, and raise an error, which ends these.
         """

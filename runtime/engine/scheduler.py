@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from bisect import insort
 from collections.abc import Collection
 
 from .kv_cache import KVCache
@@ -13,7 +13,10 @@ BLOCKS_BESIDE = 4  # most blocks of a prompt that is computed beside long ones, 
 
 
 class Scheduler:
-    """Sequences that wait, in the order in which they came, and those that run. A running sequence holds pages."""
+    """Sequences that wait, and those that run. A running sequence holds pages.
+
+    Sequences wait in the order in which they came, but those whose deadlines are near go before others (``due``).
+    """
 
     def __init__(
         self,
@@ -39,12 +42,12 @@ class Scheduler:
         self._prefill_block = prefill_block
         self._scored = min(scored or chunk, prefill_block or chunk)
         self._step = 0
-        self.waiting: deque[Sequence] = deque()
+        self.waiting: list[Sequence] = []  # ascending by ``due``
         self.running: list[Sequence] = []  # in the order in which they began
 
     def add(self, sequence: Sequence) -> None:
-        """Let a sequence wait behind all others."""
-        self.waiting.append(sequence)
+        """Let a sequence wait behind those that are due before it."""
+        insort(self.waiting, sequence, key=_due)
 
     def remove(self, sequence: Sequence) -> None:
         """Remove a sequence that has ended. Its pages may be found by others."""
@@ -68,7 +71,7 @@ class Scheduler:
             return False
         sequence = self.waiting[0]  # it is in one of the two lists even if it can't begin
         self._cache.begin(sequence)
-        self.waiting.popleft()
+        self.waiting.remove(sequence)
         sequence.begin()
         self.running.append(sequence)
         return self._prefill_block is not None
@@ -96,7 +99,7 @@ class Scheduler:
                 last = next(other for other in reversed(self.running) if other not in beside)
                 self._cache.end(last)
                 self.running.remove(last)
-                self.waiting.appendleft(last)
+                self.add(last)
                 stopped.append(last)
                 if last is sequence:
                     break
@@ -141,3 +144,7 @@ class Scheduler:
     def has_work(self) -> bool:
         """Whether there is a sequence."""
         return bool(self.running or self.waiting)
+
+
+def _due(sequence: Sequence) -> float:
+    return sequence.due

@@ -6,6 +6,7 @@ compares them with measured peaks.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterator
@@ -82,8 +83,12 @@ class Prefill:
 
     @property
     def nbytes(self) -> int:
-        """Bytes for all of the tokens."""
-        return self.bytes_of(self.tokens, is_whole=self.tokens >= self.context or not self.resumes)
+        """Bytes for all of the tokens. Where memory is not short, a prompt that fits can also be computed in blocks."""
+        is_whole = self.tokens >= self.context or not self.resumes
+        nbytes = self.bytes_of(self.tokens, is_whole=is_whole)
+        if is_whole and self.lockstep is not None and self.context > BLOCK:
+            nbytes = max(nbytes, self._in_blocks_bytes(self.tokens))
+        return nbytes
 
     @property
     def later(self) -> int:
@@ -95,10 +100,17 @@ class Prefill:
         """Most tokens of prompts that fit into the same bytes in blocks; None if they can't be computed so."""
         if self.lockstep is None:
             return None
-        block = replace(self, attentions=tuple(replace(attention, mask=0) for attention in self.attentions))
-        room = self.nbytes - self.lockstep.fixed - block.bytes_of(BLOCK, is_whole=False)
-        tokens = int(room / (SPARE * self.lockstep.states))
+        if self.context <= min(BLOCK, self.tokens):
+            return self.tokens  # each prompt is a single block
+        tokens = int((self.nbytes - self._in_blocks_bytes(0)) / (SPARE * self.lockstep.states))
         return tokens if tokens >= BLOCK else None
+
+    def _in_blocks_bytes(self, tokens: int) -> int:
+        """Return the bytes for computing ``tokens`` of prompts in blocks."""
+        assert self.lockstep is not None
+        block = replace(self, attentions=tuple(replace(attention, mask=0) for attention in self.attentions))
+        of_block = block.bytes_of(BLOCK, is_whole=False)
+        return self.lockstep.fixed + of_block + math.ceil(SPARE * self.lockstep.states * tokens)
 
     def bytes_of(self, tokens: int, *, is_whole: bool) -> int:
         """Return the bytes for computing ``tokens`` together: a whole prompt, or the last tokens of the context."""
@@ -115,7 +127,7 @@ class Prefill:
 
     def within(self, room: int) -> Prefill:
         """Return a copy with as many of the tokens as fit into ``room`` bytes, but at least LEAST of them."""
-        return self if self.nbytes <= room else replace(self, tokens=self._most(room, self.tokens))
+        return self if self.nbytes <= room else replace(self, tokens=self._most(room, self.tokens - 1))
 
     def longest(self, room: int) -> int:
         """Return how many tokens of a prompt that is not divided fit into ``room`` bytes, up to the context."""

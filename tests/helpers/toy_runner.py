@@ -59,7 +59,7 @@ class ToyRunner(WrittenPages, Runner):
         logits: list[Tensor | None] = [None] * len(tasks)
         for done, (number, block) in enumerate(blocks):
             between(done / len(blocks))
-            if not block.sequence.is_cancelled:
+            if not block.sequence.is_over:
                 logits[number] = self.compute(block, lambda: False)
         return logits
 

@@ -148,7 +148,7 @@ class Answer:
     def finish(self, sequence: TokenSequence) -> None:
         """End the answer as its sequence has ended."""
         match sequence.finish:
-            case Finish.FAILED:
+            case Finish.FAILED | Finish.DEADLINE:
                 assert sequence.error is not None
                 self.fail(sequence.error)
             case Finish.CANCELLED:  # by the engine, as an answer that its client has left has ended

@@ -21,7 +21,7 @@ from toy_runner import ToyRunner, answer_alone, next_token
 from moetier.runtime.engine.engine import SCORED, Engine, EngineError
 from moetier.runtime.engine.runner import Task
 from moetier.runtime.engine.sampling import Sampler
-from moetier.runtime.engine.sequence import Finish, Request, Sampled, Sequence
+from moetier.runtime.engine.sequence import DeadlineError, Finish, Request, Sampled, Sequence
 from moetier.runtime.kernels.layer.paged_cache import PAGE_TOKENS
 
 DESCRIPTORS = Path("/proc/self/fd")
@@ -366,4 +366,60 @@ def test_an_engine_is_closed_while_a_long_prompt_is_computed() -> None:
         wait_until(lambda: "block of 1" in runner.events)
     assert ended.is_set()
     assert long.finish is Finish.CANCELLED
+    assert runner.events.count("block of 1") < 375
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time for deadlines, which only the test changes."""
+    now = [1000.0]
+    monkeypatch.setattr("moetier.runtime.engine.sequence.monotonic", lambda: now[0])
+    return now
+
+
+def test_a_request_whose_deadline_has_passed_computes_nothing() -> None:
+    runner = ToyRunner()
+    with Engine(runner, pages=8, max_sequences=1, chunk=64, context=100) as engine:
+        late = engine.stream(Request((5, 6), 10, deadline=time.monotonic()))
+        with pytest.raises(DeadlineError, match="after 0 of at most 10 tokens"):
+            list(late)
+        assert late.sequence.finish is Finish.DEADLINE
+        assert runner.computed == 0
+        assert tokens_of(engine, [5, 6]) == answer_alone([5, 6], 20, 100)
+
+
+def test_an_answer_ends_at_its_deadline_and_others_go_on(clock: list[float]) -> None:
+    with Engine(ToyRunner(), pages=40, max_sequences=2, chunk=64, context=1000) as engine:
+        ids = next(ids for token in range(10, 50) if len(answer_alone(ids := [token] * 20, 40, 1000)) == 40)
+        other = engine.stream(Request(tuple(ids), 40))
+
+        def pass_deadline(_: Sampled) -> None:
+            clock[0] += 4.0
+
+        ended = threading.Event()
+        limited = engine.submit(Request(tuple(ids), 40, deadline=1010.0), pass_deadline, lambda _: ended.set())
+        assert ended.wait(PATIENCE)
+        assert [*other] == answer_alone(ids, 40, 1000)
+    assert limited.finish is Finish.DEADLINE
+    assert limited.ids[20:] == answer_alone(ids, 3, 1000)
+    assert "3 of at most 40 tokens" in str(limited.error)
+
+
+def test_a_long_prompt_stops_at_its_deadline(clock: list[float]) -> None:
+    """Between two blocks; in an event loop the error is raised, too."""
+    runner = Endless()
+
+    async def ask(engine: Engine) -> None:
+        with pytest.raises(DeadlineError):
+            async for _ in engine.stream_async(Request((1,) * 3000, 1, deadline=1001.0)):
+                pass
+
+    with Engine(runner, pages=60, max_sequences=4, chunk=4000, context=4000) as engine:
+        thread = threading.Thread(target=lambda: asyncio.run(ask(engine)))
+        thread.start()
+        wait_until(lambda: "block of 1" in runner.events)
+        clock[0] = 1001.0
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
+        assert not engine.sequences
     assert runner.events.count("block of 1") < 375

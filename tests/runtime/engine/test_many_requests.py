@@ -17,9 +17,10 @@ from chunks import published_widths
 from comparison import convert_tiny
 
 import moetier
-from moetier.runtime.engine.engine import Engine, Stream
+from moetier.runtime.engine.engine import Engine
 from moetier.runtime.engine.packed_runner import PackedRunner
 from moetier.runtime.engine.sequence import Request
+from moetier.runtime.engine.stream import Stream
 from moetier.runtime.kernels.layer.paged_cache import PAGE_TOKENS
 
 PAGES, CONTEXT = 30, 2000

@@ -9,7 +9,7 @@ from toy_runner import WrittenPages
 
 from moetier.runtime.engine.kv_cache import KVCache
 from moetier.runtime.engine.scheduler import Scheduler
-from moetier.runtime.engine.sequence import Request, Sampled, Sequence
+from moetier.runtime.engine.sequence import PATIENCE, Request, Sampled, Sequence
 from moetier.runtime.kernels.layer.paged_cache import PAGE_TOKENS
 
 
@@ -30,10 +30,10 @@ def scheduler_of(
     )
 
 
-def added(scheduler: Scheduler, tokens: int) -> Sequence:
+def added(scheduler: Scheduler, tokens: int, deadline: float | None = None) -> Sequence:
     """Let a sequence wait whose tokens are those of no other."""
     first = 1000 * (len(scheduler.waiting) + len(scheduler.running) + 1)
-    sequence = Sequence(Request(tuple(range(first, first + tokens)), 1000))
+    sequence = Sequence(Request(tuple(range(first, first + tokens)), 1000, deadline=deadline))
     scheduler.add(sequence)
     return sequence
 
@@ -125,6 +125,19 @@ def test_a_sequence_that_began_last_waits_again_itself() -> None:
     later = added(scheduler, 1)
     assert step(scheduler) == ({first: 1}, [second]), "it needs a second page"
     assert list(scheduler.waiting) == [second, later], "it is the next to begin"
+
+
+def test_a_near_deadline_goes_first_but_nothing_waits_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr("moetier.runtime.engine.sequence.monotonic", lambda: now)
+    scheduler = scheduler_of(8, max_sequences=1)
+    running, without, far, near = (added(scheduler, 3, deadline) for deadline in (None, None, 1e6, now + 5))
+    scheduler.begin_next()
+    assert scheduler.running == [near]
+    assert scheduler.waiting == [running, without, far], "those without a near deadline in the order of their arrival"
+    now += PATIENCE - 1
+    late = added(scheduler, 3, now + 5)
+    assert scheduler.waiting == [running, without, far, late]
 
 
 def test_a_sequence_that_can_not_begin_still_waits(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,8 @@ from prepared import Prepared
 
 import moetier
 from moetier.runtime.config import Size
+from moetier.runtime.engine.engine import Engine
+from moetier.runtime.engine.packed_runner import PackedRunner
 from moetier.runtime.generation.decoding import encode, longest_prompt
 from moetier.runtime.machine.memory import Available, usable
 from moetier.runtime.model.budgets import Needs
@@ -154,6 +156,20 @@ def test_a_whole_needs_no_masks_but_its_chunks_do() -> None:
     assert less.tokens % LEAST == 0
     assert less.nbytes <= asked.nbytes < replace(less, tokens=less.tokens + LEAST).nbytes
     assert asked.later == less.tokens < 8192
+
+
+@pytest.mark.parametrize("context", [96, 300])
+def test_prompts_of_short_contexts_are_computed_beside_others(context: int, tinymix_4bit: Path) -> None:
+    """There is memory to compute a prompt in blocks, or it is a single block. The engine packs only such models."""
+    model, _ = moetier.load(tinymix_4bit, daemon=None, context=context)
+    with model.tiers, Engine.of(model, max_sequences=4) as engine:
+        assert isinstance(engine._runner, PackedRunner)
+        prefill = model.tiers.prefill
+        assert prefill.in_blocks is not None
+        assert prefill.in_blocks >= context
+    short = replace(prefill, context=300, tokens=300)
+    less = short.within(short.nbytes - 1)
+    assert (less.tokens, less.nbytes) < (300, short.nbytes)
 
 
 def test_a_window_limits_the_mask() -> None:
