@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future
@@ -31,6 +32,7 @@ STACK_BYTES = 256 << 20  # llguidance compiles chains of references recursively,
 # white space between two tokens of JSON: models may otherwise write it without an end
 BLANKS = r"\x20|\r?\n[\x20\t]{0,40}"
 END = "<|moetier: the answer may end here|>"  # a token for llguidance only
+_LITERALS = re.compile(r'"(?:\\.?|[^"\\])*+(?:"|\Z)|//[^\n]*|/(?:\\.?|[^/\\])++(?:/|\Z)|#[^\n]*', re.DOTALL)  # of Lark
 SAID_LETTERS = 200  # of an error of llguidance, which may quote all of a grammar
 
 _stack_size = threading.Lock()  # held while new threads get larger stacks
@@ -82,7 +84,7 @@ class Grammar:
         """Return a grammar in llguidance's variant of Lark. ``@name`` in it stands for one of ``parts``."""
         assert not any(part.parts for part in (parts or {}).values())
         named = tuple((name, part.definition) for name, part in (parts or {}).items())
-        return cls(json.dumps({"lark_grammar": text}), named)
+        return cls(json.dumps({"lark_grammar": _LITERALS.sub(_without_percent, text)}), named)
 
     @property
     def text(self) -> str:
@@ -217,6 +219,11 @@ def _bounds_of_bytes() -> Any:
 
     bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
     return np.where(bits, np.float32(np.inf), np.float32(-np.inf))
+
+
+def _without_percent(literal: re.Match[str]) -> str:
+    """Return a string, regular expression or comment of Lark, with %json written in another way: it is only text."""
+    return re.sub(r"\\.|%(?=json)", lambda part: r"\x25" if part[0] in ("%", r"\%") else part[0], literal[0])
 
 
 def _llguidance() -> Any:

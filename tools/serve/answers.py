@@ -43,6 +43,7 @@ class Job:
     opening: str = ""  # what the chat template has added to them, which begins the answer
     echo: str | None = None  # text of the prompt, if the answer begins with it
     is_silent: bool = False  # whether the token that must be generated is no part of the answer
+    counts_prompt: bool = True  # whether its prompt is counted; of several answers to one prompt, the first one's is
 
 
 class Answer:
@@ -58,7 +59,8 @@ class Answer:
         self.job: Job | None = job  # None after the end: this frees the prompt while a queue still holds the answer
         self.new_tokens = 0
         self.sequence: TokenSequence | None = None  # None until the engine has it
-        self._prompt_tokens = len(job.request.ids)
+        self._prompt_tokens = len(job.request.ids) if job.counts_prompt else 0
+        self._counts_prompt = job.counts_prompt
         self._service = service
         self._decoder = DecodeStream([], skip_special_tokens=job.parser is None)
         self._parser = job.parser
@@ -114,8 +116,8 @@ class Answer:
 
     @property
     def kept_tokens(self) -> int:
-        """Prompt tokens whose keys and values were there already."""
-        return 0 if self.sequence is None else self.sequence.cached
+        """Counted prompt tokens whose keys and values were there already."""
+        return self.sequence.cached if self.sequence is not None and self._counts_prompt else 0
 
     def say(self) -> str:
         """Return how far the computation is, for a client that waits."""
@@ -305,7 +307,8 @@ class AnswerService:
             raise
         if answer.ended:  # before the engine's sequence was known
             answer.sequence.cancel()
-        self.tally.add(job.request.user, prompt_tokens=len(job.request.ids))
+        if job.counts_prompt:
+            self.tally.add(job.request.user, prompt_tokens=len(job.request.ids))
         return answer
 
     def prompt_tokens_left(self) -> tuple[int, float]:

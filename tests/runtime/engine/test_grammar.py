@@ -321,6 +321,26 @@ def test_a_lark_grammar_may_have_parts(loaded: tuple[Any, Any], compiler: Gramma
     assert loaded[1].decode(walk(grammar, 0, 9, frozenset({1}))[:-1]) in ("x5a", "x5b")
 
 
+@pytest.mark.parametrize(
+    ("grammar", "text"),
+    [
+        (Grammar.lark('start: "%json" /%json/ // %json\n'), "%json%json"),
+        (Grammar.lark(r'start: "\\" "\"%json" # "%json'), '\\"%json'),
+        (Grammar.regex(r"\%json{2}\\[%]json"), r"%jsonn\%json"),
+    ],
+)
+def test_the_name_of_a_directive_may_be_text(
+    loaded: tuple[Any, Any], compiler: GrammarCompiler, grammar: Grammar, text: str
+) -> None:
+    assert loaded[1].decode(walk(compiler.compile(grammar), 0, 20, frozenset({1}))[:-1]) == text
+
+
+@pytest.mark.parametrize("before", [r'"\\"', '/"/', '"a"i', "/\\//", '"//"', '/[^"]/', '"" #"\n|'])
+def test_a_directive_behind_text_is_refused(compiler: GrammarCompiler, before: str) -> None:
+    with pytest.raises(GrammarError):
+        compiler.compile(Grammar.lark(f'start: {before} %json {{"multipleOf": 999983}}'))
+
+
 def test_a_tokenizer_must_be_a_fast_one() -> None:
     with pytest.raises(ConfigError, match="no fast tokenizer"):
         GrammarCompiler(object())
