@@ -39,6 +39,7 @@ COMMANDS = {  # name of a command -> its line in --help
     "generate": "generate text from a prompt",
     "chat": "chat with a model",
     "serve": "serve a model over HTTP, with OpenAI's API",
+    "cache": "list or remove keys and values that servers keep on disk",
     "ray": "serve a model on a Ray cluster, with Ray Serve",
     "verify": "check all weights against their checksums",
     "inspect": "show what a model directory holds",
