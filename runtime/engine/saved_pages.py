@@ -28,7 +28,7 @@ from .prefix_tree import Node
 
 READERS = 2
 AHEAD = 8  # files that are read ahead
-RATE = 32 << 20  # bytes a second that are written, unless the engine is closing
+RATE = 16 << 20  # bytes a second that are written, unless the engine closes: each MiB takes about 1 ms of a processor
 MOST_TURNS = 256  # turns that wait to be written; further ones replace the oldest
 PAUSE = 60.0  # seconds after a failed write in which nothing is written
 CLOSING = 5.0  # seconds in which pages are still written when the engine closes

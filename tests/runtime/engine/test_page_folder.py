@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
+import signal
 import tempfile
 import threading
 import time
@@ -320,3 +322,35 @@ def test_models_are_listed_and_all_is_cleared(tmp_path: Path) -> None:
     assert clear(tmp_path) == (2, 2 * FILE)
     assert not models_in(tmp_path)
     assert [*tmp_path.iterdir()] == [tmp_path / "notes.txt"]
+
+
+def data_of(page: bytes) -> bytes:
+    return page * 100
+
+
+@pytest.mark.parametrize("kills", [5, pytest.param(100, marks=pytest.mark.slow)])
+def test_a_writer_that_is_killed_leaves_only_whole_pages(tmp_path: Path, kills: int) -> None:
+    """At random moments; the next one goes on with the same folder, whose files it evicts."""
+    random_ = random.Random(0)
+    for _ in range(kills):
+        if not (child := os.fork()):
+            try:
+                folder, number = opened(tmp_path, 50 * FILE), 0
+                while True:
+                    write(folder, name(number % 80), data_of(name(number % 80)))
+                    number += 1
+            finally:
+                os._exit(1)
+        time.sleep(random_.uniform(0.005, 0.08))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        folder = opened(tmp_path, 50 * FILE)
+        for number in range(80):
+            assert read(folder, name(number)) in (None, data_of(name(number)))
+        assert folder.damaged == 0
+    unfinished = [entry.path for entry in entries(tmp_path) if entry.path.endswith(PARTIAL)]
+    for path in unfinished:
+        os.utime(path, (0, 0))
+    folder.sweep()
+    assert all(entry.path.endswith(".page") for entry in entries(tmp_path))
+    assert sum(entry.bytes for entry in entries(tmp_path)) <= 50 * FILE
