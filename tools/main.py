@@ -59,6 +59,7 @@ GROUPS = {  # titles in --help -> names of commands -> their lines in --help; th
         "verify": "check all weights against their checksums",
         "link": "make checksums of a checkpoint that is used as it is, without a conversion",
         "mirror": "copy the experts to another disk, so that both disks are read at once",
+        "cache": "list or remove keys and values that servers keep on disk",
         "completion": "print a script for tab completion in a shell",
     },
     "several machines": {

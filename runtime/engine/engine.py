@@ -7,7 +7,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from queue import SimpleQueue
@@ -18,13 +18,16 @@ from torch import Tensor
 from moetier.runtime.generation.decoding import longest_prompt
 from moetier.runtime.kernels.layer.paged_cache import PAGE_TOKENS
 from moetier.runtime.model.context import longest_context
-from moetier.tiers.errors import MoetierError, UnsupportedModelError
+from moetier.tiers.errors import ConfigError, MoetierError, UnsupportedModelError
 
 from .kv_cache import KVCache
 from .model_runner import ModelRunner
 from .packed_runner import PackedRunner, may_pack
+from .page_binding import binding_of
+from .page_folder import PageFolder, PageOptions
 from .runner import Runner, Stopped, Task
 from .sampling import Sampler, generates_itself, scored
+from .saved_pages import SavedPages
 from .scheduler import Scheduler
 from .sequence import DeadlineError, Finish, Request, Sampled, Sequence
 from .stream import Stream
@@ -39,6 +42,21 @@ class EngineError(MoetierError):
     """The engine can't compute any more."""
 
 
+def _saved(model: Any, runner: ModelRunner, disk: PageOptions, keys: Mapping[str, bytes] | None) -> SavedPages | None:
+    """Return the pages of a model on disk; None if it has no pages to save. Raises ConfigError."""
+    if not runner.can_resume:
+        _log.warning("The model keeps more than keys and values: nothing of it is kept in %s.", disk.folder)
+        return None
+    if model.device.type != "cpu":
+        raise ConfigError(
+            "Keys and values are in the memory of a device; only those in host memory can be kept on disk.",
+            "Leave out --kv-cache-dir.",
+        )
+    manifest = model.tiers.manifest
+    folder = PageFolder(disk, manifest.model, binding_of(model, manifest))
+    return SavedPages(folder, runner.memory, model.tiers.origin.order, keys)
+
+
 class Engine:
     """Computes the answers of many requests with one model.
 
@@ -46,7 +64,15 @@ class Engine:
     """
 
     def __init__(
-        self, runner: Runner, *, pages: int, max_sequences: int, chunk: int, context: int, later: int | None = None
+        self,
+        runner: Runner,
+        *,
+        pages: int,
+        max_sequences: int,
+        chunk: int,
+        context: int,
+        later: int | None = None,
+        saved: SavedPages | None = None,
     ) -> None:
         """Start the engine's thread.
 
@@ -57,11 +83,13 @@ class Engine:
             chunk: most tokens of a prompt that are computed together.
             context: most tokens of a sequence.
             later: the same as ``chunk`` for tokens behind others, or beside other sequences; None: ``chunk``.
+            saved: pages on disk, which ``close`` closes.
         """
         self.context = min(context, PAGE_TOKENS * pages)
+        self.saved = saved
         self._runner = runner
         self._scheduler = Scheduler(
-            KVCache(pages, runner, keeps=runner.can_resume),
+            KVCache(pages, runner, keeps=runner.can_resume, saved=saved),
             max_sequences=max_sequences,
             chunk=chunk if runner.can_resume else context,
             later=min(chunk, later or chunk) if runner.can_resume else context,
@@ -80,11 +108,28 @@ class Engine:
         self._thread.start()
 
     @classmethod
-    def of(cls, model: Any, *, max_sequences: int = 1, tokens: int = 0) -> Engine:
+    def of(
+        cls,
+        model: Any,
+        *,
+        max_sequences: int = 1,
+        tokens: int = 0,
+        disk: PageOptions | None = None,
+        keys: Mapping[str, bytes] | None = None,
+    ) -> Engine:
         """Return an engine with the pages for which the model's tiers leave memory.
 
-        It computes at most ``max_sequences`` sequences at a time, and has pages for one of ``tokens`` tokens in any
-        case. Raises UnsupportedModelError if the model generates text in another way than token by token.
+        There are pages for a sequence of ``tokens`` tokens in any case.
+
+        Args:
+            model: the model, with its tiers.
+            max_sequences: most sequences that run at a time.
+            tokens: tokens of the longest sequence, if that is known.
+            disk: where pages are kept on disk; None: nowhere.
+            keys: for each user of requests the digest of an API key: pages on disk are found with the same key only.
+
+        Raises UnsupportedModelError if the model generates text in another way than token by token, and ConfigError if
+        ``disk`` can't be used.
         """
         if generates_itself(model):
             raise UnsupportedModelError(
@@ -95,12 +140,12 @@ class Engine:
         context = max(tokens, min(limit for limit in limits if limit is not None))
         pages = max(kv.pages, -(-tokens // PAGE_TOKENS))
         prefill = model.tiers.prefill
+        chunk, later, runner = prefill.tokens, prefill.later, ModelRunner(model, pages)
         if prefill.in_blocks is not None and may_pack(model):
-            runner: Runner = PackedRunner(model, pages, chunk=prefill.later)
-            return cls(runner, pages=pages, max_sequences=max_sequences, chunk=prefill.in_blocks, context=context)
-        runner = ModelRunner(model, pages)
+            chunk, later, runner = prefill.in_blocks, None, PackedRunner(model, pages, chunk=prefill.later)
+        saved = None if disk is None else _saved(model, runner, disk, keys)
         return cls(
-            runner, pages=pages, max_sequences=max_sequences, chunk=prefill.tokens, context=context, later=prefill.later
+            runner, pages=pages, max_sequences=max_sequences, chunk=chunk, context=context, later=later, saved=saved
         )
 
     @property
@@ -185,6 +230,8 @@ class Engine:
             self._changed.notify()
         self._thread.join()
         self._masks.shutdown(cancel_futures=True)
+        if self.saved is not None:
+            self.saved.close()
 
     def step(self) -> None:
         """Compute one step: choose tasks, run them, and append a token to each sequence that is complete."""
@@ -329,7 +376,7 @@ class Engine:
         self._end(sequence, Finish.FAILED)
 
     def _end(self, sequence: Sequence, finish: Finish) -> None:
-        self._scheduler.remove(sequence)
+        self._scheduler.remove(sequence, is_turn=finish is not Finish.FAILED and sequence.new_tokens > 0)
         self._runner.end(sequence)
         self._samplers.pop(sequence, None)
         try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -10,6 +12,7 @@ from moetier.runtime.kernels.layer.paged_cache import PAGE_TOKENS
 
 from .free_pages import FreePages
 from .prefix_tree import Node, PrefixTree
+from .saved_pages import Reading, SavedPage, SavedPages
 from .sequence import Sequence
 
 
@@ -34,13 +37,26 @@ class _Held:
         return self.shared + self.own
 
 
+@dataclass(slots=True)
+class _Fetch:
+    """Pages that are being read: those up to ``node`` are in the tree; ``pages`` are for those that are left."""
+
+    sequence: Sequence
+    node: Node
+    pages: list[int]
+    left: deque[SavedPage]
+    reading: Reading
+
+
 class KVCache:
     """Keys and values in pages. Each running sequence holds the pages of all its computed tokens."""
 
-    def __init__(self, pages: int, memory: CopyablePages, *, keeps: bool = True) -> None:
+    def __init__(
+        self, pages: int, memory: CopyablePages, *, keeps: bool = True, saved: SavedPages | None = None
+    ) -> None:
         """Use at most ``pages`` pages of ``memory``.
 
-        ``keeps``: whether a sequence may continue after pages of another one.
+        ``keeps``: whether a sequence may continue after pages of another one. ``saved``: pages on disk, if any are.
         """
         self.size = pages
         self._keeps = keeps
@@ -48,12 +64,55 @@ class KVCache:
         self._free = FreePages(pages)
         self._tree = PrefixTree()
         self._held: dict[Sequence, _Held] = {}
+        self._saved = saved if keeps else None
+        self._fetch: _Fetch | None = None  # what is being read for the sequence that waits first
 
     def has_pages_for(self, sequence: Sequence) -> bool:
         """Return whether there are pages for all tokens of a sequence that has not begun, and for its next token."""
         nodes = self._tree.match(sequence.request.user, _reusable(sequence)).nodes
         pages = {page for held in self._held.values() for page in held.pages} | {node.page for node in nodes}
         return -(-(len(sequence.ids) + 1) // PAGE_TOKENS) - len(nodes) <= self.size - len(pages)
+
+    def fetch(self, sequence: Sequence, seconds: float = 0.0) -> bool:
+        """Read pages on disk that have the first tokens of a sequence for which there is room, and that are not here.
+
+        Returns True once there are no more, and the sequence is to begin at once; False if they are not there after
+        ``seconds``. Pages are read for one sequence at a time. They may be taken from it, as they hold nothing yet.
+        """
+        if self._saved is None:
+            return True
+        if self._fetch is None or self._fetch.sequence is not sequence:
+            self._begin_fetch(self._saved, sequence)
+        deadline = time.monotonic() + seconds
+        while (fetch := self._fetch) is not None and fetch.left:
+            if (taken := fetch.reading.take(max(deadline - time.monotonic(), 0.0))) is None:
+                return False
+            saved = fetch.left.popleft()
+            if taken[0] is None or not self._saved.restore(saved, taken[0], fetch.pages[0]):
+                break
+            node, unneeded = self._tree.add(fetch.node, saved.tokens, fetch.pages.pop(0))
+            self._free.release(unneeded)
+            node.pins, fetch.node.pins, fetch.node = node.pins + 1, fetch.node.pins - 1, node
+        self.cancel_fetch()
+        return True
+
+    def _begin_fetch(self, saved: SavedPages, sequence: Sequence) -> None:
+        self.cancel_fetch()
+        user, ids = sequence.request.user, _reusable(sequence)
+        match = self._tree.match(user, ids)
+        if found := saved.find(user, ids, match.tokens):
+            node = match.nodes[-1] if match.nodes else self._tree.root(user)
+            node.pins += 1
+            pages = self._take(len(found), [node.page for node in match.nodes])
+            self._fetch = _Fetch(sequence, node, pages, deque(found[: len(pages)]), saved.read(found[: len(pages)]))
+
+    def cancel_fetch(self) -> None:
+        """Read no more pages, and release those that hold nothing."""
+        if (fetch := self._fetch) is not None and self._saved is not None:
+            self._fetch = None
+            self._saved.cancel(fetch.reading)
+            fetch.node.pins -= 1
+            self._free.release(fetch.pages)
 
     def begin(self, sequence: Sequence) -> None:
         """Let a sequence continue after the longest prefix of its tokens that is kept. Sets ``sequence.computed``.
@@ -71,8 +130,7 @@ class KVCache:
         with ExitStack() as undo:
             undo.callback(self._tree.unpin, node)
             if partial is not None and not partial.is_full and not partial.pins and shared == len(partial.tokens):
-                self._tree.remove(partial)
-                held.own = [partial.page]
+                held.own = [self._tree.remove(partial)]
             elif partial is not None:
                 self._tree.pin(partial)  # it stays while a page is found for the copy
                 undo.callback(self._tree.unpin, partial)
@@ -108,8 +166,12 @@ class KVCache:
         while self._keeps and held.own and PAGE_TOKENS * (len(held.shared) + 1) <= sequence.computed:
             self._add(sequence, held, PAGE_TOKENS)
 
-    def end(self, sequence: Sequence) -> None:
-        """Let other sequences find all pages of a sequence that has ended, and let them be evicted."""
+    def end(self, sequence: Sequence, *, is_turn: bool = False) -> None:
+        """Let other sequences find all pages of a sequence that has ended, and let them be evicted.
+
+        ``is_turn``: whether a request ends that has got an answer. Its pages are then written to the disk, if there is
+        a folder for them.
+        """
         self.keep(sequence)
         held = self._held.pop(sequence)
         self._tree.unpin(held.node)
@@ -117,6 +179,8 @@ class KVCache:
         if rest > 0 and self._keeps:
             self._add(sequence, held, rest, pins=False)
         self._free.release(held.own)
+        if is_turn and self._saved is not None:
+            self._saved.save(sequence.request.user, held.node.path)
 
     def free_pages(self) -> int:
         """Return the number of pages that hold nothing."""
@@ -137,6 +201,9 @@ class KVCache:
         """Return ``count`` pages to follow those in ``before``, or none if there are fewer, even with evicted ones."""
         if len(self._free) < count:
             self._free.release(self._tree.evict(count - len(self._free)))
+        if len(self._free) < count and self._fetch is not None:
+            self.cancel_fetch()
+            return self._take(count, before)
         if len(self._free) < count:
             return []
         return self._free.take(count, before[-1] if before else None)

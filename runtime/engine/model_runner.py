@@ -30,8 +30,8 @@ class ModelRunner(Runner):
         self.can_resume = can_resume(model)
         self.computes_together = False
         self.windows = windows_of(model) if self.can_resume else []
-        self._memory = PageMemory(pages)
-        self._cache = PagedCache(self._memory, self.windows)
+        self.memory = PageMemory(pages)
+        self._cache = PagedCache(self.memory, self.windows)
         self._inputs: dict[Sequence, dict[str, Any]] = {}  # arguments of forward; the own cache among them, if any
 
     def sampler(self, sequence: Sequence) -> Sampler:
@@ -76,7 +76,7 @@ class ModelRunner(Runner):
 
     def copy_page(self, source: int, target: int, tokens: int) -> None:
         """Copy the first ``tokens`` tokens of a page to another page."""
-        self._memory.copy_page(source, target, tokens)
+        self.memory.copy_page(source, target, tokens)
 
 
 def windows_of(model: Any) -> list[int | None]:

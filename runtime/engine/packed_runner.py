@@ -116,7 +116,7 @@ class PackedRunner(ModelRunner):
         for task in tasks:
             total += task.tokens
             ends += range(total - (task.tokens if task.scores else int(task.is_complete)), total)
-        step, device = _Step(self._memory, self.windows, tasks), self._model.device
+        step, device = _Step(self.memory, self.windows, tasks), self._model.device
         with torch.no_grad(), stopping(self._model, should_stop if len(ids) > len(tasks) else None), packed(step):
             logits = self._model(
                 input_ids=torch.tensor([ids], device=device),

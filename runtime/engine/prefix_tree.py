@@ -21,7 +21,7 @@ class Node:
     """A page in the tree. The root of a tree has no page."""
 
     tokens: tuple[int, ...]  # token ids of the page
-    page: int  # number of the page; -1 in a root
+    page: int  # number of the page; -1 in a root, and once the node is no longer in the tree
     parent: Node | None
     children: dict[tuple[int, ...], Node] = field(default_factory=dict)  # by their tokens
     pins: int = 0  # number of running sequences whose tokens continue after this node
@@ -31,6 +31,15 @@ class Node:
     def is_full(self) -> bool:
         """Whether further pages may follow: the node is a root, or its page has PAGE_TOKENS tokens."""
         return self.parent is None or len(self.tokens) == PAGE_TOKENS
+
+    @property
+    def path(self) -> list[Node]:
+        """The nodes from the root, which is left out, to this one."""
+        path, node = list[Node](), self
+        while node.parent is not None:
+            path.append(node)
+            node = node.parent
+        return path[::-1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,16 +118,16 @@ class PrefixTree:
             for length in range(1, len(key))
             if (child := parent.children.get(key[:length])) is not None and not child.pins
         ]
-        for child in replaced:
-            del parent.children[child.tokens]
         node = parent.children[key] = Node(key, page, parent, used=self._time)
-        return node, [child.page for child in replaced]
+        return node, [self.remove(child) for child in replaced]
 
-    def remove(self, node: Node) -> None:
-        """Remove a leaf that is not pinned."""
+    def remove(self, node: Node) -> int:
+        """Remove a leaf that is not pinned, and return the number of its page."""
         assert _is_evictable(node)
         assert node.parent is not None
         del node.parent.children[node.tokens]
+        page, node.page = node.page, -1
+        return page
 
     def evict(self, count: int) -> list[int]:
         """Remove up to ``count`` pages that are not pinned, and return their numbers."""
@@ -127,8 +136,7 @@ class PrefixTree:
         pages = list[int]()
         while leaves and len(pages) < count:
             _, _, node = heapq.heappop(leaves)
-            self.remove(node)
-            pages.append(node.page)
+            pages.append(self.remove(node))
             if node.parent is not None and _is_evictable(node.parent):
                 heapq.heappush(leaves, (node.parent.used, id(node.parent), node.parent))
         self._roots = {name: root for name, root in self._roots.items() if root.children or root.pins}

@@ -9,6 +9,7 @@ from .kv_cache import KVCache
 from .runner import Task
 from .sequence import Sequence
 
+FETCH_SECONDS = 0.05  # time to wait for pages of a sequence while no other one runs; then it may have been cancelled
 BLOCKS_BESIDE = 4  # most blocks of a prompt that is computed beside long ones, a block at a time
 
 
@@ -49,13 +50,14 @@ class Scheduler:
         """Let a sequence wait behind those that are due before it."""
         insort(self.waiting, sequence, key=_due)
 
-    def remove(self, sequence: Sequence) -> None:
-        """Remove a sequence that has ended. Its pages may be found by others."""
+    def remove(self, sequence: Sequence, *, is_turn: bool = False) -> None:
+        """Remove a sequence that has ended. Its pages may be found by others, later too if it ``is_turn``."""
         if sequence in self.running:
             self.running.remove(sequence)
-            self._cache.end(sequence)
+            self._cache.end(sequence, is_turn=is_turn)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
+            self._cache.cancel_fetch()
 
     def begin_next(self) -> bool:
         """Begin the sequence that waits first, if there is room for it. If that raises an error, it still waits.
@@ -68,6 +70,8 @@ class Scheduler:
             or len(self.running) >= self._max_sequences
             or not self._cache.has_pages_for(self.waiting[0])
         ):
+            return False
+        if not self._cache.fetch(self.waiting[0], 0.0 if self.running else FETCH_SECONDS):
             return False
         sequence = self.waiting[0]  # it is in one of the two lists even if it can't begin
         self._cache.begin(sequence)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +15,15 @@ from moetier.runtime.engine.sampling import Sampler
 from moetier.runtime.kernels.layer.paged_cache import PAGE_TOKENS
 
 VOCABULARY = 50
+
+
+SAVED: dict[bytes, tuple[int, ...]] = {}  # by their digests, which are what is written of them
+
+
+class ToyLayer(NamedTuple):
+    """What a token takes in a file."""
+
+    token_bytes: int
 
 
 class WrittenPages:
@@ -30,6 +40,19 @@ class WrittenPages:
 
     def copy_page(self, source: int, target: int, tokens: int) -> None:
         self.pages[target] = self.pages[source][:tokens]
+
+    layout = (ToyLayer(32),)
+
+    def save_page(self, page: int, tokens: int, data: memoryview) -> None:
+        for at, ids in enumerate(self.pages[page][:tokens]):
+            digest = hashlib.sha256(repr(ids).encode()).digest()
+            SAVED[digest] = ids
+            data[32 * at : 32 * (at + 1)] = digest
+
+    def restore_page(self, page: int, tokens: int, layout: Any, data: memoryview) -> bool:
+        assert len(data) == 32 * tokens
+        self.pages[page] = [SAVED[bytes(data[32 * at : 32 * (at + 1)])] for at in range(tokens)]
+        return bool(layout == [[32]])
 
 
 class ToyRunner(WrittenPages, Runner):

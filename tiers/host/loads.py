@@ -1,7 +1,9 @@
 """Loads: the records that are being read into slots, and the record that a loader reads next.
 
 This module is a part of the ledger: callers hold the tier's lock, and it does no I/O. Demands are served first. While
-no record is being read for a demand, records are read for prefetch requests, and after these for the warm-up.
+no record is being read for a demand, records are read for prefetch requests, and after these for the warm-up. Pages of
+keys and values, which others read and write on the same disk, come between: behind demands, before prefetches; and they
+are written while nothing is read (``tiers.disk_order``).
 
 A load goes through ``begin``, ``take`` by a loader, and ``complete`` or ``fail``. It ends early in ``withdraw``, if no
 loader has taken it and no demand waits for it, and in ``may_continue``, if it is a prefetch that is no longer wanted.
@@ -122,6 +124,7 @@ class Loads:
         self._limits = limits
         self._queue = FairQueue()
         self._loads: dict[ExpertKey, Load] = {}
+        self._pages = 0  # reads of pages that are in progress or wait for reads for demands
 
     def __iter__(self) -> Iterator[Load]:
         return iter(self._loads.values())
@@ -227,14 +230,14 @@ class Loads:
     def may_continue(self, load: Load) -> bool | None:
         """Decide whether the read of a prefetch goes on.
 
-        Returns True if the read goes on, None while it has to yield to reads for demands, and False if the load is
-        cancelled. A load is cancelled if its record is no longer requested, or if the load is for the warm-up and a
-        demand is starved. The decision and the cancellation are in one transition, so no demand can join the load in
-        between.
+        Returns True if the read goes on, None while it has to yield to reads for demands or of pages, and False if the
+        load is cancelled. A load is cancelled if its record is no longer requested, or if the load is for the warm-up
+        and a demand is starved. The decision and the cancellation are in one transition, so no demand can join the load
+        in between.
         """
         if load.waiters:
             return True
-        if self.closed_by is None and self._is_for_demands:
+        if self.closed_by is None and (self._is_for_demands or self._pages):
             load.has_yielded = True
             return None
         if load.purpose is Purpose.WARMUP:
@@ -249,10 +252,10 @@ class Loads:
     def _begin_prefetch(self) -> Load | None:
         """Begin the load of the next prefetch, and return it.
 
-        Returns None if there is no prefetch, if a record is being read for a demand, or if enough prefetches are being
-        read.
+        Returns None if there is no prefetch, if a record is being read for a demand, if pages are read, or if enough
+        prefetches are being read.
         """
-        if self._is_for_demands or self._prefetching >= self._limits.prefetches:
+        if self._is_for_demands or self._pages or self._prefetching >= self._limits.prefetches:
             return None
         if (read := self._prefetches.next_read()) is None:
             return None
@@ -260,9 +263,32 @@ class Loads:
 
     def wake_loaders_for_prefetches(self) -> None:
         """Wake as many loaders as there are prefetches that can now be read."""
-        if (unbegun := self._prefetches.unbegun) and not self._is_for_demands:
+        if (unbegun := self._prefetches.unbegun) and not (self._is_for_demands or self._pages):
             for _ in range(min(unbegun, self._limits.prefetches - self._prefetching)):
                 self._notifier.wake_loader()
+
+    # -- pages of keys and values -------------------------------------------------------------------------------------
+
+    def announce_page(self) -> None:
+        """Note that a page is to be read: no prefetch begins from now on."""
+        self._pages += 1
+
+    def may_read_page(self, is_late: bool) -> bool | None:
+        """Return True if an announced page may be read now, None while it has to wait for reads for demands.
+
+        It does not wait if it ``is_late``.
+        """
+        return True if is_late or self.closed_by is not None or not self._is_for_demands else None
+
+    def end_page(self) -> None:
+        """Note that an announced page was read, or will not be."""
+        self._pages -= 1
+        self._notifier.wake_callers()
+        self.wake_loaders_for_prefetches()
+
+    def may_write(self) -> bool | None:
+        """Return True if a page may be written now, None while anything is read."""
+        return True if self.closed_by is not None or not (self._loads or self._pages) else None
 
     @property
     def _is_for_demands(self) -> bool:

@@ -35,6 +35,7 @@ from .waiting import Notifier
 Leases = tuple[deque[Lease[memoryview]], bool]
 # seconds to sleep so that a loader can take the GIL and begin its read; the system makes the sleep about 6e-5 longer
 HANDOVER = 1e-5
+PAGE_PATIENCE = 0.1  # seconds after which a page is read even while records are read for demands
 
 _log = logging.getLogger(__name__)
 
@@ -262,6 +263,38 @@ class HostTier(Closeable):
     @transition
     def _warm(self, wanted: Sequence[Sequence[ExpertKey]]) -> None:
         self._ledger.warm(wanted)
+
+    # -- pages of keys and values --------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def reading_page(self) -> Iterator[None]:
+        """Wait for the turn to read a page, as ``DiskOrder`` specifies."""
+        self._announce_page()
+        try:
+            self._may_read_page(time.monotonic() + PAGE_PATIENCE)
+            yield
+        finally:
+            self._end_page()
+
+    def wait_to_write(self) -> None:
+        """Wait for the turn to write a part of a page, as ``DiskOrder`` specifies."""
+        self._may_write()
+
+    @transition
+    def _announce_page(self) -> None:
+        self._ledger.loads.announce_page()
+
+    @waiting
+    def _may_read_page(self, late: float) -> bool | None:
+        return self._ledger.loads.may_read_page(is_late=time.monotonic() > late)
+
+    @posted
+    def _end_page(self) -> None:
+        self._ledger.loads.end_page()
+
+    @waiting
+    def _may_write(self) -> bool | None:
+        return self._ledger.loads.may_write()
 
     def ready_experts(self, block: int) -> list[int]:
         """Return the experts of a block whose records are READY now."""

@@ -15,6 +15,7 @@ from tokenizers.decoders import DecodeStream
 from transformers.cli.serving.utils import ReasoningText, ToolCall
 
 from moetier.runtime.engine.engine import Engine, EngineError
+from moetier.runtime.engine.saved_pages import SavedPages
 from moetier.runtime.engine.sequence import Finish, Request, Sampled
 from moetier.runtime.engine.sequence import Sequence as TokenSequence
 from moetier.runtime.generation.stop_strings import StopStrings
@@ -310,6 +311,11 @@ class AnswerService:
         if job.counts_prompt:
             self.tally.add(job.request.user, prompt_tokens=len(job.request.ids))
         return answer
+
+    @property
+    def disk(self) -> SavedPages | None:
+        """Keys and values on disk; None: they are kept in memory only."""
+        return self._engine.saved
 
     def prompt_tokens_left(self) -> tuple[int, float]:
         """Return how many prompt tokens of all answers are not computed yet, and the seconds until they are."""

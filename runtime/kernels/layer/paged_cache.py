@@ -8,8 +8,9 @@ each step.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import Cache
@@ -18,6 +19,32 @@ from transformers.cache_utils import DynamicLayer
 from .growing_cache import CacheMemory, memory_of
 
 PAGE_TOKENS = 64  # tokens
+
+
+class LayerShape(NamedTuple):
+    """Keys and values of a layer: its number, their type, and heads and widths of both."""
+
+    layer: int
+    dtype: str
+    key_heads: int
+    key_width: int
+    value_heads: int
+    value_width: int
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The type. Raises AttributeError if torch has none of that name."""
+        return getattr(torch, self.dtype)
+
+    @property
+    def parts(self) -> tuple[tuple[int, int], ...]:
+        """Heads and width of keys, and of values."""
+        return (self.key_heads, self.key_width), (self.value_heads, self.value_width)
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of a token's keys and values."""
+        return self.torch_dtype.itemsize * sum(heads * width for heads, width in self.parts)
 
 
 class PageMemory:
@@ -31,10 +58,7 @@ class PageMemory:
     def write(self, layer: int, pages: list[int], begin: int, keys: Tensor, values: Tensor) -> None:
         """Write keys and values [1, heads, tokens, width] of the tokens from ``begin`` on into a sequence's pages."""
         if layer not in self._layers:
-            size = self._pages * PAGE_TOKENS
-            self._layers[layer] = tuple(  # type: ignore[assignment] # two tensors
-                part.new_empty((1, part.shape[1], size, part.shape[3])) for part in (keys, values)
-            )
+            self._allocate(layer, keys, values)
         at, end = begin, begin + keys.shape[2]
         while at < end:
             count = min(PAGE_TOKENS - at % PAGE_TOKENS, end - at)
@@ -63,9 +87,67 @@ class PageMemory:
             for memory in layer:
                 memory.narrow(2, PAGE_TOKENS * target, tokens).copy_(memory.narrow(2, PAGE_TOKENS * source, tokens))
 
+    @property
+    def layout(self) -> list[LayerShape]:
+        """What a page consists of: the parts that ``save_page`` writes, in order."""
+        return [
+            LayerShape(layer, str(keys.dtype).removeprefix("torch."), *keys.shape[1::2], *values.shape[1::2])
+            for layer, (keys, values) in sorted(self._layers.items())
+        ]
+
+    def save_page(self, page: int, tokens: int, data: memoryview) -> None:
+        """Write the keys and values of the first ``tokens`` tokens of a page into ``data``, layer after layer.
+
+        May be called on any thread. If another thread writes the page meanwhile, the result is of no use.
+        """
+        at = 0
+        for _, layer in sorted(self._layers.items()):
+            for memory in layer:
+                part = _bytes_of(memory, page, tokens)
+                np.copyto(np.frombuffer(data, np.uint8, part.size, at).reshape(part.shape), part)
+                at += part.size
+
+    def restore_page(self, page: int, tokens: int, layout: Any, data: memoryview) -> bool:
+        """Write into a page what ``save_page`` has written. Return False if that does not fit this memory.
+
+        ``layout`` is that of the memory from which the page was saved, as JSON has it.
+        """
+        try:
+            shapes = [LayerShape(*given) for given in layout]
+            if len(data) != tokens * sum(shape.token_bytes for shape in shapes):
+                return False
+        except (TypeError, AttributeError):
+            return False
+        if not {*self.layout} <= {*shapes}:
+            return False
+        at = 0
+        for shape in shapes:
+            if shape.layer not in self._layers:
+                self._allocate(shape.layer, *(torch.empty(1, n, 0, w, dtype=shape.torch_dtype) for n, w in shape.parts))
+            for memory in self._layers[shape.layer]:
+                part = _bytes_of(memory, page, tokens)
+                np.copyto(part, np.frombuffer(data, np.uint8, part.size, at).reshape(part.shape))
+                at += part.size
+        return True
+
+    def _allocate(self, layer: int, *like: Tensor) -> None:
+        """Allocate the memory of a layer, for keys and values that are like the given ones, [1, heads, any, width]."""
+        size = self._pages * PAGE_TOKENS
+        self._layers[layer] = tuple(  # type: ignore[assignment] # two tensors
+            part.new_empty((1, part.shape[1], size, part.shape[3])) for part in like
+        )
+
     def room(self, layer: int) -> CacheMemory | None:
         """Return the memory of all pages in a layer, as compiled code needs it; None if it can't be read so."""
         return memory_of(*self._layers[layer]) if layer in self._layers else None
+
+
+def _bytes_of(memory: Tensor, page: int, tokens: int) -> Any:
+    """Return an array u8 [heads, tokens, bytes] on the first tokens of a page.
+
+    numpy copies it on the calling thread alone; torch might start a team of threads for it.
+    """
+    return memory[0].view(torch.uint8).numpy()[:, PAGE_TOKENS * page : PAGE_TOKENS * page + tokens]
 
 
 def are_consecutive(pages: list[int]) -> bool:
