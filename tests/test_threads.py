@@ -24,7 +24,7 @@ SOURCES = [
 def names(source: Path) -> Iterator[str]:
     """Yield the name of each thread that is started in a module, or the prefix for the threads of a pool."""
     text = source.read_text()
-    for node in ast.walk(ast.parse(text)) if "Thread" in text else ():
+    for node in ast.walk(ast.parse(text)) if "Thread" in text or "start_thread" in text else ():
         if isinstance(node, ast.Call) and (called := ast.unparse(node.func)) in (
             "start_thread",
             "threading.Thread",

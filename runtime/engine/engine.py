@@ -44,7 +44,7 @@ class EngineError(MoetierError):
 
 def _saved(model: Any, runner: ModelRunner, disk: PageOptions, keys: Mapping[str, bytes] | None) -> SavedPages | None:
     """Return the pages of a model on disk; None if it has no pages to save. Raises ConfigError."""
-    if not runner.can_resume:
+    if not runner.can_resume or runner.has_states:
         _log.warning("The model keeps more than keys and values: nothing of it is kept in %s.", disk.folder)
         return None
     if model.device.type != "cpu":

@@ -24,13 +24,13 @@ from moetier.runtime.kernels.layer.masks import Band, band_mask
 from moetier.runtime.kernels.layer.packing import Part, packed
 from moetier.runtime.kernels.layer.paged_cache import PageMemory
 from moetier.runtime.libraries.transformers_internals import attention_of
-from moetier.runtime.model.context import can_resume
+from moetier.runtime.model.context import can_resume, has_states
 from moetier.runtime.model.prefill_memory import BLOCK
 from moetier.runtime.moe.experts import experts_modules, without_experts
 from moetier.runtime.moe.lockstep import Pass, run_in_lockstep
 
 from .faster_way import FasterWay
-from .model_runner import ModelRunner, stopping
+from .model_runner import ModelRunner, stopping, windows_of
 from .runner import Stopped, Task
 from .sequence import Request, Sequence
 
@@ -54,6 +54,7 @@ class PackedRunner(ModelRunner):
         self._chunk = chunk
         self._packs = packs
         self._ways = FasterWay()
+        self.windows = windows_of(model)
 
     def run(
         self,
@@ -213,6 +214,7 @@ def may_pack(model: Any) -> bool:
     ropes = [rope, *(part for part in rope.values() if isinstance(part, dict))]
     return (
         can_resume(model)
+        and not has_states(model)
         and attention_of(model.config) in (NAME, WITH_SINKS)
         and {*(getattr(text, "layer_types", None) or ())} <= LAYER_TYPES
         and not any(part.get("rope_type") in OWN_ANGLES for part in ropes)

@@ -51,14 +51,15 @@ class Stopped(Exception):
 class Runner(ABC):
     """Computes the tasks of a step, and has the memory of pages.
 
-    A page holds the keys and values of PAGE_TOKENS consecutive tokens of a sequence, in all layers.
+    A page holds the keys and values of PAGE_TOKENS consecutive tokens of a sequence, in all layers. Some models have a
+    state of each sequence besides, which the runner keeps. A copy of it lies in pages as well.
     """
 
     can_resume: bool  # whether a sequence can be computed in several parts, and continue after pages of another one
     computes_together: bool  # whether ``run`` takes several tasks
-    prefill_block: int | None = (
-        None  # a task with more tokens takes long, and ``run`` calls ``between``; None: it never does
-    )
+    has_states: bool = False  # whether a sequence that can resume has a state besides keys and values
+    # a task with more tokens takes long, and ``run`` calls ``between``; None: it never does
+    prefill_block: int | None = None
 
     @abstractmethod
     def sampler(self, sequence: Sequence) -> Sampler:
@@ -76,7 +77,8 @@ class Runner(ABC):
         For each task that ``scores``, return the logits after all of its tokens [tokens, vocabulary].
 
         Keys and values of the computed tokens are then in the tasks' pages. Those of earlier tokens are taken from
-        there. After Stopped or an error, the same tasks can be computed again.
+        there. After Stopped or an error, the same tasks can be computed again, unless the runner ``has_states``: then
+        the state of the sequence is lost.
 
         Args:
             tasks: several only if the runner ``computes_together``.
@@ -93,3 +95,15 @@ class Runner(ABC):
     @abstractmethod
     def copy_page(self, source: int, target: int, tokens: int) -> None:
         """Copy the keys and values of the first ``tokens`` tokens of a page to another page."""
+
+    def state_pages(self, sequence: Sequence) -> int:
+        """Return how many pages the state behind a sequence's computed tokens takes; 0 if there is no such state."""
+        return 0
+
+    def save_state(self, sequence: Sequence, pages: list[int]) -> None:
+        """Write the state of a sequence into pages."""
+        raise NotImplementedError
+
+    def load_state(self, sequence: Sequence, pages: list[int]) -> None:
+        """Let a sequence that begins continue from the state in pages."""
+        raise NotImplementedError

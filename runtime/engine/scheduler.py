@@ -137,7 +137,8 @@ class Scheduler:
 
     def _max_tokens(self, sequence: Sequence) -> int:
         """Return how many tokens of a sequence a step computes at most."""
-        return min(sequence.remaining, self._scored) if sequence.request.scores_prompt else sequence.remaining
+        most = self._cache.most_tokens(sequence)
+        return min(most, self._scored) if sequence.request.scores_prompt else most
 
     def computed(self, task: Task) -> None:
         """Note that a task was computed: other sequences may find its full pages."""

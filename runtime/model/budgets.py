@@ -22,6 +22,7 @@ from moetier.tiers.cache.budget import slots_for, smallest_budget
 from moetier.tiers.layout import RecordLayout
 from moetier.tiers.manifest import Manifest
 
+from .context import can_resume, has_states
 from .kv_budget import NO_KV, KVBudget
 from .prefill_memory import NO_PREFILL, NOTHING_PER_TOKEN, WINDOWED, Prefill, prefill_of
 
@@ -72,6 +73,7 @@ class Needs:
             page_bytes=kv_cache_bytes(model.config, PAGE_TOKENS, dtype=model.dtype),
             room=max(usable(available.bytes - trunk - scratch), 0),
             experts=manifest.stored_bytes,
+            has_snapshots=can_resume(model) and has_states(model),
         )
         return cls(trunk, kv, scratch, prefill_of(model, manifest, config, kernels, kv.context))
 

@@ -22,7 +22,7 @@ from moetier.runtime.moe.experts import experts_modules, output_bytes
 from moetier.runtime.moe.grouped import GROUP_OUTPUTS, quick_activation
 from moetier.tiers.manifest import Block, Manifest
 
-from .context import can_resume
+from .context import SNAPSHOT_TOKENS, can_resume, has_states
 
 DEFAULT_TOKENS = 4096  # most tokens that are computed together if no option says how many
 BLOCK = 256  # tokens of a forward pass, if a prompt is computed in blocks
@@ -166,6 +166,7 @@ def prefill_of(model: Any, manifest: Manifest, config: TierConfig, kernels: Kern
     )
     in_blocks = (
         resumes
+        and not has_states(model)
         and model.dtype in FLOATS  # compiled attention takes no others
         and (not is_eager or has_sinks)
         and len(modules) == len(manifest.blocks)
@@ -179,8 +180,9 @@ def prefill_of(model: Any, manifest: Manifest, config: TierConfig, kernels: Kern
         states=text.hidden_size * (4 * size + 4) + 2 * angles * size + max(map(_choices, manifest.blocks)),
         fixed=2 * GROUP_OUTPUTS * size * text.hidden_size,
     )
+    tokens = min(context, config.prefill_chunk or DEFAULT_TOKENS)
     return Prefill(
-        tokens=min(context, config.prefill_chunk or DEFAULT_TOKENS),
+        tokens=min(tokens, SNAPSHOT_TOKENS) if resumes and has_states(model) else tokens,
         context=context,
         lockstep=lockstep if in_blocks else None,
         resumes=resumes,

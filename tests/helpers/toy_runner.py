@@ -29,6 +29,8 @@ class ToyLayer(NamedTuple):
 class WrittenPages:
     """Memory of pages that has, in place of a token's keys and values, the ids of all tokens up to it."""
 
+    has_states = False
+
     def __init__(self) -> None:
         self.pages: dict[int, list[tuple[int, ...]]] = {}
 
@@ -53,6 +55,46 @@ class WrittenPages:
         assert len(data) == 32 * tokens
         self.pages[page] = [SAVED[bytes(data[32 * at : 32 * (at + 1)])] for at in range(tokens)]
         return bool(layout == [[32]])
+
+    def state_pages(self, sequence: engine.Sequence) -> int:
+        return 0
+
+    def save_state(self, sequence: engine.Sequence, pages: list[int]) -> None:
+        raise NotImplementedError
+
+    load_state = save_state
+
+
+class WrittenStates(WrittenPages):
+    """Memory with the states of sequences besides: the ids of all tokens up to there. A copy takes ``size`` pages."""
+
+    has_states = True
+
+    def __init__(self, size: int = 2) -> None:
+        super().__init__()
+        self.size = size
+        self.states: dict[engine.Sequence, tuple[int, ...]] = {}
+
+    def compute(self, pages: Sequence[int], sequence: engine.Sequence, end: int) -> None:
+        """Compute the tokens of a sequence up to ``end``, from its state."""
+        ids, begin = sequence.ids, sequence.computed
+        if begin:
+            assert self.states[sequence] == tuple(ids[:begin])
+        for at in range(begin):
+            assert self.pages[pages[at // PAGE_TOKENS]][at % PAGE_TOKENS] == tuple(ids[: at + 1])
+        self.write(pages, ids, begin, end)
+        self.states[sequence] = tuple(ids[:end])
+
+    def state_pages(self, sequence: engine.Sequence) -> int:
+        return self.size if sequence in self.states else 0
+
+    def save_state(self, sequence: engine.Sequence, pages: list[int]) -> None:
+        assert len({*pages}) == self.size
+        for page in pages:
+            self.pages[page] = [self.states[sequence]]
+
+    def load_state(self, sequence: engine.Sequence, pages: list[int]) -> None:
+        (self.states[sequence],) = {tuple(self.pages[page][0]) for page in pages}
 
 
 class ToyRunner(WrittenPages, Runner):

@@ -118,13 +118,13 @@ def run(arguments: argparse.Namespace) -> None:
     options: dict[str, Any] = {"context": tokens, "kv_cache": held * kv_cache_bytes(config, tokens)}
     model, _ = moetier.load(arguments.directory, daemon=None, ram=arguments.ram, **options)
     disk = PageOptions(Path(arguments.folder), 1 << 40, 7 * 86_400.0)
-    with model.tiers, Engine.of(model, most=2, disk=disk) as engine:
+    with model.tiers, Engine.of(model, max_sequences=2, disk=disk) as engine:
         first(engine, ids_of(0, 300), 4)  # compiles
         print(f"{arguments.part}: loaded in {time.perf_counter() - begin:.1f} s")
         if arguments.part != "decode":
             turns(engine, arguments)
             return
-        with Engine.of(model, most=2) as other:
+        with Engine.of(model, max_sequences=2) as other:
             first(other, ids_of(0, 300), 4)
             decode(engine, other, arguments)
 

@@ -44,7 +44,7 @@ def engine_with(
 ) -> Iterator[Engine]:
     runner = runner or ToyRunner()
     saved = SavedPages(PageFolder(PageOptions(place, size, 1000.0), "toy", binding), runner, order, keys)
-    with Engine(runner, pages=pages, most=most, chunk=64, context=1000, saved=saved) as engine:
+    with Engine(runner, pages=pages, max_sequences=most, chunk=64, context=1000, saved=saved) as engine:
         yield engine
 
 
